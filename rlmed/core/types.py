@@ -1,0 +1,185 @@
+"""The records that travel around the loop, one frozen type per stage.
+
+Example -> Prompt -> RolloutGroup -> ScoredGroup -> TrainGroup. A stage takes one type and returns the next, so unscored
+data can never be taken for scored data. Arrays are numpy: nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+FinishReason = Literal["stop", "length", "abort"]
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
+
+LETTERS = "ABCDEFGHIJ"
+"""Option letters in order; a question has 2 to 10 options (MedVLM-R1's data)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One multiple-choice question about one image, as read from a data file.
+
+    Example:
+        >>> Example(id="mri-7", image=Path("images/7.png"), question="Which body part is shown?",
+        ...         options=("head", "chest", "abdomen", "knee"), answer=3, modality="MRI").letter
+        'D'
+    """
+
+    id: str
+    image: Path | None
+    """Absolute path of the image file; None for a question without an image."""
+    question: str
+    options: tuple[str, ...]
+    """2 to 10 distinct option texts, in the order in which they are lettered."""
+    answer: int
+    """Index of the right option in `options`."""
+    modality: str = ""
+    """"MRI", "CT", "X-ray" or another name; empty where unknown."""
+    kind: str = ""
+    """Kind of question, for example "anatomy"; empty where unknown."""
+    completion: str | None = None
+    """A written completion to imitate, for supervised fine-tuning only."""
+
+    @property
+    def letter(self) -> str:
+        """The letter of the right option."""
+        return LETTERS[self.answer]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A rendered example: what the model is given, tokenized once.
+
+    Example:
+        For a 112x112 image (16 visual tokens) `token_ids` has shape [49] and `image_inputs` holds
+        `pixel_values` [64, 1176] float32 and `image_grid_thw` [1, 3] int64.
+    """
+
+    example: Example
+    text: str
+    """The chat-templated text with one unexpanded image placeholder per image."""
+    token_ids: IntArray
+    """int64 [P]; image placeholders are expanded to one id per visual token."""
+    image_inputs: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+    """Image tensors keyed by the model's forward arguments; empty for text-only prompts."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How completions are drawn. Every field is always sent to the engine; nothing is inherited from a model folder.
+
+    Example:
+        >>> SamplingParams(temperature=1.0, max_tokens=64).greedy
+        False
+    """
+
+    temperature: float = 1.0
+    """0 is greedy decoding; logprobs are then those of temperature 1."""
+    top_p: float = 1.0
+    """Nucleus mass in (0, 1]; 1 is off."""
+    top_k: int = 0
+    """Number of most likely tokens kept; 0 is off."""
+    max_tokens: int = 512
+    stop: tuple[str, ...] = ()
+    """Strings that end a completion; the text is kept up to and including the first one."""
+    seed: int = 0
+    """Seed of the group; completion i of the group draws from a stream of (seed, i) alone."""
+
+    @property
+    def greedy(self) -> bool:
+        """True when the most likely token is always taken."""
+        return self.temperature == 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutRequest:
+    """An order to the pool: `group_size` completions of one prompt.
+
+    Example:
+        RolloutRequest(index=12, prompt=prompt, group_size=8, sampling=SamplingParams(seed=12))
+    """
+
+    index: int
+    """Position in the stream of requests; unique within a run, it identifies the group."""
+    prompt: Prompt
+    group_size: int
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled continuation of a prompt.
+
+    Example:
+        token_ids [31] int64, rollout_logprobs [31] float32, text "<think>…</think><answer>B</answer>", finish_reason "stop".
+    """
+
+    token_ids: IntArray
+    """int64 [T], the ending token included where one was sampled."""
+    rollout_logprobs: FloatArray
+    """float32 [T]: log-probability of each token under the distribution that it was drawn from."""
+    text: str
+    """Decoded without special tokens."""
+    finish_reason: FinishReason
+    min_version: int = 0
+    """Smallest policy version that produced a token of it."""
+    max_version: int = 0
+    """Largest policy version that produced a token of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutGroup:
+    """A finished group: one prompt and its completions, in the order of their seeds."""
+
+    request: RolloutRequest
+    completions: tuple[Completion, ...]
+
+    @property
+    def prompt(self) -> Prompt:
+        """The prompt that all completions share."""
+        return self.request.prompt
+
+    @property
+    def min_version(self) -> int:
+        """Smallest policy version that produced any token of the group."""
+        return min(completion.min_version for completion in self.completions)
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredGroup:
+    """A group with its rewards.
+
+    Example:
+        rewards [2.0, 0.0, 1.0, 2.0] with parts {"format": [1, 0, 1, 1], "choice": [1, 0, 0, 1]}.
+    """
+
+    rollout: RolloutGroup
+    rewards: FloatArray
+    """float32 [G], the weighted sum of the parts."""
+    reward_parts: Mapping[str, FloatArray]
+    """float32 [G] each, before weighting."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainGroup:
+    """A scored group with the advantage of each completion: what the learner consumes.
+
+    Example:
+        rewards [2, 0, 1, 2] give GRPO advantages [0.78, -1.31, -0.26, 0.78].
+    """
+
+    scored: ScoredGroup
+    advantages: FloatArray
+    """float32 [G]."""
+
+    @property
+    def rollout(self) -> RolloutGroup:
+        """The group without its rewards."""
+        return self.scored.rollout

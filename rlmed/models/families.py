@@ -1,0 +1,88 @@
+"""What is special to a model family, in one registry: token positions, parts, and tokens that a policy must not sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+PositionFn = Callable[[PreTrainedModel, Tensor, Mapping[str, Tensor]], Tensor]
+
+PARTS = ("vision", "merger", "language_model")
+"""Names by which parts of a model are frozen (`learner.freeze`) and counted."""
+
+
+def _text_positions(model: PreTrainedModel, token_ids: Tensor, image_inputs: Mapping[str, Tensor]) -> Tensor:
+    """[1, P] positions 0, 1, 2, ... of a text-only prompt."""
+    return torch.arange(len(token_ids), device=token_ids.device).unsqueeze(0)
+
+
+def _mrope_positions(model: PreTrainedModel, token_ids: Tensor, image_inputs: Mapping[str, Tensor]) -> Tensor:
+    """[3, P] temporal, height and width positions (M-RoPE, arXiv 2409.12191), as transformers computes them."""
+    if not image_inputs:
+        return _text_positions(model, token_ids, image_inputs).expand(3, -1)
+    is_image = (token_ids == model.config.image_token_id).to(torch.int32)
+    positions, _ = model.base_model.get_rope_index(
+        token_ids.unsqueeze(0), is_image.unsqueeze(0), image_grid_thw=image_inputs["image_grid_thw"]
+    )
+    return positions[:, 0]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What rlmed must know of a transformers `model_type`."""
+
+    vision: bool
+    positions: PositionFn
+    part_prefixes: tuple[tuple[str, str], ...] = ()
+    """(parameter name prefix, part), the first match counts; everything else is "language_model"."""
+
+    def part_of(self, parameter_name: str) -> str:
+        """The part, one of `PARTS`, that a parameter belongs to."""
+        for prefix, part in self.part_prefixes:
+            if parameter_name.startswith(prefix):
+                return part
+        return "language_model"
+
+
+_TEXT = Family(vision=False, positions=_text_positions)
+_QWEN_VL = Family(
+    vision=True,
+    positions=_mrope_positions,
+    part_prefixes=(("model.visual.merger.", "merger"), ("model.visual.", "vision")),
+)
+
+FAMILIES: dict[str, Family] = {
+    "qwen2_vl": _QWEN_VL,
+    "qwen2_5_vl": _QWEN_VL,
+    "qwen2": _TEXT,
+    "qwen3": _TEXT,
+    "llama": _TEXT,
+}
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """The family of a model's configuration.
+
+    Raises:
+        ValueError: for a `model_type` that is not registered, or a decoder with sliding-window attention.
+    """
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"model_type {config.model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}. "
+            "A family is added by one entry in rlmed/models/families.py"
+        )
+    text_config = config.get_text_config()
+    if "sliding_attention" in (text_config.to_dict().get("layer_types") or ()):
+        raise ValueError(f"{config.model_type} with sliding-window attention layers is not supported")
+    return FAMILIES[config.model_type]
+
+
+def unsampleable_token_ids(config: PreTrainedConfig) -> tuple[int, ...]:
+    """Ids that stand for image content. A sampled one would be taken for a picture in the next forward pass."""
+    names = ("image_token_id", "video_token_id", "vision_token_id", "vision_start_token_id", "vision_end_token_id")
+    values = config.to_dict()
+    return tuple(sorted({int(values[name]) for name in names if values.get(name) is not None}))

@@ -1,0 +1,85 @@
+"""Log-probabilities of given tokens without ever holding a [tokens, vocabulary] tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = 64 * 2**20
+"""Size of one chunk of fp32 logits."""
+
+
+def chunk_rows(vocabulary: int) -> int:
+    """Rows of fp32 logits that fit in `CHUNK_BYTES`."""
+    return max(1, CHUNK_BYTES // (4 * vocabulary))
+
+
+class _ChunkedLogprobs(torch.autograd.Function):
+    """Projection, log-softmax and pick, chunk by chunk; the backward pass computes each chunk's logits again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, banned: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        entropy = torch.empty_like(logprobs)
+        for rows in _chunks(len(targets), len(weight)):
+            log_softmax = _log_softmax(hidden[rows], weight, temperature, banned)
+            logprobs[rows] = log_softmax.gather(1, targets[rows, None]).squeeze(1)
+            entropy[rows] = -torch.special.xlogy(probs := log_softmax.exp(), probs).sum(dim=1)
+        ctx.save_for_backward(hidden, weight, targets, banned)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_logprobs: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, banned = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        for rows in _chunks(len(targets), len(weight)):
+            # d logprob / d logit = (one-hot - softmax) / temperature
+            grad = _log_softmax(hidden[rows], weight, ctx.temperature, banned).exp_().neg_()
+            grad.scatter_add_(1, targets[rows, None], torch.ones_like(grad[:, :1]))
+            grad.mul_(grad_logprobs[rows, None] / ctx.temperature)
+            grad = grad.to(weight.dtype)
+            grad_hidden[rows] = grad @ weight
+            grad_weight += grad.T @ hidden[rows]
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+
+
+def _chunks(rows: int, vocabulary: int) -> list[slice]:
+    size = chunk_rows(vocabulary)
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def masked_logits(hidden: Tensor, weight: Tensor, banned: Tensor) -> Tensor:
+    """float32 [M, V] logits of hidden states [M, d] under the projection [V, d]; -inf at the `banned` ids (int64 [K])."""
+    return (hidden @ weight.T).float().index_fill_(1, banned, float("-inf"))
+
+
+def _log_softmax(hidden: Tensor, weight: Tensor, temperature: float, banned: Tensor) -> Tensor:
+    return (masked_logits(hidden, weight, banned) / temperature).log_softmax(dim=1)
+
+
+def chunked_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float, banned: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target token and entropy of each distribution.
+
+    The distribution is softmax(hidden @ weight.T / temperature) without the banned tokens: the one that completions are
+    drawn from.
+
+    Args:
+        hidden: [M, d] hidden states that predict the targets.
+        weight: [V, d] vocabulary projection.
+        targets: int64 [M].
+        temperature: positive; of the sampling distribution.
+        banned: int64 [K] ids that cannot be sampled.
+
+    Returns:
+        float32 [M] log-probabilities (differentiable) and float32 [M] entropies in nats (not differentiable).
+    """
+    return _ChunkedLogprobs.apply(hidden, weight, targets, temperature, banned)

@@ -1,0 +1,156 @@
+"""The policy: a transformers model with what sampling and learning need of it. Engine and learner run the same modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from rlmed.core.types import Prompt
+from rlmed.models.attention import ATTENTION_NAME, AttentionLayout
+from rlmed.models.families import family_of, unsampleable_token_ids
+from rlmed.models.logprobs import chunked_logprobs, masked_logits
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Policy:
+    """A model whose decoder runs on packed rows under a layout.
+
+    Example:
+        >>> policy = load_policy(Path("outputs/run/checkpoints/step-300"))          # doctest: +SKIP
+        >>> hidden = policy.hidden(token_ids, positions, layout, image_inputs)     # doctest: +SKIP
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Wrap a model that was loaded with the shared-prefix attention (see `load_policy`)."""
+        self.model = model.eval()  # no supported family has dropout; eval also keeps transformers from warning
+        self.family = family_of(model.config)
+        projection = model.get_output_embeddings()
+        if not isinstance(projection, nn.Linear) or projection.bias is not None:
+            raise ValueError(
+                f"{model.config.model_type}: the vocabulary projection must be a linear layer without bias"
+            )
+        self.projection = projection
+        self.banned_token_ids = unsampleable_token_ids(model.config)
+        self._banned = torch.tensor(self.banned_token_ids, dtype=torch.int64, device=self.device)
+        ends = model.generation_config.eos_token_id
+        self.end_token_ids: frozenset[int] = frozenset([ends] if isinstance(ends, int) else ends or ())
+        if not self.end_token_ids:
+            raise ValueError(
+                "the model folder's generation_config.json names no eos_token_id: completions could not end"
+            )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.projection.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters."""
+        return self.projection.weight.dtype
+
+    @property
+    def kv_shape(self) -> tuple[int, int, int]:
+        """(decoder layers, key-value heads, head width): the geometry of a key-value cache."""
+        config = self.model.config.get_text_config()
+        width = config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
+        return config.num_hidden_layers, config.num_key_value_heads, width
+
+    def image_inputs(self, prompt: Prompt) -> dict[str, Tensor]:
+        """A prompt's image tensors on the policy's device; empty for text."""
+        return {name: torch.as_tensor(array).to(self.device) for name, array in prompt.image_inputs.items()}
+
+    def prompt_positions(self, prompt: Prompt) -> Tensor:
+        """int64 [R, P] rotary positions of a prompt on the CPU: R is 3 for M-RoPE families and 1 for text families.
+
+        Completion token t of the prompt stands at `positions.max() + 1 + t` in every row.
+        """
+        grids = {name: torch.as_tensor(array) for name, array in prompt.image_inputs.items() if name != "pixel_values"}
+        return self.family.positions(self.model, torch.as_tensor(prompt.token_ids), grids).cpu()
+
+    def hidden(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        layout: AttentionLayout,
+        image_inputs: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Final hidden states of a packed row.
+
+        Args:
+            token_ids: int64 [N].
+            positions: int64 [R, N], see `prompt_positions`.
+            layout: who attends to whom.
+            image_inputs: forward arguments of all images of the row, in row order.
+
+        Returns:
+            [N, d] in the policy's dtype.
+        """
+        # M-RoPE models take [3, batch, N], text models [batch, N]
+        position_ids = positions.unsqueeze(1) if self.family.vision else positions
+        output = self.model.base_model(
+            input_ids=token_ids.unsqueeze(0),
+            position_ids=position_ids,
+            use_cache=False,
+            layout=layout,
+            **(image_inputs or {}),
+        )
+        return output.last_hidden_state[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 [M, V] logits of [M, d] hidden states; -inf where a token cannot be sampled."""
+        return masked_logits(hidden, self.projection.weight, self._banned)
+
+    def logprobs(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the targets and entropies, see `chunked_logprobs`."""
+        return chunked_logprobs(hidden, self.projection.weight, targets, temperature=temperature, banned=self._banned)
+
+
+def merge_image_inputs(inputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Concatenate the image tensors of several prompts in row order."""
+    names = {name: None for entry in inputs for name in entry}
+    return {name: torch.cat([entry[name] for entry in inputs if name in entry]) for name in names}
+
+
+def load_policy(folder: Path, *, dtype: str = "float32", device: str | torch.device = "cpu") -> Policy:
+    """Load a Hugging Face folder (or hub name) as a policy.
+
+    Raises:
+        ValueError: when the folder is no model folder, or its family is not supported.
+    """
+    config = load_config(folder)
+    family = family_of(config)
+    auto = AutoModelForImageTextToText if family.vision else AutoModelForCausalLM
+    attention = {"text_config": ATTENTION_NAME, "vision_config": "sdpa"} if family.vision else ATTENTION_NAME
+    model = auto.from_pretrained(folder, dtype=DTYPES[dtype], attn_implementation=attention)
+    return Policy(model.to(device))
+
+
+def load_config(folder: Path) -> PreTrainedConfig:
+    """The configuration of a model folder or hub name.
+
+    Raises:
+        ValueError: naming the folder and what is missing.
+    """
+    folder = Path(folder)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is no Hugging Face model folder: config.json is missing")
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except OSError as error:
+        raise ValueError(
+            f"model {str(folder)!r} is neither a folder here nor can it be fetched from the hub: {error}. "
+            f"Download it where there is a network (for example `hf download {folder} --local-dir models/{folder.name}`) "
+            f"and pass model.path=models/{folder.name}"
+        ) from error

@@ -1,0 +1,88 @@
+"""Tensors of the live completions; built when rows come or go, advanced by one token otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlmed.models.policy import Policy
+from rollout.native.kv_cache import DecodeLayout, KVCache
+from rollout.native.sampler import BatchSampling
+from rollout.native.sequence import Sequence, SequenceGroup
+
+
+@dataclass(slots=True)
+class DecodeBatch:
+    """R live completions of B live groups. A row's newest token is not in the cache yet: it is the next step's input."""
+
+    tokens: Tensor
+    """int64 [R], newest token of each row."""
+    positions: Tensor
+    """int64 [position rows, R], rotary position of that token."""
+    lengths: Tensor
+    """int64 [R], suffix tokens in the cache."""
+    longest: int
+    """Maximum of `lengths`."""
+    rows_of_group: Tensor
+    position_of_row: Tensor
+    prefix_mask: Tensor
+    sampling: BatchSampling
+
+    @classmethod
+    def build(cls, rows: list[Sequence], groups: list[SequenceGroup], policy: Policy) -> DecodeBatch:
+        """Tables for rows and groups in cache order."""
+        device = policy.device
+        slot_of_group = {id(group): slot for slot, group in enumerate(groups)}
+        members: list[list[int]] = [[] for _ in groups]
+        position_of_row = []
+        for row, sequence in enumerate(rows):
+            slot = slot_of_group[id(sequence.group)]
+            position_of_row.append((slot, len(members[slot])))
+            members[slot].append(row)
+        widest = max(map(len, members))
+        lengths = [len(sequence.token_ids) - 1 for sequence in rows]
+        next_positions = [sequence.group.next_position + length for sequence, length in zip(rows, lengths, strict=True)]
+        prompt_lengths = torch.tensor([group.positions.shape[1] for group in groups], device=device)
+        position_rows = groups[0].positions.shape[0]
+        return cls(
+            tokens=torch.tensor([sequence.token_ids[-1] for sequence in rows], device=device),
+            positions=torch.tensor(next_positions, device=device).expand(position_rows, -1).clone(),
+            lengths=torch.tensor(lengths, device=device),
+            longest=max(lengths),
+            rows_of_group=torch.tensor([entry + [0] * (widest - len(entry)) for entry in members], device=device),
+            position_of_row=torch.tensor([slot * widest + index for slot, index in position_of_row], device=device),
+            prefix_mask=_visible(prompt_lengths, int(prompt_lengths.max()), policy.dtype),
+            sampling=BatchSampling.build(
+                [sequence.group.request.sampling for sequence in rows],
+                [sequence.seed for sequence in rows],
+                policy.projection.out_features,
+                device,
+            ),
+        )
+
+    def layout(self, cache: KVCache) -> DecodeLayout:
+        """Attention layout of the next forward pass."""
+        return DecodeLayout(
+            cache=cache,
+            rows_of_group=self.rows_of_group,
+            position_of_row=self.position_of_row,
+            prefix_mask=self.prefix_mask,
+            suffix_lengths=self.lengths,
+            suffix_mask=_visible(self.lengths + 1, self.longest + 1, self.prefix_mask.dtype),
+        )
+
+    def advance(self, tokens: Tensor) -> None:
+        """The forward pass has put the old tokens into the cache; `tokens` int64 [R] were sampled after them."""
+        self.tokens = tokens
+        self.positions = self.positions + 1
+        self.lengths = self.lengths + 1
+        self.longest += 1
+
+
+def _visible(lengths: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """[R, 1, 1, width] score offsets: 0 below each length, -inf from there on."""
+    mask = torch.zeros(len(lengths), width, dtype=dtype, device=lengths.device)
+    mask.masked_fill_(torch.arange(width, device=lengths.device) >= lengths.unsqueeze(1), float("-inf"))
+    return mask[:, None, None, :]

@@ -1,0 +1,117 @@
+"""Keys and values: one prefix per group, one suffix per completion, both kept dense so that no step copies them.
+
+Live groups fill the first slots and live completions the first rows; whoever leaves is replaced by the last one. A decode
+step therefore works on plain views `cache[:live, :, :longest]`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlmed.models.attention import PackedLayout, decode_attention
+
+
+class KVCache:
+    """Keys and values of all layers, enlarged on demand.
+
+    Memory is layers * 2 * kv_heads * head_width * (groups * prompt_length + rows * max_tokens) elements.
+    """
+
+    def __init__(self, kv_shape: tuple[int, int, int], *, dtype: torch.dtype, device: torch.device) -> None:
+        """Start empty, for a model with (layers, key-value heads, head width)."""
+        self._layers, self._heads, self._width = kv_shape
+        self._dtype, self._device = dtype, device
+        self.prefix_keys, self.prefix_values = self._allocate(0, 0), self._allocate(0, 0)
+        self.suffix_keys, self.suffix_values = self._allocate(0, 0), self._allocate(0, 0)
+
+    def reserve(self, *, groups: int, prompt_length: int, rows: int, max_tokens: int) -> None:
+        """Make room for `groups` prompts of `prompt_length` tokens and `rows` completions of `max_tokens`."""
+        self.prefix_keys = self._enlarged(self.prefix_keys, groups, prompt_length)
+        self.prefix_values = self._enlarged(self.prefix_values, groups, prompt_length)
+        self.suffix_keys = self._enlarged(self.suffix_keys, rows, max_tokens)
+        self.suffix_values = self._enlarged(self.suffix_values, rows, max_tokens)
+
+    def _allocate(self, slots: int, length: int) -> list[Tensor]:
+        shape = (slots, self._heads, length, self._width)
+        # zeros, not empty: a masked NaN from uninitialised memory would still poison a weighted sum
+        return [torch.zeros(shape, dtype=self._dtype, device=self._device) for _ in range(self._layers)]
+
+    def _enlarged(self, old: list[Tensor], slots: int, length: int) -> list[Tensor]:
+        old_slots, _, old_length, _ = old[0].shape
+        if slots <= old_slots and length <= old_length:
+            return old
+        # slots grow by half at least, so that a queue that trickles in does not copy the cache each time
+        slots = max(slots, old_slots + old_slots // 2) if slots > old_slots else old_slots
+        fresh = self._allocate(slots, max(length, old_length))
+        for target, source in zip(fresh, old, strict=True):
+            target[:old_slots, :, :old_length] = source
+        return fresh
+
+    def move_group(self, source: int, target: int) -> None:
+        """Put the prefix of slot `source` into slot `target`."""
+        for cache in (*self.prefix_keys, *self.prefix_values):
+            cache[target] = cache[source]
+
+    def move_row(self, source: int, target: int, length: int) -> None:
+        """Put the first `length` suffix tokens of row `source` into row `target`."""
+        for cache in (*self.suffix_keys, *self.suffix_values):
+            cache[target, :, :length] = cache[source, :, :length]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillLayout:
+    """Prompts packed in one row: attends like `PackedLayout` and keeps keys and values in the cache."""
+
+    packed: PackedLayout
+    cache: KVCache
+    first_group: int
+    """Slot of the first prompt of the row; the others follow."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """See `rlmed.models.attention.AttentionLayout.attend`."""
+        groups, length = self.packed.prompt_tokens.shape
+        slots = slice(self.first_group, self.first_group + groups)
+        for cache, fresh in ((self.cache.prefix_keys, key), (self.cache.prefix_values, value)):
+            cache[layer][slots, :, :length] = fresh[self.packed.prompt_tokens].transpose(1, 2)
+        return self.packed.attend(layer, query, key, value, scale)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeLayout:
+    """One new token for each of R live completions of B live groups."""
+
+    cache: KVCache
+    rows_of_group: Tensor
+    """int64 [B, M], padded with row 0."""
+    position_of_row: Tensor
+    """int64 [R]: index of each row in the flattened [B, M]."""
+    prefix_mask: Tensor
+    """[B, 1, 1, P]: 0 or -inf."""
+    suffix_lengths: Tensor
+    """int64 [R]: tokens of each row already in the cache; the new one is written behind them."""
+    suffix_mask: Tensor
+    """[R, 1, 1, T]: 0 or -inf."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """See `rlmed.models.attention.AttentionLayout.attend`."""
+        groups, prefix_length = self.prefix_mask.shape[0], self.prefix_mask.shape[3]
+        rows, suffix_length = self.suffix_mask.shape[0], self.suffix_mask.shape[3]
+        suffix_keys, suffix_values = self.cache.suffix_keys[layer], self.cache.suffix_values[layer]
+        row_ids = torch.arange(rows, device=query.device)
+        suffix_keys[row_ids, :, self.suffix_lengths] = key
+        suffix_values[row_ids, :, self.suffix_lengths] = value
+        return decode_attention(
+            query,
+            self.cache.prefix_keys[layer][:groups, :, :prefix_length],
+            self.cache.prefix_values[layer][:groups, :, :prefix_length],
+            self.prefix_mask,
+            suffix_keys[:rows, :, :suffix_length],
+            suffix_values[:rows, :, :suffix_length],
+            self.suffix_mask,
+            self.rows_of_group,
+            self.position_of_row,
+            scale,
+        )

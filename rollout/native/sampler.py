@@ -1,0 +1,101 @@
+"""Drawing the next token: temperature, top-k, top-p, and a random stream per completion that depends on nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlmed.core.types import SamplingParams
+
+_GOLDEN = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
+_MIX_1 = -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
+_MIX_2 = -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical shift of int64 values taken as unsigned."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def mix64(x: Tensor) -> Tensor:
+    """The splitmix64 finalizer (Steele, Lea and Flood, OOPSLA 2014) on int64 values, wrapping."""
+    x = x + _GOLDEN
+    x = (x ^ _shift_right(x, 30)) * _MIX_1
+    x = (x ^ _shift_right(x, 27)) * _MIX_2
+    return x ^ _shift_right(x, 31)
+
+
+def completion_seeds(seed: int, group_size: int) -> Tensor:
+    """int64 [group_size]: the random stream of each completion of a group."""
+    return mix64(mix64(torch.tensor(seed, dtype=torch.int64)) + torch.arange(group_size))
+
+
+def uniforms(seeds: Tensor, steps: Tensor) -> Tensor:
+    """float64 in [0, 1): one number for each (stream, token index), both int64 [R]."""
+    return _shift_right(mix64(seeds ^ mix64(steps)), 11).to(torch.float64) * 2.0**-53
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSampling:
+    """Sampling settings of the rows of a batch as tensors; built when the rows change, not at every token."""
+
+    temperature: Tensor
+    """float32 [R, 1]; 1 where greedy."""
+    greedy: Tensor
+    """bool [R]."""
+    top_k: Tensor | None
+    """int64 [R, 1]; None when every row has it off."""
+    top_p: Tensor | None
+    """float32 [R, 1]; None when every row has it off."""
+    seeds: Tensor
+    """int64 [R]."""
+
+    @classmethod
+    def build(
+        cls, params: Sequence[SamplingParams], seeds: Sequence[int], vocabulary: int, device: torch.device
+    ) -> BatchSampling:
+        """Collect the settings of each row."""
+        top_k = [entry.top_k or vocabulary for entry in params]
+        top_p = [entry.top_p for entry in params]
+        return cls(
+            temperature=torch.tensor([[1.0 if entry.greedy else entry.temperature] for entry in params], device=device),
+            greedy=torch.tensor([entry.greedy for entry in params], device=device),
+            top_k=torch.tensor(top_k, device=device).unsqueeze(1) if min(top_k) < vocabulary else None,
+            top_p=torch.tensor(top_p, device=device).unsqueeze(1) if min(top_p) < 1 else None,
+            seeds=torch.tensor(seeds, dtype=torch.int64, device=device),
+        )
+
+    def sample(self, logits: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw one token a row.
+
+        Args:
+            logits: float32 [R, V]; -inf where a token cannot be sampled.
+            steps: int64 [R], index of the token in its completion.
+
+        Returns:
+            int64 [R] tokens and float32 [R] log-probabilities under the distribution that they were drawn from (for a
+            greedy row: under the distribution at temperature 1).
+        """
+        logprobs = self._filter(logits / self.temperature).log_softmax(dim=1)
+        # float64: in float32 the cumulative sum over 150,000 tokens would lose the rare ones
+        cumulative = logprobs.exp().double().cumsum(dim=1)
+        threshold = uniforms(self.seeds, steps).unsqueeze(1) * cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
+        tokens = torch.where(self.greedy, logprobs.argmax(dim=1), tokens)
+        return tokens, logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
+
+    def _filter(self, logits: Tensor) -> Tensor:
+        """Top-k, then top-p on what is left, as transformers and vLLM do."""
+        if self.top_k is None and self.top_p is None:
+            return logits
+        values, order = logits.sort(dim=1, descending=True)
+        dropped = torch.zeros_like(values, dtype=torch.bool)
+        if self.top_k is not None:
+            dropped |= torch.arange(values.shape[1], device=values.device) >= self.top_k
+        if self.top_p is not None:
+            probs = values.masked_fill(dropped, float("-inf")).softmax(dim=1)
+            dropped |= probs.cumsum(dim=1) - probs >= self.top_p  # the token that crosses the mass stays
+        return torch.empty_like(logits).scatter_(1, order, values.masked_fill(dropped, float("-inf")))

@@ -1,0 +1,68 @@
+"""Which requests run: whole groups are admitted in order while slots are free."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from rlmed.core.types import RolloutRequest
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """Sizes that bound the engine's memory."""
+
+    max_completions: int = 64
+    """Completions sampled at the same time."""
+    max_prompt_tokens: int = 1024
+    """Longest prompt accepted."""
+    prefill_tokens: int = 8192
+    """Prompt tokens computed in one forward pass (at least one prompt always is)."""
+
+
+class Scheduler:
+    """A queue of requests; groups start when all their completions fit."""
+
+    def __init__(self, limits: EngineLimits) -> None:
+        """Start with an empty queue."""
+        self.limits = limits
+        self._waiting: deque[RolloutRequest] = deque()
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def submit(self, request: RolloutRequest) -> None:
+        """Queue a request.
+
+        Raises:
+            ValueError: when it could never run.
+        """
+        length, limits = len(request.prompt.token_ids), self.limits
+        if request.group_size > limits.max_completions:
+            raise ValueError(
+                f"group_size {request.group_size} exceeds rollout.max_completions {limits.max_completions}: raise the latter"
+            )
+        if not 0 < length <= limits.max_prompt_tokens:
+            raise ValueError(
+                f"prompt {request.prompt.example.id!r} has {length} tokens, the engine takes 1 to {limits.max_prompt_tokens}: "
+                "raise data.max_prompt_tokens"
+            )
+        if request.sampling.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {request.sampling.max_tokens}")
+        self._waiting.append(request)
+
+    def admit(self, free_rows: int) -> list[RolloutRequest]:
+        """Take the requests that start now, first come first served.
+
+        A long queue is not overtaken by small groups: order of completion already favours short ones.
+        """
+        admitted: list[RolloutRequest] = []
+        tokens = 0
+        while self._waiting:
+            request = self._waiting[0]
+            tokens += len(request.prompt.token_ids)
+            if request.group_size > free_rows or (admitted and tokens > self.limits.prefill_tokens):
+                break
+            admitted.append(self._waiting.popleft())
+            free_rows -= request.group_size
+        return admitted

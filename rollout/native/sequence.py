@@ -1,0 +1,60 @@
+"""What the engine knows of a completion that is being sampled, and of its group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+from rlmed.core.types import Completion, FinishReason, RolloutGroup, RolloutRequest
+
+
+@dataclass(slots=True)
+class Sequence:
+    """One completion in the making."""
+
+    group: SequenceGroup
+    seed: int
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    min_version: int = 0
+    max_version: int = 0
+    text: str = ""
+
+
+@dataclass(slots=True)
+class SequenceGroup:
+    """A request with its sequences and the positions of its prompt."""
+
+    request: RolloutRequest
+    positions: Tensor
+    """int64 [R, P] rotary positions of the prompt."""
+    sequences: list[Sequence] = field(default_factory=list)
+
+    @property
+    def next_position(self) -> int:
+        """Position of the first completion token."""
+        return int(self.positions.max()) + 1
+
+    @property
+    def finished(self) -> bool:
+        """True when every completion has ended."""
+        return all(sequence.finish_reason is not None for sequence in self.sequences)
+
+    def to_rollout(self) -> RolloutGroup:
+        """The finished group as a frozen record."""
+        return RolloutGroup(self.request, tuple(_to_completion(sequence) for sequence in self.sequences))
+
+
+def _to_completion(sequence: Sequence) -> Completion:
+    assert sequence.finish_reason is not None
+    return Completion(
+        token_ids=np.asarray(sequence.token_ids, dtype=np.int64),
+        rollout_logprobs=np.asarray(sequence.logprobs, dtype=np.float32),
+        text=sequence.text,
+        finish_reason=sequence.finish_reason,
+        min_version=sequence.min_version,
+        max_version=sequence.max_version,
+    )
