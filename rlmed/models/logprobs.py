@@ -17,7 +17,10 @@ def chunk_rows(vocabulary: int) -> int:
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
-    """Projection, log-softmax and pick, chunk by chunk; the backward pass computes each chunk's logits again."""
+    """Projection, log-softmax and pick, chunk by chunk; the backward pass computes each chunk's softmax again.
+
+    Where everything fits in one chunk, its softmax is kept instead: the memory is bounded all the same.
+    """
 
     @staticmethod
     def forward(
@@ -25,26 +28,29 @@ class _ChunkedLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         entropy = torch.empty_like(logprobs)
-        for rows in _chunks(len(targets), len(weight)):
+        chunks = _chunks(len(targets), len(weight))
+        for rows in chunks:
             log_softmax = _log_softmax(hidden[rows], weight, temperature, banned)
             logprobs[rows] = log_softmax.gather(1, targets[rows, None]).squeeze(1)
-            entropy[rows] = -torch.special.xlogy(probs := log_softmax.exp(), probs).sum(dim=1)
-        ctx.save_for_backward(hidden, weight, targets, banned)
+            softmax = log_softmax.exp()
+            # 0 * -inf of the banned tokens is 0 here
+            entropy[rows] = -(softmax * log_softmax.clamp_(min=-1e4)).sum(dim=1)
+        kept = softmax if len(chunks) == 1 and ctx.needs_input_grad[0] else hidden.new_empty(0)
+        ctx.save_for_backward(hidden, weight, targets, banned, kept)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, grad_logprobs: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, banned = ctx.saved_tensors
+        hidden, weight, targets, banned, kept = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for rows in _chunks(len(targets), len(weight)):
+            softmax = kept if kept.numel() else _log_softmax(hidden[rows], weight, ctx.temperature, banned).exp_()
             # d logprob / d logit = (one-hot - softmax) / temperature
-            grad = _log_softmax(hidden[rows], weight, ctx.temperature, banned).exp_().neg_()
-            grad.scatter_add_(1, targets[rows, None], torch.ones_like(grad[:, :1]))
-            grad.mul_(grad_logprobs[rows, None] / ctx.temperature)
-            grad = grad.to(weight.dtype)
+            scale = grad_logprobs[rows, None] / ctx.temperature
+            grad = (softmax * -scale).scatter_add_(1, targets[rows, None], scale).to(weight.dtype)
             grad_hidden[rows] = grad @ weight
             grad_weight += grad.T @ hidden[rows]
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -66,6 +66,11 @@ class Policy:
         config = self.model.config.get_text_config()
         width = config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
         return config.num_hidden_layers, config.num_key_value_heads, width
+
+    def freeze(self, parts: Collection[str]) -> None:
+        """Exclude the named parts (see `rlmed.models.families.PARTS`) from training, and include all others."""
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self.family.part_of(name) not in parts)
 
     def image_inputs(self, prompt: Prompt) -> dict[str, Tensor]:
         """A prompt's image tensors on the policy's device; empty for text."""

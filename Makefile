@@ -1,0 +1,38 @@
+# make demo: install and run the embedded experiment. make test: install and run all tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint types check tiny-base clean
+
+demo: $(INSTALLED)
+	$(BIN)/python -m rlmed.launch +experiment=medvqa_600
+
+test: $(INSTALLED)
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+check: lint types test
+
+# Rebuilds the model in rlmed/assets/tiny_base from nothing; at most 90 minutes on two cores.
+tiny-base: $(INSTALLED)
+	$(BIN)/python -m rlmed.tiny_base
+
+# torch first and by its exact version, so that a machine without a GPU can be given a CPU build of it.
+$(INSTALLED): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "rlmed needs Python 3.11 or newer; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.lock)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[dev]'
+	touch $(INSTALLED)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,78 @@
+"""Estimates of a KL divergence from the log-probabilities of sampled tokens.
+
+For tokens drawn from the policy p, with log-ratio d = ref_logprobs - logprobs, KL(p || ref) is the mean of any of
+
+    k1 = -d                  unbiased, high variance, can be negative
+    k2 = d**2 / 2            biased, low variance
+    k3 = exp(d) - 1 - d      unbiased, low variance, never negative
+
+(J. Schulman, "Approximating KL Divergence", 2020, http://joschu.net/blog/kl-approx.html.)
+
+As *penalties* they differ more than as estimates, because a loss differentiates the tokens' log-probabilities and not
+the distribution that they were drawn from. On tokens of the current policy the expected gradient of k1 is zero (it
+penalises nothing), that of k2 is the gradient of KL(p || ref), and that of k3 is the gradient of the other direction,
+KL(ref || p). GRPO (arXiv 2402.03300) uses k3.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+KLEstimator = Literal["k1", "k2", "k3", "none"]
+
+MAX_LOG_RATIO = 20.0
+"""Upper bound of d in k3. exp(d) is infinite in float32 from d = 88.8 on, and one such token would make the whole step
+not finite. exp(20) = 4.9e8 is beyond any penalty that training recovers from, so the bound changes no healthy run.
+Above it the gradient is 0. No lower bound is needed: exp(d) only goes to 0, and k3 to -1 - d."""
+
+
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator) -> Tensor:
+    """KL(policy || reference) per token, by the formula `estimator` of the module docstring.
+
+    Args:
+        logprobs: float32 [N] of the policy; gradients flow to it.
+        ref_logprobs: float32 [N] of the frozen reference.
+        estimator: "k1", "k2", "k3", or "none" for zeros.
+
+    Returns:
+        float32 [N]. NaN where an input is NaN.
+
+    Raises:
+        ValueError: unknown estimator.
+    """
+    if estimator == "k1":
+        return logprobs - ref_logprobs
+    if estimator == "k2":
+        return 0.5 * (logprobs - ref_logprobs).square()
+    if estimator == "k3":
+        return _k3(ref_logprobs - logprobs)
+    if estimator == "none":
+        return torch.zeros_like(logprobs)
+    raise ValueError(f"kl_estimator {estimator!r} is unknown: use one of {', '.join(get_args(KLEstimator))}")
+
+
+def mismatch_kl(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """KL(rollout engine || learner) per token by k3, for monitoring: how far the sampling engine is from the learner.
+
+    Both are log-probabilities of the same weights, so any value well above rounding (1e-6 and less in float32, about
+    1e-3 in bfloat16) is a defect of one of the two, or a policy version that was not applied.
+
+    Args:
+        old_logprobs: float32 [N], recomputed by the learner before the step.
+        rollout_logprobs: float32 [N], as returned by the engine with the tokens.
+        mask: bool [N], True where a token counts.
+
+    Returns:
+        float32 [N] without gradient, 0 where `mask` is False: the mean is `.sum() / mask.sum()`.
+    """
+    log_ratio = (old_logprobs - rollout_logprobs).detach()
+    return torch.where(mask, _k3(log_ratio), torch.zeros_like(log_ratio))
+
+
+def _k3(log_ratio: Tensor) -> Tensor:
+    """exp(d) - 1 - d with d bounded; expm1 because near d = 0 the plain form loses all its digits in float32."""
+    bounded = log_ratio.clamp(max=MAX_LOG_RATIO)
+    return torch.expm1(bounded) - bounded

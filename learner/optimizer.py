@@ -1,0 +1,131 @@
+"""AdamW on float32 master weights, whatever the policy's dtype, with a learning-rate schedule.
+
+In bfloat16 a weight has 8 significant bits, so an update of 1e-6 would vanish. The optimizer therefore keeps float32
+copies of half-precision parameters, accumulates their gradients in float32, and rounds back after each step. A float32
+parameter is its own master: nothing is copied.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlmed.core.config import LearnerConfig
+
+
+def lr_factor(step: int, total: int, warmup: int, schedule: str) -> float:
+    """Factor on the peak learning rate at optimizer step `step` (from 0) of `total`.
+
+    Rises linearly over `warmup` steps, then stays ("constant"), or falls to 0 at `total` along a line or half a cosine.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    if schedule == "constant":
+        return 1.0
+    done = min(1.0, (step - warmup) / max(1, total - warmup))
+    return 1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """A trained parameter and its float32 master, the same tensor for float32 policies."""
+
+    name: str
+    parameter: Tensor
+    master: Tensor
+
+
+class Optimizer:
+    """Gradient accumulation, clipping, AdamW (arXiv 1711.05101), schedule."""
+
+    def __init__(self, named_parameters: Iterable[tuple[str, Tensor]], config: LearnerConfig, total_steps: int) -> None:
+        """Train the parameters that require gradients; `total_steps` is the length of the schedule."""
+        self._config, self._total_steps = config, total_steps
+        self._pairs = [
+            _Pair(name, parameter, _master(parameter)) for name, parameter in named_parameters if parameter.requires_grad
+        ]
+        if not self._pairs:
+            raise ValueError("no parameter requires gradients: learner.freeze leaves nothing to train")
+        self.steps_taken = 0
+        self._adamw = torch.optim.AdamW(
+            [pair.master for pair in self._pairs],
+            lr=config.lr,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next step."""
+        factor = lr_factor(self.steps_taken, self._total_steps, self._config.warmup_steps, self._config.lr_schedule)
+        return self._config.lr * factor
+
+    def accumulate(self) -> None:
+        """Move the gradients of a backward pass into the float32 accumulators; call after each micro-batch."""
+        for pair in self._pairs:
+            if pair.master is pair.parameter or pair.parameter.grad is None:
+                continue
+            gradient = pair.parameter.grad.float()
+            pair.master.grad = gradient if pair.master.grad is None else pair.master.grad.add_(gradient)
+            pair.parameter.grad = None
+
+    def step(self) -> float:
+        """Clip the accumulated gradient by its norm, update, and clear it.
+
+        Returns:
+            The gradient's norm before clipping. When it is not finite, nothing was updated.
+        """
+        masters = [pair.master for pair in self._pairs if pair.master.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(masters, self._config.max_grad_norm) if masters else torch.zeros(())
+        if torch.isfinite(norm):
+            for group in self._adamw.param_groups:
+                group["lr"] = self.lr
+            self._adamw.step()
+            self._write_back()
+            self.steps_taken += 1
+        self._adamw.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def drop_gradients(self) -> None:
+        """Forget what has been accumulated."""
+        self._adamw.zero_grad(set_to_none=True)
+        for pair in self._pairs:
+            pair.parameter.grad = None
+
+    def state_dict(self) -> dict[str, object]:
+        """Everything but the policy's own parameters."""
+        masters = {pair.name: pair.master for pair in self._pairs if pair.master is not pair.parameter}
+        return {"adamw": self._adamw.state_dict(), "steps_taken": self.steps_taken, "masters": masters}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Go on from `state_dict()`; the policy's parameters are loaded by the caller.
+
+        Raises:
+            ValueError: when the state belongs to other parameters.
+        """
+        masters = state["masters"]
+        assert isinstance(masters, dict)
+        own = {pair.name for pair in self._pairs if pair.master is not pair.parameter}
+        if own != set(masters):
+            raise ValueError("the optimizer's state holds other parameters: resume with the same model.dtype and learner.freeze")
+        with torch.no_grad():
+            for pair in self._pairs:
+                if pair.name in masters:
+                    pair.master.copy_(masters[pair.name])
+        self._adamw.load_state_dict(state["adamw"])  # type: ignore[arg-type]
+        self.steps_taken = int(state["steps_taken"])  # type: ignore[call-overload]
+
+    @torch.no_grad()
+    def _write_back(self) -> None:
+        for pair in self._pairs:
+            if pair.master is not pair.parameter:
+                pair.parameter.copy_(pair.master)
+
+
+def _master(parameter: Tensor) -> Tensor:
+    return parameter if parameter.dtype == torch.float32 else parameter.detach().float()

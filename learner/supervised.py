@@ -1,0 +1,77 @@
+"""Supervised fine-tuning on written completions, with the packing, attention and optimizer of the RL learner."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from learner.learner import OPTIMIZER_FILE
+from learner.optimizer import Optimizer
+from learner.packing import PackItem, TrainSequence, pack, packed_logprobs, split_by_tokens
+from rlmed.core.config import LearnerConfig
+from rlmed.core.types import Completion, IntArray, Prompt
+from rlmed.models.policy import Policy
+
+
+def written_item(prompt: Prompt, token_ids: IntArray) -> PackItem:
+    """A prompt with the completion to imitate, its end token included."""
+    blank = np.zeros(len(token_ids), dtype=np.float32)
+    return PackItem(prompt, (TrainSequence(Completion(token_ids, blank, "", "stop"), advantage=1.0),))
+
+
+class SupervisedLearner:
+    """Raises the likelihood of written completions: the mean over all their tokens of -log p.
+
+    Example:
+        >>> learner = SupervisedLearner(policy, LearnerConfig(lr=1e-5), total_steps=75)     # doctest: +SKIP
+        >>> learner.step([written_item(prompt, token_ids)])["loss"]                         # doctest: +SKIP
+        1.31
+    """
+
+    def __init__(self, policy: Policy, config: LearnerConfig, *, total_steps: int) -> None:
+        """Train `policy` in place; `learner.freeze` keeps parts as they are."""
+        self.policy, self._config = policy, config
+        policy.freeze(config.freeze)
+        if config.gradient_checkpointing:
+            policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.optimizer = Optimizer(policy.model.named_parameters(), config, total_steps)
+        self.skipped_steps = 0
+
+    def step(self, items: Sequence[PackItem]) -> dict[str, float]:
+        """One optimizer step on a batch."""
+        tokens = sum(len(entry.completion.token_ids) for item in items for entry in item.sequences)
+        total, right, lr = 0.0, 0.0, self.optimizer.lr
+        self.policy.model.train(self._config.gradient_checkpointing)
+        for part in split_by_tokens(items, self._config.token_budget):
+            logprobs, _ = packed_logprobs(self.policy, pack(part, self.policy), temperature=1.0)
+            loss = -logprobs.sum() / tokens
+            loss.backward()
+            self.optimizer.accumulate()
+            total += float(loss.detach())
+            right += float((logprobs.detach() > math.log(0.5)).sum())
+        self.policy.model.eval()
+        norm = self.optimizer.step() if math.isfinite(total) else math.nan
+        if not math.isfinite(norm):
+            self.optimizer.drop_gradients()
+            self.skipped_steps += 1
+        return {
+            "loss": total,
+            "tokens_above_half": right / tokens,
+            "grad_norm": norm,
+            "lr": lr,
+            "tokens": float(tokens),
+            "skipped_steps": float(self.skipped_steps),
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write the model as a Hugging Face folder, and the optimizer's state beside it."""
+        self.policy.model.save_pretrained(folder)
+        torch.save(self.optimizer.state_dict(), folder / OPTIMIZER_FILE)
+
+    def load(self, folder: Path) -> None:
+        """Go on from what `save` wrote; the policy must have been loaded from the same folder."""
+        self.optimizer.load_state_dict(torch.load(folder / OPTIMIZER_FILE, weights_only=True))

@@ -1,0 +1,80 @@
+"""`python -m rlmed.ask image.png "question" --options a b c d --model DIR`: one answer with its reasoning."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from rewards.parsing import evaluated_letter
+from rlmed.core.types import LETTERS, Example, RolloutRequest, SamplingParams
+from rlmed.data.prompts import PromptRenderer, load_processor
+from rlmed.models.policy import load_policy
+from rlmed.setup import model_folder
+from rollout.native.engine import NativeEngine
+
+_REASONING = re.compile(r"<think>(.*?)</think>", re.DOTALL)
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m rlmed.ask", description="Ask a model about one image.")
+    parser.add_argument("image", type=Path, help="PNG, JPEG or any other picture file")
+    parser.add_argument("question")
+    parser.add_argument("--options", nargs="+", required=True, metavar="TEXT", help="2 to 10 answers to choose from")
+    parser.add_argument("--model", default="embedded:tiny_base", help="model folder, for example a checkpoint of a run")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the most likely tokens")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling, with a temperature above 0")
+    parser.add_argument("--max-tokens", type=int, default=512)
+    return parser.parse_args(arguments)
+
+
+def ask(arguments: argparse.Namespace) -> str:
+    """The completion of the model for one question.
+
+    Raises:
+        ValueError: for a number of options other than 2 to 10, options that repeat, or an image or model that cannot be read.
+    """
+    options = tuple(arguments.options)
+    if not 2 <= len(options) <= len(LETTERS) or len(set(options)) < len(options):
+        raise ValueError(f"--options needs 2 to {len(LETTERS)} different texts, got {len(options)}: {', '.join(options)}")
+    folder = model_folder(arguments.model)
+    renderer = PromptRenderer(*load_processor(folder), max_prompt_tokens=4096)
+    example = Example(id="question", image=arguments.image, question=arguments.question, options=options, answer=0)
+    prompt = renderer.render(example)
+    sampling = SamplingParams(arguments.temperature, max_tokens=arguments.max_tokens, seed=arguments.seed)
+    engine = NativeEngine(load_policy(folder), renderer.decode)
+    engine.submit(RolloutRequest(index=0, prompt=prompt, group_size=1, sampling=sampling))
+    groups = []
+    while engine.busy:
+        groups += engine.step()
+    return groups[0].completions[0].text
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print reasoning and answer; errors end with one line and exit status 2."""
+    parsed = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    try:
+        completion = ask(parsed)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from error
+    console = Console(highlight=False)
+    reasoning = _REASONING.search(completion)
+    letter = evaluated_letter(completion)
+    console.print(Text.assemble(("reasoning  ", "bold"), reasoning[1].strip() if reasoning else "(none)"))
+    if letter is not None and letter in LETTERS[: len(parsed.options)]:
+        answer = f"{letter}) {parsed.options[LETTERS.index(letter)]}"
+    else:
+        answer = f"(no option; the model wrote: {completion!r})"
+    console.print(Text.assemble(("answer     ", "bold"), answer))
+    console.print(Text("For research only, not for clinical use.", style="dim"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""The loop, the same for every deployment: admit prompts, consume groups as they finish, learn, push weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from learner.advantages import group_advantages
+from rlmed.core.config import AlgoConfig
+from rlmed.core.protocols import Learner, RolloutPool
+from rlmed.core.tracing import Tracer
+from rlmed.core.types import RolloutGroup, RolloutRequest, ScoredGroup, TrainGroup
+
+
+class RequestStream(Protocol):
+    """An endless stream of requests, a pure function of the index, so that a run resumes from a number alone."""
+
+    def request(self, index: int) -> RolloutRequest:
+        """The request at `index`."""
+        ...
+
+
+@dataclass(slots=True)
+class LoopState:
+    """Where the loop is between two steps; saved in every checkpoint."""
+
+    step: int = 0
+    """Batches learnt from."""
+    cursor: int = 0
+    """Index of the next request of the stream."""
+    pending: list[int] = field(default_factory=list)
+    """Indices admitted and not consumed; they are asked for again after a resume."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one trip around the loop did."""
+
+    step: int
+    groups: tuple[TrainGroup, ...]
+    """Learnt from."""
+    discarded: tuple[ScoredGroup, ...]
+    """Without spread of reward, replaced by other groups."""
+    metrics: dict[str, float]
+
+
+def train(
+    pool: RolloutPool,
+    learner: Learner,
+    stream: RequestStream,
+    score: Callable[[RolloutGroup], ScoredGroup],
+    *,
+    algo: AlgoConfig,
+    steps: int,
+    state: LoopState,
+    tracer: Tracer,
+    after_step: Callable[[StepResult], None],
+) -> None:
+    """Run until `state.step` is `steps`; `after_step` records, evaluates and saves."""
+    for index in state.pending:
+        pool.submit(stream.request(index))
+    while state.step < steps:
+        batch: list[TrainGroup] = []
+        discarded: list[ScoredGroup] = []
+        with tracer.span("rollout", step=state.step + 1):
+            while len(batch) < algo.groups_per_step and len(discarded) <= algo.max_refills * algo.groups_per_step:
+                # every group admitted now is consumed at most `max_staleness` steps from here
+                while pool.in_flight + len(batch) < algo.groups_per_step * (1 + algo.max_staleness):
+                    pool.submit(stream.request(state.cursor))
+                    state.pending.append(state.cursor)
+                    state.cursor += 1
+                group = pool.collect()
+                state.pending.remove(group.request.index)
+                scored = score(group)
+                if algo.dynamic_sampling and not has_spread(scored):
+                    discarded.append(scored)
+                else:
+                    batch.append(to_train_group(scored, algo.advantage))
+        metrics = _rollout_metrics(batch, discarded, learner.policy_version)
+        if batch:
+            with tracer.span("learn", step=state.step + 1):
+                metrics |= learner.step(batch)
+            with tracer.span("push_weights", step=state.step + 1):
+                learner.push_weights(pool)
+        state.step += 1
+        metrics["policy_version"] = float(learner.policy_version)
+        after_step(StepResult(state.step, tuple(batch), tuple(discarded), metrics))
+
+
+def has_spread(scored: ScoredGroup) -> bool:
+    """False when all rewards of a group are equal: every advantage would be zero."""
+    return float(np.ptp(scored.rewards)) > 1e-6
+
+
+def to_train_group(scored: ScoredGroup, advantage: str) -> TrainGroup:
+    """Add the group-relative advantages."""
+    return TrainGroup(scored, group_advantages(torch.from_numpy(scored.rewards), advantage).numpy())
+
+
+def _rollout_metrics(batch: list[TrainGroup], discarded: list[ScoredGroup], version: int) -> dict[str, float]:
+    """Means over all completions that were sampled for a step, the discarded ones included."""
+    groups = [group.scored for group in batch] + discarded
+    completions = [completion for group in groups for completion in group.rollout.completions]
+    metrics = {"reward/mean": float(np.concatenate([group.rewards for group in groups]).mean())}
+    for name in groups[0].reward_parts:
+        metrics[f"reward/{name}"] = float(np.concatenate([group.reward_parts[name] for group in groups]).mean())
+    lengths = [len(completion.token_ids) for completion in completions]
+    return metrics | {
+        "completion/length": float(np.mean(lengths)),
+        "completion/truncated": float(np.mean([entry.finish_reason == "length" for entry in completions])),
+        "completion/tokens": float(sum(lengths)),
+        "groups/learnt": float(len(batch)),
+        "groups/no_spread": float(np.mean([not has_spread(group) for group in groups])),
+        "staleness": float(max((version - group.rollout.min_version for group in batch), default=0)),
+    }

@@ -1,0 +1,336 @@
+"""The configuration as typed records, validated once at the edge. Hydra composes a mapping; `build_config` checks it.
+
+Each part of the program receives its own sub-config only. What a key means is said above it in `conf/`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, Union, get_args, get_origin
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A key or value that cannot be; the message names the key and the cure."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _require_one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    _require(value in allowed, f"{key}={value!r} is not possible: choose one of {', '.join(allowed)}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model, and how it is held."""
+
+    path: str
+    dtype: str = "auto"
+    device: str = "auto"
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+
+    def __post_init__(self) -> None:
+        _require_one_of("model.dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        pixels = (self.min_pixels or 0, self.max_pixels or 2**62)
+        _require(pixels[0] <= pixels[1], f"model.min_pixels={pixels[0]} exceeds model.max_pixels={pixels[1]}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where questions come from and how they become prompts."""
+
+    source: str = "jsonl"
+    train: str | None = None
+    eval: tuple[str, ...] = ()
+    phantom_seed: int = 0
+    phantom_folder: str | None = None
+    max_prompt_tokens: int = 1024
+    shuffle_options: bool = False
+    on_bad_row: str = "skip"
+    limit: int | None = None
+    download: str | None = None
+
+    def __post_init__(self) -> None:
+        _require_one_of("data.source", self.source, ("jsonl", "phantom"))
+        _require_one_of("data.on_bad_row", self.on_bad_row, ("skip", "error"))
+        _require(self.max_prompt_tokens > 0, f"data.max_prompt_tokens={self.max_prompt_tokens} must be positive")
+        _require(self.limit is None or self.limit > 0, f"data.limit={self.limit} must be positive or null")
+
+
+@dataclass(frozen=True)
+class AlgoConfig:
+    """The policy-gradient algorithm as settings; docs/papers.md gives the source of each.
+
+    The keys of the loss are checked where they are used, by `learner.losses.PolicyLossConfig`, before anything is loaded.
+    """
+
+    group_size: int = 4
+    groups_per_step: int = 4
+    advantage: str = "grpo"
+    ratio_level: str = "token"
+    clip: str = "ppo"
+    clip_ratio_low: float = 0.2
+    clip_ratio_high: float = 0.2
+    dual_clip: float = 3.0
+    kl_coef: float = 0.04
+    kl_estimator: str = "k3"
+    aggregation: str = "sequence_mean"
+    old_logprobs: str = "learner"
+    importance_cap: float | None = None
+    dynamic_sampling: bool = False
+    max_refills: int = 4
+    mask_truncated: bool = False
+    max_staleness: int = 0
+
+    def __post_init__(self) -> None:
+        _require_one_of("algo.advantage", self.advantage, ("grpo", "dr_grpo", "rloo"))
+        _require_one_of("algo.old_logprobs", self.old_logprobs, ("learner", "rollout"))
+        _require(
+            self.group_size >= 2,
+            f"algo.group_size={self.group_size} is not possible with the group-relative advantage {self.advantage!r}: "
+            "a completion is compared with the others of its group, so set algo.group_size to 2 or more",
+        )
+        _require(self.groups_per_step >= 1, f"algo.groups_per_step={self.groups_per_step} must be at least 1")
+        _require(self.max_staleness >= 0, f"algo.max_staleness={self.max_staleness} must not be negative")
+        _require(self.max_refills >= 0, f"algo.max_refills={self.max_refills} must not be negative")
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """What a completion is rewarded for."""
+
+    weights: Mapping[str, float] = field(default_factory=lambda: {"format": 1.0, "choice": 1.0})
+    extra: tuple[str, ...] = ()
+    timeout_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        _require(bool(self.weights) or bool(self.extra), "reward.weights is empty: name at least one reward")
+        _require(self.timeout_s > 0, f"reward.timeout_s={self.timeout_s} must be positive")
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How completions are sampled while training."""
+
+    engine: str = "native"
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int = 512
+    stop: tuple[str, ...] = ()
+    max_completions: int = 64
+    prefill_tokens: int = 8192
+
+    def __post_init__(self) -> None:
+        _require_one_of("rollout.engine", self.engine, ("native",))
+        _require(
+            self.temperature > 0,
+            f"rollout.temperature={self.temperature} is not possible in training: greedy completions of a group are all "
+            "the same, and their advantages zero",
+        )
+        _require(0 < self.top_p <= 1, f"rollout.top_p={self.top_p} must be in (0, 1]")
+        _require(self.top_k >= 0, f"rollout.top_k={self.top_k} must be 0 (off) or positive")
+        _require(self.max_tokens >= 1, f"rollout.max_tokens={self.max_tokens} must be at least 1")
+        _require(self.max_completions >= 1, f"rollout.max_completions={self.max_completions} must be at least 1")
+        _require(self.prefill_tokens >= 1, f"rollout.prefill_tokens={self.prefill_tokens} must be at least 1")
+
+
+@dataclass(frozen=True)
+class LearnerConfig:
+    """How the policy is updated."""
+
+    lr: float = 1e-6
+    lr_schedule: str = "linear"
+    warmup_steps: int = 0
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    token_budget: int = 16384
+    epochs: int = 1
+    mini_batches: int = 1
+    gradient_checkpointing: bool = False
+    freeze: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _require_one_of("learner.lr_schedule", self.lr_schedule, ("constant", "linear", "cosine"))
+        _require(self.lr > 0, f"learner.lr={self.lr} must be positive")
+        _require(self.warmup_steps >= 0, f"learner.warmup_steps={self.warmup_steps} must not be negative")
+        _require(self.max_grad_norm > 0, f"learner.max_grad_norm={self.max_grad_norm} must be positive")
+        _require(self.token_budget >= 1, f"learner.token_budget={self.token_budget} must be at least 1")
+        _require(self.epochs >= 1, f"learner.epochs={self.epochs} must be at least 1")
+        _require(self.mini_batches >= 1, f"learner.mini_batches={self.mini_batches} must be at least 1")
+        for part in self.freeze:
+            _require_one_of("learner.freeze", part, ("vision", "merger", "language_model"))
+        _require(len(set(self.freeze)) < 3, "learner.freeze names every part: nothing would be trained")
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """Where the parts run."""
+
+    kind: str = "local"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        _require_one_of("cluster.kind", self.kind, ("local",))
+        _require(self.threads is None or self.threads > 0, f"cluster.threads={self.threads} must be positive or null")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """When and how accuracy is measured."""
+
+    every: int = 0
+    at_start: bool = True
+    at_end: bool = True
+    limit: int | None = None
+    max_tokens: int = 512
+    controls: bool = True
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, f"eval.every={self.every} must be 0 (never) or a number of steps")
+        _require(self.limit is None or self.limit > 0, f"eval.limit={self.limit} must be positive or null")
+        _require(self.max_tokens >= 1, f"eval.max_tokens={self.max_tokens} must be at least 1")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run is saved."""
+
+    every: int = 50
+    keep_last: int = 2
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, f"checkpoint.every={self.every} must be 0 (only at the end) or a number of steps")
+        _require(self.keep_last >= 1, f"checkpoint.keep_last={self.keep_last} must be at least 1")
+
+
+@dataclass(frozen=True)
+class PreflightConfig:
+    """The check before step 1 that learning is possible."""
+
+    enabled: bool = True
+    groups: int = 8
+
+    def __post_init__(self) -> None:
+        _require(self.groups >= 1, f"preflight.groups={self.groups} must be at least 1")
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """Supervised fine-tuning (`python -m rlmed.sft`)."""
+
+    epochs: float = 2.0
+    batch_size: int = 64
+    target: str = "auto"
+
+    def __post_init__(self) -> None:
+        _require(self.epochs > 0, f"sft.epochs={self.epochs} must be positive")
+        _require(self.batch_size >= 1, f"sft.batch_size={self.batch_size} must be at least 1")
+        _require_one_of("sft.target", self.target, ("auto", "answer"))
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run."""
+
+    name: str
+    seed: int
+    steps: int
+    model: ModelConfig
+    data: DataConfig
+    algo: AlgoConfig
+    reward: RewardConfig
+    rollout: RolloutConfig
+    learner: LearnerConfig
+    cluster: ClusterConfig
+    eval: EvalConfig
+    checkpoint: CheckpointConfig
+    preflight: PreflightConfig
+    sft: SftConfig
+    profile: str = "auto"
+    resume: str | None = None
+    before: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 1, f"steps={self.steps} must be at least 1")
+        _require(self.seed >= 0, f"seed={self.seed} must not be negative")
+        _require_one_of("profile", self.profile, ("auto", "embedded", "paper"))
+        _require(
+            self.algo.group_size <= self.rollout.max_completions,
+            f"algo.group_size={self.algo.group_size} exceeds rollout.max_completions={self.rollout.max_completions}: "
+            "a group is sampled together, so raise rollout.max_completions",
+        )
+
+
+def build_config(mapping: Mapping[str, Any]) -> RunConfig:
+    """Validate a composed configuration.
+
+    Args:
+        mapping: plain nested mappings, lists and scalars.
+
+    Raises:
+        ConfigError: for an unknown or missing key, a value of the wrong type, or an impossible value.
+    """
+    return _build(RunConfig, mapping, "")
+
+
+def _build(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
+    if not isinstance(mapping, Mapping):
+        raise ConfigError(f"{where.rstrip('.')}={mapping!r} must be a group of keys")
+    hints = typing.get_type_hints(cls)
+    fields = {entry.name: entry for entry in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in mapping:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"did you mean {where}{near[0]}?" if near else f"known keys: {', '.join(sorted(fields))}"
+            raise ConfigError(f"unknown key {where}{key}: {hint}")
+    values: dict[str, Any] = {}
+    for name, entry in fields.items():
+        if name in mapping:
+            values[name] = _convert(hints[name], mapping[name], f"{where}{name}")
+        elif entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{where}{name} is missing: set it on the command line or in a file under conf/")
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """Turn a plain value into the annotated type; integers are taken for floats, nothing else is guessed."""
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type[Any], hint), value, f"{where}.")
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(arg for arg in args if arg is not type(None)), value, where)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        if args[-1] is Ellipsis:
+            return tuple(_convert(args[0], entry, f"{where}[{i}]") for i, entry in enumerate(value))
+        if len(value) == len(args):
+            return tuple(_convert(arg, entry, f"{where}[{i}]") for i, (arg, entry) in enumerate(zip(args, value, strict=True)))
+    elif origin is tuple and isinstance(value, str) and args[-1] is Ellipsis:
+        return (_convert(args[0], value, where),)
+    elif origin is not None and isinstance(value, Mapping):
+        return {str(key): _convert(args[1], entry, f"{where}.{key}") for key, entry in value.items()}
+    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    elif origin is None and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{where}={value!r} has the wrong type: expected {_type_name(hint)}")
+
+
+def _type_name(hint: Any) -> str:
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
+    if get_origin(hint) is tuple:
+        return "a list"
+    return names.get(hint, str(hint))

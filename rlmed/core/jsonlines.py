@@ -1,0 +1,158 @@
+"""Append-only files of one JSON object a line, kept whole: no half line survives a full disk, a kill or a resume."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+class RecordError(OSError):
+    """A file of the run could not be written or cut back; the message names it and the cure."""
+
+
+class JsonLinesWriter:
+    """Appends objects to a file that is made on the first one.
+
+    Every line is handed to the operating system at once, so a killed process loses none that `append` returned from.
+
+    Example:
+        >>> writer = JsonLinesWriter(Path("metrics.jsonl"))                         # doctest: +SKIP
+        >>> writer.append({"step": 1, "kl": float("nan")})                          # doctest: +SKIP
+        >>> Path("metrics.jsonl").read_text()                                       # doctest: +SKIP
+        '{"step": 1, "kl": null}\n'
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Nothing is opened before the first `append`, so an earlier file may still be cut back."""
+        self.path = path
+        self._descriptor: int | None = None
+        self._size = 0
+
+    def append(self, content: Mapping[str, Any]) -> None:
+        """Write one line; numbers that JSON lacks (NaN, infinities) become null.
+
+        Raises:
+            RecordError: when the disk refuses, for example because it is full; the file then ends with its last whole line.
+        """
+        line = json.dumps(finite(content), ensure_ascii=False, allow_nan=False) + "\n"
+        rest = memoryview(line.encode("utf-8", errors="replace"))
+        total = len(rest)
+        try:
+            descriptor = self._open()
+            while rest:  # a disk that is about to be full takes a part and refuses the rest
+                rest = rest[os.write(descriptor, rest) :]
+        except OSError as error:
+            self._cut_half_line()
+            raise RecordError(error.errno, _refusal(self.path, error)) from error
+        self._size += total
+
+    def offset(self) -> int:
+        """Length of the file in bytes, once it is safe on disk; 0 without a file."""
+        if self._descriptor is not None:
+            os.fsync(self._descriptor)
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def truncate(self, offset: int) -> None:
+        """Cut the file back to an earlier `offset`.
+
+        Raises:
+            RecordError: when the file is shorter, so that lines which the offset counted are gone.
+        """
+        size = self.path.stat().st_size if self.path.exists() else 0
+        if size < offset:
+            raise RecordError(
+                f"{self.path} has {size} bytes, but {offset} when the checkpoint was saved: lines were removed since. "
+                "Restore the file, resume from an earlier checkpoint, or start a new run"
+            )
+        self.close()
+        if size > offset:
+            os.truncate(self.path, offset)
+
+    def close(self) -> None:
+        """Close the file; a later `append` opens it again."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _open(self) -> int:
+        if self._descriptor is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._size = whole_length(self.path)
+            self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            os.ftruncate(self._descriptor, self._size)  # the half line of a run that was killed
+        return self._descriptor
+
+    def _cut_half_line(self) -> None:
+        if self._descriptor is not None:
+            os.ftruncate(self._descriptor, self._size)
+
+
+def whole_length(path: Path) -> int:
+    """Bytes up to the end of the last whole line; 0 without a file."""
+    if not path.exists():
+        return 0
+    end = path.stat().st_size
+    with path.open("rb") as file:
+        while end > 0:
+            start = max(0, end - 65536)
+            file.seek(start)
+            newline = file.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                return start + newline + 1
+            end = start
+    return 0
+
+
+def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file; none without a file. A last line without an end was being written and is left out.
+
+    Raises:
+        ValueError: for a line that is no JSON object.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            yield parse_line(line, path, number)
+
+
+def parse_line(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    """The object on a line of `path`.
+
+    Raises:
+        ValueError: when it is no JSON object.
+    """
+    try:
+        content = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{path}, line {number} is not JSON ({error}): remove the line") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}, line {number} is not a JSON object: remove the line")
+    return content
+
+
+def finite(content: Any) -> Any:
+    """The same with None for every float that JSON cannot write."""
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, Mapping):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        return [finite(value) for value in content]
+    return content
+
+
+def _refusal(path: Path, error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"the disk is full: {path} cannot grow. Free some space and start again with resume=auto; "
+            "what was written before is whole"
+        )
+    return f"{path} cannot be written: {error.strerror}. Make its folder writable and start again with resume=auto"

@@ -1,0 +1,193 @@
+"""Numbers that stand beside an accuracy: its interval, a paired test, and what is scored without looking at a picture.
+
+All accuracies are fractions in [0, 1]. Nothing here draws random numbers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import comb, sqrt
+from statistics import NormalDist
+
+import numpy as np
+import numpy.typing as npt
+
+from rlmed.core.types import Example
+
+BoolArray = npt.NDArray[np.bool_]
+
+
+def wilson_interval(right: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Score interval of a proportion (Wilson 1927); unlike the normal one it is of use near 0 and 1.
+
+    With p = right / n and z the normal quantile of (1 + level) / 2, the bounds are
+    (p + z²/2n ± z·sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n).
+
+    Example:
+        >>> [round(bound, 3) for bound in wilson_interval(210, 300)]
+        [0.646, 0.749]
+
+    Raises:
+        ValueError: when there are no rows, more right answers than rows, or the level is not between 0 and 1.
+    """
+    if n < 1 or not 0 <= right <= n:
+        raise ValueError(f"no interval for {right} right of {n}: it needs 0 <= right <= n and at least one row")
+    if not 0 < level < 1:
+        raise ValueError(f"level={level} must lie between 0 and 1, for example 0.95")
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    share = right / n
+    centre = share + z * z / (2 * n)
+    reach = z * sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    # at 0 and n right the bound is exact in theory and off by rounding here
+    low = 0.0 if right == 0 else (centre - reach) / scale
+    high = 1.0 if right == n else (centre + reach) / scale
+    return low, high
+
+
+@dataclass(frozen=True, slots=True)
+class McNemarResult:
+    """Two models on the same rows.
+
+    Example:
+        >>> mcnemar(np.array([True, False, False, True]), np.array([True, True, True, True]))
+        McNemarResult(gained=2, lost=0, p_value=0.5)
+    """
+
+    gained: int
+    """Rows wrong before and right after."""
+    lost: int
+    """Rows right before and wrong after."""
+    p_value: float
+    """Two-sided, exact."""
+
+
+def mcnemar(before: BoolArray, after: BoolArray) -> McNemarResult:
+    """Exact McNemar test (1947): did the share of right answers change?
+
+    Of n rows whose answer changed, the number gained is binomial(n, 1/2) if nothing changed;
+    p = min(1, 2·P(X ≤ min(gained, lost))).
+
+    Args:
+        before: bool [N], right or not for each row.
+        after: bool [N], for the same rows in the same order.
+
+    Raises:
+        ValueError: when the two are not flat boolean arrays of one length.
+    """
+    for array in (before, after):
+        if array.dtype != np.bool_ or array.ndim != 1:
+            raise ValueError(f"mcnemar needs flat arrays of bool, got {array.dtype} of shape {array.shape}")
+    if before.shape != after.shape:
+        raise ValueError(f"mcnemar pairs rows: {len(before)} rows before and {len(after)} after do not pair")
+    gained = int((~before & after).sum())
+    lost = int((before & ~after).sum())
+    changed = gained + lost
+    # whole numbers until the one division: no underflow however many rows changed
+    tail = sum(comb(changed, k) for k in range(min(gained, lost) + 1))
+    return McNemarResult(gained, lost, min(1.0, 2 * tail / 2**changed))
+
+
+@dataclass(frozen=True)
+class ImageFreePrior:
+    """A reader of the options alone: it takes the one that is most often right, and sees neither image nor question.
+
+    Example:
+        >>> row = Example(id="1", image=None, question="Where?", options=("head", "knee"), answer=1)
+        >>> ImageFreePrior.fit([row]).accuracy([row])
+        1.0
+    """
+
+    right: Counter[str]
+    """How often each option text (stripped, lower-cased) was the right answer."""
+    shown: Counter[str]
+    """How often it stood among the options."""
+
+    @classmethod
+    def fit(cls, examples: Sequence[Example]) -> ImageFreePrior:
+        """Count the option texts of `examples`."""
+        right = Counter(_text(example.options[example.answer]) for example in examples)
+        shown = Counter(_text(option) for example in examples for option in example.options)
+        return cls(right, shown)
+
+    def accuracy(self, examples: Sequence[Example], *, by_rate: bool = False) -> float:
+        """Expected accuracy of taking the best-scored option, a tie being drawn by lot.
+
+        Args:
+            examples: the rows to answer.
+            by_rate: score by right / shown rather than by the count of right. An option never met while fitting then
+                scores 1 / options: nothing speaks for or against it.
+
+        Raises:
+            ValueError: without examples.
+        """
+        return _mean([self._expected(example, self.right, self.shown, by_rate) for example in examples])
+
+    def leave_one_out(self, examples: Sequence[Example], *, by_rate: bool = False) -> float:
+        """The same on the very rows that were fitted, each scored by the counts of the others."""
+        return _mean([self._expected(example, *self._others(example), by_rate) for example in examples])
+
+    def _others(self, example: Example) -> tuple[dict[str, int], dict[str, int]]:
+        """Counts of this example's options without this example."""
+        texts = [_text(option) for option in example.options]
+        here = Counter(texts)
+        right = {text: self.right[text] - (text == texts[example.answer]) for text in texts}
+        return right, {text: self.shown[text] - here[text] for text in texts}
+
+    @staticmethod
+    def _expected(example: Example, right: dict[str, int], shown: dict[str, int], by_rate: bool) -> float:
+        """Probability that the right option is taken."""
+        texts = [_text(option) for option in example.options]
+        scores: list[float] = [right.get(text, 0) for text in texts]
+        if by_rate:
+            unmet = 1 / len(texts)
+            scores = [
+                score / shown[text] if shown.get(text, 0) else unmet for text, score in zip(texts, scores, strict=True)
+            ]
+        best = max(scores)
+        return 1 / scores.count(best) if scores[example.answer] == best else 0.0
+
+
+def leave_one_out_prior(examples: Sequence[Example], *, by_rate: bool = False) -> float:
+    """What `ImageFreePrior` scores on `examples` when each row is answered from all the other rows.
+
+    Well above chance it shows that the answers leak through the options. Where all answers are equally frequent it falls
+    below chance, since leaving a row out makes its own answer the rarest: only a high value says something.
+
+    Raises:
+        ValueError: without examples.
+    """
+    return ImageFreePrior.fit(examples).leave_one_out(examples, by_rate=by_rate)
+
+
+def chance(examples: Sequence[Example]) -> float:
+    """Expected accuracy of drawing an option by lot: the mean of 1 / options. Raises ValueError without examples."""
+    return _mean([1 / len(example.options) for example in examples])
+
+
+def majority_letter(examples: Sequence[Example], train: Sequence[Example] = ()) -> float:
+    """Accuracy on `examples` of always answering one letter.
+
+    Args:
+        examples: the rows to answer.
+        train: the rows whose most frequent right letter is taken (the first in the alphabet of several); the examples'
+            own when empty.
+
+    Raises:
+        ValueError: without examples.
+    """
+    counts = Counter(example.letter for example in train or examples)
+    favourite = min(counts, key=lambda letter: (-counts[letter], letter), default="")
+    return _mean([float(example.letter == favourite) for example in examples])
+
+
+def _text(option: str) -> str:
+    return option.strip().lower()
+
+
+def _mean(values: Sequence[float]) -> float:
+    if not values:
+        raise ValueError("an accuracy needs at least one row, and none was given")
+    return float(np.mean(values))

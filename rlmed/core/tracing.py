@@ -1,0 +1,115 @@
+"""What the time of a run went into: spans of stages, one JSON line each, and a timeline that Perfetto opens."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rlmed.core.jsonlines import JsonLinesWriter, read_json_lines
+
+TIMELINE_LINES = "timeline.jsonl"
+CHROME_TRACE = "timeline.json"
+
+
+class Tracer:
+    """Records how long each stage took; of one thread.
+
+    A resumed run goes on where the recorded timeline ends, so the time between a kill and its resume is not counted.
+
+    Example:
+        >>> tracer = Tracer()
+        >>> with tracer.span("rollout", step=3):
+        ...     pass
+        >>> list(tracer.step_seconds(3))
+        ['rollout']
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        """Collect spans.
+
+        Args:
+            path: file that each finished span is appended to as {"name", "start", "duration", "step", "depth"}: seconds
+                since the start of the run, seconds, the step or null, and the number of spans around it. None keeps the
+                sums only. The file is opened with the first span, so it may be cut back until then.
+        """
+        self._writer = None if path is None else JsonLinesWriter(path)
+        self._depth = 0
+        self._seconds: dict[int | None, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        self._zero: float | None = None
+
+    @contextmanager
+    def span(self, name: str, step: int | None = None) -> Iterator[None]:
+        """Time the body, also when it raises.
+
+        Args:
+            name: the stage.
+            step: the step of training that it belongs to, if any.
+
+        Raises:
+            RecordError: when the span cannot be written.
+        """
+        if self._zero is None:
+            self._zero = time.perf_counter() - self._recorded_end()
+        start = time.perf_counter()
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            duration = time.perf_counter() - start
+            self._seconds[step][name] += duration
+            if self._writer is not None:
+                span = {"name": name, "start": round(start - self._zero, 6), "duration": round(duration, 6)}
+                self._writer.append({**span, "step": step, "depth": self._depth})
+
+    def totals(self) -> dict[str, float]:
+        """Seconds by stage since this tracer was made; a span inside another one counts for both."""
+        totals: dict[str, float] = defaultdict(float)
+        for seconds in self._seconds.values():
+            for name, duration in seconds.items():
+                totals[name] += duration
+        return dict(totals)
+
+    def step_seconds(self, step: int) -> dict[str, float]:
+        """Seconds by stage of one step; empty for a step without spans."""
+        return dict(self._seconds.get(step, {}))
+
+    def close(self) -> None:
+        """Close the file and write the timeline `timeline.json` beside it."""
+        if self._writer is not None:
+            self._writer.close()
+            write_chrome_trace(self._writer.path, self._writer.path.with_name(CHROME_TRACE))
+
+    def _recorded_end(self) -> float:
+        if self._writer is None:
+            return 0.0
+        return max((span["start"] + span["duration"] for span in read_json_lines(self._writer.path)), default=0.0)
+
+
+def write_chrome_trace(timeline: Path, target: Path) -> None:
+    """Convert spans to the trace event format of Chrome, which https://ui.perfetto.dev opens.
+
+    Args:
+        timeline: file of spans as `Tracer` writes it.
+        target: JSON file to write; microseconds since the start of the run.
+    """
+    events = [
+        {
+            "name": span["name"],
+            "ph": "X",  # a complete event: start and duration in one
+            "ts": round(span["start"] * 1e6),
+            "dur": round(span["duration"] * 1e6),
+            "pid": 1,
+            "tid": 1,
+            "args": {} if span["step"] is None else {"step": span["step"]},
+        }
+        for span in read_json_lines(timeline)
+    ]
+    events.sort(key=lambda event: (event["ts"], -event["dur"]))
+    aside = target.with_name(f".{target.name}.partial")
+    aside.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), encoding="utf-8")
+    aside.replace(target)

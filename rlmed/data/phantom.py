@@ -1,0 +1,296 @@
+"""Generated radiology questions: random studies, rendered by physics, asked about in five ways.
+
+Everything comes from a seed: each row has a random stream of its own, so a row does not depend on how many rows there are.
+Right answers and letters go round in shuffled turns, so that neither the letter nor the text of an option tells the answer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from rlmed.core.types import LETTERS, Example
+from rlmed.data.phantom_anatomy import LESIONS, MODALITIES, NO_LESION, QUADRANTS, REGIONS, SIZES, TECHNIQUES, Study
+from rlmed.data.phantom_render import render
+
+__all__ = [
+    "GENERATOR_VERSION",
+    "KINDS",
+    "MODALITIES",
+    "SPLITS",
+    "Split",
+    "Study",
+    "answer_values",
+    "make_example",
+    "render",
+    "sample_study",
+    "write_dataset",
+    "write_split",
+]
+
+GENERATOR_VERSION = 1
+"""To be raised with any change of what a seed gives; a dataset of another version is written anew."""
+
+KINDS = ("modality", "anatomy", "disease", "grading", "attribute")
+"""OmniMedVQA's five kinds of question: here technique, region, lesion, its size and its place in the image."""
+
+OPTION_COUNT = 4
+
+QUESTIONS = {
+    "modality": (
+        "Which technique was used for this image?",
+        "How was this image acquired or displayed?",
+        "Which of these settings produced this image?",
+    ),
+    "anatomy": (
+        "Which part of the body does this image show?",
+        "Which body region was examined?",
+        "What region is visible in this image?",
+    ),
+    "disease": (
+        "Which abnormality, if any, does this image show?",
+        "What is the most likely finding in this image?",
+        "Which finding can be seen here?",
+    ),
+    "grading": (
+        "How large is the lesion, if there is one?",
+        "How would you grade the size of the lesion in this image?",
+        "Which size of lesion does this image show?",
+    ),
+    "attribute": (
+        "In which part of the image does the lesion lie?",
+        "Where in the image is the lesion?",
+        "Which quadrant of the image contains the lesion?",
+    ),
+}
+"""Wordings by kind of question."""
+
+
+def answer_values(kind: str, modality: str) -> tuple[str, ...]:
+    """All texts that can be the answer to a question of this kind; raises ValueError for an unknown kind."""
+    if kind not in KINDS:
+        raise ValueError(f"answer_values got kind {kind!r}; choose one of {KINDS}")
+    values = {"modality": TECHNIQUES[modality], "anatomy": REGIONS, "disease": LESIONS, "grading": SIZES}
+    return values.get(kind, QUADRANTS)
+
+
+def right_answer(study: Study, kind: str) -> str:
+    """The text of the right answer to a question of this kind about a study."""
+    if kind == "attribute" and study.lesion == NO_LESION:
+        raise ValueError("an attribute question needs a lesion; sample the study with kind='attribute'")
+    answers = {
+        "modality": study.technique,
+        "anatomy": study.region,
+        "disease": study.lesion,
+        "grading": study.size,
+        "attribute": study.quadrant,
+    }
+    if kind not in answers:
+        raise ValueError(f"right_answer got kind {kind!r}; choose one of {KINDS}")
+    return answers[kind]
+
+
+def sample_study(rng: np.random.Generator, modality: str, kind: str | None = None, value: str | None = None) -> Study:
+    """A random study of a modality, every property uniform over its values.
+
+    Args:
+        rng: Source of randomness.
+        modality: One of `MODALITIES`.
+        kind: A kind of question that the study is for: what that question asks about is uniform over the kind's values.
+        value: The answer that the question of this kind shall have, in place of a uniform one.
+
+    Raises:
+        ValueError: an unknown modality, kind or value.
+    """
+    if modality not in TECHNIQUES:
+        raise ValueError(f"sample_study got modality {modality!r}; choose one of {MODALITIES}")
+    technique = str(rng.choice(TECHNIQUES[modality]))
+    region = str(rng.choice(REGIONS))
+    lesion = str(rng.choice(LESIONS[1:]))
+    size = str(rng.choice(SIZES[1:]))
+    quadrant = str(rng.choice(QUADRANTS))
+    present = bool(rng.random() >= 1 / len(LESIONS))
+    study = Study(modality, technique, region, lesion, size, quadrant)
+    healthy = replace(study, lesion=NO_LESION, size=NO_LESION, quadrant=NO_LESION)
+    if kind is None:
+        return study if present else healthy
+    values = answer_values(kind, modality)
+    value = str(rng.choice(values)) if value is None else value
+    if value not in values:
+        raise ValueError(f"sample_study got value {value!r} for kind {kind!r}; choose one of {values}")
+    if value == NO_LESION:
+        return healthy
+    field = {"modality": "technique", "anatomy": "region", "disease": "lesion", "grading": "size"}.get(kind, "quadrant")
+    needs_lesion = kind in ("disease", "grading", "attribute")
+    return replace(study if present or needs_lesion else healthy, **{field: value})
+
+
+def make_example(
+    study: Study, kind: str, id: str, image: Path | None, rng: np.random.Generator, answer_index: int
+) -> Example:
+    """A question of the given kind about a study, with its right answer at `answer_index` of 4 options.
+
+    Wording, the other three options and their order are drawn from `rng`.
+
+    Raises:
+        ValueError: an unknown kind, a place asked for where there is no lesion, or an `answer_index` outside 0 to 3.
+    """
+    if not 0 <= answer_index < OPTION_COUNT:
+        raise ValueError(f"make_example got answer_index={answer_index}; there are {OPTION_COUNT} options, use 0 to 3")
+    answer = right_answer(study, kind)
+    others = [value for value in answer_values(kind, study.modality) if value != answer]
+    options = [others[i] for i in rng.permutation(len(others))[: OPTION_COUNT - 1]]
+    options.insert(answer_index, answer)
+    question = QUESTIONS[kind][int(rng.integers(len(QUESTIONS[kind])))]
+    return Example(id, image, question, tuple(options), answer_index, study.modality, kind)
+
+
+def _turn(stream: Sequence[int], place: int, count: int) -> int:
+    """Which of `count` things has its turn at `place`, where each `count` places in a row hold all of them, shuffled."""
+    block = np.random.default_rng([*stream, place // count]).permutation(count)
+    return int(block[place % count])
+
+
+EXTRA_TURNS = (4, 11, 18)
+"""Places, among the rows of a kind, that go to one favoured answer instead of the next in turn.
+
+Were all answers exactly equally frequent, then whoever counts the answers of all *other* rows would find the right one
+rarer by one, and could tell it. Three extra turns make the count useless in both directions.
+"""
+
+
+def _answer_at(stream: Sequence[int], place: int, values: Sequence[str]) -> str:
+    """The answer of the row at `place` among the rows of its kind."""
+    if place in EXTRA_TURNS:
+        return values[int(np.random.default_rng([*stream, 1]).integers(len(values)))]
+    return values[_turn([*stream, 2], place - sum(extra < place for extra in EXTRA_TURNS), len(values))]
+
+
+def _row(name: str, modality: str, seed: int, index: int) -> tuple[Study, Example, np.random.Generator]:
+    """Study, question (its image a relative path) and the random stream left for the picture, of one row."""
+    split = [seed, zlib.crc32(name.encode())]
+    kind_index, place = index % len(KINDS), index // len(KINDS)
+    kind = KINDS[kind_index]
+    value = _answer_at([*split, 1, kind_index], place, answer_values(kind, modality))
+    letter = _turn([*split, 2, kind_index], place, OPTION_COUNT)
+    rng = np.random.default_rng([*split, 3, index])
+    study = sample_study(rng, modality, kind, value)
+    image = Path("images") / name / f"{index:05d}.png"
+    return study, make_example(study, kind, f"{name}-{index:05d}", image, rng, letter), rng
+
+
+def write_split(folder: Path, *, name: str, modality: str, rows: int, seed: int, image_size: int = 112) -> Path:
+    """Write `rows` questions about as many studies, kinds in turn; the path of the JSON Lines file.
+
+    Writes `folder/<name>.jsonl`, rows {id, image, question, options, answer, modality, kind} with the image's path relative
+    to `folder` and the answer as text, and `folder/images/<name>/*.png`. The same arguments give the same bytes, and fewer
+    rows are the first of more.
+
+    Raises:
+        ValueError: `rows` is not positive or the modality is unknown.
+    """
+    if rows <= 0:
+        raise ValueError(f"write_split got rows={rows} for {name!r}; ask for at least one")
+    (folder / "images" / name).mkdir(parents=True, exist_ok=True)
+    lines = []
+    for index in range(rows):
+        study, example, rng = _row(name, modality, seed, index)
+        assert example.image is not None
+        Image.fromarray(render(study, rng, image_size)).save(folder / example.image)
+        row = {
+            "id": example.id,
+            "image": example.image.as_posix(),
+            "question": example.question,
+            "options": list(example.options),
+            "answer": example.options[example.answer],
+            "modality": modality,
+            "kind": example.kind,
+        }
+        lines.append(json.dumps(row) + "\n")
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """One file of a dataset.
+
+    Example:
+        Split("test_ct", "CT", 300)
+    """
+
+    name: str
+    modality: str
+    rows: int
+
+
+SPLITS = (
+    Split("train_mri", "MRI", 600),
+    Split("test_mri", "MRI", 300),
+    Split("test_ct", "CT", 300),
+    Split("test_xray", "X-ray", 300),
+)
+"""As many rows as in the MedVLM-R1 paper."""
+
+MANIFEST = "dataset.json"
+
+
+def _manifest(seed: int, splits: Sequence[Split]) -> dict[str, Any]:
+    """What a finished dataset says about itself."""
+    files = [{"name": split.name, "modality": split.modality, "rows": split.rows} for split in splits]
+    return {"generator_version": GENERATOR_VERSION, "seed": seed, "letters": LETTERS[:OPTION_COUNT], "splits": files}
+
+
+def _is_whole(folder: Path, manifest: dict[str, Any]) -> bool:
+    """Whether the folder holds just the dataset of this manifest, no file missing."""
+    path = folder / MANIFEST
+    if not path.is_file() or json.loads(path.read_text(encoding="utf-8")) != manifest:
+        return False
+    return all(
+        (folder / f"{split['name']}.jsonl").is_file()
+        and len(list((folder / "images" / split["name"]).glob("*.png"))) == split["rows"]
+        for split in manifest["splits"]
+    )
+
+
+def write_dataset(folder: Path, seed: int, splits: Sequence[Split] = SPLITS) -> dict[str, Path]:
+    """Write the generated dataset unless the folder holds it already; the JSON Lines file of each split by its name.
+
+    All is written to a folder beside it that is renamed at the end, so a write that was killed is never taken for whole
+    (it leaves a `.<name>.partial-…` folder behind). A dataset of another seed or generator version is replaced.
+
+    Raises:
+        ValueError: the folder holds something else than a generated dataset.
+    """
+    folder = folder.absolute()
+    manifest = _manifest(seed, splits)
+    paths = {split.name: folder / f"{split.name}.jsonl" for split in splits}
+    if _is_whole(folder, manifest):
+        return paths
+    if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+        raise ValueError(f"{folder} holds files that are not a generated dataset; empty it or choose another folder")
+    aside = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    if aside.exists():  # left by a killed process that had the same number
+        shutil.rmtree(aside)
+    aside.mkdir(parents=True)
+    for split in splits:
+        write_split(aside, name=split.name, modality=split.modality, rows=split.rows, seed=seed)
+    (aside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    if folder.exists():
+        outdated = aside.with_name(aside.name + "-old")
+        folder.rename(outdated)
+        aside.rename(folder)
+        shutil.rmtree(outdated)
+    else:
+        aside.rename(folder)
+    return paths

@@ -1,0 +1,221 @@
+"""From an example to what the model is given: the only place that tokenizes.
+
+Training, evaluation and `ask` all render through `PromptRenderer`, so the text, its white space and the pixels are the
+same everywhere. The prompt is one user turn: the image first, then the question, its lettered options, the instruction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BaseImageProcessor, PreTrainedTokenizerBase
+
+from rlmed.core.types import LETTERS, Example, IntArray, Prompt
+from rlmed.data.images import load_image
+
+PROMPT_SUFFIX = (
+    "Your task: 1. Think through the question step by step, enclose your reasoning process in <think>...</think> tags. "
+    "2. Then provide the correct single-letter choice (A, B, C, D,...) inside <answer>...</answer> tags. "
+    "3. No extra information or text outside of these tags."
+)
+"""The instruction of MedVLM-R1 (arXiv 2502.19634)."""
+
+QUESTION_SLOT = "{question}"
+PAPER_TEMPLATE = f"{QUESTION_SLOT}\n{PROMPT_SUFFIX}"
+"""A template is the text of the user turn with one `{question}`; nothing else in it is replaced."""
+
+
+class PromptTooLongError(ValueError):
+    """A prompt does not fit its limit even with the smallest image. Prompts are never cut."""
+
+
+def question_text(example: Example) -> str:
+    r"""The question, then one line an option.
+
+    Example:
+        >>> question_text(Example(id="1", image=None, question="Which?", options=("head", "knee"), answer=0))
+        'Which?\nA) head\nB) knee'
+    """
+    lines = [f"{letter}) {option}" for letter, option in zip(LETTERS, example.options, strict=False)]
+    return "\n".join([example.question, *lines])
+
+
+def load_processor(folder: Path | str) -> tuple[PreTrainedTokenizerBase, BaseImageProcessor | None]:
+    """Tokenizer and image processor of a model folder or hub name; the image processor is None for a text-only model.
+
+    The image processor is the one built on PIL, wherever it runs: the torchvision one resizes to slightly other pixels.
+
+    Raises:
+        ValueError: when the folder lacks its tokenizer, chat template or, for a vision model, image processor.
+    """
+    try:
+        vision = "vision_config" in AutoConfig.from_pretrained(folder).to_dict()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil") if vision else None
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model {str(folder)!r} cannot prepare prompts: {error}. A model folder needs config.json, tokenizer files "
+            "(tokenizer.json, tokenizer_config.json) and, for a vision model, preprocessor_config.json; "
+            "copy them from the model that it was trained from"
+        ) from error
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"model {str(folder)!r} has no chat template: add chat_template.jinja or use an instruction-tuned model"
+        )
+    return tokenizer, image_processor
+
+
+class PromptRenderer:
+    """Renders examples for one model.
+
+    Example:
+        >>> tokenizer, image_processor = load_processor("models/Qwen2-VL-2B-Instruct")      # doctest: +SKIP
+        >>> renderer = PromptRenderer(tokenizer, image_processor, max_prompt_tokens=512)    # doctest: +SKIP
+        >>> renderer.render(example).token_ids.shape                                        # doctest: +SKIP
+        (177,)
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        image_processor: BaseImageProcessor | None,
+        *,
+        max_prompt_tokens: int,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        template: str = PAPER_TEMPLATE,
+    ) -> None:
+        """Bind a tokenizer and an image processor.
+
+        Args:
+            tokenizer: with a chat template.
+            image_processor: of the Qwen2-VL kind, or None for a text-only model.
+            max_prompt_tokens: longest prompt, visual tokens included.
+            min_pixels: smallest image area in pixels; None keeps the model folder's.
+            max_pixels: largest image area in pixels; None keeps the model folder's.
+            template: text of the user turn, see `PAPER_TEMPLATE`.
+
+        Raises:
+            ValueError: for a template without exactly one `{question}`, or a tokenizer without an image placeholder.
+        """
+        if template.count(QUESTION_SLOT) != 1:
+            raise ValueError(f"template {template!r} must contain {QUESTION_SLOT} exactly once")
+        self.tokenizer = tokenizer
+        self.max_prompt_tokens = max_prompt_tokens
+        self._template = template
+        self._image_processor = image_processor
+        self._control_ids = frozenset(
+            token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
+        )
+        if image_processor is not None:
+            self._image_token_id = int(tokenizer.convert_tokens_to_ids("<|image_pad|>"))
+            if self._image_token_id not in self._control_ids:
+                raise ValueError("the tokenizer has no <|image_pad|> token: it is not one of a Qwen2-VL family model")
+            size = image_processor.size
+            self._min_pixels = size["shortest_edge"] if min_pixels is None else min_pixels
+            self._max_pixels = size["longest_edge"] if max_pixels is None else max_pixels
+            if not 0 < self._min_pixels <= self._max_pixels:
+                raise ValueError(
+                    f"min_pixels={self._min_pixels} and max_pixels={self._max_pixels}: "
+                    "pixel limits must satisfy 0 < min_pixels <= max_pixels"
+                )
+
+    def render(self, example: Example, image: Image.Image | None = None) -> Prompt:
+        """The prompt of an example.
+
+        Args:
+            example: the question.
+            image: RGB picture shown instead of the example's own (a control in evaluation); None loads that one.
+
+        Raises:
+            PromptTooLongError: naming id, length, limit and cure.
+            ValueError: for an image given to a text-only model, an unreadable image, or control tokens in the text.
+        """
+        if image is None and example.image is not None:
+            image = load_image(example.image)
+        text = self._chat_text(example, with_image=image is not None)
+        if image is None:
+            return self._checked(Prompt(example, text, self._tokenize(text)))
+        token_ids = self._tokenize(text)
+        (slots,) = np.nonzero(token_ids == self._image_token_id)
+        if len(slots) != 1:
+            raise ValueError(f"the chat template wrote {len(slots)} image placeholders where one is needed")
+        pixel_values, grid = self._pixels(example, image, self._max_pixels)
+        room = self.max_prompt_tokens - (len(token_ids) - 1)
+        if self._visual_tokens(grid) > room:
+            # an image that shrinks loses detail, a prompt that is cut loses the question
+            pixel_values, grid = self._pixels(example, image, max(self._min_pixels, room * self._pixels_per_token))
+        expanded = np.concatenate(
+            [
+                token_ids[: slots[0]],
+                np.full(self._visual_tokens(grid), self._image_token_id, dtype=np.int64),
+                token_ids[slots[0] + 1 :],
+            ]
+        )
+        return self._checked(Prompt(example, text, expanded, {"pixel_values": pixel_values, "image_grid_thw": grid}))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of sampled ids, without control tokens."""
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    def completion_ids(self, text: str) -> IntArray:
+        """int64 [T]: a written completion as the model would have sampled it, its end token included."""
+        return self._tokenize(text + self.tokenizer.eos_token)
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer and image processor beside a model, so that the folder loads everywhere."""
+        self.tokenizer.save_pretrained(folder)
+        if self._image_processor is not None:
+            self._image_processor.save_pretrained(folder)
+
+    def _chat_text(self, example: Example, *, with_image: bool) -> str:
+        if with_image and self._image_processor is None:
+            raise ValueError(f"example {example.id}: it has an image, but the model reads text only")
+        question = question_text(example)
+        found = self._control_ids.intersection(self.tokenizer(question, add_special_tokens=False)["input_ids"])
+        if found:
+            names = ", ".join(self.tokenizer.convert_ids_to_tokens(sorted(found)))
+            raise ValueError(
+                f"example {example.id}: its question or options contain the control token {names}, which would be "
+                "taken for a turn or an image: remove it from the text"
+            )
+        content = self._template.replace(QUESTION_SLOT, question)
+        parts = [{"type": "image"}, {"type": "text", "text": content}] if with_image else content
+        return self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True
+        )
+
+    def _tokenize(self, text: str) -> IntArray:
+        # the chat template has written every special token that belongs there
+        return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
+
+    def _pixels(self, example: Example, image: Image.Image, max_pixels: int) -> tuple[np.ndarray, IntArray]:
+        """float32 [patches, patch width] and int64 [1, 3]."""
+        assert self._image_processor is not None
+        size = {"shortest_edge": self._min_pixels, "longest_edge": max_pixels}
+        try:
+            features = self._image_processor(images=[image], size=size, return_tensors="np")
+        except ValueError as error:
+            raise ValueError(f"example {example.id}: the image {image.size} cannot be prepared: {error}") from error
+        return features["pixel_values"].astype(np.float32), features["image_grid_thw"].astype(np.int64)
+
+    @property
+    def _pixels_per_token(self) -> int:
+        assert self._image_processor is not None
+        return (self._image_processor.patch_size * self._image_processor.merge_size) ** 2
+
+    def _visual_tokens(self, grid: IntArray) -> int:
+        assert self._image_processor is not None
+        return int(grid.prod()) // self._image_processor.merge_size**2
+
+    def _checked(self, prompt: Prompt) -> Prompt:
+        length = len(prompt.token_ids)
+        if length > self.max_prompt_tokens:
+            raise PromptTooLongError(
+                f"example {prompt.example.id}: its prompt has {length} tokens, even with the smallest image, and the "
+                f"limit is {self.max_prompt_tokens}: raise max_prompt_tokens or shorten the question"
+            )
+        return prompt

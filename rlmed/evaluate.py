@@ -1,0 +1,59 @@
+"""`python -m rlmed.evaluate model=DIR data=FILE.jsonl`: accuracy with its controls, for any model folder.
+
+`data=phantom` evaluates on the generated images, `data=[a.jsonl,b.jsonl]` on several files; `data.train=FILE` fits the
+image-free prior; `before=RUN/evaluations/step-000000` adds McNemar's test against an earlier evaluation of the same rows.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from rlmed.cluster import build_local_pool, build_policy
+from rlmed.commandline import run_command, to_yaml
+from rlmed.core.config import RunConfig
+from rlmed.evaluation import evaluate
+from rlmed.evaluation_results import EvalSummary, compare, step_folder, summary_table
+from rlmed.progress import Progress
+from rlmed.recorder import write_data, write_versions
+from rlmed.report import write_report
+from rlmed.setup import load_data, make_renderer, model_folder
+
+
+def main(config: RunConfig, folder: Path) -> None:
+    """Evaluate `config.model` on `config.data.eval`."""
+    if config.before and not (Path(config.before) / "rows.jsonl").is_file():
+        raise ValueError(f"before={config.before} is no evaluation: give a folder that holds rows.jsonl")
+    renderer = make_renderer(config)
+    data = load_data(config.data, renderer, training=False)
+    policy = build_policy(config, model_folder(config.model.path))
+    (folder / "config.yaml").write_text(to_yaml(config))
+    write_versions(folder)
+    write_data(folder, data.files)
+    progress = Progress()
+    with progress:
+        summary = evaluate(
+            data.eval_files(config.eval.limit),
+            pool=build_local_pool(config, policy, renderer),
+            renderer=renderer,
+            train_examples=data.train_examples,
+            max_tokens=config.eval.max_tokens,
+            controls=config.eval.controls,
+            folder=folder / "evaluations",
+            step=0,
+            model=config.model.path,
+            on_progress=lambda name, done, total: progress.stage(f"evaluate {name}", done, total),
+        )
+    before, comparison = None, None
+    if config.before:
+        before = EvalSummary.read(Path(config.before))
+        comparison = compare(Path(config.before), step_folder(folder / "evaluations", 0))
+    console = Console()
+    console.print(summary_table(before, summary, comparison))
+    console.print(f"rows:   {step_folder(folder / 'evaluations', 0) / 'rows.jsonl'}", soft_wrap=True)
+    console.print(f"report: {write_report(folder)}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    run_command("evaluate", main)

@@ -1,0 +1,243 @@
+"""Accuracy on held-out files, with the controls without which it says little about vision.
+
+Each question is answered greedily as it is, and, as controls, over a grey picture and over the picture of another question
+of its file. What stands beside the accuracy was scored without any picture: chance, one letter, the option texts' prior.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from rewards.parsing import evaluated_letter, has_format
+from rlmed.core.protocols import RolloutPool
+from rlmed.core.statistics import ImageFreePrior, chance, leave_one_out_prior, majority_letter
+from rlmed.core.types import Completion, Example, Prompt, RolloutRequest, SamplingParams
+from rlmed.data.images import load_image
+from rlmed.data.prompts import PromptRenderer
+from rlmed.evaluation_results import Accuracy, Control, EvalRow, EvalSummary, FileSummary, write_evaluation
+
+Progress = Callable[[str, int, int], None]
+"""Called for each completion with its file's name, the number of completions done, and the number of all."""
+
+IN_FLIGHT = 128
+"""Prompts held by the pool at a time: it bounds the memory of rendered pictures and keeps every engine busy."""
+GREY = (128, 128, 128)
+SHUFFLE_SEED = 0
+
+
+@dataclass(frozen=True)
+class EvalFile:
+    """Rows whose accuracy is reported together.
+
+    Example:
+        EvalFile("ct", examples) with 300 examples of distinct ids.
+    """
+
+    name: str
+    examples: tuple[Example, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """One question to ask: `shown` has the picture that goes with it."""
+
+    file: str
+    control: Control
+    shown: Example
+
+    def render(self, renderer: PromptRenderer) -> Prompt:
+        if self.control != "blank":
+            return renderer.render(self.shown)
+        assert self.shown.image is not None
+        return renderer.render(self.shown, image=Image.new("RGB", load_image(self.shown.image).size, GREY))
+
+
+def evaluate(
+    files: Sequence[EvalFile],
+    *,
+    pool: RolloutPool,
+    renderer: PromptRenderer,
+    train_examples: Sequence[Example],
+    max_tokens: int,
+    controls: bool,
+    folder: Path,
+    step: int,
+    model: str,
+    on_progress: Progress | None = None,
+) -> EvalSummary:
+    """Answer every question greedily and write `folder/step-000123/` with `summary.json` and `rows.jsonl`.
+
+    An earlier evaluation of the same step is replaced as a whole, once the new one is complete.
+
+    Args:
+        files: with distinct names, and distinct ids within a file.
+        pool: with nothing in flight; its current weights are measured.
+        renderer: the one that training uses.
+        train_examples: rows on which the image-free prior is fitted; may be empty.
+        max_tokens: longest completion.
+        controls: also ask over grey and over shuffled pictures, which triples the work.
+        folder: where step folders go; made if missing.
+        step: the step of training behind the weights.
+        model: name or folder of the model, for the record.
+        on_progress: see `Progress`.
+
+    Raises:
+        ValueError: for no files, an empty file, repeated names or ids, or a question that cannot be rendered.
+        RuntimeError: when the pool still works on something else.
+    """
+    _check(files)
+    if pool.in_flight:
+        raise RuntimeError(f"evaluation needs a pool at rest, and {pool.in_flight} requests are in flight")
+    start = time.perf_counter()
+    tasks = [task for file in files for task in _tasks(file, controls)]
+    rows: list[EvalRow | None] = [None] * len(tasks)
+    sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+    for done, (index, completion) in enumerate(_answers(tasks, pool, renderer, sampling), 1):
+        rows[index] = _judge(tasks[index], completion)
+        if on_progress is not None:
+            on_progress(tasks[index].file, done, len(tasks))
+    answered = [row for row in rows if row is not None]
+    assert len(answered) == len(tasks), "the pool answered a request twice and another never"
+    by_file: dict[str, list[EvalRow]] = defaultdict(list)
+    for row in answered:
+        by_file[row.file].append(row)
+    summary = EvalSummary(
+        model=model,
+        step=step,
+        seconds=time.perf_counter() - start,
+        max_tokens=max_tokens,
+        train_rows=len(train_examples),
+        files=tuple(_summarise(file, by_file[file.name], train_examples) for file in files),
+    )
+    write_evaluation(folder, summary, answered)
+    return summary
+
+
+def shuffled_images(examples: Sequence[Example], seed: int = SHUFFLE_SEED) -> list[Example]:
+    """The examples, each with the picture of another; the pictures are only permuted.
+
+    Rows are lined up so that those of one picture stand together, in an order drawn from `seed`, and each takes the picture
+    that stands m places on, m being the rows of the most frequent picture. So no row keeps its own, unless one picture
+    belongs to more than half of the rows: those rows that must keep it are left out, as are rows without a picture.
+    """
+    places: dict[Path, list[int]] = defaultdict(list)
+    for place, example in enumerate(examples):
+        if example.image is not None:
+            places[example.image].append(place)
+    if not places:
+        return []
+    images = sorted(places)
+    order = np.random.default_rng(seed).permutation(len(images))
+    line = [(place, images[index]) for index in order for place in places[images[index]]]
+    shift = max(len(rows) for rows in places.values())
+    given = {place: line[(i + shift) % len(line)][1] for i, (place, _) in enumerate(line)}
+    return [
+        dataclasses.replace(example, image=given[place])
+        for place, example in enumerate(examples)
+        if place in given and given[place] != example.image
+    ]
+
+
+def _check(files: Sequence[EvalFile]) -> None:
+    if not files:
+        raise ValueError("there is nothing to evaluate: name at least one file in data.eval")
+    names = [file.name for file in files]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(
+            f"evaluation files must have distinct names, and {', '.join(repeated)} occurs twice: rename one"
+        )
+    for file in files:
+        if not file.examples:
+            raise ValueError(f"evaluation file {file.name} has no rows: check the file, or leave it out of data.eval")
+        seen: set[str] = set()
+        for example in file.examples:
+            if example.id in seen:
+                raise ValueError(
+                    f"evaluation file {file.name}: id {example.id!r} occurs twice: results are paired by id, so ids must differ"
+                )
+            seen.add(example.id)
+
+
+def _tasks(file: EvalFile, controls: bool) -> Iterator[_Task]:
+    for example in file.examples:
+        yield _Task(file.name, "none", example)
+    if not controls:
+        return
+    for example in file.examples:
+        if example.image is not None:
+            yield _Task(file.name, "blank", example)
+    for example in shuffled_images(file.examples):
+        yield _Task(file.name, "shuffled", example)
+
+
+def _answers(
+    tasks: Sequence[_Task], pool: RolloutPool, renderer: PromptRenderer, sampling: SamplingParams
+) -> Iterator[tuple[int, Completion]]:
+    """Index of a task and its completion, in the order in which they finish."""
+    submitted = 0
+    while submitted < len(tasks) or pool.in_flight:
+        while submitted < len(tasks) and pool.in_flight < IN_FLIGHT:
+            prompt = tasks[submitted].render(renderer)
+            pool.submit(RolloutRequest(index=submitted, prompt=prompt, group_size=1, sampling=sampling))
+            submitted += 1
+        group = pool.collect()
+        yield group.request.index, group.completions[0]
+
+
+def _judge(task: _Task, completion: Completion) -> EvalRow:
+    """Right if and only if the letter in the completion's first well-formed answer tag is the right one."""
+    example, parsed = task.shown, evaluated_letter(completion.text)
+    return EvalRow(
+        file=task.file,
+        id=example.id,
+        control=task.control,
+        image=None if example.image is None else str(example.image),
+        kind=example.kind,
+        question=example.question,
+        options=example.options,
+        answer=example.letter,
+        completion=completion.text,
+        parsed=parsed,
+        right=parsed == example.letter,
+        format=has_format(completion.text),
+        tokens=len(completion.token_ids),
+        finish_reason=completion.finish_reason,
+    )
+
+
+def _summarise(file: EvalFile, rows: Sequence[EvalRow], train: Sequence[Example]) -> FileSummary:
+    plain = [row for row in rows if row.control == "none"]
+    prior = ImageFreePrior.fit(train) if train else None
+    kinds = sorted({row.kind for row in plain if row.kind})
+    by_kind = {kind: [row.right for row in plain if row.kind == kind] for kind in kinds}
+    return FileSummary(
+        name=file.name,
+        rows=len(plain),
+        accuracy=Accuracy.of(sum(row.right for row in plain), len(plain)),
+        format_rate=float(np.mean([row.format for row in plain])),
+        mean_tokens=float(np.mean([row.tokens for row in plain])),
+        cut_by_length=float(np.mean([row.finish_reason == "length" for row in plain])),
+        chance=chance(file.examples),
+        majority_letter=majority_letter(file.examples, train),
+        image_free_prior=None if prior is None else prior.accuracy(file.examples),
+        image_free_prior_by_rate=None if prior is None else prior.accuracy(file.examples, by_rate=True),
+        leave_one_out_prior=leave_one_out_prior(file.examples),
+        leave_one_out_prior_by_rate=leave_one_out_prior(file.examples, by_rate=True),
+        blank=_under(rows, "blank"),
+        shuffled=_under(rows, "shuffled"),
+        by_kind={kind: (sum(right), len(right)) for kind, right in by_kind.items()},
+    )
+
+
+def _under(rows: Sequence[EvalRow], control: Control) -> Accuracy | None:
+    right = [row.right for row in rows if row.control == control]
+    return Accuracy.of(sum(right), len(right)) if right else None

@@ -1,0 +1,301 @@
+"""What an evaluation found: its records, its folder on disk, the comparison of two of them, and the table for a terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from rich import box
+from rich.table import Table
+
+from rlmed.core.statistics import mcnemar, wilson_interval
+from rlmed.core.types import FinishReason
+
+Control = Literal["none", "blank", "shuffled"]
+"""What was shown: the row's own picture, a grey one, or another row's."""
+
+SUMMARY_FILE = "summary.json"
+ROWS_FILE = "rows.jsonl"
+COMPARISON_FILE = "comparison.json"
+
+
+@dataclass(frozen=True, slots=True)
+class EvalRow:
+    """One answered question: a line of `rows.jsonl`.
+
+    Example:
+        EvalRow(file="ct", id="ct-7", control="none", image="/data/images/7.png", kind="anatomy", question="Which organ?",
+                options=("liver", "lung"), answer="B", completion="<think>…</think><answer>B</answer>", parsed="B",
+                right=True, format=True, tokens=31, finish_reason="stop")
+    """
+
+    file: str
+    id: str
+    control: Control
+    image: str | None
+    """The picture shown; under "blank" the one whose size the grey picture had."""
+    kind: str
+    question: str
+    options: tuple[str, ...]
+    answer: str
+    """The right letter."""
+    completion: str
+    parsed: str | None
+    """The letter found in the completion."""
+    right: bool
+    format: bool
+    tokens: int
+    """Length of the completion."""
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """Right answers among rows, with the Wilson 95 % interval of their share.
+
+    Example:
+        >>> Accuracy.of(6, 8)
+        Accuracy(right=6, rows=8, value=0.75, low=0.4092754550439833, high=0.9285207872560886)
+    """
+
+    right: int
+    rows: int
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, right: int, rows: int) -> Accuracy:
+        """Raises ValueError without rows."""
+        low, high = wilson_interval(right, rows)
+        return cls(right, rows, right / rows, low, high)
+
+
+@dataclass(frozen=True, slots=True)
+class FileSummary:
+    """One file's figures; rates, shares and accuracies are fractions in [0, 1].
+
+    Example:
+        A file of 300 rows may have accuracy.value 0.70 with low 0.65 and high 0.75, chance 0.25, blank.value 0.27.
+    """
+
+    name: str
+    rows: int
+    accuracy: Accuracy
+    format_rate: float
+    mean_tokens: float
+    """Mean length of the completions, in tokens."""
+    cut_by_length: float
+    """Share of completions that ran into `max_tokens`."""
+    chance: float
+    majority_letter: float
+    """Of the letter that is most often right in the training rows, or in these rows where there are none."""
+    image_free_prior: float | None
+    """Of the option texts most often right in the training rows; None where there are none."""
+    image_free_prior_by_rate: float | None
+    """The same, scored by right / shown."""
+    leave_one_out_prior: float
+    """The same prior, each row scored by the other rows of its file."""
+    leave_one_out_prior_by_rate: float
+    blank: Accuracy | None
+    """Over a grey picture of the same size; None without controls, or where no row has a picture."""
+    shuffled: Accuracy | None
+    """Over another row's picture, for the rows that can be given one."""
+    by_kind: dict[str, tuple[int, int]]
+    """Right answers and rows by kind of question, for rows that name a kind."""
+
+
+@dataclass(frozen=True, slots=True)
+class EvalSummary:
+    """One evaluation of one model: what `summary.json` holds.
+
+    Example:
+        EvalSummary(model="outputs/x", step=300, seconds=41.5, max_tokens=512, train_rows=600, files=(mri, ct, xray))
+    """
+
+    model: str
+    step: int
+    seconds: float
+    max_tokens: int
+    train_rows: int
+    """Rows that the image-free prior was fitted on."""
+    files: tuple[FileSummary, ...]
+
+    @property
+    def mean_accuracy(self) -> float:
+        """Mean of the files' accuracies, each file counted alike (the paper's mean over modalities)."""
+        return float(np.mean([file.accuracy.value for file in self.files]))
+
+    @classmethod
+    def read(cls, step_folder: Path) -> EvalSummary:
+        """Load `summary.json` from the folder of one step."""
+        content = json.loads((step_folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+        return cls(**{**content, "files": tuple(_file_summary(file) for file in content["files"])})
+
+
+def _file_summary(content: Mapping[str, Any]) -> FileSummary:
+    accuracies = {
+        key: None if content[key] is None else Accuracy(**content[key]) for key in ("accuracy", "blank", "shuffled")
+    }
+    by_kind = {kind: (right, rows) for kind, (right, rows) in content["by_kind"].items()}
+    return FileSummary(**{**content, **accuracies, "by_kind": by_kind})
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the evaluation of a step lies: `folder/step-000123`."""
+    return folder / f"step-{step:06d}"
+
+
+def write_evaluation(folder: Path, summary: EvalSummary, rows: Iterable[EvalRow]) -> Path:
+    """Write the folder of a step aside and rename it, so that it is whole or not there; an earlier one goes.
+
+    Raises:
+        OSError: when the disk refuses; an earlier evaluation of the step is untouched.
+    """
+    target = step_folder(folder, summary.step)
+    aside, replaced = (folder / f".{target.name}.{suffix}" for suffix in ("partial", "replaced"))
+    for leftover in (aside, replaced):  # of a run that was killed
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    aside.mkdir(parents=True)
+    with (aside / ROWS_FILE).open("w", encoding="utf-8") as lines:
+        for row in rows:
+            lines.write(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n")
+    _write_json(aside / SUMMARY_FILE, dataclasses.asdict(summary))
+    if target.exists():
+        target.rename(replaced)
+    aside.rename(target)
+    shutil.rmtree(replaced, ignore_errors=True)
+    return target
+
+
+def read_rows(step_folder: Path) -> list[EvalRow]:
+    """All rows of an evaluation, in the order of the files, controls after the rows as they are."""
+    with (step_folder / ROWS_FILE).open(encoding="utf-8") as lines:
+        contents = [json.loads(line) for line in lines]
+    return [EvalRow(**{**content, "options": tuple(content["options"])}) for content in contents]
+
+
+def compare(before: Path, after: Path) -> dict[str, Any]:
+    """Test for each file in both evaluations whether accuracy changed, and write `comparison.json` into `after`.
+
+    Args:
+        before: folder of one step's evaluation, as written by `write_evaluation`.
+        after: the same of another step or model.
+
+    Returns:
+        `{"before": {"model", "step"}, "after": {…}, "files": {name: {"rows", "right_before", "right_after", "gained",
+        "lost", "p_value"}}}`; the p-value is McNemar's, exact and two-sided.
+
+    Raises:
+        ValueError: when they have no file in common, or a common file has other rows.
+    """
+    first, second = _answers(before), _answers(after)
+    files: dict[str, dict[str, Any]] = {}
+    for name in second:
+        if name not in first:
+            continue
+        old, new = first[name], second[name]
+        if old.keys() != new.keys():
+            odd = min(old.keys() ^ new.keys())
+            raise ValueError(
+                f"file {name} has other rows in {before} than in {after} (for example id {odd!r}): compare two evaluations "
+                "of the same data with the same eval.limit"
+            )
+        answers = [np.array([rows[key] for key in new], dtype=bool) for rows in (old, new)]
+        files[name] = {
+            "rows": len(new),
+            "right_before": int(answers[0].sum()),
+            "right_after": int(answers[1].sum()),
+            **dataclasses.asdict(mcnemar(*answers)),
+        }
+    if not files:
+        raise ValueError(f"{before} (files {', '.join(first)}) and {after} (files {', '.join(second)}) share no file")
+    sides = {side: EvalSummary.read(path) for side, path in (("before", before), ("after", after))}
+    comparison: dict[str, Any] = {side: {"model": one.model, "step": one.step} for side, one in sides.items()}
+    comparison["files"] = files
+    _write_json(after / COMPARISON_FILE, comparison)
+    return comparison
+
+
+def _answers(folder: Path) -> dict[str, dict[tuple[str, str], bool]]:
+    """Right or not by file, then by id and question: an id that stands for another question must not be paired."""
+    answers: dict[str, dict[tuple[str, str], bool]] = {}
+    for row in read_rows(folder):
+        if row.control == "none":
+            text = json.dumps([row.question, sorted(row.options)])
+            answers.setdefault(row.file, {})[row.id, text] = row.right
+    return answers
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    aside.replace(path)
+
+
+def summary_table(before: EvalSummary | None, after: EvalSummary, comparison: Mapping[str, Any] | None) -> Table:
+    """One line a file: accuracy and format before and after, the p-value, and what is scored without the picture.
+
+    All in per cent; intervals are Wilson's at 95 %. Controls and prior are those of `after`; where there were no training
+    rows to fit the prior on, it is the leave-one-out one, marked "loo".
+    """
+    span = f"step {after.step}" if before is None else f"step {before.step} → {after.step}"
+    table = Table(
+        title=f"Held-out accuracy in %, {span}",
+        caption="intervals: Wilson 95 %; p: McNemar, exact, paired",
+        box=box.SIMPLE_HEAD,  # lines between the columns would not leave room for the figures in 80 characters
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    table.add_column("file", overflow="fold")
+    for heading in ("rows", "accuracy", "p", "format", "blank", "shuffled", "prior", "chance"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    earlier = {file.name: file for file in before.files} if before is not None else {}
+    tests = comparison["files"] if comparison is not None else {}
+    for file in after.files:
+        old = earlier.get(file.name)
+        table.add_row(
+            file.name,
+            str(file.rows),
+            _change([_percent(one.accuracy.value) + "\n" + _interval(one.accuracy) for one in (old, file) if one]),
+            _p_value(tests[file.name]["p_value"]) if file.name in tests else "–",
+            _change([_percent(one.format_rate) for one in (old, file) if one]),
+            *(
+                "–" if one is None else _percent(one.value) + "\n" + _interval(one)
+                for one in (file.blank, file.shuffled)
+            ),
+            _prior(file),
+            _percent(file.chance),
+        )
+    return table
+
+
+def _prior(file: FileSummary) -> str:
+    if file.image_free_prior is None:
+        return _percent(file.leave_one_out_prior) + "\nloo"
+    return _percent(file.image_free_prior)
+
+
+def _change(cells: Sequence[str]) -> str:
+    """Cells side by side, line by line, an arrow between them."""
+    return "\n".join(" → ".join(lines) for lines in zip(*(cell.split("\n") for cell in cells), strict=True))
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _interval(accuracy: Accuracy) -> str:
+    return f"{100 * accuracy.low:.0f}–{100 * accuracy.high:.0f}"
+
+
+def _p_value(p_value: float) -> str:
+    return "<0.001" if p_value < 0.001 else f"{p_value:.3f}"

@@ -1,0 +1,198 @@
+"""`python -m rlmed.launch +experiment=medvqa_600`: train a policy by reinforcement learning, and show what it learnt."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from rich.console import Console
+
+from rewards.rubric import Rubric
+from rlmed.checkpoint import list_checkpoints, read_state, save_checkpoint
+from rlmed.cluster import Cluster, build_cluster
+from rlmed.commandline import check_same_run, run_command, to_yaml
+from rlmed.controller import LoopState, StepResult, train
+from rlmed.core.config import RunConfig
+from rlmed.core.tracing import Tracer
+from rlmed.core.types import SamplingParams
+from rlmed.evaluation import evaluate
+from rlmed.evaluation_results import EvalSummary, compare, step_folder, summary_table
+from rlmed.preflight import check, inspect
+from rlmed.progress import Progress
+from rlmed.recorder import RunRecorder, write_data, write_versions
+from rlmed.report import write_report
+from rlmed.setup import Dataset, load_data, make_renderer
+from rlmed.stream import PromptStream
+
+log = logging.getLogger(__name__)
+
+
+class Run:
+    """One training run in one folder: wires the parts, drives the loop, records."""
+
+    def __init__(self, config: RunConfig, folder: Path) -> None:
+        """Load everything; nothing is sampled or trained yet.
+
+        Raises:
+            ValueError: for data, model or settings that cannot work.
+        """
+        self.config, self.folder = config, folder
+        self.progress = Progress()
+        self.rubric = Rubric.from_config(config.reward.weights, config.reward.extra, timeout_s=config.reward.timeout_s)
+        self.renderer = make_renderer(config)
+        self.data: Dataset = load_data(config.data, self.renderer, training=True)
+        checkpoints = list_checkpoints(folder / "checkpoints")
+        self.checkpoint = checkpoints[-1] if checkpoints and config.resume else None
+        self.tracer = Tracer(folder / "timeline.jsonl")
+        self.recorder = RunRecorder(folder)
+        self.state = LoopState()
+        self.cluster: Cluster = build_cluster(
+            config, self.renderer, checkpoint=self.checkpoint, on_bad_step=self.recorder.dump_bad_step
+        )
+        sampling = SamplingParams(
+            temperature=config.rollout.temperature,
+            top_p=config.rollout.top_p,
+            top_k=config.rollout.top_k,
+            max_tokens=config.rollout.max_tokens,
+            stop=config.rollout.stop,
+        )
+        self.stream = PromptStream(
+            self.data.train_examples,
+            self.renderer,
+            sampling,
+            group_size=config.algo.group_size,
+            seed=config.seed,
+            shuffle=config.data.shuffle_options,
+        )
+        if self.checkpoint:
+            self._restore(self.checkpoint)
+        else:
+            self.recorder.truncate({})
+        (folder / "config.yaml").write_text(to_yaml(config))
+        write_versions(folder)
+        write_data(folder, self.data.files)
+
+    def execute(self) -> None:
+        """Evaluate, train, evaluate, report."""
+        config, state = self.config, self.state
+        if state.step == 0:
+            self._preflight()
+            if config.eval.at_start:
+                self._evaluate(0, controls=config.eval.controls)
+        with self.progress:
+            self.progress.start(config.steps, state.step)
+            train(
+                self.cluster.pool,
+                self.cluster.learner,
+                self.stream,
+                self.rubric.score,
+                algo=config.algo,
+                steps=config.steps,
+                state=state,
+                tracer=self.tracer,
+                after_step=self._after_step,
+            )
+            if config.eval.at_end:
+                self._evaluate(config.steps, controls=config.eval.controls)
+        self._finish()
+
+    def _restore(self, checkpoint: Path) -> None:
+        saved = read_state(checkpoint)
+        check_same_run(self.folder / "config.yaml", self.config)
+        self.state = LoopState(**saved["loop"])
+        self.recorder.truncate(saved["offsets"])
+        self.cluster.learner.load(checkpoint)
+        self.cluster.learner.push_weights(self.cluster.pool)
+        self.progress.message(f"resuming after step {self.state.step} of {self.config.steps} from {checkpoint}")
+
+    def _preflight(self) -> None:
+        if not self.config.preflight.enabled:
+            return
+        with self.tracer.span("preflight", step=0):
+            for index in range(self.config.preflight.groups):
+                self.cluster.pool.submit(self.stream.request(index))
+            groups = [self.rubric.score(self.cluster.pool.collect()) for _ in range(self.config.preflight.groups)]
+        report = inspect(groups)
+        self.progress.message(report.line())
+        check(report, self.config.rollout.max_tokens)
+
+    def _after_step(self, result: StepResult) -> None:
+        config, step = self.config, result.step
+        seconds = self.tracer.step_seconds(step)
+        metrics = result.metrics | {f"seconds/{name}": value for name, value in seconds.items()}
+        metrics["tokens_per_second"] = metrics["completion/tokens"] / max(seconds["rollout"], 1e-9)
+        self.recorder.record_step(step, metrics)
+        self.recorder.record_groups(step, result.groups, result.discarded)
+        self.progress.step(step, metrics)
+        if config.eval.every and step % config.eval.every == 0 and step < config.steps:
+            self._evaluate(step, controls=False)
+        if (config.checkpoint.every and step % config.checkpoint.every == 0) or step == config.steps:
+            self._save(step)
+
+    def _save(self, step: int) -> None:
+        with self.tracer.span("checkpoint", step=step):
+            state = {
+                "loop": {"step": step, "cursor": self.state.cursor, "pending": self.state.pending},
+                "policy_version": self.cluster.learner.policy_version,
+                "offsets": self.recorder.offsets(),
+                "seed": self.config.seed,
+            }
+            save_checkpoint(
+                self.folder / "checkpoints", step, state, self._write_model, keep_last=self.config.checkpoint.keep_last
+            )
+
+    def _write_model(self, folder: Path) -> None:
+        self.cluster.learner.save(folder)
+        self.renderer.save(folder)
+
+    def _evaluate(self, step: int, *, controls: bool) -> EvalSummary:
+        with self.tracer.span("evaluate", step=step):
+            summary = evaluate(
+                self.data.eval_files(self.config.eval.limit),
+                pool=self.cluster.pool,
+                renderer=self.renderer,
+                train_examples=self.data.train_examples,
+                max_tokens=self.config.eval.max_tokens,
+                controls=controls,
+                folder=self.folder / "evaluations",
+                step=step,
+                model=self.config.model.path,
+                on_progress=lambda name, done, total: self.progress.stage(f"evaluate {name}", done, total),
+            )
+        self.recorder.record_evaluation(step, {file.name: file.accuracy.value for file in summary.files})
+        self.progress.message(
+            f"accuracy after {step} steps: "
+            + ", ".join(f"{file.name} {file.accuracy.value:.1%}" for file in summary.files)
+        )
+        return summary
+
+    def _finish(self) -> None:
+        """The table and the report."""
+        self.tracer.close()
+        self.recorder.close()
+        self.cluster.close()
+        evaluations = self.folder / "evaluations"
+        first, last = step_folder(evaluations, 0), step_folder(evaluations, self.config.steps)
+        console = Console()
+        if last.is_dir():
+            before = EvalSummary.read(first) if first.is_dir() else None
+            comparison = compare(first, last) if before else None
+            console.print(summary_table(before, EvalSummary.read(last), comparison))
+        report = write_report(self.folder)
+        console.print(f"report:     {report}", soft_wrap=True)
+        console.print(f"checkpoint: {list_checkpoints(self.folder / 'checkpoints')[-1]}", soft_wrap=True)
+
+
+def main(config: RunConfig, folder: Path) -> None:
+    """Run the training described by `config` in `folder`."""
+    if config.name.endswith("_embedded") and config.profile == "auto":
+        log.info(
+            "no CUDA device: this is the embedded profile (tiny model, generated images). "
+            "The real run, on a GPU: python -m rlmed.launch +experiment=%s profile=paper",
+            config.name.removesuffix("_embedded"),
+        )
+    Run(config, folder).execute()
+
+
+if __name__ == "__main__":
+    run_command("train", main)

@@ -1,0 +1,154 @@
+"""What is written down of a run while it goes: metrics, every rollout, versions, data, batches that could not be learnt."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch.utils.tensorboard.writer import SummaryWriter
+
+import rlmed
+from rlmed.bad_steps import write_bad_step
+from rlmed.core.jsonlines import JsonLinesWriter, finite, read_json_lines
+from rlmed.core.tracing import TIMELINE_LINES
+from rlmed.core.types import ScoredGroup, TrainGroup
+from rlmed.setup import DataFile
+
+METRICS_FILE = "metrics.jsonl"
+ROLLOUTS_FILE = "rollouts.jsonl"
+VERSIONS_FILE = "versions.json"
+DATA_FILE = "data.json"
+TENSORBOARD_FOLDER = "tensorboard"
+BAD_STEPS_FOLDER = "bad_steps"
+
+BAD_STEPS_KEPT = 5
+"""Batches dumped at most: with images one takes tens of megabytes, and the first ones tell what went wrong."""
+PACKAGES = ("rlmed", "torch", "transformers", "tokenizers", "hydra-core", "numpy", "pillow", "safetensors")
+
+
+class RunRecorder:
+    """Appends to the files of a run folder, which is made if missing.
+
+    Example:
+        >>> with RunRecorder(folder) as recorder:                                 # doctest: +SKIP
+        ...     recorder.record_step(1, {"policy_version": 1.0, "reward/mean": 1.4})
+        ...     recorder.record_groups(1, groups, discarded)
+        ...     offsets = recorder.offsets()   # goes into the checkpoint; `truncate(offsets)` when it is resumed
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Nothing is written yet; call `truncate` before anything else when the folder may hold an earlier run."""
+        self._folder = folder
+        self._metrics = JsonLinesWriter(folder / METRICS_FILE)
+        self._rollouts = JsonLinesWriter(folder / ROLLOUTS_FILE)
+        # the tracer appends to it; here it is only measured and cut back together with the others
+        self._timeline = JsonLinesWriter(folder / TIMELINE_LINES)
+        self._board: SummaryWriter | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def record_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append the metrics of a step as one line, and to TensorBoard.
+
+        Args:
+            step: steps done, 1 after the first.
+            metrics: by name; NaN and infinities are written as null. "policy_version" becomes a whole number.
+
+        Raises:
+            RecordError: when the disk refuses.
+        """
+        line: dict[str, Any] = {"step": step, **{name: float(value) for name, value in metrics.items()}}
+        if "policy_version" in metrics:
+            line["policy_version"] = int(metrics["policy_version"])
+        self._metrics.append(line)
+        self._scalars(step, metrics)
+
+    def record_evaluation(self, step: int, accuracy: Mapping[str, float]) -> None:
+        """Add the accuracy by file after `step` steps to TensorBoard; the evaluation's own folder holds everything."""
+        self._scalars(step, {f"accuracy/{name}": value for name, value in accuracy.items()})
+
+    def record_groups(self, step: int, groups: Sequence[TrainGroup], discarded: Sequence[ScoredGroup]) -> None:
+        """Append the groups of a step, one line each.
+
+        Args:
+            step: steps done.
+            groups: learnt from.
+            discarded: sampled and scored, but not learnt from; their completions have the advantage null.
+
+        Raises:
+            RecordError: when the disk refuses.
+        """
+        for group in groups:
+            advantages = [float(value) for value in group.advantages]
+            self._rollouts.append(_group_line(step, group.scored, advantages))
+        for scored in discarded:
+            self._rollouts.append(_group_line(step, scored, [None] * len(scored.rewards)))
+
+    def dump_bad_step(self, groups: Sequence[TrainGroup], reason: str) -> None:
+        """Keep a batch whose loss or gradient was not finite, so that it can be replayed; of the first few only.
+
+        Args:
+            groups: the batch.
+            reason: what was not finite.
+
+        Raises:
+            OSError: when the disk refuses.
+        """
+        folder = self._folder / BAD_STEPS_FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        number = len(list(folder.glob("*.npz")))
+        if number < BAD_STEPS_KEPT:
+            write_bad_step(folder / f"{number + 1:03d}.npz", groups, reason)
+
+    def offsets(self) -> dict[str, int]:
+        """Bytes of each file, safe on disk: what a checkpoint stores to be given to `truncate`."""
+        return {writer.path.name: writer.offset() for writer in self._writers}
+
+    def truncate(self, offsets: Mapping[str, int]) -> None:
+        """Cut the files back to a checkpoint, so that a killed and resumed run has each step exactly once.
+
+        Args:
+            offsets: from `offsets()`; a file that is not named is emptied, so `{}` starts anew.
+
+        Raises:
+            RecordError: when a file is shorter than its offset.
+        """
+        for writer in self._writers:
+            writer.truncate(offsets.get(writer.path.name, 0))
+
+    def close(self) -> None:
+        """Close the files."""
+        for writer in self._writers:
+            writer.close()
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+
+    @property
+    def _writers(self) -> tuple[JsonLinesWriter, ...]:
+        return (self._metrics, self._rollouts, self._timeline)
+
+    def _scalars(self, step: int, values: Mapping[str, float]) -> None:
+        if self._board is None:
+            # what an earlier process logged after the last checkpoint is hidden
+            folder, first = self._folder / TENSORBOARD_FOLDER, step
+            self._board = SummaryWriter(str(folder), purge_step=first if folder.exists() else None)
+        for name, value in values.items():
+            if math.isfinite(value):
+                self._board.add_scalar(name, value, step)

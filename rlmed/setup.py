@@ -1,0 +1,164 @@
+"""From a validated configuration to the parts of a run: files, prompts, model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import torch
+
+from rlmed.core.config import DataConfig, ModelConfig, RunConfig
+from rlmed.core.types import Example
+from rlmed.data.jsonl import ReadResult, SkippedRow, format_skips, read_examples
+from rlmed.data.phantom import write_dataset
+from rlmed.data.prompts import PromptRenderer, load_processor
+from rlmed.evaluation import EvalFile
+from rlmed.models.policy import load_config
+
+log = logging.getLogger(__name__)
+EMBEDDED = "embedded:"
+
+
+@dataclass(frozen=True, slots=True)
+class DataFile:
+    """One file as it was read: what can be used and what cannot."""
+
+    name: str
+    """File name without its ending."""
+    path: Path
+    read: ReadResult
+    examples: tuple[Example, ...]
+    """Rows that also render within the limits."""
+    dropped: tuple[SkippedRow, ...]
+    """Rows that do not render, for example because the prompt is too long."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """Training rows (None where only evaluation was asked for) and the files to evaluate on."""
+
+    train: DataFile | None
+    evals: tuple[DataFile, ...]
+
+    @property
+    def files(self) -> tuple[DataFile, ...]:
+        """All files, the training file first."""
+        return (*((self.train,) if self.train else ()), *self.evals)
+
+    @property
+    def train_examples(self) -> tuple[Example, ...]:
+        """Rows to learn from; empty without a training file."""
+        return self.train.examples if self.train else ()
+
+    def eval_files(self, limit: int | None = None) -> list[EvalFile]:
+        """The evaluation files, at most `limit` rows of each."""
+        return [EvalFile(entry.name, entry.examples[:limit]) for entry in self.evals]
+
+
+def model_folder(path: str) -> Path:
+    """Where the model is: `embedded:NAME` ships with the package, everything else is a folder or a hub name.
+
+    Raises:
+        ValueError: for an embedded model that does not exist.
+    """
+    if not path.startswith(EMBEDDED):
+        return Path(path)
+    folder = Path(str(resources.files("rlmed").joinpath("assets", path.removeprefix(EMBEDDED))))
+    if not folder.is_dir():
+        raise ValueError(f"model.path={path}: rlmed ships no such model; `make tiny-base` builds tiny_base")
+    return folder
+
+
+def resolve_device(config: ModelConfig) -> torch.device:
+    """The device that `model.device` means here.
+
+    Raises:
+        ValueError: when a CUDA device is asked for and there is none.
+    """
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"model.device={config.device}: torch sees no CUDA device here; use model.device=cpu or auto")
+    return torch.device(config.device)
+
+
+def resolve_dtype(config: ModelConfig) -> str:
+    """The dtype that `model.dtype` means here."""
+    if config.dtype != "auto":
+        return config.dtype
+    return "bfloat16" if resolve_device(config).type == "cuda" else "float32"
+
+
+def make_renderer(config: RunConfig) -> PromptRenderer:
+    """The prompt renderer of the run's model."""
+    folder = model_folder(config.model.path)
+    load_config(folder)  # says what to do when there is no such model, before the tokenizer is missed
+    tokenizer, image_processor = load_processor(folder)
+    return PromptRenderer(
+        tokenizer,
+        image_processor,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        min_pixels=config.model.min_pixels,
+        max_pixels=config.model.max_pixels,
+    )
+
+
+def load_data(config: DataConfig, renderer: PromptRenderer, *, training: bool) -> Dataset:
+    """Read and check every row that the run will use.
+
+    Raises:
+        ValueError: for missing or broken files, or when no training file is named although `training`.
+    """
+    train, evals = config.train, list(config.eval)
+    if config.source == "phantom":
+        folder = Path(config.phantom_folder or f"outputs/phantom-{config.phantom_seed}")
+        write_dataset(folder, config.phantom_seed)
+        train = train or str(folder / "train_mri.jsonl")
+        evals = evals or [str(folder / f"test_{name}.jsonl") for name in ("mri", "ct", "xray")]
+    if training and not train:
+        raise ValueError("data.train is not set: give a file of training rows, for example data.train=train.jsonl")
+    if not training and not evals:
+        raise ValueError("data.eval is empty: give files to evaluate on, for example data=test.jsonl")
+    names = [Path(path).stem for path in evals]
+    if len(set(names)) < len(names):
+        raise ValueError(f"data.eval names files with the same name ({', '.join(names)}): rename one, results go by name")
+    return Dataset(
+        train=_load_file(train, config, renderer, config.limit) if train else None,
+        evals=tuple(_load_file(path, config, renderer, None) for path in evals),
+    )
+
+
+def _load_file(path: str, config: DataConfig, renderer: PromptRenderer, limit: int | None) -> DataFile:
+    if not Path(path).is_file():
+        raise ValueError(f"data file {path} does not exist (relative to {Path.cwd()}). {config.download or ''}".rstrip())
+    read = read_examples(Path(path), on_bad_row=config.on_bad_row)
+    if read.skipped:
+        log.warning("%s", format_skips(read))
+    examples, dropped = check_renders(read.examples[:limit], renderer)
+    if dropped:
+        log.warning("%s: %d rows dropped, the first (%s): %s", path, len(dropped), dropped[0].id, dropped[0].reason)
+    if not examples:
+        raise ValueError(f"{path}: none of {len(read.examples)} rows can be used; the first: {dropped[0].reason}")
+    return DataFile(Path(path).stem, Path(path), read, examples, dropped)
+
+
+def check_renders(
+    examples: Sequence[Example], renderer: PromptRenderer
+) -> tuple[tuple[Example, ...], tuple[SkippedRow, ...]]:
+    """Render every example once, so that a bad row is known before the run and not in its middle.
+
+    Returns:
+        The examples that render, and those that do not, with the reason.
+    """
+    kept, dropped = [], []
+    for number, example in enumerate(examples, start=1):
+        try:
+            renderer.render(example)
+        except ValueError as error:
+            dropped.append(SkippedRow(line=number, id=example.id, reason=str(error)))
+        else:
+            kept.append(example)
+    return tuple(kept), tuple(dropped)

@@ -1,0 +1,137 @@
+"""`python -m rlmed.sft`: supervised fine-tuning, for alignment before RL and as the baseline that RL is compared with.
+
+A row is imitated through its `completion` where it has one; otherwise through its letter alone, `<answer>B</answer>`, which
+is what a data set without rationales offers (the SFT baseline of MedVLM-R1, arXiv 2502.19634).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from learner.packing import PackItem
+from learner.supervised import SupervisedLearner, written_item
+from rlmed.checkpoint import list_checkpoints, read_state, save_checkpoint
+from rlmed.cluster import build_local_pool, build_policy
+from rlmed.commandline import check_same_run, run_command, to_yaml
+from rlmed.core.config import RunConfig
+from rlmed.core.tracing import Tracer
+from rlmed.core.types import Example
+from rlmed.data.prompts import PromptRenderer
+from rlmed.data.sampler import PromptOrder
+from rlmed.evaluation import evaluate
+from rlmed.evaluation_results import EvalSummary, compare, summary_table
+from rlmed.progress import Progress
+from rlmed.recorder import RunRecorder, write_data, write_versions
+from rlmed.report import write_report
+from rlmed.setup import load_data, make_renderer, model_folder
+
+
+def target_text(example: Example, target: str) -> str:
+    """The text to imitate: the row's own completion, or its letter in answer tags (always, with target="answer")."""
+    if target == "auto" and example.completion is not None:
+        return example.completion
+    return f"<answer>{example.letter}</answer>"
+
+
+class Batches:
+    """Batches of written examples as a pure function of the step."""
+
+    def __init__(self, examples: Sequence[Example], renderer: PromptRenderer, config: RunConfig) -> None:
+        """Prepare `sft.epochs` passes over `examples` in batches of `sft.batch_size`."""
+        self._examples, self._renderer, self._config = examples, renderer, config.sft
+        self._order = PromptOrder(config.seed, len(examples))
+        self.steps = math.ceil(config.sft.epochs * len(examples) / config.sft.batch_size)
+
+    def batch(self, step: int) -> list[PackItem]:
+        """The batch of `step` (from 0)."""
+        size = self._config.batch_size
+        return [self._item(self._order.example_at(cursor)[1]) for cursor in range(step * size, (step + 1) * size)]
+
+    def _item(self, position: int) -> PackItem:
+        example = self._examples[position]
+        token_ids = self._renderer.completion_ids(target_text(example, self._config.target))
+        return written_item(self._renderer.render(example), token_ids)
+
+
+def main(config: RunConfig, folder: Path) -> None:
+    """Run the fine-tuning described by `config` in `folder`."""
+    renderer = make_renderer(config)
+    data = load_data(config.data, renderer, training=True)
+    checkpoints = list_checkpoints(folder / "checkpoints") if config.resume else []
+    policy = build_policy(config, checkpoints[-1] if checkpoints else model_folder(config.model.path))
+    batches = Batches(data.train_examples, renderer, config)
+    learner = SupervisedLearner(policy, config.learner, total_steps=batches.steps)
+    recorder, tracer, progress = RunRecorder(folder), Tracer(folder / "timeline.jsonl"), Progress()
+    done = 0
+    if checkpoints:
+        saved = read_state(checkpoints[-1])
+        check_same_run(folder / "config.yaml", config)
+        done = int(saved["step"])
+        recorder.truncate(saved["offsets"])
+        learner.load(checkpoints[-1])
+    else:
+        recorder.truncate({})
+    (folder / "config.yaml").write_text(to_yaml(config))
+    write_versions(folder)
+    write_data(folder, data.files)
+
+    def measure(step: int) -> None:
+        with tracer.span("evaluate", step=step):
+            evaluate(
+                data.eval_files(config.eval.limit),
+                pool=build_local_pool(config, policy, renderer),
+                renderer=renderer,
+                train_examples=data.train_examples,
+                max_tokens=config.eval.max_tokens,
+                controls=config.eval.controls,
+                folder=folder / "evaluations",
+                step=step,
+                model=config.model.path,
+                on_progress=lambda name, at, total: progress.stage(f"evaluate {name}", at, total),
+            )
+
+    def write_model(target: Path) -> None:
+        learner.save(target)
+        renderer.save(target)
+
+    evaluated = bool(data.evals)
+    with progress:
+        if evaluated and config.eval.at_start and done == 0:
+            measure(0)
+        progress.start(batches.steps, done)
+        for step in range(done + 1, batches.steps + 1):
+            with tracer.span("learn", step=step):
+                metrics = learner.step(batches.batch(step - 1))
+            metrics["tokens_per_second"] = metrics["tokens"] / max(tracer.step_seconds(step)["learn"], 1e-9)
+            recorder.record_step(step, metrics)
+            progress.step(step, metrics)
+            if (config.checkpoint.every and step % config.checkpoint.every == 0) or step == batches.steps:
+                state = {"step": step, "offsets": recorder.offsets()}
+                save_checkpoint(
+                    folder / "checkpoints", step, state, write_model, keep_last=config.checkpoint.keep_last
+                )
+        if evaluated and config.eval.at_end:
+            measure(batches.steps)
+    recorder.close()
+    tracer.close()
+    _show(folder, batches.steps)
+
+
+def _show(folder: Path, steps: int) -> None:
+    """The table and the paths."""
+    console = Console()
+    first, last = (folder / "evaluations" / f"step-{step:06d}" for step in (0, steps))
+    if last.is_dir():
+        before = EvalSummary.read(first) if first.is_dir() else None
+        comparison = compare(first, last) if before else None
+        console.print(summary_table(before, EvalSummary.read(last), comparison))
+    console.print(f"report:     {write_report(folder)}", soft_wrap=True)
+    console.print(f"checkpoint: {list_checkpoints(folder / 'checkpoints')[-1]}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    run_command("sft", main)

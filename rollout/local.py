@@ -1,0 +1,47 @@
+"""The pool of `cluster=local`: one native engine in this process, on the learner's own parameters."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from rlmed.core.types import RolloutGroup, RolloutRequest
+from rollout.native.engine import NativeEngine
+
+
+class LocalPool:
+    """See `rlmed.core.protocols.RolloutPool`."""
+
+    def __init__(self, engine: NativeEngine) -> None:
+        """Drive `engine` whenever a group is asked for."""
+        self.engine = engine
+        self._finished: deque[RolloutGroup] = deque()
+        self._in_flight = 0
+
+    @property
+    def in_flight(self) -> int:
+        """Requests submitted and not yet collected."""
+        return self._in_flight
+
+    def submit(self, request: RolloutRequest) -> None:
+        """Queue a request; raises ValueError when it could never be sampled."""
+        self.engine.submit(request)
+        self._in_flight += 1
+
+    def collect(self) -> RolloutGroup:
+        """Sample until a group is finished."""
+        if self._in_flight == 0:
+            raise RuntimeError("collect() was called with no request in flight")
+        while not self._finished:
+            self._finished.extend(self.engine.step())
+        self._in_flight -= 1
+        return self._finished.popleft()
+
+    def update_weights(self, version: int) -> None:
+        """The engine reads the learner's parameters: only the version changes."""
+        self.engine.update_weights(version)
+
+    def close(self) -> None:
+        """Drop what is in flight."""
+        self.engine.abort()
+        self._finished.clear()
+        self._in_flight = 0

@@ -1,0 +1,61 @@
+"""A folder with a checkpoint's name is always whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlmed.checkpoint import STATE_FILE, CheckpointError, list_checkpoints, read_state, save_checkpoint
+
+
+def write(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"weights")
+
+
+def test_save_and_read(tmp_path: Path) -> None:
+    target = save_checkpoint(tmp_path, 7, {"cursor": 56}, write, keep_last=2)
+    assert target == tmp_path / "step-000007"
+    assert sorted(path.name for path in target.iterdir()) == ["model.safetensors", STATE_FILE]
+    assert read_state(target) == {"cursor": 56}
+
+
+def test_keep_last(tmp_path: Path) -> None:
+    for step in (5, 10, 1_000_000, 15):
+        save_checkpoint(tmp_path, step, {}, write, keep_last=2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000015", "step-1000000"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000015", "step-1000000"]
+
+
+def test_the_same_step_again_replaces_it(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, 5, {"try": 1}, write, keep_last=2)
+    assert read_state(save_checkpoint(tmp_path, 5, {"try": 2}, write, keep_last=2)) == {"try": 2}
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])
+def test_a_failed_write_leaves_the_earlier_checkpoint(tmp_path: Path, error: Exception) -> None:
+    def fail(folder: Path) -> None:
+        write(folder)
+        raise error
+
+    save_checkpoint(tmp_path, 5, {}, write, keep_last=1)
+    with pytest.raises(CheckpointError, match=r"step-000006 could not be written.*resume=auto"):
+        save_checkpoint(tmp_path, 6, {}, fail, keep_last=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000005"]
+
+
+def test_leftovers_of_a_killed_run_are_no_checkpoints_and_go(tmp_path: Path) -> None:
+    (tmp_path / ".step-000009.partial").mkdir(parents=True)
+    (tmp_path / ".step-000001.removed").mkdir()
+    assert list_checkpoints(tmp_path) == []
+    save_checkpoint(tmp_path, 10, {}, write, keep_last=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000010"]
+
+
+def test_read_state_names_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is no checkpoint"):
+        read_state(tmp_path)
+    (tmp_path / STATE_FILE).write_text(json.dumps({"a": 1})[:-1])
+    with pytest.raises(CheckpointError, match="is no checkpoint"):
+        read_state(tmp_path)

@@ -1,0 +1,73 @@
+"""Shorthands of the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+from rlmed.commandline import check_same_run, expand, newest_run, to_yaml
+from rlmed.core.config import RunConfig, build_config
+
+
+def config(*overrides: str) -> RunConfig:
+    with initialize_config_module("conf", version_base="1.3"):
+        plain = OmegaConf.to_container(compose("train", overrides=list(overrides)), resolve=True)
+    assert isinstance(plain, dict)
+    return build_config({str(key): value for key, value in plain.items()})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cuda", "expanded"),
+    [
+        (["+experiment=medvqa_600"], False, ["+experiment=medvqa_600_embedded"]),
+        (["+experiment=medvqa_600"], True, ["+experiment=medvqa_600"]),
+        (["+experiment=medvqa_600", "profile=paper"], False, ["+experiment=medvqa_600", "profile=paper"]),
+        (["+experiment=medvqa_600", "profile=embedded"], True, ["+experiment=medvqa_600_embedded", "profile=embedded"]),
+        (["+experiment=other"], False, ["+experiment=other"]),
+        (["model=/models/mine"], False, ["model.path=/models/mine"]),
+        (["model=tiny"], False, ["model=tiny"]),
+        (["data=a.jsonl"], False, ["data=jsonl", "data.eval=[a.jsonl]"]),
+        (["data=[a.jsonl,b.jsonl]"], False, ["data=jsonl", "data.eval=[a.jsonl,b.jsonl]"]),
+        (["data=phantom", "steps=3", "--help"], False, ["data=phantom", "steps=3", "--help"]),
+    ],
+)
+def test_expand(arguments: list[str], cuda: bool, expanded: list[str]) -> None:
+    assert expand(arguments, cuda=cuda) == expanded
+
+
+def test_expand_resume_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no checkpoints"):
+        expand([f"resume={tmp_path}"], cuda=False)
+    (tmp_path / "checkpoints").mkdir()
+    assert expand([f"resume={tmp_path}"], cuda=False) == [f"resume={tmp_path}", f"hydra.run.dir={tmp_path}"]
+
+
+def test_expand_refuses_an_unknown_profile() -> None:
+    with pytest.raises(ValueError, match="auto, embedded, paper"):
+        expand(["profile=moon"], cuda=False)
+
+
+def test_newest_run_needs_a_checkpoint(tmp_path: Path) -> None:
+    assert newest_run("demo", tmp_path) is None
+    for age, name in enumerate(["new_without", "newer", "old"]):
+        folder = tmp_path / "demo" / name
+        (folder / "checkpoints").mkdir(parents=True)
+        if name != "new_without":
+            (folder / "checkpoints" / "step-000010").mkdir()
+        os.utime(folder, (1000 - age, 1000 - age))
+    assert newest_run("demo", tmp_path) == tmp_path / "demo" / "newer"
+
+
+def test_check_same_run(tmp_path: Path) -> None:
+    before = config("learner.betas=[0.9,0.95]")
+    saved = tmp_path / "config.yaml"
+    saved.write_text(to_yaml(before))
+    check_same_run(saved, before)
+    check_same_run(saved, dataclasses.replace(before, resume="auto", eval=dataclasses.replace(before.eval, every=7)))
+    with pytest.raises(ValueError, match=r"learner\.lr: 1e-06 then, 0\.5 now"):
+        check_same_run(saved, config("learner.betas=[0.9,0.95]", "learner.lr=0.5"))
