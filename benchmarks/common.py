@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from rlmed.core.types import Completion, Example, Prompt, SamplingParams
 from rlmed.data.jsonl import read_examples
@@ -75,7 +76,9 @@ def timed(work: Callable[[], object]) -> Side:
     return side
 
 
-def alternate(sides: Mapping[str, Side], *, rounds: int, warmup: int = 1, settle_s: float = SETTLE_SECONDS) -> dict[str, Timing]:
+def alternate(
+    sides: Mapping[str, Side], *, rounds: int, warmup: int = 1, settle_s: float = SETTLE_SECONDS
+) -> dict[str, Timing]:
     """Run the sides in turn, A B A B …, so that a machine that slows down slows all of them down.
 
     Args:
@@ -102,10 +105,18 @@ def alternate(sides: Mapping[str, Side], *, rounds: int, warmup: int = 1, settle
 
 def add_arguments(parser: argparse.ArgumentParser, *, rounds: int) -> None:
     """The arguments of every benchmark."""
-    parser.add_argument("--model", help="model folder; default: the tiny base that ships with rlmed, else random weights")
+    parser.add_argument(
+        "--model", help="model folder; default: the tiny base that ships with rlmed, else random weights"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="torch threads (default: all cores)")
     parser.add_argument("--rounds", type=int, default=rounds, help=f"counted runs of each side (default {rounds})")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result (default benchmarks/results)")
+
+
+def start(arguments: argparse.Namespace) -> None:
+    """Set the number of threads, and keep transformers from drawing progress bars between the results."""
+    torch.set_num_threads(arguments.threads)
+    disable_progress_bar()
 
 
 def find_model(argument: str | None, scratch: Path) -> tuple[Path, str]:
@@ -137,6 +148,11 @@ def make_renderer(model: Path) -> PromptRenderer:
 def render_prompts(renderer: PromptRenderer, examples: Sequence[Example], *, images: bool = True) -> list[Prompt]:
     """The prompts of the examples, with or without their images."""
     return [renderer.render(entry if images else dataclasses.replace(entry, image=None)) for entry in examples]
+
+
+def spread(lengths: Sequence[int]) -> dict[str, int]:
+    """The shortest and the longest, for the result file."""
+    return {"min": min(lengths), "max": max(lengths)}
 
 
 def never_end(policy: Policy) -> None:

@@ -30,6 +30,8 @@ from benchmarks.common import (
     render_prompts,
     report,
     sampling,
+    spread,
+    start,
     timed,
     write_examples,
     write_result,
@@ -54,7 +56,9 @@ def padded_inputs(model: PreTrainedModel, prompts: Sequence[Prompt], pad: int) -
     inputs = {"input_ids": ids, "attention_mask": attended}
     if prompts[0].image_inputs:
         names = prompts[0].image_inputs
-        inputs |= {name: torch.from_numpy(np.concatenate([entry.image_inputs[name] for entry in prompts])) for name in names}
+        inputs |= {
+            name: torch.from_numpy(np.concatenate([entry.image_inputs[name] for entry in prompts])) for name in names
+        }
         inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).long()
     return inputs
 
@@ -90,7 +94,9 @@ def generate_side(
     return run
 
 
-def native_side(policy: Policy, prompts: Sequence[Prompt], decode: Any, group_size: int, max_tokens: int) -> Callable[[], None]:
+def native_side(
+    policy: Policy, prompts: Sequence[Prompt], decode: Any, group_size: int, max_tokens: int
+) -> Callable[[], None]:
     """A call of the native engine for the same work."""
     limits = EngineLimits(max_completions=len(prompts) * group_size)
 
@@ -125,7 +131,9 @@ def measure(folder: Path, name: str, arguments: argparse.Namespace, scratch: Pat
             sides[f"generate_{cache}"] = timed(generate_side(model, prompts, pad, *work, cache))
         timings = alternate(sides, rounds=arguments.rounds)
         workloads[label] = summarise(timings, tokens, [len(prompt.token_ids) for prompt in prompts])
-        line = ", ".join(f"{side} {entry['tokens_per_s']:.0f} tokens/s" for side, entry in workloads[label]["sides"].items())
+        line = ", ".join(
+            f"{side} {entry['tokens_per_s']:.0f} tokens/s" for side, entry in workloads[label]["sides"].items()
+        )
         report(f"{label}: {line}; native / best generate = {workloads[label]['ratio']:.2f}")
     return {"model": facts, "workloads": workloads}
 
@@ -134,8 +142,10 @@ def summarise(timings: dict[str, Timing], tokens: int, prompt_lengths: Sequence[
     """Tokens a second of each side (by its median), and the engine's lead on the best `generate`."""
     best = min((name for name in timings if name != "native"), key=lambda name: timings[name].median)
     return {
-        "prompt_tokens": {"min": min(prompt_lengths), "max": max(prompt_lengths)},
-        "sides": {name: {"tokens_per_s": round(tokens / one.median, 1), **one.summary()} for name, one in timings.items()},
+        "prompt_tokens": spread(prompt_lengths),
+        "sides": {
+            name: {"tokens_per_s": round(tokens / one.median, 1), **one.summary()} for name, one in timings.items()
+        },
         "best_generate": best,
         "ratio": round(timings[best].median / timings["native"].median, 3),
     }
@@ -149,11 +159,13 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--max-tokens", type=int, default=64)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    start(arguments)
     with tempfile.TemporaryDirectory() as scratch:
         folder, name = find_model(arguments.model, Path(scratch))
         measured = measure(folder, name, arguments, Path(scratch))
-    setting = {key: value for key, value in vars(arguments).items() if key in ("prompts", "group_size", "max_tokens", "rounds")}
+    setting = {
+        key: value for key, value in vars(arguments).items() if key in ("prompts", "group_size", "max_tokens", "rounds")
+    }
     report(f"written to {write_result('rollout_speed', {'setting': setting, **measured}, arguments.out)}")
 
 

@@ -133,7 +133,9 @@ class PolicyLearner:
 
     def _item(self, group: TrainGroup) -> PackItem:
         sequences = tuple(
-            TrainSequence(completion, float(advantage), not (self._algo.mask_truncated and completion.finish_reason == "length"))
+            TrainSequence(
+                completion, float(advantage), not (self._algo.mask_truncated and completion.finish_reason == "length")
+            )
             for completion, advantage in zip(group.rollout.completions, group.advantages, strict=True)
         )
         return PackItem(group.rollout.prompt, sequences)

@@ -46,7 +46,9 @@ class Optimizer:
         """Train the parameters that require gradients; `total_steps` is the length of the schedule."""
         self._config, self._total_steps = config, total_steps
         self._pairs = [
-            _Pair(name, parameter, _master(parameter)) for name, parameter in named_parameters if parameter.requires_grad
+            _Pair(name, parameter, _master(parameter))
+            for name, parameter in named_parameters
+            if parameter.requires_grad
         ]
         if not self._pairs:
             raise ValueError("no parameter requires gradients: learner.freeze leaves nothing to train")
@@ -112,7 +114,9 @@ class Optimizer:
         assert isinstance(masters, dict)
         own = {pair.name for pair in self._pairs if pair.master is not pair.parameter}
         if own != set(masters):
-            raise ValueError("the optimizer's state holds other parameters: resume with the same model.dtype and learner.freeze")
+            raise ValueError(
+                "the optimizer's state holds other parameters: resume with the same model.dtype and learner.freeze"
+            )
         with torch.no_grad():
             for pair in self._pairs:
                 if pair.name in masters:

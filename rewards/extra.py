@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import os
-import queue
 import sys
-import threading
+
+import numpy as np
 
 from rewards.base import Reward
+from rewards.deadline import DeadlineError, call_within
 from rlmed.core.types import Completion, Example
+
+_SHOWN = 200
+"""Characters of a completion that an error message shows."""
 
 
 class RewardError(RuntimeError):
     """A user's reward function misbehaved; the message names function, example and completion."""
+
+
+class RewardTimeoutError(RewardError):
+    """A user's reward function took too long."""
 
 
 def load_reward(path: str) -> Reward:
@@ -24,61 +33,80 @@ def load_reward(path: str) -> Reward:
         ValueError: naming what is wrong with the path, the module or the function.
     """
     module_name, colon, function_name = path.partition(":")
-    if not (module_name and colon and function_name):
+    if not colon or module_name.endswith(".py") or not function_name.isidentifier():
         raise ValueError(f"reward.extra has {path!r}: write module:function, for example my_rewards:brevity")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # whatever a user's module raises while it is imported is about that module
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # whatever a user's module raises while it is imported is about that module
         raise ValueError(
-            f"reward.extra={path}: module {module_name!r} cannot be imported: {type(error).__name__}: {error}"
+            f"reward.extra={path}: module {module_name!r} cannot be imported from {os.getcwd()} or the Python path: "
+            f"{type(error).__name__}: {error}"
         ) from error
     function = vars(module).get(function_name)
     if not callable(function):
-        raise ValueError(f"reward.extra={path}: {module_name} has no function {function_name!r}")
+        what = "is not a function" if function_name in vars(module) else "does not exist"
+        raise ValueError(f"reward.extra={path}: {function_name!r} {what} in {module.__file__}: define it there")
+    _check_arguments(path, function)
     return function  # type: ignore[no-any-return]
 
 
 def guarded(path: str, function: Reward, timeout_s: float) -> Reward:
     """The same reward, stopped with a `RewardError` when it raises, hangs, or returns no finite number.
 
-    The function runs in one thread of its own; a call that outlasts `timeout_s` seconds ends the run, so no more than one
-    thread is ever left hanging.
+    A function that has outlasted `timeout_s` seconds once is not called again, so at most one thread of it is left hanging.
     """
-    calls: queue.SimpleQueue[tuple[Example, Completion]] = queue.SimpleQueue()
-    results: queue.SimpleQueue[object] = queue.SimpleQueue()
-
-    def serve() -> None:
-        while True:
-            example, completion = calls.get()
-            try:
-                results.put(function(example, completion))
-            except Exception as error:  # carried over to the caller, who raises
-                results.put(error)
-
-    worker: list[threading.Thread] = []
+    hung = False
 
     def reward(example: Example, completion: Completion) -> float:
-        if not worker:
-            worker.append(threading.Thread(target=serve, name=f"reward {path}", daemon=True))
-            worker[0].start()
-        calls.put((example, completion))
-        where = f"reward {path} on example {example.id!r}, completion {completion.text[:200]!r}"
+        nonlocal hung
+        where = f"reward {path} on example {example.id!r}, completion {_shorten(completion.text)}"
+        if hung:
+            raise RewardTimeoutError(f"{where}: not called, since an earlier call of it never returned")
         try:
-            value = results.get(timeout=timeout_s)
-        except queue.Empty:
-            raise RewardError(
+            value: object = call_within(timeout_s, lambda: function(example, completion))
+        except DeadlineError:
+            hung = True
+            raise RewardTimeoutError(
                 f"{where}: no result after {timeout_s:g} s; make the function faster or raise reward.timeout_s"
             ) from None
-        if isinstance(value, Exception):
-            raise RewardError(f"{where}: it raised {type(value).__name__}: {value}") from value
-        try:
-            number = float(value)  # type: ignore[arg-type]
-        except (TypeError, ValueError):
-            raise RewardError(f"{where}: it returned {value!r}, which is no number") from None
-        if not math.isfinite(number):
-            raise RewardError(f"{where}: it returned {number}; return a finite number, for example 0.0")
-        return number
+        except (Exception, SystemExit) as error:  # whatever a user's function raises is about that function
+            raise RewardError(f"{where}: it raised {type(error).__name__}: {error}") from error
+        return _finite(value, where)
 
     return reward
+
+
+def _check_arguments(path: str, function: Reward) -> None:
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # functions written in C may have none
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        raise ValueError(
+            f"reward.extra={path}: it is called as f(example, completion), but is defined as f{signature} ({error})"
+        ) from error
+
+
+def _finite(value: object, where: str) -> float:
+    if value is None:
+        raise RewardError(f"{where}: it returned None; return a number at its end, for example 0.0")
+    try:
+        # a text is refused although float() reads it
+        number = math.nan if isinstance(value, (str, bytes, bytearray)) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last is torch's, for more than one element
+        raise RewardError(f"{where}: it returned {_shorten(value)}, which is no number") from None
+    if not abs(number) <= float(np.finfo(np.float32).max):
+        raise RewardError(f"{where}: it returned {_shorten(value)}; return a finite number, for example 0.0")
+    return number
+
+
+def _shorten(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}… ({len(text)} characters)"

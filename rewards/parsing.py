@@ -1,4 +1,8 @@
-"""Reading a completion: one place that knows `<think>…</think><answer>B</answer>`."""
+"""Reading a completion: one place that knows `<think>…</think><answer>B</answer>`.
+
+Everything here takes time in proportion to the length of the text, whatever a model writes: the obvious patterns with two
+`.*?` search a completion of repeated tags again from each of them.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +10,27 @@ import re
 
 from rlmed.core.types import LETTERS
 
-_FORMAT = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_OPENING, _CLOSING = "<think>", "</answer>"
+_MIDDLE = re.compile(r"</think>\s*<answer>")
 _EVALUATED = re.compile(r"<answer>\s*([A-Z])\s*</answer>")
 
 
 def has_format(text: str) -> bool:
-    """True when the whole completion is a reasoning in think tags followed by an answer in answer tags."""
-    return _FORMAT.fullmatch(text) is not None
+    r"""True when the whole text is a reasoning in think tags followed by an answer in answer tags.
+
+    It is True exactly where `<think>.*?</think>\s*<answer>.*?</answer>` matches the whole text, with a dot that matches
+    newlines (MedVLM-R1, arXiv 2502.19634): since `.*?` takes anything, the two ends and one middle between them decide.
+    """
+    if not (text.startswith(_OPENING) and text.endswith(_CLOSING)):
+        return False
+    return _MIDDLE.search(text, len(_OPENING), len(text) - len(_CLOSING)) is not None
 
 
 def answer_text(text: str) -> str | None:
     """What stands inside the first pair of answer tags, stripped; None without such a pair."""
-    found = _ANSWER.search(text)
-    return found[1].strip() if found else None
+    _, opening, rest = text.partition("<answer>")
+    answer, closing, _ = rest.partition(_CLOSING)
+    return answer.strip() if opening and closing else None
 
 
 def option_letters(answer: str) -> list[str]:

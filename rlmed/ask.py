@@ -42,7 +42,9 @@ def ask(arguments: argparse.Namespace) -> str:
     """
     options = tuple(arguments.options)
     if not 2 <= len(options) <= len(LETTERS) or len(set(options)) < len(options):
-        raise ValueError(f"--options needs 2 to {len(LETTERS)} different texts, got {len(options)}: {', '.join(options)}")
+        raise ValueError(
+            f"--options needs 2 to {len(LETTERS)} different texts, got {len(options)}: {', '.join(options)}"
+        )
     folder = model_folder(arguments.model)
     renderer = PromptRenderer(*load_processor(folder), max_prompt_tokens=4096)
     example = Example(id="question", image=arguments.image, question=arguments.question, options=options, answer=0)

@@ -26,10 +26,13 @@ class Cluster:
 
     pool: RolloutPool
     learner: Learner
+    evaluation_pool: RolloutPool
+    """Samples from the same weights; training requests in flight are not disturbed by it."""
 
     def close(self) -> None:
         """Release what they hold."""
         self.pool.close()
+        self.evaluation_pool.close()
 
 
 def build_policy(config: RunConfig, folder: Path) -> Policy:
@@ -81,4 +84,5 @@ def build_cluster(
         temperature=config.rollout.temperature,
         on_bad_step=on_bad_step,
     )
-    return Cluster(build_local_pool(config, policy, renderer), learner)
+    pool, evaluation_pool = (build_local_pool(config, policy, renderer) for _ in range(2))
+    return Cluster(pool, learner, evaluation_pool)

@@ -21,6 +21,7 @@ from typing import Any
 
 import hydra
 import torch
+import transformers
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
@@ -86,6 +87,8 @@ def run_command(program: str, main: Callable[[RunConfig, Path], None]) -> None:
         sys.argv[1:] = expand(sys.argv[1:], cuda=torch.cuda.is_available())
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
+
+    transformers.utils.logging.disable_progress_bar()  # ours are enough
 
     @hydra.main(version_base="1.3", config_path="pkg://conf", config_name=program)
     def entry(composed: DictConfig) -> None:

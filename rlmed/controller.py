@@ -67,12 +67,17 @@ def train(
         batch: list[TrainGroup] = []
         discarded: list[ScoredGroup] = []
         with tracer.span("rollout", step=state.step + 1):
-            while len(batch) < algo.groups_per_step and len(discarded) <= algo.max_refills * algo.groups_per_step:
+            while len(batch) < algo.groups_per_step:
                 # every group admitted now is consumed at most `max_staleness` steps from here
-                while pool.in_flight + len(batch) < algo.groups_per_step * (1 + algo.max_staleness):
+                while (
+                    pool.in_flight + len(batch) < algo.groups_per_step * (1 + algo.max_staleness)
+                    and len(discarded) <= algo.max_refills * algo.groups_per_step
+                ):
                     pool.submit(stream.request(state.cursor))
                     state.pending.append(state.cursor)
                     state.cursor += 1
+                if pool.in_flight == 0:  # enough has been replaced: learn from what there is
+                    break
                 group = pool.collect()
                 state.pending.remove(group.request.index)
                 scored = score(group)

@@ -18,7 +18,17 @@ from rlmed.setup import model_folder
 
 Status = Literal["ok", "optional", "missing"]
 
-REQUIRED = ("torch", "transformers", "tokenizers", "safetensors", "hydra-core", "numpy", "pillow", "rich", "tensorboard")
+REQUIRED = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "hydra-core",
+    "numpy",
+    "pillow",
+    "rich",
+    "tensorboard",
+)
 OPTIONAL = {
     "ray": "only for cluster=ray",
     "vllm": "only for rollout=vllm on GPUs",
@@ -46,7 +56,9 @@ def _package(name: str) -> str | None:
 def examine() -> list[Finding]:
     """Look at the interpreter, the packages, the hardware and the embedded model."""
     version = platform.python_version()
-    findings = [Finding("python", "ok" if sys.version_info >= (3, 11) else "missing", f"{version} (3.11 or newer needed)")]
+    findings = [
+        Finding("python", "ok" if sys.version_info >= (3, 11) else "missing", f"{version} (3.11 or newer needed)")
+    ]
     for name in REQUIRED:
         found = _package(name)
         findings.append(Finding(name, "ok" if found else "missing", found or f"pip install {name}"))

@@ -149,7 +149,7 @@ class Run:
         with self.tracer.span("evaluate", step=step):
             summary = evaluate(
                 self.data.eval_files(self.config.eval.limit),
-                pool=self.cluster.pool,
+                pool=self.cluster.evaluation_pool,
                 renderer=self.renderer,
                 train_examples=self.data.train_examples,
                 max_tokens=self.config.eval.max_tokens,

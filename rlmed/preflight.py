@@ -68,7 +68,9 @@ def check(report: PreflightReport, max_tokens: int) -> None:
     if report.without_spread < 1:
         return
     if report.distinct <= 1 / max(2, report.completions // report.groups):
-        cause = "all completions of a group are the same: raise rollout.temperature, or check that top_k and top_p are off"
+        cause = (
+            "all completions of a group are the same: raise rollout.temperature, or check that top_k and top_p are off"
+        )
     elif report.truncated > 0.5:
         cause = (
             f"{report.truncated:.0%} of the completions were cut at rollout.max_tokens={max_tokens} before they answered: "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -12,17 +11,19 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch.utils.tensorboard.writer import SummaryWriter
 
-import rlmed
 from rlmed.bad_steps import write_bad_step
-from rlmed.core.jsonlines import JsonLinesWriter, finite, read_json_lines
+from rlmed.core.jsonlines import JsonLinesWriter, RecordError, finite
 from rlmed.core.tracing import TIMELINE_LINES
 from rlmed.core.types import ScoredGroup, TrainGroup
-from rlmed.setup import DataFile
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+    from rlmed.setup import DataFile
 
 METRICS_FILE = "metrics.jsonl"
 ROLLOUTS_FILE = "rollouts.jsonl"
@@ -127,8 +128,10 @@ class RunRecorder:
             offsets: from `offsets()`; a file that is not named is emptied, so `{}` starts anew.
 
         Raises:
-            RecordError: when a file is shorter than its offset.
+            RecordError: when a file is shorter than its offset; no file is cut then.
         """
+        for writer in self._writers:
+            writer.check(offsets.get(writer.path.name, 0))
         for writer in self._writers:
             writer.truncate(offsets.get(writer.path.name, 0))
 
@@ -145,10 +148,124 @@ class RunRecorder:
         return (self._metrics, self._rollouts, self._timeline)
 
     def _scalars(self, step: int, values: Mapping[str, float]) -> None:
-        if self._board is None:
-            # what an earlier process logged after the last checkpoint is hidden
-            folder, first = self._folder / TENSORBOARD_FOLDER, step
-            self._board = SummaryWriter(str(folder), purge_step=first if folder.exists() else None)
-        for name, value in values.items():
-            if math.isfinite(value):
-                self._board.add_scalar(name, value, step)
+        try:
+            if self._board is None:
+                self._board = _open_board(self._folder / TENSORBOARD_FOLDER, step)
+            for name, value in values.items():
+                if math.isfinite(value):
+                    self._board.add_scalar(name, value, step)
+        except OSError as error:  # of TensorBoard's own thread, so it may come some steps late
+            raise RecordError(
+                error.errno,
+                f"{self._folder / TENSORBOARD_FOLDER} cannot be written: {error}. Free some space, or make it writable, "
+                "and start again with resume=auto",
+            ) from error
+
+
+def _open_board(folder: Path, step: int) -> SummaryWriter:
+    # takes a second to import, which commands that record nothing should not wait for
+    from torch.utils.tensorboard import SummaryWriter
+
+    # with purge_step, TensorBoard hides what an earlier process logged after the checkpoint that is resumed
+    return SummaryWriter(str(folder), purge_step=step if folder.exists() else None)
+
+
+def _group_line(step: int, scored: ScoredGroup, advantages: Sequence[float | None]) -> dict[str, Any]:
+    request, example = scored.rollout.request, scored.rollout.prompt.example
+    completions = [
+        {
+            "text": completion.text,
+            "reward": float(scored.rewards[place]),
+            "reward_parts": {name: float(values[place]) for name, values in scored.reward_parts.items()},
+            "advantage": advantages[place],
+            "tokens": len(completion.token_ids),
+            "finish_reason": completion.finish_reason,
+            "min_version": completion.min_version,
+            "max_version": completion.max_version,
+        }
+        for place, completion in enumerate(scored.rollout.completions)
+    ]
+    return {
+        "step": step,
+        "index": request.index,
+        "example_id": example.id,
+        "image": None if example.image is None else str(example.image),
+        "question": example.question,
+        "options": list(example.options),
+        "answer": example.letter,
+        "modality": example.modality,
+        "kind": example.kind,
+        "completions": completions,
+    }
+
+
+def write_versions(folder: Path) -> Path:
+    """Write `versions.json`: what the run was made with, and nothing that names the machine or its user.
+
+    Raises:
+        OSError: when the disk refuses.
+    """
+    versions: dict[str, Any] = {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "packages": {name: _version(name) for name in PACKAGES},
+        "commit": _commit(),
+    }
+    return _write_json(folder / VERSIONS_FILE, versions)
+
+
+def write_data(folder: Path, files: Sequence[DataFile]) -> Path:
+    """Write `data.json`: each data file with its hash, and the rows of it that are not used.
+
+    The file holds `{"files": [{"name", "path", "sha256", "rows", "skipped": [{"line", "id", "reason"}]}]}`; `rows` are those
+    that are used.
+
+    Raises:
+        OSError: when the disk refuses.
+    """
+    entries = []
+    for file in files:
+        skipped = [
+            {"line": row.line, "id": row.id, "reason": row.reason} for row in (*file.read.skipped, *file.dropped)
+        ]
+        rows = len(file.examples)
+        entries.append(
+            {"name": file.name, "path": str(file.path), "sha256": file.read.sha256, "rows": rows, "skipped": skipped}
+        )
+    return _write_json(folder / DATA_FILE, {"files": entries})
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(json.dumps(finite(content), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return aside.replace(path)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # rlmed itself, when it runs from a folder without being installed
+        return None
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The git commit of this source, "-dirty" behind it when files were changed; None outside a checkout."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():  # an installed copy may lie inside a checkout of something else
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # no git, or a checkout of somebody else's that git refuses to read
+        return None

@@ -124,7 +124,9 @@ def load_data(config: DataConfig, renderer: PromptRenderer, *, training: bool) -
         raise ValueError("data.eval is empty: give files to evaluate on, for example data=test.jsonl")
     names = [Path(path).stem for path in evals]
     if len(set(names)) < len(names):
-        raise ValueError(f"data.eval names files with the same name ({', '.join(names)}): rename one, results go by name")
+        raise ValueError(
+            f"data.eval names files with the same name ({', '.join(names)}): rename one, results go by name"
+        )
     return Dataset(
         train=_load_file(train, config, renderer, config.limit) if train else None,
         evals=tuple(_load_file(path, config, renderer, None) for path in evals),
@@ -133,7 +135,9 @@ def load_data(config: DataConfig, renderer: PromptRenderer, *, training: bool) -
 
 def _load_file(path: str, config: DataConfig, renderer: PromptRenderer, limit: int | None) -> DataFile:
     if not Path(path).is_file():
-        raise ValueError(f"data file {path} does not exist (relative to {Path.cwd()}). {config.download or ''}".rstrip())
+        raise ValueError(
+            f"data file {path} does not exist (relative to {Path.cwd()}). {config.download or ''}".rstrip()
+        )
     read = read_examples(Path(path), on_bad_row=config.on_bad_row)
     if read.skipped:
         log.warning("%s", format_skips(read))

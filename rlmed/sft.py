@@ -111,9 +111,7 @@ def main(config: RunConfig, folder: Path) -> None:
             progress.step(step, metrics)
             if (config.checkpoint.every and step % config.checkpoint.every == 0) or step == batches.steps:
                 state = {"step": step, "offsets": recorder.offsets()}
-                save_checkpoint(
-                    folder / "checkpoints", step, state, write_model, keep_last=config.checkpoint.keep_last
-                )
+                save_checkpoint(folder / "checkpoints", step, state, write_model, keep_last=config.checkpoint.keep_last)
         if evaluated and config.eval.at_end:
             measure(batches.steps)
     recorder.close()

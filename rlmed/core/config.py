@@ -317,7 +317,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if args[-1] is Ellipsis:
             return tuple(_convert(args[0], entry, f"{where}[{i}]") for i, entry in enumerate(value))
         if len(value) == len(args):
-            return tuple(_convert(arg, entry, f"{where}[{i}]") for i, (arg, entry) in enumerate(zip(args, value, strict=True)))
+            return tuple(
+                _convert(arg, entry, f"{where}[{i}]") for i, (arg, entry) in enumerate(zip(args, value, strict=True))
+            )
     elif origin is tuple and isinstance(value, str) and args[-1] is Ellipsis:
         return (_convert(args[0], value, where),)
     elif origin is not None and isinstance(value, Mapping):

@@ -61,6 +61,17 @@ class JsonLinesWriter:
         """Cut the file back to an earlier `offset`.
 
         Raises:
+            RecordError: see `check`.
+        """
+        self.check(offset)
+        self.close()
+        if self.path.exists():
+            os.truncate(self.path, offset)
+
+    def check(self, offset: int) -> None:
+        """Whether `truncate(offset)` is possible.
+
+        Raises:
             RecordError: when the file is shorter, so that lines which the offset counted are gone.
         """
         size = self.path.stat().st_size if self.path.exists() else 0
@@ -69,9 +80,6 @@ class JsonLinesWriter:
                 f"{self.path} has {size} bytes, but {offset} when the checkpoint was saved: lines were removed since. "
                 "Restore the file, resume from an earlier checkpoint, or start a new run"
             )
-        self.close()
-        if size > offset:
-            os.truncate(self.path, offset)
 
     def close(self) -> None:
         """Close the file; a later `append` opens it again."""

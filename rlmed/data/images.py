@@ -3,22 +3,53 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 MAX_SIDE = 2048
 """Longer sides are scaled down to this when an image is read; every supported model sees fewer pixels."""
 MIN_SIDE = 4
-"""Smaller images are taken for defects of the file."""
+"""Pixels; a smaller image is taken for a defect of the file."""
 MODEL_MIN_SIDE = 28
 """Sides are scaled up to at least this: one visual token of the Qwen2-VL family."""
 MAX_ASPECT = 200
 """Image processors of the Qwen2-VL family refuse more elongated images."""
-MAX_PIXELS = 400_000_000
-"""More pixels than this are not decoded."""
+MAX_PIXELS = 170_000_000
+"""More pixels than this (about 13,000 x 13,000) are not decoded; it stays below the size at which Pillow itself refuses."""
+FORMATS = ("PNG", "JPEG", "TIFF", "GIF", "BMP", "WEBP", "PPM", "JPEG2000")
+"""Formats of Pillow that are read. Others are refused: some of its readers (EPS) start other programs."""
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What undoes each value of EXIF's orientation; 1 is upright."""
+
+_DAMAGE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    LookupError,
+    ArithmeticError,
+    TypeError,
+    EOFError,
+    struct.error,
+    zlib.error,
+)
+"""What Pillow's readers raise for damaged files."""
+
+# MAX_PIXELS stands for this warning. Once for the process: warnings.catch_warnings is not safe in the reader's threads.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class BadImageError(ValueError):
@@ -28,35 +59,33 @@ class BadImageError(ValueError):
 def load_image(path: Path, *, max_side: int = MAX_SIDE) -> Image.Image:
     """Read an image file as RGB.
 
-    16-bit grey values are stretched to the file's own range, transparency is laid on black, EXIF rotation is applied, of
-    an animation the first frame is taken.
+    Grey values of more than 8 bits are stretched from the picture's own range to 0..255, transparency is laid on black
+    (the surroundings of a radiograph), EXIF rotation is applied, of an animation the first frame is taken. Both sides of
+    the result are at least `MODEL_MIN_SIDE`, and the longer one is at most `MAX_ASPECT` times the shorter.
 
     Args:
-        path: PNG, JPEG, TIFF or anything else that Pillow reads.
-        max_side: longer sides are scaled down to this, while decoding where the format allows it.
+        path: a file in one of `FORMATS`, whatever its name ends in.
+        max_side: longer sides are scaled down to this (while decoding, for JPEG), unless the shorter would then be less
+            than `MODEL_MIN_SIDE`.
 
     Raises:
         BadImageError: for a missing, empty, truncated, tiny, extremely elongated or gigantic image, or no image at all.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked below
-            with Image.open(path) as image:
-                _check_size(path, image.size)
-                image.draft("RGB" if image.mode == "YCbCr" else None, (max_side, max_side))
-                image.load()
-                return _fit(_to_rgb(ImageOps.exif_transpose(image)), max_side)
-    except FileNotFoundError as error:
-        raise BadImageError(f"image {path} does not exist") from error
-    except UnidentifiedImageError as error:
-        raise BadImageError(f"image {path} is empty or no image that Pillow can read: replace the file") from error
-    except Image.DecompressionBombError as error:
-        raise BadImageError(f"image {path} is too large: {error}; scale it down") from error
+        # a stream, not the path: Pillow maps an uncompressed TIFF by path into memory and scrambles it when EXIF turns it
+        with path.open("rb") as stream, Image.open(stream, formats=FORMATS) as image:
+            _check_size(path, image.size)
+            return _read(image, max_side)
     except BadImageError:
         raise
-    # Pillow's decoders answer damage with all of these
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, MemoryError) as error:
-        raise BadImageError(f"image {path} is truncated or damaged ({error}): replace the file") from error
+    except UnidentifiedImageError as error:
+        raise BadImageError(_unidentified(path)) from error
+    except Image.DecompressionBombError as error:
+        raise BadImageError(f"image {path} has more than {MAX_PIXELS} pixels: scale it down") from error
+    except MemoryError as error:
+        raise BadImageError(f"image {path} does not fit in memory: scale it down") from error
+    except _DAMAGE as error:
+        raise BadImageError(_unreadable(path, error)) from error
 
 
 def image_sha256(path: Path) -> str:
@@ -65,34 +94,85 @@ def image_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def _unidentified(path: Path) -> str:
+    if path.stat().st_size == 0:
+        return f"image {path} is an empty file: copy it again"
+    return (
+        f"image {path} is no image, or its header is damaged: replace it by one of {', '.join(FORMATS)} "
+        "(DICOM and NIfTI have to be exported first)"
+    )
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f"image {path} does not exist: copy it there or correct the path"
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"image {path} cannot be read: {error.strerror}. Give the path of an image file that you may read"
+    return f"image {path} is truncated or damaged ({error}): copy or export it again"
+
+
 def _check_size(path: Path, size: tuple[int, int]) -> None:
     width, height = size
     if min(size) < MIN_SIDE:
-        raise BadImageError(f"image {path} has {width}x{height} pixels: at least {MIN_SIDE} on each side are needed")
+        raise BadImageError(
+            f"image {path} has {width}x{height} pixels, at least {MIN_SIDE} a side are needed: replace it by the full picture"
+        )
     if max(size) > MAX_ASPECT * min(size):
-        raise BadImageError(f"image {path} has {width}x{height} pixels: sides may differ by a factor of {MAX_ASPECT} at most")
+        raise BadImageError(
+            f"image {path} has {width}x{height} pixels, one side more than {MAX_ASPECT} times the other: crop it"
+        )
     if width * height > MAX_PIXELS:
         raise BadImageError(f"image {path} has {width}x{height} pixels, more than {MAX_PIXELS}: scale it down")
 
 
+def _read(image: Image.Image, max_side: int) -> Image.Image:
+    # where the format allows it, a JPEG is decoded at a half, a quarter or an eighth of its size
+    image.draft(None, (max_side, max_side))
+    image.load()
+    # after loading, since Pillow turns a TIFF itself while it loads and then forgets the orientation
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    # scaled down before anything else, so that a huge picture is never held twice
+    picture = _to_rgb(_resized(_direct(image), max_side))
+    return picture if turn is None else picture.transpose(turn)
+
+
+def _direct(image: Image.Image) -> Image.Image:
+    """The picture in a mode whose values can be averaged: no palette, no transparency beside the pixels."""
+    if _is_wide(image):
+        return image
+    if image.mode == "PA" or "transparency" in image.info:
+        return image.convert("RGBA")
+    if image.mode == "P":
+        return image.convert("RGB")
+    return image.convert("L") if image.mode == "1" else image
+
+
+def _resized(image: Image.Image, max_side: int) -> Image.Image:
+    shorter, longer = min(image.size), max(image.size)
+    scale = max(min(1.0, max_side / longer), MODEL_MIN_SIDE / shorter)
+    if scale == 1.0:
+        return image
+    new_shorter = max(MODEL_MIN_SIDE, round(shorter * scale))
+    new_longer = min(round(longer * scale), MAX_ASPECT * new_shorter)
+    size = (new_shorter, new_longer) if image.height == longer else (new_longer, new_shorter)
+    # the gap lets Pillow average whole blocks first, which is faster; it cannot with 16 bits
+    return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=None if _is_wide(image) else 2.0)
+
+
+def _is_wide(image: Image.Image) -> bool:
+    """True for grey values of more than 8 bits: integers of 16 or 32 bits, or floats."""
+    return image.mode[0] in "IF"
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith(("I", "F")):
+    if _is_wide(image):
         # convert("RGB") would clip everything above 255 to white
-        values = np.asarray(image, dtype=np.float64)
-        low, high = float(np.nanmin(values)), float(np.nanmax(values))
-        scaled = np.nan_to_num((values - low) * (255.0 / max(high - low, 1e-12)))
+        values = np.asarray(image, dtype=np.float32)
+        finite = values[np.isfinite(values)]
+        low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+        scaled = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) * (255.0 / max(high - low, 1e-12))
         return Image.fromarray(scaled.round().astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if image.mode in ("RGBA", "LA"):
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, (0, 0, 0, 255)), layer).convert("RGB")
     return image.convert("RGB")
-
-
-def _fit(image: Image.Image, max_side: int) -> Image.Image:
-    """Scale, sides in proportion, so that no side is above `max_side` or below what a model takes."""
-    if max(image.size) > max_side:
-        image.thumbnail((max_side, max_side), reducing_gap=2.0)
-    if min(image.size) < MODEL_MIN_SIDE:
-        factor = MODEL_MIN_SIDE / min(image.size)
-        image = image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC)
-    return image

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rlmed.core.types import LETTERS, Example
 from rlmed.data.images import BadImageError, load_image
+
+_SHOWN = 120
+"""Characters of an offending value that a reason shows."""
 
 
 class _BadRowError(ValueError):
@@ -24,10 +28,11 @@ class SkippedRow:
     """A row that is left out.
 
     Example:
-        SkippedRow(line=17, id="mri-17", reason="image images/17.png does not exist")
+        SkippedRow(line=17, id="mri-17", reason="image images/17.png does not exist: copy it there or correct the path")
     """
 
     line: int
+    """Line in the file, from 1."""
     id: str
     reason: str
 
@@ -38,54 +43,67 @@ class ReadResult:
 
     path: Path
     examples: tuple[Example, ...]
+    """The usable rows, in the order of the file."""
     skipped: tuple[SkippedRow, ...]
+    """The others, in the order of the file."""
     sha256: str
     """Of the file's bytes, in hexadecimal."""
 
 
-def read_examples(path: Path, *, on_bad_row: str = "skip") -> ReadResult:
+def read_examples(path: Path, *, on_bad_row: Literal["skip", "error"] = "skip") -> ReadResult:
     """Read rows `{image, question, options, answer[, modality, kind, id, completion]}`.
 
-    `answer` is the text of an option, or its letter; `image` is a path relative to the file, inside its folder, or null;
-    `kind` may be called `qtype`. Blank lines and a byte-order mark are ignored.
+    `answer` is the text of an option or, where no option reads so, its letter; `image` is a path relative to the file,
+    inside its folder, or null; `kind` may be called `qtype`. Texts are stripped. Blank lines and a byte-order mark are
+    ignored. Every image is decoded once, so that a damaged one is found here and not in the middle of a run.
 
     Args:
         path: the file.
-        on_bad_row: "skip" lists bad rows in the result, "error" raises at the first.
+        on_bad_row: "skip" lists bad rows in the result, "error" raises when there is one.
 
     Raises:
-        ValueError: for a file that is empty, not UTF-8, not JSON (with line and column), or without one usable row.
+        ValueError: for a file that is missing, empty, not UTF-8, not JSON (with line and column), or has no usable row.
     """
-    content = path.read_bytes()
+    if on_bad_row not in ("skip", "error"):
+        raise ValueError(f"on_bad_row={on_bad_row!r} must be 'skip' or 'error'")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f"data file {path} cannot be read: {error.strerror}. Give the path of a JSON Lines file"
+        ) from error
     rows = _parse(path, content)
     if not rows:
         raise ValueError(f"{path} is empty: it needs one JSON object a line, with image, question, options and answer")
-    examples: list[tuple[int, Example]] = []
+    # the folder of a linked file is the one that holds the link
+    folder = Path(os.path.realpath(path.parent))
+    parsed = [(line, *_attempt(row, f"{path.stem}-{line}", folder)) for line, row in rows]
+    broken = _broken_images({entry.image for _, _, entry in parsed if isinstance(entry, Example) and entry.image})
+    examples: list[Example] = []
     skipped: list[SkippedRow] = []
-    seen: dict[str, int] = {}
-    for line, row in rows:
-        name = str(row.get("id", f"{path.stem}-{line}")) if isinstance(row, dict) else f"{path.stem}-{line}"
-        try:
-            if name in seen:
-                raise _BadRowError(f"its id {name!r} was used in line {seen[name]} already")
-            examples.append((line, _example(row, name, path.resolve().parent)))
-            seen[name] = line
-        except _BadRowError as error:
-            skipped.append(SkippedRow(line, name, str(error)))
-    broken = _broken_images({example.image for _, example in examples if example.image is not None})
-    skipped += [SkippedRow(line, entry.id, broken[entry.image]) for line, entry in examples if entry.image in broken]
-    good = tuple(example for _, example in examples if example.image not in broken)
-    skipped.sort(key=lambda entry: entry.line)
-    if skipped and (on_bad_row == "error" or not good):
-        head = "; ".join(f"line {entry.line}: {entry.reason}" for entry in skipped[:3])
-        what = "no row can be used" if not good else "a row cannot be used, and data.on_bad_row is error"
+    lines: dict[str, int] = {}
+    for line, name, entry in parsed:
+        if isinstance(entry, str):
+            skipped.append(SkippedRow(line, name, entry))
+        elif entry.image in broken:
+            skipped.append(SkippedRow(line, name, broken[entry.image]))
+        elif name in lines:
+            skipped.append(SkippedRow(line, name, f"its id was used in line {lines[name]} already"))
+        else:
+            lines[name] = line
+            examples.append(entry)
+    if skipped and (on_bad_row == "error" or not examples):
+        head = "; ".join(f"line {row.line}: {row.reason}" for row in skipped[:3])
+        what = "a row cannot be used, and on_bad_row is error" if examples else "no row can be used"
         raise ValueError(f"{path}: {what} ({len(skipped)} of {len(rows)} are bad). {head}")
-    return ReadResult(path, good, tuple(skipped), hashlib.sha256(content).hexdigest())
+    return ReadResult(path, tuple(examples), tuple(skipped), hashlib.sha256(content).hexdigest())
 
 
 def format_skips(result: ReadResult, examples: int = 3) -> str:
-    """A short account of the skipped rows: how many, and the first few with their reasons."""
-    head = "; ".join(f"line {entry.line} ({entry.id}): {entry.reason}" for entry in result.skipped[:examples])
+    """A short account of the skipped rows: how many, and the first few with their reasons; empty without any."""
+    if not result.skipped:
+        return ""
+    head = "; ".join(f"line {row.line} ({row.id}): {row.reason}" for row in result.skipped[:examples])
     more = f"; and {len(result.skipped) - examples} more, listed in data.json" if len(result.skipped) > examples else ""
     return f"{result.path}: {len(result.skipped)} of {len(result.skipped) + len(result.examples)} rows skipped. {head}{more}"
 
@@ -108,59 +126,86 @@ def _parse(path: Path, content: bytes) -> list[tuple[int, Any]]:
             raise ValueError(
                 f"{path}, line {number}, column {error.colno}: not valid JSON ({error.msg}); each line must be one JSON object"
             ) from error
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets thousands deep
+            raise ValueError(f"{path}, line {number}: JSON that cannot be read ({error}); remove the line") from error
     return rows
 
 
-def _example(row: Any, name: str, folder: Path) -> Example:
-    if not isinstance(row, dict):
-        raise _BadRowError(f"it is no JSON object but {type(row).__name__}")
-    options = _options(row)
-    completion = row.get("completion")
-    return Example(
-        id=name,
-        image=_image_path(row.get("image"), folder),
-        question=_text(row, "question"),
-        options=options,
-        answer=_answer(row, options),
-        modality=_optional_text(row, "modality"),
-        kind=_optional_text(row, "kind") or _optional_text(row, "qtype"),
-        completion=None if completion is None else _text(row, "completion"),
-    )
+def _attempt(row: Any, default: str, folder: Path) -> tuple[str, Example | str]:
+    """(id, the row's example or the reason why there is none)."""
+    name = default
+    try:
+        if not isinstance(row, dict):
+            raise _BadRowError(f"it is no JSON object but {_shorten(row)}")
+        name = _row_id(row, default)
+        options = _options(row)
+        return name, Example(
+            id=name,
+            image=_image_path(row.get("image"), folder),
+            question=_text(row, "question").strip(),
+            options=options,
+            answer=_answer(row, options),
+            modality=_optional_text(row, "modality"),
+            kind=_optional_text(row, "kind") or _optional_text(row, "qtype"),
+            completion=None if row.get("completion") is None else _text(row, "completion"),
+        )
+    except _BadRowError as error:
+        return name, str(error)
+
+
+def _row_id(row: Mapping[str, Any], default: str) -> str:
+    value = row.get("id")
+    if value is None:
+        return default
+    # numbers are usual; True is an int to Python
+    return str(value) if type(value) is int else _text(row, "id").strip()
 
 
 def _text(row: Mapping[str, Any], key: str) -> str:
     value = row.get(key)
-    if not isinstance(value, str) or not value.strip():
-        raise _BadRowError(f"it has no {key}" if value in (None, "") else f"its {key} is {value!r}, not a text")
-    return value
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise _BadRowError(f"it has no {key}")
+    return _checked_text(value, key)
 
 
 def _optional_text(row: Mapping[str, Any], key: str) -> str:
     value = row.get(key)
-    return "" if value is None else str(value)
+    return "" if value is None else _checked_text(value, key).strip()
+
+
+def _checked_text(value: object, key: str) -> str:
+    if not isinstance(value, str):
+        raise _BadRowError(f"its {key} is {_shorten(value)}, not a text")
+    # half of a pair of \\uXXXX escapes is valid JSON, but no text: it can be neither tokenized nor hashed
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise _BadRowError(f"its {key} {_shorten(value)} holds half a character (a lone surrogate)")
+    return value
 
 
 def _options(row: Mapping[str, Any]) -> tuple[str, ...]:
-    options = row.get("options")
-    if not isinstance(options, list) or not all(isinstance(entry, str) and entry.strip() for entry in options):
-        raise _BadRowError(f"its options are {options!r}, not a list of texts")
-    if not 2 <= len(options) <= len(LETTERS):
-        raise _BadRowError(f"it has {len(options)} options; 2 to {len(LETTERS)} are possible")
-    repeated = [text for text, count in Counter(entry.strip().casefold() for entry in options).items() if count > 1]
+    value = row.get("options")
+    if not isinstance(value, list):
+        raise _BadRowError("it has no options" if value is None else f"its options are {_shorten(value)}, not a list")
+    if not 2 <= len(value) <= len(LETTERS):
+        raise _BadRowError(f"it has {len(value)} option{'s' * (len(value) != 1)}; 2 to {len(LETTERS)} are possible")
+    options = tuple(_checked_text(entry, "option").strip() for entry in value)
+    if "" in options:
+        raise _BadRowError(f"its option {LETTERS[options.index('')]} is blank")
+    repeated = [text for text, count in Counter(option.casefold() for option in options).items() if count > 1]
     if repeated:
-        raise _BadRowError(f"its option {repeated[0]!r} occurs more than once")
-    return tuple(options)
+        raise _BadRowError(f"its option {_shorten(repeated[0])} occurs more than once")
+    return options
 
 
 def _answer(row: Mapping[str, Any], options: tuple[str, ...]) -> int:
     answer = _text(row, "answer").strip()
-    texts = [option.strip() for option in options]
-    if answer in texts:
-        return texts.index(answer)
+    texts = [option.casefold() for option in options]
+    if answer.casefold() in texts:
+        return texts.index(answer.casefold())
     letters = LETTERS[: len(options)]
     if len(answer) == 1 and answer.upper() in letters:
         return letters.index(answer.upper())
-    raise _BadRowError(f"its answer {answer!r} is not among its options {list(options)}")
+    raise _BadRowError(f"its answer {_shorten(answer)} is not among its options {_shorten(list(options))}")
 
 
 def _image_path(value: Any, folder: Path) -> Path | None:
@@ -170,11 +215,15 @@ def _image_path(value: Any, folder: Path) -> Path | None:
         (value,) = value
     if value is None:
         return None
-    if not isinstance(value, str) or not value or "\0" in value:
-        raise _BadRowError(f"its image is {value!r}, not a path")
-    path = (folder / value).resolve()
-    if not path.is_relative_to(folder):
-        raise _BadRowError(f"its image {value!r} leaves the folder of the data file")
+    text = _checked_text(value, "image")
+    if not text.strip() or "\0" in text:
+        raise _BadRowError(f"its image is {_shorten(text)}, not a path; write null for a question without one")
+    # realpath, since Path.resolve raises for links that go in circles
+    path = Path(os.path.realpath(folder / text))
+    if Path(text).is_absolute() or not path.is_relative_to(folder):
+        raise _BadRowError(
+            f"its image {_shorten(text)} leaves the folder of the data file: copy it there, give its relative path"
+        )
     return path
 
 
@@ -189,5 +238,10 @@ def _broken_images(paths: set[Path]) -> dict[Path | None, str]:
         return None
 
     ordered = sorted(paths)
-    with ThreadPoolExecutor(max_workers=4) as pool:
+    with ThreadPoolExecutor(max_workers=4) as pool:  # Pillow decodes outside the interpreter's lock
         return {path: reason for path, reason in zip(ordered, pool.map(check, ordered), strict=True) if reason}
+
+
+def _shorten(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

@@ -62,7 +62,7 @@ QUESTIONS = {
         "Which finding can be seen here?",
     ),
     "grading": (
-        "How large is the lesion, if there is one?",
+        "What size is the lesion, if there is one?",
         "How would you grade the size of the lesion in this image?",
         "Which size of lesion does this image show?",
     ),

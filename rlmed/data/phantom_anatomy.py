@@ -103,7 +103,7 @@ TISSUES: dict[str, Tissue] = {
     "muscle": Tissue(1008, 44, 0.90, 55),
     "cortical bone": Tissue(1000, 1, 0.05, 1200),
     "vertebra": Tissue(549, 49, 0.60, 220),
-    "marrow": Tissue(288, 165, 0.80, 110),
+    "marrow": Tissue(288, 165, 0.80, 60),
     "white matter": Tissue(500, 70, 0.77, 27),
     "grey matter": Tissue(833, 83, 0.86, 38),
     "cerebrospinal fluid": Tissue(2569, 329, 1.00, 6),

@@ -133,8 +133,8 @@ def _lesion(study: Study, view: View, rng: np.random.Generator) -> list[Shape]:
     v = np.linalg.norm(view.down * reach) * (1 if vertical == "lower" else -1)
     radius = rng.uniform(*RADII[study.size]) * UNIT
     room = max(0.02, 0.26 - radius) * 0.4
-    u, v = (u, v) + rng.uniform(-room, room, 2)
-    centre = view.origin + u * view.right + v * view.down
+    du, dv = rng.uniform(-room, room, 2)
+    centre = view.origin + (u + du) * view.right + (v + dv) * view.down
     return sample_lesion(study.lesion, centre, radius, rng)
 
 
@@ -174,7 +174,8 @@ def _cover(shapes: Sequence[Shape], radii: Array, view: View, size: int) -> Imag
     """How much of each pixel is covered by the ellipsoids with these `radii` [n, 3], 0 to 1, float32 [n, pixels]."""
     distance = np.sqrt(np.maximum(_quadratic(_frames(shapes, radii, view), size), 0))  # 1 on the surface
     sharpness = (radii.min(1)[:, None] * size / 2).astype(np.float32)
-    return np.clip((1 - distance) * sharpness + 0.5, 0, 1)
+    cover: Image = np.clip((1 - distance) * sharpness + 0.5, 0, 1)
+    return cover
 
 
 def render_slice(shapes: Sequence[Shape], values: Sequence[float], outside: float, view: View, size: int) -> Image:
@@ -210,7 +211,10 @@ def _spans(shapes: Sequence[Shape], radii: Array, view: View, size: int) -> tupl
 
 
 def render_rays(shapes: Sequence[Shape], excess: Sequence[float], view: View, size: int) -> Image:
-    """Sum over shapes of `excess[i]` times the length of the ray through each pixel in shape i, float32 [size, size]."""
+    """Sum over shapes of `excess[i]` times the length of the ray through each pixel in shape i, float32 [size, size].
+
+    With `excess` the shape's attenuation less that of the tissue it lies in, this is the integral of the attenuation.
+    """
     enter, leave = _spans(shapes, np.array([s.radii for s in shapes]), view, size)
     length = leave - enter
     hollow = [i for i, shape in enumerate(shapes) if shape.hole is not None]
@@ -227,31 +231,33 @@ def _smooth_field(rng: np.random.Generator, size: int) -> Image:
     """A slowly varying random field with values of about ±1, [size, size]."""
     u, v = _grid(size)
     waves = rng.normal(0, 0.5, 4).astype(np.float32)
-    return (waves[0] * u + waves[1] * v + waves[2] * u * v + waves[3] * (u * u - v * v)).reshape(size, size)
+    field: Image = waves[0] * u + waves[1] * v + waves[2] * u * v + waves[3] * (u * u - v * v)
+    return field.reshape(size, size)
 
 
 def _render_mri(study: Study, body: list[Shape], view: View, rng: np.random.Generator, size: int) -> Image:
     """Spin-echo signal with uneven coil sensitivity and Rician noise, relative to white, [size, size]."""
     tr, te, ti, white = SEQUENCES[study.technique]
-    jitter = {name: rng.normal(1, 0.03) for name in TISSUES}
+    jitter = dict(zip(TISSUES, rng.normal(1, 0.03, len(TISSUES)), strict=True))
     signal = {name: jitter[name] * spin_echo(tissue, tr, te, ti) / white for name, tissue in TISSUES.items()}
     image = render_slice(body, [signal[s.tissue] for s in body], 0.0, view, size)
     image = image * (1 + 0.05 * _smooth_field(rng, size))
     real, imaginary = rng.standard_normal((2, size, size), np.float32) * np.float32(MRI_NOISE)
-    return np.hypot(image + real, imaginary)
+    magnitude: Image = np.hypot(image + real, imaginary)
+    return magnitude
 
 
 def _render_ct(study: Study, body: list[Shape], view: View, rng: np.random.Generator, size: int) -> Image:
     """Hounsfield units in the study's window, 0 to 1; photon noise grows toward the middle, [size, size]."""
-    jitter = {name: rng.normal(0, 2.0) for name in TISSUES}
+    jitter = dict(zip(TISSUES, rng.normal(0, 2.0, len(TISSUES)), strict=True))
     image = render_slice(body, [TISSUES[s.tissue].hu + jitter[s.tissue] for s in body], -1000.0, view, size)
     u, v = _grid(size)
     # fewer photons get through the middle of the body, so its Poisson noise is stronger; after the many sums of a
     # reconstruction it is Gaussian
     spread = CT_NOISE * (1 + 0.5 * np.exp(-2 * (u * u + v * v))).reshape(size, size)
-    image = image + rng.standard_normal((size, size), np.float32) * spread
+    noisy: Image = image + rng.standard_normal((size, size), np.float32) * spread
     centre, width = WINDOWS[study.technique]
-    return (image - centre) / width + 0.5
+    return (noisy - centre) / width + 0.5
 
 
 def _blur(image: Image, radius: int) -> Image:
@@ -275,9 +281,10 @@ def _render_xray(
         excess += [gain * per_unit * (TISSUES[s.tissue].hu - TISSUES[s.inside].hu) for s in lesion]
     depth = np.maximum(render_rays([*body, *lesion], excess, view, size), 0)
     photons = np.maximum(rng.poisson(XRAY_PHOTONS * np.exp(-depth)), 1)
-    depth = np.log(XRAY_PHOTONS / photons).astype(np.float32)
-    detail = depth - _blur(depth, size // 8)
-    return 0.72 * (depth + XRAY_DETAIL * detail) / float(np.percentile(depth, 96))
+    measured: Image = np.log(XRAY_PHOTONS / photons).astype(np.float32)
+    detail = measured - _blur(measured, size // 8)
+    white = float(np.percentile(measured, 96)) / 0.72
+    return ((measured + XRAY_DETAIL * detail) / white).astype(np.float32)
 
 
 def render(study: Study, rng: np.random.Generator, size: int = 112) -> npt.NDArray[np.uint8]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 
 import numpy as np
@@ -21,19 +20,24 @@ class PromptOrder:
     """
 
     def __init__(self, seed: int, examples: int) -> None:
-        """Order `examples` (at least 1) rows by `seed`."""
+        """Order `examples` (at least 1) rows by `seed` (not negative)."""
         if examples < 1:
-            raise ValueError("there are no examples to draw from")
-        self._examples = examples
-        self._permutation = functools.lru_cache(maxsize=2)(
-            lambda epoch: np.random.default_rng([seed, epoch]).permutation(examples).astype(np.int64)
-        )
+            raise ValueError("there are no examples to draw from: give a data file with at least one usable row")
+        self._seed, self._examples = seed, examples
+        self._epoch, self._permutation = 0, self._draw(0)  # of the epoch asked for last
 
     def example_at(self, cursor: int) -> tuple[int, int]:
-        """(epoch, index of the example) at position `cursor` of the endless stream."""
+        """(epoch, index of the example) at position `cursor` (from 0) of the endless stream."""
+        if cursor < 0:
+            raise ValueError(f"cursor={cursor} must not be negative: the stream starts at 0")
         epoch, position = divmod(cursor, self._examples)
-        permutation: IntArray = self._permutation(epoch)
-        return epoch, int(permutation[position])
+        if epoch != self._epoch:
+            self._epoch, self._permutation = epoch, self._draw(epoch)
+        return epoch, int(self._permutation[position])
+
+    def _draw(self, epoch: int) -> IntArray:
+        """int64 [examples]."""
+        return np.random.default_rng([self._seed, epoch]).permutation(self._examples).astype(np.int64)
 
 
 def shuffle_options(example: Example, seed: int) -> Example:
@@ -43,7 +47,10 @@ def shuffle_options(example: Example, seed: int) -> Example:
         ValueError: for an example with a written completion, which names letters.
     """
     if example.completion is not None:
-        raise ValueError(f"example {example.id}: its options cannot be shuffled, since its completion names letters")
+        raise ValueError(
+            f"example {example.id}: its options cannot be shuffled, since its written completion names letters; "
+            "set data.shuffle_options=false or use rows without a completion"
+        )
     # a digest, since Python's own hash of a text differs from process to process
     digest = hashlib.sha256(example.id.encode()).digest()
     order = np.random.default_rng([seed, int.from_bytes(digest[:8], "little")]).permutation(len(example.options))

@@ -78,7 +78,7 @@ CHAT_TEMPLATE = (
 # that "T2-weighted" is one word too; numbers stand alone.
 _WORDS = (
     r" ?</?[a-z]+>"
-    r"|\b[A-J]\)"
+    r"|\b[A-J]\)| \([A-J]\)"
     r"|[^\r\n\p{L}\p{N}]?\p{L}[\p{L}\p{N}]*(?:-[\p{L}\p{N}]+)*"
     r"|\p{N}"
     r"| ?(?:(?!</?[a-z]+>)[^\s\p{L}\p{N}])+[\r\n]*"

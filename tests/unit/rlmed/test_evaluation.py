@@ -290,6 +290,15 @@ def test_an_evaluation_is_replaced_as_a_whole(files, renderer, tmp_path):
     assert sorted(path.name for path in (tmp_path / "step-000003").iterdir()) == ["rows.jsonl", "summary.json"]
 
 
+def test_a_half_removed_evaluation_never_stands_under_its_name(files, renderer, tmp_path, monkeypatch):
+    run(files, renderer, tmp_path)
+    removed = []
+    monkeypatch.setattr("rlmed.evaluation_results.shutil.rmtree", lambda path, **_: removed.append(path.name))
+    run(files, renderer, tmp_path, controls=False)
+    assert removed == [".step-000003.replaced"]
+    assert len(read_rows(tmp_path / "step-000003")) == 14
+
+
 def test_an_evaluation_that_fails_leaves_the_earlier_one(files, renderer, tmp_path, monkeypatch):
     first = run(files, renderer, tmp_path)
 

@@ -1,0 +1,251 @@
+"""How long does one whole GRPO step take, beside TRL's GRPOTrainer?
+
+A step is: 8 prompts with images rendered, 8 completions x 64 tokens sampled for each, rewards, reference log-probabilities,
+loss with kl_coef 0.04, gradient, AdamW. Both sides learn from the same questions with the same rewards in float32; TRL runs
+in a process of its own (`benchmarks/trl_step.py`), and the two take their steps in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import (
+    MAX_PROMPT_TOKENS,
+    ROOT,
+    Timing,
+    add_arguments,
+    alternate,
+    find_model,
+    make_renderer,
+    model_facts,
+    never_end,
+    render_prompts,
+    report,
+    sampling,
+    spread,
+    start,
+    timed,
+    variety_reward,
+    write_examples,
+    write_result,
+)
+from learner.learner import PolicyLearner
+from rewards.rubric import REWARDS, Rubric, WeightedReward
+from rlmed.controller import LoopState, train
+from rlmed.core.config import AlgoConfig, LearnerConfig
+from rlmed.core.tracing import Tracer
+from rlmed.core.types import Example
+from rlmed.models.policy import load_policy
+from rlmed.stream import PromptStream
+from rollout.local import LocalPool
+from rollout.native.engine import NativeEngine
+from rollout.native.scheduler import EngineLimits
+
+KL_COEF = 0.04
+LEARNING_RATE = 1e-6
+
+
+class OurTrainer:
+    """The loop of `rlmed.controller`, one step at a time, with a tracer for its stages."""
+
+    def __init__(self, folder: Path, name: str, examples: tuple[Example, ...], arguments: argparse.Namespace) -> None:
+        """Build what `cluster=local` builds."""
+        self.tracer = Tracer()
+        self.state = LoopState()
+        self._arguments = arguments
+        policy, reference = load_policy(folder), load_policy(folder)
+        never_end(policy)
+        reference.model.requires_grad_(False)
+        self.facts = model_facts(policy, name)
+        self._algo = AlgoConfig(
+            group_size=arguments.group_size, groups_per_step=arguments.prompts, kl_coef=KL_COEF, dynamic_sampling=False
+        )
+        renderer = make_renderer(folder)
+        self.prompt_tokens = spread([len(prompt.token_ids) for prompt in render_prompts(renderer, examples)])
+        limits = EngineLimits(
+            max_completions=arguments.prompts * arguments.group_size, max_prompt_tokens=MAX_PROMPT_TOKENS
+        )
+        self._pool = LocalPool(NativeEngine(policy, renderer.decode, limits))
+        self._learner = PolicyLearner(
+            policy,
+            reference,
+            self._algo,
+            LearnerConfig(lr=LEARNING_RATE, lr_schedule="constant", token_budget=2**20),
+            total_steps=1000,
+            max_tokens=arguments.max_tokens,
+            temperature=1.0,
+        )
+        rubric = Rubric(
+            [WeightedReward(key, REWARDS[key], 1.0) for key in REWARDS]
+            + [WeightedReward("variety", variety_reward, 1.0)]
+        )
+        self._stream = PromptStream(
+            examples, renderer, sampling(arguments.max_tokens), group_size=arguments.group_size, seed=0
+        )
+        # the learner's stages, seen from outside: the reference's forward pass and the optimizer
+        self._trace(self._stream, "request", "prompts")
+        self._trace(rubric, "score", "rewards")
+        self._trace(reference, "hidden", "reference")
+        self._trace(reference, "logprobs", "reference")
+        self._trace(self._learner.optimizer, "step", "optimizer")
+        self._score = rubric.score
+
+    def step(self) -> None:
+        """One trip around the loop."""
+        train(
+            self._pool,
+            self._learner,
+            self._stream,
+            self._score,
+            algo=self._algo,
+            steps=self.state.step + 1,
+            state=self.state,
+            tracer=self.tracer,
+            after_step=self._check,
+        )
+
+    def stages(self, last: int) -> dict[str, float]:
+        """Median seconds of each stage over the last `last` steps."""
+        values: dict[str, list[float]] = defaultdict(list)
+        for step in range(self.state.step - last + 1, self.state.step + 1):
+            spans = self.tracer.step_seconds(step)
+            values["prompts"].append(spans["prompts"])
+            values["rewards"].append(spans["rewards"])
+            values["rollout"].append(spans["rollout"] - spans["prompts"] - spans["rewards"])
+            values["reference"].append(spans["reference"])
+            values["optimizer"].append(spans["optimizer"])
+            values["loss_and_gradient"].append(spans["learn"] - spans["reference"] - spans["optimizer"])
+        return {name: round(statistics.median(seconds), 4) for name, seconds in values.items()}
+
+    def _trace(self, owner: Any, method: str, stage: str) -> None:
+        """Put a span around a method of one object."""
+        original: Callable[..., Any] = getattr(owner, method)
+
+        def traced(*args: Any, **kwargs: Any) -> Any:
+            with self.tracer.span(stage, step=self.state.step + 1):
+                return original(*args, **kwargs)
+
+        setattr(owner, method, traced)
+
+    def _check(self, result: Any) -> None:
+        expected = self._arguments.prompts * self._arguments.group_size * self._arguments.max_tokens
+        if result.metrics["completion/tokens"] != expected or not result.metrics["grad_norm"] > 0:
+            raise RuntimeError(
+                f"the step did not do the measured work ({expected} tokens and a gradient): {result.metrics}"
+            )
+
+
+class TrlTrainer:
+    """TRL in a process of its own that takes a step when told to."""
+
+    def __init__(self, python: str, folder: Path, questions: Path, arguments: argparse.Namespace) -> None:
+        """Start it; returns when it is ready for the first step."""
+        setting = {
+            "model": str(folder),
+            "questions": str(questions),
+            "prompts": arguments.prompts,
+            "group_size": arguments.group_size,
+            "max_tokens": arguments.max_tokens,
+            "threads": arguments.threads,
+            "kl_coef": KL_COEF,
+            "learning_rate": LEARNING_RATE,
+        }
+        self._process = subprocess.Popen(
+            [python, "-m", "benchmarks.trl_step", json.dumps(setting)],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.facts: dict[str, Any] = self._answer()
+
+    def step(self) -> float:
+        """Seconds of its next step, measured there."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("step\n")
+        self._process.stdin.flush()
+        return float(self._answer()["seconds"])
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _answer(self) -> dict[str, Any]:
+        """The next line that is ours; libraries may print too."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith('{"benchmark"'):
+                return dict(json.loads(line))
+        raise SystemExit(
+            f"TRL's half ended with status {self._process.wait()} (its error is above). It needs trl: install it beside rlmed, "
+            "or name a Python that has it with --trl-python"
+        )
+
+
+def measure(folder: Path, name: str, arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Steps of both in turn."""
+    examples = write_examples(scratch / "questions", arguments.prompts)
+    ours = OurTrainer(folder, name, examples, arguments)
+    theirs = TrlTrainer(arguments.trl_python, folder, scratch / "questions" / "benchmark.jsonl", arguments)
+    try:
+        if theirs.facts["prompt_tokens"] != ours.prompt_tokens:
+            raise RuntimeError(
+                f"the prompts differ: {ours.prompt_tokens} tokens here, {theirs.facts['prompt_tokens']} in TRL"
+            )
+        timings = alternate({"rlmed": timed(ours.step), "trl": theirs.step}, rounds=arguments.rounds, warmup=2)
+    finally:
+        theirs.close()
+    stages = {"rlmed_stages_s": ours.stages(arguments.rounds)}
+    return {
+        "model": ours.facts,
+        "prompt_tokens": ours.prompt_tokens,
+        "trl": theirs.facts,
+        **summarise(timings),
+        **stages,
+    }
+
+
+def summarise(timings: dict[str, Timing]) -> dict[str, Any]:
+    """Seconds of both and the ratio of their medians."""
+    ratio = timings["trl"].median / timings["rlmed"].median
+    return {"steps": {name: one.summary() for name, one in timings.items()}, "ratio": round(ratio, 3)}
+
+
+def main() -> None:
+    """Measure and write `grpo_step.json`."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add_arguments(parser, rounds=5)
+    parser.add_argument("--trl-python", default=sys.executable, help="a Python with trl (default: this one)")
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--group-size", type=int, default=8)
+    parser.add_argument("--max-tokens", type=int, default=64)
+    arguments = parser.parse_args()
+    start(arguments)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, name = find_model(arguments.model, Path(scratch))
+        measured = measure(folder, name, arguments, Path(scratch))
+    setting = {
+        key: value for key, value in vars(arguments).items() if key in ("prompts", "group_size", "max_tokens", "rounds")
+    }
+    setting |= {"kl_coef": KL_COEF, "warmup_steps": 2}
+    ours, theirs = (measured["steps"][name]["median_s"] for name in ("rlmed", "trl"))
+    report(f"stages of a step of rlmed in seconds: {measured['rlmed_stages_s']}")
+    report(f"a step of rlmed {ours:.2f} s, of TRL {theirs:.2f} s; TRL / rlmed = {measured['ratio']:.2f}")
+    report(f"written to {write_result('grpo_step', {'setting': setting, **measured}, arguments.out)}")
+
+
+if __name__ == "__main__":
+    main()

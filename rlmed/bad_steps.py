@@ -1,0 +1,102 @@
+"""A batch that could not be learnt from, as one file: everything that the learner was given, to be replayed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rlmed.core.types import (
+    Completion,
+    Example,
+    Prompt,
+    RolloutGroup,
+    RolloutRequest,
+    SamplingParams,
+    ScoredGroup,
+    TrainGroup,
+)
+
+
+def write_bad_step(path: Path, groups: Sequence[TrainGroup], reason: str) -> None:
+    """Write a batch as an npz file: arrays by name, and the rest as JSON in the entry "facts".
+
+    Args:
+        path: ends in ".npz".
+        groups: the batch.
+        reason: why it was not learnt from.
+
+    Raises:
+        OSError: when the disk refuses.
+    """
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    facts: dict[str, Any] = {
+        "reason": reason,
+        "groups": [_pack(group, f"{i}/", arrays) for i, group in enumerate(groups)],
+    }
+    aside = path.with_name(f".{path.name}")
+    with aside.open("wb") as file:
+        np.savez(file, facts=np.array(json.dumps(facts)), **arrays)
+    aside.replace(path)
+
+
+def read_bad_step(path: Path) -> tuple[list[TrainGroup], str]:
+    """The batch and the reason that `write_bad_step` was given.
+
+    Raises:
+        OSError: when there is no such file.
+    """
+    with np.load(path) as content:
+        facts = json.loads(str(content["facts"]))
+        groups = [_unpack(group, f"{i}/", content) for i, group in enumerate(facts["groups"])]
+    return groups, facts["reason"]
+
+
+def _pack(group: TrainGroup, place: str, arrays: dict[str, npt.NDArray[Any]]) -> dict[str, Any]:
+    """Put the arrays of a group into `arrays` under names that begin with `place`; return the rest."""
+    request, scored = group.rollout.request, group.scored
+    arrays[f"{place}token_ids"] = request.prompt.token_ids
+    arrays[f"{place}advantages"], arrays[f"{place}rewards"] = group.advantages, scored.rewards
+    arrays |= {f"{place}image/{name}": values for name, values in request.prompt.image_inputs.items()}
+    arrays |= {f"{place}part/{name}": values for name, values in scored.reward_parts.items()}
+    completions = []
+    for i, completion in enumerate(group.rollout.completions):
+        arrays[f"{place}completion/{i}"] = completion.token_ids
+        arrays[f"{place}logprobs/{i}"] = completion.rollout_logprobs
+        scalars = ("text", "finish_reason", "min_version", "max_version")
+        completions.append({name: value for name, value in _shallow(completion).items() if name in scalars})
+    example = request.prompt.example
+    return {
+        "example": {**_shallow(example), "image": None if example.image is None else str(example.image)},
+        "text": request.prompt.text,
+        "index": request.index,
+        "sampling": _shallow(request.sampling),
+        "image_inputs": list(request.prompt.image_inputs),
+        "reward_parts": list(scored.reward_parts),
+        "completions": completions,
+    }
+
+
+def _shallow(record: Any) -> dict[str, Any]:
+    return {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+
+
+def _unpack(facts: dict[str, Any], place: str, arrays: Any) -> TrainGroup:
+    stored = facts["example"]
+    image = None if stored["image"] is None else Path(stored["image"])
+    example = Example(**{**stored, "image": image, "options": tuple(stored["options"])})
+    images = {name: arrays[f"{place}image/{name}"] for name in facts["image_inputs"]}
+    prompt = Prompt(example, facts["text"], arrays[f"{place}token_ids"], images)
+    sampling = SamplingParams(**{**facts["sampling"], "stop": tuple(facts["sampling"]["stop"])})
+    completions = tuple(
+        Completion(arrays[f"{place}completion/{i}"], arrays[f"{place}logprobs/{i}"], **scalars)
+        for i, scalars in enumerate(facts["completions"])
+    )
+    rollout = RolloutGroup(RolloutRequest(facts["index"], prompt, len(completions), sampling), completions)
+    parts = {name: arrays[f"{place}part/{name}"] for name in facts["reward_parts"]}
+    return TrainGroup(ScoredGroup(rollout, arrays[f"{place}rewards"], parts), arrays[f"{place}advantages"])

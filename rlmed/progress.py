@@ -1,0 +1,193 @@
+"""What a person sees while a run goes: a live display in a terminal, plain lines elsewhere, with the same facts.
+
+It goes to stdout: progress is what the command says, as its final table is, so `| tee run.log` keeps both in one order, and
+stderr stays for warnings and errors.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+REWARD = "reward/"
+METRICS = {
+    "kl": ("kl", "{:.4f}"),
+    "completion/length": ("length", "{:.0f}"),
+    "tokens_per_second": ("tokens/s", "{:.0f}"),
+}
+"""Metrics shown behind the rewards, in this order: the name and form in which they appear."""
+WINDOW = 30
+"""Latest steps that the time left is judged by: early steps are slower, and a paused machine should be forgotten."""
+
+
+class Progress:
+    """Shows steps, stages and messages; a context inside which the live display stands.
+
+    Outside of the context everything appears as plain lines, too.
+
+    Example:
+        >>> with Progress() as progress:                                             # doctest: +SKIP
+        ...     progress.start(total=200, done=0)
+        ...     progress.step(12, {"reward/mean": 1.42, "kl": 0.003})
+        step 12/200 reward 1.42 kl 0.0030 left 3m10s
+    """
+
+    def __init__(self, console: Console | None = None, *, line_every_s: float = 10.0) -> None:
+        """Show progress.
+
+        Args:
+            console: where; None is stdout.
+            line_every_s: seconds between plain lines of steps, and of stages.
+        """
+        self._console = console or Console(highlight=False)
+        self._line_every_s = line_every_s
+        self._live: Live | None = None
+        self._moved_handlers: list[tuple[logging.StreamHandler, object]] = []  # type: ignore[type-arg]
+        self._total = self._done = 0
+        self._facts: dict[str, str] = {}
+        self._accuracy: float | None = None
+        self._stage: tuple[str, int, int] | None = None
+        self._times: deque[tuple[int, float]] = deque(maxlen=WINDOW + 1)
+        self._last_line = {"step": float("-inf"), "stage": float("-inf")}
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=4)
+            self._live.start()
+            self._move_log_handlers()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._stage = None
+            for handler, stream in self._moved_handlers:
+                handler.setStream(stream)
+            self._moved_handlers.clear()
+            self._live.stop()
+            self._live = None
+
+    def start(self, total: int, done: int) -> None:
+        """Steps begin: `done` of `total` were made before, by the run that is resumed."""
+        self._total, self._done, self._stage = total, done, None
+        self._times.clear()
+        self._times.append((done, time.monotonic()))
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """A step was made.
+
+        Args:
+            step: steps done.
+            metrics: of it, by name; the rewards (without any, the loss) and those of `METRICS` are shown.
+        """
+        self._done, self._stage = step, None
+        self._times.append((step, time.monotonic()))
+        self._facts = _facts(metrics)
+        self._plain("step", self._step_line(), always=step >= self._total)
+
+    def evaluated(self, accuracy: float) -> None:
+        """An evaluation found this accuracy, a fraction; it is shown until the next one."""
+        self._accuracy = accuracy
+
+    def stage(self, text: str, done: int, total: int) -> None:
+        """`done` of `total` parts of something beside the steps, such as an evaluation, are made."""
+        self._stage = (text, done, total) if done < total else None
+        self._plain("stage", f"{text} {done}/{total}", always=done >= total)
+
+    def message(self, text: str) -> None:
+        """Say something that stays."""
+        self._console.print(Text(text), soft_wrap=True)
+
+    def _plain(self, what: str, line: str, *, always: bool) -> None:
+        """A plain line, unless one was printed a moment ago or the live display shows it."""
+        if self._live is not None:
+            return
+        now = time.monotonic()
+        if always or now - self._last_line[what] >= self._line_every_s:
+            self._last_line[what] = now
+            self.message(line)
+
+    def _step_line(self) -> str:
+        facts = dict(self._facts)
+        if self._accuracy is not None:
+            facts["accuracy"] = f"{self._accuracy:.1%}"
+        left = self._seconds_left()
+        if left is not None:
+            facts["left"] = duration(left)
+        return " ".join([f"step {self._done}/{self._total}", *(f"{name} {value}" for name, value in facts.items())])
+
+    def _seconds_left(self) -> float | None:
+        """By the pace of the latest steps, evaluations among them included; None before the first step."""
+        if len(self._times) < 2:
+            return None
+        (first, begin), (last, end) = self._times[0], self._times[-1]
+        return (end - begin) / max(1, last - first) * max(0, self._total - last)
+
+    def _render(self) -> Group:
+        lines: list[Table | Text] = []
+        if self._total:
+            left = self._seconds_left()
+            note = f"{self._done}/{self._total}" + ("" if left is None else f"  {duration(left)} left")
+            lines.append(_bar_line("training", self._done, self._total, note))
+            facts = {**self._facts, **({} if self._accuracy is None else {"accuracy": f"{self._accuracy:.1%}"})}
+            if facts:
+                numbers = Text("  ", no_wrap=True, overflow="ellipsis")
+                for name, value in facts.items():
+                    numbers.append(f"{name} ", style="dim").append(f"{value}  ")
+                lines.append(numbers)
+        if self._stage is not None:
+            text, done, total = self._stage
+            lines.append(_bar_line(text, done, total, f"{done}/{total}"))
+        return Group(*lines)
+
+    def _move_log_handlers(self) -> None:
+        """Log lines must go through the live display, or they would break it: handlers hold the stream of before."""
+        plain = {sys.__stdout__: sys.stdout, sys.__stderr__: sys.stderr}
+        for handler in logging.getLogger().handlers:
+            if type(handler) is logging.StreamHandler and handler.stream in plain:
+                self._moved_handlers.append((handler, handler.stream))
+                handler.setStream(plain[handler.stream])
+
+
+def _facts(metrics: Mapping[str, float]) -> dict[str, str]:
+    # with rewards the loss says nothing: that of a policy gradient hovers about zero
+    rewards = [name for name in metrics if name.startswith(REWARD)]
+    shown = {name: (name.removeprefix(REWARD), "{:.2f}") for name in rewards} or {"loss": ("loss", "{:.3f}")}
+    shown = {name: ("reward" if label == "mean" else label, form) for name, (label, form) in shown.items()} | METRICS
+    return {label: form.format(metrics[name]) for name, (label, form) in shown.items() if name in metrics}
+
+
+def _bar_line(text: str, done: int, total: int, note: str) -> Table:
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(width=24, no_wrap=True, overflow="ellipsis")
+    grid.add_column(width=32)
+    grid.add_column(no_wrap=True)
+    grid.add_row(Text(text), ProgressBar(total=total, completed=done, width=32), Text(note))
+    return grid
+
+
+def duration(seconds: float) -> str:
+    """Time as a person says it.
+
+    Example:
+        >>> duration(190), duration(7), duration(7380)
+        ('3m10s', '7s', '2h03m')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

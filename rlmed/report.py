@@ -1,0 +1,302 @@
+"""`python -m rlmed.report RUN_FOLDER`: one self-contained HTML page of everything that a run folder knows.
+
+Whatever is missing (no evaluation yet, a killed run) is left out. What a model wrote is shown as text, never as markup.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import hashlib
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from rlmed.core.jsonlines import read_json_lines
+from rlmed.core.statistics import mcnemar
+from rlmed.core.tracing import TIMELINE_LINES
+from rlmed.evaluation_results import (
+    COMPARISON_FILE,
+    SUMMARY_FILE,
+    Accuracy,
+    EvalRow,
+    EvalSummary,
+    FileSummary,
+    read_rows,
+)
+from rlmed.progress import duration
+from rlmed.recorder import DATA_FILE, METRICS_FILE, ROLLOUTS_FILE, VERSIONS_FILE
+from rlmed.report_plots import draw_accuracy, draw_metrics
+from rlmed.report_rollouts import Pictures, show_groups, show_rows
+
+REPORT_FILE = "report.html"
+TEMPLATE, SCRIPT, SHEET = "report.html.j2", "report.js", "report.css"
+TILES = 4
+"""Files whose accuracy stands in the headline; all are in the table."""
+SKIPPED_SHOWN = 200
+"""Skipped rows listed of each data file; all are in data.json."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Evaluations:
+    """The evaluations of a run, in the order of their steps, and the rows of the first and the last."""
+
+    summaries: tuple[EvalSummary, ...]
+    first_rows: tuple[EvalRow, ...]
+    """Empty where there is one evaluation only."""
+    last_rows: tuple[EvalRow, ...]
+    comparison: Mapping[str, Any] | None
+    """Of the last one with an evaluation from elsewhere, where that was asked for."""
+    sft: EvalSummary | None
+
+    @classmethod
+    def read(cls, folder: Path) -> _Evaluations:
+        folders = sorted(path for path in folder.glob("step-*") if (path / SUMMARY_FILE).is_file())
+        ends = folders[:1] + folders[-1:] if len(folders) > 1 else folders
+        rows = [tuple(read_rows(path)) for path in ends]
+        sft = sorted((folder / "sft").rglob(SUMMARY_FILE))
+        return cls(
+            summaries=tuple(EvalSummary.read(path) for path in folders),
+            first_rows=rows[0] if len(rows) > 1 else (),
+            last_rows=rows[-1] if rows else (),
+            comparison=_read_json(folders[-1] / COMPARISON_FILE) if len(folders) == 1 else None,
+            sft=EvalSummary.read(sft[-1].parent) if sft else None,
+        )
+
+
+def write_report(run_folder: Path) -> Path:
+    """Write `report.html` into a run folder from the files in it, and return its path.
+
+    Raises:
+        ValueError: when the folder holds nothing of a run, or a broken file.
+        OSError: when a file cannot be read or the report cannot be written.
+    """
+    if not any((run_folder / name).exists() for name in ("config.yaml", METRICS_FILE, "evaluations")):
+        raise ValueError(f"{run_folder} is no run folder: it holds no config.yaml, {METRICS_FILE} or evaluations")
+    environment = Environment(
+        loader=PackageLoader("rlmed", "assets"),
+        autoescape=True,  # completions are written by a model: nothing of them may become markup
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": _percent, "duration": duration, "seconds": _seconds, "p_value": _p_value, "number": _number}
+    page = environment.get_template(TEMPLATE).render(_context(run_folder, environment))
+    target = run_folder / REPORT_FILE
+    aside = target.with_name(f".{REPORT_FILE}.partial")
+    aside.write_text(page, encoding="utf-8", errors="replace")
+    return aside.replace(target)
+
+
+def _context(folder: Path, environment: Environment) -> dict[str, Any]:
+    config_file = folder / "config.yaml"
+    config_text = config_file.read_text(encoding="utf-8") if config_file.exists() else ""
+    config = yaml.safe_load(config_text) or {}
+    metrics = list(read_json_lines(folder / METRICS_FILE))
+    evaluations = _Evaluations.read(folder / "evaluations")
+    pictures = Pictures()
+    accuracy = draw_accuracy(evaluations.summaries)
+    script, sheet = (_asset(environment, name) for name in (SCRIPT, SHEET))
+    return {
+        "run": _run_facts(folder, config, metrics, evaluations),
+        "table": _accuracy_table(evaluations),
+        "plots": ([accuracy] if accuracy else []) + draw_metrics(metrics),
+        "timeline": _timeline(folder / TIMELINE_LINES),
+        "groups": show_groups(folder / ROLLOUTS_FILE, pictures),
+        "rows": show_rows(evaluations.first_rows, evaluations.last_rows, pictures),
+        "pictures": pictures.uris,
+        "data": _data(folder),
+        "versions": _read_json(folder / VERSIONS_FILE) or {},
+        "config_text": config_text,
+        "script": script,
+        "sheet": sheet,
+        # lets the browser run our script and no other, should markup ever slip through
+        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    }
+
+
+def _asset(environment: Environment, name: str) -> Markup:
+    assert environment.loader is not None
+    return Markup(environment.loader.get_source(environment, name)[0].strip())  # noqa: S704 - a file of ours
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _run_facts(
+    folder: Path, config: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], evaluations: _Evaluations
+) -> dict[str, Any]:
+    """The headline: what ran, how far it came, and what came of it."""
+    last = metrics[-1] if metrics else {}
+    learns_by_reward = "reward/mean" in last
+    planned = config.get("steps") if learns_by_reward else None
+    model = (config.get("model") or {}).get("path") or next((one.model for one in evaluations.summaries), "")
+    tiles = []
+    if evaluations.summaries:
+        first, final = evaluations.summaries[0], evaluations.summaries[-1]
+        both = _ends(first, final)
+        for name in [file.name for file in final.files][:TILES]:
+            shares = [file.accuracy.value for one in both for file in one.files if file.name == name]
+            tiles.append(_tile(f"{name}, %", shares, "accuracy on held-out questions"))
+        formats = [float(np.mean([file.format_rate for file in one.files])) for one in both]
+        tiles.append(_tile("in the format, %", formats, "mean of the files"))
+    for name, label, form in (
+        ("reward/mean", "reward", "{:.2f}"),
+        ("completion/length", "length, tokens", "{:.0f}"),
+        ("kl", "KL", "{:.3f}"),
+    ):
+        ends = [_mean_at(metrics, name, end) for end in ("start", "end")]
+        if ends[0] is not None and ends[1] is not None:
+            note = "mean of the first and of the last tenth of the steps"
+            tiles.append({"label": label, "values": [form.format(value) for value in ends], "note": note})
+    return {
+        "name": config.get("name") or folder.resolve().name,
+        "model": model,
+        "steps": last.get("step", 0),
+        "planned": planned,
+        "stopped": planned is not None and last.get("step", 0) < planned,
+        "skipped_steps": int(last.get("skipped_steps") or 0),
+        "tiles": tiles,
+    }
+
+
+def _ends(first: EvalSummary, final: EvalSummary) -> tuple[EvalSummary, ...]:
+    return (final,) if first is final else (first, final)
+
+
+def _tile(label: str, shares: Sequence[float], note: str) -> dict[str, Any]:
+    return {"label": label, "values": [_percent(share) for share in shares], "note": note}
+
+
+def _mean_at(metrics: Sequence[Mapping[str, Any]], name: str, end: str) -> float | None:
+    values = [line[name] for line in metrics if line.get(name) is not None]
+    tenth = max(1, len(values) // 10)
+    return float(np.mean(values[:tenth] if end == "start" else values[-tenth:])) if values else None
+
+
+def _accuracy_table(evaluations: _Evaluations) -> dict[str, Any] | None:
+    if not evaluations.summaries:
+        return None
+    first, last = evaluations.summaries[0], evaluations.summaries[-1]
+    before = {file.name: file for file in first.files} if first is not last else {}
+    sft = {file.name: file for file in evaluations.sft.files} if evaluations.sft else {}
+    lines = [_table_line(file, before.get(file.name), sft.get(file.name), evaluations) for file in last.files]
+    means = {
+        "before": np.mean([line["before"].value for line in lines]) if all(line["before"] for line in lines) else None,
+        "after": last.mean_accuracy,
+        "sft": np.mean([line["sft"].accuracy.value for line in lines]) if all(line["sft"] for line in lines) else None,
+    }
+    return {
+        "steps": [one.step for one in _ends(first, last)],
+        "before": any(line["before"] for line in lines),
+        "before_model": evaluations.comparison["before"]["model"] if evaluations.comparison else None,
+        "sft": bool(sft),
+        "train_rows": last.train_rows,
+        "lines": lines,
+        "means": means,
+    }
+
+
+def _table_line(
+    file: FileSummary, before: FileSummary | None, sft: FileSummary | None, evaluations: _Evaluations
+) -> dict[str, Any]:
+    earlier, p_value = (before.accuracy if before else None), None
+    pairs = _paired(evaluations, file.name)
+    if pairs is not None:
+        p_value = mcnemar(*pairs).p_value
+    elsewhere = evaluations.comparison["files"].get(file.name) if evaluations.comparison else None
+    if elsewhere is not None:
+        earlier, p_value = Accuracy.of(elsewhere["right_before"], elsewhere["rows"]), elsewhere["p_value"]
+    kinds = sorted(file.by_kind.items())
+    return {
+        "file": file,
+        "before": earlier,
+        "before_format": before.format_rate if before else None,
+        "change": None if earlier is None else file.accuracy.value - earlier.value,
+        "p_value": p_value,
+        "sft": sft,
+        "kinds": [{"kind": kind, "right": right, "rows": rows} for kind, (right, rows) in kinds],
+    }
+
+
+def _paired(evaluations: _Evaluations, name: str) -> tuple[Any, Any] | None:
+    """bool [N] before and after over the same rows of a file; None when the two evaluations have other rows."""
+    sides = [
+        {(row.id, row.question): row.right for row in rows if row.file == name and row.control == "none"}
+        for rows in (evaluations.first_rows, evaluations.last_rows)
+    ]
+    if not sides[0] or sides[0].keys() != sides[1].keys():
+        return None
+    before, after = (np.array([side[key] for key in sides[0]], dtype=bool) for side in sides)
+    return before, after
+
+
+def _timeline(path: Path) -> dict[str, Any] | None:
+    """Seconds by stage, spans inside others left out, and what no stage accounts for."""
+    seconds: dict[str, float] = defaultdict(float)
+    counts: dict[str, int] = defaultdict(int)
+    end = 0.0
+    for span in read_json_lines(path):
+        end = max(end, span["start"] + span["duration"])
+        if span["depth"] == 0:
+            seconds[span["name"]] += span["duration"]
+            counts[span["name"]] += 1
+    if not end:
+        return None
+    stages = [
+        {"name": name, "seconds": spent, "share": spent / end, "count": counts[name]}
+        for name, spent in sorted(seconds.items(), key=lambda item: -item[1])
+    ]
+    other = max(0.0, end - sum(seconds.values()))
+    return {
+        "seconds": end,
+        "stages": [*stages, {"name": "other", "seconds": other, "share": other / end, "count": None}],
+    }
+
+
+def _data(folder: Path) -> list[dict[str, Any]]:
+    files = (_read_json(folder / DATA_FILE) or {"files": []})["files"]
+    return [{**file, "shown": file["skipped"][:SKIPPED_SHOWN]} for file in files]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 1:
+        return f"{1000 * seconds:.0f} ms"
+    return f"{seconds:.1f} s" if seconds < 60 else duration(seconds)
+
+
+def _p_value(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def main() -> None:
+    """Write the report of the folder named on the command line."""
+    parser = argparse.ArgumentParser(prog="python -m rlmed.report", description="Write report.html of a run folder.")
+    parser.add_argument("run_folder", type=Path)
+    try:
+        report = write_report(parser.parse_args().run_folder)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+    sys.stdout.write(f"{report}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""The curves of a report as SVG to be placed inside HTML: colours are CSS variables, so that they follow light and dark."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from rlmed.evaluation_results import EvalSummary
+
+MAX_POINTS = 400
+"""Longer curves are averaged down to this many points, which is more than a curve has pixels."""
+SMOOTHED_FROM = 20
+"""Curves of at least so many steps get a running mean on top."""
+
+# Colours that stand for CSS variables: matplotlib needs real ones, and these occur nowhere else.
+TEXT, FAINT = "#010203", "#010204"
+SERIES = tuple(f"#01030{digit}" for digit in range(1, 7))
+VARIABLES = {TEXT: "--muted", FAINT: "--line"} | {colour: f"--series-{i}" for i, colour in enumerate(SERIES, 1)}
+
+STYLE = {
+    "svg.fonttype": "none",  # text stays text: smaller, and in the font of the page
+    "svg.hashsalt": "rlmed",  # the same run gives the same file
+    "font.size": 9,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": TEXT,
+    "text.color": TEXT,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelcolor": TEXT,
+    "ytick.labelcolor": TEXT,
+    "grid.color": FAINT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.parse_math": False,  # names of metrics are shown as they are
+    "axes.formatter.useoffset": False,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One plot: which metrics it draws, under which names."""
+
+    title: str
+    note: str
+    metrics: Mapping[str, str]
+    """Name in metrics.jsonl, and in the legend."""
+    share: bool = False
+    """The values are fractions: the axis runs from 0 to 1."""
+
+
+PANELS = (
+    Panel("KL to the reference", "how far the policy has moved", {"kl": "kl"}),
+    Panel("Entropy", "of the next token, in nats; near zero the policy has stopped exploring", {"entropy": "entropy"}),
+    Panel("Completion length", "mean, in tokens", {"completion/length": "length"}),
+    Panel("Loss", "what is minimised", {"loss": "loss"}),
+    Panel(
+        "Target tokens above one half",
+        "share of target tokens with probability > 0.5",
+        {"tokens_above_half": "share"},
+        True,
+    ),
+    Panel("Gradient norm", "before clipping", {"grad_norm": "norm"}),
+    Panel("Rollout against learner", "KL between both; 0 when they agree", {"mismatch_kl": "mismatch"}),
+    Panel(
+        "Shares",
+        "completions cut by length; groups whose rewards are all equal",
+        {"completion/truncated": "cut", "groups/no_spread": "no spread"},
+        True,
+    ),
+    Panel("Clipped ratios", "share of tokens", {"clip_fraction_low": "low", "clip_fraction_high": "high"}),
+    Panel("Staleness", "policy versions behind, the oldest group of a step", {"staleness": "staleness"}),
+    Panel("Learning rate", "", {"lr": "lr"}),
+    Panel("Tokens per second", "sampled", {"tokens_per_second": "tokens/s"}),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """A drawn panel."""
+
+    title: str
+    note: str
+    svg: Markup
+
+
+def draw_metrics(lines: Sequence[Mapping[str, Any]]) -> list[Plot]:
+    """The curves for which there are finite values, rewards first.
+
+    Args:
+        lines: of metrics.jsonl: "step", and values by name, where null is missing.
+    """
+    rewards = sorted({name for line in lines for name in line if name.startswith("reward/")} - {"reward/mean"})
+    names = {"reward/mean": "total", **{name: name.removeprefix("reward/") for name in rewards}}
+    panels = (Panel("Reward", "mean over the completions of a step: the weighted sum, and its parts", names), *PANELS)
+    plots = []
+    for panel in panels:
+        curves = {label: _values(lines, metric) for metric, label in panel.metrics.items()}
+        curves = {label: (steps, values) for label, (steps, values) in curves.items() if len(steps)}
+        # a curve of zeros throughout (no clipping, no staleness) tells nothing
+        if any(np.any(values) for _, values in curves.values()):
+            plots.append(Plot(panel.title, panel.note, _draw(curves, panel)))
+    return plots
+
+
+def draw_accuracy(summaries: Sequence[EvalSummary]) -> Plot | None:
+    """Accuracy of each file over the evaluations of a run, with its intervals; None for fewer than two."""
+    if len(summaries) < 2:
+        return None
+    with mpl.rc_context(STYLE):
+        figure, axes = _figure()
+        for colour, name in zip(SERIES, dict.fromkeys(f.name for s in summaries for f in s.files), strict=False):
+            points = [(s.step, f.accuracy) for s in summaries for f in s.files if f.name == name]
+            steps = [step for step, _ in points]
+            axes.plot(steps, [one.value for _, one in points], color=colour, label=name, marker="o", markersize=3.5)
+            axes.fill_between(
+                steps, *zip(*((a.low, a.high) for _, a in points), strict=True), color=colour, alpha=0.12, lw=0
+            )
+        axes.set_ylim(0, 1)
+        axes.legend(frameon=False, fontsize=8, ncols=3, loc="lower left")
+        return Plot("Held-out accuracy", "greedy; bands: Wilson 95 %", _to_svg(figure))
+
+
+def _values(lines: Sequence[Mapping[str, Any]], metric: str) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    points = [(line["step"], line[metric]) for line in lines if line.get(metric) is not None]
+    steps, values = (
+        np.array(column, dtype=np.float64) for column in (zip(*points, strict=True) if points else ([], []))
+    )
+    if len(steps) > MAX_POINTS:
+        parts = [np.array_split(column, MAX_POINTS) for column in (steps, values)]
+        steps, values = (np.array([part.mean() for part in column]) for column in parts)
+    return steps, values
+
+
+def _draw(curves: Mapping[str, tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]], panel: Panel) -> Markup:
+    with mpl.rc_context(STYLE):
+        figure, axes = _figure()
+        for i, (label, (steps, values)) in enumerate(curves.items()):
+            colour = SERIES[i % len(SERIES)]
+            marker = {"marker": "o", "markersize": 3} if len(steps) == 1 else {}
+            if len(steps) < SMOOTHED_FROM:
+                axes.plot(steps, values, color=colour, lw=1.6, label=label, **marker)
+            else:
+                axes.plot(steps, values, color=colour, lw=0.8, alpha=0.3)
+                axes.plot(steps, running_mean(values, len(values) // 20 + 1), color=colour, lw=1.8, label=label)
+        if panel.share:
+            axes.set_ylim(-0.02, 1.02)
+        if len(curves) > 1:
+            axes.legend(frameon=False, fontsize=8, ncols=3, loc="best")
+        return _to_svg(figure)
+
+
+def running_mean(values: npt.NDArray[np.float64], window: int) -> npt.NDArray[np.float64]:
+    """Mean over `window` values centred on each, fewer at the ends; same shape [N]."""
+    ones = np.ones(window)
+    return np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
+
+
+def _figure() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(4.2, 2.3), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xlabel("step", fontsize=8)
+    axes.grid(axis="y", lw=0.6)
+    axes.tick_params(length=0)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+    return figure, axes
+
+
+def _to_svg(figure: Figure) -> Markup:
+    """The figure as an SVG element without metadata, name spaces (HTML implies them) or fixed colours and fonts."""
+    target = io.StringIO()
+    FigureCanvasSVG(figure).print_svg(target, metadata={"Date": None})
+    svg = target.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->| xmlns(:xlink)?=\"[^\"]*\"", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<svg[^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 role="img">', svg, count=1)
+    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
+    for colour, variable in VARIABLES.items():
+        svg = svg.replace(colour, f"var({variable})")
+    return Markup(svg)  # noqa: S704 - drawn here; matplotlib escapes the text in it

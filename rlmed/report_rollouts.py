@@ -1,0 +1,216 @@
+"""What a report shows of rollouts and of evaluated rows: which ones, and each completion taken apart for the reader."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rewards.parsing import answer_text, evaluated_letter, has_format
+from rlmed.core.jsonlines import parse_line
+from rlmed.core.types import LETTERS
+from rlmed.data.images import BadImageError, load_image
+from rlmed.evaluation_results import EvalRow
+
+GROUPS = 60
+ROWS = 60
+COMPLETIONS = 8
+"""Different completions of a group that are shown."""
+CHARACTERS = 3000
+"""Longer completions are cut in the report, and only there."""
+GAINED = "wrong → right"
+PICTURE_SIDE = 224
+JPEG_QUALITY = 85
+
+
+@dataclass(slots=True)
+class Pictures:
+    """Pictures by path, each embedded once however many questions show it."""
+
+    uris: list[str] = field(default_factory=list)
+    """JPEG as data URI, at most `PICTURE_SIDE` on a side."""
+    _places: dict[str, Mapping[str, Any] | None] = field(default_factory=dict)
+
+    def add(self, path: str | None) -> Mapping[str, Any] | None:
+        """Place in `uris`, width and height in pixels; None for no picture, or one that is no longer there."""
+        if path is None:
+            return None
+        if path not in self._places:
+            self._places[path] = self._embed(Path(path))
+        return self._places[path]
+
+    def _embed(self, path: Path) -> Mapping[str, Any] | None:
+        try:
+            image = load_image(path, max_side=PICTURE_SIDE)
+        except BadImageError:
+            return None
+        target = io.BytesIO()
+        image.save(target, "JPEG", quality=JPEG_QUALITY)
+        self.uris.append("data:image/jpeg;base64," + base64.b64encode(target.getvalue()).decode())
+        return {"place": len(self.uris) - 1, "width": image.width, "height": image.height}
+
+
+def show_groups(rollouts: Path, pictures: Pictures, limit: int = GROUPS) -> list[dict[str, Any]]:
+    """Groups of a run for the template: the best, the worst, and some from the whole run, in this order.
+
+    Args:
+        rollouts: rollouts.jsonl, which may be larger than memory.
+        pictures: receives the pictures.
+        limit: groups at most.
+    """
+    places = _index(rollouts)
+    shown = []
+    with rollouts.open("rb") if places else io.BytesIO() as file:
+        for pick, (_, _, offset, number) in _choose(places, limit):
+            file.seek(offset)
+            shown.append(_show_group(parse_line(file.readline(), rollouts, number), pick, pictures))
+    return shown
+
+
+_Place = tuple[float, int, int, int]
+"""Mean reward, step, byte offset and line number of a group."""
+
+
+def _index(rollouts: Path) -> list[_Place]:
+    places: list[_Place] = []
+    if not rollouts.exists():
+        return places
+    offset = 0
+    with rollouts.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):  # was being written
+                break
+            group = parse_line(line, rollouts, number)
+            places.append((_mean_reward(group), group["step"], offset, number))
+            offset += len(line)
+    return places
+
+
+def _mean_reward(group: Mapping[str, Any]) -> float:
+    rewards = [entry["reward"] for entry in group["completions"] if entry["reward"] is not None]
+    return sum(rewards) / len(rewards) if rewards else 0.0
+
+
+def _choose(places: Sequence[_Place], limit: int) -> list[tuple[str, _Place]]:
+    """A third each of the best, the worst (late ones where they are equal) and evenly over the run; none twice."""
+    third = -(-min(limit, len(places)) // 3)
+    best = sorted(places, key=lambda place: (-place[0], -place[1], place[2]))[:third]
+    rest = sorted(set(places) - set(best), key=lambda place: (place[0], -place[1], place[2]))
+    worst, rest = rest[:third], sorted(rest[third:], key=lambda place: place[2])
+    count = min(len(rest), limit - len(best) - len(worst))
+    spread = [rest[i * len(rest) // count] for i in range(count)]
+    return [(pick, place) for pick, some in (("best", best), ("worst", worst), ("run", spread)) for place in some]
+
+
+def _show_group(group: Mapping[str, Any], pick: str, pictures: Pictures) -> dict[str, Any]:
+    completions = _merge(group["completions"], group["answer"])
+    right = sum(entry["count"] for entry in completions if entry["right"])
+    total = len(group["completions"])
+    return {
+        **{key: group[key] for key in ("step", "index", "example_id", "question", "modality", "kind")},
+        "pick": pick,
+        "options": _options(group["options"], group["answer"]),
+        "picture": pictures.add(group["image"]),
+        "reward": _mean_reward(group),
+        "right": right,
+        "total": total,
+        "outcome": "all right" if right == total else "some right" if right else "none right",
+        "completions": completions[:COMPLETIONS],
+        "hidden": len(completions[COMPLETIONS:]),
+    }
+
+
+def _merge(completions: Iterable[Mapping[str, Any]], answer: str) -> list[dict[str, Any]]:
+    """Completions, the best first; the same text with the same rewards is shown once, with a count."""
+    counts: Counter[str] = Counter()
+    merged: dict[str, dict[str, Any]] = {}
+    for entry in completions:
+        key = repr((entry["text"], entry["reward"], entry["reward_parts"], entry["finish_reason"]))
+        counts[key] += 1
+        merged.setdefault(key, {**entry, **take_apart(entry["text"], answer)})
+    shown = [{**entry, "count": counts[key]} for key, entry in merged.items()]
+    return sorted(shown, key=lambda entry: -(entry["reward"] if entry["reward"] is not None else float("-inf")))
+
+
+def take_apart(text: str, answer: str) -> dict[str, Any]:
+    """Reasoning and answer of a completion in the format; of any other the text as it is.
+
+    Args:
+        text: the completion.
+        answer: the right letter.
+
+    Returns:
+        "reasoning" and "answer" (None when not in the format), "raw" (None when in it), "letter" (None when there is none),
+        "right", and "cut": the number of characters left out.
+    """
+    letter = evaluated_letter(text)
+    parts: dict[str, Any] = {
+        "letter": letter,
+        "right": letter == answer,
+        "reasoning": None,
+        "answer": None,
+        "raw": None,
+    }
+    if has_format(text):
+        reasoning = text[len("<think>") : text.index("</think>")].strip()
+        return parts | {
+            "reasoning": reasoning[:CHARACTERS],
+            "answer": (answer_text(text) or "")[:CHARACTERS],
+            "cut": len(reasoning[CHARACTERS:]),
+        }
+    return parts | {"raw": text[:CHARACTERS], "cut": len(text[CHARACTERS:])}
+
+
+def _options(options: Sequence[str], answer: str) -> list[dict[str, Any]]:
+    return [
+        {"letter": letter, "text": text, "right": letter == answer}
+        for letter, text in zip(LETTERS, options, strict=False)
+    ]
+
+
+def show_rows(before: Sequence[EvalRow], after: Sequence[EvalRow], pictures: Pictures) -> list[dict[str, Any]]:
+    """Evaluated rows for the template, without the controls.
+
+    Args:
+        before: of the first evaluation; empty when there is only one.
+        after: of the last one.
+        pictures: receives the pictures.
+
+    Returns:
+        Rows whose answer changed from wrong to right or back; with one evaluation, right and wrong rows. Every file and
+        outcome has its share of at most `ROWS` rows.
+    """
+    earlier = {(row.file, row.id): row for row in before if row.control == "none"}
+    piles: dict[tuple[str, str], list[tuple[EvalRow | None, EvalRow]]] = defaultdict(list)
+    for row in after:
+        old = earlier.get((row.file, row.id))
+        if row.control != "none" or (before and (old is None or old.right == row.right)):
+            continue
+        outcome = "right" if row.right else "wrong"
+        piles[row.file, outcome if old is None else f"{'right' if old.right else 'wrong'} → {outcome}"].append(
+            (old, row)
+        )
+    share = ROWS // max(1, len(piles))
+    return [
+        {
+            "file": file,
+            "outcome": outcome,
+            "of": len(pile),
+            "id": row.id,
+            "kind": row.kind,
+            "question": row.question,
+            "options": _options(row.options, row.answer),
+            "picture": pictures.add(row.image),
+            "answers": [_show_answer(one) for one in (old, row) if one is not None],
+        }
+        for (file, outcome), pile in sorted(piles.items(), key=lambda item: (item[0][1] != GAINED, item[0][1], item[0][0]))
+        for old, row in pile[: max(1, share)]
+    ]
+
+
+def _show_answer(row: EvalRow) -> dict[str, Any]:
+    return {**take_apart(row.completion, row.answer), "tokens": row.tokens, "finish_reason": row.finish_reason}

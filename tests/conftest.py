@@ -1,0 +1,145 @@
+"""Shared fixtures: small random models of every family, built offline once a session, and prompts for them."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+
+from rlmed.core.types import Completion, Example, Prompt, RolloutGroup, RolloutRequest, SamplingParams
+from rlmed.models.policy import Policy, load_policy
+from rlmed.models.tiny import build_tiny_text, build_tiny_vl
+
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(1)  # the models are so small that threads only wait for each other
+
+VISION_FAMILIES = ("qwen2_vl", "qwen2_5_vl")
+PATCH_WIDTH = 3 * 2 * 14 * 14
+PLAIN_TOKENS = range(20, 300)
+"""Ids of ordinary text; the control tokens are the last of the vocabulary."""
+EXTRA_ENDS = (31, 32, 33, 34, 35, 36, 37, 38)
+"""Ordinary tokens that end a completion of the test models too, so that random completions are ragged."""
+Grid = tuple[int, int]
+
+
+def _auto_class(family: str) -> type:
+    return AutoModelForImageTextToText if family in VISION_FAMILIES else AutoModelForCausalLM
+
+
+def _sharpen(model: PreTrainedModel) -> None:
+    """Make the next-token distributions peaked, and let every bias and norm have a say."""
+    generator = torch.Generator().manual_seed(1)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(24 if len(parameter) == vocabulary else 8)
+            else:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny_folder("qwen2_vl", seed=0)`: the folder of a small random model with peaked distributions."""
+
+    @functools.cache
+    def build(family: str, seed: int = 0) -> Path:
+        folder = tmp_path_factory.mktemp(f"{family}-{seed}-")
+        (build_tiny_vl if family in VISION_FAMILIES else build_tiny_text)(folder, family, seed=seed)
+        model = _auto_class(family).from_pretrained(folder)
+        _sharpen(model)
+        model.generation_config.eos_token_id = [*model.generation_config.eos_token_id, *EXTRA_ENDS]
+        model.save_pretrained(folder)
+        return folder
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def fresh_policy(tiny_folder: Callable[..., Path]) -> Callable[..., Policy]:
+    """`fresh_policy("qwen2_vl", seed=0, dtype="float32")`: a policy of the test's own, to be trained."""
+
+    def load(family: str, seed: int = 0, dtype: str = "float32") -> Policy:
+        return load_policy(tiny_folder(family, seed), dtype=dtype)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def tiny_policy(fresh_policy: Callable[..., Policy]) -> Callable[[str], Policy]:
+    """`tiny_policy("qwen2_vl")`: a policy that tests share and must not change."""
+    return functools.cache(lambda family: fresh_policy(family))
+
+
+@pytest.fixture(scope="session")
+def transformers_model(tiny_folder: Callable[..., Path]) -> Callable[[str], PreTrainedModel]:
+    """`transformers_model("qwen2_vl")`: the same weights with transformers' own attention, a copy of the test's own."""
+
+    def load(family: str, seed: int = 0) -> PreTrainedModel:
+        return _auto_class(family).from_pretrained(tiny_folder(family, seed), attn_implementation="eager").eval()
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def make_prompt(tiny_policy: Callable[[str], Policy]) -> Callable[..., Prompt]:
+    """`make_prompt("qwen2_vl", 5, length=12, grid=(8, 4))`: random text of 12 tokens, with an image where a grid is given."""
+
+    def make(family: str, index: int, *, length: int, grid: Grid | None = None) -> Prompt:
+        rng = np.random.default_rng(index)
+        token_ids = rng.integers(PLAIN_TOKENS.start, PLAIN_TOKENS.stop, length).tolist()
+        image_inputs: dict[str, Any] = {}
+        if grid is not None:
+            config = tiny_policy(family).model.config
+            visual = [config.image_token_id] * (grid[0] * grid[1] // 4)
+            marked = [config.vision_start_token_id, *visual, config.vision_end_token_id]
+            token_ids = [*token_ids[: length // 2], *marked, *token_ids[length // 2 :]]
+            image_inputs = {
+                "pixel_values": rng.standard_normal((grid[0] * grid[1], PATCH_WIDTH)).astype(np.float32),
+                "image_grid_thw": np.array([[1, *grid]], dtype=np.int64),
+            }
+        example = Example(id=f"p{index}", image=None, question="?", options=("a", "b"), answer=0)
+        return Prompt(example, "", np.array(token_ids, dtype=np.int64), image_inputs)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def mixed_prompts(make_prompt: Callable[..., Prompt]) -> Callable[[str, int], list[Prompt]]:
+    """`mixed_prompts("qwen2_vl", 64)`: prompts of many lengths; for vision families two of three have an image."""
+    grids: tuple[Grid | None, ...] = ((8, 8), None, (4, 6), (2, 10), None, (6, 4))
+
+    def make(family: str, count: int) -> list[Prompt]:
+        return [
+            make_prompt(family, i, length=3 + 7 * i % 40, grid=grids[i % 6] if family in VISION_FAMILIES else None)
+            for i in range(count)
+        ]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_group() -> Callable[..., RolloutGroup]:
+    """`make_group(prompt, [1, 7, 20])`: a rollout group of random completions with these lengths."""
+
+    def make(prompt: Prompt, lengths: list[int], *, seed: int = 0, finish_reason: str = "stop") -> RolloutGroup:
+        rng = np.random.default_rng([seed, len(prompt.token_ids)])
+        completions = tuple(
+            Completion(
+                rng.integers(PLAIN_TOKENS.start, PLAIN_TOKENS.stop, length),
+                -rng.random(length).astype(np.float32),
+                "",
+                finish_reason,  # type: ignore[arg-type]
+            )
+            for length in lengths
+        )
+        return RolloutGroup(RolloutRequest(0, prompt, len(lengths), SamplingParams()), completions)
+
+    return make

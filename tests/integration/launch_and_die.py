@@ -1,0 +1,78 @@
+"""Starts a run and kills its own process, without any clean-up, at a chosen place: `launch_and_die.py PLACE [override ...]`.
+
+PLACE is one of: nowhere, rollout:N, backward:N, optimizer:N (in the middle of step N), checkpoint:N (while writing the
+checkpoint of step N), rename:N (between the removal of nothing and the rename of checkpoint N), metrics:N (before step N is
+written down).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import rlmed.checkpoint
+import rlmed.launch
+from learner.learner import PolicyLearner
+from learner.optimizer import Optimizer
+from rlmed.commandline import run_command
+from rlmed.recorder import RunRecorder
+from rollout.local import LocalPool
+
+
+def die_at_call(owner: Any, name: str, number: int, *, after: bool) -> None:
+    """Kill the process at the `number`-th call of `owner.name`, before or after it has done its work."""
+    original: Callable[..., Any] = vars(owner)[name]
+    calls = 0
+
+    def deadly(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*args, **kwargs)
+        if calls == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, deadly)
+
+
+def die_in_checkpoint(step: int) -> None:
+    """Kill the process when the weights of checkpoint `step` are written and its state is not."""
+    original = PolicyLearner.save
+
+    def deadly(self: PolicyLearner, folder: Path) -> None:
+        original(self, folder)
+        if f"{step:06d}" in folder.name:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    PolicyLearner.save = deadly  # type: ignore[method-assign]
+
+
+def main() -> None:
+    place, _, number = sys.argv.pop(1).partition(":")
+    match place:
+        case "nowhere":
+            pass
+        case "rollout":
+            # 4 groups a step in these tests, and none for preflight
+            die_at_call(LocalPool, "collect", 4 * (int(number) - 1) + 2, after=True)
+        case "backward":
+            die_at_call(Optimizer, "accumulate", int(number), after=True)
+        case "optimizer":
+            die_at_call(Optimizer, "step", int(number), after=True)
+        case "checkpoint":
+            die_in_checkpoint(int(number))
+        case "metrics":
+            die_at_call(RunRecorder, "record_groups", int(number), after=False)
+        case _:
+            raise SystemExit(f"unknown place {place!r}")
+    run_command("train", rlmed.launch.main)
+
+
+if __name__ == "__main__":
+    main()

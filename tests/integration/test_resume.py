@@ -1,0 +1,95 @@
+"""A run that is killed at any moment and resumed ends with the same weights as one that is not, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+SCRIPT = Path(__file__).with_name("launch_and_die.py")
+STEPS = 6
+SETTINGS = (
+    "+experiment=medvqa_600_embedded",
+    f"steps={STEPS}",
+    "algo.groups_per_step=4",
+    "algo.group_size=4",
+    "algo.max_refills=1",
+    "learner.lr=1e-3",
+    "checkpoint.every=2",
+    "preflight.enabled=false",
+    "eval.at_start=false",
+    "eval.at_end=false",
+    "rollout.max_tokens=24",
+    "data.limit=40",
+    "cluster.threads=1",
+)
+
+
+def launch(place: str, outputs: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), place, *SETTINGS, *overrides]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, cwd=outputs, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(workplace: Path) -> Path:
+    folder = workplace / "whole"
+    done = launch("nowhere", workplace, f"hydra.run.dir={folder}")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "checkpoints" / f"step-{STEPS:06d}" / "model.safetensors")
+
+
+def lines(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["rollout:5", "optimizer:3", "checkpoint:4", "metrics:1"])
+def test_killed_and_resumed_equals_uninterrupted(place: str, workplace: Path, uninterrupted: Path) -> None:
+    folder = workplace / place.replace(":", "_")
+    killed = launch(place, workplace, f"hydra.run.dir={folder}")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    resumed = launch(
+        "nowhere",
+        workplace,
+        f"resume={folder}" if list(folder.glob("checkpoints/step-*")) else f"hydra.run.dir={folder}",
+    )
+    assert resumed.returncode == 0, resumed.stderr
+
+    expected, got = weights(uninterrupted), weights(folder)
+    assert expected.keys() == got.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, got[name]), f"{name} differs after {place}"
+    assert [line["step"] for line in lines(folder / "metrics.jsonl")] == list(range(1, STEPS + 1))
+    indices = [line["index"] for line in lines(folder / "rollouts.jsonl")]
+    assert indices == [line["index"] for line in lines(uninterrupted / "rollouts.jsonl")]
+    assert len(set(indices)) == len(indices)
+
+
+@pytest.mark.slow
+def test_the_run_changed_the_weights_and_resume_refuses_other_settings(workplace: Path, uninterrupted: Path) -> None:
+    checkpoints = sorted(path.name for path in (uninterrupted / "checkpoints").iterdir())
+    assert checkpoints == ["step-000004", "step-000006"]
+    first = load_file(uninterrupted / "checkpoints" / "step-000004" / "model.safetensors")
+    assert any(not torch.equal(tensor, first[name]) for name, tensor in weights(uninterrupted).items())
+    refused = launch("nowhere", workplace, f"resume={uninterrupted}", "seed=5")
+    assert refused.returncode == 2
+    assert "seed: 0 then, 5 now" in refused.stderr

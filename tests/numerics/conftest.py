@@ -1,0 +1,114 @@
+"""The slow reference: what transformers computes for a padded batch in which every completion repeats its prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, PreTrainedModel
+
+from rlmed.core.types import IntArray, Prompt, RolloutGroup, RolloutRequest, SamplingParams
+from rlmed.models.families import unsampleable_token_ids
+from rlmed.models.policy import Policy
+from rollout.native.engine import NativeEngine
+from rollout.native.scheduler import EngineLimits
+
+
+def _padded_inputs(model: PreTrainedModel, rows: Sequence[tuple[Prompt, IntArray]], side: str) -> dict[str, Tensor]:
+    """Forward arguments of a batch of (prompt, completion tokens), padded on the left or on the right."""
+    texts = [np.concatenate([prompt.token_ids, tokens]) for prompt, tokens in rows]
+    width = max(map(len, texts))
+    token_ids = torch.full((len(rows), width), model.generation_config.pad_token_id)
+    mask = torch.zeros(len(rows), width, dtype=torch.int64)
+    for i, text in enumerate(texts):
+        span = slice(0, len(text)) if side == "right" else slice(width - len(text), width)
+        token_ids[i, span], mask[i, span] = torch.from_numpy(text), 1
+    inputs = {"input_ids": token_ids, "attention_mask": mask}
+    if not hasattr(model.config, "image_token_id"):
+        return inputs | {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    inputs["mm_token_type_ids"] = (token_ids == model.config.image_token_id).int()
+    for name in ("pixel_values", "image_grid_thw"):
+        arrays = [prompt.image_inputs[name] for prompt, _ in rows if prompt.image_inputs]
+        if arrays:
+            inputs[name] = torch.from_numpy(np.concatenate(arrays))
+    return inputs
+
+
+def _padded_logprobs(
+    model: PreTrainedModel,
+    rows: Sequence[tuple[Prompt, IntArray]],
+    *,
+    temperature: float = 1.0,
+    warpers: LogitsProcessorList | None = None,
+    side: str = "right",
+) -> list[Tensor]:
+    """The log-probability of each completion's tokens [T], vision tokens excluded; differentiable."""
+    logits = model(**_padded_inputs(model, rows, side)).logits
+    logits = logits.index_fill(2, torch.tensor(unsampleable_token_ids(model.config), dtype=torch.int64), -torch.inf)
+    result = []
+    for i, (prompt, tokens) in enumerate(rows):
+        length = len(prompt.token_ids) + len(tokens)
+        start = len(prompt.token_ids) - 1 + (logits.shape[1] - length if side == "left" else 0)
+        scores = logits[i, start : start + len(tokens)] / temperature
+        if warpers is not None:
+            scores = warpers(None, scores)
+        result.append(scores.log_softmax(-1).gather(1, torch.from_numpy(tokens)[:, None])[:, 0])
+    return result
+
+
+def _run_engine(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    *,
+    group_size: int = 1,
+    limits: EngineLimits | None = None,
+    order: Sequence[int] | None = None,
+    **sampling: float,
+) -> list[RolloutGroup]:
+    """The groups of all prompts, in the prompts' order; a prompt's seed is its index whatever the order of submission."""
+    engine = NativeEngine(policy, lambda _: "", limits)
+    settings = {"max_tokens": 24, **sampling}
+    for i in order if order is not None else range(len(prompts)):
+        engine.submit(RolloutRequest(i, prompts[i], group_size, SamplingParams(seed=i, **settings)))  # type: ignore[arg-type]
+    groups: list[RolloutGroup] = []
+    while engine.busy:
+        groups += engine.step()
+    return sorted(groups, key=lambda group: group.request.index)
+
+
+def _worst_difference(expected: Sequence[RolloutGroup], actual: Sequence[RolloutGroup]) -> float:
+    """Largest difference of two rollouts' log-probabilities; everything else must be the same."""
+    worst = 0.0
+    for group, other_group in zip(expected, actual, strict=True):
+        for one, other in zip(group.completions, other_group.completions, strict=True):
+            assert one.token_ids.tolist() == other.token_ids.tolist()
+            assert one.finish_reason == other.finish_reason
+            worst = max(worst, float(np.abs(one.rollout_logprobs - other.rollout_logprobs).max()))
+    return worst
+
+
+@pytest.fixture(scope="session")
+def padded_inputs() -> Callable[..., dict[str, Tensor]]:
+    """See `_padded_inputs`."""
+    return _padded_inputs
+
+
+@pytest.fixture(scope="session")
+def padded_logprobs() -> Callable[..., list[Tensor]]:
+    """See `_padded_logprobs`."""
+    return _padded_logprobs
+
+
+@pytest.fixture(scope="session")
+def run_engine() -> Callable[..., list[RolloutGroup]]:
+    """See `_run_engine`."""
+    return _run_engine
+
+
+@pytest.fixture(scope="session")
+def worst_difference() -> Callable[[Sequence[RolloutGroup], Sequence[RolloutGroup]], float]:
+    """See `_worst_difference`."""
+    return _worst_difference

@@ -1,0 +1,85 @@
+"""Parsing equals the patterns of the paper, and stays fast on the longest and strangest completions."""
+
+import re
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rewards.parsing import answer_text, evaluated_letter, has_format, option_letters
+
+FORMAT = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
+ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+PIECES = ["<think>", "</think>", "<answer>", "</answer>", " ", "\n", "B", "x", "<", "</answer", "answer>", "\u00a0"]
+TEXTS = st.lists(st.sampled_from(PIECES), max_size=12).map("".join)
+
+
+@given(TEXTS)
+def test_format_equals_the_papers_pattern(text):
+    assert has_format(text) == (FORMAT.fullmatch(text) is not None)
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=4).map("".join), TEXTS, TEXTS)
+def test_format_equals_the_papers_pattern_where_it_often_matches(middle, reasoning, answer):
+    text = f"<think>{reasoning}</think>{middle}<answer>{answer}</answer>"
+    assert has_format(text) == (FORMAT.fullmatch(text) is not None)
+
+
+@given(TEXTS)
+def test_answer_equals_the_first_match_of_the_pattern(text):
+    found = ANSWER.search(text)
+    assert answer_text(text) == (found[1].strip() if found else None)
+
+
+@pytest.mark.parametrize(
+    ("answer", "letters"),
+    [("", []), ("B", ["B"]), ("b", ["B"]), ("B) liver", ["B", "I", "E"]), ("K", []), ("aAz", ["A", "A"]), ("Ｂ", [])],
+)
+def test_option_letters(answer, letters):
+    assert option_letters(answer) == letters
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("<answer>B</answer>", "B"),
+        ("<answer> \n B\t</answer>", "B"),
+        ("x<answer>Q</answer>y", "Q"),  # any capital letter counts as an answer, if a wrong one
+        ("<answer>b</answer>", None),
+        ("<answer>B)</answer>", None),
+        ("<answer>AB</answer>", None),
+        ("<answer></answer>", None),
+        ("<answer>B", None),
+        ("B", None),
+        ("<answer>B) liver</answer><answer>C</answer>", "C"),  # the first pair that holds a letter alone
+        ("<answer>A</answer><answer>C</answer>", "A"),
+        ("<answer><answer>D</answer></answer>", "D"),
+        ("<ANSWER>B</ANSWER>", None),
+        ("<answer>Ä</answer>", None),
+    ],
+)
+def test_evaluated_letter(text, letter):
+    assert evaluated_letter(text) == letter
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<think>" + "</think><answer>" * 60_000,
+        "<think>" + "</think><answer></answer>" * 40_000 + "x",
+        "<think>" * 140_000 + "</answer>",
+        "<answer>" * 120_000,
+        "<think></think>" + " " * 1_000_000 + "x</answer>",
+        "<think>" + ("</think>" + " " * 1000) * 1000 + "</answer>",
+        "<answer>" + " " * 1_000_000,
+        ("<answer>" + " " * 1000) * 1000,
+    ],
+)
+def test_a_million_hostile_characters_are_parsed_at_once(text):
+    started = time.process_time()
+    has_format(text)
+    answer_text(text)
+    evaluated_letter(text)
+    # the paper's patterns take minutes for some of these
+    assert time.process_time() - started < 1.0

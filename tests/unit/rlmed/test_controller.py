@@ -1,0 +1,156 @@
+"""The loop: admission, consumption, refills, staleness, resumption. Pool and learner are scripted."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlmed.controller import LoopState, StepResult, train
+from rlmed.core.config import AlgoConfig
+from rlmed.core.tracing import Tracer
+from rlmed.core.types import (
+    Completion,
+    Example,
+    Prompt,
+    RolloutGroup,
+    RolloutRequest,
+    SamplingParams,
+    ScoredGroup,
+    TrainGroup,
+)
+
+EXAMPLE = Example(id="x", image=None, question="?", options=("a", "b"), answer=0)
+
+
+class Stream:
+    def request(self, index: int) -> RolloutRequest:
+        return RolloutRequest(index, Prompt(EXAMPLE, "", np.array([1])), 2, SamplingParams(seed=index))
+
+
+class Pool:
+    """Finishes requests in random order, under the version at which they were submitted."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.requests: list[tuple[RolloutRequest, int]] = []
+        self.version = 0
+        self.random = random.Random(seed)
+        self.submitted: list[int] = []
+
+    @property
+    def in_flight(self) -> int:
+        return len(self.requests)
+
+    def submit(self, request: RolloutRequest) -> None:
+        self.requests.append((request, self.version))
+        self.submitted.append(request.index)
+
+    def collect(self) -> RolloutGroup:
+        request, version = self.requests.pop(self.random.randrange(len(self.requests)))
+        ids, logprobs = np.array([2]), np.zeros(1, np.float32)
+        completion = Completion(ids, logprobs, "", "stop", min_version=version, max_version=self.version)
+        return RolloutGroup(request, (completion, completion))
+
+    def update_weights(self, version: int) -> None:
+        self.version = version
+
+    def close(self) -> None: ...
+
+
+class Learner:
+    def __init__(self) -> None:
+        self.policy_version = 0
+        self.batches: list[list[int]] = []
+
+    def step(self, groups: Sequence[TrainGroup]) -> dict[str, float]:
+        self.batches.append([group.rollout.request.index for group in groups])
+        self.policy_version += 1
+        return {"loss": 0.0}
+
+    def push_weights(self, pool: Pool) -> None:
+        pool.update_weights(self.policy_version)
+
+    def save(self, folder: Path) -> None: ...
+
+    def load(self, folder: Path) -> None: ...
+
+
+def score(spread: Callable[[int], bool]) -> Callable[[RolloutGroup], ScoredGroup]:
+    def scored(group: RolloutGroup) -> ScoredGroup:
+        rewards = np.array([0.0, float(spread(group.request.index))], dtype=np.float32)
+        return ScoredGroup(group, rewards, {"choice": rewards})
+
+    return scored
+
+
+def run(
+    algo: AlgoConfig,
+    steps: int,
+    *,
+    spread: Callable[[int], bool] = lambda _: True,
+    state: LoopState | None = None,
+    seed: int = 0,
+) -> tuple[Pool, Learner, list[StepResult], LoopState]:
+    pool, learner, results, state = Pool(seed), Learner(), [], state or LoopState()
+    train(
+        pool, learner, Stream(), score(spread), algo=algo, steps=steps, state=state, tracer=Tracer(),
+        after_step=results.append,
+    )  # fmt: skip
+    return pool, learner, results, state
+
+
+def test_on_policy_each_step_consumes_what_was_sampled_for_it() -> None:
+    pool, learner, results, state = run(AlgoConfig(groups_per_step=3), 4)
+    assert [sorted(batch) for batch in learner.batches] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
+    assert pool.in_flight == 0
+    assert (state.step, state.cursor, state.pending) == (4, 12, [])
+    assert [result.metrics["staleness"] for result in results] == [0.0] * 4
+    assert [result.metrics["policy_version"] for result in results] == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_groups_without_spread_are_replaced_and_reported() -> None:
+    algo = AlgoConfig(groups_per_step=3, dynamic_sampling=True)
+    _, learner, results, state = run(algo, 2, spread=lambda index: index % 2 == 1)
+    assert [sorted(batch) for batch in learner.batches] == [[1, 3, 5], [7, 9, 11]]
+    assert sorted(group.rollout.request.index for group in results[0].discarded) == [0, 2, 4]
+    assert results[0].metrics["groups/no_spread"] == pytest.approx(0.5)
+    assert state.pending == []
+
+
+def test_groups_without_spread_are_kept_without_dynamic_sampling() -> None:
+    _, learner, results, _ = run(AlgoConfig(groups_per_step=3), 1, spread=lambda _: False)
+    assert len(learner.batches[0]) == 3
+    assert all((group.advantages == 0).all() for group in results[0].groups)
+
+
+def test_refills_end_and_the_step_takes_what_there_is() -> None:
+    algo = AlgoConfig(groups_per_step=2, dynamic_sampling=True, max_refills=3)
+    pool, learner, results, state = run(algo, 2, spread=lambda index: index == 4)
+    assert learner.batches == [[4]]  # nothing to learn from in the second step, and the run still ends
+    assert pool.in_flight == 0
+    assert state.step == 2
+    assert len(results[0].discarded) == 7
+    assert results[1].metrics["groups/learnt"] == 0
+    assert "loss" not in results[1].metrics
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 3), st.integers(1, 4), st.integers(0, 5), st.integers(0, 10_000))
+def test_admission_rule(max_staleness: int, groups_per_step: int, stop: int, seed: int) -> None:
+    """What is admitted never exceeds the groups that the next 1 + max_staleness steps consume; nothing is lost or repeated,
+    also when the run is stopped after some step and goes on from its state."""
+    algo = AlgoConfig(groups_per_step=groups_per_step, max_staleness=max_staleness)
+    _, first, _, state = run(algo, stop, seed=seed)
+    assert len(state.pending) <= groups_per_step * max_staleness
+    pool, second, results, state = run(algo, stop + 4, state=state, seed=seed + 1)
+    consumed = [index for batch in first.batches + second.batches for index in batch]
+    assert len(set(consumed)) == len(consumed) == groups_per_step * (stop + 4)
+    assert sorted(consumed + state.pending) == list(range(state.cursor))
+    assert pool.in_flight == len(state.pending) <= groups_per_step * max_staleness
+    if max_staleness == 0:
+        assert all(result.metrics["staleness"] == 0 for result in results)
