@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import math
 import os
 import sys
 
@@ -33,7 +32,7 @@ def load_reward(path: str) -> Reward:
         ValueError: naming what is wrong with the path, the module or the function.
     """
     module_name, colon, function_name = path.partition(":")
-    if not colon or module_name.endswith(".py") or not function_name.isidentifier():
+    if not (module_name and colon and function_name.isidentifier()) or module_name.endswith(".py"):
         raise ValueError(f"reward.extra has {path!r}: write module:function, for example my_rewards:brevity")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -98,8 +97,9 @@ def _finite(value: object, where: str) -> float:
     if value is None:
         raise RewardError(f"{where}: it returned None; return a number at its end, for example 0.0")
     try:
-        # a text is refused although float() reads it
-        number = math.nan if isinstance(value, (str, bytes, bytearray)) else float(value)  # type: ignore[arg-type]
+        if isinstance(value, (str, bytes, bytearray)):
+            raise TypeError("a text, even one that float() can read")
+        number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError, RuntimeError):  # the last is torch's, for more than one element
         raise RewardError(f"{where}: it returned {_shorten(value)}, which is no number") from None
     if not abs(number) <= float(np.finfo(np.float32).max):

@@ -41,7 +41,7 @@ def write_bad_step(path: Path, groups: Sequence[TrainGroup], reason: str) -> Non
     }
     aside = path.with_name(f".{path.name}")
     with aside.open("wb") as file:
-        np.savez(file, facts=np.array(json.dumps(facts)), **arrays)
+        np.savez(file, allow_pickle=False, facts=np.array(json.dumps(facts)), **arrays)
     aside.replace(path)
 
 

@@ -13,8 +13,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-import torch
-
 from rlmed.bad_steps import write_bad_step
 from rlmed.core.jsonlines import JsonLinesWriter, RecordError, finite
 from rlmed.core.tracing import TIMELINE_LINES
@@ -205,6 +203,8 @@ def write_versions(folder: Path) -> Path:
     Raises:
         OSError: when the disk refuses.
     """
+    import torch  # takes seconds, which the report, that imports this module for its names, should not wait for
+
     versions: dict[str, Any] = {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from omegaconf import OmegaConf
 
 from rlmed.core.jsonlines import read_json_lines
 from rlmed.core.statistics import mcnemar
@@ -89,7 +89,13 @@ def write_report(run_folder: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "duration": duration, "seconds": _seconds, "p_value": _p_value, "number": _number}
+    environment.filters |= {
+        "percent": _percent,
+        "duration": duration,
+        "seconds": _seconds,
+        "p_value": _p_value,
+        "number": _number,
+    }
     page = environment.get_template(TEMPLATE).render(_context(run_folder, environment))
     target = run_folder / REPORT_FILE
     aside = target.with_name(f".{REPORT_FILE}.partial")
@@ -100,14 +106,19 @@ def write_report(run_folder: Path) -> Path:
 def _context(folder: Path, environment: Environment) -> dict[str, Any]:
     config_file = folder / "config.yaml"
     config_text = config_file.read_text(encoding="utf-8") if config_file.exists() else ""
-    config = yaml.safe_load(config_text) or {}
     metrics = list(read_json_lines(folder / METRICS_FILE))
     evaluations = _Evaluations.read(folder / "evaluations")
+    config = OmegaConf.to_container(OmegaConf.create(config_text))
+    assert isinstance(config, dict)
+    versions = _read_json(folder / VERSIONS_FILE) or {}
     pictures = Pictures()
     accuracy = draw_accuracy(evaluations.summaries)
     script, sheet = (_asset(environment, name) for name in (SCRIPT, SHEET))
     return {
-        "run": _run_facts(folder, config, metrics, evaluations),
+        "run": {
+            **_run_facts(folder, config, metrics, evaluations),
+            "device": versions.get("cuda_device") or versions.get("cpu"),
+        },
         "table": _accuracy_table(evaluations),
         "plots": ([accuracy] if accuracy else []) + draw_metrics(metrics),
         "timeline": _timeline(folder / TIMELINE_LINES),
@@ -115,7 +126,7 @@ def _context(folder: Path, environment: Environment) -> dict[str, Any]:
         "rows": show_rows(evaluations.first_rows, evaluations.last_rows, pictures),
         "pictures": pictures.uris,
         "data": _data(folder),
-        "versions": _read_json(folder / VERSIONS_FILE) or {},
+        "versions": versions,
         "config_text": config_text,
         "script": script,
         "sheet": sheet,
@@ -126,7 +137,7 @@ def _context(folder: Path, environment: Environment) -> dict[str, Any]:
 
 def _asset(environment: Environment, name: str) -> Markup:
     assert environment.loader is not None
-    return Markup(environment.loader.get_source(environment, name)[0].strip())  # noqa: S704 - a file of ours
+    return Markup(environment.loader.get_source(environment, name)[0].strip())  # a file of ours
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -134,7 +145,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _run_facts(
-    folder: Path, config: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], evaluations: _Evaluations
+    folder: Path, config: Mapping[Any, Any], metrics: Sequence[Mapping[str, Any]], evaluations: _Evaluations
 ) -> dict[str, Any]:
     """The headline: what ran, how far it came, and what came of it."""
     last = metrics[-1] if metrics else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -29,7 +29,7 @@ TEXT, FAINT = "#010203", "#010204"
 SERIES = tuple(f"#01030{digit}" for digit in range(1, 7))
 VARIABLES = {TEXT: "--muted", FAINT: "--line"} | {colour: f"--series-{i}" for i, colour in enumerate(SERIES, 1)}
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: smaller, and in the font of the page
     "svg.hashsalt": "rlmed",  # the same run gives the same file
     "font.size": 9,
@@ -122,13 +122,13 @@ def draw_accuracy(summaries: Sequence[EvalSummary]) -> Plot | None:
         return None
     with mpl.rc_context(STYLE):
         figure, axes = _figure()
-        for colour, name in zip(SERIES, dict.fromkeys(f.name for s in summaries for f in s.files), strict=False):
+        names = dict.fromkeys(file.name for summary in summaries for file in summary.files)
+        for colour, name in zip(itertools.cycle(SERIES), names, strict=False):
             points = [(s.step, f.accuracy) for s in summaries for f in s.files if f.name == name]
             steps = [step for step, _ in points]
             axes.plot(steps, [one.value for _, one in points], color=colour, label=name, marker="o", markersize=3.5)
-            axes.fill_between(
-                steps, *zip(*((a.low, a.high) for _, a in points), strict=True), color=colour, alpha=0.12, lw=0
-            )
+            bands = [one.low for _, one in points], [one.high for _, one in points]
+            axes.fill_between(steps, *bands, color=colour, alpha=0.12, lw=0)
         axes.set_ylim(0, 1)
         axes.legend(frameon=False, fontsize=8, ncols=3, loc="lower left")
         return Plot("Held-out accuracy", "greedy; bands: Wilson 95 %", _to_svg(figure))
@@ -150,9 +150,8 @@ def _draw(curves: Mapping[str, tuple[npt.NDArray[np.float64], npt.NDArray[np.flo
         figure, axes = _figure()
         for i, (label, (steps, values)) in enumerate(curves.items()):
             colour = SERIES[i % len(SERIES)]
-            marker = {"marker": "o", "markersize": 3} if len(steps) == 1 else {}
             if len(steps) < SMOOTHED_FROM:
-                axes.plot(steps, values, color=colour, lw=1.6, label=label, **marker)
+                axes.plot(steps, values, color=colour, lw=1.6, label=label, marker="o" if len(steps) == 1 else "")
             else:
                 axes.plot(steps, values, color=colour, lw=0.8, alpha=0.3)
                 axes.plot(steps, running_mean(values, len(values) // 20 + 1), color=colour, lw=1.8, label=label)
@@ -183,7 +182,7 @@ def _figure() -> tuple[Figure, Axes]:
 def _to_svg(figure: Figure) -> Markup:
     """The figure as an SVG element without metadata, name spaces (HTML implies them) or fixed colours and fonts."""
     target = io.StringIO()
-    FigureCanvasSVG(figure).print_svg(target, metadata={"Date": None})
+    figure.savefig(target, format="svg", metadata={"Date": None})
     svg = target.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->| xmlns(:xlink)?=\"[^\"]*\"", "", svg, flags=re.DOTALL)
@@ -191,4 +190,4 @@ def _to_svg(figure: Figure) -> Markup:
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
-    return Markup(svg)  # noqa: S704 - drawn here; matplotlib escapes the text in it
+    return Markup(svg)  # drawn here; matplotlib escapes the text in it

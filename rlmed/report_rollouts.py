@@ -108,6 +108,8 @@ def _choose(places: Sequence[_Place], limit: int) -> list[tuple[str, _Place]]:
 
 def _show_group(group: Mapping[str, Any], pick: str, pictures: Pictures) -> dict[str, Any]:
     completions = _merge(group["completions"], group["answer"])
+    # the template folds what comes after the third: the worst must stand before that
+    ordered = [*completions[:2], *completions[-1:], *completions[2:-1]] if len(completions) > 3 else completions
     right = sum(entry["count"] for entry in completions if entry["right"])
     total = len(group["completions"])
     return {
@@ -119,8 +121,8 @@ def _show_group(group: Mapping[str, Any], pick: str, pictures: Pictures) -> dict
         "right": right,
         "total": total,
         "outcome": "all right" if right == total else "some right" if right else "none right",
-        "completions": completions[:COMPLETIONS],
-        "hidden": len(completions[COMPLETIONS:]),
+        "completions": ordered[:COMPLETIONS],
+        "hidden": len(ordered[COMPLETIONS:]),
     }
 
 
@@ -207,7 +209,9 @@ def show_rows(before: Sequence[EvalRow], after: Sequence[EvalRow], pictures: Pic
             "picture": pictures.add(row.image),
             "answers": [_show_answer(one) for one in (old, row) if one is not None],
         }
-        for (file, outcome), pile in sorted(piles.items(), key=lambda item: (item[0][1] != GAINED, item[0][1], item[0][0]))
+        for (file, outcome), pile in sorted(
+            piles.items(), key=lambda item: (item[0][1] != GAINED, item[0][1], item[0][0])
+        )
         for old, row in pile[: max(1, share)]
     ]
 

@@ -40,7 +40,7 @@ def _sharpen(model: PreTrainedModel) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.mul_(24 if len(parameter) == vocabulary else 8)
+                parameter.mul_(12 if len(parameter) == vocabulary else 6)
             else:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 

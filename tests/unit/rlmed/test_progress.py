@@ -129,7 +129,16 @@ def test_a_terminal_gets_a_live_display_with_the_same_facts(clock):
         progress.message("accuracy after 0 steps: mri 50.0%")
         with console.capture() as shown:
             console.print(progress._render())
-    for fact in ("50/200", "3s left", "reward 1.42", "choice 0.45", "tokens/s 5120", "accuracy 50.0%", "evaluate mri", "7/30"):
+    for fact in (
+        "50/200",
+        "3s left",
+        "reward 1.42",
+        "choice 0.45",
+        "tokens/s 5120",
+        "accuracy 50.0%",
+        "evaluate mri",
+        "7/30",
+    ):
         assert fact in shown.get(), fact
     assert "accuracy after 0 steps: mri 50.0%" in out.getvalue()
     assert "step 50/200" not in out.getvalue(), "no plain lines beside the live display"

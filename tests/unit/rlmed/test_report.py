@@ -1,4 +1,6 @@
+import base64
 import dataclasses
+import hashlib
 import json
 import re
 import subprocess
@@ -50,7 +52,13 @@ def line(step=1, index=0, rewards=(2.0, 0.0), texts=(GOOD, "no tags"), image=Non
         for text, reward in zip(texts, rewards, strict=True)
     ]
     group = {"step": step, "index": index, "example_id": f"ex-{index}", "image": image, "question": "Which part?"}
-    group |= {"options": ["head", "knee"], "answer": "B", "modality": "MRI", "kind": "anatomy", "completions": completions}
+    group |= {
+        "options": ["head", "knee"],
+        "answer": "B",
+        "modality": "MRI",
+        "kind": "anatomy",
+        "completions": completions,
+    }
     return group | changes
 
 
@@ -60,9 +68,23 @@ def write_lines(path, lines):
 
 def row(number, right, **changes):
     text = GOOD if right else "<think>?</think><answer>A</answer>"
-    fields = dict(file="ct", id=f"r{number}", control="none", image=None, kind="anatomy", question=f"Question {number}?")
-    fields |= dict(options=("head", "knee"), answer="B", completion=text, parsed="B" if right else "A", right=right)
-    return EvalRow(**(fields | dict(format=True, tokens=7, finish_reason="stop") | changes))
+    plain = EvalRow(
+        file="ct",
+        id=f"r{number}",
+        control="none",
+        image=None,
+        kind="anatomy",
+        question=f"Question {number}?",
+        options=("head", "knee"),
+        answer="B",
+        completion=text,
+        parsed="B" if right else "A",
+        right=right,
+        format=True,
+        tokens=7,
+        finish_reason="stop",
+    )
+    return dataclasses.replace(plain, **changes)
 
 
 def summary(step, rows, controls=True, **changes):
@@ -81,13 +103,28 @@ def run(tmp_path):
     image = tmp_path / "scan.png"
     Image.fromarray(np.arange(300 * 400, dtype=np.uint32).astype(np.uint8).reshape(300, 400)).save(image)
     (folder / "config.yaml").write_text("name: my_run\nsteps: 3\nmodel:\n  path: tiny & small\n")
-    (folder / "versions.json").write_text('{"python": "3.11.1", "cuda_device": null, "cpu": "Some CPU", "packages": {"torch": "2.1"}}')
+    (folder / "versions.json").write_text(
+        '{"python": "3.11.1", "cuda_device": null, "cpu": "Some CPU", "packages": {"torch": "2.1"}}'
+    )
     skipped = [{"line": 4, "id": "x4", "reason": "image <gone>.png does not exist"}]
     data = {"files": [{"name": "train", "path": "d/train.jsonl", "sha256": "ab" * 32, "rows": 9, "skipped": skipped}]}
     (folder / "data.json").write_text(json.dumps(data))
     metrics = [{"step": i, "reward/mean": i / 2, "reward/format": 0.5, "kl": 0.1 if i > 1 else None} for i in (1, 2, 3)]
     write_lines(folder / "metrics.jsonl", metrics)
-    write_lines(folder / "rollouts.jsonl", [line(1, 0, image=str(image)), line(2, 1, texts=(EVIL, f"<think>{EVIL}</think><answer>{EVIL}</answer>"), image=str(image), question=EVIL, modality=f'"><b>{EVIL}')])
+    write_lines(
+        folder / "rollouts.jsonl",
+        [
+            line(1, 0, image=str(image)),
+            line(
+                2,
+                1,
+                texts=(EVIL, f"<think>{EVIL}</think><answer>{EVIL}</answer>"),
+                image=str(image),
+                question=EVIL,
+                modality=f'"><b>{EVIL}',
+            ),
+        ],
+    )
     tracer = Tracer(folder / "timeline.jsonl")
     with tracer.span("rollout", step=1), tracer.span("reward", step=1):
         pass
@@ -143,11 +180,7 @@ def test_nothing_that_a_model_wrote_becomes_markup(run):
 def test_only_our_script_may_run(run):
     html = write_report(run).read_text()
     script = re.search(r"<script>(.*?)</script>", html, re.DOTALL)[1]
-    digest = subprocess.run(
-        ["openssl", "dgst", "-sha256", "-binary"], input=script.encode(), capture_output=True, check=True
-    ).stdout
-    import base64
-
+    digest = hashlib.sha256(script.encode()).digest()
     assert f"script-src 'sha256-{base64.b64encode(digest).decode()}'" in html
     assert "default-src 'none'" in html
 
@@ -262,7 +295,7 @@ def test_groups_are_best_worst_and_from_all_over(tmp_path):
     assert len(shown) == GROUPS
     assert len({group["index"] for group in shown}) == GROUPS
     by_pick = {pick: [g for g in shown if g["pick"] == pick] for pick in ("best", "worst", "run")}
-    assert [g["reward"] for g in by_pick["best"]] == sorted(rewards)[: -21 : -1]
+    assert [g["reward"] for g in by_pick["best"]] == sorted(rewards)[:-21:-1]
     assert [g["reward"] for g in by_pick["worst"]] == sorted(rewards)[:20]
     steps = [g["step"] for g in by_pick["run"]]
     assert steps == sorted(steps)
@@ -289,12 +322,25 @@ def test_alike_completions_are_shown_once_with_the_best_first(tmp_path):
     assert (group["right"], group["total"], group["outcome"]) == (1, 4, "some right")
 
 
+def test_the_worst_completion_stands_among_the_first(tmp_path):
+    path = tmp_path / "rollouts.jsonl"
+    write_lines(path, [line(texts=[f"text {i}" for i in range(12)], rewards=[float(i) for i in range(12)])])
+    (group,) = show_groups(path, Pictures())
+    assert [entry["reward"] for entry in group["completions"]] == [11, 10, 0, 9, 8, 7, 6, 5]
+    assert group["hidden"] == 4
+
+
 def test_completions_are_taken_apart():
     found = take_apart(GOOD, "B")
     assert (found["reasoning"], found["answer"], found["raw"]) == ("The bone is bright.", "B", None)
     assert (found["letter"], found["right"]) == ("B", True)
     found = take_apart("well <answer>A</answer>", "B")
-    assert (found["reasoning"], found["raw"], found["letter"], found["right"]) == (None, "well <answer>A</answer>", "A", False)
+    assert (found["reasoning"], found["raw"], found["letter"], found["right"]) == (
+        None,
+        "well <answer>A</answer>",
+        "A",
+        False,
+    )
     long = take_apart("x" * (CHARACTERS + 5), "B")
     assert (len(long["raw"]), long["cut"], long["letter"]) == (CHARACTERS, 5, None)
 
@@ -323,7 +369,9 @@ def test_the_report_of_a_large_run_stays_small(tmp_path):
     texts = [f"{i} " + "<long> " * 2000 for i in range(16)]
     groups = [line(i, i, texts=texts, rewards=[1.0] * 16, image=str(images[i % 60])) for i in range(100)]
     write_lines(tmp_path / "rollouts.jsonl", groups)
-    write_lines(tmp_path / "metrics.jsonl", [{"step": i, "reward/mean": 0.1, "kl": 0.2, "entropy": 1.0} for i in range(5000)])
+    write_lines(
+        tmp_path / "metrics.jsonl", [{"step": i, "reward/mean": 0.1, "kl": 0.2, "entropy": 1.0} for i in range(5000)]
+    )
     size = write_report(tmp_path).stat().st_size
     assert size < 8e6
 

@@ -10,7 +10,9 @@ from rlmed.core.jsonlines import JsonLinesWriter, RecordError, finite, read_json
 def test_lines_are_read_back_and_numbers_json_lacks_are_null(tmp_path):
     path = tmp_path / "new folder" / "a.jsonl"
     writer = JsonLinesWriter(path)
-    writer.append({"step": 1, "kl": float("nan"), "parts": {"x": [float("inf"), 1.5, -float("inf")]}, "text": "π\u2028\n"})
+    writer.append(
+        {"step": 1, "kl": float("nan"), "parts": {"x": [float("inf"), 1.5, -float("inf")]}, "text": "π\u2028\n"}
+    )
     writer.append({"step": 2, "tuple": (1, "two")})
     assert list(read_json_lines(path)) == [
         {"step": 1, "kl": None, "parts": {"x": [None, 1.5, None]}, "text": "π\u2028\n"},

@@ -14,8 +14,8 @@ from PIL import Image
 from rlmed.data.images import MAX_ASPECT, BadImageError, image_sha256, load_image
 
 NOISE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
-DRAFTED = np.zeros((40, 60), dtype=np.uint8)
-DRAFTED[:10, :20] = 255  # one bright corner, so that a turn shows
+CORNER = np.zeros((40, 60), dtype=np.uint8)
+CORNER[:10, :20] = 255  # one bright corner, so that a turn shows
 
 
 def save(path: Path, image: Image.Image, **options) -> Path:
@@ -111,20 +111,20 @@ TURNED = {
 @pytest.mark.parametrize("orientation", TURNED)
 @pytest.mark.parametrize("kind", ["png", "tif", "packed.tif"])
 def test_exif_orientation_is_applied_once(tmp_path, kind, orientation):
-    picture, path = Image.fromarray(DRAFTED), tmp_path / f"a.{kind}"
+    picture, path = Image.fromarray(CORNER), tmp_path / f"a.{kind}"
     if kind == "png":
         exif = Image.Exif()
         exif[0x0112] = orientation
         picture.save(path, exif=exif)
     else:
         picture.save(path, tiffinfo={274: orientation}, compression="tiff_lzw" if "packed" in kind else None)
-    np.testing.assert_array_equal(np.asarray(load_image(path))[..., 0], TURNED[orientation](DRAFTED))
+    np.testing.assert_array_equal(np.asarray(load_image(path))[..., 0], TURNED[orientation](CORNER))
 
 
 def test_exif_orientation_of_a_scaled_jpeg(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
-    big = Image.fromarray(DRAFTED).resize((1200, 800), Image.Resampling.NEAREST)
+    big = Image.fromarray(CORNER).resize((1200, 800), Image.Resampling.NEAREST)
     loaded = np.asarray(load_image(save(tmp_path / "a.jpg", big, exif=exif), max_side=90))[..., 0]
     assert loaded.shape == (90, 60)
     assert loaded[5, 55] > 250  # the corner at the top left, turned clockwise
@@ -214,6 +214,7 @@ def test_missing_files_and_folders_are_errors(tmp_path):
         load_image(tmp_path / "a.png")
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow warns of some damage before it fails
 def test_random_damage_gives_an_image_or_our_error(tmp_path):
     draw, path = random.Random(0), tmp_path / "a.bin"
     originals = []
@@ -243,10 +244,11 @@ def gigantic_header(path: Path, side: int) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # pytest drops the filter of the module
 @pytest.mark.parametrize("side", [13_100, 13_400, 60_000])
 def test_a_gigantic_image_is_refused_before_it_is_decoded(tmp_path, side):
     gigantic_header(tmp_path / "a.bmp", side)  # 13,400 and more is also beyond Pillow's own limit
-    with pytest.raises(BadImageError, match="more than 170000000.*scale it down"):
+    with pytest.raises(BadImageError, match=r"more than 170000000.*scale it down"):
         load_image(tmp_path / "a.bmp")
 
 

@@ -144,7 +144,14 @@ def test_a_bad_row_is_skipped_and_listed_and_its_neighbours_stay(linked_folder, 
 
 
 def test_the_second_row_with_an_id_is_skipped_unless_the_first_was_bad(folder):
-    rows = [row(id="a"), row(id="a"), row(id="b", image="images/none.png"), row(id="b"), row(id="c", answer="?"), row(id="c")]
+    rows = [
+        row(id="a"),
+        row(id="a"),
+        row(id="b", image="images/none.png"),
+        row(id="b"),
+        row(id="c", answer="?"),
+        row(id="c"),
+    ]
     result = read_examples(write(folder, *rows))
     assert [example.id for example in result.examples] == ["a", "b", "c"]
     assert [(skip.line, skip.id) for skip in result.skipped] == [(2, "a"), (3, "b"), (5, "c")]
@@ -181,7 +188,10 @@ def test_byte_order_mark_blank_lines_crlf_and_no_last_newline(folder):
     text = "\ufeff" + "\r\n\r\n   \r\n".join(json.dumps(row(question=f"Frage {n} ä")) for n in range(2))
     path.write_bytes(text.encode("utf-8"))
     examples = read_examples(path).examples
-    assert [(example.id, example.question) for example in examples] == [("train-1", "Frage 0 ä"), ("train-4", "Frage 1 ä")]
+    assert [(example.id, example.question) for example in examples] == [
+        ("train-1", "Frage 0 ä"),
+        ("train-4", "Frage 1 ä"),
+    ]
 
 
 def test_a_unicode_line_separator_is_no_end_of_line(folder):
@@ -220,7 +230,9 @@ def test_missing_files_and_unknown_settings_are_errors(folder):
 
 def test_only_bad_rows_are_an_error_with_the_first_reasons(folder):
     path = write(folder, row(answer="foot"), row(question=""), row(options=["knee"]), row(image="none.png"))
-    with pytest.raises(ValueError, match=r"no row can be used \(4 of 4 are bad\)\. line 1: .*foot.*line 2: .*line 3: ") as error:
+    with pytest.raises(
+        ValueError, match=r"no row can be used \(4 of 4 are bad\)\. line 1: .*foot.*line 2: .*line 3: "
+    ) as error:
         read_examples(path)
     assert "line 4" not in str(error.value)
 

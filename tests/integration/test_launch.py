@@ -1,0 +1,188 @@
+"""Whole runs on a random model: what they write, and how they answer bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+from rlmed import ask, evaluate, sft
+from rlmed.checkpoint import CheckpointError, list_checkpoints
+from rlmed.core.config import RunConfig
+from rlmed.core.jsonlines import RecordError
+from rlmed.launch import Run
+from rlmed.preflight import PreflightError
+
+Config = Callable[..., RunConfig]
+
+OWN_REWARD = '''
+def first_token(example, completion):
+    """Some spread for a model that knows nothing."""
+    return float(completion.token_ids[0] % 7)
+
+def raises(example, completion):
+    raise KeyError("no such key")
+
+def nan(example, completion):
+    return float("nan")
+
+def hangs(example, completion):
+    import time
+    time.sleep(60)
+'''
+
+
+@pytest.fixture
+def own_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a module in the working directory, as a user has it."""
+    (tmp_path / "own_reward.py").write_text(OWN_REWARD)
+    monkeypatch.chdir(tmp_path)
+    return "own_reward"
+
+
+def test_a_run_leaves_everything_behind(make_config: Config, tmp_path: Path, own_reward: str) -> None:
+    config = make_config(f"reward.extra=[{own_reward}:first_token]", "eval.every=1", "learner.lr=1e-3", "checkpoint.keep_last=1")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    Run(config, folder).execute()
+
+    expected = {
+        "config.yaml", "versions.json", "data.json", "metrics.jsonl", "rollouts.jsonl", "timeline.jsonl", "timeline.json",
+        "tensorboard", "evaluations", "checkpoints", "report.html",
+    }  # fmt: skip
+    assert expected <= {path.name for path in folder.iterdir()}
+    assert sorted(path.name for path in (folder / "evaluations").iterdir()) == [f"step-00000{step}" for step in range(3)]
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in metrics] == [1, 2]
+    assert metrics[0]["reward/first_token"] > 0
+    assert metrics[0]["mismatch_kl"] < 1e-6
+    groups = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
+    assert len(groups) == 4
+    assert Path(groups[0]["image"]).is_file()
+    assert "base64" in (folder / "report.html").read_text()
+
+    (checkpoint,) = list_checkpoints(folder / "checkpoints")
+    trained = AutoModelForImageTextToText.from_pretrained(checkpoint).state_dict()
+    before = AutoModelForImageTextToText.from_pretrained(config.model.path).state_dict()
+    unmoved = [name for name, tensor in trained.items() if tensor.equal(before[name])]
+    assert unmoved == []
+    assert AutoTokenizer.from_pretrained(checkpoint).chat_template
+
+
+def test_sft_evaluate_and_ask_work_together(make_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = make_config("sft.epochs=3", "sft.batch_size=5", "learner.lr=3e-3", "learner.lr_schedule=constant")
+    folder = tmp_path / "sft"
+    folder.mkdir()
+    sft.main(config, folder)
+    losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
+    (checkpoint, *_) = reversed(list_checkpoints(folder / "checkpoints"))
+
+    measured = tmp_path / "measured"
+    measured.mkdir()
+    before = folder / "evaluations" / "step-000000"
+    evaluate.main(make_config(f"model.path={checkpoint}", f"+before={before}"), measured)
+    rows = [json.loads(line) for line in (measured / "evaluations/step-000000/rows.jsonl").read_text().splitlines()]
+    assert sorted({row["control"] for row in rows}) == ["blank", "none", "shuffled"]
+    assert len(rows) == 30
+    assert (measured / "evaluations/step-000000/comparison.json").is_file()
+
+    ask.main([str(tmp_path / "0.png"), "Which?", "--options", "a", "b", "--model", str(checkpoint), "--max-tokens", "4"])
+    assert "answer" in capsys.readouterr().out
+
+
+def test_sft_targets() -> None:
+    from rlmed.core.types import Example
+
+    example = Example("x", None, "?", ("a", "b"), 1, completion="<think>b</think><answer>B</answer>")
+    assert sft.target_text(example, "auto") == example.completion
+    assert sft.target_text(example, "answer") == "<answer>B</answer>"
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [("raises", "KeyError"), ("nan", "nan"), ("hangs", r"reward\.timeout_s")],
+)
+def test_a_bad_reward_function_stops_the_run_and_is_named(
+    make_config: Config, tmp_path: Path, own_reward: str, function: str, message: str
+) -> None:
+    run = Run(make_config(f"reward.extra=[{own_reward}:{function}]", "reward.timeout_s=0.5"), tmp_path)
+    with pytest.raises(Exception, match=f"{own_reward}:{function}.*{message}"):
+        run.execute()
+
+
+def test_preflight_stops_when_nothing_can_be_learnt(make_config: Config, tmp_path: Path) -> None:
+    with pytest.raises(PreflightError, match=r"rollout\.max_tokens=6.*raise rollout\.max_tokens"):
+        Run(make_config(), tmp_path).execute()
+
+
+@pytest.mark.parametrize("missing", ["tokenizer.json", "preprocessor_config.json", "config.json"])
+def test_a_model_folder_with_a_part_missing(make_config: Config, random_model: Path, tmp_path: Path, missing: str) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(random_model, folder)
+    for path in folder.glob("tokenizer*" if missing == "tokenizer.json" else missing):
+        path.unlink()
+    with pytest.raises(ValueError, match="broken"):
+        Run(make_config(f"model.path={folder}"), tmp_path)
+
+
+def test_a_model_that_is_nowhere(make_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match=r"some/model.*model\.path="):
+        Run(make_config("model.path=some/model"), tmp_path)
+
+
+def test_missing_data_says_what_to_download(make_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"train_mri\.jsonl does not exist.*foreverbeliever/OmniMedVQA"):
+        Run(make_config("data=medvqa_600", "data.train=data/medvqa_600/train_mri.jsonl"), tmp_path)
+
+
+def test_prompts_that_are_too_long_are_dropped_counted_and_listed(
+    make_config: Config, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = [{"question": "Why? " * 2000 if i == 3 else "Which?", "options": ["a", "b"], "answer": "a"} for i in range(5)]
+    run = Run(make_config(f"data.train={write_rows('long', rows)}"), tmp_path)
+    assert len(run.data.train_examples) == 4
+    (dropped,) = run.data.train.dropped  # type: ignore[union-attr]
+    assert dropped.id == "long-4"
+    assert "tokens" in dropped.reason
+    listed = json.loads((tmp_path / "data.json").read_text())
+    assert "long-4" in json.dumps(listed)
+
+
+def test_a_full_disk_leaves_earlier_checkpoints_and_says_so(
+    make_config: Config, tmp_path: Path, own_reward: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resource = pytest.importorskip("resource")
+    signal = pytest.importorskip("signal")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    run = Run(make_config(f"reward.extra=[{own_reward}:first_token]", "checkpoint.every=1", "eval.at_start=false"), folder)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    original = run.renderer.save
+
+    def fill_the_disk(target: Path) -> None:
+        if "000002" in target.name:  # no file may grow beyond this: what the tokenizer's file needs
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        original(target)
+
+    monkeypatch.setattr(run.renderer, "save", fill_the_disk)
+    try:
+        with pytest.raises((CheckpointError, RecordError), match="step-000002"):
+            run.execute()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000001"]
+
+
+def test_an_output_folder_that_cannot_be_written(make_config: Config, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        Run(make_config(), tmp_path / "file" / "run")

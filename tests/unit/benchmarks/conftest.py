@@ -1,0 +1,6 @@
+"""The benchmarks are scripts of the repository, not an installed package."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))

@@ -1,0 +1,232 @@
+"""The benchmarks measure the same work on every side and add up what they found. No test asserts a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from benchmarks.common import (
+    Timing,
+    alternate,
+    machine_facts,
+    make_renderer,
+    render_prompts,
+    write_examples,
+    write_result,
+)
+from benchmarks.learner_memory import compare, make_items, packed_way, padded_way, stretch
+from benchmarks.learning import DONE_FILE, Run, collect, markdown, mean_and_spread
+from benchmarks.rollout_speed import generate_side, native_side, padded_inputs, summarise
+from rlmed.evaluation_results import Accuracy, EvalSummary, FileSummary, write_evaluation
+from rlmed.models.policy import load_policy
+from rlmed.models.tiny import build_tiny_vl
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny_vl")
+    build_tiny_vl(folder)
+    return folder
+
+
+def test_sides_take_turns_and_warmup_does_not_count():
+    calls: list[str] = []
+    durations = {"a": iter([9.0, 1.0, 3.0]), "b": iter([9.0, 2.0, 4.0])}
+
+    def side(name: str):
+        def run() -> float:
+            calls.append(name)
+            return next(durations[name])
+
+        return run
+
+    timings = alternate({name: side(name) for name in durations}, rounds=2, warmup=1, settle_s=0.0)
+    assert calls == ["a", "b", "a", "b", "a", "b"]
+    assert timings == {"a": Timing((1.0, 3.0)), "b": Timing((2.0, 4.0))}
+
+
+def test_nothing_measured_is_an_error():
+    with pytest.raises(ValueError, match="rounds=0"):
+        alternate({"a": lambda: 1.0}, rounds=0)
+
+
+def test_timing_summary_is_minimum_and_median():
+    assert Timing((4.0, 1.0, 2.0)).summary() == {"min_s": 1.0, "median_s": 2.0, "runs_s": [4.0, 1.0, 2.0]}
+
+
+def test_speed_is_compared_with_the_fastest_generate():
+    timings = {"native": Timing((2.0,)), "generate_dynamic": Timing((6.0,)), "generate_static": Timing((5.0,))}
+    result = summarise(timings, tokens=100, prompt_lengths=[7, 9])
+    assert result["best_generate"] == "generate_static"
+    assert result["ratio"] == 2.5
+    assert result["sides"]["native"]["tokens_per_s"] == 50.0
+    assert result["prompt_tokens"] == {"min": 7, "max": 9}
+
+
+def test_results_name_versions_but_neither_host_nor_paths(tmp_path: Path):
+    path = write_result("example", {"ratio": 2.0}, tmp_path / "results")
+    text = path.read_text(encoding="utf-8")
+    content = json.loads(text)
+    assert content["ratio"] == 2.0
+    assert content["machine"]["torch"] == torch.__version__
+    assert str(Path.home()) not in text
+    assert platform.node() not in machine_facts().values()
+
+
+def test_both_sides_of_the_speed_benchmark_do_the_whole_work(tiny: Path, tmp_path: Path):
+    renderer = make_renderer(tiny)
+    prompts = render_prompts(renderer, write_examples(tmp_path / "questions", 2))
+    model = AutoModelForImageTextToText.from_pretrained(tiny, dtype=torch.float32, attn_implementation="sdpa").eval()
+    pad = renderer.tokenizer.pad_token_id
+    inputs = padded_inputs(model, prompts, pad)
+    for row, prompt in enumerate(prompts):
+        kept = inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
+        assert kept.tolist() == prompt.token_ids.tolist()
+    for cache in ("dynamic", "static"):
+        assert generate_side(model, prompts, pad, 3, 5, cache)().shape == (6, 5)
+    policy = load_policy(tiny)
+    run = native_side(policy, prompts, renderer.decode, 3, 5)
+    policy.end_token_ids = frozenset(range(policy.projection.out_features))  # every token ends its completion
+    with pytest.raises(RuntimeError, match="did not do the measured work"):
+        run()
+    never_end(policy)
+    run()
+
+
+def test_stretched_prompts_keep_image_and_ends(tiny: Path, tmp_path: Path):
+    prompt = render_prompts(make_renderer(tiny), write_examples(tmp_path / "questions", 1))[0]
+    length = len(prompt.token_ids)
+    longer = stretch(prompt, length + 30)
+    assert len(longer.token_ids) == length + 30
+    assert longer.token_ids[: length - 8].tolist() == prompt.token_ids[:-8].tolist()
+    assert longer.token_ids[-8:].tolist() == prompt.token_ids[-8:].tolist()
+    with pytest.raises(ValueError, match="raise --prompt-lengths"):
+        stretch(prompt, length - 1)
+
+
+def test_all_ways_of_the_memory_benchmark_give_the_same_logprobs_and_gradients(tiny: Path, tmp_path: Path):
+    length = len(render_prompts(make_renderer(tiny), write_examples(tmp_path / "questions", 1))[0].token_ids)
+    case = {"prompts": 2, "group_size": 3, "prompt_length": length + 40, "max_tokens": 6}
+    items = make_items(tiny, case, tmp_path / "questions")
+    ways = [packed_way(tiny, items), padded_way(tiny, items, chunked=True), padded_way(tiny, items, chunked=False)]
+    logprobs = [compute() for compute, _ in ways]
+    assert logprobs[0].shape == (2 * 3 * 6,)
+    for other in logprobs[1:]:
+        torch.testing.assert_close(other, logprobs[0], atol=1e-5, rtol=0.0)
+    expected = dict(ways[0][1].named_parameters())
+    for _, model in ways[1:]:
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.grad, expected[name].grad, atol=1e-5, rtol=1e-3, msg=name)
+
+
+def test_disagreement_stops_the_memory_benchmark():
+    ways = ("packed", "padded_chunked", "padded_full")
+    found = {way: {"logprobs": np.zeros(3), "norm": 1.0, "peak": 2**20, "seconds": np.ones(1)} for way in ways}
+    assert compare({}, found)["memory_ratio_padded_full"] == 1.0
+    found["padded_full"]["logprobs"] = np.array([0.0, 0.0, 1e-3])
+    with pytest.raises(SystemExit, match="padded_full and packed differ"):
+        compare({}, found)
+
+
+def summary(step: int, right: int, form: float) -> EvalSummary:
+    accuracy = Accuracy.of(right, 10)
+    file = FileSummary(
+        name="mri",
+        rows=10,
+        accuracy=accuracy,
+        format_rate=form,
+        mean_tokens=20.0,
+        cut_by_length=0.0,
+        chance=0.25,
+        majority_letter=0.3,
+        image_free_prior=0.2,
+        image_free_prior_by_rate=0.2,
+        leave_one_out_prior=0.2,
+        leave_one_out_prior_by_rate=0.2,
+        blank=Accuracy.of(2, 10),
+        shuffled=None,
+        by_kind={},
+    )
+    return EvalSummary(model="m", step=step, seconds=1.0, max_tokens=64, train_rows=600, files=(file,))
+
+
+def write_run(run: Run, right: int, form: float, last: int) -> None:
+    write_evaluation(run.folder / "evaluations", summary(0, 4, 0.5), [])
+    write_evaluation(run.folder / "evaluations", summary(last, right, form), [])
+
+
+def test_learning_collects_first_and_last_evaluation_of_each_seed(tmp_path: Path):
+    runs = [Run(method, seed, tmp_path) for seed in (0, 1) for method in ("rl", "sft")]
+    for run, right, last in zip(runs, (8, 5, 6, 5), (150, 19, 1_000_000, 19), strict=True):
+        write_run(run, right, 1.0 if run.method == "rl" else 0.0, last)
+    # an evaluation in between counts for nothing, whatever the order of the names as text
+    write_evaluation(runs[2].folder / "evaluations", summary(200_000, 0, 0.0), [])
+    files = collect(runs)
+    assert files["mri"]["columns"]["base"]["accuracy"] == [40.0, 40.0]
+    assert files["mri"]["columns"]["rl"]["accuracy"] == [80.0, 60.0]
+    assert files["mri"]["columns"]["sft"]["accuracy"] == [50.0, 50.0]
+    row = markdown(files, [0, 1]).splitlines()[2]
+    assert row == "| mri | 25.0 | 20.0 | 40.0 | 50.0 | 70.0 ± 14.1 | +30.0 ± 14.1 | 50.0 / 0.0 / 100.0 | 20.0 | – |"
+
+
+def test_a_loss_is_not_shown_as_a_gain(tmp_path: Path):
+    runs = [Run("rl", 0, tmp_path), Run("sft", 0, tmp_path)]
+    for run in runs:
+        write_run(run, 3, 1.0, 150)
+    assert "| -10.0 |" in markdown(collect(runs), [0])
+
+
+def test_mean_and_spread_of_seeds():
+    assert mean_and_spread([70.0, 80.0, 90.0]) == "80.0 ± 10.0"
+    assert mean_and_spread([25.0, 25.0]) == "25.0"
+    assert mean_and_spread([None, 30.0]) == "30.0"
+    assert mean_and_spread([None]) == "–"
+
+
+def test_a_finished_run_counts_only_for_its_own_settings(tmp_path: Path):
+    run = Run("rl", 0, tmp_path, ("steps=5",))
+    assert not run.done
+    run.folder.mkdir()
+    (run.folder / DONE_FILE).write_text(json.dumps({"arguments": run.arguments, "seconds": 1.0}))
+    assert run.done
+    with pytest.raises(SystemExit, match="was asked for"):
+        _ = dataclasses.replace(run, overrides=("steps=6",)).done
+
+
+def test_an_interrupted_run_goes_on_and_a_failed_one_is_not_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    commands: list[list[str]] = []
+    status = [0]
+
+    def fake_run(command: list[str], **_: object):
+        commands.append(command)
+        return type("Done", (), {"returncode": status[0]})
+
+    monkeypatch.setattr("benchmarks.learning.subprocess.run", fake_run)
+    run = Run("sft", 1, tmp_path)
+    run.folder.mkdir()
+    status[0] = 2
+    with pytest.raises(SystemExit, match="ended with status 2"):
+        run.execute()
+    assert commands[-1][-1] == f"hydra.run.dir={run.folder}"
+    assert not run.done
+    (run.folder / "checkpoints" / "step-000050").mkdir(parents=True)
+    status[0] = 0
+    run.execute()
+    assert commands[-1][-1] == f"resume={run.folder}"
+    assert "rlmed.sft" in commands[-1]
+    assert "seed=1" in commands[-1]
+    assert run.done
+
+
+def test_a_run_without_both_evaluations_is_an_error(tmp_path: Path):
+    run = Run("rl", 0, tmp_path)
+    write_evaluation(run.folder / "evaluations", summary(150, 5, 1.0), [])
+    with pytest.raises(SystemExit, match="no evaluation of both ends"):
+        run.evaluations()
