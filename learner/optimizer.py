@@ -102,7 +102,12 @@ class Optimizer:
     def state_dict(self) -> dict[str, object]:
         """Everything but the policy's own parameters."""
         masters = {pair.name: pair.master for pair in self._pairs if pair.master is not pair.parameter}
-        return {"adamw": self._adamw.state_dict(), "steps_taken": self.steps_taken, "masters": masters}
+        return {
+            "parameters": [pair.name for pair in self._pairs],
+            "adamw": self._adamw.state_dict(),
+            "steps_taken": self.steps_taken,
+            "masters": masters,
+        }
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         """Go on from `state_dict()`; the policy's parameters are loaded by the caller.
@@ -113,7 +118,7 @@ class Optimizer:
         masters = state["masters"]
         assert isinstance(masters, dict)
         own = {pair.name for pair in self._pairs if pair.master is not pair.parameter}
-        if own != set(masters):
+        if state["parameters"] != [pair.name for pair in self._pairs] or own != set(masters):
             raise ValueError(
                 "the optimizer's state holds other parameters: resume with the same model.dtype and learner.freeze"
             )

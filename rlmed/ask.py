@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import transformers
 from rich.console import Console
 from rich.text import Text
 
@@ -61,6 +62,7 @@ def ask(arguments: argparse.Namespace) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print reasoning and answer; errors end with one line and exit status 2."""
     parsed = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    transformers.utils.logging.disable_progress_bar()
     try:
         completion = ask(parsed)
     except (ValueError, OSError) as error:

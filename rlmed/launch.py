@@ -75,11 +75,11 @@ class Run:
     def execute(self) -> None:
         """Evaluate, train, evaluate, report."""
         config, state = self.config, self.state
-        if state.step == 0:
-            self._preflight()
-            if config.eval.at_start:
-                self._evaluate(0, controls=config.eval.controls)
         with self.progress:
+            if state.step == 0:
+                self._preflight()
+                if config.eval.at_start:
+                    self._evaluate(0, controls=config.eval.controls)
             self.progress.start(config.steps, state.step)
             train(
                 self.cluster.pool,
@@ -160,6 +160,7 @@ class Run:
                 on_progress=lambda name, done, total: self.progress.stage(f"evaluate {name}", done, total),
             )
         self.recorder.record_evaluation(step, {file.name: file.accuracy.value for file in summary.files})
+        self.progress.evaluated(summary.mean_accuracy)
         self.progress.message(
             f"accuracy after {step} steps: "
             + ", ".join(f"{file.name} {file.accuracy.value:.1%}" for file in summary.files)

@@ -7,6 +7,7 @@ import io
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ class Pictures:
 
 
 def show_groups(rollouts: Path, pictures: Pictures, limit: int = GROUPS) -> list[dict[str, Any]]:
-    """Groups of a run for the template: the best, the worst, and some from the whole run, in this order.
+    """Groups of a run for the template: the best and the worst in turns, then some from the whole run.
 
     Args:
         rollouts: rollouts.jsonl, which may be larger than memory.
@@ -96,14 +97,20 @@ def _mean_reward(group: Mapping[str, Any]) -> float:
 
 
 def _choose(places: Sequence[_Place], limit: int) -> list[tuple[str, _Place]]:
-    """A third each of the best, the worst (late ones where they are equal) and evenly over the run; none twice."""
+    """A third each of the best, the worst (late ones where they are equal) and evenly over the run; none twice.
+
+    Best and worst take turns, so that the first page shows both.
+    """
     third = -(-min(limit, len(places)) // 3)
     best = sorted(places, key=lambda place: (-place[0], -place[1], place[2]))[:third]
     rest = sorted(set(places) - set(best), key=lambda place: (place[0], -place[1], place[2]))
     worst, rest = rest[:third], sorted(rest[third:], key=lambda place: place[2])
     count = min(len(rest), limit - len(best) - len(worst))
     spread = [rest[i * len(rest) // count] for i in range(count)]
-    return [(pick, place) for pick, some in (("best", best), ("worst", worst), ("run", spread)) for place in some]
+    turns = [
+        entry for pair in zip_longest([("best", p) for p in best], [("worst", p) for p in worst]) for entry in pair
+    ]
+    return [entry for entry in turns if entry is not None] + [("run", place) for place in spread]
 
 
 def _show_group(group: Mapping[str, Any], pick: str, pictures: Pictures) -> dict[str, Any]:

@@ -158,11 +158,11 @@ def check_renders(
         The examples that render, and those that do not, with the reason.
     """
     kept, dropped = [], []
-    for number, example in enumerate(examples, start=1):
+    for example in examples:
         try:
             renderer.render(example)
         except ValueError as error:
-            dropped.append(SkippedRow(line=number, id=example.id, reason=str(error)))
+            dropped.append(SkippedRow(line=None, id=example.id, reason=str(error)))
         else:
             kept.append(example)
     return tuple(kept), tuple(dropped)

@@ -81,7 +81,7 @@ def main(config: RunConfig, folder: Path) -> None:
 
     def measure(step: int) -> None:
         with tracer.span("evaluate", step=step):
-            evaluate(
+            summary = evaluate(
                 data.eval_files(config.eval.limit),
                 pool=build_local_pool(config, policy, renderer),
                 renderer=renderer,
@@ -93,6 +93,7 @@ def main(config: RunConfig, folder: Path) -> None:
                 model=config.model.path,
                 on_progress=lambda name, at, total: progress.stage(f"evaluate {name}", at, total),
             )
+        progress.evaluated(summary.mean_accuracy)
 
     def write_model(target: Path) -> None:
         learner.save(target)

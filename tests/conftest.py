@@ -13,7 +13,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from rlmed.core.types import Completion, Example, Prompt, RolloutGroup, RolloutRequest, SamplingParams
+from rlmed.core.types import (
+    Completion,
+    Example,
+    Prompt,
+    RolloutGroup,
+    RolloutRequest,
+    SamplingParams,
+    ScoredGroup,
+    TrainGroup,
+)
 from rlmed.models.policy import Policy, load_policy
 from rlmed.models.tiny import build_tiny_text, build_tiny_vl
 
@@ -40,7 +49,7 @@ def _sharpen(model: PreTrainedModel) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.mul_(12 if len(parameter) == vocabulary else 6)
+                parameter.mul_(16 if len(parameter) == vocabulary else 8)
             else:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
@@ -141,5 +150,29 @@ def make_group() -> Callable[..., RolloutGroup]:
             for length in lengths
         )
         return RolloutGroup(RolloutRequest(0, prompt, len(lengths), SamplingParams()), completions)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_train_groups(
+    make_prompt: Callable[..., Prompt], make_group: Callable[..., RolloutGroup]
+) -> Callable[..., list[TrainGroup]]:
+    """`make_train_groups("qwen2_vl", 4)`: random groups with and without image, ragged, with advantages of both signs.
+
+    One prompt has completions of a single token only.
+    """
+    grids: tuple[Grid | None, ...] = ((8, 8), None, (4, 6), None, (2, 10))
+
+    def make(family: str, group_size: int, *, seed: int = 0) -> list[TrainGroup]:
+        groups = []
+        for i, grid in enumerate(grids):
+            rng = np.random.default_rng([seed, i])
+            prompt = make_prompt(family, 50 + i, length=4 + 9 * i, grid=grid if family in VISION_FAMILIES else None)
+            lengths = rng.integers(1, 29, group_size).tolist() if i != 3 else [1] * group_size
+            rollout = make_group(prompt, lengths, seed=seed)
+            advantages = rng.standard_normal(group_size).astype(np.float32)
+            groups.append(TrainGroup(ScoredGroup(rollout, advantages, {}), advantages))
+        return groups
 
     return make

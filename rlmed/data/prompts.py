@@ -53,7 +53,9 @@ def load_processor(folder: Path | str) -> tuple[PreTrainedTokenizerBase, BaseIma
     """
     if Path(folder).is_dir() and not any((Path(folder) / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         # transformers would make an empty tokenizer without a word
-        raise ValueError(f"model {str(folder)!r} has no tokenizer.json: copy it from the model that it was trained from")
+        raise ValueError(
+            f"model {str(folder)!r} has no tokenizer.json: copy it from the model that it was trained from"
+        )
     try:
         vision = "vision_config" in AutoConfig.from_pretrained(folder).to_dict()
         tokenizer = AutoTokenizer.from_pretrained(folder)

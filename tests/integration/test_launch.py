@@ -45,7 +45,9 @@ def own_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_a_run_leaves_everything_behind(make_config: Config, tmp_path: Path, own_reward: str) -> None:
-    config = make_config(f"reward.extra=[{own_reward}:first_token]", "eval.every=1", "learner.lr=1e-3", "checkpoint.keep_last=1")
+    config = make_config(
+        f"reward.extra=[{own_reward}:first_token]", "eval.every=1", "learner.lr=1e-3", "checkpoint.keep_last=1"
+    )
     folder = tmp_path / "run"
     folder.mkdir()
     Run(config, folder).execute()
@@ -55,7 +57,9 @@ def test_a_run_leaves_everything_behind(make_config: Config, tmp_path: Path, own
         "tensorboard", "evaluations", "checkpoints", "report.html",
     }  # fmt: skip
     assert expected <= {path.name for path in folder.iterdir()}
-    assert sorted(path.name for path in (folder / "evaluations").iterdir()) == [f"step-00000{step}" for step in range(3)]
+    assert sorted(path.name for path in (folder / "evaluations").iterdir()) == [
+        f"step-00000{step}" for step in range(3)
+    ]
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in metrics] == [1, 2]
     assert metrics[0]["reward/first_token"] > 0
@@ -73,7 +77,9 @@ def test_a_run_leaves_everything_behind(make_config: Config, tmp_path: Path, own
     assert AutoTokenizer.from_pretrained(checkpoint).chat_template
 
 
-def test_sft_evaluate_and_ask_work_together(make_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sft_evaluate_and_ask_work_together(
+    make_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = make_config("sft.epochs=3", "sft.batch_size=5", "learner.lr=3e-3", "learner.lr_schedule=constant")
     folder = tmp_path / "sft"
     folder.mkdir()
@@ -92,7 +98,9 @@ def test_sft_evaluate_and_ask_work_together(make_config: Config, tmp_path: Path,
     assert len(rows) == 30
     assert (measured / "evaluations/step-000000/comparison.json").is_file()
 
-    ask.main([str(tmp_path / "0.png"), "Which?", "--options", "a", "b", "--model", str(checkpoint), "--max-tokens", "4"])
+    ask.main(
+        [str(tmp_path / "0.png"), "Which?", "--options", "a", "b", "--model", str(checkpoint), "--max-tokens", "4"]
+    )
     assert "answer" in capsys.readouterr().out
 
 
@@ -122,7 +130,9 @@ def test_preflight_stops_when_nothing_can_be_learnt(make_config: Config, tmp_pat
 
 
 @pytest.mark.parametrize("missing", ["tokenizer.json", "preprocessor_config.json", "config.json"])
-def test_a_model_folder_with_a_part_missing(make_config: Config, random_model: Path, tmp_path: Path, missing: str) -> None:
+def test_a_model_folder_with_a_part_missing(
+    make_config: Config, random_model: Path, tmp_path: Path, missing: str
+) -> None:
     folder = tmp_path / "broken"
     shutil.copytree(random_model, folder)
     for path in folder.glob("tokenizer*" if missing == "tokenizer.json" else missing):
@@ -137,7 +147,9 @@ def test_a_model_that_is_nowhere(make_config: Config, tmp_path: Path, monkeypatc
         Run(make_config("model.path=some/model"), tmp_path)
 
 
-def test_missing_data_says_what_to_download(make_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_data_says_what_to_download(
+    make_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"train_mri\.jsonl does not exist.*foreverbeliever/OmniMedVQA"):
         Run(make_config("data=medvqa_600", "data.train=data/medvqa_600/train_mri.jsonl"), tmp_path)
@@ -146,7 +158,9 @@ def test_missing_data_says_what_to_download(make_config: Config, tmp_path: Path,
 def test_prompts_that_are_too_long_are_dropped_counted_and_listed(
     make_config: Config, write_rows: Callable[..., Path], tmp_path: Path
 ) -> None:
-    rows = [{"question": "Why? " * 2000 if i == 3 else "Which?", "options": ["a", "b"], "answer": "a"} for i in range(5)]
+    rows = [
+        {"question": "Why? " * 2000 if i == 3 else "Which?", "options": ["a", "b"], "answer": "a"} for i in range(5)
+    ]
     run = Run(make_config(f"data.train={write_rows('long', rows)}"), tmp_path)
     assert len(run.data.train_examples) == 4
     (dropped,) = run.data.train.dropped  # type: ignore[union-attr]
@@ -163,7 +177,9 @@ def test_a_full_disk_leaves_earlier_checkpoints_and_says_so(
     signal = pytest.importorskip("signal")
     folder = tmp_path / "run"
     folder.mkdir()
-    run = Run(make_config(f"reward.extra=[{own_reward}:first_token]", "checkpoint.every=1", "eval.at_start=false"), folder)
+    run = Run(
+        make_config(f"reward.extra=[{own_reward}:first_token]", "checkpoint.every=1", "eval.at_start=false"), folder
+    )
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     original = run.renderer.save

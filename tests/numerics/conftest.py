@@ -95,7 +95,9 @@ def _worst_difference(policy: Policy, expected: Sequence[RolloutGroup], actual: 
             if tokens != other_tokens:
                 same = next(i for i, pair in enumerate(zip(tokens, other_tokens, strict=False)) if pair[0] != pair[1])
                 edge = _distance_from_edge(policy, group, number, same)
-                assert edge < 1e-5, f"group {group.request.index}, completion {number}, token {same}: {edge} from an edge"
+                assert edge < 1e-5, (
+                    f"group {group.request.index}, completion {number}, token {same}: {edge} from an edge"
+                )
                 rounded += 1
             else:
                 assert one.finish_reason == other.finish_reason

@@ -114,7 +114,9 @@ def test_versions_say_which_weights_produced_the_tokens(tiny_policy, make_prompt
             engine.update_weights(7)
         if engine.busy:
             groups |= {group.request.index: group for group in engine.step()}
-    versions = {i: {(entry.min_version, entry.max_version) for entry in group.completions} for i, group in groups.items()}
+    versions = {
+        i: {(entry.min_version, entry.max_version) for entry in group.completions} for i, group in groups.items()
+    }
     assert versions == {0: {(0, 0)}, 1: {(0, 7)}, 2: {(7, 7)}}
     assert [groups[i].min_version for i in range(3)] == [0, 0, 7]
 

@@ -310,7 +310,7 @@ def test_few_groups_are_all_shown(tmp_path, count):
     shown = show_groups(path, Pictures())
     assert sorted(group["index"] for group in shown) == list(range(count))
     if count == 5:
-        assert [group["pick"] for group in shown] == ["best", "best", "worst", "worst", "run"]
+        assert [group["pick"] for group in shown] == ["best", "worst", "best", "worst", "run"]
     assert show_groups(tmp_path / "missing.jsonl", Pictures()) == []
 
 

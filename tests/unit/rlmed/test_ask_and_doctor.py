@@ -1,0 +1,50 @@
+"""The two small commands."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from rlmed import ask, doctor
+
+
+@pytest.mark.parametrize(
+    ("options", "image", "message"),
+    [
+        (["only"], "good.png", "2 to 10 different texts"),
+        (["a", "a"], "good.png", "2 to 10 different texts"),
+        (["a", "b"], "absent.png", r"absent\.png does not exist"),
+    ],
+)
+def test_ask_refuses_in_one_line(
+    options: list[str],
+    image: str,
+    message: str,
+    tmp_path: Path,
+    tiny_folder: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Image.new("RGB", (56, 56)).save(tmp_path / "good.png")
+    arguments = [str(tmp_path / image), "What?", "--options", *options, "--model", str(tiny_folder("qwen2_vl"))]
+    capsys.readouterr()  # what building the model printed
+    with pytest.raises(SystemExit) as stopped:
+        ask.main(arguments)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert re.search(message, error)
+
+
+def test_doctor_finds_what_is_installed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    findings = {finding.what: finding for finding in doctor.examine()}
+    assert findings["torch"].status == "ok"
+    assert findings["python"].status == "ok"
+    monkeypatch.setattr(doctor, "REQUIRED", ("torch", "a-package-that-nobody-has"))
+    with pytest.raises(SystemExit) as stopped:
+        doctor.main()
+    assert stopped.value.code == 1
+    assert "a-package-that-nobody-has" in capsys.readouterr().out

@@ -1,0 +1,56 @@
+"""Facts and verdicts of the look before the first step."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rlmed.core.types import (
+    Completion,
+    Example,
+    FinishReason,
+    Prompt,
+    RolloutGroup,
+    RolloutRequest,
+    SamplingParams,
+    ScoredGroup,
+)
+from rlmed.preflight import PreflightError, check, inspect
+
+PROMPT = Prompt(Example(id="x", image=None, question="?", options=("a", "b"), answer=0), "", np.array([1]))
+
+
+def group(texts: list[str], rewards: list[float], *, reason: FinishReason = "stop", form: float = 1.0) -> ScoredGroup:
+    completions = tuple(
+        Completion(np.arange(len(text) + 1), np.zeros(len(text) + 1, np.float32), text, reason) for text in texts
+    )
+    request = RolloutRequest(0, PROMPT, len(texts), SamplingParams())
+    parts = {"format": np.full(len(texts), form, np.float32)}
+    return ScoredGroup(RolloutGroup(request, completions), np.array(rewards, np.float32), parts)
+
+
+def test_facts() -> None:
+    report = inspect(
+        [group(["a", "bb", "a", "c"], [1, 2, 1, 0]), group(["d", "d", "d", "d"], [1, 1, 1, 1], reason="length")]
+    )
+    assert (report.groups, report.completions, report.longest) == (2, 8, 3)
+    assert report.reward_mean == pytest.approx(1.0)
+    assert report.truncated == 0.5
+    assert report.without_spread == 0.5
+    assert report.distinct == pytest.approx((3 / 4 + 1 / 4) / 2)
+    assert "groups without spread 50%" in report.line()
+    check(report, 512)  # one group with spread is enough to start
+
+
+@pytest.mark.parametrize(
+    ("groups", "advice"),
+    [
+        ([group(["a", "a"], [1, 1])], r"rollout\.temperature"),
+        ([group(["a", "b"], [0, 0], reason="length")], r"raise rollout\.max_tokens"),
+        ([group(["a", "b"], [0, 0])], r"rlmed\.sft"),
+        ([group(["a", "b"], [2, 2])], "too easy"),
+    ],
+)
+def test_verdicts(groups: list[ScoredGroup], advice: str) -> None:
+    with pytest.raises(PreflightError, match=advice):
+        check(inspect(groups), 64)
