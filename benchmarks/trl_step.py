@@ -58,7 +58,7 @@ class Turns(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Wait; the end of the input ends the training after one more step, which nobody waits for."""
+        """Wait; the end of the input ends the process."""
         if not sys.stdin.readline():
             sys.exit(0)
         self._start = time.perf_counter()
@@ -108,7 +108,7 @@ def _completion(text: str) -> Completion:
 
 
 def build(setting: dict[str, Any], output: str) -> GRPOTrainer:
-    """The trainer, with every shortcut on that TRL offers for this work, and gradient checkpointing off as on our side."""
+    """The trainer with the settings of our step; what they leave open is TRL's default."""
     completions = setting["prompts"] * setting["group_size"]
     args = GRPOConfig(
         output_dir=output,

@@ -19,11 +19,12 @@ def has_format(text: str) -> bool:
     r"""True when the whole text is a reasoning in think tags followed by an answer in answer tags.
 
     It is True exactly where `<think>.*?</think>\s*<answer>.*?</answer>` matches the whole text, with a dot that matches
-    newlines (MedVLM-R1, arXiv 2502.19634): since `.*?` takes anything, the two ends and one middle between them decide.
+    newlines (MedVLM-R1, arXiv 2502.19634): since `.*?` takes anything and none of the tags can overlap, the two ends and
+    one middle decide.
     """
     if not (text.startswith(_OPENING) and text.endswith(_CLOSING)):
         return False
-    return _MIDDLE.search(text, len(_OPENING), len(text) - len(_CLOSING)) is not None
+    return _MIDDLE.search(text) is not None
 
 
 def answer_text(text: str) -> str | None:

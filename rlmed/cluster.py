@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,14 @@ from rlmed.core.config import RunConfig
 from rlmed.core.protocols import Learner, RolloutPool
 from rlmed.core.types import TrainGroup
 from rlmed.data.prompts import PromptRenderer
+from rlmed.memory import estimate
 from rlmed.models.policy import Policy, load_policy
 from rlmed.setup import model_folder, resolve_device, resolve_dtype
 from rollout.local import LocalPool
 from rollout.native.engine import NativeEngine
 from rollout.native.scheduler import EngineLimits
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,5 +88,6 @@ def build_cluster(
         temperature=config.rollout.temperature,
         on_bad_step=on_bad_step,
     )
+    log.info("%s", estimate(policy, config).line())
     pool, evaluation_pool = (build_local_pool(config, policy, renderer) for _ in range(2))
     return Cluster(pool, learner, evaluation_pool)

@@ -31,8 +31,8 @@ class SkippedRow:
         SkippedRow(line=17, id="mri-17", reason="image images/17.png does not exist: copy it there or correct the path")
     """
 
-    line: int
-    """Line in the file, from 1."""
+    line: int | None
+    """Line in the file, from 1; None where a row was left out later, for example because its prompt is too long."""
     id: str
     reason: str
 
@@ -113,8 +113,8 @@ def _parse(path: Path, content: bytes) -> list[tuple[int, Any]]:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path} is not UTF-8 (line {line}): save it as UTF-8") from error
+        place = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path} is not UTF-8 (line {place}): save it as UTF-8") from error
     rows = []
     # not splitlines(): a JSON text may hold line separators of Unicode
     for number, line in enumerate(text.split("\n"), start=1):

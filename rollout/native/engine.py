@@ -68,8 +68,10 @@ class NativeEngine:
         admitted = self._scheduler.admit(self._limits.max_completions - len(self._rows))
         if admitted:
             self._prefill(admitted)
-        else:
+        elif self._rows:
             self._decode()
+        else:
+            return []
         finished = [group for group in self._groups if group.finished]
         self._retire()
         return [group.to_rollout() for group in finished]

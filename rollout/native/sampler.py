@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -49,7 +50,7 @@ class BatchSampling:
     top_k: Tensor | None
     """int64 [R, 1]; None when every row has it off."""
     top_p: Tensor | None
-    """float32 [R, 1]; None when every row has it off."""
+    """float32 [R, 1], infinite where off; None when every row has it off."""
     seeds: Tensor
     """int64 [R]."""
 
@@ -59,7 +60,8 @@ class BatchSampling:
     ) -> BatchSampling:
         """Collect the settings of each row."""
         top_k = [entry.top_k or vocabulary for entry in params]
-        top_p = [entry.top_p for entry in params]
+        # a float32 cumulative sum can pass 1 before its end, which must not cut the tail of a row that has top-p off
+        top_p = [entry.top_p if entry.top_p < 1 else math.inf for entry in params]
         return cls(
             temperature=torch.tensor([[1.0 if entry.greedy else entry.temperature] for entry in params], device=device),
             greedy=torch.tensor([entry.greedy for entry in params], device=device),

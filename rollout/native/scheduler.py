@@ -38,6 +38,8 @@ class Scheduler:
             ValueError: when it could never run.
         """
         length, limits = len(request.prompt.token_ids), self.limits
+        if request.group_size < 1:
+            raise ValueError(f"group_size must be at least 1, got {request.group_size}")
         if request.group_size > limits.max_completions:
             raise ValueError(
                 f"group_size {request.group_size} exceeds rollout.max_completions {limits.max_completions}: raise the latter"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -142,3 +142,18 @@ def run_engine() -> Callable[..., list[RolloutGroup]]:
 def worst_difference() -> Callable[[Policy, Sequence[RolloutGroup], Sequence[RolloutGroup]], float]:
     """See `_worst_difference`."""
     return _worst_difference
+
+
+@pytest.fixture(scope="session")
+def worst_relative() -> Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], tuple[float, str]]:
+    """Largest difference of a gradient relative to the largest entry of its parameter's gradient, and where it is."""
+
+    def compute(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[float, str]:
+        assert actual.keys() == expected.keys()
+        # a parameter that the loss does not reach would show nothing
+        assert all(gradient.any() for gradient in expected.values())
+        return max(
+            (float((actual[name] - grad).abs().max() / grad.abs().max()), name) for name, grad in expected.items()
+        )
+
+    return compute

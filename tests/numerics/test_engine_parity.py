@@ -15,7 +15,7 @@ from rlmed.data.prompts import PromptRenderer, load_processor
 VISION = ("qwen2_vl", "qwen2_5_vl")
 FAMILIES = (*VISION, "qwen2", "qwen3", "llama")
 TOLERANCE = 1e-4
-WORDS = "which part of the body is shown in this scan and what does it tell about the patient".split()
+WORDS = ("which", "part", "of", "the", "body", "is", "shown", "in", "this", "scan", "what", "does", "it", "tell")
 SIZES = ((112, 112), None, (56, 84), (300, 40), None, (64, 128), (57, 61))
 
 

@@ -69,7 +69,9 @@ def test_the_first_ratio_on_engine_groups_is_one(
     assert metrics["ratio"] == pytest.approx(1.0, abs=1e-5)
     assert metrics["ratio_max"] == pytest.approx(1.0, abs=1e-4)
     policy.model.zero_grad()
-    learner = new_learner(policy, AlgoConfig(), reference=fresh_policy(family), temperature=temperature, token_budget=200)
+    learner = new_learner(
+        policy, AlgoConfig(), reference=fresh_policy(family), temperature=temperature, token_budget=200
+    )
     metrics = learner.step(batch)
     record_property("mismatch_kl", metrics["mismatch_kl"])
     assert metrics["mismatch_kl"] < 1e-6
@@ -102,7 +104,8 @@ def test_bfloat16_updates_too_small_for_the_weights_add_up_in_the_masters(fresh_
     assert (after_one == before[name]).float().mean() > 0.99
     masters = learner.optimizer.state_dict()["masters"]
     assert masters.keys() == before.keys()
-    assert all(master.dtype == torch.float32 and not torch.equal(master, before[key].float()) for key, master in masters.items())
+    assert {master.dtype for master in masters.values()} == {torch.float32}
+    assert not any(torch.equal(master, before[key].float()) for key, master in masters.items())
     for _ in range(30):
         learner.step(groups)
     changes = {key: (master - before[key].float()).abs().max() for key, master in masters.items()}
@@ -111,7 +114,9 @@ def test_bfloat16_updates_too_small_for_the_weights_add_up_in_the_masters(fresh_
         assert torch.equal(parameter, masters[key].bfloat16())
 
 
-@pytest.mark.parametrize("frozen", [("vision",), ("vision", "merger"), ("language_model",), ("merger", "language_model")])
+@pytest.mark.parametrize(
+    "frozen", [("vision",), ("vision", "merger"), ("language_model",), ("merger", "language_model")]
+)
 def test_frozen_parts_stay_bit_identical_and_all_others_move(frozen, fresh_policy, make_train_groups):
     policy = fresh_policy("qwen2_vl")
     before = weights(policy)

@@ -17,6 +17,7 @@ from benchmarks.common import (
     alternate,
     machine_facts,
     make_renderer,
+    never_end,
     render_prompts,
     write_examples,
     write_result,

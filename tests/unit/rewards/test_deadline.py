@@ -83,3 +83,15 @@ def test_handler_and_timer_of_the_program_are_put_back(function, outcome):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, original)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no alarms on this system")
+def test_a_function_that_swallows_the_first_alarm_meets_a_second():
+    def stubborn() -> None:
+        try:
+            time.sleep(4)
+        except BaseException:
+            time.sleep(4)
+
+    with pytest.raises(DeadlineError):
+        call_within(0.1, stubborn)

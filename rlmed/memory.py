@@ -1,0 +1,55 @@
+"""What a run will hold in memory, said before it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlmed.core.config import RunConfig
+from rlmed.models.policy import Policy
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """Bytes that are held for long; activations come on top, bounded by `learner.token_budget`."""
+
+    weights: int
+    reference: int
+    optimizer: int
+    """Both moments of AdamW, float32 master weights where the policy has fewer bits, and gradients."""
+    kv_cache: int
+    """Upper bound: every slot filled with the longest prompt and completion."""
+
+    @property
+    def total(self) -> int:
+        """Everything above."""
+        return self.weights + self.reference + self.optimizer + self.kv_cache
+
+    def line(self) -> str:
+        """The figures in one line."""
+        parts = {
+            "weights": self.weights,
+            "reference": self.reference,
+            "optimizer and gradients": self.optimizer,
+            "key-value cache at most": self.kv_cache,
+        }
+        listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+        return f"memory in GiB: {self.total / GIB:.2f} ({listed}), and activations"
+
+
+def estimate(policy: Policy, config: RunConfig) -> MemoryEstimate:
+    """Count the bytes of a run in one process."""
+    width = policy.dtype.itemsize
+    counts = [(parameter.numel(), parameter.requires_grad) for parameter in policy.model.parameters()]
+    weights = width * sum(count for count, _ in counts)
+    trained = sum(count for count, is_trained in counts if is_trained)
+    layers, heads, head_width = policy.kv_shape
+    groups = max(1, config.rollout.max_completions // config.algo.group_size)
+    tokens = config.rollout.max_completions * config.rollout.max_tokens + groups * config.data.max_prompt_tokens
+    return MemoryEstimate(
+        weights=weights,
+        reference=weights if config.algo.kl_coef > 0 else 0,
+        optimizer=trained * (8 + 4 + (4 if width < 4 else 0)),
+        kv_cache=layers * 2 * heads * head_width * width * tokens,
+    )

@@ -1,0 +1,152 @@
+"""Loading, positions, parts, and the errors of folders that cannot be a policy."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen2Config
+
+from rlmed.core.types import Example, Prompt
+from rlmed.models.attention import PackedLayout
+from rlmed.models.families import FAMILIES, PARTS, family_of, unsampleable_token_ids
+from rlmed.models.policy import Policy, load_config, load_policy, merge_image_inputs
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_loads_and_knows_its_geometry(family, tiny_policy):
+    policy = tiny_policy(family)
+    assert policy.kv_shape == (2, 2, 16)
+    assert policy.dtype == torch.float32
+    assert not policy.model.training
+    config = policy.model.config
+    vision = FAMILIES[family].vision
+    assert (config.model_type, vision) == (family, "vl" in family)
+    banned = unsampleable_token_ids(config)
+    assert policy.banned_token_ids == banned
+    # <|vision_start|>, <|vision_end|>, <|image_pad|> and <|video_pad|>
+    assert len(banned) == (4 if vision else 0)
+    assert (config.image_token_id in banned) if vision else True
+    hidden = torch.randn(3, 64)
+    logits = policy.logits(hidden)
+    assert logits.isinf().sum() == 3 * len(banned)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_mrope_positions_of_two_images_are_those_of_transformers(family, tiny_policy, transformers_model, make_prompt):
+    first, second = (make_prompt(family, i, length=5, grid=grid) for i, grid in enumerate([(4, 8), (6, 4)]))
+    token_ids = np.concatenate([first.token_ids, second.token_ids])
+    inputs = {
+        name: np.concatenate([first.image_inputs[name], second.image_inputs[name]]) for name in first.image_inputs
+    }
+    positions = tiny_policy(family).prompt_positions(Prompt(first.example, "", token_ids, inputs))
+    ids = torch.from_numpy(token_ids)[None]
+    expected, _ = transformers_model(family).model.get_rope_index(
+        ids,
+        (ids == tiny_policy(family).model.config.image_token_id).int(),
+        image_grid_thw=torch.from_numpy(inputs["image_grid_thw"]),
+        attention_mask=torch.ones_like(ids),
+    )
+    assert torch.equal(positions, expected[:, 0])
+    assert positions.shape == (3, len(token_ids))
+    assert positions.max() < len(token_ids) - 1
+
+
+def test_positions_without_image_count_up(tiny_policy):
+    prompt = Prompt(Example("t", None, "?", ("a", "b"), 0), "", np.arange(20, 26))
+    assert tiny_policy("llama").prompt_positions(prompt).tolist() == [list(range(6))]
+    assert tiny_policy("qwen2_vl").prompt_positions(prompt).tolist() == [list(range(6))] * 3
+
+
+def test_each_parameter_belongs_to_one_part(tiny_policy):
+    policy = tiny_policy("qwen2_5_vl")
+    parts = {name: policy.family.part_of(name) for name, _ in policy.model.named_parameters()}
+    assert set(parts.values()) == set(PARTS)
+    assert parts["model.visual.patch_embed.proj.weight"] == "vision"
+    assert parts["model.visual.merger.mlp.0.weight"] == "merger"
+    assert parts["model.language_model.embed_tokens.weight"] == "language_model"
+    assert all(FAMILIES["llama"].part_of(name) == "language_model" for name in ("lm_head.weight", "model.norm.weight"))
+
+
+def test_freezing_is_a_choice_that_can_be_taken_back(fresh_policy):
+    policy = fresh_policy("qwen2_vl")
+    for parts in (("vision",), ("merger", "language_model"), ()):
+        policy.freeze(parts)
+        for name, parameter in policy.model.named_parameters():
+            assert parameter.requires_grad == (policy.family.part_of(name) not in parts)
+
+
+def test_hidden_states_of_one_prompt_are_those_of_transformers(tiny_policy, transformers_model, make_prompt):
+    prompt = make_prompt("llama", 3, length=9)
+    policy = tiny_policy("llama")
+    token_ids = torch.from_numpy(prompt.token_ids)
+    with torch.no_grad():
+        hidden = policy.hidden(token_ids, policy.prompt_positions(prompt), PackedLayout.build([(9, ())]))
+        expected = transformers_model("llama").model(token_ids[None]).last_hidden_state[0]
+    torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_merge_image_inputs_skips_prompts_without_image():
+    inputs = [{"a": torch.ones(2, 3), "b": torch.zeros(1)}, {}, {"a": torch.zeros(1, 3), "b": torch.ones(1)}]
+    merged = merge_image_inputs(inputs)
+    assert merged["a"].tolist() == [[1.0] * 3, [1.0] * 3, [0.0] * 3]
+    assert merged["b"].tolist() == [0.0, 1.0]
+    assert merge_image_inputs([{}, {}]) == {}
+
+
+def test_an_unknown_family_is_refused_with_the_ones_that_work(tmp_path):
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=20))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"model_type 'gpt2' is not supported; supported: llama, .*families\.py"):
+        load_policy(tmp_path)
+
+
+def test_sliding_window_attention_is_refused():
+    config = Qwen2Config(num_hidden_layers=2, use_sliding_window=True, sliding_window=4, max_window_layers=1)
+    with pytest.raises(ValueError, match="sliding-window"):
+        family_of(config)
+
+
+def test_a_model_whose_completions_could_not_end_is_refused(tiny_folder):
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder("qwen2"))
+    model.generation_config.eos_token_id = None
+    with pytest.raises(ValueError, match="no eos_token_id"):
+        Policy(model)
+
+
+def test_one_end_token_and_several_are_both_understood(tiny_folder):
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder("qwen2"))
+    for ends, expected in ((7, {7}), ([7, 9], {7, 9})):
+        model.generation_config.eos_token_id = ends
+        assert Policy(model).end_token_ids == expected
+
+
+def test_a_projection_with_bias_is_refused(tiny_folder):
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder("llama"))
+    model.lm_head = torch.nn.Linear(64, model.config.vocab_size)
+    with pytest.raises(ValueError, match="projection must be a linear layer without bias"):
+        Policy(model)
+
+
+def test_a_folder_without_config_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"no Hugging Face model folder: config\.json is missing"):
+        load_config(tmp_path)
+
+
+def test_a_model_that_is_nowhere_is_named_with_the_cure(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match=r"neither a folder here nor .*model\.path=models/absent"):
+        load_config(tmp_path / "absent")
+
+
+def test_the_kv_geometry_follows_a_head_width_that_is_not_the_quotient(tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder("qwen3"), tmp_path / "wide")
+    config = json.loads((folder / "config.json").read_text())
+    config["head_dim"] = 32
+    (folder / "config.json").write_text(json.dumps(config))
+    model = AutoModelForCausalLM.from_config(load_config(folder), attn_implementation="eager")
+    model.generation_config.eos_token_id = 1
+    assert Policy(model).kv_shape == (2, 2, 32)

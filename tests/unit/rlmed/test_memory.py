@@ -1,0 +1,48 @@
+"""The estimate counts what is really allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+from rlmed.core.config import RunConfig, build_config
+from rlmed.memory import estimate
+from rlmed.models.policy import Policy
+from rollout.native.kv_cache import KVCache
+
+
+def config(*overrides: str) -> RunConfig:
+    with initialize_config_module("conf", version_base="1.3"):
+        plain = OmegaConf.to_container(compose("train", overrides=list(overrides)), resolve=True)
+    assert isinstance(plain, dict)
+    return build_config({str(key): value for key, value in plain.items()})
+
+
+@pytest.mark.parametrize(("dtype", "optimizer_bytes"), [("float32", 12), ("bfloat16", 16)])
+def test_counts(dtype: str, optimizer_bytes: int, fresh_policy: Callable[..., Policy]) -> None:
+    policy = fresh_policy("qwen2_vl", dtype=dtype)
+    settings = config(
+        "algo.group_size=4", "rollout.max_completions=8", "rollout.max_tokens=16", "data.max_prompt_tokens=32"
+    )
+    found = estimate(policy, settings)
+    parameters = sum(parameter.numel() for parameter in policy.model.parameters())
+    assert found.weights == found.reference == parameters * policy.dtype.itemsize
+    assert found.optimizer == parameters * optimizer_bytes
+
+    cache = KVCache(policy.kv_shape, dtype=policy.dtype, device=policy.device)
+    cache.reserve(groups=2, prompt_length=32, rows=8, max_tokens=16)
+    tensors = [*cache.prefix_keys, *cache.prefix_values, *cache.suffix_keys, *cache.suffix_values]
+    assert found.kv_cache == sum(tensor.nbytes for tensor in tensors)
+    assert f"{found.total / 2**30:.2f}" in found.line()
+
+
+def test_what_is_frozen_or_left_out_costs_nothing(fresh_policy: Callable[..., Policy]) -> None:
+    policy = fresh_policy("qwen2_vl")
+    full = estimate(policy, config())
+    policy.freeze(["vision", "merger"])
+    frozen = estimate(policy, config("algo.kl_coef=0"))
+    assert frozen.reference == 0
+    assert 0 < frozen.optimizer < full.optimizer

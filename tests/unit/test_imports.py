@@ -1,0 +1,206 @@
+"""Who may import whom (ARCHITECTURE.md), read from the source with `ast`; and what must not be imported at all."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("rlmed", "rollout", "learner", "rewards", "conf")
+BORROWED = {
+    "rlmed.core": {"rlmed.core"},
+    "rlmed.models": {"rlmed.core", "rlmed.models"},
+    "rlmed.data": {"rlmed.core", "rlmed.data"},
+    "rewards": {"rlmed.core", "rewards"},
+    "rollout": {"rlmed.core", "rlmed.models", "rollout"},
+    "learner": {"rlmed.core", "rlmed.models", "learner"},
+    "conf": set(),
+}
+"""What the modules of each part may import of ours. The files directly in `rlmed/` wire everything and are not listed."""
+
+
+DYNAMIC = ("importlib.import_module", "import_module", "__import__")
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import statement."""
+
+    importer: str
+    path: Path
+    imported: str
+    lazy: bool
+    """True inside a function; such an import runs only when it is called."""
+    typing_only: bool
+    """True under `if TYPE_CHECKING`."""
+
+
+def module_name(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def modules():
+    """Path of every module of ours, by its dotted name."""
+    paths = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+    return {module_name(path): path for path in paths}
+
+
+MODULES = modules()
+
+
+def imported_names(node):
+    """Dotted names that a statement or call imports; `from a import b` may mean the module a.b."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        assert node.level == 0, f"relative import in line {node.lineno}: write the whole name"
+        names = [f"{node.module}.{alias.name}" for alias in node.names]
+        return [name if name in MODULES else node.module for name in names]
+    if isinstance(node, ast.Call) and ast.unparse(node.func) in DYNAMIC:
+        first = node.args[0] if node.args else None
+        return [first.value] if isinstance(first, ast.Constant) else []
+    return []
+
+
+def imports_of(name, path):
+    found = []
+
+    def visit(node, lazy, typing_only):
+        found.extend(Import(name, path, imported, lazy, typing_only) for imported in imported_names(node))
+        lazy = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for field, value in ast.iter_fields(node):
+            typing_here = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test) and field == "body"
+            for child in value if isinstance(value, list) else [value]:
+                if isinstance(child, ast.AST):
+                    visit(child, lazy, typing_only or typing_here)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")), False, False)
+    return found
+
+
+IMPORTS = [entry for name, path in MODULES.items() for entry in imports_of(name, path)]
+
+
+def inside(name, package):
+    return name == package or name.startswith(f"{package}.")
+
+
+def part_of(module):
+    """The part that a module of ours belongs to; None for the files directly in `rlmed/`."""
+    return next((part for part in BORROWED if inside(module, part)), None)
+
+
+def is_ours(name):
+    return name.split(".")[0] in PACKAGES
+
+
+def shown(imports):
+    return sorted(f"{entry.importer} imports {entry.imported}" for entry in imports)
+
+
+def test_all_modules_are_read():
+    assert {"rlmed.core.types", "rlmed.controller", "rollout.native.engine", "learner.losses", "conf"} <= MODULES.keys()
+    assert ("rollout.native.engine", "rlmed.models.policy") in {(entry.importer, entry.imported) for entry in IMPORTS}
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import ray", [("ray", False, False)]),
+        ("from ray.util import queue", [("ray.util", False, False)]),
+        ("def f():\n    import ray", [("ray", True, False)]),
+        ("class A:\n    from vllm import LLM", [("vllm", False, False)]),
+        ("if TYPE_CHECKING:\n    import ray\nelse:\n    import vllm", [("ray", False, True), ("vllm", False, False)]),
+        ("x = importlib.import_module('ray')", [("ray", False, False)]),
+        ("from rlmed.core import types", [("rlmed.core.types", False, False)]),
+        ("from rlmed.core.types import Prompt", [("rlmed.core.types", False, False)]),
+    ],
+)
+def test_the_reader_sees_every_kind_of_import(source, expected, tmp_path):
+    path = tmp_path / "module.py"
+    path.write_text(source)
+    assert [(entry.imported, entry.lazy, entry.typing_only) for entry in imports_of("module", path)] == expected
+
+
+def test_each_part_imports_only_what_it_may():
+    wrong = [
+        entry
+        for entry in IMPORTS
+        if part_of(entry.importer) is not None
+        and is_ours(entry.imported)
+        and part_of(entry.imported) not in BORROWED[part_of(entry.importer)]
+    ]
+    assert shown(wrong) == []
+
+
+def test_nobody_imports_the_files_that_wire_everything():
+    # part_of is None for rlmed itself and for the files directly in it
+    wrong = [
+        entry
+        for entry in IMPORTS
+        if part_of(entry.importer) is not None and is_ours(entry.imported) and part_of(entry.imported) is None
+    ]
+    assert shown(wrong) == []
+
+
+def test_ray_and_vllm_stay_in_their_places():
+    wrong = [
+        entry
+        for entry in IMPORTS
+        if (inside(entry.imported, "ray") and entry.path.name != "actor.py" and entry.importer != "rlmed.cluster")
+        or (inside(entry.imported, "vllm") and not inside(entry.importer, "rollout.vllm_backend"))
+    ]
+    assert shown(wrong) == []
+
+
+def test_ray_and_vllm_and_what_needs_them_are_imported_lazily():
+    def needs_extra(module):
+        return inside(module, "rollout.vllm_backend") or module.endswith(".actor")
+
+    wrong = [
+        entry
+        for entry in IMPORTS
+        if not (entry.lazy or entry.typing_only or needs_extra(entry.importer))
+        and (inside(entry.imported, "ray") or inside(entry.imported, "vllm") or needs_extra(entry.imported))
+    ]
+    assert shown(wrong) == []
+
+
+def test_only_tests_import_test_tools():
+    tools = {"pytest", "hypothesis", "scipy", "statsmodels", "tests"}
+    assert shown(entry for entry in IMPORTS if entry.imported.split(".")[0] in tools) == []
+
+
+def test_the_root_package_is_empty():
+    assert (ROOT / "rlmed" / "__init__.py").read_text() == ""
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    graph = {name: set() for name in MODULES}
+    for entry in IMPORTS:
+        if entry.imported in MODULES and not (entry.lazy or entry.typing_only):
+            graph[entry.importer].add(entry.imported)
+    # take away, again and again, the modules that wait for nobody
+    while ready := [name for name, waits in graph.items() if not waits]:
+        for name in ready:
+            del graph[name]
+        for waits in graph.values():
+            waits.difference_update(ready)
+    assert graph == {}
+
+
+def test_the_core_needs_no_torch():
+    core = [name for name in MODULES if inside(name, "rlmed.core")]
+    code = (
+        "import importlib, sys\n"
+        "for absent in ('torch', 'transformers', 'ray', 'vllm'): sys.modules[absent] = None\n"
+        f"for name in {core!r}: importlib.import_module(name)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
