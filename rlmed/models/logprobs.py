@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlmed.models.linear import matmul_transposed
+
 CHUNK_BYTES = 64 * 2**20
 """Size of one chunk of fp32 logits."""
 
@@ -51,8 +53,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
             # d logprob / d logit = (one-hot - softmax) / temperature
             scale = grad_logprobs[rows, None] / ctx.temperature
             grad = (softmax * -scale).scatter_add_(1, targets[rows, None], scale).to(weight.dtype)
-            grad_hidden[rows] = grad @ weight
-            grad_weight += grad.T @ hidden[rows]
+            grad_hidden[rows] = matmul_transposed(grad, weight.T)
+            grad_weight += matmul_transposed(grad.T, hidden[rows].T)
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None
 
 
@@ -63,7 +65,7 @@ def _chunks(rows: int, vocabulary: int) -> list[slice]:
 
 def masked_logits(hidden: Tensor, weight: Tensor, banned: Tensor) -> Tensor:
     """float32 [M, V] logits of hidden states [M, d] under the projection [V, d]; -inf at the `banned` ids (int64 [K])."""
-    return (hidden @ weight.T).float().index_fill_(1, banned, float("-inf"))
+    return matmul_transposed(hidden, weight).float().index_fill_(1, banned, float("-inf"))
 
 
 def _log_softmax(hidden: Tensor, weight: Tensor, temperature: float, banned: Tensor) -> Tensor:

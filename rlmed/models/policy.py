@@ -18,6 +18,7 @@ from transformers import (
 from rlmed.core.types import Prompt
 from rlmed.models.attention import ATTENTION_NAME, AttentionLayout
 from rlmed.models.families import family_of, unsampleable_token_ids
+from rlmed.models.linear import use_fast_linears
 from rlmed.models.logprobs import chunked_logprobs, masked_logits
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -139,6 +140,7 @@ def load_policy(folder: Path, *, dtype: str = "float32", device: str | torch.dev
     auto = AutoModelForImageTextToText if family.vision else AutoModelForCausalLM
     attention = {"text_config": ATTENTION_NAME, "vision_config": "sdpa"} if family.vision else ATTENTION_NAME
     model = auto.from_pretrained(folder, dtype=DTYPES[dtype], attn_implementation=attention)
+    use_fast_linears(model)
     return Policy(model.to(device))
 
 

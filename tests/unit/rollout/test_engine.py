@@ -7,9 +7,11 @@ import math
 import weakref
 
 import pytest
+import torch
 
 from rollout.native import engine as engine_module
 from rollout.native.engine import NativeEngine
+from rollout.native.sampler import completion_seeds, uniforms
 from rollout.native.scheduler import EngineLimits
 
 LETTERS = "".join(chr(ord("a") + i % 26) for i in range(64))
@@ -160,6 +162,18 @@ def test_completions_of_a_group_and_of_groups_differ_but_repeat_with_the_seed(ch
     assert len(set(first)) == 8
     assert run(8, 7) == first[4:] + first[:4]
     assert run(7) == first[:4]
+
+
+def test_token_t_of_completion_i_is_drawn_with_number_t_of_stream_i(chain, make_request):
+    # all of 1..60 are equally likely at every step, so the token tells which number was drawn
+    engine = new_engine(chain({token: list(range(1, 61)) for token in range(64)}), max_completions=4)
+    for i in range(3):
+        engine.submit(make_request(i, group_size=2, max_tokens=5 + i, seed=100 + i))
+    for group in finish(engine):
+        sampling = group.request.sampling
+        for seed, completion in zip(completion_seeds(sampling.seed, 2), group.completions, strict=True):
+            numbers = uniforms(seed, torch.arange(sampling.max_tokens))
+            assert completion.token_ids.tolist() == (1 + (60 * numbers).long()).tolist()
 
 
 def test_logprobs_are_those_of_the_draw(chain, make_request):

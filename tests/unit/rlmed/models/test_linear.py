@@ -1,0 +1,52 @@
+"""Linear layers through oneDNN give torch's numbers, gradients included."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rlmed.models import linear as fast
+
+
+@pytest.mark.parametrize("shape", [(7, 12), (1, 12), (2, 5, 12), (0, 12)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_equals_torch(shape: tuple[int, ...], bias: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(shape, requires_grad=True)
+    weight = torch.randn(9, 12, requires_grad=True)
+    offset = torch.randn(9, requires_grad=True) if bias else None
+    inputs = [tensor for tensor in (x, weight, offset) if tensor is not None]
+    upstream = torch.randn(*shape[:-1], 9)
+    expected, got = F.linear(x, weight, offset), fast.linear(x, weight, offset)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(
+        torch.autograd.grad(got, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_only_what_needs_a_gradient_gets_one() -> None:
+    x, weight = torch.randn(3, 4), torch.randn(5, 4, requires_grad=True)
+    fast.linear(x, weight).sum().backward()
+    assert weight.grad is not None
+    assert x.grad is None
+
+
+def test_it_is_used_for_float32_on_a_cpu_and_for_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fast.suits_onednn(torch.zeros(1)) == torch.backends.mkldnn.is_available()
+    assert not fast.suits_onednn(torch.zeros(1, dtype=torch.bfloat16))
+    monkeypatch.setattr(fast._Linear, "apply", lambda *_: pytest.fail("bfloat16 went through oneDNN's float32 path"))
+    x, weight = torch.randn(3, 4).bfloat16(), torch.randn(5, 4).bfloat16()
+    torch.testing.assert_close(fast.linear(x, weight), F.linear(x, weight))
+
+
+def test_a_model_keeps_its_parameters() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.GELU(), torch.nn.Linear(6, 2, bias=False))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    x = torch.randn(3, 4)
+    expected = model(x)
+    fast.use_fast_linears(model)
+    torch.testing.assert_close(model(x), expected, atol=1e-6, rtol=1e-5)
+    assert {name: tensor.equal(before[name]) for name, tensor in model.state_dict().items()} == dict.fromkeys(before, True)
