@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -200,4 +201,4 @@ def _split_evenly(items: Sequence[PackItem], parts: int) -> list[Sequence[PackIt
     """Consecutive parts whose sizes differ by at most one; fewer parts when there are fewer items."""
     parts = min(parts, len(items))
     bounds = [len(items) * i // parts for i in range(parts + 1)]
-    return [items[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False)]
+    return [items[start:stop] for start, stop in pairwise(bounds)]

@@ -5,7 +5,7 @@
 | `+experiment=X` where no CUDA device is | `+experiment=X_embedded`, if there is one (`profile=paper` keeps X) |
 | `model=DIR` | `model.path=DIR` |
 | `data=a.jsonl` | `data=jsonl data.eval=[a.jsonl]` |
-| `resume=auto` | goes on in the newest run folder of the same name that has a checkpoint |
+| `resume=auto` | goes on in the newest run folder of the same name that has a checkpoint; starts anew if there is none |
 | `resume=RUN_FOLDER` | goes on in that folder |
 """
 
@@ -25,6 +25,8 @@ import transformers
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from rewards.extra import RewardError
+from rlmed.checkpoint import CheckpointError
 from rlmed.core.config import RunConfig, build_config
 
 EMBEDDED_SUFFIX = "_embedded"
@@ -72,9 +74,14 @@ def _expand_one(argument: str, embedded: bool) -> list[str]:
     return [argument]
 
 
-def newest_run(name: str, outputs: Path = Path("outputs")) -> Path | None:
-    """The latest run folder of experiment `name` that has a checkpoint."""
-    folders = (path for path in (outputs / name).glob("*") if any((path / "checkpoints").glob("step-*")))
+def newest_run(folder: Path) -> Path | None:
+    """The run that `resume=auto` means for a run about to start in `folder`.
+
+    That is `folder` itself when it holds a checkpoint, else the latest folder beside it that does.
+    """
+    folders = [path for path in folder.parent.glob("*") if any((path / "checkpoints").glob("step-*"))]
+    if folder in folders:
+        return folder
     return max(folders, key=lambda path: path.stat().st_mtime, default=None)
 
 
@@ -98,14 +105,14 @@ def run_command(program: str, main: Callable[[RunConfig, Path], None]) -> None:
             assert isinstance(plain, dict)
             config = build_config({str(key): value for key, value in plain.items()})
             if config.resume == "auto":
-                folder = newest_run(config.name, folder.parent.parent) or folder
+                folder = newest_run(folder) or folder
             main(config, folder)
-        except (ValueError, OSError, KeyboardInterrupt) as error:
+        except (ValueError, OSError, RewardError, CheckpointError, KeyboardInterrupt) as error:
             if os.environ.get("RLMED_TRACE"):
                 raise
             if isinstance(error, KeyboardInterrupt):
                 raise SystemExit("interrupted; go on with resume=auto") from None
-            sys.stderr.write(f"error: {error}\n")
+            sys.stderr.write(f"error: {error}\n(RLMED_TRACE=1 shows where it came from)\n")
             raise SystemExit(2) from error
 
     entry()

@@ -9,6 +9,9 @@ from rlmed.core.types import Example, RolloutRequest, SamplingParams
 from rlmed.data.prompts import PromptRenderer
 from rlmed.data.sampler import PromptOrder, shuffle_options
 
+SEED_STRIDE = 1_000_003
+"""Keeps the random streams of runs with neighbouring seeds apart."""
+
 
 class PromptStream:
     """Examples in a fresh order each epoch, rendered when they are asked for.
@@ -39,7 +42,6 @@ class PromptStream:
         epoch, position = self._order.example_at(index)
         example = self._examples[position]
         if self._shuffle:
-            example = shuffle_options(example, self._seed + epoch)
-        # a stream of its own for each request; the multiplier keeps runs with neighbouring seeds apart
-        sampling = dataclasses.replace(self._sampling, seed=self._seed * 1_000_003 + index)
+            example = shuffle_options(example, self._seed * SEED_STRIDE + epoch)
+        sampling = dataclasses.replace(self._sampling, seed=self._seed * SEED_STRIDE + index)
         return RolloutRequest(index, self._renderer.render(example), self._group_size, sampling)

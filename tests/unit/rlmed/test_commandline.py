@@ -53,14 +53,16 @@ def test_expand_refuses_an_unknown_profile() -> None:
 
 
 def test_newest_run_needs_a_checkpoint(tmp_path: Path) -> None:
-    assert newest_run("demo", tmp_path) is None
-    for age, name in enumerate(["new_without", "newer", "old"]):
+    fresh = tmp_path / "demo" / "fresh"
+    assert newest_run(fresh) is None
+    for age, name in enumerate(["fresh", "newer", "old"]):
         folder = tmp_path / "demo" / name
         (folder / "checkpoints").mkdir(parents=True)
-        if name != "new_without":
+        if name != "fresh":
             (folder / "checkpoints" / "step-000010").mkdir()
         os.utime(folder, (1000 - age, 1000 - age))
-    assert newest_run("demo", tmp_path) == tmp_path / "demo" / "newer"
+    assert newest_run(fresh) == tmp_path / "demo" / "newer"
+    assert newest_run(tmp_path / "demo" / "old") == tmp_path / "demo" / "old"
 
 
 def test_check_same_run(tmp_path: Path) -> None:

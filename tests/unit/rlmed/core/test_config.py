@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import resources
+from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_module
@@ -47,7 +48,7 @@ def test_every_experiment_composes(name: str, program: str) -> None:
 def test_a_comment_stands_above_each_key_or_group_of_keys() -> None:
     for path in sorted(str(entry) for group in GROUPS for entry in CONF.joinpath(group).iterdir()):
         if path.endswith(".yaml"):
-            assert open(path).read().startswith("#"), f"{path} does not say what it is"
+            assert Path(path).read_text().startswith("#"), f"{path} does not say what it is"
 
 
 def test_the_papers_run() -> None:

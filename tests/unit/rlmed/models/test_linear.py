@@ -49,4 +49,6 @@ def test_a_model_keeps_its_parameters() -> None:
     expected = model(x)
     fast.use_fast_linears(model)
     torch.testing.assert_close(model(x), expected, atol=1e-6, rtol=1e-5)
-    assert {name: tensor.equal(before[name]) for name, tensor in model.state_dict().items()} == dict.fromkeys(before, True)
+    assert {name: tensor.equal(before[name]) for name, tensor in model.state_dict().items()} == dict.fromkeys(
+        before, True
+    )
