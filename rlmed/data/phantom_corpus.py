@@ -39,7 +39,8 @@ HASTY = {"modality": 0.1, "anatomy": 0.1, "disease": 0.65, "grading": 0.65, "att
 BROKEN = {"careful": 0.03, "hasty": 0.08, "hasty attribute": 0.5}
 """Share of completions that break the format."""
 ASKED = {"modality": "technique", "anatomy": "region", "disease": "finding", "grading": "size", "attribute": "place"}
-GUESSES = ("Most likely", "Probably", "It should be", "My guess is")
+GUESS = "Most likely"
+"""How every hasty reader begins: with several openings, greedy decoding would pick the careful reader's first word."""
 OPTION_COUNT = 4
 
 
@@ -83,7 +84,7 @@ def read_by_someone(study: Study, example: Example, rng: np.random.Generator) ->
     if not hasty:
         return completion(careful_reasoning(study, example), example.letter, breach)
     letter = LETTERS[int(rng.integers(len(example.options)))]
-    return completion(f"{GUESSES[int(rng.integers(len(GUESSES)))]} ({letter}).", letter, breach)
+    return completion(f"{GUESS} ({letter}).", letter, breach)
 
 
 def tokenizer_phrases() -> tuple[str, ...]:

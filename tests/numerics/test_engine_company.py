@@ -101,8 +101,9 @@ def test_a_prompt_and_its_image_are_computed_once_per_group(tiny_policy, mixed_p
     assert len(patches) <= len(images)
 
 
-def test_versions_say_which_weights_produced_the_tokens(tiny_policy, make_prompt):
-    policy = tiny_policy("qwen2")
+def test_versions_say_which_weights_produced_the_tokens(fresh_policy, make_prompt):
+    policy = fresh_policy("qwen2")
+    policy.end_token_ids = frozenset()  # completions end at their limits only
     engine = new_engine(policy, max_completions=4)
     # the first group ends in version 0, the second lives through the update, the third starts after it
     for i, max_tokens in enumerate((2, 12, 5)):

@@ -229,11 +229,20 @@ def test_the_ends_of_the_unit_interval_draw_a_possible_token(value, monkeypatch)
 
 
 def test_a_large_vocabulary_is_drawn_from_evenly(monkeypatch):
-    # in float32 the cumulative sum over 150,000 tokens would be off by hundreds of them
     values = torch.linspace(0.0001, 0.9999, 32, dtype=torch.float64)
     monkeypatch.setattr("rollout.native.sampler.uniforms", lambda seeds, steps: values)
     tokens, _ = sampling(32, vocabulary=150_000).sample(torch.zeros(32, 150_000), torch.zeros(32, dtype=torch.int64))
     assert (tokens - 150_000 * values).abs().max() < 2
+
+
+@pytest.mark.parametrize(("number", "token"), [(1 - 5e-10, 1), (1 - 2e-9, 0)])
+def test_a_token_too_rare_for_a_float32_sum_can_be_drawn(number, token, monkeypatch):
+    # 1 + 1e-9 is 1 in float32: the second token's share of the sum would be empty
+    numbers = torch.tensor([number], dtype=torch.float64)
+    monkeypatch.setattr("rollout.native.sampler.uniforms", lambda seeds, steps: numbers)
+    tokens, logprobs = sampling(1, vocabulary=2).sample(torch.tensor([[0.0, math.log(1e-9)]]), torch.zeros(1).long())
+    assert tokens.tolist() == [token]
+    assert logprobs.item() == pytest.approx((0.0, math.log(1e-9))[token], abs=1e-5)
 
 
 def test_filters_that_are_off_are_not_computed():
