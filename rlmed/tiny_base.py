@@ -1,0 +1,141 @@
+"""`python -m rlmed.tiny_base` (`make tiny-base`): the embedded base model, rebuilt from nothing.
+
+Random weights and a tokenizer (`rlmed.models.tiny`), generated studies with written readings (`rlmed.data.phantom_corpus`),
+and three stages of supervised fine-tuning by `rlmed.sft`: letters are bound to options on text, then the eyes are trained on
+careful readings, then the mixture of careful and hasty readers is learnt that RL starts from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+from transformers import AutoModelForImageTextToText
+
+from rlmed import sft
+from rlmed.checkpoint import list_checkpoints
+from rlmed.core.config import RunConfig, build_config
+from rlmed.data.phantom_corpus import tokenizer_corpus, tokenizer_phrases, write_alignment
+from rlmed.data.prompts import load_processor
+from rlmed.models.tiny import build_tiny
+
+CORPUS_SEED = 1
+"""Of the alignment corpus; the data of the experiment have streams of their own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One stage of supervised fine-tuning on one file."""
+
+    name: str
+    epochs: float
+    settings: tuple[str, ...]
+
+
+STAGES = (
+    Stage("lookup", 1.0, ("learner.lr=1e-3", "learner.lr_schedule=constant", "learner.warmup_steps=40")),
+    Stage("careful", 1.2, ("learner.lr=1e-3", "learner.lr_schedule=cosine", "learner.warmup_steps=20")),
+    Stage("readers", 0.7, ("learner.lr=4e-4", "learner.lr_schedule=linear", "learner.warmup_steps=20")),
+)
+
+
+def build(target: Path, work: Path, *, lookup_rows: int, studies: int, reader_studies: int) -> None:
+    """Train a base and write it as bfloat16 to `target`.
+
+    Args:
+        target: folder that is replaced.
+        work: folder for data and runs; a build that was interrupted goes on from it.
+        lookup_rows: text rows.
+        studies: images with careful readings.
+        reader_studies: images with readings of mixed quality.
+    """
+    files = _corpus(work / "data", lookup_rows=lookup_rows, studies=studies, reader_studies=reader_studies)
+    model = work / "start"
+    build_tiny(model, corpus=tokenizer_corpus(0), phrases=tokenizer_phrases())
+    for stage in STAGES:
+        folder = work / stage.name
+        folder.mkdir(parents=True, exist_ok=True)
+        sft.main(_config(stage, files[stage.name], model), folder)
+        model = list_checkpoints(folder / "checkpoints")[-1]
+    _export(model, target)
+
+
+def _corpus(folder: Path, *, lookup_rows: int, studies: int, reader_studies: int) -> dict[str, Path]:
+    """The files of the stages; careful readings are mixed with the lookup rows, so that binding isn't forgotten."""
+    done = folder / "done"
+    names = ("lookup", "careful", "readers")
+    if not done.is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        files = write_alignment(
+            folder, CORPUS_SEED, lookup_rows=lookup_rows, studies=studies, reader_studies=reader_studies
+        )
+        with files["careful"].open("a", encoding="utf-8") as careful:
+            careful.write(files["lookup"].read_text(encoding="utf-8"))
+        done.touch()
+    return {name: folder / f"{name}.jsonl" for name in names}
+
+
+def _config(stage: Stage, train: Path, model: Path) -> RunConfig:
+    settings = [
+        "data=jsonl",
+        f"data.train={train}",
+        "data.max_prompt_tokens=256",
+        f"model.path={model}",
+        f"name=tiny_base_{stage.name}",
+        "resume=auto",
+        f"sft.epochs={stage.epochs}",
+        "sft.batch_size=64",
+        "learner.betas=[0.9,0.98]",
+        "learner.weight_decay=0.01",
+        "checkpoint.every=100",
+        *stage.settings,
+    ]
+    with initialize_config_module("conf", version_base="1.3"):
+        plain = OmegaConf.to_container(compose("sft", overrides=settings), resolve=True)
+    assert isinstance(plain, dict)
+    return build_config({str(key): value for key, value in plain.items()})
+
+
+def _export(model: Path, target: Path) -> None:
+    """Half the bytes: bfloat16 has all the digits that matter to a base."""
+    aside = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    AutoModelForImageTextToText.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(aside)
+    tokenizer, image_processor = load_processor(model)
+    tokenizer.save_pretrained(aside)
+    assert image_processor is not None
+    image_processor.save_pretrained(aside)
+    shutil.rmtree(target, ignore_errors=True)
+    aside.rename(target)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Build the base where it ships from, or elsewhere."""
+    parser = argparse.ArgumentParser(prog="python -m rlmed.tiny_base", description=__doc__)
+    parser.add_argument("--target", type=Path, default=Path(__file__).parent / "assets" / "tiny_base")
+    parser.add_argument("--work", type=Path, default=Path("outputs/tiny_base"))
+    parser.add_argument("--lookup-rows", type=int, default=4000)
+    parser.add_argument("--studies", type=int, default=18000)
+    parser.add_argument("--reader-studies", type=int, default=3000)
+    parsed = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
+    transformers.utils.logging.disable_progress_bar()
+    build(
+        parsed.target,
+        parsed.work,
+        lookup_rows=parsed.lookup_rows,
+        studies=parsed.studies,
+        reader_studies=parsed.reader_studies,
+    )
+
+
+if __name__ == "__main__":
+    main()
