@@ -78,7 +78,7 @@ def test_the_gradient_is_that_of_a_slow_padded_grpo(
     worst = worst_relative(actual, expected)
     record_property("gradients", worst)
     assert worst[0] <= TOLERANCE
-    assert metrics["loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert metrics["kl"] > 1e-3
 
 
