@@ -150,6 +150,9 @@ def build(setting: dict[str, Any], output: str) -> GRPOTrainer:
     trainer.eos_token_ids = [-1]
     trainer.generation_config.eos_token_id = None
     trainer.generation_kwargs["eos_token_id"] = None
+    # what follows an end token may be padding, which TRL would take for the end of the completion
+    ends = [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    trainer.generation_config.suppress_tokens = [*(trainer.generation_config.suppress_tokens or []), *ends]
     return trainer
 
 
