@@ -31,9 +31,16 @@ from rlmed.setup import load_data, make_renderer, model_folder
 
 
 def target_text(example: Example, target: str) -> str:
-    """The text to imitate: the row's own completion, or its letter in answer tags (always, with target="answer")."""
+    """The text to imitate.
+
+    target "auto" is the row's own completion or, where it has none, its letter in answer tags; "answer" is always that;
+    "option" names the right option before its letter, in the format of the prompt, so that format and letters are learnt.
+    """
     if target == "auto" and example.completion is not None:
         return example.completion
+    if target == "option":
+        option = example.options[example.answer]
+        return f"<think>{option} ({example.letter}).</think>\n<answer>{example.letter}</answer>"
     return f"<answer>{example.letter}</answer>"
 
 

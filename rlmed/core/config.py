@@ -237,7 +237,7 @@ class SftConfig:
     def __post_init__(self) -> None:
         _require(self.epochs > 0, f"sft.epochs={self.epochs} must be positive")
         _require(self.batch_size >= 1, f"sft.batch_size={self.batch_size} must be at least 1")
-        _require_one_of("sft.target", self.target, ("auto", "answer"))
+        _require_one_of("sft.target", self.target, ("auto", "answer", "option"))
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,7 @@ def test_sft_targets() -> None:
     example = Example("x", None, "?", ("a", "b"), 1, completion="<think>b</think><answer>B</answer>")
     assert sft.target_text(example, "auto") == example.completion
     assert sft.target_text(example, "answer") == "<answer>B</answer>"
+    assert sft.target_text(example, "option") == "<think>b (B).</think>\n<answer>B</answer>"
 
 
 @pytest.mark.parametrize(
