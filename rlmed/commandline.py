@@ -74,6 +74,26 @@ def _expand_one(argument: str, embedded: bool) -> list[str]:
     return [argument]
 
 
+def compose_config(program: str, overrides: Sequence[str]) -> RunConfig:
+    """The configuration that `python -m rlmed.<program>` would run with these overrides, outside of a command.
+
+    Args:
+        program: "train", "sft" or "evaluate".
+        overrides: as on the command line, without shorthands.
+
+    Raises:
+        ConfigError: for an unknown key or impossible value.
+    """
+    with hydra.initialize_config_module("conf", version_base="1.3"):
+        return _validated(hydra.compose(program, overrides=list(overrides)))
+
+
+def _validated(composed: DictConfig) -> RunConfig:
+    plain = OmegaConf.to_container(composed, resolve=True)
+    assert isinstance(plain, dict)
+    return build_config({str(key): value for key, value in plain.items()})
+
+
 def newest_run(folder: Path) -> Path | None:
     """The run that `resume=auto` means for a run about to start in `folder`.
 
@@ -101,9 +121,7 @@ def run_command(program: str, main: Callable[[RunConfig, Path], None]) -> None:
     def entry(composed: DictConfig) -> None:
         folder = Path(HydraConfig.get().runtime.output_dir)
         try:
-            plain = OmegaConf.to_container(composed, resolve=True)
-            assert isinstance(plain, dict)
-            config = build_config({str(key): value for key, value in plain.items()})
+            config = _validated(composed)
             if config.resume == "auto":
                 folder = newest_run(folder) or folder
             main(config, folder)

@@ -16,13 +16,12 @@ from pathlib import Path
 
 import torch
 import transformers
-from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
 from transformers import AutoModelForImageTextToText
 
 from rlmed import sft
 from rlmed.checkpoint import list_checkpoints
-from rlmed.core.config import RunConfig, build_config
+from rlmed.commandline import compose_config
+from rlmed.core.config import RunConfig
 from rlmed.data.phantom_corpus import tokenizer_corpus, tokenizer_phrases, write_alignment
 from rlmed.data.prompts import load_processor
 from rlmed.models.tiny import build_tiny
@@ -98,10 +97,7 @@ def _config(stage: Stage, train: Path, model: Path) -> RunConfig:
         "checkpoint.every=100",
         *stage.settings,
     ]
-    with initialize_config_module("conf", version_base="1.3"):
-        plain = OmegaConf.to_container(compose("sft", overrides=settings), resolve=True)
-    assert isinstance(plain, dict)
-    return build_config({str(key): value for key, value in plain.items()})
+    return compose_config("sft", settings)
 
 
 def _export(model: Path, target: Path) -> None:

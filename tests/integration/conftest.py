@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
 from PIL import Image
 
-from rlmed.core.config import RunConfig, build_config
+from rlmed.commandline import compose_config
+from rlmed.core.config import RunConfig
 from rlmed.models.tiny import build_tiny_vl
 
 Rows = list[dict[str, object]]
@@ -65,9 +64,6 @@ def make_config(random_model: Path, write_rows: Callable[..., Path]) -> Callable
             "cluster.threads=1",
             *overrides,
         ]
-        with initialize_config_module("conf", version_base="1.3"):
-            plain = OmegaConf.to_container(compose("train", overrides=settings), resolve=True)
-        assert isinstance(plain, dict)
-        return build_config({str(key): value for key, value in plain.items()})
+        return compose_config("train", settings)
 
     return make

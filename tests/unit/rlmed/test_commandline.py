@@ -7,18 +7,13 @@ import os
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
 
-from rlmed.commandline import check_same_run, expand, newest_run, to_yaml
-from rlmed.core.config import RunConfig, build_config
+from rlmed.commandline import check_same_run, compose_config, expand, newest_run, to_yaml
+from rlmed.core.config import RunConfig
 
 
 def config(*overrides: str) -> RunConfig:
-    with initialize_config_module("conf", version_base="1.3"):
-        plain = OmegaConf.to_container(compose("train", overrides=list(overrides)), resolve=True)
-    assert isinstance(plain, dict)
-    return build_config({str(key): value for key, value in plain.items()})
+    return compose_config("train", overrides)
 
 
 @pytest.mark.parametrize(

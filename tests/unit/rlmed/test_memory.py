@@ -5,20 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
 
-from rlmed.core.config import RunConfig, build_config
+from rlmed.commandline import compose_config
+from rlmed.core.config import RunConfig
 from rlmed.memory import estimate
 from rlmed.models.policy import Policy
 from rollout.native.kv_cache import KVCache
 
 
 def config(*overrides: str) -> RunConfig:
-    with initialize_config_module("conf", version_base="1.3"):
-        plain = OmegaConf.to_container(compose("train", overrides=list(overrides)), resolve=True)
-    assert isinstance(plain, dict)
-    return build_config({str(key): value for key, value in plain.items()})
+    return compose_config("train", overrides)
 
 
 @pytest.mark.parametrize(("dtype", "optimizer_bytes"), [("float32", 12), ("bfloat16", 16)])

@@ -6,11 +6,10 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_module
 from hydra.errors import ConfigCompositionException
-from omegaconf import OmegaConf
 
 from learner.learner import loss_config
+from rlmed.commandline import compose_config
 from rlmed.core.config import ConfigError, RunConfig, build_config
 
 CONF = resources.files("conf")
@@ -18,10 +17,7 @@ GROUPS = ("model", "data", "algo", "reward", "rollout", "learner", "cluster")
 
 
 def composed(*overrides: str, program: str = "train") -> RunConfig:
-    with initialize_config_module("conf", version_base="1.3"):
-        plain = OmegaConf.to_container(compose(program, overrides=list(overrides)), resolve=True)
-    assert isinstance(plain, dict)
-    return build_config({str(key): value for key, value in plain.items()})
+    return compose_config(program, overrides)
 
 
 def options(group: str) -> list[str]:
