@@ -21,7 +21,7 @@ types: $(INSTALLED)
 
 check: lint types test
 
-# Rebuilds the model in rlmed/assets/tiny_base from nothing; at most 90 minutes on two cores.
+# Rebuilds the model in rlmed/assets/tiny_base from nothing (docs/lab-log.md says how the shipped one was made).
 tiny-base: $(INSTALLED)
 	$(BIN)/python -m rlmed.tiny_base
 

@@ -32,7 +32,7 @@ def test_programs_compose(program: str) -> None:
 @pytest.mark.parametrize("choice", [f"{group}={name}" for group in GROUPS for name in options(group)])
 def test_every_group_option_composes(choice: str) -> None:
     config = composed(choice)
-    loss_config(config.algo)  # the loss accepts it too
+    assert loss_config(config.algo).kl_coef == config.algo.kl_coef  # the loss accepts it too
 
 
 @pytest.mark.parametrize("name", options("experiment"))
