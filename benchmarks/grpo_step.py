@@ -45,6 +45,7 @@ from rlmed.controller import LoopState, train
 from rlmed.core.config import AlgoConfig, LearnerConfig
 from rlmed.core.tracing import Tracer
 from rlmed.core.types import Example
+from rlmed.memory import keep_freed_memory
 from rlmed.models.policy import load_policy
 from rlmed.stream import PromptStream
 from rollout.local import LocalPool
@@ -63,6 +64,7 @@ class OurTrainer:
         self.tracer = Tracer()
         self.state = LoopState()
         self._arguments = arguments
+        keep_freed_memory()
         policy, reference = load_policy(folder), load_policy(folder)
         never_end(policy)
         reference.model.requires_grad_(False)

@@ -153,4 +153,4 @@ def pack(
 def packed_logprobs(policy: Policy, batch: PackedBatch, temperature: float) -> tuple[Tensor, Tensor]:
     """float32 [M] log-probabilities of the batch's targets (differentiable) and [M] entropies."""
     hidden = policy.hidden(batch.token_ids, batch.positions, batch.layout, batch.image_inputs)
-    return policy.logprobs(hidden[batch.predictors], batch.targets, temperature)
+    return policy.logprobs(hidden.index_select(0, batch.predictors), batch.targets, temperature)

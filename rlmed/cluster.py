@@ -14,7 +14,7 @@ from rlmed.core.config import RunConfig
 from rlmed.core.protocols import Learner, RolloutPool
 from rlmed.core.types import TrainGroup
 from rlmed.data.prompts import PromptRenderer
-from rlmed.memory import estimate
+from rlmed.memory import estimate, keep_freed_memory
 from rlmed.models.policy import Policy, load_policy
 from rlmed.setup import model_folder, resolve_device, resolve_dtype
 from rollout.local import LocalPool
@@ -43,7 +43,10 @@ def build_policy(config: RunConfig, folder: Path) -> Policy:
     """The policy in `folder` on the run's device and in its dtype."""
     if config.cluster.threads:
         torch.set_num_threads(config.cluster.threads)
-    return load_policy(folder, dtype=resolve_dtype(config.model), device=resolve_device(config.model))
+    device = resolve_device(config.model)
+    if device.type == "cpu":
+        keep_freed_memory()
+    return load_policy(folder, dtype=resolve_dtype(config.model), device=device)
 
 
 def build_local_pool(config: RunConfig, policy: Policy, renderer: PromptRenderer) -> LocalPool:

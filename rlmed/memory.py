@@ -1,7 +1,8 @@
-"""What a run will hold in memory, said before it starts."""
+"""What a run will hold in memory, said before it starts; and how the C library shall treat it."""
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 
 from rlmed.core.config import RunConfig
@@ -53,3 +54,20 @@ def estimate(policy: Policy, config: RunConfig) -> MemoryEstimate:
         optimizer=trained * (8 + 4 + (4 if width < 4 else 0)),
         kv_cache=layers * 2 * heads * head_width * width * tokens,
     )
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc to keep the memory of freed tensors for the next ones instead of giving it back to the system.
+
+    Each step of a learner on a CPU allocates and frees the same tensors; by default their pages go back and have to be
+    mapped and zeroed again, which took 8 % of a step (docs/lab-log.md). Tensors above 32 MiB, glibc's limit, still do.
+
+    Returns:
+        False where the C library has no such setting (macOS, musl).
+    """
+    trim_threshold, mmap_threshold = -1, -3  # names of malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    return bool(mallopt(trim_threshold, 2**31 - 1) and mallopt(mmap_threshold, 32 * 2**20))

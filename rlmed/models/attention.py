@@ -82,8 +82,8 @@ class PackedLayout:
     """int64 [B, P_max]: row index of each prompt token, 0 where padded."""
     completion_tokens: Tensor
     """int64 [S, T_max]: row index of each completion token, 0 where padded."""
-    group_of_completion: Tensor
-    """int64 [S]: which prompt a completion continues."""
+    visible_tokens: Tensor
+    """int64 [S, P_max + T_max]: row indices of a completion's prompt and of the completion itself, 0 where padded."""
     completion_mask: Tensor
     """bool [S, 1, T_max, P_max + T_max]: True where a completion token may attend; never all False in a row."""
     gather_back: Tensor
@@ -118,43 +118,79 @@ class PackedLayout:
         mask = torch.cat(
             [on_prompt[:, None, :].expand(-1, t_max, -1), causal.expand(n_completions, -1, -1)], dim=-1
         ).unsqueeze(1)
-        tensors = (prompt_tokens, completion_tokens, group_of_completion, mask, gather_back)
+        visible_tokens = torch.cat([prompt_tokens[group_of_completion], completion_tokens], dim=1)
+        tensors = (prompt_tokens, completion_tokens, visible_tokens, mask, gather_back)
         return cls(*(tensor.to(device) for tensor in tensors))
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """See `AttentionLayout.attend`."""
-        heads, width = query.shape[1:]
-        repeats = heads // key.shape[1]
-        prompt_query, prompt_key, prompt_value = (
-            tensor[self.prompt_tokens].transpose(1, 2) for tensor in (query, key, value)
-        )
-        prompt_output = _sdpa(prompt_query, prompt_key, prompt_value, scale, repeats, causal=True)
-        flat = prompt_output.transpose(1, 2).reshape(-1, heads, width)
+        prompts = (_rectangle(tensor, self.prompt_tokens) for tensor in (query, key, value))
+        flat = _sdpa(*prompts, scale, causal=True)
         if self.completion_tokens.numel():
-            own_query, own_key, own_value = (
-                tensor[self.completion_tokens].transpose(1, 2) for tensor in (query, key, value)
+            completions = _sdpa(
+                _rectangle(query, self.completion_tokens),
+                _rectangle(key, self.visible_tokens),
+                _rectangle(value, self.visible_tokens),
+                scale,
+                mask=self.completion_mask,
             )
-            keys = torch.cat([prompt_key[self.group_of_completion], own_key], dim=2)
-            values = torch.cat([prompt_value[self.group_of_completion], own_value], dim=2)
-            completion_output = _sdpa(own_query, keys, values, scale, repeats, mask=self.completion_mask)
-            flat = torch.cat([flat, completion_output.transpose(1, 2).reshape(-1, heads, width)])
-        return flat[self.gather_back]
+            flat = torch.cat([flat, completions])
+        return flat.index_select(0, self.gather_back)
+
+
+def _rectangle(row: Tensor, indices: Tensor) -> Tensor:
+    """[B, heads, L, D] of the row's [N, heads, D] at indices [B, L]."""
+    # index_select and not row[indices]: its gradient is an order of magnitude faster on CPUs
+    return row.index_select(0, indices.flatten()).view(*indices.shape, *row.shape[1:]).transpose(1, 2)
 
 
 def _sdpa(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    repeats: int,
-    *,
-    causal: bool = False,
-    mask: Tensor | None = None,
+    query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bool = False, mask: Tensor | None = None
 ) -> Tensor:
-    """torch's fused attention on [B, heads, L, D] with grouped keys and values."""
-    if repeats > 1:
-        key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
-    return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scale)
+    """torch's fused attention of [B, H, L, D] on grouped keys and values [B, H_kv, L', D]; returns [B * L, H, D]."""
+    output = scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=key.shape[1] < query.shape[1]
+    )
+    return output.transpose(1, 2).flatten(0, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupTable:
+    """Which of R live completions belong to which of B live groups."""
+
+    rows_of_group: Tensor | None
+    """int64 [B, M]: rows of each group, padded with any row; None where row b * M + m is member m of group b throughout."""
+    position_of_row: Tensor
+    """int64 [R]: index of each row in the flattened [B, M]."""
+    groups: int
+    """B."""
+
+    @classmethod
+    def build(cls, group_of_row: Sequence[int], groups: int, device: torch.device | str = "cpu") -> GroupTable:
+        """The table of rows whose groups, each with a row at least, are given in row order."""
+        members: list[list[int]] = [[] for _ in range(groups)]
+        places = []
+        for row, group in enumerate(group_of_row):
+            places.append((group, len(members[group])))
+            members[group].append(row)
+        widest = max(map(len, members))
+        positions = [group * widest + place for group, place in places]
+        in_order = positions == list(range(groups * widest))
+        padded = None if in_order else torch.tensor([rows + [0] * (widest - len(rows)) for rows in members])
+        return cls(
+            None if padded is None else padded.to(device), torch.tensor(positions, device=device), groups
+        )
+
+    def to_groups(self, rows: Tensor) -> Tensor:
+        """[R, ...] to [B, M, ...]."""
+        if self.rows_of_group is None:
+            return rows.unflatten(0, (self.groups, -1))
+        return rows[self.rows_of_group]
+
+    def to_rows(self, grouped: Tensor) -> Tensor:
+        """[B, M, ...] to [R, ...]."""
+        rows = grouped.flatten(0, 1)
+        return rows if self.rows_of_group is None else rows[self.position_of_row]
 
 
 def decode_attention(
@@ -164,9 +200,8 @@ def decode_attention(
     prefix_mask: Tensor,
     suffix_key: Tensor,
     suffix_value: Tensor,
-    suffix_mask: Tensor,
-    rows_of_group: Tensor,
-    position_of_row: Tensor,
+    suffix_mask: Tensor | None,
+    table: GroupTable,
     scale: float,
 ) -> Tensor:
     """One new token per live completion: its group's prefix, read once for all of them, and its own suffix.
@@ -177,31 +212,38 @@ def decode_attention(
         query: [R, H, D], one row per live completion.
         prefix_key: [B, H_kv, P, D] of the B live groups.
         prefix_value: [B, H_kv, P, D].
-        prefix_mask: float [B, 1, 1, P]; 0 where a prompt token stands, -inf where padded.
+        prefix_mask: [B * H_kv, 1, P]; 0 where a prompt token stands, -inf where padded.
         suffix_key: [R, H_kv, T, D], the new token's key included.
         suffix_value: [R, H_kv, T, D].
-        suffix_mask: float [R, 1, 1, T].
-        rows_of_group: int64 [B, M]: rows of each group, padded with any row.
-        position_of_row: int64 [R]: index of each row in the flattened [B, M].
+        suffix_mask: [R * H_kv, 1, T]; None where nothing is padded.
+        table: which rows belong to which group.
         scale: factor on the scores.
 
     Returns:
         [R, H, D].
     """
     rows, heads, width = query.shape
-    kv_heads, prefix_length = prefix_key.shape[1], prefix_key.shape[2]
-    groups, members = rows_of_group.shape
+    kv_heads, prefix_length, suffix_length = prefix_key.shape[1], prefix_key.shape[2], suffix_key.shape[2]
+    groups = len(prefix_key)
     repeats = heads // kv_heads
-    query = (query * scale).view(rows, kv_heads, repeats, width)
-    # [B, H_kv, M * repeats, D] against [B, H_kv, P, D]: the M rows of a group share one matrix product
-    grouped = query[rows_of_group].transpose(1, 2).reshape(groups, kv_heads, members * repeats, width)
-    prefix_scores = grouped @ prefix_key.transpose(2, 3) + prefix_mask
-    prefix_scores = prefix_scores.view(groups, kv_heads, members, repeats, prefix_length).transpose(1, 2)
-    prefix_scores = prefix_scores.reshape(groups * members, kv_heads, repeats, prefix_length)[position_of_row]
-    suffix_scores = query @ suffix_key.transpose(2, 3) + suffix_mask
-    weights = torch.cat([prefix_scores, suffix_scores], dim=-1).float().softmax(dim=-1).to(query.dtype)
-    prefix_weights, suffix_weights = weights.split([prefix_length, suffix_key.shape[2]], dim=-1)
-    grouped_weights = prefix_weights[rows_of_group].transpose(1, 2).reshape(groups, kv_heads, -1, prefix_length)
-    prefix_output = (grouped_weights @ prefix_value).view(groups, kv_heads, members, repeats, width).transpose(1, 2)
-    prefix_output = prefix_output.reshape(groups * members, kv_heads, repeats, width)[position_of_row]
-    return (prefix_output + suffix_weights @ suffix_value).view(rows, heads, width)
+    query = query.reshape(rows, kv_heads, repeats, width)
+    # [B * H_kv, M * repeats, D] against [B * H_kv, D, P]: the M rows of a group share one matrix product
+    grouped = table.to_groups(query).transpose(1, 2).reshape(groups * kv_heads, -1, width)
+    prefix_scores = _scores(grouped, prefix_key.flatten(0, 1), scale, prefix_mask)
+    prefix_scores = prefix_scores.view(groups, kv_heads, -1, repeats, prefix_length).transpose(1, 2)
+    suffix_scores = _scores(query.flatten(0, 1), suffix_key.flatten(0, 1), scale, suffix_mask)
+    suffix_scores = suffix_scores.view(rows, kv_heads, repeats, suffix_length)
+    weights = torch.cat([table.to_rows(prefix_scores), suffix_scores], dim=-1).softmax(dim=-1, dtype=torch.float32)
+    prefix_weights, suffix_weights = weights.to(query.dtype).split([prefix_length, suffix_length], dim=-1)
+    grouped_weights = table.to_groups(prefix_weights).transpose(1, 2).reshape(groups * kv_heads, -1, prefix_length)
+    prefix_output = torch.bmm(grouped_weights, prefix_value.flatten(0, 1))
+    prefix_output = table.to_rows(prefix_output.view(groups, kv_heads, -1, repeats, width).transpose(1, 2))
+    suffix_output = torch.bmm(suffix_weights.flatten(0, 1), suffix_value.flatten(0, 1))
+    return (suffix_output.view(rows, kv_heads, repeats, width) + prefix_output).reshape(rows, heads, width)
+
+
+def _scores(query: Tensor, key: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """scale * query @ key.T + mask for query [B, L, D], key [B, L', D] and mask [B, 1, L']."""
+    if mask is None:
+        return torch.bmm(query, key.transpose(1, 2)).mul_(scale)
+    return torch.baddbmm(mask, query, key.transpose(1, 2), alpha=scale)

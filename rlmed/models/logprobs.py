@@ -35,9 +35,10 @@ class _ChunkedLogprobs(torch.autograd.Function):
             log_softmax = _log_softmax(hidden[rows], weight, temperature, banned)
             logprobs[rows] = log_softmax.gather(1, targets[rows, None]).squeeze(1)
             softmax = log_softmax.exp()
-            # 0 * -inf of the banned tokens is 0 here
-            entropy[rows] = -(softmax * log_softmax.clamp_(min=-1e4)).sum(dim=1)
-        kept = softmax if len(chunks) == 1 and ctx.needs_input_grad[0] else hidden.new_empty(0)
+            log_softmax.index_fill_(1, banned, 0.0)  # their 0 * -inf shall be 0
+            entropy[rows] = log_softmax.mul_(softmax).sum(dim=1).neg_()
+        keep = len(chunks) == 1 and any(ctx.needs_input_grad)
+        kept = _minus_one_hot(softmax, targets) if keep else hidden.new_empty(0)
         ctx.save_for_backward(hidden, weight, targets, banned, kept)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
@@ -48,14 +49,23 @@ class _ChunkedLogprobs(torch.autograd.Function):
         hidden, weight, targets, banned, kept = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        # d logprob / d logit = (one-hot - softmax) / temperature; its sign and scale are applied to the narrow side
+        scale = (grad_logprobs / -ctx.temperature).unsqueeze(1)
         for rows in _chunks(len(targets), len(weight)):
-            softmax = kept if kept.numel() else _log_softmax(hidden[rows], weight, ctx.temperature, banned).exp_()
-            # d logprob / d logit = (one-hot - softmax) / temperature
-            scale = grad_logprobs[rows, None] / ctx.temperature
-            grad = (softmax * -scale).scatter_add_(1, targets[rows, None], scale).to(weight.dtype)
-            grad_hidden[rows] = matmul_transposed(grad, weight.T)
-            grad_weight += matmul_transposed(grad.T, hidden[rows].T)
+            if kept.numel():
+                slope = kept
+            else:
+                softmax = _log_softmax(hidden[rows], weight, ctx.temperature, banned).exp_()
+                slope = _minus_one_hot(softmax, targets[rows])
+            slope = slope.to(weight.dtype)
+            grad_hidden[rows] = matmul_transposed(slope, weight.T) * scale[rows]
+            grad_weight += matmul_transposed(slope.T, (hidden[rows] * scale[rows]).to(weight.dtype).T)
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+
+
+def _minus_one_hot(softmax: Tensor, targets: Tensor) -> Tensor:
+    """softmax [M, V] less the one-hot rows of int64 [M], in place."""
+    return softmax.scatter_add_(1, targets.unsqueeze(1), softmax.new_full((len(targets), 1), -1.0))
 
 
 def _chunks(rows: int, vocabulary: int) -> list[slice]:
@@ -69,7 +79,8 @@ def masked_logits(hidden: Tensor, weight: Tensor, banned: Tensor) -> Tensor:
 
 
 def _log_softmax(hidden: Tensor, weight: Tensor, temperature: float, banned: Tensor) -> Tensor:
-    return (masked_logits(hidden, weight, banned) / temperature).log_softmax(dim=1)
+    logits = masked_logits(hidden, weight, banned)
+    return (logits if temperature == 1 else logits.div_(temperature)).log_softmax(dim=1)
 
 
 def chunked_logprobs(

@@ -18,6 +18,7 @@ from transformers import (
 from rlmed.core.types import Prompt
 from rlmed.models.attention import ATTENTION_NAME, AttentionLayout
 from rlmed.models.families import family_of, unsampleable_token_ids
+from rlmed.models.fused import use_fused_layers
 from rlmed.models.linear import use_fast_linears
 from rlmed.models.logprobs import chunked_logprobs, masked_logits
 
@@ -141,6 +142,7 @@ def load_policy(folder: Path, *, dtype: str = "float32", device: str | torch.dev
     attention = {"text_config": ATTENTION_NAME, "vision_config": "sdpa"} if family.vision else ATTENTION_NAME
     model = auto.from_pretrained(folder, dtype=DTYPES[dtype], attn_implementation=attention)
     use_fast_linears(model)
+    use_fused_layers(model)
     return Policy(model.to(device))
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlmed.models.attention import GroupTable
 from rlmed.models.policy import Policy
 from rollout.native.kv_cache import DecodeLayout, KVCache
 from rollout.native.sampler import BatchSampling
@@ -23,11 +24,13 @@ class DecodeBatch:
     """int64 [position rows, R], rotary position of that token."""
     lengths: Tensor
     """int64 [R], suffix tokens in the cache."""
+    shortest: int
     longest: int
-    """Maximum of `lengths`."""
-    rows_of_group: Tensor
-    position_of_row: Tensor
+    """Minimum and maximum of `lengths`."""
+    table: GroupTable
+    rows: Tensor
     prefix_mask: Tensor
+    kv_heads: int
     sampling: BatchSampling
 
     @classmethod
@@ -35,25 +38,21 @@ class DecodeBatch:
         """Tables for rows and groups in cache order."""
         device = policy.device
         slot_of_group = {id(group): slot for slot, group in enumerate(groups)}
-        members: list[list[int]] = [[] for _ in groups]
-        position_of_row = []
-        for row, sequence in enumerate(rows):
-            slot = slot_of_group[id(sequence.group)]
-            position_of_row.append((slot, len(members[slot])))
-            members[slot].append(row)
-        widest = max(map(len, members))
         lengths = [len(sequence.token_ids) - 1 for sequence in rows]
         next_positions = [sequence.group.next_position + length for sequence, length in zip(rows, lengths, strict=True)]
         prompt_lengths = torch.tensor([group.positions.shape[1] for group in groups], device=device)
         position_rows = groups[0].positions.shape[0]
+        kv_heads = policy.kv_shape[1]
         return cls(
             tokens=torch.tensor([sequence.token_ids[-1] for sequence in rows], device=device),
             positions=torch.tensor(next_positions, device=device).expand(position_rows, -1).clone(),
             lengths=torch.tensor(lengths, device=device),
+            shortest=min(lengths),
             longest=max(lengths),
-            rows_of_group=torch.tensor([entry + [0] * (widest - len(entry)) for entry in members], device=device),
-            position_of_row=torch.tensor([slot * widest + index for slot, index in position_of_row], device=device),
-            prefix_mask=_visible(prompt_lengths, int(prompt_lengths.max()), policy.dtype),
+            table=GroupTable.build([slot_of_group[id(row.group)] for row in rows], len(groups), device),
+            rows=torch.arange(len(rows), device=device),
+            prefix_mask=_visible(prompt_lengths, int(prompt_lengths.max()), kv_heads, policy.dtype),
+            kv_heads=kv_heads,
             sampling=BatchSampling.build(
                 [sequence.group.request.sampling for sequence in rows],
                 [sequence.seed for sequence in rows],
@@ -64,13 +63,17 @@ class DecodeBatch:
 
     def layout(self, cache: KVCache) -> DecodeLayout:
         """Attention layout of the next forward pass."""
+        uniform = self.shortest == self.longest
         return DecodeLayout(
             cache=cache,
-            rows_of_group=self.rows_of_group,
-            position_of_row=self.position_of_row,
+            table=self.table,
+            rows=self.rows,
             prefix_mask=self.prefix_mask,
-            suffix_lengths=self.lengths,
-            suffix_mask=_visible(self.lengths + 1, self.longest + 1, self.prefix_mask.dtype),
+            lengths=self.longest if uniform else self.lengths,
+            suffix_length=self.longest + 1,
+            suffix_mask=None
+            if uniform
+            else _visible(self.lengths + 1, self.longest + 1, self.kv_heads, self.prefix_mask.dtype),
         )
 
     def advance(self, tokens: Tensor) -> None:
@@ -78,11 +81,12 @@ class DecodeBatch:
         self.tokens = tokens
         self.positions = self.positions + 1
         self.lengths = self.lengths + 1
+        self.shortest += 1
         self.longest += 1
 
 
-def _visible(lengths: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """[R, 1, 1, width] score offsets: 0 below each length, -inf from there on."""
+def _visible(lengths: Tensor, width: int, kv_heads: int, dtype: torch.dtype) -> Tensor:
+    """[R * kv_heads, 1, width] score offsets: 0 below each length, -inf from there on."""
     mask = torch.zeros(len(lengths), width, dtype=dtype, device=lengths.device)
     mask.masked_fill_(torch.arange(width, device=lengths.device) >= lengths.unsqueeze(1), float("-inf"))
-    return mask[:, None, None, :]
+    return mask.repeat_interleave(kv_heads, dim=0).unsqueeze(1)

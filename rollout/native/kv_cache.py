@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlmed.models.attention import PackedLayout, decode_attention
+from rlmed.models.attention import GroupTable, PackedLayout, decode_attention
 
 
 class KVCache:
@@ -84,25 +84,28 @@ class DecodeLayout:
     """One new token for each of R live completions of B live groups."""
 
     cache: KVCache
-    rows_of_group: Tensor
-    """int64 [B, M], padded with row 0."""
-    position_of_row: Tensor
-    """int64 [R]: index of each row in the flattened [B, M]."""
+    table: GroupTable
+    rows: Tensor
+    """int64 [R]: 0 .. R-1."""
     prefix_mask: Tensor
-    """[B, 1, 1, P]: 0 or -inf."""
-    suffix_lengths: Tensor
-    """int64 [R]: tokens of each row already in the cache; the new one is written behind them."""
-    suffix_mask: Tensor
-    """[R, 1, 1, T]: 0 or -inf."""
+    """[B * H_kv, 1, P]: 0 or -inf."""
+    lengths: Tensor | int
+    """int64 [R]: tokens of each row already in the cache, one number where it is the same in all rows; the new token is
+    written behind them."""
+    suffix_length: int
+    """T: the largest of `lengths` and the new token."""
+    suffix_mask: Tensor | None
+    """[R * H_kv, 1, T]: 0 or -inf; None where all rows are T long."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """See `rlmed.models.attention.AttentionLayout.attend`."""
-        groups, prefix_length = self.prefix_mask.shape[0], self.prefix_mask.shape[3]
-        rows, suffix_length = self.suffix_mask.shape[0], self.suffix_mask.shape[3]
+        groups, prefix_length = self.table.groups, self.prefix_mask.shape[-1]
+        rows, suffix_length = len(self.rows), self.suffix_length
         suffix_keys, suffix_values = self.cache.suffix_keys[layer], self.cache.suffix_values[layer]
-        row_ids = torch.arange(rows, device=query.device)
-        suffix_keys[row_ids, :, self.suffix_lengths] = key
-        suffix_values[row_ids, :, self.suffix_lengths] = value
+        # a slice where it suffices: indexing costs several times as much
+        which = slice(rows) if isinstance(self.lengths, int) else self.rows
+        suffix_keys[which, :, self.lengths] = key
+        suffix_values[which, :, self.lengths] = value
         return decode_attention(
             query,
             self.cache.prefix_keys[layer][:groups, :, :prefix_length],
@@ -111,7 +114,6 @@ class DecodeLayout:
             suffix_keys[:rows, :, :suffix_length],
             suffix_values[:rows, :, :suffix_length],
             self.suffix_mask,
-            self.rows_of_group,
-            self.position_of_row,
+            self.table,
             scale,
         )

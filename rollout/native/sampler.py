@@ -43,10 +43,10 @@ def uniforms(seeds: Tensor, steps: Tensor) -> Tensor:
 class BatchSampling:
     """Sampling settings of the rows of a batch as tensors; built when the rows change, not at every token."""
 
-    temperature: Tensor
-    """float32 [R, 1]; 1 where greedy."""
-    greedy: Tensor
-    """bool [R]."""
+    temperature: Tensor | None
+    """float32 [R, 1]; 1 where greedy; None when it is 1 in every row."""
+    greedy: Tensor | None
+    """bool [R]; None when no row is greedy."""
     top_k: Tensor | None
     """int64 [R, 1]; None when every row has it off."""
     top_p: Tensor | None
@@ -62,9 +62,11 @@ class BatchSampling:
         top_k = [entry.top_k or vocabulary for entry in params]
         # a float32 cumulative sum can pass 1 before its end, which must not cut the tail of a row that has top-p off
         top_p = [entry.top_p if entry.top_p < 1 else math.inf for entry in params]
+        temperatures = [1.0 if entry.greedy else entry.temperature for entry in params]
+        greedy = [entry.greedy for entry in params]
         return cls(
-            temperature=torch.tensor([[1.0 if entry.greedy else entry.temperature] for entry in params], device=device),
-            greedy=torch.tensor([entry.greedy for entry in params], device=device),
+            temperature=torch.tensor(temperatures, device=device).unsqueeze(1) if set(temperatures) != {1.0} else None,
+            greedy=torch.tensor(greedy, device=device) if any(greedy) else None,
             top_k=torch.tensor(top_k, device=device).unsqueeze(1) if min(top_k) < vocabulary else None,
             top_p=torch.tensor(top_p, device=device).unsqueeze(1) if min(top_p) < 1 else None,
             seeds=torch.tensor(seeds, dtype=torch.int64, device=device),
@@ -81,12 +83,14 @@ class BatchSampling:
             int64 [R] tokens and float32 [R] log-probabilities under the distribution that they were drawn from (for a
             greedy row: under the distribution at temperature 1).
         """
-        logprobs = self._filter(logits / self.temperature).log_softmax(dim=1)
+        logits = logits if self.temperature is None else logits / self.temperature
+        logprobs = self._filter(logits).log_softmax(dim=1)
         # float64: in float32 the cumulative sum over 150,000 tokens would lose the rare ones
         cumulative = logprobs.exp().double().cumsum(dim=1)
         threshold = uniforms(self.seeds, steps).unsqueeze(1) * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
-        tokens = torch.where(self.greedy, logprobs.argmax(dim=1), tokens)
+        if self.greedy is not None:
+            tokens = torch.where(self.greedy, logprobs.argmax(dim=1), tokens)
         return tokens, logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
 
     def _filter(self, logits: Tensor) -> Tensor:

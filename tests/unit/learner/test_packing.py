@@ -57,7 +57,7 @@ def test_a_text_row_worked_by_hand(tiny_policy):
     # the layout: two prompts, then the fed parts [1, 2], [5], [7]
     assert batch.layout.prompt_tokens.tolist() == [[0, 1, 2], [6, 7, 0]]
     assert batch.layout.completion_tokens.tolist() == [[3, 4], [5, 0], [8, 0]]
-    assert batch.layout.group_of_completion.tolist() == [0, 0, 1]
+    assert batch.layout.visible_tokens.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 5, 0], [6, 7, 0, 8, 0]]
     assert [item.tokens for item in items] == [6, 3]
 
 

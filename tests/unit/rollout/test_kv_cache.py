@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlmed.models.attention import PackedLayout
+from rlmed.models.attention import GroupTable, PackedLayout
 from rollout.native.kv_cache import DecodeLayout, KVCache, PrefillLayout
 
 LAYERS, KV_HEADS, WIDTH, HEADS = 2, 2, 4, 6
@@ -127,17 +127,30 @@ def test_prefill_attends_causally_and_keeps_keys_and_values_in_its_slots(history
             assert torch.equal(cache.prefix_keys[layer][slot], untouched[layer][slot])
 
 
-@pytest.mark.parametrize("rows_of_group", [[[0, 2], [1, 0]], [[2, 0], [1, 1]]])
-def test_decode_attends_to_the_groups_prompt_and_the_rows_own_suffix(history, rows_of_group):
-    # rows 0 and 2 belong to group 0, row 1 to group 1; the cache holds other numbers wherever no token stands
+@pytest.mark.parametrize("lengths", [(2, 1, 4), (1, 1, 1)], ids=["ragged", "uniform"])
+@pytest.mark.parametrize("group_of_row", [(0, 1, 0), (1, 0, 0), (0, 0, 1), (0, 1)])
+def test_decode_attends_to_the_groups_prompt_and_the_rows_own_suffix(history, group_of_row, lengths):
+    # the cache holds other numbers wherever no token stands; (0, 1) is the case of groups of one size in order
     prompts, suffixes = history
     cache = new_cache(3, 7, 4, 6)
     fill(cache)
-    group_of_row, lengths = (0, 1, 0), torch.tensor([2, 1, 4])
-    position_of_row = torch.tensor([rows_of_group[0].index(0), 2, rows_of_group[0].index(2)])
-    prefix_mask = torch.where(torch.arange(5) < torch.tensor([[3], [5]]), 0.0, -torch.inf)[:, None, None]
-    suffix_mask = torch.where(torch.arange(5) <= lengths[:, None], 0.0, -torch.inf)[:, None, None]
-    layout = DecodeLayout(cache, torch.tensor(rows_of_group), position_of_row, prefix_mask, lengths, suffix_mask)
+    lengths = lengths[: len(group_of_row)]
+    suffixes = [[[part[:length] for part in row] for row, length in zip(rows, lengths, strict=False)] for rows in suffixes]
+    longest = max(lengths) + 1
+    ragged = len(set(lengths)) > 1
+    lengths = torch.tensor(lengths)
+    prefix_mask = torch.where(torch.arange(5) < torch.tensor([[3], [5]]), 0.0, -torch.inf)
+    suffix_mask = torch.where(torch.arange(longest) <= lengths[:, None], 0.0, -torch.inf)
+    per_head = lambda mask: mask.repeat_interleave(KV_HEADS, dim=0).unsqueeze(1)  # noqa: E731
+    layout = DecodeLayout(
+        cache,
+        GroupTable.build(group_of_row, 2),
+        torch.arange(len(group_of_row)),
+        per_head(prefix_mask),
+        lengths if ragged else int(lengths[0]),
+        longest,
+        per_head(suffix_mask) if ragged else None,
+    )
     generator = torch.Generator().manual_seed(1)
     for layer in range(LAYERS):
         for slot, (_, key, value) in enumerate(prompts[layer]):
@@ -147,7 +160,7 @@ def test_decode_attends_to_the_groups_prompt_and_the_rows_own_suffix(history, ro
             length = int(lengths[row])
             cache.suffix_keys[layer][row, :, :length] = key[:length].transpose(0, 1)
             cache.suffix_values[layer][row, :, :length] = value[:length].transpose(0, 1)
-        query, key, value = random_row(generator, 3)
+        query, key, value = random_row(generator, len(group_of_row))
         output = layout.attend(layer, query, key, value, SCALE)
         for row, group in enumerate(group_of_row):
             length = int(lengths[row])

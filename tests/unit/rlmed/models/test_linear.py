@@ -33,8 +33,16 @@ def test_only_what_needs_a_gradient_gets_one() -> None:
     assert x.grad is None
 
 
+@pytest.fixture(params=[True, False], ids=["oneDNN", "torch"], autouse=True)
+def on_either_make(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of AMD's processors runs wherever torch has oneDNN, so it is tested on all of them."""
+    if request.param and not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(fast, "_AVAILABLE", request.param)
+
+
 def test_it_is_used_for_float32_on_a_cpu_and_for_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert fast.suits_onednn(torch.zeros(1)) == torch.backends.mkldnn.is_available()
+    assert fast.suits_onednn(torch.zeros(1)) == fast._AVAILABLE
     assert not fast.suits_onednn(torch.zeros(1, dtype=torch.bfloat16))
     monkeypatch.setattr(fast._Linear, "apply", lambda *_: pytest.fail("bfloat16 went through oneDNN's float32 path"))
     x, weight = torch.randn(3, 4).bfloat16(), torch.randn(5, 4).bfloat16()
