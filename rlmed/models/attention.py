@@ -177,9 +177,7 @@ class GroupTable:
         positions = [group * widest + place for group, place in places]
         in_order = positions == list(range(groups * widest))
         padded = None if in_order else torch.tensor([rows + [0] * (widest - len(rows)) for rows in members])
-        return cls(
-            None if padded is None else padded.to(device), torch.tensor(positions, device=device), groups
-        )
+        return cls(None if padded is None else padded.to(device), torch.tensor(positions, device=device), groups)
 
     def to_groups(self, rows: Tensor) -> Tensor:
         """[R, ...] to [B, M, ...]."""

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-
 def cpu_vendor() -> str:
     """The processor's make as it names itself, for example "AuthenticAMD" or "GenuineIntel"; "" where unknown."""
     try:

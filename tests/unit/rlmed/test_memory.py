@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -42,3 +45,9 @@ def test_what_is_frozen_or_left_out_costs_nothing(fresh_policy: Callable[..., Po
     frozen = estimate(policy, config("algo.kl_coef=0"))
     assert frozen.reference == 0
     assert 0 < frozen.optimizer < full.optimizer
+
+
+def test_freed_memory_is_kept_where_the_c_library_is_glibc():
+    code = "from rlmed.memory import keep_freed_memory; import sys; sys.exit(0 if keep_freed_memory() else 3)"
+    status = subprocess.run([sys.executable, "-c", code], check=False).returncode
+    assert status == (0 if platform.libc_ver()[0] == "glibc" else 3)

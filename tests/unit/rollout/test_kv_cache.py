@@ -135,7 +135,9 @@ def test_decode_attends_to_the_groups_prompt_and_the_rows_own_suffix(history, gr
     cache = new_cache(3, 7, 4, 6)
     fill(cache)
     lengths = lengths[: len(group_of_row)]
-    suffixes = [[[part[:length] for part in row] for row, length in zip(rows, lengths, strict=False)] for rows in suffixes]
+    suffixes = [
+        [[part[:length] for part in row] for row, length in zip(rows, lengths, strict=False)] for rows in suffixes
+    ]
     longest = max(lengths) + 1
     ragged = len(set(lengths)) > 1
     lengths = torch.tensor(lengths)
