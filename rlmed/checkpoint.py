@@ -49,9 +49,8 @@ def save_checkpoint(
             shutil.rmtree(target)
         aside.rename(target)
         _flush(root)
-    except (
-        Exception
-    ) as error:  # a full disk is an OSError from Python, another type from each library, from tokenizers a bare one
+    except Exception as error:
+        # a full disk is an OSError from Python, another type from each library, and from tokenizers a bare Exception
         shutil.rmtree(aside, ignore_errors=True)
         raise CheckpointError(
             f"checkpoint {target} could not be written: {error}. Free some space (or make the folder writable) and start "

@@ -241,7 +241,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def summary_table(before: EvalSummary | None, after: EvalSummary, comparison: Mapping[str, Any] | None) -> Table:
-    """One line a file: accuracy and format before and after, the p-value, and what is scored without the picture.
+    """Two lines a file: accuracy and format before and after, the p-value, and what is scored without the picture.
 
     All in per cent; intervals are Wilson's at 95 %. Controls and prior are those of `after`; where there were no training
     rows to fit the prior on, it is the leave-one-out one, marked "loo".
@@ -256,15 +256,14 @@ def summary_table(before: EvalSummary | None, after: EvalSummary, comparison: Ma
         collapse_padding=True,
     )
     table.add_column("file", overflow="fold")
-    for heading in ("rows", "accuracy", "p", "format", "blank", "shuffled", "prior", "chance"):
+    for heading in ("accuracy", "p", "format", "blank", "shuffled", "prior", "chance"):
         table.add_column(heading, justify="right", no_wrap=True)
     earlier = {file.name: file for file in before.files} if before is not None else {}
     tests = comparison["files"] if comparison is not None else {}
     for file in after.files:
         old = earlier.get(file.name)
         table.add_row(
-            file.name,
-            str(file.rows),
+            f"{file.name}\n{file.rows} rows",
             _change([_percent(one.accuracy.value) + "\n" + _interval(one.accuracy) for one in (old, file) if one]),
             _p_value(tests[file.name]["p_value"]) if file.name in tests else "–",
             _change([_percent(one.format_rate) for one in (old, file) if one]),

@@ -60,7 +60,7 @@ def keep_freed_memory() -> bool:
     """Tell glibc to keep the memory of freed tensors for the next ones instead of giving it back to the system.
 
     Each step of a learner on a CPU allocates and frees the same tensors; by default their pages go back and have to be
-    mapped and zeroed again, which took 8 % of a step (docs/lab-log.md). Tensors above 32 MiB, glibc's limit, still do.
+    mapped and zeroed again, which took 4 to 7 % of a step (docs/lab-log.md). Tensors above 32 MiB, glibc's limit, still do.
 
     Returns:
         False where the C library has no such setting (macOS, musl).

@@ -119,7 +119,7 @@ def use_fused_layers(model: nn.Module) -> None:
     for module in model.modules():
         replacement = _replacement(module)
         if replacement and _same_function(module, replacement):
-            module.forward = types.MethodType(_where_plain(replacement, module.forward), module)
+            module.forward = types.MethodType(_where_plain(replacement), module)
     for name in {type(module).__module__ for module in model.modules() if hasattr(module, "q_proj")}:
         _use_fused_rotary(sys.modules[name])
 
@@ -178,12 +178,10 @@ def _close(expected: Tensor, actual: Tensor) -> bool:
     return expected.shape == actual.shape and torch.allclose(expected, actual, rtol=1e-4, atol=1e-5)
 
 
-def _where_plain(
-    fused: Callable[[Any, Tensor], Tensor], original: Callable[[Tensor], Tensor]
-) -> Callable[[Any, Tensor], Tensor]:
+def _where_plain(fused: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
     """The fused forward for float32 on a CPU, the layer's own elsewhere (the model may be moved or run under autocast)."""
 
     def forward(layer: Any, x: Tensor) -> Tensor:
-        return fused(layer, x) if _plain(x) else original(x)
+        return fused(layer, x) if _plain(x) else type(layer).forward(layer, x)
 
     return forward

@@ -24,12 +24,15 @@ class DecodeBatch:
     """int64 [position rows, R], rotary position of that token."""
     lengths: Tensor
     """int64 [R], suffix tokens in the cache."""
-    shortest: int
     longest: int
-    """Minimum and maximum of `lengths`."""
+    """Maximum of `lengths`."""
+    uniform: bool
+    """True where all `lengths` are the same; they stay so, since every row advances at every step."""
     table: GroupTable
     rows: Tensor
+    """int64 [R]: 0 .. R-1."""
     prefix_mask: Tensor
+    """[B * H_kv, 1, P], see `DecodeLayout`."""
     kv_heads: int
     sampling: BatchSampling
 
@@ -47,8 +50,8 @@ class DecodeBatch:
             tokens=torch.tensor([sequence.token_ids[-1] for sequence in rows], device=device),
             positions=torch.tensor(next_positions, device=device).expand(position_rows, -1).clone(),
             lengths=torch.tensor(lengths, device=device),
-            shortest=min(lengths),
             longest=max(lengths),
+            uniform=min(lengths) == max(lengths),
             table=GroupTable.build([slot_of_group[id(row.group)] for row in rows], len(groups), device),
             rows=torch.arange(len(rows), device=device),
             prefix_mask=_visible(prompt_lengths, int(prompt_lengths.max()), kv_heads, policy.dtype),
@@ -63,17 +66,17 @@ class DecodeBatch:
 
     def layout(self, cache: KVCache) -> DecodeLayout:
         """Attention layout of the next forward pass."""
-        uniform = self.shortest == self.longest
+        width = self.longest + 1
         return DecodeLayout(
             cache=cache,
             table=self.table,
             rows=self.rows,
             prefix_mask=self.prefix_mask,
-            lengths=self.longest if uniform else self.lengths,
-            suffix_length=self.longest + 1,
+            lengths=self.longest if self.uniform else self.lengths,
+            suffix_length=width,
             suffix_mask=None
-            if uniform
-            else _visible(self.lengths + 1, self.longest + 1, self.kv_heads, self.prefix_mask.dtype),
+            if self.uniform
+            else _visible(self.lengths + 1, width, self.kv_heads, self.prefix_mask.dtype),
         )
 
     def advance(self, tokens: Tensor) -> None:
@@ -81,7 +84,6 @@ class DecodeBatch:
         self.tokens = tokens
         self.positions = self.positions + 1
         self.lengths = self.lengths + 1
-        self.shortest += 1
         self.longest += 1
 
 

@@ -411,8 +411,7 @@ def test_the_table_shows_both_ends_with_their_controls(files, renderer, tmp_path
     table = summary_table(before, after, compare(tmp_path / "step-000000", tmp_path / "step-000300"))
     assert "step 0 → 300" in table.title
     assert cells_of(table, 1) == [
-        "mri",
-        "8",
+        "mri\n8 rows",
         "50.0 → 87.5\n22–78 → 53–98",
         "0.375",
         "100.0 → 100.0",
@@ -426,16 +425,20 @@ def test_the_table_shows_both_ends_with_their_controls(files, renderer, tmp_path
 def test_the_table_of_one_evaluation(files, renderer, tmp_path):
     summary = run(files, renderer, tmp_path, controls=False, train_examples=files[1].examples)
     cells = cells_of(summary_table(None, summary, None), 1)
-    assert cells == ["ct", "6", "100.0\n61–100", "–", "100.0", "–", "–", "33.3", "25.0"]
+    assert cells == ["ct\n6 rows", "100.0\n61–100", "–", "100.0", "–", "–", "33.3", "25.0"]
 
 
 def test_the_table_fits_a_narrow_terminal(files, renderer, tmp_path):
     before, after = two_evaluations(files, renderer, tmp_path)
-    before = dataclasses.replace(before, files=tuple(dataclasses.replace(file, name="xray") for file in before.files))
-    after = dataclasses.replace(after, files=tuple(dataclasses.replace(file, name="xray") for file in after.files))
-    table = summary_table(before, after, {"files": {"xray": {"p_value": 1e-9}}})
+    before = dataclasses.replace(
+        before, files=tuple(dataclasses.replace(file, name="test_xray", rows=300) for file in before.files)
+    )
+    after = dataclasses.replace(
+        after, files=tuple(dataclasses.replace(file, name="test_xray", rows=300) for file in after.files)
+    )
+    table = summary_table(before, after, {"files": {"test_xray": {"p_value": 1e-9}}})
     assert Console(width=200).measure(table).maximum <= 80
-    assert cells_of(table, 0)[3] == "<0.001"
+    assert cells_of(table, 0)[2] == "<0.001"
 
 
 def test_the_run_folder_may_not_exist_yet(files, renderer, tmp_path):

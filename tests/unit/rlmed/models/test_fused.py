@@ -19,7 +19,7 @@ from rlmed.models import fused
 BASE = Path(rlmed.__path__[0]) / "assets" / "tiny_base"
 
 
-def check(actual, expected, inputs) -> None:
+def assert_same(actual, expected, inputs) -> None:
     """Equal values, and equal gradients of a random projection."""
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
     upstream = torch.randn(actual.shape, generator=torch.Generator().manual_seed(7))
@@ -40,7 +40,7 @@ def test_rms_norm(shape: tuple[int, ...]) -> None:
     norm.weight = nn.Parameter(weight.detach().clone())
     expected = norm.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-3))
     torch.testing.assert_close(norm(x), expected)
-    check(
+    assert_same(
         fused.rms_norm(x, weight, 1e-3), weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-3)), (x, weight)
     )
     with torch.no_grad():
@@ -49,7 +49,7 @@ def test_rms_norm(shape: tuple[int, ...]) -> None:
 
 def test_rms_norm_of_a_transposed_gradient() -> None:
     x, weight = random(3, 4, 8), random(8, seed=1)
-    check(
+    assert_same(
         fused.rms_norm(x, weight, 1e-6).transpose(0, 1),
         (weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))).transpose(0, 1),
         (x, weight),
@@ -58,7 +58,7 @@ def test_rms_norm_of_a_transposed_gradient() -> None:
 
 def test_swiglu() -> None:
     gate, up = random(2, 5, 8), random(2, 5, 8, seed=1)
-    check(fused.swiglu(gate, up), nn.functional.silu(gate) * up, (gate, up))
+    assert_same(fused.swiglu(gate, up), nn.functional.silu(gate) * up, (gate, up))
     before = gate.detach().clone()
     with torch.no_grad():
         torch.testing.assert_close(fused.swiglu(gate, up), nn.functional.silu(gate) * up)
@@ -75,7 +75,7 @@ def test_rotary() -> None:
         return x * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
 
     for actual, x in zip(fused.rotary(query, key, cos, sin), (query, key), strict=True):
-        check(actual, plain(x), (x,))
+        assert_same(actual, plain(x), (x,))
     with torch.no_grad():
         for actual, x in zip(fused.rotary(query, key, cos, sin), (query, key), strict=True):
             torch.testing.assert_close(actual, plain(x))
