@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rewards.extra import RewardError
 from rlmed.checkpoint import CheckpointError
-from rlmed.core.config import RunConfig, build_config
+from rlmed.core.config import RunConfig, build_config, check_key
 
 EMBEDDED_SUFFIX = "_embedded"
 
@@ -46,8 +46,13 @@ def expand(arguments: Sequence[str], *, cuda: bool) -> list[str]:
         cuda: whether there is a CUDA device.
 
     Raises:
-        ValueError: for a profile that does not exist, or a resume folder without a checkpoint.
+        ValueError: for a key or profile that does not exist, or a resume folder without a checkpoint.
     """
+    for entry in arguments:
+        key, equals, _ = entry.partition("=")
+        # +key and ~key change the composition itself, and so does group@package; hydra.key is Hydra's own
+        if equals and key[:1].isalpha() and "@" not in key and key.split(".")[0] != "hydra":
+            check_key(key)
     profile = next((entry.partition("=")[2] for entry in arguments if entry.startswith("profile=")), "auto")
     if profile not in ("auto", "embedded", "paper"):
         raise ValueError(f"profile={profile} is not possible: choose one of auto, embedded, paper")

@@ -188,8 +188,10 @@ def main(config: RunConfig, folder: Path) -> None:
     """Run the training described by `config` in `folder`."""
     if config.name.endswith("_embedded") and config.profile == "auto":
         log.info(
-            "no CUDA device: this is the embedded profile (tiny model, generated images). "
+            "no CUDA device: this is the embedded profile (%s on %s). "
             "The real run, on a GPU: python -m rlmed.launch +experiment=%s profile=paper",
+            config.model.path,
+            "generated images" if config.data.source == "phantom" else config.data.train,
             config.name.removesuffix("_embedded"),
         )
     Run(config, folder).execute()

@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, Union, get_args, get_origin
 
@@ -285,6 +285,32 @@ def build_config(mapping: Mapping[str, Any]) -> RunConfig:
     return _build(RunConfig, mapping, "")
 
 
+def check_key(key: str) -> None:
+    """Make sure that there is a key, before a value is put there.
+
+    Args:
+        key: with dots, for example "learner.lr"; "learner" is one too.
+
+    Raises:
+        ConfigError: naming the key that was probably meant.
+    """
+    hint: Any = RunConfig
+    where = ""
+    for part in key.split("."):
+        if not dataclasses.is_dataclass(hint):
+            return  # a mapping such as reward.weights takes any key
+        hints = typing.get_type_hints(hint)
+        if part not in hints:
+            raise _unknown_key(part, hints, where)
+        hint, where = hints[part], f"{where}{part}."
+
+
+def _unknown_key(key: str, known: Collection[str], where: str) -> ConfigError:
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean {where}{near[0]}?" if near else f"known keys: {', '.join(sorted(known))}"
+    return ConfigError(f"unknown key {where}{key}: {hint}")
+
+
 def _build(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
     if not isinstance(mapping, Mapping):
         raise ConfigError(f"{where.rstrip('.')}={mapping!r} must be a group of keys")
@@ -292,9 +318,7 @@ def _build(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
     fields = {entry.name: entry for entry in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in mapping:
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"did you mean {where}{near[0]}?" if near else f"known keys: {', '.join(sorted(fields))}"
-            raise ConfigError(f"unknown key {where}{key}: {hint}")
+            raise _unknown_key(str(key), fields, where)
     values: dict[str, Any] = {}
     for name, entry in fields.items():
         if name in mapping:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlmed.commandline import check_same_run, compose_config, expand, newest_run, to_yaml
-from rlmed.core.config import RunConfig
+from rlmed.core.config import ConfigError, RunConfig
 
 
 def config(*overrides: str) -> RunConfig:
@@ -45,6 +45,24 @@ def test_expand_resume_folder(tmp_path: Path) -> None:
 def test_expand_refuses_an_unknown_profile() -> None:
     with pytest.raises(ValueError, match="auto, embedded, paper"):
         expand(["profile=moon"], cuda=False)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("learner.lrr=1", r"unknown key learner\.lrr: did you mean learner\.lr\?"),
+        ("rolout.max_tokens=64", r"unknown key rolout: did you mean rollout\?"),
+        ("zzz=1", "unknown key zzz: known keys: .*steps"),
+    ],
+)
+def test_expand_says_which_key_was_meant(argument: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        expand(["steps=3", argument], cuda=False)
+
+
+def test_expand_leaves_what_is_hydras_alone() -> None:
+    arguments = ["hydra.run.dir=x", "+new.key=1", "~data", "reward.weights.mine=0.5", "--multirun", "seed=1,2"]
+    assert expand(arguments, cuda=False) == arguments
 
 
 def test_newest_run_needs_a_checkpoint(tmp_path: Path) -> None:
