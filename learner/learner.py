@@ -22,6 +22,7 @@ from rlmed.core.types import TrainGroup
 from rlmed.models.policy import Policy
 
 OPTIMIZER_FILE = "optimizer.pt"
+SKIPPED = "skipped_steps"
 
 
 def loss_config(algo: AlgoConfig) -> PolicyLossConfig:
@@ -30,7 +31,12 @@ def loss_config(algo: AlgoConfig) -> PolicyLossConfig:
     Raises:
         ValueError: for an impossible value, naming the key.
     """
-    return PolicyLossConfig(**{entry.name: getattr(algo, entry.name) for entry in dataclasses.fields(PolicyLossConfig)})
+    try:
+        return PolicyLossConfig(
+            **{entry.name: getattr(algo, entry.name) for entry in dataclasses.fields(PolicyLossConfig)}
+        )
+    except ValueError as error:
+        raise ValueError(f"algo.{error}") from error
 
 
 @dataclass(slots=True)
@@ -105,12 +111,16 @@ class PolicyLearner:
         self.policy.model.train(self._config.gradient_checkpointing)
         for _ in range(self._config.epochs):
             for micro_batches, denominators in plans:
+                if denominators.tokens == 0:  # momentum alone would move the weights
+                    continue
                 loss, metrics = self._update(micro_batches, denominators)
                 norm = self._apply(loss, groups)
                 parts.append(metrics)
                 losses.append(loss)
                 norms.append(norm)
         self.policy.model.eval()
+        if not losses:
+            return {"lr": lr, "skipped_steps": float(self.skipped_steps)}
         merged = {name: metric.value() for name, metric in merge_metrics(parts).items()}
         return merged | {
             "loss": sum(losses) / len(losses),
@@ -126,11 +136,13 @@ class PolicyLearner:
     def save(self, folder: Path) -> None:
         """See `rlmed.core.protocols.Learner.save`."""
         self.policy.model.save_pretrained(folder)
-        torch.save(self.optimizer.state_dict(), folder / OPTIMIZER_FILE)
+        torch.save(self.optimizer.state_dict() | {SKIPPED: self.skipped_steps}, folder / OPTIMIZER_FILE)
 
     def load(self, folder: Path) -> None:
         """See `rlmed.core.protocols.Learner.load`; the policy must have been loaded from the same folder."""
-        self.optimizer.load_state_dict(torch.load(folder / OPTIMIZER_FILE, weights_only=True))
+        state = torch.load(folder / OPTIMIZER_FILE, weights_only=True)
+        self.skipped_steps = state.pop(SKIPPED)
+        self.optimizer.load_state_dict(state)
 
     def _item(self, group: TrainGroup) -> PackItem:
         sequences = tuple(

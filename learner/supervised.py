@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from learner.learner import OPTIMIZER_FILE
+from learner.learner import OPTIMIZER_FILE, SKIPPED
 from learner.optimizer import Optimizer
 from learner.packing import PackItem, TrainSequence, pack, packed_logprobs, split_by_tokens
 from rlmed.core.config import LearnerConfig
@@ -70,8 +70,10 @@ class SupervisedLearner:
     def save(self, folder: Path) -> None:
         """Write the model as a Hugging Face folder, and the optimizer's state beside it."""
         self.policy.model.save_pretrained(folder)
-        torch.save(self.optimizer.state_dict(), folder / OPTIMIZER_FILE)
+        torch.save(self.optimizer.state_dict() | {SKIPPED: self.skipped_steps}, folder / OPTIMIZER_FILE)
 
     def load(self, folder: Path) -> None:
         """Go on from what `save` wrote; the policy must have been loaded from the same folder."""
-        self.optimizer.load_state_dict(torch.load(folder / OPTIMIZER_FILE, weights_only=True))
+        state = torch.load(folder / OPTIMIZER_FILE, weights_only=True)
+        self.skipped_steps = state.pop(SKIPPED)
+        self.optimizer.load_state_dict(state)

@@ -15,7 +15,7 @@ from rich.text import Text
 from rewards.parsing import evaluated_letter
 from rlmed.core.types import LETTERS, Example, RolloutRequest, SamplingParams
 from rlmed.data.prompts import PromptRenderer, load_processor
-from rlmed.models.policy import load_policy
+from rlmed.models.policy import load_config, load_policy
 from rlmed.setup import model_folder
 from rollout.native.engine import NativeEngine
 
@@ -47,6 +47,7 @@ def ask(arguments: argparse.Namespace) -> str:
             f"--options needs 2 to {len(LETTERS)} different texts, got {len(options)}: {', '.join(options)}"
         )
     folder = model_folder(arguments.model)
+    load_config(folder)  # says what to do when there is no such model
     renderer = PromptRenderer(*load_processor(folder), max_prompt_tokens=4096)
     example = Example(id="question", image=arguments.image, question=arguments.question, options=options, answer=0)
     prompt = renderer.render(example)

@@ -46,7 +46,7 @@ def save_checkpoint(
             _flush(path)
         _flush(aside)
         if target.exists():  # a resumed run writes the step that it had written before it was killed
-            shutil.rmtree(target)
+            _remove(target)
         aside.rename(target)
         _flush(root)
     except Exception as error:
@@ -57,11 +57,30 @@ def save_checkpoint(
             "again with resume=auto; earlier checkpoints are whole"
         ) from error
     for old in list_checkpoints(root)[:-keep_last]:
-        # renamed first: a kill in the middle of the removal must not leave half a checkpoint under a good name
-        doomed = old.with_name(f".{old.name}.removed")
-        old.rename(doomed)
-        shutil.rmtree(doomed)
+        _remove(old)
     return target
+
+
+def _remove(checkpoint: Path) -> None:
+    """Renamed first: a kill in the middle of the removal must not leave half a checkpoint under a good name."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}.removed")
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def starting_point(run_folder: Path, *, resume: bool) -> Path | None:
+    """The checkpoint that a run in `run_folder` goes on from; None for a new run.
+
+    Raises:
+        ValueError: when a new run was asked for in the folder of another: their checkpoints would replace each other.
+    """
+    checkpoints = list_checkpoints(run_folder / "checkpoints")
+    if checkpoints and not resume:
+        raise ValueError(
+            f"{run_folder} holds a run already ({checkpoints[-1].name}): go on with it by resume={run_folder}, or give the "
+            "new run a folder of its own (hydra.run.dir=FOLDER)"
+        )
+    return checkpoints[-1] if checkpoints else None
 
 
 def list_checkpoints(root: Path) -> list[Path]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from learner.learner import PolicyLearner, loss_config
+from learner.learner import PolicyLearner
 from rlmed.core.config import RunConfig
 from rlmed.core.protocols import Learner, RolloutPool
 from rlmed.core.types import TrainGroup
@@ -74,7 +74,6 @@ def build_cluster(
         checkpoint: load the policy from there instead of `config.model`; the reference is always `config.model`.
         on_bad_step: told of batches that were skipped.
     """
-    loss_config(config.algo)  # an impossible loss is an error before anything is loaded
     base = model_folder(config.model.path)
     policy = build_policy(config, checkpoint or base)
     reference = None

@@ -5,16 +5,18 @@
 | `+experiment=X` where no CUDA device is | `+experiment=X_embedded`, if there is one (`profile=paper` keeps X) |
 | `model=DIR` | `model.path=DIR` |
 | `data=a.jsonl` | `data=jsonl data.eval=[a.jsonl]` |
-| `resume=auto` | goes on in the newest run folder of the same name that has a checkpoint; starts anew if there is none |
+| `resume=auto` | goes on in `hydra.run.dir`, if given, else in the newest run of that name with a checkpoint; or starts anew |
 | `resume=RUN_FOLDER` | goes on in that folder |
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
+import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from rewards.extra import RewardError
 from rlmed.checkpoint import CheckpointError
 from rlmed.core.config import RunConfig, build_config, check_key
+from rlmed.core.files import refusal
 
 EMBEDDED_SUFFIX = "_embedded"
 
@@ -67,16 +70,23 @@ def _expand_one(argument: str, embedded: bool) -> list[str]:
     if key == "+experiment" and embedded and value + EMBEDDED_SUFFIX in group_options("experiment"):
         return [f"{key}={value}{EMBEDDED_SUFFIX}"]
     if key == "model" and value not in group_options("model"):
-        return [f"model.path={value}"]
+        return [f"model.path={quoted(value)}"]
     if key == "data" and value.endswith((".jsonl", "]")):
-        files = value if value.startswith("[") else f"[{value}]"
+        files = value if value.startswith("[") else f"[{quoted(value)}]"
         return ["data=jsonl", f"data.eval={files}"]
     if key == "resume" and value not in ("auto", "null", ""):
         folder = Path(value)
         if not (folder / "checkpoints").is_dir():
             raise ValueError(f"resume={value}: no checkpoints in that folder; give the folder of a run, or resume=auto")
-        return [f"resume={value}", f"hydra.run.dir={value}"]
+        return [f"resume={quoted(value)}", f"hydra.run.dir={quoted(value)}"]
     return [argument]
+
+
+def quoted(path: str) -> str:
+    """A path as Hydra's grammar takes it: in quotes where it has other than the usual characters."""
+    if re.fullmatch(r"[\w./:+~-]+", path, re.ASCII):
+        return path
+    return "'" + path.replace("'", r"\'") + "'"
 
 
 def compose_config(program: str, overrides: Sequence[str]) -> RunConfig:
@@ -100,13 +110,8 @@ def _validated(composed: DictConfig) -> RunConfig:
 
 
 def newest_run(folder: Path) -> Path | None:
-    """The run that `resume=auto` means for a run about to start in `folder`.
-
-    That is `folder` itself when it holds a checkpoint, else the latest folder beside it that does.
-    """
+    """The run that `resume=auto` means for a run about to start in `folder`: the latest beside it with a checkpoint."""
     folders = [path for path in folder.parent.glob("*") if any((path / "checkpoints").glob("step-*"))]
-    if folder in folders:
-        return folder
     return max(folders, key=lambda path: path.stat().st_mtime, default=None)
 
 
@@ -117,28 +122,69 @@ def run_command(program: str, main: Callable[[RunConfig, Path], None]) -> None:
     """
     try:
         sys.argv[1:] = expand(sys.argv[1:], cuda=torch.cuda.is_available())
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
+        if not any(entry.startswith("-") for entry in sys.argv[1:]):  # --help and its like write nothing
+            check_writable(_output_folder(sys.argv[1:]))
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from error
 
     transformers.utils.logging.disable_progress_bar()  # ours are enough
+    logging.getLogger("huggingface_hub").setLevel(
+        logging.ERROR
+    )  # its retries; what comes of them is said by load_config
 
     @hydra.main(version_base="1.3", config_path="pkg://conf", config_name=program)
     def entry(composed: DictConfig) -> None:
         folder = Path(HydraConfig.get().runtime.output_dir)
         try:
             config = _validated(composed)
-            if config.resume == "auto":
+            named = any(entry.startswith("hydra.run.dir=") for entry in HydraConfig.get().overrides.hydra)
+            if config.resume == "auto" and not named:
                 folder = newest_run(folder) or folder
             main(config, folder)
         except (ValueError, OSError, RewardError, CheckpointError, KeyboardInterrupt) as error:
             if os.environ.get("RLMED_TRACE"):
                 raise
             if isinstance(error, KeyboardInterrupt):
-                raise SystemExit("interrupted; go on with resume=auto") from None
+                raise SystemExit("interrupted; resume=auto goes on from the last checkpoint, if there is one") from None
             sys.stderr.write(f"error: {error}\n(RLMED_TRACE=1 shows where it came from)\n")
             raise SystemExit(2) from error
 
     entry()
+
+
+PROBE = b"." * 2**16
+
+
+def check_writable(folder: Path) -> None:
+    """Make sure that something can be written into `folder`, which is made if missing.
+
+    Hydra writes there before the program's own code runs, and its errors would be tracebacks.
+
+    Raises:
+        RecordError: naming the folder and the cure.
+    """
+    probe = folder / f".probe-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            probe.write_bytes(PROBE)
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise refusal(folder, error, cure="try again, or choose another with hydra.run.dir=FOLDER") from error
+
+
+def _output_folder(arguments: Sequence[str]) -> Path:
+    """Where the run's folder is, or will be made."""
+    named = [
+        entry.partition("=")[2].strip("'\"").replace(r"\'", "'")
+        for entry in arguments
+        if entry.startswith("hydra.run.dir=")
+    ]
+    if named and "${" not in named[-1]:
+        return Path(named[-1])
+    return Path("outputs")
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -146,12 +192,17 @@ def to_yaml(config: RunConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(_plain(dataclasses.asdict(config))))
 
 
-MAY_CHANGE = ("resume", "profile", "eval", "checkpoint", "preflight", "cluster", "sft")
+MAY_CHANGE = ("resume", "profile", "eval", "checkpoint", "preflight", "cluster")
 """Keys that may differ between a run and its resumption, since they do not change what is learnt."""
 
 
-def check_same_run(saved: Path, config: RunConfig) -> None:
+def check_same_run(saved: Path, config: RunConfig, *, unused: Collection[str]) -> None:
     """Make sure that a run is resumed with the settings it was started with.
+
+    Args:
+        saved: the run's `config.yaml`.
+        config: what it is to go on with.
+        unused: further keys that play no part in this kind of run.
 
     Raises:
         ValueError: naming each key that differs, with both values.
@@ -162,7 +213,7 @@ def check_same_run(saved: Path, config: RunConfig) -> None:
     different = [
         f"{key}: {_flat(before)[key]!r} then, {value!r} now"
         for key, value in _flat(after).items()
-        if key.split(".")[0] not in MAY_CHANGE and _flat(before).get(key) != value
+        if key.split(".")[0] not in (*MAY_CHANGE, *unused) and _flat(before).get(key) != value
     ]
     if different:
         raise ValueError(

@@ -61,27 +61,28 @@ def train(
     after_step: Callable[[StepResult], None],
 ) -> None:
     """Run until `state.step` is `steps`; `after_step` records, evaluates and saves."""
+    inbox = _Inbox(pool)
     for index in state.pending:
-        pool.submit(stream.request(index))
+        inbox.submit(stream.request(index), state.step)
     while state.step < steps:
         batch: list[TrainGroup] = []
         discarded: list[ScoredGroup] = []
         with tracer.span("rollout", step=state.step + 1):
             while len(batch) < algo.groups_per_step:
-                # every group admitted now is consumed at most `max_staleness` steps from here
+                # as the oldest groups are consumed first, each admitted now is at most `max_staleness` steps from here
                 while (
-                    pool.in_flight + len(batch) < algo.groups_per_step * (1 + algo.max_staleness)
+                    len(inbox) + len(batch) < algo.groups_per_step * (1 + algo.max_staleness)
                     and len(discarded) <= algo.max_refills * algo.groups_per_step
                 ):
-                    pool.submit(stream.request(state.cursor))
+                    inbox.submit(stream.request(state.cursor), state.step)
                     state.pending.append(state.cursor)
                     state.cursor += 1
-                if pool.in_flight == 0:  # enough has been replaced: learn from what there is
+                if len(inbox) == 0:  # enough has been replaced: learn from what there is
                     break
-                group = pool.collect()
+                group = inbox.collect()
                 state.pending.remove(group.request.index)
                 scored = score(group)
-                if algo.dynamic_sampling and not has_spread(scored):
+                if algo.dynamic_sampling and not teaches(scored, mask_truncated=algo.mask_truncated):
                     discarded.append(scored)
                 else:
                     batch.append(to_train_group(scored, algo.advantage))
@@ -96,9 +97,48 @@ def train(
         after_step(StepResult(state.step, tuple(batch), tuple(discarded), metrics))
 
 
+class _Inbox:
+    """Groups admitted and not consumed. They come out by the step of their admission, then in order of completion.
+
+    At most `groups_per_step * (1 + max_staleness)` are in here or in the batch, and each step takes `groups_per_step` of the
+    oldest, so none waits longer than `max_staleness` steps, however slow it is. (In order of completion alone, a long group
+    could be overtaken for ever.)
+    """
+
+    def __init__(self, pool: RolloutPool) -> None:
+        self._pool = pool
+        self._step_of: dict[int, int] = {}
+        self._early: list[RolloutGroup] = []
+
+    def __len__(self) -> int:
+        return len(self._step_of)
+
+    def submit(self, request: RolloutRequest, step: int) -> None:
+        self._step_of[request.index] = step
+        self._pool.submit(request)
+
+    def collect(self) -> RolloutGroup:
+        oldest = min(self._step_of.values())
+        ready = [group for group in self._early if self._step_of[group.request.index] == oldest]
+        group = ready[0] if ready else self._pool.collect()
+        while self._step_of[group.request.index] != oldest:
+            self._early.append(group)
+            group = self._pool.collect()
+        if ready:
+            self._early.remove(group)
+        del self._step_of[group.request.index]
+        return group
+
+
 def has_spread(scored: ScoredGroup) -> bool:
     """False when all rewards of a group are equal: every advantage would be zero."""
     return float(np.ptp(scored.rewards)) > 1e-6
+
+
+def teaches(scored: ScoredGroup, *, mask_truncated: bool) -> bool:
+    """Whether the policy's gradient can gain from a group: rewards differ, and not all completions are out of the loss."""
+    masked = mask_truncated and all(entry.finish_reason == "length" for entry in scored.rollout.completions)
+    return has_spread(scored) and not masked
 
 
 def to_train_group(scored: ScoredGroup, advantage: str) -> TrainGroup:

@@ -1,4 +1,7 @@
-"""`python -m rlmed.doctor`: what this machine can run, and what is missing for the rest."""
+"""`python -m rlmed.doctor`: what this machine can run, and what is missing for the rest.
+
+Nothing that might be missing is imported at the top, so it also runs where little is installed.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +13,22 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from rich.console import Console
-from rich.table import Table
-
-from rlmed.setup import model_folder
-
 Status = Literal["ok", "optional", "missing"]
 
 REQUIRED = (
-    "torch",
-    "transformers",
-    "tokenizers",
-    "safetensors",
     "hydra-core",
+    "jinja2",
+    "matplotlib",
     "numpy",
     "pillow",
     "rich",
+    "safetensors",
     "tensorboard",
+    "tokenizers",
+    "torch",
+    "transformers",
 )
+"""The dependencies of pyproject.toml."""
 OPTIONAL = {
     "ray": "only for cluster=ray",
     "vllm": "only for rollout=vllm on GPUs",
@@ -65,32 +65,40 @@ def examine() -> list[Finding]:
     for name, use in OPTIONAL.items():
         found = _package(name)
         findings.append(Finding(name, "ok" if found else "optional", found or f"not installed: {use}"))
-    if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        name = torch.cuda.get_device_name()
-        findings.append(Finding("CUDA device", "ok", f"{name}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free"))
-    else:
-        findings.append(Finding("CUDA device", "optional", "none: +experiment=… runs its embedded profile here"))
-    findings.append(Finding("CPU", "ok", f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads"))
     free_disk = shutil.disk_usage(".").free / 2**30
     findings.append(Finding("disk", "ok" if free_disk > 1 else "missing", f"{free_disk:.0f} GiB free in this folder"))
+    if any(finding.status == "missing" for finding in findings):
+        return findings
+    return [*findings, *_hardware(), _embedded_model()]
+
+
+def _hardware() -> list[Finding]:
+    import torch
+
+    cpu = Finding("CPU", "ok", f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads")
+    if not torch.cuda.is_available():
+        return [cpu, Finding("CUDA device", "optional", "none: +experiment=… runs its embedded profile here")]
+    free, total = torch.cuda.mem_get_info()
+    name = torch.cuda.get_device_name()
+    return [cpu, Finding("CUDA device", "ok", f"{name}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free")]
+
+
+def _embedded_model() -> Finding:
+    from rlmed.setup import model_folder
+
     try:
-        findings.append(Finding("embedded model", "ok", str(model_folder("embedded:tiny_base").name)))
+        return Finding("embedded model", "ok", model_folder("embedded:tiny_base").name)
     except ValueError as error:
-        findings.append(Finding("embedded model", "missing", str(error)))
-    return findings
+        return Finding("embedded model", "missing", str(error))
 
 
 def main() -> None:
     """Print the table; exit status 1 when something needed is missing."""
     findings = examine()
-    table = Table(box=None, pad_edge=False)
-    for heading in ("", "what", "found"):
-        table.add_column(heading)
-    marks = {"ok": "[green]ok[/]", "optional": "[yellow]–[/]", "missing": "[red]missing[/]"}
+    width = max(len(finding.what) for finding in findings)
     for finding in findings:
-        table.add_row(marks[finding.status], finding.what, finding.detail)
-    Console().print(table)
+        mark = "–" if finding.status == "optional" else finding.status
+        sys.stdout.write(f"{mark:<8} {finding.what:<{width}}  {finding.detail}\n")
     if any(finding.status == "missing" for finding in findings):
         raise SystemExit(1)
 

@@ -13,10 +13,11 @@ from rich.console import Console
 from rlmed.cluster import build_local_pool, build_policy
 from rlmed.commandline import run_command, to_yaml
 from rlmed.core.config import RunConfig
+from rlmed.core.files import replace_text
 from rlmed.evaluation import evaluate
-from rlmed.evaluation_results import EvalSummary, compare, step_folder, summary_table
+from rlmed.evaluation_results import EvalSummary, check_comparable, compare, step_folder, summary_table
 from rlmed.progress import Progress
-from rlmed.recorder import write_data, write_versions
+from rlmed.recorder import CONFIG_FILE, write_data, write_versions
 from rlmed.report import write_report
 from rlmed.setup import load_data, make_renderer, model_folder
 
@@ -27,18 +28,22 @@ def main(config: RunConfig, folder: Path) -> None:
         raise ValueError(f"before={config.before} is no evaluation: give a folder that holds rows.jsonl")
     renderer = make_renderer(config)
     data = load_data(config.data, renderer, training=False)
+    files = data.eval_files(config.eval.limit)
+    if config.before:
+        check_comparable(Path(config.before), {file.name: file.examples for file in files})
     policy = build_policy(config, model_folder(config.model.path))
-    (folder / "config.yaml").write_text(to_yaml(config))
+    replace_text(folder / CONFIG_FILE, to_yaml(config))
     write_versions(folder)
     write_data(folder, data.files)
     progress = Progress()
     with progress:
         summary = evaluate(
-            data.eval_files(config.eval.limit),
+            files,
             pool=build_local_pool(config, policy, renderer),
             renderer=renderer,
             train_examples=data.train_examples,
             max_tokens=config.eval.max_tokens,
+            stop=config.rollout.stop,
             controls=config.eval.controls,
             folder=folder / "evaluations",
             step=0,

@@ -67,6 +67,7 @@ def evaluate(
     renderer: PromptRenderer,
     train_examples: Sequence[Example],
     max_tokens: int,
+    stop: tuple[str, ...] = (),
     controls: bool,
     folder: Path,
     step: int,
@@ -83,6 +84,7 @@ def evaluate(
         renderer: the one that training uses.
         train_examples: rows on which the image-free prior is fitted; may be empty.
         max_tokens: longest completion.
+        stop: strings that end a completion, as in training.
         controls: also ask over grey and over shuffled pictures, which triples the work.
         folder: where step folders go; made if missing.
         step: the step of training behind the weights.
@@ -99,7 +101,7 @@ def evaluate(
     start = time.perf_counter()
     tasks = [task for file in files for task in _tasks(file, controls)]
     rows: list[EvalRow | None] = [None] * len(tasks)
-    sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+    sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, stop=stop)
     for done, (index, completion) in enumerate(_answers(tasks, pool, renderer, sampling), 1):
         rows[index] = _judge(tasks[index], completion)
         if on_progress is not None:

@@ -14,8 +14,9 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
+from rlmed.core.files import refusal, replace_text
 from rlmed.core.statistics import mcnemar, wilson_interval
-from rlmed.core.types import FinishReason
+from rlmed.core.types import Example, FinishReason
 
 Control = Literal["none", "blank", "shuffled"]
 """What was shown: the row's own picture, a grey one, or another row's."""
@@ -163,10 +164,13 @@ def write_evaluation(folder: Path, summary: EvalSummary, rows: Iterable[EvalRow]
     for leftover in (aside, replaced):  # of a run that was killed
         if leftover.exists():
             shutil.rmtree(leftover)
-    aside.mkdir(parents=True)
-    with (aside / ROWS_FILE).open("w", encoding="utf-8") as lines:
-        for row in rows:
-            lines.write(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n")
+    try:
+        aside.mkdir(parents=True)
+        with (aside / ROWS_FILE).open("w", encoding="utf-8") as lines:
+            for row in rows:
+                lines.write(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise refusal(aside / ROWS_FILE, error) from error
     _write_json(aside / SUMMARY_FILE, dataclasses.asdict(summary))
     if target.exists():
         target.rename(replaced)
@@ -202,12 +206,7 @@ def compare(before: Path, after: Path) -> dict[str, Any]:
         if name not in first:
             continue
         old, new = first[name], second[name]
-        if old.keys() != new.keys():
-            odd = min(old.keys() ^ new.keys())
-            raise ValueError(
-                f"file {name} has other rows in {before} than in {after} (for example id {odd!r}): compare two evaluations "
-                "of the same data with the same eval.limit"
-            )
+        _check_same_rows(name, before, old, new)
         answers = [np.array([rows[key] for key in new], dtype=bool) for rows in (old, new)]
         files[name] = {
             "rows": len(new),
@@ -224,20 +223,45 @@ def compare(before: Path, after: Path) -> dict[str, Any]:
     return comparison
 
 
+def check_comparable(before: Path, files: Mapping[str, Sequence[Example]]) -> None:
+    """Make sure, before anything is answered, that `compare` will be able to pair the answers with those of `before`.
+
+    Raises:
+        ValueError: as `compare`.
+    """
+    EvalSummary.read(before)
+    first = _answers(before)
+    if not first.keys() & files.keys():
+        raise ValueError(f"{before} (files {', '.join(first)}) shares no file with data.eval ({', '.join(files)})")
+    for name in first.keys() & files.keys():
+        _check_same_rows(name, before, first[name], {_key(row): True for row in files[name]})
+
+
+def _check_same_rows(name: str, before: Path, old: Mapping[Any, bool], new: Mapping[Any, bool]) -> None:
+    if old.keys() != new.keys():
+        odd = min(old.keys() ^ new.keys())
+        raise ValueError(
+            f"file {name} has other rows than in {before} (for example id {odd[0]!r}): compare two evaluations of the same "
+            "data with the same eval.limit"
+        )
+
+
+def _key(row: EvalRow | Example) -> tuple[str, str]:
+    """Id and question: an id that stands for another question must not be paired."""
+    return row.id, json.dumps([row.question, sorted(row.options)])
+
+
 def _answers(folder: Path) -> dict[str, dict[tuple[str, str], bool]]:
-    """Right or not by file, then by id and question: an id that stands for another question must not be paired."""
+    """Right or not by file, then by `_key`."""
     answers: dict[str, dict[tuple[str, str], bool]] = {}
     for row in read_rows(folder):
         if row.control == "none":
-            text = json.dumps([row.question, sorted(row.options)])
-            answers.setdefault(row.file, {})[row.id, text] = row.right
+            answers.setdefault(row.file, {})[_key(row)] = row.right
     return answers
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    aside.replace(path)
+    replace_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def summary_table(before: EvalSummary | None, after: EvalSummary, comparison: Mapping[str, Any] | None) -> Table:

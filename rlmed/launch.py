@@ -7,19 +7,21 @@ from pathlib import Path
 
 from rich.console import Console
 
+from learner.learner import loss_config
 from rewards.rubric import Rubric
-from rlmed.checkpoint import list_checkpoints, read_state, save_checkpoint
+from rlmed.checkpoint import list_checkpoints, read_state, save_checkpoint, starting_point
 from rlmed.cluster import Cluster, build_cluster
 from rlmed.commandline import check_same_run, run_command, to_yaml
 from rlmed.controller import LoopState, StepResult, train
 from rlmed.core.config import RunConfig
+from rlmed.core.files import replace_text
 from rlmed.core.tracing import Tracer
 from rlmed.core.types import SamplingParams
 from rlmed.evaluation import evaluate
 from rlmed.evaluation_results import EvalSummary, compare, step_folder, summary_table
 from rlmed.preflight import check, inspect
 from rlmed.progress import Progress
-from rlmed.recorder import RunRecorder, write_data, write_versions
+from rlmed.recorder import CONFIG_FILE, RunRecorder, check_same_data, write_data, write_versions
 from rlmed.report import write_report
 from rlmed.setup import Dataset, load_data, make_renderer
 from rlmed.stream import PromptStream
@@ -37,12 +39,12 @@ class Run:
             ValueError: for data, model or settings that cannot work.
         """
         self.config, self.folder = config, folder
+        loss_config(config.algo)  # an impossible loss is an error before anything is loaded
+        self.checkpoint = starting_point(folder, resume=config.resume is not None)
         self.progress = Progress()
         self.rubric = Rubric.from_config(config.reward.weights, config.reward.extra, timeout_s=config.reward.timeout_s)
         self.renderer = make_renderer(config)
         self.data: Dataset = load_data(config.data, self.renderer, training=True)
-        checkpoints = list_checkpoints(folder / "checkpoints")
-        self.checkpoint = checkpoints[-1] if checkpoints and config.resume else None
         self.tracer = Tracer(folder / "timeline.jsonl")
         self.recorder = RunRecorder(folder)
         self.state = LoopState()
@@ -68,7 +70,7 @@ class Run:
             self._restore(self.checkpoint)
         else:
             self.recorder.truncate({})
-        (folder / "config.yaml").write_text(to_yaml(config))
+        replace_text(folder / CONFIG_FILE, to_yaml(config))
         write_versions(folder)
         write_data(folder, self.data.files)
 
@@ -76,9 +78,11 @@ class Run:
         """Evaluate, train, evaluate, report."""
         config, state = self.config, self.state
         with self.progress:
+            if not self.data.evals:
+                self.progress.message("data.eval names no file: nothing is evaluated")
             if state.step == 0:
                 self._preflight()
-                if config.eval.at_start:
+                if config.eval.at_start and self.data.evals:
                     self._evaluate(0, controls=config.eval.controls)
             self.progress.start(config.steps, state.step)
             train(
@@ -92,18 +96,24 @@ class Run:
                 tracer=self.tracer,
                 after_step=self._after_step,
             )
-            if config.eval.at_end:
+            if config.eval.at_end and self.data.evals:
                 self._evaluate(config.steps, controls=config.eval.controls)
         self._finish()
 
     def _restore(self, checkpoint: Path) -> None:
         saved = read_state(checkpoint)
-        check_same_run(self.folder / "config.yaml", self.config)
+        check_same_run(self.folder / CONFIG_FILE, self.config, unused=("sft",))
+        check_same_data(self.folder, self.data.files)
         self.state = LoopState(**saved["loop"])
         self.recorder.truncate(saved["offsets"])
         self.cluster.learner.load(checkpoint)
         self.cluster.learner.push_weights(self.cluster.pool)
         self.progress.message(f"resuming after step {self.state.step} of {self.config.steps} from {checkpoint}")
+        if self.state.pending:
+            self.progress.message(
+                f"{len(self.state.pending)} groups were under way and are sampled again, by the weights of now: with "
+                "algo.max_staleness above 0 a resumed run is not bit for bit the uninterrupted one"
+            )
 
     def _preflight(self) -> None:
         if not self.config.preflight.enabled:
@@ -112,7 +122,7 @@ class Run:
             for index in range(self.config.preflight.groups):
                 self.cluster.pool.submit(self.stream.request(index))
             groups = [self.rubric.score(self.cluster.pool.collect()) for _ in range(self.config.preflight.groups)]
-        report = inspect(groups)
+        report = inspect(groups, mask_truncated=self.config.algo.mask_truncated)
         self.progress.message(report.line())
         check(report, self.config.rollout.max_tokens)
 
@@ -124,7 +134,7 @@ class Run:
         self.recorder.record_step(step, metrics)
         self.recorder.record_groups(step, result.groups, result.discarded)
         self.progress.step(step, metrics)
-        if config.eval.every and step % config.eval.every == 0 and step < config.steps:
+        if self.data.evals and config.eval.every and step % config.eval.every == 0 and step < config.steps:
             self._evaluate(step, controls=False)
         if (config.checkpoint.every and step % config.checkpoint.every == 0) or step == config.steps:
             self._save(step)
@@ -153,6 +163,7 @@ class Run:
                 renderer=self.renderer,
                 train_examples=self.data.train_examples,
                 max_tokens=self.config.eval.max_tokens,
+                stop=self.config.rollout.stop,
                 controls=controls,
                 folder=self.folder / "evaluations",
                 step=step,

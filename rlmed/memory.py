@@ -46,8 +46,10 @@ def estimate(policy: Policy, config: RunConfig) -> MemoryEstimate:
     weights = width * sum(count for count, _ in counts)
     trained = sum(count for count, is_trained in counts if is_trained)
     layers, heads, head_width = policy.kv_shape
-    groups = max(1, config.rollout.max_completions // config.algo.group_size)
-    tokens = config.rollout.max_completions * config.rollout.max_tokens + groups * config.data.max_prompt_tokens
+    rows, prompt = config.rollout.max_completions, config.data.max_prompt_tokens
+    training = rows * config.rollout.max_tokens + max(1, rows // config.algo.group_size) * prompt
+    evaluation = rows * (config.eval.max_tokens + prompt)  # each completion has a prompt of its own
+    tokens = max(training, evaluation)
     return MemoryEstimate(
         weights=weights,
         reference=weights if config.algo.kl_coef > 0 else 0,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rlmed.controller import has_spread
+from rlmed.controller import teaches
 from rlmed.core.types import ScoredGroup
 
 
@@ -27,7 +27,7 @@ class PreflightReport:
     truncated: float
     """Completions cut by the length limit."""
     without_spread: float
-    """Groups whose completions all have the same reward."""
+    """Groups that teach nothing: all completions have the same reward, or all are kept out of the loss."""
     distinct: float
     """Mean share of distinct texts in a group."""
     longest: int
@@ -42,8 +42,8 @@ class PreflightReport:
         )
 
 
-def inspect(groups: Sequence[ScoredGroup]) -> PreflightReport:
-    """Collect the facts."""
+def inspect(groups: Sequence[ScoredGroup], *, mask_truncated: bool = False) -> PreflightReport:
+    """Collect the facts; `mask_truncated` as in `algo.mask_truncated`."""
     completions = [completion for group in groups for completion in group.rollout.completions]
     formats = [group.reward_parts["format"] for group in groups if "format" in group.reward_parts]
     texts = [[completion.text for completion in group.rollout.completions] for group in groups]
@@ -53,7 +53,7 @@ def inspect(groups: Sequence[ScoredGroup]) -> PreflightReport:
         reward_mean=float(np.concatenate([group.rewards for group in groups]).mean()),
         format_rate=float(np.concatenate(formats).mean()) if formats else None,
         truncated=float(np.mean([completion.finish_reason == "length" for completion in completions])),
-        without_spread=float(np.mean([not has_spread(group) for group in groups])),
+        without_spread=float(np.mean([not teaches(group, mask_truncated=mask_truncated) for group in groups])),
         distinct=float(np.mean([len(set(entry)) / len(entry) for entry in texts])),
         longest=max(len(completion.token_ids) for completion in completions),
     )

@@ -14,7 +14,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from rlmed.bad_steps import write_bad_step
-from rlmed.core.jsonlines import JsonLinesWriter, RecordError, finite
+from rlmed.core.files import refusal, replace_text
+from rlmed.core.jsonlines import JsonLinesWriter, finite
 from rlmed.core.tracing import TIMELINE_LINES
 from rlmed.core.types import ScoredGroup, TrainGroup
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from rlmed.setup import DataFile
 
+CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 ROLLOUTS_FILE = "rollouts.jsonl"
 VERSIONS_FILE = "versions.json"
@@ -50,7 +52,7 @@ class RunRecorder:
         self._folder = folder
         self._metrics = JsonLinesWriter(folder / METRICS_FILE)
         self._rollouts = JsonLinesWriter(folder / ROLLOUTS_FILE)
-        # the tracer appends to it; here it is only measured and cut back together with the others
+        # the tracer appends to it; here it is only measured, made safe and cut back together with the others
         self._timeline = JsonLinesWriter(folder / TIMELINE_LINES)
         self._board: SummaryWriter | None = None
 
@@ -153,11 +155,7 @@ class RunRecorder:
                 if math.isfinite(value):
                     self._board.add_scalar(name, value, step)
         except OSError as error:  # of TensorBoard's own thread, so it may come some steps late
-            raise RecordError(
-                error.errno,
-                f"{self._folder / TENSORBOARD_FOLDER} cannot be written: {error}. Free some space, or make it writable, "
-                "and start again with resume=auto",
-            ) from error
+            raise refusal(self._folder / TENSORBOARD_FOLDER, error) from error
 
 
 def _open_board(folder: Path, step: int) -> SummaryWriter:
@@ -224,8 +222,33 @@ def write_data(folder: Path, files: Sequence[DataFile]) -> Path:
     that are used.
 
     Raises:
-        OSError: when the disk refuses.
+        RecordError: when the disk refuses.
     """
+    return _write_json(folder / DATA_FILE, {"files": _data_entries(files)})
+
+
+def check_same_data(folder: Path, files: Sequence[DataFile]) -> None:
+    """Make sure that a run is resumed with the rows that it was started with: the order of all others hangs on each.
+
+    Raises:
+        ValueError: naming the file and what is different.
+    """
+    before = {entry["name"]: entry for entry in json.loads((folder / DATA_FILE).read_text(encoding="utf-8"))["files"]}
+    for entry in _data_entries(files):
+        earlier = before.get(entry["name"], {"rows": 0, "sha256": "", "skipped": []})
+        used = [(side["rows"], sorted(str(row["id"]) for row in side["skipped"])) for side in (earlier, entry)]
+        if earlier["sha256"] == entry["sha256"] and used[0] == used[1]:
+            continue
+        what = f"{used[0][0]} rows could be used then, {used[1][0]} now"
+        if used[0][0] == used[1][0]:
+            what = "its content was changed" if earlier["sha256"] != entry["sha256"] else "other rows are skipped"
+        raise ValueError(
+            f"{entry['path']} is not what the run in {folder} was started with ({what}; {DATA_FILE} there lists the rows "
+            "that were skipped): restore file and images to resume it, or use resume=null for a new run"
+        )
+
+
+def _data_entries(files: Sequence[DataFile]) -> list[dict[str, Any]]:
     entries = []
     for file in files:
         skipped = [
@@ -235,14 +258,11 @@ def write_data(folder: Path, files: Sequence[DataFile]) -> Path:
         entries.append(
             {"name": file.name, "path": str(file.path), "sha256": file.read.sha256, "rows": rows, "skipped": skipped}
         )
-    return _write_json(folder / DATA_FILE, {"files": entries})
+    return entries
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(json.dumps(finite(content), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return aside.replace(path)
+    return replace_text(path, json.dumps(finite(content), indent=1, ensure_ascii=False) + "\n")
 
 
 def _version(package: str) -> str | None:

@@ -21,6 +21,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from omegaconf import OmegaConf
 
+from rlmed.core.files import replace_text
 from rlmed.core.jsonlines import read_json_lines
 from rlmed.core.statistics import mcnemar
 from rlmed.core.tracing import TIMELINE_LINES
@@ -34,7 +35,7 @@ from rlmed.evaluation_results import (
     read_rows,
 )
 from rlmed.progress import duration
-from rlmed.recorder import DATA_FILE, METRICS_FILE, ROLLOUTS_FILE, VERSIONS_FILE
+from rlmed.recorder import CONFIG_FILE, DATA_FILE, METRICS_FILE, ROLLOUTS_FILE, VERSIONS_FILE
 from rlmed.report_plots import draw_accuracy, draw_metrics
 from rlmed.report_rollouts import Pictures, show_groups, show_rows
 
@@ -57,30 +58,41 @@ class _Evaluations:
     comparison: Mapping[str, Any] | None
     """Of the last one with an evaluation from elsewhere, where that was asked for."""
     sft: EvalSummary | None
+    """Of the supervised baseline on the same files, where one was named."""
 
     @classmethod
-    def read(cls, folder: Path) -> _Evaluations:
+    def read(cls, folder: Path, sft: Path | None) -> _Evaluations:
         folders = sorted(path for path in folder.glob("step-*") if (path / SUMMARY_FILE).is_file())
         ends = folders[:1] + folders[-1:] if len(folders) > 1 else folders
         rows = [tuple(read_rows(path)) for path in ends]
-        sft = sorted((folder / "sft").rglob(SUMMARY_FILE))
         return cls(
             summaries=tuple(EvalSummary.read(path) for path in folders),
             first_rows=rows[0] if len(rows) > 1 else (),
             last_rows=rows[-1] if rows else (),
             comparison=_read_json(folders[-1] / COMPARISON_FILE) if len(folders) == 1 else None,
-            sft=EvalSummary.read(sft[-1].parent) if sft else None,
+            sft=None if sft is None else EvalSummary.read(_last_evaluation(sft)),
         )
 
 
-def write_report(run_folder: Path) -> Path:
+def _last_evaluation(run_folder: Path) -> Path:
+    folders = sorted(path.parent for path in (run_folder / "evaluations").glob(f"step-*/{SUMMARY_FILE}"))
+    if not folders:
+        raise ValueError(f"{run_folder} holds no evaluation: name the folder of a run of rlmed.sft that evaluated")
+    return folders[-1]
+
+
+def write_report(run_folder: Path, *, sft: Path | None = None) -> Path:
     """Write `report.html` into a run folder from the files in it, and return its path.
+
+    Args:
+        run_folder: of any command.
+        sft: run folder of the supervised baseline, whose last evaluation then stands in the same table.
 
     Raises:
         ValueError: when the folder holds nothing of a run, or a broken file.
         OSError: when a file cannot be read or the report cannot be written.
     """
-    if not any((run_folder / name).exists() for name in ("config.yaml", METRICS_FILE, "evaluations")):
+    if not any((run_folder / name).exists() for name in (CONFIG_FILE, METRICS_FILE, "evaluations")):
         raise ValueError(f"{run_folder} is no run folder: it holds no config.yaml, {METRICS_FILE} or evaluations")
     environment = Environment(
         loader=PackageLoader("rlmed", "assets"),
@@ -96,18 +108,15 @@ def write_report(run_folder: Path) -> Path:
         "p_value": _p_value,
         "number": _number,
     }
-    page = environment.get_template(TEMPLATE).render(_context(run_folder, environment))
-    target = run_folder / REPORT_FILE
-    aside = target.with_name(f".{REPORT_FILE}.partial")
-    aside.write_text(page, encoding="utf-8", errors="replace")
-    return aside.replace(target)
+    page = environment.get_template(TEMPLATE).render(_context(run_folder, environment, sft))
+    return replace_text(run_folder / REPORT_FILE, page)
 
 
-def _context(folder: Path, environment: Environment) -> dict[str, Any]:
-    config_file = folder / "config.yaml"
+def _context(folder: Path, environment: Environment, sft: Path | None) -> dict[str, Any]:
+    config_file = folder / CONFIG_FILE
     config_text = config_file.read_text(encoding="utf-8") if config_file.exists() else ""
     metrics = list(read_json_lines(folder / METRICS_FILE))
-    evaluations = _Evaluations.read(folder / "evaluations")
+    evaluations = _Evaluations.read(folder / "evaluations", sft)
     config = OmegaConf.to_container(OmegaConf.create(config_text))
     assert isinstance(config, dict)
     versions = _read_json(folder / VERSIONS_FILE) or {}
@@ -302,8 +311,10 @@ def main() -> None:
     """Write the report of the folder named on the command line."""
     parser = argparse.ArgumentParser(prog="python -m rlmed.report", description="Write report.html of a run folder.")
     parser.add_argument("run_folder", type=Path)
+    parser.add_argument("--sft", type=Path, metavar="FOLDER", help="run of rlmed.sft to show in the same table")
+    arguments = parser.parse_args()
     try:
-        report = write_report(parser.parse_args().run_folder)
+        report = write_report(arguments.run_folder, sft=arguments.sft)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     sys.stdout.write(f"{report}\n")

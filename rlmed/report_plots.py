@@ -126,12 +126,19 @@ def draw_accuracy(summaries: Sequence[EvalSummary]) -> Plot | None:
         for colour, name in zip(itertools.cycle(SERIES), names, strict=False):
             points = [(s.step, f.accuracy) for s in summaries for f in s.files if f.name == name]
             steps = [step for step, _ in points]
-            axes.plot(steps, [one.value for _, one in points], color=colour, label=name, marker="o", markersize=3.5)
+            axes.plot(
+                steps, [one.value for _, one in points], color=colour, label=_shown(name), marker="o", markersize=3.5
+            )
             bands = [one.low for _, one in points], [one.high for _, one in points]
             axes.fill_between(steps, *bands, color=colour, alpha=0.12, lw=0)
         axes.set_ylim(0, 1)
         axes.legend(frameon=False, fontsize=8, ncols=3, loc="lower left")
         return Plot("Held-out accuracy", "greedy; bands: Wilson 95 %", _to_svg(figure))
+
+
+def _shown(name: str) -> str:
+    """A name as a legend shows it: matplotlib leaves out what begins with an underscore."""
+    return f" {name}" if name.startswith("_") else name
 
 
 def _values(lines: Sequence[Mapping[str, Any]], metric: str) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
@@ -148,7 +155,8 @@ def _values(lines: Sequence[Mapping[str, Any]], metric: str) -> tuple[npt.NDArra
 def _draw(curves: Mapping[str, tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]], panel: Panel) -> Markup:
     with mpl.rc_context(STYLE):
         figure, axes = _figure()
-        for i, (label, (steps, values)) in enumerate(curves.items()):
+        for i, (name, (steps, values)) in enumerate(curves.items()):
+            label = _shown(name)
             colour = SERIES[i % len(SERIES)]
             if len(steps) < SMOOTHED_FROM:
                 axes.plot(steps, values, color=colour, lw=1.6, label=label, marker="o" if len(steps) == 1 else "")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -89,12 +88,17 @@ def resolve_dtype(config: ModelConfig) -> str:
     """The dtype that `model.dtype` means here."""
     if config.dtype != "auto":
         return config.dtype
-    return "bfloat16" if resolve_device(config).type == "cuda" else "float32"
+    device = resolve_device(config)
+    # on CPUs float32 is the exact choice and the fused one; bfloat16 there has to be asked for
+    native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "bfloat16" if native else "float32"
 
 
 def make_renderer(config: RunConfig) -> PromptRenderer:
     """The prompt renderer of the run's model."""
     folder = model_folder(config.model.path)
+    if not folder.is_dir() and not folder.is_absolute():
+        log.info("model %s is no folder here: looking for it in the hub's cache and on the hub", folder)
     load_config(folder)  # says what to do when there is no such model, before the tokenizer is missed
     tokenizer, image_processor = load_processor(folder)
     return PromptRenderer(
@@ -141,28 +145,29 @@ def _load_file(path: str, config: DataConfig, renderer: PromptRenderer, limit: i
     read = read_examples(Path(path), on_bad_row=config.on_bad_row)
     if read.skipped:
         log.warning("%s", format_skips(read))
-    examples, dropped = check_renders(read.examples[:limit], renderer)
+    examples, dropped = _check_renders(read, limit, renderer)
     if dropped:
-        log.warning("%s: %d rows dropped, the first (%s): %s", path, len(dropped), dropped[0].id, dropped[0].reason)
-    if not examples:
-        raise ValueError(f"{path}: none of {len(read.examples)} rows can be used; the first: {dropped[0].reason}")
+        first = f"line {dropped[0].line}: {dropped[0].reason}"
+        if config.on_bad_row == "error" or not examples:
+            raise ValueError(f"{path}: {len(dropped)} of {len(read.examples)} rows cannot be used; {first}")
+        log.warning("%s: %d rows dropped, all are listed in data.json; %s", path, len(dropped), first)
     return DataFile(Path(path).stem, Path(path), read, examples, dropped)
 
 
-def check_renders(
-    examples: Sequence[Example], renderer: PromptRenderer
+def _check_renders(
+    read: ReadResult, limit: int | None, renderer: PromptRenderer
 ) -> tuple[tuple[Example, ...], tuple[SkippedRow, ...]]:
     """Render every example once, so that a bad row is known before the run and not in its middle.
 
     Returns:
-        The examples that render, and those that do not, with the reason.
+        The examples that render, of the first `limit`, and those that do not, with the reason.
     """
     kept, dropped = [], []
-    for example in examples:
+    for example in read.examples[:limit]:
         try:
             renderer.render(example)
         except ValueError as error:
-            dropped.append(SkippedRow(line=None, id=example.id, reason=str(error)))
+            dropped.append(SkippedRow(read.lines[example.id], example.id, str(error)))
         else:
             kept.append(example)
     return tuple(kept), tuple(dropped)

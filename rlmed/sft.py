@@ -14,20 +14,22 @@ from rich.console import Console
 
 from learner.packing import PackItem
 from learner.supervised import SupervisedLearner, written_item
-from rlmed.checkpoint import list_checkpoints, read_state, save_checkpoint
+from rlmed.checkpoint import list_checkpoints, read_state, save_checkpoint, starting_point
 from rlmed.cluster import build_local_pool, build_policy
 from rlmed.commandline import check_same_run, run_command, to_yaml
 from rlmed.core.config import RunConfig
+from rlmed.core.files import replace_text
 from rlmed.core.tracing import Tracer
 from rlmed.core.types import Example
 from rlmed.data.prompts import PromptRenderer
-from rlmed.data.sampler import PromptOrder
+from rlmed.data.sampler import PromptOrder, shuffle_options
 from rlmed.evaluation import evaluate
 from rlmed.evaluation_results import EvalSummary, compare, summary_table
 from rlmed.progress import Progress
-from rlmed.recorder import RunRecorder, write_data, write_versions
+from rlmed.recorder import CONFIG_FILE, RunRecorder, check_same_data, write_data, write_versions
 from rlmed.report import write_report
 from rlmed.setup import load_data, make_renderer, model_folder
+from rlmed.stream import SEED_STRIDE
 
 
 def target_text(example: Example, target: str) -> str:
@@ -51,38 +53,43 @@ class Batches:
         """Prepare `sft.epochs` passes over `examples` in batches of `sft.batch_size`."""
         self._examples, self._renderer, self._config = examples, renderer, config.sft
         self._order = PromptOrder(config.seed, len(examples))
+        self._seed, self._shuffle = config.seed, config.data.shuffle_options
         self.steps = math.ceil(config.sft.epochs * len(examples) / config.sft.batch_size)
 
     def batch(self, step: int) -> list[PackItem]:
         """The batch of `step` (from 0)."""
         size = self._config.batch_size
-        return [self._item(self._order.example_at(cursor)[1]) for cursor in range(step * size, (step + 1) * size)]
+        return [self._item(*self._order.example_at(cursor)) for cursor in range(step * size, (step + 1) * size)]
 
-    def _item(self, position: int) -> PackItem:
+    def _item(self, epoch: int, position: int) -> PackItem:
         example = self._examples[position]
+        if self._shuffle and (example.completion is None or self._config.target != "auto"):
+            # not where the row's own text names a letter
+            example = shuffle_options(example, self._seed * SEED_STRIDE + epoch)
         token_ids = self._renderer.completion_ids(target_text(example, self._config.target))
         return written_item(self._renderer.render(example), token_ids)
 
 
 def main(config: RunConfig, folder: Path) -> None:
     """Run the fine-tuning described by `config` in `folder`."""
+    checkpoint = starting_point(folder, resume=config.resume is not None)
     renderer = make_renderer(config)
     data = load_data(config.data, renderer, training=True)
-    checkpoints = list_checkpoints(folder / "checkpoints") if config.resume else []
-    policy = build_policy(config, checkpoints[-1] if checkpoints else model_folder(config.model.path))
+    policy = build_policy(config, checkpoint or model_folder(config.model.path))
     batches = Batches(data.train_examples, renderer, config)
     learner = SupervisedLearner(policy, config.learner, total_steps=batches.steps)
     recorder, tracer, progress = RunRecorder(folder), Tracer(folder / "timeline.jsonl"), Progress()
     done = 0
-    if checkpoints:
-        saved = read_state(checkpoints[-1])
-        check_same_run(folder / "config.yaml", config)
+    if checkpoint:
+        saved = read_state(checkpoint)
+        check_same_run(folder / CONFIG_FILE, config, unused=("steps", "algo", "reward", "rollout"))
+        check_same_data(folder, data.files)
         done = int(saved["step"])
         recorder.truncate(saved["offsets"])
-        learner.load(checkpoints[-1])
+        learner.load(checkpoint)
     else:
         recorder.truncate({})
-    (folder / "config.yaml").write_text(to_yaml(config))
+    replace_text(folder / CONFIG_FILE, to_yaml(config))
     write_versions(folder)
     write_data(folder, data.files)
 
@@ -94,6 +101,7 @@ def main(config: RunConfig, folder: Path) -> None:
                 renderer=renderer,
                 train_examples=data.train_examples,
                 max_tokens=config.eval.max_tokens,
+                stop=config.rollout.stop,
                 controls=config.eval.controls,
                 folder=folder / "evaluations",
                 step=step,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Collection, Mapping
@@ -14,6 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar, Union, get_args, get_origin
 
 T = TypeVar("T")
+
+
+MAX_SEED = 2**40
+"""Larger ones would not fit, multiplied, into the 64-bit seeds of completions."""
 
 
 class ConfigError(ValueError):
@@ -41,6 +46,12 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _require_one_of("model.dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        _require(
+            re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None,
+            f"model.device={self.device!r} is not possible: use auto, cpu, cuda, or cuda:N for one of several",
+        )
+        for key, value in (("min_pixels", self.min_pixels), ("max_pixels", self.max_pixels)):
+            _require(value is None or value > 0, f"model.{key}={value} must be positive or null")
         pixels = (self.min_pixels or 0, self.max_pixels or 2**62)
         _require(pixels[0] <= pixels[1], f"model.min_pixels={pixels[0]} exceeds model.max_pixels={pixels[1]}")
 
@@ -63,6 +74,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         _require_one_of("data.source", self.source, ("jsonl", "phantom"))
         _require_one_of("data.on_bad_row", self.on_bad_row, ("skip", "error"))
+        _require(self.phantom_seed >= 0, f"data.phantom_seed={self.phantom_seed} must not be negative")
         _require(self.max_prompt_tokens > 0, f"data.max_prompt_tokens={self.max_prompt_tokens} must be positive")
         _require(self.limit is None or self.limit > 0, f"data.limit={self.limit} must be positive or null")
 
@@ -114,7 +126,10 @@ class RewardConfig:
     timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
-        _require(bool(self.weights) or bool(self.extra), "reward.weights is empty: name at least one reward")
+        _require(
+            any(self.weights.values()) or bool(self.extra),
+            f"reward.weights={dict(self.weights)} rewards nothing: give at least one reward a weight other than 0",
+        )
         _require(self.timeout_s > 0, f"reward.timeout_s={self.timeout_s} must be positive")
 
 
@@ -141,6 +156,9 @@ class RolloutConfig:
         _require(0 < self.top_p <= 1, f"rollout.top_p={self.top_p} must be in (0, 1]")
         _require(self.top_k >= 0, f"rollout.top_k={self.top_k} must be 0 (off) or positive")
         _require(self.max_tokens >= 1, f"rollout.max_tokens={self.max_tokens} must be at least 1")
+        _require(
+            all(self.stop), f"rollout.stop={list(self.stop)} holds an empty text, which would end every completion"
+        )
         _require(self.max_completions >= 1, f"rollout.max_completions={self.max_completions} must be at least 1")
         _require(self.prefill_tokens >= 1, f"rollout.prefill_tokens={self.prefill_tokens} must be at least 1")
 
@@ -165,6 +183,11 @@ class LearnerConfig:
         _require_one_of("learner.lr_schedule", self.lr_schedule, ("constant", "linear", "cosine"))
         _require(self.lr > 0, f"learner.lr={self.lr} must be positive")
         _require(self.warmup_steps >= 0, f"learner.warmup_steps={self.warmup_steps} must not be negative")
+        _require(
+            all(0 <= beta < 1 for beta in self.betas),
+            f"learner.betas={list(self.betas)} must be in [0, 1), as [0.9, 0.999]",
+        )
+        _require(self.weight_decay >= 0, f"learner.weight_decay={self.weight_decay} must not be negative")
         _require(self.max_grad_norm > 0, f"learner.max_grad_norm={self.max_grad_norm} must be positive")
         _require(self.token_budget >= 1, f"learner.token_budget={self.token_budget} must be at least 1")
         _require(self.epochs >= 1, f"learner.epochs={self.epochs} must be at least 1")
@@ -263,13 +286,19 @@ class RunConfig:
     before: str | None = None
 
     def __post_init__(self) -> None:
+        _require(bool(self.name.strip()), f"name={self.name!r} must not be empty: the run's folder is called so")
         _require(self.steps >= 1, f"steps={self.steps} must be at least 1")
-        _require(self.seed >= 0, f"seed={self.seed} must not be negative")
+        _require(0 <= self.seed <= MAX_SEED, f"seed={self.seed} must be between 0 and {MAX_SEED}")
         _require_one_of("profile", self.profile, ("auto", "embedded", "paper"))
         _require(
             self.algo.group_size <= self.rollout.max_completions,
             f"algo.group_size={self.algo.group_size} exceeds rollout.max_completions={self.rollout.max_completions}: "
             "a group is sampled together, so raise rollout.max_completions",
+        )
+        _require(
+            self.learner.mini_batches <= self.algo.groups_per_step,
+            f"learner.mini_batches={self.learner.mini_batches} exceeds algo.groups_per_step={self.algo.groups_per_step}: "
+            "a mini-batch needs a group at least",
         )
 
 
@@ -352,6 +381,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     elif origin is None and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
+    if origin is tuple and isinstance(value, (list, tuple)):
+        raise ConfigError(f"{where}={value!r} has {len(value)} entries: expected {len(args)}")
     raise ConfigError(f"{where}={value!r} has the wrong type: expected {_type_name(hint)}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -10,9 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlmed.core.files import RecordError, refusal
 
-class RecordError(OSError):
-    """A file of the run could not be written or cut back; the message names it and the cure."""
+GO_ON = "start again with resume=auto; what was written before is whole"
 
 
 class JsonLinesWriter:
@@ -48,14 +47,19 @@ class JsonLinesWriter:
                 rest = rest[os.write(descriptor, rest) :]
         except OSError as error:
             self._cut_half_line()
-            raise RecordError(error.errno, _refusal(self.path, error)) from error
+            raise refusal(self.path, error, cure=GO_ON) from error
         self._size += total
 
     def offset(self) -> int:
-        """Length of the file in bytes, once it is safe on disk; 0 without a file."""
-        if self._descriptor is not None:
-            os.fsync(self._descriptor)
-        return self.path.stat().st_size if self.path.exists() else 0
+        """Length of the file in bytes, once it is safe on disk, whoever has written it; 0 without a file."""
+        if not self.path.exists():
+            return 0
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+            return os.fstat(descriptor).st_size
+        finally:
+            os.close(descriptor)
 
     def truncate(self, offset: int) -> None:
         """Cut the file back to an earlier `offset`.
@@ -155,12 +159,3 @@ def finite(content: Any) -> Any:
     if isinstance(content, Sequence) and not isinstance(content, str):
         return [finite(value) for value in content]
     return content
-
-
-def _refusal(path: Path, error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return (
-            f"the disk is full: {path} cannot grow. Free some space and start again with resume=auto; "
-            "what was written before is whole"
-        )
-    return f"{path} cannot be written: {error.strerror}. Make its folder writable and start again with resume=auto"

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rlmed.core.files import replace_text
 from rlmed.core.jsonlines import JsonLinesWriter, read_json_lines
 
 TIMELINE_LINES = "timeline.jsonl"
@@ -110,6 +111,4 @@ def write_chrome_trace(timeline: Path, target: Path) -> None:
         for span in read_json_lines(timeline)
     ]
     events.sort(key=lambda event: (event["ts"], -event["dur"]))
-    aside = target.with_name(f".{target.name}.partial")
-    aside.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), encoding="utf-8")
-    aside.replace(target)
+    replace_text(target, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))

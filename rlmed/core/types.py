@@ -6,6 +6,7 @@ data can never be taken for scored data. Arrays are numpy: nothing here needs to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,6 +92,11 @@ class SamplingParams:
     """Strings that end a completion; the text is kept up to and including the first one."""
     seed: int = 0
     """Seed of the group; completion i of the group draws from a stream of (seed, i) alone."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a temperature that cannot be."""
+        if not 0.0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature} is not possible: use 0 (greedy) or a positive number")
 
     @property
     def greedy(self) -> bool:

@@ -31,8 +31,8 @@ class SkippedRow:
         SkippedRow(line=17, id="mri-17", reason="image images/17.png does not exist: copy it there or correct the path")
     """
 
-    line: int | None
-    """Line in the file, from 1; None where a row was left out later, for example because its prompt is too long."""
+    line: int
+    """Line in the file, from 1."""
     id: str
     reason: str
 
@@ -48,6 +48,8 @@ class ReadResult:
     """The others, in the order of the file."""
     sha256: str
     """Of the file's bytes, in hexadecimal."""
+    lines: Mapping[str, int]
+    """Line of each usable row by its id, from 1."""
 
 
 def read_examples(path: Path, *, on_bad_row: Literal["skip", "error"] = "skip") -> ReadResult:
@@ -96,7 +98,7 @@ def read_examples(path: Path, *, on_bad_row: Literal["skip", "error"] = "skip") 
         head = "; ".join(f"line {row.line}: {row.reason}" for row in skipped[:3])
         what = "a row cannot be used, and on_bad_row is error" if examples else "no row can be used"
         raise ValueError(f"{path}: {what} ({len(skipped)} of {len(rows)} are bad). {head}")
-    return ReadResult(path, tuple(examples), tuple(skipped), hashlib.sha256(content).hexdigest())
+    return ReadResult(path, tuple(examples), tuple(skipped), hashlib.sha256(content).hexdigest(), lines)
 
 
 def format_skips(result: ReadResult, examples: int = 3) -> str:

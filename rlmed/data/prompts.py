@@ -6,6 +6,7 @@ same everywhere. The prompt is one user turn: the image first, then the question
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -171,16 +172,23 @@ class PromptRenderer:
         return self._tokenize(text + self.tokenizer.eos_token)
 
     def save(self, folder: Path) -> None:
-        """Write tokenizer and image processor beside a model, so that the folder loads everywhere."""
+        """Write tokenizer and image processor beside a model, so that the folder loads everywhere.
+
+        The pixel limits of this renderer are written too: whoever loads the folder shows the model pictures of the same size.
+        """
         self.tokenizer.save_pretrained(folder)
         if self._image_processor is not None:
-            self._image_processor.save_pretrained(folder)
+            processor = copy.deepcopy(self._image_processor)
+            processor.size = {"shortest_edge": self._min_pixels, "longest_edge": self._max_pixels}
+            processor.save_pretrained(folder)
 
     def _chat_text(self, example: Example, *, with_image: bool) -> str:
         if with_image and self._image_processor is None:
             raise ValueError(f"example {example.id}: it has an image, but the model reads text only")
         question = question_text(example)
-        found = self._control_ids.intersection(self.tokenizer(question, add_special_tokens=False)["input_ids"])
+        found = self._control_ids.intersection(
+            self.tokenizer(question, add_special_tokens=False, verbose=False)["input_ids"]
+        )
         if found:
             names = ", ".join(self.tokenizer.convert_ids_to_tokens(sorted(found)))
             raise ValueError(
@@ -194,8 +202,9 @@ class PromptRenderer:
         )
 
     def _tokenize(self, text: str) -> IntArray:
-        # the chat template has written every special token that belongs there
-        return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
+        # the chat template has written every special token that belongs there; how long is too long is ours to say
+        token_ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return np.asarray(token_ids, dtype=np.int64)
 
     def _pixels(self, example: Example, image: Image.Image, max_pixels: int) -> tuple[np.ndarray, IntArray]:
         """float32 [patches, patch width] and int64 [1, 3]."""

@@ -59,7 +59,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         grad_x = matmul_transposed(grad, weight.T) if ctx.needs_input_grad[0] else None
-        grad_weight = matmul_transposed(grad.T, x.T) if ctx.needs_input_grad[1] else None
+        grad_weight = grad.T @ x if ctx.needs_input_grad[1] else None
         grad_bias = grad.sum(dim=0) if ctx.has_bias and ctx.needs_input_grad[2] else None
         return grad_x, grad_weight, grad_bias
 

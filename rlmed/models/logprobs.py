@@ -59,7 +59,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 slope = _minus_one_hot(softmax, targets[rows])
             slope = slope.to(weight.dtype)
             grad_hidden[rows] = matmul_transposed(slope, weight.T) * scale[rows]
-            grad_weight += matmul_transposed(slope.T, (hidden[rows] * scale[rows]).to(weight.dtype).T)
+            grad_weight += slope.T @ (hidden[rows] * scale[rows]).to(weight.dtype)
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None
 
 

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -134,13 +135,26 @@ def load_policy(folder: Path, *, dtype: str = "float32", device: str | torch.dev
     """Load a Hugging Face folder (or hub name) as a policy.
 
     Raises:
-        ValueError: when the folder is no model folder, or its family is not supported.
+        ValueError: when the folder is no model folder, lacks weights, or its family is not supported.
     """
     config = load_config(folder)
     family = family_of(config)
     auto = AutoModelForImageTextToText if family.vision else AutoModelForCausalLM
     attention = {"text_config": ATTENTION_NAME, "vision_config": "sdpa"} if family.vision else ATTENTION_NAME
-    model = auto.from_pretrained(folder, dtype=DTYPES[dtype], attn_implementation=attention)
+    try:
+        model, found = auto.from_pretrained(
+            folder, dtype=DTYPES[dtype], attn_implementation=attention, output_loading_info=True
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"the weights of model {str(folder)!r} cannot be loaded: {error}. Copy or download its *.safetensors again"
+        ) from error
+    absent = sorted(found["missing_keys"]) + sorted(str(entry[0]) for entry in found["mismatched_keys"])
+    if absent:  # transformers fills them with random numbers
+        raise ValueError(
+            f"model {str(folder)!r} has no weights, or weights of another shape, for {len(absent)} parameters, the first is "
+            f"{absent[0]}: its files do not belong to its config.json; copy or download the folder again"
+        )
     use_fast_linears(model)
     use_fused_layers(model)
     return Policy(model.to(device))
@@ -155,11 +169,16 @@ def load_config(folder: Path) -> PreTrainedConfig:
     folder = Path(folder)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is no Hugging Face model folder: config.json is missing")
+    if not folder.is_dir() and (folder.is_absolute() or len(folder.parts) > 2 or ".." in folder.parts):
+        # a hub name is NAME or OWNER/NAME
+        raise ValueError(f"model folder {str(folder)!r} does not exist (relative to {Path.cwd()}); check model.path")
     try:
         return AutoConfig.from_pretrained(folder)
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        if folder.is_dir():
+            raise ValueError(f"{folder / 'config.json'} is damaged or of an unknown kind: {error}") from error
         raise ValueError(
-            f"model {str(folder)!r} is neither a folder here nor can it be fetched from the hub: {error}. "
+            f"model {str(folder)!r} is neither a folder here nor can it be fetched from the hub: {str(error).splitlines()[0]} "
             f"Download it where there is a network (for example `hf download {folder} --local-dir models/{folder.name}`) "
             f"and pass model.path=models/{folder.name}"
         ) from error

@@ -263,8 +263,8 @@ def _end_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
 
 
 def _vision_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
-    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    tokens = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+    names = ("image_token_id", "video_token_id", "vision_token_id", "vision_start_token_id", "vision_end_token_id")
+    tokens = ["<|image_pad|>", "<|video_pad|>", "<|vision_pad|>", "<|vision_start|>", "<|vision_end|>"]
     return dict(zip(names, tokenizer.convert_tokens_to_ids(tokens), strict=True))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 from rlmed import ask, evaluate, sft
 from rlmed.checkpoint import CheckpointError, list_checkpoints
 from rlmed.core.config import RunConfig
-from rlmed.core.jsonlines import RecordError
+from rlmed.core.files import RecordError
 from rlmed.launch import Run
 from rlmed.preflight import PreflightError
 
@@ -143,7 +145,7 @@ def test_a_model_folder_with_a_part_missing(
 
 
 def test_a_model_that_is_nowhere(make_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"some/model.*model\.path="):
         Run(make_config("model.path=some/model"), tmp_path)
 
@@ -199,7 +201,39 @@ def test_a_full_disk_leaves_earlier_checkpoints_and_says_so(
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000001"]
 
 
-def test_an_output_folder_that_cannot_be_written(make_config: Config, tmp_path: Path) -> None:
+def test_resume_needs_the_data_of_the_start(make_config: Config, tmp_path: Path, own_reward: str) -> None:
+    settings = (f"reward.extra=[{own_reward}:first_token]", "eval.at_start=false", "eval.at_end=false")
+    folder = tmp_path / "run"
+    Run(make_config(*settings), folder).execute()
+    listed = (folder / "data.json").read_text()
+    config = make_config(*settings, "resume=auto")
+    (tmp_path / "3.png").unlink()
+    with pytest.raises(ValueError, match=r"train\.jsonl.*10 rows could be used then, 9 now.*restore"):
+        Run(config, folder)
+    assert (folder / "data.json").read_text() == listed
+    with pytest.raises(ValueError, match=r"holds a run already \(step-000002\)"):
+        Run(make_config(*settings), folder)
+
+
+def test_a_batch_without_a_trained_token_moves_nothing(make_config: Config, tmp_path: Path, own_reward: str) -> None:
+    settings = (f"reward.extra=[{own_reward}:first_token]", "eval.at_start=false", "eval.at_end=false")
+    cut = ("algo.mask_truncated=true", "rollout.max_tokens=1", "preflight.enabled=false")
+    config = make_config(*settings, *cut)
+    Run(config, tmp_path / "run").execute()
+    trained = AutoModelForImageTextToText.from_pretrained(tmp_path / "run" / "checkpoints" / "step-000002").state_dict()
+    before = AutoModelForImageTextToText.from_pretrained(config.model.path).state_dict()
+    assert all(tensor.equal(before[name]) for name, tensor in trained.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["launch", "sft", "evaluate"])
+def test_an_output_folder_that_cannot_be_written(command: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file"):
-        Run(make_config(), tmp_path / "file" / "run")
+    done = subprocess.run(
+        [sys.executable, "-m", f"rlmed.{command}", f"hydra.run.dir={tmp_path}/file/run"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {tmp_path}/file/run cannot be written")
+    assert "hydra.run.dir=FOLDER" in done.stderr
+    assert "Traceback" not in done.stderr

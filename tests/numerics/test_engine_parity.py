@@ -36,7 +36,7 @@ def rendered_prompts(folder, count):
 def generated(model, inputs, max_tokens):
     """Greedy tokens of transformers without vision tokens, each row cut after its first end token."""
     config = model.config.to_dict()
-    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    names = ("image_token_id", "video_token_id", "vision_token_id", "vision_start_token_id", "vision_end_token_id")
     suppressed = [config[name] for name in names if name in config] or None
     with torch.inference_mode():
         output = model.generate(**inputs, do_sample=False, max_new_tokens=max_tokens, suppress_tokens=suppressed)
@@ -58,7 +58,7 @@ def test_greedy_tokens_are_those_of_transformers_generate(
         assert len(grids) >= 6
         assert sum(not prompt.image_inputs for prompt in prompts) >= 16
     else:
-        prompts = mixed_prompts(family, 24)
+        prompts = mixed_prompts(family, 65)
     assert len({len(prompt.token_ids) for prompt in prompts}) >= 16
     groups = run_engine(tiny_policy(family), prompts, temperature=0.0, max_tokens=16)
     model, nothing = transformers_model(family), np.zeros(0, dtype=np.int64)

@@ -32,7 +32,8 @@ def likelihood(model, item):
     inputs = {name: torch.from_numpy(array) for name, array in item.prompt.image_inputs.items()}
     inputs["mm_token_type_ids"] = (token_ids == model.config.image_token_id).int()
     logits = model(input_ids=token_ids, attention_mask=torch.ones_like(token_ids), **inputs).logits[0]
-    banned = [getattr(model.config, f"{name}_token_id") for name in ("image", "video", "vision_start", "vision_end")]
+    names = ("image", "video", "vision", "vision_start", "vision_end")
+    banned = [getattr(model.config, f"{name}_token_id") for name in names]
     start = len(item.prompt.token_ids)
     logprobs = logits[start - 1 : -1].index_fill(1, torch.tensor(banned), -math.inf).log_softmax(1)
     return logprobs.gather(1, token_ids[0, start:, None])[:, 0]

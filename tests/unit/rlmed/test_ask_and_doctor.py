@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +21,8 @@ from rlmed import ask, doctor
         (["only"], "good.png", "2 to 10 different texts"),
         (["a", "a"], "good.png", "2 to 10 different texts"),
         (["a", "b"], "absent.png", r"absent\.png does not exist"),
+        (["a", "b", "--temperature", "-1"], "good.png", r"temperature=-1\.0 is not possible"),
+        (["a", "b", "--temperature", "nan"], "good.png", "temperature=nan is not possible"),
     ],
 )
 def test_ask_refuses_in_one_line(
@@ -47,4 +52,16 @@ def test_doctor_finds_what_is_installed(capsys: pytest.CaptureFixture[str], monk
     with pytest.raises(SystemExit) as stopped:
         doctor.main()
     assert stopped.value.code == 1
-    assert "a-package-that-nobody-has" in capsys.readouterr().out
+    assert "pip install a-package-that-nobody-has" in capsys.readouterr().out
+
+
+def test_doctor_looks_for_what_the_project_needs() -> None:
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
+    assert sorted(doctor.REQUIRED) == sorted(re.split(r"[<>=]", entry)[0] for entry in project["dependencies"])
+
+
+def test_doctor_says_what_is_missing_where_nothing_is_installed() -> None:
+    command = [sys.executable, "-S", "-m", "rlmed.doctor"]  # without site-packages
+    done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "pip install transformers" in done.stdout

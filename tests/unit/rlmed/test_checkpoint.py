@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlmed.checkpoint import STATE_FILE, CheckpointError, list_checkpoints, read_state, save_checkpoint
+from rlmed.checkpoint import STATE_FILE, CheckpointError, list_checkpoints, read_state, save_checkpoint, starting_point
 
 
 def write(folder: Path) -> None:
@@ -31,6 +31,31 @@ def test_keep_last(tmp_path: Path) -> None:
 def test_the_same_step_again_replaces_it(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, 5, {"try": 1}, write, keep_last=2)
     assert read_state(save_checkpoint(tmp_path, 5, {"try": 2}, write, keep_last=2)) == {"try": 2}
+
+
+def test_a_kill_while_an_old_step_is_removed_leaves_no_half_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path, 4, {}, write, keep_last=2)
+    save_checkpoint(tmp_path, 5, {}, write, keep_last=2)
+
+    def killed(path: Path) -> None:
+        (path / "model.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rlmed.checkpoint.shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, 5, {}, write, keep_last=2)
+    for checkpoint in list_checkpoints(tmp_path):
+        assert (checkpoint / "model.safetensors").is_file()
+
+
+def test_a_new_run_is_refused_where_another_lives(tmp_path: Path) -> None:
+    assert starting_point(tmp_path, resume=False) is None
+    saved = save_checkpoint(tmp_path / "checkpoints", 5, {}, write, keep_last=2)
+    assert starting_point(tmp_path, resume=True) == saved
+    with pytest.raises(ValueError, match=r"holds a run already \(step-000005\).*resume="):
+        starting_point(tmp_path, resume=False)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])

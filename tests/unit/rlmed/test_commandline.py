@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from rlmed.commandline import check_same_run, compose_config, expand, newest_run, to_yaml
+from rlmed.commandline import check_same_run, check_writable, compose_config, expand, newest_run, to_yaml
 from rlmed.core.config import ConfigError, RunConfig
+from rlmed.core.files import RecordError
 
 
 def config(*overrides: str) -> RunConfig:
@@ -26,6 +27,8 @@ def config(*overrides: str) -> RunConfig:
         (["+experiment=other"], False, ["+experiment=other"]),
         (["model=/models/mine"], False, ["model.path=/models/mine"]),
         (["model=tiny"], False, ["model=tiny"]),
+        (["model=../my dir (v2)/m=x"], False, ["model.path='../my dir (v2)/m=x'"]),
+        (["data=it's.jsonl"], False, ["data=jsonl", r"data.eval=['it\'s.jsonl']"]),
         (["data=a.jsonl"], False, ["data=jsonl", "data.eval=[a.jsonl]"]),
         (["data=[a.jsonl,b.jsonl]"], False, ["data=jsonl", "data.eval=[a.jsonl,b.jsonl]"]),
         (["data=phantom", "steps=3", "--help"], False, ["data=phantom", "steps=3", "--help"]),
@@ -65,6 +68,14 @@ def test_expand_leaves_what_is_hydras_alone() -> None:
     assert expand(arguments, cuda=False) == arguments
 
 
+def test_check_writable(tmp_path: Path) -> None:
+    check_writable(tmp_path / "new" / "folder")
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecordError, match=r"file/run cannot be written.*hydra\.run\.dir=FOLDER"):
+        check_writable(tmp_path / "file" / "run")
+
+
 def test_newest_run_needs_a_checkpoint(tmp_path: Path) -> None:
     fresh = tmp_path / "demo" / "fresh"
     assert newest_run(fresh) is None
@@ -75,14 +86,24 @@ def test_newest_run_needs_a_checkpoint(tmp_path: Path) -> None:
             (folder / "checkpoints" / "step-000010").mkdir()
         os.utime(folder, (1000 - age, 1000 - age))
     assert newest_run(fresh) == tmp_path / "demo" / "newer"
-    assert newest_run(tmp_path / "demo" / "old") == tmp_path / "demo" / "old"
 
 
 def test_check_same_run(tmp_path: Path) -> None:
     before = config("learner.betas=[0.9,0.95]")
     saved = tmp_path / "config.yaml"
     saved.write_text(to_yaml(before))
-    check_same_run(saved, before)
-    check_same_run(saved, dataclasses.replace(before, resume="auto", eval=dataclasses.replace(before.eval, every=7)))
+    check_same_run(saved, before, unused=())
+    later = dataclasses.replace(before, resume="auto", eval=dataclasses.replace(before.eval, every=7))
+    check_same_run(saved, later, unused=())
     with pytest.raises(ValueError, match=r"learner\.lr: 1e-06 then, 0\.5 now"):
-        check_same_run(saved, config("learner.betas=[0.9,0.95]", "learner.lr=0.5"))
+        check_same_run(saved, config("learner.betas=[0.9,0.95]", "learner.lr=0.5"), unused=())
+    other_sft = config("learner.betas=[0.9,0.95]", "sft.epochs=4")
+    check_same_run(saved, other_sft, unused=("sft",))
+    with pytest.raises(ValueError, match=r"sft\.epochs: 2\.0 then, 4\.0 now"):
+        check_same_run(saved, other_sft, unused=("steps",))
+
+
+@pytest.mark.parametrize("path", ["models/a-1.0", "my dir (v2)/m=x", "it's", "odd [x], {name}", "测试.jsonl", "a:b#c"])
+def test_any_path_gets_through_hydras_grammar(path: str) -> None:
+    assert config(*expand([f"model={path}", f"data={path}.jsonl"], cuda=False)).model.path == path
+    assert config(*expand([f"data={path}.jsonl"], cuda=False)).data.eval == (f"{path}.jsonl",)

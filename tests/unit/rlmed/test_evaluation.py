@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlmed import evaluation
+from rlmed.core.files import RecordError
 from rlmed.core.types import LETTERS, Completion, Example, RolloutGroup, RolloutRequest
 from rlmed.data.prompts import PromptRenderer, load_processor
 from rlmed.evaluation import EvalFile, evaluate, shuffled_images
@@ -307,7 +308,7 @@ def test_an_evaluation_that_fails_leaves_the_earlier_one(files, renderer, tmp_pa
 
     with monkeypatch.context() as patch:
         patch.setattr("rlmed.evaluation_results.json.dumps", full_disk)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(RecordError, match=r"disk is full: .*rows\.jsonl"):
             run(files, renderer, tmp_path, controls=False)
     assert EvalSummary.read(tmp_path / "step-000003") == first
     assert len(read_rows(tmp_path / "step-000003")) == 42

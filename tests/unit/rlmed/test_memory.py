@@ -21,10 +21,27 @@ def config(*overrides: str) -> RunConfig:
 
 
 @pytest.mark.parametrize(("dtype", "optimizer_bytes"), [("float32", 12), ("bfloat16", 16)])
-def test_counts(dtype: str, optimizer_bytes: int, fresh_policy: Callable[..., Policy]) -> None:
+@pytest.mark.parametrize(
+    # evaluation has a prompt for each completion, training one for each group
+    ("max_tokens", "eval_tokens", "groups", "longest"),
+    [(16, 24, 8, 24), (512, 8, 2, 512)],
+)
+def test_counts(
+    max_tokens: int,
+    eval_tokens: int,
+    groups: int,
+    longest: int,
+    dtype: str,
+    optimizer_bytes: int,
+    fresh_policy: Callable[..., Policy],
+) -> None:
     policy = fresh_policy("qwen2_vl", dtype=dtype)
     settings = config(
-        "algo.group_size=4", "rollout.max_completions=8", "rollout.max_tokens=16", "data.max_prompt_tokens=32"
+        "algo.group_size=4",
+        "rollout.max_completions=8",
+        f"rollout.max_tokens={max_tokens}",
+        "data.max_prompt_tokens=32",
+        f"eval.max_tokens={eval_tokens}",
     )
     found = estimate(policy, settings)
     parameters = sum(parameter.numel() for parameter in policy.model.parameters())
@@ -32,7 +49,7 @@ def test_counts(dtype: str, optimizer_bytes: int, fresh_policy: Callable[..., Po
     assert found.optimizer == parameters * optimizer_bytes
 
     cache = KVCache(policy.kv_shape, dtype=policy.dtype, device=policy.device)
-    cache.reserve(groups=2, prompt_length=32, rows=8, max_tokens=16)
+    cache.reserve(groups=groups, prompt_length=32, rows=8, max_tokens=longest)
     tensors = [*cache.prefix_keys, *cache.prefix_values, *cache.suffix_keys, *cache.suffix_values]
     assert found.kv_cache == sum(tensor.nbytes for tensor in tensors)
     assert f"{found.total / 2**30:.2f}" in found.line()

@@ -42,6 +42,13 @@ def test_facts() -> None:
     check(report, 512)  # one group with spread is enough to start
 
 
+def test_completions_kept_out_of_the_loss_teach_nothing() -> None:
+    groups = [group(["a", "b"], [1, 2], reason="length")]
+    check(inspect(groups), 512)
+    with pytest.raises(PreflightError, match=r"raise rollout\.max_tokens"):
+        check(inspect(groups, mask_truncated=True), 512)
+
+
 @pytest.mark.parametrize(
     ("groups", "advice"),
     [

@@ -8,7 +8,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from rlmed import recorder as module
 from rlmed.bad_steps import read_bad_step
-from rlmed.core.jsonlines import RecordError, read_json_lines
+from rlmed.core.files import RecordError
+from rlmed.core.jsonlines import read_json_lines
 from rlmed.core.tracing import Tracer
 from rlmed.core.types import (
     Completion,
@@ -203,7 +204,7 @@ def test_versions_name_what_ran_and_nothing_private(tmp_path):
 def test_data_lists_each_file_with_its_skipped_rows(tmp_path):
     path = tmp_path / "train.jsonl"
     example = make_group().rollout.prompt.example
-    read = ReadResult(path, (example, example), (SkippedRow(2, "b", "no question"),), "abc123")
+    read = ReadResult(path, (example, example), (SkippedRow(2, "b", "no question"),), "abc123", {"a": 1})
     file = DataFile("train", path, read, (example,), (SkippedRow(9, "c", "prompt too long"),))
     write_data(tmp_path, [file])
     assert json.loads((tmp_path / "data.json").read_text()) == {

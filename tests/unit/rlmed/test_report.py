@@ -241,8 +241,11 @@ def test_killed_run(run):
 
 def test_supervised_baseline_gets_its_columns(run):
     rows = [row(i, right=i < 6) for i in range(10)]
-    write_evaluation(run / "evaluations" / "sft", summary(0, rows, format_rate=0.77), rows)
-    head, cells = table_cells(write_report(run).read_text())
+    with pytest.raises(ValueError, match="holds no evaluation"):
+        write_report(run, sft=run / "nothing")
+    write_evaluation(run / "sft" / "evaluations", summary(0, [row(i, right=False) for i in range(10)]), rows)
+    write_evaluation(run / "sft" / "evaluations", summary(75, rows, format_rate=0.77), rows)
+    head, cells = table_cells(write_report(run, sft=run / "sft").read_text())
     assert cells[head.index(["SFT"])][0] == "60.0"
     assert cells[head.index(["SFT", "format"])] == ["77.0"]
 

@@ -1,5 +1,6 @@
 """Prompts: image token counts equal the model's own, limits, control tokens in user text, text-only models."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,17 @@ def test_a_long_prompt_shrinks_the_image_and_keeps_the_text(model_folder, tmp_pa
     assert length - 156 <= len(prompt.token_ids) <= length - 100
     assert int((prompt.token_ids == pad).sum()) == int(prompt.image_inputs["image_grid_thw"].prod()) // 4
     assert PROMPT_SUFFIX in tight.tokenizer.decode(prompt.token_ids)
+
+
+def test_a_saved_processor_shows_pictures_as_large_as_the_renderer_did(model_folder, tmp_path):
+    renderer = make_renderer(model_folder, min_pixels=28 * 28, max_pixels=56 * 56)
+    renderer.save(shutil.copytree(model_folder, tmp_path / "saved", ignore=shutil.ignore_patterns("*processor*")))
+    example = make_example(tmp_path)
+    grids = [
+        entry.render(example).image_inputs["image_grid_thw"] for entry in (renderer, make_renderer(tmp_path / "saved"))
+    ]
+    np.testing.assert_array_equal(*grids)
+    assert grids[0].prod() < make_renderer(model_folder).render(example).image_inputs["image_grid_thw"].prod()
 
 
 def test_a_prompt_that_cannot_fit_is_an_error_that_names_everything(model_folder, tmp_path):

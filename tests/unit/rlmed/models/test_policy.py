@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen2Config
 
 from rlmed.core.types import Example, Prompt
@@ -27,8 +29,8 @@ def test_every_family_loads_and_knows_its_geometry(family, tiny_policy):
     assert (config.model_type, vision) == (family, "vl" in family)
     banned = unsampleable_token_ids(config)
     assert policy.banned_token_ids == banned
-    # <|vision_start|>, <|vision_end|>, <|image_pad|> and <|video_pad|>
-    assert len(banned) == (4 if vision else 0)
+    # <|vision_start|>, <|vision_end|>, <|vision_pad|>, <|image_pad|> and <|video_pad|>
+    assert len(banned) == (5 if vision else 0)
     assert (config.image_token_id in banned) if vision else True
     hidden = torch.randn(3, 64)
     logits = policy.logits(hidden)
@@ -131,15 +133,33 @@ def test_a_projection_with_bias_is_refused(tiny_folder):
         Policy(model)
 
 
+@pytest.mark.parametrize("damage", ["missing", "reshaped"])
+def test_weights_that_are_missing_are_never_replaced_by_random_ones(tiny_folder, tmp_path, damage):
+    folder = shutil.copytree(tiny_folder("qwen2"), tmp_path / "damaged")
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    weight = weights.pop(name)
+    if damage == "reshaped":
+        weights[name] = weight[:, 1:].contiguous()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises((ValueError, RuntimeError), match=r"damaged.*layers\.1\.mlp\.down_proj|mismatch"):
+        load_policy(folder)
+
+
+def test_a_folder_that_does_not_exist_is_not_looked_for_on_the_hub(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere' does not exist.*model\.path"):
+        load_config(tmp_path / "nowhere")
+
+
 def test_a_folder_without_config_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"no Hugging Face model folder: config\.json is missing"):
         load_config(tmp_path)
 
 
 def test_a_model_that_is_nowhere_is_named_with_the_cure(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"neither a folder here nor .*model\.path=models/absent"):
-        load_config(tmp_path / "absent")
+        load_config(Path("owner/absent"))
 
 
 def test_the_kv_geometry_follows_a_head_width_that_is_not_the_quotient(tiny_folder, tmp_path):
