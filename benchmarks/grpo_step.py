@@ -98,7 +98,7 @@ class OurTrainer:
         self._trace(self._stream, "request", "prompts")
         self._trace(rubric, "score", "rewards")
         self._trace(reference, "hidden", "reference")
-        self._trace(reference, "logprobs", "reference")
+        self._trace(reference, "frozen_logprobs", "reference")
         self._trace(self._learner.optimizer, "step", "optimizer")
         self._score = rubric.score
 

@@ -15,7 +15,15 @@ from torch import Tensor
 from learner.losses import LossDenominators, PolicyLossConfig, count_denominators, policy_loss
 from learner.metrics import LossMetrics, mean_metric, merge_metrics
 from learner.optimizer import Optimizer
-from learner.packing import PackedBatch, PackItem, TrainSequence, pack, packed_logprobs, split_by_tokens
+from learner.packing import (
+    PackedBatch,
+    PackItem,
+    TrainSequence,
+    frozen_logprobs,
+    pack,
+    packed_logprobs,
+    split_by_tokens,
+)
 from rlmed.core.config import AlgoConfig, LearnerConfig
 from rlmed.core.protocols import RolloutPool
 from rlmed.core.types import TrainGroup
@@ -162,16 +170,12 @@ class PolicyLearner:
         repeated = self._config.epochs * self._config.mini_batches > 1
         for micro in micro_batches:
             if self.reference is not None:
-                micro.ref_logprobs = self._frozen_logprobs(self.reference, micro.batch)
+                micro.ref_logprobs = frozen_logprobs(self.reference, micro.batch, self._temperature)
             if self._algo.old_logprobs == "rollout":
                 micro.old_logprobs = micro.batch.rollout_logprobs
             elif repeated:
-                micro.old_logprobs = self._frozen_logprobs(self.policy, micro.batch)
+                micro.old_logprobs = frozen_logprobs(self.policy, micro.batch, self._temperature)
         return micro_batches, count_denominators(trained, self._max_tokens)
-
-    @torch.no_grad()
-    def _frozen_logprobs(self, policy: Policy, batch: PackedBatch) -> Tensor:
-        return packed_logprobs(policy, batch, self._temperature)[0]
 
     def _update(self, micro_batches: list[_MicroBatch], denominators: LossDenominators) -> tuple[float, LossMetrics]:
         """Loss and accumulated gradient of one mini-batch."""

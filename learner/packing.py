@@ -152,5 +152,16 @@ def pack(
 
 def packed_logprobs(policy: Policy, batch: PackedBatch, temperature: float) -> tuple[Tensor, Tensor]:
     """float32 [M] log-probabilities of the batch's targets (differentiable) and [M] entropies."""
+    return policy.logprobs(_predicting(policy, batch), batch.targets, temperature)
+
+
+@torch.no_grad()
+def frozen_logprobs(policy: Policy, batch: PackedBatch, temperature: float) -> Tensor:
+    """The log-probabilities of `packed_logprobs` alone, without gradient."""
+    return policy.frozen_logprobs(_predicting(policy, batch), batch.targets, temperature)
+
+
+def _predicting(policy: Policy, batch: PackedBatch) -> Tensor:
+    """[M, d] hidden states that predict the targets."""
     hidden = policy.hidden(batch.token_ids, batch.positions, batch.layout, batch.image_inputs)
-    return policy.logprobs(hidden.index_select(0, batch.predictors), batch.targets, temperature)
+    return hidden.index_select(0, batch.predictors)

@@ -33,7 +33,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         chunks = _chunks(len(targets), len(weight))
         for rows in chunks:
             log_softmax = _log_softmax(hidden[rows], weight, temperature, banned)
-            logprobs[rows] = log_softmax.gather(1, targets[rows, None]).squeeze(1)
+            logprobs[rows] = _picked(log_softmax, targets[rows])
             softmax = log_softmax.exp()
             log_softmax.index_fill_(1, banned, 0.0)  # their 0 * -inf shall be 0
             entropy[rows] = log_softmax.mul_(softmax).sum(dim=1).neg_()
@@ -61,6 +61,11 @@ class _ChunkedLogprobs(torch.autograd.Function):
             grad_hidden[rows] = matmul_transposed(slope, weight.T) * scale[rows]
             grad_weight += slope.T @ (hidden[rows] * scale[rows]).to(weight.dtype)
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+
+
+def _picked(log_softmax: Tensor, targets: Tensor) -> Tensor:
+    """[M] entries of [M, V] at int64 targets [M]."""
+    return log_softmax.gather(1, targets.unsqueeze(1)).squeeze(1)
 
 
 def _minus_one_hot(softmax: Tensor, targets: Tensor) -> Tensor:
@@ -102,3 +107,11 @@ def chunked_logprobs(
         float32 [M] log-probabilities (differentiable) and float32 [M] entropies in nats (not differentiable).
     """
     return _ChunkedLogprobs.apply(hidden, weight, targets, temperature, banned)
+
+
+@torch.no_grad()
+def frozen_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float, banned: Tensor) -> Tensor:
+    """The log-probabilities of `chunked_logprobs` [M], without gradient and without the cost of entropies."""
+    chunks = _chunks(len(targets), len(weight))
+    parts = [_picked(_log_softmax(hidden[rows], weight, temperature, banned), targets[rows]) for rows in chunks]
+    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)

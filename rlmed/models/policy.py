@@ -21,7 +21,7 @@ from rlmed.models.attention import ATTENTION_NAME, AttentionLayout
 from rlmed.models.families import family_of, unsampleable_token_ids
 from rlmed.models.fused import use_fused_layers
 from rlmed.models.linear import use_fast_linears
-from rlmed.models.logprobs import chunked_logprobs, masked_logits
+from rlmed.models.logprobs import chunked_logprobs, frozen_logprobs, masked_logits
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -123,6 +123,10 @@ class Policy:
     def logprobs(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the targets and entropies, see `chunked_logprobs`."""
         return chunked_logprobs(hidden, self.projection.weight, targets, temperature=temperature, banned=self._banned)
+
+    def frozen_logprobs(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+        """Log-probabilities of the targets alone and without gradient, see `logprobs.frozen_logprobs`."""
+        return frozen_logprobs(hidden, self.projection.weight, targets, temperature=temperature, banned=self._banned)
 
 
 def merge_image_inputs(inputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
