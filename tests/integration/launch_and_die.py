@@ -1,8 +1,7 @@
 """Starts a run and kills its own process, without any clean-up, at a chosen place: `launch_and_die.py PLACE [override ...]`.
 
-PLACE is one of: nowhere, rollout:N, backward:N, optimizer:N (in the middle of step N), checkpoint:N (while writing the
-checkpoint of step N), rename:N (between the removal of nothing and the rename of checkpoint N), metrics:N (before step N is
-written down).
+PLACE is one of: nowhere, rollout:N (at group N), backward:N (at gradient N), optimizer:N (at update N), checkpoint:N (while
+writing the checkpoint of step N), metrics:N (before step N is written down).
 """
 
 from __future__ import annotations
@@ -59,8 +58,7 @@ def main() -> None:
         case "nowhere":
             pass
         case "rollout":
-            # 4 groups a step in these tests, and none for preflight
-            die_at_call(LocalPool, "collect", 4 * (int(number) - 1) + 2, after=True)
+            die_at_call(LocalPool, "collect", int(number), after=True)
         case "backward":
             die_at_call(Optimizer, "accumulate", int(number), after=True)
         case "optimizer":

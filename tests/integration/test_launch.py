@@ -18,6 +18,7 @@ from rlmed.core.config import RunConfig
 from rlmed.core.files import RecordError
 from rlmed.launch import Run
 from rlmed.preflight import PreflightError
+from rlmed.setup import make_renderer
 
 Config = Callable[..., RunConfig]
 
@@ -113,6 +114,29 @@ def test_sft_targets() -> None:
     assert sft.target_text(example, "auto") == example.completion
     assert sft.target_text(example, "answer") == "<answer>B</answer>"
     assert sft.target_text(example, "option") == "<think>b (B).</think>\n<answer>B</answer>"
+
+
+def test_sft_shuffles_options_where_no_written_text_names_a_letter(make_config: Config, random_model: Path) -> None:
+    from rlmed.core.types import Example
+
+    config = make_config("data.shuffle_options=true", "sft.epochs=8", "sft.batch_size=2")
+    renderer = make_renderer(config)
+    written = "<think>b is B.</think><answer>B</answer>"
+    examples = [
+        Example("free", None, "?", ("a", "b", "c", "d"), 1),
+        Example("fixed", None, "?", ("a", "b", "c", "d"), 1, completion=written),
+    ]
+    batches = sft.Batches(examples, renderer, config)
+    seen: dict[str, set[tuple[str, ...]]] = {"free": set(), "fixed": set()}
+    for step in range(batches.steps):
+        for item in batches.batch(step):
+            example = item.prompt.example
+            seen[example.id].add(example.options)
+            assert example.options[example.answer] == "b"
+            text = renderer.decode(item.sequences[0].completion.token_ids.tolist())
+            assert text == (written if example.id == "fixed" else f"<answer>{example.letter}</answer>")
+    assert len(seen["free"]) > 3
+    assert seen["fixed"] == {("a", "b", "c", "d")}
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,6 @@ SETTINGS = (
     f"steps={STEPS}",
     "algo.groups_per_step=4",
     "algo.group_size=4",
-    "algo.dynamic_sampling=false",
     "learner.lr=1e-3",
     "checkpoint.every=2",
     "preflight.enabled=false",
@@ -62,7 +61,7 @@ def lines(path: Path) -> list[dict[str, object]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["rollout:5", "optimizer:3", "checkpoint:4", "metrics:1"])
+@pytest.mark.parametrize("place", ["rollout:18", "backward:3", "optimizer:3", "checkpoint:4", "metrics:1"])
 def test_killed_and_resumed_equals_uninterrupted(place: str, workplace: Path, uninterrupted: Path) -> None:
     folder = workplace / place.replace(":", "_")
     killed = launch(place, workplace, f"hydra.run.dir={folder}")
