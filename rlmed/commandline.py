@@ -29,7 +29,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from rewards.extra import RewardError
 from rlmed.checkpoint import CheckpointError
-from rlmed.core.config import RunConfig, build_config, check_key
+from rlmed.core.config import RunConfig
+from rlmed.core.config_building import build_config, check_key
 from rlmed.core.files import refusal
 
 EMBEDDED_SUFFIX = "_embedded"

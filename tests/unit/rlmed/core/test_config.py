@@ -11,7 +11,8 @@ from hydra.errors import ConfigCompositionException
 
 from learner.learner import loss_config
 from rlmed.commandline import compose_config
-from rlmed.core.config import ConfigError, RunConfig, build_config
+from rlmed.core.config import ConfigError, RunConfig
+from rlmed.core.config_building import build_config
 
 CONF = resources.files("conf")
 GROUPS = ("model", "data", "algo", "reward", "rollout", "learner", "cluster")
