@@ -270,7 +270,12 @@ def summary_table(before: EvalSummary | None, after: EvalSummary, comparison: Ma
     All in per cent; intervals are Wilson's at 95 %. Controls and prior are those of `after`; where there were no training
     rows to fit the prior on, it is the leave-one-out one, marked "loo".
     """
-    span = f"step {after.step}" if before is None else f"step {before.step} → {after.step}"
+    if before is None:
+        span = f"step {after.step}" if after.step else after.model
+    elif before.step == after.step:  # two evaluations by themselves
+        span = f"{before.model} → {after.model}"
+    else:
+        span = f"step {before.step} → {after.step}"
     table = Table(
         title=f"Held-out accuracy in %, {span}",
         caption="intervals: Wilson 95 %; p: McNemar, exact, paired",
