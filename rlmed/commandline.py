@@ -34,6 +34,8 @@ from rlmed.core.config_building import build_config, check_key
 from rlmed.core.files import refusal
 
 EMBEDDED_SUFFIX = "_embedded"
+PROBE = b"." * 2**16
+"""Written to find out whether a folder can be written to; more than the few bytes that a full disk may still take."""
 
 
 def group_options(group: str) -> list[str]:
@@ -130,9 +132,8 @@ def run_command(program: str, main: Callable[[RunConfig, Path], None]) -> None:
         raise SystemExit(2) from error
 
     transformers.utils.logging.disable_progress_bar()  # ours are enough
-    logging.getLogger("huggingface_hub").setLevel(
-        logging.ERROR
-    )  # its retries; what comes of them is said by load_config
+    # it warns of each retry; what comes of them is said by load_config
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
     @hydra.main(version_base="1.3", config_path="pkg://conf", config_name=program)
     def entry(composed: DictConfig) -> None:
@@ -152,9 +153,6 @@ def run_command(program: str, main: Callable[[RunConfig, Path], None]) -> None:
             raise SystemExit(2) from error
 
     entry()
-
-
-PROBE = b"." * 2**16
 
 
 def check_writable(folder: Path) -> None:

@@ -108,7 +108,7 @@ class _Inbox:
     def __init__(self, pool: RolloutPool) -> None:
         self._pool = pool
         self._step_of: dict[int, int] = {}
-        self._early: list[RolloutGroup] = []
+        self._finished: dict[int, RolloutGroup] = {}  # in order of completion
 
     def __len__(self) -> int:
         return len(self._step_of)
@@ -119,15 +119,11 @@ class _Inbox:
 
     def collect(self) -> RolloutGroup:
         oldest = min(self._step_of.values())
-        ready = [group for group in self._early if self._step_of[group.request.index] == oldest]
-        group = ready[0] if ready else self._pool.collect()
-        while self._step_of[group.request.index] != oldest:
-            self._early.append(group)
+        while (index := next((i for i in self._finished if self._step_of[i] == oldest), None)) is None:
             group = self._pool.collect()
-        if ready:
-            self._early.remove(group)
-        del self._step_of[group.request.index]
-        return group
+            self._finished[group.request.index] = group
+        del self._step_of[index]
+        return self._finished.pop(index)
 
 
 def has_spread(scored: ScoredGroup) -> bool:
