@@ -1,0 +1,105 @@
+"""From plain mappings to a validated configuration: unknown keys, wrong types and missing values are named with their cure."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Collection, Mapping
+from typing import Any, TypeVar, Union, get_args, get_origin
+
+from rlmed.core.config import ConfigError, RunConfig
+
+T = TypeVar("T")
+
+
+def build_config(mapping: Mapping[str, Any]) -> RunConfig:
+    """Validate a composed configuration.
+
+    Args:
+        mapping: plain nested mappings, lists and scalars.
+
+    Raises:
+        ConfigError: for an unknown or missing key, a value of the wrong type, or an impossible value.
+    """
+    return _build(RunConfig, mapping, "")
+
+
+def check_key(key: str) -> None:
+    """Make sure that there is a key, before a value is put there.
+
+    Args:
+        key: with dots, for example "learner.lr"; "learner" is one too.
+
+    Raises:
+        ConfigError: naming the key that was probably meant.
+    """
+    hint: Any = RunConfig
+    where = ""
+    for part in key.split("."):
+        if not dataclasses.is_dataclass(hint):
+            return  # a mapping such as reward.weights takes any key
+        hints = typing.get_type_hints(hint)
+        if part not in hints:
+            raise _unknown_key(part, hints, where)
+        hint, where = hints[part], f"{where}{part}."
+
+
+def _unknown_key(key: str, known: Collection[str], where: str) -> ConfigError:
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean {where}{near[0]}?" if near else f"known keys: {', '.join(sorted(known))}"
+    return ConfigError(f"unknown key {where}{key}: {hint}")
+
+
+def _build(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
+    if not isinstance(mapping, Mapping):
+        raise ConfigError(f"{where.rstrip('.')}={mapping!r} must be a group of keys")
+    hints = typing.get_type_hints(cls)
+    fields = {entry.name: entry for entry in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in mapping:
+        if key not in fields:
+            raise _unknown_key(str(key), fields, where)
+    values: dict[str, Any] = {}
+    for name, entry in fields.items():
+        if name in mapping:
+            values[name] = _convert(hints[name], mapping[name], f"{where}{name}")
+        elif entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{where}{name} is missing: set it on the command line or in a file under conf/")
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """Turn a plain value into the annotated type; integers are taken for floats, nothing else is guessed."""
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type[Any], hint), value, f"{where}.")
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(arg for arg in args if arg is not type(None)), value, where)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        if args[-1] is Ellipsis:
+            return tuple(_convert(args[0], entry, f"{where}[{i}]") for i, entry in enumerate(value))
+        if len(value) == len(args):
+            return tuple(
+                _convert(arg, entry, f"{where}[{i}]") for i, (arg, entry) in enumerate(zip(args, value, strict=True))
+            )
+    elif origin is tuple and isinstance(value, str) and args[-1] is Ellipsis:
+        return (_convert(args[0], value, where),)
+    elif origin is not None and isinstance(value, Mapping):
+        return {str(key): _convert(args[1], entry, f"{where}.{key}") for key, entry in value.items()}
+    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    elif origin is None and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    if origin is tuple and isinstance(value, (list, tuple)):
+        raise ConfigError(f"{where}={value!r} has {len(value)} entries: expected {len(args)}")
+    raise ConfigError(f"{where}={value!r} has the wrong type: expected {_type_name(hint)}")
+
+
+def _type_name(hint: Any) -> str:
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
+    if get_origin(hint) is tuple:
+        return "a list"
+    return names.get(hint, str(hint))
