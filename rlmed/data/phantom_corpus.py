@@ -108,9 +108,9 @@ def write_alignment(
     folder: Path,
     seed: int,
     *,
-    lookup_rows: int = 4000,
-    studies: int = 18000,
-    reader_studies: int = 6000,
+    lookup_rows: int,
+    studies: int,
+    reader_studies: int,
     image_size: int = 112,
 ) -> dict[str, Path]:
     """Write the three files and their images; the path of each file by its name.

@@ -120,6 +120,6 @@ def test_the_tokenizer_is_shown_every_answer():
 
 def test_impossible_sizes_are_errors(tmp_path):
     with pytest.raises(ValueError, match="lookup_rows=0"):
-        write_alignment(tmp_path, 0, lookup_rows=0)
+        write_alignment(tmp_path, 0, lookup_rows=0, studies=8, reader_studies=8)
     with pytest.raises(ValueError, match="reader_studies=9"):
-        write_alignment(tmp_path, 0, studies=8, reader_studies=9)
+        write_alignment(tmp_path, 0, lookup_rows=4, studies=8, reader_studies=9)
