@@ -149,7 +149,7 @@ class PolicyLearner:
     def load(self, folder: Path) -> None:
         """See `rlmed.core.protocols.Learner.load`; the policy must have been loaded from the same folder."""
         state = torch.load(folder / OPTIMIZER_FILE, weights_only=True)
-        self.skipped_steps = state.pop(SKIPPED)
+        self.skipped_steps = state.pop(SKIPPED, 0)
         self.optimizer.load_state_dict(state)
 
     def _item(self, group: TrainGroup) -> PackItem:

@@ -75,5 +75,5 @@ class SupervisedLearner:
     def load(self, folder: Path) -> None:
         """Go on from what `save` wrote; the policy must have been loaded from the same folder."""
         state = torch.load(folder / OPTIMIZER_FILE, weights_only=True)
-        self.skipped_steps = state.pop(SKIPPED)
+        self.skipped_steps = state.pop(SKIPPED, 0)
         self.optimizer.load_state_dict(state)

@@ -57,7 +57,7 @@ def expand(arguments: Sequence[str], *, cuda: bool) -> list[str]:
     for entry in arguments:
         key, equals, _ = entry.partition("=")
         # +key and ~key change the composition itself, and so does group@package; hydra.key is Hydra's own
-        if equals and key[:1].isalpha() and "@" not in key and key.split(".")[0] != "hydra":
+        if equals and key[:1].isalpha() and "@" not in key and re.split(r"[./]", key)[0] != "hydra":
             check_key(key)
     profile = next((entry.partition("=")[2] for entry in arguments if entry.startswith("profile=")), "auto")
     if profile not in ("auto", "embedded", "paper"):
@@ -86,8 +86,12 @@ def _expand_one(argument: str, embedded: bool) -> list[str]:
 
 
 def quoted(path: str) -> str:
-    """A path as Hydra's grammar takes it: in quotes where it has other than the usual characters."""
-    if re.fullmatch(r"[\w./:+~-]+", path, re.ASCII):
+    """A path as Hydra's grammar takes it: in quotes where it could be taken for something else.
+
+    Commas stay, since with `--multirun` they part several paths; quotes that are there already stay too.
+    """
+    plain = re.fullmatch(r"[A-Za-z_./][\w./:+,-]*", path, re.ASCII)
+    if (plain and path not in ("null", "true", "false", "inf", "nan")) or re.fullmatch(r"'.*'|\".*\"", path):
         return path
     return "'" + path.replace("'", r"\'") + "'"
 
@@ -191,8 +195,8 @@ def to_yaml(config: RunConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(_plain(dataclasses.asdict(config))))
 
 
-MAY_CHANGE = ("resume", "profile", "eval", "checkpoint", "preflight", "cluster")
-"""Keys that may differ between a run and its resumption, since they do not change what is learnt."""
+MAY_CHANGE = ("resume", "profile", "checkpoint", "preflight", "cluster", "eval.every", "eval.at_start", "eval.at_end")
+"""Keys that may differ between a run and its resumption: they change neither what is learnt nor what is compared."""
 
 
 def check_same_run(saved: Path, config: RunConfig, *, unused: Collection[str]) -> None:
@@ -210,9 +214,9 @@ def check_same_run(saved: Path, config: RunConfig, *, unused: Collection[str]) -
     after = _plain(dataclasses.asdict(config))
     assert isinstance(before, dict)
     different = [
-        f"{key}: {_flat(before)[key]!r} then, {value!r} now"
+        f"{key}: {_flat(before).get(key)!r} then, {value!r} now"
         for key, value in _flat(after).items()
-        if key.split(".")[0] not in (*MAY_CHANGE, *unused) and _flat(before).get(key) != value
+        if not {key, key.split(".")[0]} & {*MAY_CHANGE, *unused} and _flat(before).get(key) != value
     ]
     if different:
         raise ValueError(

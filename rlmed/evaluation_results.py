@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from rlmed.core.files import refusal, replace_text
 from rlmed.core.statistics import mcnemar, wilson_interval
@@ -277,7 +278,7 @@ def summary_table(before: EvalSummary | None, after: EvalSummary, comparison: Ma
     else:
         span = f"step {before.step} → {after.step}"
     table = Table(
-        title=f"Held-out accuracy in %, {span}",
+        title=Text(f"Held-out accuracy in %, {span}"),
         caption="intervals: Wilson 95 %; p: McNemar, exact, paired",
         box=box.SIMPLE_HEAD,  # lines between the columns would not leave room for the figures in 80 characters
         show_edge=False,

@@ -49,7 +49,8 @@ def estimate(policy: Policy, config: RunConfig) -> MemoryEstimate:
     rows, prompt = config.rollout.max_completions, config.data.max_prompt_tokens
     training = rows * config.rollout.max_tokens + max(1, rows // config.algo.group_size) * prompt
     evaluation = rows * (config.eval.max_tokens + prompt)  # each completion has a prompt of its own
-    tokens = max(training, evaluation)
+    # on-policy, nothing is under way while it is evaluated
+    tokens = training + evaluation if config.algo.max_staleness else max(training, evaluation)
     return MemoryEstimate(
         weights=weights,
         reference=weights if config.algo.kl_coef > 0 else 0,

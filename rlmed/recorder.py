@@ -233,9 +233,9 @@ def check_same_data(folder: Path, files: Sequence[DataFile]) -> None:
     Raises:
         ValueError: naming the file and what is different.
     """
-    before = {entry["name"]: entry for entry in json.loads((folder / DATA_FILE).read_text(encoding="utf-8"))["files"]}
-    for entry in _data_entries(files):
-        earlier = before.get(entry["name"], {"rows": 0, "sha256": "", "skipped": []})
+    before = json.loads((folder / DATA_FILE).read_text(encoding="utf-8"))["files"]
+    # the same files in the same order, or the settings would differ
+    for earlier, entry in zip(before, _data_entries(files), strict=True):
         used = [(side["rows"], sorted(str(row["id"]) for row in side["skipped"])) for side in (earlier, entry)]
         if earlier["sha256"] == entry["sha256"] and used[0] == used[1]:
             continue

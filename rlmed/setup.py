@@ -81,7 +81,12 @@ def resolve_device(config: ModelConfig) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"model.device={config.device}: torch sees no CUDA device here; use model.device=cpu or auto")
-    return torch.device(config.device)
+    device = torch.device(config.device)
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        raise ValueError(
+            f"model.device={config.device}: torch sees {torch.cuda.device_count()} CUDA devices, from cuda:0 on"
+        )
+    return device
 
 
 def resolve_dtype(config: ModelConfig) -> str:

@@ -6,6 +6,7 @@ is what a data set without rationales offers (the SFT baseline of MedVLM-R1, arX
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,7 +66,8 @@ class Batches:
         example = self._examples[position]
         if self._shuffle and (example.completion is None or self._config.target != "auto"):
             # not where the row's own text names a letter
-            example = shuffle_options(example, self._seed * SEED_STRIDE + epoch)
+            unwritten = dataclasses.replace(example, completion=None)
+            example = shuffle_options(unwritten, self._seed * SEED_STRIDE + epoch)
         token_ids = self._renderer.completion_ids(target_text(example, self._config.target))
         return written_item(self._renderer.render(example), token_ids)
 

@@ -116,10 +116,11 @@ def test_sft_targets() -> None:
     assert sft.target_text(example, "option") == "<think>b (B).</think>\n<answer>B</answer>"
 
 
-def test_sft_shuffles_options_where_no_written_text_names_a_letter(make_config: Config, random_model: Path) -> None:
+@pytest.mark.parametrize("target", ["auto", "answer"])
+def test_sft_shuffles_options_where_no_written_text_names_a_letter(make_config: Config, target: str) -> None:
     from rlmed.core.types import Example
 
-    config = make_config("data.shuffle_options=true", "sft.epochs=8", "sft.batch_size=2")
+    config = make_config("data.shuffle_options=true", "sft.epochs=8", "sft.batch_size=2", f"sft.target={target}")
     renderer = make_renderer(config)
     written = "<think>b is B.</think><answer>B</answer>"
     examples = [
@@ -134,9 +135,10 @@ def test_sft_shuffles_options_where_no_written_text_names_a_letter(make_config: 
             seen[example.id].add(example.options)
             assert example.options[example.answer] == "b"
             text = renderer.decode(item.sequences[0].completion.token_ids.tolist())
-            assert text == (written if example.id == "fixed" else f"<answer>{example.letter}</answer>")
+            imitated = target == "auto" and example.id == "fixed"
+            assert text == (written if imitated else f"<answer>{example.letter}</answer>")
     assert len(seen["free"]) > 3
-    assert seen["fixed"] == {("a", "b", "c", "d")}
+    assert (seen["fixed"] == {("a", "b", "c", "d")}) == (target == "auto")
 
 
 @pytest.mark.parametrize(
@@ -239,7 +241,9 @@ def test_resume_needs_the_data_of_the_start(make_config: Config, tmp_path: Path,
         Run(make_config(*settings), folder)
 
 
-def test_a_batch_without_a_trained_token_moves_nothing(make_config: Config, tmp_path: Path, own_reward: str) -> None:
+def test_batches_without_a_trained_token_are_no_error_and_move_nothing(
+    make_config: Config, tmp_path: Path, own_reward: str
+) -> None:
     settings = (f"reward.extra=[{own_reward}:first_token]", "eval.at_start=false", "eval.at_end=false")
     cut = ("algo.mask_truncated=true", "rollout.max_tokens=1", "preflight.enabled=false")
     config = make_config(*settings, *cut)

@@ -155,3 +155,23 @@ def test_a_masked_completion_has_no_influence(step_gradient, worst_relative, mak
     expected, _ = step_gradient("qwen2", [shorter, *groups[1:]], algo)
     actual, _ = step_gradient("qwen2", [truncated, *groups[1:]], algo)
     assert worst_relative(actual, expected)[0] <= TOLERANCE
+
+
+def test_a_batch_without_a_trained_token_is_no_update(fresh_policy, make_train_groups):
+    """Momentum alone would move the weights."""
+    groups = make_train_groups("qwen2", 4)
+    policy = fresh_policy("qwen2")
+    algo, config = AlgoConfig(kl_coef=0.0, mask_truncated=True), LearnerConfig(lr=1e-2)
+    learner = PolicyLearner(policy, None, algo, config, total_steps=3, max_tokens=32, temperature=1.0)
+    start = {name: parameter.detach().clone() for name, parameter in policy.model.named_parameters()}
+    learner.step(groups)
+    before = {name: parameter.detach().clone() for name, parameter in policy.model.named_parameters()}
+    assert any(not torch.equal(start[name], before[name]) for name in start)
+    cut = []
+    for group in groups:
+        completions = tuple(dataclasses.replace(entry, finish_reason="length") for entry in group.rollout.completions)
+        rollout = dataclasses.replace(group.rollout, completions=completions)
+        cut.append(dataclasses.replace(group, scored=dataclasses.replace(group.scored, rollout=rollout)))
+    assert "grad_norm" not in learner.step(cut)
+    assert learner.policy_version == 1
+    assert all(torch.equal(parameter, before[name]) for name, parameter in policy.model.named_parameters())

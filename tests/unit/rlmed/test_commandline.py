@@ -28,6 +28,8 @@ def config(*overrides: str) -> RunConfig:
         (["model=/models/mine"], False, ["model.path=/models/mine"]),
         (["model=tiny"], False, ["model=tiny"]),
         (["model=../my dir (v2)/m=x"], False, ["model.path='../my dir (v2)/m=x'"]),
+        (["model='my dir/m'"], False, ["model.path='my dir/m'"]),
+        (["data=a.jsonl,b.jsonl"], False, ["data=jsonl", "data.eval=[a.jsonl,b.jsonl]"]),
         (["data=it's.jsonl"], False, ["data=jsonl", r"data.eval=['it\'s.jsonl']"]),
         (["data=a.jsonl"], False, ["data=jsonl", "data.eval=[a.jsonl]"]),
         (["data=[a.jsonl,b.jsonl]"], False, ["data=jsonl", "data.eval=[a.jsonl,b.jsonl]"]),
@@ -64,7 +66,15 @@ def test_expand_says_which_key_was_meant(argument: str, message: str) -> None:
 
 
 def test_expand_leaves_what_is_hydras_alone() -> None:
-    arguments = ["hydra.run.dir=x", "+new.key=1", "~data", "reward.weights.mine=0.5", "--multirun", "seed=1,2"]
+    arguments = [
+        "hydra.run.dir=x",
+        "hydra/job_logging=none",
+        "+new.key=1",
+        "~data",
+        "reward.weights.mine=0.5",
+        "--multirun",
+        "seed=1,2",
+    ]
     assert expand(arguments, cuda=False) == arguments
 
 
@@ -103,7 +113,9 @@ def test_check_same_run(tmp_path: Path) -> None:
         check_same_run(saved, other_sft, unused=("steps",))
 
 
-@pytest.mark.parametrize("path", ["models/a-1.0", "my dir (v2)/m=x", "it's", "odd [x], {name}", "测试.jsonl", "a:b#c"])
+@pytest.mark.parametrize(
+    "path", ["models/a-1.0", "my dir (v2)/m=x", "it's", "odd [x], {name}", "测试.jsonl", "a:b#c", "old~1/m", "2024"]
+)
 def test_any_path_gets_through_hydras_grammar(path: str) -> None:
     assert config(*expand([f"model={path}", f"data={path}.jsonl"], cuda=False)).model.path == path
     assert config(*expand([f"data={path}.jsonl"], cuda=False)).data.eval == (f"{path}.jsonl",)

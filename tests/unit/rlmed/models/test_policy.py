@@ -142,7 +142,7 @@ def test_weights_that_are_missing_are_never_replaced_by_random_ones(tiny_folder,
     if damage == "reshaped":
         weights[name] = weight[:, 1:].contiguous()
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises((ValueError, RuntimeError), match=r"damaged.*layers\.1\.mlp\.down_proj|mismatch"):
+    with pytest.raises(ValueError, match=r"damaged.*again"):
         load_policy(folder)
 
 
