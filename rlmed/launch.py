@@ -171,7 +171,7 @@ class Run:
                 on_progress=lambda name, done, total: self.progress.stage(f"evaluate {name}", done, total),
             )
         self.recorder.record_evaluation(step, {file.name: file.accuracy.value for file in summary.files})
-        self.progress.evaluated(summary.mean_accuracy)
+        self.progress.evaluated(summary.mean_accuracy, step)
         self.progress.message(
             f"accuracy after {step} steps: "
             + ", ".join(f"{file.name} {file.accuracy.value:.1%}" for file in summary.files)

@@ -56,7 +56,7 @@ class Progress:
         self._moved_handlers: list[tuple[logging.StreamHandler, object]] = []  # type: ignore[type-arg]
         self._total = self._done = 0
         self._facts: dict[str, str] = {}
-        self._accuracy: float | None = None
+        self._accuracy: dict[str, str] = {}
         self._stage: tuple[str, int, int] | None = None
         self._times: deque[tuple[int, float]] = deque(maxlen=WINDOW + 1)
         self._last_line = {"step": float("-inf"), "stage": float("-inf")}
@@ -97,9 +97,9 @@ class Progress:
         self._facts = _facts(metrics)
         self._plain("step", self._step_line(), always=step >= self._total)
 
-    def evaluated(self, accuracy: float) -> None:
-        """An evaluation found this accuracy, a fraction; it is shown until the next one."""
-        self._accuracy = accuracy
+    def evaluated(self, accuracy: float, step: int) -> None:
+        """An evaluation after `step` steps found this accuracy, a fraction; both are shown until the next one."""
+        self._accuracy = {"accuracy": f"{accuracy:.1%} (step {step})"}
 
     def stage(self, text: str, done: int, total: int) -> None:
         """`done` of `total` parts of something beside the steps, such as an evaluation, are made."""
@@ -120,9 +120,7 @@ class Progress:
             self.message(line)
 
     def _step_line(self) -> str:
-        facts = dict(self._facts)
-        if self._accuracy is not None:
-            facts["accuracy"] = f"{self._accuracy:.1%}"
+        facts = self._facts | self._accuracy
         left = self._seconds_left()
         if left is not None:
             facts["left"] = duration(left)
@@ -141,7 +139,7 @@ class Progress:
             left = self._seconds_left()
             note = f"{self._done}/{self._total}" + ("" if left is None else f"  {duration(left)} left")
             lines.append(_bar_line("training", self._done, self._total, note))
-            facts = {**self._facts, **({} if self._accuracy is None else {"accuracy": f"{self._accuracy:.1%}"})}
+            facts = self._facts | self._accuracy
             if facts:
                 numbers = Text("  ", no_wrap=True, overflow="ellipsis")
                 for name, value in facts.items():

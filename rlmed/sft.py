@@ -110,7 +110,7 @@ def main(config: RunConfig, folder: Path) -> None:
                 model=config.model.path,
                 on_progress=lambda name, at, total: progress.stage(f"evaluate {name}", at, total),
             )
-        progress.evaluated(summary.mean_accuracy)
+        progress.evaluated(summary.mean_accuracy, step)
 
     def write_model(target: Path) -> None:
         learner.save(target)

@@ -45,11 +45,11 @@ def test_plain_line_has_all_facts(clock):
     out, progress = plain()
     with progress:
         progress.start(200, 11)
-        progress.evaluated(0.6123)
+        progress.evaluated(0.6123, 0)
         clock.now += 2.0
         progress.step(12, METRICS)
     assert out.getvalue() == (
-        "step 12/200 reward 1.42 format 0.97 choice 0.45 kl 0.0030 length 41 tokens/s 5120 accuracy 61.2% left 6m16s\n"
+        "step 12/200 reward 1.42 format 0.97 choice 0.45 kl 0.0030 length 41 tokens/s 5120 accuracy 61.2% (step 0) left 6m16s\n"
     )
 
 
@@ -122,7 +122,7 @@ def test_a_terminal_gets_a_live_display_with_the_same_facts(clock):
     progress = Progress(console)
     with progress:
         progress.start(200, 0)
-        progress.evaluated(0.5)
+        progress.evaluated(0.5, 25)
         clock.now += 1.0
         progress.step(50, METRICS)
         progress.stage("evaluate mri", 7, 30)
@@ -135,7 +135,7 @@ def test_a_terminal_gets_a_live_display_with_the_same_facts(clock):
         "reward 1.42",
         "choice 0.45",
         "tokens/s 5120",
-        "accuracy 50.0%",
+        "accuracy 50.0% (step 25)",
         "evaluate mri",
         "7/30",
     ):
