@@ -1,8 +1,8 @@
 """Float32 linear layers on an AMD processor through oneDNN.
 
-torch multiplies float32 matrices with MKL, which does not use the full vector width of AMD processors; oneDNN, which is part
-of torch, does (measured on both makes: docs/lab-log.md). The numbers agree to rounding. Everywhere else, Intel's processors
-included, torch's own linear is as fast or faster, and is used.
+torch multiplies float32 matrices with MKL, which on AMD processors was slower than oneDNN, a part of torch, for outputs and input
+gradients of many rows (measured on both makes: docs/lab-log.md). The numbers agree to rounding. Everywhere else, for weight
+gradients, for few rows and on Intel's processors, torch's own product is as fast or faster, and is used.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if few or not suits_onednn(x) or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
-    # autograd's own bookkeeping costs a tenth of a decode step, also where no gradient is wanted
+    # autograd's own bookkeeping costs time in every decode step, also where no gradient is wanted
     product = _Linear.apply if torch.is_grad_enabled() else matmul_transposed
     return product(rows, weight, bias).view(*x.shape[:-1], len(weight))
 
