@@ -1,8 +1,8 @@
 """Float32 linear layers on an AMD processor through oneDNN.
 
-torch multiplies float32 matrices with MKL, which on AMD processors was slower than oneDNN, a part of torch, for outputs and input
-gradients of many rows (measured on both makes: docs/lab-log.md). The numbers agree to rounding. Everywhere else, for weight
-gradients, for few rows and on Intel's processors, torch's own product is as fast or faster, and is used.
+torch multiplies float32 matrices with MKL, which on AMD processors was slower than oneDNN, a part of torch, for outputs and
+input gradients of many rows (measured on both makes: docs/lab-log.md). The numbers agree to rounding. Everywhere else, for
+weight gradients, for few rows and on Intel's processors, torch's own product is as fast or faster, and is used.
 """
 
 from __future__ import annotations
