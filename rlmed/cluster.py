@@ -1,27 +1,35 @@
-"""Where the parts run. `cluster=local` puts pool and learner into this process, on the same parameters."""
+"""Where the parts run: `cluster=local` in this process on the same parameters, `cluster=ray` in actors."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import logging
+import os
+import shutil
+import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from learner.learner import PolicyLearner
 from rlmed.core.config import RunConfig
 from rlmed.core.protocols import Learner, RolloutPool
 from rlmed.core.types import TrainGroup
 from rlmed.data.prompts import PromptRenderer
-from rlmed.memory import estimate, keep_freed_memory
-from rlmed.models.policy import Policy, load_policy
-from rlmed.setup import model_folder, resolve_device, resolve_dtype
-from rollout.local import LocalPool
-from rollout.native.engine import NativeEngine
-from rollout.native.scheduler import EngineLimits
+from rlmed.engines import build_engine, build_local_pool, build_policy
+from rlmed.memory import estimate
+from rlmed.models.policy import Policy
+from rlmed.setup import EMBEDDED, model_folder, resolve_device
+from rollout.leases import PoolSettings
+from rollout.pool import WorkerPool
+from rollout.worker import Worker
 
 log = logging.getLogger(__name__)
+
+Report = Callable[[Sequence[TrainGroup], str], None]
+"""Told of a batch that was skipped, and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,39 +40,19 @@ class Cluster:
     learner: Learner
     evaluation_pool: RolloutPool
     """Samples from the same weights; training requests in flight are not disturbed by it."""
+    release: tuple[Callable[[], None], ...] = field(default=())
+    """Called in order when both pools are closed."""
 
     def close(self) -> None:
-        """Release what they hold."""
+        """Release what they hold; a second call does nothing."""
         self.pool.close()
         self.evaluation_pool.close()
-
-
-def build_policy(config: RunConfig, folder: Path) -> Policy:
-    """The policy in `folder` on the run's device and in its dtype."""
-    if config.cluster.threads:
-        torch.set_num_threads(config.cluster.threads)
-    device = resolve_device(config.model)
-    if device.type == "cpu":
-        keep_freed_memory()
-    return load_policy(folder, dtype=resolve_dtype(config.model), device=device)
-
-
-def build_local_pool(config: RunConfig, policy: Policy, renderer: PromptRenderer) -> LocalPool:
-    """A pool with the native engine on `policy`'s parameters."""
-    limits = EngineLimits(
-        max_completions=config.rollout.max_completions,
-        max_prompt_tokens=config.data.max_prompt_tokens,
-        prefill_tokens=config.rollout.prefill_tokens,
-    )
-    return LocalPool(NativeEngine(policy, renderer.decode, limits))
+        for action in self.release:
+            action()
 
 
 def build_cluster(
-    config: RunConfig,
-    renderer: PromptRenderer,
-    *,
-    checkpoint: Path | None,
-    on_bad_step: Callable[[Sequence[TrainGroup], str], None],
+    config: RunConfig, renderer: PromptRenderer, *, checkpoint: Path | None, on_bad_step: Report
 ) -> Cluster:
     """Pool and learner as `config.cluster` says.
 
@@ -73,14 +61,31 @@ def build_cluster(
         renderer: its tokenizer turns sampled ids into text.
         checkpoint: load the policy from there instead of `config.model`; the reference is always `config.model`.
         on_bad_step: told of batches that were skipped.
+
+    Raises:
+        ValueError: when Ray is asked for and not installed.
+        ConnectionError: when there is no Ray cluster at `config.cluster.address`.
     """
+    if config.cluster.kind == "ray":
+        return _build_ray(config, checkpoint, on_bad_step)
+    policy = build_policy(config, checkpoint or model_folder(config.model.path))
+    learner = build_learner(config, on_bad_step, policy=policy)
+    log.info("%s", estimate(policy, config).line())
+    pool, evaluation_pool = (build_local_pool(config, policy, renderer) for _ in range(2))
+    return Cluster(pool, learner, evaluation_pool)
+
+
+def build_learner(
+    config: RunConfig, on_bad_step: Report, *, policy: Policy | None = None, checkpoint: Path | None = None
+) -> PolicyLearner:
+    """The learner in this process, on `policy` or on the one in `checkpoint`; its reference is always `config.model`."""
     base = model_folder(config.model.path)
-    policy = build_policy(config, checkpoint or base)
+    policy = policy or build_policy(config, checkpoint or base)
     reference = None
     if config.algo.kl_coef > 0:
         reference = build_policy(config, base)
         reference.model.requires_grad_(False)
-    learner = PolicyLearner(
+    return PolicyLearner(
         policy,
         reference,
         config.algo,
@@ -90,6 +95,111 @@ def build_cluster(
         temperature=config.rollout.temperature,
         on_bad_step=on_bad_step,
     )
-    log.info("%s", estimate(policy, config).line())
-    pool, evaluation_pool = (build_local_pool(config, policy, renderer) for _ in range(2))
-    return Cluster(pool, learner, evaluation_pool)
+
+
+def _build_ray(config: RunConfig, checkpoint: Path | None, on_bad_step: Report) -> Cluster:
+    try:
+        import ray  # noqa: F401
+    except ImportError as error:
+        raise ValueError("cluster=ray needs Ray: pip install 'rlmed[ray]'") from error
+    from learner.actor import RayLearner
+    from rollout.actor import RayWorker
+
+    cluster = config.cluster
+    stop_ray = _start_ray(config)
+    worker_config, learner_config = (
+        _for_process(config, count) for count in (cluster.rollout_workers, cluster.learner_ranks)
+    )
+    worker_gpus, learner_gpus = _gpus(config)
+
+    def start_worker(number: int) -> Worker:
+        return RayWorker(
+            f"rollout worker {number}",
+            functools.partial(build_engine, worker_config),
+            on_push=config.rollout.on_push,
+            options={"num_gpus": worker_gpus},
+        )
+
+    settings = PoolSettings(
+        capacity=config.rollout.max_completions,
+        silence_s=cluster.silence_timeout_s,
+        stall_s=cluster.stall_timeout_s,
+        start_s=cluster.start_timeout_s,
+        push_s=cluster.push_timeout_s,
+        max_failures=cluster.max_worker_failures,
+    )
+    workers = WorkerPool(start_worker, cluster.rollout_workers, settings)
+    pool, evaluation_pool = workers.channel(), workers.channel()
+    try:
+        learner = RayLearner(
+            [functools.partial(build_learner, learner_config, checkpoint=checkpoint)],
+            on_bad_step=on_bad_step,
+            step_s=cluster.learner_timeout_s,
+            options=[{"num_gpus": learner_gpus}],
+        )
+    except BaseException:
+        workers.close()
+        stop_ray()
+        raise
+    return Cluster(pool, learner, evaluation_pool, release=(learner.close, stop_ray))
+
+
+def _for_process(config: RunConfig, processes: int) -> RunConfig:
+    """The configuration as one of several processes, perhaps in another folder, needs it."""
+    threads = config.cluster.threads or max(1, (os.cpu_count() or 1) // processes)
+    path = config.model.path
+    if not path.startswith(EMBEDDED) and Path(path).is_dir():
+        path = str(Path(path).absolute())
+    return dataclasses.replace(
+        config,
+        cluster=dataclasses.replace(config.cluster, threads=threads),
+        model=dataclasses.replace(config.model, path=path),
+    )
+
+
+def _gpus(config: RunConfig) -> tuple[float, float]:
+    """GPUs of a rollout worker and of a learner rank."""
+    cuda = resolve_device(config.model).type == "cuda"
+    worker, learner = config.cluster.worker_gpus, config.cluster.learner_gpus
+    return (
+        float(config.rollout.tensor_parallel_size if cuda else 0) if worker is None else worker,
+        float(cuda) if learner is None else learner,
+    )
+
+
+def _start_ray(config: RunConfig) -> Callable[[], None]:
+    """Join the Ray cluster that `cluster.address` or the environment names, or start one here.
+
+    Returns:
+        What ends it again; a cluster that was there before goes on.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return lambda: None
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    options: dict[str, Any] = {
+        "log_to_driver": config.cluster.worker_logs,
+        "logging_level": logging.ERROR,
+        "runtime_env": dict(config.cluster.runtime_env) or None,
+        "namespace": "rlmed",
+    }
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    if address:
+        try:
+            ray.init(address=address, **options)
+        except ConnectionError as error:
+            raise ConnectionError(
+                f"no Ray cluster answers at cluster.address={address}: {error}. Start one (ray start --head), or leave "
+                "cluster.address=null to start Ray on this machine alone"
+            ) from error
+        return ray.shutdown
+    # a folder of its own, so that nothing of this run is left in the machine's
+    folder = tempfile.mkdtemp(prefix="rlmed-ray-")
+    ray.init(address="local", include_dashboard=False, _temp_dir=folder, **options)
+
+    def stop() -> None:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+    return stop

@@ -32,8 +32,11 @@ from rlmed.checkpoint import CheckpointError
 from rlmed.core.config import RunConfig
 from rlmed.core.config_building import build_config, check_key
 from rlmed.core.files import refusal
+from rlmed.core.protocols import ClusterError
 
 EMBEDDED_SUFFIX = "_embedded"
+LOST = 3
+"""Exit status when a process of the run was lost: the same command with resume=auto goes on."""
 PROBE = b"." * 2**16
 """Written to find out whether a folder can be written to; more than the few bytes that a full disk may still take."""
 
@@ -125,7 +128,8 @@ def newest_run(folder: Path) -> Path | None:
 def run_command(program: str, main: Callable[[RunConfig, Path], None]) -> None:
     """Compose the configuration from the command line and call `main(config, run_folder)`.
 
-    Errors in what the user gave end the program with one line and exit status 2; RLMED_TRACE=1 shows where they came from.
+    Errors in what the user gave end the program with one line and exit status 2, lost processes with 3; RLMED_TRACE=1
+    shows where they came from.
     """
     try:
         sys.argv[1:] = expand(sys.argv[1:], cuda=torch.cuda.is_available())
@@ -148,13 +152,13 @@ def run_command(program: str, main: Callable[[RunConfig, Path], None]) -> None:
             if config.resume == "auto" and not named:
                 folder = newest_run(folder) or folder
             main(config, folder)
-        except (ValueError, OSError, RewardError, CheckpointError, KeyboardInterrupt) as error:
+        except (ValueError, OSError, RewardError, CheckpointError, ClusterError, KeyboardInterrupt) as error:
             if os.environ.get("RLMED_TRACE"):
                 raise
             if isinstance(error, KeyboardInterrupt):
                 raise SystemExit("interrupted; resume=auto goes on from the last checkpoint, if there is one") from None
             sys.stderr.write(f"error: {error}\n(RLMED_TRACE=1 shows where it came from)\n")
-            raise SystemExit(2) from error
+            raise SystemExit(LOST if isinstance(error, ClusterError) else 2) from error
 
     entry()
 

@@ -92,6 +92,7 @@ def train(
                 metrics |= learner.step(batch)
             with tracer.span("push_weights", step=state.step + 1):
                 learner.push_weights(pool)
+        metrics |= pool.metrics()
         state.step += 1
         metrics["policy_version"] = float(learner.policy_version)
         after_step(StepResult(state.step, tuple(batch), tuple(discarded), metrics))

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from rlmed.cluster import build_local_pool, build_policy
 from rlmed.commandline import run_command, to_yaml
 from rlmed.core.config import RunConfig
 from rlmed.core.files import replace_text
+from rlmed.engines import build_local_pool, build_policy
 from rlmed.evaluation import evaluate
 from rlmed.evaluation_results import EvalSummary, check_comparable, compare, step_folder, summary_table
 from rlmed.progress import Progress

@@ -76,6 +76,13 @@ class Run:
 
     def execute(self) -> None:
         """Evaluate, train, evaluate, report."""
+        try:
+            self._train()
+        finally:
+            self.cluster.close()
+        self._finish()
+
+    def _train(self) -> None:
         config, state = self.config, self.state
         with self.progress:
             if not self.data.evals:
@@ -98,7 +105,6 @@ class Run:
             )
             if config.eval.at_end and self.data.evals:
                 self._evaluate(config.steps, controls=config.eval.controls)
-        self._finish()
 
     def _restore(self, checkpoint: Path) -> None:
         saved = read_state(checkpoint)
@@ -182,7 +188,6 @@ class Run:
         """The table and the report."""
         self.tracer.close()
         self.recorder.close()
-        self.cluster.close()
         evaluations = self.folder / "evaluations"
         first, last = step_folder(evaluations, 0), step_folder(evaluations, self.config.steps)
         console = Console()

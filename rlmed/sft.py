@@ -16,7 +16,6 @@ from rich.console import Console
 from learner.packing import PackItem
 from learner.supervised import SupervisedLearner, written_item
 from rlmed.checkpoint import list_checkpoints, read_state, save_checkpoint, starting_point
-from rlmed.cluster import build_local_pool, build_policy
 from rlmed.commandline import check_same_run, run_command, to_yaml
 from rlmed.core.config import RunConfig
 from rlmed.core.files import replace_text
@@ -24,6 +23,7 @@ from rlmed.core.tracing import Tracer
 from rlmed.core.types import Example
 from rlmed.data.prompts import PromptRenderer
 from rlmed.data.sampler import PromptOrder, shuffle_options
+from rlmed.engines import build_local_pool, build_policy
 from rlmed.evaluation import evaluate
 from rlmed.evaluation_results import EvalSummary, compare, summary_table
 from rlmed.progress import Progress

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from typing import Any
 
 from rlmed.core.types import RolloutGroup, RolloutRequest
 from rollout.native.engine import NativeEngine
@@ -36,9 +37,15 @@ class LocalPool:
         self._in_flight -= 1
         return self._finished.popleft()
 
-    def update_weights(self, version: int) -> None:
+    def update_weights(self, version: int, weights: Any = None) -> None:
         """The engine reads the learner's parameters: only the version changes."""
-        self.engine.update_weights(version)
+        if weights is not None:
+            raise ValueError("the local pool shares the learner's parameters and takes no others")
+        self.engine.finish_update(version)
+
+    def metrics(self) -> dict[str, float]:
+        """None: there are no workers."""
+        return {}
 
     def close(self) -> None:
         """Drop what is in flight."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 MAX_SEED = 2**40
 """Larger ones would not fit, multiplied, into the 64-bit seeds of completions."""
@@ -137,9 +138,26 @@ class RolloutConfig:
     stop: tuple[str, ...] = ()
     max_completions: int = 64
     prefill_tokens: int = 8192
+    on_push: str = "continue"
+    tensor_parallel_size: int = 1
+    gpu_memory_utilization: float = 0.8
+    kv_cache_gib: float | None = None
 
     def __post_init__(self) -> None:
-        _require_one_of("rollout.engine", self.engine, ("native",))
+        _require_one_of("rollout.engine", self.engine, ("native", "vllm"))
+        _require_one_of("rollout.on_push", self.on_push, ("continue", "finish"))
+        _require(
+            self.tensor_parallel_size >= 1,
+            f"rollout.tensor_parallel_size={self.tensor_parallel_size} must be at least 1",
+        )
+        _require(
+            0 < self.gpu_memory_utilization <= 1,
+            f"rollout.gpu_memory_utilization={self.gpu_memory_utilization} must be in (0, 1]",
+        )
+        _require(
+            self.kv_cache_gib is None or self.kv_cache_gib > 0,
+            f"rollout.kv_cache_gib={self.kv_cache_gib} must be positive or null",
+        )
         _require(
             self.temperature > 0,
             f"rollout.temperature={self.temperature} is not possible in training: greedy completions of a group are all "
@@ -195,10 +213,40 @@ class ClusterConfig:
 
     kind: str = "local"
     threads: int | None = None
+    address: str | None = None
+    rollout_workers: int = 1
+    learner_ranks: int = 1
+    worker_gpus: float | None = None
+    learner_gpus: float | None = None
+    runtime_env: Mapping[str, Any] = field(default_factory=dict)
+    silence_timeout_s: float = 60.0
+    stall_timeout_s: float = 600.0
+    start_timeout_s: float = 600.0
+    push_timeout_s: float = 600.0
+    learner_timeout_s: float = 3600.0
+    max_worker_failures: int = 3
+    worker_logs: bool = False
 
     def __post_init__(self) -> None:
-        _require_one_of("cluster.kind", self.kind, ("local",))
+        _require_one_of("cluster.kind", self.kind, ("local", "ray"))
         _require(self.threads is None or self.threads > 0, f"cluster.threads={self.threads} must be positive or null")
+        _require(self.rollout_workers >= 1, f"cluster.rollout_workers={self.rollout_workers} must be at least 1")
+        _require(self.learner_ranks >= 1, f"cluster.learner_ranks={self.learner_ranks} must be at least 1")
+        for key in ("rollout_workers", "learner_ranks"):
+            _require(
+                self.kind == "ray" or getattr(self, key) == 1,
+                f"cluster.{key}={getattr(self, key)} needs Ray: use cluster=ray, since cluster=local is one process",
+            )
+        for key in ("worker_gpus", "learner_gpus"):
+            value = getattr(self, key)
+            _require(value is None or value >= 0, f"cluster.{key}={value} must be 0 or more, or null")
+        for key in ("silence", "stall", "start", "push", "learner"):
+            name, value = f"cluster.{key}_timeout_s", getattr(self, f"{key}_timeout_s")
+            _require(value > 0, f"{name}={value} must be positive (seconds)")
+        _require(
+            self.max_worker_failures >= 0,
+            f"cluster.max_worker_failures={self.max_worker_failures} must not be negative",
+        )
 
 
 @dataclass(frozen=True)
@@ -286,6 +334,10 @@ class RunConfig:
             self.algo.group_size <= self.rollout.max_completions,
             f"algo.group_size={self.algo.group_size} exceeds rollout.max_completions={self.rollout.max_completions}: "
             "a group is sampled together, so raise rollout.max_completions",
+        )
+        _require(
+            self.rollout.engine == "native" or self.cluster.kind == "ray",
+            f"rollout.engine={self.rollout.engine} runs in a worker of its own: add cluster=ray",
         )
         _require(
             self.learner.mini_batches <= self.algo.groups_per_step,

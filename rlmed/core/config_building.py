@@ -71,6 +71,8 @@ def _build(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
     """Turn a plain value into the annotated type; integers are taken for floats, nothing else is guessed."""
+    if hint is Any:
+        return value
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type[Any], hint), value, f"{where}.")
     origin, args = get_origin(hint), get_args(hint)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from rlmed.core.types import RolloutGroup, RolloutRequest, TrainGroup
+
+
+class ClusterError(RuntimeError):
+    """A process of the run is lost or silent and cannot be replaced; the message names it, the cause and the cure."""
 
 
 class RolloutPool(Protocol):
@@ -33,8 +37,18 @@ class RolloutPool(Protocol):
         """
         ...
 
-    def update_weights(self, version: int) -> None:
-        """Sample from policy version `version` from now on."""
+    def update_weights(self, version: int, weights: Any = None) -> None:
+        """Sample from policy version `version` from now on.
+
+        Args:
+            version: of the weights.
+            weights: where an engine elsewhere finds them, as its learner published them; None where pool and learner share
+                the parameters.
+        """
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Figures of the workers by name; none where there are none."""
         ...
 
     def close(self) -> None:

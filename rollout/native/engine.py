@@ -6,7 +6,7 @@ log-probabilities agree with the learner's to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from rlmed.core.types import RolloutGroup, RolloutRequest
 from rlmed.models.attention import PackedLayout
 from rlmed.models.policy import Policy, merge_image_inputs
+from rlmed.models.weights import copy_into
 from rollout.native.batch import DecodeBatch
 from rollout.native.kv_cache import KVCache, PrefillLayout
 from rollout.native.sampler import BatchSampling, completion_seeds
@@ -55,7 +56,14 @@ class NativeEngine:
         """Queue a request; raises ValueError when it could never run."""
         self._scheduler.submit(request)
 
-    def update_weights(self, version: int) -> None:
+    def begin_update(self) -> None:
+        """Nothing to prepare."""
+
+    def load_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Copy into the policy's parameters; see `rollout.engine.Engine.load_weights`."""
+        copy_into(dict(self.policy.model.named_parameters()), tensors)
+
+    def finish_update(self, version: int) -> None:
         """Tokens sampled from now on belong to policy version `version`.
 
         Running completions go on: their keys and values stay those of the older weights, and their `min_version` says so.

@@ -112,7 +112,7 @@ def test_versions_say_which_weights_produced_the_tokens(fresh_policy, make_promp
     groups = {}
     for step in range(100):
         if step == 2:
-            engine.update_weights(7)
+            engine.finish_update(7)
         if engine.busy:
             groups |= {group.request.index: group for group in engine.step()}
     versions = {
@@ -130,7 +130,7 @@ def test_the_engine_samples_from_the_parameters_as_they_are_now(fresh_policy, mi
     with torch.no_grad():
         for parameter, new in zip(policy.model.parameters(), other.model.parameters(), strict=True):
             parameter.copy_(new)
-    engine.update_weights(1)
+    engine.finish_update(1)
     (after,) = run_requests(engine, [request])
     (expected,) = run_requests(new_engine(other), [request])
     for one, old, new in zip(after.completions, before.completions, expected.completions, strict=True):

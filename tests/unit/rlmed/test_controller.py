@@ -56,8 +56,11 @@ class Pool:
         completion = Completion(ids, logprobs, "", "stop", min_version=version, max_version=self.version)
         return RolloutGroup(request, (completion, completion))
 
-    def update_weights(self, version: int) -> None:
+    def update_weights(self, version: int, weights: object = None) -> None:
         self.version = version
+
+    def metrics(self) -> dict[str, float]:
+        return {}
 
     def close(self) -> None: ...
 

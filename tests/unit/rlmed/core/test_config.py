@@ -33,7 +33,7 @@ def test_programs_compose(program: str) -> None:
 
 @pytest.mark.parametrize("choice", [f"{group}={name}" for group in GROUPS for name in options(group)])
 def test_every_group_option_composes(choice: str) -> None:
-    config = composed(choice)
+    config = composed(*(("cluster=ray",) if choice == "rollout=vllm" else ()), choice)
     assert loss_config(config.algo).kl_coef == config.algo.kl_coef  # the loss accepts it too
 
 

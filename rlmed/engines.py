@@ -1,0 +1,68 @@
+"""From a configuration to policies and rollout engines, in whichever process they shall be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from rlmed.core.config import RunConfig
+from rlmed.data.prompts import PromptRenderer
+from rlmed.memory import keep_freed_memory
+from rlmed.models.policy import Policy, load_policy
+from rlmed.setup import make_renderer, model_folder, resolve_device, resolve_dtype
+from rollout.engine import Engine
+from rollout.local import LocalPool
+from rollout.native.engine import NativeEngine
+from rollout.native.scheduler import EngineLimits
+
+
+def build_policy(config: RunConfig, folder: Path) -> Policy:
+    """The policy in `folder` on the run's device and in its dtype."""
+    if config.cluster.threads:
+        torch.set_num_threads(config.cluster.threads)
+    device = resolve_device(config.model)
+    if device.type == "cpu":
+        keep_freed_memory()
+    return load_policy(folder, dtype=resolve_dtype(config.model), device=device)
+
+
+def engine_limits(config: RunConfig) -> EngineLimits:
+    """Sizes that bound an engine's memory."""
+    return EngineLimits(
+        max_completions=config.rollout.max_completions,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        prefill_tokens=config.rollout.prefill_tokens,
+    )
+
+
+def build_local_pool(config: RunConfig, policy: Policy, renderer: PromptRenderer) -> LocalPool:
+    """A pool with the native engine on `policy`'s parameters."""
+    return LocalPool(NativeEngine(policy, renderer.decode, engine_limits(config)))
+
+
+def build_engine(config: RunConfig) -> Engine:
+    """The engine of a rollout worker, with a model of its own: the run's base, until weights are pushed to it."""
+    if config.rollout.engine == "vllm":
+        return _build_vllm(config)
+    policy = build_policy(config, model_folder(config.model.path))
+    policy.model.requires_grad_(False)
+    return NativeEngine(policy, make_renderer(config).decode, engine_limits(config))
+
+
+def _build_vllm(config: RunConfig) -> Engine:
+    from rollout.vllm_backend.engine import VllmEngine
+    from rollout.vllm_backend.settings import VllmSettings
+
+    rollout = config.rollout
+    settings = VllmSettings(
+        dtype=resolve_dtype(config.model),
+        max_completions=rollout.max_completions,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        max_tokens=max(rollout.max_tokens, config.eval.max_tokens),
+        gpu_memory_utilization=rollout.gpu_memory_utilization,
+        tensor_parallel_size=rollout.tensor_parallel_size,
+        kv_cache_gib=rollout.kv_cache_gib,
+        seed=config.seed,
+    )
+    return VllmEngine(model_folder(config.model.path), settings)

@@ -1,0 +1,101 @@
+"""Tensors to buckets of bytes and back; see `rlmed.core.weights`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlmed.core.weights import TensorSpec, WeightBucket, WeightError
+
+BUCKET_BYTES = 256 * 2**20
+"""Size of one bucket: bounds the copies on their way, and is large enough that a message's own cost vanishes."""
+ALIGNMENT = 64
+"""Bytes; every tensor of a bucket starts at a multiple of it."""
+
+
+def make_buckets(
+    tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int = BUCKET_BYTES, dtype: torch.dtype | None = None
+) -> Iterator[WeightBucket]:
+    """Copy named tensors, in their order, into buckets of at most `bucket_bytes` (a larger tensor has one of its own).
+
+    Args:
+        tensors: names and tensors of any shape on any device; taken from the iterator one after the other.
+        bucket_bytes: bound on a bucket.
+        dtype: convert to it first; None keeps each tensor's own.
+
+    Yields:
+        Buckets that own their bytes; changing the tensors afterwards does not change them.
+    """
+    waiting: list[tuple[str, Tensor]] = []
+    size = 0
+    for name, tensor in tensors:
+        tensor = tensor.detach() if dtype is None else tensor.detach().to(dtype)
+        length = _padded(tensor.nbytes)
+        if waiting and size + length > bucket_bytes:
+            yield _bucket(waiting, size)
+            waiting, size = [], 0
+        waiting.append((name, tensor))
+        size += length
+    if waiting:
+        yield _bucket(waiting, size)
+
+
+def bucket_tensors(bucket: WeightBucket) -> list[tuple[str, Tensor]]:
+    """Names and CPU tensors of a bucket; they are views of its bytes and must not be written to."""
+    data = bucket.data if bucket.data.flags.writeable else _writeable_view(bucket.data)
+    flat = torch.from_numpy(data)
+    return [
+        (spec.name, flat[spec.start : spec.end].view(getattr(torch, spec.dtype)).view(spec.shape))
+        for spec in bucket.specs
+    ]
+
+
+def copy_into(parameters: dict[str, Tensor], tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy named tensors into the parameters of the same names.
+
+    Raises:
+        WeightError: for an unknown name or another shape.
+    """
+    with torch.no_grad():
+        for name, tensor in tensors:
+            parameter = parameters.get(name)
+            if parameter is None:
+                raise WeightError(
+                    f"weights of {name} arrived, which this model does not have: both sides need one model"
+                )
+            if parameter.shape != tensor.shape:
+                raise WeightError(
+                    f"weights of {name} arrived with shape {tuple(tensor.shape)}, here it is {tuple(parameter.shape)}: both "
+                    "sides need one model"
+                )
+            parameter.copy_(tensor)
+
+
+def _padded(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _bucket(tensors: list[tuple[str, Tensor]], size: int) -> WeightBucket:
+    data = torch.zeros(size, dtype=torch.uint8)
+    specs, start = [], 0
+    for name, tensor in tensors:
+        end = start + tensor.nbytes
+        data[start:end].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        specs.append(TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), start, end))
+        start = _padded(end)
+    return WeightBucket.seal(tuple(specs), data.numpy())
+
+
+def _writeable_view(data: np.ndarray) -> np.ndarray:
+    """The same memory without numpy's read-only flag, which torch warns of; nothing here writes to it."""
+    interface = dict(data.__array_interface__)
+    interface["data"] = (interface["data"][0], False)
+
+    class _Holder:
+        __array_interface__ = interface
+        owner = data
+
+    return np.asarray(_Holder())

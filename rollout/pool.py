@@ -1,0 +1,308 @@
+"""A pool of workers: prompts to the least busy one, groups back as they finish, dead and silent workers replaced.
+
+Each request is *leased* to one worker. What a worker held when it died goes to others; what it still sends afterwards is
+not counted. So every request is answered exactly once, whatever happens to the processes.
+
+One thread owns all state and executes events; callers and futures only add events, so there is nothing else to lock.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+from rlmed.core.types import RolloutGroup, RolloutRequest
+from rollout.channel import Channel
+from rollout.leases import Lease, PoolSettings, Push, RolloutError, Slot, cause_of
+from rollout.worker import FinishedGroup, PushReport, Worker, WorkerStatus
+
+log = logging.getLogger(__name__)
+
+
+class WorkerPool:
+    """Keeps the workers and shares out the requests of its channels.
+
+    Example:
+        >>> pool = WorkerPool(start_worker, workers=2, settings=PoolSettings(capacity=64))   # doctest: +SKIP
+        >>> channel = pool.channel()                                                         # doctest: +SKIP
+        >>> channel.submit(request); group = channel.collect()                               # doctest: +SKIP
+    """
+
+    def __init__(self, start: Callable[[int], Worker], workers: int, settings: PoolSettings) -> None:
+        """Start the workers; they need not be there yet when this returns.
+
+        Args:
+            start: makes a new worker for a place (0 .. workers - 1), without waiting for it.
+            workers: number of places.
+            settings: limits.
+        """
+        self._start, self._settings = start, settings
+        self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._numbers = itertools.count()
+        self._waiting: deque[Lease] = deque()
+        self._leases: dict[int, Lease] = {}
+        self._weights: tuple[int, Any] | None = None
+        self._push: Push | None = None
+        self._error: RolloutError | None = None
+        self._channels: list[Channel] = []
+        self._counts = {"workers_lost": 0, "groups_sampled_again": 0, "groups_late": 0}
+        self._closed = False
+        now = time.monotonic()
+        self._slots = [Slot(number, start(number), now, progressed=now) for number in range(workers)]
+        self._thread = threading.Thread(target=self._run, name="rollout pool", daemon=True)
+        self._thread.start()
+
+    def channel(self) -> Channel:
+        """A new `RolloutPool` on these workers, with requests and groups of its own."""
+        channel = Channel(self)
+        self._channels.append(channel)
+        return channel
+
+    def metrics(self) -> dict[str, float]:
+        """Counts since the start, and how many workers are ready now."""
+        ready = sum(slot.ready for slot in self._slots)
+        return {"rollout/workers_ready": float(ready)} | {
+            f"rollout/{name}": float(count) for name, count in self._counts.items()
+        }
+
+    def update_weights(self, version: int, weights: Any) -> list[PushReport]:
+        """Give all workers new weights and wait for them; a worker that fails is replaced by one that has them.
+
+        Requests submitted afterwards are sampled from these weights or newer ones.
+
+        Raises:
+            RolloutError: when rollouts cannot go on.
+        """
+        push = Push(version, weights)
+        self._events.put(lambda: self._begin_push(push))
+        while not push.done.wait(timeout=1.0):
+            self.raise_error()
+        self.raise_error()
+        return push.reports
+
+    def add(self, channel: Channel, requests: list[RolloutRequest]) -> None:
+        """Queue the requests of a channel, all at once."""
+        self._events.put(lambda: self._admit(channel, requests))
+
+    def drop(self, channel: Channel) -> None:
+        """Forget a channel and what it waits for."""
+        if channel in self._channels:
+            self._channels.remove(channel)
+        self._events.put(lambda: self._forget(channel))
+        if not self._channels:
+            self.close()
+
+    def raise_error(self) -> None:
+        """Raise what ended the pool, if anything did."""
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        """End all workers."""
+        if self._closed:
+            return
+        self._closed = True
+        self._events.put(lambda: None)
+        self._thread.join(timeout=30)
+        for slot in self._slots:
+            slot.worker.kill()
+
+    # Everything below runs in the pool's own thread.
+
+    def _run(self) -> None:
+        beat = 0.0
+        try:
+            while not self._closed:
+                if time.monotonic() >= beat:
+                    self._check_workers()
+                    beat = time.monotonic() + self._settings.heartbeat_s
+                self._dispatch()
+                self._execute(timeout=max(0.0, beat - time.monotonic()))
+        except RolloutError as error:
+            self._fail(error)
+        except Exception as error:
+            log.exception("the rollout pool has failed")
+            self._fail(RolloutError(f"the rollout pool has failed: {error!r}"))
+
+    def _execute(self, timeout: float) -> None:
+        """The next event, if one comes, and all that have come by then."""
+        try:
+            self._events.get(timeout=timeout)()
+            while True:
+                self._events.get_nowait()()
+        except queue.Empty:
+            return
+
+    def _fail(self, error: RolloutError) -> None:
+        self._error = error
+        if self._push:
+            self._push.done.set()
+        for channel in self._channels:
+            channel.wake()
+
+    def _then(self, future: Future[Any], event: Callable[[Future[Any]], None]) -> None:
+        """Make an event of a future's end."""
+        future.add_done_callback(lambda done: self._events.put(lambda: event(done)))
+
+    def _admit(self, channel: Channel, requests: list[RolloutRequest]) -> None:
+        for request in requests:
+            lease = Lease(next(self._numbers), request, channel)
+            self._leases[lease.number] = lease
+            self._waiting.append(lease)
+
+    def _forget(self, channel: Channel) -> None:
+        self._leases = {number: lease for number, lease in self._leases.items() if lease.receiver is not channel}
+        self._waiting = deque(lease for lease in self._waiting if lease.receiver is not channel)
+
+    def _dispatch(self) -> None:
+        """Lease waiting requests, oldest first, to whoever holds the fewest completions and has room."""
+        batches: dict[Slot, list[Lease]] = {}
+        while self._waiting:
+            slot = min((slot for slot in self._slots if slot.ready), key=lambda slot: slot.completions, default=None)
+            size = self._waiting[0].request.group_size
+            if slot is None or (slot.leases and slot.completions + size > self._settings.capacity):
+                break
+            lease = self._waiting.popleft()
+            slot.leases[lease.number] = lease
+            batches.setdefault(slot, []).append(lease)
+        for slot, leases in batches.items():
+            worker = slot.worker
+            requests = [dataclasses.replace(lease.request, index=lease.number) for lease in leases]
+            self._then(worker.submit(requests), lambda done, s=slot, w=worker: self._lost_if_failed(s, w, done))
+            self._collect(slot)
+
+    def _collect(self, slot: Slot) -> None:
+        if slot.leases and not slot.collecting:
+            slot.collecting = True
+            worker = slot.worker
+            self._then(worker.collect(), lambda done: self._collected(slot, worker, done))
+
+    def _collected(self, slot: Slot, worker: Worker, done: Future[list[FinishedGroup]]) -> None:
+        if self._lost_if_failed(slot, worker, done):
+            return
+        for group in done.result():
+            lease = slot.leases.pop(group.index, None) if slot.worker is worker else None
+            if lease is None or self._leases.pop(group.index, None) is None:
+                self._counts["groups_late"] += 1  # it was given to another worker, or its channel is closed
+                continue
+            slot.failures = 0
+            lease.receiver.deliver(RolloutGroup(lease.request, group.completions))
+        if slot.worker is worker:
+            slot.collecting = False
+            self._collect(slot)
+
+    def _begin_push(self, push: Push) -> None:
+        self._weights = (push.version, push.weights)
+        self._push = push
+        push.outstanding = {slot.number for slot in self._slots if slot.ready}
+        for slot in self._slots:
+            # one that is being started receives them when it answers
+            if slot.ready:
+                self._send_weights(slot)
+        self._pushed(None)
+
+    def _send_weights(self, slot: Slot) -> None:
+        assert self._weights is not None
+        slot.ready, slot.push_started = False, time.monotonic()
+        worker, sent = slot.worker, self._weights
+        self._then(worker.update_weights(*sent), lambda done: self._updated(slot, worker, sent, done))
+
+    def _updated(self, slot: Slot, worker: Worker, sent: tuple[int, Any], done: Future[PushReport]) -> None:
+        if self._lost_if_failed(slot, worker, done) or slot.worker is not worker:
+            return
+        if sent is not self._weights:  # newer ones have come meanwhile
+            self._send_weights(slot)
+            return
+        slot.ready, slot.push_started = True, None
+        if self._push:
+            self._push.reports.append(done.result())
+        self._pushed(slot)
+
+    def _pushed(self, slot: Slot | None) -> None:
+        """A slot has the weights, or is out of the reckoning because its worker was lost."""
+        if self._push is None:
+            return
+        if slot is not None:
+            self._push.outstanding.discard(slot.number)
+        if not self._push.outstanding:
+            self._push.done.set()
+            self._push = None
+
+    def _check_workers(self) -> None:
+        """Ask every worker how it is, and replace those that are silent or stand still."""
+        now, settings = time.monotonic(), self._settings
+        for slot in self._slots:
+            if slot.answered is None:
+                limit, since = settings.start_s, slot.started
+            else:
+                limit, since = settings.silence_s, slot.answered
+            if slot.asked and now - since > limit:
+                self._lose(slot, TimeoutError(f"it has not answered for {now - since:.0f} s"))
+            elif slot.push_started is not None and now - slot.push_started > settings.push_s:
+                self._lose(slot, TimeoutError(f"it has not taken new weights for {now - slot.push_started:.0f} s"))
+            elif slot.status and slot.status.busy and now - slot.progressed > settings.stall_s:
+                self._lose(slot, TimeoutError(f"it has work and made no step for {now - slot.progressed:.0f} s"))
+            elif not slot.asked:
+                slot.asked = True
+                worker = slot.worker
+                self._then(worker.status(), lambda done, s=slot, w=worker: self._answered(s, w, done))
+
+    def _answered(self, slot: Slot, worker: Worker, done: Future[WorkerStatus]) -> None:
+        if self._lost_if_failed(slot, worker, done) or slot.worker is not worker:
+            return
+        status, now = done.result(), time.monotonic()
+        if slot.status is None or status.progress != slot.status.progress or not status.busy:
+            slot.progressed = now
+        first = slot.answered is None
+        slot.asked, slot.status, slot.answered = False, status, now
+        if first and self._weights is not None:
+            self._send_weights(slot)
+        elif first:
+            slot.ready = True
+
+    def _lost_if_failed(self, slot: Slot, worker: Worker, done: Future[Any]) -> bool:
+        """True when a future has failed; its worker is replaced then, unless it has been already."""
+        error = done.exception()
+        if error is not None and slot.worker is worker and not self._closed:
+            self._lose(slot, error)
+        return error is not None
+
+    def _lose(self, slot: Slot, error: BaseException) -> None:
+        """Replace a slot's worker and give its requests to others."""
+        leases, name, ever_ready = list(slot.leases.values()), slot.name, slot.answered is not None
+        slot.failures += 1
+        self._counts["workers_lost"] += 1
+        self._counts["groups_sampled_again"] += len(leases)
+        slot.worker.kill()
+        if not ever_ready and not isinstance(error, TimeoutError) and not any(other.answered for other in self._slots):
+            raise RolloutError(f"{name} could not be started: {cause_of(error)}") from error
+        # a place that waits for resources is no reason to stop while others work
+        hopeless = slot.failures > self._settings.max_failures
+        if hopeless and (ever_ready or not any(other.ready for other in self._slots)):
+            raise RolloutError(
+                f"{name} was lost {slot.failures} times in a row without a finished group; the last cause: {cause_of(error)}"
+            ) from error
+        log.warning("%s was lost: %s. It is replaced; %d groups are sampled again", name, cause_of(error), len(leases))
+        for lease in reversed(leases):
+            lease.losses += 1
+            if lease.losses > self._settings.max_failures:
+                raise RolloutError(
+                    f"{lease.losses} workers were lost while they sampled prompt {lease.request.prompt.example.id!r}; the last "
+                    f"cause: {cause_of(error)}"
+                ) from error
+            if lease.number in self._leases:
+                self._waiting.appendleft(lease)
+        now = time.monotonic()
+        self._slots[slot.number] = fresh = Slot(
+            slot.number, self._start(slot.number), now, progressed=now, failures=slot.failures
+        )
+        slot.worker = fresh.worker  # whatever the lost one still sends is recognised as late
+        self._pushed(slot)

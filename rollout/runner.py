@@ -1,0 +1,147 @@
+"""An engine in a thread of its own: requests come and groups go at any time, weights change between two steps."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+
+from rlmed.core.types import RolloutGroup, RolloutRequest
+from rlmed.core.weights import WeightBucket
+from rollout.engine import Engine
+from rollout.weight_receiver import update_weights
+from rollout.worker import FinishedGroup, WorkerStatus
+
+ON_PUSH = ("continue", "finish")
+"""What becomes of running completions when new weights come: they go on under the new ones, or are finished first."""
+
+
+class EngineRunner:
+    """Steps an engine for as long as it has work; every method may be called from any thread.
+
+    An error of the engine ends the thread and is raised by every later call.
+    """
+
+    def __init__(self, engine: Engine, *, on_push: str = "continue", where: str = "") -> None:
+        """Start the thread.
+
+        Args:
+            engine: used by that thread alone from now on.
+            on_push: one of `ON_PUSH`.
+            where: host and process, for `status`.
+        """
+        self._engine, self._on_push, self._where = engine, on_push, where
+        self._changed = threading.Condition()
+        self._requests: list[RolloutRequest] = []
+        self._updates: deque[tuple[Callable[[], None], Future[None]]] = deque()
+        self._finished: deque[FinishedGroup] = deque()
+        self._error: BaseException | None = None
+        self._closed = False
+        self._progress = 0
+        self._working = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, requests: Sequence[RolloutRequest]) -> None:
+        """Queue requests; they reach the engine together."""
+        with self._changed:
+            self._raise_error()
+            self._requests += requests
+            self._changed.notify_all()
+
+    def collect(self, timeout: float) -> list[FinishedGroup]:
+        """Wait for finished groups and take them; an empty list after `timeout` seconds without one."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._finished or self._error or self._closed, timeout)
+            groups = list(self._finished)
+            self._finished.clear()
+            if not groups:
+                self._raise_error()
+            return groups
+
+    def update_weights(self, version: int, buckets: Sequence[WeightBucket]) -> None:
+        """Give the engine new weights and wait until it has them.
+
+        Raises:
+            WeightError: see `rollout.weight_receiver.update_weights`; the engine goes on with its old weights.
+        """
+        done: Future[None] = Future()
+        with self._changed:
+            self._raise_error()
+            self._updates.append((lambda: update_weights(self._engine, version, buckets), done))
+            self._changed.notify_all()
+        done.result()
+
+    def status(self) -> WorkerStatus:
+        """How the engine is; answers in the middle of a step too."""
+        with self._changed:
+            self._raise_error()
+            engine = self._engine
+            return WorkerStatus(
+                self._progress,
+                self._working,
+                engine.policy_version,
+                engine.generated_tokens,
+                self._where,
+            )
+
+    def close(self) -> None:
+        """End the thread after its current step."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            while self._take_turn():
+                pass
+        except BaseException as error:  # the thread's only way out: whoever calls next is told
+            with self._changed:
+                self._error = error
+                for _, done in self._updates:
+                    done.set_exception(error)
+                self._updates.clear()
+                self._changed.notify_all()
+
+    def _take_turn(self) -> bool:
+        """Wait for something to do and do it; False when the runner was closed."""
+        with self._changed:
+            self._working = False
+            self._changed.wait_for(lambda: self._closed or self._updates or self._requests or self._engine.busy)
+            if self._closed:
+                return False
+            self._working = True
+            finish_first = bool(self._updates) and self._on_push == "finish" and self._engine.busy
+            update = None if finish_first or not self._updates else self._updates.popleft()
+            # requests that arrive while running completions are finished wait for the new weights
+            requests, self._requests = ([], self._requests) if finish_first else (self._requests, [])
+        if update is not None:
+            self._apply(*update)
+        for request in requests:
+            self._engine.submit(request)
+        groups = self._engine.step() if self._engine.busy else []
+        with self._changed:
+            self._progress += 1
+            if groups:
+                self._finished += [_finished(group) for group in groups]
+                self._changed.notify_all()
+        return True
+
+    @staticmethod
+    def _apply(update: Callable[[], None], done: Future[None]) -> None:
+        try:
+            update()
+        except Exception as error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+
+def _finished(group: RolloutGroup) -> FinishedGroup:
+    return FinishedGroup(group.request.index, group.completions)

@@ -1,0 +1,73 @@
+"""What a pool knows of a rollout worker: an engine in a process of its own, spoken to through futures.
+
+`rollout.actor` makes Ray actors of it; the tests of the pool use threads and a clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from rlmed.core.types import Completion, RolloutRequest
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedGroup:
+    """The completions of one request; its prompt does not travel back."""
+
+    index: int
+    """`RolloutRequest.index` as the worker was given it."""
+    completions: tuple[Completion, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """How a worker is, as it says itself."""
+
+    progress: int
+    """Grows with every step of the engine: a busy worker whose number stands still hangs."""
+    busy: bool
+    policy_version: int
+    generated_tokens: int
+    where: str
+    """Host and process, for messages."""
+
+
+@dataclass(frozen=True, slots=True)
+class PushReport:
+    """What applying new weights took."""
+
+    bytes: int
+    fetch_s: float
+    """Seconds until all bytes were here; the engine goes on sampling meanwhile."""
+    apply_s: float
+    """Seconds between two steps of the engine: waiting for it, checking, copying, dropping caches."""
+
+
+class Worker(Protocol):
+    """The handle of one worker. No method waits; a future fails with what killed the worker or what it raised."""
+
+    name: str
+    """For messages."""
+
+    def submit(self, requests: Sequence[RolloutRequest]) -> Future[None]:
+        """Queue requests, all at once, so that what arrives together starts together."""
+        ...
+
+    def collect(self) -> Future[list[FinishedGroup]]:
+        """The next finished groups, one at least; or none after a while."""
+        ...
+
+    def update_weights(self, version: int, weights: Any) -> Future[PushReport]:
+        """Sample from these weights from now on; `weights` as the learner published them."""
+        ...
+
+    def status(self) -> Future[WorkerStatus]:
+        """Answered at any time by a worker that lives, also in the middle of a step."""
+        ...
+
+    def kill(self) -> None:
+        """End the process at once, also one that does not listen any more."""
+        ...
