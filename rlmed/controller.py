@@ -11,7 +11,7 @@ import torch
 
 from learner.advantages import group_advantages
 from rlmed.core.config import AlgoConfig
-from rlmed.core.protocols import Learner, RolloutPool
+from rlmed.core.protocols import ClusterError, Learner, RolloutPool
 from rlmed.core.tracing import Tracer
 from rlmed.core.types import RolloutGroup, RolloutRequest, ScoredGroup, TrainGroup
 
@@ -61,9 +61,9 @@ def train(
     after_step: Callable[[StepResult], None],
 ) -> None:
     """Run until `state.step` is `steps`; `after_step` records, evaluates and saves."""
-    inbox = _Inbox(pool)
+    inbox = _Inbox(pool, algo.max_staleness)
     for index in state.pending:
-        inbox.submit(stream.request(index), state.step)
+        inbox.submit(stream.request(index), state.step, learner.policy_version)
     while state.step < steps:
         batch: list[TrainGroup] = []
         discarded: list[ScoredGroup] = []
@@ -74,12 +74,12 @@ def train(
                     len(inbox) + len(batch) < algo.groups_per_step * (1 + algo.max_staleness)
                     and len(discarded) <= algo.max_refills * algo.groups_per_step
                 ):
-                    inbox.submit(stream.request(state.cursor), state.step)
+                    inbox.submit(stream.request(state.cursor), state.step, learner.policy_version)
                     state.pending.append(state.cursor)
                     state.cursor += 1
                 if len(inbox) == 0:  # enough has been replaced: learn from what there is
                     break
-                group = inbox.collect()
+                group = inbox.collect(state.step)
                 state.pending.remove(group.request.index)
                 scored = score(group)
                 if algo.dynamic_sampling and not teaches(scored, mask_truncated=algo.mask_truncated):
@@ -106,25 +106,37 @@ class _Inbox:
     could be overtaken for ever.)
     """
 
-    def __init__(self, pool: RolloutPool) -> None:
-        self._pool = pool
-        self._step_of: dict[int, int] = {}
+    def __init__(self, pool: RolloutPool, max_staleness: int) -> None:
+        self._pool, self._max_staleness = pool, max_staleness
+        self._admitted: dict[int, tuple[int, int]] = {}  # step and policy version at admission, by index
         self._finished: dict[int, RolloutGroup] = {}  # in order of completion
 
     def __len__(self) -> int:
-        return len(self._step_of)
+        return len(self._admitted)
 
-    def submit(self, request: RolloutRequest, step: int) -> None:
-        self._step_of[request.index] = step
+    def submit(self, request: RolloutRequest, step: int, version: int) -> None:
+        self._admitted[request.index] = (step, version)
         self._pool.submit(request)
 
-    def collect(self) -> RolloutGroup:
-        oldest = min(self._step_of.values())
-        while (index := next((i for i in self._finished if self._step_of[i] == oldest), None)) is None:
+    def collect(self, step: int) -> RolloutGroup:
+        """The next group to consume at `step`.
+
+        Raises:
+            ClusterError: for a group that is older than it may be: the engine's weights are not those that were pushed.
+        """
+        oldest = min(admitted for admitted, _ in self._admitted.values())
+        while (index := next((i for i in self._finished if self._admitted[i][0] == oldest), None)) is None:
             group = self._pool.collect()
             self._finished[group.request.index] = group
-        del self._step_of[index]
-        return self._finished.pop(index)
+        admitted, version = self._admitted.pop(index)
+        group = self._finished.pop(index)
+        if step - admitted > self._max_staleness or group.min_version < version:
+            raise ClusterError(
+                f"group {index} was admitted at step {admitted} under policy version {version}, sampled by version "
+                f"{group.min_version} and would be learnt from at step {step}, with algo.max_staleness={self._max_staleness}: "
+                "an engine has older weights than were pushed to it"
+            )
+        return group
 
 
 def has_spread(scored: ScoredGroup) -> bool:

@@ -10,6 +10,9 @@ from rlmed.core.protocols import ClusterError
 from rlmed.core.types import RolloutGroup, RolloutRequest
 from rollout.worker import PushReport, Worker, WorkerStatus
 
+LINE_LENGTH = 240
+"""Of a cause in a message; Ray explains the death of a process in a thousand characters."""
+
 
 class RolloutError(ClusterError):
     """Rollouts cannot go on; the message names the worker, the cause and the cure."""
@@ -76,6 +79,19 @@ class Slot:
     leases: dict[int, Lease] = field(default_factory=dict)
     failures: int = 0
     """In a row, without a finished group."""
+    idle_since: float | None = None
+    """Since when it is ready and has no lease."""
+    idle_s: float = 0.0
+    """Seconds of idleness that are over."""
+
+    def note_idleness(self, now: float) -> None:
+        """Start or end a time of idleness; called after every change of `ready` or `leases`."""
+        idle = self.ready and not self.leases
+        if idle and self.idle_since is None:
+            self.idle_since = now
+        elif not idle and self.idle_since is not None:
+            self.idle_s += now - self.idle_since
+            self.idle_since = None
 
     @property
     def completions(self) -> int:
@@ -101,6 +117,9 @@ class Push:
 
 
 def cause_of(error: BaseException) -> str:
-    """The error in one line."""
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1].strip()}" if lines else type(error).__name__
+    """The error in one line of bounded length: the last one, where a traceback has its message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    line = lines[-1] if len(lines[-1]) <= LINE_LENGTH else f"{lines[-1][:LINE_LENGTH].rstrip()}…"
+    return line if line.startswith(type(error).__name__) else f"{type(error).__name__}: {line}"

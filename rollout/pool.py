@@ -56,6 +56,7 @@ class WorkerPool:
         self._counts = {"workers_lost": 0, "groups_sampled_again": 0, "groups_late": 0}
         self._closed = False
         now = time.monotonic()
+        self._measured, self._idle_s, self._idle_of_lost_s = now, 0.0, 0.0
         self._slots = [Slot(number, start(number), now, progressed=now) for number in range(workers)]
         self._thread = threading.Thread(target=self._run, name="rollout pool", daemon=True)
         self._thread.start()
@@ -67,9 +68,14 @@ class WorkerPool:
         return channel
 
     def metrics(self) -> dict[str, float]:
-        """Counts since the start, and how many workers are ready now."""
+        """Counts since the start, how many workers are ready now, and the share of time since the last call without work."""
+        now = time.monotonic()
+        idle = sum(slot.idle_s + (now - (slot.idle_since or now)) for slot in self._slots) + self._idle_of_lost_s
+        span = (now - self._measured) * len(self._slots)
+        share = (idle - self._idle_s) / span if span > 0 else 0.0
+        self._measured, self._idle_s = now, idle
         ready = sum(slot.ready for slot in self._slots)
-        return {"rollout/workers_ready": float(ready)} | {
+        return {"rollout/workers_ready": float(ready), "rollout/idle_share": min(1.0, max(0.0, share))} | {
             f"rollout/{name}": float(count) for name, count in self._counts.items()
         }
 
@@ -125,6 +131,9 @@ class WorkerPool:
                     self._check_workers()
                     beat = time.monotonic() + self._settings.heartbeat_s
                 self._dispatch()
+                now = time.monotonic()
+                for slot in self._slots:
+                    slot.note_idleness(now)
                 self._execute(timeout=max(0.0, beat - time.monotonic()))
         except RolloutError as error:
             self._fail(error)
@@ -301,6 +310,7 @@ class WorkerPool:
             if lease.number in self._leases:
                 self._waiting.appendleft(lease)
         now = time.monotonic()
+        self._idle_of_lost_s += slot.idle_s
         self._slots[slot.number] = fresh = Slot(
             slot.number, self._start(slot.number), now, progressed=now, failures=slot.failures
         )

@@ -1,0 +1,308 @@
+"""The worker pool: every request is answered exactly once, whatever happens to the workers."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rollout.leases import PoolSettings, RolloutError
+from rollout.pool import WorkerPool
+from tests.unit.rollout.fake_workers import FakeWorker
+
+QUICK = PoolSettings(capacity=4, heartbeat_s=0.01, silence_s=0.2, stall_s=0.3, start_s=0.2, push_s=0.2, max_failures=3)
+
+
+class Site:
+    """Starts fake workers and remembers them all."""
+
+    def __init__(self, **options):
+        self.options = options
+        self.workers: list[FakeWorker] = []
+
+    def __call__(self, number):
+        worker = FakeWorker(f"worker {number}", **self.options)
+        self.workers.append(worker)
+        return worker
+
+
+@pytest.fixture
+def make_pool():
+    pools = []
+
+    def make(site, workers=2, settings=QUICK):
+        pool = WorkerPool(site, workers, settings)
+        pools.append(pool)
+        return pool
+
+    yield make
+    for pool in pools:
+        pool.close()
+
+
+def wait_for(condition, seconds=5.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.002)
+
+
+def test_groups_come_back_with_their_own_requests(make_pool, make_request):
+    channel = make_pool(Site()).channel()
+    requests = {index: make_request(index, group_size=2) for index in (7, 3, 900)}
+    for request in requests.values():
+        channel.submit(request)
+    assert channel.in_flight == 3
+    groups = [channel.collect() for _ in requests]
+    assert {group.request.index for group in groups} == set(requests)
+    # the very prompt that was submitted: it need not travel back
+    assert all(group.prompt is requests[group.request.index].prompt for group in groups)
+    assert all(len(group.completions) == 2 for group in groups)
+    assert channel.in_flight == 0
+    with pytest.raises(RuntimeError, match="no request in flight"):
+        channel.collect()
+
+
+def test_what_is_submitted_before_a_collect_leaves_in_one_message(make_pool, make_request):
+    site = Site()
+    channel = make_pool(site, workers=1).channel()
+    for index in range(4):
+        channel.submit(make_request(index))
+    channel.collect()
+    assert [len(batch) for batch in site.workers[0].batches] == [4]
+
+
+def test_the_least_busy_worker_is_given_the_next_prompt_up_to_its_capacity(make_pool, make_request):
+    site = Site(auto=False)
+    pool = make_pool(site)
+    channel = pool.channel()
+    wait_for(lambda: pool.metrics()["rollout/workers_ready"] == 2)
+    for index, size in enumerate([3, 1, 1, 1, 1, 1, 1]):
+        channel.submit(make_request(index, group_size=size))
+    thread = threading.Thread(target=channel.collect)
+    thread.start()
+    first, second = site.workers
+    wait_for(lambda: len(first.held) + len(second.held) == 6)
+    # 3 | then 1, 1, 1 to the other; 4 completions each is all they take, and the seventh waits
+    assert sorted(sum(request.group_size for request in worker.held.values()) for worker in site.workers) == [4, 4]
+    busy = next(worker for worker in site.workers if len(worker.held) == 4)
+    busy.finish(next(iter(busy.held)))
+    thread.join(timeout=5)
+    wait_for(lambda: sum(len(batch) for batch in busy.batches) == 5)
+
+
+def test_two_channels_share_the_workers_and_keep_their_groups_apart(make_pool, make_request):
+    pool = make_pool(Site())
+    training, evaluation = pool.channel(), pool.channel()
+    for index in range(5):
+        training.submit(make_request(index))
+        evaluation.submit(make_request(index, group_size=3))
+    assert {len(evaluation.collect().completions) for _ in range(5)} == {3}
+    assert {len(training.collect().completions) for _ in range(5)} == {1}
+
+
+def test_a_dead_workers_requests_are_sampled_by_its_successor_with_the_current_weights(make_pool, make_request):
+    site = Site(auto=False)
+    pool = make_pool(site, workers=1)
+    channel = pool.channel()
+    wait_for(lambda: pool.metrics()["rollout/workers_ready"] == 1)
+    pool.update_weights(5, "weights of 5")
+    for index in range(3):
+        channel.submit(make_request(index))
+    channel._flush()
+    first = site.workers[0]
+    wait_for(lambda: len(first.held) == 3)
+    first.finish(next(iter(first.held)))
+    one = channel.collect()
+    first.die(OSError("gone"))
+    wait_for(lambda: len(site.workers) == 2 and len(site.workers[1].held) == 2)
+    second = site.workers[1]
+    assert second.weights == [(5, "weights of 5")]
+    for index in list(second.held):
+        second.finish(index)
+    groups = [one, channel.collect(), channel.collect()]
+    assert sorted(group.request.index for group in groups) == [0, 1, 2]
+    assert {group.min_version for group in groups} == {5}
+    assert first.killed
+    assert pool.metrics()["rollout/workers_lost"] == 1
+    assert pool.metrics()["rollout/groups_sampled_again"] == 2
+
+
+@pytest.mark.parametrize("how", ["silent", "still"])
+def test_a_worker_that_does_not_answer_or_does_not_move_is_replaced(make_pool, make_request, how):
+    site = Site(auto=False)
+    pool = make_pool(site, workers=1)
+    channel = pool.channel()
+    wait_for(lambda: pool.metrics()["rollout/workers_ready"] == 1)
+    channel.submit(make_request(0))
+    channel._flush()
+    frozen = site.workers[0]
+    wait_for(lambda: frozen.held)
+    if how == "silent":
+        frozen.answers = False
+    else:
+        frozen.moves = False
+    wait_for(lambda: len(site.workers) == 2)
+    site.workers[1].auto = True
+    assert frozen.killed
+    wait_for(lambda: site.workers[1].held or site.workers[1].ready or site.workers[1].batches)
+    for index in list(site.workers[1].held):
+        site.workers[1].finish(index)
+    assert channel.collect().request.index == 0
+
+
+def test_what_a_replaced_worker_still_sends_is_not_counted(make_pool, make_request):
+    site = Site(auto=False)
+    pool = make_pool(site, workers=1)
+    channel = pool.channel()
+    wait_for(lambda: pool.metrics()["rollout/workers_ready"] == 1)
+    channel.submit(make_request(0))
+    channel._flush()
+    frozen = site.workers[0]
+    wait_for(lambda: frozen.held and frozen.collects)
+    (late,) = frozen.collects
+    frozen.collects = []
+    frozen.answers = False
+    wait_for(lambda: len(site.workers) == 2 and site.workers[1].held)
+    index = next(iter(frozen.held))
+    frozen.error = None
+    frozen.finish(index)
+    late.set_result(frozen.ready)
+    wait_for(lambda: pool.metrics()["rollout/groups_late"] == 1)
+    site.workers[1].finish(index)
+    assert channel.collect().request.index == 0
+    assert channel._groups.empty()
+
+
+def test_a_push_waits_for_all_workers_and_replaces_the_one_that_fails(make_pool):
+    site = Site()
+    pool = make_pool(site)
+    wait_for(lambda: pool.metrics()["rollout/workers_ready"] == 2)
+    site.workers[0].die(OSError("gone"))
+    reports = pool.update_weights(1, "w")
+    assert len(reports) in (1, 2)
+    wait_for(lambda: pool.metrics()["rollout/workers_ready"] == 2)
+    assert [worker.version for worker in site.workers[1:]] == [1, 1]
+
+
+def test_a_worker_that_hangs_in_a_push_is_replaced(make_pool):
+    site = Site()
+    pool = make_pool(site, workers=1)
+    wait_for(lambda: pool.metrics()["rollout/workers_ready"] == 1)
+    site.workers[0].answers = False
+    pool.update_weights(1, "w")
+    wait_for(lambda: pool.metrics()["rollout/workers_ready"] == 1)
+    assert site.workers[-1].weights[-1] == (1, "w")
+
+
+def test_a_worker_that_dies_again_and_again_stops_the_run_with_the_cause(make_pool, make_request):
+    class Doomed(FakeWorker):
+        def submit(self, requests):
+            self.die(MemoryError("no memory for the cache"))
+            return super().submit(requests)
+
+    pool = make_pool(lambda number: Doomed(f"worker {number}"), workers=1)
+    channel = pool.channel()
+    channel.submit(make_request(0))
+    with pytest.raises(RolloutError, match=r"(?s)worker 0.*(4 times in a row|4 workers).*no memory for the cache"):
+        channel.collect()
+    with pytest.raises(RolloutError):
+        pool.update_weights(1, "w")
+
+
+def test_a_worker_that_cannot_be_built_stops_the_run_at_once(make_pool, make_request):
+    starts = []
+
+    def start(number):
+        starts.append(number)
+        worker = FakeWorker(f"worker {number}")
+        worker.die(ValueError("model folder is missing"))
+        return worker
+
+    channel = make_pool(start, workers=1).channel()
+    channel.submit(make_request(0))
+    with pytest.raises(RolloutError, match="could not be started: ValueError: model folder is missing"):
+        channel.collect()
+    assert starts == [0]
+
+
+def test_the_pool_goes_on_with_fewer_workers_while_one_cannot_be_placed(make_pool, make_request):
+    class Unplaced(FakeWorker):
+        def __init__(self, name):
+            super().__init__(name, answers=False)
+
+    started = []
+
+    def start(number):
+        worker = FakeWorker("worker 0") if number == 0 else Unplaced(f"worker {number}")
+        started.append(worker)
+        return worker
+
+    pool = make_pool(start)
+    channel = pool.channel()
+    wait_for(lambda: len(started) > QUICK.max_failures + 3)
+    for index in range(6):
+        channel.submit(make_request(index))
+    assert sorted(channel.collect().request.index for _ in range(6)) == list(range(6))
+
+
+def test_closing_kills_all_workers_and_wakes_who_waits(make_pool, make_request):
+    site = Site(auto=False)
+    pool = make_pool(site)
+    channel = pool.channel()
+    channel.submit(make_request(0))
+    channel.close()
+    assert all(worker.killed for worker in site.workers)
+    assert channel.in_flight == 0
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**31), count=st.integers(1, 30), workers=st.integers(1, 3))
+def test_each_request_is_answered_exactly_once_whatever_dies(seed, count, workers):
+    """Workers finish groups and die at random, some in silence; late groups arrive after a replacement."""
+    rng = random.Random(seed)
+    site = Site(auto=False)
+    limits = PoolSettings(
+        capacity=4, heartbeat_s=0.002, silence_s=0.05, stall_s=9, start_s=9, push_s=9, max_failures=10**6
+    )
+    pool = WorkerPool(site, workers, limits)
+    stopped = threading.Event()
+
+    def life():
+        while not stopped.is_set():
+            for worker in site.workers[-workers - 2 :]:
+                with worker.lock:
+                    if worker.held and (not worker.error or rng.random() < 0.5):
+                        worker.finish(rng.choice(list(worker.held)))
+                if rng.random() < 0.03:
+                    worker.die(OSError("gone"))
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=life)
+    try:
+        channel = pool.channel()
+        wait_for(lambda: pool.metrics()["rollout/workers_ready"] > 0)
+        thread.start()
+        for index in range(count):
+            channel.submit(_request(index, group_size=rng.choice([1, 2, 5])))
+        assert sorted(channel.collect().request.index for _ in range(count)) == list(range(count))
+        time.sleep(0.01)
+        assert channel._groups.empty()
+    finally:
+        stopped.set()
+        if thread.is_alive():
+            thread.join()
+        pool.close()
+
+
+def _request(index, group_size):
+    import numpy as np
+
+    from rlmed.core.types import Example, Prompt, RolloutRequest, SamplingParams
+
+    prompt = Prompt(Example(f"q{index}", None, "?", ("a", "b"), 0), "", np.ones(2, dtype=np.int64))
+    return RolloutRequest(index, prompt, group_size, SamplingParams(seed=index))
