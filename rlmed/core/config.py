@@ -142,6 +142,7 @@ class RolloutConfig:
     tensor_parallel_size: int = 1
     gpu_memory_utilization: float = 0.8
     kv_cache_gib: float | None = None
+    enforce_eager: bool | None = None
 
     def __post_init__(self) -> None:
         _require_one_of("rollout.engine", self.engine, ("native", "vllm"))

@@ -1,0 +1,273 @@
+"""The vLLM rollout engine: its core runs in this process and is given the learner's token ids and pixels.
+
+Nothing that vLLM caches survives a push. Its own resets are refused, or leave its parts at odds, while completions run, so
+prompts are given to it under names that change with the weights instead (see `rollout.vllm_backend.requests.engine_input`).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedConfig
+
+from rlmed.core.types import RolloutGroup, RolloutRequest
+from rlmed.core.weights import WeightError
+from rlmed.models.families import family_of, unsampleable_token_ids
+from rlmed.models.policy import load_config
+from rollout.native.scheduler import EngineLimits, Scheduler
+from rollout.vllm_backend.environment import import_vllm, register_model_classes
+from rollout.vllm_backend.requests import (
+    ModelFacts,
+    completion_of,
+    cut_at_stop,
+    engine_input,
+    image_spans,
+    sampling_params,
+)
+from rollout.vllm_backend.settings import VllmSettings
+from rollout.vllm_backend.update import expected_weights
+
+vllm = import_vllm()
+
+if TYPE_CHECKING:
+    from vllm import RequestOutput
+
+WORKER_EXTENSION = "rollout.vllm_backend.weight_transfer.WorkerExtension"
+
+
+@dataclass(slots=True)
+class _Running:
+    """A group that vLLM has."""
+
+    request: RolloutRequest
+    min_version: int
+    """Of the weights when it was given to vLLM."""
+
+
+class VllmEngine:
+    """See `rollout.engine.Engine`.
+
+    Differences from the native engine: the logprobs of a greedy completion are those of temperature 1 without top-k and
+    top-p; its tokens are sampled, and counted, once for the whole group; temperatures below 0.01 and above 2 are refused.
+
+    Example:
+        >>> engine = VllmEngine(Path("models/Qwen2-VL-2B-Instruct"), VllmSettings())       # doctest: +SKIP
+        >>> engine.submit(RolloutRequest(index=0, prompt=prompt, group_size=8, sampling=SamplingParams()))  # doctest: +SKIP
+        >>> while engine.busy: groups += engine.step()                                      # doctest: +SKIP
+    """
+
+    def __init__(self, folder: Path, settings: VllmSettings) -> None:
+        """Load the model of a folder.
+
+        Raises:
+            ValueError: for a folder that is no model folder, or a model that vLLM cannot run.
+        """
+        config = load_config(folder)
+        self.settings = settings
+        self.policy_version = 0
+        self.generated_tokens = 0
+        self._facts = _model_facts(folder, config)
+        self._update = expected_weights(folder)
+        self._loading = False
+        self._epoch = 0
+        self._scheduler = Scheduler(
+            # how much of the admitted prompts is computed in one step is vLLM's to say
+            EngineLimits(settings.max_completions, settings.max_prompt_tokens, prefill_tokens=sys.maxsize)
+        )
+        self._running: dict[str, _Running] = {}
+        self._serial = 0
+        self._ended_tokens = 0
+        self._core = _start(folder, config, settings)
+        self._core.set_weight_version("0")
+        self._tokenizer = self._core.get_tokenizer()
+
+    @property
+    def busy(self) -> bool:
+        """True while requests wait or run."""
+        return bool(self._running) or len(self._scheduler) > 0
+
+    def submit(self, request: RolloutRequest) -> None:
+        """Queue a request; raises ValueError when it could never run."""
+        if request.sampling.max_tokens > self.settings.max_tokens:
+            raise ValueError(
+                f"max_tokens={request.sampling.max_tokens} exceeds the engine's {self.settings.max_tokens}: "
+                "raise rollout.max_tokens"
+            )
+        if request.group_size >= 1 and request.sampling.max_tokens >= 1:  # else the scheduler says what is wrong
+            sampling_params(request.sampling, request.group_size, self._facts)
+            image_spans(request.prompt, self._facts)
+        self._scheduler.submit(request)
+
+    def step(self) -> list[RolloutGroup]:
+        """Give vLLM what fits, let it sample one token for each of its completions, and return the groups that ended."""
+        assert not self._update.active, "step() was called between begin_update() and finish_update()"
+        if self._update.damaged:
+            raise WeightError("the last push ended early and has left a mixture of weights: push all of them again")
+        rows = self._core.get_num_unfinished_requests()
+        for request in self._scheduler.admit(self.settings.max_completions - rows):
+            self._start_group(request)
+        if not self._running:
+            return []
+        groups = [self._finish_group(output) for output in self._core.step() if output.finished]
+        self.generated_tokens = self._ended_tokens + self._running_tokens()
+        return groups
+
+    def abort(self) -> list[RolloutRequest]:
+        """Drop all work, waiting or running, and return the requests that have not finished."""
+        self._ended_tokens += self._running_tokens()
+        requests = [running.request for running in self._running.values()]
+        self._core.abort_request(list(self._running))
+        self._running = {}
+        while len(self._scheduler):
+            requests += self._scheduler.admit(self.settings.max_completions)
+        return requests
+
+    def begin_update(self) -> None:
+        """Expect weights; nothing is sampled until `finish_update`."""
+        self._end_loading()  # of a push that was given up
+        self._update.begin()
+
+    def load_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Load some of the new weights; see `rollout.engine.Engine.load_weights`.
+
+        Raises:
+            WeightError: for an unknown name or another shape. The push has ended then; where weights of it were loaded already,
+                `step` refuses to go on until a complete one has come.
+        """
+        if not self._update.active:
+            self.begin_update()
+        received = list(tensors)
+        try:
+            self._update.accept(received)
+        except WeightError:
+            self._end_loading()
+            raise
+        if not self._loading:
+            self._core.collective_rpc("start_weight_update")
+            self._loading = True
+        self._core.collective_rpc("update_weights", kwargs={"update_info": {"tensors": received}})
+
+    def finish_update(self, version: int) -> None:
+        """Tokens from now on belong to `version`; completions that have begun go on, with the keys and values they have.
+
+        Raises:
+            WeightError: when a part of the model got some of its weights and not all.
+        """
+        loaded = self._loading
+        self._end_loading()
+        self._update.finish()
+        self.policy_version = version
+        self._core.set_weight_version(str(version))
+        if loaded:
+            self._epoch += 1
+            self._restart_groups_without_tokens()
+
+    def close(self) -> None:
+        """Give back vLLM's memory. A process has one engine at a time: close it before the next one is made."""
+        self.abort()
+        self._core.engine_core.shutdown()
+
+    def _end_loading(self) -> None:
+        if self._loading:
+            self._loading = False
+            self._core.collective_rpc("finish_weight_update")
+
+    def _start_group(self, request: RolloutRequest) -> None:
+        """Hand a group to vLLM."""
+        name = str(self._serial)
+        self._serial += 1
+        self._running[name] = _Running(request, self.policy_version)
+        self._core.add_request(
+            name,
+            engine_input(request.prompt, self._facts, self._epoch),
+            sampling_params(request.sampling, request.group_size, self._facts),
+        )
+
+    def _restart_groups_without_tokens(self) -> None:
+        """Start those anew under the new weights: what vLLM has computed of their prompts, if anything, is of the old ones."""
+        started = {
+            state.external_req_id
+            for state in self._core.output_processor.request_states.values()
+            if state.detokenizer.num_output_tokens() > 0
+        }
+        # one of several completions may have ended already
+        started |= {parent.external_req_id for parent in self._parents() if any(parent.output_aggregator)}
+        for name in [name for name in self._running if name not in started]:
+            self._core.abort_request([name])
+            self._start_group(self._running.pop(name).request)
+
+    def _finish_group(self, output: RequestOutput) -> RolloutGroup:
+        """The group of a finished output."""
+        running = self._running.pop(output.request_id)
+        request, seen = running.request, output.prompt_token_ids
+        if seen != request.prompt.token_ids.tolist():
+            raise RuntimeError(
+                f"vLLM has sampled from another prompt than {request.prompt.example.id!r}: it saw {len(seen or ())} tokens, "
+                f"the learner's prompt has {len(request.prompt.token_ids)}"
+            )
+        stops = request.sampling.stop
+        completions = tuple(
+            completion_of(completion, cut_at_stop(self._decode(completion.token_ids), stops), running.min_version)
+            for completion in output.outputs
+        )
+        self._ended_tokens += sum(len(completion.token_ids) for completion in completions)
+        if request.sampling.greedy:
+            completions *= request.group_size
+        return RolloutGroup(request, completions)
+
+    def _decode(self, token_ids: Iterable[int]) -> str:
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def _running_tokens(self) -> int:
+        """Tokens sampled so far for the groups that vLLM has."""
+        states = self._core.output_processor.request_states.values()
+        ended = (output for parent in self._parents() for output in parent.output_aggregator if output is not None)
+        return sum(state.detokenizer.num_output_tokens() for state in states) + sum(len(end.token_ids) for end in ended)
+
+    def _parents(self) -> list[Any]:
+        """vLLM's records of groups with more than one completion."""
+        return list(self._core.output_processor.parent_requests.values())
+
+
+def _model_facts(folder: Path, config: PreTrainedConfig) -> ModelFacts:
+    values = config.to_dict()
+    try:
+        generation = GenerationConfig.from_pretrained(folder)
+    except OSError:  # there is none, then transformers takes the model's own configuration
+        generation = GenerationConfig.from_model_config(config)
+    ends = generation.eos_token_id
+    end_token_ids = (ends,) if isinstance(ends, int) else tuple(ends or ())
+    if not end_token_ids:
+        raise ValueError("the model folder's generation_config.json names no eos_token_id: completions could not end")
+    vision = family_of(config).vision
+    return ModelFacts(
+        end_token_ids=end_token_ids,
+        banned_token_ids=unsampleable_token_ids(config),
+        image_token_id=values["image_token_id"] if vision else None,
+        merge_size=values["vision_config"]["spatial_merge_size"] if vision else 1,
+    )
+
+
+def _start(folder: Path, config: PreTrainedConfig, settings: VllmSettings) -> vllm.LLMEngine:
+    """vLLM's engine."""
+    from vllm.config import WeightTransferConfig
+    from vllm.platforms import current_platform
+
+    from rollout.vllm_backend.weight_transfer import BACKEND
+
+    on_cpu = current_platform.is_cpu()
+    if on_cpu:
+        # the sampler's one compiled function, a comparison, would take twenty seconds of the first step
+        current_platform.simple_compile_backend = "eager"
+        register_model_classes(list(config.architectures or ()))
+    arguments = vllm.EngineArgs(
+        **settings.engine_args(folder, config, on_cpu=on_cpu),
+        weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+        worker_extension_cls=WORKER_EXTENSION,
+    )
+    return vllm.LLMEngine.from_engine_args(arguments)

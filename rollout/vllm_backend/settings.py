@@ -1,0 +1,96 @@
+"""How large and how exact the vLLM engine is, and the arguments of vLLM that follow from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+CPU_BLOCK = 32
+"""Tokens of a block of the key-value cache on a CPU. vLLM's 128 would share no prompt shorter than that in a group."""
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class VllmSettings:
+    """Sizes of the engine.
+
+    Example:
+        >>> VllmSettings(max_prompt_tokens=512, max_tokens=512).max_model_len
+        1024
+    """
+
+    dtype: str = "bfloat16"
+    """Of weights and key-value cache: "float32" or "bfloat16"."""
+    max_completions: int = 64
+    """Completions sampled at the same time."""
+    max_prompt_tokens: int = 1024
+    """Longest prompt accepted, visual tokens included."""
+    max_tokens: int = 512
+    """Longest completion that a request may ask for."""
+    gpu_memory_utilization: float = 0.9
+    """Share of a GPU's memory that vLLM takes."""
+    tensor_parallel_size: int = 1
+    """GPUs over which each layer is split; vLLM starts a process for each beyond the first."""
+    kv_cache_gib: float | None = None
+    """Memory of the key-value cache. None: what `gpu_memory_utilization` leaves; on a CPU, what all completions can need."""
+    enforce_eager: bool = False
+    """Run without compilation and CUDA graphs: starts in seconds where it would take most of a minute, samples slower."""
+    seed: int = 0
+    """Of vLLM's own random numbers; completions draw from their requests' seeds."""
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt and completion together."""
+        return self.max_prompt_tokens + self.max_tokens
+
+    def kv_cache_bytes(self, config: PreTrainedConfig, *, on_cpu: bool) -> int | None:
+        """Bytes of the key-value cache; None leaves them to vLLM."""
+        if self.kv_cache_gib is not None:
+            return int(self.kv_cache_gib * 2**30)
+        if not on_cpu:
+            return None  # on a CPU vLLM would take `gpu_memory_utilization` of the machine's memory
+        text = config.get_text_config()
+        width = text.to_dict().get("head_dim") or text.hidden_size // text.num_attention_heads
+        per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * width * DTYPE_BYTES[self.dtype]
+        blocks = 2 + self.max_completions * (2 + self.max_model_len // CPU_BLOCK)
+        return blocks * CPU_BLOCK * per_token
+
+    def engine_args(self, folder: Path, config: PreTrainedConfig, *, on_cpu: bool) -> dict[str, Any]:
+        """Keyword arguments of `vllm.EngineArgs`."""
+        arguments: dict[str, Any] = {
+            "model": str(folder),
+            "dtype": self.dtype,
+            "seed": self.seed,
+            "max_model_len": self.max_model_len,
+            "max_num_seqs": self.max_completions,
+            "tensor_parallel_size": self.tensor_parallel_size,
+            # never Ray's: an engine that lives in a Ray actor would otherwise order more of them
+            "distributed_executor_backend": "uni" if self.tensor_parallel_size == 1 else "mp",
+            "gpu_memory_utilization": self.gpu_memory_utilization,
+            "kv_cache_memory_bytes": self.kv_cache_bytes(config, on_cpu=on_cpu),
+            "block_size": CPU_BLOCK if on_cpu else None,
+            "enforce_eager": self.enforce_eager,
+            "enable_prefix_caching": True,  # completions of a group share their prompt
+            "generation_config": "vllm",  # nothing comes from the model folder
+            "logprobs_mode": "processed_logprobs",  # under the distribution that tokens are drawn from
+            # a step is over when it returns: its tokens belong to the weights of before the next push
+            "async_scheduling": False,
+            "disable_log_stats": True,
+        }
+        vision = config.to_dict().get("vision_config")
+        if vision is not None:
+            token_pixels = (vision["patch_size"] * vision["spatial_merge_size"]) ** 2
+            arguments |= {
+                "limit_mm_per_prompt": {"image": 1, "video": 0},
+                # pixels arrive prepared; vLLM only has to know the largest image that fits a prompt
+                "mm_processor_kwargs": {
+                    "min_pixels": token_pixels,
+                    "max_pixels": self.max_prompt_tokens * token_pixels,
+                },
+                "mm_device_do_normalize": False,  # they are normalised already
+                "mm_processor_cache_gb": 0,  # of prepared images: it would hold what nobody asks for
+            }
+        return arguments

@@ -1,0 +1,488 @@
+"""vLLM's engine against the learner and the native engine: the same tokens, log-probabilities, and weights after a push."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    LogitsProcessorList,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from learner.packing import PackItem, TrainSequence, pack
+from rlmed.core.types import Example, RolloutRequest, SamplingParams
+from rlmed.core.weights import WeightError
+from rlmed.data.prompts import PromptRenderer, load_processor
+from rlmed.models.policy import load_policy
+from rlmed.models.tiny import build_tiny_text, build_tiny_vl
+from rollout.native.engine import NativeEngine
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed"),
+    pytest.mark.filterwarnings("ignore:`torch.distributed.reduce_op` is deprecated:FutureWarning"),
+]
+
+TOLERANCE = 1e-4
+MAX_COMPLETIONS = 12
+QUESTION = "which part of the body is shown in this scan, and what does it tell about the patient "
+PARTS = {
+    "vision": lambda name: name.startswith("model.visual.") and ".merger." not in name,
+    "merger": lambda name: ".visual.merger." in name,
+    "language": lambda name: ".language_model.layers." in name,
+    "embeddings": lambda name: "embed_tokens" in name,
+}
+
+
+def build_model(folder, family="qwen2_vl"):
+    """A random model with peaked distributions and heads of 32, the smallest that vLLM has a CPU kernel for."""
+    vision = "vl" in family
+    (build_tiny_vl if vision else build_tiny_text)(folder, family)
+    config = AutoConfig.from_pretrained(folder)
+    text = config.get_text_config()
+    text.hidden_size = 128
+    if vision:
+        text.rope_parameters["mrope_section"] = [4, 6, 6]
+        setattr(config.vision_config, "hidden_size" if family == "qwen2_vl" else "out_hidden_size", 128)
+    elif text.to_dict().get("head_dim"):
+        text.head_dim = 32
+    generator = torch.Generator().manual_seed(1)
+    with torch.random.fork_rng(devices=()), torch.no_grad():
+        torch.manual_seed(0)
+        model = (AutoModelForImageTextToText if vision else AutoModelForCausalLM).from_config(config)
+        vocabulary = model.get_input_embeddings().num_embeddings
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(6 if len(parameter) == vocabulary else 8)
+            else:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    model.generation_config = GenerationConfig.from_pretrained(folder)
+    # ordinary tokens end completions too, so that random ones are ragged
+    model.generation_config.eos_token_id = [*model.generation_config.eos_token_id, *range(31, 39)]
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return build_model(tmp_path_factory.mktemp("vllm_model"))
+
+
+@pytest.fixture(scope="module")
+def open_engine():
+    """`open_engine(folder)`: the engine of a folder. A process has one at a time, so another folder's closes it."""
+    from rollout.vllm_backend.engine import VllmEngine
+    from rollout.vllm_backend.settings import VllmSettings
+
+    set_num_threads = torch.set_num_threads  # vLLM's CPU worker takes it away
+    opened = {}
+
+    def close():
+        for engine in opened.values():
+            engine.close()
+        opened.clear()
+
+    def open_folder(folder):
+        if folder not in opened:
+            close()
+            settings = VllmSettings(
+                dtype="float32",
+                max_completions=MAX_COMPLETIONS,
+                max_prompt_tokens=256,
+                max_tokens=32,
+                enforce_eager=True,
+            )
+            opened[folder] = VllmEngine(folder, settings)
+        return opened[folder]
+
+    yield open_folder
+    close()
+    torch.set_num_threads = set_num_threads
+
+
+@pytest.fixture
+def policy(folder):
+    """A policy of the test's own."""
+    return load_policy(folder)
+
+
+@pytest.fixture
+def engine(open_engine, folder):
+    """With the folder's weights and without work."""
+    engine = open_engine(folder)
+    yield engine
+    engine.abort()
+    push(engine, load_policy(folder), 0)
+
+
+@pytest.fixture(scope="module")
+def renderer(folder):
+    return PromptRenderer(*load_processor(folder), max_prompt_tokens=256, template="{question}")
+
+
+def render(renderer, *, images=True):
+    """With pictures of three sizes, without one, and longer than several blocks of vLLM's prefix cache."""
+    rendered = []
+    for i, size in enumerate(((112, 112), None, (56, 84), None, (84, 56))):
+        rng = np.random.default_rng(i)
+        image = Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)) if size and images else None
+        question = QUESTION * (1 + i % 2) + str(i)
+        rendered.append(renderer.render(Example(str(i), None, question, ("a", "b"), answer=0), image))
+    assert max(len(prompt.token_ids) for prompt in rendered) > 100
+    return rendered
+
+
+@pytest.fixture(scope="module")
+def prompts(renderer):
+    return render(renderer)
+
+
+def request(prompt, index=0, group_size=1, **sampling):
+    return RolloutRequest(index, prompt, group_size, SamplingParams(**{"seed": index, "max_tokens": 12, **sampling}))
+
+
+def finish(engine):
+    groups = []
+    while engine.busy:
+        groups += engine.step()
+    return sorted(groups, key=lambda group: group.request.index)
+
+
+def rollout(engine, prompts, group_size=1, **sampling):
+    for index, prompt in enumerate(prompts):
+        engine.submit(request(prompt, index, group_size, **sampling))
+    return finish(engine)
+
+
+def push(engine, policy, version):
+    engine.begin_update()
+    for entry in policy.model.named_parameters():
+        engine.load_weights([entry])  # one by one, as buckets may cut anywhere
+    engine.finish_update(version)
+
+
+def tokens(groups):
+    return [completion.token_ids.tolist() for group in groups for completion in group.completions]
+
+
+@torch.no_grad()
+def learner_logprobs(policy, groups):
+    """Of all sampled tokens, one after the other, under the distribution that each group's settings name."""
+    result = []
+    for group in groups:
+        sampling = group.request.sampling
+        warpers = LogitsProcessorList([TopKLogitsWarper(sampling.top_k)] if sampling.top_k else [])
+        warpers += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
+        sequences = tuple(TrainSequence(completion, 1.0) for completion in group.completions)
+        batch = pack([PackItem(group.prompt, sequences)], policy)
+        hidden = policy.hidden(batch.token_ids, batch.positions, batch.layout, batch.image_inputs)
+        logits = policy.logits(hidden[batch.predictors]) / (sampling.temperature or 1.0)
+        result.append(warpers(None, logits).log_softmax(1).gather(1, batch.targets[:, None])[:, 0])
+    return torch.cat(result).numpy()
+
+
+def disagreement(policy, groups):
+    """Largest difference between the engine's logprobs and the learner's."""
+    reported = [completion.rollout_logprobs for group in groups for completion in group.completions]
+    return np.abs(np.concatenate(reported) - learner_logprobs(policy, groups)).max()
+
+
+def change(policy, part=None):
+    """Change the weights of one part, or of all, by a third or so."""
+    generator = torch.Generator().manual_seed(0)
+    chosen = [parameter for name, parameter in policy.model.named_parameters() if part is None or PARTS[part](name)]
+    assert chosen
+    with torch.no_grad():
+        for parameter in chosen:
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.3 * parameter.abs().mean() * noise)
+
+
+def test_greedy_tokens_and_logprobs_are_those_of_the_native_engine(engine, policy, renderer, prompts):
+    groups = rollout(engine, prompts, group_size=2, temperature=0.0)
+    native = rollout(NativeEngine(policy, renderer.decode), prompts, group_size=2, temperature=0.0)
+    assert tokens(groups) == tokens(native)
+    assert len({tuple(ids) for ids in tokens(groups)}) == len(prompts)
+    for group, other in zip(groups, native, strict=True):
+        for completion, expected in zip(group.completions, other.completions, strict=True):
+            assert (completion.text, completion.finish_reason) == (expected.text, expected.finish_reason)
+            np.testing.assert_allclose(completion.rollout_logprobs, expected.rollout_logprobs, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.0, 9, 1.0), (1.3, 0, 0.8), (0.7, 40, 0.9)]
+)
+def test_logprobs_are_the_learners_under_the_sampled_distribution(engine, policy, prompts, temperature, top_k, top_p):
+    groups = rollout(engine, prompts, group_size=4, temperature=temperature, top_k=top_k, top_p=top_p)
+    assert disagreement(policy, groups) < TOLERANCE
+    assert all(len({tuple(ids) for ids in tokens([group])}) > 1 for group in groups)
+
+
+def test_greedy_and_random_groups_share_a_batch(engine, policy, prompts):
+    settings = [{"temperature": 0.0}, {"temperature": 0.7, "top_k": 9}, {"temperature": 1.3}]
+    for i, sampling in enumerate(settings):
+        engine.submit(request(prompts[i], i, group_size=3, **sampling))
+    assert disagreement(policy, finish(engine)) < TOLERANCE
+
+
+def test_a_control_image_is_seen_as_the_pixels_that_the_prompt_holds(engine, policy, renderer, prompts):
+    blank = dataclasses.replace(
+        prompts[0],
+        image_inputs={
+            **prompts[0].image_inputs,
+            "pixel_values": np.zeros_like(prompts[0].image_inputs["pixel_values"]),
+        },
+    )
+    seen, unseen = rollout(engine, [prompts[0], blank], temperature=0.0)
+    assert disagreement(policy, [seen, unseen]) < TOLERANCE
+    assert tokens([seen]) != tokens([unseen])
+
+
+def test_tokens_that_stand_for_images_are_never_sampled(engine, policy, prompts):
+    with torch.no_grad():  # they would be the most likely ones by far
+        embeddings = policy.model.get_input_embeddings().weight
+        embeddings[list(policy.banned_token_ids)] = 3 * embeddings[50:60].mean(0)
+        embeddings[list(policy.banned_token_ids)] *= 4
+    push(engine, policy, 1)
+    groups = rollout(engine, prompts, group_size=4)
+    assert not {token for ids in tokens(groups) for token in ids} & set(policy.banned_token_ids)
+    assert disagreement(policy, groups) < TOLERANCE
+    policy._banned = policy._banned[:0]
+    assert disagreement(policy, groups) > 100 * TOLERANCE
+
+
+def test_a_stop_string_ends_a_completion_and_is_kept(engine, renderer, policy, prompts):
+    free = rollout(engine, prompts, temperature=0.0)
+    text = free[1].completions[0].text
+    stop = text[2:4]
+    assert stop.isprintable()
+    groups = rollout(engine, prompts, temperature=0.0, stop=(stop, "no such text"))
+    native = rollout(NativeEngine(policy, renderer.decode), prompts, temperature=0.0, stop=(stop, "no such text"))
+    stopped = groups[1].completions[0]
+    assert stopped.finish_reason == "stop"
+    assert stopped.text == text[: text.index(stop) + len(stop)]
+    assert len(stopped.token_ids) < len(free[1].completions[0].token_ids)
+    assert len(stopped.rollout_logprobs) == len(stopped.token_ids)
+    for group, other in zip(groups, native, strict=True):
+        expected = other.completions[0]
+        assert tokens([group]) == tokens([other])
+        assert (group.completions[0].text, group.completions[0].finish_reason) == (
+            expected.text,
+            expected.finish_reason,
+        )
+
+
+def test_a_seed_fixes_a_completion_whatever_runs_beside_it(engine, prompts):
+    alone = rollout(engine, prompts[:1], group_size=4)
+    for index in (3, 0, 2):
+        engine.submit(request(prompts[index], index, group_size=4))
+    assert tokens(finish(engine)[:1]) == tokens(alone)
+    engine.submit(request(prompts[0], 1, group_size=4))
+    (other_seed,) = finish(engine)
+    # the streams of one group are not those of the next one, moved by one
+    assert not {tuple(ids) for ids in tokens([other_seed])} & {tuple(ids) for ids in tokens(alone)}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_after_a_push_logprobs_are_those_of_the_new_weights(engine, policy, prompts, part):
+    before = rollout(engine, prompts, group_size=2)
+    change(policy, part)
+    assert disagreement(policy, before) > 100 * TOLERANCE
+    push(engine, policy, 1)
+    groups = rollout(engine, prompts, group_size=2)
+    assert disagreement(policy, groups) < TOLERANCE
+    assert {(c.min_version, c.max_version) for group in groups for c in group.completions} == {(1, 1)}
+
+
+def _same_names(monkeypatch):
+    from rollout.vllm_backend import engine as module
+
+    original = module.engine_input
+    monkeypatch.setattr(module, "engine_input", lambda prompt, facts, epoch: original(prompt, facts, 0))
+
+
+def _same_salt(monkeypatch):
+    from rollout.vllm_backend import engine as module
+
+    original = module.engine_input
+    monkeypatch.setattr(
+        module, "engine_input", lambda prompt, facts, epoch: {**original(prompt, facts, epoch), "cache_salt": "same"}
+    )
+
+
+def _same_image_names(monkeypatch):
+    from rollout.vllm_backend import engine as module
+
+    original = module.engine_input
+
+    def renamed(prompt, facts, epoch):
+        entry = original(prompt, facts, epoch)
+        if "mm_hashes" in entry:
+            entry["mm_hashes"] = {"image": [name.split("-")[-1] for name in entry["mm_hashes"]["image"]]}
+        return entry
+
+    monkeypatch.setattr(module, "engine_input", renamed)
+
+
+def _no_repacking(monkeypatch):
+    from rollout.vllm_backend import weight_transfer
+
+    monkeypatch.setattr(weight_transfer, "repack_projections", lambda transfer: None)
+
+
+@pytest.mark.parametrize(
+    ("omit", "part", "with_image"),
+    [
+        (_same_salt, "language", False),
+        (_same_image_names, "vision", True),
+        (_same_image_names, "merger", True),
+        (_same_names, "language", True),
+        (_no_repacking, "embeddings", False),
+    ],
+)
+def test_without_any_one_of_the_precautions_old_weights_live_on(
+    engine, policy, prompts, monkeypatch, omit, part, with_image
+):
+    omit(monkeypatch)
+    chosen = [prompt for prompt in prompts if bool(prompt.image_inputs) is with_image]
+    rollout(engine, chosen, group_size=2)
+    change(policy, part)
+    push(engine, policy, 1)
+    groups = rollout(engine, chosen, group_size=2)
+    assert disagreement(policy, groups) > 10 * TOLERANCE
+    engine._epoch += 1000  # what was computed here under names without their weights is not to be found again
+
+
+def test_running_completions_go_on_under_new_weights_and_say_so(engine, policy, renderer, prompts):
+    native = NativeEngine(load_policy(policy.model.name_or_path), renderer.decode)
+    change(policy, "language")
+    results = []
+    for tested in (engine, native):
+        for index, prompt in enumerate(prompts[:3]):
+            tested.submit(request(prompt, index, 2, temperature=0.0, max_tokens=6 + 6 * index))
+        for _ in range(3):
+            assert tested.step() == []
+        push(tested, policy, 1)
+        tested.submit(request(prompts[0], 3, temperature=0.0))  # the prompt is known, by other weights
+        results.append(finish(tested))
+    groups, expected = results
+    assert tokens(groups) == tokens(expected)
+    for group, other in zip(groups, expected, strict=True):
+        for one, two in zip(group.completions, other.completions, strict=True):
+            np.testing.assert_allclose(one.rollout_logprobs, two.rollout_logprobs, atol=TOLERANCE, rtol=0)
+            assert (one.min_version, one.max_version) == (two.min_version, two.max_version)
+    assert groups[0].completions[0].min_version == 0
+    assert groups[2].completions[0].max_version == 1
+    assert groups[3].min_version == 1
+    assert disagreement(policy, groups[3:]) < TOLERANCE
+
+
+def test_groups_without_a_token_are_started_anew_under_new_weights(engine, policy, prompts):
+    engine.submit(request(prompts[0], 0, group_size=4))
+    engine._start_group(engine._scheduler.admit(MAX_COMPLETIONS)[0])
+    change(policy, "vision")
+    push(engine, policy, 1)
+    (group,) = finish(engine)
+    assert group.min_version == 1
+    assert len(group.completions) == 4
+    assert disagreement(policy, [group]) < TOLERANCE
+
+
+def test_weights_may_change_after_they_were_handed_over(engine, policy, prompts):
+    change(policy, "language")
+    engine.begin_update()
+    for name, parameter in policy.model.named_parameters():
+        passing = parameter.detach().clone()
+        engine.load_weights([(name, passing)])
+        passing.fill_(7.0)
+    engine.finish_update(1)
+    assert disagreement(policy, rollout(engine, prompts)) < TOLERANCE
+
+
+def test_a_frozen_part_need_not_be_pushed(engine, policy, prompts):
+    change(policy, "language")
+    trained = [entry for entry in policy.model.named_parameters() if not entry[0].startswith("model.visual.")]
+    engine.begin_update()
+    engine.load_weights(trained)
+    engine.finish_update(1)
+    assert disagreement(policy, rollout(engine, prompts, group_size=2)) < TOLERANCE
+
+
+def test_weights_of_another_model_are_refused_and_nothing_changes(engine, policy, prompts):
+    before = rollout(engine, prompts)
+    name, parameter = next(iter(policy.model.named_parameters()))
+    for wrong in ((f"{name}.x", parameter), (name, parameter[:1])):
+        engine.begin_update()
+        with pytest.raises(WeightError, match=name):
+            engine.load_weights([wrong])
+        assert tokens(rollout(engine, prompts)) == tokens(before)
+
+
+def test_an_incomplete_push_is_an_error_until_a_complete_one_comes(engine, policy, prompts):
+    change(policy, "language")
+    entries = list(policy.model.named_parameters())
+    names = [name for name, _ in entries]
+    dropped = next(name for name in names if name.endswith("k_proj.weight"))
+    engine.begin_update()
+    engine.load_weights([entry for entry in entries if entry[0] != dropped])
+    with pytest.raises(WeightError, match=dropped):
+        engine.finish_update(1)
+    engine.submit(request(prompts[0]))
+    with pytest.raises(WeightError, match="push all of them again"):
+        engine.step()
+    push(engine, policy, 2)
+    (group,) = finish(engine)
+    assert group.min_version == 2
+    assert disagreement(policy, [group]) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_tokens": 33}, "max_tokens=33 exceeds the engine's 32"),
+        ({"temperature": 2.5}, "temperature=2.5 is not possible"),
+        ({"temperature": 0.001}, "temperature=0.001 is not possible"),
+    ],
+)
+def test_what_vllm_cannot_sample_is_refused_at_once(engine, prompts, changes, message):
+    with pytest.raises(ValueError, match=message):
+        engine.submit(request(prompts[0], **changes))
+    assert not engine.busy
+
+
+def test_placeholders_that_do_not_fit_the_image_are_refused(engine, prompts):
+    prompt, middle = prompts[0], int(np.flatnonzero(prompts[0].token_ids == engine._facts.image_token_id)[5])
+    torn = prompt.token_ids.copy()
+    torn[[middle, -1]] = torn[[-1, middle]]
+    for broken in (
+        dataclasses.replace(prompt, token_ids=np.delete(prompt.token_ids, middle)),
+        dataclasses.replace(prompt, token_ids=torn),
+        dataclasses.replace(prompt, image_inputs={}),
+    ):
+        with pytest.raises(ValueError, match="image placeholders"):
+            engine.submit(request(broken))
+    assert not engine.busy
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2", "qwen3", "llama"])
+def test_every_family_agrees_with_the_learner_before_and_after_a_push(open_engine, tmp_path, family):
+    folder = build_model(tmp_path, family)
+    engine, policy = open_engine(folder), load_policy(folder)
+    renderer = PromptRenderer(*load_processor(folder), max_prompt_tokens=256, template="{question}")
+    prompts = render(renderer, images="vl" in family)
+    assert disagreement(policy, rollout(engine, prompts, group_size=2)) < TOLERANCE
+    change(policy)
+    assert disagreement(policy, rollout(engine, prompts, group_size=2)) > 100 * TOLERANCE
+    push(engine, policy, 1)
+    assert disagreement(policy, rollout(engine, prompts, group_size=2)) < TOLERANCE
