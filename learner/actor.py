@@ -12,6 +12,7 @@ from typing import Any
 import ray
 import torch
 
+from learner.distributed import OneRank, Ranks, free_meeting_point, join
 from learner.learner import PolicyLearner
 from learner.weight_publisher import Published, publish
 from rlmed.core.protocols import ClusterError, RolloutPool
@@ -19,6 +20,8 @@ from rlmed.core.types import TrainGroup
 
 Report = Callable[[Sequence[TrainGroup], str], None]
 """Told of a batch that was skipped, and why."""
+Build = Callable[[Report, Ranks], PolicyLearner]
+"""Makes the learner of one rank: given what skipped batches are reported to, and the ranks that it is one of."""
 
 
 class LearnerError(ClusterError):
@@ -29,13 +32,21 @@ class LearnerError(ClusterError):
 class LearnerActor:
     """One rank."""
 
-    def __init__(self, build: Callable[[Report], PolicyLearner]) -> None:
-        """Build the learner here; `build` is given what the learner reports skipped batches to."""
+    def __init__(self) -> None:
+        """An empty process; `build` makes the learner."""
         self._skipped: list[str] = []
-        self._learner = build(lambda _, reason: self._skipped.append(reason))
+        self._learner: PolicyLearner
 
-    def policy_version(self) -> int:
-        """See `rlmed.core.protocols.Learner.policy_version`."""
+    def meeting_point(self) -> str:
+        """Where the other ranks find this one."""
+        return free_meeting_point(ray.util.get_node_ip_address())
+
+    def build(
+        self, build: Build, rank: int, size: int, meeting_point: str | None, device: str, timeout_s: float
+    ) -> int:
+        """Make the learner, together with the other ranks where there are any; returns its policy version."""
+        ranks = join(rank, size, meeting_point, device=device, timeout_s=timeout_s) if meeting_point else OneRank()
+        self._learner = build(lambda _, reason: self._skipped.append(reason), ranks)
         return self._learner.policy_version
 
     def step(self, groups: Sequence[TrainGroup]) -> tuple[dict[str, float], int, list[str]]:
@@ -46,11 +57,7 @@ class LearnerActor:
 
     def publish(self, dtype: str | None) -> Published:
         """Put the current weights into the object store of this node."""
-        return publish(
-            self._learner.policy.model.named_parameters(),
-            ray.put,
-            dtype=None if dtype is None else getattr(torch, dtype),
-        )
+        return publish(self._learner.full_weights(), ray.put, dtype=None if dtype is None else getattr(torch, dtype))
 
     def save(self, folder: Path) -> None:
         """See `rlmed.core.protocols.Learner.save`."""
@@ -67,31 +74,33 @@ class RayLearner:
 
     def __init__(
         self,
-        builds: Sequence[Callable[[Report], PolicyLearner]],
+        build: Build,
         *,
         on_bad_step: Report,
         step_s: float,
+        device: str = "cpu",
         dtype: str | None = None,
-        options: Sequence[Mapping[str, Any]] | None = None,
+        options: Sequence[Mapping[str, Any]] = ({},),
     ) -> None:
         """Start the ranks and wait until they have loaded.
 
         Args:
-            builds: makes the learner of each rank, in its actor; ranks find each other by themselves.
+            build: makes the learner of a rank, in its actor.
             on_bad_step: told of batches that were skipped.
             step_s: seconds that any call may take.
+            device: of the ranks, "cpu" or "cuda".
             dtype: in which weights are pushed; None keeps the policy's.
-            options: of each actor: resources, placement.
+            options: of each rank's actor: resources, placement; their number is the number of ranks.
 
         Raises:
             LearnerError: when a rank cannot be built.
         """
         self._on_bad_step, self._step_s, self._dtype = on_bad_step, step_s, dtype
-        self._actors = [
-            LearnerActor.options(**(options[rank] if options else {})).remote(build)
-            for rank, build in enumerate(builds)
-        ]
-        self._version: int = self._call("load its model", "policy_version")[0]
+        self._actors = [LearnerActor.options(**entry).remote() for entry in options]
+        size = len(self._actors)
+        meeting_point = None if size == 1 else self._call("start", "meeting_point", ranks=1)[0]
+        each = [(build, rank, size, meeting_point, device, step_s) for rank in range(size)]
+        self._version: int = self._call("load its model", "build", each=each)[0]
 
     @property
     def policy_version(self) -> int:
@@ -123,13 +132,24 @@ class RayLearner:
         for actor in self._actors:
             ray.kill(actor)
 
-    def _call(self, action: str, method: str, *arguments: Any) -> list[Any]:
-        """Call a method of all ranks and wait for all answers.
+    def _call(
+        self,
+        action: str,
+        method: str,
+        *arguments: Any,
+        each: Sequence[tuple[Any, ...]] | None = None,
+        ranks: int | None = None,
+    ) -> list[Any]:
+        """Call a method of all ranks (or the first `ranks`), with the same arguments or `each` its own; wait for all answers.
 
         Raises:
             LearnerError: when a rank is gone, raises, or does not answer in time.
         """
-        calls = [getattr(actor, method).remote(*arguments) for actor in self._actors]
+        actors = self._actors[:ranks]
+        calls = [
+            getattr(actor, method).remote(*own)
+            for actor, own in zip(actors, each or [arguments] * len(actors), strict=True)
+        ]
         waiting = dict(zip(calls, range(len(calls)), strict=True))
         while waiting:
             # a rank that fails is seen at once, although the others wait for it

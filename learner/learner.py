@@ -4,33 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from learner.distributed import OneRank, Ranks
 from learner.losses import LossDenominators, PolicyLossConfig, count_denominators, policy_loss
 from learner.metrics import LossMetrics, mean_metric, merge_metrics
-from learner.optimizer import Optimizer
-from learner.packing import (
-    PackedBatch,
-    PackItem,
-    TrainSequence,
-    frozen_logprobs,
-    pack,
-    packed_logprobs,
-    split_by_tokens,
-)
+from learner.optimizer import OPTIMIZER_FILE, Optimizer
+from learner.packing import PackedBatch, PackItem, TrainSequence, pack
 from rlmed.core.config import AlgoConfig, LearnerConfig
 from rlmed.core.protocols import RolloutPool
 from rlmed.core.types import TrainGroup
 from rlmed.models.policy import Policy
 
-OPTIMIZER_FILE = "optimizer.pt"
-SKIPPED = "skipped_steps"
+__all__ = ["OPTIMIZER_FILE", "PolicyLearner", "loss_config"]
 
 
 def loss_config(algo: AlgoConfig) -> PolicyLossConfig:
@@ -57,6 +48,18 @@ class _MicroBatch:
     """None: the first update's own log-probabilities, which are the same numbers without another forward pass."""
 
 
+@dataclass(frozen=True, slots=True)
+class _MiniBatch:
+    """What one optimizer step is made of."""
+
+    micro_batches: list[_MicroBatch]
+    """Of this rank."""
+    denominators: LossDenominators
+    """Of all ranks."""
+    images: bool
+    """True when any prompt, of any rank, has an image."""
+
+
 class PolicyLearner:
     """Improves a policy from groups of completions; see `rlmed.core.protocols.Learner`.
 
@@ -78,6 +81,7 @@ class PolicyLearner:
         max_tokens: int,
         temperature: float,
         on_bad_step: Callable[[Sequence[TrainGroup], str], None] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         """Prepare training.
 
@@ -90,24 +94,32 @@ class PolicyLearner:
             max_tokens: limit on a completion's tokens, the constant of Dr. GRPO's aggregation.
             temperature: of the sampling distribution, whose log-probabilities are learnt from.
             on_bad_step: told of each batch that was skipped because loss or gradient was not finite.
+            ranks: that this learner is one of, see `learner.distributed.join`; policy and reference are sharded over them
+                in place. Every rank is given the same batches. None: it is alone.
         """
         if (reference is None) != (algo.kl_coef == 0):
             raise ValueError(f"kl_coef={algo.kl_coef} and {'no' if reference is None else 'a'} reference policy")
         self.policy, self.reference = policy, reference
         self._algo, self._loss, self._config = algo, loss_config(algo), config
         self._max_tokens, self._temperature = max_tokens, temperature
-        self._on_bad_step = on_bad_step
+        self._on_bad_step, self._ranks = on_bad_step, ranks or OneRank()
         policy.freeze(config.freeze)
         if config.gradient_checkpointing:
             policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self._scorer = self._ranks.scorer(policy)
+        self._reference_scorer = None if reference is None else self._ranks.scorer(reference)
         updates = total_steps * config.epochs * config.mini_batches
-        self.optimizer = Optimizer(policy.model.named_parameters(), config, updates)
-        self.skipped_steps = 0
+        self.optimizer = Optimizer(policy.model.named_parameters(), config, updates, self._ranks)
 
     @property
     def policy_version(self) -> int:
         """Optimizer steps behind the current weights."""
         return self.optimizer.steps_taken
+
+    @property
+    def skipped_steps(self) -> int:
+        """Updates that were skipped because a number was broken."""
+        return self.optimizer.skipped_steps
 
     def step(self, groups: Sequence[TrainGroup]) -> dict[str, float]:
         """Learn from one batch; see `rlmed.core.protocols.Learner.step`."""
@@ -118,10 +130,10 @@ class PolicyLearner:
         # checkpointing is active in training mode only; no supported model has dropout
         self.policy.model.train(self._config.gradient_checkpointing)
         for _ in range(self._config.epochs):
-            for micro_batches, denominators in plans:
-                if denominators.tokens == 0:  # momentum alone would move the weights
+            for plan in plans:
+                if plan.denominators.tokens == 0:  # momentum alone would move the weights
                     continue
-                loss, metrics = self._update(micro_batches, denominators)
+                loss, metrics = self._ranks.merge(*self._update(plan))
                 norm = self._apply(loss, groups)
                 parts.append(metrics)
                 losses.append(loss)
@@ -141,16 +153,27 @@ class PolicyLearner:
         """The pool's engine shares the parameters, so only the version is news."""
         pool.update_weights(self.policy_version)
 
+    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and whole tensors of all parameters, as the model without shards has them.
+
+        Collective: all ranks must exhaust it, and only the first is given anything.
+        """
+        for name, parameter in self.policy.model.named_parameters():
+            whole = self._ranks.whole(parameter.detach())
+            if self._ranks.first:
+                yield name, whole
+
     def save(self, folder: Path) -> None:
-        """See `rlmed.core.protocols.Learner.save`."""
-        self.policy.model.save_pretrained(folder)
-        torch.save(self.optimizer.state_dict() | {SKIPPED: self.skipped_steps}, folder / OPTIMIZER_FILE)
+        """See `rlmed.core.protocols.Learner.save`; collective, and the first rank writes."""
+        weights = dict(self.full_weights())
+        if self._ranks.first:
+            self.policy.model.save_pretrained(folder, state_dict=weights)
+        del weights
+        self.optimizer.save(folder)
 
     def load(self, folder: Path) -> None:
         """See `rlmed.core.protocols.Learner.load`; the policy must have been loaded from the same folder."""
-        state = torch.load(folder / OPTIMIZER_FILE, weights_only=True)
-        self.skipped_steps = state.pop(SKIPPED, 0)
-        self.optimizer.load_state_dict(state)
+        self.optimizer.load(folder)
 
     def _item(self, group: TrainGroup) -> PackItem:
         sequences = tuple(
@@ -161,28 +184,29 @@ class PolicyLearner:
         )
         return PackItem(group.rollout.prompt, sequences)
 
-    def _plan(self, items: Sequence[PackItem]) -> tuple[list[_MicroBatch], LossDenominators]:
-        """The micro-batches of one mini-batch, with the log-probabilities that do not change during the step."""
+    def _plan(self, items: Sequence[PackItem]) -> _MiniBatch:
+        """This rank's share of one mini-batch, with the log-probabilities that do not change during the step."""
         trained = [len(entry.completion.token_ids) * entry.loss_mask for item in items for entry in item.sequences]
         micro_batches = [
-            _MicroBatch(pack(part, self.policy)) for part in split_by_tokens(items, self._config.token_budget)
+            _MicroBatch(pack(part, self.policy)) for part in self._ranks.micro_batches(items, self._config.token_budget)
         ]
         repeated = self._config.epochs * self._config.mini_batches > 1
         for micro in micro_batches:
-            if self.reference is not None:
-                micro.ref_logprobs = frozen_logprobs(self.reference, micro.batch, self._temperature)
+            if self._reference_scorer is not None:
+                micro.ref_logprobs = self._reference_scorer.frozen_logprobs(micro.batch, self._temperature)
             if self._algo.old_logprobs == "rollout":
                 micro.old_logprobs = micro.batch.rollout_logprobs
             elif repeated:
-                micro.old_logprobs = frozen_logprobs(self.policy, micro.batch, self._temperature)
-        return micro_batches, count_denominators(trained, self._max_tokens)
+                micro.old_logprobs = self._scorer.frozen_logprobs(micro.batch, self._temperature)
+        images = any(item.prompt.image_inputs for item in items)
+        return _MiniBatch(micro_batches, count_denominators(trained, self._max_tokens), images)
 
-    def _update(self, micro_batches: list[_MicroBatch], denominators: LossDenominators) -> tuple[float, LossMetrics]:
-        """Loss and accumulated gradient of one mini-batch."""
+    def _update(self, plan: _MiniBatch) -> tuple[float, LossMetrics]:
+        """Loss and accumulated gradient of this rank's share of one mini-batch."""
         total, parts = 0.0, []
-        for micro in micro_batches:
+        for micro in plan.micro_batches:
             batch = micro.batch
-            logprobs, entropy = packed_logprobs(self.policy, batch, self._temperature)
+            logprobs, entropy = self._scorer.logprobs(batch, self._temperature, images=plan.images)
             loss, metrics = policy_loss(
                 logprobs,
                 logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs,
@@ -191,10 +215,11 @@ class PolicyLearner:
                 batch.advantages,
                 batch.sequence_ids,
                 batch.loss_mask,
-                denominators,
+                plan.denominators,
                 self._loss,
             )
-            loss.backward()
+            if loss.requires_grad:  # not where only the vision tower is trained and there is no image
+                loss.backward()
             self.optimizer.accumulate()
             total += float(loss.detach())
             parts.append(metrics | {"entropy": mean_metric(entropy[batch.loss_mask])})
@@ -206,8 +231,7 @@ class PolicyLearner:
         if math.isfinite(loss):
             norm = self.optimizer.step()
         if not math.isfinite(norm):
-            self.optimizer.drop_gradients()
-            self.skipped_steps += 1
+            self.optimizer.skip()
             if self._on_bad_step:
                 self._on_bad_step(groups, f"loss {loss}, gradient norm {norm}")
         return norm

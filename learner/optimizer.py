@@ -8,13 +8,19 @@ parameter is its own master: nothing is copied.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from learner.distributed import OneRank, Ranks
 from rlmed.core.config import LearnerConfig
+
+OPTIMIZER_FILE = "optimizer.pt"
+"""In a checkpoint's folder; the same whatever the number of ranks."""
 
 
 def lr_factor(step: int, total: int, warmup: int, schedule: str) -> float:
@@ -42,9 +48,22 @@ class _Pair:
 class Optimizer:
     """Gradient accumulation, clipping, AdamW (arXiv 1711.05101), schedule."""
 
-    def __init__(self, named_parameters: Iterable[tuple[str, Tensor]], config: LearnerConfig, total_steps: int) -> None:
-        """Train the parameters that require gradients; `total_steps` is the length of the schedule."""
-        self._config, self._total_steps = config, total_steps
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, Tensor]],
+        config: LearnerConfig,
+        total_steps: int,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """Train the parameters that require gradients.
+
+        Args:
+            named_parameters: of the policy, in its order.
+            config: peak learning rate, schedule, AdamW and clipping.
+            total_steps: length of the schedule.
+            ranks: that hold shards of the parameters; None: this one holds them whole.
+        """
+        self._config, self._total_steps, self._ranks = config, total_steps, ranks or OneRank()
         self._pairs = [
             _Pair(name, parameter, _master(parameter))
             for name, parameter in named_parameters
@@ -53,6 +72,7 @@ class Optimizer:
         if not self._pairs:
             raise ValueError("no parameter requires gradients: learner.freeze leaves nothing to train")
         self.steps_taken = 0
+        self.skipped_steps = 0
         self._adamw = torch.optim.AdamW(
             [pair.master for pair in self._pairs],
             lr=config.lr,
@@ -83,8 +103,9 @@ class Optimizer:
             The gradient's norm before clipping. When it is not finite, nothing was updated.
         """
         masters = [pair.master for pair in self._pairs if pair.master.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(masters, self._config.max_grad_norm) if masters else torch.zeros(())
+        norm = self._ranks.replicated(torch.nn.utils.get_total_norm([master.grad for master in masters]))
         if torch.isfinite(norm):
+            torch.nn.utils.clip_grads_with_norm_(masters, self._config.max_grad_norm, norm)
             for group in self._adamw.param_groups:
                 group["lr"] = self.lr
             self._adamw.step()
@@ -99,24 +120,29 @@ class Optimizer:
         for pair in self._pairs:
             pair.parameter.grad = None
 
-    def state_dict(self) -> dict[str, object]:
-        """Everything but the policy's own parameters."""
+    def skip(self) -> None:
+        """Forget what has been accumulated, and count it as a step that was not taken."""
+        self.drop_gradients()
+        self.skipped_steps += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the policy's own parameters; tensors are shards where there are several ranks."""
         masters = {pair.name: pair.master for pair in self._pairs if pair.master is not pair.parameter}
         return {
             "parameters": [pair.name for pair in self._pairs],
             "adamw": self._adamw.state_dict(),
             "steps_taken": self.steps_taken,
+            "skipped_steps": self.skipped_steps,
             "masters": masters,
         }
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
-        """Go on from `state_dict()`; the policy's parameters are loaded by the caller.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()` with whole tensors; the policy's parameters are loaded by the caller.
 
         Raises:
             ValueError: when the state belongs to other parameters.
         """
         masters = state["masters"]
-        assert isinstance(masters, dict)
         own = {pair.name for pair in self._pairs if pair.master is not pair.parameter}
         if state["parameters"] != [pair.name for pair in self._pairs] or own != set(masters):
             raise ValueError(
@@ -125,9 +151,29 @@ class Optimizer:
         with torch.no_grad():
             for pair in self._pairs:
                 if pair.name in masters:
-                    pair.master.copy_(masters[pair.name])
-        self._adamw.load_state_dict(state["adamw"])  # type: ignore[arg-type]
-        self.steps_taken = int(state["steps_taken"])  # type: ignore[call-overload]
+                    pair.master.copy_(self._ranks.share(masters[pair.name], pair.master))
+        moments = {
+            number: {name: self._ranks.share(value, self._pairs[number].master) for name, value in entry.items()}
+            for number, entry in state["adamw"]["state"].items()
+        }
+        self._adamw.load_state_dict({**state["adamw"], "state": moments})
+        self.steps_taken = int(state["steps_taken"])
+        self.skipped_steps = int(state.get("skipped_steps", 0))  # absent from files of earlier versions
+
+    def save(self, folder: Path) -> None:
+        """Write the state into `folder`; collective."""
+        state = self._ranks.whole(self.state_dict())
+        if self._ranks.first:
+            torch.save(state, folder / OPTIMIZER_FILE)
+
+    def load(self, folder: Path) -> None:
+        """Go on from what `save` wrote, on any number of ranks.
+
+        Raises:
+            ValueError: see `load_state_dict`.
+        """
+        # mapped: each rank of a machine reads its share, and none holds a copy of the whole
+        self.load_state_dict(torch.load(folder / OPTIMIZER_FILE, map_location="cpu", mmap=True, weights_only=True))
 
     @torch.no_grad()
     def _write_back(self) -> None:

@@ -86,9 +86,46 @@ def split_by_tokens(items: Iterable[PackItem], token_budget: int) -> list[list[P
 def _split_group(item: PackItem, token_budget: int) -> list[PackItem]:
     if item.tokens <= token_budget or len(item.sequences) == 1:
         return [item]
+    return [part for half in _halves(item) for part in _split_group(half, token_budget)]
+
+
+def _halves(item: PackItem) -> tuple[PackItem, PackItem]:
     half = len(item.sequences) // 2
-    halves = (PackItem(item.prompt, item.sequences[:half]), PackItem(item.prompt, item.sequences[half:]))
-    return [part for entry in halves for part in _split_group(entry, token_budget)]
+    return PackItem(item.prompt, item.sequences[:half]), PackItem(item.prompt, item.sequences[half:])
+
+
+def share_by_tokens(items: Sequence[PackItem], ranks: int) -> list[list[PackItem]]:
+    """A part for each rank, in order, such that the largest part has few tokens.
+
+    The longest items are given away first, each to the rank with the fewest tokens; then the largest item of the fullest
+    rank is halved, at the price of a second prompt, for as long as that helps. With fewer completions than ranks some
+    parts are empty.
+    """
+    pieces = list(items)
+    shares = _assign(pieces, ranks)
+    while True:
+        largest = max(max(shares, key=_tokens), key=lambda item: item.tokens)
+        if len(largest.sequences) == 1:
+            return shares
+        place = next(i for i, piece in enumerate(pieces) if piece is largest)
+        halved = [*pieces[:place], *_halves(largest), *pieces[place + 1 :]]
+        candidate = _assign(halved, ranks)
+        if max(map(_tokens, candidate)) >= max(map(_tokens, shares)):
+            return shares
+        pieces, shares = halved, candidate
+
+
+def _assign(pieces: Sequence[PackItem], ranks: int) -> list[list[PackItem]]:
+    loads, places = [0] * ranks, [list[int]() for _ in range(ranks)]
+    for place in sorted(range(len(pieces)), key=lambda i: -pieces[i].tokens):
+        rank = loads.index(min(loads))
+        loads[rank] += pieces[place].tokens
+        places[rank].append(place)
+    return [[pieces[place] for place in sorted(entry)] for entry in places]
+
+
+def _tokens(items: Iterable[PackItem]) -> int:
+    return sum(item.tokens for item in items)
 
 
 def pack(

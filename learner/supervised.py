@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from learner.learner import OPTIMIZER_FILE, SKIPPED
 from learner.optimizer import Optimizer
 from learner.packing import PackItem, TrainSequence, pack, packed_logprobs, split_by_tokens
 from rlmed.core.config import LearnerConfig
@@ -39,7 +37,6 @@ class SupervisedLearner:
         if config.gradient_checkpointing:
             policy.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.optimizer = Optimizer(policy.model.named_parameters(), config, total_steps)
-        self.skipped_steps = 0
 
     def step(self, items: Sequence[PackItem]) -> dict[str, float]:
         """One optimizer step on a batch."""
@@ -56,24 +53,21 @@ class SupervisedLearner:
         self.policy.model.eval()
         norm = self.optimizer.step() if math.isfinite(total) else math.nan
         if not math.isfinite(norm):
-            self.optimizer.drop_gradients()
-            self.skipped_steps += 1
+            self.optimizer.skip()
         return {
             "loss": total,
             "tokens_above_half": right / tokens,
             "grad_norm": norm,
             "lr": lr,
             "tokens": float(tokens),
-            "skipped_steps": float(self.skipped_steps),
+            "skipped_steps": float(self.optimizer.skipped_steps),
         }
 
     def save(self, folder: Path) -> None:
         """Write the model as a Hugging Face folder, and the optimizer's state beside it."""
         self.policy.model.save_pretrained(folder)
-        torch.save(self.optimizer.state_dict() | {SKIPPED: self.skipped_steps}, folder / OPTIMIZER_FILE)
+        self.optimizer.save(folder)
 
     def load(self, folder: Path) -> None:
         """Go on from what `save` wrote; the policy must have been loaded from the same folder."""
-        state = torch.load(folder / OPTIMIZER_FILE, weights_only=True)
-        self.skipped_steps = state.pop(SKIPPED, 0)
-        self.optimizer.load_state_dict(state)
+        self.optimizer.load(folder)

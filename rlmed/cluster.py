@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from learner.distributed import Ranks
 from learner.learner import PolicyLearner
 from rlmed.core.config import RunConfig
 from rlmed.core.protocols import Learner, RolloutPool
@@ -76,9 +77,17 @@ def build_cluster(
 
 
 def build_learner(
-    config: RunConfig, on_bad_step: Report, *, policy: Policy | None = None, checkpoint: Path | None = None
+    config: RunConfig,
+    on_bad_step: Report,
+    ranks: Ranks | None = None,
+    *,
+    policy: Policy | None = None,
+    checkpoint: Path | None = None,
 ) -> PolicyLearner:
-    """The learner in this process, on `policy` or on the one in `checkpoint`; its reference is always `config.model`."""
+    """The learner in this process, on `policy` or on the one in `checkpoint`; its reference is always `config.model`.
+
+    `ranks` are those that it is one of; None where it is alone.
+    """
     base = model_folder(config.model.path)
     policy = policy or build_policy(config, checkpoint or base)
     reference = None
@@ -94,6 +103,7 @@ def build_learner(
         max_tokens=config.rollout.max_tokens,
         temperature=config.rollout.temperature,
         on_bad_step=on_bad_step,
+        ranks=ranks,
     )
 
 
@@ -132,10 +142,11 @@ def _build_ray(config: RunConfig, checkpoint: Path | None, on_bad_step: Report) 
     pool, evaluation_pool = workers.channel(), workers.channel()
     try:
         learner = RayLearner(
-            [functools.partial(build_learner, learner_config, checkpoint=checkpoint)],
+            functools.partial(build_learner, learner_config, checkpoint=checkpoint and checkpoint.absolute()),
             on_bad_step=on_bad_step,
             step_s=cluster.learner_timeout_s,
-            options=[{"num_gpus": learner_gpus}],
+            device=resolve_device(config.model).type,
+            options=[{"num_gpus": learner_gpus}] * cluster.learner_ranks,
         )
     except BaseException:
         workers.close()

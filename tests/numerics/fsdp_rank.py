@@ -1,0 +1,160 @@
+"""The learner processes of `test_fsdp.py` and what they do; a module of its own, so that they can import it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import traceback
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from learner.distributed import Ranks, free_meeting_point, join
+from learner.learner import PolicyLearner
+from rlmed.core.config import AlgoConfig, LearnerConfig
+from rlmed.core.types import TrainGroup
+from rlmed.models.policy import load_policy
+
+COLLECTIVE_S = 30.0
+ANSWER_S = 60.0
+
+
+@dataclass
+class Job:
+    """Learn from some batches."""
+
+    base: Path
+    batches: list[list[TrainGroup]]
+    start: Path | None = None
+    """A checkpoint to go on from."""
+    save: Path | None = None
+    """An existing folder for a checkpoint at the end."""
+    dtype: str = "float32"
+    device: str = "cpu"
+    algo: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    spoil: int | None = None
+    """Of this batch, make the gradient infinite on the last rank alone."""
+
+
+@dataclass
+class Result:
+    """What came of it on one rank."""
+
+    metrics: list[dict[str, float]]
+    reports: list[str]
+    version: int
+    names: list[str]
+    weights: dict[str, Tensor]
+    """Empty but on the first rank."""
+    state: Any
+    """The optimizer's, whole; its tensors are None but on the first rank."""
+
+
+def do(job: Job, ranks: Ranks | None = None, *, last: bool = True) -> Result:
+    """Load, learn, save; `last` is True on the last rank."""
+    policy = load_policy(job.start or job.base, dtype=job.dtype, device=job.device)
+    algo = AlgoConfig(**job.algo)
+    reference = None
+    if algo.kl_coef:
+        reference = load_policy(job.base, dtype=job.dtype, device=job.device)
+        reference.model.requires_grad_(False)
+    reports: list[str] = []
+    learner = PolicyLearner(
+        policy,
+        reference,
+        algo,
+        LearnerConfig(**{"lr": 3e-4, "lr_schedule": "constant", **job.config}),
+        total_steps=20,
+        max_tokens=32,
+        temperature=0.9,
+        on_bad_step=lambda _, reason: reports.append(reason),
+        ranks=ranks,
+    )
+    if job.start:
+        learner.load(job.start)
+    metrics = []
+    for number, batch in enumerate(job.batches):
+        hook = None
+        if last and job.spoil == number:
+            hook = policy.model.get_decoder().layers[0].mlp.register_full_backward_hook(_infinite)
+        metrics.append(learner.step(batch))
+        if hook:
+            hook.remove()
+    if job.save:
+        learner.save(job.save)
+    weights = {name: whole.clone() for name, whole in learner.full_weights()}
+    state = learner._ranks.whole(learner.optimizer.state_dict())
+    names = [name for name, _ in policy.model.named_parameters()]
+    return Result(metrics, reports, learner.policy_version, names, weights, state)
+
+
+def _infinite(_: Any, gradients: tuple[Tensor, ...], __: Any) -> tuple[Tensor, ...]:
+    return tuple(gradient * torch.inf for gradient in gradients)
+
+
+def serve(rank: int, size: int, meeting_point: str, device: str, test: Connection) -> None:
+    """Do jobs until None arrives or the test is gone; the answer to a job that fails is the error's text."""
+    torch.set_num_threads(1)
+    device = f"{device}:{rank}" if device == "cuda" else device
+    ranks = join(rank, size, meeting_point, device=device, timeout_s=COLLECTIVE_S)
+    try:
+        while (job := test.recv()) is not None:
+            job.device = device
+            try:
+                test.send(do(job, ranks, last=rank == size - 1))
+            except Exception:
+                test.send(traceback.format_exc())
+    except EOFError:
+        pass
+    ranks.leave()
+
+
+class Processes:
+    """The ranks, started once. No call waits longer than its limit, and `close` leaves no process behind."""
+
+    def __init__(self, count: int, device: str = "cpu") -> None:
+        context = multiprocessing.get_context("spawn")
+        meeting_point = free_meeting_point()
+        self._ranks, self._processes = [], []
+        for rank in range(count):
+            here, there = context.Pipe()
+            arguments = (rank, count, meeting_point, device, there)
+            process = context.Process(target=serve, args=arguments, daemon=True)
+            process.start()
+            there.close()
+            self._ranks.append(here)
+            self._processes.append(process)
+
+    def do(self, job: Job) -> list[Result]:
+        """The job's result on each rank."""
+        if not all(process.is_alive() for process in self._processes):
+            pytest.fail("the ranks are gone since an earlier test")
+        for rank in self._ranks:
+            rank.send(job)
+        try:
+            results = [self._answer(number) for number in range(len(self._ranks))]
+            errors = [result for result in results if isinstance(result, str)]
+            assert not errors, "\n".join(errors)
+        except BaseException:
+            self.close()  # after an error the ranks may wait for each other
+            raise
+        return results
+
+    def _answer(self, number: int) -> Any:
+        if not self._ranks[number].poll(ANSWER_S):
+            pytest.fail(f"rank {number} did not answer within {ANSWER_S} s")
+        try:
+            return self._ranks[number].recv()
+        except EOFError:
+            return f"rank {number} died"
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            process.kill()
+            process.join()

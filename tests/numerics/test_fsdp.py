@@ -1,0 +1,262 @@
+"""Two learner ranks (FSDP2 over gloo) against one: weights, metrics, skipped steps, checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from learner.packing import PackItem, TrainSequence, share_by_tokens
+from rlmed.core.types import ScoredGroup, TrainGroup
+
+sys.path.insert(0, str(Path(__file__).parent))  # the other processes are given the path and find the module by its name
+fsdp_rank = importlib.import_module("fsdp_rank")
+Job, Processes = fsdp_rank.Job, fsdp_rank.Processes
+
+RANKS = 2
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    processes = Processes(RANKS)
+    yield processes
+    processes.close()
+
+
+@pytest.fixture
+def new_folder(tmp_path):
+    """`new_folder("a")`: an empty folder."""
+
+    def make(name):
+        (tmp_path / name).mkdir()
+        return tmp_path / name
+
+    return make
+
+
+def worst_difference(actual, expected):
+    """Largest difference of two sets of weights, and where it is."""
+    assert list(actual) == list(expected)
+    return max((float((actual[name] - value).abs().max()), name) for name, value in expected.items())
+
+
+def worst_moment(actual, expected):
+    """Largest difference of the first moments relative to the largest of their parameter."""
+    states = [result.state["adamw"]["state"] for result in (actual, expected)]
+    assert states[0].keys() == states[1].keys()
+    return max(
+        float((states[0][number]["exp_avg"] - entry["exp_avg"]).abs().max() / entry["exp_avg"].abs().max())
+        for number, entry in states[1].items()
+    )
+
+
+def agree(ranks, job, rel=1e-4):
+    """The results of all ranks, checked against one rank's."""
+    results, expected = ranks.do(job), fsdp_rank.do(job)
+    first, *others = results
+    # bit for bit the same numbers on all ranks; NaN equals itself in text only
+    assert all(str(result.metrics) == str(first.metrics) for result in others)
+    for actual, numbers in zip(first.metrics, expected.metrics, strict=True):
+        assert actual == pytest.approx(numbers, rel=rel, abs=1e-6, nan_ok=True)
+    worst, name = worst_difference(first.weights, expected.weights)
+    assert worst <= TOLERANCE, name
+    assert not any(result.weights for result in others)
+    for result in results:
+        assert (result.version, result.names) == (expected.version, expected.names)
+        assert len(result.reports) == len(expected.reports)
+    return results, expected
+
+
+def assert_moved(job, result):
+    """Training has changed the weights by far more than what is tolerated."""
+    assert worst_difference(result.weights, fsdp_rank.do(Job(job.base, [])).weights)[0] > 20 * TOLERANCE
+
+
+def cut(groups, *shapes):
+    """Groups (number, completions) with their first completions only."""
+    result = []
+    for number, size in shapes:
+        group = groups[number]
+        rollout = dataclasses.replace(group.rollout, completions=group.rollout.completions[:size])
+        advantages = group.advantages[:size]
+        result.append(TrainGroup(ScoredGroup(rollout, advantages, {}), advantages))
+    return result
+
+
+def spoiled(groups):
+    """The groups with a NaN in the rollout log-probabilities of one completion."""
+    first, *others = groups[0].rollout.completions
+    first = dataclasses.replace(first, rollout_logprobs=np.full_like(first.rollout_logprobs, math.nan))
+    rollout = dataclasses.replace(groups[0].rollout, completions=(first, *others))
+    return [dataclasses.replace(groups[0], scored=dataclasses.replace(groups[0].scored, rollout=rollout)), *groups[1:]]
+
+
+@pytest.mark.parametrize(
+    ("steps", "config"),
+    [(5, {}), (2, {"gradient_checkpointing": True, "epochs": 2}), (2, {"freeze": ("vision",), "weight_decay": 0.1})],
+    ids=["all", "checkpointing", "frozen vision"],
+)
+def test_several_steps_are_those_of_one_rank(ranks, steps, config, tiny_folder, make_train_groups):
+    """Images in some prompts only, a reference, several micro-batches and updates a step."""
+    batches = [make_train_groups("qwen2_vl", 4, seed=seed) for seed in range(steps)]
+    job = Job(tiny_folder("qwen2_vl"), batches, config={"token_budget": 90, "mini_batches": 2} | config)
+    _, expected = agree(ranks, job)
+    assert_moved(job, expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "algo"),
+    [
+        ("llama", {"kl_coef": 0.0, "aggregation": "token_mean", "old_logprobs": "rollout", "importance_cap": 2.0}),
+        ("qwen2_5_vl", {"clip": "dual", "aggregation": "sequence_sum", "ratio_level": "sequence"}),
+    ],
+)
+def test_other_families_and_settings(ranks, family, algo, tiny_folder, make_train_groups):
+    batches = [make_train_groups(family, 3, seed=seed) for seed in range(2)]
+    agree(ranks, Job(tiny_folder(family), batches, algo=algo, config={"token_budget": 150}))
+
+
+@pytest.mark.parametrize("freeze", [(), ("language_model",), ("vision", "merger")], ids=str)
+def test_images_on_one_rank_only(ranks, freeze, tiny_folder, make_train_groups, record_property):
+    """First on one rank, then on none (the vision tower's momentum must rest), then on one again."""
+    groups = make_train_groups("qwen2_vl", 2)
+    one, none = cut(groups, (2, 2), (1, 2)), cut(groups, (1, 2), (3, 2))
+    items = [
+        PackItem(group.rollout.prompt, tuple(TrainSequence(entry, 1.0) for entry in group.rollout.completions))
+        for group in one
+    ]
+    shares = share_by_tokens(items, RANKS)
+    assert [any(bool(item.prompt.image_inputs) for item in share) for share in shares] in ([True, False], [False, True])
+    # Adam's first steps are signs: a gradient that is nothing but rounding moves a weight by lr, so lr bounds the noise
+    job = Job(tiny_folder("qwen2_vl"), [one], algo={"kl_coef": 0.0}, config={"freeze": freeze, "lr": 1e-4})
+    results, expected = agree(ranks, job)
+    gradient = worst_moment(results[0], expected)
+    record_property("gradient", gradient)
+    assert gradient <= TOLERANCE
+    _, expected = agree(ranks, dataclasses.replace(job, batches=[one, none, one]))
+    assert_moved(job, expected)
+
+
+def test_a_rank_without_any_completion(ranks, tiny_folder, make_train_groups):
+    groups = make_train_groups("qwen2_vl", 2)
+    agree(ranks, Job(tiny_folder("qwen2_vl"), [cut(groups, (0, 1)), cut(groups, (1, 1))]))
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_a_broken_number_on_one_rank_skips_the_step_on_all(ranks, broken, tiny_folder, make_train_groups):
+    groups = cut(make_train_groups("qwen2", 2), (1, 2), (2, 2))
+    first = spoiled(groups) if broken == "loss" else groups
+    job = Job(tiny_folder("qwen2"), [first], algo={"kl_coef": 0.0}, spoil=0 if broken == "gradient" else None)
+    results = ranks.do(job)
+    assert [(result.version, len(result.reports)) for result in results] == [(0, 1)] * RANKS
+    assert all(result.metrics[0]["skipped_steps"] == 1 for result in results)
+    start = fsdp_rank.do(Job(job.base, [])).weights
+    assert all(torch.equal(results[0].weights[name], value) for name, value in start.items())
+    # and nothing is left behind that could reach the next step
+    results, _ = agree(ranks, dataclasses.replace(job, batches=[first, groups]))
+    assert [result.version for result in results] == [1] * RANKS
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_checkpoint_fits_any_number_of_ranks(ranks, dtype, new_folder, tiny_folder, make_train_groups):
+    """Two ranks, then one, then two again: bit for bit on the way, and the same steps as one rank without a break."""
+    batches = [make_train_groups("qwen2_vl", 2, seed=seed) for seed in range(3)]
+    settings = {"lr": 1e-4, "lr_schedule": "cosine", "weight_decay": 0.01, "token_budget": 150}
+    whole = Job(tiny_folder("qwen2_vl"), batches, dtype=dtype, config=settings, save=new_folder("whole"))
+    uninterrupted = fsdp_rank.do(whole)
+
+    two = ranks.do(dataclasses.replace(whole, batches=batches[:1], save=new_folder("two")))[0]
+    loaded = fsdp_rank.do(dataclasses.replace(whole, batches=[], start=whole.save.parent / "two", save=None))
+    assert_identical(loaded, two)
+    one = dataclasses.replace(whole, batches=batches[1:2], start=whole.save.parent / "two", save=new_folder("one"))
+    one = fsdp_rank.do(one)
+    loaded = ranks.do(dataclasses.replace(whole, batches=[], start=whole.save.parent / "one", save=None))
+    assert_identical(loaded[0], one)
+    assert [result.version for result in loaded] == [2] * RANKS
+    last = dataclasses.replace(whole, batches=batches[2:], start=whole.save.parent / "one", save=new_folder("last"))
+    last = ranks.do(last)[0]
+
+    assert last.version == 3
+    if dtype == "float32":
+        assert worst_difference(last.weights, uninterrupted.weights)[0] <= TOLERANCE
+        assert last.metrics[0] == pytest.approx(uninterrupted.metrics[2], rel=1e-4)
+    files = {path.name for path in whole.save.iterdir()}
+    assert files == {path.name for path in (whole.save.parent / "last").iterdir()}
+    saved = [load_file(whole.save.parent / name / "model.safetensors") for name in ("last", "whole")]
+    assert saved[0].keys() == saved[1].keys()
+    assert all(saved[0][name].dtype == value.dtype for name, value in saved[1].items())
+    states = [torch.load(whole.save.parent / name / "optimizer.pt", weights_only=True) for name in ("last", "whole")]
+    assert described(states[0]) == described(states[1])
+
+
+def assert_identical(actual, expected):
+    """Weights and optimizer state, bit for bit."""
+    assert list(actual.weights) == list(expected.weights)
+    assert all(torch.equal(actual.weights[name], value) for name, value in expected.weights.items())
+    assert described(actual.state) == described(expected.state)
+    pairs = zip(tensors(actual.state), tensors(expected.state), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def described(state):
+    """A nest with each tensor replaced by its kind."""
+    if isinstance(state, dict):
+        return {key: described(value) for key, value in state.items()}
+    if isinstance(state, torch.Tensor):
+        return state.dtype, state.shape, type(state), state.device
+    return state
+
+
+def tensors(state):
+    if isinstance(state, dict):
+        return [tensor for value in state.values() for tensor in tensors(value)]
+    return [state] if isinstance(state, torch.Tensor) else []
+
+
+def test_bfloat16_ranks_keep_float32_masters(ranks, tiny_folder, make_train_groups):
+    batches = [make_train_groups("qwen2_vl", 4, seed=seed) for seed in range(2)]
+    job = Job(tiny_folder("qwen2_vl"), batches, dtype="bfloat16", config={"token_budget": 90})
+    result, expected = ranks.do(job)[0], fsdp_rank.do(job)
+    assert result.metrics[0]["grad_norm"] == pytest.approx(expected.metrics[0]["grad_norm"], rel=0.03)
+    masters = result.state["masters"]
+    assert masters.keys() == result.weights.keys()
+    assert {master.dtype for master in masters.values()} == {torch.float32}
+    assert all(torch.equal(result.weights[name], master.bfloat16()) for name, master in masters.items())
+
+
+def test_shares_lose_nothing_and_are_balanced(make_train_groups):
+    items = [
+        PackItem(group.rollout.prompt, tuple(TrainSequence(entry, 1.0) for entry in group.rollout.completions))
+        for group in make_train_groups("qwen2_vl", 8)
+    ]
+    wanted = sorted(id(entry) for item in items for entry in item.sequences)
+    for count in (1, 2, 3, 8, 100):
+        shares = share_by_tokens(items, count)
+        assert len(shares) == count
+        assert sorted(id(entry) for share in shares for item in share for entry in item.sequences) == wanted
+        loads = [sum(item.tokens for item in share) for share in shares]
+        if count == 1:
+            assert shares == [items]
+        if count in (2, 3):
+            assert max(loads) < 1.25 * sum(loads) / count
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_ranks_on_gpus(tiny_folder, make_train_groups):
+    """NCCL, a rank a GPU, against one rank on the first."""
+    batches = [make_train_groups("qwen2_vl", 4, seed=seed) for seed in range(2)]
+    job = Job(tiny_folder("qwen2_vl"), batches, device="cuda:0", config={"token_budget": 90})
+    processes = Processes(torch.cuda.device_count(), "cuda")
+    try:
+        agree(processes, job, rel=1e-3)
+    finally:
+        processes.close()
