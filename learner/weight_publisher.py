@@ -36,7 +36,7 @@ def publish(
 
     Args:
         tensors: names and whole tensors; where they are gathered from many ranks, all ranks iterate, and this one stores.
-        store: keeps a bucket and returns what a worker fetches it by.
+        store: copies a bucket and returns what a worker fetches the copy by.
         dtype: of the engines; None sends each tensor as it is.
         bucket_bytes: bound on a bucket, and so on the memory that is needed besides the store's.
     """

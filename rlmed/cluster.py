@@ -19,6 +19,7 @@ from rlmed.core.config import RunConfig
 from rlmed.core.protocols import Learner, RolloutPool
 from rlmed.core.types import TrainGroup
 from rlmed.data.prompts import PromptRenderer
+from rlmed.debug import NoLearner, RecordedPool
 from rlmed.engines import build_engine, build_local_pool, build_policy
 from rlmed.memory import estimate
 from rlmed.models.policy import Policy
@@ -70,10 +71,15 @@ def build_cluster(
     if config.cluster.kind == "ray":
         return _build_ray(config, checkpoint, on_bad_step)
     policy = build_policy(config, checkpoint or model_folder(config.model.path))
-    learner = build_learner(config, on_bad_step, policy=policy)
+    learner = build_learner(config, on_bad_step, policy=policy) if config.debug.learn else NoLearner()
     log.info("%s", estimate(policy, config).line())
-    pool, evaluation_pool = (build_local_pool(config, policy, renderer) for _ in range(2))
-    return Cluster(pool, learner, evaluation_pool)
+    evaluation_pool = build_local_pool(config, policy, renderer)
+    return Cluster(_recorded(config) or build_local_pool(config, policy, renderer), learner, evaluation_pool)
+
+
+def _recorded(config: RunConfig) -> RolloutPool | None:
+    """The recorded batches that the run shall learn from, if any."""
+    return RecordedPool(Path(config.debug.recorded)) if config.debug.recorded else None
 
 
 def build_learner(
@@ -127,7 +133,7 @@ def _build_ray(config: RunConfig, checkpoint: Path | None, on_bad_step: Report) 
             f"rollout worker {number}",
             functools.partial(build_engine, worker_config),
             on_push=config.rollout.on_push,
-            options={"num_gpus": worker_gpus},
+            options={"num_gpus": worker_gpus, "resources": dict(cluster.worker_resources)},
         )
 
     settings = PoolSettings(
@@ -138,15 +144,18 @@ def _build_ray(config: RunConfig, checkpoint: Path | None, on_bad_step: Report) 
         push_s=cluster.push_timeout_s,
         max_failures=cluster.max_worker_failures,
     )
+    recorded = _recorded(config)
     workers = WorkerPool(start_worker, cluster.rollout_workers, settings)
-    pool, evaluation_pool = workers.channel(), workers.channel()
+    pool, evaluation_pool = recorded or workers.channel(), workers.channel()
+    if not config.debug.learn:
+        return Cluster(pool, NoLearner(), evaluation_pool, release=(stop_ray,))
     try:
         learner = RayLearner(
             functools.partial(build_learner, learner_config, checkpoint=checkpoint and checkpoint.absolute()),
             on_bad_step=on_bad_step,
             step_s=cluster.learner_timeout_s,
             device=resolve_device(config.model).type,
-            options=[{"num_gpus": learner_gpus}] * cluster.learner_ranks,
+            options=[{"num_gpus": learner_gpus, "resources": dict(cluster.learner_resources)}] * cluster.learner_ranks,
         )
     except BaseException:
         workers.close()

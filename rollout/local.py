@@ -1,4 +1,4 @@
-"""The pool of `cluster=local`: one native engine in this process, on the learner's own parameters."""
+"""The pool of `cluster=local`: one engine in this process, usually on the learner's own parameters."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections import deque
 from typing import Any
 
 from rlmed.core.types import RolloutGroup, RolloutRequest
-from rollout.native.engine import NativeEngine
+from rollout.engine import Engine
 
 
 class LocalPool:
     """See `rlmed.core.protocols.RolloutPool`."""
 
-    def __init__(self, engine: NativeEngine) -> None:
+    def __init__(self, engine: Engine) -> None:
         """Drive `engine` whenever a group is asked for."""
         self.engine = engine
         self._finished: deque[RolloutGroup] = deque()

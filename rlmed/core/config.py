@@ -139,13 +139,18 @@ class RolloutConfig:
     max_completions: int = 64
     prefill_tokens: int = 8192
     on_push: str = "continue"
+    max_mismatch_kl: float | None = None
     tensor_parallel_size: int = 1
     gpu_memory_utilization: float = 0.8
     kv_cache_gib: float | None = None
     enforce_eager: bool | None = None
 
     def __post_init__(self) -> None:
-        _require_one_of("rollout.engine", self.engine, ("native", "vllm"))
+        _require_one_of("rollout.engine", self.engine, ("native", "vllm", "fake"))
+        _require(
+            self.max_mismatch_kl is None or self.max_mismatch_kl > 0,
+            f"rollout.max_mismatch_kl={self.max_mismatch_kl} must be positive or null",
+        )
         _require_one_of("rollout.on_push", self.on_push, ("continue", "finish"))
         _require(
             self.tensor_parallel_size >= 1,
@@ -219,6 +224,8 @@ class ClusterConfig:
     learner_ranks: int = 1
     worker_gpus: float | None = None
     learner_gpus: float | None = None
+    worker_resources: Mapping[str, float] = field(default_factory=dict)
+    learner_resources: Mapping[str, float] = field(default_factory=dict)
     runtime_env: Mapping[str, Any] = field(default_factory=dict)
     silence_timeout_s: float = 60.0
     stall_timeout_s: float = 600.0
@@ -241,6 +248,14 @@ class ClusterConfig:
         for key in ("worker_gpus", "learner_gpus"):
             value = getattr(self, key)
             _require(value is None or value >= 0, f"cluster.{key}={value} must be 0 or more, or null")
+        for key in ("worker_resources", "learner_resources"):
+            for name, value in getattr(self, key).items():
+                _require(
+                    name not in ("CPU", "GPU", "memory"),
+                    f"cluster.{key}.{name}: only Ray resources of your own go here; for GPUs set cluster.worker_gpus or "
+                    "cluster.learner_gpus",
+                )
+                _require(value > 0, f"cluster.{key}.{name}={value} must be positive")
         for key in ("silence", "stall", "start", "push", "learner"):
             name, value = f"cluster.{key}_timeout_s", getattr(self, f"{key}_timeout_s")
             _require(value > 0, f"{name}={value} must be positive (seconds)")
@@ -305,6 +320,21 @@ class SftConfig:
 
 
 @dataclass(frozen=True)
+class DebugConfig:
+    """Half a run, to find out which half is at fault."""
+
+    learn: bool = True
+    record: bool = False
+    recorded: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(
+            self.learn or self.recorded is None,
+            f"debug.learn=false and debug.recorded={self.recorded} leave nothing to do: a run samples, or learns, or both",
+        )
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A whole run."""
 
@@ -322,6 +352,7 @@ class RunConfig:
     checkpoint: CheckpointConfig
     preflight: PreflightConfig
     sft: SftConfig
+    debug: DebugConfig = field(default_factory=DebugConfig)
     profile: str = "auto"
     resume: str | None = None
     before: str | None = None
@@ -337,7 +368,7 @@ class RunConfig:
             "a group is sampled together, so raise rollout.max_completions",
         )
         _require(
-            self.rollout.engine == "native" or self.cluster.kind == "ray",
+            self.rollout.engine != "vllm" or self.cluster.kind == "ray",
             f"rollout.engine={self.rollout.engine} runs in a worker of its own: add cluster=ray",
         )
         _require(

@@ -27,20 +27,32 @@ def make_buckets(
         dtype: convert to it first; None keeps each tensor's own.
 
     Yields:
-        Buckets that own their bytes; changing the tensors afterwards does not change them.
+        Buckets whose bytes are valid until the next one is asked for: they share one piece of memory, because a first touch
+        of fresh memory costs several times as much as the copy into it.
     """
+    memory = torch.empty(0, dtype=torch.uint8)
+    for group, size in _grouped(tensors, bucket_bytes, dtype):
+        if len(memory) < size:
+            memory = torch.empty(max(size, bucket_bytes), dtype=torch.uint8)
+        yield _bucket(group, memory[:size])
+
+
+def _grouped(
+    tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int, dtype: torch.dtype | None
+) -> Iterator[tuple[list[tuple[str, Tensor]], int]]:
+    """The tensors of each bucket, and its bytes."""
     waiting: list[tuple[str, Tensor]] = []
     size = 0
     for name, tensor in tensors:
         tensor = tensor.detach() if dtype is None else tensor.detach().to(dtype)
         length = _padded(tensor.nbytes)
         if waiting and size + length > bucket_bytes:
-            yield _bucket(waiting, size)
+            yield waiting, size
             waiting, size = [], 0
         waiting.append((name, tensor))
         size += length
     if waiting:
-        yield _bucket(waiting, size)
+        yield waiting, size
 
 
 def bucket_tensors(bucket: WeightBucket) -> list[tuple[str, Tensor]]:
@@ -78,15 +90,16 @@ def _padded(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def _bucket(tensors: list[tuple[str, Tensor]], size: int) -> WeightBucket:
-    data = torch.zeros(size, dtype=torch.uint8)
+def _bucket(tensors: list[tuple[str, Tensor]], memory: Tensor) -> WeightBucket:
+    """Copy tensors into uint8 memory of just the right size."""
     specs, start = [], 0
     for name, tensor in tensors:
-        end = start + tensor.nbytes
-        data[start:end].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        end, following = start + tensor.nbytes, start + _padded(tensor.nbytes)
+        memory[start:end].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        memory[end:following] = 0  # the checksum is of these bytes too
         specs.append(TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), start, end))
-        start = _padded(end)
-    return WeightBucket.seal(tuple(specs), data.numpy())
+        start = following
+    return WeightBucket.seal(tuple(specs), memory.numpy())
 
 
 def _writeable_view(data: np.ndarray) -> np.ndarray:

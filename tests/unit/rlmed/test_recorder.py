@@ -7,7 +7,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rlmed import recorder as module
-from rlmed.bad_steps import read_bad_step
+from rlmed.batch_files import read_batch
 from rlmed.core.files import RecordError
 from rlmed.core.jsonlines import read_json_lines
 from rlmed.core.tracing import Tracer
@@ -159,7 +159,7 @@ def test_a_bad_step_is_kept_whole_for_replay(tmp_path):
     recorder = RunRecorder(tmp_path)
     group = make_group()
     recorder.dump_bad_step([group, make_group(6, image=None)], "loss nan, gradient norm inf")
-    groups, reason = read_bad_step(tmp_path / "bad_steps" / "001.npz")
+    groups, reason = read_batch(tmp_path / "bad_steps" / "001.npz")
     assert reason == "loss nan, gradient norm inf"
     first = groups[0]
     assert first.rollout.request.sampling == group.rollout.request.sampling

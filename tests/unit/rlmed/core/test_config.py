@@ -37,6 +37,11 @@ def test_every_group_option_composes(choice: str) -> None:
     assert loss_config(config.algo).kl_coef == config.algo.kl_coef  # the loss accepts it too
 
 
+@pytest.mark.parametrize("name", options("debug"))
+def test_every_debug_mode_composes(name: str) -> None:
+    assert composed(f"+debug={name}", *(["debug.recorded=x"] if name == "recorded" else [])) != composed()
+
+
 @pytest.mark.parametrize("name", options("experiment"))
 @pytest.mark.parametrize("program", ["train", "sft"])
 def test_every_experiment_composes(name: str, program: str) -> None:

@@ -1,4 +1,4 @@
-"""A batch that could not be learnt from, as one file: everything that the learner was given, to be replayed."""
+"""A batch as one file: everything that the learner was given, to be replayed."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from rlmed.core.types import (
 )
 
 
-def write_bad_step(path: Path, groups: Sequence[TrainGroup], reason: str) -> None:
+def write_batch(path: Path, groups: Sequence[TrainGroup], reason: str) -> None:
     """Write a batch as an npz file: arrays by name, and the rest as JSON in the entry "facts".
 
     Args:
         path: ends in ".npz".
         groups: the batch.
-        reason: why it was not learnt from.
+        reason: why it was kept.
 
     Raises:
         OSError: when the disk refuses.
@@ -45,8 +45,8 @@ def write_bad_step(path: Path, groups: Sequence[TrainGroup], reason: str) -> Non
     aside.replace(path)
 
 
-def read_bad_step(path: Path) -> tuple[list[TrainGroup], str]:
-    """The batch and the reason that `write_bad_step` was given.
+def read_batch(path: Path) -> tuple[list[TrainGroup], str]:
+    """The batch and the reason that `write_batch` was given.
 
     Raises:
         OSError: when there is no such file.
@@ -55,6 +55,18 @@ def read_bad_step(path: Path) -> tuple[list[TrainGroup], str]:
         facts = json.loads(str(content["facts"]))
         groups = [_unpack(group, f"{i}/", content) for i, group in enumerate(facts["groups"])]
     return groups, facts["reason"]
+
+
+def list_batches(folder: Path) -> list[Path]:
+    """The batches of a folder in the order in which they were written.
+
+    Raises:
+        ValueError: when there are none.
+    """
+    paths = sorted(folder.glob("*.npz"))
+    if not paths:
+        raise ValueError(f"{folder} holds no recorded batches (*.npz): record some with debug.record=true")
+    return paths
 
 
 def _pack(group: TrainGroup, place: str, arrays: dict[str, npt.NDArray[Any]]) -> dict[str, Any]:

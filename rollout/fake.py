@@ -1,0 +1,71 @@
+"""An engine without a model, for finding faults in the rest of a run."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+
+import numpy as np
+from torch import Tensor
+
+from rlmed.core.types import LETTERS, Completion, IntArray, RolloutGroup, RolloutRequest
+
+LOGPROB = -1.0
+"""Of every token; the metrics that compare it with the learner's mean nothing."""
+
+
+class FakeEngine:
+    """See `rollout.engine.Engine`: well-formed answers with a random letter, one group a step."""
+
+    def __init__(self, encode: Callable[[str], IntArray]) -> None:
+        """Use `encode` to turn a text into the token ids of a completion, its end included."""
+        self.policy_version = 0
+        self.generated_tokens = 0
+        self._encode = encode
+        self._waiting: deque[RolloutRequest] = deque()
+
+    @property
+    def busy(self) -> bool:
+        """True while requests wait."""
+        return bool(self._waiting)
+
+    def submit(self, request: RolloutRequest) -> None:
+        """Queue a request."""
+        self._waiting.append(request)
+
+    def step(self) -> list[RolloutGroup]:
+        """Answer the oldest request."""
+        if not self._waiting:
+            return []
+        request = self._waiting.popleft()
+        random = np.random.default_rng(request.sampling.seed)
+        options = request.prompt.example.options
+        completions = tuple(
+            self._completion(int(random.integers(len(options))), options, request) for _ in range(request.group_size)
+        )
+        self.generated_tokens += sum(len(completion.token_ids) for completion in completions)
+        return [RolloutGroup(request, completions)]
+
+    def abort(self) -> list[RolloutRequest]:
+        """Drop what waits."""
+        requests = list(self._waiting)
+        self._waiting.clear()
+        return requests
+
+    def begin_update(self) -> None:
+        """Nothing to prepare."""
+
+    def load_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Nothing to load."""
+
+    def finish_update(self, version: int) -> None:
+        """Only the version changes."""
+        self.policy_version = version
+
+    def _completion(self, choice: int, options: tuple[str, ...], request: RolloutRequest) -> Completion:
+        text = f"<think>The image shows {options[choice]}.</think><answer>{LETTERS[choice]}</answer>"
+        token_ids = self._encode(text)[: request.sampling.max_tokens]
+        logprobs = np.full(len(token_ids), LOGPROB, dtype=np.float32)
+        version = self.policy_version
+        whole = len(token_ids) < request.sampling.max_tokens
+        return Completion(token_ids, logprobs, text, "stop" if whole else "length", version, version)
