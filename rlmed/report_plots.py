@@ -83,6 +83,12 @@ PANELS = (
     ),
     Panel("Clipped ratios", "share of tokens", {"clip_fraction_low": "low", "clip_fraction_high": "high"}),
     Panel("Staleness", "policy versions behind, the oldest group of a step", {"staleness": "staleness"}),
+    Panel("Idle rollout workers", "share of their time without work", {"rollout/idle_share": "idle"}, True),
+    Panel(
+        "Lost rollout workers",
+        "counts since the start; no group is lost with them",
+        {"rollout/workers_lost": "workers", "rollout/groups_sampled_again": "groups sampled again"},
+    ),
     Panel("Learning rate", "", {"lr": "lr"}),
     Panel("Tokens per second", "sampled", {"tokens_per_second": "tokens/s"}),
 )
