@@ -16,20 +16,22 @@ from typing import Any
 from learner.distributed import Ranks
 from learner.learner import PolicyLearner
 from rlmed.core.config import RunConfig
-from rlmed.core.protocols import Learner, RolloutPool
+from rlmed.core.protocols import ClusterError, Learner, RolloutPool
 from rlmed.core.types import TrainGroup
 from rlmed.data.prompts import PromptRenderer
 from rlmed.debug import NoLearner, RecordedPool
 from rlmed.engines import build_engine, build_local_pool, build_policy
 from rlmed.memory import estimate
 from rlmed.models.policy import Policy
-from rlmed.setup import EMBEDDED, model_folder, resolve_device
+from rlmed.setup import EMBEDDED, model_folder
 from rollout.leases import PoolSettings
 from rollout.pool import WorkerPool
 from rollout.worker import Worker
 
 log = logging.getLogger(__name__)
 
+RAY_FOLDER = "rlmed-ray-"
+"""Begins the name of the temporary folder of a Ray that was started for one run; the run's process id follows."""
 Report = Callable[[Sequence[TrainGroup], str], None]
 """Told of a batch that was skipped, and why."""
 
@@ -123,17 +125,20 @@ def _build_ray(config: RunConfig, checkpoint: Path | None, on_bad_step: Report) 
 
     cluster = config.cluster
     stop_ray = _start_ray(config)
+    try:
+        rank_options, worker_options = _place(config)
+        recorded = _recorded(config)
+    except BaseException:
+        stop_ray()
+        raise
     worker_config, learner_config = (
         _for_process(config, count) for count in (cluster.rollout_workers, cluster.learner_ranks)
     )
-    worker_gpus, learner_gpus = _gpus(config)
 
     def start_worker(number: int) -> Worker:
+        build = functools.partial(build_engine, worker_config)
         return RayWorker(
-            f"rollout worker {number}",
-            functools.partial(build_engine, worker_config),
-            on_push=config.rollout.on_push,
-            options={"num_gpus": worker_gpus, "resources": dict(cluster.worker_resources)},
+            f"rollout worker {number}", build, on_push=config.rollout.on_push, options=worker_options[number]
         )
 
     settings = PoolSettings(
@@ -144,7 +149,6 @@ def _build_ray(config: RunConfig, checkpoint: Path | None, on_bad_step: Report) 
         push_s=cluster.push_timeout_s,
         max_failures=cluster.max_worker_failures,
     )
-    recorded = _recorded(config)
     workers = WorkerPool(start_worker, cluster.rollout_workers, settings)
     pool, evaluation_pool = recorded or workers.channel(), workers.channel()
     if not config.debug.learn:
@@ -154,8 +158,8 @@ def _build_ray(config: RunConfig, checkpoint: Path | None, on_bad_step: Report) 
             functools.partial(build_learner, learner_config, checkpoint=checkpoint and checkpoint.absolute()),
             on_bad_step=on_bad_step,
             step_s=cluster.learner_timeout_s,
-            device=resolve_device(config.model).type,
-            options=[{"num_gpus": learner_gpus, "resources": dict(cluster.learner_resources)}] * cluster.learner_ranks,
+            device="cuda" if _on_gpus(config) else "cpu",
+            options=rank_options,
         )
     except BaseException:
         workers.close()
@@ -164,27 +168,73 @@ def _build_ray(config: RunConfig, checkpoint: Path | None, on_bad_step: Report) 
     return Cluster(pool, learner, evaluation_pool, release=(learner.close, stop_ray))
 
 
+def _place(config: RunConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Reserve what the actors need, all or nothing, and give the options of each learner rank and rollout worker.
+
+    Raises:
+        ClusterError: when the cluster does not have it within `cluster.start_timeout_s`.
+    """
+    import ray
+    from ray.util.placement_group import placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    cluster, cuda = config.cluster, _on_gpus(config)
+    own = (float(cuda), float(config.rollout.tensor_parallel_size if cuda else 0))
+    asked = (cluster.learner_gpus, cluster.worker_gpus)
+    gpus = [default if value is None else value for default, value in zip(own, asked, strict=True)]
+    custom = (dict(cluster.learner_resources), dict(cluster.worker_resources))
+    options = [{"num_gpus": count, "resources": names} for count, names in zip(gpus, custom, strict=True)]
+    ranks, workers = cluster.learner_ranks if config.debug.learn else 0, cluster.rollout_workers
+    if not any(gpus) and not any(custom):  # there is nothing to run out of
+        return [options[0]] * ranks, [options[1]] * workers
+    needs = [options[0]] * ranks + [options[1]] * workers
+    bundles = [
+        {"CPU": 0.001, **({"GPU": need["num_gpus"]} if need["num_gpus"] else {}), **need["resources"]} for need in needs
+    ]
+    group = placement_group(bundles, strategy="PACK")
+    if not ray.wait([group.ready()], timeout=cluster.start_timeout_s)[0]:
+        raise ClusterError(
+            f"the cluster has not given {ranks} learner ranks {options[0]} and {workers} rollout workers {options[1]} within "
+            f"{cluster.start_timeout_s:.0f} s; it has {ray.cluster_resources()}, free of these {ray.available_resources()}. "
+            "Add nodes, end other jobs, or ask for less (cluster.rollout_workers, cluster.learner_ranks, cluster.*_gpus)"
+        )
+    placed = [
+        {**need, "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)}
+        for index, need in enumerate(needs)
+    ]
+    return placed[:ranks], placed[ranks:]
+
+
+def _on_gpus(config: RunConfig) -> bool:
+    """Whether the actors use GPUs; this process, on a cluster, may have none itself."""
+    import ray
+
+    if config.model.device == "auto":
+        return ray.cluster_resources().get("GPU", 0) > 0
+    return config.model.device != "cpu"
+
+
 def _for_process(config: RunConfig, processes: int) -> RunConfig:
     """The configuration as one of several processes, perhaps in another folder, needs it."""
     threads = config.cluster.threads or max(1, (os.cpu_count() or 1) // processes)
     path = config.model.path
     if not path.startswith(EMBEDDED) and Path(path).is_dir():
         path = str(Path(path).absolute())
+    # Ray shows each process its own GPUs only, so their numbers begin at 0 in each
+    device = "cuda" if config.model.device.startswith("cuda") else config.model.device
     return dataclasses.replace(
         config,
         cluster=dataclasses.replace(config.cluster, threads=threads),
-        model=dataclasses.replace(config.model, path=path),
+        model=dataclasses.replace(config.model, path=path, device=device),
     )
 
 
-def _gpus(config: RunConfig) -> tuple[float, float]:
-    """GPUs of a rollout worker and of a learner rank."""
-    cuda = resolve_device(config.model).type == "cuda"
-    worker, learner = config.cluster.worker_gpus, config.cluster.learner_gpus
-    return (
-        float(config.rollout.tensor_parallel_size if cuda else 0) if worker is None else worker,
-        float(cuda) if learner is None else learner,
-    )
+def _remove_leftovers(root: Path) -> None:
+    """Remove Ray's folders of runs of ours that were killed."""
+    for folder in root.glob(f"{RAY_FOLDER}*-*"):
+        process = folder.name.removeprefix(RAY_FOLDER).partition("-")[0]
+        if process.isdigit() and not Path(f"/proc/{process}").exists() and Path("/proc/self").exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _start_ray(config: RunConfig) -> Callable[[], None]:
@@ -210,12 +260,14 @@ def _start_ray(config: RunConfig) -> Callable[[], None]:
             ray.init(address=address, **options)
         except ConnectionError as error:
             raise ConnectionError(
-                f"no Ray cluster answers at cluster.address={address}: {error}. Start one (ray start --head), or leave "
-                "cluster.address=null to start Ray on this machine alone"
+                f"no Ray cluster answers at cluster.address={address}: {error}. Start one (ray start --head), give this process "
+                "its token (RAY_AUTH_TOKEN) where Ray speaks of authentication, or leave cluster.address=null to start Ray on "
+                "this machine alone"
             ) from error
         return ray.shutdown
     # a folder of its own, so that nothing of this run is left in the machine's
-    folder = tempfile.mkdtemp(prefix="rlmed-ray-")
+    folder = tempfile.mkdtemp(prefix=f"{RAY_FOLDER}{os.getpid()}-")
+    _remove_leftovers(Path(folder).parent)
     ray.init(address="local", include_dashboard=False, _temp_dir=folder, **options)
 
     def stop() -> None:

@@ -53,6 +53,15 @@ class Run:
         self.cluster: Cluster = build_cluster(
             config, self.renderer, checkpoint=self.checkpoint, on_bad_step=self.recorder.dump_bad_step
         )
+        try:
+            self._prepare()
+        except BaseException:
+            self.cluster.close()
+            raise
+
+    def _prepare(self) -> None:
+        """What comes once the cluster stands: the stream of prompts, an earlier state, and what is written down first."""
+        config, folder = self.config, self.folder
         sampling = SamplingParams(
             temperature=config.rollout.temperature,
             top_p=config.rollout.top_p,

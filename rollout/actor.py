@@ -127,10 +127,10 @@ def _owned(prompt: Prompt) -> Prompt:
 def _kill_process(identity: Any) -> None:
     """End the process of an actor that may not listen: a stopped one does not hear `ray.kill`."""
     try:
-        node, pid = ray.get(identity)
+        node, pid = ray.get(identity, timeout=1.0)
     except ray.exceptions.RayError:
         return  # it had died before it could say who it is
-    # soft=False: on another node, the process id would be somebody else's
+    # soft=False: on another node, the process id would be somebody else's. Nobody waits: the node may be gone or out of reach
     strategy = NodeAffinitySchedulingStrategy(node, soft=False)
     _signal_process.options(scheduling_strategy=strategy).remote(pid)
 

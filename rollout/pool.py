@@ -295,7 +295,8 @@ class WorkerPool:
             raise RolloutError(f"{name} could not be started: {cause_of(error)}") from error
         # a place that waits for resources is no reason to stop while others work
         hopeless = slot.failures > self._settings.max_failures
-        if hopeless and (ever_ready or not any(other.ready for other in self._slots)):
+        others_work = any(other.answered is not None for other in self._slots if other is not slot)
+        if hopeless and (ever_ready or not others_work):
             raise RolloutError(
                 f"{name} was lost {slot.failures} times in a row without a finished group; the last cause: {cause_of(error)}"
             ) from error

@@ -118,3 +118,16 @@ def test_a_killed_worker_costs_no_group_and_a_killed_rank_is_resumed_with_one_co
     assert groups == Counter(range(6 * 4))  # each group once, whoever sampled it
     for ours, theirs in zip(steps, metrics(local), strict=True):
         assert ours["reward/mean"] == pytest.approx(theirs["reward/mean"], abs=1e-6)
+
+
+def test_a_killed_run_leaves_no_process_and_the_next_one_removes_its_folder(runs: Path) -> None:
+    run = Launch(runs / "gone", "cluster=ray", "cluster.threads=1")
+    wait_until(lambda: run.steps() >= 1, 120, "the first step")
+    folders = list(Path(tempfile.gettempdir()).glob(f"rlmed-ray-{run.process.pid}-*"))
+    assert len(folders) == 1
+    run.process.kill()
+    run.process.communicate()
+    wait_until(lambda: not marked(run.mark), 60, "all processes of the killed run end")
+    Launch(runs / "gone", "cluster=ray", "cluster.threads=1", "resume=auto").finish()
+    assert [line["step"] for line in metrics(runs / "gone")] == [1, 2, 3, 4, 5, 6]
+    assert not folders[0].exists()

@@ -18,7 +18,9 @@ import ray
 import torch
 
 from learner.weight_publisher import publish
+from rlmed.core.protocols import ClusterError
 from rlmed.core.types import Example, Prompt, RolloutRequest, SamplingParams
+from rlmed.launch import Run
 from rlmed.models.policy import load_policy
 from rlmed.models.tiny import build_tiny_text
 from rollout.actor import RayWorker
@@ -47,7 +49,12 @@ def session():
         patch.setenv(*next(iter(mark.items())))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(
-            num_cpus=2, include_dashboard=False, _temp_dir=folder, log_to_driver=False, object_store_memory=128 * 2**20
+            num_cpus=2,
+            include_dashboard=False,
+            _temp_dir=folder,
+            log_to_driver=False,
+            object_store_memory=128 * 2**20,
+            resources={"scanner": 2},
         )
         yield mark
         ray.shutdown()
@@ -135,3 +142,13 @@ def test_pushed_weights_reach_all_workers_and_the_successor_of_a_lost_one(pool, 
             assert ours.token_ids.tolist() == theirs.token_ids.tolist()
             np.testing.assert_allclose(ours.rollout_logprobs, theirs.rollout_logprobs, atol=1e-5)
             assert (ours.min_version, ours.max_version) == (7, 7)
+
+
+def test_a_run_that_asks_for_more_than_there_is_says_so(session, make_config, tmp_path):
+    config = make_config(
+        "cluster=ray", "cluster.rollout_workers=3", "+cluster.worker_resources.scanner=1", "cluster.start_timeout_s=2"
+    )
+    with pytest.raises(
+        ClusterError, match=r"not given 1 learner ranks .* 3 rollout workers .*'scanner': 1.* within 2 s"
+    ):
+        Run(config, tmp_path / "run")
