@@ -260,9 +260,9 @@ def _start_ray(config: RunConfig) -> Callable[[], None]:
             ray.init(address=address, **options)
         except ConnectionError as error:
             raise ConnectionError(
-                f"no Ray cluster answers at cluster.address={address}: {error}. Start one (ray start --head), give this process "
-                "its token (RAY_AUTH_TOKEN) where Ray speaks of authentication, or leave cluster.address=null to start Ray on "
-                "this machine alone"
+                f"no Ray cluster answers at cluster.address={address}: {error}. Start one (ray start --head), give this "
+                "process its token (RAY_AUTH_TOKEN) where Ray speaks of authentication, or leave cluster.address=null to "
+                "start Ray on this machine alone"
             ) from error
         return ray.shutdown
     # a folder of its own, so that nothing of this run is left in the machine's
