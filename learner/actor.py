@@ -5,12 +5,12 @@ Imported where Ray is installed only.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 
 from learner.distributed import OneRank, Ranks, free_meeting_point, join
 from learner.learner import PolicyLearner
@@ -22,6 +22,10 @@ Report = Callable[[Sequence[TrainGroup], str], None]
 """Told of a batch that was skipped, and why."""
 Build = Callable[[Report, Ranks], PolicyLearner]
 """Makes the learner of one rank: given what skipped batches are reported to, and the ranks that it is one of."""
+
+
+LOSS_KNOWN_S = 30.0
+"""A rank that fails may do so because another was lost; so long its loss is waited for."""
 
 
 class LearnerError(ClusterError):
@@ -55,9 +59,9 @@ class LearnerActor:
         metrics = self._learner.step(groups)
         return metrics, self._learner.policy_version, list(self._skipped)
 
-    def publish(self, dtype: str | None) -> Published:
+    def publish(self) -> Published:
         """Put the current weights into the object store of this node."""
-        return publish(self._learner.full_weights(), ray.put, dtype=None if dtype is None else getattr(torch, dtype))
+        return publish(self._learner.full_weights(), ray.put)
 
     def save(self, folder: Path) -> None:
         """See `rlmed.core.protocols.Learner.save`."""
@@ -79,7 +83,6 @@ class RayLearner:
         on_bad_step: Report,
         step_s: float,
         device: str = "cpu",
-        dtype: str | None = None,
         options: Sequence[Mapping[str, Any]] = ({},),
     ) -> None:
         """Start the ranks and wait until they have loaded.
@@ -89,13 +92,12 @@ class RayLearner:
             on_bad_step: told of batches that were skipped.
             step_s: seconds that any call may take.
             device: of the ranks, "cpu" or "cuda".
-            dtype: in which weights are pushed; None keeps the policy's.
             options: of each rank's actor: resources, placement; their number is the number of ranks.
 
         Raises:
             LearnerError: when a rank cannot be built.
         """
-        self._on_bad_step, self._step_s, self._dtype = on_bad_step, step_s, dtype
+        self._on_bad_step, self._step_s = on_bad_step, step_s
         self._actors = [LearnerActor.options(**entry).remote() for entry in options]
         size = len(self._actors)
         meeting_point = None if size == 1 else self._call("start", "meeting_point", ranks=1)[0]
@@ -116,7 +118,7 @@ class RayLearner:
 
     def push_weights(self, pool: RolloutPool) -> None:
         """See `rlmed.core.protocols.Learner.push_weights`; the weights go from rank 0's node to the workers' directly."""
-        published: Published = self._call("publish its weights", "publish", self._dtype)[0]
+        published: Published = self._call("publish its weights", "publish")[0]
         pool.update_weights(self._version, published.buckets)
 
     def save(self, folder: Path) -> None:
@@ -150,25 +152,43 @@ class RayLearner:
             getattr(actor, method).remote(*own)
             for actor, own in zip(actors, each or [arguments] * len(actors), strict=True)
         ]
-        waiting = dict(zip(calls, range(len(calls)), strict=True))
+        self._wait(action, calls)
+        return list(ray.get(calls))
+
+    def _wait(self, action: str, calls: Sequence[Any]) -> None:
+        """Return when all calls have ended well; see `_call`."""
+        rank_of = {call: rank for rank, call in enumerate(calls)}
+        waiting, end = list(calls), time.monotonic() + self._step_s
+        failure: tuple[int, Exception] | None = None
         while waiting:
             # a rank that fails is seen at once, although the others wait for it
-            ready, _ = ray.wait(list(waiting), timeout=self._step_s)
+            ready, waiting = ray.wait(waiting, timeout=max(0.0, end - time.monotonic()))
             if not ready:
-                silent = ", ".join(str(rank) for rank in waiting.values())
-                raise LearnerError(
-                    f"learner rank {silent} did not {action} within {self._step_s:.0f} s (cluster.learner_timeout_s). Look at "
-                    "its process, then go on from the last checkpoint with resume=auto"
-                )
-            rank = waiting.pop(ready[0])
+                break
             try:
                 ray.get(ready[0])
             except ray.exceptions.RayTaskError as error:
-                raise error.as_instanceof_cause() from None
+                if failure is None:
+                    # a rank whose fellow was lost may fail before the loss is known: the loss is what should be told
+                    failure = (rank_of[ready[0]], error.as_instanceof_cause())
+                    end = min(end, time.monotonic() + LOSS_KNOWN_S)
             except ray.exceptions.RayError as error:
                 cause = str(error).strip().splitlines()[0]
                 raise LearnerError(
-                    f"learner rank {rank} was lost while it should {action}: {cause} Go on from the last checkpoint with "
-                    "resume=auto"
+                    f"learner rank {rank_of[ready[0]]} was lost while it should {action}: {cause} Go on from the last "
+                    "checkpoint with resume=auto"
                 ) from error
-        return list(ray.get(calls))
+        if failure is not None:
+            rank, error = failure
+            if len(calls) > 1 and isinstance(error, RuntimeError):  # torch's, of a collective
+                raise LearnerError(
+                    f"learner rank {rank} could not {action} together with the others: {str(error).splitlines()[-1]} Go on "
+                    "from the last checkpoint with resume=auto"
+                ) from error
+            raise error
+        if waiting:
+            silent = ", ".join(str(rank_of[call]) for call in waiting)
+            raise LearnerError(
+                f"learner rank {silent} did not {action} within {self._step_s:.0f} s (cluster.learner_timeout_s). Look at its "
+                "process, then go on from the last checkpoint with resume=auto"
+            )

@@ -57,6 +57,12 @@ def read_batch(path: Path) -> tuple[list[TrainGroup], str]:
     return groups, facts["reason"]
 
 
+def count_groups(path: Path) -> int:
+    """Groups of a batch, without reading their arrays."""
+    with np.load(path) as content:
+        return len(json.loads(str(content["facts"]))["groups"])
+
+
 def list_batches(folder: Path) -> list[Path]:
     """The batches of a folder in the order in which they were written.
 

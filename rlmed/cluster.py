@@ -7,11 +7,13 @@ import functools
 import logging
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from learner.distributed import Ranks
 from learner.learner import PolicyLearner
@@ -28,10 +30,15 @@ from rollout.leases import PoolSettings
 from rollout.pool import WorkerPool
 from rollout.worker import Worker
 
+if TYPE_CHECKING:
+    from learner.actor import RayLearner
+
 log = logging.getLogger(__name__)
 
 RAY_FOLDER = "rlmed-ray-"
-"""Begins the name of the temporary folder of a Ray that was started for one run; the run's process id follows."""
+"""Begins the name of the temporary folder of a Ray that was started for one run."""
+LOCK_FILE = "in-use"
+LONGEST_ROOT = 30
 Report = Callable[[Sequence[TrainGroup], str], None]
 """Told of a batch that was skipped, and why."""
 
@@ -44,15 +51,12 @@ class Cluster:
     learner: Learner
     evaluation_pool: RolloutPool
     """Samples from the same weights; training requests in flight are not disturbed by it."""
-    release: tuple[Callable[[], None], ...] = field(default=())
-    """Called in order when both pools are closed."""
+    resources: ExitStack
+    """What is given back by `close`, the newest first."""
 
     def close(self) -> None:
-        """Release what they hold; a second call does nothing."""
-        self.pool.close()
-        self.evaluation_pool.close()
-        for action in self.release:
-            action()
+        """Release all that was made for the run, whatever fails meanwhile; a second call does nothing."""
+        self.resources.close()
 
 
 def build_cluster(
@@ -75,13 +79,16 @@ def build_cluster(
     policy = build_policy(config, checkpoint or model_folder(config.model.path))
     learner = build_learner(config, on_bad_step, policy=policy) if config.debug.learn else NoLearner()
     log.info("%s", estimate(policy, config).line())
-    evaluation_pool = build_local_pool(config, policy, renderer)
-    return Cluster(_recorded(config) or build_local_pool(config, policy, renderer), learner, evaluation_pool)
+    pool: RolloutPool = build_local_pool(config, policy, renderer)
+    if config.debug.recorded:
+        pool = RecordedPool(Path(config.debug.recorded), pool)
+    return _cluster(ExitStack(), pool, learner, build_local_pool(config, policy, renderer))
 
 
-def _recorded(config: RunConfig) -> RolloutPool | None:
-    """The recorded batches that the run shall learn from, if any."""
-    return RecordedPool(Path(config.debug.recorded)) if config.debug.recorded else None
+def _cluster(resources: ExitStack, pool: RolloutPool, learner: Learner, evaluation_pool: RolloutPool) -> Cluster:
+    for each in (pool, evaluation_pool):
+        resources.callback(each.close)
+    return Cluster(pool, learner, evaluation_pool, resources)
 
 
 def build_learner(
@@ -120,62 +127,65 @@ def _build_ray(config: RunConfig, checkpoint: Path | None, on_bad_step: Report) 
         import ray  # noqa: F401
     except ImportError as error:
         raise ValueError("cluster=ray needs Ray: pip install 'rlmed[ray]'") from error
-    from learner.actor import RayLearner
+    with ExitStack() as resources:  # given back when anything fails, else handed on
+        resources.callback(_start_ray(config))
+        rank_options, worker_options = _place(config, resources)
+        workers = _start_workers(config, worker_options)
+        resources.callback(workers.close)
+        pool: RolloutPool = workers.channel()
+        if config.debug.recorded:
+            pool = RecordedPool(Path(config.debug.recorded), pool)
+        learner: Learner = NoLearner()
+        if config.debug.learn:
+            learner = _start_learner(config, checkpoint, on_bad_step, rank_options)
+            resources.callback(learner.close)
+        return _cluster(resources.pop_all(), pool, learner, workers.channel())
+
+
+def _start_workers(config: RunConfig, options: Sequence[dict[str, Any]]) -> WorkerPool:
     from rollout.actor import RayWorker
 
     cluster = config.cluster
-    stop_ray = _start_ray(config)
-    try:
-        rank_options, worker_options = _place(config)
-        recorded = _recorded(config)
-    except BaseException:
-        stop_ray()
-        raise
-    worker_config, learner_config = (
-        _for_process(config, count) for count in (cluster.rollout_workers, cluster.learner_ranks)
-    )
+    build = functools.partial(build_engine, _for_process(config, cluster.rollout_workers))
 
-    def start_worker(number: int) -> Worker:
-        build = functools.partial(build_engine, worker_config)
-        return RayWorker(
-            f"rollout worker {number}", build, on_push=config.rollout.on_push, options=worker_options[number]
-        )
+    def start(number: int) -> Worker:
+        return RayWorker(f"rollout worker {number}", build, on_push=config.rollout.on_push, options=options[number])
 
     settings = PoolSettings(
-        capacity=config.rollout.max_completions,
+        # beside what its engine samples at a time, a worker has as much waiting, so that no row stays empty
+        capacity=2 * config.rollout.max_completions,
         silence_s=cluster.silence_timeout_s,
         stall_s=cluster.stall_timeout_s,
         start_s=cluster.start_timeout_s,
         push_s=cluster.push_timeout_s,
         max_failures=cluster.max_worker_failures,
     )
-    workers = WorkerPool(start_worker, cluster.rollout_workers, settings)
-    pool, evaluation_pool = recorded or workers.channel(), workers.channel()
-    if not config.debug.learn:
-        return Cluster(pool, NoLearner(), evaluation_pool, release=(stop_ray,))
-    try:
-        learner = RayLearner(
-            functools.partial(build_learner, learner_config, checkpoint=checkpoint and checkpoint.absolute()),
-            on_bad_step=on_bad_step,
-            step_s=cluster.learner_timeout_s,
-            device="cuda" if _on_gpus(config) else "cpu",
-            options=rank_options,
-        )
-    except BaseException:
-        workers.close()
-        stop_ray()
-        raise
-    return Cluster(pool, learner, evaluation_pool, release=(learner.close, stop_ray))
+    return WorkerPool(start, cluster.rollout_workers, settings)
 
 
-def _place(config: RunConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _start_learner(
+    config: RunConfig, checkpoint: Path | None, on_bad_step: Report, options: Sequence[dict[str, Any]]
+) -> RayLearner:
+    from learner.actor import RayLearner
+
+    rank_config = _for_process(config, config.cluster.learner_ranks)
+    return RayLearner(
+        functools.partial(build_learner, rank_config, checkpoint=checkpoint and checkpoint.absolute()),
+        on_bad_step=on_bad_step,
+        step_s=config.cluster.learner_timeout_s,
+        device="cuda" if _on_gpus(config) else "cpu",
+        options=options,
+    )
+
+
+def _place(config: RunConfig, resources: ExitStack) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Reserve what the actors need, all or nothing, and give the options of each learner rank and rollout worker.
 
     Raises:
         ClusterError: when the cluster does not have it within `cluster.start_timeout_s`.
     """
     import ray
-    from ray.util.placement_group import placement_group
+    from ray.util.placement_group import placement_group, remove_placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     cluster, cuda = config.cluster, _on_gpus(config)
@@ -192,6 +202,7 @@ def _place(config: RunConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]
         {"CPU": 0.001, **({"GPU": need["num_gpus"]} if need["num_gpus"] else {}), **need["resources"]} for need in needs
     ]
     group = placement_group(bundles, strategy="PACK")
+    resources.callback(remove_placement_group, group)
     if not ray.wait([group.ready()], timeout=cluster.start_timeout_s)[0]:
         raise ClusterError(
             f"the cluster has not given {ranks} learner ranks {options[0]} and {workers} rollout workers {options[1]} within "
@@ -229,12 +240,14 @@ def _for_process(config: RunConfig, processes: int) -> RunConfig:
     )
 
 
-def _remove_leftovers(root: Path) -> None:
-    """Remove Ray's folders of runs of ours that were killed."""
-    for folder in root.glob(f"{RAY_FOLDER}*-*"):
-        process = folder.name.removeprefix(RAY_FOLDER).partition("-")[0]
-        if process.isdigit() and not Path(f"/proc/{process}").exists() and Path("/proc/self").exists():
-            shutil.rmtree(folder, ignore_errors=True)
+def _check_listens(address: str) -> None:
+    """Fail at once where nothing listens at HOST:PORT; Ray would try for a quarter of an hour."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdigit() and "://" not in address:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        except OSError as error:
+            raise ConnectionError(str(error)) from error
 
 
 def _start_ray(config: RunConfig) -> Callable[[], None]:
@@ -257,6 +270,7 @@ def _start_ray(config: RunConfig) -> Callable[[], None]:
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     if address:
         try:
+            _check_listens(os.environ.get("RAY_ADDRESS", address) if address == "auto" else address)
             ray.init(address=address, **options)
         except ConnectionError as error:
             raise ConnectionError(
@@ -265,13 +279,30 @@ def _start_ray(config: RunConfig) -> Callable[[], None]:
                 "start Ray on this machine alone"
             ) from error
         return ray.shutdown
-    # a folder of its own, so that nothing of this run is left in the machine's
-    folder = tempfile.mkdtemp(prefix=f"{RAY_FOLDER}{os.getpid()}-")
-    _remove_leftovers(Path(folder).parent)
-    ray.init(address="local", include_dashboard=False, _temp_dir=folder, **options)
+    return _start_own_ray(options)
 
-    def stop() -> None:
-        ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
 
-    return stop
+def _start_own_ray(options: dict[str, Any]) -> Callable[[], None]:
+    """A Ray of this run alone, in a temporary folder that is gone with it.
+
+    The folder's lock is held for as long as this process lives, so that those of killed runs are told from those in use.
+    """
+    import fcntl
+
+    import ray
+
+    # Ray's sockets are in there, and a socket's path may have a hundred characters only
+    root = Path(tempfile.gettempdir())
+    root = root if len(str(root)) <= LONGEST_ROOT else Path("/tmp")
+    for leftover in root.glob(f"{RAY_FOLDER}*"):
+        with suppress(OSError), (leftover / LOCK_FILE).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(leftover, ignore_errors=True)
+    with ExitStack() as stack:
+        folder = Path(tempfile.mkdtemp(prefix=RAY_FOLDER, dir=root))
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        lock = stack.enter_context((folder / LOCK_FILE).open("w"))
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        ray.init(address="local", include_dashboard=False, _temp_dir=str(folder), **options)
+        stack.callback(ray.shutdown)
+        return stack.pop_all().close

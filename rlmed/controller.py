@@ -71,12 +71,13 @@ def train(
             while len(batch) < algo.groups_per_step:
                 # as the oldest groups are consumed first, each admitted now is at most `max_staleness` steps from here
                 while (
-                    len(inbox) + len(batch) < algo.groups_per_step * (1 + algo.max_staleness)
+                    len(inbox) + len(batch) < algo.groups_per_step * min(1 + algo.max_staleness, steps - state.step)
                     and len(discarded) <= algo.max_refills * algo.groups_per_step
                 ):
                     inbox.submit(stream.request(state.cursor), state.step, learner.policy_version)
                     state.pending.append(state.cursor)
                     state.cursor += 1
+                pool.flush()
                 if len(inbox) == 0:  # enough has been replaced: learn from what there is
                     break
                 group = inbox.collect(state.step)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlmed.batch_files import list_batches, read_batch
+from rlmed.batch_files import count_groups, list_batches, read_batch
 from rlmed.core.protocols import RolloutPool
 from rlmed.core.types import RolloutGroup, RolloutRequest, TrainGroup
 
@@ -34,18 +33,25 @@ class NoLearner:
 
 
 class RecordedPool:
-    """See `rlmed.core.protocols.RolloutPool`: answers requests with recorded groups, in their order, again and again.
-
-    The prompts of the requests are not looked at: each group brings its own.
+    """See `rlmed.core.protocols.RolloutPool`: the request at index i is answered with recorded group i, again from the first
+    when they are used up. The prompts of the requests are not looked at: each group brings its own.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Read the batches of `folder` one after the other, as they are asked for.
+    def __init__(self, folder: Path, workers: RolloutPool | None = None) -> None:
+        """Use the batches of `folder`, which are read when they are asked for.
+
+        Args:
+            folder: of batches.
+            workers: the pool that would sample otherwise; it is given new weights, because it evaluates.
 
         Raises:
             ValueError: when there are none.
         """
-        self._groups = self._read(list_batches(folder))
+        self._places = [(path, i) for path in list_batches(folder) for i in range(count_groups(path))]
+        if not self._places:
+            raise ValueError(f"the batches in {folder} hold no groups: every one of them was without spread of reward")
+        self._workers = workers
+        self._loaded: tuple[Path, list[TrainGroup]] | None = None
         self._waiting: deque[RolloutRequest] = deque()
         self._version = 0
 
@@ -58,11 +64,15 @@ class RecordedPool:
         """Queue a request."""
         self._waiting.append(request)
 
+    def flush(self) -> None:
+        """Nothing is held back."""
+
     def collect(self) -> RolloutGroup:
-        """The next recorded group, under the index of the oldest request and as if sampled from the current weights."""
+        """The group of the oldest request, as if sampled from the current weights."""
         if not self._waiting:
             raise RuntimeError("collect() was called with no request in flight")
-        index, group = self._waiting.popleft().index, next(self._groups)
+        index = self._waiting.popleft().index
+        group = self._read(*self._places[index % len(self._places)])
         completions = (
             dataclasses.replace(entry, min_version=self._version, max_version=self._version)
             for entry in group.completions
@@ -70,8 +80,10 @@ class RecordedPool:
         return RolloutGroup(dataclasses.replace(group.request, index=index), tuple(completions))
 
     def update_weights(self, version: int, weights: Any = None) -> None:
-        """Only the version is news."""
+        """The version is noted; the weights are for whoever evaluates."""
         self._version = version
+        if self._workers is not None:
+            self._workers.update_weights(version, weights)
 
     def metrics(self) -> dict[str, float]:
         """None."""
@@ -80,9 +92,10 @@ class RecordedPool:
     def close(self) -> None:
         """Forget what was asked for."""
         self._waiting.clear()
+        if self._workers is not None:
+            self._workers.close()
 
-    @staticmethod
-    def _read(paths: Sequence[Path]) -> Iterator[RolloutGroup]:
-        for path in itertools.cycle(paths):
-            groups, _ = read_batch(path)
-            yield from (group.rollout for group in groups)
+    def _read(self, path: Path, place: int) -> RolloutGroup:
+        if self._loaded is None or self._loaded[0] != path:
+            self._loaded = (path, read_batch(path)[0])
+        return self._loaded[1][place].rollout

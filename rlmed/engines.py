@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -40,8 +41,8 @@ def engine_limits(config: RunConfig) -> EngineLimits:
 def build_local_pool(config: RunConfig, policy: Policy, renderer: PromptRenderer) -> LocalPool:
     """A pool with an engine in this process, on `policy`'s parameters."""
     if config.rollout.engine == "fake":
-        return LocalPool(FakeEngine(renderer.completion_ids))
-    return LocalPool(NativeEngine(policy, renderer.decode, engine_limits(config)))
+        return LocalPool(FakeEngine(renderer.completion_ids), on_push=config.rollout.on_push)
+    return LocalPool(NativeEngine(policy, renderer.decode, engine_limits(config)), on_push=config.rollout.on_push)
 
 
 def build_engine(config: RunConfig) -> Engine:
@@ -56,10 +57,13 @@ def build_engine(config: RunConfig) -> Engine:
 
 
 def _build_vllm(config: RunConfig) -> Engine:
+    if config.cluster.threads:  # vLLM takes what torch and OpenMP have when it is imported
+        torch.set_num_threads(config.cluster.threads)
+        os.environ["OMP_NUM_THREADS"] = str(config.cluster.threads)
+    rollout, on_cpu = config.rollout, resolve_device(config.model).type == "cpu"
     from rollout.vllm_backend.engine import VllmEngine
     from rollout.vllm_backend.settings import VllmSettings
 
-    rollout, on_cpu = config.rollout, resolve_device(config.model).type == "cpu"
     settings = VllmSettings(
         dtype=resolve_dtype(config.model),
         max_completions=rollout.max_completions,

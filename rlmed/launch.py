@@ -133,7 +133,7 @@ class Run:
             )
 
     def _preflight(self) -> None:
-        if not self.config.preflight.enabled:
+        if not self.config.preflight.enabled or self.config.debug.recorded:
             return
         with self.tracer.span("preflight", step=0):
             for index in range(self.config.preflight.groups):
@@ -150,7 +150,7 @@ class Run:
         metrics["tokens_per_second"] = metrics["completion/tokens"] / max(seconds["rollout"], 1e-9)
         self.recorder.record_step(step, metrics)
         self.recorder.record_groups(step, result.groups, result.discarded)
-        if config.debug.record:
+        if config.debug.record and result.groups:
             self.recorder.record_batch(step, result.groups)
         self.progress.step(step, metrics)
         self._check_agreement(step, metrics)

@@ -40,7 +40,7 @@ class Channel:
         """Made by `WorkerPool.channel`."""
         self._pool = pool
         self._submitted: list[RolloutRequest] = []
-        self._groups: queue.SimpleQueue[RolloutGroup | None] = queue.SimpleQueue()
+        self._groups: queue.SimpleQueue[RolloutGroup | str | None] = queue.SimpleQueue()
         self._in_flight = 0
 
     @property
@@ -53,22 +53,31 @@ class Channel:
         self._submitted.append(request)
         self._in_flight += 1
 
+    def flush(self) -> None:
+        """Send what was submitted, in one message."""
+        if self._submitted:
+            self._pool.add(self, self._submitted)
+            self._submitted = []
+
     def collect(self) -> RolloutGroup:
         """Wait for a group.
 
         Raises:
             RuntimeError: when nothing is in flight.
+            ValueError: when an engine says that a request can never be sampled.
             RolloutError: when rollouts cannot go on.
         """
         if self._in_flight == 0:
             raise RuntimeError("collect() was called with no request in flight")
-        self._flush()
+        self.flush()
         self._pool.raise_error()
         group = self._groups.get()
         if group is None:
             self._pool.raise_error()
             raise RolloutError("the pool was closed while a group was waited for")
         self._in_flight -= 1
+        if isinstance(group, str):
+            raise ValueError(group)
         return group
 
     def update_weights(self, version: int, weights: Any = None) -> None:
@@ -88,11 +97,10 @@ class Channel:
         """A group has finished; called by the pool."""
         self._groups.put(group)
 
+    def refuse(self, reason: str) -> None:
+        """A request can never be sampled; called by the pool."""
+        self._groups.put(reason)
+
     def wake(self) -> None:
         """Let a waiting `collect` see that the pool has failed; called by the pool."""
         self._groups.put(None)
-
-    def _flush(self) -> None:
-        if self._submitted:
-            self._pool.add(self, self._submitted)
-            self._submitted = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from torch import Tensor
@@ -39,8 +39,15 @@ class Engine(Protocol):
         """Drop all work, waiting or running, and return the requests that have not finished."""
         ...
 
-    def begin_update(self) -> None:
-        """Get ready for new weights; nothing is sampled until `finish_update`."""
+    def begin_update(self, expected: Mapping[str, tuple[int, ...]] | None = None) -> None:
+        """Get ready for new weights; nothing is sampled until `finish_update`.
+
+        Args:
+            expected: names and shapes of all that will come, where they are known.
+
+        Raises:
+            WeightError: when these are not the engine's; it goes on with its old weights.
+        """
         ...
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:

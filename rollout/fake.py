@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 from torch import Tensor
@@ -52,7 +52,7 @@ class FakeEngine:
         self._waiting.clear()
         return requests
 
-    def begin_update(self) -> None:
+    def begin_update(self, expected: Mapping[str, tuple[int, ...]] | None = None) -> None:
         """Nothing to prepare."""
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:

@@ -45,6 +45,10 @@ class Receiver(Protocol):
         """Take a group."""
         ...
 
+    def refuse(self, reason: str) -> None:
+        """A request can never be sampled."""
+        ...
+
 
 @dataclass(slots=True)
 class Lease:

@@ -12,8 +12,9 @@ from rollout.engine import Engine
 class LocalPool:
     """See `rlmed.core.protocols.RolloutPool`."""
 
-    def __init__(self, engine: Engine) -> None:
-        """Drive `engine` whenever a group is asked for."""
+    def __init__(self, engine: Engine, *, on_push: str = "continue") -> None:
+        """Drive `engine` whenever a group is asked for; `on_push` is one of `rollout.runner.ON_PUSH`."""
+        self._on_push = on_push
         self.engine = engine
         self._finished: deque[RolloutGroup] = deque()
         self._in_flight = 0
@@ -28,6 +29,9 @@ class LocalPool:
         self.engine.submit(request)
         self._in_flight += 1
 
+    def flush(self) -> None:
+        """Nothing runs outside of `collect`."""
+
     def collect(self) -> RolloutGroup:
         """Sample until a group is finished."""
         if self._in_flight == 0:
@@ -41,6 +45,8 @@ class LocalPool:
         """The engine reads the learner's parameters: only the version changes."""
         if weights is not None:
             raise ValueError("the local pool shares the learner's parameters and takes no others")
+        while self._on_push == "finish" and self.engine.busy:
+            self._finished.extend(self.engine.step())
         self.engine.finish_update(version)
 
     def metrics(self) -> dict[str, float]:

@@ -54,7 +54,8 @@ class WorkerPool:
         self._error: RolloutError | None = None
         self._channels: list[Channel] = []
         self._counts = {"workers_lost": 0, "groups_sampled_again": 0, "groups_late": 0}
-        self._closed = False
+        self._closed = self._ever_answered = False
+        self._push_seconds: dict[str, float] = {}
         now = time.monotonic()
         self._measured, self._idle_s, self._idle_of_lost_s = now, 0.0, 0.0
         self._slots = [Slot(number, start(number), now, progressed=now) for number in range(workers)]
@@ -75,9 +76,9 @@ class WorkerPool:
         share = (idle - self._idle_s) / span if span > 0 else 0.0
         self._measured, self._idle_s = now, idle
         ready = sum(slot.ready for slot in self._slots)
-        return {"rollout/workers_ready": float(ready), "rollout/idle_share": min(1.0, max(0.0, share))} | {
-            f"rollout/{name}": float(count) for name, count in self._counts.items()
-        }
+        counts = {f"rollout/{name}": float(count) for name, count in self._counts.items()}
+        idle_share = min(1.0, max(0.0, share))
+        return {"rollout/workers_ready": float(ready), "rollout/idle_share": idle_share} | counts | self._push_seconds
 
     def update_weights(self, version: int, weights: Any) -> list[PushReport]:
         """Give all workers new weights and wait for them; a worker that fails is replaced by one that has them.
@@ -92,6 +93,11 @@ class WorkerPool:
         while not push.done.wait(timeout=1.0):
             self.raise_error()
         self.raise_error()
+        if push.reports:
+            self._push_seconds = {
+                "rollout/push_fetch_s": max(report.fetch_s for report in push.reports),
+                "rollout/push_apply_s": max(report.apply_s for report in push.reports),
+            }
         return push.reports
 
     def add(self, channel: Channel, requests: list[RolloutRequest]) -> None:
@@ -203,7 +209,10 @@ class WorkerPool:
                 self._counts["groups_late"] += 1  # it was given to another worker, or its channel is closed
                 continue
             slot.failures = 0
-            lease.receiver.deliver(RolloutGroup(lease.request, group.completions))
+            if group.refused:
+                lease.receiver.refuse(f"prompt {lease.request.prompt.example.id!r}: {group.refused}")
+            else:
+                lease.receiver.deliver(RolloutGroup(lease.request, group.completions))
         if slot.worker is worker:
             slot.collecting = False
             self._collect(slot)
@@ -271,6 +280,7 @@ class WorkerPool:
         if slot.status is None or status.progress != slot.status.progress or not status.busy:
             slot.progressed = now
         first = slot.answered is None
+        self._ever_answered = True
         slot.asked, slot.status, slot.answered = False, status, now
         if first and self._weights is not None:
             self._send_weights(slot)
@@ -291,7 +301,7 @@ class WorkerPool:
         self._counts["workers_lost"] += 1
         self._counts["groups_sampled_again"] += len(leases)
         slot.worker.kill()
-        if not ever_ready and not isinstance(error, TimeoutError) and not any(other.answered for other in self._slots):
+        if not self._ever_answered and not isinstance(error, TimeoutError):
             raise RolloutError(f"{name} could not be started: {cause_of(error)}") from error
         # a place that waits for resources is no reason to stop while others work
         hopeless = slot.failures > self._settings.max_failures

@@ -123,15 +123,22 @@ class EngineRunner:
             requests, self._requests = ([], self._requests) if finish_first else (self._requests, [])
         if update is not None:
             self._apply(*update)
-        for request in requests:
-            self._engine.submit(request)
-        groups = self._engine.step() if self._engine.busy else []
+        finished = [refused for request in requests if (refused := self._start(request))]
+        finished += [_finished(group) for group in (self._engine.step() if self._engine.busy else [])]
         with self._changed:
             self._progress += 1
-            if groups:
-                self._finished += [_finished(group) for group in groups]
+            if finished:
+                self._finished += finished
                 self._changed.notify_all()
         return True
+
+    def _start(self, request: RolloutRequest) -> FinishedGroup | None:
+        """Give the engine a request; a group without completions when it could never run."""
+        try:
+            self._engine.submit(request)
+        except ValueError as error:  # the request's fault and not the engine's, which goes on
+            return FinishedGroup(request.index, (), str(error))
+        return None
 
     @staticmethod
     def _apply(update: Callable[[], None], done: Future[None]) -> None:

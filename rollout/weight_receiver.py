@@ -13,11 +13,11 @@ def update_weights(engine: Engine, version: int, buckets: Sequence[WeightBucket]
     """Give an engine the weights of `version`; between two of its steps, in the thread that runs it.
 
     Raises:
-        WeightError: when the bytes are damaged (the engine keeps its old weights then), or belong to another model.
+        WeightError: when the bytes are damaged or belong to another model; the engine keeps its old weights then.
     """
     for bucket in buckets:
         bucket.verify()
-    engine.begin_update()
+    engine.begin_update({spec.name: spec.shape for bucket in buckets for spec in bucket.specs})
     for bucket in buckets:
         engine.load_weights(bucket_tensors(bucket))
     engine.finish_update(version)

@@ -20,6 +20,8 @@ class FinishedGroup:
     index: int
     """`RolloutRequest.index` as the worker was given it."""
     completions: tuple[Completion, ...]
+    refused: str | None = None
+    """Why the engine will never sample this request; there are no completions then."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -372,6 +372,12 @@ class RunConfig:
             f"rollout.engine={self.rollout.engine} runs in a worker of its own: add cluster=ray",
         )
         _require(
+            self.rollout.max_mismatch_kl is None
+            or (self.algo.max_staleness == 0 and self.algo.old_logprobs == "learner"),
+            f"rollout.max_mismatch_kl={self.rollout.max_mismatch_kl} compares engine and learner at the same weights: it needs "
+            "algo.max_staleness=0 and algo.old_logprobs=learner",
+        )
+        _require(
             self.learner.mini_batches <= self.algo.groups_per_step,
             f"learner.mini_batches={self.learner.mini_batches} exceeds algo.groups_per_step={self.algo.groups_per_step}: "
             "a mini-batch needs a group at least",

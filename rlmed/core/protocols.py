@@ -29,6 +29,10 @@ class RolloutPool(Protocol):
         """
         ...
 
+    def flush(self) -> None:
+        """Let the submitted requests start, all together; `collect` does the same. Without either they may wait."""
+        ...
+
     def collect(self) -> RolloutGroup:
         """Wait for the next finished group, in order of completion; each request is answered exactly once.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -65,25 +65,34 @@ def bucket_tensors(bucket: WeightBucket) -> list[tuple[str, Tensor]]:
     ]
 
 
-def copy_into(parameters: dict[str, Tensor], tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Copy named tensors into the parameters of the same names.
+def check_shapes(parameters: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Make sure that names and shapes are exactly those of the parameters.
+
+    Raises:
+        WeightError: naming the first that is not.
+    """
+    cure = "learner and engine need one model (model.path)"
+    for name, shape in expected.items():
+        if name not in parameters:
+            raise WeightError(f"weights of {name} arrived, which this model does not have: {cure}")
+        if tuple(parameters[name].shape) != tuple(shape):
+            raise WeightError(
+                f"weights of {name} arrived with shape {tuple(shape)}, here it is {tuple(parameters[name].shape)}: {cure}"
+            )
+    if absent := sorted(parameters.keys() - expected.keys()):
+        raise WeightError(f"{len(absent)} weights did not arrive, the first is {absent[0]}: {cure}")
+
+
+def copy_into(parameters: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy named tensors into the parameters of the same names and shapes.
 
     Raises:
         WeightError: for an unknown name or another shape.
     """
     with torch.no_grad():
         for name, tensor in tensors:
-            parameter = parameters.get(name)
-            if parameter is None:
-                raise WeightError(
-                    f"weights of {name} arrived, which this model does not have: both sides need one model"
-                )
-            if parameter.shape != tensor.shape:
-                raise WeightError(
-                    f"weights of {name} arrived with shape {tuple(tensor.shape)}, here it is {tuple(parameter.shape)}: both "
-                    "sides need one model"
-                )
-            parameter.copy_(tensor)
+            check_shapes({name: parameters[name]} if name in parameters else {}, {name: tuple(tensor.shape)})
+            parameters[name].copy_(tensor)
 
 
 def _padded(size: int) -> int:

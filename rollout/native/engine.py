@@ -6,7 +6,7 @@ log-probabilities agree with the learner's to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from rlmed.core.types import RolloutGroup, RolloutRequest
 from rlmed.models.attention import PackedLayout
 from rlmed.models.policy import Policy, merge_image_inputs
-from rlmed.models.weights import copy_into
+from rlmed.models.weights import check_shapes, copy_into
 from rollout.native.batch import DecodeBatch
 from rollout.native.kv_cache import KVCache, PrefillLayout
 from rollout.native.sampler import BatchSampling, completion_seeds
@@ -56,8 +56,10 @@ class NativeEngine:
         """Queue a request; raises ValueError when it could never run."""
         self._scheduler.submit(request)
 
-    def begin_update(self) -> None:
-        """Nothing to prepare."""
+    def begin_update(self, expected: Mapping[str, tuple[int, ...]] | None = None) -> None:
+        """See `rollout.engine.Engine.begin_update`."""
+        if expected is not None:
+            check_shapes(dict(self.policy.model.named_parameters()), expected)
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Copy into the policy's parameters; see `rollout.engine.Engine.load_weights`."""

@@ -7,7 +7,7 @@ prompts are given to it under names that change with the weights instead (see `r
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,8 +127,8 @@ class VllmEngine:
             requests += self._scheduler.admit(self.settings.max_completions)
         return requests
 
-    def begin_update(self) -> None:
-        """Expect weights; nothing is sampled until `finish_update`."""
+    def begin_update(self, expected: Mapping[str, tuple[int, ...]] | None = None) -> None:
+        """Expect weights; nothing is sampled until `finish_update`, which checks that they were complete."""
         self._end_loading()  # of a push that was given up
         self._update.begin()
 

@@ -40,6 +40,12 @@ def test_what_one_run_samples_another_learns_from(make_config: Config, tmp_path:
     Run(make_config(*QUIET, rewarded, "steps=1"), whole).execute()
     for name in ("loss", "grad_norm", "reward/mean", "entropy"):
         assert metrics(learnt)[0][name] == pytest.approx(metrics(whole)[0][name], rel=1e-6), name
+    # the look before the first step takes none of them
+    Run(
+        make_config(*QUIET[1:], rewarded, "steps=1", "+debug=recorded", f"debug.recorded={sampled}/batches"),
+        tmp_path / "looked",
+    ).execute()
+    assert metrics(tmp_path / "looked")[0]["loss"] == pytest.approx(metrics(whole)[0]["loss"], rel=1e-6)
     # fewer batches than steps begin again
     Run(
         make_config(*QUIET, rewarded, "steps=3", "+debug=recorded", f"debug.recorded={sampled}/batches"),

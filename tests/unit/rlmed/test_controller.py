@@ -50,6 +50,8 @@ class Pool:
         self.requests.append((request, self.version))
         self.submitted.append(request.index)
 
+    def flush(self) -> None: ...
+
     def collect(self) -> RolloutGroup:
         request, version = self.requests.pop(self.random.randrange(len(self.requests)))
         ids, logprobs = np.array([2]), np.zeros(1, np.float32)

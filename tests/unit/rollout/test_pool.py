@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from rollout.leases import PoolSettings, RolloutError
 from rollout.pool import WorkerPool
+from rollout.worker import FinishedGroup
 from tests.unit.rollout.fake_workers import FakeWorker
 
 QUICK = PoolSettings(capacity=4, heartbeat_s=0.01, silence_s=0.2, stall_s=0.3, start_s=0.2, push_s=0.2, max_failures=3)
@@ -113,7 +114,7 @@ def test_a_dead_workers_requests_are_sampled_by_its_successor_with_the_current_w
     pool.update_weights(5, "weights of 5")
     for index in range(3):
         channel.submit(make_request(index))
-    channel._flush()
+    channel.flush()
     first = site.workers[0]
     wait_for(lambda: len(first.held) == 3)
     first.finish(next(iter(first.held)))
@@ -139,7 +140,7 @@ def test_a_worker_that_does_not_answer_or_does_not_move_is_replaced(make_pool, m
     channel = pool.channel()
     wait_for(lambda: pool.metrics()["rollout/workers_ready"] == 1)
     channel.submit(make_request(0))
-    channel._flush()
+    channel.flush()
     frozen = site.workers[0]
     wait_for(lambda: frozen.held)
     if how == "silent":
@@ -161,7 +162,7 @@ def test_what_a_replaced_worker_still_sends_is_not_counted(make_pool, make_reque
     channel = pool.channel()
     wait_for(lambda: pool.metrics()["rollout/workers_ready"] == 1)
     channel.submit(make_request(0))
-    channel._flush()
+    channel.flush()
     frozen = site.workers[0]
     wait_for(lambda: frozen.held and frozen.collects)
     (late,) = frozen.collects
@@ -250,7 +251,50 @@ def test_the_pool_goes_on_with_fewer_workers_while_one_cannot_be_placed(make_poo
     assert sorted(channel.collect().request.index for _ in range(6)) == list(range(6))
 
 
-def test_closing_kills_all_workers_and_wakes_who_waits(make_pool, make_request):
+def test_a_request_that_can_never_run_is_told_to_whoever_asked_and_costs_no_worker(make_pool, make_request):
+    class Strict(FakeWorker):
+        def finish(self, index):
+            if self.held[index].group_size == 3:
+                del self.held[index]
+                self.ready.append(FinishedGroup(index, (), "group_size 3 exceeds rollout.max_completions 2"))
+                self._deliver()
+            else:
+                super().finish(index)
+
+    pool = make_pool(lambda number: Strict(f"worker {number}"), workers=1)
+    channel = pool.channel()
+    for index, size in enumerate([1, 3, 1]):
+        channel.submit(make_request(index, group_size=size))
+    answers = []
+    for _ in range(3):
+        try:
+            answers.append(channel.collect().request.index)
+        except ValueError as error:
+            answers.append(str(error))
+    assert sorted(map(str, answers)) == ["0", "2", "prompt 'q1': group_size 3 exceeds rollout.max_completions 2"]
+    assert pool.metrics()["rollout/workers_lost"] == 0
+
+
+def test_a_replacement_that_fails_to_start_is_tried_again(make_pool, make_request):
+    started = []
+
+    def start(number):
+        worker = FakeWorker(f"worker {number}")
+        if len(started) in (1, 2):
+            worker.die(OSError("node is rebooting"))
+        started.append(worker)
+        return worker
+
+    pool = make_pool(start, workers=1)
+    channel = pool.channel()
+    wait_for(lambda: pool.metrics()["rollout/workers_ready"] == 1)
+    started[0].die(OSError("gone"))
+    channel.submit(make_request(0))
+    assert channel.collect().request.index == 0
+    assert len(started) == 4
+
+
+def test_closing_kills_all_workers(make_pool, make_request):
     site = Site(auto=False)
     pool = make_pool(site)
     channel = pool.channel()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rlmed.core.weights import WeightError
-from rlmed.models.weights import bucket_tensors, copy_into, make_buckets
+from rlmed.models.weights import bucket_tensors, check_shapes, copy_into, make_buckets
 
 
 @pytest.fixture
@@ -77,6 +77,13 @@ def test_bytes_in_a_readonly_store_are_not_copied(tensors: dict[str, torch.Tenso
 def test_weights_of_another_model_are_refused(name: str, shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(WeightError, match=message):
         copy_into({"a": torch.zeros(2, 2)}, [(name, torch.ones(shape))])
+
+
+def test_an_incomplete_push_is_refused() -> None:
+    parameters = {"a": torch.zeros(2), "b": torch.zeros(3), "c": torch.zeros(3)}
+    check_shapes(parameters, {"a": (2,), "b": (3,), "c": (3,)})
+    with pytest.raises(WeightError, match="2 weights did not arrive, the first is b"):
+        check_shapes(parameters, {"a": (2,)})
 
 
 def test_copying_converts_to_the_parameters_dtype() -> None:

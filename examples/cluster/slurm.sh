@@ -1,0 +1,75 @@
+#!/bin/bash
+# A run on several Slurm nodes: Ray's head on the first, one Ray node on each of the others, the run beside the head.
+#
+#   RUN=/shared/runs/mri sbatch examples/cluster/slurm.sh +experiment=medvqa_600 profile=paper model.device=cuda \
+#       cluster.rollout_workers=12 cluster.learner_ranks=4
+#
+# RUN is the run's folder, on a disk that all nodes share. What follows the script's name goes to rlmed.launch.
+# PYTHON names the interpreter in whose environment rlmed[ray] is installed, the same path on every node.
+#SBATCH --job-name=rlmed
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=32
+#SBATCH --gpus-per-node=8
+#SBATCH --time=24:00:00
+#SBATCH --open-mode=append
+# Started again by Slurm, the same command goes on from the last checkpoint (resume=auto below).
+#SBATCH --requeue
+# The loss of one node does not end the job: its rollout workers' groups are sampled by the others.
+#SBATCH --no-kill
+set -euo pipefail
+
+RUN=${RUN:?set RUN to the folder of the run, on a disk that all nodes share}
+PYTHON=${PYTHON:-python}
+PORT=${PORT:-$((20000 + SLURM_JOB_ID % 10000))}
+TRIES=${TRIES:-3} # launches after which a lost learner rank ends the job
+
+export RAY_USAGE_STATS_ENABLED=0
+# All nodes must have the same token; srun hands on the environment.
+export RAY_AUTH_MODE=token
+RAY_AUTH_TOKEN=$("$PYTHON" -c 'import secrets; print(secrets.token_hex(32))')
+export RAY_AUTH_TOKEN
+
+ray() { "$PYTHON" -m ray.scripts.scripts "$@"; }
+on() { # on NODE COMMAND...: in the background, for as long as the job lasts
+    local node=$1
+    shift
+    srun --nodes=1 --ntasks=1 --nodelist="$node" --overlap --no-kill --kill-on-bad-exit=0 "$@" &
+}
+
+# whatever ends this script ends Ray on all nodes
+cleanup() {
+    trap - EXIT TERM INT
+    # shellcheck disable=SC2046 # one word for each process
+    kill $(jobs -p) 2>/dev/null || true
+    wait || true
+}
+trap cleanup EXIT
+trap 'exit 143' TERM INT
+
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head=${nodes[0]}
+ip=$(srun --nodes=1 --ntasks=1 --nodelist="$head" --overlap hostname --ip-address | tr ' ' '\n' | grep -v -e : -e '^127\.' | head -n 1)
+address=$ip:$PORT
+
+on "$head" "$PYTHON" -m ray.scripts.scripts start --head --node-ip-address="$ip" --port="$PORT" \
+    --include-dashboard=false --block
+ray_head=$!
+for ((second = 0; ; second += 2)); do
+    ray health-check --address "$address" 2>/dev/null && break
+    ((second < 120)) || { echo "Ray's head does not answer at $address" >&2; exit 1; }
+    sleep 2
+done
+for node in "${nodes[@]:1}"; do
+    on "$node" "$PYTHON" -m ray.scripts.scripts start --address="$address" --block
+done
+
+# Exit status 3: a process of the run was lost, and the same command goes on from the last checkpoint.
+for ((try = 1; ; try++)); do
+    status=0
+    # in the background, because the shell hears a signal only while it waits, and to see the end of the head
+    "$PYTHON" -m rlmed.launch cluster=ray_multinode "$@" "cluster.address=$address" "hydra.run.dir=$RUN" resume=auto &
+    wait -n $! "$ray_head" || status=$?
+    kill -0 "$ray_head" 2>/dev/null || { echo "Ray's head has ended" >&2; exit 1; }
+    ((status == 3 && try < TRIES)) || exit "$status"
+done

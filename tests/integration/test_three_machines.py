@@ -1,0 +1,127 @@
+"""Runs on several machines: one that is cut off, or killed with its Ray node, costs no group."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.machines import Loopback, Machines, Network, why_no_namespaces
+from tests.integration.processes import wait_until
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray"),
+]
+STEPS, GROUPS_PER_STEP = 6, 4
+SETTINGS = (
+    "+experiment=medvqa_600_embedded",
+    f"steps={STEPS}",
+    f"algo.groups_per_step={GROUPS_PER_STEP}",
+    "algo.group_size=4",
+    "algo.dynamic_sampling=false",
+    "preflight.enabled=false",
+    "eval.at_start=false",
+    "eval.at_end=false",
+    "rollout.max_tokens=40",
+    "data.limit=40",
+    "cluster=ray",
+    "cluster.address=auto",
+    "cluster.rollout_workers=2",
+    "+cluster.worker_resources.sampling=1",
+    "+cluster.learner_resources.learning=1",
+    "cluster.threads=1",
+    "cluster.silence_timeout_s=5",
+)
+
+
+class Run:
+    """A run that is started on the head."""
+
+    def __init__(self, machines: Machines, folder: Path) -> None:
+        self.folder, self._output = folder, folder.with_suffix(".log")
+        with self._output.open("w") as file:
+            self.process = subprocess.Popen(
+                [
+                    *machines.network.inside(0),
+                    sys.executable,
+                    "-m",
+                    "rlmed.launch",
+                    *SETTINGS,
+                    f"hydra.run.dir={folder}",
+                ],
+                env=machines.environment(0),
+                cwd=folder.parent,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+
+    @property
+    def output(self) -> str:
+        return self._output.read_text()
+
+    def metrics(self) -> list[dict[str, float]]:
+        path = self.folder / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def wait_for_step(self, step: int) -> None:
+        wait_until(lambda: len(self.metrics()) >= step or self.process.poll() is not None, 240, f"step {step}")
+        assert self.process.poll() is None, self.output
+
+    def finish(self) -> None:
+        """Wait for its end; every group was counted once."""
+        assert self.process.wait(timeout=240) == 0, self.output
+        assert [line["step"] for line in self.metrics()] == list(range(1, STEPS + 1))
+        rows = map(json.loads, (self.folder / "rollouts.jsonl").read_text().splitlines())
+        assert Counter(row["index"] for row in rows) == Counter(range(STEPS * GROUPS_PER_STEP))
+
+
+@pytest.fixture
+def three_machines() -> Iterator[Machines]:
+    if reason := why_no_namespaces():
+        pytest.skip(reason)
+    with Machines(3, Network(3)) as machines:
+        yield machines
+
+
+@pytest.fixture
+def three_nodes() -> Iterator[Machines]:
+    with Machines(3, Loopback()) as machines:
+        yield machines
+
+
+def both_sample(machines: Machines) -> bool:
+    return all(machines.running(number, "ray::RolloutActor") for number in (1, 2))
+
+
+def test_a_machine_that_is_cut_off_costs_no_group(three_machines: Machines, tmp_path: Path) -> None:
+    run = Run(three_machines, tmp_path / "run")
+    run.wait_for_step(2)
+    assert both_sample(three_machines)
+    assert not three_machines.running(0, "ray::RolloutActor")
+    assert three_machines.running(0, "ray::LearnerActor")
+    three_machines.network.cut(2)
+    run.finish()
+    assert three_machines.running(2, "raylet")  # nobody has killed anything there
+    last = run.metrics()[-1]
+    assert last["rollout/workers_lost"] >= 1
+    assert last["rollout/workers_ready"] == 1
+    assert re.search(r"rollout worker \d \(.*\) was lost", run.output), run.output
+
+
+def test_a_killed_node_costs_no_group(three_nodes: Machines, tmp_path: Path) -> None:
+    run = Run(three_nodes, tmp_path / "run")
+    run.wait_for_step(2)
+    assert both_sample(three_nodes)
+    three_nodes.kill(2)
+    run.finish()
+    last = run.metrics()[-1]
+    assert last["rollout/workers_lost"] >= 1
+    assert last["rollout/workers_ready"] == 1
