@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -44,9 +45,11 @@ ROUNDING = {"mismatch_kl", "mismatch_ratio"}
 class Launch:
     """A run in a process of its own whose descendants can be found."""
 
-    def __init__(self, folder: Path, *overrides: str) -> None:
+    def __init__(self, folder: Path, *overrides: str, temporary: Path | None = None) -> None:
         self.folder, self.mark = folder, new_mark()
         environment = os.environ | self.mark | {"OMP_NUM_THREADS": "1"}
+        if temporary is not None:
+            environment["TMPDIR"] = str(temporary)
         command = [sys.executable, "-m", "rlmed.launch", *SETTINGS, f"hydra.run.dir={folder}", *overrides]
         self.process = subprocess.Popen(
             command, cwd=folder.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -78,23 +81,31 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def temporary() -> Iterator[Path]:
+    """Where runs put their temporary files; pytest's own folders have names too long for Ray's sockets."""
+    with tempfile.TemporaryDirectory(prefix="rt-") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="module")
 def local(runs: Path) -> Path:
     Launch(runs / "local").finish()
     return runs / "local"
 
 
-def test_a_killed_run_leaves_no_process(runs: Path, local: Path) -> None:
-    run = Launch(runs / "gone", "cluster=ray", "cluster.threads=1")
+def test_a_killed_run_leaves_no_process(runs: Path, local: Path, temporary: Path) -> None:
+    run = Launch(runs / "gone", "cluster=ray", "cluster.threads=1", temporary=temporary)
     wait_until(lambda: run.steps() >= 1, 120, "the first step")
     run.process.kill()
     run.process.communicate()
     wait_until(lambda: not marked(run.mark), 60, "all processes of the killed run end")
+    assert len(list(temporary.glob("rlmed-ray-*"))) == 1
 
 
-def test_one_worker_gives_the_metrics_and_weights_of_a_single_process(runs: Path, local: Path) -> None:
-    Launch(runs / "ray", "cluster=ray", "cluster.threads=1").finish()
+def test_one_worker_gives_the_metrics_and_weights_of_a_single_process(runs: Path, local: Path, temporary: Path) -> None:
+    Launch(runs / "ray", "cluster=ray", "cluster.threads=1", temporary=temporary).finish()
     # neither its own folder is left nor that of the killed run above
-    assert not list(Path(tempfile.gettempdir()).glob("rlmed-ray-*"))
+    assert not list(temporary.glob("rlmed-ray-*"))
     for ours, theirs in zip(metrics(runs / "ray"), metrics(local), strict=True):
         timed = {name for name in ours if name.startswith(("seconds/", "rollout/")) or "per_second" in name}
         assert set(ours) - timed == {n for n in theirs if not n.startswith("seconds/") and "per_second" not in n}
