@@ -8,13 +8,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import transformers
 from rich.console import Console
 from rich.text import Text
 
 from rewards.parsing import evaluated_letter
 from rlmed.core.types import LETTERS, Example, RolloutRequest, SamplingParams
 from rlmed.data.prompts import PromptRenderer, load_processor
+from rlmed.models.logs import silence_progress_bars
 from rlmed.models.policy import load_config, load_policy
 from rlmed.setup import model_folder
 from rollout.native.engine import NativeEngine
@@ -63,7 +63,7 @@ def ask(arguments: argparse.Namespace) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print reasoning and answer; errors end with one line and exit status 2."""
     parsed = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-    transformers.utils.logging.disable_progress_bar()
+    silence_progress_bars()
     try:
         completion = ask(parsed)
     except (ValueError, OSError) as error:

@@ -23,7 +23,6 @@ from typing import Any
 
 import hydra
 import torch
-import transformers
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
@@ -33,6 +32,7 @@ from rlmed.core.config import RunConfig
 from rlmed.core.config_building import build_config, check_key
 from rlmed.core.files import refusal
 from rlmed.core.protocols import ClusterError
+from rlmed.models.logs import silence_progress_bars
 
 EMBEDDED_SUFFIX = "_embedded"
 LOST = 3
@@ -139,7 +139,7 @@ def run_command(program: str, main: Callable[[RunConfig, Path], None]) -> None:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from error
 
-    transformers.utils.logging.disable_progress_bar()  # ours are enough
+    silence_progress_bars()
     # it warns of each retry; what comes of them is said by load_config
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import transformers
-from transformers import AutoModelForImageTextToText
 
 from rlmed import sft
 from rlmed.checkpoint import list_checkpoints
@@ -24,6 +22,7 @@ from rlmed.commandline import compose_config
 from rlmed.core.config import RunConfig
 from rlmed.data.phantom_corpus import tokenizer_corpus, tokenizer_phrases, write_alignment
 from rlmed.data.prompts import load_processor
+from rlmed.models.logs import silence_progress_bars
 from rlmed.models.tiny import build_tiny
 
 CORPUS_SEED = 1
@@ -108,6 +107,8 @@ def _export(model: Path, target: Path) -> None:
     aside = target.with_name(f".{target.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
+    from transformers import AutoModelForImageTextToText  # after rlmed.models, which makes its import work everywhere
+
     AutoModelForImageTextToText.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(aside)
     tokenizer, image_processor = load_processor(model)
     tokenizer.save_pretrained(aside)
@@ -126,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--studies", type=int, default=26000)
     parser.add_argument("--reader-studies", type=int, default=3000)
     parsed = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
-    transformers.utils.logging.disable_progress_bar()
+    silence_progress_bars()
     build(
         parsed.target,
         parsed.work,

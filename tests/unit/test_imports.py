@@ -172,6 +172,20 @@ def test_ray_and_vllm_and_what_needs_them_are_imported_lazily():
     assert shown(wrong) == []
 
 
+def test_transformers_is_imported_after_the_cure_of_what_it_imports():
+    """`rlmed.core.torch_extensions` runs when one of these packages is imported, so before any module in it."""
+    cured = ("rlmed.models", "rlmed.data", "rollout.vllm_backend")
+    wrong = [
+        entry
+        for entry in IMPORTS
+        if inside(entry.imported, "transformers")
+        and not (entry.lazy or entry.typing_only or any(inside(entry.importer, package) for package in cured))
+    ]
+    assert shown(wrong) == []
+    for package in cured:
+        assert "cure_torch_extensions()" in MODULES[package].read_text()
+
+
 def test_only_tests_import_test_tools():
     tools = {"pytest", "hypothesis", "scipy", "statsmodels", "tests"}
     assert shown(entry for entry in IMPORTS if entry.imported.split(".")[0] in tools) == []
