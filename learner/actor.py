@@ -173,16 +173,16 @@ class RayLearner:
                     failure = (rank_of[ready[0]], error.as_instanceof_cause())
                     end = min(end, time.monotonic() + LOSS_KNOWN_S)
             except ray.exceptions.RayError as error:
-                cause = str(error).strip().splitlines()[0]
+                cause = str(error).strip().splitlines()[0].rstrip(".")
                 raise LearnerError(
-                    f"learner rank {rank_of[ready[0]]} was lost while it should {action}: {cause} Go on from the last "
+                    f"learner rank {rank_of[ready[0]]} was lost while it should {action}: {cause}. Go on from the last "
                     "checkpoint with resume=auto"
                 ) from error
         if failure is not None:
             rank, error = failure
             if len(calls) > 1 and isinstance(error, RuntimeError):  # torch's, of a collective
                 raise LearnerError(
-                    f"learner rank {rank} could not {action} together with the others: {str(error).splitlines()[-1]} Go on "
+                    f"learner rank {rank} could not {action} together with the others: {str(error).splitlines()[-1]}. Go on "
                     "from the last checkpoint with resume=auto"
                 ) from error
             raise error

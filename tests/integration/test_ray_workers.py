@@ -17,6 +17,7 @@ pytest.importorskip("ray", reason="needs ray")
 import ray
 import torch
 
+from learner.actor import LearnerError, RayLearner
 from learner.weight_publisher import publish
 from rlmed.core.protocols import ClusterError
 from rlmed.core.types import Example, Prompt, RolloutRequest, SamplingParams
@@ -152,3 +153,44 @@ def test_a_run_that_asks_for_more_than_there_is_says_so(session, make_config, tm
         ClusterError, match=r"not given 1 learner ranks .* 3 rollout workers .*'scanner': 1.* within 2 s"
     ):
         Run(config, tmp_path / "run")
+
+
+class Doomed:
+    """Stands in for a learner rank that ends in a given way."""
+
+    policy_version = 0
+
+    def __init__(self, ranks, ways):
+        self.way = ways[getattr(ranks, "rank", 0)]
+
+    def step(self, groups):
+        if self.way == "lost":
+            time.sleep(1)
+            os._exit(1)
+        if self.way == "fails":
+            raise RuntimeError("gloo: connection closed by peer")
+        if self.way == "refuses":
+            raise ValueError("a batch of nothing")
+        return {}
+
+
+@pytest.mark.parametrize(
+    ("ways", "error", "message"),
+    [
+        # rank 0 fails at once because its fellow goes; who went is what should be told
+        (("fails", "lost"), LearnerError, "learner rank 1 was lost while it should learn.*resume=auto"),
+        (("fails", "learns"), LearnerError, "rank 0 could not learn together with the others: .*gloo.*resume=auto"),
+        (("refuses",), ValueError, "a batch of nothing"),
+    ],
+    ids=["lost", "failed", "refused"],
+)
+def test_what_became_of_the_learner_ranks_is_told(session, ways, error, message):
+    def build(report, ranks):
+        return Doomed(ranks, ways)
+
+    learner = RayLearner(build, on_bad_step=lambda *_: None, step_s=60, options=[{}] * len(ways))
+    try:
+        with pytest.raises(error, match=message):
+            learner.step([])
+    finally:
+        learner.close()
