@@ -30,6 +30,9 @@ from rlmed.stream import PromptStream
 
 log = logging.getLogger(__name__)
 
+OVERLAPPED = ("rollout", "learn", "push_weights")
+"""Stages of a step during which workers sample, with `algo.max_staleness` above 0."""
+
 
 class Run:
     """One training run in one folder: wires the parts, drives the loop, records."""
@@ -147,7 +150,10 @@ class Run:
         config, step = self.config, result.step
         seconds = self.tracer.step_seconds(step)
         metrics = result.metrics | {f"seconds/{name}": value for name, value in seconds.items()}
-        metrics["tokens_per_second"] = metrics["completion/tokens"] / max(seconds["rollout"], 1e-9)
+        # where rollouts overlap learning, the time spent waiting for them says nothing about their speed
+        stages = OVERLAPPED if config.algo.max_staleness else ("rollout",)
+        sampling = sum(seconds.get(name, 0.0) for name in stages)
+        metrics["tokens_per_second"] = metrics["completion/tokens"] / max(sampling, 1e-9)
         self.recorder.record_step(step, metrics)
         self.recorder.record_groups(step, result.groups, result.discarded)
         if config.debug.record and result.groups:
