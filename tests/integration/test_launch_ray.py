@@ -93,18 +93,8 @@ def local(runs: Path) -> Path:
     return runs / "local"
 
 
-def test_a_killed_run_leaves_no_process(runs: Path, local: Path, temporary: Path) -> None:
-    run = Launch(runs / "gone", "cluster=ray", "cluster.threads=1", temporary=temporary)
-    wait_until(lambda: run.steps() >= 1, 120, "the first step")
-    run.process.kill()
-    run.process.communicate()
-    wait_until(lambda: not marked(run.mark), 60, "all processes of the killed run end")
-    assert len(list(temporary.glob("rlmed-ray-*"))) == 1
-
-
 def test_one_worker_gives_the_metrics_and_weights_of_a_single_process(runs: Path, local: Path, temporary: Path) -> None:
     Launch(runs / "ray", "cluster=ray", "cluster.threads=1", temporary=temporary).finish()
-    # neither its own folder is left nor that of the killed run above
     assert not list(temporary.glob("rlmed-ray-*"))
     for ours, theirs in zip(metrics(runs / "ray"), metrics(local), strict=True):
         timed = {name for name in ours if name.startswith(("seconds/", "rollout/")) or "per_second" in name}
