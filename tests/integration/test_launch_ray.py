@@ -93,8 +93,20 @@ def local(runs: Path) -> Path:
     return runs / "local"
 
 
+def test_the_actors_of_a_killed_run_end(runs: Path, local: Path, temporary: Path) -> None:
+    """Agents of Ray's own may go on for about a minute, until they notice that they are alone."""
+    run = Launch(runs / "gone", "cluster=ray", "cluster.threads=1", temporary=temporary)
+    wait_until(lambda: run.steps() >= 1, 120, "the first step")
+    assert len(run.victims("Actor")) == 2
+    run.process.kill()
+    run.process.communicate()
+    wait_until(lambda: not run.victims("Actor"), 30, "the actors of the killed run end")
+    assert len(list(temporary.glob("rlmed-ray-*"))) == 1
+
+
 def test_one_worker_gives_the_metrics_and_weights_of_a_single_process(runs: Path, local: Path, temporary: Path) -> None:
     Launch(runs / "ray", "cluster=ray", "cluster.threads=1", temporary=temporary).finish()
+    # neither its own folder is left nor that of the killed run above
     assert not list(temporary.glob("rlmed-ray-*"))
     for ours, theirs in zip(metrics(runs / "ray"), metrics(local), strict=True):
         timed = {name for name in ours if name.startswith(("seconds/", "rollout/")) or "per_second" in name}
