@@ -13,13 +13,11 @@ from typing import Any
 import ray
 
 from learner.distributed import OneRank, Ranks, free_meeting_point, join
-from learner.learner import PolicyLearner
+from learner.learner import PolicyLearner, Report
 from learner.weight_publisher import Published, publish
 from rlmed.core.protocols import ClusterError, RolloutPool
 from rlmed.core.types import TrainGroup
 
-Report = Callable[[Sequence[TrainGroup], str], None]
-"""Told of a batch that was skipped, and why."""
 Build = Callable[[Report, Ranks], PolicyLearner]
 """Makes the learner of one rank: given what skipped batches are reported to, and the ranks that it is one of."""
 

@@ -14,14 +14,15 @@ from torch import Tensor
 from learner.distributed import OneRank, Ranks
 from learner.losses import LossDenominators, PolicyLossConfig, count_denominators, policy_loss
 from learner.metrics import LossMetrics, mean_metric, merge_metrics
-from learner.optimizer import OPTIMIZER_FILE, Optimizer
+from learner.optimizer import Optimizer
 from learner.packing import PackedBatch, PackItem, TrainSequence, pack
 from rlmed.core.config import AlgoConfig, LearnerConfig
 from rlmed.core.protocols import RolloutPool
 from rlmed.core.types import TrainGroup
 from rlmed.models.policy import Policy
 
-__all__ = ["OPTIMIZER_FILE", "PolicyLearner", "loss_config"]
+Report = Callable[[Sequence[TrainGroup], str], None]
+"""Told of a batch that was skipped, and why."""
 
 
 def loss_config(algo: AlgoConfig) -> PolicyLossConfig:
@@ -80,7 +81,7 @@ class PolicyLearner:
         total_steps: int,
         max_tokens: int,
         temperature: float,
-        on_bad_step: Callable[[Sequence[TrainGroup], str], None] | None = None,
+        on_bad_step: Report | None = None,
         ranks: Ranks | None = None,
     ) -> None:
         """Prepare training.

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rlmed.core.weights import WeightBucket
@@ -29,7 +28,6 @@ def publish(
     tensors: Iterable[tuple[str, Tensor]],
     store: Callable[[WeightBucket], Any],
     *,
-    dtype: torch.dtype | None = None,
     bucket_bytes: int = BUCKET_BYTES,
 ) -> Published:
     """Copy the current weights into buckets and give each to `store`.
@@ -37,12 +35,11 @@ def publish(
     Args:
         tensors: names and whole tensors; where they are gathered from many ranks, all ranks iterate, and this one stores.
         store: copies a bucket and returns what a worker fetches the copy by.
-        dtype: of the engines; None sends each tensor as it is.
         bucket_bytes: bound on a bucket, and so on the memory that is needed besides the store's.
     """
     start, size = time.perf_counter(), 0
     references = []
-    for bucket in make_buckets(tensors, bucket_bytes, dtype):
+    for bucket in make_buckets(tensors, bucket_bytes):
         size += bucket.data.nbytes
         references.append(store(bucket))
     return Published(references, size, time.perf_counter() - start)

@@ -6,20 +6,16 @@ import dataclasses
 import functools
 import logging
 import os
-import shutil
-import socket
-import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from learner.distributed import Ranks
-from learner.learner import PolicyLearner
+from learner.learner import PolicyLearner, Report
 from rlmed.core.config import RunConfig
-from rlmed.core.protocols import ClusterError, Learner, RolloutPool
-from rlmed.core.types import TrainGroup
+from rlmed.core.protocols import Learner, RolloutPool
 from rlmed.data.prompts import PromptRenderer
 from rlmed.debug import NoLearner, RecordedPool
 from rlmed.engines import build_engine, build_local_pool, build_policy
@@ -34,13 +30,6 @@ if TYPE_CHECKING:
     from learner.actor import RayLearner
 
 log = logging.getLogger(__name__)
-
-RAY_FOLDER = "rlmed-ray-"
-"""Begins the name of the temporary folder of a Ray that was started for one run."""
-LOCK_FILE = "in-use"
-LONGEST_ROOT = 30
-Report = Callable[[Sequence[TrainGroup], str], None]
-"""Told of a batch that was skipped, and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,12 +113,12 @@ def build_learner(
 
 def _build_ray(config: RunConfig, checkpoint: Path | None, on_bad_step: Report) -> Cluster:
     try:
-        import ray  # noqa: F401
+        from rlmed.ray_session import place_actors, start_ray
     except ImportError as error:
         raise ValueError("cluster=ray needs Ray: pip install 'rlmed[ray]'") from error
     with ExitStack() as resources:  # given back when anything fails, else handed on
-        resources.callback(_start_ray(config))
-        rank_options, worker_options = _place(config, resources)
+        resources.callback(start_ray(config))
+        rank_options, worker_options = place_actors(config, resources)
         workers = _start_workers(config, worker_options)
         resources.callback(workers.close)
         pool: RolloutPool = workers.channel()
@@ -167,62 +156,16 @@ def _start_learner(
     config: RunConfig, checkpoint: Path | None, on_bad_step: Report, options: Sequence[dict[str, Any]]
 ) -> RayLearner:
     from learner.actor import RayLearner
+    from rlmed.ray_session import on_gpus
 
     rank_config = _for_process(config, config.cluster.learner_ranks)
     return RayLearner(
         functools.partial(build_learner, rank_config, checkpoint=checkpoint and checkpoint.absolute()),
         on_bad_step=on_bad_step,
         step_s=config.cluster.learner_timeout_s,
-        device="cuda" if _on_gpus(config) else "cpu",
+        device="cuda" if on_gpus(config) else "cpu",
         options=options,
     )
-
-
-def _place(config: RunConfig, resources: ExitStack) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Reserve what the actors need, all or nothing, and give the options of each learner rank and rollout worker.
-
-    Raises:
-        ClusterError: when the cluster does not have it within `cluster.start_timeout_s`.
-    """
-    import ray
-    from ray.util.placement_group import placement_group, remove_placement_group
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-    cluster, cuda = config.cluster, _on_gpus(config)
-    own = (float(cuda), float(config.rollout.tensor_parallel_size if cuda else 0))
-    asked = (cluster.learner_gpus, cluster.worker_gpus)
-    gpus = [default if value is None else value for default, value in zip(own, asked, strict=True)]
-    custom = (dict(cluster.learner_resources), dict(cluster.worker_resources))
-    options = [{"num_gpus": count, "resources": names} for count, names in zip(gpus, custom, strict=True)]
-    ranks, workers = cluster.learner_ranks if config.debug.learn else 0, cluster.rollout_workers
-    if not any(gpus) and not any(custom):  # there is nothing to run out of
-        return [options[0]] * ranks, [options[1]] * workers
-    needs = [options[0]] * ranks + [options[1]] * workers
-    bundles = [
-        {"CPU": 0.001, **({"GPU": need["num_gpus"]} if need["num_gpus"] else {}), **need["resources"]} for need in needs
-    ]
-    group = placement_group(bundles, strategy="PACK")
-    resources.callback(remove_placement_group, group)
-    if not ray.wait([group.ready()], timeout=cluster.start_timeout_s)[0]:
-        raise ClusterError(
-            f"the cluster has not given {ranks} learner ranks {options[0]} and {workers} rollout workers {options[1]} within "
-            f"{cluster.start_timeout_s:.0f} s; it has {ray.cluster_resources()}, free of these {ray.available_resources()}. "
-            "Add nodes, end other jobs, or ask for less (cluster.rollout_workers, cluster.learner_ranks, cluster.*_gpus)"
-        )
-    placed = [
-        {**need, "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)}
-        for index, need in enumerate(needs)
-    ]
-    return placed[:ranks], placed[ranks:]
-
-
-def _on_gpus(config: RunConfig) -> bool:
-    """Whether the actors use GPUs; this process, on a cluster, may have none itself."""
-    import ray
-
-    if config.model.device == "auto":
-        return ray.cluster_resources().get("GPU", 0) > 0
-    return config.model.device != "cpu"
 
 
 def _for_process(config: RunConfig, processes: int) -> RunConfig:
@@ -238,71 +181,3 @@ def _for_process(config: RunConfig, processes: int) -> RunConfig:
         cluster=dataclasses.replace(config.cluster, threads=threads),
         model=dataclasses.replace(config.model, path=path, device=device),
     )
-
-
-def _check_listens(address: str) -> None:
-    """Fail at once where nothing listens at HOST:PORT; Ray would try for a quarter of an hour."""
-    host, colon, port = address.rpartition(":")
-    if colon and port.isdigit() and "://" not in address:
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-        except OSError as error:
-            raise ConnectionError(str(error)) from error
-
-
-def _start_ray(config: RunConfig) -> Callable[[], None]:
-    """Join the Ray cluster that `cluster.address` or the environment names, or start one here.
-
-    Returns:
-        What ends it again; a cluster that was there before goes on.
-    """
-    import ray
-
-    if ray.is_initialized():
-        return lambda: None
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    options: dict[str, Any] = {
-        "log_to_driver": config.cluster.worker_logs,
-        "logging_level": logging.ERROR,
-        "runtime_env": dict(config.cluster.runtime_env) or None,
-        "namespace": "rlmed",
-    }
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
-    if address:
-        try:
-            _check_listens(os.environ.get("RAY_ADDRESS", address) if address == "auto" else address)
-            ray.init(address=address, **options)
-        except ConnectionError as error:
-            raise ConnectionError(
-                f"no Ray cluster answers at cluster.address={address}: {error}. Start one (ray start --head), give this "
-                "process its token (RAY_AUTH_TOKEN) where Ray speaks of authentication, or leave cluster.address=null to "
-                "start Ray on this machine alone"
-            ) from error
-        return ray.shutdown
-    return _start_own_ray(options)
-
-
-def _start_own_ray(options: dict[str, Any]) -> Callable[[], None]:
-    """A Ray of this run alone, in a temporary folder that is gone with it.
-
-    The folder's lock is held for as long as this process lives, so that those of killed runs are told from those in use.
-    """
-    import fcntl
-
-    import ray
-
-    # Ray's sockets are in there, and a socket's path may have a hundred characters only
-    root = Path(tempfile.gettempdir())
-    root = root if len(str(root)) <= LONGEST_ROOT else Path("/tmp")
-    for leftover in root.glob(f"{RAY_FOLDER}*"):
-        with suppress(OSError), (leftover / LOCK_FILE).open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(leftover, ignore_errors=True)
-    with ExitStack() as stack:
-        folder = Path(tempfile.mkdtemp(prefix=RAY_FOLDER, dir=root))
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        lock = stack.enter_context((folder / LOCK_FILE).open("w"))
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        ray.init(address="local", include_dashboard=False, _temp_dir=str(folder), **options)
-        stack.callback(ray.shutdown)
-        return stack.pop_all().close

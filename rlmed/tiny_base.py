@@ -104,11 +104,11 @@ def _config(stage: Stage, train: Path, model: Path) -> RunConfig:
 
 def _export(model: Path, target: Path) -> None:
     """Half the bytes: bfloat16 has all the digits that matter to a base."""
+    from transformers import AutoModelForImageTextToText  # after rlmed.models, which makes its import work everywhere
+
     aside = target.with_name(f".{target.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    from transformers import AutoModelForImageTextToText  # after rlmed.models, which makes its import work everywhere
-
     AutoModelForImageTextToText.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(aside)
     tokenizer, image_processor = load_processor(model)
     tokenizer.save_pretrained(aside)

@@ -88,6 +88,10 @@ class Slot:
     idle_s: float = 0.0
     """Seconds of idleness that are over."""
 
+    def idle(self, now: float) -> float:
+        """Seconds of idleness so far."""
+        return self.idle_s + (0.0 if self.idle_since is None else now - self.idle_since)
+
     def note_idleness(self, now: float) -> None:
         """Start or end a time of idleness; called after every change of `ready` or `leases`."""
         idle = self.ready and not self.leases

@@ -22,6 +22,7 @@ from typing import Any
 from rlmed.core.types import RolloutGroup, RolloutRequest
 from rollout.channel import Channel
 from rollout.leases import Lease, PoolSettings, Push, RolloutError, Slot, cause_of
+from rollout.pool_metrics import PoolMetrics
 from rollout.worker import FinishedGroup, PushReport, Worker, WorkerStatus
 
 log = logging.getLogger(__name__)
@@ -53,11 +54,9 @@ class WorkerPool:
         self._push: Push | None = None
         self._error: RolloutError | None = None
         self._channels: list[Channel] = []
-        self._counts = {"workers_lost": 0, "groups_sampled_again": 0, "groups_late": 0}
         self._closed = self._ever_answered = False
-        self._push_seconds: dict[str, float] = {}
         now = time.monotonic()
-        self._measured, self._idle_s, self._idle_of_lost_s = now, 0.0, 0.0
+        self._metrics = PoolMetrics(now)
         self._slots = [Slot(number, start(number), now, progressed=now) for number in range(workers)]
         self._thread = threading.Thread(target=self._run, name="rollout pool", daemon=True)
         self._thread.start()
@@ -69,16 +68,8 @@ class WorkerPool:
         return channel
 
     def metrics(self) -> dict[str, float]:
-        """Counts since the start, how many workers are ready now, and the share of time since the last call without work."""
-        now = time.monotonic()
-        idle = sum(slot.idle_s + (now - (slot.idle_since or now)) for slot in self._slots) + self._idle_of_lost_s
-        span = (now - self._measured) * len(self._slots)
-        share = (idle - self._idle_s) / span if span > 0 else 0.0
-        self._measured, self._idle_s = now, idle
-        ready = sum(slot.ready for slot in self._slots)
-        counts = {f"rollout/{name}": float(count) for name, count in self._counts.items()}
-        idle_share = min(1.0, max(0.0, share))
-        return {"rollout/workers_ready": float(ready), "rollout/idle_share": idle_share} | counts | self._push_seconds
+        """See `rollout.pool_metrics.PoolMetrics`."""
+        return self._metrics.read(self._slots, time.monotonic())
 
     def update_weights(self, version: int, weights: Any) -> list[PushReport]:
         """Give all workers new weights and wait for them; a worker that fails is replaced by one that has them.
@@ -93,11 +84,7 @@ class WorkerPool:
         while not push.done.wait(timeout=1.0):
             self.raise_error()
         self.raise_error()
-        if push.reports:
-            self._push_seconds = {
-                "rollout/push_fetch_s": max(report.fetch_s for report in push.reports),
-                "rollout/push_apply_s": max(report.apply_s for report in push.reports),
-            }
+        self._metrics.pushed(push.reports)
         return push.reports
 
     def add(self, channel: Channel, requests: list[RolloutRequest]) -> None:
@@ -206,7 +193,7 @@ class WorkerPool:
         for group in done.result():
             lease = slot.leases.pop(group.index, None) if slot.worker is worker else None
             if lease is None or self._leases.pop(group.index, None) is None:
-                self._counts["groups_late"] += 1  # it was given to another worker, or its channel is closed
+                self._metrics.groups_late += 1  # it was given to another worker, or its channel is closed
                 continue
             slot.failures = 0
             if group.refused:
@@ -298,8 +285,7 @@ class WorkerPool:
         """Replace a slot's worker and give its requests to others."""
         leases, name, ever_ready = list(slot.leases.values()), slot.name, slot.answered is not None
         slot.failures += 1
-        self._counts["workers_lost"] += 1
-        self._counts["groups_sampled_again"] += len(leases)
+        self._metrics.lose(slot, time.monotonic())
         slot.worker.kill()
         if not self._ever_answered and not isinstance(error, TimeoutError):
             raise RolloutError(f"{name} could not be started: {cause_of(error)}") from error
@@ -321,7 +307,6 @@ class WorkerPool:
             if lease.number in self._leases:
                 self._waiting.appendleft(lease)
         now = time.monotonic()
-        self._idle_of_lost_s += slot.idle_s
         self._slots[slot.number] = fresh = Slot(
             slot.number, self._start(slot.number), now, progressed=now, failures=slot.failures
         )

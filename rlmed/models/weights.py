@@ -16,40 +16,36 @@ ALIGNMENT = 64
 """Bytes; every tensor of a bucket starts at a multiple of it."""
 
 
-def make_buckets(
-    tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int = BUCKET_BYTES, dtype: torch.dtype | None = None
-) -> Iterator[WeightBucket]:
+def make_buckets(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int = BUCKET_BYTES) -> Iterator[WeightBucket]:
     """Copy named tensors, in their order, into buckets of at most `bucket_bytes` (a larger tensor has one of its own).
 
     Args:
         tensors: names and tensors of any shape on any device; taken from the iterator one after the other.
         bucket_bytes: bound on a bucket.
-        dtype: convert to it first; None keeps each tensor's own.
 
     Yields:
         Buckets whose bytes are valid until the next one is asked for: they share one piece of memory, because a first touch
         of fresh memory costs several times as much as the copy into it.
     """
     memory = torch.empty(0, dtype=torch.uint8)
-    for group, size in _grouped(tensors, bucket_bytes, dtype):
+    for group, size in _grouped(tensors, bucket_bytes):
         if len(memory) < size:
             memory = torch.empty(max(size, bucket_bytes), dtype=torch.uint8)
         yield _bucket(group, memory[:size])
 
 
 def _grouped(
-    tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int, dtype: torch.dtype | None
+    tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int
 ) -> Iterator[tuple[list[tuple[str, Tensor]], int]]:
     """The tensors of each bucket, and its bytes."""
     waiting: list[tuple[str, Tensor]] = []
     size = 0
     for name, tensor in tensors:
-        tensor = tensor.detach() if dtype is None else tensor.detach().to(dtype)
         length = _padded(tensor.nbytes)
         if waiting and size + length > bucket_bytes:
             yield waiting, size
             waiting, size = [], 0
-        waiting.append((name, tensor))
+        waiting.append((name, tensor.detach()))
         size += length
     if waiting:
         yield waiting, size

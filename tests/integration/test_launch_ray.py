@@ -18,26 +18,13 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.integration.processes import marked, new_mark, wait_until
+from tests.integration.short_run import SHORT_RUN
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray"),
 ]
-SETTINGS = (
-    "+experiment=medvqa_600_embedded",
-    "steps=6",
-    "algo.groups_per_step=4",
-    "algo.group_size=4",
-    "algo.dynamic_sampling=false",
-    "learner.lr=1e-3",
-    "checkpoint.every=2",
-    "preflight.enabled=false",
-    "eval.at_start=false",
-    "eval.at_end=false",
-    "rollout.max_tokens=40",
-    "data.limit=40",
-    "cluster.threads=1",
-)
+SETTINGS = (*SHORT_RUN, "algo.dynamic_sampling=false")
 ROUNDING = {"mismatch_kl", "mismatch_ratio"}
 """Differences of log-probabilities that are equal but for rounding."""
 

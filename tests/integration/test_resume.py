@@ -13,26 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.integration.short_run import SHORT_RUN, STEPS
+
 SCRIPT = Path(__file__).with_name("launch_and_die.py")
-STEPS = 6
-SETTINGS = (
-    "+experiment=medvqa_600_embedded",
-    f"steps={STEPS}",
-    "algo.groups_per_step=4",
-    "algo.group_size=4",
-    "learner.lr=1e-3",
-    "checkpoint.every=2",
-    "preflight.enabled=false",
-    "eval.at_start=false",
-    "eval.at_end=false",
-    "rollout.max_tokens=40",
-    "data.limit=40",
-    "cluster.threads=1",
-)
 
 
 def launch(place: str, outputs: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), place, *SETTINGS, *overrides]
+    command = [sys.executable, str(SCRIPT), place, *SHORT_RUN, *overrides]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
         command, cwd=outputs, env=environment, capture_output=True, text=True, timeout=300, check=False

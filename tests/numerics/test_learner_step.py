@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from learner.advantages import group_advantages
-from learner.learner import OPTIMIZER_FILE, PolicyLearner
+from learner.learner import PolicyLearner
+from learner.optimizer import OPTIMIZER_FILE
 from rlmed.core.config import AlgoConfig, LearnerConfig
 from rlmed.core.types import ScoredGroup, TrainGroup
 from rlmed.models.families import PARTS

@@ -16,21 +16,12 @@ from rlmed.core.config import AlgoConfig
 from rlmed.core.tracing import Tracer
 from rlmed.core.types import (
     Completion,
-    Example,
-    Prompt,
     RolloutGroup,
     RolloutRequest,
-    SamplingParams,
     ScoredGroup,
     TrainGroup,
 )
-
-EXAMPLE = Example(id="x", image=None, question="?", options=("a", "b"), answer=0)
-
-
-class Stream:
-    def request(self, index: int) -> RolloutRequest:
-        return RolloutRequest(index, Prompt(EXAMPLE, "", np.array([1])), 2, SamplingParams(seed=index))
+from tests.unit.rlmed.plain_stream import PlainStream
 
 
 class Pool:
@@ -103,7 +94,7 @@ def run(
 ) -> tuple[Pool, Learner, list[StepResult], LoopState]:
     pool, learner, results, state = Pool(seed), Learner(), [], state or LoopState()
     train(
-        pool, learner, Stream(), score(spread), algo=algo, steps=steps, state=state, tracer=Tracer(),
+        pool, learner, PlainStream(), score(spread), algo=algo, steps=steps, state=state, tracer=Tracer(),
         after_step=results.append,
     )  # fmt: skip
     return pool, learner, results, state

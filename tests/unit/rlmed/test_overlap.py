@@ -19,21 +19,12 @@ from rlmed.core.protocols import ClusterError
 from rlmed.core.tracing import Tracer
 from rlmed.core.types import (
     Completion,
-    Example,
-    Prompt,
     RolloutGroup,
     RolloutRequest,
-    SamplingParams,
     ScoredGroup,
     TrainGroup,
 )
-
-EXAMPLE = Example(id="x", image=None, question="?", options=("a", "b"), answer=0)
-
-
-class Stream:
-    def request(self, index: int) -> RolloutRequest:
-        return RolloutRequest(index, Prompt(EXAMPLE, "", np.array([1])), 2, SamplingParams(seed=index))
+from tests.unit.rlmed.plain_stream import PlainStream
 
 
 @dataclasses.dataclass
@@ -117,7 +108,7 @@ def run(
     train(
         Workers(clock, workers, seconds, stale),
         Learner(clock, learn_s),
-        Stream(),
+        PlainStream(),
         lambda group: ScoredGroup(group, np.array([0.0, 1.0], np.float32), {}),
         algo=AlgoConfig(groups_per_step=4, group_size=2, max_staleness=max_staleness),
         steps=steps,

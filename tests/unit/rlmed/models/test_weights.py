@@ -48,11 +48,6 @@ def test_tensors_survive_the_way_bit_for_bit(tensors: dict[str, torch.Tensor], b
         bucket.verify()
 
 
-def test_weights_are_sent_in_the_engines_dtype(tensors: dict[str, torch.Tensor]) -> None:
-    (bucket,) = stored(tensors, dtype=torch.bfloat16)
-    assert {tensor.dtype for _, tensor in bucket_tensors(bucket)} == {torch.bfloat16}
-
-
 def test_a_damaged_byte_is_found(tensors: dict[str, torch.Tensor]) -> None:
     bucket = copy.deepcopy(next(iter(make_buckets(tensors.items()))))
     bucket.data[17] ^= 1

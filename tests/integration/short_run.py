@@ -1,0 +1,19 @@
+"""Overrides of a run of six steps on the embedded model that takes seconds, the same for all who kill and compare runs."""
+
+from __future__ import annotations
+
+STEPS = 6
+SHORT_RUN = (
+    "+experiment=medvqa_600_embedded",
+    f"steps={STEPS}",
+    "algo.groups_per_step=4",
+    "algo.group_size=4",
+    "learner.lr=1e-3",
+    "checkpoint.every=2",
+    "preflight.enabled=false",
+    "eval.at_start=false",
+    "eval.at_end=false",
+    "rollout.max_tokens=40",
+    "data.limit=40",
+    "cluster.threads=1",
+)
