@@ -20,7 +20,7 @@ from rlmed.core.weights import WeightError
 from rlmed.models.families import family_of, unsampleable_token_ids
 from rlmed.models.policy import load_config
 from rollout.native.scheduler import EngineLimits, Scheduler
-from rollout.vllm_backend.environment import import_vllm, register_model_classes
+from rollout.vllm_backend.environment import import_vllm, preload_kept, register_model_classes
 from rollout.vllm_backend.requests import (
     ModelFacts,
     completion_of,
@@ -270,4 +270,5 @@ def _start(folder: Path, config: PreTrainedConfig, settings: VllmSettings) -> vl
         weight_transfer_config=WeightTransferConfig(backend=BACKEND),
         worker_extension_cls=WORKER_EXTENSION,
     )
-    return vllm.LLMEngine.from_engine_args(arguments)
+    with preload_kept():
+        return vllm.LLMEngine.from_engine_args(arguments)

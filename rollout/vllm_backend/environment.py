@@ -6,6 +6,8 @@ import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 from rlmed.core.torch_extensions import cure_torch_extensions
@@ -18,6 +20,7 @@ VARIABLES = {
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
 """Set where the caller has not set them; vLLM reads them when it is used, worker processes inherit them."""
+PRELOAD = "LD_PRELOAD"
 
 
 def import_vllm() -> ModuleType:
@@ -49,6 +52,23 @@ def register_model_classes(architectures: list[str]) -> None:
     for name in architectures:
         if name in ModelRegistry.models:
             ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+
+
+@contextmanager
+def preload_kept() -> Iterator[None]:
+    """Put LD_PRELOAD back as it was.
+
+    vLLM sets it on CPUs for its own worker processes; all later children of this process would inherit it, and where its
+    paths hold a space each of them prints errors.
+    """
+    before = os.environ.get(PRELOAD)
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(PRELOAD, None)
+        else:
+            os.environ[PRELOAD] = before
 
 
 def _hide_broken_torchcodec() -> None:

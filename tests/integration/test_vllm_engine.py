@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 
 import numpy as np
 import pytest
@@ -486,3 +487,8 @@ def test_every_family_agrees_with_the_learner_before_and_after_a_push(open_engin
     assert disagreement(policy, rollout(engine, prompts, group_size=2)) > 100 * TOLERANCE
     push(engine, policy, 1)
     assert disagreement(policy, rollout(engine, prompts, group_size=2)) < TOLERANCE
+
+
+def test_children_of_this_process_do_not_inherit_what_vllm_preloads(open_engine, folder):
+    open_engine(folder)
+    assert "torch" not in os.environ.get("LD_PRELOAD", "")
