@@ -14,9 +14,10 @@ import ray
 
 from learner.distributed import OneRank, Ranks, free_meeting_point, join
 from learner.learner import PolicyLearner, Report
+from learner.likelihood import Question
 from learner.weight_publisher import Published, publish
 from rlmed.core.protocols import ClusterError, RolloutPool
-from rlmed.core.types import TrainGroup
+from rlmed.core.types import FloatArray, TrainGroup
 
 Build = Callable[[Report, Ranks], PolicyLearner]
 """Makes the learner of one rank: given what skipped batches are reported to, and the ranks that it is one of."""
@@ -56,6 +57,10 @@ class LearnerActor:
         self._skipped.clear()
         metrics = self._learner.step(groups)
         return metrics, self._learner.policy_version, list(self._skipped)
+
+    def logprobs(self, questions: Sequence[Question]) -> list[list[FloatArray]]:
+        """See `rlmed.core.protocols.Learner.logprobs`."""
+        return self._learner.logprobs(questions)
 
     def publish(self) -> Published:
         """Put the current weights into the object store of this node."""
@@ -113,6 +118,11 @@ class RayLearner:
         for reason in skipped:
             self._on_bad_step(groups, reason)
         return dict(metrics)
+
+    def logprobs(self, questions: Sequence[Question]) -> list[list[FloatArray]]:
+        """See `rlmed.core.protocols.Learner.logprobs`; the questions travel once, whatever the number of ranks."""
+        answers: list[list[FloatArray]] = self._call("score completions", "logprobs", ray.put(list(questions)))[0]
+        return answers
 
     def push_weights(self, pool: RolloutPool) -> None:
         """See `rlmed.core.protocols.Learner.push_weights`; the weights go from rank 0's node to the workers' directly."""

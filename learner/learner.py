@@ -12,13 +12,14 @@ from pathlib import Path
 from torch import Tensor
 
 from learner.distributed import OneRank, Ranks
+from learner.likelihood import Question, completion_logprobs
 from learner.losses import LossDenominators, PolicyLossConfig, count_denominators, policy_loss
 from learner.metrics import LossMetrics, mean_metric, merge_metrics
 from learner.optimizer import Optimizer
 from learner.packing import PackedBatch, PackItem, TrainSequence, pack
 from rlmed.core.config import AlgoConfig, LearnerConfig
 from rlmed.core.protocols import RolloutPool
-from rlmed.core.types import TrainGroup
+from rlmed.core.types import FloatArray, TrainGroup
 from rlmed.models.policy import Policy
 
 Report = Callable[[Sequence[TrainGroup], str], None]
@@ -149,6 +150,15 @@ class PolicyLearner:
             "lr": lr,
             "skipped_steps": float(self.skipped_steps),
         }
+
+    def logprobs(self, questions: Sequence[Question]) -> list[list[FloatArray]]:
+        """See `rlmed.core.protocols.Learner.logprobs`; collective, and every rank computes all of it."""
+        return completion_logprobs(
+            self.policy,
+            questions,
+            token_budget=self._config.token_budget,
+            frozen=lambda batch: self._scorer.frozen_logprobs(batch, 1.0),
+        )
 
     def push_weights(self, pool: RolloutPool) -> None:
         """The pool's engine shares the parameters, so only the version is news."""

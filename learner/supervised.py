@@ -15,10 +15,16 @@ from rlmed.core.types import Completion, IntArray, Prompt
 from rlmed.models.policy import Policy
 
 
-def written_item(prompt: Prompt, token_ids: IntArray) -> PackItem:
-    """A prompt with the completion to imitate, its end token included."""
-    blank = np.zeros(len(token_ids), dtype=np.float32)
-    return PackItem(prompt, (TrainSequence(Completion(token_ids, blank, "", "stop"), advantage=1.0),))
+def written_item(prompt: Prompt, *completions: IntArray) -> PackItem:
+    """A prompt with completions (int64 [T] each) that were written, not sampled."""
+    blanks = [np.zeros(len(token_ids), dtype=np.float32) for token_ids in completions]
+    return PackItem(
+        prompt,
+        tuple(
+            TrainSequence(Completion(token_ids, blank, "", "stop"), advantage=1.0)
+            for token_ids, blank in zip(completions, blanks, strict=True)
+        ),
+    )
 
 
 class SupervisedLearner:

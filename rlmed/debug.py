@@ -10,7 +10,7 @@ from typing import Any
 
 from rlmed.batch_files import count_groups, list_batches, read_batch
 from rlmed.core.protocols import RolloutPool
-from rlmed.core.types import RolloutGroup, RolloutRequest, TrainGroup
+from rlmed.core.types import FloatArray, IntArray, Prompt, RolloutGroup, RolloutRequest, TrainGroup
 
 
 class NoLearner:
@@ -21,6 +21,13 @@ class NoLearner:
     def step(self, groups: Sequence[TrainGroup]) -> dict[str, float]:
         """Nothing is learnt."""
         return {}
+
+    def logprobs(self, questions: Sequence[tuple[Prompt, Sequence[IntArray]]]) -> list[list[FloatArray]]:
+        """Nobody is here to be asked."""
+        raise ValueError(
+            "debug.learn=false leaves no learner that could say how likely completions are: give the rewards that ask for it "
+            "no place in reward.weights"
+        )
 
     def push_weights(self, pool: RolloutPool) -> None:
         """There are no new weights."""

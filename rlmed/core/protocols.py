@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from rlmed.core.types import RolloutGroup, RolloutRequest, TrainGroup
+from rlmed.core.types import FloatArray, IntArray, Prompt, RolloutGroup, RolloutRequest, TrainGroup
 
 
 class ClusterError(RuntimeError):
@@ -70,6 +70,17 @@ class Learner(Protocol):
 
     def step(self, groups: Sequence[TrainGroup]) -> dict[str, float]:
         """Learn from one batch of groups and return the step's metrics by name."""
+        ...
+
+    def logprobs(self, questions: Sequence[tuple[Prompt, Sequence[IntArray]]]) -> list[list[FloatArray]]:
+        """How likely the policy finds completions that it need not have sampled.
+
+        Args:
+            questions: prompts, each with completions of it, int64 [T].
+
+        Returns:
+            For each prompt and each of its completions float32 [T]: log-probabilities at temperature 1.
+        """
         ...
 
     def push_weights(self, pool: RolloutPool) -> None:
