@@ -137,10 +137,12 @@ def _start_workers(config: RunConfig, options: Sequence[dict[str, Any]]) -> Work
     from rollout.actor import RayWorker
 
     cluster = config.cluster
-    build = functools.partial(build_engine, _for_process(config, cluster.rollout_workers))
+    worker_config = _for_process(config, cluster.rollout_workers)
+    build = functools.partial(build_engine, worker_config)
 
     def start(number: int) -> Worker:
-        return RayWorker(f"rollout worker {number}", build, on_push=config.rollout.on_push, options=options[number])
+        placed = _with_threads(options[number], worker_config)
+        return RayWorker(f"rollout worker {number}", build, on_push=config.rollout.on_push, options=placed)
 
     settings = PoolSettings(
         # beside what its engine samples at a time, a worker has as much waiting, so that no row stays empty
@@ -166,8 +168,17 @@ def _start_learner(
         on_bad_step=on_bad_step,
         step_s=config.cluster.learner_timeout_s,
         device="cuda" if on_gpus(config) else "cpu",
-        options=options,
+        options=[_with_threads(entry, rank_config) for entry in options],
     )
+
+
+def _with_threads(options: dict[str, Any], config: RunConfig) -> dict[str, Any]:
+    """An actor's options with its number of threads in its environment from the start.
+
+    Without it Ray sets OMP_NUM_THREADS=1, which OpenMP keeps for every thread that torch was not told of later: vLLM's CPU
+    build then stops at its own check that both numbers agree.
+    """
+    return {**options, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(config.cluster.threads)}}}
 
 
 def _for_process(config: RunConfig, processes: int) -> RunConfig:

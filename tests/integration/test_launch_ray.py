@@ -32,9 +32,14 @@ ROUNDING = {"mismatch_kl", "mismatch_ratio"}
 class Launch:
     """A run in a process of its own whose descendants can be found."""
 
-    def __init__(self, folder: Path, *overrides: str, temporary: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path, *overrides: str, temporary: Path | None = None, omp_threads: str | None = "1"
+    ) -> None:
         self.folder, self.mark = folder, new_mark()
-        environment = os.environ | self.mark | {"OMP_NUM_THREADS": "1"}
+        environment = os.environ | self.mark
+        environment.pop("OMP_NUM_THREADS", None)
+        if omp_threads is not None:
+            environment["OMP_NUM_THREADS"] = omp_threads
         if temporary is not None:
             environment["TMPDIR"] = str(temporary)
         command = [sys.executable, "-m", "rlmed.launch", *SETTINGS, f"hydra.run.dir={folder}", *overrides]

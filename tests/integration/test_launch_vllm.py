@@ -32,6 +32,8 @@ def test_vllm_samples_learns_and_is_pushed_to(tmp_path: Path) -> None:
         "eval.controls=false",
         "eval.limit=8",
         "checkpoint.every=0",
+        "cluster.threads=2",
+        omp_threads=None,  # as in a shell that says nothing: Ray then tells its actors 1, and vLLM minds the difference
     )
     said = run.finish()
     assert "Held-out accuracy in %, step 0 → 4" in said

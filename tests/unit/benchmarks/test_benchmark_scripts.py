@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import platform
 from pathlib import Path
@@ -23,9 +22,7 @@ from benchmarks.common import (
     write_result,
 )
 from benchmarks.learner_memory import compare, make_items, packed_way, padded_way, stretch
-from benchmarks.learning import DONE_FILE, Run, collect, markdown, mean_and_spread
 from benchmarks.rollout_speed import generate_side, native_side, padded_inputs, summarise
-from rlmed.evaluation_results import Accuracy, EvalSummary, FileSummary, write_evaluation
 from rlmed.models.policy import load_policy
 from rlmed.models.tiny import build_tiny_vl
 
@@ -134,100 +131,3 @@ def test_disagreement_stops_the_memory_benchmark():
     found["padded_full"]["logprobs"] = np.array([0.0, 0.0, 1e-3])
     with pytest.raises(SystemExit, match="padded_full and packed differ"):
         compare({}, found)
-
-
-def summary(step: int, right: int, form: float) -> EvalSummary:
-    accuracy = Accuracy.of(right, 10)
-    file = FileSummary(
-        name="mri",
-        rows=10,
-        accuracy=accuracy,
-        format_rate=form,
-        mean_tokens=20.0,
-        cut_by_length=0.0,
-        chance=0.25,
-        majority_letter=0.3,
-        image_free_prior=0.2,
-        image_free_prior_by_rate=0.2,
-        leave_one_out_prior=0.2,
-        leave_one_out_prior_by_rate=0.2,
-        blank=Accuracy.of(2, 10),
-        shuffled=None,
-        by_kind={},
-    )
-    return EvalSummary(model="m", step=step, seconds=1.0, max_tokens=64, train_rows=600, files=(file,))
-
-
-def write_run(run: Run, right: int, form: float, last: int) -> None:
-    write_evaluation(run.folder / "evaluations", summary(0, 4, 0.5), [])
-    write_evaluation(run.folder / "evaluations", summary(last, right, form), [])
-
-
-def test_learning_collects_first_and_last_evaluation_of_each_seed(tmp_path: Path):
-    runs = [Run(method, seed, tmp_path) for seed in (0, 1) for method in ("rl", "sft")]
-    for run, right, last in zip(runs, (8, 5, 6, 5), (150, 19, 1_000_000, 19), strict=True):
-        write_run(run, right, 1.0 if run.method == "rl" else 0.0, last)
-    # an evaluation in between counts for nothing, whatever the order of the names as text
-    write_evaluation(runs[2].folder / "evaluations", summary(200_000, 0, 0.0), [])
-    files = collect(runs)
-    assert files["mri"]["columns"]["base"]["accuracy"] == [40.0, 40.0]
-    assert files["mri"]["columns"]["rl"]["accuracy"] == [80.0, 60.0]
-    assert files["mri"]["columns"]["sft"]["accuracy"] == [50.0, 50.0]
-    row = markdown(files, [0, 1]).splitlines()[2]
-    assert row == "| mri | 25.0 | 20.0 | 40.0 | 50.0 | 70.0 ± 14.1 | +30.0 ± 14.1 | 50.0 / 0.0 / 100.0 | 20.0 | – |"
-
-
-def test_a_loss_is_not_shown_as_a_gain(tmp_path: Path):
-    runs = [Run("rl", 0, tmp_path), Run("sft", 0, tmp_path)]
-    for run in runs:
-        write_run(run, 3, 1.0, 150)
-    assert "| -10.0 |" in markdown(collect(runs), [0])
-
-
-def test_mean_and_spread_of_seeds():
-    assert mean_and_spread([70.0, 80.0, 90.0]) == "80.0 ± 10.0"
-    assert mean_and_spread([25.0, 25.0]) == "25.0"
-    assert mean_and_spread([None, 30.0]) == "30.0"
-    assert mean_and_spread([None]) == "–"
-
-
-def test_a_finished_run_counts_only_for_its_own_settings(tmp_path: Path):
-    run = Run("rl", 0, tmp_path, ("steps=5",))
-    assert not run.done
-    run.folder.mkdir()
-    (run.folder / DONE_FILE).write_text(json.dumps({"arguments": run.arguments, "seconds": 1.0}))
-    assert run.done
-    with pytest.raises(SystemExit, match="was asked for"):
-        _ = dataclasses.replace(run, overrides=("steps=6",)).done
-
-
-def test_an_interrupted_run_goes_on_and_a_failed_one_is_not_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    commands: list[list[str]] = []
-    status = [0]
-
-    def fake_run(command: list[str], **_: object):
-        commands.append(command)
-        return type("Done", (), {"returncode": status[0]})
-
-    monkeypatch.setattr("benchmarks.learning.subprocess.run", fake_run)
-    run = Run("sft", 1, tmp_path)
-    run.folder.mkdir()
-    status[0] = 2
-    with pytest.raises(SystemExit, match="ended with status 2"):
-        run.execute()
-    assert commands[-1][-1] == f"hydra.run.dir={run.folder}"
-    assert not run.done
-    (run.folder / "checkpoints" / "step-000050").mkdir(parents=True)
-    status[0] = 0
-    run.execute()
-    assert commands[-1][-1] == f"resume={run.folder}"
-    assert "rlmed.sft" in commands[-1]
-    assert "seed=1" in commands[-1]
-    assert run.done
-
-
-def test_a_run_without_both_evaluations_is_an_error(tmp_path: Path):
-    run = Run("rl", 0, tmp_path)
-    write_evaluation(run.folder / "evaluations", summary(150, 5, 1.0), [])
-    with pytest.raises(SystemExit, match="no evaluation of both ends"):
-        run.evaluations()
