@@ -27,6 +27,15 @@ def has_format(text: str) -> bool:
     return _MIDDLE.search(text) is not None
 
 
+def has_answer_format(text: str) -> bool:
+    """True when the whole text is one answer in answer tags, white space around it aside."""
+    text = text.strip()
+    inside = text[len("<answer>") : -len(_CLOSING)]
+    return (
+        text.startswith("<answer>") and text.endswith(_CLOSING) and "<answer>" not in inside and _CLOSING not in inside
+    )
+
+
 def answer_text(text: str) -> str | None:
     """What stands inside the first pair of answer tags, stripped; None without such a pair."""
     _, opening, rest = text.partition("<answer>")

@@ -8,13 +8,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rewards.answer_format import answer_format_reward
 from rewards.base import Reward
 from rewards.choice import choice_reward
 from rewards.extra import guarded, load_reward
 from rewards.format import format_reward
 from rlmed.core.types import RolloutGroup, ScoredGroup
 
-REWARDS: dict[str, Reward] = {"format": format_reward, "choice": choice_reward}
+REWARDS: dict[str, Reward] = {
+    "format": format_reward,
+    "choice": choice_reward,
+    "answer_format": answer_format_reward,
+}
 """Rewards by the name that `reward.weights` uses."""
 
 

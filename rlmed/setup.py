@@ -112,6 +112,8 @@ def make_renderer(config: RunConfig) -> PromptRenderer:
         max_prompt_tokens=config.data.max_prompt_tokens,
         min_pixels=config.model.min_pixels,
         max_pixels=config.model.max_pixels,
+        template=config.prompt.template,
+        by_modality=config.prompt.by_modality,
     )
 
 

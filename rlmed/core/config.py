@@ -73,6 +73,21 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class PromptConfig:
+    """What is asked; see `rlmed.data.prompts.PromptRenderer`."""
+
+    template: str
+    by_modality: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for key, text in (("template", self.template), *((f"by_modality.{k}", v) for k, v in self.by_modality.items())):
+            _require(
+                text.count("{question}") == 1,
+                f"prompt.{key} must hold {{question}} exactly once, where question and options go; it is {text!r}",
+            )
+
+
+@dataclass(frozen=True)
 class AlgoConfig:
     """The policy-gradient algorithm as settings; docs/papers.md gives the source of each.
 
@@ -343,6 +358,7 @@ class RunConfig:
     steps: int
     model: ModelConfig
     data: DataConfig
+    prompt: PromptConfig
     algo: AlgoConfig
     reward: RewardConfig
     rollout: RolloutConfig

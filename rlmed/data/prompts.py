@@ -7,8 +7,9 @@ same everywhere. The prompt is one user turn: the image first, then the question
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from PIL import Image
@@ -93,6 +94,7 @@ class PromptRenderer:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         template: str = PAPER_TEMPLATE,
+        by_modality: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """Bind a tokenizer and an image processor.
 
@@ -103,15 +105,17 @@ class PromptRenderer:
             min_pixels: smallest image area in pixels; None keeps the model folder's.
             max_pixels: largest image area in pixels; None keeps the model folder's.
             template: text of the user turn, see `PAPER_TEMPLATE`.
+            by_modality: templates of their own for the examples of a modality, by its name.
 
         Raises:
             ValueError: for a template without exactly one `{question}`, or a tokenizer without an image placeholder.
         """
-        if template.count(QUESTION_SLOT) != 1:
-            raise ValueError(f"template {template!r} must contain {QUESTION_SLOT} exactly once")
+        for text in (template, *by_modality.values()):
+            if text.count(QUESTION_SLOT) != 1:
+                raise ValueError(f"template {text!r} must contain {QUESTION_SLOT} exactly once")
         self.tokenizer = tokenizer
         self.max_prompt_tokens = max_prompt_tokens
-        self._template = template
+        self._template, self._by_modality = template, dict(by_modality)
         self._image_processor = image_processor
         self._control_ids = frozenset(
             token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
@@ -195,7 +199,8 @@ class PromptRenderer:
                 f"example {example.id}: its question or options contain the control token {names}, which would be "
                 "taken for a turn or an image: remove it from the text"
             )
-        content = self._template.replace(QUESTION_SLOT, question)
+        template = self._by_modality.get(example.modality, self._template)
+        content = template.replace(QUESTION_SLOT, question)
         parts = [{"type": "image"}, {"type": "text", "text": content}] if with_image else content
         return self.tokenizer.apply_chat_template(
             [{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True

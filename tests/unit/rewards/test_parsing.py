@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewards.parsing import answer_text, evaluated_letter, has_format, option_letters
+from rewards.parsing import answer_text, evaluated_letter, has_answer_format, has_format, option_letters
 
 FORMAT = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -83,3 +83,21 @@ def test_a_million_hostile_characters_are_parsed_at_once(text):
     evaluated_letter(text)
     # the paper's patterns take minutes for some of these
     assert time.process_time() - started < 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<answer>B</answer>", True),
+        (" <answer>\nB\n</answer>\n", True),
+        ("<answer></answer>", True),
+        ("<think>x</think><answer>B</answer>", False),
+        ("<answer>B</answer> indeed", False),
+        ("<answer>A</answer><answer>B</answer>", False),
+        ("<answer>A<answer>B</answer>", False),
+        ("<answer>B", False),
+        ("", False),
+    ],
+)
+def test_an_answer_without_reasoning_has_its_own_format(text, expected):
+    assert has_answer_format(text) is expected

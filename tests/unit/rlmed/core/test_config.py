@@ -13,9 +13,10 @@ from learner.learner import loss_config
 from rlmed.commandline import compose_config
 from rlmed.core.config import ConfigError, RunConfig
 from rlmed.core.config_building import build_config
+from rlmed.data.prompts import PAPER_TEMPLATE
 
 CONF = resources.files("conf")
-GROUPS = ("model", "data", "algo", "reward", "rollout", "learner", "cluster")
+GROUPS = ("model", "data", "prompt", "algo", "reward", "rollout", "learner", "cluster")
 
 
 def composed(*overrides: str, program: str = "train") -> RunConfig:
@@ -133,3 +134,17 @@ def test_impossible_losses_are_found_before_anything_is_loaded(override: str) ->
 def test_missing_key() -> None:
     with pytest.raises(ConfigError, match=r"model\.path is missing"):
         build_config({"name": "a", "seed": 0, "steps": 1, "model": {}})
+
+
+def test_the_papers_prompt_is_the_default_and_each_other_one_asks_for_an_answer() -> None:
+    assert composed().prompt.template == PAPER_TEMPLATE
+    for name in options("prompt"):
+        prompt = composed(f"prompt={name}").prompt
+        assert all("<answer>...</answer>" in text for text in (prompt.template, *prompt.by_modality.values()))
+
+
+def test_a_template_without_a_place_for_the_question_names_its_key() -> None:
+    with pytest.raises(ConfigError, match=r"prompt\.template must hold \{question\} exactly once"):
+        composed("prompt.template='no slot'")
+    with pytest.raises(ConfigError, match=r"prompt\.by_modality\.CT"):
+        composed("+prompt.by_modality.CT='no slot'")

@@ -171,3 +171,18 @@ def test_impossible_settings_are_errors(model_folder):
         make_renderer(model_folder, template="no slot")
     with pytest.raises(ValueError, match="min_pixels=5000"):
         make_renderer(model_folder, min_pixels=5000, max_pixels=4000)
+
+
+def test_a_modality_may_have_a_template_of_its_own(model_folder, tmp_path):
+    renderer = make_renderer(model_folder, template="{question}\nfor all", by_modality={"CT": "for CT\n{question}"})
+    ct, other = (
+        renderer.render(
+            make_example(tmp_path, None, modality=modality, question="Which?", options=("head", "knee"))
+        ).text
+        for modality in ("CT", "MRI")
+    )
+    assert "for CT\nWhich?\nA) head\nB) knee" in ct
+    assert "for all" not in ct
+    assert "B) knee\nfor all" in other
+    with pytest.raises(ValueError, match="no slot"):
+        make_renderer(model_folder, by_modality={"CT": "no slot"})
