@@ -49,9 +49,7 @@ def test_they_are_those_of_transformers(
 ):
     renderer = PromptRenderer(*load_processor(tiny_folder(family)), max_prompt_tokens=512)
     cases = [(renderer.render(example), text) for example in examples for text in TEXTS]
-    found = list(
-        letter_probabilities(cases, policy=tiny_policy(family), renderer=renderer, token_budget=token_budget)
-    )
+    found = list(letter_probabilities(cases, policy=tiny_policy(family), renderer=renderer, token_budget=token_budget))
     for (prompt, text), probabilities in zip(cases, found, strict=True):
         rows = []
         for letter in LETTERS[: len(prompt.example.options)]:
