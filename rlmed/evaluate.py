@@ -1,7 +1,8 @@
 """`python -m rlmed.evaluate model=DIR data=FILE.jsonl`: accuracy with its controls, for any model folder.
 
 `data=phantom` evaluates on the generated images, `data=[a.jsonl,b.jsonl]` on several files; `data.train=FILE` fits the
-image-free prior; `before=RUN/evaluations/step-000000` adds McNemar's test against an earlier evaluation of the same rows.
+image-free prior; `before=RUN/evaluations/step-000000` adds McNemar's test against an earlier evaluation of the same rows;
+`eval.trust=true` adds calibration, pass@k, option order and reliance on the picture (docs/trust.md).
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from rlmed.progress import Progress
 from rlmed.recorder import CONFIG_FILE, write_data, write_versions
 from rlmed.report import write_report
 from rlmed.setup import load_data, make_renderer, model_folder
+from rlmed.stream import SEED_STRIDE
+from rlmed.trust import TrustSettings, measure_trust
+from rlmed.trust_table import trust_table
 
 
 def main(config: RunConfig, folder: Path) -> None:
@@ -35,11 +39,12 @@ def main(config: RunConfig, folder: Path) -> None:
     replace_text(folder / CONFIG_FILE, to_yaml(config))
     write_versions(folder)
     write_data(folder, data.files)
+    pool, trust = build_local_pool(config, policy, renderer), None
     progress = Progress()
     with progress:
         summary = evaluate(
             files,
-            pool=build_local_pool(config, policy, renderer),
+            pool=pool,
             renderer=renderer,
             train_examples=data.train_examples,
             max_tokens=config.eval.max_tokens,
@@ -50,12 +55,32 @@ def main(config: RunConfig, folder: Path) -> None:
             model=config.model.path,
             on_progress=lambda name, done, total: progress.stage(f"evaluate {name}", done, total),
         )
+        if config.eval.trust:
+            trust = measure_trust(
+                files,
+                step_folder(folder / "evaluations", 0),
+                pool=pool,
+                policy=policy,
+                renderer=renderer,
+                train_examples=data.train_examples,
+                settings=TrustSettings(
+                    samples=config.eval.samples,
+                    max_tokens=config.eval.max_tokens,
+                    stop=config.rollout.stop,
+                    seed=config.seed * SEED_STRIDE,
+                    token_budget=config.learner.token_budget,
+                ),
+                model=config.model.path,
+                on_progress=progress.stage,
+            )
     before, comparison = None, None
     if config.before:
         before = EvalSummary.read(Path(config.before))
         comparison = compare(Path(config.before), step_folder(folder / "evaluations", 0))
     console = Console()
     console.print(summary_table(before, summary, comparison))
+    if trust is not None:
+        console.print(trust_table(trust))
     console.print(f"rows:   {step_folder(folder / 'evaluations', 0) / 'rows.jsonl'}", soft_wrap=True)
     console.print(f"report: {write_report(folder)}", soft_wrap=True)
 

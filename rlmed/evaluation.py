@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from PIL import Image
 from rewards.parsing import evaluated_letter, has_format
 from rlmed.core.protocols import RolloutPool
 from rlmed.core.statistics import ImageFreePrior, chance, leave_one_out_prior, majority_letter
-from rlmed.core.types import Completion, Example, Prompt, RolloutRequest, SamplingParams
+from rlmed.core.types import Completion, Example, Prompt, RolloutGroup, RolloutRequest, SamplingParams
 from rlmed.data.images import load_image
 from rlmed.data.prompts import PromptRenderer
 from rlmed.evaluation_results import Accuracy, Control, EvalRow, EvalSummary, FileSummary, write_evaluation
@@ -185,14 +186,23 @@ def _answers(
     tasks: Sequence[_Task], pool: RolloutPool, renderer: PromptRenderer, sampling: SamplingParams
 ) -> Iterator[tuple[int, Completion]]:
     """Index of a task and its completion, in the order in which they finish."""
-    submitted = 0
-    while submitted < len(tasks) or pool.in_flight:
-        while submitted < len(tasks) and pool.in_flight < IN_FLIGHT:
-            prompt = tasks[submitted].render(renderer)
-            pool.submit(RolloutRequest(index=submitted, prompt=prompt, group_size=1, sampling=sampling))
-            submitted += 1
-        group = pool.collect()
+    requests = (
+        RolloutRequest(index=index, prompt=task.render(renderer), group_size=1, sampling=sampling)
+        for index, task in enumerate(tasks)
+    )
+    for group in answer_all(requests, pool):
         yield group.request.index, group.completions[0]
+
+
+def answer_all(requests: Iterable[RolloutRequest], pool: RolloutPool) -> Iterator[RolloutGroup]:
+    """Put the requests to a pool at rest, a bounded number at a time, and give the groups as they finish."""
+    waiting = iter(requests)
+    while True:
+        for request in islice(waiting, IN_FLIGHT - pool.in_flight):
+            pool.submit(request)
+        if not pool.in_flight:
+            return
+        yield pool.collect()
 
 
 def _judge(task: _Task, completion: Completion) -> EvalRow:

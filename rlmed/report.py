@@ -38,6 +38,8 @@ from rlmed.progress import duration
 from rlmed.recorder import CONFIG_FILE, DATA_FILE, METRICS_FILE, ROLLOUTS_FILE, VERSIONS_FILE
 from rlmed.report_plots import draw_accuracy, draw_metrics
 from rlmed.report_rollouts import Pictures, show_groups, show_rows
+from rlmed.report_trust import show_trust
+from rlmed.trust_results import TRUST_FILE, TrustSummary
 
 REPORT_FILE = "report.html"
 TEMPLATE, SCRIPT, SHEET = "report.html.j2", "report.js", "report.css"
@@ -59,18 +61,22 @@ class _Evaluations:
     """Of the last one with an evaluation from elsewhere, where that was asked for."""
     sft: EvalSummary | None
     """Of the supervised baseline on the same files, where one was named."""
+    trust: TrustSummary | None
+    """The last one that was measured."""
 
     @classmethod
     def read(cls, folder: Path, sft: Path | None) -> _Evaluations:
         folders = sorted(path for path in folder.glob("step-*") if (path / SUMMARY_FILE).is_file())
         ends = folders[:1] + folders[-1:] if len(folders) > 1 else folders
         rows = [tuple(read_rows(path)) for path in ends]
+        trusts = [path for path in folders if (path / TRUST_FILE).is_file()]
         return cls(
             summaries=tuple(EvalSummary.read(path) for path in folders),
             first_rows=rows[0] if len(rows) > 1 else (),
             last_rows=rows[-1] if rows else (),
             comparison=_read_json(folders[-1] / COMPARISON_FILE) if len(folders) == 1 else None,
             sft=None if sft is None else EvalSummary.read(_last_evaluation(sft)),
+            trust=TrustSummary.read(trusts[-1]) if trusts else None,
         )
 
 
@@ -129,6 +135,7 @@ def _context(folder: Path, environment: Environment, sft: Path | None) -> dict[s
             "device": versions.get("cuda_device") or versions.get("cpu"),
         },
         "table": _accuracy_table(evaluations),
+        "trust": None if evaluations.trust is None else show_trust(evaluations.trust),
         "plots": ([accuracy] if accuracy else []) + draw_metrics(metrics),
         "timeline": _timeline(folder / TIMELINE_LINES),
         "groups": show_groups(folder / ROLLOUTS_FILE, pictures),

@@ -127,7 +127,7 @@ def draw_accuracy(summaries: Sequence[EvalSummary]) -> Plot | None:
     if len(summaries) < 2:
         return None
     with mpl.rc_context(STYLE):
-        figure, axes = _figure()
+        figure, axes = new_figure()
         names = dict.fromkeys(file.name for summary in summaries for file in summary.files)
         for colour, name in zip(itertools.cycle(SERIES), names, strict=False):
             points = [(s.step, f.accuracy) for s in summaries for f in s.files if f.name == name]
@@ -139,7 +139,7 @@ def draw_accuracy(summaries: Sequence[EvalSummary]) -> Plot | None:
             axes.fill_between(steps, *bands, color=colour, alpha=0.12, lw=0)
         axes.set_ylim(0, 1)
         axes.legend(frameon=False, fontsize=8, ncols=3, loc="lower left")
-        return Plot("Held-out accuracy", "greedy; bands: Wilson 95 %", _to_svg(figure))
+        return Plot("Held-out accuracy", "greedy; bands: Wilson 95 %", to_svg(figure))
 
 
 def _shown(name: str) -> str:
@@ -160,7 +160,7 @@ def _values(lines: Sequence[Mapping[str, Any]], metric: str) -> tuple[npt.NDArra
 
 def _draw(curves: Mapping[str, tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]], panel: Panel) -> Markup:
     with mpl.rc_context(STYLE):
-        figure, axes = _figure()
+        figure, axes = new_figure()
         for i, (name, (steps, values)) in enumerate(curves.items()):
             label = _shown(name)
             colour = SERIES[i % len(SERIES)]
@@ -173,7 +173,7 @@ def _draw(curves: Mapping[str, tuple[npt.NDArray[np.float64], npt.NDArray[np.flo
             axes.set_ylim(-0.02, 1.02)
         if len(curves) > 1:
             axes.legend(frameon=False, fontsize=8, ncols=3, loc="best")
-        return _to_svg(figure)
+        return to_svg(figure)
 
 
 def running_mean(values: npt.NDArray[np.float64], window: int) -> npt.NDArray[np.float64]:
@@ -182,10 +182,11 @@ def running_mean(values: npt.NDArray[np.float64], window: int) -> npt.NDArray[np
     return np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
 
 
-def _figure() -> tuple[Figure, Axes]:
+def new_figure(x_label: str = "step") -> tuple[Figure, Axes]:
+    """Empty axes in the style of the report; draw them inside `mpl.rc_context(STYLE)`."""
     figure = Figure(figsize=(4.2, 2.3), layout="constrained")
     axes = figure.add_subplot()
-    axes.set_xlabel("step", fontsize=8)
+    axes.set_xlabel(x_label, fontsize=8)
     axes.grid(axis="y", lw=0.6)
     axes.tick_params(length=0)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
@@ -193,7 +194,7 @@ def _figure() -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _to_svg(figure: Figure) -> Markup:
+def to_svg(figure: Figure) -> Markup:
     """The figure as an SVG element without metadata, name spaces (HTML implies them) or fixed colours and fonts."""
     target = io.StringIO()
     figure.savefig(target, format="svg", metadata={"Date": None})

@@ -290,8 +290,11 @@ class EvalConfig:
     limit: int | None = None
     max_tokens: int = 512
     controls: bool = True
+    trust: bool = False
+    samples: int = 8
 
     def __post_init__(self) -> None:
+        _require(self.samples >= 1, f"eval.samples={self.samples} must be at least 1")
         _require(self.every >= 0, f"eval.every={self.every} must be 0 (never) or a number of steps")
         _require(self.limit is None or self.limit > 0, f"eval.limit={self.limit} must be positive or null")
         _require(self.max_tokens >= 1, f"eval.max_tokens={self.max_tokens} must be at least 1")
@@ -382,6 +385,11 @@ class RunConfig:
             self.algo.group_size <= self.rollout.max_completions,
             f"algo.group_size={self.algo.group_size} exceeds rollout.max_completions={self.rollout.max_completions}: "
             "a group is sampled together, so raise rollout.max_completions",
+        )
+        _require(
+            not self.eval.trust or self.eval.samples <= self.rollout.max_completions,
+            f"eval.samples={self.eval.samples} exceeds rollout.max_completions={self.rollout.max_completions}: the samples of "
+            "a question are drawn together, so raise rollout.max_completions",
         )
         _require(
             self.rollout.engine != "vllm" or self.cluster.kind == "ray",

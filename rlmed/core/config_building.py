@@ -26,6 +26,15 @@ def build_config(mapping: Mapping[str, Any]) -> RunConfig:
     return _build(RunConfig, mapping, "")
 
 
+def build_record(cls: type[T], mapping: Mapping[str, Any]) -> T:
+    """A dataclass, nested ones included, from the plain mapping that `dataclasses.asdict` made of it and JSON kept.
+
+    Raises:
+        ConfigError: as `build_config`.
+    """
+    return _build(cls, mapping, "")
+
+
 def check_key(key: str) -> None:
     """Make sure that there is a key, before a value is put there.
 

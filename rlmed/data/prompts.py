@@ -175,6 +175,26 @@ class PromptRenderer:
         """int64 [T]: a written completion as the model would have sampled it, its end token included."""
         return self._tokenize(text + self.tokenizer.eos_token)
 
+    def continuation_ids(self, texts: Sequence[str]) -> tuple[IntArray, list[IntArray]]:
+        """Texts that begin alike, as the tokens that all share and the tokens after these, at least one for each.
+
+        Where they part is for the tokens to say, not for the characters: Qwen2's tokenizer may join the last shared
+        character with the first other one. Control tokens spelled in a text stay plain text.
+
+        Raises:
+            ValueError: for a text whose tokens are the beginning of another's.
+        """
+        token_ids = [
+            self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+            for text in texts
+        ]
+        # of several lists the least and the greatest share the fewest tokens
+        first, last = min(token_ids), max(token_ids)
+        shared = next((i for i, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
+        if any(len(ids) == shared for ids in token_ids):
+            raise ValueError(f"the texts {', '.join(map(repr, texts))} cannot be told apart by what follows")
+        return np.array(first[:shared], dtype=np.int64), [np.array(ids[shared:], dtype=np.int64) for ids in token_ids]
+
     def save(self, folder: Path) -> None:
         """Write tokenizer and image processor beside a model, so that the folder loads everywhere.
 

@@ -1,0 +1,219 @@
+"""Whether an evaluated model can be trusted: asks it the questions again, in other ways (docs/trust.md).
+
+Samples at temperature 1, greedy answers with the options in other orders, and the probabilities of the option letters after
+the reasoning of the evaluation and without any.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rewards.parsing import evaluated_letter
+from rlmed.core.protocols import RolloutPool
+from rlmed.core.types import Example, Prompt, RolloutGroup, RolloutRequest, SamplingParams
+from rlmed.data.prompts import PromptRenderer
+from rlmed.data.sampler import shuffle_options
+from rlmed.evaluation import EvalFile, Progress, answer_all
+from rlmed.evaluation_results import EvalRow, read_rows
+from rlmed.letters import ANSWER_OPENING, letter_probabilities
+from rlmed.models.policy import Policy
+from rlmed.trust_figures import (
+    Argued,
+    calibration,
+    domains,
+    order_sensitivity,
+    reasoning_agreement,
+    reliance,
+    sampling,
+)
+from rlmed.trust_results import FileTrust, OrderAnswer, TrustAnswer, TrustSummary, write_trust
+
+ORDER_SEEDS = (1, 2, 3)
+"""Orders of the options that are asked beside that of the file."""
+
+Key = tuple[str, str]
+"""File and id of a question."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrustSettings:
+    """How a model is asked.
+
+    Example:
+        TrustSettings(samples=8, max_tokens=512, stop=(), seed=0, token_budget=16384)
+    """
+
+    samples: int
+    max_tokens: int
+    stop: tuple[str, ...]
+    seed: int
+    """Of the samples; question i draws from seed + i."""
+    token_budget: int
+    """Most tokens in a row when letters are scored."""
+
+
+def measure_trust(
+    files: Sequence[EvalFile],
+    step_folder: Path,
+    *,
+    pool: RolloutPool,
+    policy: Policy,
+    renderer: PromptRenderer,
+    train_examples: Sequence[Example],
+    settings: TrustSettings,
+    model: str,
+    argued: Argued | None = None,
+    on_progress: Progress | None = None,
+) -> TrustSummary:
+    """Ask all questions of an evaluation again, and write `trust.json` and `trust_rows.jsonl` beside its rows.
+
+    Args:
+        files: that were evaluated.
+        step_folder: of the evaluation, with its `rows.jsonl`.
+        pool: with nothing in flight, on the weights that were evaluated.
+        policy: the same weights, to score letters.
+        renderer: the one of the evaluation.
+        train_examples: their modalities are those that the model was trained on; may be empty.
+        settings: how to ask.
+        model: name or folder of the model, for the record.
+        argued: tells which option a reasoning argues for; None leaves out whether answers agree with it.
+        on_progress: called for each question and part with the part's name, the questions done and the number of all.
+    """
+    start = time.perf_counter()
+    rows = read_rows(step_folder)
+    questions = {(file.name, example.id): example for file in files for example in file.examples}
+    asker = _Asker(questions, pool, policy, renderer, settings, on_progress)
+    answers = asker.ask({(row.file, row.id): row for row in rows if row.control == "none"})
+    summary = TrustSummary(
+        model=model,
+        seconds=time.perf_counter() - start,
+        files=tuple(
+            _file_trust(
+                [row for row in rows if row.file == file.name],
+                [answer for answer in answers if answer.file == file.name],
+                argued,
+            )
+            for file in files
+        ),
+        domains=domains(rows, answers, train_examples),
+    )
+    write_trust(step_folder, summary, answers)
+    return summary
+
+
+def _file_trust(rows: Sequence[EvalRow], answers: Sequence[TrustAnswer], argued: Argued | None) -> FileTrust:
+    reasoned = [(answer.reasoned, answer.answer) for answer in answers if answer.reasoned is not None]
+    direct = calibration([answer.direct for answer in answers], [answer.answer for answer in answers])
+    assert direct is not None
+    return FileTrust(
+        name=answers[0].file,
+        rows=len(answers),
+        reasoned=calibration([probabilities for probabilities, _ in reasoned], [letter for _, letter in reasoned]),
+        direct=direct,
+        sampling=sampling(answers),
+        order=order_sensitivity(answers),
+        reliance=reliance(rows),
+        agreement=None if argued is None else reasoning_agreement(rows, argued),
+    )
+
+
+@dataclass(frozen=True)
+class _Asker:
+    """The ways of asking the same questions."""
+
+    questions: Mapping[Key, Example]
+    pool: RolloutPool
+    policy: Policy
+    renderer: PromptRenderer
+    settings: TrustSettings
+    on_progress: Progress | None
+
+    def ask(self, rows: Mapping[Key, EvalRow]) -> list[TrustAnswer]:
+        """Everything about each question, whose greedy answer is its row."""
+        samples = self._samples()
+        orders = [self._order(seed) for seed in ORDER_SEEDS]
+        openings = {key: opening for key, row in rows.items() if (opening := _opening(row.completion)) is not None}
+        reasoned = self._probabilities("letters after reasoning", openings)
+        direct = self._probabilities("letters without reasoning", dict.fromkeys(self.questions, ANSWER_OPENING))
+        return [
+            TrustAnswer(
+                file=key[0],
+                id=example.id,
+                modality=example.modality,
+                answer=example.letter,
+                reasoned=reasoned.get(key),
+                direct=direct[key],
+                samples=samples[key],
+                orders=(
+                    OrderAnswer(example.options, example.letter, rows[key].parsed),
+                    *(order[key] for order in orders),
+                ),
+            )
+            for key, example in self.questions.items()
+        ]
+
+    def _samples(self) -> dict[Key, tuple[str | None, ...]]:
+        settings = self.settings
+        drawn = SamplingParams(temperature=1.0, max_tokens=settings.max_tokens, stop=settings.stop)
+        requests = (
+            RolloutRequest(i, prompt, settings.samples, dataclasses.replace(drawn, seed=settings.seed + i))
+            for i, prompt in enumerate(self._prompts(self.questions.values()))
+        )
+        groups = self._groups("samples", requests)
+        return {
+            key: tuple(evaluated_letter(entry.text) for entry in group.completions) for key, group in groups.items()
+        }
+
+    def _order(self, seed: int) -> dict[Key, OrderAnswer]:
+        greedy = SamplingParams(temperature=0.0, max_tokens=self.settings.max_tokens, stop=self.settings.stop)
+        # a written completion names letters of the order of the file, and nothing here reads it
+        plain = (dataclasses.replace(example, completion=None) for example in self.questions.values())
+        shuffled = (shuffle_options(example, seed) for example in plain)
+        requests = (RolloutRequest(i, prompt, 1, greedy) for i, prompt in enumerate(self._prompts(shuffled)))
+        groups = self._groups(f"option order {seed}", requests)
+        return {
+            key: OrderAnswer(
+                group.prompt.example.options,
+                group.prompt.example.letter,
+                evaluated_letter(group.completions[0].text),
+            )
+            for key, group in groups.items()
+        }
+
+    def _prompts(self, examples: Iterable[Example]) -> Iterator[Prompt]:
+        return (self.renderer.render(example) for example in examples)
+
+    def _groups(self, part: str, requests: Iterator[RolloutRequest]) -> dict[Key, RolloutGroup]:
+        """The finished groups without their pictures, by the question that their index counts."""
+        keys = list(self.questions)
+        found: dict[Key, RolloutGroup] = {}
+        for group in answer_all(requests, self.pool):
+            bare = dataclasses.replace(group.request, prompt=dataclasses.replace(group.prompt, image_inputs={}))
+            found[keys[group.request.index]] = dataclasses.replace(group, request=bare)
+            self._tell(part, len(found), len(keys))
+        return found
+
+    def _probabilities(self, part: str, openings: Mapping[Key, str]) -> dict[Key, tuple[float, ...]]:
+        cases = ((self.renderer.render(self.questions[key]), text) for key, text in openings.items())
+        scored = letter_probabilities(
+            cases, policy=self.policy, renderer=self.renderer, token_budget=self.settings.token_budget
+        )
+        found: dict[Key, tuple[float, ...]] = {}
+        for key, probabilities in zip(openings, scored, strict=True):
+            found[key] = tuple(probabilities.tolist())
+            self._tell(part, len(found), len(openings))
+        return found
+
+    def _tell(self, part: str, done: int, total: int) -> None:
+        if self.on_progress is not None:
+            self.on_progress(part, done, total)
+
+
+def _opening(completion: str) -> str | None:
+    """A completion up to and including its first answer tag; None without one."""
+    reasoning, tag, _ = completion.partition(ANSWER_OPENING)
+    return reasoning + tag if tag else None

@@ -1,0 +1,230 @@
+"""What a trust report knows: its records and its two files in the folder of an evaluation.
+
+Shares and probabilities are fractions in [0, 1]. `Accuracy` carries a Wilson interval, `Estimate` a bootstrap one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlmed.core.calibration import Estimate, ReliabilityBin
+from rlmed.core.config_building import build_record
+from rlmed.core.files import replace_text
+from rlmed.evaluation_results import Accuracy
+
+TRUST_FILE = "trust.json"
+TRUST_ROWS_FILE = "trust_rows.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class OrderAnswer:
+    """The greedy answer to a question with its options in one order.
+
+    Example:
+        OrderAnswer(options=("knee", "head"), answer="A", parsed="B")
+    """
+
+    options: tuple[str, ...]
+    answer: str
+    """The right letter in this order."""
+    parsed: str | None
+    """The letter found in the completion."""
+
+    @property
+    def right(self) -> bool:
+        """Whether the right option was chosen."""
+        return self.parsed == self.answer
+
+
+@dataclass(frozen=True, slots=True)
+class TrustAnswer:
+    """All that a model was asked about one question: a line of `trust_rows.jsonl`.
+
+    Example:
+        TrustAnswer(file="ct", id="ct-7", modality="CT", answer="B", reasoned=(0.2, 0.8), direct=(0.4, 0.6),
+                    samples=("B", "A", None, "B"), orders=(OrderAnswer(("liver", "lung"), "B", "B"), …))
+    """
+
+    file: str
+    id: str
+    modality: str
+    answer: str
+    """The right letter."""
+    reasoned: tuple[float, ...] | None
+    """Probability of each option after the greedy reasoning; None where that never opens an answer tag."""
+    direct: tuple[float, ...]
+    """The same, answered at once, without reasoning."""
+    samples: tuple[str | None, ...]
+    """The letters of the sampled completions."""
+    orders: tuple[OrderAnswer, ...]
+    """Greedy answers, the order of the file first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """How far the probability of the likeliest option can be believed.
+
+    Example:
+        A sure model that is right in 70 of 100: accuracy.value 0.7, confidence.value 0.93, error.value 0.23.
+    """
+
+    accuracy: Accuracy
+    """Of the likeliest option."""
+    confidence: Estimate
+    """Mean probability of the likeliest option."""
+    error: Estimate
+    """Expected calibration error over `core.calibration.BINS` bins."""
+    error_bound: float
+    """What a calibrated model of these confidences exceeds in one data set of 20 of this size."""
+    brier: Estimate
+    bins: tuple[ReliabilityBin, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PassAtK:
+    """Expected share of questions that one of k samples answers right.
+
+    Example:
+        PassAtK(k=4, share=Estimate(value=0.81, low=0.77, high=0.85, rows=300))
+    """
+
+    k: int
+    share: Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Sampled completions at temperature 1."""
+
+    samples: int
+    """Of each question."""
+    passes: tuple[PassAtK, ...]
+    vote: Accuracy
+    """Of the letter that most samples give, the earliest of several."""
+
+
+@dataclass(frozen=True, slots=True)
+class LetterBias:
+    """One letter over all orders of the options.
+
+    Example:
+        LetterBias(letter="A", chosen=Estimate(0.41, …), right=0.25, accuracy=Estimate(0.83, …)) prefers A.
+    """
+
+    letter: str
+    chosen: Estimate
+    """Share of the answers to questions with this letter that give it."""
+    right: float
+    """Share of these questions whose right option stands there: without bias and error both are equal."""
+    accuracy: Estimate | None
+    """Where the right option stands there; None where it never does."""
+
+
+@dataclass(frozen=True, slots=True)
+class OrderSensitivity:
+    """What changes when only the order of the options does."""
+
+    stays: Accuracy
+    """Share of questions for which the same option text is chosen in every order."""
+    orders: tuple[Accuracy, ...]
+    """Accuracy in each order, that of the file first."""
+    letters: tuple[LetterBias, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Accuracy over the own picture minus that over a control, on the questions asked both ways.
+
+    Example:
+        Gap(control=Accuracy.of(27, 100), difference=Estimate(0.43, 0.33, 0.52, 100), p_value=1e-9)
+    """
+
+    control: Accuracy
+    difference: Estimate
+    p_value: float
+    """Exact McNemar test."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reliance:
+    """How much of the accuracy on a kind of question goes when the picture does."""
+
+    kind: str
+    """Empty for all questions of the file."""
+    real: Accuracy
+    blank: Gap | None
+    """None where controls were not measured."""
+    shuffled: Gap | None
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """Whether the option that the reasoning argues for is the one that is answered."""
+
+    argued: Accuracy
+    """Share of completions whose reasoning argues for one option."""
+    agrees: Accuracy | None
+    """Share of these that answer it; None where no reasoning argues for an option."""
+    right_if_agreeing: Accuracy | None
+    right_if_differing: Accuracy | None
+
+
+@dataclass(frozen=True, slots=True)
+class Domain:
+    """Questions of modalities that the model was, or was not, trained on."""
+
+    trained: bool
+    modalities: tuple[str, ...]
+    real: Accuracy
+    blank: Accuracy | None
+    shuffled: Accuracy | None
+
+
+@dataclass(frozen=True, slots=True)
+class FileTrust:
+    """The figures of one file."""
+
+    name: str
+    rows: int
+    reasoned: Calibration | None
+    """After the greedy reasoning, for those that open an answer tag; None where none does."""
+    direct: Calibration
+    """Answered without reasoning."""
+    sampling: Sampling
+    order: OrderSensitivity
+    reliance: tuple[Reliance, ...]
+    """Of all questions, then by kind."""
+    agreement: Agreement | None
+    """None where nothing tells what a reasoning argues for."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrustSummary:
+    """A trust report: what `trust.json` holds."""
+
+    model: str
+    seconds: float
+    files: tuple[FileTrust, ...]
+    domains: tuple[Domain, ...]
+    """Trained modalities, then others; empty where no training rows with a modality were given."""
+
+    @classmethod
+    def read(cls, step_folder: Path) -> TrustSummary:
+        """Load `trust.json` from the folder of an evaluation."""
+        return build_record(cls, json.loads((step_folder / TRUST_FILE).read_text(encoding="utf-8")))
+
+
+def write_trust(step_folder: Path, summary: TrustSummary, answers: Iterable[TrustAnswer]) -> None:
+    """Write `trust.json` and `trust_rows.jsonl` into the folder of an evaluation.
+
+    Raises:
+        OSError: when the disk refuses.
+    """
+    lines = [json.dumps(dataclasses.asdict(answer), ensure_ascii=False) + "\n" for answer in answers]
+    replace_text(step_folder / TRUST_ROWS_FILE, "".join(lines))
+    text = json.dumps(dataclasses.asdict(summary), indent=1, ensure_ascii=False, allow_nan=False)
+    replace_text(step_folder / TRUST_FILE, text + "\n")

@@ -1,0 +1,47 @@
+"""The command on twelve rows of generated images and the embedded model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from rlmed import evaluate
+from rlmed.commandline import compose_config
+from rlmed.data.phantom import make_example as make
+from rlmed.data.phantom import render, sample_study
+from rlmed.trust_results import TrustSummary
+
+
+def test_trust_report_of_the_embedded_model(tmp_path: Path, capsys) -> None:
+    lines = []
+    for index in range(12):
+        rng = np.random.default_rng([7, index])
+        study = sample_study(rng, "MRI", "anatomy")
+        path = tmp_path / f"{index}.png"
+        Image.fromarray(render(study, rng)).save(path)
+        example = make(study, "anatomy", f"{index}", path, rng, index % 4)
+        row = {"id": example.id, "image": path.name, "question": example.question, "options": example.options}
+        lines.append(json.dumps({**row, "answer": example.options[example.answer], "modality": "MRI"}) + "\n")
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(lines))
+    folder = tmp_path / "run"
+    folder.mkdir()
+    settings = ["model.path=embedded:tiny_base", "data=jsonl", f"data.eval=[{data}]", f"data.train={data}"]
+    trusted = ["eval.trust=true", "eval.samples=4", "eval.max_tokens=64", "cluster.threads=1"]
+    evaluate.main(compose_config("evaluate", [*settings, *trusted]), folder)
+    summary = TrustSummary.read(folder / "evaluations/step-000000")
+    (file,) = summary.files
+    rows = [json.loads(line) for line in (folder / "evaluations/step-000000/rows.jsonl").read_text().splitlines()]
+    plain = [row for row in rows if row["control"] == "none"]
+    greedy = sum(row["right"] for row in plain)
+    # the letter that is likeliest after the model's own reasoning is the one that it wrote
+    assert file.reasoned is not None
+    assert file.reasoned.accuracy.right == greedy
+    assert file.order.orders[0].right == greedy
+    assert [entry.k for entry in file.sampling.passes] == [1, 2, 4]
+    assert summary.domains[0].trained
+    assert "Does it look?" in (folder / "report.html").read_text()
+    assert "pass@4" in capsys.readouterr().out
