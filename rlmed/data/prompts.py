@@ -171,6 +171,17 @@ class PromptRenderer:
         """int64 [T]: a written completion as the model would have sampled it, its end token included."""
         return self._tokenize(text + self.tokenizer.eos_token)
 
+    def continuation_ids(self, text: str) -> IntArray:
+        """int64 [T]: the beginning of a completion, without an end token.
+
+        A model can spell out the name of a control token. Here that stays text, as it was for the model: one more image
+        placeholder would have no image.
+        """
+        token_ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)[
+            "input_ids"
+        ]
+        return np.asarray(token_ids, dtype=np.int64)
+
     def save(self, folder: Path) -> None:
         """Write tokenizer and image processor beside a model, so that the folder loads everywhere.
 
