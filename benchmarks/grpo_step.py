@@ -40,7 +40,9 @@ from benchmarks.common import (
     write_result,
 )
 from learner.learner import PolicyLearner
-from rewards.rubric import REWARDS, Rubric, WeightedReward
+from rewards.choice import choice_reward
+from rewards.format import format_reward
+from rewards.rubric import Rubric, WeightedReward, per_completion
 from rlmed.controller import LoopState, train
 from rlmed.core.config import AlgoConfig, LearnerConfig
 from rlmed.core.tracing import Tracer
@@ -88,8 +90,11 @@ class OurTrainer:
             temperature=1.0,
         )
         rubric = Rubric(
-            [WeightedReward(key, REWARDS[key], 1.0) for key in REWARDS]
-            + [WeightedReward("variety", variety_reward, 1.0)]
+            [
+                WeightedReward("format", per_completion(format_reward), 1.0),
+                WeightedReward("choice", per_completion(choice_reward), 1.0),
+                WeightedReward("variety", per_completion(variety_reward), 1.0),
+            ]
         )
         self._stream = PromptStream(
             examples, renderer, sampling(arguments.max_tokens), group_size=arguments.group_size, seed=0

@@ -12,6 +12,7 @@ from rlmed.core.types import LETTERS
 
 _OPENING, _CLOSING = "<think>", "</answer>"
 _MIDDLE = re.compile(r"</think>\s*<answer>")
+_WORD = re.compile(r"\w+")
 _EVALUATED = re.compile(r"<answer>\s*([A-Z])\s*</answer>")
 
 
@@ -34,6 +35,20 @@ def has_answer_format(text: str) -> bool:
     return (
         text.startswith("<answer>") and text.endswith(_CLOSING) and "<answer>" not in inside and _CLOSING not in inside
     )
+
+
+def reasoning_text(text: str) -> str | None:
+    """What stands between the opening think tag and the first closing one that an answer follows, stripped.
+
+    None where the text lacks the format: there is no telling then where the reasoning ends.
+    """
+    middle = _MIDDLE.search(text) if has_format(text) else None
+    return text[len(_OPENING) : middle.start()].strip() if middle else None
+
+
+def words(text: str) -> list[str]:
+    """Runs of letters, digits and underscores, in lower case. (A script without spaces has few and long ones.)"""
+    return _WORD.findall(text.lower())
 
 
 def answer_text(text: str) -> str | None:

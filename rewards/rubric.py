@@ -3,24 +3,48 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from rewards.agreement import agreement_reward
 from rewards.answer_format import answer_format_reward
-from rewards.base import Reward
+from rewards.base import GroupReward, Likelihood, Reward, Tokenize
+from rewards.brevity import brevity_reward
 from rewards.choice import choice_reward
 from rewards.extra import guarded, load_reward
 from rewards.format import format_reward
-from rlmed.core.types import RolloutGroup, ScoredGroup
+from rewards.likelihood_gain import likelihood_gain
+from rewards.repetition import repetition_reward
+from rewards.self_consistency import self_consistency_reward
+from rlmed.core.types import FloatArray, RolloutGroup, ScoredGroup
 
 REWARDS: dict[str, Reward] = {
     "format": format_reward,
     "choice": choice_reward,
     "answer_format": answer_format_reward,
+    "agreement": agreement_reward,
+    "brevity": brevity_reward,
+    "repetition": repetition_reward,
 }
-"""Rewards by the name that `reward.weights` uses."""
+"""Rewards of one completion, by the name that `reward.weights` uses."""
+GROUP_REWARDS: dict[str, GroupReward] = {"self_consistency": self_consistency_reward}
+"""Rewards that look at a whole group."""
+LIKELIHOOD_REWARDS: dict[str, Callable[[Likelihood, Tokenize], GroupReward]] = {"likelihood_gain": likelihood_gain}
+"""Rewards of a group that ask the policy for likelihoods."""
+NAMES = tuple(sorted([*REWARDS, *GROUP_REWARDS, *LIKELIHOOD_REWARDS]))
+"""What `reward.weights` may name without `reward.extra`."""
+
+
+def per_completion(reward: Reward) -> GroupReward:
+    """The reward of each completion for itself."""
+
+    def rewards(group: RolloutGroup) -> FloatArray:
+        example = group.prompt.example
+        return np.array([reward(example, completion) for completion in group.completions], dtype=np.float32)
+
+    return rewards
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +52,7 @@ class WeightedReward:
     """One part of a rubric."""
 
     name: str
-    reward: Reward
+    reward: GroupReward
     weight: float
 
 
@@ -50,34 +74,49 @@ class Rubric:
         self.parts = tuple(parts)
 
     @classmethod
-    def from_config(cls, weights: Mapping[str, float], extra: Sequence[str] = (), *, timeout_s: float = 30.0) -> Rubric:
+    def from_config(
+        cls,
+        weights: Mapping[str, float],
+        extra: Sequence[str] = (),
+        *,
+        timeout_s: float = 30.0,
+        likelihood: Likelihood | None = None,
+        tokenize: Tokenize | None = None,
+    ) -> Rubric:
         """Build a rubric.
 
         Args:
-            weights: weight of each reward in `REWARDS`, and of each function in `extra` that shall not have weight 1; a
+            weights: weight of each reward in `NAMES`, and of each function in `extra` that shall not have weight 1; a
                 reward of weight 0 is only recorded.
             extra: the user's own functions as "module:function", each named after the function.
             timeout_s: seconds that one call of a user's function may take.
+            likelihood: answers the rewards that ask the policy; None where no learner is there to be asked.
+            tokenize: makes the tokens that `likelihood` is asked about.
 
         Raises:
-            ValueError: for a reward that does not exist or cannot be loaded.
+            ValueError: for a reward that does not exist, cannot be loaded, or asks for a likelihood where there is none.
         """
         own = {path.rpartition(":")[2]: path for path in extra}
         for name in weights:
-            if name not in REWARDS and name not in own:
+            if name not in NAMES and name not in own:
                 raise ValueError(
-                    f"reward.weights names {name!r}, which does not exist: choose from {', '.join(sorted(REWARDS))}, "
+                    f"reward.weights names {name!r}, which does not exist: choose from {', '.join(NAMES)}, "
                     "or give your own function by reward.extra=[module:function]"
                 )
-        clash = sorted(set(own) & set(REWARDS))
+        clash = sorted(set(own) & set(NAMES))
         if clash or len(own) < len(extra):
             raise ValueError(
                 f"reward.extra={list(extra)}: rewards go by the name of their function, and {clash or 'two of these'} "
                 "cannot be told apart: rename the function"
             )
-        parts = [WeightedReward(name, REWARDS[name], weight) for name, weight in weights.items() if name in REWARDS]
+        parts = [
+            WeightedReward(name, _built_in(name, likelihood, tokenize), weight)
+            for name, weight in weights.items()
+            if name in NAMES
+        ]
         for name, path in own.items():
-            parts.append(WeightedReward(name, guarded(path, load_reward(path), timeout_s), weights.get(name, 1.0)))
+            reward = per_completion(guarded(path, load_reward(path), timeout_s))
+            parts.append(WeightedReward(name, reward, weights.get(name, 1.0)))
         return cls(parts)
 
     def score(self, group: RolloutGroup) -> ScoredGroup:
@@ -86,12 +125,19 @@ class Rubric:
         Raises:
             RewardError: when a user's function raises, hangs, or returns something other than a finite number.
         """
-        example = group.prompt.example
-        parts = {
-            part.name: np.array(
-                [part.reward(example, completion) for completion in group.completions], dtype=np.float32
-            )
-            for part in self.parts
-        }
+        parts = {part.name: part.reward(group) for part in self.parts}
         total = sum(part.weight * parts[part.name] for part in self.parts)
         return ScoredGroup(group, np.asarray(total, dtype=np.float32), parts)
+
+
+def _built_in(name: str, likelihood: Likelihood | None, tokenize: Tokenize | None) -> GroupReward:
+    if name in REWARDS:
+        return per_completion(REWARDS[name])
+    if name in GROUP_REWARDS:
+        return GROUP_REWARDS[name]
+    if likelihood is None or tokenize is None:
+        raise ValueError(
+            f"reward.weights names {name!r}, which asks the learner how likely answers are, and there is none with "
+            "debug.learn=false: choose rewards without it, for example reward=format_choice, or set debug.learn=true"
+        )
+    return LIKELIHOOD_REWARDS[name](likelihood, tokenize)

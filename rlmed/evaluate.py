@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from rewards.argument import argued_option
 from rlmed.commandline import run_command, to_yaml
 from rlmed.core.config import RunConfig
 from rlmed.core.files import replace_text
@@ -71,6 +72,7 @@ def main(config: RunConfig, folder: Path) -> None:
                     token_budget=config.learner.token_budget,
                 ),
                 model=config.model.path,
+                argued=argued_option,
                 on_progress=progress.stage,
             )
     before, comparison = None, None

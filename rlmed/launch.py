@@ -47,7 +47,14 @@ class Run:
         loss_config(config.algo)  # an impossible loss is an error before anything is loaded
         self.checkpoint = starting_point(folder, resume=config.resume is not None)
         self.progress = Progress()
-        self.rubric = Rubric.from_config(config.reward.weights, config.reward.extra, timeout_s=config.reward.timeout_s)
+        self.rubric = Rubric.from_config(
+            config.reward.weights,
+            config.reward.extra,
+            timeout_s=config.reward.timeout_s,
+            # learner and renderer come later: a reward that cannot be is an error before anything is loaded
+            likelihood=(lambda questions: self.cluster.learner.logprobs(questions)) if config.debug.learn else None,
+            tokenize=lambda text: self.renderer.continuation_ids(text),
+        )
         self.renderer = make_renderer(config)
         self.data: Dataset = load_data(config.data, self.renderer, training=True)
         self.tracer = Tracer(folder / "timeline.jsonl")

@@ -45,7 +45,7 @@ def letter_probabilities(
 
 def _question(prompt: Prompt, text: str, renderer: PromptRenderer) -> Question:
     letters = LETTERS[: len(prompt.example.options)]
-    shared, endings = renderer.continuation_ids([f"{text}{letter}{ANSWER_CLOSING}" for letter in letters])
+    shared, endings = renderer.parting_ids([f"{text}{letter}{ANSWER_CLOSING}" for letter in letters])
     return dataclasses.replace(prompt, token_ids=np.concatenate([prompt.token_ids, shared])), endings
 
 

@@ -175,19 +175,27 @@ class PromptRenderer:
         """int64 [T]: a written completion as the model would have sampled it, its end token included."""
         return self._tokenize(text + self.tokenizer.eos_token)
 
-    def continuation_ids(self, texts: Sequence[str]) -> tuple[IntArray, list[IntArray]]:
+    def continuation_ids(self, text: str) -> IntArray:
+        """int64 [T]: the beginning of a completion, without an end token.
+
+        A model can spell out the name of a control token. Here that stays text, as it was for the model: one more image
+        placeholder would have no image.
+        """
+        token_ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)[
+            "input_ids"
+        ]
+        return np.asarray(token_ids, dtype=np.int64)
+
+    def parting_ids(self, texts: Sequence[str]) -> tuple[IntArray, list[IntArray]]:
         """Texts that begin alike, as the tokens that all share and the tokens after these, at least one for each.
 
         Where they part is for the tokens to say, not for the characters: Qwen2's tokenizer may join the last shared
-        character with the first other one. Control tokens spelled in a text stay plain text.
+        character with the first other one.
 
         Raises:
             ValueError: for a text whose tokens are the beginning of another's.
         """
-        token_ids = [
-            self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-            for text in texts
-        ]
+        token_ids = [self.continuation_ids(text).tolist() for text in texts]
         # of several lists the least and the greatest share the fewest tokens
         first, last = min(token_ids), max(token_ids)
         shared = next((i for i, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))

@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray"),
 ]
-SETTINGS = (*SHORT_RUN, "algo.dynamic_sampling=false")
+SETTINGS = (*SHORT_RUN, "algo.dynamic_sampling=false", "reward=reasoning")
 ROUNDING = {"mismatch_kl", "mismatch_ratio"}
 """Differences of log-probabilities that are equal but for rounding."""
 

@@ -6,7 +6,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from rewards.rubric import Rubric, WeightedReward
+from rewards.rubric import Rubric, WeightedReward, per_completion
 from rlmed.core.types import Completion, Example, Prompt, RolloutGroup, RolloutRequest, SamplingParams
 
 EXAMPLE = Example(id="q1", image=None, question="Which?", options=("head", "chest", "abdomen", "knee"), answer=1)
@@ -70,7 +70,13 @@ def test_an_own_function_weighs_one_or_what_its_name_says(group, own, weights, e
 def test_a_part_sees_example_and_completion_in_order(group):
     seen = []
     rubric = Rubric(
-        [WeightedReward("spy", lambda example, completion: seen.append((example.id, completion.text)) or 0.0, 1.0)]
+        [
+            WeightedReward(
+                "spy",
+                per_completion(lambda example, completion: seen.append((example.id, completion.text)) or 0.0),
+                1.0,
+            )
+        ]
     )
     rubric.score(group)
     assert seen == [("q1", text) for text in TEXTS]
@@ -79,9 +85,14 @@ def test_a_part_sees_example_and_completion_in_order(group):
 @pytest.mark.parametrize(
     ("weights", "extra", "reason"),
     [
-        ({"accuracy": 1.0}, [], r"names 'accuracy', which does not exist: choose from choice, format"),
+        (
+            {"accuracy": 1.0},
+            [],
+            r"names 'accuracy', which does not exist: choose from agreement, answer_format, brevity, choice, format",
+        ),
         ({"format": float("nan")}, [], "weight of reward 'format' is nan"),
         ({"format": float("inf")}, [], "weight of reward 'format' is inf"),
+        ({"likelihood_gain": 0.0}, [], "'likelihood_gain', which asks the learner .* debug.learn=false: choose"),
         ({}, [], "got: none"),
         ({"format": 1.0}, ["own_rewards:format"], r"\['format'\] cannot be told apart"),
         ({}, ["own_rewards:length", "other:length"], "two of these cannot be told apart"),
@@ -94,6 +105,6 @@ def test_impossible_settings_are_errors(own, weights, extra, reason):
 
 
 def test_parts_of_the_same_name_are_an_error():
-    part = WeightedReward("x", lambda example, completion: 0.0, 1.0)
+    part = WeightedReward("x", per_completion(lambda example, completion: 0.0), 1.0)
     with pytest.raises(ValueError, match="different names, got: x, x"):
         Rubric([part, part])

@@ -1,0 +1,134 @@
+"""Which option a reasoning argues for, by a rule on its text: no model is asked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from rlmed.core.types import LETTERS
+
+_LETTER = re.compile(
+    r"(?<!\w)(?:"
+    r"(?i:option|choice)[ \n]\(?([A-Ja-j])(?!\w)\)?"  # option B, Choice (b)
+    r"|(?i:answer)(?:[ \n](?i:is|must be|would be|should be))?:?[ \n]\(?([A-J])(?!\w)\)?"  # the answer is B
+    r"|\(([A-Ja-j])\)"  # (B)
+    r"|([A-J])\)"  # B)
+    r")"
+)
+"""A letter that is marked as one. "A" and "I" are words too, so a capital alone is no mention."""
+_SCOPE = 80
+"""Characters on either side of a mention in which a negation is looked for."""
+_CLAUSE_END = re.compile(r"[.,;:!?\n]|\b(?:but|so|therefore|because|since)\b", re.IGNORECASE)
+_NEGATED_BEFORE = re.compile(
+    r"\b(?:not?|cannot|never|neither|nor|without|excludes?|excluding|except|unlike|rather than|instead of"
+    r"|rul(?:es?|ed|ing) out)\b|n['’]t\b",
+    re.IGNORECASE,
+)
+_NEGATED_AFTER = re.compile(
+    r" (?:(?:is|are|was|were|does|do|did|could|would|should|has|have)n['’]t\b|can(?:['’]t|not)\b"
+    r"|(?:is|are|was|were|does|do|did|can|could|would|should|may|must|has|have|be|seems?|appears?|looks?)"
+    r"(?: \w+)? (?:not|never|wrong|incorrect|excluded|unlikely|impossible|absent|ruled out)\b)",
+    re.IGNORECASE,
+)
+_SAME = re.compile(r"[\s:.,()*\"'=–-]{0,8}")
+"""What may stand between a letter and the text of its option."""
+_LISTED = re.compile(r"\s?,?\s?((?:or|nor)\s)?(?:(?:the|an?)\s)?", re.IGNORECASE)
+"""What stands between the options of a list."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Mention:
+    """An option's text or letter, or both side by side, from character `start` up to `stop`."""
+
+    option: int
+    start: int
+    stop: int
+
+
+def argued_option(reasoning: str, options: Sequence[str]) -> int | None:
+    """The option that a reasoning argues for: the last one that it mentions affirmatively.
+
+    A mention is an option's text as whole words in any case (of overlapping texts the longest), or its letter marked as
+    one: `B)`, `(B)`, `option B`, `the answer is B`. One-letter texts count by their letter only. These don't count:
+
+    - a negated mention: a negation before it in the same clause ("not the liver", "rather than the liver", "rules out
+      the liver"), or a verb and a negation after it ("the liver is unlikely", "B) liver can't be seen");
+    - two or more options joined by "or" or "nor": who names alternatives has not decided.
+
+    A rule on the text only: double negations, pronouns and irony are beyond it. Time is linear in the length of the text.
+
+    Args:
+        reasoning: what stands in the think tags.
+        options: 2 to 10 texts, in the order of their letters.
+
+    Returns:
+        Index into `options`; None when nothing is argued for.
+
+    Example:
+        >>> argued_option("Not the liver, since it lies left: option B.", ("liver", "spleen"))
+        1
+    """
+    text = "\n".join(" ".join(line.split()) for line in reasoning.splitlines())
+    mentions = _merged(text, sorted(_find(text, options), key=lambda mention: mention.start))
+    argued = None
+    for chain in _lists(text, mentions):
+        for mention in chain:
+            if not _negated(text, mention):
+                argued = mention.option
+    return argued
+
+
+def _find(text: str, options: Sequence[str]) -> Iterator[_Mention]:
+    """Every mention in the normalized text."""
+    places = {" ".join(option.split()): place for place, option in enumerate(options)}
+    longest_first = sorted((name for name in places if not re.fullmatch(r"[A-Za-z]?", name)), key=len, reverse=True)
+    if longest_first:
+        # the group's number is the option's place: in any case, some letters match others than their own lower case
+        names = "|".join(f"({re.escape(name)})".replace(r"\ ", "[ \n]") for name in longest_first)
+        for found in re.finditer(rf"(?<!\w)(?:{names})(?!\w)", text, re.IGNORECASE):
+            assert found.lastindex is not None
+            yield _Mention(places[longest_first[found.lastindex - 1]], found.start(), found.end())
+    for found in _LETTER.finditer(text):
+        place = LETTERS.index(found[found.lastindex or 0].upper())
+        if place < len(options):
+            yield _Mention(place, found.start(), found.end())
+
+
+def _merged(text: str, mentions: Sequence[_Mention]) -> list[_Mention]:
+    """Mentions of one option side by side, such as "B) liver" or "liver (B)", become one."""
+    merged: list[_Mention] = []
+    for mention in mentions:
+        last = merged[-1] if merged else None
+        if last and last.option == mention.option and _SAME.fullmatch(text, last.stop, max(last.stop, mention.start)):
+            merged[-1] = _Mention(last.option, last.start, max(last.stop, mention.stop))
+        else:
+            merged.append(mention)
+    return merged
+
+
+def _lists(text: str, mentions: Sequence[_Mention]) -> Iterator[list[_Mention]]:
+    """Mentions that follow one another as in a list; lists joined by "or" are left out."""
+    chain: list[_Mention] = []
+    alternatives = False
+    for mention in mentions:
+        gap = _LISTED.fullmatch(text, chain[-1].stop, max(chain[-1].stop, mention.start)) if chain else None
+        if chain and gap is None:
+            if not alternatives or _one_option(chain):
+                yield chain
+            chain, alternatives = [], False
+        alternatives = alternatives or bool(gap and gap[1])
+        chain.append(mention)
+    if not alternatives or _one_option(chain):
+        yield chain
+
+
+def _one_option(chain: Sequence[_Mention]) -> bool:
+    """True where "or" joins an option with itself only."""
+    return len({mention.option for mention in chain}) == 1
+
+
+def _negated(text: str, mention: _Mention) -> bool:
+    before = _CLAUSE_END.split(text[max(0, mention.start - _SCOPE) : mention.start])[-1]
+    after = _NEGATED_AFTER.match(text[mention.stop : mention.stop + _SCOPE])
+    return _NEGATED_BEFORE.search(before) is not None or after is not None
