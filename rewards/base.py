@@ -15,5 +15,5 @@ GroupReward = Callable[[RolloutGroup], FloatArray]
 Likelihood = Callable[[Sequence[tuple[Prompt, Sequence[IntArray]]]], list[list[FloatArray]]]
 """How likely the policy finds written completions, see `rlmed.core.protocols.Learner.logprobs`."""
 
-Tokenize = Callable[[str], IntArray]
-"""int64 [T] of a text that the policy could have written, without an end token; no text becomes a control token."""
+PartingIds = Callable[[Sequence[str]], tuple[IntArray, list[IntArray]]]
+"""Texts as the tokens that all begin with and those that follow, see `rlmed.data.prompts.PromptRenderer.parting_ids`."""

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from rewards.base import GroupReward, Likelihood, Tokenize
+from rewards.base import GroupReward, Likelihood, PartingIds
 from rewards.parsing import reasoning_text
-from rlmed.core.types import LETTERS, FloatArray, IntArray, Prompt, RolloutGroup
+from rlmed.core.types import LETTERS, FloatArray, Prompt, RolloutGroup
 
 
-def likelihood_gain(likelihood: Likelihood, tokenize: Tokenize) -> GroupReward:
+def likelihood_gain(likelihood: Likelihood, parting_ids: PartingIds) -> GroupReward:
     """How much likelier the reasoning makes the right option; float32 [G] in [-1, 1].
 
     With l(o | r) the log-likelihood that the policy gives the letter of option o after
@@ -40,7 +40,7 @@ def likelihood_gain(likelihood: Likelihood, tokenize: Tokenize) -> GroupReward:
         different = list(dict.fromkeys(["", *(entry for entry in reasonings if entry is not None)]))
         if len(different) == 1:
             return np.zeros(len(reasonings), dtype=np.float32)
-        chances = option_logprobs(group.prompt, different, likelihood, tokenize)[:, example.answer]
+        chances = option_logprobs(group.prompt, different, likelihood, parting_ids)[:, example.answer]
         gains = np.clip((chances - chances[0]) / math.log(len(example.options)), -1.0, 1.0)
         gain_of = dict(zip(different, gains.tolist(), strict=True))
         return np.array([0.0 if entry is None else gain_of[entry] for entry in reasonings], dtype=np.float32)
@@ -49,32 +49,23 @@ def likelihood_gain(likelihood: Likelihood, tokenize: Tokenize) -> GroupReward:
 
 
 def option_logprobs(
-    prompt: Prompt, reasonings: Sequence[str], likelihood: Likelihood, tokenize: Tokenize
+    prompt: Prompt, reasonings: Sequence[str], likelihood: Likelihood, parting_ids: PartingIds
 ) -> npt.NDArray[np.float64]:
     """float64 [reasonings, options]: log p(option | prompt, reasoning), normalized over the options.
 
-    Tokenizers merge across characters (for Qwen2 ">B" is one piece), so the texts of all letters are tokenized whole, and
-    what counts is the tokens after those that all of them begin with.
+    What counts of a text are the tokens after those that the texts of all letters begin with.
     """
     letters = LETTERS[: len(prompt.example.options)]
-    texts = [[tokenize(answered(reasoning, letter)) for letter in letters] for reasoning in reasonings]
-    (scored,) = likelihood([(prompt, [token_ids for row in texts for token_ids in row])])
-    totals = np.empty((len(texts), len(letters)))
-    for i, row in enumerate(texts):
-        start = shared_length(row)
-        for j in range(len(letters)):
-            totals[i, j] = scored[i * len(letters) + j][start:].sum(dtype=np.float64)
-    logprobs: npt.NDArray[np.float64] = totals - np.logaddexp.reduce(totals, axis=1, keepdims=True)
+    parted = [parting_ids([answered(reasoning, letter) for letter in letters]) for reasoning in reasonings]
+    texts = [np.concatenate([shared, ending]) for shared, endings in parted for ending in endings]
+    counted = [len(ending) for _, endings in parted for ending in endings]
+    (scored,) = likelihood([(prompt, texts)])
+    totals = [entry[-count:].sum(dtype=np.float64) for entry, count in zip(scored, counted, strict=True)]
+    table = np.array(totals).reshape(len(reasonings), len(letters))
+    logprobs: npt.NDArray[np.float64] = table - np.logaddexp.reduce(table, axis=1, keepdims=True)
     return logprobs
 
 
 def answered(reasoning: str, letter: str) -> str:
     """A completion up to its letter."""
     return f"<think>{reasoning}</think>\n<answer>{letter}"
-
-
-def shared_length(texts: Sequence[IntArray]) -> int:
-    """Number of tokens that all texts begin with."""
-    length = min(map(len, texts))
-    same = np.stack([token_ids[:length] for token_ids in texts]) == texts[0][:length]
-    return int(np.append(same.all(axis=0), False).argmin())

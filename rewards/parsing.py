@@ -10,7 +10,8 @@ import re
 
 from rlmed.core.types import LETTERS
 
-_OPENING, _CLOSING = "<think>", "</answer>"
+ANSWER_OPENING, ANSWER_CLOSING = "<answer>", "</answer>"
+_OPENING = "<think>"
 _MIDDLE = re.compile(r"</think>\s*<answer>")
 _WORD = re.compile(r"\w+")
 _EVALUATED = re.compile(r"<answer>\s*([A-Z])\s*</answer>")
@@ -23,7 +24,7 @@ def has_format(text: str) -> bool:
     newlines (MedVLM-R1, arXiv 2502.19634): since `.*?` takes anything and none of the tags can overlap, the two ends and
     one middle decide.
     """
-    if not (text.startswith(_OPENING) and text.endswith(_CLOSING)):
+    if not (text.startswith(_OPENING) and text.endswith(ANSWER_CLOSING)):
         return False
     return _MIDDLE.search(text) is not None
 
@@ -31,10 +32,8 @@ def has_format(text: str) -> bool:
 def has_answer_format(text: str) -> bool:
     """True when the whole text is one answer in answer tags, white space around it aside."""
     text = text.strip()
-    inside = text[len("<answer>") : -len(_CLOSING)]
-    return (
-        text.startswith("<answer>") and text.endswith(_CLOSING) and "<answer>" not in inside and _CLOSING not in inside
-    )
+    ends = text.startswith(ANSWER_OPENING) and text.endswith(ANSWER_CLOSING)
+    return ends and text.count(ANSWER_OPENING) == text.count(ANSWER_CLOSING) == 1
 
 
 def reasoning_text(text: str) -> str | None:
@@ -53,8 +52,8 @@ def words(text: str) -> list[str]:
 
 def answer_text(text: str) -> str | None:
     """What stands inside the first pair of answer tags, stripped; None without such a pair."""
-    _, opening, rest = text.partition("<answer>")
-    answer, closing, _ = rest.partition(_CLOSING)
+    _, opening, rest = text.partition(ANSWER_OPENING)
+    answer, closing, _ = rest.partition(ANSWER_CLOSING)
     return answer.strip() if opening and closing else None
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from rewards.agreement import agreement_reward
 from rewards.answer_format import answer_format_reward
-from rewards.base import GroupReward, Likelihood, Reward, Tokenize
+from rewards.base import GroupReward, Likelihood, PartingIds, Reward
 from rewards.brevity import brevity_reward
 from rewards.choice import choice_reward
 from rewards.extra import guarded, load_reward
@@ -31,7 +31,7 @@ REWARDS: dict[str, Reward] = {
 """Rewards of one completion, by the name that `reward.weights` uses."""
 GROUP_REWARDS: dict[str, GroupReward] = {"self_consistency": self_consistency_reward}
 """Rewards that look at a whole group."""
-LIKELIHOOD_REWARDS: dict[str, Callable[[Likelihood, Tokenize], GroupReward]] = {"likelihood_gain": likelihood_gain}
+LIKELIHOOD_REWARDS: dict[str, Callable[[Likelihood, PartingIds], GroupReward]] = {"likelihood_gain": likelihood_gain}
 """Rewards of a group that ask the policy for likelihoods."""
 NAMES = tuple(sorted([*REWARDS, *GROUP_REWARDS, *LIKELIHOOD_REWARDS]))
 """What `reward.weights` may name without `reward.extra`."""
@@ -81,7 +81,7 @@ class Rubric:
         *,
         timeout_s: float = 30.0,
         likelihood: Likelihood | None = None,
-        tokenize: Tokenize | None = None,
+        parting_ids: PartingIds | None = None,
     ) -> Rubric:
         """Build a rubric.
 
@@ -91,7 +91,7 @@ class Rubric:
             extra: the user's own functions as "module:function", each named after the function.
             timeout_s: seconds that one call of a user's function may take.
             likelihood: answers the rewards that ask the policy; None where no learner is there to be asked.
-            tokenize: makes the tokens that `likelihood` is asked about.
+            parting_ids: makes the tokens that `likelihood` is asked about.
 
         Raises:
             ValueError: for a reward that does not exist, cannot be loaded, or asks for a likelihood where there is none.
@@ -110,7 +110,7 @@ class Rubric:
                 "cannot be told apart: rename the function"
             )
         parts = [
-            WeightedReward(name, _built_in(name, likelihood, tokenize), weight)
+            WeightedReward(name, _built_in(name, likelihood, parting_ids), weight)
             for name, weight in weights.items()
             if name in NAMES
         ]
@@ -130,14 +130,14 @@ class Rubric:
         return ScoredGroup(group, np.asarray(total, dtype=np.float32), parts)
 
 
-def _built_in(name: str, likelihood: Likelihood | None, tokenize: Tokenize | None) -> GroupReward:
+def _built_in(name: str, likelihood: Likelihood | None, parting_ids: PartingIds | None) -> GroupReward:
     if name in REWARDS:
         return per_completion(REWARDS[name])
     if name in GROUP_REWARDS:
         return GROUP_REWARDS[name]
-    if likelihood is None or tokenize is None:
+    if likelihood is None or parting_ids is None:
         raise ValueError(
             f"reward.weights names {name!r}, which asks the learner how likely answers are, and there is none with "
             "debug.learn=false: choose rewards without it, for example reward=format_choice, or set debug.learn=true"
         )
-    return LIKELIHOOD_REWARDS[name](likelihood, tokenize)
+    return LIKELIHOOD_REWARDS[name](likelihood, parting_ids)

@@ -16,11 +16,14 @@ from rich.table import Table
 from rich.text import Text
 
 from rlmed.core.files import refusal, replace_text
-from rlmed.core.statistics import mcnemar, wilson_interval
+from rlmed.core.statistics import BoolArray, mcnemar, wilson_interval
 from rlmed.core.types import Example, FinishReason
 
 Control = Literal["none", "blank", "shuffled"]
 """What was shown: the row's own picture, a grey one, or another row's."""
+
+Answers = Mapping[tuple[str, str], bool]
+"""Right or not by id and question, options included."""
 
 SUMMARY_FILE = "summary.json"
 ROWS_FILE = "rows.jsonl"
@@ -154,6 +157,20 @@ def step_folder(folder: Path, step: int) -> Path:
     return folder / f"step-{step:06d}"
 
 
+def last_evaluation(run_folder: Path) -> Path:
+    """The folder of a run's evaluation after the most steps.
+
+    Raises:
+        ValueError: when it has none.
+    """
+    folders = [path.parent for path in (run_folder / "evaluations").glob(f"step-*/{SUMMARY_FILE}")]
+    if not folders:
+        raise ValueError(
+            f"{run_folder} holds no evaluation: name a run that evaluated, with data.eval and eval.at_end=true"
+        )
+    return max(folders, key=lambda path: int(path.name.removeprefix("step-")))
+
+
 def write_evaluation(folder: Path, summary: EvalSummary, rows: Iterable[EvalRow]) -> Path:
     """Write the folder of a step aside and rename it, so that it is whole or not there; an earlier one goes.
 
@@ -201,16 +218,15 @@ def compare(before: Path, after: Path) -> dict[str, Any]:
     Raises:
         ValueError: when they have no file in common, or a common file has other rows.
     """
-    first, second = _answers(before), _answers(after)
+    first, second = read_answers(before), read_answers(after)
     files: dict[str, dict[str, Any]] = {}
     for name in second:
         if name not in first:
             continue
-        old, new = first[name], second[name]
-        _check_same_rows(name, before, old, new)
-        answers = [np.array([rows[key] for key in new], dtype=bool) for rows in (old, new)]
+        _check_same_rows(name, before, first[name], second[name])
+        answers = pair_answers(first[name], second[name])
         files[name] = {
-            "rows": len(new),
+            "rows": len(answers[0]),
             "right_before": int(answers[0].sum()),
             "right_after": int(answers[1].sum()),
             **dataclasses.asdict(mcnemar(*answers)),
@@ -231,7 +247,7 @@ def check_comparable(before: Path, files: Mapping[str, Sequence[Example]]) -> No
         ValueError: as `compare`.
     """
     EvalSummary.read(before)
-    first = _answers(before)
+    first = read_answers(before)
     if not first.keys() & files.keys():
         raise ValueError(f"{before} (files {', '.join(first)}) shares no file with data.eval ({', '.join(files)})")
     for name in first.keys() & files.keys():
@@ -247,13 +263,20 @@ def _check_same_rows(name: str, before: Path, old: Mapping[Any, bool], new: Mapp
         )
 
 
+def pair_answers(before: Answers, after: Answers) -> tuple[BoolArray, BoolArray]:
+    """bool [N] each, of the same rows in the same order; both must have the same rows."""
+    assert before.keys() == after.keys()
+    old, new = (np.array([rows[key] for key in after], dtype=bool) for rows in (before, after))
+    return old, new
+
+
 def _key(row: EvalRow | Example) -> tuple[str, str]:
     """Id and question: an id that stands for another question must not be paired."""
     return row.id, json.dumps([row.question, sorted(row.options)])
 
 
-def _answers(folder: Path) -> dict[str, dict[tuple[str, str], bool]]:
-    """Right or not by file, then by `_key`."""
+def read_answers(folder: Path) -> Mapping[str, Answers]:
+    """Right or not by file, of the rows with their own picture in the evaluation of one step."""
     answers: dict[str, dict[tuple[str, str], bool]] = {}
     for row in read_rows(folder):
         if row.control == "none":
@@ -295,7 +318,7 @@ def summary_table(before: EvalSummary | None, after: EvalSummary, comparison: Ma
         table.add_row(
             f"{file.name}\n{file.rows} rows",
             _change([_percent(one.accuracy.value) + "\n" + _interval(one.accuracy) for one in (old, file) if one]),
-            _p_value(tests[file.name]["p_value"]) if file.name in tests else "–",
+            p_value_text(tests[file.name]["p_value"]) if file.name in tests else "–",
             _change([_percent(one.format_rate) for one in (old, file) if one]),
             *(
                 "–" if one is None else _percent(one.value) + "\n" + _interval(one)
@@ -326,5 +349,6 @@ def _interval(accuracy: Accuracy) -> str:
     return f"{100 * accuracy.low:.0f}–{100 * accuracy.high:.0f}"
 
 
-def _p_value(p_value: float) -> str:
+def p_value_text(p_value: float) -> str:
+    """To three digits."""
     return "<0.001" if p_value < 0.001 else f"{p_value:.3f}"

@@ -53,7 +53,7 @@ class Run:
             timeout_s=config.reward.timeout_s,
             # learner and renderer come later: a reward that cannot be is an error before anything is loaded
             likelihood=(lambda questions: self.cluster.learner.logprobs(questions)) if config.debug.learn else None,
-            tokenize=lambda text: self.renderer.continuation_ids(text),
+            parting_ids=lambda texts: self.renderer.parting_ids(texts),
         )
         self.renderer = make_renderer(config)
         self.data: Dataset = load_data(config.data, self.renderer, training=True)

@@ -9,12 +9,12 @@ from itertools import islice
 import numpy as np
 
 from learner.likelihood import Question, completion_logprobs
+from rewards.parsing import ANSWER_CLOSING
 from rlmed.core.calibration import Float64Array
 from rlmed.core.types import LETTERS, Prompt
 from rlmed.data.prompts import PromptRenderer
 from rlmed.models.policy import Policy
 
-ANSWER_OPENING, ANSWER_CLOSING = "<answer>", "</answer>"
 AT_A_TIME = 64
 """Questions rendered and scored together: it bounds the memory of their pictures."""
 

@@ -32,6 +32,8 @@ from rlmed.evaluation_results import (
     EvalRow,
     EvalSummary,
     FileSummary,
+    last_evaluation,
+    p_value_text,
     read_rows,
 )
 from rlmed.progress import duration
@@ -75,16 +77,9 @@ class _Evaluations:
             first_rows=rows[0] if len(rows) > 1 else (),
             last_rows=rows[-1] if rows else (),
             comparison=_read_json(folders[-1] / COMPARISON_FILE) if len(folders) == 1 else None,
-            sft=None if sft is None else EvalSummary.read(_last_evaluation(sft)),
+            sft=None if sft is None else EvalSummary.read(last_evaluation(sft)),
             trust=TrustSummary.read(trusts[-1]) if trusts else None,
         )
-
-
-def _last_evaluation(run_folder: Path) -> Path:
-    folders = sorted(path.parent for path in (run_folder / "evaluations").glob(f"step-*/{SUMMARY_FILE}"))
-    if not folders:
-        raise ValueError(f"{run_folder} holds no evaluation: name the folder of a run of rlmed.sft that evaluated")
-    return folders[-1]
 
 
 def write_report(run_folder: Path, *, sft: Path | None = None) -> Path:
@@ -100,6 +95,13 @@ def write_report(run_folder: Path, *, sft: Path | None = None) -> Path:
     """
     if not any((run_folder / name).exists() for name in (CONFIG_FILE, METRICS_FILE, "evaluations")):
         raise ValueError(f"{run_folder} is no run folder: it holds no config.yaml, {METRICS_FILE} or evaluations")
+    environment = page_environment()
+    page = environment.get_template(TEMPLATE).render(_context(run_folder, environment, sft))
+    return replace_text(run_folder / REPORT_FILE, page)
+
+
+def page_environment() -> Environment:
+    """The templates of `rlmed/assets`, with the filters that write figures."""
     environment = Environment(
         loader=PackageLoader("rlmed", "assets"),
         autoescape=True,  # completions are written by a model: nothing of them may become markup
@@ -111,11 +113,10 @@ def write_report(run_folder: Path, *, sft: Path | None = None) -> Path:
         "percent": _percent,
         "duration": duration,
         "seconds": _seconds,
-        "p_value": _p_value,
+        "p_value": p_value_text,
         "number": _number,
     }
-    page = environment.get_template(TEMPLATE).render(_context(run_folder, environment, sft))
-    return replace_text(run_folder / REPORT_FILE, page)
+    return environment
 
 
 def _context(folder: Path, environment: Environment, sft: Path | None) -> dict[str, Any]:
@@ -304,10 +305,6 @@ def _seconds(seconds: float) -> str:
     if seconds < 1:
         return f"{1000 * seconds:.0f} ms"
     return f"{seconds:.1f} s" if seconds < 60 else duration(seconds)
-
-
-def _p_value(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _number(value: float | None, digits: int = 2) -> str:

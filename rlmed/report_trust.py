@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
 
 from rlmed.core.calibration import Estimate
 from rlmed.evaluation_results import Accuracy
@@ -20,7 +22,6 @@ def show_trust(summary: TrustSummary) -> dict[str, Any]:
         "domains": summary.domains,
         "ks": sorted({entry.k for file in summary.files for entry in file.sampling.passes}),
         "samples": summary.files[0].sampling.samples,
-        "agreement": any(file.agreement for file in summary.files),
         "orders": len(summary.files[0].order.orders),
         "plots": [plot for file in summary.files for plot in _plots(file)],
     }
@@ -60,9 +61,7 @@ def _draw_reliability(found: Calibration) -> Any:
         axes.plot([0, 1], [0, 1], color=TEXT, lw=0.8, ls=":")
         shares = [Accuracy.of(entry.right, entry.count) for entry in found.bins]
         x = [entry.confidence for entry in found.bins]
-        axes.errorbar(
-            x, [one.value for one in shares], _reach(shares), color=SERIES[0], marker="o", markersize=3.5, lw=1.2, elinewidth=1
-        )  # fmt: skip
+        _points(axes, x, shares, marker="o", markersize=3.5, lw=1.2, elinewidth=1)
         for place, entry in zip(x, found.bins, strict=True):
             axes.annotate(f"{entry.count}", (place, 1.09), ha="center", va="center", fontsize=7, annotation_clip=False)
         axes.set_xlim(0, 1.03)
@@ -80,9 +79,7 @@ def _draw_sampling(found: Sampling) -> Any:
         shares = [entry.share for entry in found.passes]
         axes.axhspan(found.vote.low, found.vote.high, color=FAINT, alpha=0.4, lw=0)
         axes.axhline(found.vote.value, color=TEXT, lw=1, ls=":")
-        axes.errorbar(
-            x, [one.value for one in shares], _reach(shares), color=SERIES[0], marker="o", markersize=3.5, lw=1.6, elinewidth=1
-        )  # fmt: skip
+        _points(axes, x, shares, marker="o", markersize=3.5, lw=1.6, elinewidth=1)
         axes.set_xticks(x, [str(entry.k) for entry in found.passes])
         axes.set_ylim(-0.02, 1.04)
         return to_svg(figure)
@@ -94,14 +91,13 @@ def _draw_letters(found: OrderSensitivity) -> Any:
         x = np.arange(len(found.letters))
         shares = [entry.chosen for entry in found.letters]
         axes.bar(x, [entry.right for entry in found.letters], width=0.62, color=FAINT, lw=0)
-        axes.errorbar(
-            x, [one.value for one in shares], _reach(shares), color=SERIES[1], fmt="o", markersize=4, elinewidth=1.4
-        )
+        _points(axes, x, shares, color=SERIES[1], fmt="o", markersize=4, elinewidth=1.4)
         axes.set_xticks(x, [entry.letter for entry in found.letters])
         axes.set_ylim(0, max(0.5, *(one.high for one in shares)) * 1.05)
         return to_svg(figure)
 
 
-def _reach(figures: list[Accuracy] | list[Estimate]) -> np.ndarray:
-    """float64 [2, N]: how far the intervals reach below and above; a bootstrap's may lie to one side of its value."""
-    return np.array([[max(0, one.value - one.low), max(0, one.high - one.value)] for one in figures]).T
+def _points(axes: Axes, x: Any, figures: Sequence[Accuracy] | Sequence[Estimate], **style: Any) -> None:
+    """Figures with their intervals; a bootstrap's may lie to one side of its value."""
+    reach = [[max(0, one.value - one.low), max(0, one.high - one.value)] for one in figures]
+    axes.errorbar(x, [one.value for one in figures], np.array(reach).T, **{"color": SERIES[0], **style})

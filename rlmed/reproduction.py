@@ -5,19 +5,26 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich import box
 from rich.table import Table
 
 from rlmed.core.files import replace_text
 from rlmed.core.statistics import mcnemar, wilson_interval
-from rlmed.evaluation_results import SUMMARY_FILE, EvalSummary, FileSummary, read_rows
+from rlmed.evaluation_results import (
+    Answers,
+    EvalSummary,
+    FileSummary,
+    last_evaluation,
+    p_value_text,
+    pair_answers,
+    read_answers,
+)
+from rlmed.report import page_environment
 
 LABELS = {"base": "base", "sft": "SFT", "rl": "RL"}
 MEAN = "mean"
@@ -132,7 +139,7 @@ class Reproduction:
                     _percent(line.prior),
                     *(line.accuracy[method].text() for method in self.methods),
                     *(_cell(control.get(self.last)) for control in controls),
-                    *(_p_value(line.p_values.get(method)) for method in self.methods[:-1]),
+                    *(p_value_text(line.p_values[method]) for method in self.methods[:-1]),
                 ]
             )
         means = [self.mean(method).text() for method in self.methods]
@@ -194,9 +201,9 @@ def collect(runs: Sequence[tuple[str, int, Path]]) -> Reproduction:
         ValueError: when a run holds no evaluation, or the runs were evaluated on other rows.
     """
     methods = tuple(dict.fromkeys(method for method, _, _ in runs))
-    found = {method: [_last_evaluation(path) for name, _, path in runs if name == method] for method in methods}
+    found = {method: [last_evaluation(path) for name, _, path in runs if name == method] for method in methods}
     summaries = {method: [EvalSummary.read(path) for path in folders] for method, folders in found.items()}
-    answers = {method: [_right(path) for path in folders] for method, folders in found.items()}
+    answers = {method: [read_answers(path) for path in folders] for method, folders in found.items()}
     names = [file.name for file in summaries[methods[0]][0].files]
     seeds = tuple(dict.fromkeys(seed for method, seed, _ in runs if method != "base"))
     return Reproduction(seeds, methods, tuple(_line(name, methods, summaries, answers) for name in names))
@@ -208,15 +215,8 @@ def write_reproduction(root: Path, found: Reproduction) -> list[Path]:
     Raises:
         RecordError: when the disk refuses.
     """
-    environment = Environment(
-        loader=PackageLoader("rlmed", "assets"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     reports = sorted(str(path.relative_to(root)) for path in root.glob("*/report.html"))
-    page = environment.get_template("reproduce.html.j2").render(found=found, bars=_bars(found), reports=reports)
+    page = page_environment().get_template("reproduce.html.j2").render(found=found, bars=_bars(found), reports=reports)
     texts = {
         "md": found.markdown(),
         "tex": found.latex(),
@@ -230,7 +230,7 @@ def _line(
     name: str,
     methods: Sequence[str],
     summaries: dict[str, list[EvalSummary]],
-    answers: dict[str, list[dict[tuple[str, str, str], bool]]],
+    answers: dict[str, list[Mapping[str, Answers]]],
 ) -> Line:
     files = {method: [_file(name, summary) for summary in summaries[method]] for method in methods}
     one = files[methods[-1]][0]
@@ -246,7 +246,7 @@ def _line(
         shuffled=_control(files, "shuffled"),
         p_values={
             method: max(
-                _paired(name, answers[method][place % len(answers[method])], after)
+                _p_of_change(name, answers[method][place % len(answers[method])][name], after[name])
                 for place, after in enumerate(answers[methods[-1]])
             )
             for method in methods[:-1]
@@ -271,24 +271,10 @@ def _file(name: str, summary: EvalSummary) -> FileSummary:
     raise ValueError(f"{summary.model}, step {summary.step}: it was not evaluated on {name}, as the base was")
 
 
-def _last_evaluation(folder: Path) -> Path:
-    folders = [path.parent for path in (folder / "evaluations").glob(f"step-*/{SUMMARY_FILE}")]
-    if not folders:
-        raise ValueError(f"{folder} holds no evaluation: data.eval must name the files to evaluate on")
-    return max(folders, key=lambda path: int(path.name.removeprefix("step-")))
-
-
-def _right(folder: Path) -> dict[tuple[str, str, str], bool]:
-    """Right or not by file, id and question, of the rows with their own picture."""
-    return {(row.file, row.id, row.question): row.right for row in read_rows(folder) if row.control == "none"}
-
-
-def _paired(name: str, before: dict[tuple[str, str, str], bool], after: dict[tuple[str, str, str], bool]) -> float:
-    keys = [key for key in after if key[0] == name]
-    if {key for key in before if key[0] == name} != set(keys):
+def _p_of_change(name: str, before: Answers, after: Answers) -> float:
+    if before.keys() != after.keys():
         raise ValueError(f"the runs were evaluated on different rows of {name}: remove their folders and start again")
-    sides = [np.array([side[key] for key in keys], dtype=bool) for side in (before, after)]
-    return mcnemar(*sides).p_value
+    return mcnemar(*pair_answers(before, after)).p_value
 
 
 def _bars(found: Reproduction) -> list[dict[str, Any]]:
@@ -323,12 +309,6 @@ def _cell(cell: Cell | None) -> str:
 
 def _percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f}"
-
-
-def _p_value(value: float | None) -> str:
-    if value is None:
-        return "–"
-    return "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _escape(text: str) -> str:

@@ -12,14 +12,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rewards.parsing import evaluated_letter
+from rewards.parsing import ANSWER_OPENING, evaluated_letter
 from rlmed.core.protocols import RolloutPool
 from rlmed.core.types import Example, Prompt, RolloutGroup, RolloutRequest, SamplingParams
 from rlmed.data.prompts import PromptRenderer
 from rlmed.data.sampler import shuffle_options
 from rlmed.evaluation import EvalFile, Progress, answer_all
 from rlmed.evaluation_results import EvalRow, read_rows
-from rlmed.letters import ANSWER_OPENING, letter_probabilities
+from rlmed.letters import letter_probabilities
 from rlmed.models.policy import Policy
 from rlmed.trust_figures import (
     Argued,
@@ -66,7 +66,7 @@ def measure_trust(
     train_examples: Sequence[Example],
     settings: TrustSettings,
     model: str,
-    argued: Argued | None = None,
+    argued: Argued,
     on_progress: Progress | None = None,
 ) -> TrustSummary:
     """Ask all questions of an evaluation again, and write `trust.json` and `trust_rows.jsonl` beside its rows.
@@ -80,7 +80,7 @@ def measure_trust(
         train_examples: their modalities are those that the model was trained on; may be empty.
         settings: how to ask.
         model: name or folder of the model, for the record.
-        argued: tells which option a reasoning argues for; None leaves out whether answers agree with it.
+        argued: tells which option a reasoning argues for.
         on_progress: called for each question and part with the part's name, the questions done and the number of all.
     """
     start = time.perf_counter()
@@ -105,7 +105,7 @@ def measure_trust(
     return summary
 
 
-def _file_trust(rows: Sequence[EvalRow], answers: Sequence[TrustAnswer], argued: Argued | None) -> FileTrust:
+def _file_trust(rows: Sequence[EvalRow], answers: Sequence[TrustAnswer], argued: Argued) -> FileTrust:
     reasoned = [(answer.reasoned, answer.answer) for answer in answers if answer.reasoned is not None]
     direct = calibration([answer.direct for answer in answers], [answer.answer for answer in answers])
     assert direct is not None
@@ -117,7 +117,7 @@ def _file_trust(rows: Sequence[EvalRow], answers: Sequence[TrustAnswer], argued:
         sampling=sampling(answers),
         order=order_sensitivity(answers),
         reliance=reliance(rows),
-        agreement=None if argued is None else reasoning_agreement(rows, argued),
+        agreement=reasoning_agreement(rows, argued),
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from rewards.parsing import ANSWER_OPENING
 from rlmed.core.calibration import (
     Estimate,
     brier_score,
@@ -169,7 +170,7 @@ def reasoning_agreement(rows: Sequence[EvalRow], argued: Argued) -> Agreement:
     found = []
     for row in rows:
         if row.control == "none":
-            reasoning = row.completion.partition("<answer>")[0]
+            reasoning = row.completion.partition(ANSWER_OPENING)[0]
             place = argued(reasoning.replace("<think>", "").replace("</think>", "").strip(), row.options)
             found.append((row, None if place is None else LETTERS[place]))
     clear = [(row, letter) for row, letter in found if letter is not None]

@@ -198,8 +198,7 @@ class FileTrust:
     order: OrderSensitivity
     reliance: tuple[Reliance, ...]
     """Of all questions, then by kind."""
-    agreement: Agreement | None
-    """None where nothing tells what a reasoning argues for."""
+    agreement: Agreement
 
 
 @dataclass(frozen=True, slots=True)

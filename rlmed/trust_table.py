@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlmed.core.calibration import Estimate
-from rlmed.evaluation_results import Accuracy
+from rlmed.evaluation_results import Accuracy, p_value_text
 from rlmed.trust_results import FileTrust, Gap, TrustSummary
 
 
@@ -53,7 +53,7 @@ def _figures(file: FileTrust) -> dict[str, str]:
     for label, gap in (("blank", whole.blank), ("shuffled", whole.shuffled)):
         if gap is not None:
             figures[f"lost over {label} pictures"] = _lost(gap)
-    if file.agreement is not None and file.agreement.agrees is not None:
+    if file.agreement.agrees is not None:
         figures["answer as argued"] = _cell(file.agreement.agrees)
     return figures
 
@@ -64,5 +64,4 @@ def _cell(figure: Accuracy | Estimate) -> str:
 
 def _lost(gap: Gap) -> str:
     one = gap.difference
-    p_value = "<0.001" if gap.p_value < 0.001 else f"{gap.p_value:.3f}"
-    return f"{100 * one.value:.1f} ({100 * one.low:.0f} to {100 * one.high:.0f}), p {p_value}"
+    return f"{100 * one.value:.1f} ({100 * one.low:.0f} to {100 * one.high:.0f}), p {p_value_text(gap.p_value)}"

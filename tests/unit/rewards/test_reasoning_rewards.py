@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 
 from rewards.argument import argued_option
 from rewards.brevity import brevity_reward
+from rewards.deadline import call_within
 from rewards.likelihood_gain import likelihood_gain
 from rewards.repetition import repetition_reward
 from rewards.rubric import NAMES, Rubric
@@ -60,10 +60,15 @@ def thought(reasoning: str, answer: str = "B") -> str:
     return f"<think>{reasoning}</think><answer>{answer}</answer>"
 
 
-def tokenize(text: str) -> IntArray:
+def parting_ids(texts: Sequence[str]) -> tuple[IntArray, list[IntArray]]:
     """One token a character, except that ">" and what follows it are one, as for Qwen2."""
-    merged = text.replace(">A", "\ue000").replace(">B", "\ue001").replace(">C", "\ue002").replace(">D", "\ue003")
-    return np.array([ord(character) for character in merged], dtype=np.int64)
+    for place, letter in enumerate("ABCD"):
+        texts = [text.replace(f">{letter}", chr(0xE000 + place)) for text in texts]
+    return token_ids(texts[0][:-1]), [token_ids(text[-1]) for text in texts]
+
+
+def token_ids(text: str) -> IntArray:
+    return np.array([ord(character) for character in text], dtype=np.int64)
 
 
 class Policy:
@@ -97,7 +102,7 @@ class Policy:
 def test_likelihood_gain_is_the_log_ratio_over_the_options(chances, gain):
     policy = Policy(chances)
     group = make_group([thought("a rib", "C"), "a rib", thought(""), thought("a rib"), thought("hm")])
-    rewards = likelihood_gain(policy, tokenize)(group)
+    rewards = likelihood_gain(policy, parting_ids)(group)
     assert rewards.dtype == np.float32
     assert rewards.tolist() == pytest.approx([gain, 0, 0, gain, 0], abs=1e-6)
     ((prompt, texts),) = policy.questions  # one question a group, each reasoning once
@@ -107,7 +112,7 @@ def test_likelihood_gain_is_the_log_ratio_over_the_options(chances, gain):
 
 def test_a_group_without_format_asks_nothing():
     policy = Policy([1.0, 1.0, 1.0, 1.0])
-    assert likelihood_gain(policy, tokenize)(make_group(["x", ""])).tolist() == [0, 0]
+    assert likelihood_gain(policy, parting_ids)(make_group(["x", ""])).tolist() == [0, 0]
     assert policy.questions == []
 
 
@@ -161,7 +166,9 @@ def test_repetition(text, reward):
 
 
 def whole_rubric() -> Rubric:
-    return Rubric.from_config(dict.fromkeys(NAMES, 1.0), likelihood=Policy([0.1, 0.7, 0.1, 0.1]), tokenize=tokenize)
+    return Rubric.from_config(
+        dict.fromkeys(NAMES, 1.0), likelihood=Policy([0.1, 0.7, 0.1, 0.1]), parting_ids=parting_ids
+    )
 
 
 @settings(deadline=None)
@@ -187,7 +194,4 @@ def test_what_is_argued_for_is_an_option_or_none(reasoning, options):
 def test_a_hundred_thousand_characters_are_rewarded_at_once(piece):
     group = make_group([thought(piece * (100_000 // len(piece)))])
     rubric = Rubric.from_config({name: 1.0 for name in NAMES if name != "likelihood_gain"})
-    started = time.process_time()
-    rubric.score(group)
-    # something quadratic would take minutes
-    assert time.process_time() - started < 2.0
+    call_within(60, lambda: rubric.score(group))  # something quadratic would take minutes
