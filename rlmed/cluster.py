@@ -137,12 +137,10 @@ def _start_workers(config: RunConfig, options: Sequence[dict[str, Any]]) -> Work
     from rollout.actor import RayWorker
 
     cluster = config.cluster
-    worker_config = _for_process(config, cluster.rollout_workers)
-    build = functools.partial(build_engine, worker_config)
+    build = functools.partial(build_engine, _for_process(config, cluster.rollout_workers))
 
     def start(number: int) -> Worker:
-        placed = _with_threads(options[number], worker_config)
-        return RayWorker(f"rollout worker {number}", build, on_push=config.rollout.on_push, options=placed)
+        return RayWorker(f"rollout worker {number}", build, on_push=config.rollout.on_push, options=options[number])
 
     settings = PoolSettings(
         # beside what its engine samples at a time, a worker has as much waiting, so that no row stays empty
@@ -168,17 +166,8 @@ def _start_learner(
         on_bad_step=on_bad_step,
         step_s=config.cluster.learner_timeout_s,
         device="cuda" if on_gpus(config) else "cpu",
-        options=[_with_threads(entry, rank_config) for entry in options],
+        options=options,
     )
-
-
-def _with_threads(options: dict[str, Any], config: RunConfig) -> dict[str, Any]:
-    """An actor's options with its number of threads in its environment from the start.
-
-    Without it Ray sets OMP_NUM_THREADS=1, which OpenMP keeps for every thread that torch was not told of later: vLLM's CPU
-    build then stops at its own check that both numbers agree.
-    """
-    return {**options, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(config.cluster.threads)}}}
 
 
 def _for_process(config: RunConfig, processes: int) -> RunConfig:

@@ -61,7 +61,7 @@ def _draw_reliability(found: Calibration) -> Any:
         axes.plot([0, 1], [0, 1], color=TEXT, lw=0.8, ls=":")
         shares = [Accuracy.of(entry.right, entry.count) for entry in found.bins]
         x = [entry.confidence for entry in found.bins]
-        _points(axes, x, shares, marker="o", markersize=3.5, lw=1.2, elinewidth=1)
+        _points(axes, x, shares, fmt="o", markersize=3.5, elinewidth=1)
         for place, entry in zip(x, found.bins, strict=True):
             axes.annotate(f"{entry.count}", (place, 1.09), ha="center", va="center", fontsize=7, annotation_clip=False)
         axes.set_xlim(0, 1.03)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 
@@ -108,6 +109,9 @@ class VllmEngine:
         assert not self._update.active, "step() was called between begin_update() and finish_update()"
         if self._update.damaged:
             raise WeightError("the last push ended early and has left a mixture of weights: push all of them again")
+        # torch tells OpenMP its number of threads when a thread first asks for it, and vLLM's CPU build plans by OpenMP's: in
+        # a Ray actor that is 1 until then, and vLLM's attention stops where plan and run differ
+        torch.get_num_threads()
         rows = self._core.get_num_unfinished_requests()
         for request in self._scheduler.admit(self.settings.max_completions - rows):
             self._start_group(request)
