@@ -9,7 +9,8 @@ import typing
 from collections.abc import Collection, Mapping
 from typing import Any, TypeVar, Union, get_args, get_origin
 
-from rlmed.core.config import ConfigError, RunConfig
+from rlmed.core.config import RunConfig
+from rlmed.core.config_checks import ConfigError
 
 T = TypeVar("T")
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rlmed.core.config import ConfigError, RunConfig
+from rlmed.core.config import RunConfig
+from rlmed.core.config_checks import ConfigError
 from rlmed.launch import Run
 
 Config = Callable[..., RunConfig]

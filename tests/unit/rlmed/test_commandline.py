@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from rlmed.commandline import check_same_run, check_writable, compose_config, expand, newest_run, to_yaml
-from rlmed.core.config import ConfigError, RunConfig
+from rlmed.core.config import RunConfig
+from rlmed.core.config_checks import ConfigError
 from rlmed.core.files import RecordError
 
 

@@ -11,8 +11,9 @@ from hydra.errors import ConfigCompositionException
 
 from learner.learner import loss_config
 from rlmed.commandline import compose_config
-from rlmed.core.config import ConfigError, RunConfig
+from rlmed.core.config import RunConfig
 from rlmed.core.config_building import build_config
+from rlmed.core.config_checks import ConfigError
 from rlmed.data.prompts import PAPER_TEMPLATE
 
 CONF = resources.files("conf")

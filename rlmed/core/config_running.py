@@ -1,0 +1,184 @@
+"""The sections of the configuration that say where and when a run samples, evaluates and saves; see `rlmed.core.config`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlmed.core.config_checks import require, require_one_of
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How completions are sampled while training."""
+
+    engine: str = "native"
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int = 512
+    stop: tuple[str, ...] = ()
+    max_completions: int = 64
+    prefill_tokens: int = 8192
+    on_push: str = "continue"
+    max_mismatch_kl: float | None = None
+    tensor_parallel_size: int = 1
+    gpu_memory_utilization: float = 0.8
+    kv_cache_gib: float | None = None
+    enforce_eager: bool | None = None
+
+    def __post_init__(self) -> None:
+        require_one_of("rollout.engine", self.engine, ("native", "vllm", "fake"))
+        require(
+            self.max_mismatch_kl is None or self.max_mismatch_kl > 0,
+            f"rollout.max_mismatch_kl={self.max_mismatch_kl} must be positive or null",
+        )
+        require_one_of("rollout.on_push", self.on_push, ("continue", "finish"))
+        require(
+            self.tensor_parallel_size >= 1,
+            f"rollout.tensor_parallel_size={self.tensor_parallel_size} must be at least 1",
+        )
+        require(
+            0 < self.gpu_memory_utilization <= 1,
+            f"rollout.gpu_memory_utilization={self.gpu_memory_utilization} must be in (0, 1]",
+        )
+        require(
+            self.kv_cache_gib is None or self.kv_cache_gib > 0,
+            f"rollout.kv_cache_gib={self.kv_cache_gib} must be positive or null",
+        )
+        require(
+            self.temperature > 0,
+            f"rollout.temperature={self.temperature} is not possible in training: greedy completions of a group are all "
+            "the same, and their advantages zero",
+        )
+        require(0 < self.top_p <= 1, f"rollout.top_p={self.top_p} must be in (0, 1]")
+        require(self.top_k >= 0, f"rollout.top_k={self.top_k} must be 0 (off) or positive")
+        require(self.max_tokens >= 1, f"rollout.max_tokens={self.max_tokens} must be at least 1")
+        require(all(self.stop), f"rollout.stop={list(self.stop)} holds an empty text, which would end every completion")
+        require(self.max_completions >= 1, f"rollout.max_completions={self.max_completions} must be at least 1")
+        require(self.prefill_tokens >= 1, f"rollout.prefill_tokens={self.prefill_tokens} must be at least 1")
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """Where the parts run."""
+
+    kind: str = "local"
+    threads: int | None = None
+    address: str | None = None
+    rollout_workers: int = 1
+    learner_ranks: int = 1
+    worker_gpus: float | None = None
+    learner_gpus: float | None = None
+    worker_resources: Mapping[str, float] = field(default_factory=dict)
+    learner_resources: Mapping[str, float] = field(default_factory=dict)
+    runtime_env: Mapping[str, Any] = field(default_factory=dict)
+    silence_timeout_s: float = 60.0
+    stall_timeout_s: float = 600.0
+    start_timeout_s: float = 600.0
+    push_timeout_s: float = 600.0
+    learner_timeout_s: float = 3600.0
+    max_worker_failures: int = 3
+    worker_logs: bool = False
+
+    def __post_init__(self) -> None:
+        require_one_of("cluster.kind", self.kind, ("local", "ray"))
+        require(self.threads is None or self.threads > 0, f"cluster.threads={self.threads} must be positive or null")
+        require(self.rollout_workers >= 1, f"cluster.rollout_workers={self.rollout_workers} must be at least 1")
+        require(self.learner_ranks >= 1, f"cluster.learner_ranks={self.learner_ranks} must be at least 1")
+        for key in ("rollout_workers", "learner_ranks"):
+            require(
+                self.kind == "ray" or getattr(self, key) == 1,
+                f"cluster.{key}={getattr(self, key)} needs Ray: use cluster=ray, since cluster=local is one process",
+            )
+        for key in ("worker_gpus", "learner_gpus"):
+            value = getattr(self, key)
+            require(value is None or value >= 0, f"cluster.{key}={value} must be 0 or more, or null")
+        for key in ("worker_resources", "learner_resources"):
+            for name, value in getattr(self, key).items():
+                require(
+                    name not in ("CPU", "GPU", "memory"),
+                    f"cluster.{key}.{name}: only Ray resources of your own go here; for GPUs set cluster.worker_gpus or "
+                    "cluster.learner_gpus",
+                )
+                require(value > 0, f"cluster.{key}.{name}={value} must be positive")
+        for key in ("silence", "stall", "start", "push", "learner"):
+            name, value = f"cluster.{key}_timeout_s", getattr(self, f"{key}_timeout_s")
+            require(value > 0, f"{name}={value} must be positive (seconds)")
+        require(
+            self.max_worker_failures >= 0,
+            f"cluster.max_worker_failures={self.max_worker_failures} must not be negative",
+        )
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """When and how accuracy is measured."""
+
+    every: int = 0
+    at_start: bool = True
+    at_end: bool = True
+    limit: int | None = None
+    max_tokens: int = 512
+    controls: bool = True
+    trust: bool = False
+    samples: int = 8
+
+    def __post_init__(self) -> None:
+        require(self.samples >= 1, f"eval.samples={self.samples} must be at least 1")
+        require(self.every >= 0, f"eval.every={self.every} must be 0 (never) or a number of steps")
+        require(self.limit is None or self.limit > 0, f"eval.limit={self.limit} must be positive or null")
+        require(self.max_tokens >= 1, f"eval.max_tokens={self.max_tokens} must be at least 1")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run is saved."""
+
+    every: int = 50
+    keep_last: int = 2
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, f"checkpoint.every={self.every} must be 0 (only at the end) or a number of steps")
+        require(self.keep_last >= 1, f"checkpoint.keep_last={self.keep_last} must be at least 1")
+
+
+@dataclass(frozen=True)
+class PreflightConfig:
+    """The check before step 1 that learning is possible."""
+
+    enabled: bool = True
+    groups: int = 8
+
+    def __post_init__(self) -> None:
+        require(self.groups >= 1, f"preflight.groups={self.groups} must be at least 1")
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """Supervised fine-tuning (`python -m rlmed.sft`)."""
+
+    epochs: float = 2.0
+    batch_size: int = 64
+    target: str = "auto"
+
+    def __post_init__(self) -> None:
+        require(self.epochs > 0, f"sft.epochs={self.epochs} must be positive")
+        require(self.batch_size >= 1, f"sft.batch_size={self.batch_size} must be at least 1")
+        require_one_of("sft.target", self.target, ("auto", "answer", "option"))
+
+
+@dataclass(frozen=True)
+class DebugConfig:
+    """Half a run, to find out which half is at fault."""
+
+    learn: bool = True
+    record: bool = False
+    recorded: str | None = None
+
+    def __post_init__(self) -> None:
+        require(
+            self.learn or self.recorded is None,
+            f"debug.learn=false and debug.recorded={self.recorded} leave nothing to do: a run samples, or learns, or both",
+        )
