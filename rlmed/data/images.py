@@ -74,7 +74,7 @@ def load_image(path: Path, *, max_side: int = MAX_SIDE) -> Image.Image:
     try:
         # a stream, not the path: Pillow maps an uncompressed TIFF by path into memory and scrambles it when EXIF turns it
         with path.open("rb") as stream, Image.open(stream, formats=FORMATS) as image:
-            _check_size(path, image.size)
+            check_image_size(path, image.size)
             return _read(image, max_side)
     except BadImageError:
         raise
@@ -111,7 +111,12 @@ def _unreadable(path: Path, error: Exception) -> str:
     return f"image {path} is truncated or damaged ({error}): copy or export it again"
 
 
-def _check_size(path: Path, size: tuple[int, int]) -> None:
+def check_image_size(path: Path | str, size: tuple[int, int]) -> None:
+    """Make sure that a picture of (width, height) pixels is one that `load_image` takes; `path` is for the message.
+
+    Raises:
+        BadImageError: for a tiny, extremely elongated or gigantic one.
+    """
     width, height = size
     if min(size) < MIN_SIDE:
         raise BadImageError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +16,12 @@ from typing import Any, Literal
 from rlmed.core.types import LETTERS, Example
 from rlmed.data.images import BadImageError, load_image
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _SHOWN = 120
 """Characters of an offending value that a reason shows."""
 
 
-class _BadRowError(ValueError):
+class BadRowError(ValueError):
     """Why a row cannot be used."""
 
 
@@ -79,7 +81,7 @@ def read_examples(path: Path, *, on_bad_row: Literal["skip", "error"] = "skip") 
         raise ValueError(f"{path} is empty: it needs one JSON object a line, with image, question, options and answer")
     # the folder of a linked file is the one that holds the link
     folder = Path(os.path.realpath(path.parent))
-    parsed = [(line, *_attempt(row, f"{path.stem}-{line}", folder)) for line, row in rows]
+    parsed = [(line, *parse_row(row, f"{path.stem}-{line}", folder)) for line, row in rows]
     broken = _broken_images({entry.image for _, _, entry in parsed if isinstance(entry, Example) and entry.image})
     examples: list[Example] = []
     skipped: list[SkippedRow] = []
@@ -133,12 +135,18 @@ def _parse(path: Path, content: bytes) -> list[tuple[int, Any]]:
     return rows
 
 
-def _attempt(row: Any, default: str, folder: Path) -> tuple[str, Example | str]:
-    """(id, the row's example or the reason why there is none)."""
+def parse_row(row: Any, default: str, folder: Path) -> tuple[str, Example | str]:
+    """(id, the row's example or the reason why there is none); whether its image can be decoded is not looked at.
+
+    Args:
+        row: what a line holds.
+        default: the id of a row without one.
+        folder: of the data file, without links in its path.
+    """
     name = default
     try:
         if not isinstance(row, dict):
-            raise _BadRowError(f"it is no JSON object but {_shorten(row)}")
+            raise BadRowError(f"it is no JSON object but {shorten(row)}")
         name = _row_id(row, default)
         options = _options(row)
         return name, Example(
@@ -151,7 +159,7 @@ def _attempt(row: Any, default: str, folder: Path) -> tuple[str, Example | str]:
             kind=_optional_text(row, "kind") or _optional_text(row, "qtype"),
             completion=None if row.get("completion") is None else _text(row, "completion"),
         )
-    except _BadRowError as error:
+    except BadRowError as error:
         return name, str(error)
 
 
@@ -166,7 +174,7 @@ def _row_id(row: Mapping[str, Any], default: str) -> str:
 def _text(row: Mapping[str, Any], key: str) -> str:
     value = row.get(key)
     if value is None or (isinstance(value, str) and not value.strip()):
-        raise _BadRowError(f"it has no {key}")
+        raise BadRowError(f"it has no {key}")
     return _checked_text(value, key)
 
 
@@ -177,25 +185,25 @@ def _optional_text(row: Mapping[str, Any], key: str) -> str:
 
 def _checked_text(value: object, key: str) -> str:
     if not isinstance(value, str):
-        raise _BadRowError(f"its {key} is {_shorten(value)}, not a text")
+        raise BadRowError(f"its {key} is {shorten(value)}, not a text")
     # half of a pair of \\uXXXX escapes is valid JSON, but no text: it can be neither tokenized nor hashed
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise _BadRowError(f"its {key} {_shorten(value)} holds half a character (a lone surrogate)")
+    if _SURROGATE.search(value):
+        raise BadRowError(f"its {key} {shorten(value)} holds half a character (a lone surrogate)")
     return value
 
 
 def _options(row: Mapping[str, Any]) -> tuple[str, ...]:
     value = row.get("options")
     if not isinstance(value, list):
-        raise _BadRowError("it has no options" if value is None else f"its options are {_shorten(value)}, not a list")
+        raise BadRowError("it has no options" if value is None else f"its options are {shorten(value)}, not a list")
     if not 2 <= len(value) <= len(LETTERS):
-        raise _BadRowError(f"it has {len(value)} option{'s' * (len(value) != 1)}; 2 to {len(LETTERS)} are possible")
+        raise BadRowError(f"it has {len(value)} option{'s' * (len(value) != 1)}; 2 to {len(LETTERS)} are possible")
     options = tuple(_checked_text(entry, "option").strip() for entry in value)
     if "" in options:
-        raise _BadRowError(f"its option {LETTERS[options.index('')]} is blank")
+        raise BadRowError(f"its option {LETTERS[options.index('')]} is blank")
     repeated = [text for text, count in Counter(option.casefold() for option in options).items() if count > 1]
     if repeated:
-        raise _BadRowError(f"its option {_shorten(repeated[0])} occurs more than once")
+        raise BadRowError(f"its option {shorten(repeated[0])} occurs more than once")
     return options
 
 
@@ -207,24 +215,30 @@ def _answer(row: Mapping[str, Any], options: tuple[str, ...]) -> int:
     letters = LETTERS[: len(options)]
     if len(answer) == 1 and answer.upper() in letters:
         return letters.index(answer.upper())
-    raise _BadRowError(f"its answer {_shorten(answer)} is not among its options {_shorten(list(options))}")
+    raise BadRowError(f"its answer {shorten(answer)} is not among its options {shorten(list(options))}")
 
 
 def _image_path(value: Any, folder: Path) -> Path | None:
     if isinstance(value, list):
         if len(value) != 1:
-            raise _BadRowError(f"it has {len(value)} images; one is possible")
+            raise BadRowError(f"it has {len(value)} images; one is possible")
         (value,) = value
-    if value is None:
-        return None
-    text = _checked_text(value, "image")
+    return None if value is None else path_inside(_checked_text(value, "image"), folder)
+
+
+def path_inside(text: str, folder: Path, what: str = "image") -> Path:
+    """The real path of a file that a row names, which must lie in `folder` (a path without links); it may be missing.
+
+    Raises:
+        BadRowError: for no path at all, an absolute one, or one that leaves the folder by `..` or by a link.
+    """
     if not text.strip() or "\0" in text:
-        raise _BadRowError(f"its image is {_shorten(text)}, not a path; write null for a question without one")
+        raise BadRowError(f"its {what} is {shorten(text)}, not a path; write null for a question without one")
     # realpath, since Path.resolve raises for links that go in circles
     path = Path(os.path.realpath(folder / text))
     if Path(text).is_absolute() or not path.is_relative_to(folder):
-        raise _BadRowError(
-            f"its image {_shorten(text)} leaves the folder of the data file: copy it there, give its relative path"
+        raise BadRowError(
+            f"its {what} {shorten(text)} leaves the folder of the data file: copy it there, give its relative path"
         )
     return path
 
@@ -244,6 +258,7 @@ def _broken_images(paths: set[Path]) -> dict[Path | None, str]:
         return {path: reason for path, reason in zip(ordered, pool.map(check, ordered), strict=True) if reason}
 
 
-def _shorten(value: object) -> str:
+def shorten(value: object) -> str:
+    """How a message shows an offending value: as Python writes it, at most 120 characters of it."""
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

@@ -7,8 +7,6 @@ Right answers and letters go round in shuffled turns, so that neither the letter
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from rlmed.core.files import partial_folder, rename_into_place
 from rlmed.core.types import LETTERS, Example
 from rlmed.data.phantom_anatomy import LESIONS, MODALITIES, NO_LESION, QUADRANTS, REGIONS, SIZES, TECHNIQUES, Study
 from rlmed.data.phantom_render import render
@@ -279,18 +278,9 @@ def write_dataset(folder: Path, seed: int, splits: Sequence[Split] = SPLITS) -> 
         return paths
     if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
         raise ValueError(f"{folder} holds files that are not a generated dataset; empty it or choose another folder")
-    aside = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    if aside.exists():  # left by a killed process that had the same number
-        shutil.rmtree(aside)
-    aside.mkdir(parents=True)
+    aside = partial_folder(folder)
     for split in splits:
         write_split(aside, name=split.name, modality=split.modality, rows=split.rows, seed=seed)
     (aside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    if folder.exists():
-        outdated = aside.with_name(aside.name + "-old")
-        folder.rename(outdated)
-        aside.rename(folder)
-        shutil.rmtree(outdated)
-    else:
-        aside.rename(folder)
+    rename_into_place(aside, folder)
     return paths

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -269,7 +270,7 @@ def test_a_killed_write_is_never_taken_for_whole(tmp_path: Path, monkeypatch: py
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(phantom.os, "getpid", lambda: 7)
+        patch.setattr(os, "getpid", lambda: 7)
         patch.setattr(phantom, "render", killed)
         with pytest.raises(KeyboardInterrupt):
             write_dataset(tmp_path / "data", 0, SMALL)

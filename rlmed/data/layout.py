@@ -1,0 +1,150 @@
+"""The one layout that every reader's rows are written in: JSON Lines, images beside them, and a manifest of both.
+
+    DIR/train.jsonl       {"id", "image", "question", "options", "answer", "modality", "kind"}, one file a split
+    DIR/images/…          copies of the source's images, or PNG files of the reader's pictures
+    DIR/manifest.json     where it is from, what is in it, a SHA-256 of each file, and every row that was left out, with why
+
+All is written into a folder beside DIR that is renamed at the end, so a write that was killed is never taken for whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from rlmed.core.files import partial_folder, rename_into_place
+from rlmed.data.layout_writer import LayoutWriter, SplitSummary, writing
+from rlmed.data.readers.base import Reader, Skipped, SourceRow
+
+MANIFEST = "manifest.json"
+LAYOUT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What was written; `manifest.json` holds the same.
+
+    Example:
+        Layout(folder=Path("data/mine"), splits={"train": SplitSummary(…)}, skipped=(Skipped("row 3 of a.csv", …),))
+    """
+
+    folder: Path
+    splits: dict[str, SplitSummary]
+    """By name, in the order in which the reader came to them."""
+    skipped: tuple[Skipped, ...]
+
+    @property
+    def bad(self) -> int:
+        """Rows that are skipped for a defect, not by choice."""
+        return sum(not row.chosen for row in self.skipped)
+
+
+def write_layout(
+    rows: Iterable[SourceRow | Skipped],
+    folder: Path,
+    *,
+    reader: Reader,
+    source: Path,
+    options: Mapping[str, Any],
+    on_bad_row: Literal["skip", "error"] = "skip",
+    overwrite: bool = False,
+    on_row: Callable[[int], None] | None = None,
+) -> Layout:
+    """Write the rows as they come.
+
+    Args:
+        rows: of the reader.
+        folder: where the layout goes; made if missing.
+        reader: for the manifest.
+        source: what was read; the manifest gets its last name only.
+        options: what the reader was given, for the manifest.
+        on_bad_row: "skip" lists defective rows in the manifest, "error" raises at the first.
+        overwrite: replace an earlier layout in `folder`.
+        on_row: called with the number of rows seen so far.
+
+    Raises:
+        ValueError: when the folder holds something already, for a bad row where `on_bad_row` is "error", for more than
+            `layout_writer.MAX_SPLITS` splits, or when there is no usable row.
+        RecordError: when the disk refuses. What was in the folder before is then untouched, as after every error.
+    """
+    folder = folder.absolute()
+    check_target(folder, source, overwrite=overwrite)
+    with writing(folder):
+        aside = partial_folder(folder)
+    try:
+        writer = LayoutWriter(aside, source)
+        for count, row in enumerate(rows, start=1):
+            writer.add(row)
+            if writer.skipped and on_bad_row == "error" and not writer.skipped[-1].chosen:
+                bad = writer.skipped[-1]
+                raise ValueError(f"{bad.where} ({bad.id}): {bad.reason}; --on-bad-row skip leaves such rows out")
+            if on_row is not None:
+                on_row(count)
+        layout = Layout(folder, writer.finish(), tuple(writer.skipped))
+        _write_manifest(aside / MANIFEST, layout, writer.images.hashes, reader, source, options)
+        with writing(folder):
+            rename_into_place(aside, folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return layout
+
+
+def check_target(folder: Path, source: Path, *, overwrite: bool) -> None:
+    """Make sure that `folder` can become a layout without the loss of anything else.
+
+    Raises:
+        ValueError: naming the folder and the cure.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"--out {folder} is a file: name a folder")
+    if not any(folder.iterdir()):
+        return
+    if source.exists() and source.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"--out {folder} holds the source itself: choose another folder")
+    if not overwrite:
+        raise ValueError(f"--out {folder} holds files already: choose another folder, or replace it with --overwrite")
+    if not (folder / MANIFEST).is_file():
+        raise ValueError(f"--out {folder} holds files that are no prepared data: empty it or choose another folder")
+
+
+def _write_manifest(
+    path: Path, layout: Layout, hashes: Mapping[str, str], reader: Reader, source: Path, options: Mapping[str, Any]
+) -> None:
+    chosen = len(layout.skipped) - layout.bad
+    content = {
+        "layout": LAYOUT_VERSION,
+        "reader": reader.name,
+        "rlmed": version("rlmed"),
+        "source": "" if reader.private else source.resolve().name,
+        "options": {key: _recorded(value, reader.private) for key, value in options.items()},
+        "data": {"title": reader.title, "licence": reader.licence, "citation": reader.citation, "url": reader.url},
+        "splits": {name: dataclasses.asdict(split) for name, split in layout.splits.items()},
+        "skipped": {
+            "bad": layout.bad,
+            "by_choice": chosen,
+            "rows": [dataclasses.asdict(row) for row in layout.skipped],
+        },
+        "images": dict(sorted(hashes.items())),
+    }
+    with writing(path), path.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1, ensure_ascii=False)
+
+
+def _recorded(value: Any, private: bool) -> Any:
+    """An option as JSON; of a path its last name, and nothing where it could be a patient's."""
+    if isinstance(value, Path):
+        return "" if private else value.name
+    if isinstance(value, Mapping):
+        return {str(key): _recorded(entry, private) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_recorded(entry, private) for entry in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

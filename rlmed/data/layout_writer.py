@@ -1,0 +1,270 @@
+"""The files of a prepared data set while they are written: every row is checked as it will be read again."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from PIL import Image
+
+from rlmed.core.files import refusal
+from rlmed.core.statistics import chance, leave_one_out_prior, majority_letter
+from rlmed.core.types import Example
+from rlmed.data.images import BadImageError, check_image_size, image_sha256, load_image
+from rlmed.data.jsonl import BadRowError, parse_row, shorten
+from rlmed.data.readers.base import Picture, Skipped, SourceRow
+
+MAX_SPLITS = 64
+MAX_IMAGE_BYTES = 2**30
+"""A larger image file is not copied: no picture of `MAX_PIXELS` pixels needs as much."""
+MAX_ID = 200
+"""Characters of an id."""
+_SPLIT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_KEY = re.compile(r"[A-Za-z0-9_-]{1,100}")
+_HASH_LENGTH = 20
+"""Hexadecimal digits of its SHA-256 that name an image: 80 bits, so that no two of a million are called alike."""
+
+
+@dataclass(frozen=True, slots=True)
+class Priors:
+    """What is scored on a split without any image, as fractions in [0, 1]; see `rlmed.core.statistics`.
+
+    Example:
+        Priors(chance=0.25, majority_letter=0.29, leave_one_out=0.965, leave_one_out_by_rate=0.974)
+    """
+
+    chance: float
+    majority_letter: float
+    leave_one_out: float
+    """Of taking the option text that is most often right in the other rows of the split."""
+    leave_one_out_by_rate: float
+
+    @classmethod
+    def of(cls, examples: list[Example]) -> Priors:
+        """Raises ValueError without rows."""
+        return cls(
+            chance(examples),
+            majority_letter(examples),
+            leave_one_out_prior(examples),
+            leave_one_out_prior(examples, by_rate=True),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SplitSummary:
+    """One JSON Lines file.
+
+    Example:
+        SplitSummary(file="test_ct.jsonl", rows=300, images=300, by_modality={"CT": 300}, by_kind={"anatomy": 120},
+                     sha256="9f2c…", priors=Priors(0.30, 0.35, 0.97, 0.97))
+    """
+
+    file: str
+    rows: int
+    images: int
+    """Distinct images of its rows."""
+    by_modality: dict[str, int]
+    by_kind: dict[str, int]
+    sha256: str
+    priors: Priors
+
+
+class Images:
+    """Copies images into the layout, each once."""
+
+    def __init__(self, folder: Path, source: Path) -> None:
+        self.hashes: dict[str, str] = {}
+        """SHA-256 by path in the layout."""
+        self._folder, self._source = folder, source
+        self._seen: dict[Path | str, str | BadImageError] = {}
+
+    def add(self, image: Path | Picture) -> str:
+        """The image's path in the layout. Raises BadImageError."""
+        key = image.key if isinstance(image, Picture) else image
+        if key not in self._seen:
+            try:
+                self._seen[key] = self._save(image) if isinstance(image, Picture) else self._copy(image)
+            except BadImageError as error:
+                self._seen[key] = error
+        found = self._seen[key]
+        if isinstance(found, BadImageError):
+            raise found
+        return found
+
+    def _copy(self, path: Path) -> str:
+        if path.is_file() and path.stat().st_size > MAX_IMAGE_BYTES:
+            raise BadImageError(f"image {path.name} has {path.stat().st_size} bytes, more than {MAX_IMAGE_BYTES}")
+        try:
+            load_image(path)
+            sha256 = image_sha256(path)
+        except BadImageError as error:
+            # the manifest may be handed on: it names files from the source on
+            raise BadImageError(str(error).replace(str(path), _short(path, self._source))) from None
+        suffix = path.suffix.lower()
+        name = f"images/{sha256[:_HASH_LENGTH]}{suffix if re.fullmatch(r'[.][a-z0-9]{1,5}', suffix) else ''}"
+        if name not in self.hashes:
+            with writing(self._folder / name):
+                shutil.copyfile(path, self._folder / name)
+            self.hashes[name] = sha256
+        return name
+
+    def _save(self, picture: Picture) -> str:
+        if not _KEY.fullmatch(picture.key):
+            raise ValueError(f"picture key {picture.key!r} must be 1 to 100 letters, digits, - or _")
+        image = picture.load()
+        if image.mode not in ("L", "RGB"):
+            raise ValueError(f"picture {picture.key} has mode {image.mode}; a reader gives L or RGB")
+        name = f"images/{picture.key}.png"
+        check_image_size(name, image.size)
+        # pixels alone: whatever else the image carries stays behind
+        bare = Image.frombytes(image.mode, image.size, image.tobytes())
+        with writing(self._folder / name):
+            bare.save(self._folder / name, format="PNG")
+        self.hashes[name] = image_sha256(self._folder / name)
+        return name
+
+
+class _Split:
+    """A JSON Lines file that is being written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.places: dict[str, str] = {}
+        """Where in the source a row was, by its id."""
+        self._file: TextIO = path.open("w", encoding="utf-8")
+        self._digest = hashlib.sha256()
+        self._images: set[str] = set()
+        self._by_modality: Counter[str] = Counter()
+        self._by_kind: Counter[str] = Counter()
+        self._answers: list[Example] = []
+        """The rows without what their priors do not need."""
+
+    def append(self, example: Example, image: str | None) -> None:
+        row = {
+            "id": example.id,
+            "image": image,
+            "question": example.question,
+            "options": list(example.options),
+            "answer": example.options[example.answer],
+            "modality": example.modality,
+            "kind": example.kind,
+        }
+        line = json.dumps(row, ensure_ascii=False) + "\n"
+        with writing(self.path):
+            self._file.write(line)
+        self._digest.update(line.encode("utf-8"))
+        self._images.update([image] if image else [])
+        self._by_modality[example.modality] += 1
+        self._by_kind[example.kind] += 1
+        self._answers.append(dataclasses.replace(example, id="", image=None, question=""))
+
+    def finish(self) -> SplitSummary:
+        with writing(self.path):
+            self._file.close()
+        return SplitSummary(
+            file=self.path.name,
+            rows=len(self._answers),
+            images=len(self._images),
+            by_modality=dict(sorted(self._by_modality.items())),
+            by_kind=dict(sorted(self._by_kind.items())),
+            sha256=self._digest.hexdigest(),
+            priors=Priors.of(self._answers),
+        )
+
+
+class LayoutWriter:
+    """Checks rows and writes those that can be used."""
+
+    def __init__(self, folder: Path, source: Path) -> None:
+        self.skipped: list[Skipped] = []
+        self.images = Images(folder, source)
+        self._folder = folder
+        self._splits: dict[str, _Split] = {}
+        with writing(folder):
+            (folder / "images").mkdir()
+
+    def add(self, row: SourceRow | Skipped) -> None:
+        if isinstance(row, Skipped):
+            self.skipped.append(row)
+            return
+        try:
+            split = self._split(row.split)
+            example = self._checked(row, split)
+            image = None if row.image is None else self.images.add(row.image)
+        except (BadRowError, BadImageError) as error:
+            shown = row.id[:MAX_ID] if row.id.isprintable() else shorten(row.id)
+            self.skipped.append(Skipped(row.where, shown, str(error)))
+            return
+        split.places[example.id] = row.where
+        split.append(example, image)
+
+    def finish(self) -> dict[str, SplitSummary]:
+        used = {name: split for name, split in self._splits.items() if split.places}
+        if not used:
+            bad = [row for row in self.skipped if not row.chosen] or self.skipped
+            head = "; ".join(f"{row.where} ({row.id}): {row.reason}" for row in bad[:3])
+            raise ValueError(f"no row can be used, of {len(self.skipped)}. {head}".rstrip())
+        for name in self._splits.keys() - used.keys():
+            self._splits[name].path.unlink()
+        return {name: split.finish() for name, split in used.items()}
+
+    def _split(self, name: str) -> _Split:
+        if not _SPLIT.fullmatch(name):
+            raise BadRowError(f"its split {shorten(name)} cannot be the name of a file: use letters, digits, - and _")
+        if name not in self._splits:
+            if len(self._splits) == MAX_SPLITS:
+                raise ValueError(
+                    f"there are more than {MAX_SPLITS} splits, {name!r} among them: name the column that says "
+                    "train or test"
+                )
+            with writing(self._folder):
+                self._splits[name] = _Split(self._folder / f"{name}.jsonl")
+        return self._splits[name]
+
+    def _checked(self, row: SourceRow, split: _Split) -> Example:
+        """The row as it will be read again, apart from its image."""
+        if not row.id.strip() or len(row.id) > MAX_ID or not row.id.isprintable():
+            raise BadRowError(
+                f"its id {shorten(row.id)} must be 1 to {MAX_ID} characters, none of them a control character"
+            )
+        content: dict[str, str | list[str]] = {
+            "id": row.id,
+            "question": row.question,
+            "options": list(row.options),
+            "answer": row.answer,
+            "modality": row.modality,
+            "kind": row.kind,
+        }
+        for key, value in content.items():
+            if "\0" in (value if isinstance(value, str) else "".join(value)):
+                raise BadRowError(f"its {key} holds a NUL byte: save the source as text again")
+        name, example = parse_row(content, "", self._folder)
+        if isinstance(example, str):
+            raise BadRowError(example)
+        if name in split.places:
+            raise BadRowError(f"its id was used by {split.places[name]} already")
+        return example
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say of an error of the disk which file it is about and what to do. Raises RecordError."""
+    try:
+        yield
+    except OSError as error:
+        raise refusal(path, error, cure="run the command again") from error
+
+
+def _short(path: Path, source: Path) -> str:
+    """The path from the source on, or its last name."""
+    root = source.resolve() if source.is_dir() else source.resolve().parent
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name

@@ -1,0 +1,112 @@
+"""What a reader is: a function from a source as it is published to rows of one layout, with a description of both.
+
+A reader yields; it keeps no list of rows, so a source of any length needs little memory. It decides nothing about files that
+are written: `rlmed.data.layout` checks every row and turns what cannot be used into a counted skip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """An image that the reader makes itself, for example of one slice of a volume.
+
+    Example:
+        Picture(key="000017", load=lambda: Image.fromarray(slice_as_uint8))
+    """
+
+    key: str
+    """File name without its ending: letters, digits, - and _ only, nothing of a patient. One key is one image, written once."""
+    load: Callable[[], Image.Image]
+    """The picture in mode L or RGB; called when it is written. Raises BadImageError."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRow:
+    """One question as its source has it; nothing in it is checked yet.
+
+    Example:
+        SourceRow(where="row 17 of questions.csv", split="test_ct", id="17", question="Which organ is shown?",
+                  options=("liver", "spleen"), answer="liver", image=Path("/data/ct/17.png"), modality="CT", kind="anatomy")
+    """
+
+    where: str
+    """Its place in the source, for messages and the manifest: no patient's name, no path of this machine."""
+    split: str
+    """The JSON Lines file it goes into, without the ending."""
+    id: str
+    """Distinct within its split."""
+    question: str
+    options: tuple[str, ...]
+    answer: str
+    """The text of one option, or its letter where no option reads so."""
+    image: Path | Picture | None
+    """A file to copy as it is, a picture, or None for a question without an image."""
+    modality: str = ""
+    kind: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A row of the source that is left out.
+
+    Example:
+        Skipped(where="row 18 of questions.csv", id="18", reason="it has no answer")
+    """
+
+    where: str
+    id: str
+    reason: str
+    """What is wrong and, where that helps, the cure; no patient's name."""
+    chosen: bool = False
+    """True when the row is sound and left out by choice, for example another language: --on-bad-row error lets it pass."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a reader on the command line: what `argparse.ArgumentParser.add_argument` is given.
+
+    Without it on the command line, the reader's own default holds.
+
+    Example:
+        Option("--window", {"nargs": 2, "type": float, "metavar": ("CENTER", "WIDTH"), "help": "grey values shown"})
+    """
+
+    flag: str
+    settings: Mapping[str, Any]
+
+    @property
+    def keyword(self) -> str:
+        """The keyword argument of the reader: `--allow-burned-in` is `allow_burned_in`."""
+        return self.flag.removeprefix("--").replace("-", "_")
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A reader and what is said about it on the command line, in the manifest and in docs/data.md.
+
+    Example:
+        READER = Reader(name="csv", title="A table of questions", read=read, options=(Option("--delimiter", {...}),))
+    """
+
+    name: str
+    """On the command line: lower case, with underscores."""
+    title: str
+    """What it reads, in a line."""
+    read: Callable[..., Iterator[SourceRow | Skipped]]
+    """`read(source, **options)`: rows in a fixed order. Raises ValueError for a source that cannot be read at all."""
+    options: tuple[Option, ...] = ()
+    licence: str = ""
+    """Of the data, as its authors state it; empty for a user's own."""
+    citation: str = ""
+    url: str = ""
+    """Where the data is published."""
+    private: bool = False
+    """True when even the names of source files may be those of patients: the manifest then has no source or paths."""

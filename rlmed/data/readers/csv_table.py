@@ -1,0 +1,91 @@
+"""Your own questions in a CSV or TSV table, one question a row; see docs/data.md for the columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rlmed.data.readers.base import Option, Reader, Skipped, SourceRow
+from rlmed.data.readers.table import (
+    ANSWER_INDEX,
+    COLUMN,
+    DELIMITERS,
+    IMAGES,
+    SPLIT,
+    WITHOUT_IMAGES,
+    Columns,
+    file_image,
+    file_split,
+    no_image,
+    parse_columns,
+    read_table,
+)
+
+ENDINGS = (".csv", ".tsv", ".tab")
+
+
+def read(
+    source: Path,
+    *,
+    column: Sequence[str] = (),
+    delimiter: str | None = None,
+    answer_index: int | None = None,
+    images: Path | None = None,
+    split: str | None = None,
+    without_images: bool = False,
+) -> Iterator[SourceRow | Skipped]:
+    """Rows of a table, or of all tables of a folder in the order of their names.
+
+    Raises:
+        ValueError: for a source without tables, or a table without its columns.
+    """
+    given = parse_columns(column)
+    required = ("question", "answer") if without_images else ("image", "question", "answer")
+    for path in table_files(source):
+        header, rows = read_table(path, delimiter)
+        columns = Columns.find(path.name, header, given, required=required, answer_index=answer_index)
+        image = no_image if without_images else file_image(columns, images or path.parent)
+        for row in rows:
+            where, default_id = f"line {row.line} of {path.name}", f"{file_split(path)}-{row.line}"
+            if row.reason:
+                yield Skipped(where, default_id, row.reason)
+            else:
+                yield columns.row(
+                    row.record,
+                    where=where,
+                    default_id=default_id,
+                    default_split=split or file_split(path),
+                    image=image,
+                )
+
+
+def table_files(source: Path) -> list[Path]:
+    """The table, or the tables of a folder.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    if not source.is_dir():
+        return [source]
+    paths = sorted(path for path in source.iterdir() if path.suffix.lower() in ENDINGS and path.is_file())
+    if not paths:
+        raise ValueError(f"folder {source} holds no table ({', '.join(ENDINGS)}): give the path of one")
+    return paths
+
+
+READER = Reader(
+    name="csv",
+    title="a CSV or TSV table of questions",
+    read=read,
+    options=(
+        COLUMN,
+        Option(
+            "--delimiter",
+            {"choices": tuple(DELIMITERS), "help": "default: what parts the header into most columns"},
+        ),
+        ANSWER_INDEX,
+        IMAGES,
+        SPLIT,
+        WITHOUT_IMAGES,
+    ),
+)

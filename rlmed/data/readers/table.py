@@ -1,0 +1,336 @@
+"""Questions in a table: which column is what, and how a record of it becomes a row."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlmed.core.types import LETTERS
+from rlmed.data.images import BadImageError
+from rlmed.data.jsonl import BadRowError, path_inside, shorten
+from rlmed.data.readers.base import Option, Picture, Skipped, SourceRow
+
+FIELDS: Mapping[str, tuple[str, ...]] = {
+    "id": ("id",),
+    "image": ("image", "image_path", "file"),
+    "question": ("question",),
+    "options": ("options", "choices"),
+    "answer": ("answer",),
+    "modality": ("modality",),
+    "kind": ("kind", "question_type", "qtype"),
+    "split": ("split",),
+}
+"""Columns that are taken for a field when no --column says otherwise, the first that is there; case does not matter."""
+OPTION_FIELDS = tuple(f"option_{letter.lower()}" for letter in LETTERS)
+OPTION_NAMES = (OPTION_FIELDS, tuple(LETTERS.lower()), tuple(f"choice {letter}" for letter in LETTERS.lower()))
+"""Columns of one option each, in the ways in which they are called."""
+DELIMITERS = {",": ",", ";": ";", "tab": "\t", "|": "|"}
+"""By what is written on the command line."""
+_UNDECODED = re.compile("[\udc80-\udcff]")
+"""What surrogateescape makes of bytes that are no UTF-8."""
+
+COLUMN = Option(
+    "--column",
+    {
+        "action": "append",
+        "metavar": "FIELD=NAME",
+        "help": f"the column that holds a field; fields: {', '.join(FIELDS)}, option_a to option_j. May be repeated",
+    },
+)
+ANSWER_INDEX = Option(
+    "--answer-index",
+    {
+        "type": int,
+        "choices": (0, 1),
+        "help": "the answer is the place of the right option, counted from 0 or from 1 (default: its text or letter)",
+    },
+)
+SPLIT = Option("--split", {"metavar": "NAME", "help": "split of rows whose table has no split column"})
+IMAGES = Option("--images", {"type": Path, "metavar": "DIR", "help": "folder that image paths are relative to"})
+WITHOUT_IMAGES = Option(
+    "--without-images", {"action": "store_true", "help": "questions alone: no image is read, every row is text only"}
+)
+
+Record = Mapping[str, Any]
+ImageOf = Callable[[Record], Path | Picture | None]
+"""Finds a record's image. Raises BadRowError or BadImageError."""
+
+
+def parse_columns(given: Sequence[str]) -> dict[str, str]:
+    """`["question=Frage"]` as `{"question": "Frage"}`.
+
+    Raises:
+        ValueError: for an entry of another form, a field that there is not, or one given twice.
+    """
+    columns: dict[str, str] = {}
+    for entry in given:
+        field, equals, name = entry.partition("=")
+        if not equals or not name or field not in (*FIELDS, *OPTION_FIELDS):
+            raise ValueError(
+                f"--column {entry}: write FIELD=NAME, for example question=Frage, with a field of {', '.join(FIELDS)} "
+                "or option_a to option_j"
+            )
+        if field in columns:
+            raise ValueError(f"--column {entry}: {field} is given twice")
+        columns[field] = name
+    return columns
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which column of a table holds which field.
+
+    Example:
+        >>> Columns.find("a.csv", ["Image", "Question", "A", "B", "Answer"], {}).options
+        ('A', 'B')
+    """
+
+    names: Mapping[str, str]
+    """Column by field, without the options in columns of their own."""
+    options: tuple[str, ...]
+    """Columns of one option each; empty where one column holds them all."""
+    answer_index: int | None = None
+
+    @classmethod
+    def find(
+        cls,
+        table: str,
+        header: Sequence[str],
+        given: Mapping[str, str],
+        *,
+        required: Sequence[str] = ("image", "question", "answer"),
+        answer_index: int | None = None,
+    ) -> Columns:
+        """The columns of `header`.
+
+        Args:
+            table: its name, for messages.
+            header: names of all columns.
+            given: column by field, as the user says; these names are exact.
+            required: fields that there must be; options always must.
+            answer_index: where the answer is the place of an option, what the first one is counted as.
+
+        Raises:
+            ValueError: for a column that is missing or occurs twice.
+        """
+        repeated = sorted({name for name in header if name and header.count(name) > 1})
+        if repeated:
+            raise ValueError(f"{table} has more than one column {shorten(repeated[0])}: rename one")
+        absent = [f"{field}={name}" for field, name in given.items() if name not in header]
+        if absent:
+            raise ValueError(f"{table} has no column for --column {absent[0]}; its columns: {_listed(header)}")
+        lowered = {name.strip().lower(): name for name in reversed(header)}
+        found = {field: lowered[name] for field, names in FIELDS.items() for name in reversed(names) if name in lowered}
+        names = {**found, **{field: name for field, name in given.items() if field in FIELDS}}
+        options = tuple(given[field] for field in OPTION_FIELDS if field in given)
+        if not options and "options" not in names:
+            options = _option_columns(lowered)
+        missing = [field for field in required if field not in names]
+        if not options and "options" not in names:
+            missing.append("options")
+        if missing:
+            raise ValueError(
+                f"{table} has no column for {', '.join(missing)}: name it with --column {missing[0]}=NAME. "
+                f"Its columns: {_listed(header)}"
+            )
+        return cls(names, options, answer_index)
+
+    def row(
+        self, record: Record, *, where: str, default_id: str, default_split: str, image: ImageOf
+    ) -> SourceRow | Skipped:
+        """A record as a row of the layout, or why there is none."""
+        row_id = default_id
+        try:
+            row_id = self.text(record, "id") or default_id
+            options = self._options(record)
+            return SourceRow(
+                where=where,
+                split=self.text(record, "split") or default_split,
+                id=row_id,
+                question=self.text(record, "question"),
+                options=options,
+                answer=self._answer(record, options),
+                image=image(record),
+                modality=self.text(record, "modality"),
+                kind=self.text(record, "kind"),
+            )
+        except (BadRowError, BadImageError) as error:
+            return Skipped(where, row_id, str(error))
+
+    def text(self, record: Record, field: str) -> str:
+        """What the record says about a field, stripped; "" where it says nothing.
+
+        Raises:
+            BadRowError: for something that is no text and no number.
+        """
+        name = self.names.get(field)
+        return "" if name is None else as_text(record.get(name), field)
+
+    def _options(self, record: Record) -> tuple[str, ...]:
+        if self.options:
+            texts = [as_text(record.get(name), f"option in column {name}") for name in self.options]
+            while texts and not texts[-1]:  # fewer options than the table has columns
+                texts.pop()
+            return tuple(texts)
+        value = record.get(self.names["options"])
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except (ValueError, RecursionError) as error:
+                raise BadRowError(
+                    f'its options {shorten(value)} are not a JSON list: write ["liver", "spleen"], or one column an option'
+                ) from error
+        if isinstance(value, Mapping):
+            value = [value[key] for key in sorted(value) if value[key] is not None]
+        if value is None or not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+            raise BadRowError(f"its options are {shorten(value)}, not a list")
+        return tuple(as_text(entry, "option") for entry in value)
+
+    def _answer(self, record: Record, options: Sequence[str]) -> str:
+        text = self.text(record, "answer")
+        if self.answer_index is None or not text:
+            return text
+        place = int(text) - self.answer_index if re.fullmatch(r"\d{1,3}", text) else -1
+        if not 0 <= place < len(options):
+            raise BadRowError(
+                f"its answer {shorten(text)} is not the place of one of its {len(options)} options, counted from "
+                f"{self.answer_index}"
+            )
+        return options[place]
+
+
+def as_text(value: Any, what: str) -> str:
+    """A cell as stripped text: numbers as Python writes them, nothing as "".
+
+    Raises:
+        BadRowError: for another type.
+    """
+    if value is None:
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, (bool, int, float)):
+        return str(value)
+    if not isinstance(value, str):
+        raise BadRowError(f"its {what} is {shorten(value)}, not a text")
+    return value.strip()
+
+
+def file_image(columns: Columns, folder: Path) -> ImageOf:
+    """Images that a column names by their path from `folder` on."""
+    root = folder.resolve()
+
+    def find(record: Record) -> Path:
+        text = columns.text(record, "image")
+        if not text:
+            raise BadRowError("it has no image: add it, or read all questions as text with --without-images")
+        return path_inside(text, root)
+
+    return find
+
+
+def no_image(record: Record) -> None:
+    """The `ImageOf` of questions that are asked without an image."""
+
+
+def file_split(path: Path) -> str:
+    """The split that a file's rows go into, after its name: `my test.csv` is `my_test`."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", path.stem).strip("_-") or "data"
+
+
+@dataclass(frozen=True, slots=True)
+class TableRow:
+    """A record of a text table, or why it cannot be read.
+
+    Example:
+        TableRow(line=18, record={"image": "17.png", "question": "Which organ?", ...}, reason="")
+    """
+
+    line: int
+    """In the file, from 1: the first of the record."""
+    record: Record
+    reason: str
+
+
+def read_table(path: Path, delimiter: str | None = None) -> tuple[list[str], Iterator[TableRow]]:
+    """Header and records of a CSV or TSV file, read as they are asked for; blank lines are left out.
+
+    Args:
+        path: UTF-8, with or without a byte-order mark.
+        delimiter: a key of `DELIMITERS`; None takes the tab in a .tsv file, else what parts the header into most columns.
+
+    Raises:
+        ValueError: for a file that cannot be opened or has no header.
+    """
+    if delimiter is not None and delimiter not in DELIMITERS:
+        raise ValueError(f"--delimiter {delimiter} is not possible: choose one of {', '.join(DELIMITERS)}")
+    try:
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            first = file.readline(2**16)
+    except OSError as error:
+        raise ValueError(
+            f"table {path} cannot be read: {error.strerror}. Give the path of a CSV or TSV file"
+        ) from error
+    if not first.strip():
+        raise ValueError(f"table {path} is empty or starts with a blank line: its first line must name the columns")
+    parts = DELIMITERS[delimiter] if delimiter else _guess(path, first)
+    rows = _table_rows(path, parts)
+    header = [name.strip() for name in next(rows)[1]]
+    return header, (_table_row(line, cells, header) for line, cells in rows)
+
+
+def _table_rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str] | str]]:
+    """(first line, cells or why there are none) of each row, the header first."""
+    # bytes that are no UTF-8 become surrogates, so that they cost their row and not the table
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        rows = csv.reader(file, delimiter=delimiter, strict=True)
+        while True:
+            line = rows.line_num + 1
+            try:
+                cells = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                if line == 1:
+                    raise ValueError(f"table {path}: its first line cannot be read ({error})") from error
+                yield line, f"it cannot be parted into cells ({error}): look for a quotation mark that is not closed"
+                continue
+            if any(cell.strip() for cell in cells):
+                yield line, cells
+
+
+def _table_row(line: int, cells: list[str] | str, header: Sequence[str]) -> TableRow:
+    if isinstance(cells, str):
+        return TableRow(line, {}, cells)
+    if len(cells) != len(header):
+        reason = f"it has {len(cells)} cells, and the header has {len(header)}: put texts with delimiters into quotes"
+        return TableRow(line, {}, reason)
+    if any(_UNDECODED.search(cell) for cell in cells):
+        return TableRow(line, {}, "it is not UTF-8: save the table as UTF-8")
+    return TableRow(line, dict(zip(header, cells, strict=True)), "")
+
+
+def _guess(path: Path, header: str) -> str:
+    if path.suffix.lower() in (".tsv", ".tab"):
+        return "\t"
+    return max(",;\t", key=lambda mark: header.count(mark))
+
+
+def _option_columns(lowered: Mapping[str, str]) -> tuple[str, ...]:
+    """Columns of one option each, from A on without a gap, in the first way of calling them that is found."""
+    for names in OPTION_NAMES:
+        there = [name in lowered for name in names]
+        count = there.index(False) if False in there else len(there)
+        if count >= 2:
+            return tuple(lowered[name] for name in names[:count])
+    return ()
+
+
+def _listed(header: Sequence[str]) -> str:
+    shown = ", ".join(header[:30])
+    return f"{shown}, …" if len(header) > 30 else shown or "none"

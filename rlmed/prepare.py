@@ -1,0 +1,124 @@
+"""`python -m rlmed.prepare READER --source PATH --out DIR`: data as it is published, or your own, as rlmed reads it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from rlmed.data.layout import MANIFEST, Layout, check_target, write_layout
+from rlmed.data.readers.registry import READERS, find_reader
+
+REASONS_SHOWN = 3
+"""Skipped rows that the terminal shows; the manifest has them all."""
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line; each reader has options of its own."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rlmed.prepare",
+        description="Write data as JSON Lines with images beside them, for data.train and data.eval. See docs/data.md.",
+    )
+    readers = parser.add_subparsers(dest="reader", required=True, metavar="READER", title="readers")
+    for reader in READERS.values():
+        own = readers.add_parser(reader.name, help=reader.title, description=f"{reader.title}. {reader.url}".strip())
+        own.add_argument("--source", type=Path, required=True, metavar="PATH", help="file or folder to read")
+        own.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+        own.add_argument(
+            "--on-bad-row", choices=("skip", "error"), default="skip", help="leave bad rows out (default), or stop"
+        )
+        own.add_argument("--overwrite", action="store_true", help="replace what an earlier call wrote to --out")
+        for option in reader.options:
+            # the defaults are the reader's own
+            own.add_argument(option.flag, default=argparse.SUPPRESS, **option.settings)
+    return parser.parse_args(arguments)
+
+
+def prepare(arguments: argparse.Namespace, on_row: Callable[[int], None] | None = None) -> Layout:
+    """Read and write.
+
+    Raises:
+        ValueError: for a source, option or target that is not possible, or rows of which none can be used.
+        RecordError: when the disk refuses.
+    """
+    reader = find_reader(arguments.reader)
+    keywords = {option.keyword for option in reader.options}
+    options = {key: value for key, value in vars(arguments).items() if key in keywords}
+    check_target(arguments.out, arguments.source, overwrite=arguments.overwrite)  # before anything is read
+    return write_layout(
+        reader.read(arguments.source, **options),
+        arguments.out,
+        reader=reader,
+        source=arguments.source,
+        options=options,
+        on_bad_row=arguments.on_bad_row,
+        overwrite=arguments.overwrite,
+        on_row=on_row,
+    )
+
+
+def summary(layout: Layout) -> Table:
+    """Rows, images and what is scored without looking at any, by split."""
+    table = Table(box=box.SIMPLE_HEAD, title="accuracy without an image, %", title_justify="right")
+    headings = ("split", "rows", "images", "chance", "one letter", "option prior", "by rate")
+    for place, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if place == 0 else "right")
+    for name, split in layout.splits.items():
+        priors = split.priors
+        shares = (priors.chance, priors.majority_letter, priors.leave_one_out, priors.leave_one_out_by_rate)
+        table.add_row(name, str(split.rows), str(split.images), *(f"{100 * share:.1f}" for share in shares))
+    return table
+
+
+def skips(layout: Layout) -> str:
+    """How many rows were left out, and the first few with their reasons; empty without any."""
+    bad = [row for row in layout.skipped if not row.chosen]
+    lines = [f"- {row.where} ({row.id}): {row.reason}" for row in bad[:REASONS_SHOWN]]
+    if bad:
+        more = f"; {len(bad) - len(lines)} more are listed in {MANIFEST}" if len(bad) > len(lines) else ""
+        lines.insert(0, f"skipped:    {len(bad)} bad rows{more}")
+    chosen = Counter(row.reason for row in layout.skipped if row.chosen)
+    return "\n".join(lines + [f"left out:   {count} rows: {reason}" for reason, count in chosen.most_common(5)])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prepare, say what was written; errors end with one line and exit status 2."""
+    parsed = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    console = Console(highlight=False)
+    try:
+        with _counter(console) as on_row:
+            layout = prepare(parsed, on_row)
+    except (ValueError, OSError) as error:
+        if os.environ.get("RLMED_TRACE"):
+            raise
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from error
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; nothing was written") from None
+    console.print(summary(layout))
+    for text in filter(None, [skips(layout), f"written:    {layout.folder / MANIFEST}"]):
+        console.print(text, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _counter(console: Console) -> Iterator[Callable[[int], None]]:
+    """A line that counts the rows, on a terminal."""
+    with console.status("reading") as status:
+
+        def on_row(count: int) -> None:
+            if count % 100 == 0:
+                status.update(f"reading: {count:,} rows")
+
+        yield on_row
+
+
+if __name__ == "__main__":
+    main()
