@@ -44,7 +44,7 @@ from rewards.choice import choice_reward
 from rewards.format import format_reward
 from rewards.rubric import Rubric, WeightedReward, per_completion
 from rlmed.controller import LoopState, train
-from rlmed.core.config import AlgoConfig, LearnerConfig
+from rlmed.core.config import AlgoConfig, DataConfig, LearnerConfig
 from rlmed.core.tracing import Tracer
 from rlmed.core.types import Example
 from rlmed.memory import keep_freed_memory
@@ -97,7 +97,7 @@ class OurTrainer:
             ]
         )
         self._stream = PromptStream(
-            examples, renderer, sampling(arguments.max_tokens), group_size=arguments.group_size, seed=0
+            examples, renderer, sampling(arguments.max_tokens), DataConfig(), group_size=arguments.group_size, seed=0
         )
         # the learner's stages, seen from outside: the reference's forward pass and the optimizer
         self._trace(self._stream, "request", "prompts")

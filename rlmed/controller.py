@@ -17,10 +17,10 @@ from rlmed.core.types import RolloutGroup, RolloutRequest, ScoredGroup, TrainGro
 
 
 class RequestStream(Protocol):
-    """An endless stream of requests, a pure function of the index, so that a run resumes from a number alone."""
+    """An endless stream of requests."""
 
     def request(self, index: int) -> RolloutRequest:
-        """The request at `index`."""
+        """The request at `index`: the same whenever it is asked for, until its group was learnt from or discarded."""
         ...
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -83,9 +84,9 @@ class Run:
             self.data.train_examples,
             self.renderer,
             sampling,
+            config.data,
             group_size=config.algo.group_size,
             seed=config.seed,
-            shuffle=config.data.shuffle_options,
         )
         if self.checkpoint:
             self._restore(self.checkpoint)
@@ -132,6 +133,7 @@ class Run:
         check_same_run(self.folder / CONFIG_FILE, self.config, unused=("sft",))
         check_same_data(self.folder, self.data.files)
         self.state = LoopState(**saved["loop"])
+        self.stream.restore(saved["stream"])
         self.recorder.truncate(saved["offsets"])
         self.cluster.learner.load(checkpoint)
         self.cluster.learner.push_weights(self.cluster.pool)
@@ -156,7 +158,9 @@ class Run:
     def _after_step(self, result: StepResult) -> None:
         config, step = self.config, result.step
         seconds = self.tracer.step_seconds(step)
-        metrics = result.metrics | {f"seconds/{name}": value for name, value in seconds.items()}
+        scored = [*(group.scored for group in result.groups), *result.discarded]
+        metrics = result.metrics | self.stream.observe(scored)
+        metrics |= {f"seconds/{name}": value for name, value in seconds.items()}
         # where rollouts overlap learning, the time spent waiting for them says nothing about their speed
         stages = OVERLAPPED if config.algo.max_staleness else ("rollout",)
         sampling = sum(seconds.get(name, 0.0) for name in stages)
@@ -186,7 +190,8 @@ class Run:
     def _save(self, step: int) -> None:
         with self.tracer.span("checkpoint", step=step):
             state = {
-                "loop": {"step": step, "cursor": self.state.cursor, "pending": self.state.pending},
+                "loop": dataclasses.asdict(self.state),
+                "stream": self.stream.state(),
                 "policy_version": self.cluster.learner.policy_version,
                 "offsets": self.recorder.offsets(),
                 "seed": self.config.seed,

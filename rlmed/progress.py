@@ -24,6 +24,7 @@ REWARD = "reward/"
 METRICS = {
     "kl": ("kl", "{:.4f}"),
     "completion/length": ("length", "{:.0f}"),
+    "prompts/set_aside": ("set aside", "{:.0%}"),
     "tokens_per_second": ("tokens/s", "{:.0f}"),
 }
 """Metrics shown behind the rewards, in this order: the name and form in which they appear."""

@@ -81,6 +81,12 @@ PANELS = (
         {"completion/truncated": "cut", "groups/no_spread": "no spread"},
         True,
     ),
+    Panel(
+        "Prompts set aside",
+        "share of the training rows that are passed over for now, by their pass rate",
+        {"prompts/too_easy": "too easy", "prompts/too_hard": "too hard"},
+        True,
+    ),
     Panel("Clipped ratios", "share of tokens", {"clip_fraction_low": "low", "clip_fraction_high": "high"}),
     Panel("Staleness", "policy versions behind, the oldest group of a step", {"staleness": "staleness"}),
     Panel("Idle rollout workers", "share of their time without work", {"rollout/idle_share": "idle"}, True),

@@ -21,8 +21,9 @@ from rlmed.core.config import RunConfig
 from rlmed.core.files import replace_text
 from rlmed.core.tracing import Tracer
 from rlmed.core.types import Example
+from rlmed.data.curriculum import Curriculum, Place
 from rlmed.data.prompts import PromptRenderer
-from rlmed.data.sampler import PromptOrder, shuffle_options
+from rlmed.data.sampler import shuffle_options
 from rlmed.engines import build_local_pool, build_policy
 from rlmed.evaluation import evaluate
 from rlmed.evaluation_results import EvalSummary, compare, summary_table
@@ -53,21 +54,21 @@ class Batches:
     def __init__(self, examples: Sequence[Example], renderer: PromptRenderer, config: RunConfig) -> None:
         """Prepare `sft.epochs` passes over `examples` in batches of `sft.batch_size`."""
         self._examples, self._renderer, self._config = examples, renderer, config.sft
-        self._order = PromptOrder(config.seed, len(examples))
+        self._curriculum = Curriculum([example.modality for example in examples], config.seed, mix=config.data.mix)
         self._seed, self._shuffle = config.seed, config.data.shuffle_options
         self.steps = math.ceil(config.sft.epochs * len(examples) / config.sft.batch_size)
 
     def batch(self, step: int) -> list[PackItem]:
         """The batch of `step` (from 0)."""
         size = self._config.batch_size
-        return [self._item(*self._order.example_at(cursor)) for cursor in range(step * size, (step + 1) * size)]
+        return [self._item(self._curriculum.place(index)) for index in range(step * size, (step + 1) * size)]
 
-    def _item(self, epoch: int, position: int) -> PackItem:
-        example = self._examples[position]
+    def _item(self, place: Place) -> PackItem:
+        example = self._examples[place.example]
         if self._shuffle and (example.completion is None or self._config.target != "auto"):
             # not where the row's own text names a letter
             unwritten = dataclasses.replace(example, completion=None)
-            example = shuffle_options(unwritten, self._seed * SEED_STRIDE + epoch)
+            example = shuffle_options(unwritten, self._seed * SEED_STRIDE + place.epoch)
         token_ids = self._renderer.completion_ids(target_text(example, self._config.target))
         return written_item(self._renderer.render(example), token_ids)
 

@@ -1,24 +1,27 @@
-"""The endless stream of training requests: a pure function of seed and index, so that a run resumes from a number."""
+"""The endless stream of training requests: of the seed and of what was observed so far, so that a resumed run asks the same."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-from rlmed.core.types import Example, RolloutRequest, SamplingParams
+from rlmed.core.config import DataConfig
+from rlmed.core.types import Example, RolloutRequest, SamplingParams, ScoredGroup
+from rlmed.data.curriculum import Curriculum
 from rlmed.data.prompts import PromptRenderer
-from rlmed.data.sampler import PromptOrder, shuffle_options
+from rlmed.data.sampler import shuffle_options
 
 SEED_STRIDE = 1_000_003
 """Keeps the random streams of runs with neighbouring seeds apart."""
 
 
 class PromptStream:
-    """Examples in a fresh order each epoch, rendered when they are asked for.
+    """Examples in the order of a curriculum, rendered when they are asked for.
 
     Example:
-        >>> stream = PromptStream(examples, renderer, SamplingParams(), group_size=8, seed=0)   # doctest: +SKIP
-        >>> stream.request(12).prompt.example.id                                               # doctest: +SKIP
+        >>> stream = PromptStream(examples, renderer, SamplingParams(), config.data, group_size=8, seed=0)  # doctest: +SKIP
+        >>> stream.request(12).prompt.example.id                                                           # doctest: +SKIP
         'train_mri-412'
     """
 
@@ -27,21 +30,45 @@ class PromptStream:
         examples: Sequence[Example],
         renderer: PromptRenderer,
         sampling: SamplingParams,
+        data: DataConfig,
         *,
         group_size: int,
         seed: int,
-        shuffle: bool = False,
     ) -> None:
-        """Stream `examples`; with `shuffle`, their options change places anew in each epoch."""
+        """Stream `examples`, mixed, selected and with their options shuffled as `data` says.
+
+        Raises:
+            ValueError: for no examples, or a mix of modalities that they don't have.
+        """
         self._examples, self._renderer, self._sampling = examples, renderer, sampling
-        self._order = PromptOrder(seed, len(examples))
-        self._group_size, self._seed, self._shuffle = group_size, seed, shuffle
+        self._group_size, self._seed, self._shuffle = group_size, seed, data.shuffle_options
+        modalities = [example.modality for example in examples]
+        self._curriculum = Curriculum(modalities, seed, mix=data.mix, selection=data.selection)
 
     def request(self, index: int) -> RolloutRequest:
-        """The request at `index`."""
-        epoch, position = self._order.example_at(index)
-        example = self._examples[position]
+        """The request at `index`: the same each time, until its group is observed."""
+        place = self._curriculum.place(index)
+        example = self._examples[place.example]
         if self._shuffle:
-            example = shuffle_options(example, self._seed * SEED_STRIDE + epoch)
+            example = shuffle_options(example, self._seed * SEED_STRIDE + place.epoch)
         sampling = dataclasses.replace(self._sampling, seed=self._seed * SEED_STRIDE + index)
         return RolloutRequest(index, self._renderer.render(example), self._group_size, sampling)
+
+    def observe(self, groups: Iterable[ScoredGroup]) -> dict[str, float]:
+        """Take note of all groups of a step, and return what the selection has made of them as metrics.
+
+        They are noted in the order of their requests: in which order they finished must not matter.
+        """
+        for group in sorted(groups, key=lambda group: group.rollout.request.index):
+            choice = group.reward_parts.get("choice")
+            right = 0 if choice is None else int((choice == 1).sum())
+            self._curriculum.observe(group.rollout.request.index, right, len(group.rewards))
+        return self._curriculum.metrics()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, as JSON."""
+        return self._curriculum.state()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self._curriculum.restore(state)

@@ -5,6 +5,7 @@ Each part of the program receives its own sub-config only. What a key means is s
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -47,6 +48,31 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class SelectionConfig:
+    """Which training prompts are passed over for a while; see `rlmed.data.curriculum.PassRates`."""
+
+    mode: str = "all"
+    min_visits: int = 1
+    low: float = 0.0
+    high: float = 1.0
+    retest_after: int = 2
+
+    def __post_init__(self) -> None:
+        require_one_of("data.selection.mode", self.mode, ("all", "pass_rate"))
+        require(self.min_visits >= 1, f"data.selection.min_visits={self.min_visits} must be at least 1")
+        require(
+            0 <= self.low < self.high <= 1,
+            f"data.selection.low={self.low} and data.selection.high={self.high} must satisfy 0 <= low < high <= 1: prompts "
+            "with a pass rate between them are kept",
+        )
+        require(
+            self.retest_after >= 1,
+            f"data.selection.retest_after={self.retest_after} must be at least 1 epoch: to take all prompts, set "
+            "data.selection.mode=all",
+        )
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where questions come from and how they become prompts."""
 
@@ -57,6 +83,8 @@ class DataConfig:
     phantom_folder: str | None = None
     max_prompt_tokens: int = 1024
     shuffle_options: bool = False
+    mix: Mapping[str, float] | None = None
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
     on_bad_row: str = "skip"
     limit: int | None = None
     download: str | None = None
@@ -67,6 +95,14 @@ class DataConfig:
         require(self.phantom_seed >= 0, f"data.phantom_seed={self.phantom_seed} must not be negative")
         require(self.max_prompt_tokens > 0, f"data.max_prompt_tokens={self.max_prompt_tokens} must be positive")
         require(self.limit is None or self.limit > 0, f"data.limit={self.limit} must be positive or null")
+        require(
+            self.mix is None or len(self.mix) > 0, "data.mix={} names no modality: give shares, or null for all rows"
+        )
+        for name, share in (self.mix or {}).items():
+            require(
+                0 < share < math.inf,
+                f"data.mix.{name}={share} must be a positive number: leave a modality out to draw nothing of it",
+            )
 
 
 @dataclass(frozen=True)
@@ -220,6 +256,11 @@ class RunConfig:
             or (self.algo.max_staleness == 0 and self.algo.old_logprobs == "learner"),
             f"rollout.max_mismatch_kl={self.rollout.max_mismatch_kl} compares engine and learner at the same weights: it needs "
             "algo.max_staleness=0 and algo.old_logprobs=learner",
+        )
+        require(
+            self.data.selection.mode != "pass_rate" or "choice" in self.reward.weights,
+            f"data.selection.mode={self.data.selection.mode} goes by the reward part choice, which reward.weights lacks: add "
+            "reward.weights.choice, with the weight 0 if it shall not count (+reward.weights.choice=0)",
         )
         require(
             self.learner.mini_batches <= self.algo.groups_per_step,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlmed.controller import LoopState, StepResult, train
-from rlmed.core.config import AlgoConfig
+from rlmed.core.config import AlgoConfig, SelectionConfig
 from rlmed.core.tracing import Tracer
 from rlmed.core.types import (
     Completion,
@@ -21,6 +23,7 @@ from rlmed.core.types import (
     ScoredGroup,
     TrainGroup,
 )
+from rlmed.data.curriculum import Curriculum
 from tests.unit.rlmed.plain_stream import PlainStream
 
 
@@ -91,13 +94,39 @@ def run(
     spread: Callable[[int], bool] = lambda _: True,
     state: LoopState | None = None,
     seed: int = 0,
+    stream: PlainStream | None = None,
 ) -> tuple[Pool, Learner, list[StepResult], LoopState]:
     pool, learner, results, state = Pool(seed), Learner(), [], state or LoopState()
+
+    def after_step(result: StepResult) -> None:
+        results.append(result)
+        if isinstance(stream, SelectingStream):
+            stream.observe(result)
+
     train(
-        pool, learner, PlainStream(), score(spread), algo=algo, steps=steps, state=state, tracer=Tracer(),
-        after_step=results.append,
+        pool, learner, stream or PlainStream(), score(spread), algo=algo, steps=steps, state=state, tracer=Tracer(),
+        after_step=after_step,
     )  # fmt: skip
     return pool, learner, results, state
+
+
+class SelectingStream(PlainStream):
+    """Draws from seven rows, of which two are always wrong, by pass rate; notes which row each request was given."""
+
+    def __init__(self, state: dict[str, Any] | None = None) -> None:
+        self.curriculum = Curriculum(["CT"] * 7, 0, selection=SelectionConfig("pass_rate", retest_after=1))
+        if state:
+            self.curriculum.restore(state)
+        self.rows: dict[int, int] = {}
+
+    def request(self, index: int) -> RolloutRequest:
+        self.rows[index] = self.curriculum.place(index).example
+        return super().request(index)
+
+    def observe(self, result: StepResult) -> None:
+        groups = [*(group.rollout for group in result.groups), *(scored.rollout for scored in result.discarded)]
+        for index in sorted(group.request.index for group in groups):
+            self.curriculum.observe(index, 0 if self.rows[index] < 2 else 1, 2)
 
 
 def test_on_policy_each_step_consumes_what_was_sampled_for_it() -> None:
@@ -149,3 +178,25 @@ def test_admission_rule(max_staleness: int, groups_per_step: int, stop: int, see
     assert sorted(consumed + state.pending) == list(range(state.cursor))
     assert pool.in_flight <= len(state.pending) <= groups_per_step * max_staleness
     assert all(result.metrics["staleness"] <= max_staleness for result in results)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 2), st.integers(1, 8), st.booleans(), st.integers(0, 10_000))
+def test_prompts_under_way_are_asked_again_after_a_resume(
+    max_staleness: int, stop: int, dynamic_sampling: bool, seed: int
+) -> None:
+    """On-policy the whole sequence of prompts is that of a run that goes on, in whatever order groups finish; with groups
+    under way at the stop, each of these asks for the row that it asked for before."""
+    algo = AlgoConfig(groups_per_step=3, max_staleness=max_staleness, dynamic_sampling=dynamic_sampling)
+    spread = lambda index: index % 4 != 0  # noqa: E731
+    whole, first = SelectingStream(), SelectingStream()
+    run(algo, 12, spread=spread, stream=whole, seed=seed)
+    *_, state = run(algo, stop, spread=spread, stream=first, seed=seed + 1)
+    saved = LoopState(state.step, state.cursor, list(state.pending))
+    second = SelectingStream(first.curriculum.state())
+    run(algo, 12, spread=spread, stream=second, state=saved, seed=seed + 2)
+    assert all(second.rows[index] == first.rows[index] for index in state.pending)
+    if max_staleness == 0:
+        assert first.rows | second.rows == whole.rows
+        asked = Counter(whole.rows.values())
+        assert max(asked[0], asked[1]) < min(asked[row] for row in range(2, 7))  # the former are always wrong

@@ -1,13 +1,15 @@
-"""The request stream is a pure function of seed and index."""
+"""The request stream depends on seed, index and what was observed, and on nothing else."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from rlmed.core.types import LETTERS, Example, SamplingParams
+from rlmed.core.config import DataConfig, SelectionConfig
+from rlmed.core.types import LETTERS, Example, RolloutGroup, RolloutRequest, SamplingParams, ScoredGroup
 from rlmed.data.prompts import PromptRenderer, load_processor
 from rlmed.stream import PromptStream
 
@@ -17,9 +19,15 @@ EXAMPLES = [
 ]
 
 
-def stream(folder: Path, *, seed: int = 3, shuffle: bool = False) -> PromptStream:
+def stream(folder: Path, data: DataConfig | None = None, *, shuffle: bool = False) -> PromptStream:
     renderer = PromptRenderer(*load_processor(folder), max_prompt_tokens=512)
-    return PromptStream(EXAMPLES, renderer, SamplingParams(max_tokens=9), group_size=4, seed=seed, shuffle=shuffle)
+    data = data or DataConfig(shuffle_options=shuffle)
+    return PromptStream(EXAMPLES, renderer, SamplingParams(max_tokens=9), data, group_size=4, seed=3)
+
+
+def scored(request: RolloutRequest, choice: list[float]) -> ScoredGroup:
+    rewards = np.array(choice, dtype=np.float32)
+    return ScoredGroup(RolloutGroup(request, ()), rewards, {"choice": rewards})
 
 
 def test_each_epoch_has_every_example_in_another_order(tiny_folder: Callable[..., Path]) -> None:
@@ -49,3 +57,27 @@ def test_shuffling_moves_the_answer_with_its_text(tiny_folder: Callable[..., Pat
         assert example.options[example.answer] == original.options[original.answer]
         letters.add((example.id, LETTERS[example.answer]))
     assert len(letters) > len(EXAMPLES)
+
+
+def test_the_order_in_which_groups_finished_does_not_matter(tiny_folder: Callable[..., Path]) -> None:
+    """Also where a step holds one example twice: half right is not right."""
+    data = DataConfig(selection=SelectionConfig(mode="pass_rate"))
+    streams = [stream(tiny_folder("qwen2"), data) for _ in range(2)]
+    for turn, one in enumerate(streams):
+        groups = [scored(one.request(index), [1, 1, 1, 1] if index < 5 else [1, 0.5, 1, 1]) for index in range(8)]
+        metrics = one.observe(reversed(groups) if turn else groups)
+        # all five were right in the first epoch; three of them were not all right when they came again
+        assert metrics == {"prompts/set_aside": 0.4, "prompts/too_easy": 0.4, "prompts/too_hard": 0.0}
+    asked = [[one.request(index).prompt.example.id for index in range(8, 30)] for one in streams]
+    assert asked[0] == asked[1]
+
+
+def test_a_restored_stream_asks_for_the_same_again(tiny_folder: Callable[..., Path]) -> None:
+    data = DataConfig(selection=SelectionConfig(mode="pass_rate"), shuffle_options=True)
+    first, second = (stream(tiny_folder("qwen2"), data) for _ in range(2))
+    for index in range(12):
+        first.observe([scored(first.request(index), [1, 1, 0, 1] if index % 3 else [0, 0, 0, 0])])
+    first.request(13)
+    second.restore(json.loads(json.dumps(first.state())))
+    for index in range(12, 40):
+        assert first.request(index).prompt.example == second.request(index).prompt.example

@@ -115,6 +115,13 @@ def test_unknown_key_is_refused_by_the_command_line() -> None:
         ("learner.weight_decay=-1", r"learner\.weight_decay=-1"),
         ("learner.mini_batches=50", r"learner\.mini_batches=50 exceeds algo\.groups_per_step"),
         ("rollout.stop=['']", r"rollout\.stop=\[''\] holds an empty text"),
+        ("data.mix={MRI:0.5,CT:0}", r"data\.mix\.CT=0\.0 must be a positive number"),
+        ("data.mix={}", r"data\.mix=\{\} names no modality"),
+        ("data.mix={MRI:0.7,CT:0.3}", None),
+        ("data.selection.mode=sometimes", r"data\.selection\.mode='sometimes' .* all, pass_rate"),
+        ("data.selection.low=1", r"data\.selection\.low=1\.0 and data\.selection\.high=1\.0 .* low < high"),
+        ("data.selection.min_visits=0", r"data\.selection\.min_visits=0"),
+        ("data.selection.retest_after=0", r"data\.selection\.retest_after=0 .*mode=all"),
         ("reward.weights={format:0,choice:0}", r"reward\.weights=.* rewards nothing"),
     ],
 )
@@ -124,6 +131,13 @@ def test_impossible_values(override: str, message: str | None) -> None:
         return
     with pytest.raises(ConfigError, match=message):
         composed(override)
+
+
+def test_a_selection_by_pass_rate_needs_to_know_what_is_right() -> None:
+    unlabelled = ("reward=unlabelled", "data.selection.mode=pass_rate")
+    with pytest.raises(ConfigError, match=r"reward part choice.*\+reward\.weights\.choice=0"):
+        composed(*unlabelled)
+    composed(*unlabelled, "+reward.weights.choice=0")
 
 
 @pytest.mark.parametrize("override", ["algo.clip_ratio_low=0", "algo.clip=hard", "algo.kl_coef=-1", "algo.dual_clip=1"])
