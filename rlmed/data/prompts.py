@@ -15,8 +15,9 @@ import numpy as np
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BaseImageProcessor, PreTrainedTokenizerBase
 
-from rlmed.core.types import LETTERS, Example, IntArray, Prompt
+from rlmed.core.types import Example, IntArray, Prompt
 from rlmed.data.images import load_image
+from rlmed.data.question import question_text
 
 PROMPT_SUFFIX = (
     "Your task: 1. Think through the question step by step, enclose your reasoning process in <think>...</think> tags. "
@@ -32,17 +33,6 @@ PAPER_TEMPLATE = f"{QUESTION_SLOT}\n{PROMPT_SUFFIX}"
 
 class PromptTooLongError(ValueError):
     """A prompt does not fit its limit even with the smallest image. Prompts are never cut."""
-
-
-def question_text(example: Example) -> str:
-    r"""The question, then one line an option.
-
-    Example:
-        >>> question_text(Example(id="1", image=None, question="Which?", options=("head", "knee"), answer=0))
-        'Which?\nA) head\nB) knee'
-    """
-    lines = [f"{letter}) {option}" for letter, option in zip(LETTERS, example.options, strict=False)]
-    return "\n".join([example.question, *lines])
 
 
 def load_processor(folder: Path | str) -> tuple[PreTrainedTokenizerBase, BaseImageProcessor | None]:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rlmed.data.readers import csv_table
+from rlmed.data.readers import csv_table, medvlm_r1
 from rlmed.data.readers.base import Reader
 
-READERS: Mapping[str, Reader] = {reader.name: reader for reader in (csv_table.READER,)}
+READERS: Mapping[str, Reader] = {
+    reader.name: reader
+    for reader in (
+        csv_table.READER,
+        medvlm_r1.READER,
+    )
+}
 
 
 def find_reader(name: str) -> Reader:

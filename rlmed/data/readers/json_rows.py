@@ -1,0 +1,104 @@
+"""Objects of a JSON array or of JSON Lines, one at a time: a file of any length needs the memory of its longest object."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+CHUNK = 2**20
+"""Characters read at a time."""
+MAX_OBJECT = 2**24
+"""Characters of one object; longer ones are taken for damage."""
+_BLANK = " \t\r\n"
+
+
+def read_json_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """(number from 0, value) of each element.
+
+    Args:
+        path: UTF-8, with or without a byte-order mark; `[{…}, {…}]`, or `{…}` after `{…}` with white space between.
+
+    Raises:
+        ValueError: for a file that cannot be opened, is empty, is not UTF-8 or not JSON, with the number of the element.
+    """
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            yield from _elements(path, file)
+    except OSError as error:
+        raise ValueError(f"file {path} cannot be read: {error.strerror}. Give the path of a JSON file") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"file {path} is not UTF-8: save it as UTF-8") from error
+
+
+def _elements(path: Path, file: TextIO) -> Iterator[tuple[int, Any]]:
+    buffer = _Buffer(path, file)
+    first = buffer.next_mark()
+    if not first:
+        raise ValueError(f"file {path} is empty: copy it again")
+    array = first == "["
+    if array:
+        buffer.skip(1)
+    number = 0
+    while True:
+        mark = buffer.next_mark()
+        if not mark or (array and mark == "]"):
+            break
+        if number and array:
+            if mark != ",":
+                raise buffer.fault(number, f"{mark!r} instead of a comma")
+            buffer.skip(1)
+            buffer.next_mark()
+        yield number, buffer.value(number)
+        number += 1
+    if array and not mark:
+        raise buffer.fault(number, "the file ends before the array does")
+
+
+class _Buffer:
+    """The text that is read and not used yet."""
+
+    def __init__(self, path: Path, file: TextIO) -> None:
+        self._path, self._file = path, file
+        self._text, self._at = "", 0
+        self._decoder = json.JSONDecoder()
+
+    def next_mark(self) -> str:
+        """The next character that is not blank; "" at the end."""
+        while True:
+            while self._at < len(self._text) and self._text[self._at] in _BLANK:
+                self._at += 1
+            if self._at < len(self._text):
+                return self._text[self._at]
+            if not self._more():
+                return ""
+
+    def skip(self, count: int) -> None:
+        self._at += count
+
+    def value(self, number: int) -> Any:
+        """The value that starts here; the text is read on until it is whole."""
+        while True:
+            try:
+                found, end = self._decoder.raw_decode(self._text, self._at)
+            except json.JSONDecodeError as error:
+                if len(self._text) - self._at > MAX_OBJECT or not self._more():
+                    raise self.fault(number, error.msg) from error
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets thousands deep
+                raise self.fault(number, str(error)) from error
+            else:
+                # a number may go on behind the end of what was read, or in its middle: -1.5e
+                whole = isinstance(found, (dict, list, str)) or self._text[end : end + 1] in (*_BLANK, ",", "]")
+                if whole or not self._more():
+                    self._at = end
+                    return found
+
+    def fault(self, number: int, what: str) -> ValueError:
+        return ValueError(f"file {self._path}, element {number}: not valid JSON ({what}); copy the file again")
+
+    def _more(self) -> bool:
+        """Read on; False at the end of the file."""
+        chunk = self._file.read(CHUNK)
+        self._text, self._at = self._text[self._at :] + chunk, 0
+        return bool(chunk)

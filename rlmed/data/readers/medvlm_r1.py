@@ -1,0 +1,209 @@
+"""The data of MedVLM-R1 (arXiv 2502.19634): its 900 test questions, and the rows that it was trained on.
+
+The test file is a JSON array of `{image: [path], problem, solution, question, options, answer, dataset, subset}`: `problem` is
+the question with its lettered options, as the model is asked it, and `solution` the right letter. The training rows are those
+of `FreedomIntelligence/Medical_Multimodal_Evaluation_Data`, split `test`, with the MRI subset: the paper says 600, the
+released code takes the first 500.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rlmed.core.types import LETTERS, Example
+from rlmed.data.images import BadImageError
+from rlmed.data.jsonl import BadRowError, shorten
+from rlmed.data.question import question_text
+from rlmed.data.readers.base import Option, Reader, Skipped, SourceRow
+from rlmed.data.readers.image_files import ImageFolder
+from rlmed.data.readers.json_rows import read_json_rows
+from rlmed.data.readers.modalities import modality_name
+from rlmed.data.readers.parquet_rows import read_parquet
+from rlmed.data.readers.table import IMAGES, WITHOUT_IMAGES, as_text
+
+TEST_SPLITS = {"MRI": "test_mri", "CT": "test_ct", "X-ray": "test_xray"}
+TRAIN_SPLIT, TRAIN_MODALITY = "train_mri", "MRI"
+TRAIN_ROWS = 600
+
+_Key = tuple[str, str]
+"""File name of the image, and question: what makes a training row the same as a test row."""
+
+
+def read(
+    source: Path,
+    *,
+    train: Path | None = None,
+    train_rows: int = TRAIN_ROWS,
+    images: Path | None = None,
+    without_images: bool = False,
+) -> Iterator[SourceRow | Skipped]:
+    """Test rows in the order of the file, then the first `train_rows` MRI rows of `train` that are no test rows.
+
+    Raises:
+        ValueError: for files that are missing or are not what they should be.
+    """
+    if train_rows < 1:
+        raise ValueError(f"--train-rows {train_rows} must be positive")
+    test = test_file(source)
+    root = None if without_images else ImageFolder(images or test.parent)
+    seen: set[_Key] = set()
+    for number, row in read_json_rows(test):
+        where, row_id = f"row {number} of {test.name}", f"test-{number:03d}"
+        entry = _question(row, where, row_id, root, TEST_SPLITS)
+        if isinstance(row, Mapping):
+            seen.add(_key(row))
+        yield entry
+    if train is None:
+        return
+    taken = 0
+    for path in data_files(train):
+        for number, row in _rows(path):
+            where, row_id = f"row {number} of {path.name}", f"train-{number:05d}"
+            if not isinstance(row, Mapping) or modality_name(str(row.get("subset"))) != TRAIN_MODALITY:
+                continue  # tens of thousands of rows of other data sets are no part of this one
+            if _key(row) in seen:
+                yield Skipped(where, row_id, "it is a test row too: left out of the training rows", chosen=True)
+                continue
+            entry = _question(row, where, row_id, root, {TRAIN_MODALITY: TRAIN_SPLIT})
+            seen.add(_key(row))
+            yield entry
+            taken += isinstance(entry, SourceRow)
+            if taken == train_rows:
+                return
+
+
+def test_file(source: Path) -> Path:
+    """The JSON file of test rows: the source itself, or the only one in the folder.
+
+    Raises:
+        ValueError: when there is none, or there are several.
+    """
+    if not source.is_dir():
+        return source
+    found = sorted(source.glob("*.json"))
+    if len(found) != 1:
+        raise ValueError(
+            f"folder {source} holds {len(found)} JSON files, and one with the test rows is needed: name it with --source"
+        )
+    return found[0]
+
+
+def data_files(path: Path) -> list[Path]:
+    """A file, or the parquet, JSON and JSON Lines files of a folder in the order of their names.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    if not path.is_dir():
+        return [path]
+    found = sorted(entry for entry in path.rglob("*") if entry.suffix in (".parquet", ".json", ".jsonl"))
+    if not found:
+        raise ValueError(f"folder {path} holds no parquet, JSON or JSON Lines file: name the one with the rows")
+    return found
+
+
+def _rows(path: Path) -> Iterator[tuple[int, Any]]:
+    return read_parquet(path)[1] if path.suffix == ".parquet" else read_json_rows(path)
+
+
+def _key(row: Mapping[str, Any]) -> _Key:
+    image = row.get("image")
+    path = image[0] if isinstance(image, list) and image else image
+    return Path(str(path)).name, str(row.get("question")).strip()
+
+
+def _question(
+    row: Any, where: str, row_id: str, root: ImageFolder | None, splits: Mapping[str, str]
+) -> SourceRow | Skipped:
+    """The row of the layout, once its parts say the same."""
+    try:
+        if not isinstance(row, Mapping):
+            raise BadRowError(f"it is no JSON object but {shorten(row)}")
+        modality = modality_name(as_text(row.get("subset"), "subset"))
+        if modality not in splits:
+            raise BadRowError(f"its subset {shorten(row.get('subset'))} is none of {', '.join(splits)}")
+        question, (options, place) = as_text(row.get("question"), "question"), _answer(row)
+        _check_problem(row, Example(row_id, None, question, options, place))
+        return SourceRow(
+            where=where,
+            split=splits[modality],
+            id=row_id,
+            question=question,
+            options=options,
+            answer=options[place],
+            image=None if root is None else root.find(_image(row)),
+            modality=modality,
+        )
+    except (BadRowError, BadImageError) as error:
+        return Skipped(where, row_id, str(error))
+
+
+def _answer(row: Mapping[str, Any]) -> tuple[tuple[str, ...], int]:
+    """(options, place of the right one): by its text, with which the letter must agree where there is one."""
+    options = row.get("options")
+    if not isinstance(options, list):
+        raise BadRowError(f"its options are {shorten(options)}, not a list")
+    texts = tuple(as_text(option, "option") for option in options)
+    answer = as_text(row.get("answer"), "answer")
+    if answer not in texts:
+        raise BadRowError(f"its answer {shorten(answer)} is not among its options {shorten(list(texts))}")
+    place = texts.index(answer)
+    letter = as_text(row.get("solution"), "solution")
+    if letter and letter != LETTERS[place : place + 1]:
+        raise BadRowError(f"its answer {shorten(answer)} is not its solution {shorten(letter)}")
+    return texts, place
+
+
+def _check_problem(row: Mapping[str, Any], example: Example) -> None:
+    """What the model is asked must be what the paper's was, apart from the number of blanks."""
+    problem = row.get("problem")
+    if problem is None:
+        return
+    if question_text(example).split() != as_text(problem, "problem").split():
+        raise BadRowError(f"its problem {shorten(problem)} is not its question and options")
+
+
+def _image(row: Mapping[str, Any]) -> str:
+    image = row.get("image")
+    if isinstance(image, list):
+        if len(image) != 1:
+            raise BadRowError(f"it has {len(image)} images; one is possible")
+        (image,) = image
+    text = as_text(image, "image")
+    if not text:
+        raise BadRowError("it has no image")
+    return text
+
+
+READER = Reader(
+    name="medvlm_r1",
+    title="MedVLM-R1's 900 test questions on MRI, CT and X-ray, and its MRI training rows",
+    read=read,
+    options=(
+        Option(
+            "--train",
+            {
+                "type": Path,
+                "metavar": "PATH",
+                "help": "Medical_Multimodal_Evaluation_Data: its JSON or parquet file, or a folder of them",
+            },
+        ),
+        Option(
+            "--train-rows",
+            {
+                "type": int,
+                "metavar": "N",
+                "help": f"training rows (default: {TRAIN_ROWS}; the released code takes 500)",
+            },
+        ),
+        IMAGES,
+        WITHOUT_IMAGES,
+    ),
+    licence="Apache-2.0 for the questions; OmniMedVQA's images keep the licences of the data sets they come from",
+    citation="Pan et al., MedVLM-R1, arXiv 2502.19634; Hu et al., OmniMedVQA, arXiv 2402.09181; "
+    "Chen et al., HuatuoGPT-Vision, arXiv 2406.19280",
+    url="https://github.com/JZPeterPan/MedVLM-R1 and "
+    "https://huggingface.co/datasets/FreedomIntelligence/Medical_Multimodal_Evaluation_Data",
+)
