@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from learner.advantages import group_advantages
+from learner.advantages import RunningSpread, group_advantages
 from rlmed.core.config import AlgoConfig
 from rlmed.core.protocols import ClusterError, Learner, RolloutPool
 from rlmed.core.tracing import Tracer
@@ -34,6 +34,13 @@ class LoopState:
     """Index of the next request of the stream."""
     pending: list[int] = field(default_factory=list)
     """Indices admitted and not consumed; they are asked for again after a resume."""
+    spread: RunningSpread = field(default_factory=RunningSpread)
+    """Of rewards, by modality, where `algo.normalize_by` asks for it."""
+
+    @classmethod
+    def restore(cls, saved: Mapping[str, Any]) -> LoopState:
+        """From what `dataclasses.asdict` made of it and JSON kept."""
+        return cls(**{**saved, "spread": RunningSpread(**saved["spread"])})
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +72,7 @@ def train(
     for index in state.pending:
         inbox.submit(stream.request(index), state.step, learner.policy_version)
     while state.step < steps:
-        batch: list[TrainGroup] = []
+        batch: list[ScoredGroup] = []
         discarded: list[ScoredGroup] = []
         with tracer.span("rollout", step=state.step + 1):
             while len(batch) < algo.groups_per_step:
@@ -86,17 +93,19 @@ def train(
                 if algo.dynamic_sampling and not teaches(scored, mask_truncated=algo.mask_truncated):
                     discarded.append(scored)
                 else:
-                    batch.append(to_train_group(scored, algo.advantage))
+                    batch.append(scored)
         metrics = _rollout_metrics(batch, discarded, learner.policy_version)
-        if batch:
+        groups = to_train_groups(batch, algo, state.spread)
+        metrics |= {f"spread/{name or 'none'}": state.spread.of(name) for name in state.spread.moments}
+        if groups:
             with tracer.span("learn", step=state.step + 1):
-                metrics |= learner.step(batch)
+                metrics |= learner.step(groups)
             with tracer.span("push_weights", step=state.step + 1):
                 learner.push_weights(pool)
         metrics |= pool.metrics()
         state.step += 1
         metrics["policy_version"] = float(learner.policy_version)
-        after_step(StepResult(state.step, tuple(batch), tuple(discarded), metrics))
+        after_step(StepResult(state.step, tuple(groups), tuple(discarded), metrics))
 
 
 class _Inbox:
@@ -151,14 +160,27 @@ def teaches(scored: ScoredGroup, *, mask_truncated: bool) -> bool:
     return has_spread(scored) and not masked
 
 
-def to_train_group(scored: ScoredGroup, advantage: str) -> TrainGroup:
-    """Add the group-relative advantages."""
-    return TrainGroup(scored, group_advantages(torch.from_numpy(scored.rewards), advantage).numpy())
+def to_train_groups(batch: Sequence[ScoredGroup], algo: AlgoConfig, spread: RunningSpread) -> list[TrainGroup]:
+    """Add the group-relative advantages; where they are normalized by modality, the batch counts in `spread` first."""
+    rewards = [torch.from_numpy(scored.rewards) for scored in batch]
+    if algo.normalize_by is None:
+        advantages = [group_advantages(values, algo.advantage) for values in rewards]
+    else:
+        names = [scored.rollout.prompt.example.modality for scored in batch]
+        # in the order of the requests: in which order they finished must not matter
+        for place in sorted(range(len(batch)), key=lambda place: batch[place].rollout.request.index):
+            if has_spread(batch[place]):
+                spread.add(names[place], rewards[place])
+        advantages = [
+            group_advantages(values, algo.advantage, spread=spread.of(name))
+            for values, name in zip(rewards, names, strict=True)
+        ]
+    return [TrainGroup(scored, values.numpy()) for scored, values in zip(batch, advantages, strict=True)]
 
 
-def _rollout_metrics(batch: list[TrainGroup], discarded: list[ScoredGroup], version: int) -> dict[str, float]:
+def _rollout_metrics(batch: list[ScoredGroup], discarded: list[ScoredGroup], version: int) -> dict[str, float]:
     """Means over all completions that were sampled for a step, the discarded ones included."""
-    groups = [group.scored for group in batch] + discarded
+    groups = batch + discarded
     completions = [completion for group in groups for completion in group.rollout.completions]
     metrics = {"reward/mean": float(np.concatenate([group.rewards for group in groups]).mean())}
     for name in groups[0].reward_parts:

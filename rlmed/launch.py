@@ -132,7 +132,7 @@ class Run:
         saved = read_state(checkpoint)
         check_same_run(self.folder / CONFIG_FILE, self.config, unused=("sft",))
         check_same_data(self.folder, self.data.files)
-        self.state = LoopState(**saved["loop"])
+        self.state = LoopState.restore(saved["loop"])
         self.stream.restore(saved["stream"])
         self.recorder.truncate(saved["offsets"])
         self.cluster.learner.load(checkpoint)

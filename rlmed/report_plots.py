@@ -117,7 +117,16 @@ def draw_metrics(lines: Sequence[Mapping[str, Any]]) -> list[Plot]:
     """
     rewards = sorted({name for line in lines for name in line if name.startswith("reward/")} - {"reward/mean"})
     names = {"reward/mean": "total", **{name: name.removeprefix("reward/") for name in rewards}}
-    panels = (Panel("Reward", "mean over the completions of a step: the weighted sum, and its parts", names), *PANELS)
+    spreads = sorted({name for line in lines for name in line if name.startswith("spread/")})
+    panels = (
+        Panel("Reward", "mean over the completions of a step: the weighted sum, and its parts", names),
+        *PANELS,
+        Panel(
+            "Spread of rewards",
+            "running standard deviation within a group, by which advantages are divided",
+            {name: name.removeprefix("spread/") for name in spreads},
+        ),
+    )
     plots = []
     for panel in panels:
         curves = {label: _values(lines, metric) for metric, label in panel.metrics.items()}

@@ -130,6 +130,7 @@ class AlgoConfig:
     group_size: int = 4
     groups_per_step: int = 4
     advantage: str = "grpo"
+    normalize_by: str | None = None
     ratio_level: str = "token"
     clip: str = "ppo"
     clip_ratio_low: float = 0.2
@@ -147,6 +148,10 @@ class AlgoConfig:
 
     def __post_init__(self) -> None:
         require_one_of("algo.advantage", self.advantage, ("grpo", "dr_grpo", "rloo"))
+        require(
+            self.normalize_by in (None, "modality"),
+            f"algo.normalize_by={self.normalize_by!r} is not possible: choose modality or null",
+        )
         require_one_of("algo.old_logprobs", self.old_logprobs, ("learner", "rollout"))
         require(
             self.group_size >= 2,

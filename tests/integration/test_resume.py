@@ -72,8 +72,14 @@ def test_killed_and_resumed_equals_uninterrupted(place: str, workplace: Path, un
 
 @pytest.mark.slow
 def test_a_resumed_curriculum_asks_the_same_prompts(workplace: Path) -> None:
-    """Rows are set aside by what came of them, so the order hangs on the run's history, which the checkpoint has to hold."""
-    settings = ("data.limit=9", "data.selection={mode:pass_rate,retest_after:1}", "data.mix={MRI:1}")
+    """Rows are set aside by what came of them, so the order hangs on the run's history, which the checkpoint has to hold; and
+    so do the running spreads by which advantages are divided."""
+    settings = (
+        "data.limit=9",
+        "data.selection={mode:pass_rate,retest_after:1}",
+        "data.mix={MRI:1}",
+        "algo.normalize_by=modality",
+    )
     whole, folder = workplace / "curriculum_whole", workplace / "curriculum_killed"
     assert launch("nowhere", workplace, f"hydra.run.dir={whole}", *settings).returncode == 0
     assert launch("backward:5", workplace, f"hydra.run.dir={folder}", *settings).returncode == -signal.SIGKILL

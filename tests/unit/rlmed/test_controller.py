@@ -164,6 +164,19 @@ def test_refills_end_and_the_step_takes_what_there_is() -> None:
     assert "loss" not in results[1].metrics
 
 
+def test_advantages_are_normalized_by_modality_and_the_spread_is_reported() -> None:
+    algo = AlgoConfig(groups_per_step=2, advantage="dr_grpo", normalize_by="modality")
+    *_, results, state = run(algo, 3)
+    for result in results:
+        assert result.metrics["spread/none"] == pytest.approx(
+            0.5**0.5
+        )  # of rewards 0 and 1, which no modality is named for
+        for group in result.groups:
+            np.testing.assert_allclose(group.advantages, [-(0.5**0.5), 0.5**0.5], rtol=2e-4)
+    assert state.spread.of("") == pytest.approx(0.5**0.5)
+    assert "spread/none" not in run(AlgoConfig(groups_per_step=2), 1)[2][0].metrics
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 3), st.integers(1, 4), st.integers(0, 5), st.integers(0, 10_000))
 def test_admission_rule(max_staleness: int, groups_per_step: int, stop: int, seed: int) -> None:

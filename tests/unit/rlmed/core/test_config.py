@@ -92,6 +92,7 @@ def test_unknown_key_is_refused_by_the_command_line() -> None:
         ("algo.group_size=1", r"algo\.group_size=1 .* set algo\.group_size to 2 or more"),
         ("algo.group_size=100", r"raise rollout\.max_completions"),
         ("algo.advantage=best", r"algo\.advantage='best' .* grpo, dr_grpo, rloo"),
+        ("algo.normalize_by=organ", r"algo\.normalize_by='organ' .* choose modality or null"),
         ("rollout.temperature=0", r"rollout\.temperature=0\.0 .* all the same"),
         ("rollout.top_p=0", r"rollout\.top_p"),
         ("learner.lr=fast", r"learner\.lr='fast' has the wrong type: expected a number"),
