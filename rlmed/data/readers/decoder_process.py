@@ -1,0 +1,139 @@
+"""Compressed frames are decoded in a process of their own, which a damaged file may crash, hang or fill with complaints.
+
+The decoders are C and C++ libraries behind pydicom. Fed with damaged frames, GDCM now and then ends its process
+(`terminate called after throwing an instance of 'gdcm::Exception'`); such a file must cost its row, not the run.
+
+The two processes talk through pipes: a request is a line of JSON, an answer a line of JSON and the frame's bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from pydicom.pixels import pixel_array
+from pydicom.uid import RLELossless
+
+from rlmed.data.images import BadImageError
+
+TIME_LIMIT = 120.0
+"""Seconds for one frame; the largest allowed one takes a few."""
+_READY = b"ready\n"
+
+
+class DecoderProcess:
+    """Starts with the first frame, and again after a crash; ends with this process.
+
+    Example:
+        values = DecoderProcess().decode(Path("series/1.dcm"), "1.2.840.10008.1.2.4.90", 0)  # int16, [512, 512]
+    """
+
+    def __init__(self, time_limit: float = TIME_LIMIT) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._time_limit = time_limit
+        self._lock = threading.Lock()
+
+    def decode(self, path: Path, transfer_syntax: str, frame: int) -> np.ndarray:
+        """Stored values of one frame, counted from 0: [rows, columns] or [rows, columns, samples].
+
+        Raises:
+            BadImageError: for a frame that cannot be decoded, with the reason but not the path.
+            RuntimeError: when the process cannot be started.
+        """
+        request = {"path": os.fspath(path.absolute()), "transfer_syntax": str(transfer_syntax), "frame": frame}
+        with self._lock:
+            process = self._process = self._process or _start()
+            # a process that is stuck ends here, and its pipe with it
+            timer = threading.Timer(self._time_limit, process.kill)
+            timer.start()
+            try:
+                return _ask(process, request)
+            except (EOFError, OSError):
+                self._stop()
+                raise BadImageError(
+                    "its compressed pixels crash the decoder or keep it busy without an end: export it again, uncompressed"
+                ) from None
+            except BadImageError:
+                raise
+            except BaseException:  # interrupted: what is left of this answer would be taken for the next one
+                self._stop()
+                raise
+            finally:
+                timer.cancel()
+
+    def _stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+        self._process = None
+
+
+def _start() -> subprocess.Popen[bytes]:
+    process = subprocess.Popen(
+        # -P: nothing in the working folder can stand in for a module
+        [sys.executable, "-P", "-m", __name__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)},
+    )
+    assert process.stdout is not None
+    if process.stdout.readline() != _READY:
+        process.kill()
+        raise RuntimeError(f"the decoder's process did not start: try `{sys.executable} -m {__name__}` to see why")
+    return process
+
+
+def _ask(process: subprocess.Popen[bytes], request: dict[str, Any]) -> np.ndarray:
+    """Raises EOFError or OSError when the process ends, BadImageError when it says why it has no frame."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(json.dumps(request).encode() + b"\n")
+    process.stdin.flush()
+    line = process.stdout.readline()
+    if not line:
+        raise EOFError
+    answer = json.loads(line)
+    if "reason" in answer:
+        raise BadImageError(answer["reason"])
+    values = np.empty(answer["shape"], dtype=answer["dtype"])
+    if process.stdout.readinto(memoryview(values).cast("B")) != values.nbytes:
+        raise EOFError
+    return values
+
+
+def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
+    """Decode frames until the other side is gone."""
+    answers.write(_READY)
+    answers.flush()
+    for line in requests:
+        values = _decode(**json.loads(line))
+        if isinstance(values, str):
+            answers.write(json.dumps({"reason": values}).encode() + b"\n")
+        else:
+            answers.write(json.dumps({"shape": values.shape, "dtype": values.dtype.str}).encode() + b"\n")
+            answers.write(memoryview(np.ascontiguousarray(values)).cast("B"))
+        answers.flush()
+
+
+def _decode(path: str, transfer_syntax: str, frame: int) -> np.ndarray | str:
+    """The frame, or what is wrong; pydicom's own words are not passed on, since they quote headers."""
+    plugin = "pydicom" if transfer_syntax == RLELossless else ""
+    try:
+        return pixel_array(path, index=frame, transfer_syntax_uid=transfer_syntax, decoding_plugin=plugin)
+    except MemoryError:
+        return "it does not fit in memory: export it again, smaller"
+    except Exception:  # whatever a decoder raises, the answer is the same
+        return "its compressed pixels are damaged, or no installed decoder knows them: export it again, uncompressed"
+
+
+if __name__ == "__main__":
+    with os.fdopen(os.dup(1), "wb") as pipe:
+        os.dup2(2, 1)  # the libraries print what they dislike
+        _serve(sys.stdin.buffer, pipe)

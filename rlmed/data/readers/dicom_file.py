@@ -1,0 +1,270 @@
+"""Headers and stored pixel values of DICOM files, with everything bounded that a file could lie about.
+
+Messages say what is wrong and never quote a header's text or the file's path: either may be a patient's name.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pydicom import dcmread
+from pydicom.dataset import Dataset
+from pydicom.encaps import get_frame
+from pydicom.errors import BytesLengthException, InvalidDicomError
+from pydicom.pixels import pixel_array
+from pydicom.uid import (
+    UID,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000TransferSyntaxes,
+    RLELossless,
+)
+
+from rlmed.data.images import BadImageError
+from rlmed.data.readers.codestream import FrameSize, jpeg2000_size, jpeg_size
+from rlmed.data.readers.decoder_process import DecoderProcess
+
+MAX_SAMPLES = 50_000_000
+"""Rows times columns times samples of one frame; more is not decoded. The largest radiographs have about 30 million."""
+MAX_READ = 1 << 30
+"""Bytes; no single piece of a file may be longer: an element of the header, or a compressed frame."""
+GREYS = ("MONOCHROME1", "MONOCHROME2")
+COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
+MODALITIES = {
+    "MR": "MRI",
+    "CT": "CT",
+    **dict.fromkeys(("CR", "DX", "RG", "PX", "IO", "RF", "XA", "MG"), "X-ray"),
+    "US": "Ultrasound",
+    "PT": "PET",
+    "NM": "Nuclear medicine",
+}
+"""rlmed's modality by that of the header (PS3.3, C.7.3.1.1.1); nothing is said of others."""
+
+_LOOK_UPS = [
+    f"{colour}PaletteColorLookupTable{part}" for colour in ("Red", "Green", "Blue") for part in ("Descriptor", "Data")
+]
+_WANTED = [
+    *("Modality", "BurnedInAnnotation", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
+    *(
+        "SamplesPerPixel",
+        "PhotometricInterpretation",
+        "NumberOfFrames",
+        "Rows",
+        "Columns",
+        "BitsAllocated",
+        "BitsStored",
+    ),
+    *("PixelRepresentation", "PixelPaddingValue", "PixelPaddingRangeLimit"),
+    *("PixelAspectRatio", "PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing"),
+    *("ModalityLUTSequence", "RescaleIntercept", "RescaleSlope"),
+    *("VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction"),
+    *_LOOK_UPS,
+    *("ExtendedOffsetTable", "ExtendedOffsetTableLengths"),
+]
+"""All that is read of a header; other elements are passed over."""
+_MACROS = ("PixelMeasuresSequence", "PixelValueTransformationSequence", "FrameVOILUTSequence")
+"""Functional groups of an enhanced object that say how a frame is shown (PS3.3, C.7.6.16)."""
+
+_DAMAGE = (
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    RuntimeError,  # of decoders; RecursionError and NotImplementedError are such
+    AssertionError,
+    InvalidDicomError,
+    BytesLengthException,
+    struct.error,
+)
+"""What pydicom and its decoders raise for damaged files."""
+
+_DECODER = DecoderProcess()
+
+# Once for the process, since warnings.catch_warnings is not safe in threads. pydicom's warnings and log records quote
+# what they complain about.
+warnings.filterwarnings("ignore", module=r"pydicom(\..*)?")
+logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class DicomHeader:
+    """What a file says about its pixels.
+
+    Example:
+        DicomHeader(dataset=…, transfer_syntax=ExplicitVRLittleEndian, modality="CT", burned_in=False, frames=1,
+                    size=FrameSize(512, 512, 1), photometric="MONOCHROME2", bits_stored=12, little_endian=True)
+    """
+
+    dataset: Dataset
+    """Only elements that picture making needs: no patient, no date, no identifier."""
+    transfer_syntax: UID
+    modality: str
+    """rlmed's name, or empty."""
+    burned_in: bool
+    """True where the file states that text is burnt into its pixels."""
+    frames: int
+    size: FrameSize
+    photometric: str
+    bits_stored: int
+    little_endian: bool
+
+    def frame_index(self, number: int | None) -> int:
+        """Index from 0 of the frame of a number from 1; of the middle one for None.
+
+        Raises:
+            BadImageError: for a number that the file doesn't have.
+        """
+        if number is None:
+            return self.frames // 2
+        if not 1 <= number <= self.frames:
+            raise BadImageError(f"it has no frame {number}: give one from 1 to {self.frames}")
+        return number - 1
+
+
+@contextmanager
+def damage_reported() -> Iterator[None]:
+    """Turns what damaged files raise in pydicom into a BadImageError that quotes nothing of them."""
+    try:
+        yield
+    except BadImageError:
+        raise
+    except MemoryError:
+        raise BadImageError("it does not fit in memory: export it again, smaller") from None
+    except OSError as error:
+        # not the error's own text, which names the file; decoders raise OSErrors without a number
+        what = error.strerror or "damaged pixels"
+        raise BadImageError(f"it cannot be read ({what}): correct the path or copy it again") from None
+    except _DAMAGE:
+        raise BadImageError(
+            "it is damaged, truncated, or encoded in a way that is not supported: export it again"
+        ) from None
+
+
+def read_header(path: Path) -> DicomHeader:
+    """What a file says about its pixels. A file without DICOM's preamble is read too if it parses and has pixels.
+
+    Raises:
+        BadImageError: for a file that is missing, damaged, no DICOM, without pixels, or larger than `MAX_SAMPLES`.
+    """
+    with damage_reported(), _open(path) as stream:
+        dataset = dcmread(stream, force=True, stop_before_pixels=True, specific_tags=_WANTED)
+        if any(dataset.get(name) is None for name in ("Rows", "Columns", "BitsAllocated", "PhotometricInterpretation")):
+            raise BadImageError("it is no DICOM file, or one without pixels: give the file of an image")
+        size = FrameSize(int(dataset.Rows), int(dataset.Columns), int(dataset.get("SamplesPerPixel", 1)))
+        photometric = str(dataset.PhotometricInterpretation).strip()
+        _check(size, photometric)
+        implicit, little_endian = dataset.original_encoding
+        guess = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian if little_endian else ExplicitVRBigEndian
+        return DicomHeader(
+            dataset=dataset,
+            transfer_syntax=UID(dataset.file_meta.get("TransferSyntaxUID") or guess),
+            modality=MODALITIES.get(str(dataset.get("Modality", "")).strip(), ""),
+            burned_in=str(dataset.get("BurnedInAnnotation", "")).strip().upper() == "YES",
+            frames=max(1, int(dataset.get("NumberOfFrames") or 1)),
+            size=size,
+            photometric=photometric,
+            bits_stored=int(dataset.get("BitsStored") or dataset.BitsAllocated),
+            little_endian=bool(little_endian),
+        )
+
+
+def frame_dataset(header: DicomHeader, frame: int) -> Dataset:
+    """The header's elements as they hold for one frame: an enhanced object states some of them for each frame."""
+    flat = Dataset()
+    flat.update(header.dataset)
+    shared = header.dataset.get("SharedFunctionalGroupsSequence") or []
+    each = header.dataset.get("PerFrameFunctionalGroupsSequence") or []
+    for groups in (*shared[:1], *each[frame : frame + 1]):
+        for macro in _MACROS:
+            for item in (groups.get(macro) or [])[:1]:
+                flat.update(item)
+    return flat
+
+
+def decode_frame(path: Path, header: DicomHeader, frame: int) -> np.ndarray:
+    """Stored values of one frame, [rows, columns] or [rows, columns, 3] (YBR is turned into RGB); others stay on disk.
+
+    Args:
+        frame: from 0.
+
+    Raises:
+        BadImageError: for pixels that are missing, truncated, not as large as the header says, or in an encoding for which
+            no decoder is installed.
+    """
+    with damage_reported(), _open(path) as stream:
+        if header.transfer_syntax.is_encapsulated:
+            if header.transfer_syntax != RLELossless:
+                _check_compressed(stream, header, frame)
+            values = _DECODER.decode(path, header.transfer_syntax, frame)
+        else:
+            values = pixel_array(stream, index=frame, transfer_syntax_uid=header.transfer_syntax)
+    wanted = (header.size.rows, header.size.columns, *((3,) if header.size.samples == 3 else ()))
+    if values.shape != wanted:
+        raise BadImageError(f"its pixels decode to {values.shape}, its header says {wanted}: export it again")
+    return values
+
+
+class _BoundedStream(io.BufferedReader):
+    """A file of which no piece longer than `MAX_READ` is read.
+
+    pydicom asks for all the rest of a file in one case only, to inflate it without a bound (a deflated data set).
+    """
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or size < 0:
+            raise BadImageError("its data set is deflated, which is not read: save it in Explicit VR Little Endian")
+        if size > MAX_READ:
+            raise BadImageError(f"a piece of it is stated to have {size} bytes, more than {MAX_READ}: export it again")
+        return super().read(size)
+
+
+def _open(path: Path) -> _BoundedStream:
+    return _BoundedStream(io.FileIO(path))
+
+
+def _check(size: FrameSize, photometric: str) -> None:
+    samples = {**dict.fromkeys((*GREYS, "PALETTE COLOR"), 1), **dict.fromkeys(COLOURS, 3)}.get(photometric)
+    if samples is None:
+        known = ", ".join((*GREYS, "PALETTE COLOR", *COLOURS))
+        raise BadImageError(f"its photometric interpretation is none of {known}: save it as RGB or MONOCHROME2")
+    if size.samples != samples:
+        raise BadImageError(
+            f"its header says {size.samples} samples a pixel, its colours need {samples}: export it again"
+        )
+    if size.rows * size.columns * size.samples > MAX_SAMPLES:
+        raise BadImageError(
+            f"its header says {size.columns}x{size.rows} pixels of {size.samples} samples, more than {MAX_SAMPLES} values: "
+            "scale it down"
+        )
+
+
+def _check_compressed(stream: _BoundedStream, header: DicomHeader, frame: int) -> None:
+    """Before a decoder allocates what the compressed frame states, it must be what the header states."""
+    dcmread(stream, force=True, stop_before_pixels=True, specific_tags=[])
+    # tag, representation, two bytes, length: always explicit and little-endian (PS3.5, A.4)
+    if stream.read(4) != b"\xe0\x7f\x10\x00":
+        raise BadImageError("it has no pixels: give the file of an image")
+    stream.read(8)
+    tables = (header.dataset.get("ExtendedOffsetTable"), header.dataset.get("ExtendedOffsetTableLengths"))
+    encoded = get_frame(stream, frame, number_of_frames=header.frames, extended_offsets=tables if all(tables) else None)
+    stream.seek(0)
+    measure = jpeg2000_size if header.transfer_syntax in JPEG2000TransferSyntaxes else jpeg_size
+    stated = measure(encoded)
+    if stated != header.size:
+        shown = "no size" if stated is None else f"{stated.columns}x{stated.rows} pixels of {stated.samples} samples"
+        raise BadImageError(
+            f"its compressed pixels say {shown}, its header {header.size.columns}x{header.size.rows} of "
+            f"{header.size.samples}: export it again"
+        )

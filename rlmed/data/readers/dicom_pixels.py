@@ -1,0 +1,167 @@
+"""One frame of a DICOM file as an 8-bit picture, shown as a viewer would show it.
+
+The order of steps is that of the standard (PS3.4, N.2.1): stored values, modality look-up table or rescale, values-of-
+interest look-up table or window, inversion for MONOCHROME1. pydicom parses and decodes; what decides about memory is
+checked before it decodes. Messages say what is wrong and never quote a header's text, which may be a patient's name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from pydicom.dataset import Dataset
+
+from rlmed.data.images import BadImageError
+from rlmed.data.readers.dicom_file import GREYS, DicomHeader, damage_reported, decode_frame, frame_dataset
+from rlmed.data.readers.display import Window, percentile_range, stretch, to_picture
+
+_SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "PixelAspectRatio")
+"""Where the shape of a pixel is stated, first the best: row distance and column distance, or their ratio (PS3.3, 10.7.1.3)."""
+
+
+def render_frame(path: Path, header: DicomHeader, frame: int, window: Window | None = None) -> Image.Image:
+    """The picture of one frame: mode L, or RGB for colour; square pixels; nothing of the header in it.
+
+    Without `window`, grey values are shown by the file's own look-up table or else its first window, and without
+    either from the first to the second of `display.PERCENTILES`. Padding is black.
+
+    Args:
+        path: the file.
+        header: as `read_header` gives it for this file.
+        frame: from 0.
+        window: in the values after rescale, such as Hounsfield units.
+
+    Raises:
+        BadImageError: for a file that cannot be decoded or is larger than allowed, with the reason but not the path.
+    """
+    with damage_reported(), np.errstate(all="ignore"):
+        dataset = frame_dataset(header, frame)
+        stored = decode_frame(path, header, frame)
+        if header.photometric in GREYS:
+            pixels = _grey(stored, dataset, header, window)
+        elif header.photometric == "PALETTE COLOR":
+            pixels = _palette(stored, dataset, header.little_endian)
+        else:
+            pixels = _to_8_bits(stored, header.bits_stored)
+        return to_picture(pixels, *_spacing(dataset))
+
+
+def _grey(stored: np.ndarray, dataset: Dataset, header: DicomHeader, window: Window | None) -> np.ndarray:
+    padding = _padding(stored, dataset)
+    values = _rescale(stored, dataset, header.little_endian)
+    table = None if window is not None else _first(dataset, "VOILUTSequence")
+    if table is not None:
+        looked_up, bits = _look_up(np.rint(values), table.LUTDescriptor, table.LUTData, header.little_endian)
+        pixels = _to_8_bits(looked_up, bits)
+    else:
+        pixels = _windowed(values, dataset, window, padding)
+    if header.photometric == "MONOCHROME1":
+        pixels = 255 - pixels
+    if padding is not None:
+        pixels[padding] = 0
+    return pixels
+
+
+def _padding(stored: np.ndarray, dataset: Dataset) -> np.ndarray | None:
+    """Where a picture is filled up to a rectangle (PS3.3, C.7.5.1.1.2); None where it isn't."""
+    value = dataset.get("PixelPaddingValue")
+    if value is None or stored.dtype.kind not in "iu":
+        return None
+    # cast as the pixels are: some files state a negative value as a large one
+    edges = np.array([int(value), int(dataset.get("PixelPaddingRangeLimit", value))]).astype(stored.dtype)
+    mask = (stored >= edges.min()) & (stored <= edges.max())
+    return mask if mask.any() and not mask.all() else None
+
+
+def _rescale(stored: np.ndarray, dataset: Dataset, little_endian: bool) -> np.ndarray:
+    """Values in the unit of the modality, such as Hounsfield units; float32 (PS3.3, C.11.1)."""
+    table = _first(dataset, "ModalityLUTSequence")
+    if table is not None:
+        return _look_up(stored, table.LUTDescriptor, table.LUTData, little_endian)[0].astype(np.float32)
+    slope = (_numbers(dataset.get("RescaleSlope")) or [1.0])[0]
+    intercept = (_numbers(dataset.get("RescaleIntercept")) or [0.0])[0]
+    return stored.astype(np.float32) * np.float32(slope) + np.float32(intercept)
+
+
+def _windowed(values: np.ndarray, dataset: Dataset, window: Window | None, padding: np.ndarray | None) -> np.ndarray:
+    """Formulas of PS3.3, C.11.2.1.2 and C.11.2.1.3, with black at 0 and white at 255."""
+    function = "LINEAR"
+    if window is None:
+        window = _own_window(dataset)
+        function = dataset.get("VOILUTFunction") or "LINEAR"
+    if window is None:
+        return stretch(values, *percentile_range(values if padding is None else values[~padding]))
+    center, width = window.center, window.width
+    if function == "SIGMOID":
+        exponent = np.clip(-4.0 * (values - np.float32(center)) / np.float32(width), -80.0, 80.0)
+        return np.rint(255.0 / (1.0 + np.exp(exponent))).astype(np.uint8)
+    if function == "LINEAR_EXACT" or width < 1:
+        return stretch(values, center - width / 2, center + width / 2)
+    return stretch(values, center - 0.5 - (width - 1) / 2, center - 0.5 + (width - 1) / 2)
+
+
+def _own_window(dataset: Dataset) -> Window | None:
+    """The first window that the file states; None where it states none that can be used."""
+    try:
+        return Window(*(_numbers(dataset.get(name))[0] for name in ("WindowCenter", "WindowWidth")))
+    except (LookupError, ValueError):
+        return None
+
+
+def _palette(stored: np.ndarray, dataset: Dataset, little_endian: bool) -> np.ndarray:
+    """uint8, [height, width, 3] (PS3.3, C.7.6.3.1.5)."""
+    if "RedPaletteColorLookupTableData" not in dataset:
+        raise BadImageError("its palette is missing or stored in segments, which is not read: save it as RGB")
+    channels = []
+    for colour in ("Red", "Green", "Blue"):
+        name = f"{colour}PaletteColorLookupTable"
+        looked_up, bits = _look_up(
+            stored, dataset[f"{name}Descriptor"].value, dataset[f"{name}Data"].value, little_endian
+        )
+        channels.append(_to_8_bits(looked_up, bits))
+    return np.stack(channels, axis=-1)
+
+
+def _look_up(values: np.ndarray, descriptor: Any, data: Any, little_endian: bool) -> tuple[np.ndarray, int]:
+    """(entries of a look-up table for whole values, bits of an entry); values outside take its first or last entry."""
+    count, first, bits = (int(number) for number in descriptor)
+    count = count or 1 << 16
+    if isinstance(data, bytes):
+        # entries of 8 bits may be stored in 8 or in 16
+        width = 1 if len(data) < 2 * count else 2
+        table = np.frombuffer(data, np.dtype(f"{'<' if little_endian else '>'}u{width}"))[:count]
+    else:
+        table = np.asarray(_numbers(data), dtype=np.int64)[:count]
+    if len(table) < count or not 1 <= bits <= 16:
+        raise BadImageError("one of its look-up tables is damaged: export it again")
+    # clipped before the cast, since a float may be larger than any integer
+    places = np.clip(values.astype(np.float64) - first, 0, count - 1).astype(np.int64)
+    return table[places], bits
+
+
+def _to_8_bits(values: np.ndarray, bits: int) -> np.ndarray:
+    return values.astype(np.uint8) if bits == 8 else stretch(values, 0, (1 << bits) - 1)
+
+
+def _spacing(dataset: Dataset) -> tuple[float, float]:
+    """Distances of rows and of columns, in any common unit."""
+    for name in _SPACINGS:
+        numbers = _numbers(dataset.get(name))
+        if len(numbers) == 2 and min(numbers) > 0:
+            return numbers[0], numbers[1]
+    return 1.0, 1.0
+
+
+def _numbers(value: Any) -> list[float]:
+    """The numbers of an element that holds none, one or several."""
+    if value is None or value == "":
+        return []
+    return [float(number) for number in value] if hasattr(value, "__iter__") else [float(value)]
+
+
+def _first(dataset: Dataset, sequence: str) -> Dataset | None:
+    items = dataset.get(sequence)
+    return items[0] if items else None

@@ -1,0 +1,113 @@
+"""From measured values to what a viewer shows: windows, percentiles, square pixels. Shared by DICOM and NIfTI."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from rlmed.data.images import MAX_ASPECT, MAX_SIDE, MIN_SIDE, BadImageError
+
+PERCENTILES = (0.5, 99.5)
+"""Where no window is given: values at and below the first percentile are black, at and above the second one white."""
+MAX_SPACING_RATIO = 20.0
+"""Pixels more elongated than this are taken for a defect of the header."""
+SQUARE = 0.01
+"""Pixels whose sides differ by less than this share count as square."""
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Which values are shown, from black to white, in the unit of the values (Hounsfield units for CT).
+
+    Example:
+        Window(center=40.0, width=400.0)  # soft tissue in CT: -160 is black, 240 is white
+    """
+
+    center: float
+    width: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.center) and math.isfinite(self.width) and self.width > 0):
+            raise ValueError(
+                f"a window of center {self.center} and width {self.width} is none: give two numbers, the width positive"
+            )
+
+
+def parse_window(text: str) -> Window | None:
+    """A window written as "CENTER WIDTH", with a blank, comma, semicolon or slash between; None for a blank text.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    parts = text.replace(",", " ").replace(";", " ").replace("/", " ").split()
+    if not parts:
+        return None
+    try:
+        center, width = (float(part) for part in parts)
+    except ValueError:
+        raise ValueError(f"window {text!r} must be two numbers, center and width, like '40 400'") from None
+    return Window(center, width)
+
+
+def stretch(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Grey values of 8 bits: `low` and less become 0, `high` and more 255, linearly between.
+
+    Where `high` is not above `low`, whatever is above `low` is white.
+
+    Args:
+        values: [height, width], any number; NaN is shown black.
+    """
+    if high > low:
+        shares = (values.astype(np.float32) - np.float32(low)) * np.float32(1.0 / (high - low))
+    else:
+        shares = (values > low).astype(np.float32)
+    return np.rint(np.nan_to_num(shares, nan=0.0, posinf=1.0, neginf=0.0).clip(0.0, 1.0) * 255.0).astype(np.uint8)
+
+
+def percentile_range(values: np.ndarray) -> tuple[float, float]:
+    """What is shown where there is no window: from the first to the second of `PERCENTILES` of the finite values.
+
+    A picture that is nearly all of one value (a mask) is shown from its least to its largest.
+    """
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        return 0.0, 0.0
+    low, high = (float(edge) for edge in np.percentile(finite, PERCENTILES))
+    return (low, high) if high > low else (float(finite.min()), float(finite.max()))
+
+
+def to_picture(pixels: np.ndarray, row_spacing: float = 1.0, column_spacing: float = 1.0) -> Image.Image:
+    """An 8-bit picture with square pixels, scaled down to `MAX_SIDE` where it is larger.
+
+    Args:
+        pixels: uint8, [height, width] or [height, width, 3].
+        row_spacing: distance of the centres of neighbouring rows, in any unit.
+        column_spacing: of neighbouring columns, in the same unit. The coarser direction is stretched, so that no detail
+            is lost.
+
+    Raises:
+        BadImageError: for a picture that is too small or too elongated, or spacings that no picture has.
+    """
+    height, width = pixels.shape[:2]
+    if not (math.isfinite(row_spacing) and math.isfinite(column_spacing) and row_spacing > 0 and column_spacing > 0):
+        raise BadImageError(f"its pixels are {row_spacing} by {column_spacing}: both spacings must be positive")
+    ratio = row_spacing / column_spacing
+    if not 1 / MAX_SPACING_RATIO <= ratio <= MAX_SPACING_RATIO:
+        raise BadImageError(
+            f"its pixels are {row_spacing} by {column_spacing}, one side more than {MAX_SPACING_RATIO:.0f} times the other: "
+            "correct the spacing in the file's header"
+        )
+    if min(height, width) < MIN_SIDE:
+        raise BadImageError(f"it has {width}x{height} pixels; at least {MIN_SIDE} a side are needed")
+    square = abs(ratio - 1) < SQUARE
+    tall, wide = (height, width) if square else (height * max(ratio, 1.0), width * max(1 / ratio, 1.0))
+    if max(tall, wide) > MAX_ASPECT * min(tall, wide):
+        raise BadImageError(f"it has {width}x{height} pixels, one side more than {MAX_ASPECT} times the other: crop it")
+    scale = min(1.0, MAX_SIDE / max(tall, wide))
+    size = (max(MIN_SIDE, round(wide * scale)), max(MIN_SIDE, round(tall * scale)))
+    picture = Image.fromarray(np.ascontiguousarray(pixels))
+    # reducing_gap lets Pillow average whole blocks first, which is faster
+    return picture if size == picture.size else picture.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
