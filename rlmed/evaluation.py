@@ -1,7 +1,8 @@
 """Accuracy on held-out files, with the controls without which it says little about vision.
 
-Each question is answered greedily as it is, and, as controls, over a grey picture and over the picture of another question
-of its file. What stands beside the accuracy was scored without any picture: chance, one letter, the option texts' prior.
+Each question is answered greedily as it is, and, as controls, over a grey picture, over the picture of another question of
+its file, and with its options in another order. What stands beside the accuracy was scored without any picture: chance, one
+letter, the option texts' prior.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from rlmed.core.statistics import ImageFreePrior, chance, leave_one_out_prior, m
 from rlmed.core.types import Completion, Example, Prompt, RolloutGroup, RolloutRequest, SamplingParams
 from rlmed.data.images import load_image
 from rlmed.data.prompts import PromptRenderer
+from rlmed.data.sampler import reorder_options
 from rlmed.evaluation_results import Accuracy, Control, EvalRow, EvalSummary, FileSummary, write_evaluation
 
 Progress = Callable[[str, int, int], None]
@@ -48,7 +50,7 @@ class EvalFile:
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """One question to ask: `shown` has the picture that goes with it."""
+    """One question to ask: `shown` has the picture and the order of options that go with it."""
 
     file: str
     control: Control
@@ -86,7 +88,7 @@ def evaluate(
         train_examples: rows on which the image-free prior is fitted; may be empty.
         max_tokens: longest completion.
         stop: strings that end a completion, as in training.
-        controls: also ask over grey and over shuffled pictures, which triples the work.
+        controls: also ask over grey pictures, over shuffled ones and with the options reordered: four times the work.
         folder: where step folders go; made if missing.
         step: the step of training behind the weights.
         model: name or folder of the model, for the record.
@@ -180,6 +182,8 @@ def _tasks(file: EvalFile, controls: bool) -> Iterator[_Task]:
             yield _Task(file.name, "blank", example)
     for example in shuffled_images(file.examples):
         yield _Task(file.name, "shuffled", example)
+    for example in file.examples:
+        yield _Task(file.name, "reordered", reorder_options(example, SHUFFLE_SEED))
 
 
 def _answers(
@@ -247,6 +251,7 @@ def _summarise(file: EvalFile, rows: Sequence[EvalRow], train: Sequence[Example]
         blank=_under(rows, "blank"),
         shuffled=_under(rows, "shuffled"),
         by_kind={kind: (sum(right), len(right)) for kind, right in by_kind.items()},
+        reordered=_under(rows, "reordered"),
     )
 
 

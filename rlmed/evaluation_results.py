@@ -19,8 +19,8 @@ from rlmed.core.files import refusal, replace_text
 from rlmed.core.statistics import BoolArray, mcnemar, wilson_interval
 from rlmed.core.types import Example, FinishReason
 
-Control = Literal["none", "blank", "shuffled"]
-"""What was shown: the row's own picture, a grey one, or another row's."""
+Control = Literal["none", "blank", "shuffled", "reordered"]
+"""What was shown: the row as it is, a grey picture, another row's picture, or the row with its options in another order."""
 
 Answers = Mapping[tuple[str, str], bool]
 """Right or not by id and question, options included."""
@@ -114,6 +114,8 @@ class FileSummary:
     """Over another row's picture, for the rows that can be given one."""
     by_kind: dict[str, tuple[int, int]]
     """Right answers and rows by kind of question, for rows that name a kind."""
+    reordered: Accuracy | None = None
+    """With the options in another order; None without controls."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +147,8 @@ class EvalSummary:
 
 
 def _file_summary(content: Mapping[str, Any]) -> FileSummary:
-    accuracies = {
-        key: None if content[key] is None else Accuracy(**content[key]) for key in ("accuracy", "blank", "shuffled")
-    }
+    keys = ("accuracy", "blank", "shuffled", "reordered")
+    accuracies = {key: Accuracy(**content[key]) if content.get(key) else None for key in keys}
     by_kind = {kind: (right, rows) for kind, (right, rows) in content["by_kind"].items()}
     return FileSummary(**{**content, **accuracies, "by_kind": by_kind})
 
@@ -291,8 +292,8 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 def summary_table(before: EvalSummary | None, after: EvalSummary, comparison: Mapping[str, Any] | None) -> Table:
     """Two lines a file: accuracy and format before and after, the p-value, and what is scored without the picture.
 
-    All in per cent; intervals are Wilson's at 95 %. Controls and prior are those of `after`; where there were no training
-    rows to fit the prior on, it is the leave-one-out one, marked "loo".
+    All in per cent; intervals are Wilson's at 95 %. Controls and prior are those of `after`; the prior stands below chance.
+    Where there were no training rows to fit it on, it is the leave-one-out one, marked "loo".
     """
     if before is None:
         span = f"step {after.step}" if after.step else after.model
@@ -309,7 +310,7 @@ def summary_table(before: EvalSummary | None, after: EvalSummary, comparison: Ma
         collapse_padding=True,
     )
     table.add_column("file", overflow="fold")
-    for heading in ("accuracy", "p", "format", "blank", "shuffled", "prior", "chance"):
+    for heading in ("accuracy", "p", "format", "blank", "shuffled", "order", "chance\nprior"):
         table.add_column(heading, justify="right", no_wrap=True)
     earlier = {file.name: file for file in before.files} if before is not None else {}
     tests = comparison["files"] if comparison is not None else {}
@@ -322,10 +323,9 @@ def summary_table(before: EvalSummary | None, after: EvalSummary, comparison: Ma
             _change([_percent(one.format_rate) for one in (old, file) if one]),
             *(
                 "–" if one is None else _percent(one.value) + "\n" + _interval(one)
-                for one in (file.blank, file.shuffled)
+                for one in (file.blank, file.shuffled, file.reordered)
             ),
-            _prior(file),
-            _percent(file.chance),
+            f"{_percent(file.chance)}\n{_prior(file)}",
         )
     return table
 

@@ -16,6 +16,7 @@ from rich.table import Table
 from rlmed.core.files import replace_text
 from rlmed.core.statistics import mcnemar, wilson_interval
 from rlmed.evaluation_results import (
+    Accuracy,
     Answers,
     EvalSummary,
     FileSummary,
@@ -32,8 +33,9 @@ MEAN = "mean"
 NOTE = (
     "Greedy accuracy in %; ± is the sample standard deviation over seeds {seeds}; in brackets the Wilson 95 % interval of the "
     "mean over seeds at the file's number of rows, for another draw of questions. prior: the option texts most often right in "
-    "the training rows, without any image. blank, shuffled, format: of {last}; over a grey image, over another question's "
-    "image, and the share of completions in the format. p: McNemar, exact and paired, the largest over the seeds."
+    "the training rows, without any image. blank, shuffled, order, format: of {last}; over a grey image, over another "
+    "question's image, with the options in another order, and the share of completions in the format. p: McNemar, exact and "
+    "paired, the largest over the seeds."
 )
 HEADINGS = ("file", "rows", "chance", "prior")
 
@@ -81,7 +83,7 @@ class Line:
     """One file: accuracy by method, and what stands beside it.
 
     Example:
-        Line("test_ct", 300, 0.25, 0.253, {"base": …, "rl": …}, {"rl": …}, {"rl": …}, {"rl": …}, {"base": 1e-9, "sft": 1e-12})
+        Line("test_ct", 300, 0.25, 0.253, {"base": …, "rl": …}, *[{"rl": …}] * 4, {"base": 1e-9, "sft": 1e-12})
     """
 
     name: str
@@ -90,10 +92,11 @@ class Line:
     prior: float | None
     """Of the image-free prior fitted on the training rows."""
     accuracy: dict[str, Cell]
-    """By method, as the following three."""
+    """By method, as the following four."""
     format_rate: dict[str, Cell]
     blank: dict[str, Cell]
     shuffled: dict[str, Cell]
+    reordered: dict[str, Cell]
     p_values: dict[str, float]
     """Of the last method against each other one."""
 
@@ -124,13 +127,21 @@ class Reproduction:
     def headings(self) -> list[str]:
         """Of the columns."""
         against = [f"p {LABELS[self.last]} / {LABELS[method]}" for method in self.methods[:-1]]
-        return [*HEADINGS, *(LABELS[method] for method in self.methods), "blank", "shuffled", "format", *against]
+        return [
+            *HEADINGS,
+            *(LABELS[method] for method in self.methods),
+            "blank",
+            "shuffled",
+            "order",
+            "format",
+            *against,
+        ]
 
     def body(self) -> list[list[str]]:
         """Cells of each line, then those of the mean over files."""
         rows = []
         for line in self.lines:
-            controls = [line.blank, line.shuffled, line.format_rate]
+            controls = [line.blank, line.shuffled, line.reordered, line.format_rate]
             rows.append(
                 [
                     line.name,
@@ -242,8 +253,9 @@ def _line(
         prior=one.image_free_prior,
         accuracy={method: Cell(accuracies[method], one.rows) for method in methods},
         format_rate={method: Cell(tuple(file.format_rate for file in files[method]), one.rows) for method in methods},
-        blank=_control(files, "blank"),
-        shuffled=_control(files, "shuffled"),
+        blank=_control({method: [file.blank for file in entries] for method, entries in files.items()}),
+        shuffled=_control({method: [file.shuffled for file in entries] for method, entries in files.items()}),
+        reordered=_control({method: [file.reordered for file in entries] for method, entries in files.items()}),
         p_values={
             method: max(
                 _p_of_change(name, answers[method][place % len(answers[method])][name], after[name])
@@ -254,10 +266,10 @@ def _line(
     )
 
 
-def _control(files: dict[str, list[FileSummary]], control: str) -> dict[str, Cell]:
+def _control(measured: Mapping[str, Sequence[Accuracy | None]]) -> dict[str, Cell]:
+    """By method, of the seeds whose evaluation has the control."""
     cells = {}
-    for method, entries in files.items():
-        accuracies = [file.blank if control == "blank" else file.shuffled for file in entries]
+    for method, accuracies in measured.items():
         known = [accuracy for accuracy in accuracies if accuracy is not None]
         if known:
             cells[method] = Cell(tuple(accuracy.value for accuracy in known), known[0].rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 
 import numpy as np
 
@@ -59,3 +60,13 @@ def shuffle_options(example: Example, seed: int) -> Example:
         options=tuple(example.options[index] for index in order),
         answer=int(np.flatnonzero(order == example.answer)[0]),
     )
+
+
+def reorder_options(example: Example, seed: int) -> Example:
+    """The example with its options in an order other than its own, drawn from (seed, id); the answer follows.
+
+    A written completion, whose letters would be wrong now, is left out.
+    """
+    plain = dataclasses.replace(example, completion=None)
+    orders = (shuffle_options(plain, seed + attempt) for attempt in itertools.count())
+    return next(order for order in orders if order.options != example.options)  # option texts are distinct

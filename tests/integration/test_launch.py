@@ -97,8 +97,8 @@ def test_sft_evaluate_and_ask_work_together(
     before = folder / "evaluations" / "step-000000"
     evaluate.main(make_config(f"model.path={checkpoint}", f"+before={before}"), measured)
     rows = [json.loads(line) for line in (measured / "evaluations/step-000000/rows.jsonl").read_text().splitlines()]
-    assert sorted({row["control"] for row in rows}) == ["blank", "none", "shuffled"]
-    assert len(rows) == 30
+    assert sorted({row["control"] for row in rows}) == ["blank", "none", "reordered", "shuffled"]
+    assert len(rows) == 40
     assert (measured / "evaluations/step-000000/comparison.json").is_file()
 
     ask.main(

@@ -106,7 +106,7 @@ def test_requests_are_single_and_greedy_and_each_is_made_once(files, renderer, t
     run(files, renderer, tmp_path / "eval", pool)
     assert {request.group_size for request in pool.requests} == {1}
     assert {(request.sampling.temperature, request.sampling.max_tokens) for request in pool.requests} == {(0.0, 32)}
-    assert sorted(request.index for request in pool.requests) == list(range(3 * 14))
+    assert sorted(request.index for request in pool.requests) == list(range(4 * 14))
     assert pool.in_flight == 0
 
 
@@ -125,6 +125,25 @@ def test_controls_change_the_picture_and_nothing_else(files, renderer, tmp_path)
             request.prompt.token_ids.tolist() for request in plain
         ]
     assert np.ptp(blank[0].prompt.image_inputs["pixel_values"].reshape(-1, 3, 392), axis=(0, 2)).max() == 0
+
+
+def test_another_order_of_the_options_and_nothing_else(files, renderer, tmp_path):
+    """Each row has another order, the right letter follows, and so does a model that reads; the same order again next time."""
+    written = dataclasses.replace(files[0].examples[0], completion="<think>head</think><answer>A</answer>")
+    rows = (written, *files[0].examples[1:])
+    pools = [ScriptedPool(renderer), ScriptedPool(renderer, lambda *_: "<think>x</think><answer>A</answer>")]
+    by_eye, by_letter = (run([EvalFile("mri", rows)], renderer, tmp_path, pool).files[0] for pool in pools)
+    asked = [[request.prompt.example for request in pool.requests[24:32]] for pool in pools]
+    assert asked[0] == asked[1]
+    for example, own in zip(asked[0], rows, strict=True):
+        assert example.options != own.options
+        assert sorted(example.options) == sorted(own.options)
+        assert example.options[example.answer] == own.options[own.answer]
+        assert (example.id, example.image, example.question) == (own.id, own.image, own.question)
+    assert (by_eye.reordered.right, by_eye.reordered.rows) == (8, 8)
+    # A is right in rows 0 and 5, and wherever the other order has put the right option first
+    assert by_letter.accuracy.right == 2
+    assert by_letter.reordered.right == sum(example.answer == 0 for example in asked[0])
 
 
 def test_a_model_that_looks_is_right_only_over_its_own_picture(files, renderer, tmp_path):
@@ -148,7 +167,7 @@ def test_rows_are_complete_and_in_the_order_of_the_data(files, renderer, tmp_pat
     assert keys == [
         (file.name, control, example.id)
         for file in files
-        for control in ("none", "blank", "shuffled")
+        for control in ("none", "blank", "shuffled", "reordered")
         for example in file.examples
     ]
     example = files[0].examples[5]
@@ -212,14 +231,15 @@ def test_the_summary_is_read_back_as_it_was(files, renderer, tmp_path):
     assert EvalSummary.read(tmp_path / "step-1000000") == plain
 
 
-def test_rows_without_a_picture_have_no_controls(files, renderer, tmp_path):
+def test_rows_without_a_picture_have_no_controls_of_pictures(files, renderer, tmp_path):
     text_only = tuple(dataclasses.replace(example, image=None) for example in files[0].examples)
     mixed = (*text_only[:2], *files[0].examples[2:])
     pool = ScriptedPool(renderer, lambda *_: "")
     summary = run([EvalFile("text", text_only), EvalFile("mixed", mixed)], renderer, tmp_path, pool)
     assert (summary.files[0].blank, summary.files[0].shuffled) == (None, None)
     assert (summary.files[1].blank.rows, summary.files[1].shuffled.rows) == (6, 6)
-    assert len(pool.requests) == 8 + 8 + 6 + 6
+    assert [file.reordered.rows for file in summary.files] == [8, 8]
+    assert len(pool.requests) == 8 + 8 + 6 + 6 + 8 + 8
 
 
 @pytest.mark.parametrize("images", ["abcdefgh", "aabbccdd", "aaaabcde", "aaaabbbb", "abababac", "ab"])
@@ -273,9 +293,9 @@ def test_a_bounded_number_of_prompts_is_rendered_ahead(files, renderer, tmp_path
 def test_progress_counts_every_completion(files, renderer, tmp_path):
     calls = []
     run(files, renderer, tmp_path, on_progress=lambda *call: calls.append(call))
-    assert [done for _, done, _ in calls] == list(range(1, 43))
-    assert {total for _, _, total in calls} == {42}
-    assert Counter(name for name, _, _ in calls) == {"mri": 24, "ct": 18}
+    assert [done for _, done, _ in calls] == list(range(1, 57))
+    assert {total for _, _, total in calls} == {56}
+    assert Counter(name for name, _, _ in calls) == {"mri": 32, "ct": 24}
 
 
 def test_an_evaluation_is_replaced_as_a_whole(files, renderer, tmp_path):
@@ -311,7 +331,7 @@ def test_an_evaluation_that_fails_leaves_the_earlier_one(files, renderer, tmp_pa
         with pytest.raises(RecordError, match=r"disk is full: .*rows\.jsonl"):
             run(files, renderer, tmp_path, controls=False)
     assert EvalSummary.read(tmp_path / "step-000003") == first
-    assert len(read_rows(tmp_path / "step-000003")) == 42
+    assert len(read_rows(tmp_path / "step-000003")) == 56
     broken = dataclasses.replace(files[0].examples[0], id="broken", image=tmp_path / "missing.png")
     with pytest.raises((ValueError, OSError), match=r"missing\.png"):
         run([EvalFile("mri", (*files[0].examples, broken))], renderer, tmp_path)
@@ -418,15 +438,15 @@ def test_the_table_shows_both_ends_with_their_controls(files, renderer, tmp_path
         "100.0 → 100.0",
         "87.5\n53–98",
         "87.5\n53–98",
-        "0.0\nloo",
-        "25.0",
+        "37.5\n14–69",
+        "25.0\n0.0\nloo",
     ]
 
 
 def test_the_table_of_one_evaluation(files, renderer, tmp_path):
     summary = run(files, renderer, tmp_path, controls=False, train_examples=files[1].examples)
     cells = cells_of(summary_table(None, summary, None), 1)
-    assert cells == ["ct\n6 rows", "100.0\n61–100", "–", "100.0", "–", "–", "33.3", "25.0"]
+    assert cells == ["ct\n6 rows", "100.0\n61–100", "–", "100.0", "–", "–", "–", "25.0\n33.3"]
 
 
 def test_the_table_fits_a_narrow_terminal(files, renderer, tmp_path):

@@ -157,6 +157,7 @@ def test_the_table_has_before_and_after_with_controls(run):
         "format": "90.0 was 90.0",
         "blank": "25.0 7.1–59.1",
         "shuffled": "–",
+        "other order": "–",
         "image-free prior": "41.0 own file 43.0",
         "majority letter": "30.0",
         "chance": "25.0",

@@ -56,6 +56,7 @@ def write_run(folder: Path, step: int, right: set[int], *, ids: int = ROWS, blan
         blank=None if blank is None else Accuracy.of(blank, ROWS),
         shuffled=None,
         by_kind={},
+        reordered=Accuracy.of(7, ROWS),
     )
     summary = EvalSummary(model="m", step=step, seconds=1.0, max_tokens=64, train_rows=600, files=(file,))
     write_evaluation(folder / "evaluations", summary, rows)
@@ -87,6 +88,7 @@ def test_each_figure_is_that_of_the_last_evaluations(runs):
     }
     assert line.accuracy["rl"].text() == "72.5 ± 3.5 [48–85]"  # Wilson for 14 of 20: 14.5 is rounded to even
     assert line.accuracy["base"].text() == "40.0 [22–61]"
+    assert line.reordered["rl"].values == (0.35, 0.35)
     assert (line.chance, line.prior, line.blank["rl"].values, line.shuffled) == (0.5, 0.45, (0.25, 0.25), {})
 
 
@@ -122,7 +124,7 @@ def test_every_form_holds_every_figure(runs, tmp_path):
     console = Console(width=80, record=True, file=(tmp_path / "shown").open("w"))
     console.print(found.table())
     shown = console.export_text()
-    assert all(text in shown for text in ("72.5", "[48–85]", "blank", "mri"))
+    assert all(text in shown for text in ("72.5", "[48–85]", "blank", "order", "35.0", "mri"))
     assert max(map(len, shown.splitlines())) <= 80
 
 

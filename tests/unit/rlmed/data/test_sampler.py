@@ -1,12 +1,14 @@
 """Orders: a permutation in each epoch, reached from a cursor alone, the same in every process."""
 
+import math
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
 from rlmed.core.types import Example
-from rlmed.data.sampler import PromptOrder, shuffle_options
+from rlmed.data.sampler import PromptOrder, reorder_options, shuffle_options
 
 EXAMPLE = Example(id="q1", image=None, question="Which?", options=("head", "chest", "abdomen", "knee"), answer=3)
 
@@ -73,3 +75,16 @@ def test_a_written_completion_forbids_shuffling():
     example = Example("q1", None, "?", ("a", "b"), 0, completion="<think>t</think><answer>A</answer>")
     with pytest.raises(ValueError, match=r"q1.*cannot be shuffled.*data\.shuffle_options=false"):
         shuffle_options(example, 0)
+
+
+@pytest.mark.parametrize("options", [("head", "knee"), ("head", "chest", "abdomen", "knee")])
+def test_another_order_is_never_the_own_one_and_else_any(options):
+    orders = Counter()
+    for seed in range(300):
+        example = Example("q1", None, "?", options, 1, completion="<think>t</think><answer>B</answer>")
+        other = reorder_options(example, 1000 * seed)
+        assert other.options[other.answer] == options[1]
+        assert other.completion is None
+        orders[other.options] += 1
+    assert options not in orders
+    assert len(orders) == math.factorial(len(options)) - 1
