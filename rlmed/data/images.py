@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import struct
 import warnings
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -73,19 +75,32 @@ def load_image(path: Path, *, max_side: int = MAX_SIDE) -> Image.Image:
     """
     try:
         # a stream, not the path: Pillow maps an uncompressed TIFF by path into memory and scrambles it when EXIF turns it
-        with path.open("rb") as stream, Image.open(stream, formats=FORMATS) as image:
-            check_image_size(path, image.size)
+        with path.open("rb") as stream:
+            return _decode(stream, path, max_side)
+    except OSError as error:
+        raise BadImageError(_unreadable(path, error)) from error
+
+
+def decode_image(content: bytes, name: str) -> Image.Image:
+    """The same of a file's bytes; `name` is for messages. Raises BadImageError."""
+    return _decode(io.BytesIO(content), name, MAX_SIDE)
+
+
+def _decode(stream: BinaryIO, name: Path | str, max_side: int) -> Image.Image:
+    try:
+        with Image.open(stream, formats=FORMATS) as image:
+            check_image_size(name, image.size)
             return _read(image, max_side)
     except BadImageError:
         raise
     except UnidentifiedImageError as error:
-        raise BadImageError(_unidentified(path)) from error
+        raise BadImageError(_unidentified(name, stream.seek(0, io.SEEK_END))) from error
     except Image.DecompressionBombError as error:
-        raise BadImageError(f"image {path} has more than {MAX_PIXELS} pixels: scale it down") from error
+        raise BadImageError(f"image {name} has more than {MAX_PIXELS} pixels: scale it down") from error
     except MemoryError as error:
-        raise BadImageError(f"image {path} does not fit in memory: scale it down") from error
+        raise BadImageError(f"image {name} does not fit in memory: scale it down") from error
     except _DAMAGE as error:
-        raise BadImageError(_unreadable(path, error)) from error
+        raise BadImageError(_unreadable(name, error)) from error
 
 
 def image_sha256(path: Path) -> str:
@@ -94,8 +109,8 @@ def image_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _unidentified(path: Path) -> str:
-    if path.stat().st_size == 0:
+def _unidentified(path: Path | str, size: int) -> str:
+    if size == 0:
         return f"image {path} is an empty file: copy it again"
     return (
         f"image {path} is no image, or its header is damaged: replace it by one of {', '.join(FORMATS)} "
@@ -103,7 +118,7 @@ def _unidentified(path: Path) -> str:
     )
 
 
-def _unreadable(path: Path, error: Exception) -> str:
+def _unreadable(path: Path | str, error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return f"image {path} does not exist: copy it there or correct the path"
     if isinstance(error, OSError) and error.errno is not None:

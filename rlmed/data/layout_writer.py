@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TextIO
 
 from PIL import Image
@@ -19,9 +19,9 @@ from PIL import Image
 from rlmed.core.files import refusal
 from rlmed.core.statistics import chance, leave_one_out_prior, majority_letter
 from rlmed.core.types import Example
-from rlmed.data.images import BadImageError, check_image_size, image_sha256, load_image
+from rlmed.data.images import BadImageError, check_image_size, decode_image, image_sha256, load_image
 from rlmed.data.jsonl import BadRowError, parse_row, shorten
-from rlmed.data.readers.base import Picture, Skipped, SourceRow
+from rlmed.data.readers.base import Encoded, Picture, Skipped, SourceImage, SourceRow
 
 MAX_SPLITS = 64
 MAX_IMAGE_BYTES = 2**30
@@ -85,20 +85,27 @@ class Images:
         self.hashes: dict[str, str] = {}
         """SHA-256 by path in the layout."""
         self._folder, self._source = folder, source
-        self._seen: dict[Path | str, str | BadImageError] = {}
+        self._seen: dict[object, str | BadImageError] = {}
 
-    def add(self, image: Path | Picture) -> str:
+    def add(self, image: SourceImage) -> str:
         """The image's path in the layout. Raises BadImageError."""
-        key = image.key if isinstance(image, Picture) else image
+        key = image if isinstance(image, Path) else (type(image), image.key)
+        if isinstance(image, Encoded) and not image.key:
+            return self._put(image)
         if key not in self._seen:
             try:
-                self._seen[key] = self._save(image) if isinstance(image, Picture) else self._copy(image)
+                self._seen[key] = self._write(image)
             except BadImageError as error:
                 self._seen[key] = error
         found = self._seen[key]
         if isinstance(found, BadImageError):
             raise found
         return found
+
+    def _write(self, image: SourceImage) -> str:
+        if isinstance(image, Picture):
+            return self._save(image)
+        return self._copy(image) if isinstance(image, Path) else self._put(image)
 
     def _copy(self, path: Path) -> str:
         if path.is_file() and path.stat().st_size > MAX_IMAGE_BYTES:
@@ -109,11 +116,21 @@ class Images:
         except BadImageError as error:
             # the manifest may be handed on: it names files from the source on
             raise BadImageError(str(error).replace(str(path), _short(path, self._source))) from None
-        suffix = path.suffix.lower()
-        name = f"images/{sha256[:_HASH_LENGTH]}{suffix if re.fullmatch(r'[.][a-z0-9]{1,5}', suffix) else ''}"
+        name = _file_name(sha256, path)
         if name not in self.hashes:
             with writing(self._folder / name):
                 shutil.copyfile(path, self._folder / name)
+            self.hashes[name] = sha256
+        return name
+
+    def _put(self, image: Encoded) -> str:
+        content = image.load()
+        decode_image(content, image.name)
+        sha256 = hashlib.sha256(content).hexdigest()
+        name = _file_name(sha256, PurePath(image.name))
+        if name not in self.hashes:
+            with writing(self._folder / name):
+                (self._folder / name).write_bytes(content)
             self.hashes[name] = sha256
         return name
 
@@ -262,6 +279,12 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise refusal(path, error, cure="run the command again") from error
+
+
+def _file_name(sha256: str, path: PurePath) -> str:
+    """Where an image goes: named after its content, ending as its file does where that is a usual ending."""
+    suffix = path.suffix.lower()
+    return f"images/{sha256[:_HASH_LENGTH]}{suffix if re.fullmatch('[.][a-z0-9]{1,5}', suffix) else ''}"
 
 
 def _short(path: Path, source: Path) -> str:

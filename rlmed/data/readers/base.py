@@ -29,6 +29,26 @@ class Picture:
 
 
 @dataclass(frozen=True, slots=True)
+class Encoded:
+    """An image file that lies in an archive or a table: copied as it is, like a file.
+
+    Example:
+        Encoded(name="figures/PMC1_F2.jpg", load=lambda: archive.read("figures/PMC1_F2.jpg"), key="figures/PMC1_F2.jpg")
+    """
+
+    name: str
+    """For messages; what its ending says is the ending of the copy."""
+    load: Callable[[], bytes]
+    """The file's bytes; called when it is written. Raises BadImageError."""
+    key: str = ""
+    """One key is one image, loaded once; "" where rows have no name in common for it."""
+
+
+SourceImage = Path | Picture | Encoded
+"""A file to copy as it is, a picture that the reader makes, or a file inside of another."""
+
+
+@dataclass(frozen=True, slots=True)
 class SourceRow:
     """One question as its source has it; nothing in it is checked yet.
 
@@ -47,8 +67,8 @@ class SourceRow:
     options: tuple[str, ...]
     answer: str
     """The text of one option, or its letter where no option reads so."""
-    image: Path | Picture | None
-    """A file to copy as it is, a picture, or None for a question without an image."""
+    image: SourceImage | None
+    """None for a question without an image."""
     modality: str = ""
     kind: str = ""
 

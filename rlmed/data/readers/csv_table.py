@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rlmed.data.readers.base import Option, Reader, Skipped, SourceRow
+from rlmed.data.readers.image_files import open_images
 from rlmed.data.readers.table import (
     ANSWER_INDEX,
     COLUMN,
@@ -14,8 +15,8 @@ from rlmed.data.readers.table import (
     SPLIT,
     WITHOUT_IMAGES,
     Columns,
-    file_image,
     file_split,
+    named_image,
     no_image,
     parse_columns,
     read_table,
@@ -44,7 +45,7 @@ def read(
     for path in table_files(source):
         header, rows = read_table(path, delimiter)
         columns = Columns.find(path.name, header, given, required=required, answer_index=answer_index)
-        image = no_image if without_images else file_image(columns, images or path.parent)
+        found = no_image if without_images else named_image(columns, open_images(images or path.parent, search=False))
         for row in rows:
             where, default_id = f"line {row.line} of {path.name}", f"{file_split(path)}-{row.line}"
             if row.reason:
@@ -55,7 +56,7 @@ def read(
                     where=where,
                     default_id=default_id,
                     default_split=split or file_split(path),
-                    image=image,
+                    image=found,
                 )
 
 

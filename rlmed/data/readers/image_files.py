@@ -1,27 +1,47 @@
-"""Images that a data set names by path, found in a folder that may be laid out in another way."""
+"""Images that a data set names by path: in a folder that may be laid out in another way, or in a zip archive."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
+import zipfile
+import zlib
+from pathlib import Path, PurePosixPath
+from typing import Protocol
 
+from rlmed.data.images import BadImageError
 from rlmed.data.jsonl import BadRowError, path_inside, shorten
+from rlmed.data.readers.base import Encoded
+
+MAX_MEMBER_BYTES = 2**26
+"""A file in an archive is not unpacked beyond this, whatever its header says."""
+
+
+class Images(Protocol):
+    """Where images are looked for."""
+
+    def find(self, text: str) -> Path | Encoded:
+        """The file that a row calls `text`. Raises BadRowError."""
+
+
+def open_images(path: Path, *, search: bool = True) -> Images:
+    """The images of a folder or zip archive; with `search`, a file of a folder may lie elsewhere below it.
+
+    Raises:
+        ValueError: when it is neither.
+    """
+    if path.is_dir():
+        return ImageFolder(path, search=search)
+    if path.suffix.lower() == ".zip":
+        return ImageArchive(path)
+    raise ValueError(f"images {path} are neither a folder nor a .zip: copy them there, or name them with --images")
 
 
 class ImageFolder:
-    """The images below a folder: by the path that a row gives or, where nothing is there, by file name."""
+    """The images below a folder: by the path that a row gives or, with `search`, by file name where nothing is there."""
 
-    def __init__(self, folder: Path) -> None:
-        """Nothing is read yet.
-
-        Raises:
-            ValueError: when there is no such folder.
-        """
-        if not folder.is_dir():
-            raise ValueError(
-                f"image folder {folder} does not exist: copy the images there, or name it with --images DIR"
-            )
-        self._root = folder.resolve()
+    def __init__(self, folder: Path, *, search: bool = True) -> None:
+        """Nothing is read yet."""
+        self._root, self._search = folder.resolve(), search
         self._by_name: dict[str, list[str]] | None = None
 
     def find(self, text: str) -> Path:
@@ -31,18 +51,9 @@ class ImageFolder:
             BadRowError: when there is none, there are several of that name, or the path leaves the folder.
         """
         path = path_inside(text, self._root)
-        if path.is_file():
+        if path.is_file() or not self._search:
             return path
-        found = self._index().get(path.name, [])
-        if len(found) > 1:
-            raise BadRowError(
-                f"its image {shorten(text)} is not there, and {len(found)} files have its name: give --images"
-            )
-        if not found:
-            raise BadRowError(
-                f"its image {shorten(text)} does not exist: copy it there, or name its folder with --images"
-            )
-        return path_inside(found[0], self._root)
+        return path_inside(_only(text, self._index().get(path.name, [])), self._root)
 
     def _index(self) -> dict[str, list[str]]:
         """Paths from the folder on, by file name."""
@@ -50,5 +61,60 @@ class ImageFolder:
             self._by_name = {}
             for folder, _, names in os.walk(self._root):  # links to folders are not followed
                 for name in names:
-                    self._by_name.setdefault(name, []).append(os.path.relpath(os.path.join(folder, name), self._root))
+                    path = os.path.relpath(os.path.join(folder, name), self._root)
+                    self._by_name.setdefault(name, []).append(path)
         return self._by_name
+
+
+class ImageArchive:
+    """The images of a zip archive, read from it one at a time; nothing is unpacked to the disk under a name of the archive."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the archive's table of contents.
+
+        Raises:
+            ValueError: when it is no zip archive.
+        """
+        try:
+            self._archive = zipfile.ZipFile(path)
+        except (OSError, zipfile.BadZipFile) as error:
+            raise ValueError(f"archive {path} cannot be read ({error}): copy it again") from error
+        self._members: dict[str, zipfile.ZipInfo] = {}
+        self._by_name: dict[str, list[str]] = {}
+        for member in self._archive.infolist():
+            if not member.is_dir():
+                self._members[member.filename] = member
+                self._by_name.setdefault(PurePosixPath(member.filename).name, []).append(member.filename)
+
+    def find(self, text: str) -> Encoded:
+        """The member that a row calls `text`.
+
+        Raises:
+            BadRowError: when there is none, or there are several of that name.
+        """
+        name = text if text in self._members else _only(text, self._by_name.get(PurePosixPath(text).name, []))
+        return Encoded(name=name, load=lambda: self._content(name), key=name)
+
+    def _content(self, name: str) -> bytes:
+        try:
+            with self._archive.open(self._members[name]) as stream:
+                content = stream.read(MAX_MEMBER_BYTES + 1)
+        except (zipfile.BadZipFile, zlib.error, OSError, EOFError) as error:
+            raise BadImageError(f"image {name} in the archive is damaged ({error}): copy the archive again") from error
+        except (RuntimeError, NotImplementedError) as error:  # a password, an unknown compression
+            raise BadImageError(f"image {name} in the archive cannot be unpacked: {error}") from error
+        if len(content) > MAX_MEMBER_BYTES:
+            raise BadImageError(f"image {name} in the archive unpacks to more than {MAX_MEMBER_BYTES} bytes")
+        return content
+
+
+def _only(text: str, named: list[str]) -> str:
+    """The one of the paths with the right file name, or the one that ends with all of `text`."""
+    found = [path for path in named if path.endswith(f"/{text}")] or named
+    if len(found) > 1:
+        raise BadRowError(
+            f"its image {shorten(text)} is not there, and {len(found)} files have its name: give --images"
+        )
+    if not found:
+        raise BadRowError(f"its image {shorten(text)} does not exist: copy it there, or name its folder with --images")
+    return found[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rlmed.data.readers import csv_table, medvlm_r1
+from rlmed.data.readers import csv_table, medvlm_r1, omnimedvqa, pmc_vqa, slake, vqa_rad
 from rlmed.data.readers.base import Reader
 
 READERS: Mapping[str, Reader] = {
@@ -12,6 +12,10 @@ READERS: Mapping[str, Reader] = {
     for reader in (
         csv_table.READER,
         medvlm_r1.READER,
+        omnimedvqa.READER,
+        vqa_rad.READER,
+        slake.READER,
+        pmc_vqa.READER,
     )
 }
 

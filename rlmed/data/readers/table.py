@@ -12,8 +12,9 @@ from typing import Any
 
 from rlmed.core.types import LETTERS
 from rlmed.data.images import BadImageError
-from rlmed.data.jsonl import BadRowError, path_inside, shorten
-from rlmed.data.readers.base import Option, Picture, Skipped, SourceRow
+from rlmed.data.jsonl import BadRowError, shorten
+from rlmed.data.readers.base import Option, Skipped, SourceImage, SourceRow
+from rlmed.data.readers.image_files import Images
 
 FIELDS: Mapping[str, tuple[str, ...]] = {
     "id": ("id",),
@@ -51,13 +52,15 @@ ANSWER_INDEX = Option(
     },
 )
 SPLIT = Option("--split", {"metavar": "NAME", "help": "split of rows whose table has no split column"})
-IMAGES = Option("--images", {"type": Path, "metavar": "DIR", "help": "folder that image paths are relative to"})
+IMAGES = Option(
+    "--images", {"type": Path, "metavar": "PATH", "help": "folder (or .zip) that image paths are relative to"}
+)
 WITHOUT_IMAGES = Option(
     "--without-images", {"action": "store_true", "help": "questions alone: no image is read, every row is text only"}
 )
 
 Record = Mapping[str, Any]
-ImageOf = Callable[[Record], Path | Picture | None]
+ImageOf = Callable[[Record], SourceImage | None]
 """Finds a record's image. Raises BadRowError or BadImageError."""
 
 
@@ -221,15 +224,14 @@ def as_text(value: Any, what: str) -> str:
     return value.strip()
 
 
-def file_image(columns: Columns, folder: Path) -> ImageOf:
-    """Images that a column names by their path from `folder` on."""
-    root = folder.resolve()
+def named_image(columns: Columns, images: Images) -> ImageOf:
+    """Images that a column names by their path."""
 
-    def find(record: Record) -> Path:
+    def find(record: Record) -> SourceImage:
         text = columns.text(record, "image")
         if not text:
             raise BadRowError("it has no image: add it, or read all questions as text with --without-images")
-        return path_inside(text, root)
+        return images.find(text)
 
     return find
 

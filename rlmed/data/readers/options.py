@@ -1,0 +1,102 @@
+"""Options for questions that were published with an answer alone.
+
+Yes and no become the two options. Any other answer gets distractors: answers of other questions of its kind, drawn as often
+as they are right there. So a text's frequency does not give it away, as it does where distractors are texts that are never
+right. An answer that contains another (`left lung`, `lung`) is no distractor for it, yet a drawn text may still be true of the
+picture: such questions are harder to judge than those whose options a person wrote.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Hashable
+
+import numpy as np
+
+from rlmed.core.types import LETTERS
+from rlmed.data.jsonl import BadRowError
+from rlmed.data.readers.base import Option
+
+YES_NO = ("yes", "no")
+DISTRACTORS = 3
+
+OPEN = Option(
+    "--open",
+    {
+        "choices": ("distractors", "skip"),
+        "help": "questions whose answer is not yes or no get other answers of their kind as options (default), or are left out",
+    },
+)
+SEED = Option("--seed", {"type": int, "help": "of the distractors and the order of options (default: 0)"})
+DISTRACTOR_COUNT = Option(
+    "--distractors", {"type": int, "metavar": "N", "help": f"wrong options of such a question (default: {DISTRACTORS})"}
+)
+LEFT_OUT = "its answer is not yes or no, and --open skip was given"
+
+
+class AnswerPool:
+    """The answers of all questions by kind, and options drawn from them.
+
+    Example:
+        >>> pool = AnswerPool(seed=0, distractors=1)
+        >>> for answer in ("CT", "MRI", "CT"):
+        ...     pool.add("modality", answer)
+        >>> sorted(pool.options("q1", "modality", "MRI"))
+        ['CT', 'MRI']
+    """
+
+    def __init__(self, seed: int, distractors: int) -> None:
+        """An empty pool.
+
+        Raises:
+            ValueError: for a number of distractors that gives too few or too many options, or a negative seed.
+        """
+        if not 1 <= distractors < len(LETTERS):
+            raise ValueError(f"--distractors {distractors} must be 1 to {len(LETTERS) - 1}")
+        if seed < 0:
+            raise ValueError(f"--seed {seed} must not be negative")
+        self._seed, self._distractors = seed, distractors
+        self._counts: dict[Hashable, Counter[str]] = defaultdict(Counter)
+        self._texts: dict[str, str] = {}
+        """How an answer is first written, by its text in lower case."""
+
+    def add(self, kind: Hashable, answer: str) -> None:
+        """Count an answer; yes and no are nobody's distractors."""
+        key = answer.casefold()
+        if key and key not in YES_NO:
+            self._counts[kind][key] += 1
+            self._texts.setdefault(key, answer)
+
+    def options(self, row_id: str, kind: Hashable, answer: str) -> tuple[str, ...]:
+        """The options of a question in the order drawn for it from (seed, id); `answer` is one of them.
+
+        Raises:
+            BadRowError: when no other answer of its kind is there.
+        """
+        if not answer:
+            raise BadRowError("it has no answer")
+        if answer.casefold() in YES_NO:
+            return YES_NO
+        key = answer.casefold()
+        others = {
+            other: count for other, count in sorted(self._counts[kind].items()) if other not in key and key not in other
+        }
+        if not others:
+            raise BadRowError(
+                f"no other question of its kind ({kind}) has another answer, so there is nothing to choose"
+            )
+        digest = hashlib.sha256(row_id.encode("utf-8", "replace")).digest()
+        rng = np.random.default_rng([self._seed, int.from_bytes(digest[:8], "little")])
+        shares = np.array(list(others.values()), dtype=np.float64)
+        drawn = rng.choice(
+            list(others), size=min(self._distractors, len(others)), replace=False, p=shares / shares.sum()
+        )
+        texts = [answer, *(self._texts[str(other)] for other in drawn)]
+        return tuple(texts[place] for place in rng.permutation(len(texts)))
+
+
+def plain_answer(text: str) -> str:
+    """An answer with single blanks; yes and no in lower case without a full stop."""
+    word = text.strip(" .\t\r\n").lower()
+    return word if word in YES_NO else " ".join(text.split())

@@ -1,0 +1,96 @@
+"""PMC-VQA (arXiv 2305.10415): multiple-choice questions about figures of publications.
+
+The published files are `train.csv` and `test.csv` with `images.zip`, and a second version `train_2.csv`, `test_2.csv` with
+`images_2.zip`. Columns: `Figure_path, Question, Choice A … Choice D, Answer`; in the first version `Answer` is a text and
+`Answer_label` its letter, in the second `Answer` is the letter. A choice may start with its own letter (` A:Gray matter`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from rlmed.core.types import LETTERS
+from rlmed.data.images import BadImageError
+from rlmed.data.jsonl import BadRowError
+from rlmed.data.readers.base import Reader, Skipped, SourceRow
+from rlmed.data.readers.csv_table import table_files
+from rlmed.data.readers.image_files import Images, open_images
+from rlmed.data.readers.table import IMAGES, WITHOUT_IMAGES, file_split, read_table
+
+COLUMNS = ("Figure_path", "Question", "Answer", "Choice A", "Choice B")
+CHOICES = tuple(f"Choice {letter}" for letter in LETTERS)
+
+
+def read(source: Path, *, images: Path | None = None, without_images: bool = False) -> Iterator[SourceRow | Skipped]:
+    """Rows of a table, or of all tables of a folder; a split is called like its file.
+
+    Images are looked for in `images`, else in the archives `images_2.zip` (for tables called `*_2.csv`) or `images.zip` beside
+    the table, else in its folder.
+
+    Raises:
+        ValueError: for a table without the published columns, or images that are not there.
+    """
+    for path in table_files(source):
+        header, rows = read_table(path)
+        missing = [name for name in COLUMNS if name not in header]
+        if missing:
+            raise ValueError(f"{path.name} has no column {missing[0]}: it is no table of PMC-VQA, read it with csv")
+        found = None if without_images else open_images(images or _beside(path))
+        for row in rows:
+            where, row_id = f"line {row.line} of {path.name}", f"{file_split(path)}-{row.line}"
+            if row.reason:
+                yield Skipped(where, row_id, row.reason)
+            else:
+                yield _question(row.record, where, row_id, file_split(path), found)
+
+
+def _beside(path: Path) -> Path:
+    archive = path.with_name("images_2.zip" if path.stem.endswith("_2") else "images.zip")
+    return archive if archive.is_file() else path.parent
+
+
+def _question(
+    record: Mapping[str, str], where: str, row_id: str, split: str, images: Images | None
+) -> SourceRow | Skipped:
+    try:
+        options = choices([record[name].strip() for name in CHOICES if name in record])
+        figure = record["Figure_path"].strip()
+        if not figure:
+            raise BadRowError("it has no Figure_path")
+        return SourceRow(
+            where=where,
+            split=split,
+            id=row_id,
+            question=record["Question"].strip(),
+            options=options,
+            answer=record.get("Answer_label", "").strip() or record["Answer"].strip(),
+            image=None if images is None else images.find(figure),
+        )
+    except (BadRowError, BadImageError) as error:
+        return Skipped(where, row_id, str(error))
+
+
+def choices(texts: list[str]) -> tuple[str, ...]:
+    """The choices without blank ones at the end, and without their letters where all have one.
+
+    Example:
+        >>> choices(["A:Gray matter", "B: White matter", "", ""])
+        ('Gray matter', 'White matter')
+    """
+    while texts and not texts[-1]:
+        texts.pop()
+    bare = [re.sub(rf"^{letter}\s*[:.)]\s*", "", text) for letter, text in zip(LETTERS, texts, strict=False)]
+    return tuple(bare if all(short != text for short, text in zip(bare, texts, strict=True)) else texts)
+
+
+READER = Reader(
+    name="pmc_vqa",
+    title="PMC-VQA: multiple-choice questions about figures of publications",
+    read=read,
+    options=(IMAGES, WITHOUT_IMAGES),
+    licence="none is stated on its card; figures keep the licences of the publications that they come from",
+    citation="Zhang et al., PMC-VQA, arXiv 2305.10415",
+    url="https://huggingface.co/datasets/RadGenome/PMC-VQA",
+)

@@ -1,0 +1,119 @@
+"""Data sets of questions with an answer and no options: VQA-RAD and SLAKE share all but their fields."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rlmed.data.images import BadImageError
+from rlmed.data.jsonl import BadRowError, shorten
+from rlmed.data.readers.base import Skipped, SourceRow
+from rlmed.data.readers.image_files import Images
+from rlmed.data.readers.options import LEFT_OUT, YES_NO, AnswerPool, plain_answer
+from rlmed.data.readers.table import as_text
+
+TEST_SPLIT = "test"
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A question with its answer.
+
+    Example:
+        Answered(split="train", id="slake-7", question="Which organ is shown?", answer="Liver", image="xmlab1/source.jpg",
+                 modality="CT", kind="Organ")
+    """
+
+    split: str
+    id: str
+    question: str
+    answer: str
+    image: str
+    modality: str
+    kind: str
+
+
+Element = tuple[str, str, Any]
+"""Where it is, the id of an element that has none, and the element itself."""
+Parse = Callable[[Mapping[str, Any], str], Answered | str]
+"""(element, default id) to a question, or why it is left out by choice. Raises BadRowError."""
+
+
+def read_answered(
+    elements: Callable[[], Iterable[Element]],
+    parse: Parse,
+    *,
+    images: Images | None,
+    open_answers: str,
+    distractors: int,
+    seed: int,
+) -> Iterator[SourceRow | Skipped]:
+    """Rows with options; `elements` is called twice, since distractors come from all answers.
+
+    A question outside of the test that the test asks of the same image is left out.
+
+    Raises:
+        ValueError: for an impossible number of distractors or seed.
+    """
+    pool, held_out = AnswerPool(seed, distractors), set()
+    for where, default_id, element in elements():
+        entry = _parsed(element, where, default_id, parse)
+        if isinstance(entry, Answered):
+            pool.add(entry.kind, entry.answer)
+            if entry.split == TEST_SPLIT:
+                held_out.add(_key(entry))
+    for where, default_id, element in elements():
+        entry = _parsed(element, where, default_id, parse)
+        if isinstance(entry, Skipped):
+            yield entry
+        elif entry.split != TEST_SPLIT and _key(entry) in held_out:
+            yield Skipped(where, entry.id, "the test asks the same of the same image", chosen=True)
+        elif entry.answer not in YES_NO and open_answers == "skip":
+            yield Skipped(where, entry.id, LEFT_OUT, chosen=True)
+        else:
+            yield _row(entry, where, pool, images)
+
+
+def field(element: Mapping[str, Any], name: str) -> str:
+    """A field as stripped text. Raises BadRowError when it is missing or no text."""
+    text = as_text(element.get(name), name)
+    if not text:
+        raise BadRowError(f"it has no {name}")
+    return text
+
+
+def _parsed(element: Any, where: str, default_id: str, parse: Parse) -> Answered | Skipped:
+    try:
+        if not isinstance(element, Mapping):
+            raise BadRowError(f"it is no JSON object but {shorten(element)}")
+        entry = parse(element, default_id)
+    except BadRowError as error:
+        return Skipped(where, default_id, str(error))
+    return Skipped(where, default_id, entry, chosen=True) if isinstance(entry, str) else entry
+
+
+def _key(entry: Answered) -> tuple[str, str]:
+    return entry.image, entry.question.casefold()
+
+
+def _row(entry: Answered, where: str, pool: AnswerPool, images: Images | None) -> SourceRow | Skipped:
+    try:
+        return SourceRow(
+            where=where,
+            split=entry.split,
+            id=entry.id,
+            question=entry.question,
+            options=pool.options(entry.id, entry.kind, entry.answer),
+            answer=entry.answer,
+            image=None if images is None else images.find(entry.image),
+            modality=entry.modality,
+            kind=entry.kind,
+        )
+    except (BadRowError, BadImageError) as error:
+        return Skipped(where, entry.id, str(error))
+
+
+def answer_of(element: Mapping[str, Any]) -> str:
+    """The answer as `plain_answer` writes it. Raises BadRowError without one."""
+    return plain_answer(field(element, "answer"))

@@ -1,0 +1,95 @@
+"""SLAKE 1.0 (arXiv 2102.09542): questions in English and Chinese about radiology images, with an answer each.
+
+The published folder holds `train.json`, `validate.json` (or `validation.json`) and `test.json`, each a JSON array of `{qid,
+img_name, question, answer, q_lang, modality, answer_type, content_type, …}`, and `imgs/xmlab<n>/source.jpg` (or `imgs.zip`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rlmed.data.readers.base import Option, Reader, Skipped, SourceRow
+from rlmed.data.readers.image_files import open_images
+from rlmed.data.readers.json_rows import read_json_rows
+from rlmed.data.readers.modalities import modality_name
+from rlmed.data.readers.options import DISTRACTOR_COUNT, DISTRACTORS, OPEN, SEED
+from rlmed.data.readers.published_answers import Answered, Element, answer_of, field, read_answered
+from rlmed.data.readers.table import IMAGES, WITHOUT_IMAGES, as_text
+
+FILES = {"train.json": "train", "validate.json": "validate", "validation.json": "validate", "test.json": "test"}
+"""Split by file."""
+LANGUAGES = ("en", "zh", "all")
+
+
+def read(
+    source: Path,
+    *,
+    language: str = "en",
+    open: str = "distractors",
+    distractors: int = DISTRACTORS,
+    seed: int = 0,
+    images: Path | None = None,
+    without_images: bool = False,
+) -> Iterator[SourceRow | Skipped]:
+    """Rows of `train`, `validate` and `test`.
+
+    Raises:
+        ValueError: for a folder without the published files.
+    """
+    files = [(source / name, split) for name, split in FILES.items() if (source / name).is_file()]
+    if not files:
+        raise ValueError(f"{source} holds none of {', '.join(FILES)}: give the folder that Slake1.0.zip unpacks to")
+    beside = next((source / name for name in ("imgs", "imgs.zip") if (source / name).exists()), source)
+
+    def elements() -> Iterator[Element]:
+        for path, split in files:
+            for number, element in read_json_rows(path):
+                place = {**element, "split": split} if isinstance(element, Mapping) else element
+                yield f"row {number} of {path.name}", f"{split}-{number}", place
+
+    def parse(element: Mapping[str, Any], default_id: str) -> Answered | str:
+        tongue = as_text(element.get("q_lang"), "q_lang")
+        if language not in ("all", tongue):
+            return f"its language is {tongue or 'not stated'}, which is not asked for"
+        return _parse(element, default_id)
+
+    yield from read_answered(
+        elements,
+        parse,
+        images=None if without_images else open_images(images or beside),
+        open_answers=open,
+        distractors=distractors,
+        seed=seed,
+    )
+
+
+def _parse(element: Mapping[str, Any], default_id: str) -> Answered:
+    return Answered(
+        split=str(element["split"]),
+        id=as_text(element.get("qid"), "qid") or default_id,
+        question=field(element, "question"),
+        answer=answer_of(element),
+        image=field(element, "img_name"),
+        modality=modality_name(as_text(element.get("modality"), "modality")),
+        kind=as_text(element.get("content_type"), "content_type"),
+    )
+
+
+READER = Reader(
+    name="slake",
+    title="SLAKE: questions in English and Chinese about radiology images",
+    read=read,
+    options=(
+        Option("--language", {"choices": LANGUAGES, "help": "of the questions (default: en)"}),
+        OPEN,
+        DISTRACTOR_COUNT,
+        SEED,
+        IMAGES,
+        WITHOUT_IMAGES,
+    ),
+    licence="CC BY 4.0, as its card says",
+    citation="Liu et al., SLAKE: a semantically-labeled knowledge-enhanced dataset, ISBI 2021, arXiv 2102.09542",
+    url="https://www.med-vqa.com/slake/",
+)

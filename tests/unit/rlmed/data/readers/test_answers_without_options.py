@@ -1,0 +1,267 @@
+"""VQA-RAD and SLAKE, in small files of their layouts: options for questions that come with an answer alone."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from rlmed.data.jsonl import BadRowError
+from rlmed.data.layout import write_layout
+from rlmed.data.readers import slake, vqa_rad
+from rlmed.data.readers.base import Encoded, Skipped, SourceRow
+from rlmed.data.readers.options import AnswerPool, plain_answer
+
+
+def rad_row(number: int, **changes) -> dict:
+    row = {
+        "qid": str(number),
+        "phrase_type": "freeform",
+        "qid_linked_id": "03f451ca-de62-4617-9679-e836026a7642",
+        "image_case_url": "https://medpix.nlm.nih.gov/case?id=1",
+        "image_name": "synpic1.jpg",
+        "image_organ": "CHEST",
+        "evaluation": "not evaluated",
+        "question": f"Is finding {number} to be seen?",
+        "question_rephrase": "NULL",
+        "question_type": "PRES",
+        "answer": "Yes",
+        "answer_type": "CLOSED",
+    }
+    return {key: value for key, value in {**row, **changes}.items() if value is not ...}
+
+
+def slake_row(number: int, **changes) -> dict:
+    row = {
+        "img_id": 1,
+        "img_name": "xmlab1/source.jpg",
+        "question": f"Which organ is number {number}?",
+        "answer": "Liver",
+        "q_lang": "en",
+        "location": "Abdomen",
+        "modality": "MRI",
+        "answer_type": "OPEN",
+        "base_type": "vqa",
+        "content_type": "Organ",
+        "triple": ["vhead", "_", "_"],
+        "qid": number,
+    }
+    return {key: value for key, value in {**row, **changes}.items() if value is not ...}
+
+
+@pytest.fixture
+def rad(tmp_path) -> Path:
+    folder = tmp_path / "VQA_RAD"
+    (folder / vqa_rad.IMAGE_FOLDER).mkdir(parents=True)
+    Image.new("L", (40, 40)).save(folder / vqa_rad.IMAGE_FOLDER / "synpic1.jpg")
+    return folder
+
+
+@pytest.fixture
+def slake_folder(tmp_path) -> Path:
+    folder = tmp_path / "Slake1.0"
+    (folder / "imgs" / "xmlab1").mkdir(parents=True)
+    Image.new("L", (40, 40)).save(folder / "imgs" / "xmlab1" / "source.jpg")
+    return folder
+
+
+def put(path: Path, *rows: object) -> Path:
+    path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    return path.parent
+
+
+def usable(rows) -> list[SourceRow]:
+    return [row for row in rows if isinstance(row, SourceRow)]
+
+
+def test_vqa_rad_field_by_field(rad):
+    put(rad / vqa_rad.QUESTIONS, rad_row(7, answer="Yes ", answer_type="CLOSED "), rad_row(8, answer="no"))
+    first, second = vqa_rad.read(rad)
+    assert first == SourceRow(
+        where=f"row 0 of {vqa_rad.QUESTIONS}",
+        split="train",
+        id="7",
+        question="Is finding 7 to be seen?",
+        options=("yes", "no"),
+        answer="yes",
+        image=rad / vqa_rad.IMAGE_FOLDER / "synpic1.jpg",
+        modality="X-ray",
+        kind="PRES",
+    )
+    assert (second.options, second.answer) == (("yes", "no"), "no")
+
+
+@pytest.mark.parametrize(
+    ("changes", "split", "modality"),
+    [
+        ({"phrase_type": "para"}, "train", "X-ray"),
+        ({"phrase_type": "test_freeform"}, "test", "X-ray"),
+        ({"phrase_type": "test_para", "image_organ": "ABD"}, "test", "CT"),
+        ({"image_organ": "HEAD"}, "train", ""),
+    ],
+)
+def test_vqa_rad_splits_and_modalities(rad, changes, split, modality):
+    put(rad / vqa_rad.QUESTIONS, rad_row(1, **changes))
+    (row,) = vqa_rad.read(rad / vqa_rad.QUESTIONS)
+    assert (row.split, row.modality) == (split, modality)
+
+
+def test_a_training_question_that_the_test_asks_is_left_out(rad):
+    rows = [rad_row(1), rad_row(2), rad_row(3, phrase_type="test_para", question="is finding 1 to be seen?")]
+    put(rad / vqa_rad.QUESTIONS, *rows)
+    left, second, third = vqa_rad.read(rad)
+    assert isinstance(left, Skipped)
+    assert (left.id, left.chosen) == ("1", True)
+    assert (second.id, third.id, third.split) == ("2", "3", "test")
+
+
+def test_open_questions_get_answers_of_their_kind(rad):
+    answers = ["Liver", "Spleen", "Left kidney", "Right  kidney", 4]
+    rows = [rad_row(n, answer=answers[n % 5], answer_type="OPEN", question_type="ORGAN") for n in range(40)]
+    rows += [rad_row(50 + n, answer=answer, question_type="PLANE") for n, answer in enumerate(["Axial", "Coronal"])]
+    put(rad / vqa_rad.QUESTIONS, *rows)
+    found = usable(vqa_rad.read(rad))
+    organs = {"Liver", "Spleen", "Left kidney", "Right kidney", "4"}
+    for row in found[:40]:
+        assert len(row.options) == len(set(row.options)) == 4
+        assert set(row.options) < organs
+        assert row.answer in row.options
+    assert [set(row.options) for row in found[40:]] == [{"Axial", "Coronal"}] * 2
+    places = Counter(row.options.index(row.answer) for row in found[:40])
+    assert set(places) == {0, 1, 2, 3}  # the right one is anywhere
+    assert usable(vqa_rad.read(rad)) == found
+    assert usable(vqa_rad.read(rad, seed=1)) != found
+    assert {len(row.options) for row in usable(vqa_rad.read(rad, distractors=2))[:40]} == {3}
+
+
+def test_open_questions_can_be_left_out(rad):
+    put(rad / vqa_rad.QUESTIONS, rad_row(1), rad_row(2, answer="Liver"), rad_row(3, answer="Spleen"))
+    rows = list(vqa_rad.read(rad, open="skip"))
+    assert [row.id for row in usable(rows)] == ["1"]
+    assert all(row.chosen and "--open skip" in row.reason for row in rows[1:])
+
+
+def test_distractors_are_drawn_as_often_as_they_are_right():
+    """20,000 draws of one: 3 : 1 as in the pool, not 1 : 1 as among its texts (10 standard deviations apart)."""
+    pool = AnswerPool(seed=0, distractors=1)
+    for answer in ("CT", "CT", "CT", "MRI", "Ultrasound"):
+        pool.add("modality", answer)
+    drawn = Counter(
+        text for n in range(20_000) for text in pool.options(f"q{n}", "modality", "Ultrasound") if text != "Ultrasound"
+    )
+    assert drawn["CT"] / 20_000 == pytest.approx(0.75, abs=0.015)
+
+
+def test_an_answer_that_contains_the_right_one_is_no_distractor():
+    pool = AnswerPool(seed=0, distractors=9)
+    for answer in ("lung", "Left lung", "LUNG", "heart", "yes", "no", ""):
+        pool.add("organ", answer)
+    assert set(pool.options("q", "organ", "Lung")) == {"Lung", "heart"}
+    assert pool.options("q", "organ", "yes") == ("yes", "no")
+    for kind, answer, reason in (("organ", "", "no answer"), ("plane", "axial", "nothing to choose")):
+        with pytest.raises(BadRowError, match=reason):
+            pool.options("q", kind, answer)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Yes", "yes"),
+        (" NO. ", "no"),
+        ("yes,  left", "yes, left"),
+        ("Left\tlung ", "Left lung"),
+        ("Nodule.", "Nodule."),
+    ],
+)
+def test_answers_are_tidied(text, expected):
+    assert plain_answer(text) == expected
+
+
+def test_slake_field_by_field(slake_folder):
+    put(slake_folder / "train.json", slake_row(1), slake_row(2, answer="Spleen"))
+    put(slake_folder / "validate.json", slake_row(3, answer="Yes", modality="X-Ray", content_type="KG"))
+    put(slake_folder / "test.json", slake_row(4, answer="No", modality="CT"))
+    first, _, third, fourth = slake.read(slake_folder)
+    assert (first.where, first.split, first.id) == ("row 0 of train.json", "train", "1")
+    assert (first.question, first.answer, set(first.options)) == (
+        "Which organ is number 1?",
+        "Liver",
+        {"Liver", "Spleen"},
+    )
+    assert (first.image, first.modality, first.kind) == (
+        slake_folder / "imgs" / "xmlab1" / "source.jpg",
+        "MRI",
+        "Organ",
+    )
+    assert (third.split, third.modality, third.kind, third.options) == ("validate", "X-ray", "KG", ("yes", "no"))
+    assert (fourth.split, fourth.modality, fourth.answer) == ("test", "CT", "no")
+
+
+def test_slake_languages(slake_folder):
+    rows = [slake_row(1, answer="Yes"), slake_row(2, q_lang="zh", answer="肝"), slake_row(3, q_lang="zh", answer="脾")]
+    put(slake_folder / "train.json", *rows)
+    english = list(slake.read(slake_folder))
+    assert [row.id for row in usable(english)] == ["1"]
+    assert all(row.chosen and "its language is zh" in row.reason for row in english[1:])
+    assert [row.id for row in usable(slake.read(slake_folder, language="zh"))] == ["2", "3"]
+    assert len(usable(slake.read(slake_folder, language="all"))) == 3
+
+
+def test_slake_images_in_the_archive(slake_folder):
+    put(slake_folder / "train.json", slake_row(1, answer="Yes"))
+    picture = slake_folder / "imgs" / "xmlab1" / "source.jpg"
+    with zipfile.ZipFile(slake_folder / "imgs.zip", "w") as archive:
+        archive.write(picture, "imgs/xmlab1/source.jpg")
+        archive.write(picture, "imgs/xmlab2/source.jpg")
+    content = picture.read_bytes()
+    picture.unlink()
+    picture.parent.rmdir()
+    (slake_folder / "imgs").rmdir()
+    (row,) = slake.read(slake_folder)
+    assert isinstance(row.image, Encoded)
+    assert row.image.load() == content
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"answer": ...}, "it has no answer"),
+        ({"answer": ["yes"]}, "its answer is ['yes'], not a text"),
+        ({"question": " "}, "it has no question"),
+        ({"image_name": ...}, "it has no image_name"),
+        ({"image_name": "../x.jpg"}, "leaves the folder"),
+        ({"image_name": "none.jpg"}, "does not exist"),
+        ({"image_name": "broken.jpg"}, "is truncated or damaged"),
+        ({"question": "a\0b"}, "NUL"),
+        ({"answer": "Liver"}, "nothing to choose"),
+    ],
+)
+def test_a_bad_row_is_skipped(rad, tmp_path, changes, reason):
+    images = rad / vqa_rad.IMAGE_FOLDER
+    (images / "broken.jpg").write_bytes((images / "synpic1.jpg").read_bytes()[:200])
+    put(rad / vqa_rad.QUESTIONS, rad_row(1), rad_row(2, **changes), None)
+    layout = write_layout(vqa_rad.read(rad), tmp_path / "out", reader=vqa_rad.READER, source=rad, options={})
+    first, second = layout.skipped
+    assert first.where == f"row 1 of {vqa_rad.QUESTIONS}"
+    assert reason in first.reason
+    assert "no JSON object" in second.reason
+    assert layout.splits["train"].rows == 1
+
+
+def test_sources_that_are_something_else(rad, slake_folder, tmp_path):
+    with pytest.raises(ValueError, match=r"Public\.json cannot be read: No such file"):
+        list(vqa_rad.read(rad))
+    with pytest.raises(ValueError, match=r"holds none of train\.json"):
+        list(slake.read(slake_folder))
+    put(rad / vqa_rad.QUESTIONS, rad_row(1))
+    for options, message in (
+        ({"distractors": 0}, "1 to 9"),
+        ({"distractors": 10}, "1 to 9"),
+        ({"seed": -1}, "negative"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            list(vqa_rad.read(rad, **options))

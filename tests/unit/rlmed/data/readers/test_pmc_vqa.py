@@ -1,0 +1,149 @@
+"""PMC-VQA in small files of its two layouts, images in a zip archive."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from rlmed.data.jsonl import read_examples
+from rlmed.data.layout import write_layout
+from rlmed.data.readers import image_files
+from rlmed.data.readers.base import SourceRow
+from rlmed.data.readers.pmc_vqa import READER, choices, read
+
+FIRST = "Figure_path,Question,Answer,Choice A,Choice B,Choice C,Choice D,Answer_label"
+SECOND = "index,Figure_path,Caption,Question,Choice A,Choice B,Choice C,Choice D,Answer,split"
+
+
+def jpeg(grey: int) -> bytes:
+    stream = io.BytesIO()
+    Image.new("L", (40, 40), grey).save(stream, format="JPEG")
+    return stream.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    root = tmp_path / "PMC-VQA"
+    root.mkdir()
+    for name, member in (("images.zip", "images/PMC1_F1.jpg"), ("images_2.zip", "figures/PMC2_F3.jpg")):
+        with zipfile.ZipFile(root / name, "w") as archive:
+            archive.writestr(member, jpeg(len(name)))
+    return root
+
+
+def test_both_versions(folder, tmp_path):
+    train = f"{FIRST}\nPMC1_F1.jpg, What is shown? , Gray matter , A:Gray matter , B:White matter, C:Bone, D:Fat ,A\n"
+    (folder / "train.csv").write_text(train)
+    test = f'{SECOND}\n0,PMC2_F3.jpg,"A, caption",What is shown?, A: Lung, B: Liver,,,B,test\n'
+    (folder / "test_2.csv").write_text(test)
+    layout = write_layout(read(folder), tmp_path / "out", reader=READER, source=folder, options={})
+    assert layout.skipped == ()
+    (first,) = read_examples(tmp_path / "out" / "train.jsonl").examples
+    (second,) = read_examples(tmp_path / "out" / "test_2.jsonl").examples
+    assert (first.options, first.letter) == (("Gray matter", "White matter", "Bone", "Fat"), "A")
+    assert (second.options, second.letter) == (("Lung", "Liver"), "B")
+    assert first.image.read_bytes() == jpeg(len("images.zip"))
+    assert second.image.read_bytes() == jpeg(len("images_2.zip"))
+    assert {first.image.suffix, second.image.suffix} == {".jpg"}
+
+
+def test_unpacked_images(folder):
+    (folder / "train.csv").write_text(f"{FIRST}\nPMC1_F1.jpg,What?,x,A:x,B:y,,,A\n")
+    (folder / "images.zip").unlink()
+    (folder / "images").mkdir()
+    (folder / "images" / "PMC1_F1.jpg").write_bytes(jpeg(7))
+    assert next(read(folder / "train.csv")).image == folder / "images" / "PMC1_F1.jpg"
+    assert next(read(folder, images=folder / "images")).image == folder / "images" / "PMC1_F1.jpg"
+    assert next(read(folder, without_images=True)).image is None
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (["A:x", "B: y", "C.z"], ("x", "y", "z")),
+        (["A:x", "y"], ("A:x", "y")),  # not all have their letter: it may be part of the text
+        (["A large mass", "B cells"], ("A large mass", "B cells")),
+        (["B:x", "A:y"], ("B:x", "A:y")),
+        (["x", "y", "", ""], ("x", "y")),
+        (["x", "", "z", ""], ("x", "", "z")),
+        ([], ()),
+    ],
+)
+def test_letters_before_choices(texts, expected):
+    assert choices(texts) == expected
+
+
+def archive_of(folder: Path, **members: bytes) -> None:
+    with zipfile.ZipFile(folder / "images.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(f"images/{name}.jpg", content)
+
+
+def layout_of(folder: Path, out: Path, *figures: str):
+    lines = [f"{figure},What?,x,A:x,B:y,,,A\n" for figure in ("good.jpg", *figures)]
+    (folder / "train.csv").write_text(f"{FIRST}\n" + "".join(lines))
+    return write_layout(read(folder), out, reader=READER, source=folder, options={})
+
+
+def test_what_an_archive_may_hold(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(image_files, "MAX_MEMBER_BYTES", 100_000)
+    archive_of(folder, good=jpeg(1), bomb=bytes(10**7), text=b"no image", empty=b"")
+    figures = ("bomb.jpg", "text.jpg", "empty.jpg", "absent.jpg", "../good.png", "/etc/hostname", "")
+    layout = layout_of(folder, tmp_path / "out", *figures)
+    reasons = [skip.reason for skip in layout.skipped]
+    assert layout.splits["train"].rows == 1
+    assert "unpacks to more than 100000 bytes" in reasons[0]
+    assert "no image, or its header is damaged" in reasons[1]
+    assert "is an empty file" in reasons[2]
+    assert all("does not exist" in reason for reason in reasons[3:6])
+    assert "no Figure_path" in reasons[6]
+
+
+def test_a_member_that_lies_about_its_size(folder, tmp_path, monkeypatch):
+    """A header may say 10 bytes where ten million come out; what is read is bounded all the same."""
+    monkeypatch.setattr(image_files, "MAX_MEMBER_BYTES", 100_000)
+    archive_of(folder, good=jpeg(1), bomb=bytes(10**7))
+    content = (folder / "images.zip").read_bytes()
+    size = (10**7).to_bytes(4, "little")
+    assert content.count(size) == 2
+    (folder / "images.zip").write_bytes(content.replace(size, (10).to_bytes(4, "little")))
+    (skip,) = layout_of(folder, tmp_path / "out", "bomb.jpg").skipped
+    assert "bomb.jpg" in skip.reason
+
+
+def test_a_damaged_member_costs_its_rows(folder, tmp_path):
+    archive_of(folder, good=jpeg(1), bad=bytes(range(256)) * 40)
+    content = bytearray((folder / "images.zip").read_bytes())
+    place = content.index(b"images/bad.jpg") + len("images/bad.jpg") + 20
+    content[place : place + 40] = bytes(40)
+    (folder / "images.zip").write_bytes(content)
+    (skip,) = layout_of(folder, tmp_path / "out", "bad.jpg").skipped
+    assert "damaged" in skip.reason
+
+
+def test_two_members_of_one_name(folder, tmp_path):
+    with zipfile.ZipFile(folder / "images.zip", "w") as archive:
+        for name in ("a/good.jpg", "b/two.jpg", "c/two.jpg"):
+            archive.writestr(name, jpeg(3))
+    (skip,) = layout_of(folder, tmp_path / "out", "two.jpg").skipped
+    assert "2 files have its name" in skip.reason
+    (folder / "train.csv").write_text(f"{FIRST}\nc/two.jpg,What?,x,A:x,B:y,,,A\n")
+    assert isinstance(next(read(folder)), SourceRow)
+
+
+def test_sources_that_are_something_else(folder):
+    with pytest.raises(ValueError, match="holds no table"):
+        list(read(folder))
+    (folder / "train.csv").write_text("image,question,answer\n")
+    with pytest.raises(ValueError, match=r"train\.csv has no column Figure_path: it is no table of PMC-VQA"):
+        list(read(folder))
+    (folder / "train.csv").write_text(f"{FIRST}\nPMC1_F1.jpg,What?,x,A:x,B:y,,,A\n")
+    (folder / "images.zip").write_bytes(b"PK no archive")
+    with pytest.raises(ValueError, match=r"images\.zip cannot be read"):
+        list(read(folder))
+    with pytest.raises(ValueError, match=r"neither a folder nor a \.zip"):
+        list(read(folder, images=folder / "none"))
