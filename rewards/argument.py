@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rlmed.core.types import LETTERS
 
@@ -33,8 +33,8 @@ _NEGATED_AFTER = re.compile(
 )
 _SAME = re.compile(r"[\s:.,()*\"'=–-]{0,8}")
 """What may stand between a letter and the text of its option."""
-_LISTED = re.compile(r"\s?,?\s?((?:or|nor)\s)?(?:(?:the|an?)\s)?", re.IGNORECASE)
-"""What stands between the options of a list."""
+_LISTED = re.compile(r"\s?,?\s?(?:(or|nor|and)\s)?(?:(?:the|an?)\s)?", re.IGNORECASE)
+"""What stands between the options of a list; one that "or", "nor" or "and" has joined is the last, unless another follows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,29 @@ class _Mention:
     stop: int
 
 
+@dataclass(slots=True)
+class _Chain:
+    """Mentions one after the other, as in a list."""
+
+    mentions: list[_Mention] = field(default_factory=list)
+    joined: bool = False
+    """A conjunction stands between two of them."""
+    alternatives: bool = False
+    """One that leaves the choice open."""
+
+    def gap(self, text: str, mention: _Mention) -> re.Match[str] | None:
+        """What stands between the last one and `mention`, if it is what stands in a list."""
+        if not self.mentions:
+            return None
+        stop = self.mentions[-1].stop
+        return _LISTED.fullmatch(text, stop, max(stop, mention.start))
+
+    @property
+    def undecided(self) -> bool:
+        """Whether several options are joined by "or"."""
+        return self.alternatives and len({mention.option for mention in self.mentions}) > 1
+
+
 def argued_option(reasoning: str, options: Sequence[str]) -> int | None:
     """The option that a reasoning argues for: the last one that it mentions affirmatively.
 
@@ -54,6 +77,8 @@ def argued_option(reasoning: str, options: Sequence[str]) -> int | None:
 
     - a negated mention: a negation before it in the same clause ("not the liver", "rather than the liver", "rules out
       the liver"), or a verb and a negation after it ("the liver is unlikely", "B) liver can't be seen");
+    - what is listed with it ("rules out the liver, spleen and kidney", "the liver and spleen are unlikely"), a list being
+      three options or more, or two with "and" between them: "not the liver, the spleen" argues for the spleen;
     - two or more options joined by "or" or "nor": who names alternatives has not decided.
 
     A rule on the text only: double negations, pronouns and irony are beyond it. Time is linear in the length of the text.
@@ -73,8 +98,11 @@ def argued_option(reasoning: str, options: Sequence[str]) -> int | None:
     mentions = _merged(text, sorted(_find(text, options), key=lambda mention: mention.start))
     argued = None
     for chain in _lists(text, mentions):
-        for mention in chain:
-            if not _negated(text, mention):
+        listed = len(chain.mentions) > 2 or chain.joined
+        if listed and (_negated_before(text, chain.mentions[0]) or _negated_after(text, chain.mentions[-1])):
+            continue
+        for mention in chain.mentions:
+            if not (_negated_before(text, mention) or _negated_after(text, mention)):
                 argued = mention.option
     return argued
 
@@ -107,28 +135,27 @@ def _merged(text: str, mentions: Sequence[_Mention]) -> list[_Mention]:
     return merged
 
 
-def _lists(text: str, mentions: Sequence[_Mention]) -> Iterator[list[_Mention]]:
+def _lists(text: str, mentions: Sequence[_Mention]) -> Iterator[_Chain]:
     """Mentions that follow one another as in a list; lists joined by "or" are left out."""
-    chain: list[_Mention] = []
-    alternatives = False
+    chain = _Chain()
     for mention in mentions:
-        gap = _LISTED.fullmatch(text, chain[-1].stop, max(chain[-1].stop, mention.start)) if chain else None
-        if chain and gap is None:
-            if not alternatives or _one_option(chain):
+        gap = chain.gap(text, mention)
+        if gap is None or (chain.joined and not gap[1]):
+            if not chain.undecided:
                 yield chain
-            chain, alternatives = [], False
-        alternatives = alternatives or bool(gap and gap[1])
-        chain.append(mention)
-    if not alternatives or _one_option(chain):
+            chain = _Chain()
+        elif gap[1]:
+            chain.joined = True
+            chain.alternatives = chain.alternatives or gap[1].lower() != "and"
+        chain.mentions.append(mention)
+    if not chain.undecided:
         yield chain
 
 
-def _one_option(chain: Sequence[_Mention]) -> bool:
-    """True where "or" joins an option with itself only."""
-    return len({mention.option for mention in chain}) == 1
+def _negated_before(text: str, mention: _Mention) -> bool:
+    clause = _CLAUSE_END.split(text[max(0, mention.start - _SCOPE) : mention.start])[-1]
+    return _NEGATED_BEFORE.search(clause) is not None
 
 
-def _negated(text: str, mention: _Mention) -> bool:
-    before = _CLAUSE_END.split(text[max(0, mention.start - _SCOPE) : mention.start])[-1]
-    after = _NEGATED_AFTER.match(text[mention.stop : mention.stop + _SCOPE])
-    return _NEGATED_BEFORE.search(before) is not None or after is not None
+def _negated_after(text: str, mention: _Mention) -> bool:
+    return _NEGATED_AFTER.match(text[mention.stop : mention.stop + _SCOPE]) is not None

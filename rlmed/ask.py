@@ -13,7 +13,7 @@ from rich.text import Text
 
 from rewards.parsing import evaluated_letter
 from rlmed.core.types import LETTERS, Example, RolloutRequest, SamplingParams
-from rlmed.data.prompts import PromptRenderer, load_processor
+from rlmed.data.prompts import PromptRenderer, load_processor, read_templates
 from rlmed.models.logs import silence_progress_bars
 from rlmed.models.policy import load_config, load_policy
 from rlmed.setup import model_folder
@@ -28,6 +28,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("image", type=Path, help="PNG, JPEG or any other picture file")
     parser.add_argument("question")
     parser.add_argument("--options", nargs="+", required=True, metavar="TEXT", help="2 to 10 answers to choose from")
+    parser.add_argument("--modality", default="", help="MRI, CT, …: where the model was asked by modality in training")
     parser.add_argument("--model", default="embedded:tiny_base", help="model folder, for example a checkpoint of a run")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the most likely tokens")
     parser.add_argument("--seed", type=int, default=0, help="of sampling, with a temperature above 0")
@@ -48,8 +49,9 @@ def ask(arguments: argparse.Namespace) -> str:
         )
     folder = model_folder(arguments.model)
     load_config(folder)  # says what to do when there is no such model
-    renderer = PromptRenderer(*load_processor(folder), max_prompt_tokens=4096)
-    example = Example(id="question", image=arguments.image, question=arguments.question, options=options, answer=0)
+    templates = read_templates(folder) or {}  # where the folder does not say how it was asked, the paper's
+    renderer = PromptRenderer(*load_processor(folder), max_prompt_tokens=4096, **templates)
+    example = Example("question", arguments.image, arguments.question, options, answer=0, modality=arguments.modality)
     prompt = renderer.render(example)
     sampling = SamplingParams(arguments.temperature, max_tokens=arguments.max_tokens, seed=arguments.seed)
     engine = NativeEngine(load_policy(folder), renderer.decode)

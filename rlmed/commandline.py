@@ -163,6 +163,19 @@ def run_command(program: str, main: Callable[[RunConfig, Path], None]) -> None:
     entry()
 
 
+def refuse_trust(config: RunConfig) -> None:
+    """For commands that train.
+
+    Raises:
+        ValueError: for `eval.trust=true`, which would be left undone.
+    """
+    if config.eval.trust:
+        raise ValueError(
+            "eval.trust=true is for rlmed.evaluate: train without it, then run python -m rlmed.evaluate "
+            "model=RUN/checkpoints/step-N data=… eval.trust=true"
+        )
+
+
 def check_writable(folder: Path) -> None:
     """Make sure that something can be written into `folder`, which is made if missing.
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from rewards.parsing import evaluated_letter, has_format
+from rewards.parsing import evaluated_letter, has_answer_format, has_format
 from rlmed.core.protocols import RolloutPool
 from rlmed.core.statistics import ImageFreePrior, chance, leave_one_out_prior, majority_letter
 from rlmed.core.types import Completion, Example, Prompt, RolloutGroup, RolloutRequest, SamplingParams
@@ -106,7 +106,7 @@ def evaluate(
     rows: list[EvalRow | None] = [None] * len(tasks)
     sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, stop=stop)
     for done, (index, completion) in enumerate(_answers(tasks, pool, renderer, sampling), 1):
-        rows[index] = _judge(tasks[index], completion)
+        rows[index] = _judge(tasks[index], completion, renderer)
         if on_progress is not None:
             on_progress(tasks[index].file, done, len(tasks))
     answered = [row for row in rows if row is not None]
@@ -209,9 +209,10 @@ def answer_all(requests: Iterable[RolloutRequest], pool: RolloutPool) -> Iterato
         yield pool.collect()
 
 
-def _judge(task: _Task, completion: Completion) -> EvalRow:
+def _judge(task: _Task, completion: Completion, renderer: PromptRenderer) -> EvalRow:
     """Right if and only if the letter in the completion's first well-formed answer tag is the right one."""
     example, parsed = task.shown, evaluated_letter(completion.text)
+    in_format = has_format if renderer.asks_for_reasoning(example) else has_answer_format
     return EvalRow(
         file=task.file,
         id=example.id,
@@ -224,7 +225,7 @@ def _judge(task: _Task, completion: Completion) -> EvalRow:
         completion=completion.text,
         parsed=parsed,
         right=parsed == example.letter,
-        format=has_format(completion.text),
+        format=in_format(completion.text),
         tokens=len(completion.token_ids),
         finish_reason=completion.finish_reason,
     )

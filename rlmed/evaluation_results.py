@@ -55,6 +55,7 @@ class EvalRow:
     """The letter found in the completion."""
     right: bool
     format: bool
+    """In the form that the prompt asks for: with a reasoning in its tags, or an answer in its tags alone."""
     tokens: int
     """Length of the completion."""
     finish_reason: FinishReason

@@ -111,6 +111,8 @@ def plan(root: Path, methods: Sequence[str], seeds: Sequence[int], overrides: Se
         raise ValueError(f"--seeds {' '.join(map(str, seeds))}: a seed given twice counts the same run twice")
     for entry in overrides:
         key = entry.partition("=")[0].lstrip("+~")
+        if key == "eval.trust":
+            raise ValueError(f"{entry} is for rlmed.evaluate alone: run it on the checkpoints that come of this")
         if "=" not in entry or key in OURS:
             what = "is set for each run" if key in OURS else "is no override of the form key=value"
             raise ValueError(f"{entry} {what}: give --seeds and --out, and only keys that all runs share")

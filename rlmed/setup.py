@@ -13,7 +13,7 @@ from rlmed.core.config import DataConfig, ModelConfig, RunConfig
 from rlmed.core.types import Example
 from rlmed.data.jsonl import ReadResult, SkippedRow, format_skips, read_examples
 from rlmed.data.phantom import write_dataset
-from rlmed.data.prompts import PromptRenderer, load_processor
+from rlmed.data.prompts import PROMPT_FILE, PromptRenderer, load_processor, read_templates
 from rlmed.evaluation import EvalFile
 from rlmed.models.policy import load_config
 
@@ -106,7 +106,7 @@ def make_renderer(config: RunConfig) -> PromptRenderer:
         log.info("model %s is no folder here: looking for it in the hub's cache and on the hub", folder)
     load_config(folder)  # says what to do when there is no such model, before the tokenizer is missed
     tokenizer, image_processor = load_processor(folder)
-    return PromptRenderer(
+    renderer = PromptRenderer(
         tokenizer,
         image_processor,
         max_prompt_tokens=config.data.max_prompt_tokens,
@@ -115,6 +115,14 @@ def make_renderer(config: RunConfig) -> PromptRenderer:
         template=config.prompt.template,
         by_modality=config.prompt.by_modality,
     )
+    trained = read_templates(folder)
+    if trained is not None and trained != {"template": renderer.template, "by_modality": renderer.by_modality}:
+        log.warning(
+            "model %s was trained with another prompt than this run's: give its prompt=NAME to ask as then (%s has the text)",
+            config.model.path,
+            PROMPT_FILE,
+        )
+    return renderer
 
 
 def load_data(config: DataConfig, renderer: PromptRenderer, *, training: bool) -> Dataset:

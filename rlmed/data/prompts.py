@@ -7,9 +7,11 @@ same everywhere. The prompt is one user turn: the image first, then the question
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -29,6 +31,8 @@ PROMPT_SUFFIX = (
 QUESTION_SLOT = "{question}"
 PAPER_TEMPLATE = f"{QUESTION_SLOT}\n{PROMPT_SUFFIX}"
 """A template is the text of the user turn with one `{question}`; nothing else in it is replaced."""
+PROMPT_FILE = "rlmed_prompt.json"
+"""In a model folder: how the model was asked while it was trained."""
 
 
 class PromptTooLongError(ValueError):
@@ -63,6 +67,24 @@ def load_processor(folder: Path | str) -> tuple[PreTrainedTokenizerBase, BaseIma
             f"model {str(folder)!r} has no chat template: add chat_template.jinja or use an instruction-tuned model"
         )
     return tokenizer, image_processor
+
+
+def read_templates(folder: Path | str) -> dict[str, Any] | None:
+    """The templates that the model in a folder was trained with, as `PromptRenderer`'s keywords; None where it does not say.
+
+    Raises:
+        ValueError: when the file that says so is broken.
+    """
+    path = Path(folder) / PROMPT_FILE
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {"template": str(content["template"]), "by_modality": dict(content["by_modality"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} does not hold a template and by_modality ({error}): remove it to ask as MedVLM-R1 does"
+        ) from error
 
 
 class PromptRenderer:
@@ -105,7 +127,7 @@ class PromptRenderer:
                 raise ValueError(f"template {text!r} must contain {QUESTION_SLOT} exactly once")
         self.tokenizer = tokenizer
         self.max_prompt_tokens = max_prompt_tokens
-        self._template, self._by_modality = template, dict(by_modality)
+        self.template, self.by_modality = template, dict(by_modality)
         self._image_processor = image_processor
         self._control_ids = frozenset(
             token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
@@ -157,6 +179,11 @@ class PromptRenderer:
         )
         return self._checked(Prompt(example, text, expanded, {"pixel_values": pixel_values, "image_grid_thw": grid}))
 
+    def asks_for_reasoning(self, example: Example) -> bool:
+        """False where the template of an example wants an answer in its tags and nothing before it."""
+        template = self._template_of(example)
+        return "<think>" in template or "<answer>" not in template
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of sampled ids, without control tokens."""
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
@@ -197,12 +224,18 @@ class PromptRenderer:
         """Write tokenizer and image processor beside a model, so that the folder loads everywhere.
 
         The pixel limits of this renderer are written too: whoever loads the folder shows the model pictures of the same size.
+        So are its templates (`read_templates`).
         """
+        templates = {"template": self.template, "by_modality": self.by_modality}
+        (folder / PROMPT_FILE).write_text(json.dumps(templates, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         self.tokenizer.save_pretrained(folder)
         if self._image_processor is not None:
             processor = copy.deepcopy(self._image_processor)
             processor.size = {"shortest_edge": self._min_pixels, "longest_edge": self._max_pixels}
             processor.save_pretrained(folder)
+
+    def _template_of(self, example: Example) -> str:
+        return self.by_modality.get(example.modality, self.template)
 
     def _chat_text(self, example: Example, *, with_image: bool) -> str:
         if with_image and self._image_processor is None:
@@ -217,8 +250,7 @@ class PromptRenderer:
                 f"example {example.id}: its question or options contain the control token {names}, which would be "
                 "taken for a turn or an image: remove it from the text"
             )
-        template = self._by_modality.get(example.modality, self._template)
-        content = template.replace(QUESTION_SLOT, question)
+        content = self._template_of(example).replace(QUESTION_SLOT, question)
         parts = [{"type": "image"}, {"type": "text", "text": content}] if with_image else content
         return self.tokenizer.apply_chat_template(
             [{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True

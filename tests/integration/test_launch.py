@@ -107,6 +107,56 @@ def test_sft_evaluate_and_ask_work_together(
     assert "answer" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", [lambda config, folder: Run(config, folder), sft.main])
+def test_a_trust_report_is_not_silently_left_out(
+    make_config: Config, tmp_path: Path, command: Callable[[RunConfig, Path], object]
+) -> None:
+    with pytest.raises(ValueError, match=r"eval\.trust=true is for rlmed\.evaluate"):
+        command(make_config("eval.trust=true"), tmp_path)
+
+
+def test_a_model_asked_otherwise_than_in_training_is_warned_of(
+    make_config: Config, random_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "trained"
+    shutil.copytree(random_model, folder)
+    make_renderer(make_config("prompt=answer_only")).save(folder)
+    make_renderer(make_config(f"model.path={folder}", "prompt=answer_only"))
+    assert caplog.messages == []
+    make_renderer(make_config(f"model.path={folder}"))
+    assert "another prompt" in caplog.text
+    assert "prompt=NAME" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("reward", "parts", "varied"),
+    [
+        ("reasoning", {"format", "choice", "likelihood_gain", "agreement", "brevity", "repetition"}, "likelihood_gain"),
+        ("unlabelled", {"format", "self_consistency"}, "self_consistency"),
+    ],
+)
+def test_rewards_without_a_written_reasoning(
+    make_config: Config, tmp_path: Path, reward: str, parts: set[str], varied: str
+) -> None:
+    """On the embedded model, which has the format: the parts are measured, add up, and give something to learn from."""
+    config = make_config(
+        "model.path=embedded:tiny_base", f"reward={reward}", "rollout.max_tokens=64", "algo.group_size=4", "learner.lr=1e-4",
+        "algo.groups_per_step=3", "eval.at_start=false", "eval.at_end=false",
+    )  # fmt: skip
+    Run(config, tmp_path / "run").execute()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [{name for name in line if name.startswith("reward/")} for line in lines] == [
+        {f"reward/{part}" for part in (*parts, "mean")}
+    ] * 2
+    groups = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
+    completions = [completion for group in groups for completion in group["completions"]]
+    assert len({round(completion["reward_parts"][varied], 6) for completion in completions}) > 1
+    for completion in completions:
+        weighted = sum(config.reward.weights[part] * value for part, value in completion["reward_parts"].items())
+        assert completion["reward"] == pytest.approx(weighted, abs=1e-5)
+    assert all(line["grad_norm"] > 0 for line in lines)
+
+
 def test_sft_targets() -> None:
     from rlmed.core.types import Example
 

@@ -53,6 +53,20 @@ LIVER, LEFT_KIDNEY, KIDNEY, SPLEEN = range(4)
         ("D) spleen is wrong", None),  # letter and text are one mention
         ("spleen (D) doesn't fit", None),
         ("the liver is shown, not the spleen", LIVER),
+        # negations of a list
+        ("not the liver, kidney", KIDNEY),  # of two without "and" the second is what is set against the first
+        ("Not the liver, the spleen.", SPLEEN),
+        ("not the liver and kidney", None),
+        ("rules out the liver, kidney and spleen", None),
+        ("It rules out the liver, the kidney, and the spleen", None),
+        ("not liver, kidney, spleen", None),
+        ("the liver, kidney and spleen are unlikely", None),
+        ("liver and spleen can't be", None),
+        ("Unlike the liver and the kidney, the spleen is dark", SPLEEN),
+        ("Spleen. The liver, the left kidney and A) are not shown", SPLEEN),
+        ("rules out liver and kidney. So spleen", SPLEEN),
+        ("not the liver, not the kidney, spleen", SPLEEN),
+        ("the liver, the kidney and the spleen are shown", SPLEEN),
         # alternatives
         ("liver or spleen", None),
         ("the liver, the kidney, or the spleen: which?", None),
@@ -60,6 +74,8 @@ LIVER, LEFT_KIDNEY, KIDNEY, SPLEEN = range(4)
         ("liver or spleen? The liver!", LIVER),
         ("A) liver or D) spleen", None),
         ("liver or liver", LIVER),
+        ("neither liver nor kidney, the spleen", SPLEEN),
+        ("liver, or kidney, or spleen", None),
     ],
 )
 def test_the_last_affirmed_mention_is_what_is_argued_for(reasoning, argued):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -13,6 +14,8 @@ import pytest
 from PIL import Image
 
 from rlmed import ask, doctor
+from rlmed.core.types import Example, Prompt
+from rlmed.data.prompts import PromptRenderer, load_processor
 
 
 @pytest.mark.parametrize(
@@ -42,6 +45,44 @@ def test_ask_refuses_in_one_line(
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     assert re.search(message, error)
+
+
+def test_ask_asks_as_the_model_was_asked_in_training(
+    tmp_path: Path, tiny_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (56, 56)).save(tmp_path / "good.png")
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder("qwen2_vl"), folder)
+    renderer = PromptRenderer(
+        *load_processor(folder), max_prompt_tokens=512, template="Say: {question}", by_modality={"CT": "CT: {question}"}
+    )
+    texts = []
+    render = PromptRenderer.render
+
+    def watched(self: PromptRenderer, example: Example) -> Prompt:
+        texts.append(render(self, example).text)
+        return render(self, example)
+
+    monkeypatch.setattr(PromptRenderer, "render", watched)
+    arguments = [
+        str(tmp_path / "good.png"),
+        "What?",
+        "--options",
+        "a",
+        "b",
+        "--model",
+        str(folder),
+        "--max-tokens",
+        "1",
+    ]
+    ask.main(arguments)
+    renderer.save(folder)
+    ask.main(arguments)
+    ask.main([*arguments, "--modality", "CT"])
+    assert "Say: What?" in texts[1]
+    assert "CT: What?" in texts[2]
+    assert "Your task: 1. Think through" in texts[0]
+    assert "Your task" not in texts[1] + texts[2]
 
 
 def test_doctor_finds_what_is_installed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -218,6 +218,22 @@ def test_the_figures_of_a_file(files, renderer, tmp_path):
     assert [row.id for row in unanswered] == ["1", "3", "5", "7"]
 
 
+def test_the_format_is_the_one_that_the_prompt_asks_for(files, renderer, tmp_path):
+    brief = PromptRenderer(
+        renderer.tokenizer, renderer._image_processor, max_prompt_tokens=512, template="{question} <answer>...</answer>"
+    )
+
+    def answer(request, _):
+        reasoned = int(request.prompt.example.id) < 3
+        return f"{'<think>x</think>' if reasoned else ''}<answer>A</answer>"
+
+    rates = []
+    for one in (renderer, brief):
+        summary = run(files[:1], one, tmp_path, ScriptedPool(one, answer), controls=False)
+        rates.append(summary.files[0].format_rate)
+    assert rates == [3 / 8, 5 / 8]
+
+
 def test_without_training_rows_there_is_no_fitted_prior(files, renderer, tmp_path):
     summary = run(files, renderer, tmp_path, controls=False)
     assert summary.files[0].image_free_prior is None

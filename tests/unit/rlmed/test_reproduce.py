@@ -152,6 +152,7 @@ def test_the_plan_is_the_base_then_seed_by_seed(tmp_path):
         ([1, 1], [], "a seed given twice"),
         ([1], ["seed=4"], "seed=4 is set for each run"),
         ([1], ["hydra.run.dir=x"], "is set for each run"),
+        ([1], ["eval.trust=true"], "eval.trust=true is for rlmed.evaluate alone"),
         ([1], ["medvqa_600"], "medvqa_600 is no override of the form key=value"),
     ],
 )

@@ -11,7 +11,15 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from rlmed.core.types import Example
 from rlmed.data.images import load_image
-from rlmed.data.prompts import PROMPT_SUFFIX, PromptRenderer, PromptTooLongError, load_processor, question_text
+from rlmed.data.prompts import (
+    PROMPT_FILE,
+    PROMPT_SUFFIX,
+    PromptRenderer,
+    PromptTooLongError,
+    load_processor,
+    question_text,
+    read_templates,
+)
 from rlmed.models.tiny import build_tiny_text, build_tiny_vl
 
 QUESTION = "Which body part is shown?"
@@ -186,3 +194,24 @@ def test_a_modality_may_have_a_template_of_its_own(model_folder, tmp_path):
     assert "B) knee\nfor all" in other
     with pytest.raises(ValueError, match="no slot"):
         make_renderer(model_folder, by_modality={"CT": "no slot"})
+
+
+def test_templates_are_saved_beside_the_model(model_folder, tmp_path):
+    assert read_templates(model_folder) is None
+    given = {"template": "Größe?\n{question}", "by_modality": {"CT": "for CT\n{question}"}}
+    make_renderer(model_folder, **given).save(tmp_path)
+    assert read_templates(tmp_path) == given
+    for broken in ("{", "[]", '{"template": "{question}"}', '{"template": "x", "by_modality": 3}'):
+        (tmp_path / PROMPT_FILE).write_text(broken)
+        with pytest.raises(ValueError, match=r"rlmed_prompt\.json .*remove it"):
+            read_templates(tmp_path)
+
+
+def test_whether_reasoning_is_asked_for(model_folder, tmp_path):
+    example = make_example(tmp_path, None, modality="CT")
+    assert make_renderer(model_folder).asks_for_reasoning(example)
+    assert make_renderer(model_folder, template="{question}").asks_for_reasoning(example)
+    answer_only = "{question} Only <answer>A</answer>"
+    assert not make_renderer(model_folder, template=answer_only).asks_for_reasoning(example)
+    assert not make_renderer(model_folder, by_modality={"CT": answer_only}).asks_for_reasoning(example)
+    assert make_renderer(model_folder, by_modality={"MRI": answer_only}).asks_for_reasoning(example)
