@@ -39,7 +39,7 @@ def main(config: RunConfig, folder: Path) -> None:
     policy = build_policy(config, model_folder(config.model.path))
     replace_text(folder / CONFIG_FILE, to_yaml(config))
     write_versions(folder)
-    write_data(folder, data.files)
+    write_data(folder, data.files, data.leakage)
     pool, trust = build_local_pool(config, policy, renderer), None
     progress = Progress()
     with progress:

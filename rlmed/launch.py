@@ -95,7 +95,7 @@ class Run:
             self.recorder.truncate({})
         replace_text(folder / CONFIG_FILE, to_yaml(config))
         write_versions(folder)
-        write_data(folder, self.data.files)
+        write_data(folder, self.data.files, self.data.leakage)
 
     def execute(self) -> None:
         """Evaluate, train, evaluate, report."""

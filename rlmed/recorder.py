@@ -18,6 +18,7 @@ from rlmed.core.files import refusal, replace_text
 from rlmed.core.jsonlines import JsonLinesWriter, finite
 from rlmed.core.tracing import TIMELINE_LINES
 from rlmed.core.types import ScoredGroup, TrainGroup
+from rlmed.data.leakage_report import LeakageReport
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -231,16 +232,17 @@ def write_versions(folder: Path) -> Path:
     return _write_json(folder / VERSIONS_FILE, versions)
 
 
-def write_data(folder: Path, files: Sequence[DataFile]) -> Path:
-    """Write `data.json`: each data file with its hash, and the rows of it that are not used.
+def write_data(folder: Path, files: Sequence[DataFile], leakage: LeakageReport | None = None) -> Path:
+    """Write `data.json`: each data file with its hash, the rows of it that are not used, and what files share.
 
     The file holds `{"files": [{"name", "path", "sha256", "rows", "skipped": [{"line", "id", "reason"}]}]}`; `rows` are those
-    that are used.
+    that are used. `"leakage"` is there when it was looked for; see `LeakageReport`.
 
     Raises:
         RecordError: when the disk refuses.
     """
-    return _write_json(folder / DATA_FILE, {"files": _data_entries(files)})
+    shared = {} if leakage is None else {"leakage": leakage.to_json()}
+    return _write_json(folder / DATA_FILE, {"files": _data_entries(files), **shared})
 
 
 def check_same_data(folder: Path, files: Sequence[DataFile]) -> None:

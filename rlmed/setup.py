@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from dataclasses import dataclass
 from importlib import resources
@@ -12,6 +13,8 @@ import torch
 from rlmed.core.config import DataConfig, ModelConfig, RunConfig
 from rlmed.core.types import Example
 from rlmed.data.jsonl import ReadResult, SkippedRow, format_skips, read_examples
+from rlmed.data.leakage import find_leakage
+from rlmed.data.leakage_report import LeakageReport, check_no_leakage, leakage_lines
 from rlmed.data.phantom import write_dataset
 from rlmed.data.prompts import PROMPT_FILE, PromptRenderer, load_processor, read_templates
 from rlmed.evaluation import EvalFile
@@ -41,6 +44,8 @@ class Dataset:
 
     train: DataFile | None
     evals: tuple[DataFile, ...]
+    leakage: LeakageReport | None = None
+    """What the files share; None where there is nothing to compare, or `data.leakage=off`."""
 
     @property
     def files(self) -> tuple[DataFile, ...]:
@@ -129,7 +134,8 @@ def load_data(config: DataConfig, renderer: PromptRenderer, *, training: bool) -
     """Read and check every row that the run will use.
 
     Raises:
-        ValueError: for missing or broken files, or when no training file is named although `training`.
+        ValueError: for missing or broken files, when no training file is named although `training`, or for rows in both
+            training and evaluation files where `data.leakage=strict`.
     """
     train, evals = config.train, list(config.eval)
     if config.source == "phantom":
@@ -146,10 +152,18 @@ def load_data(config: DataConfig, renderer: PromptRenderer, *, training: bool) -
         raise ValueError(
             f"data.eval names files with the same name ({', '.join(names)}): rename one, results go by name"
         )
-    return Dataset(
+    data = Dataset(
         train=_load_file(train, config, renderer, config.limit) if train else None,
         evals=tuple(_load_file(path, config, renderer, None) for path in evals),
     )
+    if config.leakage == "off" or not data.train_examples or not data.evals:
+        return data
+    report = find_leakage(data.train_examples, {file.name: file.examples for file in data.evals})
+    if config.leakage == "strict":
+        check_no_leakage(report)
+    for line in leakage_lines(report):
+        log.warning("%s; all are listed in data.json", line)
+    return dataclasses.replace(data, leakage=report)
 
 
 def _load_file(path: str, config: DataConfig, renderer: PromptRenderer, limit: int | None) -> DataFile:

@@ -95,7 +95,7 @@ def main(config: RunConfig, folder: Path) -> None:
         recorder.truncate({})
     replace_text(folder / CONFIG_FILE, to_yaml(config))
     write_versions(folder)
-    write_data(folder, data.files)
+    write_data(folder, data.files, data.leakage)
 
     def measure(step: int) -> None:
         with tracer.span("evaluate", step=step):

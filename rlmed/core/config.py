@@ -86,12 +86,14 @@ class DataConfig:
     mix: Mapping[str, float] | None = None
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     on_bad_row: str = "skip"
+    leakage: str = "report"
     limit: int | None = None
     download: str | None = None
 
     def __post_init__(self) -> None:
         require_one_of("data.source", self.source, ("jsonl", "phantom"))
         require_one_of("data.on_bad_row", self.on_bad_row, ("skip", "error"))
+        require_one_of("data.leakage", self.leakage, ("report", "strict", "off"))
         require(self.phantom_seed >= 0, f"data.phantom_seed={self.phantom_seed} must not be negative")
         require(self.max_prompt_tokens > 0, f"data.max_prompt_tokens={self.max_prompt_tokens} must be positive")
         require(self.limit is None or self.limit > 0, f"data.limit={self.limit} must be positive or null")

@@ -1,0 +1,155 @@
+"""Where one picture lies in another: windows cut out and stretched, refined until the pictures agree; all in batches.
+
+Pictures are float32 [N, S, S]; a box [N, 4] holds the left, top, right and bottom edge of the window, as shares of the sides.
+Edges below 0 or above 1 reach out of the picture, and what is out there takes no part in a comparison.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+
+TILES = 4
+"""Tiles along a side."""
+FAINT = 0.25
+"""Tiles whose structure is weaker than this share of the tiles' mean are left out: background, plain tissue."""
+_STEP = 0.03
+"""An edge moves at most this share of the side in a step."""
+_REACH = 0.15
+"""An edge ends up at most this far from the picture's own."""
+_DAMPING = 1e-3
+
+
+def pool(pictures: Floats) -> Floats:
+    """Half the side: means of 2x2 pixels."""
+    rows = pictures[:, ::2] + pictures[:, 1::2]
+    return (rows[:, :, ::2] + rows[:, :, 1::2]) * np.float32(0.25)
+
+
+@lru_cache
+def _mean_matrix(side: int, radius: int) -> Floats:
+    """[S, S]: row i averages the pixels i - radius to i + radius, the first and last repeated beyond the edges."""
+    matrix = np.zeros((side, side), np.float32)
+    for shift in range(-radius, radius + 1):
+        np.add.at(matrix, (np.arange(side), np.clip(np.arange(side) + shift, 0, side - 1)), 1 / (2 * radius + 1))
+    return matrix
+
+
+def highpass(pictures: Floats, radius: int) -> Floats:
+    """The pictures minus their means over squares of 2 · radius + 1 pixels."""
+    matrix = _mean_matrix(pictures.shape[-1], radius)
+    across = (pictures.reshape(-1, len(matrix)) @ matrix.T).reshape(pictures.shape)  # one product is faster than many
+    return pictures - matrix @ across
+
+
+def warp(pictures: Floats, boxes: Floats) -> tuple[Floats, Floats]:
+    """The windows stretched to the pictures' size by linear interpolation, and a mask: 1 where there is a picture."""
+    side = pictures.shape[-1]
+    across, seen_across = _interpolation(boxes[:, 0], boxes[:, 2], side)
+    down, seen_down = _interpolation(boxes[:, 1], boxes[:, 3], side)
+    mask = seen_down[:, :, None] & seen_across[:, None, :]
+    return down @ pictures @ across.transpose(0, 2, 1), mask.astype(np.float32)
+
+
+def _interpolation(low: Floats, high: Floats, side: int) -> tuple[Floats, npt.NDArray[np.bool_]]:
+    """Weights [N, S, S] of the pixels along one side, and [N, S] which results lie inside."""
+    share = (np.arange(side, dtype=np.float32) + 0.5) / side
+    places = (low[:, None] + share * (high - low)[:, None]) * side - 0.5
+    inside = (places >= -0.5) & (places <= side - 0.5)
+    places = np.clip(places, 0, side - 1).astype(np.float32)
+    below = np.minimum(places.astype(np.int64), side - 2)
+    weights = np.zeros((*places.shape, side), np.float32)
+    np.put_along_axis(weights, below[:, :, None], (below + 1 - places)[:, :, None], axis=2)
+    np.put_along_axis(weights, below[:, :, None] + 1, (places - below)[:, :, None], axis=2)
+    return weights, inside
+
+
+def _unit(pictures: Floats, mask: Floats) -> Floats:
+    """Mean 0 and length 1 within the mask, 0 outside; a picture without structure stays near 0."""
+    mean = _dot(pictures, mask) / np.maximum(mask.sum((1, 2)), 1)
+    centred = (pictures - mean[:, None, None]) * mask
+    length = np.sqrt(_dot(centred, centred))
+    return centred / np.maximum(length, 1.0)[:, None, None]
+
+
+def _dot(left: Floats, right: Floats) -> Floats:
+    """[N]: sums of products."""
+    return np.einsum("nij,nij->n", left, right)
+
+
+def align(left: Floats, right: Floats, boxes: Floats, *, radius: int, steps: int) -> tuple[Floats, Floats]:
+    """Refine the boxes, so that the windows of `right` agree best with `left`.
+
+    Gauss-Newton on the squared difference of both without low frequencies, scaled to length 1 (Lucas and Kanade 1981), in the
+    four edges; the best box met is kept, so the result is never worse than the start.
+
+    Args:
+        left: float32 [N, S, S].
+        right: the same.
+        boxes: float32 [N, 4], to start from.
+        radius: see `highpass`.
+        steps: refinements.
+
+    Returns:
+        The boxes, and the correlation [N] that they reach.
+    """
+    goal = highpass(left, radius)
+    best, best_score = boxes, np.full(len(left), -np.inf, np.float32)
+    for step in range(steps + 1):
+        window, mask = warp(right, boxes)
+        window, target = _unit(highpass(window, radius), mask), _unit(goal, mask)
+        score = _dot(window, target)
+        better = score > best_score
+        best = np.where(better[:, None], boxes, best)
+        best_score = np.maximum(score, best_score)
+        if step < steps:
+            boxes = np.clip(boxes + _newton_step(window, target - window, mask, boxes), *_LIMITS)
+    return best, best_score
+
+
+_LIMITS = (
+    np.array([-_REACH, -_REACH, 1 - _REACH, 1 - _REACH], np.float32),
+    np.array([_REACH, _REACH, 1 + _REACH, 1 + _REACH], np.float32),
+)
+
+
+def _newton_step(window: Floats, rest: Floats, mask: Floats, boxes: Floats) -> Floats:
+    """How far to move the edges [N, 4] so that the window takes on what is missing."""
+    count, side, _ = window.shape
+    share = (np.arange(side, dtype=np.float32) + 0.5) / side
+    slope_x, slope_y = np.zeros_like(window), np.zeros_like(window)
+    slope_x[:, :, 1:-1] = (window[:, :, 2:] - window[:, :, :-2]) / 2
+    slope_y[:, 1:-1] = (window[:, 2:] - window[:, :-2]) / 2
+    # pixels that a pixel of the window moves when an edge moves by the whole side
+    slope_x *= mask * (side / (boxes[:, 2] - boxes[:, 0]))[:, None, None]
+    slope_y *= mask * (side / (boxes[:, 3] - boxes[:, 1]))[:, None, None]
+    down = share[:, None]
+    slopes = np.stack([slope_x * (1 - share), slope_y * (1 - down), slope_x * share, slope_y * down], axis=1)
+    slopes = slopes.reshape(count, 4, -1)
+    normal = slopes @ slopes.transpose(0, 2, 1)
+    damping = _DAMPING * np.trace(normal, axis1=1, axis2=2) / 4 + 1e-6
+    normal += damping[:, None, None] * np.eye(4, dtype=np.float32)
+    move = np.linalg.solve(normal, slopes @ rest.reshape(count, -1, 1))[:, :, 0]
+    return np.clip(move, -_STEP, _STEP)
+
+
+def tile_correlations(left: Floats, right: Floats, boxes: Floats, radius: int) -> Floats:
+    """float32 [N, TILES²]: correlation of `left` and the window of `right` in each tile, NaN in faint tiles."""
+    window, mask = warp(right, boxes)
+    cut = _tiles(mask)
+    tiles = [_tiles(highpass(pictures, radius) * mask) for pictures in (left, window)]
+    strength = np.sqrt(np.maximum(*(_dot(tile, tile) for tile in tiles)))
+    values = _dot(*(_unit(tile, cut) for tile in tiles))
+    values, strength = (entry.reshape(len(left), -1) for entry in (values, strength))
+    return np.where(strength >= FAINT * strength.mean(1, keepdims=True), values, np.nan)
+
+
+def _tiles(pictures: Floats) -> Floats:
+    count, side, _ = pictures.shape
+    size = side // TILES
+    cut = pictures.reshape(count, TILES, size, TILES, size).transpose(0, 1, 3, 2, 4)
+    return cut.reshape(count * TILES * TILES, size, size)

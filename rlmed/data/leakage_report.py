@@ -1,0 +1,139 @@
+"""What test files share with the training rows: the record, how it is written down, and what is said of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+LeakKind = Literal["file", "pixels", "near", "slice", "text"]
+"""The same file; the same pixels; a changed copy, or hardly to be told from one; a neighbour in its series; the same
+question where there is no image."""
+KINDS: tuple[LeakKind, ...] = ("file", "pixels", "near", "slice", "text")
+
+WORDS: Mapping[str, str] = {
+    "file": "same file",
+    "pixels": "same pixels",
+    "near": "near duplicate",
+    "slice": "neighbouring slice",
+    "text": "same question without an image",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Leak:
+    """A test picture and a training picture that show the same, or nearly.
+
+    Example:
+        Leak(file="ct", kind="near", test_image="/data/t/7.png", train_image="/data/9.jpg", likeness=0.93, test_ids=("ct-7",),
+             train_ids=("train-9", "train-10"), repeated_ids=())
+    """
+
+    file: str
+    """Name of the test file."""
+    kind: LeakKind
+    test_image: str | None
+    """None where rows without an image are the same."""
+    train_image: str | None
+    likeness: float
+    """1 for the same file, pixels and text; else the score of `lookalikes`, of slices the correlation of thumbnails."""
+    test_ids: tuple[str, ...]
+    """Rows of the test file over this picture."""
+    train_ids: tuple[str, ...]
+    repeated_ids: tuple[str, ...]
+    """Those test rows whose question, options and answer a training row over the other picture has too."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileLeakage:
+    """What was found of one test file.
+
+    Example:
+        FileLeakage(name="ct", rows=300, images=159, leaking_rows=4, repeated_rows=1, images_by_kind={"near": 2}, doubtful=0)
+    """
+
+    name: str
+    rows: int
+    images: int
+    """Distinct files."""
+    leaking_rows: int
+    repeated_rows: int
+    """Those of them that stand in the training data with question, options and answer."""
+    images_by_kind: dict[str, int]
+    """Leaking pictures (under "text" rows), each under the first of `KINDS` that it has."""
+    doubtful: int
+    """Pictures that look like a training picture, in a set where different pictures do so too; they do not count."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeakageReport:
+    """What test files share with the training rows.
+
+    Example:
+        LeakageReport(train_rows=600, train_images=219, files=(mri, ct), leaks=(leak,))
+    """
+
+    train_rows: int
+    train_images: int
+    files: tuple[FileLeakage, ...]
+    leaks: tuple[Leak, ...]
+    """By file, then from the surest kind to the least sure."""
+
+    def leaking_ids(self, file: str) -> frozenset[str]:
+        """Ids of the rows of a test file that leak."""
+        return frozenset(name for leak in self.leaks if leak.file == file for name in leak.test_ids)
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is written to `data.json` and `manifest.json`."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> LeakageReport:
+        """What `to_json` gave, read back."""
+        leaks = (
+            Leak(**{key: tuple(value) if isinstance(value, list) else value for key, value in leak.items()})
+            for leak in content["leaks"]
+        )
+        files = tuple(FileLeakage(**file) for file in content["files"])
+        return cls(content["train_rows"], content["train_images"], files, tuple(leaks))
+
+
+def leakage_lines(report: LeakageReport) -> list[str]:
+    """A line for each test file that shares something with the training rows, with its surest pair."""
+    lines = []
+    for file in report.files:
+        if not file.leaking_rows:
+            continue
+        kinds = ", ".join(f"{count} {WORDS[kind]}" for kind, count in file.images_by_kind.items())
+        repeated = f", {file.repeated_rows} of them with question and answer" if file.repeated_rows else ""
+        first = next(leak for leak in report.leaks if leak.file == file.name)
+        lines.append(
+            f"{file.leaking_rows} of {file.rows} rows of {file.name} are in the training data too{repeated} ({kinds}); for "
+            f"example {describe(first)}"
+        )
+    return lines
+
+
+def describe(leak: Leak) -> str:
+    """A pair in words."""
+    row, other = leak.test_ids[0], leak.train_ids[0]
+    if leak.test_image is None or leak.train_image is None:
+        return f"row {row} asks what training row {other} asks"
+    names = Path(leak.test_image).name, Path(leak.train_image).name
+    return f"row {row} ({names[0]}) and training row {other} ({names[1]}): {WORDS[leak.kind]}, likeness {leak.likeness:.2f}"
+
+
+def check_no_leakage(report: LeakageReport) -> None:
+    """For `data.leakage=strict`.
+
+    Raises:
+        ValueError: naming files, rows and the cure, when a test row is in the training data too.
+    """
+    lines = leakage_lines(report)
+    if lines:
+        raise ValueError(
+            f"data.leakage=strict: {'; '.join(lines)}. Take these rows out of the training file or out of the test file "
+            "(python -m rlmed.leakage --json lists them all), or go on with data.leakage=report"
+        )

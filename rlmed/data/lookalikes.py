@@ -1,0 +1,264 @@
+"""Pictures that are one picture: re-encoded, resized, brightened, cropped a little, mirrored or turned copies.
+
+Three steps, each on what the one before leaves. (1) 32x32 thumbnails without their low frequencies are correlated, all
+against all, in windows and turns that a copy may be in. (2) The best few of each picture are aligned: the four edges of the
+window are refined by Gauss-Newton steps on the squared difference (Lucas and Kanade 1981). (3) The aligned pair is compared
+tile by tile, and the score is a low quantile of the tiles' correlations: two different chests agree in outline, but not
+everywhere. docs/lab-log.md has the measurements behind the numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from rlmed.data.alignment import align, highpass, pool, tile_correlations, warp
+from rlmed.data.images import load_image
+
+SIDE = 128
+"""Pixels of a stored picture, which is squeezed to a square."""
+CANDIDATES = 4
+"""Training pictures that are aligned with a test picture, at most."""
+SEARCH = 0.4
+"""Least correlation of thumbnails; 8 % crops fall to this."""
+GOING_ON = (0.6, 0.7)
+"""Least correlation after alignment at 32x32 and at 64x64 pixels for a pair to be looked at more closely."""
+WORST = 0.1
+"""The score is this quantile of the tiles' correlations: of 16 tiles one may be spoilt, by a label for example."""
+SAME = 0.72
+"""Least score of a copy. Different radiographs reach 0.40."""
+SAME_IN_CROWD = 0.96
+"""The same where different pictures are drawn from one template; generated phantoms reach 0.95."""
+ALIKE = 0.40
+CROWDED = 0.05
+"""Copies hardly ever score between `ALIKE` and `SAME`, nor do different radiographs. Where this share of the test pictures
+does, pictures are drawn from one template, or cut from one volume, and `SAME_IN_CROWD` holds."""
+BLOCK = 512
+"""Training pictures correlated at a time."""
+_PAIRS = 64
+"""Pairs aligned at a time."""
+_KEPT = 4096
+"""Pictures kept in memory, 16 KiB each."""
+
+Floats = npt.NDArray[np.float32]
+
+_CORNERS = ((0.0, 0.0), (0.05, 0.0), (0.0, 0.05), (0.05, 0.05), (0.025, 0.025))
+_WHOLE = np.array([0, 0, 1, 1], np.float32)
+WINDOWS: tuple[Floats, ...] = tuple(np.array([x, y, x + 0.95, y + 0.95], np.float32) for x, y in _CORNERS)
+"""Parts of a picture that may be all of its copy: left, top, right and bottom edge as shares of the sides."""
+TURNS = 8
+"""Ways to lay down a square picture: four quarter turns, mirrored or not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture as it is compared.
+
+    Example:
+        Picture(pixels=uint8 [128, 128], detail=112) of a file of 140x112 pixels
+    """
+
+    pixels: npt.NDArray[np.uint8]
+    """Grey values, squeezed to `SIDE` x `SIDE`."""
+    detail: int
+    """Shorter side of the file in pixels, at most `SIDE`: finer structure is not in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lookalike:
+    """A test picture and a training picture that are taken for the same.
+
+    Example:
+        Lookalike(test=3, train=17, score=0.97)
+    """
+
+    test: int
+    train: int
+    score: float
+    """See `compare`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lookalikes:
+    """What a search found, test by test, the best first."""
+
+    same: tuple[Lookalike, ...]
+    doubtful: tuple[Lookalike, ...]
+    """Pairs from `SAME` on that do not count, because different pictures of the set look as much alike."""
+
+
+@lru_cache(maxsize=_KEPT)
+def read_picture(path: Path) -> Picture:
+    """Read a file for comparison.
+
+    Raises:
+        BadImageError: when it cannot be used.
+    """
+    image = load_image(path, max_side=2 * SIDE).convert("L")
+    squeezed = image.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+    return Picture(np.asarray(squeezed), min(SIDE, *image.size))
+
+
+def read_pictures(paths: Sequence[Path]) -> list[Picture]:
+    """The same for many, several at a time."""
+    with ThreadPoolExecutor(max_workers=4) as threads:  # Pillow decodes outside the interpreter's lock
+        return list(threads.map(read_picture, paths))
+
+
+def turned(pixels: npt.NDArray[np.generic], turn: int) -> npt.NDArray[np.generic]:
+    """Pictures [..., S, S] after `turn` % 4 quarter turns, mirrored first from 4 on."""
+    laid = pixels[..., ::-1] if turn >= 4 else pixels
+    return np.rot90(laid, turn % 4, axes=(-2, -1))
+
+
+def _halves(pictures: Sequence[Picture]) -> Floats:
+    """float32 [N, 64, 64]."""
+    return pool(np.stack([picture.pixels for picture in pictures]).astype(np.float32))
+
+
+def _vectors(halves: Floats, window: Floats | None = None, turn: int = 0) -> Floats:
+    """float32 [N, 1024] of length 1 (0 for a flat picture): the window of each at 32x32 without low frequencies."""
+    part = halves if window is None else warp(halves, np.broadcast_to(window, (len(halves), 4)))[0]
+    flat = turned(highpass(pool(part), 2), turn).reshape(len(halves), -1)
+    flat = flat - flat.mean(1, keepdims=True)
+    length = np.linalg.norm(flat, axis=1, keepdims=True)
+    return flat / np.where(length < 1.0, np.float32(np.inf), length)
+
+
+class LookalikeSearch:
+    """Finds, for each of a number of test pictures, the training pictures that are the same.
+
+    It holds the test pictures (about 70 KB each) and a few candidates each; training pictures come in blocks.
+
+    Example:
+        >>> search = LookalikeSearch(test_paths)                  # doctest: +SKIP
+        >>> search.add(train_paths)                               # doctest: +SKIP
+        >>> search.result().same                                  # doctest: +SKIP
+        (Lookalike(test=3, train=17, score=0.97),)
+    """
+
+    def __init__(self, tests: Sequence[Path]) -> None:
+        """Read the test pictures."""
+        self._tests = read_pictures(tests)
+        self._train: list[Path] = []
+        halves = _halves(self._tests)
+        self._vectors = _vectors(halves)
+        self._windows = [_vectors(halves, window) for window in WINDOWS]
+        self._turns = [_vectors(halves, turn=turn) for turn in range(1, TURNS)]
+        shape = (len(tests), CANDIDATES)
+        self._best = np.full(shape, SEARCH, np.float32)
+        self._which = np.full(shape, -1)
+        self._way = np.zeros(shape, np.int64)
+
+    def add(self, paths: Sequence[Path]) -> None:
+        """Correlate with further training pictures; their indices go on from those before."""
+        for start in range(0, len(paths), BLOCK):
+            block = paths[start : start + BLOCK]
+            self._correlate(read_pictures(block), len(self._train))
+            self._train += block
+
+    def _correlate(self, pictures: Sequence[Picture], offset: int) -> None:
+        halves = _halves(pictures)
+        whole = _vectors(halves)
+        ways = [self._vectors @ whole.T]
+        ways += [self._vectors @ _vectors(halves, window).T for window in WINDOWS]
+        ways += [vectors @ whole.T for vectors in (*self._windows, *self._turns)]
+        best, way = ways[0], np.zeros(ways[0].shape, np.int64)
+        for number, values in enumerate(ways[1:], start=1):
+            better = values > best
+            best = np.where(better, values, best)
+            way[better] = number
+        which = np.broadcast_to(np.arange(offset, offset + len(pictures)), best.shape)
+        pooled = np.concatenate([self._best, best], axis=1)
+        order = np.argsort(-pooled, axis=1, kind="stable")[:, :CANDIDATES]
+        self._best = np.take_along_axis(pooled, order, 1)
+        self._which = np.take_along_axis(np.concatenate([self._which, which], axis=1), order, 1)
+        self._way = np.take_along_axis(np.concatenate([self._way, way], axis=1), order, 1)
+
+    def result(self) -> Lookalikes:
+        """Align the candidates and judge."""
+        tests, places = np.nonzero(self._which >= 0)
+        trains, ways = self._which[tests, places], self._way[tests, places]
+        scores = np.full(self._which.shape, -1.0)
+        for start in range(0, len(tests), _PAIRS):
+            part = slice(start, start + _PAIRS)
+            scores[tests[part], places[part]] = self._score(tests[part], trains[part], ways[part])
+        middling = ((scores >= ALIKE) & (scores < SAME)).any(1)
+        crowded = len(scores) > 0 and float(middling.mean()) >= CROWDED
+        pairs = [
+            Lookalike(int(test), int(self._which[test, place]), round(float(scores[test, place]), 3))
+            for test, place in zip(*np.nonzero(scores >= SAME), strict=True)
+        ]
+        pairs.sort(key=lambda pair: (pair.test, -pair.score, pair.train))
+        least = SAME_IN_CROWD if crowded else SAME
+        return Lookalikes(
+            same=tuple(pair for pair in pairs if pair.score >= least),
+            doubtful=tuple(pair for pair in pairs if pair.score < least),
+        )
+
+    def _score(self, tests: Iterable[int], trains: Iterable[int], ways: npt.NDArray[np.int64]) -> Floats:
+        mine = [self._tests[test] for test in tests]
+        others = read_pictures([self._train[train] for train in trains])
+        detail = np.array([min(a.detail, b.detail) for a, b in zip(mine, others, strict=True)])
+        turns = [max(0, way - 2 * len(WINDOWS)) for way in ways]
+        left = np.stack([turned(a.pixels, turn) for a, turn in zip(mine, turns, strict=True)]).astype(np.float32)
+        right = np.stack([b.pixels for b in others]).astype(np.float32)
+        boxes = np.stack([_BOXES[way] if way < len(_BOXES) else _WHOLE for way in ways])
+        return compare(left, right, boxes, detail)
+
+
+def _around(window: Floats) -> Floats:
+    """The box of a picture, in shares of its own part in `window`: what lies outside has edges below 0 and above 1."""
+    size = window[2:] - window[:2]
+    return np.concatenate([-window[:2] / size, (1 - window[:2]) / size]).astype(np.float32)
+
+
+_BOXES = (_WHOLE, *WINDOWS, *(_around(window) for window in WINDOWS))
+
+
+def compare(left: Floats, right: Floats, boxes: Floats, detail: npt.NDArray[np.int64]) -> Floats:
+    """Align pictures and score how far they agree.
+
+    Args:
+        left: float32 [N, 128, 128].
+        right: the same.
+        boxes: float32 [N, 4], about where the left picture lies in the right one; see `alignment.warp`.
+        detail: int [N], pixels along the shorter side of the coarser picture of each pair.
+
+    Returns:
+        float32 [N], the quantile `WORST` of the correlations of 16 tiles, at 128x128 pixels, or 64x64 and 32x32 for files
+        that hold no more; -1 for pairs that do not come that far.
+    """
+    halves = pool(left), pool(right)
+    quarters = pool(halves[0]), pool(halves[1])
+    boxes, agreement = align(*quarters, boxes, radius=2, steps=5)
+    scores = np.full(len(left), -1.0, np.float32)
+    going = np.flatnonzero(agreement >= GOING_ON[0])
+    if not len(going):
+        return scores
+    boxes, agreement = align(halves[0][going], halves[1][going], boxes[going], radius=4, steps=3)
+    levels = ((left, right), halves, quarters)
+    fits = (detail >= 96, (detail < 96) & (detail >= 48), detail < 48)
+    for (a, b), fit, radius in zip(levels, fits, (4, 2, 1), strict=True):
+        here = fit[going] & (agreement >= GOING_ON[1])
+        if here.any():
+            pairs = going[here]
+            tiles = tile_correlations(a[pairs], b[pairs], boxes[here], radius)
+            scores[pairs] = np.nanquantile(tiles, WORST, axis=1)
+    return scores
+
+
+def thumbnail_correlations(left: Sequence[Path], right: Sequence[Path]) -> Floats:
+    """float32 [N]: how alike pairs of pictures look as they lie, in 32x32 thumbnails without low frequencies."""
+    values = [np.zeros(0, np.float32)]
+    for start in range(0, len(left), BLOCK):
+        sides = (_vectors(_halves(read_pictures(paths[start : start + BLOCK]))) for paths in (left, right))
+        values.append(np.einsum("nd,nd->n", *sides))
+    return np.concatenate(values)

@@ -1,0 +1,85 @@
+"""`python -m rlmed.leakage --train x.jsonl --test a.jsonl b.jsonl`: which test rows are in the training data too."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from rlmed.core.files import replace_text
+from rlmed.core.types import Example
+from rlmed.data.jsonl import format_skips, read_examples
+from rlmed.data.leakage import find_leakage
+from rlmed.data.leakage_report import KINDS, WORDS, LeakageReport, describe
+
+SHOWN = 20
+"""Pairs that the terminal shows; `--json` writes them all."""
+
+
+def leakage_table(report: LeakageReport) -> Table:
+    """Leaking rows and pictures of each test file."""
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=f"against {report.train_rows} training rows over {report.train_images} pictures",
+        title_justify="right",
+    )
+    kinds = [kind for kind in KINDS if any(kind in file.images_by_kind for file in report.files)]
+    headings = ("file", "rows", "leaking", "with answer", "pictures", *(WORDS[kind] for kind in kinds), "in doubt")
+    for place, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if place == 0 else "right")
+    for file in report.files:
+        counts = (file.images_by_kind.get(kind, 0) for kind in kinds)
+        cells = (file.rows, file.leaking_rows, file.repeated_rows, file.images, *counts, file.doubtful)
+        table.add_row(file.name, *(str(cell) for cell in cells))
+    return table
+
+
+def _read(path: Path) -> tuple[Example, ...]:
+    read = read_examples(path)
+    if read.skipped:
+        sys.stderr.write(f"{format_skips(read)}\n")
+    return read.examples
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Compare the files named on the command line."""
+    parser = argparse.ArgumentParser(prog="python -m rlmed.leakage", description=__doc__)
+    parser.add_argument("--train", type=Path, required=True, metavar="FILE", help="training rows, JSON Lines")
+    parser.add_argument("--test", type=Path, required=True, nargs="+", metavar="FILE", help="files to evaluate on")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was found here")
+    parsed = parser.parse_args(arguments)
+    try:
+        report = _compare(parsed)
+    except (ValueError, OSError) as error:
+        if os.environ.get("RLMED_TRACE"):
+            raise
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from error
+    console = Console(highlight=False)
+    console.print(leakage_table(report))
+    for leak in report.leaks[:SHOWN]:
+        console.print(f"{leak.file}: {describe(leak)}", markup=False, soft_wrap=True)
+    if len(report.leaks) > SHOWN:
+        console.print(f"and {len(report.leaks) - SHOWN} more pairs; --json FILE writes them all")
+
+
+def _compare(parsed: Any) -> LeakageReport:
+    names = [path.stem for path in parsed.test]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--test names files with the same name ({', '.join(names)}): rename one, results go by name")
+    report = find_leakage(_read(parsed.train), {path.stem: _read(path) for path in parsed.test})
+    if parsed.json is not None:
+        replace_text(parsed.json, json.dumps(report.to_json(), indent=1, ensure_ascii=False) + "\n")
+    return report
+
+
+if __name__ == "__main__":
+    main()
