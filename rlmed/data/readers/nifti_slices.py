@@ -124,8 +124,18 @@ def _read_header(stream: BinaryIO) -> Nifti1Header:
     for length, place, magic, kind in _HEADERS:
         if len(raw) >= length and raw[place : place + 4] == magic:
             # unchecked, since nibabel's checks print to the terminal; what matters is checked below
-            return kind(raw[:length], check=False)
+            return _repaired(kind(raw[:length], check=False))
     raise BadImageError("it is no NIfTI file in one piece (.nii or .nii.gz): convert it to one")
+
+
+def _repaired(header: Nifti1Header) -> Nifti1Header:
+    """Values that writers leave unset, as the standard or else nibabel reads them."""
+    if header["vox_offset"] < header.single_vox_offset:
+        header["vox_offset"] = header.single_vox_offset
+    if header["pixdim"][0] not in (-1, 1):  # the sign of the third axis
+        header["pixdim"][0] = 1
+    header["pixdim"][1:4] = np.abs(header["pixdim"][1:4])
+    return header
 
 
 def _affine(header: Nifti1Header, allow_unknown: bool) -> np.ndarray:

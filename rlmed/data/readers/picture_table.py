@@ -17,10 +17,12 @@ from rlmed.data.images import BadImageError
 from rlmed.data.jsonl import BadRowError, path_inside
 from rlmed.data.readers.base import Option, Picture, Skipped, SourceRow
 from rlmed.data.readers.display import Window, parse_window
-from rlmed.data.readers.table import Columns, Record, as_text, file_split, parse_columns, read_table
+from rlmed.data.readers.table import Columns, Record, as_text, parse_columns, read_table
 
 TABLE = "questions.csv"
 """In the source's folder, where --questions names no other."""
+SPLIT_NAME = "questions"
+"""Of rows whose table has no split column; not the table's own name, which may be a patient's."""
 QUESTIONS = Option(
     "--questions", {"type": Path, "metavar": "FILE", "help": f"the table of questions (default: {TABLE} in the source)"}
 )
@@ -75,7 +77,7 @@ def read_picture_table(
         questions: the table; None takes `TABLE` in the source.
         column: as `table.parse_columns` takes them.
         answer_index: as `table.Columns.find` takes it.
-        split: of rows whose table has no split column; None takes the table's name.
+        split: of rows whose table has no split column; None takes `SPLIT_NAME`.
 
     Raises:
         ValueError: for a source that is no folder, or a table without its columns.
@@ -111,7 +113,7 @@ def read_picture_table(
             row.record,
             where=where,
             default_id=row_id,
-            default_split=split or file_split(table),
+            default_split=split or SPLIT_NAME,
             image=_always(picture),
         )
         if isinstance(entry, SourceRow) and not entry.modality:

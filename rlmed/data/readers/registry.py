@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rlmed.data.readers import csv_table, medvlm_r1, omnimedvqa, pmc_vqa, slake, vqa_rad
+from rlmed.data.readers import csv_table, dicom, medvlm_r1, nifti, omnimedvqa, pmc_vqa, slake, vqa_rad
 from rlmed.data.readers.base import Reader
 
 READERS: Mapping[str, Reader] = {
@@ -16,6 +16,8 @@ READERS: Mapping[str, Reader] = {
         vqa_rad.READER,
         slake.READER,
         pmc_vqa.READER,
+        dicom.READER,
+        nifti.READER,
     )
 }
 
