@@ -84,9 +84,11 @@ def skips(layout: Layout) -> str:
     lines = [f"- {row.where} ({row.id}): {row.reason}" for row in bad[:REASONS_SHOWN]]
     if bad:
         more = f"; {len(bad) - len(lines)} more are listed in {MANIFEST}" if len(bad) > len(lines) else ""
-        lines.insert(0, f"skipped:    {len(bad)} bad rows{more}")
+        lines.insert(0, f"skipped:    {len(bad)} bad row{'s' * (len(bad) > 1)}{more}")
     chosen = Counter(row.reason for row in layout.skipped if row.chosen)
-    return "\n".join(lines + [f"left out:   {count} rows: {reason}" for reason, count in chosen.most_common(5)])
+    return "\n".join(
+        lines + [f"left out:   {count} row{'s' * (count > 1)}: {reason}" for reason, count in chosen.most_common(5)]
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

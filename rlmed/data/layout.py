@@ -124,7 +124,7 @@ def _write_manifest(
         "layout": LAYOUT_VERSION,
         "reader": reader.name,
         "rlmed": version("rlmed"),
-        "source": "" if reader.private else source.resolve().name,
+        "source": "" if reader.private else _source_name(source),
         "options": {key: _recorded(value, reader.private) for key, value in options.items()},
         "data": {"title": reader.title, "licence": reader.licence, "citation": reader.citation, "url": reader.url},
         "splits": {name: dataclasses.asdict(split) for name, split in layout.splits.items()},
@@ -137,6 +137,11 @@ def _write_manifest(
     }
     with writing(path), path.open("w", encoding="utf-8") as file:
         json.dump(content, file, indent=1, ensure_ascii=False)
+
+
+def _source_name(source: Path) -> str:
+    """The last name of a path; all of the name of a data set on a hub."""
+    return source.resolve().name if source.exists() else source.as_posix()
 
 
 def _recorded(value: Any, private: bool) -> Any:

@@ -10,7 +10,6 @@ from rlmed.data.readers.image_files import open_images
 from rlmed.data.readers.table import (
     ANSWER_INDEX,
     COLUMN,
-    DELIMITERS,
     IMAGES,
     SPLIT,
     WITHOUT_IMAGES,
@@ -19,8 +18,8 @@ from rlmed.data.readers.table import (
     named_image,
     no_image,
     parse_columns,
-    read_table,
 )
+from rlmed.data.readers.text_table import DELIMITERS, read_table
 
 ENDINGS = (".csv", ".tsv", ".tab")
 

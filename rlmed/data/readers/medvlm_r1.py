@@ -20,7 +20,7 @@ from rlmed.data.readers.base import Option, Reader, Skipped, SourceRow
 from rlmed.data.readers.image_files import Images, open_images
 from rlmed.data.readers.json_rows import read_json_rows
 from rlmed.data.readers.modalities import modality_name
-from rlmed.data.readers.parquet_rows import read_parquet
+from rlmed.data.readers.parquet_rows import ParquetTable
 from rlmed.data.readers.table import IMAGES, WITHOUT_IMAGES, as_text
 
 TEST_SPLITS = {"MRI": "test_mri", "CT": "test_ct", "X-ray": "test_xray"}
@@ -105,7 +105,7 @@ def data_files(path: Path) -> list[Path]:
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Any]]:
-    return read_parquet(path)[1] if path.suffix == ".parquet" else read_json_rows(path)
+    return ParquetTable(path).rows() if path.suffix == ".parquet" else read_json_rows(path)
 
 
 def _key(row: Mapping[str, Any]) -> _Key:

@@ -2,50 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import pyarrow.parquet
-
-BATCH = 64
+BATCH = 16
 """Rows held at a time: images may be in them."""
+MAX_GROUP_BYTES = 2**34
+"""A group of rows that unpacks to more than this is not read: pyarrow unpacks its columns as a whole."""
 INSTALL = "install what reads it from the checkout: pip install -c requirements.lock -e '.[readers]'"
 
 
-def read_parquet(path: Path) -> tuple[list[str], Iterator[tuple[int, dict[str, Any]]]]:
-    """Names of the columns, and (number from 0, values by column) of each row, read as they are asked for.
+class ParquetTable:
+    """A parquet file.
 
-    Raises:
-        ValueError: for a file that is no parquet file or is damaged, or when pyarrow is not installed.
+    Example:
+        >>> table = ParquetTable(Path("data/train-00000-of-00001.parquet"))         # doctest: +SKIP
+        >>> table.columns, next(table.rows(["question"]))                           # doctest: +SKIP
+        (['image', 'question', 'answer'], (0, {'question': 'Is there a fracture?'}))
     """
-    try:
+
+    def __init__(self, path: Path) -> None:
+        """Read the file's description.
+
+        Raises:
+            ValueError: for a file that is no parquet file, or when pyarrow is not installed.
+        """
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError as error:
+            raise ValueError(f"{path.name} is a parquet file: {INSTALL}") from error
+        self._path = path
+        try:
+            with pyarrow.parquet.ParquetFile(path) as file:
+                schema, metadata = file.schema_arrow, file.metadata
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(f"parquet file {path} cannot be read ({_first_line(error)}): copy it again") from error
+        self.columns: list[str] = list(schema.names)
+        self._labels = _class_labels(schema.metadata or {})
+        sizes = [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
+        if max(sizes, default=0) > MAX_GROUP_BYTES:
+            raise ValueError(
+                f"parquet file {path} has a group of rows that unpacks to {max(sizes)} bytes, more than {MAX_GROUP_BYTES}: "
+                "write it with smaller groups"
+            )
+
+    def rows(self, columns: Sequence[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(number from 0, values by column) of each row; of some columns, where they are named.
+
+        Where the `datasets` library has noted the names of a column's classes, the name stands instead of the number.
+
+        Raises:
+            ValueError: where the file is damaged.
+        """
         import pyarrow
         import pyarrow.parquet
-    except ImportError as error:
-        raise ValueError(f"{path.name} is a parquet file: {INSTALL}") from error
+
+        number = 0
+        try:
+            with pyarrow.parquet.ParquetFile(self._path) as file:
+                for batch in file.iter_batches(batch_size=BATCH, columns=columns):
+                    for row in batch.to_pylist():
+                        yield number, self._named(row)
+                        number += 1
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"parquet file {self._path} is damaged after row {number} ({_first_line(error)}): copy it again"
+            ) from error
+
+    def _named(self, row: dict[str, Any]) -> dict[str, Any]:
+        for column, names in self._labels.items():
+            place = row.get(column)
+            if isinstance(place, int) and 0 <= place < len(names):
+                row[column] = names[place]
+        return row
+
+
+def _class_labels(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
+    """Names of classes by column, as `datasets` writes its ClassLabel features into a file."""
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"parquet file {path} cannot be read ({_first_line(error)}): copy it again") from error
-    return list(file.schema_arrow.names), _rows(path, file)
-
-
-def _rows(path: Path, file: pyarrow.parquet.ParquetFile) -> Iterator[tuple[int, dict[str, Any]]]:
-    import pyarrow
-
-    number = 0
-    try:
-        with file:
-            for batch in file.iter_batches(batch_size=BATCH):
-                for row in batch.to_pylist():
-                    yield number, row
-                    number += 1
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"parquet file {path} is damaged after row {number} ({_first_line(error)}): copy it again"
-        ) from error
+        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+        return {
+            column: [str(name) for name in feature["names"]]
+            for column, feature in features.items()
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}  # a description of another kind says nothing about classes
 
 
 def _first_line(error: Exception) -> str:

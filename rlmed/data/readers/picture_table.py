@@ -17,7 +17,8 @@ from rlmed.data.images import BadImageError
 from rlmed.data.jsonl import BadRowError, path_inside
 from rlmed.data.readers.base import Option, Picture, Skipped, SourceRow
 from rlmed.data.readers.display import Window, parse_window
-from rlmed.data.readers.table import Columns, Record, as_text, parse_columns, read_table
+from rlmed.data.readers.table import Columns, Record, as_text, parse_columns
+from rlmed.data.readers.text_table import read_table
 
 TABLE = "questions.csv"
 """In the source's folder, where --questions names no other."""

@@ -17,7 +17,8 @@ from rlmed.data.jsonl import BadRowError
 from rlmed.data.readers.base import Reader, Skipped, SourceRow
 from rlmed.data.readers.csv_table import table_files
 from rlmed.data.readers.image_files import Images, open_images
-from rlmed.data.readers.table import IMAGES, WITHOUT_IMAGES, file_split, read_table
+from rlmed.data.readers.table import IMAGES, WITHOUT_IMAGES, file_split
+from rlmed.data.readers.text_table import read_table
 
 COLUMNS = ("Figure_path", "Question", "Answer", "Choice A", "Choice B")
 CHOICES = tuple(f"Choice {letter}" for letter in LETTERS)

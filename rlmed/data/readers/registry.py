@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rlmed.data.readers import csv_table, dicom, medvlm_r1, nifti, omnimedvqa, pmc_vqa, slake, vqa_rad
+from rlmed.data.readers import csv_table, dicom, huggingface, medvlm_r1, nifti, omnimedvqa, pmc_vqa, slake, vqa_rad
 from rlmed.data.readers.base import Reader
 
 READERS: Mapping[str, Reader] = {
     reader.name: reader
     for reader in (
         csv_table.READER,
+        huggingface.READER,
         medvlm_r1.READER,
         omnimedvqa.READER,
         vqa_rad.READER,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,10 +29,6 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
 OPTION_FIELDS = tuple(f"option_{letter.lower()}" for letter in LETTERS)
 OPTION_NAMES = (OPTION_FIELDS, tuple(LETTERS.lower()), tuple(f"choice {letter}" for letter in LETTERS.lower()))
 """Columns of one option each, in the ways in which they are called."""
-DELIMITERS = {",": ",", ";": ";", "tab": "\t", "|": "|"}
-"""By what is written on the command line."""
-_UNDECODED = re.compile("[\udc80-\udcff]")
-"""What surrogateescape makes of bytes that are no UTF-8."""
 
 COLUMN = Option(
     "--column",
@@ -108,6 +103,7 @@ class Columns:
         *,
         required: Sequence[str] = ("image", "question", "answer"),
         answer_index: int | None = None,
+        options_required: bool = True,
     ) -> Columns:
         """The columns of `header`.
 
@@ -115,8 +111,9 @@ class Columns:
             table: its name, for messages.
             header: names of all columns.
             given: column by field, as the user says; these names are exact.
-            required: fields that there must be; options always must.
+            required: fields that there must be.
             answer_index: where the answer is the place of an option, what the first one is counted as.
+            options_required: False for tables that may have answers alone.
 
         Raises:
             ValueError: for a column that is missing or occurs twice.
@@ -134,7 +131,7 @@ class Columns:
         if not options and "options" not in names:
             options = _option_columns(lowered)
         missing = [field for field in required if field not in names]
-        if not options and "options" not in names:
+        if options_required and not options and "options" not in names:
             missing.append("options")
         if missing:
             raise ValueError(
@@ -142,6 +139,15 @@ class Columns:
                 f"Its columns: {_listed(header)}"
             )
         return cls(names, options, answer_index)
+
+    @property
+    def has_options(self) -> bool:
+        """False for a table of answers alone, whose rows come without options."""
+        return bool(self.options) or "options" in self.names
+
+    def used(self, *, images: bool) -> list[str]:
+        """The columns that rows are made of, with that of images or without."""
+        return [*(name for field, name in self.names.items() if images or field != "image"), *self.options]
 
     def row(
         self, record: Record, *, where: str, default_id: str, default_split: str, image: ImageOf
@@ -180,6 +186,8 @@ class Columns:
             while texts and not texts[-1]:  # fewer options than the table has columns
                 texts.pop()
             return tuple(texts)
+        if "options" not in self.names:
+            return ()
         value = record.get(self.names["options"])
         if isinstance(value, str):
             try:
@@ -243,84 +251,6 @@ def no_image(record: Record) -> None:
 def file_split(path: Path) -> str:
     """The split that a file's rows go into, after its name: `my test.csv` is `my_test`."""
     return re.sub(r"[^A-Za-z0-9_-]+", "_", path.stem).strip("_-") or "data"
-
-
-@dataclass(frozen=True, slots=True)
-class TableRow:
-    """A record of a text table, or why it cannot be read.
-
-    Example:
-        TableRow(line=18, record={"image": "17.png", "question": "Which organ?", ...}, reason="")
-    """
-
-    line: int
-    """In the file, from 1: the first of the record."""
-    record: Record
-    reason: str
-
-
-def read_table(path: Path, delimiter: str | None = None) -> tuple[list[str], Iterator[TableRow]]:
-    """Header and records of a CSV or TSV file, read as they are asked for; blank lines are left out.
-
-    Args:
-        path: UTF-8, with or without a byte-order mark.
-        delimiter: a key of `DELIMITERS`; None takes the tab in a .tsv file, else what parts the header into most columns.
-
-    Raises:
-        ValueError: for a file that cannot be opened or has no header.
-    """
-    if delimiter is not None and delimiter not in DELIMITERS:
-        raise ValueError(f"--delimiter {delimiter} is not possible: choose one of {', '.join(DELIMITERS)}")
-    try:
-        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            first = file.readline(2**16)
-    except OSError as error:
-        raise ValueError(
-            f"table {path} cannot be read: {error.strerror}. Give the path of a CSV or TSV file"
-        ) from error
-    if not first.strip():
-        raise ValueError(f"table {path} is empty or starts with a blank line: its first line must name the columns")
-    parts = DELIMITERS[delimiter] if delimiter else _guess(path, first)
-    rows = _table_rows(path, parts)
-    header = [name.strip() for name in next(rows)[1]]
-    return header, (_table_row(line, cells, header) for line, cells in rows)
-
-
-def _table_rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str] | str]]:
-    """(first line, cells or why there are none) of each row, the header first."""
-    # bytes that are no UTF-8 become surrogates, so that they cost their row and not the table
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        rows = csv.reader(file, delimiter=delimiter, strict=True)
-        while True:
-            line = rows.line_num + 1
-            try:
-                cells = next(rows)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                if line == 1:
-                    raise ValueError(f"table {path}: its first line cannot be read ({error})") from error
-                yield line, f"it cannot be parted into cells ({error}): look for a quotation mark that is not closed"
-                continue
-            if any(cell.strip() for cell in cells):
-                yield line, cells
-
-
-def _table_row(line: int, cells: list[str] | str, header: Sequence[str]) -> TableRow:
-    if isinstance(cells, str):
-        return TableRow(line, {}, cells)
-    if len(cells) != len(header):
-        reason = f"it has {len(cells)} cells, and the header has {len(header)}: put texts with delimiters into quotes"
-        return TableRow(line, {}, reason)
-    if any(_UNDECODED.search(cell) for cell in cells):
-        return TableRow(line, {}, "it is not UTF-8: save the table as UTF-8")
-    return TableRow(line, dict(zip(header, cells, strict=True)), "")
-
-
-def _guess(path: Path, header: str) -> str:
-    if path.suffix.lower() in (".tsv", ".tab"):
-        return "\t"
-    return max(",;\t", key=lambda mark: header.count(mark))
 
 
 def _option_columns(lowered: Mapping[str, str]) -> tuple[str, ...]:

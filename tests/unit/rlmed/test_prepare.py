@@ -1,0 +1,143 @@
+"""The command: what it prints, its exit status, and that a run can read what it writes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from rlmed import prepare
+from rlmed.commandline import compose_config
+from rlmed.data.readers.registry import READERS, find_reader
+from rlmed.prepare import main
+from rlmed.setup import load_data, make_renderer
+
+TABLE = "image,question,A,B,answer,modality,split\n"
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for number in range(4):
+        Image.new("L", (40, 40), number).save(folder / f"{number}.png")
+    lines = [
+        f"{number % 4}.png,Which?,liver,spleen,{'AB'[number % 2]},CT,{'test' if number > 5 else 'train'}\n"
+        for number in range(8)
+    ]
+    (folder / "questions.csv").write_text(TABLE + "".join(lines) + "9.png,Which?,liver,spleen,A,CT,train\n")
+    return folder
+
+
+def command(source: Path, out: Path, *more: str) -> list[str]:
+    return ["csv", "--source", str(source), "--out", str(out), *more]
+
+
+def test_it_says_what_it_wrote_and_what_it_left_out(source, tmp_path, capsys):
+    main(command(source / "questions.csv", tmp_path / "out"))
+    shown = capsys.readouterr().out
+    cells = {line.split()[0]: line.split()[1:4] for line in shown.splitlines() if line.strip()}
+    assert (cells["train"], cells["test"]) == (["6", "4", "50.0"], ["2", "2", "50.0"])
+    assert "skipped:    1 bad row\n- line 10 of questions.csv (questions-10): image 9.png does not exist" in shown
+    assert f"written:    {tmp_path / 'out' / 'manifest.json'}" in shown
+
+
+def test_what_it_writes_is_what_a_run_reads(source, tmp_path, tiny_folder):
+    main(command(source, tmp_path / "out"))
+    config = compose_config(
+        "train",
+        [
+            "data=jsonl",
+            f"data.train={tmp_path / 'out' / 'train.jsonl'}",
+            f"data.eval=[{tmp_path / 'out' / 'test.jsonl'}]",
+            f"model.path={tiny_folder('qwen2_vl')}",
+            "data.on_bad_row=error",
+        ],
+    )
+    data = load_data(config.data, make_renderer(config), training=True)
+    assert [row.letter for row in data.train_examples] == list("ABABAB")
+    assert [row.modality for row in data.evals[0].examples] == ["CT", "CT"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--on-bad-row", "error"), "error: line 10 of questions.csv (questions-10): image 9.png does not exist"),
+        (("--column", "question=Frage"), "error: questions.csv has no column for --column question=Frage"),
+        (("--images", "nowhere"), "error: images nowhere are neither a folder nor a .zip"),
+    ],
+)
+def test_an_error_is_one_line_and_status_2_and_leaves_nothing(source, tmp_path, capsys, more, message):
+    with pytest.raises(SystemExit) as ended:
+        main(command(source, tmp_path / "out", *more))
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert error.startswith(message)
+    assert error.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_an_earlier_folder_is_replaced_on_demand(source, tmp_path, capsys):
+    out = tmp_path / "out"
+    main(command(source, out))
+    with pytest.raises(SystemExit):
+        main(command(source, out))
+    assert "--overwrite" in capsys.readouterr().err
+    main(command(source, out, "--overwrite", "--split", "mine", "--without-images"))
+    assert json.loads((out / "manifest.json").read_text())["options"] == {"split": "mine", "without_images": True}
+    assert list((out / "images").iterdir()) == []
+
+
+def test_an_interrupted_command_says_that_nothing_was_written(source, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare, "write_layout", interrupted)
+    with pytest.raises(SystemExit, match="nothing was written"):
+        main(command(source, tmp_path / "out"))
+
+
+def test_many_skips_are_counted_and_not_all_shown(source, tmp_path, capsys):
+    rows = "".join(f"{number}.png,Which?,liver,spleen,A,CT,train\n" for number in range(20))
+    (source / "questions.csv").write_text(TABLE + rows)
+    main(command(source, tmp_path / "out"))
+    shown = capsys.readouterr().out
+    assert "skipped:    16 bad rows; 13 more are listed in manifest.json" in shown
+    assert len(json.loads((tmp_path / "out" / "manifest.json").read_text())["skipped"]["rows"]) == 16
+
+
+@pytest.mark.parametrize("name", sorted(READERS))
+def test_every_reader_has_help_and_takes_its_own_options(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert all(option.flag in shown for option in READERS[name].options)
+    assert all(option.keyword in READERS[name].read.__kwdefaults__ for option in READERS[name].options)
+
+
+def test_a_reader_that_there_is_not(capsys):
+    with pytest.raises(SystemExit):
+        main(["mimic", "--source", "a", "--out", "b"])
+    assert "invalid choice: 'mimic'" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="there is no reader 'mimic': choose one of csv"):
+        find_reader("mimic")
+
+
+def test_a_killed_command_leaves_no_folder_that_looks_whole(source, tmp_path):
+    code = (
+        "import os, sys\n"
+        "from rlmed.data import layout\n"
+        "layout.rename_into_place = lambda *_: os.kill(os.getpid(), 9)\n"
+        "from rlmed.prepare import main\n"
+        "main(sys.argv[1:])\n"
+    )
+    arguments = [sys.executable, "-c", code, *command(source, tmp_path / "out")]
+    assert subprocess.run(arguments, check=False, cwd=Path(__file__).parents[3]).returncode == -9
+    assert not (tmp_path / "out").exists()
+    main(command(source, tmp_path / "out"))
+    assert (tmp_path / "out" / "manifest.json").is_file()
