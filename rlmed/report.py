@@ -38,6 +38,7 @@ from rlmed.evaluation_results import (
 )
 from rlmed.progress import duration
 from rlmed.recorder import CONFIG_FILE, DATA_FILE, METRICS_FILE, ROLLOUTS_FILE, VERSIONS_FILE
+from rlmed.report_leakage import show_leakage
 from rlmed.report_plots import draw_accuracy, draw_metrics
 from rlmed.report_rollouts import Pictures, show_groups, show_rows
 from rlmed.report_trust import show_trust
@@ -127,6 +128,7 @@ def _context(folder: Path, environment: Environment, sft: Path | None) -> dict[s
     config = OmegaConf.to_container(OmegaConf.create(config_text))
     assert isinstance(config, dict)
     versions = _read_json(folder / VERSIONS_FILE) or {}
+    data = _read_json(folder / DATA_FILE) or {"files": []}
     pictures = Pictures()
     accuracy = draw_accuracy(evaluations.summaries)
     script, sheet = (_asset(environment, name) for name in (SCRIPT, SHEET))
@@ -142,7 +144,8 @@ def _context(folder: Path, environment: Environment, sft: Path | None) -> dict[s
         "groups": show_groups(folder / ROLLOUTS_FILE, pictures),
         "rows": show_rows(evaluations.first_rows, evaluations.last_rows, pictures),
         "pictures": pictures.uris,
-        "data": _data(folder),
+        "data": _data(data),
+        "leakage": show_leakage(data.get("leakage"), evaluations.last_rows, pictures),
         "versions": versions,
         "config_text": config_text,
         "script": script,
@@ -292,9 +295,8 @@ def _timeline(path: Path) -> dict[str, Any] | None:
     }
 
 
-def _data(folder: Path) -> list[dict[str, Any]]:
-    files = (_read_json(folder / DATA_FILE) or {"files": []})["files"]
-    return [{**file, "shown": file["skipped"][:SKIPPED_SHOWN]} for file in files]
+def _data(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [{**file, "shown": file["skipped"][:SKIPPED_SHOWN]} for file in content["files"]]
 
 
 def _percent(share: float) -> str:

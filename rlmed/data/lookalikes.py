@@ -146,6 +146,7 @@ class LookalikeSearch:
 
     def __init__(self, tests: Sequence[Path]) -> None:
         """Read the test pictures."""
+        read_picture.cache_clear()  # a file may have been replaced since an earlier search
         self._tests = read_pictures(tests)
         self._train: list[Path] = []
         halves = _halves(self._tests)

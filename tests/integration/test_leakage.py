@@ -50,6 +50,12 @@ def test_a_leak_is_logged_and_written_down(
     report = LeakageReport.from_json(content["leakage"])
     assert report.leaking_ids("test") == {"test-5"}
     assert report.leaks[0].train_ids == ("train-5",)
+    page = (folder / "report.html").read_text()
+    assert "Evaluated rows that are in the training data too: 1, see" in page
+    assert "without the<br>leaking rows" in page
+    assert "near duplicate" in page
+    assert "test: test-5" in page
+    assert "training: train-5" in page
 
 
 def test_strict_stops_before_anything_is_answered(settings: Callable[..., list[str]], tmp_path: Path) -> None:
@@ -69,6 +75,7 @@ def test_off_does_not_look(
     evaluate.main(compose_config("evaluate", settings("data.leakage=off")), folder)
     assert "leakage" not in json.loads((folder / "data.json").read_text())
     assert "training data too" not in caplog.text
+    assert "training data too" not in (folder / "report.html").read_text()
 
 
 def test_another_word_is_refused(settings: Callable[..., list[str]]) -> None:
