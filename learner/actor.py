@@ -5,23 +5,29 @@ Imported where Ray is installed only.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import ray
 
+from learner.direct_push import DirectPush
 from learner.distributed import OneRank, Ranks, free_meeting_point, join
 from learner.learner import PolicyLearner, Report
 from learner.likelihood import Question
-from learner.weight_publisher import Published, publish
+from learner.weight_publisher import publish
 from rlmed.core.protocols import ClusterError, RolloutPool
 from rlmed.core.types import FloatArray, TrainGroup
+from rlmed.core.weights import Published, PushReport, Recipient, WeightSender
+from rlmed.models.weights import gpu_name
 
 Build = Callable[[Report, Ranks], PolicyLearner]
 """Makes the learner of one rank: given what skipped batches are reported to, and the ranks that it is one of."""
-
+MakeSender = Callable[[PolicyLearner], WeightSender]
+"""Makes what rank 0 sends its learner's weights by."""
 
 LOSS_KNOWN_S = 30.0
 """A rank that fails may do so because another was lost; so long its loss is waited for."""
@@ -39,6 +45,7 @@ class LearnerActor:
         """An empty process; `build` makes the learner."""
         self._skipped: list[str] = []
         self._learner: PolicyLearner
+        self._sender: WeightSender | None = None
 
     def meeting_point(self) -> str:
         """Where the other ranks find this one."""
@@ -64,7 +71,25 @@ class LearnerActor:
 
     def publish(self) -> Published:
         """Put the current weights into the object store of this node."""
-        return publish(self._learner.full_weights(), ray.put)
+        return publish(self._learner.full_weights(), ray.put, version=self._learner.policy_version)
+
+    def device(self) -> str:
+        """See `rlmed.core.weights.Recipient.devices`."""
+        return gpu_name(self._learner.policy.device)
+
+    def connect(self, make_sender: MakeSender, transport: str, recipients: Sequence[Recipient]) -> None:
+        """See `rlmed.core.weights.WeightSender.connect`; of the first rank alone."""
+        if self._sender is None:
+            self._sender = make_sender(self._learner)
+        self._sender.connect(transport, [_ActorPeer(entry) for entry in recipients], ray.util.get_node_ip_address())
+
+    def send(self, version: int) -> int:
+        """See `rlmed.core.weights.WeightSender.send`; the other ranks gather together with the first."""
+        if self._sender is not None:
+            return self._sender.send(version)
+        for _ in self._learner.full_weights(on_device=True):
+            pass
+        return 0
 
     def save(self, folder: Path) -> None:
         """See `rlmed.core.protocols.Learner.save`."""
@@ -74,6 +99,40 @@ class LearnerActor:
         """See `rlmed.core.protocols.Learner.load`; returns the policy version."""
         self._learner.load(folder)
         return self._learner.policy_version
+
+
+class _ActorPeer:
+    """A `rlmed.core.weights.Peer` that is a `rollout.actor.RolloutActor`."""
+
+    def __init__(self, recipient: Recipient) -> None:
+        self.name, self.devices, self._actor = recipient.name, recipient.devices, recipient.address
+
+    def connect(self, transport: str, info: Mapping[str, Any]) -> Future[None]:
+        return self._actor.connect.remote(transport, info).future()
+
+    def begin_update(self) -> Future[None]:
+        return self._actor.begin_update.remote().future()
+
+    def receive(self, info: Mapping[str, Any]) -> Future[None]:
+        return self._actor.receive.remote(info).future()
+
+    def finish_update(self, version: int) -> Future[None]:
+        return self._actor.finish_update.remote(version).future()
+
+
+class _Offer:
+    """A `rlmed.core.weights.WeightOffer`: sent where that can be, and put into the store when somebody has to fetch them."""
+
+    def __init__(self, version: int, direct: DirectPush, publish: Callable[[], Any]) -> None:
+        self._version, self._direct, self._publish = version, direct, publish
+        self._published: Any = None
+
+    def send(self, recipients: Sequence[Recipient]) -> Future[PushReport] | None:
+        return self._direct.start(recipients, self._version)
+
+    def stored(self) -> Any:
+        self._published = self._published or self._publish()
+        return self._published
 
 
 class RayLearner:
@@ -87,6 +146,8 @@ class RayLearner:
         step_s: float,
         device: str = "cpu",
         options: Sequence[Mapping[str, Any]] = ({},),
+        weight_transfer: str = "object_store",
+        make_sender: MakeSender | None = None,
     ) -> None:
         """Start the ranks and wait until they have loaded.
 
@@ -96,16 +157,27 @@ class RayLearner:
             step_s: seconds that any call may take.
             device: of the ranks, "cpu" or "cuda".
             options: of each rank's actor: resources, placement; their number is the number of ranks.
+            weight_transfer: `cluster.weight_transfer`.
+            make_sender: for weights that are sent directly; None where all are fetched from the store.
 
         Raises:
             LearnerError: when a rank cannot be built.
         """
-        self._on_bad_step, self._step_s = on_bad_step, step_s
+        self._on_bad_step, self._step_s, self._order = on_bad_step, step_s, threading.Lock()
         self._actors = [LearnerActor.options(**entry).remote() for entry in options]
         size = len(self._actors)
         meeting_point = None if size == 1 else self._call("start", "meeting_point", ranks=1)[0]
         each = [(build, rank, size, meeting_point, device, step_s) for rank in range(size)]
         self._version: int = self._call("load its model", "build", each=each)[0]
+        self._direct: DirectPush | None = None
+        if make_sender is not None:
+            gpu = self._call("name its GPU", "device", ranks=1)[0]
+            self._direct = DirectPush(
+                weight_transfer,
+                gpu,
+                lambda *arguments: self._call("connect with the engines", "connect", make_sender, *arguments, ranks=1),
+                lambda version: self._call("send its weights", "send", version)[0],
+            )
 
     @property
     def policy_version(self) -> int:
@@ -126,8 +198,12 @@ class RayLearner:
 
     def push_weights(self, pool: RolloutPool) -> None:
         """See `rlmed.core.protocols.Learner.push_weights`; the weights go from rank 0's node to the workers' directly."""
-        published: Published = self._call("publish its weights", "publish")[0]
-        pool.update_weights(self._version, published.buckets)
+        if self._direct is None:
+            pool.update_weights(self._version, self._call("publish its weights", "publish")[0])
+        else:
+            # a reference: whoever is given it waits until rank 0 has published them
+            offer = _Offer(self._version, self._direct, lambda: self._submit(self._actors, "publish")[0])
+            pool.update_weights(self._version, offer)
 
     def save(self, folder: Path) -> None:
         """See `rlmed.core.protocols.Learner.save`; the folder must be on a disk that rank 0 shares."""
@@ -156,12 +232,15 @@ class RayLearner:
             LearnerError: when a rank is gone, raises, or does not answer in time.
         """
         actors = self._actors[:ranks]
-        calls = [
-            getattr(actor, method).remote(*own)
-            for actor, own in zip(actors, each or [arguments] * len(actors), strict=True)
-        ]
+        calls = self._submit(actors, method, each or [arguments] * len(actors))
         self._wait(action, calls)
         return list(ray.get(calls))
+
+    def _submit(self, actors: Sequence[Any], method: str, each: Sequence[tuple[Any, ...]] | None = None) -> list[Any]:
+        """Start a method of these ranks. Calls of two threads reach all ranks in the same order: most are collectives."""
+        with self._order:
+            each = each or [()] * len(actors)
+            return [getattr(actor, method).remote(*own) for actor, own in zip(actors, each, strict=True)]
 
     def _wait(self, action: str, calls: Sequence[Any]) -> None:
         """Return when all calls have ended well; see `_call`."""

@@ -60,8 +60,11 @@ class Ranks(Protocol):
         """Loss and metrics of an update from those of each rank; a loss that is broken on one is broken on all."""
         ...
 
-    def whole(self, value: Any) -> Any:
-        """A tensor, or each of a nest of dicts and lists, whole. Of several ranks the first has it on its CPU, others None."""
+    def whole(self, value: Any, *, on_device: bool = False) -> Any:
+        """A tensor, or each of a nest of dicts and lists, whole. Of several ranks the first has it, others None.
+
+        It is on the CPU, or with `on_device` where it was; with one rank where it was in any case.
+        """
         ...
 
     def replicated(self, value: Tensor) -> Tensor:
@@ -90,7 +93,7 @@ class OneRank:
         """See `Ranks.merge`."""
         return loss, metrics
 
-    def whole(self, value: Any) -> Any:
+    def whole(self, value: Any, *, on_device: bool = False) -> Any:
         """See `Ranks.whole`."""
         return value
 
@@ -144,16 +147,18 @@ class ShardedRanks:
             )
         return float(rows[:, 0].sum()), merge_metrics(parts)
 
-    def whole(self, value: Any) -> Any:
+    def whole(self, value: Any, *, on_device: bool = False) -> Any:
         """See `Ranks.whole`; one tensor after the other, so that no rank but the first holds more than one of them."""
         if isinstance(value, dict):
-            return {key: self.whole(entry) for key, entry in value.items()}
+            return {key: self.whole(entry, on_device=on_device) for key, entry in value.items()}
         if isinstance(value, list):
-            return [self.whole(entry) for entry in value]
+            return [self.whole(entry, on_device=on_device) for entry in value]
         if isinstance(value, DTensor):
             value = value.full_tensor()
         if isinstance(value, Tensor):
-            return value.detach().cpu() if self.first else None
+            if not self.first:
+                return None
+            return value.detach() if on_device else value.detach().cpu()
         return value
 
     def replicated(self, value: Tensor) -> Tensor:

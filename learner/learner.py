@@ -164,13 +164,14 @@ class PolicyLearner:
         """The pool's engine shares the parameters, so only the version is news."""
         pool.update_weights(self.policy_version)
 
-    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
+    def full_weights(self, *, on_device: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Names and whole tensors of all parameters, as the model without shards has them.
 
-        Collective: all ranks must exhaust it, and only the first is given anything.
+        Collective: all ranks must exhaust it, and only the first is given anything. Gathered ones are on the CPU, or with
+        `on_device` where the policy is.
         """
         for name, parameter in self.policy.model.named_parameters():
-            whole = self._ranks.whole(parameter.detach())
+            whole = self._ranks.whole(parameter.detach(), on_device=on_device)
             if self._ranks.first:
                 yield name, whole
 

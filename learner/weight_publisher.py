@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from rlmed.core.weights import WeightBucket
+from rlmed.core.config_checks import require
+from rlmed.core.weights import Published, WeightBucket
 from rlmed.models.weights import BUCKET_BYTES, make_buckets
 
-
-@dataclass(frozen=True, slots=True)
-class Published:
-    """Weights that engines may fetch."""
-
-    buckets: list[Any]
-    """What the store gave for each bucket; kept for as long as a worker may need these weights."""
-    bytes: int
-    gather_s: float
-    """Seconds for copying (and gathering) the parameters and putting them into the store."""
+OBJECT_STORE, IPC, NCCL = "object_store", "ipc", "nccl"
+"""Ways for weights: bytes in Ray's object store; GPU memory that two processes share; messages between GPUs."""
 
 
 def publish(
     tensors: Iterable[tuple[str, Tensor]],
     store: Callable[[WeightBucket], Any],
     *,
+    version: int,
     bucket_bytes: int = BUCKET_BYTES,
 ) -> Published:
     """Copy the current weights into buckets and give each to `store`.
@@ -35,6 +28,7 @@ def publish(
     Args:
         tensors: names and whole tensors; where they are gathered from many ranks, all ranks iterate, and this one stores.
         store: copies a bucket and returns what a worker fetches the copy by.
+        version: of the policy.
         bucket_bytes: bound on a bucket, and so on the memory that is needed besides the store's.
     """
     start, size = time.perf_counter(), 0
@@ -42,4 +36,38 @@ def publish(
     for bucket in make_buckets(tensors, bucket_bytes):
         size += bucket.data.nbytes
         references.append(store(bucket))
-    return Published(references, size, time.perf_counter() - start)
+    return Published(version, references, size, time.perf_counter() - start)
+
+
+def choose_transport(setting: str, learner: str, engines: Sequence[Sequence[str]]) -> str:
+    """The way that weights take from learner rank 0 to engines.
+
+    Args:
+        setting: `cluster.weight_transfer`.
+        learner: name of rank 0's GPU (see `Recipient.devices`); empty where it has none.
+        engines: names of each engine's GPUs.
+
+    Returns:
+        "ipc" when all of them run on rank 0's GPU; "nccl" when none of them does and no two share one, since NCCL knows a GPU
+        once in a group; else "object_store".
+
+    Raises:
+        ConfigError: when the setting names a way that there is not.
+    """
+    devices = [device for engine in engines for device in engine]
+    known = bool(learner) and len(engines) > 0 and all(engines)
+    together = known and set(devices) == {learner}
+    apart = known and len({learner, *devices}) == 1 + len(devices)
+    if setting == "auto":
+        return IPC if together else NCCL if apart else OBJECT_STORE
+    where = f"rank 0 is on {learner or 'a CPU'}, the engines are on {[list(engine) for engine in engines]}"
+    require(
+        setting != IPC or together,
+        f"cluster.weight_transfer=ipc needs learner rank 0 and all vLLM engines on one GPU: {where}. Use auto",
+    )
+    require(
+        setting != NCCL or apart,
+        f"cluster.weight_transfer=nccl needs a GPU for learner rank 0 and others, each used once, for vLLM engines: {where}. "
+        "Use auto",
+    )
+    return setting

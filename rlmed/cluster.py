@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 from learner.distributed import Ranks
 from learner.learner import PolicyLearner, Report
 from rlmed.core.config import RunConfig
+from rlmed.core.config_checks import require
 from rlmed.core.protocols import Learner, RolloutPool
 from rlmed.data.prompts import PromptRenderer
 from rlmed.debug import NoLearner, RecordedPool
-from rlmed.engines import build_engine, build_local_pool, build_policy
+from rlmed.engines import build_engine, build_local_pool, build_policy, build_sender
 from rlmed.memory import estimate
 from rlmed.models.policy import Policy
 from rlmed.setup import EMBEDDED, model_folder
@@ -160,13 +161,22 @@ def _start_learner(
     from learner.actor import RayLearner
     from rlmed.ray_session import on_gpus
 
-    rank_config = _for_process(config, config.cluster.learner_ranks)
+    cluster, cuda = config.cluster, on_gpus(config)
+    rank_config = _for_process(config, cluster.learner_ranks)
+    require(
+        cuda or cluster.weight_transfer in ("auto", "object_store"),
+        f"cluster.weight_transfer={cluster.weight_transfer} needs GPUs, and there are none: use auto",
+    )
+    direct = cuda and config.rollout.engine == "vllm" and cluster.weight_transfer != "object_store"
     return RayLearner(
         functools.partial(build_learner, rank_config, checkpoint=checkpoint and checkpoint.absolute()),
         on_bad_step=on_bad_step,
-        step_s=config.cluster.learner_timeout_s,
-        device="cuda" if on_gpus(config) else "cpu",
+        step_s=cluster.learner_timeout_s,
+        device="cuda" if cuda else "cpu",
         options=options,
+        weight_transfer=cluster.weight_transfer,
+        # connecting and sending together stay within what the pool allows a push
+        make_sender=functools.partial(build_sender, limit_s=cluster.push_timeout_s / 2) if direct else None,
     )
 
 

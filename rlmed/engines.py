@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
 import torch
 
+from learner.learner import PolicyLearner
 from rlmed.core.config import RunConfig
+from rlmed.core.weights import WeightSender
 from rlmed.data.prompts import PromptRenderer
 from rlmed.memory import keep_freed_memory
 from rlmed.models.policy import Policy, load_policy
@@ -76,3 +79,12 @@ def _build_vllm(config: RunConfig) -> Engine:
         seed=config.seed,
     )
     return VllmEngine(model_folder(config.model.path), settings)
+
+
+def build_sender(learner: PolicyLearner, *, limit_s: float) -> WeightSender:
+    """What learner rank 0 sends its weights to vLLM's engines by, from GPU to GPU; `limit_s` bounds each of its calls."""
+    from rollout.vllm_backend.sender import WeightTransferSender
+
+    policy = learner.policy
+    shapes = {name: (parameter.dtype, tuple(parameter.shape)) for name, parameter in policy.model.named_parameters()}
+    return WeightTransferSender(shapes, functools.partial(learner.full_weights, on_device=True), policy.device, limit_s)

@@ -19,9 +19,11 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rlmed.core.types import Prompt, RolloutRequest
+from rlmed.core.weights import Published, PushReport
 from rollout.engine import Engine
 from rollout.runner import EngineRunner
-from rollout.worker import FinishedGroup, PushReport, WorkerStatus
+from rollout.weight_receiver import Reception
+from rollout.worker import FinishedGroup, WorkerStatus
 
 COLLECT_S = 5.0
 """A call of `collect` returns after so long without a group, so that no call waits for ever on a process that is gone."""
@@ -34,7 +36,9 @@ class RolloutActor:
 
     def __init__(self, build: Callable[[], Engine], on_push: str) -> None:
         """Build the engine here, in the process that will run it."""
-        self._runner = EngineRunner(build(), on_push=on_push, where=f"{socket.gethostname()}, process {os.getpid()}")
+        engine = build()
+        self._runner = EngineRunner(engine, on_push=on_push, where=f"{socket.gethostname()}, process {os.getpid()}")
+        self._reception = Reception(engine, self._runner.between_steps)
 
     def identity(self) -> tuple[str, int]:
         """Ray's id of this node, and the process id."""
@@ -51,14 +55,30 @@ class RolloutActor:
         """Finished groups; none after a while."""
         return self._runner.collect(COLLECT_S)
 
-    def update_weights(self, version: int, buckets: Sequence[ray.ObjectRef[Any]]) -> PushReport:
+    def update_weights(self, weights: Published) -> PushReport:
         """Fetch the buckets while the engine goes on, then apply them between two of its steps."""
         start = time.perf_counter()
-        fetched = ray.get(list(buckets))
+        fetched = ray.get(list(weights.buckets))
         middle = time.perf_counter()
-        self._runner.update_weights(version, fetched)
+        self._runner.update_weights(weights.version, fetched)
         size = sum(bucket.data.nbytes for bucket in fetched)
         return PushReport(size, middle - start, time.perf_counter() - middle)
+
+    def connect(self, transport: str, info: Mapping[str, Any]) -> None:
+        """See `rollout.weight_receiver.Reception`, as for the next three; the learner calls them."""
+        self._reception.connect(transport, info)
+
+    def begin_update(self) -> None:
+        """The learner is about to send."""
+        self._reception.begin()
+
+    def receive(self, info: Mapping[str, Any]) -> None:
+        """Some weights are on their way."""
+        self._reception.receive(info)
+
+    def finish_update(self, version: int) -> None:
+        """All weights are here."""
+        self._reception.finish(version)
 
     def status(self) -> WorkerStatus:
         """How the engine is."""
@@ -87,6 +107,7 @@ class RayWorker:
         self.name = name
         self._actor = RolloutActor.options(**(options or {})).remote(build, on_push)
         self._identity = self._actor.identity.remote()
+        self.address = self._actor
 
     def submit(self, requests: Sequence[RolloutRequest]) -> Future[None]:
         """See `Worker.submit`; a prompt with its pixels travels once."""
@@ -98,8 +119,8 @@ class RayWorker:
         return self._actor.collect.remote().future()
 
     def update_weights(self, version: int, weights: Any) -> Future[PushReport]:
-        """See `Worker.update_weights`; `weights` are references to buckets in the object store."""
-        return self._actor.update_weights.remote(version, weights).future()
+        """See `Worker.update_weights`; `weights` are `Published`, or a reference to them. The version is theirs."""
+        return self._actor.update_weights.remote(weights).future()
 
     def status(self) -> Future[WorkerStatus]:
         """See `Worker.status`."""

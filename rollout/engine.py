@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -17,6 +17,8 @@ class Engine(Protocol):
     """Of the weights that the next token is sampled from."""
     generated_tokens: int
     """Completion tokens sampled so far."""
+    devices: tuple[str, ...]
+    """See `rlmed.core.weights.Recipient.devices`; where there are any, the engine is a `DirectEngine`."""
 
     @property
     def busy(self) -> bool:
@@ -60,4 +62,32 @@ class Engine(Protocol):
 
     def finish_update(self, version: int) -> None:
         """All weights are here: drop what was computed from the old ones; tokens from now on belong to `version`."""
+        ...
+
+
+class DirectEngine(Engine, Protocol):
+    """An engine that weights can be sent to directly: `begin_update`, `receive` as often as needed, `finish_update`."""
+
+    def connect(self, transport: str, info: Mapping[str, Any]) -> None:
+        """Meet the learner.
+
+        Args:
+            transport: "nccl" or "ipc".
+            info: the transport's own, from the learner's side.
+
+        Raises:
+            ValueError: when the transport does not know such a connection.
+            RuntimeError: when it cannot be made.
+        """
+        ...
+
+    def receive(self, info: Mapping[str, Any]) -> None:
+        """Take some of the new weights, while the learner sends them.
+
+        Args:
+            info: the transport's own, with "names" and "shapes".
+
+        Raises:
+            WeightError: for an unknown name or another shape; nothing of them was loaded.
+        """
         ...

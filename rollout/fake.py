@@ -20,6 +20,7 @@ class FakeEngine:
     def __init__(self, encode: Callable[[str], IntArray]) -> None:
         """Use `encode` to turn a text into the token ids of a completion, its end included."""
         self.policy_version = 0
+        self.devices: tuple[str, ...] = ()
         self.generated_tokens = 0
         self._encode = encode
         self._waiting: deque[RolloutRequest] = deque()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from rlmed.core.protocols import ClusterError
 from rlmed.core.types import RolloutGroup, RolloutRequest
-from rollout.worker import PushReport, Worker, WorkerStatus
+from rlmed.core.weights import PushReport, Recipient, WeightOffer
+from rollout.worker import Worker, WorkerStatus
 
 LINE_LENGTH = 240
 """Of a cause in a message; Ray explains the death of a process in a thousand characters."""
@@ -111,13 +112,17 @@ class Slot:
         """For messages."""
         return f"{self.worker.name} ({self.status.where})" if self.status else self.worker.name
 
+    def recipient(self) -> Recipient:
+        """The worker as weights are sent to it."""
+        return Recipient(self.name, self.worker.address, self.status.devices if self.status else ())
+
 
 @dataclass(slots=True)
 class Push:
     """New weights on their way to all workers."""
 
     version: int
-    weights: Any
+    weights: WeightOffer
     outstanding: set[int] = field(default_factory=set)
     """Numbers of the slots that have not confirmed."""
     reports: list[PushReport] = field(default_factory=list)

@@ -19,11 +19,15 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+from rlmed.core.config_checks import ConfigError
+from rlmed.core.protocols import ClusterError
 from rlmed.core.types import RolloutGroup, RolloutRequest
+from rlmed.core.weights import PushReport, WeightOffer
 from rollout.channel import Channel
 from rollout.leases import Lease, PoolSettings, Push, RolloutError, Slot, cause_of
 from rollout.pool_metrics import PoolMetrics
-from rollout.worker import FinishedGroup, PushReport, Worker, WorkerStatus
+from rollout.pushes import Pushes
+from rollout.worker import FinishedGroup, Worker, WorkerStatus
 
 log = logging.getLogger(__name__)
 
@@ -50,9 +54,8 @@ class WorkerPool:
         self._numbers = itertools.count()
         self._waiting: deque[Lease] = deque()
         self._leases: dict[int, Lease] = {}
-        self._weights: tuple[int, Any] | None = None
-        self._push: Push | None = None
-        self._error: RolloutError | None = None
+        self._pushes = Pushes(self._then, self._lost_if_failed)
+        self._error: Exception | None = None
         self._channels: list[Channel] = []
         self._closed = self._ever_answered = False
         now = time.monotonic()
@@ -71,8 +74,10 @@ class WorkerPool:
         """See `rollout.pool_metrics.PoolMetrics`."""
         return self._metrics.read(self._slots, time.monotonic())
 
-    def update_weights(self, version: int, weights: Any) -> list[PushReport]:
+    def update_weights(self, version: int, weights: WeightOffer) -> list[PushReport]:
         """Give all workers new weights and wait for them; a worker that fails is replaced by one that has them.
+
+        They are sent directly to the workers that are ready, where the learner has a way for it; who comes later fetches them.
 
         Requests submitted afterwards are sampled from these weights or newer ones.
 
@@ -80,7 +85,7 @@ class WorkerPool:
             RolloutError: when rollouts cannot go on.
         """
         push = Push(version, weights)
-        self._events.put(lambda: self._begin_push(push))
+        self._events.put(lambda: self._pushes.begin(push, [slot for slot in self._slots if slot.ready]))
         while not push.done.wait(timeout=1.0):
             self.raise_error()
         self.raise_error()
@@ -128,7 +133,7 @@ class WorkerPool:
                 for slot in self._slots:
                     slot.note_idleness(now)
                 self._execute(timeout=max(0.0, beat - time.monotonic()))
-        except RolloutError as error:
+        except (ClusterError, ConfigError) as error:
             self._fail(error)
         except Exception as error:
             log.exception("the rollout pool has failed")
@@ -143,10 +148,9 @@ class WorkerPool:
         except queue.Empty:
             return
 
-    def _fail(self, error: RolloutError) -> None:
+    def _fail(self, error: Exception) -> None:
         self._error = error
-        if self._push:
-            self._push.done.set()
+        self._pushes.abandon()
         for channel in self._channels:
             channel.wake()
 
@@ -204,43 +208,6 @@ class WorkerPool:
             slot.collecting = False
             self._collect(slot)
 
-    def _begin_push(self, push: Push) -> None:
-        self._weights = (push.version, push.weights)
-        self._push = push
-        push.outstanding = {slot.number for slot in self._slots if slot.ready}
-        for slot in self._slots:
-            # one that is being started receives them when it answers
-            if slot.ready:
-                self._send_weights(slot)
-        self._pushed(None)
-
-    def _send_weights(self, slot: Slot) -> None:
-        assert self._weights is not None
-        slot.ready, slot.push_started = False, time.monotonic()
-        worker, sent = slot.worker, self._weights
-        self._then(worker.update_weights(*sent), lambda done: self._updated(slot, worker, sent, done))
-
-    def _updated(self, slot: Slot, worker: Worker, sent: tuple[int, Any], done: Future[PushReport]) -> None:
-        if self._lost_if_failed(slot, worker, done) or slot.worker is not worker:
-            return
-        if sent is not self._weights:  # newer ones have come meanwhile
-            self._send_weights(slot)
-            return
-        slot.ready, slot.push_started = True, None
-        if self._push:
-            self._push.reports.append(done.result())
-        self._pushed(slot)
-
-    def _pushed(self, slot: Slot | None) -> None:
-        """A slot has the weights, or is out of the reckoning because its worker was lost."""
-        if self._push is None:
-            return
-        if slot is not None:
-            self._push.outstanding.discard(slot.number)
-        if not self._push.outstanding:
-            self._push.done.set()
-            self._push = None
-
     def _check_workers(self) -> None:
         """Ask every worker how it is, and replace those that are silent or stand still."""
         now, settings = time.monotonic(), self._settings
@@ -269,8 +236,8 @@ class WorkerPool:
         first = slot.answered is None
         self._ever_answered = True
         slot.asked, slot.status, slot.answered = False, status, now
-        if first and self._weights is not None:
-            self._send_weights(slot)
+        if first and self._pushes.any:
+            self._pushes.give(slot)
         elif first:
             slot.ready = True
 
@@ -311,4 +278,4 @@ class WorkerPool:
             slot.number, self._start(slot.number), now, progressed=now, failures=slot.failures
         )
         slot.worker = fresh.worker  # whatever the lost one still sends is recognised as late
-        self._pushed(slot)
+        self._pushes.leave_out(slot)

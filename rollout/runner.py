@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 
 from rlmed.core.types import RolloutGroup, RolloutRequest
 from rlmed.core.weights import WeightBucket
@@ -15,6 +16,16 @@ from rollout.worker import FinishedGroup, WorkerStatus
 
 ON_PUSH = ("continue", "finish")
 """What becomes of running completions when new weights come: they go on under the new ones, or are finished first."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """Something to do between two steps."""
+
+    run: Callable[[], None]
+    done: Future[None]
+    hold: bool
+    """No step follows before the next job."""
 
 
 class EngineRunner:
@@ -34,12 +45,12 @@ class EngineRunner:
         self._engine, self._on_push, self._where = engine, on_push, where
         self._changed = threading.Condition()
         self._requests: list[RolloutRequest] = []
-        self._updates: deque[tuple[Callable[[], None], Future[None]]] = deque()
+        self._jobs: deque[_Job] = deque()
         self._finished: deque[FinishedGroup] = deque()
         self._error: BaseException | None = None
         self._closed = False
         self._progress = 0
-        self._working = False
+        self._working = self._held = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -66,10 +77,19 @@ class EngineRunner:
         Raises:
             WeightError: see `rollout.weight_receiver.update_weights`; the engine goes on with its old weights.
         """
+        self.between_steps(lambda: update_weights(self._engine, version, buckets))
+
+    def between_steps(self, job: Callable[[], None], *, hold: bool = False) -> None:
+        """Do something with the engine in its thread, between two of its steps, and wait until it is done.
+
+        Args:
+            job: what to do; its error is raised here, and the engine goes on.
+            hold: the engine makes no step before the next job; requests wait.
+        """
         done: Future[None] = Future()
         with self._changed:
             self._raise_error()
-            self._updates.append((lambda: update_weights(self._engine, version, buckets), done))
+            self._jobs.append(_Job(job, done, hold))
             self._changed.notify_all()
         done.result()
 
@@ -84,6 +104,7 @@ class EngineRunner:
                 engine.policy_version,
                 engine.generated_tokens,
                 self._where,
+                engine.devices,
             )
 
     def close(self) -> None:
@@ -104,27 +125,33 @@ class EngineRunner:
         except BaseException as error:  # the thread's only way out: whoever calls next is told
             with self._changed:
                 self._error = error
-                for _, done in self._updates:
-                    done.set_exception(error)
-                self._updates.clear()
+                for job in self._jobs:
+                    job.done.set_exception(error)
+                self._jobs.clear()
                 self._changed.notify_all()
 
     def _take_turn(self) -> bool:
         """Wait for something to do and do it; False when the runner was closed."""
         with self._changed:
             self._working = False
-            self._changed.wait_for(lambda: self._closed or self._updates or self._requests or self._engine.busy)
+            self._changed.wait_for(
+                lambda: self._closed or self._jobs or (not self._held and (self._requests or self._engine.busy))
+            )
             if self._closed:
                 return False
             self._working = True
-            finish_first = bool(self._updates) and self._on_push == "finish" and self._engine.busy
-            update = None if finish_first or not self._updates else self._updates.popleft()
+            finish_first = bool(self._jobs) and self._on_push == "finish" and self._engine.busy and not self._held
+            job = None if finish_first or not self._jobs else self._jobs.popleft()
+            self._held = job.hold if job else self._held
             # requests that arrive while running completions are finished wait for the new weights
-            requests, self._requests = ([], self._requests) if finish_first else (self._requests, [])
-        if update is not None:
-            self._apply(*update)
+            wait = finish_first or self._held
+            requests, self._requests = ([], self._requests) if wait else (self._requests, [])
+        if job is not None:
+            self._apply(job)
         finished = [refused for request in requests if (refused := self._start(request))]
-        finished += [_finished(group) for group in (self._engine.step() if self._engine.busy else [])]
+        finished += [
+            _finished(group) for group in (self._engine.step() if self._engine.busy and not self._held else [])
+        ]
         with self._changed:
             self._progress += 1
             if finished:
@@ -141,13 +168,13 @@ class EngineRunner:
         return None
 
     @staticmethod
-    def _apply(update: Callable[[], None], done: Future[None]) -> None:
+    def _apply(job: _Job) -> None:
         try:
-            update()
+            job.run()
         except Exception as error:
-            done.set_exception(error)
+            job.done.set_exception(error)
         else:
-            done.set_result(None)
+            job.done.set_result(None)
 
 
 def _finished(group: RolloutGroup) -> FinishedGroup:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, cast
 
 from rlmed.core.weights import WeightBucket
 from rlmed.models.weights import bucket_tensors
-from rollout.engine import Engine
+from rollout.engine import DirectEngine, Engine
 
 
 def update_weights(engine: Engine, version: int, buckets: Sequence[WeightBucket]) -> None:
@@ -21,3 +22,39 @@ def update_weights(engine: Engine, version: int, buckets: Sequence[WeightBucket]
     for bucket in buckets:
         engine.load_weights(bucket_tensors(bucket))
     engine.finish_update(version)
+
+
+class BetweenSteps(Protocol):
+    """See `rollout.runner.EngineRunner.between_steps`."""
+
+    def __call__(self, job: Callable[[], None], *, hold: bool = False) -> None:
+        """See above."""
+        ...
+
+
+class Reception:
+    """Takes weights that the learner sends to an engine directly; each method waits until the engine has done it.
+
+    From `begin` to `finish` the engine makes no step. A push that is given up in between leaves it so: its worker is
+    replaced, or fetches all weights from the store.
+    """
+
+    def __init__(self, engine: Engine, between_steps: BetweenSteps) -> None:
+        """For an engine with `devices`; the others are never called."""
+        self._engine, self._between_steps = cast(DirectEngine, engine), between_steps
+
+    def connect(self, transport: str, info: Mapping[str, Any]) -> None:
+        """See `DirectEngine.connect`."""
+        self._between_steps(lambda: self._engine.connect(transport, info))
+
+    def begin(self) -> None:
+        """See `Engine.begin_update`."""
+        self._between_steps(self._engine.begin_update, hold=True)
+
+    def receive(self, info: Mapping[str, Any]) -> None:
+        """See `DirectEngine.receive`."""
+        self._between_steps(lambda: self._engine.receive(info), hold=True)
+
+    def finish(self, version: int) -> None:
+        """See `Engine.finish_update`."""
+        self._between_steps(lambda: self._engine.finish_update(version))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rlmed.core.types import Completion, RolloutRequest
+from rlmed.core.weights import PushReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,17 +36,8 @@ class WorkerStatus:
     generated_tokens: int
     where: str
     """Host and process, for messages."""
-
-
-@dataclass(frozen=True, slots=True)
-class PushReport:
-    """What applying new weights took."""
-
-    bytes: int
-    fetch_s: float
-    """Seconds until all bytes were here; the engine goes on sampling meanwhile."""
-    apply_s: float
-    """Seconds between two steps of the engine: waiting for it, checking, copying, dropping caches."""
+    devices: tuple[str, ...] = ()
+    """See `rlmed.core.weights.Recipient.devices`."""
 
 
 class Worker(Protocol):
@@ -53,6 +45,8 @@ class Worker(Protocol):
 
     name: str
     """For messages."""
+    address: Any
+    """See `rlmed.core.weights.Recipient.address`."""
 
     def submit(self, requests: Sequence[RolloutRequest]) -> Future[None]:
         """Queue requests, all at once, so that what arrives together starts together."""
@@ -63,7 +57,7 @@ class Worker(Protocol):
         ...
 
     def update_weights(self, version: int, weights: Any) -> Future[PushReport]:
-        """Sample from these weights from now on; `weights` as the learner published them."""
+        """Fetch these weights and sample from them from now on; see `rlmed.core.weights.WeightOffer.stored`."""
         ...
 
     def status(self) -> Future[WorkerStatus]:

@@ -259,6 +259,10 @@ class RunConfig:
             f"rollout.engine={self.rollout.engine} runs in a worker of its own: add cluster=ray",
         )
         require(
+            self.rollout.engine == "vllm" or self.cluster.weight_transfer in ("auto", "object_store"),
+            f"cluster.weight_transfer={self.cluster.weight_transfer} is a way to vLLM's engines: use rollout=vllm, or auto",
+        )
+        require(
             self.rollout.max_mismatch_kl is None
             or (self.algo.max_staleness == 0 and self.algo.old_logprobs == "learner"),
             f"rollout.max_mismatch_kl={self.rollout.max_mismatch_kl} compares engine and learner at the same weights: it needs "

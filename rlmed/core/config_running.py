@@ -74,6 +74,7 @@ class ClusterConfig:
     worker_resources: Mapping[str, float] = field(default_factory=dict)
     learner_resources: Mapping[str, float] = field(default_factory=dict)
     runtime_env: Mapping[str, Any] = field(default_factory=dict)
+    weight_transfer: str = "auto"
     silence_timeout_s: float = 60.0
     stall_timeout_s: float = 600.0
     start_timeout_s: float = 600.0
@@ -84,6 +85,7 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         require_one_of("cluster.kind", self.kind, ("local", "ray"))
+        require_one_of("cluster.weight_transfer", self.weight_transfer, ("auto", "object_store", "nccl", "ipc"))
         require(self.threads is None or self.threads > 0, f"cluster.threads={self.threads} must be positive or null")
         require(self.rollout_workers >= 1, f"cluster.rollout_workers={self.rollout_workers} must be at least 1")
         require(self.learner_ranks >= 1, f"cluster.learner_ranks={self.learner_ranks} must be at least 1")

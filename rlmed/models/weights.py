@@ -61,6 +61,11 @@ def bucket_tensors(bucket: WeightBucket) -> list[tuple[str, Tensor]]:
     ]
 
 
+def gpu_name(device: torch.device) -> str:
+    """See `rlmed.core.weights.Recipient.devices`; empty for a CPU."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+
+
 def check_shapes(parameters: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
     """Make sure that names and shapes are exactly those of the parameters.
 

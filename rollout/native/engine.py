@@ -39,6 +39,7 @@ class NativeEngine:
         self.policy = policy
         self.policy_version = 0
         self.generated_tokens = 0
+        self.devices: tuple[str, ...] = ()  # weights are not sent to it directly, wherever it runs
         self._decode_text = decode
         self._limits = limits or EngineLimits()
         self._scheduler = Scheduler(self._limits)

@@ -7,7 +7,7 @@ prompts are given to it under names that change with the weights instead (see `r
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,6 +85,7 @@ class VllmEngine:
         self._ended_tokens = 0
         self._core = _start(folder, config, settings)
         self._core.set_weight_version("0")
+        self.devices: tuple[str, ...] = tuple(filter(None, self._core.collective_rpc("gpu_name")))
         self._tokenizer = self._core.get_tokenizer()
 
     @property
@@ -143,18 +144,17 @@ class VllmEngine:
             WeightError: for an unknown name or another shape. The push has ended then; where weights of it were loaded already,
                 `step` refuses to go on until a complete one has come.
         """
-        if not self._update.active:
-            self.begin_update()
         received = list(tensors)
-        try:
-            self._update.accept(received)
-        except WeightError:
-            self._end_loading()
-            raise
-        if not self._loading:
-            self._core.collective_rpc("start_weight_update")
-            self._loading = True
-        self._core.collective_rpc("update_weights", kwargs={"update_info": {"tensors": received}})
+        self._load({name: tuple(tensor.shape) for name, tensor in received}, {"tensors": received})
+
+    def connect(self, transport: str, info: Mapping[str, Any]) -> None:
+        """See `rollout.engine.DirectEngine.connect`; an earlier connection is given up."""
+        init_info = {"transport": transport, "info": dict(info)}
+        self._core.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": init_info})
+
+    def receive(self, info: Mapping[str, Any]) -> None:
+        """See `rollout.engine.DirectEngine.receive`; as for `load_weights`, an error ends the push."""
+        self._load(dict(zip(info["names"], info["shapes"], strict=True)), {"direct": dict(info)})
 
     def finish_update(self, version: int) -> None:
         """Tokens from now on belong to `version`; completions that have begun go on, with the keys and values they have.
@@ -180,6 +180,29 @@ class VllmEngine:
         if self._loading:
             self._loading = False
             self._core.collective_rpc("finish_weight_update")
+
+    def _load(self, shapes: Mapping[str, Sequence[int]], update_info: dict[str, Any]) -> None:
+        """Let vLLM load some of the new weights.
+
+        Args:
+            shapes: of these weights.
+            update_info: see `rollout.vllm_backend.weight_transfer.UpdateInfo`.
+        """
+        if not self._update.active:
+            self.begin_update()
+        try:
+            self._update.accept(shapes)
+        except WeightError:
+            self._end_loading()
+            raise
+        if not self._loading:
+            self._core.collective_rpc("start_weight_update")
+            self._loading = True
+        try:
+            self._core.collective_rpc("update_weights", kwargs={"update_info": update_info})
+        except BaseException:
+            self._loading = False  # vLLM has ended it too
+            raise
 
     def _start_group(self, request: RolloutRequest) -> None:
         """Hand a group to vLLM."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from rlmed.core.weights import WeightError
@@ -26,7 +25,7 @@ class WeightUpdate:
     Example:
         >>> update = WeightUpdate({"model.visual.a": (2,)}, {"model.visual.a": "vision"})
         >>> update.begin()
-        >>> update.accept([("model.visual.a", torch.zeros(2))])
+        >>> update.accept({"model.visual.a": (2,)})
         >>> update.finish()
         >>> update.damaged
         False
@@ -55,15 +54,14 @@ class WeightUpdate:
         self._received = set()
         self.active = True
 
-    def accept(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    def accept(self, shapes: Mapping[str, Sequence[int]]) -> None:
         """Check some of the weights and count them as loaded; ends the push with the error when they are refused.
 
         Raises:
             WeightError: for an unknown name or another shape.
         """
-        names = []
-        for name, tensor in tensors:
-            expected, actual = self._shapes.get(name), tuple(tensor.shape)
+        for name, shape in shapes.items():
+            expected, actual = self._shapes.get(name), tuple(shape)
             if expected is None:
                 self.active = False
                 raise WeightError(
@@ -74,9 +72,8 @@ class WeightUpdate:
                 raise WeightError(
                     f"weights of {name} arrived with shape {actual}, here it is {expected}: both sides need one model"
                 )
-            names.append(name)
-        self._received.update(names)
-        self._touched.update(self._parts[name] for name in names)
+        self._received.update(shapes)
+        self._touched.update(self._parts[name] for name in shapes)
 
     def finish(self) -> None:
         """The push ends.

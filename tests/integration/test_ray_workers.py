@@ -21,6 +21,7 @@ from learner.actor import LearnerError, RayLearner
 from learner.weight_publisher import publish
 from rlmed.core.protocols import ClusterError
 from rlmed.core.types import Example, Prompt, RolloutRequest, SamplingParams
+from rlmed.core.weights import NotConnectedError
 from rlmed.launch import Run
 from rlmed.models.policy import load_policy
 from rlmed.models.tiny import build_tiny_text
@@ -121,9 +122,9 @@ def test_pushed_weights_reach_all_workers_and_the_successor_of_a_lost_one(pool, 
     with torch.no_grad():
         for parameter in policy.model.parameters():
             parameter.mul_(1.5)
-    published = publish(policy.model.named_parameters(), ray.put, bucket_bytes=2**16)
+    published = publish(policy.model.named_parameters(), ray.put, version=7, bucket_bytes=2**16)
     assert len(published.buckets) > 2
-    reports = pool.update_weights(7, published.buckets)
+    reports = pool.update_weights(7, published)
     assert [report.bytes for report in reports] == [published.bytes] * 2
     policy.end_token_ids = frozenset()
     local = NativeEngine(policy, lambda ids: "", EngineLimits(max_completions=16))
@@ -193,4 +194,146 @@ def test_what_became_of_the_learner_ranks_is_told(session, ways, error, message)
         with pytest.raises(error, match=message):
             learner.step([])
     finally:
+        learner.close()
+
+
+class ToldEngine(NativeEngine):
+    """Takes weights from its calls, in the place of a GPU that receives them."""
+
+    def connect(self, transport, info):
+        if info["refuse"]:
+            raise RuntimeError("NCCL does not load here")
+        self.transport = transport
+
+    def receive(self, info):
+        assert self.transport == "nccl"
+        self.load_weights(zip(info["names"], info["tensors"], strict=True))
+
+
+@ray.remote(num_cpus=0)
+class Numbers:
+    """1, 2, 3 and so on, whoever asks."""
+
+    def __init__(self):
+        self.last = 0
+
+    def next(self):
+        self.last += 1
+        return self.last
+
+
+def build_told_engine(folder, numbers):
+    engine = ToldEngine(load_policy(folder), lambda ids: "", EngineLimits(max_completions=16))
+    engine.policy.end_token_ids = frozenset()
+    engine.devices = (f"gpu-{ray.get(numbers.next.remote())}",)
+    return engine
+
+
+class TellingSender:
+    """Stands in for `rollout.vllm_backend.sender` in learner rank 0's process; no group can be made with the third GPU."""
+
+    def __init__(self, learner):
+        self.learner = learner
+
+    def connect(self, transport, peers, host):
+        assert host.count(".") == 3
+        self.peers = peers
+        refuse = any(peer.devices == ("gpu-3",) for peer in peers)
+        try:
+            for peer in peers:
+                peer.connect(transport, {"refuse": refuse}).result(timeout=60)
+        except RuntimeError as error:
+            raise NotConnectedError(f"no connection by nccl: {error.cause}") from error
+
+    def send(self, version):
+        weights = {name: tensor.clone() for name, tensor in self.learner.full_weights(on_device=True)}
+        info = {"names": list(weights), "tensors": list(weights.values())}
+        for call in [peer.begin_update() for peer in self.peers]:
+            call.result(timeout=60)
+        for call in [peer.receive(info) for peer in self.peers]:
+            call.result(timeout=60)
+        for call in [peer.finish_update(version) for peer in self.peers]:
+            call.result(timeout=60)
+        return 1000
+
+
+class Drifting:
+    """Stands in for a learner: each step makes the weights larger."""
+
+    policy_version = 0
+
+    def __init__(self, folder):
+        self.policy = load_policy(folder)
+        self.policy.end_token_ids = frozenset()
+
+    def full_weights(self, *, on_device=False):
+        return ((name, parameter.detach()) for name, parameter in self.policy.model.named_parameters())
+
+    @torch.no_grad()
+    def step(self, groups):
+        self.policy_version += 1
+        for parameter in self.policy.model.parameters():
+            parameter.mul_(1.25)
+        return {}
+
+
+def sampled(pool, version):
+    """One group of each of two workers; all of both were sampled from these weights."""
+    channel = pool.channel()
+    evaluation = pool.channel()  # a pool ends with its last channel
+    for _ in range(2):
+        channel.submit(request(3, max_tokens=12))
+    groups = [channel.collect(), channel.collect()]
+    assert evaluation.in_flight == 0
+    versions = {(entry.min_version, entry.max_version) for group in groups for entry in group.completions}
+    assert versions == {(version, version)}
+    return [[completion.token_ids.tolist() for completion in group.completions] for group in groups]
+
+
+def test_weights_are_sent_from_actor_to_actor_and_fetched_by_whoever_comes_later(session, model, caplog):
+    settings = PoolSettings(capacity=4, heartbeat_s=0.5, silence_s=20.0)
+    build = functools.partial(build_told_engine, model, Numbers.remote())
+    pool = WorkerPool(lambda i: RayWorker(f"worker {i}", build), 2, settings)
+    learner = RayLearner(
+        lambda report, ranks: Drifting(model),
+        on_bad_step=lambda *_: None,
+        step_s=120,
+        weight_transfer="nccl",
+        make_sender=TellingSender,
+    )
+    learner._direct._device = "gpu-0"  # the rank's, which runs on a CPU here
+    local = Drifting(model)
+    engine = NativeEngine(local.policy, lambda ids: "", EngineLimits(max_completions=16))
+
+    def expected():
+        engine.submit(request(3, max_tokens=12))
+        groups = []
+        while engine.busy:
+            groups += engine.step()
+        return [[completion.token_ids.tolist() for completion in groups[0].completions]] * 2
+
+    def train():
+        for each in (learner, local):
+            each.step([])
+        learner.push_weights(pool)
+
+    try:
+        ready(pool)
+        before = expected()
+        train()
+        assert sampled(pool, 1) == expected() != before
+        # a successor fetches what the other was sent
+        first = pool._slots[0].worker
+        first.kill()
+        wait_until(lambda: pool._slots[0].worker is not first, 30, "a successor")
+        ready(pool)
+        assert sampled(pool, 1) == expected()
+        # with it no group can be made, so both fetch
+        train()
+        assert (
+            "no connection by nccl: NCCL does not load here. These weights go through the object store" in caplog.text
+        )
+        assert sampled(pool, 2) == expected()
+    finally:
+        pool.close()
         learner.close()

@@ -492,3 +492,58 @@ def test_every_family_agrees_with_the_learner_before_and_after_a_push(open_engin
 def test_children_of_this_process_do_not_inherit_what_vllm_preloads(open_engine, folder):
     open_engine(folder)
     assert "torch" not in os.environ.get("LD_PRELOAD", "")
+
+
+def test_weights_arrive_through_a_connection_of_vllms_own_backends(engine, policy, prompts, tmp_path, monkeypatch):
+    """A file stands in for the GPU memory that NCCL and IPC need; the reload, and what follows it, is the same."""
+    from safetensors.torch import load_file, save_file
+    from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine, NCCLWeightTransferUpdateInfo
+
+    class FileTransfer(NCCLWeightTransferEngine):
+        def init_transfer_engine(self, init_info):
+            assert init_info.rank_offset == 3
+            self.model_update_group = dataclasses.make_dataclass("Group", [("disabled", bool)])(False)
+
+        def receive_weights(self, update_info):
+            assert isinstance(update_info, NCCLWeightTransferUpdateInfo)
+            weights = load_file(tmp_path / "weights.safetensors")
+            self.model.load_weights((name, weights[name]) for name in update_info.names)
+
+        def shutdown(self):
+            self.model_update_group = None
+
+    monkeypatch.setitem(WeightTransferEngineFactory._registry, "file", lambda: FileTransfer)
+    engine.connect("file", {"master_address": "h", "master_port": 1, "rank_offset": 3, "world_size": 4})
+    before = rollout(engine, prompts, group_size=2)
+    for version in (1, 2):
+        change(policy)
+        weights = {name: parameter.detach() for name, parameter in policy.model.named_parameters()}
+        save_file(weights, tmp_path / "weights.safetensors")
+        engine.begin_update()
+        for names in (list(weights)[:5], list(weights)[5:]):
+            shapes = [list(weights[name].shape) for name in names]
+            engine.receive({"names": names, "shapes": shapes, "dtype_names": ["float32"] * len(names)})
+        engine.finish_update(version)
+        groups = rollout(engine, prompts, group_size=2)
+        assert disagreement(policy, groups) < TOLERANCE
+        assert disagreement(policy, before) > 100 * TOLERANCE
+        assert {completion.max_version for group in groups for completion in group.completions} == {version}
+    with pytest.raises(WeightError, match="unknown arrived, which this model does not have"):
+        engine.receive({"names": ["unknown"], "shapes": [[1]], "dtype_names": ["float32"]})
+
+
+def test_an_engine_that_cannot_be_connected_still_takes_weights_that_it_is_given(engine, policy, prompts):
+    assert engine.devices == ()  # on a CPU
+    with pytest.raises(Exception, match=r"(?i)accelerator|cuda|nccl"):
+        engine.connect(
+            "nccl", {"master_address": "127.0.0.1", "master_port": 1, "rank_offset": 1, "world_size": 1, "packed": True}
+        )
+    shapes = {name: list(parameter.shape) for name, parameter in policy.model.named_parameters()}
+    update = {"names": list(shapes), "shapes": list(shapes.values()), "dtype_names": ["float32"] * len(shapes)}
+    engine.begin_update()
+    with pytest.raises(RuntimeError, match="has not connected"):
+        engine.receive(update)
+    change(policy)
+    push(engine, policy, 2)
+    assert disagreement(policy, rollout(engine, prompts, group_size=2)) < TOLERANCE

@@ -10,7 +10,23 @@ from typing import Any
 import numpy as np
 
 from rlmed.core.types import Completion, RolloutRequest
-from rollout.worker import FinishedGroup, PushReport, WorkerStatus
+from rlmed.core.weights import PushReport, Recipient
+from rollout.worker import FinishedGroup, WorkerStatus
+
+
+class Offer:
+    """A `rlmed.core.weights.WeightOffer`: fetched, or sent where the test has given a future of that."""
+
+    def __init__(self, weights: Any = "w", sending: Future[PushReport] | None = None) -> None:
+        self.weights, self.sending = weights, sending
+        self.recipients: list[Recipient] = []
+
+    def send(self, recipients: Sequence[Recipient]) -> Future[PushReport] | None:
+        self.recipients = list(recipients)
+        return self.sending
+
+    def stored(self) -> Any:
+        return self.weights
 
 
 class FakeWorker:
@@ -18,6 +34,7 @@ class FakeWorker:
 
     def __init__(self, name: str, *, auto: bool = True, answers: bool = True) -> None:
         self.name, self.auto, self.answers = name, auto, answers
+        self.address = self
         self.lock = threading.RLock()
         self.held: dict[int, RolloutRequest] = {}
         self.batches: list[list[int]] = []
@@ -59,7 +76,9 @@ class FakeWorker:
     def status(self) -> Future[WorkerStatus]:
         with self.lock:
             self.progress += self.moves
-            return self._answer(WorkerStatus(self.progress, bool(self.held), self.version, 0, "here"))
+            return self._answer(
+                WorkerStatus(self.progress, bool(self.held), self.version, 0, "here", ("gpu of " + self.name,))
+            )
 
     def kill(self) -> None:
         with self.lock:

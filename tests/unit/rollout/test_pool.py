@@ -5,17 +5,23 @@ from __future__ import annotations
 import random
 import threading
 import time
+from concurrent.futures import Future
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlmed.core.config_checks import ConfigError
+from rlmed.core.protocols import ClusterError
+from rlmed.core.weights import NotConnectedError, PushReport, TransferError
 from rollout.leases import PoolSettings, RolloutError
 from rollout.pool import WorkerPool
 from rollout.worker import FinishedGroup
-from tests.unit.rollout.fake_workers import FakeWorker
+from tests.unit.rollout.fake_workers import FakeWorker, Offer
 
 QUICK = PoolSettings(capacity=4, heartbeat_s=0.01, silence_s=0.2, stall_s=0.3, start_s=0.2, push_s=0.2, max_failures=3)
+
+SLOW = PoolSettings(capacity=4, heartbeat_s=0.01, silence_s=5.0, stall_s=5.0, start_s=5.0, push_s=5.0, max_failures=3)
 
 
 class Site:
@@ -111,7 +117,7 @@ def test_a_dead_workers_requests_are_sampled_by_its_successor_with_the_current_w
     pool = make_pool(site, workers=1)
     channel = pool.channel()
     wait_for(lambda: pool.metrics()["rollout/workers_ready"] == 1)
-    pool.update_weights(5, "weights of 5")
+    pool.update_weights(5, Offer("weights of 5"))
     for index in range(3):
         channel.submit(make_request(index))
     channel.flush()
@@ -184,7 +190,7 @@ def test_a_push_waits_for_all_workers_and_replaces_the_one_that_fails(make_pool)
     pool = make_pool(site)
     wait_for(lambda: pool.metrics()["rollout/workers_ready"] == 2)
     site.workers[0].die(OSError("gone"))
-    reports = pool.update_weights(1, "w")
+    reports = pool.update_weights(1, Offer())
     assert len(reports) in (1, 2)
     wait_for(lambda: pool.metrics()["rollout/workers_ready"] == 2)
     assert [worker.version for worker in site.workers[1:]] == [1, 1]
@@ -195,9 +201,97 @@ def test_a_worker_that_hangs_in_a_push_is_replaced(make_pool):
     pool = make_pool(site, workers=1)
     wait_for(lambda: pool.metrics()["rollout/workers_ready"] == 1)
     site.workers[0].answers = False
-    pool.update_weights(1, "w")
+    pool.update_weights(1, Offer())
     wait_for(lambda: pool.metrics()["rollout/workers_ready"] == 1)
     assert site.workers[-1].weights[-1] == (1, "w")
+
+
+def push_in_thread(pool, offer, version=1):
+    """A push that has begun to be sent, and what it gives in the end."""
+    reports: Future = Future()
+
+    def push():
+        try:
+            reports.set_result(pool.update_weights(version, offer))
+        except Exception as error:
+            reports.set_exception(error)
+
+    threading.Thread(target=push, daemon=True).start()
+    wait_for(lambda: offer.recipients)
+    return reports
+
+
+def test_weights_that_were_sent_are_not_fetched(make_pool, make_request):
+    site = Site(auto=False)
+    pool = make_pool(site, settings=SLOW)
+    wait_for(lambda: pool.metrics()["rollout/workers_ready"] == 2)
+    offer = Offer(sending=Future())
+    reports = push_in_thread(pool, offer)
+    assert [(entry.address, entry.devices) for entry in offer.recipients] == [
+        (worker, (f"gpu of {worker.name}",)) for worker in site.workers
+    ]
+    assert "here" in offer.recipients[0].name
+    channel = pool.channel()
+    channel.submit(make_request(0))
+    channel.flush()
+    time.sleep(0.05)
+    assert not any(worker.held for worker in site.workers)  # nobody samples while weights are on their way
+    offer.sending.set_result(PushReport(10, 0.0, 0.5))
+    assert reports.result(timeout=5) == [PushReport(10, 0.0, 0.5)] * 2
+    wait_for(lambda: any(worker.held for worker in site.workers))
+    assert not any(worker.weights for worker in site.workers)
+    assert pool.metrics()["rollout/workers_lost"] == 0
+
+
+def test_who_comes_after_weights_were_sent_fetches_them(make_pool):
+    site = Site()
+    pool = make_pool(site, settings=SLOW)
+    wait_for(lambda: pool.metrics()["rollout/workers_ready"] == 2)
+    offer = Offer("stored", sending=Future())
+    offer.sending.set_result(PushReport(10, 0.0, 0.5))
+    pool.update_weights(1, offer)
+    site.workers[0].die(OSError("gone"))
+    wait_for(lambda: len(site.workers) == 3 and site.workers[2].weights)
+    assert site.workers[2].weights == [(1, "stored")]
+    assert site.workers[1].weights == []
+
+
+def test_workers_that_cannot_be_connected_fetch_the_weights_and_the_log_says_why(make_pool, caplog):
+    site = Site()
+    pool = make_pool(site, settings=SLOW)
+    wait_for(lambda: pool.metrics()["rollout/workers_ready"] == 2)
+    offer = Offer("stored", sending=Future())
+    reports = push_in_thread(pool, offer)
+    site.workers[0].die(OSError("gone"))  # which is why they cannot
+    wait_for(lambda: len(site.workers) == 3 and site.workers[2].weights)
+    offer.sending.set_exception(NotConnectedError("no connection by nccl: worker 0 could not connect"))
+    assert len(reports.result(timeout=5)) == 2  # its successor, and the one that was there
+    assert [worker.weights for worker in site.workers] == [[], [(1, "stored")], [(1, "stored")]]
+    assert "worker 0 could not connect. These weights go through the object store" in caplog.text
+    assert pool.metrics()["rollout/workers_lost"] == 1
+
+
+def test_workers_that_hold_a_part_of_the_weights_are_replaced(make_pool):
+    site = Site()
+    pool = make_pool(site, settings=SLOW)
+    wait_for(lambda: pool.metrics()["rollout/workers_ready"] == 2)
+    offer = Offer("stored", sending=Future())
+    reports = push_in_thread(pool, offer)
+    offer.sending.set_exception(TransferError("worker 1 did not receive weights within 3 s"))
+    assert reports.result(timeout=5) == []
+    wait_for(lambda: pool.metrics()["rollout/workers_ready"] == 2)
+    assert [worker.killed for worker in site.workers] == [True, True, False, False]
+    assert [worker.weights for worker in site.workers] == [[], [], [(1, "stored")], [(1, "stored")]]
+
+
+@pytest.mark.parametrize("error", [ClusterError("learner rank 0 was lost"), ConfigError("no such way")])
+def test_an_error_of_the_learner_or_of_the_user_ends_the_push_as_it_is(make_pool, error):
+    pool = make_pool(Site(), settings=SLOW)
+    wait_for(lambda: pool.metrics()["rollout/workers_ready"] == 2)
+    offer = Offer(sending=Future())
+    reports = push_in_thread(pool, offer)
+    offer.sending.set_exception(error)
+    assert reports.exception(timeout=5) is error
 
 
 def test_a_worker_that_dies_again_and_again_stops_the_run_with_the_cause(make_pool, make_request):
@@ -212,7 +306,7 @@ def test_a_worker_that_dies_again_and_again_stops_the_run_with_the_cause(make_po
     with pytest.raises(RolloutError, match=r"(?s)worker 0.*(4 times in a row|4 workers).*no memory for the cache"):
         channel.collect()
     with pytest.raises(RolloutError):
-        pool.update_weights(1, "w")
+        pool.update_weights(1, Offer())
 
 
 def test_a_worker_that_cannot_be_built_stops_the_run_at_once(make_pool, make_request):

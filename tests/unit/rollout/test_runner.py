@@ -98,7 +98,7 @@ def test_running_completions_go_on_under_new_weights_or_are_finished_first(
     while runner.status().generated_tokens < 2:
         time.sleep(0.001)
     pushed.start()
-    while not runner._updates and pushed.is_alive():
+    while not runner._jobs and pushed.is_alive():
         time.sleep(0.001)
     runner.submit([make_request(1, max_tokens=2)])
     policy.steps.release(100)
@@ -124,6 +124,39 @@ def test_weights_that_do_not_fit_leave_the_old_ones_in_place(make_runner, make_r
     assert runner.status().policy_version == 0
     runner.submit([make_request(0, max_tokens=2)])
     assert collect(runner, 1)[0].index == 0
+
+
+def test_between_held_jobs_the_engine_makes_no_step(make_runner, make_request):
+    runner, _ = make_runner()
+    runner.submit([make_request(0, max_tokens=40)])
+    runner.between_steps(lambda: None, hold=True)
+    sampled = runner.status().generated_tokens
+    runner.submit([make_request(1, max_tokens=2)])
+    with pytest.raises(ZeroDivisionError):
+        runner.between_steps(lambda: 1 / 0, hold=True)
+    time.sleep(0.05)
+    status = runner.status()
+    assert (status.generated_tokens, status.busy) == (sampled, False)  # nor is it taken for one that stands still
+    runner.between_steps(lambda: None)
+    assert sorted(group.index for group in collect(runner, 2)) == [0, 1]
+
+
+def test_a_push_in_parts_does_not_wait_for_itself_where_completions_are_finished_first(make_runner, make_request):
+    runner, policy = make_runner("finish", slow=True)
+    runner.submit([make_request(0, max_tokens=4)])
+    policy.steps.release(2)
+    while runner.status().generated_tokens < 1:
+        time.sleep(0.001)
+    held = threading.Thread(target=runner.between_steps, args=(lambda: None,), kwargs={"hold": True})
+    held.start()
+    policy.steps.release(1000)
+    assert [group.index for group in collect(runner, 1)] == [0]
+    held.join()
+    runner.submit([make_request(1, max_tokens=4)])
+    runner.between_steps(lambda: None, hold=True)
+    assert runner.collect(0.05) == []
+    runner.between_steps(lambda: None)
+    assert [group.index for group in collect(runner, 1)] == [1]
 
 
 def test_an_error_of_the_engine_reaches_every_later_call(make_runner, make_request, monkeypatch):
