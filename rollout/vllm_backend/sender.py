@@ -182,7 +182,7 @@ class WeightTransferSender:
     def connect(self, transport: str, peers: Sequence[Peer], host: str) -> None:
         """See `WeightSender.connect`."""
         self._disconnect()
-        client = PeerClient(transport, peers, self._limit_s)
+        client = PeerClient(transport, peers, 0.9 * self._limit_s)  # a silent engine is named before all is given up
         info = init_info(transport, peers, host, self._source.largest)
 
         def meet() -> TrainerWeightTransferEngine:
