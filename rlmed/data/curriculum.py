@@ -7,7 +7,7 @@ all of it, so a resumed run goes on with the very examples that it would have ha
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import lcm
@@ -86,9 +86,9 @@ class PassRates:
         """Whether the example stays away from this epoch."""
         return epoch < self._aside.get(example, (0, False))[0]
 
-    def too_easy(self, example: int) -> bool:
-        """Why an example that is passed over is: True for too easy, False for too hard."""
-        return self._aside[example][1]
+    def aside(self) -> Iterator[tuple[int, bool]]:
+        """Examples that are passed over, or were until their latest epoch, and whether they are too easy (or too hard)."""
+        return ((example, easy) for example, (_, easy) in self._aside.items())
 
     def state(self) -> dict[str, Any]:
         """As JSON."""
@@ -160,6 +160,7 @@ class Curriculum:
             whole = lcm(*(share.denominator for share in shares))
             self._shares = [int(share * whole) for share in shares]
         self._lanes = [_Lane(rows, seed) for rows in lanes]
+        self._lane_of = {row: lane for lane in self._lanes for row in lane.rows}
         self._drawn = [0] * len(self._lanes)
         self._rates = PassRates(selection) if selection is not None and selection.mode == "pass_rate" else None
         self._places: dict[int, Place] = {}  # of requests that were not observed yet
@@ -189,12 +190,9 @@ class Curriculum:
         if self._rates is None:
             return {}
         reasons = Counter(
-            self._rates.too_easy(row)
-            for lane in self._lanes
-            for row in lane.rows
-            if self._rates.passed_over(row, lane.epoch)
+            easy for row, easy in self._rates.aside() if self._rates.passed_over(row, self._lane_of[row].epoch)
         )
-        rows = sum(len(lane.rows) for lane in self._lanes)
+        rows = len(self._lane_of)
         return {
             "prompts/set_aside": reasons.total() / rows,
             "prompts/too_easy": reasons[True] / rows,

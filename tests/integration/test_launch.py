@@ -166,6 +166,29 @@ def test_sft_targets() -> None:
     assert sft.target_text(example, "option") == "<think>b (B).</think>\n<answer>B</answer>"
 
 
+def test_a_mix_of_modalities_holds_in_every_command(
+    make_config: Config, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = [
+        {"question": "Which?", "options": ["a", "b"], "answer": "a", "modality": "MRI" if i < 8 else "CT"}
+        for i in range(10)
+    ]
+    settings = (f"data.train={write_rows('mixed', rows)}", "data.mix={MRI:0.25,CT:0.75}", "sft.batch_size=4")
+    with pytest.raises(
+        ValueError, match=r"data\.mix names the modality 'PET', which no training row has.*'CT' \(2 rows\)"
+    ):
+        Run(make_config(*settings[:1], "data.mix={PET:1}"), tmp_path / "refused")
+    config = make_config(*settings, "preflight.enabled=false", "steps=4", "eval.at_start=false", "eval.at_end=false")
+    run = Run(config, tmp_path / "run")
+    run.execute()
+    groups = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
+    assert sorted(group["modality"] for group in groups) == ["CT"] * 6 + ["MRI"] * 2
+    batches = sft.Batches(run.data.train_examples, run.renderer, config)
+    for step in range(batches.steps):
+        asked = [item.prompt.example.modality for item in batches.batch(step)]
+        assert sorted(asked) == ["CT", "CT", "CT", "MRI"]
+
+
 @pytest.mark.parametrize("target", ["auto", "answer"])
 def test_sft_shuffles_options_where_no_written_text_names_a_letter(make_config: Config, target: str) -> None:
     from rlmed.core.types import Example

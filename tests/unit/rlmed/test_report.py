@@ -397,3 +397,14 @@ def test_names_of_rewards_are_no_markup_and_no_mathematics():
 def test_running_mean_by_hand():
     np.testing.assert_allclose(running_mean(np.array([1.0, 2.0, 6.0, 3.0]), 3), [1.5, 3.0, 11 / 3, 4.5])
     np.testing.assert_allclose(running_mean(np.array([1.0, 5.0]), 1), [1.0, 5.0])
+
+
+def test_what_a_curriculum_did_is_drawn():
+    lines = [
+        {"step": i, "prompts/too_easy": 0.25, "prompts/too_hard": 0.5, "spread/CT": 0.4, "spread/none": 0.2}
+        for i in (1, 2, 3)
+    ]
+    aside, spread = draw_metrics(lines)
+    assert (aside.title, spread.title) == ("Prompts set aside", "Spread of rewards")
+    assert all(name in aside.svg for name in ("too easy", "too hard"))
+    assert all(name in spread.svg for name in ("CT", "none"))
