@@ -114,7 +114,7 @@ def _unidentified(path: Path | str, size: int) -> str:
         return f"image {path} is an empty file: copy it again"
     return (
         f"image {path} is no image, or its header is damaged: replace it by one of {', '.join(FORMATS)} "
-        "(DICOM and NIfTI have to be exported first)"
+        "(DICOM and NIfTI are read by python -m rlmed.prepare)"
     )
 
 

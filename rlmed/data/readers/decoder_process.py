@@ -8,6 +8,7 @@ The two processes talk through pipes: a request is a line of JSON, an answer a l
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import subprocess
@@ -38,13 +39,13 @@ class DecoderProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._time_limit = time_limit
         self._lock = threading.Lock()
+        atexit.register(self.stop)
 
     def decode(self, path: Path, transfer_syntax: str, frame: int) -> np.ndarray:
         """Stored values of one frame, counted from 0: [rows, columns] or [rows, columns, samples].
 
         Raises:
             BadImageError: for a frame that cannot be decoded, with the reason but not the path.
-            RuntimeError: when the process cannot be started.
         """
         request = {"path": os.fspath(path.absolute()), "transfer_syntax": str(transfer_syntax), "frame": frame}
         with self._lock:
@@ -55,19 +56,20 @@ class DecoderProcess:
             try:
                 return _ask(process, request)
             except (EOFError, OSError):
-                self._stop()
+                self.stop()
                 raise BadImageError(
                     "its compressed pixels crash the decoder or keep it busy without an end: export it again, uncompressed"
                 ) from None
             except BadImageError:
                 raise
             except BaseException:  # interrupted: what is left of this answer would be taken for the next one
-                self._stop()
+                self.stop()
                 raise
             finally:
                 timer.cancel()
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
+        """End the process, if there is one."""
         if self._process is not None:
             self._process.kill()
             self._process.communicate()
@@ -86,7 +88,7 @@ def _start() -> subprocess.Popen[bytes]:
     assert process.stdout is not None
     if process.stdout.readline() != _READY:
         process.kill()
-        raise RuntimeError(f"the decoder's process did not start: try `{sys.executable} -m {__name__}` to see why")
+        raise BadImageError(f"the process that decodes did not start: `python -m {__name__}` shows why")
     return process
 
 

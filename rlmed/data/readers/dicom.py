@@ -18,7 +18,7 @@ from rlmed.data.readers.picture_table import (
 )
 from rlmed.data.readers.table import ANSWER_INDEX, COLUMN, SPLIT
 
-HEADERS_KEPT = 64
+HEADERS_KEPT = 8
 """Headers in memory, for rows that ask about the same file again."""
 
 

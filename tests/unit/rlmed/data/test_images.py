@@ -190,7 +190,7 @@ def png_bytes() -> bytes:
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n", "is no image"),
         (png_bytes()[:20], "no image|truncated or damaged"),
         (png_bytes()[:3000], "truncated or damaged"),
-        (bytes(128) + b"DICM" + bytes(100), "DICOM and NIfTI have to be exported"),
+        (bytes(128) + b"DICM" + bytes(100), "DICOM and NIfTI are read by python -m rlmed.prepare"),
     ],
 )
 def test_defects_name_file_and_cure(tmp_path, content, reason):

@@ -23,7 +23,7 @@ WANTED = pixel_array(shipped("MR_small.dcm"))
 def decoder():
     decoder = DecoderProcess()
     yield decoder
-    decoder._stop()
+    decoder.stop()
 
 
 def test_frames_come_back_as_pydicom_decodes_them(decoder):

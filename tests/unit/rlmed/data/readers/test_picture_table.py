@@ -1,5 +1,6 @@
 """Tables about files of many pictures: what a row becomes, and that neither table nor messages give a file's name away."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from PIL import Image
 
 from rlmed.data.images import BadImageError
 from rlmed.data.jsonl import BadRowError
+from rlmed.data.readers import dicom, nifti
 from rlmed.data.readers.base import Skipped
 from rlmed.data.readers.display import Window
 from rlmed.data.readers.picture_table import PictureChoice, cell_number, cell_window, read_picture_table
@@ -129,3 +131,14 @@ def test_windows_in_cells():
     assert cell_window({}, None) is None
     with pytest.raises(BadRowError, match="its window 'lung'"):
         cell_window({"window": "lung"}, None)
+
+
+@pytest.mark.parametrize(("reader", "library"), [(dicom, "pydicom"), (nifti, "nibabel")])
+def test_without_its_library_a_reader_says_how_to_install_it(folder, monkeypatch, reader, library):
+    for name in [
+        name for name in sys.modules if name.startswith("rlmed.data.readers.") or name.split(".")[0] == library
+    ]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ValueError, match=rf"needs {library}: pip install .*\[readers\]"):
+        list(reader.read(write(folder)))
