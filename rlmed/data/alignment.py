@@ -6,8 +6,6 @@ Edges below 0 or above 1 reach out of the picture, and what is out there takes n
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import numpy as np
 import numpy.typing as npt
 
@@ -30,42 +28,43 @@ def pool(pictures: Floats) -> Floats:
     return (rows[:, :, ::2] + rows[:, :, 1::2]) * np.float32(0.25)
 
 
-@lru_cache
-def _mean_matrix(side: int, radius: int) -> Floats:
-    """[S, S]: row i averages the pixels i - radius to i + radius, the first and last repeated beyond the edges."""
-    matrix = np.zeros((side, side), np.float32)
-    for shift in range(-radius, radius + 1):
-        np.add.at(matrix, (np.arange(side), np.clip(np.arange(side) + shift, 0, side - 1)), 1 / (2 * radius + 1))
-    return matrix
-
-
 def highpass(pictures: Floats, radius: int) -> Floats:
-    """The pictures minus their means over squares of 2 · radius + 1 pixels."""
-    matrix = _mean_matrix(pictures.shape[-1], radius)
-    across = (pictures.reshape(-1, len(matrix)) @ matrix.T).reshape(pictures.shape)  # one product is faster than many
-    return pictures - matrix @ across
+    """The pictures minus their means over squares of 2 · radius + 1 pixels; those at the edges are repeated beyond them."""
+    down = _running_means(pictures, radius)
+    return pictures - _running_means(down.transpose(0, 2, 1), radius).transpose(0, 2, 1)
+
+
+def _running_means(pictures: Floats, radius: int) -> Floats:
+    """Means over 2 · radius + 1 rows. No matrix products here: many small ones keep the threads of BLAS waiting."""
+    first, last = pictures[:, :1], pictures[:, -1:]
+    padded = np.concatenate([*[first] * radius, pictures, *[last] * radius], axis=1)
+    side = pictures.shape[1]
+    sums = padded[:, :side].copy()
+    for shift in range(1, 2 * radius + 1):  # faster than differences of cumulative sums
+        sums += padded[:, shift : shift + side]
+    sums *= np.float32(1 / (2 * radius + 1))
+    return sums
 
 
 def warp(pictures: Floats, boxes: Floats) -> tuple[Floats, Floats]:
     """The windows stretched to the pictures' size by linear interpolation, and a mask: 1 where there is a picture."""
-    side = pictures.shape[-1]
-    across, seen_across = _interpolation(boxes[:, 0], boxes[:, 2], side)
-    down, seen_down = _interpolation(boxes[:, 1], boxes[:, 3], side)
+    down, seen_down = _resampled(pictures, boxes[:, 1], boxes[:, 3])
+    across, seen_across = _resampled(down.transpose(0, 2, 1), boxes[:, 0], boxes[:, 2])
     mask = seen_down[:, :, None] & seen_across[:, None, :]
-    return down @ pictures @ across.transpose(0, 2, 1), mask.astype(np.float32)
+    return across.transpose(0, 2, 1), mask.astype(np.float32)
 
 
-def _interpolation(low: Floats, high: Floats, side: int) -> tuple[Floats, npt.NDArray[np.bool_]]:
-    """Weights [N, S, S] of the pixels along one side, and [N, S] which results lie inside."""
+def _resampled(pictures: Floats, low: Floats, high: Floats) -> tuple[Floats, npt.NDArray[np.bool_]]:
+    """Rows from `low` to `high`, as shares of the height, and [N, S] which of them lie inside."""
+    count, side, _ = pictures.shape
     share = (np.arange(side, dtype=np.float32) + 0.5) / side
     places = (low[:, None] + share * (high - low)[:, None]) * side - 0.5
     inside = (places >= -0.5) & (places <= side - 0.5)
-    places = np.clip(places, 0, side - 1).astype(np.float32)
+    places = np.clip(places, 0, side - 1)
     below = np.minimum(places.astype(np.int64), side - 2)
-    weights = np.zeros((*places.shape, side), np.float32)
-    np.put_along_axis(weights, below[:, :, None], (below + 1 - places)[:, :, None], axis=2)
-    np.put_along_axis(weights, below[:, :, None] + 1, (places - below)[:, :, None], axis=2)
-    return weights, inside
+    weight = (places - below).astype(np.float32)[:, :, None]
+    each = np.arange(count)[:, None]
+    return pictures[each, below] * (1 - weight) + pictures[each, below + 1] * weight, inside
 
 
 def _unit(pictures: Floats, mask: Floats) -> Floats:

@@ -24,7 +24,7 @@ from rlmed.data.images import load_image
 
 SIDE = 128
 """Pixels of a stored picture, which is squeezed to a square."""
-CANDIDATES = 4
+CANDIDATES = 3
 """Training pictures that are aligned with a test picture, at most."""
 SEARCH = 0.4
 """Least correlation of thumbnails; 8 % crops fall to this."""
@@ -42,8 +42,9 @@ CROWDED = 0.05
 does, pictures are drawn from one template, or cut from one volume, and `SAME_IN_CROWD` holds."""
 BLOCK = 512
 """Training pictures correlated at a time."""
-_PAIRS = 64
+_PAIRS = 32
 """Pairs aligned at a time."""
+_THREADS = 4
 _KEPT = 4096
 """Pictures kept in memory, 16 KiB each."""
 
@@ -108,7 +109,7 @@ def read_picture(path: Path) -> Picture:
 
 def read_pictures(paths: Sequence[Path]) -> list[Picture]:
     """The same for many, several at a time."""
-    with ThreadPoolExecutor(max_workers=4) as threads:  # Pillow decodes outside the interpreter's lock
+    with ThreadPoolExecutor(max_workers=_THREADS) as threads:  # Pillow decodes outside the interpreter's lock
         return list(threads.map(read_picture, paths))
 
 
@@ -188,9 +189,11 @@ class LookalikeSearch:
         tests, places = np.nonzero(self._which >= 0)
         trains, ways = self._which[tests, places], self._way[tests, places]
         scores = np.full(self._which.shape, -1.0)
-        for start in range(0, len(tests), _PAIRS):
-            part = slice(start, start + _PAIRS)
-            scores[tests[part], places[part]] = self._score(tests[part], trains[part], ways[part])
+        parts = [slice(start, start + _PAIRS) for start in range(0, len(tests), _PAIRS)]
+        with ThreadPoolExecutor(max_workers=_THREADS) as threads:  # numpy's loops run outside the interpreter's lock
+            done = threads.map(lambda part: self._score(tests[part], trains[part], ways[part]), parts)
+            for part, values in zip(parts, done, strict=True):
+                scores[tests[part], places[part]] = values
         middling = ((scores >= ALIKE) & (scores < SAME)).any(1)
         crowded = len(scores) > 0 and float(middling.mean()) >= CROWDED
         pairs = [
@@ -206,7 +209,7 @@ class LookalikeSearch:
 
     def _score(self, tests: Iterable[int], trains: Iterable[int], ways: npt.NDArray[np.int64]) -> Floats:
         mine = [self._tests[test] for test in tests]
-        others = read_pictures([self._train[train] for train in trains])
+        others = [read_picture(self._train[train]) for train in trains]
         detail = np.array([min(a.detail, b.detail) for a, b in zip(mine, others, strict=True)])
         turns = [max(0, way - 2 * len(WINDOWS)) for way in ways]
         left = np.stack([turned(a.pixels, turn) for a, turn in zip(mine, turns, strict=True)]).astype(np.float32)
