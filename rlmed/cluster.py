@@ -135,9 +135,11 @@ def _build_ray(config: RunConfig, checkpoint: Path | None, on_bad_step: Report) 
 
 
 def _start_workers(config: RunConfig, options: Sequence[dict[str, Any]]) -> WorkerPool:
+    from rlmed.ray_session import on_gpus
     from rollout.actor import RayWorker
 
-    cluster = config.cluster
+    cluster, sleeps = config.cluster, engines_sleep(config, cuda=on_gpus(config))
+    config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, sleep=sleeps))
     build = functools.partial(build_engine, _for_process(config, cluster.rollout_workers))
 
     def start(number: int) -> Worker:
@@ -150,9 +152,24 @@ def _start_workers(config: RunConfig, options: Sequence[dict[str, Any]]) -> Work
         stall_s=cluster.stall_timeout_s,
         start_s=cluster.start_timeout_s,
         push_s=cluster.push_timeout_s,
+        sleeps=sleeps,
         max_failures=cluster.max_worker_failures,
     )
     return WorkerPool(start, cluster.rollout_workers, settings)
+
+
+def engines_sleep(config: RunConfig, *, cuda: bool) -> bool:
+    """Whether engines give their GPU's memory back while the learner learns: as asked, else where they share its GPU.
+
+    Raises:
+        ConfigError: when it is asked for without GPUs.
+    """
+    sleep = config.rollout.sleep
+    require(cuda or not sleep, "rollout.sleep=true needs a GPU, whose memory is given back: use rollout.sleep=null")
+    if sleep is not None:
+        return sleep
+    shared = config.cluster.worker_gpus is not None and 0 < config.cluster.worker_gpus < 1
+    return cuda and shared and config.rollout.engine == "vllm" and config.algo.max_staleness == 0
 
 
 def _start_learner(

@@ -99,6 +99,8 @@ def train(
         metrics |= {f"spread/{name or 'none'}": state.spread.of(name) for name in state.spread.moments}
         if groups:
             with tracer.span("learn", step=state.step + 1):
+                if algo.max_staleness == 0:
+                    pool.rest()
                 metrics |= learner.step(groups)
             with tracer.span("push_weights", step=state.step + 1):
                 learner.push_weights(pool)

@@ -86,6 +86,11 @@ class RecordedPool:
         )
         return RolloutGroup(dataclasses.replace(group.request, index=index), tuple(completions))
 
+    def rest(self) -> None:
+        """For whoever evaluates."""
+        if self._workers is not None:
+            self._workers.rest()
+
     def update_weights(self, version: int, weights: Any = None) -> None:
         """The version is noted; the weights are for whoever evaluates."""
         self._version = version

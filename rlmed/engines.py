@@ -76,6 +76,7 @@ def _build_vllm(config: RunConfig) -> Engine:
         tensor_parallel_size=rollout.tensor_parallel_size,
         kv_cache_gib=rollout.kv_cache_gib,
         enforce_eager=on_cpu if rollout.enforce_eager is None else rollout.enforce_eager,
+        sleep=bool(config.rollout.sleep),
         seed=config.seed,
     )
     return VllmEngine(model_folder(config.model.path), settings)

@@ -36,7 +36,7 @@ class RolloutActor:
 
     def __init__(self, build: Callable[[], Engine], on_push: str) -> None:
         """Build the engine here, in the process that will run it."""
-        engine = build()
+        self._engine = engine = build()
         self._runner = EngineRunner(engine, on_push=on_push, where=f"{socket.gethostname()}, process {os.getpid()}")
         self._reception = Reception(engine, self._runner.between_steps)
 
@@ -80,6 +80,10 @@ class RolloutActor:
         """All weights are here."""
         self._reception.finish(version)
 
+    def rest(self) -> None:
+        """The engine sleeps until it is given weights."""
+        self._runner.between_steps(self._engine.sleep, hold=True)
+
     def status(self) -> WorkerStatus:
         """How the engine is."""
         return self._runner.status()
@@ -121,6 +125,10 @@ class RayWorker:
     def update_weights(self, version: int, weights: Any) -> Future[PushReport]:
         """See `Worker.update_weights`; `weights` are `Published`, or a reference to them. The version is theirs."""
         return self._actor.update_weights.remote(weights).future()
+
+    def rest(self) -> Future[None]:
+        """See `Worker.rest`."""
+        return self._actor.rest.remote().future()
 
     def status(self) -> Future[WorkerStatus]:
         """See `Worker.status`."""

@@ -24,6 +24,10 @@ class SharedWorkers(Protocol):
         """Raise what ended the pool."""
         ...
 
+    def rest(self) -> None:
+        """Let the workers sleep."""
+        ...
+
     def update_weights(self, version: int, weights: Any) -> Any:
         """Give the workers new weights."""
         ...
@@ -79,6 +83,10 @@ class Channel:
         if isinstance(group, str):
             raise ValueError(group)
         return group
+
+    def rest(self) -> None:
+        """See `WorkerPool.rest`."""
+        self._pool.rest()
 
     def update_weights(self, version: int, weights: Any = None) -> None:
         """See `WorkerPool.update_weights`."""

@@ -41,6 +41,10 @@ class Engine(Protocol):
         """Drop all work, waiting or running, and return the requests that have not finished."""
         ...
 
+    def sleep(self) -> None:
+        """Give back what memory can be given back, until `begin_update`; `step` is not called meanwhile."""
+        ...
+
     def begin_update(self, expected: Mapping[str, tuple[int, ...]] | None = None) -> None:
         """Get ready for new weights; nothing is sampled until `finish_update`.
 

@@ -53,6 +53,9 @@ class FakeEngine:
         self._waiting.clear()
         return requests
 
+    def sleep(self) -> None:
+        """It keeps what it has."""
+
     def begin_update(self, expected: Mapping[str, tuple[int, ...]] | None = None) -> None:
         """Nothing to prepare."""
 

@@ -35,6 +35,8 @@ class PoolSettings:
     """A new worker may take so long until its first answer."""
     push_s: float = 600.0
     """Applying new weights may take so long."""
+    sleeps: bool = False
+    """Engines give their GPU's memory back while the learner learns."""
     max_failures: int = 3
     """A worker may be lost so often without having finished a group in between, and a request be leased so often again."""
 

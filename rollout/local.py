@@ -41,6 +41,9 @@ class LocalPool:
         self._in_flight -= 1
         return self._finished.popleft()
 
+    def rest(self) -> None:
+        """The engine has nothing that the learner could use."""
+
     def update_weights(self, version: int, weights: Any = None) -> None:
         """The engine reads the learner's parameters: only the version changes."""
         if weights is not None:

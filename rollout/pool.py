@@ -16,7 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any
 
 from rlmed.core.config_checks import ConfigError
@@ -73,6 +73,22 @@ class WorkerPool:
     def metrics(self) -> dict[str, float]:
         """See `rollout.pool_metrics.PoolMetrics`."""
         return self._metrics.read(self._slots, time.monotonic())
+
+    def rest(self) -> None:
+        """Let the workers' engines sleep until the next push, where `PoolSettings.sleeps`; returns when they do.
+
+        Requests that come before the push wait for it.
+
+        Raises:
+            RolloutError: when rollouts cannot go on.
+        """
+        if not self._settings.sleeps:
+            return
+        resting: Future[list[Future[None]]] = Future()
+        self._events.put(lambda: resting.set_result([self._rest(slot) for slot in self._slots if slot.ready]))
+        while not wait([resting], timeout=1.0).done:
+            self.raise_error()
+        wait(resting.result(), timeout=self._settings.push_s)  # one that fails is replaced
 
     def update_weights(self, version: int, weights: WeightOffer) -> list[PushReport]:
         """Give all workers new weights and wait for them; a worker that fails is replaced by one that has them.
@@ -207,6 +223,12 @@ class WorkerPool:
         if slot.worker is worker:
             slot.collecting = False
             self._collect(slot)
+
+    def _rest(self, slot: Slot) -> Future[None]:
+        worker = slot.worker
+        future = worker.rest()
+        self._then(future, lambda done: self._lost_if_failed(slot, worker, done))
+        return future
 
     def _check_workers(self) -> None:
         """Ask every worker how it is, and replace those that are silent or stand still."""

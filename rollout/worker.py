@@ -60,6 +60,10 @@ class Worker(Protocol):
         """Fetch these weights and sample from them from now on; see `rlmed.core.weights.WeightOffer.stored`."""
         ...
 
+    def rest(self) -> Future[None]:
+        """Let the engine sleep until it is given weights."""
+        ...
+
     def status(self) -> Future[WorkerStatus]:
         """Answered at any time by a worker that lives, also in the middle of a step."""
         ...

@@ -263,6 +263,12 @@ class RunConfig:
             f"cluster.weight_transfer={self.cluster.weight_transfer} is a way to vLLM's engines: use rollout=vllm, or auto",
         )
         require(
+            not self.rollout.sleep or (self.rollout.engine == "vllm" and self.algo.max_staleness == 0),
+            f"rollout.sleep=true with rollout.engine={self.rollout.engine} and algo.max_staleness={self.algo.max_staleness}: "
+            "only vLLM's engine can sleep, and not while it samples for later steps. Use rollout=vllm and "
+            "algo.max_staleness=0, or rollout.sleep=null",
+        )
+        require(
             self.rollout.max_mismatch_kl is None
             or (self.algo.max_staleness == 0 and self.algo.old_logprobs == "learner"),
             f"rollout.max_mismatch_kl={self.rollout.max_mismatch_kl} compares engine and learner at the same weights: it needs "

@@ -27,6 +27,7 @@ class RolloutConfig:
     gpu_memory_utilization: float = 0.8
     kv_cache_gib: float | None = None
     enforce_eager: bool | None = None
+    sleep: bool | None = None
 
     def __post_init__(self) -> None:
         require_one_of("rollout.engine", self.engine, ("native", "vllm", "fake"))

@@ -41,6 +41,10 @@ class RolloutPool(Protocol):
         """
         ...
 
+    def rest(self) -> None:
+        """Nothing is asked for before the next `update_weights`: engines may give memory back that the learner can use."""
+        ...
+
     def update_weights(self, version: int, weights: Any = None) -> None:
         """Sample from policy version `version` from now on.
 

@@ -57,6 +57,9 @@ class NativeEngine:
         """Queue a request; raises ValueError when it could never run."""
         self._scheduler.submit(request)
 
+    def sleep(self) -> None:
+        """It keeps what it has."""
+
     def begin_update(self, expected: Mapping[str, tuple[int, ...]] | None = None) -> None:
         """See `rollout.engine.Engine.begin_update`."""
         if expected is not None:

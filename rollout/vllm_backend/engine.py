@@ -75,6 +75,7 @@ class VllmEngine:
         self._facts = _model_facts(folder, config)
         self._update = expected_weights(folder)
         self._loading = False
+        self._asleep: set[str] = set()
         self._epoch = 0
         self._scheduler = Scheduler(
             # how much of the admitted prompts is computed in one step is vLLM's to say
@@ -132,8 +133,22 @@ class VllmEngine:
             requests += self._scheduler.admit(self.settings.max_completions)
         return requests
 
+    def sleep(self) -> None:
+        """Give the GPU's memory back, weights and key-value cache, until a push has brought all weights again.
+
+        An engine with work, or one that was not made for sleeping (`VllmSettings.sleep`), stays awake.
+        """
+        if self.settings.sleep and not self.busy and "weights" not in self._asleep:
+            self._core.sleep(level=2)  # without a copy of the weights, since new ones come
+            self._asleep = {"weights", "kv_cache"}
+            self._update.lose_all()
+
     def begin_update(self, expected: Mapping[str, tuple[int, ...]] | None = None) -> None:
-        """Expect weights; nothing is sampled until `finish_update`, which checks that they were complete."""
+        """Expect weights; nothing is sampled until `finish_update`, which checks that they were complete.
+
+        A sleeping engine has memory for the weights from now on, and for the key-value cache when they are here.
+        """
+        self._wake("weights")
         self._end_loading()  # of a push that was given up
         self._update.begin()
 
@@ -165,6 +180,7 @@ class VllmEngine:
         loaded = self._loading
         self._end_loading()
         self._update.finish()
+        self._wake("kv_cache")
         self.policy_version = version
         self._core.set_weight_version(str(version))
         if loaded:
@@ -175,6 +191,12 @@ class VllmEngine:
         """Give back vLLM's memory. A process has one engine at a time: close it before the next one is made."""
         self.abort()
         self._core.engine_core.shutdown()
+
+    def _wake(self, tag: str) -> None:
+        """Have memory for one of vLLM's kinds again: "weights" or "kv_cache"."""
+        if tag in self._asleep:
+            self._core.wake_up(tags=[tag])
+            self._asleep.remove(tag)
 
     def _end_loading(self) -> None:
         if self._loading:

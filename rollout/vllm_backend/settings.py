@@ -38,6 +38,8 @@ class VllmSettings:
     """Memory of the key-value cache. None: what `gpu_memory_utilization` leaves; on a CPU, what all completions can need."""
     enforce_eager: bool = False
     """Run without compilation and CUDA graphs: starts in seconds where it would take most of a minute, samples slower."""
+    sleep: bool = False
+    """Be able to give the GPU's memory back between a batch and the next push; GPUs only."""
     seed: int = 0
     """Of vLLM's own random numbers; completions draw from their requests' seeds."""
 
@@ -59,7 +61,13 @@ class VllmSettings:
         return blocks * CPU_BLOCK * per_token
 
     def engine_args(self, folder: Path, config: PreTrainedConfig, *, on_cpu: bool) -> dict[str, Any]:
-        """Keyword arguments of `vllm.EngineArgs`."""
+        """Keyword arguments of `vllm.EngineArgs`.
+
+        Raises:
+            ValueError: when the engine shall sleep on a CPU.
+        """
+        if self.sleep and on_cpu:
+            raise ValueError("rollout.sleep=true needs a GPU, whose memory is given back: use rollout.sleep=null")
         arguments: dict[str, Any] = {
             "model": str(folder),
             "dtype": self.dtype,
@@ -73,6 +81,7 @@ class VllmSettings:
             "kv_cache_memory_bytes": self.kv_cache_bytes(config, on_cpu=on_cpu),
             "block_size": CPU_BLOCK if on_cpu else None,
             "enforce_eager": self.enforce_eager,
+            "enable_sleep_mode": self.sleep,
             "enable_prefix_caching": True,  # completions of a group share their prompt
             "generation_config": "vllm",  # nothing comes from the model folder
             "logprobs_mode": "processed_logprobs",  # under the distribution that tokens are drawn from

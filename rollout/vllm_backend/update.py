@@ -49,6 +49,11 @@ class WeightUpdate:
         """True when a push has ended early, after some of its weights were loaded."""
         return bool(self._touched) and not self.active
 
+    def lose_all(self) -> None:
+        """The engine's weights are gone: nothing goes before all of them have come."""
+        self._touched = set(self._parts.values())
+        self.active = False
+
     def begin(self) -> None:
         """A push starts; parts that an earlier one has left half loaded have to be in it."""
         self._received = set()

@@ -35,6 +35,7 @@ class Pool:
         self.version = 0
         self.random = random.Random(seed)
         self.submitted: list[int] = []
+        self.rested: list[int] = []
 
     @property
     def in_flight(self) -> int:
@@ -45,6 +46,9 @@ class Pool:
         self.submitted.append(request.index)
 
     def flush(self) -> None: ...
+
+    def rest(self) -> None:
+        self.rested.append(self.in_flight)
 
     def collect(self) -> RolloutGroup:
         request, version = self.requests.pop(self.random.randrange(len(self.requests)))
@@ -108,6 +112,13 @@ def run(
         after_step=after_step,
     )  # fmt: skip
     return pool, learner, results, state
+
+
+@pytest.mark.parametrize(("max_staleness", "rested"), [(0, [0, 0, 0]), (1, [])])
+def test_workers_rest_before_learning_where_nothing_is_under_way(max_staleness: int, rested: list[int]) -> None:
+    algo = AlgoConfig(groups_per_step=4, group_size=2, max_staleness=max_staleness)
+    pool, _, _, _ = run(algo, 3, spread=lambda index: index % 3 > 0)
+    assert pool.rested == rested  # and for each rest the number of requests in flight
 
 
 class SelectingStream(PlainStream):

@@ -67,6 +67,8 @@ class Workers:
         ids, logprobs = np.array([2]), np.zeros(1, np.float32)
         return RolloutGroup(request, (Completion(ids, logprobs, "", "stop", oldest, newest),) * 2)
 
+    def rest(self) -> None: ...
+
     def update_weights(self, version: int, weights: object = None) -> None:
         self.pushes.append((self.clock.now, version))
 

@@ -41,6 +41,7 @@ class FakeWorker:
         self.version = 0
         self.weights: list[tuple[int, Any]] = []
         self.killed = False
+        self.rests = 0
         self.error: BaseException | None = None
         self.moves = True
         self.progress = 0
@@ -72,6 +73,11 @@ class FakeWorker:
                 self.version = version
                 self.weights.append((version, weights))
             return self._answer(PushReport(1, 0.0, 0.0))
+
+    def rest(self) -> Future[None]:
+        with self.lock:
+            self.rests += 1
+            return self._answer(None)
 
     def status(self) -> Future[WorkerStatus]:
         with self.lock:

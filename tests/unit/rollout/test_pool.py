@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import threading
 import time
@@ -292,6 +293,23 @@ def test_an_error_of_the_learner_or_of_the_user_ends_the_push_as_it_is(make_pool
     reports = push_in_thread(pool, offer)
     offer.sending.set_exception(error)
     assert reports.exception(timeout=5) is error
+
+
+def test_workers_rest_where_their_engines_can_sleep_and_one_that_dies_of_it_is_replaced(make_pool):
+    site = Site()
+    pool = make_pool(site, settings=SLOW)
+    wait_for(lambda: pool.metrics()["rollout/workers_ready"] == 2)
+    pool.rest()
+    assert [worker.rests for worker in site.workers] == [0, 0]
+    site = Site()
+    pool = make_pool(site, settings=dataclasses.replace(SLOW, sleeps=True))
+    wait_for(lambda: pool.metrics()["rollout/workers_ready"] == 2)
+    pool.rest()
+    assert [worker.rests for worker in site.workers] == [1, 1]
+    pool.update_weights(1, Offer())
+    site.workers[0].error = MemoryError("no memory to wake up")
+    pool.rest()
+    wait_for(lambda: len(site.workers) == 3 and site.workers[2].weights)
 
 
 def test_a_worker_that_dies_again_and_again_stops_the_run_with_the_cause(make_pool, make_request):

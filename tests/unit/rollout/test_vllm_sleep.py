@@ -1,0 +1,111 @@
+"""In which order the engine sleeps, wakes and takes weights; vLLM's engine is a stand-in that notes what it is told."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import Qwen2Config
+
+from rlmed.core.weights import WeightError
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed"),
+]
+WEIGHTS = {"model.a": torch.ones(2), "model.b": torch.ones(3)}
+
+
+class Core:
+    """Stands in for `vllm.LLMEngine`."""
+
+    def __init__(self):
+        self.calls = []
+
+    def sleep(self, level):
+        self.calls.append(f"sleep {level}")
+
+    def wake_up(self, tags):
+        self.calls.append(f"wake {' '.join(tags)}")
+
+    def collective_rpc(self, method, kwargs=None):
+        self.calls.append(method)
+
+    def set_weight_version(self, version):
+        self.calls.append(f"version {version}")
+
+    def get_num_unfinished_requests(self):
+        return 0
+
+
+@pytest.fixture
+def make_engine():
+    from rollout.vllm_backend.engine import VllmEngine
+    from rollout.vllm_backend.settings import VllmSettings
+    from rollout.vllm_backend.update import WeightUpdate
+
+    def make(*, sleep=True):
+        engine = object.__new__(VllmEngine)
+        engine.settings = VllmSettings(sleep=sleep)
+        engine.policy_version = engine._epoch = 0
+        engine._core, engine._running, engine._scheduler = Core(), {}, []
+        engine._asleep, engine._loading = set(), False
+        shapes = {name: tuple(tensor.shape) for name, tensor in WEIGHTS.items()}
+        engine._update = WeightUpdate(shapes, {"model.a": "vision", "model.b": "language"})
+        engine._restart_groups_without_tokens = lambda: None
+        return engine
+
+    return make
+
+
+def test_weights_wake_before_they_come_and_the_cache_after_that(make_engine):
+    engine = make_engine()
+    engine.sleep()
+    engine.sleep()  # as told twice
+    engine.begin_update()
+    engine.load_weights(WEIGHTS.items())
+    engine.finish_update(4)
+    received = ["start_weight_update", "update_weights", "finish_weight_update"]
+    assert engine._core.calls == ["sleep 2", "wake weights", *received, "wake kv_cache", "version 4"]
+    engine._core.calls.clear()
+    engine.receive({"names": list(WEIGHTS), "shapes": [[2], [3]]})
+    engine.finish_update(5)
+    assert engine._core.calls == [*received, "version 5"]  # awake already
+
+
+def test_after_sleep_all_weights_have_to_come(make_engine):
+    """Those of a frozen part too, which may be left out of other pushes: nothing of them is kept."""
+    engine = make_engine()
+    engine.sleep()
+    with pytest.raises(WeightError, match="mixture"):
+        engine.step()
+    engine.begin_update()
+    engine.load_weights([("model.a", WEIGHTS["model.a"])])
+    with pytest.raises(WeightError, match=r"model\.b and 0 more did not arrive"):
+        engine.finish_update(1)
+    assert "wake kv_cache" not in engine._core.calls
+
+
+def test_an_engine_with_work_or_made_without_sleep_stays_awake(make_engine):
+    working, plain = make_engine(), make_engine(sleep=False)
+    working._running = {"0": SimpleNamespace()}
+    for engine in (working, plain):
+        engine.sleep()
+        assert engine._core.calls == []
+        assert not engine._update.damaged
+
+
+def test_vllm_is_asked_for_sleep_mode_and_not_on_a_cpu():
+    from vllm import EngineArgs
+
+    from rollout.vllm_backend.settings import VllmSettings
+
+    config = Qwen2Config()
+    for sleep in (True, False):
+        arguments = VllmSettings(sleep=sleep).engine_args(Path("folder"), config, on_cpu=False)
+        assert EngineArgs(**arguments).enable_sleep_mode is sleep
+    with pytest.raises(ValueError, match=r"rollout\.sleep=true needs a GPU"):
+        VllmSettings(sleep=True).engine_args(Path("folder"), config, on_cpu=True)
