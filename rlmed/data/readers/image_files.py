@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import lzma
 import os
+import struct
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
@@ -14,6 +16,10 @@ from rlmed.data.readers.base import Encoded
 
 MAX_MEMBER_BYTES = 2**26
 """A file in an archive is not unpacked beyond this, whatever its header says."""
+
+
+_DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, OSError, EOFError, ValueError)
+"""What zipfile and the decompressors under it raise for damaged archives."""
 
 
 class Images(Protocol):
@@ -77,7 +83,7 @@ class ImageArchive:
         """
         try:
             self._archive = zipfile.ZipFile(path)
-        except (OSError, zipfile.BadZipFile) as error:
+        except (*_DAMAGE, NotImplementedError) as error:  # the latter for a version of the format that it does not know
             raise ValueError(f"archive {path} cannot be read ({error}): copy it again") from error
         self._members: dict[str, zipfile.ZipInfo] = {}
         self._by_name: dict[str, list[str]] = {}
@@ -99,7 +105,7 @@ class ImageArchive:
         try:
             with self._archive.open(self._members[name]) as stream:
                 content = stream.read(MAX_MEMBER_BYTES + 1)
-        except (zipfile.BadZipFile, zlib.error, OSError, EOFError) as error:
+        except _DAMAGE as error:
             raise BadImageError(f"image {name} in the archive is damaged ({error}): copy the archive again") from error
         except (RuntimeError, NotImplementedError) as error:  # a password, an unknown compression
             raise BadImageError(f"image {name} in the archive cannot be unpacked: {error}") from error

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import zipfile
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -123,6 +125,33 @@ def test_a_damaged_member_costs_its_rows(folder, tmp_path):
     (folder / "images.zip").write_bytes(content)
     (skip,) = layout_of(folder, tmp_path / "out", "bad.jpg").skipped
     assert "damaged" in skip.reason
+
+
+def test_random_damage_to_an_archive_costs_rows_or_says_so(folder, tmp_path):
+    archive_of(folder, good=jpeg(1), other=jpeg(200))
+    whole = (folder / "images.zip").read_bytes()
+    rng, ended = np.random.default_rng(0), Counter()
+    for number in range(150):
+        content = bytearray(whole)
+        for place in rng.integers(len(whole), size=rng.integers(1, 6)):
+            content[place] = rng.integers(256)
+        (folder / "images.zip").write_bytes(content)
+        try:
+            layout = layout_of(folder, tmp_path / str(number), "other.jpg")
+        except ValueError as error:
+            ended["unread" if "images.zip cannot be read" in str(error) else str(error)[:18]] += 1
+        else:
+            ended["skip" if layout.skipped else "whole"] += 1
+    assert set(ended) == {"unread", "no row can be used", "skip", "whole"}
+
+
+def test_a_version_of_the_format_that_is_not_known(folder):
+    content = bytearray((folder / "images.zip").read_bytes())
+    content[content.index(b"PK\x01\x02") + 6] = 200
+    (folder / "images.zip").write_bytes(content)
+    (folder / "train.csv").write_text(f"{FIRST}\nPMC1_F1.jpg,What?,x,A:x,B:y,,,A\n")
+    with pytest.raises(ValueError, match=r"images\.zip cannot be read \(zip file version"):
+        list(read(folder))
 
 
 def test_two_members_of_one_name(folder, tmp_path):
