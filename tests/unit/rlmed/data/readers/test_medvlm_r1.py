@@ -135,17 +135,17 @@ def test_a_row_whose_parts_disagree_is_skipped(folder, changes, reason):
 @pytest.mark.parametrize("ending", ["parquet", "json"])
 def test_training_rows_are_the_first_mri_rows_that_are_no_test_rows(folder, tmp_path, ending):
     write(folder / "test.json", [question_row(number) for number in (0, 3)])
-    data = train_file(tmp_path / f"train.{ending}", [0, 1, 2, 3, 1, 4, 5])
+    data = train_file(tmp_path / f"train.{ending}", [0, 1, 2, 3, 1, 99, 4, 5])  # 99 has no image
     rows = list(read(folder, train=data, train_rows=3))
     assert [(row.split, row.id) for row in rows if isinstance(row, SourceRow)] == [
         ("test_mri", "test-000"),
         ("test_mri", "test-001"),
         ("train_mri", "train-00001"),
         ("train_mri", "train-00002"),
-        ("train_mri", "train-00005"),
+        ("train_mri", "train-00006"),
     ]
     left = [row for row in rows if isinstance(row, Skipped)]
-    assert [row.where for row in left] == [f"row {n} of train.{ending}" for n in (0, 3, 4)]
+    assert [row.where for row in left] == [f"row {n} of train.{ending}" for n in (0, 3, 4, 5)]
     assert all(row.chosen and "test row" in row.reason for row in left[:2])
     assert rows[-1].options == ("Hemorrhage", "Acute infarct", "Abscess")
 

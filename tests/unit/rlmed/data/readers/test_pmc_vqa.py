@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tracemalloc
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rlmed.data.images import BadImageError
 from rlmed.data.jsonl import read_examples
 from rlmed.data.layout import write_layout
 from rlmed.data.readers import image_files
@@ -103,6 +105,18 @@ def test_what_an_archive_may_hold(folder, tmp_path, monkeypatch):
     assert "is an empty file" in reasons[2]
     assert all("does not exist" in reason for reason in reasons[3:6])
     assert "no Figure_path" in reasons[6]
+
+
+def test_a_bomb_is_not_unpacked_beyond_the_bound(folder, monkeypatch):
+    monkeypatch.setattr(image_files, "MAX_MEMBER_BYTES", 100_000)
+    archive_of(folder, bomb=bytes(3 * 10**7))
+    image = image_files.open_images(folder / "images.zip").find("bomb.jpg")
+    tracemalloc.start()
+    with pytest.raises(BadImageError, match="unpacks to more than 100000 bytes"):
+        image.load()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10**6
 
 
 def test_a_member_that_lies_about_its_size(folder, tmp_path, monkeypatch):
