@@ -40,7 +40,9 @@ def folder(tmp_path) -> Path:
 
 
 def test_both_versions(folder, tmp_path):
-    train = f"{FIRST}\nPMC1_F1.jpg, What is shown? , the gray matter , A:Gray matter , B:White matter, C:Bone, D:Fat ,A\n"
+    train = (
+        f"{FIRST}\nPMC1_F1.jpg, What is shown? , the gray matter , A:Gray matter , B:White matter, C:Bone, D:Fat ,A\n"
+    )
     (folder / "train.csv").write_text(train)
     test = f'{SECOND}\n0,PMC2_F3.jpg,"A, caption",What is shown?, A: Lung, B: Liver,,,B,test\n'
     (folder / "test_2.csv").write_text(test)
