@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlmed.data.layout import MANIFEST, Layout, check_target, write_layout
+from rlmed.data.leakage_report import leakage_lines
 from rlmed.data.readers.registry import READERS, find_reader
 
 REASONS_SHOWN = 3
@@ -34,6 +35,12 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         own.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
         own.add_argument(
             "--on-bad-row", choices=("skip", "error"), default="skip", help="leave bad rows out (default), or stop"
+        )
+        own.add_argument(
+            "--leakage",
+            choices=("report", "off"),
+            default="report",
+            help="look for training pictures and rows in the other files (default), or not",
         )
         own.add_argument("--overwrite", action="store_true", help="replace what an earlier call wrote to --out")
         for option in reader.options:
@@ -61,6 +68,7 @@ def prepare(arguments: argparse.Namespace, on_row: Callable[[int], None] | None 
         options=options,
         on_bad_row=arguments.on_bad_row,
         overwrite=arguments.overwrite,
+        leakage=arguments.leakage == "report",
         on_row=on_row,
     )
 
@@ -106,7 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         raise SystemExit("interrupted; nothing was written") from None
     console.print(summary(layout))
-    for text in filter(None, [skips(layout), f"written:    {layout.folder / MANIFEST}"]):
+    leaks = [f"leakage:    {line}" for line in leakage_lines(layout.leakage)] if layout.leakage else []
+    for text in filter(None, [skips(layout), *leaks, f"written:    {layout.folder / MANIFEST}"]):
         console.print(text, markup=False, soft_wrap=True)
 
 

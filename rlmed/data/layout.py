@@ -20,6 +20,8 @@ from typing import Any, Literal
 
 from rlmed.core.files import partial_folder, rename_into_place
 from rlmed.data.layout_writer import LayoutWriter, SplitSummary, writing
+from rlmed.data.leakage import folder_leakage
+from rlmed.data.leakage_report import LeakageReport
 from rlmed.data.readers.base import Reader, Skipped, SourceRow
 
 MANIFEST = "manifest.json"
@@ -38,6 +40,8 @@ class Layout:
     splits: dict[str, SplitSummary]
     """By name, in the order in which the reader came to them."""
     skipped: tuple[Skipped, ...]
+    leakage: LeakageReport | None = None
+    """What splits called `train…` share with the others; None without both, or where it was not looked for."""
 
     @property
     def bad(self) -> int:
@@ -54,6 +58,7 @@ def write_layout(
     options: Mapping[str, Any],
     on_bad_row: Literal["skip", "error"] = "skip",
     overwrite: bool = False,
+    leakage: bool = True,
     on_row: Callable[[int], None] | None = None,
 ) -> Layout:
     """Write the rows as they come.
@@ -66,6 +71,7 @@ def write_layout(
         options: what the reader was given, for the manifest.
         on_bad_row: "skip" lists defective rows in the manifest, "error" raises at the first.
         overwrite: replace an earlier layout in `folder`.
+        leakage: look for training pictures and rows in the other splits.
         on_row: called with the number of rows seen so far.
 
     Raises:
@@ -86,7 +92,9 @@ def write_layout(
                 raise ValueError(f"{bad.where} ({bad.id}): {bad.reason}; --on-bad-row skip leaves such rows out")
             if on_row is not None:
                 on_row(count)
-        layout = Layout(folder, writer.finish(), tuple(writer.skipped))
+        splits = writer.finish()
+        shared = folder_leakage(aside, list(splits)) if leakage else None
+        layout = Layout(folder, splits, tuple(writer.skipped), shared)
         _write_manifest(aside / MANIFEST, layout, writer.images.hashes, reader, source, options)
         with writing(folder):
             rename_into_place(aside, folder)
@@ -133,6 +141,7 @@ def _write_manifest(
             "by_choice": chosen,
             "rows": [dataclasses.asdict(row) for row in layout.skipped],
         },
+        "leakage": None if layout.leakage is None else layout.leakage.to_json(),
         "images": dict(sorted(hashes.items())),
     }
     with writing(path), path.open("w", encoding="utf-8") as file:

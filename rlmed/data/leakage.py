@@ -17,6 +17,7 @@ import numpy as np
 
 from rlmed.core.types import Example
 from rlmed.data.images import image_sha256, load_image
+from rlmed.data.jsonl import read_examples
 from rlmed.data.leakage_report import KINDS, FileLeakage, Leak, LeakageReport, LeakKind
 from rlmed.data.lookalikes import SAME_IN_CROWD, Lookalike, LookalikeSearch, thumbnail_correlations
 from rlmed.data.series import neighbours
@@ -53,6 +54,24 @@ def find_leakage(train: Sequence[Example], tests: Mapping[str, Sequence[Example]
         leaks += found
         files.append(_summary(name, rows, found, doubtful))
     return LeakageReport(len(train), len(theirs), tuple(files), tuple(leaks))
+
+
+def folder_leakage(folder: Path, splits: Sequence[str]) -> LeakageReport | None:
+    """What the splits of a prepared folder share: those called `train…` against the others; None without both.
+
+    Paths in the report are relative to the folder.
+
+    Args:
+        folder: with a JSON Lines file for each split, whose rows can all be used.
+        splits: names of the files, without their ending.
+    """
+    training = [name for name in splits if name.startswith("train")]
+    if not training or len(training) == len(splits):
+        return None
+    rows = {name: read_examples(folder / f"{name}.jsonl").examples for name in splits}
+    train = [example for name in training for example in rows[name]]
+    report = find_leakage(train, {name: examples for name, examples in rows.items() if name not in training})
+    return report.relative_to(folder)
 
 
 @dataclass(frozen=True, slots=True)

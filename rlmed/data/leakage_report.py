@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +85,19 @@ class LeakageReport:
     def leaking_ids(self, file: str) -> frozenset[str]:
         """Ids of the rows of a test file that leak."""
         return frozenset(name for leak in self.leaks if leak.file == file for name in leak.test_ids)
+
+    def relative_to(self, folder: Path) -> LeakageReport:
+        """The same with the paths of images as seen from a folder that holds them all."""
+        here = Path(os.path.realpath(folder))
+
+        def inside(image: str | None) -> str | None:
+            return None if image is None else Path(image).relative_to(here).as_posix()
+
+        leaks = (
+            dataclasses.replace(leak, test_image=inside(leak.test_image), train_image=inside(leak.train_image))
+            for leak in self.leaks
+        )
+        return dataclasses.replace(self, leaks=tuple(leaks))
 
     def to_json(self) -> dict[str, Any]:
         """As it is written to `data.json` and `manifest.json`."""

@@ -50,6 +50,23 @@ def write(rows, folder: Path, source: Path, **changes):
     return write_layout(rows, folder, **{"reader": READER, "source": source, "options": {}, **changes})
 
 
+def test_the_manifest_lists_what_splits_share(tmp_path, source):
+    rows = [
+        source_row(1, image=source / "1.png"),
+        source_row(2, image=source / "copy of 1.PNG", split="test_ct"),
+        source_row(3, image=source / "2.png", split="test_mri"),
+    ]
+    write(rows, tmp_path / "out", source)
+    found = json.loads((tmp_path / "out" / "manifest.json").read_text())["leakage"]
+    assert [(file["name"], file["leaking_rows"]) for file in found["files"]] == [("test_ct", 1), ("test_mri", 0)]
+    (leak,) = found["leaks"]
+    assert (leak["kind"], leak["test_ids"], leak["repeated_ids"]) == ("file", ["q2"], ["q2"])
+    assert (tmp_path / "out" / leak["test_image"]).is_file()  # a path inside of the folder
+    write(rows, tmp_path / "unseen", source, leakage=False)
+    assert json.loads((tmp_path / "unseen" / "manifest.json").read_text())["leakage"] is None
+    assert write(rows[1:], tmp_path / "tests", source).leakage is None
+
+
 def test_what_is_written_is_what_a_run_reads(tmp_path, source):
     rows = [
         source_row(1, image=source / "1.png", question=" Which organ? ", options=("liver ", "spleen"), answer="B"),
