@@ -8,8 +8,6 @@ import sys
 import tracemalloc
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -18,6 +16,9 @@ from rlmed.data.layout import write_layout
 from rlmed.data.readers import huggingface, parquet_rows
 from rlmed.data.readers.base import Encoded, Skipped, SourceRow
 from rlmed.data.readers.huggingface import READER, read, split_name
+
+pyarrow = pytest.importorskip("pyarrow")
+pytest.importorskip("pyarrow.parquet")
 
 
 def picture(grey: int, format: str = "PNG") -> bytes:

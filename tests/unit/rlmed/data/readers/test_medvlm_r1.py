@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -56,7 +54,8 @@ def train_file(path: Path, numbers, **changes) -> Path:
     keep = ("image", "question", "options", "answer", "dataset", "subset")
     rows = [{key: value for key, value in question_row(n, **changes).items() if key in keep} for n in numbers]
     if path.suffix == ".parquet":
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pytest.importorskip("pyarrow").Table.from_pylist(rows), path)
         return path
     return write(path, rows)
 
@@ -198,7 +197,7 @@ def test_sources_that_cannot_be_read(folder, tmp_path):
     with pytest.raises(ValueError, match="holds no parquet, JSON"):
         list(read(folder, train=tmp_path / "empty"))
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 is how it starts")
-    with pytest.raises(ValueError, match=r"bad\.parquet cannot be read"):
+    with pytest.raises(ValueError, match=r"bad\.parquet (cannot be read|is a parquet file)"):
         list(read(folder, train=tmp_path / "bad.parquet"))
     write(folder / "b.json", [])
     with pytest.raises(ValueError, match="holds 2 JSON files"):
