@@ -16,7 +16,7 @@ from typing import Any
 from rlmed.data.images import BadImageError
 from rlmed.data.jsonl import BadRowError, shorten
 from rlmed.data.readers.base import Encoded, Option, Reader, Skipped, SourceImage, SourceRow
-from rlmed.data.readers.image_files import MAX_MEMBER_BYTES, Images, open_images
+from rlmed.data.readers.image_files import MAX_MEMBER_BYTES, Images, images_of
 from rlmed.data.readers.options import (
     DISTRACTOR_COUNT,
     DISTRACTORS,
@@ -83,7 +83,7 @@ def read(
     for (_, table), columns in zip(tables, found, strict=True):
         if not columns.has_options:
             _fill(pool, table, columns)
-    folder = None if without_images else open_images(images or root)
+    folder = None if without_images else images_of(images, root)
     numbers: Counter[str] = Counter()
     for (path, table), columns in zip(tables, found, strict=True):
         name = split or split_name(path.relative_to(root))

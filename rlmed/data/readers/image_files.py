@@ -42,6 +42,15 @@ def open_images(path: Path, *, search: bool = True) -> Images:
     raise ValueError(f"images {path} are neither a folder nor a .zip: copy them there, or name them with --images")
 
 
+def images_of(given: Path | None, default: Path) -> Images:
+    """The images that --images names, searched for by file name too; or those of `default`, which may hold anything else.
+
+    Raises:
+        ValueError: when that is neither a folder nor a zip archive.
+    """
+    return open_images(default, search=False) if given is None else open_images(given)
+
+
 class ImageFolder:
     """The images below a folder: by the path that a row gives or, with `search`, by file name where nothing is there."""
 
@@ -57,9 +66,10 @@ class ImageFolder:
             BadRowError: when there is none, there are several of that name, or the path leaves the folder.
         """
         path = path_inside(text, self._root)
-        if path.is_file() or not self._search:
+        if path.is_file():
             return path
-        return path_inside(_only(text, self._index().get(path.name, [])), self._root)
+        named = self._index().get(path.name, []) if self._search else []
+        return path_inside(_only(text, named), self._root)
 
     def _index(self) -> dict[str, list[str]]:
         """Paths from the folder on, by file name."""

@@ -17,7 +17,7 @@ from rlmed.data.images import BadImageError
 from rlmed.data.jsonl import BadRowError, shorten
 from rlmed.data.question import question_text
 from rlmed.data.readers.base import Option, Reader, Skipped, SourceRow
-from rlmed.data.readers.image_files import Images, open_images
+from rlmed.data.readers.image_files import Images, images_of
 from rlmed.data.readers.json_rows import read_json_rows
 from rlmed.data.readers.modalities import modality_name
 from rlmed.data.readers.parquet_rows import ParquetTable
@@ -47,7 +47,7 @@ def read(
     if train_rows < 1:
         raise ValueError(f"--train-rows {train_rows} must be positive")
     test = test_file(source)
-    root = None if without_images else open_images(images or test.parent)
+    root = None if without_images else images_of(images, test.parent)
     seen: set[_Key] = set()
     for number, row in read_json_rows(test):
         where, row_id = f"row {number} of {test.name}", f"test-{number:03d}"

@@ -17,7 +17,7 @@ from rlmed.core.types import LETTERS
 from rlmed.data.images import BadImageError
 from rlmed.data.jsonl import BadRowError, shorten
 from rlmed.data.readers.base import Option, Reader, Skipped, SourceRow
-from rlmed.data.readers.image_files import Images, open_images
+from rlmed.data.readers.image_files import Images, images_of
 from rlmed.data.readers.json_rows import read_json_rows
 from rlmed.data.readers.modalities import modality_name
 from rlmed.data.readers.table import IMAGES, WITHOUT_IMAGES, as_text
@@ -50,7 +50,7 @@ def read(
             f"{root / QUESTIONS} holds no JSON files of {' or '.join(ACCESS[access])}: unpack the whole archive"
         )
     wanted = {modality_name(name) for name in modality}
-    found = None if without_images else open_images(images or root)
+    found = None if without_images else images_of(images, root)
     for path in files:
         for number, row in read_json_rows(path):
             where, default_id = f"row {number} of {path.name}", f"{path.stem}-{number}"

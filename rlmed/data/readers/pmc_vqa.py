@@ -16,7 +16,7 @@ from rlmed.data.images import BadImageError
 from rlmed.data.jsonl import BadRowError
 from rlmed.data.readers.base import Reader, Skipped, SourceRow
 from rlmed.data.readers.csv_table import table_files
-from rlmed.data.readers.image_files import Images, open_images
+from rlmed.data.readers.image_files import Images, images_of
 from rlmed.data.readers.table import IMAGES, WITHOUT_IMAGES, file_split
 from rlmed.data.readers.text_table import read_table
 
@@ -27,8 +27,8 @@ CHOICES = tuple(f"Choice {letter}" for letter in LETTERS)
 def read(source: Path, *, images: Path | None = None, without_images: bool = False) -> Iterator[SourceRow | Skipped]:
     """Rows of a table, or of all tables of a folder; a split is called like its file.
 
-    Images are looked for in `images`, else in the archives `images_2.zip` (for tables called `*_2.csv`) or `images.zip` beside
-    the table, else in its folder.
+    Images are looked for in `images`, else in `images_2.zip` or `figures/` (for tables called `*_2.csv`) or `images.zip` or
+    `images/` beside the table, else in its folder.
 
     Raises:
         ValueError: for a table without the published columns, or images that are not there.
@@ -38,7 +38,7 @@ def read(source: Path, *, images: Path | None = None, without_images: bool = Fal
         missing = [name for name in COLUMNS if name not in header]
         if missing:
             raise ValueError(f"{path.name} has no column {missing[0]}: it is no table of PMC-VQA, read it with csv")
-        found = None if without_images else open_images(images or _beside(path))
+        found = None if without_images else images_of(images, _beside(path))
         for row in rows:
             where, row_id = f"line {row.line} of {path.name}", f"{file_split(path)}-{row.line}"
             if row.reason:
@@ -48,8 +48,9 @@ def read(source: Path, *, images: Path | None = None, without_images: bool = Fal
 
 
 def _beside(path: Path) -> Path:
-    archive = path.with_name("images_2.zip" if path.stem.endswith("_2") else "images.zip")
-    return archive if archive.is_file() else path.parent
+    """The archive of the table's version, or the folder that it unpacks to, or the table's own folder."""
+    names = ("images_2.zip", "figures") if path.stem.endswith("_2") else ("images.zip", "images")
+    return next((path.with_name(name) for name in names if path.with_name(name).exists()), path.parent)
 
 
 def _question(

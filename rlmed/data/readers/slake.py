@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlmed.data.readers.base import Option, Reader, Skipped, SourceRow
-from rlmed.data.readers.image_files import open_images
+from rlmed.data.readers.image_files import images_of
 from rlmed.data.readers.json_rows import read_json_rows
 from rlmed.data.readers.modalities import modality_name
 from rlmed.data.readers.options import DISTRACTOR_COUNT, DISTRACTORS, OPEN, SEED
@@ -58,7 +58,7 @@ def read(
     yield from read_answered(
         elements,
         parse,
-        images=None if without_images else open_images(images or beside),
+        images=None if without_images else images_of(images, beside),
         open_answers=open,
         distractors=distractors,
         seed=seed,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlmed.data.readers.base import Reader, Skipped, SourceRow
-from rlmed.data.readers.image_files import open_images
+from rlmed.data.readers.image_files import images_of
 from rlmed.data.readers.json_rows import read_json_rows
 from rlmed.data.readers.options import DISTRACTOR_COUNT, DISTRACTORS, OPEN, SEED
 from rlmed.data.readers.published_answers import Answered, Element, answer_of, field, read_answered
@@ -39,7 +39,7 @@ def read(
         ValueError: for a source without the published file.
     """
     path = source / QUESTIONS if source.is_dir() else source
-    folder = images or (path.parent / IMAGE_FOLDER if (path.parent / IMAGE_FOLDER).is_dir() else path.parent)
+    folder = path.parent / IMAGE_FOLDER if (path.parent / IMAGE_FOLDER).is_dir() else path.parent
 
     def elements() -> Iterator[Element]:
         for number, element in read_json_rows(path):
@@ -48,7 +48,7 @@ def read(
     yield from read_answered(
         elements,
         _parse,
-        images=None if without_images else open_images(folder),
+        images=None if without_images else images_of(images, folder),
         open_answers=open,
         distractors=distractors,
         seed=seed,

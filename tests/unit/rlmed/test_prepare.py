@@ -42,7 +42,7 @@ def test_it_says_what_it_wrote_and_what_it_left_out(source, tmp_path, capsys):
     shown = capsys.readouterr().out
     cells = {line.split()[0]: line.split()[1:4] for line in shown.splitlines() if line.strip()}
     assert (cells["train"], cells["test"]) == (["6", "4", "50.0"], ["2", "2", "50.0"])
-    assert "skipped:    1 bad row\n- line 10 of questions.csv (questions-10): image 9.png does not exist" in shown
+    assert "skipped:    1 bad row\n- line 10 of questions.csv (questions-10): its image '9.png' does not exist" in shown
     assert f"written:    {tmp_path / 'out' / 'manifest.json'}" in shown
 
 
@@ -66,7 +66,7 @@ def test_what_it_writes_is_what_a_run_reads(source, tmp_path, tiny_folder):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--on-bad-row", "error"), "error: line 10 of questions.csv (questions-10): image 9.png does not exist"),
+        (("--on-bad-row", "error"), "error: line 10 of questions.csv (questions-10): its image '9.png' does not exist"),
         (("--column", "question=Frage"), "error: questions.csv has no column for --column question=Frage"),
         (("--images", "nowhere"), "error: images nowhere are neither a folder nor a .zip"),
     ],

@@ -136,12 +136,12 @@ def test_options_that_are_no_list(folder, cell):
     assert len(skip.reason) < 400
 
 
-def test_a_missing_image_and_a_nul_byte_are_found_when_it_is_written(folder, tmp_path):
+def test_a_missing_image_and_a_nul_byte(folder, tmp_path):
     good = "1.png,Which?,liver,spleen,A"
     path = table(folder, "image,question,A,B,answer", good, "9.png,Which?,liver,spleen,A", "1.png,a\0b,liver,spleen,A")
     layout = write_layout(rows(path), tmp_path / "out", reader=READER, source=path, options={})
     assert [skip.where[:6] for skip in layout.skipped] == ["line 3", "line 4"]
-    assert "9.png does not exist" in layout.skipped[0].reason
+    assert "'9.png' does not exist" in layout.skipped[0].reason
     assert "NUL" in layout.skipped[1].reason
 
 

@@ -173,6 +173,16 @@ def test_images_in_a_folder_of_another_layout(folder, tmp_path):
     assert "does not exist" in none.reason
 
 
+def test_a_file_of_that_name_elsewhere_is_taken_only_below_the_images_that_are_named(folder):
+    (folder / "holiday").mkdir()
+    (folder / "images" / "1.png").rename(folder / "holiday" / "1.png")
+    path = write(folder / "test.json", [question_row(1)])
+    (skip,) = read(path)
+    assert "does not exist" in skip.reason
+    (row,) = read(path, images=folder)
+    assert row.image == folder / "holiday" / "1.png"
+
+
 def test_without_images_the_controls_can_still_be_computed(folder, tmp_path):
     path = write(tmp_path / "test.json", [question_row(number, place=0) for number in range(20, 40)])
     with pytest.raises(ValueError, match=r"no row can be used, of 20\. .*does not exist"):
