@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("pydicom", reason="needs rlmed's extra 'readers'")
 
 from pydicom.pixels import pixel_array
-from pydicom.uid import JPEG2000Lossless, RLELossless
+from pydicom.uid import JPEG2000Lossless, JPEGLosslessSV1, RLELossless
 
 from rlmed.data.images import BadImageError
 from rlmed.data.readers.decoder_process import DecoderProcess
@@ -58,3 +58,16 @@ def test_a_frame_that_takes_too_long_is_given_up():
     with pytest.raises(BadImageError, match="busy without an end"):
         impatient.decode(shipped("MR_small_RLE.dcm"), RLELossless, 0)
     assert impatient._process is None
+
+
+def test_what_the_libraries_print_goes_nowhere(tmp_path, decoder, capfd):
+    content = bytearray(shipped("SC_rgb_jpeg_gdcm.dcm").read_bytes())
+    table = content.index(b"\xff\xc4")
+    content[table + 5 : table + 12] = b"\xff" * 7  # more codes of each length than there can be
+    (tmp_path / "a.dcm").write_bytes(content)
+    with pytest.raises(RuntimeError):
+        pixel_array(tmp_path / "a.dcm")
+    assert "Huffman" in capfd.readouterr().err
+    with pytest.raises(BadImageError):
+        decoder.decode(tmp_path / "a.dcm", JPEGLosslessSV1, 0)
+    assert capfd.readouterr().err == ""

@@ -2,9 +2,6 @@
 
 import io
 import random
-import subprocess
-import sys
-import textwrap
 import tracemalloc
 from pathlib import Path
 
@@ -217,29 +214,11 @@ def save_bytes(folder: Path, pixels: np.ndarray) -> bytes:
     ).read_bytes()
 
 
-def test_pydicoms_warnings_and_log_records_stay_quiet(tmp_path):
-    """They quote what they complain about; a fresh process shows what a user would see."""
-    dataset = dataset_of(GREY, WindowCenter=40, WindowWidth=400)
-    dataset.add_new("PixelSpacing", "DS", ["1", "1"])
-    content = save(tmp_path / "a", dataset).read_bytes()
-    # of the length of the value that it stands for
-    damaged = content.replace(b"DS\x04\x001\\1 ", b"DS\x04\x00DOE^")
-    assert damaged != content
-    (tmp_path / "a").write_bytes(damaged)
-    program = f"""
-        import sys
-        from pathlib import Path
-        from rlmed.data.images import BadImageError
-        from rlmed.data.readers.dicom_file import read_header
-        from rlmed.data.readers.dicom_pixels import render_frame
-        path = Path({str(tmp_path / "a")!r})
-        try:
-            render_frame(path, read_header(path), 0)
-        except BadImageError as error:
-            sys.exit(str(error))
-    """
-    ended = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False
-    )
-    assert "DOE" not in ended.stdout + ended.stderr
-    assert ended.stderr.count("\n") <= 1, ended.stderr
+def test_pydicoms_log_records_stay_quiet(tmp_path, caplog):
+    """They quote what they complain about; so do its warnings, which test_dicom.py looks for in a process of its own."""
+    syntax = b"1.2.840.10008.1.2.1\0"
+    content = write_dicom(tmp_path / "a", GREY).read_bytes()
+    (tmp_path / "a").write_bytes(content.replace(syntax, NAME.encode().ljust(len(syntax), b"\0")))
+    with pytest.raises(BadImageError):
+        render(tmp_path / "a")
+    assert not caplog.records

@@ -22,7 +22,7 @@ HEADER = "file,plane,slice,fraction,volume,window,question,option_a,option_b,ans
 
 @pytest.fixture
 def source(tmp_path) -> Path:
-    folder = tmp_path / "source"
+    folder = tmp_path / "DOE"
     folder.mkdir()
     image = nibabel.Nifti1Image(VOLUME, np.eye(4))
     image.header["descrip"] = b"DOE^JANE 19600229"
