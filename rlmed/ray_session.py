@@ -7,7 +7,10 @@ import logging
 import os
 import shutil
 import socket
+import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -17,12 +20,15 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from rlmed.commandline import LOST
 from rlmed.core.config import RunConfig
 from rlmed.core.protocols import ClusterError
 
 RAY_FOLDER = "rlmed-ray-"
 """Begins the name of the temporary folder of a Ray that was started for one run."""
 LOCK_FILE = "in-use"
+HEAD_SILENCE_S = 20.0
+"""A head that nobody has reached for so long is gone."""
 LONGEST_ROOT = 30
 """Characters of a folder that Ray's own may be in: its sockets are in there, and a socket's path may have about a hundred."""
 
@@ -53,7 +59,14 @@ def start_ray(config: RunConfig) -> Callable[[], None]:
                 "process its token (RAY_AUTH_TOKEN) where Ray speaks of authentication, or leave cluster.address=null to "
                 "start Ray on this machine alone"
             ) from error
-        return ray.shutdown
+        watch = HeadWatch(ray.get_runtime_context().gcs_address)
+        watch.start()
+
+        def leave() -> None:
+            watch.stop()
+            ray.shutdown()
+
+        return leave
     return _start_own_ray(options)
 
 
@@ -78,12 +91,48 @@ def _start_own_ray(options: dict[str, Any]) -> Callable[[], None]:
         return stack.pop_all().close
 
 
-def _check_listens(address: str) -> None:
+class HeadWatch(threading.Thread):
+    """Ends this process when the cluster's head does not listen any more, with what to do and the status of lost processes.
+
+    Ray itself tries to reach it for a minute, and then ends the process without a word. Nothing is cleaned up: every call of
+    Ray's would wait for the head, and a resumed run needs no more than its last checkpoint.
+    """
+
+    def __init__(self, address: str, *, limit_s: float = HEAD_SILENCE_S, end: Callable[[int], Any] = os._exit) -> None:
+        """Watch HOST:PORT; `end` is called with the exit status after `limit_s` seconds without a connection."""
+        super().__init__(name="watch of Ray's head", daemon=True)
+        self._address, self._limit_s, self._end, self._stopped = address, limit_s, end, threading.Event()
+
+    def run(self) -> None:
+        """Knock again and again."""
+        heard = time.monotonic()
+        while not self._stopped.wait(self._limit_s / 10):
+            try:
+                _check_listens(self._address, timeout_s=self._limit_s / 2)
+                heard = time.monotonic()
+            except ConnectionError as error:
+                if time.monotonic() - heard > self._limit_s and not self._stopped.is_set():
+                    print(  # noqa: T201  # the log may be on its way to the head
+                        f"\nerror: the head of the Ray cluster ({self._address}) has not answered for {self._limit_s:.0f} s "
+                        f"({error}), and no run goes on without it. Start Ray again (ray start --head on one machine, ray start "
+                        "--address on the others), then go on from the last checkpoint: the same command with resume=auto",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                    self._end(LOST)
+                    return
+
+    def stop(self) -> None:
+        """The run has ended."""
+        self._stopped.set()
+
+
+def _check_listens(address: str, timeout_s: float = 10.0) -> None:
     """Fail at once where nothing listens at HOST:PORT; Ray would try for a quarter of an hour."""
     host, colon, port = address.rpartition(":")
     if colon and port.isdigit() and "://" not in address:
         try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+            socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s).close()
         except OSError as error:
             raise ConnectionError(str(error)) from error
 

@@ -25,7 +25,7 @@ pytestmark = [
     ),
 ]
 STEPS, GROUPS_PER_STEP = 6, 4
-SETTINGS = (
+TRAINING = (
     "+experiment=medvqa_600_embedded",
     f"steps={STEPS}",
     f"algo.groups_per_step={GROUPS_PER_STEP}",
@@ -37,31 +37,45 @@ SETTINGS = (
     "rollout.max_tokens=40",
     "data.limit=40",
     "cluster=ray",
-    "cluster.address=auto",
     "cluster.rollout_workers=2",
-    "+cluster.worker_resources.sampling=1",
-    "+cluster.learner_resources.learning=1",
     "cluster.threads=1",
     "cluster.silence_timeout_s=5",
 )
+SETTINGS = (
+    *TRAINING,
+    "cluster.address=auto",
+    "+cluster.worker_resources.sampling=1",
+    "+cluster.learner_resources.learning=1",
+)
+WITHOUT_HEAD = (
+    *TRAINING,
+    "checkpoint.every=1",
+    "cluster.address=auto",
+    "+cluster.worker_resources.sampling=0.4",
+    "+cluster.learner_resources.sampling=0.4",
+)
+"""Nothing of the run is on the head."""
 
 
 class Run:
-    """A run that is started on the head."""
+    """A run that is started on the head, or on another machine."""
 
-    def __init__(self, machines: Machines, folder: Path) -> None:
+    def __init__(self, machines: Machines, folder: Path, *overrides: str, machine: int = 0) -> None:
         self.folder, self._output = folder, folder.with_suffix(".log")
+        environment = machines.environment(machine)
+        if "cluster.address=null" in overrides:
+            del environment["RAY_ADDRESS"]
         with self._output.open("w") as file:
             self.process = subprocess.Popen(
                 [
-                    *machines.network.inside(0),
+                    *machines.network.inside(machine),
                     sys.executable,
                     "-m",
                     "rlmed.launch",
-                    *SETTINGS,
+                    *(overrides or SETTINGS),
                     f"hydra.run.dir={folder}",
                 ],
-                env=machines.environment(0),
+                env=environment,
                 cwd=folder.parent,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -129,3 +143,26 @@ def test_a_killed_node_costs_no_group(three_nodes: Machines, tmp_path: Path) -> 
     last = run.metrics()[-1]
     assert last["rollout/workers_lost"] >= 1
     assert last["rollout/workers_ready"] == 1
+
+
+def test_a_killed_head_ends_the_run_and_the_same_command_goes_on_with_the_machines_that_are_left(
+    three_machines: Machines, tmp_path: Path
+) -> None:
+    run = Run(three_machines, tmp_path / "run", *WITHOUT_HEAD, machine=1)
+    run.wait_for_step(2)
+    assert not three_machines.running(0, "Actor")
+    three_machines.kill(0)
+    assert run.process.wait(timeout=120) == 3, run.output
+    assert re.search(r"error: the head of the Ray cluster .* has not answered .* with resume=auto", run.output)
+    assert "Traceback" not in run.output
+    resumed = Run(
+        three_machines,
+        tmp_path / "run",
+        *TRAINING,
+        "checkpoint.every=1",
+        "cluster.address=null",
+        "resume=auto",
+        machine=1,
+    )
+    resumed.finish()
+    assert "resuming after step" in resumed.output
