@@ -114,8 +114,9 @@ class HeadWatch(threading.Thread):
                 if time.monotonic() - heard > self._limit_s and not self._stopped.is_set():
                     print(  # noqa: T201  # the log may be on its way to the head
                         f"\nerror: the head of the Ray cluster ({self._address}) has not answered for {self._limit_s:.0f} s "
-                        f"({error}), and no run goes on without it. Start Ray again (ray start --head on one machine, ray start "
-                        "--address on the others), then go on from the last checkpoint: the same command with resume=auto",
+                        f"({error}), and no run goes on without it. Start Ray again (ray start --head on one machine, "
+                        "ray start --address on the others), then go on from the last checkpoint: the same command with "
+                        "resume=auto",
                         file=sys.stderr,
                         flush=True,
                     )
