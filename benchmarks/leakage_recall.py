@@ -105,8 +105,8 @@ def measure(originals: Sequence[Path], train: Sequence[Path], folder: Path) -> d
         search = LookalikeSearch(copies)
         search.add(train)
         found = search.result()
-        same = [(pair.test, train[pair.train]) for pair in found.same]
-        hits = sum((place, path) in set(same) for place, path in enumerate(originals))
+        same = {(pair.test, train[pair.train]) for pair in found.same}
+        hits = sum((place, path) in same for place, path in enumerate(originals))
         results[name] = {"copies": len(copies), "found": hits, "other_pairs": len(same) - hits}
         report(f"{name:40} {hits:4} of {len(copies)} found, {len(same) - hits} pairs with other pictures")
         for copy in copies:

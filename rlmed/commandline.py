@@ -227,13 +227,13 @@ def check_same_run(saved: Path, config: RunConfig, *, unused: Collection[str]) -
     Raises:
         ValueError: naming each key that differs, with both values.
     """
-    before = OmegaConf.to_container(OmegaConf.load(saved))
-    after = _plain(dataclasses.asdict(config))
-    assert isinstance(before, dict)
+    content = OmegaConf.to_container(OmegaConf.load(saved))
+    assert isinstance(content, dict)
+    before, after = _flat(content), _flat(_plain(dataclasses.asdict(config)))
     different = [
-        f"{key}: {_flat(before).get(key)!r} then, {value!r} now"
-        for key, value in _flat(after).items()
-        if not {key, key.split(".")[0]} & {*MAY_CHANGE, *unused} and _flat(before).get(key) != value
+        f"{key}: {before.get(key)!r} then, {after.get(key)!r} now"
+        for key in after | before  # a mapping, such as data.mix, may have had other entries then
+        if not {key, key.split(".")[0]} & {*MAY_CHANGE, *unused} and before.get(key) != after.get(key)
     ]
     if different:
         raise ValueError(

@@ -63,10 +63,11 @@ def _unknown_key(key: str, known: Collection[str], where: str) -> ConfigError:
 
 
 def _build(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
-    if not isinstance(mapping, Mapping):
-        raise ConfigError(f"{where.rstrip('.')}={mapping!r} must be a group of keys")
-    hints = typing.get_type_hints(cls)
     fields = {entry.name: entry for entry in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if not isinstance(mapping, Mapping):
+        known = ", ".join(sorted(fields))
+        raise ConfigError(f"{where.rstrip('.')}={mapping!r} must be a group of keys ({known})")
+    hints = typing.get_type_hints(cls)
     for key in mapping:
         if key not in fields:
             raise _unknown_key(str(key), fields, where)
@@ -107,6 +108,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return value
     if origin is tuple and isinstance(value, (list, tuple)):
         raise ConfigError(f"{where}={value!r} has {len(value)} entries: expected {len(args)}")
+    if hint is str and isinstance(value, bool):
+        raise ConfigError(
+            f"{where}={value!r} must be a text: YAML takes on, off, yes and no for truth values, so put quotes"
+        )
     raise ConfigError(f"{where}={value!r} has the wrong type: expected {_type_name(hint)}")
 
 
@@ -114,4 +119,6 @@ def _type_name(hint: Any) -> str:
     names = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
     if get_origin(hint) is tuple:
         return "a list"
+    if isinstance(get_origin(hint), type) and issubclass(get_origin(hint), Mapping):
+        return "keys with values, as {KEY: VALUE}"
     return names.get(hint, str(hint))

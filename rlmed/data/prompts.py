@@ -80,11 +80,15 @@ def read_templates(folder: Path | str) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return {"template": str(content["template"]), "by_modality": dict(content["by_modality"])}
+        template, by_modality = content["template"], dict(content["by_modality"])
+        for text in (template, *by_modality.values()):
+            if not isinstance(text, str):
+                raise TypeError(f"{text!r} is no text")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} does not hold a template and by_modality ({error}): remove it to ask as MedVLM-R1 does"
         ) from error
+    return {"template": template, "by_modality": by_modality}
 
 
 class PromptRenderer:

@@ -115,6 +115,23 @@ def test_check_same_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        (["data.mix={MRI:0.5,CT:0.5}"], r"data\.mix\.CT: 0\.5 then, None now"),
+        (["+reward.weights.brevity=0.1"], r"reward\.weights\.brevity: 0\.1 then, None now"),
+        (["prompt=by_modality"], r"prompt\.by_modality\.CT: '.*' then, None now"),
+    ],
+)
+def test_what_a_run_is_resumed_without_is_a_difference(tmp_path: Path, entries: list[str], message: str) -> None:
+    """Entries of a mapping, which may be there then and not now."""
+    saved = tmp_path / "config.yaml"
+    saved.write_text(to_yaml(config(*entries)))
+    check_same_run(saved, config(*entries), unused=())
+    with pytest.raises(ValueError, match=message):
+        check_same_run(saved, config(), unused=())
+
+
+@pytest.mark.parametrize(
     "path", ["models/a-1.0", "my dir (v2)/m=x", "it's", "odd [x], {name}", "测试.jsonl", "a:b#c", "old~1/m", "2024"]
 )
 def test_any_path_gets_through_hydras_grammar(path: str) -> None:

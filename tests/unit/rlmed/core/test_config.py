@@ -101,6 +101,12 @@ def test_unknown_key_is_refused_by_the_command_line() -> None:
         ("learner.freeze=[vision,merger,language_model]", "nothing would be trained"),
         ("steps=0", "steps=0"),
         ("steps=1.5", r"steps=1\.5 has the wrong type: expected an integer"),
+        ("data.mix=MRI", r"data\.mix='MRI' has the wrong type: expected keys with values, as \{KEY: VALUE\}"),
+        (
+            "data.selection=pass_rate",
+            r"data\.selection='pass_rate' must be a group of keys \(high, low, min_visits, mode, ",
+        ),
+        ("data.leakage=false", r"data\.leakage=False must be a text: YAML takes on, off"),
         ("eval.controls=maybe", r"eval\.controls='maybe' has the wrong type: expected true or false"),
         ("reward.weights=null", r"reward\.weights"),
         ("cluster.kind=moon", r"cluster\.kind"),

@@ -201,7 +201,8 @@ def test_templates_are_saved_beside_the_model(model_folder, tmp_path):
     given = {"template": "Größe?\n{question}", "by_modality": {"CT": "for CT\n{question}"}}
     make_renderer(model_folder, **given).save(tmp_path)
     assert read_templates(tmp_path) == given
-    for broken in ("{", "[]", '{"template": "{question}"}', '{"template": "x", "by_modality": 3}'):
+    missing, wrong = ('{"template": "{question}"}', '{"template": "x", "by_modality": 3}')
+    for broken in ("{", "[]", missing, wrong, wrong.replace("3", '{"CT": 3}'), wrong.replace('"x"', "null")):
         (tmp_path / PROMPT_FILE).write_text(broken)
         with pytest.raises(ValueError, match=r"rlmed_prompt\.json .*remove it"):
             read_templates(tmp_path)
