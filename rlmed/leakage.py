@@ -28,13 +28,16 @@ def leakage_table(report: LeakageReport) -> Table:
     """Leaking rows and pictures of each test file."""
     table = Table(
         box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
         title=f"against {report.train_rows} training rows over {report.train_images} pictures",
         title_justify="right",
     )
     kinds = [kind for kind in KINDS if any(kind in file.images_by_kind for file in report.files)]
     headings = ("file", "rows", "leaking", "with answer", "pictures", *(WORDS[kind] for kind in kinds), "in doubt")
     for place, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if place == 0 else "right")
+        # words below each other, for a terminal of 80 characters
+        table.add_column(heading.replace(" ", "\n"), justify="left" if place == 0 else "right", no_wrap=place > 0)
     for file in report.files:
         counts = (file.images_by_kind.get(kind, 0) for kind in kinds)
         cells = (file.rows, file.leaking_rows, file.repeated_rows, file.images, *counts, file.doubtful)
