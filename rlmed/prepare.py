@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlmed.data.layout import MANIFEST, Layout, check_target, write_layout
-from rlmed.data.leakage_report import leakage_lines
+from rlmed.data.leakage_report import doubt_lines, leakage_lines
 from rlmed.data.readers.registry import READERS, find_reader
 
 REASONS_SHOWN = 3
@@ -114,7 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         raise SystemExit("interrupted; nothing was written") from None
     console.print(summary(layout))
-    leaks = [f"leakage:    {line}" for line in leakage_lines(layout.leakage)] if layout.leakage else []
+    found = [*leakage_lines(layout.leakage), *doubt_lines(layout.leakage)] if layout.leakage else []
+    leaks = [f"leakage:    {line}" for line in found]
     for text in filter(None, [skips(layout), *leaks, f"written:    {layout.folder / MANIFEST}"]):
         console.print(text, markup=False, soft_wrap=True)
 

@@ -14,7 +14,7 @@ from rlmed.core.config import DataConfig, ModelConfig, RunConfig
 from rlmed.core.types import Example
 from rlmed.data.jsonl import ReadResult, SkippedRow, format_skips, read_examples
 from rlmed.data.leakage import find_leakage
-from rlmed.data.leakage_report import LeakageReport, check_no_leakage, leakage_lines
+from rlmed.data.leakage_report import LeakageReport, check_no_leakage, doubt_lines, leakage_lines
 from rlmed.data.phantom import write_dataset
 from rlmed.data.prompts import PROMPT_FILE, PromptRenderer, load_processor, read_templates
 from rlmed.evaluation import EvalFile
@@ -147,6 +147,11 @@ def load_data(config: DataConfig, renderer: PromptRenderer, *, training: bool) -
         raise ValueError("data.train is not set: give a file of training rows, for example data.train=train.jsonl")
     if not training and not evals:
         raise ValueError("data.eval is empty: give files to evaluate on, for example data=test.jsonl")
+    if config.leakage == "strict" and not train:
+        raise ValueError(
+            "data.leakage=strict has nothing to compare with: give the rows that the model was trained on, for example "
+            "data.train=train.jsonl"
+        )
     names = [Path(path).stem for path in evals]
     if len(set(names)) < len(names):
         raise ValueError(
@@ -163,6 +168,8 @@ def load_data(config: DataConfig, renderer: PromptRenderer, *, training: bool) -
         check_no_leakage(report)
     for line in leakage_lines(report):
         log.warning("%s; all are listed in data.json", line)
+    for line in doubt_lines(report):
+        log.info("%s", line)
     return dataclasses.replace(data, leakage=report)
 
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -152,7 +151,10 @@ def _same_pixels(left: _Picture, right: _Picture) -> bool:
     return np.array_equal(*(np.asarray(load_image(picture.paths[0])) for picture in (left, right)))
 
 
-def _question(example: Example) -> tuple[str, frozenset[str], str]:
+_Question = tuple[str, frozenset[str], str]
+
+
+def _question(example: Example) -> _Question:
     """What is asked and answered, in whatever order and case."""
     options = [option.casefold() for option in example.options]
     return " ".join(example.question.casefold().split()), frozenset(options), options[example.answer]
@@ -173,14 +175,20 @@ def _leak(file: str, pair: _Pair, rows: Sequence[Example], train_rows: Sequence[
 
 
 def _same_texts(file: str, rows: Sequence[Example], train_rows: Sequence[Example]) -> list[Leak]:
-    asked: dict[Any, list[str]] = {}
-    for example in train_rows:
-        asked.setdefault(_question(example), []).append(example.id)
+    """Each question once, with all the rows that ask it."""
+    mine, theirs = _ids_by_question(rows), _ids_by_question(train_rows)
     return [
-        Leak(file, "text", None, None, 1.0, (example.id,), tuple(asked[_question(example)]), (example.id,))
-        for example in rows
-        if _question(example) in asked
+        Leak(file, "text", None, None, 1.0, ids, theirs[question], ids)
+        for question, ids in mine.items()
+        if question in theirs
     ]
+
+
+def _ids_by_question(examples: Sequence[Example]) -> dict[_Question, tuple[str, ...]]:
+    ids: dict[_Question, list[str]] = {}
+    for example in examples:
+        ids.setdefault(_question(example), []).append(example.id)
+    return {question: tuple(names) for question, names in ids.items()}
 
 
 def _summary(
@@ -188,7 +196,8 @@ def _summary(
 ) -> FileLeakage:
     kinds: dict[str, LeakKind] = {}
     for leak in leaks:
-        kinds.setdefault(leak.test_image or leak.test_ids[0], leak.kind)  # the surest comes first
+        for counted in (leak.test_image,) if leak.test_image else leak.test_ids:
+            kinds.setdefault(counted, leak.kind)  # the surest comes first
     counts = Counter(kinds.values())
     return FileLeakage(
         name=name,

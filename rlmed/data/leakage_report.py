@@ -41,7 +41,7 @@ class Leak:
     likeness: float
     """1 for the same file, pixels and text; else the score of `lookalikes`, of slices the correlation of thumbnails."""
     test_ids: tuple[str, ...]
-    """Rows of the test file over this picture."""
+    """Rows of the test file over this picture; without one, those that ask the same."""
     train_ids: tuple[str, ...]
     repeated_ids: tuple[str, ...]
     """Those test rows whose question, options and answer a training row over the other picture has too."""
@@ -128,6 +128,16 @@ def leakage_lines(report: LeakageReport) -> list[str]:
             f"example {describe(first)}"
         )
     return lines
+
+
+def doubt_lines(report: LeakageReport) -> list[str]:
+    """A line for each test file with pictures in doubt, which count neither as leaks nor as clean."""
+    return [
+        f"{file.doubtful} of {file.images} pictures of {file.name} look much like a training picture, but different pictures "
+        "of these data do so too: they do not count as leaks (docs/data.md)"
+        for file in report.files
+        if file.doubtful
+    ]
 
 
 def describe(leak: Leak) -> str:

@@ -64,6 +64,13 @@ def test_strict_stops_before_anything_is_answered(settings: Callable[..., list[s
     assert not (tmp_path / "evaluations").exists()
 
 
+def test_strict_without_training_rows_is_refused(settings: Callable[..., list[str]], tmp_path: Path) -> None:
+    """Nothing would be compared, and nothing said of it."""
+    with pytest.raises(ValueError, match=r"data\.leakage=strict .*data\.train"):
+        evaluate.main(compose_config("evaluate", settings("data.leakage=strict", "data.train=null")), tmp_path)
+    assert not (tmp_path / "evaluations").exists()
+
+
 def test_off_does_not_look(
     settings: Callable[..., list[str]],
     tmp_path: Path,

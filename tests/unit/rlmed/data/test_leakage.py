@@ -13,7 +13,15 @@ from PIL import Image, ImageFilter
 
 from rlmed.core.types import Example
 from rlmed.data.leakage import find_leakage
-from rlmed.data.leakage_report import Leak, LeakageReport, check_no_leakage, describe, leakage_lines
+from rlmed.data.leakage_report import (
+    FileLeakage,
+    Leak,
+    LeakageReport,
+    check_no_leakage,
+    describe,
+    doubt_lines,
+    leakage_lines,
+)
 from tests.unit.rlmed.data.pictures import picture, save
 
 
@@ -108,6 +116,30 @@ def test_rows_without_an_image() -> None:
     assert (leak.kind, leak.test_image, leak.test_ids, leak.train_ids) == ("text", None, ("x",), ("b",))
     assert report.files[0].images_by_kind == {"text": 1}
     assert "row x asks what training row b asks" in leakage_lines(report)[0]
+
+
+def test_a_text_that_many_rows_repeat_is_listed_once(train: list[Example]) -> None:
+    """A report grows with the rows, not with rows times rows."""
+    where, who = ([row(f"{who}{i}", None, who) for i in range(30)] for who in ("Where?", "Who?"))
+    tests = [row(f"t{i}", None, question) for i, question in enumerate(["WHERE?", "What?", "Who?", "Where?"])]
+    report = find_leakage([*train, *where, *who], {"t": [*tests, row("u", train[0].image)]})
+    assert [(leak.kind, leak.test_ids, len(leak.train_ids)) for leak in report.leaks] == [
+        ("file", ("u",), 1),
+        ("text", ("t0", "t3"), 30),
+        ("text", ("t2",), 30),
+    ]
+    (file,) = report.files
+    assert (file.leaking_rows, file.repeated_rows, file.images_by_kind) == (4, 4, {"file": 1, "text": 3})
+    assert report.leaks[1].repeated_ids == ("t0", "t3")
+
+
+def test_doubt_is_said_but_no_leak() -> None:
+    files = (FileLeakage("ct", 30, 20, 0, 0, {}, 7), FileLeakage("mri", 30, 20, 0, 0, {}, 0))
+    report = LeakageReport(100, 90, files, ())
+    (line,) = doubt_lines(report)
+    assert line.startswith("7 of 20 pictures of ct look much like a training picture")
+    assert leakage_lines(report) == []
+    check_no_leakage(report)
 
 
 def test_each_picture_counts_once_under_its_surest_kind(train: list[Example], tmp_path: Path) -> None:
