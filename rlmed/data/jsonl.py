@@ -232,7 +232,7 @@ def path_inside(text: str, folder: Path, what: str = "image") -> Path:
     Raises:
         BadRowError: for no path at all, an absolute one, or one that leaves the folder by `..` or by a link.
     """
-    if not text.strip() or "\0" in text:
+    if not text.strip() or "\0" in text or _SURROGATE.search(text):
         raise BadRowError(f"its {what} is {shorten(text)}, not a path; write null for a question without one")
     # realpath, since Path.resolve raises for links that go in circles
     path = Path(os.path.realpath(folder / text))

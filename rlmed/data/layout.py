@@ -144,7 +144,8 @@ def _write_manifest(
         "leakage": None if layout.leakage is None else layout.leakage.to_json(),
         "images": dict(sorted(hashes.items())),
     }
-    with writing(path), path.open("w", encoding="utf-8") as file:
+    # names of files may be no UTF-8
+    with writing(path), path.open("w", encoding="utf-8", errors="replace") as file:
         json.dump(content, file, indent=1, ensure_ascii=False)
 
 

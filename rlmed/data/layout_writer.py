@@ -28,6 +28,8 @@ MAX_IMAGE_BYTES = 2**30
 """A larger image file is not copied: no picture of `MAX_PIXELS` pixels needs as much."""
 MAX_ID = 200
 """Characters of an id."""
+MAX_REASON = 1000
+"""Characters of a skipped row's place and reason."""
 _SPLIT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,100}")
 _HASH_LENGTH = 20
@@ -211,15 +213,14 @@ class LayoutWriter:
 
     def add(self, row: SourceRow | Skipped) -> None:
         if isinstance(row, Skipped):
-            self.skipped.append(row)
+            self._skip(row)
             return
         try:
             split = self._split(row.split)
             example = self._checked(row, split)
             image = None if row.image is None else self.images.add(row.image)
         except (BadRowError, BadImageError) as error:
-            shown = row.id[:MAX_ID] if row.id.isprintable() else shorten(row.id)
-            self.skipped.append(Skipped(row.where, shown, str(error)))
+            self._skip(Skipped(row.where, row.id, str(error)))
             return
         split.places[example.id] = row.where
         split.append(example, image)
@@ -233,6 +234,11 @@ class LayoutWriter:
         for name in self._splits.keys() - used.keys():
             self._splits[name].path.unlink()
         return {name: split.finish() for name, split in used.items()}
+
+    def _skip(self, row: Skipped) -> None:
+        # ids, and names of files in place and reason, are the source's: a terminal and a manifest get plain text
+        where, reason = _plain(row.where, MAX_REASON), _plain(row.reason, MAX_REASON)
+        self.skipped.append(dataclasses.replace(row, where=where, id=_plain(row.id, MAX_ID), reason=reason))
 
     def _split(self, name: str) -> _Split:
         if not _SPLIT.fullmatch(name):
@@ -279,6 +285,13 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise refusal(path, error, cure="run the command again") from error
+
+
+def _plain(text: str, limit: int) -> str:
+    """The text with escapes for control characters and lone surrogates, cut where it is longer than `limit`."""
+    shown = text[: limit + 1]
+    shown = shown if shown.isprintable() else repr(shown)[1:-1]
+    return shown if len(shown) <= limit else f"{shown[:limit]}…"
 
 
 def _file_name(sha256: str, path: PurePath) -> str:

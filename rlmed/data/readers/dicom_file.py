@@ -35,8 +35,8 @@ from rlmed.data.readers.decoder_process import DecoderProcess
 
 MAX_SAMPLES = 50_000_000
 """Rows times columns times samples of one frame; more is not decoded. The largest radiographs have about 30 million."""
-MAX_READ = 1 << 30
-"""Bytes; no single piece of a file may be longer: an element of the header, or a compressed frame."""
+MAX_READ = 1 << 29
+"""Bytes that are read of a file for its header, or for one frame."""
 GREYS = ("MONOCHROME1", "MONOCHROME2")
 COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 MODALITIES = {
@@ -158,7 +158,7 @@ def read_header(path: Path) -> DicomHeader:
     Raises:
         BadImageError: for a file that is missing, damaged, no DICOM, without pixels, or larger than `MAX_SAMPLES`.
     """
-    with damage_reported(), _open(path) as stream:
+    with damage_reported(), _BoundedStream(path) as stream:
         dataset = dcmread(stream, force=True, stop_before_pixels=True, specific_tags=_WANTED)
         if any(dataset.get(name) is None for name in ("Rows", "Columns", "BitsAllocated", "PhotometricInterpretation")):
             raise BadImageError("it is no DICOM file, or one without pixels: give the file of an image")
@@ -203,7 +203,7 @@ def decode_frame(path: Path, header: DicomHeader, frame: int) -> np.ndarray:
         BadImageError: for pixels that are missing, truncated, not as large as the header says, or in an encoding for which
             no decoder is installed.
     """
-    with damage_reported(), _open(path) as stream:
+    with damage_reported(), _BoundedStream(path) as stream:
         if header.transfer_syntax.is_encapsulated:
             if header.transfer_syntax != RLELossless:
                 _check_compressed(stream, header, frame)
@@ -217,21 +217,23 @@ def decode_frame(path: Path, header: DicomHeader, frame: int) -> np.ndarray:
 
 
 class _BoundedStream(io.BufferedReader):
-    """A file of which no piece longer than `MAX_READ` is read.
+    """A file of which no more than `MAX_READ` bytes are read.
 
-    pydicom asks for all the rest of a file in one case only, to inflate it without a bound (a deflated data set).
+    pydicom asks for all the rest of a file in one case only, to inflate it without a bound (a deflated data set). An
+    element of undefined length it reads to the end, even one that is passed over.
     """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path))
+        self._left = MAX_READ
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or size < 0:
             raise BadImageError("its data set is deflated, which is not read: save it in Explicit VR Little Endian")
-        if size > MAX_READ:
-            raise BadImageError(f"a piece of it is stated to have {size} bytes, more than {MAX_READ}: export it again")
+        self._left -= size
+        if self._left < 0:
+            raise BadImageError(f"its header or one of its frames has more than {MAX_READ} bytes: export it again")
         return super().read(size)
-
-
-def _open(path: Path) -> _BoundedStream:
-    return _BoundedStream(io.FileIO(path))
 
 
 def _check(size: FrameSize, photometric: str) -> None:
@@ -252,7 +254,7 @@ def _check(size: FrameSize, photometric: str) -> None:
 
 def _check_compressed(stream: _BoundedStream, header: DicomHeader, frame: int) -> None:
     """Before a decoder allocates what the compressed frame states, it must be what the header states."""
-    dcmread(stream, force=True, stop_before_pixels=True, specific_tags=[])
+    dcmread(stream, force=True, stop_before_pixels=True, specific_tags=["Rows"])
     # tag, representation, two bytes, length: always explicit and little-endian (PS3.5, A.4)
     if stream.read(4) != b"\xe0\x7f\x10\x00":
         raise BadImageError("it has no pixels: give the file of an image")

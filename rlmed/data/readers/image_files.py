@@ -66,7 +66,7 @@ class ImageFolder:
             BadRowError: when there is none, there are several of that name, or the path leaves the folder.
         """
         path = path_inside(text, self._root)
-        if path.is_file():
+        if os.path.isfile(path):  # not Path.is_file, which raises for a name that is too long
             return path
         named = self._index().get(path.name, []) if self._search else []
         return path_inside(_only(text, named), self._root)

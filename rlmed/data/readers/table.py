@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +119,7 @@ class Columns:
         Raises:
             ValueError: for a column that is missing or occurs twice.
         """
-        repeated = sorted({name for name in header if name and header.count(name) > 1})
+        repeated = sorted(name for name, count in Counter(header).items() if name and count > 1)
         if repeated:
             raise ValueError(f"{table} has more than one column {shorten(repeated[0])}: rename one")
         absent = [f"{field}={name}" for field, name in given.items() if name not in header]

@@ -7,11 +7,14 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from rlmed.data.readers.table import Record
 
 DELIMITERS = {",": ",", ";": ";", "tab": "\t", "|": "|"}
 """By what is written on the command line."""
+MAX_LINE = 2**24
+"""Characters of one line; a file with longer ones is taken for no table."""
 _UNDECODED = re.compile("[\udc80-\udcff]")
 """What surrogateescape makes of bytes that are no UTF-8."""
 
@@ -38,7 +41,7 @@ def read_table(path: Path, delimiter: str | None = None) -> tuple[list[str], Ite
         delimiter: a key of `DELIMITERS`; None takes the tab in a .tsv file, else what parts the header into most columns.
 
     Raises:
-        ValueError: for a file that cannot be opened or has no header.
+        ValueError: for a file that cannot be opened, has no header, or has a line of more than `MAX_LINE` characters.
     """
     if delimiter is not None and delimiter not in DELIMITERS:
         raise ValueError(f"--delimiter {delimiter} is not possible: choose one of {', '.join(DELIMITERS)}")
@@ -61,7 +64,7 @@ def _table_rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str] | s
     """(first line, cells or why there are none) of each row, the header first."""
     # bytes that are no UTF-8 become surrogates, so that they cost their row and not the table
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        rows = csv.reader(file, delimiter=delimiter, strict=True)
+        rows = csv.reader(_lines(path, file), delimiter=delimiter, strict=True)
         while True:
             line = rows.line_num + 1
             try:
@@ -75,6 +78,13 @@ def _table_rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str] | s
                 continue
             if any(cell.strip() for cell in cells):
                 yield line, cells
+
+
+def _lines(path: Path, file: TextIO) -> Iterator[str]:
+    while line := file.readline(MAX_LINE + 1):
+        if len(line) > MAX_LINE:
+            raise ValueError(f"table {path} has a line of more than {MAX_LINE} characters: give a CSV or TSV file")
+        yield line
 
 
 def _table_row(line: int, cells: list[str] | str, header: Sequence[str]) -> TableRow:

@@ -156,6 +156,23 @@ def test_a_bad_row_is_skipped_with_its_place(tmp_path, source, changes, reason):
     assert not (tmp_path / "strict").exists()
 
 
+def test_a_skip_is_plain_text_whatever_the_source_holds(tmp_path, source):
+    odd = "\x1b[31m\ud800\n"
+    rows = [
+        source_row(1),
+        Skipped(f"row 2 of {odd}.csv", odd, f"its kind is {odd}"),
+        source_row(3, where=odd, id=odd, answer="kidney"),
+        Skipped("row 4", "x" * 10**6, "y" * 10**6),
+    ]
+    write(rows, tmp_path / "out", source.rename(tmp_path / "so\udcffurce"))
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["source"] == "so?urce"
+    plain = r"\x1b[31m\ud800\n"
+    assert [row["where"] for row in manifest["skipped"]["rows"]] == [f"row 2 of {plain}.csv", plain, "row 4"]
+    assert [row["id"][:20] for row in manifest["skipped"]["rows"]] == [plain, plain, "x" * 20]
+    assert all(len(text) <= 1001 for row in manifest["skipped"]["rows"] for text in map(str, row.values()))
+
+
 def test_a_row_left_out_by_choice_is_no_error(tmp_path, source):
     rows = [source_row(1), Skipped("line 2", "q2", "it is in Chinese", chosen=True), source_row(3)]
     layout = write(rows, tmp_path / "out", source, on_bad_row="error")

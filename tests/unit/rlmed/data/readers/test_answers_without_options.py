@@ -70,7 +70,7 @@ def slake_folder(tmp_path) -> Path:
 
 
 def put(path: Path, *rows: object) -> Path:
-    path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8", errors="backslashreplace")
     return path.parent
 
 
@@ -237,6 +237,9 @@ def test_slake_images_in_the_archive(slake_folder):
         ({"image_name": "none.jpg"}, "does not exist"),
         ({"image_name": "broken.jpg"}, "is truncated or damaged"),
         ({"question": "a\0b"}, "NUL"),
+        ({"image_name": "half \ud800.jpg"}, "not a path"),
+        ({"image_name": "x" * 300}, "does not exist"),
+        ({"answer": "Liver", "question_type": "half \ud800"}, "nothing to choose"),
         ({"answer": "Liver"}, "nothing to choose"),
     ],
 )

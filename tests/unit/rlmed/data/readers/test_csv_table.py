@@ -115,6 +115,8 @@ def test_a_folder_of_tables(folder):
         ("/etc/hostname,Which?,liver,spleen,A", "leaves the folder"),
         ("link.png,Which?,liver,spleen,A", "leaves the folder"),
         (",Which?,liver,spleen,A", "it has no image"),
+        (f"{'long' * 100}.png,Which?,liver,spleen,A", "does not exist"),
+        (f"{'1.png/' * 1000},Which?,liver,spleen,A", "does not exist"),
         ("1.png,Which?,liver,spleen", "it has 4 cells, and the header has 5"),
         ("1.png,Which?,liver,spleen,A,B", "it has 6 cells, and the header has 5"),
     ],
@@ -188,6 +190,25 @@ def test_a_table_that_is_not_there(folder):
         rows(folder / "none.csv")
     with pytest.raises(ValueError, match="--delimiter"):
         rows(table(folder, HEADER), delimiter="x")
+
+
+def test_a_file_without_ends_of_lines_is_not_read_as_a_whole(folder):
+    path = folder / "endless.csv"
+    with path.open("w") as file:
+        file.write("image,question,A,B,answer\n")
+        file.truncate(500_000_000)  # zeros that take no room on the disk
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"endless\.csv has a line of more than 16777216 characters"):
+        rows(path)
+    assert tracemalloc.get_traced_memory()[1] < 150_000_000
+    tracemalloc.stop()
+
+
+def test_a_header_of_many_columns_is_read_once(folder):
+    header = "image,question,A,B,answer," + ",".join(f"c{n}" for n in range(100_000))
+    assert rows(table(folder, header)) == []
+    with pytest.raises(ValueError, match="more than one column 'c7'"):
+        rows(table(folder, f"{header},c7"))
 
 
 def test_a_hundred_thousand_rows_in_little_memory(folder, tmp_path):

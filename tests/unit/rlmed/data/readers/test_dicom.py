@@ -181,6 +181,21 @@ def test_real_files_with_a_question_each(tmp_path):
     ]
 
 
+def test_a_folder_called_dl_where_the_command_runs_is_not_taken_for_a_module(tmp_path):
+    (tmp_path / "dl").mkdir()
+    (tmp_path / "a.dcm").write_bytes(shipped("JPEG2000.dcm").read_bytes())
+    table(tmp_path, "a.dcm,,Which?,a,b,a,,,")
+    ended = subprocess.run(
+        [sys.executable, "-m", "rlmed.prepare", "dicom", "--source", ".", "--out", "out", "--on-bad-row", "error"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(Path(__file__).parents[5]), "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_nothing_usable_is_an_error_that_says_why(tmp_path):
     source = tmp_path / "source"
     source.mkdir()

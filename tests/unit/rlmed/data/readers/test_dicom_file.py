@@ -188,6 +188,21 @@ def test_an_element_that_claims_to_be_longer_than_allowed_is_an_error(tmp_path, 
         render(write_dicom(tmp_path / "a", GREY))
 
 
+def test_an_element_without_an_end_is_not_read_to_the_end_of_the_file(tmp_path, monkeypatch):
+    path = write_dicom(tmp_path / "a", GREY)
+    head = path.read_bytes()[: -GREY.nbytes]
+    place = head.index(b"\x08\x00\x16\x00UI")  # the first element after the file's meta information
+    with path.open("wb") as file:
+        file.write(head[:place] + b"\x05\x00\x10\x10OB\0\0\xff\xff\xff\xff")
+        file.truncate(100_000_000)  # zeros that take no room on the disk
+    monkeypatch.setattr(dicom_file, "MAX_READ", 1_000_000)
+    tracemalloc.start()
+    with pytest.raises(BadImageError, match="more than 1000000 bytes"):
+        read_header(path)
+    assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    tracemalloc.stop()
+
+
 def test_random_damage_never_raises_anything_else(tmp_path):
     rng = random.Random(0)
     originals = [

@@ -117,6 +117,8 @@ def test_odd_options_keep_their_letter(folder, tmp_path, options):
         ({"image": ["/etc/hostname"]}, "leaves the folder"),
         ({"image": ["images/1\0.png"]}, "not a path"),
         ({"image": [7]}, "'7' does not exist"),
+        ({"image": ["half \ud800.png"]}, "not a path"),
+        ({"image": ["x" * 300]}, "does not exist"),
         ({"question": {"a": 1}, "problem": None}, "its question is {'a': 1}, not a text"),
     ],
 )

@@ -124,6 +124,8 @@ def test_questions_about_one_image_are_held_out_together(folder):
         ({"gt_answer": "Tumor"}, "'Tumor' is not among its options"),
         ({"gt_answer": ...}, "it has no answer"),
         ({"question": "a\0b"}, "NUL"),
+        ({"image_path": "half \ud800.png"}, "not a path"),
+        ({"image_path": "x" * 300}, "does not exist"),
         ({"option_B": ..., "option_C": ..., "option_D": ..., "gt_answer": "Cataract"}, "it has 1 option"),
     ],
 )
