@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,8 @@ CROWDED = 0.05
 does, pictures are drawn from one template, or cut from one volume, and `SAME_IN_CROWD` holds."""
 BLOCK = 512
 """Training pictures correlated at a time."""
+_SIZE = 32 * 32
+"""Pixels of a thumbnail."""
 _PAIRS = 32
 """Pairs aligned at a time."""
 _THREADS = 4
@@ -125,7 +128,7 @@ def _halves(pictures: Sequence[Picture]) -> Floats:
 
 
 def _vectors(halves: Floats, window: Floats | None = None, turn: int = 0) -> Floats:
-    """float32 [N, 1024] of length 1 (0 for a flat picture): the window of each at 32x32 without low frequencies."""
+    """float32 [N, `_SIZE`] of length 1 (0 for a flat picture): the window of each at 32x32 without low frequencies."""
     part = halves if window is None else warp(halves, np.broadcast_to(window, (len(halves), 4)))[0]
     flat = turned(highpass(pool(part), 2), turn).reshape(len(halves), -1)
     flat = flat - flat.mean(1, keepdims=True)
@@ -150,14 +153,18 @@ class LookalikeSearch:
         read_picture.cache_clear()  # a file may have been replaced since an earlier search
         self._tests = read_pictures(tests)
         self._train: list[Path] = []
-        halves = _halves(self._tests)
-        self._vectors = _vectors(halves)
-        self._windows = [_vectors(halves, window) for window in WINDOWS]
-        self._turns = [_vectors(halves, turn=turn) for turn in range(1, TURNS)]
+        ways = [(None, 0), *((window, 0) for window in WINDOWS), *((None, turn) for turn in range(1, TURNS))]
+        vectors = np.empty((len(ways), len(tests), _SIZE), np.float32)
+        for start in range(0, len(tests), BLOCK):  # what is made on the way would take as much memory again
+            block = slice(start, start + BLOCK)
+            halves = _halves(self._tests[block])
+            for way, (window, turn) in enumerate(ways):
+                vectors[way, block] = _vectors(halves, window, turn)
+        self._whole, self._windows, self._turns = vectors[0], vectors[1 : len(WINDOWS) + 1], vectors[len(WINDOWS) + 1 :]
         shape = (len(tests), CANDIDATES)
         self._best = np.full(shape, SEARCH, np.float32)
         self._which = np.full(shape, -1)
-        self._way = np.zeros(shape, np.int64)
+        self._way = np.zeros(shape, np.int8)
 
     def add(self, paths: Sequence[Path]) -> None:
         """Correlate with further training pictures; their indices go on from those before."""
@@ -169,14 +176,14 @@ class LookalikeSearch:
     def _correlate(self, pictures: Sequence[Picture], offset: int) -> None:
         halves = _halves(pictures)
         whole = _vectors(halves)
-        ways = [self._vectors @ whole.T]
-        ways += [self._vectors @ _vectors(halves, window).T for window in WINDOWS]
-        ways += [vectors @ whole.T for vectors in (*self._windows, *self._turns)]
-        best, way = ways[0], np.zeros(ways[0].shape, np.int64)
-        for number, values in enumerate(ways[1:], start=1):
-            better = values > best
-            best = np.where(better, values, best)
-            way[better] = number
+        best = self._whole @ whole.T
+        way = np.zeros(best.shape, np.int8)
+        windows = ((self._whole, _vectors(halves, window)) for window in WINDOWS)
+        others = ((vectors, whole) for vectors in (*self._windows, *self._turns))
+        for number, (mine, theirs) in enumerate(chain(windows, others), start=1):
+            values = mine @ theirs.T
+            way[values > best] = number
+            np.maximum(best, values, out=best)
         which = np.broadcast_to(np.arange(offset, offset + len(pictures)), best.shape)
         pooled = np.concatenate([self._best, best], axis=1)
         order = np.argsort(-pooled, axis=1, kind="stable")[:, :CANDIDATES]
@@ -207,7 +214,7 @@ class LookalikeSearch:
             doubtful=tuple(pair for pair in pairs if pair.score < least),
         )
 
-    def _score(self, tests: Iterable[int], trains: Iterable[int], ways: npt.NDArray[np.int64]) -> Floats:
+    def _score(self, tests: Iterable[int], trains: Iterable[int], ways: npt.NDArray[np.int8]) -> Floats:
         mine = [self._tests[test] for test in tests]
         others = [read_picture(self._train[train]) for train in trains]
         detail = np.array([min(a.detail, b.detail) for a, b in zip(mine, others, strict=True)])
