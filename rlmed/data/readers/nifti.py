@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from rlmed.data.jsonl import BadRowError, shorten
+from rlmed.data.jsonl import BadRowError
 from rlmed.data.readers.base import Option, Reader, Skipped, SourceRow
 from rlmed.data.readers.picture_table import (
     QUESTIONS,
@@ -56,7 +56,7 @@ def read(
     def choose(path: Path, cells: Mapping[str, str]) -> PictureChoice:
         plane = cells.get("plane", "").lower()
         if plane not in AXES:
-            raise BadRowError(f"its plane {shorten(plane)} must be one of {', '.join(AXES)}")
+            raise BadRowError(f"its plane must be one of {', '.join(AXES)}")
         index, fraction = cell_number(cells, "slice"), _fraction(cells)
         if index is not None and fraction is not None:
             raise BadRowError("it has both a slice and a fraction: leave one blank")
@@ -90,7 +90,7 @@ def _fraction(cells: Mapping[str, str]) -> float | None:
     except ValueError:
         value = math.nan
     if not 0 <= value <= 1:
-        raise BadRowError(f"its fraction {shorten(text)} must be a number from 0 to 1")
+        raise BadRowError("its fraction must be a number from 0 to 1, or blank")
     return value
 
 

@@ -1,13 +1,15 @@
 """Questions in a table about files of which each holds many pictures: DICOM series and NIfTI volumes.
 
 Names of files, and what their headers say, may be those of patients. So nothing that is written or said quotes either:
-rows are named by their line in the table, pictures by a running number.
+rows are named by their line in the table, pictures by a running number. Nor are cells that choose a picture quoted, into
+which a name may have slipped.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -132,7 +134,7 @@ def cell_number(cells: Mapping[str, str], name: str) -> int | None:
     if not text:
         return None
     if not (text.isascii() and text.isdigit() and len(text) <= 9):
-        raise BadRowError(f"its {name} {text[:40]!r} must be a whole number")
+        raise BadRowError(f"its {name} must be a whole number, or blank")
     return int(text)
 
 
@@ -144,8 +146,10 @@ def cell_window(cells: Mapping[str, str], default: Sequence[float] | None) -> Wi
     """
     try:
         own = parse_window(cells.get("window", "")[:100])
-    except ValueError as error:
-        raise BadRowError(f"its {error}") from None
+    except ValueError:
+        raise BadRowError(
+            "its window must be two numbers, center and positive width, like '40 400', or blank"
+        ) from None
     return own if own is not None or default is None else Window(*default)
 
 
@@ -162,9 +166,12 @@ class _Keys:
 
 def _file(text: str, root: Path) -> Path:
     try:
-        return path_inside(text, root, "file")
+        path = path_inside(text, root, "file")
     except BadRowError:
         raise BadRowError("its file is no path inside of the source's folder: give its path from there on") from None
+    if not os.path.isfile(path):  # a named pipe would keep the reader waiting
+        raise BadRowError("its file is missing, or is a folder: give its path from the source's folder on")
+    return path
 
 
 def _of_the_file(load: Callable[[], Image.Image]) -> Callable[[], Image.Image]:

@@ -132,7 +132,9 @@ def clinic(tmp_path) -> Path:
         "link",
         "missing DOE",
     )
-    table(source, *(f"DOE^JANE/{name}.dcm,,Which?,lung,liver,lung,,," for name in names), "/DOE/1,,Which?,a,b,a,,,")
+    rows = [f"DOE^JANE/{name}.dcm,,Which?,lung,liver,lung,,," for name in names]
+    slipped = [f"DOE^JANE/DOE_JANE_1.dcm,{cells}" for cells in ("DOE^JANE,Which?,a,b,a,,,", ",Which?,a,b,a,,,DOE^JANE")]
+    table(source, *rows, "/DOE/1,,Which?,a,b,a,,,", *slipped)
     return source
 
 
@@ -152,7 +154,7 @@ def test_no_patient_is_in_any_byte_of_what_is_written_or_said(tmp_path, clinic, 
     written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     if option == "skip":
         manifest = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))
-        assert manifest["skipped"]["bad"] == 11, manifest["skipped"]
+        assert manifest["skipped"]["bad"] == 13, manifest["skipped"]
         # the second with a picture is the file whose window is no number
         names = {"questions.jsonl", "manifest.json", "000001.png", "000005.png"}
         assert {path.name for path in written} == names

@@ -78,14 +78,14 @@ def test_bad_rows_are_skips_that_say_why(tmp_path, source):
     table(source, "axial,3,,,", *bad)
     skipped = run(source, tmp_path / "out").skipped
     reasons = (
-        "plane 'oblique'",
+        "its plane must be one of",
         "no axial slice 99",
-        "slice 'x'",
-        "fraction '1.5'",
-        "fraction 'nan'",
+        "its slice must be a whole number",
+        "its fraction must be a number from 0 to 1",
+        "its fraction must be a number from 0 to 1",
         "both a slice",
         "no volume 7",
-        "window 'soft'",
+        "its window must be two numbers",
     )
     assert [row.where for row in skipped] == [f"line {line} of the table" for line in range(3, 11)]
     for row, reason in zip(skipped, reasons, strict=True):
