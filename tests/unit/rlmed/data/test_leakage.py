@@ -22,6 +22,7 @@ from rlmed.data.leakage_report import (
     doubt_lines,
     leakage_lines,
 )
+from rlmed.data.lookalikes import Lookalike, Lookalikes
 from tests.unit.rlmed.data.pictures import picture, save
 
 
@@ -131,6 +132,16 @@ def test_a_text_that_many_rows_repeat_is_listed_once(train: list[Example]) -> No
     (file,) = report.files
     assert (file.leaking_rows, file.repeated_rows, file.images_by_kind) == (4, 4, {"file": 1, "text": 3})
     assert report.leaks[1].repeated_ids == ("t0", "t3")
+
+
+def test_who_leaks_is_not_in_doubt_too(train: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another training picture than the one that it leaks from."""
+    doubtful = (Lookalike(0, 5, 0.8), Lookalike(1, 6, 0.8), Lookalike(1, 7, 0.75))
+    monkeypatch.setattr("rlmed.data.leakage.LookalikeSearch.result", lambda _: Lookalikes((), doubtful))
+    paths = [tmp_path / "test" / "a.png", save(tmp_path, "test/b.png", picture(80))]
+    paths[0].write_bytes((train[2].image or tmp_path).read_bytes())
+    (file,) = find_leakage(train, {"ct": [row(path.stem, path) for path in paths]}).files
+    assert (file.images_by_kind, file.doubtful) == ({"file": 1}, 1)
 
 
 def test_doubt_is_said_but_no_leak() -> None:

@@ -89,6 +89,13 @@ def test_generated_pictures_give_no_false_alarm_but_a_planted_copy_does(tmp_path
     assert all(pair.score < SAME_IN_CROWD for pair in found.doubtful)
 
 
+def test_a_file_that_was_replaced_is_read_again(train: list[Path], tmp_path: Path) -> None:
+    path = save(tmp_path, "x.png", picture(5))
+    assert [(pair.test, pair.train) for pair in search([path], train).same] == [(0, 5)]
+    save(tmp_path, "x.png", picture(9))
+    assert [(pair.test, pair.train) for pair in search([path], train).same] == [(0, 9)]
+
+
 def test_nothing_to_compare_with(train: list[Path]) -> None:
     assert not LookalikeSearch(train[:2]).result().same
 
