@@ -195,6 +195,8 @@ def join(
     """
     device = torch.device(device)
     if device.type == "cuda":
+        # torch wants a number here; Ray shows each rank its own GPUs, so it calls its first one just "cuda"
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
