@@ -26,7 +26,7 @@ from rlmed.preflight import check, inspect
 from rlmed.progress import Progress
 from rlmed.recorder import CONFIG_FILE, RunRecorder, check_same_data, write_data, write_versions
 from rlmed.report import write_report
-from rlmed.setup import Dataset, load_data, make_renderer
+from rlmed.setup import Dataset, load_run_data, make_renderer
 from rlmed.stream import PromptStream
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,11 @@ class Run:
             parting_ids=lambda texts: self.renderer.parting_ids(texts),
         )
         self.renderer = make_renderer(config)
-        self.data: Dataset = load_data(config.data, self.renderer, training=True)
+        self.data: Dataset = load_run_data(config, self.renderer, training=True)
+        if config.algo.normalize_by == "modality" and len({row.modality for row in self.data.train_examples}) == 1:
+            log.warning(
+                "algo.normalize_by=modality has nothing to even out: all training rows are of one modality, or of none"
+            )
         self.tracer = Tracer(folder / "timeline.jsonl")
         self.recorder = RunRecorder(folder)
         self.state = LoopState()

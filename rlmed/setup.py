@@ -130,6 +130,20 @@ def make_renderer(config: RunConfig) -> PromptRenderer:
     return renderer
 
 
+def load_run_data(config: RunConfig, renderer: PromptRenderer, *, training: bool) -> Dataset:
+    """`load_data`, with a warning of prompts by modality when no row is of any of these modalities."""
+    data = load_data(config.data, renderer, training=training)
+    shown = {example.modality for file in data.files for example in file.examples}
+    templates = config.prompt.by_modality
+    if templates and not shown & templates.keys():
+        log.warning(
+            "prompt.by_modality has templates for %s, and no row is of these: they have %s",
+            ", ".join(sorted(templates)),
+            ", ".join(repr(name) if name else "none" for name in sorted(shown)),
+        )
+    return data
+
+
 def load_data(config: DataConfig, renderer: PromptRenderer, *, training: bool) -> Dataset:
     """Read and check every row that the run will use.
 

@@ -30,7 +30,7 @@ from rlmed.evaluation_results import EvalSummary, compare, summary_table
 from rlmed.progress import Progress
 from rlmed.recorder import CONFIG_FILE, RunRecorder, check_same_data, write_data, write_versions
 from rlmed.report import write_report
-from rlmed.setup import load_data, make_renderer, model_folder
+from rlmed.setup import load_run_data, make_renderer, model_folder
 from rlmed.stream import SEED_STRIDE
 
 
@@ -78,7 +78,7 @@ def main(config: RunConfig, folder: Path) -> None:
     refuse_trust(config)
     checkpoint = starting_point(folder, resume=config.resume is not None)
     renderer = make_renderer(config)
-    data = load_data(config.data, renderer, training=True)
+    data = load_run_data(config, renderer, training=True)
     policy = build_policy(config, checkpoint or model_folder(config.model.path))
     batches = Batches(data.train_examples, renderer, config)
     learner = SupervisedLearner(policy, config.learner, total_steps=batches.steps)

@@ -189,6 +189,30 @@ def test_a_mix_of_modalities_holds_in_every_command(
         assert sorted(asked) == ["CT", "CT", "CT", "MRI"]
 
 
+def test_settings_by_modality_that_do_nothing_are_warned_of(
+    make_config: Config, write_rows: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [
+        {"question": "Which?", "options": ["a", "b"], "answer": "a", "modality": ("mri", "CT")[i % 2]} for i in range(4)
+    ]
+    one, two = write_rows("one", rows[::2]), write_rows("two", rows)
+
+    def warnings(train: Path, *overrides: str) -> list[str]:
+        caplog.clear()
+        folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        Run(make_config(f"data.train={train}", "data.eval=[]", *overrides), folder).cluster.close()
+        return [message for message in caplog.messages if "modality" in message]
+
+    assert warnings(two, "prompt=by_modality", "algo.normalize_by=modality") == []
+    assert warnings(one) == []
+    assert warnings(one, "prompt=by_modality", f"data.eval=[{two}]", "data.leakage=off") == []
+    assert warnings(one, "prompt=by_modality") == [
+        "prompt.by_modality has templates for CT, MRI, X-ray, and no row is of these: they have 'mri'"
+    ]
+    (message,) = warnings(one, "algo.normalize_by=modality")
+    assert message.startswith("algo.normalize_by=modality has nothing to even out")
+
+
 @pytest.mark.parametrize("target", ["auto", "answer"])
 def test_sft_shuffles_options_where_no_written_text_names_a_letter(make_config: Config, target: str) -> None:
     from rlmed.core.types import Example
