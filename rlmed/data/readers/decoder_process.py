@@ -78,7 +78,7 @@ class DecoderProcess:
 
 def _start() -> subprocess.Popen[bytes]:
     process = subprocess.Popen(
-        # -P: nothing in the working folder can stand in for a module
+        # -P: modules are looked for where this process looks for them, and nowhere else
         [sys.executable, "-P", "-m", __name__],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -107,7 +107,10 @@ def parquet_files(source: Path, pattern: str, revision: str | None) -> tuple[Pat
     if source.is_file():
         return source.parent, [source]
     root = source if source.is_dir() else fetch(source, pattern, revision)
-    paths = sorted(path for path in root.glob(pattern) if path.is_file())
+    try:
+        paths = sorted(path for path in root.glob(pattern) if path.is_file())
+    except (ValueError, NotImplementedError) as error:  # an empty pattern, or an absolute one
+        raise ValueError(f"--files {pattern!r}: give a pattern of paths from the source on, like {FILES}") from error
     if not paths:
         raise ValueError(
             f"{source} holds no parquet files ({pattern}). Of a data set on the hub try --revision refs/convert/parquet; of "

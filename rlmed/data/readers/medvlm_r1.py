@@ -39,7 +39,7 @@ def read(
     images: Path | None = None,
     without_images: bool = False,
 ) -> Iterator[SourceRow | Skipped]:
-    """Test rows in the order of the file, then the first `train_rows` MRI rows of `train` that are no test rows.
+    """Test rows in the order of the file, then the first `train_rows` MRI rows of `train` that are no test rows and no copies.
 
     Raises:
         ValueError: for files that are missing or are not what they should be.
@@ -48,29 +48,31 @@ def read(
         raise ValueError(f"--train-rows {train_rows} must be positive")
     test = test_file(source)
     root = None if without_images else images_of(images, test.parent)
-    seen: set[_Key] = set()
+    tested: set[_Key] = set()
     for number, row in read_json_rows(test):
         where, row_id = f"row {number} of {test.name}", f"test-{number:03d}"
         entry = _question(row, where, row_id, root, TEST_SPLITS)
         if isinstance(row, Mapping):
-            seen.add(_key(row))
+            tested.add(_key(row))
         yield entry
     if train is None:
         return
-    taken = 0
+    taken: set[_Key] = set()
     for path in data_files(train):
         for number, row in _rows(path):
             where, row_id = f"row {number} of {path.name}", f"train-{number:05d}"
             if not isinstance(row, Mapping) or modality_name(str(row.get("subset"))) != TRAIN_MODALITY:
                 continue  # tens of thousands of rows of other data sets are no part of this one
-            if _key(row) in seen:
-                yield Skipped(where, row_id, "it is a test row too: left out of the training rows", chosen=True)
+            key = _key(row)
+            if key in tested or key in taken:
+                reason = "it is a test row too" if key in tested else "a training row before it asks the same"
+                yield Skipped(where, row_id, f"{reason}: left out of the training rows", chosen=True)
                 continue
             entry = _question(row, where, row_id, root, {TRAIN_MODALITY: TRAIN_SPLIT})
-            seen.add(_key(row))
             yield entry
-            taken += isinstance(entry, SourceRow)
-            if taken == train_rows:
+            if isinstance(entry, SourceRow):
+                taken.add(key)
+            if len(taken) == train_rows:
                 return
 
 

@@ -38,7 +38,7 @@ class ParquetTable:
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
                 schema, metadata = file.schema_arrow, file.metadata
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise ValueError(f"parquet file {path} cannot be read ({_first_line(error)}): copy it again") from error
         self.columns: list[str] = list(schema.names)
         self._labels = _class_labels(schema.metadata or {})
@@ -67,7 +67,8 @@ class ParquetTable:
                     for row in batch.to_pylist():
                         yield number, self._named(row)
                         number += 1
-        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        # Python's dates end with the year 9999
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
             raise ValueError(
                 f"parquet file {self._path} is damaged after row {number} ({_first_line(error)}): copy it again"
             ) from error

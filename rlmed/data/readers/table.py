@@ -197,6 +197,8 @@ class Columns:
                 raise BadRowError(
                     f'its options {shorten(value)} are not a JSON list: write ["liver", "spleen"], or one column an option'
                 ) from error
+        if isinstance(value, list) and value and all(isinstance(entry, tuple) for entry in value):
+            value = {str(key): text for key, text in value}  # a map, as pyarrow gives it
         if isinstance(value, Mapping):
             value = [value[key] for key in sorted(value) if value[key] is not None]
         if value is None or not isinstance(value, Sequence) or isinstance(value, (str, bytes)):

@@ -6,8 +6,10 @@ import io
 import json
 import sys
 import tracemalloc
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -86,6 +88,15 @@ def test_splits_are_called_as_the_hub_calls_them(path, split):
 def test_ways_of_holding_options(tmp_path, options):
     path = put(tmp_path / "a.parquet", [record(0, options=options)])
     assert next(read(path)).options == ("liver", "spleen")
+
+
+def test_options_in_a_map(tmp_path):
+    letters = pyarrow.array([[("B", "spleen"), ("A", "liver")]], type=pyarrow.map_(pyarrow.string(), pyarrow.string()))
+    pyarrow.parquet.write_table(
+        pyarrow.table({"question": ["Which?"], "options": letters, "answer": ["A"]}), tmp_path / "a.parquet"
+    )
+    (row,) = read(tmp_path, without_images=True)
+    assert row.options == ("liver", "spleen")
 
 
 def test_options_in_columns_and_answers_as_places(tmp_path):
@@ -233,10 +244,44 @@ def test_sources_that_cannot_be_read(tmp_path, monkeypatch):
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"a\.parquet cannot be read"):
         list(read(path))
+    for pattern in ("/etc/*", ""):
+        with pytest.raises(ValueError, match=r"--files .*give a pattern of paths from the source on"):
+            list(read(tmp_path, files=pattern))
     with pytest.raises(ValueError, match=r"neither a folder or file here nor the name of a data set"):
         next(read(tmp_path / "none"))
     with pytest.raises(ValueError, match="neither a folder or file here"):
         next(read(Path("../up")))
+
+
+def test_values_that_python_has_not(tmp_path):
+    columns = {"question": ["Which?"], "options": [["liver", "spleen"]], "answer": ["A"]}
+    late = pyarrow.array([2**55], type=pyarrow.timestamp("ms"))  # beyond the year 9999
+    no_text = pyarrow.Array.from_buffers(
+        pyarrow.string(), 1, [None, pyarrow.py_buffer(bytes(4) + b"\1\0\0\0"), pyarrow.py_buffer(b"\xff")]
+    )
+    for name, column in (("id", late), ("question", no_text)):
+        pyarrow.parquet.write_table(pyarrow.table({**columns, name: column}), tmp_path / "a.parquet")
+        with pytest.raises(ValueError, match=r"a\.parquet is damaged after row 0"):
+            list(read(tmp_path, without_images=True))
+
+
+def test_random_damage_costs_rows_or_says_so(tmp_path):
+    whole = put(tmp_path / "a.parquet", [record(0), record(1)]).read_bytes()
+    rng, ended = np.random.default_rng(0), Counter()
+    for _ in range(200):
+        content = bytearray(whole)
+        for place in rng.integers(len(whole), size=rng.integers(1, 6)):
+            content[place] = rng.integers(256)
+        (tmp_path / "a.parquet").write_bytes(content)
+        try:
+            said = "; ".join(row.reason for row in read(tmp_path) if isinstance(row, Skipped))
+        except ValueError as error:
+            said = str(error)
+            ended["an error" if "a.parquet" in said else said] += 1
+        else:
+            ended["skips" if said else "whole"] += 1
+    assert set(ended) <= {"an error", "skips", "whole"}
+    assert ended["an error"] > 100
 
 
 def test_a_data_set_by_its_name_where_there_is_no_network(monkeypatch):

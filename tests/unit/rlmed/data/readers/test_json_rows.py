@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import pytest
 
@@ -65,6 +66,14 @@ def test_an_object_without_an_end_is_given_up(tmp_path, monkeypatch):
     (tmp_path / "rows.json").write_text('["' + "x" * 2**16)
     with pytest.raises(ValueError, match="element 0: not valid JSON"):
         next(read_json_rows(tmp_path / "rows.json"))
+
+
+def test_a_long_file_is_read_a_piece_at_a_time(tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps([{"question": f"{n}" + "x" * 300} for n in range(100_000)]))
+    tracemalloc.start()
+    assert sum(1 for _ in read_json_rows(tmp_path / "rows.json")) == 100_000
+    assert tracemalloc.get_traced_memory()[1] < 8 * json_rows.CHUNK  # of 32
+    tracemalloc.stop()
 
 
 def test_a_file_that_is_not_there(tmp_path):

@@ -147,7 +147,9 @@ def test_training_rows_are_the_first_mri_rows_that_are_no_test_rows(folder, tmp_
     ]
     left = [row for row in rows if isinstance(row, Skipped)]
     assert [row.where for row in left] == [f"row {n} of train.{ending}" for n in (0, 3, 4, 5)]
-    assert all(row.chosen and "test row" in row.reason for row in left[:2])
+    assert all(row.chosen and "it is a test row too" in row.reason for row in left[:2])
+    assert (left[2].chosen, left[3].chosen) == (True, False)
+    assert "a training row before it asks the same" in left[2].reason
     assert rows[-1].options == ("Hemorrhage", "Acute infarct", "Abscess")
 
 

@@ -2,6 +2,8 @@
 
 import os
 import sys
+import tracemalloc
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -99,6 +101,16 @@ def test_a_broken_line_costs_its_row(folder):
     bad, good = rows(write(folder, "too,few", "DOE^JANE/1.dcm,1,Which?,a,b,a,,"))
     assert "cells" in bad.reason
     assert good.id == "line-3"
+
+
+def test_many_rows_in_little_memory(folder):
+    write(folder, *(f"DOE^JANE/1.dcm,{n % 7},Is finding {n} to be seen?,a,b,a,," for n in range(6000)))
+    found = read_picture_table(folder, choose, ("page",), questions=None, column=(), answer_index=None, split=None)
+    assert len({row.image.key for row in islice(found, 1000)}) == 7
+    tracemalloc.start()
+    assert sum(1 for _ in found) == 5000
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
 
 
 def test_a_table_elsewhere_with_other_columns_and_split(folder, tmp_path):
