@@ -50,9 +50,8 @@ def read(
                 yield f"row {number} of {path.name}", f"{split}-{number}", place
 
     def parse(element: Mapping[str, Any], default_id: str) -> Answered | str:
-        tongue = as_text(element.get("q_lang"), "q_lang")
-        if language not in ("all", tongue):
-            return f"its language is {tongue or 'not stated'}, which is not asked for"
+        if language != "all" and (tongue := field(element, "q_lang")) != language:
+            return f"its language is {tongue}, which is not asked for"
         return _parse(element, default_id)
 
     yield from read_answered(

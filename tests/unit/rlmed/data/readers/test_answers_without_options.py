@@ -209,6 +209,10 @@ def test_slake_languages(slake_folder):
     assert all(row.chosen and "its language is zh" in row.reason for row in english[1:])
     assert [row.id for row in usable(slake.read(slake_folder, language="zh"))] == ["2", "3"]
     assert len(usable(slake.read(slake_folder, language="all"))) == 3
+    put(slake_folder / "train.json", slake_row(1, answer="Yes", q_lang=...))
+    (bad,) = slake.read(slake_folder)
+    assert (bad.chosen, bad.reason) == (False, "it has no q_lang")
+    assert len(usable(slake.read(slake_folder, language="all"))) == 1
 
 
 def test_slake_images_in_the_archive(slake_folder):
