@@ -13,12 +13,14 @@ from rich.text import Text
 
 from rewards.parsing import evaluated_letter
 from rlmed.core.types import LETTERS, Example, RolloutRequest, SamplingParams
-from rlmed.data.prompts import PromptRenderer, load_processor, read_templates
+from rlmed.data.prompts import PromptRenderer, load_processor, read_prompt_settings
 from rlmed.models.logs import silence_progress_bars
 from rlmed.models.policy import load_config, load_policy
 from rlmed.setup import model_folder
 from rollout.native.engine import NativeEngine
 
+MAX_PROMPT_TOKENS = 4096
+"""Where the model's folder does not say how long a prompt was in training."""
 _REASONING = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 
 
@@ -49,8 +51,9 @@ def ask(arguments: argparse.Namespace) -> str:
         )
     folder = model_folder(arguments.model)
     load_config(folder)  # says what to do when there is no such model
-    templates = read_templates(folder) or {}  # where the folder does not say how it was asked, the paper's
-    renderer = PromptRenderer(*load_processor(folder), max_prompt_tokens=4096, **templates)
+    # where the folder does not say how it was asked, the paper's template
+    settings = {"max_prompt_tokens": MAX_PROMPT_TOKENS, **(read_prompt_settings(folder) or {})}
+    renderer = PromptRenderer(*load_processor(folder), **settings)
     example = Example("question", arguments.image, arguments.question, options, answer=0, modality=arguments.modality)
     prompt = renderer.render(example)
     sampling = SamplingParams(arguments.temperature, max_tokens=arguments.max_tokens, seed=arguments.seed)

@@ -16,7 +16,7 @@ from rlmed.data.jsonl import ReadResult, SkippedRow, format_skips, read_examples
 from rlmed.data.leakage import find_leakage
 from rlmed.data.leakage_report import LeakageReport, check_no_leakage, doubt_lines, leakage_lines
 from rlmed.data.phantom import write_dataset
-from rlmed.data.prompts import PROMPT_FILE, PromptRenderer, load_processor, read_templates
+from rlmed.data.prompts import PROMPT_FILE, PromptRenderer, load_processor, read_prompt_settings
 from rlmed.evaluation import EvalFile
 from rlmed.models.policy import load_config
 
@@ -120,8 +120,11 @@ def make_renderer(config: RunConfig) -> PromptRenderer:
         template=config.prompt.template,
         by_modality=config.prompt.by_modality,
     )
-    trained = read_templates(folder)
-    if trained is not None and trained != {"template": renderer.template, "by_modality": renderer.by_modality}:
+    trained = read_prompt_settings(folder)
+    if trained is not None and (trained["template"], trained["by_modality"]) != (
+        renderer.template,
+        renderer.by_modality,
+    ):
         log.warning(
             "model %s was trained with another prompt than this run's: give its prompt=NAME to ask as then (%s has the text)",
             config.model.path,

@@ -69,8 +69,10 @@ def load_processor(folder: Path | str) -> tuple[PreTrainedTokenizerBase, BaseIma
     return tokenizer, image_processor
 
 
-def read_templates(folder: Path | str) -> dict[str, Any] | None:
-    """The templates that the model in a folder was trained with, as `PromptRenderer`'s keywords; None where it does not say.
+def read_prompt_settings(folder: Path | str) -> dict[str, Any] | None:
+    """How the model in a folder was asked in training, as `PromptRenderer`'s keywords; None where it does not say.
+
+    They are `template`, `by_modality` and, in folders that hold it, `max_prompt_tokens`, to which large pictures shrink.
 
     Raises:
         ValueError: when the file that says so is broken.
@@ -81,14 +83,16 @@ def read_templates(folder: Path | str) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         template, by_modality = content["template"], dict(content["by_modality"])
+        limit = {key: int(content[key]) for key in ("max_prompt_tokens",) if key in content}
         for text in (template, *by_modality.values()):
             if not isinstance(text, str):
                 raise TypeError(f"{text!r} is no text")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} does not hold a template and by_modality ({error}): remove it to ask as MedVLM-R1 does"
+            f"{path} does not hold a template and by_modality, or a wrong max_prompt_tokens ({error}): remove it to ask as "
+            "MedVLM-R1 does"
         ) from error
-    return {"template": template, "by_modality": by_modality}
+    return {"template": template, "by_modality": by_modality, **limit}
 
 
 class PromptRenderer:
@@ -228,10 +232,14 @@ class PromptRenderer:
         """Write tokenizer and image processor beside a model, so that the folder loads everywhere.
 
         The pixel limits of this renderer are written too: whoever loads the folder shows the model pictures of the same size.
-        So are its templates (`read_templates`).
+        So are its templates and longest prompt (`read_prompt_settings`).
         """
-        templates = {"template": self.template, "by_modality": self.by_modality}
-        (folder / PROMPT_FILE).write_text(json.dumps(templates, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        settings = {
+            "template": self.template,
+            "by_modality": self.by_modality,
+            "max_prompt_tokens": self.max_prompt_tokens,
+        }
+        (folder / PROMPT_FILE).write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         self.tokenizer.save_pretrained(folder)
         if self._image_processor is not None:
             processor = copy.deepcopy(self._image_processor)

@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -50,18 +51,22 @@ def test_ask_refuses_in_one_line(
 def test_ask_asks_as_the_model_was_asked_in_training(
     tmp_path: Path, tiny_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Image.new("RGB", (56, 56)).save(tmp_path / "good.png")
+    Image.new("RGB", (336, 336)).save(tmp_path / "good.png")
     folder = tmp_path / "model"
     shutil.copytree(tiny_folder("qwen2_vl"), folder)
     renderer = PromptRenderer(
-        *load_processor(folder), max_prompt_tokens=512, template="Say: {question}", by_modality={"CT": "CT: {question}"}
+        *load_processor(folder),
+        max_prompt_tokens=100,
+        max_pixels=336 * 336,  # 144 visual tokens
+        template="Say: {question}",
+        by_modality={"CT": "CT: {question}"},
     )
-    texts = []
+    prompts: list[Prompt] = []
     render = PromptRenderer.render
 
     def watched(self: PromptRenderer, example: Example) -> Prompt:
-        texts.append(render(self, example).text)
-        return render(self, example)
+        prompts.append(render(self, example))
+        return prompts[-1]
 
     monkeypatch.setattr(PromptRenderer, "render", watched)
     arguments = [
@@ -79,10 +84,14 @@ def test_ask_asks_as_the_model_was_asked_in_training(
     renderer.save(folder)
     ask.main(arguments)
     ask.main([*arguments, "--modality", "CT"])
+    texts = [prompt.text for prompt in prompts]
     assert "Say: What?" in texts[1]
     assert "CT: What?" in texts[2]
     assert "Your task: 1. Think through" in texts[0]
     assert "Your task" not in texts[1] + texts[2]
+    # a picture shrinks as it did then
+    assert 64 < len(prompts[1].token_ids) <= 100
+    np.testing.assert_array_equal(prompts[1].token_ids, render(renderer, prompts[1].example).token_ids)
 
 
 def test_doctor_finds_what_is_installed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Prompts: image token counts equal the model's own, limits, control tokens in user text, text-only models."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from rlmed.data.prompts import (
     PromptTooLongError,
     load_processor,
     question_text,
-    read_templates,
+    read_prompt_settings,
 )
 from rlmed.models.tiny import build_tiny_text, build_tiny_vl
 
@@ -197,15 +198,19 @@ def test_a_modality_may_have_a_template_of_its_own(model_folder, tmp_path):
 
 
 def test_templates_are_saved_beside_the_model(model_folder, tmp_path):
-    assert read_templates(model_folder) is None
+    assert read_prompt_settings(model_folder) is None
     given = {"template": "Größe?\n{question}", "by_modality": {"CT": "for CT\n{question}"}}
     make_renderer(model_folder, **given).save(tmp_path)
-    assert read_templates(tmp_path) == given
-    missing, wrong = ('{"template": "{question}"}', '{"template": "x", "by_modality": 3}')
-    for broken in ("{", "[]", missing, wrong, wrong.replace("3", '{"CT": 3}'), wrong.replace('"x"', "null")):
+    assert read_prompt_settings(tmp_path) == {**given, "max_prompt_tokens": 2048}
+    (tmp_path / PROMPT_FILE).write_text(json.dumps(given))
+    assert read_prompt_settings(tmp_path) == given
+    right = given | {"max_prompt_tokens": 512}
+    wrong: list[object] = [{**right, key: None} for key in right]
+    wrong += [[], {**right, "by_modality": {"CT": 3}}, {"template": "{question}"}]
+    for broken in ("{", *map(json.dumps, wrong)):
         (tmp_path / PROMPT_FILE).write_text(broken)
         with pytest.raises(ValueError, match=r"rlmed_prompt\.json .*remove it"):
-            read_templates(tmp_path)
+            read_prompt_settings(tmp_path)
 
 
 def test_whether_reasoning_is_asked_for(model_folder, tmp_path):
