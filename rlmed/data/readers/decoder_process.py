@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -136,6 +137,8 @@ def _decode(path: str, transfer_syntax: str, frame: int) -> np.ndarray | str:
 
 
 if __name__ == "__main__":
+    # what a crash leaves in the working folder would hold a patient's header
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with os.fdopen(os.dup(1), "wb") as pipe:
         os.dup2(2, 1)  # the libraries print what they dislike
         _serve(sys.stdin.buffer, pipe)

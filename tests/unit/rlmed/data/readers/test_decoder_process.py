@@ -1,6 +1,7 @@
 """The process that decodes: what it answers, and that its end costs one frame."""
 
 import os
+import resource
 import signal
 from pathlib import Path
 
@@ -51,6 +52,17 @@ def test_a_crash_costs_one_frame(decoder):
     with pytest.raises(BadImageError, match="crash the decoder"):
         decoder.decode(shipped("MR_small_RLE.dcm"), RLELossless, 0)
     np.testing.assert_array_equal(decoder.decode(shipped("MR_small_RLE.dcm"), RLELossless, 0), WANTED)
+
+
+def test_a_crash_leaves_no_core_file(decoder):
+    before = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (before[1], before[1]))  # as where somebody looks for crashes
+    try:
+        decoder.stop()
+        decoder.decode(shipped("MR_small_RLE.dcm"), RLELossless, 0)
+        assert resource.prlimit(decoder._process.pid, resource.RLIMIT_CORE) == (0, 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_CORE, before)
 
 
 def test_a_frame_that_takes_too_long_is_given_up():
