@@ -21,8 +21,8 @@ _SCOPE = 80
 """Characters on either side of a mention in which a negation is looked for."""
 _CLAUSE_END = re.compile(r"[.,;:!?\n]|\b(?:but|so|therefore|because|since)\b", re.IGNORECASE)
 _NEGATED_BEFORE = re.compile(
-    r"\b(?:not?|cannot|never|neither|nor|without|excludes?|excluding|except|unlike|rather than|instead of"
-    r"|rul(?:es?|ed|ing) out)\b|n['’]t\b",
+    r"\b(?:not?|cannot|never|neither|nor|without|excludes?|excluding|except|unlike|instead of|rul(?:es?|ed|ing) out"
+    r"|(?:rather|other|more(?: \w+)?) than)\b|n['’]t\b",
     re.IGNORECASE,
 )
 _NEGATED_AFTER = re.compile(
@@ -31,6 +31,10 @@ _NEGATED_AFTER = re.compile(
     r"(?: \w+)? (?:not|never|wrong|incorrect|excluded|unlikely|impossible|absent|ruled out)\b)",
     re.IGNORECASE,
 )
+_NEGATION = re.compile(r"not?|none|never", re.IGNORECASE)
+"""Options that are a word of their own only where none follows: "no" is an answer in "no." and none in "no lesion"."""
+_MARKUP = re.compile(r"\*\*|`")
+"""Markdown's marks of bold words and of code."""
 _SAME = re.compile(r"[\s:.,()*\"'=–-]{0,8}")
 """What may stand between a letter and the text of its option."""
 _LISTED = re.compile(r"\s?,?\s?(?:(or|nor|and)\s)?(?:(?:the|an?)\s)?", re.IGNORECASE)
@@ -73,7 +77,8 @@ def argued_option(reasoning: str, options: Sequence[str]) -> int | None:
     """The option that a reasoning argues for: the last one that it mentions affirmatively.
 
     A mention is an option's text as whole words in any case (of overlapping texts the longest), or its letter marked as
-    one: `B)`, `(B)`, `option B`, `the answer is B`. One-letter texts count by their letter only. These don't count:
+    one: `B)`, `(B)`, `option B`, `the answer is B`. One-letter texts count by their letter only, "no" only where no word
+    follows it. These don't count:
 
     - a negated mention: a negation before it in the same clause ("not the liver", "rather than the liver", "rules out
       the liver"), or a verb and a negation after it ("the liver is unlikely", "B) liver can't be seen");
@@ -94,7 +99,7 @@ def argued_option(reasoning: str, options: Sequence[str]) -> int | None:
         >>> argued_option("Not the liver, since it lies left: option B.", ("liver", "spleen"))
         1
     """
-    text = "\n".join(" ".join(line.split()) for line in reasoning.splitlines())
+    text = "\n".join(" ".join(line.split()) for line in _MARKUP.sub("", reasoning).splitlines())
     mentions = _merged(text, sorted(_find(text, options), key=lambda mention: mention.start))
     argued = None
     for chain in _lists(text, mentions):
@@ -113,7 +118,7 @@ def _find(text: str, options: Sequence[str]) -> Iterator[_Mention]:
     longest_first = sorted((name for name in places if not re.fullmatch(r"[A-Za-z]?", name)), key=len, reverse=True)
     if longest_first:
         # the group's number is the option's place: in any case, some letters match others than their own lower case
-        names = "|".join(f"({re.escape(name)})".replace(r"\ ", "[ \n]") for name in longest_first)
+        names = "|".join(f"({_pattern(name)})" for name in longest_first)
         for found in re.finditer(rf"(?<!\w)(?:{names})(?!\w)", text, re.IGNORECASE):
             assert found.lastindex is not None
             yield _Mention(places[longest_first[found.lastindex - 1]], found.start(), found.end())
@@ -121,6 +126,12 @@ def _find(text: str, options: Sequence[str]) -> Iterator[_Mention]:
         place = LETTERS.index(found[found.lastindex or 0].upper())
         if place < len(options):
             yield _Mention(place, found.start(), found.end())
+
+
+def _pattern(name: str) -> str:
+    """What an option's text is found by."""
+    alone = r"(?![ \n]\w)" if _NEGATION.fullmatch(name) else ""
+    return re.escape(name).replace(r"\ ", "[ \n]") + alone
 
 
 def _merged(text: str, mentions: Sequence[_Mention]) -> list[_Mention]:

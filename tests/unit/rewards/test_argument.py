@@ -33,6 +33,7 @@ LIVER, LEFT_KIDNEY, KIDNEY, SPLEEN = range(4)
         ("choice C", KIDNEY),
         ("the answer is A", LIVER),
         ("Answer: D", SPLEEN),
+        ("**Answer:** D", SPLEEN),
         ("the answer is a mass", None),
         ("I see A mass", None),
         ("option E, (J)", None),  # there are four
@@ -46,6 +47,11 @@ LIVER, LEFT_KIDNEY, KIDNEY, SPLEEN = range(4)
         ("It isn't the spleen. Kidney.", KIDNEY),
         ("not option B (left kidney)", None),
         ("There is no doubt: liver", LIVER),
+        ("Spleen is more likely than liver", SPLEEN),
+        (
+            "The spleen fits better than the liver. Other than the kidney, it is dark",
+            LIVER,
+        ),  # "better" is beyond the rule
         # negations after
         ("the liver is unlikely", None),
         ("kidney. The liver is clearly not shown", KIDNEY),
@@ -94,6 +100,13 @@ def test_the_last_affirmed_mention_is_what_is_argued_for(reasoning, argued):
         ("肺 is seen", ("肝", "肺"), 1),
         ("İ", ("x y", "İ"), 1),
         ("C++ .*", ("C++", ".*"), 1),
+        ("Not `y`: **C++**", ("C++", "y"), 0),
+        ("Yes; no pneumothorax", ("Yes", "No"), 0),
+        ("The answer is yes, no doubt", ("Yes", "No"), 0),
+        ("No lesion is seen, so the answer is no.", ("Yes", "No"), 1),
+        ("No", ("Yes", "No"), 1),
+        ("No, the lung is clear", ("Yes", "No"), 1),
+        ("Not in the liver. None", ("liver", "none"), 1),
     ],
 )
 def test_option_texts_of_every_kind(reasoning, options, argued):
