@@ -19,7 +19,7 @@ from rlmed.core.config_checks import require
 from rlmed.core.protocols import Learner, RolloutPool
 from rlmed.data.prompts import PromptRenderer
 from rlmed.debug import NoLearner, RecordedPool
-from rlmed.engines import build_engine, build_local_pool, build_policy, build_sender
+from rlmed.engines import build_engine, build_local_pool, build_policy, build_sender, shares_gpus
 from rlmed.memory import estimate
 from rlmed.models.policy import Policy
 from rlmed.setup import EMBEDDED, model_folder
@@ -122,15 +122,25 @@ def _build_ray(config: RunConfig, checkpoint: Path | None, on_bad_step: Report) 
     with ExitStack() as resources:  # given back when anything fails, else handed on
         resources.callback(start_ray(config))
         rank_options, worker_options = place_actors(config, resources)
+
+        def start_learner() -> Learner:
+            if not config.debug.learn:
+                return NoLearner()
+            learner = _start_learner(config, checkpoint, on_bad_step, rank_options)
+            resources.callback(learner.close)
+            return learner
+
+        # where both use one GPU, one after the other: a vLLM engine that starts takes what others allocate for its own
+        shared = shares_gpus(config)
+        learner = start_learner() if shared else None
         workers = _start_workers(config, worker_options)
         resources.callback(workers.close)
+        if shared:
+            workers.wait_until_ready()
         pool: RolloutPool = workers.channel()
         if config.debug.recorded:
             pool = RecordedPool(Path(config.debug.recorded), pool)
-        learner: Learner = NoLearner()
-        if config.debug.learn:
-            learner = _start_learner(config, checkpoint, on_bad_step, rank_options)
-            resources.callback(learner.close)
+        learner = learner or start_learner()
         return _cluster(resources.pop_all(), pool, learner, workers.channel())
 
 
@@ -168,8 +178,7 @@ def engines_sleep(config: RunConfig, *, cuda: bool) -> bool:
     require(cuda or not sleep, "rollout.sleep=true needs a GPU, whose memory is given back: use rollout.sleep=null")
     if sleep is not None:
         return sleep
-    shared = config.cluster.worker_gpus is not None and 0 < config.cluster.worker_gpus < 1
-    return cuda and shared and config.rollout.engine == "vllm" and config.algo.max_staleness == 0
+    return cuda and shares_gpus(config) and config.rollout.engine == "vllm" and config.algo.max_staleness == 0
 
 
 def _start_learner(

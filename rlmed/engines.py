@@ -21,6 +21,9 @@ from rollout.local import LocalPool
 from rollout.native.engine import NativeEngine
 from rollout.native.scheduler import EngineLimits
 
+MEMORY_SHARE = 0.8
+"""Of the memory that a vLLM engine's worker has, what the engine takes."""
+
 
 def build_policy(config: RunConfig, folder: Path) -> Policy:
     """The policy in `folder` on the run's device and in its dtype."""
@@ -59,6 +62,20 @@ def build_engine(config: RunConfig) -> Engine:
     return NativeEngine(policy, make_renderer(config).decode, engine_limits(config))
 
 
+def shares_gpus(config: RunConfig) -> bool:
+    """True where a rollout worker has a part of a GPU only, and the learner perhaps the rest."""
+    return config.cluster.worker_gpus is not None and 0 < config.cluster.worker_gpus < 1
+
+
+def memory_share(config: RunConfig) -> float:
+    """Share of a GPU's memory that a vLLM engine takes: as asked, else most of what its worker has of the GPU."""
+    if config.rollout.gpu_memory_utilization is not None:
+        return config.rollout.gpu_memory_utilization
+    whole = config.cluster.worker_gpus if shares_gpus(config) else 1.0
+    assert whole is not None
+    return MEMORY_SHARE * whole
+
+
 def _build_vllm(config: RunConfig) -> Engine:
     if config.cluster.threads:  # vLLM takes what torch and OpenMP have when it is imported
         torch.set_num_threads(config.cluster.threads)
@@ -72,7 +89,7 @@ def _build_vllm(config: RunConfig) -> Engine:
         max_completions=rollout.max_completions,
         max_prompt_tokens=config.data.max_prompt_tokens,
         max_tokens=max(rollout.max_tokens, config.eval.max_tokens),
-        gpu_memory_utilization=rollout.gpu_memory_utilization,
+        gpu_memory_utilization=memory_share(config),
         tensor_parallel_size=rollout.tensor_parallel_size,
         kv_cache_gib=rollout.kv_cache_gib,
         enforce_eager=on_cpu if rollout.enforce_eager is None else rollout.enforce_eager,

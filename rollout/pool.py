@@ -31,6 +31,9 @@ from rollout.worker import FinishedGroup, Worker, WorkerStatus
 
 log = logging.getLogger(__name__)
 
+READY_S = 0.05
+"""Between two looks at whether the workers have started."""
+
 
 class WorkerPool:
     """Keeps the workers and shares out the requests of its channels.
@@ -73,6 +76,17 @@ class WorkerPool:
     def metrics(self) -> dict[str, float]:
         """See `rollout.pool_metrics.PoolMetrics`."""
         return self._metrics.read(self._slots, time.monotonic())
+
+    def wait_until_ready(self) -> None:
+        """Return when every worker has started, or has had its time for it.
+
+        Raises:
+            RolloutError: when rollouts cannot go on.
+        """
+        end = time.monotonic() + self._settings.start_s
+        while not all(slot.ready for slot in self._slots) and time.monotonic() < end:
+            self.raise_error()
+            time.sleep(READY_S)
 
     def rest(self) -> None:
         """Let the workers' engines sleep until the next push, where `PoolSettings.sleeps`; returns when they do.

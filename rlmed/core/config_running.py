@@ -24,7 +24,7 @@ class RolloutConfig:
     on_push: str = "continue"
     max_mismatch_kl: float | None = None
     tensor_parallel_size: int = 1
-    gpu_memory_utilization: float = 0.8
+    gpu_memory_utilization: float | None = None
     kv_cache_gib: float | None = None
     enforce_eager: bool | None = None
     sleep: bool | None = None
@@ -41,8 +41,8 @@ class RolloutConfig:
             f"rollout.tensor_parallel_size={self.tensor_parallel_size} must be at least 1",
         )
         require(
-            0 < self.gpu_memory_utilization <= 1,
-            f"rollout.gpu_memory_utilization={self.gpu_memory_utilization} must be in (0, 1]",
+            self.gpu_memory_utilization is None or 0 < self.gpu_memory_utilization <= 1,
+            f"rollout.gpu_memory_utilization={self.gpu_memory_utilization} must be in (0, 1], or null",
         )
         require(
             self.kv_cache_gib is None or self.kv_cache_gib > 0,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
+from rlmed import cluster
 from rlmed.cluster import engines_sleep
 from rlmed.commandline import compose_config
 from rlmed.core.config import RunConfig
 from rlmed.core.config_checks import ConfigError
+from rlmed.engines import memory_share
 
 
 def make_config(*overrides: str) -> RunConfig:
@@ -31,6 +35,58 @@ SHARED = ("cluster=ray_1gpu", "rollout=vllm")
 )
 def test_an_engine_sleeps_where_the_learner_needs_its_gpu(overrides: tuple[str, ...], cuda: bool, sleeps: bool) -> None:
     assert engines_sleep(make_config(*overrides), cuda=cuda) is sleeps
+
+
+@pytest.mark.parametrize(
+    ("overrides", "share"),
+    [
+        (("cluster=ray", "rollout=vllm"), 0.8),
+        (("cluster=ray", "rollout=vllm", "cluster.worker_gpus=2"), 0.8),
+        (SHARED, 0.4),
+        ((*SHARED, "rollout.gpu_memory_utilization=0.7"), 0.7),
+    ],
+)
+def test_an_engine_on_a_part_of_a_gpu_leaves_the_rest_to_the_learner(overrides: tuple[str, ...], share: float) -> None:
+    assert memory_share(make_config(*overrides)) == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [("ray", ["workers start", "learner"]), ("ray_1gpu", ["learner", "workers start", "workers are ready"])],
+)
+def test_on_one_gpu_learner_and_engine_do_not_allocate_at_the_same_time(
+    preset: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM measures the free memory while it starts, and takes what is gone meanwhile for its own."""
+    ray_session = pytest.importorskip("rlmed.ray_session")
+    events: list[str] = []
+
+    class Workers:
+        def __init__(self, *_: object) -> None:
+            events.append("workers start")
+
+        def wait_until_ready(self) -> None:
+            events.append("workers are ready")
+
+        def channel(self) -> SimpleNamespace:
+            return SimpleNamespace(close=lambda: None)
+
+        def close(self) -> None:
+            events.append("workers end")
+
+    def learner(*_: object) -> SimpleNamespace:
+        events.append("learner")
+        return SimpleNamespace(close=lambda: events.append("learner ends"))
+
+    monkeypatch.setattr(ray_session, "start_ray", lambda config: lambda: None)
+    monkeypatch.setattr(ray_session, "place_actors", lambda config, resources: ([{}], [{}]))
+    monkeypatch.setattr(cluster, "_start_workers", Workers)
+    monkeypatch.setattr(cluster, "_start_learner", learner)
+    built = cluster._build_ray(make_config(f"cluster={preset}", "rollout=vllm"), None, lambda *_: None)
+    assert events == expected
+    events.clear()
+    built.close()
+    assert sorted(events) == ["learner ends", "workers end"]
 
 
 def test_what_cannot_sleep_says_so() -> None:

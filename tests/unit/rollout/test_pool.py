@@ -312,6 +312,24 @@ def test_workers_rest_where_their_engines_can_sleep_and_one_that_dies_of_it_is_r
     wait_for(lambda: len(site.workers) == 3 and site.workers[2].weights)
 
 
+def test_all_workers_are_waited_for_unless_one_cannot_start(make_pool):
+    pool = make_pool(Site(), settings=SLOW)
+    pool.wait_until_ready()
+    assert pool.metrics()["rollout/workers_ready"] == 2
+    half = make_pool(lambda number: FakeWorker(f"worker {number}", answers=number == 0))
+    half.wait_until_ready()
+    assert half.metrics()["rollout/workers_ready"] == 1
+
+    def stillborn(number):
+        worker = FakeWorker(f"worker {number}")
+        worker.die(MemoryError("no memory for the cache"))
+        return worker
+
+    broken = make_pool(stillborn, workers=1, settings=SLOW)
+    with pytest.raises(RolloutError, match=r"worker 0 could not be started.*no memory for the cache"):
+        broken.wait_until_ready()
+
+
 def test_a_worker_that_dies_again_and_again_stops_the_run_with_the_cause(make_pool, make_request):
     class Doomed(FakeWorker):
         def submit(self, requests):
