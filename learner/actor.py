@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 
 from learner.direct_push import DirectPush
 from learner.distributed import OneRank, Ranks, free_meeting_point, join
@@ -46,15 +47,24 @@ class LearnerActor:
         self._skipped: list[str] = []
         self._learner: PolicyLearner
         self._sender: WeightSender | None = None
+        self._shares_gpu = False
 
     def meeting_point(self) -> str:
         """Where the other ranks find this one."""
         return free_meeting_point(ray.util.get_node_ip_address())
 
     def build(
-        self, build: Build, rank: int, size: int, meeting_point: str | None, device: str, timeout_s: float
+        self,
+        build: Build,
+        rank: int,
+        size: int,
+        meeting_point: str | None,
+        device: str,
+        timeout_s: float,
+        shares_gpu: bool,
     ) -> int:
         """Make the learner, together with the other ranks where there are any; returns its policy version."""
+        self._shares_gpu = shares_gpu
         ranks = join(rank, size, meeting_point, device=device, timeout_s=timeout_s) if meeting_point else OneRank()
         self._learner = build(lambda _, reason: self._skipped.append(reason), ranks)
         return self._learner.policy_version
@@ -63,11 +73,14 @@ class LearnerActor:
         """Metrics, the new policy version, and why updates were skipped."""
         self._skipped.clear()
         metrics = self._learner.step(groups)
+        self._release_memory()
         return metrics, self._learner.policy_version, list(self._skipped)
 
     def logprobs(self, questions: Sequence[Question]) -> list[list[FloatArray]]:
         """See `rlmed.core.protocols.Learner.logprobs`."""
-        return self._learner.logprobs(questions)
+        answers = self._learner.logprobs(questions)
+        self._release_memory()
+        return answers
 
     def publish(self) -> Published:
         """Put the current weights into the object store of this node."""
@@ -98,7 +111,13 @@ class LearnerActor:
     def load(self, folder: Path) -> int:
         """See `rlmed.core.protocols.Learner.load`; returns the policy version."""
         self._learner.load(folder)
+        self._release_memory()
         return self._learner.policy_version
+
+    def _release_memory(self) -> None:
+        """Give back what torch keeps of freed tensors: an engine on the same GPU needs it to wake up, and cannot see it."""
+        if self._shares_gpu and self._learner.policy.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 class _ActorPeer:
@@ -148,6 +167,7 @@ class RayLearner:
         options: Sequence[Mapping[str, Any]] = ({},),
         weight_transfer: str = "object_store",
         make_sender: MakeSender | None = None,
+        shares_gpu: bool = False,
     ) -> None:
         """Start the ranks and wait until they have loaded.
 
@@ -159,6 +179,7 @@ class RayLearner:
             options: of each rank's actor: resources, placement; their number is the number of ranks.
             weight_transfer: `cluster.weight_transfer`.
             make_sender: for weights that are sent directly; None where all are fetched from the store.
+            shares_gpu: after each call the ranks leave what they do not need of their GPU's memory to others.
 
         Raises:
             LearnerError: when a rank cannot be built.
@@ -167,7 +188,7 @@ class RayLearner:
         self._actors = [LearnerActor.options(**entry).remote() for entry in options]
         size = len(self._actors)
         meeting_point = None if size == 1 else self._call("start", "meeting_point", ranks=1)[0]
-        each = [(build, rank, size, meeting_point, device, step_s) for rank in range(size)]
+        each = [(build, rank, size, meeting_point, device, step_s, shares_gpu) for rank in range(size)]
         self._version: int = self._call("load its model", "build", each=each)[0]
         self._direct: DirectPush | None = None
         if make_sender is not None:

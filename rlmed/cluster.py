@@ -203,6 +203,7 @@ def _start_learner(
         weight_transfer=cluster.weight_transfer,
         # connecting and sending together stay within what the pool allows a push
         make_sender=functools.partial(build_sender, limit_s=cluster.push_timeout_s / 2) if direct else None,
+        shares_gpu=shares_gpus(config),
     )
 
 

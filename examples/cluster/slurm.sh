@@ -30,6 +30,9 @@ export RAY_AUTH_MODE=token
 RAY_AUTH_TOKEN=$("$PYTHON" -c 'import secrets; print(secrets.token_hex(32))')
 export RAY_AUTH_TOKEN
 
+# srun does not take --cpus-per-task from sbatch since Slurm 22.05: every Ray node would have one core.
+[[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+
 ray() { "$PYTHON" -m ray.scripts.scripts "$@"; }
 on() { # on NODE COMMAND...: in the background, for as long as the job lasts
     local node=$1

@@ -263,6 +263,13 @@ class RunConfig:
             f"cluster.weight_transfer={self.cluster.weight_transfer} is a way to vLLM's engines: use rollout=vllm, or auto",
         )
         require(
+            self.rollout.tensor_parallel_size == 1
+            or self.cluster.worker_gpus is None
+            or self.cluster.worker_gpus >= self.rollout.tensor_parallel_size,
+            f"cluster.worker_gpus={self.cluster.worker_gpus} is less than rollout.tensor_parallel_size="
+            f"{self.rollout.tensor_parallel_size}, the GPUs of an engine: use cluster.worker_gpus=null",
+        )
+        require(
             not self.rollout.sleep or (self.rollout.engine == "vllm" and self.algo.max_staleness == 0),
             f"rollout.sleep=true with rollout.engine={self.rollout.engine} and algo.max_staleness={self.algo.max_staleness}: "
             "only vLLM's engine can sleep, and not while it samples for later steps. Use rollout=vllm and "

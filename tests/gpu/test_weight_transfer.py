@@ -114,6 +114,7 @@ class Company:
             options=[{"num_gpus": gpus}],
             weight_transfer=transport,
             make_sender=functools.partial(build_sender, limit_s=60),
+            shares_gpu=share,
         )
         settings = PoolSettings(capacity=32, silence_s=60, start_s=600, push_s=120, sleeps=sleep)
         self.pool = WorkerPool(

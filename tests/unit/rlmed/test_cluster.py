@@ -89,6 +89,13 @@ def test_on_one_gpu_learner_and_engine_do_not_allocate_at_the_same_time(
     assert sorted(events) == ["learner ends", "workers end"]
 
 
+def test_an_engine_over_several_gpus_needs_all_of_them() -> None:
+    for gpus in ("null", "2"):
+        make_config("cluster=ray", "rollout=vllm", "rollout.tensor_parallel_size=2", f"cluster.worker_gpus={gpus}")
+    with pytest.raises(ConfigError, match=r"cluster\.worker_gpus=0\.5 is less than rollout\.tensor_parallel_size=2"):
+        make_config(*SHARED, "rollout.tensor_parallel_size=2")
+
+
 def test_what_cannot_sleep_says_so() -> None:
     with pytest.raises(ConfigError, match=r"rollout\.sleep=true needs a GPU"):
         engines_sleep(make_config(*SHARED, "rollout.sleep=true"), cuda=False)
