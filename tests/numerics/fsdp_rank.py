@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import traceback
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -100,7 +101,9 @@ def _infinite(_: Any, gradients: tuple[Tensor, ...], __: Any) -> tuple[Tensor, .
 def serve(rank: int, size: int, meeting_point: str, device: str, test: Connection) -> None:
     """Do jobs until None arrives or the test is gone; the answer to a job that fails is the error's text."""
     torch.set_num_threads(1)
-    device = f"{device}:{rank}" if device == "cuda" else device
+    if device == "cuda":  # as Ray does: a rank sees its own GPU only, and calls it "cuda"
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(size)))
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[rank]
     ranks = join(rank, size, meeting_point, device=device, timeout_s=COLLECTIVE_S)
     try:
         while (job := test.recv()) is not None:
