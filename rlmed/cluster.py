@@ -171,11 +171,15 @@ def _start_workers(config: RunConfig, options: Sequence[dict[str, Any]]) -> Work
 def engines_sleep(config: RunConfig, *, cuda: bool) -> bool:
     """Whether engines give their GPU's memory back while the learner learns: as asked, else where they share its GPU.
 
+    Never without a learner (debug.learn=false): only its next weights wake them.
+
     Raises:
         ConfigError: when it is asked for without GPUs.
     """
     sleep = config.rollout.sleep
     require(cuda or not sleep, "rollout.sleep=true needs a GPU, whose memory is given back: use rollout.sleep=null")
+    if not config.debug.learn:
+        return False
     if sleep is not None:
         return sleep
     return cuda and shares_gpus(config) and config.rollout.engine == "vllm" and config.algo.max_staleness == 0

@@ -31,6 +31,9 @@ SHARED = ("cluster=ray_1gpu", "rollout=vllm")
         (("cluster=ray_1gpu", "rollout=native"), True, False),
         (("cluster=ray", "rollout=vllm"), True, False),
         (("cluster=ray", "rollout=vllm", "rollout.sleep=true"), True, True),
+        # no learner wakes them with new weights
+        ((*SHARED, "+debug=rollouts_only"), True, False),
+        ((*SHARED, "+debug=rollouts_only", "rollout.sleep=true"), True, False),
     ],
 )
 def test_an_engine_sleeps_where_the_learner_needs_its_gpu(overrides: tuple[str, ...], cuda: bool, sleeps: bool) -> None:
