@@ -29,6 +29,9 @@ REWARDS: Mapping[str, tuple[str, ...]] = {
 }
 """Overrides by name; the first is the one that the others are compared with."""
 
+CONTROLS = ("blank", "shuffled", "reordered")
+"""Means over the files stand beside the accuracy."""
+
 
 def read_run(folder: Path) -> dict[str, float]:
     """The figures of a run's last evaluation; shares in [0, 1], `words` a mean length.
@@ -41,11 +44,13 @@ def read_run(folder: Path) -> dict[str, float]:
     rows = [row for row in read_rows(evaluation) if row.control == "none"]
     reasonings = [reasoning_text(row.completion) or "" for row in rows]
     agreement = reasoning_agreement(rows, argued_option)
+    controls = {name: [getattr(file, name) for file in summary.files] for name in CONTROLS}
     return {
         **{file.name: file.accuracy.value for file in summary.files},
         "mean": summary.mean_accuracy,
-        "blank": _mean(file.blank.value for file in summary.files if file.blank),
-        "shuffled": _mean(file.shuffled.value for file in summary.files if file.shuffled),
+        **{name: _mean(file.value for file in files) for name, files in controls.items() if all(files)},
+        "prior": _mean(file.image_free_prior for file in summary.files),
+        "chance": _mean(file.chance for file in summary.files),
         "format": _mean(file.format_rate for file in summary.files),
         "words": _mean(len(words(text)) for text in reasonings),
         "different": len(set(reasonings)) / len(reasonings),
