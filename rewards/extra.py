@@ -33,7 +33,7 @@ def load_reward(path: str) -> Reward:
     """
     module_name, colon, function_name = path.partition(":")
     if not (module_name and colon and function_name.isidentifier()) or module_name.endswith(".py"):
-        raise ValueError(f"reward.extra has {path!r}: write module:function, for example my_rewards:brevity")
+        raise ValueError(f"reward.extra has {path!r}: write module:function, for example my_rewards:few_words")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:

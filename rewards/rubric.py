@@ -105,9 +105,9 @@ class Rubric:
                 )
         clash = sorted(set(own) & set(NAMES))
         if clash or len(own) < len(extra):
+            why = f"{', '.join(clash)} is a reward of rlmed" if clash else "two of these have the same one"
             raise ValueError(
-                f"reward.extra={list(extra)}: rewards go by the name of their function, and {clash or 'two of these'} "
-                "cannot be told apart: rename the function"
+                f"reward.extra={list(extra)}: rewards go by the name of their function, and {why}: rename the function"
             )
         parts = [
             WeightedReward(name, _built_in(name, likelihood, parting_ids), weight)

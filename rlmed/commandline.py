@@ -80,6 +80,11 @@ def _expand_one(argument: str, embedded: bool) -> list[str]:
     if key == "data" and value.endswith((".jsonl", "]")):
         files = value if value.startswith("[") else f"[{quoted(value)}]"
         return ["data=jsonl", f"data.eval={files}"]
+    if key == "data" and value.endswith((".csv", ".tsv", ".json", ".parquet")):
+        raise ValueError(
+            f"data={value}: questions are read from JSON Lines; `python -m rlmed.prepare` makes them of tables and of "
+            "published data (docs/data.md)"
+        )
     if key == "resume" and value not in ("auto", "null", ""):
         folder = Path(value)
         if not (folder / "checkpoints").is_dir():

@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for leak in report.leaks[:SHOWN]:
         console.print(f"{leak.file}: {describe(leak)}", markup=False, soft_wrap=True)
     if len(report.leaks) > SHOWN:
-        console.print(f"and {len(report.leaks) - SHOWN} more pairs; --json FILE writes them all")
+        console.print(f"and more, {len(report.leaks)} pairs in all; --json FILE writes them")
 
 
 def _compare(parsed: Any) -> LeakageReport:

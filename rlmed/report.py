@@ -192,6 +192,7 @@ def _run_facts(
             tiles.append({"label": label, "values": [form.format(value) for value in ends], "note": note})
     return {
         "name": config.get("name") or folder.resolve().name,
+        "generated": (config.get("data") or {}).get("source") == "phantom",
         "model": model,
         "steps": last.get("step", 0),
         "planned": planned,

@@ -182,7 +182,8 @@ def load_config(folder: Path) -> PreTrainedConfig:
         if folder.is_dir():
             raise ValueError(f"{folder / 'config.json'} is damaged or of an unknown kind: {error}") from error
         raise ValueError(
-            f"model {str(folder)!r} is neither a folder here nor can it be fetched from the hub: {str(error).splitlines()[0]} "
-            f"Download it where there is a network (for example `hf download {folder} --local-dir models/{folder.name}`) "
-            f"and pass model.path=models/{folder.name}"
+            f"model {str(folder)!r} is neither a folder in {Path.cwd()} nor can it be fetched from the hub: "
+            f"{str(error).splitlines()[0]} If it is a folder, correct the path; if it is a hub name, download it where "
+            f"there is a network (`hf download {folder} --local-dir models/{folder.name}`) and pass "
+            f"model.path=models/{folder.name}"
         ) from error

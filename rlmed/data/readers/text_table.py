@@ -57,6 +57,8 @@ def read_table(path: Path, delimiter: str | None = None) -> tuple[list[str], Ite
     parts = DELIMITERS[delimiter] if delimiter else _guess(path, first)
     rows = _table_rows(path, parts)
     header = [name.strip() for name in next(rows)[1]]
+    if any(_UNDECODED.search(name) for name in header):
+        raise ValueError(f"table {path} is not UTF-8: save the table as UTF-8")
     return header, (_table_row(line, cells, header) for line, cells in rows)
 
 

@@ -94,8 +94,8 @@ def test_a_part_sees_example_and_completion_in_order(group):
         ({"format": float("inf")}, [], "weight of reward 'format' is inf"),
         ({"likelihood_gain": 0.0}, [], "'likelihood_gain', which asks the learner .* debug.learn=false: choose"),
         ({}, [], "got: none"),
-        ({"format": 1.0}, ["own_rewards:format"], r"\['format'\] cannot be told apart"),
-        ({}, ["own_rewards:length", "other:length"], "two of these cannot be told apart"),
+        ({"format": 1.0}, ["own_rewards:format"], "format is a reward of rlmed: rename"),
+        ({}, ["own_rewards:length", "other:length"], "two of these have the same one: rename"),
         ({"format": 1.0}, ["own_rewards:nothing"], "'nothing' does not exist"),
     ],
 )

@@ -66,6 +66,11 @@ def test_expand_says_which_key_was_meant(argument: str, message: str) -> None:
         expand(["steps=3", argument], cuda=False)
 
 
+def test_expand_says_what_a_table_is_read_with() -> None:
+    with pytest.raises(ValueError, match=r"data=a/questions\.csv: .*python -m rlmed\.prepare"):
+        expand(["data=a/questions.csv"], cuda=False)
+
+
 def test_expand_leaves_what_is_hydras_alone() -> None:
     arguments = [
         "hydra.run.dir=x",

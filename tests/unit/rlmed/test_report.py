@@ -229,6 +229,14 @@ def test_each_part_may_be_missing(run, missing):
     assert Page(write_report(run).read_text()).text
 
 
+def test_nobody_takes_generated_images_for_a_patients(run):
+    text = write_report(run).read_text()
+    assert "not a medical device" in text
+    assert "images are generated" not in text
+    (run / "config.yaml").write_text("name: my_run\ndata:\n  source: phantom\n")
+    assert "images are generated" in write_report(run).read_text()
+
+
 def test_killed_run(run):
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "rew')

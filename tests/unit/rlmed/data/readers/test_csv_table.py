@@ -155,6 +155,13 @@ def test_bytes_that_are_no_utf8_cost_their_row(folder):
     assert row.question == "Size?"
 
 
+def test_a_header_that_is_no_utf8_is_told(folder):
+    path = folder / "latin.csv"
+    path.write_bytes("image,question,A,B,Lösung\n1.png,Size?,a,b,A\n".encode("cp1252"))
+    with pytest.raises(ValueError, match=r"latin\.csv is not UTF-8: save the table as UTF-8"):
+        rows(path)
+
+
 def test_a_byte_order_mark_is_no_part_of_the_header(folder):
     path = table(folder, "image,question,A,B,answer", "1.png,Größe?,a,b,A", encoding="utf-8-sig")
     assert rows(path)[0].question == "Größe?"
