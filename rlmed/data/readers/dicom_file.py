@@ -9,9 +9,8 @@ import io
 import logging
 import struct
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +30,7 @@ from pydicom.uid import (
 
 from rlmed.data.images import BadImageError
 from rlmed.data.readers.codestream import FrameSize, jpeg2000_size, jpeg_size
+from rlmed.data.readers.damage import damage_reported
 from rlmed.data.readers.decoder_process import DecoderProcess
 
 MAX_SAMPLES = 50_000_000
@@ -133,23 +133,13 @@ class DicomHeader:
         return number - 1
 
 
-@contextmanager
-def damage_reported() -> Iterator[None]:
-    """Turns what damaged files raise in pydicom into a BadImageError that quotes nothing of them."""
-    try:
-        yield
-    except BadImageError:
-        raise
-    except MemoryError:
-        raise BadImageError("it does not fit in memory: export it again, smaller") from None
-    except OSError as error:
-        # not the error's own text, which names the file; decoders raise OSErrors without a number
-        what = error.strerror or "damaged pixels"
-        raise BadImageError(f"it cannot be read ({what}): correct the path or copy it again") from None
-    except _DAMAGE:
-        raise BadImageError(
-            "it is damaged, truncated, or encoded in a way that is not supported: export it again"
-        ) from None
+dicom_damage_reported = partial(
+    damage_reported,
+    _DAMAGE,
+    message="it is damaged, truncated, or encoded in a way that is not supported: export it again",
+    without_number="damaged pixels",
+)
+"""A context in which pydicom and its decoders are called."""
 
 
 def read_header(path: Path) -> DicomHeader:
@@ -158,7 +148,7 @@ def read_header(path: Path) -> DicomHeader:
     Raises:
         BadImageError: for a file that is missing, damaged, no DICOM, without pixels, or larger than `MAX_SAMPLES`.
     """
-    with damage_reported(), _BoundedStream(path) as stream:
+    with dicom_damage_reported(), _BoundedStream(path) as stream:
         dataset = dcmread(stream, force=True, stop_before_pixels=True, specific_tags=_WANTED)
         if any(dataset.get(name) is None for name in ("Rows", "Columns", "BitsAllocated", "PhotometricInterpretation")):
             raise BadImageError("it is no DICOM file, or one without pixels: give the file of an image")
@@ -203,7 +193,7 @@ def decode_frame(path: Path, header: DicomHeader, frame: int) -> np.ndarray:
         BadImageError: for pixels that are missing, truncated, not as large as the header says, or in an encoding for which
             no decoder is installed.
     """
-    with damage_reported(), _BoundedStream(path) as stream:
+    with dicom_damage_reported(), _BoundedStream(path) as stream:
         if header.transfer_syntax.is_encapsulated:
             if header.transfer_syntax != RLELossless:
                 _check_compressed(stream, header, frame)

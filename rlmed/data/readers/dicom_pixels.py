@@ -15,7 +15,7 @@ from PIL import Image
 from pydicom.dataset import Dataset
 
 from rlmed.data.images import BadImageError
-from rlmed.data.readers.dicom_file import GREYS, DicomHeader, damage_reported, decode_frame, frame_dataset
+from rlmed.data.readers.dicom_file import GREYS, DicomHeader, decode_frame, dicom_damage_reported, frame_dataset
 from rlmed.data.readers.display import Window, percentile_range, stretch, to_picture
 
 _SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "PixelAspectRatio")
@@ -37,7 +37,7 @@ def render_frame(path: Path, header: DicomHeader, frame: int, window: Window | N
     Raises:
         BadImageError: for a file that cannot be decoded or is larger than allowed, with the reason but not the path.
     """
-    with damage_reported(), np.errstate(all="ignore"):
+    with dicom_damage_reported(), np.errstate(all="ignore"):
         dataset = frame_dataset(header, frame)
         stored = decode_frame(path, header, frame)
         if header.photometric in GREYS:

@@ -14,9 +14,8 @@ from __future__ import annotations
 import gzip
 import struct
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Literal, cast
 
@@ -30,6 +29,7 @@ from nibabel.spatialimages import HeaderDataError
 from PIL import Image
 
 from rlmed.data.images import BadImageError
+from rlmed.data.readers.damage import damage_reported
 from rlmed.data.readers.display import Window, percentile_range, stretch, to_picture
 
 MAX_VOLUME = 1 << 30
@@ -55,6 +55,12 @@ _DAMAGE = (
     HeaderDataError,
     zlib.error,
     struct.error,
+)
+_nifti_damage_reported = partial(
+    damage_reported,
+    _DAMAGE,
+    message="it is damaged or truncated: copy or export it again",
+    without_number="damaged compression",
 )
 
 
@@ -89,7 +95,7 @@ def render_slice(path: Path, choice: SliceChoice, *, allow_unknown_orientation: 
         BadImageError: for a file that is missing, damaged, no NIfTI, or larger than allowed, or has no such slice; with
             the reason but not the path.
     """
-    with _damage_reported(), path.open("rb") as file:
+    with _nifti_damage_reported(), path.open("rb") as file:
         zipped = file.read(2) == _GZIP
         file.seek(0)
         # GzipFile inflates as it is read, in small pieces
@@ -101,22 +107,6 @@ def render_slice(path: Path, choice: SliceChoice, *, allow_unknown_orientation: 
     window = choice.window
     shown = (window.center - window.width / 2, window.center + window.width / 2) if window else percentile_range(values)
     return to_picture(stretch(values, *shown), *spacing)
-
-
-@contextmanager
-def _damage_reported() -> Iterator[None]:
-    try:
-        yield
-    except BadImageError:
-        raise
-    except MemoryError:
-        raise BadImageError("it does not fit in memory: export it again, smaller") from None
-    except OSError as error:
-        # not the error's own text, which names the file; gzip raises OSErrors without a number
-        what = error.strerror or "damaged compression"
-        raise BadImageError(f"it cannot be read ({what}): correct the path or copy it again") from None
-    except _DAMAGE:
-        raise BadImageError("it is damaged or truncated: copy or export it again") from None
 
 
 def _read_header(stream: BinaryIO) -> Nifti1Header:
