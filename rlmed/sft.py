@@ -16,7 +16,7 @@ from rich.console import Console
 from learner.packing import PackItem
 from learner.supervised import SupervisedLearner, written_item
 from rlmed.checkpoint import list_checkpoints, read_state, save_checkpoint, starting_point
-from rlmed.commandline import check_same_run, refuse_trust, run_command, to_yaml
+from rlmed.commandline import check_same_run, run_command, to_yaml
 from rlmed.core.config import RunConfig
 from rlmed.core.files import replace_text
 from rlmed.core.tracing import Tracer
@@ -75,7 +75,6 @@ class Batches:
 
 def main(config: RunConfig, folder: Path) -> None:
     """Run the fine-tuning described by `config` in `folder`."""
-    refuse_trust(config)
     checkpoint = starting_point(folder, resume=config.resume is not None)
     renderer = make_renderer(config)
     data = load_run_data(config, renderer, training=True)
