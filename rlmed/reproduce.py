@@ -6,8 +6,9 @@ It runs, one after the other and each in a folder of its own under `--out`,
     python -m rlmed.sft      … seed=S    supervised fine-tuning on the same rows
     python -m rlmed.launch   … seed=S    reinforcement learning
 
-with the same overrides, each with those that it reads, and writes `reproduce.md`, `.tex`, `.json` and `.html`. Killed at any moment, the same command goes on:
-a run that has ended is not run again, and one that was interrupted continues from its last checkpoint.
+with the same overrides, each with those that it reads, and writes `reproduce.md`, `.tex`, `.json` and `.html`. Killed at any
+moment, the same command goes on: a run that has ended is not run again, and one that was interrupted continues from its last
+checkpoint.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """Which keys each command reads: what somebody has set and nothing would read is refused, with the cure.
 
-A key of the schema is read by a command unless a rule in `rlmed.core.config_rules` says otherwise; a test compares the rules with
-the keys that a run of each command really reads. Only what was given on the command line is held against them, and of that only what
-differs from the default: an experiment, or a group's option, is shared by commands and cases.
+A key of the schema is read by a command unless a rule in `rlmed.core.config_rules` says otherwise; a test compares the rules
+with the keys that a run of each command really reads. Only what was given on the command line is held against them, and of that
+only what differs from the default: an experiment, or a group's option, is shared by commands and cases.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -56,10 +57,12 @@ def find_unused(program: str, overrides: Sequence[str], groups: Collection[str],
     recipe = [entry for entry in overrides if _key(entry) == EXPERIMENT]
     chosen = [entry for entry in overrides if _key(entry) in groups and entry not in recipe]
     experiment = recipe[-1] if recipe else None
-    default, start, options, full = (
-        plain_values(compose(entries)) | {EXPERIMENT: experiment}
-        for entries in ([], recipe, [*recipe, *chosen], overrides)
-    )
+
+    @functools.cache
+    def values(*entries: str) -> dict[str, Any]:
+        return plain_values(compose(entries)) | {EXPERIMENT: experiment}
+
+    default, start, options, full = values(), values(*recipe), values(*recipe, *chosen), values(*overrides)
 
     def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
         return [key for key in after if after[key] != before.get(key) and after[key] != default.get(key)]
@@ -69,7 +72,7 @@ def find_unused(program: str, overrides: Sequence[str], groups: Collection[str],
         if entry in recipe:
             continue
         if entry in chosen:
-            own = full | plain_values(compose([*recipe, entry]))
+            own = full | values(*recipe, entry)
             keys = changed(start, own)
         else:
             own, name = full, f"{_key(entry)}."
