@@ -149,15 +149,8 @@ def test_the_plan_is_the_base_then_seed_by_seed(tmp_path):
 
 def test_each_command_is_given_what_it_reads(tmp_path):
     experiment = "+experiment=medvqa_600_released"  # with a seed of its own, and lengths for rollouts alone
-    given = [
-        experiment,
-        "algo=dapo",
-        "sft.epochs=3",
-        "cluster=ray",
-        "cluster.threads=1",
-        "eval.max_tokens=9",
-        "data.mix={MRI:1}",
-    ]
+    shared = ("cluster.threads=1", "eval.max_tokens=9")
+    given = [experiment, "algo=dapo", "sft.epochs=3", "cluster=ray", *shared, "data.mix={MRI:1}"]
     base, sft, rl = plan(tmp_path, ["sft", "rl"], [3], given)
     assert base.overrides == (experiment, *shared)
     assert sft.overrides == (experiment, "sft.epochs=3", *shared, "data.mix={MRI:1}")
