@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import hydra
 import pytest
+from omegaconf import OmegaConf
 
 from rlmed.commandline import CONFIG_GROUPS, compose_config, group_options, unused_overrides
 from rlmed.core.config_rules import MODULES, RULES
-from rlmed.core.config_use import plain_values, schema_keys
+from rlmed.core.config_use import Refusal, find_unused, plain_values, schema_keys
 
 PROGRAMS = tuple(MODULES)
 RAY = ("cluster=ray",)
-VLLM = ("cluster=ray", "rollout=vllm")
+
+
+@functools.cache
+def composed(program: str, *overrides: str) -> Any:
+    with hydra.initialize_config_module("conf", version_base="1.3"):
+        return OmegaConf.to_container(hydra.compose(program, list(overrides)), resolve=True)
+
+
+def find(program: str, *overrides: str) -> list[Refusal]:
+    return find_unused(program, overrides, CONFIG_GROUPS, lambda entries: composed(program, *entries))
 
 
 def refused(program: str, *overrides: str) -> list[str]:
-    return [refusal.override for refusal in unused_overrides(program, overrides)]
+    return [refusal.override for refusal in find(program, *overrides)]
 
 
 @pytest.mark.parametrize(
@@ -69,7 +82,7 @@ def refused(program: str, *overrides: str) -> list[str]:
     ],
 )  # fmt: skip
 def test_an_override_that_does_nothing_is_refused(program: str, overrides: str, text: str) -> None:
-    (refusal,) = unused_overrides(program, overrides.split())
+    (refusal,) = find(program, *overrides.split())
     assert refusal.override == overrides.split()[-1]
     assert text in refusal.text
     assert refusal.text.startswith(f"{refusal.override}: ")
@@ -142,6 +155,11 @@ def test_an_experiment_is_where_changes_count_from() -> None:
     assert refused("sft", experiment, "algo.group_size=16") == ["algo.group_size=16"]
     assert refused("train", experiment, "algo.max_refills=2") == []  # it has dynamic sampling
     assert refused("train", experiment, "algo=dapo", "algo.dual_clip=2") == ["algo.dual_clip=2"]
+
+
+def test_outside_of_a_command_the_answer_is_the_same() -> None:
+    given = ["steps=3", "sft.epochs=1"]
+    assert unused_overrides("sft", given) == find("sft", *given) != []
 
 
 def test_all_that_does_nothing_is_said_at_once() -> None:
