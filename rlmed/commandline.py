@@ -24,12 +24,15 @@ from typing import Any
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from rewards.extra import RewardError
 from rlmed.checkpoint import CheckpointError
 from rlmed.core.config import RunConfig
 from rlmed.core.config_building import build_config, check_key
+from rlmed.core.config_checks import ConfigError
 from rlmed.core.config_use import Refusal, check_used, find_unused
 from rlmed.core.files import refusal
 from rlmed.core.protocols import ClusterError
@@ -128,11 +131,19 @@ def _plain_config(composed: DictConfig) -> dict[str, Any]:
 
 
 def unused_overrides(program: str, overrides: Sequence[str]) -> list[Refusal]:
-    """The overrides that `python -m rlmed.<program>` would refuse since it doesn't read them, outside of a command."""
+    """The overrides that `python -m rlmed.<program>` would refuse since it doesn't read them, outside of a command.
+
+    Raises:
+        ConfigError: for what Hydra cannot compose.
+    """
     with hydra.initialize_config_module("conf", version_base="1.3"):
-        return find_unused(
-            program, overrides, CONFIG_GROUPS, lambda entries: _plain_config(hydra.compose(program, list(entries)))
-        )
+        try:
+            return find_unused(
+                program, overrides, CONFIG_GROUPS, lambda entries: _plain_config(hydra.compose(program, list(entries)))
+            )
+        except (HydraException, OmegaConfBaseException) as error:
+            where = f"{error.override}: " if isinstance(error, OverrideParseException) else ""
+            raise ConfigError(where + " ".join(str(error).split())) from error
 
 
 def newest_run(folder: Path) -> Path | None:

@@ -72,7 +72,7 @@ def find_unused(program: str, overrides: Sequence[str], groups: Collection[str],
         if entry in recipe:
             continue
         if entry in chosen:
-            own = full | values(*recipe, entry)
+            own = values(*recipe, entry)
             keys = changed(start, own)
         else:
             own, name = full, f"{_key(entry)}."
