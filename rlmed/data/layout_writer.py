@@ -19,6 +19,7 @@ from PIL import Image
 from rlmed.core.files import refusal
 from rlmed.core.statistics import chance, leave_one_out_prior, majority_letter
 from rlmed.core.types import Example
+from rlmed.data.choices import written_answer
 from rlmed.data.images import BadImageError, check_image_size, decode_image, image_sha256, load_image
 from rlmed.data.jsonl import BadRowError, parse_row, shorten
 from rlmed.data.readers.base import Encoded, Picture, Skipped, SourceImage, SourceRow
@@ -173,7 +174,7 @@ class _Split:
             "image": image,
             "question": example.question,
             "options": list(example.options),
-            "answer": example.options[example.answer],
+            "answer": written_answer(example.options, example.answer),
             "modality": example.modality,
             "kind": example.kind,
         }
