@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 _ONE = r"[(\[]?(?:option |choice |answer )?[a-j][)\]]?"
 _NUMBER = r"[(\[]?\d[)\]]?"
-_AND = r"(?: ?[,;&+/、，] ?(?:and |or )?| ?[-–—] ?| (?:and|or|nor|to|through|und|oder|noch|als auch|et|ou|ni|y|o|e) |[和及与或])"
+_WORDS = "and|or|nor|to|through|und|oder|noch|als auch|et|ou|ni|y|o|e"
+_AND = rf"(?: ?[,;&+/、，] ?(?:and |or )?| ?[-–—] ?| (?:{_WORDS}) |[和及与或])"
 _BEFORE = r"(?:(?:both|either|neither|only|all of|none of|any of|options?|choices?|answers?|sowohl|weder|beide|ni|les deux) ?)*"
 _AFTER = r"(?: (?:only|alone|together|both|nur|(?:is|are)(?: \w+)?(?: (?:correct|true|right|false|wrong|possible|present))?))?"
 _SEVERAL = rf"{_BEFORE}{_ONE}(?:{_AND}{_ONE})+{_AFTER}"
@@ -41,7 +42,8 @@ _OTHER_LANGUAGES = re.compile(
     r"(?:alle|beides?|keine[rs]?|keins)(?: (?:davon|von (?:beiden|diesen|den|allen)\b.*|(?:der |die )?(?:oben|oberen"
     r"|obigen|genannten|aufgeführten|vorherigen|vorstehenden|anderen|antworten)\b.*|(?:ist|sind) \w+))?|weder noch"
     # French
-    r"|(?:tous|toutes|aucune?|les deux|ni lune? ni lautre)(?: (?:les|des|de ces) (?:deux|réponses|options|choix|propositions)\b.*| ci-dessus)?"
+    r"|(?:tous|toutes|aucune?|les deux|ni lune? ni lautre)"
+    r"(?: (?:les|des|de ces) (?:deux|réponses|options|choix|propositions)\b.*| ci-dessus)?"
     # Spanish, Portuguese, Italian
     r"|(?:tod[oa]s|ningun[oa]|ningún|amb[oa]s|nenhuma?|tutt[ei]|nessun[oa]|entramb[ie])"
     r"(?: (?:l[oae]s?|a?[os]|as|de l[oa]s|de est[oa]s|d[ao]s|anteriores|gli|i|delle|dei|di)\b.*)?"
@@ -74,6 +76,13 @@ def names_numbers(option: str) -> bool:
 def keeps_order(options: Sequence[str]) -> bool:
     """True where one of the options refers to others: no order but their own makes sense."""
     return any(refers_to_others(option) for option in options)
+
+
+def kept_order_text(kept: int, rows: int) -> str:
+    """How many rows of a file keep the order of their options, and why."""
+    return (
+        f"{kept} of {rows} rows keep the order of their options, since one refers to others (all of the above, A and C)"
+    )
 
 
 def _plain(option: str) -> str:

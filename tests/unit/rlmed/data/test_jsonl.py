@@ -100,7 +100,7 @@ BAD_ROWS = {
     "answer missing": (row(answer=...), "it has no answer"),
     "answer is an index": (
         row(answer=3),
-        "answer '3' is not among.* counted from 0 it is 'knee', counted from 1 it is 'abdomen'",
+        "answer '3' is not among.* from 0 it is 'knee'.* from 1 it is 'abdomen'",
     ),
     "repeated option": (row(options=["head", "knee", "Knee "]), "option 'knee' occurs more than once"),
     "one option": (row(options=["knee"]), "it has 1 option; 2 to 10"),
