@@ -11,25 +11,26 @@ from rlmed.core.types import LETTERS
 
 _LETTER, _NUMBER = "[A-Ja-jＡ-Ｊａ-ｊ]", "(?:10|１０|[0-9０-９])"
 _OPEN, _CLOSE = r"[(\[{<（［【〔]", r"[)\]}>）］】〕]"
-_WORD = r"(?:(?:option|choice|answer)\s+)?"
+_WORD = r"(?:(?:option|choice|answer)\s{1,3})?"
 _KEY = rf"(?:{_LETTER}|{_NUMBER})"
-_LIST = rf"{_LETTER}(?:\s*[、,，-]\s*{_LETTER})*\s*$"
+_LIST = rf"{_LETTER}(?:\s{{0,3}}[、,，-]\s{{0,3}}{_LETTER})*\s*$"
 _SURE = re.compile(
-    rf"{_WORD}(?:{_OPEN}\s*(?P<enclosed>{_KEY})\s*{_CLOSE}\s*[.:：．]?"  # (A) x
-    rf"|(?P<closed>{_KEY})\s*\.?\s*{_CLOSE}"  # A) x
-    rf"|(?P<colon>{_LETTER})\s*[:：])\s*(?P<rest>\S.*)",  # A: x
+    rf"{_WORD}(?:{_OPEN}\s{{0,3}}(?P<enclosed>{_KEY})\s{{0,3}}{_CLOSE}\s{{0,3}}[.:：．]?"  # (A) x
+    rf"|(?P<closed>{_KEY})\s{{0,3}}\.?\s{{0,3}}{_CLOSE}"  # A) x
+    rf"|(?P<colon>{_LETTER})\s{{0,3}}[:：])\s*(?P<rest>\S.*)",  # A: x
     re.IGNORECASE | re.DOTALL,
 )
 _LIKELY = re.compile(
-    rf"{_WORD}(?:(?P<stop>{_LETTER})\s*[.．。]"  # A. x
-    rf"|(?P<listed>{_KEY})\s*、(?!\s*{_LIST})"  # A、x, but A、B are two letters
-    rf"|(?P<dash>{_LETTER})(?:\s+[-–—]|\s*[-–—](?=\s))(?!\s*{_LIST})"  # A - x, but A - B is a range, and B-mode a word
+    rf"{_WORD}(?:(?P<stop>{_LETTER})\s{{0,3}}[.．。]"  # A. x
+    rf"|(?P<listed>{_KEY})\s{{0,3}}、(?!\s{{0,3}}{_LIST})"  # A、x, but A、B are two letters
+    rf"|(?P<dash>{_LETTER})(?:\s{{1,3}}[-–—]|\s{{0,3}}[-–—](?=\s))(?!\s{{0,3}}{_LIST})"  # A - x, not B-mode
     rf"|(?P<tab>{_KEY})\t"
-    rf"|(?P<number>{_NUMBER})(?:\.(?=\s)|\s*．|:(?=\s+\D)))\s*(?P<rest>\S.*)",  # 1. x, but 1.5 cm and 1:2 are numbers
+    rf"|(?P<number>{_NUMBER})(?:\.(?=\s)|\s{{0,3}}．|:(?=\s+\D)))\s*(?P<rest>\S.*)",  # 1. x, but 1.5 cm and 1:2 are numbers
     re.IGNORECASE | re.DOTALL,
 )
 _BARE = re.compile(
-    rf"(?:(?:option|choice|answer)[\s:]+)?{_OPEN}?\s*(?P<key>{_KEY})\s*\.?\s*(?:{_CLOSE}|[.:：．、])?", re.IGNORECASE
+    rf"(?:(?:option|choice|answer)[\s:]{{1,3}})?{_OPEN}?\s{{0,3}}(?P<key>{_KEY})\s{{0,3}}\.?\s{{0,3}}(?:{_CLOSE}|[.:：．、])?",
+    re.IGNORECASE,
 )
 _NAMED = re.compile(
     rf"(?:(?:options?|choices?|answers?|opt?|ans)[\s_.-]*)?(?P<key>{_LETTER}|[0-9]{{1,2}})", re.IGNORECASE

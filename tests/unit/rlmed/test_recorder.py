@@ -214,6 +214,7 @@ def test_data_lists_each_file_with_its_skipped_rows(tmp_path):
                 "path": str(path),
                 "sha256": "abc123",
                 "rows": 1,
+                "kept_order": 0,
                 "skipped": [
                     {"line": 2, "id": "b", "reason": "no question"},
                     {"line": 9, "id": "c", "reason": "prompt too long"},
