@@ -122,7 +122,6 @@ class _Shown:
         if not 2 <= len(self.there) <= len(LETTERS):
             count = len(self.there)
             raise BadRowError(f"it has {count} option{'s' * (count != 1)}; 2 to {len(LETTERS)} are possible")
-        _check_distinct(self.raw)
         labels = own_labels(self.raw)
         self.labelled = bool(labels) and (labelled or self._certain(labels))
         self.texts = list(given.texts)
@@ -130,6 +129,7 @@ class _Shown:
         if self.labelled and not any(names_numbers(label.rest) for label in labels):
             for place, text in zip(self.there, _without(labels), strict=True):
                 self.texts[place] = text
+        _check_distinct([self.texts[place] for place in self.there])
         own = {label.name: place for label, place in zip(labels, self.there, strict=bool(labels))}
         self.rests = {label.rest.casefold(): own[label.name] for label in labels}
         self.order = self._ordered(own if self.labelled else {})
@@ -256,7 +256,6 @@ class _Shown:
             BadRowError: for options that name others by letters or numbers that are not shown.
         """
         options = tuple(self.texts[entry] for entry in self.order)
-        _check_distinct(options)
         same = all(self._as_shown(naming.places) for naming in self.namings if naming.certain)
         lost = [option for option in options if not same and names_letters(option)]
         lost += [option for option in options if self.by_number and self.given.names and names_numbers(option)]

@@ -65,7 +65,9 @@ def own_label(text: str) -> Label | None:
 
 
 def own_labels(texts: Sequence[str]) -> tuple[Label, ...]:
-    """The labels of all texts; none where one lacks it, two are alike, or without them two texts would be.
+    """The labels of all texts; none where one lacks it or two are alike.
+
+    Nor where two texts would be alike without them, as `1. rib` and `2. rib`, unless the labels are A, B, C and so on.
 
     Example:
         >>> [label.rest for label in own_labels(["A. liver", "B. spleen"])], own_labels(["A. carotis", "A. radialis"])
@@ -73,8 +75,10 @@ def own_labels(texts: Sequence[str]) -> tuple[Label, ...]:
     """
     found = [label for text in texts if (label := own_label(text))]
     names, rests = {label.name for label in found}, {label.rest.casefold() for label in found}
-    whole = len(found) == len(names) == len(rests) == len(texts)
-    return tuple(found) if whole and len({name.isdigit() for name in names}) == 1 else ()
+    if not len(found) == len(names) == len(texts) or len({name.isdigit() for name in names}) != 1:
+        return ()
+    lettered = not next(iter(names)).isdigit() and are_a_series(sorted(names))
+    return tuple(found) if lettered or len(rests) == len(found) else ()
 
 
 def are_a_series(names: Sequence[str]) -> bool:

@@ -11,9 +11,10 @@ from rich.console import Console
 from rlmed.core.calibration import pass_at_k
 from rlmed.core.statistics import mcnemar
 from rlmed.core.types import Example
+from rlmed.data.prompts import PromptRenderer, load_processor
 from rlmed.evaluation_results import EvalRow
 from rlmed.report_trust import show_trust
-from rlmed.trust import _file_trust
+from rlmed.trust import TrustSettings, _Asker, _file_trust
 from rlmed.trust_figures import (
     calibration,
     domains,
@@ -24,6 +25,7 @@ from rlmed.trust_figures import (
 )
 from rlmed.trust_results import FileTrust, OrderAnswer, TrustAnswer, TrustSummary, write_trust
 from rlmed.trust_table import trust_table
+from tests.unit.rlmed.test_evaluation import ScriptedPool, make_rows
 
 TEXTS = ("head", "knee", "chest")
 
@@ -112,6 +114,22 @@ def test_questions_whose_options_refer_to_others_are_asked_in_their_order_alone(
     lines = [line.split() for line in console.export_text().splitlines()]
     assert ["same", "option", "in", "all", "orders", "–", "0.0", "(0–66)"] in lines
     assert ["rows", "that", "keep", "their", "order", "3", "1"] in lines
+
+
+def test_only_questions_that_have_another_order_are_asked_in_it(tmp_path, tiny_folder):
+    renderer = PromptRenderer(*load_processor(tiny_folder("qwen2_vl")), max_prompt_tokens=512)
+    asked = make_rows(tmp_path, "mri", 4)
+    asked[2] = dataclasses.replace(asked[2], options=("head", "chest", "abdomen", "all of the above"))
+    pool = ScriptedPool(renderer, lambda *_: "<think>x</think><answer>A</answer>")
+    settings = TrustSettings(samples=1, max_tokens=8, stop=(), seed=0, token_budget=64)
+    asker = _Asker({("mri", row.id): row for row in asked}, pool, None, renderer, settings, None)
+    orders = asker._order(1)
+    assert sorted(orders) == [("mri", "0"), ("mri", "1"), ("mri", "3")]
+    for (_, name), order in orders.items():
+        own = asked[int(name)]
+        assert sorted(order.options) == sorted(own.options)
+        assert order.options["ABCD".index(order.answer)] == own.options[own.answer]
+    assert sorted(asker._samples()) == [("mri", str(n)) for n in range(4)]
 
 
 def argue_nothing(reasoning, options):

@@ -51,7 +51,7 @@ def test_letters_in_another_order_are_followed(texts):
         ("T1 weighted", "T2 weighted"),
         ("A. liver", "spleen"),
         ("A. liver", "B. spleen", "kidney"),
-        ("A. mass", "B. mass"),
+        ("C. mass", "D. mass"),
         ("A-mode", "B-mode"),
         ("A line", "B line"),
         ("A", "B", "C", "D"),

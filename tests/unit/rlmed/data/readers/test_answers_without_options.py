@@ -169,9 +169,8 @@ def test_an_answer_that_speaks_of_options_has_none_to_speak_of():
 
 def test_answers_that_are_letters_are_written_so_that_they_are_read_as_texts(rad, tmp_path):
     put(rad / vqa_rad.QUESTIONS, *(rad_row(n, answer=text, question_type="PANEL") for n, text in enumerate("BACB")))
-    layout = write_layout(
-        vqa_rad.read(rad, without_images=True), tmp_path / "out", reader=vqa_rad.READER, source=rad, options={}
-    )
+    source = vqa_rad.read(rad, without_images=True)
+    layout = write_layout(source, tmp_path / "out", reader=vqa_rad.READER, source=rad, options={})
     rows = [row for name in layout.splits for row in read_examples(tmp_path / "out" / f"{name}.jsonl").examples]
     assert [row.options[row.answer] for row in rows] == ["B", "A", "C", "B"]
 
