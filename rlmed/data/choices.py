@@ -22,6 +22,8 @@ from rlmed.data.rows import BadRowError, shorten
 Claim = tuple[str, int]
 """How an answer is read, and the place in the source that it then means."""
 Form = Literal["any", "text", "name"]
+_MISSING = -1
+"""The place of an option that a source has left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,7 @@ def choose(
     if number and first is None and not given.numbers and not shown.by_number:
         claims += [claim for start in (0, 1) for claim in shown.counted(answer, start)]
     places = {place for _, place in claims}
-    if len(places) > 1 or not shown.texts[claims[0][1]]:
+    if len(places) > 1 or not shown.text(claims[0][1]):
         raise BadRowError(shown.contradiction(answer, claims))
     if first is None and shown.needs_labels(answer):
         shown = _Shown(given, labelled=True)
@@ -131,6 +133,9 @@ class _Shown:
                 self.texts[place] = text
         _check_distinct([self.texts[place] for place in self.there])
         own = {label.name: place for label, place in zip(labels, self.there, strict=bool(labels))}
+        names = given.names or (own if self.labelled else ())
+        self.by_number = any(kind_of(name) == "number" for name in names)
+        """Whether each option is called by a number."""
         self.rests = {label.rest.casefold(): own[label.name] for label in labels}
         self.order = self._ordered(own if self.labelled else {})
         self.namings = self._namings(own)
@@ -139,9 +144,7 @@ class _Shown:
         """Whether texts begin with labels, and not with letters that are part of them, as in `E. coli`."""
         names = [label.name for label in labels]
         called = self.given.names or tuple(LETTERS)
-        as_called = all(place < len(called) for place in self.there) and names == [
-            called[place] for place in self.there
-        ]
+        as_called = names == [called[place] for place in self.there if place < len(called)]
         return as_called or are_a_series(names) or all(label.sure for label in labels)
 
     def _ordered(self, own: Mapping[str, int]) -> list[int]:
@@ -159,31 +162,21 @@ class _Shown:
         certain = [name for naming in found if naming.certain for name in naming.places]
         if any(kind_of(name) == "letter" for name in certain):
             return found
-        # letters then count the options, and where one is missing perhaps that one too
+        # letters then count the options: those that are shown, or those of the source, with others between them
         found.append(_Naming("by its place", dict(zip(LETTERS, self.order, strict=False))))
         counted = {place: place for place in range(self.there[-1] + 1)}
         if called and self.by_number:
             start = 0 if "0" in called else 1
-            counted = {int(name) - start: place for place, name in enumerate(called)}
-        if not own or not self.labelled:
-            every = {LETTERS[rank]: place for rank, place in counted.items() if rank < len(LETTERS)}
-            found.append(_Naming("by its place with those that are missing", every))
-        return found
-
-    @property
-    def by_number(self) -> bool:
-        """True where each option is called by a number."""
-        names = self.given.names or (tuple(label.name for label in own_labels(self.raw)) if self.labelled else ())
-        return any(kind_of(name) == "number" for name in names)
+            counted = {int(name) - start: place for place, name in enumerate(called) if kind_of(name) == "number"}
+        every = {LETTERS[rank]: place for rank, place in counted.items() if rank < len(LETTERS)}
+        return [*found, _Naming("by its place in the source", every)]
 
     def claims(self, answer: str, form: Form) -> list[Claim]:
         """Every reading of an answer that is no place."""
         exact = self._by_text(answer) if form != "name" else []
         if form == "text":
             return exact
-        name = bare_name(answer)
-        if name is None and self.given.names and not exact:
-            name = key_name(answer)
+        name = bare_name(answer) or (key_name(answer) if self.given.names and not exact else "")
         found = exact + [(naming.how, naming.places[name]) for naming in self.namings if name in naming.places]
         label = own_label(answer)
         if found or label is None:
@@ -203,20 +196,23 @@ class _Shown:
         return [("as a text", self.rests[key])] if key in self.rests else []
 
     def counted(self, answer: str, first: int) -> list[Claim]:
-        """Readings of an answer as a place: among the options that are there, and among all that are named."""
+        """Readings of an answer as a place: of the options that are shown, of those of the source, and of their names."""
         if not (answer.isascii() and answer.isdigit() and len(answer) <= 3):
             return []
         place, how, called = int(answer) - first, f"counted from {first}", self.given.names
         claims = [(how, self.order[place])] if 0 <= place < len(self.order) else []
+        claims += [(f"{how} in the source", place)] if 0 <= place <= self.there[-1] else []
         named = {name: index for index, name in enumerate(called)}
-        if any(kind_of(name) == "number" for name in called):
-            claims += [(f"by its {self.given.what}", named[answer])] if answer in named else []
-        elif any(kind_of(name) == "letter" for name in called):
-            letter = LETTERS[place : place + 1] if place >= 0 else ""
-            claims += [(f"{how} as the letter {letter}", named[letter])] if letter in named else []
-        elif 0 <= place <= self.there[-1]:
-            claims.append((f"{how} with those that are missing", place))
+        if answer in named:
+            claims.append((f"by its {self.given.what}", named[answer]))
+        letters = [name for name in named if kind_of(name) == "letter"]
+        if letters and 0 <= place <= LETTERS.index(max(letters)):
+            claims.append((f"{how} as the letter {LETTERS[place]}", named.get(LETTERS[place], _MISSING)))
         return claims
+
+    def text(self, place: int) -> str:
+        """What is shown of a place; "" of one that is missing."""
+        return "" if place == _MISSING else self.texts[place]
 
     def no_place(self, answer: str, first: int) -> str:
         """What is wrong with an answer that should be a place."""
@@ -226,7 +222,7 @@ class _Shown:
     def hint(self, answer: str) -> str:
         """What a number may mean."""
         meant = [
-            f"{how} it is {shorten(self.texts[place])}"
+            f"{how} it is {shorten(self.text(place))}"
             for first in (0, 1)
             for how, place in self.counted(answer, first)[:1]
         ]
@@ -238,7 +234,7 @@ class _Shown:
         for how, place in claims:
             readings.setdefault(place, how)
         meant = [
-            f"{shorten(self.texts[place]) if self.texts[place] else 'missing'} {how}" for place, how in readings.items()
+            f"{shorten(self.text(place)) if self.text(place) else 'missing'} {how}" for place, how in readings.items()
         ]
         return f"its answer {shorten(answer)} is {' and '.join(meant)}: write letter and text, like 'B) spleen'"
 

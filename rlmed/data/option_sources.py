@@ -53,27 +53,25 @@ def read_options(value: Any, as_text: AsText) -> Options:
             raise BadRowError(f"its options are {shorten(value)}, not a list")
         entries = [(None, entry) for entry in value]
         return Options(tuple(map(as_text, value)), numbers=_numbers(entries))
-    names = tuple(key_name(key if isinstance(key, str) else as_text(key)) for key, _ in pairs)
-    kept = [(name, entry) for name, entry in zip(names, pairs, strict=True) if name or as_text(entry[1])]
-    check_names([name for name, _ in kept], [as_text(entry[1]) for _, entry in kept])
-    texts = tuple(as_text(text) for _, (_, text) in kept)
-    return Options(texts, tuple(name for name, _ in kept), numbers=_numbers(pairs))
+    entries = [(key_name(key if isinstance(key, str) else as_text(key)), as_text(text)) for key, text in pairs]
+    used = [name for name, text in entries if text]
+    _check_names(entries, used)
+    # tables have a field for each key that any row has: those of other rows are blank here, perhaps beside one used
+    kept = dict.fromkeys(name for name, _ in entries if name in used or {kind_of(name)} == set(map(kind_of, used)))
+    texts = {name: text for name, text in entries if text}
+    return Options(tuple(texts.get(name, "") for name in kept), tuple(kept), numbers=_numbers(pairs))
 
 
-def check_names(names: Sequence[str], texts: Sequence[str], what: str = "key") -> None:
-    """Make sure that each name is one option's, and that all are letters, all numbers, or all something else.
-
-    Raises:
-        BadRowError: naming two that are not.
-    """
-    for name, count in Counter(names).items():
+def _check_names(entries: Sequence[tuple[str, str]], used: Sequence[str]) -> None:
+    """Raises BadRowError for options of one name, or names of which some are letters and some are not."""
+    for name, count in Counter(used).items():
         if count > 1:
-            first, second = [text for other, text in zip(names, texts, strict=True) if other == name][:2]
-            raise BadRowError(f"its options have the {what} {name} twice, for {shorten(first)} and {shorten(second)}")
-    used = [name for name, text in zip(names, texts, strict=True) if text]
-    kinds = {kind_of(name): name for name in used}
-    if len(kinds) > 1:
-        raise BadRowError(f"its options are called {shorten(used)}: call all by letters A to J, or all by numbers")
+            first, second = [text for other, text in entries if other == name and text][:2]
+            raise BadRowError(f"its options have the key {name} twice, for {shorten(first)} and {shorten(second)}")
+    if len(set(map(kind_of, used))) > 1:
+        raise BadRowError(
+            f"its options are called {shorten(list(used))}: call all by letters A to J, or all by numbers"
+        )
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

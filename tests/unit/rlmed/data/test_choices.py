@@ -63,6 +63,11 @@ def reason(options: Any, answer: str, **how: Any) -> str:
         ({str(n): f"finding {n}" for n in (10, 1, 2, 3, 4, 5, 6, 7, 8, 9)}, "B", "finding 2"),
         # other keys
         ({"first": "liver", "second": "spleen"}, "second", "spleen"),
+        ({"1": "liver", "2": "spleen", "note": None}, "B", "spleen"),
+        ({"A": "liver", "B": "spleen", "note": None, "1": ""}, "B", "spleen"),
+        ({"A": None, "B": None, "C": None, "a": "liver", "b": "spleen"}, "b", "spleen"),
+        ({"A": None, "B": None, "1": "liver", "2": "spleen"}, "2", "spleen"),
+        ({"A": None, "B": None, "1": "liver", "2": "spleen"}, "B", "spleen"),
         ({"z": "liver", "y": "spleen"}, "B", "spleen"),
         # lists with blanks: where letters before and after agree, or the text is said
         (["liver", "spleen", None, "kidney"], "B", "spleen"),
@@ -105,7 +110,7 @@ def test_by_name(options, answer, right):
 @pytest.mark.parametrize(
     ("options", "answer", "first", "second"),
     [
-        (["liver", None, "spleen", "kidney"], "C", "'kidney' by its place", "'spleen' by its place with those that"),
+        (["liver", None, "spleen", "kidney"], "C", "'kidney' by its place", "'spleen' by its place in the"),
         (["liver", "", "spleen", "kidney"], "B", "'spleen' by its place", "missing by its place"),
         ({"A": "liver", "B": None, "C": "spleen"}, "B", "missing", "by its key"),
         (["B", "A", "C"], "B", "'B' as a text", "'A' by its place"),
@@ -114,7 +119,9 @@ def test_by_name(options, answer, right):
         ({"1": "2", "2": "1"}, "1", "'1' as a text", "'2' by its key"),
         (["A. liver", "C. spleen", "D. kidney"], "C", "'C. spleen' by the options' own letters", "'D. kidney' by its place"),
         ({"A": "B. spleen", "B": "A. liver"}, "A", "'spleen' by its key", "'liver' by the options' own letters"),
-        ({"1": "liver", "3": "spleen", "4": "kidney"}, "C", "'kidney' by its place", "'spleen' by its place with those"),
+        ({"1": "liver", "3": "spleen", "4": "kidney"}, "C", "'kidney' by its place", "'spleen' by its place in the source"),
+        (["2. spleen", "1. liver"], "B", "'spleen' by its place", "'liver' by its place in the source"),
+        ({"first": "liver", "second": None, "third": "spleen"}, "B", "'spleen' by its place", "missing by its place in"),
         (["liver", "spleen", "kidney"], "C. spleen", "'spleen' as a text", "'kidney' by its place"),
         ({"A": "liver", "C": "spleen", "D": "kidney"}, "C. kidney", "'kidney' as a text", "'spleen' by its key"),
     ],
@@ -151,7 +158,10 @@ def test_a_place_whose_first_is_known(options, answer, first, right):
     [
         ({"A": "liver", "C": "spleen", "D": "kidney"}, "2", 0, ("'kidney' counted from 0", "'spleen' counted from 0 as")),
         ({"A": "liver", "B": None, "C": "spleen"}, "1", 0, ("'spleen' counted from 0", "missing counted from 0")),
-        (["liver", None, "spleen", "kidney"], "3", 1, ("'kidney' counted from 1", "'spleen' counted from 1 with those")),
+        (["liver", None, "spleen", "kidney"], "3", 1, ("'kidney' counted from 1", "'spleen' counted from 1 in the source")),
+        ({"A": "liver", "B": "spleen", "D": "kidney"}, "2", 0, ("'kidney' counted from 0", "missing counted from 0 as the")),
+        ({"C": "spleen", "A": "liver", "B": "lung"}, "0", 0, ("'liver' counted from 0", "'spleen' counted from 0 in the")),
+        (["B. spleen", "A. liver"], "0", 0, ("'liver' counted from 0", "'spleen' counted from 0 in the source")),
         ({"1": "liver", "2": "spleen"}, "1", 0, ("'spleen' counted from 0", "'liver' by its key")),
     ],
 )  # fmt: skip

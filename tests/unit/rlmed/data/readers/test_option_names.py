@@ -93,7 +93,7 @@ def test_two_columns_of_one_letter(tmp_path):
 @pytest.mark.parametrize(
     ("cell", "answer", "reason"),
     [
-        ('["liver", null, "spleen", "kidney"]', "C", "'kidney' by its place and 'spleen' by its place with those"),
+        ('["liver", null, "spleen", "kidney"]', "C", "'kidney' by its place and 'spleen' by its place in the source"),
         ('["B", "A", "C"]', "B", "'B' as a text and 'A' by its place"),
         ('["liver", "spleen", "kidney"]', "2", "from 0 it is 'kidney', counted from 1 it is 'spleen': say which"),
         ('{"A": "B. spleen", "B": "A. liver"}', "A", "'spleen' by its key and 'liver' by the options' own letters"),
@@ -229,7 +229,7 @@ def test_medvlm_r1(tmp_path):
         medvlm_r1.READER, medvlm_r1.read(tmp_path / "test.json", without_images=True), tmp_path / "out"
     )
     assert texts == ["spleen"] * 3
-    assert "'kidney' by its place and 'spleen' by its place with those" in reasons[0]
+    assert "'kidney' by its place and 'spleen' by its place in the source" in reasons[0]
 
 
 def test_tables_of_volumes(tmp_path):
