@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -51,15 +51,17 @@ def read_options(value: Any, as_text: AsText) -> Options:
     if pairs is None:
         if not isinstance(value, (list, tuple)):
             raise BadRowError(f"its options are {shorten(value)}, not a list")
-        entries = [(None, entry) for entry in value]
-        return Options(tuple(map(as_text, value)), numbers=_numbers(entries))
+        return Options(tuple(map(as_text, value)), numbers=_numbers(value))
     entries = [(key_name(key if isinstance(key, str) else as_text(key)), as_text(text)) for key, text in pairs]
     used = [name for name, text in entries if text]
     _check_names(entries, used)
-    # tables have a field for each key that any row has: those of other rows are blank here, perhaps beside one used
-    kept = dict.fromkeys(name for name, _ in entries if name in used or {kind_of(name)} == set(map(kind_of, used)))
+    # tables have a field for each key that any row has: those of other rows are blank here, perhaps beside a used one
+    kinds = {kind_of(name) for name in used}
+    names = list(dict.fromkeys(name for name, _ in entries if kind_of(name) in kinds))
     texts = {name: text for name, text in entries if text}
-    return Options(tuple(texts.get(name, "") for name in kept), tuple(kept), numbers=_numbers(pairs))
+    return Options(
+        tuple(texts.get(name, "") for name in names), tuple(names), numbers=_numbers([text for _, text in pairs])
+    )
 
 
 def _check_names(entries: Sequence[tuple[str, str]], used: Sequence[str]) -> None:
@@ -68,7 +70,7 @@ def _check_names(entries: Sequence[tuple[str, str]], used: Sequence[str]) -> Non
         if count > 1:
             first, second = [text for other, text in entries if other == name and text][:2]
             raise BadRowError(f"its options have the key {name} twice, for {shorten(first)} and {shorten(second)}")
-    if len(set(map(kind_of, used))) > 1:
+    if len({kind_of(name) for name in used}) > 1:
         raise BadRowError(
             f"its options are called {shorten(list(used))}: call all by letters A to J, or all by numbers"
         )
@@ -126,9 +128,9 @@ def _pairs(value: Any) -> list[tuple[Any, Any]] | None:
     return None
 
 
-def _numbers(pairs: Iterable[tuple[Any, Any]]) -> bool:
-    values = [text for _, text in pairs if not is_nothing(text)]
-    return bool(values) and all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+def _numbers(values: Sequence[Any]) -> bool:
+    there = [value for value in values if not is_nothing(value)]
+    return bool(there) and all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in there)
 
 
 def kind_of(name: str) -> Literal["letter", "number", "word"]:
