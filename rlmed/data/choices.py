@@ -22,6 +22,9 @@ from rlmed.data.rows import BadRowError, shorten
 Claim = tuple[str, int]
 """How an answer is read, and the place in the source that it then means."""
 Form = Literal["any", "text", "name"]
+_OWN, _BARE_TEXT = "by the options' own letters", "as a text without its letter"
+_UNSURE = (_OWN, _BARE_TEXT)
+"""Readings that hold only where letters with which the texts begin are no part of them."""
 _MISSING = -1
 """The place of an option that a source has left out."""
 
@@ -71,7 +74,7 @@ def choose(
     places = {place for _, place in claims}
     if len(places) > 1 or not shown.text(claims[0][1]):
         raise BadRowError(shown.contradiction(answer, claims))
-    if first is None and shown.needs_labels(answer):
+    if not shown.labelled and all(how in _UNSURE for how, _ in claims):
         shown = _Shown(given, labelled=True)
     return shown.choice(places.pop())
 
@@ -160,7 +163,7 @@ class _Shown:
         called, what = self.given.names, f"by its {self.given.what}"
         found = [_Naming(what, {name: place for place, name in enumerate(called)})] if called else []
         if own:
-            found.append(_Naming("by the options' own letters", own, self.labelled))
+            found.append(_Naming(_OWN, own, self.labelled))
         certain = [name for naming in found if naming.certain for name in naming.places]
         if any(kind_of(name) == "letter" for name in certain):
             return found
@@ -187,7 +190,8 @@ class _Shown:
         numbers = _Naming("by its number", {str(rank): place for rank, place in enumerate(self.order, 1)})
         named = [(one.how, one.places[label.name]) for one in (*self.namings, numbers) if label.name in one.places]
         texts = self._by_text(label.rest)
-        return texts + named if texts and named else []
+        agreeing = [(how, place) for how, place in named if place in {at for _, at in texts}]
+        return texts + (agreeing or named) if texts and named else []
 
     def _by_text(self, answer: str) -> list[Claim]:
         key = answer.casefold()
@@ -195,7 +199,7 @@ class _Shown:
             places = [place for place, text in enumerate(texts) if text.casefold() == key]
             if places:
                 return [("as a text", place) for place in places]
-        return [("as a text", self.rests[key])] if key in self.rests else []
+        return [(_BARE_TEXT, self.rests[key])] if key in self.rests else []
 
     def counted(self, answer: str, first: int) -> list[Claim]:
         """Readings of an answer as a place: of the options that are shown, of those of the source, and of their names."""
@@ -240,13 +244,6 @@ class _Shown:
         ]
         return f"its answer {shorten(answer)} is {' and '.join(meant)}: write letter and text, like 'B) spleen'"
 
-    def needs_labels(self, answer: str) -> bool:
-        """True where an answer makes sense only if letters that may be part of the texts are none."""
-        if self.labelled or not self.rests or (self._by_text(answer) and answer.casefold() not in self.rests):
-            return False
-        name = bare_name(answer)
-        return not any(naming.certain and name in naming.places for naming in self.namings)
-
     def choice(self, place: int) -> Choice:
         """The option at a place as the right one.
 
@@ -273,9 +270,12 @@ class _Shown:
 
 def _without(labels: Sequence[Label]) -> list[str]:
     """Texts without labels, also where these stand there once more: `A. A. liver`."""
-    rests = [label.rest for label in labels]
-    again = own_labels(rests)
-    return _without(again) if [label.name for label in again] == [label.name for label in labels] else rests
+    names = [label.name for label in labels]
+    while True:
+        rests = [label.rest for label in labels]
+        labels = own_labels(rests)
+        if [label.name for label in labels] != names:
+            return rests
 
 
 def _check_distinct(texts: Sequence[str]) -> None:

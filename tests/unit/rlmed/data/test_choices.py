@@ -98,6 +98,9 @@ def reason(options: Any, answer: str, **how: Any) -> str:
         (["A) liver", "C) spleen", "D) kidney"], "C", "spleen"),
         (["A. liver", "C. spleen", "D. kidney"], "D", "kidney"),
         (["A. liver", "C. spleen", "D. kidney"], "spleen", "spleen"),
+        (["A. liver", "C. spleen", "D. kidney"], "C) spleen", "spleen"),
+        (["B. cereus", "E. coli"], "A) B. cereus", "B. cereus"),
+        ({"A": "B. spleen", "B": "A. liver"}, "A) spleen", "spleen"),
         (["A. liver", None, "C. spleen", "D. kidney"], "C", "spleen"),
         ({"A": "A. liver", "C": "C. spleen", "D": "D. kidney"}, "C", "spleen"),
         ({"1": "A. liver", "2": "B. spleen"}, "2", "spleen"),
@@ -265,3 +268,7 @@ def test_own_letters_in_any_order(order, right, form):
     for answer in (LETTERS[right], ORGANS[right], labelled[order.index(right)]):
         found = choose(Options(tuple(labelled)), answer)
         assert (found.options, found.answer) == (ORGANS, right)
+
+
+def test_letters_written_a_thousand_times():
+    assert plain_options(["A. " * 5000 + "liver", "B. " * 5000 + "spleen"]) == ("liver", "spleen")
