@@ -129,8 +129,6 @@ class _Shown:
             raise BadRowError(f"it has {count} option{'s' * (count != 1)}; 2 to {len(LETTERS)} are possible")
         labels = own_labels(self.raw)
         self.labelled = bool(labels) and (labelled or self._certain(labels))
-        if not self.labelled and [label.name for label in labels] != sorted(label.name for label in labels):
-            labels = ()  # bacteria, arteries: letters of options with a gap would still be in order
         self.texts = list(given.texts)
         # texts that name each other by their numbers keep them: options are shown with letters
         if self.labelled and not any(names_numbers(label.rest) for label in labels):

@@ -93,7 +93,8 @@ def reason(options: Any, answer: str, **how: Any) -> str:
         (["B. spleen", "A. liver", "C. kidney"], "A. liver", "liver"),
         (["1. liver", "2. spleen", "3. kidney"], "2", "spleen"),
         (["1. liver", "2. spleen", "3. kidney"], "B", "spleen"),
-        (["C. difficile", "E. coli", "B. fragilis", "A. baumannii"], "B", "E. coli"),
+        (["C. difficile", "E. coli", "B. fragilis", "F. nucleatum"], "C. difficile", "C. difficile"),
+        (["C. difficile", "E. coli", "S. aureus", "B. fragilis"], "B", "E. coli"),
         (["C. difficile", "E. coli"], "B", "E. coli"),
         (["A) liver", "C) spleen", "D) kidney"], "C", "spleen"),
         (["A. liver", "C. spleen", "D. kidney"], "D", "kidney"),
@@ -123,6 +124,7 @@ def test_by_name(options, answer, right):
         ({"A": "C", "B": "A", "C": "B"}, "A", "'A' as a text", "'C' by its key"),
         ({"1": "2", "2": "1"}, "1", "'1' as a text", "'2' by its key"),
         (["A. liver", "C. spleen", "D. kidney"], "C", "'C. spleen' by the options' own letters", "'D. kidney' by its place"),
+        (["D. kidney", "A. liver", "B. spleen"], "B", "'B. spleen' by the options' own letters", "'A. liver' by its place"),
         (["B. lung", "C. spleen"], "B", "'B. lung' by the options' own letters", "'C. spleen' by its place"),
         ({"A": "B. spleen", "B": "A. liver"}, "A", "'spleen' by its key", "'liver' by the options' own letters"),
         ({"1": "liver", "3": "spleen", "4": "kidney"}, "C", "'kidney' by its place", "'spleen' by its place in the source"),
@@ -272,3 +274,15 @@ def test_own_letters_in_any_order(order, right, form):
 
 def test_letters_written_a_thousand_times():
     assert plain_options(["A. " * 5000 + "liver", "B. " * 5000 + "spleen"]) == ("liver", "spleen")
+
+
+@given(st.permutations(LETTERS[:5]), st.integers(2, 5), st.sampled_from(["{}. {}", "{}) {}", "{} - {}"]), st.data())
+def test_own_letters_with_gaps_in_any_order(letters, count, form, data):
+    """Whichever letters are left, wherever they stand: the answer is the option that brings its letter, or there is none."""
+    meant = {letter: f"finding {letter}" for letter in letters[:count]}
+    answer = data.draw(st.sampled_from(letters[:count]))
+    try:
+        found = choose(Options(tuple(form.format(letter, text) for letter, text in meant.items())), answer)
+    except BadRowError:
+        return
+    assert found.options[found.answer].endswith(meant[answer])
