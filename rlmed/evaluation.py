@@ -1,8 +1,8 @@
 """Accuracy on held-out files, with the controls without which it says little about vision.
 
 Each question is answered greedily as it is, and, as controls, over a grey picture, over the picture of another question of
-its file, and with its options in another order. What stands beside the accuracy was scored without any picture: chance, one
-letter, the option texts' prior.
+its file, and with its options in another order, unless one of them refers to others (`all of the above`). What stands beside
+the accuracy was scored without any picture: chance, one letter, the option texts' prior.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from rlmed.core.protocols import RolloutPool
 from rlmed.core.statistics import ImageFreePrior, chance, leave_one_out_prior, majority_letter
 from rlmed.core.types import Completion, Example, Prompt, RolloutGroup, RolloutRequest, SamplingParams
 from rlmed.data.images import load_image
+from rlmed.data.option_order import keeps_order
 from rlmed.data.prompts import PromptRenderer
 from rlmed.data.sampler import reorder_options
 from rlmed.evaluation_results import Accuracy, Control, EvalRow, EvalSummary, FileSummary, write_evaluation
@@ -183,7 +184,9 @@ def _tasks(file: EvalFile, controls: bool) -> Iterator[_Task]:
     for example in shuffled_images(file.examples):
         yield _Task(file.name, "shuffled", example)
     for example in file.examples:
-        yield _Task(file.name, "reordered", reorder_options(example, SHUFFLE_SEED))
+        reordered = reorder_options(example, SHUFFLE_SEED)
+        if reordered is not None:
+            yield _Task(file.name, "reordered", reordered)
 
 
 def _answers(
@@ -253,6 +256,7 @@ def _summarise(file: EvalFile, rows: Sequence[EvalRow], train: Sequence[Example]
         shuffled=_under(rows, "shuffled"),
         by_kind={kind: (sum(right), len(right)) for kind, right in by_kind.items()},
         reordered=_under(rows, "reordered"),
+        kept_order=sum(keeps_order(example.options) for example in file.examples),
     )
 
 

@@ -15,6 +15,7 @@ from rlmed.core.types import Example
 from rlmed.data.jsonl import ReadResult, SkippedRow, format_skips, read_examples
 from rlmed.data.leakage import find_leakage
 from rlmed.data.leakage_report import LeakageReport, check_no_leakage, doubt_lines, leakage_lines
+from rlmed.data.option_order import keeps_order, kept_order_text
 from rlmed.data.phantom import write_dataset
 from rlmed.data.prompts import PROMPT_FILE, PromptRenderer, load_processor, read_prompt_settings
 from rlmed.evaluation import EvalFile
@@ -204,6 +205,9 @@ def _load_file(path: str, config: DataConfig, renderer: PromptRenderer, limit: i
         if config.on_bad_row == "error" or not examples:
             raise ValueError(f"{path}: {len(dropped)} of {len(read.examples)} rows cannot be used; {first}")
         log.warning("%s: %d rows dropped, all are listed in data.json; %s", path, len(dropped), first)
+    kept = sum(keeps_order(example.options) for example in examples)
+    if kept:
+        log.info("%s: %s", path, kept_order_text(kept, len(examples)))
     return DataFile(Path(path).stem, Path(path), read, examples, dropped)
 
 

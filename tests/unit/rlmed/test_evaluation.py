@@ -1,6 +1,7 @@
 """The bookkeeping of an evaluation: controls, figures, files on disk, comparison. A scripted pool answers by the picture."""
 
 import dataclasses
+import io
 import json
 from collections import Counter
 from pathlib import Path
@@ -144,6 +145,27 @@ def test_another_order_of_the_options_and_nothing_else(files, renderer, tmp_path
     # A is right in rows 0 and 5, and wherever the other order has put the right option first
     assert by_letter.accuracy.right == 2
     assert by_letter.reordered.right == sum(example.answer == 0 for example in asked[0])
+
+
+def test_rows_whose_options_refer_to_others_have_no_other_order_and_it_is_said(files, renderer, tmp_path):
+    rows = list(files[0].examples)
+    for place, last in ((1, "all of the above"), (4, "B and C")):
+        rows[place] = dataclasses.replace(rows[place], options=(*BODY_PARTS, last), answer=place % 4)
+    fixed = tuple(dataclasses.replace(row, options=(*BODY_PARTS, "both"), answer=0) for row in rows)
+    summary = run([EvalFile("mri", tuple(rows)), EvalFile("fixed", fixed), files[1]], renderer, tmp_path)
+    mri, none, ct = summary.files
+    assert (mri.rows, mri.reordered.rows, mri.kept_order) == (8, 6, 2)
+    assert (none.reordered, none.kept_order) == (None, 8)
+    assert (ct.reordered.rows, ct.kept_order) == (6, 0)
+    asked = [row for row in read_rows(tmp_path / "step-000003") if row.control == "reordered" and row.file == "mri"]
+    assert [row.id for row in asked] == ["0", "2", "3", "5", "6", "7"]
+    assert EvalSummary.read(tmp_path / "step-000003") == summary
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(summary_table(None, summary, None))
+    shown = " ".join(console.export_text().split())
+    assert "mri: 2 of 8 rows keep the order of their options" in shown
+    assert "fixed: 8 of 8 rows keep" in shown
+    assert "ct: " not in shown
 
 
 def test_a_model_that_looks_is_right_only_over_its_own_picture(files, renderer, tmp_path):
