@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlmed.core.damage import cause, is_pointer, read_json
 from rlmed.core.foreign import foreign
 from rlmed.core.prefill import TAGS, prefill_of
 
@@ -38,6 +38,9 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
         raise ValueError(
             f"model {str(folder)!r} has no tokenizer.json: copy it from the model that it was trained from"
         )
+    for name in TOKENIZER_FILES:
+        if (Path(folder) / name).is_file() and is_pointer(Path(folder) / name):
+            raise ValueError(f"{Path(folder) / name} is damaged: {cause(Path(folder) / name, '')}")
     with foreign(
         f"the tokenizer of model {str(folder)!r} cannot be loaded",
         "Copy tokenizer.json and tokenizer_config.json from the model that it was trained from",
@@ -45,8 +48,7 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     old = Path(folder) / OLD_TEMPLATE_FILE
     if tokenizer.chat_template is None and old.is_file():
-        with foreign(f"{old} cannot be read", f"Copy it again, or write the template into {TEMPLATE_FILE}"):
-            tokenizer.chat_template = json.loads(old.read_text(encoding="utf-8"))["chat_template"]
+        tokenizer.chat_template = read_json(old).get("chat_template")
     return tokenizer
 
 

@@ -33,6 +33,7 @@ PROMPT_SUFFIX = (
 
 QUESTION_SLOT = "{question}"
 _IMAGE = "<|image_pad|>"
+_PROCESSOR = "Qwen2VLImageProcessor"
 _PROBE = "Which organ is shown?\nA) liver\nB) spleen"
 PAPER_TEMPLATE = f"{QUESTION_SLOT}\n{PROMPT_SUFFIX}"
 """A template is the text of the user turn with one `{question}`; nothing else in it is replaced."""
@@ -61,18 +62,14 @@ def load_processor(folder: Path | str) -> tuple[PreTrainedTokenizerBase, BaseIma
         vision = "vision_config" in AutoConfig.from_pretrained(folder).to_dict()
         image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil") if vision else None
     if image_processor is not None:
-        settings = image_processor.to_dict()
-        if (
-            not {"patch_size", "merge_size", "temporal_patch_size"} <= settings.keys()
-            or not {
-                "shortest_edge",
-                "longest_edge",
-            }
-            <= dict(settings["size"]).keys()
+        size = dict(image_processor.size)
+        edges = [size.get(edge) for edge in ("shortest_edge", "longest_edge")]
+        if not type(image_processor).__name__.startswith(_PROCESSOR) or not all(
+            isinstance(edge, int) for edge in edges
         ):
             raise ValueError(
-                f"{Path(folder) / 'preprocessor_config.json'} is of an {settings['image_processor_type']} with size "
-                f"{dict(settings['size'])}, not one of the Qwen2-VL kind: copy it from the model that this one was trained from"
+                f"{Path(folder) / 'preprocessor_config.json'} is of a {type(image_processor).__name__} with size {size}, "
+                f"not of a {_PROCESSOR} with pixel limits: copy it from the model that this one was trained from"
             )
     if tokenizer.chat_template is None:
         raise ValueError(

@@ -13,9 +13,10 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from rlmed.core.chat import OLD_TEMPLATE_FILE, TEMPLATE_FILE, template_place
+from rlmed.core.damage import read_json
 from rlmed.models.end_tokens import TOKENIZER_CONFIG, find_end_tokens
 from rlmed.models.families import family_of
-from rlmed.models.folder import CONFIG_FILE, read_json
+from rlmed.models.folder import CONFIG_FILE
 from rlmed.models.weight_files import check_weight_files
 
 CONTROL_TOKENS = {
@@ -146,6 +147,8 @@ def _pixel_limits(folder: Path, image_processor: BaseImageProcessor) -> Iterator
 def _told_twice(folder: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     yield from _templates(folder, tokenizer)
     yield from _token_ids(folder, tokenizer)
+    for path in sorted(folder.glob("*/adapter_config.json")):
+        yield f"model {str(folder)!r}: the adapter in {path.parent.name} is passed over; merge it into the weights to use it"
     content = read_json(folder / CONFIG_FILE)
     inner, used = content.get("text_config"), config.get_text_config().to_dict()
     if isinstance(inner, dict):

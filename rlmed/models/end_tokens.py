@@ -8,8 +8,9 @@ from pathlib import Path
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from rlmed.core.chat import TEMPLATE_FILE, has_tokenizer, load_tokenizer, turn_end
+from rlmed.core.damage import read_json
 from rlmed.core.foreign import foreign
-from rlmed.models.folder import CONFIG_FILE, read_json
+from rlmed.models.folder import CONFIG_FILE
 
 TOKENIZER_CONFIG, TOKENS_MAP, GENERATION_CONFIG = (
     "tokenizer_config.json",
@@ -97,6 +98,6 @@ def _checked(folder: Path, place: str, named: object, config: PreTrainedConfig) 
         if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < size:
             raise ValueError(
                 f"{Path(folder) / place}: the end token {token_id!r} is none of the model's token ids (0 to {size - 1}): "
-                "correct eos_token_id"
+                "correct it"
             )
     return ids

@@ -7,15 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rlmed.core.damage import read_json
+
 ADAPTER_FILES = (
     "adapter_config.json",
-    "adapter_model.*",
-    "adapters.safetensors",
-    "adapters.npz",
-    "pytorch_lora_weights.*",
-    "non_lora_trainables.bin",
+    *(f"*{name}*.{ending}" for name in ("adapter", "lora") for ending in ("safetensors", "bin", "pt", "npz")),
 )
-"""Of PEFT, MLX, Diffusers and LLaVA."""
+"""Patterns of the names that PEFT, MLX, Diffusers and LLaVA give them."""
 QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 """Of AutoGPTQ, AutoAWQ and ModelOpt, beside or instead of the entry in config.json."""
 CONFIG_FILE = "config.json"
@@ -30,8 +28,6 @@ JSON_FILES = (
     "chat_template.json",
 )
 """Small files that transformers reads, or passes over without a word where they are damaged."""
-POINTER = b"version https://git-lfs"
-"""The beginning of what Git leaves in the place of a large file."""
 
 
 def check_folder(folder: Path) -> None:
@@ -51,34 +47,6 @@ def check_folder(folder: Path) -> None:
                 f"{folder / name} asks for code of its own (auto_map: {_shown(content['auto_map'])}), which rlmed does not "
                 "run: remove auto_map if the model is a plain one of its model_type, else use a model that transformers knows"
             )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        ValueError: naming the file when it is damaged or holds something else.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {pointer_or(path, str(error))}") from error
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"{path} is damaged: it holds a {type(content).__name__} where a JSON object belongs; copy it again"
-        )
-    return content
-
-
-def pointer_or(path: Path, reason: str) -> str:
-    """What is wrong with a file that cannot be read, with the cure: Git's pointer to a large file is the usual cause."""
-    with path.open("rb") as file:
-        start = file.read(len(POINTER))
-    if start == POINTER:
-        return "it is only Git's pointer to the file: run `git lfs pull` where the model was cloned"
-    if not start:
-        return "it is empty; copy or download it again"
-    return f"{reason}; copy or download it again"
 
 
 def _refuse_adapter(folder: Path) -> None:

@@ -26,6 +26,7 @@ from rlmed.models.folder import check_folder
 from rlmed.models.fused import use_fused_layers
 from rlmed.models.linear import use_fast_linears
 from rlmed.models.logprobs import chunked_logprobs, frozen_logprobs, masked_logits
+from rlmed.models.logs import quiet_loading
 from rlmed.models.weight_files import check_weight_files, own_head_differs
 
 COMPUTED_BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".position_ids")
@@ -155,27 +156,35 @@ def load_policy(folder: Path, *, dtype: str = "float32", device: str | torch.dev
     if Path(folder).is_dir():
         check_weight_files(Path(folder))
     ends = find_end_tokens(folder, config)
-    with foreign(
-        f"the weights of model {str(folder)!r} cannot be loaded",
-        "Copy or download its *.safetensors and config.json again",
+    tied = bool(config.tie_word_embeddings)  # transformers changes it where the weights disagree
+    with (
+        quiet_loading(),
+        foreign(
+            f"the weights of model {str(folder)!r} cannot be loaded",
+            "Copy or download its *.safetensors and config.json again",
+        ),
     ):
         model, found = auto.from_pretrained(
-            folder, dtype=DTYPES[dtype], attn_implementation=attention, output_loading_info=True
+            folder,
+            dtype=DTYPES[dtype],
+            attn_implementation=attention,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
-    _check_loaded(Path(folder), model, found)
+    _check_loaded(Path(folder), found, tied=tied)
     _settle_generation(model, ends.ids)
     use_fast_linears(model)
     use_fused_layers(model)
     return Policy(model.to(device))
 
 
-def _check_loaded(folder: Path, model: PreTrainedModel, found: Mapping[str, Collection[Any]]) -> None:
+def _check_loaded(folder: Path, found: Mapping[str, Collection[Any]], *, tied: bool) -> None:
     """Weights and config.json are of one model: transformers fills what is absent with random numbers and drops the rest.
 
     Args:
         folder: where the model is from.
-        model: as it was loaded.
         found: transformers' account of it.
+        tied: whether config.json says that token embeddings and vocabulary projection are one.
 
     Raises:
         ValueError: naming the first parameter that only one of them has.
@@ -203,9 +212,6 @@ def _check_loaded(folder: Path, model: PreTrainedModel, found: Mapping[str, Coll
             f"model {str(folder)!r} has weights for {len(unknown)} parameters that its config.json knows nothing of, the first "
             f"is {unknown[0]}: {cure}"
         )
-    tied = model.get_output_embeddings() is not None and (
-        model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    )
     if tied and folder.is_dir() and own_head_differs(folder):
         raise ValueError(
             f"model {str(folder)!r}: config.json says tie_word_embeddings=true, and the weights hold an lm_head.weight that is "

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from rlmed.models.folder import pointer_or, read_json
+from rlmed.core.damage import cause, read_json
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 NOT_QUANTIZED = frozenset({"F64", "F32", "F16", "BF16", "I64", "BOOL"})
@@ -95,7 +95,7 @@ def read_header(path: Path) -> Header:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else _MAX_HEADER
         if length >= _MAX_HEADER or 8 + length > size:
-            raise ValueError(f"{path} is damaged: {pointer_or(path, 'it does not begin as a safetensors file')}")
+            raise ValueError(f"{path} is damaged: {cause(path, 'it does not begin as a safetensors file')}")
         try:
             header: dict[str, Any] = json.loads(file.read(length))
             header.pop("__metadata__", None)
