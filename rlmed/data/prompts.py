@@ -169,8 +169,8 @@ class PromptRenderer:
                     f"min_pixels={self._min_pixels} and max_pixels={self._max_pixels}: "
                     "pixel limits must satisfy 0 < min_pixels <= max_pixels"
                 )
-        # a template that cannot be rendered is no fault of the rows
-        self._turn(_PROBE, with_image=image_processor is not None)
+        if tokenizer.chat_template is not None:  # one that cannot be rendered is no fault of the rows
+            self._turn(_PROBE, with_image=image_processor is not None)
 
     def render(self, example: Example, image: Image.Image | None = None) -> Prompt:
         """The prompt of an example.

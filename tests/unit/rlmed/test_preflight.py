@@ -57,7 +57,7 @@ def test_completions_kept_out_of_the_loss_teach_nothing() -> None:
         (
             [group(["<answer>A</answer> and", "<answer>B</answer> or"], [1, 1], reason="length")],
             r"100% of the completions had answered and went on until rollout\.max_tokens=64: the model does not end them with "
-            r"<\|im_end\|>, and a larger rollout\.max_tokens would not help.*rlmed\.sft.*generation_config\.json.*rollout\.stop=",
+            r"<\|im_end\|>, and a larger .* would not help.*rlmed\.sft.*generation_config\.json.*rollout\.stop=",
         ),
         (
             [
