@@ -128,13 +128,6 @@ def make_renderer(config: RunConfig) -> PromptRenderer:
     if not folder.is_dir() and not folder.is_absolute():
         log.info("model %s is no folder here: looking for it in the hub's cache and on the hub", folder)
     tokenizer, image_processor = open_model(folder)
-    doubt = position_doubt(
-        load_config(folder),
-        max_prompt_tokens=config.data.max_prompt_tokens,
-        max_tokens=max(config.rollout.max_tokens, config.eval.max_tokens),
-    )
-    if doubt:
-        log.warning("%s", doubt)
     renderer = PromptRenderer(
         tokenizer,
         image_processor,
@@ -144,6 +137,13 @@ def make_renderer(config: RunConfig) -> PromptRenderer:
         template=config.prompt.template,
         by_modality=config.prompt.by_modality,
     )
+    too_long = position_doubt(
+        load_config(folder),
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        max_tokens=max(config.rollout.max_tokens, config.eval.max_tokens),
+    )
+    for doubt in filter(None, (too_long, renderer.prefill_doubt())):
+        log.warning("%s", doubt)
     trained = read_prompt_settings(folder)
     if trained is not None and (trained["template"], trained["by_modality"]) != (
         renderer.template,

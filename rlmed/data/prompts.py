@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor, Pre
 
 from rlmed.core.chat import TEMPLATE_FILE, load_tokenizer, render_chat, template_place, template_prefill, turn_end
 from rlmed.core.foreign import foreign
-from rlmed.core.prefill import TAGS
+from rlmed.core.prefill import ANSWER, TAGS, THINK, THINK_END
 from rlmed.core.types import Example, IntArray, Prompt
 from rlmed.data.images import load_image
 from rlmed.data.question import question_text
@@ -147,6 +147,8 @@ class PromptRenderer:
         """The token by which the chat template ends an answer; None where it ends it otherwise."""
         self.max_prompt_tokens = max_prompt_tokens
         self.template, self.by_modality = template, dict(by_modality)
+        self.prefill = ""
+        """What the chat template writes of each completion, see `Prompt.prefill`."""
         self._image_processor = image_processor
         self._control_ids = frozenset(
             token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
@@ -170,7 +172,8 @@ class PromptRenderer:
                     "pixel limits must satisfy 0 < min_pixels <= max_pixels"
                 )
         if tokenizer.chat_template is not None:  # one that cannot be rendered is no fault of the rows
-            self._turn(_PROBE, with_image=image_processor is not None)
+            text, self.prefill = self._turn(_PROBE, with_image=image_processor is not None)
+            self._tokenize(text)
 
     def render(self, example: Example, image: Image.Image | None = None) -> Prompt:
         """The prompt of an example.
@@ -212,8 +215,18 @@ class PromptRenderer:
 
     def asks_for_reasoning(self, example: Example) -> bool:
         """False where the template of an example wants an answer in its tags and nothing before it."""
-        template = self._template_of(example)
-        return "<think>" in template or "<answer>" not in template
+        return _asks_for_reasoning(self._template_of(example))
+
+    def prefill_doubt(self) -> str | None:
+        """A line where the prompt asks for a reasoning, and the chat template leaves no room for one."""
+        if THINK_END not in self.prefill and ANSWER not in self.prefill:
+            return None
+        if not any(_asks_for_reasoning(template) for template in (self.template, *self.by_modality.values())):
+            return None
+        return (
+            f"{template_place(self.tokenizer)} has written {self.prefill!r} before the model writes anything, and the prompt "
+            "asks for a reasoning: take that out of its generation prompt, or ask for answers alone (prompt=answer_only)"
+        )
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of sampled ids, without control tokens."""
@@ -340,7 +353,11 @@ class PromptRenderer:
 
     def _tokenize(self, text: str) -> IntArray:
         # the chat template has written every special token that belongs there; how long is too long is ours to say
-        token_ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        with foreign(
+            f"the tokenizer of model {self.tokenizer.name_or_path!r} cannot be used",
+            "Copy tokenizer.json and tokenizer_config.json again",
+        ):
+            token_ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return np.asarray(token_ids, dtype=np.int64)
 
     def _pixels(self, example: Example, image: Image.Image, max_pixels: int) -> tuple[np.ndarray, IntArray]:
@@ -371,3 +388,7 @@ class PromptRenderer:
                 f"limit is {self.max_prompt_tokens}: raise max_prompt_tokens or shorten the question"
             )
         return prompt
+
+
+def _asks_for_reasoning(template: str) -> bool:
+    return THINK in template or ANSWER not in template

@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import (
 
 from rlmed.core.chat import OLD_TEMPLATE_FILE, TEMPLATE_FILE, template_place
 from rlmed.core.damage import read_json
+from rlmed.core.foreign import foreign
 from rlmed.models.end_tokens import TOKENIZER_CONFIG, find_end_tokens
 from rlmed.models.families import family_of
 from rlmed.models.folder import CONFIG_FILE
@@ -55,6 +56,7 @@ def check_agreement(
     place = repr(str(folder))
     _check_architecture(place, config)
     _check_vocabulary(place, config, tokenizer)
+    _check_positions(place, config)
     if image_processor is not None:
         _check_grid(place, config, image_processor)
     doubts = [find_end_tokens(folder, config, tokenizer).doubt(tokenizer)]
@@ -87,7 +89,8 @@ def _check_architecture(place: str, config: PreTrainedConfig) -> None:
     vision = family_of(config).vision
     names = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if vision else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     expected = names[config.model_type]
-    found = config.architectures or [expected]
+    named = config.architectures or expected
+    found = [str(name) for name in named] if isinstance(named, (list, tuple)) else [str(named)]
     if expected not in found:
         raise ValueError(
             f"model {place}: config.json says architectures {', '.join(found)} and model_type {config.model_type}, which is "
@@ -118,6 +121,19 @@ def _check_vocabulary(place: str, config: PreTrainedConfig, tokenizer: PreTraine
                 f"model {place}: config.json says {key}={values[key]}, and {token} is {vocabulary[token]} in the tokenizer: "
                 "they are of two models; copy both from the one that this was trained from"
             )
+
+
+def _check_positions(place: str, config: PreTrainedConfig) -> None:
+    text = config.get_text_config().to_dict()
+    width = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+    with foreign(f"model {place}: mrope_section in config.json cannot be read", "Copy config.json again"):
+        sections = (text.get("rope_parameters") or {}).get("mrope_section")
+        rotated = width if sections is None else 2 * sum(sections)
+    if rotated != width:
+        raise ValueError(
+            f"model {place}: config.json says mrope_section={sections}, which is half of {rotated} channels, and heads have "
+            f"{width}: one of them is another model's; copy config.json from the model that this one was trained from"
+        )
 
 
 def _check_grid(place: str, config: PreTrainedConfig, image_processor: BaseImageProcessor) -> None:
@@ -184,8 +200,8 @@ def _stripped(template: Any) -> Any:
 
 def _token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """Files beside tokenizer.json that give tokens another id than it does."""
+    vocabulary = tokenizer.get_vocab()
     for name, tokens in _named_tokens(folder):
-        vocabulary = tokenizer.get_vocab()
         odd = {token: place for token, place in tokens.items() if vocabulary.get(token) != place}
         if odd:
             token, place = next(iter(odd.items()))
@@ -196,8 +212,9 @@ def _token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[str
 
 
 def _named_tokens(folder: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    if (folder / "added_tokens.json").is_file():
-        yield "added_tokens.json", read_json(folder / "added_tokens.json")
+    for name in ("added_tokens.json", "vocab.json"):
+        if (folder / name).is_file():
+            yield name, read_json(folder / name)
     if (folder / TOKENIZER_CONFIG).is_file():
         decoder = read_json(folder / TOKENIZER_CONFIG).get("added_tokens_decoder")
         if isinstance(decoder, dict):

@@ -106,6 +106,23 @@ def test_what_the_template_has_written_of_the_completion(base_copy, example, pre
 
 
 @pytest.mark.parametrize(
+    ("prefill", "asked", "said"),
+    [
+        ("", PAPER_TEMPLATE, False),
+        ("<think>\n", PAPER_TEMPLATE, False),
+        ("<think>\n\n</think>\n\n", PAPER_TEMPLATE, True),
+        ("<answer>", PAPER_TEMPLATE, True),
+        ("<answer>", "{question} Only <answer>A</answer>", False),
+        ("<think></think>", "{question} Only <answer>A</answer>", False),
+    ],
+)
+def test_a_template_without_room_for_the_reasoning_that_is_asked_for(base_copy, prefill, asked, said):
+    doubt = renderer_of(base_copy, TURNS + opening(prefill), template=asked).prefill_doubt()
+    assert (doubt is not None) is said
+    assert not said or (repr(prefill) in doubt and "chat_template.jinja" in doubt and "generation prompt" in doubt)
+
+
+@pytest.mark.parametrize(
     "template",
     [
         # the flag is not looked at: the turn is always opened

@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rlmed.data.prompts import PromptRenderer
+from rlmed.models.agreement import position_doubt
 from rlmed.models.policy import load_config, load_policy
 from rlmed.setup import open_model
 
@@ -83,6 +85,10 @@ def shard(spoil: Callable[[Path, dict[str, Any]], object] = lambda folder, index
 
 def both(*changes: Change) -> Change:
     return lambda folder: [change(folder) for change in changes]
+
+
+def pickled(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
 
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 8185360\n"
@@ -302,6 +308,24 @@ REFUSED: dict[str, tuple[Change, str]] = {
         edit("preprocessor_config.json", size=None, min_pixels="a", max_pixels="b"),
         "preprocessor_config|cannot prepare",
     ),
+    "sections of the rotation": (
+        edit_text_config(
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [16, 24, 24]}
+        ),
+        r"mrope_section=\[16, 24, 24\], which is half of 128 channels, and heads have 64",
+    ),
+    "pickled weights cut": (
+        lambda folder: [
+            pickled(folder),
+            cut("pytorch_model.bin", 100_000)(folder),
+            (folder / "model.safetensors").unlink(),
+        ],
+        r"weights of model .*cannot be loaded.*again",
+    ),
+    "a length that is no number": (
+        edit("tokenizer_config.json", model_max_length="long"),
+        "tokenizer of model .*cannot be used",
+    ),
     # architecture
     "no language model": (
         edit("config.json", architectures=["Qwen2VLForSequenceClassification"]),
@@ -316,21 +340,13 @@ def test_what_is_refused(base_copy, name):
     change(base_copy)
 
     def open_and_load() -> None:
-        open_model(base_copy)
+        PromptRenderer(*open_model(base_copy), max_prompt_tokens=512)
         load_policy(base_copy)
 
     with pytest.raises(ValueError, match=message) as raised:
         open_and_load()
     assert len(str(raised.value).splitlines()) == 1
     assert base_copy.name in str(raised.value)
-
-
-def pickled(folder: Path) -> None:
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-
-
-def token_ids(place: str, **ids: int) -> Change:
-    return edit(place, **ids)
 
 
 SETTLED: dict[str, tuple[Change, str]] = {
@@ -362,6 +378,10 @@ SETTLED: dict[str, tuple[Change, str]] = {
     "added tokens": (
         edit("added_tokens.json", **{"<|im_end|>": 5}),
         r"added_tokens\.json gives '<\|im_end\|>' the id 5, and the tokenizer has 736",
+    ),
+    "words of another tokenizer": (
+        edit("vocab.json", **{"A": 3}),
+        r"vocab\.json gives 'A' the id 3, and the tokenizer has",
     ),
     "added tokens by id": (
         edit("tokenizer_config.json", added_tokens_decoder={"5": {"content": "<|im_end|>"}}),
@@ -432,6 +452,15 @@ def test_a_head_of_its_own_is_the_one_that_is_used(base_copy):
     HARMLESS["a head of its own"](base_copy)
     policy = load_policy(base_copy)
     assert not torch.equal(policy.projection.weight, policy.model.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize(("prompt", "completion", "said"), [(3584, 512, False), (3585, 512, True), (100, 100, False)])
+def test_more_tokens_than_positions_are_said(base_copy, prompt, completion, said):
+    doubt = position_doubt(load_config(base_copy), max_prompt_tokens=prompt, max_tokens=completion)
+    assert (doubt is not None) is said
+    assert not said or re.search(
+        r"max_prompt_tokens=3585 and 512 .* 4096 positions .*lower data\.max_prompt_tokens", doubt
+    )
 
 
 def test_a_file_is_no_folder(base_copy):
