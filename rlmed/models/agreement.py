@@ -30,7 +30,7 @@ CONTROL_TOKENS = {
 """The token of the Qwen2-VL kind that each key of config.json means."""
 GRID = {"patch_size": "patch_size", "merge_size": "spatial_merge_size", "temporal_patch_size": "temporal_patch_size"}
 """Key of preprocessor_config.json and the same in config.json's vision_config."""
-PREPROCESSOR = "preprocessor_config.json"
+PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 
 
 def check_agreement(
@@ -64,7 +64,7 @@ def check_agreement(
         doubts += check_weight_files(folder)
         doubts += _told_twice(folder, config, tokenizer)
         if image_processor is not None:
-            doubts += _pixel_limits(folder, image_processor)
+            doubts += _processor_settings(folder, image_processor)
     if "strftime_now" in str(tokenizer.chat_template):
         doubts.append(
             f"{template_place(tokenizer)} writes today's date: prompts, and so results, are other ones tomorrow; write a fixed "
@@ -147,17 +147,31 @@ def _check_grid(place: str, config: PreTrainedConfig, image_processor: BaseImage
             )
 
 
-def _pixel_limits(folder: Path, image_processor: BaseImageProcessor) -> Iterator[str]:
-    if not (folder / PREPROCESSOR).is_file():
-        return
-    said = read_json(folder / PREPROCESSOR)
-    size = said["size"] if isinstance(said.get("size"), dict) else {}
-    for key, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
-        if said.get(key) is not None and size.get(edge) is not None and said[key] != size[edge]:
-            yield (
-                f"{folder / PREPROCESSOR} says {key}={said[key]} and size.{edge}={size[edge]}: "
-                f"{image_processor.size[edge]} is used; model.{key} overrules both"
-            )
+def _processor_settings(folder: Path, image_processor: BaseImageProcessor) -> Iterator[str]:
+    """What the files of the image processor say twice; transformers takes processor_config.json first."""
+    files = {}
+    if (folder / PROCESSOR).is_file() and isinstance(
+        inner := read_json(folder / PROCESSOR).get("image_processor"), dict
+    ):
+        files[PROCESSOR] = inner
+    if (folder / PREPROCESSOR).is_file():
+        files[PREPROCESSOR] = read_json(folder / PREPROCESSOR)
+    for name, said in files.items():
+        size = said["size"] if isinstance(said.get("size"), dict) else {}
+        for key, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+            if said.get(key) is not None and size.get(edge) is not None and said[key] != size[edge]:
+                yield (
+                    f"{folder / name} says {key}={said[key]} and size.{edge}={size[edge]}: "
+                    f"{image_processor.size[edge]} is used; model.{key} overrules both"
+                )
+    if len(files) == 2:
+        one, other = files.values()
+        for key in sorted(one.keys() & other.keys() - {"processor_class"}):
+            if one[key] != other[key]:
+                yield (
+                    f"model {str(folder)!r}: {PROCESSOR} says {key}={one[key]} and {PREPROCESSOR} {key}={other[key]}: "
+                    f"{PROCESSOR} is used"
+                )
 
 
 def _told_twice(folder: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
@@ -184,7 +198,7 @@ def _templates(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[str
     found: dict[str, Any] = {}
     if (folder / TEMPLATE_FILE).is_file():
         found[TEMPLATE_FILE] = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
-    for name in (TOKENIZER_CONFIG, OLD_TEMPLATE_FILE, "processor_config.json"):
+    for name in (TOKENIZER_CONFIG, OLD_TEMPLATE_FILE, PROCESSOR):
         if (folder / name).is_file() and (template := read_json(folder / name).get("chat_template")):
             found[name] = template
     used = tokenizer.chat_template

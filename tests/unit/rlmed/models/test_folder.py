@@ -375,6 +375,13 @@ SETTLED: dict[str, tuple[Change, str]] = {
         edit("preprocessor_config.json", min_pixels=784),
         r"min_pixels=784 and size\.shortest_edge=3136: \d+ is used; model\.min_pixels overrules",
     ),
+    "two image processors": (
+        lambda folder: edit(
+            "processor_config.json",
+            image_processor={**json.loads((folder / "preprocessor_config.json").read_text()), "do_normalize": False},
+        )(folder),
+        r"processor_config\.json says do_normalize=False and preprocessor_config\.json do_normalize=True: processor_config",
+    ),
     "added tokens": (
         edit("added_tokens.json", **{"<|im_end|>": 5}),
         r"added_tokens\.json gives '<\|im_end\|>' the id 5, and the tokenizer has 736",
