@@ -209,6 +209,11 @@ def _templates(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[str
 
 
 def _stripped(template: Any) -> Any:
+    """A template, or several by name, without what transformers drops."""
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}
+    if isinstance(template, dict):
+        return {name: _stripped(entry) for name, entry in template.items()}
     return template.strip() if isinstance(template, str) else template
 
 

@@ -435,6 +435,13 @@ HARMLESS: dict[str, Change] = {
     "the same template twice": lambda folder: edit(
         "tokenizer_config.json", chat_template=(folder / "chat_template.jinja").read_text() + "\n"
     )(folder),
+    "templates by name": lambda folder: [
+        edit(
+            "tokenizer_config.json",
+            chat_template=[{"name": "default", "template": (path := folder / "chat_template.jinja").read_text()}],
+        )(folder),
+        path.unlink(),
+    ],
     "no generation settings": lambda folder: (folder / "generation_config.json").unlink(),
     "an empty entry": edit("config.json", auto_map={}, quantization_config={}),
     "a token to pad with, without a row": lambda folder: edit(
