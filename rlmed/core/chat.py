@@ -96,7 +96,11 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> str | None:
         except ValueError:  # of a template for a single question
             continue
         _, found, rest = text.rpartition(_ANSWERED)
-        ends = [name for name in names if rest.startswith(name)]
+        header = text.partition(_ASKED)[0]
+        opening = max(
+            names, key=header.rfind, default=""
+        )  # where no token ends a turn, the next one may follow at once
+        ends = [name for name in names if rest.lstrip().startswith(name) and (name != opening or name not in header)]
         if found and ends:
             return max(ends, key=len)
     return None

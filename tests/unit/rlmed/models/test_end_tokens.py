@@ -98,13 +98,16 @@ def test_an_end_token_that_the_model_has_no_place_for_is_refused(base_copy):
     ("turn", "expected"),
     [
         ("<|im_end|>", {PAD, END}),
-        # a token that opens the next turn, after white space, does not end this one
-        ("{{ '\n' }}<|object_ref_start|>", {PAD}),
+        ("{{ '\n' }}<|im_end|>", {PAD, END}),
+        # a token that opens turns does not end them
+        ("{{ '\n' }}<|im_start|>", {PAD}),
+        # text, even if a token is named further on
+        (" The end.<|im_end|>", {PAD}),
         # a template for one question is no reason to stop
         ("{% if messages | length > 1 %}{{ raise_exception('one turn only') }}{% endif %}", {PAD}),
     ],
 )
-def test_the_end_of_a_turn_is_what_stands_right_after_an_answer(base_copy, turn, expected):
+def test_the_end_of_a_turn_is_the_token_after_an_answer(base_copy, turn, expected):
     (base_copy / "generation_config.json").write_text(json.dumps({"eos_token_id": PAD}))
     config = json.loads((base_copy / "tokenizer_config.json").read_text())
     (base_copy / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": "<|endoftext|>"}))
