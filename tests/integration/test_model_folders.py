@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,15 +19,10 @@ from rlmed.data.prompts import PromptRenderer
 from rlmed.launch import Run
 from rlmed.letters import letter_probabilities
 from rlmed.models.policy import load_policy
-from rlmed.setup import load_run_data, model_folder, open_model
+from rlmed.setup import load_run_data, open_model
 
 Config = Callable[..., RunConfig]
 RAISING = "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}"
-
-
-@pytest.fixture
-def copy_of_base(tmp_path: Path) -> Path:
-    return shutil.copytree(model_folder("embedded:tiny_base"), tmp_path / "copy")
 
 
 def prefill(folder: Path, text: str) -> None:
@@ -67,34 +61,34 @@ def cut(folder: Path) -> None:
 @pytest.mark.parametrize("spoil", [raises, adapter, quantized, cut])
 def test_every_command_refuses_in_one_line(
     spoil: Callable[[Path], None],
-    copy_of_base: Path,
+    base_copy: Path,
     make_config: Config,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    spoil(copy_of_base)
+    spoil(base_copy)
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
-        ask.main(arguments(copy_of_base, tmp_path))
+        ask.main(arguments(base_copy, tmp_path))
     assert stopped.value.code == 2
     error = capsys.readouterr().err
-    assert re.fullmatch(rf"error: .*{re.escape(str(copy_of_base))}.*\n", error)
-    config = make_config(f"model.path={copy_of_base}")
+    assert re.fullmatch(rf"error: .*{re.escape(str(base_copy))}.*\n", error)
+    config = make_config(f"model.path={base_copy}")
     for command in (Run, sft.main, evaluate.main):
         with pytest.raises(ValueError, match=re.escape(error.removeprefix("error: ").strip())):
             command(config, tmp_path / "run")
 
 
 def test_a_template_that_has_written_the_tag_costs_no_format(
-    copy_of_base: Path, make_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    base_copy: Path, make_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    prefill(copy_of_base, "<think>")
-    ask.main(arguments(copy_of_base, tmp_path))
+    prefill(base_copy, "<think>")
+    ask.main(arguments(base_copy, tmp_path))
     shown = capsys.readouterr().out
     assert re.search(r"reasoning  \w", shown)
     assert re.search(r"answer     [ABC]\) ", shown)
     config = make_config(
-        f"model.path={copy_of_base}", "rollout.max_tokens=64", "eval.max_tokens=64", "eval.at_start=false", "steps=1"
+        f"model.path={base_copy}", "rollout.max_tokens=64", "eval.max_tokens=64", "eval.at_start=false", "steps=1"
     )
     Run(config, tmp_path / "run").execute()
     (metrics,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -113,11 +107,11 @@ def test_a_template_that_has_written_the_tag_costs_no_format(
 
 @pytest.mark.parametrize("text", ["", "<think>\\n", "<think>\\n\\n</think>\\n\\n"])
 def test_written_texts_are_scored_and_learnt_as_they_would_be_sampled(
-    text: str, copy_of_base: Path, make_config: Config
+    text: str, base_copy: Path, make_config: Config
 ) -> None:
-    prefill(copy_of_base, text)
-    renderer = PromptRenderer(*open_model(copy_of_base), max_prompt_tokens=256)
-    config = make_config(f"model.path={copy_of_base}", "sft.target=option", "sft.batch_size=1")
+    prefill(base_copy, text)
+    renderer = PromptRenderer(*open_model(base_copy), max_prompt_tokens=256)
+    config = make_config(f"model.path={base_copy}", "sft.target=option", "sft.batch_size=1")
     examples = load_run_data(config, renderer, training=True).train_examples
     (item,) = sft.Batches(examples, renderer, config).batch(0)
     prompt, written = item.prompt, item.sequences[0].completion.token_ids
@@ -141,7 +135,7 @@ def test_written_texts_are_scored_and_learnt_as_they_would_be_sampled(
     pattern = r"(<think>\s*</think>\s*)?<think>\s*dark</think>\n<answer>A"
     assert re.fullmatch(pattern, asked[0])
     assert re.fullmatch(r"<think>\s*</think>\s*<answer>A", asked[3])
-    policy = load_policy(copy_of_base)
+    policy = load_policy(base_copy)
     cases = [(prompt, "<answer>"), (prompt, prompt.prefill + "<answer>")]
     (one, other) = letter_probabilities(cases, policy=policy, renderer=renderer, token_budget=1000)
     assert one.sum() == pytest.approx(1)
@@ -150,11 +144,11 @@ def test_written_texts_are_scored_and_learnt_as_they_would_be_sampled(
 
 
 def test_a_model_whose_files_name_different_ends_stops_at_each(
-    copy_of_base: Path, make_config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    base_copy: Path, make_config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (copy_of_base / "generation_config.json").write_text(json.dumps({"eos_token_id": 734, "pad_token_id": 734}))
+    (base_copy / "generation_config.json").write_text(json.dumps({"eos_token_id": 734, "pad_token_id": 734}))
     config = make_config(
-        f"model.path={copy_of_base}",
+        f"model.path={base_copy}",
         "rollout.max_tokens=64",
         "eval.max_tokens=64",
         "sft.epochs=0.5",
