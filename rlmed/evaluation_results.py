@@ -52,6 +52,7 @@ class EvalRow:
     answer: str
     """The right letter."""
     completion: str
+    """With what the chat template has written of it."""
     parsed: str | None
     """The letter found in the completion."""
     right: bool

@@ -157,7 +157,7 @@ class Run:
             groups = [self.rubric.score(self.cluster.pool.collect()) for _ in range(self.config.preflight.groups)]
         report = inspect(groups, mask_truncated=self.config.algo.mask_truncated)
         self.progress.message(report.line())
-        check(report, self.config.rollout.max_tokens)
+        check(report, self.config.rollout.max_tokens, self.renderer.end_tokens)
 
     def _after_step(self, result: StepResult) -> None:
         config, step = self.config, result.step
