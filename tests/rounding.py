@@ -89,7 +89,9 @@ def first_difference(one: Completion, other: Completion) -> int | None:
     """Index of the first token that differs; None when all are the same."""
     pairs = zip(one.token_ids.tolist(), other.token_ids.tolist(), strict=False)
     index = next((index for index, (own, others) in enumerate(pairs) if own != others), None)
-    assert index is not None or len(one.token_ids) == len(other.token_ids), "one completion goes on where the other ends"
+    assert index is not None or len(one.token_ids) == len(other.token_ids), (
+        "one completion goes on where the other ends"
+    )
     return index
 
 

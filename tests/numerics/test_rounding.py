@@ -64,7 +64,9 @@ class Float32Rounding(TorchFunctionMode):
             if name == "matmul":
                 return Product.apply(*args, self.random)
             if name == "conv3d":  # of patches that do not overlap: one product a patch
-                return Product.apply(args[0].flatten(1), args[1].flatten(1).T, self.random).view(len(args[0]), -1, 1, 1, 1)
+                return Product.apply(args[0].flatten(1), args[1].flatten(1).T, self.random).view(
+                    len(args[0]), -1, 1, 1, 1
+                )
             result = function(*args, **kwargs)
             if name in ELEMENTARY and result.is_floating_point():
                 noise = torch.randn(result.shape, generator=self.random, dtype=result.dtype)

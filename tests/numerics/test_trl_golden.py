@@ -73,7 +73,9 @@ def run_ours(settings, dtype, **changes):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", CASES)
 def test_loss_and_gradient_equal_trl(name, dtype):
-    tolerance = 1e-12 + rounding(20, 3, dtype)  # the file's digits; about ten roundings of logprobs of about 3, on both sides
+    tolerance = 1e-12 + rounding(
+        20, 3, dtype
+    )  # the file's digits; about ten roundings of logprobs of about 3, on both sides
     case = CASES[name]
     loss, gradient, _ = run_ours(case["settings"], dtype)
     assert loss.dtype == dtype
@@ -89,7 +91,7 @@ def test_metrics_equal_trl(name):
     # For cispo TRL counts truncated weights only where the advantage is positive, ours wherever a weight was changed.
     assert compared or name == "cispo"
     for theirs, ours in compared.items():
-        assert metrics[ours].value() == pytest.approx(golden[theirs], abs=1e-12 + rounding(20, 3, torch.float64))
+        assert metrics[ours].value() == pytest.approx(golden[theirs], abs=rounding(4))  # TRL counts clips in float32
 
 
 @pytest.mark.parametrize(
