@@ -54,7 +54,7 @@ def test_the_shipped_base_knows_the_format_and_sees_what_is_easy(tmp_path: Path)
 
 def test_the_build_command_from_nothing(tmp_path: Path) -> None:
     target = tmp_path / "base"
-    sizes = ["--lookup-rows", "70", "--studies", "6", "--reader-studies", "6"]
+    sizes = ["--lookup-rows", "8", "--studies", "2", "--reader-studies", "2"]
     tiny_base.main(["--target", str(target), "--work", str(tmp_path / "work"), *sizes])
     model = AutoModelForImageTextToText.from_pretrained(target)
     assert model.dtype == torch.bfloat16
