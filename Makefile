@@ -22,10 +22,10 @@ test-fast: $(INSTALLED)
 	@$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target $(HALVES)
 
 test-half-1:
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not ($(SLOW))" tests/unit/rlmed tests/integration
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not ($(SLOW))" tests/unit/rlmed
 
 test-half-2:
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not ($(SLOW))" tests --ignore=tests/unit/rlmed --ignore=tests/integration
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not ($(SLOW))" tests --ignore=tests/unit/rlmed
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
