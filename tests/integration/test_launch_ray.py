@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -67,8 +67,8 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("ray")
+def runs(tmp_path_factory: pytest.TempPathFactory, with_images: Callable[[Path], Path]) -> Path:
+    return with_images(tmp_path_factory.mktemp("ray"))
 
 
 @pytest.fixture(scope="module")

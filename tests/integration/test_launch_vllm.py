@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,9 @@ pytestmark = [
 ]
 
 
-def test_vllm_samples_learns_and_is_pushed_to(tmp_path: Path) -> None:
+def test_vllm_samples_learns_and_is_pushed_to(tmp_path: Path, with_images: Callable[[Path], Path]) -> None:
     run = Launch(
-        tmp_path / "run",
+        with_images(tmp_path) / "run",
         "cluster=ray",
         "rollout=vllm",
         "steps=4",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,8 @@ def launch(place: str, outputs: Path, *overrides: str) -> Finished:
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("runs")
+def workplace(tmp_path_factory: pytest.TempPathFactory, with_images: Callable[[Path], Path]) -> Path:
+    return with_images(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")

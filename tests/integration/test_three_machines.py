@@ -103,6 +103,11 @@ class Run:
 
 
 @pytest.fixture
+def workplace(tmp_path: Path, with_images: Callable[[Path], Path]) -> Path:
+    return with_images(tmp_path)
+
+
+@pytest.fixture
 def three_machines() -> Iterator[Machines]:
     if reason := why_no_namespaces():
         pytest.skip(reason)
@@ -120,8 +125,8 @@ def both_sample(machines: Machines) -> bool:
     return all(machines.running(number, "ray::RolloutActor") for number in (1, 2))
 
 
-def test_a_machine_that_is_cut_off_costs_no_group(three_machines: Machines, tmp_path: Path) -> None:
-    run = Run(three_machines, tmp_path / "run")
+def test_a_machine_that_is_cut_off_costs_no_group(three_machines: Machines, workplace: Path) -> None:
+    run = Run(three_machines, workplace / "run")
     run.wait_for_step(2)
     assert both_sample(three_machines)
     assert not three_machines.running(0, "ray::RolloutActor")
@@ -136,10 +141,10 @@ def test_a_machine_that_is_cut_off_costs_no_group(three_machines: Machines, tmp_
 
 
 def test_a_killed_node_costs_no_group_and_after_a_lost_head_the_same_command_goes_on(
-    three_nodes: Machines, tmp_path: Path
+    three_nodes: Machines, workplace: Path
 ) -> None:
     """The head's own process is killed; its node goes on for a minute, as one on another machine would."""
-    run = Run(three_nodes, tmp_path / "run", *SETTINGS, "checkpoint.every=1")
+    run = Run(three_nodes, workplace / "run", *SETTINGS, "checkpoint.every=1")
     run.wait_for_step(2)
     assert both_sample(three_nodes)
     three_nodes.kill(2)
@@ -153,6 +158,6 @@ def test_a_killed_node_costs_no_group_and_after_a_lost_head_the_same_command_goe
     assert re.search(r"error: the head of the Ray cluster .* has not answered .* with resume=auto", run.output)
     assert "Traceback" not in run.output
     alone = (*TRAINING, "checkpoint.every=1", "cluster.address=null", "resume=auto")
-    resumed = Run(three_nodes, tmp_path / "run", *alone)
+    resumed = Run(three_nodes, workplace / "run", *alone)
     resumed.finish()
     assert "resuming after step" in resumed.output
