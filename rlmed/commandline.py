@@ -24,17 +24,22 @@ from typing import Any
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from rewards.extra import RewardError
 from rlmed.checkpoint import CheckpointError
 from rlmed.core.config import RunConfig
 from rlmed.core.config_building import build_config, check_key
+from rlmed.core.config_checks import ConfigError
+from rlmed.core.config_use import Refusal, check_used, find_unused
 from rlmed.core.files import refusal
 from rlmed.core.protocols import ClusterError
 from rlmed.models.logs import silence_progress_bars
 
 EMBEDDED_SUFFIX = "_embedded"
+CONFIG_GROUPS = tuple(sorted(entry.name for entry in resources.files("conf").iterdir() if entry.is_dir()))
 LOST = 3
 """Exit status when a process of the run was lost: the same command with resume=auto goes on."""
 PROBE = b"." * 2**16
@@ -42,9 +47,10 @@ PROBE = b"." * 2**16
 
 
 def group_options(group: str) -> list[str]:
-    """Names of the YAML files in `conf/<group>/`."""
+    """Names of the YAML files in `conf/<group>/` that are options, and not what options share."""
     folder = resources.files("conf").joinpath(group)
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    names = [entry.name for entry in folder.iterdir() if entry.name.endswith(".yaml")]
+    return sorted(name.removesuffix(".yaml") for name in names if not name.startswith("_"))
 
 
 def expand(arguments: Sequence[str], *, cuda: bool) -> list[str]:
@@ -115,13 +121,29 @@ def compose_config(program: str, overrides: Sequence[str]) -> RunConfig:
         ConfigError: for an unknown key or impossible value.
     """
     with hydra.initialize_config_module("conf", version_base="1.3"):
-        return _validated(hydra.compose(program, overrides=list(overrides)))
+        return build_config(_plain_config(hydra.compose(program, overrides=list(overrides))))
 
 
-def _validated(composed: DictConfig) -> RunConfig:
+def _plain_config(composed: DictConfig) -> dict[str, Any]:
     plain = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(plain, dict)
-    return build_config({str(key): value for key, value in plain.items()})
+    return {str(key): value for key, value in plain.items()}
+
+
+def unused_overrides(program: str, overrides: Sequence[str]) -> list[Refusal]:
+    """The overrides that `python -m rlmed.<program>` would refuse since it doesn't read them, outside of a command.
+
+    Raises:
+        ConfigError: for what Hydra cannot compose.
+    """
+    with hydra.initialize_config_module("conf", version_base="1.3"):
+        try:
+            return find_unused(
+                program, overrides, CONFIG_GROUPS, lambda entries: _plain_config(hydra.compose(program, list(entries)))
+            )
+        except (HydraException, OmegaConfBaseException) as error:
+            where = f"{error.override}: " if isinstance(error, OverrideParseException) else ""
+            raise ConfigError(where + " ".join(str(error).split())) from error
 
 
 def newest_run(folder: Path) -> Path | None:
@@ -152,7 +174,14 @@ def run_command(program: str, main: Callable[[RunConfig, Path], None]) -> None:
     def entry(composed: DictConfig) -> None:
         folder = Path(HydraConfig.get().runtime.output_dir)
         try:
-            config = _validated(composed)
+            own = HydraConfig.get()
+            check_used(
+                program,
+                own.overrides.task,
+                CONFIG_GROUPS,
+                lambda entries: _plain_config(hydra.compose(own.job.config_name, list(entries))),
+            )
+            config = build_config(_plain_config(composed))
             named = any(entry.startswith("hydra.run.dir=") for entry in HydraConfig.get().overrides.hydra)
             if config.resume == "auto" and not named:
                 folder = newest_run(folder) or folder
@@ -166,19 +195,6 @@ def run_command(program: str, main: Callable[[RunConfig, Path], None]) -> None:
             raise SystemExit(LOST if isinstance(error, ClusterError) else 2) from error
 
     entry()
-
-
-def refuse_trust(config: RunConfig) -> None:
-    """For commands that train.
-
-    Raises:
-        ValueError: for `eval.trust=true`, which would be left undone.
-    """
-    if config.eval.trust:
-        raise ValueError(
-            "eval.trust=true is for rlmed.evaluate: train without it, then run python -m rlmed.evaluate "
-            "model=RUN/checkpoints/step-N data=… eval.trust=true"
-        )
 
 
 def check_writable(folder: Path) -> None:
