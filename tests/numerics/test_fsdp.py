@@ -112,7 +112,7 @@ def spoiled(groups):
 
 @pytest.mark.parametrize(
     ("steps", "config"),
-    [(5, {}), (2, {"gradient_checkpointing": True, "epochs": 2}), (2, {"freeze": ("vision",), "weight_decay": 0.1})],
+    [(3, {}), (2, {"gradient_checkpointing": True, "epochs": 2}), (2, {"freeze": ("vision",), "weight_decay": 0.1})],
     ids=["all", "checkpointing", "frozen vision"],
 )
 def test_several_steps_are_those_of_one_rank(ranks, steps, config, tiny_folder, make_train_groups):
