@@ -1,17 +1,31 @@
-# make demo: install and run the embedded experiment. make test: install and run all tests.
+# make demo: install and run the embedded experiment. make test: install and run all tests. make test-fast: most of them.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_ALL := $(VENV)/.installed-all
 
-.PHONY: demo test lint types check tiny-base clean
+# What takes long; all other tests in two halves, each on a core of its own.
+SLOW := slow or ray or vllm
+HALVES := test-half-1 test-half-2
+
+.PHONY: demo test test-fast test-slow $(HALVES) lint types check tiny-base clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m rlmed.launch +experiment=medvqa_600
 
 test: $(INSTALLED_ALL)
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest
+	@$(MAKE) --no-print-directory --keep-going test-fast test-slow
+
+# The readers' tests of DICOM, NIfTI and parquet skip themselves where only `make demo` was run before.
+test-fast: $(INSTALLED)
+	@$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target $(HALVES)
+
+test-half-1:
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not ($(SLOW))" tests/unit/rlmed
+
+test-half-2:
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not ($(SLOW))" tests --ignore=tests/unit/rlmed
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -21,6 +35,9 @@ types: $(INSTALLED)
 	$(BIN)/mypy
 
 check: lint types test
+
+test-slow:
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m "$(SLOW)"
 
 # Rebuilds the model in rlmed/assets/tiny_base from nothing (docs/lab-log.md says how the shipped one was made).
 tiny-base: $(INSTALLED)

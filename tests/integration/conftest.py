@@ -12,6 +12,7 @@ from PIL import Image
 
 from rlmed.commandline import compose_config
 from rlmed.core.config import RunConfig
+from rlmed.data.phantom import write_dataset
 from rlmed.models.tiny import build_tiny_vl
 
 Rows = list[dict[str, object]]
@@ -22,6 +23,25 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("random_model")
     build_tiny_vl(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def generated_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("phantom")
+    write_dataset(folder, 0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def with_images(generated_images: Path) -> Callable[[Path], Path]:
+    """`with_images(folder)`: the folder, where a run of the embedded experiment finds its generated images."""
+
+    def link(folder: Path) -> Path:
+        (folder / "outputs").mkdir()
+        (folder / "outputs" / "phantom-0").symlink_to(generated_images)
+        return folder
+
+    return link
 
 
 @pytest.fixture

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import runpy
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from rlmed.core.files import RecordError
 from rlmed.launch import Run
 from rlmed.preflight import PreflightError
 from rlmed.setup import make_renderer
+from tests.integration.forked import run_forked
+from tests.rounding import LOGPROBS, rounding
 
 Config = Callable[..., RunConfig]
 
@@ -66,7 +68,7 @@ def test_a_run_leaves_everything_behind(make_config: Config, tmp_path: Path, own
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in metrics] == [1, 2]
     assert metrics[0]["reward/first_token"] > 0
-    assert metrics[0]["mismatch_kl"] < 1e-6
+    assert metrics[0]["mismatch_kl"] < LOGPROBS**2
     groups = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
     assert len(groups) == 4
     assert Path(groups[0]["image"]).is_file()
@@ -145,7 +147,7 @@ def test_rewards_without_a_written_reasoning(
     assert len({round(completion["reward_parts"][varied], 6) for completion in completions}) > 1
     for completion in completions:
         weighted = sum(config.reward.weights[part] * value for part, value in completion["reward_parts"].items())
-        assert completion["reward"] == pytest.approx(weighted, abs=1e-5)
+        assert completion["reward"] == pytest.approx(weighted, abs=rounding(12, 3))
     assert all(line["grad_norm"] > 0 for line in lines)
 
 
@@ -237,7 +239,8 @@ def test_sft_shuffles_options_where_no_written_text_names_a_letter(make_config: 
 def test_a_bad_reward_function_stops_the_run_and_is_named(
     make_config: Config, tmp_path: Path, own_reward: str, function: str, message: str
 ) -> None:
-    run = Run(make_config(f"reward.extra=[{own_reward}:{function}]", "reward.timeout_s=0.5"), tmp_path)
+    limit = 0.5 if function == "hangs" else 30
+    run = Run(make_config(f"reward.extra=[{own_reward}:{function}]", f"reward.timeout_s={limit}"), tmp_path)
     with pytest.raises(Exception, match=f"{own_reward}:{function}.*{message}"):
         run.execute()
 
@@ -342,15 +345,12 @@ def test_batches_without_a_trained_token_are_no_error_and_move_nothing(
     assert all(tensor.equal(before[name]) for name, tensor in trained.items())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command", ["launch", "sft", "evaluate"])
 def test_an_output_folder_that_cannot_be_written(command: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    done = subprocess.run(
-        [sys.executable, "-m", f"rlmed.{command}", f"hydra.run.dir={tmp_path}/file/run"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    main = functools.partial(runpy.run_module, f"rlmed.{command}", run_name="__main__")
+    done = run_forked(main, [f"hydra.run.dir={tmp_path}/file/run"], tmp_path)
     assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {tmp_path}/file/run cannot be written")
-    assert "hydra.run.dir=FOLDER" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert f"error: {tmp_path}/file/run cannot be written" in done.output
+    assert "hydra.run.dir=FOLDER" in done.output
+    assert "Traceback" not in done.output

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.integration.same_training import read_lines
 from tests.integration.test_launch_ray import Launch, metrics
+from tests.rounding import LOGPROBS
 
 pytestmark = [
+    pytest.mark.ray,
     pytest.mark.slow,
     pytest.mark.vllm,
     pytest.mark.skipif(
@@ -19,14 +22,14 @@ pytestmark = [
 ]
 
 
-def test_vllm_samples_learns_and_is_pushed_to(tmp_path: Path) -> None:
+def test_vllm_samples_learns_and_is_pushed_to(tmp_path: Path, with_images: Callable[[Path], Path]) -> None:
     run = Launch(
-        tmp_path / "run",
+        with_images(tmp_path) / "run",
         "cluster=ray",
         "rollout=vllm",
         "steps=4",
         "rollout.max_tokens=40",
-        "rollout.max_mismatch_kl=1e-8",  # float32 on both sides: the weights are the same after every push
+        f"rollout.max_mismatch_kl={LOGPROBS**2}",  # float32 on both sides: the weights are the same after every push
         "eval.at_start=true",
         "eval.at_end=true",
         "eval.controls=false",
@@ -39,8 +42,8 @@ def test_vllm_samples_learns_and_is_pushed_to(tmp_path: Path) -> None:
     assert "Held-out accuracy in %, step 0 → 4" in said
     steps = metrics(tmp_path / "run")
     assert [line["policy_version"] for line in steps] == [1, 2, 3, 4]
-    assert all(line["mismatch_kl"] < 1e-8 and line["rollout/push_apply_s"] > 0 for line in steps)
+    assert all(line["mismatch_kl"] < LOGPROBS**2 and line["rollout/push_apply_s"] > 0 for line in steps)
     assert max(line["grad_norm"] for line in steps) > 0
-    rows = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
+    rows = read_lines(tmp_path / "run" / "rollouts.jsonl")
     versions = {row["step"]: {entry["min_version"] for entry in row["completions"]} for row in rows}
     assert versions == {1: {0}, 2: {1}, 3: {2}, 4: {3}}

@@ -20,6 +20,7 @@ from rlmed.launch import Run
 from rlmed.letters import letter_probabilities
 from rlmed.models.policy import load_policy
 from rlmed.setup import load_run_data, open_model
+from tests.rounding import LOGPROBS
 
 Config = Callable[..., RunConfig]
 RAISING = "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}"
@@ -140,7 +141,7 @@ def test_written_texts_are_scored_and_learnt_as_they_would_be_sampled(
     (one, other) = letter_probabilities(cases, policy=policy, renderer=renderer, token_budget=1000)
     assert one.sum() == pytest.approx(1)
     if text != "<think>\\n":  # an answer inside an open reasoning is another text
-        np.testing.assert_allclose(one, other, atol=1e-6)
+        np.testing.assert_allclose(one, other, atol=LOGPROBS)
 
 
 def test_a_model_whose_files_name_different_ends_stops_at_each(

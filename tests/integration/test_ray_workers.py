@@ -31,8 +31,9 @@ from rollout.native.engine import NativeEngine
 from rollout.native.scheduler import EngineLimits
 from rollout.pool import WorkerPool
 from tests.integration.processes import marked, new_mark, wait_until
+from tests.rounding import LOGPROBS, worst_difference
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 GROUPS = 12
 
 
@@ -88,7 +89,7 @@ def ready(pool):
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
-def test_a_lost_worker_costs_no_group(pool, session, signal_number):
+def test_a_lost_worker_costs_no_group(pool, session, model, signal_number):
     ready(pool)
     before = pool.metrics()
     channel = pool.channel()
@@ -101,7 +102,8 @@ def test_a_lost_worker_costs_no_group(pool, session, signal_number):
     assert sorted(group.request.index for group in groups) == list(range(GROUPS))
     assert channel._groups.empty()
     after = pool.metrics()
-    assert after["rollout/workers_lost"] == before["rollout/workers_lost"] + 1
+    # on a busy machine another may be slow to answer, and is replaced too
+    assert after["rollout/workers_lost"] >= before["rollout/workers_lost"] + 1
     assert after["rollout/groups_sampled_again"] > before["rollout/groups_sampled_again"]
     # a frozen process does not hear that it shall end, and is ended all the same
     wait_until(lambda: not Path(f"/proc/{victim}").exists(), 30, "the lost process is gone")
@@ -111,9 +113,10 @@ def test_a_lost_worker_costs_no_group(pool, session, signal_number):
     for index in range(GROUPS):
         again.submit(request(index))
     expected = {group.request.index: group for group in (again.collect() for _ in range(GROUPS))}
-    for group in groups:
-        ours = [completion.token_ids.tolist() for completion in group.completions]
-        assert ours == [completion.token_ids.tolist() for completion in expected[group.request.index].completions]
+    policy = load_policy(model)
+    policy.end_token_ids = frozenset()
+    groups.sort(key=lambda group: group.request.index)
+    assert worst_difference([expected[index] for index in range(GROUPS)], groups, policy) <= LOGPROBS
 
 
 def test_pushed_weights_reach_all_workers_and_the_successor_of_a_lost_one(pool, session, model):
@@ -140,10 +143,8 @@ def test_pushed_weights_reach_all_workers_and_the_successor_of_a_lost_one(pool, 
     for _ in range(2):  # one for each worker
         channel.submit(request(3, max_tokens=12))
     for group in (channel.collect(), channel.collect()):
-        for ours, theirs in zip(group.completions, expected[0].completions, strict=True):
-            assert ours.token_ids.tolist() == theirs.token_ids.tolist()
-            np.testing.assert_allclose(ours.rollout_logprobs, theirs.rollout_logprobs, atol=1e-5)
-            assert (ours.min_version, ours.max_version) == (7, 7)
+        assert worst_difference(expected, [group], policy) <= LOGPROBS
+        assert {(entry.min_version, entry.max_version) for entry in group.completions} == {(7, 7)}
 
 
 def test_a_run_that_asks_for_more_than_there_is_says_so(session, make_config, tmp_path):
@@ -278,7 +279,7 @@ class Drifting:
 
 
 def sampled(pool, version):
-    """One group of each of two workers; all of both were sampled from these weights."""
+    """The groups of two workers that were asked the same; all of both were sampled from these weights."""
     channel = pool.channel()
     evaluation = pool.channel()  # a pool ends with its last channel
     for _ in range(2):
@@ -287,7 +288,7 @@ def sampled(pool, version):
     assert evaluation.in_flight == 0
     versions = {(entry.min_version, entry.max_version) for group in groups for entry in group.completions}
     assert versions == {(version, version)}
-    return [[completion.token_ids.tolist() for completion in group.completions] for group in groups]
+    return groups
 
 
 def test_weights_are_sent_from_actor_to_actor_and_fetched_by_whoever_comes_later(session, model, caplog):
@@ -310,7 +311,7 @@ def test_weights_are_sent_from_actor_to_actor_and_fetched_by_whoever_comes_later
         groups = []
         while engine.busy:
             groups += engine.step()
-        return [[completion.token_ids.tolist() for completion in groups[0].completions]] * 2
+        return groups * 2
 
     def train():
         for each in (learner, local):
@@ -321,19 +322,21 @@ def test_weights_are_sent_from_actor_to_actor_and_fetched_by_whoever_comes_later
         ready(pool)
         before = expected()
         train()
-        assert sampled(pool, 1) == expected() != before
+        assert worst_difference(expected(), sampled(pool, 1), local.policy) <= LOGPROBS
+        with pytest.raises(AssertionError):
+            worst_difference(expected(), before, local.policy)
         # a successor fetches what the other was sent
         first = pool._slots[0].worker
         first.kill()
         wait_until(lambda: pool._slots[0].worker is not first, 30, "a successor")
         ready(pool)
-        assert sampled(pool, 1) == expected()
+        assert worst_difference(expected(), sampled(pool, 1), local.policy) <= LOGPROBS
         # with it no group can be made, so both fetch
         train()
         assert (
             "no connection by nccl: NCCL does not load here. These weights go through the object store" in caplog.text
         )
-        assert sampled(pool, 2) == expected()
+        assert worst_difference(expected(), sampled(pool, 2), local.policy) <= LOGPROBS
     finally:
         pool.close()
         learner.close()

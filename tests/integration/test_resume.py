@@ -3,39 +3,33 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.integration import launch_and_die
+from tests.integration.forked import Finished, run_forked
 from tests.integration.short_run import SHORT_RUN, STEPS
 
-SCRIPT = Path(__file__).with_name("launch_and_die.py")
 
-
-def launch(place: str, outputs: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), place, *SHORT_RUN, *overrides]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, cwd=outputs, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+def launch(place: str, outputs: Path, *overrides: str) -> Finished:
+    return run_forked(launch_and_die.main, [place, *SHORT_RUN, *overrides], outputs)
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("runs")
+def workplace(tmp_path_factory: pytest.TempPathFactory, with_images: Callable[[Path], Path]) -> Path:
+    return with_images(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(workplace: Path) -> Path:
     folder = workplace / "whole"
     done = launch("nowhere", workplace, f"hydra.run.dir={folder}")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.output
     return folder
 
 
@@ -52,13 +46,13 @@ def lines(path: Path) -> list[dict[str, object]]:
 def test_killed_and_resumed_equals_uninterrupted(place: str, workplace: Path, uninterrupted: Path) -> None:
     folder = workplace / place.replace(":", "_")
     killed = launch(place, workplace, f"hydra.run.dir={folder}")
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert killed.returncode == -signal.SIGKILL, killed.output
     resumed = launch(
         "nowhere",
         workplace,
         f"resume={folder}" if list(folder.glob("checkpoints/step-*")) else f"hydra.run.dir={folder}",
     )
-    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.returncode == 0, resumed.output
 
     expected, got = weights(uninterrupted), weights(folder)
     assert expected.keys() == got.keys()
@@ -84,7 +78,7 @@ def test_a_resumed_curriculum_asks_the_same_prompts(workplace: Path) -> None:
     assert launch("nowhere", workplace, f"hydra.run.dir={whole}", *settings).returncode == 0
     assert launch("backward:5", workplace, f"hydra.run.dir={folder}", *settings).returncode == -signal.SIGKILL
     resumed = launch("nowhere", workplace, f"resume={folder}", *settings)
-    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.returncode == 0, resumed.output
 
     asked = [[line["example_id"] for line in lines(path / "rollouts.jsonl")] for path in (whole, folder)]
     assert asked[0] == asked[1]
@@ -107,4 +101,4 @@ def test_the_run_changed_the_weights_and_resume_refuses_other_settings(workplace
     assert all(line["grad_norm"] > 0 for line in lines(uninterrupted / "metrics.jsonl"))  # type: ignore[operator]
     refused = launch("nowhere", workplace, f"resume={uninterrupted}", "seed=5")
     assert refused.returncode == 2
-    assert "seed: 0 then, 5 now" in refused.stderr
+    assert "seed: 0 then, 5 now" in refused.output

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from tests.integration.machines import Loopback, Machines, Network, why_no_names
 from tests.integration.processes import wait_until
 
 pytestmark = [
+    pytest.mark.ray,
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray"),
     # a shell of Ray's own is given the interpreter's path without quotes; rlmed's runs do not start Ray so
@@ -26,7 +27,7 @@ pytestmark = [
         " " in sys.executable, reason="`ray start` does not work from a folder with a space in its name"
     ),
 ]
-STEPS, GROUPS_PER_STEP = 6, 4
+STEPS, GROUPS_PER_STEP = 8, 4
 TRAINING = (
     "+experiment=medvqa_600_embedded",
     f"steps={STEPS}",
@@ -38,6 +39,8 @@ TRAINING = (
     "eval.at_end=false",
     "rollout.max_tokens=40",
     "data.limit=40",
+    "data.eval=[outputs/phantom-0/test_mri.jsonl]",
+    "data.leakage=off",
     "cluster=ray",
     "cluster.rollout_workers=2",
     "cluster.threads=1",
@@ -84,7 +87,11 @@ class Run:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def wait_for_step(self, step: int) -> None:
-        wait_until(lambda: len(self.metrics()) >= step or self.process.poll() is not None, 240, f"step {step}")
+        self.wait_until(lambda: len(self.metrics()) >= step, f"step {step}")
+
+    def wait_until(self, condition: Callable[[], bool], what: str) -> None:
+        """While it runs."""
+        wait_until(lambda: condition() or self.process.poll() is not None, 240, what)
         assert self.process.poll() is None, self.output
 
     def finish(self) -> None:
@@ -93,6 +100,11 @@ class Run:
         assert [line["step"] for line in self.metrics()] == list(range(1, STEPS + 1))
         rows = map(json.loads, (self.folder / "rollouts.jsonl").read_text().splitlines())
         assert Counter(row["index"] for row in rows) == Counter(range(STEPS * GROUPS_PER_STEP))
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, with_images: Callable[[Path], Path]) -> Path:
+    return with_images(tmp_path)
 
 
 @pytest.fixture
@@ -113,8 +125,8 @@ def both_sample(machines: Machines) -> bool:
     return all(machines.running(number, "ray::RolloutActor") for number in (1, 2))
 
 
-def test_a_machine_that_is_cut_off_costs_no_group(three_machines: Machines, tmp_path: Path) -> None:
-    run = Run(three_machines, tmp_path / "run")
+def test_a_machine_that_is_cut_off_costs_no_group(three_machines: Machines, workplace: Path) -> None:
+    run = Run(three_machines, workplace / "run")
     run.wait_for_step(2)
     assert both_sample(three_machines)
     assert not three_machines.running(0, "ray::RolloutActor")
@@ -128,21 +140,16 @@ def test_a_machine_that_is_cut_off_costs_no_group(three_machines: Machines, tmp_
     assert re.search(r"rollout worker \d \(.*\) was lost", run.output), run.output
 
 
-def test_a_killed_node_costs_no_group(three_nodes: Machines, tmp_path: Path) -> None:
-    run = Run(three_nodes, tmp_path / "run")
+def test_a_killed_node_costs_no_group_and_after_a_lost_head_the_same_command_goes_on(
+    three_nodes: Machines, workplace: Path
+) -> None:
+    """The head's own process is killed; its node goes on for a minute, as one on another machine would."""
+    run = Run(three_nodes, workplace / "run", *SETTINGS, "checkpoint.every=1")
     run.wait_for_step(2)
     assert both_sample(three_nodes)
     three_nodes.kill(2)
-    run.finish()
-    last = run.metrics()[-1]
-    assert last["rollout/workers_lost"] >= 1
-    assert last["rollout/workers_ready"] == 1
-
-
-def test_a_head_that_is_gone_ends_the_run_and_the_same_command_goes_on(three_nodes: Machines, tmp_path: Path) -> None:
-    """The head's own process is killed; its node goes on for a minute, as one on another machine would."""
-    run = Run(three_nodes, tmp_path / "run", *SETTINGS, "checkpoint.every=1")
-    run.wait_for_step(2)
+    run.wait_until(lambda: run.metrics()[-1]["rollout/workers_lost"] >= 1, "a step after the node was killed")
+    assert run.metrics()[-1]["rollout/workers_ready"] == 1
     for pid in three_nodes.running(0, "bin/ray"):  # `ray start --block` would end the node, and Ray the run, at once
         os.kill(pid, signal.SIGSTOP)
     for pid in three_nodes.running(0, "gcs_server"):
@@ -151,6 +158,6 @@ def test_a_head_that_is_gone_ends_the_run_and_the_same_command_goes_on(three_nod
     assert re.search(r"error: the head of the Ray cluster .* has not answered .* with resume=auto", run.output)
     assert "Traceback" not in run.output
     alone = (*TRAINING, "checkpoint.every=1", "cluster.address=null", "resume=auto")
-    resumed = Run(three_nodes, tmp_path / "run", *alone)
+    resumed = Run(three_nodes, workplace / "run", *alone)
     resumed.finish()
     assert "resuming after step" in resumed.output

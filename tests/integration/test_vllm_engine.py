@@ -27,6 +27,7 @@ from rlmed.data.prompts import PromptRenderer, load_processor
 from rlmed.models.policy import load_policy
 from rlmed.models.tiny import build_tiny_text, build_tiny_vl
 from rollout.native.engine import NativeEngine
+from tests.rounding import LOGPROBS, worst_difference
 
 pytestmark = [
     pytest.mark.vllm,
@@ -35,7 +36,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.distributed.reduce_op` is deprecated:FutureWarning"),
 ]
 
-TOLERANCE = 1e-4
+TOLERANCE = LOGPROBS
 MAX_COMPLETIONS = 12
 QUESTION = "which part of the body is shown in this scan, and what does it tell about the patient "
 PARTS = {
@@ -213,12 +214,13 @@ def change(policy, part=None):
 def test_greedy_tokens_and_logprobs_are_those_of_the_native_engine(engine, policy, renderer, prompts):
     groups = rollout(engine, prompts, group_size=2, temperature=0.0)
     native = rollout(NativeEngine(policy, renderer.decode), prompts, group_size=2, temperature=0.0)
-    assert tokens(groups) == tokens(native)
+    for number in range(2):  # both completions of a group are decided alike
+        halves = [
+            [dataclasses.replace(group, completions=(group.completions[number],)) for group in side]
+            for side in (native, groups)
+        ]
+        assert worst_difference(*halves, policy) < TOLERANCE
     assert len({tuple(ids) for ids in tokens(groups)}) == len(prompts)
-    for group, other in zip(groups, native, strict=True):
-        for completion, expected in zip(group.completions, other.completions, strict=True):
-            assert (completion.text, completion.finish_reason) == (expected.text, expected.finish_reason)
-            np.testing.assert_allclose(completion.rollout_logprobs, expected.rollout_logprobs, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -275,20 +277,14 @@ def test_a_stop_string_ends_a_completion_and_is_kept(engine, renderer, policy, p
     assert stopped.text == text[: text.index(stop) + len(stop)]
     assert len(stopped.token_ids) < len(free[1].completions[0].token_ids)
     assert len(stopped.rollout_logprobs) == len(stopped.token_ids)
-    for group, other in zip(groups, native, strict=True):
-        expected = other.completions[0]
-        assert tokens([group]) == tokens([other])
-        assert (group.completions[0].text, group.completions[0].finish_reason) == (
-            expected.text,
-            expected.finish_reason,
-        )
+    assert worst_difference(native, groups, policy) < TOLERANCE
 
 
 def test_a_seed_fixes_a_completion_whatever_runs_beside_it(engine, prompts):
     alone = rollout(engine, prompts[:1], group_size=4)
     for index in (3, 0, 2):
         engine.submit(request(prompts[index], index, group_size=4))
-    assert tokens(finish(engine)[:1]) == tokens(alone)
+    assert worst_difference(alone, finish(engine)[:1]) < TOLERANCE
     engine.submit(request(prompts[0], 1, group_size=4))
     (other_seed,) = finish(engine)
     # the streams of one group are not those of the next one, moved by one
@@ -378,10 +374,9 @@ def test_running_completions_go_on_under_new_weights_and_say_so(engine, policy, 
         tested.submit(request(prompts[0], 3, temperature=0.0))  # the prompt is known, by other weights
         results.append(finish(tested))
     groups, expected = results
-    assert tokens(groups) == tokens(expected)
+    assert worst_difference(expected, groups) < TOLERANCE  # of two policies, so nobody is asked how near an edge is
     for group, other in zip(groups, expected, strict=True):
         for one, two in zip(group.completions, other.completions, strict=True):
-            np.testing.assert_allclose(one.rollout_logprobs, two.rollout_logprobs, atol=TOLERANCE, rtol=0)
             assert (one.min_version, one.max_version) == (two.min_version, two.max_version)
     assert groups[0].completions[0].min_version == 0
     assert groups[2].completions[0].max_version == 1

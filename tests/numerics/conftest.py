@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
-from learner.packing import PackItem, TrainSequence, pack
-from rlmed.core.types import Completion, IntArray, Prompt, RolloutGroup, RolloutRequest, SamplingParams
+from rlmed.core.types import IntArray, Prompt, RolloutGroup, RolloutRequest, SamplingParams
 from rlmed.models.families import unsampleable_token_ids
 from rlmed.models.policy import Policy
 from rollout.native.engine import NativeEngine
-from rollout.native.sampler import completion_seeds, uniforms
 from rollout.native.scheduler import EngineLimits
 
 
@@ -81,45 +79,6 @@ def _run_engine(
     return sorted(groups, key=lambda group: group.request.index)
 
 
-def _worst_difference(policy: Policy, expected: Sequence[RolloutGroup], actual: Sequence[RolloutGroup]) -> float:
-    """Largest difference of the log-probabilities of two rollouts whose tokens must be the same.
-
-    A draw that falls on the very edge between two tokens may be rounded to either side. Such a completion is compared up
-    to there, and two of them in a rollout are a failure.
-    """
-    worst, rounded = 0.0, 0
-    for group, other_group in zip(expected, actual, strict=True):
-        for number, (one, other) in enumerate(zip(group.completions, other_group.completions, strict=True)):
-            tokens, other_tokens = one.token_ids.tolist(), other.token_ids.tolist()
-            same = len(tokens)
-            if tokens != other_tokens:
-                same = next(i for i, pair in enumerate(zip(tokens, other_tokens, strict=False)) if pair[0] != pair[1])
-                edge = _distance_from_edge(policy, group, number, same)
-                assert edge < 1e-5, (
-                    f"group {group.request.index}, completion {number}, token {same}: {edge} from an edge"
-                )
-                rounded += 1
-            else:
-                assert one.finish_reason == other.finish_reason
-            difference = np.abs(one.rollout_logprobs[:same] - other.rollout_logprobs[:same])
-            worst = max(worst, float(difference.max(initial=0)))
-    assert rounded <= 1
-    return worst
-
-
-@torch.no_grad()
-def _distance_from_edge(policy: Policy, group: RolloutGroup, number: int, step: int) -> float:
-    """How far the random number of a token was from the nearest edge of the cumulative distribution at temperature 1."""
-    completion, sampling = group.completions[number], group.request.sampling
-    assert (sampling.temperature, sampling.top_k, sampling.top_p) == (1.0, 0, 1.0)
-    cut = Completion(completion.token_ids[: step + 1], completion.rollout_logprobs[: step + 1], "", "length")
-    batch = pack([PackItem(group.prompt, (TrainSequence(cut, 1.0),))], policy)
-    hidden = policy.hidden(batch.token_ids, batch.positions, batch.layout, batch.image_inputs)
-    cumulative = policy.logits(hidden[batch.predictors[-1:]]).softmax(1).double().cumsum(1)
-    seed = completion_seeds(sampling.seed, group.request.group_size)[number]
-    return float((cumulative - uniforms(seed, torch.tensor(step))).abs().min())
-
-
 @pytest.fixture(scope="session")
 def padded_inputs() -> Callable[..., dict[str, Tensor]]:
     """See `_padded_inputs`."""
@@ -136,12 +95,6 @@ def padded_logprobs() -> Callable[..., list[Tensor]]:
 def run_engine() -> Callable[..., list[RolloutGroup]]:
     """See `_run_engine`."""
     return _run_engine
-
-
-@pytest.fixture(scope="session")
-def worst_difference() -> Callable[[Policy, Sequence[RolloutGroup], Sequence[RolloutGroup]], float]:
-    """See `_worst_difference`."""
-    return _worst_difference
 
 
 @pytest.fixture(scope="session")

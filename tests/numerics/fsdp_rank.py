@@ -19,9 +19,11 @@ from learner.learner import PolicyLearner
 from rlmed.core.types import TrainGroup
 from rlmed.models.policy import load_policy
 from tests.configs import algo_config, learner_config
+from tests.rounding import smooth_updates
 
 COLLECTIVE_S = 30.0
 ANSWER_S = 60.0
+LR = 3e-4
 
 
 @dataclass
@@ -69,13 +71,14 @@ def do(job: Job, ranks: Ranks | None = None, *, last: bool = True) -> Result:
         policy,
         reference,
         algo,
-        learner_config(**{"lr": 3e-4, "lr_schedule": "constant", **job.config}),
+        learner_config(**{"lr": LR, "lr_schedule": "constant", **job.config}),
         total_steps=20,
         max_tokens=32,
         temperature=0.9,
         on_bad_step=lambda _, reason: reports.append(reason),
         ranks=ranks,
     )
+    smooth_updates(learner.optimizer)
     if job.start:
         learner.load(job.start)
     metrics = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -11,10 +13,10 @@ from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 from learner.packing import PackItem, TrainSequence, pack, packed_logprobs
 from rlmed.core.types import Example
 from rlmed.data.prompts import PromptRenderer, load_processor
+from tests.rounding import LOGPROBS, worst_difference
 
 VISION = ("qwen2_vl", "qwen2_5_vl")
 FAMILIES = (*VISION, "qwen2", "qwen3", "llama")
-TOLERANCE = 1e-4
 WORDS = ("which", "part", "of", "the", "body", "is", "shown", "in", "this", "scan", "what", "does", "it", "tell")
 SIZES = ((112, 112), None, (56, 84), (300, 40), None, (64, 128), (57, 61))
 
@@ -48,6 +50,16 @@ def generated(model, inputs, max_tokens):
     return rows
 
 
+def with_tokens(groups, rows):
+    """The groups with other tokens in their only completions, and their own logprobs."""
+    completions = (
+        dataclasses.replace(group.completions[0], token_ids=np.array(row))
+        for group, row in zip(groups, rows, strict=True)
+    )
+    pairs = zip(groups, completions, strict=True)
+    return [dataclasses.replace(group, completions=(completion,)) for group, completion in pairs]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_are_those_of_transformers_generate(
     family, tiny_folder, tiny_policy, transformers_model, mixed_prompts, padded_inputs, run_engine
@@ -67,7 +79,7 @@ def test_greedy_tokens_are_those_of_transformers_generate(
         inputs = padded_inputs(model, [(prompt, nothing) for prompt in prompts[start : start + 13]], "left")
         inputs.pop("position_ids", None)
         expected += generated(model, inputs, 16)
-    assert [group.completions[0].token_ids.tolist() for group in groups] == expected
+    assert worst_difference(groups, with_tokens(groups, expected), tiny_policy(family)) == 0
     assert {group.completions[0].finish_reason for group in groups} == {"stop", "length"}
     # the models answer to their prompts: otherwise equality would show little
     assert len({tuple(tokens) for tokens in expected}) > len(prompts) // 2
@@ -109,7 +121,7 @@ def test_logprobs_are_those_of_a_padded_transformers_forward(
     actual = [completion.rollout_logprobs for group in groups for completion in group.completions]
     worst = max(np.abs(one.numpy() - other).max() for one, other in zip(expected, actual, strict=True))
     record_property("worst", float(worst))
-    assert worst <= TOLERANCE
+    assert worst <= LOGPROBS / min(1.0, temperature)
 
 
 def test_greedy_logprobs_are_those_of_temperature_one(
@@ -120,7 +132,7 @@ def test_greedy_logprobs_are_those_of_temperature_one(
         rows = [(group.prompt, group.completions[0].token_ids) for group in groups]
         expected = torch.cat(padded_logprobs(transformers_model("qwen2"), rows))
     actual = np.concatenate([group.completions[0].rollout_logprobs for group in groups])
-    np.testing.assert_allclose(actual, expected.numpy(), atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(actual, expected.numpy(), atol=LOGPROBS, rtol=0)
 
 
 def test_in_bfloat16_engine_and_learner_are_no_further_apart_than_the_learner_is_from_float32(
@@ -139,4 +151,4 @@ def test_in_bfloat16_engine_and_learner_are_no_further_apart_than_the_learner_is
     mismatch = (learner_logprobs - batch.rollout_logprobs).abs().mean()
     rounding = (learner_logprobs - exact_logprobs).abs().mean()
     record_property("worst", float(mismatch))
-    assert mismatch < 1.5 * rounding
+    assert mismatch < 2 * rounding  # the engine is as far from float32 as the learner, and they may be on either side

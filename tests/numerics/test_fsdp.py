@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 
 from learner.packing import PackItem, TrainSequence, share_by_tokens
 from rlmed.core.types import ScoredGroup, TrainGroup
+from tests.rounding import GRADIENTS, LOGPROBS, updates_apart
 
 sys.path.insert(0, str(Path(__file__).parent))  # the other processes are given the path and find the module by its name
 fsdp_rank = importlib.import_module("fsdp_rank")
 Job, Processes = fsdp_rank.Job, fsdp_rank.Processes
 
 RANKS = 2
-TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -58,16 +58,26 @@ def worst_moment(actual, expected):
     )
 
 
-def agree(ranks, job, rel=1e-4):
+def tolerance(job, result):
+    """How far apart rounding may bring a weight; see `fsdp_rank.do` for the optimizer."""
+    return updates_apart(job.config.get("lr", fsdp_rank.LR), result.version)
+
+
+def assert_same_metrics(actual, expected, first_step=1, rel=GRADIENTS):
+    """Each step adds its own rounding. Penalties are quadratic: of a distance below 0.1 and what it is off by."""
+    for step, (numbers, others) in enumerate(zip(actual, expected, strict=True), first_step):
+        assert numbers == pytest.approx(others, rel=step * rel, abs=step * 0.1 * LOGPROBS, nan_ok=True)
+
+
+def agree(ranks, job, rel=GRADIENTS):
     """The results of all ranks, checked against one rank's."""
     results, expected = ranks.do(job), fsdp_rank.do(job)
     first, *others = results
     # bit for bit the same numbers on all ranks; NaN equals itself in text only
     assert all(str(result.metrics) == str(first.metrics) for result in others)
-    for actual, numbers in zip(first.metrics, expected.metrics, strict=True):
-        assert actual == pytest.approx(numbers, rel=rel, abs=1e-6, nan_ok=True)
+    assert_same_metrics(first.metrics, expected.metrics, rel=rel)
     worst, name = worst_difference(first.weights, expected.weights)
-    assert worst <= TOLERANCE, name
+    assert worst <= tolerance(job, expected), name
     assert not any(result.weights for result in others)
     for result in results:
         assert (result.version, result.names) == (expected.version, expected.names)
@@ -77,7 +87,8 @@ def agree(ranks, job, rel=1e-4):
 
 def assert_moved(job, result):
     """Training has changed the weights by far more than what is tolerated."""
-    assert worst_difference(result.weights, fsdp_rank.do(Job(job.base, [])).weights)[0] > 20 * TOLERANCE
+    start = fsdp_rank.do(Job(job.base, [])).weights
+    assert worst_difference(result.weights, start)[0] > 20 * tolerance(job, result)
 
 
 def cut(groups, *shapes):
@@ -101,7 +112,7 @@ def spoiled(groups):
 
 @pytest.mark.parametrize(
     ("steps", "config"),
-    [(5, {}), (2, {"gradient_checkpointing": True, "epochs": 2}), (2, {"freeze": ("vision",), "weight_decay": 0.1})],
+    [(3, {}), (2, {"gradient_checkpointing": True, "epochs": 2}), (2, {"freeze": ("vision",), "weight_decay": 0.1})],
     ids=["all", "checkpointing", "frozen vision"],
 )
 def test_several_steps_are_those_of_one_rank(ranks, steps, config, tiny_folder, make_train_groups):
@@ -135,12 +146,11 @@ def test_images_on_one_rank_only(ranks, freeze, tiny_folder, make_train_groups, 
     ]
     shares = share_by_tokens(items, RANKS)
     assert [any(bool(item.prompt.image_inputs) for item in share) for share in shares] in ([True, False], [False, True])
-    # Adam's first steps are signs: a gradient that is nothing but rounding moves a weight by lr, so lr bounds the noise
-    job = Job(tiny_folder("qwen2_vl"), [one], algo={"kl_coef": 0.0}, config={"freeze": freeze, "lr": 1e-4})
+    job = Job(tiny_folder("qwen2_vl"), [one], algo={"kl_coef": 0.0}, config={"freeze": freeze})
     results, expected = agree(ranks, job)
     gradient = worst_moment(results[0], expected)
     record_property("gradient", gradient)
-    assert gradient <= TOLERANCE
+    assert gradient <= GRADIENTS
     _, expected = agree(ranks, dataclasses.replace(job, batches=[one, none, one]))
     assert_moved(job, expected)
 
@@ -186,8 +196,8 @@ def test_a_checkpoint_fits_any_number_of_ranks(ranks, dtype, new_folder, tiny_fo
 
     assert last.version == 3
     if dtype == "float32":
-        assert worst_difference(last.weights, uninterrupted.weights)[0] <= TOLERANCE
-        assert last.metrics[0] == pytest.approx(uninterrupted.metrics[2], rel=1e-4)
+        assert worst_difference(last.weights, uninterrupted.weights)[0] <= tolerance(whole, uninterrupted)
+        assert_same_metrics(last.metrics, uninterrupted.metrics[2:], first_step=3)
     files = {path.name for path in whole.save.iterdir()}
     assert files == {path.name for path in (whole.save.parent / "last").iterdir()}
     saved = [load_file(whole.save.parent / name / "model.safetensors") for name in ("last", "whole")]
@@ -225,7 +235,8 @@ def test_bfloat16_ranks_keep_float32_masters(ranks, tiny_folder, make_train_grou
     batches = [make_train_groups("qwen2_vl", 4, seed=seed) for seed in range(2)]
     job = Job(tiny_folder("qwen2_vl"), batches, dtype="bfloat16", config={"token_budget": 90})
     result, expected = ranks.do(job)[0], fsdp_rank.do(job)
-    assert result.metrics[0]["grad_norm"] == pytest.approx(expected.metrics[0]["grad_norm"], rel=0.03)
+    # a value is rounded to 8 bits some 50 times on its way, to either side: √50 · 2^-8
+    assert result.metrics[0]["grad_norm"] == pytest.approx(expected.metrics[0]["grad_norm"], rel=50**0.5 * 2**-8)
     masters = result.state["masters"]
     assert masters.keys() == result.weights.keys()
     assert {master.dtype for master in masters.values()} == {torch.float32}
@@ -257,6 +268,6 @@ def test_ranks_on_gpus(tiny_folder, make_train_groups):
     job = Job(tiny_folder("qwen2_vl"), batches, device="cuda:0", config={"token_budget": 90})
     processes = Processes(torch.cuda.device_count(), "cuda")
     try:
-        agree(processes, job, rel=1e-3)
+        agree(processes, job, rel=10 * GRADIENTS)  # a GPU adds in an order of its own each time
     finally:
         processes.close()

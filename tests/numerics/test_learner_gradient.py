@@ -10,8 +10,8 @@ import torch
 from learner.learner import PolicyLearner
 from learner.packing import PackItem, TrainSequence, split_by_tokens
 from tests.configs import algo_config, learner_config
+from tests.rounding import GRADIENTS, LOGPROBS
 
-TOLERANCE = 1e-5
 TEMPERATURE = 0.9
 
 
@@ -77,8 +77,9 @@ def test_the_gradient_is_that_of_a_slow_padded_grpo(
     actual, metrics = step_gradient(family, groups, algo_config(kl_coef=0.04))
     worst = worst_relative(actual, expected)
     record_property("gradients", worst)
-    assert worst[0] <= TOLERANCE
-    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert worst[0] <= GRADIENTS
+    # the ratios are 1, so rounding reaches the loss through the penalty alone: 0.04 · |1 - exp(d)|, d below 1
+    assert metrics["loss"] == pytest.approx(loss.item(), abs=0.04 * 2 * LOGPROBS)
     assert metrics["kl"] > 1e-3
 
 
@@ -107,9 +108,9 @@ def test_the_gradient_does_not_change_with_the_token_budget(
         gradients[budget], metrics[budget] = step_gradient("qwen2_vl", groups, algo, token_budget=budget)
     worst = max(worst_relative(gradients[budget], gradients[10**6]) for budget in pieces)
     record_property("gradients", worst)
-    assert worst[0] <= TOLERANCE
+    assert worst[0] <= GRADIENTS
     for budget in pieces:
-        assert metrics[budget] == pytest.approx(metrics[10**6], rel=1e-4, abs=1e-6)
+        assert metrics[budget] == pytest.approx(metrics[10**6], rel=2 * LOGPROBS, abs=LOGPROBS)
 
 
 def test_the_order_of_groups_and_of_completions_changes_nothing(step_gradient, worst_relative, make_train_groups):
@@ -117,7 +118,7 @@ def test_the_order_of_groups_and_of_completions_changes_nothing(step_gradient, w
     expected, _ = step_gradient("qwen2_5_vl", groups)
     shuffled = [backwards(groups[i]) for i in (3, 0, 4, 2, 1)]
     actual, _ = step_gradient("qwen2_5_vl", shuffled, token_budget=100)
-    assert worst_relative(actual, expected)[0] <= TOLERANCE
+    assert worst_relative(actual, expected)[0] <= GRADIENTS
 
 
 def backwards(group):
@@ -139,7 +140,7 @@ def test_gradient_checkpointing_gives_the_same_gradient(
     assert len(runs) == 2  # once forward, once more in the backward pass
     assert not policy.model.training
     expected, _ = step_gradient(family, groups, algo_config(kl_coef=0.0))
-    assert worst_relative(actual, expected)[0] <= TOLERANCE
+    assert worst_relative(actual, expected)[0] <= GRADIENTS
 
 
 def test_a_masked_completion_has_no_influence(step_gradient, worst_relative, make_train_groups):
@@ -154,7 +155,7 @@ def test_a_masked_completion_has_no_influence(step_gradient, worst_relative, mak
     shorter = dataclasses.replace(groups[0], scored=scored, advantages=groups[0].advantages[[0, 2, 3]])
     expected, _ = step_gradient("qwen2", [shorter, *groups[1:]], algo)
     actual, _ = step_gradient("qwen2", [truncated, *groups[1:]], algo)
-    assert worst_relative(actual, expected)[0] <= TOLERANCE
+    assert worst_relative(actual, expected)[0] <= GRADIENTS
 
 
 def test_a_batch_without_a_trained_token_is_no_update(fresh_policy, make_train_groups):

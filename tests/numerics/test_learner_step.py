@@ -16,6 +16,7 @@ from rlmed.core.types import ScoredGroup, TrainGroup
 from rlmed.models.families import PARTS
 from rlmed.models.policy import load_policy
 from tests.configs import algo_config, learner_config
+from tests.rounding import LOGPROBS, smooth_updates, updates_apart
 
 NO_KL = algo_config(kl_coef=0.0)
 
@@ -67,19 +68,20 @@ def test_the_first_ratio_on_engine_groups_is_one(
     probe.optimizer.step = lambda: 0.0
     metrics = probe.step(batch)
     record_property("ratio_max", metrics["ratio_max"])
-    assert metrics["ratio"] == pytest.approx(1.0, abs=1e-5)
-    assert metrics["ratio_max"] == pytest.approx(1.0, abs=1e-4)
+    tolerance = LOGPROBS / temperature
+    assert metrics["ratio"] == pytest.approx(1.0, abs=tolerance)
+    assert metrics["ratio_max"] == pytest.approx(1.0, abs=2 * tolerance)
     policy.model.zero_grad()
     learner = new_learner(
         policy, algo_config(), reference=fresh_policy(family), temperature=temperature, token_budget=200
     )
     metrics = learner.step(batch)
     record_property("mismatch_kl", metrics["mismatch_kl"])
-    assert metrics["mismatch_kl"] < 1e-6
+    assert metrics["mismatch_kl"] < tolerance**2
     assert metrics["ratio"] == metrics["ratio_max"] == 1.0
     assert metrics["clip_fraction_low"] == metrics["clip_fraction_high"] == 0.0
     # the reference is still what the policy was before the step
-    assert metrics["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert metrics["kl"] == pytest.approx(0.0, abs=tolerance**2)
     assert 0 < metrics["entropy"] < math.log(policy.projection.out_features)
     assert learner.step(batch)["kl"] > 1e-4
 
@@ -229,14 +231,17 @@ def test_epochs_and_mini_batches_make_several_updates_whose_ratios_leave_one(fre
     assert learner.optimizer.lr == pytest.approx(1.5e-3)
     # mismatch is between engine and learner before the updates, whatever they did
     single = new_learner(fresh_policy("qwen2")).step(groups)
-    assert first["mismatch_kl"] == pytest.approx(single["mismatch_kl"], rel=1e-5)
+    # the random rollout logprobs are far off: of exp(d) - 1 - d, a change of d is 3 times as much at most
+    assert first["mismatch_kl"] == pytest.approx(single["mismatch_kl"], rel=3 * LOGPROBS)
 
 
 def test_the_first_update_of_many_is_the_single_update(fresh_policy, make_train_groups):
     groups = make_train_groups("qwen2", 4)
     once, many = fresh_policy("qwen2"), fresh_policy("qwen2")
-    new_learner(once).step(groups)
-    learner, seen = new_learner(many, epochs=3), []
+    single, learner, seen = new_learner(once), new_learner(many, epochs=3), []
+    for entry in (single, learner):
+        smooth_updates(entry.optimizer)
+    single.step(groups)
     update = learner.optimizer.step
 
     def update_and_look():
@@ -248,7 +253,8 @@ def test_the_first_update_of_many_is_the_single_update(fresh_policy, make_train_
     learner.step(groups)
     assert len(seen) == 3
     for name, value in weights(once).items():
-        torch.testing.assert_close(seen[0][name], value, atol=1e-6, rtol=0)
+        torch.testing.assert_close(seen[0][name], value, atol=updates_apart(1e-3, 1), rtol=0)
+    assert any((seen[1][name] - value).abs().max() > 20 * updates_apart(1e-3, 1) for name, value in seen[0].items())
 
 
 def test_a_batch_smaller_than_the_number_of_mini_batches_makes_fewer_updates(fresh_policy, make_train_groups):

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from rlmed.core.types import LETTERS, Example
 from rlmed.data.prompts import PromptRenderer, load_processor
 from rlmed.letters import letter_probabilities
+from tests.rounding import LOGPROBS
 
 TEXTS = ("<think>the chest, it is bright</think><answer>", "<answer>", "<think>\n<|im_end|> </think> <answer>")
 
@@ -50,15 +51,17 @@ def test_they_are_those_of_transformers(
     renderer = PromptRenderer(*load_processor(tiny_folder(family)), max_prompt_tokens=512)
     cases = [(renderer.render(example), text) for example in examples for text in TEXTS]
     found = list(letter_probabilities(cases, policy=tiny_policy(family), renderer=renderer, token_budget=token_budget))
+    model = transformers_model(family).double()  # the texts are long, and their roundings would add up
+    tokens = len(renderer.continuation_ids("A</answer>"))
     for (prompt, text), probabilities in zip(cases, found, strict=True):
         rows = []
         for letter in LETTERS[: len(prompt.example.options)]:
             ids = renderer.tokenizer(f"{text}{letter}</answer>", add_special_tokens=False, split_special_tokens=True)
             rows.append((prompt, np.array(ids["input_ids"])))
         with torch.no_grad():
-            whole = torch.stack([entry.double().sum() for entry in padded_logprobs(transformers_model(family), rows)])
-        # the tokens before the letter are the same in all, so they cancel
-        np.testing.assert_allclose(probabilities, whole.softmax(0).numpy(), atol=1e-5, rtol=0)
+            whole = torch.stack([entry.sum() for entry in padded_logprobs(model, rows)])
+        # the tokens before the letter are the same in all, so they cancel; p(1 - p) is 1/4 at most
+        np.testing.assert_allclose(probabilities, whole.softmax(0).numpy(), atol=tokens * LOGPROBS / 4, rtol=0)
         assert probabilities.sum() == pytest.approx(1)
     assert max(entry.max() for entry in found) > 0.4  # a model that is indifferent would show nothing
 

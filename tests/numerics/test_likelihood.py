@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from learner.likelihood import completion_logprobs
+from tests.rounding import LOGPROBS
 
 
 @pytest.mark.parametrize("token_budget", [1, 200, 100_000])
@@ -27,4 +28,4 @@ def test_they_are_those_of_the_padded_computation(
     found = [entry for group in scored for entry in group]
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == np.float32
-        np.testing.assert_allclose(one, other.numpy(), atol=1e-5, rtol=0)
+        np.testing.assert_allclose(one, other.numpy(), atol=LOGPROBS, rtol=0)

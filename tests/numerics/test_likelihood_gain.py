@@ -13,6 +13,7 @@ from learner.likelihood import completion_logprobs
 from rewards.likelihood_gain import likelihood_gain
 from rlmed.core.types import Completion, Example, Prompt, RolloutGroup, RolloutRequest, SamplingParams
 from rlmed.data.prompts import PromptRenderer, load_processor
+from tests.rounding import LOGPROBS
 
 REASONINGS = ("ribs and lungs", "", "the head, not the chest\nso <answer>", "肺 <|im_end|> <|image_pad|>", "knee " * 30)
 
@@ -35,7 +36,7 @@ def test_the_gain_is_that_of_the_padded_computation(
     likelihood = functools.partial(completion_logprobs, tiny_policy(family), token_budget=token_budget)
     rewards = likelihood_gain(likelihood, renderer.parting_ids)(group)
 
-    model = transformers_model(family)
+    model = transformers_model(family).double()  # long texts, whose roundings would add up
 
     def right(reasoning: str) -> float:
         rows = [renderer.continuation_ids(f"<think>{reasoning.strip()}</think>\n<answer>{letter}") for letter in "ABC"]
@@ -46,4 +47,5 @@ def test_the_gain_is_that_of_the_padded_computation(
 
     expected = [(right(reasoning) - right("")) / math.log(3) for reasoning in REASONINGS]
     assert max(map(abs, expected)) > 0.01
-    np.testing.assert_allclose(rewards, np.clip([0.0, *expected], -1, 1), atol=1e-5, rtol=0)
+    # the letter with and without the reasoning: two logprobs of one token
+    np.testing.assert_allclose(rewards, np.clip([0.0, *expected], -1, 1), atol=2 * LOGPROBS / math.log(3), rtol=0)

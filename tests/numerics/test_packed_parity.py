@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from learner.packing import PackItem, TrainSequence, pack, packed_logprobs
+from tests.rounding import GRADIENTS, LOGPROBS
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen2", "qwen3", "llama")
-TOLERANCE = 1e-5
 
 
 def packed_items(groups):
@@ -51,5 +51,5 @@ def test_logprobs_and_gradients_are_those_of_the_padded_computation(
         gradients(policy.model, (logprobs * weights).sum()), gradients(model, (expected * weights).sum())
     )
     record_property("gradients", worst)
-    assert worst[0] <= TOLERANCE
-    torch.testing.assert_close(logprobs, expected, atol=TOLERANCE, rtol=0)
+    assert worst[0] <= GRADIENTS
+    torch.testing.assert_close(logprobs, expected, atol=LOGPROBS, rtol=0)

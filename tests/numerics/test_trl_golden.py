@@ -23,6 +23,7 @@ import torch
 
 from learner.losses import count_denominators, policy_loss
 from tests.configs import policy_loss_config
+from tests.rounding import rounding
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "trl_grpo.json").read_text(encoding="utf-8"))
 CASES = GOLDEN["cases"]
@@ -70,9 +71,12 @@ def run_ours(settings, dtype, **changes):
     return loss.detach(), logprobs.grad.reshape(mask.shape), metrics
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-11)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", CASES)
-def test_loss_and_gradient_equal_trl(name, dtype, tolerance):
+def test_loss_and_gradient_equal_trl(name, dtype):
+    tolerance = 1e-12 + rounding(
+        20, 3, dtype
+    )  # the file's digits; about ten roundings of logprobs of about 3, on both sides
     case = CASES[name]
     loss, gradient, _ = run_ours(case["settings"], dtype)
     assert loss.dtype == dtype
@@ -88,7 +92,7 @@ def test_metrics_equal_trl(name):
     # For cispo TRL counts truncated weights only where the advantage is positive, ours wherever a weight was changed.
     assert compared or name == "cispo"
     for theirs, ours in compared.items():
-        assert metrics[ours].value() == pytest.approx(golden[theirs], abs=1e-6)
+        assert metrics[ours].value() == pytest.approx(golden[theirs], abs=rounding(4))  # TRL counts clips in float32
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,13 @@ import pytest
 import torch
 
 from learner.kl import MAX_LOG_RATIO, kl_estimate, mismatch_kl
+from tests.rounding import rounding
 
 LOGITS = torch.tensor([0.3, -0.8, 1.1, 0.0, -0.2], dtype=torch.float64)
 REF_LOGPROBS = torch.log_softmax(torch.tensor([0.1, 0.4, 0.5, -1.0, 0.2], dtype=torch.float64), 0)
+
+ROUNDING = rounding(5 * 8, 2, torch.float64)
+"""Sums over five tokens of eight operations each, on values below 2."""
 
 
 def test_values_worked_by_hand():
@@ -23,7 +27,7 @@ def test_values_worked_by_hand():
     }
     for estimator, values in expected.items():
         result = kl_estimate(logprobs, ref, estimator)
-        torch.testing.assert_close(result, torch.tensor(values), atol=1e-6, rtol=0)
+        torch.testing.assert_close(result, torch.tensor(values), atol=1e-6 + rounding(8), rtol=0)  # six digits
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
@@ -31,7 +35,7 @@ def test_k1_and_k3_are_unbiased(estimator):
     logprobs = torch.log_softmax(LOGITS, 0)
     exact = (logprobs.exp() * (logprobs - REF_LOGPROBS)).sum()
     estimate = (logprobs.exp() * kl_estimate(logprobs, REF_LOGPROBS, estimator)).sum()
-    torch.testing.assert_close(estimate, exact, atol=1e-12, rtol=0)
+    torch.testing.assert_close(estimate, exact, atol=ROUNDING, rtol=0)
 
 
 def gradient(loss_of_logprobs):
@@ -52,13 +56,14 @@ def gradient(loss_of_logprobs):
 def test_expected_gradient_as_a_penalty(estimator, exact_loss):
     """The claims of the module docstring: zero, KL(p || ref) and KL(ref || p), by summing over all tokens."""
     sampled = gradient(lambda lp: (lp.detach().exp() * kl_estimate(lp, REF_LOGPROBS, estimator)).sum())
-    torch.testing.assert_close(sampled, gradient(exact_loss), atol=1e-12, rtol=0)
+    torch.testing.assert_close(sampled, gradient(exact_loss), atol=ROUNDING, rtol=0)
 
 
 def test_k3_keeps_its_digits_near_zero():
     # d = 1e-4: k3 = d**2/2 + d**3/6 = 5.00017e-9, below the float32 spacing at 1, where exp(d) - 1 - d is lost
     delta = torch.tensor([1e-4])
-    torch.testing.assert_close(kl_estimate(-delta, torch.zeros(1), "k3"), torch.tensor([5.00017e-9]), atol=0, rtol=2e-3)
+    value = kl_estimate(-delta, torch.zeros(1), "k3").item()
+    assert value == pytest.approx(5.00017e-9, abs=rounding(1, 1e-4), rel=0)  # a difference of two numbers of 1e-4
 
 
 @pytest.mark.parametrize("log_ratio", [100.0, 1e4, math.inf])
@@ -66,7 +71,7 @@ def test_k3_does_not_overflow(log_ratio):
     logprobs = torch.tensor([-log_ratio], requires_grad=True)
     value = kl_estimate(logprobs, torch.zeros(1), "k3")
     value.sum().backward()
-    assert value.item() == pytest.approx(math.expm1(MAX_LOG_RATIO) - MAX_LOG_RATIO, rel=1e-6)
+    assert value.item() == pytest.approx(math.expm1(MAX_LOG_RATIO) - MAX_LOG_RATIO, rel=rounding(8))
     assert logprobs.grad.item() == 0.0
 
 
@@ -94,7 +99,7 @@ def test_mismatch_kl_worked_by_hand():
     old = torch.tensor([0.5, 0.5, math.nan, 0.1]).log().requires_grad_()
     rollout = torch.tensor([0.25, 0.5, 0.5, 0.9]).log()
     result = mismatch_kl(old, rollout, torch.tensor([True, True, False, False]))
-    torch.testing.assert_close(result, torch.tensor([0.306853, 0.0, 0.0, 0.0]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(result, torch.tensor([0.306853, 0.0, 0.0, 0.0]), atol=1e-6 + rounding(8), rtol=0)
     assert not result.requires_grad
 
 
@@ -102,4 +107,4 @@ def test_mismatch_kl_is_the_divergence_of_the_engine_from_the_learner():
     """Tokens come from the engine, so the mean over its distribution must be KL(rollout || old), not the reverse."""
     old = torch.log_softmax(LOGITS, 0)
     mean = (REF_LOGPROBS.exp() * mismatch_kl(old, REF_LOGPROBS, torch.ones(5, dtype=torch.bool))).sum()
-    torch.testing.assert_close(mean, (REF_LOGPROBS.exp() * (REF_LOGPROBS - old)).sum(), atol=1e-12, rtol=0)
+    torch.testing.assert_close(mean, (REF_LOGPROBS.exp() * (REF_LOGPROBS - old)).sum(), atol=ROUNDING, rtol=0)

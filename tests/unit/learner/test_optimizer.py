@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from learner.optimizer import Optimizer, lr_factor
 from tests.configs import learner_config
+from tests.rounding import rounding
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,7 @@ def test_a_step_is_torchs_adamw_under_the_schedule():
         theirs.zero_grad()
         (twin**3).sum().backward()
         theirs.step()
-        torch.testing.assert_close(weight, twin, atol=1e-6, rtol=0)
+        torch.testing.assert_close(weight, twin, atol=rounding(5 * 12, 3), rtol=0)  # five updates of a dozen operations
     assert ours.steps_taken == 5
 
 
@@ -77,13 +78,14 @@ def test_the_norm_is_returned_before_clipping_and_the_step_sees_it_after():
     for scale, norm in ((10.0, 10.0), (0.1, 0.1)):
         for tensor, entry in ((weight, clipped), (free, unclipped)):
             backward((tensor * torch.tensor([0.6, 0.8]) * scale).sum(), entry)
-            assert entry.step() == pytest.approx(norm, rel=1e-5)
+            assert entry.step() == pytest.approx(norm, rel=rounding(8))
     moments = {
         name: entry.state_dict()["adamw"]["state"][0]["exp_avg"] for name, entry in (("c", clipped), ("u", unclipped))
     }
-    # m = 0.9 * 0.1 * g1 + 0.1 * g2
-    torch.testing.assert_close(moments["c"], torch.tensor([0.6, 0.8]) * (0.09 * 1.0 + 0.1 * 0.1), atol=1e-5, rtol=0)
-    torch.testing.assert_close(moments["u"], torch.tensor([0.6, 0.8]) * (0.09 * 10.0 + 0.1 * 0.1), atol=1e-5, rtol=0)
+    # m = 0.9 * 0.1 * g1 + 0.1 * g2; torch adds 1e-6 to the norm that it divides by
+    close = {"atol": 1e-6 + rounding(8), "rtol": 0}
+    torch.testing.assert_close(moments["c"], torch.tensor([0.6, 0.8]) * (0.09 * 1.0 + 0.1 * 0.1), **close)
+    torch.testing.assert_close(moments["u"], torch.tensor([0.6, 0.8]) * (0.09 * 10.0 + 0.1 * 0.1), **close)
 
 
 def test_the_norm_is_over_all_parameters():
@@ -99,9 +101,9 @@ def test_gradients_of_micro_batches_add_up_and_are_cleared_by_the_step(dtype):
     entry = optimizer(weight)
     for scale in (1.0, 2.0, 3.0):
         backward((weight * scale).sum(), entry)
-    assert entry.step() == pytest.approx(6 * math.sqrt(2), rel=1e-5)
+    assert entry.step() == pytest.approx(6 * math.sqrt(2), rel=rounding(8))
     backward((weight * 0.5).sum(), entry)
-    assert entry.step() == pytest.approx(0.5 * math.sqrt(2), rel=1e-5)
+    assert entry.step() == pytest.approx(0.5 * math.sqrt(2), rel=rounding(8))
 
 
 def test_bfloat16_gradients_are_added_in_float32():
@@ -124,7 +126,7 @@ def test_master_weights_keep_updates_that_bfloat16_would_lose():
     # next below 1 is 1 - 2^-8: twenty steps of 1e-4 bring the master half way there
     assert seen[:15] == [1.0] * 15
     assert seen[30] == 1 - 2**-8
-    assert entry.state_dict()["masters"]["p0"].item() == pytest.approx(1 - 60e-4, abs=1e-5)
+    assert entry.state_dict()["masters"]["p0"].item() == pytest.approx(1 - 60e-4, abs=rounding(60))
 
 
 def test_a_float32_parameter_is_its_own_master():

@@ -27,6 +27,7 @@ from rlmed.core.types import (
     RolloutRequest,
     SamplingParams,
 )  # fmt: skip
+from tests.rounding import rounding
 
 EXAMPLE = Example(id="q1", image=None, question="?", options=("head", "chest", "left knee", "knee"), answer=1)
 PIECES = [
@@ -104,7 +105,9 @@ def test_likelihood_gain_is_the_log_ratio_over_the_options(chances, gain):
     group = make_group([thought("a rib", "C"), "a rib", thought(""), thought("a rib"), thought("hm")])
     rewards = likelihood_gain(policy, parting_ids)(group)
     assert rewards.dtype == np.float32
-    assert rewards.tolist() == pytest.approx([gain, 0, 0, gain, 0], abs=1e-6)
+    assert rewards.tolist() == pytest.approx(
+        [gain, 0, 0, gain, 0], abs=rounding(8, math.log(1e30) if abs(gain) == 1 else 5)
+    )
     ((prompt, texts),) = policy.questions  # one question a group, each reasoning once
     assert prompt is group.prompt
     assert len(texts) == 3 * 4

@@ -64,6 +64,7 @@ def test_what_is_frozen_or_left_out_costs_nothing(fresh_policy: Callable[..., Po
     assert 0 < frozen.optimizer < full.optimizer
 
 
+@pytest.mark.slow
 def test_freed_memory_is_kept_where_the_c_library_is_glibc():
     code = "from rlmed.memory import keep_freed_memory; import sys; sys.exit(0 if keep_freed_memory() else 3)"
     status = subprocess.run([sys.executable, "-c", code], check=False).returncode

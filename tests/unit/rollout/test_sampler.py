@@ -12,10 +12,13 @@ from scipy import stats
 
 from rlmed.core.types import SamplingParams
 from rollout.native.sampler import BatchSampling, completion_seeds, mix64, uniforms
+from tests.rounding import rounding
 
 MASK = 2**64 - 1
 INT64 = st.integers(-(2**63), 2**63 - 1)
 CPU = torch.device("cpu")
+ROUNDING = rounding(12, 4)
+"""A log-softmax of eight logits between -3 and 2, a few roundings each."""
 LOGITS = torch.tensor([0.5, -1.0, -math.inf, 2.0, 0.0, 1.2, -3.0, -math.inf])
 
 
@@ -105,7 +108,7 @@ def test_uniforms_are_uniform_and_independent_along_and_across_streams():
 def test_draws_follow_the_distribution_and_carry_its_logprobs(params):
     tokens, logprobs = draws(40_000, **params)
     expected = slow_filter(LOGITS / params["temperature"], params.get("top_k", 0), params.get("top_p", 1.0)).softmax(0)
-    torch.testing.assert_close(logprobs, expected.log()[tokens], atol=1e-6, rtol=0)
+    torch.testing.assert_close(logprobs, expected.log()[tokens], atol=ROUNDING / min(1, params["temperature"]), rtol=0)
     possible = expected > 0
     counts = torch.bincount(tokens, minlength=len(LOGITS))
     assert not counts[~possible].any()
@@ -147,13 +150,13 @@ DISTINCT_LOGITS = st.lists(st.integers(-30, 30), min_size=2, max_size=12, unique
 def test_filters_agree_with_the_slow_ones(quarters, top_k, top_p, seed):
     logits = torch.tensor(quarters) / 4
     masses = logits.double().sort(descending=True).values.softmax(0).cumsum(0)
-    if (masses - top_p).abs().min() < 1e-5 and top_p < 1:
+    if (masses - top_p).abs().min() < rounding(2 * len(logits)) and top_p < 1:
         return
     expected = slow_filter(logits, top_k, top_p).log_softmax(0)
     batch = sampling(1, [seed], len(logits), top_k=top_k, top_p=top_p)
     token, logprob = batch.sample(logits[None], torch.zeros(1, dtype=torch.int64))
     assert expected[token].isfinite()
-    torch.testing.assert_close(logprob, expected[token], atol=1e-5, rtol=0)
+    torch.testing.assert_close(logprob, expected[token], atol=rounding(2 * len(logits), 15), rtol=0)  # they span 15
 
 
 def test_top_p_smaller_than_the_first_token_is_greedy_and_certain():
@@ -179,7 +182,7 @@ def test_rows_of_a_batch_have_their_own_settings():
             alone = BatchSampling.build(params[row : row + 1], seeds[row : row + 1], 30, CPU)
             token, logprob = alone.sample(logits[row : row + 1], steps[:1])
             assert token.item() == tokens[row].item()
-            assert logprob.item() == pytest.approx(logprobs[row].item(), abs=1e-6)
+            assert logprob.item() == pytest.approx(logprobs[row].item(), abs=rounding(30, 5))
 
 
 def test_a_neighbour_with_top_p_drops_no_tokens_of_a_row_without_it():
@@ -191,13 +194,14 @@ def test_a_neighbour_with_top_p_drops_no_tokens_of_a_row_without_it():
     steps = torch.zeros(2, dtype=torch.int64)
     _, expected = alone.sample(logits[:1], steps[:1])
     _, actual = beside.sample(logits, steps)
-    assert actual[0].item() == pytest.approx(expected[0].item(), abs=1e-7)
+    # the tail has a share of 3e-3, which the first token would be given without it
+    assert actual[0].item() == pytest.approx(expected[0].item(), abs=1e-4)
 
 
 def test_greedy_takes_the_most_likely_token_with_its_logprob_at_temperature_one():
     tokens, logprobs = draws(20, temperature=0.0)
     assert tokens.tolist() == [3] * 20
-    assert logprobs[0].item() == pytest.approx(LOGITS.log_softmax(0)[3].item(), abs=1e-6)
+    assert logprobs[0].item() == pytest.approx(LOGITS.log_softmax(0)[3].item(), abs=ROUNDING)
 
 
 @settings(deadline=None)
@@ -215,7 +219,7 @@ def test_banned_tokens_are_never_drawn(row, temperature, top_k, top_p, seed):
     batch = sampling(1, [seed], len(row), temperature=temperature, top_k=top_k, top_p=top_p)
     token, logprob = batch.sample(logits[None], torch.tensor([3]))
     assert logits[token].isfinite()
-    assert -math.inf < logprob.item() <= 1e-6
+    assert -math.inf < logprob.item() <= rounding(30)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0 - 2.0**-53])
@@ -242,7 +246,7 @@ def test_a_token_too_rare_for_a_float32_sum_can_be_drawn(number, token, monkeypa
     monkeypatch.setattr("rollout.native.sampler.uniforms", lambda seeds, steps: numbers)
     tokens, logprobs = sampling(1, vocabulary=2).sample(torch.tensor([[0.0, math.log(1e-9)]]), torch.zeros(1).long())
     assert tokens.tolist() == [token]
-    assert logprobs.item() == pytest.approx((0.0, math.log(1e-9))[token], abs=1e-5)
+    assert logprobs.item() == pytest.approx((0.0, math.log(1e-9))[token], abs=rounding(4, 21))
 
 
 def test_filters_that_are_off_are_not_computed():

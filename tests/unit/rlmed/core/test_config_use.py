@@ -188,6 +188,7 @@ def test_every_key_named_by_a_rule_exists() -> None:
                 assert all(value is None or isinstance(value, type(values[key]) | int | list) for value in idle), key
 
 
+@pytest.mark.slow
 def test_the_command_itself_refuses_and_leaves_nothing_behind(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "rlmed.sft", "before=x", f"hydra.run.dir={tmp_path / 'run'}"],

@@ -257,6 +257,7 @@ def test_a_gigantic_image_is_refused_before_it_is_decoded(tmp_path, side):
         load_image(tmp_path / "a.bmp")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak memory from Linux' /proc")
 @pytest.mark.parametrize(("suffix", "mode", "limit_mib"), [("jpg", "L", 60), ("png", "L", 250), ("png", "I;16", 400)])
 def test_ten_thousand_squared_loads_in_bounded_memory(tmp_path, suffix, mode, limit_mib):

@@ -218,6 +218,7 @@ def test_a_header_of_many_columns_is_read_once(folder):
         rows(table(folder, f"{header},c7"))
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_rows_in_little_memory(folder, tmp_path):
     path = folder / "many.csv"
     with path.open("w") as file:

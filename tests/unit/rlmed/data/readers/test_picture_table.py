@@ -108,6 +108,7 @@ def test_a_broken_line_costs_its_row(folder):
     assert good.id == "line-3"
 
 
+@pytest.mark.slow
 def test_many_rows_in_little_memory(folder):
     write(folder, *(f"DOE^JANE/1.dcm,{n % 7},Is finding {n} to be seen?,a,b,a,," for n in range(6000)))
     found = read_picture_table(folder, choose, ("page",), questions=None, column=(), answer_index=None, split=None)

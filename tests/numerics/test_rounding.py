@@ -1,0 +1,103 @@
+"""Where the bounds of `tests/rounding.py` come from: what float32's rounding does to the test models, computed in float64.
+
+Every product of matrices is off by a random number of the size that its partial sums' rounding has (for sums of numbers of
+both signs, eps/2 times the sum of absolute values whatever the length: Higham and Mary, SIAM J. Sci. Comput. 42, 2020), every
+elementary function by half a unit in the last place; forwards and backwards. This asks no processor how it adds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from tests.rounding import GRADIENTS, LOGPROBS, rounding
+
+HALF_UNIT = rounding(0.5)
+SAFETY = 3
+"""Two computations are each off, and other data may fare worse: √2 times twice as much."""
+ELEMENTARY = {
+    "add", "sub", "mul", "div", "pow", "mean", "rsqrt", "softmax", "log_softmax", "silu", "gelu", "layer_norm", "cos", "sin",
+}  # fmt: skip
+
+
+class Product(torch.autograd.Function):
+    """a @ b whose value and gradients are off as if they had been added up in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, random: torch.Generator) -> Tensor:
+        ctx.save_for_backward(a, b)
+        ctx.random = random
+        return rounded_product(a, b, random)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        a, b = ctx.saved_tensors
+        return rounded_product(grad, b.mT, ctx.random), rounded_product(a.mT, grad, ctx.random), None
+
+
+def rounded_product(a: Tensor, b: Tensor, random: torch.Generator) -> Tensor:
+    exact = a @ b
+    noise = torch.randn(exact.shape, generator=random, dtype=exact.dtype)
+    return exact + HALF_UNIT * noise * (a.abs() @ b.abs())
+
+
+class Float32Rounding(TorchFunctionMode):
+    """A float64 computation that is off at every step as one in float32 may be."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.random = torch.Generator().manual_seed(seed)
+        self.seen: set[str] = set()
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = function.__name__, kwargs or {}
+        self.seen.add(name)
+        with torch._C.DisableTorchFunction():
+            if name == "linear":
+                x, weight, bias = (*args, kwargs.get("bias"))[:3]
+                y = Product.apply(x.reshape(-1, x.shape[-1]), weight.T, self.random).view(*x.shape[:-1], -1)
+                return y if bias is None else y + bias
+            if name == "matmul":
+                return Product.apply(*args, self.random)
+            if name == "conv3d":  # of patches that do not overlap: one product a patch
+                return Product.apply(args[0].flatten(1), args[1].flatten(1).T, self.random).view(
+                    len(args[0]), -1, 1, 1, 1
+                )
+            result = function(*args, **kwargs)
+            if name in ELEMENTARY and result.is_floating_point():
+                noise = torch.randn(result.shape, generator=self.random, dtype=result.dtype)
+                return result * (1 + HALF_UNIT * noise)
+            return result
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen2", "qwen3", "llama"])
+def test_float32_moves_logprobs_and_gradients_by_less_than_the_bounds(
+    family, transformers_model, make_train_groups, padded_logprobs, worst_relative, record_property
+):
+    groups = [group.rollout for group in make_train_groups(family, 4)]
+    rows = [(group.prompt, completion.token_ids) for group in groups for completion in group.completions]
+    model = transformers_model(family).double()
+    tokens = sum(len(token_ids) for _, token_ids in rows)
+    weights = torch.randn(tokens, generator=torch.Generator().manual_seed(0)).double() / tokens
+
+    def compute() -> tuple[Tensor, dict[str, Tensor]]:
+        model.zero_grad()
+        logprobs = torch.cat(padded_logprobs(model, rows))
+        (logprobs * weights).sum().backward()
+        return logprobs.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    logprobs, gradients = compute()
+    assert logprobs.dtype == torch.float64
+    for seed in range(2):
+        with Float32Rounding(seed) as mode:
+            found_logprobs, found_gradients = compute()
+        assert {"linear", "matmul", "softmax", "rsqrt", "silu"} <= mode.seen
+        worst = float((found_logprobs - logprobs).abs().max())
+        worst_gradient, _ = worst_relative(found_gradients, gradients)
+        record_property("worst", (worst, worst_gradient))
+        assert 1e-7 < worst < LOGPROBS / SAFETY
+        assert 1e-7 < worst_gradient < GRADIENTS / SAFETY
