@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlmed.core.types import LETTERS, Example
-from rlmed.data.images import BadImageError, load_image
+from rlmed.data.images import BadImageError, check_image
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _SHOWN = 120
@@ -248,7 +248,7 @@ def _broken_images(paths: set[Path]) -> dict[Path | None, str]:
 
     def check(path: Path) -> str | None:
         try:
-            load_image(path)
+            check_image(path)
         except BadImageError as error:
             return str(error)
         return None
