@@ -7,6 +7,7 @@ checked before it decodes. Messages say what is wrong and never quote a header's
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import numpy as np
 from PIL import Image
 from pydicom.dataset import Dataset
 
-from rlmed.data.images import BadImageError
-from rlmed.data.readers.dicom_file import GREYS, DicomHeader, decode_frame, dicom_damage_reported, frame_dataset
-from rlmed.data.readers.display import Window, percentile_range, stretch, to_picture
+from rlmed.data.images import BadImageError, check_contrast
+from rlmed.data.readers.dicom_agreement import GREYS
+from rlmed.data.readers.dicom_file import DicomHeader, decode_frame, dicom_damage_reported, frame_dataset
+from rlmed.data.readers.display import Window, check_shown, percentile_range, stretch, to_picture
 
 _SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "PixelAspectRatio")
 """Where the shape of a pixel is stated, first the best: row distance and column distance, or their ratio (PS3.3, 10.7.1.3)."""
@@ -40,13 +42,15 @@ def render_frame(path: Path, header: DicomHeader, frame: int, window: Window | N
     with dicom_damage_reported(), np.errstate(all="ignore"):
         dataset = frame_dataset(header, frame)
         stored = decode_frame(path, header, frame)
-        if header.photometric in GREYS:
+        if header.pixels.photometric in GREYS:
             pixels = _grey(stored, dataset, header, window)
-        elif header.photometric == "PALETTE COLOR":
+        elif header.pixels.photometric == "PALETTE COLOR":
             pixels = _palette(stored, dataset, header.little_endian)
         else:
-            pixels = _to_8_bits(stored, header.bits_stored)
-        return to_picture(pixels, *_spacing(dataset))
+            pixels = _to_8_bits(stored, header.pixels.bits_stored)
+        picture = to_picture(pixels, *_spacing(dataset))
+        check_contrast("it", picture)
+        return picture
 
 
 def _grey(stored: np.ndarray, dataset: Dataset, header: DicomHeader, window: Window | None) -> np.ndarray:
@@ -55,14 +59,26 @@ def _grey(stored: np.ndarray, dataset: Dataset, header: DicomHeader, window: Win
     table = None if window is not None else _first(dataset, "VOILUTSequence")
     if table is not None:
         looked_up, bits = _look_up(np.rint(values), table.LUTDescriptor, table.LUTData, header.little_endian)
-        pixels = _to_8_bits(looked_up, bits)
+        _check_entries(looked_up, bits)
+        pixels, shown = _to_8_bits(looked_up, bits), "its VOI look-up table makes all of them one grey value"
     else:
-        pixels = _windowed(values, dataset, window, padding)
-    if header.photometric == "MONOCHROME1":
+        pixels, shown = _windowed(values, dataset, window, padding)
+    inside = np.s_[:] if padding is None else ~padding
+    check_shown(values[inside], pixels[inside], shown, "" if padding is None else " (beside its padding)")
+    if header.pixels.photometric == "MONOCHROME1":
         pixels = 255 - pixels
     if padding is not None:
         pixels[padding] = 0
     return pixels
+
+
+def _check_entries(entries: np.ndarray, bits: int) -> None:
+    """A table that says 16 bits and holds 12 would show a picture that is nearly black."""
+    if int(entries.max()) >= 1 << bits or int(entries.max()) < 1 << (bits - 1):
+        raise BadImageError(
+            f"its VOI look-up table says {bits} bits an entry, its largest entry in this picture is {int(entries.max())}: "
+            "give a window instead, with the window column or --window"
+        )
 
 
 def _padding(stored: np.ndarray, dataset: Dataset) -> np.ndarray | None:
@@ -83,24 +99,38 @@ def _rescale(stored: np.ndarray, dataset: Dataset, little_endian: bool) -> np.nd
         return _look_up(stored, table.LUTDescriptor, table.LUTData, little_endian)[0].astype(np.float32)
     slope = (_numbers(dataset.get("RescaleSlope")) or [1.0])[0]
     intercept = (_numbers(dataset.get("RescaleIntercept")) or [0.0])[0]
-    return stored.astype(np.float32) * np.float32(slope) + np.float32(intercept)
+    if slope == 0 or not math.isfinite(slope) or not math.isfinite(intercept):
+        raise BadImageError(
+            f"its header says RescaleSlope {slope:g} and RescaleIntercept {intercept:g}, which make every value {intercept:g}: "
+            "correct them"
+            if slope == 0
+            else f"its header says RescaleSlope {slope:g} and RescaleIntercept {intercept:g}: correct them"
+        )
+    # single precision tells values of 16 bits apart, unless the intercept is far larger than they are
+    wide = stored.dtype.itemsize > 2 or abs(intercept) > abs(slope) * (1 << 22)
+    kind = np.float64 if wide else np.float32
+    return stored.astype(kind) * kind(slope) + kind(intercept)
 
 
-def _windowed(values: np.ndarray, dataset: Dataset, window: Window | None, padding: np.ndarray | None) -> np.ndarray:
-    """Formulas of PS3.3, C.11.2.1.2 and C.11.2.1.3, with black at 0 and white at 255."""
-    function = "LINEAR"
+def _windowed(
+    values: np.ndarray, dataset: Dataset, window: Window | None, padding: np.ndarray | None
+) -> tuple[np.ndarray, str]:
+    """(picture, what it shows): formulas of PS3.3, C.11.2.1.2 and C.11.2.1.3, with black at 0 and white at 255."""
+    function, whose = "LINEAR", "the window asked for"
     if window is None:
-        window = _own_window(dataset)
+        window, whose = _own_window(dataset), "its own window (WindowCenter and WindowWidth)"
         function = dataset.get("VOILUTFunction") or "LINEAR"
     if window is None:
-        return stretch(values, *percentile_range(values if padding is None else values[~padding]))
+        low, high = percentile_range(values if padding is None else values[~padding])
+        return stretch(values, low, high), f"{low:g} to {high:g} is shown"
     center, width = window.center, window.width
+    shown = f"{whose}, center {center:g} and width {width:g}, has none of them inside"
     if function == "SIGMOID":
         exponent = np.clip(-4.0 * (values - np.float32(center)) / np.float32(width), -80.0, 80.0)
-        return np.rint(255.0 / (1.0 + np.exp(exponent))).astype(np.uint8)
+        return np.rint(255.0 / (1.0 + np.exp(exponent))).astype(np.uint8), shown
     if function == "LINEAR_EXACT" or width < 1:
-        return stretch(values, center - width / 2, center + width / 2)
-    return stretch(values, center - 0.5 - (width - 1) / 2, center - 0.5 + (width - 1) / 2)
+        return stretch(values, center - width / 2, center + width / 2), shown
+    return stretch(values, center - 0.5 - (width - 1) / 2, center - 0.5 + (width - 1) / 2), shown
 
 
 def _own_window(dataset: Dataset) -> Window | None:

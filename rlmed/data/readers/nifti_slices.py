@@ -30,7 +30,7 @@ from PIL import Image
 
 from rlmed.data.images import BadImageError
 from rlmed.data.readers.damage import damage_reported
-from rlmed.data.readers.display import Window, percentile_range, stretch, to_picture
+from rlmed.data.readers.display import Window, check_shown, percentile_range, stretch, to_picture
 
 MAX_VOLUME = 1 << 30
 """Bytes of one volume; more is not read."""
@@ -105,8 +105,12 @@ def render_slice(path: Path, choice: SliceChoice, *, allow_unknown_orientation: 
         shape = _checked_shape(header, choice.volume, zipped)
         values, spacing = _oriented_slice(ArrayProxy(stream, header), affine, shape, choice)
     window = choice.window
-    shown = (window.center - window.width / 2, window.center + window.width / 2) if window else percentile_range(values)
-    return to_picture(stretch(values, *shown), *spacing)
+    low, high = (
+        (window.center - window.width / 2, window.center + window.width / 2) if window else percentile_range(values)
+    )
+    pixels = stretch(values, low, high)
+    check_shown(values, pixels, f"{low:g} to {high:g} is shown")
+    return to_picture(pixels, *spacing)
 
 
 def _read_header(stream: BinaryIO) -> Nifti1Header:

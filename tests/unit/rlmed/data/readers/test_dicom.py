@@ -51,6 +51,7 @@ def test_what_is_written_is_what_a_run_reads(tmp_path):
     source.mkdir()
     write_dicom(source / "a.dcm", CT, Modality="CT", WindowCenter=0, WindowWidth=2000)
     frames = np.arange(4, dtype=np.uint8)[:, None, None] * np.full((8, 8), 60, dtype=np.uint8)
+    frames[:, 7, 7] = frames[:, 7, 6] = 250  # a mark, since a frame of one grey value is none
     write_dicom(source / "b.dcm", frames, frames=True, Modality="DX", WindowCenter=128, WindowWidth=256)
     table(
         source,
