@@ -24,7 +24,7 @@ MODEL_MIN_SIDE = 28
 MAX_ASPECT = 200
 """Image processors of the Qwen2-VL family refuse more elongated images."""
 MIN_CONTRAST = 2
-"""Grey levels, of 255, between the darkest and the brightest place; a picture with less shows nothing that anybody could see."""
+"""Grey levels, of 255, between the darkest and the brightest place; a picture with less shows nothing to anybody."""
 MAX_PIXELS = 170_000_000
 """More pixels than this (about 13,000 x 13,000) are not decoded; it stays below the size at which Pillow itself refuses."""
 FORMATS = ("PNG", "JPEG", "TIFF", "GIF", "BMP", "WEBP", "PPM", "JPEG2000")

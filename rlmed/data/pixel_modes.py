@@ -1,4 +1,4 @@
-"""What the values of an opened image file mean: Pillow gives them in more than twenty modes, and not all as the file means them.
+"""What the values of an opened image file mean: Pillow has more than twenty modes, and not always what the file means.
 
 `meant` is what `rlmed.data.images` does to an image first. What it returns is grey or coloured as the file says, larger
 values are brighter, and neighbouring values may be averaged.

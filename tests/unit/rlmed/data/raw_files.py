@@ -11,7 +11,7 @@ import numpy as np
 
 
 def known_grey() -> np.ndarray:
-    """uint8, [48, 64]: dark on the left to bright on the right, a white bar at the upper left, a black one at the lower right."""
+    """uint8, [48, 64]: brighter to the right, a white bar at the upper left, a black one at the lower right."""
     grey = np.tile(np.linspace(10, 245, 64).round().astype(np.uint8), (48, 1))
     grey[4:12, 6:26] = 255
     grey[36:44, 46:58] = 0

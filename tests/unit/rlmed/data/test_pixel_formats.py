@@ -1,4 +1,4 @@
-"""One known picture in every kind of pixels that Pillow can open: it comes out as that picture, or is refused with the reason."""
+"""One known picture in every kind of pixels that Pillow can open: it comes out as that, or is refused with the reason."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 from PIL import Image, ImageCms
 
 from rlmed.data.images import BadImageError, check_image, load_image
-from tests.unit.rlmed.data.pictures import marked
 from tests.unit.rlmed.data.raw_files import in_bits, known_colour, known_grey, packed, write_png, write_tiff
 
 GREY, COLOUR, OPACITY = known_grey(), known_colour(), known_grey()[::-1]
@@ -368,7 +367,7 @@ def wide(value: float, dtype: str) -> Image.Image:
 
 
 NOTHING: dict[str, tuple[Callable[[], Image.Image], str, str]] = {
-    "black": (lambda: marked(), "png", r"one colour \(0 of 255\)"),
+    "black": (lambda: Image.new("L", (40, 40)), "png", r"one colour \(0 of 255\)"),
     "white": (lambda: Image.new("1", (40, 40), 1), "png", r"one colour \(255 of 255\)"),
     "a colour": (lambda: Image.new("RGB", (40, 40), (9, 50, 200)), "png", r"one colour \(9 50 200 of 255\)"),
     "a JPEG": (lambda: Image.new("RGB", (40, 40), (99, 99, 99)), "jpg", "one colour"),

