@@ -207,10 +207,8 @@ def decode_frame(path: Path, header: DicomHeader, frame: int) -> np.ndarray:
             values = pixel_array(
                 stream, index=frame, transfer_syntax_uid=header.transfer_syntax, correct_unused_bits=False
             )
-            padding = header.dataset.get("PixelPaddingValue")
-            values = unused_bits_checked(
-                values, header.pixels, header.overlay, None if padding is None else int(padding)
-            )
+    padding = header.dataset.get("PixelPaddingValue")
+    values = unused_bits_checked(values, header.pixels, header.overlay, None if padding is None else int(padding))
     size = header.pixels.size
     wanted = (size.rows, size.columns, *((3,) if size.samples == 3 else ()))
     if values.shape != wanted:

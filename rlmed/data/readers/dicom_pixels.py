@@ -18,7 +18,7 @@ from pydicom.dataset import Dataset
 from rlmed.data.images import BadImageError, check_contrast
 from rlmed.data.readers.dicom_agreement import GREYS
 from rlmed.data.readers.dicom_file import DicomHeader, decode_frame, dicom_damage_reported, frame_dataset
-from rlmed.data.readers.display import Window, check_shown, percentile_range, stretch, to_picture
+from rlmed.data.readers.display import SQUARE, Window, check_shown, percentile_range, stretch, to_picture
 
 _SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "PixelAspectRatio")
 """Where the shape of a pixel is stated, first the best: row distance and column distance, or their ratio (PS3.3, 10.7.1.3)."""
@@ -45,7 +45,7 @@ def render_frame(path: Path, header: DicomHeader, frame: int, window: Window | N
         if header.pixels.photometric in GREYS:
             pixels = _grey(stored, dataset, header, window)
         elif header.pixels.photometric == "PALETTE COLOR":
-            pixels = _palette(stored, dataset, header.little_endian)
+            pixels = _palette(stored, dataset, header)
         else:
             pixels = _to_8_bits(stored, header.pixels.bits_stored)
         picture = to_picture(pixels, *_spacing(dataset))
@@ -55,10 +55,16 @@ def render_frame(path: Path, header: DicomHeader, frame: int, window: Window | N
 
 def _grey(stored: np.ndarray, dataset: Dataset, header: DicomHeader, window: Window | None) -> np.ndarray:
     padding = _padding(stored, dataset)
-    values = _rescale(stored, dataset, header.little_endian)
+    values = _rescale(stored, dataset, header)
     table = None if window is not None else _first(dataset, "VOILUTSequence")
     if table is not None:
-        looked_up, bits = _look_up(np.rint(values), table.LUTDescriptor, table.LUTData, header.little_endian)
+        looked_up, bits = _look_up(
+            np.rint(values),
+            table.LUTDescriptor,
+            table.LUTData,
+            little_endian=header.little_endian,
+            signed=header.pixels.signed or bool((values < 0).any()),
+        )
         _check_entries(looked_up, bits)
         pixels, shown = _to_8_bits(looked_up, bits), "its VOI look-up table makes all of them one grey value"
     else:
@@ -92,19 +98,30 @@ def _padding(stored: np.ndarray, dataset: Dataset) -> np.ndarray | None:
     return mask if mask.any() and not mask.all() else None
 
 
-def _rescale(stored: np.ndarray, dataset: Dataset, little_endian: bool) -> np.ndarray:
-    """Values in the unit of the modality, such as Hounsfield units; float32 (PS3.3, C.11.1)."""
+def _rescale(stored: np.ndarray, dataset: Dataset, header: DicomHeader) -> np.ndarray:
+    """Values in the unit of the modality, such as Hounsfield units; float32 or float64 (PS3.3, C.11.1)."""
     table = _first(dataset, "ModalityLUTSequence")
     if table is not None:
-        return _look_up(stored, table.LUTDescriptor, table.LUTData, little_endian)[0].astype(np.float32)
+        slopes, intercepts = _numbers(dataset.get("RescaleSlope")), _numbers(dataset.get("RescaleIntercept"))
+        if slopes[:1] not in ([], [1.0]) or intercepts[:1] not in ([], [0.0]):
+            raise BadImageError(
+                f"its header says both a modality look-up table and RescaleSlope {(slopes or [1.0])[0]:g}, RescaleIntercept "
+                f"{(intercepts or [0.0])[0]:g}, of which a file has one: remove the other"
+            )
+        looked_up, _ = _look_up(
+            stored,
+            table.LUTDescriptor,
+            table.LUTData,
+            little_endian=header.little_endian,
+            signed=header.pixels.signed,
+        )
+        return looked_up.astype(np.float32)
     slope = (_numbers(dataset.get("RescaleSlope")) or [1.0])[0]
     intercept = (_numbers(dataset.get("RescaleIntercept")) or [0.0])[0]
     if slope == 0 or not math.isfinite(slope) or not math.isfinite(intercept):
         raise BadImageError(
-            f"its header says RescaleSlope {slope:g} and RescaleIntercept {intercept:g}, which make every value {intercept:g}: "
-            "correct them"
-            if slope == 0
-            else f"its header says RescaleSlope {slope:g} and RescaleIntercept {intercept:g}: correct them"
+            f"its header says RescaleSlope {slope:g} and RescaleIntercept {intercept:g}"
+            f"{f', which make every value {intercept:g}' if slope == 0 else ''}: correct them"
         )
     # single precision tells values of 16 bits apart, unless the intercept is far larger than they are
     wide = stored.dtype.itemsize > 2 or abs(intercept) > abs(slope) * (1 << 22)
@@ -141,32 +158,63 @@ def _own_window(dataset: Dataset) -> Window | None:
         return None
 
 
-def _palette(stored: np.ndarray, dataset: Dataset, little_endian: bool) -> np.ndarray:
+def _palette(stored: np.ndarray, dataset: Dataset, header: DicomHeader) -> np.ndarray:
     """uint8, [height, width, 3] (PS3.3, C.7.6.3.1.5)."""
     if "RedPaletteColorLookupTableData" not in dataset:
         raise BadImageError("its palette is missing or stored in segments, which is not read: save it as RGB")
-    channels = []
-    for colour in ("Red", "Green", "Blue"):
-        name = f"{colour}PaletteColorLookupTable"
-        looked_up, bits = _look_up(
-            stored, dataset[f"{name}Descriptor"].value, dataset[f"{name}Data"].value, little_endian
+    names = [f"{colour}PaletteColorLookupTable" for colour in ("Red", "Green", "Blue")]
+    descriptors = [[int(number) for number in dataset[f"{name}Descriptor"].value] for name in names]
+    if any(descriptor != descriptors[0] for descriptor in descriptors):
+        raise BadImageError(
+            f"its palette's red, green and blue are said to be {descriptors}, not alike: export it again"
         )
-        channels.append(_to_8_bits(looked_up, bits))
-    return np.stack(channels, axis=-1)
+    channels = [
+        _look_up(
+            stored,
+            descriptor,
+            dataset[f"{name}Data"].value,
+            little_endian=header.little_endian,
+            signed=header.pixels.signed,
+        )[0]
+        for name, descriptor in zip(names, descriptors, strict=True)
+    ]
+    bits, largest = descriptors[0][2], max(int(channel.max()) for channel in channels)
+    if largest >= 1 << bits or (bits > 8 and largest < 1 << 8):
+        raise BadImageError(
+            f"its palette says {bits} bits an entry, its largest entry in this picture is {largest}: save it as RGB"
+        )
+    return np.stack([_to_8_bits(channel, bits) for channel in channels], axis=-1)
 
 
-def _look_up(values: np.ndarray, descriptor: Any, data: Any, little_endian: bool) -> tuple[np.ndarray, int]:
-    """(entries of a look-up table for whole values, bits of an entry); values outside take its first or last entry."""
+def _look_up(
+    values: np.ndarray, descriptor: Any, data: Any, *, little_endian: bool, signed: bool
+) -> tuple[np.ndarray, int]:
+    """(entries of a look-up table for whole values, bits of an entry); values outside take its first or last entry.
+
+    Args:
+        values: any shape.
+        descriptor: number of entries, first value, bits of an entry: 16 bits each, whose sign a reader has to know.
+        data: the entries, as bytes or as numbers.
+        little_endian: byte order of the file.
+        signed: True where values, and so the first one, may be negative.
+    """
     count, first, bits = (int(number) for number in descriptor)
-    count = count or 1 << 16
+    count = count % (1 << 16) or 1 << 16
+    first = first - (1 << 16) if signed and first >= 1 << 15 else first
     if isinstance(data, bytes):
         # entries of 8 bits may be stored in 8 or in 16
         width = 1 if len(data) < 2 * count else 2
-        table = np.frombuffer(data, np.dtype(f"{'<' if little_endian else '>'}u{width}"))[:count]
+        table = np.frombuffer(
+            data[: len(data) - len(data) % width], np.dtype(f"{'<' if little_endian else '>'}u{width}")
+        )
+        padding = 1 if width == 1 and len(data) == count + 1 else 0
+        table = table[: len(table) - padding]
     else:
-        table = np.asarray(_numbers(data), dtype=np.int64)[:count]
-    if len(table) < count or not 1 <= bits <= 16:
-        raise BadImageError("one of its look-up tables is damaged: export it again")
+        table = np.asarray(_numbers(data), dtype=np.int64)
+    if len(table) != count or not 1 <= bits <= 16:
+        raise BadImageError(
+            f"one of its look-up tables says {count} entries of {bits} bits and holds {len(table)}: export it again"
+        )
     # clipped before the cast, since a float may be larger than any integer
     places = np.clip(values.astype(np.float64) - first, 0, count - 1).astype(np.int64)
     return table[places], bits
@@ -177,12 +225,21 @@ def _to_8_bits(values: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _spacing(dataset: Dataset) -> tuple[float, float]:
-    """Distances of rows and of columns, in any common unit."""
+    """Distances of rows and of columns, in any common unit; what states them must agree about the shape of a pixel."""
+    found: dict[str, list[float]] = {}
     for name in _SPACINGS:
         numbers = _numbers(dataset.get(name))
         if len(numbers) == 2 and min(numbers) > 0:
-            return numbers[0], numbers[1]
-    return 1.0, 1.0
+            found[name] = numbers
+    if not found:
+        return 1.0, 1.0
+    first, *others = found.items()
+    for other in others:
+        if abs(first[1][0] * other[1][1] / (first[1][1] * other[1][0]) - 1) > SQUARE:
+            said = " and ".join(f"{name} {row:g} by {column:g}" for name, (row, column) in (first, other))
+            raise BadImageError(f"its header says {said}, pixels of another shape: correct one of them")
+    row, column = first[1]
+    return row, column
 
 
 def _numbers(value: Any) -> list[float]:

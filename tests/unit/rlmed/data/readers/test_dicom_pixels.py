@@ -259,7 +259,7 @@ def test_an_enhanced_object_says_for_each_frame_how_it_is_shown(tmp_path):
         ({"PixelSpacing": [0.5, 1.0]}, (96, 32)),
         ({"ImagerPixelSpacing": [0.4, 0.2]}, (48, 64)),
         ({"PixelAspectRatio": [1, 2]}, (96, 32)),
-        ({"PixelSpacing": [0.7, 0.7], "PixelAspectRatio": [1, 2]}, (48, 32)),
+        ({"PixelSpacing": [0.7, 0.7], "ImagerPixelSpacing": [1.4, 1.4]}, (48, 32)),
         ({"PixelSpacing": [0, 0]}, (48, 32)),
     ],
 )
