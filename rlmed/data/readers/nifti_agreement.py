@@ -44,7 +44,9 @@ def check_header(header: Nifti1Header) -> None:
             f"its header says datatype {int(header['datatype'])}, which is not read: save it as int16 or float32"
         ) from None
     if dtype.kind not in "iuf":
-        raise BadImageError(f"its voxels are of type {dtype}, not single real numbers: convert it")
+        code = int(header["datatype"])
+        label = header.get_value_label("datatype")  # nibabel's word for the code
+        raise BadImageError(f"its voxels are of datatype {code} ({label}), not single real numbers: convert it")
     bits = int(header["bitpix"])
     if bits not in (0, 8 * dtype.itemsize):
         raise BadImageError(
