@@ -91,25 +91,33 @@ def check_shown(values: np.ndarray, pixels: np.ndarray, shown: str, empty: str =
     finite = np.isfinite(values)
     if not finite.any():
         raise BadImageError("it shows nothing: none of its values is a finite number (all are NaN or infinite)")
-    values, pixels = values[finite], pixels[finite]
+    if not finite.all():
+        values, pixels = values[finite], pixels[finite]
     low, high = values.min(), values.max()
     if low == high:
         raise BadImageError(f"it shows nothing: all its values are {low:g}{empty}")
-    flat = int(np.ptp(pixels)) < MIN_CONTRAST or (_width(pixels) < MIN_CONTRAST and _width(values) > 0)
-    if flat:
+    beside = max(1, values.size // 10_000)
+    if int(np.ptp(pixels)) < MIN_CONTRAST or (_contrast(pixels, beside) < MIN_CONTRAST and _varies(values, beside)):
         raise BadImageError(
             f"it shows nothing: its values go from {low:g} to {high:g}, and {shown}. Give a window that they lie in, with "
             "the window column or --window"
         )
 
 
-def _width(values: np.ndarray) -> float:
-    """Largest minus least, without one value in 10,000 (or one) at either end."""
-    beside = max(1, values.size // 10_000)
+def _contrast(pixels: np.ndarray, beside: int) -> int:
+    """Brightest minus darkest without so many pixels at either end."""
+    totals = np.bincount(pixels.ravel(), minlength=256).cumsum()
+    darkest, brightest = np.searchsorted(totals, (beside + 1, pixels.size - beside))
+    return int(brightest) - int(darkest)
+
+
+def _varies(values: np.ndarray, beside: int) -> bool:
+    """Whether more than so many values at either end differ from the others."""
     if values.size <= 2 * beside:
-        return 0.0
-    ordered = np.partition(values, (beside, values.size - 1 - beside))
-    return float(ordered[-1 - beside]) - float(ordered[beside])
+        return False
+    places = (beside, values.size - 1 - beside)
+    ordered = np.partition(values.ravel(), places)
+    return bool(ordered[places[0]] < ordered[places[1]])
 
 
 def percentile_range(values: np.ndarray) -> tuple[float, float]:

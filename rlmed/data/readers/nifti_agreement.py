@@ -88,11 +88,11 @@ def check_orientation(header: Nifti1Header) -> None:
         )
 
 
-def check_length(file: BinaryIO, header: Nifti1Header, zipped: bool) -> None:
+def check_length(file: BinaryIO, header: Nifti1Header, zipped: bool, most: int) -> None:
     """Compare the length of the data with what the header says; `file` is left where it was.
 
     Of a compressed file its last bytes say how much it holds; it is inflated, and thrown away, only where that is too
-    little, as it is in a file of several parts.
+    little, as it is in a file of several parts, and where it should be no more than `most` bytes.
 
     Raises:
         BadImageError: naming both, in bytes.
@@ -105,12 +105,12 @@ def check_length(file: BinaryIO, header: Nifti1Header, zipped: bool) -> None:
         file.seek(max(0, size - 4))
         (size,) = struct.unpack("<I", file.read(4).rjust(4, b"\0"))
         size += (wanted - size) & ~0xFFFFFFFF if wanted > size else 0  # stated without what is above 32 bits
-        if size < wanted:
+        if size < wanted <= most:
             file.seek(0)
             size = _inflated(file, wanted)
     more = size > wanted and (zipped or not _empty(file, wanted))
     file.seek(place)
-    if size < wanted or more:
+    if (size < wanted and not (zipped and wanted > most)) or more:
         raise BadImageError(
             f"its header says {'x'.join(str(int(length)) for length in shape)} voxels of "
             f"{header.get_data_dtype().itemsize} bytes, which end at byte {wanted}; it has {size} bytes: {_AGAIN}"

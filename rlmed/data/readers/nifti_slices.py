@@ -105,7 +105,7 @@ def render_slice(path: Path, choice: SliceChoice, *, allow_unknown_orientation: 
         check_header(header)
         affine = _affine(header, allow_unknown_orientation)
         shape = _checked_shape(header, choice.volume, zipped)
-        check_length(file, header, zipped)
+        check_length(file, header, zipped, MAX_INFLATED)
         values, spacing = _oriented_slice(ArrayProxy(stream, header), affine, shape, choice)
     window = choice.window
     low, high = (
