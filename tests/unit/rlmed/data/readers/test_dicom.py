@@ -208,3 +208,22 @@ def test_nothing_usable_is_an_error_that_says_why(tmp_path):
         ValueError, match=r"no row can be used, of 2\. line 2 of the table \(line-2\): its file cannot be used"
     ):
         run(source, tmp_path / "out")
+
+
+def test_a_picture_that_shows_nothing_costs_its_row_and_the_cause_is_said(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    write_dicom(source / "good.dcm", CT, RescaleSlope=1, RescaleIntercept=0, WindowCenter=0, WindowWidth=2000)
+    write_dicom(source / "slope.dcm", CT, RescaleSlope=0, RescaleIntercept=0, WindowCenter=0, WindowWidth=2000)
+    write_dicom(source / "beside.dcm", CT, WindowCenter=20000, WindowWidth=400)
+    table(source, *(f"{name}.dcm,,Which?,lung,liver,lung,,," for name in ("good", "slope", "beside")))
+    with (source / "questions.csv").open("a", encoding="utf-8") as file:
+        file.write("beside.dcm,,Where?,lung,liver,lung,,,0 2000\n")
+    layout = run(source, tmp_path / "out")
+    assert [row.id for row in layout.skipped] == ["line-3", "line-4"]
+    assert "RescaleSlope 0" in layout.skipped[0].reason
+    assert f"values go from {CT.min()} to {CT.max()}" in layout.skipped[1].reason
+    assert "center 20000 and width 400" in layout.skipped[1].reason
+    rows = read_examples(tmp_path / "out" / "questions.jsonl", on_bad_row="error").examples
+    good, cured = (np.asarray(Image.open(row.image)) for row in rows)
+    np.testing.assert_array_equal(good, cured)  # the window of the row shows what the file's own does not
