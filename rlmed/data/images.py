@@ -116,11 +116,9 @@ def check_contrast(what: str, picture: Image.Image, cause: str = "") -> None:
         grey = bands[:1] if len(set(bands)) == 1 else bands
         colour = " ".join(str(low) if low == high else f"{low} to {high}" for low, high in grey)
         raise BadImageError(
-            f"{what} shows nothing: {cause or f'it is all of one colour ({colour} of 255)'}. {_REPLACE}"
+            f"{what} shows nothing: {cause or f'it is all of one colour ({colour} of 255)'}. "
+            "Replace it by the picture that is asked about"
         )
-
-
-_REPLACE = "Replace it by the picture that is asked about"
 
 
 def _load(path: Path, max_side: int) -> tuple[Image.Image, str]:

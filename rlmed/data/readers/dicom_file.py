@@ -70,7 +70,6 @@ _WANTED = [
         "BitsAllocated",
         "BitsStored",
         "HighBit",
-        "PlanarConfiguration",
         "PresentationLUTShape",
     ),
     *("PixelRepresentation", "PixelPaddingValue", "PixelPaddingRangeLimit"),

@@ -8,6 +8,7 @@ checked before it decodes. Messages say what is wrong and never quote a header's
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +59,16 @@ def _grey(stored: np.ndarray, dataset: Dataset, header: DicomHeader, window: Win
     values = _rescale(stored, dataset, header)
     table = None if window is not None else _first(dataset, "VOILUTSequence")
     if table is not None:
-        looked_up, bits = _look_up(
-            np.rint(values),
-            table.LUTDescriptor,
-            table.LUTData,
-            little_endian=header.little_endian,
-            signed=header.pixels.signed or bool((values < 0).any()),
-        )
-        _check_entries(looked_up, bits)
-        pixels, shown = _to_8_bits(looked_up, bits), "its VOI look-up table makes all of them one grey value"
+        signed = header.pixels.signed or bool((values < 0).any())
+        entries = _Table.of(table.LUTDescriptor, table.LUTData, little_endian=header.little_endian, signed=signed)
+        if not 1 << (entries.bits - 1) <= entries.largest < 1 << entries.bits:
+            # one that says 16 bits and holds 12 would show a picture that is nearly black
+            raise BadImageError(
+                f"its VOI look-up table says {entries.bits} bits an entry, its largest entry is {entries.largest}: "
+                "give a window instead, with the window column or --window"
+            )
+        pixels = _to_8_bits(entries.look_up(np.rint(values)), entries.bits)
+        shown = "its VOI look-up table makes all of them one grey value"
     else:
         pixels, shown = _windowed(values, dataset, window, padding)
     inside = np.s_[:] if padding is None else ~padding
@@ -76,15 +78,6 @@ def _grey(stored: np.ndarray, dataset: Dataset, header: DicomHeader, window: Win
     if padding is not None:
         pixels[padding] = 0
     return pixels
-
-
-def _check_entries(entries: np.ndarray, bits: int) -> None:
-    """A table that says 16 bits and holds 12 would show a picture that is nearly black."""
-    if int(entries.max()) >= 1 << bits or int(entries.max()) < 1 << (bits - 1):
-        raise BadImageError(
-            f"its VOI look-up table says {bits} bits an entry, its largest entry in this picture is {int(entries.max())}: "
-            "give a window instead, with the window column or --window"
-        )
 
 
 def _padding(stored: np.ndarray, dataset: Dataset) -> np.ndarray | None:
@@ -108,14 +101,10 @@ def _rescale(stored: np.ndarray, dataset: Dataset, header: DicomHeader) -> np.nd
                 f"its header says both a modality look-up table and RescaleSlope {(slopes or [1.0])[0]:g}, RescaleIntercept "
                 f"{(intercepts or [0.0])[0]:g}, of which a file has one: remove the other"
             )
-        looked_up, _ = _look_up(
-            stored,
-            table.LUTDescriptor,
-            table.LUTData,
-            little_endian=header.little_endian,
-            signed=header.pixels.signed,
+        entries = _Table.of(
+            table.LUTDescriptor, table.LUTData, little_endian=header.little_endian, signed=header.pixels.signed
         )
-        return looked_up.astype(np.float32)
+        return entries.look_up(stored).astype(np.float32)
     slope = (_numbers(dataset.get("RescaleSlope")) or [1.0])[0]
     intercept = (_numbers(dataset.get("RescaleIntercept")) or [0.0])[0]
     if slope == 0 or not math.isfinite(slope) or not math.isfinite(intercept):
@@ -168,56 +157,70 @@ def _palette(stored: np.ndarray, dataset: Dataset, header: DicomHeader) -> np.nd
         raise BadImageError(
             f"its palette's red, green and blue are said to be {descriptors}, not alike: export it again"
         )
-    channels = [
-        _look_up(
-            stored,
-            descriptor,
-            dataset[f"{name}Data"].value,
-            little_endian=header.little_endian,
-            signed=header.pixels.signed,
-        )[0]
+    tables = [
+        _Table.of(
+            descriptor, dataset[f"{name}Data"].value, little_endian=header.little_endian, signed=header.pixels.signed
+        )
         for name, descriptor in zip(names, descriptors, strict=True)
     ]
-    bits, largest = descriptors[0][2], max(int(channel.max()) for channel in channels)
+    bits, largest = tables[0].bits, max(table.largest for table in tables)
     if largest >= 1 << bits or (bits > 8 and largest < 1 << 8):
-        raise BadImageError(
-            f"its palette says {bits} bits an entry, its largest entry in this picture is {largest}: save it as RGB"
-        )
-    return np.stack([_to_8_bits(channel, bits) for channel in channels], axis=-1)
+        raise BadImageError(f"its palette says {bits} bits an entry, its largest entry is {largest}: save it as RGB")
+    return np.stack([_to_8_bits(table.look_up(stored), bits) for table in tables], axis=-1)
 
 
-def _look_up(
-    values: np.ndarray, descriptor: Any, data: Any, *, little_endian: bool, signed: bool
-) -> tuple[np.ndarray, int]:
-    """(entries of a look-up table for whole values, bits of an entry); values outside take its first or last entry.
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """A look-up table (PS3.3, C.11.1.1 and C.7.6.3.1.5).
 
-    Args:
-        values: any shape.
-        descriptor: number of entries, first value, bits of an entry: 16 bits each, whose sign a reader has to know.
-        data: the entries, as bytes or as numbers.
-        little_endian: byte order of the file.
-        signed: True where values, and so the first one, may be negative.
+    Example:
+        _Table(entries=np.arange(4096), first=-1024, bits=12)  # -1024 and less become 0, 3071 and more 4095
     """
-    count, first, bits = (int(number) for number in descriptor)
-    count = count % (1 << 16) or 1 << 16
-    first = first - (1 << 16) if signed and first >= 1 << 15 else first
-    if isinstance(data, bytes):
-        # entries of 8 bits may be stored in 8 or in 16
-        width = 1 if len(data) < 2 * count else 2
-        table = np.frombuffer(
-            data[: len(data) - len(data) % width], np.dtype(f"{'<' if little_endian else '>'}u{width}")
-        )
-        padding = 1 if width == 1 and len(data) == count + 1 else 0
-        table = table[: len(table) - padding]
-    else:
-        table = np.asarray(_numbers(data), dtype=np.int64)
-    if len(table) != count or not 1 <= bits <= 16:
-        raise BadImageError(
-            f"one of its look-up tables says {count} entries of {bits} bits and holds {len(table)}: export it again"
-        )
-    # clipped before the cast, since a float may be larger than any integer
-    places = np.clip(values.astype(np.float64) - first, 0, count - 1).astype(np.int64)
-    return table[places], bits
+
+    entries: np.ndarray
+    first: int
+    """The value that becomes the first entry."""
+    bits: int
+    """Of an entry, from 1 to 16."""
+
+    @classmethod
+    def of(cls, descriptor: Any, data: Any, *, little_endian: bool, signed: bool) -> _Table:
+        """The table of two elements.
+
+        Args:
+            descriptor: number of entries, first value, bits of an entry: 16 bits each, whose sign a reader has to know.
+            data: the entries, as bytes or as numbers.
+            little_endian: byte order of the file.
+            signed: True where values, and so the first one, may be negative.
+
+        Raises:
+            BadImageError: for another number of entries than the descriptor says.
+        """
+        count, first, bits = (int(number) for number in descriptor)
+        count = count % (1 << 16) or 1 << 16
+        first = first - (1 << 16) if signed and first >= 1 << 15 else first
+        if isinstance(data, bytes):
+            # entries of 8 bits may be stored in 8 or in 16, and an odd number of bytes is filled up
+            width = 1 if len(data) < 2 * count else 2
+            whole = count if len(data) == count + 1 else len(data) // width
+            entries = np.frombuffer(data, np.dtype(f"{'<' if little_endian else '>'}u{width}"), whole)
+        else:
+            entries = np.asarray(_numbers(data), dtype=np.int64)
+        if len(entries) != count or not 1 <= bits <= 16:
+            raise BadImageError(
+                f"one of its look-up tables says {count} entries of {bits} bits and holds {len(entries)}: export it again"
+            )
+        return cls(entries, first, bits)
+
+    @property
+    def largest(self) -> int:
+        return int(self.entries.max())
+
+    def look_up(self, values: np.ndarray) -> np.ndarray:
+        """Entries for whole values; those outside take the first or the last."""
+        # clipped before the cast, since a float may be larger than any integer
+        places = np.clip(values.astype(np.float64) - self.first, 0, len(self.entries) - 1).astype(np.int64)
+        return self.entries[places]
 
 
 def _to_8_bits(values: np.ndarray, bits: int) -> np.ndarray:

@@ -445,7 +445,7 @@ def test_a_look_up_table_with_other_bits_than_it_says_is_refused(tmp_path, bits)
     table = item(LUTDescriptor=[4096, 0, bits], LUTData=np.arange(4096, dtype="<u2").tobytes())
     table["LUTDescriptor"].VR, table["LUTData"].VR = "US", "OW"
     path = write_dicom(tmp_path / "a", TWELVE, VOILUTSequence=[table], BitsStored=12, HighBit=11)
-    refused(path, f"says {bits} bits an entry, its largest entry in this picture is 4095")
+    refused(path, f"says {bits} bits an entry, its largest entry is 4095")
     np.testing.assert_allclose(shown(path, window=Window(2048, 4096)), GREY, atol=1)
 
 
@@ -465,3 +465,30 @@ def test_two_rescalings_are_refused(tmp_path):
     table["LUTDescriptor"].VR = table["LUTData"].VR = "US"
     path = write_dicom(tmp_path / "a", TWELVE, ModalityLUTSequence=[table], RescaleSlope=2, RescaleIntercept=0)
     refused(path, "a modality look-up table and RescaleSlope 2")
+
+
+def test_a_palette_of_other_bits_or_entries_than_it_says_is_refused(tmp_path):
+    changes = [
+        ("Descriptor", [256, 0, 16], "palette says 16 bits an entry, its largest entry is 255"),
+        ("Descriptor", [200, 0, 8], "says 200 entries of 8 bits and holds 256"),
+        ("Data", bytes(100), "says 256 entries of 8 bits and holds 100"),
+    ]
+    for part, value, reason in changes:
+        dataset = dataset_of(GREY, PhotometricInterpretation="PALETTE COLOR")
+        for name in ("Red", "Green", "Blue"):
+            content = {"Descriptor": [256, 0, 8], "Data": bytes(range(256)), part: value}
+            if content["Descriptor"][2] == 16:
+                content["Data"] = np.arange(256, dtype="<u2").tobytes()
+            for kind, stated in content.items():
+                setattr(dataset, f"{name}PaletteColorLookupTable{kind}", stated)
+            dataset[f"{name}PaletteColorLookupTableDescriptor"].VR = "US"
+        refused(save(tmp_path / "a", dataset), reason)
+    dataset.RedPaletteColorLookupTableDescriptor = [256, 5, 8]
+    refused(save(tmp_path / "b", dataset), "said to be .*256, 5, 8.*not alike")
+
+
+def test_a_dark_frame_is_no_damage_of_its_table(tmp_path):
+    table = item(LUTDescriptor=[4096, 0, 12], LUTData=np.arange(4096, dtype="<u2").tobytes())
+    table["LUTDescriptor"].VR, table["LUTData"].VR = "US", "OW"
+    path = write_dicom(tmp_path / "a", TWELVE // 16, VOILUTSequence=[table], BitsStored=12, HighBit=11)
+    np.testing.assert_allclose(shown(path), (TWELVE // 16) / 4095 * 255, atol=0.51)
