@@ -8,10 +8,12 @@ import struct
 import warnings
 import zlib
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
+
+from rlmed.data.pixel_modes import UnreadableModeError, check_mode, is_wide, meant, scaled_transparency
 
 MAX_SIDE = 2048
 """Longer sides are scaled down to this when an image is read; every supported model sees fewer pixels."""
@@ -21,6 +23,8 @@ MODEL_MIN_SIDE = 28
 """Sides are scaled up to at least this: one visual token of the Qwen2-VL family."""
 MAX_ASPECT = 200
 """Image processors of the Qwen2-VL family refuse more elongated images."""
+MIN_CONTRAST = 2
+"""Grey levels, of 255, between the darkest and the brightest place; a picture with less shows nothing to anybody."""
 MAX_PIXELS = 170_000_000
 """More pixels than this (about 13,000 x 13,000) are not decoded; it stays below the size at which Pillow itself refuses."""
 FORMATS = ("PNG", "JPEG", "TIFF", "GIF", "BMP", "WEBP", "PPM", "JPEG2000")
@@ -50,6 +54,9 @@ _DAMAGE = (
 )
 """What Pillow's readers raise for damaged files."""
 
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+"""First bytes of TIFF and BigTIFF files, of either byte order."""
+
 # MAX_PIXELS stands for this warning. Once for the process: warnings.catch_warnings is not safe in the reader's threads.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
@@ -61,9 +68,9 @@ class BadImageError(ValueError):
 def load_image(path: Path, *, max_side: int = MAX_SIDE) -> Image.Image:
     """Read an image file as RGB.
 
-    Grey values of more than 8 bits are stretched from the picture's own range to 0..255, transparency is laid on black
-    (the surroundings of a radiograph), EXIF rotation is applied, of an animation the first frame is taken. Both sides of
-    the result are at least `MODEL_MIN_SIDE`, and the longer one is at most `MAX_ASPECT` times the shorter.
+    Grey values of more than 8 bits, or with a sign, are stretched from the picture's own range to 0..255, transparency is
+    laid on black (the surroundings of a radiograph), EXIF rotation is applied, of an animation the first frame is taken.
+    Both sides of the result are at least `MODEL_MIN_SIDE`, and the longer one is at most `MAX_ASPECT` times the shorter.
 
     Args:
         path: a file in one of `FORMATS`, whatever its name ends in.
@@ -71,8 +78,50 @@ def load_image(path: Path, *, max_side: int = MAX_SIDE) -> Image.Image:
             than `MODEL_MIN_SIDE`.
 
     Raises:
-        BadImageError: for a missing, empty, truncated, tiny, extremely elongated or gigantic image, or no image at all.
+        BadImageError: for a missing, empty, truncated, tiny, extremely elongated or gigantic image, no image at all, or one
+            whose kind of pixels is not read.
     """
+    return _load(path, max_side)[0]
+
+
+def check_image(path: Path) -> None:
+    """Make sure that an image file can be read and shows something.
+
+    Raises:
+        BadImageError: as `load_image`, and for a picture of one colour.
+    """
+    picture, cause = _load(path, MAX_SIDE)
+    check_contrast(f"image {path}", picture, cause)
+
+
+def check_encoded(content: bytes, name: str) -> None:
+    """The same of a file's bytes; `name` is for messages."""
+    picture, cause = _decode(io.BytesIO(content), name, MAX_SIDE)
+    check_contrast(f"image {name}", picture, cause)
+
+
+def check_contrast(what: str, picture: Image.Image, cause: str = "") -> None:
+    """Make sure that a picture shows something.
+
+    Args:
+        what: its name in the message.
+        picture: mode L or RGB.
+        cause: why it may show nothing; "" says which colour it is of.
+
+    Raises:
+        BadImageError: for one with less than `MIN_CONTRAST`.
+    """
+    bands = [picture.getchannel(band).getextrema() for band in range(len(picture.getbands()))]
+    if all(high - low < MIN_CONTRAST for low, high in bands):
+        grey = bands[:1] if len(set(bands)) == 1 else bands
+        colour = " ".join(str(low) if low == high else f"{low} to {high}" for low, high in grey)
+        raise BadImageError(
+            f"{what} shows nothing: {cause or f'it is all of one colour ({colour} of 255)'}. "
+            "Replace it by the picture that is asked about"
+        )
+
+
+def _load(path: Path, max_side: int) -> tuple[Image.Image, str]:
     try:
         # a stream, not the path: Pillow maps an uncompressed TIFF by path into memory and scrambles it when EXIF turns it
         with path.open("rb") as stream:
@@ -81,20 +130,18 @@ def load_image(path: Path, *, max_side: int = MAX_SIDE) -> Image.Image:
         raise BadImageError(_unreadable(path, error)) from error
 
 
-def decode_image(content: bytes, name: str) -> Image.Image:
-    """The same of a file's bytes; `name` is for messages. Raises BadImageError."""
-    return _decode(io.BytesIO(content), name, MAX_SIDE)
-
-
-def _decode(stream: BinaryIO, name: Path | str, max_side: int) -> Image.Image:
+def _decode(stream: BinaryIO, name: Path | str, max_side: int) -> tuple[Image.Image, str]:
+    """The picture, and why it shows nothing where the file's values say so."""
     try:
         with Image.open(stream, formats=FORMATS) as image:
             check_image_size(name, image.size)
             return _read(image, max_side)
     except BadImageError:
         raise
+    except UnreadableModeError as error:
+        raise BadImageError(f"image {name} cannot be shown as it is meant: {error}") from error
     except UnidentifiedImageError as error:
-        raise BadImageError(_unidentified(name, stream.seek(0, io.SEEK_END))) from error
+        raise BadImageError(_unidentified(name, stream)) from error
     except Image.DecompressionBombError as error:
         raise BadImageError(f"image {name} has more than {MAX_PIXELS} pixels: scale it down") from error
     except MemoryError as error:
@@ -109,9 +156,16 @@ def image_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _unidentified(path: Path | str, size: int) -> str:
+def _unidentified(path: Path | str, stream: BinaryIO) -> str:
+    size = stream.seek(0, io.SEEK_END)
     if size == 0:
         return f"image {path} is an empty file: copy it again"
+    stream.seek(0)
+    if stream.read(4) in _TIFF:
+        return (
+            f"image {path} is a TIFF file whose header is damaged, or whose kind of pixels is not read (of grey: 1 to 16 "
+            "bits, 32 bits, float; of colours: 8 or 16 bits): save it again as PNG, or as TIFF of 8 or 16 bits"
+        )
     return (
         f"image {path} is no image, or its header is damaged: replace it by one of {', '.join(FORMATS)} "
         "(DICOM and NIfTI are read by python -m rlmed.prepare)"
@@ -145,26 +199,31 @@ def check_image_size(path: Path | str, size: tuple[int, int]) -> None:
         raise BadImageError(f"image {path} has {width}x{height} pixels, more than {MAX_PIXELS}: scale it down")
 
 
-def _read(image: Image.Image, max_side: int) -> Image.Image:
+def _read(image: Image.Image, max_side: int) -> tuple[Image.Image, str]:
+    check_mode(image)
+    transparent = scaled_transparency(image)
     # where the format allows it, a JPEG is decoded at a half, a quarter or an eighth of its size
     image.draft(None, (max_side, max_side))
     image.load()
+    if transparent is not None:
+        image.info["transparency"] = transparent
     # after loading, since Pillow turns a TIFF itself while it loads and then forgets the orientation
     turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    plain = meant(image)
+    # before scaling, which makes edges in wide values brighter and darker than any of them
+    extrema = cast("tuple[float, float]", plain.getextrema()) if is_wide(plain) else (0.0, 0.0)
     # scaled down before anything else, so that a huge picture is never held twice
-    picture = _to_rgb(_resized(_direct(image), max_side))
-    return picture if turn is None else picture.transpose(turn)
+    picture = _to_rgb(_resized(plain, max_side), *extrema)
+    return picture if turn is None else picture.transpose(turn), _why_flat(image, plain, extrema)
 
 
-def _direct(image: Image.Image) -> Image.Image:
-    """The picture in a mode whose values can be averaged: no palette, no transparency beside the pixels."""
-    if _is_wide(image):
-        return image
-    if image.mode == "PA" or "transparency" in image.info:
-        return image.convert("RGBA")
-    if image.mode == "P":
-        return image.convert("RGB")
-    return image.convert("L") if image.mode == "1" else image
+def _why_flat(image: Image.Image, plain: Image.Image, extrema: tuple[float, float]) -> str:
+    """What there is to say about a picture of one colour that its colour does not say."""
+    if is_wide(plain) and extrema[0] == extrema[1]:
+        return f"all its values are {image.getpixel((0, 0))}"
+    if plain.mode in ("RGBA", "LA") and plain.getchannel("A").getextrema() == (0, 0):
+        return "it is transparent all over"
+    return ""
 
 
 def _resized(image: Image.Image, max_side: int) -> Image.Image:
@@ -176,22 +235,15 @@ def _resized(image: Image.Image, max_side: int) -> Image.Image:
     new_longer = min(round(longer * scale), MAX_ASPECT * new_shorter)
     size = (new_shorter, new_longer) if image.height == longer else (new_longer, new_shorter)
     # the gap lets Pillow average whole blocks first, which is faster; it cannot with 16 bits
-    return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=None if _is_wide(image) else 2.0)
+    return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=None if is_wide(image) else 2.0)
 
 
-def _is_wide(image: Image.Image) -> bool:
-    """True for grey values of more than 8 bits: integers of 16 or 32 bits, or floats."""
-    return image.mode[0] in "IF"
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if _is_wide(image):
-        # convert("RGB") would clip everything above 255 to white
-        values = np.asarray(image, dtype=np.float32)
-        finite = values[np.isfinite(values)]
-        low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
-        scaled = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) * (255.0 / max(high - low, 1e-12))
-        return Image.fromarray(scaled.round().astype(np.uint8)).convert("RGB")
+def _to_rgb(image: Image.Image, low: float, high: float) -> Image.Image:
+    """The picture in RGB; `low` and `high` are the least and the largest of wide values."""
+    if is_wide(image):
+        # convert("RGB") would clip everything above 255 to white; as double, which holds every integer of 32 bits
+        shares = (np.asarray(image, dtype=np.float64) - low) / ((high - low) or 1.0)
+        return Image.fromarray((shares.clip(0.0, 1.0) * 255.0).round().astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA"):
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, (0, 0, 0, 255)), layer).convert("RGB")

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from rlmed.core.types import Example
 from rlmed.data.choices import Choice, choose
-from rlmed.data.images import BadImageError, load_image
+from rlmed.data.images import BadImageError, check_image
 from rlmed.data.option_sources import is_nothing, read_options, unique_keys
 from rlmed.data.rows import BadRowError as BadRowError
 from rlmed.data.rows import shorten as shorten
@@ -243,7 +243,7 @@ def _broken_images(paths: set[Path]) -> dict[Path | None, str]:
 
     def check(path: Path) -> str | None:
         try:
-            load_image(path)
+            check_image(path)
         except BadImageError as error:
             return str(error)
         return None

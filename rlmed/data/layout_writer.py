@@ -20,7 +20,7 @@ from rlmed.core.files import refusal
 from rlmed.core.statistics import chance, leave_one_out_prior, majority_letter
 from rlmed.core.types import Example
 from rlmed.data.choices import written_answer
-from rlmed.data.images import BadImageError, check_image_size, decode_image, image_sha256, load_image
+from rlmed.data.images import BadImageError, check_contrast, check_encoded, check_image, check_image_size, image_sha256
 from rlmed.data.jsonl import BadRowError, parse_row, shorten
 from rlmed.data.option_order import keeps_order
 from rlmed.data.readers.base import Encoded, Picture, Skipped, SourceImage, SourceRow
@@ -117,7 +117,7 @@ class Images:
         if path.is_file() and path.stat().st_size > MAX_IMAGE_BYTES:
             raise BadImageError(f"image {path.name} has {path.stat().st_size} bytes, more than {MAX_IMAGE_BYTES}")
         try:
-            load_image(path)
+            check_image(path)
             sha256 = image_sha256(path)
         except BadImageError as error:
             # the manifest may be handed on: it names files from the source on
@@ -131,7 +131,7 @@ class Images:
 
     def _put(self, image: Encoded) -> str:
         content = image.load()
-        decode_image(content, image.name)
+        check_encoded(content, image.name)
         sha256 = hashlib.sha256(content).hexdigest()
         name = _file_name(sha256, PurePath(image.name))
         if name not in self.hashes:
@@ -148,6 +148,7 @@ class Images:
             raise ValueError(f"picture {picture.key} has mode {image.mode}; a reader gives L or RGB")
         name = f"images/{picture.key}.png"
         check_image_size(name, image.size)
+        check_contrast(f"picture {picture.key}", image)
         # pixels alone: whatever else the image carries stays behind
         bare = Image.frombytes(image.mode, image.size, image.tobytes())
         with writing(self._folder / name):

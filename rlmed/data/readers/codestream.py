@@ -1,16 +1,22 @@
-"""Size that a compressed frame states itself, so that a header that says otherwise is found before anything is decoded."""
+"""What a compressed frame says of itself, so that a header that says otherwise is found before anything is decoded."""
 
 from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from typing import Literal
 
 _NO_LENGTH = {0x01, *range(0xD0, 0xD9)}
 """JPEG markers that stand alone (ITU-T T.81, B.1.1.3)."""
 _FRAME_HEADERS = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}
 """JPEG markers that begin a frame header (T.81, table B.1), and that of JPEG-LS (ITU-T T.87, C.1.1)."""
+_LOSSLESS = {0xC3, 0xC7, 0xCB, 0xCF}
 _J2K_START = b"\xff\x4f\xff\x51"
 """Start of a JPEG 2000 codestream and of its size segment (ITU-T T.800, A.4.1 and A.5.1)."""
+_CODING_STYLE = b"\xff\x52"
+"""Marker of T.800, A.6.1."""
+
+Kind = Literal["JPEG", "lossless JPEG", "JPEG-LS", "JPEG 2000"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,38 +32,99 @@ class FrameSize:
     samples: int
 
 
-def jpeg_size(frame: bytes) -> FrameSize | None:
-    """Size in the frame header of a JPEG or JPEG-LS stream; None where there is none before the first scan.
+@dataclass(frozen=True, slots=True)
+class Codestream:
+    """The head of a compressed frame.
 
     Example:
-        >>> jpeg_size(bytes.fromhex("ffd8 ffc0000b 08 0200 0280 01 011100"))
+        Codestream(kind="JPEG", size=FrameSize(512, 640, 3), precision=8, colours="YCbCr")
+    """
+
+    kind: Kind
+    size: FrameSize
+    precision: int
+    """Bits of a sample."""
+    signed: bool | None = None
+    """None where the kind has no such statement."""
+    colours: Literal["RGB", "YCbCr", ""] = ""
+    """What three samples are; "" where the stream does not say."""
+    transformed: bool = False
+    """True where decoding ends with JPEG 2000's transform of three components, which gives RGB."""
+
+
+def read_codestream(frame: bytes) -> Codestream | None:
+    """The head of a compressed frame of any kind that is known here; None for others."""
+    return read_jpeg(frame) if frame.startswith(b"\xff\xd8") else read_jpeg2000(frame)
+
+
+def read_jpeg(frame: bytes) -> Codestream | None:
+    """The head of a JPEG or JPEG-LS stream; None where there is no frame header before the first scan.
+
+    Colours are told as libjpeg tells them: by the markers of JFIF or of Adobe, or by components called R, G and B.
+
+    Example:
+        >>> read_jpeg(bytes.fromhex("ffd8 ffc0000b 08 0200 0280 01 011100")).size
         FrameSize(rows=512, columns=640, samples=1)
     """
-    place = 0
+    place, jfif, adobe = 0, False, -1
     while place + 4 <= len(frame):
         if frame[place] != 0xFF:
             return None
         marker = frame[place + 1]
         if marker == 0xFF:  # a fill byte
             place += 1
-        elif marker in _NO_LENGTH:
+            continue
+        if marker in _NO_LENGTH:
             place += 2
-        elif marker in _FRAME_HEADERS:
-            if place + 10 > len(frame):
-                return None
-            return FrameSize(*struct.unpack_from(">HHB", frame, place + 5))
-        elif marker in (0xD9, 0xDA):  # the end, or a scan
+            continue
+        if marker in _FRAME_HEADERS:
+            return _frame_header(frame, place, jfif, adobe)
+        if marker in (0xD9, 0xDA):  # the end, or a scan
             return None
-        else:
-            place += 2 + struct.unpack_from(">H", frame, place + 2)[0]
+        jfif = jfif or (marker == 0xE0 and frame[place + 4 : place + 9] == b"JFIF\0")
+        if marker == 0xEE and frame[place + 4 : place + 9] == b"Adobe" and place + 15 < len(frame):
+            adobe = frame[place + 15]
+        place += 2 + struct.unpack_from(">H", frame, place + 2)[0]
     return None
 
 
-def jpeg2000_size(frame: bytes) -> FrameSize | None:
-    """Size in the size segment of a JPEG 2000 codestream, bare or in a JP2 file; None where there is none, or several."""
+def _frame_header(frame: bytes, place: int, jfif: bool, adobe: int) -> Codestream | None:
+    if place + 10 > len(frame):
+        return None
+    marker, precision = frame[place + 1], frame[place + 4]
+    size = FrameSize(*struct.unpack_from(">HHB", frame, place + 5))
+    kind: Kind = "JPEG-LS" if marker == 0xF7 else "lossless JPEG" if marker in _LOSSLESS else "JPEG"
+    named = frame[place + 10 : place + 10 + 3 * size.samples : 3]
+    colours: Literal["RGB", "YCbCr", ""] = ""
+    if size.samples == 3 and kind == "JPEG":
+        colours = "YCbCr" if jfif or adobe == 1 else "RGB" if adobe == 0 or named == b"RGB" else ""
+    return Codestream(kind, size, precision, colours=colours)
+
+
+def read_jpeg2000(frame: bytes) -> Codestream | None:
+    """The head of a JPEG 2000 codestream, bare or in a JP2 file; None where there is none, several, or components differ."""
     place = frame.find(_J2K_START)
     if place < 0 or frame.count(_J2K_START) > 1 or place + 42 > len(frame):
         return None
     right, bottom, left, top = struct.unpack_from(">IIII", frame, place + 8)
     (samples,) = struct.unpack_from(">H", frame, place + 40)
-    return FrameSize(bottom - top, right - left, samples)
+    depths = set(frame[place + 42 : place + 42 + 3 * samples : 3])
+    if len(depths) != 1:
+        return None
+    (depth,) = depths
+    return Codestream(
+        "JPEG 2000",
+        FrameSize(bottom - top, right - left, samples),
+        precision=(depth & 0x7F) + 1,
+        signed=bool(depth & 0x80),
+        transformed=_transformed(frame, place + 2),
+    )
+
+
+def _transformed(frame: bytes, place: int) -> bool:
+    """Whether the main header asks for the transform of components; `place` is that of its first segment."""
+    while place + 9 <= len(frame) and frame[place] == 0xFF and frame[place + 1] not in (0x90, 0x93):  # a tile, its data
+        if frame[place : place + 2] == _CODING_STYLE:
+            return frame[place + 8] == 1
+        place += 2 + struct.unpack_from(">H", frame, place + 2)[0]
+    return False

@@ -129,7 +129,13 @@ def _decode(path: str, transfer_syntax: str, frame: int) -> np.ndarray | str:
     """The frame, or what is wrong; pydicom's own words are not passed on, since they quote headers."""
     plugin = "pydicom" if transfer_syntax == RLELossless else ""
     try:
-        return pixel_array(path, index=frame, transfer_syntax_uid=transfer_syntax, decoding_plugin=plugin)
+        return pixel_array(
+            path,
+            index=frame,
+            transfer_syntax_uid=transfer_syntax,
+            decoding_plugin=plugin,
+            correct_unused_bits=False,  # the caller looks at them
+        )
     except MemoryError:
         return "it does not fit in memory: export it again, smaller"
     except Exception:  # whatever a decoder raises, the answer is the same

@@ -19,26 +19,31 @@ from pydicom.dataset import Dataset
 from pydicom.encaps import get_frame
 from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.pixels import pixel_array
+from pydicom.tag import Tag
 from pydicom.uid import (
     UID,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
-    JPEG2000TransferSyntaxes,
     RLELossless,
 )
 
 from rlmed.data.images import BadImageError
-from rlmed.data.readers.codestream import FrameSize, jpeg2000_size, jpeg_size
+from rlmed.data.readers.codestream import read_codestream
 from rlmed.data.readers.damage import damage_reported
 from rlmed.data.readers.decoder_process import DecoderProcess
+from rlmed.data.readers.dicom_agreement import (
+    MACROS,
+    PixelFormat,
+    check_codestream,
+    check_pixel_data,
+    check_rle,
+    checked_format,
+    unused_bits_checked,
+)
 
-MAX_SAMPLES = 50_000_000
-"""Rows times columns times samples of one frame; more is not decoded. The largest radiographs have about 30 million."""
 MAX_READ = 1 << 29
 """Bytes that are read of a file for its header, or for one frame."""
-GREYS = ("MONOCHROME1", "MONOCHROME2")
-COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 MODALITIES = {
     "MR": "MRI",
     "CT": "CT",
@@ -52,6 +57,8 @@ MODALITIES = {
 _LOOK_UPS = [
     f"{colour}PaletteColorLookupTable{part}" for colour in ("Red", "Green", "Blue") for part in ("Descriptor", "Data")
 ]
+_OVERLAY_BITS = [Tag(group, 0x0102) for group in range(0x6000, 0x6020, 2)]
+"""Overlay Bit Position, which only an overlay in the bits of pixels has besides 0 (PS3.3, C.9.2)."""
 _WANTED = [
     *("Modality", "BurnedInAnnotation", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
     *(
@@ -62,6 +69,8 @@ _WANTED = [
         "Columns",
         "BitsAllocated",
         "BitsStored",
+        "HighBit",
+        "PresentationLUTShape",
     ),
     *("PixelRepresentation", "PixelPaddingValue", "PixelPaddingRangeLimit"),
     *("PixelAspectRatio", "PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing"),
@@ -69,11 +78,9 @@ _WANTED = [
     *("VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction"),
     *_LOOK_UPS,
     *("ExtendedOffsetTable", "ExtendedOffsetTableLengths"),
+    *_OVERLAY_BITS,
 ]
 """All that is read of a header; other elements are passed over."""
-_MACROS = ("PixelMeasuresSequence", "PixelValueTransformationSequence", "FrameVOILUTSequence")
-"""Functional groups of an enhanced object that say how a frame is shown (PS3.3, C.7.6.16)."""
-
 _DAMAGE = (
     OSError,
     EOFError,
@@ -103,8 +110,8 @@ class DicomHeader:
     """What a file says about its pixels.
 
     Example:
-        DicomHeader(dataset=…, transfer_syntax=ExplicitVRLittleEndian, modality="CT", burned_in=False, frames=1,
-                    size=FrameSize(512, 512, 1), photometric="MONOCHROME2", bits_stored=12, little_endian=True)
+        DicomHeader(dataset=…, transfer_syntax=ExplicitVRLittleEndian, modality="CT", burned_in=False,
+                    overlay=False, pixels=PixelFormat(…), little_endian=True)
     """
 
     dataset: Dataset
@@ -112,12 +119,11 @@ class DicomHeader:
     transfer_syntax: UID
     modality: str
     """rlmed's name, or empty."""
+    overlay: bool
+    """True where it says that bits of pixels hold an overlay."""
     burned_in: bool
     """True where the file states that text is burnt into its pixels."""
-    frames: int
-    size: FrameSize
-    photometric: str
-    bits_stored: int
+    pixels: PixelFormat
     little_endian: bool
 
     def frame_index(self, number: int | None) -> int:
@@ -127,9 +133,9 @@ class DicomHeader:
             BadImageError: for a number that the file doesn't have.
         """
         if number is None:
-            return self.frames // 2
-        if not 1 <= number <= self.frames:
-            raise BadImageError(f"it has no frame {number}: give one from 1 to {self.frames}")
+            return self.pixels.frames // 2
+        if not 1 <= number <= self.pixels.frames:
+            raise BadImageError(f"it has no frame {number}: give one from 1 to {self.pixels.frames}")
         return number - 1
 
 
@@ -146,26 +152,25 @@ def read_header(path: Path) -> DicomHeader:
     """What a file says about its pixels. A file without DICOM's preamble is read too if it parses and has pixels.
 
     Raises:
-        BadImageError: for a file that is missing, damaged, no DICOM, without pixels, or larger than `MAX_SAMPLES`.
+        BadImageError: for a file that is missing, damaged, no DICOM, without pixels, larger than `dicom_agreement.MAX_SAMPLES`,
+            or that contradicts itself.
     """
     with dicom_damage_reported(), _BoundedStream(path) as stream:
         dataset = dcmread(stream, force=True, stop_before_pixels=True, specific_tags=_WANTED)
         if any(dataset.get(name) is None for name in ("Rows", "Columns", "BitsAllocated", "PhotometricInterpretation")):
             raise BadImageError("it is no DICOM file, or one without pixels: give the file of an image")
-        size = FrameSize(int(dataset.Rows), int(dataset.Columns), int(dataset.get("SamplesPerPixel", 1)))
-        photometric = str(dataset.PhotometricInterpretation).strip()
-        _check(size, photometric)
+        pixels = checked_format(dataset)
         implicit, little_endian = dataset.original_encoding
         guess = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian if little_endian else ExplicitVRBigEndian
+        syntax = UID(dataset.file_meta.get("TransferSyntaxUID") or guess)
+        check_pixel_data(stream, dataset, pixels, syntax, bool(implicit), bool(little_endian))
         return DicomHeader(
             dataset=dataset,
-            transfer_syntax=UID(dataset.file_meta.get("TransferSyntaxUID") or guess),
+            transfer_syntax=syntax,
             modality=MODALITIES.get(str(dataset.get("Modality", "")).strip(), ""),
+            overlay=any(dataset.get(tag) is not None for tag in _OVERLAY_BITS),
             burned_in=str(dataset.get("BurnedInAnnotation", "")).strip().upper() == "YES",
-            frames=max(1, int(dataset.get("NumberOfFrames") or 1)),
-            size=size,
-            photometric=photometric,
-            bits_stored=int(dataset.get("BitsStored") or dataset.BitsAllocated),
+            pixels=pixels,
             little_endian=bool(little_endian),
         )
 
@@ -177,7 +182,7 @@ def frame_dataset(header: DicomHeader, frame: int) -> Dataset:
     shared = header.dataset.get("SharedFunctionalGroupsSequence") or []
     each = header.dataset.get("PerFrameFunctionalGroupsSequence") or []
     for groups in (*shared[:1], *each[frame : frame + 1]):
-        for macro in _MACROS:
+        for macro in MACROS:
             for item in (groups.get(macro) or [])[:1]:
                 flat.update(item)
     return flat
@@ -195,12 +200,16 @@ def decode_frame(path: Path, header: DicomHeader, frame: int) -> np.ndarray:
     """
     with dicom_damage_reported(), _BoundedStream(path) as stream:
         if header.transfer_syntax.is_encapsulated:
-            if header.transfer_syntax != RLELossless:
-                _check_compressed(stream, header, frame)
+            _check_compressed(stream, header, frame)
             values = _DECODER.decode(path, header.transfer_syntax, frame)
         else:
-            values = pixel_array(stream, index=frame, transfer_syntax_uid=header.transfer_syntax)
-    wanted = (header.size.rows, header.size.columns, *((3,) if header.size.samples == 3 else ()))
+            values = pixel_array(
+                stream, index=frame, transfer_syntax_uid=header.transfer_syntax, correct_unused_bits=False
+            )
+    padding = header.dataset.get("PixelPaddingValue")
+    values = unused_bits_checked(values, header.pixels, header.overlay, None if padding is None else int(padding))
+    size = header.pixels.size
+    wanted = (size.rows, size.columns, *((3,) if size.samples == 3 else ()))
     if values.shape != wanted:
         raise BadImageError(f"its pixels decode to {values.shape}, its header says {wanted}: export it again")
     return values
@@ -226,37 +235,15 @@ class _BoundedStream(io.BufferedReader):
         return super().read(size)
 
 
-def _check(size: FrameSize, photometric: str) -> None:
-    samples = {**dict.fromkeys((*GREYS, "PALETTE COLOR"), 1), **dict.fromkeys(COLOURS, 3)}.get(photometric)
-    if samples is None:
-        known = ", ".join((*GREYS, "PALETTE COLOR", *COLOURS))
-        raise BadImageError(f"its photometric interpretation is none of {known}: save it as RGB or MONOCHROME2")
-    if size.samples != samples:
-        raise BadImageError(
-            f"its header says {size.samples} samples a pixel, its colours need {samples}: export it again"
-        )
-    if size.rows * size.columns * size.samples > MAX_SAMPLES:
-        raise BadImageError(
-            f"its header says {size.columns}x{size.rows} pixels of {size.samples} samples, more than {MAX_SAMPLES} values: "
-            "scale it down"
-        )
-
-
 def _check_compressed(stream: _BoundedStream, header: DicomHeader, frame: int) -> None:
     """Before a decoder allocates what the compressed frame states, it must be what the header states."""
     dcmread(stream, force=True, stop_before_pixels=True, specific_tags=["Rows"])
-    # tag, representation, two bytes, length: always explicit and little-endian (PS3.5, A.4)
-    if stream.read(4) != b"\xe0\x7f\x10\x00":
-        raise BadImageError("it has no pixels: give the file of an image")
-    stream.read(8)
+    stream.read(12)  # tag, representation, two bytes, length: always explicit and little-endian (PS3.5, A.4)
     tables = (header.dataset.get("ExtendedOffsetTable"), header.dataset.get("ExtendedOffsetTableLengths"))
-    encoded = get_frame(stream, frame, number_of_frames=header.frames, extended_offsets=tables if all(tables) else None)
-    stream.seek(0)
-    measure = jpeg2000_size if header.transfer_syntax in JPEG2000TransferSyntaxes else jpeg_size
-    stated = measure(encoded)
-    if stated != header.size:
-        shown = "no size" if stated is None else f"{stated.columns}x{stated.rows} pixels of {stated.samples} samples"
-        raise BadImageError(
-            f"its compressed pixels say {shown}, its header {header.size.columns}x{header.size.rows} of "
-            f"{header.size.samples}: export it again"
-        )
+    encoded = get_frame(
+        stream, frame, number_of_frames=header.pixels.frames, extended_offsets=tables if all(tables) else None
+    )
+    if header.transfer_syntax == RLELossless:
+        check_rle(encoded, header.pixels)
+    else:
+        check_codestream(read_codestream(encoded), header.pixels, header.transfer_syntax)

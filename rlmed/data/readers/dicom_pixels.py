@@ -7,6 +7,8 @@ checked before it decodes. Messages say what is wrong and never quote a header's
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,10 @@ import numpy as np
 from PIL import Image
 from pydicom.dataset import Dataset
 
-from rlmed.data.images import BadImageError
-from rlmed.data.readers.dicom_file import GREYS, DicomHeader, decode_frame, dicom_damage_reported, frame_dataset
-from rlmed.data.readers.display import Window, percentile_range, stretch, to_picture
+from rlmed.data.images import BadImageError, check_contrast
+from rlmed.data.readers.dicom_agreement import GREYS
+from rlmed.data.readers.dicom_file import DicomHeader, decode_frame, dicom_damage_reported, frame_dataset
+from rlmed.data.readers.display import SQUARE, Window, check_shown, percentile_range, stretch, to_picture
 
 _SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "PixelAspectRatio")
 """Where the shape of a pixel is stated, first the best: row distance and column distance, or their ratio (PS3.3, 10.7.1.3)."""
@@ -40,25 +43,37 @@ def render_frame(path: Path, header: DicomHeader, frame: int, window: Window | N
     with dicom_damage_reported(), np.errstate(all="ignore"):
         dataset = frame_dataset(header, frame)
         stored = decode_frame(path, header, frame)
-        if header.photometric in GREYS:
+        if header.pixels.photometric in GREYS:
             pixels = _grey(stored, dataset, header, window)
-        elif header.photometric == "PALETTE COLOR":
-            pixels = _palette(stored, dataset, header.little_endian)
+        elif header.pixels.photometric == "PALETTE COLOR":
+            pixels = _palette(stored, dataset, header)
         else:
-            pixels = _to_8_bits(stored, header.bits_stored)
-        return to_picture(pixels, *_spacing(dataset))
+            pixels = _to_8_bits(stored, header.pixels.bits_stored)
+        picture = to_picture(pixels, *_spacing(dataset))
+        check_contrast("it", picture)
+        return picture
 
 
 def _grey(stored: np.ndarray, dataset: Dataset, header: DicomHeader, window: Window | None) -> np.ndarray:
     padding = _padding(stored, dataset)
-    values = _rescale(stored, dataset, header.little_endian)
+    values = _rescale(stored, dataset, header)
     table = None if window is not None else _first(dataset, "VOILUTSequence")
     if table is not None:
-        looked_up, bits = _look_up(np.rint(values), table.LUTDescriptor, table.LUTData, header.little_endian)
-        pixels = _to_8_bits(looked_up, bits)
+        signed = header.pixels.signed or bool((values < 0).any())
+        entries = _Table.of(table.LUTDescriptor, table.LUTData, little_endian=header.little_endian, signed=signed)
+        if not 1 << (entries.bits - 1) <= entries.largest < 1 << entries.bits:
+            # one that says 16 bits and holds 12 would show a picture that is nearly black
+            raise BadImageError(
+                f"its VOI look-up table says {entries.bits} bits an entry, its largest entry is {entries.largest}: "
+                "give a window instead, with the window column or --window"
+            )
+        pixels = _to_8_bits(entries.look_up(np.rint(values)), entries.bits)
+        shown = "its VOI look-up table makes all of them one grey value"
     else:
-        pixels = _windowed(values, dataset, window, padding)
-    if header.photometric == "MONOCHROME1":
+        pixels, shown = _windowed(values, dataset, window, padding)
+    inside = np.s_[:] if padding is None else ~padding
+    check_shown(values[inside], pixels[inside], shown, "" if padding is None else " (beside its padding)")
+    if header.pixels.photometric == "MONOCHROME1":
         pixels = 255 - pixels
     if padding is not None:
         pixels[padding] = 0
@@ -76,31 +91,52 @@ def _padding(stored: np.ndarray, dataset: Dataset) -> np.ndarray | None:
     return mask if mask.any() and not mask.all() else None
 
 
-def _rescale(stored: np.ndarray, dataset: Dataset, little_endian: bool) -> np.ndarray:
-    """Values in the unit of the modality, such as Hounsfield units; float32 (PS3.3, C.11.1)."""
+def _rescale(stored: np.ndarray, dataset: Dataset, header: DicomHeader) -> np.ndarray:
+    """Values in the unit of the modality, such as Hounsfield units; float32 or float64 (PS3.3, C.11.1)."""
     table = _first(dataset, "ModalityLUTSequence")
     if table is not None:
-        return _look_up(stored, table.LUTDescriptor, table.LUTData, little_endian)[0].astype(np.float32)
+        slopes, intercepts = _numbers(dataset.get("RescaleSlope")), _numbers(dataset.get("RescaleIntercept"))
+        if slopes[:1] not in ([], [1.0]) or intercepts[:1] not in ([], [0.0]):
+            raise BadImageError(
+                f"its header says both a modality look-up table and RescaleSlope {(slopes or [1.0])[0]:g}, RescaleIntercept "
+                f"{(intercepts or [0.0])[0]:g}, of which a file has one: remove the other"
+            )
+        entries = _Table.of(
+            table.LUTDescriptor, table.LUTData, little_endian=header.little_endian, signed=header.pixels.signed
+        )
+        return entries.look_up(stored).astype(np.float32)
     slope = (_numbers(dataset.get("RescaleSlope")) or [1.0])[0]
     intercept = (_numbers(dataset.get("RescaleIntercept")) or [0.0])[0]
-    return stored.astype(np.float32) * np.float32(slope) + np.float32(intercept)
+    if slope == 0 or not math.isfinite(slope) or not math.isfinite(intercept):
+        raise BadImageError(
+            f"its header says RescaleSlope {slope:g} and RescaleIntercept {intercept:g}"
+            f"{f', which make every value {intercept:g}' if slope == 0 else ''}: correct them"
+        )
+    # single precision tells values of 16 bits apart, unless the intercept is far larger than they are
+    wide = stored.dtype.itemsize > 2 or abs(intercept) > abs(slope) * (1 << 22)
+    kind = np.float64 if wide else np.float32
+    return stored.astype(kind) * kind(slope) + kind(intercept)
 
 
-def _windowed(values: np.ndarray, dataset: Dataset, window: Window | None, padding: np.ndarray | None) -> np.ndarray:
-    """Formulas of PS3.3, C.11.2.1.2 and C.11.2.1.3, with black at 0 and white at 255."""
-    function = "LINEAR"
+def _windowed(
+    values: np.ndarray, dataset: Dataset, window: Window | None, padding: np.ndarray | None
+) -> tuple[np.ndarray, str]:
+    """(picture, what it shows): formulas of PS3.3, C.11.2.1.2 and C.11.2.1.3, with black at 0 and white at 255."""
+    function, whose = "LINEAR", "the window asked for"
     if window is None:
-        window = _own_window(dataset)
+        window, whose = _own_window(dataset), "its own window (WindowCenter and WindowWidth)"
         function = dataset.get("VOILUTFunction") or "LINEAR"
     if window is None:
-        return stretch(values, *percentile_range(values if padding is None else values[~padding]))
+        low, high = percentile_range(values if padding is None else values[~padding])
+        return stretch(values, low, high), f"{low:g} to {high:g} is shown"
     center, width = window.center, window.width
+    shown = f"{whose}, center {center:g} and width {width:g}, has none of them inside"
     if function == "SIGMOID":
         exponent = np.clip(-4.0 * (values - np.float32(center)) / np.float32(width), -80.0, 80.0)
-        return np.rint(255.0 / (1.0 + np.exp(exponent))).astype(np.uint8)
+        return np.rint(255.0 / (1.0 + np.exp(exponent))).astype(np.uint8), shown
     if function == "LINEAR_EXACT" or width < 1:
-        return stretch(values, center - width / 2, center + width / 2)
-    return stretch(values, center - 0.5 - (width - 1) / 2, center - 0.5 + (width - 1) / 2)
+        return stretch(values, center - width / 2, center + width / 2), shown
+    return stretch(values, center - 0.5 - (width - 1) / 2, center - 0.5 + (width - 1) / 2), shown
 
 
 def _own_window(dataset: Dataset) -> Window | None:
@@ -111,35 +147,80 @@ def _own_window(dataset: Dataset) -> Window | None:
         return None
 
 
-def _palette(stored: np.ndarray, dataset: Dataset, little_endian: bool) -> np.ndarray:
+def _palette(stored: np.ndarray, dataset: Dataset, header: DicomHeader) -> np.ndarray:
     """uint8, [height, width, 3] (PS3.3, C.7.6.3.1.5)."""
     if "RedPaletteColorLookupTableData" not in dataset:
         raise BadImageError("its palette is missing or stored in segments, which is not read: save it as RGB")
-    channels = []
-    for colour in ("Red", "Green", "Blue"):
-        name = f"{colour}PaletteColorLookupTable"
-        looked_up, bits = _look_up(
-            stored, dataset[f"{name}Descriptor"].value, dataset[f"{name}Data"].value, little_endian
+    names = [f"{colour}PaletteColorLookupTable" for colour in ("Red", "Green", "Blue")]
+    descriptors = [[int(number) for number in dataset[f"{name}Descriptor"].value] for name in names]
+    if any(descriptor != descriptors[0] for descriptor in descriptors):
+        raise BadImageError(
+            f"its palette's red, green and blue are said to be {descriptors}, not alike: export it again"
         )
-        channels.append(_to_8_bits(looked_up, bits))
-    return np.stack(channels, axis=-1)
+    tables = [
+        _Table.of(
+            descriptor, dataset[f"{name}Data"].value, little_endian=header.little_endian, signed=header.pixels.signed
+        )
+        for name, descriptor in zip(names, descriptors, strict=True)
+    ]
+    bits, largest = tables[0].bits, max(table.largest for table in tables)
+    if largest >= 1 << bits or (bits > 8 and largest < 1 << 8):
+        raise BadImageError(f"its palette says {bits} bits an entry, its largest entry is {largest}: save it as RGB")
+    return np.stack([_to_8_bits(table.look_up(stored), bits) for table in tables], axis=-1)
 
 
-def _look_up(values: np.ndarray, descriptor: Any, data: Any, little_endian: bool) -> tuple[np.ndarray, int]:
-    """(entries of a look-up table for whole values, bits of an entry); values outside take its first or last entry."""
-    count, first, bits = (int(number) for number in descriptor)
-    count = count or 1 << 16
-    if isinstance(data, bytes):
-        # entries of 8 bits may be stored in 8 or in 16
-        width = 1 if len(data) < 2 * count else 2
-        table = np.frombuffer(data, np.dtype(f"{'<' if little_endian else '>'}u{width}"))[:count]
-    else:
-        table = np.asarray(_numbers(data), dtype=np.int64)[:count]
-    if len(table) < count or not 1 <= bits <= 16:
-        raise BadImageError("one of its look-up tables is damaged: export it again")
-    # clipped before the cast, since a float may be larger than any integer
-    places = np.clip(values.astype(np.float64) - first, 0, count - 1).astype(np.int64)
-    return table[places], bits
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """A look-up table (PS3.3, C.11.1.1 and C.7.6.3.1.5).
+
+    Example:
+        _Table(entries=np.arange(4096), first=-1024, bits=12)  # -1024 and less become 0, 3071 and more 4095
+    """
+
+    entries: np.ndarray
+    first: int
+    """The value that becomes the first entry."""
+    bits: int
+    """Of an entry, from 1 to 16."""
+
+    @classmethod
+    def of(cls, descriptor: Any, data: Any, *, little_endian: bool, signed: bool) -> _Table:
+        """The table of two elements.
+
+        Args:
+            descriptor: number of entries, first value, bits of an entry: 16 bits each, whose sign a reader has to know.
+            data: the entries, as bytes or as numbers.
+            little_endian: byte order of the file.
+            signed: True where values, and so the first one, may be negative.
+
+        Raises:
+            BadImageError: for another number of entries than the descriptor says.
+        """
+        count, first, bits = (int(number) for number in descriptor)
+        count = count % (1 << 16) or 1 << 16
+        first = first - (1 << 16) if signed and first >= 1 << 15 else first
+        if isinstance(data, bytes):
+            # entries of 8 bits may be stored in 8 or in 16, and an odd number of bytes is filled up
+            width = 1 if len(data) < 2 * count else 2
+            whole = count if len(data) == count + 1 else len(data) // width
+            entries = np.frombuffer(data, np.dtype(f"{'<' if little_endian else '>'}u{width}"), whole)
+        else:
+            entries = np.asarray(_numbers(data), dtype=np.int64)
+        if len(entries) != count or not 1 <= bits <= 16:
+            raise BadImageError(
+                f"one of its look-up tables says {count} entries of {bits} bits and holds {len(entries)}: export it again"
+            )
+        return cls(entries, first, bits)
+
+    @property
+    def largest(self) -> int:
+        return int(self.entries.max())
+
+    def look_up(self, values: np.ndarray) -> np.ndarray:
+        """Entries for whole values; those outside take the first or the last."""
+        # clipped before the cast, since a float may be larger than any integer
+        places = np.clip(values.astype(np.float64) - self.first, 0, len(self.entries) - 1).astype(np.int64)
+        return self.entries[places]
 
 
 def _to_8_bits(values: np.ndarray, bits: int) -> np.ndarray:
@@ -147,12 +228,21 @@ def _to_8_bits(values: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _spacing(dataset: Dataset) -> tuple[float, float]:
-    """Distances of rows and of columns, in any common unit."""
+    """Distances of rows and of columns, in any common unit; what states them must agree about the shape of a pixel."""
+    found: dict[str, list[float]] = {}
     for name in _SPACINGS:
         numbers = _numbers(dataset.get(name))
         if len(numbers) == 2 and min(numbers) > 0:
-            return numbers[0], numbers[1]
-    return 1.0, 1.0
+            found[name] = numbers
+    if not found:
+        return 1.0, 1.0
+    first, *others = found.items()
+    for other in others:
+        if abs(first[1][0] * other[1][1] / (first[1][1] * other[1][0]) - 1) > SQUARE:
+            said = " and ".join(f"{name} {row:g} by {column:g}" for name, (row, column) in (first, other))
+            raise BadImageError(f"its header says {said}, pixels of another shape: correct one of them")
+    row, column = first[1]
+    return row, column
 
 
 def _numbers(value: Any) -> list[float]:

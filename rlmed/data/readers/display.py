@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from rlmed.data.images import MAX_ASPECT, MAX_SIDE, MIN_SIDE, BadImageError
+from rlmed.data.images import MAX_ASPECT, MAX_SIDE, MIN_CONTRAST, MIN_SIDE, BadImageError
 
 PERCENTILES = (0.5, 99.5)
 """Where no window is given: values at and below the first percentile are black, at and above the second one white."""
 MAX_SPACING_RATIO = 20.0
 """Pixels more elongated than this are taken for a defect of the header."""
+_ROWS = 256
+"""Rows of a picture that are computed at a time."""
 SQUARE = 0.01
 """Pixels whose sides differ by less than this share count as square."""
 
@@ -60,11 +62,62 @@ def stretch(values: np.ndarray, low: float, high: float) -> np.ndarray:
     Args:
         values: [height, width], any number; NaN is shown black.
     """
-    if high > low:
-        shares = (values.astype(np.float32) - np.float32(low)) * np.float32(1.0 / (high - low))
-    else:
-        shares = (values > low).astype(np.float32)
-    return np.rint(np.nan_to_num(shares, nan=0.0, posinf=1.0, neginf=0.0).clip(0.0, 1.0) * 255.0).astype(np.uint8)
+    shown = np.empty(values.shape, dtype=np.uint8)
+    for start in range(0, len(values), _ROWS):
+        # as double: a range may be narrow beside its place, or wider than the largest single
+        rows = values[start : start + _ROWS].astype(np.float64)
+        shares = (rows - low) / (high - low) if high > low else (rows > low).astype(np.float64)
+        shown[start : start + _ROWS] = np.rint(
+            np.nan_to_num(shares, nan=0.0, posinf=1.0, neginf=0.0).clip(0.0, 1.0) * 255.0
+        )
+    return shown
+
+
+def check_shown(values: np.ndarray, pixels: np.ndarray, shown: str, empty: str = "") -> None:
+    """Make sure that a picture of measured values shows them.
+
+    A picture of which all but one pixel in 10,000 (or all but one) are alike, because the others lie beside what is
+    shown, counts as one that shows nothing; where the values themselves are so, as in a mask, it is a picture.
+
+    Args:
+        values: any shape; without padding.
+        pixels: uint8, what became of them.
+        shown: what is shown of them, for the message: "the window … shows … to …".
+        empty: why all values may be alike; "" where nothing is known.
+
+    Raises:
+        BadImageError: with the cause.
+    """
+    finite = np.isfinite(values)
+    if not finite.any():
+        raise BadImageError("it shows nothing: none of its values is a finite number (all are NaN or infinite)")
+    if not finite.all():
+        values, pixels = values[finite], pixels[finite]
+    low, high = values.min(), values.max()
+    if low == high:
+        raise BadImageError(f"it shows nothing: all its values are {low:g}{empty}")
+    beside = max(1, values.size // 10_000)
+    if int(np.ptp(pixels)) < MIN_CONTRAST or (_contrast(pixels, beside) < MIN_CONTRAST and _varies(values, beside)):
+        raise BadImageError(
+            f"it shows nothing: its values go from {low:g} to {high:g}, and {shown}. Give a window that they lie in, with "
+            "the window column or --window"
+        )
+
+
+def _contrast(pixels: np.ndarray, beside: int) -> int:
+    """Brightest minus darkest without so many pixels at either end."""
+    totals = np.bincount(pixels.ravel(), minlength=256).cumsum()
+    darkest, brightest = np.searchsorted(totals, (beside + 1, pixels.size - beside))
+    return int(brightest) - int(darkest)
+
+
+def _varies(values: np.ndarray, beside: int) -> bool:
+    """Whether more than so many values at either end differ from the others."""
+    if values.size <= 2 * beside:
+        return False
+    places = (beside, values.size - 1 - beside)
+    ordered = np.partition(values.ravel(), places)
+    return bool(ordered[places[0]] < ordered[places[1]])
 
 
 def percentile_range(values: np.ndarray) -> tuple[float, float]:

@@ -30,7 +30,8 @@ from PIL import Image
 
 from rlmed.data.images import BadImageError
 from rlmed.data.readers.damage import damage_reported
-from rlmed.data.readers.display import Window, percentile_range, stretch, to_picture
+from rlmed.data.readers.display import Window, check_shown, percentile_range, stretch, to_picture
+from rlmed.data.readers.nifti_agreement import check_header, check_length, check_orientation
 
 MAX_VOLUME = 1 << 30
 """Bytes of one volume; more is not read."""
@@ -101,12 +102,18 @@ def render_slice(path: Path, choice: SliceChoice, *, allow_unknown_orientation: 
         # GzipFile inflates as it is read, in small pieces
         stream = cast(BinaryIO, gzip.GzipFile(fileobj=file)) if zipped else file
         header = _read_header(stream)
+        check_header(header)
         affine = _affine(header, allow_unknown_orientation)
         shape = _checked_shape(header, choice.volume, zipped)
+        check_length(file, header, zipped, MAX_INFLATED)
         values, spacing = _oriented_slice(ArrayProxy(stream, header), affine, shape, choice)
     window = choice.window
-    shown = (window.center - window.width / 2, window.center + window.width / 2) if window else percentile_range(values)
-    return to_picture(stretch(values, *shown), *spacing)
+    low, high = (
+        (window.center - window.width / 2, window.center + window.width / 2) if window else percentile_range(values)
+    )
+    pixels = stretch(values, low, high)
+    check_shown(values, pixels, f"{low:g} to {high:g} is shown")
+    return to_picture(pixels, *spacing)
 
 
 def _read_header(stream: BinaryIO) -> Nifti1Header:
@@ -134,6 +141,7 @@ def _affine(header: Nifti1Header, allow_unknown: bool) -> np.ndarray:
             "it does not state its orientation (qform and sform are unset), so left cannot be told from right: "
             "set one of them, or allow it with --allow-unknown-orientation"
         )
+    check_orientation(header)
     affine = np.asarray(header.get_best_affine(), dtype=np.float64)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
         raise BadImageError("its orientation matrix is no rotation of a volume: set its qform or sform")
@@ -149,8 +157,6 @@ def _checked_shape(header: Nifti1Header, volume: int, zipped: bool) -> tuple[int
             f"its header says shape {shape}: volumes of 3 axes, or 4 with the last one for volumes, are read"
         )
     dtype = header.get_data_dtype()
-    if dtype.kind not in "iuf":
-        raise BadImageError(f"its voxels are of type {dtype}, not single real numbers: convert it")
     volumes = shape[3] if len(shape) > 3 else 1
     if not 0 <= volume < volumes:
         raise BadImageError(f"it has no volume {volume}: give one from 0 to {volumes - 1}")
@@ -178,7 +184,7 @@ def _oriented_slice(
     selection[through] = stored
     selection += [choice.volume, *[0] * (len(shape) - 4)] if len(shape) > 3 else []
     # only this slice is read, or inflated up to it
-    values = np.asarray(voxels[tuple(selection[: len(voxels.shape)])], dtype=np.float32)
+    values = np.asarray(voxels[tuple(selection[: len(voxels.shape)])])
     rest = [axis for axis in range(3) if axis != through]
     values = np.flip(values, [place for place, axis in enumerate(rest) if orientation[axis, 1] < 0])
     sizes = voxel_sizes(affine)

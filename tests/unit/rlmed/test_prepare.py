@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from rlmed import prepare
 from rlmed.commandline import compose_config
 from rlmed.data.readers.registry import READERS, find_reader
 from rlmed.prepare import main
 from rlmed.setup import load_data, make_renderer
+from tests.unit.rlmed.data.pictures import marked
 
 TABLE = "image,question,A,B,answer,modality,split\n"
 
@@ -24,7 +24,7 @@ def source(tmp_path) -> Path:
     folder = tmp_path / "source"
     folder.mkdir()
     for number in range(4):
-        Image.new("L", (40, 40), number).save(folder / f"{number}.png")
+        marked(number).save(folder / f"{number}.png")
     lines = [
         f"{number % 4}.png,Which?,liver,spleen,{'AB'[number % 2]},CT,{'test' if number > 5 else 'train'}\n"
         for number in range(8)

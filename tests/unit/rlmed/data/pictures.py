@@ -34,3 +34,10 @@ def cropped(image: Image.Image, share: float, left: float = 0.5, top: float = 0.
     cut = round(width * share), round(height * share)
     x, y = round(cut[0] * left), round(cut[1] * top)
     return image.crop((x, y, x + width - cut[0], y + height - cut[1]))
+
+
+def marked(grey: int = 0, size: tuple[int, int] = (40, 40)) -> Image.Image:
+    """One grey value, mode L, with a mark at the lower right: a picture of one colour is taken for a defect."""
+    image = Image.new("L", size, grey)
+    image.paste((grey + 128) % 256, (size[0] * 3 // 4, size[1] * 3 // 4, *size))
+    return image

@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from rlmed.data import jsonl
 from rlmed.data.jsonl import SkippedRow, format_skips, read_examples
+from tests.unit.rlmed.data.pictures import marked
 
 OPTIONS = ["head", "chest", "abdomen", "knee"]
 
@@ -18,8 +18,8 @@ OPTIONS = ["head", "chest", "abdomen", "knee"]
 def folder(tmp_path) -> Path:
     root = tmp_path / "data"
     (root / "images").mkdir(parents=True)
-    Image.new("L", (40, 40)).save(root / "images" / "1.png")
-    Image.new("L", (40, 40)).save(tmp_path / "outside.png")
+    marked().save(root / "images" / "1.png")
+    marked().save(tmp_path / "outside.png")
     return root
 
 
@@ -131,7 +131,7 @@ def linked_folder(folder) -> Path:
     (folder / "images" / "circle.png").symlink_to(folder / "images" / "circle.png")
     (folder / "up").symlink_to(folder.parent)
     (folder.parent / "data-2").mkdir()
-    Image.new("L", (40, 40)).save(folder.parent / "data-2" / "1.png")
+    marked().save(folder.parent / "data-2" / "1.png")
     return folder
 
 
@@ -182,7 +182,7 @@ def test_relative_data_paths_give_absolute_image_paths(folder, monkeypatch):
 
 def test_each_image_is_decoded_once(folder, monkeypatch):
     decoded = []
-    monkeypatch.setattr(jsonl, "load_image", decoded.append)
+    monkeypatch.setattr(jsonl, "check_image", decoded.append)
     read_examples(write(folder, *[row() for _ in range(20)]))
     assert decoded == [folder / "images" / "1.png"]
 

@@ -17,6 +17,7 @@ from rlmed.data.images import BadImageError
 from rlmed.data.jsonl import read_examples
 from rlmed.data.layout import write_layout
 from rlmed.data.readers.base import Picture, Reader, Skipped, SourceRow
+from tests.unit.rlmed.data.pictures import marked
 
 READER = Reader("mine", "a test", lambda source: iter(()), licence="CC0", citation="Someone 2024")
 
@@ -26,7 +27,7 @@ def source(tmp_path) -> Path:
     folder = tmp_path / "source"
     folder.mkdir()
     for name, grey in (("1.png", 10), ("2.png", 200), ("copy of 1.PNG", 10)):
-        Image.new("L", (40, 40), grey).save(folder / name)
+        marked(grey).save(folder / name)
     (folder / "broken.png").write_bytes((folder / "1.png").read_bytes()[:60])
     return folder
 

@@ -8,13 +8,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from rlmed.data.jsonl import BadRowError, read_examples
 from rlmed.data.layout import write_layout
 from rlmed.data.readers import slake, vqa_rad
 from rlmed.data.readers.base import Encoded, Skipped, SourceRow
 from rlmed.data.readers.options import AnswerPool, plain_answer
+from tests.unit.rlmed.data.pictures import marked
 
 
 def rad_row(number: int, **changes) -> dict:
@@ -57,7 +57,7 @@ def slake_row(number: int, **changes) -> dict:
 def rad(tmp_path) -> Path:
     folder = tmp_path / "VQA_RAD"
     (folder / vqa_rad.IMAGE_FOLDER).mkdir(parents=True)
-    Image.new("L", (40, 40)).save(folder / vqa_rad.IMAGE_FOLDER / "synpic1.jpg")
+    marked().save(folder / vqa_rad.IMAGE_FOLDER / "synpic1.jpg")
     return folder
 
 
@@ -65,7 +65,7 @@ def rad(tmp_path) -> Path:
 def slake_folder(tmp_path) -> Path:
     folder = tmp_path / "Slake1.0"
     (folder / "imgs" / "xmlab1").mkdir(parents=True)
-    Image.new("L", (40, 40)).save(folder / "imgs" / "xmlab1" / "source.jpg")
+    marked().save(folder / "imgs" / "xmlab1" / "source.jpg")
     return folder
 
 

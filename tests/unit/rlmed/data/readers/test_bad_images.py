@@ -34,13 +34,35 @@ def png_bomb() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
-FILES = {"good.png": png(), "cut.png": png()[:2000], "bomb.png": png_bomb(), "text.png": b"Hello", "empty.png": b""}
+def one_colour() -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (64, 64), (30, 30, 30)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def nothing_finite() -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(np.full((64, 64), np.nan, dtype=np.float32)).save(stream, "TIFF")
+    return stream.getvalue()
+
+
+FILES = {
+    "good.png": png(),
+    "grey.png": one_colour(),
+    "nan.tif": nothing_finite(),
+    "cut.png": png()[:2000],
+    "bomb.png": png_bomb(),
+    "text.png": b"Hello",
+    "empty.png": b"",
+}
 EXPECTED = {
     "good.png": "",
     "cut.png": "is truncated or damaged",
     "bomb.png": "more than 170000000 pixels: scale it down",
     "text.png": "is no image, or its header is damaged",
     "empty.png": "is an empty file",
+    "grey.png": "grey.png shows nothing: it is all of one colour (30 of 255)",
+    "nan.tif": "nan.tif cannot be shown as it is meant: none of its values is a finite number",
     "missing.png": "does not exist",
     "folder.png": "does not exist",
     "x" * 300 + ".png": "does not exist",

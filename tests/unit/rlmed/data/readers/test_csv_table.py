@@ -7,11 +7,11 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from rlmed.data.layout import write_layout
 from rlmed.data.readers.base import Skipped, SourceRow
 from rlmed.data.readers.csv_table import READER, read
+from tests.unit.rlmed.data.pictures import marked
 
 HEADER = "image,question,option_a,option_b,option_c,answer,modality,kind,id,split"
 
@@ -20,8 +20,8 @@ HEADER = "image,question,option_a,option_b,option_c,answer,modality,kind,id,spli
 def folder(tmp_path) -> Path:
     root = tmp_path / "source"
     root.mkdir()
-    Image.new("L", (40, 40)).save(root / "1.png")
-    Image.new("L", (40, 40)).save(tmp_path / "outside.png")
+    marked().save(root / "1.png")
+    marked().save(tmp_path / "outside.png")
     return root
 
 

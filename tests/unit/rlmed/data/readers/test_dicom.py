@@ -51,6 +51,7 @@ def test_what_is_written_is_what_a_run_reads(tmp_path):
     source.mkdir()
     write_dicom(source / "a.dcm", CT, Modality="CT", WindowCenter=0, WindowWidth=2000)
     frames = np.arange(4, dtype=np.uint8)[:, None, None] * np.full((8, 8), 60, dtype=np.uint8)
+    frames[:, 7, 7] = frames[:, 7, 6] = 250  # a mark, since a frame of one grey value is none
     write_dicom(source / "b.dcm", frames, frames=True, Modality="DX", WindowCenter=128, WindowWidth=256)
     table(
         source,
@@ -69,8 +70,8 @@ def test_what_is_written_is_what_a_run_reads(tmp_path):
     assert [row.letter for row in (*ct, *xray)] == ["A", "A", "A", "A", "B"]
     np.testing.assert_allclose(picture(tmp_path / "out", 1), (CT.astype(float) + 999.5 + 0.5) / 1999 * 255, atol=0.6)
     assert picture(tmp_path / "out", 2).mean() > picture(tmp_path / "out", 1).mean() + 30
-    assert (picture(tmp_path / "out", 3) == 180).all()
-    assert (picture(tmp_path / "out", 4) == 120).all()
+    assert (picture(tmp_path / "out", 3)[:7] == 180).all()
+    assert (picture(tmp_path / "out", 4)[:7] == 120).all()
 
 
 def test_the_window_of_the_command_line_holds_for_rows_without_one(tmp_path):
@@ -156,7 +157,7 @@ def test_no_patient_is_in_any_byte_of_what_is_written_or_said(tmp_path, clinic, 
         manifest = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))
         assert manifest["skipped"]["bad"] == 13, manifest["skipped"]
         # the second with a picture is the file whose window is no number
-        names = {"questions.jsonl", "manifest.json", "000001.png", "000005.png"}
+        names = {"questions.jsonl", "manifest.json", "000001.png", "000004.png"}
         assert {path.name for path in written} == names
         assert manifest["source"] == ""
     else:
@@ -207,3 +208,22 @@ def test_nothing_usable_is_an_error_that_says_why(tmp_path):
         ValueError, match=r"no row can be used, of 2\. line 2 of the table \(line-2\): its file cannot be used"
     ):
         run(source, tmp_path / "out")
+
+
+def test_a_picture_that_shows_nothing_costs_its_row_and_the_cause_is_said(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    write_dicom(source / "good.dcm", CT, RescaleSlope=1, RescaleIntercept=0, WindowCenter=0, WindowWidth=2000)
+    write_dicom(source / "slope.dcm", CT, RescaleSlope=0, RescaleIntercept=0, WindowCenter=0, WindowWidth=2000)
+    write_dicom(source / "beside.dcm", CT, WindowCenter=20000, WindowWidth=400)
+    table(source, *(f"{name}.dcm,,Which?,lung,liver,lung,,," for name in ("good", "slope", "beside")))
+    with (source / "questions.csv").open("a", encoding="utf-8") as file:
+        file.write("beside.dcm,,Where?,lung,liver,lung,,,0 2000\n")
+    layout = run(source, tmp_path / "out")
+    assert [row.id for row in layout.skipped] == ["line-3", "line-4"]
+    assert "RescaleSlope 0" in layout.skipped[0].reason
+    assert f"values go from {CT.min()} to {CT.max()}" in layout.skipped[1].reason
+    assert "center 20000 and width 400" in layout.skipped[1].reason
+    rows = read_examples(tmp_path / "out" / "questions.jsonl", on_bad_row="error").examples
+    good, cured = (np.asarray(Image.open(row.image)) for row in rows)
+    np.testing.assert_array_equal(good, cured)  # the window of the row shows what the file's own does not

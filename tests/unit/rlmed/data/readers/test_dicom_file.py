@@ -80,7 +80,7 @@ def test_a_frame_out_of_range_is_an_error(tmp_path, number):
 
 def test_a_frame_that_only_the_header_has_is_an_error(tmp_path):
     path = write_dicom(tmp_path / "a", np.stack([GREY] * 2), frames=True, NumberOfFrames=10**9)
-    with pytest.raises(BadImageError, match="damaged, truncated"):
+    with pytest.raises(BadImageError, match=r"1000000000 frames of 48x32 pixels of 16 bits.* its pixel data has 6144"):
         render(path)
 
 
@@ -91,7 +91,7 @@ def test_a_file_without_pixels_is_an_error(name):
 
 
 def test_a_header_without_its_pixels_is_an_error(tmp_path):
-    with pytest.raises(BadImageError, match="damaged, truncated"):
+    with pytest.raises(BadImageError, match="has no pixels"):
         render(write_dicom(tmp_path / "a", GREY, PixelData=None))
 
 
@@ -128,13 +128,13 @@ def test_a_missing_file_or_a_folder_is_an_error_that_does_not_name_it(tmp_path):
     ("elements", "reason"),
     [
         ({"Rows": 65535, "Columns": 65535}, "more than 50000000 values"),
-        ({"Rows": 64}, "damaged, truncated"),
-        ({"Rows": 0}, "damaged, truncated|at least"),
+        ({"Rows": 64}, "48x64 pixels of 16 bits, that is 6144 bytes; its pixel data has 3072"),
+        ({"Rows": 0}, "48x0 pixels"),
         ({"PhotometricInterpretation": NAME}, "photometric interpretation is none of"),
         ({"PhotometricInterpretation": "RGB"}, "1 samples a pixel, its colours need 3"),
         ({"SamplesPerPixel": 3}, "3 samples a pixel, its colours need 1"),
-        ({"BitsAllocated": 64}, "damaged, truncated"),
-        ({"BitsAllocated": 12}, "damaged, truncated"),
+        ({"BitsAllocated": 64}, "pixels of 64 bits, that is 12288 bytes; its pixel data has 3072"),
+        ({"BitsAllocated": 12}, "BitsStored 16 and BitsAllocated 12"),
         ({"PixelSpacing": [1.0, 1000.0]}, "more than 20 times"),
         ({"PhotometricInterpretation": "PALETTE COLOR"}, "palette is missing"),
     ],

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rlmed.data.images import MAX_SIDE, BadImageError
-from rlmed.data.readers.display import Window, parse_window, percentile_range, stretch, to_picture
+from rlmed.data.readers.display import Window, check_shown, parse_window, percentile_range, stretch, to_picture
 
 
 @pytest.mark.parametrize("text", ["40 400", " 40.0,400 ", "40;400", "40/400", "4e1 400"])
@@ -76,3 +76,29 @@ def test_large_pictures_are_scaled_down_and_keep_their_shape():
 def test_impossible_shapes_and_spacings_are_errors(shape, spacing, reason):
     with pytest.raises(BadImageError, match=reason):
         to_picture(np.zeros(shape, dtype=np.uint8), *spacing)
+
+
+def test_a_window_beside_all_values_but_few_shows_nothing_and_a_mask_does():
+    values = np.arange(100.0 * 200).reshape(100, 200)
+    values[0, :2] = 1e6  # 2 of 20,000
+    shown = stretch(values, 9e5, 1e6)
+    with pytest.raises(BadImageError, match=r"values go from 2 to 1e[+]06, and the window is elsewhere"):
+        check_shown(values, shown, "the window is elsewhere")
+    values[0, 2] = 1e6
+    check_shown(values, stretch(values, 9e5, 1e6), "")
+    mask = (values == 1e6).astype(np.uint8)
+    mask[0, 1:] = 0
+    check_shown(mask, stretch(mask, 0, 1), "")
+
+
+@pytest.mark.parametrize("window", [(30000.0, 30010.0), (-5.0, -1.0), (0.0, 1e9)])
+def test_a_window_beside_all_values_or_too_wide_for_them_shows_nothing(window):
+    values = np.arange(400.0).reshape(20, 20)
+    with pytest.raises(BadImageError, match=r"from 0 to 399, and it is elsewhere\. Give a window that they lie in"):
+        check_shown(values, stretch(values, *window), "it is elsewhere")
+
+
+@pytest.mark.parametrize(("low", "high"), [(-3e38, 3e38), (1e9, 1e9 + 1), (0.0, 1e-40)])
+def test_stretch_is_exact_for_ranges_that_singles_cannot_tell_apart(low, high):
+    values = low + np.linspace(0, 1, 11)[None] * (high - low)
+    np.testing.assert_allclose(stretch(values, low, high), np.linspace(0, 255, 11)[None], atol=0.51)

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from rlmed.data.jsonl import read_examples
 from rlmed.data.layout import write_layout
 from rlmed.data.readers import huggingface, parquet_rows
 from rlmed.data.readers.base import Encoded, Skipped, SourceRow
 from rlmed.data.readers.huggingface import READER, read, split_name
+from tests.unit.rlmed.data.pictures import marked
 
 pyarrow = pytest.importorskip("pyarrow")
 pytest.importorskip("pyarrow.parquet")
@@ -25,7 +25,7 @@ pytest.importorskip("pyarrow.parquet")
 
 def picture(grey: int, format: str = "PNG") -> bytes:
     stream = io.BytesIO()
-    Image.new("L", (40, 40), grey).save(stream, format=format)
+    marked(grey).save(stream, format=format)
     return stream.getvalue()
 
 

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from rlmed.core.statistics import leave_one_out_prior
 from rlmed.data.jsonl import read_examples
@@ -14,6 +13,7 @@ from rlmed.data.layout import write_layout
 from rlmed.data.question import question_text
 from rlmed.data.readers.base import Skipped, SourceRow
 from rlmed.data.readers.medvlm_r1 import READER, read
+from tests.unit.rlmed.data.pictures import marked
 
 SUBSETS = ("MR (Mag-netic Resonance Imaging)", "CT(Computed Tomography)", "X-Ray")
 
@@ -41,7 +41,7 @@ def folder(tmp_path) -> Path:
     root = tmp_path / "source"
     (root / "images").mkdir(parents=True)
     for number in range(12):
-        Image.new("L", (40, 40), number).save(root / "images" / f"{number}.png")
+        marked(number).save(root / "images" / f"{number}.png")
     return root
 
 
@@ -123,7 +123,7 @@ def test_odd_options_keep_their_letter(folder, tmp_path, options):
     ],
 )
 def test_a_row_whose_parts_disagree_is_skipped(folder, changes, reason):
-    Image.new("L", (40, 40)).save(folder.parent / "outside.png")
+    marked().save(folder.parent / "outside.png")
     path = write(folder / "test.json", [question_row(1), question_row(2, **changes), "no object"])
     good, skip, nothing = read(path)
     assert isinstance(good, SourceRow)

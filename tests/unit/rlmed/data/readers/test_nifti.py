@@ -117,3 +117,15 @@ def test_no_patient_is_in_any_byte_of_what_is_written_or_said(tmp_path, source):
     for content in (said.encode(), *(path.read_bytes() for path in written)):
         for secret in (b"DOE", b"JANE", b"19600229", b"MRN-4711"):
             assert secret not in content, secret
+
+
+def test_a_slice_that_shows_nothing_costs_its_row(tmp_path, source):
+    values = VOLUME.astype(np.float32)
+    values[:, :, 3] = np.nan
+    nibabel.Nifti1Image(values, np.eye(4)).to_filename(source / "DOE_JANE.nii.gz")
+    table(source, "axial,3,,,", "axial,4,,,9000 10", "axial,4,,,", "coronal,3,,,")
+    layout = run(source, tmp_path / "out")
+    assert [row.id for row in layout.skipped] == ["line-2", "line-3"]
+    assert "none of its values is a finite number" in layout.skipped[0].reason
+    assert "8995 to 9005 is shown" in layout.skipped[1].reason
+    assert not picture(tmp_path / "out", 4)[10].any()  # what is no number is black

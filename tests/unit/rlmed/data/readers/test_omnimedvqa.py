@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from rlmed.data.layout import write_layout
 from rlmed.data.readers.base import Skipped, SourceRow
 from rlmed.data.readers.omnimedvqa import READER, read
+from tests.unit.rlmed.data.pictures import marked
 
 
 def question_row(number: int, **changes) -> dict:
@@ -37,7 +37,7 @@ def folder(tmp_path) -> Path:
     for access in ("Open-access", "Restricted-access"):
         (root / "QA_information" / access).mkdir(parents=True)
     for number in range(4):
-        Image.new("L", (40, 40), number).save(root / "Images" / "ACRIMA" / f"{number}.png")
+        marked(number).save(root / "Images" / "ACRIMA" / f"{number}.png")
     return root
 
 
@@ -130,7 +130,7 @@ def test_questions_about_one_image_are_held_out_together(folder):
     ],
 )
 def test_a_bad_row_is_skipped(folder, tmp_path, changes, reason):
-    Image.new("L", (40, 40)).save(tmp_path / "outside.png")
+    marked().save(tmp_path / "outside.png")
     put(folder, question_row(1), question_row(2, **changes), 7)
     layout = write_layout(read(folder), tmp_path / "out", reader=READER, source=folder, options={})
     first, second = layout.skipped

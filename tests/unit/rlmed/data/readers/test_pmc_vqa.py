@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from rlmed.data.images import BadImageError
 from rlmed.data.jsonl import read_examples
@@ -19,6 +18,7 @@ from rlmed.data.layout import write_layout
 from rlmed.data.readers import image_files
 from rlmed.data.readers.base import Skipped, SourceRow
 from rlmed.data.readers.pmc_vqa import READER, read
+from tests.unit.rlmed.data.pictures import marked
 
 FIRST = "Figure_path,Question,Answer,Choice A,Choice B,Choice C,Choice D,Answer_label"
 SECOND = "index,Figure_path,Caption,Question,Choice A,Choice B,Choice C,Choice D,Answer,split"
@@ -26,7 +26,7 @@ SECOND = "index,Figure_path,Caption,Question,Choice A,Choice B,Choice C,Choice D
 
 def jpeg(grey: int) -> bytes:
     stream = io.BytesIO()
-    Image.new("L", (40, 40), grey).save(stream, format="JPEG")
+    marked(grey).save(stream, format="JPEG")
     return stream.getvalue()
 
 

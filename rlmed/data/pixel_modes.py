@@ -1,0 +1,137 @@
+"""What the values of an opened image file mean: Pillow has more than twenty modes, and not always what the file means.
+
+`meant` is what `rlmed.data.images` does to an image first. What it returns is grey or coloured as the file says, larger
+values are brighter, and neighbouring values may be averaged.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
+
+_BITS, _COMPRESSION, _PHOTOMETRIC, _PLANAR, _SAMPLE_FORMAT, _SUBSAMPLING = 258, 259, 262, 284, 339, 530
+"""Tags of TIFF 6.0."""
+_WHITE_IS_ZERO, _YCBCR, _SIGNED, _PLANES = 0, 6, 2, 2
+
+
+class UnreadableModeError(ValueError):
+    """Why a file's values cannot be shown as they are meant, with the cure; the caller names the file."""
+
+
+def is_wide(image: Image.Image) -> bool:
+    """True for grey values of more than 8 bits: integers of 16 or 32 bits, or floats."""
+    return image.mode[0] in "IF"
+
+
+def check_mode(image: Image.Image) -> None:
+    """Refuse, before anything is decoded, what Pillow would read as another picture.
+
+    Raises:
+        UnreadableModeError: with the values that say so.
+    """
+    if image.format == "JPEG" and image.mode == "CMYK" and "adobe" not in image.info:
+        # Adobe's files hold the negative, which Pillow takes all to do; nothing says what others hold
+        raise UnreadableModeError(
+            "its colours are CMYK without Adobe's marker, so 255 may be all ink or none: save it as RGB"
+        )
+    if not isinstance(image, TiffImageFile):
+        return
+    bits = image.tag_v2.get(_BITS, (1,))
+    if image.tag_v2.get(_PLANAR) == _PLANES and len(bits) > 1 and max(bits) > 8:
+        raise UnreadableModeError(
+            f"it holds colours of {max(bits)} bits in planes (PlanarConfiguration 2), which are not read: "
+            "save it with PlanarConfiguration 1, or with 8 bits"
+        )
+    subsampling = image.tag_v2.get(_SUBSAMPLING, (2, 2))
+    if (
+        image.tag_v2.get(_PHOTOMETRIC) == _YCBCR
+        and image.tag_v2.get(_COMPRESSION, 1) == 1
+        and tuple(subsampling) != (1, 1)
+    ):
+        raise UnreadableModeError(
+            f"it holds uncompressed YCbCr with YCbCrSubSampling {subsampling[0]} {subsampling[1]}, which is not read: "
+            "save it as RGB"
+        )
+
+
+def scaled_transparency(image: Image.Image) -> int | None:
+    """The grey value that a PNG file of less than 8 bits says is transparent, in the 8 bits that Pillow gives it.
+
+    To be asked before the pixels are loaded; None where there is nothing to correct.
+    """
+    value = image.info.get("transparency")
+    if image.format != "PNG" or image.mode != "L" or not isinstance(value, int) or not image.tile:
+        return None
+    factor = {"L;2": 85, "L;4": 17}.get(str(image.tile[0].args))
+    return None if factor is None else value * factor
+
+
+def meant(image: Image.Image) -> Image.Image:
+    """A loaded image in the mode L, LA, RGB, RGBA, CMYK, YCbCr, LAB, I;16…, I or F, without palette or transparency beside it.
+
+    Raises:
+        UnreadableModeError: for floats of which none is finite.
+    """
+    if isinstance(image, TiffImageFile):
+        image = _tiff_meant(image)
+    if image.mode == "F":
+        return _finite(image)
+    if is_wide(image):
+        return _native(_opaque(image))
+    if image.mode == "La":  # grey multiplied with its opacity: what is left of it on black
+        return image.getchannel(0)
+    if image.mode == "PA" or "transparency" in image.info:
+        return image.convert("RGBA")
+    if image.mode == "P":
+        return image.convert("RGB")
+    return image.convert("L") if image.mode == "1" else image
+
+
+def _tiff_meant(image: TiffImageFile) -> Image.Image:
+    """Signed bytes, unsigned 32 bits and wide values of which the largest is black are not as Pillow has them."""
+    formats = image.tag_v2.get(_SAMPLE_FORMAT, (1,))
+    signed = formats[0] == _SIGNED
+    if image.mode == "L" and signed:
+        return Image.fromarray(np.asarray(image).view(np.int8).astype(np.int32))
+    if image.mode == "I" and not signed and image.tag_v2.get(_BITS, (1,))[0] == 32:
+        # Pillow's are signed: a shift by half the range keeps their order and distances
+        return Image.fromarray((np.asarray(image).view(np.uint32) ^ np.uint32(1 << 31)).view(np.int32))
+    if is_wide(image) and image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        values = np.asarray(image)
+        return Image.fromarray(-values if image.mode == "F" else np.invert(values))
+    return image
+
+
+def _finite(image: Image.Image) -> Image.Image:
+    """Floats from 0 to 1, the picture's own range; what is no number, or less than any, is 0."""
+    values = np.array(image, dtype=np.float32)
+    finite = np.isfinite(values)
+    if not finite.any():
+        raise UnreadableModeError("none of its values is a finite number (all are NaN or infinite): export it again")
+    low = float(values.min(where=finite, initial=np.inf))
+    high = float(values.max(where=finite, initial=-np.inf))
+    np.nan_to_num(values, copy=False, nan=low, posinf=high, neginf=low)
+    # halves, since the whole range may be more than the largest float
+    values *= 0.5
+    values -= np.float32(low / 2)
+    if high > low:
+        values /= np.float32(high / 2 - low / 2)
+    return Image.fromarray(values)
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """Wide integers without the value that a file says is transparent: it becomes the least of the others."""
+    value = image.info.get("transparency")
+    if not isinstance(value, int):
+        return image
+    values = np.array(image)
+    transparent = values == value
+    if transparent.any() and not transparent.all():
+        values[transparent] = values[~transparent].min()
+    return Image.fromarray(values)
+
+
+def _native(image: Image.Image) -> Image.Image:
+    """In the byte order of most machines: Pillow scales big-endian values as if they were the others."""
+    return Image.fromarray(np.asarray(image).astype("<u2")) if image.mode == "I;16B" else image

@@ -1,0 +1,134 @@
+"""What a NIfTI file says twice: of fields of its header, and of header and data, each pair is compared once.
+
+A reason names both values. Accepted without a word: a slope of 0 or NaN, which means that there is none (nifti1.h); a name
+that says .nii for a compressed file, or .nii.gz for one that isn't; a bitpix of 0; empty bytes after the last voxel.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import os
+import struct
+from typing import BinaryIO
+
+import numpy as np
+from nibabel.affines import voxel_sizes
+from nibabel.nifti1 import Nifti1Header
+from nibabel.orientations import aff2axcodes
+from nibabel.spatialimages import HeaderDataError
+
+from rlmed.data.images import BadImageError
+
+SAME_SIZE = 1.25
+"""Voxels of qform and sform, of which the latter may come from a registration, differ by no more than this factor."""
+_PIECE = 1 << 16
+_AGAIN = "export it again"
+
+
+def check_header(header: Nifti1Header) -> None:
+    """Compare the fields of a header with one another.
+
+    Raises:
+        BadImageError: naming both.
+    """
+    length = int(header["sizeof_hdr"])
+    if length != header.template_dtype.itemsize:
+        raise BadImageError(
+            f"its header says sizeof_hdr {length}, its magic stands for {header.template_dtype.itemsize}: {_AGAIN}"
+        )
+    try:
+        dtype = header.get_data_dtype()
+    except HeaderDataError:
+        raise BadImageError(
+            f"its header says datatype {int(header['datatype'])}, which is not read: save it as int16 or float32"
+        ) from None
+    if dtype.kind not in "iuf":
+        code = int(header["datatype"])
+        label = header.get_value_label("datatype")  # nibabel's word for the code
+        raise BadImageError(f"its voxels are of datatype {code} ({label}), not single real numbers: convert it")
+    bits = int(header["bitpix"])
+    if bits not in (0, 8 * dtype.itemsize):
+        raise BadImageError(
+            f"its header says bitpix {bits} and datatype {dtype} of {8 * dtype.itemsize} bits: {_AGAIN}"
+        )
+    slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
+    if slope != 0 and math.isfinite(slope) and not math.isfinite(intercept):
+        raise BadImageError(f"its header says scl_slope {slope:g} and scl_inter {intercept:g}: correct them")
+
+
+def check_orientation(header: Nifti1Header) -> None:
+    """Compare qform and sform, where a file has both.
+
+    Raises:
+        BadImageError: naming the directions or sizes of both.
+    """
+    if header["qform_code"] <= 0 or header["sform_code"] <= 0:
+        return
+    try:
+        forms = (header.get_qform(), header.get_sform())
+    except (HeaderDataError, ValueError):  # a quaternion that is none
+        raise BadImageError(
+            "its qform is no rotation, though its qform_code says that it has one: set it to 0"
+        ) from None
+    if not all(np.isfinite(form).all() and abs(np.linalg.det(form[:3, :3])) > 1e-12 for form in forms):
+        return  # what is used is looked at by itself
+    axes = ["".join(str(code) for code in aff2axcodes(form)) for form in forms]
+    if axes[0] != axes[1]:
+        raise BadImageError(
+            f"its qform says that its axes go to {axes[0]}, its sform to {axes[1]}, so left cannot be told from right: "
+            "set the code of the wrong one to 0"
+        )
+    sizes = [voxel_sizes(form) for form in forms]
+    ratio = sizes[0] / sizes[1]
+    if not ((ratio > 1 / SAME_SIZE) & (ratio < SAME_SIZE)).all():
+        shown = [" x ".join(f"{size:.3g}" for size in each) for each in sizes]
+        raise BadImageError(
+            f"its qform (pixdim) says voxels of {shown[0]}, its sform of {shown[1]}: set the code of the wrong one to 0"
+        )
+
+
+def check_length(file: BinaryIO, header: Nifti1Header, zipped: bool, most: int) -> None:
+    """Compare the length of the data with what the header says; `file` is left where it was.
+
+    Of a compressed file its last bytes say how much it holds; it is inflated, and thrown away, only where that is too
+    little, as it is in a file of several parts, and where it should be no more than `most` bytes.
+
+    Raises:
+        BadImageError: naming both, in bytes.
+    """
+    shape = header.get_data_shape()
+    wanted = int(header["vox_offset"]) + math.prod(int(length) for length in shape) * header.get_data_dtype().itemsize
+    place = file.tell()
+    size = file.seek(0, os.SEEK_END)
+    if zipped:
+        file.seek(max(0, size - 4))
+        (size,) = struct.unpack("<I", file.read(4).rjust(4, b"\0"))
+        size += (wanted - size) & ~0xFFFFFFFF if wanted > size else 0  # stated without what is above 32 bits
+        if size < wanted <= most:
+            file.seek(0)
+            size = _inflated(file, wanted)
+    more = size > wanted and (zipped or not _empty(file, wanted))
+    file.seek(place)
+    if (size < wanted and not (zipped and wanted > most)) or more:
+        raise BadImageError(
+            f"its header says {'x'.join(str(int(length)) for length in shape)} voxels of "
+            f"{header.get_data_dtype().itemsize} bytes, which end at byte {wanted}; it has {size} bytes: {_AGAIN}"
+        )
+
+
+def _inflated(file: BinaryIO, enough: int) -> int:
+    stream, length = gzip.GzipFile(fileobj=file), 0
+    while length < enough:
+        piece = stream.read(min(_PIECE, enough - length))
+        if not piece:
+            break
+        length += len(piece)
+    return length
+
+
+def _empty(file: BinaryIO, start: int) -> bool:
+    """Whether a file has zeros only from a place on, and not many."""
+    file.seek(start)
+    rest = file.read(_PIECE + 1)
+    return len(rest) <= _PIECE and not any(rest)
