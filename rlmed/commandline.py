@@ -31,6 +31,7 @@ from rlmed.checkpoint import CheckpointError
 from rlmed.core.config import RunConfig
 from rlmed.core.config_building import build_config, check_key
 from rlmed.core.files import refusal
+from rlmed.core.litter import is_litter
 from rlmed.core.protocols import ClusterError
 from rlmed.models.logs import silence_progress_bars
 
@@ -44,7 +45,8 @@ PROBE = b"." * 2**16
 def group_options(group: str) -> list[str]:
     """Names of the YAML files in `conf/<group>/`."""
     folder = resources.files("conf").joinpath(group)
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    names = (entry.name for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return sorted(name.removesuffix(".yaml") for name in names if not is_litter(name))
 
 
 def expand(arguments: Sequence[str], *, cuda: bool) -> list[str]:

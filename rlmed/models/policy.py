@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from rlmed.core.near_paths import near_path
 from rlmed.core.types import Prompt
 from rlmed.models.attention import ATTENTION_NAME, AttentionLayout
 from rlmed.models.families import family_of, unsampleable_token_ids
@@ -175,15 +176,17 @@ def load_config(folder: Path) -> PreTrainedConfig:
         raise ValueError(f"{folder} is no Hugging Face model folder: config.json is missing")
     if not folder.is_dir() and (folder.is_absolute() or len(folder.parts) > 2 or ".." in folder.parts):
         # a hub name is NAME or OWNER/NAME
-        raise ValueError(f"model folder {str(folder)!r} does not exist (relative to {Path.cwd()}); check model.path")
+        cure = near_path(folder) or "check model.path"
+        raise ValueError(f"model folder {str(folder)!r} does not exist (relative to {Path.cwd()}); {cure}")
     try:
         return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
+        near = near_path(folder)
         if folder.is_dir():
             raise ValueError(f"{folder / 'config.json'} is damaged or of an unknown kind: {error}") from error
         raise ValueError(
             f"model {str(folder)!r} is neither a folder in {Path.cwd()} nor can it be fetched from the hub: "
-            f"{str(error).splitlines()[0]} If it is a folder, correct the path; if it is a hub name, download it where "
+            f"{str(error).splitlines()[0]} {near and f'But {near}. '}If it is a folder, correct the path; if it is a hub name, download it where "
             f"there is a network (`hf download {folder} --local-dir models/{folder.name}`) and pass "
             f"model.path=models/{folder.name}"
         ) from error
