@@ -235,8 +235,9 @@ def write_versions(folder: Path) -> Path:
 def write_data(folder: Path, files: Sequence[DataFile], leakage: LeakageReport | None = None) -> Path:
     """Write `data.json`: each data file with its hash, the rows of it that are not used, and what files share.
 
-    The file holds `{"files": [{"name", "path", "sha256", "read", "rows", "beyond_limit", "skipped": [{"line", "id", "reason"}]}]}`.
-    Of the rows `read`, `rows` are used, those `beyond_limit` are left out by data.limit, and the others are skipped.
+    The file holds `{"files": [{"name", "path", "sha256", "read", "rows", "beyond_limit", "skipped"}]}` with `{"line", "id",
+    "reason"}` for each skipped row. Of the rows `read`, `rows` are used, those `beyond_limit` are left out by data.limit, and
+    the others are skipped.
     `"leakage"` is there when it was looked for; see `LeakageReport`.
 
     Raises:

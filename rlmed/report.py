@@ -297,7 +297,8 @@ def _timeline(path: Path) -> dict[str, Any] | None:
 
 
 def _data(content: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [{**file, "shown": file["skipped"][:SKIPPED_SHOWN]} for file in content["files"]]
+    # a run of an earlier version says nothing about the limit
+    return [{"beyond_limit": 0, **file, "shown": file["skipped"][:SKIPPED_SHOWN]} for file in content["files"]]
 
 
 def _percent(share: float) -> str:

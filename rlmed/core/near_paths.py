@@ -23,8 +23,9 @@ MAX_NAMES = 200_000
 MAX_TEXT = 1000
 """Characters of a path; nothing is looked for under a longer one."""
 
-_UNSEEN = "\u00ad\u061c\u180e\u200b\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2066\u2067\u2068\u2069\ufe0f\ufeff"
+_UNSEEN = "\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufe0f\ufeff"
 _UNSEEN_OR_CONTROL = re.compile(f"[{_UNSEEN}\x00-\x08\x0e-\x1b\x7f]")
+_AROUND = re.compile(rf"^[\s{_UNSEEN}]+|[\s{_UNSEEN}]+$")
 # Cyrillic and Greek letters that look Latin, and what word processors make of dashes and apostrophes
 _ALIKE = str.maketrans(
     "АВЕКМНОРСТХУІЈЅаеорсухіјѕΑΒΕΖΗΙΚΜΝΟΡΤΥΧοⅼ‐‑‒–—−’‘ʼ´",
@@ -123,7 +124,8 @@ class Folder:
         """Nothing is read yet."""
         self.root = Path(os.path.realpath(root))
         self._names: Names | None = None
-        self._composed: dict[Path, dict[str, str]] = {}
+        self._composed: dict[Path, dict[str, list[str]]] = {}
+        """Names in a folder by their composed form."""
 
     def locate(self, text: str) -> Path:
         """The real path of the file that `text` names from the folder on; it may be missing.
@@ -155,28 +157,26 @@ class Folder:
         return path
 
     def _as_stored(self, path: Path) -> str:
-        """The path from the root on, with accents as the names on the disk have them."""
-        stored = self.root
+        """The path from the root on, with accents as the names on the disk have them, if just one file is called so."""
         parts = path.relative_to(self.root).parts
+        found = [self.root]
         for part in parts:
-            if not part.isascii() and not os.path.lexists(stored / part):
-                part = self._names_composed(stored).get(unicodedata.normalize("NFC", part), part)
-            stored /= part
-        return str(stored.relative_to(self.root))
+            found = [folder / name for folder in found for name in self._alike(folder, part)]
+        return str((found[0] if len(found) == 1 else path).relative_to(self.root))
 
-    def _names_composed(self, folder: Path) -> dict[str, str]:
-        """Names in a folder by their composed form; those of which two look the same are left out."""
+    def _alike(self, folder: Path, name: str) -> Sequence[str]:
+        if name.isascii():
+            return [name]
         if folder not in self._composed:
-            names: dict[str, list[str]] = {}
-            for name in _listed(folder):
-                names.setdefault(unicodedata.normalize("NFC", name), []).append(name)
-            self._composed[folder] = {key: same[0] for key, same in names.items() if len(same) == 1}
-        return self._composed[folder]
+            self._composed[folder] = {}
+            for stored in _listed(folder):
+                self._composed[folder].setdefault(unicodedata.normalize("NFC", stored), []).append(stored)
+        return self._composed[folder].get(unicodedata.normalize("NFC", name), [])
 
 
 def visible(text: str) -> str:
     """The text without white space, and characters that cannot be seen, around it."""
-    return text.strip().strip(_UNSEEN).strip()
+    return _AROUND.sub("", text)
 
 
 def near_path(path: Path | str) -> str:

@@ -181,12 +181,12 @@ def load_config(folder: Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        near = near_path(folder)
         if folder.is_dir():
             raise ValueError(f"{folder / 'config.json'} is damaged or of an unknown kind: {error}") from error
+        near = near_path(folder)
         raise ValueError(
             f"model {str(folder)!r} is neither a folder in {Path.cwd()} nor can it be fetched from the hub: "
-            f"{str(error).splitlines()[0]} {near and f'But {near}. '}If it is a folder, correct the path; if it is a hub name, download it where "
-            f"there is a network (`hf download {folder} --local-dir models/{folder.name}`) and pass "
+            f"{str(error).splitlines()[0]} If it is a folder, {near or 'correct the path'}; if it is a hub name, "
+            f"download it where there is a network (`hf download {folder} --local-dir models/{folder.name}`) and pass "
             f"model.path=models/{folder.name}"
         ) from error

@@ -115,8 +115,8 @@ def parquet_files(source: Path, pattern: str, revision: str | None) -> tuple[Pat
         raise ValueError(f"--files {pattern!r}: give a pattern of paths from the source on, like {FILES}") from error
     if not paths:
         raise ValueError(
-            f"{source} holds no parquet files ({pattern}){litter_clause(litter)}. Of a data set on the hub try --revision refs/convert/parquet; of "
-            "one that datasets saved to disk, write to_parquet('train.parquet')"
+            f"{source} holds no parquet files ({pattern}){litter_clause(litter)}. Of a data set on the hub try --revision "
+            "refs/convert/parquet; of one that datasets saved to disk, write to_parquet('train.parquet')"
         )
     return root, paths
 

@@ -96,7 +96,8 @@ def test_file(source: Path) -> Path:
     found, litter = sift(source.glob("*.json"), source)
     if len(found) != 1:
         raise ValueError(
-            f"folder {source} holds {len(found)} JSON files{litter_clause(litter)}, and one with the test rows is needed: name it with --source"
+            f"folder {source} holds {len(found)} JSON files{litter_clause(litter)}, and one with the test rows is "
+            "needed: name it with --source"
         )
     return found[0]
 

@@ -161,29 +161,36 @@ class _Style:
 
     @classmethod
     def of(cls, header: str, delimiter: str) -> _Style:
-        cells = _alone(header, delimiter)
+        cells = _parted(header, delimiter)
+        cells = cells[:-1] + cells[-1].split(delimiter)  # where a mark that opens is not closed
         return cls(delimiter, len(cells), any(cell.startswith(" ") for cell in cells[1:]))
 
     def further_row(self, lines: Sequence[str]) -> int:
         """Which of the lines behind the first, from 1, reads like a row of its own, though a quoted text holds it; or 0."""
         for place, line in enumerate(lines[1:-1], start=1):
-            if self._fits(line):
+            try:
+                cells = next(csv.reader([line], delimiter=self.delimiter, strict=True))
+            except csv.Error:
+                continue
+            # a mark at the end of a cell closes a text that opens in a line before
+            if self._fits(cells) and not any(cell.endswith('"') for cell in cells):
                 return place
-        # the last one ends a row in any case; with its commas it is one by itself only if the first one is too
-        return len(lines) - 1 if self._fits(lines[0]) and self._fits(lines[-1]) else 0
+        # the last line ends a row in any case; with the commas of its text it is one by itself only if the first one is, too
+        first, last = _parted(lines[0], self.delimiter), _parted(f'"{lines[-1]}', self.delimiter)
+        both = (first[:-1] + first[-1].split(self.delimiter), last[0].split(self.delimiter) + last[1:])
+        return len(lines) - 1 if all(map(self._fits, both)) else 0
 
-    def _fits(self, line: str) -> bool:
-        cells = _alone(line, self.delimiter)
+    def _fits(self, cells: Sequence[str]) -> bool:
         # prose has a blank behind each comma, and tables don't
         return len(cells) == self.cells > 1 and (self.spaced or not any(cell.startswith(" ") for cell in cells[1:]))
 
 
-def _alone(line: str, delimiter: str) -> list[str]:
-    """Cells of a line by itself; a quotation mark that is not closed in it is a mark like any other."""
+def _parted(line: str, delimiter: str) -> list[str]:
+    """Cells of a line by itself; a text in quotation marks that is not closed in it goes to its end."""
     try:
-        return next(csv.reader([line], delimiter=delimiter, strict=True))
-    except csv.Error:
-        return line.split(delimiter)
+        return next(csv.reader([line], delimiter=delimiter))
+    except csv.Error:  # a cell that is too long
+        return [line]
 
 
 _CLOSE = "Close it; the lines behind were read as rows of their own"
