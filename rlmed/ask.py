@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from rewards.parsing import evaluated_letter
+from rlmed.core.near_paths import near_path
 from rlmed.core.types import LETTERS, Example, RolloutRequest, SamplingParams
 from rlmed.data.prompts import PromptRenderer, load_processor, read_prompt_settings
 from rlmed.models.logs import silence_progress_bars
@@ -49,6 +50,8 @@ def ask(arguments: argparse.Namespace) -> str:
         raise ValueError(
             f"--options needs 2 to {len(LETTERS)} different texts, got {len(options)}: {', '.join(options)}"
         )
+    if near := near_path(arguments.image):
+        raise ValueError(f"image {arguments.image} does not exist: {near}")
     folder = model_folder(arguments.model)
     load_config(folder)  # says what to do when there is no such model
     # where the folder does not say how it was asked, the paper's template

@@ -207,8 +207,9 @@ def _load_file(path: str, config: DataConfig, renderer: PromptRenderer, limit: i
             f"data file {path} is a folder: give a JSON Lines file, for example {Path(path, 'train.jsonl')}"
         )
     if not Path(path).is_file():
-        cure = near_path(path) or config.download or ""
-        raise ValueError(f"data file {path} does not exist (relative to {Path.cwd()}). {cure}".rstrip())
+        near = near_path(path)
+        cure = f"; {near}" if near else f". {config.download or ''}"
+        raise ValueError(f"data file {path} does not exist (relative to {Path.cwd()}){cure}".rstrip())
     read = read_examples(Path(path), on_bad_row=config.on_bad_row)
     if read.skipped:
         log.warning("%s", format_skips(read))

@@ -109,7 +109,7 @@ class Names:
         if here or (elsewhere and len(best) == 1):
             path = (here or best)[0]
             ends = ["/".join(_split(whole)[-longest:]) for whole in (text, path)]
-            return Near(path, not here, _differs(*ends))
+            return Near(path, len(_parts(path)) > longest, _differs(*ends))
         folder, stem = parts[:-1], _ENDING[1](parts[-1])
         others = [path for path in self._by_stem.get(stem, []) if _parts(path)[:-1] == folder]
         if len(others) == 1:

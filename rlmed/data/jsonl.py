@@ -77,10 +77,8 @@ def read_examples(path: Path, *, on_bad_row: Literal["skip", "error"] = "skip") 
     try:
         content = path.read_bytes()
     except OSError as error:
-        cure = near_path(path) if isinstance(error, FileNotFoundError) else ""
-        raise ValueError(
-            f"data file {path} cannot be read: {error.strerror}. {cure or 'Give the path of a JSON Lines file'}"
-        ) from error
+        near = near_path(path) or "give the path of a JSON Lines file"
+        raise ValueError(f"data file {path} cannot be read: {error.strerror}; {near}") from error
     rows = _parse(path, content)
     if not rows:
         raise ValueError(f"{path} is empty: it needs one JSON object a line, with image, question, options and answer")

@@ -229,7 +229,7 @@ class LayoutWriter:
     def finish(self) -> dict[str, SplitSummary]:
         used = {name: split for name, split in self._splits.items() if split.places}
         if not used and not self.skipped:
-            raise ValueError("the source holds no rows: there is nothing in it besides the names of columns")
+            raise ValueError("the source holds no rows: give one with questions in it")
         if not used:
             bad = [row for row in self.skipped if not row.chosen] or self.skipped
             head = "; ".join(f"{row.where} ({row.id}): {row.reason}" for row in bad[:3])

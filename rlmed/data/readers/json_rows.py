@@ -29,10 +29,8 @@ def read_json_rows(path: Path) -> Iterator[tuple[int, Any]]:
         with path.open(encoding="utf-8-sig") as file:
             yield from _elements(path, file)
     except OSError as error:
-        cure = near_path(path) if isinstance(error, FileNotFoundError) else ""
-        raise ValueError(
-            f"file {path} cannot be read: {error.strerror}. {cure or 'Give the path of a JSON file'}"
-        ) from error
+        near = near_path(path) or "give the path of a JSON file"
+        raise ValueError(f"file {path} cannot be read: {error.strerror}; {near}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"file {path} is not UTF-8: save it as UTF-8") from error
 

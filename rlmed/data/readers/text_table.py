@@ -61,10 +61,8 @@ def read_table(path: Path, delimiter: str | None = None) -> tuple[list[str], Ite
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             first = file.readline(2**16)
     except OSError as error:
-        cure = near_path(path) if isinstance(error, FileNotFoundError) else ""
-        raise ValueError(
-            f"table {path} cannot be read: {error.strerror}. {cure or 'Give the path of a CSV or TSV file'}"
-        ) from error
+        near = near_path(path) or "give the path of a CSV or TSV file"
+        raise ValueError(f"table {path} cannot be read: {error.strerror}; {near}") from error
     if not first.strip():
         raise ValueError(f"table {path} is empty or starts with a blank line: its first line must name the columns")
     parts = DELIMITERS[delimiter] if delimiter else _guess(path, first)

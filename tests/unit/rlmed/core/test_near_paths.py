@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import unicodedata
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from rlmed.core.near_paths import MAX_NAMES, Folder, OutsideError, near_path, visible
+from rlmed.data.jsonl import BadRowError
+from rlmed.data.readers.image_files import open_images
 
 
 @pytest.fixture
@@ -123,11 +126,13 @@ def test_a_link_under_another_coding_leads_nowhere_else(root):
         ("'images/1.png'", "there is 'images/1.png', which differs in quotation marks around it"),
         ("file://images/1.png", "there is 'images/1.png'"),
         ("/images/1.png", "there is 'images/1.png'"),
-        ("file:///home/x/images/1.png", "there is 'images/1.png', in another folder"),
-        ("/home/x/images/1.png", "there is 'images/1.png', in another folder"),
-        ("C:\\data\\images\\1.png", "there is 'images/1.png', in another folder"),
-        ("D:\\Data\\Images\\1.PNG", "there is 'images/1.png', in another folder, which differs in case"),
+        ("file:///home/x/images/1.png", "there is 'images/1.png'"),
+        ("/home/x/images/1.png", "there is 'images/1.png'"),
+        ("C:\\data\\images\\1.png", "there is 'images/1.png'"),
+        ("D:\\Data\\Images\\1.PNG", "there is 'images/1.png', which differs in case"),
+        ("/home/1.png", "there is 'images/1.png', in another folder"),
         ("1.png", "there is 'images/1.png', in another folder"),
+        ("1.PNG", "there is 'images/1.png', in another folder, which differs in case"),
         ("images/17.png", "there is 'other/17.png', in another folder"),
     ],
 )
@@ -195,3 +200,42 @@ def test_what_the_shell_left_as_it_was(root, monkeypatch):
 
 def test_what_cannot_be_seen_is_taken_off_the_ends():
     assert visible("\ufeff\u200b image \u200b\u00a0") == "image"
+
+
+@pytest.fixture
+def archive(tmp_path):
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as written:
+        for name in ("images/1.png", unicodedata.normalize("NFD", "images/ü.png"), "ct\\7.png", "a/2.png", "b/2.png"):
+            written.writestr(name, b"")
+    return open_images(tmp_path / "images.zip")
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("images\\1.png", "images/1.png"),
+        ("./images/1.png", "images/1.png"),
+        ("C:\\data\\images\\1.png", "images/1.png"),
+        ("ct/7.png", "ct\\7.png"),
+        ("ct\\7.png", "ct\\7.png"),
+        ("images/\u00fc.png", "images/u\u0308.png"),
+        ("a\\2.png", "a/2.png"),
+    ],
+)
+def test_members_of_an_archive(archive, text, name):
+    assert archive.find(text).name == name
+
+
+def test_near_members_of_an_archive(archive):
+    with pytest.raises(BadRowError, match=r"does not exist: there is 'images/1\.png', which differs in case"):
+        archive.find("images/1.PNG")
+    with pytest.raises(BadRowError, match="2 files have its name"):
+        archive.find("2.png")
+
+
+def test_an_image_to_search_for_by_the_path_of_another_system(root):
+    images = open_images(root)
+    assert images.find("old\\17.png") == root / "other" / "17.png"
+    assert images.find("other\\17.png") == root / "other" / "17.png"
+    with pytest.raises(BadRowError, match=r"leaves the folder .*: there is 'other/17\.png' in it"):
+        images.find("C:\\other\\17.png")
