@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from rewards.parsing import evaluated_letter
+from rlmed.core.near_paths import near_path
 from rlmed.core.prefill import THINK, THINK_END
 from rlmed.core.types import LETTERS, Example, RolloutRequest, SamplingParams
 from rlmed.data.choices import plain_options
@@ -63,6 +64,8 @@ def ask(arguments: argparse.Namespace) -> str:
         ValueError: for a number of options other than 2 to 10, options that repeat, or an image or model that cannot be read.
     """
     options = asked_options(arguments.options)
+    if near := near_path(arguments.image):
+        raise ValueError(f"image {arguments.image} does not exist: {near}")
     folder = model_folder(arguments.model)
     # where the folder does not say how it was asked, the paper's template
     settings = {"max_prompt_tokens": MAX_PROMPT_TOKENS, **(read_prompt_settings(folder) or {})}

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rlmed.core.litter import sift
 from rlmed.core.types import (
     Completion,
     Example,
@@ -69,7 +70,7 @@ def list_batches(folder: Path) -> list[Path]:
     Raises:
         ValueError: when there are none.
     """
-    paths = sorted(folder.glob("*.npz"))
+    paths, _ = sift(folder.glob("*.npz"), folder)
     if not paths:
         raise ValueError(f"{folder} holds no recorded batches (*.npz): record some with debug.record=true")
     return paths

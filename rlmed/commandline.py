@@ -35,6 +35,7 @@ from rlmed.core.config_building import build_config, check_key
 from rlmed.core.config_checks import ConfigError
 from rlmed.core.config_use import Refusal, check_used, find_unused
 from rlmed.core.files import refusal
+from rlmed.core.litter import is_litter
 from rlmed.core.protocols import ClusterError
 from rlmed.models.logs import silence_progress_bars
 
@@ -50,7 +51,7 @@ def group_options(group: str) -> list[str]:
     """Names of the YAML files in `conf/<group>/` that are options, and not what options share."""
     folder = resources.files("conf").joinpath(group)
     names = [entry.name for entry in folder.iterdir() if entry.name.endswith(".yaml")]
-    return sorted(name.removesuffix(".yaml") for name in names if not name.startswith("_"))
+    return sorted(name.removesuffix(".yaml") for name in names if not name.startswith("_") and not is_litter(name))
 
 
 def expand(arguments: Sequence[str], *, cuda: bool) -> list[str]:

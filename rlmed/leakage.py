@@ -48,7 +48,7 @@ def leakage_table(report: LeakageReport) -> Table:
 def _read(path: Path) -> tuple[Example, ...]:
     read = read_examples(path)
     if read.skipped:
-        sys.stderr.write(f"{format_skips(read)}\n")
+        sys.stderr.write(f"{format_skips(read, record='')}\n")
     return read.examples
 
 

@@ -87,6 +87,14 @@ def summary(layout: Layout) -> Table:
     return table
 
 
+def counts(layout: Layout) -> str:
+    """What became of the rows of the source; the numbers add up."""
+    parts = [f"{layout.written:,} written"]
+    parts += [f"{layout.bad:,} skipped"] if layout.bad else []
+    parts += [f"{layout.by_choice:,} left out"] if layout.by_choice else []
+    return f"read:       {layout.read:,} row{'s' * (layout.read > 1)}: {', '.join(parts)}"
+
+
 def skips(layout: Layout) -> str:
     """How many rows were left out, and the first few with their reasons; empty without any."""
     bad = [row for row in layout.skipped if not row.chosen]
@@ -94,7 +102,10 @@ def skips(layout: Layout) -> str:
     if bad:
         more = f"; {len(bad) - len(lines)} more are listed in {MANIFEST}" if len(bad) > len(lines) else ""
         lines.insert(0, f"skipped:    {len(bad)} bad row{'s' * (len(bad) > 1)}{more}")
-    chosen = Counter(row.reason for row in layout.skipped if row.chosen)
+    chosen: Counter[str] = Counter()
+    for row in layout.skipped:
+        if row.chosen:
+            chosen[row.reason] += row.rows
     return "\n".join(
         lines + [f"left out:   {count} row{'s' * (count > 1)}: {reason}" for reason, count in chosen.most_common(5)]
     )
@@ -126,7 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.print(summary(layout))
     found = [*leakage_lines(layout.leakage), *doubt_lines(layout.leakage)] if layout.leakage else []
     leaks = [f"leakage:    {line}" for line in found]
-    for text in filter(None, [skips(layout), *kept_orders(layout), *leaks, f"written:    {layout.folder / MANIFEST}"]):
+    lines = [counts(layout), skips(layout), *kept_orders(layout), *leaks, f"written:    {layout.folder / MANIFEST}"]
+    for text in filter(None, lines):
         console.print(text, markup=False, soft_wrap=True)
 
 

@@ -236,9 +236,10 @@ def write_versions(folder: Path) -> Path:
 def write_data(folder: Path, files: Sequence[DataFile], leakage: LeakageReport | None = None) -> Path:
     """Write `data.json`: each data file with its hash, the rows of it that are not used, and what files share.
 
-    The file holds `{"files": [{"name", "path", "sha256", "rows", "kept_order", "skipped": [{"line", "id", "reason"}]}]}`;
-    `rows` are those that are used, `kept_order` those of them whose options have no other order. `"leakage"` is there when it
-    was looked for; see `LeakageReport`.
+    The file holds `{"files": [{"name", "path", "sha256", "read", "rows", "kept_order", "beyond_limit", "skipped"}]}` with
+    `{"line", "id", "reason"}` for each skipped row. Of the rows `read`, `rows` are used, those `beyond_limit` are left out by
+    data.limit, and the others are skipped; `kept_order` of those used have options that cannot be put in another order.
+    `"leakage"` is there when it was looked for; see `LeakageReport`.
 
     Raises:
         RecordError: when the disk refuses.
@@ -274,13 +275,15 @@ def _data_entries(files: Sequence[DataFile]) -> list[dict[str, Any]]:
         skipped = [
             {"line": row.line, "id": row.id, "reason": row.reason} for row in (*file.read.skipped, *file.dropped)
         ]
-        rows = len(file.examples)
+        usable = len(file.read.examples)
         entries.append(
             {
                 "name": file.name,
                 "path": str(file.path),
                 "sha256": file.read.sha256,
-                "rows": rows,
+                "read": usable + len(file.read.skipped),
+                "rows": len(file.examples),
+                "beyond_limit": usable - len(file.examples) - len(file.dropped),
                 "kept_order": sum(keeps_order(example.options) for example in file.examples),
                 "skipped": skipped,
             }

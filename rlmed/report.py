@@ -297,8 +297,11 @@ def _timeline(path: Path) -> dict[str, Any] | None:
 
 
 def _data(content: Mapping[str, Any]) -> list[dict[str, Any]]:
-    # runs of earlier versions counted no rows that keep their order
-    return [{"kept_order": 0, **file, "shown": file["skipped"][:SKIPPED_SHOWN]} for file in content["files"]]
+    # runs of earlier versions counted neither rows that keep their order nor those beyond the limit
+    return [
+        {"kept_order": 0, "beyond_limit": 0, **file, "shown": file["skipped"][:SKIPPED_SHOWN]}
+        for file in content["files"]
+    ]
 
 
 def _percent(share: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections import Counter
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rlmed.core.config import DataConfig, ModelConfig, RunConfig
+from rlmed.core.near_paths import near_path
 from rlmed.core.types import Example
 from rlmed.data.jsonl import ReadResult, SkippedRow, format_skips, read_examples
 from rlmed.data.leakage import find_leakage
@@ -161,6 +163,15 @@ def make_renderer(config: RunConfig) -> PromptRenderer:
 def load_run_data(config: RunConfig, renderer: PromptRenderer, *, training: bool) -> Dataset:
     """`load_data`, with a warning of prompts by modality when no row is of any of these modalities."""
     data = load_data(config.data, renderer, training=training)
+    mix = config.data.mix
+    outside = Counter(example.modality for example in data.train_examples if mix and example.modality not in mix)
+    if training and outside:
+        log.warning(
+            "data.mix leaves out %d of %d training rows: %s",
+            outside.total(),
+            len(data.train_examples),
+            ", ".join(f"{count} of {name or 'no modality'}" for name, count in outside.most_common()),
+        )
     shown = {example.modality for file in data.files for example in file.examples}
     templates = config.prompt.by_modality
     if templates and not shown & templates.keys():
@@ -216,10 +227,14 @@ def load_data(config: DataConfig, renderer: PromptRenderer, *, training: bool) -
 
 
 def _load_file(path: str, config: DataConfig, renderer: PromptRenderer, limit: int | None) -> DataFile:
-    if not Path(path).is_file():
+    if Path(path).is_dir():
         raise ValueError(
-            f"data file {path} does not exist (relative to {Path.cwd()}). {config.download or ''}".rstrip()
+            f"data file {path} is a folder: give a JSON Lines file, for example {Path(path, 'train.jsonl')}"
         )
+    if not Path(path).is_file():
+        near = near_path(path)
+        cure = f"; {near}" if near else f". {config.download or ''}"
+        raise ValueError(f"data file {path} does not exist (relative to {Path.cwd()}){cure}".rstrip())
     read = read_examples(Path(path), on_bad_row=config.on_bad_row)
     if read.skipped:
         log.warning("%s", format_skips(read))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rlmed.core.near_paths import Folder, OutsideError, near_path
 from rlmed.core.types import Example
 from rlmed.data.choices import Choice, choose
 from rlmed.data.images import BadImageError, check_image
@@ -20,6 +21,7 @@ from rlmed.data.rows import BadRowError as BadRowError
 from rlmed.data.rows import shorten as shorten
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
+NEAR_CURE = "write the path from the folder on, as the file is called"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +73,13 @@ def read_examples(path: Path, *, on_bad_row: Literal["skip", "error"] = "skip") 
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ValueError(
-            f"data file {path} cannot be read: {error.strerror}. Give the path of a JSON Lines file"
-        ) from error
+        near = near_path(path) or "give the path of a JSON Lines file"
+        raise ValueError(f"data file {path} cannot be read: {error.strerror}; {near}") from error
     rows = _parse(path, content)
     if not rows:
         raise ValueError(f"{path} is empty: it needs one JSON object a line, with image, question, options and answer")
     # the folder of a linked file is the one that holds the link
-    folder = Path(os.path.realpath(path.parent))
+    folder = Folder(path.parent)
     parsed = [(line, *parse_row(row, f"{path.stem}-{line}", folder)) for line, row in rows]
     broken = _broken_images({entry.image for _, _, entry in parsed if isinstance(entry, Example) and entry.image})
     examples: list[Example] = []
@@ -101,12 +102,16 @@ def read_examples(path: Path, *, on_bad_row: Literal["skip", "error"] = "skip") 
     return ReadResult(path, tuple(examples), tuple(skipped), hashlib.sha256(content).hexdigest(), lines)
 
 
-def format_skips(result: ReadResult, examples: int = 3) -> str:
-    """A short account of the skipped rows: how many, and the first few with their reasons; empty without any."""
+def format_skips(result: ReadResult, examples: int = 3, *, record: str = "data.json") -> str:
+    """A short account of the skipped rows: how many, and the first few with their reasons; empty without any.
+
+    `record` is the file that lists them all; "" where none does.
+    """
     if not result.skipped:
         return ""
     head = "; ".join(f"line {row.line} ({row.id}): {row.reason}" for row in result.skipped[:examples])
-    more = f"; and {len(result.skipped) - examples} more, listed in data.json" if len(result.skipped) > examples else ""
+    listed = f", listed in {record}" if record else ""
+    more = f"; and {len(result.skipped) - examples} more{listed}" if len(result.skipped) > examples else ""
     return f"{result.path}: {len(result.skipped)} of {len(result.skipped) + len(result.examples)} rows skipped. {head}{more}"
 
 
@@ -135,13 +140,13 @@ def _parse(path: Path, content: bytes) -> list[tuple[int, Any]]:
     return rows
 
 
-def parse_row(row: Any, default: str, folder: Path) -> tuple[str, Example | str]:
+def parse_row(row: Any, default: str, folder: Folder) -> tuple[str, Example | str]:
     """(id, the row's example or the reason why there is none); whether its image can be decoded is not looked at.
 
     Args:
         row: what a line holds, or why it holds nothing that can be used.
         default: the id of a row without one.
-        folder: of the data file, without links in its path.
+        folder: of the data file.
     """
     name = default
     try:
@@ -213,29 +218,35 @@ def _option_text(value: object) -> str:
     return "" if is_nothing(value) else _checked_text(value, "option").strip()
 
 
-def _image_path(value: Any, folder: Path) -> Path | None:
+def _image_path(value: Any, folder: Folder) -> Path | None:
     if isinstance(value, list):
         if len(value) != 1:
             raise BadRowError(f"it has {len(value)} images; one is possible")
         (value,) = value
-    return None if value is None else path_inside(_checked_text(value, "image"), folder)
+    if value is None:
+        return None
+    text = _checked_text(value, "image")
+    path = path_inside(text, folder)
+    # without any hint, what decodes the image says that it is missing
+    if not os.path.lexists(path) and (near := folder.near(text)):
+        raise BadRowError(f"image {path} does not exist: {near}; {NEAR_CURE}")
+    return path
 
 
-def path_inside(text: str, folder: Path, what: str = "image") -> Path:
-    """The real path of a file that a row names, which must lie in `folder` (a path without links); it may be missing.
+def path_inside(text: str, folder: Folder, what: str = "image") -> Path:
+    """The real path of a file that a row names, which must lie in `folder`; it may be missing. See `Folder.locate`.
 
     Raises:
         BadRowError: for no path at all, an absolute one, or one that leaves the folder by `..` or by a link.
     """
     if not text.strip() or "\0" in text or _SURROGATE.search(text):
         raise BadRowError(f"its {what} is {shorten(text)}, not a path; write null for a question without one")
-    # realpath, since Path.resolve raises for links that go in circles
-    path = Path(os.path.realpath(folder / text))
-    if Path(text).is_absolute() or not path.is_relative_to(folder):
-        raise BadRowError(
-            f"its {what} {shorten(text)} leaves the folder of the data file: copy it there, give its relative path"
-        )
-    return path
+    try:
+        return folder.locate(text)
+    except OutsideError as error:
+        near = folder.near(text)
+        cure = f"{near} in it; {NEAR_CURE}" if near else "copy it there, give its relative path"
+        raise BadRowError(f"its {what} {shorten(text)} leaves the folder of the data file: {cure}") from error
 
 
 def _broken_images(paths: set[Path]) -> dict[Path | None, str]:

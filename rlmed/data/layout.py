@@ -44,9 +44,24 @@ class Layout:
     """What splits called `train…` share with the others; None without both, or where it was not looked for."""
 
     @property
+    def written(self) -> int:
+        """Rows of all splits."""
+        return sum(split.rows for split in self.splits.values())
+
+    @property
     def bad(self) -> int:
         """Rows that are skipped for a defect, not by choice."""
-        return sum(not row.chosen for row in self.skipped)
+        return sum(row.rows for row in self.skipped if not row.chosen)
+
+    @property
+    def by_choice(self) -> int:
+        """Rows that are sound and left out."""
+        return sum(row.rows for row in self.skipped if row.chosen)
+
+    @property
+    def read(self) -> int:
+        """Rows of the source: each of them is written or left out."""
+        return self.written + self.bad + self.by_choice
 
 
 def write_layout(
@@ -127,7 +142,6 @@ def check_target(folder: Path, source: Path, *, overwrite: bool) -> None:
 def _write_manifest(
     path: Path, layout: Layout, hashes: Mapping[str, str], reader: Reader, source: Path, options: Mapping[str, Any]
 ) -> None:
-    chosen = len(layout.skipped) - layout.bad
     content = {
         "layout": LAYOUT_VERSION,
         "reader": reader.name,
@@ -135,10 +149,11 @@ def _write_manifest(
         "source": "" if reader.private else _source_name(source),
         "options": {key: _recorded(value, reader.private) for key, value in options.items()},
         "data": {"title": reader.title, "licence": reader.licence, "citation": reader.citation, "url": reader.url},
+        "rows": {"read": layout.read, "written": layout.written, "bad": layout.bad, "by_choice": layout.by_choice},
         "splits": {name: dataclasses.asdict(split) for name, split in layout.splits.items()},
         "skipped": {
             "bad": layout.bad,
-            "by_choice": chosen,
+            "by_choice": layout.by_choice,
             "rows": [dataclasses.asdict(row) for row in layout.skipped],
         },
         "leakage": None if layout.leakage is None else layout.leakage.to_json(),

@@ -17,6 +17,7 @@ from typing import TextIO
 from PIL import Image
 
 from rlmed.core.files import refusal
+from rlmed.core.near_paths import Folder
 from rlmed.core.statistics import chance, leave_one_out_prior, majority_letter
 from rlmed.core.types import Example
 from rlmed.data.choices import written_answer
@@ -212,7 +213,7 @@ class LayoutWriter:
     def __init__(self, folder: Path, source: Path) -> None:
         self.skipped: list[Skipped] = []
         self.images = Images(folder, source)
-        self._folder = folder
+        self._folder, self._rows_folder = folder, Folder(folder)
         self._splits: dict[str, _Split] = {}
         with writing(folder):
             (folder / "images").mkdir()
@@ -233,10 +234,12 @@ class LayoutWriter:
 
     def finish(self) -> dict[str, SplitSummary]:
         used = {name: split for name, split in self._splits.items() if split.places}
+        if not used and not self.skipped:
+            raise ValueError("the source holds no rows: give one with questions in it")
         if not used:
             bad = [row for row in self.skipped if not row.chosen] or self.skipped
             head = "; ".join(f"{row.where} ({row.id}): {row.reason}" for row in bad[:3])
-            raise ValueError(f"no row can be used, of {len(self.skipped)}. {head}".rstrip())
+            raise ValueError(f"no row can be used, of {sum(row.rows for row in self.skipped)}. {head}")
         for name in self._splits.keys() - used.keys():
             self._splits[name].path.unlink()
         return {name: split.finish() for name, split in used.items()}
@@ -276,7 +279,7 @@ class LayoutWriter:
         for key, value in content.items():
             if "\0" in (value if isinstance(value, str) else "".join(value)):
                 raise BadRowError(f"its {key} holds a NUL byte: save the source as text again")
-        name, example = parse_row(content, "", self._folder)
+        name, example = parse_row(content, "", self._rows_folder)
         if isinstance(example, str):
             raise BadRowError(example)
         if name in split.places:

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from rlmed.core.files import partial_folder, rename_into_place
+from rlmed.core.litter import is_litter
 from rlmed.core.types import LETTERS, Example
 from rlmed.data.phantom_anatomy import LESIONS, MODALITIES, NO_LESION, QUADRANTS, REGIONS, SIZES, TECHNIQUES, Study
 from rlmed.data.phantom_render import render
@@ -257,7 +258,7 @@ def _is_whole(folder: Path, manifest: dict[str, Any]) -> bool:
         return False
     return all(
         (folder / f"{split['name']}.jsonl").is_file()
-        and len(list((folder / "images" / split["name"]).glob("*.png"))) == split["rows"]
+        and sum(not is_litter(path.name) for path in (folder / "images" / split["name"]).glob("*.png")) == split["rows"]
         for split in manifest["splits"]
     )
 

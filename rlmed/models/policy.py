@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from rlmed.core.foreign import foreign
+from rlmed.core.near_paths import near_path
 from rlmed.core.types import Prompt
 from rlmed.models.attention import ATTENTION_NAME, AttentionLayout
 from rlmed.models.end_tokens import find_end_tokens
@@ -252,13 +253,15 @@ def load_config(folder: Path) -> PreTrainedConfig:
         raise ValueError(f"model {str(folder)!r} is a file: give the folder that holds it, with its config.json")
     if folder.is_absolute() or len(folder.parts) > 2 or ".." in folder.parts:
         # a hub name is NAME or OWNER/NAME
-        raise ValueError(f"model folder {str(folder)!r} does not exist (relative to {Path.cwd()}); check model.path")
+        cure = near_path(folder) or "check model.path"
+        raise ValueError(f"model folder {str(folder)!r} does not exist (relative to {Path.cwd()}); {cure}")
     try:
         return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
+        near = near_path(folder)
         raise ValueError(
             f"model {str(folder)!r} is neither a folder in {Path.cwd()} nor can it be fetched from the hub: "
-            f"{str(error).splitlines()[0]} If it is a folder, correct the path; if it is a hub name, download it where "
-            f"there is a network (`hf download {folder} --local-dir models/{folder.name}`) and pass "
+            f"{str(error).splitlines()[0]} If it is a folder, {near or 'correct the path'}; if it is a hub name, "
+            f"download it where there is a network (`hf download {folder} --local-dir models/{folder.name}`) and pass "
             f"model.path=models/{folder.name}"
         ) from error

@@ -87,6 +87,8 @@ class Skipped:
     """What is wrong and, where that helps, the cure; no patient's name."""
     chosen: bool = False
     """True when the row is sound and left out by choice, for example another language: --on-bad-row error lets it pass."""
+    rows: int = 1
+    """More where many rows are left out by choice for one reason, and not listed one by one."""
 
 
 @dataclass(frozen=True)

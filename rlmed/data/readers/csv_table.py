@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from rlmed.core.litter import litter_clause, sift
 from rlmed.data.readers.base import Option, Reader, Skipped, SourceRow
 from rlmed.data.readers.image_files import open_images
 from rlmed.data.readers.table import (
@@ -48,7 +49,7 @@ def read(
         for row in rows:
             where, default_id = f"line {row.line} of {path.name}", f"{file_split(path)}-{row.line}"
             if row.reason:
-                yield Skipped(where, default_id, row.reason)
+                yield Skipped(where, default_id, row.reason, chosen=row.blank)
             else:
                 yield columns.row(
                     row.record,
@@ -66,10 +67,15 @@ def table_files(source: Path) -> list[Path]:
         ValueError: when there is none.
     """
     if not source.is_dir():
+        if source.name.startswith("._") and source.with_name(source.name[2:]).is_file():
+            raise ValueError(f"{source} is what macOS leaves beside {source.name[2:]}, no table: give that one")
         return [source]
-    paths = sorted(path for path in source.iterdir() if path.suffix.lower() in ENDINGS and path.is_file())
+    found = (path for path in source.iterdir() if path.suffix.lower() in ENDINGS and path.is_file())
+    paths, litter = sift(found, source)
     if not paths:
-        raise ValueError(f"folder {source} holds no table ({', '.join(ENDINGS)}): give the path of one")
+        raise ValueError(
+            f"folder {source} holds no table ({', '.join(ENDINGS)}){litter_clause(litter)}: give the path of one"
+        )
     return paths
 
 

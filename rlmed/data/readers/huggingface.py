@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlmed.core.litter import litter_clause, sift
+from rlmed.core.near_paths import near_path
 from rlmed.data.choices import written_answer
 from rlmed.data.images import BadImageError
 from rlmed.data.jsonl import BadRowError, shorten
@@ -109,13 +111,13 @@ def parquet_files(source: Path, pattern: str, revision: str | None) -> tuple[Pat
         return source.parent, [source]
     root = source if source.is_dir() else fetch(source, pattern, revision)
     try:
-        paths = sorted(path for path in root.glob(pattern) if path.is_file())
+        paths, litter = sift((path for path in root.glob(pattern) if path.is_file()), root)
     except (ValueError, NotImplementedError) as error:  # an empty pattern, or an absolute one
         raise ValueError(f"--files {pattern!r}: give a pattern of paths from the source on, like {FILES}") from error
     if not paths:
         raise ValueError(
-            f"{source} holds no parquet files ({pattern}). Of a data set on the hub try --revision refs/convert/parquet; of "
-            "one that datasets saved to disk, write to_parquet('train.parquet')"
+            f"{source} holds no parquet files ({pattern}){litter_clause(litter)}. Of a data set on the hub try --revision "
+            "refs/convert/parquet; of one that datasets saved to disk, write to_parquet('train.parquet')"
         )
     return root, paths
 
@@ -131,7 +133,10 @@ def fetch(source: Path, pattern: str, revision: str | None) -> Path:
 
     name = source.as_posix()
     if not _HUB_NAME.fullmatch(name):
-        raise ValueError(f"{name} is neither a folder or file here nor the name of a data set (OWNER/NAME)")
+        near = near_path(source)
+        raise ValueError(
+            f"{name} is neither a folder or file here nor the name of a data set (OWNER/NAME){near and ': '}{near}"
+        )
     try:
         return Path(
             snapshot_download(

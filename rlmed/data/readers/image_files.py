@@ -5,13 +5,17 @@ from __future__ import annotations
 import lzma
 import os
 import struct
+import unicodedata
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
+from rlmed.core.litter import is_litter, walk_data
+from rlmed.core.near_paths import Folder, Names, Near, near_path
 from rlmed.data.images import BadImageError
-from rlmed.data.jsonl import BadRowError, path_inside, shorten
+from rlmed.data.jsonl import NEAR_CURE, BadRowError, path_inside, shorten
 from rlmed.data.readers.base import Encoded
 
 MAX_MEMBER_BYTES = 2**26
@@ -39,7 +43,8 @@ def open_images(path: Path, *, search: bool = True) -> Images:
         return ImageFolder(path, search=search)
     if path.suffix.lower() == ".zip":
         return ImageArchive(path)
-    raise ValueError(f"images {path} are neither a folder nor a .zip: copy them there, or name them with --images")
+    cure = near_path(path) or "copy them there, or name them with --images"
+    raise ValueError(f"images {path} are neither a folder nor a .zip: {cure}")
 
 
 def images_of(given: Path | None, default: Path) -> Images:
@@ -56,7 +61,7 @@ class ImageFolder:
 
     def __init__(self, folder: Path, *, search: bool = True) -> None:
         """Nothing is read yet."""
-        self._root, self._search = folder.resolve(), search
+        self._folder, self._search = Folder(folder), search
         self._by_name: dict[str, list[str]] | None = None
 
     def find(self, text: str) -> Path:
@@ -65,20 +70,20 @@ class ImageFolder:
         Raises:
             BadRowError: when there is none, there are several of that name, or the path leaves the folder.
         """
-        path = path_inside(text, self._root)
+        path = path_inside(text, self._folder)
         if os.path.isfile(path):  # not Path.is_file, which raises for a name that is too long
             return path
-        named = self._index().get(path.name, []) if self._search else []
-        return path_inside(_only(text, named), self._root)
+        named = self._index().get(_composed_name(path.name), []) if self._search else []
+        return path_inside(_only(text, named, self._folder.near), self._folder)
 
     def _index(self) -> dict[str, list[str]]:
         """Paths from the folder on, by file name."""
         if self._by_name is None:
             self._by_name = {}
-            for folder, _, names in os.walk(self._root):  # links to folders are not followed
+            for folder, _, names in walk_data(self._folder.root):
                 for name in names:
-                    path = os.path.relpath(os.path.join(folder, name), self._root)
-                    self._by_name.setdefault(name, []).append(path)
+                    path = os.path.relpath(os.path.join(folder, name), self._folder.root)
+                    self._by_name.setdefault(_composed_name(name), []).append(path)
         return self._by_name
 
 
@@ -97,10 +102,14 @@ class ImageArchive:
             raise ValueError(f"archive {path} cannot be read ({error}): copy it again") from error
         self._members: dict[str, zipfile.ZipInfo] = {}
         self._by_name: dict[str, list[str]] = {}
+        """Paths by the composed form of their last name."""
+        self._names: Names | None = None
         for member in self._archive.infolist():
-            if not member.is_dir():
-                self._members[member.filename] = member
-                self._by_name.setdefault(PurePosixPath(member.filename).name, []).append(member.filename)
+            if member.is_dir():
+                continue
+            self._members[member.filename] = member
+            if not is_litter(member.filename):
+                self._by_name.setdefault(_composed_name(member.filename), []).append(member.filename)
 
     def find(self, text: str) -> Encoded:
         """The member that a row calls `text`.
@@ -108,8 +117,16 @@ class ImageArchive:
         Raises:
             BadRowError: when there is none, or there are several of that name.
         """
-        name = text if text in self._members else _only(text, self._by_name.get(PurePosixPath(text).name, []))
+        if text in self._members:
+            name = text
+        else:
+            name = _only(text.removeprefix("./"), self._by_name.get(_composed_name(text), []), self._near)
         return Encoded(name=name, load=lambda: self._content(name), key=name)
+
+    def _near(self, text: str) -> Near | None:
+        if self._names is None:
+            self._names = Names(name for names in self._by_name.values() for name in names)
+        return self._names.near(text)
 
     def _content(self, name: str) -> bytes:
         try:
@@ -124,13 +141,26 @@ class ImageArchive:
         return content
 
 
-def _only(text: str, named: list[str]) -> str:
+def _composed(path: str) -> str:
+    """The path with slashes and composed accents: some archives have backslashes, and macOS writes accents apart."""
+    return unicodedata.normalize("NFC", path.replace("\\", "/"))
+
+
+def _composed_name(path: str) -> str:
+    return PurePosixPath(_composed(path)).name
+
+
+def _only(text: str, named: list[str], near: Callable[[str], Near | None]) -> str:
     """The one of the paths with the right file name, or the one that ends with all of `text`."""
-    found = [path for path in named if path.endswith(f"/{text}")] or named
+    end = f"/{_composed(text)}"
+    found = [path for path in named if f"/{_composed(path)}".endswith(end)] or named
+    found = [path for path in found if f"/{_composed(path)}" == end] or found
     if len(found) > 1:
         raise BadRowError(
             f"its image {shorten(text)} is not there, and {len(found)} files have its name: give --images"
         )
     if not found:
-        raise BadRowError(f"its image {shorten(text)} does not exist: copy it there, or name its folder with --images")
+        hint = near(text)
+        cure = f"{hint}; {NEAR_CURE}" if hint else "copy it there, or name its folder with --images"
+        raise BadRowError(f"its image {shorten(text)} does not exist: {cure}")
     return found[0]

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from rlmed.core.near_paths import near_path
+
 CHUNK = 2**20
 """Characters read at a time."""
 MAX_OBJECT = 2**24
@@ -27,7 +29,8 @@ def read_json_rows(path: Path) -> Iterator[tuple[int, Any]]:
         with path.open(encoding="utf-8-sig") as file:
             yield from _elements(path, file)
     except OSError as error:
-        raise ValueError(f"file {path} cannot be read: {error.strerror}. Give the path of a JSON file") from error
+        near = near_path(path) or "give the path of a JSON file"
+        raise ValueError(f"file {path} cannot be read: {error.strerror}; {near}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"file {path} is not UTF-8: save it as UTF-8") from error
 
@@ -54,6 +57,10 @@ def _elements(path: Path, file: TextIO) -> Iterator[tuple[int, Any]]:
         number += 1
     if array and not mark:
         raise buffer.fault(number, "the file ends before the array does")
+    if array:
+        buffer.skip(1)
+        if buffer.next_mark():
+            raise buffer.fault(number, "there is more behind the end of the array")
 
 
 class _Buffer:

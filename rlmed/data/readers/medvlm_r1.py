@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rlmed.core.litter import litter_clause, sift
 from rlmed.core.types import Example
 from rlmed.data.choices import Choice, choose, written_answer
 from rlmed.data.images import BadImageError
@@ -29,6 +30,7 @@ from rlmed.data.readers.table import IMAGES, WITHOUT_IMAGES, as_text, option_tex
 TEST_SPLITS = {"MRI": "test_mri", "CT": "test_ct", "X-ray": "test_xray"}
 TRAIN_SPLIT, TRAIN_MODALITY = "train_mri", "MRI"
 TRAIN_ROWS = 600
+DATA_ENDINGS = (".parquet", ".json", ".jsonl")
 
 _Key = tuple[str, str]
 """File name of the image, and question: what makes a training row the same as a test row."""
@@ -62,10 +64,13 @@ def read(
         return
     taken: set[_Key] = set()
     for path in data_files(train):
-        for number, row in _rows(path):
+        others = seen = 0
+        for number, row in _rows(path) if len(taken) < train_rows else ():
+            seen = number + 1
             where, row_id = f"row {number} of {path.name}", f"train-{number:05d}"
             if not isinstance(row, Mapping) or modality_name(str(row.get("subset"))) != TRAIN_MODALITY:
-                continue  # tens of thousands of rows of other data sets are no part of this one
+                others += 1  # tens of thousands of rows of other data sets: counted, not listed
+                continue
             key = _key(row)
             if key in tested or key in taken:
                 reason = "it is a test row too" if key in tested else "a training row before it asks the same"
@@ -76,7 +81,11 @@ def read(
             if isinstance(entry, SourceRow):
                 taken.add(key)
             if len(taken) == train_rows:
-                return
+                break
+        if others:
+            yield Skipped(path.name, "", f"its subset is not {TRAIN_MODALITY}", chosen=True, rows=others)
+        if len(taken) == train_rows and (behind := _count(path) - seen):
+            yield Skipped(path.name, "", f"it comes behind the {train_rows} training rows", chosen=True, rows=behind)
 
 
 def test_file(source: Path) -> Path:
@@ -87,10 +96,11 @@ def test_file(source: Path) -> Path:
     """
     if not source.is_dir():
         return source
-    found = sorted(source.glob("*.json"))
+    found, litter = sift(source.glob("*.json"), source)
     if len(found) != 1:
         raise ValueError(
-            f"folder {source} holds {len(found)} JSON files, and one with the test rows is needed: name it with --source"
+            f"folder {source} holds {len(found)} JSON files{litter_clause(litter)}, and one with the test rows is "
+            "needed: name it with --source"
         )
     return found[0]
 
@@ -103,14 +113,20 @@ def data_files(path: Path) -> list[Path]:
     """
     if not path.is_dir():
         return [path]
-    found = sorted(entry for entry in path.rglob("*") if entry.suffix in (".parquet", ".json", ".jsonl"))
+    found, litter = sift((entry for entry in path.rglob("*") if entry.suffix in DATA_ENDINGS), path)
     if not found:
-        raise ValueError(f"folder {path} holds no parquet, JSON or JSON Lines file: name the one with the rows")
+        raise ValueError(
+            f"folder {path} holds no parquet, JSON or JSON Lines file{litter_clause(litter)}: name the one with the rows"
+        )
     return found
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Any]]:
     return ParquetTable(path).rows() if path.suffix == ".parquet" else read_json_rows(path)
+
+
+def _count(path: Path) -> int:
+    return ParquetTable(path).count if path.suffix == ".parquet" else sum(1 for _ in read_json_rows(path))
 
 
 def _key(row: Mapping[str, Any]) -> _Key:

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlmed.core.litter import litter_clause, sift
+from rlmed.core.near_paths import near_path
 from rlmed.core.types import LETTERS
 from rlmed.data.choices import choose, written_answer
 from rlmed.data.images import BadImageError
@@ -46,10 +48,12 @@ def read(
     if not 0 <= test_share < 1:
         raise ValueError(f"--test-share {test_share} must be at least 0 and less than 1")
     root = question_folder(source)
-    files = [path for name in ACCESS[access] for path in sorted((root / QUESTIONS / name).glob("*.json"))]
+    asked = (path for name in ACCESS[access] for path in (root / QUESTIONS / name).glob("*.json"))
+    files, litter = sift(asked, root)
     if not files:
         raise ValueError(
-            f"{root / QUESTIONS} holds no JSON files of {' or '.join(ACCESS[access])}: unpack the whole archive"
+            f"{root / QUESTIONS} holds no JSON files of {' or '.join(ACCESS[access])}{litter_clause(litter)}: unpack the "
+            "whole archive"
         )
     wanted = {modality_name(name) for name in modality}
     found = None if without_images else images_of(images, root)
@@ -76,7 +80,8 @@ def question_folder(source: Path) -> Path:
     for folder in (source, source / "OmniMedVQA"):
         if (folder / QUESTIONS).is_dir():
             return folder
-    raise ValueError(f"{source} holds no folder {QUESTIONS}: give the folder that OmniMedVQA.zip unpacks to")
+    cure = near_path(source) or "give the folder that OmniMedVQA.zip unpacks to"
+    raise ValueError(f"{source} holds no folder {QUESTIONS}: {cure}")
 
 
 def _question(row: Any, where: str, row_id: str, images: Images | None) -> SourceRow | Skipped:

@@ -41,6 +41,7 @@ class ParquetTable:
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise ValueError(f"parquet file {path} cannot be read ({_first_line(error)}): copy it again") from error
         self.columns: list[str] = list(schema.names)
+        self.count: int = metadata.num_rows
         self._labels = _class_labels(schema.metadata or {})
         sizes = [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
         if max(sizes, default=0) > MAX_GROUP_BYTES:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from rlmed.core.near_paths import Folder, near_path
 from rlmed.data.images import BadImageError
 from rlmed.data.jsonl import BadRowError, path_inside
 from rlmed.data.readers.base import Option, Picture, Skipped, SourceRow
@@ -86,7 +87,9 @@ def read_picture_table(
         ValueError: for a source that is no folder, or a table without its columns.
     """
     if not source.is_dir():
-        raise ValueError(f"--source {source} must be a folder with the files and {TABLE}: give its path")
+        raise ValueError(
+            f"--source {source} must be a folder with the files and {TABLE}: {near_path(source) or 'give its path'}"
+        )
     table = questions or source / TABLE
     header, rows = read_table(table)
     columns = Columns.find("the table", header, parse_columns(column), answer_index=answer_index)
@@ -96,11 +99,11 @@ def read_picture_table(
     )
     lowered = {name.lower(): name for name in header}
     cells = {name: lowered[name] for name in extra if name in lowered}
-    root, keys = source.resolve(), _Keys()
+    root, keys = Folder(source), _Keys()
     for row in rows:
         where, row_id = f"line {row.line} of the table", f"line-{row.line}"
         if row.reason:
-            yield Skipped(where, row_id, row.reason)
+            yield Skipped(where, row_id, row.reason, chosen=row.blank)
             continue
         try:
             path = _file(columns.text(row.record, "image"), root)
@@ -164,14 +167,21 @@ class _Keys:
         return f"{self._numbers.setdefault(digest, len(self._numbers) + 1):06d}"
 
 
-def _file(text: str, root: Path) -> Path:
+def _file(text: str, root: Folder) -> Path:
     try:
         path = path_inside(text, root, "file")
     except BadRowError:
-        raise BadRowError("its file is no path inside of the source's folder: give its path from there on") from None
+        raise BadRowError(f"its file is no path inside of the source's folder: {_cure(text, root)}") from None
     if not os.path.isfile(path):  # a named pipe would keep the reader waiting
-        raise BadRowError("its file is missing, or is a folder: give its path from the source's folder on")
+        raise BadRowError(f"its file is missing, or is a folder: {_cure(text, root)}")
     return path
+
+
+def _cure(text: str, root: Folder) -> str:
+    """What to do about a path, and how it differs from a file that there is, without the name of either."""
+    near = root.near(text)
+    hint = "" if near is None else f"there is one {near.difference or 'of that name'}; "
+    return f"{hint}give its path from the source's folder on"
 
 
 def _of_the_file(load: Callable[[], Image.Image]) -> Callable[[], Image.Image]:

@@ -43,7 +43,7 @@ def read(source: Path, *, images: Path | None = None, without_images: bool = Fal
         for row in rows:
             where, row_id = f"line {row.line} of {path.name}", f"{file_split(path)}-{row.line}"
             if row.reason:
-                yield Skipped(where, row_id, row.reason)
+                yield Skipped(where, row_id, row.reason, chosen=row.blank)
             else:
                 yield _question(row.record, where, row_id, file_split(path), found)
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rlmed.core.near_paths import near_path
 from rlmed.data.readers.base import Option, Reader, Skipped, SourceRow
 from rlmed.data.readers.image_files import images_of
 from rlmed.data.readers.json_rows import read_json_rows
@@ -40,7 +41,8 @@ def read(
     """
     files = [(source / name, split) for name, split in FILES.items() if (source / name).is_file()]
     if not files:
-        raise ValueError(f"{source} holds none of {', '.join(FILES)}: give the folder that Slake1.0.zip unpacks to")
+        cure = near_path(source) or "give the folder that Slake1.0.zip unpacks to"
+        raise ValueError(f"{source} holds none of {', '.join(FILES)}: {cure}")
     beside = next((source / name for name in ("imgs", "imgs.zip") if (source / name).exists()), source)
 
     def elements() -> Iterator[Element]:

@@ -1,20 +1,30 @@
-"""Records of CSV and TSV files as people write them: what is wrong with a line costs that line."""
+"""Records of CSV and TSV files as people write them: what is wrong with a line costs that line.
+
+Every line behind the header that holds more than white space is in exactly one row: alone, or with the lines before it where a
+text in quotation marks goes over several. A quotation mark that is not closed would take all that follows for one text, so a
+row of several lines must end as a row does, and hold no line that reads like a row of its own; else its first line is the bad
+one, and the lines behind that are read by themselves.
+"""
 
 from __future__ import annotations
 
 import csv
 import re
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from rlmed.core.near_paths import near_path, visible
 from rlmed.data.readers.table import Record
 
 DELIMITERS = {",": ",", ";": ";", "tab": "\t", "|": "|"}
 """By what is written on the command line."""
 MAX_LINE = 2**24
 """Characters of one line; a file with longer ones is taken for no table."""
+MAX_ROW = 2**20
+"""Characters of a row of several lines; no more is read ahead for a quotation mark that is not closed."""
 _UNDECODED = re.compile("[\udc80-\udcff]")
 """What surrogateescape makes of bytes that are no UTF-8."""
 
@@ -28,13 +38,15 @@ class TableRow:
     """
 
     line: int
-    """In the file, from 1: the first of the record."""
+    """In the file, from 1: the first of the record. Lines end with LF, CR or both."""
     record: Record
     reason: str
+    blank: bool = False
+    """True where the reason is that all cells are empty, as in the lines that a spreadsheet leaves below its last row."""
 
 
 def read_table(path: Path, delimiter: str | None = None) -> tuple[list[str], Iterator[TableRow]]:
-    """Header and records of a CSV or TSV file, read as they are asked for; blank lines are left out.
+    """Header and records of a CSV or TSV file, read as they are asked for; lines of white space alone are left out.
 
     Args:
         path: UTF-8, with or without a byte-order mark.
@@ -49,55 +61,169 @@ def read_table(path: Path, delimiter: str | None = None) -> tuple[list[str], Ite
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             first = file.readline(2**16)
     except OSError as error:
-        raise ValueError(
-            f"table {path} cannot be read: {error.strerror}. Give the path of a CSV or TSV file"
-        ) from error
+        near = near_path(path) or "give the path of a CSV or TSV file"
+        raise ValueError(f"table {path} cannot be read: {error.strerror}; {near}") from error
     if not first.strip():
         raise ValueError(f"table {path} is empty or starts with a blank line: its first line must name the columns")
     parts = DELIMITERS[delimiter] if delimiter else _guess(path, first)
-    rows = _table_rows(path, parts)
-    header = [name.strip() for name in next(rows)[1]]
-    if any(_UNDECODED.search(name) for name in header):
+    records = _records(path, parts)
+    names = next(records).cells
+    header = [visible(name) for name in names]
+    if any(_UNDECODED.search(name) or "\0" in name for name in header):
         raise ValueError(f"table {path} is not UTF-8: save the table as UTF-8")
-    return header, (_table_row(line, cells, header) for line, cells in rows)
+    return header, (_table_row(record, names, header) for record in records)
 
 
-def _table_rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str] | str]]:
-    """(first line, cells or why there are none) of each row, the header first."""
+@dataclass(frozen=True, slots=True)
+class _Parted:
+    """A row in its cells, or why it has none."""
+
+    line: int
+    cells: list[str]
+    fault: str = ""
+
+
+def _records(path: Path, delimiter: str) -> Iterator[_Parted]:
+    """Each row that is not blank, the header first. Raises ValueError for a header that cannot be read."""
     # bytes that are no UTF-8 become surrogates, so that they cost their row and not the table
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        rows = csv.reader(_lines(path, file), delimiter=delimiter, strict=True)
+        lines = _Lines(path, file)
+        style: _Style | None = None
         while True:
-            line = rows.line_num + 1
+            line = lines.begin_row()
+            cells, fault = [], ""
             try:
-                cells = next(rows)
+                cells = next(csv.reader(lines, delimiter=delimiter, strict=True))
             except StopIteration:
                 return
             except csv.Error as error:
-                if line == 1:
-                    raise ValueError(f"table {path}: its first line cannot be read ({error})") from error
-                yield line, f"it cannot be parted into cells ({error}): look for a quotation mark that is not closed"
-                continue
-            if any(cell.strip() for cell in cells):
-                yield line, cells
+                fault = _explained(str(error), line, len(lines.taken))
+            taken = lines.taken
+            if style is None:
+                style = _Style.of(taken[0], delimiter)
+            if not fault and len(taken) > 1 and (further := style.further_row(taken)):
+                fault = f"{_open_mark(line)}: line {line + further} reads like a row of its own. {_CLOSE}"
+            if fault and line == 1:
+                raise ValueError(f"table {path}: its first line cannot be read ({fault})")
+            if fault:
+                lines.read_again(taken[1:])
+            if fault or any(text.strip() for text in taken):
+                yield _Parted(line, cells, fault)
 
 
-def _lines(path: Path, file: TextIO) -> Iterator[str]:
-    while line := file.readline(MAX_LINE + 1):
+class _Lines:
+    """The lines of a file; those of a row that went wrong can be read again."""
+
+    def __init__(self, path: Path, file: TextIO) -> None:
+        self._path, self._file = path, file
+        self._again: deque[str] = deque()
+        self._number, self._size = 0, 0
+        self.taken: list[str] = []
+        """Lines of the row that is being read."""
+
+    def begin_row(self) -> int:
+        """The number of the line that comes next, from 1."""
+        self.taken, self._size = [], 0
+        return self._number + 1
+
+    def read_again(self, lines: Sequence[str]) -> None:
+        """Give these, the last ones that were read, once more."""
+        self._again.extendleft(reversed(lines))
+        self._number -= len(lines)
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        if self._size > MAX_ROW:
+            raise csv.Error("row larger than its limit")
+        line = self._again.popleft() if self._again else self._file.readline(MAX_LINE + 1)
+        if not line:
+            raise StopIteration
         if len(line) > MAX_LINE:
-            raise ValueError(f"table {path} has a line of more than {MAX_LINE} characters: give a CSV or TSV file")
-        yield line
+            raise ValueError(
+                f"table {self._path} has a line of more than {MAX_LINE} characters: give a CSV or TSV file"
+            )
+        self.taken.append(line)
+        self._number, self._size = self._number + 1, self._size + len(line)
+        return line
 
 
-def _table_row(line: int, cells: list[str] | str, header: Sequence[str]) -> TableRow:
-    if isinstance(cells, str):
-        return TableRow(line, {}, cells)
+@dataclass(frozen=True, slots=True)
+class _Style:
+    """What a line of the table looks like, by its header: how many cells, and whether blanks follow delimiters."""
+
+    delimiter: str
+    cells: int
+    spaced: bool
+
+    @classmethod
+    def of(cls, header: str, delimiter: str) -> _Style:
+        cells = _parted(header, delimiter)
+        cells = cells[:-1] + cells[-1].split(delimiter)  # where a mark that opens is not closed
+        return cls(delimiter, len(cells), any(cell.startswith(" ") for cell in cells[1:]))
+
+    def further_row(self, lines: Sequence[str]) -> int:
+        """Which of the lines behind the first, from 1, reads like a row of its own, though a quoted text holds it; or 0."""
+        for place, line in enumerate(lines[1:-1], start=1):
+            try:
+                cells = next(csv.reader([line], delimiter=self.delimiter, strict=True))
+            except csv.Error:
+                continue
+            # a mark at the end of a cell closes a text that opens in a line before
+            if self._fits(cells) and not any(cell.endswith('"') for cell in cells):
+                return place
+        # the last line ends a row in any case; with the commas of its text it is one by itself only if the first one is, too
+        first, last = _parted(lines[0], self.delimiter), _parted(f'"{lines[-1]}', self.delimiter)
+        both = (first[:-1] + first[-1].split(self.delimiter), last[0].split(self.delimiter) + last[1:])
+        return len(lines) - 1 if all(map(self._fits, both)) else 0
+
+    def _fits(self, cells: Sequence[str]) -> bool:
+        # prose has a blank behind each comma, and tables don't
+        return len(cells) == self.cells > 1 and (self.spaced or not any(cell.startswith(" ") for cell in cells[1:]))
+
+
+def _parted(line: str, delimiter: str) -> list[str]:
+    """Cells of a line by itself; a text in quotation marks that is not closed in it goes to its end."""
+    try:
+        return next(csv.reader([line], delimiter=delimiter))
+    except csv.Error:  # a cell that is too long
+        return [line]
+
+
+_CLOSE = "Close it; the lines behind were read as rows of their own"
+
+
+def _open_mark(line: int) -> str:
+    return f"the quotation mark that opens in line {line} is not closed"
+
+
+def _explained(error: str, line: int, lines: int) -> str:
+    """What is wrong with a row of so many lines, of an error of the csv module."""
+    if "end of data" in error:
+        return f"{_open_mark(line)} up to the end of the table. {_CLOSE if lines > 1 else 'Close it'}"
+    if "limit" in error:
+        limit = f"{csv.field_size_limit()} characters, the field limit"
+        return f"it has a cell of more than {limit}" if lines == 1 else f"{_open_mark(line)} within {limit}. {_CLOSE}"
+    if lines > 1:
+        return f"{_open_mark(line)}: text follows the next one, in line {line + lines - 1}. {_CLOSE}"
+    return 'text follows a closing quotation mark: write "" for a mark within a text in quotation marks'
+
+
+def _table_row(row: _Parted, names: Sequence[str], header: Sequence[str]) -> TableRow:
+    cells = row.cells
+    if row.fault:
+        return TableRow(row.line, {}, row.fault)
+    if not any(cell.strip() for cell in cells):
+        return TableRow(row.line, {}, "all its cells are empty", blank=True)
     if len(cells) != len(header):
         reason = f"it has {len(cells)} cells, and the header has {len(header)}: put texts with delimiters into quotes"
-        return TableRow(line, {}, reason)
+        return TableRow(row.line, {}, reason)
     if any(_UNDECODED.search(cell) for cell in cells):
-        return TableRow(line, {}, "it is not UTF-8: save the table as UTF-8")
-    return TableRow(line, dict(zip(header, cells, strict=True)), "")
+        return TableRow(row.line, {}, "it is not UTF-8: save the table as UTF-8")
+    if cells == names:
+        return TableRow(row.line, {}, "it repeats the names of the columns: remove the line")
+    return TableRow(row.line, dict(zip(header, cells, strict=True)), "")
 
 
 def _guess(path: Path, header: str) -> str:

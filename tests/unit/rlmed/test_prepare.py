@@ -152,3 +152,55 @@ def test_a_killed_command_leaves_no_folder_that_looks_whole(source, tmp_path):
     assert not (tmp_path / "out").exists()
     main(command(source, tmp_path / "out"))
     assert (tmp_path / "out" / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        ("0.png,Which?", '0.png,"Which?', "read:       9 rows: 7 written, 2 skipped"),
+        ("3.png,", ",,,,,,\n\n3.png,", "read:       10 rows: 8 written, 1 skipped, 1 left out"),
+        ("0.png", "._0.png", "read:       9 rows: 7 written, 2 skipped"),
+    ],
+)
+def test_the_numbers_of_the_summary_add_up(source, tmp_path, capsys, old, new, line):
+    text = (source / "questions.csv").read_text()
+    (source / "questions.csv").write_text(text.replace(old, new, 1))
+    main(command(source, tmp_path / "out"))
+    shown = capsys.readouterr().out
+    assert line in shown
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    counted = manifest["rows"]
+    assert counted["read"] == counted["written"] + counted["bad"] + counted["by_choice"]
+    assert counted["written"] == sum(split["rows"] for split in manifest["splits"].values())
+    assert len(manifest["skipped"]["rows"]) == counted["bad"] + counted["by_choice"]
+
+
+def test_a_table_without_rows_is_told(source, tmp_path, capsys):
+    (source / "questions.csv").write_text(TABLE)
+    with pytest.raises(SystemExit):
+        main(command(source, tmp_path / "out"))
+    assert capsys.readouterr().err == "error: the source holds no rows: give one with questions in it\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["csv", "--source", "Source/questions.csv"], "there is 'source/questions.csv', which differs in case"),
+        (["csv", "--source", "source\\questions.csv"], "there is 'source/questions.csv', which differs in backslashes"),
+        (["csv", "--source", "source/questions"], "there is 'source/questions.csv', which differs in its ending"),
+        (["csv", "--source", "source", "--images", "Source"], "there is 'source', which differs in case"),
+        (["huggingface", "--source", "Source"], "there is 'source', which differs in case"),
+        (["omnimedvqa", "--source", "Source"], "there is 'source', which differs in case"),
+        (["slake", "--source", "Source"], "there is 'source', which differs in case"),
+        (["dicom", "--source", "Source"], "there is 'source', which differs in case"),
+        (["vqa_rad", "--source", "Source"], "there is 'source', which differs in case"),
+        (["medvlm_r1", "--source", "source/questions.CSV"], "there is 'source/questions.csv', which differs in case"),
+    ],
+)
+def test_a_source_whose_name_differs_is_told(source, tmp_path, monkeypatch, capsys, given, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main([*given, "--out", "out"])
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert shown.count("\n") == 1

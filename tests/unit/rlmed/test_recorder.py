@@ -209,6 +209,15 @@ def test_data_counts_the_rows_that_keep_the_order_of_their_options(tmp_path):
     assert json.loads((tmp_path / "data.json").read_text())["files"][0]["kept_order"] == 2
 
 
+def test_rows_beyond_the_limit_are_counted(tmp_path):
+    example = make_group().rollout.prompt.example
+    read = ReadResult(tmp_path / "a.jsonl", (example,) * 9, (SkippedRow(2, "b", "no question"),), "abc123", {"a": 1})
+    dropped = (SkippedRow(3, "c", "prompt too long"),)
+    write_data(tmp_path, [DataFile("a", read.path, read, (example,) * 4, dropped)])
+    (entry,) = json.loads((tmp_path / "data.json").read_text())["files"]
+    assert (entry["read"], entry["rows"], entry["beyond_limit"], len(entry["skipped"])) == (10, 4, 4, 2)
+
+
 def test_data_lists_each_file_with_its_skipped_rows(tmp_path):
     path = tmp_path / "train.jsonl"
     example = make_group().rollout.prompt.example
@@ -221,8 +230,10 @@ def test_data_lists_each_file_with_its_skipped_rows(tmp_path):
                 "name": "train",
                 "path": str(path),
                 "sha256": "abc123",
+                "read": 3,
                 "rows": 1,
                 "kept_order": 0,
+                "beyond_limit": 0,
                 "skipped": [
                     {"line": 2, "id": "b", "reason": "no question"},
                     {"line": 9, "id": "c", "reason": "prompt too long"},

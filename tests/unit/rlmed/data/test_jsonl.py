@@ -6,6 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
 
 from rlmed.data import jsonl
 from rlmed.data.jsonl import SkippedRow, format_skips, read_examples
@@ -254,3 +257,78 @@ def test_skips_are_summed_up_in_one_line(folder):
         f"{folder / 'train.jsonl'}: 5 of 6 rows skipped. line 2 (b0): it has no question; line 3 (b1): it has no question; "
         "line 4 (b2): it has no question; and 2 more, listed in data.json"
     )
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "images\\1.png",
+        ".\\images\\1.png",
+        " images/1.png",
+        "images/gr\u00f6\u00dfe.png",
+        "images\\gro\u0308\u00dfe.png",
+    ],
+)
+def test_image_paths_of_other_systems_are_followed(folder, path):
+    Image.new("L", (40, 40)).save(folder / "images" / "gro\u0308\u00dfe.png")
+    (example,) = read_examples(write(folder, row(image=path))).examples
+    assert example.image.is_file()
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("Images/1.PNG", "does not exist: there is 'images/1.png', which differs in case; write"),
+        ("images/1.jpg", "does not exist: there is 'images/1.png', which differs in its ending"),
+        (
+            "images/1\u200b.png",
+            "does not exist: there is 'images/1.png', which differs in characters that cannot be seen",
+        ),
+        ("images%2f1.png", "does not exist"),
+        ("C:\\data\\images\\1.png", "leaves the folder of the data file: there is 'images/1.png' in it; write"),
+        ("/home/x/images/1.png", "leaves the folder of the data file: there is 'images/1.png' in it; write"),
+        ("..\\outside.png", "leaves the folder of the data file: copy it there"),
+        ("images\\..\\..\\outside.png", "leaves the folder of the data file: copy it there"),
+    ],
+)
+def test_a_near_miss_is_shown(folder, path, reason):
+    (skip,) = read_examples(write(folder, row(), row(image=path))).skipped
+    assert reason in skip.reason
+
+
+def test_a_data_file_whose_name_differs_is_told(folder):
+    write(folder, row())
+    with pytest.raises(ValueError, match=r"Train\.jsonl cannot be read: .*; there is '.*train\.jsonl', which differs"):
+        read_examples(folder / "Train.jsonl")
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from(["good", "no object", "bad", "blank", "spaces"]), max_size=12))
+def test_rows_and_skips_are_the_lines_that_are_not_blank(tmp_path_factory, kinds):
+    path = tmp_path_factory.mktemp("counted") / "a.jsonl"
+    texts = {
+        "good": json.dumps(row(image=None)),
+        "bad": json.dumps(row(image=None, answer="foot")),
+        "no object": '["\u2028 \x85"]',
+        "blank": "",
+        "spaces": " \t\r",
+    }
+    path.write_bytes("\n".join(texts[kind] for kind in kinds).encode())
+    if "good" not in kinds:
+        with pytest.raises(ValueError, match=r"is empty|no row can be used"):
+            read_examples(path)
+        return
+    result = read_examples(path)
+    lines = sorted([*result.lines.values(), *(skip.line for skip in result.skipped)])
+    assert lines == [number for number, kind in enumerate(kinds, 1) if kind not in ("blank", "spaces")]
+    assert len(result.examples) == kinds.count("good")
+
+
+@pytest.mark.parametrize(
+    "fault", ['{"a": 1} {"b": 2}', '{"a": 1', '{"a": 1 "b": 2}', '{"a": 1},', "{'a': 1}", "\ufeff{}"]
+)
+def test_a_line_that_is_not_one_value_is_never_passed_over(folder, fault):
+    path = folder / "train.jsonl"
+    path.write_text(json.dumps(row()) + "\n" + fault + "\n" + json.dumps(row()))
+    with pytest.raises(ValueError, match=r"train\.jsonl, line 2"):
+        read_examples(path)

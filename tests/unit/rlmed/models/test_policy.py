@@ -153,6 +153,12 @@ def test_a_folder_that_does_not_exist_is_not_looked_for_on_the_hub(tmp_path):
         load_config(tmp_path / "nowhere")
 
 
+def test_a_folder_whose_name_differs_is_told(tmp_path):
+    (tmp_path / "Qwen2-VL").mkdir()
+    with pytest.raises(ValueError, match=r"does not exist.*there is '.*/Qwen2-VL', which differs in case"):
+        load_config(tmp_path / "qwen2-vl")
+
+
 def test_a_folder_without_config_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"no Hugging Face model folder: config\.json is missing"):
         load_config(tmp_path)

@@ -138,6 +138,34 @@ def test_options_that_are_no_list(folder, cell):
     assert len(skip.reason) < 400
 
 
+@pytest.mark.parametrize(
+    ("cell", "found"),
+    [
+        ("images\\1.png", "images/1.png"),
+        ("images/gr\u00f6\u00dfe.png", "images/gro\u0308\u00dfe.png"),
+        ("Images/1.png", "does not exist: there is 'images/1.png', which differs in case"),
+        (
+            "images/1.png\u200b",
+            "'images/1.png\\u200b' does not exist: there is 'images/1.png', which differs in characters",
+        ),
+        ("C:\\data\\images\\1.png", "leaves the folder of the data file: there is 'images/1.png' in it"),
+        ("/home/x/images/1.png", "leaves the folder of the data file: there is 'images/1.png' in it"),
+        ("..\\outside.png", "leaves the folder"),
+        ("images\\..\\..\\outside.png", "leaves the folder"),
+        ("images/2.png", "does not exist: copy it there"),
+    ],
+)
+def test_image_paths_as_other_systems_write_them(folder, cell, found):
+    (folder / "images").mkdir()
+    for name in ("1.png", "gro\u0308\u00dfe.png"):
+        marked().save(folder / "images" / name)
+    (row,) = rows(table(folder, "image,question,A,B,answer", f"{cell},Which?,liver,spleen,A"))
+    if isinstance(row, Skipped):
+        assert found in row.reason
+    else:
+        assert row.image == folder / found
+
+
 def test_a_missing_image_and_a_nul_byte(folder, tmp_path):
     good = "1.png,Which?,liver,spleen,A"
     path = table(folder, "image,question,A,B,answer", good, "9.png,Which?,liver,spleen,A", "1.png,a\0b,liver,spleen,A")
@@ -155,6 +183,18 @@ def test_bytes_that_are_no_utf8_cost_their_row(folder):
     assert row.question == "Size?"
 
 
+def test_a_header_with_what_cannot_be_seen(folder):
+    path = table(folder, "\ufeffimage,question\u200b,A,B,\u00a0answer", "1.png,Which?,a,b,A", encoding="utf-8-sig")
+    assert rows(path)[0].question == "Which?"
+
+
+def test_a_table_in_utf16_is_told(folder):
+    path = folder / "wide.csv"
+    path.write_bytes("image,question,A,B,answer\n".encode("utf-16-le"))
+    with pytest.raises(ValueError, match=r"wide\.csv is not UTF-8: save the table as UTF-8"):
+        rows(path)
+
+
 def test_a_header_that_is_no_utf8_is_told(folder):
     path = folder / "latin.csv"
     path.write_bytes("image,question,A,B,Lösung\n1.png,Size?,a,b,A\n".encode("cp1252"))
@@ -168,10 +208,14 @@ def test_a_byte_order_mark_is_no_part_of_the_header(folder):
 
 
 def test_a_quotation_mark_that_is_not_closed(folder):
-    (skip,) = rows(table(folder, "image,question,A,B,answer", '1.png,"Which?,a,b,A', "1.png,Size?,a,b,A"))
-    assert "quotation mark" in skip.reason
+    first, second = rows(table(folder, "image,question,A,B,answer", '1.png,"Which?,a,b,A', "1.png,Size?,a,b,A"))
+    assert (first.where, first.id) == ("line 2 of questions.csv", "questions-2")
+    assert "the quotation mark that opens in line 2 is not closed" in first.reason
+    assert (second.where, second.question) == ("line 3 of questions.csv", "Size?")
     path = table(folder, "image,question,A,B,answer", '1.png,"' + "x" * 200_000 + '",a,b,A', "1.png,Size?,a,b,A")
-    assert "field limit" in rows(path)[0].reason
+    first, second = rows(path)
+    assert "field limit" in first.reason
+    assert second.question == "Size?"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ import json
 import tracemalloc
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rlmed.data.readers import json_rows
 from rlmed.data.readers.json_rows import read_json_rows
@@ -44,6 +46,12 @@ def test_an_empty_array(tmp_path, text):
         (b'[{"a": 1} {"b": 2}]', 1, "element 1: .*instead of a comma"),
         (b"[{'a': 1}]", 0, "element 0: not valid JSON"),
         (b"version https://git-lfs.github.com/spec/v1", 0, "element 0: not valid JSON"),
+        (b'[{"a": 1}] [{"b": 2}]', 1, "element 1: .*more behind the end of the array"),
+        (b'[{"a": 1}]\n{"b": 2}', 1, "element 1: .*more behind the end of the array"),
+        (b"[1]\n[2]\n[3]\n", 1, "element 1: .*more behind the end of the array"),
+        (b'{"a": 1},\n{"b": 2}', 1, "element 1: not valid JSON"),
+        (b'[{"a": 1},]', 1, "element 1: not valid JSON"),
+        (b'[{"a": 1},,{"b": 2}]', 1, "element 1: not valid JSON"),
         (b"", 0, "is empty"),
         (b"  \n", 0, "is empty"),
         (b'["\xff"]', 0, "not UTF-8"),
@@ -79,3 +87,38 @@ def test_a_long_file_is_read_a_piece_at_a_time(tmp_path):
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(ValueError, match=r"none\.json cannot be read: No such file"):
         next(read_json_rows(tmp_path / "none.json"))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.sampled_from(VALUES), min_size=1, max_size=5),
+    st.booleans(),
+    st.integers(0, 200),
+    st.sampled_from(["", ",", "]", "[", "{", '"', "1", "}"]),
+)
+def test_a_file_is_read_to_its_end_or_refused(tmp_path_factory, values, array, place, change):
+    """One character is lost, or another one instead of it: whatever is read, the file holds nothing else."""
+    text = json.dumps(values) if array else "".join(f"{json.dumps(value)}\n" for value in values)
+    place %= len(text)
+    text = text[:place] + change + text[place + 1 :]
+    path = tmp_path_factory.mktemp("changed") / "a.json"
+    path.write_text(text)
+    try:
+        found = [value for _, value in read_json_rows(path)]
+    except ValueError:
+        return
+    again = json.dumps(found) if text.lstrip()[:1] == "[" else "".join(json.dumps(value) for value in found)
+    assert "".join(again.split()) == "".join(_normal(text).split())
+
+
+def _normal(text: str) -> str:
+    """The text with its values as `json.dumps` writes them."""
+    decoder, at, parts = json.JSONDecoder(), 0, []
+    while at < len(text):
+        if text[at] in " \n,[]":
+            parts.append(text[at])
+            at += 1
+        else:
+            value, at = decoder.raw_decode(text, at)
+            parts.append(json.dumps(value))
+    return "".join(parts)

@@ -145,12 +145,14 @@ def test_training_rows_are_the_first_mri_rows_that_are_no_test_rows(folder, tmp_
         ("train_mri", "train-00002"),
         ("train_mri", "train-00006"),
     ]
-    left = [row for row in rows if isinstance(row, Skipped)]
+    *left, behind = [row for row in rows if isinstance(row, Skipped)]
     assert [row.where for row in left] == [f"row {n} of train.{ending}" for n in (0, 3, 4, 5)]
+    assert (behind.rows, behind.chosen, behind.reason) == (1, True, "it comes behind the 3 training rows")
+    assert sum(row.rows if isinstance(row, Skipped) else 1 for row in rows) == 2 + 8
     assert all(row.chosen and "it is a test row too" in row.reason for row in left[:2])
     assert (left[2].chosen, left[3].chosen) == (True, False)
     assert "a training row before it asks the same" in left[2].reason
-    assert rows[-1].options == ("Hemorrhage", "Acute infarct", "Abscess")
+    assert rows[-2].options == ("Hemorrhage", "Acute infarct", "Abscess")
 
 
 def test_rows_of_other_data_are_no_training_rows(folder, tmp_path):
@@ -159,8 +161,18 @@ def test_rows_of_other_data_are_no_training_rows(folder, tmp_path):
     train_file(tmp_path / "data" / "a.parquet", [1, 2], subset="CT(Computed Tomography)")
     train_file(tmp_path / "data" / "b.parquet", [3, 4])
     rows = list(read(folder, train=tmp_path / "data"))
-    assert [row.id for row in rows if row.split == "train_mri"] == ["train-00000", "train-00001"]
-    assert len(rows) == 3
+    assert [row.id for row in rows if isinstance(row, SourceRow)] == ["test-000", "train-00000", "train-00001"]
+    (others,) = [row for row in rows if isinstance(row, Skipped)]
+    assert (others.where, others.rows, others.chosen, others.reason) == ("a.parquet", 2, True, "its subset is not MRI")
+
+
+def test_a_whole_file_behind_the_training_rows_is_counted(folder, tmp_path):
+    write(folder / "test.json", [question_row(0)])
+    (tmp_path / "data").mkdir()
+    train_file(tmp_path / "data" / "a.parquet", [1, 2])
+    train_file(tmp_path / "data" / "b.json", [3, 4, 5])
+    rows = list(read(folder, train=tmp_path / "data", train_rows=1))
+    assert [(row.where, row.rows) for row in rows if isinstance(row, Skipped)] == [("a.parquet", 1), ("b.json", 3)]
 
 
 def test_images_in_a_folder_of_another_layout(folder, tmp_path):

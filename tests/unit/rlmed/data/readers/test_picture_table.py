@@ -96,6 +96,30 @@ def test_a_file_outside_or_missing_is_a_skip_that_does_not_name_it(folder, file)
     assert "outside.dcm" not in bad.reason
 
 
+@pytest.mark.parametrize("file", ["DOE^JANE\\1.dcm", " DOE^JANE/1.dcm ", "./DOE^JANE/1.dcm", ".\\DOE^JANE\\1.dcm"])
+def test_a_path_of_another_system_finds_its_file(folder, file):
+    (row,) = rows(write(folder, f"{file},1,Which?,a,b,a,,"))
+    assert not isinstance(row, Skipped)
+
+
+@pytest.mark.parametrize(
+    ("file", "hint"),
+    [
+        ("Doe^Jane/1.DCM", "missing, or is a folder: there is one which differs in case; give its path"),
+        ("DOE^JANE/1", "there is one which differs in its ending; give"),
+        ("DOE^JANE/1.dcm\u200b", "there is one which differs in characters that cannot be seen; give"),
+        ("C:\\studies\\DOE^JANE\\1.dcm", "no path inside of the source's folder: there is one of that name; give"),
+        ("1.dcm", "there is one in another folder; give"),
+        ("..\\outside.dcm", "no path inside of the source's folder: give"),
+        ("DOE^JANE/9.dcm", "missing, or is a folder: give"),
+    ],
+)
+def test_a_near_file_is_hinted_at_and_not_named(folder, file, hint):
+    (row,) = rows(write(folder, f"{file},1,Which?,a,b,a,,"))
+    assert hint in row.reason
+    assert "doe" not in row.reason.lower()
+
+
 def test_a_file_that_breaks_when_it_is_shown_says_that_it_is_the_file(folder):
     (row,) = rows(write(folder, "DOE^JANE/1.dcm,late,Which?,a,b,a,,"))
     with pytest.raises(BadImageError, match="its file cannot be used: it is broken inside"):
