@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from rewards.parsing import evaluated_letter
+from rlmed.core.display import ending_errors, keep_display
 from rlmed.core.types import LETTERS, Example, RolloutRequest, SamplingParams
 from rlmed.data.prompts import PromptRenderer, load_processor, read_prompt_settings
 from rlmed.models.logs import silence_progress_bars
@@ -67,13 +68,11 @@ def ask(arguments: argparse.Namespace) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print reasoning and answer; errors end with one line and exit status 2."""
+    keep_display()
     parsed = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     silence_progress_bars()
-    try:
+    with ending_errors():
         completion = ask(parsed)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(2) from error
     console = Console(highlight=False)
     reasoning = _REASONING.search(completion)
     letter = evaluated_letter(completion)

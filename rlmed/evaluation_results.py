@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from rlmed.core.files import refusal, replace_text
+from rlmed.core.files import partial_folder, refusal, rename_into_place, replace_text
 from rlmed.core.statistics import BoolArray, mcnemar, wilson_interval
 from rlmed.core.types import Example, FinishReason
 
@@ -180,22 +179,16 @@ def write_evaluation(folder: Path, summary: EvalSummary, rows: Iterable[EvalRow]
         OSError: when the disk refuses; an earlier evaluation of the step is untouched.
     """
     target = step_folder(folder, summary.step)
-    aside, replaced = (folder / f".{target.name}.{suffix}" for suffix in ("partial", "replaced"))
-    for leftover in (aside, replaced):  # of a run that was killed
-        if leftover.exists():
-            shutil.rmtree(leftover)
     try:
-        aside.mkdir(parents=True)
-        with (aside / ROWS_FILE).open("w", encoding="utf-8") as lines:
+        aside = partial_folder(target)
+        # surrogates come of file names that are no UTF-8
+        with (aside / ROWS_FILE).open("w", encoding="utf-8", errors="replace") as lines:
             for row in rows:
                 lines.write(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n")
     except OSError as error:
-        raise refusal(aside / ROWS_FILE, error) from error
+        raise refusal(target / ROWS_FILE, error) from error
     _write_json(aside / SUMMARY_FILE, dataclasses.asdict(summary))
-    if target.exists():
-        target.rename(replaced)
-    aside.rename(target)
-    shutil.rmtree(replaced, ignore_errors=True)
+    rename_into_place(aside, target, may_replace=lambda: True)
     return target
 
 
