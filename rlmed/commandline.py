@@ -93,6 +93,8 @@ def run_command(program: str, main: Callable[[RunConfig, Path], None]) -> None:
         overrides = expand(flags.overrides, cuda=torch.cuda.is_available(), sweeps=flags.multirun)
         if flags.config_dir is not None:
             overrides.append(_search_path(flags.config_dir))
+        if not _is_unicode([*overrides, os.getcwd()]):
+            overrides.append("hydra.output_subdir=null")  # its files of the overrides are UTF-8 and nothing else
         name = flags.config_name or program
         if flags.multirun:
             sweep_dir = f"hydra.sweep.dir=outputs/${{name}}/sweep_${{now:%Y-%m-%d_%H-%M-%S}}_{os.getpid()}"
@@ -188,6 +190,11 @@ def _search_path(folder: str) -> str:
     if not Path(folder).is_dir():
         raise ValueError(f"--config-dir {folder}: there is no such folder")
     return f"hydra.searchpath=[{quoted('file://' + str(Path(folder).absolute()), commas=False)}]"
+
+
+def _is_unicode(texts: Sequence[str]) -> bool:
+    """False where a name of a file, as its system gave it, is no text in this place's encoding."""
+    return not any(0xD800 <= ord(character) <= 0xDFFF for text in texts for character in text)
 
 
 def _call_hydra(name: str, job: _Job, overrides: Sequence[str], *flags: str) -> None:
