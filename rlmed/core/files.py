@@ -18,7 +18,7 @@ class RecordError(OSError):
         return self.strerror or super().__str__()
 
 
-def refusal(path: Path, error: OSError, *, cure: str = "start again with resume=auto") -> RecordError:
+def refusal(path: Path, error: OSError, *, cure: str = "start again; training goes on with resume=auto") -> RecordError:
     """The error that says why `path` could not be written and what to do about it."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         message = f"the disk is full: {path} cannot be written. Free some space and {cure}"

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from rlmed.core.files import partial_folder, rename_into_place
+from rlmed.core.files import partial_folder, refusal, rename_into_place
 from rlmed.core.ownership import remove
 from rlmed.core.types import LETTERS, Example
 from rlmed.data.phantom_anatomy import LESIONS, MODALITIES, NO_LESION, QUADRANTS, REGIONS, SIZES, TECHNIQUES, Study
@@ -272,6 +272,7 @@ def write_dataset(folder: Path, seed: int, splits: Sequence[Split] = SPLITS) -> 
 
     Raises:
         ValueError: the folder holds something else than a generated dataset.
+        RecordError: the disk refuses.
     """
     folder = folder.resolve()
     manifest = _manifest(seed, splits)
@@ -286,10 +287,15 @@ def write_dataset(folder: Path, seed: int, splits: Sequence[Split] = SPLITS) -> 
 
     if not is_outdated():
         return paths
-    aside = partial_folder(folder)
-    for split in splits:
-        write_split(aside, name=split.name, modality=split.modality, rows=split.rows, seed=seed)
-    (aside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    if not rename_into_place(aside, folder, may_replace=is_outdated):
-        remove(aside)
+    try:
+        aside = partial_folder(folder)
+        try:
+            for split in splits:
+                write_split(aside, name=split.name, modality=split.modality, rows=split.rows, seed=seed)
+            (aside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            rename_into_place(aside, folder, may_replace=is_outdated)
+        finally:
+            remove(aside)  # which is there after an error, or where another process was faster
+    except OSError as error:
+        raise refusal(folder, error, cure="start again") from error
     return paths
