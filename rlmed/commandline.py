@@ -103,7 +103,9 @@ def run_command(program: str, main: Callable[[RunConfig, Path], None]) -> None:
             _call_hydra(name, _Job(main, held=False), overrides, *flags.shown)
         else:
             folder = _choose_folder(name, overrides)
-            if program != "evaluate" and not _is_unicode([str(folder)]):  # the libraries that save models take text only
+            if program != "evaluate" and not _is_unicode(
+                [str(folder)]
+            ):  # the libraries that save models take text only
                 raise ValueError(
                     f"{folder}: no checkpoint can be written there, for this name is no text under the locale of this "
                     f"terminal: set LC_ALL=C.UTF-8, or choose another with {FOLDER_KEY}FOLDER"
