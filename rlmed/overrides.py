@@ -174,7 +174,7 @@ def in_hydras_grammar(override: str, *, sweeps: bool) -> str:
     entries = _entries(value)
     if kind != "text" and entries is not None:
         new = f"{key}=[{','.join(entry if _stays(entry, kind) else quoted(entry, commas=False) for entry in entries)}]"
-    elif kind == "texts" and _parse(f"key=[{value}]") is not None and _are_several(key, value):
+    elif kind == "texts" and _are_several(key, value):
         new = in_hydras_grammar(f"{key}=[{value}]", sweeps=False)
     elif kind != "text" and value.lstrip().startswith("{"):
         return override  # as a text it would be refused for its type

@@ -98,6 +98,11 @@ class _Notice:
 def _kept(name: str, stream: TextIO | None, descriptor: int, on_refusal: Callable[[OSError], None]) -> TextIO:
     if stream is None:  # closed by whoever started this process
         return _nowhere(name, descriptor)
+    if stream is vars(sys)[f"__{name}__"]:
+        try:
+            os.write(stream.fileno(), b"")
+        except OSError:  # closed, too, and a file that Python reads has its number
+            return _nowhere(name, descriptor)
     if stream is not vars(sys)[f"__{name}__"] or not isinstance(stream, io.TextIOWrapper):
         return stream
     file = stream.buffer.raw if isinstance(stream.buffer, io.BufferedWriter) else stream.buffer
