@@ -97,44 +97,37 @@ class _Notice:
 
 def _kept(name: str, stream: TextIO | None, descriptor: int, on_refusal: Callable[[OSError], None]) -> TextIO:
     if stream is None:  # closed by whoever started this process
-        return _nowhere(name, descriptor)
-    if stream is vars(sys)[f"__{name}__"]:
+        new = _Descriptor(_nowhere(descriptor), on_refusal)
+        wrapper = io.TextIOWrapper(io.BufferedWriter(new), encoding="utf-8", errors=ERRORS)
+    elif stream is not vars(sys)[f"__{name}__"] or not isinstance(stream, io.TextIOWrapper):
+        return stream
+    else:
+        old = stream.buffer.raw if isinstance(stream.buffer, io.BufferedWriter) else stream.buffer
+        if type(old) is not io.FileIO:  # it was made ours before, or is a console of Windows
+            return stream
         try:
-            os.write(stream.fileno(), b"")
-        except OSError:  # closed, too, and a file that Python reads has its number
-            return _nowhere(name, descriptor)
-    if stream is not vars(sys)[f"__{name}__"] or not isinstance(stream, io.TextIOWrapper):
-        return stream
-    file = stream.buffer.raw if isinstance(stream.buffer, io.BufferedWriter) else stream.buffer
-    if type(file) is not io.FileIO:  # it was made ours before, or is a console of Windows
-        return stream
-    try:
-        stream.flush()
-    except OSError as error:
-        on_refusal(error)
-    unbuffered = stream.write_through
-    kept = _Descriptor(file.fileno(), on_refusal)
-    wrapper = io.TextIOWrapper(
-        # a text stream writes to an unbuffered file as to a buffered one
-        kept if unbuffered else io.BufferedWriter(kept),
-        encoding=stream.encoding,
-        errors=ERRORS,
-        line_buffering=stream.line_buffering,
-        write_through=unbuffered,
-    )
+            stream.flush()
+        except OSError as error:
+            on_refusal(error)
+        new, unbuffered = _Descriptor(old.fileno(), on_refusal), stream.write_through
+        wrapper = io.TextIOWrapper(
+            new if unbuffered else io.BufferedWriter(new),  # type: ignore[arg-type]  # as Python itself has it
+            encoding=stream.encoding,
+            errors=ERRORS,
+            line_buffering=stream.line_buffering,
+            write_through=unbuffered,
+        )
     vars(sys)[f"__{name}__"] = wrapper  # by which log handlers are found
     return wrapper
 
 
-def _nowhere(name: str, descriptor: int) -> TextIO:
-    """A stream that shows nothing, on the standard descriptor where that is free: no file of the run shall get it."""
+def _nowhere(descriptor: int) -> int:
+    """A descriptor that takes everything; the standard one, if that is free, which no file of the run shall get."""
+    empty = os.open(os.devnull, os.O_WRONLY)
     try:
         os.fstat(descriptor)
     except OSError:
-        empty = os.open(os.devnull, os.O_WRONLY)
-        if empty != descriptor:
-            os.dup2(empty, descriptor)
-            os.close(empty)
-    stream = open(os.devnull, "w", encoding="utf-8", errors=ERRORS)  # noqa: SIM115  # until the process ends
-    vars(sys)[f"__{name}__"] = stream
-    return stream
+        os.dup2(empty, descriptor)
+        os.close(empty)
+        return descriptor
+    return empty
