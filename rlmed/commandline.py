@@ -107,7 +107,7 @@ def run_command(program: str, main: Callable[[RunConfig, Path], None]) -> None:
                 [str(folder)]
             ):  # the libraries that save models take text only
                 raise ValueError(
-                    f"{folder}: no checkpoint can be written there, for this name is no text under the locale of this "
+                    f"{str(folder)!r}: no checkpoint can be written there, for this name is no text under the locale of this "
                     f"terminal: set LC_ALL=C.UTF-8, or choose another with {FOLDER_KEY}FOLDER"
                 )
             with hold(folder, cure=f"wait until it has ended, or choose another folder with {FOLDER_KEY}FOLDER"):
