@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlmed.core.files import partial_folder, refusal, rename_into_place, replace_text
+from rlmed.core.ownership import remove
 from rlmed.core.statistics import BoolArray, mcnemar, wilson_interval
 from rlmed.core.types import Example, FinishReason
 
@@ -181,14 +182,17 @@ def write_evaluation(folder: Path, summary: EvalSummary, rows: Iterable[EvalRow]
     target = step_folder(folder, summary.step)
     try:
         aside = partial_folder(target)
-        # surrogates come of file names that are no UTF-8
-        with (aside / ROWS_FILE).open("w", encoding="utf-8", errors="replace") as lines:
-            for row in rows:
-                lines.write(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n")
+        try:
+            # names of files that are no UTF-8 hold surrogates, which are as JSON escapes them then
+            with (aside / ROWS_FILE).open("w", encoding="utf-8", errors="backslashreplace") as lines:
+                for row in rows:
+                    lines.write(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n")
+            _write_json(aside / SUMMARY_FILE, dataclasses.asdict(summary))
+            rename_into_place(aside, target, may_replace=lambda: True)
+        finally:
+            remove(aside)  # after an error
     except OSError as error:
         raise refusal(target / ROWS_FILE, error) from error
-    _write_json(aside / SUMMARY_FILE, dataclasses.asdict(summary))
-    rename_into_place(aside, target, may_replace=lambda: True)
     return target
 
 
