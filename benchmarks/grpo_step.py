@@ -8,6 +8,7 @@ in a process of its own (`benchmarks/trl_step.py`), and the two take their steps
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -43,8 +44,8 @@ from learner.learner import PolicyLearner
 from rewards.choice import choice_reward
 from rewards.format import format_reward
 from rewards.rubric import Rubric, WeightedReward, per_completion
+from rlmed.commandline import compose_config
 from rlmed.controller import LoopState, train
-from rlmed.core.config import AlgoConfig, DataConfig, LearnerConfig
 from rlmed.core.tracing import Tracer
 from rlmed.core.types import Example
 from rlmed.memory import keep_freed_memory
@@ -71,8 +72,9 @@ class OurTrainer:
         never_end(policy)
         reference.model.requires_grad_(False)
         self.facts = model_facts(policy, name)
-        self._algo = AlgoConfig(
-            group_size=arguments.group_size, groups_per_step=arguments.prompts, kl_coef=KL_COEF, dynamic_sampling=False
+        defaults = compose_config("train", ["data=jsonl"])
+        self._algo = dataclasses.replace(
+            defaults.algo, group_size=arguments.group_size, groups_per_step=arguments.prompts, kl_coef=KL_COEF
         )
         renderer = make_renderer(folder)
         self.prompt_tokens = spread([len(prompt.token_ids) for prompt in render_prompts(renderer, examples)])
@@ -84,7 +86,7 @@ class OurTrainer:
             policy,
             reference,
             self._algo,
-            LearnerConfig(lr=LEARNING_RATE, lr_schedule="constant", token_budget=2**20),
+            dataclasses.replace(defaults.learner, lr=LEARNING_RATE, lr_schedule="constant", token_budget=2**20),
             total_steps=1000,
             max_tokens=arguments.max_tokens,
             temperature=1.0,
@@ -97,7 +99,7 @@ class OurTrainer:
             ]
         )
         self._stream = PromptStream(
-            examples, renderer, sampling(arguments.max_tokens), DataConfig(), group_size=arguments.group_size, seed=0
+            examples, renderer, sampling(arguments.max_tokens), defaults.data, group_size=arguments.group_size, seed=0
         )
         # the learner's stages, seen from outside: the reference's forward pass and the optimizer
         self._trace(self._stream, "request", "prompts")

@@ -66,7 +66,7 @@ class PolicyLearner:
     """Improves a policy from groups of completions; see `rlmed.core.protocols.Learner`.
 
     Example:
-        >>> learner = PolicyLearner(policy, reference, AlgoConfig(), LearnerConfig(), total_steps=300,
+        >>> learner = PolicyLearner(policy, reference, config.algo, config.learner, total_steps=300,
         ...                         max_tokens=512, temperature=1.0)                        # doctest: +SKIP
         >>> learner.step(groups)["grad_norm"]                                               # doctest: +SKIP
         0.84

@@ -19,7 +19,7 @@ and the loss of an optimizer step is a weighted sum over its tokens, with |o_i| 
 
 | method | settings |
 | --- | --- |
-| GRPO, arXiv 2402.03300 | the defaults |
+| GRPO, arXiv 2402.03300 | `algo=grpo` |
 | MedVLM-R1 as released (arXiv 2502.19634) | `clip="none"`, and `old_logprobs=logprobs.detach()`: see `policy_loss` |
 | DAPO, 2503.14476 | `aggregation="token_mean"`, `clip_ratio_high=0.28`, `kl_coef=0` |
 | Dr. GRPO, 2503.20783 | `aggregation="sequence_sum"`, `kl_coef=0` |
@@ -48,30 +48,29 @@ Clip = Literal["ppo", "dual", "cispo", "none"]
 Aggregation = Literal["sequence_mean", "token_mean", "sequence_sum"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PolicyLossConfig:
-    """Settings of `policy_loss`; the defaults are GRPO as published, with MedVLM-R1's `kl_coef`.
+    """Settings of `policy_loss`: the keys of the loss in `conf/algo/`, where their defaults are.
 
     Raises:
         ValueError: an unknown name or an impossible number, with the key and the cure.
 
     Example:
-        >>> PolicyLossConfig(aggregation="token_mean", clip_ratio_high=0.28, kl_coef=0.0).clip
-        'ppo'
+        `loss_config(config.algo).clip` is "ppo" for `algo=grpo`.
     """
 
-    ratio_level: RatioLevel = "token"
-    clip: Clip = "ppo"
-    clip_ratio_low: float = 0.2
+    ratio_level: RatioLevel
+    clip: Clip
+    clip_ratio_low: float
     """Lowest ratio is 1 - clip_ratio_low; in (0, 1], 1 means no lower bound."""
-    clip_ratio_high: float = 0.2
+    clip_ratio_high: float
     """Highest ratio is 1 + clip_ratio_high; larger than clip_ratio_low is DAPO's clip-higher."""
-    dual_clip: float = 3.0
+    dual_clip: float
     """Highest ratio of a completion with negative advantage where clip="dual"; above 1."""
-    kl_coef: float = 0.04
-    kl_estimator: KLEstimator = "k3"
-    aggregation: Aggregation = "sequence_mean"
-    importance_cap: float | None = None
+    kl_coef: float
+    kl_estimator: KLEstimator
+    aggregation: Aggregation
+    importance_cap: float | None
     """Highest weight exp(old_logprobs - rollout_logprobs) of a token; at least 1. None: every weight is 1."""
 
     def __post_init__(self) -> None:

@@ -31,7 +31,7 @@ class SupervisedLearner:
     """Raises the likelihood of written completions: the mean over all their tokens of -log p.
 
     Example:
-        >>> learner = SupervisedLearner(policy, LearnerConfig(lr=1e-5), total_steps=75)     # doctest: +SKIP
+        >>> learner = SupervisedLearner(policy, config.learner, total_steps=75)     # doctest: +SKIP
         >>> learner.step([written_item(prompt, token_ids)])["loss"]                         # doctest: +SKIP
         1.31
     """

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from rewards.base import GroupReward, Likelihood, PartingIds
 from rewards.parsing import reasoning_text
+from rlmed.core.prefill import remaining
 from rlmed.core.types import LETTERS, FloatArray, Prompt, RolloutGroup
 
 
@@ -56,7 +57,10 @@ def option_logprobs(
     What counts of a text are the tokens after those that the texts of all letters begin with.
     """
     letters = LETTERS[: len(prompt.example.options)]
-    parted = [parting_ids([answered(reasoning, letter) for letter in letters]) for reasoning in reasonings]
+    parted = [
+        parting_ids([remaining(prompt.prefill, answered(reasoning, letter)) for letter in letters])
+        for reasoning in reasonings
+    ]
     texts = [np.concatenate([shared, ending]) for shared, endings in parted for ending in endings]
     counted = [len(ending) for _, endings in parted for ending in endings]
     (scored,) = likelihood([(prompt, texts)])

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 
+from rlmed.core.prefill import ANSWER as ANSWER_OPENING
+from rlmed.core.prefill import ANSWER_END as ANSWER_CLOSING
+from rlmed.core.prefill import THINK as _OPENING
 from rlmed.core.types import LETTERS
 
-ANSWER_OPENING, ANSWER_CLOSING = "<answer>", "</answer>"
-_OPENING = "<think>"
+_NO_REASONING = re.compile(r"<think>\s*</think>")
 _MIDDLE = re.compile(r"</think>\s*<answer>")
 _WORD = re.compile(r"\w+")
 _EVALUATED = re.compile(r"<answer>\s*([A-Z])\s*</answer>")
@@ -30,8 +32,13 @@ def has_format(text: str) -> bool:
 
 
 def has_answer_format(text: str) -> bool:
-    """True when the whole text is one answer in answer tags, white space around it aside."""
+    """True when the whole text is one answer in answer tags, white space and an empty reasoning before it aside.
+
+    The empty reasoning is what chat templates write that switch reasoning off.
+    """
     text = text.strip()
+    if empty := _NO_REASONING.match(text):
+        text = text[empty.end() :].lstrip()
     ends = text.startswith(ANSWER_OPENING) and text.endswith(ANSWER_CLOSING)
     return ends and text.count(ANSWER_OPENING) == text.count(ANSWER_CLOSING) == 1
 

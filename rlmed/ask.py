@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,16 +12,18 @@ from rich.text import Text
 
 from rewards.parsing import evaluated_letter
 from rlmed.core.display import ending_errors, keep_display
+from rlmed.core.prefill import THINK, THINK_END
 from rlmed.core.types import LETTERS, Example, RolloutRequest, SamplingParams
-from rlmed.data.prompts import PromptRenderer, load_processor, read_prompt_settings
+from rlmed.data.choices import plain_options
+from rlmed.data.prompts import PromptRenderer, read_prompt_settings
+from rlmed.data.rows import BadRowError
 from rlmed.models.logs import silence_progress_bars
-from rlmed.models.policy import load_config, load_policy
-from rlmed.setup import model_folder
+from rlmed.models.policy import load_policy
+from rlmed.setup import model_folder, open_model
 from rollout.native.engine import NativeEngine
 
 MAX_PROMPT_TOKENS = 4096
 """Where the model's folder does not say how long a prompt was in training."""
-_REASONING = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -39,22 +40,34 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def asked_options(texts: Sequence[str]) -> tuple[str, ...]:
+    """The options without letters of their own, in the order of these.
+
+    Raises:
+        ValueError: for a number of options other than 2 to 10, blank ones, or some that repeat.
+    """
+    try:
+        if not all(text.strip() for text in texts):
+            raise BadRowError("one is blank")
+        return plain_options(texts)
+    except BadRowError as error:
+        shown = ", ".join(texts)
+        raise ValueError(
+            f"--options needs 2 to {len(LETTERS)} different texts, got {len(texts)}: {shown} ({error})"
+        ) from error
+
+
 def ask(arguments: argparse.Namespace) -> str:
     """The completion of the model for one question.
 
     Raises:
         ValueError: for a number of options other than 2 to 10, options that repeat, or an image or model that cannot be read.
     """
-    options = tuple(arguments.options)
-    if not 2 <= len(options) <= len(LETTERS) or len(set(options)) < len(options):
-        raise ValueError(
-            f"--options needs 2 to {len(LETTERS)} different texts, got {len(options)}: {', '.join(options)}"
-        )
+    options = asked_options(arguments.options)
     folder = model_folder(arguments.model)
-    load_config(folder)  # says what to do when there is no such model
     # where the folder does not say how it was asked, the paper's template
     settings = {"max_prompt_tokens": MAX_PROMPT_TOKENS, **(read_prompt_settings(folder) or {})}
-    renderer = PromptRenderer(*load_processor(folder), **settings)
+    renderer = PromptRenderer(*open_model(folder), **settings)
     example = Example("question", arguments.image, arguments.question, options, answer=0, modality=arguments.modality)
     prompt = renderer.render(example)
     sampling = SamplingParams(arguments.temperature, max_tokens=arguments.max_tokens, seed=arguments.seed)
@@ -74,11 +87,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with ending_errors():
         completion = ask(parsed)
     console = Console(highlight=False)
-    reasoning = _REASONING.search(completion)
+    reasoning, closed, _ = completion.partition(THINK)[2].partition(THINK_END)
     letter = evaluated_letter(completion)
-    console.print(Text.assemble(("reasoning  ", "bold"), reasoning[1].strip() if reasoning else "(none)"))
+    console.print(Text.assemble(("reasoning  ", "bold"), (reasoning.strip() if closed else "") or "(none)"))
     if letter is not None and letter in LETTERS[: len(parsed.options)]:
-        answer = f"{letter}) {parsed.options[LETTERS.index(letter)]}"
+        answer = f"{letter}) {asked_options(parsed.options)[LETTERS.index(letter)]}"
     else:
         answer = f"(no option; the model wrote: {completion!r})"
     console.print(Text.assemble(("answer     ", "bold"), answer))

@@ -92,6 +92,7 @@ def _pack(group: TrainGroup, place: str, arrays: dict[str, npt.NDArray[Any]]) ->
     return {
         "example": {**_shallow(example), "image": None if example.image is None else str(example.image)},
         "text": request.prompt.text,
+        "prefill": request.prompt.prefill,
         "index": request.index,
         "sampling": _shallow(request.sampling),
         "image_inputs": list(request.prompt.image_inputs),
@@ -109,7 +110,8 @@ def _unpack(facts: dict[str, Any], place: str, arrays: Any) -> TrainGroup:
     image = None if stored["image"] is None else Path(stored["image"])
     example = Example(**{**stored, "image": image, "options": tuple(stored["options"])})
     images = {name: arrays[f"{place}image/{name}"] for name in facts["image_inputs"]}
-    prompt = Prompt(example, facts["text"], arrays[f"{place}token_ids"], images)
+    # batches of earlier versions are without it
+    prompt = Prompt(example, facts["text"], arrays[f"{place}token_ids"], images, facts.get("prefill", ""))
     sampling = SamplingParams(**{**facts["sampling"], "stop": tuple(facts["sampling"]["stop"])})
     completions = tuple(
         Completion(arrays[f"{place}completion/{i}"], arrays[f"{place}logprobs/{i}"], **scalars)

@@ -148,7 +148,13 @@ def _start_workers(config: RunConfig, options: Sequence[dict[str, Any]]) -> Work
     from rlmed.ray_session import on_gpus
     from rollout.actor import RayWorker
 
-    cluster, sleeps = config.cluster, engines_sleep(config, cuda=on_gpus(config))
+    cluster, cuda = config.cluster, on_gpus(config)
+    sleeps = engines_sleep(config, cuda=cuda)
+    share = config.rollout.gpu_memory_utilization
+    require(
+        cuda or share is None,
+        f"rollout.gpu_memory_utilization={share} is a share of a GPU's memory, and there is no GPU: set rollout.kv_cache_gib",
+    )
     config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, sleep=sleeps))
     build = functools.partial(build_engine, _for_process(config, cluster.rollout_workers))
 

@@ -26,17 +26,20 @@ from rewards.extra import RewardError
 from rlmed.checkpoint import CheckpointError, list_checkpoints
 from rlmed.core.config import RunConfig
 from rlmed.core.config_building import build_config
+from rlmed.core.config_checks import ConfigError
+from rlmed.core.config_use import Refusal, check_used, find_unused
 from rlmed.core.display import ERRORS, TRACE, ending_errors, keep_display, lacks_memory, one_line
 from rlmed.core.files import refusal
 from rlmed.core.holding import hold
 from rlmed.core.ownership import remove_leftovers
 from rlmed.core.protocols import ClusterError
 from rlmed.models.logs import silence_progress_bars
-from rlmed.overrides import expand, explain, quoted
+from rlmed.overrides import CONFIG_GROUPS, expand, explain, quoted
 
 LOST = 3
 """Exit status when a process of the run was lost: the same command with resume=auto goes on."""
 FOLDER_KEY = "hydra.run.dir="
+SEARCH_KEY = "hydra.searchpath="
 PROBE = b"." * 2**16
 """Written to find out whether a folder can be written to; more than the few bytes that a full disk may still take."""
 
@@ -52,17 +55,44 @@ def compose_config(program: str, overrides: Sequence[str]) -> RunConfig:
         ConfigError: for an unknown key or impossible value.
     """
     with hydra.initialize_config_module("conf", version_base="1.3"):
-        return _validated(hydra.compose(program, overrides=list(overrides)))
+        return build_config(_plain_config(hydra.compose(program, overrides=list(overrides))))
 
 
-def _validated(composed: DictConfig) -> RunConfig:
+def _plain_config(composed: DictConfig) -> dict[str, Any]:
     plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)
     if "experiment" in plain:
-        raise ValueError(
+        raise ConfigError(
             "the file of +experiment=NAME must begin with the line `# @package _global_`, and hold keys with values"
         )
-    return build_config({str(key): value for key, value in plain.items()})
+    return {str(key): value for key, value in plain.items()}
+
+
+def unused_overrides(program: str, overrides: Sequence[str]) -> list[Refusal]:
+    """The overrides that `python -m rlmed.<program>` would refuse since it doesn't read them, outside of a command.
+
+    Raises:
+        ConfigError: for what Hydra cannot compose.
+    """
+    with hydra.initialize_config_module("conf", version_base="1.3"):
+        try:
+            return find_unused(
+                program, overrides, CONFIG_GROUPS, lambda entries: _plain_config(hydra.compose(program, list(entries)))
+            )
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(explain(error)) from error
+
+
+def _check_used(program: str) -> None:
+    """Make sure that all overrides of the configuration that Hydra has composed do something in `program`."""
+    own = HydraConfig.get()
+    places = [entry for entry in own.overrides.hydra if entry.startswith(SEARCH_KEY)]
+    check_used(
+        program,
+        own.overrides.task,
+        CONFIG_GROUPS,
+        lambda entries: _plain_config(hydra.compose(own.job.config_name, [*entries, *places])),
+    )
 
 
 def newest_run(folder: Path) -> Path | None:
@@ -98,14 +128,13 @@ def run_command(program: str, main: Callable[[RunConfig, Path], None]) -> None:
         name = flags.config_name or program
         if flags.multirun:
             sweep_dir = f"hydra.sweep.dir=outputs/${{name}}/sweep_${{now:%Y-%m-%d_%H-%M-%S}}_{os.getpid()}"
-            _call_hydra(name, _Job(main, held=False), [sweep_dir, *overrides], "--multirun")
+            _call_hydra(name, _Job(program, main, held=False), [sweep_dir, *overrides], "--multirun")
         elif flags.shown:
-            _call_hydra(name, _Job(main, held=False), overrides, *flags.shown)
+            _call_hydra(name, _Job(program, main, held=False), overrides, *flags.shown)
         else:
-            folder = _choose_folder(name, overrides)
-            if program != "evaluate" and not _is_unicode(
-                [str(folder)]
-            ):  # the libraries that save models take text only
+            folder = _choose_folder(program, name, overrides)
+            # the libraries that save models take text only
+            if program != "evaluate" and not _is_unicode([str(folder)]):
                 raise ValueError(
                     f"{str(folder)!r}: no checkpoint can be written there, for this name is no text under the locale of this "
                     f"terminal: set LC_ALL=C.UTF-8, or choose another with {FOLDER_KEY}FOLDER"
@@ -114,13 +143,16 @@ def run_command(program: str, main: Callable[[RunConfig, Path], None]) -> None:
                 check_writable(folder)
                 for place in (folder, folder / "checkpoints", folder / "evaluations"):
                     remove_leftovers(place, "*", held=True)
-                _call_hydra(name, _Job(main, held=True), [*overrides, FOLDER_KEY + quoted(str(folder), commas=False)])
+                _call_hydra(
+                    name, _Job(program, main, held=True), [*overrides, FOLDER_KEY + quoted(str(folder), commas=False)]
+                )
 
 
 @dataclass(frozen=True)
 class _Job:
     """What Hydra calls."""
 
+    program: str
     main: Callable[[RunConfig, Path], None]
     held: bool
     """Whether the folder is this process's alone already; each job of a sweep has one of its own."""
@@ -128,13 +160,14 @@ class _Job:
     def __call__(self, composed: DictConfig) -> None:
         with _ending_errors():
             folder = Path(HydraConfig.get().runtime.output_dir)
-            config = _validated(composed)
+            config = build_config(_plain_config(composed))
             for handler in logging.getLogger().handlers:
                 if isinstance(handler, logging.FileHandler):  # made by Hydra, for the characters of this place alone
                     handler.stream.reconfigure(encoding="utf-8", errors=ERRORS)  # type: ignore[union-attr]
             if self.held:
                 self.main(config, folder)
                 return
+            _check_used(self.program)
             if config.resume is not None:
                 raise ValueError(
                     f"resume={config.resume} is for one run, and --multirun makes new ones: leave one of them out"
@@ -196,7 +229,7 @@ def _search_path(folder: str) -> str:
     """The override by which Hydra also finds the YAML files in `folder`."""
     if not Path(folder).is_dir():
         raise ValueError(f"--config-dir {folder}: there is no such folder")
-    return f"hydra.searchpath=[{quoted('file://' + str(Path(folder).absolute()), commas=False)}]"
+    return f"{SEARCH_KEY}[{quoted('file://' + str(Path(folder).absolute()), commas=False)}]"
 
 
 def _is_unicode(texts: Sequence[str]) -> bool:
@@ -209,7 +242,7 @@ def _call_hydra(name: str, job: _Job, overrides: Sequence[str], *flags: str) -> 
     hydra.main(version_base="1.3", config_path="pkg://conf", config_name=name)(job)()
 
 
-def _choose_folder(name: str, overrides: Sequence[str]) -> Path:
+def _choose_folder(program: str, name: str, overrides: Sequence[str]) -> Path:
     """The folder of the run that the overrides describe, made where there is none.
 
     Raises:
@@ -223,9 +256,10 @@ def _choose_folder(name: str, overrides: Sequence[str]) -> Path:
             raise ValueError(explain(error)) from error
         HydraConfig.instance().set_config(composed)  # which the folder's name may ask
         place = str(composed.hydra.run.dir)
-    with open_dict(composed):
-        del composed["hydra"]
-    config = _validated(composed)
+        with open_dict(composed):
+            del composed["hydra"]
+        config = build_config(_plain_config(composed))
+        _check_used(program)
     if not place:
         raise ValueError(f"{FOLDER_KEY} names no folder")
     folder = Path(place).absolute()
@@ -252,19 +286,6 @@ def new_folder(wanted: Path) -> Path:
             folder = wanted.with_name(f"{wanted.name}-{number}")
         else:
             return folder
-
-
-def refuse_trust(config: RunConfig) -> None:
-    """For commands that train.
-
-    Raises:
-        ValueError: for `eval.trust=true`, which would be left undone.
-    """
-    if config.eval.trust:
-        raise ValueError(
-            "eval.trust=true is for rlmed.evaluate: train without it, then run python -m rlmed.evaluate "
-            "model=RUN/checkpoints/step-N data=… eval.trust=true"
-        )
 
 
 def check_writable(folder: Path) -> None:

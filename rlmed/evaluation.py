@@ -1,13 +1,14 @@
 """Accuracy on held-out files, with the controls without which it says little about vision.
 
 Each question is answered greedily as it is, and, as controls, over a grey picture, over the picture of another question of
-its file, and with its options in another order. What stands beside the accuracy was scored without any picture: chance, one
-letter, the option texts' prior.
+its file, and with its options in another order, unless one of them refers to others (`all of the above`). What stands beside
+the accuracy was scored without any picture: chance, one letter, the option texts' prior.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,13 +20,18 @@ import numpy as np
 from PIL import Image
 
 from rewards.parsing import evaluated_letter, has_answer_format, has_format
+from rlmed.core.prefill import opens_thinking
 from rlmed.core.protocols import RolloutPool
 from rlmed.core.statistics import ImageFreePrior, chance, leave_one_out_prior, majority_letter
 from rlmed.core.types import Completion, Example, Prompt, RolloutGroup, RolloutRequest, SamplingParams
 from rlmed.data.images import load_image
+from rlmed.data.option_order import keeps_order
 from rlmed.data.prompts import PromptRenderer
 from rlmed.data.sampler import reorder_options
 from rlmed.evaluation_results import Accuracy, Control, EvalRow, EvalSummary, FileSummary, write_evaluation
+from rlmed.preflight import went_on, why_cut
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 """Called for each completion with its file's name, the number of completions done, and the number of all."""
@@ -34,6 +40,8 @@ IN_FLIGHT = 128
 """Prompts held by the pool at a time: it bounds the memory of rendered pictures and keeps every engine busy."""
 GREY = (128, 128, 128)
 SHUFFLE_SEED = 0
+CUT = 0.5
+"""Share of completions cut by length above which something is wrong."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +113,8 @@ def evaluate(
     tasks = [task for file in files for task in _tasks(file, controls)]
     rows: list[EvalRow | None] = [None] * len(tasks)
     sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, stop=stop)
-    for done, (index, completion) in enumerate(_answers(tasks, pool, renderer, sampling), 1):
-        rows[index] = _judge(tasks[index], completion, renderer)
+    for done, (index, prefill, completion) in enumerate(_answers(tasks, pool, renderer, sampling), 1):
+        rows[index] = _judge(tasks[index], prefill, completion, renderer)
         if on_progress is not None:
             on_progress(tasks[index].file, done, len(tasks))
     answered = [row for row in rows if row is not None]
@@ -123,6 +131,8 @@ def evaluate(
         files=tuple(_summarise(file, by_file[file.name], train_examples) for file in files),
     )
     write_evaluation(folder, summary, answered)
+    for file in summary.files:
+        _warn_of_cuts(file, by_file[file.name], max_tokens, renderer)
     return summary
 
 
@@ -183,19 +193,21 @@ def _tasks(file: EvalFile, controls: bool) -> Iterator[_Task]:
     for example in shuffled_images(file.examples):
         yield _Task(file.name, "shuffled", example)
     for example in file.examples:
-        yield _Task(file.name, "reordered", reorder_options(example, SHUFFLE_SEED))
+        reordered = reorder_options(example, SHUFFLE_SEED)
+        if reordered is not None:
+            yield _Task(file.name, "reordered", reordered)
 
 
 def _answers(
     tasks: Sequence[_Task], pool: RolloutPool, renderer: PromptRenderer, sampling: SamplingParams
-) -> Iterator[tuple[int, Completion]]:
-    """Index of a task and its completion, in the order in which they finish."""
+) -> Iterator[tuple[int, str, Completion]]:
+    """Index of a task, its prompt's prefill and its completion, in the order in which they finish."""
     requests = (
         RolloutRequest(index=index, prompt=task.render(renderer), group_size=1, sampling=sampling)
         for index, task in enumerate(tasks)
     )
     for group in answer_all(requests, pool):
-        yield group.request.index, group.completions[0]
+        yield group.request.index, group.prompt.prefill, group.completions[0]
 
 
 def answer_all(requests: Iterable[RolloutRequest], pool: RolloutPool) -> Iterator[RolloutGroup]:
@@ -209,10 +221,12 @@ def answer_all(requests: Iterable[RolloutRequest], pool: RolloutPool) -> Iterato
         yield pool.collect()
 
 
-def _judge(task: _Task, completion: Completion, renderer: PromptRenderer) -> EvalRow:
+def _judge(task: _Task, prefill: str, completion: Completion, renderer: PromptRenderer) -> EvalRow:
     """Right if and only if the letter in the completion's first well-formed answer tag is the right one."""
     example, parsed = task.shown, evaluated_letter(completion.text)
-    in_format = has_format if renderer.asks_for_reasoning(example) else has_answer_format
+    # a chat template that opens a reasoning asks for one too
+    reasoned = renderer.asks_for_reasoning(example) or opens_thinking(prefill)
+    in_format = has_format if reasoned else has_answer_format
     return EvalRow(
         file=task.file,
         id=example.id,
@@ -229,6 +243,13 @@ def _judge(task: _Task, completion: Completion, renderer: PromptRenderer) -> Eva
         tokens=len(completion.token_ids),
         finish_reason=completion.finish_reason,
     )
+
+
+def _warn_of_cuts(file: FileSummary, rows: Sequence[EvalRow], max_tokens: int, renderer: PromptRenderer) -> None:
+    if file.cut_by_length > CUT:
+        share = float(np.mean([went_on(row.completion, row.finish_reason) for row in rows if row.control == "none"]))
+        cause = why_cut(file.cut_by_length, share, f"eval.max_tokens={max_tokens}", renderer.end_tokens)
+        log.warning("%s: %s", file.name, cause)
 
 
 def _summarise(file: EvalFile, rows: Sequence[EvalRow], train: Sequence[Example]) -> FileSummary:
@@ -253,6 +274,7 @@ def _summarise(file: EvalFile, rows: Sequence[EvalRow], train: Sequence[Example]
         shuffled=_under(rows, "shuffled"),
         by_kind={kind: (sum(right), len(right)) for kind, right in by_kind.items()},
         reordered=_under(rows, "reordered"),
+        kept_order=sum(keeps_order(example.options) for example in file.examples),
     )
 
 

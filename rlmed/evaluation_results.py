@@ -18,6 +18,7 @@ from rlmed.core.files import partial_folder, refusal, rename_into_place, replace
 from rlmed.core.ownership import remove
 from rlmed.core.statistics import BoolArray, mcnemar, wilson_interval
 from rlmed.core.types import Example, FinishReason
+from rlmed.data.option_order import kept_order_text
 
 Control = Literal["none", "blank", "shuffled", "reordered"]
 """What was shown: the row as it is, a grey picture, another row's picture, or the row with its options in another order."""
@@ -51,6 +52,7 @@ class EvalRow:
     answer: str
     """The right letter."""
     completion: str
+    """With what the chat template has written of it."""
     parsed: str | None
     """The letter found in the completion."""
     right: bool
@@ -116,7 +118,9 @@ class FileSummary:
     by_kind: dict[str, tuple[int, int]]
     """Right answers and rows by kind of question, for rows that name a kind."""
     reordered: Accuracy | None = None
-    """With the options in another order; None without controls."""
+    """With the options in another order; None without controls, or where no row has another."""
+    kept_order: int = 0
+    """Rows that are left out of `reordered`, since an option refers to others, as `all of the above` does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,7 +305,7 @@ def summary_table(before: EvalSummary | None, after: EvalSummary, comparison: Ma
         span = f"step {before.step} → {after.step}"
     table = Table(
         title=Text(f"Held-out accuracy in %, {span}"),
-        caption="intervals: Wilson 95 %; p: McNemar, exact, paired",
+        caption="\n".join(["intervals: Wilson 95 %; p: McNemar, exact, paired", *kept_order_lines(after)]),
         box=box.SIMPLE_HEAD,  # lines between the columns would not leave room for the figures in 80 characters
         show_edge=False,
         pad_edge=False,
@@ -326,6 +330,11 @@ def summary_table(before: EvalSummary | None, after: EvalSummary, comparison: Ma
             f"{_percent(file.chance)}\n{_prior(file)}",
         )
     return table
+
+
+def kept_order_lines(summary: EvalSummary) -> list[str]:
+    """For each file with rows that have no other order of their options: how many they are."""
+    return [f"{file.name}: {kept_order_text(file.kept_order, file.rows)}" for file in summary.files if file.kept_order]
 
 
 def _prior(file: FileSummary) -> str:

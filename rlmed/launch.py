@@ -13,7 +13,7 @@ from learner.learner import loss_config
 from rewards.rubric import Rubric
 from rlmed.checkpoint import CheckpointError, list_checkpoints, read_state, save_checkpoint, starting_point
 from rlmed.cluster import Cluster, build_cluster
-from rlmed.commandline import check_same_run, refuse_trust, run_command, to_yaml
+from rlmed.commandline import check_same_run, run_command, to_yaml
 from rlmed.controller import LoopState, StepResult, train
 from rlmed.core.config import RunConfig
 from rlmed.core.files import replace_text
@@ -45,7 +45,6 @@ class Run:
             ValueError: for data, model or settings that cannot work.
         """
         self.config, self.folder = config, folder
-        refuse_trust(config)
         loss_config(config.algo)  # an impossible loss is an error before anything is loaded
         self.checkpoint = starting_point(folder, resume=config.resume is not None)
         self.progress = Progress()
@@ -160,7 +159,7 @@ class Run:
             groups = [self.rubric.score(self.cluster.pool.collect()) for _ in range(self.config.preflight.groups)]
         report = inspect(groups, mask_truncated=self.config.algo.mask_truncated)
         self.progress.message(report.line())
-        check(report, self.config.rollout.max_tokens)
+        check(report, self.config.rollout.max_tokens, self.renderer.end_tokens)
 
     def _after_step(self, result: StepResult) -> None:
         config, step = self.config, result.step

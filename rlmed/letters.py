@@ -11,6 +11,7 @@ import numpy as np
 from learner.likelihood import Question, completion_logprobs
 from rewards.parsing import ANSWER_CLOSING
 from rlmed.core.calibration import Float64Array
+from rlmed.core.prefill import remaining
 from rlmed.core.types import LETTERS, Prompt
 from rlmed.data.prompts import PromptRenderer
 from rlmed.models.policy import Policy
@@ -28,7 +29,7 @@ def letter_probabilities(
     closing tag belongs to it, since "A" alone could also begin a word.
 
     Args:
-        cases: prompts, each with the beginning of a completion of it, up to and including `<answer>`.
+        cases: prompts, each with the beginning of a completion of it, its prefill included, up to and including `<answer>`.
         policy: the weights.
         renderer: of the same model.
         token_budget: most tokens in a row, as `learner.token_budget`.
@@ -45,7 +46,8 @@ def letter_probabilities(
 
 def _question(prompt: Prompt, text: str, renderer: PromptRenderer) -> Question:
     letters = LETTERS[: len(prompt.example.options)]
-    shared, endings = renderer.parting_ids([f"{text}{letter}{ANSWER_CLOSING}" for letter in letters])
+    begun = remaining(prompt.prefill, text)
+    shared, endings = renderer.parting_ids([f"{begun}{letter}{ANSWER_CLOSING}" for letter in letters])
     return dataclasses.replace(prompt, token_ids=np.concatenate([prompt.token_ids, shared])), endings
 
 

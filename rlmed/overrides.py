@@ -34,6 +34,7 @@ from rlmed.core.config import RunConfig
 from rlmed.core.config_building import check_key
 from rlmed.core.display import one_line
 
+CONFIG_GROUPS = tuple(sorted(entry.name for entry in resources.files("conf").iterdir() if entry.is_dir()))
 EMBEDDED_SUFFIX = "_embedded"
 ADDED_GROUPS = ("experiment", "debug")
 """Groups of which a run has no option unless one is asked for."""
@@ -43,9 +44,10 @@ _HYDRA_TEXTS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra
 
 
 def group_options(group: str) -> list[str]:
-    """Names of the YAML files in `conf/<group>/`."""
+    """Names of the YAML files in `conf/<group>/` that are options, and not what options share."""
     folder = resources.files("conf").joinpath(group)
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    names = [entry.name for entry in folder.iterdir() if entry.name.endswith(".yaml")]
+    return sorted(name.removesuffix(".yaml") for name in names if not name.startswith("_"))
 
 
 def expand(arguments: Sequence[str], *, cuda: bool, sweeps: bool = False) -> list[str]:

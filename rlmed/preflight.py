@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rewards.parsing import ANSWER_CLOSING
 from rlmed.controller import teaches
-from rlmed.core.types import ScoredGroup
+from rlmed.core.types import FinishReason, ScoredGroup
 
 
 class PreflightError(ValueError):
@@ -26,6 +27,8 @@ class PreflightReport:
     """None when no reward named "format" is in use."""
     truncated: float
     """Completions cut by the length limit."""
+    went_on: float
+    """Completions that had answered, went on, and were cut by the length limit."""
     without_spread: float
     """Groups that teach nothing: all completions have the same reward, or all are kept out of the loss."""
     distinct: float
@@ -35,9 +38,10 @@ class PreflightReport:
 
     def line(self) -> str:
         """The facts in one line."""
+        cut = f"{self.truncated:.0%}" + (f" ({self.went_on:.0%} after their answer)" if self.went_on else "")
         form = "" if self.format_rate is None else f"format {self.format_rate:.0%}, "
         return (
-            f"preflight: {self.groups} groups, reward {self.reward_mean:.2f}, {form}cut by length {self.truncated:.0%}, "
+            f"preflight: {self.groups} groups, reward {self.reward_mean:.2f}, {form}cut by length {cut}, "
             f"groups without spread {self.without_spread:.0%}, distinct completions {self.distinct:.0%}"
         )
 
@@ -53,14 +57,47 @@ def inspect(groups: Sequence[ScoredGroup], *, mask_truncated: bool = False) -> P
         reward_mean=float(np.concatenate([group.rewards for group in groups]).mean()),
         format_rate=float(np.concatenate(formats).mean()) if formats else None,
         truncated=float(np.mean([completion.finish_reason == "length" for completion in completions])),
+        went_on=float(np.mean([went_on(completion.text, completion.finish_reason) for completion in completions])),
         without_spread=float(np.mean([not teaches(group, mask_truncated=mask_truncated) for group in groups])),
         distinct=float(np.mean([len(set(entry)) / len(entry) for entry in texts])),
         longest=max(len(completion.token_ids) for completion in completions),
     )
 
 
-def check(report: PreflightReport, max_tokens: int) -> None:
+def went_on(text: str, finish_reason: FinishReason) -> bool:
+    """Whether a completion was cut by the length limit after it had answered: it needed an end, and no more room."""
+    return finish_reason == "length" and ANSWER_CLOSING in text
+
+
+def why_cut(truncated: float, went_on: float, limit: str, end_tokens: Sequence[str]) -> str:
+    """The usual cause and the cure where many completions are cut by the length limit.
+
+    Args:
+        truncated: share of completions that were cut.
+        went_on: share that were cut after their answer.
+        limit: key and value of the limit, for example "rollout.max_tokens=512".
+        end_tokens: that could have ended them.
+    """
+    key, ends = limit.partition("=")[0], ", ".join(end_tokens) or "an end token"
+    if went_on > truncated / 2:
+        return (
+            f"{went_on:.0%} of the completions had answered and went on until {limit}: the model does not end them with "
+            f"{ends}, and a larger {key} would not help. Let it learn that with python -m rlmed.sft, check that "
+            "generation_config.json and the chat template name the end token that it was trained with, or end completions at "
+            "their answer: "
+            "'rollout.stop=[\"</answer>\"]'"
+        )
+    never = f"; if none ends by itself then either, the model does not write {ends}" if truncated == 1 else ""
+    return f"{truncated:.0%} of the completions were cut at {limit} before they answered: raise {key}{never}"
+
+
+def check(report: PreflightReport, max_tokens: int, end_tokens: Sequence[str] = ()) -> None:
     """Stop when no group teaches anything.
+
+    Args:
+        report: the facts.
+        max_tokens: where completions are cut.
+        end_tokens: what could end them before.
 
     Raises:
         PreflightError: with the most likely cause and its cure.
@@ -72,10 +109,7 @@ def check(report: PreflightReport, max_tokens: int) -> None:
             "all completions of a group are the same: raise rollout.temperature, or check that top_k and top_p are off"
         )
     elif report.truncated > 0.5:
-        cause = (
-            f"{report.truncated:.0%} of the completions were cut at rollout.max_tokens={max_tokens} before they answered: "
-            "raise rollout.max_tokens"
-        )
+        cause = why_cut(report.truncated, report.went_on, f"rollout.max_tokens={max_tokens}", end_tokens)
     elif report.reward_mean <= 0:
         cause = (
             "no completion earned any reward: the model does not know the format or the task yet, so align it first "

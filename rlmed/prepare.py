@@ -16,6 +16,7 @@ from rich.table import Table
 from rlmed.core.display import ending_errors, keep_display
 from rlmed.data.layout import MANIFEST, Layout, check_target, write_layout
 from rlmed.data.leakage_report import doubt_lines, leakage_lines
+from rlmed.data.option_order import kept_order_text
 from rlmed.data.readers.registry import READERS, find_reader
 
 REASONS_SHOWN = 3
@@ -99,6 +100,15 @@ def skips(layout: Layout) -> str:
     )
 
 
+def kept_orders(layout: Layout) -> list[str]:
+    """For each split with rows that have no other order of their options: how many they are."""
+    return [
+        f"order:      {name}: {kept_order_text(split.kept_order, split.rows)}"
+        for name, split in layout.splits.items()
+        if split.kept_order
+    ]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prepare, say what was written; errors end with one line and exit status 2."""
     keep_display()
@@ -109,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.print(summary(layout))
     found = [*leakage_lines(layout.leakage), *doubt_lines(layout.leakage)] if layout.leakage else []
     leaks = [f"leakage:    {line}" for line in found]
-    for text in filter(None, [skips(layout), *leaks, f"written:    {layout.folder / MANIFEST}"]):
+    for text in filter(None, [skips(layout), *kept_orders(layout), *leaks, f"written:    {layout.folder / MANIFEST}"]):
         console.print(text, markup=False, soft_wrap=True)
 
 

@@ -19,6 +19,7 @@ from rlmed.core.jsonlines import JsonLinesWriter, finite
 from rlmed.core.tracing import TIMELINE_LINES
 from rlmed.core.types import ScoredGroup, TrainGroup
 from rlmed.data.leakage_report import LeakageReport
+from rlmed.data.option_order import keeps_order
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -235,8 +236,9 @@ def write_versions(folder: Path) -> Path:
 def write_data(folder: Path, files: Sequence[DataFile], leakage: LeakageReport | None = None) -> Path:
     """Write `data.json`: each data file with its hash, the rows of it that are not used, and what files share.
 
-    The file holds `{"files": [{"name", "path", "sha256", "rows", "skipped": [{"line", "id", "reason"}]}]}`; `rows` are those
-    that are used. `"leakage"` is there when it was looked for; see `LeakageReport`.
+    The file holds `{"files": [{"name", "path", "sha256", "rows", "kept_order", "skipped": [{"line", "id", "reason"}]}]}`;
+    `rows` are those that are used, `kept_order` those of them whose options have no other order. `"leakage"` is there when it
+    was looked for; see `LeakageReport`.
 
     Raises:
         RecordError: when the disk refuses.
@@ -274,7 +276,14 @@ def _data_entries(files: Sequence[DataFile]) -> list[dict[str, Any]]:
         ]
         rows = len(file.examples)
         entries.append(
-            {"name": file.name, "path": str(file.path), "sha256": file.read.sha256, "rows": rows, "skipped": skipped}
+            {
+                "name": file.name,
+                "path": str(file.path),
+                "sha256": file.read.sha256,
+                "rows": rows,
+                "kept_order": sum(keeps_order(example.options) for example in file.examples),
+                "skipped": skipped,
+            }
         )
     return entries
 

@@ -298,7 +298,8 @@ def _timeline(path: Path) -> dict[str, Any] | None:
 
 
 def _data(content: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [{**file, "shown": file["skipped"][:SKIPPED_SHOWN]} for file in content["files"]]
+    # runs of earlier versions counted no rows that keep their order
+    return [{"kept_order": 0, **file, "shown": file["skipped"][:SKIPPED_SHOWN]} for file in content["files"]]
 
 
 def _percent(share: float) -> str:

@@ -11,7 +11,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from rewards.parsing import answer_text, evaluated_letter, has_format
+from rewards.parsing import answer_text, evaluated_letter, reasoning_text
 from rlmed.core.jsonlines import parse_line
 from rlmed.core.types import LETTERS
 from rlmed.data.images import BadImageError, load_image
@@ -164,8 +164,8 @@ def take_apart(text: str, answer: str) -> dict[str, Any]:
         "answer": None,
         "raw": None,
     }
-    if has_format(text):
-        reasoning = text[len("<think>") : text.index("</think>")].strip()
+    reasoning = reasoning_text(text)
+    if reasoning is not None:
         return parts | {
             "reasoning": reasoning[:CHARACTERS],
             "answer": (answer_text(text) or "")[:CHARACTERS],

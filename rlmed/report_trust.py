@@ -22,7 +22,7 @@ def show_trust(summary: TrustSummary) -> dict[str, Any]:
         "domains": summary.domains,
         "ks": sorted({entry.k for file in summary.files for entry in file.sampling.passes}),
         "samples": summary.files[0].sampling.samples,
-        "orders": len(summary.files[0].order.orders),
+        "orders": max((len(file.order.orders) for file in summary.files if file.order is not None), default=1),
         "plots": [plot for file in summary.files for plot in _plots(file)],
     }
 
@@ -45,13 +45,14 @@ def _plots(file: FileTrust) -> list[Plot]:
             _draw_sampling(file.sampling),
         )
     )
-    plots.append(
-        Plot(
-            f"{file.name}: letters over {len(file.order.orders)} option orders",
-            "share of the answers that give the letter, bootstrap 95 %; bar: share of questions where it is right",
-            _draw_letters(file.order),
+    if file.order is not None:
+        plots.append(
+            Plot(
+                f"{file.name}: letters over {len(file.order.orders)} option orders",
+                "share of the answers that give the letter, bootstrap 95 %; bar: share of questions where it is right",
+                _draw_letters(file.order),
+            )
         )
-    )
     return plots
 
 

@@ -6,8 +6,9 @@ It runs, one after the other and each in a folder of its own under `--out`,
     python -m rlmed.sft      … seed=S    supervised fine-tuning on the same rows
     python -m rlmed.launch   … seed=S    reinforcement learning
 
-with the same overrides, and writes `reproduce.md`, `.tex`, `.json` and `.html`. Killed at any moment, the same command goes on:
-a run that has ended is not run again, and one that was interrupted continues from its last checkpoint.
+with the same overrides, each with those that it reads, and writes `reproduce.md`, `.tex`, `.json` and `.html`. Killed at any
+moment, the same command goes on: a run that has ended is not run again, and one that was interrupted continues from its last
+checkpoint.
 """
 
 from __future__ import annotations
@@ -22,17 +23,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
-from rlmed.commandline import LOST
+from rlmed.commandline import LOST, unused_overrides
 from rlmed.core.display import ending_errors, keep_display
 from rlmed.core.files import replace_text
 from rlmed.core.holding import hold
-from rlmed.overrides import quoted
+from rlmed.overrides import expand, quoted
 from rlmed.reproduction import Reproduction, collect, write_reproduction
 
 COMMANDS = {"base": "evaluate", "sft": "sft", "rl": "launch"}
 """Command by method, in the order in which they are run."""
+PROGRAMS = {"base": "evaluate", "sft": "sft", "rl": "train"}
+"""What of `conf/` each of them composes."""
 OURS = ("seed", "resume", "hydra.run.dir", "eval.at_start", "eval.at_end", "eval.controls")
 """Keys that are set for each run here."""
 DONE_FILE = "reproduce_done.json"
@@ -62,8 +66,8 @@ class Run:
     def arguments(self) -> list[str]:
         """What python is given, apart from where the run writes."""
         # the base is evaluated once for all, and not again at the start of every run
-        own = [f"seed={self.seed}", "eval.controls=true", "eval.at_start=false", "eval.at_end=true"]
-        return ["-m", f"rlmed.{COMMANDS[self.method]}", *self.overrides, *own]
+        trained = [f"seed={self.seed}", "eval.at_start=false", "eval.at_end=true"] if self.method != "base" else []
+        return ["-m", f"rlmed.{COMMANDS[self.method]}", *self.overrides, *trained, "eval.controls=true"]
 
     @property
     def done(self) -> bool:
@@ -90,7 +94,8 @@ class Run:
             RuntimeError: when the command fails; its own error is on the terminal.
         """
         start = time.perf_counter()
-        where = [f"hydra.run.dir={quoted(str(self.folder.resolve()), commas=False)}", "resume=auto"]
+        where = [f"hydra.run.dir={quoted(str(self.folder.resolve()), commas=False)}"]
+        where += ["resume=auto"] if self.method != "base" else []
         for _ in range(ATTEMPTS):
             status = subprocess.run([sys.executable, *self.arguments, *where], check=False).returncode
             if status != LOST:  # a lost process: the same command goes on
@@ -108,7 +113,7 @@ def plan(root: Path, methods: Sequence[str], seeds: Sequence[int], overrides: Se
     """The runs in their order: the base, then each method seed by seed.
 
     Raises:
-        ValueError: for an override of a key that is set here, or a seed given twice.
+        ValueError: for an override of a key that is set here or that none of the runs reads, or a seed given twice.
     """
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"--seeds {' '.join(map(str, seeds))}: a seed given twice counts the same run twice")
@@ -119,8 +124,30 @@ def plan(root: Path, methods: Sequence[str], seeds: Sequence[int], overrides: Se
         if "=" not in entry or key in OURS:
             what = "is set for each run" if key in OURS else "is no override of the form key=value"
             raise ValueError(f"{entry} {what}: give --seeds and --out, and only keys that all runs share")
-    base = [Run("base", 0, root, tuple(overrides))]
-    return base + [Run(method, seed, root, tuple(overrides)) for seed in seeds for method in methods]
+    shares = _share_out(["base", *methods], overrides)
+    base = [Run("base", 0, root, shares["base"])]
+    return base + [Run(method, seed, root, shares[method]) for seed in seeds for method in methods]
+
+
+def _share_out(methods: Sequence[str], overrides: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """For each method the overrides that its command reads.
+
+    Raises:
+        ValueError: for an override that none of them reads.
+    """
+    cuda = torch.cuda.is_available()
+    expanded = expand(overrides, cuda=cuda)
+    unused = {
+        method: {refusal.override: refusal.text for refusal in unused_overrides(PROGRAMS[method], expanded)}
+        for method in methods
+    }
+    for entry, text in unused[methods[-1]].items():
+        if all(entry in refused for refused in unused.values()):
+            raise ValueError(text)
+    return {
+        method: tuple(entry for entry in overrides if not unused[method].keys() & set(expand([entry], cuda=cuda)))
+        for method in methods
+    }
 
 
 def default_folder(overrides: Sequence[str]) -> Path:

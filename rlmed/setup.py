@@ -7,6 +7,7 @@ import logging
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,10 +16,15 @@ from rlmed.core.types import Example
 from rlmed.data.jsonl import ReadResult, SkippedRow, format_skips, read_examples
 from rlmed.data.leakage import find_leakage
 from rlmed.data.leakage_report import LeakageReport, check_no_leakage, doubt_lines, leakage_lines
+from rlmed.data.option_order import keeps_order, kept_order_text
 from rlmed.data.phantom import write_dataset
 from rlmed.data.prompts import PROMPT_FILE, PromptRenderer, load_processor, read_prompt_settings
 from rlmed.evaluation import EvalFile
+from rlmed.models.agreement import check_agreement, position_doubt
 from rlmed.models.policy import load_config
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 EMBEDDED = "embedded:"
@@ -104,13 +110,25 @@ def resolve_dtype(config: ModelConfig) -> str:
     return "bfloat16" if native else "float32"
 
 
+def open_model(folder: Path) -> tuple[PreTrainedTokenizerBase, BaseImageProcessor | None]:
+    """Tokenizer and image processor of a model, once its files agree with each other; what was settled is logged.
+
+    Raises:
+        ValueError: when there is no such model, or its files are damaged or of several models.
+    """
+    config = load_config(folder)  # says what to do when there is no such model, before the tokenizer is missed
+    tokenizer, image_processor = load_processor(folder)
+    for doubt in check_agreement(folder, config, tokenizer, image_processor):
+        log.warning("%s", doubt)
+    return tokenizer, image_processor
+
+
 def make_renderer(config: RunConfig) -> PromptRenderer:
     """The prompt renderer of the run's model."""
     folder = model_folder(config.model.path)
     if not folder.is_dir() and not folder.is_absolute():
         log.info("model %s is no folder here: looking for it in the hub's cache and on the hub", folder)
-    load_config(folder)  # says what to do when there is no such model, before the tokenizer is missed
-    tokenizer, image_processor = load_processor(folder)
+    tokenizer, image_processor = open_model(folder)
     renderer = PromptRenderer(
         tokenizer,
         image_processor,
@@ -120,6 +138,13 @@ def make_renderer(config: RunConfig) -> PromptRenderer:
         template=config.prompt.template,
         by_modality=config.prompt.by_modality,
     )
+    too_long = position_doubt(
+        load_config(folder),
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        max_tokens=max(config.rollout.max_tokens, config.eval.max_tokens),
+    )
+    for doubt in filter(None, (too_long, renderer.prefill_doubt())):
+        log.warning("%s", doubt)
     trained = read_prompt_settings(folder)
     if trained is not None and (trained["template"], trained["by_modality"]) != (
         renderer.template,
@@ -204,6 +229,9 @@ def _load_file(path: str, config: DataConfig, renderer: PromptRenderer, limit: i
         if config.on_bad_row == "error" or not examples:
             raise ValueError(f"{path}: {len(dropped)} of {len(read.examples)} rows cannot be used; {first}")
         log.warning("%s: %d rows dropped, all are listed in data.json; %s", path, len(dropped), first)
+    kept = sum(keeps_order(example.options) for example in examples)
+    if kept:
+        log.info("%s: %s", path, kept_order_text(kept, len(examples)))
     return DataFile(Path(path).stem, Path(path), read, examples, dropped)
 
 

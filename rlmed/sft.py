@@ -16,9 +16,10 @@ from rich.console import Console
 from learner.packing import PackItem
 from learner.supervised import SupervisedLearner, written_item
 from rlmed.checkpoint import CheckpointError, list_checkpoints, read_state, save_checkpoint, starting_point
-from rlmed.commandline import check_same_run, refuse_trust, run_command, to_yaml
+from rlmed.commandline import check_same_run, run_command, to_yaml
 from rlmed.core.config import RunConfig
 from rlmed.core.files import replace_text
+from rlmed.core.prefill import remaining
 from rlmed.core.tracing import Tracer
 from rlmed.core.types import Example
 from rlmed.data.curriculum import Curriculum, Place
@@ -69,13 +70,13 @@ class Batches:
             # not where the row's own text names a letter
             unwritten = dataclasses.replace(example, completion=None)
             example = shuffle_options(unwritten, self._seed * SEED_STRIDE + place.epoch)
-        token_ids = self._renderer.completion_ids(target_text(example, self._config.target))
-        return written_item(self._renderer.render(example), token_ids)
+        prompt = self._renderer.render(example)
+        written = remaining(prompt.prefill, target_text(example, self._config.target))
+        return written_item(prompt, self._renderer.completion_ids(written))
 
 
 def main(config: RunConfig, folder: Path) -> None:
     """Run the fine-tuning described by `config` in `folder`."""
-    refuse_trust(config)
     checkpoint = starting_point(folder, resume=config.resume is not None)
     renderer = make_renderer(config)
     data = load_run_data(config, renderer, training=True)

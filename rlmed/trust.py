@@ -15,6 +15,7 @@ from pathlib import Path
 from rewards.parsing import ANSWER_OPENING, evaluated_letter
 from rlmed.core.protocols import RolloutPool
 from rlmed.core.types import Example, Prompt, RolloutGroup, RolloutRequest, SamplingParams
+from rlmed.data.option_order import keeps_order
 from rlmed.data.prompts import PromptRenderer
 from rlmed.data.sampler import shuffle_options
 from rlmed.evaluation import EvalFile, Progress, answer_all
@@ -109,13 +110,15 @@ def _file_trust(rows: Sequence[EvalRow], answers: Sequence[TrustAnswer], argued:
     reasoned = [(answer.reasoned, answer.answer) for answer in answers if answer.reasoned is not None]
     direct = calibration([answer.direct for answer in answers], [answer.answer for answer in answers])
     assert direct is not None
+    turned = [answer for answer in answers if len(answer.orders) > 1]
     return FileTrust(
         name=answers[0].file,
         rows=len(answers),
         reasoned=calibration([probabilities for probabilities, _ in reasoned], [letter for _, letter in reasoned]),
         direct=direct,
         sampling=sampling(answers),
-        order=order_sensitivity(answers),
+        order=order_sensitivity(turned) if turned else None,
+        kept_order=len(answers) - len(turned),
         reliance=reliance(rows),
         agreement=reasoning_agreement(rows, argued),
     )
@@ -150,7 +153,7 @@ class _Asker:
                 samples=samples[key],
                 orders=(
                     OrderAnswer(example.options, example.letter, rows[key].parsed),
-                    *(order[key] for order in orders),
+                    *(order[key] for order in orders if key in order),
                 ),
             )
             for key, example in self.questions.items()
@@ -163,18 +166,23 @@ class _Asker:
             RolloutRequest(i, prompt, settings.samples, dataclasses.replace(drawn, seed=settings.seed + i))
             for i, prompt in enumerate(self._prompts(self.questions.values()))
         )
-        groups = self._groups("samples", requests)
+        groups = self._groups("samples", requests, list(self.questions))
         return {
             key: tuple(evaluated_letter(entry.text) for entry in group.completions) for key, group in groups.items()
         }
 
     def _order(self, seed: int) -> dict[Key, OrderAnswer]:
+        """Answers to the questions that have another order."""
         greedy = SamplingParams(temperature=0.0, max_tokens=self.settings.max_tokens, stop=self.settings.stop)
         # a written completion names letters of the order of the file, and nothing here reads it
-        plain = (dataclasses.replace(example, completion=None) for example in self.questions.values())
-        shuffled = (shuffle_options(example, seed) for example in plain)
+        plain = {
+            key: dataclasses.replace(example, completion=None)
+            for key, example in self.questions.items()
+            if not keeps_order(example.options)
+        }
+        shuffled = (shuffle_options(example, seed) for example in plain.values())
         requests = (RolloutRequest(i, prompt, 1, greedy) for i, prompt in enumerate(self._prompts(shuffled)))
-        groups = self._groups(f"option order {seed}", requests)
+        groups = self._groups(f"option order {seed}", requests, list(plain))
         return {
             key: OrderAnswer(
                 group.prompt.example.options,
@@ -187,9 +195,8 @@ class _Asker:
     def _prompts(self, examples: Iterable[Example]) -> Iterator[Prompt]:
         return (self.renderer.render(example) for example in examples)
 
-    def _groups(self, part: str, requests: Iterator[RolloutRequest]) -> dict[Key, RolloutGroup]:
+    def _groups(self, part: str, requests: Iterator[RolloutRequest], keys: Sequence[Key]) -> dict[Key, RolloutGroup]:
         """The finished groups without their pictures, by the question that their index counts."""
-        keys = list(self.questions)
         found: dict[Key, RolloutGroup] = {}
         for group in answer_all(requests, self.pool):
             bare = dataclasses.replace(group.request, prompt=dataclasses.replace(group.prompt, image_inputs={}))

@@ -61,7 +61,7 @@ class TrustAnswer:
     samples: tuple[str | None, ...]
     """The letters of the sampled completions."""
     orders: tuple[OrderAnswer, ...]
-    """Greedy answers, the order of the file first."""
+    """Greedy answers, the order of the file first, and alone where an option refers to others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,10 +195,13 @@ class FileTrust:
     direct: Calibration
     """Answered without reasoning."""
     sampling: Sampling
-    order: OrderSensitivity
+    order: OrderSensitivity | None
+    """Of the questions that have another order; None where none has."""
     reliance: tuple[Reliance, ...]
     """Of all questions, then by kind."""
     agreement: Agreement
+    kept_order: int = 0
+    """Questions that have no other order, since an option refers to others."""
 
 
 @dataclass(frozen=True, slots=True)

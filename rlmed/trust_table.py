@@ -45,10 +45,11 @@ def _figures(file: FileTrust) -> dict[str, str]:
                 f"confidence, {label}": _cell(found.confidence),
                 f"accuracy, {label}": _cell(found.accuracy),
             }
-    figures |= passes | {
-        f"majority of {file.sampling.samples}": _cell(file.sampling.vote),
-        "same option in all orders": _cell(file.order.stays),
-    }
+    figures |= passes | {f"majority of {file.sampling.samples}": _cell(file.sampling.vote)}
+    if file.order is not None:
+        figures["same option in all orders"] = _cell(file.order.stays)
+    if file.kept_order:
+        figures["rows that keep their order"] = str(file.kept_order)
     whole = file.reliance[0]
     for label, gap in (("blank", whole.blank), ("shuffled", whole.shuffled)):
         if gap is not None:

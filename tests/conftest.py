@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from rlmed.core.types import (
 )
 from rlmed.models.policy import Policy, load_policy
 from rlmed.models.tiny import build_tiny_text, build_tiny_vl
+from rlmed.setup import model_folder
 
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(1)  # the models are so small that threads only wait for each other
@@ -73,6 +75,12 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
         return folder
 
     return build
+
+
+@pytest.fixture
+def base_copy(tmp_path: Path) -> Path:
+    """A copy of the embedded model, to change one of its files."""
+    return shutil.copytree(model_folder("embedded:tiny_base"), tmp_path / "copy")
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """The configuration as typed records, validated once at the edge: Hydra composes a mapping, `config_building` checks it.
 
-Each part of the program receives its own sub-config only. What a key means is said above it in `conf/`.
+Each part of the program receives its own sub-config only. What a key means is said above it in `conf/`, the only place for its
+default: no field has one here.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from rlmed.core.config_checks import require, require_one_of
 from rlmed.core.config_running import (
@@ -25,15 +26,15 @@ MAX_SEED = 2**40
 """Larger ones would not fit, multiplied, into the 64-bit seeds of completions."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Which model, and how it is held."""
 
     path: str
-    dtype: str = "auto"
-    device: str = "auto"
-    min_pixels: int | None = None
-    max_pixels: int | None = None
+    dtype: str
+    device: str
+    min_pixels: int | None
+    max_pixels: int | None
 
     def __post_init__(self) -> None:
         require_one_of("model.dtype", self.dtype, ("auto", "float32", "bfloat16"))
@@ -47,15 +48,15 @@ class ModelConfig:
         require(pixels[0] <= pixels[1], f"model.min_pixels={pixels[0]} exceeds model.max_pixels={pixels[1]}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SelectionConfig:
     """Which training prompts are passed over for a while; see `rlmed.data.curriculum.PassRates`."""
 
-    mode: str = "all"
-    min_visits: int = 1
-    low: float = 0.0
-    high: float = 1.0
-    retest_after: int = 2
+    mode: str
+    min_visits: int
+    low: float
+    high: float
+    retest_after: int
 
     def __post_init__(self) -> None:
         require_one_of("data.selection.mode", self.mode, ("all", "pass_rate"))
@@ -72,23 +73,23 @@ class SelectionConfig:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where questions come from and how they become prompts."""
 
-    source: str = "jsonl"
-    train: str | None = None
-    eval: tuple[str, ...] = ()
-    phantom_seed: int = 0
-    phantom_folder: str | None = None
-    max_prompt_tokens: int = 1024
-    shuffle_options: bool = False
-    mix: Mapping[str, float] | None = None
-    selection: SelectionConfig = field(default_factory=SelectionConfig)
-    on_bad_row: str = "skip"
-    leakage: str = "report"
-    limit: int | None = None
-    download: str | None = None
+    source: str
+    train: str | None
+    eval: tuple[str, ...]
+    phantom_seed: int
+    phantom_folder: str | None
+    max_prompt_tokens: int
+    shuffle_options: bool
+    mix: Mapping[str, float] | None
+    selection: SelectionConfig
+    on_bad_row: str
+    leakage: str
+    limit: int | None
+    download: str | None
 
     def __post_init__(self) -> None:
         require_one_of("data.source", self.source, ("jsonl", "phantom"))
@@ -107,12 +108,12 @@ class DataConfig:
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PromptConfig:
     """What is asked; see `rlmed.data.prompts.PromptRenderer`."""
 
     template: str
-    by_modality: Mapping[str, str] = field(default_factory=dict)
+    by_modality: Mapping[str, str]
 
     def __post_init__(self) -> None:
         for key, text in (("template", self.template), *((f"by_modality.{k}", v) for k, v in self.by_modality.items())):
@@ -122,31 +123,31 @@ class PromptConfig:
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AlgoConfig:
     """The policy-gradient algorithm as settings; docs/papers.md gives the source of each.
 
     The keys of the loss are checked where they are used, by `learner.losses.PolicyLossConfig`, before anything is loaded.
     """
 
-    group_size: int = 4
-    groups_per_step: int = 4
-    advantage: str = "grpo"
-    normalize_by: str | None = None
-    ratio_level: str = "token"
-    clip: str = "ppo"
-    clip_ratio_low: float = 0.2
-    clip_ratio_high: float = 0.2
-    dual_clip: float = 3.0
-    kl_coef: float = 0.04
-    kl_estimator: str = "k3"
-    aggregation: str = "sequence_mean"
-    old_logprobs: str = "learner"
-    importance_cap: float | None = None
-    dynamic_sampling: bool = False
-    max_refills: int = 4
-    mask_truncated: bool = False
-    max_staleness: int = 0
+    group_size: int
+    groups_per_step: int
+    advantage: str
+    normalize_by: str | None
+    ratio_level: str
+    clip: str
+    clip_ratio_low: float
+    clip_ratio_high: float
+    dual_clip: float
+    kl_coef: float
+    kl_estimator: str
+    aggregation: str
+    old_logprobs: str
+    importance_cap: float | None
+    dynamic_sampling: bool
+    max_refills: int
+    mask_truncated: bool
+    max_staleness: int
 
     def __post_init__(self) -> None:
         require_one_of("algo.advantage", self.advantage, ("grpo", "dr_grpo", "rloo"))
@@ -165,13 +166,13 @@ class AlgoConfig:
         require(self.max_refills >= 0, f"algo.max_refills={self.max_refills} must not be negative")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RewardConfig:
     """What a completion is rewarded for."""
 
-    weights: Mapping[str, float] = field(default_factory=lambda: {"format": 1.0, "choice": 1.0})
-    extra: tuple[str, ...] = ()
-    timeout_s: float = 30.0
+    weights: Mapping[str, float]
+    extra: tuple[str, ...]
+    timeout_s: float
 
     def __post_init__(self) -> None:
         require(
@@ -181,21 +182,21 @@ class RewardConfig:
         require(self.timeout_s > 0, f"reward.timeout_s={self.timeout_s} must be positive")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LearnerConfig:
     """How the policy is updated."""
 
-    lr: float = 1e-6
-    lr_schedule: str = "linear"
-    warmup_steps: int = 0
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    token_budget: int = 16384
-    epochs: int = 1
-    mini_batches: int = 1
-    gradient_checkpointing: bool = False
-    freeze: tuple[str, ...] = ()
+    lr: float
+    lr_schedule: str
+    warmup_steps: int
+    betas: tuple[float, float]
+    weight_decay: float
+    max_grad_norm: float
+    token_budget: int
+    epochs: int
+    mini_batches: int
+    gradient_checkpointing: bool
+    freeze: tuple[str, ...]
 
     def __post_init__(self) -> None:
         require_one_of("learner.lr_schedule", self.lr_schedule, ("constant", "linear", "cosine"))
@@ -215,7 +216,7 @@ class LearnerConfig:
         require(len(set(self.freeze)) < 3, "learner.freeze names every part: nothing would be trained")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A whole run."""
 
@@ -234,10 +235,10 @@ class RunConfig:
     checkpoint: CheckpointConfig
     preflight: PreflightConfig
     sft: SftConfig
-    debug: DebugConfig = field(default_factory=DebugConfig)
-    profile: str = "auto"
-    resume: str | None = None
-    before: str | None = None
+    debug: DebugConfig
+    profile: str
+    resume: str | None
+    before: str | None
 
     def __post_init__(self) -> None:
         require(bool(self.name.strip()), f"name={self.name!r} must not be empty: the run's folder is called so")

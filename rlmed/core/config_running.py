@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from rlmed.core.config_checks import require, require_one_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     """How completions are sampled while training."""
 
-    engine: str = "native"
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    max_tokens: int = 512
-    stop: tuple[str, ...] = ()
-    max_completions: int = 64
-    prefill_tokens: int = 8192
-    on_push: str = "continue"
-    max_mismatch_kl: float | None = None
-    tensor_parallel_size: int = 1
-    gpu_memory_utilization: float | None = None
-    kv_cache_gib: float | None = None
-    enforce_eager: bool | None = None
-    sleep: bool | None = None
+    engine: str
+    temperature: float
+    top_p: float
+    top_k: int
+    max_tokens: int
+    stop: tuple[str, ...]
+    max_completions: int
+    prefill_tokens: int
+    on_push: str
+    max_mismatch_kl: float | None
+    tensor_parallel_size: int
+    gpu_memory_utilization: float | None
+    kv_cache_gib: float | None
+    enforce_eager: bool | None
+    sleep: bool | None
 
     def __post_init__(self) -> None:
         require_one_of("rollout.engine", self.engine, ("native", "vllm", "fake"))
@@ -61,28 +61,28 @@ class RolloutConfig:
         require(self.prefill_tokens >= 1, f"rollout.prefill_tokens={self.prefill_tokens} must be at least 1")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
     """Where the parts run."""
 
-    kind: str = "local"
-    threads: int | None = None
-    address: str | None = None
-    rollout_workers: int = 1
-    learner_ranks: int = 1
-    worker_gpus: float | None = None
-    learner_gpus: float | None = None
-    worker_resources: Mapping[str, float] = field(default_factory=dict)
-    learner_resources: Mapping[str, float] = field(default_factory=dict)
-    runtime_env: Mapping[str, Any] = field(default_factory=dict)
-    weight_transfer: str = "auto"
-    silence_timeout_s: float = 60.0
-    stall_timeout_s: float = 600.0
-    start_timeout_s: float = 600.0
-    push_timeout_s: float = 600.0
-    learner_timeout_s: float = 3600.0
-    max_worker_failures: int = 3
-    worker_logs: bool = False
+    kind: str
+    threads: int | None
+    address: str | None
+    rollout_workers: int
+    learner_ranks: int
+    worker_gpus: float | None
+    learner_gpus: float | None
+    worker_resources: Mapping[str, float]
+    learner_resources: Mapping[str, float]
+    runtime_env: Mapping[str, Any]
+    weight_transfer: str
+    silence_timeout_s: float
+    stall_timeout_s: float
+    start_timeout_s: float
+    push_timeout_s: float
+    learner_timeout_s: float
+    max_worker_failures: int
+    worker_logs: bool
 
     def __post_init__(self) -> None:
         require_one_of("cluster.kind", self.kind, ("local", "ray"))
@@ -115,18 +115,18 @@ class ClusterConfig:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """When and how accuracy is measured."""
 
-    every: int = 0
-    at_start: bool = True
-    at_end: bool = True
-    limit: int | None = None
-    max_tokens: int = 512
-    controls: bool = True
-    trust: bool = False
-    samples: int = 8
+    every: int
+    at_start: bool
+    at_end: bool
+    limit: int | None
+    max_tokens: int
+    controls: bool
+    trust: bool
+    samples: int
 
     def __post_init__(self) -> None:
         require(self.samples >= 1, f"eval.samples={self.samples} must be at least 1")
@@ -135,36 +135,36 @@ class EvalConfig:
         require(self.max_tokens >= 1, f"eval.max_tokens={self.max_tokens} must be at least 1")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """When the run is saved."""
 
-    every: int = 50
-    keep_last: int = 2
+    every: int
+    keep_last: int
 
     def __post_init__(self) -> None:
         require(self.every >= 0, f"checkpoint.every={self.every} must be 0 (only at the end) or a number of steps")
         require(self.keep_last >= 1, f"checkpoint.keep_last={self.keep_last} must be at least 1")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PreflightConfig:
     """The check before step 1 that learning is possible."""
 
-    enabled: bool = True
-    groups: int = 8
+    enabled: bool
+    groups: int
 
     def __post_init__(self) -> None:
         require(self.groups >= 1, f"preflight.groups={self.groups} must be at least 1")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SftConfig:
     """Supervised fine-tuning (`python -m rlmed.sft`)."""
 
-    epochs: float = 2.0
-    batch_size: int = 64
-    target: str = "auto"
+    epochs: float
+    batch_size: int
+    target: str
 
     def __post_init__(self) -> None:
         require(self.epochs > 0, f"sft.epochs={self.epochs} must be positive")
@@ -172,13 +172,13 @@ class SftConfig:
         require_one_of("sft.target", self.target, ("auto", "answer", "option"))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DebugConfig:
     """Half a run, to find out which half is at fault."""
 
-    learn: bool = True
-    record: bool = False
-    recorded: str | None = None
+    learn: bool
+    record: bool
+    recorded: str | None
 
     def __post_init__(self) -> None:
         require(

@@ -70,6 +70,8 @@ class Prompt:
     """int64 [P]; image placeholders are expanded to one id per visual token."""
     image_inputs: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     """Image tensors keyed by the model's forward arguments; empty for text-only prompts."""
+    prefill: str = ""
+    """What the chat template has written of the completion already, the end of `text`: for example "<think>\\n"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +134,7 @@ class Completion:
     rollout_logprobs: FloatArray
     """float32 [T]: log-probability of each token under the distribution that it was drawn from."""
     text: str
-    """Decoded without special tokens."""
+    """What has been said, with the prompt's prefill before it (`rlmed.core.prefill.joined`), without special tokens."""
     finish_reason: FinishReason
     min_version: int = 0
     """Smallest policy version that produced a token of it."""

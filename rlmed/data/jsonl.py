@@ -6,23 +6,20 @@ import hashlib
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rlmed.core.types import LETTERS, Example
+from rlmed.core.types import Example
+from rlmed.data.choices import Choice, choose
 from rlmed.data.images import BadImageError, load_image
+from rlmed.data.option_sources import is_nothing, read_options, unique_keys
+from rlmed.data.rows import BadRowError as BadRowError
+from rlmed.data.rows import shorten as shorten
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_SHOWN = 120
-"""Characters of an offending value that a reason shows."""
-
-
-class BadRowError(ValueError):
-    """Why a row cannot be used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +54,10 @@ class ReadResult:
 def read_examples(path: Path, *, on_bad_row: Literal["skip", "error"] = "skip") -> ReadResult:
     """Read rows `{image, question, options, answer[, modality, kind, id, completion]}`.
 
-    `answer` is the text of an option or, where no option reads so, its letter; `image` is a path relative to the file,
-    inside its folder, or null; `kind` may be called `qtype`. Texts are stripped. Blank lines and a byte-order mark are
-    ignored. Every image is decoded once, so that a damaged one is found here and not in the middle of a run.
+    `options` is a list, or a mapping from letters or numbers; `answer` is the text of one, its letter or number, or both:
+    see `rlmed.data.choices`. `image` is a path relative to the file, inside its folder, or null; `kind` may be called
+    `qtype`. Texts are stripped. Blank lines and a byte-order mark are ignored. Every image is decoded once, so that a damaged
+    one is found here and not in the middle of a run.
 
     Args:
         path: the file.
@@ -113,7 +111,7 @@ def format_skips(result: ReadResult, examples: int = 3) -> str:
 
 
 def _parse(path: Path, content: bytes) -> list[tuple[int, Any]]:
-    """(line number, value) of each line that is not blank."""
+    """(line number, value or why it cannot be used) of each line that is not blank."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -125,7 +123,9 @@ def _parse(path: Path, content: bytes) -> list[tuple[int, Any]]:
         if not line.strip():
             continue
         try:
-            rows.append((number, json.loads(line)))
+            rows.append((number, json.loads(line, object_pairs_hook=unique_keys)))
+        except BadRowError as error:
+            rows.append((number, error))
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"{path}, line {number}, column {error.colno}: not valid JSON ({error.msg}); each line must be one JSON object"
@@ -139,25 +139,32 @@ def parse_row(row: Any, default: str, folder: Path) -> tuple[str, Example | str]
     """(id, the row's example or the reason why there is none); whether its image can be decoded is not looked at.
 
     Args:
-        row: what a line holds.
+        row: what a line holds, or why it holds nothing that can be used.
         default: the id of a row without one.
         folder: of the data file, without links in its path.
     """
     name = default
     try:
+        if isinstance(row, BadRowError):
+            raise row
         if not isinstance(row, dict):
             raise BadRowError(f"it is no JSON object but {shorten(row)}")
         name = _row_id(row, default)
-        options = _options(row)
+        choice = _choice(row)
+        completion = None if row.get("completion") is None else _text(row, "completion")
+        if completion is not None and not choice.same_letters:
+            raise BadRowError(
+                "its completion names letters, and those of its options have a gap: call them A, B, C and so on"
+            )
         return name, Example(
             id=name,
             image=_image_path(row.get("image"), folder),
             question=_text(row, "question").strip(),
-            options=options,
-            answer=_answer(row, options),
+            options=choice.options,
+            answer=choice.answer,
             modality=_optional_text(row, "modality"),
             kind=_optional_text(row, "kind") or _optional_text(row, "qtype"),
-            completion=None if row.get("completion") is None else _text(row, "completion"),
+            completion=completion,
         )
     except BadRowError as error:
         return name, str(error)
@@ -192,30 +199,18 @@ def _checked_text(value: object, key: str) -> str:
     return value
 
 
-def _options(row: Mapping[str, Any]) -> tuple[str, ...]:
-    value = row.get("options")
-    if not isinstance(value, list):
-        raise BadRowError("it has no options" if value is None else f"its options are {shorten(value)}, not a list")
-    if not 2 <= len(value) <= len(LETTERS):
-        raise BadRowError(f"it has {len(value)} option{'s' * (len(value) != 1)}; 2 to {len(LETTERS)} are possible")
-    options = tuple(_checked_text(entry, "option").strip() for entry in value)
-    if "" in options:
-        raise BadRowError(f"its option {LETTERS[options.index('')]} is blank")
-    repeated = [text for text, count in Counter(option.casefold() for option in options).items() if count > 1]
-    if repeated:
-        raise BadRowError(f"its option {shorten(repeated[0])} occurs more than once")
-    return options
+def _choice(row: Mapping[str, Any]) -> Choice:
+    if row.get("options") is None:
+        raise BadRowError("it has no options")
+    options = read_options(row["options"], _option_text)
+    answer = row.get("answer")
+    if type(answer) is int:  # True is an int to Python
+        return choose(options, str(answer), number=True)
+    return choose(options, _text(row, "answer").strip())
 
 
-def _answer(row: Mapping[str, Any], options: tuple[str, ...]) -> int:
-    answer = _text(row, "answer").strip()
-    texts = [option.casefold() for option in options]
-    if answer.casefold() in texts:
-        return texts.index(answer.casefold())
-    letters = LETTERS[: len(options)]
-    if len(answer) == 1 and answer.upper() in letters:
-        return letters.index(answer.upper())
-    raise BadRowError(f"its answer {shorten(answer)} is not among its options {shorten(list(options))}")
+def _option_text(value: object) -> str:
+    return "" if is_nothing(value) else _checked_text(value, "option").strip()
 
 
 def _image_path(value: Any, folder: Path) -> Path | None:
@@ -256,9 +251,3 @@ def _broken_images(paths: set[Path]) -> dict[Path | None, str]:
     ordered = sorted(paths)
     with ThreadPoolExecutor(max_workers=4) as pool:  # Pillow decodes outside the interpreter's lock
         return {path: reason for path, reason in zip(ordered, pool.map(check, ordered), strict=True) if reason}
-
-
-def shorten(value: object) -> str:
-    """How a message shows an offending value: as Python writes it, at most 120 characters of it."""
-    text = repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

@@ -19,8 +19,10 @@ from PIL import Image
 from rlmed.core.files import refusal
 from rlmed.core.statistics import chance, leave_one_out_prior, majority_letter
 from rlmed.core.types import Example
+from rlmed.data.choices import written_answer
 from rlmed.data.images import BadImageError, check_image_size, decode_image, image_sha256, load_image
 from rlmed.data.jsonl import BadRowError, parse_row, shorten
+from rlmed.data.option_order import keeps_order
 from rlmed.data.readers.base import Encoded, Picture, Skipped, SourceImage, SourceRow
 
 MAX_SPLITS = 64
@@ -78,6 +80,8 @@ class SplitSummary:
     by_kind: dict[str, int]
     sha256: str
     priors: Priors
+    kept_order: int = 0
+    """Rows whose options have no other order, since one refers to others: `all of the above`."""
 
 
 class Images:
@@ -173,7 +177,7 @@ class _Split:
             "image": image,
             "question": example.question,
             "options": list(example.options),
-            "answer": example.options[example.answer],
+            "answer": written_answer(example.options, example.answer),
             "modality": example.modality,
             "kind": example.kind,
         }
@@ -197,6 +201,7 @@ class _Split:
             by_kind=dict(sorted(self._by_kind.items())),
             sha256=self._digest.hexdigest(),
             priors=Priors.of(self._answers),
+            kept_order=sum(keeps_order(example.options) for example in self._answers),
         )
 
 

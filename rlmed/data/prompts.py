@@ -15,8 +15,11 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BaseImageProcessor, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor, PreTrainedTokenizerBase
 
+from rlmed.core.chat import TEMPLATE_FILE, load_tokenizer, render_chat, template_place, template_prefill, turn_end
+from rlmed.core.foreign import foreign
+from rlmed.core.prefill import ANSWER, TAGS, THINK, THINK_END
 from rlmed.core.types import Example, IntArray, Prompt
 from rlmed.data.images import load_image
 from rlmed.data.question import question_text
@@ -29,6 +32,9 @@ PROMPT_SUFFIX = (
 """The instruction of MedVLM-R1 (arXiv 2502.19634)."""
 
 QUESTION_SLOT = "{question}"
+_IMAGE = "<|image_pad|>"
+_PROCESSOR = "Qwen2VLImageProcessor"
+_PROBE = "Which organ is shown?\nA) liver\nB) spleen"
 PAPER_TEMPLATE = f"{QUESTION_SLOT}\n{PROMPT_SUFFIX}"
 """A template is the text of the user turn with one `{question}`; nothing else in it is replaced."""
 PROMPT_FILE = "rlmed_prompt.json"
@@ -47,24 +53,27 @@ def load_processor(folder: Path | str) -> tuple[PreTrainedTokenizerBase, BaseIma
     Raises:
         ValueError: when the folder lacks its tokenizer, chat template or, for a vision model, image processor.
     """
-    if Path(folder).is_dir() and not any((Path(folder) / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        # transformers would make an empty tokenizer without a word
-        raise ValueError(
-            f"model {str(folder)!r} has no tokenizer.json: copy it from the model that it was trained from"
-        )
-    try:
+    tokenizer = load_tokenizer(folder)
+    with foreign(
+        f"model {str(folder)!r} cannot prepare prompts",
+        "A model folder needs config.json and, for a vision model, preprocessor_config.json: copy them from the model that it "
+        "was trained from",
+    ):
         vision = "vision_config" in AutoConfig.from_pretrained(folder).to_dict()
-        tokenizer = AutoTokenizer.from_pretrained(folder)
         image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil") if vision else None
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model {str(folder)!r} cannot prepare prompts: {error}. A model folder needs config.json, tokenizer files "
-            "(tokenizer.json, tokenizer_config.json) and, for a vision model, preprocessor_config.json; "
-            "copy them from the model that it was trained from"
-        ) from error
+    if image_processor is not None:
+        size = dict(image_processor.size)
+        edges = [size.get(edge) for edge in ("shortest_edge", "longest_edge")]
+        if not type(image_processor).__name__.startswith(_PROCESSOR) or not all(
+            isinstance(edge, int) for edge in edges
+        ):
+            raise ValueError(
+                f"{Path(folder) / 'preprocessor_config.json'} is of a {type(image_processor).__name__} with size {size}, "
+                f"not of a {_PROCESSOR} with pixel limits: copy it from the model that this one was trained from"
+            )
     if tokenizer.chat_template is None:
         raise ValueError(
-            f"model {str(folder)!r} has no chat template: add chat_template.jinja or use an instruction-tuned model"
+            f"model {str(folder)!r} has no chat template: add {TEMPLATE_FILE} or use an instruction-tuned model"
         )
     return tokenizer, image_processor
 
@@ -134,16 +143,26 @@ class PromptRenderer:
             if text.count(QUESTION_SLOT) != 1:
                 raise ValueError(f"template {text!r} must contain {QUESTION_SLOT} exactly once")
         self.tokenizer = tokenizer
+        self.turn_end = turn_end(tokenizer)
+        """The token by which the chat template ends an answer; None where it ends it otherwise."""
         self.max_prompt_tokens = max_prompt_tokens
         self.template, self.by_modality = template, dict(by_modality)
+        self.prefill = ""
+        """What the chat template writes of each completion, see `Prompt.prefill`."""
         self._image_processor = image_processor
         self._control_ids = frozenset(
             token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
         )
+        control = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        if unreadable := [tag for tag in TAGS if tag in control]:
+            raise ValueError(
+                f"the tokenizer of model {tokenizer.name_or_path!r} marks {', '.join(unreadable)} as control tokens, which are "
+                'left out when a completion is read: set "special": false for them in tokenizer.json and tokenizer_config.json'
+            )
         if image_processor is not None:
-            self._image_token_id = int(tokenizer.convert_tokens_to_ids("<|image_pad|>"))
-            if self._image_token_id not in self._control_ids:
-                raise ValueError("the tokenizer has no <|image_pad|> token: it is not one of a Qwen2-VL family model")
+            if _IMAGE not in control:
+                raise ValueError(f"the tokenizer has no {_IMAGE} token: it is not one of a Qwen2-VL family model")
+            self._image_token_id = int(tokenizer.convert_tokens_to_ids(_IMAGE))
             size = image_processor.size
             self._min_pixels = size["shortest_edge"] if min_pixels is None else min_pixels
             self._max_pixels = size["longest_edge"] if max_pixels is None else max_pixels
@@ -152,6 +171,9 @@ class PromptRenderer:
                     f"min_pixels={self._min_pixels} and max_pixels={self._max_pixels}: "
                     "pixel limits must satisfy 0 < min_pixels <= max_pixels"
                 )
+        if tokenizer.chat_template is not None:  # one that cannot be rendered is no fault of the rows
+            text, self.prefill = self._turn(_PROBE, with_image=image_processor is not None)
+            self._tokenize(text)
 
     def render(self, example: Example, image: Image.Image | None = None) -> Prompt:
         """The prompt of an example.
@@ -166,13 +188,11 @@ class PromptRenderer:
         """
         if image is None and example.image is not None:
             image = load_image(example.image)
-        text = self._chat_text(example, with_image=image is not None)
-        if image is None:
-            return self._checked(Prompt(example, text, self._tokenize(text)))
+        text, prefill = self._turn(self._content(example, with_image=image is not None), with_image=image is not None)
         token_ids = self._tokenize(text)
+        if image is None:
+            return self._checked(Prompt(example, text, token_ids, prefill=prefill))
         (slots,) = np.nonzero(token_ids == self._image_token_id)
-        if len(slots) != 1:
-            raise ValueError(f"the chat template wrote {len(slots)} image placeholders where one is needed")
         pixel_values, grid = self._pixels(example, image, self._max_pixels)
         room = self.max_prompt_tokens - (len(token_ids) - 1)
         if self._visual_tokens(grid) > room:
@@ -185,20 +205,48 @@ class PromptRenderer:
                 token_ids[slots[0] + 1 :],
             ]
         )
-        return self._checked(Prompt(example, text, expanded, {"pixel_values": pixel_values, "image_grid_thw": grid}))
+        images = {"pixel_values": pixel_values, "image_grid_thw": grid}
+        return self._checked(Prompt(example, text, expanded, images, prefill))
+
+    @property
+    def end_tokens(self) -> tuple[str, ...]:
+        """How tokenizer and chat template spell the end of a completion, for messages."""
+        return tuple(dict.fromkeys(token for token in (self.turn_end, self.tokenizer.eos_token) if token))
 
     def asks_for_reasoning(self, example: Example) -> bool:
         """False where the template of an example wants an answer in its tags and nothing before it."""
-        template = self._template_of(example)
-        return "<think>" in template or "<answer>" not in template
+        return _asks_for_reasoning(self._template_of(example))
+
+    def prefill_doubt(self) -> str | None:
+        """A line where the prompt asks for a reasoning, and the chat template leaves no room for one."""
+        if THINK_END not in self.prefill and ANSWER not in self.prefill:
+            return None
+        if not any(_asks_for_reasoning(template) for template in (self.template, *self.by_modality.values())):
+            return None
+        return (
+            f"{template_place(self.tokenizer)} has written {self.prefill!r} before the model writes anything, and the prompt "
+            "asks for a reasoning: take that out of its generation prompt, or ask for answers alone (prompt=answer_only)"
+        )
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of sampled ids, without control tokens."""
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
 
     def completion_ids(self, text: str) -> IntArray:
-        """int64 [T]: a written completion as the model would have sampled it, its end token included."""
-        return self._tokenize(text + self.tokenizer.eos_token)
+        """int64 [T]: a written completion as the model would have sampled it, its end token included.
+
+        That is the one of the chat template, as in a conversation, and else the tokenizer's own; sampling stops at both.
+
+        Raises:
+            ValueError: where neither names one.
+        """
+        end = self.turn_end or self.tokenizer.eos_token
+        if end is None:
+            raise ValueError(
+                f"model {self.tokenizer.name_or_path!r} names no end of a completion: set eos_token in tokenizer_config.json"
+            )
+        end_id = self.tokenizer.convert_tokens_to_ids(end)
+        return np.append(self.continuation_ids(text.removesuffix(end)), np.int64(end_id))
 
     def continuation_ids(self, text: str) -> IntArray:
         """int64 [T]: the beginning of a completion, without an end token.
@@ -249,7 +297,8 @@ class PromptRenderer:
     def _template_of(self, example: Example) -> str:
         return self.by_modality.get(example.modality, self.template)
 
-    def _chat_text(self, example: Example, *, with_image: bool) -> str:
+    def _content(self, example: Example, *, with_image: bool) -> str:
+        """The text of the user's turn."""
         if with_image and self._image_processor is None:
             raise ValueError(f"example {example.id}: it has an image, but the model reads text only")
         question = question_text(example)
@@ -262,25 +311,64 @@ class PromptRenderer:
                 f"example {example.id}: its question or options contain the control token {names}, which would be "
                 "taken for a turn or an image: remove it from the text"
             )
-        content = self._template_of(example).replace(QUESTION_SLOT, question)
-        parts = [{"type": "image"}, {"type": "text", "text": content}] if with_image else content
-        return self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True
+        return self._template_of(example).replace(QUESTION_SLOT, question)
+
+    def _turn(self, content: str, *, with_image: bool) -> tuple[str, str]:
+        """A user's turn as the chat template writes it, and what it has written of the completion.
+
+        Raises:
+            ValueError: when the template cannot be rendered, or leaves out the text or the image.
+        """
+        text_part = {"type": "text", "text": content}
+        # some templates take a list only
+        forms: list[Any] = [[{"type": "image"}, text_part]] if with_image else [content, [text_part]]
+        errors: list[ValueError] = []
+        for form in forms:
+            messages = [{"role": "user", "content": form}]
+            try:
+                text = render_chat(self.tokenizer, messages, add_generation_prompt=True)
+                without = render_chat(self.tokenizer, messages, add_generation_prompt=False)
+            except ValueError as error:
+                errors.append(error)
+                continue
+            if " ".join(content.split()) in " ".join(text.split()):
+                self._check_placeholders(text, content, with_image=with_image)
+                return text, template_prefill(self.tokenizer, text, without, content)
+        if errors:
+            raise errors[0]
+        raise ValueError(
+            f"{template_place(self.tokenizer)} does not write the question as it is given: correct it, or copy the one of the "
+            "model that this one was trained from"
         )
+
+    def _check_placeholders(self, text: str, content: str, *, with_image: bool) -> None:
+        if self._image_processor is None:
+            return
+        found, needed = text.count(_IMAGE) - content.count(_IMAGE), int(with_image)
+        if found != needed:
+            raise ValueError(
+                f"{template_place(self.tokenizer)} writes {found} image placeholders ({_IMAGE}) where {needed} belong: copy "
+                "the one of the model that this one was trained from"
+            )
 
     def _tokenize(self, text: str) -> IntArray:
         # the chat template has written every special token that belongs there; how long is too long is ours to say
-        token_ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        with foreign(
+            f"the tokenizer of model {self.tokenizer.name_or_path!r} cannot be used",
+            "Copy tokenizer.json and tokenizer_config.json again",
+        ):
+            token_ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return np.asarray(token_ids, dtype=np.int64)
 
     def _pixels(self, example: Example, image: Image.Image, max_pixels: int) -> tuple[np.ndarray, IntArray]:
         """float32 [patches, patch width] and int64 [1, 3]."""
         assert self._image_processor is not None
         size = {"shortest_edge": self._min_pixels, "longest_edge": max_pixels}
-        try:
+        with foreign(
+            f"example {example.id}: the image {image.size} cannot be prepared",
+            "Check the image and preprocessor_config.json",
+        ):
             features = self._image_processor(images=[image], size=size, return_tensors="np")
-        except ValueError as error:
-            raise ValueError(f"example {example.id}: the image {image.size} cannot be prepared: {error}") from error
         return features["pixel_values"].astype(np.float32), features["image_grid_thw"].astype(np.int64)
 
     @property
@@ -300,3 +388,7 @@ class PromptRenderer:
                 f"limit is {self.max_prompt_tokens}: raise max_prompt_tokens or shorten the question"
             )
         return prompt
+
+
+def _asks_for_reasoning(template: str) -> bool:
+    return THINK in template or ANSWER not in template

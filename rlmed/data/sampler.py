@@ -9,6 +9,7 @@ import itertools
 import numpy as np
 
 from rlmed.core.types import Example, IntArray
+from rlmed.data.option_order import keeps_order
 
 
 class PromptOrder:
@@ -44,6 +45,8 @@ class PromptOrder:
 def shuffle_options(example: Example, seed: int) -> Example:
     """The example with its options in an order drawn from (seed, id); the answer follows.
 
+    It is unchanged where an option refers to others, as `all of the above` does.
+
     Raises:
         ValueError: for an example with a written completion, which names letters.
     """
@@ -52,6 +55,8 @@ def shuffle_options(example: Example, seed: int) -> Example:
             f"example {example.id}: its options cannot be shuffled, since its written completion names letters; "
             "set data.shuffle_options=false or use rows without a completion"
         )
+    if keeps_order(example.options):
+        return example
     # a digest, since Python's own hash of a text differs from process to process
     digest = hashlib.sha256(example.id.encode()).digest()
     order = np.random.default_rng([seed, int.from_bytes(digest[:8], "little")]).permutation(len(example.options))
@@ -62,11 +67,14 @@ def shuffle_options(example: Example, seed: int) -> Example:
     )
 
 
-def reorder_options(example: Example, seed: int) -> Example:
+def reorder_options(example: Example, seed: int) -> Example | None:
     """The example with its options in an order other than its own, drawn from (seed, id); the answer follows.
 
-    A written completion, whose letters would be wrong now, is left out.
+    A written completion, whose letters would be wrong now, is left out. None where an option refers to others: there is no
+    other order.
     """
+    if keeps_order(example.options):
+        return None
     plain = dataclasses.replace(example, completion=None)
     orders = (shuffle_options(plain, seed + attempt) for attempt in itertools.count())
     return next(order for order in orders if order.options != example.options)  # option texts are distinct

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
 
+from rlmed.core.foreign import foreign
 from rlmed.core.types import Prompt
 from rlmed.models.attention import ATTENTION_NAME, AttentionLayout
+from rlmed.models.end_tokens import find_end_tokens
 from rlmed.models.families import family_of, unsampleable_token_ids
+from rlmed.models.folder import check_folder
 from rlmed.models.fused import use_fused_layers
 from rlmed.models.linear import use_fast_linears
 from rlmed.models.logprobs import chunked_logprobs, frozen_logprobs, masked_logits
+from rlmed.models.logs import quiet_loading
+from rlmed.models.weight_files import check_weight_files, own_head_differs
 
+COMPUTED_BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".position_ids")
+"""In the weight files of older versions; models compute them."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -145,23 +153,88 @@ def load_policy(folder: Path, *, dtype: str = "float32", device: str | torch.dev
     family = family_of(config)
     auto = AutoModelForImageTextToText if family.vision else AutoModelForCausalLM
     attention = {"text_config": ATTENTION_NAME, "vision_config": "sdpa"} if family.vision else ATTENTION_NAME
-    try:
+    if Path(folder).is_dir():
+        check_weight_files(Path(folder))
+    ends = find_end_tokens(folder, config)
+    tied = bool(config.tie_word_embeddings)  # transformers changes it where the weights disagree
+    with (
+        quiet_loading(),
+        foreign(
+            f"the weights of model {str(folder)!r} cannot be loaded",
+            "Copy or download its *.safetensors and config.json again",
+        ),
+    ):
         model, found = auto.from_pretrained(
-            folder, dtype=DTYPES[dtype], attn_implementation=attention, output_loading_info=True
+            folder,
+            dtype=DTYPES[dtype],
+            attn_implementation=attention,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise ValueError(
-            f"the weights of model {str(folder)!r} cannot be loaded: {error}. Copy or download its *.safetensors again"
-        ) from error
-    absent = sorted(found["missing_keys"]) + sorted(str(entry[0]) for entry in found["mismatched_keys"])
-    if absent:  # transformers fills them with random numbers
-        raise ValueError(
-            f"model {str(folder)!r} has no weights, or weights of another shape, for {len(absent)} parameters, the first is "
-            f"{absent[0]}: its files do not belong to its config.json; copy or download the folder again"
-        )
+    _check_loaded(Path(folder), found, tied=tied)
+    _settle_generation(model, ends.ids)
     use_fast_linears(model)
     use_fused_layers(model)
     return Policy(model.to(device))
+
+
+def _check_loaded(folder: Path, found: Mapping[str, Collection[Any]], *, tied: bool) -> None:
+    """Weights and config.json are of one model: transformers fills what is absent with random numbers and drops the rest.
+
+    Args:
+        folder: where the model is from.
+        found: transformers' account of it.
+        tied: whether config.json says that token embeddings and vocabulary projection are one.
+
+    Raises:
+        ValueError: naming the first parameter that only one of them has.
+    """
+    cure = "its files do not belong to its config.json; copy or download the folder again"
+    if reshaped := sorted(found["mismatched_keys"]):
+        name, stored, expected = reshaped[0]
+        raise ValueError(
+            f"model {str(folder)!r}: {name} is {list(stored)} in the weights and {list(expected)} by config.json "
+            f"({len(reshaped)} parameters differ): {cure}"
+        )
+    if absent := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"model {str(folder)!r} has no weights for {len(absent)} parameters of its config.json, the first is {absent[0]}: "
+            f"{cure}"
+        )
+    unknown = sorted(name for name in found["unexpected_keys"] if not name.endswith(COMPUTED_BUFFERS))
+    if adapted := [name for name in unknown if "lora_" in name or ".base_layer." in name]:
+        raise ValueError(
+            f"model {str(folder)!r} holds an adapter that was not merged into its weights ({adapted[0]}): merge it first "
+            "(merge_and_unload() of peft) and save the model again"
+        )
+    if unknown:
+        raise ValueError(
+            f"model {str(folder)!r} has weights for {len(unknown)} parameters that its config.json knows nothing of, the first "
+            f"is {unknown[0]}: {cure}"
+        )
+    if tied and folder.is_dir() and own_head_differs(folder):
+        raise ValueError(
+            f"model {str(folder)!r}: config.json says tie_word_embeddings=true, and the weights hold an lm_head.weight that is "
+            "not the token embeddings: set tie_word_embeddings to false if it was trained apart, else remove lm_head.weight"
+        )
+
+
+def _settle_generation(model: PreTrainedModel, end_token_ids: tuple[int, ...]) -> None:
+    """Let the model's generation settings name every end token, in checkpoints too, and be such that they can be saved.
+
+    Nothing else of them is used. transformers loads contradictory ones with a warning and refuses to save them, which would be
+    found out at the first checkpoint.
+    """
+    settings = model.generation_config
+    settings.eos_token_id = list(end_token_ids)
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        model.generation_config = GenerationConfig(
+            bos_token_id=settings.bos_token_id,
+            pad_token_id=settings.pad_token_id,
+            eos_token_id=settings.eos_token_id,
+        )
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
@@ -171,16 +244,18 @@ def load_config(folder: Path) -> PreTrainedConfig:
         ValueError: naming the folder and what is missing.
     """
     folder = Path(folder)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is no Hugging Face model folder: config.json is missing")
-    if not folder.is_dir() and (folder.is_absolute() or len(folder.parts) > 2 or ".." in folder.parts):
+    if folder.is_dir():
+        check_folder(folder)
+        with foreign(f"{folder / 'config.json'} is damaged or of an unknown kind", "Copy or download it again"):
+            return AutoConfig.from_pretrained(folder)
+    if folder.is_file():
+        raise ValueError(f"model {str(folder)!r} is a file: give the folder that holds it, with its config.json")
+    if folder.is_absolute() or len(folder.parts) > 2 or ".." in folder.parts:
         # a hub name is NAME or OWNER/NAME
         raise ValueError(f"model folder {str(folder)!r} does not exist (relative to {Path.cwd()}); check model.path")
     try:
         return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        if folder.is_dir():
-            raise ValueError(f"{folder / 'config.json'} is damaged or of an unknown kind: {error}") from error
         raise ValueError(
             f"model {str(folder)!r} is neither a folder in {Path.cwd()} nor can it be fetched from the hub: "
             f"{str(error).splitlines()[0]} If it is a folder, correct the path; if it is a hub name, download it where "

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
+from rlmed.core.prefill import joined
 from rlmed.core.types import RolloutGroup, RolloutRequest
 from rlmed.models.attention import PackedLayout
 from rlmed.models.policy import Policy, merge_image_inputs
@@ -161,7 +162,11 @@ class NativeEngine:
         elif len(sequence.token_ids) >= sampling.max_tokens:
             sequence.finish_reason = "length"
         if sequence.finish_reason is not None:
-            sequence.text = _cut_at_stop(self._decode_text(sequence.token_ids), sampling.stop)
+            ended = token in self.policy.end_token_ids
+            # an end token is left out even where the tokenizer takes it for text
+            written = self._decode_text(sequence.token_ids[:-1] if ended else sequence.token_ids)
+            prompt = sequence.group.request.prompt
+            sequence.text = joined(prompt.prefill, _cut_at_stop(written, sampling.stop))
 
     def _retire(self) -> None:
         """Free the rows of ended completions and the slots of ended groups by moving the last ones into them."""

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
+from rlmed.core.prefill import joined
 from rlmed.core.types import RolloutGroup, RolloutRequest
 from rlmed.core.weights import WeightError
+from rlmed.models.end_tokens import find_end_tokens
 from rlmed.models.families import family_of, unsampleable_token_ids
 from rlmed.models.policy import load_config
 from rollout.native.scheduler import EngineLimits, Scheduler
@@ -260,8 +262,13 @@ class VllmEngine:
                 f"the learner's prompt has {len(request.prompt.token_ids)}"
             )
         stops = request.sampling.stop
+        prefill = request.prompt.prefill
         completions = tuple(
-            completion_of(completion, cut_at_stop(self._decode(completion.token_ids), stops), running.min_version)
+            completion_of(
+                completion,
+                joined(prefill, cut_at_stop(self._decode(completion.token_ids), stops)),
+                running.min_version,
+            )
             for completion in output.outputs
         )
         self._ended_tokens += sum(len(completion.token_ids) for completion in completions)
@@ -270,7 +277,10 @@ class VllmEngine:
         return RolloutGroup(request, completions)
 
     def _decode(self, token_ids: Iterable[int]) -> str:
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+        written = list(token_ids)
+        if written and written[-1] in self._facts.end_token_ids:  # left out even where the tokenizer takes it for text
+            written.pop()
+        return str(self._tokenizer.decode(written, skip_special_tokens=True))
 
     def _running_tokens(self) -> int:
         """Tokens sampled so far for the groups that vLLM has."""
@@ -285,17 +295,9 @@ class VllmEngine:
 
 def _model_facts(folder: Path, config: PreTrainedConfig) -> ModelFacts:
     values = config.to_dict()
-    try:
-        generation = GenerationConfig.from_pretrained(folder)
-    except OSError:  # there is none, then transformers takes the model's own configuration
-        generation = GenerationConfig.from_model_config(config)
-    ends = generation.eos_token_id
-    end_token_ids = (ends,) if isinstance(ends, int) else tuple(ends or ())
-    if not end_token_ids:
-        raise ValueError("the model folder's generation_config.json names no eos_token_id: completions could not end")
     vision = family_of(config).vision
     return ModelFacts(
-        end_token_ids=end_token_ids,
+        end_token_ids=find_end_tokens(folder, config).ids,
         banned_token_ids=unsampleable_token_ids(config),
         image_token_id=values["image_token_id"] if vision else None,
         merge_size=values["vision_config"]["spatial_merge_size"] if vision else 1,

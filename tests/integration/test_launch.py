@@ -95,7 +95,7 @@ def test_sft_evaluate_and_ask_work_together(
     measured = tmp_path / "measured"
     measured.mkdir()
     before = folder / "evaluations" / "step-000000"
-    evaluate.main(make_config(f"model.path={checkpoint}", f"+before={before}"), measured)
+    evaluate.main(make_config(f"model.path={checkpoint}", f"before={before}"), measured)
     rows = [json.loads(line) for line in (measured / "evaluations/step-000000/rows.jsonl").read_text().splitlines()]
     assert sorted({row["control"] for row in rows}) == ["blank", "none", "reordered", "shuffled"]
     assert len(rows) == 40
@@ -105,14 +105,6 @@ def test_sft_evaluate_and_ask_work_together(
         [str(tmp_path / "0.png"), "Which?", "--options", "a", "b", "--model", str(checkpoint), "--max-tokens", "4"]
     )
     assert "answer" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("command", [lambda config, folder: Run(config, folder), sft.main])
-def test_a_trust_report_is_not_silently_left_out(
-    make_config: Config, tmp_path: Path, command: Callable[[RunConfig, Path], object]
-) -> None:
-    with pytest.raises(ValueError, match=r"eval\.trust=true is for rlmed\.evaluate"):
-        command(make_config("eval.trust=true"), tmp_path)
 
 
 def test_a_model_asked_otherwise_than_in_training_is_warned_of(

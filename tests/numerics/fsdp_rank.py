@@ -16,9 +16,9 @@ from torch import Tensor
 
 from learner.distributed import Ranks, free_meeting_point, join
 from learner.learner import PolicyLearner
-from rlmed.core.config import AlgoConfig, LearnerConfig
 from rlmed.core.types import TrainGroup
 from rlmed.models.policy import load_policy
+from tests.configs import algo_config, learner_config
 
 COLLECTIVE_S = 30.0
 ANSWER_S = 60.0
@@ -59,7 +59,7 @@ class Result:
 def do(job: Job, ranks: Ranks | None = None, *, last: bool = True) -> Result:
     """Load, learn, save; `last` is True on the last rank."""
     policy = load_policy(job.start or job.base, dtype=job.dtype, device=job.device)
-    algo = AlgoConfig(**job.algo)
+    algo = algo_config(**job.algo)
     reference = None
     if algo.kl_coef:
         reference = load_policy(job.base, dtype=job.dtype, device=job.device)
@@ -69,7 +69,7 @@ def do(job: Job, ranks: Ranks | None = None, *, last: bool = True) -> Result:
         policy,
         reference,
         algo,
-        LearnerConfig(**{"lr": 3e-4, "lr_schedule": "constant", **job.config}),
+        learner_config(**{"lr": 3e-4, "lr_schedule": "constant", **job.config}),
         total_steps=20,
         max_tokens=32,
         temperature=0.9,

@@ -9,7 +9,7 @@ import torch
 
 from learner.learner import PolicyLearner
 from learner.packing import PackItem, TrainSequence, split_by_tokens
-from rlmed.core.config import AlgoConfig, LearnerConfig
+from tests.configs import algo_config, learner_config
 
 TOLERANCE = 1e-5
 TEMPERATURE = 0.9
@@ -29,7 +29,7 @@ def step_gradient(fresh_policy):
     """The gradient that one `PolicyLearner.step` hands to its optimizer, by parameter name, and the step's metrics."""
 
     def compute(family, groups, algo=None, policy=None, **config):
-        policy, algo = policy or fresh_policy(family), algo or AlgoConfig()
+        policy, algo = policy or fresh_policy(family), algo or algo_config()
         reference = None
         if algo.kl_coef:
             reference = fresh_policy(family)
@@ -38,7 +38,7 @@ def step_gradient(fresh_policy):
             policy,
             reference,
             algo,
-            LearnerConfig(**config),
+            learner_config(**config),
             total_steps=1,
             max_tokens=32,
             temperature=TEMPERATURE,
@@ -74,7 +74,7 @@ def test_the_gradient_is_that_of_a_slow_padded_grpo(
         loss = loss + (-advantage * (logprobs - logprobs.detach()).exp() + 0.04 * kl).mean() / len(rows)
     loss.backward()
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
-    actual, metrics = step_gradient(family, groups, AlgoConfig(kl_coef=0.04))
+    actual, metrics = step_gradient(family, groups, algo_config(kl_coef=0.04))
     worst = worst_relative(actual, expected)
     record_property("gradients", worst)
     assert worst[0] <= TOLERANCE
@@ -83,10 +83,10 @@ def test_the_gradient_is_that_of_a_slow_padded_grpo(
 
 
 ALGORITHMS = {
-    "grpo": AlgoConfig(kl_coef=0.04),
-    "token mean": AlgoConfig(kl_coef=0.0, aggregation="token_mean", clip="dual"),
-    "dr grpo": AlgoConfig(kl_coef=0.0, aggregation="sequence_sum"),
-    "gspo, old from the engine": AlgoConfig(
+    "grpo": algo_config(kl_coef=0.04),
+    "token mean": algo_config(kl_coef=0.0, aggregation="token_mean", clip="dual"),
+    "dr grpo": algo_config(kl_coef=0.0, aggregation="sequence_sum"),
+    "gspo, old from the engine": algo_config(
         kl_coef=0.0, ratio_level="sequence", clip_ratio_low=1.0, clip_ratio_high=1e9, old_logprobs="rollout"
     ),
 }
@@ -135,16 +135,16 @@ def test_gradient_checkpointing_gives_the_same_gradient(
     policy, runs = fresh_policy(family), []
     layer = policy.model.base_model.get_decoder().layers[0].mlp
     layer.register_forward_pre_hook(lambda *_: runs.append(1))
-    actual, _ = step_gradient(family, groups, AlgoConfig(kl_coef=0.0), policy, gradient_checkpointing=True)
+    actual, _ = step_gradient(family, groups, algo_config(kl_coef=0.0), policy, gradient_checkpointing=True)
     assert len(runs) == 2  # once forward, once more in the backward pass
     assert not policy.model.training
-    expected, _ = step_gradient(family, groups, AlgoConfig(kl_coef=0.0))
+    expected, _ = step_gradient(family, groups, algo_config(kl_coef=0.0))
     assert worst_relative(actual, expected)[0] <= TOLERANCE
 
 
 def test_a_masked_completion_has_no_influence(step_gradient, worst_relative, make_train_groups):
     groups = make_train_groups("qwen2", 4)
-    algo = AlgoConfig(kl_coef=0.0, mask_truncated=True)
+    algo = algo_config(kl_coef=0.0, mask_truncated=True)
     completions = groups[0].rollout.completions
     cut = dataclasses.replace(completions[1], finish_reason="length")
     rollout = dataclasses.replace(groups[0].rollout, completions=(completions[0], cut, *completions[2:]))
@@ -161,7 +161,7 @@ def test_a_batch_without_a_trained_token_is_no_update(fresh_policy, make_train_g
     """Momentum alone would move the weights."""
     groups = make_train_groups("qwen2", 4)
     policy = fresh_policy("qwen2")
-    algo, config = AlgoConfig(kl_coef=0.0, mask_truncated=True), LearnerConfig(lr=1e-2)
+    algo, config = algo_config(kl_coef=0.0, mask_truncated=True), learner_config(lr=1e-2)
     learner = PolicyLearner(policy, None, algo, config, total_steps=3, max_tokens=32, temperature=1.0)
     start = {name: parameter.detach().clone() for name, parameter in policy.model.named_parameters()}
     learner.step(groups)

@@ -12,16 +12,16 @@ import torch
 from learner.advantages import group_advantages
 from learner.learner import PolicyLearner
 from learner.optimizer import OPTIMIZER_FILE
-from rlmed.core.config import AlgoConfig, LearnerConfig
 from rlmed.core.types import ScoredGroup, TrainGroup
 from rlmed.models.families import PARTS
 from rlmed.models.policy import load_policy
+from tests.configs import algo_config, learner_config
 
-NO_KL = AlgoConfig(kl_coef=0.0)
+NO_KL = algo_config(kl_coef=0.0)
 
 
 def new_learner(policy, algo=NO_KL, *, reference=None, temperature=1.0, on_bad_step=None, total_steps=10, **config):
-    settings = LearnerConfig(**{"lr": 1e-3, "lr_schedule": "constant", **config})
+    settings = learner_config(**{"lr": 1e-3, "lr_schedule": "constant", **config})
     return PolicyLearner(
         policy,
         reference,
@@ -71,7 +71,7 @@ def test_the_first_ratio_on_engine_groups_is_one(
     assert metrics["ratio_max"] == pytest.approx(1.0, abs=1e-4)
     policy.model.zero_grad()
     learner = new_learner(
-        policy, AlgoConfig(), reference=fresh_policy(family), temperature=temperature, token_budget=200
+        policy, algo_config(), reference=fresh_policy(family), temperature=temperature, token_budget=200
     )
     metrics = learner.step(batch)
     record_property("mismatch_kl", metrics["mismatch_kl"])
@@ -259,6 +259,6 @@ def test_a_batch_smaller_than_the_number_of_mini_batches_makes_fewer_updates(fre
 
 def test_reference_and_kl_coef_must_agree(fresh_policy):
     with pytest.raises(ValueError, match=r"kl_coef=0\.04 and no reference"):
-        new_learner(fresh_policy("qwen2"), AlgoConfig())
+        new_learner(fresh_policy("qwen2"), algo_config())
     with pytest.raises(ValueError, match=r"kl_coef=0\.0 and a reference"):
         new_learner(fresh_policy("qwen2"), reference=fresh_policy("qwen2"))

@@ -16,8 +16,9 @@ from learner.advantages import SPREAD_DECAY, RunningSpread, group_advantages
 from rlmed.controller import LoopState, to_train_groups
 from rlmed.core.config import AlgoConfig
 from rlmed.core.types import Example, Prompt, RolloutGroup, RolloutRequest, SamplingParams, ScoredGroup
+from tests.configs import algo_config
 
-ALGO = AlgoConfig(advantage="dr_grpo", normalize_by="modality")
+ALGO = algo_config(advantage="dr_grpo", normalize_by="modality")
 
 
 def scored(modality: str, rewards: Sequence[float], index: int = 0) -> ScoredGroup:

@@ -66,7 +66,7 @@ class SourceRow:
     question: str
     options: tuple[str, ...]
     answer: str
-    """The text of one option, or its letter where no option reads so."""
+    """As `rlmed.data.choices.written_answer` writes it, or as the source does where options are a list without letters."""
     image: SourceImage | None
     """None for a question without an image."""
     modality: str = ""

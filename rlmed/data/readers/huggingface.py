@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlmed.data.choices import written_answer
 from rlmed.data.images import BadImageError
 from rlmed.data.jsonl import BadRowError, shorten
 from rlmed.data.readers.base import Encoded, Option, Reader, Skipped, SourceImage, SourceRow
@@ -171,7 +172,8 @@ def _with_options(row: SourceRow, pool: AnswerPool, open_answers: str) -> Source
     if answer not in YES_NO and open_answers == "skip":
         return Skipped(row.where, row.id, LEFT_OUT, chosen=True)
     try:
-        return dataclasses.replace(row, options=pool.options(row.id, row.kind, answer), answer=answer)
+        options = pool.options(row.id, row.kind, answer)
+        return dataclasses.replace(row, options=options, answer=written_answer(options, options.index(answer)))
     except BadRowError as error:
         return Skipped(row.where, row.id, str(error))
 

@@ -8,20 +8,23 @@ released code takes the first 500.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rlmed.core.types import LETTERS, Example
+from rlmed.core.types import Example
+from rlmed.data.choices import Choice, choose, written_answer
 from rlmed.data.images import BadImageError
 from rlmed.data.jsonl import BadRowError, shorten
+from rlmed.data.option_sources import read_options
 from rlmed.data.question import question_text
 from rlmed.data.readers.base import Option, Reader, Skipped, SourceRow
 from rlmed.data.readers.image_files import Images, images_of
 from rlmed.data.readers.json_rows import read_json_rows
 from rlmed.data.readers.modalities import modality_name
 from rlmed.data.readers.parquet_rows import ParquetTable
-from rlmed.data.readers.table import IMAGES, WITHOUT_IMAGES, as_text
+from rlmed.data.readers.table import IMAGES, WITHOUT_IMAGES, as_text, option_text
 
 TEST_SPLITS = {"MRI": "test_mri", "CT": "test_ct", "X-ray": "test_xray"}
 TRAIN_SPLIT, TRAIN_MODALITY = "train_mri", "MRI"
@@ -124,15 +127,16 @@ def _question(row: Any, where: str, row_id: str, root: Images | None, splits: Ma
         modality = modality_name(as_text(row.get("subset"), "subset"))
         if modality not in splits:
             raise BadRowError(f"its subset {shorten(row.get('subset'))} is none of {', '.join(splits)}")
-        question, (options, place) = as_text(row.get("question"), "question"), _answer(row)
-        _check_problem(row, Example(row_id, None, question, options, place))
+        question, choice = as_text(row.get("question"), "question"), _choice(row)
+        written = tuple(option_text(option) for option in row["options"])
+        _check_problem(row, Example(row_id, None, question, choice.options, choice.answer), written)
         return SourceRow(
             where=where,
             split=splits[modality],
             id=row_id,
             question=question,
-            options=options,
-            answer=options[place],
+            options=choice.options,
+            answer=written_answer(choice.options, choice.answer),
             image=None if root is None else root.find(_image(row)),
             modality=modality,
         )
@@ -140,28 +144,23 @@ def _question(row: Any, where: str, row_id: str, root: Images | None, splits: Ma
         return Skipped(where, row_id, str(error))
 
 
-def _answer(row: Mapping[str, Any]) -> tuple[tuple[str, ...], int]:
-    """(options, place of the right one): by its text, with which the letter must agree where there is one."""
-    options = row.get("options")
-    if not isinstance(options, list):
-        raise BadRowError(f"its options are {shorten(options)}, not a list")
-    texts = tuple(as_text(option, "option") for option in options)
-    answer = as_text(row.get("answer"), "answer")
-    if answer not in texts:
-        raise BadRowError(f"its answer {shorten(answer)} is not among its options {shorten(list(texts))}")
-    place = texts.index(answer)
-    letter = as_text(row.get("solution"), "solution")
-    if letter and letter != LETTERS[place : place + 1]:
+def _choice(row: Mapping[str, Any]) -> Choice:
+    """The options, and the right one: by its text, with which the letter must agree where there is one."""
+    options = read_options(row.get("options"), option_text)
+    answer, letter = as_text(row.get("answer"), "answer"), as_text(row.get("solution"), "solution")
+    choice = choose(options, answer, form="text")
+    if letter and choose(options, letter, form="name").answer != choice.answer:
         raise BadRowError(f"its answer {shorten(answer)} is not its solution {shorten(letter)}")
-    return texts, place
+    return choice
 
 
-def _check_problem(row: Mapping[str, Any], example: Example) -> None:
-    """What the model is asked must be what the paper's was, apart from the number of blanks."""
+def _check_problem(row: Mapping[str, Any], example: Example, written: tuple[str, ...]) -> None:
+    """What the model is asked must be what the paper's was, apart from the number of blanks and letters written twice."""
     problem = row.get("problem")
     if problem is None:
         return
-    if question_text(example).split() != as_text(problem, "problem").split():
+    texts = [question_text(dataclasses.replace(example, options=options)) for options in (example.options, written)]
+    if as_text(problem, "problem").split() not in [text.split() for text in texts]:
         raise BadRowError(f"its problem {shorten(problem)} is not its question and options")
 
 

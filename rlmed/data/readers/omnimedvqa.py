@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from rlmed.core.types import LETTERS
+from rlmed.data.choices import choose, written_answer
 from rlmed.data.images import BadImageError
 from rlmed.data.jsonl import BadRowError, shorten
+from rlmed.data.option_sources import Options
 from rlmed.data.readers.base import Option, Reader, Skipped, SourceRow
 from rlmed.data.readers.image_files import Images, images_of
 from rlmed.data.readers.json_rows import read_json_rows
 from rlmed.data.readers.modalities import modality_name
-from rlmed.data.readers.table import IMAGES, WITHOUT_IMAGES, as_text
+from rlmed.data.readers.table import IMAGES, WITHOUT_IMAGES, as_text, option_text
 
 QUESTIONS = "QA_information"
 ACCESS = {"open": ("Open-access",), "restricted": ("Restricted-access",), "all": ("Open-access", "Restricted-access")}
@@ -82,7 +84,8 @@ def _question(row: Any, where: str, row_id: str, images: Images | None) -> Sourc
         if not isinstance(row, Mapping):
             raise BadRowError(f"it is no JSON object but {shorten(row)}")
         row_id = as_text(row.get("question_id"), "question_id") or row_id
-        options = [as_text(row.get(f"option_{letter}"), f"option_{letter}") for letter in LETTERS]
+        texts = tuple(option_text(row.get(f"option_{letter}"), f"option_{letter}") for letter in LETTERS)
+        choice = choose(Options(texts, tuple(LETTERS)), as_text(row.get("gt_answer"), "gt_answer"))
         image = as_text(row.get("image_path"), "image_path")
         # one row of the published files says modality
         modality = modality_name(as_text(row.get("modality_type") or row.get("modality"), "modality_type"))
@@ -93,8 +96,8 @@ def _question(row: Any, where: str, row_id: str, images: Images | None) -> Sourc
             split="",
             id=row_id,
             question=as_text(row.get("question"), "question"),
-            options=tuple(option for option in options if option),
-            answer=as_text(row.get("gt_answer"), "gt_answer"),
+            options=choice.options,
+            answer=written_answer(choice.options, choice.answer),
             image=None if images is None else images.find(image),
             modality=modality,
             kind=as_text(row.get("question_type"), "question_type"),

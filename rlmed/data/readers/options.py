@@ -15,7 +15,8 @@ from collections.abc import Hashable
 import numpy as np
 
 from rlmed.core.types import LETTERS
-from rlmed.data.jsonl import BadRowError
+from rlmed.data.jsonl import BadRowError, shorten
+from rlmed.data.option_order import refers_to_others
 from rlmed.data.readers.base import Option
 
 YES_NO = ("yes", "no")
@@ -64,7 +65,7 @@ class AnswerPool:
     def add(self, kind: Hashable, answer: str) -> None:
         """Count an answer; yes and no are nobody's distractors."""
         key = answer.casefold()
-        if key and key not in YES_NO:
+        if key and key not in YES_NO and not _needs_options(answer):
             self._counts[kind][key] += 1
             self._texts.setdefault(key, answer)
 
@@ -72,10 +73,12 @@ class AnswerPool:
         """The options of a question in the order drawn for it from (seed, id); `answer` is one of them.
 
         Raises:
-            BadRowError: when no other answer of its kind is there.
+            BadRowError: when no other answer of its kind is there, or the answer speaks of options.
         """
         if not answer:
             raise BadRowError("it has no answer")
+        if _needs_options(answer):
+            raise BadRowError(f"its answer {shorten(answer)} refers to options, and it has none")
         if answer.casefold() in YES_NO:
             return YES_NO
         key = answer.casefold()
@@ -94,6 +97,11 @@ class AnswerPool:
         )
         texts = [answer, *(self._texts[str(other)] for other in drawn)]
         return tuple(texts[place] for place in rng.permutation(len(texts)))
+
+
+def _needs_options(answer: str) -> bool:
+    """True for `all of the above`; an answer like `both` or `none` may speak of the picture."""
+    return refers_to_others(answer) and len(answer.split()) > 1
 
 
 def plain_answer(text: str) -> str:

@@ -2,26 +2,27 @@
 
 The published files are `train.csv` and `test.csv` with `images.zip`, and a second version `train_2.csv`, `test_2.csv` with
 `images_2.zip`. Columns: `Figure_path, Question, Choice A … Choice D, Answer`; in the first version `Answer` is a text and
-`Answer_label` its letter, in the second `Answer` is the letter. A choice may start with its own letter (` A:Gray matter`).
+`Answer_label` its letter, in the second `Answer` is the letter. A choice may start with its own letter (` A:Gray matter`), and
+a text that is none of the choices word for word leaves it to its letter.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from rlmed.core.types import LETTERS
+from rlmed.data.choices import Choice, choose, written_answer
 from rlmed.data.images import BadImageError
-from rlmed.data.jsonl import BadRowError
+from rlmed.data.jsonl import BadRowError, shorten
+from rlmed.data.option_sources import Options
 from rlmed.data.readers.base import Reader, Skipped, SourceRow
 from rlmed.data.readers.csv_table import table_files
 from rlmed.data.readers.image_files import Images, images_of
-from rlmed.data.readers.table import IMAGES, WITHOUT_IMAGES, file_split
+from rlmed.data.readers.table import IMAGES, WITHOUT_IMAGES, file_split, option_text
 from rlmed.data.readers.text_table import read_table
 
 COLUMNS = ("Figure_path", "Question", "Answer", "Choice A", "Choice B")
-CHOICES = tuple(f"Choice {letter}" for letter in LETTERS)
 
 
 def read(source: Path, *, images: Path | None = None, without_images: bool = False) -> Iterator[SourceRow | Skipped]:
@@ -57,7 +58,7 @@ def _question(
     record: Mapping[str, str], where: str, row_id: str, split: str, images: Images | None
 ) -> SourceRow | Skipped:
     try:
-        options = choices([record[name].strip() for name in CHOICES if name in record])
+        choice = _choice(record)
         figure = record["Figure_path"].strip()
         if not figure:
             raise BadRowError("it has no Figure_path")
@@ -66,25 +67,29 @@ def _question(
             split=split,
             id=row_id,
             question=record["Question"].strip(),
-            options=options,
-            answer=record.get("Answer_label", "").strip() or record["Answer"].strip(),
+            options=choice.options,
+            answer=written_answer(choice.options, choice.answer),
             image=None if images is None else images.find(figure),
         )
     except (BadRowError, BadImageError) as error:
         return Skipped(where, row_id, str(error))
 
 
-def choices(texts: list[str]) -> tuple[str, ...]:
-    """The choices without blank ones at the end, and without their letters where all have one.
-
-    Example:
-        >>> choices(["A:Gray matter", "B: White matter", "", ""])
-        ('Gray matter', 'White matter')
-    """
-    while texts and not texts[-1]:
-        texts.pop()
-    bare = [re.sub(rf"^{letter}\s*[:.)]\s*", "", text) for letter, text in zip(LETTERS, texts, strict=False)]
-    return tuple(bare if all(short != text for short, text in zip(bare, texts, strict=True)) else texts)
+def _choice(record: Mapping[str, str]) -> Choice:
+    """The choices, and the right one: where text and letter are both said, they must agree."""
+    letters = [letter for letter in LETTERS if f"Choice {letter}" in record]
+    options = Options(tuple(option_text(record[f"Choice {letter}"]) for letter in letters), tuple(letters), "column")
+    answer, label = record["Answer"].strip(), record.get("Answer_label", "").strip()
+    if not label:
+        return choose(options, answer)
+    choice = choose(options, label, form="name")
+    try:
+        text = choose(options, answer, form="text")
+    except BadRowError:
+        return choice
+    if text.answer != choice.answer:
+        raise BadRowError(f"its Answer {shorten(answer)} is not its Answer_label {shorten(label)}")
+    return choice
 
 
 READER = Reader(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rlmed.data.choices import written_answer
 from rlmed.data.images import BadImageError
 from rlmed.data.jsonl import BadRowError, shorten
 from rlmed.data.readers.base import Skipped, SourceRow
@@ -99,13 +100,14 @@ def _key(entry: Answered) -> tuple[str, str]:
 
 def _row(entry: Answered, where: str, pool: AnswerPool, images: Images | None) -> SourceRow | Skipped:
     try:
+        options = pool.options(entry.id, entry.kind, entry.answer)
         return SourceRow(
             where=where,
             split=entry.split,
             id=entry.id,
             question=entry.question,
-            options=pool.options(entry.id, entry.kind, entry.answer),
-            answer=entry.answer,
+            options=options,
+            answer=written_answer(options, options.index(entry.answer)),
             image=None if images is None else images.find(entry.image),
             modality=entry.modality,
             kind=entry.kind,

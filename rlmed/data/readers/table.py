@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -11,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from rlmed.core.types import LETTERS
+from rlmed.data.choices import choose, written_answer
 from rlmed.data.images import BadImageError
 from rlmed.data.jsonl import BadRowError, shorten
+from rlmed.data.option_sources import Options, is_nothing, parse_options, read_options
 from rlmed.data.readers.base import Option, Skipped, SourceImage, SourceRow
 from rlmed.data.readers.image_files import Images
 
@@ -93,6 +94,8 @@ class Columns:
     """Column by field, without the options in columns of their own."""
     options: tuple[str, ...]
     """Columns of one option each; empty where one column holds them all."""
+    letters: tuple[str, ...] = ()
+    """What each of these columns is called; a letter may be missing between them."""
     answer_index: int | None = None
 
     @classmethod
@@ -128,9 +131,10 @@ class Columns:
         lowered = {name.strip().lower(): name for name in reversed(header)}
         found = {field: lowered[name] for field, names in FIELDS.items() for name in reversed(names) if name in lowered}
         names = {**found, **{field: name for field, name in given.items() if field in FIELDS}}
-        options = tuple(given[field] for field in OPTION_FIELDS if field in given)
-        if not options and "options" not in names:
-            options = _option_columns(lowered)
+        named = {letter: given[field] for letter, field in zip(LETTERS, OPTION_FIELDS, strict=True) if field in given}
+        if not named and "options" not in names:
+            named = _option_columns(table, header)
+        options, letters = tuple(named.values()), tuple(named)
         missing = [field for field in required if field not in names]
         if options_required and not options and "options" not in names:
             missing.append("options")
@@ -139,7 +143,7 @@ class Columns:
                 f"{table} has no column for {', '.join(missing)}: name it with --column {missing[0]}=NAME. "
                 f"Its columns: {_listed(header)}"
             )
-        return cls(names, options, answer_index)
+        return cls(names, options, letters, answer_index)
 
     @property
     def has_options(self) -> bool:
@@ -157,14 +161,14 @@ class Columns:
         row_id = default_id
         try:
             row_id = self.text(record, "id") or default_id
-            options = self._options(record)
+            options, answer = self._choice(record)
             return SourceRow(
                 where=where,
                 split=self.text(record, "split") or default_split,
                 id=row_id,
                 question=self.text(record, "question"),
                 options=options,
-                answer=self._answer(record, options),
+                answer=answer,
                 image=image(record),
                 modality=self.text(record, "modality"),
                 kind=self.text(record, "kind"),
@@ -181,41 +185,27 @@ class Columns:
         name = self.names.get(field)
         return "" if name is None else as_text(record.get(name), field)
 
-    def _options(self, record: Record) -> tuple[str, ...]:
-        if self.options:
-            texts = [as_text(record.get(name), f"option in column {name}") for name in self.options]
-            while texts and not texts[-1]:  # fewer options than the table has columns
-                texts.pop()
-            return tuple(texts)
-        if "options" not in self.names:
-            return ()
-        value = record.get(self.names["options"])
-        if isinstance(value, str):
-            try:
-                value = json.loads(value)
-            except (ValueError, RecursionError) as error:
-                raise BadRowError(
-                    f'its options {shorten(value)} are not a JSON list: write ["liver", "spleen"], or one column an option'
-                ) from error
-        if isinstance(value, list) and value and all(isinstance(entry, tuple) for entry in value):
-            value = {str(key): text for key, text in value}  # a map, as pyarrow gives it
-        if isinstance(value, Mapping):
-            value = [value[key] for key in sorted(value) if value[key] is not None]
-        if value is None or not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
-            raise BadRowError(f"its options are {shorten(value)}, not a list")
-        return tuple(as_text(entry, "option") for entry in value)
+    def _choice(self, record: Record) -> tuple[tuple[str, ...], str]:
+        """Options and answer as they are written."""
+        answer = self.text(record, "answer")
+        if not self.has_options:
+            return (), answer
+        value = record.get(self.names["answer"])
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        choice = choose(self._options(record), answer, first=self.answer_index, number=number)
+        return choice.options, written_answer(choice.options, choice.answer)
 
-    def _answer(self, record: Record, options: Sequence[str]) -> str:
-        text = self.text(record, "answer")
-        if self.answer_index is None or not text:
-            return text
-        place = int(text) - self.answer_index if re.fullmatch(r"\d{1,3}", text) else -1
-        if not 0 <= place < len(options):
-            raise BadRowError(
-                f"its answer {shorten(text)} is not the place of one of its {len(options)} options, counted from "
-                f"{self.answer_index}"
+    def _options(self, record: Record) -> Options:
+        if self.options:
+            values = [record.get(name) for name in self.options]
+            texts = [
+                option_text(value, f"option in column {name}") for name, value in zip(self.options, values, strict=True)
+            ]
+            return Options(
+                tuple(texts), self.letters, "column", numbers=not any(isinstance(value, str) for value in values)
             )
-        return options[place]
+        value = record.get(self.names["options"])
+        return read_options(parse_options(value) if isinstance(value, str) else value, option_text)
 
 
 def as_text(value: Any, what: str) -> str:
@@ -224,7 +214,7 @@ def as_text(value: Any, what: str) -> str:
     Raises:
         BadRowError: for another type.
     """
-    if value is None:
+    if is_nothing(value):
         return ""
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
@@ -233,6 +223,16 @@ def as_text(value: Any, what: str) -> str:
     if not isinstance(value, str):
         raise BadRowError(f"its {what} is {shorten(value)}, not a text")
     return value.strip()
+
+
+def option_text(value: Any, what: str = "option") -> str:
+    """As `as_text`; "" also for what pandas writes for a cell that is not there.
+
+    Raises:
+        BadRowError: for another type.
+    """
+    text = as_text(value, what)
+    return "" if text.casefold() in ("nan", "<na>") else text
 
 
 def named_image(columns: Columns, images: Images) -> ImageOf:
@@ -256,14 +256,25 @@ def file_split(path: Path) -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "_", path.stem).strip("_-") or "data"
 
 
-def _option_columns(lowered: Mapping[str, str]) -> tuple[str, ...]:
-    """Columns of one option each, from A on without a gap, in the first way of calling them that is found."""
+def _option_columns(table: str, header: Sequence[str]) -> dict[str, str]:
+    """Columns of one option each by their letters, in the first way of calling them of which two or more are there.
+
+    Raises:
+        ValueError: for two columns of one letter.
+    """
     for names in OPTION_NAMES:
-        there = [name in lowered for name in names]
-        count = there.index(False) if False in there else len(there)
-        if count >= 2:
-            return tuple(lowered[name] for name in names[:count])
-    return ()
+        letters = dict(zip(names, LETTERS, strict=True))
+        found = [(letters[key], name) for name in header if (key := name.strip().lower()) in letters]
+        if len({letter for letter, _ in found}) < 2:
+            continue
+        for letter, count in Counter(letter for letter, _ in found).items():
+            if count > 1:
+                columns = [shorten(name) for other, name in found if other == letter]
+                raise ValueError(
+                    f"{table} has more than one column of option {letter}, {' and '.join(columns)}: rename one"
+                )
+        return dict(sorted(found))
+    return {}
 
 
 def _listed(header: Sequence[str]) -> str:

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from learner.losses import LossDenominators, PolicyLossConfig, count_denominators, policy_loss
+from learner.losses import LossDenominators, count_denominators, policy_loss
 from learner.metrics import MetricMax, MetricSum, mean_metric, merge_metrics
+from tests.configs import policy_loss_config
 
 
 @pytest.mark.parametrize(
@@ -31,16 +32,16 @@ from learner.metrics import MetricMax, MetricSum, mean_metric, merge_metrics
 )
 def test_impossible_settings_are_refused_by_name(key, value):
     with pytest.raises(ValueError, match=rf"{key}={value!r}.* use "):
-        PolicyLossConfig(**{key: value})
+        policy_loss_config(**{key: value})
 
 
 def test_a_penalty_without_estimator_is_refused():
     with pytest.raises(ValueError, match=r"kl_coef=0.04 with kl_estimator='none'"):
-        PolicyLossConfig(kl_estimator="none")
-    assert PolicyLossConfig(kl_estimator="none", kl_coef=0.0).kl_coef == 0.0
+        policy_loss_config(kl_estimator="none")
+    assert policy_loss_config(kl_estimator="none", kl_coef=0.0).kl_coef == 0.0
 
 
-def call(config=PolicyLossConfig(), denominators=LossDenominators(3.0, 2.0, 8), **overrides):  # noqa: B008 (frozen)
+def call(config=policy_loss_config(), denominators=LossDenominators(3.0, 2.0, 8), **overrides):  # noqa: B008 (frozen)
     inputs = {
         "logprobs": torch.tensor([-1.0, -2.0, -0.5]),
         "old_logprobs": torch.tensor([-1.0, -2.0, -0.5]),

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from learner.optimizer import Optimizer, lr_factor
-from rlmed.core.config import LearnerConfig
+from tests.configs import learner_config
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def parameter(values, dtype=torch.float32):
 
 
 def optimizer(*parameters, total_steps=10, **config):
-    settings = LearnerConfig(**{"lr": 0.1, "lr_schedule": "constant", "max_grad_norm": 1e9, **config})
+    settings = learner_config(**{"lr": 0.1, "lr_schedule": "constant", "max_grad_norm": 1e9, **config})
     return Optimizer([(f"p{i}", entry) for i, entry in enumerate(parameters)], settings, total_steps)
 
 

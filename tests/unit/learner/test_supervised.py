@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from learner.supervised import SupervisedLearner, written_item
-from rlmed.core.config import LearnerConfig
+from tests.configs import learner_config
 
 
 @pytest.fixture
@@ -23,7 +23,9 @@ def items(make_prompt):
 
 
 def new_learner(policy, **config):
-    return SupervisedLearner(policy, LearnerConfig(**{"lr": 1e-3, "lr_schedule": "constant", **config}), total_steps=20)
+    return SupervisedLearner(
+        policy, learner_config(**{"lr": 1e-3, "lr_schedule": "constant", **config}), total_steps=20
+    )
 
 
 def likelihood(model, item):

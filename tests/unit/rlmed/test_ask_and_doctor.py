@@ -24,6 +24,8 @@ from rlmed.data.prompts import PromptRenderer, load_processor
     [
         (["only"], "good.png", "2 to 10 different texts"),
         (["a", "a"], "good.png", "2 to 10 different texts"),
+        (["a", " A"], "good.png", "2 to 10 different texts"),
+        (["a", " "], "good.png", "one is blank"),
         (["a", "b"], "absent.png", r"absent\.png does not exist"),
         (["a", "b", "--temperature", "-1"], "good.png", r"temperature=-1\.0 is not possible"),
         (["a", "b", "--temperature", "nan"], "good.png", "temperature=nan is not possible"),
@@ -92,6 +94,30 @@ def test_ask_asks_as_the_model_was_asked_in_training(
     # a picture shrinks as it did then
     assert 64 < len(prompts[1].token_ids) <= 100
     np.testing.assert_array_equal(prompts[1].token_ids, render(renderer, prompts[1].example).token_ids)
+
+
+@pytest.mark.parametrize("options", [["A. liver", "B. spleen"], ["(b) spleen", "(a) liver"], ["1) liver", "2) spleen"]])
+def test_ask_shows_options_with_one_letter(
+    options: list[str],
+    tmp_path: Path,
+    tiny_folder: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Image.new("RGB", (56, 56)).save(tmp_path / "good.png")
+    shown: list[Example] = []
+    render = PromptRenderer.render
+
+    def watched(self: PromptRenderer, example: Example) -> Prompt:
+        shown.append(example)
+        return render(self, example)
+
+    monkeypatch.setattr(PromptRenderer, "render", watched)
+    monkeypatch.setattr(PromptRenderer, "decode", lambda *_: "<think>x</think><answer>B</answer>")
+    model = ["--model", str(tiny_folder("qwen2_vl")), "--max-tokens", "1"]
+    ask.main([str(tmp_path / "good.png"), "Which?", "--options", *options, *model])
+    assert shown[0].options == ("liver", "spleen")
+    assert "B) spleen" in capsys.readouterr().out
 
 
 def test_doctor_finds_what_is_installed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

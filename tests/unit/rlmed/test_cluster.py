@@ -103,9 +103,15 @@ def test_what_cannot_sleep_says_so() -> None:
     with pytest.raises(ConfigError, match=r"rollout\.sleep=true needs a GPU"):
         engines_sleep(make_config(*SHARED, "rollout.sleep=true"), cuda=False)
     with pytest.raises(ConfigError, match=r"rollout\.sleep=true with rollout\.engine=native"):
-        make_config("cluster=ray", "+rollout.sleep=true")
+        make_config("cluster=ray", "rollout.sleep=true")
     with pytest.raises(ConfigError, match=r"max_staleness=2.*rollout\.sleep=null"):
         make_config(*SHARED, "rollout.sleep=true", "algo.max_staleness=2")
+
+
+def test_a_share_of_a_gpu_that_is_not_there_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pytest.importorskip("rlmed.ray_session"), "on_gpus", lambda config: False)
+    with pytest.raises(ConfigError, match=r"gpu_memory_utilization=0\.3 is a share .* set rollout\.kv_cache_gib"):
+        cluster._start_workers(make_config(*SHARED, "rollout.gpu_memory_utilization=0.3"), [{}])
 
 
 def test_a_way_for_weights_has_to_fit_the_engine() -> None:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlmed.controller import LoopState, StepResult, train
-from rlmed.core.config import AlgoConfig, SelectionConfig
+from rlmed.core.config import AlgoConfig
 from rlmed.core.tracing import Tracer
 from rlmed.core.types import (
     Completion,
@@ -24,6 +24,7 @@ from rlmed.core.types import (
     TrainGroup,
 )
 from rlmed.data.curriculum import Curriculum
+from tests.configs import algo_config, selection_config
 from tests.unit.rlmed.plain_stream import PlainStream
 
 
@@ -116,7 +117,7 @@ def run(
 
 @pytest.mark.parametrize(("max_staleness", "rested"), [(0, [0, 0, 0]), (1, [])])
 def test_workers_rest_before_learning_where_nothing_is_under_way(max_staleness: int, rested: list[int]) -> None:
-    algo = AlgoConfig(groups_per_step=4, group_size=2, max_staleness=max_staleness)
+    algo = algo_config(groups_per_step=4, group_size=2, max_staleness=max_staleness)
     pool, _, _, _ = run(algo, 3, spread=lambda index: index % 3 > 0)
     assert pool.rested == rested  # and for each rest the number of requests in flight
 
@@ -125,7 +126,7 @@ class SelectingStream(PlainStream):
     """Draws from seven rows, of which two are always wrong, by pass rate; notes which row each request was given."""
 
     def __init__(self, state: dict[str, Any] | None = None) -> None:
-        self.curriculum = Curriculum(["CT"] * 7, 0, selection=SelectionConfig("pass_rate", retest_after=1))
+        self.curriculum = Curriculum(["CT"] * 7, 0, selection=selection_config("pass_rate", retest_after=1))
         if state:
             self.curriculum.restore(state)
         self.rows: dict[int, int] = {}
@@ -141,7 +142,7 @@ class SelectingStream(PlainStream):
 
 
 def test_on_policy_each_step_consumes_what_was_sampled_for_it() -> None:
-    pool, learner, results, state = run(AlgoConfig(groups_per_step=3), 4)
+    pool, learner, results, state = run(algo_config(groups_per_step=3), 4)
     assert [sorted(batch) for batch in learner.batches] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
     assert pool.in_flight == 0
     assert (state.step, state.cursor, state.pending) == (4, 12, [])
@@ -150,7 +151,7 @@ def test_on_policy_each_step_consumes_what_was_sampled_for_it() -> None:
 
 
 def test_groups_without_spread_are_replaced_and_reported() -> None:
-    algo = AlgoConfig(groups_per_step=3, dynamic_sampling=True)
+    algo = algo_config(groups_per_step=3, dynamic_sampling=True)
     _, learner, results, state = run(algo, 2, spread=lambda index: index % 2 == 1)
     assert [sorted(batch) for batch in learner.batches] == [[1, 3, 5], [7, 9, 11]]
     assert sorted(group.rollout.request.index for group in results[0].discarded) == [0, 2, 4]
@@ -159,13 +160,13 @@ def test_groups_without_spread_are_replaced_and_reported() -> None:
 
 
 def test_groups_without_spread_are_kept_without_dynamic_sampling() -> None:
-    _, learner, results, _ = run(AlgoConfig(groups_per_step=3), 1, spread=lambda _: False)
+    _, learner, results, _ = run(algo_config(groups_per_step=3), 1, spread=lambda _: False)
     assert len(learner.batches[0]) == 3
     assert all((group.advantages == 0).all() for group in results[0].groups)
 
 
 def test_refills_end_and_the_step_takes_what_there_is() -> None:
-    algo = AlgoConfig(groups_per_step=2, dynamic_sampling=True, max_refills=3)
+    algo = algo_config(groups_per_step=2, dynamic_sampling=True, max_refills=3)
     pool, learner, results, state = run(algo, 2, spread=lambda index: index == 4)
     assert learner.batches == [[4]]  # nothing to learn from in the second step, and the run still ends
     assert pool.in_flight == 0
@@ -176,7 +177,7 @@ def test_refills_end_and_the_step_takes_what_there_is() -> None:
 
 
 def test_advantages_are_normalized_by_modality_and_the_spread_is_reported() -> None:
-    algo = AlgoConfig(groups_per_step=2, advantage="dr_grpo", normalize_by="modality")
+    algo = algo_config(groups_per_step=2, advantage="dr_grpo", normalize_by="modality")
     *_, results, state = run(algo, 3)
     for result in results:
         assert result.metrics["spread/none"] == pytest.approx(
@@ -185,7 +186,7 @@ def test_advantages_are_normalized_by_modality_and_the_spread_is_reported() -> N
         for group in result.groups:
             np.testing.assert_allclose(group.advantages, [-(0.5**0.5), 0.5**0.5], rtol=2e-4)
     assert state.spread.of("") == pytest.approx(0.5**0.5)
-    assert "spread/none" not in run(AlgoConfig(groups_per_step=2), 1)[2][0].metrics
+    assert "spread/none" not in run(algo_config(groups_per_step=2), 1)[2][0].metrics
 
 
 @settings(deadline=None, max_examples=60)
@@ -193,7 +194,7 @@ def test_advantages_are_normalized_by_modality_and_the_spread_is_reported() -> N
 def test_admission_rule(max_staleness: int, groups_per_step: int, stop: int, seed: int) -> None:
     """What is admitted never exceeds the groups that the next 1 + max_staleness steps consume; nothing is lost or repeated,
     also when the run is stopped after some step and goes on from its state."""
-    algo = AlgoConfig(groups_per_step=groups_per_step, max_staleness=max_staleness)
+    algo = algo_config(groups_per_step=groups_per_step, max_staleness=max_staleness)
     _, first, _, state = run(algo, stop, seed=seed)
     assert len(state.pending) <= groups_per_step * max_staleness
     pool, second, results, state = run(algo, stop + 4, state=state, seed=seed + 1)
@@ -211,7 +212,7 @@ def test_prompts_under_way_are_asked_again_after_a_resume(
 ) -> None:
     """On-policy the whole sequence of prompts is that of a run that goes on, in whatever order groups finish; with groups
     under way at the stop, each of these asks for the row that it asked for before."""
-    algo = AlgoConfig(groups_per_step=3, max_staleness=max_staleness, dynamic_sampling=dynamic_sampling)
+    algo = algo_config(groups_per_step=3, max_staleness=max_staleness, dynamic_sampling=dynamic_sampling)
     spread = lambda index: index % 4 != 0  # noqa: E731
     whole, first = SelectingStream(), SelectingStream()
     run(algo, 12, spread=spread, stream=whole, seed=seed)

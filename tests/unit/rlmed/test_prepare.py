@@ -46,6 +46,17 @@ def test_it_says_what_it_wrote_and_what_it_left_out(source, tmp_path, capsys):
     assert f"written:    {tmp_path / 'out' / 'manifest.json'}" in shown
 
 
+def test_it_says_how_many_rows_keep_the_order_of_their_options(source, tmp_path, capsys):
+    lines = [
+        f"0.png,Which {n}?,liver,{other},A,CT,train\n" for n, other in enumerate(["spleen", "both", "none of these"])
+    ]
+    (source / "questions.csv").write_text(TABLE + "".join(lines))
+    main(command(source, tmp_path / "out"))
+    said = "order:      train: 2 of 3 rows keep the order of their options, since one refers to others"
+    assert said in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["splits"]["train"]["kept_order"] == 2
+
+
 def test_what_it_writes_is_what_a_run_reads(source, tmp_path, tiny_folder):
     main(command(source, tmp_path / "out"))
     config = compose_config(

@@ -201,6 +201,14 @@ def test_versions_name_what_ran_and_nothing_private(tmp_path):
     assert str(Path.home()) not in text
 
 
+def test_data_counts_the_rows_that_keep_the_order_of_their_options(tmp_path):
+    path = tmp_path / "train.jsonl"
+    rows = tuple(Example(str(n), None, "?", ("x", last), 0) for n, last in enumerate(("y", "both", "all of the above")))
+    file = DataFile("train", path, ReadResult(path, rows, (), "abc", {}), rows, ())
+    write_data(tmp_path, [file])
+    assert json.loads((tmp_path / "data.json").read_text())["files"][0]["kept_order"] == 2
+
+
 def test_data_lists_each_file_with_its_skipped_rows(tmp_path):
     path = tmp_path / "train.jsonl"
     example = make_group().rollout.prompt.example
@@ -214,6 +222,7 @@ def test_data_lists_each_file_with_its_skipped_rows(tmp_path):
                 "path": str(path),
                 "sha256": "abc123",
                 "rows": 1,
+                "kept_order": 0,
                 "skipped": [
                     {"line": 2, "id": "b", "reason": "no question"},
                     {"line": 9, "id": "c", "reason": "prompt too long"},

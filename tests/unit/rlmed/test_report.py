@@ -283,6 +283,17 @@ def test_skipped_rows_and_steps_are_told(run):
     assert "image &lt;gone&gt;.png does not exist" in html
 
 
+def test_rows_that_keep_the_order_of_their_options_are_told(run):
+    assert "keep the order of their options" not in write_report(run).read_text()
+    for path in (run / "data.json", *run.glob("evaluations/step-*/summary.json")):
+        content = json.loads(path.read_text())
+        content["files"][0]["kept_order"] = 17
+        path.write_text(json.dumps(content))
+    html = write_report(run).read_text()
+    assert "17 keep the order of their options</summary>" in html
+    assert "<small>17 keep theirs</small>" in html
+
+
 def test_a_folder_of_something_else_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="is no run folder"):
         write_report(tmp_path)

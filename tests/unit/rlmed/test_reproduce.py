@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from rlmed.commandline import unused_overrides
 from rlmed.core.statistics import mcnemar
 from rlmed.evaluation_results import Accuracy, EvalRow, EvalSummary, FileSummary, write_evaluation
 from rlmed.reproduce import DONE_FILE, Run, default_folder, main, plan, reproduce
@@ -146,6 +147,41 @@ def test_the_plan_is_the_base_then_seed_by_seed(tmp_path):
     assert default_folder(["steps=5", "+experiment=medvqa_600"]) == Path("outputs/reproduce/medvqa_600")
 
 
+def test_each_command_is_given_what_it_reads(tmp_path):
+    experiment = "+experiment=medvqa_600_released"  # with a seed of its own, and lengths for rollouts alone
+    shared = ("cluster.threads=1", "eval.max_tokens=9")
+    given = [experiment, "algo=dapo", "sft.epochs=3", "cluster=ray", *shared, "data.mix={MRI:1}"]
+    base, sft, rl = plan(tmp_path, ["sft", "rl"], [3], given)
+    assert base.overrides == (experiment, *shared)
+    assert sft.overrides == (experiment, "sft.epochs=3", *shared, "data.mix={MRI:1}")
+    assert rl.overrides == (experiment, "algo=dapo", "cluster=ray", *shared, "data.mix={MRI:1}")
+    for run, program in ((base, "evaluate"), (sft, "sft"), (rl, "train")):
+        assert unused_overrides(program, run.arguments[2:]) == []
+
+
+@pytest.mark.parametrize("models", [["model=qwen2_vl_2b"], ["model=some/folder", "data=mine.jsonl", "data.train=x"]])
+def test_shorthands_are_shared_as_they_were_given(models, tmp_path):
+    assert {run.overrides for run in plan(tmp_path, ["sft", "rl"], [0], models)} == {tuple(models)}
+
+
+@pytest.mark.parametrize(
+    ("methods", "override", "said"),
+    [
+        (["sft", "rl"], "algo.dual_clip=2", r"algo\.dual_clip=2: rlmed\.launch does not read .* Set algo\.clip=dual"),
+        (["sft", "rl"], "eval.samples=3", r"eval\.samples=3: rlmed\.launch does not read eval\.samples\."),
+        (["sft"], "algo.group_size=3", r"algo\.group_size=3: rlmed\.sft does not read algo\.group_size\."),
+        (["rl"], "profile=paper", r"profile=paper: rlmed\.launch does not read profile\."),
+        (["rl"], "algo=grpoo", "algo=grpoo: there is no such option; did you mean grpo"),
+        (["rl"], "+experiment=medvqa", "experiment=medvqa: there is no such option; did you mean medvqa_600"),
+        (["rl"], "data.mix={MRI:0.5", "data.mix={MRI:0.5: not keys with values"),
+        (["rl"], "algo.kl_coeff=0", r"unknown key algo\.kl_coeff: did you mean algo\.kl_coef\?"),
+    ],
+)
+def test_what_none_of_the_runs_reads_is_refused(methods, override, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        plan(tmp_path, methods, [0], [override])
+
+
 @pytest.mark.parametrize(
     ("seeds", "overrides", "said"),
     [
@@ -186,7 +222,7 @@ def test_what_is_done_is_not_run_again_and_a_failure_is_taken_up(tmp_path, monke
     assert [run.done for run in runs] == [True, False, False]
     found = reproduce(runs, Console(quiet=True))
     assert [command[2] for command in commands.given] == ["rlmed.evaluate", *["rlmed.launch"] * 3]
-    assert all("resume=auto" in command for command in commands.given)
+    assert ["resume=auto" in command for command in commands.given] == [False, True, True, True]
     assert found.lines[0].accuracy["rl"].values == (0.1, 0.1)
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from rlmed.core.config import DataConfig, SelectionConfig
+from rlmed.core.config import DataConfig
 from rlmed.core.types import LETTERS, Example, RolloutGroup, RolloutRequest, SamplingParams, ScoredGroup
 from rlmed.data.prompts import PromptRenderer, load_processor
 from rlmed.stream import PromptStream
+from tests.configs import data_config, selection_config
 
 EXAMPLES = [
     Example(id=f"q{i}", image=None, question=f"Question {i}?", options=("w", "x", "y", "z"), answer=i % 4)
@@ -21,7 +22,7 @@ EXAMPLES = [
 
 def stream(folder: Path, data: DataConfig | None = None, *, shuffle: bool = False) -> PromptStream:
     renderer = PromptRenderer(*load_processor(folder), max_prompt_tokens=512)
-    data = data or DataConfig(shuffle_options=shuffle)
+    data = data or data_config(shuffle_options=shuffle)
     return PromptStream(EXAMPLES, renderer, SamplingParams(max_tokens=9), data, group_size=4, seed=3)
 
 
@@ -61,7 +62,7 @@ def test_shuffling_moves_the_answer_with_its_text(tiny_folder: Callable[..., Pat
 
 def test_the_order_in_which_groups_finished_does_not_matter(tiny_folder: Callable[..., Path]) -> None:
     """Also where a step holds one example twice: half right is not right."""
-    data = DataConfig(selection=SelectionConfig(mode="pass_rate"))
+    data = data_config(selection=selection_config("pass_rate"))
     streams = [stream(tiny_folder("qwen2"), data) for _ in range(2)]
     for turn, one in enumerate(streams):
         groups = [scored(one.request(index), [1, 1, 1, 1] if index < 5 else [1, 0.5, 1, 1]) for index in range(8)]
@@ -73,7 +74,7 @@ def test_the_order_in_which_groups_finished_does_not_matter(tiny_folder: Callabl
 
 
 def test_a_restored_stream_asks_for_the_same_again(tiny_folder: Callable[..., Path]) -> None:
-    data = DataConfig(selection=SelectionConfig(mode="pass_rate"), shuffle_options=True)
+    data = data_config(selection=selection_config("pass_rate"), shuffle_options=True)
     first, second = (stream(tiny_folder("qwen2"), data) for _ in range(2))
     for index in range(12):
         first.observe([scored(first.request(index), [1, 1, 0, 1] if index % 3 else [0, 0, 0, 0])])

@@ -1,16 +1,20 @@
 """The figures of a trust report on answers worked by hand; their files."""
 
 import dataclasses
+import io
 import json
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from rlmed.core.calibration import pass_at_k
 from rlmed.core.statistics import mcnemar
 from rlmed.core.types import Example
+from rlmed.data.prompts import PromptRenderer, load_processor
 from rlmed.evaluation_results import EvalRow
 from rlmed.report_trust import show_trust
+from rlmed.trust import TrustSettings, _Asker, _file_trust
 from rlmed.trust_figures import (
     calibration,
     domains,
@@ -20,6 +24,8 @@ from rlmed.trust_figures import (
     sampling,
 )
 from rlmed.trust_results import FileTrust, OrderAnswer, TrustAnswer, TrustSummary, write_trust
+from rlmed.trust_table import trust_table
+from tests.unit.rlmed.test_evaluation import ScriptedPool, make_rows
 
 TEXTS = ("head", "knee", "chest")
 
@@ -84,6 +90,50 @@ def test_a_letter_counts_only_among_questions_that_have_it():
     shares = {one.letter: one.chosen for one in order_sensitivity([pair, triple]).letters}
     assert (shares["A"].value, shares["A"].rows) == (0.5, 2)
     assert (shares["C"].value, shares["C"].rows) == (1.0, 1)
+
+
+def test_questions_whose_options_refer_to_others_are_asked_in_their_order_alone(tmp_path):
+    turned = (OrderAnswer(TEXTS, "A", "A"), OrderAnswer(("knee", "chest", "head"), "C", "A"))
+    kept = (OrderAnswer(TEXTS, "A", "A"),)
+    rows = [row(i, True) for i in range(3)]
+    mixed = _file_trust(
+        rows, [answer(0, orders=turned), answer(1, orders=kept), answer(2, orders=turned)], argue_nothing
+    )
+    assert mixed.order is not None
+    assert (mixed.order.stays.right, mixed.order.stays.rows, mixed.kept_order, mixed.rows) == (0, 2, 1, 3)
+    fixed = dataclasses.replace(_file_trust(rows, [answer(i, orders=kept) for i in range(3)], argue_nothing), name="g")
+    assert (fixed.order, fixed.kept_order) == (None, 3)
+    summary = TrustSummary("tiny", 1.5, (fixed, mixed), ())
+    write_trust(tmp_path, summary, ())
+    assert TrustSummary.read(tmp_path) == summary
+    shown = show_trust(summary)
+    assert shown["orders"] == 2
+    assert [plot.title for plot in shown["plots"] if "letters" in plot.title] == ["f: letters over 2 option orders"]
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(trust_table(summary))
+    lines = [line.split() for line in console.export_text().splitlines()]
+    assert ["same", "option", "in", "all", "orders", "–", "0.0", "(0–66)"] in lines
+    assert ["rows", "that", "keep", "their", "order", "3", "1"] in lines
+
+
+def test_only_questions_that_have_another_order_are_asked_in_it(tmp_path, tiny_folder):
+    renderer = PromptRenderer(*load_processor(tiny_folder("qwen2_vl")), max_prompt_tokens=512)
+    asked = make_rows(tmp_path, "mri", 4)
+    asked[2] = dataclasses.replace(asked[2], options=("head", "chest", "abdomen", "all of the above"))
+    pool = ScriptedPool(renderer, lambda *_: "<think>x</think><answer>A</answer>")
+    settings = TrustSettings(samples=1, max_tokens=8, stop=(), seed=0, token_budget=64)
+    asker = _Asker({("mri", row.id): row for row in asked}, pool, None, renderer, settings, None)
+    orders = asker._order(1)
+    assert sorted(orders) == [("mri", "0"), ("mri", "1"), ("mri", "3")]
+    for (_, name), order in orders.items():
+        own = asked[int(name)]
+        assert sorted(order.options) == sorted(own.options)
+        assert order.options["ABCD".index(order.answer)] == own.options[own.answer]
+    assert sorted(asker._samples()) == [("mri", str(n)) for n in range(4)]
+
+
+def argue_nothing(reasoning, options):
+    return None
 
 
 def test_reliance_pairs_questions_by_kind_and_leaves_out_those_without_a_control():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import math
 import weakref
@@ -53,6 +54,21 @@ def test_a_completion_ends_with_its_end_token(chain, make_request):
     assert completion.token_ids.tolist() == [3, 4, 5, 0]
     assert (completion.finish_reason, completion.text) == ("stop", "def")
     assert completion.rollout_logprobs.tolist() == [0.0] * 4
+
+
+def test_an_end_token_is_no_part_of_the_text_even_where_the_tokenizer_takes_it_for_text(chain, make_request):
+    engine = new_engine(chain({5: [0]}), lambda token_ids: "".join(LETTERS[token] for token in token_ids))
+    assert only_completion(engine, make_request(start=2)).text == "def"
+    # cut by length, the last token is text
+    assert only_completion(engine, make_request(start=2, max_tokens=2)).text == "de"
+
+
+@pytest.mark.parametrize(("prefill", "text"), [("", "def"), ("<think>\n", "<think>\ndef")])
+def test_a_completion_begins_with_what_the_template_has_written_of_it(chain, make_request, prefill, text):
+    request = make_request(start=2, stop=("f",))
+    request = dataclasses.replace(request, prompt=dataclasses.replace(request.prompt, prefill=prefill))
+    completion = only_completion(new_engine(chain()), request)
+    assert (completion.text, completion.token_ids.tolist()) == (text, [3, 4, 5])
 
 
 def test_an_end_token_may_come_first(chain, make_request):

@@ -15,6 +15,7 @@ from rlmed.core.config import RunConfig
 from rlmed.core.config_building import build_config
 from rlmed.core.config_checks import ConfigError
 from rlmed.data.prompts import PAPER_TEMPLATE
+from rlmed.overrides import group_options
 
 CONF = resources.files("conf")
 GROUPS = ("model", "data", "prompt", "algo", "reward", "rollout", "learner", "cluster")
@@ -24,27 +25,23 @@ def composed(*overrides: str, program: str = "train") -> RunConfig:
     return compose_config(program, overrides)
 
 
-def options(group: str) -> list[str]:
-    return sorted(entry.name.removesuffix(".yaml") for entry in CONF.joinpath(group).iterdir() if ".yaml" in entry.name)
-
-
 @pytest.mark.parametrize("program", ["train", "sft", "evaluate"])
 def test_programs_compose(program: str) -> None:
     assert composed(program=program).model.path == "embedded:tiny_base"
 
 
-@pytest.mark.parametrize("choice", [f"{group}={name}" for group in GROUPS for name in options(group)])
+@pytest.mark.parametrize("choice", [f"{group}={name}" for group in GROUPS for name in group_options(group)])
 def test_every_group_option_composes(choice: str) -> None:
     config = composed(*(("cluster=ray",) if choice == "rollout=vllm" else ()), choice)
     assert loss_config(config.algo).kl_coef == config.algo.kl_coef  # the loss accepts it too
 
 
-@pytest.mark.parametrize("name", options("debug"))
+@pytest.mark.parametrize("name", group_options("debug"))
 def test_every_debug_mode_composes(name: str) -> None:
     assert composed(f"+debug={name}", *(["debug.recorded=x"] if name == "recorded" else [])) != composed()
 
 
-@pytest.mark.parametrize("name", options("experiment"))
+@pytest.mark.parametrize("name", group_options("experiment"))
 @pytest.mark.parametrize("program", ["train", "sft"])
 def test_every_experiment_composes(name: str, program: str) -> None:
     assert composed(f"+experiment={name}", program=program).name == name
@@ -160,7 +157,7 @@ def test_missing_key() -> None:
 
 def test_the_papers_prompt_is_the_default_and_each_other_one_asks_for_an_answer() -> None:
     assert composed().prompt.template == PAPER_TEMPLATE
-    for name in options("prompt"):
+    for name in group_options("prompt"):
         prompt = composed(f"prompt={name}").prompt
         assert all("<answer>...</answer>" in text for text in (prompt.template, *prompt.by_modality.values()))
 

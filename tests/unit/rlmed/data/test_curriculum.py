@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlmed.core.config import SelectionConfig
 from rlmed.data.curriculum import Curriculum, next_turn
 from rlmed.data.sampler import PromptOrder
+from tests.configs import selection_config
 
 MODALITIES = ["MRI"] * 5 + ["CT"] * 3 + ["X-ray"] * 4
 MIX = {"MRI": 0.5, "CT": 0.3, "X-ray": 0.2}
-PASS_RATE = SelectionConfig(mode="pass_rate")
+PASS_RATE = selection_config("pass_rate")
 
 
 def draw(curriculum: Curriculum, first: int, count: int, right: Callable[[int], int]) -> list[tuple[int, int]]:
@@ -85,7 +85,7 @@ def test_an_unknown_modality_is_refused_with_those_there_are() -> None:
 @given(st.integers(0, 1000), st.integers(1, 4), st.integers(1, 3), st.lists(st.integers(0, 4), min_size=6, max_size=6))
 def test_what_is_passed_over_and_for_how_long(seed: int, retest_after: int, min_visits: int, right: list[int]) -> None:
     """Rows with 0 or 4 of 4 right are asked `min_visits` times and then once in `retest_after + 1` epochs, others always."""
-    selection = SelectionConfig("pass_rate", min_visits=min_visits, retest_after=retest_after)
+    selection = selection_config("pass_rate", min_visits=min_visits, retest_after=retest_after)
     places = draw(Curriculum(["CT"] * 6, seed, selection=selection), 0, 150, right.__getitem__)
     assert places == sorted(places, key=lambda place: place[0])
     last = places[-1][0]  # an epoch that may not be whole
@@ -99,7 +99,7 @@ def test_what_is_passed_over_and_for_how_long(seed: int, retest_after: int, min_
 
 
 def test_bounds_are_those_of_the_latest_groups() -> None:
-    selection = SelectionConfig("pass_rate", min_visits=2, low=0.25, high=0.75, retest_after=1)
+    selection = selection_config("pass_rate", min_visits=2, low=0.25, high=0.75, retest_after=1)
     curriculum = Curriculum(["CT"], 0, selection=selection)
     aside = []
     for index, right in enumerate([4, 2, 3, 3, 1, 1]):  # rates of two: 0.75, 0.625, 0.75, 0.5, 0.25
@@ -114,7 +114,7 @@ def test_bounds_are_those_of_the_latest_groups() -> None:
 def test_what_is_learnt_comes_back() -> None:
     """A row that was too hard and now is half right is taken in each epoch again."""
     places, right = [], {0: 0, 1: 2}
-    curriculum = Curriculum(["CT"] * 2, 0, selection=SelectionConfig("pass_rate", retest_after=1))
+    curriculum = Curriculum(["CT"] * 2, 0, selection=selection_config("pass_rate", retest_after=1))
     for index in range(20):
         places += draw(curriculum, index, 1, right.__getitem__)
         if places[-1][0] >= 3:
@@ -136,7 +136,7 @@ def test_a_restored_curriculum_goes_on_as_the_first_would_have(
     """Also with requests under way, of which some may be observed late; the state goes through JSON."""
 
     def build() -> Curriculum:
-        selection = SelectionConfig("pass_rate", min_visits=min_visits)
+        selection = selection_config("pass_rate", min_visits=min_visits)
         return Curriculum(MODALITIES, seed, mix=mix, selection=selection)
 
     def go_on(curriculum: Curriculum, start: int, stop: int) -> list[tuple[int, int]]:

@@ -88,3 +88,17 @@ def test_another_order_is_never_the_own_one_and_else_any(options):
         orders[other.options] += 1
     assert options not in orders
     assert len(orders) == math.factorial(len(options)) - 1
+
+
+@pytest.mark.parametrize("last", ["all of the above", "A and C", "both", "None of these", "neither", "A, B", "beide"])
+def test_a_row_whose_options_refer_to_others_keeps_their_order(last):
+    options = ("head", "chest", "abdomen", last)
+    example = Example("q1", None, "?", options, 3)
+    assert {shuffle_options(example, seed) for seed in range(50)} == {example}
+    assert reorder_options(example, 0) is None
+    assert reorder_options(Example("q1", None, "?", ("head", last), 0), 0) is None
+
+
+def test_texts_that_only_look_as_if_they_referred_to_others_are_shuffled():
+    example = Example("q1", None, "?", ("both lungs", "hepatitis A", "above the diaphragm", "E. coli"), 0)
+    assert len({shuffle_options(example, seed).options for seed in range(400)}) == 24

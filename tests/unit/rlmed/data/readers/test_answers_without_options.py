@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from rlmed.data.jsonl import BadRowError
+from rlmed.data.jsonl import BadRowError, read_examples
 from rlmed.data.layout import write_layout
 from rlmed.data.readers import slake, vqa_rad
 from rlmed.data.readers.base import Encoded, Skipped, SourceRow
@@ -154,6 +154,25 @@ def test_distractors_are_drawn_as_often_as_they_are_right():
         text for n in range(20_000) for text in pool.options(f"q{n}", "modality", "Ultrasound") if text != "Ultrasound"
     )
     assert drawn["CT"] / 20_000 == pytest.approx(0.75, abs=0.015)
+
+
+def test_an_answer_that_speaks_of_options_has_none_to_speak_of():
+    pool = AnswerPool(seed=0, distractors=9)
+    for text in ("left", "right", "both", "All of the above", "A and C"):
+        pool.add("side", text)
+    # both sides may be shown in a picture; drawn as it is, its frequency gives nothing away
+    assert sorted(pool.options("q1", "side", "both")) == ["both", "left", "right"]
+    for text in ("All of the above", "A and C"):
+        with pytest.raises(BadRowError, match="refers to options, and it has none"):
+            pool.options("q1", "side", text)
+
+
+def test_answers_that_are_letters_are_written_so_that_they_are_read_as_texts(rad, tmp_path):
+    put(rad / vqa_rad.QUESTIONS, *(rad_row(n, answer=text, question_type="PANEL") for n, text in enumerate("BACB")))
+    source = vqa_rad.read(rad, without_images=True)
+    layout = write_layout(source, tmp_path / "out", reader=vqa_rad.READER, source=rad, options={})
+    rows = [row for name in layout.splits for row in read_examples(tmp_path / "out" / f"{name}.jsonl").examples]
+    assert [row.options[row.answer] for row in rows] == ["B", "A", "C", "B"]
 
 
 def test_an_answer_that_contains_the_right_one_is_no_distractor():

@@ -44,7 +44,7 @@ def test_a_full_row_field_by_field(folder):
             id="q7",
             question="Which, organ?",
             options=("liver", "spleen", "kidney"),
-            answer="B",
+            answer="spleen",
             image=folder / "1.png",
             modality="CT",
             kind="organ",
@@ -103,7 +103,7 @@ def test_images_of_another_folder_and_no_images_at_all(folder, tmp_path):
 def test_a_folder_of_tables(folder):
     table(folder, "image,question,A,B,answer", "1.png,Which?,liver,spleen,A", name="train.csv")
     table(folder, "image\tquestion\tA\tB\tanswer", "1.png\tWhich?\tliver\tspleen\tB", name="my test.tsv")
-    assert [(row.split, row.answer) for row in rows(folder)] == [("my_test", "B"), ("train", "A")]
+    assert [(row.split, row.answer) for row in rows(folder)] == [("my_test", "spleen"), ("train", "liver")]
     with pytest.raises(ValueError, match="holds no table"):
         rows(folder.parent)
 

@@ -83,7 +83,7 @@ def test_rows_go_where_the_paper_has_them_and_read_as_its_problems(folder, tmp_p
     "options",
     [
         ["B", "A", "C"],  # letters as texts: the text counts
-        ["A) liver", "B) spleen", "C. kidney"],
+        ["A. carotis", "A. femoralis", "A. poplitea"],
         ["none of A and B", "both", "B only"],
         ["liver ", " spleen", "kidney\t"],
         ["leber und\tmilz", "größer als 3 cm", "“quoted”, ‘so’"],

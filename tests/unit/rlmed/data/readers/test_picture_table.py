@@ -55,7 +55,12 @@ def folder(tmp_path) -> Path:
 def test_a_row_has_its_picture_and_names_neither_file_nor_id(folder):
     (row,) = rows(write(folder, "DOE^JANE/1.dcm,1,Which organ?,liver,spleen,B,DOE-17,"))
     assert (row.where, row.id, row.split) == ("line 2 of the table", "line-2", "questions")
-    assert (row.question, row.options, row.answer, row.modality) == ("Which organ?", ("liver", "spleen"), "B", "CT")
+    assert (row.question, row.options, row.answer, row.modality) == (
+        "Which organ?",
+        ("liver", "spleen"),
+        "spleen",
+        "CT",
+    )
     assert row.image.key == "000001"
     assert row.image.load().size == (8, 8)
     assert "DOE" not in repr(row).replace(repr(row.image), "")

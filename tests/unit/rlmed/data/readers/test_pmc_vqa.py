@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import tracemalloc
 import zipfile
@@ -16,8 +17,8 @@ from rlmed.data.images import BadImageError
 from rlmed.data.jsonl import read_examples
 from rlmed.data.layout import write_layout
 from rlmed.data.readers import image_files
-from rlmed.data.readers.base import SourceRow
-from rlmed.data.readers.pmc_vqa import READER, choices, read
+from rlmed.data.readers.base import Skipped, SourceRow
+from rlmed.data.readers.pmc_vqa import READER, read
 
 FIRST = "Figure_path,Question,Answer,Choice A,Choice B,Choice C,Choice D,Answer_label"
 SECOND = "index,Figure_path,Caption,Question,Choice A,Choice B,Choice C,Choice D,Answer,split"
@@ -67,20 +68,41 @@ def test_unpacked_images(folder):
     assert next(read(folder, without_images=True)).image is None
 
 
+def row_of(folder: Path, texts: list[str], answer: str, label: str = "") -> SourceRow | Skipped:
+    with (folder / "train.csv").open("w", newline="") as file:
+        cells = csv.writer(file)
+        cells.writerow(FIRST.split(","))
+        cells.writerow(["PMC1_F1.jpg", "What?", answer, *texts, *[""] * (4 - len(texts)), label])
+    return next(read(folder, without_images=True))
+
+
 @pytest.mark.parametrize(
-    ("texts", "expected"),
+    ("texts", "answer", "expected", "right"),
     [
-        (["A:x", "B: y", "C.z"], ("x", "y", "z")),
-        (["A:x", "y"], ("A:x", "y")),  # not all have their letter: it may be part of the text
-        (["A large mass", "B cells"], ("A large mass", "B cells")),
-        (["B:x", "A:y"], ("B:x", "A:y")),
-        (["x", "y", "", ""], ("x", "y")),
-        (["x", "", "z", ""], ("x", "", "z")),
-        ([], ()),
+        (["A:x", "B: y", "C.z"], "C", ("x", "y", "z"), "z"),
+        (["A:x", "y"], "B", ("A:x", "y"), "y"),  # not all have their letter: it may be part of the text
+        (["A large mass", "B cells"], "A", ("A large mass", "B cells"), "A large mass"),
+        (["B:x", "A:y"], "y", ("x", "y"), "y"),
+        (["x", "y", "", ""], "B", ("x", "y"), "y"),
+        (["x", "", "z", "w"], "C", ("x", "z", "w"), "z"),  # the column called C, not the third of those that are there
+        (["A: x", "", "C: z", "D: w"], "D", ("x", "z", "w"), "w"),
     ],
 )
-def test_letters_before_choices(texts, expected):
-    assert choices(texts) == expected
+def test_letters_before_choices(folder, texts, answer, expected, right):
+    row = row_of(folder, texts, answer)
+    assert (row.options, row.answer) == (expected, right)
+
+
+@pytest.mark.parametrize(
+    ("texts", "answer", "label", "reason"),
+    [
+        (["B:x", "A:y"], "A", "", "its answer 'A' is 'x' by its column and 'y' by the options' own letters"),
+        (["x", "y"], "x", "B", "its Answer 'x' is not its Answer_label 'B'"),
+        (["x", "", "z"], "B", "", "its answer 'B' is missing by its column"),
+    ],
+)
+def test_a_letter_that_means_two_choices_or_none(folder, texts, answer, label, reason):
+    assert reason in row_of(folder, texts, answer, label).reason
 
 
 def archive_of(folder: Path, **members: bytes) -> None:

@@ -1,0 +1,136 @@
+"""Which keys each command reads: what somebody has set and nothing would read is refused, with the cure.
+
+A key of the schema is read by a command unless a rule in `rlmed.core.config_rules` says otherwise; a test compares the rules
+with the keys that a run of each command really reads. Only what was given on the command line is held against them, and of that
+only what differs from the default: an experiment, or a group's option, is shared by commands and cases.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import typing
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlmed.core.config import RunConfig
+from rlmed.core.config_checks import ConfigError
+from rlmed.core.config_rules import EXPERIMENT, MODULES, RULES, Rule
+
+Compose = Callable[[Sequence[str]], Mapping[str, Any]]
+"""From overrides to the plain nested mapping that Hydra composes of them."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An override that does nothing in a command.
+
+    Example:
+        Refusal("steps=9", "steps=9: rlmed.sft does not read steps. Set sft.epochs")
+    """
+
+    override: str
+    text: str
+
+
+def check_used(program: str, overrides: Sequence[str], groups: Collection[str], compose: Compose) -> None:
+    """Make sure that all overrides do something in `program`; arguments as of `find_unused`.
+
+    Raises:
+        ConfigError: naming override, key, command and cure.
+    """
+    refusals = find_unused(program, overrides, groups, compose)
+    if refusals:
+        raise ConfigError("; ".join(refusal.text for refusal in refusals))
+
+
+def find_unused(program: str, overrides: Sequence[str], groups: Collection[str], compose: Compose) -> list[Refusal]:
+    """The overrides that do nothing in a command.
+
+    Args:
+        program: a key of `MODULES`.
+        overrides: as Hydra takes them, without those of `hydra` itself.
+        groups: names of the config groups, for which an override chooses an option.
+        compose: gives what `program` composes from overrides.
+    """
+    recipe = [entry for entry in overrides if _key(entry) == EXPERIMENT]
+    chosen = [entry for entry in overrides if _key(entry) in groups and entry not in recipe]
+    experiment = recipe[-1] if recipe else None
+
+    @functools.cache
+    def values(*entries: str) -> dict[str, Any]:
+        return plain_values(compose(entries)) | {EXPERIMENT: experiment}
+
+    default, start, options, full = values(), values(*recipe), values(*recipe, *chosen), values(*overrides)
+
+    def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+        return [key for key in after if after[key] != before.get(key) and after[key] != default.get(key)]
+
+    refusals = []
+    for entry in overrides:
+        if entry in recipe:
+            continue
+        if entry in chosen:
+            own = values(*recipe, entry)
+            keys = changed(start, own)
+        else:
+            own, name = full, f"{_key(entry)}."
+            keys = [key for key in changed(options, full) if f"{key}.".startswith(name) or name.startswith(f"{key}.")]
+        refused = [(key, rule) for key in keys if (rule := rule_of(program, key, own))]
+        # an option is a set, of which some may be for other cases
+        if refused and (entry not in chosen or len(refused) == len(keys)):
+            names = [key for key, _ in refused]
+            refusals.append(Refusal(entry, _text(entry, MODULES[program], names, full, refused[0][1])))
+    return refusals
+
+
+def rule_of(program: str, key: str, values: Mapping[str, Any]) -> Rule | None:
+    """The rule by which `key` does nothing in `program` with these values of all keys; None where it is read."""
+    return next(
+        (
+            rule
+            for rule in RULES
+            if program in rule.programs and rule.covers(key, values.get(key)) and rule.applies(values)
+        ),
+        None,
+    )
+
+
+def schema_keys(cls: type[Any] = RunConfig, where: str = "") -> Iterator[str]:
+    """All keys, with dots; a mapping such as reward.weights is one key."""
+    for name, hint in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            yield from schema_keys(typing.cast(type[Any], hint), f"{where}{name}.")
+        else:
+            yield f"{where}{name}"
+
+
+def plain_values(composed: Mapping[str, Any]) -> dict[str, Any]:
+    """The value of each key of the schema that was composed."""
+    values = {}
+    for key in schema_keys():
+        *sections, name = key.split(".")
+        place: Any = composed
+        for section in sections:
+            place = place.get(section) if isinstance(place, Mapping) else None
+        if isinstance(place, Mapping) and name in place:
+            values[key] = place[name]
+    return values
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~").partition("@")[0]
+
+
+def _text(override: str, module: str, keys: Sequence[str], values: Mapping[str, Any], rule: Rule) -> str:
+    value = f"={rule.values[0]}" if rule.values else ""
+    met = [f"{name}={_shown(values[name])}" for name in rule.when if name != EXPERIMENT]
+    condition = f" while {' and '.join(met)}" if met else ""
+    return f"{override}: {module} does not read {', '.join(keys)}{value}{condition}. {rule.cure}"
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)

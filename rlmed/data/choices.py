@@ -1,0 +1,282 @@
+"""Where letters, keys, places and texts meet: the options and the answer of a question, whatever way they come in.
+
+A source may call an option by a key or a column (`{"A": "liver", "C": "spleen"}`), by a letter in its own text (`C. spleen`),
+or by nothing but its place; an answer may be any of these, or the text. All readings that are possible are looked at. Where
+they agree, the options come out as texts without letters, in the order of these. Where two differ, the row cannot be used,
+and the reason names both.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rlmed.core.types import LETTERS
+from rlmed.data.option_labels import Label, are_a_series, bare_name, key_name, own_label, own_labels
+from rlmed.data.option_order import names_letters, names_numbers
+from rlmed.data.option_sources import Options, kind_of
+from rlmed.data.rows import BadRowError, shorten
+
+Claim = tuple[str, int]
+"""How an answer is read, and the place in the source that it then means."""
+Form = Literal["any", "text", "name"]
+_OWN, _BARE_TEXT = "by the options' own letters", "as a text without its letter"
+_UNSURE = (_OWN, _BARE_TEXT)
+"""Readings that hold only where letters with which the texts begin are no part of them."""
+_MISSING = -1
+"""The place of an option that a source has left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The options of a question as they are shown, and which one is right.
+
+    Example:
+        >>> choose(Options(("liver", "", "spleen"), ("A", "B", "C")), "C")
+        Choice(options=('liver', 'spleen'), answer=1, same_letters=False)
+    """
+
+    options: tuple[str, ...]
+    answer: int
+    same_letters: bool
+    """False where they are shown by other letters than in the source, since one is missing there."""
+
+
+def choose(
+    given: Options, answer: str, *, form: Form = "any", first: int | None = None, number: bool = False
+) -> Choice:
+    """The options without their own letters, and the right one.
+
+    Args:
+        given: the options.
+        answer: the text of one, its name, or both (`B. spleen`).
+        form: "text" where the answer can be no name, "name" where it can be no text.
+        first: the answer is a place, and the first option is counted as this.
+        number: the source holds the answer as a number, and nobody has said what it means.
+
+    Raises:
+        BadRowError: for too few or too many options, some that are alike, or an answer that is none or could be two.
+    """
+    shown = _Shown(given)
+    if not answer:
+        raise BadRowError("it has no answer")
+    claims = shown.claims(answer, form) if first is None else shown.counted(answer, first)
+    if not claims:
+        raise BadRowError(
+            shown.no_place(answer, first)
+            if first is not None
+            else f"its answer {shorten(answer)} is not among its options {shorten(list(shown.raw))}{shown.hint(answer)}"
+        )
+    if number and first is None and not given.numbers and not shown.by_number:
+        claims += [claim for start in (0, 1) for claim in shown.counted(answer, start)]
+    places = {place for _, place in claims}
+    if len(places) > 1 or not shown.text(claims[0][1]):
+        raise BadRowError(shown.contradiction(answer, claims))
+    if not shown.labelled and all(how in _UNSURE for how, _ in claims):
+        shown = _Shown(given, labelled=True)
+    return shown.choice(places.pop())
+
+
+def plain_options(texts: Sequence[str]) -> tuple[str, ...]:
+    """Options without their own letters, in the order of these.
+
+    Raises:
+        BadRowError: for too few or too many, or some that are alike.
+    """
+    shown = _Shown(Options(tuple(text.strip() for text in texts)))
+    return shown.choice(shown.order[0]).options
+
+
+def written_answer(options: tuple[str, ...], answer: int) -> str:
+    """How a file says which option is right: by its text, or with its letter where the text could be another's letter.
+
+    Example:
+        >>> written_answer(("liver", "spleen"), 1), written_answer(("B", "A"), 1)
+        ('spleen', 'B) A')
+    """
+    text = options[answer]
+    if bare_name(text) is None and own_label(text) is None:
+        return text
+    try:
+        plain = choose(Options(options), text).answer == answer
+    except BadRowError:
+        plain = False
+    return text if plain else f"{LETTERS[answer]}) {text}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Naming:
+    """One way of calling options, with their places in the source, blank ones too."""
+
+    how: str
+    places: Mapping[str, int]
+    certain: bool = True
+    """False for letters with which the texts begin, and which may be part of them."""
+
+
+class _Shown:
+    """Options as they will be shown, and all that each is called. A place counts the source's options, blank ones too."""
+
+    def __init__(self, given: Options, *, labelled: bool = False) -> None:
+        """`labelled`: letters with which all texts begin are certainly no part of them. Raises BadRowError."""
+        self.given = given
+        self.there = [place for place, text in enumerate(given.texts) if text]
+        self.raw = tuple(given.texts[place] for place in self.there)
+        if not 2 <= len(self.there) <= len(LETTERS):
+            count = len(self.there)
+            raise BadRowError(f"it has {count} option{'s' * (count != 1)}; 2 to {len(LETTERS)} are possible")
+        labels = own_labels(self.raw)
+        self.labelled = bool(labels) and (labelled or self._certain(labels))
+        self.texts = list(given.texts)
+        # texts that name each other by their numbers keep them: options are shown with letters
+        if self.labelled and not any(names_numbers(label.rest) for label in labels):
+            for place, text in zip(self.there, _without(labels), strict=True):
+                self.texts[place] = text
+        _check_distinct([self.texts[place] for place in self.there])
+        own = {label.name: place for label, place in zip(labels, self.there, strict=bool(labels))}
+        names = given.names or (own if self.labelled else ())
+        self.by_number = any(kind_of(name) == "number" for name in names)
+        """Whether each option is called by a number."""
+        self.rests = {label.rest.casefold(): own[label.name] for label in labels}
+        self.order = self._ordered(own if self.labelled else {})
+        self.namings = self._namings(own)
+
+    def _certain(self, labels: Sequence[Label]) -> bool:
+        """Whether texts begin with labels, and not with letters that are part of them, as in `E. coli`."""
+        names = [label.name for label in labels]
+        called = self.given.names or tuple(LETTERS)
+        as_called = names == [called[place] for place in self.there if place < len(called)]
+        return as_called or are_a_series(names) or all(label.sure for label in labels)
+
+    def _ordered(self, own: Mapping[str, int]) -> list[int]:
+        called = self.given.names
+        by_name = {called[place]: place for place in self.there} if called else own
+        if not by_name or any(kind_of(name) == "word" for name in by_name):
+            return self.there
+        return [by_name[name] for name in sorted(by_name, key=lambda name: (name.isdigit() and int(name), name))]
+
+    def _namings(self, own: Mapping[str, int]) -> list[_Naming]:
+        called, what = self.given.names, f"by its {self.given.what}"
+        found = [_Naming(what, {name: place for place, name in enumerate(called)})] if called else []
+        if own:
+            found.append(_Naming(_OWN, own, self.labelled))
+        certain = [name for naming in found if naming.certain for name in naming.places]
+        if any(kind_of(name) == "letter" for name in certain):
+            return found
+        # letters then count the options: those that are shown, or those of the source, with others between them
+        found.append(_Naming("by its place", dict(zip(LETTERS, self.order, strict=False))))
+        counted = {place: place for place in range(self.there[-1] + 1)}
+        if called and self.by_number:
+            start = 0 if "0" in called else 1
+            counted = {int(name) - start: place for place, name in enumerate(called) if kind_of(name) == "number"}
+        every = {LETTERS[rank]: place for rank, place in counted.items() if rank < len(LETTERS)}
+        return [*found, _Naming("by its place in the source", every)]
+
+    def claims(self, answer: str, form: Form) -> list[Claim]:
+        """Every reading of an answer that is no place."""
+        exact = self._by_text(answer) if form != "name" else []
+        if form == "text":
+            return exact
+        name = bare_name(answer) or (key_name(answer) if self.given.names and not exact else "")
+        found = exact + [(naming.how, naming.places[name]) for naming in self.namings if name in naming.places]
+        label = own_label(answer)
+        if found or label is None:
+            return found
+        # it says both: the text must be there, and the letter or number be its own
+        numbers = _Naming("by its number", {str(rank): place for rank, place in enumerate(self.order, 1)})
+        named = [(one.how, one.places[label.name]) for one in (*self.namings, numbers) if label.name in one.places]
+        texts = self._by_text(label.rest)
+        agreeing = [(how, place) for how, place in named if place in {at for _, at in texts}]
+        return texts + (agreeing or named) if texts and named else []
+
+    def _by_text(self, answer: str) -> list[Claim]:
+        key = answer.casefold()
+        for texts in (self.given.texts, self.texts):
+            places = [place for place, text in enumerate(texts) if text.casefold() == key]
+            if places:
+                return [("as a text", place) for place in places]
+        return [(_BARE_TEXT, self.rests[key])] if key in self.rests else []
+
+    def counted(self, answer: str, first: int) -> list[Claim]:
+        """Readings of an answer as a place: of the options that are shown, of those of the source, and of their names."""
+        if not (answer.isascii() and answer.isdigit() and len(answer) <= 3):
+            return []
+        place, how, called = int(answer) - first, f"counted from {first}", self.given.names
+        claims = [(how, self.order[place])] if 0 <= place < len(self.order) else []
+        claims += [(f"{how} in the source", place)] if 0 <= place <= self.there[-1] else []
+        named = {name: index for index, name in enumerate(called)}
+        if answer in named:
+            claims.append((f"by its {self.given.what}", named[answer]))
+        letters = [name for name in named if kind_of(name) == "letter"]
+        if letters and 0 <= place <= LETTERS.index(max(letters)):
+            claims.append((f"{how} as the letter {LETTERS[place]}", named.get(LETTERS[place], _MISSING)))
+        return claims
+
+    def text(self, place: int) -> str:
+        """What is shown of a place; "" of one that is missing."""
+        return "" if place == _MISSING else self.texts[place]
+
+    def no_place(self, answer: str, first: int) -> str:
+        """What is wrong with an answer that should be a place."""
+        count = len(self.order)
+        return f"its answer {shorten(answer)} is not the place of one of its {count} options, counted from {first}"
+
+    def hint(self, answer: str) -> str:
+        """What a number may mean."""
+        meant = [
+            f"{how} it is {shorten(self.text(place))}"
+            for first in (0, 1)
+            for how, place in self.counted(answer, first)[:1]
+        ]
+        return f"; {', '.join(meant)}: say which with --answer-index of rlmed.prepare" if meant else ""
+
+    def contradiction(self, answer: str, claims: Sequence[Claim]) -> str:
+        """The readings of an answer that differ."""
+        readings: dict[int, str] = {}
+        for how, place in claims:
+            readings.setdefault(place, how)
+        meant = [
+            f"{shorten(self.text(place)) if self.text(place) else 'missing'} {how}" for place, how in readings.items()
+        ]
+        return f"its answer {shorten(answer)} is {' and '.join(meant)}: write letter and text, like 'B) spleen'"
+
+    def choice(self, place: int) -> Choice:
+        """The option at a place as the right one.
+
+        Raises:
+            BadRowError: for options that name others by letters or numbers that are not shown.
+        """
+        options = tuple(self.texts[entry] for entry in self.order)
+        same = all(self._as_shown(naming.places) for naming in self.namings if naming.certain)
+        lost = [option for option in options if not same and names_letters(option)]
+        lost += [option for option in options if self.by_number and self.given.names and names_numbers(option)]
+        if lost:
+            raise BadRowError(
+                f"its option {shorten(lost[0])} names others, which are shown by other letters "
+                f"({', '.join(LETTERS[: len(options)])}): write the texts that are meant"
+            )
+        return Choice(options, self.order.index(place), same)
+
+    def _as_shown(self, places: Mapping[str, int]) -> bool:
+        """Whether names that are letters are those by which the options are shown."""
+        shown = dict(zip(LETTERS, self.order, strict=False))
+        letters = {name: place for name, place in places.items() if kind_of(name) == "letter" and self.texts[place]}
+        return all(shown.get(name) == place for name, place in letters.items())
+
+
+def _without(labels: Sequence[Label]) -> list[str]:
+    """Texts without labels, also where these stand there once more: `A. A. liver`."""
+    names = [label.name for label in labels]
+    while True:
+        rests = [label.rest for label in labels]
+        labels = own_labels(rests)
+        if [label.name for label in labels] != names:
+            return rests
+
+
+def _check_distinct(texts: Sequence[str]) -> None:
+    repeated = [text for text, count in Counter(text.casefold() for text in texts).items() if count > 1]
+    if repeated:
+        raise BadRowError(f"its option {shorten(repeated[0])} occurs more than once")

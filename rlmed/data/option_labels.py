@@ -1,0 +1,107 @@
+"""Letters and numbers that option texts bring along: `A. liver`, `(B) spleen`, `3) kidney`."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rlmed.core.types import LETTERS
+
+_LETTER, _NUMBER = "[A-Ja-jＡ-Ｊａ-ｊ]", "(?:10|１０|[0-9０-９])"
+_OPEN, _CLOSE = r"[(\[{<（［【〔]", r"[)\]}>）］】〕]"
+_WORD = r"(?:(?:option|choice|answer)\s{1,3})?"
+_KEY = rf"(?:{_LETTER}|{_NUMBER})"
+_LIST = rf"{_LETTER}(?:\s{{0,3}}[、,，-]\s{{0,3}}{_LETTER})*\s*$"
+_SURE = re.compile(
+    rf"{_WORD}(?:{_OPEN}\s{{0,3}}(?P<enclosed>{_KEY})\s{{0,3}}{_CLOSE}\s{{0,3}}[.:：．]?"  # (A) x
+    rf"|(?P<closed>{_KEY})\s{{0,3}}\.?\s{{0,3}}{_CLOSE}"  # A) x
+    rf"|(?P<colon>{_LETTER})\s{{0,3}}[:：])\s*(?P<rest>\S.*)",  # A: x
+    re.IGNORECASE | re.DOTALL,
+)
+_LIKELY = re.compile(
+    rf"{_WORD}(?:(?P<stop>{_LETTER})\s{{0,3}}[.．。]"  # A. x
+    rf"|(?P<listed>{_KEY})\s{{0,3}}、(?!\s{{0,3}}{_LIST})"  # A、x, but A、B are two letters
+    rf"|(?P<dash>{_LETTER})(?:\s{{1,3}}[-–—]|\s{{0,3}}[-–—](?=\s))(?!\s{{0,3}}{_LIST})"  # A - x, not B-mode
+    rf"|(?P<tab>{_KEY})\t"
+    rf"|(?P<number>{_NUMBER})(?:\.(?=\s)|\s{{0,3}}．|:(?=\s+\D)))\s*(?P<rest>\S.*)",  # 1. x, but 1.5 cm and 1:2 are numbers
+    re.IGNORECASE | re.DOTALL,
+)
+_BARE = re.compile(
+    rf"(?:(?:option|choice|answer)[\s:]{{1,3}})?{_OPEN}?\s{{0,3}}(?P<key>{_KEY})\s{{0,3}}\.?\s{{0,3}}(?:{_CLOSE}|[.:：．、])?",
+    re.IGNORECASE,
+)
+_NAMED = re.compile(
+    rf"(?:(?:options?|choices?|answers?|opt?|ans)[\s_.-]*)?(?P<key>{_LETTER}|[0-9]{{1,2}})", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """A text that begins with a letter or number of its own.
+
+    Example:
+        >>> own_label("(b) spleen")
+        Label(name='B', rest='spleen', sure=True)
+    """
+
+    name: str
+    """"A" to "J", or a number without leading zeros."""
+    rest: str
+    """The text behind it."""
+    sure: bool
+    """False where such a text may be no label: `E. coli` and `B - lymphocytes` begin like one."""
+
+
+def own_label(text: str) -> Label | None:
+    """The text's label; None where it begins with none."""
+    for pattern in (_SURE, _LIKELY):
+        found = pattern.match(text.strip())
+        if found:
+            key = next(value for name, value in found.groupdict().items() if value and name != "rest")
+            return Label(_plain(key), found["rest"].strip(), pattern is _SURE)
+    return None
+
+
+def own_labels(texts: Sequence[str]) -> tuple[Label, ...]:
+    """The labels of all texts; none where one lacks it or two are alike.
+
+    Nor where two texts would be alike without them, as `1. rib` and `2. rib`, unless the labels are A, B, C and so on.
+
+    Example:
+        >>> [label.rest for label in own_labels(["A. liver", "B. spleen"])], own_labels(["A. carotis", "A. radialis"])
+        (['liver', 'spleen'], ())
+    """
+    found = [label for text in texts if (label := own_label(text))]
+    names, rests = {label.name for label in found}, {label.rest.casefold() for label in found}
+    if not len(found) == len(names) == len(texts) or len({name.isdigit() for name in names}) != 1:
+        return ()
+    lettered = not next(iter(names)).isdigit() and are_a_series(sorted(names))
+    return tuple(found) if lettered or len(rests) == len(found) else ()
+
+
+def are_a_series(names: Sequence[str]) -> bool:
+    """True for A, B, C … or 1, 2, 3 … or 0, 1, 2 …, in whatever order."""
+    if all(name.isdigit() for name in names):
+        numbers = sorted(int(name) for name in names)
+        return numbers in (list(range(len(names))), list(range(1, len(names) + 1)))
+    return sorted(names) == list(LETTERS[: len(names)])
+
+
+def bare_name(answer: str) -> str | None:
+    """The letter or number that an answer is, whatever stands around it: `(b)` and `Option B` are B; else None."""
+    found = _BARE.fullmatch(answer.strip())
+    return _plain(found["key"]) if found else None
+
+
+def key_name(key: str) -> str:
+    """The letter or number that a key or column stands for: `option_a` is A, `01` is 1; any other as it is written."""
+    text = unicodedata.normalize("NFKC", key).strip().strip("()[]{}.:")
+    found = _NAMED.fullmatch(text)
+    return _plain(found["key"]) if found else text.casefold()
+
+
+def _plain(key: str) -> str:
+    plain = unicodedata.normalize("NFKC", key).upper()
+    return str(int(plain)) if plain.isdigit() else plain

@@ -1,0 +1,90 @@
+"""Options that speak of others, and so stand where they stand: `all of the above`, `A and C`, `both`, `none of these`.
+
+A rule on the text of an option as a whole. A question with such an option keeps the order of its options wherever another
+would be drawn. Where the rule is too eager, a question keeps an order that it could have changed: no answer becomes wrong.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+_ONE = r"[(\[]?(?:option |choice |answer )?[a-j][)\]]?"
+_NUMBER = r"[(\[]?\d[)\]]?"
+_WORDS = "and|or|nor|to|through|und|oder|noch|als auch|et|ou|ni|y|o|e"
+_AND = rf"(?: ?[,;&+/、，] ?(?:and |or )?| ?[-–—] ?| (?:{_WORDS}) |[和及与或])"
+_BEFORE = r"(?:(?:both|either|neither|only|all of|none of|any of|options?|choices?|answers?|sowohl|weder|beide|ni|les deux) ?)*"
+_AFTER = r"(?: (?:only|alone|together|both|nur|(?:is|are)(?: \w+)?(?: (?:correct|true|right|false|wrong|possible|present))?))?"
+_SEVERAL = rf"{_BEFORE}{_ONE}(?:{_AND}{_ONE})+{_AFTER}"
+_LETTERS = re.compile(
+    rf"{_SEVERAL}"  # A and C; both A and B are correct
+    rf"|(?:only|option|choice|answer) {_ONE}|{_ONE} (?:only|alone)"
+    rf"|(?:all|any|none|everything|alle)\b.* (?:except|but|besides|außer) (?:{_ONE}|{_SEVERAL})"
+    rf"|(?:same as|not|neither|as in) (?:{_ONE}|{_SEVERAL})"
+)
+_NUMBERS = re.compile(rf"{_BEFORE}{_NUMBER}(?:{_AND}{_NUMBER})+{_AFTER}")
+_SOME = (
+    r"(?:all|none|both|neither|either|any|each|every|some|no|not all|not any|one|two|three|more than one|at least one)"
+)
+_THERE = r"(?:above|below|preceding|previous|foregoing|following|aforementioned|listed|mentioned|given|two|three)"
+_RELATIVE = re.compile(
+    # all of the above, any above; but not: both above and below the knee
+    rf"{_SOME}(?: of)?(?: the| all| these)* (?:above|below)(?!,? (?:and|or) (?:below|above)| the\b)\b.*"
+    rf"|{_SOME} of (?:the|these|those) {_THERE}\b.*"
+    rf"|{_SOME} of (?:these|those|them)(?: \w+){{0,3}}"
+    rf"|{_SOME} (?:of )?(?:the |these |those )?(?:\w+ )?(?:options?|choices?|answers?|alternatives?|others)(?: \w+){{0,4}}"
+    r"|(?:all|none|both|neither|either|any)(?: (?:is|are|apply|applies))?"
+    r"(?: (?:correct|true|right|false|wrong|possible|applicable|listed|mentioned))?"
+    r"|(?:the )?above (?:all|both|options|are)\b.*|(?:the )?(?:first|last) (?:two|three)(?: \w+)?"
+)
+_OTHER_LANGUAGES = re.compile(
+    # German
+    r"(?:alle|beides?|keine[rs]?|keins)(?: (?:davon|von (?:beiden|diesen|den|allen)\b.*|(?:der |die )?(?:oben|oberen"
+    r"|obigen|genannten|aufgeführten|vorherigen|vorstehenden|anderen|antworten)\b.*|(?:ist|sind) \w+))?|weder noch"
+    # French
+    r"|(?:tous|toutes|aucune?|les deux|ni lune? ni lautre)"
+    r"(?: (?:les|des|de ces) (?:deux|réponses|options|choix|propositions)\b.*| ci-dessus)?"
+    # Spanish, Portuguese, Italian
+    r"|(?:tod[oa]s|ningun[oa]|ningún|amb[oa]s|nenhuma?|tutt[ei]|nessun[oa]|entramb[ie])"
+    r"(?: (?:l[oae]s?|a?[os]|as|de l[oa]s|de est[oa]s|d[ao]s|anteriores|gli|i|delle|dei|di)\b.*)?"
+    # Chinese, Japanese
+    r"|(?:以上|上述|上記|いずれも).*|(?:两者|兩者|二者)(?:都|均|皆).*|(?:都|均|皆)(?:是|不是|有|没有|非|正确|不正确).*|全部(?:都)?是?"
+)
+
+
+def refers_to_others(option: str) -> bool:
+    """True for a text that says something only beside the other options, where they stand.
+
+    Example:
+        >>> [refers_to_others(text) for text in ("A and C", "All of the above.", "both", "both lungs", "hepatitis A")]
+        [True, True, True, False, False]
+    """
+    text = _plain(option)
+    return any(rule.fullmatch(text) for rule in (_LETTERS, _RELATIVE, _OTHER_LANGUAGES))
+
+
+def names_letters(option: str) -> bool:
+    """True for a text that names other options by their letters: `A and C`, `only (b)`."""
+    return _LETTERS.fullmatch(_plain(option)) is not None
+
+
+def names_numbers(option: str) -> bool:
+    """True for a text that is numbers alone, more than one: `1 and 3`, `both 2 and 3`."""
+    return _NUMBERS.fullmatch(_plain(option)) is not None
+
+
+def keeps_order(options: Sequence[str]) -> bool:
+    """True where one of the options refers to others: no order but their own makes sense."""
+    return any(refers_to_others(option) for option in options)
+
+
+def kept_order_text(kept: int, rows: int) -> str:
+    """How many rows of a file keep the order of their options, and why."""
+    return (
+        f"{kept} of {rows} rows keep the order of their options, since one refers to others (all of the above, A and C)"
+    )
+
+
+def _plain(option: str) -> str:
+    """In lower case, with single blanks, without quotation marks and a full stop at the end."""
+    return " ".join(re.sub("[\"'“”‘’]", "", option.casefold()).split()).rstrip(" .。!;:")

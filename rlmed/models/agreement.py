@@ -1,0 +1,247 @@
+"""What a model folder says twice, compared once: configuration, tokenizer and image processor against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+
+from rlmed.core.chat import OLD_TEMPLATE_FILE, TEMPLATE_FILE, template_place
+from rlmed.core.damage import read_json
+from rlmed.core.foreign import foreign
+from rlmed.models.end_tokens import TOKENIZER_CONFIG, find_end_tokens
+from rlmed.models.families import family_of
+from rlmed.models.folder import CONFIG_FILE
+from rlmed.models.weight_files import check_weight_files
+
+CONTROL_TOKENS = {
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
+    "vision_token_id": "<|vision_pad|>",
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+}
+"""The token of the Qwen2-VL kind that each key of config.json means."""
+GRID = {"patch_size": "patch_size", "merge_size": "spatial_merge_size", "temporal_patch_size": "temporal_patch_size"}
+"""Key of preprocessor_config.json and the same in config.json's vision_config."""
+PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
+
+
+def check_agreement(
+    folder: Path,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    image_processor: BaseImageProcessor | None,
+) -> list[str]:
+    """Compare the files of a model folder or hub name.
+
+    Args:
+        folder: where they are from.
+        config: `load_config` of it.
+        tokenizer: of it.
+        image_processor: of it; None for a text model.
+
+    Returns:
+        Differences that have been settled, one line each: what is used is in it.
+
+    Raises:
+        ValueError: for a difference that makes the model another one than it was trained as, with both values and the cure.
+    """
+    place = repr(str(folder))
+    _check_architecture(place, config)
+    _check_vocabulary(place, config, tokenizer)
+    _check_positions(place, config)
+    if image_processor is not None:
+        _check_grid(place, config, image_processor)
+    doubts = [find_end_tokens(folder, config, tokenizer).doubt(tokenizer)]
+    if Path(folder).is_dir():
+        doubts += check_weight_files(folder)
+        doubts += _told_twice(folder, config, tokenizer)
+        if image_processor is not None:
+            doubts += _processor_settings(folder, image_processor)
+    if "strftime_now" in str(tokenizer.chat_template):
+        doubts.append(
+            f"{template_place(tokenizer)} writes today's date: prompts, and so results, are other ones tomorrow; write a fixed "
+            "date into it to be able to repeat a run"
+        )
+    return [doubt for doubt in doubts if doubt]
+
+
+def position_doubt(config: PreTrainedConfig, *, max_prompt_tokens: int, max_tokens: int) -> str | None:
+    """A line where prompt and completion may be longer together than the model has positions."""
+    limit = config.get_text_config().max_position_embeddings
+    if max_prompt_tokens + max_tokens <= limit:
+        return None
+    return (
+        f"data.max_prompt_tokens={max_prompt_tokens} and {max_tokens} tokens of a completion are more than the "
+        f"{limit} positions that the model was made for (max_position_embeddings in config.json): what stands beyond them is "
+        "not to be trusted; lower data.max_prompt_tokens, rollout.max_tokens or eval.max_tokens"
+    )
+
+
+def _check_architecture(place: str, config: PreTrainedConfig) -> None:
+    vision = family_of(config).vision
+    names = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if vision else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    expected = names[config.model_type]
+    named = config.architectures or expected
+    found = [str(name) for name in named] if isinstance(named, (list, tuple)) else [str(named)]
+    if expected not in found:
+        raise ValueError(
+            f"model {place}: config.json says architectures {', '.join(found)} and model_type {config.model_type}, which is "
+            f"{expected}: its weights would be taken for those of a model that writes text; use one that does, or correct "
+            "config.json"
+        )
+
+
+def _check_vocabulary(place: str, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = config.get_text_config().vocab_size
+    vocabulary = tokenizer.get_vocab()
+    # a token to pad with is often added without a row for it, and never seen
+    unused = {
+        token.content
+        for token in tokenizer.added_tokens_decoder.values()
+        if token.special and token.content not in str(tokenizer.chat_template)
+    }
+    highest = max(vocabulary.keys() - unused, key=lambda token: vocabulary[token])
+    if vocabulary[highest] >= rows:
+        raise ValueError(
+            f"model {place}: its tokenizer has {highest!r} as token {vocabulary[highest]}, and vocab_size in config.json is "
+            f"{rows}: the tokenizer is of another model; copy the one that this model was trained with"
+        )
+    values = config.to_dict()
+    for key, token in CONTROL_TOKENS.items():
+        if values.get(key) is not None and token in vocabulary and values[key] != vocabulary[token]:
+            raise ValueError(
+                f"model {place}: config.json says {key}={values[key]}, and {token} is {vocabulary[token]} in the tokenizer: "
+                "they are of two models; copy both from the one that this was trained from"
+            )
+
+
+def _check_positions(place: str, config: PreTrainedConfig) -> None:
+    text = config.get_text_config().to_dict()
+    width = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+    with foreign(f"model {place}: mrope_section in config.json cannot be read", "Copy config.json again"):
+        sections = (text.get("rope_parameters") or {}).get("mrope_section")
+        rotated = width if sections is None else 2 * sum(sections)
+    if rotated != width:
+        raise ValueError(
+            f"model {place}: config.json says mrope_section={sections}, which is half of {rotated} channels, and heads have "
+            f"{width}: one of them is another model's; copy config.json from the model that this one was trained from"
+        )
+
+
+def _check_grid(place: str, config: PreTrainedConfig, image_processor: BaseImageProcessor) -> None:
+    seen, prepared = config.to_dict()["vision_config"], image_processor.to_dict()
+    for key, name in GRID.items():
+        if prepared[key] != seen[name]:
+            raise ValueError(
+                f"model {place}: {PREPROCESSOR} says {key}={prepared[key]}, and config.json vision_config.{name}={seen[name]}: "
+                "the pictures would be cut in another way than the model was trained with; copy both from the model that this "
+                "was trained from"
+            )
+
+
+def _processor_settings(folder: Path, image_processor: BaseImageProcessor) -> Iterator[str]:
+    """What the files of the image processor say twice; transformers takes processor_config.json first."""
+    files = {}
+    if (folder / PROCESSOR).is_file() and isinstance(
+        inner := read_json(folder / PROCESSOR).get("image_processor"), dict
+    ):
+        files[PROCESSOR] = inner
+    if (folder / PREPROCESSOR).is_file():
+        files[PREPROCESSOR] = read_json(folder / PREPROCESSOR)
+    for name, said in files.items():
+        size = said["size"] if isinstance(said.get("size"), dict) else {}
+        for key, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+            if said.get(key) is not None and size.get(edge) is not None and said[key] != size[edge]:
+                yield (
+                    f"{folder / name} says {key}={said[key]} and size.{edge}={size[edge]}: "
+                    f"{image_processor.size[edge]} is used; model.{key} overrules both"
+                )
+    if len(files) == 2:
+        one, other = files.values()
+        for key in sorted(one.keys() & other.keys() - {"processor_class"}):
+            if one[key] != other[key]:
+                yield (
+                    f"model {str(folder)!r}: {PROCESSOR} says {key}={one[key]} and {PREPROCESSOR} {key}={other[key]}: "
+                    f"{PROCESSOR} is used"
+                )
+
+
+def _told_twice(folder: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    yield from _templates(folder, tokenizer)
+    yield from _token_ids(folder, tokenizer)
+    for path in sorted(folder.glob("*/adapter_config.json")):
+        yield f"model {str(folder)!r}: the adapter in {path.parent.name} is passed over; merge it into the weights to use it"
+    content = read_json(folder / CONFIG_FILE)
+    inner, used = content.get("text_config"), config.get_text_config().to_dict()
+    if isinstance(inner, dict):
+        for key in sorted(content.keys() & inner.keys() & used.keys()):
+            if content[key] != inner[key] and _counts(key, content[key]):
+                yield (
+                    f"{folder / CONFIG_FILE} says {key}={content[key]} and text_config.{key}={inner[key]}: {used[key]} is used"
+                )
+
+
+def _counts(key: str, value: Any) -> bool:
+    """Whether a key of config.json says something about the arithmetic; end tokens are compared elsewhere."""
+    return isinstance(value, (int, float)) and not key.endswith(("_token_id", "_cache", "tie_word_embeddings"))
+
+
+def _templates(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    found: dict[str, Any] = {}
+    if (folder / TEMPLATE_FILE).is_file():
+        found[TEMPLATE_FILE] = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+    for name in (TOKENIZER_CONFIG, OLD_TEMPLATE_FILE, PROCESSOR):
+        if (folder / name).is_file() and (template := read_json(folder / name).get("chat_template")):
+            found[name] = template
+    used = tokenizer.chat_template
+    others = [name for name, template in found.items() if _stripped(template) != _stripped(used)]
+    if others:
+        owner = next((name for name in found if name not in others), "the tokenizer's")
+        yield f"model {str(folder)!r} has another chat template in {', '.join(others)} than in {owner}: {owner} is used"
+
+
+def _stripped(template: Any) -> Any:
+    """A template, or several by name, without what transformers drops."""
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}
+    if isinstance(template, dict):
+        return {name: _stripped(entry) for name, entry in template.items()}
+    return template.strip() if isinstance(template, str) else template
+
+
+def _token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Files beside tokenizer.json that give tokens another id than it does."""
+    vocabulary = tokenizer.get_vocab()
+    for name, tokens in _named_tokens(folder):
+        odd = {token: place for token, place in tokens.items() if vocabulary.get(token) != place}
+        if odd:
+            token, place = next(iter(odd.items()))
+            yield (
+                f"{folder / name} gives {token!r} the id {place}, and the tokenizer has {vocabulary.get(token)} "
+                f"({len(odd)} tokens differ): the tokenizer's is used"
+            )
+
+
+def _named_tokens(folder: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for name in ("added_tokens.json", "vocab.json"):
+        if (folder / name).is_file():
+            yield name, read_json(folder / name)
+    if (folder / TOKENIZER_CONFIG).is_file():
+        decoder = read_json(folder / TOKENIZER_CONFIG).get("added_tokens_decoder")
+        if isinstance(decoder, dict):
+            yield (
+                TOKENIZER_CONFIG,
+                {
+                    entry["content"]: int(place)
+                    for place, entry in decoder.items()
+                    if isinstance(entry, dict) and "content" in entry and place.isdigit()
+                },
+            )

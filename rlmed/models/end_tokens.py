@@ -1,0 +1,103 @@
+"""Which tokens end a completion: every source of a model folder that names some counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+from rlmed.core.chat import TEMPLATE_FILE, has_tokenizer, load_tokenizer, turn_end
+from rlmed.core.damage import read_json
+from rlmed.core.foreign import foreign
+from rlmed.models.folder import CONFIG_FILE
+
+TOKENIZER_CONFIG, TOKENS_MAP, GENERATION_CONFIG = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class EndTokens:
+    """The end tokens of a model folder by where they are named.
+
+    Example:
+        EndTokens({"generation_config.json": (151643,), "tokenizer_config.json": (151645,)}).ids is (151643, 151645).
+    """
+
+    sources: dict[str, tuple[int, ...]]
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """All of them: a completion that any source would end must not go on until it is cut."""
+        return tuple(sorted({token_id for ids in self.sources.values() for token_id in ids}))
+
+    def doubt(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
+        """A line where tokenizer or template name one that generation_config.json does not; None where all agree."""
+        generation, *others = self.sources.values()
+        if {i for ids in others for i in ids} <= set(generation):
+            return None
+
+        def shown(ids: tuple[int, ...]) -> str:
+            return ", ".join(f"{tokenizer.convert_ids_to_tokens(i)} ({i})" for i in ids) or "none"
+
+        named = "; ".join(f"{place}: {shown(ids)}" for place, ids in self.sources.items())
+        return f"model {tokenizer.name_or_path!r} names its end tokens differently ({named}): each of them ends a completion"
+
+
+def find_end_tokens(
+    folder: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None = None
+) -> EndTokens:
+    """The tokens that end a completion, of generation_config.json, the tokenizer's files and the chat template.
+
+    Args:
+        folder: model folder or hub name.
+        config: of the model.
+        tokenizer: of the folder; None loads it, where there is one.
+
+    Raises:
+        ValueError: when a source names no token of the model, or none names any.
+    """
+    with foreign(f"{Path(folder) / GENERATION_CONFIG} cannot be read", "Correct it, or remove it"):
+        try:
+            place, named = GENERATION_CONFIG, GenerationConfig.from_pretrained(folder).eos_token_id
+        except OSError:  # there is none, then transformers takes the model's own configuration
+            place, named = CONFIG_FILE, GenerationConfig.from_model_config(config).eos_token_id
+    sources = {place: _checked(folder, place, named, config)}
+    if tokenizer is None and (has_tokenizer(folder) or not Path(folder).is_dir()):
+        tokenizer = load_tokenizer(folder)
+    if tokenizer is not None:
+        for place, text in _tokenizer_ends(Path(folder), tokenizer).items():
+            sources[place] = _checked(folder, place, tokenizer.convert_tokens_to_ids(text), config)
+    ends = EndTokens(sources)
+    if not ends.ids:
+        raise ValueError(
+            f"model {str(folder)!r}: {GENERATION_CONFIG} names no eos_token_id and the tokenizer no eos_token: completions "
+            "could not end; set one"
+        )
+    return ends
+
+
+def _tokenizer_ends(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """End tokens by where they are named."""
+    ends = {TOKENIZER_CONFIG: tokenizer.eos_token, TEMPLATE_FILE: turn_end(tokenizer)}
+    for place in (TOKENIZER_CONFIG, TOKENS_MAP):  # of these two transformers keeps one
+        if (folder / place).is_file():
+            said = read_json(folder / place).get("eos_token")
+            ends[place] = said.get("content") if isinstance(said, dict) else said or ends.get(place)
+    vocabulary = tokenizer.get_vocab()
+    return {place: text for place, text in ends.items() if isinstance(text, str) and text in vocabulary}
+
+
+def _checked(folder: Path, place: str, named: object, config: PreTrainedConfig) -> tuple[int, ...]:
+    ids = tuple(named) if isinstance(named, (list, tuple)) else () if named is None else (named,)
+    size = config.get_text_config().vocab_size
+    for token_id in ids:
+        if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < size:
+            raise ValueError(
+                f"{Path(folder) / place}: the end token {token_id!r} is none of the model's token ids (0 to {size - 1}): "
+                "correct it"
+            )
+    return ids

@@ -1,0 +1,86 @@
+"""What a model folder holds beside weights that rlmed can load: said before anything is loaded, never passed over."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlmed.core.damage import read_json
+
+ADAPTER_FILES = (
+    "adapter_config.json",
+    *(f"*{name}*.{ending}" for name in ("adapter", "lora") for ending in ("safetensors", "bin", "pt", "npz")),
+)
+"""Patterns of the names that PEFT, MLX, Diffusers and LLaVA give them."""
+QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+"""Of AutoGPTQ, AutoAWQ and ModelOpt, beside or instead of the entry in config.json."""
+CONFIG_FILE = "config.json"
+JSON_FILES = (
+    CONFIG_FILE,
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.json",
+)
+"""Small files that transformers reads, or passes over without a word where they are damaged."""
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse what would be ignored or would end in a traceback: adapters, quantized weights, own code, damaged files.
+
+    Raises:
+        ValueError: naming the file and the cure.
+    """
+    _refuse_adapter(folder)
+    if not (folder / CONFIG_FILE).is_file():
+        raise ValueError(f"{folder} is no Hugging Face model folder: config.json is missing")
+    contents = {name: read_json(folder / name) for name in JSON_FILES if (folder / name).is_file()}
+    _refuse_quantization(folder, contents[CONFIG_FILE])
+    for name, content in contents.items():
+        if content.get("auto_map"):
+            raise ValueError(
+                f"{folder / name} asks for code of its own (auto_map: {_shown(content['auto_map'])}), which rlmed does not "
+                "run: remove auto_map if the model is a plain one of its model_type, else use a model that transformers knows"
+            )
+
+
+def _refuse_adapter(folder: Path) -> None:
+    found = sorted(path.name for pattern in ADAPTER_FILES for path in folder.glob(pattern))
+    if not found:
+        return
+    described = folder / "adapter_config.json"
+    base = read_json(described).get("base_model_name_or_path") if described.is_file() else None
+    trained = f" of {base}" if base else ""
+    raise ValueError(
+        f"{folder / found[0]} is an adapter{trained}, and rlmed trains and evaluates whole models: merge it first "
+        "(PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder), in Python with peft) and give "
+        "the merged folder, or remove the adapter's files to use the weights beside it"
+    )
+
+
+def _refuse_quantization(folder: Path, config: Mapping[str, Any]) -> None:
+    places: dict[str, Any] = {}
+    for part, values in (("", config), *((f"{key}.", config.get(key)) for key in ("text_config", "vision_config"))):
+        if isinstance(values, dict):
+            places |= {
+                f"{CONFIG_FILE} ({part}{key})": values[key]
+                for key in ("quantization_config", "compression_config")
+                if values.get(key)
+            }
+    places |= {name: read_json(folder / name) for name in QUANTIZATION_FILES if (folder / name).is_file()}
+    for place, settings in places.items():
+        method = settings.get("quant_method") if isinstance(settings, dict) else None
+        raise ValueError(
+            f"{folder / place} says that the weights are quantized ({method or _shown(settings)}), and rlmed trains and "
+            "evaluates float weights only: use the model in bfloat16 or float32 that it was made from"
+        )
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:80]}…"

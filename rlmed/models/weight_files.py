@@ -1,0 +1,154 @@
+"""The weight files of a folder against each other, by their headers: nothing is loaded."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from rlmed.core.damage import cause, read_json
+
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+NOT_QUANTIZED = frozenset({"F64", "F32", "F16", "BF16", "I64", "BOOL"})
+"""Floats, and what buffers are stored as."""
+_MAX_HEADER = 100 * 2**20
+
+Header = Mapping[str, Mapping[str, Any]]
+"""By tensor: "dtype", "shape" and "data_offsets"."""
+
+
+def check_weight_files(folder: Path) -> list[str]:
+    """Compare the weight files of a folder with their index and their own headers.
+
+    Returns:
+        What is odd about them and does no harm, one line each.
+
+    Raises:
+        ValueError: when files are missing, damaged, of two models, or hold no floats.
+    """
+    shards = sorted(path.name for path in folder.glob("*.safetensors"))
+    if not shards:
+        _check_there_are_weights(folder)
+        return []
+    indexed: list[str] = []
+    doubts: list[str] = []
+    if (folder / INDEX).is_file():
+        if WHOLE in shards:
+            raise ValueError(
+                f"{folder} holds the weights twice, in {WHOLE} and in the files that {INDEX} names, and they need not be the "
+                "same: keep one and remove the other"
+            )
+        indexed = _check_index(folder, shards, doubts)
+    elif WHOLE not in shards:
+        raise ValueError(
+            f"{folder} holds {', '.join(shards)}, and neither {WHOLE} nor {INDEX}, which says what is in which file: copy or "
+            "download it again"
+        )
+    used = indexed or [WHOLE]
+    for name in used:
+        for tensor, entry in read_header(folder / name).items():
+            if entry["dtype"] not in NOT_QUANTIZED:
+                raise ValueError(
+                    f"{folder / name} holds {tensor} as {entry['dtype']}: the weights are quantized, and rlmed trains and "
+                    "evaluates float weights only; use the model in bfloat16 or float32 that it was made from"
+                )
+    others = sorted({*shards, *(path.name for path in folder.glob("pytorch_model*.bin"))} - set(used))
+    if others:
+        read = used[0] if len(used) == 1 else f"the files that {INDEX} names"
+        doubts.append(f"model {str(folder)!r}: its weights are read from {read}; {', '.join(others)} are passed over")
+    return doubts
+
+
+def own_head_differs(folder: Path) -> bool:
+    """True where the files hold a vocabulary projection with other values than the token embeddings.
+
+    For a model whose config.json says that they are one: transformers takes one of them and drops the other without a word.
+    """
+    found = {
+        name: path
+        for path in folder.glob("*.safetensors")
+        for name in read_header(path)
+        if name == "lm_head.weight" or name.endswith("embed_tokens.weight")
+    }
+    if len(found) != 2 or "lm_head.weight" not in found:
+        return False
+    tensors = []
+    for name, path in found.items():
+        with safe_open(path, framework="pt") as file:
+            tensors.append(file.get_tensor(name).float())
+    return not torch.equal(*tensors)
+
+
+def read_header(path: Path) -> Header:
+    """What a safetensors file says it holds.
+
+    Raises:
+        ValueError: when the file is damaged, or longer or shorter than it says.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else _MAX_HEADER
+        if length >= _MAX_HEADER or 8 + length > size:
+            raise ValueError(f"{path} is damaged: {cause(path, 'it does not begin as a safetensors file')}")
+        try:
+            header: dict[str, Any] = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            assert all(isinstance(entry["dtype"], str) for entry in header.values())
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, AssertionError, RecursionError) as error:
+            raise ValueError(f"{path} is damaged: its header cannot be read; copy or download it again") from error
+    if 8 + length + end != size:
+        raise ValueError(
+            f"{path} is damaged: it should have {8 + length + end} bytes and has {size}; copy or download it again"
+        )
+    return header
+
+
+def _check_there_are_weights(folder: Path) -> None:
+    if any(folder.glob("pytorch_model*.bin")):
+        return
+    others = sorted(
+        path.name for pattern in ("*.gguf", "*.bin", "*.pt", "*.pth", "*.npz") for path in folder.glob(pattern)
+    )
+    seen = f"; {others[0]} cannot be read" if others else ""
+    raise ValueError(
+        f"the weights of model {str(folder)!r} cannot be loaded: there is no {WHOLE} nor {INDEX}{seen}. Copy or download its "
+        "*.safetensors again"
+    )
+
+
+def _check_index(folder: Path, shards: list[str], doubts: list[str]) -> list[str]:
+    """The shards that the index names, each of which holds just what the index says."""
+    index = read_json(folder / INDEX)
+    places = index.get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise ValueError(f"{folder / INDEX} is damaged: it has no weight_map; copy or download it again")
+    named = sorted(set(places.values()))
+    absent = [name for name in named if name not in shards]
+    if absent:
+        raise ValueError(
+            f"{folder / INDEX} names {len(named)} weight files, and {len(absent)} are not there, the first is {absent[0]}: "
+            "copy or download the folder again"
+        )
+    size = 0
+    for name in named:
+        header = read_header(folder / name)
+        size += sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in header.values())
+        expected = {tensor for tensor, place in places.items() if place == name}
+        if odd := sorted(expected ^ header.keys()):
+            one, other = (INDEX, name) if odd[0] in expected else (name, INDEX)
+            raise ValueError(
+                f"{folder}: {one} has {odd[0]} in {name}, and {other} does not ({len(odd)} tensors differ): the files are of "
+                "two models; copy or download the folder again"
+            )
+    metadata = index.get("metadata")
+    said = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if said is not None and said != size:
+        doubts.append(f"{folder / INDEX}: total_size is {said} bytes, and its files hold {size}; every tensor is there")
+    return named

@@ -1,0 +1,42 @@
+"""Sections of a run's configuration as `conf/` has them, with changes: the defaults live there and nowhere else."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+from learner.learner import loss_config
+from learner.losses import PolicyLossConfig
+from rlmed.commandline import compose_config
+from rlmed.core.config import AlgoConfig, DataConfig, LearnerConfig, RunConfig, SelectionConfig
+
+
+@functools.cache
+def _defaults() -> RunConfig:
+    return compose_config("train", ["data=jsonl"])
+
+
+def algo_config(**changes: Any) -> AlgoConfig:
+    """`algo_config(kl_coef=0.0)`: GRPO without a reference."""
+    return dataclasses.replace(_defaults().algo, **changes)
+
+
+def policy_loss_config(**changes: Any) -> PolicyLossConfig:
+    """`policy_loss_config(clip="dual")`: the loss's part of `algo_config`."""
+    return dataclasses.replace(loss_config(_defaults().algo), **changes)
+
+
+def learner_config(**changes: Any) -> LearnerConfig:
+    """`learner_config(lr=1e-3)`."""
+    return dataclasses.replace(_defaults().learner, **changes)
+
+
+def data_config(**changes: Any) -> DataConfig:
+    """`data_config(shuffle_options=True)`: questions of one's own."""
+    return dataclasses.replace(_defaults().data, **changes)
+
+
+def selection_config(mode: str, **changes: Any) -> SelectionConfig:
+    """`selection_config("pass_rate", min_visits=2)`."""
+    return dataclasses.replace(_defaults().data.selection, mode=mode, **changes)

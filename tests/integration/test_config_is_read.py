@@ -1,0 +1,122 @@
+"""The rules of `rlmed.core.config_rules` against the keys that a run of each command really reads."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import sys
+import typing
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from learner.losses import PolicyLossConfig
+from rlmed import evaluate, launch, sft
+from rlmed.core.config import AlgoConfig, RunConfig
+from rlmed.core.config_rules import RULES
+from rlmed.core.config_use import plain_values, rule_of, schema_keys
+
+Config = Callable[..., RunConfig]
+
+MAIN = {"train": launch.main, "sft": sft.main, "evaluate": evaluate.main}
+NOT_USES = ("dataclasses.py", "core/config.py", "core/config_running.py")
+"""Ends of the files that read keys to check or to copy them."""
+ELSEWHERE = {"name": "the run's folder, by interpolation", "data.download": "an error's text"}
+"""Keys that do something without being read in a run that goes well."""
+PASSED_ON = {"rollout.on_push"}
+"""Keys that a pool is given wherever it is built, though nothing is pushed to it but by rlmed.launch."""
+SPREAD = """
+def first_token(example, completion):
+    return float(completion.token_ids[0] % 7)
+"""
+RUNS = {
+    "train": (
+        ("reward.extra=[spread:first_token]", "eval.every=1"),
+        (
+            "reward.extra=[spread:first_token]",
+            "data.selection.mode=pass_rate",
+            "algo.clip=dual",
+            "algo.dynamic_sampling=true",
+            "algo.max_staleness=1",
+            "eval.at_start=false",
+            "eval.at_end=false",
+            "eval.every=1",
+        ),
+    ),
+    "sft": (("sft.epochs=1", "sft.batch_size=5"),),
+    "evaluate": ((), ("eval.trust=true", "eval.samples=2")),
+}
+"""Overrides of the runs, which between them make every key do something that needs neither Ray nor vLLM."""
+
+
+@pytest.fixture
+def keys_read(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The keys that are read from now on, as attributes of the configuration's records."""
+    read: set[str] = set()
+
+    def watch(cls: type[Any], where: str, names: Collection[str]) -> None:
+        def get(self: Any, name: str) -> Any:
+            reader = sys._getframe(1).f_code
+            if name in names and reader.co_name != "__post_init__" and not reader.co_filename.endswith(NOT_USES):
+                read.add(f"{where}{name}")
+            return object.__getattribute__(self, name)
+
+        monkeypatch.setattr(cls, "__getattribute__", get)
+
+    loss = {entry.name for entry in dataclasses.fields(PolicyLossConfig)}
+    for cls, where in sections(RunConfig):
+        names = {entry.name for entry in dataclasses.fields(cls)}
+        watch(cls, where, names - loss if cls is AlgoConfig else names)
+    watch(PolicyLossConfig, "algo.", loss)  # the loss's own copy of its keys: what it reads there counts
+    return read
+
+
+def sections(cls: type[Any], where: str = "") -> Iterator[tuple[type[Any], str]]:
+    """Every record of the configuration, with what stands before its keys."""
+    yield cls, where
+    for name, hint in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            yield from sections(typing.cast(type[Any], hint), f"{where}{name}.")
+
+
+def active(program: str, config: RunConfig) -> set[str]:
+    """The keys that `program` reads according to the rules."""
+    values = plain_values(dataclasses.asdict(config)) | {"experiment": None}
+    return {key for key in schema_keys() if rule_of(program, key, values) is None}
+
+
+@pytest.mark.parametrize("program", MAIN)
+def test_a_command_reads_what_the_rules_say_and_nothing_else(
+    program: str, make_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys_read: set[str]
+) -> None:
+    """A new key that nobody reads fails here until a rule refuses it, and a rule about a key that is read fails too."""
+    (tmp_path / "spread.py").write_text(SPREAD)
+    monkeypatch.chdir(tmp_path)
+    for number, overrides in enumerate(RUNS[program]):
+        config = make_config(*overrides)
+        folder = tmp_path / f"run{number}"
+        folder.mkdir()
+        keys_read.clear()
+        MAIN[program](config, folder)
+        read = set(keys_read)
+        assert active(program, config) - read - ELSEWHERE.keys() == set(), overrides
+        never = {
+            key
+            for key in schema_keys()
+            for rule in RULES
+            if program in rule.programs and rule.covers(key, None) and not rule.when and not rule.values
+        }
+        assert read & never <= PASSED_ON, overrides
+
+
+def test_what_these_runs_leave_idle_is_read_where_processes_and_engines_are_built(make_config: Config) -> None:
+    """Ray's and vLLM's keys, and those of generated data: by their names in the source."""
+    tried = set().union(*(active(program, make_config(*run)) for program, runs in RUNS.items() for run in runs))
+    root = Path(launch.__file__).parent
+    trees = [ast.parse((root / f"{name}.py").read_text()) for name in ("cluster", "ray_session", "engines", "setup")]
+    named = {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    idle = {key for key in schema_keys() if key not in tried}
+    assert {key.rpartition(".")[2] for key in idle} - named == {"profile"}  # which the command line itself looks at
+    assert {key.partition(".")[0] for key in idle} == {"cluster", "rollout", "data", "profile"}
