@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from rewards.parsing import evaluated_letter
+from rlmed.core.display import ending_errors, keep_display
 from rlmed.core.near_paths import near_path
 from rlmed.core.prefill import THINK, THINK_END
 from rlmed.core.types import LETTERS, Example, RolloutRequest, SamplingParams
@@ -83,13 +84,11 @@ def ask(arguments: argparse.Namespace) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print reasoning and answer; errors end with one line and exit status 2."""
+    keep_display()
     parsed = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     silence_progress_bars()
-    try:
+    with ending_errors():
         completion = ask(parsed)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(2) from error
     console = Console(highlight=False)
     reasoning, closed, _ = completion.partition(THINK)[2].partition(THINK_END)
     letter = evaluated_letter(completion)

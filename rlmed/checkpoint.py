@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from rlmed.core.files import rename_into_place
+from rlmed.core.ownership import aside_of, remove, remove_leftovers
 
 STATE_FILE = "trainer_state.json"
 _NAME = re.compile(r"step-(\d{6,})")
@@ -34,24 +36,22 @@ def save_checkpoint(
         CheckpointError: when the disk refuses; earlier checkpoints are untouched.
     """
     target = root / f"step-{step:06d}"
-    aside = root / f".{target.name}.partial"
+    aside = aside_of(target)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        for leftover in root.glob(".step-*"):  # of a run that was killed
-            shutil.rmtree(leftover)
+        remove_leftovers(root, "step-*")
         aside.mkdir()
         write(aside)
         (aside / STATE_FILE).write_text(json.dumps(state, indent=1))
         for path in sorted(aside.rglob("*")):
             _flush(path)
         _flush(aside)
-        if target.exists():  # a resumed run writes the step that it had written before it was killed
-            _remove(target)
-        aside.rename(target)
+        # a resumed run may write the step that it had written before it was killed
+        rename_into_place(aside, target, may_replace=lambda: True)
         _flush(root)
     except Exception as error:
         # a full disk is an OSError from Python, another type from each library, and from tokenizers a bare Exception
-        shutil.rmtree(aside, ignore_errors=True)
+        remove(aside)
         raise CheckpointError(
             f"checkpoint {target} could not be written: {error}. Free some space (or make the folder writable) and start "
             "again with resume=auto; earlier checkpoints are whole"
@@ -63,9 +63,9 @@ def save_checkpoint(
 
 def _remove(checkpoint: Path) -> None:
     """Renamed first: a kill in the middle of the removal must not leave half a checkpoint under a good name."""
-    doomed = checkpoint.with_name(f".{checkpoint.name}.removed")
+    doomed = aside_of(checkpoint, "removed")
     checkpoint.rename(doomed)
-    shutil.rmtree(doomed)
+    remove(doomed)
 
 
 def starting_point(run_folder: Path, *, resume: bool) -> Path | None:

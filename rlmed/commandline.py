@@ -1,114 +1,47 @@
-"""What the commands share: Hydra with a few shorthands that are expanded before it sees them.
-
-| written | means |
-| --- | --- |
-| `+experiment=X` where no CUDA device is | `+experiment=X_embedded`, if there is one (`profile=paper` keeps X) |
-| `model=DIR` | `model.path=DIR` |
-| `data=a.jsonl` | `data=jsonl data.eval=[a.jsonl]` |
-| `resume=auto` | goes on in `hydra.run.dir`, if given, else in the newest run of that name with a checkpoint; or starts anew |
-| `resume=RUN_FOLDER` | goes on in that folder |
-"""
+"""What the commands share: from the command line (see `rlmed.overrides`) to a configuration and a folder, and exit codes."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import logging
 import os
-import re
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
-from importlib import resources
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 import torch
+import yaml
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from rewards.extra import RewardError
-from rlmed.checkpoint import CheckpointError
+from rlmed.checkpoint import CheckpointError, list_checkpoints
 from rlmed.core.config import RunConfig
-from rlmed.core.config_building import build_config, check_key
+from rlmed.core.config_building import build_config
 from rlmed.core.config_checks import ConfigError
 from rlmed.core.config_use import Refusal, check_used, find_unused
+from rlmed.core.display import ERRORS, TRACE, ending_errors, keep_display, lacks_memory, one_line
 from rlmed.core.files import refusal
-from rlmed.core.litter import is_litter
+from rlmed.core.holding import hold
+from rlmed.core.ownership import remove_leftovers
 from rlmed.core.protocols import ClusterError
 from rlmed.models.logs import silence_progress_bars
+from rlmed.overrides import CONFIG_GROUPS, expand, explain, quoted
 
-EMBEDDED_SUFFIX = "_embedded"
-CONFIG_GROUPS = tuple(sorted(entry.name for entry in resources.files("conf").iterdir() if entry.is_dir()))
 LOST = 3
 """Exit status when a process of the run was lost: the same command with resume=auto goes on."""
+FOLDER_KEY = "hydra.run.dir="
+SEARCH_KEY = "hydra.searchpath="
 PROBE = b"." * 2**16
 """Written to find out whether a folder can be written to; more than the few bytes that a full disk may still take."""
-
-
-def group_options(group: str) -> list[str]:
-    """Names of the YAML files in `conf/<group>/` that are options, and not what options share."""
-    folder = resources.files("conf").joinpath(group)
-    names = [entry.name for entry in folder.iterdir() if entry.name.endswith(".yaml")]
-    return sorted(name.removesuffix(".yaml") for name in names if not name.startswith("_") and not is_litter(name))
-
-
-def expand(arguments: Sequence[str], *, cuda: bool) -> list[str]:
-    """Expand the shorthands of the module docstring.
-
-    Args:
-        arguments: the command line after the program's name.
-        cuda: whether there is a CUDA device.
-
-    Raises:
-        ValueError: for a key or profile that does not exist, or a resume folder without a checkpoint.
-    """
-    for entry in arguments:
-        key, equals, _ = entry.partition("=")
-        # +key and ~key change the composition itself, and so does group@package; hydra.key is Hydra's own
-        if equals and key[:1].isalpha() and "@" not in key and re.split(r"[./]", key)[0] != "hydra":
-            check_key(key)
-    profile = next((entry.partition("=")[2] for entry in arguments if entry.startswith("profile=")), "auto")
-    if profile not in ("auto", "embedded", "paper"):
-        raise ValueError(f"profile={profile} is not possible: choose one of auto, embedded, paper")
-    embedded = profile == "embedded" or (profile == "auto" and not cuda)
-    return [new for entry in arguments for new in _expand_one(entry, embedded)]
-
-
-def _expand_one(argument: str, embedded: bool) -> list[str]:
-    key, equals, value = argument.partition("=")
-    if not equals:
-        return [argument]
-    if key == "+experiment" and embedded and value + EMBEDDED_SUFFIX in group_options("experiment"):
-        return [f"{key}={value}{EMBEDDED_SUFFIX}"]
-    if key == "model" and value not in group_options("model"):
-        return [f"model.path={quoted(value)}"]
-    if key == "data" and value.endswith((".jsonl", "]")):
-        files = value if value.startswith("[") else f"[{quoted(value)}]"
-        return ["data=jsonl", f"data.eval={files}"]
-    if key == "data" and value.endswith((".csv", ".tsv", ".json", ".parquet")):
-        raise ValueError(
-            f"data={value}: questions are read from JSON Lines; `python -m rlmed.prepare` makes them of tables and of "
-            "published data (docs/data.md)"
-        )
-    if key == "resume" and value not in ("auto", "null", ""):
-        folder = Path(value)
-        if not (folder / "checkpoints").is_dir():
-            raise ValueError(f"resume={value}: no checkpoints in that folder; give the folder of a run, or resume=auto")
-        return [f"resume={quoted(value)}", f"hydra.run.dir={quoted(value)}"]
-    return [argument]
-
-
-def quoted(path: str) -> str:
-    """A path as Hydra's grammar takes it: in quotes where it could be taken for something else.
-
-    Commas stay, since with `--multirun` they part several paths; quotes that are there already stay too.
-    """
-    plain = re.fullmatch(r"[A-Za-z_./][\w./:+,-]*", path, re.ASCII)
-    if (plain and path not in ("null", "true", "false", "inf", "nan")) or re.fullmatch(r"'.*'|\".*\"", path):
-        return path
-    return "'" + path.replace("'", r"\'") + "'"
 
 
 def compose_config(program: str, overrides: Sequence[str]) -> RunConfig:
@@ -126,8 +59,12 @@ def compose_config(program: str, overrides: Sequence[str]) -> RunConfig:
 
 
 def _plain_config(composed: DictConfig) -> dict[str, Any]:
-    plain = OmegaConf.to_container(composed, resolve=True)
+    plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)
+    if "experiment" in plain:
+        raise ConfigError(
+            "the file of +experiment=NAME must begin with the line `# @package _global_`, and hold keys with values"
+        )
     return {str(key): value for key, value in plain.items()}
 
 
@@ -143,59 +80,212 @@ def unused_overrides(program: str, overrides: Sequence[str]) -> list[Refusal]:
                 program, overrides, CONFIG_GROUPS, lambda entries: _plain_config(hydra.compose(program, list(entries)))
             )
         except (HydraException, OmegaConfBaseException) as error:
-            where = f"{error.override}: " if isinstance(error, OverrideParseException) else ""
-            raise ConfigError(where + " ".join(str(error).split())) from error
+            raise ConfigError(explain(error)) from error
+
+
+def _check_used(program: str) -> None:
+    """Make sure that all overrides of the configuration that Hydra has composed do something in `program`."""
+    own = HydraConfig.get()
+    places = [entry for entry in own.overrides.hydra if entry.startswith(SEARCH_KEY)]
+    check_used(
+        program,
+        own.overrides.task,
+        CONFIG_GROUPS,
+        lambda entries: _plain_config(hydra.compose(own.job.config_name, [*entries, *places])),
+    )
 
 
 def newest_run(folder: Path) -> Path | None:
     """The run that `resume=auto` means for a run about to start in `folder`: the latest beside it with a checkpoint."""
-    folders = [path for path in folder.parent.glob("*") if any((path / "checkpoints").glob("step-*"))]
-    return max(folders, key=lambda path: path.stat().st_mtime, default=None)
+    ages = {}
+    for path in folder.parent.glob("*"):
+        with suppress(FileNotFoundError):  # it is being removed
+            if list_checkpoints(path / "checkpoints"):
+                ages[path] = path.stat().st_mtime
+    return max(ages, key=ages.__getitem__, default=None)
 
 
 def run_command(program: str, main: Callable[[RunConfig, Path], None]) -> None:
-    """Compose the configuration from the command line and call `main(config, run_folder)`.
+    """Compose the configuration from the command line and call `main(config, run_folder)`; the folder is this process's alone.
 
     Errors in what the user gave end the program with one line and exit status 2, lost processes with 3; RLMED_TRACE=1
     shows where they came from.
     """
-    try:
-        sys.argv[1:] = expand(sys.argv[1:], cuda=torch.cuda.is_available())
-        if not any(entry.startswith("-") for entry in sys.argv[1:]):  # --help and its like write nothing
-            check_writable(_output_folder(sys.argv[1:]))
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(2) from error
-
+    keep_display()
     silence_progress_bars()
     # it warns of each retry; what comes of them is said by load_config
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    logging.raiseExceptions = False  # a log that cannot be written is lost, and the run goes on
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # its errors come here, instead of being printed
 
-    @hydra.main(version_base="1.3", config_path="pkg://conf", config_name=program)
-    def entry(composed: DictConfig) -> None:
-        folder = Path(HydraConfig.get().runtime.output_dir)
-        try:
-            own = HydraConfig.get()
-            check_used(
-                program,
-                own.overrides.task,
-                CONFIG_GROUPS,
-                lambda entries: _plain_config(hydra.compose(own.job.config_name, list(entries))),
-            )
+    with _ending_errors():
+        flags = _parse_flags(sys.argv[1:])
+        overrides = expand(flags.overrides, cuda=torch.cuda.is_available(), sweeps=flags.multirun)
+        if flags.config_dir is not None:
+            overrides.append(_search_path(flags.config_dir))
+        if not _is_unicode([*overrides, os.getcwd()]):
+            overrides.append("hydra.output_subdir=null")  # its files of the overrides are UTF-8 and nothing else
+        name = flags.config_name or program
+        if flags.multirun:
+            sweep_dir = f"hydra.sweep.dir=outputs/${{name}}/sweep_${{now:%Y-%m-%d_%H-%M-%S}}_{os.getpid()}"
+            _call_hydra(name, _Job(program, main, held=False), [sweep_dir, *overrides], "--multirun")
+        elif flags.shown:
+            _call_hydra(name, _Job(program, main, held=False), overrides, *flags.shown)
+        else:
+            folder = _choose_folder(program, name, overrides)
+            # the libraries that save models take text only
+            if program != "evaluate" and not _is_unicode([str(folder)]):
+                raise ValueError(
+                    f"{str(folder)!r}: no checkpoint can be written there, for this name is no text under the locale of this "
+                    f"terminal: set LC_ALL=C.UTF-8, or choose another with {FOLDER_KEY}FOLDER"
+                )
+            with hold(folder, cure=f"wait until it has ended, or choose another folder with {FOLDER_KEY}FOLDER"):
+                check_writable(folder)
+                for place in (folder, folder / "checkpoints", folder / "evaluations"):
+                    remove_leftovers(place, "*", held=True)
+                _call_hydra(
+                    name, _Job(program, main, held=True), [*overrides, FOLDER_KEY + quoted(str(folder), commas=False)]
+                )
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What Hydra calls."""
+
+    program: str
+    main: Callable[[RunConfig, Path], None]
+    held: bool
+    """Whether the folder is this process's alone already; each job of a sweep has one of its own."""
+
+    def __call__(self, composed: DictConfig) -> None:
+        with _ending_errors():
+            folder = Path(HydraConfig.get().runtime.output_dir)
             config = build_config(_plain_config(composed))
-            named = any(entry.startswith("hydra.run.dir=") for entry in HydraConfig.get().overrides.hydra)
-            if config.resume == "auto" and not named:
-                folder = newest_run(folder) or folder
-            main(config, folder)
-        except (ValueError, OSError, RewardError, CheckpointError, ClusterError, KeyboardInterrupt) as error:
-            if os.environ.get("RLMED_TRACE"):
-                raise
-            if isinstance(error, KeyboardInterrupt):
-                raise SystemExit("interrupted; resume=auto goes on from the last checkpoint, if there is one") from None
-            sys.stderr.write(f"error: {error}\n(RLMED_TRACE=1 shows where it came from)\n")
-            raise SystemExit(LOST if isinstance(error, ClusterError) else 2) from error
+            for handler in logging.getLogger().handlers:
+                if isinstance(handler, logging.FileHandler):  # made by Hydra, for the characters of this place alone
+                    handler.stream.reconfigure(encoding="utf-8", errors=ERRORS)  # type: ignore[union-attr]
+            if self.held:
+                self.main(config, folder)
+                return
+            _check_used(self.program)
+            if config.resume is not None:
+                raise ValueError(
+                    f"resume={config.resume} is for one run, and --multirun makes new ones: leave one of them out"
+                )
+            with hold(folder):
+                self.main(config, folder)
 
-    entry()
+
+@contextmanager
+def _ending_errors() -> Iterator[None]:
+    interrupted = "interrupted; resume=auto goes on from the last checkpoint, if there is one"
+    with ending_errors(RewardError, CheckpointError, interrupted=interrupted):
+        try:
+            yield
+        except ClusterError as error:
+            if os.environ.get(TRACE):
+                raise
+            sys.stderr.write(f"error: {one_line(error)}\n")
+            raise SystemExit(LOST) from error
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+            raise ValueError(explain(error)) from error
+        except (MemoryError, RuntimeError) as error:
+            if not lacks_memory(error):
+                raise
+            raise ValueError(
+                f"{one_line(error)} (learner.token_budget, rollout.max_completions, learner.gradient_checkpointing=true); "
+                "resume=auto then goes on from the last checkpoint, if there is one"
+            ) from error
+
+
+def _parse_flags(arguments: Sequence[str]) -> argparse.Namespace:
+    """Overrides, and which of Hydra's flags are set; `shown` are those that show something instead of a run.
+
+    Raises:
+        ValueError: for a flag that there is not.
+    """
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        raise ValueError(f"{message}: --hydra-help shows the flags, and settings are written key=value")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    flags = parser.parse_intermixed_args(arguments)
+    for flag in ("config_path", "experimental_rerun"):
+        if vars(flags)[flag] is not None:
+            raise ValueError(
+                f"--{flag.replace('_', '-')} is not possible: --config-dir DIR adds YAML files of your own"
+            )
+    flags.multirun = flags.multirun or any(entry.upper() == "HYDRA.MODE=MULTIRUN" for entry in flags.overrides)
+    shown = [f"--{flag.replace('_', '-')}" for flag in ("help", "hydra_help", "shell_completion") if vars(flags)[flag]]
+    for flag in ("cfg", "package", "info"):
+        if vars(flags)[flag] is not None:
+            shown += [f"--{flag}", vars(flags)[flag]]
+    flags.shown = [*shown, *(["--resolve"] if flags.resolve else [])]
+    return flags
+
+
+def _search_path(folder: str) -> str:
+    """The override by which Hydra also finds the YAML files in `folder`."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"--config-dir {folder}: there is no such folder")
+    return f"{SEARCH_KEY}[{quoted('file://' + str(Path(folder).absolute()), commas=False)}]"
+
+
+def _is_unicode(texts: Sequence[str]) -> bool:
+    """False where a name of a file, as its system gave it, is no text in this place's encoding."""
+    return not any(0xD800 <= ord(character) <= 0xDFFF for text in texts for character in text)
+
+
+def _call_hydra(name: str, job: _Job, overrides: Sequence[str], *flags: str) -> None:
+    sys.argv[1:] = [*overrides, *flags]
+    hydra.main(version_base="1.3", config_path="pkg://conf", config_name=name)(job)()
+
+
+def _choose_folder(program: str, name: str, overrides: Sequence[str]) -> Path:
+    """The folder of the run that the overrides describe, made where there is none.
+
+    Raises:
+        ConfigError: for an unknown key or impossible value.
+        RecordError: when it cannot be made.
+    """
+    with hydra.initialize_config_module("conf", version_base="1.3"):
+        try:
+            composed = hydra.compose(name, overrides=list(overrides), return_hydra_config=True)
+        except UnicodeDecodeError as error:
+            raise ValueError(explain(error)) from error
+        HydraConfig.instance().set_config(composed)  # which the folder's name may ask
+        place = str(composed.hydra.run.dir)
+        with open_dict(composed):
+            del composed["hydra"]
+        config = build_config(_plain_config(composed))
+        _check_used(program)
+    if not place:
+        raise ValueError(f"{FOLDER_KEY} names no folder")
+    folder = Path(place).absolute()
+    named = any(entry.lstrip("+").startswith(FOLDER_KEY) for entry in overrides)
+    try:
+        if named:
+            folder.mkdir(parents=True, exist_ok=True)
+            return folder
+        earlier = newest_run(folder) if config.resume == "auto" else None
+        return earlier or new_folder(folder)
+    except OSError as error:
+        raise refusal(folder, error, cure=f"try again, or choose another with {FOLDER_KEY}FOLDER") from error
+
+
+def new_folder(wanted: Path) -> Path:
+    """Make the folder, or one with a number behind its name where another process was faster."""
+    wanted.parent.mkdir(parents=True, exist_ok=True)
+    folder, number = wanted, 1
+    while True:
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            number += 1
+            folder = wanted.with_name(f"{wanted.name}-{number}")
+        else:
+            return folder
 
 
 def check_writable(folder: Path) -> None:
@@ -215,18 +305,6 @@ def check_writable(folder: Path) -> None:
             probe.unlink(missing_ok=True)
     except OSError as error:
         raise refusal(folder, error, cure="try again, or choose another with hydra.run.dir=FOLDER") from error
-
-
-def _output_folder(arguments: Sequence[str]) -> Path:
-    """Where the run's folder is, or will be made."""
-    named = [
-        entry.partition("=")[2].strip("'\"").replace(r"\'", "'")
-        for entry in arguments
-        if entry.startswith("hydra.run.dir=")
-    ]
-    if named and "${" not in named[-1]:
-        return Path(named[-1])
-    return Path("outputs")
 
 
 def to_yaml(config: RunConfig) -> str:

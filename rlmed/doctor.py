@@ -13,6 +13,8 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
+from rlmed.core.display import keep_display
+
 Status = Literal["ok", "optional", "missing"]
 
 REQUIRED = (
@@ -94,6 +96,7 @@ def _embedded_model() -> Finding:
 
 def main() -> None:
     """Print the table; exit status 1 when something needed is missing."""
+    keep_display()
     findings = examine()
     width = max(len(finding.what) for finding in findings)
     for finding in findings:

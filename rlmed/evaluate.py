@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from rewards.argument import argued_option
+from rlmed.checkpoint import starting_point
 from rlmed.commandline import run_command, to_yaml
 from rlmed.core.config import RunConfig
 from rlmed.core.files import replace_text
@@ -29,6 +30,7 @@ from rlmed.trust_table import trust_table
 
 def main(config: RunConfig, folder: Path) -> None:
     """Evaluate `config.model` on `config.data.eval`."""
+    starting_point(folder, resume=False)  # no evaluation takes the place of a training run's
     if config.before and not (Path(config.before) / "rows.jsonl").is_file():
         raise ValueError(f"before={config.before} is no evaluation: give a folder that holds rows.jsonl")
     renderer = make_renderer(config)
@@ -79,12 +81,13 @@ def main(config: RunConfig, folder: Path) -> None:
     if config.before:
         before = EvalSummary.read(Path(config.before))
         comparison = compare(Path(config.before), step_folder(folder / "evaluations", 0))
+    report = write_report(folder)
     console = Console()
     console.print(summary_table(before, summary, comparison))
     if trust is not None:
         console.print(trust_table(trust))
-    console.print(f"rows:   {step_folder(folder / 'evaluations', 0) / 'rows.jsonl'}", soft_wrap=True)
-    console.print(f"report: {write_report(folder)}", soft_wrap=True)
+    console.print(f"rows:   {step_folder(folder / 'evaluations', 0) / 'rows.jsonl'}", soft_wrap=True, markup=False)
+    console.print(f"report: {report}", soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from rlmed.core.files import refusal, replace_text
+from rlmed.core.files import partial_folder, refusal, rename_into_place, replace_text
+from rlmed.core.ownership import remove
 from rlmed.core.statistics import BoolArray, mcnemar, wilson_interval
 from rlmed.core.types import Example, FinishReason
 from rlmed.data.option_order import kept_order_text
@@ -184,22 +184,19 @@ def write_evaluation(folder: Path, summary: EvalSummary, rows: Iterable[EvalRow]
         OSError: when the disk refuses; an earlier evaluation of the step is untouched.
     """
     target = step_folder(folder, summary.step)
-    aside, replaced = (folder / f".{target.name}.{suffix}" for suffix in ("partial", "replaced"))
-    for leftover in (aside, replaced):  # of a run that was killed
-        if leftover.exists():
-            shutil.rmtree(leftover)
     try:
-        aside.mkdir(parents=True)
-        with (aside / ROWS_FILE).open("w", encoding="utf-8") as lines:
-            for row in rows:
-                lines.write(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n")
+        aside = partial_folder(target)
+        try:
+            # names of files that are no UTF-8 hold surrogates, which are as JSON escapes them then
+            with (aside / ROWS_FILE).open("w", encoding="utf-8", errors="backslashreplace") as lines:
+                for row in rows:
+                    lines.write(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n")
+            _write_json(aside / SUMMARY_FILE, dataclasses.asdict(summary))
+            rename_into_place(aside, target, may_replace=lambda: True)
+        finally:
+            remove(aside)  # after an error
     except OSError as error:
-        raise refusal(aside / ROWS_FILE, error) from error
-    _write_json(aside / SUMMARY_FILE, dataclasses.asdict(summary))
-    if target.exists():
-        target.rename(replaced)
-    aside.rename(target)
-    shutil.rmtree(replaced, ignore_errors=True)
+        raise refusal(target / ROWS_FILE, error) from error
     return target
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from learner.learner import loss_config
 from rewards.rubric import Rubric
-from rlmed.checkpoint import list_checkpoints, read_state, save_checkpoint, starting_point
+from rlmed.checkpoint import CheckpointError, list_checkpoints, read_state, save_checkpoint, starting_point
 from rlmed.cluster import Cluster, build_cluster
 from rlmed.commandline import check_same_run, run_command, to_yaml
 from rlmed.controller import LoopState, StepResult, train
@@ -134,6 +134,8 @@ class Run:
 
     def _restore(self, checkpoint: Path) -> None:
         saved = read_state(checkpoint)
+        if "loop" not in saved:
+            raise CheckpointError(f"{checkpoint} is of another command (rlmed.sft), which alone can go on with it")
         check_same_run(self.folder / CONFIG_FILE, self.config, unused=("sft",))
         check_same_data(self.folder, self.data.files)
         self.state = LoopState.restore(saved["loop"])
@@ -232,20 +234,21 @@ class Run:
         return summary
 
     def _finish(self) -> None:
-        """The table and the report."""
+        """The report; then the table and the paths."""
         self.tracer.close()
         self.recorder.close()
         evaluations = self.folder / "evaluations"
         first, last = step_folder(evaluations, 0), step_folder(evaluations, self.config.steps)
+        before = EvalSummary.read(first) if first.is_dir() and last.is_dir() else None
+        comparison = compare(first, last) if before else None
+        report = write_report(self.folder)
         console = Console()
         if last.is_dir():
-            before = EvalSummary.read(first) if first.is_dir() else None
-            comparison = compare(first, last) if before else None
             console.print(summary_table(before, EvalSummary.read(last), comparison))
-        report = write_report(self.folder)
-        console.print(f"report:     {report}", soft_wrap=True)
+        console.print(f"report:     {report}", soft_wrap=True, markup=False)
         if self.config.debug.learn:
-            console.print(f"checkpoint: {list_checkpoints(self.folder / 'checkpoints')[-1]}", soft_wrap=True)
+            checkpoint = list_checkpoints(self.folder / "checkpoints")[-1]
+            console.print(f"checkpoint: {checkpoint}", soft_wrap=True, markup=False)
 
 
 def main(config: RunConfig, folder: Path) -> None:

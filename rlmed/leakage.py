@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from rlmed.core.display import ending_errors, keep_display
 from rlmed.core.files import replace_text
 from rlmed.core.types import Example
 from rlmed.data.jsonl import format_skips, read_examples
@@ -58,14 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--train", type=Path, required=True, metavar="FILE", help="training rows, JSON Lines")
     parser.add_argument("--test", type=Path, required=True, nargs="+", metavar="FILE", help="files to evaluate on")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was found here")
+    keep_display()
     parsed = parser.parse_args(arguments)
-    try:
+    with ending_errors():
         report = _compare(parsed)
-    except (ValueError, OSError) as error:
-        if os.environ.get("RLMED_TRACE"):
-            raise
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(2) from error
     console = Console(highlight=False)
     console.print(leakage_table(report))
     for leak in report.leaks[:SHOWN]:

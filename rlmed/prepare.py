@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from rlmed.core.display import ending_errors, keep_display
 from rlmed.data.layout import MANIFEST, Layout, check_target, write_layout
 from rlmed.data.leakage_report import doubt_lines, leakage_lines
 from rlmed.data.option_order import kept_order_text
@@ -122,18 +122,11 @@ def kept_orders(layout: Layout) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prepare, say what was written; errors end with one line and exit status 2."""
+    keep_display()
     parsed = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     console = Console(highlight=False)
-    try:
-        with _counter(console) as on_row:
-            layout = prepare(parsed, on_row)
-    except (ValueError, OSError) as error:
-        if os.environ.get("RLMED_TRACE"):
-            raise
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(2) from error
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted; nothing was written") from None
+    with ending_errors(interrupted="interrupted; nothing was written"), _counter(console) as on_row:
+        layout = prepare(parsed, on_row)
     console.print(summary(layout))
     found = [*leakage_lines(layout.leakage), *doubt_lines(layout.leakage)] if layout.leakage else []
     leaks = [f"leakage:    {line}" for line in found]

@@ -63,7 +63,7 @@ class Progress:
         self._last_line = {"step": float("-inf"), "stage": float("-inf")}
 
     def __enter__(self) -> Self:
-        if self._console.is_terminal:
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
             self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=4)
             self._live.start()
             self._move_log_handlers()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import shutil
@@ -22,11 +21,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlmed.commandline import LOST
 from rlmed.core.config import RunConfig
+from rlmed.core.holding import OWNER_FILE, FolderInUseError, hold
 from rlmed.core.protocols import ClusterError
 
 RAY_FOLDER = "rlmed-ray-"
 """Begins the name of the temporary folder of a Ray that was started for one run."""
-LOCK_FILE = "in-use"
 HEAD_SILENCE_S = 20.0
 """A head that nobody has reached for so long is gone."""
 LONGEST_ROOT = 30
@@ -73,19 +72,19 @@ def start_ray(config: RunConfig) -> Callable[[], None]:
 def _start_own_ray(options: dict[str, Any]) -> Callable[[], None]:
     """A Ray of this run alone, in a temporary folder that is gone with it.
 
-    The folder's lock is held for as long as this process lives, so that those of killed runs are told from those in use.
+    The folder is held for as long as this process lives, so that those of killed runs are told from those in use.
     """
     root = Path(tempfile.gettempdir())
     root = root if len(str(root)) <= LONGEST_ROOT else Path("/tmp")
-    for leftover in root.glob(f"{RAY_FOLDER}*"):
-        with suppress(OSError), (leftover / LOCK_FILE).open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(leftover, ignore_errors=True)
+    for owner_file in root.glob(f"{RAY_FOLDER}*/{OWNER_FILE}"):
+        with suppress(FolderInUseError, OSError), hold(owner_file.parent):
+            shutil.rmtree(owner_file.parent, ignore_errors=True)
     with ExitStack() as stack:
-        folder = Path(tempfile.mkdtemp(prefix=RAY_FOLDER, dir=root))
+        # its name is one of a folder in use only once it is in use
+        new = Path(tempfile.mkdtemp(prefix=f".{RAY_FOLDER}", dir=root))
+        stack.enter_context(hold(new))
+        folder = new.rename(new.with_name(new.name.removeprefix(".")))
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        lock = stack.enter_context((folder / LOCK_FILE).open("w"))
-        fcntl.flock(lock, fcntl.LOCK_EX)
         ray.init(address="local", include_dashboard=False, _temp_dir=str(folder), **options)
         stack.callback(ray.shutdown)
         return stack.pop_all().close

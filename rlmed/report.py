@@ -21,6 +21,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from omegaconf import OmegaConf
 
+from rlmed.core.display import ending_errors, keep_display
 from rlmed.core.files import replace_text
 from rlmed.core.jsonlines import read_json_lines
 from rlmed.core.statistics import mcnemar
@@ -323,11 +324,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m rlmed.report", description="Write report.html of a run folder.")
     parser.add_argument("run_folder", type=Path)
     parser.add_argument("--sft", type=Path, metavar="FOLDER", help="run of rlmed.sft to show in the same table")
+    keep_display()
     arguments = parser.parse_args()
-    try:
+    with ending_errors():
         report = write_report(arguments.run_folder, sft=arguments.sft)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
     sys.stdout.write(f"{report}\n")
 
 

@@ -26,8 +26,11 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from rlmed.commandline import LOST, expand, unused_overrides
+from rlmed.commandline import LOST, unused_overrides
+from rlmed.core.display import ending_errors, keep_display
 from rlmed.core.files import replace_text
+from rlmed.core.holding import hold
+from rlmed.overrides import expand, quoted
 from rlmed.reproduction import Reproduction, collect, write_reproduction
 
 COMMANDS = {"base": "evaluate", "sft": "sft", "rl": "launch"}
@@ -91,7 +94,8 @@ class Run:
             RuntimeError: when the command fails; its own error is on the terminal.
         """
         start = time.perf_counter()
-        where = [f"hydra.run.dir='{self.folder.resolve()}'", *(["resume=auto"] if self.method != "base" else [])]
+        where = [f"hydra.run.dir={quoted(str(self.folder.resolve()), commas=False)}"]
+        where += ["resume=auto"] if self.method != "base" else []
         for _ in range(ATTEMPTS):
             status = subprocess.run([sys.executable, *self.arguments, *where], check=False).returncode
             if status != LOST:  # a lost process: the same command goes on
@@ -148,7 +152,7 @@ def _share_out(methods: Sequence[str], overrides: Sequence[str]) -> dict[str, tu
 
 def default_folder(overrides: Sequence[str]) -> Path:
     """`outputs/reproduce/NAME`, after the experiment where one is named."""
-    named = [match[1] for entry in overrides if (match := re.fullmatch(r"\+experiment=(\w+)", entry))]
+    named = [match[1] for entry in overrides if (match := re.fullmatch(r"\+?experiment=(\w+)", entry))]
     return Path("outputs/reproduce") / (named[-1] if named else "run")
 
 
@@ -176,19 +180,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=["sft", "rl"], default=["sft", "rl"])
     parser.add_argument("--out", type=Path, help="folder of all runs (default: outputs/reproduce/EXPERIMENT)")
+    keep_display()
     # intermixed: --seeds may stand between overrides
     given = parser.parse_intermixed_args(arguments)
     console = Console()
-    try:
+    with ending_errors(RuntimeError, interrupted="interrupted; the same command goes on from here"):
         root = given.out or default_folder(given.overrides)
         runs = plan(root, given.methods, given.seeds, given.overrides)
-        found = reproduce(runs, console)
-        files = write_reproduction(root, found)
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(2) from error
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted; the same command goes on from here") from None
+        root.mkdir(parents=True, exist_ok=True)
+        with hold(root, cure="wait until it has ended, or choose another folder with --out"):
+            found = reproduce(runs, console)
+            files = write_reproduction(root, found)
     console.print(found.table())
     for path in files:
         console.print(f"written: {path}", soft_wrap=True)

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from learner.packing import PackItem
 from learner.supervised import SupervisedLearner, written_item
-from rlmed.checkpoint import list_checkpoints, read_state, save_checkpoint, starting_point
+from rlmed.checkpoint import CheckpointError, list_checkpoints, read_state, save_checkpoint, starting_point
 from rlmed.commandline import check_same_run, run_command, to_yaml
 from rlmed.core.config import RunConfig
 from rlmed.core.files import replace_text
@@ -89,6 +89,8 @@ def main(config: RunConfig, folder: Path) -> None:
         saved = read_state(checkpoint)
         check_same_run(folder / CONFIG_FILE, config, unused=("steps", "algo", "reward", "rollout"))
         check_same_data(folder, data.files)
+        if "step" not in saved:
+            raise CheckpointError(f"{checkpoint} is of another command (rlmed.launch), which alone can go on with it")
         done = int(saved["step"])
         recorder.truncate(saved["offsets"])
         learner.load(checkpoint)
@@ -141,15 +143,16 @@ def main(config: RunConfig, folder: Path) -> None:
 
 
 def _show(folder: Path, steps: int) -> None:
-    """The table and the paths."""
-    console = Console()
+    """The report; then the table and the paths."""
     first, last = (folder / "evaluations" / f"step-{step:06d}" for step in (0, steps))
+    before = EvalSummary.read(first) if first.is_dir() and last.is_dir() else None
+    comparison = compare(first, last) if before else None
+    report = write_report(folder)
+    console = Console()
     if last.is_dir():
-        before = EvalSummary.read(first) if first.is_dir() else None
-        comparison = compare(first, last) if before else None
         console.print(summary_table(before, EvalSummary.read(last), comparison))
-    console.print(f"report:     {write_report(folder)}", soft_wrap=True)
-    console.print(f"checkpoint: {list_checkpoints(folder / 'checkpoints')[-1]}", soft_wrap=True)
+    console.print(f"report:     {report}", soft_wrap=True, markup=False)
+    console.print(f"checkpoint: {list_checkpoints(folder / 'checkpoints')[-1]}", soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":

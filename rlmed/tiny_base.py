@@ -17,9 +17,12 @@ from pathlib import Path
 import torch
 
 from rlmed import sft
-from rlmed.checkpoint import list_checkpoints
+from rlmed.checkpoint import CheckpointError, list_checkpoints
 from rlmed.commandline import compose_config
 from rlmed.core.config import RunConfig
+from rlmed.core.display import ending_errors, keep_display
+from rlmed.core.files import partial_folder, rename_into_place
+from rlmed.core.holding import hold
 from rlmed.data.phantom_corpus import tokenizer_corpus, tokenizer_phrases, write_alignment
 from rlmed.data.prompts import load_processor
 from rlmed.models.logs import silence_progress_bars
@@ -106,16 +109,14 @@ def _export(model: Path, target: Path) -> None:
     """Half the bytes: bfloat16 has all the digits that matter to a base."""
     from transformers import AutoModelForImageTextToText  # after rlmed.models, which makes its import work everywhere
 
-    aside = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    target = target.resolve()
+    aside = partial_folder(target)
     AutoModelForImageTextToText.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(aside)
     tokenizer, image_processor = load_processor(model)
     tokenizer.save_pretrained(aside)
     assert image_processor is not None
     image_processor.save_pretrained(aside)
-    shutil.rmtree(target, ignore_errors=True)
-    aside.rename(target)
+    rename_into_place(aside, target, may_replace=lambda: True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -127,14 +128,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--studies", type=int, default=26000)
     parser.add_argument("--reader-studies", type=int, default=3000)
     parsed = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
+    keep_display()
     silence_progress_bars()
-    build(
-        parsed.target,
-        parsed.work,
-        lookup_rows=parsed.lookup_rows,
-        studies=parsed.studies,
-        reader_studies=parsed.reader_studies,
-    )
+    with ending_errors(CheckpointError, interrupted="interrupted; the same command goes on from here"):
+        parsed.work.mkdir(parents=True, exist_ok=True)
+        with hold(parsed.work, cure="wait until it has ended, or choose another folder with --work"):
+            build(
+                parsed.target,
+                parsed.work,
+                lookup_rows=parsed.lookup_rows,
+                studies=parsed.studies,
+                reader_studies=parsed.reader_studies,
+            )
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
-import os
-import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+
+from rlmed.core.ownership import aside_of, remove, remove_leftovers
 
 
 class RecordError(OSError):
@@ -16,7 +18,7 @@ class RecordError(OSError):
         return self.strerror or super().__str__()
 
 
-def refusal(path: Path, error: OSError, *, cure: str = "start again with resume=auto") -> RecordError:
+def refusal(path: Path, error: OSError, *, cure: str = "start again; training goes on with resume=auto") -> RecordError:
     """The error that says why `path` could not be written and what to do about it."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         message = f"the disk is full: {path} cannot be written. Free some space and {cure}"
@@ -28,14 +30,21 @@ def refusal(path: Path, error: OSError, *, cure: str = "start again with resume=
 def replace_text(path: Path, text: str) -> Path:
     """Write `text` as UTF-8 to `path`, whose folder is made if missing; characters that UTF-8 lacks become "?".
 
+    Of several processes that do so at once, the last one's text is there whole.
+
     Raises:
         RecordError: when the disk refuses; an earlier file of that name is untouched.
     """
-    aside = path.with_name(f".{path.name}.partial")
+    aside = aside_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(text, encoding="utf-8", errors="replace")
-        return aside.replace(path)
+        remove_leftovers(path.parent, path.name)
+        try:
+            aside.write_text(text, encoding="utf-8", errors="replace")
+            return aside.replace(path)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
     except OSError as error:
         raise refusal(path, error) from error
 
@@ -43,21 +52,40 @@ def replace_text(path: Path, text: str) -> Path:
 def partial_folder(folder: Path) -> Path:
     """A new, empty folder beside `folder` in which its content is written, for `rename_into_place`.
 
-    What a killed process of the same number left there is removed; `folder` must be absolute.
+    What killed processes left there is removed; `folder` must be absolute.
     """
-    aside = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    if aside.exists():
-        shutil.rmtree(aside)
+    remove_leftovers(folder.parent, folder.name)
+    aside = aside_of(folder)
     aside.mkdir(parents=True)
     return aside
 
 
-def rename_into_place(aside: Path, folder: Path) -> None:
-    """Give a finished folder its name; one that has the name already goes, once the new one stands in its place."""
-    if not folder.exists():
-        aside.rename(folder)
-        return
-    outdated = aside.with_name(aside.name + "-old")
-    folder.rename(outdated)
-    aside.rename(folder)
-    shutil.rmtree(outdated)
+def rename_into_place(aside: Path, folder: Path, *, may_replace: Callable[[], bool]) -> bool:
+    """Give a finished folder its name, at once and whole, whatever other processes do to that name meanwhile.
+
+    Args:
+        aside: from `partial_folder`.
+        folder: its name to be; an empty folder of that name is no obstacle.
+        may_replace: asked when a folder with content has the name, which may have come there only now: True puts it away,
+            and False leaves it and `aside` as they are. It may raise.
+
+    Returns:
+        Whether `folder` is now what `aside` was.
+    """
+    replaced: list[Path] = []
+    while True:
+        try:
+            aside.rename(folder)
+            break
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not folder.is_dir():
+                raise
+        if not may_replace():
+            return False
+        away = aside_of(folder, "replaced")
+        with suppress(FileNotFoundError):  # another process was faster
+            folder.rename(away)
+            replaced.append(away)
+    for path in replaced:
+        remove(path)
+    return True

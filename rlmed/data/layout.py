@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlmed.core.files import partial_folder, rename_into_place
+from rlmed.core.ownership import writer_of
 from rlmed.data.layout_writer import LayoutWriter, SplitSummary, writing
 from rlmed.data.leakage import folder_leakage
 from rlmed.data.leakage_report import LeakageReport
@@ -94,7 +95,7 @@ def write_layout(
             `layout_writer.MAX_SPLITS` splits, or when there is no usable row.
         RecordError: when the disk refuses. What was in the folder before is then untouched, as after every error.
     """
-    folder = folder.absolute()
+    folder = folder.resolve()
     check_target(folder, source, overwrite=overwrite)
     with writing(folder):
         aside = partial_folder(folder)
@@ -111,8 +112,13 @@ def write_layout(
         shared = folder_leakage(aside, list(splits)) if leakage else None
         layout = Layout(folder, splits, tuple(writer.skipped), shared)
         _write_manifest(aside / MANIFEST, layout, writer.images.hashes, reader, source, options)
+
+        def may_replace() -> bool:
+            check_target(folder, source, overwrite=overwrite)  # another process may have been faster
+            return True
+
         with writing(folder):
-            rename_into_place(aside, folder)
+            rename_into_place(aside, folder, may_replace=may_replace)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -125,6 +131,11 @@ def check_target(folder: Path, source: Path, *, overwrite: bool) -> None:
     Raises:
         ValueError: naming the folder and the cure.
     """
+    writer = writer_of(folder)
+    if writer is not None:
+        raise ValueError(
+            f"--out {folder} is being written by process {writer.pid}: wait until it has ended, or choose another folder"
+        )
     if not folder.exists():
         return
     if not folder.is_dir():

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from rlmed.core.files import partial_folder, rename_into_place
+from rlmed.core.files import partial_folder, refusal, rename_into_place
 from rlmed.core.litter import is_litter
+from rlmed.core.ownership import remove
 from rlmed.core.types import LETTERS, Example
 from rlmed.data.phantom_anatomy import LESIONS, MODALITIES, NO_LESION, QUADRANTS, REGIONS, SIZES, TECHNIQUES, Study
 from rlmed.data.phantom_render import render
@@ -266,22 +267,36 @@ def _is_whole(folder: Path, manifest: dict[str, Any]) -> bool:
 def write_dataset(folder: Path, seed: int, splits: Sequence[Split] = SPLITS) -> dict[str, Path]:
     """Write the generated dataset unless the folder holds it already; the JSON Lines file of each split by its name.
 
-    All is written to a folder beside it that is renamed at the end, so a write that was killed is never taken for whole
-    (it leaves a `.<name>.partial-…` folder behind). A dataset of another seed or generator version is replaced.
+    All is written to a folder beside it that is renamed at the end, so a write that was killed is never taken for whole, and
+    of several processes that write it at once all get the first one's. A dataset of another seed or generator version is
+    replaced.
 
     Raises:
         ValueError: the folder holds something else than a generated dataset.
+        RecordError: the disk refuses.
     """
-    folder = folder.absolute()
+    folder = folder.resolve()
     manifest = _manifest(seed, splits)
     paths = {split.name: folder / f"{split.name}.jsonl" for split in splits}
-    if _is_whole(folder, manifest):
+
+    def is_outdated() -> bool:
+        if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+            raise ValueError(
+                f"{folder} holds files that are not a generated dataset; empty it or choose another folder"
+            )
+        return not _is_whole(folder, manifest)
+
+    if not is_outdated():
         return paths
-    if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
-        raise ValueError(f"{folder} holds files that are not a generated dataset; empty it or choose another folder")
-    aside = partial_folder(folder)
-    for split in splits:
-        write_split(aside, name=split.name, modality=split.modality, rows=split.rows, seed=seed)
-    (aside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    rename_into_place(aside, folder)
+    try:
+        aside = partial_folder(folder)
+        try:
+            for split in splits:
+                write_split(aside, name=split.name, modality=split.modality, rows=split.rows, seed=seed)
+            (aside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            rename_into_place(aside, folder, may_replace=is_outdated)
+        finally:
+            remove(aside)  # which is there after an error, or where another process was faster
+    except OSError as error:
+        raise refusal(folder, error, cure="start again") from error
     return paths

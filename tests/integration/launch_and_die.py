@@ -1,7 +1,8 @@
 """Starts a run and kills its own process, without any clean-up, at a chosen place: `launch_and_die.py PLACE [override ...]`.
 
 PLACE is one of: nowhere, rollout:N (at group N), backward:N (at gradient N), optimizer:N (at update N), checkpoint:N (while
-writing the checkpoint of step N), metrics:N (before step N is written down).
+writing the checkpoint of step N), metrics:N (before step N is written down), report:1 (before the report is written),
+images:N (after the N-th file of generated rows).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import rlmed.checkpoint
+import rlmed.data.phantom
 import rlmed.launch
 from learner.learner import PolicyLearner
 from learner.optimizer import Optimizer
@@ -65,6 +66,10 @@ def main() -> None:
             die_at_call(Optimizer, "step", int(number), after=True)
         case "checkpoint":
             die_in_checkpoint(int(number))
+        case "report":
+            die_at_call(rlmed.launch, "write_report", 1, after=False)
+        case "images":
+            die_at_call(rlmed.data.phantom, "write_split", int(number), after=True)
         case "metrics":
             die_at_call(RunRecorder, "record_groups", int(number), after=False)
         case _:

@@ -42,7 +42,7 @@ def lines(path: Path) -> list[dict[str, object]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["rollout:18", "backward:3", "optimizer:3", "checkpoint:4", "metrics:1"])
+@pytest.mark.parametrize("place", ["rollout:18", "backward:3", "optimizer:3", "checkpoint:4", "metrics:1", "report:1"])
 def test_killed_and_resumed_equals_uninterrupted(place: str, workplace: Path, uninterrupted: Path) -> None:
     folder = workplace / place.replace(":", "_")
     killed = launch(place, workplace, f"hydra.run.dir={folder}")
@@ -62,6 +62,9 @@ def test_killed_and_resumed_equals_uninterrupted(place: str, workplace: Path, un
     indices = [line["index"] for line in lines(folder / "rollouts.jsonl")]
     assert indices == [line["index"] for line in lines(uninterrupted / "rollouts.jsonl")]
     assert len(set(indices)) == len(indices)
+    assert (folder / "report.html").is_file()
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-000004", "step-000006"]
+    assert [path.name for path in folder.glob(".*")] == [".hydra"]
 
 
 @pytest.mark.slow

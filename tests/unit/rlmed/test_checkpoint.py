@@ -39,11 +39,11 @@ def test_a_kill_while_an_old_step_is_removed_leaves_no_half_of_it(
     save_checkpoint(tmp_path, 4, {}, write, keep_last=2)
     save_checkpoint(tmp_path, 5, {}, write, keep_last=2)
 
-    def killed(path: Path) -> None:
+    def killed(path: Path, **_: object) -> None:
         (path / "model.safetensors").unlink()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rlmed.checkpoint.shutil.rmtree", killed)
+    monkeypatch.setattr("rlmed.core.ownership.shutil.rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(tmp_path, 5, {}, write, keep_last=2)
     for checkpoint in list_checkpoints(tmp_path):

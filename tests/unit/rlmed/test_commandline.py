@@ -1,17 +1,32 @@
-"""Shorthands of the command line."""
+"""Shorthands of the command line, the run's folder, and exit codes."""
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from rlmed.commandline import check_same_run, check_writable, compose_config, expand, newest_run, to_yaml
+from rlmed.checkpoint import CheckpointError
+from rlmed.commandline import (
+    check_same_run,
+    check_writable,
+    compose_config,
+    expand,
+    new_folder,
+    newest_run,
+    run_command,
+    to_yaml,
+)
 from rlmed.core.config import RunConfig
 from rlmed.core.config_checks import ConfigError
 from rlmed.core.files import RecordError
+from rlmed.core.holding import FolderInUseError, hold
+from rlmed.core.protocols import ClusterError
 
 
 def config(*overrides: str) -> RunConfig:
@@ -142,3 +157,128 @@ def test_what_a_run_is_resumed_without_is_a_difference(tmp_path: Path, entries: 
 def test_any_path_gets_through_hydras_grammar(path: str) -> None:
     assert config(*expand([f"model={path}", f"data={path}.jsonl"], cuda=False)).model.path == path
     assert config(*expand([f"data={path}.jsonl"], cuda=False)).data.eval == (f"{path}.jsonl",)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str, error: Exception | None = None) -> Path:
+    """The folder that the command ran in; `error` is raised by it."""
+    monkeypatch.setattr(sys, "argv", ["train", *arguments])
+    folders: list[Path] = []
+
+    def main(config: RunConfig, folder: Path) -> None:
+        folders.append(folder)
+        with pytest.raises(FolderInUseError), hold(folder):
+            pass
+        if error is not None:
+            raise error
+
+    run_command("train", main)
+    return folders[0]
+
+
+def failed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str, **raised: Exception
+) -> tuple[int, str]:
+    """Exit status and the one line on stderr."""
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, *arguments, **raised)
+    (line,) = capsys.readouterr().err.splitlines()
+    return ended.value.code, line  # type: ignore[return-value]
+
+
+def test_folders_wanted_at_once_are_different(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as threads:
+        folders = list(threads.map(lambda _: new_folder(tmp_path / "runs" / "date"), range(24)))
+    assert sorted(path.name for path in folders) == sorted(["date", *(f"date-{number}" for number in range(2, 25))])
+
+
+def test_a_run_has_its_folder_for_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = run(monkeypatch, "hydra.run.dir=mine")
+    assert folder == tmp_path / "mine"
+    assert sorted(path.name for path in folder.iterdir()) == [".hydra", "rlmed.log"]
+    with hold(folder):
+        status, said = failed(monkeypatch, capsys, "hydra.run.dir=mine")
+        assert status == 2
+        assert said.startswith(f"error: {folder} is in use by process {os.getpid()} on ")
+        assert said.endswith("wait until it has ended, or choose another folder with hydra.run.dir=FOLDER")
+
+
+def test_resume_auto_makes_no_folder_beside_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = run(monkeypatch, "resume=auto", "name=mine")
+    (first / "checkpoints" / "step-000002").mkdir(parents=True)
+    leftovers = [
+        first / "checkpoints" / ".step-000004.partial",
+        first / "evaluations" / ".step-000000.partial-00000000-1-1-0",
+    ]
+    for leftover in leftovers:
+        leftover.mkdir(parents=True)
+    assert run(monkeypatch, "resume=auto", "name=mine") == first
+    assert not any(leftover.exists() for leftover in leftovers)
+    assert run(monkeypatch, f"resume={first}", "name=mine") == first
+    assert [path.name for path in (tmp_path / "outputs" / "mine").iterdir()] == [first.name]
+    with hold(first):
+        assert failed(monkeypatch, capsys, "resume=auto", "name=mine")[0] == 2
+        (first / "checkpoints" / ".step-000006.partial").mkdir()
+    assert (first / "checkpoints" / ".step-000006.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (ValueError("a\n  b"), 2, "error: a b"),
+        (CheckpointError("checkpoint"), 2, "error: checkpoint"),
+        (ClusterError("lost"), 3, "error: lost"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 2, "error: [Errno 28] No space left on device"),
+        (MemoryError(), 2, "error: out of memory (Python was given none): close other programs"),
+        (
+            RuntimeError("[x] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            2,
+            "error: out of memory",
+        ),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), 2, "error: out of memory (CUDA out of memory"),
+    ],
+)
+def test_exit_codes(
+    error: Exception,
+    status: int,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found, line = failed(monkeypatch, capsys, error=error)
+    assert found == status
+    assert line.startswith(said)
+
+
+def test_a_fault_of_ours_is_no_error_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(monkeypatch, error=RuntimeError("a bug"))
+    monkeypatch.setenv("RLMED_TRACE", "1")
+    with pytest.raises(ValueError, match="of the user"):
+        run(monkeypatch, error=ValueError("of the user"))
+
+
+def test_each_run_of_a_sweep_has_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train", "-m", "seed=1,2", "name=sweep"])
+    seen = []
+    run_command("train", lambda config, folder: seen.append((config.seed, folder)))
+    assert [seed for seed, _ in seen] == [1, 2]
+    assert [folder.name for _, folder in seen] == ["0", "1"]
+
+
+def test_a_checkpoint_needs_a_folder_whose_name_is_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, said = failed(monkeypatch, capsys, "hydra.run.dir=R\udcf6ntgen")
+    assert status == 2
+    assert "set LC_ALL=C.UTF-8" in said

@@ -395,9 +395,10 @@ def test_an_evaluation_is_replaced_as_a_whole(files, renderer, tmp_path):
 def test_a_half_removed_evaluation_never_stands_under_its_name(files, renderer, tmp_path, monkeypatch):
     run(files, renderer, tmp_path)
     removed = []
-    monkeypatch.setattr("rlmed.evaluation_results.shutil.rmtree", lambda path, **_: removed.append(path.name))
+    monkeypatch.setattr("rlmed.core.ownership.shutil.rmtree", lambda path, **_: removed.append(path.name))
     run(files, renderer, tmp_path, controls=False)
-    assert removed == [".step-000003.replaced"]
+    (name,) = removed
+    assert name.startswith(".step-000003.replaced-")
     assert len(read_rows(tmp_path / "step-000003")) == 14
 
 
@@ -411,6 +412,7 @@ def test_an_evaluation_that_fails_leaves_the_earlier_one(files, renderer, tmp_pa
         patch.setattr("rlmed.evaluation_results.json.dumps", full_disk)
         with pytest.raises(RecordError, match=r"disk is full: .*rows\.jsonl"):
             run(files, renderer, tmp_path, controls=False)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["step-000003"]
     assert EvalSummary.read(tmp_path / "step-000003") == first
     assert len(read_rows(tmp_path / "step-000003")) == 56
     broken = dataclasses.replace(files[0].examples[0], id="broken", image=tmp_path / "missing.png")

@@ -143,7 +143,7 @@ def test_a_killed_command_leaves_no_folder_that_looks_whole(source, tmp_path):
     code = (
         "import os, sys\n"
         "from rlmed.data import layout\n"
-        "layout.rename_into_place = lambda *_: os.kill(os.getpid(), 9)\n"
+        "layout.rename_into_place = lambda *_, **__: os.kill(os.getpid(), 9)\n"
         "from rlmed.prepare import main\n"
         "main(sys.argv[1:])\n"
     )

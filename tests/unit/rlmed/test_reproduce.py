@@ -171,9 +171,9 @@ def test_shorthands_are_shared_as_they_were_given(models, tmp_path):
         (["sft", "rl"], "eval.samples=3", r"eval\.samples=3: rlmed\.launch does not read eval\.samples\."),
         (["sft"], "algo.group_size=3", r"algo\.group_size=3: rlmed\.sft does not read algo\.group_size\."),
         (["rl"], "profile=paper", r"profile=paper: rlmed\.launch does not read profile\."),
-        (["rl"], "algo=grpoo", r"algo/grpoo"),
-        (["rl"], "+experiment=medvqa", r"experiment/medvqa"),
-        (["rl"], "data.train=a b [c", r"data\.train=a b \[c"),
+        (["rl"], "algo=grpoo", "algo=grpoo: there is no such option; did you mean grpo"),
+        (["rl"], "+experiment=medvqa", "experiment=medvqa: there is no such option; did you mean medvqa_600"),
+        (["rl"], "data.mix={MRI:0.5", "data.mix={MRI:0.5: not keys with values"),
         (["rl"], "algo.kl_coeff=0", r"unknown key algo\.kl_coeff: did you mean algo\.kl_coef\?"),
     ],
 )

@@ -10,11 +10,12 @@ import pytest
 from hydra.errors import ConfigCompositionException
 
 from learner.learner import loss_config
-from rlmed.commandline import compose_config, group_options
+from rlmed.commandline import compose_config
 from rlmed.core.config import RunConfig
 from rlmed.core.config_building import build_config
 from rlmed.core.config_checks import ConfigError
 from rlmed.data.prompts import PAPER_TEMPLATE
+from rlmed.overrides import group_options
 
 CONF = resources.files("conf")
 GROUPS = ("model", "data", "prompt", "algo", "reward", "rollout", "learner", "cluster")

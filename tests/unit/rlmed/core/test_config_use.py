@@ -14,9 +14,10 @@ import hydra
 import pytest
 from omegaconf import OmegaConf
 
-from rlmed.commandline import CONFIG_GROUPS, compose_config, group_options, unused_overrides
+from rlmed.commandline import compose_config, unused_overrides
 from rlmed.core.config_rules import MODULES, RULES
 from rlmed.core.config_use import Refusal, find_unused, plain_values, schema_keys
+from rlmed.overrides import CONFIG_GROUPS, group_options
 
 PROGRAMS = tuple(MODULES)
 RAY = ("cluster=ray",)

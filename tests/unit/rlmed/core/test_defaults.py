@@ -13,10 +13,11 @@ from omegaconf import OmegaConf
 
 import conf
 from learner.losses import PolicyLossConfig
-from rlmed.commandline import compose_config, group_options
+from rlmed.commandline import compose_config
 from rlmed.core.config import AlgoConfig, RunConfig
 from rlmed.core.config_building import build_config
 from rlmed.core.config_use import plain_values, schema_keys
+from rlmed.overrides import group_options
 
 CONF = Path(conf.__path__[0])
 GROUPS = ("model", "data", "prompt", "algo", "reward", "rollout", "learner", "cluster")

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from rlmed.core.files import RecordError
+from rlmed.core.ownership import Owner
 from rlmed.data import layout_writer
 from rlmed.data.images import BadImageError
 from rlmed.data.jsonl import read_examples
@@ -316,3 +317,42 @@ def test_the_same_source_gives_the_same_bytes(tmp_path, source):
     for path in (tmp_path / "a").rglob("*"):
         if path.is_file():
             assert path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes()
+
+
+def test_of_two_at_once_the_first_is_kept(tmp_path, source):
+    """The second sees at its end that the folder, which was free at its start, is another's."""
+
+    def rows():
+        yield source_row(1)
+        write([source_row(2), source_row(3)], tmp_path / "out", source)
+
+    with pytest.raises(ValueError, match="holds files already: choose another folder"):
+        write(rows(), tmp_path / "out", source)
+    assert len((tmp_path / "out" / "train.jsonl").read_text().splitlines()) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+    write(rows_while_replaced(tmp_path, source), tmp_path / "out", source, overwrite=True)
+    assert len((tmp_path / "out" / "train.jsonl").read_text().splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
+
+def rows_while_replaced(tmp_path, source):
+    yield source_row(1)
+    write([source_row(2), source_row(3)], tmp_path / "out", source, overwrite=True)
+
+
+def test_a_folder_that_another_process_is_writing_is_refused_before_anything_is_read(tmp_path, source):
+    me, parent = Owner.me(), os.getppid()
+    start = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+    busy = tmp_path / f".out.partial-{me.machine}-{parent}-{start}-0"
+    busy.mkdir()
+    with pytest.raises(ValueError, match=rf"out is being written by process {parent}: wait until it has ended"):
+        write(iter(()), tmp_path / "out", source)
+    assert busy.is_dir()
+
+
+def test_a_folder_elsewhere_behind_a_link(tmp_path, source):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    write([source_row()], tmp_path / "out", source)
+    assert (tmp_path / "disk" / "manifest.json").is_file()
+    assert (tmp_path / "out").is_symlink()

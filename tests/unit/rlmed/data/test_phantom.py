@@ -282,6 +282,25 @@ def test_a_killed_write_is_never_taken_for_whole(tmp_path: Path, monkeypatch: py
     assert write_dataset(tmp_path / "data", 0, SMALL)["test_ct"].is_file()
 
 
+def test_of_two_that_write_it_at_once_both_get_the_first_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that reads the first one's images must not find them replaced."""
+    original = phantom.write_split
+    inodes = []
+
+    def overtaken(*args: object, **keywords: object) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(phantom, "write_split", original)
+            write_dataset(tmp_path / "data", 0, SMALL)
+        inodes.append((tmp_path / "data").stat().st_ino)
+        original(*args, **keywords)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(phantom, "write_split", overtaken)
+    paths = write_dataset(tmp_path / "data", 0, SMALL)
+    assert set(inodes) == {(tmp_path / "data").stat().st_ino}
+    assert all(path.is_file() for path in paths.values())
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
 def test_errors_name_the_value_and_the_cure(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     healthy = Study("MRI", "FLAIR", "head", NO_LESION, NO_LESION, NO_LESION)
