@@ -22,7 +22,7 @@ from rlmed.evaluation_results import EvalSummary, check_comparable, compare, ste
 from rlmed.progress import Progress
 from rlmed.recorder import CONFIG_FILE, write_data, write_versions
 from rlmed.report import write_report
-from rlmed.setup import load_run_data, make_renderer, model_folder
+from rlmed.setup import check_positions, load_run_data, make_renderer, model_folder
 from rlmed.stream import SEED_STRIDE
 from rlmed.trust import TrustSettings, measure_trust
 from rlmed.trust_table import trust_table
@@ -34,6 +34,7 @@ def main(config: RunConfig, folder: Path) -> None:
     if config.before and not (Path(config.before) / "rows.jsonl").is_file():
         raise ValueError(f"before={config.before} is no evaluation: give a folder that holds rows.jsonl")
     renderer = make_renderer(config)
+    check_positions(config, max_tokens=config.eval.max_tokens)
     data = load_run_data(config, renderer, training=False)
     files = data.eval_files(config.eval.limit)
     if config.before:

@@ -26,7 +26,7 @@ from rlmed.preflight import check, inspect
 from rlmed.progress import Progress
 from rlmed.recorder import CONFIG_FILE, RunRecorder, check_same_data, write_data, write_versions
 from rlmed.report import write_report
-from rlmed.setup import Dataset, load_run_data, make_renderer
+from rlmed.setup import Dataset, check_positions, load_run_data, make_renderer
 from rlmed.stream import PromptStream
 
 log = logging.getLogger(__name__)
@@ -57,6 +57,7 @@ class Run:
             parting_ids=lambda texts: self.renderer.parting_ids(texts),
         )
         self.renderer = make_renderer(config)
+        check_positions(config, max_tokens=max(config.rollout.max_tokens, config.eval.max_tokens))
         self.data: Dataset = load_run_data(config, self.renderer, training=True)
         if config.algo.normalize_by == "modality" and len({row.modality for row in self.data.train_examples}) == 1:
             log.warning(

@@ -140,12 +140,7 @@ def make_renderer(config: RunConfig) -> PromptRenderer:
         template=config.prompt.template,
         by_modality=config.prompt.by_modality,
     )
-    too_long = position_doubt(
-        load_config(folder),
-        max_prompt_tokens=config.data.max_prompt_tokens,
-        max_tokens=max(config.rollout.max_tokens, config.eval.max_tokens),
-    )
-    for doubt in filter(None, (too_long, renderer.prefill_doubt())):
+    if doubt := renderer.prefill_doubt():
         log.warning("%s", doubt)
     trained = read_prompt_settings(folder)
     if trained is not None and (trained["template"], trained["by_modality"]) != (
@@ -160,12 +155,23 @@ def make_renderer(config: RunConfig) -> PromptRenderer:
     return renderer
 
 
+def check_positions(config: RunConfig, *, max_tokens: int) -> None:
+    """Warn when a longest prompt and `max_tokens` of completion pass the positions that the run's model knows."""
+    doubt = position_doubt(
+        load_config(model_folder(config.model.path)),
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        max_tokens=max_tokens,
+    )
+    if doubt:
+        log.warning("%s", doubt)
+
+
 def load_run_data(config: RunConfig, renderer: PromptRenderer, *, training: bool) -> Dataset:
     """`load_data`, with a warning of prompts by modality when no row is of any of these modalities."""
     data = load_data(config.data, renderer, training=training)
-    mix = config.data.mix
+    mix = config.data.mix if training else None
     outside = Counter(example.modality for example in data.train_examples if mix and example.modality not in mix)
-    if training and outside:
+    if outside:
         log.warning(
             "data.mix leaves out %d of %d training rows: %s",
             outside.total(),

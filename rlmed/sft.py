@@ -31,7 +31,7 @@ from rlmed.evaluation_results import EvalSummary, compare, summary_table
 from rlmed.progress import Progress
 from rlmed.recorder import CONFIG_FILE, RunRecorder, check_same_data, write_data, write_versions
 from rlmed.report import write_report
-from rlmed.setup import load_run_data, make_renderer, model_folder
+from rlmed.setup import check_positions, load_run_data, make_renderer, model_folder
 from rlmed.stream import SEED_STRIDE
 
 
@@ -79,6 +79,7 @@ def main(config: RunConfig, folder: Path) -> None:
     """Run the fine-tuning described by `config` in `folder`."""
     checkpoint = starting_point(folder, resume=config.resume is not None)
     renderer = make_renderer(config)
+    check_positions(config, max_tokens=config.eval.max_tokens)
     data = load_run_data(config, renderer, training=True)
     policy = build_policy(config, checkpoint or model_folder(config.model.path))
     batches = Batches(data.train_examples, renderer, config)

@@ -97,9 +97,15 @@ class _Buffer:
             else:
                 # a number may go on behind the end of what was read, or in its middle: -1.5e
                 whole = isinstance(found, (dict, list, str)) or self._text[end : end + 1] in (*_BLANK, ",", "]")
-                if whole or not self._more():
-                    self._at = end
-                    return found
+                start = self._at
+                if not whole and self._more():
+                    continue
+                if not whole:  # the end of the file
+                    end -= start  # what is read lies there now
+                    if self._text[end:]:
+                        raise self.fault(number, f"{self._text[end]!r} behind a number")
+                self._at = end
+                return found
 
     def fault(self, number: int, what: str) -> ValueError:
         return ValueError(f"file {self._path}, element {number}: not valid JSON ({what}); copy the file again")

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from rlmed.data import jsonl
 from rlmed.data.jsonl import SkippedRow, format_skips, read_examples
@@ -270,7 +269,7 @@ def test_skips_are_summed_up_in_one_line(folder):
     ],
 )
 def test_image_paths_of_other_systems_are_followed(folder, path):
-    Image.new("L", (40, 40)).save(folder / "images" / "gro\u0308\u00dfe.png")
+    marked().save(folder / "images" / "gro\u0308\u00dfe.png")
     (example,) = read_examples(write(folder, row(image=path))).examples
     assert example.image.is_file()
 
