@@ -13,6 +13,8 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
+from rlmed.core.threads import cpu_quota, usable_cores
+
 Status = Literal["ok", "optional", "missing"]
 
 REQUIRED = (
