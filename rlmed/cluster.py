@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from learner.learner import PolicyLearner, Report
 from rlmed.core.config import RunConfig
 from rlmed.core.config_checks import require
 from rlmed.core.protocols import Learner, RolloutPool
+from rlmed.core.threads import usable_cores
 from rlmed.data.prompts import PromptRenderer
 from rlmed.debug import NoLearner, RecordedPool
 from rlmed.engines import build_engine, build_local_pool, build_policy, build_sender, shares_gpus
@@ -219,7 +219,7 @@ def _start_learner(
 
 def _for_process(config: RunConfig, processes: int) -> RunConfig:
     """The configuration as one of several processes, perhaps in another folder, needs it."""
-    threads = config.cluster.threads or max(1, (os.cpu_count() or 1) // processes)
+    threads = config.cluster.threads or max(1, usable_cores() // processes)
     path = config.model.path
     if not path.startswith(EMBEDDED) and Path(path).is_dir():
         path = str(Path(path).absolute())

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlmed.core.display import keep_display
+from rlmed.core.threads import cpu_quota, usable_cores
 
 Status = Literal["ok", "optional", "missing"]
 
@@ -77,7 +78,11 @@ def examine() -> list[Finding]:
 def _hardware() -> list[Finding]:
     import torch
 
-    cpu = Finding("CPU", "ok", f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads")
+    quota = cpu_quota()
+    limit = "no quota" if quota is None else f"a quota of {quota:g}"
+    policy = os.environ.get("OMP_WAIT_POLICY", "not set")
+    cores = f"{usable_cores()} of {os.cpu_count()} cores usable ({limit})"
+    cpu = Finding("CPU", "ok", f"{cores}, {torch.get_num_threads()} torch threads, OMP_WAIT_POLICY {policy}")
     if not torch.cuda.is_available():
         return [cpu, Finding("CUDA device", "optional", "none: +experiment=… runs its embedded profile here")]
     free, total = torch.cuda.mem_get_info()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 from rlmed.batch_files import write_batch
 from rlmed.core.files import refusal, replace_text
 from rlmed.core.jsonlines import JsonLinesWriter, finite
+from rlmed.core.threads import cpu_quota, usable_cores
 from rlmed.core.tracing import TIMELINE_LINES
 from rlmed.core.types import ScoredGroup, TrainGroup
 from rlmed.data.leakage_report import LeakageReport
@@ -226,6 +227,10 @@ def write_versions(folder: Path) -> Path:
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
+        "usable_cores": usable_cores(),
+        "cpu_quota": cpu_quota(),
+        "torch_threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "packages": {name: _version(name) for name in PACKAGES} | installed,
         "commit": _commit(),
