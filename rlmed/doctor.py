@@ -83,11 +83,21 @@ def _hardware() -> list[Finding]:
     policy = os.environ.get("OMP_WAIT_POLICY", "not set")
     cores = f"{usable_cores()} of {os.cpu_count()} cores usable ({limit})"
     cpu = Finding("CPU", "ok", f"{cores}, {torch.get_num_threads()} torch threads, OMP_WAIT_POLICY {policy}")
+    from rlmed.models.policy import load_config
+    from rlmed.models.products import bfloat16_speed, settle_products
+    from rlmed.setup import model_folder
+
+    uses = ", ".join(settle_products(load_config(model_folder("embedded:tiny_base")))) or "none"
+    products = Finding(
+        "CPU products",
+        "ok",
+        f"by oneDNN instead of torch: {uses} (embedded model); bfloat16 at {bfloat16_speed():.2g} of float32's speed",
+    )
     if not torch.cuda.is_available():
-        return [cpu, Finding("CUDA device", "optional", "none: +experiment=… runs its embedded profile here")]
+        return [cpu, products, Finding("CUDA device", "optional", "none: +experiment=… runs its embedded profile here")]
     free, total = torch.cuda.mem_get_info()
     name = torch.cuda.get_device_name()
-    return [cpu, Finding("CUDA device", "ok", f"{name}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free")]
+    return [cpu, products, Finding("CUDA device", "ok", f"{name}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free")]
 
 
 def _embedded_model() -> Finding:

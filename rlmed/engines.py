@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from pathlib import Path
@@ -13,7 +14,9 @@ from rlmed.core.config import RunConfig
 from rlmed.core.weights import WeightSender
 from rlmed.data.prompts import PromptRenderer
 from rlmed.memory import keep_freed_memory
-from rlmed.models.policy import Policy, load_policy
+from rlmed.models.policy import Policy, load_config, load_policy
+from rlmed.models.products import settle_products
+from rlmed.recorder import chosen_onednn
 from rlmed.setup import make_renderer, model_folder, resolve_device, resolve_dtype
 from rollout.engine import Engine
 from rollout.fake import FakeEngine
@@ -25,6 +28,20 @@ MEMORY_SHARE = 0.8
 """Of the memory that a vLLM engine's worker has, what the engine takes."""
 
 
+def settle_onednn(config: RunConfig, folder: Path) -> RunConfig:
+    """`config` with `model.onednn` decided for all processes of the run in `folder`; unchanged where a GPU computes.
+
+    A run that is resumed on the processor and torch that it was started with goes on with what was chosen then: another choice
+    would round differently.
+    """
+    if config.model.onednn is not None or resolve_device(config.model).type != "cpu":
+        return config
+    uses = chosen_onednn(folder)
+    if uses is None:
+        uses = settle_products(load_config(model_folder(config.model.path)))
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, onednn=uses))
+
+
 def build_policy(config: RunConfig, folder: Path) -> Policy:
     """The policy in `folder` on the run's device and in its dtype."""
     if config.cluster.threads:
@@ -32,7 +49,7 @@ def build_policy(config: RunConfig, folder: Path) -> Policy:
     device = resolve_device(config.model)
     if device.type == "cpu":
         keep_freed_memory()
-    return load_policy(folder, dtype=resolve_dtype(config.model), device=device)
+    return load_policy(folder, dtype=resolve_dtype(config.model), device=device, onednn=config.model.onednn)
 
 
 def engine_limits(config: RunConfig) -> EngineLimits:

@@ -213,8 +213,20 @@ def _group_line(step: int, scored: ScoredGroup, advantages: Sequence[float | Non
     }
 
 
-def write_versions(folder: Path) -> Path:
+def chosen_onednn(folder: Path) -> tuple[str, ...] | None:
+    """What oneDNN computed when the run in `folder` was started, if processor and torch are the same; else None."""
+    if not (folder / VERSIONS_FILE).is_file():
+        return None
+    before = json.loads((folder / VERSIONS_FILE).read_text(encoding="utf-8"))
+    uses = before.get("onednn")  # earlier versions did not choose
+    here = (_cpu_model(), _version("torch"))
+    return tuple(uses) if uses is not None and (before["cpu"], before["packages"]["torch"]) == here else None
+
+
+def write_versions(folder: Path, onednn: Sequence[str] | None = None) -> Path:
     """Write `versions.json`: what the run was made with, and nothing that names the machine or its user.
+
+    `onednn` is what that library computes in the run, see `rlmed.models.products`; None where no model runs on a CPU.
 
     Raises:
         OSError: when the disk refuses.
@@ -231,6 +243,7 @@ def write_versions(folder: Path) -> Path:
         "cpu_quota": cpu_quota(),
         "torch_threads": torch.get_num_threads(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "onednn": None if onednn is None else list(onednn),
         "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "packages": {name: _version(name) for name in PACKAGES} | installed,
         "commit": _commit(),

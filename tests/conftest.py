@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
+from rlmed.core.config_checks import PRODUCT_USES
 from rlmed.core.types import (
     Completion,
     Example,
@@ -24,10 +25,15 @@ from rlmed.core.types import (
     ScoredGroup,
     TrainGroup,
 )
+from rlmed.models import products
 from rlmed.models.policy import Policy, load_policy
+from rlmed.models.products import has_onednn
 from rlmed.models.tiny import build_tiny_text, build_tiny_vl
 from rlmed.setup import model_folder
 
+# one choice for all processes of the tests: those that compare runs bit by bit would else hang on a probe's noise
+os.environ.setdefault("RLMED_ONEDNN", f"[{','.join(PRODUCT_USES[:2])}]" if has_onednn() else "[]")
+products._Choice.uses = frozenset(os.environ["RLMED_ONEDNN"].strip("[]").split(",")) - {""}
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(1)  # the models are so small that threads only wait for each other
 

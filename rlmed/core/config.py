@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rlmed.core.config_checks import require, require_one_of
+from rlmed.core.config_checks import PRODUCT_USES, require, require_one_of
 from rlmed.core.config_running import (
     CheckpointConfig,
     ClusterConfig,
@@ -35,8 +35,11 @@ class ModelConfig:
     device: str
     min_pixels: int | None
     max_pixels: int | None
+    onednn: tuple[str, ...] | None
 
     def __post_init__(self) -> None:
+        for use in self.onednn or ():
+            require_one_of("model.onednn", use, PRODUCT_USES)
         require_one_of("model.dtype", self.dtype, ("auto", "float32", "bfloat16"))
         require(
             re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None,

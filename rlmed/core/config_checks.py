@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+PRODUCT_USES = ("few_rows", "many_rows", "weight_gradients")
+"""What float32 products on a CPU are made for: decoding, prompts and learning, and the gradients of weights."""
+
 
 class ConfigError(ValueError):
     """A key or value that cannot be; the message names the key and the cure."""

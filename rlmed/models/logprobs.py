@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlmed.models.linear import matmul_transposed
+from rlmed.models.linear import matmul_transposed, weight_gradient
 
 CHUNK_BYTES = 64 * 2**20
 """Size of one chunk of fp32 logits."""
@@ -59,7 +59,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 slope = _minus_one_hot(softmax, targets[rows])
             slope = slope.to(weight.dtype)
             grad_hidden[rows] = matmul_transposed(slope, weight.T) * scale[rows]
-            grad_weight += slope.T @ (hidden[rows] * scale[rows]).to(weight.dtype)
+            grad_weight += weight_gradient(slope, (hidden[rows] * scale[rows]).to(weight.dtype))
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None
 
 

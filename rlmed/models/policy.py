@@ -28,6 +28,7 @@ from rlmed.models.fused import use_fused_layers
 from rlmed.models.linear import use_fast_linears
 from rlmed.models.logprobs import chunked_logprobs, frozen_logprobs, masked_logits
 from rlmed.models.logs import quiet_loading
+from rlmed.models.products import settle_products
 from rlmed.models.weight_files import check_weight_files, own_head_differs
 
 COMPUTED_BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".position_ids")
@@ -144,8 +145,20 @@ def merge_image_inputs(inputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([entry[name] for entry in inputs if name in entry]) for name in names}
 
 
-def load_policy(folder: Path, *, dtype: str = "float32", device: str | torch.device = "cpu") -> Policy:
+def load_policy(
+    folder: Path,
+    *,
+    dtype: str = "float32",
+    device: str | torch.device = "cpu",
+    onednn: Collection[str] | None = None,
+) -> Policy:
     """Load a Hugging Face folder (or hub name) as a policy.
+
+    Args:
+        folder: of the model.
+        dtype: of the parameters, a key of `DTYPES`.
+        device: where they are put.
+        onednn: what oneDNN computes in this process from now on, see `rlmed.models.products.settle_products`.
 
     Raises:
         ValueError: when the folder is no model folder, lacks weights, or its family is not supported.
@@ -174,7 +187,9 @@ def load_policy(folder: Path, *, dtype: str = "float32", device: str | torch.dev
         )
     _check_loaded(Path(folder), found, tied=tied)
     _settle_generation(model, ends.ids)
-    use_fast_linears(model)
+    if torch.device(device).type == "cpu":
+        settle_products(config, onednn)
+        use_fast_linears(model)
     use_fused_layers(model)
     return Policy(model.to(device))
 

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rlmed.core.types import SamplingParams
 
+BLOCK = 128
+"""Tokens of a block of the vocabulary, see `_draw`."""
 _GOLDEN = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 _MIX_1 = -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
 _MIX_2 = -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
@@ -37,6 +40,33 @@ def completion_seeds(seed: int, group_size: int) -> Tensor:
 def uniforms(seeds: Tensor, steps: Tensor) -> Tensor:
     """float64 in [0, 1): one number for each (stream, token index), both int64 [R]."""
     return _shift_right(mix64(seeds ^ mix64(steps)), 11).to(torch.float64) * 2.0**-53
+
+
+def _draw(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw a token of each row by inversion: first its block, then the token in it.
+
+    So there is a cumulative sum over the blocks and one over a single block, and none over all tokens. Both are in float64: in
+    float32 they would lose the rare ones.
+
+    Args:
+        weights: float32 [R, V], in proportion to the probabilities.
+        uniform: float64 [R, 1] in [0, 1).
+
+    Returns:
+        int64 [R, 1] tokens, and float64 [R, 1] sums of the weights.
+    """
+    if short := weights.shape[1] % BLOCK:
+        weights = F.pad(weights, (0, BLOCK - short))
+    blocks = weights.unflatten(1, (-1, BLOCK))
+    sums = blocks.sum(dim=2, dtype=torch.float64).cumsum(dim=1)
+    mass = sums[:, -1:]
+    threshold = uniform * mass
+    block = torch.searchsorted(sums, threshold, right=True)
+    before = sums.gather(1, (block - 1).clamp_(min=0)).masked_fill_(block == 0, 0.0)
+    inside = blocks[torch.arange(len(blocks), device=block.device), block.squeeze(1)].double().cumsum(dim=1)
+    # a block's sum may round to more than the end of its cumulative sum, behind which there is no token
+    rest = torch.minimum(threshold - before, torch.nextafter(inside[:, -1:], torch.zeros_like(mass)))
+    return block * BLOCK + torch.searchsorted(inside, rest, right=True), mass
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,15 +113,13 @@ class BatchSampling:
             int64 [R] tokens and float32 [R] log-probabilities under the distribution that they were drawn from (for a
             greedy row: under the distribution at temperature 1).
         """
-        logits = logits if self.temperature is None else logits / self.temperature
-        logprobs = self._filter(logits).log_softmax(dim=1)
-        # float64: in float32 the cumulative sum over 150,000 tokens would lose the rare ones
-        cumulative = logprobs.exp().double().cumsum(dim=1)
-        threshold = uniforms(self.seeds, steps).unsqueeze(1) * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
+        logits = self._filter(logits if self.temperature is None else logits / self.temperature)
+        largest = logits.amax(dim=1, keepdim=True)
+        weights = (logits - largest).exp_()
+        tokens, mass = _draw(weights, uniforms(self.seeds, steps).unsqueeze(1))
         if self.greedy is not None:
-            tokens = torch.where(self.greedy, logprobs.argmax(dim=1), tokens)
-        return tokens, logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
+            tokens = torch.where(self.greedy.unsqueeze(1), logits.argmax(dim=1, keepdim=True), tokens)
+        return tokens.squeeze(1), (logits.gather(1, tokens) - largest - mass.log().float()).squeeze(1)
 
     def _filter(self, logits: Tensor) -> Tensor:
         """Top-k, then top-p on what is left, as transformers and vLLM do."""

@@ -22,7 +22,7 @@ from rlmed.core.types import (
     TrainGroup,
 )
 from rlmed.data.jsonl import ReadResult, SkippedRow
-from rlmed.recorder import RunRecorder, write_data, write_versions
+from rlmed.recorder import RunRecorder, chosen_onednn, write_data, write_versions
 from rlmed.setup import DataFile
 
 TEXTS = ("<think>dark</think><answer>B</answer>", "no tags </script>")
@@ -188,17 +188,33 @@ def test_bad_steps_do_not_fill_the_disk(tmp_path):
 
 
 def test_versions_name_what_ran_and_nothing_private(tmp_path):
-    write_versions(tmp_path / "run")
+    write_versions(tmp_path / "run", ("few_rows",))
     text = (tmp_path / "run" / "versions.json").read_text()
     versions = json.loads(text)
-    assert set(versions) == {"python", "platform", "cpu", "cores", "cuda_device", "packages", "commit"}
+    threads = {"cores", "usable_cores", "cpu_quota", "torch_threads", "omp_wait_policy"}
+    assert set(versions) == {"python", "platform", "cpu", *threads, "onednn", "cuda_device", "packages", "commit"}
     assert versions["python"] == platform.python_version()
     assert versions["packages"]["numpy"] == np.__version__
     assert versions["cpu"]
     assert versions["cores"] >= 1
+    assert 1 <= versions["usable_cores"] <= versions["cores"]
     words = text.replace('"', " ").split()
     assert platform.node() not in words
     assert str(Path.home()) not in text
+
+
+def test_a_resumed_run_multiplies_as_before_on_the_same_processor_alone(tmp_path):
+    assert chosen_onednn(tmp_path) is None
+    path = write_versions(tmp_path, ("few_rows",))
+    assert chosen_onednn(tmp_path) == ("few_rows",)
+    versions = json.loads(path.read_text())
+    for changed in (
+        versions | {"cpu": "another"},
+        versions | {"packages": versions["packages"] | {"torch": "2.0"}},
+        {key: value for key, value in versions.items() if key != "onednn"},
+    ):
+        path.write_text(json.dumps(changed))
+        assert chosen_onednn(tmp_path) is None
 
 
 def test_data_counts_the_rows_that_keep_the_order_of_their_options(tmp_path):

@@ -6,7 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from rlmed.core.config_checks import PRODUCT_USES
 from rlmed.models import linear as fast
+from rlmed.models import products
+from rlmed.models.products import has_onednn
 from tests.rounding import rounding
 
 
@@ -35,21 +38,33 @@ def test_only_what_needs_a_gradient_gets_one() -> None:
     assert x.grad is None
 
 
-@pytest.fixture(params=[True, False], ids=["oneDNN", "torch"], autouse=True)
-def on_either_make(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The path of AMD's processors runs wherever torch has oneDNN, so it is tested on all of them."""
-    if request.param and not torch.backends.mkldnn.is_available():
+@pytest.fixture(params=[(), PRODUCT_USES, *((use,) for use in PRODUCT_USES)], ids="+".join, autouse=True)
+def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
+    """What oneDNN computes: every choice is possible on some processor, so all are tested on each."""
+    if request.param and not has_onednn():
         pytest.skip("this torch has no oneDNN")
-    monkeypatch.setattr(fast, "_AVAILABLE", request.param)
+    monkeypatch.setattr(products._Choice, "uses", frozenset(request.param))
+    return request.param
 
 
-def test_it_is_used_for_float32_on_a_cpu_and_for_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert fast.suits_onednn(torch.zeros(1)) == fast._AVAILABLE
-    assert not fast.suits_onednn(torch.zeros(1, dtype=torch.bfloat16))
-    monkeypatch.setattr(fast._Linear, "apply", lambda *_: pytest.fail("bfloat16 went through oneDNN's float32 path"))
+def test_it_is_used_for_float32_and_for_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast, "onednn", lambda *_: pytest.fail("bfloat16 went through the float32 path"))
     x, weight = torch.randn(3, 4).bfloat16(), torch.randn(5, 4).bfloat16()
     bfloat16 = rounding(4, 4 * 4, torch.bfloat16)
     torch.testing.assert_close(fast.linear(x, weight), F.linear(x, weight), atol=bfloat16, rtol=0)
+
+
+@pytest.mark.parametrize(("rows", "use"), [(127, "few_rows"), (128, "many_rows")])
+def test_each_use_goes_where_it_was_sent(
+    monkeypatch: pytest.MonkeyPatch, chosen: tuple[str, ...], rows: int, use: str
+) -> None:
+    calls: list[tuple[int, ...]] = []
+    monkeypatch.setattr(
+        fast, "onednn", lambda x, weight, bias=None: (calls.append(x.shape), F.linear(x, weight, bias))[1]
+    )
+    x, weight = torch.randn(rows, 4), torch.randn(5, 4, requires_grad=True)
+    fast.linear(x, weight).sum().backward()
+    assert calls == [(rows, 4)] * (use in chosen) + [(5, rows)] * ("weight_gradients" in chosen)
 
 
 def test_a_model_keeps_its_parameters() -> None:

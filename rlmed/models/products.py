@@ -1,0 +1,166 @@
+"""Which library multiplies float32 matrices on this CPU: torch's own product (MKL as a rule) or oneDNN, a part of torch.
+
+Neither is faster everywhere: on some processors oneDNN takes half the time, on others as long. So a short probe with the
+model's own shapes decides, for each use apart. The numbers agree to rounding, not bit by bit: all processes of a run follow
+one choice, which a run keeps in versions.json and takes up again when it is resumed.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from rlmed.core.config_checks import PRODUCT_USES
+
+MIN_ROWS = 128
+"""Products of fewer rows, as when tokens are decoded, are a use of their own."""
+MARGIN = 0.9
+"""oneDNN is taken where it needs at most this share of torch's time: noise alone shall not decide."""
+SECONDS = 0.03
+"""Time for one shape on one side, at most; three runs at least."""
+LARGEST = 2**21
+"""Numbers of a weight in the probe; of longer ones only the first outputs are computed."""
+_ROWS = {"few_rows": 32, "many_rows": 512, "weight_gradients": 512}
+
+Product = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A linear layer's sizes, and how many layers have them."""
+
+    outputs: int
+    inputs: int
+    layers: int = 1
+
+
+def has_onednn() -> bool:
+    """Whether torch was built with oneDNN's linear product."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias for float32 x [M, K], weight [N, K] and bias [N], by oneDNN; strides are free."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class _Choice:
+    """The uses for which this process calls oneDNN; None until it was settled."""
+
+    uses: frozenset[str] | None = None
+
+
+def uses_onednn(use: str) -> bool:
+    """Whether products of this use (one of `PRODUCT_USES`) go through oneDNN in this process."""
+    return use in (_Choice.uses or ())
+
+
+def settle_products(config: PreTrainedConfig, uses: Iterable[str] | None = None) -> tuple[str, ...]:
+    """Decide for this process, once: by `uses` where given, else by the first probe; return the uses of oneDNN in order.
+
+    Raises:
+        ValueError: when oneDNN is asked for and this torch has none.
+    """
+    if uses is not None:
+        uses = frozenset(uses)
+        if uses and not has_onednn():
+            raise ValueError("model.onednn asks for oneDNN, which this build of torch has not: use model.onednn=[]")
+        _Choice.uses = uses
+    elif _Choice.uses is None:
+        _Choice.uses = frozenset(probe_products(linear_shapes(config)))
+    return tuple(use for use in PRODUCT_USES if use in _Choice.uses)
+
+
+def linear_shapes(config: PreTrainedConfig) -> tuple[Shape, ...]:
+    """The linear layers of a model's decoder and its vocabulary projection."""
+    text = config.get_text_config()
+    width, inner, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
+    head = text.to_dict().get("head_dim") or width // text.num_attention_heads
+    queries, keys = head * text.num_attention_heads, head * text.num_key_value_heads
+    return (
+        Shape(queries, width, layers),
+        Shape(keys, width, 2 * layers),
+        Shape(width, queries, layers),
+        Shape(inner, width, 2 * layers),
+        Shape(width, inner, layers),
+        Shape(text.vocab_size, width),
+    )
+
+
+def probe_products(shapes: Sequence[Shape]) -> tuple[str, ...]:
+    """The uses for which oneDNN is faster than torch here, by `MARGIN`, over all layers of a model together."""
+    if not has_onednn():
+        return ()
+    sides: dict[str, tuple[Product, Product]] = {
+        "few_rows": (F.linear, onednn),
+        "many_rows": (F.linear, onednn),
+        "weight_gradients": (_torch_gradient, _onednn_gradient),
+    }
+    chosen = []
+    with torch.inference_mode():
+        for use, pair in sides.items():
+            ours = theirs = 0.0
+            for shape in shapes:
+                outputs = max(1, min(shape.outputs, LARGEST // shape.inputs))
+                seconds = _race(use, outputs, shape.inputs, *pair)
+                scale = shape.layers * shape.outputs / outputs
+                theirs, ours = theirs + scale * seconds[0], ours + scale * seconds[1]
+            if ours < MARGIN * theirs:
+                chosen.append(use)
+    return tuple(chosen)
+
+
+def _torch_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    return grad.T @ x
+
+
+def _onednn_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    return onednn(grad.T, x.T)
+
+
+def _race(use: str, outputs: int, inputs: int, first: Product, second: Product) -> tuple[float, float]:
+    """Least seconds of each product; they take turns, and the least is what other work on the machine disturbs least."""
+    rows = _ROWS[use]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, inputs, generator=generator)
+    other = torch.randn(
+        rows if use == "weight_gradients" else outputs, outputs if use == "weight_gradients" else inputs
+    )
+    operands = (other, x) if use == "weight_gradients" else (x, other)
+    best = [float("inf"), float("inf")]
+    for product in (first, second):
+        product(*operands)  # what a first call sets up does not count
+    spent = 0.0
+    for turn in range(50):
+        for side, product in enumerate((first, second)):
+            start = time.perf_counter()
+            product(*operands)
+            taken = time.perf_counter() - start
+            best[side] = min(best[side], taken)
+            spent += taken
+        if turn >= 2 and spent > 2 * SECONDS:
+            break
+    return best[0], best[1]
+
+
+@functools.cache
+def bfloat16_speed() -> float:
+    """Speed of a bfloat16 product as a multiple of the float32 one's here; below 0.01 on processors without AVX-512."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(rows, 256, generator=generator) for rows in (64, 256))
+    half = x.bfloat16(), weight.bfloat16()
+    with torch.inference_mode():
+        best = [float("inf"), float("inf")]
+        for _ in range(5):
+            for side, operands in enumerate(((x, weight), half)):
+                start = time.perf_counter()
+                F.linear(*operands)
+                best[side] = min(best[side], time.perf_counter() - start)
+    return best[0] / best[1]
