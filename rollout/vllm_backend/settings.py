@@ -82,6 +82,8 @@ class VllmSettings:
             "block_size": CPU_BLOCK if on_cpu else None,
             "enforce_eager": self.enforce_eager,
             "enable_sleep_mode": self.sleep,
+            # on a CPU vLLM cannot put a seeded stream back after a part of a prompt, and raises: prompts are computed whole
+            "enable_chunked_prefill": not on_cpu,
             "enable_prefix_caching": True,  # completions of a group share their prompt
             "generation_config": "vllm",  # nothing comes from the model folder
             "logprobs_mode": "processed_logprobs",  # under the distribution that tokens are drawn from

@@ -95,18 +95,18 @@ def open_engine():
             engine.close()
         opened.clear()
 
-    def open_folder(folder):
-        if folder not in opened:
+    def open_folder(folder, max_prompt_tokens=256):
+        if (folder, max_prompt_tokens) not in opened:
             close()
             settings = VllmSettings(
                 dtype="float32",
                 max_completions=MAX_COMPLETIONS,
-                max_prompt_tokens=256,
+                max_prompt_tokens=max_prompt_tokens,
                 max_tokens=32,
                 enforce_eager=True,
             )
-            opened[folder] = VllmEngine(folder, settings)
-        return opened[folder]
+            opened[folder, max_prompt_tokens] = VllmEngine(folder, settings)
+        return opened[folder, max_prompt_tokens]
 
     yield open_folder
     close()
@@ -469,6 +469,18 @@ def test_placeholders_that_do_not_fit_the_image_are_refused(engine, prompts):
         with pytest.raises(ValueError, match="image placeholders"):
             engine.submit(request(broken))
     assert not engine.busy
+
+
+def test_long_prompts_that_come_at_once_are_computed_whole(open_engine, folder, policy):
+    renderer = PromptRenderer(*load_processor(folder), max_prompt_tokens=768, template="{question}")
+    length = len(renderer.render(Example("0", None, QUESTION, ("a", "b"), 0), None).token_ids)
+    questions = [f"{number} {QUESTION * (600 // length)}" for number in range(MAX_COMPLETIONS)]
+    prompts = [renderer.render(Example("0", None, question, ("a", "b"), 0), None) for question in questions]
+    # more than vLLM computes at a time, so that one of them would be computed in parts
+    assert sum(len(prompt.token_ids) for prompt in prompts) > 4096
+    groups = rollout(open_engine(folder, max_prompt_tokens=768), prompts, max_tokens=4)
+    assert len(groups) == len(prompts)
+    assert disagreement(policy, groups) < TOLERANCE
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2", "qwen3", "llama"])
