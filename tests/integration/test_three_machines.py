@@ -27,7 +27,8 @@ pytestmark = [
         " " in sys.executable, reason="`ray start` does not work from a folder with a space in its name"
     ),
 ]
-STEPS, GROUPS_PER_STEP = 8, 4
+STEPS, GROUPS_PER_STEP = 16, 4
+"""Enough of them that a run goes on for seconds after its second step: a busy machine is slow to see that step."""
 TRAINING = (
     "+experiment=medvqa_600_embedded",
     f"steps={STEPS}",
