@@ -1,0 +1,5 @@
+"""Reinforcement learning that teaches small vision-language models to reason about radiology images."""
+
+from rlmed.core.threads import settle_waiting
+
+settle_waiting()  # before anything imports torch, which loads OpenMP

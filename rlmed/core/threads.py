@@ -1,8 +1,45 @@
-"""How many cores this process may use. Imports no torch, so that it can be asked before torch is loaded."""
+"""Cores: how many this process may use, and how its threads wait. Imports no torch: OpenMP reads its settings with it."""
+
+from __future__ import annotations
 
 import math
 import os
+import sys
+import time
+from collections.abc import MutableMapping
 from pathlib import Path
+
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+"""Variables by which a user decides how OpenMP's threads wait for each other."""
+LOOKS, LOOK_SECONDS = 10, 0.005
+"""How often, and how far apart, the machine's running threads are counted."""
+BUSY = 0.5
+"""Running threads of others, on average, for which no core is left."""
+
+
+def settle_waiting(environment: MutableMapping[str, str] = os.environ, root: Path = Path("/")) -> None:
+    """Let OpenMP's threads sleep while they wait, where others need their cores; before torch is loaded, or never.
+
+    They spin by default, which is fastest alone. Beside another process a thread that spins keeps the one it waits for from
+    its core: rollouts fall to a quarter. A variable that the user has set stays (benchmarks/busy_machine.py has figures).
+    """
+    if "torch" in sys.modules or any(name in environment for name in WAITING):
+        return
+    if others_running(root) + usable_cores(root) > (os.cpu_count() or 1) + BUSY:
+        environment["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
+def others_running(root: Path = Path("/")) -> float:
+    """Running threads of the machine besides this one, on average over 50 ms; 0 where the system does not say."""
+    counts = []
+    for look in range(LOOKS):
+        fields = _read(root / "proc/loadavg").split()
+        if len(fields) < 4:
+            return 0.0
+        counts.append(int(fields[3].partition("/")[0]) - 1)
+        if look < LOOKS - 1:
+            time.sleep(LOOK_SECONDS)
+    return max(0.0, sum(counts) / len(counts))
 
 
 def usable_cores(root: Path = Path("/")) -> int:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from rlmed.core.threads import WAITING
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("rlmed", "rollout", "learner", "rewards", "conf")
@@ -191,8 +194,43 @@ def test_only_tests_import_test_tools():
     assert shown(entry for entry in IMPORTS if entry.imported.split(".")[0] in tools) == []
 
 
-def test_the_root_package_is_empty():
-    assert (ROOT / "rlmed" / "__init__.py").read_text() == ""
+def test_the_root_package_settles_the_threads_and_does_nothing_else():
+    """It is imported before everything else of ours, by every command and in every process."""
+    program = "import sys; import rlmed; print(sorted({name.split('.')[0] for name in sys.modules}))"
+    clean = {name: value for name, value in os.environ.items() if name not in WAITING}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=clean, capture_output=True, text=True, check=True
+    )
+    loaded = set(ast.literal_eval(done.stdout)) - set(sys.stdlib_module_names)
+    assert not loaded & {"torch", "numpy", "transformers", "hydra", "ray"}
+
+
+COMMANDS = sorted(path.stem for path in (ROOT / "rlmed").glob("*.py") if "__main__" in path.read_text())
+
+
+@pytest.mark.parametrize("module", [*(f"rlmed.{name}" for name in COMMANDS), "rollout.actor", "learner.actor"])
+def test_openmp_is_settled_before_torch_is_imported(module):
+    """In whatever is started first in a process; the machine is said to be busy."""
+    assert len(COMMANDS) > 8
+    program = (
+        "import sys, os, importlib.abc\n"
+        "class Finder(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'torch':\n"
+        "            print(os.environ.get('OMP_WAIT_POLICY')); sys.stdout.flush(); os._exit(0)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "import rlmed.core.threads as threads\n"  # which settles it in this process, as the machine really is
+        "os.environ.pop('OMP_WAIT_POLICY', None)\n"
+        "threads.others_running = lambda root: 100.0\n"
+        "for name in [name for name in sys.modules if name == 'rlmed']: del sys.modules[name]\n"
+        f"import {module}\n"
+        "print('no torch')\n"
+    )
+    clean = {name: value for name, value in os.environ.items() if name not in WAITING}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=clean, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split("\n")[-2] in ("PASSIVE", "no torch")
 
 
 def test_no_modules_import_each_other_in_a_circle():

@@ -42,3 +42,54 @@ def test_usable_cores_is_the_fewer_of_affinity_and_quota(
     monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: {0, 1, 5, 7}, raising=False)
     write(tmp_path, {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": f"{limit} 100000\n"})
     assert threads.usable_cores(tmp_path) == cores
+
+
+def machine(root: Path, running: int) -> Path:
+    write(root, {"proc/loadavg": f"0.10 0.20 0.30 {running}/345 6789\n"})
+    return root
+
+
+@pytest.fixture
+def four_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: set(range(4)), raising=False)
+    monkeypatch.delitem(threads.sys.modules, "torch", raising=False)
+
+
+@pytest.mark.parametrize(("running", "set_to"), [(1, None), (2, "PASSIVE"), (5, "PASSIVE"), (0, None)])
+def test_threads_sleep_where_others_need_their_cores(
+    tmp_path: Path, four_cores: None, running: int, set_to: str | None
+) -> None:
+    environment: dict[str, str] = {}
+    threads.settle_waiting(environment, machine(tmp_path, running))
+    assert environment.get("OMP_WAIT_POLICY") == set_to
+
+
+def test_cores_that_are_left_to_others_are_theirs(tmp_path: Path, four_cores: None) -> None:
+    environment: dict[str, str] = {}
+    write(tmp_path, {"proc/self/cgroup": V2, "sys/fs/cgroup/a/cpu.max": "200000 100000\n"})
+    threads.settle_waiting(environment, machine(tmp_path, 3))  # two others on the two cores that the quota leaves free
+    assert environment == {}
+    threads.settle_waiting(environment, machine(tmp_path, 4))
+    assert environment == {"OMP_WAIT_POLICY": "PASSIVE"}
+
+
+@pytest.mark.parametrize("name", threads.WAITING)
+def test_what_the_user_has_set_stays(tmp_path: Path, four_cores: None, name: str) -> None:
+    environment = {name: "7"}
+    threads.settle_waiting(environment, machine(tmp_path, 9))
+    assert environment == {name: "7"}
+
+
+def test_after_torch_it_is_too_late(tmp_path: Path, four_cores: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(threads.sys.modules, "torch", threads)
+    environment: dict[str, str] = {}
+    threads.settle_waiting(environment, machine(tmp_path, 9))
+    assert environment == {}
+
+
+@pytest.mark.parametrize("text", [None, "", "0.1 0.2"])
+def test_a_system_that_does_not_say_is_taken_for_quiet(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        write(tmp_path, {"proc/loadavg": text})
+    assert threads.others_running(tmp_path) == 0
