@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import platform
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
     from rlmed.setup import DataFile
+
+log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -219,8 +222,19 @@ def chosen_onednn(folder: Path) -> tuple[str, ...] | None:
         return None
     before = json.loads((folder / VERSIONS_FILE).read_text(encoding="utf-8"))
     uses = before.get("onednn")  # earlier versions did not choose
-    here = (_cpu_model(), _version("torch"))
-    return tuple(uses) if uses is not None and (before["cpu"], before["packages"]["torch"]) == here else None
+    if uses is None:
+        return None
+    then = (before["cpu"], before["cpu_capability"], before["packages"]["torch"])
+    here = (_cpu_model(), _cpu_capability(), _version("torch"))
+    if then == here:
+        return tuple(uses)
+    log.warning(
+        "the run was started on %s (%s) with torch %s, here are %s (%s) and %s: what oneDNN computes is chosen anew, and "
+        "results agree with those of one machine to rounding only",
+        *then,
+        *here,
+    )
+    return None
 
 
 def write_versions(folder: Path, onednn: Sequence[str] | None = None) -> Path:
@@ -238,6 +252,7 @@ def write_versions(folder: Path, onednn: Sequence[str] | None = None) -> Path:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": _cpu_model(),
+        "cpu_capability": _cpu_capability(),
         "cores": os.cpu_count(),
         "usable_cores": usable_cores(),
         "cpu_quota": cpu_quota(),
@@ -318,6 +333,13 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:  # rlmed itself, when it runs from a folder without being installed
         return None
+
+
+def _cpu_capability() -> str:
+    """The instructions that torch uses, for example "AVX512": processors of several generations share a name."""
+    import torch
+
+    return torch.backends.cpu.get_cpu_capability()
 
 
 def _cpu_model() -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-PRODUCT_USES = ("few_rows", "many_rows", "weight_gradients")
+PRODUCT_USES = ("few_rows", "many_rows", "weight_gradients", "packed_weights")
 """What float32 products on a CPU are made for: decoding, prompts and learning, and the gradients of weights."""
 
 

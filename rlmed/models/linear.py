@@ -3,13 +3,81 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from rlmed.models.products import MIN_ROWS, onednn, uses_onednn
+from rlmed.models.products import MIN_ROWS, onednn, pack, uses_onednn
+
+
+@dataclass(slots=True)
+class _Steps:
+    """Steps of all optimizers of this process."""
+
+    taken: int = 0
+
+    def count(self, *_: Any) -> None:
+        self.taken += 1
+
+
+_steps = _Steps()
+# torch's fused optimizers change a parameter without a new version of it
+register_optimizer_step_post_hook(_steps.count)
+
+
+class PackedWeights:
+    """Copies of weights in oneDNN's order, for the many decode steps of one rollout.
+
+    A copy is used only while its weight is the tensor, at the place and of the version that was copied, and no optimizer has
+    made a step: whatever changes a weight (a step, a load) is seen by the next product.
+
+    Example:
+        >>> packs = PackedWeights()
+        >>> with packs.active(): hidden = policy.hidden(...)     # doctest: +SKIP
+    """
+
+    def __init__(self) -> None:
+        """Hold nothing yet."""
+        self._packs: dict[int, tuple[Tensor, tuple[int, int, int], Tensor]] = {}
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Let the products of few rows in this thread use the copies, where packed weights were chosen."""
+        if not uses_onednn("packed_weights"):
+            yield
+            return
+        token = _active.set(self)
+        try:
+            yield
+        finally:
+            _active.reset(token)
+
+    def clear(self) -> None:
+        """Give the memory back."""
+        self._packs.clear()
+
+    def __len__(self) -> int:
+        return len(self._packs)
+
+    def of(self, weight: Tensor) -> Tensor:
+        """The packed weight, or the weight itself where a change of it could not be noticed."""
+        if type(weight) is not nn.Parameter or weight.is_inference():
+            return weight
+        state = (weight.data_ptr(), weight._version, _steps.taken)
+        found = self._packs.get(id(weight))
+        if found is None or found[0] is not weight or found[1] != state:
+            found = self._packs[id(weight)] = (weight, state, pack(weight.detach()))
+        return found[2]
+
+
+_active: ContextVar[PackedWeights | None] = ContextVar("packed weights", default=None)
 
 
 def _plain(tensor: Tensor) -> bool:
@@ -18,8 +86,12 @@ def _plain(tensor: Tensor) -> bool:
 
 def matmul_transposed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias for x [M, K], weight [N, K] and bias [N]; not differentiable, strides are free."""
-    use = "few_rows" if len(x) < MIN_ROWS else "many_rows"
-    if uses_onednn(use) and _plain(x) and _plain(weight) and x.numel():
+    few = len(x) < MIN_ROWS
+    if few and x.numel() and (packs := _active.get()) is not None and _plain(x) and _plain(weight):
+        weight = packs.of(weight)
+        if weight.is_mkldnn:
+            return onednn(x, weight, bias)
+    if uses_onednn("few_rows" if few else "many_rows") and _plain(x) and _plain(weight) and x.numel():
         return onednn(x, weight, bias)
     return F.linear(x, weight, bias)
 
@@ -53,6 +125,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`: x [..., K], weight [N, K] and bias [N] give [..., N]; differentiable."""
     few = x.numel() < MIN_ROWS * x.shape[-1]
     chosen = uses_onednn("few_rows" if few else "many_rows") or uses_onednn("weight_gradients")
+    chosen = chosen or (few and _active.get() is not None)
     if not chosen or not _plain(x) or not _plain(weight) or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])

@@ -8,6 +8,7 @@ one choice, which a run keeps in versions.json and takes up again when it is res
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,11 +24,19 @@ MIN_ROWS = 128
 """Products of fewer rows, as when tokens are decoded, are a use of their own."""
 MARGIN = 0.9
 """oneDNN is taken where it needs at most this share of torch's time: noise alone shall not decide."""
-SECONDS = 0.03
+SECONDS = 0.008
 """Time for one shape on one side, at most; three runs at least."""
-LARGEST = 2**21
+LARGEST = {"few_rows": 2**21, "many_rows": 2**19, "weight_gradients": 2**19}
 """Numbers of a weight in the probe; of longer ones only the first outputs are computed."""
-_ROWS = {"few_rows": 32, "many_rows": 512, "weight_gradients": 512}
+PACKED_FOR_ROWS = 64
+"""Rows that weights are packed for, always the same number: the order, and so the bits of a result, may depend on it."""
+PACKED_STEPS = 64
+"""Decode steps within which packing has to pay."""
+PACKED_SHARE = 0.25
+"""Of the machine's memory, what packed weights may take at most."""
+_PACKED_ROWS = 16
+"""Rows of the probe of packed weights: packing helps where few completions are left, and at 64 rows it hardly does."""
+_ROWS = {"few_rows": 32, "many_rows": 256, "weight_gradients": 256}
 
 Product = Callable[[Tensor, Tensor], Tensor]
 
@@ -49,6 +58,11 @@ def has_onednn() -> bool:
 def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias for float32 x [M, K], weight [N, K] and bias [N], by oneDNN; strides are free."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def pack(weight: Tensor) -> Tensor:
+    """A copy of a float32 weight [N, K] in oneDNN's order, for `onednn` alone."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS)
 
 
 class _Choice:
@@ -108,13 +122,39 @@ def probe_products(shapes: Sequence[Shape]) -> tuple[str, ...]:
         for use, pair in sides.items():
             ours = theirs = 0.0
             for shape in shapes:
-                outputs = max(1, min(shape.outputs, LARGEST // shape.inputs))
+                outputs = max(1, min(shape.outputs, LARGEST[use] // shape.inputs))
                 seconds = _race(use, outputs, shape.inputs, *pair)
                 scale = shape.layers * shape.outputs / outputs
                 theirs, ours = theirs + scale * seconds[0], ours + scale * seconds[1]
             if ours < MARGIN * theirs:
                 chosen.append(use)
+        if _packing_pays(shapes, onednn if "few_rows" in chosen else F.linear):
+            chosen.append("packed_weights")
     return tuple(chosen)
+
+
+def _packing_pays(shapes: Sequence[Shape], unpacked: Product) -> bool:
+    """Whether decoding on packed weights is faster than by `unpacked`, the packing itself included."""
+    size = 4 * sum(shape.layers * shape.outputs * shape.inputs for shape in shapes)
+    if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight") or size > PACKED_SHARE * _memory_bytes():
+        return False
+    ours = theirs = 0.0
+    for shape in shapes:
+        outputs = max(1, min(shape.outputs, LARGEST["few_rows"] // shape.inputs))
+        x, weight = torch.ones(_PACKED_ROWS, shape.inputs), torch.ones(outputs, shape.inputs)
+        packed = pack(weight)
+        start = time.perf_counter()
+        pack(weight)
+        packing = time.perf_counter() - start
+        seconds = _fastest(lambda x=x, weight=weight: unpacked(x, weight), lambda x=x, packed=packed: onednn(x, packed))
+        scale = shape.layers * shape.outputs / outputs
+        theirs, ours = theirs + scale * seconds[0], ours + scale * (seconds[1] + packing / PACKED_STEPS)
+    return ours < MARGIN * theirs
+
+
+def _memory_bytes() -> int:
+    """Of this machine; 0 where the system does not say."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_PHYS_PAGES" in os.sysconf_names else 0
 
 
 def _torch_gradient(grad: Tensor, x: Tensor) -> Tensor:
@@ -125,8 +165,8 @@ def _onednn_gradient(grad: Tensor, x: Tensor) -> Tensor:
     return onednn(grad.T, x.T)
 
 
-def _race(use: str, outputs: int, inputs: int, first: Product, second: Product) -> tuple[float, float]:
-    """Least seconds of each product; they take turns, and the least is what other work on the machine disturbs least."""
+def _race(use: str, outputs: int, inputs: int, first: Product, second: Product) -> tuple[float, ...]:
+    """Least seconds of each product, see `_fastest`."""
     rows = _ROWS[use]
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows, inputs, generator=generator)
@@ -134,20 +174,25 @@ def _race(use: str, outputs: int, inputs: int, first: Product, second: Product) 
         rows if use == "weight_gradients" else outputs, outputs if use == "weight_gradients" else inputs
     )
     operands = (other, x) if use == "weight_gradients" else (x, other)
-    best = [float("inf"), float("inf")]
-    for product in (first, second):
-        product(*operands)  # what a first call sets up does not count
+    return _fastest(lambda: first(*operands), lambda: second(*operands))
+
+
+def _fastest(*calls: Callable[[], object]) -> tuple[float, ...]:
+    """Least seconds of each call; they take turns, and the least is what other work on the machine disturbs least."""
+    best = [float("inf")] * len(calls)
+    for call in calls:
+        call()  # what a first call sets up does not count
     spent = 0.0
     for turn in range(50):
-        for side, product in enumerate((first, second)):
+        for side, call in enumerate(calls):
             start = time.perf_counter()
-            product(*operands)
+            call()
             taken = time.perf_counter() - start
             best[side] = min(best[side], taken)
             spent += taken
-        if turn >= 2 and spent > 2 * SECONDS:
+        if turn >= 2 and spent > len(calls) * SECONDS:
             break
-    return best[0], best[1]
+    return tuple(best)
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from torch import Tensor
 from rlmed.core.prefill import joined
 from rlmed.core.types import RolloutGroup, RolloutRequest
 from rlmed.models.attention import PackedLayout
+from rlmed.models.linear import PackedWeights
 from rlmed.models.policy import Policy, merge_image_inputs
 from rlmed.models.weights import check_shapes, copy_into
 from rollout.native.batch import DecodeBatch
@@ -48,6 +49,7 @@ class NativeEngine:
         self._rows: list[Sequence] = []
         self._cache: KVCache | None = None
         self._batch: DecodeBatch | None = None
+        self._packs = PackedWeights()
 
     @property
     def busy(self) -> bool:
@@ -68,6 +70,7 @@ class NativeEngine:
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Copy into the policy's parameters; see `rollout.engine.Engine.load_weights`."""
+        self._packs.clear()
         copy_into(dict(self.policy.model.named_parameters()), tensors)
 
     def finish_update(self, version: int) -> None:
@@ -75,6 +78,7 @@ class NativeEngine:
 
         Running completions go on: their keys and values stay those of the older weights, and their `min_version` says so.
         """
+        self._packs.clear()
         self.policy_version = version
 
     @torch.inference_mode()
@@ -97,6 +101,7 @@ class NativeEngine:
         while len(self._scheduler):
             requests += self._scheduler.admit(self._limits.max_completions)
         self._groups, self._rows, self._cache, self._batch = [], [], None, None
+        self._packs.clear()
         return requests
 
     def _prefill(self, requests: list[RolloutRequest]) -> None:
@@ -135,8 +140,10 @@ class NativeEngine:
             self._batch = DecodeBatch.build(self._rows, self._groups, self.policy)
         assert self._cache is not None
         batch = self._batch
-        hidden = self.policy.hidden(batch.tokens, batch.positions, batch.layout(self._cache))
-        tokens, logprobs = batch.sampling.sample(self.policy.logits(hidden), batch.lengths + 1)
+        with self._packs.active():
+            hidden = self.policy.hidden(batch.tokens, batch.positions, batch.layout(self._cache))
+            logits = self.policy.logits(hidden)
+        tokens, logprobs = batch.sampling.sample(logits, batch.lengths + 1)
         batch.advance(tokens)
         self._append(self._rows, tokens, logprobs)
 
@@ -186,6 +193,7 @@ class NativeEngine:
         if not self._rows:
             # memory goes back to the learner, and the next batch's arithmetic cannot depend on this one's
             self._cache = None
+            self._packs.clear()
 
     def _reserve(self, requests: list[RolloutRequest]) -> KVCache:
         """A cache in which the requests fit beside what runs."""

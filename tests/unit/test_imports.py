@@ -222,7 +222,7 @@ def test_openmp_is_settled_before_torch_is_imported(module):
         "import rlmed.core.threads as threads\n"  # which settles it in this process, as the machine really is
         "os.environ.pop('OMP_WAIT_POLICY', None)\n"
         "threads.others_running = lambda root: 100.0\n"
-        "for name in [name for name in sys.modules if name == 'rlmed']: del sys.modules[name]\n"
+        "del sys.modules['rlmed'], sys.modules['rlmed.core']\n"
         f"import {module}\n"
         "print('no torch')\n"
     )

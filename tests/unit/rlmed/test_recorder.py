@@ -192,7 +192,17 @@ def test_versions_name_what_ran_and_nothing_private(tmp_path):
     text = (tmp_path / "run" / "versions.json").read_text()
     versions = json.loads(text)
     threads = {"cores", "usable_cores", "cpu_quota", "torch_threads", "omp_wait_policy"}
-    assert set(versions) == {"python", "platform", "cpu", *threads, "onednn", "cuda_device", "packages", "commit"}
+    assert set(versions) == {
+        "python",
+        "platform",
+        "cpu",
+        "cpu_capability",
+        *threads,
+        "onednn",
+        "cuda_device",
+        "packages",
+        "commit",
+    }
     assert versions["python"] == platform.python_version()
     assert versions["packages"]["numpy"] == np.__version__
     assert versions["cpu"]
@@ -203,18 +213,21 @@ def test_versions_name_what_ran_and_nothing_private(tmp_path):
     assert str(Path.home()) not in text
 
 
-def test_a_resumed_run_multiplies_as_before_on_the_same_processor_alone(tmp_path):
+def test_a_resumed_run_multiplies_as_before_on_the_same_processor_alone(tmp_path, caplog):
     assert chosen_onednn(tmp_path) is None
     path = write_versions(tmp_path, ("few_rows",))
     assert chosen_onednn(tmp_path) == ("few_rows",)
     versions = json.loads(path.read_text())
     for changed in (
         versions | {"cpu": "another"},
+        versions | {"cpu_capability": "NONE"},
         versions | {"packages": versions["packages"] | {"torch": "2.0"}},
         {key: value for key, value in versions.items() if key != "onednn"},
     ):
         path.write_text(json.dumps(changed))
+        caplog.clear()
         assert chosen_onednn(tmp_path) is None
+        assert ("chosen anew" in caplog.text) == ("onednn" in changed)
 
 
 def test_data_counts_the_rows_that_keep_the_order_of_their_options(tmp_path):

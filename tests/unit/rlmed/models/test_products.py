@@ -27,14 +27,28 @@ def slow(x, weight, bias=None):
 
 
 @needs_onednn
-@pytest.mark.parametrize(("side", "expected"), [("onednn", ()), ("torch", PRODUCT_USES)])
+@pytest.mark.parametrize(("side", "expected"), [("onednn", ()), ("torch", PRODUCT_USES[:3])])
 def test_the_slower_product_is_not_taken(monkeypatch, side, expected):
+    monkeypatch.setattr(products, "_packing_pays", lambda shapes, unpacked: False)
     if side == "onednn":
         monkeypatch.setattr(products, "onednn", slow)
     else:
         monkeypatch.setattr(products.F, "linear", slow)
         monkeypatch.setattr(products, "_torch_gradient", slow_gradient)
     assert probe_products([Shape(24, 16, 2), Shape(16, 24, 2)]) == expected
+
+
+@needs_onednn
+def test_weights_are_packed_where_it_pays_and_memory_allows(monkeypatch):
+    shapes = [Shape(24, 16, 2), Shape(16, 24, 2)]
+    assert products._packing_pays(shapes, slow)
+    monkeypatch.setattr(products, "_memory_bytes", lambda: 1000)
+    assert not products._packing_pays(shapes, slow)
+    monkeypatch.setattr(products, "_memory_bytes", lambda: 2**30)
+    monkeypatch.setattr(
+        products, "pack", lambda weight: time.sleep(0.02) or torch.ops.mkldnn._reorder_linear_weight(weight)
+    )
+    assert not products._packing_pays(shapes, lambda x, weight: None)
 
 
 def slow_gradient(grad, x):
