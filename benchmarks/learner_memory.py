@@ -46,6 +46,10 @@ from rlmed.models.policy import load_policy
 
 WAYS = ("packed", "padded_chunked", "padded_full")
 TOLERANCE = 1e-4
+TURN_TOKENS = 8
+"""The last tokens of a prompt, which close the turn and open the answer."""
+QUESTION_TOKENS = 12
+"""The ones before them, which are text of the question."""
 
 Compute = Callable[[], Tensor]
 """Forward and backward pass; returns the float32 [M] log-probabilities, completions one after the other."""
@@ -60,9 +64,9 @@ def stretch(prompt: Prompt, length: int) -> Prompt:
     missing = length - len(prompt.token_ids)
     if missing < 0:
         raise ValueError(f"a prompt has {len(prompt.token_ids)} tokens already: raise --prompt-lengths {length}")
-    # the last 8 tokens close the turn and open the answer; the 12 before them are text of the question
-    filler = np.resize(prompt.token_ids[-20:-8], missing)
-    token_ids = np.concatenate([prompt.token_ids[:-8], filler, prompt.token_ids[-8:]])
+    end = len(prompt.token_ids) - TURN_TOKENS
+    filler = np.resize(prompt.token_ids[end - QUESTION_TOKENS : end], missing)
+    token_ids = np.concatenate([prompt.token_ids[:end], filler, prompt.token_ids[end:]])
     return Prompt(prompt.example, prompt.text, token_ids, prompt.image_inputs)
 
 

@@ -17,23 +17,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from benchmarks.common import (
     Side,
+    Timing,
     add_arguments,
     alternate,
     find_model,
     make_renderer,
     model_facts,
     never_end,
+    render_prompts,
     report,
     sampling,
     start,
@@ -41,20 +44,20 @@ from benchmarks.common import (
     write_examples,
     write_result,
 )
+from benchmarks.learner_memory import QUESTION_TOKENS, TURN_TOKENS, stretch
 from benchmarks.rollout_speed import generate_side, native_side
-from rlmed.core.types import Example, Prompt, RolloutRequest
+from rlmed.core.types import Prompt, RolloutRequest
 from rlmed.data.prompts import PromptRenderer
 from rlmed.models.policy import load_policy
 from rlmed.models.products import settle_products
 
 ANSWER_SECONDS = 600
 """How long an engine may take to start, or to do its work once."""
-FILLER = "the scan was taken without contrast, and the patient has been well until now. "
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Workload:
-    """What every side does: `prompts` prompts of about `length` tokens, `group_size` completions each."""
+    """What every side does: `prompts` prompts of `length` tokens, `group_size` completions each."""
 
     length: int
     group_size: int
@@ -62,23 +65,31 @@ class Workload:
     max_tokens: int
 
 
-def lengthened(renderer: PromptRenderer, example: Example, length: int) -> Prompt:
-    """The prompt of `example` with so much text before its question that it has `length` tokens or a few more."""
-    prompt = renderer.render(example)
-    words = FILLER * length
-    short, long = 0, len(words)
-    while short < long:  # the least number of characters that suffices
-        middle = (short + long) // 2
-        prompt = renderer.render(dataclasses.replace(example, question=words[:middle] + example.question))
-        short, long = (middle + 1, long) if len(prompt.token_ids) < length else (short, middle)
-    return renderer.render(dataclasses.replace(example, question=words[:long] + example.question))
+def of_length(prompt: Prompt, length: int, seed: int) -> Prompt:
+    """The prompt with exactly `length` tokens.
+
+    Text after an image is repeated, or some of it left out. A prompt without an image becomes its own tokens in random order:
+    what they say matters to no side, and no two prompts begin alike, which vLLM would compute once.
+
+    Raises:
+        SystemExit: when the image leaves no room.
+    """
+    if not prompt.image_inputs:
+        shuffled = np.random.default_rng(seed).permutation(prompt.token_ids)
+        return dataclasses.replace(prompt, token_ids=np.resize(shuffled, length))
+    surplus = len(prompt.token_ids) - length
+    if surplus <= 0:
+        return stretch(prompt, length)
+    if surplus > QUESTION_TOKENS:
+        raise SystemExit(f"a prompt with its image has {len(prompt.token_ids)} tokens, --lengths {length} are too few")
+    ending = slice(-TURN_TOKENS - surplus, -TURN_TOKENS)
+    return dataclasses.replace(prompt, token_ids=np.delete(prompt.token_ids, ending))
 
 
 def make_prompts(renderer: PromptRenderer, scratch: Path, work: Workload, *, images: bool) -> list[Prompt]:
-    """Different prompts of nearly one length."""
-    examples = write_examples(scratch / "questions", work.prompts)
-    kept = examples if images else [dataclasses.replace(example, image=None) for example in examples]
-    return [lengthened(renderer, example, work.length) for example in kept]
+    """Different prompts of the workload's length."""
+    rendered = render_prompts(renderer, write_examples(scratch / "questions", work.prompts), images=images)
+    return [of_length(prompt, work.length, seed) for seed, prompt in enumerate(rendered)]
 
 
 def serve_vllm(
@@ -95,11 +106,14 @@ def serve_vllm(
         max_tokens=work.max_tokens,
         enforce_eager=eager,
     )
+    torch.set_num_threads(threads)  # before the engine is made, which plans by it and then takes the setting away
     engine = VllmEngine(folder, settings)
-    torch.set_num_threads(threads)
+    if torch.get_num_threads() != threads:
+        raise RuntimeError(f"vLLM runs on {torch.get_num_threads()} threads, the other sides on {threads}")
     engine._facts = dataclasses.replace(engine._facts, end_token_ids=())  # as `never_end` for the native engine
     pipe.send("ready")
     while pipe.recv() == "go":
+        engine._epoch += 1  # as after a push, which precedes every batch in training: no prompt is found in the cache
         before, begun = engine.generated_tokens, time.perf_counter()
         for index, prompt in enumerate(prompts):
             engine.submit(RolloutRequest(index, prompt, work.group_size, sampling(work.max_tokens, seed=index)))
@@ -111,17 +125,30 @@ def serve_vllm(
 
 
 @contextmanager
-def vllm_side(folder: Path, prompts: Sequence[Prompt], work: Workload, *, eager: bool, threads: int) -> Iterator[Side]:
-    """A side whose engine lives in another process for as long as the context."""
+def served_side(serve: Callable[..., None], *arguments: Any) -> Iterator[Side]:
+    """A side that lives in a process of its own for as long as the context, and works when it is told to.
+
+    Args:
+        serve: called there with `arguments` and its end of a pipe. It sends "ready", then for each "go" the seconds of the work
+            (float) or what it did instead (str); any other word ends it.
+        arguments: can be pickled.
+
+    Raises:
+        RuntimeError: when the process ends early or does not answer, from the side also when it did something else.
+    """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=serve_vllm, args=(folder, prompts, work, eager, threads, theirs))
+    process = context.Process(target=serve, args=(*arguments, theirs))
     process.start()
+    theirs.close()  # so that the end of the process is the end of the pipe
 
     def answer() -> Any:
         if not ours.poll(ANSWER_SECONDS):
-            raise RuntimeError(f"vLLM did not answer within {ANSWER_SECONDS} s")
-        return ours.recv()
+            raise RuntimeError(f"the other process did not answer within {ANSWER_SECONDS} s")
+        try:
+            return ours.recv()
+        except EOFError as error:
+            raise RuntimeError("the other process has ended, see its messages above") from error
 
     def side() -> float:
         ours.send("go")
@@ -131,13 +158,13 @@ def vllm_side(folder: Path, prompts: Sequence[Prompt], work: Workload, *, eager:
         return seconds
 
     try:
-        if (word := answer()) != "ready":
-            raise RuntimeError(f"vLLM did not start: {word}")
+        answer()
         yield side
         ours.send("end")
         process.join(30)
     finally:
         process.kill()
+        process.join()
 
 
 @contextmanager
@@ -154,6 +181,17 @@ def busy_process(wanted: bool) -> Iterator[None]:
         process.wait()
 
 
+def summarise(timings: Mapping[str, Timing], tokens: int) -> dict[str, Any]:
+    """Tokens a second of each side (by its median), and the native engine's lead on the fastest of the others."""
+    best = min((name for name in timings if name != "native"), key=lambda name: timings[name].median)
+    return {
+        "tokens_per_s": {name: round(tokens / one.median, 1) for name, one in timings.items()},
+        "seconds": {name: one.summary() for name, one in timings.items()},
+        "best_other": best,
+        "ratio": round(timings[best].median / timings["native"].median, 3),
+    }
+
+
 def measure(folder: Path, work: Workload, arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Tokens a second of each side, alone and beside a busy process."""
     policy, renderer = load_policy(folder), make_renderer(folder)
@@ -164,22 +202,24 @@ def measure(folder: Path, work: Workload, arguments: argparse.Namespace, scratch
     model = auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
     pad = renderer.tokenizer.pad_token_id
     tokens = work.prompts * work.group_size * work.max_tokens
-    found: dict[str, Any] = {**dataclasses.asdict(work), "prompt_tokens": [len(prompt.token_ids) for prompt in prompts]}
+    found: dict[str, Any] = dataclasses.asdict(work)
     with ExitStack() as stack:
-        sides: dict[str, Callable[[], float]] = {
+        sides: dict[str, Side] = {
             "native": timed(native_side(policy, prompts, renderer.decode, work.group_size, work.max_tokens)),
             "generate": timed(generate_side(model, prompts, pad, work.group_size, work.max_tokens, "dynamic")),
         }
         for name in arguments.vllm:
-            engine = vllm_side(folder, prompts, work, eager=name == "eager", threads=arguments.threads)
+            engine = served_side(serve_vllm, folder, prompts, work, name == "eager", arguments.threads)
             sides[f"vllm_{name}"] = stack.enter_context(engine)
         for label, busy in (("alone", False), ("beside_one_busy_process", True)):
             with busy_process(busy):
                 timings = alternate(sides, rounds=arguments.rounds)
-            speeds = {name: round(tokens / one.median, 1) for name, one in timings.items()}
-            ratio = round(speeds["native"] / max(speed for name, speed in speeds.items() if name != "native"), 3)
-            found[label] = {"tokens_per_s": speeds, "native_to_best_other": ratio}
-            report(f"{work} {label}: {speeds}, native / best other = {ratio}")
+            found[label] = summarise(timings, tokens)
+            speeds = ", ".join(f"{name} {speed:.0f}" for name, speed in found[label]["tokens_per_s"].items())
+            report(
+                f"{work.prompts} prompts of {work.length} tokens, G = {work.group_size}, {label}: {speeds} tokens/s; "
+                f"native / best other = {found[label]['ratio']:.2f}"
+            )
     return found
 
 

@@ -483,6 +483,35 @@ def test_long_prompts_that_come_at_once_are_computed_whole(open_engine, folder, 
     assert disagreement(policy, groups) < TOLERANCE
 
 
+def with_picture(prompt, image_token_id, seed, question_token=20):
+    """The prompt with another, larger picture, 420 visual tokens of it, and `question_token` right after them."""
+    rows, columns = 20, 21
+    (places,) = np.nonzero(prompt.token_ids == image_token_id)
+    before, after = prompt.token_ids[: places[0]], prompt.token_ids[places[-1] + 1 :].copy()
+    after[1] = question_token  # the first one closes the picture
+    token_ids = np.concatenate([before, np.full(rows * columns, image_token_id), after])
+    width = prompt.image_inputs["pixel_values"].shape[1]
+    pixels = np.random.default_rng(seed).standard_normal((4 * rows * columns, width), dtype=np.float32)
+    pictures = {"pixel_values": pixels, "image_grid_thw": np.array([[1, 2 * rows, 2 * columns]])}
+    return dataclasses.replace(prompt, token_ids=token_ids, image_inputs=pictures)
+
+
+def test_a_new_picture_beside_many_new_questions_about_known_ones_is_computed_whole(
+    open_engine, folder, policy, prompts
+):
+    engine = open_engine(folder, max_prompt_tokens=768)
+    token = engine._facts.image_token_id
+    # as many pictures as vLLM computes tokens at a time; as many again, so that it keeps none of them, only keys and values
+    count = engine._core.vllm_config.scheduler_config.max_num_batched_tokens // 420
+    for first in (0, count + 1):
+        rollout(engine, [with_picture(prompts[0], token, first + i) for i in range(count + 1)], max_tokens=1)
+    asked = [with_picture(prompts[0], token, seed, question_token=21) for seed in range(count)]
+    # few of their tokens are new, but all their pictures have to be encoded again
+    groups = rollout(engine, [*asked, with_picture(prompts[0], token, 200)], max_tokens=4)
+    assert len(groups) == count + 1
+    assert disagreement(policy, groups) < TOLERANCE
+
+
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2", "qwen3", "llama"])
 def test_every_family_agrees_with_the_learner_before_and_after_a_push(open_engine, tmp_path, family):
     folder = build_model(tmp_path, family)

