@@ -322,4 +322,10 @@ def _start(folder: Path, config: PreTrainedConfig, settings: VllmSettings) -> vl
         worker_extension_cls=WORKER_EXTENSION,
     )
     with preload_kept():
-        return vllm.LLMEngine.from_engine_args(arguments)
+        vllm_config = arguments.create_engine_config()
+        if on_cpu:
+            # vLLM also ends a part of a prompt before a picture for which it has no room, chunked prefill or not
+            scheduler = vllm_config.scheduler_config
+            room = max(scheduler.max_num_encoder_input_tokens, settings.max_running_prompt_tokens)
+            scheduler.max_num_encoder_input_tokens = scheduler.encoder_cache_size = room
+        return vllm.LLMEngine.from_vllm_config(vllm_config, disable_log_stats=arguments.disable_log_stats)

@@ -48,6 +48,11 @@ class VllmSettings:
         """Longest prompt and completion together."""
         return self.max_prompt_tokens + self.max_tokens
 
+    @property
+    def max_running_prompt_tokens(self) -> int:
+        """Prompt tokens, and so visual tokens, of all completions that run at the same time."""
+        return self.max_completions * self.max_prompt_tokens
+
     def kv_cache_bytes(self, config: PreTrainedConfig, *, on_cpu: bool) -> int | None:
         """Bytes of the key-value cache; None leaves them to vLLM."""
         if self.kv_cache_gib is not None:
