@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import multiprocessing
+import os
 import subprocess
 import sys
 import tempfile
@@ -53,6 +54,9 @@ from rlmed.models.products import settle_products
 
 ANSWER_SECONDS = 600
 """How long an engine may take to start, or to do its work once."""
+
+BUSY = "import os, sys\nwhile os.getppid() == int(sys.argv[1]): pass"
+"""Wants a core for itself, and ends with the benchmark even where that is killed."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -173,7 +177,7 @@ def busy_process(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    process = subprocess.Popen([sys.executable, "-c", BUSY, str(os.getpid())])
     try:
         yield
     finally:
@@ -243,10 +247,13 @@ def main() -> None:
             for length in arguments.lengths
             for size in arguments.group_sizes
         ]
-        found = [measure(folder, work, arguments, Path(scratch) / str(i)) for i, work in enumerate(workloads)]
-    result = {"rounds": arguments.rounds, "model": facts, "workloads": found}
-    stem = f"rollout_vllm_{name.rpartition(':')[2]}"
-    report(f"written to {write_result(stem, result, arguments.out)}")
+        stem = f"rollout_vllm_{name.rpartition(':')[2]}"
+        found: list[dict[str, Any]] = []
+        for number, work in enumerate(workloads):
+            found.append(measure(folder, work, arguments, Path(scratch) / str(number)))
+            # after each workload, so that a sweep that is cut short leaves what it has measured
+            result = {"rounds": arguments.rounds, "model": facts, "workloads": found}
+            report(f"written to {write_result(stem, result, arguments.out)}")
 
 
 if __name__ == "__main__":

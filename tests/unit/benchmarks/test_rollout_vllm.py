@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
+import time
 from importlib import metadata
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -10,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import rollout_vllm, smollm2_folder
-from benchmarks.common import Timing, make_renderer
-from benchmarks.rollout_vllm import Workload, busy_process, make_prompts, served_side, summarise
-from rlmed.models.tiny import build_tiny_text, build_tiny_vl
+from benchmarks.common import Timing, find_model, make_renderer
+from benchmarks.rollout_vllm import BUSY, Workload, busy_process, make_prompts, served_side, summarise
+from rlmed.models.tiny import build_tiny_text
 
 
 def serve(answers: list[object], pipe: Connection) -> None:
@@ -30,17 +34,17 @@ def die(pipe: Connection) -> None:
 
 @pytest.mark.parametrize("length", [54, 300])
 def test_prompts_with_images_have_the_length_and_keep_the_image(tmp_path: Path, length: int) -> None:
-    build_tiny_vl(tmp_path / "model")
-    work = Workload(length, group_size=8, prompts=3, max_tokens=4)
-    prompts = make_prompts(make_renderer(tmp_path / "model"), tmp_path, work, images=True)
-    assert [len(prompt.token_ids) for prompt in prompts] == [length] * 3
-    assert len({prompt.image_inputs["pixel_values"].tobytes() for prompt in prompts}) == 3
+    model, _ = find_model(None, tmp_path)
+    work = Workload(length, group_size=8, prompts=8, max_tokens=4)
+    prompts = make_prompts(make_renderer(model), tmp_path, work, images=True)
+    assert [len(prompt.token_ids) for prompt in prompts] == [length] * 8
+    assert len({prompt.image_inputs["pixel_values"].tobytes() for prompt in prompts}) == 8
 
 
 def test_a_length_without_room_for_the_image_is_refused(tmp_path: Path) -> None:
-    build_tiny_vl(tmp_path / "model")
+    model, _ = find_model(None, tmp_path)
     with pytest.raises(SystemExit, match="--lengths 20 are too few"):
-        make_prompts(make_renderer(tmp_path / "model"), tmp_path, Workload(20, 8, 3, 4), images=True)
+        make_prompts(make_renderer(model), tmp_path, Workload(20, 8, 3, 4), images=True)
 
 
 @pytest.mark.parametrize("length", [16, 54, 300])
@@ -85,6 +89,25 @@ def test_the_busy_process_lives_as_long_as_the_context(monkeypatch: pytest.Monke
     for process in started:
         with pytest.raises(ProcessLookupError):
             os.kill(process.pid, 0)
+
+
+def test_the_busy_process_ends_with_a_benchmark_that_is_killed() -> None:
+    start = f"subprocess.Popen([sys.executable, '-c', {BUSY!r}, str(os.getpid())])"
+    script = f"import os, subprocess, sys; print({start}.pid, flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        busy = int(parent.stdout.readline())
+        os.kill(busy, 0)
+        parent.kill()
+    for _ in range(200):
+        state = Path(f"/proc/{busy}/stat")
+        if not state.exists() or state.read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.1)
+    os.kill(busy, signal.SIGKILL)
+    pytest.fail("the busy process has outlived its parent")
 
 
 def test_without_the_packages_the_command_that_installs_them_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
