@@ -5,11 +5,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_ALL := $(VENV)/.installed-all
 
-# What takes long; all other tests in two halves, each on a core of its own.
+# What takes long, or starts processes that use several cores; all other tests share the cores.
 SLOW := slow or ray or vllm
-HALVES := test-half-1 test-half-2
 
-.PHONY: demo test test-fast test-slow $(HALVES) lint types check tiny-base clean
+.PHONY: demo test test-fast test-slow lint types check tiny-base clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m rlmed.launch +experiment=medvqa_600
@@ -19,13 +18,7 @@ test: $(INSTALLED_ALL)
 
 # The readers' tests of DICOM, NIfTI and parquet skip themselves where only `make demo` was run before.
 test-fast: $(INSTALLED)
-	@$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target $(HALVES)
-
-test-half-1:
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not ($(SLOW))" tests/unit/rlmed
-
-test-half-2:
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not ($(SLOW))" tests --ignore=tests/unit/rlmed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not ($(SLOW))" --numprocesses=auto --maxprocesses=8 --dist=loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -54,6 +54,7 @@ def test_the_shipped_base_knows_the_format_and_sees_what_is_easy(tmp_path: Path)
     assert sum(evaluated_letter(texts[i]) == example.letter for i, example in enumerate(examples)) >= 30
 
 
+@pytest.mark.slow
 def test_the_build_command_from_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # some processors need a minute for a few products in bfloat16
     stages = tuple(dataclasses.replace(stage, dtype="float32") for stage in tiny_base.STAGES)

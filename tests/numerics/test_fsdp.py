@@ -22,6 +22,7 @@ fsdp_rank = importlib.import_module("fsdp_rank")
 Job, Processes = fsdp_rank.Job, fsdp_rank.Processes
 
 RANKS = 2
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
