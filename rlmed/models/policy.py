@@ -29,7 +29,7 @@ from rlmed.models.linear import use_fast_linears
 from rlmed.models.logprobs import chunked_logprobs, frozen_logprobs, masked_logits
 from rlmed.models.logs import quiet_loading
 from rlmed.models.products import settle_products
-from rlmed.models.weight_files import check_weight_files, own_head_differs
+from rlmed.models.weight_files import HEAD, check_weight_files, own_head_differs
 
 COMPUTED_BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".position_ids")
 """In the weight files of older versions; models compute them."""
@@ -213,6 +213,11 @@ def _check_loaded(folder: Path, found: Mapping[str, Collection[Any]], *, tied: b
             f"({len(reshaped)} parameters differ): {cure}"
         )
     if absent := sorted(found["missing_keys"]):
+        if absent == [HEAD]:
+            cure = (
+                "config.json does not say that its token embeddings are the vocabulary projection too: set tie_word_embeddings "
+                "to true if they are, else copy or download the folder again"
+            )
         raise ValueError(
             f"model {str(folder)!r} has no weights for {len(absent)} parameters of its config.json, the first is {absent[0]}: "
             f"{cure}"

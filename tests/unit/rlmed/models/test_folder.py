@@ -91,6 +91,11 @@ def pickled(folder: Path) -> None:
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
 
 
+def only_pickled(folder: Path) -> None:
+    pickled(folder)
+    (folder / "model.safetensors").unlink()
+
+
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 8185360\n"
 WEIGHT = "model.layers.0.mlp.up_proj.weight"
 LORA = {"peft_type": "LORA", "base_model_name_or_path": "Qwen/Qwen2-VL-2B-Instruct"}
@@ -150,6 +155,10 @@ REFUSED: dict[str, tuple[Change, str]] = {
         edit_weights(lambda weights: weights.update({WEIGHT: weights[WEIGHT].to(torch.int8)})),
         rf"{WEIGHT} as I8: the weights are quantized",
     ),
+    "pickled weights as integers": (
+        both(edit_weights(lambda weights: weights.update({WEIGHT: weights[WEIGHT].to(torch.int8)})), only_pickled),
+        rf"pytorch_model\.bin holds {WEIGHT} as int8: the weights are quantized",
+    ),
     # own code
     "a model's own code": (
         edit("config.json", auto_map={"AutoModel": "modeling_x.XModel"}),
@@ -207,6 +216,12 @@ REFUSED: dict[str, tuple[Change, str]] = {
         lambda folder: (folder / "model.safetensors").rename(folder / "model-q4.gguf"),
         r"no model\.safetensors.*model-q4\.gguf cannot be read",
     ),
+    # the template's file
+    "a template in another encoding": (
+        write("chat_template.jinja", "{# ü #}".encode("latin-1")),
+        r"chat_template\.jinja cannot be read: .*Save it as UTF-8",
+    ),
+    "a template as Git's pointer": (write("chat_template.jinja", POINTER), r"chat_template\.jinja .*git lfs pull"),
     # index and shards
     "a shard is missing": (
         shard(lambda folder, index: (folder / "model-00002-of-00002.safetensors").unlink()),
@@ -262,9 +277,16 @@ REFUSED: dict[str, tuple[Change, str]] = {
         edit_weights(lambda weights: weights.update({"lm_head.weight": weights["model.embed_tokens.weight"] + 1})),
         r"tie_word_embeddings=true, and the weights hold an lm_head\.weight",
     ),
+    "a pickled head of its own that config.json ties": (
+        both(
+            edit_weights(lambda weights: weights.update({"lm_head.weight": weights["model.embed_tokens.weight"] + 1})),
+            only_pickled,
+        ),
+        r"tie_word_embeddings=true, and the weights hold an lm_head\.weight",
+    ),
     "a head that is not there": (
         edit("config.json", tie_word_embeddings=False),
-        r"no weights for 1 parameters .*lm_head\.weight",
+        r"no weights for 1 parameters .*lm_head\.weight: .*set tie_word_embeddings to true",
     ),
     # the tokenizer against config.json
     "another tokenizer": (edit_text_config(vocab_size=700), r"as token 747, and vocab_size in config\.json is 700"),
@@ -363,6 +385,10 @@ SETTLED: dict[str, tuple[Change, str]] = {
         edit("tokenizer_config.json", chat_template="another"),
         r"another chat template in tokenizer_config\.json than in chat_template\.jinja: chat_template\.jinja is used",
     ),
+    "the older processors' templates, which cannot be read": (
+        edit("chat_template.json", chat_template=["another"]),
+        r"in chat_template\.json than in",
+    ),
     "the older processors' template": (
         edit("chat_template.json", chat_template="another"),
         r"in chat_template\.json than in",
@@ -402,6 +428,16 @@ SETTLED: dict[str, tuple[Change, str]] = {
         lambda folder: [(folder / "checkpoint-5").mkdir(), edit("checkpoint-5/adapter_config.json", **LORA)(folder)],
         r"adapter in checkpoint-5 is passed over",
     ),
+    "a turn that is not opened": (
+        lambda folder: (path := folder / "chat_template.jinja").write_text(
+            path.read_text().partition("{%- if add_generation_prompt %}")[0]
+        ),
+        r"begins an answer with '<\|im_start\|>assistant\\n' and does not .*let the template write it where add_generation",
+    ),
+    "an end that is a word": (
+        edit("generation_config.json", eos_token_id=[736, 65]),
+        r"generation_config\.json says that completions end with .* \(65\), which is ordinary text",
+    ),
     "the date": (
         lambda folder: (folder / "chat_template.jinja").write_text(
             "{{ strftime_now('%d %b %Y') }}" + (folder / "chat_template.jinja").read_text()
@@ -432,9 +468,16 @@ HARMLESS: dict[str, Change] = {
         edit_weights(lambda weights: weights.update({"lm_head.weight": weights["model.embed_tokens.weight"] + 1})),
     ),
     "pixels alone": edit("preprocessor_config.json", size=None, min_pixels=3136, max_pixels=12544),
+    "a template with a byte order mark": lambda folder: (folder / "chat_template.jinja").write_bytes(
+        b"\xef\xbb\xbf" + (folder / "chat_template.jinja").read_bytes()
+    ),
     "the same template twice": lambda folder: edit(
         "tokenizer_config.json", chat_template=(folder / "chat_template.jinja").read_text() + "\n"
     )(folder),
+    "templates in a folder": lambda folder: [
+        (folder / "additional_chat_templates").mkdir(),
+        write("additional_chat_templates/tool_use.jinja", "tools")(folder),
+    ],
     "templates by name": lambda folder: [
         edit(
             "tokenizer_config.json",
