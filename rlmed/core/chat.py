@@ -134,7 +134,7 @@ def unopened_turn(tokenizer: PreTrainedTokenizerBase) -> str:
     r"""What the chat template writes before an answer and does not write at the end of a prompt.
 
     It is "" where prompts end as they should, and `<|im_start|>assistant\n`, for example, for a template that does not look at
-    `add_generation_prompt`: the model would have to begin its own turn. Tags of a reasoning don't count, see `template_prefill`.
+    `add_generation_prompt`: the model would have to begin its own turn. Tags of a reasoning don't count (`template_prefill`).
     """
     for prompt, text in _conversations(tokenizer):
         before, found, _ = text.rpartition(_ANSWERED)

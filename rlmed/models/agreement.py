@@ -67,8 +67,8 @@ def check_agreement(
             doubts += _processor_settings(folder, image_processor)
     if opening := unopened_turn(tokenizer):
         doubts.append(
-            f"{template_place(tokenizer)} begins an answer with {opening!r} and does not write that at the end of a prompt: the "
-            "model would have to write it itself, so let the template write it where add_generation_prompt is true"
+            f"{template_place(tokenizer)} begins an answer with {opening!r} and does not write that at the end of a prompt: "
+            "the model would have to write it itself, so let the template write it where add_generation_prompt is true"
         )
     if "strftime_now" in str(tokenizer.chat_template):
         doubts.append(
