@@ -97,9 +97,10 @@ def render_chat(
     Raises:
         ValueError: when the template cannot be rendered.
     """
+    parts = ", a list of image and text" if isinstance(messages[0]["content"], list) else ""
     with foreign(
         f"{template_place(tokenizer)} cannot be rendered",
-        "Correct it, or copy the one of the model that this one was trained from; it is given one user turn",
+        f"Correct it, or copy the one of the model that this one was trained from; it is given one user turn{parts}",
     ):
         return str(
             tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)

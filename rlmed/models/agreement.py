@@ -31,6 +31,8 @@ CONTROL_TOKENS = {
 GRID = {"patch_size": "patch_size", "merge_size": "spatial_merge_size", "temporal_patch_size": "temporal_patch_size"}
 """Key of preprocessor_config.json and the same in config.json's vision_config."""
 PREPROCESSOR = "preprocessor_config.json"
+DEFAULT_SECTIONS = [16, 24, 24]
+"""Of the rotation, where config.json of a vision model does not name any."""
 
 
 def check_agreement(
@@ -96,6 +98,7 @@ def _check_architecture(place: str, config: PreTrainedConfig) -> None:
     expected = names[config.model_type]
     named = config.architectures or expected
     found = [str(name) for name in named] if isinstance(named, (list, tuple)) else [str(named)]
+    found = [name.removeprefix("FSDP") for name in found]  # that was written by trainers that have wrapped the model
     if expected not in found:
         raise ValueError(
             f"model {place}: config.json says architectures {', '.join(found)} and model_type {config.model_type}, which is "
@@ -132,7 +135,8 @@ def _check_positions(place: str, config: PreTrainedConfig) -> None:
     text = config.get_text_config().to_dict()
     width = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
     with foreign(f"model {place}: mrope_section in config.json cannot be read", "Copy config.json again"):
-        sections = (text.get("rope_parameters") or {}).get("mrope_section")
+        default = DEFAULT_SECTIONS if family_of(config).vision else None
+        sections = (text.get("rope_parameters") or {}).get("mrope_section", default)
         rotated = width if sections is None else 2 * sum(sections)
     if rotated != width:
         raise ValueError(
@@ -192,6 +196,19 @@ def _told_twice(folder: Path, config: PreTrainedConfig, tokenizer: PreTrainedTok
                 yield (
                     f"{folder / CONFIG_FILE} says {key}={content[key]} and text_config.{key}={inner[key]}: {used[key]} is used"
                 )
+    bases = dict(_rotation_bases(content))
+    if len({*bases.values()}) > 1:
+        said = " and ".join(f"{key}={value}" for key, value in bases.items())
+        yield f"{folder / CONFIG_FILE} says {said}: {used['rope_parameters']['rope_theta']} is used"
+
+
+def _rotation_bases(content: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
+    """Every `rope_theta` of a config.json, by where it stands."""
+    if "rope_theta" in content:
+        yield f"{place}rope_theta", content["rope_theta"]
+    for key in ("rope_parameters", "rope_scaling", "text_config"):
+        if isinstance(content.get(key), dict):
+            yield from _rotation_bases(content[key], f"{place}{key}.")
 
 
 def _counts(key: str, value: Any) -> bool:

@@ -42,21 +42,15 @@ def check_weight_files(folder: Path) -> list[str]:
         return _check_pickled(folder, pickled, shards)
     if not shards:
         _complain_of_no_weights(folder)
-    indexed: list[str] = []
+    used: list[str] = [WHOLE]
     doubts: list[str] = []
     if (folder / INDEX).is_file():
-        if WHOLE in shards:
-            raise ValueError(
-                f"{folder} holds the weights twice, in {WHOLE} and in the files that {INDEX} names, and they need not be the "
-                "same: keep one and remove the other"
-            )
-        indexed = _check_index(folder, shards, doubts)
+        used = _files_by_index(folder, shards, doubts)
     elif WHOLE not in shards:
         raise ValueError(
             f"{folder} holds {', '.join(shards)}, and neither {WHOLE} nor {INDEX}, which says what is in which file: copy or "
             "download it again"
         )
-    used = indexed or [WHOLE]
     for name in used:
         for tensor, entry in read_header(folder / name).items():
             if entry["dtype"] not in NOT_QUANTIZED:
@@ -161,12 +155,25 @@ def _complain_of_no_weights(folder: Path) -> NoReturn:
     )
 
 
-def _check_index(folder: Path, shards: list[str], doubts: list[str]) -> list[str]:
-    """The shards that the index names, each of which holds just what the index says."""
-    index = read_json(folder / INDEX)
-    places = index.get("weight_map")
+def _files_by_index(folder: Path, shards: list[str], doubts: list[str]) -> list[str]:
+    """The files that the weights are read from where there is an index: transformers looks for the whole file first."""
+    places = read_json(folder / INDEX).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise ValueError(f"{folder / INDEX} is damaged: it has no weight_map; copy or download it again")
+    named = set(places.values())
+    if WHOLE in shards and named != {WHOLE}:
+        if named & set(shards):
+            raise ValueError(
+                f"{folder} holds the weights twice, in {WHOLE} and in the files that {INDEX} names, and they need not be the "
+                "same: keep one and remove the other"
+            )
+        doubts.append(f"{folder / INDEX} names files that are not there: the weights are read from {WHOLE}")
+        return [WHOLE]
+    return _check_index(folder, places, shards, doubts)
+
+
+def _check_index(folder: Path, places: Mapping[str, str], shards: list[str], doubts: list[str]) -> list[str]:
+    """The shards that the index names, each of which holds just what the index says."""
     named = sorted(set(places.values()))
     absent = [name for name in named if name not in shards]
     if absent:
@@ -185,7 +192,7 @@ def _check_index(folder: Path, shards: list[str], doubts: list[str]) -> list[str
                 f"{folder}: {one} has {odd[0]} in {name}, and {other} does not ({len(odd)} tensors differ): the files are of "
                 "two models; copy or download the folder again"
             )
-    metadata = index.get("metadata")
+    metadata = read_json(folder / INDEX).get("metadata")
     said = metadata.get("total_size") if isinstance(metadata, dict) else None
     if said is not None and said != size:
         doubts.append(f"{folder / INDEX}: total_size is {said} bytes, and its files hold {size}; every tensor is there")

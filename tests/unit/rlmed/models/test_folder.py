@@ -277,6 +277,14 @@ REFUSED: dict[str, tuple[Change, str]] = {
         edit_weights(lambda weights: weights.update({"lm_head.weight": weights["model.embed_tokens.weight"] + 1})),
         r"tie_word_embeddings=true, and the weights hold an lm_head\.weight",
     ),
+    "a head of its own that text_config ties": (
+        both(
+            edit("config.json", tie_word_embeddings=False),
+            edit_text_config(tie_word_embeddings=True),
+            edit_weights(lambda weights: weights.update({"lm_head.weight": weights["model.embed_tokens.weight"] + 1})),
+        ),
+        r"config\.json says text_config\.tie_word_embeddings=true, and the weights hold an lm_head\.weight",
+    ),
     "a pickled head of its own that config.json ties": (
         both(
             edit_weights(lambda weights: weights.update({"lm_head.weight": weights["model.embed_tokens.weight"] + 1})),
@@ -336,6 +344,10 @@ REFUSED: dict[str, tuple[Change, str]] = {
         ),
         r"mrope_section=\[16, 24, 24\], which is half of 128 channels, and heads have 64",
     ),
+    "no sections of the rotation": (
+        edit_text_config(rope_parameters={"rope_type": "default", "rope_theta": 10000.0}),
+        r"mrope_section=\[16, 24, 24\], which is half of 128 channels, and heads have 64",
+    ),
     "pickled weights cut": (
         lambda folder: [
             pickled(folder),
@@ -376,6 +388,12 @@ SETTLED: dict[str, tuple[Change, str]] = {
     "weights of another name beside": (
         lambda folder: save_file({"x": torch.zeros(1)}, folder / "extra.safetensors"),
         r"extra\.safetensors are passed over",
+    ),
+    "an index of files that are not there": (
+        lambda folder: edit("model.safetensors.index.json", weight_map={"x": "model-00001-of-00002.safetensors"})(
+            folder
+        ),
+        r"index\.json names files that are not there: the weights are read from model\.safetensors",
     ),
     "total size": (
         shard(lambda folder, index: index["metadata"].update(total_size=7)),
@@ -424,6 +442,10 @@ SETTLED: dict[str, tuple[Change, str]] = {
         edit("config.json", rms_norm_eps=1e-5),
         r"rms_norm_eps=1e-05 and text_config\.rms_norm_eps=1e-06: 1e-06 is used",
     ),
+    "the base of the rotation": (
+        edit("config.json", rope_theta=1000000.0),
+        r"rope_theta=1000000\.0 and text_config\.rope_parameters\.rope_theta=10000\.0: 10000\.0 is used",
+    ),
     "an adapter in a folder within": (
         lambda folder: [(folder / "checkpoint-5").mkdir(), edit("checkpoint-5/adapter_config.json", **LORA)(folder)],
         r"adapter in checkpoint-5 is passed over",
@@ -460,6 +482,18 @@ def test_what_is_settled_and_said(base_copy, caplog, name):
 HARMLESS: dict[str, Change] = {
     "as it ships": lambda folder: None,
     "shards": shard(),
+    "an index of the whole file": lambda folder: edit(
+        "model.safetensors.index.json",
+        metadata={},
+        weight_map=dict.fromkeys(load_file(folder / "model.safetensors"), "model.safetensors"),
+    )(folder),
+    "the name of a wrapped model": edit("config.json", architectures=["FSDPQwen2VLForConditionalGeneration"]),
+    "buffers that are computed": edit_weights(
+        lambda weights: weights.update({"visual.rotary_pos_emb.inv_freq": torch.zeros(16)})
+    ),
+    "weights without metadata": lambda folder: save_file(
+        load_file(folder / "model.safetensors"), folder / "model.safetensors"
+    ),
     "a head that repeats the embeddings": edit_weights(
         lambda weights: weights.update({"lm_head.weight": weights["model.embed_tokens.weight"].clone()})
     ),
@@ -518,6 +552,17 @@ def test_more_tokens_than_positions_are_said(base_copy, prompt, completion, said
     assert not said or re.search(
         r"max_prompt_tokens=3585 and 512 .* 4096 positions .*lower data\.max_prompt_tokens", doubt
     )
+
+
+@pytest.mark.parametrize("within", ["checkpoints/step-000300", "snapshots/895c3a49", "Qwen2-VL-2B-Instruct"])
+def test_the_folder_within_is_named(base_copy, tmp_path, within):
+    folder = tmp_path / "given" / within
+    folder.parent.mkdir(parents=True)
+    base_copy.rename(folder)
+    with pytest.raises(
+        ValueError, match=rf"given is no Hugging Face model folder: .*; {re.escape(str(folder))} is one"
+    ):
+        load_config(tmp_path / "given")
 
 
 def test_a_file_is_no_folder(base_copy):

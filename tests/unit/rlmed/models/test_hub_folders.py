@@ -201,7 +201,7 @@ def test_a_template_that_is_no_text_is_one_line(hub_folder, place, template):
     edit(hub_folder / "chat_template.json", chat_template=None)
     edit(hub_folder / "tokenizer_config.json", chat_template=None)
     edit(hub_folder / place, chat_template=template)
-    with pytest.raises(ValueError, match="chat template|chat_template|tokenizer of model") as raised:
+    with pytest.raises(ValueError, match=r"chat template|chat_template|tokenizer of model") as raised:
         PromptRenderer(*open_model(hub_folder), max_prompt_tokens=512)
     assert len(str(raised.value).splitlines()) == 1
     assert hub_folder.name in str(raised.value)
