@@ -238,8 +238,8 @@ def _check_loaded(folder: Path, found: Mapping[str, Collection[Any]], *, tied: b
         text = read_json(folder / CONFIG_FILE).get("text_config")
         within = "text_config." if isinstance(text, dict) and text.get("tie_word_embeddings") else ""
         raise ValueError(
-            f"model {str(folder)!r}: config.json says {within}tie_word_embeddings=true, and the weights hold an lm_head.weight that is "
-            "not the token embeddings: set tie_word_embeddings to false if it was trained apart, else remove lm_head.weight"
+            f"model {str(folder)!r}: config.json says {within}tie_word_embeddings=true, and the weights hold an lm_head.weight "
+            "that is not the token embeddings: set it to false if it was trained apart, else remove lm_head.weight"
         )
 
 
