@@ -168,9 +168,10 @@ def _processor_settings(folder: Path, image_processor: BaseImageProcessor) -> It
     for name, said in files.items():
         size = said["size"] if isinstance(said.get("size"), dict) else {}
         for key, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
-            if said.get(key) is not None and size.get(edge) is not None and said[key] != size[edge]:
+            other = edge if edge in size else key  # older versions called it as they do outside of it
+            if said.get(key) is not None and size.get(other) is not None and said[key] != size[other]:
                 yield (
-                    f"{folder / name} says {key}={said[key]} and size.{edge}={size[edge]}: "
+                    f"{folder / name} says {key}={said[key]} and size.{other}={size[other]}: "
                     f"{image_processor.size[edge]} is used; model.{key} overrules both"
                 )
     if len(files) == 2:

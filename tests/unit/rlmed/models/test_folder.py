@@ -419,6 +419,12 @@ SETTLED: dict[str, tuple[Change, str]] = {
         edit("preprocessor_config.json", min_pixels=784),
         r"min_pixels=784 and size\.shortest_edge=3136: \d+ is used; model\.min_pixels overrules",
     ),
+    "pixels as older versions wrote them": (
+        edit(
+            "preprocessor_config.json", max_pixels=6272, min_pixels=3136, size={"max_pixels": 12544, "min_pixels": 3136}
+        ),
+        r"max_pixels=6272 and size\.max_pixels=12544: 6272 is used; model\.max_pixels overrules",
+    ),
     "two image processors": (
         lambda folder: edit(
             "processor_config.json",
