@@ -135,12 +135,13 @@ def _check_positions(place: str, config: PreTrainedConfig) -> None:
     text = config.get_text_config().to_dict()
     width = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
     with foreign(f"model {place}: mrope_section in config.json cannot be read", "Copy config.json again"):
-        default = DEFAULT_SECTIONS if family_of(config).vision else None
-        sections = (text.get("rope_parameters") or {}).get("mrope_section", default)
+        rotation = text.get("rope_parameters") or {}
+        sections = rotation.get("mrope_section", DEFAULT_SECTIONS if family_of(config).vision else None)
+        said = "says" if "mrope_section" in rotation else "leaves it at"
         rotated = width if sections is None else 2 * sum(sections)
     if rotated != width:
         raise ValueError(
-            f"model {place}: config.json says mrope_section={sections}, which is half of {rotated} channels, and heads have "
+            f"model {place}: config.json {said} mrope_section={sections}, which is half of {rotated} channels, and heads have "
             f"{width}: one of them is another model's; copy config.json from the model that this one was trained from"
         )
 

@@ -49,8 +49,8 @@ class EndTokens:
         if words := [i for i in self.ids if i not in tokenizer.added_tokens_decoder]:
             places = ", ".join(place for place, ids in self.sources.items() if set(words) & set(ids))
             lines.append(
-                f"{model}: {places} says that completions end with {shown(words)}, which is ordinary text to the tokenizer: if "
-                "that is another model's, correct it"
+                f"{model}: {places} says that completions end with {shown(words)}, which is no control token of the tokenizer: "
+                "correct it if it is another model's"
             )
         return lines
 

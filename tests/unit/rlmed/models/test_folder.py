@@ -346,7 +346,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     ),
     "no sections of the rotation": (
         edit_text_config(rope_parameters={"rope_type": "default", "rope_theta": 10000.0}),
-        r"mrope_section=\[16, 24, 24\], which is half of 128 channels, and heads have 64",
+        r"leaves it at mrope_section=\[16, 24, 24\], which is half of 128 channels, and heads have 64",
     ),
     "pickled weights cut": (
         lambda folder: [
@@ -464,7 +464,7 @@ SETTLED: dict[str, tuple[Change, str]] = {
     ),
     "an end that is a word": (
         edit("generation_config.json", eos_token_id=[736, 65]),
-        r"generation_config\.json says that completions end with .* \(65\), which is ordinary text",
+        r"generation_config\.json says that completions end with .* \(65\), which is no control token",
     ),
     "the date": (
         lambda folder: (folder / "chat_template.jinja").write_text(
