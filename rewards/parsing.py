@@ -13,7 +13,7 @@ from rlmed.core.prefill import ANSWER_END as ANSWER_CLOSING
 from rlmed.core.prefill import THINK as _OPENING
 from rlmed.core.types import LETTERS
 
-_NO_REASONING = re.compile(r"<think>\s*</think>")
+_NO_REASONING = re.compile(r"(<think>\s*)?</think>")
 _MIDDLE = re.compile(r"</think>\s*<answer>")
 _WORD = re.compile(r"\w+")
 _EVALUATED = re.compile(r"<answer>\s*([A-Z])\s*</answer>")
@@ -34,7 +34,7 @@ def has_format(text: str) -> bool:
 def has_answer_format(text: str) -> bool:
     """True when the whole text is one answer in answer tags, white space and an empty reasoning before it aside.
 
-    The empty reasoning is what chat templates write that switch reasoning off.
+    The empty reasoning, or its closing tag alone, is what chat templates write that switch reasoning off.
     """
     text = text.strip()
     if empty := _NO_REASONING.match(text):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 TEMPLATE_FILE = "chat_template.jinja"
 OLD_TEMPLATE_FILE = "chat_template.json"
 """Where older processors keep it; tokenizers don't look there."""
+PROCESSOR = "processor_config.json"
+"""Where some processors keep it."""
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 _ASKED, _ANSWERED = "What is shown?", "The liver is shown."
 """Turns of a conversation that shows what the template makes of it."""
@@ -38,23 +41,52 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
         raise ValueError(
             f"model {str(folder)!r} has no tokenizer.json: copy it from the model that it was trained from"
         )
-    for name in TOKENIZER_FILES:
+    for name in (*TOKENIZER_FILES, TEMPLATE_FILE):
         if (Path(folder) / name).is_file() and is_pointer(Path(folder) / name):
             raise ValueError(f"{Path(folder) / name} is damaged: {cause(Path(folder) / name, '')}")
+    written = Path(folder) / TEMPLATE_FILE
+    if written.is_file():
+        with foreign(f"{written} cannot be read", "Save it as UTF-8"):
+            written.read_text(encoding="utf-8")
     with foreign(
         f"the tokenizer of model {str(folder)!r} cannot be loaded",
         "Copy tokenizer.json and tokenizer_config.json from the model that it was trained from",
     ):
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    old = Path(folder) / OLD_TEMPLATE_FILE
-    if tokenizer.chat_template is None and old.is_file():
-        tokenizer.chat_template = read_json(old).get("chat_template")
+    if not written.is_file():
+        _take_processors_template(Path(folder), tokenizer)
+    if isinstance(tokenizer.chat_template, str):  # an editor's byte order mark would begin every prompt
+        tokenizer.chat_template = tokenizer.chat_template.removeprefix("\ufeff")
     return tokenizer
+
+
+def _take_processors_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a vision model's tokenizer the template of its processor, as transformers and vLLM do.
+
+    That in tokenizer_config.json is often one for text alone: tools that train language models write their own there.
+
+    Raises:
+        ValueError: when a file that may hold it is damaged, or what it holds is no template.
+    """
+    config = folder / "config.json"
+    vision = config.is_file() and "vision_config" in read_json(config)
+    for name in (OLD_TEMPLATE_FILE, PROCESSOR):
+        if not (folder / name).is_file() or not (template := read_json(folder / name).get("chat_template")):
+            continue
+        if not isinstance(template, str):
+            raise ValueError(
+                f"{folder / name} holds a {type(template).__name__} as chat_template where a text belongs: write the template "
+                f"into {TEMPLATE_FILE}"
+            )
+        if vision or tokenizer.chat_template is None:
+            tokenizer.chat_template = template
+            return
 
 
 def template_place(tokenizer: PreTrainedTokenizerBase) -> str:
     """Where a chat template is, for messages."""
-    return f"the chat template of model {tokenizer.name_or_path!r} ({TEMPLATE_FILE} or tokenizer_config.json)"
+    places = f"{TEMPLATE_FILE}, {OLD_TEMPLATE_FILE} or tokenizer_config.json"
+    return f"the chat template of model {tokenizer.name_or_path!r} ({places})"
 
 
 def render_chat(
@@ -65,9 +97,10 @@ def render_chat(
     Raises:
         ValueError: when the template cannot be rendered.
     """
+    parts = ", a list of image and text" if isinstance(messages[0]["content"], list) else ""
     with foreign(
         f"{template_place(tokenizer)} cannot be rendered",
-        "Correct it, or copy the one of the model that this one was trained from; it is given one user turn",
+        f"Correct it, or copy the one of the model that this one was trained from; it is given one user turn{parts}",
     ):
         return str(
             tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
@@ -85,16 +118,8 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
     None where it ends it otherwise, or takes no conversation that holds an answer.
     """
-    if tokenizer.chat_template is None:
-        return None
     names = template_tokens(tokenizer)
-    forms: tuple[Any, ...] = (_ANSWERED, [{"type": "text", "text": _ANSWERED}])
-    for content in forms:
-        turns = [{"role": "user", "content": _ASKED}, {"role": "assistant", "content": content}]
-        try:
-            text = render_chat(tokenizer, turns, add_generation_prompt=False)
-        except ValueError:  # of a template for a single question
-            continue
+    for _, text in _conversations(tokenizer):
         _, found, rest = text.rpartition(_ANSWERED)
         header = text.partition(_ASKED)[0]
         opening = max(
@@ -104,6 +129,33 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> str | None:
         if found and ends:
             return max(ends, key=len)
     return None
+
+
+def unopened_turn(tokenizer: PreTrainedTokenizerBase) -> str:
+    r"""What the chat template writes before an answer and does not write at the end of a prompt.
+
+    It is "" where prompts end as they should, and `<|im_start|>assistant\n`, for example, for a template that does not look at
+    `add_generation_prompt`: the model would have to begin its own turn. Tags of a reasoning don't count (`template_prefill`).
+    """
+    for prompt, text in _conversations(tokenizer):
+        before, found, _ = text.rpartition(_ANSWERED)
+        if found and before.startswith(prompt):
+            rest = before[len(prompt) :]
+            return rest if re.sub("|".join(TAGS), "", rest).strip() else ""
+    return ""
+
+
+def _conversations(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, str]]:
+    """A question as a prompt, and the same with its answer, as the template writes them in the forms that it takes."""
+    if tokenizer.chat_template is None:
+        return
+    for form in (str, lambda text: [{"type": "text", "text": text}]):
+        asked, answered = {"role": "user", "content": form(_ASKED)}, {"role": "assistant", "content": form(_ANSWERED)}
+        try:
+            prompt = render_chat(tokenizer, [asked], add_generation_prompt=True)
+            yield prompt, render_chat(tokenizer, [asked, answered], add_generation_prompt=False)
+        except ValueError:  # of a template for a single question
+            continue
 
 
 def template_prefill(tokenizer: PreTrainedTokenizerBase, text: str, without: str, content: str) -> str:

@@ -21,6 +21,8 @@ def prefill_of(turn: str) -> str:
         >>> prefill_of("assistant\n<think>\n")
         '<think>\n'
     """
+    if THINK not in turn and turn.rstrip().endswith(THINK_END):
+        return turn[turn.rindex(THINK_END) :]  # reasoning is switched off by its end alone
     start = turn.rfind(THINK) if THINK in turn else turn.rfind(ANSWER)
     # an answer that is closed already is an example, and no beginning
     return "" if start < 0 or ANSWER_END in turn[start:] else turn[start:]
@@ -45,6 +47,8 @@ def joined(prefill: str, written: str) -> str:
     if not prefill:
         return written
     own = written.lstrip()
+    if prefill.startswith(THINK_END) and own.startswith(THINK):
+        return own
     for tag in (THINK, ANSWER):
         if own.startswith(tag) and tag in prefill:
             return prefill[: prefill.rindex(tag)] + own

@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from rlmed.core.chat import OLD_TEMPLATE_FILE, TEMPLATE_FILE, template_place
+from rlmed.core.chat import OLD_TEMPLATE_FILE, PROCESSOR, TEMPLATE_FILE, template_place, unopened_turn
 from rlmed.core.damage import read_json
 from rlmed.core.foreign import foreign
 from rlmed.models.end_tokens import TOKENIZER_CONFIG, find_end_tokens
@@ -30,7 +30,9 @@ CONTROL_TOKENS = {
 """The token of the Qwen2-VL kind that each key of config.json means."""
 GRID = {"patch_size": "patch_size", "merge_size": "spatial_merge_size", "temporal_patch_size": "temporal_patch_size"}
 """Key of preprocessor_config.json and the same in config.json's vision_config."""
-PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
+PREPROCESSOR = "preprocessor_config.json"
+DEFAULT_SECTIONS = [16, 24, 24]
+"""Of the rotation, where config.json of a vision model does not name any."""
 
 
 def check_agreement(
@@ -59,18 +61,23 @@ def check_agreement(
     _check_positions(place, config)
     if image_processor is not None:
         _check_grid(place, config, image_processor)
-    doubts = [find_end_tokens(folder, config, tokenizer).doubt(tokenizer)]
+    doubts = find_end_tokens(folder, config, tokenizer).doubts(tokenizer)
     if Path(folder).is_dir():
         doubts += check_weight_files(folder)
         doubts += _told_twice(folder, config, tokenizer)
         if image_processor is not None:
             doubts += _processor_settings(folder, image_processor)
+    if opening := unopened_turn(tokenizer):
+        doubts.append(
+            f"{template_place(tokenizer)} begins an answer with {opening!r} and does not write that at the end of a prompt: "
+            "the model would have to write it itself, so let the template write it where add_generation_prompt is true"
+        )
     if "strftime_now" in str(tokenizer.chat_template):
         doubts.append(
             f"{template_place(tokenizer)} writes today's date: prompts, and so results, are other ones tomorrow; write a fixed "
             "date into it to be able to repeat a run"
         )
-    return [doubt for doubt in doubts if doubt]
+    return doubts
 
 
 def position_doubt(config: PreTrainedConfig, *, max_prompt_tokens: int, max_tokens: int) -> str | None:
@@ -91,6 +98,7 @@ def _check_architecture(place: str, config: PreTrainedConfig) -> None:
     expected = names[config.model_type]
     named = config.architectures or expected
     found = [str(name) for name in named] if isinstance(named, (list, tuple)) else [str(named)]
+    found = [name.removeprefix("FSDP") for name in found]  # that was written by trainers that have wrapped the model
     if expected not in found:
         raise ValueError(
             f"model {place}: config.json says architectures {', '.join(found)} and model_type {config.model_type}, which is "
@@ -127,11 +135,13 @@ def _check_positions(place: str, config: PreTrainedConfig) -> None:
     text = config.get_text_config().to_dict()
     width = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
     with foreign(f"model {place}: mrope_section in config.json cannot be read", "Copy config.json again"):
-        sections = (text.get("rope_parameters") or {}).get("mrope_section")
+        rotation = text.get("rope_parameters") or {}
+        sections = rotation.get("mrope_section", DEFAULT_SECTIONS if family_of(config).vision else None)
+        said = "says" if "mrope_section" in rotation else "leaves it at"
         rotated = width if sections is None else 2 * sum(sections)
     if rotated != width:
         raise ValueError(
-            f"model {place}: config.json says mrope_section={sections}, which is half of {rotated} channels, and heads have "
+            f"model {place}: config.json {said} mrope_section={sections}, which is half of {rotated} channels, and heads have "
             f"{width}: one of them is another model's; copy config.json from the model that this one was trained from"
         )
 
@@ -159,9 +169,10 @@ def _processor_settings(folder: Path, image_processor: BaseImageProcessor) -> It
     for name, said in files.items():
         size = said["size"] if isinstance(said.get("size"), dict) else {}
         for key, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
-            if said.get(key) is not None and size.get(edge) is not None and said[key] != size[edge]:
+            other = edge if edge in size else key  # older versions called it as they do outside of it
+            if said.get(key) is not None and size.get(other) is not None and said[key] != size[other]:
                 yield (
-                    f"{folder / name} says {key}={said[key]} and size.{edge}={size[edge]}: "
+                    f"{folder / name} says {key}={said[key]} and size.{other}={size[other]}: "
                     f"{image_processor.size[edge]} is used; model.{key} overrules both"
                 )
     if len(files) == 2:
@@ -187,33 +198,50 @@ def _told_twice(folder: Path, config: PreTrainedConfig, tokenizer: PreTrainedTok
                 yield (
                     f"{folder / CONFIG_FILE} says {key}={content[key]} and text_config.{key}={inner[key]}: {used[key]} is used"
                 )
+    bases = dict(_rotation_bases(content))
+    if len({*bases.values()}) > 1:
+        said = " and ".join(f"{key}={value}" for key, value in bases.items())
+        yield f"{folder / CONFIG_FILE} says {said}: {used['rope_parameters']['rope_theta']} is used"
+
+
+def _rotation_bases(content: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
+    """Every `rope_theta` of a config.json, by where it stands."""
+    if "rope_theta" in content:
+        yield f"{place}rope_theta", content["rope_theta"]
+    for key in ("rope_parameters", "rope_scaling", "text_config"):
+        if isinstance(content.get(key), dict):
+            yield from _rotation_bases(content[key], f"{place}{key}.")
 
 
 def _counts(key: str, value: Any) -> bool:
-    """Whether a key of config.json says something about the arithmetic; end tokens are compared elsewhere."""
-    return isinstance(value, (int, float)) and not key.endswith(("_token_id", "_cache", "tie_word_embeddings"))
+    """Whether a key of config.json says something about the arithmetic.
+
+    End tokens are compared elsewhere, and the window of an attention is used by no model that is supported.
+    """
+    ignored = ("_token_id", "_cache", "tie_word_embeddings", "sliding_window", "max_window_layers")
+    return isinstance(value, (int, float)) and not key.endswith(ignored)
 
 
 def _templates(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     found: dict[str, Any] = {}
     if (folder / TEMPLATE_FILE).is_file():
-        found[TEMPLATE_FILE] = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+        found[TEMPLATE_FILE] = (folder / TEMPLATE_FILE).read_text(encoding="utf-8-sig")
     for name in (TOKENIZER_CONFIG, OLD_TEMPLATE_FILE, PROCESSOR):
         if (folder / name).is_file() and (template := read_json(folder / name).get("chat_template")):
             found[name] = template
-    used = tokenizer.chat_template
-    others = [name for name, template in found.items() if _stripped(template) != _stripped(used)]
+    used = _default(tokenizer.chat_template)
+    others = [name for name, template in found.items() if _default(template) != used]
     if others:
         owner = next((name for name in found if name not in others), "the tokenizer's")
         yield f"model {str(folder)!r} has another chat template in {', '.join(others)} than in {owner}: {owner} is used"
 
 
-def _stripped(template: Any) -> Any:
-    """A template, or several by name, without what transformers drops."""
+def _default(template: Any) -> Any:
+    """The template that is used of one or several by name, without the white space that transformers drops."""
     if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}
+        template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
     if isinstance(template, dict):
-        return {name: _stripped(entry) for name, entry in template.items()}
+        template = template.get("default")
     return template.strip() if isinstance(template, str) else template
 
 

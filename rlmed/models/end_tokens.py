@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,17 +35,24 @@ class EndTokens:
         """All of them: a completion that any source would end must not go on until it is cut."""
         return tuple(sorted({token_id for ids in self.sources.values() for token_id in ids}))
 
-    def doubt(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
-        """A line where tokenizer or template name one that generation_config.json does not; None where all agree."""
-        generation, *others = self.sources.values()
-        if {i for ids in others for i in ids} <= set(generation):
-            return None
+    def doubts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """A line where tokenizer or template name one that generation_config.json does not, and one for ends that are words."""
 
-        def shown(ids: tuple[int, ...]) -> str:
+        def shown(ids: Iterable[int]) -> str:
             return ", ".join(f"{tokenizer.convert_ids_to_tokens(i)} ({i})" for i in ids) or "none"
 
-        named = "; ".join(f"{place}: {shown(ids)}" for place, ids in self.sources.items())
-        return f"model {tokenizer.name_or_path!r} names its end tokens differently ({named}): each of them ends a completion"
+        model, (generation, *others) = f"model {tokenizer.name_or_path!r}", self.sources.values()
+        lines = []
+        if not {i for ids in others for i in ids} <= set(generation):
+            named = "; ".join(f"{place}: {shown(ids)}" for place, ids in self.sources.items())
+            lines.append(f"{model} names its end tokens differently ({named}): each of them ends a completion")
+        if words := [i for i in self.ids if i not in tokenizer.added_tokens_decoder]:
+            places = ", ".join(place for place, ids in self.sources.items() if set(words) & set(ids))
+            lines.append(
+                f"{model}: {places} says that completions end with {shown(words)}, which is no control token of the tokenizer: "
+                "correct it if it is another model's"
+            )
+        return lines
 
 
 def find_end_tokens(

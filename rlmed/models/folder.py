@@ -38,7 +38,10 @@ def check_folder(folder: Path) -> None:
     """
     _refuse_adapter(folder)
     if not (folder / CONFIG_FILE).is_file():
-        raise ValueError(f"{folder} is no Hugging Face model folder: config.json is missing")
+        # of a run, of the hub's cache, of an archive that was unpacked into a folder of its name
+        inner = sorted({path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{CONFIG_FILE}")})
+        near = f"; {inner[-1]} is one" if inner else ""
+        raise ValueError(f"{folder} is no Hugging Face model folder: config.json is missing{near}")
     contents = {name: read_json(folder / name) for name in JSON_FILES if (folder / name).is_file()}
     _refuse_quantization(folder, contents[CONFIG_FILE])
     for name, content in contents.items():

@@ -17,21 +17,22 @@ from transformers import (
     PreTrainedModel,
 )
 
+from rlmed.core.damage import read_json
 from rlmed.core.foreign import foreign
 from rlmed.core.near_paths import near_path
 from rlmed.core.types import Prompt
 from rlmed.models.attention import ATTENTION_NAME, AttentionLayout
 from rlmed.models.end_tokens import find_end_tokens
 from rlmed.models.families import family_of, unsampleable_token_ids
-from rlmed.models.folder import check_folder
+from rlmed.models.folder import CONFIG_FILE, check_folder
 from rlmed.models.fused import use_fused_layers
 from rlmed.models.linear import use_fast_linears
 from rlmed.models.logprobs import chunked_logprobs, frozen_logprobs, masked_logits
 from rlmed.models.logs import quiet_loading
 from rlmed.models.products import settle_products
-from rlmed.models.weight_files import check_weight_files, own_head_differs
+from rlmed.models.weight_files import HEAD, check_weight_files, own_head_differs
 
-COMPUTED_BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".position_ids")
+COMPUTED_BUFFERS = (".inv_freq", ".attn.bias", ".attn.masked_bias", ".position_ids")
 """In the weight files of older versions; models compute them."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -213,6 +214,11 @@ def _check_loaded(folder: Path, found: Mapping[str, Collection[Any]], *, tied: b
             f"({len(reshaped)} parameters differ): {cure}"
         )
     if absent := sorted(found["missing_keys"]):
+        if absent == [HEAD]:
+            cure = (
+                "config.json does not say that its token embeddings are the vocabulary projection too: set tie_word_embeddings "
+                "to true if they are, else copy or download the folder again"
+            )
         raise ValueError(
             f"model {str(folder)!r} has no weights for {len(absent)} parameters of its config.json, the first is {absent[0]}: "
             f"{cure}"
@@ -229,9 +235,11 @@ def _check_loaded(folder: Path, found: Mapping[str, Collection[Any]], *, tied: b
             f"is {unknown[0]}: {cure}"
         )
     if tied and folder.is_dir() and own_head_differs(folder):
+        text = read_json(folder / CONFIG_FILE).get("text_config")
+        within = "text_config." if isinstance(text, dict) and text.get("tie_word_embeddings") else ""
         raise ValueError(
-            f"model {str(folder)!r}: config.json says tie_word_embeddings=true, and the weights hold an lm_head.weight that is "
-            "not the token embeddings: set tie_word_embeddings to false if it was trained apart, else remove lm_head.weight"
+            f"model {str(folder)!r}: config.json says {within}tie_word_embeddings=true, and the weights hold an lm_head.weight "
+            "that is not the token embeddings: set it to false if it was trained apart, else remove lm_head.weight"
         )
 
 

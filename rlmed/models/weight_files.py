@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import struct
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import safe_open
 
 from rlmed.core.damage import cause, read_json
+from rlmed.core.foreign import foreign
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED = "pytorch_model*.bin"
 NOT_QUANTIZED = frozenset({"F64", "F32", "F16", "BF16", "I64", "BOOL"})
 """Floats, and what buffers are stored as."""
+UNQUANTIZED = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool})
+"""The same as torch calls them."""
+HEAD = "lm_head.weight"
 _MAX_HEADER = 100 * 2**20
 
 Header = Mapping[str, Mapping[str, Any]]
@@ -32,32 +38,24 @@ def check_weight_files(folder: Path) -> list[str]:
         ValueError: when files are missing, damaged, of two models, or hold no floats.
     """
     shards = sorted(path.name for path in folder.glob("*.safetensors"))
+    if pickled := _pickled_files(folder):
+        return _check_pickled(folder, pickled, shards)
     if not shards:
-        _check_there_are_weights(folder)
-        return []
-    indexed: list[str] = []
+        _complain_of_no_weights(folder)
+    used: list[str] = [WHOLE]
     doubts: list[str] = []
     if (folder / INDEX).is_file():
-        if WHOLE in shards:
-            raise ValueError(
-                f"{folder} holds the weights twice, in {WHOLE} and in the files that {INDEX} names, and they need not be the "
-                "same: keep one and remove the other"
-            )
-        indexed = _check_index(folder, shards, doubts)
+        used = _files_by_index(folder, shards, doubts)
     elif WHOLE not in shards:
         raise ValueError(
             f"{folder} holds {', '.join(shards)}, and neither {WHOLE} nor {INDEX}, which says what is in which file: copy or "
             "download it again"
         )
-    used = indexed or [WHOLE]
     for name in used:
         for tensor, entry in read_header(folder / name).items():
             if entry["dtype"] not in NOT_QUANTIZED:
-                raise ValueError(
-                    f"{folder / name} holds {tensor} as {entry['dtype']}: the weights are quantized, and rlmed trains and "
-                    "evaluates float weights only; use the model in bfloat16 or float32 that it was made from"
-                )
-    others = sorted({*shards, *(path.name for path in folder.glob("pytorch_model*.bin"))} - set(used))
+                _complain_of_quantization(folder / name, tensor, entry["dtype"])
+    others = sorted({*shards, *(path.name for path in folder.glob(PICKLED))} - set(used))
     if others:
         read = used[0] if len(used) == 1 else f"the files that {INDEX} names"
         doubts.append(f"model {str(folder)!r}: its weights are read from {read}; {', '.join(others)} are passed over")
@@ -69,19 +67,21 @@ def own_head_differs(folder: Path) -> bool:
 
     For a model whose config.json says that they are one: transformers takes one of them and drops the other without a word.
     """
-    found = {
-        name: path
-        for path in folder.glob("*.safetensors")
-        for name in read_header(path)
-        if name == "lm_head.weight" or name.endswith("embed_tokens.weight")
-    }
-    if len(found) != 2 or "lm_head.weight" not in found:
+    tensors: dict[str, torch.Tensor] = {}
+    for path in _pickled_files(folder):
+        tensors |= {name: tensor for name, tensor in _read_pickled(path).items() if _is_of_vocabulary(name)}
+    if not tensors:
+        for path in folder.glob("*.safetensors"):
+            if names := [name for name in read_header(path) if _is_of_vocabulary(name)]:
+                with safe_open(path, framework="pt") as file:
+                    tensors |= {name: file.get_tensor(name) for name in names}
+    if len(tensors) != 2 or HEAD not in tensors:
         return False
-    tensors = []
-    for name, path in found.items():
-        with safe_open(path, framework="pt") as file:
-            tensors.append(file.get_tensor(name).float())
-    return not torch.equal(*tensors)
+    return not torch.equal(*(tensor.float() for tensor in tensors.values()))
+
+
+def _is_of_vocabulary(name: str) -> bool:
+    return name == HEAD or name.endswith("embed_tokens.weight")
 
 
 def read_header(path: Path) -> Header:
@@ -110,9 +110,41 @@ def read_header(path: Path) -> Header:
     return header
 
 
-def _check_there_are_weights(folder: Path) -> None:
-    if any(folder.glob("pytorch_model*.bin")):
-        return
+def _pickled_files(folder: Path) -> list[Path]:
+    """The files that PyTorch wrote, where the weights are read from them: transformers takes safetensors first."""
+    if (folder / WHOLE).is_file() or (folder / INDEX).is_file():
+        return []
+    return sorted(folder.glob(PICKLED))
+
+
+def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file that PyTorch wrote; their values stay on the disk where its format allows that."""
+    with foreign(
+        f"the weights of model {str(path.parent)!r} cannot be loaded: {path.name}", "Copy or download it again"
+    ):
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        return {name: tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
+
+
+def _check_pickled(folder: Path, pickled: list[Path], shards: list[str]) -> list[str]:
+    for path in pickled:
+        for name, tensor in _read_pickled(path).items():
+            if tensor.dtype not in UNQUANTIZED:
+                _complain_of_quantization(path, name, str(tensor.dtype).removeprefix("torch."))
+    if not shards:
+        return []
+    read = ", ".join(path.name for path in pickled)
+    return [f"model {str(folder)!r}: its weights are read from {read}; {', '.join(shards)} are passed over"]
+
+
+def _complain_of_quantization(path: Path, tensor: str, dtype: str) -> NoReturn:
+    raise ValueError(
+        f"{path} holds {tensor} as {dtype}: the weights are quantized, and rlmed trains and evaluates float weights only; use "
+        "the model in bfloat16 or float32 that it was made from"
+    )
+
+
+def _complain_of_no_weights(folder: Path) -> NoReturn:
     others = sorted(
         path.name for pattern in ("*.gguf", "*.bin", "*.pt", "*.pth", "*.npz") for path in folder.glob(pattern)
     )
@@ -123,12 +155,25 @@ def _check_there_are_weights(folder: Path) -> None:
     )
 
 
-def _check_index(folder: Path, shards: list[str], doubts: list[str]) -> list[str]:
-    """The shards that the index names, each of which holds just what the index says."""
-    index = read_json(folder / INDEX)
-    places = index.get("weight_map")
+def _files_by_index(folder: Path, shards: list[str], doubts: list[str]) -> list[str]:
+    """The files that the weights are read from where there is an index: transformers looks for the whole file first."""
+    places = read_json(folder / INDEX).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise ValueError(f"{folder / INDEX} is damaged: it has no weight_map; copy or download it again")
+    named = set(places.values())
+    if WHOLE in shards and named != {WHOLE}:
+        if named & set(shards):
+            raise ValueError(
+                f"{folder} holds the weights twice, in {WHOLE} and in the files that {INDEX} names, and they need not be the "
+                "same: keep one and remove the other"
+            )
+        doubts.append(f"{folder / INDEX} names files that are not there: the weights are read from {WHOLE}")
+        return [WHOLE]
+    return _check_index(folder, places, shards, doubts)
+
+
+def _check_index(folder: Path, places: Mapping[str, str], shards: list[str], doubts: list[str]) -> list[str]:
+    """The shards that the index names, each of which holds just what the index says."""
     named = sorted(set(places.values()))
     absent = [name for name in named if name not in shards]
     if absent:
@@ -147,7 +192,7 @@ def _check_index(folder: Path, shards: list[str], doubts: list[str]) -> list[str
                 f"{folder}: {one} has {odd[0]} in {name}, and {other} does not ({len(odd)} tensors differ): the files are of "
                 "two models; copy or download the folder again"
             )
-    metadata = index.get("metadata")
+    metadata = read_json(folder / INDEX).get("metadata")
     said = metadata.get("total_size") if isinstance(metadata, dict) else None
     if said is not None and said != size:
         doubts.append(f"{folder / INDEX}: total_size is {said} bytes, and its files hold {size}; every tensor is there")

@@ -15,6 +15,8 @@ from rlmed.core.prefill import joined, opens_thinking, prefill_of, remaining
         ("assistant\n<think>", "<think>"),
         ("assistant\n<think>\n", "<think>\n"),
         ("assistant\n<think>\n\n</think>\n\n", "<think>\n\n</think>\n\n"),
+        ("assistant\n</think>\n\n", "</think>\n\n"),
+        ("assistant\nnever </think> there", ""),
         ("assistant\n<answer>", "<answer>"),
         ("assistant\n<think></think><answer>", "<think></think><answer>"),
         ("assistant\nLet me see. <think>\nFirst, ", "<think>\nFirst, "),
@@ -40,6 +42,7 @@ def test_where_a_completion_begins(turn: str, expected: str) -> None:
         # reasoning is switched off: answered at once, or reasoned all the same
         ("<think>\n\n</think>\n\n", "<answer>B</answer>", ""),
         ("<think>\n\n</think>\n\n", "<think>x</think><answer>B</answer>", "x"),
+        ("</think>\n\n", "<think>x</think><answer>B</answer>", "x"),
         ("<think></think><answer>", "B</answer>", ""),
         ("<think></think><answer>", "<answer>B</answer>", ""),
         ("<think>\nFirst, ", "x</think><answer>B</answer>", "First, x"),
@@ -60,13 +63,16 @@ def test_both_halves_are_judged(prefill: str, written: str, reasoning: str) -> N
         ("<think>", "x</think> so <answer>B</answer>"),
         ("<answer>", "B</answer>"),
         ("<think></think>", "B"),
+        ("</think>\n\n", "x<answer>B</answer>"),
     ],
 )
 def test_a_prefill_alone_makes_no_format(prefill: str, written: str) -> None:
     assert not has_format(joined(prefill, written))
 
 
-@pytest.mark.parametrize("prefill", ["", "<answer>", "<think>\n\n</think>\n\n", "<think></think><answer>"])
+@pytest.mark.parametrize(
+    "prefill", ["", "<answer>", "<think>\n\n</think>\n\n", "</think>\n\n", "<think></think><answer>"]
+)
 def test_the_answer_format_does_not_mind_that_reasoning_is_switched_off(prefill: str) -> None:
     assert has_answer_format(joined(prefill, remaining(prefill, "<answer>B</answer>")))
     assert not has_answer_format(joined(prefill, "B</answer> indeed"))
@@ -87,6 +93,8 @@ def test_the_answer_format_does_not_mind_that_reasoning_is_switched_off(prefill:
         ("<think>\n\n</think>\n\n", "<answer>B</answer>", "<answer>B</answer>"),
         ("<think>\n\n</think>\n\n", "<think></think>\n<answer>B</answer>", "<answer>B</answer>"),
         ("<think>\n\n</think>\n\n", "<think>x</think><answer>B</answer>", "<think>x</think><answer>B</answer>"),
+        ("</think>\n\n", "<answer>B</answer>", "<answer>B</answer>"),
+        ("</think>\n\n", "<think>x</think><answer>B</answer>", "<think>x</think><answer>B</answer>"),
         ("<answer>", "<answer>B</answer>", "B</answer>"),
         ("<think></think><answer>", "<answer>B", "B"),
     ],

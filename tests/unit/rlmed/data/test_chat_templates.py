@@ -94,7 +94,8 @@ def test_a_template_that_minds_one_question_costs_that_row_alone(base_copy, exam
 
 
 @pytest.mark.parametrize(
-    "prefill", ["", "<think>", "<think>\n", "<think>\n\n</think>\n\n", "<answer>", "<think></think><answer>"]
+    "prefill",
+    ["", "<think>", "<think>\n", "<think>\n\n</think>\n\n", "</think>\n\n", "<answer>", "<think></think><answer>"],
 )
 def test_what_the_template_has_written_of_the_completion(base_copy, example, prefill):
     renderer = renderer_of(base_copy, TURNS + opening(prefill))
@@ -111,6 +112,7 @@ def test_what_the_template_has_written_of_the_completion(base_copy, example, pre
         ("", PAPER_TEMPLATE, False),
         ("<think>\n", PAPER_TEMPLATE, False),
         ("<think>\n\n</think>\n\n", PAPER_TEMPLATE, True),
+        ("</think>\n\n", PAPER_TEMPLATE, True),
         ("<answer>", PAPER_TEMPLATE, True),
         ("<answer>", "{question} Only <answer>A</answer>", False),
         ("<think></think>", "{question} Only <answer>A</answer>", False),

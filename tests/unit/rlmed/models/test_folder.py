@@ -91,6 +91,11 @@ def pickled(folder: Path) -> None:
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
 
 
+def only_pickled(folder: Path) -> None:
+    pickled(folder)
+    (folder / "model.safetensors").unlink()
+
+
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 8185360\n"
 WEIGHT = "model.layers.0.mlp.up_proj.weight"
 LORA = {"peft_type": "LORA", "base_model_name_or_path": "Qwen/Qwen2-VL-2B-Instruct"}
@@ -150,6 +155,10 @@ REFUSED: dict[str, tuple[Change, str]] = {
         edit_weights(lambda weights: weights.update({WEIGHT: weights[WEIGHT].to(torch.int8)})),
         rf"{WEIGHT} as I8: the weights are quantized",
     ),
+    "pickled weights as integers": (
+        both(edit_weights(lambda weights: weights.update({WEIGHT: weights[WEIGHT].to(torch.int8)})), only_pickled),
+        rf"pytorch_model\.bin holds {WEIGHT} as int8: the weights are quantized",
+    ),
     # own code
     "a model's own code": (
         edit("config.json", auto_map={"AutoModel": "modeling_x.XModel"}),
@@ -207,6 +216,12 @@ REFUSED: dict[str, tuple[Change, str]] = {
         lambda folder: (folder / "model.safetensors").rename(folder / "model-q4.gguf"),
         r"no model\.safetensors.*model-q4\.gguf cannot be read",
     ),
+    # the template's file
+    "a template in another encoding": (
+        write("chat_template.jinja", "{# ü #}".encode("latin-1")),
+        r"chat_template\.jinja cannot be read: .*Save it as UTF-8",
+    ),
+    "a template as Git's pointer": (write("chat_template.jinja", POINTER), r"chat_template\.jinja .*git lfs pull"),
     # index and shards
     "a shard is missing": (
         shard(lambda folder, index: (folder / "model-00002-of-00002.safetensors").unlink()),
@@ -262,9 +277,24 @@ REFUSED: dict[str, tuple[Change, str]] = {
         edit_weights(lambda weights: weights.update({"lm_head.weight": weights["model.embed_tokens.weight"] + 1})),
         r"tie_word_embeddings=true, and the weights hold an lm_head\.weight",
     ),
+    "a head of its own that text_config ties": (
+        both(
+            edit("config.json", tie_word_embeddings=False),
+            edit_text_config(tie_word_embeddings=True),
+            edit_weights(lambda weights: weights.update({"lm_head.weight": weights["model.embed_tokens.weight"] + 1})),
+        ),
+        r"config\.json says text_config\.tie_word_embeddings=true, and the weights hold an lm_head\.weight",
+    ),
+    "a pickled head of its own that config.json ties": (
+        both(
+            edit_weights(lambda weights: weights.update({"lm_head.weight": weights["model.embed_tokens.weight"] + 1})),
+            only_pickled,
+        ),
+        r"tie_word_embeddings=true, and the weights hold an lm_head\.weight",
+    ),
     "a head that is not there": (
         edit("config.json", tie_word_embeddings=False),
-        r"no weights for 1 parameters .*lm_head\.weight",
+        r"no weights for 1 parameters .*lm_head\.weight: .*set tie_word_embeddings to true",
     ),
     # the tokenizer against config.json
     "another tokenizer": (edit_text_config(vocab_size=700), r"as token 747, and vocab_size in config\.json is 700"),
@@ -314,6 +344,10 @@ REFUSED: dict[str, tuple[Change, str]] = {
         ),
         r"mrope_section=\[16, 24, 24\], which is half of 128 channels, and heads have 64",
     ),
+    "no sections of the rotation": (
+        edit_text_config(rope_parameters={"rope_type": "default", "rope_theta": 10000.0}),
+        r"leaves it at mrope_section=\[16, 24, 24\], which is half of 128 channels, and heads have 64",
+    ),
     "pickled weights cut": (
         lambda folder: [
             pickled(folder),
@@ -355,6 +389,12 @@ SETTLED: dict[str, tuple[Change, str]] = {
         lambda folder: save_file({"x": torch.zeros(1)}, folder / "extra.safetensors"),
         r"extra\.safetensors are passed over",
     ),
+    "an index of files that are not there": (
+        lambda folder: edit("model.safetensors.index.json", weight_map={"x": "model-00001-of-00002.safetensors"})(
+            folder
+        ),
+        r"index\.json names files that are not there: the weights are read from model\.safetensors",
+    ),
     "total size": (
         shard(lambda folder, index: index["metadata"].update(total_size=7)),
         r"total_size is 7 bytes, and its files hold \d+",
@@ -362,6 +402,10 @@ SETTLED: dict[str, tuple[Change, str]] = {
     "two templates": (
         edit("tokenizer_config.json", chat_template="another"),
         r"another chat template in tokenizer_config\.json than in chat_template\.jinja: chat_template\.jinja is used",
+    ),
+    "the older processors' templates, which cannot be read": (
+        edit("chat_template.json", chat_template=["another"]),
+        r"in chat_template\.json than in",
     ),
     "the older processors' template": (
         edit("chat_template.json", chat_template="another"),
@@ -374,6 +418,12 @@ SETTLED: dict[str, tuple[Change, str]] = {
     "pixels": (
         edit("preprocessor_config.json", min_pixels=784),
         r"min_pixels=784 and size\.shortest_edge=3136: \d+ is used; model\.min_pixels overrules",
+    ),
+    "pixels as older versions wrote them": (
+        edit(
+            "preprocessor_config.json", max_pixels=6272, min_pixels=3136, size={"max_pixels": 12544, "min_pixels": 3136}
+        ),
+        r"max_pixels=6272 and size\.max_pixels=12544: 6272 is used; model\.max_pixels overrules",
     ),
     "two image processors": (
         lambda folder: edit(
@@ -398,9 +448,23 @@ SETTLED: dict[str, tuple[Change, str]] = {
         edit("config.json", rms_norm_eps=1e-5),
         r"rms_norm_eps=1e-05 and text_config\.rms_norm_eps=1e-06: 1e-06 is used",
     ),
+    "the base of the rotation": (
+        edit("config.json", rope_theta=1000000.0),
+        r"rope_theta=1000000\.0 and text_config\.rope_parameters\.rope_theta=10000\.0: 10000\.0 is used",
+    ),
     "an adapter in a folder within": (
         lambda folder: [(folder / "checkpoint-5").mkdir(), edit("checkpoint-5/adapter_config.json", **LORA)(folder)],
         r"adapter in checkpoint-5 is passed over",
+    ),
+    "a turn that is not opened": (
+        lambda folder: (path := folder / "chat_template.jinja").write_text(
+            path.read_text().partition("{%- if add_generation_prompt %}")[0]
+        ),
+        r"begins an answer with '<\|im_start\|>assistant\\n' and does not .*let the template write it where add_generation",
+    ),
+    "an end that is a word": (
+        edit("generation_config.json", eos_token_id=[736, 65]),
+        r"generation_config\.json says that completions end with .* \(65\), which is no control token",
     ),
     "the date": (
         lambda folder: (folder / "chat_template.jinja").write_text(
@@ -424,6 +488,18 @@ def test_what_is_settled_and_said(base_copy, caplog, name):
 HARMLESS: dict[str, Change] = {
     "as it ships": lambda folder: None,
     "shards": shard(),
+    "an index of the whole file": lambda folder: edit(
+        "model.safetensors.index.json",
+        metadata={},
+        weight_map=dict.fromkeys(load_file(folder / "model.safetensors"), "model.safetensors"),
+    )(folder),
+    "the name of a wrapped model": edit("config.json", architectures=["FSDPQwen2VLForConditionalGeneration"]),
+    "buffers that are computed": edit_weights(
+        lambda weights: weights.update({"visual.rotary_pos_emb.inv_freq": torch.zeros(16)})
+    ),
+    "weights without metadata": lambda folder: save_file(
+        load_file(folder / "model.safetensors"), folder / "model.safetensors"
+    ),
     "a head that repeats the embeddings": edit_weights(
         lambda weights: weights.update({"lm_head.weight": weights["model.embed_tokens.weight"].clone()})
     ),
@@ -432,9 +508,16 @@ HARMLESS: dict[str, Change] = {
         edit_weights(lambda weights: weights.update({"lm_head.weight": weights["model.embed_tokens.weight"] + 1})),
     ),
     "pixels alone": edit("preprocessor_config.json", size=None, min_pixels=3136, max_pixels=12544),
+    "a template with a byte order mark": lambda folder: (folder / "chat_template.jinja").write_bytes(
+        b"\xef\xbb\xbf" + (folder / "chat_template.jinja").read_bytes()
+    ),
     "the same template twice": lambda folder: edit(
         "tokenizer_config.json", chat_template=(folder / "chat_template.jinja").read_text() + "\n"
     )(folder),
+    "templates in a folder": lambda folder: [
+        (folder / "additional_chat_templates").mkdir(),
+        write("additional_chat_templates/tool_use.jinja", "tools")(folder),
+    ],
     "templates by name": lambda folder: [
         edit(
             "tokenizer_config.json",
@@ -475,6 +558,17 @@ def test_more_tokens_than_positions_are_said(base_copy, prompt, completion, said
     assert not said or re.search(
         r"max_prompt_tokens=3585 and 512 .* 4096 positions .*lower data\.max_prompt_tokens", doubt
     )
+
+
+@pytest.mark.parametrize("within", ["checkpoints/step-000300", "snapshots/895c3a49", "Qwen2-VL-2B-Instruct"])
+def test_the_folder_within_is_named(base_copy, tmp_path, within):
+    folder = tmp_path / "given" / within
+    folder.parent.mkdir(parents=True)
+    base_copy.rename(folder)
+    with pytest.raises(
+        ValueError, match=rf"given is no Hugging Face model folder: .*; {re.escape(str(folder))} is one"
+    ):
+        load_config(tmp_path / "given")
 
 
 def test_a_file_is_no_folder(base_copy):
