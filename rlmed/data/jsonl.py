@@ -18,6 +18,7 @@ from rlmed.data.choices import Choice, choose
 from rlmed.data.images import BadImageError, check_image
 from rlmed.data.option_sources import is_nothing, read_options, unique_keys
 from rlmed.data.rows import BadRowError as BadRowError
+from rlmed.data.rows import as_object
 from rlmed.data.rows import shorten as shorten
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -150,10 +151,7 @@ def parse_row(row: Any, default: str, folder: Folder) -> tuple[str, Example | st
     """
     name = default
     try:
-        if isinstance(row, BadRowError):
-            raise row
-        if not isinstance(row, dict):
-            raise BadRowError(f"it is no JSON object but {shorten(row)}")
+        row = as_object(row)
         name = _row_id(row, default)
         choice = _choice(row)
         completion = None if row.get("completion") is None else _text(row, "completion")
