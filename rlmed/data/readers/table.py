@@ -13,7 +13,7 @@ from rlmed.core.types import LETTERS
 from rlmed.data.choices import choose, written_answer
 from rlmed.data.images import BadImageError
 from rlmed.data.jsonl import BadRowError, shorten
-from rlmed.data.option_sources import Options, is_nothing, parse_options, read_options
+from rlmed.data.option_sources import Options, is_nothing, parse_options, plain_option, read_options
 from rlmed.data.readers.base import Option, Skipped, SourceImage, SourceRow
 from rlmed.data.readers.image_files import Images
 
@@ -226,13 +226,12 @@ def as_text(value: Any, what: str) -> str:
 
 
 def option_text(value: Any, what: str = "option") -> str:
-    """As `as_text`; "" also for what pandas writes for a cell that is not there.
+    """As `as_text`, and then `plain_option`.
 
     Raises:
         BadRowError: for another type.
     """
-    text = as_text(value, what)
-    return "" if text.casefold() in ("nan", "<na>") else text
+    return plain_option(as_text(value, what))
 
 
 def named_image(columns: Columns, images: Images) -> ImageOf:
