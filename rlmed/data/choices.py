@@ -196,7 +196,10 @@ class _Shown:
         if not (lettered and self.labelled):
             return found
         # those that bring a letter are called by it alone
-        return [found[0], *(_Naming(one.how, {k: v for k, v in one.places.items() if k not in own}) for one in found[1:])]
+        return [
+            found[0],
+            *(_Naming(one.how, {k: v for k, v in one.places.items() if k not in own}) for one in found[1:]),
+        ]
 
     def claims(self, answer: str, form: Form) -> list[Claim]:
         """Every reading of an answer that is no place."""
@@ -251,7 +254,7 @@ class _Shown:
         """What a number may mean, or a letter of another alphabet."""
         latin = look_alike(answer)
         if latin != answer and self.claims(latin, "any"):
-            return f"; it is written {ascii(answer)}, which only looks like {latin!r}"
+            return f"; it is written {answer!a}, which only looks like {latin!r}"
         meant = [
             f"{how} it is {shorten(self.text(place))}"
             for first in (0, 1)

@@ -130,6 +130,12 @@ class Columns:
             raise ValueError(f"{table} has no column for --column {absent[0]}; its columns: {_listed(header)}")
         lowered = {name.strip().lower(): name for name in reversed(header)}
         found = {field: lowered[name] for field, names in FIELDS.items() for name in reversed(names) if name in lowered}
+        for field in found.keys() - given.keys():
+            alike = [name for name in header if name.strip().lower() == found[field].strip().lower()]
+            if len(alike) > 1:
+                raise ValueError(
+                    f"{table} has more than one column of {field}, {shorten(alike)}: name it with --column"
+                )
         names = {**found, **{field: name for field, name in given.items() if field in FIELDS}}
         named = {letter: given[field] for letter, field in zip(LETTERS, OPTION_FIELDS, strict=True) if field in given}
         if not named and "options" not in names:
@@ -140,7 +146,7 @@ class Columns:
             missing.append("options")
         if missing:
             raise ValueError(
-                f"{table} has no column for {', '.join(missing)}: name it with --column {missing[0]}=NAME. "
+                f"{table} has no column for {', '.join(missing)}: {_parting(header) or f'name it with --column {missing[0]}=NAME'}. "
                 f"Its columns: {_listed(header)}"
             )
         return cls(names, options, letters, answer_index)
@@ -274,6 +280,14 @@ def _option_columns(table: str, header: Sequence[str]) -> dict[str, str]:
                 )
         return dict(sorted(found))
     return {}
+
+
+def _parting(header: Sequence[str]) -> str:
+    """The cure for a header that was parted by another mark than its own; "" for any other."""
+    if header[0].strip().lower().startswith("sep="):
+        return "remove the first line, which is Excel's own"
+    marks = ["tab" if mark == "\t" else mark for mark in ",;|\t" if len(header) == 1 and mark in header[0]]
+    return f"name what parts it with --delimiter {marks[0]!r}" if marks else ""
 
 
 def _listed(header: Sequence[str]) -> str:

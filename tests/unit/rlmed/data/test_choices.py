@@ -146,7 +146,7 @@ def test_by_name(options, answer, right):
         (["2. spleen", "1. liver"], "B", "'spleen' by its place", "'liver' by its place in the source"),
         ({"1": "liver", "3": "spleen", "4": "kidney"}, "B", "'spleen' by its place", "missing by its place in the source"),
         (["liver", "\u200b", "spleen", "kidney"], "C", "'kidney' by its place", "'spleen' by its place in the source"),
-        (["none of these", "A. liver", "B. spleen"], "C", "'none of these' by its place", "'spleen' by its place in the source"),
+        (["none of these", "A. liver", "B. spleen"], "C", "'none of these' by its place", "'spleen' by its place in"),
         (["C) kidney", "spleen", "A) liver"], "A", "'A) liver' by the options' own", "'C) kidney' by its place"),
         ({"A": "B. spleen", "B": "A. liver", "C": "x"}, "A", "'spleen' by its key", "'liver' by the options' own letters"),
         ({"first": "liver", "second": None, "third": "spleen"}, "B", "'spleen' by its place", "missing by its place in"),
