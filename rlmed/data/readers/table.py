@@ -145,10 +145,8 @@ class Columns:
         if options_required and not options and "options" not in names:
             missing.append("options")
         if missing:
-            raise ValueError(
-                f"{table} has no column for {', '.join(missing)}: {_parting(header) or f'name it with --column {missing[0]}=NAME'}. "
-                f"Its columns: {_listed(header)}"
-            )
+            cure = _parting(header) or f"name it with --column {missing[0]}=NAME"
+            raise ValueError(f"{table} has no column for {', '.join(missing)}: {cure}. Its columns: {_listed(header)}")
         return cls(names, options, letters, answer_index)
 
     @property
