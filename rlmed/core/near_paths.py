@@ -42,7 +42,7 @@ _SIGHTS: tuple[_Sight, ...] = (
     ("characters that cannot be seen", lambda text: _UNSEEN_OR_CONTROL.sub("", text)),
     ("blanks", lambda text: "/".join(" ".join(part.split()) for part in text.split("/"))),
     ("the coding of accents", lambda text: unicodedata.normalize("NFC", text)),
-    ("characters that look alike", lambda text: unicodedata.normalize("NFKC", text.translate(_ALIKE))),
+    ("characters that look alike", lambda text: look_alike(text)),
     ("case", str.casefold),
     ("leading zeros", lambda text: re.sub(r"(?<!\d)0+(?=\d)", "", text)),
 )
@@ -172,6 +172,11 @@ class Folder:
             for stored in _listed(folder):
                 self._composed[folder].setdefault(unicodedata.normalize("NFC", stored), []).append(stored)
         return self._composed[folder].get(unicodedata.normalize("NFC", name), [])
+
+
+def look_alike(text: str) -> str:
+    """The text in Latin letters, digits and marks where it has others that look like them."""
+    return unicodedata.normalize("NFKC", text.translate(_ALIKE))
 
 
 def visible(text: str) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from rlmed.core.near_paths import look_alike, visible
 from rlmed.core.types import LETTERS
 from rlmed.data.option_labels import Label, are_a_series, bare_name, key_name, own_label, own_labels
 from rlmed.data.option_order import names_letters, names_numbers
@@ -59,7 +60,7 @@ def choose(
     Raises:
         BadRowError: for too few or too many options, some that are alike, or an answer that is none or could be two.
     """
-    shown = _Shown(given)
+    shown, answer = _Shown(given), visible(answer)
     if not answer:
         raise BadRowError("it has no answer")
     claims = shown.claims(answer, form) if first is None else shown.counted(answer, first)
@@ -85,7 +86,7 @@ def plain_options(texts: Sequence[str]) -> tuple[str, ...]:
     Raises:
         BadRowError: for too few or too many, or some that are alike.
     """
-    shown = _Shown(Options(tuple(text.strip() for text in texts)))
+    shown = _Shown(Options(tuple(map(visible, texts))))
     return shown.choice(shown.order[0]).options
 
 
@@ -127,15 +128,22 @@ class _Shown:
         if not 2 <= len(self.there) <= len(LETTERS):
             count = len(self.there)
             raise BadRowError(f"it has {count} option{'s' * (count != 1)}; 2 to {len(LETTERS)} are possible")
-        labels = own_labels(self.raw)
-        self.labelled = bool(labels) and (labelled or self._certain(labels))
+        found = own_labels(self.raw)
+        places = {place: label for label, place in zip(found, self.there, strict=bool(found)) if label}
+        self.some = 0 < len(places) < len(self.there)
+        """Whether some options bring a letter, and others don't: `A. liver`, `B. spleen`, `all of the above`."""
+        certain = bool(places) and self._certain(places)
+        if self.some and not certain and not all(label.sure for label in places.values()):
+            places = {}
+        self.labelled = certain or (labelled and bool(places))
+        labels, own = list(places.values()), {label.name: place for place, label in places.items()}
         self.texts = list(given.texts)
+        bare = [places[place].rest if place in places else given.texts[place] for place in self.there]
         # texts that name each other by their numbers keep them: options are shown with letters
-        if self.labelled and not any(names_numbers(label.rest) for label in labels):
-            for place, text in zip(self.there, _without(labels), strict=True):
+        if self.labelled and not any(map(names_numbers, bare)):
+            for place, text in zip(places, _without(labels), strict=True):
                 self.texts[place] = text
         _check_distinct([self.texts[place] for place in self.there])
-        own = {label.name: place for label, place in zip(labels, self.there, strict=bool(labels))}
         names = given.names or (own if self.labelled else ())
         self.by_number = any(kind_of(name) == "number" for name in names)
         """Whether each option is called by a number."""
@@ -143,19 +151,29 @@ class _Shown:
         self.order = self._ordered(own if self.labelled else {})
         self.namings = self._namings(own)
 
-    def _certain(self, labels: Sequence[Label]) -> bool:
-        """Whether texts begin with labels, and not with letters that are part of them, as in `E. coli`."""
-        names = [label.name for label in labels]
+    def _certain(self, labels: Mapping[int, Label]) -> bool:
+        """Whether texts begin with labels, by place, and not with letters that are part of them, as in `E. coli`."""
+        if are_a_series([label.name for label in labels.values()]):
+            return True
+        sure = all(label.sure for label in labels.values())
+        if self.some:
+            return self._as_called(labels) and (sure or len(labels) > 2 or bool(self.given.names))
+        return self._as_called(labels) or sure
+
+    def _as_called(self, labels: Mapping[int, Label]) -> bool:
         called = self.given.names or tuple(LETTERS)
-        as_called = names == [called[place] for place in self.there if place < len(called)]
-        return as_called or are_a_series(names) or all(label.sure for label in labels)
+        return all(place < len(called) and label.name == called[place] for place, label in labels.items())
 
     def _ordered(self, own: Mapping[str, int]) -> list[int]:
         called = self.given.names
         by_name = {called[place]: place for place in self.there} if called else own
         if not by_name or any(kind_of(name) == "word" for name in by_name):
             return self.there
-        return [by_name[name] for name in sorted(by_name, key=lambda name: (name.isdigit() and int(name), name))]
+        ordered = [by_name[name] for name in sorted(by_name, key=lambda name: (name.isdigit() and int(name), name))]
+        others = [place for place in self.there if place not in ordered]
+        # where each stands at the place of its letter, so do those without
+        in_place = all(name == LETTERS[self.there.index(place)] for name, place in by_name.items())
+        return self.there if in_place else ordered + others
 
     def _namings(self, own: Mapping[str, int]) -> list[_Naming]:
         called, what = self.given.names, f"by its {self.given.what}"
@@ -163,16 +181,25 @@ class _Shown:
         if own:
             found.append(_Naming(_OWN, own, self.labelled))
         certain = [name for naming in found if naming.certain for name in naming.places]
-        if any(kind_of(name) == "letter" for name in certain):
+        lettered = any(kind_of(name) == "letter" for name in certain)
+        if lettered and (called or not self.some):
             return found
         # letters then count the options: those that are shown, or those of the source, with others between them
         found.append(_Naming("by its place", dict(zip(LETTERS, self.order, strict=False))))
         counted = {place: place for place in range(self.there[-1] + 1)}
         if called and self.by_number:
             start = 0 if "0" in called else 1
-            counted = {int(name) - start: place for place, name in enumerate(called) if kind_of(name) == "number"}
+            numbered = {int(name) - start: place for place, name in enumerate(called) if kind_of(name) == "number"}
+            counted = {rank: numbered.get(rank, _MISSING) for rank in range(min(max(numbered) + 1, len(LETTERS)))}
         every = {LETTERS[rank]: place for rank, place in counted.items() if rank < len(LETTERS)}
-        return [*found, _Naming("by its place in the source", every)]
+        found.append(_Naming("by its place in the source", every))
+        if not (lettered and self.labelled):
+            return found
+        # those that bring a letter are called by it alone
+        return [
+            found[0],
+            *(_Naming(one.how, {k: v for k, v in one.places.items() if k not in own}) for one in found[1:]),
+        ]
 
     def claims(self, answer: str, form: Form) -> list[Claim]:
         """Every reading of an answer that is no place."""
@@ -224,7 +251,10 @@ class _Shown:
         return f"its answer {shorten(answer)} is not the place of one of its {count} options, counted from {first}"
 
     def hint(self, answer: str) -> str:
-        """What a number may mean."""
+        """What a number may mean, or a letter of another alphabet."""
+        latin = look_alike(answer)
+        if latin != answer and self.claims(latin, "any"):
+            return f"; it is written {answer!a}, which only looks like {latin!r}"
         meant = [
             f"{how} it is {shorten(self.text(place))}"
             for first in (0, 1)
@@ -262,18 +292,18 @@ class _Shown:
     def _as_shown(self, places: Mapping[str, int]) -> bool:
         """Whether names that are letters are those by which the options are shown."""
         shown = dict(zip(LETTERS, self.order, strict=False))
-        letters = {name: place for name, place in places.items() if kind_of(name) == "letter" and self.texts[place]}
+        letters = {name: place for name, place in places.items() if kind_of(name) == "letter" and self.text(place)}
         return all(shown.get(name) == place for name, place in letters.items())
 
 
 def _without(labels: Sequence[Label]) -> list[str]:
     """Texts without labels, also where these stand there once more: `A. A. liver`."""
-    names = [label.name for label in labels]
     while True:
         rests = [label.rest for label in labels]
-        labels = own_labels(rests)
-        if [label.name for label in labels] != names:
+        again = [label for label in own_labels(rests) if label]
+        if [label.name for label in again] != [label.name for label in labels]:
             return rests
+        labels = again
 
 
 def _check_distinct(texts: Sequence[str]) -> None:

@@ -16,8 +16,9 @@ from rlmed.core.near_paths import Folder, OutsideError, near_path
 from rlmed.core.types import Example
 from rlmed.data.choices import Choice, choose
 from rlmed.data.images import BadImageError, check_image
-from rlmed.data.option_sources import is_nothing, read_options, unique_keys
+from rlmed.data.option_sources import is_nothing, plain_option, read_options, unique_keys
 from rlmed.data.rows import BadRowError as BadRowError
+from rlmed.data.rows import as_object
 from rlmed.data.rows import shorten as shorten
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -150,10 +151,7 @@ def parse_row(row: Any, default: str, folder: Folder) -> tuple[str, Example | st
     """
     name = default
     try:
-        if isinstance(row, BadRowError):
-            raise row
-        if not isinstance(row, dict):
-            raise BadRowError(f"it is no JSON object but {shorten(row)}")
+        row = as_object(row)
         name = _row_id(row, default)
         choice = _choice(row)
         completion = None if row.get("completion") is None else _text(row, "completion")
@@ -211,11 +209,11 @@ def _choice(row: Mapping[str, Any]) -> Choice:
     answer = row.get("answer")
     if type(answer) is int:  # True is an int to Python
         return choose(options, str(answer), number=True)
-    return choose(options, _text(row, "answer").strip())
+    return choose(options, _text(row, "answer"))
 
 
 def _option_text(value: object) -> str:
-    return "" if is_nothing(value) else _checked_text(value, "option").strip()
+    return "" if is_nothing(value) else plain_option(_checked_text(value, "option"))
 
 
 def _image_path(value: Any, folder: Folder) -> Path | None:

@@ -64,21 +64,22 @@ def own_label(text: str) -> Label | None:
     return None
 
 
-def own_labels(texts: Sequence[str]) -> tuple[Label, ...]:
-    """The labels of all texts; none where one lacks it or two are alike.
+def own_labels(texts: Sequence[str]) -> tuple[Label | None, ...]:
+    """The label of each text, None for one that lacks it; none at all where fewer than two have one or two are alike.
 
     Nor where two texts would be alike without them, as `1. rib` and `2. rib`, unless the labels are A, B, C and so on.
 
     Example:
-        >>> [label.rest for label in own_labels(["A. liver", "B. spleen"])], own_labels(["A. carotis", "A. radialis"])
+        >>> [label.rest for label in own_labels(["A. liver", "B. spleen"]) if label], own_labels(["A. carotis", "A. radialis"])
         (['liver', 'spleen'], ())
     """
-    found = [label for text in texts if (label := own_label(text))]
+    labels = tuple(own_label(text) for text in texts)
+    found = [label for label in labels if label]
     names, rests = {label.name for label in found}, {label.rest.casefold() for label in found}
-    if not len(found) == len(names) == len(texts) or len({name.isdigit() for name in names}) != 1:
+    if len(found) < 2 or len(names) < len(found) or len({name.isdigit() for name in names}) != 1:
         return ()
     lettered = not next(iter(names)).isdigit() and are_a_series(sorted(names))
-    return tuple(found) if lettered or len(rests) == len(found) else ()
+    return labels if lettered or len(rests) == len(found) else ()
 
 
 def are_a_series(names: Sequence[str]) -> bool:

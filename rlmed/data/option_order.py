@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 _ONE = r"[(\[]?(?:option |choice |answer )?[a-j][)\]]?"
 _NUMBER = r"[(\[]?\d[)\]]?"
-_WORDS = "and|or|nor|to|through|und|oder|noch|als auch|et|ou|ni|y|o|e"
+_WORDS = "and|or|plus|as well as|and/or|nor|to|through|und|oder|noch|als auch|et|ou|ni|y|o|e"
 _AND = rf"(?: ?[,;&+/、，] ?(?:and |or )?| ?[-–—] ?| (?:{_WORDS}) |[和及与或])"
 _BEFORE = r"(?:(?:both|either|neither|only|all of|none of|any of|options?|choices?|answers?|sowohl|weder|beide|ni|les deux) ?)*"
 _AFTER = r"(?: (?:only|alone|together|both|nur|(?:is|are)(?: \w+)?(?: (?:correct|true|right|false|wrong|possible|present))?))?"
@@ -35,6 +35,8 @@ _RELATIVE = re.compile(
     rf"|{_SOME} (?:of )?(?:the |these |those )?(?:\w+ )?(?:options?|choices?|answers?|alternatives?|others)(?: \w+){{0,4}}"
     r"|(?:all|none|both|neither|either|any)(?: (?:is|are|apply|applies))?"
     r"(?: (?:correct|true|right|false|wrong|possible|applicable|listed|mentioned))?"
+    r"|(?:everything|nothing)(?: listed| mentioned)?(?: of)?(?: the)? above"
+    r"|all (?:of )?(?:the )?(?:three|four|five|\d)|(?:all|none) (?:of )?(?:the )?statements\b.*"
     r"|(?:the )?above (?:all|both|options|are)\b.*|(?:the )?(?:first|last) (?:two|three)(?: \w+)?"
 )
 _OTHER_LANGUAGES = re.compile(
@@ -47,8 +49,14 @@ _OTHER_LANGUAGES = re.compile(
     # Spanish, Portuguese, Italian
     r"|(?:tod[oa]s|ningun[oa]|ningún|amb[oa]s|nenhuma?|tutt[ei]|nessun[oa]|entramb[ie])"
     r"(?: (?:l[oae]s?|a?[os]|as|de l[oa]s|de est[oa]s|d[ao]s|anteriores|gli|i|delle|dei|di)\b.*)?"
+    r"|(?:nichts|alles) (?:davon|von alledem|obige|genannte)|alle aussagen .*"
+    r"|tout ce qui précède|rien de ce qui précède|toutes ces réponses|aucun des précédents"
+    r"|(?:todo|nada de) lo anterior|(?:todas|todos|ambas|ambos) son \w+"
+    # Dutch, Swedish, Polish, Russian
+    r"|(?:alle|geen van)(?: de)? bovenstaande|(?:alla|ingen av) ovanstående|(?:wszystkie|żadne z) powyższych?"
+    r"|вс[её] (?:вышеперечисленное|перечисленное)|(?:ничего|ни один) из (?:вышеперечисленного|перечисленных)"
     # Chinese, Japanese
-    r"|(?:以上|上述|上記|いずれも).*|(?:两者|兩者|二者)(?:都|均|皆).*|(?:都|均|皆)(?:是|不是|有|没有|非|正确|不正确).*|全部(?:都)?是?"
+    r"|(?:以上|上述|上記|いずれも|すべて|いずれでも|どちらでも).*|(?:都对|全部正确|両方)|(?:两者|兩者|二者)(?:都|均|皆).*|(?:都|均|皆)(?:是|不是|有|没有|非|正确|不正确).*|全部(?:都)?是?"
 )
 
 

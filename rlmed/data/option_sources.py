@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rlmed.core.near_paths import visible
 from rlmed.core.types import LETTERS
 from rlmed.data.option_labels import key_name
 from rlmed.data.rows import BadRowError, shorten
@@ -100,6 +101,12 @@ def parse_options(text: str) -> Any:
         raise BadRowError(
             f'its options {shorten(text)} are not a JSON list: write ["liver", "spleen"], or one column an option'
         ) from error
+
+
+def plain_option(text: str) -> str:
+    """An option without white space and unseen characters around it; "" for what pandas writes where nothing is."""
+    plain = visible(text)
+    return "" if plain.casefold() in ("nan", "<na>") else plain
 
 
 def is_nothing(value: Any) -> bool:

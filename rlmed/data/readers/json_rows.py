@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rlmed.core.near_paths import near_path
+from rlmed.data.option_sources import unique_keys
+from rlmed.data.rows import BadRowError
 
 CHUNK = 2**20
 """Characters read at a time."""
@@ -17,7 +19,7 @@ _BLANK = " \t\r\n"
 
 
 def read_json_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """(number from 0, value) of each element.
+    """(number from 0, value) of each element; for one that holds an object with one key twice, the `BadRowError` about it.
 
     Args:
         path: UTF-8, with or without a byte-order mark; `[{…}, {…}]`, or `{…}` after `{…}` with white space between.
@@ -69,7 +71,9 @@ class _Buffer:
     def __init__(self, path: Path, file: TextIO) -> None:
         self._path, self._file = path, file
         self._text, self._at = "", 0
-        self._decoder = json.JSONDecoder()
+        self._decoder = json.JSONDecoder(object_pairs_hook=self._object)
+        self._repeated: list[BadRowError] = []
+        """What is wrong with objects of the value that is being read."""
 
     def next_mark(self) -> str:
         """The next character that is not blank; "" at the end."""
@@ -87,6 +91,7 @@ class _Buffer:
     def value(self, number: int) -> Any:
         """The value that starts here; the text is read on until it is whole."""
         while True:
+            self._repeated.clear()
             try:
                 found, end = self._decoder.raw_decode(self._text, self._at)
             except json.JSONDecodeError as error:
@@ -105,7 +110,15 @@ class _Buffer:
                     if self._text[end:]:
                         raise self.fault(number, f"{self._text[end]!r} behind a number")
                 self._at = end
-                return found
+                return self._repeated[0] if self._repeated else found
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        # raised from here, the error would end the array: where the object ends is not known yet
+        try:
+            return unique_keys(pairs)
+        except BadRowError as error:
+            self._repeated.append(error)
+            return dict(pairs)
 
     def fault(self, number: int, what: str) -> ValueError:
         return ValueError(f"file {self._path}, element {number}: not valid JSON ({what}); copy the file again")

@@ -26,6 +26,7 @@ from rlmed.data.readers.json_rows import read_json_rows
 from rlmed.data.readers.modalities import modality_name
 from rlmed.data.readers.parquet_rows import ParquetTable
 from rlmed.data.readers.table import IMAGES, WITHOUT_IMAGES, as_text, option_text
+from rlmed.data.rows import as_object
 
 TEST_SPLITS = {"MRI": "test_mri", "CT": "test_ct", "X-ray": "test_xray"}
 TRAIN_SPLIT, TRAIN_MODALITY = "train_mri", "MRI"
@@ -68,6 +69,9 @@ def read(
         for number, row in _rows(path) if len(taken) < train_rows else ():
             seen = number + 1
             where, row_id = f"row {number} of {path.name}", f"train-{number:05d}"
+            if isinstance(row, BadRowError):
+                yield Skipped(where, row_id, str(row))
+                continue
             if not isinstance(row, Mapping) or modality_name(str(row.get("subset"))) != TRAIN_MODALITY:
                 others += 1  # tens of thousands of rows of other data sets: counted, not listed
                 continue
@@ -138,8 +142,7 @@ def _key(row: Mapping[str, Any]) -> _Key:
 def _question(row: Any, where: str, row_id: str, root: Images | None, splits: Mapping[str, str]) -> SourceRow | Skipped:
     """The row of the layout, once its parts say the same."""
     try:
-        if not isinstance(row, Mapping):
-            raise BadRowError(f"it is no JSON object but {shorten(row)}")
+        row = as_object(row)
         modality = modality_name(as_text(row.get("subset"), "subset"))
         if modality not in splits:
             raise BadRowError(f"its subset {shorten(row.get('subset'))} is none of {', '.join(splits)}")

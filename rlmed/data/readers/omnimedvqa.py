@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,14 @@ from rlmed.core.near_paths import near_path
 from rlmed.core.types import LETTERS
 from rlmed.data.choices import choose, written_answer
 from rlmed.data.images import BadImageError
-from rlmed.data.jsonl import BadRowError, shorten
+from rlmed.data.jsonl import BadRowError
 from rlmed.data.option_sources import Options
 from rlmed.data.readers.base import Option, Reader, Skipped, SourceRow
 from rlmed.data.readers.image_files import Images, images_of
 from rlmed.data.readers.json_rows import read_json_rows
 from rlmed.data.readers.modalities import modality_name
 from rlmed.data.readers.table import IMAGES, WITHOUT_IMAGES, as_text, option_text
+from rlmed.data.rows import as_object
 
 QUESTIONS = "QA_information"
 ACCESS = {"open": ("Open-access",), "restricted": ("Restricted-access",), "all": ("Open-access", "Restricted-access")}
@@ -86,8 +87,7 @@ def question_folder(source: Path) -> Path:
 
 def _question(row: Any, where: str, row_id: str, images: Images | None) -> SourceRow | Skipped:
     try:
-        if not isinstance(row, Mapping):
-            raise BadRowError(f"it is no JSON object but {shorten(row)}")
+        row = as_object(row)
         row_id = as_text(row.get("question_id"), "question_id") or row_id
         texts = tuple(option_text(row.get(f"option_{letter}"), f"option_{letter}") for letter in LETTERS)
         choice = choose(Options(texts, tuple(LETTERS)), as_text(row.get("gt_answer"), "gt_answer"))

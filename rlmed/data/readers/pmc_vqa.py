@@ -36,6 +36,9 @@ def read(source: Path, *, images: Path | None = None, without_images: bool = Fal
     """
     for path in table_files(source):
         header, rows = read_table(path)
+        repeated = [name for name in (*COLUMNS, "Answer_label") if header.count(name) > 1]
+        if repeated:
+            raise ValueError(f"{path.name} has more than one column {repeated[0]}: rename one")
         missing = [name for name in COLUMNS if name not in header]
         if missing:
             raise ValueError(f"{path.name} has no column {missing[0]}: it is no table of PMC-VQA, read it with csv")

@@ -8,11 +8,12 @@ from typing import Any
 
 from rlmed.data.choices import written_answer
 from rlmed.data.images import BadImageError
-from rlmed.data.jsonl import BadRowError, shorten
+from rlmed.data.jsonl import BadRowError
 from rlmed.data.readers.base import Skipped, SourceRow
 from rlmed.data.readers.image_files import Images
 from rlmed.data.readers.options import LEFT_OUT, YES_NO, AnswerPool, plain_answer
 from rlmed.data.readers.table import as_text
+from rlmed.data.rows import as_object
 
 TEST_SPLIT = "test"
 
@@ -86,9 +87,7 @@ def field(element: Mapping[str, Any], name: str) -> str:
 
 def _parsed(element: Any, where: str, default_id: str, parse: Parse) -> Answered | Skipped:
     try:
-        if not isinstance(element, Mapping):
-            raise BadRowError(f"it is no JSON object but {shorten(element)}")
-        entry = parse(element, default_id)
+        entry = parse(as_object(element), default_id)
     except BadRowError as error:
         return Skipped(where, default_id, str(error))
     return Skipped(where, default_id, entry, chosen=True) if isinstance(entry, str) else entry

@@ -13,7 +13,7 @@ from rlmed.core.types import LETTERS
 from rlmed.data.choices import choose, written_answer
 from rlmed.data.images import BadImageError
 from rlmed.data.jsonl import BadRowError, shorten
-from rlmed.data.option_sources import Options, is_nothing, parse_options, read_options
+from rlmed.data.option_sources import Options, is_nothing, parse_options, plain_option, read_options
 from rlmed.data.readers.base import Option, Skipped, SourceImage, SourceRow
 from rlmed.data.readers.image_files import Images
 
@@ -130,6 +130,12 @@ class Columns:
             raise ValueError(f"{table} has no column for --column {absent[0]}; its columns: {_listed(header)}")
         lowered = {name.strip().lower(): name for name in reversed(header)}
         found = {field: lowered[name] for field, names in FIELDS.items() for name in reversed(names) if name in lowered}
+        for field in found.keys() - given.keys():
+            alike = [name for name in header if name.strip().lower() == found[field].strip().lower()]
+            if len(alike) > 1:
+                raise ValueError(
+                    f"{table} has more than one column of {field}, {shorten(alike)}: name it with --column"
+                )
         names = {**found, **{field: name for field, name in given.items() if field in FIELDS}}
         named = {letter: given[field] for letter, field in zip(LETTERS, OPTION_FIELDS, strict=True) if field in given}
         if not named and "options" not in names:
@@ -139,10 +145,8 @@ class Columns:
         if options_required and not options and "options" not in names:
             missing.append("options")
         if missing:
-            raise ValueError(
-                f"{table} has no column for {', '.join(missing)}: name it with --column {missing[0]}=NAME. "
-                f"Its columns: {_listed(header)}"
-            )
+            cure = _parting(header) or f"name it with --column {missing[0]}=NAME"
+            raise ValueError(f"{table} has no column for {', '.join(missing)}: {cure}. Its columns: {_listed(header)}")
         return cls(names, options, letters, answer_index)
 
     @property
@@ -226,13 +230,12 @@ def as_text(value: Any, what: str) -> str:
 
 
 def option_text(value: Any, what: str = "option") -> str:
-    """As `as_text`; "" also for what pandas writes for a cell that is not there.
+    """As `as_text`, and then `plain_option`.
 
     Raises:
         BadRowError: for another type.
     """
-    text = as_text(value, what)
-    return "" if text.casefold() in ("nan", "<na>") else text
+    return plain_option(as_text(value, what))
 
 
 def named_image(columns: Columns, images: Images) -> ImageOf:
@@ -275,6 +278,14 @@ def _option_columns(table: str, header: Sequence[str]) -> dict[str, str]:
                 )
         return dict(sorted(found))
     return {}
+
+
+def _parting(header: Sequence[str]) -> str:
+    """The cure for a header that was parted by another mark than its own; "" for any other."""
+    if header[0].strip().lower().startswith("sep="):
+        return "remove the first line, which is Excel's own"
+    marks = ["tab" if mark == "\t" else mark for mark in ",;|\t" if len(header) == 1 and mark in header[0]]
+    return f"name what parts it with --delimiter {marks[0]!r}" if marks else ""
 
 
 def _listed(header: Sequence[str]) -> str:

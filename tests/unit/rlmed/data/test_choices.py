@@ -107,6 +107,21 @@ def reason(options: Any, answer: str, **how: Any) -> str:
         ({"1": "A. liver", "2": "B. spleen"}, "2", "spleen"),
         ({"1": "A. liver", "2": "B. spleen"}, "B", "spleen"),
         ({"A": "B. spleen", "B": "A. liver"}, "liver", "liver"),
+        # letters that only some texts bring
+        (["A. liver", "B. spleen", "none of these"], "C", "none of these"),
+        (["B. spleen", "A. liver", "none of these"], "B", "spleen"),
+        (["B. spleen", "A. liver", "none of these"], "C", "none of these"),
+        (["none of these", "A. liver", "B. spleen"], "A", "liver"),
+        (["A) liver", "spleen", "C) kidney"], "B", "spleen"),
+        (["A) liver", "spleen", "C) kidney"], "C", "kidney"),
+        (["A. liver", "spleen", "C. kidney", "D. lung"], "D", "lung"),
+        ({"A": "A. liver", "C": "C. spleen", "D": "none"}, "D", "none"),
+        (["1. liver", "2. spleen", "none"], "2", "spleen"),
+        # what nobody can see
+        (["\u200bA. liver", "\ufeffB. spleen"], "B\u200b", "spleen"),
+        (["liver", "spleen\u200b"], "\ufeffspleen", "spleen"),
+        # other alphabets
+        ({"А": "liver", "Б": "spleen", "В": "kidney"}, "В", "kidney"),
     ],
 )  # fmt: skip
 def test_by_name(options, answer, right):
@@ -129,6 +144,11 @@ def test_by_name(options, answer, right):
         ({"A": "B. spleen", "B": "A. liver"}, "A", "'spleen' by its key", "'liver' by the options' own letters"),
         ({"1": "liver", "3": "spleen", "4": "kidney"}, "C", "'kidney' by its place", "'spleen' by its place in the source"),
         (["2. spleen", "1. liver"], "B", "'spleen' by its place", "'liver' by its place in the source"),
+        ({"1": "liver", "3": "spleen", "4": "kidney"}, "B", "'spleen' by its place", "missing by its place in the source"),
+        (["liver", "\u200b", "spleen", "kidney"], "C", "'kidney' by its place", "'spleen' by its place in the source"),
+        (["none of these", "A. liver", "B. spleen"], "C", "'none of these' by its place", "'spleen' by its place in"),
+        (["C) kidney", "spleen", "A) liver"], "A", "'A) liver' by the options' own", "'C) kidney' by its place"),
+        ({"A": "B. spleen", "B": "A. liver", "C": "x"}, "A", "'spleen' by its key", "'liver' by the options' own letters"),
         ({"first": "liver", "second": None, "third": "spleen"}, "B", "'spleen' by its place", "missing by its place in"),
         (["liver", "spleen", "kidney"], "C. spleen", "'spleen' as a text", "'kidney' by its place"),
         ({"A": "liver", "C": "spleen", "D": "kidney"}, "C. kidney", "'kidney' as a text", "'spleen' by its key"),
@@ -176,6 +196,31 @@ def test_a_place_whose_first_is_known(options, answer, first, right):
 def test_a_place_that_a_gap_makes_doubtful(options, answer, first, readings):
     said = reason(options, answer, first=first)
     assert all(reading in said for reading in readings)
+
+
+@pytest.mark.parametrize(
+    ("texts", "shown"),
+    [
+        (["A. liver", "B. spleen", "All of the above"], ("liver", "spleen", "All of the above")),
+        (["B. spleen", "none of these", "A. liver"], ("liver", "spleen", "none of these")),
+        (["(a) liver", "(b) spleen", "both"], ("liver", "spleen", "both")),
+        (["A) liver", "spleen", "C) kidney"], ("liver", "spleen", "kidney")),
+        (["A. liver", "B. spleen", "kidney"], ("liver", "spleen", "kidney")),
+    ],
+)
+def test_letters_that_some_options_bring_are_not_shown(texts, shown):
+    assert plain_options(texts) == shown
+    for text in texts:
+        found = choose(Options(tuple(texts)), text)
+        assert found.options == shown
+        assert text.endswith(shown[found.answer])
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"), [("В", r"it is written '\u0412', which only looks like 'B'"), ("sрleen", "looks like 'spleen'")]
+)
+def test_an_answer_in_letters_that_only_look_latin(answer, said):
+    assert said in reason(list(ORGANS), answer)
 
 
 def test_a_number_whose_meaning_nobody_has_said():

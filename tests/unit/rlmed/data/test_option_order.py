@@ -17,6 +17,9 @@ both are true; none apply; neither is correct; alle; beide; beides; keine; keine
 alle der oben genannten; Keine der genannten; Alle genannten; A und C; sowohl A als auch B
 weder A noch B; todas las anteriores; ninguna de las anteriores; ambas
 toutes les réponses ci-dessus; aucune de ces réponses; les deux; A et C; tutte le precedenti; 以上都是
+Everything above; nothing of the above; all three; all of the three; all statements are true; A plus C
+A as well as B; nichts davon; tout ce qui précède; todo lo anterior; ambas son correctas; alle bovenstaande
+alla ovanstående; все перечисленное; すべて; 都对; 両方
 以上皆非; 以上都不是; 上述都对; 两者都有; 都是; A和B; A、B; 上記のすべて
 """
 FREE = """
@@ -24,6 +27,7 @@ liver; A; B; hepatitis A; E. coli; vitamin A and E; Stanford A and B; A-mode; C-
 1 and 2; left and right; yes; no; both lungs; both kidneys; either lung; neither lung; all lobes
 all sinuses; none visible; no abnormality; no previous surgery; one lesion; above the diaphragm
 below the knee; both above and below the diaphragm; all above the diaphragm; the first rib
+all four chambers; everything normal; nothing abnormal; all 3 lobes; all five ribs; другое
 another finding; beide Lungen; alle Lappen; keine Auffälligkeit; tous les lobes du foie
 todo el pulmón; 都市; 肝
 """

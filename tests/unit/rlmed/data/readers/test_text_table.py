@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlmed.data.layout import write_layout
+from rlmed.data.readers import csv_table, pmc_vqa
 from rlmed.data.readers.base import Skipped
 from rlmed.data.readers.csv_table import READER, read
 from rlmed.data.readers.text_table import TableRow, read_table
@@ -91,7 +92,7 @@ def test_a_text_of_several_lines_is_one_row(tmp_path, text):
 def test_a_row_of_several_lines_with_too_few_cells_is_one_bad_row(tmp_path):
     rows = records(tmp_path, f'{HEADER}\n1.png,"Which\norgan?",liver,lung\n{good(2)}\n')
     assert questions(rows) == [
-        "2: it has 4 cells, and the header has 5: put texts with delimiters into quotes",
+        "2: it has 4 cells, and the header has 5: it is cut, or cells are missing",
         "Question 2?",
     ]
 
@@ -248,3 +249,24 @@ def test_a_mark_that_is_not_closed_is_not_searched_for_through_a_huge_file(tmp_p
         csv.field_size_limit(limit)
     assert len(rows) == 40_001
     assert "is not closed within" in rows[0].reason
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("q.csv", "image|question|A|B|answer\n1.png|q|liver|spleen|A\n", r"--delimiter '\|'"),
+        ("q.tsv", "image,question,A,B,answer\n1.png,q,liver,spleen,A\n", "--delimiter ','"),
+        ("q.csv", "sep=;\nimage;question;A;B;answer\n1.png;q;liver;spleen;A\n", "remove the first line"),
+        ("q.csv", "image,question,A,B,Answer,answer \n1.png,q,liver,spleen,A,B\n", "more than one column of answer"),
+    ],
+)
+def test_a_header_that_is_parted_or_named_in_two_ways(tmp_path, name, text, said):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=said):
+        list(csv_table.read(tmp_path / name, without_images=True))
+
+
+def test_one_column_of_answers_twice_in_the_published_table(tmp_path):
+    (tmp_path / "test.csv").write_text("Figure_path,Question,Answer,Choice A,Choice B,Answer\n1.png,q,A,x,y,B\n")
+    with pytest.raises(ValueError, match="more than one column Answer"):
+        list(pmc_vqa.read(tmp_path / "test.csv", without_images=True))
