@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from rewards.extra import RewardError
-from rlmed.checkpoint import CheckpointError, list_checkpoints
+from rlmed.checkpoint import CheckpointError, list_checkpoints, starting_point
 from rlmed.core.config import RunConfig
 from rlmed.core.config_building import build_config
 from rlmed.core.config_checks import ConfigError
@@ -121,6 +121,7 @@ def run_command(program: str, main: Callable[[RunConfig, Path], None]) -> None:
     with _ending_errors():
         flags = _parse_flags(sys.argv[1:])
         overrides = expand(flags.overrides, cuda=torch.cuda.is_available(), sweeps=flags.multirun)
+        _check_places(overrides, sweeps=flags.multirun)
         if flags.config_dir is not None:
             overrides.append(_search_path(flags.config_dir))
         if not _is_unicode([*overrides, os.getcwd()]):
@@ -140,8 +141,9 @@ def run_command(program: str, main: Callable[[RunConfig, Path], None]) -> None:
                     f"terminal: set LC_ALL=C.UTF-8, or choose another with {FOLDER_KEY}FOLDER"
                 )
             with hold(folder, cure=f"wait until it has ended, or choose another folder with {FOLDER_KEY}FOLDER"):
-                check_writable(folder)
                 for place in (folder, folder / "checkpoints", folder / "evaluations"):
+                    if place.exists():
+                        check_writable(place)
                     remove_leftovers(place, "*", held=True)
                 _call_hydra(
                     name, _Job(program, main, held=True), [*overrides, FOLDER_KEY + quoted(str(folder), commas=False)]
@@ -225,6 +227,22 @@ def _parse_flags(arguments: Sequence[str]) -> argparse.Namespace:
     return flags
 
 
+def _check_places(overrides: Sequence[str], *, sweeps: bool) -> None:
+    """Make sure that a folder is named for what is run: one run, or a sweep of several.
+
+    Raises:
+        ValueError: for a folder that Hydra would not look at.
+    """
+    unread, why, instead = (
+        (FOLDER_KEY, "is for one run, and --multirun makes several", "hydra.sweep.dir=FOLDER")
+        if sweeps
+        else ("hydra.sweep.", "is for --multirun", f"{FOLDER_KEY}FOLDER")
+    )
+    for entry in overrides:
+        if entry.lstrip("+").startswith(unread):
+            raise ValueError(f"{entry} {why}: set {instead}")
+
+
 def _search_path(folder: str) -> str:
     """The override by which Hydra also finds the YAML files in `folder`."""
     if not Path(folder).is_dir():
@@ -266,6 +284,8 @@ def _choose_folder(program: str, name: str, overrides: Sequence[str]) -> Path:
     named = any(entry.lstrip("+").startswith(FOLDER_KEY) for entry in overrides)
     try:
         if named:
+            # Hydra would write there before the program's own code looks
+            starting_point(folder, resume=config.resume is not None)
             folder.mkdir(parents=True, exist_ok=True)
             return folder
         earlier = newest_run(folder) if config.resume == "auto" else None

@@ -78,6 +78,8 @@ def keep_display() -> None:
 
     Streams that somebody has put in their place, such as a test's, stay as they are.
     """
+    if os.environ.get("COLUMNS") == "0":  # of a terminal that is none; tables as narrow as that would be empty
+        del os.environ["COLUMNS"]
     sys.stderr = _kept("stderr", sys.stderr, 2, lambda error: None)
     sys.stdout = _kept("stdout", sys.stdout, 1, _Notice())
 
