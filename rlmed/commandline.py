@@ -44,6 +44,14 @@ PROBE = b"." * 2**16
 """Written to find out whether a folder can be written to; more than the few bytes that a full disk may still take."""
 
 
+SPARING = {
+    "train": "learner.token_budget, rollout.max_completions, learner.gradient_checkpointing=true",
+    "sft": "learner.token_budget, learner.gradient_checkpointing=true",
+    "evaluate": "rollout.max_completions, rollout.prefill_tokens",
+}
+"""Settings by which each program needs less memory."""
+
+
 def compose_config(program: str, overrides: Sequence[str]) -> RunConfig:
     """The configuration that `python -m rlmed.<program>` would run with these overrides, outside of a command.
 
@@ -118,7 +126,7 @@ def run_command(program: str, main: Callable[[RunConfig, Path], None]) -> None:
     logging.raiseExceptions = False  # a log that cannot be written is lost, and the run goes on
     os.environ["HYDRA_FULL_ERROR"] = "1"  # its errors come here, instead of being printed
 
-    with _ending_errors():
+    with _ending_errors(program):
         flags = _parse_flags(sys.argv[1:])
         overrides = expand(flags.overrides, cuda=torch.cuda.is_available(), sweeps=flags.multirun)
         _check_places(overrides, sweeps=flags.multirun)
@@ -160,7 +168,7 @@ class _Job:
     """Whether the folder is this process's alone already; each job of a sweep has one of its own."""
 
     def __call__(self, composed: DictConfig) -> None:
-        with _ending_errors():
+        with _ending_errors(self.program):
             folder = Path(HydraConfig.get().runtime.output_dir)
             config = build_config(_plain_config(composed))
             for handler in logging.getLogger().handlers:
@@ -179,9 +187,9 @@ class _Job:
 
 
 @contextmanager
-def _ending_errors() -> Iterator[None]:
-    interrupted = "interrupted; resume=auto goes on from the last checkpoint, if there is one"
-    with ending_errors(RewardError, CheckpointError, interrupted=interrupted):
+def _ending_errors(program: str) -> Iterator[None]:
+    goes_on = "" if program == "evaluate" else "; resume=auto goes on from the last checkpoint, if there is one"
+    with ending_errors(RewardError, CheckpointError, interrupted=f"interrupted{goes_on}"):
         try:
             yield
         except ClusterError as error:
@@ -194,10 +202,7 @@ def _ending_errors() -> Iterator[None]:
         except (MemoryError, RuntimeError) as error:
             if not lacks_memory(error):
                 raise
-            raise ValueError(
-                f"{one_line(error)} (learner.token_budget, rollout.max_completions, learner.gradient_checkpointing=true); "
-                "resume=auto then goes on from the last checkpoint, if there is one"
-            ) from error
+            raise ValueError(f"{one_line(error)} ({SPARING[program]}){goes_on}") from error
 
 
 def _parse_flags(arguments: Sequence[str]) -> argparse.Namespace:

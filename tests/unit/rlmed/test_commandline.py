@@ -283,6 +283,28 @@ def test_exit_codes(
     assert line.startswith(said)
 
 
+@pytest.mark.parametrize(("program", "resumed"), [("train", True), ("sft", True), ("evaluate", False)])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError()])
+def test_only_what_can_be_resumed_is_said_to_be(
+    program: str,
+    resumed: bool,
+    error: BaseException,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def main(config: RunConfig, folder: Path) -> None:
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [program])
+    with pytest.raises(SystemExit) as ended:
+        run_command(program, main)
+    said = f"{ended.value.code} {capsys.readouterr().err}"
+    assert "interrupted" in said or "out of memory" in said
+    assert ("resume=auto" in said) == resumed
+
+
 def test_a_fault_of_ours_is_no_error_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RuntimeError, match="a bug"):
