@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from rlmed.core.threads import usable_cores
 from rlmed.core.types import Completion, Example, Prompt, SamplingParams
 from rlmed.data.jsonl import read_examples
 from rlmed.data.phantom import write_split
@@ -108,7 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, rounds: int) -> None:
     parser.add_argument(
         "--model", help="model folder; default: the tiny base that ships with rlmed, else random weights"
     )
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="torch threads (default: all cores)")
+    parser.add_argument("--threads", type=int, default=usable_cores(), help="torch threads (default: all usable cores)")
     parser.add_argument("--rounds", type=int, default=rounds, help=f"counted runs of each side (default {rounds})")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result (default benchmarks/results)")
 
@@ -191,6 +192,7 @@ def machine_facts() -> dict[str, Any]:
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
+        "usable_cores": usable_cores(),
         "torch_threads": torch.get_num_threads(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "load_average_1min": round(os.getloadavg()[0], 2),

@@ -1,5 +1,9 @@
 """Reinforcement learning that teaches small vision-language models to reason about radiology images."""
 
-from rlmed.core.threads import settle_waiting
+from rlmed.core.starting import watch_start
+from rlmed.core.threads import settle_threads, settle_waiting
 
-settle_waiting()  # before anything imports torch, which loads OpenMP
+watch_start()
+# before anything imports torch, which loads OpenMP
+settle_threads()
+settle_waiting()

@@ -77,8 +77,8 @@ def starting_point(run_folder: Path, *, resume: bool) -> Path | None:
     checkpoints = list_checkpoints(run_folder / "checkpoints")
     if checkpoints and not resume:
         raise ValueError(
-            f"{run_folder} holds a run already ({checkpoints[-1].name}): go on with it by resume={run_folder}, or give the "
-            "new run a folder of its own (hydra.run.dir=FOLDER)"
+            f"{run_folder} holds a run already ({checkpoints[-1].name}): give the new one a folder of its own "
+            f"(hydra.run.dir=FOLDER), or go on with that run by its own command and resume={run_folder}"
         )
     return checkpoints[-1] if checkpoints else None
 
@@ -87,7 +87,10 @@ def list_checkpoints(root: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
     if not root.is_dir():
         return []
-    return sorted((path for path in root.iterdir() if _NAME.fullmatch(path.name)), key=lambda path: int(path.name[5:]))
+    return sorted(
+        (path for path in root.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()),
+        key=lambda path: int(path.name[5:]),
+    )
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from rewards.extra import RewardError
-from rlmed.checkpoint import CheckpointError, list_checkpoints
+from rlmed.checkpoint import CheckpointError, list_checkpoints, starting_point
 from rlmed.core.config import RunConfig
 from rlmed.core.config_building import build_config
 from rlmed.core.config_checks import ConfigError
@@ -42,6 +42,14 @@ FOLDER_KEY = "hydra.run.dir="
 SEARCH_KEY = "hydra.searchpath="
 PROBE = b"." * 2**16
 """Written to find out whether a folder can be written to; more than the few bytes that a full disk may still take."""
+
+
+SPARING = {
+    "train": "learner.token_budget, rollout.max_completions, learner.gradient_checkpointing=true",
+    "sft": "learner.token_budget, learner.gradient_checkpointing=true",
+    "evaluate": "rollout.max_completions, rollout.prefill_tokens",
+}
+"""Settings by which each program needs less memory."""
 
 
 def compose_config(program: str, overrides: Sequence[str]) -> RunConfig:
@@ -118,9 +126,10 @@ def run_command(program: str, main: Callable[[RunConfig, Path], None]) -> None:
     logging.raiseExceptions = False  # a log that cannot be written is lost, and the run goes on
     os.environ["HYDRA_FULL_ERROR"] = "1"  # its errors come here, instead of being printed
 
-    with _ending_errors():
+    with _ending_errors(program):
         flags = _parse_flags(sys.argv[1:])
         overrides = expand(flags.overrides, cuda=torch.cuda.is_available(), sweeps=flags.multirun)
+        _check_places(overrides, sweeps=flags.multirun)
         if flags.config_dir is not None:
             overrides.append(_search_path(flags.config_dir))
         if not _is_unicode([*overrides, os.getcwd()]):
@@ -140,8 +149,9 @@ def run_command(program: str, main: Callable[[RunConfig, Path], None]) -> None:
                     f"terminal: set LC_ALL=C.UTF-8, or choose another with {FOLDER_KEY}FOLDER"
                 )
             with hold(folder, cure=f"wait until it has ended, or choose another folder with {FOLDER_KEY}FOLDER"):
-                check_writable(folder)
                 for place in (folder, folder / "checkpoints", folder / "evaluations"):
+                    if place.exists():
+                        check_writable(place)
                     remove_leftovers(place, "*", held=True)
                 _call_hydra(
                     name, _Job(program, main, held=True), [*overrides, FOLDER_KEY + quoted(str(folder), commas=False)]
@@ -158,7 +168,7 @@ class _Job:
     """Whether the folder is this process's alone already; each job of a sweep has one of its own."""
 
     def __call__(self, composed: DictConfig) -> None:
-        with _ending_errors():
+        with _ending_errors(self.program):
             folder = Path(HydraConfig.get().runtime.output_dir)
             config = build_config(_plain_config(composed))
             for handler in logging.getLogger().handlers:
@@ -177,9 +187,9 @@ class _Job:
 
 
 @contextmanager
-def _ending_errors() -> Iterator[None]:
-    interrupted = "interrupted; resume=auto goes on from the last checkpoint, if there is one"
-    with ending_errors(RewardError, CheckpointError, interrupted=interrupted):
+def _ending_errors(program: str) -> Iterator[None]:
+    goes_on = "" if program == "evaluate" else "; resume=auto goes on from the last checkpoint, if there is one"
+    with ending_errors(RewardError, CheckpointError, interrupted=f"interrupted{goes_on}"):
         try:
             yield
         except ClusterError as error:
@@ -192,10 +202,7 @@ def _ending_errors() -> Iterator[None]:
         except (MemoryError, RuntimeError) as error:
             if not lacks_memory(error):
                 raise
-            raise ValueError(
-                f"{one_line(error)} (learner.token_budget, rollout.max_completions, learner.gradient_checkpointing=true); "
-                "resume=auto then goes on from the last checkpoint, if there is one"
-            ) from error
+            raise ValueError(f"{one_line(error)} ({SPARING[program]}){goes_on}") from error
 
 
 def _parse_flags(arguments: Sequence[str]) -> argparse.Namespace:
@@ -223,6 +230,22 @@ def _parse_flags(arguments: Sequence[str]) -> argparse.Namespace:
             shown += [f"--{flag}", vars(flags)[flag]]
     flags.shown = [*shown, *(["--resolve"] if flags.resolve else [])]
     return flags
+
+
+def _check_places(overrides: Sequence[str], *, sweeps: bool) -> None:
+    """Make sure that a folder is named for what is run: one run, or a sweep of several.
+
+    Raises:
+        ValueError: for a folder that Hydra would not look at.
+    """
+    unread, why, instead = (
+        (FOLDER_KEY, "is for one run, and --multirun makes several", "hydra.sweep.dir=FOLDER")
+        if sweeps
+        else ("hydra.sweep.", "is for --multirun", f"{FOLDER_KEY}FOLDER")
+    )
+    for entry in overrides:
+        if entry.lstrip("+").startswith(unread):
+            raise ValueError(f"{entry} {why}: set {instead}")
 
 
 def _search_path(folder: str) -> str:
@@ -266,6 +289,8 @@ def _choose_folder(program: str, name: str, overrides: Sequence[str]) -> Path:
     named = any(entry.lstrip("+").startswith(FOLDER_KEY) for entry in overrides)
     try:
         if named:
+            # Hydra would write there before the program's own code looks
+            starting_point(folder, resume=config.resume is not None)
             folder.mkdir(parents=True, exist_ok=True)
             return folder
         earlier = newest_run(folder) if config.resume == "auto" else None

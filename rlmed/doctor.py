@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
-from rlmed.core.display import keep_display
+from rlmed.core.display import ending_errors, keep_display
 from rlmed.core.threads import cpu_quota, usable_cores
 
 Status = Literal["ok", "optional", "missing"]
@@ -112,7 +112,8 @@ def _embedded_model() -> Finding:
 def main() -> None:
     """Print the table; exit status 1 when something needed is missing."""
     keep_display()
-    findings = examine()
+    with ending_errors():
+        findings = examine()
     width = max(len(finding.what) for finding in findings)
     for finding in findings:
         mark = "–" if finding.status == "optional" else finding.status

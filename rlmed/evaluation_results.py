@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlmed.core.files import partial_folder, refusal, rename_into_place, replace_text
+from rlmed.core.jsonlines import parse_line, read_json
 from rlmed.core.ownership import remove
 from rlmed.core.statistics import BoolArray, mcnemar, wilson_interval
 from rlmed.core.types import Example, FinishReason
@@ -147,7 +148,7 @@ class EvalSummary:
     @classmethod
     def read(cls, step_folder: Path) -> EvalSummary:
         """Load `summary.json` from the folder of one step."""
-        content = json.loads((step_folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+        content = read_json(step_folder / SUMMARY_FILE)
         return cls(**{**content, "files": tuple(_file_summary(file) for file in content["files"])})
 
 
@@ -202,8 +203,9 @@ def write_evaluation(folder: Path, summary: EvalSummary, rows: Iterable[EvalRow]
 
 def read_rows(step_folder: Path) -> list[EvalRow]:
     """All rows of an evaluation, in the order of the files, controls after the rows as they are."""
-    with (step_folder / ROWS_FILE).open(encoding="utf-8") as lines:
-        contents = [json.loads(line) for line in lines]
+    path = step_folder / ROWS_FILE
+    with path.open("rb") as lines:
+        contents = [parse_line(line, path, number) for number, line in enumerate(lines, 1)]
     return [EvalRow(**{**content, "options": tuple(content["options"])}) for content in contents]
 
 

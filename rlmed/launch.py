@@ -46,6 +46,7 @@ class Run:
             ValueError: for data, model or settings that cannot work.
         """
         self.config, self.folder = config, folder
+        config.check_groups()
         loss_config(config.algo)  # an impossible loss is an error before anything is loaded
         self.checkpoint = starting_point(folder, resume=config.resume is not None)
         self.progress = Progress()

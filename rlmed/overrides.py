@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 import typing
 from collections.abc import Sequence
@@ -40,7 +41,6 @@ EMBEDDED_SUFFIX = "_embedded"
 ADDED_GROUPS = ("experiment", "debug")
 """Groups of which a run has no option unless one is asked for."""
 ROWS_ENDING = ".jsonl"
-_TABLES = (".csv", ".tsv", ".json", ".parquet")
 _HYDRA_TEXTS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.job.name")
 
 
@@ -90,7 +90,12 @@ def _expand_one(argument: str, embedded: bool) -> list[str]:
     key, equals, value = argument.partition("=")
     if not equals:
         return [argument]
+    if value.startswith("~/"):  # which shells leave as it is behind =
+        value = os.path.expanduser(value)
+        argument = f"{key}={value}"
     plain = key.lstrip("+")
+    if plain in CONFIG_GROUPS and plain != "model" and (value == "null" or _names_options(plain, value)):
+        raise ValueError(f"{argument}: one run has one {plain}: choose one of {', '.join(group_options(plain))}")
     if plain in ADDED_GROUPS:
         options = group_options(plain)
         names = [name.strip().strip("'\"") for name in value.split(",")]  # several with --multirun
@@ -106,10 +111,10 @@ def _expand_one(argument: str, embedded: bool) -> list[str]:
         return [f"model.path={quoted(value)}"]
     if key == "data" and value.endswith((ROWS_ENDING, f"{ROWS_ENDING}'", f'{ROWS_ENDING}"', "]")):
         return ["data=jsonl", f"data.eval={value if value.startswith('[') else f'[{_files(value)}]'}"]
-    if key == "data" and value.endswith(_TABLES):
+    if key == "data" and re.match(r"[^{$]*[./\\]", value):
         raise ValueError(
-            f"data={value}: questions are read from JSON Lines; `python -m rlmed.prepare` makes them of tables and of "
-            "published data (docs/data.md)"
+            f"data={value}: questions are read from JSON Lines files, whose names end in {ROWS_ENDING}; `python -m "
+            "rlmed.prepare` makes them of tables and of published data (docs/data.md)"
         )
     if key == "resume" and value not in ("auto", "null", ""):
         folder = Path(_unquoted(value))
@@ -117,6 +122,12 @@ def _expand_one(argument: str, embedded: bool) -> list[str]:
             raise ValueError(f"resume={value}: no checkpoints in that folder; give the folder of a run, or resume=auto")
         return [f"resume={quoted(value)}", f"hydra.run.dir={quoted(value)}"]
     return [argument]
+
+
+def _names_options(group: str, value: str) -> bool:
+    """Whether a value is a list of options: Hydra would put one over the other."""
+    entries = _entries(value)
+    return entries is not None and {entry.strip("'\"") for entry in entries} <= {*group_options(group)}
 
 
 def _files(value: str) -> str:
@@ -277,6 +288,9 @@ def explain(error: Exception) -> str:
     sweep = re.match("Ambiguous value for argument '(.*?)' 1[.]|Sweep parameters '(.*)' require", said)
     if sweep:
         return f"{sweep[1] or sweep[2]}: several values need --multirun, and a list is written [1,2]"
+    twice = re.match(r"Multiple values for (\w+)[.]", said)
+    if twice:
+        return f"{twice[1]} is given twice: one run has one {twice[1]}; leave out all but one {twice[1]}="
     cause = error.__cause__
     return f"{said} ({explain(cause)})" if isinstance(cause, OmegaConfBaseException) else said
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from rlmed.batch_files import write_batch
 from rlmed.core.files import refusal, replace_text
-from rlmed.core.jsonlines import JsonLinesWriter, finite
+from rlmed.core.jsonlines import JsonLinesWriter, finite, read_json
 from rlmed.core.threads import cpu_quota, usable_cores
 from rlmed.core.tracing import TIMELINE_LINES
 from rlmed.core.types import ScoredGroup, TrainGroup
@@ -220,7 +220,7 @@ def chosen_onednn(folder: Path) -> tuple[str, ...] | None:
     """What oneDNN computed when the run in `folder` was started, if processor and torch are the same; else None."""
     if not (folder / VERSIONS_FILE).is_file():
         return None
-    before = json.loads((folder / VERSIONS_FILE).read_text(encoding="utf-8"))
+    before = read_json(folder / VERSIONS_FILE)
     uses = before.get("onednn")  # earlier versions did not choose
     if uses is None:
         return None
@@ -287,7 +287,7 @@ def check_same_data(folder: Path, files: Sequence[DataFile]) -> None:
     Raises:
         ValueError: naming the file and what is different.
     """
-    before = json.loads((folder / DATA_FILE).read_text(encoding="utf-8"))["files"]
+    before = read_json(folder / DATA_FILE)["files"]
     # the same files in the same order, or the settings would differ
     for earlier, entry in zip(before, _data_entries(files), strict=True):
         used = [(side["rows"], sorted(str(row["id"]) for row in side["skipped"])) for side in (earlier, entry)]

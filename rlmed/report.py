@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import base64
 import hashlib
-import json
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -17,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from rlmed.core.display import ending_errors, keep_display
+from rlmed.core.display import ending_errors, keep_display, one_line
 from rlmed.core.files import replace_text
-from rlmed.core.jsonlines import read_json_lines
+from rlmed.core.jsonlines import read_json, read_json_lines
 from rlmed.core.statistics import mcnemar
 from rlmed.core.tracing import TIMELINE_LINES
 from rlmed.evaluation_results import (
@@ -123,11 +124,9 @@ def page_environment() -> Environment:
 
 def _context(folder: Path, environment: Environment, sft: Path | None) -> dict[str, Any]:
     config_file = folder / CONFIG_FILE
-    config_text = config_file.read_text(encoding="utf-8") if config_file.exists() else ""
+    config_text, config = _read_config(config_file)
     metrics = list(read_json_lines(folder / METRICS_FILE))
     evaluations = _Evaluations.read(folder / "evaluations", sft)
-    config = OmegaConf.to_container(OmegaConf.create(config_text))
-    assert isinstance(config, dict)
     versions = _read_json(folder / VERSIONS_FILE) or {}
     data = _read_json(folder / DATA_FILE) or {"files": []}
     pictures = Pictures()
@@ -161,8 +160,20 @@ def _asset(environment: Environment, name: str) -> Markup:
     return Markup(environment.loader.get_source(environment, name)[0].strip())  # a file of ours
 
 
+def _read_config(path: Path) -> tuple[str, dict[Any, Any]]:
+    """The text of a run's settings and what it says; empty without the file."""
+    try:
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        config = OmegaConf.to_container(OmegaConf.create(text))
+    except (UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"{path} is damaged, it is no YAML ({one_line(error)}): copy its folder again") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is damaged, it holds no keys: copy its folder again")
+    return text, config
+
+
 def _read_json(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return read_json(path) if path.exists() else None
 
 
 def _run_facts(

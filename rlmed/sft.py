@@ -89,10 +89,10 @@ def main(config: RunConfig, folder: Path) -> None:
     done = 0
     if checkpoint:
         saved = read_state(checkpoint)
-        check_same_run(folder / CONFIG_FILE, config, unused=("steps", "algo", "reward", "rollout"))
-        check_same_data(folder, data.files)
         if "step" not in saved:
             raise CheckpointError(f"{checkpoint} is of another command (rlmed.launch), which alone can go on with it")
+        check_same_run(folder / CONFIG_FILE, config, unused=("steps", "algo", "reward", "rollout"))
+        check_same_data(folder, data.files)
         done = int(saved["step"])
         recorder.truncate(saved["offsets"])
         learner.load(checkpoint)

@@ -14,6 +14,7 @@ from pathlib import Path
 from rlmed.core.calibration import Estimate, ReliabilityBin
 from rlmed.core.config_building import build_record
 from rlmed.core.files import replace_text
+from rlmed.core.jsonlines import read_json
 from rlmed.evaluation_results import Accuracy
 
 TRUST_FILE = "trust.json"
@@ -217,7 +218,7 @@ class TrustSummary:
     @classmethod
     def read(cls, step_folder: Path) -> TrustSummary:
         """Load `trust.json` from the folder of an evaluation."""
-        return build_record(cls, json.loads((step_folder / TRUST_FILE).read_text(encoding="utf-8")))
+        return build_record(cls, read_json(step_folder / TRUST_FILE))
 
 
 def write_trust(step_folder: Path, summary: TrustSummary, answers: Iterable[TrustAnswer]) -> None:

@@ -249,18 +249,14 @@ class RunConfig:
         require(0 <= self.seed <= MAX_SEED, f"seed={self.seed} must be between 0 and {MAX_SEED}")
         require_one_of("profile", self.profile, ("auto", "embedded", "paper"))
         require(
-            self.algo.group_size <= self.rollout.max_completions,
-            f"algo.group_size={self.algo.group_size} exceeds rollout.max_completions={self.rollout.max_completions}: "
-            "a group is sampled together, so raise rollout.max_completions",
-        )
-        require(
             not self.eval.trust or self.eval.samples <= self.rollout.max_completions,
             f"eval.samples={self.eval.samples} exceeds rollout.max_completions={self.rollout.max_completions}: the samples of "
             "a question are drawn together, so raise rollout.max_completions",
         )
         require(
             self.rollout.engine != "vllm" or self.cluster.kind == "ray",
-            f"rollout.engine={self.rollout.engine} runs in a worker of its own: add cluster=ray",
+            f"rollout.engine={self.rollout.engine} runs in a worker of its own, which rlmed.launch alone has: add cluster=ray "
+            "there",
         )
         require(
             self.rollout.engine == "vllm" or self.cluster.weight_transfer in ("auto", "object_store"),
@@ -294,4 +290,16 @@ class RunConfig:
             self.learner.mini_batches <= self.algo.groups_per_step,
             f"learner.mini_batches={self.learner.mini_batches} exceeds algo.groups_per_step={self.algo.groups_per_step}: "
             "a mini-batch needs a group at least",
+        )
+
+    def check_groups(self) -> None:
+        """Make sure that the groups of training can be sampled; evaluations sample one completion of a prompt.
+
+        Raises:
+            ConfigError: where a group is larger than what is sampled at once.
+        """
+        require(
+            self.algo.group_size <= self.rollout.max_completions,
+            f"algo.group_size={self.algo.group_size} exceeds rollout.max_completions={self.rollout.max_completions}: "
+            "a group is sampled together, so raise rollout.max_completions",
         )

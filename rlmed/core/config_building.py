@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Collection, Mapping
@@ -103,7 +104,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     elif origin is not None and isinstance(value, Mapping):
         return {str(key): _convert(args[1], entry, f"{where}.{key}") for key, entry in value.items()}
     elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise ConfigError(f"{where}={value} is no number to count with: give a finite one")
         return float(value)
+    elif hint is str and value == "":
+        raise ConfigError(f"{where}='' is empty: give a text, or leave it out")
     elif origin is None and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     if origin is tuple and isinstance(value, (list, tuple)):

@@ -151,6 +151,12 @@ RULES = (
         when=WITHOUT_ENDS,
         cure="Nothing is evaluated: set eval.at_end=true",
     ),
+    Rule(
+        keys=("rollout.stop", "rollout.max_completions", "rollout.prefill_tokens"),
+        programs=("sft",),
+        when=WITHOUT_ENDS,
+        cure="Only evaluations sample here: set eval.at_end=true",
+    ),
     Rule(keys=("preflight.groups",), when={"preflight.enabled": (False,)}, cure="Set preflight.enabled=true"),
     # data
     Rule(keys=("data.phantom_seed", "data.phantom_folder"), when=FROM_FILES, cure="Set data=phantom"),

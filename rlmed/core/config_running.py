@@ -56,7 +56,6 @@ class RolloutConfig:
         require(0 < self.top_p <= 1, f"rollout.top_p={self.top_p} must be in (0, 1]")
         require(self.top_k >= 0, f"rollout.top_k={self.top_k} must be 0 (off) or positive")
         require(self.max_tokens >= 1, f"rollout.max_tokens={self.max_tokens} must be at least 1")
-        require(all(self.stop), f"rollout.stop={list(self.stop)} holds an empty text, which would end every completion")
         require(self.max_completions >= 1, f"rollout.max_completions={self.max_completions} must be at least 1")
         require(self.prefill_tokens >= 1, f"rollout.prefill_tokens={self.prefill_tokens} must be at least 1")
 

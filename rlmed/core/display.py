@@ -15,6 +15,8 @@ ERRORS = "backslashreplace"
 """How characters are shown that the encoding of stdout lacks: `é` becomes `\\xe9`."""
 
 
+NO_MEMORY = ("t allocate memory", "out of memory", "failed to map segment")
+"""What torch and the loader of shared libraries say when they were refused memory."""
 TRACE = "RLMED_TRACE"
 """Environment variable that shows where an error came from."""
 
@@ -42,7 +44,7 @@ def lacks_memory(error: BaseException) -> bool:
     """Whether Python, numpy or torch was refused memory."""
     said = str(error)
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and ("t allocate memory" in said or "out of memory" in said)
+        isinstance(error, RuntimeError | ImportError) and any(words in said.lower() for words in NO_MEMORY)
     )
 
 
@@ -78,6 +80,9 @@ def keep_display() -> None:
 
     Streams that somebody has put in their place, such as a test's, stay as they are.
     """
+    sys.excepthook = sys.__excepthook__  # the command has begun (rlmed.core.starting)
+    if os.environ.get("COLUMNS") == "0":  # of a terminal that is none; tables as narrow as that would be empty
+        del os.environ["COLUMNS"]
     sys.stderr = _kept("stderr", sys.stderr, 2, lambda error: None)
     sys.stdout = _kept("stdout", sys.stdout, 1, _Notice())
 

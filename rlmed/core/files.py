@@ -23,8 +23,25 @@ def refusal(path: Path, error: OSError, *, cure: str = "start again; training go
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         message = f"the disk is full: {path} cannot be written. Free some space and {cure}"
     else:
-        message = f"{path} cannot be written: {error.strerror}. Make its folder writable and {cure}"
+        reason, remedy = _in_the_way(path, error)
+        message = f"{path} cannot be written: {reason}. {remedy} and {cure}"
     return RecordError(error.errno, message)
+
+
+def _in_the_way(path: Path, error: OSError) -> tuple[str, str]:
+    """Why the system refused `path`, and what to do about it."""
+    if error.errno == errno.ENAMETOOLONG:
+        return "the name is too long", "Shorten it"
+    if error.errno == errno.EISDIR:
+        place = error.filename2 or error.filename or path
+        return f"{place} is a folder, where a file is to be", "Rename it"
+    if error.errno in (errno.EEXIST, errno.ENOTDIR, errno.ELOOP, errno.ENOENT):
+        for place in (path, *path.parents):
+            if place.is_symlink() and not place.exists():
+                return f"{place} is a link to {place.readlink()}, which leads nowhere", "Remove it"
+            if place.is_file():
+                return f"{place} is a file, where a folder is to be", "Rename it"
+    return error.strerror or str(error), "Make its folder writable"
 
 
 def replace_text(path: Path, text: str) -> Path:

@@ -135,6 +135,22 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
             yield parse_line(line, path, number)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a whole file of a run holds.
+
+    Raises:
+        ValueError: when it is no JSON object, as after half a copy.
+        OSError: when it cannot be read.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged, it is no JSON ({error}): copy its folder again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged, it is no JSON object: copy its folder again")
+    return content
+
+
 def parse_line(line: bytes, path: Path, number: int) -> dict[str, Any]:
     """The object on a line of `path`.
 

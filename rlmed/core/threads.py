@@ -11,6 +11,8 @@ from pathlib import Path
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """Variables by which a user decides how OpenMP's threads wait for each other."""
+COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+"""Variables by which a user decides how many threads torch has."""
 LOOKS, LOOK_SECONDS = 10, 0.005
 """How often, and how far apart, the machine's running threads are counted."""
 BUSY = 0.5
@@ -27,6 +29,19 @@ def settle_waiting(environment: MutableMapping[str, str] = os.environ, root: Pat
         return
     if others_running(root) + usable_cores(root) > (os.cpu_count() or 1) + BUSY:
         environment["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
+def settle_threads(environment: MutableMapping[str, str] = os.environ, root: Path = Path("/")) -> None:
+    """Give torch as many threads as the container's CPU quota has cores; before torch is loaded, or never.
+
+    It knows affinity, and no quota: with a thread for each core of the host, all of them are halted as soon as the quota of a
+    period is spent. A variable that the user has set stays.
+    """
+    if "torch" in sys.modules or any(name in environment for name in COUNTS):
+        return
+    cores = usable_cores(root)
+    if cores < _cores_by_affinity():
+        environment["OMP_NUM_THREADS"] = str(cores)
 
 
 def others_running(root: Path = Path("/")) -> float:
@@ -47,9 +62,12 @@ def usable_cores(root: Path = Path("/")) -> int:
 
     `root` is where /proc and /sys are looked for. A quota of a fraction of a core is rounded up.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = cpu_quota(root)
+    cores, quota = _cores_by_affinity(), cpu_quota(root)
     return cores if quota is None else max(1, min(cores, math.ceil(quota)))
+
+
+def _cores_by_affinity() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:

@@ -141,3 +141,12 @@ def test_doctor_says_what_is_missing_where_nothing_is_installed() -> None:
     done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     assert "pip install transformers" in done.stdout
+
+
+def test_an_interrupted_examination_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> list[doctor.Finding]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "examine", interrupted)
+    with pytest.raises(SystemExit, match="interrupted"):
+        doctor.main()

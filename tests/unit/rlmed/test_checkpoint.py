@@ -78,6 +78,18 @@ def test_leftovers_of_a_killed_run_are_no_checkpoints_and_go(tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["step-000010"]
 
 
+def test_a_file_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "step-000001").write_text("")
+    assert list_checkpoints(tmp_path) == []
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"step-000001 could not be written.*File exists"):
+        save_checkpoint(tmp_path / "checkpoints", 1, {}, write, keep_last=1)
+    assert (tmp_path / "checkpoints").read_text() == "mine"
+
+
 def test_read_state_names_the_folder(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is no checkpoint"):
         read_state(tmp_path)

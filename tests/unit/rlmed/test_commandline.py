@@ -227,6 +227,32 @@ def test_resume_auto_makes_no_folder_beside_the_run(
     assert (first / "checkpoints" / ".step-000006.partial").exists()
 
 
+def test_a_refused_run_leaves_no_trace_in_the_folder_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Hydra writes its own files before it calls anybody."""
+    monkeypatch.chdir(tmp_path)
+    folder = run(monkeypatch, "hydra.run.dir=mine", "seed=1")
+    (folder / "checkpoints" / "step-000002").mkdir(parents=True)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    status, said = failed(monkeypatch, capsys, "hydra.run.dir=mine", "seed=2")
+    assert status == 2
+    assert f"{folder} holds a run already (step-000002): give the new one a folder of its own" in said
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "evaluations"])
+def test_a_file_where_results_go_is_found_before_the_run(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text("")
+    status, said = failed(monkeypatch, capsys, "hydra.run.dir=mine")
+    assert status == 2
+    assert f"{tmp_path}/mine/{name} is a file, where a folder is to be. Rename it and" in said
+
+
 @pytest.mark.parametrize(
     ("error", "status", "said"),
     [
@@ -255,6 +281,28 @@ def test_exit_codes(
     found, line = failed(monkeypatch, capsys, error=error)
     assert found == status
     assert line.startswith(said)
+
+
+@pytest.mark.parametrize(("program", "resumed"), [("train", True), ("sft", True), ("evaluate", False)])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError()])
+def test_only_what_can_be_resumed_is_said_to_be(
+    program: str,
+    resumed: bool,
+    error: BaseException,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def main(config: RunConfig, folder: Path) -> None:
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [program])
+    with pytest.raises(SystemExit) as ended:
+        run_command(program, main)
+    said = f"{ended.value.code} {capsys.readouterr().err}"
+    assert "interrupted" in said or "out of memory" in said
+    assert ("resume=auto" in said) == resumed
 
 
 def test_a_fault_of_ours_is_no_error_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,18 @@ def test_what_hydra_reads_itself_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert expand(["model=a,b", "seed=1,2"], cuda=False, sweeps=True) == ["model.path=a,b", "seed=1,2"]
 
 
+def test_a_home_that_the_shell_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ä b")
+    assert composed("model=~/m").model.path == "/home/ä b/m"
+    assert composed("data=~/a.jsonl").data.eval == ("/home/ä b/a.jsonl",)
+    assert expand(["hydra.run.dir=~/x"], cuda=False) == ["hydra.run.dir='/home/ä b/x'"]
+    assert composed("model='~/m'").model.path == "~/m"
+
+
+def test_keys_in_braces_for_a_group() -> None:
+    assert composed("data={mix:{MRI:0.5,CT:1}}").data.mix == {"MRI": 0.5, "CT": 1}
+
+
 def test_an_experiment_with_or_without_plus() -> None:
     for written in ("experiment", "+experiment", "++experiment"):
         assert expand([f"{written}=medvqa_600"], cuda=False) == ["+experiment=medvqa_600_embedded"]
@@ -126,6 +138,30 @@ def own_yaml(tmp_path: Path) -> Path:
         (["data.train=${foo}"], "data.train: Interpolation key 'foo' not found: mend what ${…} names, or write"),
         (["data.train=${oc.env:NO_SUCH_VARIABLE}"], "'NO_SUCH_VARIABLE' not found"),
         (["hydra.run.dir="], "hydra.run.dir= names no folder"),
+        (["hydra.sweep.dir=x"], "hydra.sweep.dir=x is for --multirun: set hydra.run.dir=FOLDER"),
+        (
+            ["-m", "seed=1,2", "hydra.run.dir=x"],
+            "hydra.run.dir=x is for one run, and --multirun makes several: set hydra.sw",
+        ),
+        (["algo=null"], "algo=null: one run has one algo: choose one of cispo, dapo"),
+        (["algo=[grpo,dapo]"], "algo=[grpo,dapo]: one run has one algo: choose one of cispo, dapo"),
+        (["experiment=[medvqa_600]"], "experiment=[medvqa_600]: one run has one experiment: choose one of medvqa_600,"),
+        (["debug=null"], "debug=null: one run has one debug: choose one of fake_engine"),
+        (
+            ["+experiment=medvqa_600", "+experiment=medvqa_600_dapo"],
+            "experiment is given twice: one run has one experiment",
+        ),
+        (["data=x.csv"], "data=x.csv: questions are read from JSON Lines files, whose names end in .jsonl"),
+        (["data=rows.JSONL"], "data=rows.JSONL: questions are read from JSON Lines files"),
+        (["data=folder/"], "data=folder/: questions are read from JSON Lines files"),
+        (["model="], "model.path='' is empty"),
+        (["data.train="], "data.train='' is empty: give a text, or leave it out"),
+        (["data.eval="], "data.eval='' is empty"),
+        (["data.eval=[a.jsonl,'']"], "data.eval[1]='' is empty"),
+        (["resume="], "resume='' is empty"),
+        (["learner.lr=inf"], "learner.lr=inf is no number to count with: give a finite one"),
+        (["learner.betas=[nan,0.9]"], "learner.betas[0]=nan is no number"),
+        (["data.mix={MRI:nan}"], "data.mix.MRI=nan is no number"),
         (["--config-name", "nonsense"], "nonsense: there is no such YAML file in rlmed's conf/"),
         (["--config-dir", "nowhere"], "--config-dir nowhere: there is no such folder"),
         (["--config-path", "x"], "--config-path is not possible: --config-dir DIR adds"),

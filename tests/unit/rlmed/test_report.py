@@ -229,6 +229,18 @@ def test_each_part_may_be_missing(run, missing):
     assert Page(write_report(run).read_text()).text
 
 
+@pytest.mark.parametrize("content", ["", "{", "[1]", "\udcff"])
+@pytest.mark.parametrize("name", ["config.yaml", "versions.json", "data.json", "summary.json", "rows.jsonl"])
+def test_half_a_copy_of_a_run_is_named(run, name, content):
+    (damaged,) = list(run.rglob(name))[:1]
+    damaged.write_bytes(content.encode("utf-8", "surrogateescape"))
+    if (name, content) in (("config.yaml", ""), ("rows.jsonl", "")):
+        write_report(run)  # a run without settings, an evaluation without rows
+        return
+    with pytest.raises(ValueError, match=re.escape(str(damaged))):
+        write_report(run)
+
+
 def test_nobody_takes_generated_images_for_a_patients(run):
     text = write_report(run).read_text()
     assert "not a medical device" in text

@@ -87,7 +87,6 @@ def test_unknown_key_is_refused_by_the_command_line() -> None:
     [
         ("+algo.group_sise=8", r"unknown key algo\.group_sise: did you mean algo\.group_size\?"),
         ("algo.group_size=1", r"algo\.group_size=1 .* set algo\.group_size to 2 or more"),
-        ("algo.group_size=100", r"raise rollout\.max_completions"),
         ("algo.advantage=best", r"algo\.advantage='best' .* grpo, dr_grpo, rloo"),
         ("algo.normalize_by=organ", r"algo\.normalize_by='organ' .* choose modality or null"),
         ("rollout.temperature=0", r"rollout\.temperature=0\.0 .* all the same"),
@@ -110,6 +109,7 @@ def test_unknown_key_is_refused_by_the_command_line() -> None:
         ("model.min_pixels=10000", None),
         ("profile=hospital", "profile='hospital'"),
         ("name=''", "name=''"),
+        ("rollout=vllm", "which rlmed.launch alone has: add cluster=ray there"),
         ("seed=99999999999999999999", r"seed=9+ must be between 0 and"),
         ("data.phantom_seed=-1", r"data\.phantom_seed=-1"),
         ("model.device=gpu", r"model\.device='gpu' .* auto, cpu, cuda"),
@@ -118,7 +118,8 @@ def test_unknown_key_is_refused_by_the_command_line() -> None:
         ("learner.betas=[0.9]", r"learner\.betas=\[0\.9\] has 1 entries: expected 2"),
         ("learner.weight_decay=-1", r"learner\.weight_decay=-1"),
         ("learner.mini_batches=50", r"learner\.mini_batches=50 exceeds algo\.groups_per_step"),
-        ("rollout.stop=['']", r"rollout\.stop=\[''\] holds an empty text"),
+        ("rollout.stop=['']", r"rollout\.stop\[0\]='' is empty"),
+        ("rollout.stop=[' ']", None),
         ("data.mix={MRI:0.5,CT:0}", r"data\.mix\.CT=0\.0 must be a positive number"),
         ("data.mix={}", r"data\.mix=\{\} names no modality"),
         ("data.mix={MRI:0.7,CT:0.3}", None),
@@ -135,6 +136,14 @@ def test_impossible_values(override: str, message: str | None) -> None:
         return
     with pytest.raises(ConfigError, match=message):
         composed(override)
+
+
+def test_a_group_that_is_larger_than_what_is_sampled_at_once_is_for_training_alone() -> None:
+    config = composed("rollout.max_completions=2", program="evaluate")  # which cannot be given a smaller group
+    with pytest.raises(
+        ConfigError, match=r"algo\.group_size=4 exceeds .*max_completions=2: .*raise rollout\.max_completions"
+    ):
+        config.check_groups()
 
 
 def test_a_selection_by_pass_rate_needs_to_know_what_is_right() -> None:

@@ -79,6 +79,9 @@ def refused(program: str, *overrides: str) -> list[str]:
         ("train", "preflight.enabled=false preflight.groups=2", "does not read preflight.groups while preflight.enabled=f"),
         ("train", "eval.at_start=false eval.at_end=false eval.controls=false", "does not read eval.controls while eval.at"),
         ("train", "eval.at_start=false eval.at_end=false eval.limit=3", "eval.at_end=false and eval.every=0. Nothing is ev"),
+        ("sft", "eval.at_start=false eval.at_end=false rollout.stop=[x]", "does not read rollout.stop while eval.at_start=fa"),
+        ("sft", "eval.at_start=false eval.at_end=false rollout.max_completions=8", "does not read rollout.max_completions"),
+        ("sft", "eval.at_start=false eval.at_end=false rollout.prefill_tokens=8", "does not read rollout.prefill_tokens"),
         ("train", "profile=paper", "rlmed.launch does not read profile. It chooses between +experiment=X and X_embedded"),
     ],
 )  # fmt: skip
@@ -120,6 +123,8 @@ def test_rays_keys_do_something_for_training_with_ray_alone(program: str, key: s
         ("train", "data.selection.mode=pass_rate data.selection.low=0.1 data.phantom_seed=3 data.leakage=strict"),
         ("train", "reward.extra=[a:b] reward.timeout_s=2 preflight.groups=2 algo=grpo_dynamic algo.max_refills=1"),
         ("train", "eval.at_start=false eval.limit=3 eval.controls=false"),
+        ("train", "eval.at_start=false eval.at_end=false rollout.max_completions=8"),
+        ("sft", "eval.at_start=false rollout.max_completions=8 rollout.stop=[x]"),
         # one switch off takes its details along only where they were set
         ("train", "preflight.enabled=false eval.at_start=false eval.at_end=false algo.kl_coef=0 algo.clip=none"),
         ("train", "cluster=ray rollout=native data=jsonl data.train=x"),

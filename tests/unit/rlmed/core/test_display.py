@@ -57,6 +57,7 @@ def test_characters_that_stdout_lacks_are_written_otherwise(tmp_path: Path, enco
         {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
         {"LC_ALL": "POSIX"},
         {"COLUMNS": "1"},
+        {"COLUMNS": "0"},
         {"COLUMNS": "x", "TERM": "dumb"},
         {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "ascii"},
         {"NO_COLOR": "1", "TERM": ""},
@@ -66,6 +67,7 @@ def test_other_terminals(tmp_path: Path, settings: dict[str, str]) -> None:
     status, out, err = run(tmp_path, **settings)
     assert status == 0
     assert "printed" in out
+    assert out.count("R") == 4000  # one of rich, and one in WARNING
     assert "Traceback" not in err
 
 

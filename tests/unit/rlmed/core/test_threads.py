@@ -74,6 +74,43 @@ def test_cores_that_are_left_to_others_are_theirs(tmp_path: Path, four_cores: No
     assert environment == {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
+@pytest.mark.parametrize(
+    ("quota", "set_to"),
+    [(None, None), ("max", None), ("400000", None), ("350000", None), ("150000", "2"), ("50000", "1")],
+)
+@pytest.mark.parametrize("version", [1, 2])
+def test_torch_has_the_threads_that_the_quota_allows(
+    tmp_path: Path, four_cores: None, version: int, quota: str | None, set_to: str | None
+) -> None:
+    environment: dict[str, str] = {}
+    if version == 2:
+        write(
+            tmp_path, {"proc/self/cgroup": V2} | ({"sys/fs/cgroup/a/b/cpu.max": f"{quota} 100000\n"} if quota else {})
+        )
+    else:
+        files = {"quota_us": f"{-1 if quota == 'max' else quota}\n", "period_us": "100000\n"} if quota else {}
+        write(tmp_path, {"proc/self/cgroup": V1})
+        write(tmp_path, {f"sys/fs/cgroup/cpu/a/cpu.cfs_{name}": text for name, text in files.items()})
+    threads.settle_threads(environment, tmp_path)
+    assert environment.get("OMP_NUM_THREADS") == set_to
+
+
+@pytest.mark.parametrize("name", threads.COUNTS)
+def test_the_users_number_of_threads_stays(tmp_path: Path, four_cores: None, name: str) -> None:
+    environment = {name: "3"}
+    write(tmp_path, {"proc/self/cgroup": V2, "sys/fs/cgroup/cpu.max": "100000 100000\n"})
+    threads.settle_threads(environment, tmp_path)
+    assert environment == {name: "3"}
+
+
+def test_after_torch_the_threads_stay(tmp_path: Path, four_cores: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(threads.sys.modules, "torch", threads)
+    environment: dict[str, str] = {}
+    write(tmp_path, {"proc/self/cgroup": V2, "sys/fs/cgroup/cpu.max": "100000 100000\n"})
+    threads.settle_threads(environment, tmp_path)
+    assert environment == {}
+
+
 @pytest.mark.parametrize("name", threads.WAITING)
 def test_what_the_user_has_set_stays(tmp_path: Path, four_cores: None, name: str) -> None:
     environment = {name: "7"}
