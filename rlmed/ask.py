@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,12 +17,16 @@ from rlmed.core.near_paths import near_path
 from rlmed.core.prefill import THINK, THINK_END
 from rlmed.core.types import LETTERS, Example, RolloutRequest, SamplingParams
 from rlmed.data.choices import plain_options
+from rlmed.data.images import check_image
 from rlmed.data.prompts import PromptRenderer, read_prompt_settings
 from rlmed.data.rows import BadRowError
+from rlmed.models.agreement import position_doubt
 from rlmed.models.logs import silence_progress_bars
-from rlmed.models.policy import load_policy
+from rlmed.models.policy import load_config, load_policy
 from rlmed.setup import model_folder, open_model
 from rollout.native.engine import NativeEngine
+
+log = logging.getLogger(__name__)
 
 MAX_PROMPT_TOKENS = 4096
 """Where the model's folder does not say how long a prompt was in training."""
@@ -62,11 +67,13 @@ def ask(arguments: argparse.Namespace) -> str:
     """The completion of the model for one question.
 
     Raises:
-        ValueError: for a number of options other than 2 to 10, options that repeat, or an image or model that cannot be read.
+        ValueError: for a number of options other than 2 to 10, options that repeat, an image or model that cannot be read, or
+            an image that shows nothing.
     """
     options = asked_options(arguments.options)
     if near := near_path(arguments.image):
         raise ValueError(f"image {arguments.image} does not exist: {near}")
+    check_image(arguments.image)
     folder = model_folder(arguments.model)
     # where the folder does not say how it was asked, the paper's template
     settings = {"max_prompt_tokens": MAX_PROMPT_TOKENS, **(read_prompt_settings(folder) or {})}
@@ -74,6 +81,14 @@ def ask(arguments: argparse.Namespace) -> str:
     example = Example("question", arguments.image, arguments.question, options, answer=0, modality=arguments.modality)
     prompt = renderer.render(example)
     sampling = SamplingParams(arguments.temperature, max_tokens=arguments.max_tokens, seed=arguments.seed)
+    doubt = position_doubt(
+        load_config(folder),
+        tokens=len(prompt.token_ids) + sampling.max_tokens,
+        what=f"{len(prompt.token_ids)} tokens of the prompt and --max-tokens {sampling.max_tokens}",
+        cure="--max-tokens",
+    )
+    if doubt:
+        log.warning("%s", doubt)
     engine = NativeEngine(load_policy(folder), renderer.decode)
     engine.submit(RolloutRequest(index=0, prompt=prompt, group_size=1, sampling=sampling))
     groups = []

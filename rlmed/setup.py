@@ -168,10 +168,12 @@ def make_renderer(config: RunConfig) -> PromptRenderer:
 
 def check_positions(config: RunConfig, *, max_tokens: int) -> None:
     """Warn when a longest prompt and `max_tokens` of completion pass the positions that the run's model knows."""
+    longest = config.data.max_prompt_tokens
     doubt = position_doubt(
         load_config(model_folder(config.model.path)),
-        max_prompt_tokens=config.data.max_prompt_tokens,
-        max_tokens=max_tokens,
+        tokens=longest + max_tokens,
+        what=f"data.max_prompt_tokens={longest} and {max_tokens} tokens of a completion",
+        cure="data.max_prompt_tokens, rollout.max_tokens or eval.max_tokens",
     )
     if doubt:
         log.warning("%s", doubt)

@@ -37,6 +37,11 @@ def check_mode(image: Image.Image) -> None:
         )
     if not isinstance(image, TiffImageFile):
         return
+    if _PHOTOMETRIC not in image.tag_v2 and image.mode not in ("RGB", "RGBA"):
+        # Pillow takes the largest value for black then, other readers for white
+        raise UnreadableModeError(
+            "it does not say whether 0 is black or white (PhotometricInterpretation is missing): save it again as PNG"
+        )
     bits = image.tag_v2.get(_BITS, (1,))
     if image.tag_v2.get(_PLANAR) == _PLANES and len(bits) > 1 and max(bits) > 8:
         raise UnreadableModeError(

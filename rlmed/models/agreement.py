@@ -80,15 +80,21 @@ def check_agreement(
     return doubts
 
 
-def position_doubt(config: PreTrainedConfig, *, max_prompt_tokens: int, max_tokens: int) -> str | None:
-    """A line where prompt and completion may be longer together than the model has positions."""
+def position_doubt(config: PreTrainedConfig, *, tokens: int, what: str, cure: str) -> str | None:
+    """A line where a prompt and its completion may be longer together than the model has positions.
+
+    Args:
+        config: the model's.
+        tokens: of both together.
+        what: their lengths, for the message.
+        cure: what to lower.
+    """
     limit = config.get_text_config().max_position_embeddings
-    if max_prompt_tokens + max_tokens <= limit:
+    if tokens <= limit:
         return None
     return (
-        f"data.max_prompt_tokens={max_prompt_tokens} and {max_tokens} tokens of a completion are more than the "
-        f"{limit} positions that the model was made for (max_position_embeddings in config.json): what stands beyond them is "
-        "not to be trusted; lower data.max_prompt_tokens, rollout.max_tokens or eval.max_tokens"
+        f"{what} are more than the {limit} positions that the model was made for (max_position_embeddings in config.json): "
+        f"what stands beyond them is not to be trusted; lower {cure}"
     )
 
 

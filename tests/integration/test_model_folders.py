@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from rewards.likelihood_gain import option_logprobs
 from rewards.parsing import has_format
@@ -21,6 +20,7 @@ from rlmed.letters import letter_probabilities
 from rlmed.models.policy import load_policy
 from rlmed.setup import load_run_data, open_model
 from tests.rounding import LOGPROBS
+from tests.unit.rlmed.data.pictures import marked
 
 Config = Callable[..., RunConfig]
 RAISING = "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}"
@@ -34,7 +34,7 @@ def prefill(folder: Path, text: str) -> None:
 
 
 def arguments(folder: Path, tmp_path: Path) -> list[str]:
-    Image.new("RGB", (112, 112), (90, 90, 90)).save(tmp_path / "picture.png")
+    marked(90, (112, 112)).save(tmp_path / "picture.png")
     question = [str(tmp_path / "picture.png"), "Which body part is shown?"]
     return [*question, "--options", "head", "chest", "knee", "--model", str(folder), "--max-tokens", "64"]
 

@@ -6,6 +6,7 @@ A reason names both values. Of texts only those of the standard are quoted; othe
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -106,6 +107,12 @@ def _check_colours(dataset: Dataset, size: FrameSize, photometric: str) -> None:
         raise BadImageError(
             f"its header says {size.samples} samples a pixel, its colours need {samples} ({photometric}): {_AGAIN}"
         )
+    planar = dataset.get("PlanarConfiguration")
+    if samples > 1 and planar not in (0, 1):
+        said = "no" if planar is None else f"{int(planar)} as"
+        raise BadImageError(
+            f"its header says {samples} samples a pixel and {said} PlanarConfiguration, which must be 0 or 1: {_AGAIN}"
+        )
     # stated for radiographs (PS3.3, C.8.11.3.1.2); viewers differ in which of the two they believe
     shape = str(dataset.get("PresentationLUTShape") or "").strip()
     if (shape == "INVERSE" and photometric == "MONOCHROME2") or (shape == "IDENTITY" and photometric == "MONOCHROME1"):
@@ -113,6 +120,21 @@ def _check_colours(dataset: Dataset, size: FrameSize, photometric: str) -> None:
             f"its header says {photometric} and PresentationLUTShape {shape}, so it may be the negative: "
             "correct one of them"
         )
+
+
+def overlay_above(positions: Sequence[int], form: PixelFormat) -> bool:
+    """Whether bits of pixels hold an overlay; a position of 0 is that of one stored apart (PS3.3, C.9.2).
+
+    Raises:
+        BadImageError: for an overlay in bits that hold values.
+    """
+    for position in positions:
+        if form.high_bit - form.bits_stored < position <= form.high_bit and position > 0:
+            raise BadImageError(
+                f"its header says BitsStored {form.bits_stored} and HighBit {form.high_bit}, and an overlay in bit {position} "
+                f"(OverlayBitPosition): {_AGAIN}"
+            )
+    return any(position > 0 for position in positions)
 
 
 def check_pixel_data(
@@ -233,24 +255,21 @@ def _check_stream_colours(stream: Codestream, photometric: str) -> None:
 
 
 def unused_bits_checked(values: np.ndarray, form: PixelFormat, overlay: bool, padding: int | None) -> np.ndarray:
-    """Values of uncompressed pixels, of which bits above those that are stored may be in use.
+    """Values of which bits above those that are stored may be in use.
 
     Args:
         values: as they are in the file.
         form: what the header says of them.
-        overlay: True where the header says that bits of pixels hold an overlay: these are then masked.
+        overlay: True where the header says that bits above hold an overlay: these are then masked.
         padding: a value that may need all bits.
 
     Raises:
         BadImageError: for values that need more bits than are stored, or bits elsewhere than at the low end.
     """
-    if form.bits_stored == form.bits_allocated or values.dtype.kind not in "iu":
+    bits = min(form.bits_stored, form.high_bit + 1)
+    if bits == form.bits_allocated or values.dtype.kind not in "iu":
         return values
-    least, most = (
-        (-(1 << (form.bits_stored - 1)), (1 << (form.bits_stored - 1)) - 1)
-        if form.signed
-        else (0, (1 << form.bits_stored) - 1)
-    )
+    least, most = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if form.signed else (0, (1 << bits) - 1)
     beyond = (values < least) | (values > most)
     if padding is not None:
         beyond &= values != np.array(padding).astype(values.dtype)
@@ -261,7 +280,7 @@ def unused_bits_checked(values: np.ndarray, form: PixelFormat, overlay: bool, pa
             f"its header says BitsStored {form.bits_stored} and HighBit {form.high_bit}, its values reach "
             f"{int(values[beyond].max())}: {_AGAIN}"
         )
-    shift = form.bits_allocated - form.bits_stored
+    shift = form.bits_allocated - bits
     return np.where(beyond, (values << shift) >> shift, values)
 
 

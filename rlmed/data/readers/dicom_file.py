@@ -39,6 +39,7 @@ from rlmed.data.readers.dicom_agreement import (
     check_pixel_data,
     check_rle,
     checked_format,
+    overlay_above,
     unused_bits_checked,
 )
 
@@ -72,7 +73,8 @@ _WANTED = [
         "HighBit",
         "PresentationLUTShape",
     ),
-    *("PixelRepresentation", "PixelPaddingValue", "PixelPaddingRangeLimit"),
+    *("PixelRepresentation", "PlanarConfiguration"),
+    *(f"{kind}PixelPadding{part}" for kind in ("", "Float", "DoubleFloat") for part in ("Value", "RangeLimit")),
     *("PixelAspectRatio", "PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing"),
     *("ModalityLUTSequence", "RescaleIntercept", "RescaleSlope"),
     *("VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction"),
@@ -168,7 +170,7 @@ def read_header(path: Path) -> DicomHeader:
             dataset=dataset,
             transfer_syntax=syntax,
             modality=MODALITIES.get(str(dataset.get("Modality", "")).strip(), ""),
-            overlay=any(dataset.get(tag) is not None for tag in _OVERLAY_BITS),
+            overlay=overlay_above([dataset[tag].value for tag in _OVERLAY_BITS if tag in dataset], pixels),
             burned_in=str(dataset.get("BurnedInAnnotation", "")).strip().upper() == "YES",
             pixels=pixels,
             little_endian=bool(little_endian),

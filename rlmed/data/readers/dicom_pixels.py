@@ -82,11 +82,15 @@ def _grey(stored: np.ndarray, dataset: Dataset, header: DicomHeader, window: Win
 
 def _padding(stored: np.ndarray, dataset: Dataset) -> np.ndarray | None:
     """Where a picture is filled up to a rectangle (PS3.3, C.7.5.1.1.2); None where it isn't."""
-    value = dataset.get("PixelPaddingValue")
-    if value is None or stored.dtype.kind not in "iu":
+    if stored.dtype.kind in "iu":
+        kind = "PixelPadding"
+    else:
+        kind = "FloatPixelPadding" if stored.dtype.itemsize == 4 else "DoubleFloatPixelPadding"
+    value = dataset.get(f"{kind}Value")
+    if value is None:
         return None
     # cast as the pixels are: some files state a negative value as a large one
-    edges = np.array([int(value), int(dataset.get("PixelPaddingRangeLimit", value))]).astype(stored.dtype)
+    edges = np.array([value, dataset.get(f"{kind}RangeLimit", value)]).astype(stored.dtype)
     mask = (stored >= edges.min()) & (stored <= edges.max())
     return mask if mask.any() and not mask.all() else None
 
@@ -112,8 +116,9 @@ def _rescale(stored: np.ndarray, dataset: Dataset, header: DicomHeader) -> np.nd
             f"its header says RescaleSlope {slope:g} and RescaleIntercept {intercept:g}"
             f"{f', which make every value {intercept:g}' if slope == 0 else ''}: correct them"
         )
-    # single precision tells values of 16 bits apart, unless the intercept is far larger than they are
-    wide = stored.dtype.itemsize > 2 or abs(intercept) > abs(slope) * (1 << 22)
+    # single precision tells values of 16 bits apart, unless the intercept is far larger than they are; it has no such slopes
+    beyond = not 1e-30 < abs(slope) < 1e30
+    wide = stored.dtype.itemsize > 2 or beyond or abs(intercept) > abs(slope) * (1 << 22)
     kind = np.float64 if wide else np.float32
     return stored.astype(kind) * kind(slope) + kind(intercept)
 

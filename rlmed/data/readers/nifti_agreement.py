@@ -53,7 +53,7 @@ def check_header(header: Nifti1Header) -> None:
             f"its header says bitpix {bits} and datatype {dtype} of {8 * dtype.itemsize} bits: {_AGAIN}"
         )
     slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
-    if slope != 0 and math.isfinite(slope) and not math.isfinite(intercept):
+    if math.isinf(slope) or (slope != 0 and not math.isnan(slope) and not math.isfinite(intercept)):
         raise BadImageError(f"its header says scl_slope {slope:g} and scl_inter {intercept:g}: correct them")
 
 
@@ -88,6 +88,12 @@ def check_orientation(header: Nifti1Header) -> None:
         )
 
 
+def end_of_data(header: Nifti1Header) -> int:
+    """Bytes of a file up to the end of its last voxel."""
+    voxels = math.prod(int(length) for length in header.get_data_shape())
+    return int(header["vox_offset"]) + voxels * header.get_data_dtype().itemsize
+
+
 def check_length(file: BinaryIO, header: Nifti1Header, zipped: bool, most: int) -> None:
     """Compare the length of the data with what the header says; `file` is left where it was.
 
@@ -98,7 +104,7 @@ def check_length(file: BinaryIO, header: Nifti1Header, zipped: bool, most: int) 
         BadImageError: naming both, in bytes.
     """
     shape = header.get_data_shape()
-    wanted = int(header["vox_offset"]) + math.prod(int(length) for length in shape) * header.get_data_dtype().itemsize
+    wanted = end_of_data(header)
     place = file.tell()
     size = file.seek(0, os.SEEK_END)
     if zipped:

@@ -17,6 +17,9 @@ from PIL import Image
 from rlmed import ask, doctor
 from rlmed.core.types import Example, Prompt
 from rlmed.data.prompts import PromptRenderer, load_processor
+from rlmed.models.policy import load_config
+from rollout.native.engine import NativeEngine
+from tests.unit.rlmed.data.pictures import marked
 
 
 @pytest.mark.parametrize(
@@ -27,6 +30,9 @@ from rlmed.data.prompts import PromptRenderer, load_processor
         (["a", " A"], "good.png", "2 to 10 different texts"),
         (["a", " "], "good.png", "one is blank"),
         (["a", "b"], "absent.png", r"absent\.png does not exist"),
+        (["a", "b"], "black.png", r"black\.png shows nothing: it is all of one colour \(0 of 255\)"),
+        (["a", "b"], "transparent.png", r"transparent\.png shows nothing: it is transparent all over"),
+        (["a", "b"], "same.tif", r"same\.tif shows nothing: all its values are 4000"),
         (["a", "b", "--temperature", "-1"], "good.png", r"temperature=-1\.0 is not possible"),
         (["a", "b", "--temperature", "nan"], "good.png", "temperature=nan is not possible"),
     ],
@@ -39,7 +45,10 @@ def test_ask_refuses_in_one_line(
     tiny_folder: Callable[..., Path],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    Image.new("RGB", (56, 56)).save(tmp_path / "good.png")
+    marked(size=(56, 56)).save(tmp_path / "good.png")
+    Image.new("L", (56, 56)).save(tmp_path / "black.png")
+    Image.new("RGBA", (56, 56), (90, 20, 5, 0)).save(tmp_path / "transparent.png")
+    Image.fromarray(np.full((56, 56), 4000, dtype=np.uint16)).save(tmp_path / "same.tif")
     arguments = [str(tmp_path / image), "What?", "--options", *options, "--model", str(tiny_folder("qwen2_vl"))]
     capsys.readouterr()  # what building the model printed
     with pytest.raises(SystemExit) as stopped:
@@ -53,7 +62,7 @@ def test_ask_refuses_in_one_line(
 def test_ask_asks_as_the_model_was_asked_in_training(
     tmp_path: Path, tiny_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Image.new("RGB", (336, 336)).save(tmp_path / "good.png")
+    marked(size=(336, 336)).save(tmp_path / "good.png")
     folder = tmp_path / "model"
     shutil.copytree(tiny_folder("qwen2_vl"), folder)
     renderer = PromptRenderer(
@@ -104,7 +113,7 @@ def test_ask_shows_options_with_one_letter(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    Image.new("RGB", (56, 56)).save(tmp_path / "good.png")
+    marked(size=(56, 56)).save(tmp_path / "good.png")
     shown: list[Example] = []
     render = PromptRenderer.render
 
@@ -118,6 +127,32 @@ def test_ask_shows_options_with_one_letter(
     ask.main([str(tmp_path / "good.png"), "Which?", "--options", *options, *model])
     assert shown[0].options == ("liver", "spleen")
     assert "B) spleen" in capsys.readouterr().out
+
+
+def test_ask_warns_where_prompt_and_completion_pass_the_models_positions(
+    tmp_path: Path,
+    tiny_folder: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    marked(size=(56, 56)).save(tmp_path / "good.png")
+    folder = tiny_folder("qwen2_vl")
+    limit = load_config(folder).get_text_config().max_position_embeddings
+    lengths: list[int] = []
+    monkeypatch.setattr(NativeEngine, "submit", lambda _, request: lengths.append(len(request.prompt.token_ids)))
+    monkeypatch.setattr(NativeEngine, "busy", False)
+    arguments = [str(tmp_path / "good.png"), "Which?", "--options", "a", "b", "--model", str(folder), "--max-tokens"]
+
+    def warned(max_tokens: int) -> str:
+        caplog.clear()
+        with pytest.raises(IndexError):  # the engine gives no completion
+            ask.ask(ask.parse_arguments([*arguments, str(max_tokens)]))
+        return caplog.text
+
+    assert "positions" not in warned(1)
+    assert "positions" not in warned(limit - lengths[0])
+    said = f"{lengths[0]} tokens of the prompt and --max-tokens {limit - lengths[0] + 1} are more than the {limit} positions"
+    assert said in warned(limit - lengths[0] + 1)
 
 
 def test_doctor_finds_what_is_installed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -203,6 +203,14 @@ def test_tiff_that_pillow_does_not_show_rightly_is_refused_by_its_kind(tmp_path,
         load_image(path)
 
 
+@pytest.mark.parametrize("bits", [1, 8, 16])
+def test_grey_that_may_be_the_negative_is_refused(tmp_path, bits):
+    pixels = packed(in_bits(GREY, bits), bits) if bits < 16 else in_bits(GREY, bits).astype("<u2").tobytes()
+    path = write_tiff(tmp_path / "a.tif", pixels, GREY.shape[::-1], t258=bits)
+    with pytest.raises(BadImageError, match=r"whether 0 is black or white .PhotometricInterpretation is missing"):
+        load_image(path)
+
+
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("side", [20, 2100])
 def test_wide_values_are_scaled_as_bytes_are(tmp_path, order, side):

@@ -551,13 +551,11 @@ def test_a_head_of_its_own_is_the_one_that_is_used(base_copy):
     assert not torch.equal(policy.projection.weight, policy.model.get_input_embeddings().weight)
 
 
-@pytest.mark.parametrize(("prompt", "completion", "said"), [(3584, 512, False), (3585, 512, True), (100, 100, False)])
-def test_more_tokens_than_positions_are_said(base_copy, prompt, completion, said):
-    doubt = position_doubt(load_config(base_copy), max_prompt_tokens=prompt, max_tokens=completion)
+@pytest.mark.parametrize(("tokens", "said"), [(4096, False), (4097, True), (200, False)])
+def test_more_tokens_than_positions_are_said(base_copy, tokens, said):
+    doubt = position_doubt(load_config(base_copy), tokens=tokens, what=f"limit={tokens}", cure="limit")
     assert (doubt is not None) is said
-    assert not said or re.search(
-        r"max_prompt_tokens=3585 and 512 .* 4096 positions .*lower data\.max_prompt_tokens", doubt
-    )
+    assert not said or re.match(r"limit=4097 are more than the 4096 positions .*lower limit$", doubt)
 
 
 @pytest.mark.parametrize("within", ["checkpoints/step-000300", "snapshots/895c3a49", "Qwen2-VL-2B-Instruct"])

@@ -117,6 +117,56 @@ def test_an_overlay_in_the_bits_above_is_masked_and_other_values_there_are_refus
     np.testing.assert_allclose(shown(save(tmp_path / "c", signed)), GREY, atol=1)
 
 
+def test_an_overlay_that_is_stored_apart_or_in_the_bits_of_values_masks_nothing(tmp_path):
+    above = dataset_of(TWELVE | np.where(GREY > 127, 0x8000, 0).astype(np.uint16), **OF_TWELVE)
+    above.add_new(0x60000102, "US", 0)
+    refused(save(tmp_path / "a", above), "BitsStored 12 and HighBit 11, its values reach 36863")
+    apart = dataset_of(TWELVE, **OF_TWELVE)
+    apart.add_new(0x60000102, "US", 0)
+    np.testing.assert_allclose(shown(save(tmp_path / "b", apart)), GREY, atol=1)
+    for bits, position in ((12, 11), (12, 1), (16, 15)):
+        inside = dataset_of(TWELVE, BitsStored=bits, HighBit=bits - 1)
+        inside.add_new(0x60020102, "US", position)
+        refused(
+            save(tmp_path / "c", inside), f"BitsStored {bits} and HighBit {bits - 1}, and an overlay in bit {position}"
+        )
+
+
+@pytest.mark.parametrize(("stored", "high"), [(12, 7), (16, 11), (12, 10)])
+def test_values_above_the_high_bit_are_refused(tmp_path, stored, high):
+    values = TWELVE * 16 if stored == 16 else TWELVE
+    reason = f"BitsStored {stored} and HighBit {high}, its values reach {values.max()}"
+    refused(write_dicom(tmp_path / "a", values, BitsStored=stored, HighBit=high), reason)
+    few = {"BitsStored": stored, "HighBit": high, "WindowCenter": 64.5, "WindowWidth": 128}
+    np.testing.assert_allclose(shown(write_dicom(tmp_path / "b", TWELVE // 32, **few)), GREY, atol=2)
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(np.float32, "Float"), (np.float64, "DoubleFloat")])
+def test_padding_of_floats_has_no_say_in_the_percentiles(tmp_path, dtype, name):
+    values = GREY.astype(dtype)
+    values[:, :20] = -3e38
+    values[:, 20:24] = -2e38
+    changes = {"PixelData": None, "BitsStored": None, "HighBit": None, "PixelRepresentation": None}
+    dataset = dataset_of(values, **changes, **{f"{name}PixelData": values.tobytes()})
+    setattr(dataset, f"{name}PixelPaddingValue", float(values[0, 0]))
+    setattr(dataset, f"{name}PixelPaddingRangeLimit", float(values[0, 20]))
+    wanted = np.where(np.arange(64) < 24, 0, GREY.astype(float))
+    np.testing.assert_allclose(shown(save(tmp_path / "a", dataset)), wanted, atol=1)
+
+
+@pytest.mark.parametrize("slope", ["1e-46", "1e39", "-1e-46"])
+def test_a_slope_beyond_single_precision_is_one(tmp_path, slope):
+    wanted = 255 - GREY if slope.startswith("-") else GREY
+    picture = shown(write_dicom(tmp_path / "a", TWELVE, RescaleSlope=slope, RescaleIntercept=0))
+    np.testing.assert_allclose(picture, wanted, atol=1)
+
+
+@pytest.mark.parametrize(("planar", "said"), [(None, "no"), (2, "2 as")])
+def test_colours_need_their_arrangement(tmp_path, planar, said):
+    path = write_dicom(tmp_path / "a", COLOUR, PlanarConfiguration=planar)
+    refused(path, f"3 samples a pixel and {said} PlanarConfiguration, which must be 0 or 1")
+
+
 def test_padding_may_need_more_bits_than_are_stored(tmp_path):
     padded = HOUNSFIELD.copy()
     padded[:, :3] = -32768

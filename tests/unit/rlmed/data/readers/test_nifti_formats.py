@@ -121,11 +121,30 @@ def test_four_axes_and_nan(tmp_path):
         (np.stack([VOLUME] * 2, -1), {"dim": [3, 64, 48, 6, 2, 1, 1, 1]}, "64x48x6 voxels of 1 bytes"),
         (VOLUME, {"sizeof_hdr": 540}, "sizeof_hdr 540, its magic stands for 348"),
         (VOLUME, {"scl_slope": 2, "scl_inter": np.nan}, "scl_slope 2 and scl_inter nan"),
+        (VOLUME, {"scl_slope": np.inf, "scl_inter": 0}, "scl_slope inf and scl_inter 0"),
+        (VOLUME, {"scl_slope": -np.inf, "scl_inter": 0}, "scl_slope -inf and scl_inter 0"),
     ],
 )
 @pytest.mark.parametrize("suffix", ["nii", "nii.gz"])
 def test_header_against_itself_and_the_data(tmp_path, values, fields, reason, suffix):
     refused(write(tmp_path / f"a.{suffix}", values, **fields), reason, index=2)
+
+
+@pytest.mark.parametrize("level", [0, 1, 9])
+@pytest.mark.parametrize("place", [0.2, 0.5, 0.9])
+def test_a_damaged_byte_of_a_compressed_file_is_found_wherever_it_is(tmp_path, level, place):
+    """Of a byte that was copied as it is, or of a length that became another one, only the sum at the end tells."""
+    volume = np.random.default_rng(0).integers(0, 200, (40, 40, 20)).astype(np.uint8)
+    path = write(tmp_path / "a.nii.gz", volume)
+    whole = gzip.compress(gzip.decompress(path.read_bytes()), level, mtime=0)
+    path.write_bytes(whole)
+    wanted = shown(path, index=3)
+    damaged = bytearray(whole)
+    damaged[int(len(damaged) * place)] ^= 4
+    path.write_bytes(damaged)
+    refused(path, "damaged", index=3)
+    path.write_bytes(whole)
+    np.testing.assert_array_equal(shown(path, index=3), wanted)
 
 
 def test_harmless_differences_are_accepted(tmp_path):
