@@ -15,7 +15,15 @@ from typing import Literal
 
 from rlmed.core.near_paths import look_alike, visible
 from rlmed.core.types import LETTERS
-from rlmed.data.option_labels import Label, are_a_series, bare_name, key_name, own_label, own_labels
+from rlmed.data.option_labels import (
+    Label,
+    are_a_series,
+    bare_name,
+    key_name,
+    name_in_series,
+    own_label,
+    own_labels,
+)
 from rlmed.data.option_order import names_letters, names_numbers
 from rlmed.data.option_sources import Options, kind_of
 from rlmed.data.rows import BadRowError, shorten
@@ -206,7 +214,11 @@ class _Shown:
         exact = self._by_text(answer) if form != "name" else []
         if form == "text":
             return exact
-        name = bare_name(answer) or (key_name(answer) if self.given.names and not exact else "")
+        name = (
+            name_in_series(self.raw, answer)
+            or bare_name(answer)
+            or (key_name(answer) if self.given.names and not exact else "")
+        )
         found = exact + [(naming.how, naming.places[name]) for naming in self.namings if name in naming.places]
         label = own_label(answer)
         if found or label is None:

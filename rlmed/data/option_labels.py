@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from rlmed.core.types import LETTERS
 
-_LETTER, _NUMBER = "[A-Ja-jＡ-Ｊａ-ｊ]", "(?:10|１０|[0-9０-９])"
+_LETTER, _NUMBER = "[A-Ja-jＡ-Ｊａ-ｊ]", "(?:10|１０|0?[0-9]|[０-９])"
 _OPEN, _CLOSE = r"[(\[{<（［【〔]", r"[)\]}>）］】〕]"
 _WORD = r"(?:(?:option|choice|answer)\s{1,3})?"
 _KEY = rf"(?:{_LETTER}|{_NUMBER})"
@@ -21,7 +21,7 @@ _SURE = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 _LIKELY = re.compile(
-    rf"{_WORD}(?:(?P<stop>{_LETTER})\s{{0,3}}[.．。]"  # A. x
+    rf"{_WORD}(?:(?P<stop>{_LETTER})(?:\s{{0,3}}[.．。]|/(?=\s))"  # A. x, A/ x
     rf"|(?P<listed>{_KEY})\s{{0,3}}、(?!\s{{0,3}}{_LIST})"  # A、x, but A、B are two letters
     rf"|(?P<dash>{_LETTER})(?:\s{{1,3}}[-–—]|\s{{0,3}}[-–—](?=\s))(?!\s{{0,3}}{_LIST})"  # A - x, not B-mode
     rf"|(?P<tab>{_KEY})\t"
@@ -32,6 +32,17 @@ _BARE = re.compile(
     rf"(?:(?:option|choice|answer)[\s:]{{1,3}})?{_OPEN}?\s{{0,3}}(?P<key>{_KEY})\s{{0,3}}\.?\s{{0,3}}(?:{_CLOSE}|[.:：．、])?",
     re.IGNORECASE,
 )
+_MARKED = re.compile(r"(?P<mark>\*\*|__|[*_`\"'])(?P<head>[^*_`\"']{1,12})(?P=mark)(?P<rest>.*)", re.DOTALL)
+_WHOLLY_MARKED = re.compile(r"(?P<mark>\*\*|__)(?P<text>[^*]+)(?P=mark)", re.DOTALL)
+_BULLET = re.compile(r"[-–—•·*]\s+(?P<rest>\S.*)", re.DOTALL)
+_ALPHABETS = (
+    ("I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X"),
+    tuple("АБВГДЕЖЗИК"),
+    tuple("ΑΒΓΔΕΖΗΘΙΚ"),
+    tuple("甲乙丙丁戊己庚辛壬癸"),
+    tuple("가나다라마바사아자차"),
+)
+"""What options are counted with besides letters and numbers."""
 _NAMED = re.compile(
     rf"(?:(?:options?|choices?|answers?|opt?|ans)[\s_.-]*)?(?P<key>{_LETTER}|[0-9]{{1,2}})", re.IGNORECASE
 )
@@ -56,12 +67,31 @@ class Label:
 
 def own_label(text: str) -> Label | None:
     """The text's label; None where it begins with none."""
-    for pattern in (_SURE, _LIKELY):
-        found = pattern.match(text.strip())
-        if found:
-            key = next(value for name, value in found.groupdict().items() if value and name != "rest")
-            return Label(_plain(key), found["rest"].strip(), pattern is _SURE)
+    for written in _unadorned(text):
+        for pattern in (_SURE, _LIKELY):
+            found = pattern.match(written)
+            if found:
+                key = next(value for name, value in found.groupdict().items() if value and name != "rest")
+                return Label(_plain(key), found["rest"].strip(), pattern is _SURE)
     return None
+
+
+def _unadorned(text: str) -> Iterator[str]:
+    """A text as it is, and as it would be without marks at or around its beginning: `**A.** x`, `"A": x`, `• A. x`, `Ⓐ x`."""
+    text = text.strip()
+    yield text
+    listed = _BULLET.match(text)
+    if listed:
+        yield listed["rest"]
+    for base in (text, listed["rest"]) if listed else (text,):
+        if marked := _WHOLLY_MARKED.fullmatch(base):
+            yield marked["text"]
+        if marked := _MARKED.match(base):
+            yield marked["head"] + marked["rest"]
+        # superscripts and subscripts are part of a text: ¹H
+        if unicodedata.category(base[:1] or " ") in ("No", "So") and "<su" not in unicodedata.decomposition(base[0]):
+            inside = unicodedata.normalize("NFKC", base[0]).strip("().")
+            yield f"({inside}) {base[1:]}".strip()
 
 
 def own_labels(texts: Sequence[str]) -> tuple[Label | None, ...]:
@@ -73,6 +103,8 @@ def own_labels(texts: Sequence[str]) -> tuple[Label | None, ...]:
         >>> [label.rest for label in own_labels(["A. liver", "B. spleen"]) if label], own_labels(["A. carotis", "A. radialis"])
         (['liver', 'spleen'], ())
     """
+    if series := _series(texts):
+        return tuple(label for label, _ in series)
     labels = tuple(own_label(text) for text in texts)
     found = [label for label in labels if label]
     names, rests = {label.name for label in found}, {label.rest.casefold() for label in found}
@@ -80,6 +112,37 @@ def own_labels(texts: Sequence[str]) -> tuple[Label | None, ...]:
         return ()
     lettered = not next(iter(names)).isdigit() and are_a_series(sorted(names))
     return labels if lettered or len(rests) == len(found) else ()
+
+
+def _series(texts: Sequence[str]) -> list[tuple[Label, tuple[str, ...]]]:
+    """Labels by number, and the alphabet that they are of, where all texts begin with one: `I. liver`, `II. spleen`."""
+    for alphabet in _ALPHABETS:
+        keys = "|".join(sorted(alphabet, key=len, reverse=True))
+        pattern = re.compile(
+            rf"{_OPEN}?\s{{0,3}}(?P<key>{keys})\s{{0,3}}(?:{_CLOSE}[.:：．]?|[.:：．、])\s*(?P<rest>\S.*)",
+            re.IGNORECASE | re.DOTALL,
+        )
+        found = [match for text in texts if (match := pattern.match(text.strip()))]
+        numbers = [alphabet.index(match["key"].upper()) + 1 for match in found]
+        if len(texts) > 1 and sorted(numbers) == list(range(1, len(texts) + 1)):
+            labels = (
+                Label(str(number), match["rest"].strip(), sure=True)
+                for number, match in zip(numbers, found, strict=True)
+            )
+            return [(label, alphabet) for label in labels]
+    return []
+
+
+def name_in_series(texts: Sequence[str], answer: str) -> str | None:
+    """The number that an answer stands for where options are counted in its way: `II` is 2; None where they are not.
+
+    Example:
+        >>> name_in_series(["I. liver", "II. spleen"], "ii)"), name_in_series(["liver", "spleen"], "II")
+        ('2', None)
+    """
+    series = _series(texts)
+    key = answer.strip().strip("()[].:").strip().upper()
+    return str(series[0][1].index(key) + 1) if series and key in series[0][1] else None
 
 
 def are_a_series(names: Sequence[str]) -> bool:
@@ -92,7 +155,7 @@ def are_a_series(names: Sequence[str]) -> bool:
 
 def bare_name(answer: str) -> str | None:
     """The letter or number that an answer is, whatever stands around it: `(b)` and `Option B` are B; else None."""
-    found = _BARE.fullmatch(answer.strip())
+    found = next(filter(None, map(_BARE.fullmatch, _unadorned(answer))), None)
     return _plain(found["key"]) if found else None
 
 

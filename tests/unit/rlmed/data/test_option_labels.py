@@ -2,8 +2,9 @@
 
 import pytest
 
-from rlmed.data.choices import plain_options
+from rlmed.data.choices import Choice, choose, plain_options
 from rlmed.data.option_labels import Label, bare_name, key_name, own_label
+from rlmed.data.option_sources import Options
 
 TEXTS = ("liver", "spleen", "kidney")
 
@@ -16,7 +17,8 @@ TEXTS = ("liver", "spleen", "kidney")
         "{A}：{x}",
         "Option {A}: {x}", "choice {A}. {x}", "  {A} .  {x} ", "{A}\t{x}", "{A}- {x}", "{{{A}}} {x}", "<{A}> {x}",
         "{A}. {A}. {x}",
-        "({A}) {A}. {x}",
+        "({A}) {A}. {x}", "**{A}.** {x}", "**{A})** {x}", "**{A}. {x}**", "__{A}__. {x}", "*{A}.* {x}", "`{A}`: {x}",
+        "\"{A}\": {x}", "'{A}'. {x}", "• {A}. {x}", "- {A}) {x}", "* **{A}**: {x}", "{A}/ {x}",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("letters", ["ABC", "abc", "ＡＢＣ"])
@@ -27,9 +29,32 @@ def test_forms_of_letters_that_all_options_have(form, letters):
 @pytest.mark.parametrize(
     "form", ["{n}. {x}", "{n}) {x}", "({n}) {x}", "[{n}] {x}", "{n}: {x}", "{n}、{x}", "{n}．{x}", "{n}.) {x}"]
 )
-@pytest.mark.parametrize("numbers", ["123", "012", "１２３"])
+@pytest.mark.parametrize("numbers", ["123", "012", "１２３", ("01", "02", "03")])
 def test_forms_of_numbers_that_all_options_have(form, numbers):
     assert plain_options([form.format(n=number, x=text) for number, text in zip(numbers, TEXTS, strict=True)]) == TEXTS
+
+
+@pytest.mark.parametrize("form", ["{n}. {x}", "{n}) {x}", "({n}) {x}", "{n}: {x}", "{n}、{x}", "({n}). {x}", "{n}.{x}"])
+@pytest.mark.parametrize(
+    "names",
+    [("I", "II", "III"), ("i", "ii", "iii"), "АБВ", "абв", "ΑΒΓ", "αβγ", "甲乙丙", "가나다"],
+    ids=["roman", "small roman", "cyrillic", "small cyrillic", "greek", "small greek", "stems", "hangul"],
+)
+def test_options_counted_in_another_way(form, names):
+    written = [form.format(n=name, x=text) for name, text in zip(names, TEXTS, strict=True)]
+    assert plain_options(written) == TEXTS
+    assert plain_options(written[::-1]) == TEXTS
+    for place, answer in enumerate([names[0], f"({names[1]})", written[2]]):
+        assert choose(Options(tuple(written)), answer) == Choice(TEXTS, place, same_letters=True)
+    assert choose(Options(tuple(written)), "B").answer == 1  # as they are shown
+
+
+@pytest.mark.parametrize("names", ["①②③", "ⒶⒷⒸ", "ⓐⓑⓒ", "⒈⒉⒊", "⑴⑵⑶", "⒜⒝⒞", "🄰🄱🄲"])
+@pytest.mark.parametrize("form", ["{n} {x}", "{n}{x}"])
+def test_signs_that_hold_a_letter_or_number(names, form):
+    written = [form.format(n=name, x=text) for name, text in zip(names, TEXTS, strict=True)]
+    assert plain_options(written) == plain_options(written[::-1]) == TEXTS
+    assert choose(Options(tuple(written)), names[1]).answer == 1
 
 
 def test_ten_options_with_numbers():
@@ -74,6 +99,14 @@ def test_letters_in_another_order_are_followed(texts):
         ("Ascites", "Bleeding"),
         ("D. melanogaster", "A. baumannii"),
         ("1. liver", "2. spleen", "3. both 1 and 2"),
+        ("II", "III", "V"),
+        ("I. liver", "III. spleen"),
+        ("V. cava", "I. liver"),
+        ("- liver", "- spleen"),
+        ("*liver*", "*spleen*"),
+        ("**liver**", "**spleen**"),
+        ("α-fetoprotein", "β-hCG"),
+        ("¹H", "³¹P"),
     ],
 )  # fmt: skip
 def test_texts_that_only_look_so_survive(texts):
