@@ -13,7 +13,15 @@ from typing import BinaryIO, cast
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from rlmed.data.pixel_modes import UnreadableModeError, check_mode, is_wide, meant, scaled_transparency
+from rlmed.data.pixel_modes import (
+    UnreadableModeError,
+    check_mode,
+    check_upper_bytes,
+    is_halved,
+    is_wide,
+    meant,
+    scaled_transparency,
+)
 
 MAX_SIDE = 2048
 """Longer sides are scaled down to this when an image is read; every supported model sees fewer pixels."""
@@ -201,10 +209,12 @@ def check_image_size(path: Path | str, size: tuple[int, int]) -> None:
 
 def _read(image: Image.Image, max_side: int) -> tuple[Image.Image, str]:
     check_mode(image)
-    transparent = scaled_transparency(image)
+    transparent, halved = scaled_transparency(image), is_halved(image)
     # where the format allows it, a JPEG is decoded at a half, a quarter or an eighth of its size
     image.draft(None, (max_side, max_side))
     image.load()
+    if halved:
+        check_upper_bytes(image)
     if transparent is not None:
         image.info["transparency"] = transparent
     # after loading, since Pillow turns a TIFF itself while it loads and then forgets the orientation

@@ -14,6 +14,9 @@ _BITS, _COMPRESSION, _PHOTOMETRIC, _PLANAR, _SAMPLE_FORMAT, _SUBSAMPLING = 258, 
 """Tags of TIFF 6.0."""
 _WHITE_IS_ZERO, _YCBCR, _SIGNED, _PLANES = 0, 6, 2, 2
 
+_FEW_LEVELS = 16
+"""Of 256: as many as the upper byte of 12 bits has, the depth of scanners."""
+
 
 class UnreadableModeError(ValueError):
     """Why a file's values cannot be shown as they are meant, with the cure; the caller names the file."""
@@ -57,6 +60,25 @@ def check_mode(image: Image.Image) -> None:
         raise UnreadableModeError(
             f"it holds uncompressed YCbCr with YCbCrSubSampling {subsampling[0]} {subsampling[1]}, which is not read: "
             "save it as RGB"
+        )
+
+
+def is_halved(image: Image.Image) -> bool:
+    """True for colours, or grey with opacity, of 16 bits: Pillow gives their upper bytes. Ask before the pixels are loaded."""
+    return not is_wide(image) and bool(image.tile) and ";16" in str(image.tile[0].args)
+
+
+def check_upper_bytes(image: Image.Image) -> None:
+    """Refuse a loaded picture whose values of 16 bits are all in the lower byte, or nearly: its upper bytes show nothing.
+
+    Raises:
+        UnreadableModeError: with the bits that are used.
+    """
+    shown = [image.getchannel(band).getextrema()[1] for band in image.getbands() if band != "A"]
+    if max(shown) < _FEW_LEVELS:
+        raise UnreadableModeError(
+            f"of its values of 16 bits at most the lowest {8 + max(shown).bit_length()} are used, so it would be nearly black: "
+            "save it as grey of 16 bits without opacity, which is stretched, or with 8 bits"
         )
 
 

@@ -151,6 +151,7 @@ def check_pixel_data(
         raise BadImageError("it has no pixels: give the file of an image")
     # an explicit element of this kind: two letters, two empty bytes, a length of four
     (length,) = struct.unpack(f"{order}I", head[4:] if implicit else stream.read(4))
+    start = stream.tell()
     if syntax.is_encapsulated != (length == _UNDEFINED):
         said = ("compressed", "not") if syntax.is_encapsulated else ("uncompressed", "compressed")
         raise BadImageError(f"its transfer syntax says that its pixels are {said[0]}, they are {said[1]}: {_AGAIN}")
@@ -167,6 +168,11 @@ def check_pixel_data(
         raise BadImageError(
             f"its header says {form} of {form.bits_allocated} bits, that is {wanted} bytes; its pixel data has {length}: "
             f"{_AGAIN}"
+        )
+    stream.seek(start + length)
+    if stream.read(2) == struct.pack(f"{order}H", 0x7FE0):
+        raise BadImageError(
+            f"it holds pixels twice, as PixelData and as floats, and they need not be the same: {_AGAIN}"
         )
 
 

@@ -123,6 +123,10 @@ def _rescale(stored: np.ndarray, dataset: Dataset, header: DicomHeader) -> np.nd
     return stored.astype(kind) * kind(slope) + kind(intercept)
 
 
+_FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
+"""How a window may be meant (PS3.3, C.11.2.1.3); the first where nothing is said."""
+
+
 def _windowed(
     values: np.ndarray, dataset: Dataset, window: Window | None, padding: np.ndarray | None
 ) -> tuple[np.ndarray, str]:
@@ -130,7 +134,12 @@ def _windowed(
     function, whose = "LINEAR", "the window asked for"
     if window is None:
         window, whose = _own_window(dataset), "its own window (WindowCenter and WindowWidth)"
-        function = dataset.get("VOILUTFunction") or "LINEAR"
+        function = str(dataset.get("VOILUTFunction") or _FUNCTIONS[0]).strip()
+        if window is not None and function not in _FUNCTIONS:
+            known = ", ".join(_FUNCTIONS)
+            raise BadImageError(
+                f"its VOILUTFunction {function!r} is none of {known}: give a window, or export it again"
+            )
     if window is None:
         low, high = percentile_range(values if padding is None else values[~padding])
         return stretch(values, low, high), f"{low:g} to {high:g} is shown"

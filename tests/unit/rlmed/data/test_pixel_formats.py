@@ -55,6 +55,14 @@ def test_png_grey_of_every_depth_with_and_without_a_transparent_value(tmp_path, 
         assert_shows(path, wanted)
 
 
+@pytest.mark.parametrize(("kind", "channels"), [(4, 2), (2, 3), (6, 4)])
+def test_png_of_16_bits_of_which_12_are_used_is_refused_where_it_would_be_black(tmp_path, kind, channels):
+    values = np.stack([in_bits(GREY, 12)] * channels, axis=-1)
+    values[..., 3 if channels == 4 else channels - 1] |= 0 if kind == 2 else 0xF000  # opacity
+    with pytest.raises(BadImageError, match="of its values of 16 bits at most the lowest 12 are used"):
+        loaded(write_png(tmp_path / "a.png", values, 16, kind))
+
+
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_png_palettes_of_every_depth(tmp_path, bits):
     values, entries = in_bits(GREY, bits), 2**bits

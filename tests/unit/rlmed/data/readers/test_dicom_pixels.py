@@ -13,6 +13,7 @@ from pydicom.encaps import get_frame
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi, apply_windowing, pixel_array
 from pydicom.uid import JPEG2000Lossless, JPEGBaseline8Bit
 
+from rlmed.data.images import BadImageError
 from rlmed.data.readers.dicom_file import read_header
 from rlmed.data.readers.dicom_pixels import render_frame
 from rlmed.data.readers.display import Window
@@ -65,6 +66,13 @@ def test_every_window_function_is_pydicoms(tmp_path, function):
     path = write_dicom(tmp_path / "a", GREY, **elements, **({"VOILUTFunction": function} if function else {}))
     wanted = apply_windowing(GREY, dcmread(path)) / 4095 * 255
     np.testing.assert_allclose(shown(path), wanted, atol=0.51)
+
+
+def test_a_window_function_of_another_name_is_refused_unless_a_window_is_given(tmp_path):
+    path = write_dicom(tmp_path / "a", GREY, WindowCenter=1800, WindowWidth=2500, VOILUTFunction="CUBIC")
+    with pytest.raises(BadImageError, match="its VOILUTFunction 'CUBIC' is none of LINEAR, LINEAR_EXACT, SIGMOID"):
+        shown(path)
+    assert shown(path, window=Window(2000, 3000)).any()
 
 
 def test_the_window_of_the_caller_wins(tmp_path):
@@ -290,6 +298,13 @@ def test_big_endian_and_1_bit_and_32_bits_and_floats_are_read(tmp_path):
     assert picture[3, 3] == 0
     assert picture[0, 0] == 0
     assert picture[-1, -1] == 255
+
+
+def test_pixels_that_are_there_twice_are_refused(tmp_path):
+    dataset = dataset_of(CT.astype(np.int32))
+    dataset.FloatPixelData = np.linspace(0, 1, CT.size, dtype=np.float32).tobytes()
+    with pytest.raises(BadImageError, match="it holds pixels twice, as PixelData and as floats"):
+        shown(save(tmp_path / "a", dataset))
 
 
 def test_files_without_a_preamble_or_any_file_meta_are_read(tmp_path):
