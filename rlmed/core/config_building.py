@@ -25,6 +25,7 @@ def build_config(mapping: Mapping[str, Any]) -> RunConfig:
     Raises:
         ConfigError: for an unknown or missing key, a value of the wrong type, or an impossible value.
     """
+    _check_values(mapping, "")
     return _build(RunConfig, mapping, "")
 
 
@@ -35,6 +36,20 @@ def build_record(cls: type[T], mapping: Mapping[str, Any]) -> T:
         ConfigError: as `build_config`.
     """
     return _build(cls, mapping, "")
+
+
+def _check_values(value: Any, where: str) -> None:
+    """Raises ConfigError for empty texts, NaN and infinities, which have the right type and mean nothing as a setting."""
+    if isinstance(value, Mapping):
+        for key, entry in value.items():
+            _check_values(entry, f"{where}.{key}" if where else str(key))
+    elif isinstance(value, (list, tuple)):
+        for place, entry in enumerate(value):
+            _check_values(entry, f"{where}[{place}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where}={value} is no number to count with: give a finite one")
+    elif value == "":
+        raise ConfigError(f"{where}='' is empty: give a value, or leave it out")
 
 
 def check_key(key: str) -> None:
@@ -104,11 +119,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     elif origin is not None and isinstance(value, Mapping):
         return {str(key): _convert(args[1], entry, f"{where}.{key}") for key, entry in value.items()}
     elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        if not math.isfinite(value):
-            raise ConfigError(f"{where}={value} is no number to count with: give a finite one")
         return float(value)
-    elif hint is str and value == "":
-        raise ConfigError(f"{where}='' is empty: give a text, or leave it out")
     elif origin is None and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     if origin is tuple and isinstance(value, (list, tuple)):

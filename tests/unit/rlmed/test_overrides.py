@@ -117,7 +117,7 @@ def own_yaml(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["seed="], "seed='' has the wrong type: expected an integer"),
+        (["seed="], "seed='' is empty: give a value, or leave it out"),
         (["steps=", "5"], "'5' is no override of the form key=value: no spaces around ="),
         (["seed=5=5"], "seed='5=5' has the wrong type: expected an integer"),
         (["learner.lrr=1"], "unknown key learner.lrr: did you mean learner.lr?"),
@@ -155,7 +155,7 @@ def own_yaml(tmp_path: Path) -> Path:
         (["data=rows.JSONL"], "data=rows.JSONL: questions are read from JSON Lines files"),
         (["data=folder/"], "data=folder/: questions are read from JSON Lines files"),
         (["model="], "model.path='' is empty"),
-        (["data.train="], "data.train='' is empty: give a text, or leave it out"),
+        (["data.train="], "data.train='' is empty: give a value, or leave it out"),
         (["data.eval="], "data.eval='' is empty"),
         (["data.eval=[a.jsonl,'']"], "data.eval[1]='' is empty"),
         (["resume="], "resume='' is empty"),
