@@ -11,12 +11,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
+if sys.platform != "win32":
+    import resource
+
 ERRORS = "backslashreplace"
 """How characters are shown that the encoding of stdout lacks: `é` becomes `\\xe9`."""
-
-
-NO_MEMORY = ("t allocate memory", "out of memory", "failed to map segment")
-"""What torch and the loader of shared libraries say when they were refused memory."""
+NO_MEMORY = ("t allocate memory", "out of memory", "failed to map segment", "can't start new thread")
+"""What torch, the loader of shared libraries and Python's threads say when they were refused memory."""
+PRIMITIVE = "could not create a primitive"
+"""What oneDNN says then, and where it lacks a product."""
 TRACE = "RLMED_TRACE"
 """Environment variable that shows where an error came from."""
 
@@ -42,10 +45,19 @@ def ending_errors(*kinds: type[Exception], interrupted: str = "interrupted") -> 
 
 def lacks_memory(error: BaseException) -> bool:
     """Whether Python, numpy or torch was refused memory."""
-    said = str(error)
+    said = str(error).lower()
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError | ImportError) and any(words in said.lower() for words in NO_MEMORY)
+        isinstance(error, RuntimeError | ImportError)
+        and (any(words in said for words in NO_MEMORY) or (PRIMITIVE in said and address_limit() is not None))
     )
+
+
+def address_limit() -> int | None:
+    """Bytes of address space that the process may have (`ulimit -v`); None without a limit."""
+    if sys.platform == "win32":
+        return None
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return None if limit == resource.RLIM_INFINITY else limit
 
 
 def one_line(error: BaseException) -> str:

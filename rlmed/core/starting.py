@@ -7,18 +7,22 @@ import sys
 import tempfile
 from types import TracebackType
 
-from rlmed.core.display import TRACE, lacks_memory, one_line
+from rlmed.core.display import TRACE, address_limit, lacks_memory, one_line
+
+MIN_ADDRESSES = 1536 * 2**20
+"""Bytes of address space with which torch, numpy and scipy load; with 1,000,000 KB OpenBLAS asks for memory for ever."""
 
 
 def watch_start() -> None:
     """Let `python -m rlmed.X` end with one line when its libraries cannot be loaded; `keep_display` is the end of that.
 
     Raises:
-        OSError: for surroundings in which torch and numpy, or the C code in them, would not load.
+        MemoryError, OSError: for surroundings in which torch and numpy, or the C code in them, would not load.
     """
     if sys.argv[:1] != ["-m"]:  # as it is while Python looks for the module
         return
     sys.excepthook = _say
+    _check_addresses()
     try:
         os.getcwd()
     except FileNotFoundError:
@@ -27,6 +31,15 @@ def watch_start() -> None:
         tempfile.gettempdir()
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error.strerror}: name one that can be written by TMPDIR=FOLDER") from error
+
+
+def _check_addresses() -> None:
+    """Raises MemoryError for a limit on the process's addresses under which its libraries do not load."""
+    limit = address_limit()
+    if limit is not None and limit < MIN_ADDRESSES:
+        raise MemoryError(
+            f"`ulimit -v` allows {limit >> 20} MiB of addresses, and the libraries need {MIN_ADDRESSES >> 20} to be loaded"
+        )
 
 
 def _say(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from rlmed.core import display
+
 COMMAND = """
 import logging, sys
 from pathlib import Path
@@ -129,3 +131,10 @@ def test_a_full_pipe_that_another_program_made_non_blocking_is_waited_for(tmp_pa
     assert process.wait(timeout=60) == 0
     assert out.count("测试") == 2000
     assert out.endswith("printed")
+
+
+@pytest.mark.parametrize(("limit", "lacks"), [(None, False), (2**31, True)])
+def test_what_onednn_says_means_a_lack_of_memory_where_addresses_are_limited(monkeypatch, limit, lacks):
+    monkeypatch.setattr(display, "address_limit", lambda: limit)
+    assert display.lacks_memory(RuntimeError("could not create a primitive")) is lacks
+    assert display.lacks_memory(RuntimeError("can't start new thread"))

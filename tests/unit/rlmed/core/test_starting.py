@@ -96,3 +96,15 @@ def test_who_imports_rlmed_keeps_his_own_ways(monkeypatch: pytest.MonkeyPatch) -
     before = sys.excepthook
     watch_start()
     assert sys.excepthook is before
+
+
+@pytest.mark.parametrize(("kibibytes", "torch"), [(1_000_000, ""), (200_000, "raise AssertionError('was loaded')")])
+def test_a_limit_under_which_nothing_loads_is_said_before_it_is_tried(
+    tmp_path: Path, kibibytes: int, torch: str
+) -> None:
+    status, lines = start(tmp_path, f"ulimit -v {kibibytes};", torch=torch)
+    assert status == 2
+    assert lines == [
+        f"error: out of memory (`ulimit -v` allows {kibibytes // 1024} MiB of addresses, and the libraries need 1536 to be "
+        "loaded): close other programs, allow more, or ask for less"
+    ]
