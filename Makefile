@@ -18,7 +18,7 @@ test: $(INSTALLED_ALL)
 
 # The readers' tests of DICOM, NIfTI and parquet skip themselves where only `make demo` was run before.
 test-fast: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not ($(SLOW))" --numprocesses=auto --maxprocesses=8 --dist=loadfile
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "not ($(SLOW))" --numprocesses=auto --maxprocesses=8 --dist=loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -30,7 +30,7 @@ types: $(INSTALLED)
 check: lint types test
 
 test-slow:
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m "$(SLOW)"
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest -m "$(SLOW)"
 
 # Rebuilds the model in rlmed/assets/tiny_base from nothing (docs/lab-log.md says how the shipped one was made).
 tiny-base: $(INSTALLED)

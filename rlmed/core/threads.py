@@ -1,4 +1,4 @@
-"""Cores: how many this process may use, and how its threads wait. Imports no torch: OpenMP reads its settings with it."""
+"""Cores and memory that this process may use, and how its threads wait. No torch here: OpenMP reads its settings with it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
@@ -72,21 +72,35 @@ def _cores_by_affinity() -> int:
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
     """The tightest CPU quota of the process's cgroup and those above it, in cores; None without a quota."""
-    quotas = []
+    quotas = [(_quota_v2 if unified else _quota_v1)(group) for group, unified in _groups("cpu", root)]
+    return min((quota for quota in quotas if quota is not None), default=None)
+
+
+def memory_limit(root: Path = Path("/")) -> int | None:
+    """The tightest memory limit of the process's cgroup and those above it, in bytes; None without a limit."""
+    said = [
+        _read(group / ("memory.max" if unified else "memory.limit_in_bytes")).strip()
+        for group, unified in _groups("memory", root)
+    ]
+    return min((int(limit) for limit in said if limit.isdecimal()), default=None)
+
+
+def _groups(controller: str, root: Path) -> Iterator[tuple[Path, bool]]:
+    """Folders of the process's cgroup and those above it, each with whether it is of version 2."""
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         if controllers == "":
-            mounts, quota_of = ["sys/fs/cgroup", "sys/fs/cgroup/unified"], _quota_v2
-        elif "cpu" in controllers.split(","):
-            mounts, quota_of = ["sys/fs/cgroup/cpu", "sys/fs/cgroup/cpu,cpuacct"], _quota_v1
+            mounts, unified = ["sys/fs/cgroup", "sys/fs/cgroup/unified"], True
+        elif controller in controllers.split(","):
+            mounts, unified = [f"sys/fs/cgroup/{controller}", f"sys/fs/cgroup/{controllers}"], False
         else:
             continue
         parts = [part for part in path.split("/") if part not in ("", "..")]
         for mount in mounts:
             # a group may not use more than any group above it
-            quotas += [quota_of(root.joinpath(mount, *parts[:depth])) for depth in range(len(parts) + 1)]
-    return min((quota for quota in quotas if quota is not None), default=None)
+            for depth in range(len(parts) + 1):
+                yield root.joinpath(mount, *parts[:depth]), unified
 
 
 def _quota_v2(group: Path) -> float | None:

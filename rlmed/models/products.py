@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from rlmed.core.config_checks import PRODUCT_USES
+from rlmed.core.threads import memory_limit
 
 MIN_ROWS = 128
 """Products of fewer rows, as when tokens are decoded, are a use of their own."""
@@ -143,9 +144,7 @@ def _packing_pays(shapes: Sequence[Shape], unpacked: Product) -> bool:
         outputs = max(1, min(shape.outputs, LARGEST["few_rows"] // shape.inputs))
         x, weight = torch.ones(_PACKED_ROWS, shape.inputs), torch.ones(outputs, shape.inputs)
         packed = pack(weight)
-        start = time.perf_counter()
-        pack(weight)
-        packing = time.perf_counter() - start
+        (packing,) = _fastest(lambda weight=weight: pack(weight))
         seconds = _fastest(lambda x=x, weight=weight: unpacked(x, weight), lambda x=x, packed=packed: onednn(x, packed))
         scale = shape.layers * shape.outputs / outputs
         theirs, ours = theirs + scale * seconds[0], ours + scale * (seconds[1] + packing / PACKED_STEPS)
@@ -153,8 +152,10 @@ def _packing_pays(shapes: Sequence[Shape], unpacked: Product) -> bool:
 
 
 def _memory_bytes() -> int:
-    """Of this machine; 0 where the system does not say."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_PHYS_PAGES" in os.sysconf_names else 0
+    """Of this machine, or of the container; 0 where the system does not say."""
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_PHYS_PAGES" in os.sysconf_names else 0
+    limit = memory_limit()
+    return machine if limit is None else min(machine, limit)
 
 
 def _torch_gradient(grad: Tensor, x: Tensor) -> Tensor:
@@ -170,9 +171,8 @@ def _race(use: str, outputs: int, inputs: int, first: Product, second: Product) 
     rows = _ROWS[use]
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows, inputs, generator=generator)
-    other = torch.randn(
-        rows if use == "weight_gradients" else outputs, outputs if use == "weight_gradients" else inputs
-    )
+    size = (rows, outputs) if use == "weight_gradients" else (outputs, inputs)
+    other = torch.randn(size, generator=generator)
     operands = (other, x) if use == "weight_gradients" else (x, other)
     return _fastest(lambda: first(*operands), lambda: second(*operands))
 

@@ -11,7 +11,7 @@ import torch
 from rlmed.core.types import RolloutRequest, SamplingParams
 from rollout.native.engine import NativeEngine
 from rollout.native.scheduler import EngineLimits
-from tests.rounding import LOGPROBS, worst_difference
+from tests.rounding import LOGPROBS, distance_from_edge, worst_difference
 
 
 def run_requests(engine, requests):
@@ -60,6 +60,17 @@ def test_a_completion_alone_is_the_same_as_in_a_full_batch(tiny_policy, mixed_pr
     assert worst_difference(first_of_many, singles, policy) <= LOGPROBS
     # the completions of a group are drawn from streams of their own
     assert all(len({completion.token_ids.tobytes() for completion in group.completions}) >= 6 for group in many)
+
+
+def test_an_edge_is_near_the_drawn_token_only(tiny_policy, mixed_prompts, run_engine):
+    policy = tiny_policy("qwen2")
+    group = run_engine(policy, mixed_prompts("qwen2", 1), group_size=4)[0]
+    vocabulary = policy.model.get_input_embeddings().num_embeddings
+    for number, completion in enumerate(group.completions):
+        drawn = int(completion.token_ids[0])
+        assert distance_from_edge(policy, group, number, 0, drawn) < LOGPROBS
+        far = [distance_from_edge(policy, group, number, 0, token) for token in range(0, vocabulary, 7)]
+        assert sum(distance > LOGPROBS for distance in far) > 0.9 * len(far)
 
 
 def test_neighbours_with_other_settings_change_nothing(tiny_policy, mixed_prompts):

@@ -35,6 +35,20 @@ def test_quota(tmp_path: Path, groups: str, files: dict[str, str], quota: float 
     assert threads.cpu_quota(tmp_path) == quota
 
 
+@pytest.mark.parametrize(
+    ("groups", "files", "limit"),
+    [
+        (V2, {"a/b/memory.max": "max\n"}, None),
+        (V2, {"a/b/memory.max": "4000\n", "a/memory.max": "3000\n"}, 3000),
+        ("5:memory:/a\n", {"memory/a/memory.limit_in_bytes": "2000\n"}, 2000),
+        ("5:memory:/a\n", {"a/memory.max": "2000\n"}, None),
+    ],
+)
+def test_memory_limit(tmp_path: Path, groups: str, files: dict[str, str], limit: int | None) -> None:
+    write(tmp_path, {"proc/self/cgroup": groups} | {f"sys/fs/cgroup/{name}": text for name, text in files.items()})
+    assert threads.memory_limit(tmp_path) == limit
+
+
 @pytest.mark.parametrize(("limit", "cores"), [("max", 4), ("50000", 1), ("150000", 2), ("900000", 4)])
 def test_usable_cores_is_the_fewer_of_affinity_and_quota(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, cores: int
