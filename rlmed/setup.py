@@ -6,7 +6,6 @@ import dataclasses
 import logging
 from collections import Counter
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,7 +81,8 @@ def model_folder(path: str) -> Path:
     """
     if not path.startswith(EMBEDDED):
         return Path(path)
-    folder = Path(str(resources.files("rlmed").joinpath("assets", path.removeprefix(EMBEDDED))))
+    # beside this file, since `rlmed` itself is a namespace package in the folder that holds a checkout
+    folder = Path(__file__).parent / "assets" / path.removeprefix(EMBEDDED)
     if not folder.is_dir():
         raise ValueError(f"model.path={path}: rlmed ships no such model; `make tiny-base` builds tiny_base")
     return folder
