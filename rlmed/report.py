@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlmed.core.display import ending_errors, keep_display, one_line
-from rlmed.core.files import replace_text
+from rlmed.core.files import ASSETS, replace_text
 from rlmed.core.jsonlines import read_json, read_json_lines
 from rlmed.core.statistics import mcnemar
 from rlmed.core.tracing import TIMELINE_LINES
@@ -106,7 +106,7 @@ def write_report(run_folder: Path, *, sft: Path | None = None) -> Path:
 def page_environment() -> Environment:
     """The templates of `rlmed/assets`, with the filters that write figures."""
     environment = Environment(
-        loader=PackageLoader("rlmed", "assets"),
+        loader=FileSystemLoader(ASSETS),
         autoescape=True,  # completions are written by a model: nothing of them may become markup
         undefined=StrictUndefined,
         trim_blocks=True,

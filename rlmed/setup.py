@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rlmed.core.config import DataConfig, ModelConfig, RunConfig
+from rlmed.core.files import ASSETS
 from rlmed.core.near_paths import near_path
 from rlmed.core.types import Example
 from rlmed.data.jsonl import ReadResult, SkippedRow, format_skips, read_examples
@@ -81,8 +82,7 @@ def model_folder(path: str) -> Path:
     """
     if not path.startswith(EMBEDDED):
         return Path(path)
-    # beside this file, since `rlmed` itself is a namespace package in the folder that holds a checkout
-    folder = Path(__file__).parent / "assets" / path.removeprefix(EMBEDDED)
+    folder = ASSETS / path.removeprefix(EMBEDDED)
     if not folder.is_dir():
         raise ValueError(f"model.path={path}: rlmed ships no such model; `make tiny-base` builds tiny_base")
     return folder

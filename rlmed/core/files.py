@@ -9,6 +9,9 @@ from pathlib import Path
 
 from rlmed.core.ownership import aside_of, remove, remove_leftovers
 
+ASSETS = Path(__file__).parents[1] / "assets"
+"""What ships with rlmed, beside its code: in the folder that holds a checkout, the package itself has no place."""
+
 
 class RecordError(OSError):
     """A file of the run could not be written or cut back; the message names it and the cure."""

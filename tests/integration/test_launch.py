@@ -6,6 +6,8 @@ import functools
 import json
 import runpy
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -354,3 +356,18 @@ def test_an_output_folder_that_cannot_be_written(command: str, tmp_path: Path) -
     assert f"error: {tmp_path}/file/run cannot be written" in done.output
     assert "hydra.run.dir=FOLDER" in done.output
     assert "Traceback" not in done.output
+
+
+@pytest.mark.slow
+def test_a_command_works_in_the_folder_that_holds_a_checkout(tmp_path: Path) -> None:
+    (tmp_path / "rlmed").symlink_to(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-m", "rlmed.evaluate", "eval.limit=1"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "report.html" in done.stdout
