@@ -43,6 +43,18 @@ _ALPHABETS = (
     tuple("가나다라마바사아자차"),
 )
 """What options are counted with besides letters and numbers."""
+_COUNTED = tuple(
+    (
+        alphabet,
+        re.compile(
+            rf"{_OPEN}?\s{{0,3}}(?P<key>{'|'.join(sorted(alphabet, key=len, reverse=True))})\s{{0,3}}"
+            rf"(?:{_CLOSE}[.:：．]?|[.:：．、])\s*(?P<rest>\S.*)",
+            re.IGNORECASE | re.DOTALL,
+        ),
+    )
+    for alphabet in _ALPHABETS
+)
+"""Each alphabet, and what a text begins with that is counted by it."""
 _NAMED = re.compile(
     rf"(?:(?:options?|choices?|answers?|opt?|ans)[\s_.-]*)?(?P<key>{_LETTER}|[0-9]{{1,2}})", re.IGNORECASE
 )
@@ -103,8 +115,9 @@ def own_labels(texts: Sequence[str]) -> tuple[Label | None, ...]:
         >>> [label.rest for label in own_labels(["A. liver", "B. spleen"]) if label], own_labels(["A. carotis", "A. radialis"])
         (['liver', 'spleen'], ())
     """
-    if series := _series(texts):
-        return tuple(label for label, _ in series)
+    counted, _ = _series(texts)
+    if counted:
+        return counted
     labels = tuple(own_label(text) for text in texts)
     found = [label for label in labels if label]
     names, rests = {label.name for label in found}, {label.rest.casefold() for label in found}
@@ -114,23 +127,15 @@ def own_labels(texts: Sequence[str]) -> tuple[Label | None, ...]:
     return labels if lettered or len(rests) == len(found) else ()
 
 
-def _series(texts: Sequence[str]) -> list[tuple[Label, tuple[str, ...]]]:
+def _series(texts: Sequence[str]) -> tuple[tuple[Label, ...], tuple[str, ...]]:
     """Labels by number, and the alphabet that they are of, where all texts begin with one: `I. liver`, `II. spleen`."""
-    for alphabet in _ALPHABETS:
-        keys = "|".join(sorted(alphabet, key=len, reverse=True))
-        pattern = re.compile(
-            rf"{_OPEN}?\s{{0,3}}(?P<key>{keys})\s{{0,3}}(?:{_CLOSE}[.:：．]?|[.:：．、])\s*(?P<rest>\S.*)",
-            re.IGNORECASE | re.DOTALL,
-        )
+    for alphabet, pattern in _COUNTED:
         found = [match for text in texts if (match := pattern.match(text.strip()))]
         numbers = [alphabet.index(match["key"].upper()) + 1 for match in found]
         if len(texts) > 1 and sorted(numbers) == list(range(1, len(texts) + 1)):
-            labels = (
-                Label(str(number), match["rest"].strip(), sure=True)
-                for number, match in zip(numbers, found, strict=True)
-            )
-            return [(label, alphabet) for label in labels]
-    return []
+            pairs = zip(numbers, found, strict=True)
+            return tuple(Label(str(number), match["rest"].strip(), sure=True) for number, match in pairs), alphabet
+    return (), ()
 
 
 def name_in_series(texts: Sequence[str], answer: str) -> str | None:
@@ -140,9 +145,9 @@ def name_in_series(texts: Sequence[str], answer: str) -> str | None:
         >>> name_in_series(["I. liver", "II. spleen"], "ii)"), name_in_series(["liver", "spleen"], "II")
         ('2', None)
     """
-    series = _series(texts)
+    _, alphabet = _series(texts)
     key = answer.strip().strip("()[].:").strip().upper()
-    return str(series[0][1].index(key) + 1) if series and key in series[0][1] else None
+    return str(alphabet.index(key) + 1) if key in alphabet else None
 
 
 def are_a_series(names: Sequence[str]) -> bool:
