@@ -92,11 +92,12 @@ def ready(pool):
 def test_a_lost_worker_costs_no_group(pool, session, model, signal_number):
     ready(pool)
     before = pool.metrics()
+    victim = marked(session, "ray::RolloutActor")[0]
     channel = pool.channel()
     for index in range(GROUPS):
         channel.submit(request(index))
+    os.kill(victim, signal.SIGSTOP)  # at once: however fast the machine, it holds groups until it is lost
     groups = [channel.collect()]
-    victim = marked(session, "ray::RolloutActor")[0]
     os.kill(victim, signal_number)
     groups += [channel.collect() for _ in range(GROUPS - 1)]
     assert sorted(group.request.index for group in groups) == list(range(GROUPS))
@@ -137,8 +138,9 @@ def test_pushed_weights_reach_all_workers_and_the_successor_of_a_lost_one(pool, 
     while local.busy:
         expected += local.step()
     channel = pool.channel()
+    lost = pool.metrics()["rollout/workers_lost"]
     os.kill(marked(session, "ray::RolloutActor")[0], signal.SIGKILL)
-    time.sleep(0.5)
+    wait_until(lambda: pool.metrics()["rollout/workers_lost"] > lost, 30, "its loss is noticed")
     ready(pool)
     for _ in range(2):  # one for each worker
         channel.submit(request(3, max_tokens=12))
