@@ -7,15 +7,27 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from importlib import metadata
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import rollout_vllm, smollm2_folder
-from benchmarks.common import Timing, find_model, make_renderer
-from benchmarks.rollout_vllm import BUSY, Workload, busy_process, make_prompts, served_side, summarise
+from benchmarks.common import Timing, find_model, make_renderer, never_end
+from benchmarks.rollout_speed import native_side
+from benchmarks.rollout_vllm import (
+    BUSY,
+    Workload,
+    busy_process,
+    linear_layers_side,
+    make_prompts,
+    served_side,
+    summarise,
+)
+from rlmed.models.policy import load_policy
 from rlmed.models.tiny import build_tiny_text
 
 
@@ -56,10 +68,32 @@ def test_no_two_text_prompts_begin_alike(tmp_path: Path, length: int) -> None:
 
 
 def test_the_lead_is_the_one_on_the_fastest_of_the_others() -> None:
-    timings = {name: Timing((value,)) for name, value in (("native", 2.0), ("generate", 6.0), ("vllm_eager", 3.0))}
-    result = summarise(timings, tokens=600)
-    assert result["tokens_per_s"] == {"native": 300.0, "generate": 100.0, "vllm_eager": 200.0}
-    assert (result["best_other"], result["ratio"]) == ("vllm_eager", 1.5)
+    seconds = {"native": 2.0, "linear_layers": 1.0, "generate": 6.0, "vllm_eager": 3.0}
+    result = summarise({name: Timing((value,)) for name, value in seconds.items()}, tokens=600)
+    assert result["tokens_per_s"] == {"native": 300.0, "linear_layers": 600.0, "generate": 100.0, "vllm_eager": 200.0}
+    assert (result["best_other"], result["ratio"], result["bound"]) == ("vllm_eager", 1.5, 3.0)
+
+
+def test_the_bound_has_the_rows_and_the_layers_of_decoding(tmp_path: Path) -> None:
+    build_tiny_text(tmp_path)
+    policy, work = load_policy(tmp_path), Workload(54, group_size=8, prompts=2, max_tokens=4)
+    prompts = make_prompts(make_renderer(tmp_path), tmp_path, work, images=False)
+    seen: Counter[tuple[int, ...]] = Counter()
+    for module in policy.model.modules():
+        if type(module) is torch.nn.Linear:
+            module.register_forward_hook(
+                lambda module, given, _: seen.update([(given[0].shape[-2], *module.weight.shape)])
+            )
+    linear_layers_side(policy, work)()
+    alone = seen.copy()
+    assert {rows for rows, *_ in alone} == {16}
+    seen.clear()
+    never_end(policy)
+    native_side(policy, prompts, str, work.group_size, work.max_tokens)()
+    decoded = Counter({entry: count for entry, count in seen.items() if entry[0] == 16})
+    # the engine computes the vocabulary's product itself, not through its module
+    assert alone - decoded == {(16, *policy.projection.weight.shape): 3}
+    assert decoded - alone == {}
 
 
 def test_a_side_in_another_process_answers_with_its_seconds_and_less_work_is_an_error() -> None:
