@@ -1,8 +1,8 @@
 """Tokens a second of the native engine beside vLLM (compiled, eager) and transformers `generate`, alone and on a busy machine.
 
 One workload is a model, a prompt length and a group size; 64 completions at a time for the embedded model (with images), 32 for
-a text model. The sides take turns in one run. vLLM runs behind rlmed's adapter, with prefix caching, each engine in a process
-of its own with as many threads as the others; nobody's completions end early.
+a text model. The sides take turns. vLLM runs behind rlmed's adapter, with prefix caching, each engine in a process of its own
+with as many threads as the others; nobody's completions end early.
 
     python -m benchmarks.rollout_vllm                                      # the embedded model
     python -m benchmarks.rollout_vllm --model FOLDER --max-tokens 32       # benchmarks/smollm2_folder.py writes one
@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -227,8 +228,8 @@ def summarise(timings: Mapping[str, Timing], tokens: int) -> dict[str, Any]:
     }
 
 
-def measure(folder: Path, work: Workload, arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """Tokens a second of each side, alone and beside a busy process."""
+def compare(folder: Path, work: Workload, label: str, arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Tokens a second of each side in this process and its children; `label` is what the machine does besides."""
     policy, renderer = load_policy(folder), make_renderer(folder)
     never_end(policy)
     images = policy.family.vision
@@ -236,8 +237,6 @@ def measure(folder: Path, work: Workload, arguments: argparse.Namespace, scratch
     auto = AutoModelForImageTextToText if images else AutoModelForCausalLM
     model = auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
     pad = renderer.tokenizer.pad_token_id
-    tokens = work.prompts * work.group_size * work.max_tokens
-    found: dict[str, Any] = dataclasses.asdict(work)
     with ExitStack() as stack:
         sides: dict[str, Side] = {
             "native": timed(native_side(policy, prompts, renderer.decode, work.group_size, work.max_tokens)),
@@ -247,15 +246,24 @@ def measure(folder: Path, work: Workload, arguments: argparse.Namespace, scratch
         for name in arguments.vllm:
             engine = served_side(serve_vllm, folder, prompts, work, name == "eager", arguments.threads)
             sides[f"vllm_{name}"] = stack.enter_context(engine)
-        for label, busy in (("alone", False), ("beside_one_busy_process", True)):
-            with busy_process(busy):
-                timings = alternate(sides, rounds=arguments.rounds)
-            found[label] = summarise(timings, tokens)
-            speeds = ", ".join(f"{name} {speed:.0f}" for name, speed in found[label]["tokens_per_s"].items())
-            report(
-                f"{work.prompts} prompts of {work.length} tokens, G = {work.group_size}, {label}: {speeds} tokens/s; "
-                f"native / best other = {found[label]['ratio']:.2f} (at most {found[label]['bound']:.2f})"
-            )
+        timings = alternate(sides, rounds=arguments.rounds)
+    found = summarise(timings, work.prompts * work.group_size * work.max_tokens)
+    speeds = ", ".join(f"{name} {speed:.0f}" for name, speed in found["tokens_per_s"].items())
+    report(
+        f"{work.prompts} prompts of {work.length} tokens, G = {work.group_size}, {label}: {speeds} tokens/s; "
+        f"native / best other = {found['ratio']:.2f} (at most {found['bound']:.2f})"
+    )
+    return found
+
+
+def measure(folder: Path, work: Workload, arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Tokens a second of each side, alone and beside a process that was busy before them."""
+    found: dict[str, Any] = dataclasses.asdict(work)
+    # OpenMP reads how its threads shall wait when torch is loaded, so each has a process of its own
+    context = multiprocessing.get_context("spawn")
+    for label, busy in (("alone", False), ("beside_one_busy_process", True)):
+        with busy_process(busy), ProcessPoolExecutor(1, context, initializer=start, initargs=(arguments,)) as process:
+            found[label] = process.submit(compare, folder, work, label, arguments, scratch / label).result()
     return found
 
 
@@ -274,6 +282,7 @@ def main() -> None:
         folder, name = find_model(arguments.model, Path(scratch))
         policy = load_policy(folder)
         facts = model_facts(policy, name) | {"onednn": settle_products(policy.model.config)}
+        del policy
         workloads = [
             Workload(length, size, arguments.completions // size, arguments.max_tokens)
             for length in arguments.lengths
