@@ -15,6 +15,7 @@ from rewards.parsing import evaluated_letter
 from rlmed.core.display import ending_errors, keep_display
 from rlmed.core.near_paths import near_path
 from rlmed.core.prefill import THINK, THINK_END
+from rlmed.core.toy import TOY_NOTE, is_toy
 from rlmed.core.types import LETTERS, Example, RolloutRequest, SamplingParams
 from rlmed.data.choices import plain_options
 from rlmed.data.images import check_image
@@ -104,6 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     silence_progress_bars()
     with ending_errors():
         completion = ask(parsed)
+        toy = is_toy(model_folder(parsed.model))
     console = Console(highlight=False)
     reasoning, closed, _ = completion.partition(THINK)[2].partition(THINK_END)
     letter = evaluated_letter(completion)
@@ -113,6 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         answer = f"(no option; the model wrote: {completion!r})"
     console.print(Text.assemble(("answer     ", "bold"), answer))
+    if toy:
+        console.print(Text.assemble(("note       ", "bold"), TOY_NOTE), soft_wrap=True)
     console.print(Text("For research only, not for clinical use.", style="dim"))
 
 

@@ -17,12 +17,13 @@ from rlmed.core.config import RunConfig
 from rlmed.core.config_checks import require
 from rlmed.core.protocols import Learner, RolloutPool
 from rlmed.core.threads import usable_cores
+from rlmed.core.toy import EMBEDDED
 from rlmed.data.prompts import PromptRenderer
 from rlmed.debug import NoLearner, RecordedPool
 from rlmed.engines import build_engine, build_local_pool, build_policy, build_sender, shares_gpus
 from rlmed.memory import estimate
 from rlmed.models.policy import Policy
-from rlmed.setup import EMBEDDED, model_folder
+from rlmed.setup import model_folder
 from rollout.leases import PoolSettings
 from rollout.pool import WorkerPool
 from rollout.worker import Worker

@@ -290,13 +290,23 @@ def _choose_folder(program: str, name: str, overrides: Sequence[str]) -> Path:
     try:
         if named:
             # Hydra would write there before the program's own code looks
-            starting_point(folder, resume=config.resume is not None)
+            checkpoint = starting_point(folder, resume=config.resume is not None)
+            if config.resume == "auto" and checkpoint is None:
+                _say_anew(folder)
             folder.mkdir(parents=True, exist_ok=True)
             return folder
         earlier = newest_run(folder) if config.resume == "auto" else None
+        if config.resume == "auto" and earlier is None:
+            _say_anew(folder.parent)
         return earlier or new_folder(folder)
     except OSError as error:
         raise refusal(folder, error, cure=f"try again, or choose another with {FOLDER_KEY}FOLDER") from error
+
+
+def _say_anew(place: Path) -> None:
+    """That `resume=auto` has found no checkpoint in `place`."""
+    sys.stdout.write(f"resume=auto: nothing to resume in {place}, the run starts from step 1\n")
+    sys.stdout.flush()
 
 
 def new_folder(wanted: Path) -> Path:

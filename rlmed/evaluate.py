@@ -16,6 +16,7 @@ from rlmed.checkpoint import starting_point
 from rlmed.commandline import run_command, to_yaml
 from rlmed.core.config import RunConfig
 from rlmed.core.files import replace_text
+from rlmed.core.toy import TOY_NOTE, is_toy
 from rlmed.engines import build_local_pool, build_policy, settle_onednn
 from rlmed.evaluation import evaluate
 from rlmed.evaluation_results import EvalSummary, check_comparable, compare, step_folder, summary_table
@@ -42,7 +43,8 @@ def main(config: RunConfig, folder: Path) -> None:
     decided = settle_onednn(config, folder)
     policy = build_policy(decided, model_folder(config.model.path))
     replace_text(folder / CONFIG_FILE, to_yaml(config))
-    write_versions(folder, decided.model.onednn)
+    toy = is_toy(model_folder(config.model.path))
+    write_versions(folder, decided.model.onednn, toy=toy)
     write_data(folder, data.files, data.leakage)
     pool, trust = build_local_pool(config, policy, renderer), None
     progress = Progress()
@@ -58,7 +60,7 @@ def main(config: RunConfig, folder: Path) -> None:
             folder=folder / "evaluations",
             step=0,
             model=config.model.path,
-            on_progress=lambda name, done, total: progress.stage(f"evaluate {name}", done, total),
+            on_progress=progress.answers,
         )
         if config.eval.trust:
             trust = measure_trust(
@@ -88,6 +90,8 @@ def main(config: RunConfig, folder: Path) -> None:
     console.print(summary_table(before, summary, comparison))
     if trust is not None:
         console.print(trust_table(trust))
+    if toy:
+        console.print(f"note:   {TOY_NOTE}", soft_wrap=True, highlight=False)
     console.print(f"rows:   {step_folder(folder / 'evaluations', 0) / 'rows.jsonl'}", soft_wrap=True, markup=False)
     console.print(f"report: {report}", soft_wrap=True, markup=False)
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,7 +25,7 @@ from rlmed.core.protocols import RolloutPool
 from rlmed.core.statistics import ImageFreePrior, chance, leave_one_out_prior, majority_letter
 from rlmed.core.types import Completion, Example, Prompt, RolloutGroup, RolloutRequest, SamplingParams
 from rlmed.data.images import load_image
-from rlmed.data.option_order import keeps_order
+from rlmed.data.option_order import kept_orders
 from rlmed.data.prompts import PromptRenderer
 from rlmed.data.sampler import reorder_options
 from rlmed.evaluation_results import Accuracy, Control, EvalRow, EvalSummary, FileSummary, write_evaluation
@@ -38,6 +38,13 @@ Progress = Callable[[str, int, int], None]
 
 IN_FLIGHT = 128
 """Prompts held by the pool at a time: it bounds the memory of rendered pictures and keeps every engine busy."""
+SHOWN: Mapping[Control, str] = {
+    "none": "to the rows as they are",
+    "blank": "over a grey picture",
+    "shuffled": "over another row's picture",
+    "reordered": "with the options in another order",
+}
+"""What the answers of a control are to."""
 GREY = (128, 128, 128)
 SHUFFLE_SEED = 0
 CUT = 0.5
@@ -111,6 +118,8 @@ def evaluate(
         raise RuntimeError(f"evaluation needs a pool at rest, and {pool.in_flight} requests are in flight")
     start = time.perf_counter()
     tasks = [task for file in files for task in _tasks(file, controls)]
+    if controls:
+        log.info("%s", _plan(tasks))
     rows: list[EvalRow | None] = [None] * len(tasks)
     sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, stop=stop)
     for done, (index, prefill, completion) in enumerate(_answers(tasks, pool, renderer, sampling), 1):
@@ -198,6 +207,13 @@ def _tasks(file: EvalFile, controls: bool) -> Iterator[_Task]:
             yield _Task(file.name, "reordered", reordered)
 
 
+def _plan(tasks: Sequence[_Task]) -> str:
+    """How many answers an evaluation needs, and what for."""
+    counts = Counter(task.control for task in tasks)
+    parts = [f"{counts[control]} {what}" for control, what in SHOWN.items() if counts[control]]
+    return f"evaluating takes {len(tasks)} answers: {', '.join(parts)}"
+
+
 def _answers(
     tasks: Sequence[_Task], pool: RolloutPool, renderer: PromptRenderer, sampling: SamplingParams
 ) -> Iterator[tuple[int, str, Completion]]:
@@ -257,6 +273,7 @@ def _summarise(file: EvalFile, rows: Sequence[EvalRow], train: Sequence[Example]
     prior = ImageFreePrior.fit(train) if train else None
     kinds = sorted({row.kind for row in plain if row.kind})
     by_kind = {kind: [row.right for row in plain if row.kind == kind] for kind in kinds}
+    kept, option = kept_orders(example.options for example in file.examples)
     return FileSummary(
         name=file.name,
         rows=len(plain),
@@ -274,7 +291,9 @@ def _summarise(file: EvalFile, rows: Sequence[EvalRow], train: Sequence[Example]
         shuffled=_under(rows, "shuffled"),
         by_kind={kind: (sum(right), len(right)) for kind, right in by_kind.items()},
         reordered=_under(rows, "reordered"),
-        kept_order=sum(keeps_order(example.options) for example in file.examples),
+        kept_order=kept,
+        kept_order_by=option,
+        not_offered=float(np.mean([row.not_offered for row in plain])),
     )
 
 

@@ -18,7 +18,7 @@ from rlmed.core.files import partial_folder, refusal, rename_into_place, replace
 from rlmed.core.jsonlines import parse_line, read_json
 from rlmed.core.ownership import remove
 from rlmed.core.statistics import BoolArray, mcnemar, wilson_interval
-from rlmed.core.types import Example, FinishReason
+from rlmed.core.types import LETTERS, Example, FinishReason
 from rlmed.data.option_order import kept_order_text
 
 Control = Literal["none", "blank", "shuffled", "reordered"]
@@ -62,6 +62,11 @@ class EvalRow:
     tokens: int
     """Length of the completion."""
     finish_reason: FinishReason
+
+    @property
+    def not_offered(self) -> bool:
+        """Whether the letter found is that of none of the options."""
+        return self.parsed is not None and self.parsed not in LETTERS[: len(self.options)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +127,11 @@ class FileSummary:
     """With the options in another order; None without controls, or where no row has another."""
     kept_order: int = 0
     """Rows that are left out of `reordered`, since an option refers to others, as `all of the above` does."""
+    kept_order_by: str = ""
+    """The first of these options; "" without any."""
+    not_offered: float = 0.0
+    """Share of completions that answer with a letter which none of the options has. They may be in the format: the paper's
+    format reward asks for the tags alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +149,11 @@ class EvalSummary:
     train_rows: int
     """Rows that the image-free prior was fitted on."""
     files: tuple[FileSummary, ...]
+
+    @property
+    def accuracies(self) -> dict[str, float]:
+        """Accuracy by file."""
+        return {file.name: file.accuracy.value for file in self.files}
 
     @property
     def mean_accuracy(self) -> float:
@@ -307,14 +322,14 @@ def summary_table(before: EvalSummary | None, after: EvalSummary, comparison: Ma
         span = f"step {before.step} → {after.step}"
     table = Table(
         title=Text(f"Held-out accuracy in %, {span}"),
-        caption="\n".join(["intervals: Wilson 95 %; p: McNemar, exact, paired", *kept_order_lines(after)]),
+        caption=Text("\n".join([*_legend(after, tested=comparison is not None), *_remarks(after)]), justify="left"),
         box=box.SIMPLE_HEAD,  # lines between the columns would not leave room for the figures in 80 characters
         show_edge=False,
         pad_edge=False,
         collapse_padding=True,
     )
     table.add_column("file", overflow="fold")
-    for heading in ("accuracy", "p", "format", "blank", "shuffled", "order", "chance\nprior"):
+    for heading in ("accuracy", "p", "format", "blank", "shuffled", "other\norder", "chance\nprior"):
         table.add_column(heading, justify="right", no_wrap=True)
     earlier = {file.name: file for file in before.files} if before is not None else {}
     tests = comparison["files"] if comparison is not None else {}
@@ -334,9 +349,34 @@ def summary_table(before: EvalSummary | None, after: EvalSummary, comparison: Ma
     return table
 
 
-def kept_order_lines(summary: EvalSummary) -> list[str]:
-    """For each file with rows that have no other order of their options: how many they are."""
-    return [f"{file.name}: {kept_order_text(file.kept_order, file.rows)}" for file in summary.files if file.kept_order]
+def _legend(summary: EvalSummary, *, tested: bool) -> list[str]:
+    """What the columns are."""
+    lines = ["small figures: Wilson 95 % intervals" + ("; p: McNemar, exact, paired" if tested else "")]
+    if any(file.blank or file.shuffled for file in summary.files):
+        lines.append("blank, shuffled: over a grey picture, over another row's")
+    if any(file.reordered for file in summary.files):
+        lines.append("other order: with the options in another order")
+    if any(file.image_free_prior is None for file in summary.files):
+        lines.append("prior: the option text most often right in the other rows of the file (leave one out, loo),")
+        lines.append("since there are no training rows")
+    else:
+        lines.append("prior: the option text most often right in the training rows")
+    return lines
+
+
+def _remarks(summary: EvalSummary) -> list[str]:
+    """What is to be known of single files: letters that were not offered, rows without another order of their options."""
+    letters = [
+        f"{file.name}: {_percent(file.not_offered)} % answer a letter that was not offered: never right, whatever the format"
+        for file in summary.files
+        if file.not_offered
+    ]
+    orders = [
+        f"{file.name}: {kept_order_text(file.kept_order, file.rows, file.kept_order_by)}"
+        for file in summary.files
+        if file.kept_order
+    ]
+    return letters + orders
 
 
 def _prior(file: FileSummary) -> str:

@@ -18,6 +18,7 @@ from rlmed.controller import LoopState, StepResult, train
 from rlmed.core.config import RunConfig
 from rlmed.core.files import replace_text
 from rlmed.core.protocols import ClusterError
+from rlmed.core.toy import is_toy
 from rlmed.core.tracing import Tracer
 from rlmed.core.types import SamplingParams
 from rlmed.engines import settle_onednn
@@ -27,7 +28,7 @@ from rlmed.preflight import check, inspect
 from rlmed.progress import Progress
 from rlmed.recorder import CONFIG_FILE, RunRecorder, check_same_data, write_data, write_versions
 from rlmed.report import write_report
-from rlmed.setup import Dataset, check_positions, load_run_data, make_renderer
+from rlmed.setup import Dataset, check_positions, load_run_data, make_renderer, model_folder
 from rlmed.stream import PromptStream
 
 log = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ class Run:
         else:
             self.recorder.truncate({})
         replace_text(folder / CONFIG_FILE, to_yaml(config))
-        write_versions(folder, self.decided.model.onednn)
+        write_versions(folder, self.decided.model.onednn, toy=is_toy(model_folder(config.model.path)))
         write_data(folder, self.data.files, self.data.leakage)
 
     def execute(self) -> None:
@@ -227,14 +228,10 @@ class Run:
                 folder=self.folder / "evaluations",
                 step=step,
                 model=self.config.model.path,
-                on_progress=lambda name, done, total: self.progress.stage(f"evaluate {name}", done, total),
+                on_progress=self.progress.answers,
             )
-        self.recorder.record_evaluation(step, {file.name: file.accuracy.value for file in summary.files})
-        self.progress.evaluated(summary.mean_accuracy, step)
-        self.progress.message(
-            f"accuracy after {step} steps: "
-            + ", ".join(f"{file.name} {file.accuracy.value:.1%}" for file in summary.files)
-        )
+        self.recorder.record_evaluation(step, summary.accuracies)
+        self.progress.evaluated(summary.accuracies, step)
         return summary
 
     def _finish(self) -> None:

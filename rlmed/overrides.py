@@ -35,6 +35,7 @@ from rlmed.core.config import RunConfig
 from rlmed.core.config_building import check_key
 from rlmed.core.display import one_line
 from rlmed.core.litter import is_litter
+from rlmed.data.other_formats import to_prepare
 
 CONFIG_GROUPS = tuple(sorted(entry.name for entry in resources.files("conf").iterdir() if entry.is_dir()))
 EMBEDDED_SUFFIX = "_embedded"
@@ -111,6 +112,8 @@ def _expand_one(argument: str, embedded: bool) -> list[str]:
         return [f"model.path={quoted(value)}"]
     if key == "data" and value.endswith((ROWS_ENDING, f"{ROWS_ENDING}'", f'{ROWS_ENDING}"', "]")):
         return ["data=jsonl", f"data.eval={value if value.startswith('[') else f'[{_files(value)}]'}"]
+    if key == "data" and value not in group_options("data") and (other := to_prepare(Path(_unquoted(value)))):
+        raise ValueError(f"data={value}: {other}")
     if key == "data" and re.match(r"[^{$]*[./\\]", value):
         raise ValueError(
             f"data={value}: questions are read from JSON Lines files, whose names end in {ROWS_ENDING}; `python -m "

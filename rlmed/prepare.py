@@ -100,8 +100,8 @@ def skips(layout: Layout) -> str:
     bad = [row for row in layout.skipped if not row.chosen]
     lines = [f"- {row.where} ({row.id}): {row.reason}" for row in bad[:REASONS_SHOWN]]
     if bad:
-        more = f"; {len(bad) - len(lines)} more are listed in {MANIFEST}" if len(bad) > len(lines) else ""
-        lines.insert(0, f"skipped:    {len(bad)} bad row{'s' * (len(bad) > 1)}{more}")
+        shown = f", the first {len(lines)} here and all in {MANIFEST}" if len(bad) > len(lines) else ""
+        lines.insert(0, f"skipped:    {len(bad)} bad row{'s' * (len(bad) > 1)}{shown}")
     chosen: Counter[str] = Counter()
     for row in layout.skipped:
         if row.chosen:
@@ -114,7 +114,7 @@ def skips(layout: Layout) -> str:
 def kept_orders(layout: Layout) -> list[str]:
     """For each split with rows that have no other order of their options: how many they are."""
     return [
-        f"order:      {name}: {kept_order_text(split.kept_order, split.rows)}"
+        f"order:      {name}: {kept_order_text(split.kept_order, split.rows, split.kept_order_by)}"
         for name, split in layout.splits.items()
         if split.kept_order
     ]

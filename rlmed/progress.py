@@ -58,7 +58,7 @@ class Progress:
         self._total = self._done = 0
         self._facts: dict[str, str] = {}
         self._accuracy: dict[str, str] = {}
-        self._stage: tuple[str, int, int] | None = None
+        self._stage: tuple[str, int, int, str] | None = None
         self._times: deque[tuple[int, float]] = deque(maxlen=WINDOW + 1)
         self._last_line = {"step": float("-inf"), "stage": float("-inf")}
 
@@ -98,14 +98,25 @@ class Progress:
         self._facts = _facts(metrics)
         self._plain("step", self._step_line(), always=step >= self._total)
 
-    def evaluated(self, accuracy: float, step: int) -> None:
-        """An evaluation after `step` steps found this accuracy, a fraction; both are shown until the next one."""
-        self._accuracy = {"accuracy": f"{accuracy:.1%} (step {step})"}
+    def evaluated(self, accuracy: Mapping[str, float], step: int) -> None:
+        """An evaluation after `step` steps found these accuracies, fractions by file: said once.
 
-    def stage(self, text: str, done: int, total: int) -> None:
-        """`done` of `total` parts of something beside the steps, such as an evaluation, are made."""
-        self._stage = (text, done, total) if done < total else None
-        self._plain("stage", f"{text} {done}/{total}", always=done >= total)
+        The live display goes on to show their mean, beside the step that it is of; lines of later steps don't repeat it.
+        """
+        mean = f"{sum(accuracy.values()) / len(accuracy):.1%}"
+        self._accuracy = {f"accuracy after {step} steps": mean}
+        shown = [f"{name} {value:.1%}" for name, value in accuracy.items()] + [f"mean {mean}"] * (len(accuracy) > 1)
+        self.message(f"accuracy after {step} steps: {', '.join(shown)}")
+
+    def stage(self, text: str, done: int, total: int, what: str = "") -> None:
+        """`done` of `total` parts of something beside the steps are made; `what` these are, in the plural."""
+        count = f"{done}/{total} {what}".rstrip()
+        self._stage = (text, done, total, count) if done < total else None
+        self._plain("stage", f"{text} {count}", always=done >= total)
+
+    def answers(self, file: str, done: int, total: int) -> None:
+        """`done` of all `total` answers of an evaluation are there; the latest is to a row of `file`."""
+        self.stage(f"evaluate {file}", done, total, "answers")
 
     def message(self, text: str) -> None:
         """Say something that stays."""
@@ -121,7 +132,7 @@ class Progress:
             self.message(line)
 
     def _step_line(self) -> str:
-        facts = self._facts | self._accuracy
+        facts = dict(self._facts)
         left = self._seconds_left()
         if left is not None:
             facts["left"] = duration(left)
@@ -147,8 +158,8 @@ class Progress:
                     numbers.append(f"{name} ", style="dim").append(f"{value}  ")
                 lines.append(numbers)
         if self._stage is not None:
-            text, done, total = self._stage
-            lines.append(_bar_line(text, done, total, f"{done}/{total}"))
+            text, done, total, count = self._stage
+            lines.append(_bar_line(text, done, total, count))
         return Group(*lines)
 
     def _move_log_handlers(self) -> None:

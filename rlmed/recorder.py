@@ -237,10 +237,13 @@ def chosen_onednn(folder: Path) -> tuple[str, ...] | None:
     return None
 
 
-def write_versions(folder: Path, onednn: Sequence[str] | None = None) -> Path:
+def write_versions(folder: Path, onednn: Sequence[str] | None = None, *, toy: bool = False) -> Path:
     """Write `versions.json`: what the run was made with, and nothing that names the machine or its user.
 
-    `onednn` is what that library computes in the run, see `rlmed.models.products`; None where no model runs on a CPU.
+    Args:
+        folder: of the run.
+        onednn: what that library computes in the run, see `rlmed.models.products`; None where no model runs on a CPU.
+        toy: see `rlmed.core.toy`.
 
     Raises:
         OSError: when the disk refuses.
@@ -262,6 +265,7 @@ def write_versions(folder: Path, onednn: Sequence[str] | None = None) -> Path:
         "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "packages": {name: _version(name) for name in PACKAGES} | installed,
         "commit": _commit(),
+        "toy_model": toy,
     }
     return _write_json(folder / VERSIONS_FILE, versions)
 

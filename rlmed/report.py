@@ -26,6 +26,7 @@ from rlmed.core.display import ending_errors, keep_display, one_line
 from rlmed.core.files import ASSETS, replace_text
 from rlmed.core.jsonlines import read_json, read_json_lines
 from rlmed.core.statistics import mcnemar
+from rlmed.core.toy import EMBEDDED, TOY_NOTE
 from rlmed.core.tracing import TIMELINE_LINES
 from rlmed.evaluation_results import (
     COMPARISON_FILE,
@@ -50,6 +51,8 @@ REPORT_FILE = "report.html"
 TEMPLATE, SCRIPT, SHEET = "report.html.j2", "report.js", "report.css"
 TILES = 4
 """Files whose accuracy stands in the headline; all are in the table."""
+NAMES = 6
+"""Data files named in the title; all are at the end of the page."""
 SKIPPED_SHOWN = 200
 """Skipped rows listed of each data file; all are in data.json."""
 
@@ -131,11 +134,15 @@ def _context(folder: Path, environment: Environment, sft: Path | None) -> dict[s
     data = _read_json(folder / DATA_FILE) or {"files": []}
     pictures = Pictures()
     accuracy = draw_accuracy(evaluations.summaries)
+    facts = _run_facts(folder, config, metrics, evaluations)
     script, sheet = (_asset(environment, name) for name in (SCRIPT, SHEET))
     return {
         "run": {
-            **_run_facts(folder, config, metrics, evaluations),
+            **facts,
             "device": versions.get("cuda_device") or versions.get("cpu"),
+            # runs of earlier versions did not look
+            "toy": TOY_NOTE if versions.get("toy_model") or str(facts["model"]).startswith(EMBEDDED) else None,
+            "questions": _names([file["name"] for file in data["files"]]),
         },
         "table": _accuracy_table(evaluations),
         "trust": None if evaluations.trust is None else show_trust(evaluations.trust),
@@ -212,6 +219,10 @@ def _run_facts(
         "skipped_steps": int(last.get("skipped_steps") or 0),
         "tiles": tiles,
     }
+
+
+def _names(files: Sequence[str]) -> str:
+    return ", ".join(files[:NAMES]) + ", …" * (len(files) > NAMES)
 
 
 def _ends(first: EvalSummary, final: EvalSummary) -> tuple[EvalSummary, ...]:
@@ -339,7 +350,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with ending_errors():
         report = write_report(arguments.run_folder, sft=arguments.sft)
-    sys.stdout.write(f"{report}\n")
+    sys.stdout.write(f"report: {report}\n")
 
 
 if __name__ == "__main__":

@@ -153,8 +153,13 @@ def draw_accuracy(summaries: Sequence[EvalSummary]) -> Plot | None:
             bands = [one.low for _, one in points], [one.high for _, one in points]
             axes.fill_between(steps, *bands, color=colour, alpha=0.12, lw=0)
         axes.set_ylim(0, 1)
-        axes.legend(frameon=False, fontsize=8, ncols=3, loc="lower left")
+        _legend(figure)
         return Plot("Held-out accuracy", "greedy; bands: Wilson 95 %", to_svg(figure))
+
+
+def _legend(figure: Figure) -> None:
+    """Above the axes, where it covers no curve."""
+    figure.legend(frameon=False, fontsize=8, ncols=3, loc="outside upper left", borderaxespad=0)
 
 
 def _shown(name: str) -> str:
@@ -187,7 +192,7 @@ def _draw(curves: Mapping[str, tuple[npt.NDArray[np.float64], npt.NDArray[np.flo
         if panel.share:
             axes.set_ylim(-0.02, 1.02)
         if len(curves) > 1:
-            axes.legend(frameon=False, fontsize=8, ncols=3, loc="best")
+            _legend(figure)
         return to_svg(figure)
 
 

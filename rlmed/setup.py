@@ -14,11 +14,12 @@ import torch
 from rlmed.core.config import DataConfig, ModelConfig, RunConfig
 from rlmed.core.files import ASSETS
 from rlmed.core.near_paths import near_path
+from rlmed.core.toy import EMBEDDED
 from rlmed.core.types import Example
 from rlmed.data.jsonl import ReadResult, SkippedRow, format_skips, read_examples
 from rlmed.data.leakage import find_leakage
 from rlmed.data.leakage_report import LeakageReport, check_no_leakage, doubt_lines, leakage_lines
-from rlmed.data.option_order import keeps_order, kept_order_text
+from rlmed.data.option_order import kept_order_text, kept_orders
 from rlmed.data.phantom import write_dataset
 from rlmed.data.prompts import PROMPT_FILE, PromptRenderer, load_processor, read_prompt_settings
 from rlmed.evaluation import EvalFile
@@ -33,7 +34,6 @@ log = logging.getLogger(__name__)
 
 SLOW_BFLOAT16 = 0.5
 """Of float32's speed; below it nothing is won by bfloat16 on a CPU: memory is not what such models are short of."""
-EMBEDDED = "embedded:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,8 +180,12 @@ def check_positions(config: RunConfig, *, max_tokens: int) -> None:
 
 
 def load_run_data(config: RunConfig, renderer: PromptRenderer, *, training: bool) -> Dataset:
-    """`load_data`, with a warning of prompts by modality when no row is of any of these modalities."""
+    """`load_data`, and what is to be said of settings that have nothing to act on, in some rows or in all."""
     data = load_data(config.data, renderer, training=training)
+    if data.train and training and config.data.shuffle_options:
+        kept, option = kept_orders(example.options for example in data.train_examples)
+        if kept:  # of the files that are evaluated, the table says it
+            log.info("%s: %s", data.train.path, kept_order_text(kept, len(data.train_examples), option))
     mix = config.data.mix if training else None
     outside = Counter(example.modality for example in data.train_examples if mix and example.modality not in mix)
     if outside:
@@ -212,6 +216,7 @@ def load_data(config: DataConfig, renderer: PromptRenderer, *, training: bool) -
     train, evals = config.train, list(config.eval)
     if config.source == "phantom":
         folder = Path(config.phantom_folder or f"outputs/phantom-{config.phantom_seed}")
+        log.info("generated questions and pictures (data.phantom_seed=%d) are in %s", config.phantom_seed, folder)
         write_dataset(folder, config.phantom_seed)
         train = train or str(folder / "train_mri.jsonl")
         evals = evals or [str(folder / f"test_{name}.jsonl") for name in ("mri", "ct", "xray")]
@@ -246,11 +251,7 @@ def load_data(config: DataConfig, renderer: PromptRenderer, *, training: bool) -
 
 
 def _load_file(path: str, config: DataConfig, renderer: PromptRenderer, limit: int | None) -> DataFile:
-    if Path(path).is_dir():
-        raise ValueError(
-            f"data file {path} is a folder: give a JSON Lines file, for example {Path(path, 'train.jsonl')}"
-        )
-    if not Path(path).is_file():
+    if not Path(path).exists():
         near = near_path(path)
         cure = f"; {near}" if near else f". {config.download or ''}"
         raise ValueError(f"data file {path} does not exist (relative to {Path.cwd()}){cure}".rstrip())
@@ -263,9 +264,6 @@ def _load_file(path: str, config: DataConfig, renderer: PromptRenderer, limit: i
         if config.on_bad_row == "error" or not examples:
             raise ValueError(f"{path}: {len(dropped)} of {len(read.examples)} rows cannot be used; {first}")
         log.warning("%s: %d rows dropped, all are listed in data.json; %s", path, len(dropped), first)
-    kept = sum(keeps_order(example.options) for example in examples)
-    if kept:
-        log.info("%s: %s", path, kept_order_text(kept, len(examples)))
     return DataFile(Path(path).stem, Path(path), read, examples, dropped)
 
 

@@ -20,6 +20,7 @@ from rlmed.commandline import check_same_run, run_command, to_yaml
 from rlmed.core.config import RunConfig
 from rlmed.core.files import replace_text
 from rlmed.core.prefill import remaining
+from rlmed.core.toy import is_toy
 from rlmed.core.tracing import Tracer
 from rlmed.core.types import Example
 from rlmed.data.curriculum import Curriculum, Place
@@ -96,10 +97,11 @@ def main(config: RunConfig, folder: Path) -> None:
         done = int(saved["step"])
         recorder.truncate(saved["offsets"])
         learner.load(checkpoint)
+        progress.message(f"resuming after step {done} of {batches.steps} from {checkpoint}")
     else:
         recorder.truncate({})
     replace_text(folder / CONFIG_FILE, to_yaml(config))
-    write_versions(folder, decided.model.onednn)
+    write_versions(folder, decided.model.onednn, toy=is_toy(model_folder(config.model.path)))
     write_data(folder, data.files, data.leakage)
 
     def measure(step: int) -> None:
@@ -115,9 +117,9 @@ def main(config: RunConfig, folder: Path) -> None:
                 folder=folder / "evaluations",
                 step=step,
                 model=config.model.path,
-                on_progress=lambda name, at, total: progress.stage(f"evaluate {name}", at, total),
+                on_progress=progress.answers,
             )
-        progress.evaluated(summary.mean_accuracy, step)
+        progress.evaluated(summary.accuracies, step)
 
     def write_model(target: Path) -> None:
         learner.save(target)

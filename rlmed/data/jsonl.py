@@ -17,6 +17,7 @@ from rlmed.core.types import Example
 from rlmed.data.choices import Choice, choose
 from rlmed.data.images import BadImageError, check_image
 from rlmed.data.option_sources import is_nothing, plain_option, read_options, unique_keys
+from rlmed.data.other_formats import to_prepare
 from rlmed.data.rows import BadRowError as BadRowError
 from rlmed.data.rows import as_object
 from rlmed.data.rows import shorten as shorten
@@ -71,6 +72,8 @@ def read_examples(path: Path, *, on_bad_row: Literal["skip", "error"] = "skip") 
     """
     if on_bad_row not in ("skip", "error"):
         raise ValueError(f"on_bad_row={on_bad_row!r} must be 'skip' or 'error'")
+    if other := to_prepare(path):
+        raise ValueError(f"data file {other}")
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -110,10 +113,11 @@ def format_skips(result: ReadResult, examples: int = 3, *, record: str = "data.j
     """
     if not result.skipped:
         return ""
+    bad, rows = len(result.skipped), len(result.skipped) + len(result.examples)
     head = "; ".join(f"line {row.line} ({row.id}): {row.reason}" for row in result.skipped[:examples])
-    listed = f", listed in {record}" if record else ""
-    more = f"; and {len(result.skipped) - examples} more{listed}" if len(result.skipped) > examples else ""
-    return f"{result.path}: {len(result.skipped)} of {len(result.skipped) + len(result.examples)} rows skipped. {head}{more}"
+    listed = f" (all are listed in {record})" if record else ""
+    first = f"The first {examples}: " if bad > examples else ""
+    return f"{result.path}: {bad} of {rows} rows skipped{listed}. {first}{head}"
 
 
 def _parse(path: Path, content: bytes) -> list[tuple[int, Any]]:

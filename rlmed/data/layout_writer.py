@@ -23,7 +23,7 @@ from rlmed.core.types import Example
 from rlmed.data.choices import written_answer
 from rlmed.data.images import BadImageError, check_contrast, check_encoded, check_image, check_image_size, image_sha256
 from rlmed.data.jsonl import BadRowError, parse_row, shorten
-from rlmed.data.option_order import keeps_order
+from rlmed.data.option_order import kept_orders
 from rlmed.data.readers.base import Encoded, Picture, Skipped, SourceImage, SourceRow
 
 MAX_SPLITS = 64
@@ -83,6 +83,8 @@ class SplitSummary:
     priors: Priors
     kept_order: int = 0
     """Rows whose options have no other order, since one refers to others: `all of the above`."""
+    kept_order_by: str = ""
+    """The first of these options; "" without any."""
 
 
 class Images:
@@ -195,6 +197,7 @@ class _Split:
     def finish(self) -> SplitSummary:
         with writing(self.path):
             self._file.close()
+        kept, option = kept_orders(example.options for example in self._answers)
         return SplitSummary(
             file=self.path.name,
             rows=len(self._answers),
@@ -203,7 +206,8 @@ class _Split:
             by_kind=dict(sorted(self._by_kind.items())),
             sha256=self._digest.hexdigest(),
             priors=Priors.of(self._answers),
-            kept_order=sum(keeps_order(example.options) for example in self._answers),
+            kept_order=kept,
+            kept_order_by=option,
         )
 
 

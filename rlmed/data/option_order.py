@@ -7,7 +7,9 @@ would be drawn. Where the rule is too eager, a question keeps an order that it c
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+from rlmed.data.rows import shorten
 
 _ONE = r"[(\[]?(?:option |choice |answer )?[a-j][)\]]?"
 _NUMBER = r"[(\[]?\d[)\]]?"
@@ -86,11 +88,16 @@ def keeps_order(options: Sequence[str]) -> bool:
     return any(refers_to_others(option) for option in options)
 
 
-def kept_order_text(kept: int, rows: int) -> str:
-    """How many rows of a file keep the order of their options, and why."""
-    return (
-        f"{kept} of {rows} rows keep the order of their options, since one refers to others (all of the above, A and C)"
-    )
+def kept_orders(rows: Iterable[Sequence[str]]) -> tuple[int, str]:
+    """How many of the rows' options keep their order, and the first option that is why; "" without any."""
+    kept = [options for options in rows if keeps_order(options)]
+    return len(kept), next((option for options in kept for option in options if refers_to_others(option)), "")
+
+
+def kept_order_text(kept: int, rows: int, option: str) -> str:
+    """How many rows of a file keep the order of their options, and why; `option` as `kept_orders` gives it."""
+    example = f", such as {shorten(option)}" if option else ""  # earlier versions did not keep it
+    return f"{kept} of {rows} rows keep the order of their options, since one refers to others{example}"
 
 
 def _plain(option: str) -> str:

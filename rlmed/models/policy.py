@@ -34,6 +34,8 @@ from rlmed.models.weight_files import HEAD, check_weight_files, own_head_differs
 
 COMPUTED_BUFFERS = (".inv_freq", ".attn.bias", ".attn.masked_bias", ".position_ids")
 """In the weight files of older versions; models compute them."""
+MODEL_FOLDERS = frozenset(("model", "models", "checkpoints", "weights", "llm", "llms", "hf"))
+"""What people call the folder that they keep models in."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -284,7 +286,22 @@ def load_config(folder: Path) -> PreTrainedConfig:
         near = near_path(folder)
         raise ValueError(
             f"model {str(folder)!r} is neither a folder in {Path.cwd()} nor can it be fetched from the hub: "
-            f"{str(error).splitlines()[0]} If it is a folder, {near or 'correct the path'}; if it is a hub name, "
-            f"download it where there is a network (`hf download {folder} --local-dir models/{folder.name}`) and pass "
-            f"model.path=models/{folder.name}"
+            f"{str(error).splitlines()[0]} If it is a folder, {near or 'correct the path'}{_to_download(folder)}"
         ) from error
+
+
+def _to_download(folder: Path) -> str:
+    """How to get a model that is neither here nor to be had from the hub, as the end of a sentence.
+
+    A folder of models, as in `models/Qwen2-VL-2B-Instruct`, is nobody on the hub: that name needs its owner.
+    """
+    name = folder.name
+    if len(folder.parts) == 2 and folder.parts[0].lower() in MODEL_FOLDERS:
+        owner, which = ("Qwen", "") if name.startswith("Qwen") else ("OWNER", ", OWNER being who publishes it")
+        return f"; to have it, download it where there is a network: `hf download {owner}/{name} --local-dir {folder}`{which}"
+    if len(folder.parts) == 2 and Path(folder.parts[0]).is_dir():
+        return ""
+    return (
+        f"; if it is a hub name, download it where there is a network (`hf download {folder} --local-dir models/{name}`) and "
+        f"pass model.path=models/{name}"
+    )

@@ -127,7 +127,7 @@ class Columns:
             raise ValueError(f"{table} has more than one column {shorten(repeated[0])}: rename one")
         absent = [f"{field}={name}" for field, name in given.items() if name not in header]
         if absent:
-            raise ValueError(f"{table} has no column for --column {absent[0]}; its columns: {_listed(header)}")
+            raise ValueError(f"{table} has no column for --column {', '.join(absent)}; its columns: {_listed(header)}")
         lowered = {name.strip().lower(): name for name in reversed(header)}
         found = {field: lowered[name] for field, names in FIELDS.items() for name in reversed(names) if name in lowered}
         for field in found.keys() - given.keys():
@@ -145,7 +145,8 @@ class Columns:
         if options_required and not options and "options" not in names:
             missing.append("options")
         if missing:
-            cure = _parting(header) or f"name it with --column {missing[0]}=NAME"
+            named = " ".join(f"--column {field}=NAME" for field in missing)
+            cure = _parting(header) or f"name {'it' if len(missing) == 1 else 'them'} with {named}"
             raise ValueError(f"{table} has no column for {', '.join(missing)}: {cure}. Its columns: {_listed(header)}")
         return cls(names, options, letters, answer_index)
 

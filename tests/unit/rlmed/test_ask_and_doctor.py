@@ -126,7 +126,22 @@ def test_ask_shows_options_with_one_letter(
     model = ["--model", str(tiny_folder("qwen2_vl")), "--max-tokens", "1"]
     ask.main([str(tmp_path / "good.png"), "Which?", "--options", *options, *model])
     assert shown[0].options == ("liver", "spleen")
-    assert "B) spleen" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "B) spleen" in said
+    assert "embedded toy" not in said
+
+
+def test_ask_says_of_the_embedded_model_and_its_copies_that_they_are_a_toy(
+    tmp_path: Path, base_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    marked(size=(56, 56)).save(tmp_path / "good.png")
+    for model in ([], ["--model", str(base_copy)]):
+        ask.main([str(tmp_path / "good.png"), "Which?", "--options", "liver", "spleen", "--max-tokens", "1", *model])
+        said = capsys.readouterr().out
+        assert (
+            said.count("This model is the embedded toy, or was trained from it: it was made on generated pictures.")
+            == 1
+        )
 
 
 def test_ask_warns_where_prompt_and_completion_pass_the_models_positions(

@@ -210,6 +210,10 @@ def test_resume_auto_makes_no_folder_beside_the_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     first = run(monkeypatch, "resume=auto", "name=mine")
+    place = tmp_path / "outputs" / "mine"
+    assert capsys.readouterr().out == f"resume=auto: nothing to resume in {place}, the run starts from step 1\n"
+    run(monkeypatch, "resume=auto", "hydra.run.dir=named")
+    assert f"nothing to resume in {tmp_path / 'named'}, the run starts" in capsys.readouterr().out
     (first / "checkpoints" / "step-000002").mkdir(parents=True)
     leftovers = [
         first / "checkpoints" / ".step-000004.partial",
@@ -218,6 +222,7 @@ def test_resume_auto_makes_no_folder_beside_the_run(
     for leftover in leftovers:
         leftover.mkdir(parents=True)
     assert run(monkeypatch, "resume=auto", "name=mine") == first
+    assert "nothing to resume" not in capsys.readouterr().out
     assert not any(leftover.exists() for leftover in leftovers)
     assert run(monkeypatch, f"resume={first}", "name=mine") == first
     assert [path.name for path in (tmp_path / "outputs" / "mine").iterdir()] == [first.name]

@@ -166,8 +166,9 @@ def test_rows_whose_options_refer_to_others_have_no_other_order_and_it_is_said(f
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(summary_table(None, summary, None))
     shown = " ".join(console.export_text().split())
-    assert "mri: 2 of 8 rows keep the order of their options" in shown
-    assert "fixed: 8 of 8 rows keep" in shown
+    said = "mri: 2 of 8 rows keep the order of their options, since one refers to others, such as 'all of the above'"
+    assert said in shown
+    assert "fixed: 8 of 8 rows keep the order of their options, since one refers to others, such as 'both'" in shown
     assert "ct: " not in shown
 
 
@@ -524,6 +525,51 @@ def test_the_table_shows_both_ends_with_their_controls(files, renderer, tmp_path
         "37.5\n14–69",
         "25.0\n0.0\nloo",
     ]
+
+
+def caption(summary: EvalSummary) -> str:
+    return str(summary_table(None, summary, None).caption)
+
+
+def test_every_column_of_the_table_is_explained_below_it(files, renderer, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        summary = run(files, renderer, tmp_path)
+    headings = [str(column.header).replace("\n", " ") for column in summary_table(None, summary, None).columns]
+    assert headings[-4:] == ["blank", "shuffled", "other order", "chance prior"]
+    assert "blank, shuffled: over a grey picture, over another row's" in caption(summary)
+    assert "other order: with the options in another order" in caption(summary)
+    assert "in the other rows of the file (leave one out, loo)" in caption(summary)
+    assert (
+        "evaluating takes 56 answers: 14 to the rows as they are, 14 over a grey picture, 14 over another"
+        in caplog.text
+    )
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        fewer = run(files, renderer, tmp_path, controls=False, train_examples=files[1].examples, step=4)
+    assert "loo" not in caption(fewer)
+    assert "blank" not in caption(fewer)
+    assert "prior: the option text most often right in the training rows" in caption(fewer)
+    assert "answers" not in caplog.text
+
+
+def test_a_letter_that_was_not_offered_is_in_the_format_and_is_said(files, renderer, tmp_path):
+    few = [dataclasses.replace(row, options=row.options[:2], answer=0) for row in files[0].examples]
+    # of the letters that are answered, C and D are none of these rows'
+    expected = sum(LETTERS.index(row.letter) > 1 for row in files[0].examples)
+    assert expected
+    asked = {row.id: row.letter for row in files[0].examples}
+
+    pool = ScriptedPool(renderer, lambda r, _: f"<think>…</think><answer>{asked[r.prompt.example.id]}</answer>")
+    summary = run([EvalFile("mri", tuple(few)), files[1]], renderer, tmp_path, pool, controls=False)
+    mri, ct = summary.files
+    assert (mri.format_rate, mri.not_offered) == (1.0, expected / 8)
+    assert ct.not_offered == 0
+    assert EvalSummary.read(tmp_path / "step-000003") == summary
+    assert f"mri: {100 * expected / 8:.1f} % answer a letter that was not offered" in caption(summary)
+    assert "ct: " not in caption(summary)
+    rows = [row for row in read_rows(tmp_path / "step-000003") if row.not_offered]
+    assert len(rows) == expected
+    assert not any(row.right for row in rows)
 
 
 def test_the_table_of_one_evaluation(files, renderer, tmp_path):

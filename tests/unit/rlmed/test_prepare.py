@@ -52,7 +52,9 @@ def test_it_says_how_many_rows_keep_the_order_of_their_options(source, tmp_path,
     ]
     (source / "questions.csv").write_text(TABLE + "".join(lines))
     main(command(source, tmp_path / "out"))
-    said = "order:      train: 2 of 3 rows keep the order of their options, since one refers to others"
+    said = (
+        "order:      train: 2 of 3 rows keep the order of their options, since one refers to others, such as 'both'\n"
+    )
     assert said in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["splits"]["train"]["kept_order"] == 2
 
@@ -117,7 +119,8 @@ def test_many_skips_are_counted_and_not_all_shown(source, tmp_path, capsys):
     (source / "questions.csv").write_text(TABLE + rows)
     main(command(source, tmp_path / "out"))
     shown = capsys.readouterr().out
-    assert "skipped:    16 bad rows; 13 more are listed in manifest.json" in shown
+    assert "skipped:    16 bad rows, the first 3 here and all in manifest.json\n- line " in shown
+    assert shown.count("\n- line ") == 3
     assert len(json.loads((tmp_path / "out" / "manifest.json").read_text())["skipped"]["rows"]) == 16
 
 

@@ -45,11 +45,12 @@ def test_plain_line_has_all_facts(clock):
     out, progress = plain()
     with progress:
         progress.start(200, 11)
-        progress.evaluated(0.6123, 0)
+        progress.evaluated({"mri": 0.6123, "ct": 0.5}, 0)
         clock.now += 2.0
         progress.step(12, METRICS)
     assert out.getvalue() == (
-        "step 12/200 reward 1.42 format 0.97 choice 0.45 kl 0.0030 length 41 tokens/s 5120 accuracy 61.2% (step 0) left 6m16s\n"
+        "accuracy after 0 steps: mri 61.2%, ct 50.0%, mean 55.6%\n"
+        "step 12/200 reward 1.42 format 0.97 choice 0.45 kl 0.0030 length 41 tokens/s 5120 left 6m16s\n"
     )
 
 
@@ -102,10 +103,10 @@ def test_stages_are_throttled_but_their_end_is_said(clock):
     out, progress = plain(line_every_s=10.0)
     for done in range(1, 301):
         clock.now += 0.1
-        progress.stage("evaluate mri", done, 300)
+        progress.answers("mri", done, 300)
     lines = out.getvalue().splitlines()
-    assert lines[0] == "evaluate mri 1/300"
-    assert lines[-1] == "evaluate mri 300/300"
+    assert lines[0] == "evaluate mri 1/300 answers"
+    assert lines[-1] == "evaluate mri 300/300 answers"
     assert len(lines) == 4
 
 
@@ -122,11 +123,10 @@ def test_a_terminal_gets_a_live_display_with_the_same_facts(clock):
     progress = Progress(console)
     with progress:
         progress.start(200, 0)
-        progress.evaluated(0.5, 25)
+        progress.evaluated({"mri": 0.5}, 25)
         clock.now += 1.0
         progress.step(50, METRICS)
-        progress.stage("evaluate mri", 7, 30)
-        progress.message("accuracy after 0 steps: mri 50.0%")
+        progress.answers("mri", 7, 30)
         with console.capture() as shown:
             console.print(progress._render())
     for fact in (
@@ -135,12 +135,12 @@ def test_a_terminal_gets_a_live_display_with_the_same_facts(clock):
         "reward 1.42",
         "choice 0.45",
         "tokens/s 5120",
-        "accuracy 50.0% (step 25)",
+        "accuracy after 25 steps 50.0%",
         "evaluate mri",
-        "7/30",
+        "7/30 answers",
     ):
         assert fact in shown.get(), fact
-    assert "accuracy after 0 steps: mri 50.0%" in out.getvalue()
+    assert "accuracy after 25 steps: mri 50.0%" in out.getvalue()
     assert "step 50/200" not in out.getvalue(), "no plain lines beside the live display"
 
 

@@ -202,6 +202,7 @@ def test_versions_name_what_ran_and_nothing_private(tmp_path):
         "cuda_device",
         "packages",
         "commit",
+        "toy_model",
     }
     assert versions["python"] == platform.python_version()
     assert versions["packages"]["numpy"] == np.__version__

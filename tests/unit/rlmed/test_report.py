@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -249,6 +248,57 @@ def test_nobody_takes_generated_images_for_a_patients(run):
     assert "images are generated" in write_report(run).read_text()
 
 
+def test_a_toys_answers_are_not_taken_for_more(run):
+    versions = json.loads((run / "versions.json").read_text())
+    assert "embedded toy" not in write_report(run).read_text()
+    for toy in (True, False):
+        (run / "versions.json").write_text(json.dumps({**versions, "toy_model": toy}))
+        html = write_report(run).read_text()
+        assert ('<p class="warning">This model is the embedded toy, or was trained from it' in html) == toy
+    # a run of an earlier version, whose folder names the model
+    (run / "versions.json").write_text(json.dumps(versions))
+    (run / "config.yaml").write_text("name: my_run\nmodel:\n  path: embedded:tiny_base\n")
+    assert "embedded toy" in write_report(run).read_text()
+    (run / "config.yaml").write_text("name: r\nmodel:\n  path: embedded:tiny_base\ndata:\n  source: phantom\n")
+    html = write_report(run).read_text()
+    assert html.count("embedded toy") == 1
+    assert '<p class="warning">This model' not in html  # nobody was asked about a real picture
+
+
+def test_the_title_names_the_questions(run):
+    assert "<title>my_run: train – report</title>" in write_report(run).read_text()
+    content = json.loads((run / "data.json").read_text())
+    content["files"] = [{**content["files"][0], "name": f"<{n}>"} for n in range(9)]
+    (run / "data.json").write_text(json.dumps(content))
+    assert "<title>my_run: &lt;0&gt;, &lt;1&gt;, &lt;2&gt;, &lt;3&gt;, &lt;4&gt;, &lt;5&gt;, … – report</title>" in (
+        write_report(run).read_text()
+    )
+    (run / "data.json").unlink()
+    assert "<title>my_run – report</title>" in write_report(run).read_text()
+
+
+def test_a_legend_stands_above_the_curves():
+    """As many labels as may be, and curves that fill the whole panel: the legend's texts lie above the axes' frame."""
+    lines = [
+        {"step": i, **{f"reward/{name}": i % 2 for name in ("mean", "format", "choice", "brevity")}} for i in range(9)
+    ]
+    (plot,) = draw_metrics(lines)
+    legend = re.search(r'<g id="legend_1">.*?(?=</g>\s*</svg>|$)', str(plot.svg), re.DOTALL)
+    assert legend is not None
+    lowest = max(float(y) for y in re.findall(r'transform="translate\([\d.]+ ([\d.]+)\)', legend[0]))
+    highest = min(float(y) for y in re.findall(r"L [\d.]+ ([\d.]+)", str(plot.svg)[: legend.start()]))
+    assert 0 < lowest < highest
+
+
+def test_letters_that_were_not_offered_stand_beside_the_format(run):
+    assert "not offered" not in write_report(run).read_text()
+    for path in run.glob("evaluations/*/summary.json"):
+        content = json.loads(path.read_text())
+        content["files"][0]["not_offered"] = 0.125
+        path.write_text(json.dumps(content))
+    assert "<small>12.5 name a letter that was not offered</small>" in write_report(run).read_text()
+
+
 def test_killed_run(run):
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "rew')
@@ -314,7 +364,7 @@ def test_a_folder_of_something_else_is_an_error(tmp_path):
 def test_command_line(run):
     command = [sys.executable, "-m", "rlmed.report"]
     done = subprocess.run([*command, str(run)], capture_output=True, text=True, check=True)
-    assert Path(done.stdout.strip()) == run / "report.html"
+    assert done.stdout == f"report: {run / 'report.html'}\n"
     failed = subprocess.run([*command, str(run / "nowhere")], capture_output=True, text=True, check=False)
     assert failed.returncode != 0
     assert failed.stderr.startswith("error: ")

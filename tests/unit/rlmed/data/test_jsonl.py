@@ -214,7 +214,8 @@ def test_a_unicode_line_separator_is_no_end_of_line(folder):
         (b"\xef\xbb\xbf", "is empty"),
         (b'{"a": 1}\n{"a": }\n', r"line 2, column 7: not valid JSON \(Expecting value\)"),
         (b'\n\n{"a": 1', "line 3, column 8"),
-        (b'[\n{"a": 1}\n]', "line 1, column 2.*each line must be one JSON object"),
+        (b'[\n{"a": 1}\n]', "is a JSON array.*each of its objects on a line of its own"),
+        (b'{\n"a": 1}', "line 1, column 2.*each line must be one JSON object"),
         ('{"question": "Größe"}'.encode("latin-1"), r"is not UTF-8 \(line 1\)"),
         ('{}\n{"question": "é"}'.encode("utf-16"), "is not UTF-8"),
         (b'{"a": 1}\n{"a": ' + b"9" * 5000 + b"}", "line 2: JSON that cannot be read"),
@@ -253,9 +254,11 @@ def test_skips_are_summed_up_in_one_line(folder):
     result = read_examples(write(folder, row(), *bad))
     assert result.skipped[0] == SkippedRow(2, "b0", "it has no question")
     assert format_skips(result) == (
-        f"{folder / 'train.jsonl'}: 5 of 6 rows skipped. line 2 (b0): it has no question; line 3 (b1): it has no question; "
-        "line 4 (b2): it has no question; and 2 more, listed in data.json"
+        f"{folder / 'train.jsonl'}: 5 of 6 rows skipped (all are listed in data.json). The first 3: line 2 (b0): it has no "
+        "question; line 3 (b1): it has no question; line 4 (b2): it has no question"
     )
+    assert "skipped. The first 1: line 2" in format_skips(result, 1, record="")
+    assert "(all are listed in data.json). line 2 (b0)" in format_skips(result, 5)
 
 
 @pytest.mark.parametrize(

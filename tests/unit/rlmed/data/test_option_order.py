@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlmed.data.option_order import keeps_order, names_letters, refers_to_others
+from rlmed.data.option_order import keeps_order, kept_order_text, kept_orders, names_letters, refers_to_others
 
 REFERRING = """
 A and C; Both A and B; A, B; A, B and C; A, C, and D; (A) and (B); A & B; A/B; A+B; a or b
@@ -51,3 +51,12 @@ def test_an_option_that_stands_for_itself(option):
 def test_those_that_name_letters():
     assert [names_letters(text) for text in ("A and C", "only (b)", "all except B")] == [True] * 3
     assert [names_letters(text) for text in ("all of the above", "both", "liver", "A", "none")] == [False] * 5
+
+
+def test_the_option_that_is_shown_is_the_rows_own():
+    rows = [("liver", "spleen"), ("left", "right", "neither of these"), ("A and B", "x", "y")]
+    assert kept_orders(rows) == (2, "neither of these")
+    assert kept_order_text(2, 3, "neither of these").endswith("refers to others, such as 'neither of these'")
+    assert kept_orders(rows[:1]) == (0, "")
+    assert kept_order_text(2, 3, "").endswith("since one refers to others")
+    assert len(kept_order_text(1, 1, "none of the options " * 100)) < 300

@@ -170,6 +170,30 @@ def test_a_model_that_is_nowhere_is_named_with_the_cure(tmp_path, monkeypatch):
         load_config(Path("owner/absent"))
 
 
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        (
+            "models/Qwen2-VL-2B-Instruct",
+            "`hf download Qwen/Qwen2-VL-2B-Instruct --local-dir models/Qwen2-VL-2B-Instruct`",
+        ),
+        ("./models/mine", "`hf download OWNER/mine --local-dir models/mine`, OWNER being who publishes it"),
+        ("Weights/x", "`hf download OWNER/x --local-dir Weights/x`"),
+        ("owner/absent", "`hf download owner/absent --local-dir models/absent`"),
+        ("gpt2-absent", "`hf download gpt2-absent --local-dir models/gpt2-absent`"),
+        ("here/absent", None),
+    ],
+)
+def test_what_is_downloaded_is_a_name_that_the_hub_can_have(tmp_path, monkeypatch, path, said):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    with pytest.raises(ValueError, match=r"neither a folder in") as error:
+        load_config(Path(path))
+    assert ("hf download" in str(error.value)) == (said is not None)
+    assert said is None or said in str(error.value)
+
+
 def test_the_kv_geometry_follows_a_head_width_that_is_not_the_quotient(tiny_folder, tmp_path):
     folder = shutil.copytree(tiny_folder("qwen3"), tmp_path / "wide")
     config = json.loads((folder / "config.json").read_text())

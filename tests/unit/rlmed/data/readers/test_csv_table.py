@@ -223,7 +223,14 @@ def test_a_quotation_mark_that_is_not_closed(folder):
     [
         ((" ",), (), "is empty"),
         (("image,question,A,answer",), (), "no column for options"),
-        (("image,A,B,answer",), (), "no column for question"),
+        (("image,A,B,answer",), (), r"no column for question: name it with --column question=NAME\."),
+        (
+            ("picture,text,A,B,truth",),
+            (),
+            r"no column for image, question, answer: name them with --column image=NAME --column question=NAME --column "
+            r"answer=NAME\.",
+        ),
+        ((HEADER,), ("question=Frage", "answer=Antwort"), "no column for --column question=Frage, answer=Antwort; its"),
         (("image,image,question,A,B,answer",), (), "more than one column 'image'"),
         ((HEADER,), ("question=Frage",), "no column for --column question=Frage; its columns: image"),
         ((HEADER,), ("frage=question",), "write FIELD=NAME"),
