@@ -16,7 +16,7 @@ from rlmed.checkpoint import starting_point
 from rlmed.commandline import run_command, to_yaml
 from rlmed.core.config import RunConfig
 from rlmed.core.files import replace_text
-from rlmed.engines import build_local_pool, build_policy, settle_onednn
+from rlmed.engines import build_local_pool, build_policy, settle_model
 from rlmed.evaluation import evaluate
 from rlmed.evaluation_results import EvalSummary, check_comparable, compare, step_folder, summary_table
 from rlmed.progress import Progress
@@ -39,10 +39,10 @@ def main(config: RunConfig, folder: Path) -> None:
     files = data.eval_files(config.eval.limit)
     if config.before:
         check_comparable(Path(config.before), {file.name: file.examples for file in files})
-    decided = settle_onednn(config, folder)
+    decided = settle_model(config)
     policy = build_policy(decided, model_folder(config.model.path))
     replace_text(folder / CONFIG_FILE, to_yaml(config))
-    write_versions(folder, decided.model.onednn)
+    write_versions(folder, decided.model)
     write_data(folder, data.files, data.leakage)
     pool, trust = build_local_pool(config, policy, renderer), None
     progress = Progress()
