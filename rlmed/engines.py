@@ -42,24 +42,24 @@ def settle_model(config: RunConfig, resumed: Path | None = None) -> RunConfig:
     model = config.model
     if resolve_device(model).type != "cpu":
         return config
-    dtype = (chosen_dtype(resumed) if resumed else None) or _fast_dtype(model)
+    dtype = _settled_dtype(model, chosen_dtype(resumed) if resumed else None)
     uses = chosen_onednn(resumed) if resumed and model.onednn is None else model.onednn
     if uses is None:
         uses = settle_products(load_config(model_folder(model.path)), engines=engines_that_pack(config))
     return dataclasses.replace(config, model=dataclasses.replace(model, dtype=dtype, onednn=uses))
 
 
-def _fast_dtype(model: ModelConfig) -> str:
-    """`model.dtype`, or float32 in place of a bfloat16 that is slow on this CPU."""
-    dtype = resolve_dtype(model)
-    if dtype == "bfloat16" and (speed := bfloat16_speed()) < SLOW_BFLOAT16:
-        log.warning(
-            "model.dtype=bfloat16: this CPU multiplies bfloat16 matrices at %.3g of float32's speed, so CPUs use float32; set "
-            "model.dtype=float32 to say so yourself",
-            speed,
-        )
-        return "float32"
-    return dtype
+def _settled_dtype(model: ModelConfig, earlier: str | None) -> str:
+    """`model.dtype`, or float32 in place of a bfloat16 that is slow on this CPU; `earlier` is what a resumed run has."""
+    dtype = earlier or resolve_dtype(model)
+    if dtype != "bfloat16" or (speed := bfloat16_speed()) >= SLOW_BFLOAT16:
+        return dtype
+    slow = f"this CPU multiplies bfloat16 matrices at {speed:.3g} of float32's speed"
+    if earlier:
+        log.warning("%s, and the run goes on in bfloat16 as it began: a new one would use float32", slow)
+        return dtype
+    log.warning("model.dtype=bfloat16: %s, so CPUs use float32; set model.dtype=float32 to say so yourself", slow)
+    return "float32"
 
 
 def build_policy(config: RunConfig, folder: Path) -> Policy:

@@ -173,10 +173,9 @@ def _probe_decoding(weights: Sequence[Tensor], *, may_pack: bool) -> list[str]:
     rows = {weight.shape[1]: torch.ones(STEP_ROWS, weight.shape[1]) for weight in weights}
 
     def step(product: Product, weights: Sequence[Tensor]) -> None:
-        for weight, inputs in zip(weights, widths, strict=True):
-            product(rows[inputs], weight)
+        for weight in weights:
+            product(rows[weight.shape[1]], weight)
 
-    widths = [weight.shape[1] for weight in weights]
     calls = [lambda: step(F.linear, weights), lambda: step(onednn, weights)]
     packing = 0.0
     if may_pack:
