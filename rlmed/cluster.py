@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from learner.distributed import Ranks
 from learner.learner import PolicyLearner, Report
-from rlmed.core.config import RunConfig
+from rlmed.core.config import ModelConfig, RunConfig
 from rlmed.core.config_checks import require
 from rlmed.core.protocols import Learner, RolloutPool
 from rlmed.core.threads import usable_cores
 from rlmed.core.toy import EMBEDDED
 from rlmed.data.prompts import PromptRenderer
 from rlmed.debug import NoLearner, RecordedPool
-from rlmed.engines import build_engine, build_local_pool, build_policy, build_sender, shares_gpus
+from rlmed.engines import build_engine, build_local_pool, build_policy, build_sender, settle_model, shares_gpus
 from rlmed.memory import estimate
 from rlmed.models.policy import Policy
 from rlmed.setup import model_folder
@@ -42,6 +42,8 @@ class Cluster:
     learner: Learner
     evaluation_pool: RolloutPool
     """Samples from the same weights; training requests in flight are not disturbed by it."""
+    model: ModelConfig
+    """As it was settled for all processes."""
     resources: ExitStack
     """What is given back by `close`, the newest first."""
 
@@ -51,13 +53,14 @@ class Cluster:
 
 
 def build_cluster(
-    config: RunConfig, renderer: PromptRenderer, *, checkpoint: Path | None, on_bad_step: Report
+    config: RunConfig, renderer: PromptRenderer, folder: Path, *, checkpoint: Path | None, on_bad_step: Report
 ) -> Cluster:
     """Pool and learner as `config.cluster` says.
 
     Args:
         config: the run.
         renderer: its tokenizer turns sampled ids into text.
+        folder: of the run.
         checkpoint: load the policy from there instead of `config.model`; the reference is always `config.model`.
         on_bad_step: told of batches that were skipped.
 
@@ -65,21 +68,25 @@ def build_cluster(
         ValueError: when Ray is asked for and not installed.
         ConnectionError: when there is no Ray cluster at `config.cluster.address`.
     """
+    resumed = folder if checkpoint else None
     if config.cluster.kind == "ray":
-        return _build_ray(config, checkpoint, on_bad_step)
+        return _build_ray(config, resumed, checkpoint, on_bad_step)
+    config = settle_model(config, resumed)
     policy = build_policy(config, checkpoint or model_folder(config.model.path))
     learner = build_learner(config, on_bad_step, policy=policy) if config.debug.learn else NoLearner()
     log.info("%s", estimate(policy, config).line())
     pool: RolloutPool = build_local_pool(config, policy, renderer)
     if config.debug.recorded:
         pool = RecordedPool(Path(config.debug.recorded), pool)
-    return _cluster(ExitStack(), pool, learner, build_local_pool(config, policy, renderer))
+    return _cluster(config, ExitStack(), pool, learner, build_local_pool(config, policy, renderer))
 
 
-def _cluster(resources: ExitStack, pool: RolloutPool, learner: Learner, evaluation_pool: RolloutPool) -> Cluster:
+def _cluster(
+    config: RunConfig, resources: ExitStack, pool: RolloutPool, learner: Learner, evaluation_pool: RolloutPool
+) -> Cluster:
     for each in (pool, evaluation_pool):
         resources.callback(each.close)
-    return Cluster(pool, learner, evaluation_pool, resources)
+    return Cluster(pool, learner, evaluation_pool, config.model, resources)
 
 
 def build_learner(
@@ -113,15 +120,20 @@ def build_learner(
     )
 
 
-def _build_ray(config: RunConfig, checkpoint: Path | None, on_bad_step: Report) -> Cluster:
+def _build_ray(config: RunConfig, resumed: Path | None, checkpoint: Path | None, on_bad_step: Report) -> Cluster:
     try:
-        from rlmed.ray_session import place_actors, start_ray
+        from rlmed.ray_session import on_gpus, place_actors, start_ray
     except ImportError as error:
         raise ValueError(
             "cluster=ray needs Ray: pip install -c requirements.lock -e '.[ray]' in rlmed's checkout"
         ) from error
+    on_cpus = config
+    if not config.model.device.startswith("cuda"):  # before Ray's own processes disturb the probes
+        model = dataclasses.replace(config.model, device="cpu")
+        on_cpus = settle_model(dataclasses.replace(config, model=model), resumed)
     with ExitStack() as resources:  # given back when anything fails, else handed on
         resources.callback(start_ray(config))
+        config = config if on_gpus(config) else on_cpus
         rank_options, worker_options = place_actors(config, resources)
 
         def start_learner() -> Learner:
@@ -142,7 +154,7 @@ def _build_ray(config: RunConfig, checkpoint: Path | None, on_bad_step: Report) 
         if config.debug.recorded:
             pool = RecordedPool(Path(config.debug.recorded), pool)
         learner = learner or start_learner()
-        return _cluster(resources.pop_all(), pool, learner, workers.channel())
+        return _cluster(config, resources.pop_all(), pool, learner, workers.channel())
 
 
 def _start_workers(config: RunConfig, options: Sequence[dict[str, Any]]) -> WorkerPool:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import os
 from pathlib import Path
 
 import torch
 
 from learner.learner import PolicyLearner
-from rlmed.core.config import RunConfig
+from rlmed.core.config import ModelConfig, RunConfig
 from rlmed.core.weights import WeightSender
 from rlmed.data.prompts import PromptRenderer
-from rlmed.memory import keep_freed_memory
+from rlmed.memory import engines_that_pack, keep_freed_memory
 from rlmed.models.policy import Policy, load_config, load_policy
-from rlmed.models.products import settle_products
-from rlmed.recorder import chosen_onednn
+from rlmed.models.products import bfloat16_speed, settle_products
+from rlmed.recorder import chosen_dtype, chosen_onednn
 from rlmed.setup import make_renderer, model_folder, resolve_device, resolve_dtype
 from rollout.engine import Engine
 from rollout.fake import FakeEngine
@@ -24,22 +25,41 @@ from rollout.local import LocalPool
 from rollout.native.engine import NativeEngine
 from rollout.native.scheduler import EngineLimits
 
+log = logging.getLogger(__name__)
+
 MEMORY_SHARE = 0.8
 """Of the memory that a vLLM engine's worker has, what the engine takes."""
+SLOW_BFLOAT16 = 0.5
+"""Of float32's speed; below it nothing is won by bfloat16 on a CPU: memory is not what such models are short of."""
 
 
-def settle_onednn(config: RunConfig, folder: Path) -> RunConfig:
-    """`config` with `model.onednn` decided for all processes of the run in `folder`; unchanged where a GPU computes.
+def settle_model(config: RunConfig, resumed: Path | None = None) -> RunConfig:
+    """`config` with `model.dtype` and `model.onednn` decided by probes of the CPU, for all processes; unchanged on a GPU.
 
-    A run that is resumed on the processor and torch that it was started with goes on with what was chosen then: another choice
-    would round differently.
+    The run in the folder `resumed` goes on from a checkpoint: it keeps its dtype, and on the processor and torch that it was
+    started with what oneDNN computes. Another choice would round differently.
     """
-    if config.model.onednn is not None or resolve_device(config.model).type != "cpu":
+    model = config.model
+    if resolve_device(model).type != "cpu":
         return config
-    uses = chosen_onednn(folder)
+    dtype = _settled_dtype(model, chosen_dtype(resumed) if resumed else None)
+    uses = chosen_onednn(resumed) if resumed and model.onednn is None else model.onednn
     if uses is None:
-        uses = settle_products(load_config(model_folder(config.model.path)))
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, onednn=uses))
+        uses = settle_products(load_config(model_folder(model.path)), engines=engines_that_pack(config))
+    return dataclasses.replace(config, model=dataclasses.replace(model, dtype=dtype, onednn=uses))
+
+
+def _settled_dtype(model: ModelConfig, earlier: str | None) -> str:
+    """`model.dtype`, or float32 in place of a bfloat16 that is slow on this CPU; `earlier` is what a resumed run has."""
+    dtype = earlier or resolve_dtype(model)
+    if dtype != "bfloat16" or (speed := bfloat16_speed()) >= SLOW_BFLOAT16:
+        return dtype
+    slow = f"this CPU multiplies bfloat16 matrices at {speed:.3g} of float32's speed"
+    if earlier:
+        log.warning("%s, and the run goes on in bfloat16 as it began: a new one would use float32", slow)
+        return dtype
+    log.warning("model.dtype=bfloat16: %s, so CPUs use float32; set model.dtype=float32 to say so yourself", slow)
+    return "float32"
 
 
 def build_policy(config: RunConfig, folder: Path) -> Policy:

@@ -17,7 +17,7 @@ from rlmed.commandline import run_command, to_yaml
 from rlmed.core.config import RunConfig
 from rlmed.core.files import replace_text
 from rlmed.core.toy import TOY_NOTE, is_toy
-from rlmed.engines import build_local_pool, build_policy, settle_onednn
+from rlmed.engines import build_local_pool, build_policy, settle_model
 from rlmed.evaluation import evaluate
 from rlmed.evaluation_results import EvalSummary, check_comparable, compare, step_folder, summary_table
 from rlmed.progress import Progress
@@ -40,11 +40,11 @@ def main(config: RunConfig, folder: Path) -> None:
     files = data.eval_files(config.eval.limit)
     if config.before:
         check_comparable(Path(config.before), {file.name: file.examples for file in files})
-    decided = settle_onednn(config, folder)
+    decided = settle_model(config)
     policy = build_policy(decided, model_folder(config.model.path))
     replace_text(folder / CONFIG_FILE, to_yaml(config))
     toy = is_toy(model_folder(config.model.path))
-    write_versions(folder, decided.model.onednn, toy=toy)
+    write_versions(folder, decided.model, toy=toy)
     write_data(folder, data.files, data.leakage)
     pool, trust = build_local_pool(config, policy, renderer), None
     progress = Progress()

@@ -21,7 +21,6 @@ from rlmed.core.protocols import ClusterError
 from rlmed.core.toy import is_toy
 from rlmed.core.tracing import Tracer
 from rlmed.core.types import SamplingParams
-from rlmed.engines import settle_onednn
 from rlmed.evaluation import evaluate
 from rlmed.evaluation_results import EvalSummary, compare, step_folder, summary_table
 from rlmed.preflight import check, inspect
@@ -69,9 +68,8 @@ class Run:
         self.tracer = Tracer(folder / "timeline.jsonl")
         self.recorder = RunRecorder(folder)
         self.state = LoopState()
-        self.decided = settle_onednn(config, folder)
         self.cluster: Cluster = build_cluster(
-            self.decided, self.renderer, checkpoint=self.checkpoint, on_bad_step=self.recorder.dump_bad_step
+            config, self.renderer, folder, checkpoint=self.checkpoint, on_bad_step=self.recorder.dump_bad_step
         )
         try:
             self._prepare()
@@ -102,7 +100,7 @@ class Run:
         else:
             self.recorder.truncate({})
         replace_text(folder / CONFIG_FILE, to_yaml(config))
-        write_versions(folder, self.decided.model.onednn, toy=is_toy(model_folder(config.model.path)))
+        write_versions(folder, self.cluster.model, toy=is_toy(model_folder(config.model.path)))
         write_data(folder, self.data.files, self.data.leakage)
 
     def execute(self) -> None:

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from rlmed.batch_files import write_batch
+from rlmed.core.config import ModelConfig
 from rlmed.core.files import refusal, replace_text
 from rlmed.core.jsonlines import JsonLinesWriter, finite, read_json
 from rlmed.core.threads import cpu_quota, usable_cores
@@ -237,12 +238,20 @@ def chosen_onednn(folder: Path) -> tuple[str, ...] | None:
     return None
 
 
-def write_versions(folder: Path, onednn: Sequence[str] | None = None, *, toy: bool = False) -> Path:
+def chosen_dtype(folder: Path) -> str | None:
+    """The dtype that the run in `folder` was started with, which its checkpoints need; None where that was not settled."""
+    if not (folder / VERSIONS_FILE).is_file():
+        return None
+    dtype = read_json(folder / VERSIONS_FILE).get("dtype")  # earlier versions did not write it
+    return None if dtype == "auto" else dtype
+
+
+def write_versions(folder: Path, model: ModelConfig, *, toy: bool = False) -> Path:
     """Write `versions.json`: what the run was made with, and nothing that names the machine or its user.
 
     Args:
         folder: of the run.
-        onednn: what that library computes in the run, see `rlmed.models.products`; None where no model runs on a CPU.
+        model: the run's as `rlmed.engines.settle_model` has settled it: what a CPU computes, and in which dtype.
         toy: see `rlmed.core.toy`.
 
     Raises:
@@ -261,7 +270,8 @@ def write_versions(folder: Path, onednn: Sequence[str] | None = None, *, toy: bo
         "cpu_quota": cpu_quota(),
         "torch_threads": torch.get_num_threads(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
-        "onednn": None if onednn is None else list(onednn),
+        "dtype": model.dtype,
+        "onednn": None if model.onednn is None else list(model.onednn),
         "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "packages": {name: _version(name) for name in PACKAGES} | installed,
         "commit": _commit(),

@@ -25,15 +25,12 @@ from rlmed.data.prompts import PROMPT_FILE, PromptRenderer, load_processor, read
 from rlmed.evaluation import EvalFile
 from rlmed.models.agreement import check_agreement, position_doubt
 from rlmed.models.policy import load_config
-from rlmed.models.products import bfloat16_speed
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
-SLOW_BFLOAT16 = 0.5
-"""Of float32's speed; below it nothing is won by bfloat16 on a CPU: memory is not what such models are short of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,16 +105,9 @@ def resolve_device(config: ModelConfig) -> torch.device:
 
 def resolve_dtype(config: ModelConfig) -> str:
     """The dtype that `model.dtype` means here."""
-    device = resolve_device(config)
-    if config.dtype == "bfloat16" and device.type == "cpu" and bfloat16_speed() < SLOW_BFLOAT16:
-        log.warning(
-            "model.dtype=bfloat16: this CPU multiplies bfloat16 matrices at %.3g of float32's speed, so float32 is used; set "
-            "model.dtype=float32 to say so yourself",
-            bfloat16_speed(),
-        )
-        return "float32"
     if config.dtype != "auto":
         return config.dtype
+    device = resolve_device(config)
     # on CPUs float32 is the exact choice and the fused one; bfloat16 there has to be asked for
     native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     return "bfloat16" if native else "float32"

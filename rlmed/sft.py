@@ -26,7 +26,7 @@ from rlmed.core.types import Example
 from rlmed.data.curriculum import Curriculum, Place
 from rlmed.data.prompts import PromptRenderer
 from rlmed.data.sampler import shuffle_options
-from rlmed.engines import build_local_pool, build_policy, settle_onednn
+from rlmed.engines import build_local_pool, build_policy, settle_model
 from rlmed.evaluation import evaluate
 from rlmed.evaluation_results import EvalSummary, compare, summary_table
 from rlmed.progress import Progress
@@ -82,7 +82,7 @@ def main(config: RunConfig, folder: Path) -> None:
     renderer = make_renderer(config)
     check_positions(config, max_tokens=config.eval.max_tokens)
     data = load_run_data(config, renderer, training=True)
-    decided = settle_onednn(config, folder)
+    decided = settle_model(config, folder if checkpoint else None)
     policy = build_policy(decided, checkpoint or model_folder(config.model.path))
     batches = Batches(data.train_examples, renderer, config)
     learner = SupervisedLearner(policy, config.learner, total_steps=batches.steps)
@@ -101,7 +101,7 @@ def main(config: RunConfig, folder: Path) -> None:
     else:
         recorder.truncate({})
     replace_text(folder / CONFIG_FILE, to_yaml(config))
-    write_versions(folder, decided.model.onednn, toy=is_toy(model_folder(config.model.path)))
+    write_versions(folder, decided.model, toy=is_toy(model_folder(config.model.path)))
     write_data(folder, data.files, data.leakage)
 
     def measure(step: int) -> None:

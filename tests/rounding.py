@@ -20,7 +20,9 @@ from rollout.native.sampler import BatchSampling, completion_seeds, uniforms
 LOGPROBS = 1e-4
 """Between two float32 computations of a log-probability at temperature 1; `numerics/test_rounding.py` derives it."""
 GRADIENTS = 1e-4
-"""The same between two gradients of a parameter, relative to the parameter's largest entry."""
+"""The same between two gradients of a parameter, relative to the parameter's largest entry; derived there too."""
+LARGEST_WEIGHT = 2.0
+"""Of the test models; the largest are the norms', around 1."""
 ADAM_EPS = 0.1
 """About the size of a clipped gradient; see `smooth_updates`."""
 
@@ -46,12 +48,14 @@ def smooth_updates(optimizer: Optimizer) -> None:
 
 
 def updates_apart(lr: float, updates: int) -> float:
-    """How far apart a weight may be after so many smooth updates: 0.2 % of what it can have moved.
+    """How far apart a weight may be after so many smooth updates: 0.2 % of what it can have moved, and what storing adds.
 
     An update is lr · m / (√v + eps), where m and √v are off by no more than the gradients that they are means of: by
-    GRADIENTS · 1, as clipping leaves no entry above 1. So it is off by 2 · lr · GRADIENTS / eps.
+    GRADIENTS · 1, as clipping leaves no entry above 1. So it is off by 2 · lr · GRADIENTS / eps; and each new weight is
+    rounded to float32. Gradients of later updates are also off because the weights are: `numerics/test_rounding.py` follows
+    that through 8 updates, and all of it together is a small part of the bound.
     """
-    return 2 * lr * updates * GRADIENTS / ADAM_EPS
+    return 2 * lr * updates * GRADIENTS / ADAM_EPS + rounding(updates, LARGEST_WEIGHT)
 
 
 def worst_difference(

@@ -13,10 +13,12 @@ WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """Variables by which a user decides how OpenMP's threads wait for each other."""
 COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 """Variables by which a user decides how many threads torch has."""
-LOOKS, LOOK_SECONDS = 10, 0.005
-"""How often, and how far apart, the machine's running threads are counted."""
+SPINS = "300000"
+"""What libgomp does by itself: about a millisecond."""
+LOOK_SECONDS = 0.1
+"""How long the machine is watched; it counts in hundredths of a second."""
 BUSY = 0.5
-"""Running threads of others, on average, for which no core is left."""
+"""Cores that are missing, on average, for threads to sleep."""
 
 
 def settle_waiting(environment: MutableMapping[str, str] = os.environ, root: Path = Path("/")) -> None:
@@ -24,11 +26,14 @@ def settle_waiting(environment: MutableMapping[str, str] = os.environ, root: Pat
 
     They spin by default, which is fastest alone. Beside another process a thread that spins keeps the one it waits for from
     its core: rollouts fall to a quarter. A variable that the user has set stays (benchmarks/busy_machine.py has figures).
+    Either way one is set, so processes that this one starts follow its choice; they would see each other as the others.
     """
     if "torch" in sys.modules or any(name in environment for name in WAITING):
         return
-    if others_running(root) + usable_cores(root) > (os.cpu_count() or 1) + BUSY:
+    if usable_cores(root) > len(_own_cores()) - busy_cores(root) + BUSY:
         environment["OMP_WAIT_POLICY"] = "PASSIVE"
+    else:
+        environment["GOMP_SPINCOUNT"] = SPINS
 
 
 def settle_threads(environment: MutableMapping[str, str] = os.environ, root: Path = Path("/")) -> None:
@@ -40,21 +45,34 @@ def settle_threads(environment: MutableMapping[str, str] = os.environ, root: Pat
     if "torch" in sys.modules or any(name in environment for name in COUNTS):
         return
     cores = usable_cores(root)
-    if cores < _cores_by_affinity():
+    if cores < len(_own_cores()):
         environment["OMP_NUM_THREADS"] = str(cores)
 
 
-def others_running(root: Path = Path("/")) -> float:
-    """Running threads of the machine besides this one, on average over 50 ms; 0 where the system does not say."""
-    counts = []
-    for look in range(LOOKS):
-        fields = _read(root / "proc/loadavg").split()
-        if len(fields) < 4:
-            return 0.0
-        counts.append(int(fields[3].partition("/")[0]) - 1)
-        if look < LOOKS - 1:
-            time.sleep(LOOK_SECONDS)
-    return max(0.0, sum(counts) / len(counts))
+def busy_cores(root: Path = Path("/")) -> float:
+    """How many of the cores that this process may run on others use meanwhile; 0 where the system does not say.
+
+    Other containers and virtual machines count too. Work on cores that this process may not run on does not.
+    """
+    before = _core_times(root)
+    time.sleep(LOOK_SECONDS)
+    after, busy = _core_times(root), 0.0
+    for core in before.keys() & after.keys() & _own_cores():
+        idle, passed = (now - then for now, then in zip(after[core], before[core], strict=True))
+        if passed > 0:
+            busy += min(max(1 - idle / passed, 0.0), 1.0)
+    return busy
+
+
+def _core_times(root: Path) -> dict[int, tuple[int, int]]:
+    """Of each core: hundredths of a second without work, and in all, since the machine was started."""
+    times = {}
+    for line in _read(root / "proc/stat").splitlines():
+        name, *fields = line.split()
+        if name[3:].isdecimal() and name.startswith("cpu") and len(fields) >= 8:
+            counts = [int(field) for field in fields[:8]]  # user nice system idle iowait irq softirq steal
+            times[int(name[3:])] = (counts[3] + counts[4], sum(counts))
+    return times
 
 
 def usable_cores(root: Path = Path("/")) -> int:
@@ -62,12 +80,13 @@ def usable_cores(root: Path = Path("/")) -> int:
 
     `root` is where /proc and /sys are looked for. A quota of a fraction of a core is rounded up.
     """
-    cores, quota = _cores_by_affinity(), cpu_quota(root)
+    cores, quota = len(_own_cores()), cpu_quota(root)
     return cores if quota is None else max(1, min(cores, math.ceil(quota)))
 
 
-def _cores_by_affinity() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _own_cores() -> set[int]:
+    """Numbers of the cores that this process may run on."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:

@@ -19,27 +19,32 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from rlmed.core.config_checks import PRODUCT_USES
+from rlmed.core.display import address_limit
 from rlmed.core.threads import memory_limit
 
 MIN_ROWS = 128
 """Products of fewer rows, as when tokens are decoded, are a use of their own."""
 MARGIN = 0.9
 """oneDNN is taken where it needs at most this share of torch's time: noise alone shall not decide."""
-SECONDS = 0.008
-"""Time for one shape on one side, at most; three runs at least."""
-LARGEST = {"few_rows": 2**21, "many_rows": 2**19, "weight_gradients": 2**19}
-"""Numbers of a weight in the probe; of longer ones only the first outputs are computed."""
 PACKED_FOR_ROWS = 64
 """Rows that weights are packed for, always the same number: the order, and so the bits of a result, may depend on it."""
 PACKED_STEPS = 64
 """Decode steps within which packing has to pay."""
 PACKED_SHARE = 0.25
-"""Of the machine's memory, what packed weights may take at most."""
-_PACKED_ROWS = 16
-"""Rows of the probe of packed weights: packing helps where few completions are left, and at 64 rows it hardly does."""
-_ROWS = {"few_rows": 32, "many_rows": 256, "weight_gradients": 256}
+"""Of the machine's memory, what the packed weights of all engines may take at most."""
+STEP_BYTES = 256 * 2**20
+"""Of weights that the probe of decoding walks over: more than caches hold, so that they come from memory as a model's do."""
+STEP_SHARE = 1 / 32
+"""Of the machine's memory, what these weights may take at most; their packed copies take as much again."""
+STEP_ROWS, STEP_SECONDS = 16, 0.1
+"""Completions in that probe (with many left, packing hardly matters), and its time for each side; two steps at least."""
+_ROWS, _NUMBERS, _SECONDS = 256, 2**19, 0.008
+"""Of the other probes: rows, numbers of a weight (of longer ones the first outputs), time for each shape and side. A weight
+serves so many rows at a time that it does not matter where it comes from."""
 
 Product = Callable[[Tensor, Tensor], Tensor]
+_Side = Callable[[Tensor, Tensor, Tensor], object]
+"""What is done with rows [M, K], a weight [N, K] and the gradient [M, N] of their product."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +56,17 @@ class Shape:
     layers: int = 1
 
 
+@functools.cache
 def has_onednn() -> bool:
-    """Whether torch was built with oneDNN's linear product."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    """Whether oneDNN's linear product, of packed weights too, is in this torch and computes what it should here."""
+    operators = ("_linear_pointwise", "_reorder_linear_weight")
+    if not torch.backends.mkldnn.is_available() or not all(hasattr(torch.ops.mkldnn, name) for name in operators):
+        return False
+    x, weight = torch.ones(2, 16), torch.ones(32, 16)  # sums of ones are exact
+    try:
+        return all(torch.equal(onednn(x, one), x @ weight.T) for one in (weight, pack(weight)))
+    except RuntimeError:
+        return False
 
 
 def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -77,8 +90,12 @@ def uses_onednn(use: str) -> bool:
     return use in (_Choice.uses or ())
 
 
-def settle_products(config: PreTrainedConfig, uses: Iterable[str] | None = None) -> tuple[str, ...]:
+def settle_products(
+    config: PreTrainedConfig, uses: Iterable[str] | None = None, *, engines: int = 1
+) -> tuple[str, ...]:
     """Decide for this process, once: by `uses` where given, else by the first probe; return the uses of oneDNN in order.
+
+    `engines` is how many hold packed weights on one machine at a time.
 
     Raises:
         ValueError: when oneDNN is asked for and this torch has none.
@@ -89,7 +106,7 @@ def settle_products(config: PreTrainedConfig, uses: Iterable[str] | None = None)
             raise ValueError("model.onednn asks for oneDNN, which this build of torch has not: use model.onednn=[]")
         _Choice.uses = uses
     elif _Choice.uses is None:
-        _Choice.uses = frozenset(probe_products(linear_shapes(config)))
+        _Choice.uses = frozenset(probe_products(linear_shapes(config), engines=engines))
     return tuple(use for use in PRODUCT_USES if use in _Choice.uses)
 
 
@@ -109,53 +126,85 @@ def linear_shapes(config: PreTrainedConfig) -> tuple[Shape, ...]:
     )
 
 
-def probe_products(shapes: Sequence[Shape]) -> tuple[str, ...]:
+def packed_bytes(shapes: Iterable[Shape]) -> int:
+    """What the packed copies of these layers' weights take."""
+    return 4 * sum(shape.layers * shape.outputs * shape.inputs for shape in shapes)
+
+
+def probe_products(shapes: Sequence[Shape], *, engines: int = 1) -> tuple[str, ...]:
     """The uses for which oneDNN is faster than torch here, by `MARGIN`, over all layers of a model together."""
     if not has_onednn():
         return ()
-    sides: dict[str, tuple[Product, Product]] = {
-        "few_rows": (F.linear, onednn),
-        "many_rows": (F.linear, onednn),
-        "weight_gradients": (_torch_gradient, _onednn_gradient),
+    sides: dict[str, tuple[_Side, _Side]] = {
+        "many_rows": (_there_and_back(F.linear), _there_and_back(onednn)),
+        "weight_gradients": (lambda x, _, grad: _torch_gradient(grad, x), lambda x, _, grad: _onednn_gradient(grad, x)),
     }
-    chosen = []
     with torch.inference_mode():
+        may_pack = engines * packed_bytes(shapes) <= PACKED_SHARE * _memory_bytes()
+        chosen = _probe_decoding(_sample(shapes), may_pack=may_pack)
         for use, pair in sides.items():
             ours = theirs = 0.0
             for shape in shapes:
-                outputs = max(1, min(shape.outputs, LARGEST[use] // shape.inputs))
-                seconds = _race(use, outputs, shape.inputs, *pair)
+                outputs = max(1, min(shape.outputs, _NUMBERS // shape.inputs))
+                x, weight = torch.ones(_ROWS, shape.inputs), torch.ones(outputs, shape.inputs)
+                grad = torch.ones(_ROWS, outputs)
+                seconds = _fastest(_SECONDS, *(functools.partial(side, x, weight, grad) for side in pair))
                 scale = shape.layers * shape.outputs / outputs
                 theirs, ours = theirs + scale * seconds[0], ours + scale * seconds[1]
             if ours < MARGIN * theirs:
                 chosen.append(use)
-        if _packing_pays(shapes, onednn if "few_rows" in chosen else F.linear):
-            chosen.append("packed_weights")
-    return tuple(chosen)
+    return tuple(use for use in PRODUCT_USES if use in chosen)
 
 
-def _packing_pays(shapes: Sequence[Shape], unpacked: Product) -> bool:
-    """Whether decoding on packed weights is faster than by `unpacked`, the packing itself included."""
-    size = 4 * sum(shape.layers * shape.outputs * shape.inputs for shape in shapes)
-    if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight") or size > PACKED_SHARE * _memory_bytes():
-        return False
-    ours = theirs = 0.0
+def _sample(shapes: Sequence[Shape]) -> list[Tensor]:
+    """Weights of a model [N, K], apart in memory: all of it, or so much of each shape that `STEP_BYTES` hold them."""
+    room = min(STEP_BYTES, max(STEP_BYTES / 16, STEP_SHARE * _memory_bytes()))
+    share = min(1.0, room / packed_bytes(shapes))
+    weights = []
     for shape in shapes:
-        outputs = max(1, min(shape.outputs, LARGEST["few_rows"] // shape.inputs))
-        x, weight = torch.ones(_PACKED_ROWS, shape.inputs), torch.ones(outputs, shape.inputs)
-        packed = pack(weight)
-        (packing,) = _fastest(lambda weight=weight: pack(weight))
-        seconds = _fastest(lambda x=x, weight=weight: unpacked(x, weight), lambda x=x, packed=packed: onednn(x, packed))
-        scale = shape.layers * shape.outputs / outputs
-        theirs, ours = theirs + scale * seconds[0], ours + scale * (seconds[1] + packing / PACKED_STEPS)
-    return ours < MARGIN * theirs
+        layers = max(1, int(share * shape.layers))
+        outputs = max(1, min(shape.outputs, round(share * shape.layers * shape.outputs / layers)))
+        weights += [torch.ones(outputs, shape.inputs) for _ in range(layers)]
+    return weights
+
+
+def _probe_decoding(weights: Sequence[Tensor], *, may_pack: bool) -> list[str]:
+    """Which of few_rows and packed_weights make a decode step over all these weights faster, the packing included."""
+    rows = {weight.shape[1]: torch.ones(STEP_ROWS, weight.shape[1]) for weight in weights}
+
+    def step(product: Product, weights: Sequence[Tensor]) -> None:
+        for weight in weights:
+            product(rows[weight.shape[1]], weight)
+
+    calls = [lambda: step(F.linear, weights), lambda: step(onednn, weights)]
+    packing = 0.0
+    if may_pack:
+        start = time.perf_counter()
+        packed = [pack(weight) for weight in weights]
+        packing = time.perf_counter() - start
+        calls.append(lambda: step(onednn, packed))
+    torch_s, onednn_s, *packed_s = _fastest(STEP_SECONDS, *calls)
+    chosen = ["few_rows"] if onednn_s < MARGIN * torch_s else []
+    unpacked_s = onednn_s if chosen else torch_s
+    if packed_s and packed_s[0] + packing / PACKED_STEPS < MARGIN * unpacked_s:
+        chosen.append("packed_weights")
+    return chosen
 
 
 def _memory_bytes() -> int:
-    """Of this machine, or of the container; 0 where the system does not say."""
+    """Of this machine, or what container or `ulimit` leave of it; 0 where the system does not say."""
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_PHYS_PAGES" in os.sysconf_names else 0
-    limit = memory_limit()
-    return machine if limit is None else min(machine, limit)
+    return min([machine, *(limit for limit in (memory_limit(), address_limit()) if limit is not None)])
+
+
+def _there_and_back(product: Product) -> _Side:
+    """A layer's product and the gradient of its input, which follows the same choice along the weight's other side."""
+
+    def run(x: Tensor, weight: Tensor, grad: Tensor) -> None:
+        product(x, weight)
+        product(grad, weight.T)
+
+    return run
 
 
 def _torch_gradient(grad: Tensor, x: Tensor) -> Tensor:
@@ -166,23 +215,12 @@ def _onednn_gradient(grad: Tensor, x: Tensor) -> Tensor:
     return onednn(grad.T, x.T)
 
 
-def _race(use: str, outputs: int, inputs: int, first: Product, second: Product) -> tuple[float, ...]:
-    """Least seconds of each product, see `_fastest`."""
-    rows = _ROWS[use]
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(rows, inputs, generator=generator)
-    size = (rows, outputs) if use == "weight_gradients" else (outputs, inputs)
-    other = torch.randn(size, generator=generator)
-    operands = (other, x) if use == "weight_gradients" else (x, other)
-    return _fastest(lambda: first(*operands), lambda: second(*operands))
+def _fastest(seconds: float, *calls: Callable[[], object]) -> tuple[float, ...]:
+    """Least seconds of each call; they take turns, and the least is what other work on the machine disturbs least.
 
-
-def _fastest(*calls: Callable[[], object]) -> tuple[float, ...]:
-    """Least seconds of each call; they take turns, and the least is what other work on the machine disturbs least."""
-    best = [float("inf")] * len(calls)
-    for call in calls:
-        call()  # what a first call sets up does not count
-    spent = 0.0
+    Each has about so many `seconds` in all, but two turns at least: a first call sets things up.
+    """
+    best, spent = [float("inf")] * len(calls), 0.0
     for turn in range(50):
         for side, call in enumerate(calls):
             start = time.perf_counter()
@@ -190,7 +228,7 @@ def _fastest(*calls: Callable[[], object]) -> tuple[float, ...]:
             taken = time.perf_counter() - start
             best[side] = min(best[side], taken)
             spent += taken
-        if turn >= 2 and spent > len(calls) * SECONDS:
+        if turn >= 1 and spent > len(calls) * seconds:
             break
     return tuple(best)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -208,7 +210,13 @@ def test_the_root_package_settles_the_threads_and_does_nothing_else():
 COMMANDS = sorted(path.stem for path in (ROOT / "rlmed").glob("*.py") if "__main__" in path.read_text())
 
 
-@pytest.mark.parametrize("module", [*(f"rlmed.{name}" for name in COMMANDS), "rollout.actor", "learner.actor"])
+FIRST = [  # what Ray, a notebook or a test may import first
+    "rollout.actor", "rollout.native.engine", "rollout.vllm_backend.engine", "learner.actor", "learner.losses",
+    "rlmed.models", "rlmed.models.products", "rlmed.data", "rlmed.setup", "rlmed.engines",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("module", [*(f"rlmed.{name}" for name in COMMANDS), *FIRST])
 def test_openmp_is_settled_before_torch_is_imported(module):
     """In whatever is started first in a process; the machine is said to be busy."""
     assert len(COMMANDS) > 8
@@ -220,8 +228,8 @@ def test_openmp_is_settled_before_torch_is_imported(module):
         "            print(os.environ.get('OMP_WAIT_POLICY')); sys.stdout.flush(); os._exit(0)\n"
         "sys.meta_path.insert(0, Finder())\n"
         "import rlmed.core.threads as threads\n"  # which settles it in this process, as the machine really is
-        "os.environ.pop('OMP_WAIT_POLICY', None)\n"
-        "threads.others_running = lambda root: 100.0\n"
+        "for name in threads.WAITING: os.environ.pop(name, None)\n"
+        "threads.busy_cores = lambda root: 100.0\n"
         "del sys.modules['rlmed'], sys.modules['rlmed.core']\n"
         f"import {module}\n"
         "print('no torch')\n"
@@ -231,6 +239,30 @@ def test_openmp_is_settled_before_torch_is_imported(module):
         [sys.executable, "-c", program], cwd=ROOT, env=clean, capture_output=True, text=True, check=True
     )
     assert done.stdout.split("\n")[-2] in ("PASSIVE", "no torch")
+
+
+def test_a_folder_that_holds_the_checkout_is_not_taken_for_the_package(tmp_path):
+    """Python takes any folder for a package without contents, before it asks the hook of an editable installation."""
+    pytest.importorskip("setuptools", minversion="77")
+    checkout, site = tmp_path / "rlmed", tmp_path / "site"
+    for package in ("rlmed", "rollout", "learner", "rewards", "conf"):
+        (checkout / package).mkdir(parents=True)
+        (checkout / package / "__init__.py").write_text("settled = True\n")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, checkout)
+    site.mkdir()
+    build = f"from setuptools import build_meta; print(build_meta.build_editable({str(site)!r}))"
+    done = subprocess.run([sys.executable, "-c", build], cwd=checkout, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with zipfile.ZipFile(next(site.glob("*.whl"))) as wheel:
+        wheel.extractall(site)
+    look = (
+        f"import site, sys; sys.path.insert(0, ''); site.addsitedir({str(site)!r}); import rlmed; print(rlmed.settled)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-IS", "-c", look], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "True\n", done.stderr
 
 
 def test_no_modules_import_each_other_in_a_circle():

@@ -82,10 +82,11 @@ def test_on_one_gpu_learner_and_engine_do_not_allocate_at_the_same_time(
         return SimpleNamespace(close=lambda: events.append("learner ends"))
 
     monkeypatch.setattr(ray_session, "start_ray", lambda config: lambda: None)
+    monkeypatch.setattr(ray_session, "on_gpus", lambda config: True)
     monkeypatch.setattr(ray_session, "place_actors", lambda config, resources: ([{}], [{}]))
     monkeypatch.setattr(cluster, "_start_workers", Workers)
     monkeypatch.setattr(cluster, "_start_learner", learner)
-    built = cluster._build_ray(make_config(f"cluster={preset}", "rollout=vllm"), None, lambda *_: None)
+    built = cluster._build_ray(make_config(f"cluster={preset}", "rollout=vllm"), None, None, lambda *_: None)
     assert events == expected
     events.clear()
     built.close()

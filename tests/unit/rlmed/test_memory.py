@@ -11,8 +11,11 @@ import pytest
 
 from rlmed.commandline import compose_config
 from rlmed.core.config import RunConfig
-from rlmed.memory import estimate
+from rlmed.core.types import Prompt, RolloutRequest, SamplingParams
+from rlmed.memory import engines_that_pack, estimate
+from rlmed.models import products
 from rlmed.models.policy import Policy
+from rollout.native.engine import NativeEngine
 from rollout.native.kv_cache import KVCache
 
 
@@ -62,6 +65,44 @@ def test_what_is_frozen_or_left_out_costs_nothing(fresh_policy: Callable[..., Po
     frozen = estimate(policy, config("algo.kl_coef=0"))
     assert frozen.reference == 0
     assert 0 < frozen.optimizer < full.optimizer
+
+
+@pytest.mark.skipif(not products.has_onednn(), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2", "qwen3"])
+def test_packed_weights_are_counted(
+    family: str,
+    fresh_policy: Callable[..., Policy],
+    make_prompt: Callable[..., Prompt],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    policy = fresh_policy(family)
+    monkeypatch.setattr(products._Choice, "uses", frozenset(["packed_weights"]))
+    engine = NativeEngine(policy, lambda _: "")
+    policy.end_token_ids = frozenset()
+    engine.submit(RolloutRequest(0, make_prompt(family, 0, length=9), 2, SamplingParams(max_tokens=4)))
+    for _ in range(3):
+        engine.step()
+    held = sum(weight.nbytes for weight, *_ in engine._packs._packs.values())
+    settled = "model.onednn=[packed_weights]"
+    assert estimate(policy, config(settled)).packed == held > 0
+    overlapped = estimate(policy, config(settled, "algo.max_staleness=1"))
+    assert overlapped.packed == 2 * held
+    assert overlapped.total > overlapped.weights + overlapped.reference + overlapped.optimizer + overlapped.kv_cache
+    assert estimate(policy, config("model.onednn=[few_rows]")).packed == 0
+    assert estimate(fresh_policy(family, dtype="bfloat16"), config(settled)).packed == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "engines"),
+    [
+        ((), 1),
+        (("algo.max_staleness=2",), 2),
+        (("cluster=ray", "cluster.rollout_workers=3"), 3),
+        (("cluster=ray", "cluster.rollout_workers=1", "algo.max_staleness=2"), 1),
+    ],
+)
+def test_engines_that_pack_on_one_machine(overrides: tuple[str, ...], engines: int) -> None:
+    assert engines_that_pack(config(*overrides)) == engines
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from rlmed import recorder as module
 from rlmed.batch_files import read_batch
+from rlmed.commandline import compose_config
 from rlmed.core.files import RecordError
 from rlmed.core.jsonlines import read_json_lines
 from rlmed.core.tracing import Tracer
@@ -22,7 +23,7 @@ from rlmed.core.types import (
     TrainGroup,
 )
 from rlmed.data.jsonl import ReadResult, SkippedRow
-from rlmed.recorder import RunRecorder, chosen_onednn, write_data, write_versions
+from rlmed.recorder import RunRecorder, chosen_dtype, chosen_onednn, write_data, write_versions
 from rlmed.setup import DataFile
 
 TEXTS = ("<think>dark</think><answer>B</answer>", "no tags </script>")
@@ -188,7 +189,7 @@ def test_bad_steps_do_not_fill_the_disk(tmp_path):
 
 
 def test_versions_name_what_ran_and_nothing_private(tmp_path):
-    write_versions(tmp_path / "run", ("few_rows",))
+    write_versions(tmp_path / "run", compose_config("train", ["model.onednn=[few_rows]"]).model)
     text = (tmp_path / "run" / "versions.json").read_text()
     versions = json.loads(text)
     threads = {"cores", "usable_cores", "cpu_quota", "torch_threads", "omp_wait_policy"}
@@ -198,6 +199,7 @@ def test_versions_name_what_ran_and_nothing_private(tmp_path):
         "cpu",
         "cpu_capability",
         *threads,
+        "dtype",
         "onednn",
         "cuda_device",
         "packages",
@@ -216,7 +218,7 @@ def test_versions_name_what_ran_and_nothing_private(tmp_path):
 
 def test_a_resumed_run_multiplies_as_before_on_the_same_processor_alone(tmp_path, caplog):
     assert chosen_onednn(tmp_path) is None
-    path = write_versions(tmp_path, ("few_rows",))
+    path = write_versions(tmp_path, compose_config("train", ["model.onednn=[few_rows]"]).model)
     assert chosen_onednn(tmp_path) == ("few_rows",)
     versions = json.loads(path.read_text())
     for changed in (
@@ -229,6 +231,19 @@ def test_a_resumed_run_multiplies_as_before_on_the_same_processor_alone(tmp_path
         caplog.clear()
         assert chosen_onednn(tmp_path) is None
         assert ("chosen anew" in caplog.text) == ("onednn" in changed)
+
+
+@pytest.mark.parametrize(("dtype", "chosen"), [("auto", None), ("float32", "float32"), ("bfloat16", "bfloat16")])
+def test_a_resumed_run_keeps_its_dtype_on_every_processor(tmp_path, dtype, chosen):
+    assert chosen_dtype(tmp_path) is None
+    path = write_versions(tmp_path, compose_config("train", [f"model.dtype={dtype}"]).model)
+    versions = json.loads(path.read_text())
+    for other in (versions, versions | {"cpu": "another"}):
+        path.write_text(json.dumps(other))
+        assert chosen_dtype(tmp_path) == chosen
+    del versions["dtype"]  # as earlier versions wrote it
+    path.write_text(json.dumps(versions))
+    assert chosen_dtype(tmp_path) is None
 
 
 def test_data_counts_the_rows_that_keep_the_order_of_their_options(tmp_path):

@@ -1,5 +1,6 @@
 """The number of usable cores, from made-up cgroup files."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -58,9 +59,24 @@ def test_usable_cores_is_the_fewer_of_affinity_and_quota(
     assert threads.usable_cores(tmp_path) == cores
 
 
-def machine(root: Path, running: int) -> Path:
-    write(root, {"proc/loadavg": f"0.10 0.20 0.30 {running}/345 6789\n"})
-    return root
+Machine = Callable[..., Path]
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """`machine(1.0, 0.25)`: the root of a machine with two cores, of which the second idles three quarters of the time."""
+
+    def make(*busy: float, ticks: int = 20) -> Path:
+        def stat(passed: int) -> dict[str, str]:
+            lines = [f"cpu{n} {700 + round(share * passed)} 5 3 {900 + passed - round(share * passed)} 7 0 1 2 0 0\n"
+                     for n, share in enumerate(busy)]  # fmt: skip
+            return {"proc/stat": f"cpu  1 2 3 4 5 6 7 8 0 0\n{''.join(lines)}intr 1 2 3\nctxt 4\n"}
+
+        write(tmp_path, stat(0))
+        monkeypatch.setattr(threads.time, "sleep", lambda _: write(tmp_path, stat(ticks)))
+        return tmp_path
+
+    return make
 
 
 @pytest.fixture
@@ -70,22 +86,72 @@ def four_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(threads.sys.modules, "torch", raising=False)
 
 
-@pytest.mark.parametrize(("running", "set_to"), [(1, None), (2, "PASSIVE"), (5, "PASSIVE"), (0, None)])
+SPIN, SLEEP = {"GOMP_SPINCOUNT": threads.SPINS}, {"OMP_WAIT_POLICY": "PASSIVE"}
+
+
+@pytest.mark.parametrize(
+    ("busy", "settled"),
+    [
+        ((0, 0, 0, 0), SPIN),
+        ((0.1, 0.1, 0.1, 0.1), SPIN),
+        ((1, 0, 0, 0), SLEEP),
+        ((1, 1, 1, 1), SLEEP),
+        ((0.25, 0.25, 0.25, 0.25), SLEEP),
+        # cores on which this process does not run may be as busy as they like
+        ((0, 0, 0, 0, 1, 1, 1, 1), SPIN),
+        ((0, 0, 1, 0, 1, 1, 0, 0), SLEEP),
+    ],
+)
 def test_threads_sleep_where_others_need_their_cores(
-    tmp_path: Path, four_cores: None, running: int, set_to: str | None
+    machine: Machine, four_cores: None, busy: tuple[float, ...], settled: dict[str, str]
 ) -> None:
     environment: dict[str, str] = {}
-    threads.settle_waiting(environment, machine(tmp_path, running))
-    assert environment.get("OMP_WAIT_POLICY") == set_to
+    threads.settle_waiting(environment, machine(*busy))
+    assert environment == settled
 
 
-def test_cores_that_are_left_to_others_are_theirs(tmp_path: Path, four_cores: None) -> None:
+@pytest.mark.parametrize(
+    ("own", "busy", "settled"),
+    [
+        ({2, 3}, (1, 1, 0, 0), SPIN),
+        ({2, 3}, (0, 0, 1, 0), SLEEP),
+        ({0, 7}, (0, 1, 1, 1, 1, 1, 1, 0), SPIN),
+        ({0, 7}, (0, 0, 0, 0, 0, 0, 0, 1), SLEEP),
+    ],
+)
+def test_the_cores_that_a_process_is_bound_to_are_looked_at(
+    machine: Machine,
+    four_cores: None,
+    monkeypatch: pytest.MonkeyPatch,
+    own: set[int],
+    busy: tuple[float, ...],
+    settled: dict[str, str],
+) -> None:
+    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: own, raising=False)
+    environment: dict[str, str] = {}
+    threads.settle_waiting(environment, machine(*busy))
+    assert environment == settled
+
+
+@pytest.mark.parametrize(("busy", "settled"), [((1, 0, 1, 0), SPIN), ((1, 1, 0, 1), SLEEP)])
+def test_cores_that_a_quota_leaves_to_others_are_theirs(
+    tmp_path: Path, machine: Machine, four_cores: None, busy: tuple[float, ...], settled: dict[str, str]
+) -> None:
     environment: dict[str, str] = {}
     write(tmp_path, {"proc/self/cgroup": V2, "sys/fs/cgroup/a/cpu.max": "200000 100000\n"})
-    threads.settle_waiting(environment, machine(tmp_path, 3))  # two others on the two cores that the quota leaves free
-    assert environment == {}
-    threads.settle_waiting(environment, machine(tmp_path, 4))
-    assert environment == {"OMP_WAIT_POLICY": "PASSIVE"}
+    threads.settle_waiting(environment, machine(*busy))
+    assert environment == settled
+
+
+@pytest.mark.parametrize(("first", "then"), [((0, 0, 0, 0), (1, 1, 1, 1)), ((1, 1, 1, 1), (0, 0, 0, 0))])
+def test_processes_that_are_started_by_this_one_follow_its_choice(
+    machine: Machine, four_cores: None, first: tuple[float, ...], then: tuple[float, ...]
+) -> None:
+    environment: dict[str, str] = {}
+    threads.settle_waiting(environment, machine(*first))
+    inherited = dict(environment)
+    threads.settle_waiting(inherited, machine(*then))
+    assert inherited == environment != {}
 
 
 @pytest.mark.parametrize(
@@ -126,21 +192,26 @@ def test_after_torch_the_threads_stay(tmp_path: Path, four_cores: None, monkeypa
 
 
 @pytest.mark.parametrize("name", threads.WAITING)
-def test_what_the_user_has_set_stays(tmp_path: Path, four_cores: None, name: str) -> None:
+def test_what_the_user_has_set_stays(machine: Machine, four_cores: None, name: str) -> None:
     environment = {name: "7"}
-    threads.settle_waiting(environment, machine(tmp_path, 9))
+    threads.settle_waiting(environment, machine(1, 1, 1, 1))
     assert environment == {name: "7"}
 
 
-def test_after_torch_it_is_too_late(tmp_path: Path, four_cores: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_torch_it_is_too_late(machine: Machine, four_cores: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(threads.sys.modules, "torch", threads)
     environment: dict[str, str] = {}
-    threads.settle_waiting(environment, machine(tmp_path, 9))
+    threads.settle_waiting(environment, machine(1, 1, 1, 1))
     assert environment == {}
 
 
-@pytest.mark.parametrize("text", [None, "", "0.1 0.2"])
-def test_a_system_that_does_not_say_is_taken_for_quiet(tmp_path: Path, text: str | None) -> None:
+@pytest.mark.parametrize("text", [None, "", "cpu0 1 2\n", "cpu 1 2 3 4 5 6 7 8 0 0\n", "cpu0 0 0 0 0 0 0 0 0 0 0\n"])
+def test_a_system_that_does_not_say_is_taken_for_quiet(tmp_path: Path, four_cores: None, text: str | None) -> None:
     if text is not None:
-        write(tmp_path, {"proc/loadavg": text})
-    assert threads.others_running(tmp_path) == 0
+        write(tmp_path, {"proc/stat": text})
+    assert threads.busy_cores(tmp_path) == 0
+
+
+@pytest.mark.parametrize(("ticks", "share"), [(1, 1.0), (7, 1.0), (20, 0.5)])
+def test_busy_cores_are_counted_in_parts(machine: Machine, four_cores: None, ticks: int, share: float) -> None:
+    assert threads.busy_cores(machine(share, 0, share, 0, ticks=ticks)) == pytest.approx(2 * share)
