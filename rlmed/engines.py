@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import os
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from rollout.local import LocalPool
 from rollout.native.engine import NativeEngine
 from rollout.native.scheduler import EngineLimits
 
+log = logging.getLogger(__name__)
+
 MEMORY_SHARE = 0.8
 """Of the memory that a vLLM engine's worker has, what the engine takes."""
 
@@ -34,7 +37,10 @@ def settle_onednn(config: RunConfig, folder: Path) -> RunConfig:
     A run that is resumed on the processor and torch that it was started with goes on with what was chosen then: another choice
     would round differently.
     """
-    if config.model.onednn is not None or resolve_device(config.model).type != "cpu":
+    on_cpu = resolve_device(config.model).type == "cpu"
+    if config.model.onednn is not None and not on_cpu:
+        log.warning("model.onednn=%s does nothing on a GPU", list(config.model.onednn))
+    if config.model.onednn is not None or not on_cpu:
         return config
     uses = chosen_onednn(folder)
     if uses is None:

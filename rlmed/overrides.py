@@ -41,6 +41,8 @@ EMBEDDED_SUFFIX = "_embedded"
 ADDED_GROUPS = ("experiment", "debug")
 """Groups of which a run has no option unless one is asked for."""
 ROWS_ENDING = ".jsonl"
+NO_RUN = ("auto", "null", "")
+"""Values of `resume` that name no folder."""
 _HYDRA_TEXTS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.job.name")
 
 
@@ -71,13 +73,42 @@ def expand(arguments: Sequence[str], *, cuda: bool, sweeps: bool = False) -> lis
             raise ValueError(f"{entry}: no key stands before =")
         if equals and key[:1].isalpha() and not known:
             check_key(key)
-    profile = next((entry.partition("=")[2] for entry in entries if entry.startswith("profile=")), "auto")
+    profile = [entry.partition("=")[2] for entry in ("profile=auto", *entries) if entry.startswith("profile=")][-1]
     if profile not in ("auto", "embedded", "paper"):
         raise ValueError(f"profile={profile} is not possible: choose one of auto, embedded, paper")
+    _check_profile(profile, entries)
+    _check_resume(entries)
     embedded = profile == "embedded" or (profile == "auto" and not cuda)
     sweeps = sweeps or "--multirun" in entries
     expanded = (new for entry in entries for new in _expand_one(entry, embedded))
     return [entry if entry.startswith("-") else in_hydras_grammar(entry, sweeps=sweeps) for entry in expanded]
+
+
+def _check_profile(profile: str, entries: Sequence[str]) -> None:
+    """Raises ValueError for a profile that an experiment does not have."""
+    for entry in entries:
+        key, _, value = entry.partition("=")
+        for name in _names(value) if key.lstrip("+") == "experiment" else ():
+            plain = name.removesuffix(EMBEDDED_SUFFIX)
+            if profile == "paper" and name != plain:
+                raise ValueError(f"{entry} is the embedded profile itself: give +experiment={plain} with profile=paper")
+            if profile == "embedded" and f"{plain}{EMBEDDED_SUFFIX}" not in group_options("experiment"):
+                raise ValueError(
+                    f"{entry} has no embedded profile (there is no {plain}{EMBEDDED_SUFFIX}): leave profile=embedded out"
+                )
+
+
+def _check_resume(entries: Sequence[str]) -> None:
+    """Raises ValueError for a run to go on with beside another folder."""
+    for entry in entries:
+        key, _, value = entry.partition("=")
+        if key == "resume" and value not in NO_RUN and any("hydra.run.dir=" in other for other in entries):
+            raise ValueError(f"{entry} goes on in that folder, and hydra.run.dir names one too: leave one of them out")
+
+
+def _names(value: str) -> list[str]:
+    """One name, or several for `--multirun`."""
+    return [name.strip().strip("'\"") for name in value.split(",")]
 
 
 def _without_spaces(argument: str) -> str:
@@ -98,7 +129,7 @@ def _expand_one(argument: str, embedded: bool) -> list[str]:
         raise ValueError(f"{argument}: one run has one {plain}: choose one of {', '.join(group_options(plain))}")
     if plain in ADDED_GROUPS:
         options = group_options(plain)
-        names = [name.strip().strip("'\"") for name in value.split(",")]  # several with --multirun
+        names = _names(value)
         if plain == "debug" and not set(names) <= set(options):
             return [argument]
         names = [
@@ -116,7 +147,7 @@ def _expand_one(argument: str, embedded: bool) -> list[str]:
             f"data={value}: questions are read from JSON Lines files, whose names end in {ROWS_ENDING}; `python -m "
             "rlmed.prepare` makes them of tables and of published data (docs/data.md)"
         )
-    if key == "resume" and value not in ("auto", "null", ""):
+    if key == "resume" and value not in NO_RUN:
         folder = Path(_unquoted(value))
         if not (folder / "checkpoints").is_dir():
             raise ValueError(f"resume={value}: no checkpoints in that folder; give the folder of a run, or resume=auto")

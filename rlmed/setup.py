@@ -142,6 +142,8 @@ def make_renderer(config: RunConfig) -> PromptRenderer:
     if not folder.is_dir() and not folder.is_absolute():
         log.info("model %s is no folder here: looking for it in the hub's cache and on the hub", folder)
     tokenizer, image_processor = open_model(folder)
+    if image_processor is None:
+        _warn_of_vision_settings(config)
     renderer = PromptRenderer(
         tokenizer,
         image_processor,
@@ -159,11 +161,20 @@ def make_renderer(config: RunConfig) -> PromptRenderer:
         renderer.by_modality,
     ):
         log.warning(
-            "model %s was trained with another prompt than this run's: give its prompt=NAME to ask as then (%s has the text)",
+            "model %s was trained with another prompt than this run's: set prompt=NAME as it was then (%s has the text)",
             config.model.path,
             PROMPT_FILE,
         )
     return renderer
+
+
+def _warn_of_vision_settings(config: RunConfig) -> None:
+    """Say which settings are for models that see, where the run's model reads text only."""
+    model = config.model
+    idle = [f"model.{key}" for key in ("min_pixels", "max_pixels") if dataclasses.asdict(model)[key] is not None]
+    idle += [f"learner.freeze={part}" for part in config.learner.freeze if part in ("vision", "merger")]
+    if idle:
+        log.warning("model %s reads text only, which leaves nothing to do for %s", model.path, ", ".join(idle))
 
 
 def check_positions(config: RunConfig, *, max_tokens: int) -> None:
@@ -210,7 +221,7 @@ def load_data(config: DataConfig, renderer: PromptRenderer, *, training: bool) -
             training and evaluation files where `data.leakage=strict`.
     """
     train, evals = config.train, list(config.eval)
-    if config.source == "phantom":
+    if config.source == "phantom" and not (train and evals):
         folder = Path(config.phantom_folder or f"outputs/phantom-{config.phantom_seed}")
         write_dataset(folder, config.phantom_seed)
         train = train or str(folder / "train_mri.jsonl")
