@@ -221,8 +221,8 @@ def _check_common_file(folder: Path, own: Sequence[EvalSummary], given: str, bas
     names, others = ([file.name for one in summaries for file in one.files] for summaries in (own[-1:], [baseline]))
     if not set(names) & set(others):
         raise ValueError(
-            f"{given} was evaluated on {', '.join(others)}, and {folder} on {', '.join(names) or 'nothing'}: give a baseline of "
-            "the same files"
+            f"{given} was evaluated on {', '.join(others)}, and {folder} on {', '.join(names) or 'nothing'}: give a "
+            "baseline of the same files"
         )
 
 

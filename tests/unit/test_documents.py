@@ -50,7 +50,7 @@ def commands(page: str) -> Iterator[tuple[str, list[str]]]:
 CASES = [(page, name, arguments) for page in GUIDES for name, arguments in commands(page)]
 
 
-class Parsed(Exception):
+class ParsedError(Exception):
     """The command line was taken."""
 
 
@@ -63,7 +63,7 @@ def stop_when_parsed(monkeypatch: pytest.MonkeyPatch) -> list[argparse.Namespace
 
         def parse(self: argparse.ArgumentParser, arguments: Any = None, *, real: Any = real) -> NoReturn:
             seen.append(real(self, arguments))
-            raise Parsed
+            raise ParsedError
 
         monkeypatch.setattr(argparse.ArgumentParser, name, parse)
     return seen
@@ -96,7 +96,7 @@ def test_a_command_is_taken(page: str, name: str, arguments: Sequence[str], monk
     seen = stop_when_parsed(monkeypatch)
     monkeypatch.setattr("sys.argv", [name, *arguments])
     if list(arguments) != ["READER", "--source", "PATH", "--out", "DIR"] and "READER" not in arguments:
-        with pytest.raises(Parsed):
+        with pytest.raises(ParsedError):
             module.main()
         check_parsed(name, seen[0])
 
