@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.util
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,10 +27,14 @@ GUIDES = tuple(page for page in PAGES if page != "docs/lab-log.md")
 PROGRAMS = {module.rpartition(".")[2]: program for program, module in MODULES.items()}
 SECTIONS = {key.partition(".")[0] for key in schema_keys() if "." in key}
 FENCE = re.compile(r"^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+FILE_NAME = re.compile(r"\.(json|jsonl|py|md|yaml|rubric)\b")
+FILE_PATH = re.compile(r"(?<![\w/.-])(?:rlmed|rollout|learner|rewards|conf|docs|tests|benchmarks|examples)/[\w/.-]*\w")
+MORE = ("...", "…")
+"""Stands for what else a command line holds."""
 
 
 def code(page: str) -> Iterator[str]:
-    """Lines of its blocks, without comments and continued ones joined, and its code in running text."""
+    """Lines of its blocks, continued ones joined, and its code in running text."""
     text = (ROOT / page).read_text(encoding="utf-8")
     for block in FENCE.findall(text):
         yield from re.sub(r"\\\n\s*", "", block).splitlines()
@@ -39,66 +43,71 @@ def code(page: str) -> Iterator[str]:
 
 
 def commands(page: str) -> Iterator[tuple[str, list[str]]]:
-    """Name and arguments of each `python -m rlmed.NAME`; what stands for more (`...`) is left out."""
+    """Name and arguments of each `python -m rlmed.NAME`, without the comment behind it."""
     for line in code(page):
         found = re.search(r"python -m rlmed\.(\w+)(.*)", re.sub(r"\s+#.*", "", line))
         if found:
-            words = shlex.split(found[2].partition(" -- ")[0])
-            yield found[1], [word for word in words if word not in ("...", "…", "\\")]
+            yield found[1], shlex.split(found[2].replace("READER", "csv"))
 
 
 CASES = [(page, name, arguments) for page in GUIDES for name, arguments in commands(page)]
 
 
-class ParsedError(Exception):
+class TakenError(Exception):
     """The command line was taken."""
 
 
-def stop_when_parsed(monkeypatch: pytest.MonkeyPatch) -> list[argparse.Namespace]:
-    """From now on a command ends where it has parsed its command line; what it has parsed."""
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch) -> list[argparse.Namespace]:
+    """What a command, which ends there, has made of its command line."""
     seen: list[argparse.Namespace] = []
 
+    def stopping(real: Callable[..., argparse.Namespace]) -> Callable[..., NoReturn]:
+        def parse(*arguments: Any) -> NoReturn:
+            seen.append(real(*arguments))
+            raise TakenError
+
+        return parse
+
     for name in ("parse_args", "parse_intermixed_args"):
-        real = getattr(argparse.ArgumentParser, name)
-
-        def parse(self: argparse.ArgumentParser, arguments: Any = None, *, real: Any = real) -> NoReturn:
-            seen.append(real(self, arguments))
-            raise ParsedError
-
-        monkeypatch.setattr(argparse.ArgumentParser, name, parse)
+        monkeypatch.setattr(argparse.ArgumentParser, name, stopping(getattr(argparse.ArgumentParser, name)))
     return seen
 
 
 def test_there_are_commands_to_look_at() -> None:
-    assert {name for _, name, _ in CASES} >= {
-        "launch",
-        "sft",
-        "evaluate",
-        "ask",
-        "prepare",
-        "reproduce",
-        "report",
-        "doctor",
-    }
+    named = {name for _, name, _ in CASES}
+    assert named >= {*PROGRAMS, "ask", "prepare", "reproduce", "report", "leakage", "doctor"}
     assert len(CASES) > 40
 
 
 @pytest.mark.parametrize(
-    ("page", "name", "arguments"), CASES, ids=[f"{page}: {name} {' '.join(rest)}" for page, name, rest in CASES]
+    ("page", "name", "arguments"), CASES, ids=[" ".join((page, name, *rest)) for page, name, rest in CASES]
 )
-def test_a_command_is_taken(page: str, name: str, arguments: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_is_taken(
+    page: str,
+    name: str,
+    arguments: Sequence[str],
+    monkeypatch: pytest.MonkeyPatch,
+    parsed: list[argparse.Namespace],
+) -> None:
     if name in PROGRAMS:
-        check_overrides(PROGRAMS[name], [word for word in arguments if not word.startswith("-")])
-        return
-    module = importlib.import_module(f"rlmed.{name}")
-    if not arguments and name not in ("doctor", "reproduce"):
-        return  # the command's name alone
-    seen = stop_when_parsed(monkeypatch)
-    monkeypatch.setattr("sys.argv", [name, *arguments])
-    if list(arguments) != ["READER", "--source", "PATH", "--out", "DIR"] and "READER" not in arguments:
-        with pytest.raises(ParsedError):
-            module.main()
-        check_parsed(name, seen[0])
+        check_overrides(PROGRAMS[name], arguments)
+    elif arguments and "--help" not in arguments:
+        monkeypatch.setattr("sys.argv", [name, *arguments])
+        with pytest.raises(TakenError):
+            importlib.import_module(f"rlmed.{name}").main()
+        check_parsed(name, *parsed)
+    else:
+        assert importlib.util.find_spec(f"rlmed.{name}") is not None, page
+
+
+def check_overrides(program: str, arguments: Sequence[str]) -> None:
+    """Each is read by the program, and together they are a configuration."""
+    overrides = [word for word in arguments if not word.startswith("-") and word not in MORE]
+    expanded = [word for word in expand(overrides, cuda=False) if not word.startswith("hydra.")]
+    compose_config(program, expanded)
+    if not set(MORE) & set(arguments):
+        assert [refusal.text for refusal in unused_overrides(program, expanded)] == []
 
 
 def check_parsed(name: str, given: argparse.Namespace) -> None:
@@ -110,14 +119,6 @@ def check_parsed(name: str, given: argparse.Namespace) -> None:
         plan(Path("out"), given.methods, given.seeds, given.overrides)
 
 
-def check_overrides(program: str, overrides: Sequence[str]) -> None:
-    """Each is read by the program, and together they are a configuration."""
-    expanded = [word for word in expand(overrides, cuda=False) if not word.startswith("hydra.")]
-    refusals = unused_overrides(program, expanded)
-    assert [refusal.text for refusal in refusals] == []
-    compose_config(program, expanded)
-
-
 @pytest.mark.parametrize("page", GUIDES)
 def test_keys_and_options_exist(page: str) -> None:
     for span in code(page):
@@ -125,11 +126,7 @@ def test_keys_and_options_exist(page: str) -> None:
             key, equals, value = word.lstrip("+").partition("=")
             if key in CONFIG_GROUPS and equals and re.fullmatch(r"[a-z]\w+", value):
                 assert value in group_options(key) or key in ("model", "data"), f"{page}: {word}"
-            elif (
-                key.partition(".")[0] in SECTIONS
-                and "." in key
-                and not re.search(r"\.(json|jsonl|py|md|yaml|rubric)\b", word)
-            ):
+            elif key.partition(".")[0] in SECTIONS and "." in key and not FILE_NAME.search(word):
                 check_key(key.rstrip(".*").removesuffix("_") if "*" in key else key)
 
 
@@ -150,7 +147,5 @@ def test_links_lead_somewhere(page: str) -> None:
 @pytest.mark.parametrize("page", [*GUIDES, "benchmarks/README.md"])
 def test_files_that_are_named_exist(page: str) -> None:
     for span in code(page):
-        for name in re.findall(
-            r"(?<![\w/.-])(?:rlmed|rollout|learner|rewards|conf|docs|tests|benchmarks|examples)/[\w/.-]*\w", span
-        ):
+        for name in FILE_PATH.findall(span):
             assert (ROOT / name).exists() or list((ROOT / name).parent.glob(f"{Path(name).name}*")), f"{page}: {name}"
