@@ -41,8 +41,6 @@ EMBEDDED_SUFFIX = "_embedded"
 ADDED_GROUPS = ("experiment", "debug")
 """Groups of which a run has no option unless one is asked for."""
 ROWS_ENDING = ".jsonl"
-NO_RUN = ("auto", "null", "")
-"""Values of `resume` that name no folder."""
 _HYDRA_TEXTS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.job.name")
 
 
@@ -62,7 +60,8 @@ def expand(arguments: Sequence[str], *, cuda: bool, sweeps: bool = False) -> lis
         sweeps: commas part several values, as with `--multirun`.
 
     Raises:
-        ValueError: for a key or profile that does not exist, or a resume folder without a checkpoint.
+        ValueError: for a key or profile that does not exist, a profile that does nothing, a resume folder without a checkpoint,
+            or a shorthand beside what it stands for.
     """
     entries = [_without_spaces(entry) for entry in arguments]
     for entry in entries:
@@ -77,11 +76,11 @@ def expand(arguments: Sequence[str], *, cuda: bool, sweeps: bool = False) -> lis
     if profile not in ("auto", "embedded", "paper"):
         raise ValueError(f"profile={profile} is not possible: choose one of auto, embedded, paper")
     _check_profile(profile, entries)
-    _check_resume(entries)
     embedded = profile == "embedded" or (profile == "auto" and not cuda)
     sweeps = sweeps or "--multirun" in entries
-    expanded = (new for entry in entries for new in _expand_one(entry, embedded))
-    return [entry if entry.startswith("-") else in_hydras_grammar(entry, sweeps=sweeps) for entry in expanded]
+    expanded = [(entry, new) for entry in entries for new in _expand_one(entry, embedded)]
+    _check_shorthands(expanded)
+    return [new if new.startswith("-") else in_hydras_grammar(new, sweeps=sweeps) for _, new in expanded]
 
 
 def _check_profile(profile: str, entries: Sequence[str]) -> None:
@@ -98,12 +97,13 @@ def _check_profile(profile: str, entries: Sequence[str]) -> None:
                 )
 
 
-def _check_resume(entries: Sequence[str]) -> None:
-    """Raises ValueError for a run to go on with beside another folder."""
-    for entry in entries:
-        key, _, value = entry.partition("=")
-        if key == "resume" and value not in NO_RUN and any("hydra.run.dir=" in other for other in entries):
-            raise ValueError(f"{entry} goes on in that folder, and hydra.run.dir names one too: leave one of them out")
+def _check_shorthands(expanded: Sequence[tuple[str, str]]) -> None:
+    """Raises ValueError where a shorthand sets what another argument sets too; pairs of what is written and what it means."""
+    for written, meant in expanded:
+        key = meant.partition("=")[0]
+        others = [other for other, also in expanded if other != written and also.partition("=")[0] == key]
+        if others and key.lstrip("+") != written.partition("=")[0].lstrip("+"):
+            raise ValueError(f"{written} and {others[0]} both set {key}: leave one of them out")
 
 
 def _names(value: str) -> list[str]:
@@ -147,7 +147,7 @@ def _expand_one(argument: str, embedded: bool) -> list[str]:
             f"data={value}: questions are read from JSON Lines files, whose names end in {ROWS_ENDING}; `python -m "
             "rlmed.prepare` makes them of tables and of published data (docs/data.md)"
         )
-    if key == "resume" and value not in NO_RUN:
+    if key == "resume" and value not in ("auto", "null", ""):
         folder = Path(_unquoted(value))
         if not (folder / "checkpoints").is_dir():
             raise ValueError(f"resume={value}: no checkpoints in that folder; give the folder of a run, or resume=auto")

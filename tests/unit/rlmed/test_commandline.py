@@ -62,9 +62,35 @@ def test_expand_resume_folder(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     assert expand([f"resume={tmp_path}"], cuda=False) == [f"resume={tmp_path}", f"hydra.run.dir={tmp_path}"]
 
-    with pytest.raises(ValueError, match=r"resume=.* goes on in that folder, and hydra\.run\.dir names one too"):
+    with pytest.raises(
+        ValueError, match=r"resume=.* and hydra\.run\.dir=other both set hydra\.run\.dir: leave one of them"
+    ):
         expand([f"resume={tmp_path}", "hydra.run.dir=other"], cuda=False)
     assert expand(["resume=auto", "hydra.run.dir=other"], cuda=False) == ["resume=auto", "hydra.run.dir=other"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["data=a.jsonl", "data.eval=[b.jsonl]"],
+            r"data=a\.jsonl and data\.eval=\[b\.jsonl\] both set data\.eval: leave one",
+        ),
+        (
+            ["data.eval=[b.jsonl]", "data=[a.jsonl]"],
+            r"data=\[a\.jsonl\] and data\.eval=\[b\.jsonl\] both set data\.eval",
+        ),
+        (
+            ["model.path=x", "model=models/y"],
+            r"model=models/y and model\.path=x both set model\.path: leave one of them out",
+        ),
+    ],
+)
+def test_a_shorthand_and_what_it_stands_for_are_not_taken_together(arguments: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        expand(arguments, cuda=False)
+    assert expand(["model=qwen2_vl_2b", "model=models/y"], cuda=False) == ["model=qwen2_vl_2b", "model.path=models/y"]
+    assert expand(["data.limit=3", "data=a.jsonl"], cuda=False) == ["data.limit=3", "data=jsonl", "data.eval=[a.jsonl]"]
 
 
 @pytest.mark.parametrize(
