@@ -69,6 +69,7 @@ def test_what_it_writes_is_what_a_run_reads(source, tmp_path, tiny_folder, data,
             f"data.eval=[{tmp_path / 'out' / 'test.jsonl'}]",
             f"model.path={tiny_folder('qwen2_vl')}",
             "data.on_bad_row=error",
+            "data.max_prompt_tokens=1024",
         ],
     )
     data = load_data(config.data, make_renderer(config), training=True)
