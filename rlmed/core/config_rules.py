@@ -93,8 +93,7 @@ RULES = (
         cure="It samples in its own process, with the native engine: leave rollout=vllm out",
     ),
     Rule(keys=VLLM, programs=ONE_PROCESS, cure="vLLM samples for rlmed.launch alone: leave it out"),
-    Rule(keys=("cluster.kind",), values=("ray",), programs=ONE_PROCESS, cure="It runs in one process: leave it out"),
-    Rule(keys=RAY, programs=ONE_PROCESS, cure="It runs in one process: leave it out"),
+    Rule(keys=("cluster.kind", *RAY), programs=ONE_PROCESS, cure="It runs in one process: leave it out"),
     Rule(
         keys=("rollout.temperature", "rollout.top_p", "rollout.top_k"),
         programs=ONE_PROCESS,
