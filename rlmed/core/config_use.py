@@ -105,7 +105,7 @@ def schema_keys(cls: type[Any] = RunConfig, where: str = "") -> Iterator[str]:
 
 
 def plain_values(composed: Mapping[str, Any]) -> dict[str, Any]:
-    """The value of each key of the schema that was composed."""
+    """The value of each key of the schema that was composed; lists as YAML has them, also from records."""
     values = {}
     for key in schema_keys():
         *sections, name = key.split(".")
@@ -113,7 +113,7 @@ def plain_values(composed: Mapping[str, Any]) -> dict[str, Any]:
         for section in sections:
             place = place.get(section) if isinstance(place, Mapping) else None
         if isinstance(place, Mapping) and name in place:
-            values[key] = place[name]
+            values[key] = list(place[name]) if isinstance(place[name], tuple) else place[name]
     return values
 
 

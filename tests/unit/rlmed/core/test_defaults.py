@@ -97,8 +97,9 @@ def test_so_a_key_that_no_file_gives_is_missing() -> None:
 
 
 def default(function: Any, name: str) -> Any:
-    """Of an argument."""
-    return inspect.signature(function).parameters[name].default
+    """Of an argument; lists as YAML has them."""
+    value = inspect.signature(function).parameters[name].default
+    return list(value) if isinstance(value, tuple) else value
 
 
 def test_what_works_without_a_configuration_has_its_defaults() -> None:
