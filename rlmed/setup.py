@@ -221,7 +221,15 @@ def load_data(config: DataConfig, renderer: PromptRenderer, *, training: bool) -
             training and evaluation files where `data.leakage=strict`.
     """
     train, evals = config.train, list(config.eval)
-    if config.source == "phantom" and not (train and evals):
+    if config.source == "phantom" and train and evals:
+        log.warning(
+            "data.train and data.eval name files, and data=phantom is for generated images, with its "
+            "data.max_prompt_tokens=%d: set data=jsonl",
+            config.max_prompt_tokens,
+        )
+    elif config.source == "phantom":
+        if train and training:
+            log.info("data.eval names no file: generated images are evaluated on (data=phantom)")
         folder = Path(config.phantom_folder or f"outputs/phantom-{config.phantom_seed}")
         write_dataset(folder, config.phantom_seed)
         train = train or str(folder / "train_mri.jsonl")

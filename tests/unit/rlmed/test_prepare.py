@@ -58,7 +58,7 @@ def test_it_says_how_many_rows_keep_the_order_of_their_options(source, tmp_path,
 
 
 @pytest.mark.parametrize("data", ["jsonl", "phantom"])
-def test_what_it_writes_is_what_a_run_reads(source, tmp_path, tiny_folder, data, monkeypatch):
+def test_what_it_writes_is_what_a_run_reads(source, tmp_path, tiny_folder, data, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     main(command(source, tmp_path / "out"))
     config = compose_config(
@@ -72,9 +72,10 @@ def test_what_it_writes_is_what_a_run_reads(source, tmp_path, tiny_folder, data,
             "data.max_prompt_tokens=1024",
         ],
     )
-    data = load_data(config.data, make_renderer(config), training=True)
-    assert [row.letter for row in data.train_examples] == list("ABABAB")
-    assert [row.modality for row in data.evals[0].examples] == ["CT", "CT"]
+    read = load_data(config.data, make_renderer(config), training=True)
+    assert ("data.max_prompt_tokens=1024: set data=jsonl" in caplog.text) == (data == "phantom")
+    assert [row.letter for row in read.train_examples] == list("ABABAB")
+    assert [row.modality for row in read.evals[0].examples] == ["CT", "CT"]
     assert not (tmp_path / "outputs").exists()  # nothing is generated where both files are given
 
 
