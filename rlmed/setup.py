@@ -171,7 +171,8 @@ def make_renderer(config: RunConfig) -> PromptRenderer:
 def _warn_of_vision_settings(config: RunConfig) -> None:
     """Say which settings are for models that see, where the run's model reads text only."""
     model = config.model
-    idle = [f"model.{key}" for key in ("min_pixels", "max_pixels") if dataclasses.asdict(model)[key] is not None]
+    limits = {"model.min_pixels": model.min_pixels, "model.max_pixels": model.max_pixels}
+    idle = [key for key, value in limits.items() if value is not None]
     idle += [f"learner.freeze={part}" for part in config.learner.freeze if part in ("vision", "merger")]
     if idle:
         log.warning("model %s reads text only, which leaves nothing to do for %s", model.path, ", ".join(idle))

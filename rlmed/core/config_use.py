@@ -75,7 +75,8 @@ def find_unused(program: str, overrides: Sequence[str], groups: Collection[str],
             before, after, named = options, full, [key for key in full if own.startswith(f"{key}.")]
         changed = [key for key in after if after[key] != before.get(key)]
         keys = named + [key for key in changed if entry in chosen or (key not in named and f"{key}.".startswith(own))]
-        rules = [(key, rule_of(program, key, after)) for key in keys]
+        # what an option brings may be read by way of another override
+        rules = [(key, rule_of(program, key, full) and rule_of(program, key, after)) for key in keys]
         refused = [(key, rule) for key, rule in rules if rule and (key in changed or not rule.conditional)]
         # an option is a set, of which some may be for other cases
         if refused and (entry not in chosen or len(refused) == len(keys)):

@@ -7,6 +7,7 @@ import functools
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,17 @@ def test_an_experiment_is_where_changes_count_from() -> None:
     assert refused("sft", experiment, "algo.group_size=16") == ["algo.group_size=16"]
     assert refused("train", experiment, "algo.max_refills=2") == []  # it has dynamic sampling
     assert refused("train", experiment, "algo=dapo", "algo.dual_clip=2") == ["algo.dual_clip=2"]
+
+
+def test_what_an_option_brings_may_be_read_by_way_of_another_override() -> None:
+    def without_kl(entries: Sequence[str]) -> Any:
+        return composed("train", *entries, "algo.kl_coef=0")  # so that GSPO brings nothing but ratio and bounds
+
+    def overrides_refused(*given: str) -> list[str]:
+        return [refusal.override for refusal in find_unused("train", given, CONFIG_GROUPS, without_kl)]
+
+    assert overrides_refused("algo=gspo") == ["algo=gspo"]
+    assert overrides_refused("algo=gspo", "learner.mini_batches=4") == []
 
 
 def test_outside_of_a_command_the_answer_is_the_same() -> None:
