@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -42,7 +42,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--modality", default="", help="MRI, CT, …: where the model was asked by modality in training")
     parser.add_argument("--model", default="embedded:tiny_base", help="model folder, for example a checkpoint of a run")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the most likely tokens")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling, with a temperature above 0")
+    parser.add_argument("--seed", type=int, help="of sampling, with a temperature above 0 (default: 0)")
     parser.add_argument("--max-tokens", type=int, default=512)
     return parser.parse_args(arguments)
 
@@ -68,10 +68,14 @@ def ask(arguments: argparse.Namespace) -> str:
     """The completion of the model for one question.
 
     Raises:
-        ValueError: for a number of options other than 2 to 10, options that repeat, an image or model that cannot be read, or
-            an image that shows nothing.
+        ValueError: for a number of options other than 2 to 10, options that repeat, an image or model that cannot be read, an
+            image that shows nothing, or an argument that does nothing.
     """
     options = asked_options(arguments.options)
+    if arguments.seed is not None and arguments.temperature == 0:
+        raise ValueError(
+            f"--seed {arguments.seed} does nothing without sampling: give --temperature too, or leave it out"
+        )
     if near := near_path(arguments.image):
         raise ValueError(f"image {arguments.image} does not exist: {near}")
     check_image(arguments.image)
@@ -79,9 +83,11 @@ def ask(arguments: argparse.Namespace) -> str:
     # where the folder does not say how it was asked, the paper's template
     settings = {"max_prompt_tokens": MAX_PROMPT_TOKENS, **(read_prompt_settings(folder) or {})}
     renderer = PromptRenderer(*open_model(folder), **settings)
+    if arguments.modality:
+        _check_modality(arguments, renderer.by_modality)
     example = Example("question", arguments.image, arguments.question, options, answer=0, modality=arguments.modality)
     prompt = renderer.render(example)
-    sampling = SamplingParams(arguments.temperature, max_tokens=arguments.max_tokens, seed=arguments.seed)
+    sampling = SamplingParams(arguments.temperature, max_tokens=arguments.max_tokens, seed=arguments.seed or 0)
     doubt = position_doubt(
         load_config(folder),
         tokens=len(prompt.token_ids) + sampling.max_tokens,
@@ -96,6 +102,23 @@ def ask(arguments: argparse.Namespace) -> str:
     while engine.busy:
         groups += engine.step()
     return groups[0].completions[0].text
+
+
+def _check_modality(arguments: argparse.Namespace, prompts: Collection[str]) -> None:
+    """Warn of a modality without a prompt of its own.
+
+    Raises:
+        ValueError: where no modality has one.
+    """
+    given = f"--modality {arguments.modality}"
+    if not prompts:
+        raise ValueError(
+            f"{given} does nothing: model {arguments.model} has one prompt for all modalities; leave it out"
+        )
+    if arguments.modality not in prompts:
+        log.warning(
+            "%s has no prompt of its own (those with one: %s); the general one is used", given, ", ".join(prompts)
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

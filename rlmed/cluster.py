@@ -236,10 +236,8 @@ def _for_process(config: RunConfig, processes: int) -> RunConfig:
     path = config.model.path
     if not path.startswith(EMBEDDED) and Path(path).is_dir():
         path = str(Path(path).absolute())
-    # Ray shows each process its own GPUs only, so their numbers begin at 0 in each
-    device = "cuda" if config.model.device.startswith("cuda") else config.model.device
     return dataclasses.replace(
         config,
         cluster=dataclasses.replace(config.cluster, threads=threads),
-        model=dataclasses.replace(config.model, path=path, device=device),
+        model=dataclasses.replace(config.model, path=path),
     )

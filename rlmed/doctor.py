@@ -5,11 +5,13 @@ Nothing that might be missing is imported at the top, so it also runs where litt
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import os
 import platform
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -109,9 +111,11 @@ def _embedded_model() -> Finding:
         return Finding("embedded model", "missing", str(error))
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table; exit status 1 when something needed is missing."""
+    parser = argparse.ArgumentParser(prog="python -m rlmed.doctor", description="What this machine can run.")
     keep_display()
+    parser.parse_args(arguments)
     with ending_errors():
         findings = examine()
     width = max(len(finding.what) for finding in findings)

@@ -41,6 +41,8 @@ def settle_model(config: RunConfig, resumed: Path | None = None) -> RunConfig:
     """
     model = config.model
     if resolve_device(model).type != "cpu":
+        if model.onednn is not None:
+            log.warning("model.onednn=%s does nothing on a GPU", list(model.onednn))
         return config
     dtype = _settled_dtype(model, chosen_dtype(resumed) if resumed else None)
     uses = chosen_onednn(resumed) if resumed and model.onednn is None else model.onednn

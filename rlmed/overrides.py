@@ -61,7 +61,8 @@ def expand(arguments: Sequence[str], *, cuda: bool, sweeps: bool = False) -> lis
         sweeps: commas part several values, as with `--multirun`.
 
     Raises:
-        ValueError: for a key or profile that does not exist, or a resume folder without a checkpoint.
+        ValueError: for a key or profile that does not exist, a profile that does nothing, a resume folder without a checkpoint,
+            or a shorthand beside what it stands for.
     """
     entries = [_without_spaces(entry) for entry in arguments]
     for entry in entries:
@@ -72,13 +73,43 @@ def expand(arguments: Sequence[str], *, cuda: bool, sweeps: bool = False) -> lis
             raise ValueError(f"{entry}: no key stands before =")
         if equals and key[:1].isalpha() and not known:
             check_key(key)
-    profile = next((entry.partition("=")[2] for entry in entries if entry.startswith("profile=")), "auto")
+    profile = [entry.partition("=")[2] for entry in ("profile=auto", *entries) if entry.startswith("profile=")][-1]
     if profile not in ("auto", "embedded", "paper"):
         raise ValueError(f"profile={profile} is not possible: choose one of auto, embedded, paper")
+    _check_profile(profile, entries)
     embedded = profile == "embedded" or (profile == "auto" and not cuda)
     sweeps = sweeps or "--multirun" in entries
-    expanded = (new for entry in entries for new in _expand_one(entry, embedded))
-    return [entry if entry.startswith("-") else in_hydras_grammar(entry, sweeps=sweeps) for entry in expanded]
+    expanded = [(entry, new) for entry in entries for new in _expand_one(entry, embedded)]
+    _check_shorthands(expanded)
+    return [new if new.startswith("-") else in_hydras_grammar(new, sweeps=sweeps) for _, new in expanded]
+
+
+def _check_profile(profile: str, entries: Sequence[str]) -> None:
+    """Raises ValueError for a profile that an experiment does not have."""
+    for entry in entries:
+        key, _, value = entry.partition("=")
+        for name in _names(value) if key.lstrip("+") == "experiment" else ():
+            plain = name.removesuffix(EMBEDDED_SUFFIX)
+            if profile == "paper" and name != plain:
+                raise ValueError(f"{entry} is the embedded profile itself: give +experiment={plain} with profile=paper")
+            if profile == "embedded" and f"{plain}{EMBEDDED_SUFFIX}" not in group_options("experiment"):
+                raise ValueError(
+                    f"{entry} has no embedded profile (there is no {plain}{EMBEDDED_SUFFIX}): leave profile=embedded out"
+                )
+
+
+def _check_shorthands(expanded: Sequence[tuple[str, str]]) -> None:
+    """Raises ValueError where a shorthand sets what another argument sets too; pairs of what is written and what it means."""
+    for written, meant in expanded:
+        key = meant.partition("=")[0]
+        others = [other for other, also in expanded if other != written and also.partition("=")[0] == key]
+        if others and key.lstrip("+") != written.partition("=")[0].lstrip("+"):
+            raise ValueError(f"{written} and {others[0]} both set {key}: leave one of them out")
+
+
+def _names(value: str) -> list[str]:
+    """One name, or several for `--multirun`."""
+    return [name.strip().strip("'\"") for name in value.split(",")]
 
 
 def _without_spaces(argument: str) -> str:
@@ -99,7 +130,7 @@ def _expand_one(argument: str, embedded: bool) -> list[str]:
         raise ValueError(f"{argument}: one run has one {plain}: choose one of {', '.join(group_options(plain))}")
     if plain in ADDED_GROUPS:
         options = group_options(plain)
-        names = [name.strip().strip("'\"") for name in value.split(",")]  # several with --multirun
+        names = _names(value)
         if plain == "debug" and not set(names) <= set(options):
             return [argument]
         names = [

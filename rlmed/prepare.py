@@ -60,6 +60,8 @@ def prepare(arguments: argparse.Namespace, on_row: Callable[[int], None] | None 
     reader = find_reader(arguments.reader)
     keywords = {option.keyword for option in reader.options}
     options = {key: value for key, value in vars(arguments).items() if key in keywords}
+    for option in reader.options:
+        option.check(options)
     check_target(arguments.out, arguments.source, overwrite=arguments.overwrite)  # before anything is read
     return write_layout(
         reader.read(arguments.source, **options),

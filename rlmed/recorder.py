@@ -230,8 +230,8 @@ def chosen_onednn(folder: Path) -> tuple[str, ...] | None:
     if then == here:
         return tuple(uses)
     log.warning(
-        "the run was started on %s (%s) with torch %s, here are %s (%s) and %s: what oneDNN computes is chosen anew, and "
-        "results agree with those of one machine to rounding only",
+        "the run was started on %s (%s) with torch %s, and this is %s (%s) with torch %s: what oneDNN computes is chosen anew, "
+        "and results agree with those of one machine to rounding only",
         *then,
         *here,
     )

@@ -96,7 +96,7 @@ def write_report(run_folder: Path, *, sft: Path | None = None) -> Path:
         sft: run folder of the supervised baseline, whose last evaluation then stands in the same table.
 
     Raises:
-        ValueError: when the folder holds nothing of a run, or a broken file.
+        ValueError: when the folder holds nothing of a run, or a broken file, or the baseline is of other files.
         OSError: when a file cannot be read or the report cannot be written.
     """
     if not any((run_folder / name).exists() for name in (CONFIG_FILE, METRICS_FILE, "evaluations")):
@@ -130,6 +130,8 @@ def _context(folder: Path, environment: Environment, sft: Path | None) -> dict[s
     config_text, config = _read_config(config_file)
     metrics = list(read_json_lines(folder / METRICS_FILE))
     evaluations = _Evaluations.read(folder / "evaluations", sft)
+    if evaluations.sft is not None:
+        _check_common_file(folder, evaluations.summaries, f"--sft {sft}", evaluations.sft)
     versions = _read_json(folder / VERSIONS_FILE) or {}
     data = _read_json(folder / DATA_FILE) or {"files": []}
     pictures = Pictures()
@@ -223,6 +225,16 @@ def _run_facts(
 
 def _names(files: Sequence[str]) -> str:
     return ", ".join(files[:NAMES]) + ", …" * (len(files) > NAMES)
+
+
+def _check_common_file(folder: Path, own: Sequence[EvalSummary], given: str, baseline: EvalSummary) -> None:
+    """Raises ValueError for a baseline that no line of the table could show."""
+    names, others = ([file.name for one in summaries for file in one.files] for summaries in (own[-1:], [baseline]))
+    if not set(names) & set(others):
+        raise ValueError(
+            f"{given} was evaluated on {', '.join(others)}, and {folder} on {', '.join(names) or 'nothing'}: give a "
+            "baseline of the same files"
+        )
 
 
 def _ends(first: EvalSummary, final: EvalSummary) -> tuple[EvalSummary, ...]:

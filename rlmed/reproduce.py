@@ -113,10 +113,12 @@ def plan(root: Path, methods: Sequence[str], seeds: Sequence[int], overrides: Se
     """The runs in their order: the base, then each method seed by seed.
 
     Raises:
-        ValueError: for an override of a key that is set here or that none of the runs reads, or a seed given twice.
+        ValueError: for an override of a key that is set here or that none of the runs reads, or a seed or method given twice.
     """
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"--seeds {' '.join(map(str, seeds))}: a seed given twice counts the same run twice")
+    if len(set(methods)) < len(methods):
+        raise ValueError(f"--methods {' '.join(methods)}: a method given twice counts the same run twice")
     for entry in overrides:
         key = entry.partition("=")[0].lstrip("+~")
         if key == "eval.trust":

@@ -132,6 +132,8 @@ def make_renderer(config: RunConfig) -> PromptRenderer:
     if not folder.is_dir() and not folder.is_absolute():
         log.info("model %s is no folder here: looking for it in the hub's cache and on the hub", folder)
     tokenizer, image_processor = open_model(folder)
+    if image_processor is None:
+        _warn_of_vision_settings(config)
     renderer = PromptRenderer(
         tokenizer,
         image_processor,
@@ -149,11 +151,21 @@ def make_renderer(config: RunConfig) -> PromptRenderer:
         renderer.by_modality,
     ):
         log.warning(
-            "model %s was trained with another prompt than this run's: give its prompt=NAME to ask as then (%s has the text)",
+            "model %s was trained with another prompt than this run's: set prompt=NAME as it was then (%s has the text)",
             config.model.path,
             PROMPT_FILE,
         )
     return renderer
+
+
+def _warn_of_vision_settings(config: RunConfig) -> None:
+    """Say which settings are for models that see, where the run's model reads text only."""
+    model = config.model
+    limits = {"model.min_pixels": model.min_pixels, "model.max_pixels": model.max_pixels}
+    idle = [key for key, value in limits.items() if value is not None]
+    idle += [f"learner.freeze={part}" for part in config.learner.freeze if part in ("vision", "merger")]
+    if idle:
+        log.warning("model %s reads text only, which leaves nothing to do for %s", model.path, ", ".join(idle))
 
 
 def check_positions(config: RunConfig, *, max_tokens: int) -> None:
@@ -204,7 +216,15 @@ def load_data(config: DataConfig, renderer: PromptRenderer, *, training: bool) -
             training and evaluation files where `data.leakage=strict`.
     """
     train, evals = config.train, list(config.eval)
-    if config.source == "phantom":
+    if config.source == "phantom" and train and evals:
+        log.warning(
+            "data.train and data.eval name files, and data=phantom is for generated images, with its "
+            "data.max_prompt_tokens=%d: set data=jsonl",
+            config.max_prompt_tokens,
+        )
+    elif config.source == "phantom":
+        if train and training:
+            log.info("data.eval names no file: generated images are evaluated on (data=phantom)")
         folder = Path(config.phantom_folder or f"outputs/phantom-{config.phantom_seed}")
         log.info("generated questions and pictures (data.phantom_seed=%d) are in %s", config.phantom_seed, folder)
         write_dataset(folder, config.phantom_seed)

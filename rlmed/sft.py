@@ -6,7 +6,7 @@ is what a data set without rationales offers (the SFT baseline of MedVLM-R1, arX
 
 from __future__ import annotations
 
-import dataclasses
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +35,8 @@ from rlmed.report import write_report
 from rlmed.setup import check_positions, load_run_data, make_renderer, model_folder
 from rlmed.stream import SEED_STRIDE
 
+log = logging.getLogger(__name__)
+
 
 def target_text(example: Example, target: str) -> str:
     """The text to imitate.
@@ -60,6 +62,19 @@ class Batches:
         self._seed, self._shuffle = config.seed, config.data.shuffle_options
         self.steps = math.ceil(config.sft.epochs * len(examples) / config.sft.batch_size)
 
+        written = sum(map(self._written, examples))
+        if self._shuffle and written:
+            log.warning(
+                "data.shuffle_options: %d of %d training rows keep the order of their options, since what they have as "
+                "completion names letters; sft.target=answer or option writes another one",
+                written,
+                len(examples),
+            )
+
+    def _written(self, example: Example) -> bool:
+        """Whether the row's own text is imitated."""
+        return self._config.target == "auto" and example.completion is not None
+
     def batch(self, step: int) -> list[PackItem]:
         """The batch of `step` (from 0)."""
         size = self._config.batch_size
@@ -67,10 +82,8 @@ class Batches:
 
     def _item(self, place: Place) -> PackItem:
         example = self._examples[place.example]
-        if self._shuffle and (example.completion is None or self._config.target != "auto"):
-            # not where the row's own text names a letter
-            unwritten = dataclasses.replace(example, completion=None)
-            example = shuffle_options(unwritten, self._seed * SEED_STRIDE + place.epoch)
+        if self._shuffle and not self._written(example):
+            example = shuffle_options(example, self._seed * SEED_STRIDE + place.epoch)
         prompt = self._renderer.render(example)
         written = remaining(prompt.prefill, target_text(example, self._config.target))
         return written_item(prompt, self._renderer.completion_ids(written))
@@ -127,6 +140,8 @@ def main(config: RunConfig, folder: Path) -> None:
 
     evaluated = bool(data.evals)
     with progress:
+        if not evaluated:
+            progress.message("data.eval names no file: nothing is evaluated")
         if evaluated and config.eval.at_start and done == 0:
             measure(0)
         progress.start(batches.steps, done)

@@ -174,12 +174,7 @@ class _Asker:
     def _order(self, seed: int) -> dict[Key, OrderAnswer]:
         """Answers to the questions that have another order."""
         greedy = SamplingParams(temperature=0.0, max_tokens=self.settings.max_tokens, stop=self.settings.stop)
-        # a written completion names letters of the order of the file, and nothing here reads it
-        plain = {
-            key: dataclasses.replace(example, completion=None)
-            for key, example in self.questions.items()
-            if not keeps_order(example.options)
-        }
+        plain = {key: example for key, example in self.questions.items() if not keeps_order(example.options)}
         shuffled = (shuffle_options(example, seed) for example in plain.values())
         requests = (RolloutRequest(i, prompt, 1, greedy) for i, prompt in enumerate(self._prompts(shuffled)))
         groups = self._groups(f"option order {seed}", requests, list(plain))

@@ -259,6 +259,11 @@ class RunConfig:
             "there",
         )
         require(
+            self.cluster.kind == "local" or ":" not in self.model.device,
+            f"model.device={self.model.device} has no meaning with cluster=ray, where Ray gives each process GPUs of its own: "
+            "use model.device=cuda, and CUDA_VISIBLE_DEVICES to keep some from Ray",
+        )
+        require(
             self.rollout.engine == "vllm" or self.cluster.weight_transfer in ("auto", "object_store"),
             f"cluster.weight_transfer={self.cluster.weight_transfer} is a way to vLLM's engines: use rollout=vllm, or auto",
         )

@@ -34,6 +34,8 @@ class Rule:
     """Where they do nothing."""
     when: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """They do nothing while each of these keys has one of these values; empty is always."""
+    unless: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """The other way round: they do nothing while none of these keys has one of these values."""
     values: tuple[Any, ...] = ()
     """Of the keys' own values, those that do nothing; empty is all."""
     cure: str
@@ -46,7 +48,14 @@ class Rule:
 
     def applies(self, values: Mapping[str, Any]) -> bool:
         """Whether its conditions hold for these values of all keys."""
-        return all(key in values and values[key] in idle for key, idle in self.when.items())
+        idle = (key in values and values[key] in given for key, given in self.when.items())
+        active = (key not in values or values[key] in given for key, given in self.unless.items())
+        return all(idle) and not any(active)
+
+    @property
+    def conditional(self) -> bool:
+        """Whether it hangs on other keys."""
+        return bool(self.when or self.unless)
 
 
 def _keys(section: str, cls: type[Any], *, but: tuple[str, ...]) -> tuple[str, ...]:
@@ -61,6 +70,8 @@ VLLM = tuple(
 )
 WITHOUT_ENDS = {"eval.at_start": (False,), "eval.at_end": (False,)}
 FROM_FILES = {"data.source": ("jsonl",)}
+RATIO_IS_1 = {"algo.old_logprobs": ("learner",), "learner.epochs": (1,), "learner.mini_batches": (1,)}
+SEVERAL_UPDATES = "The ratio is 1 in a batch's first update: set learner.mini_batches or learner.epochs above 1"
 
 RULES = (
     # what other commands are for
@@ -158,8 +169,19 @@ RULES = (
         cure="Only evaluations sample here: set eval.at_end=true",
     ),
     Rule(keys=("preflight.groups",), when={"preflight.enabled": (False,)}, cure="Set preflight.enabled=true"),
+    Rule(
+        keys=("checkpoint.keep_last",),
+        programs=TRAINING,
+        when={"checkpoint.every": (0,)},
+        cure="There is one checkpoint, at the end: set checkpoint.every above 0",
+    ),
     # data
     Rule(keys=("data.phantom_seed", "data.phantom_folder"), when=FROM_FILES, cure="Set data=phantom"),
+    Rule(
+        keys=("data.phantom_seed", "data.phantom_folder"),
+        unless={"data.train": (None,), "data.eval": ([],)},
+        cure="Nothing is generated where both files are given: leave it out, or one of them",
+    ),
     Rule(
         keys=("data.leakage",),
         values=("strict",),
@@ -179,6 +201,9 @@ RULES = (
         cure="Set algo.clip=ppo, dual or cispo",
     ),
     Rule(keys=("algo.dual_clip",), when={"algo.clip": ("ppo", "cispo", "none")}, cure="Set algo.clip=dual"),
+    Rule(keys=("algo.clip_ratio_low", "algo.clip_ratio_high", "algo.dual_clip"), when=RATIO_IS_1, cure=SEVERAL_UPDATES),
+    Rule(keys=("algo.clip",), values=("dual", "cispo"), when=RATIO_IS_1, cure=SEVERAL_UPDATES),
+    Rule(keys=("algo.ratio_level",), values=("sequence",), when=RATIO_IS_1, cure=SEVERAL_UPDATES),
     Rule(keys=("algo.kl_estimator",), when={"algo.kl_coef": (0,)}, cure="Set algo.kl_coef above 0"),
     Rule(
         keys=("algo.importance_cap",),

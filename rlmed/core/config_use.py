@@ -1,8 +1,9 @@
 """Which keys each command reads: what somebody has set and nothing would read is refused, with the cure.
 
 A key of the schema is read by a command unless a rule in `rlmed.core.config_rules` says otherwise; a test compares the rules
-with the keys that a run of each command really reads. Only what was given on the command line is held against them, and of that
-only what differs from the default: an experiment, or a group's option, is shared by commands and cases.
+with the keys that a run of each command really reads. Only what was given on the command line is held against them: an
+experiment is shared by commands and cases. A key that a command never reads is refused whatever its value; one that another
+key's value leaves unread is refused where it changes something, and so is a group's option.
 """
 
 from __future__ import annotations
@@ -62,26 +63,24 @@ def find_unused(program: str, overrides: Sequence[str], groups: Collection[str],
     def values(*entries: str) -> dict[str, Any]:
         return plain_values(compose(entries)) | {EXPERIMENT: experiment}
 
-    default, start, options, full = values(), values(*recipe), values(*recipe, *chosen), values(*overrides)
-
-    def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-        return [key for key in after if after[key] != before.get(key) and after[key] != default.get(key)]
-
+    start, options, full = values(*recipe), values(*recipe, *chosen), values(*overrides)
     refusals = []
     for entry in overrides:
         if entry in recipe:
             continue
+        own = f"{_key(entry)}."
         if entry in chosen:
-            own = values(*recipe, entry)
-            keys = changed(start, own)
+            before, after, named = start, values(*recipe, entry), []
         else:
-            own, name = full, f"{_key(entry)}."
-            keys = [key for key in changed(options, full) if f"{key}.".startswith(name) or name.startswith(f"{key}.")]
-        refused = [(key, rule) for key in keys if (rule := rule_of(program, key, own))]
+            before, after, named = options, full, [key for key in full if own.startswith(f"{key}.")]
+        changed = [key for key in after if after[key] != before.get(key)]
+        keys = named + [key for key in changed if entry in chosen or (key not in named and f"{key}.".startswith(own))]
+        # what an option brings may be read by way of another override
+        rules = [(key, rule_of(program, key, full) and rule_of(program, key, after)) for key in keys]
+        refused = [(key, rule) for key, rule in rules if rule and (key in changed or not rule.conditional)]
         # an option is a set, of which some may be for other cases
         if refused and (entry not in chosen or len(refused) == len(keys)):
-            names = [key for key, _ in refused]
-            refusals.append(Refusal(entry, _text(entry, MODULES[program], names, full, refused[0][1])))
+            refusals.append(Refusal(entry, _text(entry, MODULES[program], refused, after)))
     return refusals
 
 
@@ -107,7 +106,7 @@ def schema_keys(cls: type[Any] = RunConfig, where: str = "") -> Iterator[str]:
 
 
 def plain_values(composed: Mapping[str, Any]) -> dict[str, Any]:
-    """The value of each key of the schema that was composed."""
+    """The value of each key of the schema that was composed; lists as YAML has them, also from records."""
     values = {}
     for key in schema_keys():
         *sections, name = key.split(".")
@@ -115,7 +114,7 @@ def plain_values(composed: Mapping[str, Any]) -> dict[str, Any]:
         for section in sections:
             place = place.get(section) if isinstance(place, Mapping) else None
         if isinstance(place, Mapping) and name in place:
-            values[key] = place[name]
+            values[key] = list(place[name]) if isinstance(place[name], tuple) else place[name]
     return values
 
 
@@ -123,11 +122,12 @@ def _key(override: str) -> str:
     return override.partition("=")[0].lstrip("+~").partition("@")[0]
 
 
-def _text(override: str, module: str, keys: Sequence[str], values: Mapping[str, Any], rule: Rule) -> str:
-    value = f"={rule.values[0]}" if rule.values else ""
-    met = [f"{name}={_shown(values[name])}" for name in rule.when if name != EXPERIMENT]
+def _text(override: str, module: str, refused: Sequence[tuple[str, Rule]], values: Mapping[str, Any]) -> str:
+    names = [f"{key}={_shown(values[key])}" if rule.values else key for key, rule in refused]
+    rule = refused[0][1]
+    met = [f"{name}={_shown(values[name])}" for name in (*rule.when, *rule.unless) if name != EXPERIMENT]
     condition = f" while {' and '.join(met)}" if met else ""
-    return f"{override}: {module} does not read {', '.join(keys)}{value}{condition}. {rule.cure}"
+    return f"{override}: {module} does not read {', '.join(names)}{condition}. {rule.cure}"
 
 
 def _shown(value: Any) -> str:

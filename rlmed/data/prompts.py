@@ -385,7 +385,7 @@ class PromptRenderer:
         if length > self.max_prompt_tokens:
             raise PromptTooLongError(
                 f"example {prompt.example.id}: its prompt has {length} tokens, even with the smallest image, and the "
-                f"limit is {self.max_prompt_tokens}: raise max_prompt_tokens or shorten the question"
+                f"limit is {self.max_prompt_tokens}: raise data.max_prompt_tokens or shorten the question"
             )
         return prompt
 

@@ -45,16 +45,9 @@ class PromptOrder:
 def shuffle_options(example: Example, seed: int) -> Example:
     """The example with its options in an order drawn from (seed, id); the answer follows.
 
-    It is unchanged where an option refers to others, as `all of the above` does.
-
-    Raises:
-        ValueError: for an example with a written completion, which names letters.
+    A written completion, whose letters would be wrong now, is left out. The example is unchanged where an option refers to
+    others, as `all of the above` does.
     """
-    if example.completion is not None:
-        raise ValueError(
-            f"example {example.id}: its options cannot be shuffled, since its written completion names letters; "
-            "set data.shuffle_options=false or use rows without a completion"
-        )
     if keeps_order(example.options):
         return example
     # a digest, since Python's own hash of a text differs from process to process
@@ -64,17 +57,13 @@ def shuffle_options(example: Example, seed: int) -> Example:
         example,
         options=tuple(example.options[index] for index in order),
         answer=int(np.flatnonzero(order == example.answer)[0]),
+        completion=None,
     )
 
 
 def reorder_options(example: Example, seed: int) -> Example | None:
-    """The example with its options in an order other than its own, drawn from (seed, id); the answer follows.
-
-    A written completion, whose letters would be wrong now, is left out. None where an option refers to others: there is no
-    other order.
-    """
+    """`shuffle_options` with an order other than the example's own; None where an option refers to others: there is none."""
     if keeps_order(example.options):
         return None
-    plain = dataclasses.replace(example, completion=None)
-    orders = (shuffle_options(plain, seed + attempt) for attempt in itertools.count())
+    orders = (shuffle_options(example, seed + attempt) for attempt in itertools.count())
     return next(order for order in orders if order.options != example.options)  # option texts are distinct

@@ -103,7 +103,9 @@ def settle_products(
     if uses is not None:
         uses = frozenset(uses)
         if uses and not has_onednn():
-            raise ValueError("model.onednn asks for oneDNN, which this build of torch has not: use model.onednn=[]")
+            raise ValueError(
+                "model.onednn asks for oneDNN, which this build of torch does not have: use model.onednn=[]"
+            )
         _Choice.uses = uses
     elif _Choice.uses is None:
         _Choice.uses = frozenset(probe_products(linear_shapes(config), engines=engines))

@@ -30,7 +30,7 @@ class VllmSettings:
     """Longest prompt accepted, visual tokens included."""
     max_tokens: int = 512
     """Longest completion that a request may ask for."""
-    gpu_memory_utilization: float = 0.9
+    gpu_memory_utilization: float = 0.8
     """Share of a GPU's memory that vLLM takes."""
     tensor_parallel_size: int = 1
     """GPUs over which each layer is split; vLLM starts a process for each beyond the first."""

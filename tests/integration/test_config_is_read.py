@@ -38,6 +38,7 @@ RUNS = {
             "reward.extra=[spread:first_token]",
             "data.selection.mode=pass_rate",
             "algo.clip=dual",
+            "learner.mini_batches=2",
             "algo.dynamic_sampling=true",
             "algo.max_staleness=1",
             "eval.at_start=false",
@@ -106,7 +107,7 @@ def test_a_command_reads_what_the_rules_say_and_nothing_else(
             key
             for key in schema_keys()
             for rule in RULES
-            if program in rule.programs and rule.covers(key, None) and not rule.when and not rule.values
+            if program in rule.programs and rule.covers(key, None) and not rule.conditional and not rule.values
         }
         assert read & never <= PASSED_ON, overrides
 

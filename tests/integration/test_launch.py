@@ -209,8 +209,31 @@ def test_settings_by_modality_that_do_nothing_are_warned_of(
     assert message.startswith("algo.normalize_by=modality has nothing to even out")
 
 
+def test_settings_for_vision_are_told_of_a_model_that_reads_text(
+    make_config: Config, tiny_folder: Callable[..., Path], random_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = ("model.max_pixels=5000", "learner.freeze=[vision]")
+    make_renderer(make_config(f"model.path={tiny_folder('qwen2')}", *given))
+    assert "reads text only, which leaves nothing to do for model.max_pixels, learner.freeze=vision" in caplog.text
+    caplog.clear()
+    make_renderer(make_config(f"model.path={tiny_folder('qwen2')}"))
+    make_renderer(make_config(f"model.path={random_model}", *given))
+    assert "reads text only" not in caplog.text
+
+
+def test_sft_says_that_nothing_is_evaluated(
+    make_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "sft"
+    folder.mkdir()
+    sft.main(make_config("sft.epochs=1", "sft.batch_size=10", "data.eval=[]"), folder)
+    assert "data.eval names no file: nothing is evaluated" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("target", ["auto", "answer"])
-def test_sft_shuffles_options_where_no_written_text_names_a_letter(make_config: Config, target: str) -> None:
+def test_sft_shuffles_options_where_no_written_text_names_a_letter(
+    make_config: Config, target: str, caplog: pytest.LogCaptureFixture
+) -> None:
     from rlmed.core.types import Example
 
     config = make_config("data.shuffle_options=true", "sft.epochs=8", "sft.batch_size=2", f"sft.target={target}")
@@ -221,6 +244,8 @@ def test_sft_shuffles_options_where_no_written_text_names_a_letter(make_config: 
         Example("fixed", None, "?", ("a", "b", "c", "d"), 1, completion=written),
     ]
     batches = sft.Batches(examples, renderer, config)
+    said = "data.shuffle_options: 1 of 2 training rows keep the order of their options"
+    assert (said in caplog.text) == (target == "auto")
     seen: dict[str, set[tuple[str, ...]]] = {"free": set(), "fixed": set()}
     for step in range(batches.steps):
         for item in batches.batch(step):

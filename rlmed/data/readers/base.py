@@ -103,11 +103,36 @@ class Option:
 
     flag: str
     settings: Mapping[str, Any]
+    needs: str = ""
+    """The option without which it does nothing, for example "--train"."""
+    beside: str = ""
+    """The option beside which it does nothing, perhaps with its value, for example "--open skip"."""
 
     @property
     def keyword(self) -> str:
         """The keyword argument of the reader: `--allow-burned-in` is `allow_burned_in`."""
-        return self.flag.removeprefix("--").replace("-", "_")
+        return _keyword(self.flag)
+
+    def check(self, given: Mapping[str, Any]) -> None:
+        """Make sure that it does something.
+
+        Args:
+            given: the reader's options on the command line, by keyword.
+
+        Raises:
+            ValueError: when it is given and does nothing.
+        """
+        if self.keyword not in given:
+            return
+        if self.needs and _keyword(self.needs) not in given:
+            raise ValueError(f"{self.flag} does nothing without {self.needs}: give both, or leave it out")
+        flag, _, value = self.beside.partition(" ")
+        if self.beside and str(given.get(_keyword(flag), "")) == (value or "True"):
+            raise ValueError(f"{self.flag} does nothing beside {self.beside}: leave one of them out")
+
+
+def _keyword(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,10 @@ def read(
         )
         for path, table in tables
     ]
+    if (open, distractors, seed) != ("distractors", DISTRACTORS, 0) and all(columns.has_options for columns in found):
+        raise ValueError(
+            "--open, --distractors and --seed are for tables without options, and here are some: leave them out"
+        )
     pool = AnswerPool(seed, distractors)
     for (_, table), columns in zip(tables, found, strict=True):
         if not columns.has_options:
@@ -107,7 +111,11 @@ def parquet_files(source: Path, pattern: str, revision: str | None) -> tuple[Pat
     Raises:
         ValueError: when there are none, or the data set cannot be fetched.
     """
+    if revision is not None and source.exists():
+        raise ValueError(f"--revision {revision} is for data sets of the hub, and {source} is here: leave it out")
     if source.is_file():
+        if pattern != FILES:
+            raise ValueError(f"--files {pattern} chooses among files, and {source} is one: leave it out")
         return source.parent, [source]
     root = source if source.is_dir() else fetch(source, pattern, revision)
     try:

@@ -215,6 +215,7 @@ READER = Reader(
                 "metavar": "N",
                 "help": f"training rows (default: {TRAIN_ROWS}; the released code takes 500)",
             },
+            needs="--train",
         ),
         IMAGES,
         WITHOUT_IMAGES,

@@ -143,7 +143,7 @@ READER = Reader(
                 "help": "share of the images held out (default: 0, no training and test part)",
             },
         ),
-        Option("--seed", {"type": int, "help": "of the images held out (default: 0)"}),
+        Option("--seed", {"type": int, "help": "of the images held out (default: 0)"}, needs="--test-share"),
         IMAGES,
         WITHOUT_IMAGES,
     ),

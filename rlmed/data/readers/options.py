@@ -29,9 +29,13 @@ OPEN = Option(
         "help": "questions whose answer is not yes or no get other answers of their kind as options (default), or are left out",
     },
 )
-SEED = Option("--seed", {"type": int, "help": "of the distractors and the order of options (default: 0)"})
+SEED = Option(
+    "--seed", {"type": int, "help": "of the distractors and the order of options (default: 0)"}, beside="--open skip"
+)
 DISTRACTOR_COUNT = Option(
-    "--distractors", {"type": int, "metavar": "N", "help": f"wrong options of such a question (default: {DISTRACTORS})"}
+    "--distractors",
+    {"type": int, "metavar": "N", "help": f"wrong options of such a question (default: {DISTRACTORS})"},
+    beside="--open skip",
 )
 LEFT_OUT = "its answer is not yes or no, and --open skip was given"
 

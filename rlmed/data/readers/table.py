@@ -50,7 +50,9 @@ ANSWER_INDEX = Option(
 )
 SPLIT = Option("--split", {"metavar": "NAME", "help": "split of rows whose table has no split column"})
 IMAGES = Option(
-    "--images", {"type": Path, "metavar": "PATH", "help": "folder (or .zip) that image paths are relative to"}
+    "--images",
+    {"type": Path, "metavar": "PATH", "help": "folder (or .zip) that image paths are relative to"},
+    beside="--without-images",
 )
 WITHOUT_IMAGES = Option(
     "--without-images", {"action": "store_true", "help": "questions alone: no image is read, every row is text only"}

@@ -35,6 +35,9 @@ from tests.unit.rlmed.data.pictures import marked
         (["a", "b"], "same.tif", r"same\.tif shows nothing: all its values are 4000"),
         (["a", "b", "--temperature", "-1"], "good.png", r"temperature=-1\.0 is not possible"),
         (["a", "b", "--temperature", "nan"], "good.png", "temperature=nan is not possible"),
+        (["a", "b", "--seed", "5"], "good.png", "--seed 5 does nothing without sampling: give --temperature too"),
+        (["a", "b", "--seed", "0"], "good.png", "--seed 0 does nothing without sampling"),
+        (["a", "b", "--modality", "CT"], "good.png", "--modality CT does nothing: model .* has one prompt for all"),
     ],
 )
 def test_ask_refuses_in_one_line(
@@ -60,7 +63,7 @@ def test_ask_refuses_in_one_line(
 
 
 def test_ask_asks_as_the_model_was_asked_in_training(
-    tmp_path: Path, tiny_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     marked(size=(336, 336)).save(tmp_path / "good.png")
     folder = tmp_path / "model"
@@ -95,9 +98,13 @@ def test_ask_asks_as_the_model_was_asked_in_training(
     renderer.save(folder)
     ask.main(arguments)
     ask.main([*arguments, "--modality", "CT"])
+    assert "no prompt of its own" not in caplog.text
+    ask.main([*arguments, "--modality", "MR"])
+    assert "--modality MR has no prompt of its own (those with one: CT); the general one is used" in caplog.text
     texts = [prompt.text for prompt in prompts]
     assert "Say: What?" in texts[1]
     assert "CT: What?" in texts[2]
+    assert "Say: What?" in texts[3]
     assert "Your task: 1. Think through" in texts[0]
     assert "Your task" not in texts[1] + texts[2]
     # a picture shrinks as it did then
@@ -176,9 +183,17 @@ def test_doctor_finds_what_is_installed(capsys: pytest.CaptureFixture[str], monk
     assert findings["python"].status == "ok"
     monkeypatch.setattr(doctor, "REQUIRED", ("torch", "a-package-that-nobody-has"))
     with pytest.raises(SystemExit) as stopped:
-        doctor.main()
+        doctor.main([])
     assert stopped.value.code == 1
     assert "pip install a-package-that-nobody-has" in capsys.readouterr().out
+
+
+def test_doctor_takes_no_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    for given in ("rollout=vllm", "--model=x"):
+        with pytest.raises(SystemExit) as stopped:
+            doctor.main([given])
+        assert stopped.value.code == 2
+        assert f"unrecognized arguments: {given}" in capsys.readouterr().err
 
 
 def test_doctor_looks_for_what_the_project_needs() -> None:
@@ -199,4 +214,4 @@ def test_an_interrupted_examination_is_one_line(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(doctor, "examine", interrupted)
     with pytest.raises(SystemExit, match="interrupted"):
-        doctor.main()
+        doctor.main([])

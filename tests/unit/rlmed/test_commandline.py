@@ -62,6 +62,63 @@ def test_expand_resume_folder(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     assert expand([f"resume={tmp_path}"], cuda=False) == [f"resume={tmp_path}", f"hydra.run.dir={tmp_path}"]
 
+    with pytest.raises(
+        ValueError, match=r"resume=.* and hydra\.run\.dir=other both set hydra\.run\.dir: leave one of them"
+    ):
+        expand([f"resume={tmp_path}", "hydra.run.dir=other"], cuda=False)
+    assert expand(["resume=auto", "hydra.run.dir=other"], cuda=False) == ["resume=auto", "hydra.run.dir=other"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["data=a.jsonl", "data.eval=[b.jsonl]"],
+            r"data=a\.jsonl and data\.eval=\[b\.jsonl\] both set data\.eval: leave one",
+        ),
+        (
+            ["data.eval=[b.jsonl]", "data=[a.jsonl]"],
+            r"data=\[a\.jsonl\] and data\.eval=\[b\.jsonl\] both set data\.eval",
+        ),
+        (
+            ["model.path=x", "model=models/y"],
+            r"model=models/y and model\.path=x both set model\.path: leave one of them out",
+        ),
+    ],
+)
+def test_a_shorthand_and_what_it_stands_for_are_not_taken_together(arguments: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        expand(arguments, cuda=False)
+    assert expand(["model=qwen2_vl_2b", "model=models/y"], cuda=False) == ["model=qwen2_vl_2b", "model.path=models/y"]
+    assert expand(["data.limit=3", "data=a.jsonl"], cuda=False) == ["data.limit=3", "data=jsonl", "data.eval=[a.jsonl]"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["+experiment=medvqa_600_embedded", "profile=paper"],
+            r"\+experiment=medvqa_600_embedded is the embedded profile itself: give \+experiment=medvqa_600 with profile=paper",
+        ),
+        (["experiment=medvqa_600_dapo_embedded", "profile=paper"], "is the embedded profile itself"),
+        (
+            ["+experiment=mine", "profile=embedded"],
+            r"\+experiment=mine has no embedded profile \(there is no mine_embedded\)",
+        ),
+        (["+experiment=medvqa_600,mine", "profile=embedded"], "there is no mine_embedded"),
+    ],
+)
+@pytest.mark.parametrize("cuda", [True, False])
+def test_expand_refuses_a_profile_that_would_do_nothing(arguments: list[str], message: str, cuda: bool) -> None:
+    with pytest.raises(ValueError, match=message):
+        expand(arguments, cuda=cuda)
+
+
+def test_of_two_profiles_the_last_counts() -> None:
+    given = ["profile=embedded", "+experiment=medvqa_600", "profile=paper"]
+    assert expand(given, cuda=False)[1] == "+experiment=medvqa_600"
+    assert expand(["+experiment=mine"], cuda=False) == ["+experiment=mine"]
+
 
 def test_expand_refuses_an_unknown_profile() -> None:
     with pytest.raises(ValueError, match="auto, embedded, paper"):

@@ -59,21 +59,26 @@ def test_it_says_how_many_rows_keep_the_order_of_their_options(source, tmp_path,
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["splits"]["train"]["kept_order"] == 2
 
 
-def test_what_it_writes_is_what_a_run_reads(source, tmp_path, tiny_folder):
+@pytest.mark.parametrize("data", ["jsonl", "phantom"])
+def test_what_it_writes_is_what_a_run_reads(source, tmp_path, tiny_folder, data, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
     main(command(source, tmp_path / "out"))
     config = compose_config(
         "train",
         [
-            "data=jsonl",
+            f"data={data}",
             f"data.train={tmp_path / 'out' / 'train.jsonl'}",
             f"data.eval=[{tmp_path / 'out' / 'test.jsonl'}]",
             f"model.path={tiny_folder('qwen2_vl')}",
             "data.on_bad_row=error",
+            "data.max_prompt_tokens=1024",
         ],
     )
-    data = load_data(config.data, make_renderer(config), training=True)
-    assert [row.letter for row in data.train_examples] == list("ABABAB")
-    assert [row.modality for row in data.evals[0].examples] == ["CT", "CT"]
+    read = load_data(config.data, make_renderer(config), training=True)
+    assert ("data.max_prompt_tokens=1024: set data=jsonl" in caplog.text) == (data == "phantom")
+    assert [row.letter for row in read.train_examples] == list("ABABAB")
+    assert [row.modality for row in read.evals[0].examples] == ["CT", "CT"]
+    assert not (tmp_path / "outputs").exists()  # nothing is generated where both files are given
 
 
 @pytest.mark.parametrize(
@@ -132,6 +137,38 @@ def test_every_reader_has_help_and_takes_its_own_options(name, capsys):
     assert ended.value.code == 0
     assert all(option.flag in shown for option in READERS[name].options)
     assert all(option.keyword in READERS[name].read.__kwdefaults__ for option in READERS[name].options)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            ["csv", "--images", "x", "--without-images"],
+            "--images does nothing beside --without-images: leave one of them",
+        ),
+        (["pmc_vqa", "--without-images", "--images", "x"], "--images does nothing beside --without-images"),
+        (["medvlm_r1", "--train-rows", "500"], "--train-rows does nothing without --train: give both, or leave it out"),
+        (["omnimedvqa", "--seed", "3"], "--seed does nothing without --test-share: give both, or leave it out"),
+        (["vqa_rad", "--open", "skip", "--seed", "3"], "--seed does nothing beside --open skip: leave one of them out"),
+        (["slake", "--distractors", "2", "--open", "skip"], "--distractors does nothing beside --open skip"),
+        (["huggingface", "--revision", "main"], "--revision main is for data sets of the hub"),
+    ],
+)
+def test_an_option_that_does_nothing_is_refused(source, tmp_path, capsys, given, message):
+    with pytest.raises(SystemExit) as ended:
+        main([*given, "--source", str(source), "--out", str(tmp_path / "out")])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert f"error: {message}" in error
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", sorted(READERS))
+def test_options_that_are_needed_or_shut_out_exist(name):
+    flags = {option.flag for option in READERS[name].options}
+    named = {entry.partition(" ")[0] for option in READERS[name].options for entry in (option.needs, option.beside)}
+    assert named - {""} <= flags
 
 
 def test_a_reader_that_there_is_not(capsys):

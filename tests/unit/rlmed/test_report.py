@@ -3,6 +3,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -319,6 +320,19 @@ def test_supervised_baseline_gets_its_columns(run):
     head, cells = table_cells(write_report(run, sft=run / "sft").read_text())
     assert cells[head.index(["SFT"])][0] == "60.0"
     assert cells[head.index(["SFT", "format"])] == ["77.0"]
+
+
+def test_a_baseline_that_the_table_cannot_show_is_refused(run):
+    rows = [dataclasses.replace(row(i, right=True), file="other") for i in range(10)]
+    other = dataclasses.replace(summary(0, rows), files=(dataclasses.replace(summary(0, rows).files[0], name="other"),))
+    write_evaluation(run / "sft" / "evaluations", other, rows)
+    with pytest.raises(
+        ValueError, match=r"--sft .*sft was evaluated on other, and .* on .*: give a baseline of the same files"
+    ):
+        write_report(run, sft=run / "sft")
+    shutil.rmtree(run / "evaluations")
+    with pytest.raises(ValueError, match=r"--sft .*sft was evaluated on other, and .* on nothing"):
+        write_report(run, sft=run / "sft")
 
 
 def test_evaluation_compared_with_an_earlier_one_elsewhere(tmp_path, run):

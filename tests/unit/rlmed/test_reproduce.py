@@ -197,6 +197,11 @@ def test_what_cannot_be_shared_by_all_runs_is_refused(seeds, overrides, said, tm
         plan(tmp_path, ["rl"], seeds, overrides)
 
 
+def test_a_method_given_twice_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="--methods rl rl: a method given twice counts the same run twice"):
+        plan(tmp_path, ["rl", "rl"], [0], [])
+
+
 class Commands:
     """Stands for the commands: each writes an evaluation and ends with the next status."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +39,16 @@ def test_each_epoch_has_every_example_in_another_order(tiny_folder: Callable[...
     assert epochs[0] != epochs[1]
     assert len({request.sampling.seed for request in requests}) == 10
     assert {(request.group_size, request.sampling.max_tokens) for request in requests} == {(4, 9)}
+
+
+def test_rows_with_a_written_completion_are_shuffled_too(tiny_folder: Callable[..., Path]) -> None:
+    written = [dataclasses.replace(example, completion="<answer>A</answer>") for example in EXAMPLES]
+    renderer = PromptRenderer(*load_processor(tiny_folder("qwen2")), max_prompt_tokens=512)
+    data = data_config(shuffle_options=True)
+    asked = PromptStream(written, renderer, SamplingParams(max_tokens=9), data, group_size=4, seed=3)
+    plain = stream(tiny_folder("qwen2"), shuffle=True)
+    for index in range(10):
+        assert asked.request(index).prompt.text == plain.request(index).prompt.text
 
 
 def test_another_stream_with_the_same_seed_asks_the_same(tiny_folder: Callable[..., Path]) -> None:

@@ -7,6 +7,7 @@ import functools
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,19 @@ def refused(program: str, *overrides: str) -> list[str]:
 @pytest.mark.parametrize(
     ("program", "overrides", "text"),
     [
+        # whatever the value, since the command never reads the key
+        ("sft", "steps=300", "rlmed.sft does not read steps. Set sft.epochs and sft.batch_size"),
+        ("sft", "+experiment=medvqa_600_embedded steps=300", "rlmed.sft does not read steps. Set sft.epochs"),
+        ("sft", "+experiment=medvqa_600_embedded rollout.max_tokens=512", "does not read rollout.max_tokens. Set eval.max"),
+        ("sft", "algo.kl_coef=0.04", "rlmed.sft does not read algo.kl_coef. Only rlmed.launch learns from rewards"),
+        ("sft", "reward.weights.format=1.0", "rlmed.sft does not read reward.weights. Only rlmed.launch learns"),
+        ("sft", "cluster.rollout_workers=1", "rlmed.sft does not read cluster.rollout_workers. It runs in one process"),
+        ("evaluate", "eval.at_end=true", "rlmed.evaluate does not read eval.at_end. It evaluates once"),
+        ("evaluate", "resume=null", "rlmed.evaluate does not read resume. It learns nothing: leave it out"),
+        ("train", "sft.epochs=2.0", "rlmed.launch does not read sft.epochs. It is for rlmed.sft alone"),
+        # an experiment's value, put back to the default
+        ("sft", "+experiment=medvqa_600_embedded algo=grpo", "rlmed.sft does not read algo.dynamic_sampling. Only"),
+        ("train", "+experiment=medvqa_600_embedded algo=grpo algo.max_refills=4", "while algo.dynamic_sampling=false"),
         ("sft", "cluster=ray", "rlmed.sft does not read cluster.kind. It runs in one process: leave it out"),
         ("evaluate", "rollout=vllm", "rlmed.evaluate does not read rollout.engine=vllm. It samples in its own process"),
         ("evaluate", "cluster=ray_1gpu", "does not read cluster.kind, cluster.worker_gpus, cluster.learner_gpus. It runs"),
@@ -68,6 +82,17 @@ def refused(program: str, *overrides: str) -> list[str]:
         ("train", "algo=dapo algo.kl_estimator=k2", "does not read algo.kl_estimator while algo.kl_coef=0.0. Set"),
         ("train", "algo=grpo_released algo.clip_ratio_low=0.1", "does not read algo.clip_ratio_low while algo.clip=none."),
         ("train", "algo.old_logprobs=rollout algo.importance_cap=2", "does not read algo.importance_cap while algo.old_l"),
+        ("train", "algo.clip_ratio_high=0.3", "does not read algo.clip_ratio_high while algo.old_logprobs=learner and learner."
+         "epochs=1 and learner.mini_batches=1. The ratio is 1 in a batch's first update: set learner.mini_batches or"),
+        ("train", "algo.max_staleness=1 algo.clip_ratio_low=0.1", "does not read algo.clip_ratio_low while algo.old_logpr"),
+        ("train", "algo.clip=dual", "does not read algo.clip=dual while algo.old_logprobs=learner and learner.epochs=1 and"),
+        ("train", "algo.clip=cispo", "does not read algo.clip=cispo while algo.old_logprobs=learner and learner.epochs=1"),
+        ("train", "algo.ratio_level=sequence", "does not read algo.ratio_level=sequence while algo.old_logprobs=learner"),
+        ("train", "checkpoint.every=0 checkpoint.keep_last=5", "keep_last while checkpoint.every=0. There is one checkpoint"),
+        ("sft", "checkpoint.every=0 checkpoint.keep_last=5", "keep_last while checkpoint.every=0. There is one checkpoint"),
+        ("evaluate", "data.train=x data.eval=[y] data.phantom_seed=3", "does not read data.phantom_seed while data.train=x "
+         "and data.eval=['y']. Nothing is generated where both files are given"),
+        ("train", "data.train=x data.eval=[y] data.phantom_folder=z", "does not read data.phantom_folder while data.train=x"),
         ("train", "data.selection.low=0.1", "does not read data.selection.low while data.selection.mode=all. Set data.sel"),
         ("train", "data=jsonl data.phantom_seed=3", "does not read data.phantom_seed while data.source=jsonl. Set data=ph"),
         ("train", "data=jsonl data.leakage=strict", "does not read data.leakage=strict while data.source=jsonl and data.eval="),
@@ -105,9 +130,12 @@ def test_rays_keys_do_something_for_training_with_ray_alone(program: str, key: s
 @pytest.mark.parametrize(
     ("program", "overrides"),
     [
-        # the same values as by default
-        ("sft", "cluster=local rollout=native steps=300 algo.kl_coef=0.04 reward=format_choice"),
-        ("evaluate", "seed=0 eval.at_end=true algo=grpo"),
+        # what the command does anyway, and options that change nothing
+        ("sft", "cluster=local rollout=native reward=format_choice"),
+        ("sft", "rollout.engine=native"),
+        ("evaluate", "seed=0 algo=grpo eval.samples=8"),
+        # a value that is the default changes nothing while another key leaves it unread
+        ("train", "cluster=local cluster.rollout_workers=1 algo.dual_clip=3.0 algo.max_refills=4 profile=auto"),
         # what the command reads
         (
             "sft",
@@ -119,7 +147,14 @@ def test_rays_keys_do_something_for_training_with_ray_alone(program: str, key: s
         ),
         ("evaluate", "data=jsonl data.train=x data.limit=7 data.eval=[y] prompt=radiologist model=qwen2_vl_2b"),
         ("train", "cluster=ray_8gpu rollout=vllm rollout.tensor_parallel_size=2 cluster.weight_transfer=nccl"),
-        ("train", "algo.clip=dual algo.dual_clip=2 algo.max_staleness=1 rollout.on_push=finish"),
+        ("train", "algo.clip=dual algo.dual_clip=2 learner.mini_batches=2"),
+        ("train", "algo.clip_ratio_high=0.3 learner.epochs=2"),
+        ("train", "algo.old_logprobs=rollout algo.ratio_level=sequence algo.clip_ratio_low=0.1"),
+        ("train", "algo.clip=none algo.max_staleness=1 rollout.on_push=finish"),
+        ("train", "algo=gspo"),
+        ("train", "checkpoint.every=7 checkpoint.keep_last=5"),
+        ("train", "data.train=x data.phantom_seed=3"),
+        ("evaluate", "data.eval=[x] data.phantom_seed=3"),
         ("train", "data.selection.mode=pass_rate data.selection.low=0.1 data.phantom_seed=3 data.leakage=strict"),
         ("train", "reward.extra=[a:b] reward.timeout_s=2 preflight.groups=2 algo=grpo_dynamic algo.max_refills=1"),
         ("train", "eval.at_start=false eval.limit=3 eval.controls=false"),
@@ -157,10 +192,21 @@ def test_every_option_is_for_training(group: str) -> None:
 
 def test_an_experiment_is_where_changes_count_from() -> None:
     experiment = "+experiment=medvqa_600_embedded"  # with group_size 8
-    assert refused("sft", experiment, "algo.group_size=8") == []
+    assert refused("sft", experiment) == []
     assert refused("sft", experiment, "algo.group_size=16") == ["algo.group_size=16"]
     assert refused("train", experiment, "algo.max_refills=2") == []  # it has dynamic sampling
     assert refused("train", experiment, "algo=dapo", "algo.dual_clip=2") == ["algo.dual_clip=2"]
+
+
+def test_what_an_option_brings_may_be_read_by_way_of_another_override() -> None:
+    def without_kl(entries: Sequence[str]) -> Any:
+        return composed("train", *entries, "algo.kl_coef=0")  # so that GSPO brings nothing but ratio and bounds
+
+    def overrides_refused(*given: str) -> list[str]:
+        return [refusal.override for refusal in find_unused("train", given, CONFIG_GROUPS, without_kl)]
+
+    assert overrides_refused("algo=gspo") == ["algo=gspo"]
+    assert overrides_refused("algo=gspo", "learner.mini_batches=4") == []
 
 
 def test_outside_of_a_command_the_answer_is_the_same() -> None:
@@ -186,10 +232,11 @@ def test_every_key_named_by_a_rule_exists() -> None:
     values = plain_values(dataclasses.asdict(compose_config("train", ())))
     for rule in RULES:
         assert set(rule.keys) <= known | sections
-        assert rule.when.keys() <= known | {"experiment"}
+        conditions = {**rule.when, **rule.unless}
+        assert conditions.keys() <= known | {"experiment"}
         assert set(rule.programs) <= set(PROGRAMS)
         assert re.fullmatch(r"[A-Z+v].*[^.]", rule.cure)
-        for key, idle in rule.when.items():
+        for key, idle in conditions.items():
             if key in values:  # a condition that could never hold would hide a typing mistake
                 assert all(value is None or isinstance(value, type(values[key]) | int | list) for value in idle), key
 

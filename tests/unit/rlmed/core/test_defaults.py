@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,11 +14,21 @@ from omegaconf import OmegaConf
 
 import conf
 from learner.losses import PolicyLossConfig
+from rewards.rubric import Rubric
+from rlmed import ask
 from rlmed.commandline import compose_config
 from rlmed.core.config import AlgoConfig, RunConfig
 from rlmed.core.config_building import build_config
 from rlmed.core.config_use import plain_values, schema_keys
+from rlmed.core.types import SamplingParams
+from rlmed.data.prompts import PromptRenderer
+from rlmed.engines import MEMORY_SHARE
 from rlmed.overrides import group_options
+from rollout.leases import PoolSettings
+from rollout.local import LocalPool
+from rollout.native.scheduler import EngineLimits
+from rollout.runner import EngineRunner
+from rollout.vllm_backend.settings import VllmSettings
 
 CONF = Path(conf.__path__[0])
 GROUPS = ("model", "data", "prompt", "algo", "reward", "rollout", "learner", "cluster")
@@ -83,6 +94,39 @@ def test_so_a_key_that_no_file_gives_is_missing() -> None:
     del nested["learner"]["betas"]
     with pytest.raises(ValueError, match=r"learner\.betas is missing"):
         build_config(nested)
+
+
+def default(function: Any, name: str) -> Any:
+    """Of an argument; lists as YAML has them."""
+    value = inspect.signature(function).parameters[name].default
+    return list(value) if isinstance(value, tuple) else value
+
+
+def test_what_works_without_a_configuration_has_its_defaults() -> None:
+    """Engines, pools and small commands can be used alone; then they are as a run has them."""
+    values = plain_values(dataclasses.asdict(compose_config("train", ["data=jsonl"])))
+    keys = {
+        EngineLimits: {"max_completions": "rollout", "max_prompt_tokens": "data", "prefill_tokens": "rollout"},
+        SamplingParams: dict.fromkeys(("temperature", "top_p", "top_k", "max_tokens", "stop"), "rollout"),
+        VllmSettings: {
+            **dict.fromkeys(("max_completions", "max_tokens", "tensor_parallel_size", "kv_cache_gib"), "rollout"),
+            "max_prompt_tokens": "data",
+        },
+    }
+    for cls, sections in keys.items():
+        for name, section in sections.items():
+            assert default(cls, name) == values[f"{section}.{name}"], (cls, name)
+    for name in ("silence", "stall", "start", "push"):
+        assert default(PoolSettings, f"{name}_s") == values[f"cluster.{name}_timeout_s"]
+    assert default(PoolSettings, "max_failures") == values["cluster.max_worker_failures"]
+    assert default(VllmSettings, "gpu_memory_utilization") == MEMORY_SHARE
+    assert default(SamplingParams, "seed") == values["seed"]
+    for cls in (LocalPool, EngineRunner):
+        assert default(cls, "on_push") == values["rollout.on_push"]
+    assert default(Rubric.from_config, "timeout_s") == values["reward.timeout_s"]
+    assert default(PromptRenderer, "template") == values["prompt.template"]
+    asked = ask.parse_arguments(["x.png", "?", "--options", "a", "b"])
+    assert (asked.model, asked.max_tokens) == (values["model.path"], values["eval.max_tokens"])
 
 
 @pytest.mark.parametrize("group", GROUPS)

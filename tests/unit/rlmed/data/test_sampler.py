@@ -71,10 +71,11 @@ def test_the_order_is_the_same_in_another_process():
     assert output.stdout.strip() == f"{expected[0]} {expected[1]}"
 
 
-def test_a_written_completion_forbids_shuffling():
+def test_a_written_completion_is_left_out_of_another_order():
     example = Example("q1", None, "?", ("a", "b"), 0, completion="<think>t</think><answer>A</answer>")
-    with pytest.raises(ValueError, match=r"q1.*cannot be shuffled.*data\.shuffle_options=false"):
-        shuffle_options(example, 0)
+    shuffled = [shuffle_options(example, seed) for seed in range(20)]
+    assert {(entry.options[entry.answer], entry.completion) for entry in shuffled} == {("a", None)}
+    assert {entry.letter for entry in shuffled} == {"A", "B"}
 
 
 @pytest.mark.parametrize("options", [("head", "knee"), ("head", "chest", "abdomen", "knee")])
