@@ -131,7 +131,7 @@ def test_every_door_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert command in str(error.value)
     for key in ("data.train=q.csv", "data.eval=[q.csv]"):
         config = compose_config("train", ["data=jsonl", "data.train=t.jsonl", "data.eval=[t.jsonl]", key])
-        with pytest.raises(ValueError, match="prepare csv --source q.csv"):
+        with pytest.raises(ValueError, match=r"prepare csv --source q\.csv"):
             load_data(config.data, _NoRenderer(), training=True)  # type: ignore[arg-type]
 
 
