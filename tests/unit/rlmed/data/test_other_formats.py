@@ -55,7 +55,7 @@ def test_a_file_names_its_reader(tmp_path: Path, name: str, content: bytes, what
         (
             "q.xlsx",
             b"PK\3\4",
-            "a spreadsheet, not JSON Lines: save it as CSV (UTF-8), then `python -m rlmed.prepare csv --source ",
+            "a spreadsheet, not JSON Lines: save it as CSV (UTF-8), then `python -m rlmed.prepare csv ",
         ),
         ("q.ods", b"PK\3\4", "a spreadsheet, not JSON Lines: save it as CSV"),
         ("q.zip", b"PK\3\4", "an archive, not JSON Lines: unpack it"),
@@ -64,7 +64,7 @@ def test_a_file_names_its_reader(tmp_path: Path, name: str, content: bytes, what
         (
             "q.json",
             json.dumps([ROW, ROW]).encode(),
-            "a JSON array, not JSON Lines: write each of its objects on a line of its own",
+            "a JSON array, not JSON Lines: write each of its objects on a line",
         ),
         ("q.jsonl", json.dumps([ROW, ROW], indent=1).encode(), "a JSON array, not JSON Lines"),
         ("long.json", json.dumps([ROW] * 100).encode(), "a JSON array, not JSON Lines"),
@@ -131,7 +131,7 @@ def test_every_door_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert command in str(error.value)
     for key in ("data.train=q.csv", "data.eval=[q.csv]"):
         config = compose_config("train", ["data=jsonl", "data.train=t.jsonl", "data.eval=[t.jsonl]", key])
-        with pytest.raises(ValueError, match="prepare csv --source q.csv"):
+        with pytest.raises(ValueError, match=r"prepare csv --source q\.csv"):
             load_data(config.data, _NoRenderer(), training=True)  # type: ignore[arg-type]
 
 
