@@ -357,8 +357,8 @@ def _legend(summary: EvalSummary, *, tested: bool) -> list[str]:
     if any(file.reordered for file in summary.files):
         lines.append("other order: with the options in another order")
     if any(file.image_free_prior is None for file in summary.files):
-        lines.append("prior: the option text most often right in the other rows of the file (leave one out, loo),")
-        lines.append("since there are no training rows")
+        where = "in the other rows of the file (loo, leave one out), as there are no training rows"
+        lines.append(f"prior: the option text most often right {where}")
     else:
         lines.append("prior: the option text most often right in the training rows")
     return lines

@@ -227,10 +227,18 @@ def load_data(config: DataConfig, renderer: PromptRenderer, *, training: bool) -
         folder = Path(config.phantom_folder or f"outputs/phantom-{config.phantom_seed}")
         log.info("generated questions and pictures (data.phantom_seed=%d) are in %s", config.phantom_seed, folder)
         write_dataset(folder, config.phantom_seed)
+        if bool(train) != bool(evals):
+            yours, generated = ("data.train", "evaluated") if train else ("data.eval", "training")
+            log.warning(
+                "%s is yours, and the %s rows are generated: add data=jsonl to use yours alone", yours, generated
+            )
         train = train or str(folder / "train_mri.jsonl")
         evals = evals or [str(folder / f"test_{name}.jsonl") for name in ("mri", "ct", "xray")]
     if training and not train:
-        raise ValueError("data.train is not set: give a file of training rows, for example data.train=train.jsonl")
+        raise ValueError(
+            "data.train is not set: give a file of training rows, for example data.train=train.jsonl (data=FILE.jsonl names "
+            "what is evaluated)"
+        )
     if not training and not evals:
         raise ValueError("data.eval is empty: give files to evaluate on, for example data=test.jsonl")
     if config.leakage == "strict" and not train:

@@ -68,6 +68,10 @@ def check_key(key: str) -> None:
             return  # a mapping such as reward.weights takes any key
         hints = typing.get_type_hints(hint)
         if part not in hints:
+            groups = {group: typing.get_type_hints(of) for group, of in hints.items() if dataclasses.is_dataclass(of)}
+            inside = [f"{where}{group}.{part}" for group, keys in groups.items() if part in keys]
+            if inside:
+                raise ConfigError(f"unknown key {where}{part}: did you mean {' or '.join(inside)}?")
             raise _unknown_key(part, hints, where)
         hint, where = hints[part], f"{where}{part}."
 

@@ -130,6 +130,8 @@ def test_expand_refuses_an_unknown_profile() -> None:
     [
         ("learner.lrr=1", r"unknown key learner\.lrr: did you mean learner\.lr\?"),
         ("rolout.max_tokens=64", r"unknown key rolout: did you mean rollout\?"),
+        ("epochs=2", r"unknown key epochs: did you mean learner\.epochs or sft\.epochs\?"),
+        ("max_tokens=64", r"unknown key max_tokens: did you mean rollout\.max_tokens or eval\.max_tokens\?"),
         ("zzz=1", "unknown key zzz: known keys: .*steps"),
     ],
 )

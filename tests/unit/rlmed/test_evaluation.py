@@ -538,7 +538,7 @@ def test_every_column_of_the_table_is_explained_below_it(files, renderer, tmp_pa
     assert headings[-4:] == ["blank", "shuffled", "other order", "chance prior"]
     assert "blank, shuffled: over a grey picture, over another row's" in caption(summary)
     assert "other order: with the options in another order" in caption(summary)
-    assert "in the other rows of the file (leave one out, loo)" in caption(summary)
+    assert "in the other rows of the file (loo, leave one out)" in caption(summary)
     assert (
         "evaluating takes 56 answers: 14 to the rows as they are, 14 over a grey picture, 14 over another"
         in caplog.text

@@ -10,12 +10,14 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from markupsafe import Markup
 from PIL import Image
 
+from rlmed import report_plots
 from rlmed.core.tracing import Tracer
 from rlmed.evaluation_results import Accuracy, EvalRow, EvalSummary, FileSummary, compare, write_evaluation
 from rlmed.report import write_report
-from rlmed.report_plots import MAX_POINTS, draw_metrics, running_mean
+from rlmed.report_plots import MAX_POINTS, draw_accuracy, draw_metrics, running_mean
 from rlmed.report_rollouts import CHARACTERS, GROUPS, Pictures, show_groups, show_rows, take_apart
 
 EVIL = "<script>alert('owned')</script><img src=x onerror=alert(1)>"
@@ -278,17 +280,25 @@ def test_the_title_names_the_questions(run):
     assert "<title>my_run – report</title>" in write_report(run).read_text()
 
 
-def test_a_legend_stands_above_the_curves():
-    """As many labels as may be, and curves that fill the whole panel: the legend's texts lie above the axes' frame."""
-    lines = [
-        {"step": i, **{f"reward/{name}": i % 2 for name in ("mean", "format", "choice", "brevity")}} for i in range(9)
-    ]
-    (plot,) = draw_metrics(lines)
-    legend = re.search(r'<g id="legend_1">.*?(?=</g>\s*</svg>|$)', str(plot.svg), re.DOTALL)
-    assert legend is not None
-    lowest = max(float(y) for y in re.findall(r'transform="translate\([\d.]+ ([\d.]+)\)', legend[0]))
-    highest = min(float(y) for y in re.findall(r"L [\d.]+ ([\d.]+)", str(plot.svg)[: legend.start()]))
-    assert 0 < lowest < highest
+def test_a_legend_covers_no_curve(monkeypatch):
+    figures = []
+    monkeypatch.setattr(report_plots, "to_svg", lambda figure: figures.append(figure) or Markup(""))
+    names = ("mean", "format", "choice", "brevity", "a_long_name_of_a_users_own", "agreement", "likelihood_gain")
+    draw_metrics([{"step": i, **{f"reward/{name}": i % 2 for name in names}} for i in range(9)])
+    files = ("test_mri", "test_ct", "test_xray", "another")
+    summaries = [summary(step, [row(1, True)], False) for step in (0, 3)]
+    draw_accuracy(
+        [
+            dataclasses.replace(one, files=tuple(dataclasses.replace(one.files[0], name=name) for name in files))
+            for one in summaries
+        ]
+    )
+    assert len(figures) == 2
+    for figure in figures:
+        figure.draw_without_rendering()
+        legend, axes = figure.legends[0].get_window_extent(), figure.axes[0].get_window_extent()
+        assert legend.y0 >= axes.y1
+        assert axes.height > 60  # pixels of the page
 
 
 def test_letters_that_were_not_offered_stand_beside_the_format(run):

@@ -22,6 +22,7 @@ def test_the_embedded_model_is_one_and_so_is_every_checkpoint_of_it(base_copy: P
         renderer = PromptRenderer(*load_processor(folder), max_prompt_tokens=256)
         folder = tmp_path / stage
         folder.mkdir()
+        shutil.copy(base_copy / "config.json", folder)
         renderer.save(folder)
         assert is_toy(folder)
 

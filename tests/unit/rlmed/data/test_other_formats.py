@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from rlmed import setup
 from rlmed.commandline import compose_config, expand
 from rlmed.data.jsonl import read_examples
 from rlmed.data.other_formats import to_prepare
@@ -55,7 +56,7 @@ def test_a_file_names_its_reader(tmp_path: Path, name: str, content: bytes, what
         (
             "q.xlsx",
             b"PK\3\4",
-            "a spreadsheet, not JSON Lines: save it as CSV (UTF-8), then `python -m rlmed.prepare csv --source ",
+            "a spreadsheet, not JSON Lines: save it as CSV (UTF-8), then `python -m rlmed.prepare csv ",
         ),
         ("q.ods", b"PK\3\4", "a spreadsheet, not JSON Lines: save it as CSV"),
         ("q.zip", b"PK\3\4", "an archive, not JSON Lines: unpack it"),
@@ -64,7 +65,7 @@ def test_a_file_names_its_reader(tmp_path: Path, name: str, content: bytes, what
         (
             "q.json",
             json.dumps([ROW, ROW]).encode(),
-            "a JSON array, not JSON Lines: write each of its objects on a line of its own",
+            "a JSON array, not JSON Lines: write each of its objects on a line",
         ),
         ("q.jsonl", json.dumps([ROW, ROW], indent=1).encode(), "a JSON array, not JSON Lines"),
         ("long.json", json.dumps([ROW] * 100).encode(), "a JSON array, not JSON Lines"),
@@ -138,3 +139,27 @@ def test_every_door_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 class _NoRenderer:
     def render(self, example: object) -> None:
         """Takes every row."""
+
+
+def test_generated_rows_are_not_mixed_with_ones_own_in_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(setup, "write_dataset", lambda folder, seed: None)
+    (tmp_path / "outputs" / "phantom-0").mkdir(parents=True)
+    for name in ("t", *(f"outputs/phantom-0/{file}" for file in ("train_mri", "test_mri", "test_ct", "test_xray"))):
+        Path(f"{name}.jsonl").write_text(json.dumps(ROW))
+    for arguments, said in (
+        (["data.train=t.jsonl"], "data.train is yours, and the evaluated rows are generated: add data=jsonl"),
+        (["data.eval=[t.jsonl]"], "data.eval is yours, and the training rows are generated: add data=jsonl"),
+        ([], None),
+        (["data=jsonl", "data.train=t.jsonl", "data.eval=[t.jsonl]"], None),
+    ):
+        caplog.clear()
+        config = compose_config("train", ["data=phantom", *arguments])
+        load_data(config.data, _NoRenderer(), training=True)  # type: ignore[arg-type]
+        assert ("add data=jsonl" in caplog.text) == (said is not None)
+        assert said is None or said in caplog.text
+    with caplog.at_level("INFO"):
+        load_data(compose_config("train", ["data=phantom"]).data, _NoRenderer(), training=True)  # type: ignore[arg-type]
+    assert "generated questions and pictures (data.phantom_seed=0) are in outputs/phantom-0" in caplog.text
