@@ -101,7 +101,7 @@ def test_the_busy_process_ends_with_a_benchmark_that_is_killed() -> None:
         busy = int(parent.stdout.readline())
         os.kill(busy, 0)
         parent.kill()
-    for _ in range(200):
+    for _ in range(600):
         state = Path(f"/proc/{busy}/stat")
         if not state.exists() or state.read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "Z":
             return
