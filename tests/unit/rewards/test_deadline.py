@@ -9,7 +9,6 @@ import pytest
 
 from rewards.deadline import DeadlineError, call_within
 
-
 PATIENT = 600.0
 """A limit that no call here reaches, even where the machine stands still for a while."""
 

@@ -142,7 +142,9 @@ def test_a_dead_workers_requests_are_sampled_by_its_successor_with_the_current_w
     assert pool.metrics()["rollout/groups_sampled_again"] == 2
 
 
-@pytest.mark.parametrize(("limit", "property"), [("silence_s", "answers"), ("stall_s", "moves")], ids=["silent", "still"])
+@pytest.mark.parametrize(
+    ("limit", "property"), [("silence_s", "answers"), ("stall_s", "moves")], ids=["silent", "still"]
+)
 def test_a_worker_that_does_not_answer_or_does_not_move_is_replaced(make_pool, make_request, limit, property):
     site = Site(auto=False)
     pool = make_pool(site, workers=1)
