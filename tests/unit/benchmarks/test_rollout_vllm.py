@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from importlib import metadata
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -17,19 +16,7 @@ from benchmarks import rollout_vllm, smollm2_folder
 from benchmarks.common import Timing, find_model, make_renderer
 from benchmarks.rollout_vllm import BUSY, Workload, busy_process, make_prompts, served_side, summarise
 from rlmed.models.tiny import build_tiny_text
-
-
-def serve(answers: list[object], pipe: Connection) -> None:
-    """Answers in turn; runs in another process."""
-    pipe.send("ready")
-    for given in answers:
-        if pipe.recv() != "go":
-            return
-        pipe.send(given)
-
-
-def die(pipe: Connection) -> None:
-    """Before it is ready."""
+from tests.unit.benchmarks.sides import die, serve
 
 
 @pytest.mark.parametrize("length", [54, 300])
