@@ -11,6 +11,7 @@ from typing import Any
 
 from rlmed.core.files import rename_into_place
 from rlmed.core.ownership import aside_of, remove, remove_leftovers
+from rlmed.core.protocols import ClusterError
 
 STATE_FILE = "trainer_state.json"
 _NAME = re.compile(r"step-(\d{6,})")
@@ -34,6 +35,7 @@ def save_checkpoint(
 
     Raises:
         CheckpointError: when the disk refuses; earlier checkpoints are untouched.
+        ClusterError: as `write` raised it, when a process of the run was lost meanwhile.
     """
     target = root / f"step-{step:06d}"
     aside = aside_of(target)
@@ -49,6 +51,9 @@ def save_checkpoint(
         # a resumed run may write the step that it had written before it was killed
         rename_into_place(aside, target, may_replace=lambda: True)
         _flush(root)
+    except ClusterError:  # the disk is well, and what was lost knows its cure
+        remove(aside)
+        raise
     except Exception as error:
         # a full disk is an OSError from Python, another type from each library, and from tokenizers a bare Exception
         remove(aside)

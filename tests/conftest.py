@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hydra._internal.sources_registry import SourcesRegistry
+from hydra.core.plugins import Plugins
+from hydra.plugins.config_source import ConfigResult, ConfigSource
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from rlmed.core.config_checks import PRODUCT_USES
@@ -44,6 +48,25 @@ PLAIN_TOKENS = range(20, 300)
 EXTRA_ENDS = (31, 32, 33, 34, 35, 36, 37, 38)
 """Ordinary tokens that end a completion of the test models too, so that random completions are ragged."""
 Grid = tuple[int, int]
+
+
+def _remember_config_files() -> None:
+    """Read each YAML file of a package once: tests compose hundreds of configurations, and parsing is a third of that."""
+    Plugins.instance()  # registers the sources
+    source = SourcesRegistry.instance().resolve("pkg")
+    read, known = source.load_config, dict[tuple[str, ...], bytes]()
+
+    def load_config(self: ConfigSource, config_path: str) -> ConfigResult:
+        key = (self.provider, self.path, config_path)
+        if key not in known:
+            known[key] = pickle.dumps(read(self, config_path))
+        result: ConfigResult = pickle.loads(known[key])  # a copy, for Hydra changes it
+        return result
+
+    source.load_config = load_config  # type: ignore[method-assign]
+
+
+_remember_config_files()
 
 
 def _auto_class(family: str) -> type:

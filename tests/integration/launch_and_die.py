@@ -1,8 +1,9 @@
-"""Starts a run and kills its own process, without any clean-up, at a chosen place: `launch_and_die.py PLACE [override ...]`.
+"""Starts a run that kills its own process, without any clean-up, at a chosen place: `launch_and_die.py PLACE [override ...]`.
 
 PLACE is one of: nowhere, rollout:N (at group N), backward:N (at gradient N), optimizer:N (at update N), checkpoint:N (while
 writing the checkpoint of step N), metrics:N (before step N is written down), report:1 (before the report is written),
-images:N (after the N-th file of generated rows).
+images:N (after the N-th file of generated rows). With wait:M,N it doesn't die but stands still before steps M and N are
+written down, each time until somebody has removed the file `waits` that it makes in its folder.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,21 @@ def die_in_checkpoint(step: int) -> None:
     PolicyLearner.save = deadly  # type: ignore[method-assign]
 
 
+def wait_before(steps: set[int]) -> None:
+    """Stand still in the main thread before these steps are written down; all other threads and processes go on."""
+    original = RunRecorder.record_groups
+
+    def waiting(self: RunRecorder, step: int, *args: Any, **kwargs: Any) -> None:
+        if step in steps:
+            sign = self._folder / "waits"
+            sign.write_text("")
+            while sign.exists():
+                time.sleep(0.05)
+        original(self, step, *args, **kwargs)
+
+    RunRecorder.record_groups = waiting  # type: ignore[method-assign]
+
+
 def main() -> None:
     place, _, number = sys.argv.pop(1).partition(":")
     match place:
@@ -72,6 +89,8 @@ def main() -> None:
             die_at_call(rlmed.data.phantom, "write_split", int(number), after=True)
         case "metrics":
             die_at_call(RunRecorder, "record_groups", int(number), after=False)
+        case "wait":
+            wait_before({int(step) for step in number.split(",")})
         case _:
             raise SystemExit(f"unknown place {place!r}")
     run_command("train", rlmed.launch.main)

@@ -130,7 +130,7 @@ class Machines:
 
     def close(self) -> None:
         try:
-            wait_until(self._killed, 30, "all processes of the machines end")
+            wait_until(self._killed, 120, "all processes of the machines end")
         finally:
             if isinstance(self.network, Network):
                 self.network.close()
@@ -171,7 +171,7 @@ class Machines:
 
     def _wait_for_node(self, number: int) -> None:
         log = self._log(number)
-        wait_until(lambda: "Ray runtime started" in log.read_text(), 90, f"machine {number} has a Ray node")
+        wait_until(lambda: "Ray runtime started" in log.read_text(), 240, f"machine {number} has a Ray node")
 
     def _log(self, number: int) -> Path:
         return self.folder / f"node-{number}.log"

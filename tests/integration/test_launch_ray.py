@@ -24,6 +24,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray"),
 ]
+DIE = Path(__file__).with_name("launch_and_die.py")
 # at a small learning rate a completion that rounding decides does not change most of those after it
 SETTINGS = (*SHORT_RUN, "algo.dynamic_sampling=false", "reward=reasoning", "learner.lr=1e-4")
 
@@ -32,16 +33,23 @@ class Launch:
     """A run in a process of its own whose descendants can be found."""
 
     def __init__(
-        self, folder: Path, *overrides: str, temporary: Path | None = None, omp_threads: str | None = "1"
+        self,
+        folder: Path,
+        *overrides: str,
+        waits: str | None = None,
+        temporary: Path | None = None,
+        omp_threads: str | None = "1",
     ) -> None:
-        self.folder, self.mark = folder, new_mark()
+        """`waits`: steps before which it stands still until `go_on`, as "2,4"; so no machine is too fast for a test."""
+        self.folder, self.sign, self.mark = folder, folder / "waits", new_mark()
         environment = os.environ | self.mark
         environment.pop("OMP_NUM_THREADS", None)
         if omp_threads is not None:
             environment["OMP_NUM_THREADS"] = omp_threads
         if temporary is not None:
             environment["TMPDIR"] = str(temporary)
-        command = [sys.executable, "-m", "rlmed.launch", *SETTINGS, f"hydra.run.dir={folder}", *overrides]
+        start = ["-m", "rlmed.launch"] if waits is None else [str(DIE), f"wait:{waits}"]
+        command = [sys.executable, *start, *SETTINGS, f"hydra.run.dir={folder}", *overrides]
         self.process = subprocess.Popen(
             command, cwd=folder.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -51,15 +59,18 @@ class Launch:
         """Wait for its end, which must have this exit status; nothing of it may be left running."""
         self.output, _ = self.process.communicate(timeout=240)
         assert self.process.returncode == status, self.output
-        wait_until(lambda: not marked(self.mark), 30, "all processes of the run end")
+        wait_until(lambda: not marked(self.mark), 120, "all processes of the run end")
         return self.output
 
     def victims(self, title: str) -> list[int]:
         return marked(self.mark, title)
 
-    def steps(self) -> int:
-        path = self.folder / "metrics.jsonl"
-        return len(path.read_text().splitlines()) if path.exists() else 0
+    def until_it_waits(self) -> None:
+        wait_until(lambda: self.sign.exists() or self.process.poll() is not None, 240, "the next step to wait at")
+        assert self.process.poll() is None, self.process.communicate()
+
+    def go_on(self) -> None:
+        self.sign.unlink()
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
@@ -89,12 +100,13 @@ def test_a_killed_run_leaves_no_actors_and_goes_on_as_a_single_process_would(
 ) -> None:
     """Agents of Ray's own may go on for about a minute, until they notice that they are alone."""
     settings = ("cluster=ray", "cluster.threads=1")
-    run = Launch(runs / "gone", *settings, temporary=temporary)
-    wait_until(lambda: run.steps() >= 1, 120, "the first step")
+    run = Launch(runs / "gone", *settings, waits="3", temporary=temporary)
+    run.until_it_waits()
     assert len(run.victims("Actor")) == 2
     run.process.kill()
     run.process.communicate()
-    wait_until(lambda: not run.victims("Actor"), 30, "the actors of the killed run end")
+    run.go_on()
+    wait_until(lambda: not run.victims("Actor"), 120, "the actors of the killed run end")
     assert len(list(temporary.glob("rlmed-ray-*"))) == 1
     Launch(runs / "gone", *settings, "resume=auto", temporary=temporary).finish()
     # neither its own folder is left nor that of the killed one
@@ -105,11 +117,13 @@ def test_a_killed_run_leaves_no_actors_and_goes_on_as_a_single_process_would(
 def test_a_killed_worker_costs_no_group_and_a_killed_rank_is_resumed_with_one_command(runs: Path, local: Path) -> None:
     """Two ranks, of which one dies; the run goes on with one."""
     settings = ("cluster=ray", "cluster.rollout_workers=2", "cluster.threads=1")
-    run = Launch(runs / "killed", *settings, "cluster.learner_ranks=2")
-    wait_until(lambda: run.steps() >= 1, 120, "the first step")
+    run = Launch(runs / "killed", *settings, "cluster.learner_ranks=2", waits="2,4")
+    run.until_it_waits()
     os.kill(run.victims("ray::RolloutActor")[0], signal.SIGKILL)
-    wait_until(lambda: run.steps() >= 3, 120, "two more steps")
+    run.go_on()
+    run.until_it_waits()
     os.kill(run.victims("ray::LearnerActor")[1], signal.SIGKILL)
+    run.go_on()
     said = run.finish(status=3)
     assert re.search("learner rank [01] was lost", said)
     assert "resume=auto" in said

@@ -27,8 +27,10 @@ pytestmark = [
         " " in sys.executable, reason="`ray start` does not work from a folder with a space in its name"
     ),
 ]
-STEPS, GROUPS_PER_STEP = 16, 4
-"""Enough of them that a run goes on for seconds after its second step: a busy machine is slow to see that step."""
+STEPS, GROUPS_PER_STEP = 8, 4
+LAST = STEPS - 1
+"""Runs stand still before the steps 3 and `LAST`, so no machine is too fast for what happens to them then."""
+DIE = Path(__file__).with_name("launch_and_die.py")
 TRAINING = (
     "+experiment=medvqa_600_embedded",
     f"steps={STEPS}",
@@ -58,8 +60,10 @@ SETTINGS = (
 class Run:
     """A run that is started on the head, with other settings where they are given."""
 
-    def __init__(self, machines: Machines, folder: Path, *overrides: str) -> None:
-        self.folder, self._output = folder, folder.with_suffix(".log")
+    def __init__(self, machines: Machines, folder: Path, *overrides: str, waits: str | None = None) -> None:
+        """`waits`: steps before which it stands still until `go_on`."""
+        self.folder, self.sign, self._output = folder, folder / "waits", folder.with_suffix(".log")
+        start = ["-m", "rlmed.launch"] if waits is None else [str(DIE), f"wait:{waits}"]
         environment = machines.environment(0)
         if "cluster.address=null" in overrides:
             del environment["RAY_ADDRESS"]
@@ -68,8 +72,7 @@ class Run:
                 [
                     *machines.network.inside(0),
                     sys.executable,
-                    "-m",
-                    "rlmed.launch",
+                    *start,
                     *(overrides or SETTINGS),
                     f"hydra.run.dir={folder}",
                 ],
@@ -87,8 +90,11 @@ class Run:
         path = self.folder / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def wait_for_step(self, step: int) -> None:
-        self.wait_until(lambda: len(self.metrics()) >= step, f"step {step}")
+    def until_it_waits(self) -> None:
+        self.wait_until(self.sign.exists, "the next step to wait at")
+
+    def go_on(self) -> None:
+        self.sign.unlink()
 
     def wait_until(self, condition: Callable[[], bool], what: str) -> None:
         """While it runs."""
@@ -127,12 +133,16 @@ def both_sample(machines: Machines) -> bool:
 
 
 def test_a_machine_that_is_cut_off_costs_no_group(three_machines: Machines, workplace: Path) -> None:
-    run = Run(three_machines, workplace / "run")
-    run.wait_for_step(2)
+    run = Run(three_machines, workplace / "run", waits=f"3,{LAST}")
+    run.until_it_waits()
     assert both_sample(three_machines)
     assert not three_machines.running(0, "ray::RolloutActor")
     assert three_machines.running(0, "ray::LearnerActor")
     three_machines.network.cut(2)
+    run.go_on()
+    run.until_it_waits()
+    run.wait_until(lambda: " was lost" in run.output, "its loss is noticed")
+    run.go_on()
     run.finish()
     assert three_machines.running(2, "raylet")  # nobody has killed anything there
     last = run.metrics()[-1]
@@ -145,17 +155,20 @@ def test_a_killed_node_costs_no_group_and_after_a_lost_head_the_same_command_goe
     three_nodes: Machines, workplace: Path
 ) -> None:
     """The head's own process is killed; its node goes on for a minute, as one on another machine would."""
-    run = Run(three_nodes, workplace / "run", *SETTINGS, "checkpoint.every=1")
-    run.wait_for_step(2)
+    run = Run(three_nodes, workplace / "run", *SETTINGS, "checkpoint.every=1", waits=f"3,{LAST}")
+    run.until_it_waits()
     assert both_sample(three_nodes)
     three_nodes.kill(2)
-    run.wait_until(lambda: run.metrics()[-1]["rollout/workers_lost"] >= 1, "a step after the node was killed")
+    run.go_on()
+    run.until_it_waits()
+    assert run.metrics()[-1]["rollout/workers_lost"] >= 1
     assert run.metrics()[-1]["rollout/workers_ready"] == 1
     for pid in three_nodes.running(0, "bin/ray"):  # `ray start --block` would end the node, and Ray the run, at once
         os.kill(pid, signal.SIGSTOP)
     for pid in three_nodes.running(0, "gcs_server"):
         os.kill(pid, signal.SIGKILL)
-    assert run.process.wait(timeout=120) == 3, run.output
+    assert run.process.wait(timeout=240) == 3, run.output
+    run.go_on()
     assert re.search(r"error: the head of the Ray cluster .* has not answered .* with resume=auto", run.output)
     assert "Traceback" not in run.output
     alone = (*TRAINING, "checkpoint.every=1", "cluster.address=null", "resume=auto")

@@ -9,7 +9,6 @@ import sys
 import time
 from collections import Counter
 from importlib import metadata
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -29,19 +28,7 @@ from benchmarks.rollout_vllm import (
 )
 from rlmed.models.policy import load_policy
 from rlmed.models.tiny import build_tiny_text
-
-
-def serve(answers: list[object], pipe: Connection) -> None:
-    """Answers in turn; runs in another process."""
-    pipe.send("ready")
-    for given in answers:
-        if pipe.recv() != "go":
-            return
-        pipe.send(given)
-
-
-def die(pipe: Connection) -> None:
-    """Before it is ready."""
+from tests.unit.benchmarks.sides import die, serve
 
 
 @pytest.mark.parametrize("length", [54, 300])
@@ -135,7 +122,7 @@ def test_the_busy_process_ends_with_a_benchmark_that_is_killed() -> None:
         busy = int(parent.stdout.readline())
         os.kill(busy, 0)
         parent.kill()
-    for _ in range(200):
+    for _ in range(600):
         state = Path(f"/proc/{busy}/stat")
         if not state.exists() or state.read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "Z":
             return

@@ -75,7 +75,7 @@ def workers(*numbers):
 
 def test_engines_are_connected_once_and_again_when_others_are_there(rank, direct):
     for version, numbers in enumerate([(1, 2), (1, 2), (1,), (1, 3), (1, 3)]):
-        report = direct.start(workers(*numbers), version).result(timeout=5)
+        report = direct.start(workers(*numbers), version).result(timeout=60)
         assert (report.bytes, report.fetch_s) == (12, 0.0)
         assert isinstance(report, PushReport)
     one, two, three = ("nccl", ["worker 1"]), ("nccl", ["worker 1", "worker 2"]), ("nccl", ["worker 1", "worker 3"])
@@ -83,26 +83,26 @@ def test_engines_are_connected_once_and_again_when_others_are_there(rank, direct
 
 
 def test_a_successor_of_the_same_name_is_another_process(rank, direct):
-    direct.start(workers(1), 0).result(timeout=5)
-    direct.start([Recipient("worker 1", "process 9", ("gpu-1",))], 1).result(timeout=5)
+    direct.start(workers(1), 0).result(timeout=60)
+    direct.start([Recipient("worker 1", "process 9", ("gpu-1",))], 1).result(timeout=60)
     assert len(rank.calls) == 4
 
 
 def test_engines_that_could_not_be_connected_are_tried_again_when_one_has_changed(rank, direct):
     rank.errors = [NotConnectedError("Traceback: many lines\nno connection by nccl: worker 2 is gone.")]
     with pytest.raises(NotConnectedError, match=r"^no connection by nccl: worker 2 is gone$"):
-        direct.start(workers(1, 2), 0).result(timeout=5)
+        direct.start(workers(1, 2), 0).result(timeout=60)
     assert direct.start(workers(1, 2), 1) is None
     assert len(rank.calls) == 1
-    direct.start(workers(1, 3), 2).result(timeout=5)
+    direct.start(workers(1, 3), 2).result(timeout=60)
     assert rank.calls[1:] == [("nccl", ["worker 1", "worker 3"]), 2]
 
 
 def test_after_a_broken_transfer_engines_are_connected_anew(rank, direct):
     rank.errors = [TransferError("version 0 did not reach worker 1")]
     with pytest.raises(TransferError, match="did not reach worker 1"):
-        direct.start(workers(1), 0).result(timeout=5)
-    direct.start(workers(1), 1).result(timeout=5)
+        direct.start(workers(1), 0).result(timeout=60)
+    direct.start(workers(1), 1).result(timeout=60)
     assert rank.calls == [("nccl", ["worker 1"]), 0, ("nccl", ["worker 1"]), 1]
 
 

@@ -12,6 +12,8 @@ import pytest
 from rewards.extra import RewardError, RewardTimeoutError, guarded, load_reward
 from rlmed.core.types import Completion, Example
 
+PATIENT = 600.0
+"""A limit that no function here reaches, even where the machine stands still for a while."""
 EXAMPLE = Example(id="mri-7", image=None, question="Which?", options=("head", "chest"), answer=1)
 MODULE = """
 def brevity(example, completion):
@@ -80,7 +82,7 @@ def test_what_cannot_be_loaded_is_an_error_that_says_why(folder, path, reason):
 
 @pytest.mark.parametrize("value", [1, 0.5, True, np.float32(0.5), np.int64(2), np.array(0.5)])
 def test_numbers_of_any_kind_pass(value):
-    result = guarded("m:f", lambda example, completion: value, 1.0)(EXAMPLE, completion())
+    result = guarded("m:f", lambda example, completion: value, PATIENT)(EXAMPLE, completion())
     assert type(result) is float
     assert result == float(value)
 
@@ -103,7 +105,7 @@ def test_numbers_of_any_kind_pass(value):
 )
 def test_anything_else_is_an_error_that_names_everything(value, reason):
     with pytest.raises(RewardError, match=reason) as error:
-        guarded("m:f", lambda example, completion: value, 1.0)(EXAMPLE, completion("<think>hm"))
+        guarded("m:f", lambda example, completion: value, PATIENT)(EXAMPLE, completion("<think>hm"))
     assert str(error.value).startswith("reward m:f on example 'mri-7', completion '<think>hm': it returned ")
     assert len(str(error.value)) < 500
 
@@ -114,13 +116,13 @@ def test_a_function_that_raises_is_named_with_its_error(raised):
         raise raised
 
     with pytest.raises(RewardError, match=rf"m:f on example 'mri-7'.*it raised {type(raised).__name__}") as error:
-        guarded("m:f", function, 1.0)(EXAMPLE, completion())
+        guarded("m:f", function, PATIENT)(EXAMPLE, completion())
     assert error.value.__cause__ is raised
 
 
 def test_a_long_completion_is_cut_in_the_message():
     with pytest.raises(RewardError, match=r"… \(10002 characters\): it returned None"):
-        guarded("m:f", lambda example, completion: None, 1.0)(EXAMPLE, completion("x" * 10_000))
+        guarded("m:f", lambda example, completion: None, PATIENT)(EXAMPLE, completion("x" * 10_000))
 
 
 def sleeps() -> None:
@@ -150,15 +152,13 @@ def swallows() -> None:
 
 @pytest.mark.parametrize("hang", [sleeps, spins, waits, backtracks, swallows])
 def test_a_hang_is_an_error_and_the_function_is_stopped(hang):
-    threads = threading.active_count()
+    threads = set(threading.enumerate())
     reward = guarded("m:f", lambda example, completion: hang(), 0.1)
-    started = time.monotonic()
     with pytest.raises(
         RewardTimeoutError, match=r"m:f on example 'mri-7', completion '<think>x': no result after 0.1 s"
     ):
         reward(EXAMPLE, completion())
-    assert time.monotonic() - started < 5
-    assert threading.active_count() == threads
+    assert set(threading.enumerate()) <= threads
 
 
 def test_outside_the_main_thread_a_hang_costs_one_thread_and_no_result_is_ever_late():
@@ -178,11 +178,11 @@ def test_outside_the_main_thread_a_hang_costs_one_thread_and_no_result_is_ever_l
             except RewardTimeoutError as error:
                 outcomes.append(str(error))
 
-    before = threading.active_count()
+    before = set(threading.enumerate())
     thread = threading.Thread(target=run)
     thread.start()
-    thread.join(10)
-    assert threading.active_count() == before + 1
+    thread.join()
+    assert len(set(threading.enumerate()) - before) == 1
     released.set()
     assert calls == ["first"]
     assert "completion 'first': no result after 0.1 s" in outcomes[0]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from rlmed.checkpoint import STATE_FILE, CheckpointError, list_checkpoints, read_state, save_checkpoint, starting_point
+from rlmed.core.protocols import ClusterError
 
 
 def write(folder: Path) -> None:
@@ -68,6 +69,16 @@ def test_a_failed_write_leaves_the_earlier_checkpoint(tmp_path: Path, error: Exc
     with pytest.raises(CheckpointError, match=r"step-000006 could not be written.*resume=auto"):
         save_checkpoint(tmp_path, 6, {}, fail, keep_last=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000005"]
+
+
+def test_a_rank_that_is_lost_while_it_saves_is_no_trouble_of_the_disk(tmp_path: Path) -> None:
+    def lose(folder: Path) -> None:
+        write(folder)
+        raise ClusterError("learner rank 1 was lost while it should save")
+
+    with pytest.raises(ClusterError, match="rank 1 was lost"):
+        save_checkpoint(tmp_path, 6, {}, lose, keep_last=1)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_leftovers_of_a_killed_run_are_no_checkpoints_and_go(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import socket
-import threading
 
 import pytest
 
@@ -21,25 +20,29 @@ def test_a_head_that_stops_listening_ends_the_process_with_the_command_that_goes
         address = f"127.0.0.1:{head.getsockname()[1]}"
         watch = HeadWatch(address, limit_s=0.5, end=ended.append)
         watch.start()
-        watch.join(timeout=1.0)
+        head.settimeout(60)
+        for _ in range(3):  # it knocks again and again
+            head.accept()[0].close()
         assert watch.is_alive()
         assert ended == []
-    watch.join(timeout=20)
+    watch.join(timeout=60)
     assert ended == [3]
     said = capsys.readouterr().err
     assert f"the head of the Ray cluster ({address}) has not answered" in said
     assert "the same command with resume=auto" in said
 
 
-def test_a_run_that_has_ended_is_not_ended_again() -> None:
-    from rlmed.ray_session import HeadWatch
+def test_a_run_that_has_ended_is_not_ended_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends during the very knock that would have been the last."""
+    from rlmed import ray_session
 
-    with socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))
-        called = threading.Event()
-        watch = HeadWatch(f"127.0.0.1:{nobody.getsockname()[1]}", limit_s=0.3, end=lambda _: called.set())
-        watch.start()
+    ended: list[int] = []
+    watch = ray_session.HeadWatch("127.0.0.1:1", limit_s=0.0, end=ended.append)
+
+    def refused(address: str, timeout_s: float) -> None:
         watch.stop()
-        watch.join(timeout=10)
-    assert not watch.is_alive()
-    assert not called.is_set()
+        raise ConnectionError("refused")
+
+    monkeypatch.setattr(ray_session, "_check_listens", refused)
+    watch.run()
+    assert ended == []

@@ -385,6 +385,7 @@ def test_a_folder_of_something_else_is_an_error(tmp_path):
         write_report(tmp_path)
 
 
+@pytest.mark.slow
 def test_command_line(run):
     command = [sys.executable, "-m", "rlmed.report"]
     done = subprocess.run([*command, str(run)], capture_output=True, text=True, check=True)

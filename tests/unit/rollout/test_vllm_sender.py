@@ -38,10 +38,10 @@ class Group:
             for rank, mailbox in self.network.items():
                 mailbox.put(tensor.clone())
                 if rank in self.network.stuck:  # as a rank that waits for a peer does, until its group is aborted
-                    self.destroyed.wait(30)
+                    self.destroyed.wait(600)
                     raise RuntimeError("NCCL error: aborted")
         else:
-            tensor.copy_(self.network[self.rank].get(timeout=10))
+            tensor.copy_(self.network[self.rank].get(timeout=60))
 
     def destroy(self):
         self.destroyed.set()
@@ -114,7 +114,7 @@ class Worker:
                 for half in self.halves
             ]
             for job in jobs:
-                job.result(timeout=20)
+                job.result(timeout=60)
 
         done = Future()
 
@@ -183,7 +183,7 @@ class Learner:
             self.gathered.append(name)
             yield name, tensor
 
-    def sender(self, limit_s=10.0):
+    def sender(self, limit_s=60.0):
         from rollout.vllm_backend.sender import WeightTransferSender
 
         shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self.weights.items()}
@@ -284,18 +284,20 @@ def test_an_engine_that_dies_while_it_connects_ends_the_wait_for_it(network, lea
     from vllm.distributed.weight_transfer import nccl_engine
 
     ever = threading.Event()
-    monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", lambda info: ever.wait(30))
+    monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", lambda info: ever.wait())
     one, two = Worker("one"), Worker("rollout worker 2 (there, process 7)")
     two.answers["connect"] = failed(OSError("Traceback ...\nthe actor died"))
     with pytest.raises(
         NotConnectedError, match=r"by nccl.*rollout worker 2 \(there, process 7\) could not connect: the actor died"
     ):
-        learner.sender(limit_s=20).connect("nccl", [one, two], "10.0.0.1")
+        learner.sender(limit_s=600).connect("nccl", [one, two], "10.0.0.1")
     ever.set()
 
 
 def test_an_engine_that_does_not_connect_is_named_after_the_limit(network, learner):
     one, two = Worker("one"), Worker("two")
+    one.answers["connect"] = done = Future()
+    done.set_result(None)
     two.answers["connect"] = Future()
     with pytest.raises(NotConnectedError, match=r"two did not connect within 2 s"):
         learner.sender(limit_s=2.0).connect("nccl", [one, two], "10.0.0.1")
@@ -333,8 +335,9 @@ def test_a_transfer_that_cannot_be_ended_ends_the_run(network, learner, monkeypa
 
     monkeypatch.setattr(module, "ABORT_S", 0.1)
     monkeypatch.setattr(Group, "destroy", lambda self: None)
-    one, sender = Worker("one"), learner.sender(limit_s=0.5)
+    one, sender = Worker("one"), learner.sender()
     sender.connect("nccl", [one], "10.0.0.1")
+    sender._limit_s = 0.5
     network.stuck = {1}
     with pytest.raises(ClusterError, match=r"hangs in a transfer.*resume=auto"):
         sender.send(5)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -17,18 +16,35 @@ from rlmed.setup import model_folder
 needs_onednn = pytest.mark.skipif(not has_onednn(), reason="this torch has no oneDNN")
 
 
+class Clock:
+    """In the place of `time` in the probe: a product takes a millisecond, a slow one twenty more, on every machine."""
+
+    now = 0.0
+
+    def perf_counter(self):
+        self.now += 0.0005
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+CLOCK = Clock()
+
+
 @pytest.fixture(autouse=True)
 def unsettled(monkeypatch):
     monkeypatch.setattr(products._Choice, "uses", None)
+    monkeypatch.setattr(products, "time", CLOCK)
 
 
 def slow(x, weight, bias=None):
-    time.sleep(0.02)
+    CLOCK.sleep(0.02)
     return x @ weight.T
 
 
 def slow_gradient(grad, x):
-    time.sleep(0.02)
+    CLOCK.sleep(0.02)
     return grad.T @ x
 
 
@@ -55,11 +71,11 @@ def test_a_slow_gradient_of_the_input_counts_where_many_rows_are_learnt(monkeypa
 
     def slow_transposed(x, weight, bias=None):
         if not weight.is_contiguous():
-            time.sleep(0.02)
+            CLOCK.sleep(0.02)
         return plain(x, weight, bias)
 
     monkeypatch.setattr(products, "onednn", slow_transposed)
-    monkeypatch.setattr(products.F, "linear", lambda x, weight: time.sleep(0.002) or x @ weight.T)
+    monkeypatch.setattr(products.F, "linear", lambda x, weight: CLOCK.sleep(0.002) or x @ weight.T)
     assert "many_rows" not in probe_products(SHAPES)
 
 
@@ -76,7 +92,7 @@ def test_weights_are_packed_where_it_pays(monkeypatch):
     # packing that takes longer than it saves in the steps of a rollout
     plain_pack = products.pack
     monkeypatch.setattr(products, "PACKED_STEPS", 1)
-    monkeypatch.setattr(products, "pack", lambda weight: time.sleep(0.05) or plain_pack(weight))
+    monkeypatch.setattr(products, "pack", lambda weight: CLOCK.sleep(0.05) or plain_pack(weight))
     assert "packed_weights" not in probe_products(SHAPES)
 
 

@@ -184,6 +184,7 @@ def test_real_files_with_a_question_each(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_a_folder_called_dl_where_the_command_runs_is_not_taken_for_a_module(tmp_path):
     (tmp_path / "dl").mkdir()
     (tmp_path / "a.dcm").write_bytes(shipped("JPEG2000.dcm").read_bytes())
