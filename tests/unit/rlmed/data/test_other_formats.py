@@ -34,7 +34,7 @@ FILES = [
     ("1.dcm", b"", "a DICOM file", "dicom"),
     ("IM000001", DICOM, "a DICOM file", "dicom"),
     ("t1.nii", NIFTI, "a NIfTI volume", "nifti"),
-    ("t1.NII.gz", gzip.compress(NIFTI), "a NIfTI volume", "nifti"),
+    ("t1.NII.gz", gzip.compress(NIFTI, mtime=0), "a NIfTI volume", "nifti"),
     ("volume", NIFTI, "a NIfTI volume", "nifti"),
 ]
 
