@@ -12,6 +12,7 @@ def serve(answers: list[object], pipe: Connection) -> None:
         if pipe.recv() != "go":
             return
         pipe.send(given)
+    pipe.recv()  # until the other end says that it is enough
 
 
 def die(pipe: Connection) -> None:
