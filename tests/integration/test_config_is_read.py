@@ -18,6 +18,8 @@ from rlmed.core.config import AlgoConfig, RunConfig
 from rlmed.core.config_rules import RULES
 from rlmed.core.config_use import plain_values, rule_of, schema_keys
 
+pytestmark = pytest.mark.slow
+
 Config = Callable[..., RunConfig]
 
 MAIN = {"train": launch.main, "sft": sft.main, "evaluate": evaluate.main}

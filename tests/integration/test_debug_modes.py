@@ -13,6 +13,8 @@ from rlmed.core.config_checks import ConfigError
 from rlmed.launch import Run
 from tests.rounding import LOGPROBS
 
+pytestmark = pytest.mark.slow
+
 Config = Callable[..., RunConfig]
 ROUNDING = LOGPROBS
 """Of metrics that are about 1, or below: the gradient's norm is clipped, and the loss is a mean of advantages."""

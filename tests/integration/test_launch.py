@@ -24,6 +24,8 @@ from rlmed.setup import make_renderer
 from tests.integration.forked import run_forked
 from tests.rounding import LOGPROBS, rounding
 
+pytestmark = pytest.mark.slow
+
 Config = Callable[..., RunConfig]
 
 OWN_REWARD = '''

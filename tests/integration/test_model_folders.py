@@ -22,6 +22,8 @@ from rlmed.setup import load_run_data, open_model
 from tests.rounding import LOGPROBS
 from tests.unit.rlmed.data.pictures import marked
 
+pytestmark = pytest.mark.slow
+
 Config = Callable[..., RunConfig]
 RAISING = "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}"
 

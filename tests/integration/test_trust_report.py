@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from rlmed import evaluate
@@ -13,6 +14,8 @@ from rlmed.commandline import compose_config
 from rlmed.data.phantom import make_example as make
 from rlmed.data.phantom import render, sample_study
 from rlmed.trust_results import TrustSummary
+
+pytestmark = pytest.mark.slow
 
 
 def test_trust_report_of_the_embedded_model(tmp_path: Path, capsys) -> None:

@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 from tests.rounding import ADAM_EPS, GRADIENTS, LARGEST_WEIGHT, LOGPROBS, rounding, updates_apart
 
+pytestmark = pytest.mark.slow
+
 HALF_UNIT = rounding(0.5)
 SAFETY = 3
 """Two computations are each off, and other data may fare worse: √2 times twice as much."""
