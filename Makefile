@@ -32,7 +32,7 @@ check: lint types test
 test-slow:
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest -m "$(SLOW)"
 
-# Rebuilds the model in rlmed/assets/tiny_base from nothing (docs/lab-log.md says how the shipped one was made).
+# Rebuilds the model in rlmed/models/tiny/tiny_base from nothing (docs/lab-log.md says how the shipped one was made).
 tiny-base: $(INSTALLED)
 	$(BIN)/python -m rlmed.tiny_base
 

@@ -31,7 +31,7 @@ from benchmarks.common import (
 )
 from benchmarks.rollout_speed import native_side
 from benchmarks.rollout_vllm import busy_process
-from rlmed.core.threads import WAITING
+from rlmed.core.process.threads import WAITING
 from rlmed.models.policy import load_policy
 
 WAYS: dict[str, dict[str, str]] = {

@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from rlmed.core.threads import usable_cores
+from rlmed.core.process.threads import usable_cores
 from rlmed.core.types import Completion, Example, Prompt, SamplingParams
-from rlmed.data.jsonl import read_examples
-from rlmed.data.phantom import write_split
+from rlmed.data.examples import read_examples
+from rlmed.data.phantom.studies import write_split
 from rlmed.data.prompts import PROMPT_SUFFIX, PromptRenderer, load_processor, question_text
+from rlmed.models.loading import model_folder
 from rlmed.models.policy import Policy
-from rlmed.models.tiny import build_tiny
-from rlmed.setup import model_folder
+from rlmed.models.tiny.build import build_tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"

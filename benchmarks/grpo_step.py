@@ -40,17 +40,19 @@ from benchmarks.common import (
     write_examples,
     write_result,
 )
+from learner.advantages import AdvantageEstimator
 from learner.learner import PolicyLearner
 from rewards.choice import choice_reward
 from rewards.format import format_reward
 from rewards.rubric import Rubric, WeightedReward, per_completion
-from rlmed.commandline import compose_config
-from rlmed.controller import LoopState, train
+from rlmed.cluster.memory import keep_freed_memory
+from rlmed.controller import StepResult, train
+from rlmed.core.config.composing import compose_config
 from rlmed.core.tracing import Tracer
 from rlmed.core.types import Example
-from rlmed.memory import keep_freed_memory
+from rlmed.data.stream import PromptStream
 from rlmed.models.policy import load_policy
-from rlmed.stream import PromptStream
+from rollout.buffer import GroupBuffer
 from rollout.local import LocalPool
 from rollout.native.engine import NativeEngine
 from rollout.native.scheduler import EngineLimits
@@ -65,7 +67,7 @@ class OurTrainer:
     def __init__(self, folder: Path, name: str, examples: tuple[Example, ...], arguments: argparse.Namespace) -> None:
         """Build what `cluster=local` builds."""
         self.tracer = Tracer()
-        self.state = LoopState()
+        self.done = 0
         self._arguments = arguments
         keep_freed_memory()
         policy, reference = load_policy(folder), load_policy(folder)
@@ -105,20 +107,20 @@ class OurTrainer:
         self._trace(self._stream, "request", "prompts")
         self._trace(rubric, "score", "rewards")
         self._trace(reference, "hidden", "reference")
-        self._trace(reference, "frozen_logprobs", "reference")
+        self._trace(reference, "logprobs_no_grad", "reference")
         self._trace(self._learner.optimizer, "step", "optimizer")
-        self._score = rubric.score
+        self._buffer = GroupBuffer(self._pool, self._stream, rubric.score, groups_per_step=arguments.prompts)
+        self._advantages = AdvantageEstimator(self._algo.advantage)
 
     def step(self) -> None:
         """One trip around the loop."""
         train(
             self._pool,
             self._learner,
-            self._stream,
-            self._score,
-            algo=self._algo,
-            steps=self.state.step + 1,
-            state=self.state,
+            self._buffer,
+            self._advantages,
+            done=self.done,
+            steps=self.done + 1,
             tracer=self.tracer,
             after_step=self._check,
         )
@@ -126,7 +128,7 @@ class OurTrainer:
     def stages(self, last: int) -> dict[str, float]:
         """Median seconds of each stage over the last `last` steps."""
         values: dict[str, list[float]] = defaultdict(list)
-        for step in range(self.state.step - last + 1, self.state.step + 1):
+        for step in range(self.done - last + 1, self.done + 1):
             spans = self.tracer.step_seconds(step)
             values["prompts"].append(spans["prompts"])
             values["rewards"].append(spans["rewards"])
@@ -141,12 +143,13 @@ class OurTrainer:
         original: Callable[..., Any] = getattr(owner, method)
 
         def traced(*args: Any, **kwargs: Any) -> Any:
-            with self.tracer.span(stage, step=self.state.step + 1):
+            with self.tracer.span(stage, step=self.done + 1):
                 return original(*args, **kwargs)
 
         setattr(owner, method, traced)
 
-    def _check(self, result: Any) -> None:
+    def _check(self, result: StepResult) -> None:
+        self.done = result.step
         expected = self._arguments.prompts * self._arguments.group_size * self._arguments.max_tokens
         if result.metrics["completion/tokens"] != expected or not result.metrics["grad_norm"] > 0:
             raise RuntimeError(

@@ -18,10 +18,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 
 from benchmarks.common import RESULTS, report, write_result
+from rlmed.data.examples import read_examples
 from rlmed.data.images import load_image
-from rlmed.data.jsonl import read_examples
-from rlmed.data.lookalikes import LookalikeSearch
-from rlmed.data.phantom import write_dataset
+from rlmed.data.leakage.near_duplicates import LookalikeSearch
+from rlmed.data.phantom.studies import write_dataset
 
 Change = Callable[[Image.Image, np.random.Generator], Image.Image]
 

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS, report, write_result
-from rewards.argument import argued_option
+from rewards.conclusion import argued_option
 from rewards.parsing import reasoning_text, words
-from rlmed.evaluation_results import EvalSummary, compare, last_evaluation, read_rows
-from rlmed.reproduce import Run
-from rlmed.trust_figures import reasoning_agreement
+from rlmed.evaluation.reliability.figures import reasoning_agreement
+from rlmed.evaluation.results import EvalSummary, compare, last_evaluation, read_rows
+from rlmed.reproduce.runs import Run
 
 REWARDS: Mapping[str, tuple[str, ...]] = {
     "format + choice": (),
     "+ likelihood gain": ("+reward.weights.likelihood_gain=0.5",),
-    "+ agreement": ("+reward.weights.agreement=0.25",),
+    "+ reasoning_consistency": ("+reward.weights.reasoning_consistency=0.25",),
     "+ brevity, repetition": ("+reward.weights.brevity=0.1", "+reward.weights.repetition=0.1"),
     "reasoning (all of these)": ("reward=reasoning",),
     "unlabelled": ("reward=unlabelled",),

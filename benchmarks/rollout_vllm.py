@@ -50,9 +50,9 @@ from benchmarks.learner_memory import QUESTION_TOKENS, TURN_TOKENS, stretch
 from benchmarks.rollout_speed import generate_side, native_side
 from rlmed.core.types import Prompt, RolloutRequest
 from rlmed.data.prompts import PromptRenderer
-from rlmed.models.linear import PackedWeights
+from rlmed.models.cpu.linear import PackedWeights
+from rlmed.models.cpu.products import settle_products
 from rlmed.models.policy import Policy, load_policy
-from rlmed.models.products import settle_products
 
 OURS = ("native", "linear_layers")
 """Sides that are not another engine."""

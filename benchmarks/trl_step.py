@@ -23,7 +23,7 @@ from trl import GRPOConfig, GRPOTrainer
 from benchmarks.common import spread, variety_reward
 from rewards.rubric import REWARDS
 from rlmed.core.types import Completion, Example
-from rlmed.data.jsonl import read_examples
+from rlmed.data.examples import read_examples
 from rlmed.data.prompts import PROMPT_SUFFIX, load_processor, question_text
 
 MAX_STEPS = 10_000

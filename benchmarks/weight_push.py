@@ -27,11 +27,11 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from benchmarks.common import add_arguments, find_model, report, start, write_result
 from learner.weight_publisher import publish
-from rlmed.core.weights import Published, PushReport
+from rlmed.core.weights import PushReport, StoredWeights
 from rlmed.models.policy import load_policy
-from rollout.actor import RayWorker
 from rollout.engine import Engine
 from rollout.native.engine import NativeEngine
+from rollout.pool.actor import RayWorker
 
 GIB = 2**30
 LIMIT_S = 1800.0
@@ -90,7 +90,7 @@ class Source:
         torch.set_num_threads(threads)
         self._model = load_policy(folder, dtype=dtype).model
 
-    def publish(self, version: int) -> Published:
+    def publish(self, version: int) -> StoredWeights:
         """One push's first half."""
         return publish(self._model.named_parameters(), ray.put, version=version)
 
@@ -98,7 +98,7 @@ class Source:
 def push(source: Any, worker: RayWorker, version: int) -> dict[str, float]:
     """One push; seconds by stage."""
     begin = time.perf_counter()
-    published: Published = ray.get(source.publish.remote(version), timeout=LIMIT_S)
+    published: StoredWeights = ray.get(source.publish.remote(version), timeout=LIMIT_S)
     applied: Future[PushReport] = worker.update_weights(version, published)
     result = applied.result(timeout=LIMIT_S)
     whole = time.perf_counter() - begin

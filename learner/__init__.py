@@ -1,1 +1,1 @@
-from rlmed.core import threads  # noqa: F401  with it OpenMP is settled, before torch is imported here
+from rlmed.core.process import threads  # noqa: F401  with it OpenMP is settled, before torch is imported here

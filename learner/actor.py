@@ -1,6 +1,6 @@
-"""Ray shell around the learner: an actor a rank, and the handle that the loop drives. No logic of its own.
+"""Ray wrapper around the learner: one actor per rank, and the handle that the loop drives. No logic of its own.
 
-Imported where Ray is installed only.
+Import it only where Ray is installed.
 """
 
 from __future__ import annotations
@@ -16,61 +16,65 @@ import ray
 import torch
 
 from learner.direct_push import DirectPush
-from learner.distributed import OneRank, Ranks, free_meeting_point, join
+from learner.distributed import Parallelism, SingleProcess, free_init_method, init_distributed
 from learner.learner import PolicyLearner, Report
 from learner.likelihood import Question
 from learner.weight_publisher import publish
 from rlmed.core.protocols import ClusterError, RolloutPool
 from rlmed.core.types import FloatArray, TrainGroup
-from rlmed.core.weights import Published, PushReport, Recipient, WeightSender
+from rlmed.core.weights import EngineHandle, PushReport, StoredWeights, WeightSender
 from rlmed.models.weights import gpu_name
 
-Build = Callable[[Report, Ranks], PolicyLearner]
-"""Makes the learner of one rank: given what skipped batches are reported to, and the ranks that it is one of."""
+Build = Callable[[Report, Parallelism], PolicyLearner]
+"""Builds one rank's learner from a callback for skipped batches and the ranks it belongs to."""
 MakeSender = Callable[[PolicyLearner], WeightSender]
-"""Makes what rank 0 sends its learner's weights by."""
+"""Builds the sender of rank 0's weights."""
 
 LOSS_KNOWN_S = 30.0
-"""A rank that fails may do so because another was lost; so long its loss is waited for."""
+"""Seconds to wait, after a rank fails, for the loss of another rank as its cause."""
 
 
 class LearnerError(ClusterError):
-    """A learner rank is gone or silent; the message names it, the cause and the cure."""
+    """A learner rank is lost or silent; the message names it, the cause and what to do."""
 
 
 @ray.remote(num_cpus=0, max_restarts=0)
 class LearnerActor:
-    """One rank."""
+    """Process that hosts one learner rank."""
 
     def __init__(self) -> None:
-        """An empty process; `build` makes the learner."""
+        """Start empty; `build` creates the learner."""
         self._skipped: list[str] = []
         self._learner: PolicyLearner
         self._sender: WeightSender | None = None
         self._shares_gpu = False
 
-    def meeting_point(self) -> str:
-        """Where the other ranks find this one."""
-        return free_meeting_point(ray.util.get_node_ip_address())
+    def init_method(self) -> str:
+        """Return the address at which the other ranks reach this one."""
+        return free_init_method(ray.util.get_node_ip_address())
 
     def build(
         self,
         build: Build,
         rank: int,
         size: int,
-        meeting_point: str | None,
+        init_method: str | None,
         device: str,
         timeout_s: float,
         shares_gpu: bool,
     ) -> int:
-        """Make the learner, together with the other ranks where there are any; returns its policy version."""
+        """Build the learner, together with any other ranks; return its policy version."""
         self._shares_gpu = shares_gpu
-        ranks = join(rank, size, meeting_point, device=device, timeout_s=timeout_s) if meeting_point else OneRank()
+        ranks = (
+            init_distributed(rank, size, init_method, device=device, timeout_s=timeout_s)
+            if init_method
+            else SingleProcess()
+        )
         self._learner = build(lambda _, reason: self._skipped.append(reason), ranks)
         return self._learner.policy_version
 
     def step(self, groups: Sequence[TrainGroup]) -> tuple[dict[str, float], int, list[str]]:
-        """Metrics, the new policy version, and why updates were skipped."""
+        """Take a step; return metrics, the new policy version, and the reasons for skipped updates."""
         self._skipped.clear()
         metrics = self._learner.step(groups)
         self._release_memory()
@@ -82,22 +86,22 @@ class LearnerActor:
         self._release_memory()
         return answers
 
-    def publish(self) -> Published:
+    def publish(self) -> StoredWeights:
         """Put the current weights into the object store of this node."""
         return publish(self._learner.full_weights(), ray.put, version=self._learner.policy_version)
 
     def device(self) -> str:
-        """See `rlmed.core.weights.Recipient.devices`."""
+        """See `rlmed.core.weights.EngineHandle.devices`."""
         return gpu_name(self._learner.policy.device)
 
-    def connect(self, make_sender: MakeSender, transport: str, recipients: Sequence[Recipient]) -> None:
-        """See `rlmed.core.weights.WeightSender.connect`; of the first rank alone."""
+    def connect(self, make_sender: MakeSender, transport: str, recipients: Sequence[EngineHandle]) -> None:
+        """See `rlmed.core.weights.WeightSender.connect`; called on the first rank only."""
         if self._sender is None:
             self._sender = make_sender(self._learner)
         self._sender.connect(transport, [_ActorPeer(entry) for entry in recipients], ray.util.get_node_ip_address())
 
     def send(self, version: int) -> int:
-        """See `rlmed.core.weights.WeightSender.send`; the other ranks gather together with the first."""
+        """See `rlmed.core.weights.WeightSender.send`; the other ranks take part in the gathering."""
         if self._sender is not None:
             return self._sender.send(version)
         for _ in self._learner.full_weights(on_device=True):
@@ -115,15 +119,15 @@ class LearnerActor:
         return self._learner.policy_version
 
     def _release_memory(self) -> None:
-        """Give back what torch keeps of freed tensors: an engine on the same GPU needs it to wake up, and cannot see it."""
+        """Release torch's cached memory, which an engine on the same GPU needs to wake up."""
         if self._shares_gpu and self._learner.policy.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
 class _ActorPeer:
-    """A `rlmed.core.weights.Peer` that is a `rollout.actor.RolloutActor`."""
+    """A `rlmed.core.weights.Peer` that is a `rollout.pool.actor.RolloutActor`."""
 
-    def __init__(self, recipient: Recipient) -> None:
+    def __init__(self, recipient: EngineHandle) -> None:
         self.name, self.devices, self._actor = recipient.name, recipient.devices, recipient.address
 
     def connect(self, transport: str, info: Mapping[str, Any]) -> Future[None]:
@@ -140,13 +144,13 @@ class _ActorPeer:
 
 
 class _Offer:
-    """A `rlmed.core.weights.WeightOffer`: sent where that can be, and put into the store when somebody has to fetch them."""
+    """A `rlmed.core.weights.WeightUpdate`: sent directly if possible, stored only when a worker must fetch it."""
 
     def __init__(self, version: int, direct: DirectPush, publish: Callable[[], Any]) -> None:
         self._version, self._direct, self._publish = version, direct, publish
         self._published: Any = None
 
-    def send(self, recipients: Sequence[Recipient]) -> Future[PushReport] | None:
+    def send(self, recipients: Sequence[EngineHandle]) -> Future[PushReport] | None:
         return self._direct.start(recipients, self._version)
 
     def stored(self) -> Any:
@@ -155,7 +159,7 @@ class _Offer:
 
 
 class RayLearner:
-    """See `rlmed.core.protocols.Learner`: the ranks of a learner as Ray actors, driven together."""
+    """`rlmed.core.protocols.Learner` whose ranks are Ray actors, driven together."""
 
     def __init__(
         self,
@@ -172,23 +176,23 @@ class RayLearner:
         """Start the ranks and wait until they have loaded.
 
         Args:
-            build: makes the learner of a rank, in its actor.
-            on_bad_step: told of batches that were skipped.
-            step_s: seconds that any call may take.
-            device: of the ranks, "cpu" or "cuda".
-            options: of each rank's actor: resources, placement; their number is the number of ranks.
+            build: builds a rank's learner, inside its actor.
+            on_bad_step: called for each skipped batch.
+            step_s: timeout of any call, in seconds.
+            device: "cpu" or "cuda", for all ranks.
+            options: Ray options of each rank's actor: resources, placement; one entry per rank.
             weight_transfer: `cluster.weight_transfer`.
-            make_sender: for weights that are sent directly; None where all are fetched from the store.
-            shares_gpu: after each call the ranks leave what they do not need of their GPU's memory to others.
+            make_sender: builds the sender for direct sends; None if all workers fetch from the store.
+            shares_gpu: release unused GPU memory after each call.
 
         Raises:
-            LearnerError: when a rank cannot be built.
+            LearnerError: if a rank cannot be built.
         """
         self._on_bad_step, self._step_s, self._order = on_bad_step, step_s, threading.Lock()
         self._actors = [LearnerActor.options(**entry).remote() for entry in options]
         size = len(self._actors)
-        meeting_point = None if size == 1 else self._call("start", "meeting_point", ranks=1)[0]
-        each = [(build, rank, size, meeting_point, device, step_s, shares_gpu) for rank in range(size)]
+        init_method = None if size == 1 else self._call("start", "init_method", ranks=1)[0]
+        each = [(build, rank, size, init_method, device, step_s, shares_gpu) for rank in range(size)]
         self._version: int = self._call("load its model", "build", each=each)[0]
         self._direct: DirectPush | None = None
         if make_sender is not None:
@@ -206,23 +210,23 @@ class RayLearner:
         return self._version
 
     def step(self, groups: Sequence[TrainGroup]) -> dict[str, float]:
-        """See `rlmed.core.protocols.Learner.step`; the groups travel once, whatever the number of ranks."""
+        """See `rlmed.core.protocols.Learner.step`; the groups are sent once, whatever the number of ranks."""
         metrics, self._version, skipped = self._call("learn", "step", ray.put(list(groups)))[0]
         for reason in skipped:
             self._on_bad_step(groups, reason)
         return dict(metrics)
 
     def logprobs(self, questions: Sequence[Question]) -> list[list[FloatArray]]:
-        """See `rlmed.core.protocols.Learner.logprobs`; the questions travel once, whatever the number of ranks."""
+        """See `rlmed.core.protocols.Learner.logprobs`; the questions are sent once, whatever the number of ranks."""
         answers: list[list[FloatArray]] = self._call("score completions", "logprobs", ray.put(list(questions)))[0]
         return answers
 
     def push_weights(self, pool: RolloutPool) -> None:
-        """See `rlmed.core.protocols.Learner.push_weights`; the weights go from rank 0's node to the workers' directly."""
+        """See `rlmed.core.protocols.Learner.push_weights`; weights go directly from rank 0's node to the workers'."""
         if self._direct is None:
             pool.update_weights(self._version, self._call("publish its weights", "publish")[0])
         else:
-            # a reference: whoever is given it waits until rank 0 has published them
+            # a reference: its recipient waits until rank 0 has published the weights
             offer = _Offer(self._version, self._direct, lambda: self._submit(self._actors, "publish")[0])
             pool.update_weights(self._version, offer)
 
@@ -235,7 +239,7 @@ class RayLearner:
         self._version = self._call("load a checkpoint", "load", folder.absolute())[0]
 
     def close(self) -> None:
-        """End the ranks."""
+        """Kill the ranks."""
         for actor in self._actors:
             ray.kill(actor)
 
@@ -247,10 +251,10 @@ class RayLearner:
         each: Sequence[tuple[Any, ...]] | None = None,
         ranks: int | None = None,
     ) -> list[Any]:
-        """Call a method of all ranks (or the first `ranks`), with the same arguments or `each` its own; wait for all answers.
+        """Call a method on all ranks (or the first `ranks`), with shared or per-rank (`each`) arguments; wait for all.
 
         Raises:
-            LearnerError: when a rank is gone, raises, or does not answer in time.
+            LearnerError: if a rank is lost, raises, or does not answer in time.
         """
         actors = self._actors[:ranks]
         calls = self._submit(actors, method, each or [arguments] * len(actors))
@@ -258,18 +262,18 @@ class RayLearner:
         return list(ray.get(calls))
 
     def _submit(self, actors: Sequence[Any], method: str, each: Sequence[tuple[Any, ...]] | None = None) -> list[Any]:
-        """Start a method of these ranks. Calls of two threads reach all ranks in the same order: most are collectives."""
+        """Start a method on these ranks. Two threads' calls reach all ranks in the same order: most are collectives."""
         with self._order:
             each = each or [()] * len(actors)
             return [getattr(actor, method).remote(*own) for actor, own in zip(actors, each, strict=True)]
 
     def _wait(self, action: str, calls: Sequence[Any]) -> None:
-        """Return when all calls have ended well; see `_call`."""
+        """Wait until all calls have succeeded; see `_call`."""
         rank_of = {call: rank for rank, call in enumerate(calls)}
         waiting, end = list(calls), time.monotonic() + self._step_s
         failure: tuple[int, Exception] | None = None
         while waiting:
-            # a rank that fails is seen at once, although the others wait for it
+            # notice a failed rank at once, although the others wait for it
             ready, waiting = ray.wait(waiting, timeout=max(0.0, end - time.monotonic()))
             if not ready:
                 break
@@ -277,26 +281,26 @@ class RayLearner:
                 ray.get(ready[0])
             except ray.exceptions.RayTaskError as error:
                 if failure is None:
-                    # a rank whose fellow was lost may fail before the loss is known: the loss is what should be told
+                    # when a rank is lost, another may fail before the loss is known: report the loss
                     failure = (rank_of[ready[0]], error.as_instanceof_cause())
                     end = min(end, time.monotonic() + LOSS_KNOWN_S)
             except ray.exceptions.RayError as error:
                 cause = str(error).strip().splitlines()[0].rstrip(".")
                 raise LearnerError(
-                    f"learner rank {rank_of[ready[0]]} was lost while it should {action}: {cause}. Go on from the last "
-                    "checkpoint with resume=auto"
+                    f"lost learner rank {rank_of[ready[0]]} while waiting for it to {action}: {cause}. Resume from "
+                    "the last checkpoint with resume=auto"
                 ) from error
         if failure is not None:
             rank, error = failure
             if len(calls) > 1 and isinstance(error, RuntimeError):  # torch's, of a collective
                 raise LearnerError(
-                    f"learner rank {rank} could not {action} together with the others: {str(error).splitlines()[-1]}. Go on "
-                    "from the last checkpoint with resume=auto"
+                    f"learner rank {rank} could not {action} with the other ranks: {str(error).splitlines()[-1]}. "
+                    "Resume from the last checkpoint with resume=auto"
                 ) from error
             raise error
         if waiting:
             silent = ", ".join(str(rank_of[call]) for call in waiting)
             raise LearnerError(
-                f"learner rank {silent} did not {action} within {self._step_s:.0f} s (cluster.learner_timeout_s). Look at its "
-                "process, then go on from the last checkpoint with resume=auto"
+                f"learner rank {silent} did not {action} within {self._step_s:.0f} s (cluster.learner_timeout_s). Check "
+                "its process, then resume from the last checkpoint with resume=auto"
             )

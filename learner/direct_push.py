@@ -1,4 +1,4 @@
-"""When learner rank 0 sends its weights to the engines itself, and whom it is connected with for that; the driver's side."""
+"""Driver side of direct sends: decides when learner rank 0 sends weights itself, and manages its connection."""
 
 from __future__ import annotations
 
@@ -9,41 +9,41 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from learner.weight_publisher import OBJECT_STORE, choose_transport
-from rlmed.core.weights import NotConnectedError, PushReport, Recipient, TransferError
+from rlmed.core.weights import EngineHandle, NotConnectedError, PushReport, TransferError
 
 log = logging.getLogger(__name__)
 
 
 class DirectPush:
-    """Connects with the engines that are there, anew whenever others are, and sends.
+    """Sends weights to the ready engines, reconnecting whenever they have changed.
 
-    NCCL has no groups that a member joins or leaves. So when a worker was replaced, all that are ready meet the learner
-    again at the next push; until then the new one has fetched the weights from the store. Engines that could not be
-    connected are not tried again before one of them has changed.
+    No member can join or leave an NCCL group. So after a worker was replaced, all ready engines reconnect to the
+    learner at the next push; until then the new one fetches weights from the store. After a failure to connect, the same
+    engines are not tried again.
     """
 
     def __init__(
         self,
         setting: str,
         device: str,
-        connect: Callable[[str, Sequence[Recipient]], None],
+        connect: Callable[[str, Sequence[EngineHandle]], None],
         send: Callable[[int], int],
     ) -> None:
-        """Nothing is connected yet.
+        """Start unconnected.
 
         Args:
             setting: `cluster.weight_transfer`.
-            device: rank 0's GPU, see `rlmed.core.weights.Recipient.devices`.
-            connect: lets rank 0 connect by a transport; raises NotConnectedError.
-            send: lets all ranks send a version and returns the bytes; raises TransferError.
+            device: rank 0's GPU, see `rlmed.core.weights.EngineHandle.devices`.
+            connect: connects rank 0 by a transport; raises NotConnectedError.
+            send: sends a version from all ranks and returns the bytes; raises TransferError.
         """
         self._setting, self._device, self._connect, self._send = setting, device, connect, send
         self._connected: tuple[Any, ...] | None = None
         self._failed: tuple[Any, ...] | None = None
         self._thread = ThreadPoolExecutor(1, "direct push")
 
-    def start(self, recipients: Sequence[Recipient], version: int) -> Future[PushReport] | None:
-        """See `rlmed.core.weights.WeightOffer.send`.
+    def start(self, recipients: Sequence[EngineHandle], version: int) -> Future[PushReport] | None:
+        """See `rlmed.core.weights.WeightUpdate.send`.
 
         Raises:
             ConfigError: see `learner.weight_publisher.choose_transport`.
@@ -55,7 +55,7 @@ class DirectPush:
         return self._thread.submit(self._run, transport, recipients, members, version)
 
     def _run(
-        self, transport: str, recipients: Sequence[Recipient], members: tuple[Any, ...], version: int
+        self, transport: str, recipients: Sequence[EngineHandle], members: tuple[Any, ...], version: int
     ) -> PushReport:
         start = time.perf_counter()
         if members != self._connected:
@@ -66,7 +66,7 @@ class DirectPush:
                 self._failed = members
                 raise NotConnectedError(_last_line(error)) from error
             self._connected = members
-            log.info("weights go to %d engines by %s", len(recipients), transport)
+            log.info("Sending weights to %d engines by %s", len(recipients), transport)
         try:
             size = self._send(version)
         except TransferError as error:
@@ -76,5 +76,5 @@ class DirectPush:
 
 
 def _last_line(error: Exception) -> str:
-    """Without the traceback that Ray puts before the message."""
+    """Return the message without the traceback that Ray puts before it."""
     return str(error).strip().splitlines()[-1].rstrip(".")

@@ -1,10 +1,10 @@
-"""How the ranks of a learner share a step: one rank alone, or several that hold a shard of the policy each (FSDP2).
+"""Parallelism of a learner: a single process, or several ranks that shard the policy (FSDP2).
 
-`PolicyLearner` asks both the same questions and does not know which it has. Every rank is given the whole batch, so who
-takes which part, how many micro-batches there are and what the loss is divided by are known to all without a message. What
-is exchanged: shards before use, gradients (summed, never averaged), one vector of numbers an update, and the norm.
+`PolicyLearner` uses both through one interface. Every rank receives the whole batch, so all ranks know each other's
+share, the number of micro-batches and the loss denominators without communicating. They exchange shards before use, gradients
+(summed, never averaged), one vector of numbers per update, and the norm.
 
-A collective is a call that all ranks must make, in the same order: `step`, `full_weights`, `save` of a learner are.
+A collective is a call that all ranks must make, in the same order: a learner's `step`, `full_weights` and `save` are.
 """
 
 from __future__ import annotations
@@ -23,105 +23,105 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from learner.metrics import LossMetrics, merge_metrics
-from learner.packing import PackedBatch, PackItem, frozen_logprobs, packed_logprobs, share_by_tokens, split_by_tokens
+from learner.packing import PackedBatch, PackItem, logprobs_no_grad, packed_logprobs, share_by_tokens, split_by_tokens
 from rlmed.models.policy import Policy
 
 
 class RowScorer(Protocol):
-    """Log-probabilities of packed rows under one policy."""
+    """Computes log-probabilities of packed rows under one policy."""
 
     def logprobs(self, batch: PackedBatch, temperature: float, *, images: bool) -> tuple[Tensor, Tensor]:
-        """float32 [M] log-probabilities of the targets (differentiable) and [M] entropies.
+        """Return float32 [M] log-probabilities of the targets (differentiable) and [M] entropies.
 
-        `images` says whether any row of this update, on any rank, has an image.
+        `images` is True if any row of this update, on any rank, has an image.
         """
         ...
 
-    def frozen_logprobs(self, batch: PackedBatch, temperature: float) -> Tensor:
-        """The log-probabilities alone, without gradient."""
+    def logprobs_no_grad(self, batch: PackedBatch, temperature: float) -> Tensor:
+        """Return the log-probabilities only, without gradient."""
         ...
 
 
-class Ranks(Protocol):
-    """What a learner needs to know of its fellows."""
+class Parallelism(Protocol):
+    """How a learner's ranks share work."""
 
     first: bool
-    """True on the one rank that writes files and is given whole tensors."""
+    """True on the one rank that writes files and receives full tensors."""
 
     def scorer(self, policy: Policy) -> RowScorer:
-        """How to run the policy, which is sharded in place where there is anybody to share it with."""
+        """Return a scorer for the policy, which several ranks shard in place."""
         ...
 
     def micro_batches(self, items: Sequence[PackItem], token_budget: int) -> list[list[PackItem]]:
-        """This rank's part of `items`, in as many micro-batches as every other rank has."""
+        """Return this rank's share of `items`, in as many micro-batches as on every other rank."""
         ...
 
     def merge(self, loss: float, metrics: LossMetrics) -> tuple[float, LossMetrics]:
-        """Loss and metrics of an update from those of each rank; a loss that is broken on one is broken on all."""
+        """Merge loss and metrics of an update over ranks; a non-finite loss on one makes it so on all."""
         ...
 
-    def whole(self, value: Any, *, on_device: bool = False) -> Any:
-        """A tensor, or each of a nest of dicts and lists, whole. Of several ranks the first has it, others None.
+    def gather_full(self, value: Any, *, on_device: bool = False) -> Any:
+        """Gather a tensor, or all tensors in nested dicts and lists; only the first rank gets them, the others None.
 
-        It is on the CPU, or with `on_device` where it was; with one rank where it was in any case.
+        They are on the CPU, or with `on_device` on their device; a single process leaves them where they are.
         """
         ...
 
-    def replicated(self, value: Tensor) -> Tensor:
-        """A number computed from sharded tensors, such as a norm, on every rank."""
+    def full_scalar(self, value: Tensor) -> Tensor:
+        """Reduce a number computed from sharded tensors, such as a norm, for every rank."""
         ...
 
-    def share(self, whole: Tensor, like: Tensor) -> Tensor:
-        """A copy of this rank's share of a whole tensor, laid out and placed as `like`."""
+    def shard_like(self, whole: Tensor, like: Tensor) -> Tensor:
+        """Copy this rank's shard of a full tensor, with layout and device of `like`."""
         ...
 
 
-class OneRank:
-    """See `Ranks`: nobody to share with, so nothing is sharded, copied or sent."""
+class SingleProcess:
+    """`Parallelism` of one process: nothing is sharded, copied or sent."""
 
     first = True
 
     def scorer(self, policy: Policy) -> RowScorer:
-        """See `Ranks.scorer`."""
+        """See `Parallelism.scorer`."""
         return _WholeScorer(policy)
 
     def micro_batches(self, items: Sequence[PackItem], token_budget: int) -> list[list[PackItem]]:
-        """See `Ranks.micro_batches`."""
+        """See `Parallelism.micro_batches`."""
         return split_by_tokens(items, token_budget)
 
     def merge(self, loss: float, metrics: LossMetrics) -> tuple[float, LossMetrics]:
-        """See `Ranks.merge`."""
+        """See `Parallelism.merge`."""
         return loss, metrics
 
-    def whole(self, value: Any, *, on_device: bool = False) -> Any:
-        """See `Ranks.whole`."""
+    def gather_full(self, value: Any, *, on_device: bool = False) -> Any:
+        """See `Parallelism.gather_full`."""
         return value
 
-    def replicated(self, value: Tensor) -> Tensor:
-        """See `Ranks.replicated`."""
+    def full_scalar(self, value: Tensor) -> Tensor:
+        """See `Parallelism.full_scalar`."""
         return value
 
-    def share(self, whole: Tensor, like: Tensor) -> Tensor:
-        """See `Ranks.share`."""
+    def shard_like(self, whole: Tensor, like: Tensor) -> Tensor:
+        """See `Parallelism.shard_like`."""
         return whole.to(like.device, copy=True)
 
 
-class ShardedRanks:
-    """See `Ranks`: this process is one of several that were joined by `join`."""
+class FSDP:
+    """`Parallelism` of several processes connected by `init_distributed`."""
 
     def __init__(self, device: torch.device) -> None:
-        """Use the process group that this process is in, for tensors on `device`."""
+        """Use this process's default group, for tensors on `device`."""
         group = dist.group.WORLD
-        assert group is not None, "join first"
+        assert group is not None, "call init_distributed first"
         self.rank, self.size, self.first = group.rank(), group.size(), group.rank() == 0
         self._device, self._mesh = device, DeviceMesh.from_group(group, device.type)
 
     def scorer(self, policy: Policy) -> RowScorer:
-        """See `Ranks.scorer`; the policy must be on this rank's device, and equal on all ranks."""
+        """See `Parallelism.scorer`; the policy must be on this rank's device and identical on all ranks."""
         return _ShardedScorer(policy, self._mesh)
 
     def micro_batches(self, items: Sequence[PackItem], token_budget: int) -> list[list[PackItem]]:
-        """See `Ranks.micro_batches`; a rank with fewer than the others computes a filler that is not trained."""
+        """See `Parallelism.micro_batches`; ranks with fewer micro-batches add an untrained filler."""
         shares = [split_by_tokens(part, token_budget) for part in share_by_tokens(items, self.size)]
         count = max(map(len, shares))
         shortest = min(items, key=lambda item: item.tokens)
@@ -130,10 +130,10 @@ class ShardedRanks:
         return own + [[filler]] * (count - len(own))
 
     def merge(self, loss: float, metrics: LossMetrics) -> tuple[float, LossMetrics]:
-        """See `Ranks.merge`.
+        """See `Parallelism.merge`.
 
-        Each rank reduces by itself what all have sent: NaN would not survive a collective maximum, and all ranks must come
-        to the same decision bit by bit.
+        Each rank reduces the gathered values itself: a collective maximum would lose NaN, and all ranks must reach the
+        same decision bit for bit.
         """
         values = [value for metric in metrics.values() for value in vars(metric).values()]
         own = torch.stack([torch.tensor(loss, device=self._device), *values]).double()
@@ -147,12 +147,12 @@ class ShardedRanks:
             )
         return float(rows[:, 0].sum()), merge_metrics(parts)
 
-    def whole(self, value: Any, *, on_device: bool = False) -> Any:
-        """See `Ranks.whole`; one tensor after the other, so that no rank but the first holds more than one of them."""
+    def gather_full(self, value: Any, *, on_device: bool = False) -> Any:
+        """See `Parallelism.gather_full`; gathers one tensor at a time, so only the first rank holds more."""
         if isinstance(value, dict):
-            return {key: self.whole(entry, on_device=on_device) for key, entry in value.items()}
+            return {key: self.gather_full(entry, on_device=on_device) for key, entry in value.items()}
         if isinstance(value, list):
-            return [self.whole(entry, on_device=on_device) for entry in value]
+            return [self.gather_full(entry, on_device=on_device) for entry in value]
         if isinstance(value, DTensor):
             value = value.full_tensor()
         if isinstance(value, Tensor):
@@ -161,55 +161,55 @@ class ShardedRanks:
             return value.detach() if on_device else value.detach().cpu()
         return value
 
-    def replicated(self, value: Tensor) -> Tensor:
-        """See `Ranks.replicated`."""
+    def full_scalar(self, value: Tensor) -> Tensor:
+        """See `Parallelism.full_scalar`."""
         return value.full_tensor() if isinstance(value, DTensor) else value
 
-    def share(self, whole: Tensor, like: Tensor) -> Tensor:
-        """See `Ranks.share`; each rank reads the whole tensor itself, so nothing is sent."""
+    def shard_like(self, whole: Tensor, like: Tensor) -> Tensor:
+        """See `Parallelism.shard_like`; each rank has the full tensor, so nothing is sent."""
         if not isinstance(like, DTensor) or whole.ndim == 0:
             return whole.to(like.device, copy=True)
         placed = distribute_tensor(whole.to(self._device), like.device_mesh, like.placements, src_data_rank=None)
         return placed.clone()
 
     def leave(self) -> None:
-        """Leave the process group; no collective is possible afterwards."""
+        """Destroy the process group; no collective works afterwards."""
         dist.destroy_process_group()
 
 
-def join(
-    rank: int, size: int, meeting_point: str, *, device: str | torch.device = "cpu", timeout_s: float = 1800.0
-) -> ShardedRanks:
-    """Meet the other ranks; returns when all are there.
+def init_distributed(
+    rank: int, size: int, init_method: str, *, device: str | torch.device = "cpu", timeout_s: float = 1800.0
+) -> FSDP:
+    """Join the process group; return when all ranks have joined.
 
     Args:
-        rank: of this process, from 0.
+        rank: this process's, from 0.
         size: number of ranks.
-        meeting_point: "tcp://HOST:PORT", where rank 0 listens (see `free_meeting_point`), or "file:///PATH" of a file that
+        init_method: "tcp://HOST:PORT", where rank 0 listens (see `free_init_method`), or "file:///PATH" of a file that
             does not exist yet, on a disk that all share.
-        device: "cpu" (gloo) or "cuda", "cuda:N" (NCCL); every rank needs a GPU of its own.
-        timeout_s: after it a collective that a rank does not take part in is an error (gloo) or ends the process (NCCL).
+        device: "cpu" (gloo) or "cuda", "cuda:N" (NCCL); every rank needs its own GPU.
+        timeout_s: timeout after which an incomplete collective raises (gloo) or ends the process (NCCL).
 
     Raises:
-        RuntimeError: torch's, when the others do not come in time.
+        RuntimeError: torch's, if the other ranks do not join in time.
     """
     device = torch.device(device)
     if device.type == "cuda":
-        # torch wants a number here; Ray shows each rank its own GPUs, so it calls its first one just "cuda"
+        # torch needs an index here; Ray shows each rank its own GPUs, so "cuda" means its first
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        init_method=meeting_point,
+        init_method=init_method,
         rank=rank,
         world_size=size,
         timeout=timedelta(seconds=timeout_s),
     )
-    return ShardedRanks(device)
+    return FSDP(device)
 
 
-def free_meeting_point(host: str = "127.0.0.1") -> str:
-    """A meeting point on this machine, whose address is `host`, for `join` of a rank 0 that runs here."""
+def free_init_method(host: str = "127.0.0.1") -> str:
+    """Return an `init_method` with a free port, for a rank 0 on this machine (address `host`)."""
     with socket.socket() as probe:
         probe.bind((host, 0))
         return f"tcp://{host}:{probe.getsockname()[1]}"
@@ -224,18 +224,18 @@ class _WholeScorer:
     def logprobs(self, batch: PackedBatch, temperature: float, *, images: bool) -> tuple[Tensor, Tensor]:
         return packed_logprobs(self._policy, batch, temperature)
 
-    def frozen_logprobs(self, batch: PackedBatch, temperature: float) -> Tensor:
-        return frozen_logprobs(self._policy, batch, temperature)
+    def logprobs_no_grad(self, batch: PackedBatch, temperature: float) -> Tensor:
+        return logprobs_no_grad(self._policy, batch, temperature)
 
 
 class _ShardedScorer:
-    """See `RowScorer`; all ranks call it together."""
+    """`RowScorer` of a sharded policy; all ranks call it together."""
 
     def __init__(self, policy: Policy, mesh: DeviceMesh) -> None:
-        """Shard the policy: each decoder layer is gathered by itself, everything else is one unit.
+        """Shard the policy: one unit per decoder layer, and one for everything else.
 
-        The vision tower cannot be a unit of its own: a rank whose row has no image does not run it, and would not take part
-        in gathering it.
+        The vision tower cannot be its own unit: a rank whose row has no image does not run it, and would miss the
+        gathering.
         """
         self._root = _Root(policy)
         # bfloat16 gradients are summed over ranks in float32; a layer's inputs keep their dtype
@@ -244,7 +244,7 @@ class _ShardedScorer:
             fully_shard(unit, mesh=mesh, reshard_after_forward=True, mp_policy=precision)
         for module in self._root.modules():
             if isinstance(module, FSDPModule):
-                # the loss is already divided by what all ranks have, so gradients add up; gloo knows sums only
+                # the loss is already divided by global denominators, so gradients add up; gloo supports only sums
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
 
@@ -252,12 +252,12 @@ class _ShardedScorer:
         return self._root(batch, temperature, images)
 
     @torch.no_grad()
-    def frozen_logprobs(self, batch: PackedBatch, temperature: float) -> Tensor:
+    def logprobs_no_grad(self, batch: PackedBatch, temperature: float) -> Tensor:
         return self._root(batch, temperature, None)
 
 
 class _Root(nn.Module):
-    """The policy from tokens to log-probabilities as one module, whose parameters are whole while its forward runs."""
+    """The policy from tokens to log-probabilities as one module; its parameters are gathered during its forward."""
 
     def __init__(self, policy: Policy) -> None:
         super().__init__()
@@ -266,10 +266,10 @@ class _Root(nn.Module):
         policy.model.get_input_embeddings().register_forward_hook(self._join)
 
     def forward(self, batch: PackedBatch, temperature: float, images: bool | None) -> Any:
-        """As `RowScorer.logprobs`, or where `images` is None as `RowScorer.frozen_logprobs`."""
+        """Run `RowScorer.logprobs`, or `RowScorer.logprobs_no_grad` if `images` is None."""
         if images is None:
-            return frozen_logprobs(self._policy, batch, temperature)
-        # where other ranks have a gradient of the vision tower, this one needs one too
+            return logprobs_no_grad(self._policy, batch, temperature)
+        # if other ranks have a gradient for the vision tower, this one needs one too
         self._joins = images and not batch.image_inputs
         try:
             return packed_logprobs(self._policy, batch, temperature)
@@ -277,10 +277,10 @@ class _Root(nn.Module):
             self._joins = False
 
     def _join(self, _: nn.Module, __: Any, embeddings: Tensor) -> Tensor:
-        """Put the trained parameters that a row without image does not use into the graph, as an image would.
+        """Add the trained parameters that a row without images does not use to the graph, as an image would.
 
-        At the embeddings and not at the end: with a frozen decoder its layers then still have a backward pass, in which
-        the ranks gather them together.
+        At the embeddings, not at the end: the layers of a frozen decoder then still have a backward pass, in which all
+        ranks gather them.
         """
         if not self._joins:
             return embeddings
@@ -294,7 +294,7 @@ class _Root(nn.Module):
 
 
 class _Join(torch.autograd.Function):
-    """`values` unchanged, with `parameters` in its graph: their gradient is zero, and not missing."""
+    """Returns `values` unchanged with `parameters` in its graph, so that their gradient is zero, not missing."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, *parameters: Tensor) -> Tensor:

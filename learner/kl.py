@@ -1,4 +1,4 @@
-"""Estimates of a KL divergence from the log-probabilities of sampled tokens.
+"""KL divergence estimated from the log-probabilities of sampled tokens.
 
 For tokens drawn from the policy p, with log-ratio d = ref_logprobs - logprobs, KL(p || ref) is the mean of any of
 
@@ -24,13 +24,13 @@ from torch import Tensor
 KLEstimator = Literal["k1", "k2", "k3", "none"]
 
 MAX_LOG_RATIO = 20.0
-"""Upper bound of d in k3. exp(d) is infinite in float32 from d = 88.8 on, and one such token would make the whole step
-not finite. exp(20) = 4.9e8 is beyond any penalty that training recovers from, so the bound changes no healthy run.
-Above it the gradient is 0. No lower bound is needed: exp(d) only goes to 0, and k3 to -1 - d."""
+"""Upper bound of d in k3. exp(d) overflows float32 from d = 88.8 on, and one such token would make the whole step
+non-finite. Training recovers from no penalty of exp(20) = 4.9e8, so the bound changes no healthy run. Above it the
+gradient is 0. No lower bound is needed: exp(d) only goes to 0, and k3 to -1 - d."""
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator) -> Tensor:
-    """KL(policy || reference) per token, by the formula `estimator` of the module docstring.
+    """Estimate KL(policy || reference) per token by the formula `estimator` of the module docstring.
 
     Args:
         logprobs: float32 [N] of the policy; gradients flow to it.
@@ -41,7 +41,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator) 
         float32 [N]. NaN where an input is NaN.
 
     Raises:
-        ValueError: unknown estimator.
+        ValueError: for an unknown estimator.
     """
     if estimator == "k1":
         return logprobs - ref_logprobs
@@ -51,14 +51,14 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator) 
         return _k3(ref_logprobs - logprobs)
     if estimator == "none":
         return torch.zeros_like(logprobs)
-    raise ValueError(f"kl_estimator {estimator!r} is unknown: use one of {', '.join(get_args(KLEstimator))}")
+    raise ValueError(f"Invalid kl_estimator={estimator}; expected one of {', '.join(get_args(KLEstimator))}")
 
 
 def mismatch_kl(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """KL(rollout engine || learner) per token by k3, for monitoring: how far the sampling engine is from the learner.
+    """Estimate KL(rollout engine || learner) per token by k3, to monitor how far the two disagree.
 
-    Both are log-probabilities of the same weights, so any value well above rounding (1e-6 and less in float32, about
-    1e-3 in bfloat16) is a defect of one of the two, or a policy version that was not applied.
+    Both are log-probabilities under the same weights, so a value well above rounding (at most 1e-6 in float32, about
+    1e-3 in bfloat16) means a defect in one of them, or a policy version that was not applied.
 
     Args:
         old_logprobs: float32 [N], recomputed by the learner before the step.
@@ -73,6 +73,6 @@ def mismatch_kl(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) ->
 
 
 def _k3(log_ratio: Tensor) -> Tensor:
-    """exp(d) - 1 - d with d bounded; expm1 because near d = 0 the plain form loses all its digits in float32."""
+    """Return exp(d) - 1 - d with d bounded; near d = 0 the plain form loses all float32 digits, hence expm1."""
     bounded = log_ratio.clamp(max=MAX_LOG_RATIO)
     return torch.expm1(bounded) - bounded

@@ -1,4 +1,4 @@
-"""One optimizer step on groups: pack, reference, old log-probabilities, loss by micro-batches, clip, AdamW."""
+"""Train on groups: pack, reference and old log-probabilities, loss by micro-batches, clip, AdamW."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from pathlib import Path
 
 from torch import Tensor
 
-from learner.distributed import OneRank, Ranks
+from learner.distributed import Parallelism, SingleProcess
 from learner.likelihood import Question, completion_logprobs
 from learner.losses import LossDenominators, PolicyLossConfig, count_denominators, policy_loss
 from learner.metrics import LossMetrics, mean_metric, merge_metrics
 from learner.optimizer import Optimizer
 from learner.packing import PackedBatch, PackItem, TrainSequence, pack
-from rlmed.core.config import AlgoConfig, LearnerConfig
+from rlmed.core.config.schema import AlgoConfig, LearnerConfig
 from rlmed.core.protocols import RolloutPool
 from rlmed.core.types import FloatArray, TrainGroup
 from rlmed.models.policy import Policy
 
 Report = Callable[[Sequence[TrainGroup], str], None]
-"""Told of a batch that was skipped, and why."""
+"""Callback for a skipped batch and the reason."""
 
 
 def loss_config(algo: AlgoConfig) -> PolicyLossConfig:
-    """The keys of `algo` that belong to the loss.
+    """Extract the loss settings from `algo`.
 
     Raises:
         ValueError: for an impossible value, naming the key.
@@ -42,28 +42,28 @@ def loss_config(algo: AlgoConfig) -> PolicyLossConfig:
 
 @dataclass(slots=True)
 class _MicroBatch:
-    """A packed micro-batch with what is fixed over the updates of a step."""
+    """A packed micro-batch with the log-probabilities that stay fixed during a step."""
 
     batch: PackedBatch
     ref_logprobs: Tensor | None = None
     old_logprobs: Tensor | None = None
-    """None: the first update's own log-probabilities, which are the same numbers without another forward pass."""
+    """None: use the first update's own log-probabilities, the same numbers without another forward pass."""
 
 
 @dataclass(frozen=True, slots=True)
 class _MiniBatch:
-    """What one optimizer step is made of."""
+    """Input of one optimizer step."""
 
     micro_batches: list[_MicroBatch]
-    """Of this rank."""
+    """This rank's."""
     denominators: LossDenominators
-    """Of all ranks."""
+    """Over all ranks."""
     images: bool
-    """True when any prompt, of any rank, has an image."""
+    """True if any prompt, on any rank, has an image."""
 
 
 class PolicyLearner:
-    """Improves a policy from groups of completions; see `rlmed.core.protocols.Learner`.
+    """Trains a policy on groups of completions; see `rlmed.core.protocols.Learner`.
 
     Example:
         >>> learner = PolicyLearner(policy, reference, config.algo, config.learner, total_steps=300,
@@ -83,28 +83,28 @@ class PolicyLearner:
         max_tokens: int,
         temperature: float,
         on_bad_step: Report | None = None,
-        ranks: Ranks | None = None,
+        ranks: Parallelism | None = None,
     ) -> None:
         """Prepare training.
 
         Args:
             policy: trained in place.
-            reference: the frozen policy of the KL term; None where `kl_coef` is 0.
+            reference: frozen policy of the KL term; None if `kl_coef` is 0.
             algo: advantage and loss settings.
             config: optimizer and memory settings.
             total_steps: batches until the learning-rate schedule ends.
             max_tokens: limit on a completion's tokens, the constant of Dr. GRPO's aggregation.
-            temperature: of the sampling distribution, whose log-probabilities are learnt from.
-            on_bad_step: told of each batch that was skipped because loss or gradient was not finite.
-            ranks: that this learner is one of, see `learner.distributed.join`; policy and reference are sharded over them
-                in place. Every rank is given the same batches. None: it is alone.
+            temperature: of the sampling distribution, under which log-probabilities are computed.
+            on_bad_step: called for each batch skipped because loss or gradient was not finite.
+            ranks: the ranks this learner belongs to (`learner.distributed.init_distributed`), which shard policy and
+                reference in place; every rank receives the same batches. None: a single process.
         """
         if (reference is None) != (algo.kl_coef == 0):
             raise ValueError(f"kl_coef={algo.kl_coef} and {'no' if reference is None else 'a'} reference policy")
         self.policy, self.reference = policy, reference
         self._algo, self._loss, self._config = algo, loss_config(algo), config
         self._max_tokens, self._temperature = max_tokens, temperature
-        self._on_bad_step, self._ranks = on_bad_step, ranks or OneRank()
+        self._on_bad_step, self._ranks = on_bad_step, ranks or SingleProcess()
         policy.freeze(config.freeze)
         if config.gradient_checkpointing:
             policy.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -115,21 +115,21 @@ class PolicyLearner:
 
     @property
     def policy_version(self) -> int:
-        """Optimizer steps behind the current weights."""
+        """Number of optimizer steps behind the current weights."""
         return self.optimizer.steps_taken
 
     @property
     def skipped_steps(self) -> int:
-        """Updates that were skipped because a number was broken."""
+        """Number of updates skipped because loss or gradient was not finite."""
         return self.optimizer.skipped_steps
 
     def step(self, groups: Sequence[TrainGroup]) -> dict[str, float]:
-        """Learn from one batch; see `rlmed.core.protocols.Learner.step`."""
+        """Train on one batch; see `rlmed.core.protocols.Learner.step`."""
         items = [self._item(group) for group in groups]
         plans = [self._plan(part) for part in _split_evenly(items, self._config.mini_batches)]
         parts: list[LossMetrics] = []
         losses, norms, lr = [], [], self.optimizer.lr
-        # checkpointing is active in training mode only; no supported model has dropout
+        # gradient checkpointing needs training mode; no supported model has dropout
         self.policy.model.train(self._config.gradient_checkpointing)
         for _ in range(self._config.epochs):
             for plan in plans:
@@ -152,31 +152,31 @@ class PolicyLearner:
         }
 
     def logprobs(self, questions: Sequence[Question]) -> list[list[FloatArray]]:
-        """See `rlmed.core.protocols.Learner.logprobs`; collective, and every rank computes all of it."""
+        """See `rlmed.core.protocols.Learner.logprobs`; collective, with every rank computing everything."""
         return completion_logprobs(
             self.policy,
             questions,
             token_budget=self._config.token_budget,
-            frozen=lambda batch: self._scorer.frozen_logprobs(batch, 1.0),
+            frozen=lambda batch: self._scorer.logprobs_no_grad(batch, 1.0),
         )
 
     def push_weights(self, pool: RolloutPool) -> None:
-        """The pool's engine shares the parameters, so only the version is news."""
+        """Push the new version; the pool's engine shares the parameters."""
         pool.update_weights(self.policy_version)
 
     def full_weights(self, *, on_device: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """Names and whole tensors of all parameters, as the model without shards has them.
+        """Yield names and full tensors of all parameters, as in the unsharded model.
 
-        Collective: all ranks must exhaust it, and only the first is given anything. Gathered ones are on the CPU, or with
-        `on_device` where the policy is.
+        Collective: all ranks must exhaust it, and only the first receives tensors. Gathered ones are on the CPU, or
+        with `on_device` on the policy's device.
         """
         for name, parameter in self.policy.model.named_parameters():
-            whole = self._ranks.whole(parameter.detach(), on_device=on_device)
+            whole = self._ranks.gather_full(parameter.detach(), on_device=on_device)
             if self._ranks.first:
                 yield name, whole
 
     def save(self, folder: Path) -> None:
-        """See `rlmed.core.protocols.Learner.save`; collective, and the first rank writes."""
+        """See `rlmed.core.protocols.Learner.save`; collective, with the first rank writing."""
         weights = dict(self.full_weights())
         if self._ranks.first:
             self.policy.model.save_pretrained(folder, state_dict=weights)
@@ -184,7 +184,7 @@ class PolicyLearner:
         self.optimizer.save(folder)
 
     def load(self, folder: Path) -> None:
-        """See `rlmed.core.protocols.Learner.load`; the policy must have been loaded from the same folder."""
+        """See `rlmed.core.protocols.Learner.load`; load the policy from the same folder first."""
         self.optimizer.load(folder)
 
     def _item(self, group: TrainGroup) -> PackItem:
@@ -197,7 +197,7 @@ class PolicyLearner:
         return PackItem(group.rollout.prompt, sequences)
 
     def _plan(self, items: Sequence[PackItem]) -> _MiniBatch:
-        """This rank's share of one mini-batch, with the log-probabilities that do not change during the step."""
+        """Build this rank's share of a mini-batch, with the log-probabilities that stay fixed during the step."""
         trained = [len(entry.completion.token_ids) * entry.loss_mask for item in items for entry in item.sequences]
         micro_batches = [
             _MicroBatch(pack(part, self.policy)) for part in self._ranks.micro_batches(items, self._config.token_budget)
@@ -205,16 +205,16 @@ class PolicyLearner:
         repeated = self._config.epochs * self._config.mini_batches > 1
         for micro in micro_batches:
             if self._reference_scorer is not None:
-                micro.ref_logprobs = self._reference_scorer.frozen_logprobs(micro.batch, self._temperature)
+                micro.ref_logprobs = self._reference_scorer.logprobs_no_grad(micro.batch, self._temperature)
             if self._algo.old_logprobs == "rollout":
                 micro.old_logprobs = micro.batch.rollout_logprobs
             elif repeated:
-                micro.old_logprobs = self._scorer.frozen_logprobs(micro.batch, self._temperature)
+                micro.old_logprobs = self._scorer.logprobs_no_grad(micro.batch, self._temperature)
         images = any(item.prompt.image_inputs for item in items)
         return _MiniBatch(micro_batches, count_denominators(trained, self._max_tokens), images)
 
     def _update(self, plan: _MiniBatch) -> tuple[float, LossMetrics]:
-        """Loss and accumulated gradient of this rank's share of one mini-batch."""
+        """Compute the loss and accumulate the gradient of this rank's share of a mini-batch."""
         total, parts = 0.0, []
         for micro in plan.micro_batches:
             batch = micro.batch
@@ -230,7 +230,7 @@ class PolicyLearner:
                 plan.denominators,
                 self._loss,
             )
-            if loss.requires_grad:  # not where only the vision tower is trained and there is no image
+            if loss.requires_grad:  # False if only the vision tower is trained and there is no image
                 loss.backward()
             self.optimizer.accumulate()
             total += float(loss.detach())
@@ -238,7 +238,7 @@ class PolicyLearner:
         return total, merge_metrics(parts)
 
     def _apply(self, loss: float, groups: Sequence[TrainGroup]) -> float:
-        """Update the weights, or skip the mini-batch when a number is broken. Returns the gradient's norm."""
+        """Update the weights, or skip the mini-batch if loss or gradient is not finite; return the gradient norm."""
         norm = math.nan
         if math.isfinite(loss):
             norm = self.optimizer.step()
@@ -250,7 +250,7 @@ class PolicyLearner:
 
 
 def _split_evenly(items: Sequence[PackItem], parts: int) -> list[Sequence[PackItem]]:
-    """Consecutive parts whose sizes differ by at most one; fewer parts when there are fewer items."""
+    """Split into consecutive parts whose sizes differ by at most one; at most one part per item."""
     parts = min(parts, len(items))
     bounds = [len(items) * i // parts for i in range(parts + 1)]
     return [items[start:stop] for start, stop in pairwise(bounds)]

@@ -1,4 +1,4 @@
-"""How likely a policy finds completions that it need not have sampled: rewards and calibration ask for it."""
+"""Score completions under a policy, whether it sampled them or not; for rewards and calibration."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from learner.packing import PackedBatch, PackItem, frozen_logprobs, pack, split_by_tokens
+from learner.packing import PackedBatch, PackItem, logprobs_no_grad, pack, split_by_tokens
 from learner.supervised import written_item
 from rlmed.core.types import FloatArray, IntArray, Prompt
 from rlmed.models.policy import Policy
 
 Question = tuple[Prompt, Sequence[IntArray]]
-"""A prompt, and the completions of it to score: int64 [T] each, T at least 1."""
+"""A prompt and the completions to score: int64 [T] each, T at least 1."""
 
 
 def completion_logprobs(
@@ -23,24 +23,24 @@ def completion_logprobs(
     token_budget: int,
     frozen: Callable[[PackedBatch], torch.Tensor] | None = None,
 ) -> list[list[FloatArray]]:
-    """Log-probabilities of every token of every completion, at temperature 1 and without gradient.
+    """Compute the log-probability of every token of every completion, at temperature 1 and without gradient.
 
-    The completions of a prompt share its computation, as in learning; with many questions that have a long common
-    beginning, put the beginning into the prompt's `token_ids`.
+    The completions of a prompt share its computation, as in learning; put a long prefix that many completions share
+    into the prompt's `token_ids`.
 
     Args:
-        policy: positions, device and, unless `frozen` is given, the weights.
+        policy: supplies positions, device and, unless `frozen` is given, the weights.
         questions: what to score.
-        token_budget: most tokens in a row, as `learner.token_budget`.
+        token_budget: most tokens per row, as `learner.token_budget`.
         frozen: computes the log-probabilities of a packed row; None runs `policy`.
 
     Returns:
-        For each question and each of its completions float32 [T].
+        float32 [T] for each completion of each question.
 
     Raises:
         ValueError: for a completion without tokens.
     """
-    frozen = frozen or (lambda batch: frozen_logprobs(policy, batch, 1.0))
+    frozen = frozen or (lambda batch: logprobs_no_grad(policy, batch, 1.0))
     items = [written_item(prompt, *completions) for prompt, completions in questions if completions]
     flat: list[FloatArray] = []
     for part in split_by_tokens(items, token_budget):

@@ -1,4 +1,4 @@
-"""The policy-gradient loss of the GRPO family as one function of settings.
+"""Policy-gradient loss of the GRPO family as one function of settings.
 
 Per trained token t of completion i, with ratio r = exp(logprobs - old_logprobs) and advantage A_i:
 
@@ -50,10 +50,10 @@ Aggregation = Literal["sequence_mean", "token_mean", "sequence_sum"]
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyLossConfig:
-    """Settings of `policy_loss`: the keys of the loss in `conf/algo/`, where their defaults are.
+    """Settings of `policy_loss`; `conf/algo/` has the keys and their defaults.
 
     Raises:
-        ValueError: an unknown name or an impossible number, with the key and the cure.
+        ValueError: for an unknown name or an impossible number, naming the key and what to set.
 
     Example:
         `loss_config(config.algo).clip` is "ppo" for `algo=grpo`.
@@ -66,7 +66,7 @@ class PolicyLossConfig:
     clip_ratio_high: float
     """Highest ratio is 1 + clip_ratio_high; larger than clip_ratio_low is DAPO's clip-higher."""
     dual_clip: float
-    """Highest ratio of a completion with negative advantage where clip="dual"; above 1."""
+    """Highest ratio of a completion with negative advantage for clip="dual"; above 1."""
     kl_coef: float
     kl_estimator: KLEstimator
     aggregation: Aggregation
@@ -82,7 +82,7 @@ class PolicyLossConfig:
         }
         for key, (value, allowed) in choices.items():
             if value not in allowed:
-                raise ValueError(f"{key}={value!r} is unknown: use one of {', '.join(allowed)}")
+                raise ValueError(f"{key}={value!r}: use one of {', '.join(allowed)}")
         if not 0.0 < self.clip_ratio_low <= 1.0:
             raise ValueError(f"clip_ratio_low={self.clip_ratio_low}: use a number in (0, 1], for example 0.2")
         if not 0.0 < self.clip_ratio_high < math.inf:
@@ -102,7 +102,7 @@ class PolicyLossConfig:
 
 @dataclass(frozen=True)
 class LossDenominators:
-    """What the loss of one optimizer step is divided by, counted over *all* its micro-batches and ranks.
+    """Divisors of one optimizer step's loss, counted over *all* its micro-batches and ranks.
 
     Example:
         Three completions with 5, 0 and 9 trained tokens under a limit of 512: LossDenominators(14.0, 2.0, 512).
@@ -113,14 +113,14 @@ class LossDenominators:
     sequences: float
     """Number of completions with at least one trained token."""
     max_tokens: int
-    """Constant length that Dr. GRPO divides by: the limit on a completion's tokens."""
+    """Constant length by which Dr. GRPO divides: the limit on a completion's tokens."""
 
 
 def count_denominators(trained_tokens: Iterable[int], max_tokens: int) -> LossDenominators:
-    """Denominators of a step from the trained tokens (the True ones of the loss mask) of each of its completions.
+    """Count a step's denominators from the trained tokens (True in the loss mask) of each completion.
 
-    Completions without a trained token are not counted, so a filler that is masked altogether changes nothing.
-    Denominators of several ranks add up in `tokens` and `sequences`.
+    Completions without a trained token do not count, so a fully masked filler changes nothing. Denominators of several
+    ranks add up in `tokens` and `sequences`.
     """
     counts = [count for count in trained_tokens if count > 0]
     return LossDenominators(tokens=float(sum(counts)), sequences=float(len(counts)), max_tokens=max_tokens)
@@ -137,21 +137,21 @@ def policy_loss(
     denominators: LossDenominators,
     config: PolicyLossConfig,
 ) -> tuple[Tensor, LossMetrics]:
-    """This micro-batch's share of the loss of its optimizer step (formulas in the module docstring).
+    """Compute a micro-batch's share of its optimizer step's loss (formulas in the module docstring).
 
-    The shares add up to the loss of the whole step, and so do their gradients, however the step is split, as long as a
-    completion is not itself cut in two. Ranks whose gradients are averaged must multiply by the number of ranks.
+    Shares and their gradients add up to those of the whole step, however it is split, as long as no completion is cut in
+    two. Ranks that average gradients must multiply by the number of ranks.
 
     The loss as released with MedVLM-R1, exp(logp - logp.detach()) * A - kl_coef * k3, is `clip="none"` called with
     `old_logprobs=logprobs.detach()`. The ratio is then 1, so `clip="ppo"` gives the same loss and gradient.
 
     Args:
-        logprobs: float32 [N], log-probabilities of the micro-batch's completion tokens, completions one after the other
-            (or in any order); the only input that may require gradients.
+        logprobs: float32 [N], log-probabilities of the micro-batch's completion tokens, concatenated (or in any order);
+            the only input that may require gradients.
         old_logprobs: float32 [N], by the learner before the step.
         rollout_logprobs: float32 [N], by the engine that sampled.
-        ref_logprobs: float32 [N], by the frozen reference; may be None where `kl_coef` is 0.
-        advantages: float32 [S], one a completion.
+        ref_logprobs: float32 [N], by the frozen reference; may be None if `kl_coef` is 0.
+        advantages: float32 [S], one per completion.
         sequence_ids: int64 [N] in 0..S-1, the completion of each token.
         loss_mask: bool [N], True where a token is trained. Other tokens have no influence, whatever their values.
         denominators: counted over the whole optimizer step.
@@ -160,12 +160,12 @@ def policy_loss(
     Returns:
         The loss, float32 [], and metrics over the trained tokens: `ratio`, `ratio_max`, `clip_fraction_low`,
         `clip_fraction_high` (tokens whose gradient the clip cuts off; for cispo, whose weight it changes), with
-        clip="dual" `clip_fraction_dual`, `mismatch_kl`, and `kl` where there is a reference. The loss is NaN when a
-        trained token has an input that is not finite, also where a clip or clamp would have hidden it.
+        clip="dual" `clip_fraction_dual`, `mismatch_kl`, and `kl` with a reference. The loss is NaN if a trained token has
+        a non-finite input, even one that a clip or clamp would hide.
 
     Raises:
-        ValueError: shapes that do not fit, half-precision log-probabilities, an input that must not carry gradients but
-            does, `kl_coef` without reference, denominators that are 0 although tokens are trained.
+        ValueError: for mismatched shapes, half-precision log-probabilities, an input with gradients that must not have
+            any, `kl_coef` without reference, or zero denominators although tokens are trained.
     """
     frozen = {"old_logprobs": old_logprobs, "rollout_logprobs": rollout_logprobs}
     if ref_logprobs is not None:
@@ -174,7 +174,7 @@ def policy_loss(
         raise ValueError(f"kl_coef={config.kl_coef} but ref_logprobs is None: pass the reference's, or set kl_coef=0")
     _check_inputs(logprobs, frozen, advantages, sequence_ids, loss_mask)
 
-    # Untrained tokens leave here, so nothing below can see them. (A product with the mask would keep their NaNs.)
+    # Drop untrained tokens here, so nothing below sees them. (Multiplying by the mask would keep their NaNs.)
     ids = sequence_ids[loss_mask]
     logprobs = logprobs[loss_mask]
     frozen = {name: values[loss_mask] for name, values in frozen.items()}
@@ -200,13 +200,13 @@ def policy_loss(
             loss_per_token = loss_per_token + config.kl_coef * kl
 
     loss = (loss_per_token / _token_denominators(lengths[ids], denominators, config.aggregation)).sum()
-    # exp(-inf) = 0 and the clamps would turn a broken log-probability into a loss that looks healthy.
+    # exp(-inf) = 0 and the clamps would turn a non-finite log-probability into a loss that looks healthy.
     finite = torch.stack([torch.isfinite(x).all() for x in (logprobs, advantage, *frozen.values())]).all()
     return torch.where(finite, loss, torch.full_like(loss, math.nan)), metrics
 
 
 def _surrogate(logprobs: Tensor, ratio: Tensor, advantages: Tensor, config: PolicyLossConfig) -> Tensor:
-    """The objective to be maximised, per token [N]."""
+    """Return the objective to maximise, per token [N]."""
     if config.clip == "none":
         return ratio * advantages
     clipped = ratio.clamp(1.0 - config.clip_ratio_low, 1.0 + config.clip_ratio_high)
@@ -220,7 +220,7 @@ def _surrogate(logprobs: Tensor, ratio: Tensor, advantages: Tensor, config: Poli
 
 
 def _token_denominators(lengths: Tensor, denominators: LossDenominators, aggregation: Aggregation) -> Tensor:
-    """What each token's loss is divided by, [N]; `lengths` [N] are the trained tokens of each token's completion."""
+    """Return each token's divisor, [N]; `lengths` [N] are the trained tokens of each token's completion."""
     if lengths.numel() and min(denominators.tokens, denominators.sequences, denominators.max_tokens) <= 0:
         raise ValueError(
             f"{denominators} for a micro-batch with {lengths.numel()} trained tokens: count the denominators over all "
@@ -234,7 +234,7 @@ def _token_denominators(lengths: Tensor, denominators: LossDenominators, aggrega
 
 
 def _metrics(ratio: Tensor, advantages: Tensor, config: PolicyLossConfig) -> LossMetrics:
-    """Ratio and clip metrics from tensors [N] without gradient."""
+    """Compute ratio and clip metrics from tensors [N] without gradient."""
     below, above = ratio < 1.0 - config.clip_ratio_low, ratio > 1.0 + config.clip_ratio_high
     if config.clip in ("ppo", "dual"):
         below, above = below & (advantages < 0), above & (advantages > 0)
@@ -242,7 +242,7 @@ def _metrics(ratio: Tensor, advantages: Tensor, config: PolicyLossConfig) -> Los
         below, above = torch.zeros_like(below), torch.zeros_like(above)
     metrics: LossMetrics = {
         "ratio": mean_metric(ratio),
-        # A ratio is never negative, so the added 0 only serves a micro-batch without trained tokens.
+        # A ratio is never negative, so the added 0 only matters without trained tokens.
         "ratio_max": MetricMax(torch.cat([ratio, ratio.new_zeros(1)]).max()),
         "clip_fraction_low": mean_metric(below.to(ratio.dtype)),
         "clip_fraction_high": mean_metric(above.to(ratio.dtype)),
@@ -255,7 +255,7 @@ def _metrics(ratio: Tensor, advantages: Tensor, config: PolicyLossConfig) -> Los
 def _check_inputs(
     logprobs: Tensor, frozen: Mapping[str, Tensor], advantages: Tensor, sequence_ids: Tensor, loss_mask: Tensor
 ) -> None:
-    """Raise on the mistakes that would otherwise train silently wrong."""
+    """Raise on mistakes that would otherwise train wrongly without an error."""
     if logprobs.dim() != 1 or advantages.dim() != 1:
         raise ValueError(
             f"logprobs {tuple(logprobs.shape)} and advantages {tuple(advantages.shape)}: policy_loss takes flat packed "

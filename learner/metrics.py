@@ -1,7 +1,7 @@
-"""Metrics of tensors that reduce correctly: over the micro-batches of a step here, over ranks by the caller.
+"""Tensor metrics that reduce correctly: over a step's micro-batches here, over ranks by the caller.
 
-A mean of micro-batch means is wrong as soon as micro-batches differ in size, so means travel as sum and count. Values
-stay tensors on their device until `value()`, so that collecting them does not stall the accelerator.
+A mean of micro-batch means is wrong as soon as micro-batches differ in size, so means are kept as sum and count. Values
+stay tensors on their device until `value()`, so collecting them does not stall the accelerator.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class MetricSum:
-    """A mean, kept as sum and count; ranks reduce both by summing.
+    """A mean as sum and count; ranks sum both.
 
     Example:
         1 of 4 tokens clipped: MetricSum(total=tensor(1.), count=tensor(4.)).value() is 0.25.
@@ -28,30 +28,30 @@ class MetricSum:
     """float []."""
 
     def merge(self, other: MetricSum | MetricMax) -> MetricSum:
-        """The mean over what both counted."""
+        """Return the mean over both."""
         assert isinstance(other, MetricSum), "a mean and a maximum share a name"
         return MetricSum(self.total + other.total, self.count + other.count)
 
     def value(self) -> float:
-        """The mean; NaN when nothing was counted."""
+        """Return the mean; NaN if nothing was counted."""
         count = float(self.count)
         return float(self.total) / count if count else math.nan
 
 
 @dataclass(frozen=True)
 class MetricMax:
-    """A maximum; ranks reduce it by their maximum."""
+    """A maximum; ranks take the largest."""
 
     maximum: Tensor
     """float []."""
 
     def merge(self, other: MetricSum | MetricMax) -> MetricMax:
-        """The larger of both; NaN if either is."""
+        """Return the larger of both; NaN if either is."""
         assert isinstance(other, MetricMax), "a mean and a maximum share a name"
         return MetricMax(torch.maximum(self.maximum, other.maximum))
 
     def value(self) -> float:
-        """The maximum as a number."""
+        """Return the maximum as a number."""
         return float(self.maximum)
 
 
@@ -59,13 +59,13 @@ LossMetrics = dict[str, MetricSum | MetricMax]
 
 
 def mean_metric(values: Tensor) -> MetricSum:
-    """The mean of `values` [N], without gradient."""
+    """Return the mean of `values` [N] as a metric, without gradient."""
     total = values.detach().sum()
     return MetricSum(total, torch.full_like(total, values.numel()))
 
 
 def merge_metrics(parts: Iterable[Mapping[str, MetricSum | MetricMax]]) -> LossMetrics:
-    """Metrics of a step from those of its micro-batches."""
+    """Merge the metrics of a step's micro-batches."""
     merged: LossMetrics = {}
     for part in parts:
         for name, metric in part.items():

@@ -1,8 +1,8 @@
 """AdamW on float32 master weights, whatever the policy's dtype, with a learning-rate schedule.
 
-In bfloat16 a weight has 8 significant bits, so an update of 1e-6 would vanish. The optimizer therefore keeps float32
-copies of half-precision parameters, accumulates their gradients in float32, and rounds back after each step. A float32
-parameter is its own master: nothing is copied.
+A bfloat16 weight has 8 significant bits, so an update of 1e-6 would vanish. The optimizer therefore keeps float32 copies
+of half-precision parameters, accumulates their gradients in float32, and rounds back after each step. A float32
+parameter is its own master, without a copy.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learner.distributed import OneRank, Ranks
-from rlmed.core.config import LearnerConfig
+from learner.distributed import Parallelism, SingleProcess
+from rlmed.core.config.schema import LearnerConfig
 
 OPTIMIZER_FILE = "optimizer.pt"
-"""In a checkpoint's folder; the same whatever the number of ranks."""
+"""File in a checkpoint's folder; the same for any number of ranks."""
 
 
 def lr_factor(step: int, total: int, warmup: int, schedule: str) -> float:
-    """Factor on the peak learning rate at optimizer step `step` (from 0) of `total`.
+    """Return the factor on the peak learning rate at optimizer step `step` (from 0) of `total`.
 
-    Rises linearly over `warmup` steps, then stays ("constant"), or falls to 0 at `total` along a line or half a cosine.
+    It rises linearly over `warmup` steps, then stays ("constant"), or falls to 0 at `total` along a line or half a
+    cosine.
     """
     if step < warmup:
         return (step + 1) / warmup
@@ -38,7 +39,7 @@ def lr_factor(step: int, total: int, warmup: int, schedule: str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class _Pair:
-    """A trained parameter and its float32 master, the same tensor for float32 policies."""
+    """A trained parameter and its float32 master; one tensor for float32 policies."""
 
     name: str
     parameter: Tensor
@@ -53,17 +54,17 @@ class Optimizer:
         named_parameters: Iterable[tuple[str, Tensor]],
         config: LearnerConfig,
         total_steps: int,
-        ranks: Ranks | None = None,
+        ranks: Parallelism | None = None,
     ) -> None:
         """Train the parameters that require gradients.
 
         Args:
-            named_parameters: of the policy, in its order.
+            named_parameters: the policy's, in its order.
             config: peak learning rate, schedule, AdamW and clipping.
             total_steps: length of the schedule.
-            ranks: that hold shards of the parameters; None: this one holds them whole.
+            ranks: ranks that shard the parameters; None: this process holds them all.
         """
-        self._config, self._total_steps, self._ranks = config, total_steps, ranks or OneRank()
+        self._config, self._total_steps, self._ranks = config, total_steps, ranks or SingleProcess()
         self._pairs = [
             _Pair(name, parameter, _master(parameter))
             for name, parameter in named_parameters
@@ -83,7 +84,7 @@ class Optimizer:
 
     @property
     def lr(self) -> float:
-        """Learning rate of the next step."""
+        """Return the learning rate of the next step."""
         factor = lr_factor(self.steps_taken, self._total_steps, self._config.warmup_steps, self._config.lr_schedule)
         return self._config.lr * factor
 
@@ -97,13 +98,13 @@ class Optimizer:
             pair.parameter.grad = None
 
     def step(self) -> float:
-        """Clip the accumulated gradient by its norm, update, and clear it.
+        """Clip the accumulated gradient by norm, update the weights, and clear the gradient.
 
         Returns:
-            The gradient's norm before clipping. When it is not finite, nothing was updated.
+            The gradient norm before clipping. If it is not finite, nothing was updated.
         """
         masters = [pair.master for pair in self._pairs if pair.master.grad is not None]
-        norm = self._ranks.replicated(torch.nn.utils.get_total_norm([master.grad for master in masters]))
+        norm = self._ranks.full_scalar(torch.nn.utils.get_total_norm([master.grad for master in masters]))
         if torch.isfinite(norm):
             torch.nn.utils.clip_grads_with_norm_(masters, self._config.max_grad_norm, norm)
             for group in self._adamw.param_groups:
@@ -115,18 +116,18 @@ class Optimizer:
         return float(norm)
 
     def drop_gradients(self) -> None:
-        """Forget what has been accumulated."""
+        """Discard the accumulated gradients."""
         self._adamw.zero_grad(set_to_none=True)
         for pair in self._pairs:
             pair.parameter.grad = None
 
     def skip(self) -> None:
-        """Forget what has been accumulated, and count it as a step that was not taken."""
+        """Discard the accumulated gradients and count a skipped step."""
         self.drop_gradients()
         self.skipped_steps += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the policy's own parameters; tensors are shards where there are several ranks."""
+        """Return everything but the policy's own parameters; with several ranks, tensors are shards."""
         masters = {pair.name: pair.master for pair in self._pairs if pair.master is not pair.parameter}
         return {
             "parameters": [pair.name for pair in self._pairs],
@@ -137,10 +138,10 @@ class Optimizer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict()` with whole tensors; the policy's parameters are loaded by the caller.
+        """Resume from `state_dict()` with full tensors; the caller loads the policy's parameters.
 
         Raises:
-            ValueError: when the state belongs to other parameters.
+            ValueError: if the state belongs to other parameters.
         """
         masters = state["masters"]
         own = {pair.name for pair in self._pairs if pair.master is not pair.parameter}
@@ -151,9 +152,9 @@ class Optimizer:
         with torch.no_grad():
             for pair in self._pairs:
                 if pair.name in masters:
-                    pair.master.copy_(self._ranks.share(masters[pair.name], pair.master))
+                    pair.master.copy_(self._ranks.shard_like(masters[pair.name], pair.master))
         moments = {
-            number: {name: self._ranks.share(value, self._pairs[number].master) for name, value in entry.items()}
+            number: {name: self._ranks.shard_like(value, self._pairs[number].master) for name, value in entry.items()}
             for number, entry in state["adamw"]["state"].items()
         }
         self._adamw.load_state_dict({**state["adamw"], "state": moments})
@@ -162,17 +163,17 @@ class Optimizer:
 
     def save(self, folder: Path) -> None:
         """Write the state into `folder`; collective."""
-        state = self._ranks.whole(self.state_dict())
+        state = self._ranks.gather_full(self.state_dict())
         if self._ranks.first:
             torch.save(state, folder / OPTIMIZER_FILE)
 
     def load(self, folder: Path) -> None:
-        """Go on from what `save` wrote, on any number of ranks.
+        """Resume from what `save` wrote, on any number of ranks.
 
         Raises:
             ValueError: see `load_state_dict`.
         """
-        # mapped: each rank of a machine reads its share, and none holds a copy of the whole
+        # memory-mapped: each rank reads its share, and none holds a full copy
         self.load_state_dict(torch.load(folder / OPTIMIZER_FILE, map_location="cpu", mmap=True, weights_only=True))
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""TrainGroups to packed rows under a token budget: a prompt stands once before its completions."""
+"""Pack TrainGroups into rows under a token budget, each prompt once before its completions."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from rlmed.models.policy import Policy, merge_image_inputs
 
 @dataclass(frozen=True, slots=True)
 class TrainSequence:
-    """One completion to learn from."""
+    """A completion to train on."""
 
     completion: Completion
     advantage: float
     loss_mask: bool = True
-    """False keeps the completion out of the loss, for example one that was cut by the length limit."""
+    """False excludes the completion from the loss, for example one truncated at the length limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +33,13 @@ class PackItem:
 
     @property
     def tokens(self) -> int:
-        """Row tokens. A completion's last token is predicted but never fed to the model."""
+        """Number of row tokens. A completion's last token is predicted but never fed to the model."""
         return len(self.prompt.token_ids) + sum(len(entry.completion.token_ids) - 1 for entry in self.sequences)
 
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """One micro-batch: a row of N tokens that holds S completions with M predicted tokens.
+    """One micro-batch: a row of N tokens with S completions and M predicted tokens.
 
     Example:
         A prompt of 49 tokens with completions of 13 and 31 tokens: N = 49 + 12 + 30 = 91, S = 2, M = 44.
@@ -54,7 +54,7 @@ class PackedBatch:
     predictors: Tensor
     """int64 [M]: row index of the token whose hidden state predicts each target."""
     targets: Tensor
-    """int64 [M]: the completions' tokens one after the other."""
+    """int64 [M]: the completions' tokens, concatenated."""
     sequence_ids: Tensor
     """int64 [M]: 0..S-1."""
     rollout_logprobs: Tensor
@@ -66,10 +66,10 @@ class PackedBatch:
 
 
 def split_by_tokens(items: Iterable[PackItem], token_budget: int) -> list[list[PackItem]]:
-    """Micro-batches of at most `token_budget` row tokens, in order.
+    """Split items into micro-batches of at most `token_budget` row tokens, in order.
 
-    A group that alone exceeds the budget is split into several items with the same prompt; a single completion that
-    exceeds it forms a micro-batch of its own.
+    A group that exceeds the budget is split into several items with the same prompt; a single completion that exceeds it
+    forms its own micro-batch.
     """
     micro_batches: list[list[PackItem]] = []
     room = 0
@@ -95,11 +95,11 @@ def _halves(item: PackItem) -> tuple[PackItem, PackItem]:
 
 
 def share_by_tokens(items: Sequence[PackItem], ranks: int) -> list[list[PackItem]]:
-    """A part for each rank, in order, such that the largest part has few tokens.
+    """Balance items over ranks, in order, to keep the largest share small.
 
-    The longest items are given away first, each to the rank with the fewest tokens; then the largest item of the fullest
-    rank is halved, at the price of a second prompt, for as long as that helps. With fewer completions than ranks some
-    parts are empty.
+    Assigns the longest items first, each to the rank with the fewest tokens; then halves the largest item of the fullest
+    rank, at the price of a second prompt, as long as that helps. With fewer completions than ranks, some shares are
+    empty.
     """
     pieces = list(items)
     shares = _assign(pieces, ranks)
@@ -107,8 +107,8 @@ def share_by_tokens(items: Sequence[PackItem], ranks: int) -> list[list[PackItem
         largest = max(max(shares, key=_tokens), key=lambda item: item.tokens)
         if len(largest.sequences) == 1:
             return shares
-        place = next(i for i, piece in enumerate(pieces) if piece is largest)
-        halved = [*pieces[:place], *_halves(largest), *pieces[place + 1 :]]
+        index = next(i for i, piece in enumerate(pieces) if piece is largest)
+        halved = [*pieces[:index], *_halves(largest), *pieces[index + 1 :]]
         candidate = _assign(halved, ranks)
         if max(map(_tokens, candidate)) >= max(map(_tokens, shares)):
             return shares
@@ -116,12 +116,12 @@ def share_by_tokens(items: Sequence[PackItem], ranks: int) -> list[list[PackItem
 
 
 def _assign(pieces: Sequence[PackItem], ranks: int) -> list[list[PackItem]]:
-    loads, places = [0] * ranks, [list[int]() for _ in range(ranks)]
-    for place in sorted(range(len(pieces)), key=lambda i: -pieces[i].tokens):
+    loads, indices = [0] * ranks, [list[int]() for _ in range(ranks)]
+    for index in sorted(range(len(pieces)), key=lambda i: -pieces[i].tokens):
         rank = loads.index(min(loads))
-        loads[rank] += pieces[place].tokens
-        places[rank].append(place)
-    return [[pieces[place] for place in sorted(entry)] for entry in places]
+        loads[rank] += pieces[index].tokens
+        indices[rank].append(index)
+    return [[pieces[index] for index in sorted(entry)] for entry in indices]
 
 
 def _tokens(items: Iterable[PackItem]) -> int:
@@ -135,8 +135,8 @@ def pack(
 
     Args:
         items: groups or parts of groups; every completion has at least one token.
-        policy: gives positions and device.
-        prompt_positions: replaces `policy.prompt_positions`, for example by a memo of it.
+        policy: supplies positions and device.
+        prompt_positions: replaces `policy.prompt_positions`, for example by a cached version.
 
     Raises:
         ValueError: for an empty completion.
@@ -188,17 +188,17 @@ def pack(
 
 
 def packed_logprobs(policy: Policy, batch: PackedBatch, temperature: float) -> tuple[Tensor, Tensor]:
-    """float32 [M] log-probabilities of the batch's targets (differentiable) and [M] entropies."""
+    """Return float32 [M] log-probabilities of the batch's targets (differentiable) and [M] entropies."""
     return policy.logprobs(_predicting(policy, batch), batch.targets, temperature)
 
 
 @torch.no_grad()
-def frozen_logprobs(policy: Policy, batch: PackedBatch, temperature: float) -> Tensor:
-    """The log-probabilities of `packed_logprobs` alone, without gradient."""
-    return policy.frozen_logprobs(_predicting(policy, batch), batch.targets, temperature)
+def logprobs_no_grad(policy: Policy, batch: PackedBatch, temperature: float) -> Tensor:
+    """Return only the log-probabilities of `packed_logprobs`, without gradient."""
+    return policy.logprobs_no_grad(_predicting(policy, batch), batch.targets, temperature)
 
 
 def _predicting(policy: Policy, batch: PackedBatch) -> Tensor:
-    """[M, d] hidden states that predict the targets."""
+    """Return the [M, d] hidden states that predict the targets."""
     hidden = policy.hidden(batch.token_ids, batch.positions, batch.layout, batch.image_inputs)
     return hidden.index_select(0, batch.predictors)

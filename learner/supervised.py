@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on written completions, with the packing, attention and optimizer of the RL learner."""
+"""Supervised fine-tuning with the packing, attention and optimizer of the RL learner."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 
 from learner.optimizer import Optimizer
 from learner.packing import PackItem, TrainSequence, pack, packed_logprobs, split_by_tokens
-from rlmed.core.config import LearnerConfig
+from rlmed.core.config.schema import LearnerConfig
 from rlmed.core.types import Completion, IntArray, Prompt
 from rlmed.models.policy import Policy
 
 
 def written_item(prompt: Prompt, *completions: IntArray) -> PackItem:
-    """A prompt with completions (int64 [T] each) that were written, not sampled."""
+    """Build an item from a prompt and completions (int64 [T] each) that were written, not sampled."""
     blanks = [np.zeros(len(token_ids), dtype=np.float32) for token_ids in completions]
     return PackItem(
         prompt,
@@ -28,7 +28,7 @@ def written_item(prompt: Prompt, *completions: IntArray) -> PackItem:
 
 
 class SupervisedLearner:
-    """Raises the likelihood of written completions: the mean over all their tokens of -log p.
+    """Minimizes the mean of -log p over all tokens of written completions.
 
     Example:
         >>> learner = SupervisedLearner(policy, config.learner, total_steps=75)     # doctest: +SKIP
@@ -37,7 +37,7 @@ class SupervisedLearner:
     """
 
     def __init__(self, policy: Policy, config: LearnerConfig, *, total_steps: int) -> None:
-        """Train `policy` in place; `learner.freeze` keeps parts as they are."""
+        """Train `policy` in place, except for the parts in `learner.freeze`."""
         self.policy, self._config = policy, config
         policy.freeze(config.freeze)
         if config.gradient_checkpointing:
@@ -45,7 +45,7 @@ class SupervisedLearner:
         self.optimizer = Optimizer(policy.model.named_parameters(), config, total_steps)
 
     def step(self, items: Sequence[PackItem]) -> dict[str, float]:
-        """One optimizer step on a batch."""
+        """Take one optimizer step on a batch and return its metrics."""
         tokens = sum(len(entry.completion.token_ids) for item in items for entry in item.sequences)
         total, right, lr = 0.0, 0.0, self.optimizer.lr
         self.policy.model.train(self._config.gradient_checkpointing)
@@ -70,10 +70,10 @@ class SupervisedLearner:
         }
 
     def save(self, folder: Path) -> None:
-        """Write the model as a Hugging Face folder, and the optimizer's state beside it."""
+        """Save the model as a Hugging Face folder with the optimizer's state in it."""
         self.policy.model.save_pretrained(folder)
         self.optimizer.save(folder)
 
     def load(self, folder: Path) -> None:
-        """Go on from what `save` wrote; the policy must have been loaded from the same folder."""
+        """Resume from what `save` wrote; load the policy from the same folder first."""
         self.optimizer.load(folder)

@@ -1,4 +1,4 @@
-"""The learner's half of a weight push; `rollout.weight_receiver` is the other."""
+"""The learner's half of a weight push; `rollout.pool.weight_receiver` is the engine's."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from rlmed.core.config_checks import require
-from rlmed.core.weights import Published, WeightBucket
+from rlmed.core.config.checks import require
+from rlmed.core.weights import StoredWeights, WeightBucket
 from rlmed.models.weights import BUCKET_BYTES, make_buckets
 
 OBJECT_STORE, IPC, NCCL = "object_store", "ipc", "nccl"
-"""Ways for weights: bytes in Ray's object store; GPU memory that two processes share; messages between GPUs."""
+"""Transports: bytes in Ray's object store; GPU memory shared by two processes; messages between GPUs."""
 
 
 def publish(
@@ -22,37 +22,37 @@ def publish(
     *,
     version: int,
     bucket_bytes: int = BUCKET_BYTES,
-) -> Published:
-    """Copy the current weights into buckets and give each to `store`.
+) -> StoredWeights:
+    """Copy the current weights into buckets and pass each to `store`.
 
     Args:
-        tensors: names and whole tensors; where they are gathered from many ranks, all ranks iterate, and this one stores.
-        store: copies a bucket and returns what a worker fetches the copy by.
-        version: of the policy.
-        bucket_bytes: bound on a bucket, and so on the memory that is needed besides the store's.
+        tensors: names and full tensors; if gathered from many ranks, all ranks iterate, and this one stores.
+        store: copies a bucket and returns a reference by which a worker fetches the copy.
+        version: policy version.
+        bucket_bytes: bound on a bucket, and so on the memory needed besides the store's.
     """
     start, size = time.perf_counter(), 0
     references = []
     for bucket in make_buckets(tensors, bucket_bytes):
         size += bucket.data.nbytes
         references.append(store(bucket))
-    return Published(version, references, size, time.perf_counter() - start)
+    return StoredWeights(version, references, size, time.perf_counter() - start)
 
 
 def choose_transport(setting: str, learner: str, engines: Sequence[Sequence[str]]) -> str:
-    """The way that weights take from learner rank 0 to engines.
+    """Choose the transport from learner rank 0 to the engines.
 
     Args:
         setting: `cluster.weight_transfer`.
-        learner: name of rank 0's GPU (see `Recipient.devices`); empty where it has none.
+        learner: name of rank 0's GPU (see `EngineHandle.devices`); empty without one.
         engines: names of each engine's GPUs.
 
     Returns:
-        "ipc" when all of them run on rank 0's GPU; "nccl" when none of them does and no two share one, since NCCL knows a GPU
-        once in a group; else "object_store".
+        "ipc" if all engines run on rank 0's GPU; "nccl" if none does and no two share a GPU, since an NCCL group may
+        contain a GPU only once; else "object_store".
 
     Raises:
-        ConfigError: when the setting names a way that there is not.
+        ConfigError: if the setting names a transport that these devices do not allow.
     """
     devices = [device for engine in engines for device in engine]
     known = bool(learner) and len(engines) > 0 and all(engines)

@@ -1,4 +1,4 @@
-"""The format reward where no reasoning is asked for (Med-R1, arXiv 2503.13939)."""
+"""Format reward for prompts that ask for no reasoning (Med-R1, arXiv 2503.13939)."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from rlmed.core.types import Completion, Example
 
 
 def answer_format_reward(example: Example, completion: Completion) -> float:
-    """1 when the whole completion is `<answer>…</answer>`, else 0."""
+    """Return 1 if the whole completion is `<answer>…</answer>`, else 0."""
     return float(has_answer_format(completion.text))

@@ -1,4 +1,4 @@
-"""The accuracy reward of MedVLM-R1 (arXiv 2502.19634)."""
+"""Accuracy reward of MedVLM-R1 (arXiv 2502.19634)."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from rlmed.core.types import Completion, Example
 
 
 def choice_reward(example: Example, completion: Completion) -> float:
-    """1 for the right letter alone in the answer tags, 0.5 for the right letter among other text, else 0.
+    """Return 1 for the correct letter alone in the answer tags, 0.5 for it among other text, else 0.
 
-    Letters are counted in the upper-cased text, so "B) liver" holds the letters B, I and E and earns nothing: exactly one
-    letter may occur.
+    Exactly one letter may occur, counted in the upper-cased text: "B) liver" holds B, I and E and earns nothing.
     """
     answer = answer_text(completion.text)
     if answer is None or option_letters(answer) != [example.letter]:

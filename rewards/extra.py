@@ -1,4 +1,4 @@
-"""A user's own reward function: loaded by name, watched at every call."""
+"""A user's own reward function: loaded by name, checked on every call."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from rewards.deadline import DeadlineError, call_within
 from rlmed.core.types import Completion, Example
 
 _SHOWN = 200
-"""Characters of a completion that an error message shows."""
+"""Most characters of a completion that an error message shows."""
 
 
 class RewardError(RuntimeError):
-    """A user's reward function misbehaved; the message names function, example and completion."""
+    """A user's reward function misbehaved; the message names the function, example and completion."""
 
 
 class RewardTimeoutError(RewardError):
@@ -26,10 +26,10 @@ class RewardTimeoutError(RewardError):
 
 
 def load_reward(path: str) -> Reward:
-    """Import "module:function"; modules in the working directory are found.
+    """Import "module:function"; modules in the working directory are found too.
 
     Raises:
-        ValueError: naming what is wrong with the path, the module or the function.
+        ValueError: if the path, module or function is wrong; the message says which.
     """
     module_name, colon, function_name = path.partition(":")
     if not (module_name and colon and function_name.isidentifier()) or module_name.endswith(".py"):
@@ -41,7 +41,7 @@ def load_reward(path: str) -> Reward:
     except (
         Exception,
         SystemExit,
-    ) as error:  # whatever a user's module raises while it is imported is about that module
+    ) as error:  # importing a user's module may raise anything
         raise ValueError(
             f"reward.extra={path}: module {module_name!r} cannot be imported from {os.getcwd()} or the Python path: "
             f"{type(error).__name__}: {error}"
@@ -55,9 +55,9 @@ def load_reward(path: str) -> Reward:
 
 
 def guarded(path: str, function: Reward, timeout_s: float) -> Reward:
-    """The same reward, stopped with a `RewardError` when it raises, hangs, or returns no finite number.
+    """Wrap a reward so that it fails with a `RewardError` when it raises, hangs, or returns no finite number.
 
-    A function that has outlasted `timeout_s` seconds once is not called again, so at most one thread of it is left hanging.
+    After one call that exceeds `timeout_s` seconds the function is never called again, so at most one thread hangs.
     """
     hung = False
 
@@ -73,7 +73,7 @@ def guarded(path: str, function: Reward, timeout_s: float) -> Reward:
             raise RewardTimeoutError(
                 f"{where}: no result after {timeout_s:g} s; make the function faster or raise reward.timeout_s"
             ) from None
-        except (Exception, SystemExit) as error:  # whatever a user's function raises is about that function
+        except (Exception, SystemExit) as error:  # a user's function may raise anything
             raise RewardError(f"{where}: it raised {type(error).__name__}: {error}") from error
         return _finite(value, where)
 
@@ -83,7 +83,7 @@ def guarded(path: str, function: Reward, timeout_s: float) -> Reward:
 def _check_arguments(path: str, function: Reward) -> None:
     try:
         signature = inspect.signature(function)
-    except ValueError:  # functions written in C may have none
+    except ValueError:  # C functions may have none
         return
     try:
         signature.bind(None, None)
@@ -98,10 +98,10 @@ def _finite(value: object, where: str) -> float:
         raise RewardError(f"{where}: it returned None; return a number at its end, for example 0.0")
     try:
         if isinstance(value, (str, bytes, bytearray)):
-            raise TypeError("a text, even one that float() can read")
+            raise TypeError("a string, even one that float() can parse")
         number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last is torch's, for more than one element
-        raise RewardError(f"{where}: it returned {_shorten(value)}, which is no number") from None
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # torch raises the last for more than one element
+        raise RewardError(f"{where}: it returned {_shorten(value)}, which is not a number") from None
     if not abs(number) <= float(np.finfo(np.float32).max):
         raise RewardError(f"{where}: it returned {_shorten(value)}; return a finite number, for example 0.0")
     return number

@@ -1,4 +1,4 @@
-"""The format reward of MedVLM-R1 (arXiv 2502.19634)."""
+"""Format reward of MedVLM-R1 (arXiv 2502.19634)."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from rlmed.core.types import Completion, Example
 
 
 def format_reward(example: Example, completion: Completion) -> float:
-    """1 when the whole completion is `<think>…</think><answer>…</answer>`, else 0."""
+    """Return 1 if the whole completion is `<think>…</think><answer>…</answer>`, else 0."""
     return float(has_format(completion.text))

@@ -1,4 +1,4 @@
-"""What the reasoning is worth to the policy itself: no written rationale is needed to compare with."""
+"""What the reasoning is worth to the policy itself; needs no reference rationale."""
 
 from __future__ import annotations
 
@@ -8,40 +8,40 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from rewards.base import GroupReward, Likelihood, PartingIds
+from rewards.base import GroupReward, Likelihood, SplitCommonPrefix
 from rewards.parsing import reasoning_text
 from rlmed.core.prefill import remaining
 from rlmed.core.types import LETTERS, FloatArray, Prompt, RolloutGroup
 
 
-def likelihood_gain(likelihood: Likelihood, parting_ids: PartingIds) -> GroupReward:
-    """How much likelier the reasoning makes the right option; float32 [G] in [-1, 1].
+def likelihood_gain(likelihood: Likelihood, split_common_prefix: SplitCommonPrefix) -> GroupReward:
+    """Return how much likelier the reasoning makes the correct option; float32 [G] in [-1, 1].
 
-    With l(o | r) the log-likelihood that the policy gives the letter of option o after
+    Let l(o | r) be the policy's log-likelihood of the letter of option o after
     `<think>r</think>\\n<answer>`, p(o | r) = softmax over the n options of l(o | r), and reasoning r:
 
         gain = (log p(right | r) - log p(right | "")) / log n, clipped to [-1, 1]
 
-    1 is from chance to certainty, 0 is what empty reasoning earns, as does a completion without the format. Among the
-    options only, because otherwise reasoning would be paid for making any letter likelier than other words.
+    1 means from chance to certainty. Empty reasoning earns 0, as does a completion that breaks the format. The softmax
+    runs over the options only; otherwise reasoning would be paid for making any letter likelier than other words.
 
-    The policy is the learner's of now, at temperature 1. With `algo.max_staleness` above 0 it may be newer than the one that
-    wrote the reasoning. The text is tokenized anew, which need not give the tokens that were sampled.
+    The policy is the learner's current one, at temperature 1; with `algo.max_staleness` above 0 it may be newer than
+    the one that wrote the reasoning. The text is retokenized, which may not reproduce the sampled tokens.
 
-    All texts of a group are one question: the prompt, with its image, is computed once. Its price is that the n letters of
-    a completion each repeat the reasoning. To share that instead would take a prompt, and a pass of the vision tower, per
-    completion: with Qwen2-VL-2B a visual token costs as much as three of text, so for four options that is dearer unless
-    reasoning is much longer than MedVLM-R1's.
+    All texts of a group share one prompt, computed once with its image; in return, each of a completion's n letters
+    repeats the reasoning. Sharing the reasoning instead would take a prompt, and a pass of the vision tower, per
+    completion: with Qwen2-VL-2B a visual token costs as much as three text tokens, so for four options that costs more
+    unless reasoning is much longer than MedVLM-R1's.
     """
 
     def reward(group: RolloutGroup) -> FloatArray:
         example = group.prompt.example
         reasonings = [reasoning_text(completion.text) for completion in group.completions]
-        # empty reasoning first; equal ones are asked for once
+        # empty reasoning first; duplicates are scored once
         different = list(dict.fromkeys(["", *(entry for entry in reasonings if entry is not None)]))
         if len(different) == 1:
             return np.zeros(len(reasonings), dtype=np.float32)
-        chances = option_logprobs(group.prompt, different, likelihood, parting_ids)[:, example.answer]
+        chances = option_logprobs(group.prompt, different, likelihood, split_common_prefix)[:, example.answer]
         gains = np.clip((chances - chances[0]) / math.log(len(example.options)), -1.0, 1.0)
         gain_of = dict(zip(different, gains.tolist(), strict=True))
         return np.array([0.0 if entry is None else gain_of[entry] for entry in reasonings], dtype=np.float32)
@@ -50,15 +50,15 @@ def likelihood_gain(likelihood: Likelihood, parting_ids: PartingIds) -> GroupRew
 
 
 def option_logprobs(
-    prompt: Prompt, reasonings: Sequence[str], likelihood: Likelihood, parting_ids: PartingIds
+    prompt: Prompt, reasonings: Sequence[str], likelihood: Likelihood, split_common_prefix: SplitCommonPrefix
 ) -> npt.NDArray[np.float64]:
-    """float64 [reasonings, options]: log p(option | prompt, reasoning), normalized over the options.
+    """Return log p(option | prompt, reasoning), normalized over the options; float64 [reasonings, options].
 
-    What counts of a text are the tokens after those that the texts of all letters begin with.
+    Only the tokens after the prefix shared by the texts of all letters count.
     """
     letters = LETTERS[: len(prompt.example.options)]
     parted = [
-        parting_ids([remaining(prompt.prefill, answered(reasoning, letter)) for letter in letters])
+        split_common_prefix([remaining(prompt.prefill, answered(reasoning, letter)) for letter in letters])
         for reasoning in reasonings
     ]
     texts = [np.concatenate([shared, ending]) for shared, endings in parted for ending in endings]
@@ -71,5 +71,5 @@ def option_logprobs(
 
 
 def answered(reasoning: str, letter: str) -> str:
-    """A completion up to its letter."""
+    """Return a completion up to its letter."""
     return f"<think>{reasoning}</think>\n<answer>{letter}"

@@ -1,4 +1,4 @@
-"""A guard against loops: reasoning that says the same again and again."""
+"""Guard against reasoning that loops."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ NGRAM = 3
 
 
 def repetition_reward(example: Example, completion: Completion) -> float:
-    """1 - share of repeated word trigrams in the reasoning: the number of different trigrams by the number of trigrams.
+    """Return 1 minus the share of repeated word trigrams in the reasoning: distinct trigrams divided by all trigrams.
 
-    One or two words repeat nothing and earn 1. Reasoning without a word earns 0, as does a completion without the format.
+    One or two words repeat nothing and earn 1. Empty reasoning earns 0, as does a completion that breaks the format.
     """
     found = words(reasoning_text(completion.text) or "")
     if len(found) < NGRAM:

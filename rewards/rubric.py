@@ -1,4 +1,4 @@
-"""Several rewards, weighted and added up; the parts are kept."""
+"""Weighted sum of several rewards that keeps each part."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rewards.agreement import agreement_reward
 from rewards.answer_format import answer_format_reward
-from rewards.base import GroupReward, Likelihood, PartingIds, Reward
+from rewards.base import GroupReward, Likelihood, Reward, SplitCommonPrefix
 from rewards.brevity import brevity_reward
 from rewards.choice import choice_reward
 from rewards.extra import guarded, load_reward
 from rewards.format import format_reward
 from rewards.likelihood_gain import likelihood_gain
+from rewards.reasoning_consistency import reasoning_consistency_reward
 from rewards.repetition import repetition_reward
 from rewards.self_consistency import self_consistency_reward
 from rlmed.core.types import FloatArray, RolloutGroup, ScoredGroup
@@ -24,21 +24,23 @@ REWARDS: dict[str, Reward] = {
     "format": format_reward,
     "choice": choice_reward,
     "answer_format": answer_format_reward,
-    "agreement": agreement_reward,
+    "reasoning_consistency": reasoning_consistency_reward,
     "brevity": brevity_reward,
     "repetition": repetition_reward,
 }
-"""Rewards of one completion, by the name that `reward.weights` uses."""
+"""Rewards of one completion, by their name in `reward.weights`."""
 GROUP_REWARDS: dict[str, GroupReward] = {"self_consistency": self_consistency_reward}
-"""Rewards that look at a whole group."""
-LIKELIHOOD_REWARDS: dict[str, Callable[[Likelihood, PartingIds], GroupReward]] = {"likelihood_gain": likelihood_gain}
-"""Rewards of a group that ask the policy for likelihoods."""
+"""Rewards of a whole group."""
+LIKELIHOOD_REWARDS: dict[str, Callable[[Likelihood, SplitCommonPrefix], GroupReward]] = {
+    "likelihood_gain": likelihood_gain
+}
+"""Rewards of a group that query the policy for likelihoods."""
 NAMES = tuple(sorted([*REWARDS, *GROUP_REWARDS, *LIKELIHOOD_REWARDS]))
-"""What `reward.weights` may name without `reward.extra`."""
+"""Names that `reward.weights` may use without `reward.extra`."""
 
 
 def per_completion(reward: Reward) -> GroupReward:
-    """The reward of each completion for itself."""
+    """Lift a reward of one completion to a group."""
 
     def rewards(group: RolloutGroup) -> FloatArray:
         example = group.prompt.example
@@ -57,14 +59,14 @@ class WeightedReward:
 
 
 class Rubric:
-    """Scores groups: the weighted sum of its parts.
+    """Scores groups by the weighted sum of its parts.
 
     Example:
         Rubric.from_config({"format": 1.0, "choice": 1.0}) is the reward of MedVLM-R1, between 0 and 2.
     """
 
     def __init__(self, parts: Sequence[WeightedReward]) -> None:
-        """Add up `parts`, whose names must differ and whose weights must be finite."""
+        """Combine `parts`, whose names must differ and whose weights must be finite."""
         names = [part.name for part in parts]
         if not parts or len(set(names)) < len(names):
             raise ValueError(f"a rubric needs rewards with different names, got: {', '.join(names) or 'none'}")
@@ -81,23 +83,25 @@ class Rubric:
         *,
         timeout_s: float = 30.0,
         likelihood: Likelihood | None = None,
-        parting_ids: PartingIds | None = None,
+        split_common_prefix: SplitCommonPrefix | None = None,
     ) -> Rubric:
         """Build a rubric.
 
         Args:
-            weights: weight of each reward in `NAMES`, and of each function in `extra` that shall not have weight 1; a
-                reward of weight 0 is only recorded.
+            weights: weight of each reward in `NAMES`, and of each function in `extra` (default 1); a reward of weight 0
+                is only recorded.
             extra: the user's own functions as "module:function", each named after the function.
-            timeout_s: seconds that one call of a user's function may take.
-            likelihood: answers the rewards that ask the policy; None where no learner is there to be asked.
-            parting_ids: makes the tokens that `likelihood` is asked about.
+            timeout_s: time limit in seconds for one call of a user's function.
+            likelihood: serves the rewards that query the policy; None without a learner.
+            split_common_prefix: makes the tokens that `likelihood` scores.
 
         Raises:
-            ValueError: for a reward that does not exist, cannot be loaded, or asks for a likelihood where there is none.
+            ValueError: for a reward that is unknown, cannot be loaded, or needs a likelihood where there is none.
         """
         own = {path.rpartition(":")[2]: path for path in extra}
         for name in weights:
+            if name == "agreement" and name not in own:
+                raise ValueError("reward.weights.agreement: renamed to reward.weights.reasoning_consistency")
             if name not in NAMES and name not in own:
                 raise ValueError(
                     f"reward.weights names {name!r}, which does not exist: choose from {', '.join(NAMES)}, "
@@ -110,7 +114,7 @@ class Rubric:
                 f"reward.extra={list(extra)}: rewards go by the name of their function, and {why}: rename the function"
             )
         parts = [
-            WeightedReward(name, _built_in(name, likelihood, parting_ids), weight)
+            WeightedReward(name, _built_in(name, likelihood, split_common_prefix), weight)
             for name, weight in weights.items()
             if name in NAMES
         ]
@@ -120,24 +124,24 @@ class Rubric:
         return cls(parts)
 
     def score(self, group: RolloutGroup) -> ScoredGroup:
-        """Reward every completion of a group.
+        """Score every completion of a group.
 
         Raises:
-            RewardError: when a user's function raises, hangs, or returns something other than a finite number.
+            RewardError: if a user's function raises, hangs, or returns anything but a finite number.
         """
         parts = {part.name: part.reward(group) for part in self.parts}
         total = sum(part.weight * parts[part.name] for part in self.parts)
         return ScoredGroup(group, np.asarray(total, dtype=np.float32), parts)
 
 
-def _built_in(name: str, likelihood: Likelihood | None, parting_ids: PartingIds | None) -> GroupReward:
+def _built_in(name: str, likelihood: Likelihood | None, split_common_prefix: SplitCommonPrefix | None) -> GroupReward:
     if name in REWARDS:
         return per_completion(REWARDS[name])
     if name in GROUP_REWARDS:
         return GROUP_REWARDS[name]
-    if likelihood is None or parting_ids is None:
+    if likelihood is None or split_common_prefix is None:
         raise ValueError(
             f"reward.weights names {name!r}, which asks the learner how likely answers are, and there is none with "
             "debug.learn=false: choose rewards without it, for example reward=format_choice, or set debug.learn=true"
         )
-    return LIKELIHOOD_REWARDS[name](likelihood, parting_ids)
+    return LIKELIHOOD_REWARDS[name](likelihood, split_common_prefix)

@@ -1,4 +1,4 @@
-"""Agreement within a group: a reward without a label."""
+"""Label-free reward: agreement within a group."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from rlmed.core.types import LETTERS, FloatArray, RolloutGroup
 
 
 def self_consistency_reward(group: RolloutGroup) -> FloatArray:
-    """Share of the group's other completions that give the same letter; float32 [G], between 0 and 1.
+    """Return the share of the group's other completions that give the same letter; float32 [G], between 0 and 1.
 
-    The letter is the one that evaluation counts. A completion without one, or with the letter of no option, earns 0. The
-    right answer is not looked at (a soft majority vote, as in test-time reinforcement learning, arXiv 2504.16084).
+    The letter is the one that evaluation counts. A completion without one, or with a letter of no option, earns 0.
+    Ignores the correct answer (a soft majority vote, as in test-time reinforcement learning, arXiv 2504.16084).
     """
     possible = LETTERS[: len(group.prompt.example.options)]
     letters = [evaluated_letter(completion.text) or "" for completion in group.completions]

@@ -1,4 +1,4 @@
-"""`python -m rlmed.ask image.png "question" --options a b c d --model DIR`: one answer with its reasoning."""
+"""Ask a model one question about an image: `python -m rlmed.ask image.png "question" --options a b c d --model DIR`."""
 
 from __future__ import annotations
 
@@ -12,46 +12,47 @@ from rich.console import Console
 from rich.text import Text
 
 from rewards.parsing import evaluated_letter
-from rlmed.core.display import ending_errors, keep_display
-from rlmed.core.near_paths import near_path
+from rlmed.cluster.engines import open_model
+from rlmed.core.files.near_paths import near_path
 from rlmed.core.prefill import THINK, THINK_END
-from rlmed.core.toy import TOY_NOTE, is_toy
+from rlmed.core.process.display import ending_errors, keep_display
 from rlmed.core.types import LETTERS, Example, RolloutRequest, SamplingParams
-from rlmed.data.choices import plain_options
 from rlmed.data.images import check_image
+from rlmed.data.options.choices import plain_options
 from rlmed.data.prompts import PromptRenderer, read_prompt_settings
 from rlmed.data.rows import BadRowError
-from rlmed.models.agreement import position_doubt
+from rlmed.models.folder.agreement import position_doubt
+from rlmed.models.loading import model_folder
 from rlmed.models.logs import silence_progress_bars
 from rlmed.models.policy import load_config, load_policy
-from rlmed.setup import model_folder, open_model
+from rlmed.models.tiny.toy import TOY_NOTE, is_toy
 from rollout.native.engine import NativeEngine
 
 log = logging.getLogger(__name__)
 
 MAX_PROMPT_TOKENS = 4096
-"""Where the model's folder does not say how long a prompt was in training."""
+"""Default if the model folder does not record the prompt length of training."""
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m rlmed.ask", description="Ask a model about one image.")
     parser.add_argument("image", type=Path, help="PNG, JPEG or any other picture file")
     parser.add_argument("question")
     parser.add_argument("--options", nargs="+", required=True, metavar="TEXT", help="2 to 10 answers to choose from")
-    parser.add_argument("--modality", default="", help="MRI, CT, …: where the model was asked by modality in training")
-    parser.add_argument("--model", default="embedded:tiny_base", help="model folder, for example a checkpoint of a run")
+    parser.add_argument("--modality", default="", help="MRI, CT, …: for models trained with one prompt per modality")
+    parser.add_argument("--model", default="embedded:tiny_base", help="model folder, for example a run's checkpoint")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the most likely tokens")
-    parser.add_argument("--seed", type=int, help="of sampling, with a temperature above 0 (default: 0)")
+    parser.add_argument("--seed", type=int, help="sampling seed, with a temperature above 0 (default: 0)")
     parser.add_argument("--max-tokens", type=int, default=512)
     return parser.parse_args(arguments)
 
 
 def asked_options(texts: Sequence[str]) -> tuple[str, ...]:
-    """The options without letters of their own, in the order of these.
+    """Strip the options' own letters and return them in letter order.
 
     Raises:
-        ValueError: for a number of options other than 2 to 10, blank ones, or some that repeat.
+        ValueError: unless there are 2 to 10 options, none blank or repeated.
     """
     try:
         if not all(text.strip() for text in texts):
@@ -65,22 +66,19 @@ def asked_options(texts: Sequence[str]) -> tuple[str, ...]:
 
 
 def ask(arguments: argparse.Namespace) -> str:
-    """The completion of the model for one question.
+    """Return the model's completion for one question.
 
     Raises:
-        ValueError: for a number of options other than 2 to 10, options that repeat, an image or model that cannot be read, an
-            image that shows nothing, or an argument that does nothing.
+        ValueError: for invalid options, an unreadable image or model, a blank image, or an argument without effect.
     """
     options = asked_options(arguments.options)
     if arguments.seed is not None and arguments.temperature == 0:
-        raise ValueError(
-            f"--seed {arguments.seed} does nothing without sampling: give --temperature too, or leave it out"
-        )
+        raise ValueError(f"--seed {arguments.seed} has no effect without sampling: add --temperature, or leave it out")
     if near := near_path(arguments.image):
         raise ValueError(f"image {arguments.image} does not exist: {near}")
     check_image(arguments.image)
     folder = model_folder(arguments.model)
-    # where the folder does not say how it was asked, the paper's template
+    # default to the paper's template if the folder does not record one
     settings = {"max_prompt_tokens": MAX_PROMPT_TOKENS, **(read_prompt_settings(folder) or {})}
     renderer = PromptRenderer(*open_model(folder), **settings)
     if arguments.modality:
@@ -105,24 +103,22 @@ def ask(arguments: argparse.Namespace) -> str:
 
 
 def _check_modality(arguments: argparse.Namespace, prompts: Collection[str]) -> None:
-    """Warn of a modality without a prompt of its own.
+    """Warn about a modality without its own prompt.
 
     Raises:
-        ValueError: where no modality has one.
+        ValueError: if no modality has one.
     """
     given = f"--modality {arguments.modality}"
     if not prompts:
         raise ValueError(
-            f"{given} does nothing: model {arguments.model} has one prompt for all modalities; leave it out"
+            f"{given} has no effect: model {arguments.model} has one prompt for all modalities; leave it out"
         )
     if arguments.modality not in prompts:
-        log.warning(
-            "%s has no prompt of its own (those with one: %s); the general one is used", given, ", ".join(prompts)
-        )
+        log.warning("%s has no prompt of its own (available: %s); using the general one", given, ", ".join(prompts))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print reasoning and answer; errors end with one line and exit status 2."""
+    """Print reasoning and answer; on an error, print one line and exit with status 2."""
     keep_display()
     parsed = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     silence_progress_bars()

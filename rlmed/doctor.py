@@ -1,6 +1,6 @@
-"""`python -m rlmed.doctor`: what this machine can run, and what is missing for the rest.
+"""Check what this machine can run, and what is missing for the rest: `python -m rlmed.doctor`.
 
-Nothing that might be missing is imported at the top, so it also runs where little is installed.
+Packages that might be missing are imported lazily, so that it runs on a bare installation.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rlmed.core.display import ending_errors, keep_display
-from rlmed.core.threads import cpu_quota, usable_cores
+from rlmed.core.process.display import ending_errors, keep_display
+from rlmed.core.process.threads import cpu_quota, usable_cores
 
 Status = Literal["ok", "optional", "missing"]
 
@@ -59,7 +59,7 @@ def _package(name: str) -> str | None:
 
 
 def examine() -> list[Finding]:
-    """Look at the interpreter, the packages, the hardware and the embedded model."""
+    """Check the interpreter, the packages, the hardware and the embedded model."""
     version = platform.python_version()
     findings = [
         Finding("python", "ok" if sys.version_info >= (3, 11) else "missing", f"{version} (3.11 or newer needed)")
@@ -85,9 +85,9 @@ def _hardware() -> list[Finding]:
     policy = os.environ.get("OMP_WAIT_POLICY", "not set")
     cores = f"{usable_cores()} of {os.cpu_count()} cores usable ({limit})"
     cpu = Finding("CPU", "ok", f"{cores}, {torch.get_num_threads()} torch threads, OMP_WAIT_POLICY {policy}")
+    from rlmed.models.cpu.products import bfloat16_speed, settle_products
+    from rlmed.models.loading import model_folder
     from rlmed.models.policy import load_config
-    from rlmed.models.products import bfloat16_speed, settle_products
-    from rlmed.setup import model_folder
 
     uses = ", ".join(settle_products(load_config(model_folder("embedded:tiny_base")))) or "none"
     products = Finding(
@@ -103,7 +103,7 @@ def _hardware() -> list[Finding]:
 
 
 def _embedded_model() -> Finding:
-    from rlmed.setup import model_folder
+    from rlmed.models.loading import model_folder
 
     try:
         return Finding("embedded model", "ok", model_folder("embedded:tiny_base").name)
@@ -112,7 +112,7 @@ def _embedded_model() -> Finding:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the table; exit status 1 when something needed is missing."""
+    """Print the table; exit with status 1 if a requirement is missing."""
     parser = argparse.ArgumentParser(prog="python -m rlmed.doctor", description="What this machine can run.")
     keep_display()
     parser.parse_args(arguments)

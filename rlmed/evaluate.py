@@ -1,8 +1,8 @@
-"""`python -m rlmed.evaluate model=DIR data=FILE.jsonl`: accuracy with its controls, for any model folder.
+"""Measure the accuracy of any model folder, with controls: `python -m rlmed.evaluate model=DIR data=FILE.jsonl`.
 
 `data=phantom` evaluates on the generated images, `data=[a.jsonl,b.jsonl]` on several files; `data.train=FILE` fits the
-image-free prior; `before=RUN/evaluations/step-000000` adds McNemar's test against an earlier evaluation of the same rows;
-`eval.trust=true` adds calibration, pass@k, option order and reliance on the picture (docs/trust.md).
+image-free prior; `compare_to=RUN/evaluations/step-000000` adds McNemar's test against an earlier evaluation of the same
+rows; `eval.trust=true` adds calibration, pass@k, option order and reliance on the picture (docs/trust.md).
 """
 
 from __future__ import annotations
@@ -11,35 +11,38 @@ from pathlib import Path
 
 from rich.console import Console
 
-from rewards.argument import argued_option
-from rlmed.checkpoint import starting_point
-from rlmed.commandline import run_command, to_yaml
-from rlmed.core.config import RunConfig
-from rlmed.core.files import replace_text
-from rlmed.core.toy import TOY_NOTE, is_toy
-from rlmed.engines import build_local_pool, build_policy, settle_model
-from rlmed.evaluation import evaluate
-from rlmed.evaluation_results import EvalSummary, check_comparable, compare, step_folder, summary_table
-from rlmed.progress import Progress
-from rlmed.recorder import CONFIG_FILE, write_data, write_versions
-from rlmed.report import write_report
-from rlmed.setup import check_positions, load_run_data, make_renderer, model_folder
-from rlmed.stream import SEED_STRIDE
-from rlmed.trust import TrustSettings, measure_trust
-from rlmed.trust_table import trust_table
+from rewards.conclusion import argued_option
+from rlmed.cluster.engines import build_local_pool, build_policy, make_renderer, settle_model
+from rlmed.commandline import run_command
+from rlmed.core.config.composing import to_yaml
+from rlmed.core.config.schema import RunConfig
+from rlmed.core.files.atomic import replace_text
+from rlmed.data.loading import load_run_data
+from rlmed.data.stream import SEED_STRIDE
+from rlmed.evaluation.reliability.questions import TrustSettings, measure_trust
+from rlmed.evaluation.reliability.table import trust_table
+from rlmed.evaluation.results import EvalSummary, check_comparable, compare, step_folder
+from rlmed.evaluation.run import evaluate
+from rlmed.evaluation.table import summary_table
+from rlmed.models.loading import check_positions, model_folder
+from rlmed.models.tiny.toy import TOY_NOTE, is_toy
+from rlmed.recording.checkpoint import starting_point
+from rlmed.recording.progress import Progress
+from rlmed.recording.recorder import CONFIG_FILE, write_data, write_versions
+from rlmed.report.page import write_report
 
 
 def main(config: RunConfig, folder: Path) -> None:
     """Evaluate `config.model` on `config.data.eval`."""
-    starting_point(folder, resume=False)  # no evaluation takes the place of a training run's
-    if config.before and not (Path(config.before) / "rows.jsonl").is_file():
-        raise ValueError(f"before={config.before} is no evaluation: give a folder that holds rows.jsonl")
+    starting_point(folder, resume=False)  # never overwrite the evaluation of a training run
+    if config.compare_to and not (Path(config.compare_to) / "rows.jsonl").is_file():
+        raise ValueError(f"compare_to={config.compare_to} is not an evaluation: give a folder that contains rows.jsonl")
     renderer = make_renderer(config)
     check_positions(config, max_tokens=config.eval.max_tokens)
     data = load_run_data(config, renderer, training=False)
     files = data.eval_files(config.eval.limit)
-    if config.before:
-        check_comparable(Path(config.before), {file.name: file.examples for file in files})
+    if config.compare_to:
+        check_comparable(Path(config.compare_to), {file.name: file.examples for file in files})
     decided = settle_model(config)
     policy = build_policy(decided, model_folder(config.model.path))
     replace_text(folder / CONFIG_FILE, to_yaml(config))
@@ -82,9 +85,9 @@ def main(config: RunConfig, folder: Path) -> None:
                 on_progress=progress.stage,
             )
     before, comparison = None, None
-    if config.before:
-        before = EvalSummary.read(Path(config.before))
-        comparison = compare(Path(config.before), step_folder(folder / "evaluations", 0))
+    if config.compare_to:
+        before = EvalSummary.read(Path(config.compare_to))
+        comparison = compare(Path(config.compare_to), step_folder(folder / "evaluations", 0))
     report = write_report(folder)
     console = Console()
     console.print(summary_table(before, summary, comparison))

@@ -1,4 +1,4 @@
-"""`python -m rlmed.leakage --train x.jsonl --test a.jsonl b.jsonl`: which test rows are in the training data too."""
+"""Find test rows in the training data: `python -m rlmed.leakage --train x.jsonl --test a.jsonl b.jsonl`."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from rlmed.core.display import ending_errors, keep_display
-from rlmed.core.files import replace_text
+from rlmed.core.files.atomic import replace_text
+from rlmed.core.process.display import ending_errors, keep_display
 from rlmed.core.types import Example
-from rlmed.data.jsonl import format_skips, read_examples
-from rlmed.data.leakage import find_leakage
-from rlmed.data.leakage_report import KINDS, WORDS, LeakageReport, describe
+from rlmed.data.examples import format_skips, read_examples
+from rlmed.data.leakage.findings import KINDS, WORDS, LeakageReport, describe
+from rlmed.data.leakage.search import find_leakage
 
 SHOWN = 20
-"""Pairs that the terminal shows; `--json` writes them all."""
+"""Pairs to show in the terminal; `--json` writes all."""
 
 
 def leakage_table(report: LeakageReport) -> Table:
-    """Leaking rows and pictures of each test file."""
+    """Return a table of leaking rows and pictures by test file."""
     table = Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -36,7 +36,7 @@ def leakage_table(report: LeakageReport) -> Table:
     kinds = [kind for kind in KINDS if any(kind in file.images_by_kind for file in report.files)]
     headings = ("file", "rows", "leaking", "with answer", "pictures", *(WORDS[kind] for kind in kinds), "in doubt")
     for place, heading in enumerate(headings):
-        # words below each other, for a terminal of 80 characters
+        # one word per line, for a terminal of 80 characters
         table.add_column(heading.replace(" ", "\n"), justify="left" if place == 0 else "right", no_wrap=place > 0)
     for file in report.files:
         counts = (file.images_by_kind.get(kind, 0) for kind in kinds)
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m rlmed.leakage", description=__doc__)
     parser.add_argument("--train", type=Path, required=True, metavar="FILE", help="training rows, JSON Lines")
     parser.add_argument("--test", type=Path, required=True, nargs="+", metavar="FILE", help="files to evaluate on")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was found here")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all findings to this file")
     keep_display()
     parsed = parser.parse_args(arguments)
     with ending_errors():
@@ -67,13 +67,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for leak in report.leaks[:SHOWN]:
         console.print(f"{leak.file}: {describe(leak)}", markup=False, soft_wrap=True)
     if len(report.leaks) > SHOWN:
-        console.print(f"and more, {len(report.leaks)} pairs in all; --json FILE writes them")
+        console.print(f"… {len(report.leaks)} pairs in all; --json FILE writes them")
 
 
 def _compare(parsed: Any) -> LeakageReport:
     names = [path.stem for path in parsed.test]
     if len(set(names)) < len(names):
-        raise ValueError(f"--test names files with the same name ({', '.join(names)}): rename one, results go by name")
+        raise ValueError(
+            f"--test has files of the same name ({', '.join(names)}): rename one, results are keyed by name"
+        )
     report = find_leakage(_read(parsed.train), {path.stem: _read(path) for path in parsed.test})
     if parsed.json is not None:
         replace_text(parsed.json, json.dumps(report.to_json(), indent=1, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""`python -m rlmed.prepare READER --source PATH --out DIR`: data as it is published, or your own, as rlmed reads it."""
+"""Convert published data, or your own, to rlmed's format: `python -m rlmed.prepare READER --source PATH --out DIR`."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from rlmed.core.display import ending_errors, keep_display
-from rlmed.data.layout import MANIFEST, Layout, check_target, write_layout
-from rlmed.data.leakage_report import doubt_lines, leakage_lines
-from rlmed.data.option_order import kept_order_text
+from rlmed.core.process.display import ending_errors, keep_display
+from rlmed.data.leakage.findings import doubt_lines, leakage_lines
+from rlmed.data.options.order import kept_order_text
+from rlmed.data.prepare.layout import MANIFEST, Layout, check_target, write_layout
 from rlmed.data.readers.registry import READERS, find_reader
 
 REASONS_SHOWN = 3
-"""Skipped rows that the terminal shows; the manifest has them all."""
+"""Skipped rows to show in the terminal; the manifest lists all."""
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line; each reader has options of its own."""
+    """Parse the command line; each reader has its own options."""
     parser = argparse.ArgumentParser(
         prog="python -m rlmed.prepare",
-        description="Write data as JSON Lines with images beside them, for data.train and data.eval. See docs/data.md.",
+        description="Convert data to JSON Lines and images, for data.train and data.eval. See docs/data.md.",
     )
     readers = parser.add_subparsers(dest="reader", required=True, metavar="READER", title="readers")
     for reader in READERS.values():
@@ -41,21 +41,21 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
             "--leakage",
             choices=("report", "off"),
             default="report",
-            help="look for training pictures and rows in the other files (default), or not",
+            help="search the other files for training pictures and rows (default), or don't",
         )
-        own.add_argument("--overwrite", action="store_true", help="replace what an earlier call wrote to --out")
+        own.add_argument("--overwrite", action="store_true", help="replace the output of an earlier call in --out")
         for option in reader.options:
-            # the defaults are the reader's own
+            # the reader has its own defaults
             own.add_argument(option.flag, default=argparse.SUPPRESS, **option.settings)
     return parser.parse_args(arguments)
 
 
 def prepare(arguments: argparse.Namespace, on_row: Callable[[int], None] | None = None) -> Layout:
-    """Read and write.
+    """Read the source and write the converted data.
 
     Raises:
-        ValueError: for a source, option or target that is not possible, or rows of which none can be used.
-        RecordError: when the disk refuses.
+        ValueError: for an invalid source, option or target, or without a usable row.
+        RecordError: if writing fails.
     """
     reader = find_reader(arguments.reader)
     keywords = {option.keyword for option in reader.options}
@@ -77,7 +77,7 @@ def prepare(arguments: argparse.Namespace, on_row: Callable[[int], None] | None 
 
 
 def summary(layout: Layout) -> Table:
-    """Rows, images and what is scored without looking at any, by split."""
+    """Return a table of rows, images and image-free accuracies by split."""
     table = Table(box=box.SIMPLE_HEAD, title="accuracy without an image, %", title_justify="right")
     headings = ("split", "rows", "images", "chance", "one letter", "option prior", "by rate")
     for place, heading in enumerate(headings):
@@ -90,7 +90,7 @@ def summary(layout: Layout) -> Table:
 
 
 def counts(layout: Layout) -> str:
-    """What became of the rows of the source; the numbers add up."""
+    """Return how many source rows were written, skipped and left out; the counts add up."""
     parts = [f"{layout.written:,} written"]
     parts += [f"{layout.bad:,} skipped"] if layout.bad else []
     parts += [f"{layout.by_choice:,} left out"] if layout.by_choice else []
@@ -98,11 +98,11 @@ def counts(layout: Layout) -> str:
 
 
 def skips(layout: Layout) -> str:
-    """How many rows were left out, and the first few with their reasons; empty without any."""
+    """Return how many rows were left out, with reasons for the first few; empty without any."""
     bad = [row for row in layout.skipped if not row.chosen]
     lines = [f"- {row.where} ({row.id}): {row.reason}" for row in bad[:REASONS_SHOWN]]
     if bad:
-        shown = f", the first {len(lines)} here and all in {MANIFEST}" if len(bad) > len(lines) else ""
+        shown = f", first {len(lines)} shown, all in {MANIFEST}" if len(bad) > len(lines) else ""
         lines.insert(0, f"skipped:    {len(bad)} bad row{'s' * (len(bad) > 1)}{shown}")
     chosen: Counter[str] = Counter()
     for row in layout.skipped:
@@ -114,7 +114,7 @@ def skips(layout: Layout) -> str:
 
 
 def kept_orders(layout: Layout) -> list[str]:
-    """For each split with rows that have no other order of their options: how many they are."""
+    """Return, by split, how many rows have options that cannot be reordered."""
     return [
         f"order:      {name}: {kept_order_text(split.kept_order, split.rows, split.kept_order_by)}"
         for name, split in layout.splits.items()
@@ -123,7 +123,7 @@ def kept_orders(layout: Layout) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prepare, say what was written; errors end with one line and exit status 2."""
+    """Convert the data and print a summary; on an error, print one line and exit with status 2."""
     keep_display()
     parsed = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     console = Console(highlight=False)
@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @contextmanager
 def _counter(console: Console) -> Iterator[Callable[[int], None]]:
-    """A line that counts the rows, on a terminal."""
+    """Show a row counter on a terminal."""
     with console.status("reading") as status:
 
         def on_row(count: int) -> None:

@@ -1,7 +1,7 @@
-"""`python -m rlmed.sft`: supervised fine-tuning, for alignment before RL and as the baseline that RL is compared with.
+"""Supervised fine-tuning, as alignment before RL and as its baseline: `python -m rlmed.sft`.
 
-A row is imitated through its `completion` where it has one; otherwise through its letter alone, `<answer>B</answer>`, which
-is what a data set without rationales offers (the SFT baseline of MedVLM-R1, arXiv 2502.19634).
+The target is a row's `completion` if it has one, else its letter alone, `<answer>B</answer>`, all that a data set
+without rationales offers (the SFT baseline of MedVLM-R1, arXiv 2502.19634).
 """
 
 from __future__ import annotations
@@ -15,34 +15,37 @@ from rich.console import Console
 
 from learner.packing import PackItem
 from learner.supervised import SupervisedLearner, written_item
-from rlmed.checkpoint import CheckpointError, list_checkpoints, read_state, save_checkpoint, starting_point
-from rlmed.commandline import check_same_run, run_command, to_yaml
-from rlmed.core.config import RunConfig
-from rlmed.core.files import replace_text
+from rlmed.cluster.engines import build_local_pool, build_policy, make_renderer, settle_model
+from rlmed.commandline import run_command
+from rlmed.core.config.composing import check_same_run, to_yaml
+from rlmed.core.config.schema import RunConfig
+from rlmed.core.files.atomic import replace_text
 from rlmed.core.prefill import remaining
-from rlmed.core.toy import is_toy
 from rlmed.core.tracing import Tracer
 from rlmed.core.types import Example
 from rlmed.data.curriculum import Curriculum, Place
+from rlmed.data.loading import load_run_data
 from rlmed.data.prompts import PromptRenderer
 from rlmed.data.sampler import shuffle_options
-from rlmed.engines import build_local_pool, build_policy, settle_model
-from rlmed.evaluation import evaluate
-from rlmed.evaluation_results import EvalSummary, compare, summary_table
-from rlmed.progress import Progress
-from rlmed.recorder import CONFIG_FILE, RunRecorder, check_same_data, write_data, write_versions
-from rlmed.report import write_report
-from rlmed.setup import check_positions, load_run_data, make_renderer, model_folder
-from rlmed.stream import SEED_STRIDE
+from rlmed.data.stream import SEED_STRIDE
+from rlmed.evaluation.results import EvalSummary, compare
+from rlmed.evaluation.run import evaluate
+from rlmed.evaluation.table import summary_table
+from rlmed.models.loading import check_positions, model_folder
+from rlmed.models.tiny.toy import is_toy
+from rlmed.recording.checkpoint import CheckpointError, list_checkpoints, read_state, save_checkpoint, starting_point
+from rlmed.recording.progress import Progress
+from rlmed.recording.recorder import CONFIG_FILE, RunRecorder, check_same_data, write_data, write_versions
+from rlmed.report.page import write_report
 
 log = logging.getLogger(__name__)
 
 
 def target_text(example: Example, target: str) -> str:
-    """The text to imitate.
+    """Return the target text of an example.
 
-    target "auto" is the row's own completion or, where it has none, its letter in answer tags; "answer" is always that;
-    "option" names the right option before its letter, in the format of the prompt, so that format and letters are learnt.
+    "auto" is the row's own completion or, without one, its letter in answer tags; "answer" is always the latter;
+    "option" names the right option before its letter, in the format of the prompt, to teach format and letters.
     """
     if target == "auto" and example.completion is not None:
         return example.completion
@@ -53,7 +56,7 @@ def target_text(example: Example, target: str) -> str:
 
 
 class Batches:
-    """Batches of written examples as a pure function of the step."""
+    """Batches of target examples as a pure function of the step."""
 
     def __init__(self, examples: Sequence[Example], renderer: PromptRenderer, config: RunConfig) -> None:
         """Prepare `sft.epochs` passes over `examples` in batches of `sft.batch_size`."""
@@ -65,18 +68,18 @@ class Batches:
         written = sum(map(self._written, examples))
         if self._shuffle and written:
             log.warning(
-                "data.shuffle_options: %d of %d training rows keep the order of their options, since what they have as "
-                "completion names letters; sft.target=answer or option writes another one",
+                "data.shuffle_options: %d of %d training rows keep the order of their options, since their completions "
+                "name letters; sft.target=answer or option replaces these",
                 written,
                 len(examples),
             )
 
     def _written(self, example: Example) -> bool:
-        """Whether the row's own text is imitated."""
+        """Return True if the target is the row's own completion."""
         return self._config.target == "auto" and example.completion is not None
 
     def batch(self, step: int) -> list[PackItem]:
-        """The batch of `step` (from 0)."""
+        """Return the batch of `step` (from 0)."""
         size = self._config.batch_size
         return [self._item(self._curriculum.place(index)) for index in range(step * size, (step + 1) * size)]
 
@@ -104,7 +107,7 @@ def main(config: RunConfig, folder: Path) -> None:
     if checkpoint:
         saved = read_state(checkpoint)
         if "step" not in saved:
-            raise CheckpointError(f"{checkpoint} is of another command (rlmed.launch), which alone can go on with it")
+            raise CheckpointError(f"{checkpoint} was written by rlmed.launch: resume it with that command")
         check_same_run(folder / CONFIG_FILE, config, unused=("steps", "algo", "reward", "rollout"))
         check_same_data(folder, data.files)
         done = int(saved["step"])
@@ -141,7 +144,7 @@ def main(config: RunConfig, folder: Path) -> None:
     evaluated = bool(data.evals)
     with progress:
         if not evaluated:
-            progress.message("data.eval names no file: nothing is evaluated")
+            progress.message("data.eval is empty: skipping evaluation")
         if evaluated and config.eval.at_start and done == 0:
             measure(0)
         progress.start(batches.steps, done)
@@ -162,7 +165,7 @@ def main(config: RunConfig, folder: Path) -> None:
 
 
 def _show(folder: Path, steps: int) -> None:
-    """The report; then the table and the paths."""
+    """Write the report; print the table and the paths."""
     first, last = (folder / "evaluations" / f"step-{step:06d}" for step in (0, steps))
     before = EvalSummary.read(first) if first.is_dir() and last.is_dir() else None
     comparison = compare(first, last) if before else None

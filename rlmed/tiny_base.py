@@ -1,8 +1,9 @@
-"""`python -m rlmed.tiny_base` (`make tiny-base`): the embedded base model, rebuilt from nothing.
+"""Rebuild the embedded base model from scratch: `python -m rlmed.tiny_base` (`make tiny-base`).
 
-Random weights and a tokenizer (`rlmed.models.tiny`), generated studies with written readings (`rlmed.data.phantom_corpus`),
-and three stages of supervised fine-tuning by `rlmed.sft`: letters are bound to options on text, then the eyes are trained on
-careful readings, then the mixture of careful and hasty readers is learnt that RL starts from.
+Random weights and a tokenizer (`rlmed.models.tiny.build`), generated studies with written readings
+(`rlmed.data.phantom.corpus`), and three stages of supervised fine-tuning with `rlmed.sft`: bind letters to options on
+text, train the vision part on careful readings, then learn the mixture of careful and hasty readers that RL starts
+from.
 """
 
 from __future__ import annotations
@@ -17,19 +18,20 @@ from pathlib import Path
 import torch
 
 from rlmed import sft
-from rlmed.checkpoint import CheckpointError, list_checkpoints
-from rlmed.commandline import compose_config
-from rlmed.core.config import RunConfig
-from rlmed.core.display import ending_errors, keep_display
-from rlmed.core.files import partial_folder, rename_into_place
-from rlmed.core.holding import hold
-from rlmed.data.phantom_corpus import tokenizer_corpus, tokenizer_phrases, write_alignment
+from rlmed.core.config.composing import compose_config
+from rlmed.core.config.schema import RunConfig
+from rlmed.core.files.atomic import partial_folder, rename_into_place
+from rlmed.core.files.exclusive import hold
+from rlmed.core.process.display import ending_errors, keep_display
+from rlmed.data.phantom.corpus import tokenizer_corpus, tokenizer_phrases, write_alignment
 from rlmed.data.prompts import load_processor
 from rlmed.models.logs import silence_progress_bars
-from rlmed.models.tiny import build_tiny
+from rlmed.models.tiny.build import build_tiny
+from rlmed.models.tiny.toy import SHIPPED
+from rlmed.recording.checkpoint import CheckpointError, list_checkpoints
 
 CORPUS_SEED = 1
-"""Of the alignment corpus; the data of the experiment have streams of their own."""
+"""Seed of the alignment corpus; the experiment's data have their own seeds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +46,18 @@ class Stage:
 
 STAGES = (
     Stage("lookup", 1.0, "float32", ("learner.lr=1e-3", "learner.lr_schedule=constant", "learner.warmup_steps=40")),
-    # nine tenths of the time; the weights that the optimizer moves are float32 all the same
+    # takes 90 % of the time; the optimizer's master weights are float32 anyway
     Stage("careful", 1.2, "bfloat16", ("learner.lr=1e-3", "learner.lr_schedule=cosine", "learner.warmup_steps=20")),
     Stage("readers", 0.7, "float32", ("learner.lr=4e-4", "learner.lr_schedule=linear", "learner.warmup_steps=20")),
 )
 
 
 def build(target: Path, work: Path, *, lookup_rows: int, studies: int, reader_studies: int) -> None:
-    """Train a base and write it as bfloat16 to `target`.
+    """Train a base model and write it to `target` in bfloat16.
 
     Args:
-        target: folder that is replaced.
-        work: folder for data and runs; a build that was interrupted goes on from it.
+        target: folder to replace.
+        work: folder for data and runs; an interrupted build resumes from it.
         lookup_rows: text rows.
         studies: images with careful readings.
         reader_studies: images with readings of mixed quality.
@@ -72,7 +74,7 @@ def build(target: Path, work: Path, *, lookup_rows: int, studies: int, reader_st
 
 
 def _corpus(folder: Path, *, lookup_rows: int, studies: int, reader_studies: int) -> dict[str, Path]:
-    """The files of the stages; careful readings are mixed with the lookup rows, so that binding isn't forgotten."""
+    """Write the stages' files; careful readings are mixed with lookup rows, so that the binding isn't forgotten."""
     done = folder / "done"
     names = ("lookup", "careful", "readers")
     if not done.is_file():
@@ -106,8 +108,8 @@ def _config(stage: Stage, train: Path, model: Path) -> RunConfig:
 
 
 def _export(model: Path, target: Path) -> None:
-    """Half the bytes: bfloat16 has all the digits that matter to a base."""
-    from transformers import AutoModelForImageTextToText  # after rlmed.models, which makes its import work everywhere
+    """Save the model in bfloat16: half the size, and precise enough for a base."""
+    from transformers import AutoModelForImageTextToText  # after rlmed.models, which makes this import safe
 
     target = target.resolve()
     aside = partial_folder(target)
@@ -120,9 +122,9 @@ def _export(model: Path, target: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Build the base where it ships from, or elsewhere."""
+    """Build the base model in the package, or in `--target`."""
     parser = argparse.ArgumentParser(prog="python -m rlmed.tiny_base", description=__doc__)
-    parser.add_argument("--target", type=Path, default=Path(__file__).parent / "assets" / "tiny_base")
+    parser.add_argument("--target", type=Path, default=SHIPPED / "tiny_base")
     parser.add_argument("--work", type=Path, default=Path("outputs/tiny_base"))
     parser.add_argument("--lookup-rows", type=int, default=4000)
     parser.add_argument("--studies", type=int, default=26000)
@@ -130,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parsed = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
     keep_display()
     silence_progress_bars()
-    with ending_errors(CheckpointError, interrupted="interrupted; the same command goes on from here"):
+    with ending_errors(CheckpointError, interrupted="interrupted; run the same command to continue"):
         parsed.work.mkdir(parents=True, exist_ok=True)
         with hold(parsed.work, cure="wait until it has ended, or choose another folder with --work"):
             build(

@@ -1,4 +1,4 @@
-"""What every rollout engine is: requests in, finished groups out, weights updated between two steps."""
+"""Engine protocol: requests in, finished groups out, weight updates between two steps."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class Engine(Protocol):
     """Samples groups of completions in the calling thread; one contract test suite runs against every engine."""
 
     policy_version: int
-    """Of the weights that the next token is sampled from."""
+    """Version of the weights that sample the next token."""
     generated_tokens: int
     """Completion tokens sampled so far."""
     devices: tuple[str, ...]
-    """See `rlmed.core.weights.Recipient.devices`; where there are any, the engine is a `DirectEngine`."""
+    """See `rlmed.core.weights.EngineHandle.devices`; if not empty, the engine is a `DirectEngine`."""
 
     @property
     def busy(self) -> bool:
@@ -29,35 +29,35 @@ class Engine(Protocol):
         """Queue a request.
 
         Raises:
-            ValueError: when it could never run.
+            ValueError: if it can never run.
         """
         ...
 
     def step(self) -> list[RolloutGroup]:
-        """Sample one token or more for what runs, and return the groups that ended with it."""
+        """Sample at least one token per running completion and return the groups this finished."""
         ...
 
     def abort(self) -> list[RolloutRequest]:
-        """Drop all work, waiting or running, and return the requests that have not finished."""
+        """Drop all waiting and running work and return its requests."""
         ...
 
     def sleep(self) -> None:
-        """Give back what memory can be given back, until `begin_update`; `step` is not called meanwhile."""
+        """Release memory until `begin_update`; the caller makes no `step` in between."""
         ...
 
     def begin_update(self, expected: Mapping[str, tuple[int, ...]] | None = None) -> None:
-        """Get ready for new weights; nothing is sampled until `finish_update`.
+        """Prepare for new weights; nothing is sampled until `finish_update`.
 
         Args:
-            expected: names and shapes of all that will come, where they are known.
+            expected: names and shapes of all tensors to come, if known.
 
         Raises:
-            WeightError: when these are not the engine's; it goes on with its old weights.
+            WeightError: if they differ from the engine's; it keeps its old weights.
         """
         ...
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Take some of the new weights: names as in the learner's `named_parameters()`, CPU tensors not to be kept.
+        """Load some of the new weights: names as in the learner's `named_parameters()`, CPU tensors that must be copied.
 
         Raises:
             WeightError: for an unknown name or another shape.
@@ -65,33 +65,33 @@ class Engine(Protocol):
         ...
 
     def finish_update(self, version: int) -> None:
-        """All weights are here: drop what was computed from the old ones; tokens from now on belong to `version`."""
+        """Complete the update: drop caches of the old weights and label tokens sampled from now on with `version`."""
         ...
 
 
 class DirectEngine(Engine, Protocol):
-    """An engine that weights can be sent to directly: `begin_update`, `receive` as often as needed, `finish_update`."""
+    """Engine that accepts direct sends: `begin_update`, `receive` as often as needed, `finish_update`."""
 
     def connect(self, transport: str, info: Mapping[str, Any]) -> None:
-        """Meet the learner.
+        """Connect to the learner.
 
         Args:
             transport: "nccl" or "ipc".
-            info: the transport's own, from the learner's side.
+            info: transport-specific, from the learner's side.
 
         Raises:
-            ValueError: when the transport does not know such a connection.
-            RuntimeError: when it cannot be made.
+            ValueError: if the transport does not support this connection.
+            RuntimeError: if connecting fails.
         """
         ...
 
     def receive(self, info: Mapping[str, Any]) -> None:
-        """Take some of the new weights, while the learner sends them.
+        """Receive some of the new weights while the learner sends them.
 
         Args:
-            info: the transport's own, with "names" and "shapes".
+            info: transport-specific, with "names" and "shapes".
 
         Raises:
-            WeightError: for an unknown name or another shape; nothing of them was loaded.
+            WeightError: for an unknown name or another shape; none of them was loaded.
         """
         ...

@@ -1,4 +1,4 @@
-"""An engine without a model, for finding faults in the rest of a run."""
+"""An engine without a model, for debugging the rest of a run."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 from rlmed.core.types import LETTERS, Completion, IntArray, RolloutGroup, RolloutRequest
 
 LOGPROB = -1.0
-"""Of every token; the metrics that compare it with the learner's mean nothing."""
+"""Log-probability of every token; metrics that compare it with the learner's are meaningless."""
 
 
 class FakeEngine:
-    """See `rollout.engine.Engine`: well-formed answers with a random letter, one group a step."""
+    """`rollout.engine.Engine` that writes well-formed answers with a random letter, one group per step."""
 
     def __init__(self, encode: Callable[[str], IntArray]) -> None:
-        """Use `encode` to turn a text into the token ids of a completion, its end included."""
+        """Encode completions with `encode`: text to token ids, end token included."""
         self.policy_version = 0
         self.devices: tuple[str, ...] = ()
         self.generated_tokens = 0
@@ -35,7 +35,7 @@ class FakeEngine:
         self._waiting.append(request)
 
     def step(self) -> list[RolloutGroup]:
-        """Answer the oldest request."""
+        """Complete the oldest request."""
         if not self._waiting:
             return []
         request = self._waiting.popleft()
@@ -48,22 +48,22 @@ class FakeEngine:
         return [RolloutGroup(request, completions)]
 
     def abort(self) -> list[RolloutRequest]:
-        """Drop what waits."""
+        """Drop the waiting requests and return them."""
         requests = list(self._waiting)
         self._waiting.clear()
         return requests
 
     def sleep(self) -> None:
-        """It keeps what it has."""
+        """No-op."""
 
     def begin_update(self, expected: Mapping[str, tuple[int, ...]] | None = None) -> None:
-        """Nothing to prepare."""
+        """No-op."""
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Nothing to load."""
+        """No-op."""
 
     def finish_update(self, version: int) -> None:
-        """Only the version changes."""
+        """Set the policy version."""
         self.policy_version = version
 
     def _completion(self, choice: int, options: tuple[str, ...], request: RolloutRequest) -> Completion:

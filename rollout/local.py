@@ -1,4 +1,4 @@
-"""The pool of `cluster=local`: one engine in this process, usually on the learner's own parameters."""
+"""Pool for `cluster=local`: one engine in this process, usually on the learner's own parameters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class LocalPool:
     """See `rlmed.core.protocols.RolloutPool`."""
 
     def __init__(self, engine: Engine, *, on_push: str = "continue") -> None:
-        """Drive `engine` whenever a group is asked for; `on_push` is one of `rollout.runner.ON_PUSH`."""
+        """Step `engine` inside `collect`; `on_push` is one of `rollout.pool.runner.ON_PUSH`."""
         self._on_push = on_push
         self.engine = engine
         self._finished: deque[RolloutGroup] = deque()
@@ -21,19 +21,19 @@ class LocalPool:
 
     @property
     def in_flight(self) -> int:
-        """Requests submitted and not yet collected."""
+        """Number of requests submitted and not yet collected."""
         return self._in_flight
 
     def submit(self, request: RolloutRequest) -> None:
-        """Queue a request; raises ValueError when it could never be sampled."""
+        """Queue a request; raises ValueError if it can never run."""
         self.engine.submit(request)
         self._in_flight += 1
 
     def flush(self) -> None:
-        """Nothing runs outside of `collect`."""
+        """No-op: the engine runs inside `collect`."""
 
     def collect(self) -> RolloutGroup:
-        """Sample until a group is finished."""
+        """Sample until a group finishes and return it."""
         if self._in_flight == 0:
             raise RuntimeError("collect() was called with no request in flight")
         while not self._finished:
@@ -41,11 +41,11 @@ class LocalPool:
         self._in_flight -= 1
         return self._finished.popleft()
 
-    def rest(self) -> None:
-        """The engine has nothing that the learner could use."""
+    def sleep(self) -> None:
+        """No-op: the engine holds no memory of its own."""
 
     def update_weights(self, version: int, weights: Any = None) -> None:
-        """The engine reads the learner's parameters: only the version changes."""
+        """Set the policy version; the engine reads the learner's parameters."""
         if weights is not None:
             raise ValueError("the local pool shares the learner's parameters and takes no others")
         while self._on_push == "finish" and self.engine.busy:
@@ -53,11 +53,11 @@ class LocalPool:
         self.engine.finish_update(version)
 
     def metrics(self) -> dict[str, float]:
-        """None: there are no workers."""
+        """Return no metrics: there are no workers."""
         return {}
 
     def close(self) -> None:
-        """Drop what is in flight."""
+        """Drop everything in flight."""
         self.engine.abort()
         self._finished.clear()
         self._in_flight = 0

@@ -8,8 +8,8 @@ from typing import Any
 
 from learner.learner import loss_config
 from learner.losses import PolicyLossConfig
-from rlmed.commandline import compose_config
-from rlmed.core.config import AlgoConfig, DataConfig, LearnerConfig, RunConfig, SelectionConfig
+from rlmed.core.config.composing import compose_config
+from rlmed.core.config.schema import AlgoConfig, DataConfig, LearnerConfig, RunConfig, SelectionConfig
 
 
 @functools.cache
@@ -38,5 +38,5 @@ def data_config(**changes: Any) -> DataConfig:
 
 
 def selection_config(mode: str, **changes: Any) -> SelectionConfig:
-    """`selection_config("pass_rate", min_visits=2)`."""
+    """`selection_config("pass_rate", window=2)`."""
     return dataclasses.replace(_defaults().data.selection, mode=mode, **changes)

@@ -18,7 +18,7 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult, ConfigSource
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from rlmed.core.config_checks import PRODUCT_USES
+from rlmed.core.config.checks import PRODUCT_USES
 from rlmed.core.types import (
     Completion,
     Example,
@@ -29,11 +29,11 @@ from rlmed.core.types import (
     ScoredGroup,
     TrainGroup,
 )
-from rlmed.models import products
+from rlmed.models.cpu import products
+from rlmed.models.cpu.products import has_onednn
+from rlmed.models.loading import model_folder
 from rlmed.models.policy import Policy, load_policy
-from rlmed.models.products import has_onednn
-from rlmed.models.tiny import build_tiny_text, build_tiny_vl
-from rlmed.setup import model_folder
+from rlmed.models.tiny.build import build_tiny_text, build_tiny_vl
 
 # one choice for all processes of the tests: those that compare runs bit by bit would else hang on a probe's noise
 os.environ.setdefault("RLMED_ONEDNN", f"[{','.join(PRODUCT_USES[:2])}]" if has_onednn() else "[]")

@@ -4,8 +4,8 @@
 #   RUN=/shared/runs/mri sbatch examples/cluster/slurm.sh +experiment=medvqa_600 profile=paper model.device=cuda \
 #       cluster.rollout_workers=12 cluster.learner_ranks=4
 #
-# RUN is the run's folder, on a disk that all nodes share. What follows the script's name goes to rlmed.launch.
-# PYTHON names the interpreter in whose environment rlmed[ray] is installed, the same path on every node.
+# RUN is the run's folder, on a disk that all nodes share. Arguments after the script's name go to rlmed.launch.
+# PYTHON is an interpreter with rlmed[ray] installed, at the same path on every node.
 #SBATCH --job-name=rlmed
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -13,9 +13,9 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --time=24:00:00
 #SBATCH --open-mode=append
-# Started again by Slurm, the same command goes on from the last checkpoint (resume=auto below).
+# After a requeue, the same command continues from the last checkpoint (resume=auto below).
 #SBATCH --requeue
-# The loss of one node does not end the job: its rollout workers' groups are sampled by the others.
+# The loss of one node does not end the job: the other workers sample its groups.
 #SBATCH --no-kill
 set -euo pipefail
 
@@ -25,7 +25,7 @@ PORT=${PORT:-$((20000 + SLURM_JOB_ID % 10000))}
 TRIES=${TRIES:-3} # launches after which a lost learner rank ends the job
 
 export RAY_USAGE_STATS_ENABLED=0
-# All nodes must have the same token; srun hands on the environment.
+# All nodes need the same token; srun passes on the environment.
 export RAY_AUTH_MODE=token
 RAY_AUTH_TOKEN=$("$PYTHON" -c 'import secrets; print(secrets.token_hex(32))')
 export RAY_AUTH_TOKEN
@@ -40,7 +40,7 @@ on() { # on NODE COMMAND...: in the background, for as long as the job lasts
     srun --nodes=1 --ntasks=1 --nodelist="$node" --overlap --no-kill --kill-on-bad-exit=0 "$@" &
 }
 
-# whatever ends this script ends Ray on all nodes
+# when this script ends, for whatever reason, stop Ray on all nodes
 cleanup() {
     trap - EXIT TERM INT
     # shellcheck disable=SC2046 # one word for each process
@@ -67,10 +67,10 @@ for node in "${nodes[@]:1}"; do
     on "$node" "$PYTHON" -m ray.scripts.scripts start --address="$address" --block
 done
 
-# Exit status 3: a process of the run was lost, and the same command goes on from the last checkpoint.
+# Exit status 3: the run lost a process; the same command continues from the last checkpoint.
 for ((try = 1; ; try++)); do
     status=0
-    # in the background, because the shell hears a signal only while it waits, and to see the end of the head
+    # in the background, because the shell handles signals only while it waits, and to notice the head's end
     "$PYTHON" -m rlmed.launch cluster=ray_multinode "$@" "cluster.address=$address" "hydra.run.dir=$RUN" resume=auto &
     wait -n $! "$ray_head" || status=$?
     kill -0 "$ray_head" 2>/dev/null || { echo "Ray's head has ended" >&2; exit 1; }

@@ -1,6 +1,6 @@
-"""Does a probability mean what it says, how often does one of k answers hit, and how sure is a figure: pure numpy.
+"""Calibration error, pass@k and bootstrap intervals, in pure numpy.
 
-Nothing here draws random numbers but the bootstrap and `calibrated_error_bound`, both from a fixed seed.
+Only the bootstrap and `calibrated_error_bound` draw random numbers, both from a fixed seed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ RESAMPLES = 1000
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A figure that is no plain share, with its bootstrap 95 % interval over questions.
+    """A statistic with its bootstrap 95 % interval over questions.
 
     Example:
         Estimate(value=0.082, low=0.061, high=0.131, rows=300)
@@ -34,23 +34,23 @@ class Estimate:
     low: float
     high: float
     rows: int
-    """Questions that it was computed from."""
+    """Number of questions that it was computed from."""
 
     @classmethod
     def of(cls, statistic: Callable[[IntArray], float], rows: int, *, seed: int = 0) -> Estimate:
-        """The statistic of all rows, and the interval of `bootstrap_interval`, which see."""
+        """Return the statistic of all rows with its interval (see `bootstrap_interval`)."""
         low, high = bootstrap_interval(statistic, rows, seed=seed)
         return cls(statistic(np.arange(rows, dtype=np.int64)), low, high, rows)
 
     @classmethod
     def mean(cls, values: npt.ArrayLike, *, seed: int = 0) -> Estimate:
-        """The mean of one number a question, float [N]."""
+        """Return the mean of one number per question, float [N]."""
         array = np.asarray(values, dtype=np.float64)
         return cls.of(lambda rows: float(array[rows].mean()), len(array), seed=seed)
 
     @classmethod
     def ratio(cls, counts: npt.ArrayLike, totals: npt.ArrayLike, *, seed: int = 0) -> Estimate:
-        """Sum of the counts over the sum of the totals, float [N] each, where a question gives several answers.
+        """Return sum(counts) / sum(totals), float [N] each, for questions with several answers.
 
         A resample without any total counts as 0.
         """
@@ -66,20 +66,20 @@ def bootstrap_interval(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile bootstrap (Efron 1979): the statistic's quantiles over resampled rows.
+    """Return the percentile bootstrap interval (Efron 1979): quantiles of the statistic over resampled rows.
 
     Args:
-        statistic: of the rows with these indices, int64 [rows], with repetitions.
-        rows: how many there are.
-        level: share of the resamples inside.
-        resamples: how often rows are drawn.
-        seed: of the draws.
+        statistic: maps row indices, int64 [rows], drawn with replacement, to a number.
+        rows: number of rows.
+        level: share of the resamples inside the interval.
+        resamples: number of resamples.
+        seed: seed of the draws.
 
     Raises:
-        ValueError: without rows.
+        ValueError: if `rows` is less than 1.
     """
     if rows < 1:
-        raise ValueError("no interval without rows: a bootstrap draws from at least one")
+        raise ValueError(f"rows={rows} must be at least 1 for a bootstrap interval")
     drawn = np.random.default_rng(seed).integers(0, rows, (resamples, rows))
     values = [statistic(indices) for indices in drawn]
     low, high = np.percentile(values, [50 * (1 - level), 50 * (1 + level)])
@@ -103,15 +103,15 @@ class ReliabilityBin:
 
 
 def calibration_error(confidence: Float64Array, right: BoolArray, bins: int = BINS) -> float:
-    """Expected calibration error: the mean over questions of |accuracy - confidence| of their bin (Guo et al. 2017).
+    """Return the expected calibration error: |accuracy - confidence| of bins, averaged over rows (Guo et al. 2017).
 
     Args:
-        confidence: float [N], probability of the answer that was chosen.
+        confidence: float [N], probability of the chosen answer.
         right: bool [N], whether it was right.
         bins: number of bins of equal width.
 
     Raises:
-        ValueError: for no rows, other lengths, or confidences outside [0, 1].
+        ValueError: for no rows, unequal lengths, or confidences outside [0, 1].
     """
     _check(confidence, right)
     gap = np.bincount(_bin_of(confidence, bins), weights=confidence - right, minlength=bins)
@@ -121,17 +121,17 @@ def calibration_error(confidence: Float64Array, right: BoolArray, bins: int = BI
 def calibrated_error_bound(
     confidence: Float64Array, bins: int = BINS, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> float:
-    """The calibration error that a calibrated model of these confidences exceeds in one data set of 20.
+    """Return the calibration error that a calibrated model with these confidences exceeds in one data set of 20.
 
-    Few rows in a bin make the error of any model positive; this says how much of it that is: each answer is drawn to be
-    right with its confidence (consistency resampling, Bröcker and Smith 2007).
+    With few rows in a bin, even a calibrated model has a positive error; this bound shows how large that effect is.
+    Each answer is drawn right with its confidence (consistency resampling, Bröcker and Smith 2007).
     """
     draws = np.random.default_rng(seed).random((resamples, len(confidence))) < confidence
     return float(np.percentile([calibration_error(confidence, right, bins) for right in draws], 95))
 
 
 def reliability_bins(confidence: Float64Array, right: BoolArray, bins: int = BINS) -> tuple[ReliabilityBin, ...]:
-    """The bins that hold a question, from low to high; arguments and errors as in `calibration_error`."""
+    """Return the non-empty bins, from low to high; arguments and errors as in `calibration_error`."""
     _check(confidence, right)
     index, edges = _bin_of(confidence, bins), np.linspace(0, 1, bins + 1)
     found = []
@@ -143,14 +143,14 @@ def reliability_bins(confidence: Float64Array, right: BoolArray, bins: int = BIN
 
 
 def brier_score(probabilities: Float64Array, answer: int) -> float:
-    """Squared distance of one question's probabilities (float [K]) from certainty of its answer (Brier 1950), in [0, 2]."""
+    """Return the Brier score (1950) of one question, in [0, 2]; `probabilities` is float [K]."""
     truth = np.zeros(len(probabilities))
     truth[answer] = 1
     return float(np.square(probabilities - truth).sum())
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """Probability that one of k of the samples is right: 1 - C(n-c, k) / C(n, k) (Chen et al. 2021, arXiv 2107.03374).
+    """Return the unbiased pass@k estimate, 1 - C(n-c, k) / C(n, k) (Chen et al. 2021, arXiv 2107.03374).
 
     Example:
         >>> pass_at_k(8, 2, 4)
@@ -161,7 +161,7 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
     """
     if not 1 <= k <= samples or not 0 <= right <= samples:
         raise ValueError(
-            f"no pass@{k} of {right} right among {samples}: k must lie between 1 and the number of samples"
+            f"pass@{k} is undefined for {right} right of {samples}: k must lie between 1 and the number of samples"
         )
     return 1 - comb(samples - right, k) / comb(samples, k)
 
@@ -173,7 +173,8 @@ def _bin_of(confidence: Float64Array, bins: int) -> npt.NDArray[np.intp]:
 def _check(confidence: Float64Array, right: BoolArray) -> None:
     if confidence.shape != right.shape or confidence.ndim != 1 or not len(right):
         raise ValueError(
-            f"calibration pairs rows: confidences of shape {confidence.shape} and answers of shape {right.shape} do not pair"
+            f"confidences of shape {confidence.shape} and answers of shape {right.shape} must be flat, non-empty and of "
+            "equal length"
         )
     if not np.all((confidence >= 0) & (confidence <= 1)):
         raise ValueError(f"confidences run from {confidence.min()} to {confidence.max()}: they must lie in [0, 1]")

@@ -1,4 +1,4 @@
-"""A tokenizer and its chat template: how a turn begins and how it ends."""
+"""Load a tokenizer and inspect its chat template: where a turn begins and ends."""
 
 from __future__ import annotations
 
@@ -7,40 +7,38 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlmed.core.damage import cause, is_pointer, read_json
-from rlmed.core.foreign import foreign
+from rlmed.core.files.damage import cause, is_pointer, read_json
 from rlmed.core.prefill import TAGS, prefill_of
+from rlmed.core.process.foreign import foreign
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TEMPLATE_FILE = "chat_template.jinja"
 OLD_TEMPLATE_FILE = "chat_template.json"
-"""Where older processors keep it; tokenizers don't look there."""
+"""Where older processors keep the template; tokenizers ignore this file."""
 PROCESSOR = "processor_config.json"
-"""Where some processors keep it."""
+"""Where some processors keep the template."""
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 _ASKED, _ANSWERED = "What is shown?", "The liver is shown."
-"""Turns of a conversation that shows what the template makes of it."""
+"""Turns of a sample conversation, rendered to inspect the template."""
 
 
 def has_tokenizer(folder: Path | str) -> bool:
-    """True where a folder holds a tokenizer; transformers would make an empty one without a word."""
+    """Return True if a folder holds a tokenizer; without one, transformers silently builds an empty tokenizer."""
     return any((Path(folder) / name).is_file() for name in TOKENIZER_FILES)
 
 
 def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder or hub name, with its chat template where there is one.
+    """Load the tokenizer of a model folder or hub name, with its chat template if it has one.
 
     Raises:
-        ValueError: when its files are missing or damaged.
+        ValueError: if its files are missing or damaged.
     """
     from transformers import AutoTokenizer
 
     if Path(folder).is_dir() and not has_tokenizer(folder):
-        raise ValueError(
-            f"model {str(folder)!r} has no tokenizer.json: copy it from the model that it was trained from"
-        )
+        raise ValueError(f"model {str(folder)!r} has no tokenizer.json: copy it from the base model")
     for name in (*TOKENIZER_FILES, TEMPLATE_FILE):
         if (Path(folder) / name).is_file() and is_pointer(Path(folder) / name):
             raise ValueError(f"{Path(folder) / name} is damaged: {cause(Path(folder) / name, '')}")
@@ -50,7 +48,7 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
             written.read_text(encoding="utf-8")
     with foreign(
         f"the tokenizer of model {str(folder)!r} cannot be loaded",
-        "Copy tokenizer.json and tokenizer_config.json from the model that it was trained from",
+        "Copy tokenizer.json and tokenizer_config.json from the base model",
     ):
         tokenizer = AutoTokenizer.from_pretrained(folder)
     if not written.is_file():
@@ -61,12 +59,12 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
 
 
 def _take_processors_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give a vision model's tokenizer the template of its processor, as transformers and vLLM do.
+    """Use the processor's template for a vision model's tokenizer, as transformers and vLLM do.
 
-    That in tokenizer_config.json is often one for text alone: tools that train language models write their own there.
+    The template in tokenizer_config.json is often text-only: tools that train language models write their own there.
 
     Raises:
-        ValueError: when a file that may hold it is damaged, or what it holds is no template.
+        ValueError: if a file is damaged, or its template is not a string.
     """
     config = folder / "config.json"
     vision = config.is_file() and "vision_config" in read_json(config)
@@ -75,8 +73,8 @@ def _take_processors_template(folder: Path, tokenizer: PreTrainedTokenizerBase) 
             continue
         if not isinstance(template, str):
             raise ValueError(
-                f"{folder / name} holds a {type(template).__name__} as chat_template where a text belongs: write the template "
-                f"into {TEMPLATE_FILE}"
+                f"chat_template in {folder / name} is a {type(template).__name__}, not a string: write the template to "
+                f"{TEMPLATE_FILE}"
             )
         if vision or tokenizer.chat_template is None:
             tokenizer.chat_template = template
@@ -84,7 +82,7 @@ def _take_processors_template(folder: Path, tokenizer: PreTrainedTokenizerBase) 
 
 
 def template_place(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Where a chat template is, for messages."""
+    """Name the chat template and the files that may hold it, for error messages."""
     places = f"{TEMPLATE_FILE}, {OLD_TEMPLATE_FILE} or tokenizer_config.json"
     return f"the chat template of model {tokenizer.name_or_path!r} ({places})"
 
@@ -92,15 +90,15 @@ def template_place(tokenizer: PreTrainedTokenizerBase) -> str:
 def render_chat(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool
 ) -> str:
-    """Turns as the chat template writes them.
+    """Render messages with the chat template.
 
     Raises:
-        ValueError: when the template cannot be rendered.
+        ValueError: if the template cannot be rendered.
     """
     parts = ", a list of image and text" if isinstance(messages[0]["content"], list) else ""
     with foreign(
         f"{template_place(tokenizer)} cannot be rendered",
-        f"Correct it, or copy the one of the model that this one was trained from; it is given one user turn{parts}",
+        f"Correct it, or copy the one of the model that this one was trained from; it receives one user turn{parts}",
     ):
         return str(
             tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
@@ -108,15 +106,15 @@ def render_chat(
 
 
 def template_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Id by text of the tokens that a template may mark turns with: all that were added, but not the tags of a completion."""
+    """Return the added tokens, text to id, that a template may mark turns with; completion tags are excluded."""
     added = {token.content: place for place, token in tokenizer.added_tokens_decoder.items()}
     return {text: place for text, place in added.items() if text.strip() and text not in TAGS}
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The token by which the chat template ends an answer, for example `<|im_end|>`.
+    """Return the token that ends an answer in the chat template, for example `<|im_end|>`.
 
-    None where it ends it otherwise, or takes no conversation that holds an answer.
+    None if the template ends answers otherwise or rejects conversations with an answer.
     """
     names = template_tokens(tokenizer)
     for _, text in _conversations(tokenizer):
@@ -132,10 +130,10 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def unopened_turn(tokenizer: PreTrainedTokenizerBase) -> str:
-    r"""What the chat template writes before an answer and does not write at the end of a prompt.
+    r"""Return the text that the chat template writes before an answer but omits from the generation prompt.
 
-    It is "" where prompts end as they should, and `<|im_start|>assistant\n`, for example, for a template that does not look at
-    `add_generation_prompt`: the model would have to begin its own turn. Tags of a reasoning don't count (`template_prefill`).
+    It is "" for a correct template, and `<|im_start|>assistant\n`, for example, for one that ignores
+    `add_generation_prompt`: the model would have to open its own turn. Reasoning tags don't count (`template_prefill`).
     """
     for prompt, text in _conversations(tokenizer):
         before, found, _ = text.rpartition(_ANSWERED)
@@ -146,7 +144,7 @@ def unopened_turn(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _conversations(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, str]]:
-    """A question as a prompt, and the same with its answer, as the template writes them in the forms that it takes."""
+    """Yield a prompt and the same prompt with its answer, rendered in each message form that the template accepts."""
     if tokenizer.chat_template is None:
         return
     for form in (str, lambda text: [{"type": "text", "text": text}]):
@@ -154,18 +152,18 @@ def _conversations(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, st
         try:
             prompt = render_chat(tokenizer, [asked], add_generation_prompt=True)
             yield prompt, render_chat(tokenizer, [asked, answered], add_generation_prompt=False)
-        except ValueError:  # of a template for a single question
+        except ValueError:  # the template accepts a single question only
             continue
 
 
 def template_prefill(tokenizer: PreTrainedTokenizerBase, text: str, without: str, content: str) -> str:
-    """What a rendered prompt already holds of the completion, see `rlmed.core.prefill`.
+    """Return the beginning of the completion that a rendered prompt already holds; see `rlmed.core.prefill`.
 
     Args:
-        tokenizer: of the template.
-        text: the prompt.
-        without: the same without its generation prompt, as far as the template can leave it out.
-        content: the user's text. What stands in it, or before it, is no part of the completion.
+        tokenizer: owner of the template.
+        text: the rendered prompt.
+        without: the same prompt without its generation prompt, if the template can omit it.
+        content: the user's text; neither it nor anything before it belongs to the completion.
     """
     if text.startswith(without) and len(without) < len(text):
         tail = text[len(without) :]

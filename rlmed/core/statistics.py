@@ -1,6 +1,6 @@
-"""Numbers that stand beside an accuracy: its interval, a paired test, and what is scored without looking at a picture.
+"""Statistics of an accuracy: confidence interval, paired test, and image-free baselines.
 
-All accuracies are fractions in [0, 1]. Nothing here draws random numbers.
+All accuracies are fractions in [0, 1]. Everything here is deterministic.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BoolArray = npt.NDArray[np.bool_]
 
 
 def wilson_interval(right: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Score interval of a proportion (Wilson 1927); unlike the normal one it is of use near 0 and 1.
+    """Return the score interval of a proportion (Wilson 1927), which unlike the normal one holds near 0 and 1.
 
     With p = right / n and z the normal quantile of (1 + level) / 2, the bounds are
     (p + z²/2n ± z·sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n).
@@ -30,10 +30,10 @@ def wilson_interval(right: int, n: int, level: float = 0.95) -> tuple[float, flo
         [0.646, 0.749]
 
     Raises:
-        ValueError: when there are no rows, more right answers than rows, or the level is not between 0 and 1.
+        ValueError: without rows, for more right answers than rows, or for a level outside (0, 1).
     """
     if n < 1 or not 0 <= right <= n:
-        raise ValueError(f"no interval for {right} right of {n}: it needs 0 <= right <= n and at least one row")
+        raise ValueError(f"right={right} of n={n} has no interval: expected 0 <= right <= n and n >= 1")
     if not 0 < level < 1:
         raise ValueError(f"level={level} must lie between 0 and 1, for example 0.95")
     z = NormalDist().inv_cdf((1 + level) / 2)
@@ -41,7 +41,7 @@ def wilson_interval(right: int, n: int, level: float = 0.95) -> tuple[float, flo
     centre = share + z * z / (2 * n)
     reach = z * sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    # at 0 and n right the bound is exact in theory and off by rounding here
+    # at 0 and n right the bound is exact; avoid the rounding error
     low = 0.0 if right == 0 else (centre - reach) / scale
     high = 1.0 if right == n else (centre + reach) / scale
     return low, high
@@ -49,7 +49,7 @@ def wilson_interval(right: int, n: int, level: float = 0.95) -> tuple[float, flo
 
 @dataclass(frozen=True, slots=True)
 class McNemarResult:
-    """Two models on the same rows.
+    """Two models compared on the same rows.
 
     Example:
         >>> mcnemar(np.array([True, False, False, True]), np.array([True, True, True, True]))
@@ -65,34 +65,34 @@ class McNemarResult:
 
 
 def mcnemar(before: BoolArray, after: BoolArray) -> McNemarResult:
-    """Exact McNemar test (1947): did the share of right answers change?
+    """Run the exact McNemar test (1947): did the share of right answers change?
 
     Of n rows whose answer changed, the number gained is binomial(n, 1/2) if nothing changed;
     p = min(1, 2·P(X ≤ min(gained, lost))).
 
     Args:
-        before: bool [N], right or not for each row.
-        after: bool [N], for the same rows in the same order.
+        before: bool [N], whether each row was right.
+        after: bool [N], the same rows in the same order.
 
     Raises:
-        ValueError: when the two are not flat boolean arrays of one length.
+        ValueError: unless both are flat boolean arrays of equal length.
     """
     for array in (before, after):
         if array.dtype != np.bool_ or array.ndim != 1:
             raise ValueError(f"mcnemar needs flat arrays of bool, got {array.dtype} of shape {array.shape}")
     if before.shape != after.shape:
-        raise ValueError(f"mcnemar pairs rows: {len(before)} rows before and {len(after)} after do not pair")
+        raise ValueError(f"mcnemar needs paired rows, got {len(before)} before and {len(after)} after")
     gained = int((~before & after).sum())
     lost = int((before & ~after).sum())
     changed = gained + lost
-    # whole numbers until the one division: no underflow however many rows changed
+    # integers up to the one division: no underflow however many rows changed
     tail = sum(comb(changed, k) for k in range(min(gained, lost) + 1))
     return McNemarResult(gained, lost, min(1.0, 2 * tail / 2**changed))
 
 
 @dataclass(frozen=True)
 class ImageFreePrior:
-    """A reader of the options alone: it takes the one that is most often right, and sees neither image nor question.
+    """Baseline that sees only the options, neither image nor question, and picks the one most often right.
 
     Example:
         >>> row = Example(id="1", image=None, question="Where?", options=("head", "knee"), answer=1)
@@ -103,7 +103,7 @@ class ImageFreePrior:
     right: Counter[str]
     """How often each option text (stripped, lower-cased) was the right answer."""
     shown: Counter[str]
-    """How often it stood among the options."""
+    """How often each option text occurred among the options."""
 
     @classmethod
     def fit(cls, examples: Sequence[Example]) -> ImageFreePrior:
@@ -113,12 +113,12 @@ class ImageFreePrior:
         return cls(right, shown)
 
     def accuracy(self, examples: Sequence[Example], *, by_rate: bool = False) -> float:
-        """Expected accuracy of taking the best-scored option, a tie being drawn by lot.
+        """Return the expected accuracy of picking the best-scored option, ties broken at random.
 
         Args:
             examples: the rows to answer.
-            by_rate: score by right / shown rather than by the count of right. An option never met while fitting then
-                scores 1 / options: nothing speaks for or against it.
+            by_rate: score by right / shown instead of the count of right. An option unseen in fitting then scores
+                1 / options: no evidence either way.
 
         Raises:
             ValueError: without examples.
@@ -126,11 +126,11 @@ class ImageFreePrior:
         return _mean([self._expected(example, self.right, self.shown, by_rate) for example in examples])
 
     def leave_one_out(self, examples: Sequence[Example], *, by_rate: bool = False) -> float:
-        """The same on the very rows that were fitted, each scored by the counts of the others."""
+        """Return the accuracy on the fitted rows, each scored by the counts of the others."""
         return _mean([self._expected(example, *self._others(example), by_rate) for example in examples])
 
     def _others(self, example: Example) -> tuple[dict[str, int], dict[str, int]]:
-        """Counts of this example's options without this example."""
+        """Return the counts of this example's options, excluding this example."""
         texts = [_text(option) for option in example.options]
         here = Counter(texts)
         right = {text: self.right[text] - (text == texts[example.answer]) for text in texts}
@@ -138,7 +138,7 @@ class ImageFreePrior:
 
     @staticmethod
     def _expected(example: Example, right: dict[str, int], shown: dict[str, int], by_rate: bool) -> float:
-        """Probability that the right option is taken."""
+        """Return the probability of picking the right option."""
         texts = [_text(option) for option in example.options]
         scores: list[float] = [right.get(text, 0) for text in texts]
         if by_rate:
@@ -151,10 +151,10 @@ class ImageFreePrior:
 
 
 def leave_one_out_prior(examples: Sequence[Example], *, by_rate: bool = False) -> float:
-    """What `ImageFreePrior` scores on `examples` when each row is answered from all the other rows.
+    """Return the leave-one-out accuracy of `ImageFreePrior` on `examples`.
 
-    Well above chance it shows that the answers leak through the options. Where all answers are equally frequent it falls
-    below chance, since leaving a row out makes its own answer the rarest: only a high value says something.
+    A value well above chance shows that the options leak the answers. If all answers are equally frequent it falls
+    below chance, since leaving a row out makes its own answer the rarest: only a high value is informative.
 
     Raises:
         ValueError: without examples.
@@ -163,17 +163,17 @@ def leave_one_out_prior(examples: Sequence[Example], *, by_rate: bool = False) -
 
 
 def chance(examples: Sequence[Example]) -> float:
-    """Expected accuracy of drawing an option by lot: the mean of 1 / options. Raises ValueError without examples."""
+    """Return the accuracy of random guessing, the mean of 1 / options. Raises ValueError without examples."""
     return _mean([1 / len(example.options) for example in examples])
 
 
 def majority_letter(examples: Sequence[Example], train: Sequence[Example] = ()) -> float:
-    """Accuracy on `examples` of always answering one letter.
+    """Return the accuracy on `examples` of always answering one letter.
 
     Args:
         examples: the rows to answer.
-        train: the rows whose most frequent right letter is taken (the first in the alphabet of several); the examples'
-            own when empty.
+        train: rows that determine the letter, their most frequent right one (ties: first in the alphabet); defaults to
+            `examples`.
 
     Raises:
         ValueError: without examples.
@@ -189,5 +189,5 @@ def _text(option: str) -> str:
 
 def _mean(values: Sequence[float]) -> float:
     if not values:
-        raise ValueError("an accuracy needs at least one row, and none was given")
+        raise ValueError("accuracy needs at least one row, got none")
     return float(np.mean(values))

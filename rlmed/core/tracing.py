@@ -1,4 +1,4 @@
-"""What the time of a run went into: spans of stages, one JSON line each, and a timeline that Perfetto opens."""
+"""Record where a run spends its time: one JSON line per span, and a timeline for Perfetto."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rlmed.core.files import replace_text
-from rlmed.core.jsonlines import JsonLinesWriter, read_json_lines
+from rlmed.core.files.atomic import replace_text
+from rlmed.core.files.jsonlines import JsonLinesWriter, read_json_lines
 
 TIMELINE_LINES = "timeline.jsonl"
 CHROME_TRACE = "timeline.json"
 
 
 class Tracer:
-    """Records how long each stage took; of one thread.
+    """Record how long each stage takes, in one thread.
 
-    A resumed run goes on where the recorded timeline ends, so the time between a kill and its resume is not counted.
+    A resumed run continues where the recorded timeline ends, so the time between kill and resume is not counted.
 
     Example:
         >>> tracer = Tracer()
@@ -30,12 +30,12 @@ class Tracer:
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        """Collect spans.
+        """Set up an empty tracer.
 
         Args:
-            path: file that each finished span is appended to as {"name", "start", "duration", "step", "depth"}: seconds
-                since the start of the run, seconds, the step or null, and the number of spans around it. None keeps the
-                sums only. The file is opened with the first span, so it may be cut back until then.
+            path: file to append each finished span to, as {"name", "start", "duration", "step", "depth"}: seconds since
+                the start of the run, seconds, the step or null, and the number of enclosing spans. None keeps only the
+                sums. The file is opened with the first span, so it can be truncated until then.
         """
         self._writer = None if path is None else JsonLinesWriter(path)
         self._depth = 0
@@ -44,14 +44,14 @@ class Tracer:
 
     @contextmanager
     def span(self, name: str, step: int | None = None) -> Iterator[None]:
-        """Time the body, also when it raises.
+        """Time the body, even if it raises.
 
         Args:
-            name: the stage.
-            step: the step of training that it belongs to, if any.
+            name: stage.
+            step: training step that it belongs to, if any.
 
         Raises:
-            RecordError: when the span cannot be written.
+            RecordError: if the span cannot be written.
         """
         if self._zero is None:
             self._zero = time.perf_counter() - self._recorded_end()
@@ -68,7 +68,7 @@ class Tracer:
                 self._writer.append({**span, "step": step, "depth": self._depth})
 
     def totals(self) -> dict[str, float]:
-        """Seconds by stage since this tracer was made; a span inside another one counts for both."""
+        """Return seconds by stage since this tracer was created; a nested span counts for both stages."""
         totals: dict[str, float] = defaultdict(float)
         for seconds in self._seconds.values():
             for name, duration in seconds.items():
@@ -76,11 +76,11 @@ class Tracer:
         return dict(totals)
 
     def step_seconds(self, step: int) -> dict[str, float]:
-        """Seconds by stage of one step; empty for a step without spans."""
+        """Return seconds by stage of one step; empty for a step without spans."""
         return dict(self._seconds.get(step, {}))
 
     def close(self) -> None:
-        """Close the file and write the timeline `timeline.json` beside it."""
+        """Close the file and write `timeline.json` beside it."""
         if self._writer is not None:
             self._writer.close()
             write_chrome_trace(self._writer.path, self._writer.path.with_name(CHROME_TRACE))
@@ -92,11 +92,11 @@ class Tracer:
 
 
 def write_chrome_trace(timeline: Path, target: Path) -> None:
-    """Convert spans to the trace event format of Chrome, which https://ui.perfetto.dev opens.
+    """Convert spans to Chrome's trace event format, for https://ui.perfetto.dev.
 
     Args:
-        timeline: file of spans as `Tracer` writes it.
-        target: JSON file to write; microseconds since the start of the run.
+        timeline: file of spans written by `Tracer`.
+        target: JSON file to write; times in microseconds since the start of the run.
     """
     events = [
         {

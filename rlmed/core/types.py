@@ -1,7 +1,7 @@
-"""The records that travel around the loop, one frozen type per stage.
+"""Records that flow through the loop, one frozen type per stage.
 
-Example -> Prompt -> RolloutGroup -> ScoredGroup -> TrainGroup. A stage takes one type and returns the next, so unscored
-data can never be taken for scored data. Arrays are numpy: nothing here needs torch.
+Example -> Prompt -> RolloutGroup -> ScoredGroup -> TrainGroup. A stage takes one type and returns the next, so scored
+and unscored data cannot be confused. Arrays are numpy: nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Example:
     """Absolute path of the image file; None for a question without an image."""
     question: str
     options: tuple[str, ...]
-    """2 to 10 distinct option texts, in the order in which they are lettered."""
+    """2 to 10 distinct option texts, in letter order."""
     answer: int
     """Index of the right option in `options`."""
     modality: str = ""
@@ -46,7 +46,7 @@ class Example:
     kind: str = ""
     """Kind of question, for example "anatomy"; empty where unknown."""
     completion: str | None = None
-    """A written completion to imitate, for supervised fine-tuning only."""
+    """A reference completion, for supervised fine-tuning only."""
 
     @property
     def letter(self) -> str:
@@ -56,7 +56,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A rendered example: what the model is given, tokenized once.
+    """A rendered example: the model's input, tokenized once.
 
     Example:
         For a 112x112 image (16 visual tokens) `token_ids` has shape [49] and `image_inputs` holds
@@ -71,12 +71,12 @@ class Prompt:
     image_inputs: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     """Image tensors keyed by the model's forward arguments; empty for text-only prompts."""
     prefill: str = ""
-    """What the chat template has written of the completion already, the end of `text`: for example "<think>\\n"."""
+    """Beginning of the completion that the chat template has written at the end of `text`, for example "<think>\\n"."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How completions are drawn. Every field is always sent to the engine; nothing is inherited from a model folder.
+    """How completions are sampled. Every field is always sent to the engine; nothing is inherited from a model folder.
 
     Example:
         >>> SamplingParams(temperature=1.0, max_tokens=64).greedy
@@ -91,24 +91,24 @@ class SamplingParams:
     """Number of most likely tokens kept; 0 is off."""
     max_tokens: int = 512
     stop: tuple[str, ...] = ()
-    """Strings that end a completion; the text is kept up to and including the first one."""
+    """Stop strings; the text is kept up to and including the first one."""
     seed: int = 0
     """Seed of the group; completion i of the group draws from a stream of (seed, i) alone."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a temperature that cannot be."""
+        """Raise ValueError for an invalid temperature."""
         if not 0.0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature} is not possible: use 0 (greedy) or a positive number")
+            raise ValueError(f"invalid temperature={self.temperature}: expected 0 (greedy) or a positive number")
 
     @property
     def greedy(self) -> bool:
-        """True when the most likely token is always taken."""
+        """True for greedy decoding."""
         return self.temperature == 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class RolloutRequest:
-    """An order to the pool: `group_size` completions of one prompt.
+    """A request to the pool for `group_size` completions of one prompt.
 
     Example:
         RolloutRequest(index=12, prompt=prompt, group_size=8, sampling=SamplingParams(seed=12))
@@ -126,25 +126,26 @@ class Completion:
     """One sampled continuation of a prompt.
 
     Example:
-        token_ids [31] int64, rollout_logprobs [31] float32, text "<think>…</think><answer>B</answer>", finish_reason "stop".
+        token_ids [31] int64, rollout_logprobs [31] float32, text "<think>…</think><answer>B</answer>", finish_reason
+        "stop".
     """
 
     token_ids: IntArray
-    """int64 [T], the ending token included where one was sampled."""
+    """int64 [T], including the end token if one was sampled."""
     rollout_logprobs: FloatArray
-    """float32 [T]: log-probability of each token under the distribution that it was drawn from."""
+    """float32 [T]: log-probability of each token under the distribution it was sampled from."""
     text: str
-    """What has been said, with the prompt's prefill before it (`rlmed.core.prefill.joined`), without special tokens."""
+    """Decoded text, starting with the prompt's prefill (`rlmed.core.prefill.joined`), without special tokens."""
     finish_reason: FinishReason
     min_version: int = 0
-    """Smallest policy version that produced a token of it."""
+    """Smallest policy version that sampled a token of it."""
     max_version: int = 0
-    """Largest policy version that produced a token of it."""
+    """Largest policy version that sampled a token of it."""
 
 
 @dataclass(frozen=True, slots=True)
 class RolloutGroup:
-    """A finished group: one prompt and its completions, in the order of their seeds."""
+    """A finished group: one prompt and its completions, in seed order."""
 
     request: RolloutRequest
     completions: tuple[Completion, ...]
@@ -156,7 +157,7 @@ class RolloutGroup:
 
     @property
     def min_version(self) -> int:
-        """Smallest policy version that produced any token of the group."""
+        """Smallest policy version that sampled a token of the group."""
         return min(completion.min_version for completion in self.completions)
 
 
@@ -177,7 +178,7 @@ class ScoredGroup:
 
 @dataclass(frozen=True, slots=True)
 class TrainGroup:
-    """A scored group with the advantage of each completion: what the learner consumes.
+    """A scored group with the advantage of each completion: the learner's input.
 
     Example:
         rewards [2, 0, 1, 2] give GRPO advantages [0.78, -1.31, -0.26, 0.78].

@@ -1,4 +1,4 @@
-"""Weights on their way from the learner to the engines: offered to a pool, and sent as buckets of bytes or from GPU to GPU."""
+"""Weight transfer from learner to engines: interfaces, and the byte buckets of the object store."""
 
 from __future__ import annotations
 
@@ -15,70 +15,70 @@ ByteArray = npt.NDArray[np.uint8]
 
 
 class WeightError(RuntimeError):
-    """Weights arrived damaged, incomplete or for another model; the message names the tensor and the cure."""
+    """Weights arrived damaged, incomplete or for another model; the message names the tensor and what to do."""
 
 
 class NotConnectedError(Exception):
-    """Learner and engines could not be connected directly; nothing was sent, and the engines have the weights they had."""
+    """Learner and engines could not connect directly; nothing was sent, and the engines keep their weights."""
 
 
 class TransferError(Exception):
-    """Weights that were sent directly did not all arrive: the engines that should take them hold a mixture."""
+    """A direct transfer was incomplete: the receiving engines hold a mixture of old and new weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class PushReport:
-    """What applying new weights took."""
+    """Cost of a weight update."""
 
     bytes: int
     fetch_s: float
-    """Seconds until all bytes were here; the engine goes on sampling meanwhile."""
+    """Seconds until all bytes had arrived; the engine keeps sampling meanwhile."""
     apply_s: float
-    """Seconds between two steps of the engine: waiting for it, checking, copying, dropping caches."""
+    """Seconds between two engine steps: waiting for the engine, checking, copying, dropping caches."""
 
 
 @dataclass(frozen=True, slots=True)
-class Recipient:
-    """An engine as the learner needs to know it."""
+class EngineHandle:
+    """What the learner knows of an engine."""
 
     name: str
-    """For messages."""
+    """Name used in messages."""
     address: Any
-    """What another process reaches it by; equal for the same process only."""
+    """How another process reaches it; equal only for the same process."""
     devices: tuple[str, ...]
-    """Names of its GPUs, the same in every process (UUIDs); empty on a CPU, or where it cannot be sent to directly."""
+    """UUIDs of its GPUs; empty on a CPU, or if direct transfer is impossible."""
 
 
 class Peer(Protocol):
-    """An engine in another process as learner rank 0 speaks to it; see `rollout.engine.DirectEngine`. No method waits."""
+    """An engine in another process, as seen by learner rank 0; see `rollout.engine.DirectEngine`. No method blocks."""
 
     name: str
     """For messages."""
     devices: tuple[str, ...]
-    """See `Recipient.devices`."""
+    """See `EngineHandle.devices`."""
 
     def connect(self, transport: str, info: Mapping[str, Any]) -> Future[None]:
-        """Meet the learner."""
+        """Connect to the learner."""
         ...
 
     def begin_update(self) -> Future[None]:
-        """Expect weights."""
+        """Prepare to receive weights."""
         ...
 
     def receive(self, info: Mapping[str, Any]) -> Future[None]:
-        """Take some of them."""
+        """Receive some of the weights."""
         ...
 
     def finish_update(self, version: int) -> Future[None]:
-        """All are here."""
+        """Apply the received weights as `version`."""
         ...
 
 
 class WeightSender(Protocol):
-    """What learner rank 0 sends weights to engines by."""
+    """Send weights directly from learner rank 0 to engines."""
 
     def connect(self, transport: str, peers: Sequence[Peer], host: str) -> None:
-        """Meet these engines, in place of those before.
+        """Connect to these engines, replacing earlier connections.
 
         Args:
             transport: "nccl" or "ipc".
@@ -91,7 +91,7 @@ class WeightSender(Protocol):
         ...
 
     def send(self, version: int) -> int:
-        """Send the weights of now to all of them, as `version`; returns the bytes. Other ranks gather with this one meanwhile.
+        """Send the current weights to all engines as `version`; return the bytes. Other ranks gather meanwhile.
 
         Raises:
             TransferError: naming the engine and the cause; the connection is gone.
@@ -99,45 +99,45 @@ class WeightSender(Protocol):
         ...
 
 
-class WeightOffer(Protocol):
-    """New weights as a learner offers them to a pool; no method waits."""
+class WeightUpdate(Protocol):
+    """New weights that a learner offers to a pool; no method blocks."""
 
-    def send(self, recipients: Sequence[Recipient]) -> Future[PushReport] | None:
-        """Send them to these engines, all at once, by a way of the learner's own; None where they have to fetch them.
+    def send(self, recipients: Sequence[EngineHandle]) -> Future[PushReport] | None:
+        """Send directly to all these engines at once; None if they have to fetch the weights.
 
-        The future fails with `NotConnectedError` when they have to fetch them after all, with `TransferError` when they cannot
-        be used any more.
+        The future fails with `NotConnectedError` if they have to fetch the weights after all, and with `TransferError`
+        if the engines are no longer usable.
         """
         ...
 
     def stored(self) -> Any:
-        """What a worker fetches them by: `Published`, or what becomes one on the way to the worker."""
+        """Return what workers fetch weights by: `StoredWeights`, or a handle that resolves to it at the worker."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class Published:
-    """Weights in a store, from which workers fetch them; a `WeightOffer` by itself."""
+class StoredWeights:
+    """Weights in a store that workers fetch from; itself a `WeightUpdate`."""
 
     version: int
     buckets: list[Any]
-    """What the store gave for each bucket; kept for as long as a worker may need these weights."""
+    """The store's reference to each bucket, kept while a worker may need these weights."""
     bytes: int
     gather_s: float
-    """Seconds for copying (and gathering) the parameters and putting them into the store."""
+    """Seconds to gather and copy the parameters and put them into the store."""
 
-    def send(self, recipients: Sequence[Recipient]) -> Future[PushReport] | None:
-        """See `WeightOffer.send`; there is no other way."""
+    def send(self, recipients: Sequence[EngineHandle]) -> Future[PushReport] | None:
+        """Return None: workers fetch from the store (see `WeightUpdate.send`)."""
         return None
 
-    def stored(self) -> Published:
-        """See `WeightOffer.stored`."""
+    def stored(self) -> StoredWeights:
+        """Return self (see `WeightUpdate.stored`)."""
         return self
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One tensor's place in a bucket.
+    """Position of one tensor in a bucket.
 
     Example:
         TensorSpec("lm_head.weight", "bfloat16", (748, 256), 0, 383_000)
@@ -146,7 +146,7 @@ class TensorSpec:
     name: str
     """As in the learner's `named_parameters()`."""
     dtype: str
-    """Of torch, without its prefix: "float32" or "bfloat16"."""
+    """torch dtype without its prefix: "float32" or "bfloat16"."""
     shape: tuple[int, ...]
     start: int
     """First byte in the bucket."""
@@ -156,25 +156,25 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class WeightBucket:
-    """Several tensors, one after the other, in one array of bytes: numpy has no bfloat16, and one array travels fastest."""
+    """Several tensors packed into one byte array: numpy has no bfloat16, and one array transfers fastest."""
 
     specs: tuple[TensorSpec, ...]
     data: ByteArray
     """uint8 [bytes]."""
     checksum: int
-    """CRC-32 of `data` where it was made."""
+    """CRC-32 of `data` at the sender."""
 
     @classmethod
     def seal(cls, specs: tuple[TensorSpec, ...], data: ByteArray) -> WeightBucket:
-        """A bucket with the checksum of its bytes."""
+        """Return a bucket with the checksum of its bytes."""
         return cls(specs, data, zlib.crc32(data.data))
 
     def verify(self) -> None:
-        """Compare the bytes with the checksum.
+        """Check the bytes against the checksum.
 
         Raises:
-            WeightError: when they are not the ones that were sent.
+            WeightError: if they differ from those sent.
         """
         if zlib.crc32(self.data.data) != self.checksum:
             names = f"{self.specs[0].name} … {self.specs[-1].name}"
-            raise WeightError(f"the weights {names} were damaged on their way (checksum differs); push them again")
+            raise WeightError(f"the weights {names} were damaged in transfer (checksum mismatch); push them again")

@@ -1,7 +1,7 @@
-"""Which example is asked next: modalities in fixed shares, and not the examples from which nothing can be learnt for now.
+"""Choose the next example: modalities in fixed shares, skipping examples that give no learning signal for now.
 
-Whatever is set here, the sequence of examples depends on the seed and on what was observed until then alone. `state` holds
-all of it, so a resumed run goes on with the very examples that it would have had.
+Whatever the settings, the sequence depends only on the seed and on what was observed so far. `state` holds all of it,
+so a resumed run continues with the very examples that it would have drawn.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from fractions import Fraction
 from math import lcm
 from typing import Any
 
-from rlmed.core.config import SelectionConfig
+from rlmed.core.config.schema import SelectionConfig
 from rlmed.data.sampler import PromptOrder
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What a request asks.
+    """The example that a request draws.
 
     Example:
         Place(epoch=1, example=412) is row 412, in the second pass over the rows of its modality.
@@ -31,15 +31,15 @@ class Place:
 
 
 def next_turn(shares: Sequence[int], drawn: Sequence[int]) -> int:
-    """Whose turn it is, so that nobody is ever a whole draw ahead of or behind its share.
+    """Return whose turn it is, so that nobody is ever a whole draw ahead of or behind its share.
 
-    With share p_i = shares_i / sum(shares) of k, n - 1 draws made and x_i of them i's, i may be drawn now if
-    n·p_i - x_i ≥ 1/(2k-2); of these the one is drawn whose need, without it, would first reach 1 - 1/(2k-2). If all turns
-    are taken so, |n·p_i - x_i| ≤ 1 - 1/(2k-2) after every draw (R. Tijdeman, "The chairman assignment problem", 1980).
+    Of k parties with shares p_i = shares_i / sum(shares), after n - 1 draws of which x_i were i's, i may be drawn now
+    if n·p_i - x_i ≥ 1/(2k-2); of these, draw the one whose need, without it, would first reach 1 - 1/(2k-2). Then
+    |n·p_i - x_i| ≤ 1 - 1/(2k-2) after every draw (R. Tijdeman, "The chairman assignment problem", 1980).
 
     Args:
         shares: positive whole numbers.
-        drawn: how often each was drawn so far, by turns of this function.
+        drawn: how often this function has drawn each so far.
 
     Example:
         >>> drawn = [0, 0, 0]
@@ -57,54 +57,54 @@ def next_turn(shares: Sequence[int], drawn: Sequence[int]) -> int:
 
 
 class PassRates:
-    """Sets examples aside that were answered right too often or too rarely, and has them tried again later.
+    """Sets aside examples answered correctly too often or too rarely, and retries them later.
 
-    The pass rate is the share of right completions among those of the latest `min_visits` groups of an example. At `low` or
-    below, or at `high` or above, the example is passed over for `retest_after` epochs; then it comes again, and its new
-    group decides together with the latest earlier ones. MedVLThinker (arXiv 2508.02669) filters once and for all before
-    training, by 16 samples of the base; here the policy of the moment decides, which grows out of what is easy.
+    The pass rate is the share of correct completions in the latest `window` groups of an example. At `min_pass_rate` or
+    below, or at `max_pass_rate` or above, the example is skipped for `cooldown_epochs` epochs; then it returns, and its new
+    group decides together with the latest earlier ones. MedVLThinker (arXiv 2508.02669) filters once before training, by 16
+    samples of the base model; here the current policy decides, which outgrows what is easy.
     """
 
     def __init__(self, config: SelectionConfig) -> None:
-        """Nothing was visited yet."""
+        """Start without visits."""
         self._config = config
-        self._visits: dict[int, list[tuple[int, int]]] = {}  # right completions and all, of the latest groups
-        self._aside: dict[int, tuple[int, bool]] = {}  # the epoch in which it comes again, and whether it is too easy
+        self._visits: dict[int, list[tuple[int, int]]] = {}  # (correct, all) completions of the latest groups
+        self._aside: dict[int, tuple[int, bool]] = {}  # the epoch in which it returns, and whether it is too easy
 
     def observe(self, place: Place, right: int, completions: int) -> None:
-        """A group of this place has `right` of `completions` right."""
+        """Record a group of this example: `right` of `completions` are correct."""
         config = self._config
-        visits = [*self._visits.get(place.example, ()), (right, completions)][-config.min_visits :]
+        visits = [*self._visits.get(place.example, ()), (right, completions)][-config.window :]
         self._visits[place.example] = visits
         rate = sum(count for count, _ in visits) / sum(count for _, count in visits)
-        if len(visits) == config.min_visits and not config.low < rate < config.high:
-            self._aside[place.example] = (place.epoch + config.retest_after + 1, rate >= config.high)
+        if len(visits) == config.window and not config.min_pass_rate < rate < config.max_pass_rate:
+            self._aside[place.example] = (place.epoch + config.cooldown_epochs + 1, rate >= config.max_pass_rate)
         else:
             self._aside.pop(place.example, None)
 
     def passed_over(self, example: int, epoch: int) -> bool:
-        """Whether the example stays away from this epoch."""
+        """Return whether to skip the example in this epoch."""
         return epoch < self._aside.get(example, (0, False))[0]
 
     def aside(self) -> Iterator[tuple[int, bool]]:
-        """Examples that are passed over, or were until their latest epoch, and whether they are too easy (or too hard)."""
+        """Return the examples set aside (now or until their latest epoch), and whether each is too easy or too hard."""
         return ((example, easy) for example, (_, easy) in self._aside.items())
 
     def state(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return the state as JSON."""
         return {
             "visits": [[example, visits] for example, visits in self._visits.items()],
             "aside": [[example, *entry] for example, entry in self._aside.items()],
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` gave."""
+        """Resume from what `state` returned."""
         self._visits = {example: [(right, all_) for right, all_ in visits] for example, visits in state["visits"]}
         self._aside = {example: (epoch, easy) for example, epoch, easy in state["aside"]}
 
 
 class _Lane:
-    """The rows of one modality, in a fresh order each epoch."""
+    """The rows of one modality, reshuffled each epoch."""
 
     def __init__(self, rows: Sequence[int], seed: int) -> None:
         self.rows, self.cursor = rows, 0
@@ -112,11 +112,11 @@ class _Lane:
 
     @property
     def epoch(self) -> int:
-        """Whole passes behind."""
+        """Return the number of completed passes."""
         return self.cursor // len(self.rows)
 
     def draw(self, rates: PassRates | None) -> Place:
-        """The next one that is not passed over. It ends: none is passed over for ever."""
+        """Return the next example that is not set aside. Terminates, since none is set aside forever."""
         while True:
             epoch, place = self._order.example_at(self.cursor)
             self.cursor += 1
@@ -125,7 +125,7 @@ class _Lane:
 
 
 class Curriculum:
-    """The endless sequence of places. Without mix and selection it is `PromptOrder`'s.
+    """The endless sequence of examples; without mix and selection, `PromptOrder`'s.
 
     Example:
         >>> curriculum = Curriculum(["CT", "MRI", "MRI"], seed=0, mix={"MRI": 0.5, "CT": 0.5})
@@ -141,16 +141,17 @@ class Curriculum:
         mix: Mapping[str, float] | None = None,
         selection: SelectionConfig | None = None,
     ) -> None:
-        """Draw from rows of these modalities.
+        """Draw from rows of the given modalities.
 
         Args:
-            modalities: of each row, at least one.
+            modalities: one per row, at least one row.
             seed: of the order, not negative.
-            mix: share of each modality, relative to their sum; rows of others are never drawn. None takes all rows alike.
-            selection: see `PassRates`; None is as mode "all".
+            mix: share of each modality, relative to their sum; rows of others are never drawn. None draws all rows
+                alike.
+            selection: see `PassRates`; None is the same as mode "all".
 
         Raises:
-            ValueError: for no rows, or a modality in the mix that no row has.
+            ValueError: without rows, or for a modality in the mix that no row has.
         """
         lanes: list[Sequence[int]] = [range(len(modalities))]
         self._shares = [1]
@@ -163,16 +164,16 @@ class Curriculum:
         self._lane_of = {row: lane for lane in self._lanes for row in lane.rows}
         self._drawn = [0] * len(self._lanes)
         self._rates = PassRates(selection) if selection is not None and selection.mode == "pass_rate" else None
-        self._places: dict[int, Place] = {}  # of requests that were not observed yet
+        self._places: dict[int, Place] = {}  # of requests not yet observed
 
     def place(self, index: int) -> Place:
-        """The place of request `index`: the same each time, until the request is observed.
+        """Return the example of request `index`: the same each time, until the request is observed.
 
         Raises:
-            ValueError: for a request that was observed.
+            ValueError: for an observed request.
         """
         if index not in self._places and index < sum(self._drawn):
-            raise ValueError(f"request {index} was observed already: its place is forgotten")
+            raise ValueError(f"request {index} was already observed: its example is no longer known")
         while sum(self._drawn) <= index:
             turn = next_turn(self._shares, self._drawn)
             self._places[sum(self._drawn)] = self._lanes[turn].draw(self._rates)
@@ -180,13 +181,13 @@ class Curriculum:
         return self._places[index]
 
     def observe(self, index: int, right: int, completions: int) -> None:
-        """A group was scored: `right` of its `completions` are right. Its place is not needed any more."""
+        """Record a scored group, `right` of whose `completions` are correct, and forget its example."""
         place = self._places.pop(index)
         if self._rates is not None:
             self._rates.observe(place, right, completions)
 
     def metrics(self) -> dict[str, float]:
-        """Shares of the rows that are set aside at the moment; none where all rows are taken."""
+        """Return the shares of rows set aside now; empty where all rows are drawn."""
         if self._rates is None:
             return {}
         reasons = Counter(
@@ -200,7 +201,7 @@ class Curriculum:
         }
 
     def state(self) -> dict[str, Any]:
-        """All of it, as JSON."""
+        """Return the whole state, as JSON."""
         return {
             "drawn": self._drawn,
             "cursors": [lane.cursor for lane in self._lanes],
@@ -209,7 +210,7 @@ class Curriculum:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` gave, under the same settings and rows."""
+        """Resume from what `state` returned, under the same settings and rows."""
         self._drawn = list(state["drawn"])
         for lane, cursor in zip(self._lanes, state["cursors"], strict=True):
             lane.cursor = cursor
@@ -219,13 +220,13 @@ class Curriculum:
 
 
 def _rows_by_modality(modalities: Sequence[str], wanted: Sequence[str]) -> list[Sequence[int]]:
-    """Rows of each wanted modality."""
+    """Return the rows of each wanted modality."""
     found = Counter(modalities)
     for name in wanted:
         if name not in found:
             known = ", ".join(f"{known or 'none'!r} ({count} rows)" for known, count in sorted(found.items()))
             raise ValueError(
-                f"data.mix names the modality {name!r}, which no training row has; they have {known}: mend the name, or add "
-                "rows with it"
+                f"data.mix names the modality {name!r}, which no training row has; they have {known}: correct the name, "
+                "or add rows with it"
             )
     return [[row for row, modality in enumerate(modalities) if modality == name] for name in wanted]

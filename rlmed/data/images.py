@@ -1,4 +1,4 @@
-"""Image files of any kind to 8-bit RGB pictures of a sensible size."""
+"""Read image files of any kind as 8-bit RGB pictures of a sensible size."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from rlmed.data.pixel_modes import (
 )
 
 MAX_SIDE = 2048
-"""Longer sides are scaled down to this when an image is read; every supported model sees fewer pixels."""
+"""Reading scales longer sides down to this; every supported model sees fewer pixels."""
 MIN_SIDE = 4
-"""Pixels; a smaller image is taken for a defect of the file."""
+"""Pixels; a smaller image counts as a defect of the file."""
 MODEL_MIN_SIDE = 28
-"""Sides are scaled up to at least this: one visual token of the Qwen2-VL family."""
+"""Reading scales sides up to at least this: one visual token of the Qwen2-VL family."""
 MAX_ASPECT = 200
-"""Image processors of the Qwen2-VL family refuse more elongated images."""
+"""Longest aspect ratio that image processors of the Qwen2-VL family accept."""
 MIN_CONTRAST = 2
-"""Grey levels, of 255, between the darkest and the brightest place; a picture with less shows nothing to anybody."""
+"""Grey levels, of 255, between the darkest and the brightest pixel; a picture with fewer shows nothing."""
 MAX_PIXELS = 170_000_000
-"""More pixels than this (about 13,000 x 13,000) are not decoded; it stays below the size at which Pillow itself refuses."""
+"""Most pixels that are decoded (about 13,000 x 13,000), below Pillow's own limit."""
 FORMATS = ("PNG", "JPEG", "TIFF", "GIF", "BMP", "WEBP", "PPM", "JPEG2000")
-"""Formats of Pillow that are read. Others are refused: some of its readers (EPS) start other programs."""
+"""Pillow formats that are read. Others are refused: some of its readers (EPS) start other programs."""
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -47,7 +47,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What undoes each value of EXIF's orientation; 1 is upright."""
+"""The transpose that undoes each EXIF orientation; 1 is upright."""
 
 _DAMAGE = (
     OSError,
@@ -63,58 +63,59 @@ _DAMAGE = (
 """What Pillow's readers raise for damaged files."""
 
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-"""First bytes of TIFF and BigTIFF files, of either byte order."""
+"""First bytes of TIFF and BigTIFF files, in either byte order."""
 
-# MAX_PIXELS stands for this warning. Once for the process: warnings.catch_warnings is not safe in the reader's threads.
+# MAX_PIXELS replaces this warning. Process-wide: warnings.catch_warnings is not safe in the reader's threads.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class BadImageError(ValueError):
-    """An image file that cannot be used; the message names the file and the cure."""
+    """An image file that cannot be used; the message names the file and what to do."""
 
 
 def load_image(path: Path, *, max_side: int = MAX_SIDE) -> Image.Image:
     """Read an image file as RGB.
 
-    Grey values of more than 8 bits, or with a sign, are stretched from the picture's own range to 0..255, transparency is
-    laid on black (the surroundings of a radiograph), EXIF rotation is applied, of an animation the first frame is taken.
-    Both sides of the result are at least `MODEL_MIN_SIDE`, and the longer one is at most `MAX_ASPECT` times the shorter.
+    Stretches signed grey values and those of more than 8 bits from the picture's own range to 0..255, composites
+    transparency on black (the surroundings of a radiograph), applies EXIF rotation and takes an animation's first
+    frame. Both sides of the result are at least `MODEL_MIN_SIDE`, and the longer is at most `MAX_ASPECT` times the
+    shorter.
 
     Args:
-        path: a file in one of `FORMATS`, whatever its name ends in.
+        path: a file in one of `FORMATS`, whatever its suffix.
         max_side: longer sides are scaled down to this (while decoding, for JPEG), unless the shorter would then be less
             than `MODEL_MIN_SIDE`.
 
     Raises:
-        BadImageError: for a missing, empty, truncated, tiny, extremely elongated or gigantic image, no image at all, or one
-            whose kind of pixels is not read.
+        BadImageError: for a missing, empty, truncated, tiny, extremely elongated or gigantic image, a file that is not
+            an image, or an unsupported kind of pixels.
     """
     return _load(path, max_side)[0]
 
 
 def check_image(path: Path) -> None:
-    """Make sure that an image file can be read and shows something.
+    """Check that an image file can be read and shows something.
 
     Raises:
-        BadImageError: as `load_image`, and for a picture of one colour.
+        BadImageError: as `load_image`, and for a picture of a single colour.
     """
     picture, cause = _load(path, MAX_SIDE)
     check_contrast(f"image {path}", picture, cause)
 
 
 def check_encoded(content: bytes, name: str) -> None:
-    """The same of a file's bytes; `name` is for messages."""
+    """Check an image file given as bytes; `name` is for messages."""
     picture, cause = _decode(io.BytesIO(content), name, MAX_SIDE)
     check_contrast(f"image {name}", picture, cause)
 
 
 def check_contrast(what: str, picture: Image.Image, cause: str = "") -> None:
-    """Make sure that a picture shows something.
+    """Check that a picture shows something.
 
     Args:
         what: its name in the message.
         picture: mode L or RGB.
-        cause: why it may show nothing; "" says which colour it is of.
+        cause: why it may show nothing; "" makes the message name its colour.
 
     Raises:
         BadImageError: for one with less than `MIN_CONTRAST`.
@@ -125,13 +126,14 @@ def check_contrast(what: str, picture: Image.Image, cause: str = "") -> None:
         colour = " ".join(str(low) if low == high else f"{low} to {high}" for low, high in grey)
         raise BadImageError(
             f"{what} shows nothing: {cause or f'it is all of one colour ({colour} of 255)'}. "
-            "Replace it by the picture that is asked about"
+            "Replace it with the picture that the question is about"
         )
 
 
 def _load(path: Path, max_side: int) -> tuple[Image.Image, str]:
     try:
-        # a stream, not the path: Pillow maps an uncompressed TIFF by path into memory and scrambles it when EXIF turns it
+        # a stream, not the path: given a path, Pillow memory-maps an uncompressed TIFF and scrambles it on EXIF
+        # rotation
         with path.open("rb") as stream:
             return _decode(stream, path, max_side)
     except OSError as error:
@@ -139,7 +141,7 @@ def _load(path: Path, max_side: int) -> tuple[Image.Image, str]:
 
 
 def _decode(stream: BinaryIO, name: Path | str, max_side: int) -> tuple[Image.Image, str]:
-    """The picture, and why it shows nothing where the file's values say so."""
+    """Return the picture, and why it shows nothing where the file's values say so."""
     try:
         with Image.open(stream, formats=FORMATS) as image:
             check_image_size(name, image.size)
@@ -159,7 +161,7 @@ def _decode(stream: BinaryIO, name: Path | str, max_side: int) -> tuple[Image.Im
 
 
 def image_sha256(path: Path) -> str:
-    """SHA-256 of the file's bytes, in hexadecimal."""
+    """Return the SHA-256 of the file's bytes, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -175,7 +177,7 @@ def _unidentified(path: Path | str, stream: BinaryIO) -> str:
             "bits, 32 bits, float; of colours: 8 or 16 bits): save it again as PNG, or as TIFF of 8 or 16 bits"
         )
     return (
-        f"image {path} is no image, or its header is damaged: replace it by one of {', '.join(FORMATS)} "
+        f"image {path} is not an image, or its header is damaged: replace it with one of {', '.join(FORMATS)} "
         "(DICOM and NIfTI are read by python -m rlmed.prepare)"
     )
 
@@ -189,7 +191,7 @@ def _unreadable(path: Path | str, error: Exception) -> str:
 
 
 def check_image_size(path: Path | str, size: tuple[int, int]) -> None:
-    """Make sure that a picture of (width, height) pixels is one that `load_image` takes; `path` is for the message.
+    """Check that `load_image` accepts a picture of (width, height) pixels; `path` is for the message.
 
     Raises:
         BadImageError: for a tiny, extremely elongated or gigantic one.
@@ -197,7 +199,7 @@ def check_image_size(path: Path | str, size: tuple[int, int]) -> None:
     width, height = size
     if min(size) < MIN_SIDE:
         raise BadImageError(
-            f"image {path} has {width}x{height} pixels, at least {MIN_SIDE} a side are needed: replace it by the full picture"
+            f"image {path} has {width}x{height} pixels, fewer than {MIN_SIDE} a side: replace it with the full picture"
         )
     if max(size) > MAX_ASPECT * min(size):
         raise BadImageError(
@@ -210,25 +212,25 @@ def check_image_size(path: Path | str, size: tuple[int, int]) -> None:
 def _read(image: Image.Image, max_side: int) -> tuple[Image.Image, str]:
     check_mode(image)
     transparent, halved = scaled_transparency(image), is_halved(image)
-    # where the format allows it, a JPEG is decoded at a half, a quarter or an eighth of its size
+    # where possible, decode a JPEG at a half, a quarter or an eighth of its size
     image.draft(None, (max_side, max_side))
     image.load()
     if halved:
         check_upper_bytes(image)
     if transparent is not None:
         image.info["transparency"] = transparent
-    # after loading, since Pillow turns a TIFF itself while it loads and then forgets the orientation
+    # after loading, since Pillow itself rotates a TIFF on load and then drops the orientation
     turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     plain = meant(image)
-    # before scaling, which makes edges in wide values brighter and darker than any of them
+    # before scaling, which overshoots at edges of wide values
     extrema = cast("tuple[float, float]", plain.getextrema()) if is_wide(plain) else (0.0, 0.0)
-    # scaled down before anything else, so that a huge picture is never held twice
+    # scale down first, so that a huge picture is never held twice
     picture = _to_rgb(_resized(plain, max_side), *extrema)
     return picture if turn is None else picture.transpose(turn), _why_flat(image, plain, extrema)
 
 
 def _why_flat(image: Image.Image, plain: Image.Image, extrema: tuple[float, float]) -> str:
-    """What there is to say about a picture of one colour that its colour does not say."""
+    """Return what a single-colour picture's file says beyond its colour."""
     if is_wide(plain) and extrema[0] == extrema[1]:
         return f"all its values are {image.getpixel((0, 0))}"
     if plain.mode in ("RGBA", "LA") and plain.getchannel("A").getextrema() == (0, 0):
@@ -244,14 +246,14 @@ def _resized(image: Image.Image, max_side: int) -> Image.Image:
     new_shorter = max(MODEL_MIN_SIDE, round(shorter * scale))
     new_longer = min(round(longer * scale), MAX_ASPECT * new_shorter)
     size = (new_shorter, new_longer) if image.height == longer else (new_longer, new_shorter)
-    # the gap lets Pillow average whole blocks first, which is faster; it cannot with 16 bits
+    # the gap lets Pillow average whole blocks first, which is faster; not supported for 16 bits
     return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=None if is_wide(image) else 2.0)
 
 
 def _to_rgb(image: Image.Image, low: float, high: float) -> Image.Image:
-    """The picture in RGB; `low` and `high` are the least and the largest of wide values."""
+    """Convert the picture to RGB; `low` and `high` are the extremes of wide values."""
     if is_wide(image):
-        # convert("RGB") would clip everything above 255 to white; as double, which holds every integer of 32 bits
+        # convert("RGB") would clip everything above 255 to white; double holds every 32-bit integer
         shares = (np.asarray(image, dtype=np.float64) - low) / ((high - low) or 1.0)
         return Image.fromarray((shares.clip(0.0, 1.0) * 255.0).round().astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA"):

@@ -1,7 +1,7 @@
-"""What the values of an opened image file mean: Pillow has more than twenty modes, and not always what the file means.
+"""Interpret the values of an opened image file: Pillow has more than twenty modes, not always what the file means.
 
-`meant` is what `rlmed.data.images` does to an image first. What it returns is grey or coloured as the file says, larger
-values are brighter, and neighbouring values may be averaged.
+`rlmed.data.images` first applies `meant`. Its result is grey or colour as the file says, larger values are brighter,
+and neighbouring values may be averaged.
 """
 
 from __future__ import annotations
@@ -15,33 +15,33 @@ _BITS, _COMPRESSION, _PHOTOMETRIC, _PLANAR, _SAMPLE_FORMAT, _SUBSAMPLING = 258, 
 _WHITE_IS_ZERO, _YCBCR, _SIGNED, _PLANES = 0, 6, 2, 2
 
 _FEW_LEVELS = 16
-"""Of 256: as many as the upper byte of 12 bits has, the depth of scanners."""
+"""Of 256: as many as the upper byte of 12-bit values has, the depth of scanners."""
 
 
 class UnreadableModeError(ValueError):
-    """Why a file's values cannot be shown as they are meant, with the cure; the caller names the file."""
+    """A file's values cannot be shown as meant; the message says what to do, and the caller names the file."""
 
 
 def is_wide(image: Image.Image) -> bool:
-    """True for grey values of more than 8 bits: integers of 16 or 32 bits, or floats."""
+    """Return whether grey values have more than 8 bits: 16- or 32-bit integers, or floats."""
     return image.mode[0] in "IF"
 
 
 def check_mode(image: Image.Image) -> None:
-    """Refuse, before anything is decoded, what Pillow would read as another picture.
+    """Refuse, before decoding, what Pillow would misread.
 
     Raises:
         UnreadableModeError: with the values that say so.
     """
     if image.format == "JPEG" and image.mode == "CMYK" and "adobe" not in image.info:
-        # Adobe's files hold the negative, which Pillow takes all to do; nothing says what others hold
+        # Adobe's files hold the negative, and Pillow assumes that all do; nothing says what others hold
         raise UnreadableModeError(
             "its colours are CMYK without Adobe's marker, so 255 may be all ink or none: save it as RGB"
         )
     if not isinstance(image, TiffImageFile):
         return
     if _PHOTOMETRIC not in image.tag_v2 and image.mode not in ("RGB", "RGBA"):
-        # Pillow takes the largest value for black then, other readers for white
+        # Pillow then takes the largest value as black, other readers as white
         raise UnreadableModeError(
             "it does not say whether 0 is black or white (PhotometricInterpretation is missing): save it again as PNG"
         )
@@ -64,28 +64,28 @@ def check_mode(image: Image.Image) -> None:
 
 
 def is_halved(image: Image.Image) -> bool:
-    """True for colours, or grey with opacity, of 16 bits: Pillow gives their upper bytes. Ask before the pixels are loaded."""
+    """Return whether Pillow keeps only upper bytes: 16-bit colours, or 16-bit grey with alpha. Call before loading."""
     return not is_wide(image) and bool(image.tile) and ";16" in str(image.tile[0].args)
 
 
 def check_upper_bytes(image: Image.Image) -> None:
-    """Refuse a loaded picture whose values of 16 bits are all in the lower byte, or nearly: its upper bytes show nothing.
+    """Refuse a loaded 16-bit picture whose values are (nearly) all in the lower byte: its upper bytes show nothing.
 
     Raises:
-        UnreadableModeError: with the bits that are used.
+        UnreadableModeError: with the bits in use.
     """
     shown = [image.getchannel(band).getextrema()[1] for band in image.getbands() if band != "A"]
     if max(shown) < _FEW_LEVELS:
         raise UnreadableModeError(
-            f"of its values of 16 bits at most the lowest {8 + max(shown).bit_length()} are used, so it would be nearly black: "
-            "save it as grey of 16 bits without opacity, which is stretched, or with 8 bits"
+            f"at most the lowest {8 + max(shown).bit_length()} of its 16 bits are in use, so it would be nearly black: "
+            "save it as 16-bit grey without alpha, which is stretched, or with 8 bits"
         )
 
 
 def scaled_transparency(image: Image.Image) -> int | None:
-    """The grey value that a PNG file of less than 8 bits says is transparent, in the 8 bits that Pillow gives it.
+    """Return the transparent grey value of a PNG file of less than 8 bits, in the 8 bits that Pillow gives it.
 
-    To be asked before the pixels are loaded; None where there is nothing to correct.
+    Call before the pixels are loaded; None if there is nothing to correct.
     """
     value = image.info.get("transparency")
     if image.format != "PNG" or image.mode != "L" or not isinstance(value, int) or not image.tile:
@@ -95,10 +95,10 @@ def scaled_transparency(image: Image.Image) -> int | None:
 
 
 def meant(image: Image.Image) -> Image.Image:
-    """A loaded image in the mode L, LA, RGB, RGBA, CMYK, YCbCr, LAB, I;16…, I or F, without palette or transparency beside it.
+    """Convert a loaded image to L, LA, RGB, RGBA, CMYK, YCbCr, LAB, I;16…, I or F, without palette or extra transparency.
 
     Raises:
-        UnreadableModeError: for floats of which none is finite.
+        UnreadableModeError: for floats none of which is finite.
     """
     if isinstance(image, TiffImageFile):
         image = _tiff_meant(image)
@@ -106,7 +106,7 @@ def meant(image: Image.Image) -> Image.Image:
         return _finite(image)
     if is_wide(image):
         return _native(_opaque(image))
-    if image.mode == "La":  # grey multiplied with its opacity: what is left of it on black
+    if image.mode == "La":  # grey premultiplied by its alpha: as composited on black
         return image.getchannel(0)
     if image.mode == "PA" or "transparency" in image.info:
         return image.convert("RGBA")
@@ -116,13 +116,13 @@ def meant(image: Image.Image) -> Image.Image:
 
 
 def _tiff_meant(image: TiffImageFile) -> Image.Image:
-    """Signed bytes, unsigned 32 bits and wide values of which the largest is black are not as Pillow has them."""
+    """Correct signed bytes, unsigned 32-bit integers and wide values whose largest is black, which Pillow misreads."""
     formats = image.tag_v2.get(_SAMPLE_FORMAT, (1,))
     signed = formats[0] == _SIGNED
     if image.mode == "L" and signed:
         return Image.fromarray(np.asarray(image).view(np.int8).astype(np.int32))
     if image.mode == "I" and not signed and image.tag_v2.get(_BITS, (1,))[0] == 32:
-        # Pillow's are signed: a shift by half the range keeps their order and distances
+        # Pillow's are signed: shifting by half the range keeps order and distances
         return Image.fromarray((np.asarray(image).view(np.uint32) ^ np.uint32(1 << 31)).view(np.int32))
     if is_wide(image) and image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
         values = np.asarray(image)
@@ -131,7 +131,7 @@ def _tiff_meant(image: TiffImageFile) -> Image.Image:
 
 
 def _finite(image: Image.Image) -> Image.Image:
-    """Floats from 0 to 1, the picture's own range; what is no number, or less than any, is 0."""
+    """Scale floats to 0..1 by the picture's own range; NaN and -inf become 0."""
     values = np.array(image, dtype=np.float32)
     finite = np.isfinite(values)
     if not finite.any():
@@ -139,7 +139,7 @@ def _finite(image: Image.Image) -> Image.Image:
     low = float(values.min(where=finite, initial=np.inf))
     high = float(values.max(where=finite, initial=-np.inf))
     np.nan_to_num(values, copy=False, nan=low, posinf=high, neginf=low)
-    # halves, since the whole range may be more than the largest float
+    # halves, since the whole range may exceed the largest float
     values *= 0.5
     values -= np.float32(low / 2)
     if high > low:
@@ -148,7 +148,7 @@ def _finite(image: Image.Image) -> Image.Image:
 
 
 def _opaque(image: Image.Image) -> Image.Image:
-    """Wide integers without the value that a file says is transparent: it becomes the least of the others."""
+    """Replace the value that a file declares transparent in wide integers by the least of the others."""
     value = image.info.get("transparency")
     if not isinstance(value, int):
         return image
@@ -160,5 +160,5 @@ def _opaque(image: Image.Image) -> Image.Image:
 
 
 def _native(image: Image.Image) -> Image.Image:
-    """In the byte order of most machines: Pillow scales big-endian values as if they were the others."""
+    """Convert to little-endian: Pillow scales big-endian values as if they were little-endian."""
     return Image.fromarray(np.asarray(image).astype("<u2")) if image.mode == "I;16B" else image

@@ -1,7 +1,7 @@
-"""From an example to what the model is given: the only place that tokenizes.
+"""Turn examples into model inputs: the only module that tokenizes.
 
-Training, evaluation and `ask` all render through `PromptRenderer`, so the text, its white space and the pixels are the
-same everywhere. The prompt is one user turn: the image first, then the question, its lettered options, the instruction.
+Training, evaluation and `ask` all render through `PromptRenderer`, so text, white space and pixels are the same
+everywhere. The prompt is one user turn: the image, then the question, its lettered options and the instruction.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor, PreTrainedTokenizerBase
 
 from rlmed.core.chat import TEMPLATE_FILE, load_tokenizer, render_chat, template_place, template_prefill, turn_end
-from rlmed.core.foreign import foreign
 from rlmed.core.prefill import ANSWER, TAGS, THINK, THINK_END
+from rlmed.core.process.foreign import foreign
 from rlmed.core.types import Example, IntArray, Prompt
 from rlmed.data.images import load_image
 from rlmed.data.question import question_text
@@ -36,22 +36,22 @@ _IMAGE = "<|image_pad|>"
 _PROCESSOR = "Qwen2VLImageProcessor"
 _PROBE = "Which organ is shown?\nA) liver\nB) spleen"
 PAPER_TEMPLATE = f"{QUESTION_SLOT}\n{PROMPT_SUFFIX}"
-"""A template is the text of the user turn with one `{question}`; nothing else in it is replaced."""
+"""A template is the text of the user turn with one `{question}`, the only placeholder."""
 PROMPT_FILE = "rlmed_prompt.json"
-"""In a model folder: how the model was asked while it was trained."""
+"""In a model folder: the prompt settings of its training."""
 
 
 class PromptTooLongError(ValueError):
-    """A prompt does not fit its limit even with the smallest image. Prompts are never cut."""
+    """A prompt exceeds its limit even with the smallest image. Prompts are never truncated."""
 
 
 def load_processor(folder: Path | str) -> tuple[PreTrainedTokenizerBase, BaseImageProcessor | None]:
-    """Tokenizer and image processor of a model folder or hub name; the image processor is None for a text-only model.
+    """Load tokenizer and image processor of a model folder or hub name; the latter is None for a text-only model.
 
-    The image processor is the one built on PIL, wherever it runs: the torchvision one resizes to slightly other pixels.
+    Always uses the PIL-based image processor: the torchvision one resizes to slightly different pixels.
 
     Raises:
-        ValueError: when the folder lacks its tokenizer, chat template or, for a vision model, image processor.
+        ValueError: if the folder lacks a tokenizer, chat template or, for a vision model, image processor.
     """
     tokenizer = load_tokenizer(folder)
     with foreign(
@@ -79,12 +79,12 @@ def load_processor(folder: Path | str) -> tuple[PreTrainedTokenizerBase, BaseIma
 
 
 def read_prompt_settings(folder: Path | str) -> dict[str, Any] | None:
-    """How the model in a folder was asked in training, as `PromptRenderer`'s keywords; None where it does not say.
+    """Read the prompt settings of a model's training as `PromptRenderer` keywords; None if the folder has none.
 
-    They are `template`, `by_modality` and, in folders that hold it, `max_prompt_tokens`, to which large pictures shrink.
+    They are `template`, `by_modality` and, if recorded, `max_prompt_tokens`, to which large pictures shrink.
 
     Raises:
-        ValueError: when the file that says so is broken.
+        ValueError: if the file is broken.
     """
     path = Path(folder) / PROMPT_FILE
     if not path.is_file():
@@ -95,7 +95,7 @@ def read_prompt_settings(folder: Path | str) -> dict[str, Any] | None:
         limit = {key: int(content[key]) for key in ("max_prompt_tokens",) if key in content}
         for text in (template, *by_modality.values()):
             if not isinstance(text, str):
-                raise TypeError(f"{text!r} is no text")
+                raise TypeError(f"{text!r} is not a text")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} does not hold a template and by_modality, or a wrong max_prompt_tokens ({error}): remove it to ask as "
@@ -134,7 +134,7 @@ class PromptRenderer:
             min_pixels: smallest image area in pixels; None keeps the model folder's.
             max_pixels: largest image area in pixels; None keeps the model folder's.
             template: text of the user turn, see `PAPER_TEMPLATE`.
-            by_modality: templates of their own for the examples of a modality, by its name.
+            by_modality: templates for individual modalities, by name.
 
         Raises:
             ValueError: for a template without exactly one `{question}`, or a tokenizer without an image placeholder.
@@ -144,11 +144,11 @@ class PromptRenderer:
                 raise ValueError(f"template {text!r} must contain {QUESTION_SLOT} exactly once")
         self.tokenizer = tokenizer
         self.turn_end = turn_end(tokenizer)
-        """The token by which the chat template ends an answer; None where it ends it otherwise."""
+        """Return the token with which the chat template ends an answer; None if it uses none."""
         self.max_prompt_tokens = max_prompt_tokens
         self.template, self.by_modality = template, dict(by_modality)
         self.prefill = ""
-        """What the chat template writes of each completion, see `Prompt.prefill`."""
+        """Return the start of each completion that the chat template writes, see `Prompt.prefill`."""
         self._image_processor = image_processor
         self._control_ids = frozenset(
             token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
@@ -156,8 +156,8 @@ class PromptRenderer:
         control = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         if unreadable := [tag for tag in TAGS if tag in control]:
             raise ValueError(
-                f"the tokenizer of model {tokenizer.name_or_path!r} marks {', '.join(unreadable)} as control tokens, which are "
-                'left out when a completion is read: set "special": false for them in tokenizer.json and tokenizer_config.json'
+                f"the tokenizer of model {tokenizer.name_or_path!r} marks {', '.join(unreadable)} as control tokens, which "
+                'decoding drops: set "special": false for them in tokenizer.json and tokenizer_config.json'
             )
         if image_processor is not None:
             if _IMAGE not in control:
@@ -171,19 +171,19 @@ class PromptRenderer:
                     f"min_pixels={self._min_pixels} and max_pixels={self._max_pixels}: "
                     "pixel limits must satisfy 0 < min_pixels <= max_pixels"
                 )
-        if tokenizer.chat_template is not None:  # one that cannot be rendered is no fault of the rows
+        if tokenizer.chat_template is not None:  # a template that fails to render is not the rows' fault
             text, self.prefill = self._turn(_PROBE, with_image=image_processor is not None)
             self._tokenize(text)
 
     def render(self, example: Example, image: Image.Image | None = None) -> Prompt:
-        """The prompt of an example.
+        """Render the prompt of an example.
 
         Args:
             example: the question.
-            image: RGB picture shown instead of the example's own (a control in evaluation); None loads that one.
+            image: RGB picture to show instead of the example's own (a control in evaluation); None loads the latter.
 
         Raises:
-            PromptTooLongError: naming id, length, limit and cure.
+            PromptTooLongError: names id, length, limit and what to do.
             ValueError: for an image given to a text-only model, an unreadable image, or control tokens in the text.
         """
         if image is None and example.image is not None:
@@ -196,7 +196,7 @@ class PromptRenderer:
         pixel_values, grid = self._pixels(example, image, self._max_pixels)
         room = self.max_prompt_tokens - (len(token_ids) - 1)
         if self._visual_tokens(grid) > room:
-            # an image that shrinks loses detail, a prompt that is cut loses the question
+            # shrinking the image loses detail; cutting the prompt would lose the question
             pixel_values, grid = self._pixels(example, image, max(self._min_pixels, room * self._pixels_per_token))
         expanded = np.concatenate(
             [
@@ -210,15 +210,15 @@ class PromptRenderer:
 
     @property
     def end_tokens(self) -> tuple[str, ...]:
-        """How tokenizer and chat template spell the end of a completion, for messages."""
+        """Describe how tokenizer and chat template end a completion, for messages."""
         return tuple(dict.fromkeys(token for token in (self.turn_end, self.tokenizer.eos_token) if token))
 
     def asks_for_reasoning(self, example: Example) -> bool:
-        """False where the template of an example wants an answer in its tags and nothing before it."""
+        """Return whether an example's template asks for reasoning before the answer."""
         return _asks_for_reasoning(self._template_of(example))
 
     def prefill_doubt(self) -> str | None:
-        """A line where the prompt asks for a reasoning, and the chat template leaves no room for one."""
+        """Return a warning if the prompt asks for reasoning that the chat template leaves no room for."""
         if THINK_END not in self.prefill and ANSWER not in self.prefill:
             return None
         if not any(_asks_for_reasoning(template) for template in (self.template, *self.by_modality.values())):
@@ -229,16 +229,16 @@ class PromptRenderer:
         )
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of sampled ids, without control tokens."""
+        """Decode sampled ids, without control tokens."""
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
 
     def completion_ids(self, text: str) -> IntArray:
-        """int64 [T]: a written completion as the model would have sampled it, its end token included.
+        """Tokenize a written completion as the model would have sampled it, end token included; int64 [T].
 
-        That is the one of the chat template, as in a conversation, and else the tokenizer's own; sampling stops at both.
+        The end token is the chat template's, as in a conversation, else the tokenizer's; sampling stops at both.
 
         Raises:
-            ValueError: where neither names one.
+            ValueError: if neither names one.
         """
         end = self.turn_end or self.tokenizer.eos_token
         if end is None:
@@ -249,9 +249,9 @@ class PromptRenderer:
         return np.append(self.continuation_ids(text.removesuffix(end)), np.int64(end_id))
 
     def continuation_ids(self, text: str) -> IntArray:
-        """int64 [T]: the beginning of a completion, without an end token.
+        """Tokenize the beginning of a completion, without an end token; int64 [T].
 
-        A model can spell out the name of a control token. Here that stays text, as it was for the model: one more image
+        A model can spell out the name of a control token. It stays text here, as it was for the model: an extra image
         placeholder would have no image.
         """
         token_ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)[
@@ -259,17 +259,17 @@ class PromptRenderer:
         ]
         return np.asarray(token_ids, dtype=np.int64)
 
-    def parting_ids(self, texts: Sequence[str]) -> tuple[IntArray, list[IntArray]]:
-        """Texts that begin alike, as the tokens that all share and the tokens after these, at least one for each.
+    def split_common_prefix(self, texts: Sequence[str]) -> tuple[IntArray, list[IntArray]]:
+        """Tokenize texts with a common beginning into the shared prefix and the rest of each, at least one token.
 
-        Where they part is for the tokens to say, not for the characters: Qwen2's tokenizer may join the last shared
-        character with the first other one.
+        Splits between tokens, not characters: Qwen2's tokenizer may merge the last shared character with the first
+        differing one.
 
         Raises:
-            ValueError: for a text whose tokens are the beginning of another's.
+            ValueError: if one text's tokens are a prefix of another's.
         """
         token_ids = [self.continuation_ids(text).tolist() for text in texts]
-        # of several lists the least and the greatest share the fewest tokens
+        # of several lists, the smallest and the largest share the shortest prefix
         first, last = min(token_ids), max(token_ids)
         shared = next((i for i, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
         if any(len(ids) == shared for ids in token_ids):
@@ -277,10 +277,10 @@ class PromptRenderer:
         return np.array(first[:shared], dtype=np.int64), [np.array(ids[shared:], dtype=np.int64) for ids in token_ids]
 
     def save(self, folder: Path) -> None:
-        """Write tokenizer and image processor beside a model, so that the folder loads everywhere.
+        """Save tokenizer and image processor beside a model, so that the folder loads everywhere.
 
-        The pixel limits of this renderer are written too: whoever loads the folder shows the model pictures of the same size.
-        So are its templates and longest prompt (`read_prompt_settings`).
+        Also saves this renderer's pixel limits, so that pictures keep their size for whatever loads the folder, and its
+        templates and longest prompt (`read_prompt_settings`).
         """
         settings = {
             "template": self.template,
@@ -298,7 +298,7 @@ class PromptRenderer:
         return self.by_modality.get(example.modality, self.template)
 
     def _content(self, example: Example, *, with_image: bool) -> str:
-        """The text of the user's turn."""
+        """Return the text of the user turn."""
         if with_image and self._image_processor is None:
             raise ValueError(f"example {example.id}: it has an image, but the model reads text only")
         question = question_text(example)
@@ -314,13 +314,13 @@ class PromptRenderer:
         return self._template_of(example).replace(QUESTION_SLOT, question)
 
     def _turn(self, content: str, *, with_image: bool) -> tuple[str, str]:
-        """A user's turn as the chat template writes it, and what it has written of the completion.
+        """Return a user turn as the chat template writes it, and the start of the completion that it adds.
 
         Raises:
-            ValueError: when the template cannot be rendered, or leaves out the text or the image.
+            ValueError: if the template fails to render, or drops the text or the image.
         """
         text_part = {"type": "text", "text": content}
-        # some templates take a list only
+        # some templates accept only a list
         forms: list[Any] = [[{"type": "image"}, text_part]] if with_image else [content, [text_part]]
         errors: list[ValueError] = []
         for form in forms:
@@ -352,7 +352,7 @@ class PromptRenderer:
             )
 
     def _tokenize(self, text: str) -> IntArray:
-        # the chat template has written every special token that belongs there; how long is too long is ours to say
+        # the chat template has added every special token; we enforce the length ourselves
         with foreign(
             f"the tokenizer of model {self.tokenizer.name_or_path!r} cannot be used",
             "Copy tokenizer.json and tokenizer_config.json again",
@@ -361,7 +361,7 @@ class PromptRenderer:
         return np.asarray(token_ids, dtype=np.int64)
 
     def _pixels(self, example: Example, image: Image.Image, max_pixels: int) -> tuple[np.ndarray, IntArray]:
-        """float32 [patches, patch width] and int64 [1, 3]."""
+        """Return pixel values, float32 [patches, patch width], and the grid, int64 [1, 3]."""
         assert self._image_processor is not None
         size = {"shortest_edge": self._min_pixels, "longest_edge": max_pixels}
         with foreign(

@@ -1,4 +1,4 @@
-"""How a question and its options are written in a prompt."""
+"""Write a question and its options as prompt text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from rlmed.core.types import LETTERS, Example
 
 
 def question_text(example: Example) -> str:
-    r"""The question, then one line an option.
+    r"""Return the question, then one line per option.
 
     Example:
         >>> question_text(Example(id="1", image=None, question="Which?", options=("head", "knee"), answer=0))

@@ -1,4 +1,4 @@
-"""What is said of a row that cannot be used."""
+"""Reasons why a row cannot be used."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 _SHOWN = 120
-"""Characters of an offending value that a reason shows."""
+"""Most characters of an offending value that a reason shows."""
 
 
 class BadRowError(ValueError):
@@ -14,10 +14,10 @@ class BadRowError(ValueError):
 
 
 def as_object(row: Any) -> Mapping[str, Any]:
-    """A row as the JSON object that it must be.
+    """Return the row, which must be a JSON object.
 
     Args:
-        row: what a file holds, or why it holds nothing that can be used.
+        row: what a file holds, or why it is unusable.
 
     Raises:
         BadRowError: for anything else.
@@ -25,11 +25,11 @@ def as_object(row: Any) -> Mapping[str, Any]:
     if isinstance(row, BadRowError):
         raise row
     if not isinstance(row, Mapping):
-        raise BadRowError(f"it is no JSON object but {shorten(row)}")
+        raise BadRowError(f"it is not a JSON object but {shorten(row)}")
     return row
 
 
 def shorten(value: object) -> str:
-    """How a message shows an offending value: as Python writes it, at most 120 characters of it."""
+    """Format an offending value for a message: its `repr`, at most 120 characters of it."""
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

@@ -1,4 +1,4 @@
-"""The order of examples and options as pure functions of a seed: a run resumes from a number alone."""
+"""Order examples and options by pure functions of a seed: a run resumes from one number."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import itertools
 import numpy as np
 
 from rlmed.core.types import Example, IntArray
-from rlmed.data.option_order import keeps_order
+from rlmed.data.options.order import keeps_order
 
 
 class PromptOrder:
@@ -22,14 +22,14 @@ class PromptOrder:
     """
 
     def __init__(self, seed: int, examples: int) -> None:
-        """Order `examples` (at least 1) rows by `seed` (not negative)."""
+        """Shuffle `examples` (at least 1) rows by `seed` (not negative)."""
         if examples < 1:
-            raise ValueError("there are no examples to draw from: give a data file with at least one usable row")
+            raise ValueError("no examples to draw from: give a data file with at least one usable row")
         self._seed, self._examples = seed, examples
-        self._epoch, self._permutation = 0, self._draw(0)  # of the epoch asked for last
+        self._epoch, self._permutation = 0, self._draw(0)  # of the latest epoch asked for
 
     def example_at(self, cursor: int) -> tuple[int, int]:
-        """(epoch, index of the example) at position `cursor` (from 0) of the endless stream."""
+        """Return (epoch, index of the example) at position `cursor` (from 0) of the endless stream."""
         if cursor < 0:
             raise ValueError(f"cursor={cursor} must not be negative: the stream starts at 0")
         epoch, position = divmod(cursor, self._examples)
@@ -38,19 +38,19 @@ class PromptOrder:
         return epoch, int(self._permutation[position])
 
     def _draw(self, epoch: int) -> IntArray:
-        """int64 [examples]."""
+        """Return a permutation, int64 [examples]."""
         return np.random.default_rng([self._seed, epoch]).permutation(self._examples).astype(np.int64)
 
 
 def shuffle_options(example: Example, seed: int) -> Example:
-    """The example with its options in an order drawn from (seed, id); the answer follows.
+    """Return the example with its options in an order drawn from (seed, id); the answer index follows.
 
-    A written completion, whose letters would be wrong now, is left out. The example is unchanged where an option refers to
+    Drops a written completion, whose letters would now be wrong. Returns the example unchanged if an option refers to
     others, as `all of the above` does.
     """
     if keeps_order(example.options):
         return example
-    # a digest, since Python's own hash of a text differs from process to process
+    # a digest, since Python's own string hash differs between processes
     digest = hashlib.sha256(example.id.encode()).digest()
     order = np.random.default_rng([seed, int.from_bytes(digest[:8], "little")]).permutation(len(example.options))
     return dataclasses.replace(
@@ -62,7 +62,7 @@ def shuffle_options(example: Example, seed: int) -> Example:
 
 
 def reorder_options(example: Example, seed: int) -> Example | None:
-    """`shuffle_options` with an order other than the example's own; None where an option refers to others: there is none."""
+    """Return `shuffle_options` with an order other than the example's own; None if an option refers to others."""
     if keeps_order(example.options):
         return None
     orders = (shuffle_options(example, seed + attempt) for attempt in itertools.count())

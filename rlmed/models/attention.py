@@ -1,9 +1,9 @@
-"""One attention function for every decoder: the prompt is computed once per group.
+"""One attention function for every decoder: computes the prompt once per group.
 
-transformers hands each decoder layer's queries, keys and values, rotary embedding applied, to a registered attention
-function. Ours, `shared_prefix`, passes them on to the *layout* of the running forward pass, which knows which tokens are
-prompts and which are completions of which prompt. Three layouts exist: `PackedLayout` here (learning, and prompts alone),
-and the engine's prefill and decode layouts in `rollout/native/kv_cache.py`. No model is re-implemented anywhere.
+transformers passes each decoder layer's queries, keys and values, rotary embedding applied, to a registered attention
+function. Ours, `shared_prefix`, passes them on to the *layout* of the forward pass, which knows which tokens are prompts
+and which are completions of which prompt. Three layouts exist: `PackedLayout` here (learning, and prompts alone), and the
+engine's prefill and decode layouts in `rollout/native/kv_cache.py`. No model is re-implemented anywhere.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class AttentionLayout(Protocol):
     """Who may attend to whom in one forward pass over a row of N tokens."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Attention of one layer.
+        """Compute the attention of one layer.
 
         Args:
             layer: index of the decoder layer.
@@ -49,11 +49,11 @@ def shared_prefix(
     layout: AttentionLayout | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """The function registered with transformers; the row is [1, heads, N, D] here and [1, N, heads, D] in the result."""
+    """Attend as the layout says; registered with transformers. Input rows are [1, heads, N, D], the result [1, N, heads, D]."""
     if layout is None:
         raise ValueError(
-            "shared_prefix attention was called without a layout: run the model through rlmed.models.policy.Policy, "
-            "or load it with another attn_implementation, for example 'sdpa'"
+            "shared_prefix attention called without a layout: run the model through rlmed.models.policy.Policy, or load it "
+            "with another attn_implementation, for example 'sdpa'"
         )
     if query.shape[0] != 1 or attention_mask is not None:
         raise ValueError("shared_prefix attention takes one packed row and no attention mask")
@@ -71,11 +71,11 @@ class PackedLayout:
     """A row of groups, each `[prompt | completion 1 | ... | completion G]`, for learning.
 
     Each completion attends to its prompt and, causally, to itself; a prompt attends causally to itself. Gradients flow.
-    Tokens are gathered into right-padded rectangles for the dense kernels and scattered back, so padding costs attention
-    only, never a matrix product of the model.
+    Tokens are gathered into right-padded rectangles for the dense kernels and scattered back, so padding costs only
+    attention, never one of the model's matrix products.
 
     Example:
-        `PackedLayout.build([(49, (12, 30)), (51, ())])` lays out a group with two completions and a prompt alone: N = 142.
+        `PackedLayout.build([(49, (12, 30)), (51, ())])`: a group with two completions, then a prompt alone; N = 142.
     """
 
     prompt_tokens: Tensor
@@ -83,7 +83,7 @@ class PackedLayout:
     completion_tokens: Tensor
     """int64 [S, T_max]: row index of each completion token, 0 where padded."""
     visible_tokens: Tensor
-    """int64 [S, P_max + T_max]: row indices of a completion's prompt and of the completion itself, 0 where padded."""
+    """int64 [S, P_max + T_max]: row indices of a completion's prompt and its own tokens, 0 where padded."""
     completion_mask: Tensor
     """bool [S, 1, T_max, P_max + T_max]: True where a completion token may attend; never all False in a row."""
     gather_back: Tensor
@@ -139,18 +139,18 @@ class PackedLayout:
 
 
 def _rectangle(row: Tensor, indices: Tensor) -> Tensor:
-    """[B, heads, L, D] of the row's [N, heads, D] at indices [B, L]."""
-    # index_select and not row[indices]: its gradient is an order of magnitude faster on CPUs
+    """Gather the row's [N, heads, D] at indices [B, L] into [B, heads, L, D]."""
+    # index_select, not row[indices]: its gradient is an order of magnitude faster on CPUs
     return row.index_select(0, indices.flatten()).view(*indices.shape, *row.shape[1:]).transpose(1, 2)
 
 
 def _sdpa(
     query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bool = False, mask: Tensor | None = None
 ) -> Tensor:
-    """torch's fused attention of [B, H, L, D] on grouped keys and values [B, H_kv, L', D]; returns [B * L, H, D]."""
+    """Apply torch's fused attention to [B, H, L, D] with grouped keys and values [B, H_kv, L', D]; return [B * L, H, D]."""
     dtype = query.dtype
     if dtype == torch.bfloat16 and query.device.type == "cpu":
-        # on CPUs the gradient takes five times as long in bfloat16 as in float32
+        # on CPUs the bfloat16 gradient takes five times as long as the float32 one
         query, key, value = query.float(), key.float(), value.float()
     output = scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=key.shape[1] < query.shape[1]
@@ -160,10 +160,10 @@ def _sdpa(
 
 @dataclass(frozen=True, slots=True)
 class GroupTable:
-    """Which of R live completions belong to which of B live groups."""
+    """Assignment of R live completions to B live groups."""
 
     rows_of_group: Tensor | None
-    """int64 [B, M]: rows of each group, padded with any row; None where row b * M + m is member m of group b throughout."""
+    """int64 [B, M]: rows of each group, padded with any row; None if row b * M + m is always member m of group b."""
     position_of_row: Tensor
     """int64 [R]: index of each row in the flattened [B, M]."""
     groups: int
@@ -171,26 +171,26 @@ class GroupTable:
 
     @classmethod
     def build(cls, group_of_row: Sequence[int], groups: int, device: torch.device | str = "cpu") -> GroupTable:
-        """The table of rows whose groups, each with a row at least, are given in row order."""
+        """Build the table from each row's group, in row order; every group has at least one row."""
         members: list[list[int]] = [[] for _ in range(groups)]
-        places = []
+        indices = []
         for row, group in enumerate(group_of_row):
-            places.append((group, len(members[group])))
+            indices.append((group, len(members[group])))
             members[group].append(row)
         widest = max(map(len, members))
-        positions = [group * widest + place for group, place in places]
+        positions = [group * widest + index for group, index in indices]
         in_order = positions == list(range(groups * widest))
         padded = None if in_order else torch.tensor([rows + [0] * (widest - len(rows)) for rows in members])
         return cls(None if padded is None else padded.to(device), torch.tensor(positions, device=device), groups)
 
     def to_groups(self, rows: Tensor) -> Tensor:
-        """[R, ...] to [B, M, ...]."""
+        """Rearrange [R, ...] to [B, M, ...]."""
         if self.rows_of_group is None:
             return rows.unflatten(0, (self.groups, -1))
         return rows[self.rows_of_group]
 
     def to_rows(self, grouped: Tensor) -> Tensor:
-        """[B, M, ...] to [R, ...]."""
+        """Rearrange [B, M, ...] to [R, ...]."""
         rows = grouped.flatten(0, 1)
         return rows if self.rows_of_group is None else rows[self.position_of_row]
 
@@ -206,19 +206,19 @@ def decode_attention(
     table: GroupTable,
     scale: float,
 ) -> Tensor:
-    """One new token per live completion: its group's prefix, read once for all of them, and its own suffix.
+    """Attend from one new token per live completion to its group's prefix, read once per group, and its own suffix.
 
-    Both score blocks share one softmax, which is the same as merging two attentions by their log-sum-exp.
+    Both score blocks share one softmax, which equals merging two attentions by their log-sum-exp.
 
     Args:
         query: [R, H, D], one row per live completion.
         prefix_key: [B, H_kv, P, D] of the B live groups.
         prefix_value: [B, H_kv, P, D].
-        prefix_mask: [B * H_kv, 1, P]; 0 where a prompt token stands, -inf where padded.
+        prefix_mask: [B * H_kv, 1, P]; 0 at prompt tokens, -inf at padding.
         suffix_key: [R, H_kv, T, D], the new token's key included.
         suffix_value: [R, H_kv, T, D].
-        suffix_mask: [R * H_kv, 1, T]; None where nothing is padded.
-        table: which rows belong to which group.
+        suffix_mask: [R * H_kv, 1, T]; None without padding.
+        table: assignment of rows to groups.
         scale: factor on the scores.
 
     Returns:
@@ -245,7 +245,7 @@ def decode_attention(
 
 
 def _scores(query: Tensor, key: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-    """scale * query @ key.T + mask for query [B, L, D], key [B, L', D] and mask [B, 1, L']."""
+    """Return scale * query @ key.T + mask for query [B, L, D], key [B, L', D] and mask [B, 1, L']."""
     if mask is None:
         return torch.bmm(query, key.transpose(1, 2)).mul_(scale)
     return torch.baddbmm(mask, query, key.transpose(1, 2), alpha=scale)

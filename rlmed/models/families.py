@@ -1,4 +1,4 @@
-"""What is special to a model family, in one registry: token positions, parts, and tokens that a policy must not sample."""
+"""Registry of model families: token positions, parts, and tokens that a policy must not sample."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from transformers import PreTrainedConfig, PreTrainedModel
 PositionFn = Callable[[PreTrainedModel, Tensor, Mapping[str, Tensor]], Tensor]
 
 PARTS = ("vision", "merger", "language_model")
-"""Names by which parts of a model are frozen (`learner.freeze`) and counted."""
+"""Parts of a model, for freezing (`learner.freeze`) and counting."""
 
 
 def _text_positions(model: PreTrainedModel, token_ids: Tensor, image_inputs: Mapping[str, Tensor]) -> Tensor:
-    """[1, P] positions 0, 1, 2, ... of a text-only prompt."""
+    """Return positions 0, 1, 2, ... of a text-only prompt, [1, P]."""
     return torch.arange(len(token_ids), device=token_ids.device).unsqueeze(0)
 
 
 def _mrope_positions(model: PreTrainedModel, token_ids: Tensor, image_inputs: Mapping[str, Tensor]) -> Tensor:
-    """[3, P] temporal, height and width positions (M-RoPE, arXiv 2409.12191), as transformers computes them."""
+    """Return temporal, height and width positions (M-RoPE, arXiv 2409.12191) as in transformers, [3, P]."""
     if not image_inputs:
         return _text_positions(model, token_ids, image_inputs).expand(3, -1)
     is_image = (token_ids == model.config.image_token_id).to(torch.int32)
@@ -33,15 +33,15 @@ def _mrope_positions(model: PreTrainedModel, token_ids: Tensor, image_inputs: Ma
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What rlmed must know of a transformers `model_type`."""
+    """Properties of a transformers `model_type` that rlmed depends on."""
 
     vision: bool
     positions: PositionFn
     part_prefixes: tuple[tuple[str, str], ...] = ()
-    """(parameter name prefix, part), the first match counts; everything else is "language_model"."""
+    """(parameter name prefix, part); the first match wins, everything else is "language_model"."""
 
     def part_of(self, parameter_name: str) -> str:
-        """The part, one of `PARTS`, that a parameter belongs to."""
+        """Return the part, one of `PARTS`, to which a parameter belongs."""
         for prefix, part in self.part_prefixes:
             if parameter_name.startswith(prefix):
                 return part
@@ -65,15 +65,15 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """The family of a model's configuration.
+    """Return the family of a model's configuration.
 
     Raises:
-        ValueError: for a `model_type` that is not registered, or a decoder with sliding-window attention.
+        ValueError: for an unregistered `model_type`, or a decoder with sliding-window attention.
     """
     if config.model_type not in FAMILIES:
         raise ValueError(
             f"model_type {config.model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}. "
-            "A family is added by one entry in rlmed/models/families.py"
+            "To add a family, add an entry in rlmed/models/families.py"
         )
     text_config = config.get_text_config()
     if "sliding_attention" in (text_config.to_dict().get("layer_types") or ()):
@@ -82,7 +82,7 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 
 def unsampleable_token_ids(config: PreTrainedConfig) -> tuple[int, ...]:
-    """Ids that stand for image content. A sampled one would be taken for a picture in the next forward pass."""
+    """Return the ids that stand for image content; the next forward pass would take a sampled one for an image."""
     names = ("image_token_id", "video_token_id", "vision_token_id", "vision_start_token_id", "vision_end_token_id")
     values = config.to_dict()
     return tuple(sorted({int(values[name]) for name in names if values.get(name) is not None}))

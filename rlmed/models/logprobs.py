@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens without ever holding a [tokens, vocabulary] tensor."""
+"""Log-probabilities of given tokens without a full [tokens, vocabulary] tensor."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlmed.models.linear import matmul_transposed, weight_gradient
+from rlmed.models.cpu.linear import matmul_transposed, weight_gradient
 
 CHUNK_BYTES = 64 * 2**20
 """Size of one chunk of fp32 logits."""
 
 
 def chunk_rows(vocabulary: int) -> int:
-    """Rows of fp32 logits that fit in `CHUNK_BYTES`."""
+    """Return the number of rows of fp32 logits that fit in `CHUNK_BYTES`."""
     return max(1, CHUNK_BYTES // (4 * vocabulary))
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
-    """Projection, log-softmax and pick, chunk by chunk; the backward pass computes each chunk's softmax again.
+    """Projection, log-softmax and gather by chunks; the backward pass recomputes each chunk's softmax.
 
-    Where everything fits in one chunk, its softmax is kept instead: the memory is bounded all the same.
+    If everything fits in one chunk, its softmax is kept instead, which still bounds memory.
     """
 
     @staticmethod
@@ -35,7 +35,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             log_softmax = _log_softmax(hidden[rows], weight, temperature, banned)
             logprobs[rows] = _picked(log_softmax, targets[rows])
             softmax = log_softmax.exp()
-            log_softmax.index_fill_(1, banned, 0.0)  # their 0 * -inf shall be 0
+            log_softmax.index_fill_(1, banned, 0.0)  # so that 0 * -inf becomes 0
             entropy[rows] = log_softmax.mul_(softmax).sum(dim=1).neg_()
         keep = len(chunks) == 1 and any(ctx.needs_input_grad)
         kept = _minus_one_hot(softmax, targets) if keep else hidden.new_empty(0)
@@ -49,7 +49,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         hidden, weight, targets, banned, kept = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        # d logprob / d logit = (one-hot - softmax) / temperature; its sign and scale are applied to the narrow side
+        # d logprob / d logit = (one-hot - softmax) / temperature; apply sign and scale on the narrow side
         scale = (grad_logprobs / -ctx.temperature).unsqueeze(1)
         for rows in _chunks(len(targets), len(weight)):
             if kept.numel():
@@ -64,12 +64,12 @@ class _ChunkedLogprobs(torch.autograd.Function):
 
 
 def _picked(log_softmax: Tensor, targets: Tensor) -> Tensor:
-    """[M] entries of [M, V] at int64 targets [M]."""
+    """Gather [M] entries of [M, V] at int64 targets [M]."""
     return log_softmax.gather(1, targets.unsqueeze(1)).squeeze(1)
 
 
 def _minus_one_hot(softmax: Tensor, targets: Tensor) -> Tensor:
-    """softmax [M, V] less the one-hot rows of int64 [M], in place."""
+    """Subtract the one-hot rows of int64 [M] from softmax [M, V], in place."""
     return softmax.scatter_add_(1, targets.unsqueeze(1), softmax.new_full((len(targets), 1), -1.0))
 
 
@@ -79,7 +79,7 @@ def _chunks(rows: int, vocabulary: int) -> list[slice]:
 
 
 def masked_logits(hidden: Tensor, weight: Tensor, banned: Tensor) -> Tensor:
-    """float32 [M, V] logits of hidden states [M, d] under the projection [V, d]; -inf at the `banned` ids (int64 [K])."""
+    """Return float32 [M, V] logits of hidden states [M, d] under projection [V, d]; -inf at `banned` ids (int64 [K])."""
     return matmul_transposed(hidden, weight).float().index_fill_(1, banned, float("-inf"))
 
 
@@ -91,10 +91,9 @@ def _log_softmax(hidden: Tensor, weight: Tensor, temperature: float, banned: Ten
 def chunked_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float, banned: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target token and entropy of each distribution.
+    """Compute the log-probability of each target token and the entropy of each distribution.
 
-    The distribution is softmax(hidden @ weight.T / temperature) without the banned tokens: the one that completions are
-    drawn from.
+    The distribution is softmax(hidden @ weight.T / temperature) without the banned tokens, as for sampling.
 
     Args:
         hidden: [M, d] hidden states that predict the targets.
@@ -110,8 +109,8 @@ def chunked_logprobs(
 
 
 @torch.no_grad()
-def frozen_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float, banned: Tensor) -> Tensor:
-    """The log-probabilities of `chunked_logprobs` [M], without gradient and without the cost of entropies."""
+def logprobs_no_grad(hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float, banned: Tensor) -> Tensor:
+    """Return only the log-probabilities of `chunked_logprobs` [M], without gradient or the cost of entropies."""
     chunks = _chunks(len(targets), len(weight))
     parts = [_picked(_log_softmax(hidden[rows], weight, temperature, banned), targets[rows]) for rows in chunks]
     return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)

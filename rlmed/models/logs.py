@@ -1,4 +1,4 @@
-"""What transformers says on the terminal."""
+"""Control transformers' terminal output."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from transformers.utils import logging
 
 
 def silence_progress_bars() -> None:
-    """Keep transformers from drawing progress bars, as when it loads weights: rlmed's own are enough."""
+    """Disable transformers' progress bars, such as for loading weights: rlmed has its own."""
     logging.disable_progress_bar()
 
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Keep transformers from printing a table of weights that are missing or too many: our own error says it in a line."""
+    """Suppress transformers' table of missing and unexpected weights: our own error says it in one line."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -1,4 +1,4 @@
-"""The policy: a transformers model with what sampling and learning need of it. Engine and learner run the same modules."""
+"""The policy: a transformers model with the interface for sampling and learning. Engine and learner share its modules."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from transformers import (
     PreTrainedModel,
 )
 
-from rlmed.core.damage import read_json
-from rlmed.core.foreign import foreign
-from rlmed.core.near_paths import near_path
+from rlmed.core.files.damage import read_json
+from rlmed.core.files.near_paths import near_path
+from rlmed.core.process.foreign import foreign
 from rlmed.core.types import Prompt
 from rlmed.models.attention import ATTENTION_NAME, AttentionLayout
-from rlmed.models.end_tokens import find_end_tokens
+from rlmed.models.cpu.fused import use_fused_layers
+from rlmed.models.cpu.linear import use_fast_linears
+from rlmed.models.cpu.products import settle_products
 from rlmed.models.families import family_of, unsampleable_token_ids
-from rlmed.models.folder import CONFIG_FILE, check_folder
-from rlmed.models.fused import use_fused_layers
-from rlmed.models.linear import use_fast_linears
-from rlmed.models.logprobs import chunked_logprobs, frozen_logprobs, masked_logits
+from rlmed.models.folder.contents import CONFIG_FILE, check_folder
+from rlmed.models.folder.end_tokens import find_end_tokens
+from rlmed.models.folder.weight_files import HEAD, check_weight_files, own_head_differs
+from rlmed.models.logprobs import chunked_logprobs, logprobs_no_grad, masked_logits
 from rlmed.models.logs import quiet_loading
-from rlmed.models.products import settle_products
-from rlmed.models.weight_files import HEAD, check_weight_files, own_head_differs
 
 COMPUTED_BUFFERS = (".inv_freq", ".attn.bias", ".attn.masked_bias", ".position_ids")
-"""In the weight files of older versions; models compute them."""
+"""Buffers in weight files of older versions; models compute them."""
 MODEL_FOLDERS = frozenset(("model", "models", "checkpoints", "weights", "llm", "llms", "hf"))
-"""What people call the folder that they keep models in."""
+"""Usual names of folders that hold models."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Policy:
-    """A model whose decoder runs on packed rows under a layout.
+    """Model whose decoder runs on packed rows under a layout.
 
     Example:
         >>> policy = load_policy(Path("outputs/run/checkpoints/step-300"))          # doctest: +SKIP
@@ -48,7 +48,7 @@ class Policy:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """Wrap a model that was loaded with the shared-prefix attention (see `load_policy`)."""
+        """Wrap a model loaded with shared-prefix attention (see `load_policy`)."""
         self.model = model.eval()  # no supported family has dropout; eval also keeps transformers from warning
         self.family = family_of(model.config)
         projection = model.get_output_embeddings()
@@ -68,12 +68,12 @@ class Policy:
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """Device of the parameters."""
         return self.projection.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the parameters."""
+        """Dtype of the parameters."""
         return self.projection.weight.dtype
 
     @property
@@ -84,18 +84,18 @@ class Policy:
         return config.num_hidden_layers, config.num_key_value_heads, width
 
     def freeze(self, parts: Collection[str]) -> None:
-        """Exclude the named parts (see `rlmed.models.families.PARTS`) from training, and include all others."""
+        """Exclude the given parts (see `rlmed.models.families.PARTS`) from training and include all others."""
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self.family.part_of(name) not in parts)
 
     def image_inputs(self, prompt: Prompt) -> dict[str, Tensor]:
-        """A prompt's image tensors on the policy's device; empty for text."""
+        """Return a prompt's image tensors on the policy's device; empty for text."""
         return {name: torch.as_tensor(array).to(self.device) for name, array in prompt.image_inputs.items()}
 
     def prompt_positions(self, prompt: Prompt) -> Tensor:
-        """int64 [R, P] rotary positions of a prompt on the CPU: R is 3 for M-RoPE families and 1 for text families.
+        """Return a prompt's rotary positions on the CPU, int64 [R, P]: R is 3 for M-RoPE families and 1 for text families.
 
-        Completion token t of the prompt stands at `positions.max() + 1 + t` in every row.
+        Completion token t has position `positions.max() + 1 + t` in every row.
         """
         grids = {name: torch.as_tensor(array) for name, array in prompt.image_inputs.items() if name != "pixel_values"}
         return self.family.positions(self.model, torch.as_tensor(prompt.token_ids), grids).cpu()
@@ -107,13 +107,13 @@ class Policy:
         layout: AttentionLayout,
         image_inputs: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """Final hidden states of a packed row.
+        """Compute the final hidden states of a packed row.
 
         Args:
             token_ids: int64 [N].
             positions: int64 [R, N], see `prompt_positions`.
             layout: who attends to whom.
-            image_inputs: forward arguments of all images of the row, in row order.
+            image_inputs: forward arguments of the row's images, in row order.
 
         Returns:
             [N, d] in the policy's dtype.
@@ -130,16 +130,16 @@ class Policy:
         return output.last_hidden_state[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """float32 [M, V] logits of [M, d] hidden states; -inf where a token cannot be sampled."""
+        """Return float32 [M, V] logits of [M, d] hidden states; -inf at tokens that cannot be sampled."""
         return masked_logits(hidden, self.projection.weight, self._banned)
 
     def logprobs(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the targets and entropies, see `chunked_logprobs`."""
+        """Return the targets' log-probabilities and entropies, see `chunked_logprobs`."""
         return chunked_logprobs(hidden, self.projection.weight, targets, temperature=temperature, banned=self._banned)
 
-    def frozen_logprobs(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-        """Log-probabilities of the targets alone and without gradient, see `logprobs.frozen_logprobs`."""
-        return frozen_logprobs(hidden, self.projection.weight, targets, temperature=temperature, banned=self._banned)
+    def logprobs_no_grad(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+        """Return the targets' log-probabilities only, without gradient, see `logprobs.logprobs_no_grad`."""
+        return logprobs_no_grad(hidden, self.projection.weight, targets, temperature=temperature, banned=self._banned)
 
 
 def merge_image_inputs(inputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -158,13 +158,13 @@ def load_policy(
     """Load a Hugging Face folder (or hub name) as a policy.
 
     Args:
-        folder: of the model.
+        folder: model folder or hub name.
         dtype: of the parameters, a key of `DTYPES`.
-        device: where they are put.
-        onednn: what oneDNN computes in this process from now on, see `rlmed.models.products.settle_products`.
+        device: of the parameters.
+        onednn: uses of oneDNN in this process from now on, see `rlmed.models.cpu.products.settle_products`.
 
     Raises:
-        ValueError: when the folder is no model folder, lacks weights, or its family is not supported.
+        ValueError: if it is not a model folder, lacks weights, or its family is not supported.
     """
     config = load_config(folder)
     family = family_of(config)
@@ -173,7 +173,7 @@ def load_policy(
     if Path(folder).is_dir():
         check_weight_files(Path(folder))
     ends = find_end_tokens(folder, config)
-    tied = bool(config.tie_word_embeddings)  # transformers changes it where the weights disagree
+    tied = bool(config.tie_word_embeddings)  # transformers changes it if the weights disagree
     with (
         quiet_loading(),
         foreign(
@@ -198,17 +198,17 @@ def load_policy(
 
 
 def _check_loaded(folder: Path, found: Mapping[str, Collection[Any]], *, tied: bool) -> None:
-    """Weights and config.json are of one model: transformers fills what is absent with random numbers and drops the rest.
+    """Check that weights and config.json belong together: transformers fills missing weights randomly and drops others.
 
     Args:
-        folder: where the model is from.
-        found: transformers' account of it.
-        tied: whether config.json says that token embeddings and vocabulary projection are one.
+        folder: source of the model.
+        found: transformers' loading info.
+        tied: whether config.json ties token embeddings and vocabulary projection.
 
     Raises:
-        ValueError: naming the first parameter that only one of them has.
+        ValueError: naming the first parameter that differs or that only one of them has.
     """
-    cure = "its files do not belong to its config.json; copy or download the folder again"
+    cure = "its files do not match its config.json; copy or download the folder again"
     if reshaped := sorted(found["mismatched_keys"]):
         name, stored, expected = reshaped[0]
         raise ValueError(
@@ -218,8 +218,8 @@ def _check_loaded(folder: Path, found: Mapping[str, Collection[Any]], *, tied: b
     if absent := sorted(found["missing_keys"]):
         if absent == [HEAD]:
             cure = (
-                "config.json does not say that its token embeddings are the vocabulary projection too: set tie_word_embeddings "
-                "to true if they are, else copy or download the folder again"
+                "config.json does not tie the vocabulary projection to the token embeddings: set tie_word_embeddings to true "
+                "if they are tied, else copy or download the folder again"
             )
         raise ValueError(
             f"model {str(folder)!r} has no weights for {len(absent)} parameters of its config.json, the first is {absent[0]}: "
@@ -228,28 +228,28 @@ def _check_loaded(folder: Path, found: Mapping[str, Collection[Any]], *, tied: b
     unknown = sorted(name for name in found["unexpected_keys"] if not name.endswith(COMPUTED_BUFFERS))
     if adapted := [name for name in unknown if "lora_" in name or ".base_layer." in name]:
         raise ValueError(
-            f"model {str(folder)!r} holds an adapter that was not merged into its weights ({adapted[0]}): merge it first "
-            "(merge_and_unload() of peft) and save the model again"
+            f"model {str(folder)!r} contains an adapter that was not merged into its weights ({adapted[0]}): merge it first "
+            "(peft's merge_and_unload()) and save the model again"
         )
     if unknown:
         raise ValueError(
-            f"model {str(folder)!r} has weights for {len(unknown)} parameters that its config.json knows nothing of, the first "
-            f"is {unknown[0]}: {cure}"
+            f"model {str(folder)!r} has weights for {len(unknown)} parameters unknown to its config.json, the first is "
+            f"{unknown[0]}: {cure}"
         )
     if tied and folder.is_dir() and own_head_differs(folder):
         text = read_json(folder / CONFIG_FILE).get("text_config")
         within = "text_config." if isinstance(text, dict) and text.get("tie_word_embeddings") else ""
         raise ValueError(
-            f"model {str(folder)!r}: config.json says {within}tie_word_embeddings=true, and the weights hold an lm_head.weight "
-            "that is not the token embeddings: set it to false if it was trained apart, else remove lm_head.weight"
+            f"model {str(folder)!r}: config.json says {within}tie_word_embeddings=true, but the weights have an lm_head.weight "
+            "that differs from the token embeddings: set it to false if it was trained separately, else remove lm_head.weight"
         )
 
 
 def _settle_generation(model: PreTrainedModel, end_token_ids: tuple[int, ...]) -> None:
-    """Let the model's generation settings name every end token, in checkpoints too, and be such that they can be saved.
+    """Name every end token in the generation settings, for checkpoints too, and make sure they can be saved.
 
-    Nothing else of them is used. transformers loads contradictory ones with a warning and refuses to save them, which would be
-    found out at the first checkpoint.
+    rlmed uses nothing else of them. transformers loads contradictory ones with a warning but refuses to save them, which
+    would show only at the first checkpoint.
     """
     settings = model.generation_config
     settings.eos_token_id = list(end_token_ids)
@@ -264,7 +264,7 @@ def _settle_generation(model: PreTrainedModel, end_token_ids: tuple[int, ...]) -
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
-    """The configuration of a model folder or hub name.
+    """Load the configuration of a model folder or hub name.
 
     Raises:
         ValueError: naming the folder and what is missing.
@@ -272,10 +272,10 @@ def load_config(folder: Path) -> PreTrainedConfig:
     folder = Path(folder)
     if folder.is_dir():
         check_folder(folder)
-        with foreign(f"{folder / 'config.json'} is damaged or of an unknown kind", "Copy or download it again"):
+        with foreign(f"{folder / 'config.json'} is damaged or of an unknown type", "Copy or download it again"):
             return AutoConfig.from_pretrained(folder)
     if folder.is_file():
-        raise ValueError(f"model {str(folder)!r} is a file: give the folder that holds it, with its config.json")
+        raise ValueError(f"model {str(folder)!r} is a file: give the folder that contains it and its config.json")
     if folder.is_absolute() or len(folder.parts) > 2 or ".." in folder.parts:
         # a hub name is NAME or OWNER/NAME
         cure = near_path(folder) or "check model.path"
@@ -285,23 +285,23 @@ def load_config(folder: Path) -> PreTrainedConfig:
     except (OSError, ValueError) as error:
         near = near_path(folder)
         raise ValueError(
-            f"model {str(folder)!r} is neither a folder in {Path.cwd()} nor can it be fetched from the hub: "
+            f"model {str(folder)!r} is neither a folder in {Path.cwd()} nor available from the hub: "
             f"{str(error).splitlines()[0]} If it is a folder, {near or 'correct the path'}{_to_download(folder)}"
         ) from error
 
 
 def _to_download(folder: Path) -> str:
-    """How to get a model that is neither here nor to be had from the hub, as the end of a sentence.
+    """Return the end of a sentence on how to download a model found neither here nor on the hub.
 
-    A folder of models, as in `models/Qwen2-VL-2B-Instruct`, is nobody on the hub: that name needs its owner.
+    The `models` of `models/Qwen2-VL-2B-Instruct` is not an owner on the hub: such a name needs its owner.
     """
     name = folder.name
     if len(folder.parts) == 2 and folder.parts[0].lower() in MODEL_FOLDERS:
-        owner, which = ("Qwen", "") if name.startswith("Qwen") else ("OWNER", ", OWNER being who publishes it")
-        return f"; to have it, download it where there is a network: `hf download {owner}/{name} --local-dir {folder}`{which}"
+        owner, which = ("Qwen", "") if name.startswith("Qwen") else ("OWNER", ", OWNER being its publisher")
+        return f"; to get it, run on a machine with a network: `hf download {owner}/{name} --local-dir {folder}`{which}"
     if len(folder.parts) == 2 and Path(folder.parts[0]).is_dir():
         return ""
     return (
-        f"; if it is a hub name, download it where there is a network (`hf download {folder} --local-dir models/{name}`) and "
-        f"pass model.path=models/{name}"
+        f"; if it is a hub name, download it on a machine with a network (`hf download {folder} --local-dir models/{name}`) "
+        f"and pass model.path=models/{name}"
     )

@@ -1,4 +1,4 @@
-"""Tensors to buckets of bytes and back; see `rlmed.core.weights`."""
+"""Convert tensors to buckets of bytes and back; see `rlmed.core.weights`."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor
 from rlmed.core.weights import TensorSpec, WeightBucket, WeightError
 
 BUCKET_BYTES = 256 * 2**20
-"""Size of one bucket: bounds the copies on their way, and is large enough that a message's own cost vanishes."""
+"""Size of one bucket: bounds the copies in flight, and large enough to make per-message cost negligible."""
 ALIGNMENT = 64
-"""Bytes; every tensor of a bucket starts at a multiple of it."""
+"""Bytes; every tensor in a bucket starts at a multiple of it."""
 
 
 def make_buckets(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int = BUCKET_BYTES) -> Iterator[WeightBucket]:
-    """Copy named tensors, in their order, into buckets of at most `bucket_bytes` (a larger tensor has one of its own).
+    """Copy named tensors, in order, into buckets of at most `bucket_bytes` (a larger tensor gets its own).
 
     Args:
-        tensors: names and tensors of any shape on any device; taken from the iterator one after the other.
+        tensors: names and tensors of any shape on any device; consumed one at a time.
         bucket_bytes: bound on a bucket.
 
     Yields:
-        Buckets whose bytes are valid until the next one is asked for: they share one piece of memory, because a first touch
-        of fresh memory costs several times as much as the copy into it.
+        Buckets whose bytes are valid until the next one is requested: they share one buffer, because first touching fresh
+        memory costs several times as much as copying into it.
     """
     memory = torch.empty(0, dtype=torch.uint8)
     for group, size in _grouped(tensors, bucket_bytes):
@@ -37,7 +37,7 @@ def make_buckets(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int = BUCK
 def _grouped(
     tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int
 ) -> Iterator[tuple[list[tuple[str, Tensor]], int]]:
-    """The tensors of each bucket, and its bytes."""
+    """Yield the tensors of each bucket and its size in bytes."""
     waiting: list[tuple[str, Tensor]] = []
     size = 0
     for name, tensor in tensors:
@@ -52,7 +52,7 @@ def _grouped(
 
 
 def bucket_tensors(bucket: WeightBucket) -> list[tuple[str, Tensor]]:
-    """Names and CPU tensors of a bucket; they are views of its bytes and must not be written to."""
+    """Return names and CPU tensors of a bucket; the tensors are read-only views of its bytes."""
     data = bucket.data if bucket.data.flags.writeable else _writeable_view(bucket.data)
     flat = torch.from_numpy(data)
     return [
@@ -62,23 +62,23 @@ def bucket_tensors(bucket: WeightBucket) -> list[tuple[str, Tensor]]:
 
 
 def gpu_name(device: torch.device) -> str:
-    """See `rlmed.core.weights.Recipient.devices`; empty for a CPU."""
+    """Return a GPU's UUID, or "" for a CPU; see `rlmed.core.weights.EngineHandle.devices`."""
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
 
 
 def check_shapes(parameters: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Make sure that names and shapes are exactly those of the parameters.
+    """Check that names and shapes match the parameters exactly.
 
     Raises:
-        WeightError: naming the first that is not.
+        WeightError: naming the first mismatch.
     """
-    cure = "learner and engine need one model (model.path)"
+    cure = "learner and engine need the same model (model.path)"
     for name, shape in expected.items():
         if name not in parameters:
-            raise WeightError(f"weights of {name} arrived, which this model does not have: {cure}")
+            raise WeightError(f"received weights of {name}, which this model does not have: {cure}")
         if tuple(parameters[name].shape) != tuple(shape):
             raise WeightError(
-                f"weights of {name} arrived with shape {tuple(shape)}, here it is {tuple(parameters[name].shape)}: {cure}"
+                f"received {name} with shape {tuple(shape)}, expected {tuple(parameters[name].shape)}: {cure}"
             )
     if absent := sorted(parameters.keys() - expected.keys()):
         raise WeightError(f"{len(absent)} weights did not arrive, the first is {absent[0]}: {cure}")
@@ -101,19 +101,19 @@ def _padded(size: int) -> int:
 
 
 def _bucket(tensors: list[tuple[str, Tensor]], memory: Tensor) -> WeightBucket:
-    """Copy tensors into uint8 memory of just the right size."""
+    """Copy tensors into uint8 memory of exactly their size."""
     specs, start = [], 0
     for name, tensor in tensors:
         end, following = start + tensor.nbytes, start + _padded(tensor.nbytes)
         memory[start:end].view(tensor.dtype).view(tensor.shape).copy_(tensor)
-        memory[end:following] = 0  # the checksum is of these bytes too
+        memory[end:following] = 0  # the checksum covers the padding
         specs.append(TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), start, end))
         start = following
     return WeightBucket.seal(tuple(specs), memory.numpy())
 
 
 def _writeable_view(data: np.ndarray) -> np.ndarray:
-    """The same memory without numpy's read-only flag, which torch warns of; nothing here writes to it."""
+    """View the memory without numpy's read-only flag, about which torch warns; nothing here writes to it."""
     interface = dict(data.__array_interface__)
     interface["data"] = (interface["data"][0], False)
 

@@ -1,4 +1,4 @@
-"""Tensors of the live completions; built when rows come or go, advanced by one token otherwise."""
+"""Tensors of the live completions: rebuilt when rows change, otherwise advanced by one token."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rollout.native.sequence import Sequence, SequenceGroup
 
 @dataclass(slots=True)
 class DecodeBatch:
-    """R live completions of B live groups. A row's newest token is not in the cache yet: it is the next step's input."""
+    """R live completions of B live groups. A row's newest token is not cached yet: it is the next step's input."""
 
     tokens: Tensor
     """int64 [R], newest token of each row."""
@@ -27,7 +27,7 @@ class DecodeBatch:
     longest: int
     """Maximum of `lengths`."""
     uniform: bool
-    """True where all `lengths` are the same; they stay so, since every row advances at every step."""
+    """True if all `lengths` are equal; they stay equal, since every row advances at every step."""
     table: GroupTable
     rows: Tensor
     """int64 [R]: 0 .. R-1."""
@@ -38,7 +38,7 @@ class DecodeBatch:
 
     @classmethod
     def build(cls, rows: list[Sequence], groups: list[SequenceGroup], policy: Policy) -> DecodeBatch:
-        """Tables for rows and groups in cache order."""
+        """Build the tables for rows and groups in cache order."""
         device = policy.device
         slot_of_group = {id(group): slot for slot, group in enumerate(groups)}
         lengths = [len(sequence.token_ids) - 1 for sequence in rows]
@@ -65,7 +65,7 @@ class DecodeBatch:
         )
 
     def layout(self, cache: KVCache) -> DecodeLayout:
-        """Attention layout of the next forward pass."""
+        """Return the attention layout of the next forward pass."""
         width = self.longest + 1
         return DecodeLayout(
             cache=cache,
@@ -80,7 +80,7 @@ class DecodeBatch:
         )
 
     def advance(self, tokens: Tensor) -> None:
-        """The forward pass has put the old tokens into the cache; `tokens` int64 [R] were sampled after them."""
+        """Advance by one token: the forward pass cached the old tokens and sampled `tokens`, int64 [R]."""
         self.tokens = tokens
         self.positions = self.positions + 1
         self.lengths = self.lengths + 1

@@ -1,6 +1,6 @@
-"""The native rollout engine: one prefill per prompt, grouped decode, continuous batching, groups out as they finish.
+"""Native rollout engine: one prefill per prompt, grouped decode, continuous batching, groups returned as they finish.
 
-It runs the learner's own modules through the shared-prefix attention, so it has no model code of its own and its
+It runs the learner's own modules through shared-prefix attention, so it needs no model code of its own, and its
 log-probabilities agree with the learner's to rounding.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from rlmed.core.prefill import joined
 from rlmed.core.types import RolloutGroup, RolloutRequest
 from rlmed.models.attention import PackedLayout
-from rlmed.models.linear import PackedWeights
+from rlmed.models.cpu.linear import PackedWeights
 from rlmed.models.policy import Policy, merge_image_inputs
 from rlmed.models.weights import check_shapes, copy_into
 from rollout.native.batch import DecodeBatch
@@ -37,11 +37,11 @@ class NativeEngine:
     """
 
     def __init__(self, policy: Policy, decode: Decode, limits: EngineLimits | None = None) -> None:
-        """Share `policy`'s parameters: an optimizer step on them is seen by the next token."""
+        """Share `policy`'s parameters: the next token sees every optimizer step on them."""
         self.policy = policy
         self.policy_version = 0
         self.generated_tokens = 0
-        self.devices: tuple[str, ...] = ()  # weights are not sent to it directly, wherever it runs
+        self.devices: tuple[str, ...] = ()  # takes no direct sends, whatever its device
         self._decode_text = decode
         self._limits = limits or EngineLimits()
         self._scheduler = Scheduler(self._limits)
@@ -57,11 +57,11 @@ class NativeEngine:
         return bool(self._rows) or len(self._scheduler) > 0
 
     def submit(self, request: RolloutRequest) -> None:
-        """Queue a request; raises ValueError when it could never run."""
+        """Queue a request; raises ValueError if it can never run."""
         self._scheduler.submit(request)
 
     def sleep(self) -> None:
-        """It keeps what it has."""
+        """No-op."""
 
     def begin_update(self, expected: Mapping[str, tuple[int, ...]] | None = None) -> None:
         """See `rollout.engine.Engine.begin_update`."""
@@ -74,16 +74,16 @@ class NativeEngine:
         copy_into(dict(self.policy.model.named_parameters()), tensors)
 
     def finish_update(self, version: int) -> None:
-        """Tokens sampled from now on belong to policy version `version`.
+        """Label tokens sampled from now on with policy version `version`.
 
-        Running completions go on: their keys and values stay those of the older weights, and their `min_version` says so.
+        Running completions continue: their keys and values stay those of the older weights, as `min_version` records.
         """
         self._packs.clear()
         self.policy_version = version
 
     @torch.inference_mode()
     def step(self) -> list[RolloutGroup]:
-        """Start what fits, sample one token for each live completion, and return the groups that ended with it."""
+        """Start what fits, sample one token per live completion and return the groups this finished."""
         admitted = self._scheduler.admit(self._limits.max_completions - len(self._rows))
         if admitted:
             self._prefill(admitted)
@@ -96,7 +96,7 @@ class NativeEngine:
         return [group.to_rollout() for group in finished]
 
     def abort(self) -> list[RolloutRequest]:
-        """Drop all work, waiting or running, and return the requests that have not finished."""
+        """Drop all waiting and running work and return its requests."""
         requests = [group.request for group in self._groups]
         while len(self._scheduler):
             requests += self._scheduler.admit(self._limits.max_completions)
@@ -105,7 +105,7 @@ class NativeEngine:
         return requests
 
     def _prefill(self, requests: list[RolloutRequest]) -> None:
-        """Compute the prompts in one row, keep their keys and values, and sample each completion's first token."""
+        """Compute the prompts in one row, cache their keys and values, and sample each completion's first token."""
         policy = self.policy
         groups = [SequenceGroup(request, policy.prompt_positions(request.prompt)) for request in requests]
         lengths = [len(request.prompt.token_ids) for request in requests]
@@ -135,7 +135,7 @@ class NativeEngine:
         self._append(rows, *sampling.sample(logits.repeat_interleave(repeats, dim=0), first))
 
     def _decode(self) -> None:
-        """One forward pass over the newest token of each live completion."""
+        """Run one forward pass over the newest token of each live completion and sample the next."""
         if self._batch is None:
             self._batch = DecodeBatch.build(self._rows, self._groups, self.policy)
         assert self._cache is not None
@@ -148,7 +148,7 @@ class NativeEngine:
         self._append(self._rows, tokens, logprobs)
 
     def _append(self, rows: list[Sequence], tokens: Tensor, logprobs: Tensor) -> None:
-        """Give each row its new token."""
+        """Append each row's new token."""
         for sequence, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
             sequence.token_ids.append(token)
             sequence.logprobs.append(logprob)
@@ -157,11 +157,11 @@ class NativeEngine:
         self.generated_tokens += len(rows)
 
     def _finish(self, sequence: Sequence, token: int) -> None:
-        """Set the finish reason when the new token ends its completion."""
+        """Set the finish reason and text if the new token ends its completion."""
         sampling = sequence.group.request.sampling
         stopped = token in self.policy.end_token_ids
         if not stopped and sampling.stop:
-            # a stop string ends in the new token, so the tail is enough to find it (each token is at least one byte)
+            # a stop string ends in the new token, so searching the tail suffices (each token is at least one byte)
             reach = 4 * max(len(stop) for stop in sampling.stop) + 1
             stopped = any(stop in self._decode_text(sequence.token_ids[-reach:]) for stop in sampling.stop)
         if stopped:
@@ -170,13 +170,13 @@ class NativeEngine:
             sequence.finish_reason = "length"
         if sequence.finish_reason is not None:
             ended = token in self.policy.end_token_ids
-            # an end token is left out even where the tokenizer takes it for text
+            # an end token is dropped even if the tokenizer treats it as text
             written = self._decode_text(sequence.token_ids[:-1] if ended else sequence.token_ids)
             prompt = sequence.group.request.prompt
             sequence.text = joined(prompt.prefill, _cut_at_stop(written, sampling.stop))
 
     def _retire(self) -> None:
-        """Free the rows of ended completions and the slots of ended groups by moving the last ones into them."""
+        """Free the rows of finished completions and the slots of finished groups by moving the last ones into them."""
         cache = self._cache
         assert cache is not None
         for row in reversed([i for i, sequence in enumerate(self._rows) if sequence.finish_reason is not None]):
@@ -191,12 +191,12 @@ class NativeEngine:
                 cache.move_group(len(self._groups), slot)
                 self._groups[slot] = last_group
         if not self._rows:
-            # memory goes back to the learner, and the next batch's arithmetic cannot depend on this one's
+            # release memory to the learner, and keep the next batch's arithmetic independent of this one's
             self._cache = None
             self._packs.clear()
 
     def _reserve(self, requests: list[RolloutRequest]) -> KVCache:
-        """A cache in which the requests fit beside what runs."""
+        """Return a cache with room for the requests beside what runs."""
         if self._cache is None:
             self._cache = KVCache(self.policy.kv_shape, dtype=self.policy.dtype, device=self.policy.device)
         self._cache.reserve(
@@ -209,6 +209,6 @@ class NativeEngine:
 
 
 def _cut_at_stop(text: str, stops: tuple[str, ...]) -> str:
-    """The text up to and including the first stop string."""
+    """Cut the text after the first stop string."""
     ends = [text.index(stop) + len(stop) for stop in stops if stop in text]
     return text[: min(ends)] if ends else text

@@ -1,7 +1,7 @@
-"""Keys and values: one prefix per group, one suffix per completion, both kept dense so that no step copies them.
+"""Key-value cache: one prefix per group, one suffix per completion, both dense so that no step copies them.
 
-Live groups fill the first slots and live completions the first rows; whoever leaves is replaced by the last one. A decode
-step therefore works on plain views `cache[:live, :, :longest]`.
+Live groups fill the first slots and live completions the first rows; the last one moves into a freed slot or row. A
+decode step therefore works on plain views `cache[:live, :, :longest]`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rlmed.models.attention import GroupTable, PackedLayout, decode_attention
 
 
 class KVCache:
-    """Keys and values of all layers, enlarged on demand.
+    """Keys and values of all layers; grows on demand.
 
     Memory is layers * 2 * kv_heads * head_width * (groups * prompt_length + rows * max_tokens) elements.
     """
@@ -43,7 +43,7 @@ class KVCache:
         old_slots, _, old_length, _ = old[0].shape
         if slots <= old_slots and length <= old_length:
             return old
-        # slots grow by half at least, so that a queue that trickles in does not copy the cache each time
+        # grow by at least half, so that requests trickling in don't copy the cache each time
         slots = max(slots, old_slots + old_slots // 2) if slots > old_slots else old_slots
         fresh = self._allocate(slots, max(length, old_length))
         for target, source in zip(fresh, old, strict=True):
@@ -51,19 +51,19 @@ class KVCache:
         return fresh
 
     def move_group(self, source: int, target: int) -> None:
-        """Put the prefix of slot `source` into slot `target`."""
+        """Copy the prefix of slot `source` to slot `target`."""
         for cache in (*self.prefix_keys, *self.prefix_values):
             cache[target] = cache[source]
 
     def move_row(self, source: int, target: int, length: int) -> None:
-        """Put the first `length` suffix tokens of row `source` into row `target`."""
+        """Copy the first `length` suffix tokens of row `source` to row `target`."""
         for cache in (*self.suffix_keys, *self.suffix_values):
             cache[target, :, :length] = cache[source, :, :length]
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillLayout:
-    """Prompts packed in one row: attends like `PackedLayout` and keeps keys and values in the cache."""
+    """Prompts packed in one row: attends like `PackedLayout` and caches keys and values."""
 
     packed: PackedLayout
     cache: KVCache
@@ -90,10 +90,10 @@ class DecodeLayout:
     prefix_mask: Tensor
     """[B * H_kv, 1, P]: 0 or -inf."""
     lengths: Tensor | int
-    """int64 [R]: tokens of each row already in the cache, one number where it is the same in all rows; the new token is
-    written behind them."""
+    """int64 [R]: tokens of each row already in the cache, or one number if equal in all rows; the new token goes after
+    them."""
     suffix_length: int
-    """T: the largest of `lengths` and the new token."""
+    """T: the largest of `lengths`, plus the new token."""
     suffix_mask: Tensor | None
     """[R * H_kv, 1, T]: 0 or -inf; None where all rows are T long."""
 
@@ -102,7 +102,7 @@ class DecodeLayout:
         groups, prefix_length = self.table.groups, self.prefix_mask.shape[-1]
         rows, suffix_length = len(self.rows), self.suffix_length
         suffix_keys, suffix_values = self.cache.suffix_keys[layer], self.cache.suffix_values[layer]
-        # a slice where it suffices: indexing costs several times as much
+        # a slice if possible: indexing costs several times as much
         which = slice(rows) if isinstance(self.lengths, int) else self.rows
         suffix_keys[which, :, self.lengths] = key
         suffix_values[which, :, self.lengths] = value

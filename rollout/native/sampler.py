@@ -1,4 +1,4 @@
-"""Drawing the next token: temperature, top-k, top-p, and a random stream per completion that depends on nothing else."""
+"""Sample the next token: temperature, top-k, top-p, and an independent random stream per completion."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch import Tensor
 from rlmed.core.types import SamplingParams
 
 BLOCK = 128
-"""Tokens of a block of the vocabulary, see `_draw`."""
+"""Tokens per vocabulary block, see `_draw`."""
 _GOLDEN = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 _MIX_1 = -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
 _MIX_2 = -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift of int64 values taken as unsigned."""
+    """Shift int64 values right, as if unsigned."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def mix64(x: Tensor) -> Tensor:
-    """The splitmix64 finalizer (Steele, Lea and Flood, OOPSLA 2014) on int64 values, wrapping."""
+    """Apply the splitmix64 finalizer (Steele, Lea and Flood, OOPSLA 2014) to int64 values, wrapping."""
     x = x + _GOLDEN
     x = (x ^ _shift_right(x, 30)) * _MIX_1
     x = (x ^ _shift_right(x, 27)) * _MIX_2
@@ -33,23 +33,23 @@ def mix64(x: Tensor) -> Tensor:
 
 
 def completion_seeds(seed: int, group_size: int) -> Tensor:
-    """int64 [group_size]: the random stream of each completion of a group."""
+    """Return the random stream of each completion of a group, int64 [group_size]."""
     return mix64(mix64(torch.tensor(seed, dtype=torch.int64)) + torch.arange(group_size))
 
 
 def uniforms(seeds: Tensor, steps: Tensor) -> Tensor:
-    """float64 in [0, 1): one number for each (stream, token index), both int64 [R]."""
+    """Return one float64 in [0, 1) per (stream, token index), both int64 [R]."""
     return _shift_right(mix64(seeds ^ mix64(steps)), 11).to(torch.float64) * 2.0**-53
 
 
 def _draw(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw a token of each row by inversion: first its block, then the token in it.
+    """Draw one token per row by inversion: first its block, then the token in it.
 
-    So there is a cumulative sum over the blocks and one over a single block, and none over all tokens. Both are in float64: in
-    float32 they would lose the rare ones.
+    This takes a cumulative sum over the blocks and one over a single block, but none over all tokens. Both are float64:
+    float32 would lose rare tokens.
 
     Args:
-        weights: float32 [R, V], in proportion to the probabilities.
+        weights: float32 [R, V], proportional to the probabilities.
         uniform: float64 [R, 1] in [0, 1).
 
     Returns:
@@ -64,23 +64,23 @@ def _draw(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     block = torch.searchsorted(sums, threshold, right=True)
     before = sums.gather(1, (block - 1).clamp_(min=0)).masked_fill_(block == 0, 0.0)
     inside = blocks[torch.arange(len(blocks), device=block.device), block.squeeze(1)].double().cumsum(dim=1)
-    # a block's sum may round to more than the end of its cumulative sum, behind which there is no token
+    # a block's sum may round above the end of its cumulative sum, where there is no token
     rest = torch.minimum(threshold - before, torch.nextafter(inside[:, -1:], torch.zeros_like(mass)))
     return block * BLOCK + torch.searchsorted(inside, rest, right=True), mass
 
 
 @dataclass(frozen=True, slots=True)
 class BatchSampling:
-    """Sampling settings of the rows of a batch as tensors; built when the rows change, not at every token."""
+    """Sampling settings of a batch's rows as tensors; rebuilt when the rows change, not at every token."""
 
     temperature: Tensor | None
-    """float32 [R, 1]; 1 where greedy; None when it is 1 in every row."""
+    """float32 [R, 1]; 1 where greedy; None if 1 in every row."""
     greedy: Tensor | None
-    """bool [R]; None when no row is greedy."""
+    """bool [R]; None if no row is greedy."""
     top_k: Tensor | None
-    """int64 [R, 1]; None when every row has it off."""
+    """int64 [R, 1]; None if off in every row."""
     top_p: Tensor | None
-    """float32 [R, 1], infinite where off; None when every row has it off."""
+    """float32 [R, 1], infinite where off; None if off in every row."""
     seeds: Tensor
     """int64 [R]."""
 
@@ -90,7 +90,7 @@ class BatchSampling:
     ) -> BatchSampling:
         """Collect the settings of each row."""
         top_k = [entry.top_k or vocabulary for entry in params]
-        # a float32 cumulative sum can pass 1 before its end, which must not cut the tail of a row that has top-p off
+        # a float32 cumulative sum can pass 1 before its end, which must not cut the tail of a row with top-p off
         top_p = [entry.top_p if entry.top_p < 1 else math.inf for entry in params]
         temperatures = [1.0 if entry.greedy else entry.temperature for entry in params]
         greedy = [entry.greedy for entry in params]
@@ -103,15 +103,15 @@ class BatchSampling:
         )
 
     def sample(self, logits: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw one token a row.
+        """Draw one token per row.
 
         Args:
             logits: float32 [R, V]; -inf where a token cannot be sampled.
             steps: int64 [R], index of the token in its completion.
 
         Returns:
-            int64 [R] tokens and float32 [R] log-probabilities under the distribution that they were drawn from (for a
-            greedy row: under the distribution at temperature 1).
+            int64 [R] tokens and float32 [R] log-probabilities under the distribution they were drawn from (for a greedy
+            row: at temperature 1).
         """
         logits = self._filter(logits if self.temperature is None else logits / self.temperature)
         largest = logits.amax(dim=1, keepdim=True)
@@ -122,7 +122,7 @@ class BatchSampling:
         return tokens.squeeze(1), (logits.gather(1, tokens) - largest - mass.log().float()).squeeze(1)
 
     def _filter(self, logits: Tensor) -> Tensor:
-        """Top-k, then top-p on what is left, as transformers and vLLM do."""
+        """Apply top-k, then top-p to the rest, as transformers and vLLM do."""
         if self.top_k is None and self.top_p is None:
             return logits
         values, order = logits.sort(dim=1, descending=True)

@@ -1,4 +1,4 @@
-"""Which requests run: whole groups are admitted in order while slots are free."""
+"""Admit whole groups in order while rows are free."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from rlmed.core.types import RolloutRequest
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
-    """Sizes that bound the engine's memory."""
+    """Limits that bound the engine's memory."""
 
     max_completions: int = 64
     """Completions sampled at the same time."""
     max_prompt_tokens: int = 1024
     """Longest prompt accepted."""
     prefill_tokens: int = 8192
-    """Prompt tokens computed in one forward pass (at least one prompt always is)."""
+    """Prompt tokens per forward pass, which always computes at least one prompt."""
 
 
 class Scheduler:
-    """A queue of requests; groups start when all their completions fit."""
+    """Queue of requests; a group starts once all its completions fit."""
 
     def __init__(self, limits: EngineLimits) -> None:
         """Start with an empty queue."""
@@ -35,28 +35,28 @@ class Scheduler:
         """Queue a request.
 
         Raises:
-            ValueError: when it could never run.
+            ValueError: if it can never run.
         """
         length, limits = len(request.prompt.token_ids), self.limits
         if request.group_size < 1:
             raise ValueError(f"group_size must be at least 1, got {request.group_size}")
         if request.group_size > limits.max_completions:
             raise ValueError(
-                f"group_size {request.group_size} exceeds rollout.max_completions {limits.max_completions}: raise the latter"
+                f"group_size {request.group_size} exceeds rollout.max_completions={limits.max_completions}: raise the latter"
             )
         if not 0 < length <= limits.max_prompt_tokens:
             raise ValueError(
-                f"prompt {request.prompt.example.id!r} has {length} tokens, the engine takes 1 to {limits.max_prompt_tokens}: "
-                "raise data.max_prompt_tokens"
+                f"prompt {request.prompt.example.id!r} has {length} tokens; the engine accepts 1 to {limits.max_prompt_tokens}"
+                ": raise data.max_prompt_tokens"
             )
         if request.sampling.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {request.sampling.max_tokens}")
         self._waiting.append(request)
 
     def admit(self, free_rows: int) -> list[RolloutRequest]:
-        """Take the requests that start now, first come first served.
+        """Remove and return the requests that start now, first come, first served.
 
-        A long queue is not overtaken by small groups: order of completion already favours short ones.
+        Small groups never overtake: order of completion already favours short ones.
         """
         admitted: list[RolloutRequest] = []
         tokens = 0

@@ -1,4 +1,4 @@
-"""What the engine knows of a completion that is being sampled, and of its group."""
+"""Engine state of a running completion and of its group."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rlmed.core.types import Completion, FinishReason, RolloutGroup, RolloutRequ
 
 @dataclass(slots=True)
 class Sequence:
-    """One completion in the making."""
+    """A running completion."""
 
     group: SequenceGroup
     seed: int
@@ -40,11 +40,11 @@ class SequenceGroup:
 
     @property
     def finished(self) -> bool:
-        """True when every completion has ended."""
+        """True once every completion has finished."""
         return all(sequence.finish_reason is not None for sequence in self.sequences)
 
     def to_rollout(self) -> RolloutGroup:
-        """The finished group as a frozen record."""
+        """Return the finished group as a frozen record."""
         return RolloutGroup(self.request, tuple(_to_completion(sequence) for sequence in self.sequences))
 
 

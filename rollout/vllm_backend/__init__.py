@@ -1,5 +1,5 @@
-"""vLLM as a rollout engine; the only package that imports it. The rest of rlmed runs where it is not installed."""
+"""vLLM rollout engine; only this package imports vLLM, and the rest of rlmed runs without it installed."""
 
-from rlmed.core.torch_extensions import cure_torch_extensions
+from rlmed.core.process.torch_extensions import cure_torch_extensions
 
 cure_torch_extensions()  # before any module in here imports transformers

@@ -1,7 +1,7 @@
-"""The vLLM rollout engine: its core runs in this process and is given the learner's token ids and pixels.
+"""vLLM rollout engine: the core runs in this process and receives the learner's token ids and pixels.
 
-Nothing that vLLM caches survives a push. Its own resets are refused, or leave its parts at odds, while completions run, so
-prompts are given to it under names that change with the weights instead (see `rollout.vllm_backend.requests.engine_input`).
+Nothing that vLLM caches survives a push. While completions run, vLLM refuses its own cache resets or becomes
+inconsistent, so each version of the weights gets its own cache keys (see `rollout.vllm_backend.requests.engine_input`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from transformers import PreTrainedConfig
 from rlmed.core.prefill import joined
 from rlmed.core.types import RolloutGroup, RolloutRequest
 from rlmed.core.weights import WeightError
-from rlmed.models.end_tokens import find_end_tokens
 from rlmed.models.families import family_of, unsampleable_token_ids
+from rlmed.models.folder.end_tokens import find_end_tokens
 from rlmed.models.policy import load_config
 from rollout.native.scheduler import EngineLimits, Scheduler
 from rollout.vllm_backend.environment import import_vllm, preload_kept, register_model_classes
@@ -45,18 +45,18 @@ WORKER_EXTENSION = "rollout.vllm_backend.weight_transfer.WorkerExtension"
 
 @dataclass(slots=True)
 class _Running:
-    """A group that vLLM has."""
+    """A group submitted to vLLM."""
 
     request: RolloutRequest
     min_version: int
-    """Of the weights when it was given to vLLM."""
+    """Policy version at submission."""
 
 
 class VllmEngine:
-    """See `rollout.engine.Engine`.
+    """`rollout.engine.Engine` on vLLM.
 
-    Differences from the native engine: the logprobs of a greedy completion are those of temperature 1 without top-k and
-    top-p; its tokens are sampled, and counted, once for the whole group; temperatures below 0.01 and above 2 are refused.
+    Differences from the native engine: logprobs of a greedy completion are those of temperature 1 without top-k and
+    top-p; its tokens are sampled, and counted, once per group; temperatures below 0.01 and above 2 are refused.
 
     Example:
         >>> engine = VllmEngine(Path("models/Qwen2-VL-2B-Instruct"), VllmSettings())       # doctest: +SKIP
@@ -65,10 +65,10 @@ class VllmEngine:
     """
 
     def __init__(self, folder: Path, settings: VllmSettings) -> None:
-        """Load the model of a folder.
+        """Load the model in `folder`.
 
         Raises:
-            ValueError: for a folder that is no model folder, or a model that vLLM cannot run.
+            ValueError: if `folder` is not a model folder, or vLLM cannot run the model.
         """
         config = load_config(folder)
         self.settings = settings
@@ -80,7 +80,7 @@ class VllmEngine:
         self._asleep: set[str] = set()
         self._epoch = 0
         self._scheduler = Scheduler(
-            # how much of the admitted prompts is computed in one step is vLLM's to say
+            # vLLM decides how much of the admitted prompts a step computes
             EngineLimits(settings.max_completions, settings.max_prompt_tokens, prefill_tokens=sys.maxsize)
         )
         self._running: dict[str, _Running] = {}
@@ -97,24 +97,24 @@ class VllmEngine:
         return bool(self._running) or len(self._scheduler) > 0
 
     def submit(self, request: RolloutRequest) -> None:
-        """Queue a request; raises ValueError when it could never run."""
+        """Queue a request; raises ValueError if it can never run."""
         if request.sampling.max_tokens > self.settings.max_tokens:
             raise ValueError(
                 f"max_tokens={request.sampling.max_tokens} exceeds the engine's {self.settings.max_tokens}: "
                 "raise rollout.max_tokens"
             )
-        if request.group_size >= 1 and request.sampling.max_tokens >= 1:  # else the scheduler says what is wrong
+        if request.group_size >= 1 and request.sampling.max_tokens >= 1:  # else the scheduler reports the error
             sampling_params(request.sampling, request.group_size, self._facts)
             image_spans(request.prompt, self._facts)
         self._scheduler.submit(request)
 
     def step(self) -> list[RolloutGroup]:
-        """Give vLLM what fits, let it sample one token for each of its completions, and return the groups that ended."""
+        """Submit what fits to vLLM, sample one token per running completion and return the groups this finished."""
         assert not self._update.active, "step() was called between begin_update() and finish_update()"
         if self._update.damaged:
-            raise WeightError("the last push ended early and has left a mixture of weights: push all of them again")
-        # torch tells OpenMP its number of threads when a thread first asks for it, and vLLM's CPU build plans by OpenMP's: in
-        # a Ray actor that is 1 until then, and vLLM's attention stops where plan and run differ
+            raise WeightError("the last push ended early and left a mixture of weights: push all of them again")
+        # torch sets OpenMP's thread count when a thread first queries it, and vLLM's CPU build plans by OpenMP's: in a
+        # Ray actor that is 1 until then, and vLLM's attention fails where plan and run differ
         torch.get_num_threads()
         rows = self._core.get_num_unfinished_requests()
         for request in self._scheduler.admit(self.settings.max_completions - rows):
@@ -126,7 +126,7 @@ class VllmEngine:
         return groups
 
     def abort(self) -> list[RolloutRequest]:
-        """Drop all work, waiting or running, and return the requests that have not finished."""
+        """Drop all waiting and running work and return its requests."""
         self._ended_tokens += self._running_tokens()
         requests = [running.request for running in self._running.values()]
         self._core.abort_request(list(self._running))
@@ -136,48 +136,48 @@ class VllmEngine:
         return requests
 
     def sleep(self) -> None:
-        """Give the GPU's memory back, weights and key-value cache, until a push has brought all weights again.
+        """Release GPU memory, weights and key-value cache, until the next complete push.
 
-        An engine with work, or one that was not made for sleeping (`VllmSettings.sleep`), stays awake.
+        No-op while the engine has work or without `VllmSettings.sleep`.
         """
         if self.settings.sleep and not self.busy and "weights" not in self._asleep:
-            self._core.sleep(level=2)  # without a copy of the weights, since new ones come
+            self._core.sleep(level=2)  # level 2 keeps no copy of the weights: the push brings new ones
             self._asleep = {"weights", "kv_cache"}
             self._update.lose_all()
 
     def begin_update(self, expected: Mapping[str, tuple[int, ...]] | None = None) -> None:
-        """Expect weights; nothing is sampled until `finish_update`, which checks that they were complete.
+        """Prepare for new weights; nothing is sampled until `finish_update`, which checks that they are complete.
 
-        A sleeping engine has memory for the weights from now on, and for the key-value cache when they are here.
+        Wakes a sleeping engine's weight memory; `finish_update` wakes its key-value cache.
         """
         self._wake("weights")
-        self._end_loading()  # of a push that was given up
+        self._end_loading()  # left by an abandoned push
         self._update.begin()
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Load some of the new weights; see `rollout.engine.Engine.load_weights`.
 
         Raises:
-            WeightError: for an unknown name or another shape. The push has ended then; where weights of it were loaded already,
-                `step` refuses to go on until a complete one has come.
+            WeightError: for an unknown name or another shape. This ends the push; if it had loaded weights already, `step`
+                raises until a complete push has arrived.
         """
         received = list(tensors)
         self._load({name: tuple(tensor.shape) for name, tensor in received}, {"tensors": received})
 
     def connect(self, transport: str, info: Mapping[str, Any]) -> None:
-        """See `rollout.engine.DirectEngine.connect`; an earlier connection is given up."""
+        """See `rollout.engine.DirectEngine.connect`; replaces any earlier connection."""
         init_info = {"transport": transport, "info": dict(info)}
         self._core.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": init_info})
 
     def receive(self, info: Mapping[str, Any]) -> None:
-        """See `rollout.engine.DirectEngine.receive`; as for `load_weights`, an error ends the push."""
+        """See `rollout.engine.DirectEngine.receive`; an error ends the push, as in `load_weights`."""
         self._load(dict(zip(info["names"], info["shapes"], strict=True)), {"direct": dict(info)})
 
     def finish_update(self, version: int) -> None:
-        """Tokens from now on belong to `version`; completions that have begun go on, with the keys and values they have.
+        """Complete the update to `version`; running completions continue with the keys and values they have.
 
         Raises:
-            WeightError: when a part of the model got some of its weights and not all.
+            WeightError: if a part of the model received only some of its weights.
         """
         loaded = self._loading
         self._end_loading()
@@ -190,12 +190,12 @@ class VllmEngine:
             self._restart_groups_without_tokens()
 
     def close(self) -> None:
-        """Give back vLLM's memory. A process has one engine at a time: close it before the next one is made."""
+        """Release vLLM's memory. A process has one engine at a time: close it before creating the next."""
         self.abort()
         self._core.engine_core.shutdown()
 
     def _wake(self, tag: str) -> None:
-        """Have memory for one of vLLM's kinds again: "weights" or "kv_cache"."""
+        """Reallocate one of vLLM's memory pools: "weights" or "kv_cache"."""
         if tag in self._asleep:
             self._core.wake_up(tags=[tag])
             self._asleep.remove(tag)
@@ -206,10 +206,10 @@ class VllmEngine:
             self._core.collective_rpc("finish_weight_update")
 
     def _load(self, shapes: Mapping[str, Sequence[int]], update_info: dict[str, Any]) -> None:
-        """Let vLLM load some of the new weights.
+        """Have vLLM load some of the new weights.
 
         Args:
-            shapes: of these weights.
+            shapes: shapes of these weights.
             update_info: see `rollout.vllm_backend.weight_transfer.UpdateInfo`.
         """
         if not self._update.active:
@@ -225,11 +225,11 @@ class VllmEngine:
         try:
             self._core.collective_rpc("update_weights", kwargs={"update_info": update_info})
         except BaseException:
-            self._loading = False  # vLLM has ended it too
+            self._loading = False  # vLLM ended it too
             raise
 
     def _start_group(self, request: RolloutRequest) -> None:
-        """Hand a group to vLLM."""
+        """Submit a group to vLLM."""
         name = str(self._serial)
         self._serial += 1
         self._running[name] = _Running(request, self.policy_version)
@@ -240,7 +240,7 @@ class VllmEngine:
         )
 
     def _restart_groups_without_tokens(self) -> None:
-        """Start those anew under the new weights: what vLLM has computed of their prompts, if anything, is of the old ones."""
+        """Restart groups without tokens: any prompt state vLLM has computed for them belongs to the old weights."""
         started = {
             state.external_req_id
             for state in self._core.output_processor.request_states.values()
@@ -253,12 +253,12 @@ class VllmEngine:
             self._start_group(self._running.pop(name).request)
 
     def _finish_group(self, output: RequestOutput) -> RolloutGroup:
-        """The group of a finished output."""
+        """Return the group of a finished output."""
         running = self._running.pop(output.request_id)
         request, seen = running.request, output.prompt_token_ids
         if seen != request.prompt.token_ids.tolist():
             raise RuntimeError(
-                f"vLLM has sampled from another prompt than {request.prompt.example.id!r}: it saw {len(seen or ())} tokens, "
+                f"vLLM sampled from a different prompt than {request.prompt.example.id!r}: it saw {len(seen or ())} tokens, "
                 f"the learner's prompt has {len(request.prompt.token_ids)}"
             )
         stops = request.sampling.stop
@@ -278,18 +278,18 @@ class VllmEngine:
 
     def _decode(self, token_ids: Iterable[int]) -> str:
         written = list(token_ids)
-        if written and written[-1] in self._facts.end_token_ids:  # left out even where the tokenizer takes it for text
+        if written and written[-1] in self._facts.end_token_ids:  # dropped even if the tokenizer treats it as text
             written.pop()
         return str(self._tokenizer.decode(written, skip_special_tokens=True))
 
     def _running_tokens(self) -> int:
-        """Tokens sampled so far for the groups that vLLM has."""
+        """Count the tokens sampled so far for vLLM's running groups."""
         states = self._core.output_processor.request_states.values()
         ended = (output for parent in self._parents() for output in parent.output_aggregator if output is not None)
         return sum(state.detokenizer.num_output_tokens() for state in states) + sum(len(end.token_ids) for end in ended)
 
     def _parents(self) -> list[Any]:
-        """vLLM's records of groups with more than one completion."""
+        """Return vLLM's records of groups with more than one completion."""
         return list(self._core.output_processor.parent_requests.values())
 
 
@@ -305,7 +305,7 @@ def _model_facts(folder: Path, config: PreTrainedConfig) -> ModelFacts:
 
 
 def _start(folder: Path, config: PreTrainedConfig, settings: VllmSettings) -> vllm.LLMEngine:
-    """vLLM's engine."""
+    """Start vLLM's engine."""
     from vllm.config import WeightTransferConfig
     from vllm.platforms import current_platform
 
@@ -313,7 +313,7 @@ def _start(folder: Path, config: PreTrainedConfig, settings: VllmSettings) -> vl
 
     on_cpu = current_platform.is_cpu()
     if on_cpu:
-        # the sampler's one compiled function, a comparison, would take twenty seconds of the first step
+        # compiling the sampler's one compiled function, a comparison, would cost the first step twenty seconds
         current_platform.simple_compile_backend = "eager"
         register_model_classes(list(config.architectures or ()))
     arguments = vllm.EngineArgs(
@@ -324,7 +324,7 @@ def _start(folder: Path, config: PreTrainedConfig, settings: VllmSettings) -> vl
     with preload_kept():
         vllm_config = arguments.create_engine_config()
         if on_cpu:
-            # vLLM also ends a part of a prompt before a picture for which it has no room, chunked prefill or not
+            # vLLM splits a prompt before an image that exceeds its encoder budget, chunked prefill or not
             scheduler = vllm_config.scheduler_config
             room = max(scheduler.max_num_encoder_input_tokens, settings.max_running_prompt_tokens)
             scheduler.max_num_encoder_input_tokens = scheduler.encoder_cache_size = room

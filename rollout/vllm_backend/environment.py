@@ -1,4 +1,4 @@
-"""What has to be done in a process before vLLM is imported, and the import itself."""
+"""Prepare a process for vLLM and import it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
-from rlmed.core.torch_extensions import cure_torch_extensions
+from rlmed.core.process.torch_extensions import cure_torch_extensions
 
 VARIABLES = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core runs in this process and dies with it
@@ -19,7 +19,7 @@ VARIABLES = {
     "DO_NOT_TRACK": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
-"""Set where the caller has not set them; vLLM reads them when it is used, worker processes inherit them."""
+"""Defaults for variables that the caller has not set; vLLM reads them on use, worker processes inherit them."""
 PRELOAD = "LD_PRELOAD"
 
 
@@ -27,7 +27,7 @@ def import_vllm() -> ModuleType:
     """Prepare this process and import vLLM.
 
     Raises:
-        ImportError: when vLLM is not installed, naming the extras; or when it does not load.
+        ImportError: if vLLM is not installed, naming the extras, or fails to load.
     """
     if importlib.util.find_spec("vllm") is None:
         raise ImportError(
@@ -42,10 +42,10 @@ def import_vllm() -> ModuleType:
 
 
 def register_model_classes(architectures: list[str]) -> None:
-    """Let vLLM inspect these model classes in this process.
+    """Have vLLM inspect these model classes in this process.
 
-    It would do so in a process of its own, in which nobody cures torchvision. Only for CPUs: a GPU must not be touched
-    before vLLM's own worker processes start.
+    Its own subprocess would lack our torchvision workaround. For CPUs only: nothing may touch a GPU before vLLM's
+    worker processes start.
     """
     from vllm.model_executor.models import ModelRegistry
 
@@ -56,10 +56,10 @@ def register_model_classes(architectures: list[str]) -> None:
 
 @contextmanager
 def preload_kept() -> Iterator[None]:
-    """Put LD_PRELOAD back as it was.
+    """Restore LD_PRELOAD on exit.
 
-    vLLM sets it on CPUs for its own worker processes; all later children of this process would inherit it, and where its
-    paths hold a space each of them prints errors.
+    On CPUs vLLM sets it for its own worker processes; every later child of this process would inherit it, and print
+    errors if its paths contain a space.
     """
     before = os.environ.get(PRELOAD)
     try:
@@ -72,7 +72,7 @@ def preload_kept() -> Iterator[None]:
 
 
 def _hide_broken_torchcodec() -> None:
-    """The registry builds torchcodec for CUDA; beside a CPU build of torch its import fails in a way vLLM does not expect."""
+    """Hide a torchcodec that fails to import: beside a CPU torch, the registry's CUDA build fails as vLLM doesn't expect."""
     if "torchcodec" in sys.modules or importlib.util.find_spec("torchcodec") is None:
         return
     try:
@@ -80,4 +80,4 @@ def _hide_broken_torchcodec() -> None:
     except (ImportError, OSError, RuntimeError):
         for name in [name for name in sys.modules if name.split(".")[0] == "torchcodec"]:
             del sys.modules[name]
-        sys.modules["torchcodec"] = None  # type: ignore[assignment]  # any further import of it is an ImportError
+        sys.modules["torchcodec"] = None  # type: ignore[assignment]  # later imports raise ImportError

@@ -1,4 +1,4 @@
-"""Requests and outputs in vLLM's terms and back."""
+"""Translate requests and outputs to and from vLLM's types."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ if TYPE_CHECKING:
     from vllm.inputs import EngineInput
 
 TEMPERATURES = (0.01, 2.0)
-"""vLLM takes lower ones for the first and refuses higher ones."""
+"""vLLM raises lower temperatures to the first and refuses higher ones than the second."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What requests and outputs need to know of a model."""
+    """Model properties that requests and outputs depend on."""
 
     end_token_ids: tuple[int, ...]
-    """Each of them ends a completion."""
+    """Tokens that end a completion."""
     banned_token_ids: tuple[int, ...]
     """Never sampled."""
     image_token_id: int | None
-    """The placeholder of a visual token; None for a text model."""
+    """Placeholder of a visual token; None for a text model."""
     merge_size: int = 1
-    """Patches of an image that make one visual token, a side."""
+    """Patches per visual token along one side."""
 
 
 def sampling_params(sampling: SamplingParams, group_size: int, facts: ModelFacts) -> vllm.SamplingParams:
-    """vLLM's settings for a group, all of them: one left out would come from the model folder.
+    """Return vLLM's settings for a group, all of them: an omitted one would come from the model folder.
 
-    Completion i draws from the stream of seed + i, which vLLM makes for n > 1; seeds of groups are scattered first, so that
-    neighbouring ones share no stream. Greedy completions of a group are all the same: one is asked for.
+    For n > 1, vLLM draws completion i from the stream of seed + i; group seeds are scattered first, so that neighbouring
+    groups share no stream. Greedy completions of a group are identical, so only one is requested.
 
     Raises:
-        ValueError: for settings that vLLM cannot sample with.
+        ValueError: for settings that vLLM does not support.
     """
     import vllm
     from vllm.sampling_params import RequestOutputKind
@@ -50,7 +50,7 @@ def sampling_params(sampling: SamplingParams, group_size: int, facts: ModelFacts
     low, high = TEMPERATURES
     if not (sampling.greedy or low <= sampling.temperature <= high):
         raise ValueError(
-            f"temperature={sampling.temperature} is not possible with rollout=vllm: use 0 (greedy) or {low} to {high}"
+            f"Invalid temperature={sampling.temperature} with rollout=vllm; expected 0 (greedy) or {low} to {high}"
         )
     scattered = int(mix64(torch.tensor(sampling.seed, dtype=torch.int64))) & (2**62 - 1)
     return vllm.SamplingParams(
@@ -67,10 +67,10 @@ def sampling_params(sampling: SamplingParams, group_size: int, facts: ModelFacts
         min_tokens=0,
         stop=list(sampling.stop),
         include_stop_str_in_output=True,
-        # the end tokens are ours to name: the tokenizer's own need not be among the model's
+        # we name the end tokens: the tokenizer's own need not be one of the model's
         ignore_eos=True,
         stop_token_ids=list(facts.end_token_ids),
-        # minus infinity, not the -100 of the public interface: the tokens are out of the distribution altogether
+        # -inf, not the public interface's -100: excludes the tokens from the distribution entirely
         logit_bias=dict.fromkeys(facts.banned_token_ids, float("-inf")) or None,
         bad_words=None,
         allowed_token_ids=None,
@@ -84,18 +84,18 @@ def sampling_params(sampling: SamplingParams, group_size: int, facts: ModelFacts
 
 
 def engine_input(prompt: Prompt, facts: ModelFacts, epoch: int) -> EngineInput:
-    """A prompt as vLLM's own processors would hand it to its core: the ids and the pixels that the learner sees.
+    """Build the input that vLLM's processors would pass to its core, from the learner's ids and pixels.
 
-    Nothing is tokenized, expanded or resized again. Whatever vLLM keeps of the prompt (keys and values, visual embeddings) is
-    kept under a name that has `epoch` in it, so that nothing computed with other weights is found again.
+    Nothing is tokenized, expanded or resized again. vLLM's cache keys for the prompt (keys and values, visual
+    embeddings) contain `epoch`, so it never reuses results of other weights.
 
     Args:
-        prompt: with image inputs of the Qwen2-VL kind, or none.
-        facts: of the model.
+        prompt: with Qwen2-VL image inputs, or none.
+        facts: model properties.
         epoch: number of the weights.
 
     Raises:
-        ValueError: when the image placeholders do not fit the images.
+        ValueError: if the image placeholders do not match the images.
     """
     from vllm.inputs import mm_input, tokens_input
     from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems, PlaceholderRange
@@ -124,10 +124,10 @@ def engine_input(prompt: Prompt, facts: ModelFacts, epoch: int) -> EngineInput:
 
 
 def image_spans(prompt: Prompt, facts: ModelFacts) -> list[tuple[int, int]]:
-    """(first position, length) of each image's placeholders in a prompt's ids.
+    """Return (first position, length) of each image's placeholders in a prompt's ids.
 
     Raises:
-        ValueError: when they do not fit the images.
+        ValueError: if they do not match the images.
     """
     (places,) = np.nonzero(prompt.token_ids == facts.image_token_id)
     grids = prompt.image_inputs.get("image_grid_thw", np.zeros((0, 3), dtype=np.int64))
@@ -137,27 +137,27 @@ def image_spans(prompt: Prompt, facts: ModelFacts) -> list[tuple[int, int]]:
         if all(piece[-1] - piece[0] == len(piece) - 1 for piece in pieces):
             return [(int(piece[0]), len(piece)) for piece in pieces]
     raise ValueError(
-        f"prompt {prompt.example.id!r} has {len(places)} image placeholders, its images need {lengths}, each in one piece: "
-        "render it with the processor of this model"
+        f"prompt {prompt.example.id!r} has {len(places)} image placeholders, but its images need {lengths}, each contiguous: "
+        "render it with this model's processor"
     )
 
 
 def completion_of(output: vllm.CompletionOutput, text: str, min_version: int) -> Completion:
-    """A finished completion.
+    """Convert a finished vLLM output to a `Completion`.
 
     Args:
-        output: of vLLM.
-        text: of its tokens.
-        min_version: of the weights under which its prompt was started.
+        output: vLLM's output.
+        text: decoded text of its tokens.
+        min_version: policy version when its prompt was started.
 
     Raises:
-        RuntimeError: when vLLM has ended it for a reason of its own.
+        RuntimeError: if vLLM ended it for any reason but stop or length.
     """
     if output.finish_reason not in ("stop", "length"):
         raise RuntimeError(
-            f"vLLM has ended a completion with {output.finish_reason!r} after {len(output.token_ids)} tokens"
+            f"vLLM ended a completion with {output.finish_reason!r} after {len(output.token_ids)} tokens"
         )
-    logprobs: Any = output.logprobs  # FlatLogprobs: one entry a token, since none but the sampled one was asked for
+    logprobs: Any = output.logprobs  # FlatLogprobs: one entry per token, since only the sampled one was requested
     assert list(logprobs.token_ids) == list(output.token_ids)
     assert output.weight_versions
     return Completion(
@@ -171,7 +171,7 @@ def completion_of(output: vllm.CompletionOutput, text: str, min_version: int) ->
 
 
 def cut_at_stop(text: str, stops: Sequence[str]) -> str:
-    """The text up to and including the first stop string."""
+    """Cut the text after the first stop string."""
     ends = [text.index(stop) + len(stop) for stop in stops if stop in text]
     return text[: min(ends)] if ends else text
 

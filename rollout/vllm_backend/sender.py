@@ -1,7 +1,7 @@
-"""The learner's side of vLLM's weight transfer between GPUs; it runs in the process of learner rank 0.
+"""Learner side of vLLM's GPU weight transfer; runs in learner rank 0's process.
 
-vLLM drives the exchange; this adds what it leaves out: NCCL ranks for several engines, an end for every wait, and the name of
-whoever did not answer.
+vLLM drives the exchange; this adds what it lacks: NCCL ranks for several engines, a timeout for every wait, and the name
+of the engine that did not answer.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from vllm.utils.network_utils import get_open_port  # noqa: E402
 from rollout.vllm_backend.weight_transfer import check_group  # noqa: E402
 
 ABORT_S = 30.0
-"""So long a broken transfer may take to let go of its thread."""
+"""Seconds in which a broken transfer must release its thread."""
 
 
 class LearnerWeights(WeightSource):
-    """The policy's parameters, one after the other, each gathered from all ranks when its turn comes."""
+    """Iterates over the policy's parameters, gathering each from all ranks when its turn comes."""
 
     def __init__(self, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], weights: Callable[[], Iterator[Any]]):
         """See `WeightTransferSender`."""
@@ -46,7 +46,7 @@ class LearnerWeights(WeightSource):
 
     @property
     def bytes(self) -> int:
-        """Of all parameters."""
+        """Bytes of all parameters."""
         return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in self._shapes.values())
 
     @property
@@ -64,17 +64,17 @@ class LearnerWeights(WeightSource):
         return self._round
 
     def begin(self) -> None:
-        """A new round."""
+        """Start a new round."""
         self._round = None
 
     def exhaust(self) -> None:
-        """Gather what is left of this round, since the other ranks do."""
+        """Gather the rest of this round, since the other ranks do."""
         for _ in self if self._round is None else self._round:
             pass
 
 
 class OneRankIpc(IPCTrainerWeightTransferEngine):
-    """vLLM's, for a learner of which rank 0 alone shares its GPU: vLLM's own exchanges memory handles between all ranks."""
+    """vLLM's IPC engine for a learner whose rank 0 alone shares a GPU; vLLM's exchanges memory handles between all ranks."""
 
     def _all_gather_and_merge_handles(self, handles: list[dict[str, tuple]]) -> list[dict[str, tuple]]:
         return handles
@@ -88,13 +88,13 @@ ENGINES: dict[str, type[TrainerWeightTransferEngine]] = {"nccl": NCCLTrainerWeig
 
 
 def init_info(transport: str, peers: Sequence[Peer], host: str, largest: int) -> TrainerInitInfo:
-    """vLLM's settings of a transfer in chunks of bounded size.
+    """Return vLLM's settings for a transfer in chunks of bounded size.
 
     Args:
         transport: "nccl" or "ipc".
         peers: the engines.
-        host: address of this machine, on which NCCL's ranks meet, each time at another port.
-        largest: bytes of the largest parameter, which has to fit into the memory that is shared by IPC.
+        host: address of this machine, where NCCL's ranks meet, each time at a new port.
+        largest: bytes of the largest parameter, which must fit into the memory shared by IPC.
     """
     if transport == "ipc":
         return IPCTrainerInitInfo(rank=0, packed=True, packed_buffer_size_bytes=max(BUCKET_BYTES, largest))
@@ -109,17 +109,17 @@ def init_info(transport: str, peers: Sequence[Peer], host: str, largest: int) ->
 
 
 class PeerClient:
-    """vLLM's `VLLMWeightSyncClient` for several engines; every call reaches all of them and waits for all answers."""
+    """vLLM's `VLLMWeightSyncClient` for several engines: each call goes to all of them and waits for all answers."""
 
     def __init__(self, transport: str, peers: Sequence[Peer], limit_s: float) -> None:
-        """Speak to `peers`, each of which has `limit_s` seconds for an answer."""
+        """Call `peers`, each of which has `limit_s` seconds to answer."""
         self._transport, self._peers, self._limit_s = transport, peers, limit_s
         self.failed: Future[None] = Future()
-        """Fails with the first error of an engine: vLLM's own thread may hang in a call that the engine will never join."""
+        """Fails with an engine's first error: vLLM's own thread may hang in a call that the engine will never join."""
         self.version = 0
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """An engine's NCCL ranks follow those of the engine before it."""
+        """Connect all engines; an engine's NCCL ranks follow those of the previous engine."""
         infos, rank = [], init_info.get("rank_offset")
         for peer in self._peers:
             infos.append(init_info if rank is None else {**init_info, "rank_offset": rank})
@@ -128,15 +128,15 @@ class PeerClient:
         self._wait("connect", calls)
 
     def start_weight_update(self) -> None:
-        """All engines stop stepping."""
+        """Hold all engines."""
         self._wait("stop for new weights", [peer.begin_update() for peer in self._peers])
 
     def update_weights(self, update_info: Any) -> None:
-        """All engines receive, while the learner sends."""
+        """Have all engines receive while the learner sends."""
         self._wait("receive weights", [peer.receive(update_info) for peer in self._peers])
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """All engines go on under the new weights."""
+        """Resume all engines under the new weights."""
         self._wait("take the new weights", [peer.finish_update(self.version) for peer in self._peers])
 
     def _wait(self, action: str, calls: Sequence[Future[None]]) -> None:
@@ -170,10 +170,10 @@ class WeightTransferSender:
         """Send from this process.
 
         Args:
-            shapes: dtype and whole shape of each parameter, in the order of `weights`.
-            weights: gives names and whole tensors on `device`.
+            shapes: dtype and full shape of each parameter, in the order of `weights`.
+            weights: yields names and full tensors on `device`.
             device: a GPU.
-            limit_s: seconds for connecting, and for sending.
+            limit_s: timeout of connecting and of sending, in seconds.
         """
         self._source, self._device, self._limit_s = LearnerWeights(shapes, weights), device, limit_s
         self._engine: TrainerWeightTransferEngine | None = None
@@ -182,7 +182,7 @@ class WeightTransferSender:
     def connect(self, transport: str, peers: Sequence[Peer], host: str) -> None:
         """See `WeightSender.connect`."""
         self._disconnect()
-        client = PeerClient(transport, peers, 0.9 * self._limit_s)  # a silent engine is named before all is given up
+        client = PeerClient(transport, peers, 0.9 * self._limit_s)  # shorter than ours, to name a silent engine first
         info = init_info(transport, peers, host, self._source.largest)
 
         def meet() -> TrainerWeightTransferEngine:
@@ -192,7 +192,7 @@ class WeightTransferSender:
             engine = self._watch(meet, client)
             check_group(engine)
         except Exception as error:
-            raise NotConnectedError(f"no connection by {transport} between learner and engines: {error}") from error
+            raise NotConnectedError(f"cannot connect learner and engines by {transport}: {error}") from error
         self._engine, self._client = engine, client
 
     def send(self, version: int) -> int:
@@ -205,7 +205,7 @@ class WeightTransferSender:
         try:
             self._watch(engine.send_weights, client)
         except Exception as error:
-            self._disconnect()  # which ends NCCL's calls, and so the thread
+            self._disconnect()  # ends NCCL's calls, and so the thread
             self._let_go()
             raise TransferError(f"policy version {version} did not reach the engines: {error}") from error
         return self._source.bytes
@@ -219,13 +219,13 @@ class WeightTransferSender:
         self._thread.join(ABORT_S)
         if self._thread.is_alive():
             raise ClusterError(
-                "learner rank 0 hangs in a transfer of weights that an engine did not finish. Go on from the last checkpoint "
+                "learner rank 0 hangs in a weight transfer that an engine did not finish. Resume from the last checkpoint "
                 "with resume=auto"
             )
         self._source.exhaust()
 
     def _watch(self, work: Callable[[], Any], client: PeerClient) -> Any:
-        """Do something that may never return in a thread of its own; an engine's error ends the wait."""
+        """Run work that may never return in its own thread; an engine's error ends the wait."""
         result: Future[Any] = Future()
 
         def run() -> None:
@@ -233,7 +233,7 @@ class WeightTransferSender:
                 with torch.no_grad():
                     if self._device.type == "cuda":
                         torch.cuda.set_device(self._device)
-                        torch.cuda.synchronize()  # vLLM copies on streams of its own, which do not wait for the optimizer's
+                        torch.cuda.synchronize()  # vLLM copies on its own streams, which don't wait for the optimizer's
                     result.set_result(work())
             except BaseException as error:  # raised below, in the thread that waits
                 result.set_exception(error)
@@ -244,5 +244,5 @@ class WeightTransferSender:
         if client.failed.done():
             client.failed.result()
         if not result.done():
-            raise TimeoutError(f"it took longer than {self._limit_s:.0f} s (half of cluster.push_timeout_s)")
+            raise TimeoutError(f"timed out after {self._limit_s:.0f} s (half of cluster.push_timeout_s)")
         return result.result()

@@ -1,4 +1,4 @@
-"""How large and how exact the vLLM engine is, and the arguments of vLLM that follow from it."""
+"""Size and precision of the vLLM engine, and the vLLM arguments that follow from them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 CPU_BLOCK = 32
-"""Tokens of a block of the key-value cache on a CPU. vLLM's 128 would share no prompt shorter than that in a group."""
+"""Tokens per key-value cache block on a CPU. With vLLM's 128, a group would not share a shorter prompt."""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -23,38 +23,38 @@ class VllmSettings:
     """
 
     dtype: str = "bfloat16"
-    """Of weights and key-value cache: "float32" or "bfloat16"."""
+    """Dtype of weights and key-value cache: "float32" or "bfloat16"."""
     max_completions: int = 64
     """Completions sampled at the same time."""
     max_prompt_tokens: int = 1024
     """Longest prompt accepted, visual tokens included."""
     max_tokens: int = 512
-    """Longest completion that a request may ask for."""
+    """Longest completion a request may ask for."""
     gpu_memory_utilization: float = 0.8
     """Share of a GPU's memory that vLLM takes."""
     tensor_parallel_size: int = 1
     """GPUs over which each layer is split; vLLM starts a process for each beyond the first."""
     kv_cache_gib: float | None = None
-    """Memory of the key-value cache. None: what `gpu_memory_utilization` leaves; on a CPU, what all completions can need."""
+    """Size of the key-value cache. None: what `gpu_memory_utilization` leaves; on a CPU, the most all completions need."""
     enforce_eager: bool = False
-    """Run without compilation and CUDA graphs: starts in seconds where it would take most of a minute, samples slower."""
+    """Skip compilation and CUDA graphs: starts in seconds instead of most of a minute, samples slower."""
     sleep: bool = False
-    """Be able to give the GPU's memory back between a batch and the next push; GPUs only."""
+    """Allow releasing GPU memory between a batch and the next push; GPUs only."""
     seed: int = 0
-    """Of vLLM's own random numbers; completions draw from their requests' seeds."""
+    """Seed of vLLM's own random numbers; completions draw from their requests' seeds."""
 
     @property
     def max_model_len(self) -> int:
-        """Longest prompt and completion together."""
+        """Longest prompt plus longest completion, in tokens."""
         return self.max_prompt_tokens + self.max_tokens
 
     @property
     def max_running_prompt_tokens(self) -> int:
-        """Prompt tokens, and so visual tokens, of all completions that run at the same time."""
+        """Most prompt tokens, and so visual tokens, that run at the same time."""
         return self.max_completions * self.max_prompt_tokens
 
     def kv_cache_bytes(self, config: PreTrainedConfig, *, on_cpu: bool) -> int | None:
-        """Bytes of the key-value cache; None leaves them to vLLM."""
+        """Return the size of the key-value cache in bytes; None lets vLLM decide."""
         if self.kv_cache_gib is not None:
             return int(self.kv_cache_gib * 2**30)
         if not on_cpu:
@@ -66,13 +66,13 @@ class VllmSettings:
         return blocks * CPU_BLOCK * per_token
 
     def engine_args(self, folder: Path, config: PreTrainedConfig, *, on_cpu: bool) -> dict[str, Any]:
-        """Keyword arguments of `vllm.EngineArgs`.
+        """Return the keyword arguments of `vllm.EngineArgs`.
 
         Raises:
-            ValueError: when the engine shall sleep on a CPU.
+            ValueError: for `sleep` on a CPU.
         """
         if self.sleep and on_cpu:
-            raise ValueError("rollout.sleep=true needs a GPU, whose memory is given back: use rollout.sleep=null")
+            raise ValueError("rollout.sleep=true releases GPU memory and needs a GPU: use rollout.sleep=null")
         arguments: dict[str, Any] = {
             "model": str(folder),
             "dtype": self.dtype,
@@ -80,19 +80,19 @@ class VllmSettings:
             "max_model_len": self.max_model_len,
             "max_num_seqs": self.max_completions,
             "tensor_parallel_size": self.tensor_parallel_size,
-            # never Ray's: an engine that lives in a Ray actor would otherwise order more of them
+            # never Ray's: an engine in a Ray actor would otherwise request more actors
             "distributed_executor_backend": "uni" if self.tensor_parallel_size == 1 else "mp",
             "gpu_memory_utilization": self.gpu_memory_utilization,
             "kv_cache_memory_bytes": self.kv_cache_bytes(config, on_cpu=on_cpu),
             "block_size": CPU_BLOCK if on_cpu else None,
             "enforce_eager": self.enforce_eager,
             "enable_sleep_mode": self.sleep,
-            # on a CPU vLLM cannot put a seeded stream back after a part of a prompt, and raises: prompts are computed whole
+            # on a CPU vLLM raises when it rewinds a seeded stream after part of a prompt: compute prompts whole
             "enable_chunked_prefill": not on_cpu,
             "enable_prefix_caching": True,  # completions of a group share their prompt
             "generation_config": "vllm",  # nothing comes from the model folder
-            "logprobs_mode": "processed_logprobs",  # under the distribution that tokens are drawn from
-            # a step is over when it returns: its tokens belong to the weights of before the next push
+            "logprobs_mode": "processed_logprobs",  # under the distribution the tokens are drawn from
+            # a step is complete when it returns: its tokens belong to the weights before the next push
             "async_scheduling": False,
             "disable_log_stats": True,
         }
@@ -101,12 +101,12 @@ class VllmSettings:
             token_pixels = (vision["patch_size"] * vision["spatial_merge_size"]) ** 2
             arguments |= {
                 "limit_mm_per_prompt": {"image": 1, "video": 0},
-                # pixels arrive prepared; vLLM only has to know the largest image that fits a prompt
+                # pixels arrive preprocessed; vLLM only needs the largest image that fits a prompt
                 "mm_processor_kwargs": {
                     "min_pixels": token_pixels,
                     "max_pixels": self.max_prompt_tokens * token_pixels,
                 },
-                "mm_device_do_normalize": False,  # they are normalised already
-                "mm_processor_cache_gb": 0,  # of prepared images: it would hold what nobody asks for
+                "mm_device_do_normalize": False,  # already normalised
+                "mm_processor_cache_gb": 0,  # never hit: images arrive preprocessed
             }
         return arguments

@@ -1,4 +1,4 @@
-"""Which weights a push must bring, and which it has brought."""
+"""Check that a push delivers all the weights it must."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from rlmed.models.policy import load_config
 Shape = tuple[int, ...]
 
 
-class WeightUpdate:
-    """The state of a push.
+class ExpectedParameters:
+    """State of a push.
 
-    vLLM fuses parameters of the learner (queries, keys and values) into one, and keeps none of them apart: a fused one that
-    gets only some of its parts would be half garbage. So a push brings every parameter of a part of the model (see
-    `rlmed.models.families.PARTS`), or none: a frozen part may be left out.
+    vLLM fuses parameters of the learner (queries, keys and values) into one tensor, which would be half garbage after
+    receiving only some of them. So a push delivers all parameters of a part of the model (see
+    `rlmed.models.families.PARTS`) or none: it may omit a frozen part.
 
     Example:
-        >>> update = WeightUpdate({"model.visual.a": (2,)}, {"model.visual.a": "vision"})
+        >>> update = ExpectedParameters({"model.visual.a": (2,)}, {"model.visual.a": "vision"})
         >>> update.begin()
         >>> update.accept({"model.visual.a": (2,)})
         >>> update.finish()
@@ -35,8 +35,8 @@ class WeightUpdate:
         """Start without a push.
 
         Args:
-            shapes: of the learner's `named_parameters()`.
-            parts: part of the model by the same names.
+            shapes: shapes of the learner's `named_parameters()`.
+            parts: part of the model each belongs to, by the same names.
         """
         self._shapes, self._parts = shapes, parts
         self._received: set[str] = set()
@@ -46,21 +46,21 @@ class WeightUpdate:
 
     @property
     def damaged(self) -> bool:
-        """True when a push has ended early, after some of its weights were loaded."""
+        """True if a push ended early, after loading some of its weights."""
         return bool(self._touched) and not self.active
 
     def lose_all(self) -> None:
-        """The engine's weights are gone: nothing goes before all of them have come."""
+        """Mark all weights as lost: the engine is unusable until a complete push."""
         self._touched = set(self._parts.values())
         self.active = False
 
     def begin(self) -> None:
-        """A push starts; parts that an earlier one has left half loaded have to be in it."""
+        """Start a push; it must include parts that an earlier one left half loaded."""
         self._received = set()
         self.active = True
 
     def accept(self, shapes: Mapping[str, Sequence[int]]) -> None:
-        """Check some of the weights and count them as loaded; ends the push with the error when they are refused.
+        """Check some of the weights and count them as loaded; an error ends the push.
 
         Raises:
             WeightError: for an unknown name or another shape.
@@ -70,21 +70,21 @@ class WeightUpdate:
             if expected is None:
                 self.active = False
                 raise WeightError(
-                    f"weights of {name} arrived, which this model does not have: both sides need one model"
+                    f"received weights of {name}, which this model does not have: both sides need the same model"
                 )
             if actual != expected:
                 self.active = False
                 raise WeightError(
-                    f"weights of {name} arrived with shape {actual}, here it is {expected}: both sides need one model"
+                    f"received {name} with shape {actual}, expected {expected}: both sides need the same model"
                 )
         self._received.update(shapes)
         self._touched.update(self._parts[name] for name in shapes)
 
     def finish(self) -> None:
-        """The push ends.
+        """End the push.
 
         Raises:
-            WeightError: when a part of the model got some of its weights and not all.
+            WeightError: if a part of the model received only some of its weights.
         """
         self.active = False
         missing = [name for name, part in self._parts.items() if part in self._touched and name not in self._received]
@@ -96,8 +96,8 @@ class WeightUpdate:
         self._touched = set()
 
 
-def expected_weights(folder: Path) -> WeightUpdate:
-    """The push that a learner with this model folder makes; reads the folder's configuration only."""
+def expected_weights(folder: Path) -> ExpectedParameters:
+    """Return the push that a learner with this model folder makes; reads only the folder's configuration."""
     config = load_config(folder)
     family = family_of(config)
     auto = AutoModelForImageTextToText if family.vision else AutoModelForCausalLM
@@ -105,4 +105,4 @@ def expected_weights(folder: Path) -> WeightUpdate:
         model = auto.from_config(config)
     model.tie_weights()
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    return WeightUpdate(shapes, {name: family.part_of(name) for name in shapes})
+    return ExpectedParameters(shapes, {name: family.part_of(name) for name in shapes})

@@ -1,8 +1,8 @@
-"""Our backend of vLLM's weight-transfer API: tensors that are handed over in a call, or vLLM's own backends for GPUs.
+"""Our backend of vLLM's weight-transfer API: tensors passed in a call, or vLLM's own GPU backends.
 
-One engine has to take weights in both ways: a worker that replaces another fetches them while the learner learns.
+One engine must accept both: a replacement worker fetches the weights while the learner works.
 
-Imported by vLLM in every worker process, through `WorkerExtension`, so that the backend is registered there too.
+vLLM imports this module in every worker process, through `WorkerExtension`, which registers the backend there too.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from rlmed.models.weights import gpu_name
 
 BACKEND = "rlmed"
 
-# It warns of every layer without weights in a push, rotary embeddings included; what is really missing, `update` knows.
-# A filter, since vLLM sets the levels of its loggers again whenever an engine starts.
+# It warns about every layer without weights in a push, rotary embeddings included; `update` knows what is really missing.
+# A filter, since vLLM resets its loggers' levels whenever an engine starts.
 logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").addFilter(
     lambda record: record.levelno >= logging.ERROR
 )
@@ -34,7 +34,7 @@ logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").addFilter
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    """How the learner will send weights; needed for direct ones only."""
+    """How the learner will send weights; needed for direct sends only."""
 
     transport: str
     """One of vLLM's own backends: "nccl" or "ipc"."""
@@ -44,16 +44,16 @@ class InitInfo(WeightTransferInitInfo):
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """Some of the new weights, in one way or the other."""
+    """Some of the new weights, as tensors or by a direct send."""
 
     tensors: list[tuple[str, Tensor]] = field(default_factory=list)
     """Names as in a checkpoint of the model, and CPU tensors that may change after the call."""
     direct: dict[str, Any] | None = None
-    """Fields of the update info of the backend that was connected."""
+    """Fields of the connected backend's update info."""
 
 
 class WeightTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
-    """Loads weights through vLLM's layerwise reload, which also repeats what was made of the weights after loading."""
+    """Loads weights through vLLM's layerwise reload, which also repeats the processing after loading."""
 
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
@@ -64,11 +64,11 @@ class WeightTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
         self.connection: WeightTransferEngine[Any, Any] | None = None
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
-        """Connect with the learner by one of vLLM's backends, in place of any earlier connection.
+        """Connect to the learner by one of vLLM's backends; replaces any earlier connection.
 
         Raises:
             ValueError: for a backend or an info that vLLM does not know.
-            RuntimeError: when NCCL does not load; vLLM would send nothing then, without a word.
+            RuntimeError: if NCCL does not load; vLLM would then silently send nothing.
         """
         self.shutdown()
         connection = WeightTransferEngineFactory.create_engine(
@@ -79,38 +79,38 @@ class WeightTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
         self.connection = connection
 
     def start_weight_update(self) -> None:
-        """Expect weights; layers that get none keep theirs."""
+        """Prepare for weights; layers that receive none keep theirs."""
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        """Load some weights. They are copied: a layer that is not complete yet waits for the next call with them."""
+        """Load some weights. They are copied: an incomplete layer keeps them until the next call."""
         if update_info.direct is None:
             self.model.load_weights((name, tensor.to(self.device, copy=True)) for name, tensor in update_info.tensors)
         elif self.connection is None:
-            raise RuntimeError("the learner sends weights and has not connected before: a worker was started meanwhile")
+            raise RuntimeError("the learner sent weights without connecting first: a worker was started in between")
         else:
             self.connection.receive_weights(self.connection.parse_update_info(update_info.direct))
 
     def finish_weight_update(self) -> None:
-        """All weights are here."""
+        """Complete the update."""
         if self.connection is None:
             finalize_layerwise_reload(self.model, self.model_config)
-        else:  # it does the same, and lets go of what it shares with the learner
+        else:  # does the same and releases what it shares with the learner
             self.connection.finish_weight_update()
         repack_projections(self)
 
     def shutdown(self) -> None:
-        """End the connection, if there is one."""
+        """Close the connection, if any."""
         if self.connection is not None:
             self.connection.shutdown()
             self.connection = None
 
 
 def check_group(connection: Any) -> None:
-    """Make sure that NCCL, where a connection (of either side) is by NCCL, can send.
+    """Check that an NCCL connection (of either side) can send.
 
     Raises:
-        RuntimeError: when the library was not found: vLLM's calls do nothing then.
+        RuntimeError: if the NCCL library was not found; vLLM's calls then do nothing.
     """
     if isinstance(connection, NCCLWeightTransferEngine | NCCLTrainerWeightTransferEngine):
         group = connection.model_update_group
@@ -119,9 +119,9 @@ def check_group(connection: Any) -> None:
 
 
 def repack_projections(transfer: WeightTransfer) -> None:
-    """On a CPU, renew the packed copies of vocabulary projections.
+    """Refresh the packed copies of vocabulary projections on a CPU.
 
-    A projection that is tied to the embeddings gets no weights of its own, so the layerwise reload leaves its copy as it was.
+    A projection tied to the embeddings receives no weights, so the layerwise reload leaves its copy stale.
     """
     if transfer.device.type == "cpu":
         for layer in transfer.model.modules():
@@ -130,7 +130,7 @@ def repack_projections(transfer: WeightTransfer) -> None:
 
 
 class WorkerExtension:
-    """vLLM adds these methods to its workers; naming it to vLLM also has this module imported in each of them."""
+    """Methods that vLLM adds to its workers; naming this class also makes each worker import this module."""
 
     device: torch.device
 

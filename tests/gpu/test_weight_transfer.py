@@ -100,10 +100,10 @@ class Company:
 
     def __init__(self, folder: Path, dtype: str, *, transport: str, workers: int, share: bool, sleep: bool) -> None:
         from learner.actor import RayLearner
-        from rlmed.engines import build_sender
-        from rollout.actor import RayWorker
-        from rollout.leases import PoolSettings
-        from rollout.pool import WorkerPool
+        from rlmed.cluster.engines import build_sender
+        from rollout.pool.actor import RayWorker
+        from rollout.pool.pool import WorkerPool
+        from rollout.pool.state import PoolSettings
 
         gpus = 0.5 if share else 1.0
         build = functools.partial(build_engine, folder, dtype, sleep)
@@ -130,7 +130,7 @@ class Company:
         wait_until(lambda: self.pool.metrics()["rollout/workers_ready"] == self.workers, 600, "all workers are ready")
 
     def train(self) -> dict[str, float]:
-        self.pool.rest()
+        self.pool.sleep()
         metrics = self.learner.step([])
         self.learner.push_weights(self.channel)
         return metrics
@@ -189,7 +189,7 @@ def test_weights_go_to_an_engine_on_the_same_gpu_that_sleeps_meanwhile(
     for _ in range(3):
         assert company.difference(prompts, dtype) < TOLERANCE[dtype]
         company.train()
-    assert caplog.text.count("weights go to 1 engines by ipc") == 1
+    assert caplog.text.count("Sending weights to 1 engines by ipc") == 1
     assert "object store" not in caplog.text
 
 
@@ -218,7 +218,7 @@ def test_weights_go_to_engines_on_other_gpus(
     assert company.difference(prompts, dtype) < TOLERANCE[dtype]
     company.train()
     assert company.difference(prompts, dtype) < TOLERANCE[dtype]
-    assert caplog.text.count(f"weights go to {workers} engines by nccl") == 2
+    assert caplog.text.count(f"Sending weights to {workers} engines by nccl") == 2
     assert "object store" not in caplog.text
 
 

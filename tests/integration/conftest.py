@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rlmed.commandline import compose_config
-from rlmed.core.config import RunConfig
-from rlmed.data.phantom import write_dataset
-from rlmed.models.tiny import build_tiny_vl
+from rlmed.core.config.composing import compose_config
+from rlmed.core.config.schema import RunConfig
+from rlmed.data.phantom.studies import write_dataset
+from rlmed.models.tiny.build import build_tiny_vl
 
 Rows = list[dict[str, object]]
 

@@ -16,12 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import rlmed.data.phantom
+import rlmed.data.phantom.studies
 import rlmed.launch
+import rlmed.run
 from learner.learner import PolicyLearner
 from learner.optimizer import Optimizer
 from rlmed.commandline import run_command
-from rlmed.recorder import RunRecorder
+from rlmed.recording.recorder import RunRecorder
 from rollout.local import LocalPool
 
 
@@ -84,9 +85,9 @@ def main() -> None:
         case "checkpoint":
             die_in_checkpoint(int(number))
         case "report":
-            die_at_call(rlmed.launch, "write_report", 1, after=False)
+            die_at_call(rlmed.run, "write_report", 1, after=False)
         case "images":
-            die_at_call(rlmed.data.phantom, "write_split", int(number), after=True)
+            die_at_call(rlmed.data.phantom.studies, "write_split", int(number), after=True)
         case "metrics":
             die_at_call(RunRecorder, "record_groups", int(number), after=False)
         case "wait":

@@ -14,7 +14,7 @@ from tests.rounding import GRADIENTS, LOGPROBS
 
 SAME_TEXTS = 0.9
 """A draw on an edge goes either way. It changes one completion, its step's update by a few percent, and so a few later ones."""
-OF_THE_TEXT = ("format", "choice", "agreement", "brevity", "repetition")
+OF_THE_TEXT = ("format", "choice", "reasoning_consistency", "brevity", "repetition")
 """Rewards that are functions of a completion's text."""
 MEASURED = ("seconds/", "rollout/")
 

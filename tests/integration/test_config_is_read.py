@@ -1,4 +1,4 @@
-"""The rules of `rlmed.core.config_rules` against the keys that a run of each command really reads."""
+"""The rules of `rlmed.core.config.rules` against the keys that a run of each command really reads."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import pytest
 
 from learner.losses import PolicyLossConfig
 from rlmed import evaluate, launch, sft
-from rlmed.core.config import AlgoConfig, RunConfig
-from rlmed.core.config_rules import RULES
-from rlmed.core.config_use import plain_values, rule_of, schema_keys
+from rlmed.core.config.rules import RULES
+from rlmed.core.config.schema import AlgoConfig, RunConfig
+from rlmed.core.config.use import plain_values, rule_of, schema_keys
 
 pytestmark = pytest.mark.slow
 
@@ -114,11 +114,14 @@ def test_a_command_reads_what_the_rules_say_and_nothing_else(
         assert read & never <= PASSED_ON, overrides
 
 
+NAMED_IN = ("cluster/build", "cluster/ray_session", "cluster/engines", "models/loading", "data/loading")
+
+
 def test_what_these_runs_leave_idle_is_read_where_processes_and_engines_are_built(make_config: Config) -> None:
     """Ray's and vLLM's keys, and those of generated data: by their names in the source."""
     tried = set().union(*(active(program, make_config(*run)) for program, runs in RUNS.items() for run in runs))
     root = Path(launch.__file__).parent
-    trees = [ast.parse((root / f"{name}.py").read_text()) for name in ("cluster", "ray_session", "engines", "setup")]
+    trees = [ast.parse((root / f"{name}.py").read_text()) for name in NAMED_IN]
     named = {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     idle = {key for key in schema_keys() if key not in tried}
     assert {key.rpartition(".")[2] for key in idle} - named == {"profile"}  # which the command line itself looks at

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from rlmed.core.config import RunConfig
-from rlmed.core.config_checks import ConfigError
-from rlmed.launch import Run
+from rlmed.core.config.checks import ConfigError
+from rlmed.core.config.schema import RunConfig
+from rlmed.run import Run
 from tests.rounding import LOGPROBS
 
 pytestmark = pytest.mark.slow
@@ -73,5 +73,5 @@ def test_the_fake_engine_stands_in_for_the_model(make_config: Config, tmp_path: 
 def test_mistakes_are_named(make_config: Config, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"debug\.learn=false and debug\.recorded=x leave nothing to do"):
         make_config("+debug=rollouts_only", "debug.recorded=x")
-    with pytest.raises(ValueError, match=r"nowhere holds no recorded batches.*debug\.record=true"):
+    with pytest.raises(ValueError, match=r"no recorded batches .*nowhere.*debug\.record=true"):
         Run(make_config("+debug=recorded", f"debug.recorded={tmp_path}/nowhere"), tmp_path / "run")

@@ -15,7 +15,7 @@ from rlmed.core.types import Example, RolloutRequest, SamplingParams
 from rlmed.core.weights import WeightError
 from rlmed.data.prompts import PromptRenderer, load_processor
 from rlmed.models.policy import load_policy
-from rlmed.models.tiny import build_tiny_vl
+from rlmed.models.tiny.build import build_tiny_vl
 from rlmed.models.weights import bucket_tensors, make_buckets
 from rollout.native.engine import NativeEngine
 from rollout.native.scheduler import EngineLimits
@@ -240,7 +240,7 @@ def test_greedy_completions_of_a_group_are_the_same(engine, make_request):
     ("group_size", "sampling", "message"),
     [
         (0, {}, "group_size must be at least 1, got 0"),
-        (MAX_COMPLETIONS + 1, {}, "exceeds rollout.max_completions 8"),
+        (MAX_COMPLETIONS + 1, {}, "exceeds rollout.max_completions=8"),
         (1, {"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
     ],
 )
@@ -253,7 +253,7 @@ def test_what_can_never_run_is_refused(engine, make_request, group_size, samplin
 def test_prompts_longer_than_the_limit_or_empty_are_refused(engine, prompts, make_request):
     for length in (0, MAX_PROMPT_TOKENS + 1):
         prompt = type(prompts[0])(prompts[0].example, "", np.full(length, 40, dtype=np.int64))
-        with pytest.raises(ValueError, match=f"has {length} tokens, the engine takes 1 to {MAX_PROMPT_TOKENS}"):
+        with pytest.raises(ValueError, match=f"has {length} tokens; the engine accepts 1 to {MAX_PROMPT_TOKENS}"):
             engine.submit(RolloutRequest(0, prompt, 1, SamplingParams(max_tokens=4)))
     assert not engine.busy
 

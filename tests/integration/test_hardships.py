@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from rlmed.checkpoint import list_checkpoints
-from rlmed.models.tiny import build_tiny_vl
+from rlmed.models.tiny.build import build_tiny_vl
+from rlmed.recording.checkpoint import list_checkpoints
 from tests.integration.short_run import SHORT_RUN
 
 RUN = (

@@ -15,13 +15,14 @@ import pytest
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from rlmed import ask, evaluate, sft
-from rlmed.checkpoint import CheckpointError, list_checkpoints
-from rlmed.core.config import RunConfig
-from rlmed.core.files import RecordError
-from rlmed.launch import Run
-from rlmed.preflight import PreflightError
-from rlmed.setup import make_renderer
+from rlmed.cluster.engines import make_renderer
+from rlmed.core.config.schema import RunConfig
+from rlmed.core.files.atomic import RecordError
+from rlmed.evaluation.preflight import PreflightError
+from rlmed.recording.checkpoint import CheckpointError, list_checkpoints
+from rlmed.run import Run
 from tests.integration.forked import run_forked
+from tests.root import ROOT
 from tests.rounding import LOGPROBS, rounding
 
 pytestmark = pytest.mark.slow
@@ -101,7 +102,7 @@ def test_sft_evaluate_and_ask_work_together(
     measured = tmp_path / "measured"
     measured.mkdir()
     before = folder / "evaluations" / "step-000000"
-    evaluate.main(make_config(f"model.path={checkpoint}", f"before={before}"), measured)
+    evaluate.main(make_config(f"model.path={checkpoint}", f"compare_to={before}"), measured)
     rows = [json.loads(line) for line in (measured / "evaluations/step-000000/rows.jsonl").read_text().splitlines()]
     assert sorted({row["control"] for row in rows}) == ["blank", "none", "reordered", "shuffled"]
     assert len(rows) == 40
@@ -129,7 +130,11 @@ def test_a_model_asked_otherwise_than_in_training_is_warned_of(
 @pytest.mark.parametrize(
     ("reward", "parts", "varied"),
     [
-        ("reasoning", {"format", "choice", "likelihood_gain", "agreement", "brevity", "repetition"}, "likelihood_gain"),
+        (
+            "reasoning",
+            {"format", "choice", "likelihood_gain", "reasoning_consistency", "brevity", "repetition"},
+            "likelihood_gain",
+        ),
         ("unlabelled", {"format", "self_consistency"}, "self_consistency"),
     ],
 )
@@ -205,10 +210,10 @@ def test_settings_by_modality_that_do_nothing_are_warned_of(
     assert warnings(one) == []
     assert warnings(one, "prompt=by_modality", f"data.eval=[{two}]", "data.leakage=off") == []
     assert warnings(one, "prompt=by_modality") == [
-        "prompt.by_modality has templates for CT, MRI, X-ray, and no row is of these: they have 'mri'"
+        "prompt.by_modality has templates for CT, MRI, X-ray, but no row is of these: they have 'mri'"
     ]
     (message,) = warnings(one, "algo.normalize_by=modality")
-    assert message.startswith("algo.normalize_by=modality has nothing to even out")
+    assert message.startswith("algo.normalize_by=modality has no effect")
 
 
 def test_settings_for_vision_are_told_of_a_model_that_reads_text(
@@ -216,11 +221,11 @@ def test_settings_for_vision_are_told_of_a_model_that_reads_text(
 ) -> None:
     given = ("model.max_pixels=5000", "learner.freeze=[vision]")
     make_renderer(make_config(f"model.path={tiny_folder('qwen2')}", *given))
-    assert "reads text only, which leaves nothing to do for model.max_pixels, learner.freeze=vision" in caplog.text
+    assert "is text-only, so these have no effect: model.max_pixels, learner.freeze=vision" in caplog.text
     caplog.clear()
     make_renderer(make_config(f"model.path={tiny_folder('qwen2')}"))
     make_renderer(make_config(f"model.path={random_model}", *given))
-    assert "reads text only" not in caplog.text
+    assert "is text-only" not in caplog.text
 
 
 def test_sft_says_that_nothing_is_evaluated(
@@ -229,7 +234,7 @@ def test_sft_says_that_nothing_is_evaluated(
     folder = tmp_path / "sft"
     folder.mkdir()
     sft.main(make_config("sft.epochs=1", "sft.batch_size=10", "data.eval=[]"), folder)
-    assert "data.eval names no file: nothing is evaluated" in capsys.readouterr().out
+    assert "data.eval is empty: skipping evaluation" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("target", ["auto", "answer"])
@@ -355,10 +360,10 @@ def test_resume_needs_the_data_of_the_start(make_config: Config, tmp_path: Path,
     listed = (folder / "data.json").read_text()
     config = make_config(*settings, "resume=auto")
     (tmp_path / "3.png").unlink()
-    with pytest.raises(ValueError, match=r"train\.jsonl.*10 rows could be used then, 9 now.*restore"):
+    with pytest.raises(ValueError, match=r"train\.jsonl.*10 usable rows then, 9 now.*restore"):
         Run(config, folder)
     assert (folder / "data.json").read_text() == listed
-    with pytest.raises(ValueError, match=r"holds a run already \(step-000002\)"):
+    with pytest.raises(ValueError, match=r"already contains a run \(step-000002\)"):
         Run(make_config(*settings), folder)
 
 
@@ -388,7 +393,7 @@ def test_an_output_folder_that_cannot_be_written(command: str, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_a_command_works_in_the_folder_that_holds_a_checkout(tmp_path: Path) -> None:
-    (tmp_path / "rlmed").symlink_to(Path(__file__).parents[2])
+    (tmp_path / "rlmed").symlink_to(ROOT)
     done = subprocess.run(
         [sys.executable, "-m", "rlmed.evaluate", "eval.limit=1"],
         cwd=tmp_path,

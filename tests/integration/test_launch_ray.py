@@ -125,7 +125,7 @@ def test_a_killed_worker_costs_no_group_and_a_killed_rank_is_resumed_with_one_co
     os.kill(run.victims("ray::LearnerActor")[1], signal.SIGKILL)
     run.go_on()
     said = run.finish(status=3)
-    assert re.search("learner rank [01] was lost", said)
+    assert re.search("lost learner rank [01]", said)
     assert "resume=auto" in said
     assert "Traceback" not in said
     resumed = Launch(runs / "killed", *settings, "resume=auto")

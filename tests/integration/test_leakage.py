@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from rlmed import evaluate
-from rlmed.commandline import compose_config
-from rlmed.data.leakage_report import LeakageReport
+from rlmed.core.config.composing import compose_config
+from rlmed.data.leakage.findings import LeakageReport
 from tests.unit.rlmed.data.pictures import picture, save
 
 
@@ -51,7 +51,7 @@ def test_a_leak_is_logged_and_written_down(
     assert report.leaking_ids("test") == {"test-5"}
     assert report.leaks[0].train_ids == ("train-5",)
     page = (folder / "report.html").read_text()
-    assert "Evaluated rows that are in the training data too: 1, see" in page
+    assert "Evaluated rows that also occur in the training data: 1, see" in page
     assert "without the<br>leaking rows" in page
     assert "near duplicate" in page
     assert "test: test-5" in page

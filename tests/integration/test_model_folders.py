@@ -13,12 +13,13 @@ import pytest
 from rewards.likelihood_gain import option_logprobs
 from rewards.parsing import has_format
 from rlmed import ask, evaluate, sft
-from rlmed.core.config import RunConfig
+from rlmed.cluster.engines import open_model
+from rlmed.core.config.schema import RunConfig
+from rlmed.data.loading import load_run_data
 from rlmed.data.prompts import PromptRenderer
-from rlmed.launch import Run
-from rlmed.letters import letter_probabilities
+from rlmed.evaluation.option_likelihood import letter_probabilities
 from rlmed.models.policy import load_policy
-from rlmed.setup import load_run_data, open_model
+from rlmed.run import Run
 from tests.rounding import LOGPROBS
 from tests.unit.rlmed.data.pictures import marked
 
@@ -134,7 +135,7 @@ def test_written_texts_are_scored_and_learnt_as_they_would_be_sampled(
         asked.extend(whole(row) for _, rows in questions for row in rows)
         return [[np.zeros(len(row), np.float32) for row in rows] for _, rows in questions]
 
-    option_logprobs(prompt, ["dark", ""], likelihood, renderer.parting_ids)
+    option_logprobs(prompt, ["dark", ""], likelihood, renderer.split_common_prefix)
     pattern = r"(<think>\s*</think>\s*)?<think>\s*dark</think>\n<answer>A"
     assert re.fullmatch(pattern, asked[0])
     assert re.fullmatch(r"<think>\s*</think>\s*<answer>A", asked[3])
@@ -158,7 +159,7 @@ def test_a_model_whose_files_name_different_ends_stops_at_each(
         "eval.controls=false",
     )
     sft.main(config, tmp_path / "run")
-    assert "names its end tokens differently" in caplog.text
+    assert "has conflicting end tokens" in caplog.text
     last = max((tmp_path / "run" / "checkpoints").iterdir())
     assert json.loads((last / "generation_config.json").read_text())["eos_token_id"] == [734, 736]
     for summary in (tmp_path / "run" / "evaluations").glob("*/summary.json"):

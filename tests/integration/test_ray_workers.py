@@ -23,14 +23,14 @@ from learner.weight_publisher import publish
 from rlmed.core.protocols import ClusterError
 from rlmed.core.types import Example, Prompt, RolloutRequest, SamplingParams
 from rlmed.core.weights import NotConnectedError
-from rlmed.launch import Run
 from rlmed.models.policy import load_policy
-from rlmed.models.tiny import build_tiny_text
-from rollout.actor import RayWorker
-from rollout.leases import PoolSettings
+from rlmed.models.tiny.build import build_tiny_text
+from rlmed.run import Run
 from rollout.native.engine import NativeEngine
 from rollout.native.scheduler import EngineLimits
-from rollout.pool import WorkerPool
+from rollout.pool.actor import RayWorker
+from rollout.pool.pool import WorkerPool
+from rollout.pool.state import PoolSettings
 from tests.integration.processes import marked, new_mark, wait_until
 from tests.rounding import LOGPROBS, worst_difference
 
@@ -159,7 +159,7 @@ def test_a_run_that_asks_for_more_than_there_is_says_so(session, make_config, tm
         "cluster=ray", "cluster.rollout_workers=3", "+cluster.worker_resources.scanner=1", "cluster.start_timeout_s=2"
     )
     with pytest.raises(
-        ClusterError, match=r"not given 1 learner ranks .* 3 rollout workers .*'scanner': 1.* within 2 s"
+        ClusterError, match=r"did not provide .* 1 learner ranks .*'scanner': 1.* 3 rollout workers within 2 s"
     ):
         Run(config, tmp_path / "run")
 
@@ -187,8 +187,8 @@ class Doomed:
     ("ways", "error", "message"),
     [
         # rank 0 fails at once because its fellow goes; who went is what should be told
-        (("fails", "lost"), LearnerError, "learner rank 1 was lost while it should learn.*resume=auto"),
-        (("fails", "learns"), LearnerError, "rank 0 could not learn together with the others: .*gloo.*resume=auto"),
+        (("fails", "lost"), LearnerError, "lost learner rank 1 while waiting for it to learn.*resume=auto"),
+        (("fails", "learns"), LearnerError, "rank 0 could not learn with the other ranks: .*gloo.*resume=auto"),
         (("refuses",), ValueError, "a batch of nothing"),
     ],
     ids=["lost", "failed", "refused"],
@@ -341,7 +341,8 @@ def test_weights_are_sent_from_actor_to_actor_and_fetched_by_whoever_comes_later
         # with it no group can be made, so both fetch
         train()
         assert (
-            "no connection by nccl: NCCL does not load here. These weights go through the object store" in caplog.text
+            "no connection by nccl: NCCL does not load here. Sending these weights through the object store"
+            in caplog.text
         )
         assert worst_difference(expected(), sampled(pool, 2), local.policy) <= LOGPROBS
     finally:

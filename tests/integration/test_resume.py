@@ -73,7 +73,7 @@ def test_a_resumed_curriculum_asks_the_same_prompts(workplace: Path) -> None:
     so do the running spreads by which advantages are divided."""
     settings = (
         "data.limit=9",
-        "data.selection={mode:pass_rate,retest_after:1}",
+        "data.selection={mode:pass_rate,cooldown_epochs:1}",
         "data.mix={MRI:1}",
         "algo.normalize_by=modality",
     )

@@ -141,14 +141,14 @@ def test_a_machine_that_is_cut_off_costs_no_group(three_machines: Machines, work
     three_machines.network.cut(2)
     run.go_on()
     run.until_it_waits()
-    run.wait_until(lambda: " was lost" in run.output, "its loss is noticed")
+    run.wait_until(lambda: "Lost rollout worker" in run.output, "its loss is noticed")
     run.go_on()
     run.finish()
     assert three_machines.running(2, "raylet")  # nobody has killed anything there
     last = run.metrics()[-1]
     assert last["rollout/workers_lost"] >= 1
     assert last["rollout/workers_ready"] == 1
-    assert re.search(r"rollout worker \d \(.*\) was lost", run.output), run.output
+    assert re.search(r"Lost rollout worker \d \(.*\):", run.output), run.output
 
 
 def test_a_killed_node_costs_no_group_and_after_a_lost_head_the_same_command_goes_on(
@@ -169,7 +169,7 @@ def test_a_killed_node_costs_no_group_and_after_a_lost_head_the_same_command_goe
         os.kill(pid, signal.SIGKILL)
     assert run.process.wait(timeout=240) == 3, run.output
     run.go_on()
-    assert re.search(r"error: the head of the Ray cluster .* has not answered .* with resume=auto", run.output)
+    assert re.search(r"error: lost the Ray head node at .* with resume=auto", run.output)
     assert "Traceback" not in run.output
     alone = (*TRAINING, "checkpoint.every=1", "cluster.address=null", "resume=auto")
     resumed = Run(three_nodes, workplace / "run", *alone)

@@ -14,10 +14,10 @@ from transformers import AutoModelForImageTextToText
 from rewards.parsing import evaluated_letter, has_format
 from rlmed import tiny_base
 from rlmed.core.types import Example, RolloutRequest, SamplingParams
-from rlmed.data.phantom import make_example, render, sample_study
+from rlmed.data.phantom.studies import make_example, render, sample_study
 from rlmed.data.prompts import PromptRenderer, load_processor
+from rlmed.models.loading import model_folder
 from rlmed.models.policy import load_policy
-from rlmed.setup import model_folder
 from rollout.native.engine import NativeEngine
 
 BASE = "embedded:tiny_base"

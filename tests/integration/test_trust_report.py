@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from rlmed import evaluate
-from rlmed.commandline import compose_config
-from rlmed.data.phantom import make_example as make
-from rlmed.data.phantom import render, sample_study
-from rlmed.trust_results import TrustSummary
+from rlmed.core.config.composing import compose_config
+from rlmed.data.phantom.studies import make_example as make
+from rlmed.data.phantom.studies import render, sample_study
+from rlmed.evaluation.reliability.results import TrustSummary
 
 pytestmark = pytest.mark.slow
 
@@ -48,5 +48,5 @@ def test_trust_report_of_the_embedded_model(tmp_path: Path, capsys) -> None:
     assert file.agreement.agrees.value > 0.8
     assert [entry.k for entry in file.sampling.passes] == [1, 2, 4]
     assert summary.domains[0].trained
-    assert "Does it look?" in (folder / "report.html").read_text()
+    assert "Does it use the picture?" in (folder / "report.html").read_text()
     assert "pass@4" in capsys.readouterr().out

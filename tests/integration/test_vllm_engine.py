@@ -25,7 +25,7 @@ from rlmed.core.types import Example, RolloutRequest, SamplingParams
 from rlmed.core.weights import WeightError
 from rlmed.data.prompts import PromptRenderer, load_processor
 from rlmed.models.policy import load_policy
-from rlmed.models.tiny import build_tiny_text, build_tiny_vl
+from rlmed.models.tiny.build import build_tiny_text, build_tiny_vl
 from rollout.native.engine import NativeEngine
 from tests.rounding import LOGPROBS, worst_difference
 
@@ -447,8 +447,8 @@ def test_an_incomplete_push_is_an_error_until_a_complete_one_comes(engine, polic
     ("changes", "message"),
     [
         ({"max_tokens": 33}, "max_tokens=33 exceeds the engine's 32"),
-        ({"temperature": 2.5}, "temperature=2.5 is not possible"),
-        ({"temperature": 0.001}, "temperature=0.001 is not possible"),
+        ({"temperature": 2.5}, "temperature=2.5 with rollout=vllm"),
+        ({"temperature": 0.001}, "temperature=0.001 with rollout=vllm"),
     ],
 )
 def test_what_vllm_cannot_sample_is_refused_at_once(engine, prompts, changes, message):
@@ -565,7 +565,7 @@ def test_weights_arrive_through_a_connection_of_vllms_own_backends(engine, polic
         assert disagreement(policy, groups) < TOLERANCE
         assert disagreement(policy, before) > 100 * TOLERANCE
         assert {completion.max_version for group in groups for completion in group.completions} == {version}
-    with pytest.raises(WeightError, match="unknown arrived, which this model does not have"):
+    with pytest.raises(WeightError, match="unknown, which this model does not have"):
         engine.receive({"names": ["unknown"], "shapes": [[1]], "dtype_names": ["float32"]})
 
 
@@ -578,7 +578,7 @@ def test_an_engine_that_cannot_be_connected_still_takes_weights_that_it_is_given
     shapes = {name: list(parameter.shape) for name, parameter in policy.model.named_parameters()}
     update = {"names": list(shapes), "shapes": list(shapes.values()), "dtype_names": ["float32"] * len(shapes)}
     engine.begin_update()
-    with pytest.raises(RuntimeError, match="has not connected"):
+    with pytest.raises(RuntimeError, match="without connecting first"):
         engine.receive(update)
     change(policy)
     push(engine, policy, 2)

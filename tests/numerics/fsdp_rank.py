@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from learner.distributed import Ranks, free_meeting_point, join
+from learner.distributed import Parallelism, free_init_method, init_distributed
 from learner.learner import PolicyLearner
 from rlmed.core.types import TrainGroup
 from rlmed.models.policy import load_policy
@@ -58,7 +58,7 @@ class Result:
     """The optimizer's, whole; its tensors are None but on the first rank."""
 
 
-def do(job: Job, ranks: Ranks | None = None, *, last: bool = True) -> Result:
+def do(job: Job, ranks: Parallelism | None = None, *, last: bool = True) -> Result:
     """Load, learn, save; `last` is True on the last rank."""
     policy = load_policy(job.start or job.base, dtype=job.dtype, device=job.device)
     algo = algo_config(**job.algo)
@@ -92,7 +92,7 @@ def do(job: Job, ranks: Ranks | None = None, *, last: bool = True) -> Result:
     if job.save:
         learner.save(job.save)
     weights = {name: whole.clone() for name, whole in learner.full_weights()}
-    state = learner._ranks.whole(learner.optimizer.state_dict())
+    state = learner._ranks.gather_full(learner.optimizer.state_dict())
     names = [name for name, _ in policy.model.named_parameters()]
     return Result(metrics, reports, learner.policy_version, names, weights, state)
 
@@ -101,13 +101,13 @@ def _infinite(_: Any, gradients: tuple[Tensor, ...], __: Any) -> tuple[Tensor, .
     return tuple(gradient * torch.inf for gradient in gradients)
 
 
-def serve(rank: int, size: int, meeting_point: str, device: str, test: Connection) -> None:
+def serve(rank: int, size: int, init_method: str, device: str, test: Connection) -> None:
     """Do jobs until None arrives or the test is gone; the answer to a job that fails is the error's text."""
     torch.set_num_threads(1)
     if device == "cuda":  # as Ray does: a rank sees its own GPU only, and calls it "cuda"
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(size)))
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[rank]
-    ranks = join(rank, size, meeting_point, device=device, timeout_s=COLLECTIVE_S)
+    ranks = init_distributed(rank, size, init_method, device=device, timeout_s=COLLECTIVE_S)
     try:
         while (job := test.recv()) is not None:
             job.device = device
@@ -125,11 +125,11 @@ class Processes:
 
     def __init__(self, count: int, device: str = "cpu") -> None:
         context = multiprocessing.get_context("spawn")
-        meeting_point = free_meeting_point()
+        init_method = free_init_method()
         self._ranks, self._processes = [], []
         for rank in range(count):
             here, there = context.Pipe()
-            arguments = (rank, count, meeting_point, device, there)
+            arguments = (rank, count, init_method, device, there)
             process = context.Process(target=serve, args=arguments, daemon=True)
             process.start()
             there.close()

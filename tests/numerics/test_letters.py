@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlmed.core.types import LETTERS, Example
 from rlmed.data.prompts import PromptRenderer, load_processor
-from rlmed.letters import letter_probabilities
+from rlmed.evaluation.option_likelihood import letter_probabilities
 from tests.rounding import LOGPROBS
 
 TEXTS = ("<think>the chest, it is bright</think><answer>", "<answer>", "<think>\n<|im_end|> </think> <answer>")
@@ -69,7 +69,7 @@ def test_they_are_those_of_transformers(
 def test_texts_part_where_their_tokens_do():
     renderer = PromptRenderer(joined_tokenizer(), None, max_prompt_tokens=64)
     tokenizer = renderer.tokenizer
-    shared, endings = renderer.parting_ids([f"an<answer>{letter}</answer>" for letter in "ABCD"])
+    shared, endings = renderer.split_common_prefix([f"an<answer>{letter}</answer>" for letter in "ABCD"])
     assert tokenizer.decode(shared) == "an<answer"
     starts = [tokenizer.convert_ids_to_tokens(ids[:2].tolist()) for ids in endings]
     assert starts == [[">A", "<"], [">", "B"], [">C", "<"], [">", "D"]]
@@ -80,11 +80,11 @@ def test_texts_part_where_their_tokens_do():
 def test_a_text_that_begins_another_is_refused():
     renderer = PromptRenderer(joined_tokenizer(), None, max_prompt_tokens=64)
     with pytest.raises(ValueError, match="'<answer>B', '<answer>BB' cannot be told apart"):
-        renderer.parting_ids(["<answer>B", "<answer>BB"])
+        renderer.split_common_prefix(["<answer>B", "<answer>BB"])
 
 
 def test_a_control_token_that_a_completion_spells_out_is_plain_text(tiny_folder):
     renderer = PromptRenderer(*load_processor(tiny_folder("qwen2_vl")), max_prompt_tokens=64)
-    shared, _ = renderer.parting_ids(["<|image_pad|>A", "<|image_pad|>B"])
+    shared, _ = renderer.split_common_prefix(["<|image_pad|>A", "<|image_pad|>B"])
     assert renderer.tokenizer.convert_tokens_to_ids("<|image_pad|>") not in shared
     assert renderer.tokenizer.decode(shared) == "<|image_pad|>"

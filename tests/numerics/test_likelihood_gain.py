@@ -34,7 +34,7 @@ def test_the_gain_is_that_of_the_padded_computation(
     tokenizer, image_processor = load_processor(tiny_folder(family))
     renderer = PromptRenderer(tokenizer, image_processor, max_prompt_tokens=512)
     likelihood = functools.partial(completion_logprobs, tiny_policy(family), token_budget=token_budget)
-    rewards = likelihood_gain(likelihood, renderer.parting_ids)(group)
+    rewards = likelihood_gain(likelihood, renderer.split_common_prefix)(group)
 
     model = transformers_model(family).double()  # long texts, whose roundings would add up
 

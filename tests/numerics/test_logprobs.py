@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from rlmed.models import logprobs as module
-from rlmed.models.logprobs import chunk_rows, chunked_logprobs, frozen_logprobs
+from rlmed.models.logprobs import chunk_rows, chunked_logprobs, logprobs_no_grad
 from tests.rounding import rounding
 
 ROWS, WIDTH, VOCABULARY = 37, 12, 50
@@ -80,8 +80,8 @@ def test_frozen_ones_are_the_same_numbers(rows_per_chunk):
     hidden, weight, targets = problem()
     settings = {"temperature": 0.7, "banned": torch.tensor(BANNED)}
     expected, _ = chunked_logprobs(hidden, weight, targets, **settings)
-    assert torch.equal(frozen_logprobs(hidden.requires_grad_(), weight, targets, **settings), expected)
-    assert frozen_logprobs(hidden[:0], weight, targets[:0], **settings).shape == (0,)
+    assert torch.equal(logprobs_no_grad(hidden.requires_grad_(), weight, targets, **settings), expected)
+    assert logprobs_no_grad(hidden[:0], weight, targets[:0], **settings).shape == (0,)
 
 
 def test_values_worked_by_hand():

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlmed.core.config_checks import PRODUCT_USES
+from rlmed.core.config.checks import PRODUCT_USES
 from rlmed.core.types import RolloutRequest, SamplingParams
-from rlmed.models import products
+from rlmed.models.cpu import products
 from rollout.native.engine import NativeEngine
 
 STEPS = 4

@@ -5,22 +5,24 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import re
+import runpy
 import shlex
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 
-from rlmed.commandline import compose_config, unused_overrides
-from rlmed.core.config_building import check_key
-from rlmed.core.config_rules import MODULES
-from rlmed.core.config_use import schema_keys
+from rlmed.core.config.building import check_key
+from rlmed.core.config.composing import compose_config, unused_overrides
+from rlmed.core.config.overrides import CONFIG_GROUPS, expand, group_options
+from rlmed.core.config.rules import MODULES
+from rlmed.core.config.use import schema_keys
 from rlmed.data.readers.registry import find_reader
-from rlmed.overrides import CONFIG_GROUPS, expand, group_options
-from rlmed.reproduce import plan
+from rlmed.reproduce.runs import plan
+from tests.root import ROOT
 
-ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
 """The lab log tells what was done at its time: only its links are looked at."""
 GUIDES = tuple(page for page in PAGES if page != "docs/lab-log.md")
@@ -94,8 +96,9 @@ def test_a_command_is_taken(
         check_overrides(PROGRAMS[name], arguments)
     elif arguments and "--help" not in arguments:
         monkeypatch.setattr("sys.argv", [name, *arguments])
+        monkeypatch.delitem(sys.modules, f"rlmed.{name}", raising=False)  # runpy warns of a module that it runs anew
         with pytest.raises(TakenError):
-            importlib.import_module(f"rlmed.{name}").main()
+            runpy.run_module(f"rlmed.{name}", run_name="__main__")
         check_parsed(name, *parsed)
     else:
         assert importlib.util.find_spec(f"rlmed.{name}") is not None, page

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from rlmed.core.threads import WAITING
+from rlmed.core.process.threads import WAITING
+from tests.root import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("rlmed", "rollout", "learner", "rewards", "conf")
+BELOW = ("rlmed.core", "rlmed.models", "rlmed.data", "rewards", "rollout", "learner")
 BORROWED = {
     "rlmed.core": {"rlmed.core"},
     "rlmed.models": {"rlmed.core", "rlmed.models"},
@@ -24,9 +25,14 @@ BORROWED = {
     "rewards": {"rlmed.core", "rewards"},
     "rollout": {"rlmed.core", "rlmed.models", "rollout"},
     "learner": {"rlmed.core", "rlmed.models", "learner"},
+    "rlmed.recording": {"rlmed.core", "rlmed.data", "rlmed.recording"},
+    "rlmed.cluster": {*BELOW, "rlmed.recording", "rlmed.cluster"},
+    "rlmed.evaluation": {*BELOW, "rlmed.recording", "rlmed.evaluation"},
+    "rlmed.report": {*BELOW, "rlmed.recording", "rlmed.evaluation", "rlmed.report"},
+    "rlmed.reproduce": {*BELOW, "rlmed.recording", "rlmed.evaluation", "rlmed.report", "rlmed.reproduce"},
     "conf": set(),
 }
-"""What the modules of each part may import of ours. The files directly in `rlmed/` wire everything and are not listed."""
+"""What the modules of each room may import of ours. The files directly in `rlmed/` may import all rooms, and no room them."""
 
 
 DYNAMIC = ("importlib.import_module", "import_module", "__import__")
@@ -133,6 +139,11 @@ def test_the_reader_sees_every_kind_of_import(source, expected, tmp_path):
     assert [(entry.imported, entry.lazy, entry.typing_only) for entry in imports_of("module", path)] == expected
 
 
+def test_each_room_has_a_row():
+    rooms = {f"rlmed.{path.parent.name}" for path in (ROOT / "rlmed").glob("*/__init__.py")} | set(PACKAGES) - {"rlmed"}
+    assert rooms == BORROWED.keys()
+
+
 def test_each_part_imports_only_what_it_may():
     wrong = [
         entry
@@ -158,7 +169,11 @@ def test_ray_and_vllm_stay_in_their_places():
     wrong = [
         entry
         for entry in IMPORTS
-        if (inside(entry.imported, "ray") and entry.path.name != "actor.py" and entry.importer != "rlmed.ray_session")
+        if (
+            inside(entry.imported, "ray")
+            and entry.path.name != "actor.py"
+            and entry.importer != "rlmed.cluster.ray_session"
+        )
         or (inside(entry.imported, "vllm") and not inside(entry.importer, "rollout.vllm_backend"))
     ]
     assert shown(wrong) == []
@@ -166,7 +181,9 @@ def test_ray_and_vllm_stay_in_their_places():
 
 def test_ray_and_vllm_and_what_needs_them_are_imported_lazily():
     def needs_extra(module):
-        return inside(module, "rollout.vllm_backend") or module.endswith(".actor") or module == "rlmed.ray_session"
+        return (
+            inside(module, "rollout.vllm_backend") or module.endswith(".actor") or module == "rlmed.cluster.ray_session"
+        )
 
     wrong = [
         entry
@@ -178,7 +195,7 @@ def test_ray_and_vllm_and_what_needs_them_are_imported_lazily():
 
 
 def test_transformers_is_imported_after_the_cure_of_what_it_imports():
-    """`rlmed.core.torch_extensions` runs when one of these packages is imported, so before any module in it."""
+    """`rlmed.core.process.torch_extensions` runs when one of these packages is imported, so before any module in it."""
     cured = ("rlmed.models", "rlmed.data", "rollout.vllm_backend")
     wrong = [
         entry
@@ -207,16 +224,16 @@ def test_the_root_package_settles_the_threads_and_does_nothing_else():
     assert not loaded & {"torch", "numpy", "transformers", "hydra", "ray"}
 
 
-COMMANDS = sorted(path.stem for path in (ROOT / "rlmed").glob("*.py") if "__main__" in path.read_text())
+COMMANDS = sorted(name for name, path in MODULES.items() if '"__main__"' in path.read_text(encoding="utf-8"))
 
 
 FIRST = [  # what Ray, a notebook or a test may import first
-    "rollout.actor", "rollout.native.engine", "rollout.vllm_backend.engine", "learner.actor", "learner.losses",
-    "rlmed.models", "rlmed.models.products", "rlmed.data", "rlmed.setup", "rlmed.engines",
+    "rollout.pool.actor", "rollout.native.engine", "rollout.vllm_backend.engine", "learner.actor", "learner.losses",
+    "rlmed.models", "rlmed.models.cpu.products", "rlmed.data", "rlmed.models.loading", "rlmed.cluster.engines",
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("module", [*(f"rlmed.{name}" for name in COMMANDS), *FIRST])
+@pytest.mark.parametrize("module", [*COMMANDS, *FIRST])
 def test_openmp_is_settled_before_torch_is_imported(module):
     """In whatever is started first in a process; the machine is said to be busy."""
     assert len(COMMANDS) > 8
@@ -227,10 +244,10 @@ def test_openmp_is_settled_before_torch_is_imported(module):
         "        if name == 'torch':\n"
         "            print(os.environ.get('OMP_WAIT_POLICY')); sys.stdout.flush(); os._exit(0)\n"
         "sys.meta_path.insert(0, Finder())\n"
-        "import rlmed.core.threads as threads\n"  # which settles it in this process, as the machine really is
+        "import rlmed.core.process.threads as threads\n"  # which settles it in this process, as the machine really is
         "for name in threads.WAITING: os.environ.pop(name, None)\n"
         "threads.busy_cores = lambda root: 100.0\n"
-        "del sys.modules['rlmed'], sys.modules['rlmed.core']\n"
+        "for name in ('rlmed', 'rlmed.core', 'rlmed.core.process'): del sys.modules[name]\n"
         f"import {module}\n"
         "print('no torch')\n"
     )

@@ -1,4 +1,4 @@
 import sys
 
-# gdcm, which pydicom imports, tries `import dl`, a module of Python 2: a folder called dl would be taken for it
+# gdcm, which pydicom imports, tries `import dl`, a Python 2 module: block it, or a local folder dl would match
 sys.modules.setdefault("dl", None)  # type: ignore[arg-type]

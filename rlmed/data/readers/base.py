@@ -1,7 +1,7 @@
-"""What a reader is: a function from a source as it is published to rows of one layout, with a description of both.
+"""The interface of a reader: a function from a published source to rows of one layout, and its description.
 
-A reader yields; it keeps no list of rows, so a source of any length needs little memory. It decides nothing about files that
-are written: `rlmed.data.layout` checks every row and turns what cannot be used into a counted skip.
+A reader yields rows and keeps none, so a source of any length needs little memory. It makes no decisions about output
+files: `rlmed.data.prepare.layout` checks every row and turns unusable ones into counted skips.
 """
 
 from __future__ import annotations
@@ -16,41 +16,41 @@ from PIL import Image
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """An image that the reader makes itself, for example of one slice of a volume.
+    """An image that the reader makes itself, for example from one slice of a volume.
 
     Example:
         Picture(key="000017", load=lambda: Image.fromarray(slice_as_uint8))
     """
 
     key: str
-    """File name without its ending: letters, digits, - and _ only, nothing of a patient. One key is one image, written once."""
+    """File name without suffix: letters, digits, - and _ only, no patient data. One key is one image, written once."""
     load: Callable[[], Image.Image]
-    """The picture in mode L or RGB; called when it is written. Raises BadImageError."""
+    """Returns the picture in mode L or RGB; called when it is written. Raises BadImageError."""
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """An image file that lies in an archive or a table: copied as it is, like a file.
+    """An image file inside an archive or a table; copied unchanged, like a file.
 
     Example:
         Encoded(name="figures/PMC1_F2.jpg", load=lambda: archive.read("figures/PMC1_F2.jpg"), key="figures/PMC1_F2.jpg")
     """
 
     name: str
-    """For messages; what its ending says is the ending of the copy."""
+    """For messages; the copy keeps its suffix."""
     load: Callable[[], bytes]
-    """The file's bytes; called when it is written. Raises BadImageError."""
+    """Returns the file's bytes; called when it is written. Raises BadImageError."""
     key: str = ""
-    """One key is one image, loaded once; "" where rows have no name in common for it."""
+    """One key is one image, loaded once; "" if rows share no name for it."""
 
 
 SourceImage = Path | Picture | Encoded
-"""A file to copy as it is, a picture that the reader makes, or a file inside of another."""
+"""A file to copy unchanged, a picture that the reader makes, or a file inside another."""
 
 
 @dataclass(frozen=True, slots=True)
 class SourceRow:
-    """One question as its source has it; nothing in it is checked yet.
+    """One question as in its source, still unchecked.
 
     Example:
         SourceRow(where="row 17 of questions.csv", split="test_ct", id="17", question="Which organ is shown?",
@@ -58,15 +58,15 @@ class SourceRow:
     """
 
     where: str
-    """Its place in the source, for messages and the manifest: no patient's name, no path of this machine."""
+    """Its location in the source, for messages and the manifest: no patient name, no path of this machine."""
     split: str
-    """The JSON Lines file it goes into, without the ending."""
+    """Name of the JSON Lines file that it goes into, without suffix."""
     id: str
-    """Distinct within its split."""
+    """Unique within its split."""
     question: str
     options: tuple[str, ...]
     answer: str
-    """As `rlmed.data.choices.written_answer` writes it, or as the source does where options are a list without letters."""
+    """As `written_answer` writes it, or as in the source if options are a list without letters."""
     image: SourceImage | None
     """None for a question without an image."""
     modality: str = ""
@@ -75,7 +75,7 @@ class SourceRow:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A row of the source that is left out.
+    """A skipped row of the source.
 
     Example:
         Skipped(where="row 18 of questions.csv", id="18", reason="it has no answer")
@@ -84,18 +84,18 @@ class Skipped:
     where: str
     id: str
     reason: str
-    """What is wrong and, where that helps, the cure; no patient's name."""
+    """What is wrong and, where it helps, what to do; no patient name."""
     chosen: bool = False
-    """True when the row is sound and left out by choice, for example another language: --on-bad-row error lets it pass."""
+    """True if the row is sound but skipped by choice, for example for its language: --on-bad-row error accepts it."""
     rows: int = 1
-    """More where many rows are left out by choice for one reason, and not listed one by one."""
+    """Above 1 if many rows are skipped by choice for one reason and not listed one by one."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a reader on the command line: what `argparse.ArgumentParser.add_argument` is given.
+    """One command-line option of a reader: the arguments of `argparse.ArgumentParser.add_argument`.
 
-    Without it on the command line, the reader's own default holds.
+    If it is not given, the reader's own default applies.
 
     Example:
         Option("--window", {"nargs": 2, "type": float, "metavar": ("CENTER", "WIDTH"), "help": "grey values shown"})
@@ -104,23 +104,23 @@ class Option:
     flag: str
     settings: Mapping[str, Any]
     needs: str = ""
-    """The option without which it does nothing, for example "--train"."""
+    """The option that it requires to have an effect, for example "--train"."""
     beside: str = ""
-    """The option beside which it does nothing, perhaps with its value, for example "--open skip"."""
+    """The option that makes it a no-op, perhaps with its value, for example "--open skip"."""
 
     @property
     def keyword(self) -> str:
-        """The keyword argument of the reader: `--allow-burned-in` is `allow_burned_in`."""
+        """Return the reader's keyword argument: `--allow-burned-in` is `allow_burned_in`."""
         return _keyword(self.flag)
 
     def check(self, given: Mapping[str, Any]) -> None:
-        """Make sure that it does something.
+        """Check that the option has an effect.
 
         Args:
             given: the reader's options on the command line, by keyword.
 
         Raises:
-            ValueError: when it is given and does nothing.
+            ValueError: if it is given and has no effect.
         """
         if self.keyword not in given:
             return
@@ -137,23 +137,23 @@ def _keyword(flag: str) -> str:
 
 @dataclass(frozen=True)
 class Reader:
-    """A reader and what is said about it on the command line, in the manifest and in docs/data.md.
+    """A reader and its description for the command line, the manifest and docs/data.md.
 
     Example:
         READER = Reader(name="csv", title="A table of questions", read=read, options=(Option("--delimiter", {...}),))
     """
 
     name: str
-    """On the command line: lower case, with underscores."""
+    """Name on the command line: lower case, with underscores."""
     title: str
-    """What it reads, in a line."""
+    """What it reads, in one line."""
     read: Callable[..., Iterator[SourceRow | Skipped]]
-    """`read(source, **options)`: rows in a fixed order. Raises ValueError for a source that cannot be read at all."""
+    """`read(source, **options)` yields rows in a fixed order. Raises ValueError for an unreadable source."""
     options: tuple[Option, ...] = ()
     licence: str = ""
-    """Of the data, as its authors state it; empty for a user's own."""
+    """Licence of the data as stated by its authors; empty for a user's own."""
     citation: str = ""
     url: str = ""
     """Where the data is published."""
     private: bool = False
-    """True when even the names of source files may be those of patients: the manifest then has no source or paths."""
+    """True if even source file names may name patients: the manifest then omits source and paths."""

@@ -1,9 +1,9 @@
-"""Options for questions that were published with an answer alone.
+"""Make options for questions published with only an answer.
 
-Yes and no become the two options. Any other answer gets distractors: answers of other questions of its kind, drawn as often
-as they are right there. So a text's frequency does not give it away, as it does where distractors are texts that are never
-right. An answer that contains another (`left lung`, `lung`) is no distractor for it, yet a drawn text may still be true of the
-picture: such questions are harder to judge than those whose options a person wrote.
+Yes and no become the two options. Any other answer gets distractors: answers to other questions of its kind, drawn in
+proportion to how often they are correct there. So frequency does not give the answer away, as it would with distractors
+that are never correct. Answers that contain each other (`left lung`, `lung`) are never distractors of one another. A
+drawn text may still be true of the picture: such questions are harder to judge than those with human-written options.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from collections.abc import Hashable
 import numpy as np
 
 from rlmed.core.types import LETTERS
-from rlmed.data.jsonl import BadRowError, shorten
-from rlmed.data.option_order import refers_to_others
+from rlmed.data.examples import BadRowError, shorten
+from rlmed.data.options.order import refers_to_others
 from rlmed.data.readers.base import Option
 
 YES_NO = ("yes", "no")
@@ -41,7 +41,7 @@ LEFT_OUT = "its answer is not yes or no, and --open skip was given"
 
 
 class AnswerPool:
-    """The answers of all questions by kind, and options drawn from them.
+    """Pools the answers of all questions by kind, and draws options from them.
 
     Example:
         >>> pool = AnswerPool(seed=0, distractors=1)
@@ -52,10 +52,10 @@ class AnswerPool:
     """
 
     def __init__(self, seed: int, distractors: int) -> None:
-        """An empty pool.
+        """Create an empty pool.
 
         Raises:
-            ValueError: for a number of distractors that gives too few or too many options, or a negative seed.
+            ValueError: for a number of distractors that makes too few or too many options, or a negative seed.
         """
         if not 1 <= distractors < len(LETTERS):
             raise ValueError(f"--distractors {distractors} must be 1 to {len(LETTERS) - 1}")
@@ -64,20 +64,20 @@ class AnswerPool:
         self._seed, self._distractors = seed, distractors
         self._counts: dict[Hashable, Counter[str]] = defaultdict(Counter)
         self._texts: dict[str, str] = {}
-        """How an answer is first written, by its text in lower case."""
+        """First spelling of each answer, by its lower-case text."""
 
     def add(self, kind: Hashable, answer: str) -> None:
-        """Count an answer; yes and no are nobody's distractors."""
+        """Count an answer; yes and no are never distractors."""
         key = answer.casefold()
         if key and key not in YES_NO and not _needs_options(answer):
             self._counts[kind][key] += 1
             self._texts.setdefault(key, answer)
 
     def options(self, row_id: str, kind: Hashable, answer: str) -> tuple[str, ...]:
-        """The options of a question in the order drawn for it from (seed, id); `answer` is one of them.
+        """Return the options of a question, `answer` included, in an order drawn from (seed, id).
 
         Raises:
-            BadRowError: when no other answer of its kind is there, or the answer speaks of options.
+            BadRowError: if its kind has no other answer, or the answer refers to options.
         """
         if not answer:
             raise BadRowError("it has no answer")
@@ -104,11 +104,11 @@ class AnswerPool:
 
 
 def _needs_options(answer: str) -> bool:
-    """True for `all of the above`; an answer like `both` or `none` may speak of the picture."""
+    """Return whether an answer refers to options: `all of the above`; but `both` or `none` may describe the picture."""
     return refers_to_others(answer) and len(answer.split()) > 1
 
 
 def plain_answer(text: str) -> str:
-    """An answer with single blanks; yes and no in lower case without a full stop."""
+    """Normalize an answer to single blanks; yes and no to lower case without a full stop."""
     word = text.strip(" .\t\r\n").lower()
     return word if word in YES_NO else " ".join(text.split())

@@ -1,11 +1,13 @@
-"""All readers by name. A new one is a module with a `READER`, and a line here."""
+"""Look up readers by name. To add one, write a module with a `READER` and a line here."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rlmed.data.readers import csv_table, dicom, huggingface, medvlm_r1, nifti, omnimedvqa, pmc_vqa, slake, vqa_rad
 from rlmed.data.readers.base import Reader
+from rlmed.data.readers.formats import csv_table, huggingface
+from rlmed.data.readers.published import medvlm_r1, omnimedvqa, pmc_vqa, slake, vqa_rad
+from rlmed.data.readers.volumes import dicom, nifti
 
 READERS: Mapping[str, Reader] = {
     reader.name: reader
@@ -24,11 +26,11 @@ READERS: Mapping[str, Reader] = {
 
 
 def find_reader(name: str) -> Reader:
-    """The reader of that name.
+    """Return the reader of that name.
 
     Raises:
-        ValueError: naming all there are.
+        ValueError: for an unknown name; lists all readers.
     """
     if name not in READERS:
-        raise ValueError(f"there is no reader {name!r}: choose one of {', '.join(READERS)}")
+        raise ValueError(f"Invalid reader {name!r}; expected one of {', '.join(READERS)}")
     return READERS[name]

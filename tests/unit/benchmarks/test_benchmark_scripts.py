@@ -24,7 +24,7 @@ from benchmarks.common import (
 from benchmarks.learner_memory import compare, make_items, packed_way, padded_way, stretch
 from benchmarks.rollout_speed import generate_side, native_side, padded_inputs, summarise
 from rlmed.models.policy import load_policy
-from rlmed.models.tiny import build_tiny_vl
+from rlmed.models.tiny.build import build_tiny_vl
 from tests.rounding import GRADIENTS, LOGPROBS
 
 

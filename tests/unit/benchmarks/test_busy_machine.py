@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import busy_machine
 from benchmarks.busy_machine import WAYS, measure, tokens_per_second
-from rlmed.core.threads import WAITING
+from rlmed.core.process.threads import WAITING
 
 ARGUMENTS = argparse.Namespace(rounds=2, threads=1, model=None, turns=1)
 

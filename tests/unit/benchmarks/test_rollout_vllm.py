@@ -27,7 +27,7 @@ from benchmarks.rollout_vllm import (
     summarise,
 )
 from rlmed.models.policy import load_policy
-from rlmed.models.tiny import build_tiny_text
+from rlmed.models.tiny.build import build_tiny_text
 from tests.unit.benchmarks.sides import die, serve
 
 

@@ -6,8 +6,8 @@ import pytest
 
 from learner.direct_push import DirectPush
 from learner.weight_publisher import choose_transport
-from rlmed.core.config_checks import ConfigError
-from rlmed.core.weights import NotConnectedError, PushReport, Recipient, TransferError
+from rlmed.core.config.checks import ConfigError
+from rlmed.core.weights import EngineHandle, NotConnectedError, PushReport, TransferError
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def direct(rank):
 
 
 def workers(*numbers):
-    return [Recipient(f"worker {number}", f"process {number}", (f"gpu-{number}",)) for number in numbers]
+    return [EngineHandle(f"worker {number}", f"process {number}", (f"gpu-{number}",)) for number in numbers]
 
 
 def test_engines_are_connected_once_and_again_when_others_are_there(rank, direct):
@@ -84,7 +84,7 @@ def test_engines_are_connected_once_and_again_when_others_are_there(rank, direct
 
 def test_a_successor_of_the_same_name_is_another_process(rank, direct):
     direct.start(workers(1), 0).result(timeout=60)
-    direct.start([Recipient("worker 1", "process 9", ("gpu-1",))], 1).result(timeout=60)
+    direct.start([EngineHandle("worker 1", "process 9", ("gpu-1",))], 1).result(timeout=60)
     assert len(rank.calls) == 4
 
 
@@ -107,5 +107,5 @@ def test_after_a_broken_transfer_engines_are_connected_anew(rank, direct):
 
 
 def test_without_a_direct_way_nothing_is_started(rank, direct):
-    assert direct.start([Recipient("worker 1", "process 1", ())], 0) is None
+    assert direct.start([EngineHandle("worker 1", "process 1", ())], 0) is None
     assert rank.calls == []

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewards.argument import argued_option
 from rewards.brevity import brevity_reward
+from rewards.conclusion import argued_option
 from rewards.deadline import call_within
 from rewards.likelihood_gain import likelihood_gain
 from rewards.repetition import repetition_reward
@@ -61,7 +61,7 @@ def thought(reasoning: str, answer: str = "B") -> str:
     return f"<think>{reasoning}</think><answer>{answer}</answer>"
 
 
-def parting_ids(texts: Sequence[str]) -> tuple[IntArray, list[IntArray]]:
+def split_common_prefix(texts: Sequence[str]) -> tuple[IntArray, list[IntArray]]:
     """One token a character, except that ">" and what follows it are one, as for Qwen2."""
     for place, letter in enumerate("ABCD"):
         texts = [text.replace(f">{letter}", chr(0xE000 + place)) for text in texts]
@@ -103,7 +103,7 @@ class Policy:
 def test_likelihood_gain_is_the_log_ratio_over_the_options(chances, gain):
     policy = Policy(chances)
     group = make_group([thought("a rib", "C"), "a rib", thought(""), thought("a rib"), thought("hm")])
-    rewards = likelihood_gain(policy, parting_ids)(group)
+    rewards = likelihood_gain(policy, split_common_prefix)(group)
     assert rewards.dtype == np.float32
     assert rewards.tolist() == pytest.approx(
         [gain, 0, 0, gain, 0], abs=rounding(8, math.log(1e30) if abs(gain) == 1 else 5)
@@ -115,7 +115,7 @@ def test_likelihood_gain_is_the_log_ratio_over_the_options(chances, gain):
 
 def test_a_group_without_format_asks_nothing():
     policy = Policy([1.0, 1.0, 1.0, 1.0])
-    assert likelihood_gain(policy, parting_ids)(make_group(["x", ""])).tolist() == [0, 0]
+    assert likelihood_gain(policy, split_common_prefix)(make_group(["x", ""])).tolist() == [0, 0]
     assert policy.questions == []
 
 
@@ -170,7 +170,7 @@ def test_repetition(text, reward):
 
 def whole_rubric() -> Rubric:
     return Rubric.from_config(
-        dict.fromkeys(NAMES, 1.0), likelihood=Policy([0.1, 0.7, 0.1, 0.1]), parting_ids=parting_ids
+        dict.fromkeys(NAMES, 1.0), likelihood=Policy([0.1, 0.7, 0.1, 0.1]), split_common_prefix=split_common_prefix
     )
 
 

@@ -88,8 +88,9 @@ def test_a_part_sees_example_and_completion_in_order(group):
         (
             {"accuracy": 1.0},
             [],
-            r"names 'accuracy', which does not exist: choose from agreement, answer_format, brevity, choice, format",
+            r"names 'accuracy', which does not exist: choose from answer_format, brevity, choice, format",
         ),
+        ({"agreement": 1.0}, [], r"renamed to reward\.weights\.reasoning_consistency"),
         ({"format": float("nan")}, [], "weight of reward 'format' is nan"),
         ({"format": float("inf")}, [], "weight of reward 'format' is inf"),
         ({"likelihood_gain": 0.0}, [], "'likelihood_gain', which asks the learner .* debug.learn=false: choose"),

@@ -19,6 +19,7 @@ from rlmed.core.types import Example, Prompt
 from rlmed.data.prompts import PromptRenderer, load_processor
 from rlmed.models.policy import load_config
 from rollout.native.engine import NativeEngine
+from tests.root import ROOT
 from tests.unit.rlmed.data.pictures import marked
 
 
@@ -33,11 +34,11 @@ from tests.unit.rlmed.data.pictures import marked
         (["a", "b"], "black.png", r"black\.png shows nothing: it is all of one colour \(0 of 255\)"),
         (["a", "b"], "transparent.png", r"transparent\.png shows nothing: it is transparent all over"),
         (["a", "b"], "same.tif", r"same\.tif shows nothing: all its values are 4000"),
-        (["a", "b", "--temperature", "-1"], "good.png", r"temperature=-1\.0 is not possible"),
-        (["a", "b", "--temperature", "nan"], "good.png", "temperature=nan is not possible"),
-        (["a", "b", "--seed", "5"], "good.png", "--seed 5 does nothing without sampling: give --temperature too"),
-        (["a", "b", "--seed", "0"], "good.png", "--seed 0 does nothing without sampling"),
-        (["a", "b", "--modality", "CT"], "good.png", "--modality CT does nothing: model .* has one prompt for all"),
+        (["a", "b", "--temperature", "-1"], "good.png", r"invalid temperature=-1\.0"),
+        (["a", "b", "--temperature", "nan"], "good.png", "invalid temperature=nan"),
+        (["a", "b", "--seed", "5"], "good.png", "--seed 5 has no effect without sampling: add --temperature"),
+        (["a", "b", "--seed", "0"], "good.png", "--seed 0 has no effect without sampling"),
+        (["a", "b", "--modality", "CT"], "good.png", "--modality CT has no effect: model .* has one prompt for all"),
     ],
 )
 def test_ask_refuses_in_one_line(
@@ -100,7 +101,7 @@ def test_ask_asks_as_the_model_was_asked_in_training(
     ask.main([*arguments, "--modality", "CT"])
     assert "no prompt of its own" not in caplog.text
     ask.main([*arguments, "--modality", "MR"])
-    assert "--modality MR has no prompt of its own (those with one: CT); the general one is used" in caplog.text
+    assert "--modality MR has no prompt of its own (available: CT); using the general one" in caplog.text
     texts = [prompt.text for prompt in prompts]
     assert "Say: What?" in texts[1]
     assert "CT: What?" in texts[2]
@@ -146,8 +147,7 @@ def test_ask_says_of_the_embedded_model_and_its_copies_that_they_are_a_toy(
         ask.main([str(tmp_path / "good.png"), "Which?", "--options", "liver", "spleen", "--max-tokens", "1", *model])
         said = capsys.readouterr().out
         assert (
-            said.count("This model is the embedded toy, or was trained from it: it was made on generated pictures.")
-            == 1
+            said.count("This model is the embedded toy, or was trained from it: it knows only generated images.") == 1
         )
 
 
@@ -197,13 +197,13 @@ def test_doctor_takes_no_arguments(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_doctor_looks_for_what_the_project_needs() -> None:
-    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert sorted(doctor.REQUIRED) == sorted(re.split(r"[<>=]", entry)[0] for entry in project["dependencies"])
 
 
 def test_doctor_says_what_is_missing_where_nothing_is_installed() -> None:
     command = [sys.executable, "-S", "-m", "rlmed.doctor"]  # without site-packages
-    done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     assert "pip install transformers" in done.stdout
 

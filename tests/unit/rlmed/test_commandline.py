@@ -11,22 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from rlmed.checkpoint import CheckpointError
-from rlmed.commandline import (
-    check_same_run,
-    check_writable,
-    compose_config,
-    expand,
-    new_folder,
-    newest_run,
-    run_command,
-    to_yaml,
-)
-from rlmed.core.config import RunConfig
-from rlmed.core.config_checks import ConfigError
-from rlmed.core.files import RecordError
-from rlmed.core.holding import FolderInUseError, hold
+from rlmed.commandline import check_writable, expand, new_folder, newest_run, run_command
+from rlmed.core.config.checks import ConfigError
+from rlmed.core.config.composing import check_same_run, compose_config, to_yaml
+from rlmed.core.config.schema import RunConfig
+from rlmed.core.files.atomic import RecordError
+from rlmed.core.files.exclusive import FolderInUseError, hold
 from rlmed.core.protocols import ClusterError
+from rlmed.recording.checkpoint import CheckpointError
 
 
 def config(*overrides: str) -> RunConfig:
@@ -63,7 +55,7 @@ def test_expand_resume_folder(tmp_path: Path) -> None:
     assert expand([f"resume={tmp_path}"], cuda=False) == [f"resume={tmp_path}", f"hydra.run.dir={tmp_path}"]
 
     with pytest.raises(
-        ValueError, match=r"resume=.* and hydra\.run\.dir=other both set hydra\.run\.dir: leave one of them"
+        ValueError, match=r"resume=.* and hydra\.run\.dir=other both set hydra\.run\.dir: drop one of them"
     ):
         expand([f"resume={tmp_path}", "hydra.run.dir=other"], cuda=False)
     assert expand(["resume=auto", "hydra.run.dir=other"], cuda=False) == ["resume=auto", "hydra.run.dir=other"]
@@ -74,7 +66,7 @@ def test_expand_resume_folder(tmp_path: Path) -> None:
     [
         (
             ["data=a.jsonl", "data.eval=[b.jsonl]"],
-            r"data=a\.jsonl and data\.eval=\[b\.jsonl\] both set data\.eval: leave one",
+            r"data=a\.jsonl and data\.eval=\[b\.jsonl\] both set data\.eval: drop one",
         ),
         (
             ["data.eval=[b.jsonl]", "data=[a.jsonl]"],
@@ -82,7 +74,7 @@ def test_expand_resume_folder(tmp_path: Path) -> None:
         ),
         (
             ["model.path=x", "model=models/y"],
-            r"model=models/y and model\.path=x both set model\.path: leave one of them out",
+            r"model=models/y and model\.path=x both set model\.path: drop one of them",
         ),
     ],
 )
@@ -178,6 +170,16 @@ def test_newest_run_needs_a_checkpoint(tmp_path: Path) -> None:
     assert newest_run(fresh) == tmp_path / "demo" / "newer"
 
 
+def test_a_run_that_knew_keys_by_their_old_names_is_the_same_run(tmp_path: Path) -> None:
+    now = config("data.selection.cooldown_epochs=3")
+    text = to_yaml(now).replace("cooldown_epochs: 3", "retest_after: 3").replace("compare_to:", "before:")
+    assert "retest_after" in text
+    (tmp_path / "config.yaml").write_text(text)
+    check_same_run(tmp_path / "config.yaml", now, unused=())
+    with pytest.raises(ValueError, match=r"data\.selection\.cooldown_epochs: 3 then, 4 now"):
+        check_same_run(tmp_path / "config.yaml", config("data.selection.cooldown_epochs=4"), unused=())
+
+
 def test_check_same_run(tmp_path: Path) -> None:
     before = config("learner.betas=[0.9,0.95]")
     saved = tmp_path / "config.yaml"
@@ -270,9 +272,9 @@ def test_resume_auto_makes_no_folder_beside_the_run(
     monkeypatch.chdir(tmp_path)
     first = run(monkeypatch, "resume=auto", "name=mine")
     place = tmp_path / "outputs" / "mine"
-    assert capsys.readouterr().out == f"resume=auto: nothing to resume in {place}, the run starts from step 1\n"
+    assert capsys.readouterr().out == f"resume=auto: nothing to resume in {place}, starting from step 1\n"
     run(monkeypatch, "resume=auto", "hydra.run.dir=named")
-    assert f"nothing to resume in {tmp_path / 'named'}, the run starts" in capsys.readouterr().out
+    assert f"nothing to resume in {tmp_path / 'named'}, starting from step 1" in capsys.readouterr().out
     (first / "checkpoints" / "step-000002").mkdir(parents=True)
     leftovers = [
         first / "checkpoints" / ".step-000004.partial",
@@ -301,7 +303,7 @@ def test_a_refused_run_leaves_no_trace_in_the_folder_of_another(
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     status, said = failed(monkeypatch, capsys, "hydra.run.dir=mine", "seed=2")
     assert status == 2
-    assert f"{folder} holds a run already (step-000002): give the new one a folder of its own" in said
+    assert f"{folder} already contains a run (step-000002): choose another folder" in said
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
@@ -314,7 +316,7 @@ def test_a_file_where_results_go_is_found_before_the_run(
     (tmp_path / "mine" / name).write_text("")
     status, said = failed(monkeypatch, capsys, "hydra.run.dir=mine")
     assert status == 2
-    assert f"{tmp_path}/mine/{name} is a file, where a folder is to be. Rename it and" in said
+    assert f"{tmp_path}/mine/{name} is a file where a folder must go. Rename it and" in said
 
 
 @pytest.mark.parametrize(
@@ -324,7 +326,7 @@ def test_a_file_where_results_go_is_found_before_the_run(
         (CheckpointError("checkpoint"), 2, "error: checkpoint"),
         (ClusterError("lost"), 3, "error: lost"),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 2, "error: [Errno 28] No space left on device"),
-        (MemoryError(), 2, "error: out of memory (Python was given none): close other programs"),
+        (MemoryError(), 2, "error: out of memory (in Python): close other programs"),
         (
             RuntimeError("[x] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
             2,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,8 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlmed.controller import LoopState, StepResult, train
-from rlmed.core.config import AlgoConfig
+from learner.advantages import AdvantageEstimator, has_learning_signal
+from rlmed.controller import StepResult, train
+from rlmed.core.config.schema import AlgoConfig
 from rlmed.core.tracing import Tracer
 from rlmed.core.types import (
     Completion,
@@ -24,6 +27,7 @@ from rlmed.core.types import (
     TrainGroup,
 )
 from rlmed.data.curriculum import Curriculum
+from rollout.buffer import GroupBuffer
 from tests.configs import algo_config, selection_config
 from tests.unit.rlmed.plain_stream import PlainStream
 
@@ -48,7 +52,7 @@ class Pool:
 
     def flush(self) -> None: ...
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         self.rested.append(self.in_flight)
 
     def collect(self) -> RolloutGroup:
@@ -92,27 +96,46 @@ def score(spread: Callable[[int], bool]) -> Callable[[RolloutGroup], ScoredGroup
     return scored
 
 
+@dataclasses.dataclass
+class State:
+    """What a checkpoint keeps of the loop."""
+
+    step: int = 0
+    cursor: int = 0
+    pending: list[int] = dataclasses.field(default_factory=list)
+    reward_std: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+
+
 def run(
     algo: AlgoConfig,
     steps: int,
     *,
     spread: Callable[[int], bool] = lambda _: True,
-    state: LoopState | None = None,
+    state: State | None = None,
     seed: int = 0,
     stream: PlainStream | None = None,
-) -> tuple[Pool, Learner, list[StepResult], LoopState]:
-    pool, learner, results, state = Pool(seed), Learner(), [], state or LoopState()
+) -> tuple[Pool, Learner, list[StepResult], State]:
+    pool, learner, results, state = Pool(seed), Learner(), [], state or State()
+    advantages = AdvantageEstimator(algo.advantage, algo.normalize_by)
+    advantages.restore(state.reward_std)
+    buffer = GroupBuffer(
+        pool,
+        stream or PlainStream(),
+        score(spread),
+        groups_per_step=algo.groups_per_step,
+        max_staleness=algo.max_staleness,
+        max_discarded=algo.max_refills * algo.groups_per_step,
+        is_kept=lambda scored: not algo.dynamic_sampling or has_learning_signal(scored, mask_truncated=False),
+    )
+    buffer.restore(state.cursor, state.pending)
 
     def after_step(result: StepResult) -> None:
         results.append(result)
         if isinstance(stream, SelectingStream):
             stream.observe(result)
 
-    train(
-        pool, learner, stream or PlainStream(), score(spread), algo=algo, steps=steps, state=state, tracer=Tracer(),
-        after_step=after_step,
-    )  # fmt: skip
-    return pool, learner, results, state
+    train(pool, learner, buffer, advantages, done=state.step, steps=steps, tracer=Tracer(), after_step=after_step)
+    return pool, learner, results, State(steps, **json.loads(json.dumps(buffer.state())), reward_std=advantages.state())
 
 
 @pytest.mark.parametrize(("max_staleness", "rested"), [(0, [0, 0, 0]), (1, [])])
@@ -126,7 +149,7 @@ class SelectingStream(PlainStream):
     """Draws from seven rows, of which two are always wrong, by pass rate; notes which row each request was given."""
 
     def __init__(self, state: dict[str, Any] | None = None) -> None:
-        self.curriculum = Curriculum(["CT"] * 7, 0, selection=selection_config("pass_rate", retest_after=1))
+        self.curriculum = Curriculum(["CT"] * 7, 0, selection=selection_config("pass_rate", cooldown_epochs=1))
         if state:
             self.curriculum.restore(state)
         self.rows: dict[int, int] = {}
@@ -155,7 +178,7 @@ def test_groups_without_spread_are_replaced_and_reported() -> None:
     _, learner, results, state = run(algo, 2, spread=lambda index: index % 2 == 1)
     assert [sorted(batch) for batch in learner.batches] == [[1, 3, 5], [7, 9, 11]]
     assert sorted(group.rollout.request.index for group in results[0].discarded) == [0, 2, 4]
-    assert results[0].metrics["groups/no_spread"] == pytest.approx(0.5)
+    assert results[0].metrics["groups/zero_variance"] == pytest.approx(0.5)
     assert state.pending == []
 
 
@@ -180,13 +203,13 @@ def test_advantages_are_normalized_by_modality_and_the_spread_is_reported() -> N
     algo = algo_config(groups_per_step=2, advantage="dr_grpo", normalize_by="modality")
     *_, results, state = run(algo, 3)
     for result in results:
-        assert result.metrics["spread/none"] == pytest.approx(
+        assert result.metrics["reward_std/none"] == pytest.approx(
             0.5**0.5
         )  # of rewards 0 and 1, which no modality is named for
         for group in result.groups:
             np.testing.assert_allclose(group.advantages, [-(0.5**0.5), 0.5**0.5], rtol=2e-4)
-    assert state.spread.of("") == pytest.approx(0.5**0.5)
-    assert "spread/none" not in run(algo_config(groups_per_step=2), 1)[2][0].metrics
+    assert state.reward_std.keys() == {""}
+    assert "reward_std/none" not in run(algo_config(groups_per_step=2), 1)[2][0].metrics
 
 
 @settings(deadline=None, max_examples=60)
@@ -217,9 +240,8 @@ def test_prompts_under_way_are_asked_again_after_a_resume(
     whole, first = SelectingStream(), SelectingStream()
     run(algo, 12, spread=spread, stream=whole, seed=seed)
     *_, state = run(algo, stop, spread=spread, stream=first, seed=seed + 1)
-    saved = LoopState(state.step, state.cursor, list(state.pending))
     second = SelectingStream(first.curriculum.state())
-    run(algo, 12, spread=spread, stream=second, state=saved, seed=seed + 2)
+    run(algo, 12, spread=spread, stream=second, state=state, seed=seed + 2)
     assert all(second.rows[index] == first.rows[index] for index in state.pending)
     if max_staleness == 0:
         assert first.rows | second.rows == whole.rows

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rlmed import leakage
-from rlmed.data.leakage_report import LeakageReport
+from rlmed.data.leakage.findings import LeakageReport
 from tests.unit.rlmed.data.pictures import picture, save
 
 
@@ -47,7 +47,7 @@ def test_table_pairs_and_json(files: list[str], tmp_path: Path, capsys: pytest.C
     ("change", "message"),
     [
         (lambda files: [files[0], "no.jsonl"], "data file no.jsonl cannot be read"),
-        (lambda files: [files[0], files[1], files[1]], "files with the same name"),
+        (lambda files: [files[0], files[1], files[1]], "files of the same name"),
     ],
 )
 def test_bad_arguments(files: list[str], change, message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlmed.controller import LoopState, StepResult, train
+from learner.advantages import AdvantageEstimator
+from rlmed.controller import StepResult, train
 from rlmed.core.protocols import ClusterError
 from rlmed.core.tracing import Tracer
 from rlmed.core.types import (
@@ -23,7 +24,7 @@ from rlmed.core.types import (
     ScoredGroup,
     TrainGroup,
 )
-from tests.configs import algo_config
+from rollout.buffer import GroupBuffer
 from tests.unit.rlmed.plain_stream import PlainStream
 
 
@@ -67,7 +68,7 @@ class Workers:
         ids, logprobs = np.array([2]), np.zeros(1, np.float32)
         return RolloutGroup(request, (Completion(ids, logprobs, "", "stop", oldest, newest),) * 2)
 
-    def rest(self) -> None: ...
+    def sleep(self) -> None: ...
 
     def update_weights(self, version: int, weights: object = None) -> None:
         self.pushes.append((self.clock.now, version))
@@ -107,14 +108,21 @@ def run(
     """Simulated seconds of a run of steps of 4 groups, and what each step did."""
     clock = Clock()
     results: list[StepResult] = []
-    train(
-        Workers(clock, workers, seconds, stale),
-        Learner(clock, learn_s),
+    pool = Workers(clock, workers, seconds, stale)
+    buffer = GroupBuffer(
+        pool,
         PlainStream(),
         lambda group: ScoredGroup(group, np.array([0.0, 1.0], np.float32), {}),
-        algo=algo_config(groups_per_step=4, group_size=2, max_staleness=max_staleness),
+        groups_per_step=4,
+        max_staleness=max_staleness,
+    )
+    train(
+        pool,
+        Learner(clock, learn_s),
+        buffer,
+        AdvantageEstimator("grpo"),
+        done=0,
         steps=steps,
-        state=LoopState(),
         tracer=Tracer(),
         after_step=results.append,
     )

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from rlmed import prepare
-from rlmed.commandline import compose_config
+from rlmed.cluster.engines import make_renderer
+from rlmed.core.config.composing import compose_config
+from rlmed.data.loading import load_data
 from rlmed.data.readers.registry import READERS, find_reader
 from rlmed.prepare import main
-from rlmed.setup import load_data, make_renderer
+from tests.root import ROOT
 from tests.unit.rlmed.data.pictures import marked
 
 TABLE = "image,question,A,B,answer,modality,split\n"
@@ -124,7 +126,7 @@ def test_many_skips_are_counted_and_not_all_shown(source, tmp_path, capsys):
     (source / "questions.csv").write_text(TABLE + rows)
     main(command(source, tmp_path / "out"))
     shown = capsys.readouterr().out
-    assert "skipped:    16 bad rows, the first 3 here and all in manifest.json\n- line " in shown
+    assert "skipped:    16 bad rows, first 3 shown, all in manifest.json\n- line " in shown
     assert shown.count("\n- line ") == 3
     assert len(json.loads((tmp_path / "out" / "manifest.json").read_text())["skipped"]["rows"]) == 16
 
@@ -151,7 +153,7 @@ def test_every_reader_has_help_and_takes_its_own_options(name, capsys):
         (["omnimedvqa", "--seed", "3"], "--seed does nothing without --test-share: give both, or leave it out"),
         (["vqa_rad", "--open", "skip", "--seed", "3"], "--seed does nothing beside --open skip: leave one of them out"),
         (["slake", "--distractors", "2", "--open", "skip"], "--distractors does nothing beside --open skip"),
-        (["huggingface", "--revision", "main"], "--revision main is for data sets of the hub"),
+        (["huggingface", "--revision", "main"], "--revision main is for data sets on the hub"),
     ],
 )
 def test_an_option_that_does_nothing_is_refused(source, tmp_path, capsys, given, message):
@@ -175,20 +177,20 @@ def test_a_reader_that_there_is_not(capsys):
     with pytest.raises(SystemExit):
         main(["mimic", "--source", "a", "--out", "b"])
     assert "invalid choice: 'mimic'" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="there is no reader 'mimic': choose one of csv"):
+    with pytest.raises(ValueError, match="'mimic'; expected one of csv"):
         find_reader("mimic")
 
 
 def test_a_killed_command_leaves_no_folder_that_looks_whole(source, tmp_path):
     code = (
         "import os, sys\n"
-        "from rlmed.data import layout\n"
+        "from rlmed.data.prepare import layout\n"
         "layout.rename_into_place = lambda *_, **__: os.kill(os.getpid(), 9)\n"
         "from rlmed.prepare import main\n"
         "main(sys.argv[1:])\n"
     )
     arguments = [sys.executable, "-c", code, *command(source, tmp_path / "out")]
-    assert subprocess.run(arguments, check=False, cwd=Path(__file__).parents[3]).returncode == -9
+    assert subprocess.run(arguments, check=False, cwd=ROOT).returncode == -9
     assert not (tmp_path / "out").exists()
     main(command(source, tmp_path / "out"))
     assert (tmp_path / "out" / "manifest.json").is_file()
@@ -219,7 +221,7 @@ def test_a_table_without_rows_is_told(source, tmp_path, capsys):
     (source / "questions.csv").write_text(TABLE)
     with pytest.raises(SystemExit):
         main(command(source, tmp_path / "out"))
-    assert capsys.readouterr().err == "error: the source holds no rows: give one with questions in it\n"
+    assert capsys.readouterr().err == "error: the source has no rows: give one with questions\n"
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rlmed import cluster, engines
-from rlmed.commandline import compose_config
-from rlmed.core.config import RunConfig
-from rlmed.engines import build_policy, settle_model
-from rlmed.recorder import VERSIONS_FILE, write_versions
-from rlmed.setup import model_folder
+from rlmed.cluster import build as cluster
+from rlmed.cluster import engines
+from rlmed.cluster.engines import build_policy, settle_model
+from rlmed.core.config.composing import compose_config
+from rlmed.core.config.schema import RunConfig
+from rlmed.models.loading import model_folder
+from rlmed.recording.recorder import VERSIONS_FILE, write_versions
 
 BFLOAT16 = "model.dtype=bfloat16"
 
@@ -42,7 +43,7 @@ def test_a_slow_bfloat16_becomes_float32_and_it_is_said(
     speeds.append(speed)
     with caplog.at_level(logging.WARNING):
         assert settle_model(make_config(BFLOAT16)).model.dtype == dtype
-    assert (f"at {speed} of float32's speed, so CPUs use float32" in caplog.text) == (dtype == "float32")
+    assert (f"at {speed} of float32's speed, so float32 is used" in caplog.text) == (dtype == "float32")
 
 
 @pytest.mark.parametrize("asked", ["auto", "float32"])
@@ -68,7 +69,7 @@ def test_a_resumed_run_keeps_its_dtype(
     path = write_versions(tmp_path, settled.model)
     caplog.clear()
     assert settle_model(make_config(BFLOAT16), tmp_path).model == settled.model
-    assert ("goes on in bfloat16 as it began" in caplog.text) == (now < 0.5)
+    assert ("the resumed run stays in bfloat16" in caplog.text) == (now < 0.5)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"cpu": "another"}))
     assert settle_model(make_config(BFLOAT16), tmp_path).model.dtype == settled.model.dtype
     # what lies in a folder whose run begins anew does not count
@@ -87,7 +88,7 @@ def test_a_run_of_an_earlier_version_is_measured_anew(tmp_path: Path, speeds: li
 def test_actors_on_gpus_get_what_was_asked_for_and_actors_on_cpus_what_was_settled(
     monkeypatch: pytest.MonkeyPatch, speeds: list[float], device: str, gpus: bool
 ) -> None:
-    ray_session = pytest.importorskip("rlmed.ray_session")
+    ray_session = pytest.importorskip("rlmed.cluster.ray_session")
     given: list[RunConfig] = []
 
     def start(config: RunConfig, *_: object) -> SimpleNamespace:

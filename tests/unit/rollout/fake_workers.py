@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 
 from rlmed.core.types import Completion, RolloutRequest
-from rlmed.core.weights import PushReport, Recipient
-from rollout.worker import FinishedGroup, WorkerStatus
+from rlmed.core.weights import EngineHandle, PushReport
+from rollout.pool.worker import FinishedGroup, WorkerStatus
 
 
 class Offer:
-    """A `rlmed.core.weights.WeightOffer`: fetched, or sent where the test has given a future of that."""
+    """A `rlmed.core.weights.WeightUpdate`: fetched, or sent where the test has given a future of that."""
 
     def __init__(self, weights: Any = "w", sending: Future[PushReport] | None = None) -> None:
         self.weights, self.sending = weights, sending
-        self.recipients: list[Recipient] = []
+        self.recipients: list[EngineHandle] = []
 
-    def send(self, recipients: Sequence[Recipient]) -> Future[PushReport] | None:
+    def send(self, recipients: Sequence[EngineHandle]) -> Future[PushReport] | None:
         self.recipients = list(recipients)
         return self.sending
 
@@ -30,7 +30,7 @@ class Offer:
 
 
 class FakeWorker:
-    """A `rollout.worker.Worker`: its groups finish when `finish` is called, or by themselves where `auto` is set."""
+    """A `rollout.pool.worker.Worker`: its groups finish when `finish` is called, or by themselves where `auto` is set."""
 
     def __init__(self, name: str, *, auto: bool = True, answers: bool = True) -> None:
         self.name, self.auto, self.answers = name, auto, answers
@@ -74,7 +74,7 @@ class FakeWorker:
                 self.weights.append((version, weights))
             return self._answer(PushReport(1, 0.0, 0.0))
 
-    def rest(self) -> Future[None]:
+    def sleep(self) -> Future[None]:
         with self.lock:
             self.rests += 1
             return self._answer(None)

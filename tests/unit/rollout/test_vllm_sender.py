@@ -339,7 +339,7 @@ def test_a_transfer_that_cannot_be_ended_ends_the_run(network, learner, monkeypa
     sender.connect("nccl", [one], "10.0.0.1")
     sender._limit_s = 0.5
     network.stuck = {1}
-    with pytest.raises(ClusterError, match=r"hangs in a transfer.*resume=auto"):
+    with pytest.raises(ClusterError, match=r"hangs in a weight transfer.*resume=auto"):
         sender.send(5)
     network.root.destroyed.set()
 
@@ -350,5 +350,5 @@ def test_a_transport_that_vllm_does_not_know_is_refused_by_the_engine(network):
         half.init_transfer_engine(half.parse_init_info({"transport": "smoke", "info": {}}))
     with pytest.raises(ValueError, match="Invalid init_info"):
         half.init_transfer_engine(half.parse_init_info({"transport": "nccl", "info": {"colour": 1}}))
-    with pytest.raises(RuntimeError, match="has not connected"):
+    with pytest.raises(RuntimeError, match="without connecting first"):
         half.receive_weights(half.parse_update_info({"direct": {"names": []}}))

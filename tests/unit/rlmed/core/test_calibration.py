@@ -62,7 +62,7 @@ def test_few_rows_explain_a_calibration_error_that_many_do_not():
 
 @pytest.mark.parametrize("confidence", [[0.5, 1.1], [-0.1, 0.5], [0.5], [np.nan, 0.5]])
 def test_calibration_refuses_what_is_no_confidence(confidence):
-    with pytest.raises(ValueError, match=r"lie in \[0, 1\]|do not pair"):
+    with pytest.raises(ValueError, match=r"lie in \[0, 1\]|equal length"):
         calibration_error(np.array(confidence), np.array([True, False]))
 
 
@@ -83,7 +83,7 @@ def test_pass_at_k_is_the_share_of_all_choices_of_k_samples_that_hold_a_right_on
 
 @pytest.mark.parametrize(("samples", "right", "k"), [(8, 2, 0), (8, 2, 9), (8, 9, 1), (8, -1, 1)])
 def test_pass_at_k_refuses_what_cannot_be_drawn(samples, right, k):
-    with pytest.raises(ValueError, match=rf"pass@{k} of {right} right among {samples}"):
+    with pytest.raises(ValueError, match=rf"pass@{k} .* {right} right of {samples}"):
         pass_at_k(samples, right, k)
 
 
@@ -104,5 +104,5 @@ def test_estimates_hold_value_interval_and_rows():
     assert mean.low < mean.value < mean.high
     assert (ratio.value, ratio.low, ratio.high) == pytest.approx((mean.value / 2, mean.low / 2, mean.high / 2))
     assert mean.rows == ratio.rows == 50
-    with pytest.raises(ValueError, match="no interval without rows"):
+    with pytest.raises(ValueError, match="rows=0 must be at least 1"):
         bootstrap_interval(lambda rows: 0.0, 0)

@@ -16,18 +16,18 @@ import conf
 from learner.losses import PolicyLossConfig
 from rewards.rubric import Rubric
 from rlmed import ask
-from rlmed.commandline import compose_config
-from rlmed.core.config import AlgoConfig, RunConfig
-from rlmed.core.config_building import build_config
-from rlmed.core.config_use import plain_values, schema_keys
+from rlmed.cluster.engines import MEMORY_SHARE
+from rlmed.core.config.building import build_config
+from rlmed.core.config.composing import compose_config
+from rlmed.core.config.overrides import group_options
+from rlmed.core.config.schema import AlgoConfig, RunConfig
+from rlmed.core.config.use import plain_values, schema_keys
 from rlmed.core.types import SamplingParams
 from rlmed.data.prompts import PromptRenderer
-from rlmed.engines import MEMORY_SHARE
-from rlmed.overrides import group_options
-from rollout.leases import PoolSettings
 from rollout.local import LocalPool
 from rollout.native.scheduler import EngineLimits
-from rollout.runner import EngineRunner
+from rollout.pool.runner import EngineRunner
+from rollout.pool.state import PoolSettings
 from rollout.vllm_backend.settings import VllmSettings
 
 CONF = Path(conf.__path__[0])

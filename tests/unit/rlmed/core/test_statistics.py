@@ -43,7 +43,7 @@ def test_wilson_bounds_are_exact_at_none_and_all():
 
 @pytest.mark.parametrize(("right", "n", "level"), [(0, 0, 0.95), (3, 2, 0.95), (-1, 2, 0.95), (1, 2, 1.0), (1, 2, 95)])
 def test_wilson_refuses_what_is_no_proportion(right, n, level):
-    with pytest.raises(ValueError, match=rf"{right} right of {n}|level={level}"):
+    with pytest.raises(ValueError, match=rf"right={right} of n={n} |level={level}"):
         wilson_interval(right, n, level)
 
 
@@ -73,7 +73,7 @@ def test_mcnemar_of_many_rows_does_not_overflow():
 
 
 def test_mcnemar_refuses_what_does_not_pair():
-    with pytest.raises(ValueError, match="3 rows before and 2 after"):
+    with pytest.raises(ValueError, match="3 before and 2 after"):
         mcnemar(np.ones(3, bool), np.ones(2, bool))
     with pytest.raises(ValueError, match="int64"):
         mcnemar(np.array([1, 0]), np.array([True, False]))

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from rlmed.core import tracing
-from rlmed.core.jsonlines import read_json_lines
+from rlmed.core.files.jsonlines import read_json_lines
 from rlmed.core.tracing import Tracer, write_chrome_trace
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rlmed.cluster.engines import open_model
 from rlmed.core.prefill import remaining
 from rlmed.core.types import Example
 from rlmed.data.prompts import PAPER_TEMPLATE, PromptRenderer, load_processor
-from rlmed.setup import open_model
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 TURNS = (

@@ -83,23 +83,21 @@ def test_an_unknown_modality_is_refused_with_those_there_are() -> None:
 
 
 @given(st.integers(0, 1000), st.integers(1, 4), st.integers(1, 3), st.lists(st.integers(0, 4), min_size=6, max_size=6))
-def test_what_is_passed_over_and_for_how_long(seed: int, retest_after: int, min_visits: int, right: list[int]) -> None:
-    """Rows with 0 or 4 of 4 right are asked `min_visits` times and then once in `retest_after + 1` epochs, others always."""
-    selection = selection_config("pass_rate", min_visits=min_visits, retest_after=retest_after)
+def test_what_is_passed_over_and_for_how_long(seed: int, cooldown_epochs: int, window: int, right: list[int]) -> None:
+    """Rows with 0 or 4 of 4 right are asked `window` times and then once in `cooldown_epochs + 1` epochs, others always."""
+    selection = selection_config("pass_rate", window=window, cooldown_epochs=cooldown_epochs)
     places = draw(Curriculum(["CT"] * 6, seed, selection=selection), 0, 150, right.__getitem__)
     assert places == sorted(places, key=lambda place: place[0])
     last = places[-1][0]  # an epoch that may not be whole
     for row, count in enumerate(right):
         epochs = [epoch for epoch, example in places if example == row and epoch < last]
-        if 0 < count < 4:
-            expected = list(range(last))
-        else:
-            expected = [*range(min_visits - 1), *range(min_visits - 1, last, retest_after + 1)]
+        sparse = [*range(window - 1), *range(window - 1, last, cooldown_epochs + 1)]
+        expected = list(range(last)) if 0 < count < 4 else sparse
         assert epochs == [epoch for epoch in expected if epoch < last]
 
 
 def test_bounds_are_those_of_the_latest_groups() -> None:
-    selection = selection_config("pass_rate", min_visits=2, low=0.25, high=0.75, retest_after=1)
+    selection = selection_config("pass_rate", window=2, min_pass_rate=0.25, max_pass_rate=0.75, cooldown_epochs=1)
     curriculum = Curriculum(["CT"], 0, selection=selection)
     aside = []
     for index, right in enumerate([4, 2, 3, 3, 1, 1]):  # rates of two: 0.75, 0.625, 0.75, 0.5, 0.25
@@ -114,7 +112,7 @@ def test_bounds_are_those_of_the_latest_groups() -> None:
 def test_what_is_learnt_comes_back() -> None:
     """A row that was too hard and now is half right is taken in each epoch again."""
     places, right = [], {0: 0, 1: 2}
-    curriculum = Curriculum(["CT"] * 2, 0, selection=selection_config("pass_rate", retest_after=1))
+    curriculum = Curriculum(["CT"] * 2, 0, selection=selection_config("pass_rate", cooldown_epochs=1))
     for index in range(20):
         places += draw(curriculum, index, 1, right.__getitem__)
         if places[-1][0] >= 3:
@@ -131,12 +129,12 @@ def test_what_is_learnt_comes_back() -> None:
     st.lists(st.sampled_from([0, 0, 2, 4]), min_size=100, max_size=100),
 )
 def test_a_restored_curriculum_goes_on_as_the_first_would_have(
-    seed: int, mix: dict[str, float] | None, min_visits: int, done: int, ahead: int, right: Sequence[int]
+    seed: int, mix: dict[str, float] | None, window: int, done: int, ahead: int, right: Sequence[int]
 ) -> None:
     """Also with requests under way, of which some may be observed late; the state goes through JSON."""
 
     def build() -> Curriculum:
-        selection = selection_config("pass_rate", min_visits=min_visits)
+        selection = selection_config("pass_rate", window=window)
         return Curriculum(MODALITIES, seed, mix=mix, selection=selection)
 
     def go_on(curriculum: Curriculum, start: int, stop: int) -> list[tuple[int, int]]:
@@ -161,5 +159,5 @@ def test_a_place_is_the_same_until_it_is_observed() -> None:
     later, earlier = curriculum.place(7), curriculum.place(2)
     assert (curriculum.place(7), curriculum.place(2)) == (later, earlier)
     curriculum.observe(2, 0, 4)
-    with pytest.raises(ValueError, match="request 2 was observed already"):
+    with pytest.raises(ValueError, match="request 2 was already observed"):
         curriculum.place(2)

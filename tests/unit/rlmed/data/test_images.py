@@ -169,7 +169,7 @@ def test_rounding_the_shorter_side_does_not_break_the_aspect_limit(tmp_path):
 
 @pytest.mark.parametrize(
     ("size", "reason"),
-    [((1, 1), "1x1 pixels, at least 4"), ((3, 50), "3x50"), ((4, 801), "4x801 .*200 times"), ((1005, 5), "crop it")],
+    [((1, 1), "1x1 pixels, fewer than 4"), ((3, 50), "3x50"), ((4, 801), "4x801 .*200 times"), ((1005, 5), "crop it")],
 )
 def test_too_small_or_elongated_is_refused(tmp_path, size, reason):
     path = save(tmp_path / "odd.png", Image.new("RGB", size))
@@ -187,9 +187,9 @@ def png_bytes() -> bytes:
     ("content", "reason"),
     [
         (b"", "empty file: copy it again"),
-        (b"this is no image", "is no image.*DICOM"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n", "is no image"),
-        (png_bytes()[:20], "no image|truncated or damaged"),
+        (b"this is no image", "is not an image.*DICOM"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n", "is not an image"),
+        (png_bytes()[:20], "not an image|truncated or damaged"),
         (png_bytes()[:3000], "truncated or damaged"),
         (bytes(128) + b"DICM" + bytes(100), "DICOM and NIfTI are read by python -m rlmed.prepare"),
     ],

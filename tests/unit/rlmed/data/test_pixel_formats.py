@@ -59,7 +59,7 @@ def test_png_grey_of_every_depth_with_and_without_a_transparent_value(tmp_path, 
 def test_png_of_16_bits_of_which_12_are_used_is_refused_where_it_would_be_black(tmp_path, kind, channels):
     values = np.stack([in_bits(GREY, 12)] * channels, axis=-1)
     values[..., 3 if channels == 4 else channels - 1] |= 0 if kind == 2 else 0xF000  # opacity
-    with pytest.raises(BadImageError, match="of its values of 16 bits at most the lowest 12 are used"):
+    with pytest.raises(BadImageError, match="at most the lowest 12 of its 16 bits are in use"):
         loaded(write_png(tmp_path / "a.png", values, 16, kind))
 
 

@@ -21,7 +21,7 @@ from rlmed.data.prompts import (
     question_text,
     read_prompt_settings,
 )
-from rlmed.models.tiny import build_tiny_text, build_tiny_vl
+from rlmed.models.tiny.build import build_tiny_text, build_tiny_vl
 from tests.rounding import rounding
 
 QUESTION = "Which body part is shown?"

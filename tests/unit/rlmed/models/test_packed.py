@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rlmed.models import linear as fast
-from rlmed.models import products
+from rlmed.models.cpu import linear as fast
+from rlmed.models.cpu import products
 from rlmed.models.weights import copy_into
 
 EPSILON = torch.finfo(torch.float32).eps

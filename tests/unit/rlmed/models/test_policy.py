@@ -160,7 +160,7 @@ def test_a_folder_whose_name_differs_is_told(tmp_path):
 
 
 def test_a_folder_without_config_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"no Hugging Face model folder: config\.json is missing"):
+    with pytest.raises(ValueError, match=r"not a Hugging Face model folder: config\.json is missing"):
         load_config(tmp_path)
 
 
@@ -177,7 +177,7 @@ def test_a_model_that_is_nowhere_is_named_with_the_cure(tmp_path, monkeypatch):
             "models/Qwen2-VL-2B-Instruct",
             "`hf download Qwen/Qwen2-VL-2B-Instruct --local-dir models/Qwen2-VL-2B-Instruct`",
         ),
-        ("./models/mine", "`hf download OWNER/mine --local-dir models/mine`, OWNER being who publishes it"),
+        ("./models/mine", "`hf download OWNER/mine --local-dir models/mine`, OWNER being its publisher"),
         ("Weights/x", "`hf download OWNER/x --local-dir Weights/x`"),
         ("owner/absent", "`hf download owner/absent --local-dir models/absent`"),
         ("gpt2-absent", "`hf download gpt2-absent --local-dir models/gpt2-absent`"),

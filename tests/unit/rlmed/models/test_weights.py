@@ -65,8 +65,8 @@ def test_bytes_in_a_readonly_store_are_not_copied(tensors: dict[str, torch.Tenso
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("z", (2, 2), "weights of z arrived, which this model does not have"),
-        ("a", (3,), r"weights of a arrived with shape \(3,\), here it is \(2, 2\)"),
+        ("z", (2, 2), "received weights of z, which this model does not have"),
+        ("a", (3,), r"received a with shape \(3,\), expected \(2, 2\)"),
     ],
 )
 def test_weights_of_another_model_are_refused(name: str, shape: tuple[int, ...], message: str) -> None:

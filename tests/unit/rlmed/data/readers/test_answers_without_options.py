@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from rlmed.data.jsonl import BadRowError, read_examples
-from rlmed.data.layout import write_layout
-from rlmed.data.readers import slake, vqa_rad
+from rlmed.data.examples import BadRowError, read_examples
+from rlmed.data.prepare.layout import write_layout
 from rlmed.data.readers.base import Encoded, Skipped, SourceRow
 from rlmed.data.readers.options import AnswerPool, plain_answer
+from rlmed.data.readers.published import slake, vqa_rad
 from tests.unit.rlmed.data.pictures import marked
 
 
@@ -274,7 +274,7 @@ def test_a_bad_row_is_skipped(rad, tmp_path, changes, reason):
     first, second = layout.skipped
     assert first.where == f"row 1 of {vqa_rad.QUESTIONS}"
     assert reason in first.reason
-    assert "no JSON object" in second.reason
+    assert "not a JSON object" in second.reason
     assert layout.splits["train"].rows == 1
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rlmed.data.layout import Layout
+from rlmed.data.prepare.layout import Layout
 from rlmed.prepare import parse_arguments, prepare
 
 
@@ -59,7 +59,7 @@ EXPECTED = {
     "good.png": "",
     "cut.png": "is truncated or damaged",
     "bomb.png": "more than 170000000 pixels: scale it down",
-    "text.png": "is no image, or its header is damaged",
+    "text.png": "is not an image, or its header is damaged",
     "empty.png": "is an empty file",
     "grey.png": "grey.png shows nothing: it is all of one colour (30 of 255)",
     "nan.tif": "nan.tif cannot be shown as it is meant: none of its values is a finite number",

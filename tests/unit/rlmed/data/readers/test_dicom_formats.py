@@ -25,9 +25,9 @@ from pydicom.uid import (
 )
 
 from rlmed.data.images import BadImageError
-from rlmed.data.readers.dicom_file import read_header
-from rlmed.data.readers.dicom_pixels import render_frame
-from rlmed.data.readers.display import Window
+from rlmed.data.readers.volumes.dicom_file import read_header
+from rlmed.data.readers.volumes.dicom_pixels import render_frame
+from rlmed.data.readers.volumes.display import Window
 from tests.unit.rlmed.data.raw_files import in_bits, known_colour, known_grey
 from tests.unit.rlmed.data.readers.dicom_files import (
     dataset_of,
@@ -475,7 +475,7 @@ def test_a_picture_that_shows_nothing_is_refused_with_the_cause(tmp_path, values
 
 def test_the_window_asked_for_is_named_and_the_files_own_is_no_way_out(tmp_path):
     path = write_dicom(tmp_path / "a", TWELVE, **OF_TWELVE)
-    reason = "values go from 0 to 4095, and the window asked for, center -600 and width 10, has none of them.*--window"
+    reason = "values go from 0 to 4095, and the given window, center -600 and width 10, has none of them.*--window"
     refused(path, reason, Window(-600, 10))
 
 
@@ -534,7 +534,7 @@ def test_a_palette_of_other_bits_or_entries_than_it_says_is_refused(tmp_path):
             dataset[f"{name}PaletteColorLookupTableDescriptor"].VR = "US"
         refused(save(tmp_path / "a", dataset), reason)
     dataset.RedPaletteColorLookupTableDescriptor = [256, 5, 8]
-    refused(save(tmp_path / "b", dataset), "said to be .*256, 5, 8.*not alike")
+    refused(save(tmp_path / "b", dataset), "descriptors are .*256, 5, 8.*not alike")
 
 
 def test_a_dark_frame_is_no_damage_of_its_table(tmp_path):

@@ -13,8 +13,8 @@ pytest.importorskip("nibabel", reason="needs rlmed's extra 'readers'")
 import nibabel
 
 from rlmed.data.images import BadImageError
-from rlmed.data.readers.display import Window
-from rlmed.data.readers.nifti_slices import SliceChoice, render_slice
+from rlmed.data.readers.volumes.display import Window
+from rlmed.data.readers.volumes.nifti_slices import SliceChoice, render_slice
 from tests.unit.rlmed.data.raw_files import known_grey
 
 GREY = known_grey()

@@ -11,11 +11,13 @@ import pytest
 from PIL import Image
 
 from rlmed.core.types import Example
-from rlmed.data.jsonl import parse_row, read_examples
-from rlmed.data.layout import write_layout
+from rlmed.data.examples import parse_row, read_examples
+from rlmed.data.prepare.layout import write_layout
 from rlmed.data.question import question_text
-from rlmed.data.readers import csv_table, huggingface, medvlm_r1, omnimedvqa, picture_table
 from rlmed.data.readers.base import Picture, Reader, Skipped, SourceRow
+from rlmed.data.readers.formats import csv_table, huggingface
+from rlmed.data.readers.published import medvlm_r1, omnimedvqa
+from rlmed.data.readers.volumes import picture_table
 
 LABELLED = ["A. liver", "B. spleen", "C. kidney", "D. lung"]
 
@@ -93,8 +95,12 @@ def test_two_columns_of_one_letter(tmp_path):
 @pytest.mark.parametrize(
     ("cell", "answer", "reason"),
     [
-        ('["liver", null, "spleen", "kidney"]', "C", "'kidney' by its place and 'spleen' by its place in the source"),
-        ('["B", "A", "C"]', "B", "'B' as a text and 'A' by its place"),
+        (
+            '["liver", null, "spleen", "kidney"]',
+            "C",
+            "'kidney' by its position and 'spleen' by its position in the source",
+        ),
+        ('["B", "A", "C"]', "B", "'B' as a text and 'A' by its position"),
         ('["liver", "spleen", "kidney"]', "2", "from 0 it is 'kidney', counted from 1 it is 'spleen': say which"),
         ('{"A": "B. spleen", "B": "A. liver"}', "A", "'spleen' by its key and 'liver' by the options' own letters"),
     ],
@@ -229,7 +235,7 @@ def test_medvlm_r1(tmp_path):
         medvlm_r1.READER, medvlm_r1.read(tmp_path / "test.json", without_images=True), tmp_path / "out"
     )
     assert texts == ["spleen"] * 3
-    assert "'kidney' by its place and 'spleen' by its place in the source" in reasons[0]
+    assert "'kidney' by its position and 'spleen' by its position in the source" in reasons[0]
 
 
 def test_tables_of_volumes(tmp_path):

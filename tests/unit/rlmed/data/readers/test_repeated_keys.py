@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from rlmed.data.jsonl import read_examples
-from rlmed.data.readers import json_rows, medvlm_r1, omnimedvqa, slake, vqa_rad
+from rlmed.data.examples import read_examples
 from rlmed.data.readers.base import Skipped, SourceRow
-from rlmed.data.readers.json_rows import read_json_rows
+from rlmed.data.readers.formats import json_rows
+from rlmed.data.readers.formats.json_rows import read_json_rows
+from rlmed.data.readers.published import medvlm_r1, omnimedvqa, slake, vqa_rad
 from rlmed.data.rows import BadRowError
 
 R1 = '{"image": ["1.png"], "question": "q%s", "options": %s, "answer": "spleen", "subset": "MRI"}'

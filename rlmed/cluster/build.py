@@ -1,0 +1,243 @@
+"""Build pool and learner: `cluster=local` in this process with shared parameters, `cluster=ray` in actors."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from learner.distributed import Parallelism
+from learner.learner import PolicyLearner, Report
+from rlmed.cluster.engines import build_engine, build_local_pool, build_policy, build_sender, settle_model, shares_gpus
+from rlmed.cluster.memory import estimate
+from rlmed.cluster.replay import NoLearner, ReplayPool
+from rlmed.core.config.checks import require
+from rlmed.core.config.schema import ModelConfig, RunConfig
+from rlmed.core.process.threads import usable_cores
+from rlmed.core.protocols import Learner, RolloutPool
+from rlmed.data.prompts import PromptRenderer
+from rlmed.models.loading import model_folder
+from rlmed.models.policy import Policy
+from rlmed.models.tiny.toy import EMBEDDED
+from rollout.pool.pool import WorkerPool
+from rollout.pool.state import PoolSettings
+from rollout.pool.worker import Worker
+
+if TYPE_CHECKING:
+    from learner.actor import RayLearner
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """The two parts that the loop drives."""
+
+    pool: RolloutPool
+    learner: Learner
+    evaluation_pool: RolloutPool
+    """Pool on the same weights, which leaves training requests in flight alone."""
+    model: ModelConfig
+    """Model settings as decided for all processes."""
+    resources: ExitStack
+    """Resources that `close` releases, newest first."""
+
+    def close(self) -> None:
+        """Release all resources of the run, even if one fails; idempotent."""
+        self.resources.close()
+
+
+def build_cluster(
+    config: RunConfig, renderer: PromptRenderer, folder: Path, *, checkpoint: Path | None, on_bad_step: Report
+) -> Cluster:
+    """Build pool and learner as set by `config.cluster`.
+
+    Args:
+        config: the run.
+        renderer: its tokenizer decodes sampled ids.
+        folder: the run's folder.
+        checkpoint: load the policy from here instead of `config.model`; the reference is always `config.model`.
+        on_bad_step: called with skipped batches.
+
+    Raises:
+        ValueError: if Ray is requested but not installed.
+        ConnectionError: if no Ray cluster answers at `config.cluster.address`.
+    """
+    resumed = folder if checkpoint else None
+    if config.cluster.kind == "ray":
+        return _build_ray(config, resumed, checkpoint, on_bad_step)
+    config = settle_model(config, resumed)
+    policy = build_policy(config, checkpoint or model_folder(config.model.path))
+    learner = build_learner(config, on_bad_step, policy=policy) if config.debug.learn else NoLearner()
+    log.info("%s", estimate(policy, config).line())
+    pool: RolloutPool = build_local_pool(config, policy, renderer)
+    if config.debug.recorded:
+        pool = ReplayPool(Path(config.debug.recorded), pool)
+    return _cluster(config, ExitStack(), pool, learner, build_local_pool(config, policy, renderer))
+
+
+def _cluster(
+    config: RunConfig, resources: ExitStack, pool: RolloutPool, learner: Learner, evaluation_pool: RolloutPool
+) -> Cluster:
+    for each in (pool, evaluation_pool):
+        resources.callback(each.close)
+    return Cluster(pool, learner, evaluation_pool, config.model, resources)
+
+
+def build_learner(
+    config: RunConfig,
+    on_bad_step: Report,
+    ranks: Parallelism | None = None,
+    *,
+    policy: Policy | None = None,
+    checkpoint: Path | None = None,
+) -> PolicyLearner:
+    """Build the learner in this process, on `policy` or that in `checkpoint`; the reference is always `config.model`.
+
+    `ranks` are the learner ranks that it belongs to; None for a single process.
+    """
+    base = model_folder(config.model.path)
+    policy = policy or build_policy(config, checkpoint or base)
+    reference = None
+    if config.algo.kl_coef > 0:
+        reference = build_policy(config, base)
+        reference.model.requires_grad_(False)
+    return PolicyLearner(
+        policy,
+        reference,
+        config.algo,
+        config.learner,
+        total_steps=config.steps,
+        max_tokens=config.rollout.max_tokens,
+        temperature=config.rollout.temperature,
+        on_bad_step=on_bad_step,
+        ranks=ranks,
+    )
+
+
+def _build_ray(config: RunConfig, resumed: Path | None, checkpoint: Path | None, on_bad_step: Report) -> Cluster:
+    try:
+        from rlmed.cluster.ray_session import on_gpus, place_actors, start_ray
+    except ImportError as error:
+        raise ValueError(
+            "cluster=ray needs Ray: pip install -c requirements.lock -e '.[ray]' in rlmed's checkout"
+        ) from error
+    on_cpus = config
+    if not config.model.device.startswith("cuda"):  # before Ray's own processes disturb the probes
+        model = dataclasses.replace(config.model, device="cpu")
+        on_cpus = settle_model(dataclasses.replace(config, model=model), resumed)
+    with ExitStack() as resources:  # released on failure, else handed to the cluster
+        resources.callback(start_ray(config))
+        config = config if on_gpus(config) else on_cpus
+        rank_options, worker_options = place_actors(config, resources)
+
+        def start_learner() -> Learner:
+            if not config.debug.learn:
+                return NoLearner()
+            learner = _start_learner(config, checkpoint, on_bad_step, rank_options)
+            resources.callback(learner.close)
+            return learner
+
+        # on a shared GPU, start one after the other: a starting vLLM engine mistakes others' allocations for its own
+        shared = shares_gpus(config)
+        learner = start_learner() if shared else None
+        workers = _start_workers(config, worker_options)
+        resources.callback(workers.close)
+        if shared:
+            workers.wait_until_ready()
+        pool: RolloutPool = workers.channel()
+        if config.debug.recorded:
+            pool = ReplayPool(Path(config.debug.recorded), pool)
+        learner = learner or start_learner()
+        return _cluster(config, resources.pop_all(), pool, learner, workers.channel())
+
+
+def _start_workers(config: RunConfig, options: Sequence[dict[str, Any]]) -> WorkerPool:
+    from rlmed.cluster.ray_session import on_gpus
+    from rollout.pool.actor import RayWorker
+
+    cluster, cuda = config.cluster, on_gpus(config)
+    sleeps = engines_sleep(config, cuda=cuda)
+    share = config.rollout.gpu_memory_utilization
+    require(
+        cuda or share is None,
+        f"rollout.gpu_memory_utilization={share} needs a GPU, and none was found: set rollout.kv_cache_gib",
+    )
+    config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, sleep=sleeps))
+    build = functools.partial(build_engine, _for_process(config, cluster.rollout_workers))
+
+    def start(number: int) -> Worker:
+        return RayWorker(f"rollout worker {number}", build, on_push=config.rollout.on_push, options=options[number])
+
+    settings = PoolSettings(
+        # queue as much again as the engine samples at a time, so that no row stays empty
+        capacity=2 * config.rollout.max_completions,
+        silence_s=cluster.silence_timeout_s,
+        stall_s=cluster.stall_timeout_s,
+        start_s=cluster.start_timeout_s,
+        push_s=cluster.push_timeout_s,
+        sleeps=sleeps,
+        max_failures=cluster.max_worker_failures,
+    )
+    return WorkerPool(start, cluster.rollout_workers, settings)
+
+
+def engines_sleep(config: RunConfig, *, cuda: bool) -> bool:
+    """Return True if engines release GPU memory during learning: as set, else if they share the learner's GPU.
+
+    Always False without a learner (debug.learn=false): only new weights wake them.
+
+    Raises:
+        ConfigError: if it is set without GPUs.
+    """
+    sleep = config.rollout.sleep
+    require(cuda or not sleep, "rollout.sleep=true needs a GPU to release memory on: use rollout.sleep=null")
+    if not config.debug.learn:
+        return False
+    if sleep is not None:
+        return sleep
+    return cuda and shares_gpus(config) and config.rollout.engine == "vllm" and config.algo.max_staleness == 0
+
+
+def _start_learner(
+    config: RunConfig, checkpoint: Path | None, on_bad_step: Report, options: Sequence[dict[str, Any]]
+) -> RayLearner:
+    from learner.actor import RayLearner
+    from rlmed.cluster.ray_session import on_gpus
+
+    cluster, cuda = config.cluster, on_gpus(config)
+    rank_config = _for_process(config, cluster.learner_ranks)
+    require(
+        cuda or cluster.weight_transfer in ("auto", "object_store"),
+        f"cluster.weight_transfer={cluster.weight_transfer} needs GPUs, and none were found: use auto",
+    )
+    direct = cuda and config.rollout.engine == "vllm" and cluster.weight_transfer != "object_store"
+    return RayLearner(
+        functools.partial(build_learner, rank_config, checkpoint=checkpoint and checkpoint.absolute()),
+        on_bad_step=on_bad_step,
+        step_s=cluster.learner_timeout_s,
+        device="cuda" if cuda else "cpu",
+        options=options,
+        weight_transfer=cluster.weight_transfer,
+        # connecting plus sending must stay within the pool's push timeout
+        make_sender=functools.partial(build_sender, limit_s=cluster.push_timeout_s / 2) if direct else None,
+        shares_gpu=shares_gpus(config),
+    )
+
+
+def _for_process(config: RunConfig, processes: int) -> RunConfig:
+    """Adapt the configuration to one of several processes, which may have another working folder."""
+    threads = config.cluster.threads or max(1, usable_cores() // processes)
+    path = config.model.path
+    if not path.startswith(EMBEDDED) and Path(path).is_dir():
+        path = str(Path(path).absolute())
+    return dataclasses.replace(
+        config,
+        cluster=dataclasses.replace(config.cluster, threads=threads),
+        model=dataclasses.replace(config.model, path=path),
+    )

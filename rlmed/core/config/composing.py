@@ -1,0 +1,110 @@
+"""Compose a configuration outside of a command, write it as YAML, and compare it with that of an earlier run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rlmed.core.config.building import RENAMED, build_config
+from rlmed.core.config.checks import ConfigError
+from rlmed.core.config.overrides import CONFIG_GROUPS, explain
+from rlmed.core.config.schema import RunConfig
+from rlmed.core.config.use import Refusal, find_unused
+
+
+def compose_config(program: str, overrides: Sequence[str]) -> RunConfig:
+    """Compose the configuration that `python -m rlmed.<program>` would use with these overrides.
+
+    Args:
+        program: "train", "sft" or "evaluate".
+        overrides: as on the command line, without shorthands.
+
+    Raises:
+        ConfigError: for an unknown key or invalid value.
+    """
+    with hydra.initialize_config_module("conf", version_base="1.3"):
+        return build_config(plain_config(hydra.compose(program, overrides=list(overrides))))
+
+
+def plain_config(composed: DictConfig) -> dict[str, Any]:
+    """Return Hydra's configuration as a plain mapping; raise ConfigError for an experiment without `@package`."""
+    plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    assert isinstance(plain, dict)
+    if "experiment" in plain:
+        raise ConfigError(
+            "the file of +experiment=NAME must begin with the line `# @package _global_` and contain keys with values"
+        )
+    return {str(key): value for key, value in plain.items()}
+
+
+def unused_overrides(program: str, overrides: Sequence[str]) -> list[Refusal]:
+    """Return the overrides that `python -m rlmed.<program>` would reject because it doesn't read them.
+
+    Raises:
+        ConfigError: if Hydra cannot compose the overrides.
+    """
+    with hydra.initialize_config_module("conf", version_base="1.3"):
+        try:
+            return find_unused(
+                program, overrides, CONFIG_GROUPS, lambda entries: plain_config(hydra.compose(program, list(entries)))
+            )
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(explain(error)) from error
+
+
+def to_yaml(config: RunConfig) -> str:
+    """Return the validated configuration as YAML, defaults included."""
+    return OmegaConf.to_yaml(OmegaConf.create(_plain(dataclasses.asdict(config))))
+
+
+MAY_CHANGE = ("resume", "profile", "checkpoint", "preflight", "cluster", "eval.every", "eval.at_start", "eval.at_end")
+"""Keys that may change when a run resumes: they affect neither what is learnt nor what is compared."""
+
+
+def check_same_run(saved: Path, config: RunConfig, *, unused: Collection[str]) -> None:
+    """Check that a run resumes with the settings it was started with.
+
+    Args:
+        saved: the run's `config.yaml`.
+        config: the configuration to resume with.
+        unused: further keys that this kind of run ignores.
+
+    Raises:
+        ValueError: for settings that differ; names each key with both values.
+    """
+    content = OmegaConf.to_container(OmegaConf.load(saved))
+    assert isinstance(content, dict)
+    before = {RENAMED.get(key, key): value for key, value in _flat(content).items()}
+    after = _flat(_plain(dataclasses.asdict(config)))
+    different = [
+        f"{key}: {before.get(key)!r} then, {after.get(key)!r} now"
+        for key in after | before  # a mapping, such as data.mix, may have had other entries then
+        if not {key, key.split(".")[0]} & {*MAY_CHANGE, *unused} and before.get(key) != after.get(key)
+    ]
+    if different:
+        raise ValueError(
+            f"the run in {saved.parent} was started with other settings ({'; '.join(different)}): "
+            "use the same settings to resume it, or resume=null for a new run"
+        )
+
+
+def _plain(value: Any) -> Any:
+    """Convert tuples to lists, as YAML reads them back."""
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
+def _flat(value: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten a nested mapping to dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, entry in value.items():
+        flat |= _flat(entry, f"{prefix}{key}.") if isinstance(entry, Mapping) else {f"{prefix}{key}": entry}
+    return flat

@@ -1,0 +1,351 @@
+"""Translate command-line arguments to Hydra overrides: expand shorthands and quote file names.
+
+| written | means |
+| --- | --- |
+| `+experiment=X` without a CUDA device | `+experiment=X_embedded`, if it exists (`profile=paper` keeps X) |
+| `experiment=X`, `debug=X` | `+experiment=X`, `+debug=X` |
+| `model=DIR` | `model.path=DIR` |
+| `data=a.jsonl` | `data=jsonl data.eval=[a.jsonl]` |
+| `resume=auto` | resume in `hydra.run.dir` if set, else the newest run of that name with a checkpoint, else start anew |
+| `resume=RUN_FOLDER` | resume in that folder |
+
+A value that Hydra's grammar rejects (`data.train=测试.jsonl`, `data.eval=[fold=2.jsonl]`), or would read as something
+other than the string that its key expects (`name=2024`), is quoted. Values already in quotes are left to Hydra.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+import typing
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf.errors import OmegaConfBaseException
+
+from rlmed.core.config.building import check_key
+from rlmed.core.config.schema import RunConfig
+from rlmed.core.files.litter import is_litter
+from rlmed.core.files.other_formats import to_prepare
+from rlmed.core.process.display import one_line
+
+CONFIG_GROUPS = tuple(sorted(entry.name for entry in resources.files("conf").iterdir() if entry.is_dir()))
+EMBEDDED_SUFFIX = "_embedded"
+ADDED_GROUPS = ("experiment", "debug")
+"""Groups without a default option."""
+ROWS_ENDING = ".jsonl"
+_HYDRA_TEXTS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.job.name")
+
+
+def group_options(group: str) -> list[str]:
+    """Return the names of the options in `conf/<group>/`; files that options share (`_*.yaml`) are left out."""
+    folder = resources.files("conf").joinpath(group)
+    names = [entry.name for entry in folder.iterdir() if entry.name.endswith(".yaml")]
+    return sorted(name.removesuffix(".yaml") for name in names if not name.startswith("_") and not is_litter(name))
+
+
+def expand(arguments: Sequence[str], *, cuda: bool, sweeps: bool = False) -> list[str]:
+    """Expand the shorthands of the module docstring and quote values.
+
+    Args:
+        arguments: the command line after the program's name; flags (leading dash) are kept unchanged.
+        cuda: whether a CUDA device is available.
+        sweeps: commas separate several values, as with `--multirun`.
+
+    Raises:
+        ValueError: for an unknown key or profile, a profile without effect, a resume folder without a checkpoint, or a
+            shorthand together with the key it stands for.
+    """
+    entries = [_without_spaces(entry) for entry in arguments]
+    for entry in entries:
+        key, equals, _ = entry.partition("=")
+        # +key and ~key change the composition itself, and so does group@package; hydra.key is Hydra's own
+        known = key in ADDED_GROUPS or "@" in key or re.split(r"[./]", key)[0] == "hydra"
+        if equals and not key:
+            raise ValueError(f"{entry}: the key before = is missing")
+        if equals and key[:1].isalpha() and not known:
+            check_key(key)
+    profile = [entry.partition("=")[2] for entry in ("profile=auto", *entries) if entry.startswith("profile=")][-1]
+    if profile not in ("auto", "embedded", "paper"):
+        raise ValueError(f"invalid profile={profile}: expected one of auto, embedded, paper")
+    _check_profile(profile, entries)
+    embedded = profile == "embedded" or (profile == "auto" and not cuda)
+    sweeps = sweeps or "--multirun" in entries
+    expanded = [(entry, new) for entry in entries for new in _expand_one(entry, embedded)]
+    _check_shorthands(expanded)
+    return [new if new.startswith("-") else in_hydras_grammar(new, sweeps=sweeps) for _, new in expanded]
+
+
+def _check_profile(profile: str, entries: Sequence[str]) -> None:
+    """Raise ValueError for a profile that an experiment does not have."""
+    for entry in entries:
+        key, _, value = entry.partition("=")
+        for name in _names(value) if key.lstrip("+") == "experiment" else ():
+            plain = name.removesuffix(EMBEDDED_SUFFIX)
+            if profile == "paper" and name != plain:
+                raise ValueError(f"{entry} is the embedded profile itself: give +experiment={plain} with profile=paper")
+            if profile == "embedded" and f"{plain}{EMBEDDED_SUFFIX}" not in group_options("experiment"):
+                raise ValueError(
+                    f"{entry} has no embedded profile (there is no {plain}{EMBEDDED_SUFFIX}): leave profile=embedded out"
+                )
+
+
+def _check_shorthands(expanded: Sequence[tuple[str, str]]) -> None:
+    """Raise ValueError if a shorthand and another argument set the same key; `expanded` pairs written with meant."""
+    for written, meant in expanded:
+        key = meant.partition("=")[0]
+        others = [other for other, also in expanded if other != written and also.partition("=")[0] == key]
+        if others and key.lstrip("+") != written.partition("=")[0].lstrip("+"):
+            raise ValueError(f"{written} and {others[0]} both set {key}: drop one of them")
+
+
+def _names(value: str) -> list[str]:
+    """Split a value into names: one, or several for `--multirun`."""
+    return [name.strip().strip("'\"") for name in value.split(",")]
+
+
+def _without_spaces(argument: str) -> str:
+    """Return `steps = 5`, quoted for the shell, as `steps=5`."""
+    key, equals, value = argument.partition("=")
+    return argument if key.startswith("-") else f"{key.strip()}{equals}{value}"
+
+
+def _expand_one(argument: str, embedded: bool) -> list[str]:
+    key, equals, value = argument.partition("=")
+    if not equals:
+        return [argument]
+    if value.startswith("~/"):  # which shells leave as it is behind =
+        value = os.path.expanduser(value)
+        argument = f"{key}={value}"
+    plain = key.lstrip("+")
+    if plain in CONFIG_GROUPS and plain != "model" and (value == "null" or _names_options(plain, value)):
+        raise ValueError(
+            f"{argument}: a run takes exactly one {plain}: choose one of {', '.join(group_options(plain))}"
+        )
+    if plain in ADDED_GROUPS:
+        options = group_options(plain)
+        names = _names(value)
+        if plain == "debug" and not set(names) <= set(options):
+            return [argument]
+        names = [
+            f"{name}{EMBEDDED_SUFFIX}" if embedded and name + EMBEDDED_SUFFIX in options else name for name in names
+        ]
+        return [f"+{plain}={','.join(names)}"]
+    if key.startswith("+") and _kind(plain) == "group":  # of these there is one already, and + would be a second
+        return _expand_one(f"{plain}={value}", embedded)
+    if key == "model" and value not in group_options("model"):
+        return [f"model.path={quoted(value)}"]
+    if key == "data" and value.endswith((ROWS_ENDING, f"{ROWS_ENDING}'", f'{ROWS_ENDING}"', "]")):
+        return ["data=jsonl", f"data.eval={value if value.startswith('[') else f'[{_files(value)}]'}"]
+    if key == "data" and value not in group_options("data") and (other := to_prepare(Path(_unquoted(value)))):
+        raise ValueError(f"data={value}: {other}")
+    if key == "data" and re.match(r"[^{$]*[./\\]", value):
+        raise ValueError(
+            f"data={value}: questions are read from JSON Lines files ({ROWS_ENDING}); `python -m rlmed.prepare` makes them "
+            "from tables and published data (docs/data.md)"
+        )
+    if key == "resume" and value not in ("auto", "null", ""):
+        folder = Path(_unquoted(value))
+        if not (folder / "checkpoints").is_dir():
+            raise ValueError(f"resume={value}: no checkpoints in that folder; give a run folder, or resume=auto")
+        return [f"resume={quoted(value)}", f"hydra.run.dir={quoted(value)}"]
+    return [argument]
+
+
+def _names_options(group: str, value: str) -> bool:
+    """Return True if a value is a list of options: Hydra would merge them over each other."""
+    entries = _entries(value)
+    return entries is not None and {entry.strip("'\"") for entry in entries} <= {*group_options(group)}
+
+
+def _files(value: str) -> str:
+    """Quote one file, or several separated by commas; a comma not followed by another file belongs to the name."""
+    parts = value.split(",")
+    several = all(part.strip().endswith(ROWS_ENDING) for part in parts)
+    return ",".join(map(quoted, parts)) if several else quoted(value, commas=False)
+
+
+def quoted(path: str, *, commas: bool = True) -> str:
+    """Quote a string for Hydra's grammar where it could be read as something else.
+
+    Args:
+        path: the string; an already quoted one is returned unchanged.
+        commas: leave commas unquoted: with `--multirun` they separate several paths.
+    """
+    plain = re.fullmatch(r"[A-Za-z_./][\w./:+,-]*" if commas else r"[A-Za-z_./][\w./:+-]*", path, re.ASCII)
+    if (plain and path.lower() not in ("null", "true", "false", "inf", "nan")) or _is_quoted(path):
+        return path
+    # backslashes are literal except before a quote
+    return "'" + re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + (r"\'" if found[2] else ""), path) + "'"
+
+
+def _is_quoted(text: str) -> bool:
+    parsed = _parse(f"key={text}")
+    return text[:1] in ("'", '"') and parsed is not None and not parsed.is_sweep_override()
+
+
+def _unquoted(text: str) -> str:
+    parsed = _parse(f"key={text}") if _is_quoted(text) else None
+    return text if parsed is None else str(parsed.value())
+
+
+def _parse(override: str) -> Override | None:
+    """Parse an override with Hydra; None if its grammar, or a function in the value, rejects it."""
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+        if not parsed.is_sweep_override():
+            parsed.value()
+    except HydraException:
+        return None
+    return parsed
+
+
+def in_hydras_grammar(override: str, *, sweeps: bool) -> str:
+    """Quote an override's value where Hydra would reject or misread it.
+
+    Args:
+        override: as written, shorthands expanded.
+        sweeps: with `--multirun`, where commas separate several values.
+    """
+    key, equals, value = override.partition("=")
+    if not equals or _parse(f"{key}=1") is None:  # `explain` reports an invalid key
+        return override
+    kind = _kind(key.lstrip("+~"))
+    if _stays(value, kind, sweeps=sweeps):
+        return override
+    entries = _entries(value)
+    if kind != "text" and entries is not None:
+        new = f"{key}=[{','.join(entry if _stays(entry, kind) else quoted(entry, commas=False) for entry in entries)}]"
+    elif kind == "texts" and _are_several(key, value):
+        new = in_hydras_grammar(f"{key}=[{value}]", sweeps=False)
+    elif kind != "text" and value.lstrip().startswith("{"):
+        return override  # as a string it would have the wrong type
+    else:
+        new = f"{key}={quoted(value, commas=False)}"
+    return override if _parse(new) is None else new
+
+
+def _stays(value: str, kind: str, *, sweeps: bool | None = None) -> bool:
+    """Return True if Hydra reads the value as meant; `sweeps` is None for a list entry, which cannot be a sweep."""
+    parsed = _parse(f"key={value}")
+    if parsed is None:
+        return False
+    if parsed.is_sweep_override():
+        return sweeps is True or (
+            sweeps is False and kind != "text" and kind != "texts"
+        )  # `explain` says what a sweep needs
+    meant = parsed.value()
+    if kind == "other" or meant is None:
+        return True
+    if kind == "group":
+        return not isinstance(meant, int | float)
+    # two backslashes are one to Hydra, and two in a path
+    return isinstance(meant, str) and not ("\\\\" in value and meant == value.replace("\\\\", "\\"))
+
+
+def _are_several(key: str, value: str) -> bool:
+    """Return True if commas separate the entries of a list written without brackets."""
+    parts = value.split(",")
+    return len(parts) > 1 and (key != "data.eval" or all(part.strip().endswith(ROWS_ENDING) for part in parts))
+
+
+def _entries(value: str) -> list[str] | None:
+    """Return the entries of a list as written; None for anything else."""
+    inside = value.strip()
+    if not (inside.startswith("[") and inside.endswith("]")):
+        return None
+    entries, start, depth, quote = [], 0, 0, ""
+    inside = inside[1:-1]
+    for place, character in enumerate(inside):
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"" and not inside[start:place].strip():
+            quote = character
+        elif character in "[({":
+            depth += 1
+        elif character in "])}":
+            depth -= 1
+        elif character == "," and depth == 0:
+            entries.append(inside[start:place].strip())
+            start = place + 1
+    if depth or quote:  # the brackets belong to file names
+        return [entry.strip() for entry in inside.split(",")]
+    last = inside[start:].strip()
+    return [*entries, last] if entries or last else []
+
+
+def _kind(key: str) -> Literal["text", "texts", "group", "other"]:
+    """Return what a key takes; a group takes the name of an option, or keys with values."""
+    if key in _HYDRA_TEXTS:
+        return "text"
+    hint: Any = RunConfig
+    for part in key.split("."):
+        if not dataclasses.is_dataclass(hint):
+            return "text" if str in typing.get_args(hint)[1:] else "other"  # a mapping, such as prompt.by_modality
+        hint = typing.get_type_hints(hint).get(part)
+    if hint is str or str in typing.get_args(hint):
+        return "texts" if typing.get_origin(hint) is tuple else "text"
+    return "group" if dataclasses.is_dataclass(hint) else "other"
+
+
+def explain(error: Exception) -> str:
+    """Explain an error of Hydra, OmegaConf or YAML on one line, with what to do."""
+    if isinstance(error, OverrideParseException):
+        return _explain_override(error)
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        near = difflib.get_close_matches(name, error.options, n=1)
+        meant = f"did you mean {near[0]}? " if near else ""
+        return f"{group}={name}: option not found; {meant}choose one of {', '.join(error.options)}"
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        return f"{error.missing_cfg_file}: YAML file not found in rlmed's conf/ or a folder given with --config-dir"
+    if isinstance(error, UnicodeDecodeError):
+        line = error.object.splitlines()[error.object.count(b"\n", 0, error.start)]
+        return f"a YAML file of the configuration is not UTF-8, see {line!r} in it: save it as UTF-8"
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"{mark.name}, line {mark.line + 1} is not valid YAML ({error.problem}): fix that line"
+    if isinstance(error, OmegaConfBaseException):
+        cure = ""
+        if "nterpolation" in type(error).__name__ + str(error):
+            cure = r": correct the key in ${…}, or write \${ for a literal ${"
+        said = str(error).partition("\n")[0].rstrip(".")
+        place = "" if error.full_key is None or str(error.full_key) in said else f"{error.full_key}: "
+        return f"{place}{said}{cure}"
+    said = one_line(error)
+    sweep = re.match("Ambiguous value for argument '(.*?)' 1[.]|Sweep parameters '(.*)' require", said)
+    if sweep:
+        return f"{sweep[1] or sweep[2]}: several values need --multirun, and a list is written [1,2]"
+    twice = re.match(r"Multiple values for (\w+)[.]", said)
+    if twice:
+        return f"{twice[1]} is given twice, but a run takes exactly one {twice[1]}: drop all but one {twice[1]}="
+    cause = error.__cause__
+    return f"{said} ({explain(cause)})" if isinstance(cause, OmegaConfBaseException) else said
+
+
+def _explain_override(error: OverrideParseException) -> str:
+    override = error.override
+    key, equals, value = override.partition("=")
+    if not equals:
+        return f"{override!r} is not of the form key=value: no spaces around =, and quotes around a value with spaces"
+    if _parse(f"{key}=1") is None:
+        return f"{override}: invalid key {key!r}: keys are letters, digits and _, separated by dots, as in learner.lr"
+    said = one_line(error).partition("See https")[0].rstrip(" .")
+    if said.startswith("LexerNoViableAlt"):
+        said = "it contains an invalid character"
+    if value.lstrip().startswith("["):
+        return f"{override}: not a list ({said}): put entries with commas or brackets in quotes, as {key}=['a,b','c']"
+    if value.lstrip().startswith("{"):
+        return (
+            f"{override}: not a mapping {{KEY:VALUE}} ({said}). Keys are letters, digits, - and _ on the command "
+            "line; others go into a YAML file of yours: --config-dir DIR +experiment=NAME reads DIR/experiment/NAME.yaml"
+        )
+    return f"{override}: {value!r} cannot be read ({said}): write \"{key}='…'\" with the value in both kinds of quotes"

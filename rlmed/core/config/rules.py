@@ -1,0 +1,234 @@
+"""Keys that a command does not read, always or for certain values of other keys, with what to set instead; see `use`.
+
+Two kinds are harmless and have no rule: settings of the half of a run that a debug mode skips (the same command line
+plus one word), and evaluation settings without a file to evaluate on (the run says so).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlmed.core.config.running import ClusterConfig
+from rlmed.core.config.schema import LearnerConfig
+
+MODULES = {"train": "rlmed.launch", "sft": "rlmed.sft", "evaluate": "rlmed.evaluate"}
+"""Command by program of `conf/`."""
+EXPERIMENT = "experiment"
+"""Treated as a key; None without an experiment."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Keys without effect.
+
+    Example:
+        Rule(keys=("algo.dual_clip",), when={"algo.clip": ("ppo", "cispo", "none")}, cure="Set algo.clip=dual")
+    """
+
+    keys: tuple[str, ...]
+    """Keys, or whole sections."""
+    programs: tuple[str, ...] = tuple(MODULES)
+    """Programs in which they have no effect."""
+    when: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """No effect while each of these keys has one of these values; empty means always."""
+    unless: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """No effect unless one of these keys has one of these values."""
+    values: tuple[Any, ...] = ()
+    """The keys' own values without effect; empty means all."""
+    cure: str
+    """What to do instead: a sentence without its full stop."""
+
+    def covers(self, key: str, value: Any) -> bool:
+        """Return True if the rule applies to `key` set to `value`."""
+        named = any(f"{key}.".startswith(f"{name}.") for name in self.keys)
+        return named and (not self.values or value in self.values)
+
+    def applies(self, values: Mapping[str, Any]) -> bool:
+        """Return True if the conditions hold for these values of all keys."""
+        idle = (key in values and values[key] in given for key, given in self.when.items())
+        active = (key not in values or values[key] in given for key, given in self.unless.items())
+        return all(idle) and not any(active)
+
+    @property
+    def conditional(self) -> bool:
+        """True if it depends on other keys."""
+        return bool(self.when or self.unless)
+
+
+def _keys(section: str, cls: type[Any], *, but: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"{section}.{entry.name}" for entry in dataclasses.fields(cls) if entry.name not in but)
+
+
+TRAINING, ONE_PROCESS, EVALUATE = ("train", "sft"), ("sft", "evaluate"), ("evaluate",)
+RAY = _keys("cluster", ClusterConfig, but=("kind", "threads"))
+VLLM = tuple(
+    f"rollout.{name}"
+    for name in ("tensor_parallel_size", "gpu_memory_utilization", "kv_cache_gib", "enforce_eager", "sleep")
+)
+WITHOUT_ENDS = {"eval.at_start": (False,), "eval.at_end": (False,)}
+FROM_FILES = {"data.source": ("jsonl",)}
+RATIO_IS_1 = {"algo.old_logprobs": ("learner",), "learner.epochs": (1,), "learner.mini_batches": (1,)}
+SEVERAL_UPDATES = "The ratio is 1 in a batch's first update: set learner.mini_batches or learner.epochs above 1"
+
+RULES = (
+    # what other commands are for
+    Rule(keys=("steps",), programs=("sft",), cure="Set sft.epochs and sft.batch_size"),
+    Rule(keys=("steps", "checkpoint", "resume"), programs=EVALUATE, cure="It learns nothing: leave it out"),
+    Rule(keys=("algo", "reward"), programs=ONE_PROCESS, cure="Only rlmed.launch learns from rewards: leave it out"),
+    Rule(keys=("preflight", "debug"), programs=ONE_PROCESS, cure="It is for rlmed.launch alone: leave it out"),
+    Rule(keys=("sft",), programs=("train", "evaluate"), cure="It is for rlmed.sft alone: leave it out"),
+    Rule(
+        keys=("compare_to", "eval.trust", "eval.samples"),
+        programs=TRAINING,
+        cure="Train without it, then run python -m rlmed.evaluate model=RUN/checkpoints/step-N with it",
+    ),
+    # one process, greedy completions
+    Rule(
+        keys=("rollout.engine",),
+        values=("vllm",),
+        programs=ONE_PROCESS,
+        cure="It samples in its own process, with the native engine: leave rollout=vllm out",
+    ),
+    Rule(keys=VLLM, programs=ONE_PROCESS, cure="vLLM samples for rlmed.launch alone: leave it out"),
+    Rule(keys=("cluster.kind", *RAY), programs=ONE_PROCESS, cure="It runs in one process: leave it out"),
+    Rule(
+        keys=("rollout.temperature", "rollout.top_p", "rollout.top_k"),
+        programs=ONE_PROCESS,
+        cure="Evaluation is greedy: leave it out",
+    ),
+    Rule(keys=("rollout.max_tokens",), programs=ONE_PROCESS, cure="Set eval.max_tokens"),
+    Rule(
+        keys=("rollout.on_push", "rollout.max_mismatch_kl"),
+        programs=ONE_PROCESS,
+        cure="Only rlmed.launch pushes weights: leave it out",
+    ),
+    # supervised fine-tuning
+    Rule(keys=("learner.epochs", "learner.mini_batches"), programs=("sft",), cure="Set sft.epochs and sft.batch_size"),
+    Rule(
+        keys=("eval.every",),
+        programs=("sft",),
+        cure="It evaluates before and after: run rlmed.evaluate on the checkpoints between",
+    ),
+    Rule(
+        keys=("data.selection",),
+        programs=ONE_PROCESS,
+        cure="Only rlmed.launch samples and so knows pass rates: leave it out",
+    ),
+    # evaluation
+    Rule(
+        keys=("eval.every", "eval.at_start", "eval.at_end"), programs=EVALUATE, cure="It evaluates once: leave it out"
+    ),
+    Rule(
+        keys=("data.mix", "data.shuffle_options"),
+        programs=EVALUATE,
+        cure="All rows are asked unchanged; eval.controls=true adds other orders of the options",
+    ),
+    Rule(
+        keys=_keys("learner", LearnerConfig, but=("token_budget",)),
+        programs=EVALUATE,
+        cure="It learns nothing: leave it out",
+    ),
+    Rule(
+        keys=("eval.samples", "seed", "learner.token_budget"),
+        programs=EVALUATE,
+        when={"eval.trust": (False,)},
+        cure="Greedy answers don't depend on it: set eval.trust=true, or leave it out",
+    ),
+    Rule(
+        keys=("data.limit",),
+        programs=EVALUATE,
+        when={**FROM_FILES, "data.train": (None,)},
+        cure="It limits the training rows: give data.train, or set eval.limit",
+    ),
+    # when evaluations are
+    Rule(
+        keys=("eval.controls",),
+        programs=TRAINING,
+        when=WITHOUT_ENDS,
+        cure="Controls are measured at the start and end of a run: set eval.at_end=true",
+    ),
+    Rule(
+        keys=("eval.limit", "eval.max_tokens"),
+        programs=("train",),
+        when={**WITHOUT_ENDS, "eval.every": (0,)},
+        cure="Nothing is evaluated: set eval.at_end=true",
+    ),
+    Rule(
+        keys=("eval.limit", "eval.max_tokens"),
+        programs=("sft",),
+        when=WITHOUT_ENDS,
+        cure="Nothing is evaluated: set eval.at_end=true",
+    ),
+    Rule(
+        keys=("rollout.stop", "rollout.max_completions", "rollout.prefill_tokens"),
+        programs=("sft",),
+        when=WITHOUT_ENDS,
+        cure="Only evaluations sample here: set eval.at_end=true",
+    ),
+    Rule(keys=("preflight.groups",), when={"preflight.enabled": (False,)}, cure="Set preflight.enabled=true"),
+    Rule(
+        keys=("checkpoint.keep_last",),
+        programs=TRAINING,
+        when={"checkpoint.every": (0,)},
+        cure="There is one checkpoint, at the end: set checkpoint.every above 0",
+    ),
+    # data
+    Rule(keys=("data.phantom_seed", "data.phantom_folder"), when=FROM_FILES, cure="Set data=phantom"),
+    Rule(
+        keys=("data.phantom_seed", "data.phantom_folder"),
+        unless={"data.train": (None,), "data.eval": ([],)},
+        cure="With both files given nothing is generated: drop it, or one of the files",
+    ),
+    Rule(
+        keys=("data.leakage",),
+        values=("strict",),
+        programs=TRAINING,
+        when={**FROM_FILES, "data.eval": ([],)},
+        cure="There is nothing to compare the training rows with: give data.eval",
+    ),
+    Rule(
+        keys=tuple(
+            f"data.selection.{name}" for name in ("window", "min_pass_rate", "max_pass_rate", "cooldown_epochs")
+        ),
+        when={"data.selection.mode": ("all",)},
+        cure="Set data.selection.mode=pass_rate",
+    ),
+    # algorithm and rewards
+    Rule(
+        keys=("algo.clip_ratio_low", "algo.clip_ratio_high"),
+        when={"algo.clip": ("none",)},
+        cure="Set algo.clip=ppo, dual or cispo",
+    ),
+    Rule(keys=("algo.dual_clip",), when={"algo.clip": ("ppo", "cispo", "none")}, cure="Set algo.clip=dual"),
+    Rule(keys=("algo.clip_ratio_low", "algo.clip_ratio_high", "algo.dual_clip"), when=RATIO_IS_1, cure=SEVERAL_UPDATES),
+    Rule(keys=("algo.clip",), values=("dual", "cispo"), when=RATIO_IS_1, cure=SEVERAL_UPDATES),
+    Rule(keys=("algo.ratio_level",), values=("sequence",), when=RATIO_IS_1, cure=SEVERAL_UPDATES),
+    Rule(keys=("algo.kl_estimator",), when={"algo.kl_coef": (0,)}, cure="Set algo.kl_coef above 0"),
+    Rule(
+        keys=("algo.importance_cap",),
+        when={"algo.old_logprobs": ("rollout",)},
+        cure="It caps the importance weight between engine and learner: set algo.old_logprobs=learner",
+    ),
+    Rule(keys=("algo.max_refills",), when={"algo.dynamic_sampling": (False,)}, cure="Set algo.dynamic_sampling=true"),
+    Rule(
+        keys=("reward.timeout_s",), when={"reward.extra": ([],)}, cure="It bounds your own functions: give reward.extra"
+    ),
+    # engines and processes
+    Rule(keys=VLLM, when={"rollout.engine": ("native", "fake")}, cure="Set rollout=vllm (with cluster=ray)"),
+    Rule(
+        keys=("rollout.prefill_tokens",),
+        when={"rollout.engine": ("vllm",)},
+        cure="vLLM sizes its own steps: leave it out",
+    ),
+    Rule(keys=("rollout.on_push",), when={"algo.max_staleness": (0,)}, cure="Set algo.max_staleness above 0"),
+    Rule(keys=RAY, when={"cluster.kind": ("local",)}, cure="Set cluster=ray"),
+    # the command line
+    Rule(
+        keys=("profile",),
+        when={EXPERIMENT: (None,)},
+        cure="It chooses between +experiment=X and X_embedded: give an experiment",
+    ),
+)

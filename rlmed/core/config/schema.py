@@ -1,0 +1,309 @@
+"""The configuration as typed records, validated once at the edge: Hydra composes a mapping, `building` checks it.
+
+Each part of the program receives only its own section. A key is documented above its value in `conf/`, the only source
+of defaults: no field has one here.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rlmed.core.config.checks import PRODUCT_USES, require, require_one_of
+from rlmed.core.config.running import (
+    CheckpointConfig,
+    ClusterConfig,
+    DebugConfig,
+    EvalConfig,
+    PreflightConfig,
+    RolloutConfig,
+    SftConfig,
+)
+
+MAX_SEED = 2**40
+"""Larger seeds would overflow, multiplied, the 64-bit seeds of completions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model to load, and how."""
+
+    path: str
+    dtype: str
+    device: str
+    min_pixels: int | None
+    max_pixels: int | None
+    onednn: tuple[str, ...] | None
+
+    def __post_init__(self) -> None:
+        for use in self.onednn or ():
+            require_one_of("model.onednn", use, PRODUCT_USES)
+        require_one_of("model.dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        require(
+            re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None,
+            f"invalid model.device={self.device!r}: expected auto, cpu, cuda, or cuda:N for one of several",
+        )
+        for key, value in (("min_pixels", self.min_pixels), ("max_pixels", self.max_pixels)):
+            require(value is None or value > 0, f"model.{key}={value} must be positive or null")
+        pixels = (self.min_pixels or 0, self.max_pixels or 2**62)
+        require(pixels[0] <= pixels[1], f"model.min_pixels={pixels[0]} exceeds model.max_pixels={pixels[1]}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionConfig:
+    """Which training prompts to skip for a while; see `rlmed.data.curriculum.PassRates`."""
+
+    mode: str
+    window: int
+    min_pass_rate: float
+    max_pass_rate: float
+    cooldown_epochs: int
+
+    def __post_init__(self) -> None:
+        require_one_of("data.selection.mode", self.mode, ("all", "pass_rate"))
+        require(self.window >= 1, f"data.selection.window={self.window} must be at least 1")
+        require(
+            0 <= self.min_pass_rate < self.max_pass_rate <= 1,
+            f"data.selection.min_pass_rate={self.min_pass_rate} and data.selection.max_pass_rate={self.max_pass_rate} must "
+            "satisfy 0 <= min < max <= 1: prompts with a pass rate between them are kept",
+        )
+        require(
+            self.cooldown_epochs >= 1,
+            f"data.selection.cooldown_epochs={self.cooldown_epochs} must be at least 1 epoch: to use all prompts, set "
+            "data.selection.mode=all",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Data sources, and how questions become prompts."""
+
+    source: str
+    train: str | None
+    eval: tuple[str, ...]
+    phantom_seed: int
+    phantom_folder: str | None
+    max_prompt_tokens: int
+    shuffle_options: bool
+    mix: Mapping[str, float] | None
+    selection: SelectionConfig
+    on_bad_row: str
+    leakage: str
+    limit: int | None
+    download: str | None
+
+    def __post_init__(self) -> None:
+        require_one_of("data.source", self.source, ("jsonl", "phantom"))
+        require_one_of("data.on_bad_row", self.on_bad_row, ("skip", "error"))
+        require_one_of("data.leakage", self.leakage, ("report", "strict", "off"))
+        require(self.phantom_seed >= 0, f"data.phantom_seed={self.phantom_seed} must not be negative")
+        require(self.max_prompt_tokens > 0, f"data.max_prompt_tokens={self.max_prompt_tokens} must be positive")
+        require(self.limit is None or self.limit > 0, f"data.limit={self.limit} must be positive or null")
+        require(
+            self.mix is None or len(self.mix) > 0, "data.mix={} names no modality: give shares, or null for all rows"
+        )
+        for name, share in (self.mix or {}).items():
+            require(
+                0 < share < math.inf,
+                f"data.mix.{name}={share} must be a positive number: omit a modality to draw none of it",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptConfig:
+    """Prompt templates; see `rlmed.data.prompts.PromptRenderer`."""
+
+    template: str
+    by_modality: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        for key, text in (("template", self.template), *((f"by_modality.{k}", v) for k, v in self.by_modality.items())):
+            require(
+                text.count("{question}") == 1,
+                f"prompt.{key}={text!r} must contain {{question}} exactly once, where question and options go",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlgoConfig:
+    """Settings of the policy-gradient algorithm; docs/papers.md gives the source of each.
+
+    `learner.losses.PolicyLossConfig` checks the keys of the loss, before anything is loaded.
+    """
+
+    group_size: int
+    groups_per_step: int
+    advantage: str
+    normalize_by: str | None
+    ratio_level: str
+    clip: str
+    clip_ratio_low: float
+    clip_ratio_high: float
+    dual_clip: float
+    kl_coef: float
+    kl_estimator: str
+    aggregation: str
+    old_logprobs: str
+    importance_cap: float | None
+    dynamic_sampling: bool
+    max_refills: int
+    mask_truncated: bool
+    max_staleness: int
+
+    def __post_init__(self) -> None:
+        require_one_of("algo.advantage", self.advantage, ("grpo", "dr_grpo", "rloo"))
+        require(
+            self.normalize_by in (None, "modality"),
+            f"invalid algo.normalize_by={self.normalize_by!r}: expected modality or null",
+        )
+        require_one_of("algo.old_logprobs", self.old_logprobs, ("learner", "rollout"))
+        require(
+            self.group_size >= 2,
+            f"algo.group_size={self.group_size} must be at least 2 for the group-relative advantage {self.advantage!r}: "
+            "it compares a completion with the others of its group",
+        )
+        require(self.groups_per_step >= 1, f"algo.groups_per_step={self.groups_per_step} must be at least 1")
+        require(self.max_staleness >= 0, f"algo.max_staleness={self.max_staleness} must not be negative")
+        require(self.max_refills >= 0, f"algo.max_refills={self.max_refills} must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """Rewards and their weights."""
+
+    weights: Mapping[str, float]
+    extra: tuple[str, ...]
+    timeout_s: float
+
+    def __post_init__(self) -> None:
+        require(
+            any(self.weights.values()) or bool(self.extra),
+            f"reward.weights={dict(self.weights)} rewards nothing: give at least one reward a non-zero weight",
+        )
+        require(self.timeout_s > 0, f"reward.timeout_s={self.timeout_s} must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnerConfig:
+    """Optimizer, batching and freezing."""
+
+    lr: float
+    lr_schedule: str
+    warmup_steps: int
+    betas: tuple[float, float]
+    weight_decay: float
+    max_grad_norm: float
+    token_budget: int
+    epochs: int
+    mini_batches: int
+    gradient_checkpointing: bool
+    freeze: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        require_one_of("learner.lr_schedule", self.lr_schedule, ("constant", "linear", "cosine"))
+        require(self.lr > 0, f"learner.lr={self.lr} must be positive")
+        require(self.warmup_steps >= 0, f"learner.warmup_steps={self.warmup_steps} must not be negative")
+        require(
+            all(0 <= beta < 1 for beta in self.betas),
+            f"learner.betas={list(self.betas)} must be in [0, 1), as [0.9, 0.999]",
+        )
+        require(self.weight_decay >= 0, f"learner.weight_decay={self.weight_decay} must not be negative")
+        require(self.max_grad_norm > 0, f"learner.max_grad_norm={self.max_grad_norm} must be positive")
+        require(self.token_budget >= 1, f"learner.token_budget={self.token_budget} must be at least 1")
+        require(self.epochs >= 1, f"learner.epochs={self.epochs} must be at least 1")
+        require(self.mini_batches >= 1, f"learner.mini_batches={self.mini_batches} must be at least 1")
+        for part in self.freeze:
+            require_one_of("learner.freeze", part, ("vision", "merger", "language_model"))
+        require(len(set(self.freeze)) < 3, "learner.freeze names every part of the model: nothing would be trained")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Configuration of a run."""
+
+    name: str
+    seed: int
+    steps: int
+    model: ModelConfig
+    data: DataConfig
+    prompt: PromptConfig
+    algo: AlgoConfig
+    reward: RewardConfig
+    rollout: RolloutConfig
+    learner: LearnerConfig
+    cluster: ClusterConfig
+    eval: EvalConfig
+    checkpoint: CheckpointConfig
+    preflight: PreflightConfig
+    sft: SftConfig
+    debug: DebugConfig
+    profile: str
+    resume: str | None
+    compare_to: str | None
+
+    def __post_init__(self) -> None:
+        require(bool(self.name.strip()), f"name={self.name!r} must not be empty: it names the run's folder")
+        require(self.steps >= 1, f"steps={self.steps} must be at least 1")
+        require(0 <= self.seed <= MAX_SEED, f"seed={self.seed} must be between 0 and {MAX_SEED}")
+        require_one_of("profile", self.profile, ("auto", "embedded", "paper"))
+        require(
+            not self.eval.trust or self.eval.samples <= self.rollout.max_completions,
+            f"eval.samples={self.eval.samples} exceeds rollout.max_completions={self.rollout.max_completions}: all samples "
+            "of a question are drawn together, so raise rollout.max_completions",
+        )
+        require(
+            self.rollout.engine != "vllm" or self.cluster.kind == "ray",
+            f"rollout.engine={self.rollout.engine} runs in its own worker process: use rlmed.launch with cluster=ray",
+        )
+        require(
+            self.cluster.kind == "local" or ":" not in self.model.device,
+            f"model.device={self.model.device} is not supported with cluster=ray, where Ray assigns GPUs to each process: "
+            "use model.device=cuda, and CUDA_VISIBLE_DEVICES to hide GPUs from Ray",
+        )
+        require(
+            self.rollout.engine == "vllm" or self.cluster.weight_transfer in ("auto", "object_store"),
+            f"cluster.weight_transfer={self.cluster.weight_transfer} works with vLLM only: use rollout=vllm, or auto",
+        )
+        require(
+            self.rollout.tensor_parallel_size == 1
+            or self.cluster.gpus_per_worker is None
+            or self.cluster.gpus_per_worker >= self.rollout.tensor_parallel_size,
+            f"cluster.gpus_per_worker={self.cluster.gpus_per_worker} is less than rollout.tensor_parallel_size="
+            f"{self.rollout.tensor_parallel_size}, the GPUs of an engine: use cluster.gpus_per_worker=null",
+        )
+        require(
+            not self.rollout.sleep or (self.rollout.engine == "vllm" and self.algo.max_staleness == 0),
+            f"rollout.sleep=true with rollout.engine={self.rollout.engine} and algo.max_staleness={self.algo.max_staleness}: "
+            "only vLLM can sleep, and not while it samples for later steps. Use rollout=vllm and "
+            "algo.max_staleness=0, or rollout.sleep=null",
+        )
+        require(
+            self.rollout.max_mismatch_kl is None
+            or (self.algo.max_staleness == 0 and self.algo.old_logprobs == "learner"),
+            f"rollout.max_mismatch_kl={self.rollout.max_mismatch_kl} compares engine and learner at the same weights: it needs "
+            "algo.max_staleness=0 and algo.old_logprobs=learner",
+        )
+        require(
+            self.data.selection.mode != "pass_rate" or "choice" in self.reward.weights,
+            f"data.selection.mode={self.data.selection.mode} needs the reward part choice, which reward.weights lacks: add "
+            "reward.weights.choice, with weight 0 if it should not count (+reward.weights.choice=0)",
+        )
+        require(
+            self.learner.mini_batches <= self.algo.groups_per_step,
+            f"learner.mini_batches={self.learner.mini_batches} exceeds algo.groups_per_step={self.algo.groups_per_step}: "
+            "a mini-batch needs at least one group",
+        )
+
+    def check_groups(self) -> None:
+        """Check that a training group fits into one sampling batch; evaluations sample one completion per prompt.
+
+        Raises:
+            ConfigError: if a group is larger than rollout.max_completions.
+        """
+        require(
+            self.algo.group_size <= self.rollout.max_completions,
+            f"algo.group_size={self.algo.group_size} exceeds rollout.max_completions={self.rollout.max_completions}: "
+            "a group is sampled together, so raise rollout.max_completions",
+        )

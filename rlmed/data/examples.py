@@ -1,0 +1,266 @@
+"""Read questions from JSON Lines files: every row becomes an `Example` or a counted, listed skip."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rlmed.core.files.near_paths import Folder, OutsideError, near_path
+from rlmed.core.files.other_formats import to_prepare
+from rlmed.core.types import Example
+from rlmed.data.images import BadImageError, check_image
+from rlmed.data.options.choices import Choice, choose
+from rlmed.data.options.sources import is_nothing, plain_option, read_options, unique_keys
+from rlmed.data.rows import BadRowError as BadRowError
+from rlmed.data.rows import as_object
+from rlmed.data.rows import shorten as shorten
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+NEAR_CURE = "write the path relative to the folder, with the file's exact name"
+
+
+@dataclass(frozen=True, slots=True)
+class SkippedRow:
+    """A skipped row.
+
+    Example:
+        SkippedRow(line=17, id="mri-17", reason="image images/17.png does not exist: copy it there or correct the path")
+    """
+
+    line: int
+    """Line in the file, from 1."""
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReadResult:
+    """A file as it was read."""
+
+    path: Path
+    examples: tuple[Example, ...]
+    """The usable rows, in the order of the file."""
+    skipped: tuple[SkippedRow, ...]
+    """The skipped rows, in the order of the file."""
+    sha256: str
+    """SHA-256 of the file's bytes, in hexadecimal."""
+    lines: Mapping[str, int]
+    """Line number, from 1, of each usable row by its id."""
+
+
+def read_examples(path: Path, *, on_bad_row: Literal["skip", "error"] = "skip") -> ReadResult:
+    """Read rows `{image, question, options, answer[, modality, kind, id, completion]}`.
+
+    `options` is a list, or a mapping from letters or numbers; `answer` is an option's text, its letter or number, or
+    both: see `rlmed.data.options.choices`. `image` is a path relative to the file, inside its folder, or null; `qtype`
+    is another name for `kind`. Strips texts; ignores blank lines and a byte-order mark. Decodes every image once, so
+    that a damaged one shows up here and not in the middle of a run.
+
+    Args:
+        path: the file.
+        on_bad_row: "skip" lists bad rows in the result, "error" raises if there are any.
+
+    Raises:
+        ValueError: for a file that is missing, empty, not UTF-8, not JSON (with line and column), or has no usable row.
+    """
+    if on_bad_row not in ("skip", "error"):
+        raise ValueError(f"on_bad_row={on_bad_row!r} must be 'skip' or 'error'")
+    if other := to_prepare(path):
+        raise ValueError(f"data file {other}")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        near = near_path(path) or "give the path of a JSON Lines file"
+        raise ValueError(f"data file {path} cannot be read: {error.strerror}; {near}") from error
+    rows = _parse(path, content)
+    if not rows:
+        raise ValueError(f"{path} is empty: it needs one JSON object a line, with image, question, options and answer")
+    # the folder of a symlinked file is the one that holds the link
+    folder = Folder(path.parent)
+    parsed = [(line, *parse_row(row, f"{path.stem}-{line}", folder)) for line, row in rows]
+    broken = _broken_images({entry.image for _, _, entry in parsed if isinstance(entry, Example) and entry.image})
+    examples: list[Example] = []
+    skipped: list[SkippedRow] = []
+    lines: dict[str, int] = {}
+    for line, name, entry in parsed:
+        if isinstance(entry, str):
+            skipped.append(SkippedRow(line, name, entry))
+        elif entry.image in broken:
+            skipped.append(SkippedRow(line, name, broken[entry.image]))
+        elif name in lines:
+            skipped.append(SkippedRow(line, name, f"its id was used in line {lines[name]} already"))
+        else:
+            lines[name] = line
+            examples.append(entry)
+    if skipped and (on_bad_row == "error" or not examples):
+        head = "; ".join(f"line {row.line}: {row.reason}" for row in skipped[:3])
+        what = "a row cannot be used, and on_bad_row is error" if examples else "no row can be used"
+        raise ValueError(f"{path}: {what} ({len(skipped)} of {len(rows)} are bad). {head}")
+    return ReadResult(path, tuple(examples), tuple(skipped), hashlib.sha256(content).hexdigest(), lines)
+
+
+def format_skips(result: ReadResult, examples: int = 3, *, record: str = "data.json") -> str:
+    """Summarize the skipped rows: how many, and the first few with their reasons; empty without any.
+
+    `record` is the file that lists them all; "" for none.
+    """
+    if not result.skipped:
+        return ""
+    bad, rows = len(result.skipped), len(result.skipped) + len(result.examples)
+    head = "; ".join(f"line {row.line} ({row.id}): {row.reason}" for row in result.skipped[:examples])
+    listed = f" (all are listed in {record})" if record else ""
+    first = f"The first {examples}: " if bad > examples else ""
+    return f"{result.path}: {bad} of {rows} rows skipped{listed}. {first}{head}"
+
+
+def _parse(path: Path, content: bytes) -> list[tuple[int, Any]]:
+    """Yield (line number, value or why it cannot be used) for each line that is not blank."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        place = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path} is not UTF-8 (line {place}): save it as UTF-8") from error
+    rows = []
+    # not splitlines(): JSON text may hold Unicode line separators
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append((number, json.loads(line, object_pairs_hook=unique_keys)))
+        except BadRowError as error:
+            rows.append((number, error))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path}, line {number}, column {error.colno}: not valid JSON ({error.msg}); each line must be one JSON object"
+            ) from error
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets thousands deep
+            raise ValueError(f"{path}, line {number}: JSON that cannot be read ({error}); remove the line") from error
+    return rows
+
+
+def parse_row(row: Any, default: str, folder: Folder) -> tuple[str, Example | str]:
+    """Return (id, the row's example or the reason why there is none), without decoding its image.
+
+    Args:
+        row: what a line holds, or why it is unusable.
+        default: the id of a row without one.
+        folder: of the data file.
+    """
+    name = default
+    try:
+        row = as_object(row)
+        name = _row_id(row, default)
+        choice = _choice(row)
+        completion = None if row.get("completion") is None else _text(row, "completion")
+        if completion is not None and not choice.same_letters:
+            raise BadRowError(
+                "its completion names letters, and those of its options have a gap: call them A, B, C and so on"
+            )
+        return name, Example(
+            id=name,
+            image=_image_path(row.get("image"), folder),
+            question=_text(row, "question").strip(),
+            options=choice.options,
+            answer=choice.answer,
+            modality=_optional_text(row, "modality"),
+            kind=_optional_text(row, "kind") or _optional_text(row, "qtype"),
+            completion=completion,
+        )
+    except BadRowError as error:
+        return name, str(error)
+
+
+def _row_id(row: Mapping[str, Any], default: str) -> str:
+    value = row.get("id")
+    if value is None:
+        return default
+    # ids are often numbers; True is an int to Python
+    return str(value) if type(value) is int else _text(row, "id").strip()
+
+
+def _text(row: Mapping[str, Any], key: str) -> str:
+    value = row.get(key)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise BadRowError(f"it has no {key}")
+    return _checked_text(value, key)
+
+
+def _optional_text(row: Mapping[str, Any], key: str) -> str:
+    value = row.get(key)
+    return "" if value is None else _checked_text(value, key).strip()
+
+
+def _checked_text(value: object, key: str) -> str:
+    if not isinstance(value, str):
+        raise BadRowError(f"its {key} is {shorten(value)}, not a text")
+    # half of a pair of \\uXXXX escapes is valid JSON but not valid text: it can be neither tokenized nor hashed
+    if _SURROGATE.search(value):
+        raise BadRowError(f"its {key} {shorten(value)} holds half a character (a lone surrogate)")
+    return value
+
+
+def _choice(row: Mapping[str, Any]) -> Choice:
+    if row.get("options") is None:
+        raise BadRowError("it has no options")
+    options = read_options(row["options"], _option_text)
+    answer = row.get("answer")
+    if type(answer) is int:  # True is an int to Python
+        return choose(options, str(answer), number=True)
+    return choose(options, _text(row, "answer"))
+
+
+def _option_text(value: object) -> str:
+    return "" if is_nothing(value) else plain_option(_checked_text(value, "option"))
+
+
+def _image_path(value: Any, folder: Folder) -> Path | None:
+    if isinstance(value, list):
+        if len(value) != 1:
+            raise BadRowError(f"it has {len(value)} images; one is possible")
+        (value,) = value
+    if value is None:
+        return None
+    text = _checked_text(value, "image")
+    path = path_inside(text, folder)
+    # without a hint, the decoder reports the image as missing
+    if not os.path.lexists(path) and (near := folder.near(text)):
+        raise BadRowError(f"image {path} does not exist: {near}; {NEAR_CURE}")
+    return path
+
+
+def path_inside(text: str, folder: Folder, what: str = "image") -> Path:
+    """Return the real path of a file that a row names, in `folder` but perhaps missing; see `Folder.locate`.
+
+    Raises:
+        BadRowError: for a value that is not a path, an absolute path, or one that leaves the folder by `..` or a link.
+    """
+    if not text.strip() or "\0" in text or _SURROGATE.search(text):
+        raise BadRowError(f"its {what} is {shorten(text)}, not a path; write null for a question without one")
+    try:
+        return folder.locate(text)
+    except OutsideError as error:
+        near = folder.near(text)
+        cure = f"{near} in it; {NEAR_CURE}" if near else "copy it there, give its relative path"
+        raise BadRowError(f"its {what} {shorten(text)} leaves the folder of the data file: {cure}") from error
+
+
+def _broken_images(paths: set[Path]) -> dict[Path | None, str]:
+    """Return why an image cannot be used, for those that cannot; decodes each file once."""
+
+    def check(path: Path) -> str | None:
+        try:
+            check_image(path)
+        except BadImageError as error:
+            return str(error)
+        return None
+
+    ordered = sorted(paths)
+    with ThreadPoolExecutor(max_workers=4) as pool:  # Pillow releases the GIL while it decodes
+        return {path: reason for path, reason in zip(ordered, pool.map(check, ordered), strict=True) if reason}

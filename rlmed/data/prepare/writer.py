@@ -1,0 +1,319 @@
+"""Write the files of a prepared data set; checks every row the way it will be read back."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import TextIO
+
+from PIL import Image
+
+from rlmed.core.files.atomic import refusal
+from rlmed.core.files.near_paths import Folder
+from rlmed.core.statistics import chance, leave_one_out_prior, majority_letter
+from rlmed.core.types import Example
+from rlmed.data.examples import BadRowError, parse_row, shorten
+from rlmed.data.images import BadImageError, check_contrast, check_encoded, check_image, check_image_size, image_sha256
+from rlmed.data.options.choices import written_answer
+from rlmed.data.options.order import kept_orders
+from rlmed.data.readers.base import Encoded, Picture, Skipped, SourceImage, SourceRow
+
+MAX_SPLITS = 64
+MAX_IMAGE_BYTES = 2**30
+"""Largest image file that is copied: no picture of `MAX_PIXELS` pixels needs more."""
+MAX_ID = 200
+"""Most characters of an id."""
+MAX_REASON = 1000
+"""Most characters of a skipped row's location and reason."""
+_SPLIT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_KEY = re.compile(r"[A-Za-z0-9_-]{1,100}")
+_HASH_LENGTH = 20
+"""Hexadecimal digits of its SHA-256 in an image's name: 80 bits, so that no two of a million collide."""
+
+
+@dataclass(frozen=True, slots=True)
+class Priors:
+    """Accuracies on a split without looking at images, in [0, 1]; see `rlmed.core.statistics`.
+
+    Example:
+        Priors(chance=0.25, majority_letter=0.29, leave_one_out=0.965, leave_one_out_by_rate=0.974)
+    """
+
+    chance: float
+    majority_letter: float
+    leave_one_out: float
+    """Accuracy of picking the option text most often correct in the split's other rows."""
+    leave_one_out_by_rate: float
+
+    @classmethod
+    def of(cls, examples: list[Example]) -> Priors:
+        """Compute the priors; raises ValueError without rows."""
+        return cls(
+            chance(examples),
+            majority_letter(examples),
+            leave_one_out_prior(examples),
+            leave_one_out_prior(examples, by_rate=True),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SplitSummary:
+    """One JSON Lines file.
+
+    Example:
+        SplitSummary(file="test_ct.jsonl", rows=300, images=300, by_modality={"CT": 300}, by_kind={"anatomy": 120},
+                     sha256="9f2c…", priors=Priors(0.30, 0.35, 0.97, 0.97))
+    """
+
+    file: str
+    rows: int
+    images: int
+    """Distinct images of its rows."""
+    by_modality: dict[str, int]
+    by_kind: dict[str, int]
+    sha256: str
+    priors: Priors
+    kept_order: int = 0
+    """Rows whose options have a fixed order, since one refers to others: `all of the above`."""
+    kept_order_by: str = ""
+    """The first of these options; "" for none."""
+
+
+class Images:
+    """Copies each image into the layout once."""
+
+    def __init__(self, folder: Path, source: Path) -> None:
+        self.hashes: dict[str, str] = {}
+        """SHA-256 by path in the layout."""
+        self._folder, self._source = folder, source
+        self._seen: dict[object, str | BadImageError] = {}
+
+    def add(self, image: SourceImage) -> str:
+        """Copy the image and return its path in the layout. Raises BadImageError."""
+        key = image if isinstance(image, Path) else (type(image), image.key)
+        if isinstance(image, Encoded) and not image.key:
+            return self._put(image)
+        if key not in self._seen:
+            try:
+                self._seen[key] = self._write(image)
+            except BadImageError as error:
+                self._seen[key] = error
+        found = self._seen[key]
+        if isinstance(found, BadImageError):
+            raise found
+        return found
+
+    def _write(self, image: SourceImage) -> str:
+        if isinstance(image, Picture):
+            return self._save(image)
+        return self._copy(image) if isinstance(image, Path) else self._put(image)
+
+    def _copy(self, path: Path) -> str:
+        if path.is_file() and path.stat().st_size > MAX_IMAGE_BYTES:
+            raise BadImageError(f"image {path.name} has {path.stat().st_size} bytes, more than {MAX_IMAGE_BYTES}")
+        try:
+            check_image(path)
+            sha256 = image_sha256(path)
+        except BadImageError as error:
+            # the manifest may be shared: it names files relative to the source
+            raise BadImageError(str(error).replace(str(path), _short(path, self._source))) from None
+        name = _file_name(sha256, path)
+        if name not in self.hashes:
+            with writing(self._folder / name):
+                shutil.copyfile(path, self._folder / name)
+            self.hashes[name] = sha256
+        return name
+
+    def _put(self, image: Encoded) -> str:
+        content = image.load()
+        check_encoded(content, image.name)
+        sha256 = hashlib.sha256(content).hexdigest()
+        name = _file_name(sha256, PurePath(image.name))
+        if name not in self.hashes:
+            with writing(self._folder / name):
+                (self._folder / name).write_bytes(content)
+            self.hashes[name] = sha256
+        return name
+
+    def _save(self, picture: Picture) -> str:
+        if not _KEY.fullmatch(picture.key):
+            raise ValueError(f"picture key {picture.key!r} must be 1 to 100 letters, digits, - or _")
+        image = picture.load()
+        if image.mode not in ("L", "RGB"):
+            raise ValueError(f"picture {picture.key} has mode {image.mode}; it must be L or RGB")
+        name = f"images/{picture.key}.png"
+        check_image_size(name, image.size)
+        check_contrast(f"picture {picture.key}", image)
+        # pixels only: drop everything else the image carries
+        bare = Image.frombytes(image.mode, image.size, image.tobytes())
+        with writing(self._folder / name):
+            bare.save(self._folder / name, format="PNG")
+        self.hashes[name] = image_sha256(self._folder / name)
+        return name
+
+
+class _Split:
+    """A JSON Lines file being written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.places: dict[str, str] = {}
+        """Where in the source each row was, by id."""
+        self._file: TextIO = path.open("w", encoding="utf-8")
+        self._digest = hashlib.sha256()
+        self._images: set[str] = set()
+        self._by_modality: Counter[str] = Counter()
+        self._by_kind: Counter[str] = Counter()
+        self._answers: list[Example] = []
+        """The rows, reduced to what the priors need."""
+
+    def append(self, example: Example, image: str | None) -> None:
+        row = {
+            "id": example.id,
+            "image": image,
+            "question": example.question,
+            "options": list(example.options),
+            "answer": written_answer(example.options, example.answer),
+            "modality": example.modality,
+            "kind": example.kind,
+        }
+        line = json.dumps(row, ensure_ascii=False) + "\n"
+        with writing(self.path):
+            self._file.write(line)
+        self._digest.update(line.encode("utf-8"))
+        self._images.update([image] if image else [])
+        self._by_modality[example.modality] += 1
+        self._by_kind[example.kind] += 1
+        self._answers.append(dataclasses.replace(example, id="", image=None, question=""))
+
+    def finish(self) -> SplitSummary:
+        with writing(self.path):
+            self._file.close()
+        kept, option = kept_orders(example.options for example in self._answers)
+        return SplitSummary(
+            file=self.path.name,
+            rows=len(self._answers),
+            images=len(self._images),
+            by_modality=dict(sorted(self._by_modality.items())),
+            by_kind=dict(sorted(self._by_kind.items())),
+            sha256=self._digest.hexdigest(),
+            priors=Priors.of(self._answers),
+            kept_order=kept,
+            kept_order_by=option,
+        )
+
+
+class LayoutWriter:
+    """Checks rows and writes the usable ones."""
+
+    def __init__(self, folder: Path, source: Path) -> None:
+        self.skipped: list[Skipped] = []
+        self.images = Images(folder, source)
+        self._folder, self._rows_folder = folder, Folder(folder)
+        self._splits: dict[str, _Split] = {}
+        with writing(folder):
+            (folder / "images").mkdir()
+
+    def add(self, row: SourceRow | Skipped) -> None:
+        if isinstance(row, Skipped):
+            self._skip(row)
+            return
+        try:
+            split = self._split(row.split)
+            example = self._checked(row, split)
+            image = None if row.image is None else self.images.add(row.image)
+        except (BadRowError, BadImageError) as error:
+            self._skip(Skipped(row.where, row.id, str(error)))
+            return
+        split.places[example.id] = row.where
+        split.append(example, image)
+
+    def finish(self) -> dict[str, SplitSummary]:
+        used = {name: split for name, split in self._splits.items() if split.places}
+        if not used and not self.skipped:
+            raise ValueError("the source has no rows: give one with questions")
+        if not used:
+            bad = [row for row in self.skipped if not row.chosen] or self.skipped
+            head = "; ".join(f"{row.where} ({row.id}): {row.reason}" for row in bad[:3])
+            raise ValueError(f"no row can be used, of {sum(row.rows for row in self.skipped)}. {head}")
+        for name in self._splits.keys() - used.keys():
+            self._splits[name].path.unlink()
+        return {name: split.finish() for name, split in used.items()}
+
+    def _skip(self, row: Skipped) -> None:
+        # ids, and file names in locations and reasons, come from the source: print and record them as plain text
+        where, reason = _plain(row.where, MAX_REASON), _plain(row.reason, MAX_REASON)
+        self.skipped.append(dataclasses.replace(row, where=where, id=_plain(row.id, MAX_ID), reason=reason))
+
+    def _split(self, name: str) -> _Split:
+        if not _SPLIT.fullmatch(name):
+            raise BadRowError(f"its split {shorten(name)} cannot be the name of a file: use letters, digits, - and _")
+        if name not in self._splits:
+            if len(self._splits) == MAX_SPLITS:
+                raise ValueError(
+                    f"there are more than {MAX_SPLITS} splits, {name!r} among them: name the column that says "
+                    "train or test"
+                )
+            with writing(self._folder):
+                self._splits[name] = _Split(self._folder / f"{name}.jsonl")
+        return self._splits[name]
+
+    def _checked(self, row: SourceRow, split: _Split) -> Example:
+        """Return the row as it will be read back, apart from its image."""
+        if not row.id.strip() or len(row.id) > MAX_ID or not row.id.isprintable():
+            raise BadRowError(
+                f"its id {shorten(row.id)} must be 1 to {MAX_ID} characters, none of them a control character"
+            )
+        content: dict[str, str | list[str]] = {
+            "id": row.id,
+            "question": row.question,
+            "options": list(row.options),
+            "answer": row.answer,
+            "modality": row.modality,
+            "kind": row.kind,
+        }
+        for key, value in content.items():
+            if "\0" in (value if isinstance(value, str) else "".join(value)):
+                raise BadRowError(f"its {key} holds a NUL byte: save the source as text again")
+        name, example = parse_row(content, "", self._rows_folder)
+        if isinstance(example, str):
+            raise BadRowError(example)
+        if name in split.places:
+            raise BadRowError(f"its id was used by {split.places[name]} already")
+        return example
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError into a RecordError that names the file and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise refusal(path, error, cure="run the command again") from error
+
+
+def _plain(text: str, limit: int) -> str:
+    """Escape control characters and lone surrogates, and cut the text at `limit` characters."""
+    shown = text[: limit + 1]
+    shown = shown if shown.isprintable() else repr(shown)[1:-1]
+    return shown if len(shown) <= limit else f"{shown[:limit]}…"
+
+
+def _file_name(sha256: str, path: PurePath) -> str:
+    """Return an image's path in the layout: named after its content, with its file's suffix if that is a usual one."""
+    suffix = path.suffix.lower()
+    return f"images/{sha256[:_HASH_LENGTH]}{suffix if re.fullmatch('[.][a-z0-9]{1,5}', suffix) else ''}"
+
+
+def _short(path: Path, source: Path) -> str:
+    """Return the path relative to the source, or its last component."""
+    root = source.resolve() if source.is_dir() else source.resolve().parent
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name

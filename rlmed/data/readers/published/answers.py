@@ -1,0 +1,120 @@
+"""Read data sets whose questions have an answer but no options: VQA-RAD and SLAKE differ only in their fields."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rlmed.data.examples import BadRowError
+from rlmed.data.images import BadImageError
+from rlmed.data.options.choices import written_answer
+from rlmed.data.readers.base import Skipped, SourceRow
+from rlmed.data.readers.formats.image_files import Images
+from rlmed.data.readers.formats.table import as_text
+from rlmed.data.readers.options import LEFT_OUT, YES_NO, AnswerPool, plain_answer
+from rlmed.data.rows import as_object
+
+TEST_SPLIT = "test"
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A question with its answer.
+
+    Example:
+        Answered(split="train", id="slake-7", question="Which organ is shown?", answer="Liver", image="xmlab1/source.jpg",
+                 modality="CT", kind="Organ")
+    """
+
+    split: str
+    id: str
+    question: str
+    answer: str
+    image: str
+    modality: str
+    kind: str
+
+
+Element = tuple[str, str, Any]
+"""Location, default id and value of an element."""
+Parse = Callable[[Mapping[str, Any], str], Answered | str]
+"""Maps (element, default id) to a question, or to why it is skipped by choice. Raises BadRowError."""
+
+
+def read_answered(
+    elements: Callable[[], Iterable[Element]],
+    parse: Parse,
+    *,
+    images: Images | None,
+    open_answers: str,
+    distractors: int,
+    seed: int,
+) -> Iterator[SourceRow | Skipped]:
+    """Yield rows with options; calls `elements` twice, since distractors come from all answers.
+
+    Skips a question outside the test split that the test asks about the same image.
+
+    Raises:
+        ValueError: for an invalid number of distractors or seed.
+    """
+    pool, held_out = AnswerPool(seed, distractors), set()
+    for where, default_id, element in elements():
+        entry = _parsed(element, where, default_id, parse)
+        if isinstance(entry, Answered):
+            pool.add(entry.kind, entry.answer)
+            if entry.split == TEST_SPLIT:
+                held_out.add(_key(entry))
+    for where, default_id, element in elements():
+        entry = _parsed(element, where, default_id, parse)
+        if isinstance(entry, Skipped):
+            yield entry
+        elif entry.split != TEST_SPLIT and _key(entry) in held_out:
+            yield Skipped(where, entry.id, "the test asks the same of the same image", chosen=True)
+        elif entry.answer not in YES_NO and open_answers == "skip":
+            yield Skipped(where, entry.id, LEFT_OUT, chosen=True)
+        else:
+            yield _row(entry, where, pool, images)
+
+
+def field(element: Mapping[str, Any], name: str) -> str:
+    """Return a field as stripped text. Raises BadRowError if it is missing or not text."""
+    text = as_text(element.get(name), name)
+    if not text:
+        raise BadRowError(f"it has no {name}")
+    return text
+
+
+def _parsed(element: Any, where: str, default_id: str, parse: Parse) -> Answered | Skipped:
+    try:
+        entry = parse(as_object(element), default_id)
+    except BadRowError as error:
+        return Skipped(where, default_id, str(error))
+    return Skipped(where, default_id, entry, chosen=True) if isinstance(entry, str) else entry
+
+
+def _key(entry: Answered) -> tuple[str, str]:
+    return entry.image, entry.question.casefold()
+
+
+def _row(entry: Answered, where: str, pool: AnswerPool, images: Images | None) -> SourceRow | Skipped:
+    try:
+        options = pool.options(entry.id, entry.kind, entry.answer)
+        return SourceRow(
+            where=where,
+            split=entry.split,
+            id=entry.id,
+            question=entry.question,
+            options=options,
+            answer=written_answer(options, options.index(entry.answer)),
+            image=None if images is None else images.find(entry.image),
+            modality=entry.modality,
+            kind=entry.kind,
+        )
+    except (BadRowError, BadImageError) as error:
+        return Skipped(where, entry.id, str(error))
+
+
+def answer_of(element: Mapping[str, Any]) -> str:
+    """Return the answer as `plain_answer` writes it. Raises BadRowError without one."""
+    return plain_answer(field(element, "answer"))

@@ -1,0 +1,98 @@
+"""Read DICOM files and a table of questions; docs/data.md lists the columns and how pixels are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+
+from rlmed.data.images import BadImageError
+from rlmed.data.readers.base import Option, Reader, Skipped, SourceRow
+from rlmed.data.readers.formats.table import ANSWER_INDEX, COLUMN, SPLIT
+from rlmed.data.readers.volumes.picture_table import (
+    QUESTIONS,
+    WINDOW,
+    PictureChoice,
+    cell_number,
+    cell_window,
+    read_picture_table,
+)
+
+HEADERS_KEPT = 8
+"""Headers cached for further rows about the same file."""
+
+
+def read(
+    source: Path,
+    *,
+    questions: Path | None = None,
+    column: Sequence[str] = (),
+    answer_index: int | None = None,
+    split: str | None = None,
+    window: Sequence[float] | None = None,
+    allow_burned_in: bool = False,
+) -> Iterator[SourceRow | Skipped]:
+    """Yield the rows of the table, each with the frame that it asks about.
+
+    Args:
+        source: folder of the files.
+        questions: the table, with columns file, question, options and answer, and optionally frame (from 1; blank for
+            the middle one) and window ("CENTER WIDTH").
+        column: as in every table.
+        answer_index: as in every table.
+        split: as in every table.
+        window: centre and width for rows that state none; None leaves it to the file.
+        allow_burned_in: read files that state that text is burnt into their pixels.
+
+    Raises:
+        ValueError: for an unreadable source or table, an invalid window, or if pydicom is not installed.
+    """
+    try:
+        from rlmed.data.readers.volumes.dicom_file import read_header
+        from rlmed.data.readers.volumes.dicom_pixels import render_frame
+    except ImportError as error:
+        raise ValueError(
+            "the reader dicom needs pydicom: pip install -c requirements.lock -e '.[readers]' in rlmed's checkout"
+        ) from error
+    cell_window({}, window)  # fail before reading anything
+    cached_header = lru_cache(maxsize=HEADERS_KEPT)(read_header)
+
+    def choose(path: Path, cells: Mapping[str, str]) -> PictureChoice:
+        header = cached_header(path)
+        if header.burned_in and not allow_burned_in:
+            raise BadImageError(
+                "it states that text is burnt into its pixels (BurnedInAnnotation), which may be a patient's name: look at "
+                "it, and allow such files with --allow-burned-in"
+            )
+        frame = header.frame_index(cell_number(cells, "frame"))
+        shown = cell_window(cells, window)
+        return PictureChoice((frame, shown), partial(render_frame, path, header, frame, shown), header.modality)
+
+    yield from read_picture_table(
+        source,
+        choose,
+        ("frame", "window"),
+        questions=questions,
+        column=column,
+        answer_index=answer_index,
+        split=split,
+    )
+
+
+READER = Reader(
+    name="dicom",
+    title="DICOM files and a table of questions about them",
+    read=read,
+    options=(
+        QUESTIONS,
+        COLUMN,
+        ANSWER_INDEX,
+        SPLIT,
+        WINDOW,
+        Option(
+            "--allow-burned-in",
+            {"action": "store_true", "help": "read files that state that text is burnt into their pixels"},
+        ),
+    ),
+    private=True,
+)

@@ -1,0 +1,113 @@
+"""Read NIfTI volumes and a table of questions about their slices; docs/data.md lists the columns and display rules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from rlmed.data.examples import BadRowError
+from rlmed.data.readers.base import Option, Reader, Skipped, SourceRow
+from rlmed.data.readers.formats.table import ANSWER_INDEX, COLUMN, SPLIT
+from rlmed.data.readers.volumes.picture_table import (
+    QUESTIONS,
+    WINDOW,
+    PictureChoice,
+    cell_number,
+    cell_window,
+    read_picture_table,
+)
+
+
+def read(
+    source: Path,
+    *,
+    questions: Path | None = None,
+    column: Sequence[str] = (),
+    answer_index: int | None = None,
+    split: str | None = None,
+    window: Sequence[float] | None = None,
+    allow_unknown_orientation: bool = False,
+) -> Iterator[SourceRow | Skipped]:
+    """Yield the rows of the table, each with the slice that it asks about.
+
+    Args:
+        source: folder of the files.
+        questions: the table, with columns file, plane, question, options and answer, and optionally slice (from 0) or
+            fraction (0 to 1; blank both for the middle), volume (from 0) and window ("CENTER WIDTH").
+        column: as in every table.
+        answer_index: as in every table.
+        split: as in every table.
+        window: centre and width for rows that state none; None takes percentiles of the slice.
+        allow_unknown_orientation: read files that do not state their orientation.
+
+    Raises:
+        ValueError: for an unreadable source or table, an invalid window, or if nibabel is not installed.
+    """
+    try:
+        from rlmed.data.readers.volumes.nifti_slices import AXES, SliceChoice, render_slice
+    except ImportError as error:
+        raise ValueError(
+            "the reader nifti needs nibabel: pip install -c requirements.lock -e '.[readers]' in rlmed's checkout"
+        ) from error
+    cell_window({}, window)  # fail before reading anything
+
+    def choose(path: Path, cells: Mapping[str, str]) -> PictureChoice:
+        plane = cells.get("plane", "").lower()
+        if plane not in AXES:
+            raise BadRowError(f"its plane must be one of {', '.join(AXES)}")
+        index, fraction = cell_number(cells, "slice"), _fraction(cells)
+        if index is not None and fraction is not None:
+            raise BadRowError("it has both a slice and a fraction: leave one blank")
+        choice = SliceChoice(
+            plane=plane,
+            index=index,
+            fraction=0.5 if fraction is None else fraction,
+            volume=cell_number(cells, "volume") or 0,
+            window=cell_window(cells, window),
+        )
+        load = partial(render_slice, path, choice, allow_unknown_orientation=allow_unknown_orientation)
+        return PictureChoice((choice,), load)
+
+    yield from read_picture_table(
+        source,
+        choose,
+        ("plane", "slice", "fraction", "volume", "window"),
+        questions=questions,
+        column=column,
+        answer_index=answer_index,
+        split=split,
+    )
+
+
+def _fraction(cells: Mapping[str, str]) -> float | None:
+    text = cells.get("fraction", "")
+    if not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise BadRowError("its fraction must be a number from 0 to 1, or blank")
+    return value
+
+
+READER = Reader(
+    name="nifti",
+    title="NIfTI volumes and a table of questions about their slices",
+    read=read,
+    options=(
+        QUESTIONS,
+        COLUMN,
+        ANSWER_INDEX,
+        SPLIT,
+        WINDOW,
+        Option(
+            "--allow-unknown-orientation",
+            {"action": "store_true", "help": "read files that do not state which side is left"},
+        ),
+    ),
+    private=True,
+)

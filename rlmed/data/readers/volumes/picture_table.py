@@ -1,0 +1,197 @@
+"""Read a table of questions about files that hold many pictures each: DICOM series and NIfTI volumes.
+
+File names and headers may name patients, so no output or message quotes either: rows go by their line in the table,
+pictures by a running number. Nor does any quote cells that choose a picture, into which a name may have slipped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from rlmed.core.files.near_paths import Folder, near_path
+from rlmed.data.examples import BadRowError, path_inside
+from rlmed.data.images import BadImageError
+from rlmed.data.readers.base import Option, Picture, Skipped, SourceRow
+from rlmed.data.readers.formats.table import Columns, Record, as_text, parse_columns
+from rlmed.data.readers.formats.text_table import read_table
+from rlmed.data.readers.volumes.display import Window, parse_window
+
+TABLE = "questions.csv"
+"""Default table in the source's folder; --questions overrides it."""
+SPLIT_NAME = "questions"
+"""Split of rows whose table has no split column; not the table's name, which may be a patient's."""
+QUESTIONS = Option(
+    "--questions", {"type": Path, "metavar": "FILE", "help": f"the table of questions (default: {TABLE} in the source)"}
+)
+WINDOW = Option(
+    "--window",
+    {
+        "nargs": 2,
+        "type": float,
+        "metavar": ("CENTER", "WIDTH"),
+        "help": "values shown, from black to white, for rows with a blank window column; "
+        "for CT in Hounsfield units: 40 400 is soft tissue",
+    },
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PictureChoice:
+    """The picture of a file that a row of the table asks for.
+
+    Example:
+        PictureChoice(content=("17", "40 400"), load=…, modality="CT")
+    """
+
+    content: tuple[object, ...]
+    """Distinguishes this picture from others of the same file; rows with equal contents share one picture."""
+    load: Callable[[], Image.Image]
+    """Returns the picture. Raises BadImageError."""
+    modality: str = ""
+    """For rows whose table does not say."""
+
+
+Choose = Callable[[Path, Mapping[str, str]], PictureChoice]
+"""`choose(file, cells)`, with a cell per extra column. Raises BadRowError, BadImageError."""
+
+
+def read_picture_table(
+    source: Path,
+    choose: Choose,
+    extra: Sequence[str],
+    *,
+    questions: Path | None,
+    column: Sequence[str],
+    answer_index: int | None,
+    split: str | None,
+) -> Iterator[SourceRow | Skipped]:
+    """Yield a row or a skip for each line of the table.
+
+    Args:
+        source: folder that must contain the files.
+        choose: finds what a row asks for in its file.
+        extra: further columns that `choose` needs; a table may lack them.
+        questions: the table; None takes `TABLE` in the source.
+        column: as `table.parse_columns` takes them.
+        answer_index: as `table.Columns.find` takes it.
+        split: of rows whose table has no split column; None takes `SPLIT_NAME`.
+
+    Raises:
+        ValueError: for a source that is not a folder, or a table that lacks columns.
+    """
+    if not source.is_dir():
+        raise ValueError(
+            f"--source {source} must be a folder with the files and {TABLE}: {near_path(source) or 'give its path'}"
+        )
+    table = questions or source / TABLE
+    header, rows = read_table(table)
+    columns = Columns.find("the table", header, parse_columns(column), answer_index=answer_index)
+    # a user's id may be a patient's
+    columns = dataclasses.replace(
+        columns, names={field: name for field, name in columns.names.items() if field != "id"}
+    )
+    lowered = {name.lower(): name for name in header}
+    cells = {name: lowered[name] for name in extra if name in lowered}
+    root, keys = Folder(source), _Keys()
+    for row in rows:
+        where, row_id = f"line {row.line} of the table", f"line-{row.line}"
+        if row.reason:
+            yield Skipped(where, row_id, row.reason, chosen=row.blank)
+            continue
+        try:
+            path = _file(columns.text(row.record, "image"), root)
+            choice = choose(path, {name: as_text(row.record.get(cell), name) for name, cell in cells.items()})
+            picture = Picture(keys.number(path, *choice.content), _of_the_file(choice.load))
+        except BadRowError as error:
+            yield Skipped(where, row_id, str(error))
+            continue
+        except BadImageError as error:
+            yield Skipped(where, row_id, f"its file cannot be used: {error}")
+            continue
+        entry = columns.row(
+            row.record,
+            where=where,
+            default_id=row_id,
+            default_split=split or SPLIT_NAME,
+            image=_always(picture),
+        )
+        if isinstance(entry, SourceRow) and not entry.modality:
+            entry = dataclasses.replace(entry, modality=choice.modality)
+        yield entry
+
+
+def cell_number(cells: Mapping[str, str], name: str) -> int | None:
+    """Return the integer in a cell; None if the cell is blank or the column missing.
+
+    Raises:
+        BadRowError: for anything else.
+    """
+    text = cells.get(name, "")
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) <= 9):
+        raise BadRowError(f"its {name} must be a whole number, or blank")
+    return int(text)
+
+
+def cell_window(cells: Mapping[str, str], default: Sequence[float] | None) -> Window | None:
+    """Return the row's window, else the command line's.
+
+    Raises:
+        BadRowError: for an invalid window.
+    """
+    try:
+        own = parse_window(cells.get("window", "")[:100])
+    except ValueError:
+        raise BadRowError(
+            "its window must be two numbers, center and positive width, like '40 400', or blank"
+        ) from None
+    return own if own is not None or default is None else Window(*default)
+
+
+class _Keys:
+    """Running numbers by content, from 1; keeps only digests, so that many rows need little memory."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[bytes, int] = {}
+
+    def number(self, *content: object) -> str:
+        digest = hashlib.sha256(repr(content).encode("utf-8", "surrogateescape")).digest()[:16]
+        return f"{self._numbers.setdefault(digest, len(self._numbers) + 1):06d}"
+
+
+def _file(text: str, root: Folder) -> Path:
+    try:
+        path = path_inside(text, root, "file")
+    except BadRowError:
+        raise BadRowError(f"its file is not a path inside the source's folder: {_cure(text, root)}") from None
+    if not os.path.isfile(path):  # a named pipe would block the reader
+        raise BadRowError(f"its file is missing, or is a folder: {_cure(text, root)}")
+    return path
+
+
+def _cure(text: str, root: Folder) -> str:
+    """Say what to do about a path, and how it differs from an existing file, without naming either."""
+    near = root.near(text)
+    hint = "" if near is None else f"there is one {near.difference or 'of that name'}; "
+    return f"{hint}give its path relative to the source's folder"
+
+
+def _of_the_file(load: Callable[[], Image.Image]) -> Callable[[], Image.Image]:
+    def named() -> Image.Image:
+        try:
+            return load()
+        except BadImageError as error:
+            raise BadImageError(f"its file cannot be used: {error}") from None
+
+    return named
+
+
+def _always(picture: Picture) -> Callable[[Record], Picture]:
+    return lambda record: picture

@@ -1,0 +1,56 @@
+"""Score the options: the probability of each letter after a question and its reasoning."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+
+import numpy as np
+
+from learner.likelihood import Question, completion_logprobs
+from rewards.parsing import ANSWER_CLOSING
+from rlmed.core.calibration import Float64Array
+from rlmed.core.prefill import remaining
+from rlmed.core.types import LETTERS, Prompt
+from rlmed.data.prompts import PromptRenderer
+from rlmed.models.policy import Policy
+
+AT_A_TIME = 64
+"""Questions rendered and scored together; bounds the memory of their pictures."""
+
+
+def letter_probabilities(
+    cases: Iterable[tuple[Prompt, str]], *, policy: Policy, renderer: PromptRenderer, token_budget: int
+) -> Iterator[Float64Array]:
+    """Yield the probabilities of the option letters as endings of each completion.
+
+    This is the likelihood of, for example, `B</answer>` after prompt and text, normalized over the question's letters.
+    The closing tag is included, since "A" alone could also begin a word.
+
+    Args:
+        cases: prompts, each with the beginning of its completion, including prefill, up to and including `<answer>`.
+        policy: the model.
+        renderer: prompt renderer of the same model.
+        token_budget: most tokens in a packed row, as in `learner.token_budget`.
+
+    Yields:
+        float64 [options] for each case, in order.
+    """
+    waiting = iter(cases)
+    while part := list(islice(waiting, AT_A_TIME)):
+        questions = [_question(prompt, text, renderer) for prompt, text in part]
+        for logprobs in completion_logprobs(policy, questions, token_budget=token_budget):
+            yield _softmax([float(entry.astype(np.float64).sum()) for entry in logprobs])
+
+
+def _question(prompt: Prompt, text: str, renderer: PromptRenderer) -> Question:
+    letters = LETTERS[: len(prompt.example.options)]
+    begun = remaining(prompt.prefill, text)
+    shared, endings = renderer.split_common_prefix([f"{begun}{letter}{ANSWER_CLOSING}" for letter in letters])
+    return dataclasses.replace(prompt, token_ids=np.concatenate([prompt.token_ids, shared])), endings
+
+
+def _softmax(scores: Sequence[float]) -> Float64Array:
+    weights = np.exp(np.array(scores) - max(scores))
+    return weights / weights.sum()

@@ -1,0 +1,125 @@
+"""Check before the first step that the model can learn from these rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from learner.advantages import has_learning_signal
+from rewards.parsing import ANSWER_CLOSING
+from rlmed.core.types import FinishReason, ScoredGroup
+
+
+class PreflightError(ValueError):
+    """The model cannot learn as configured; the message says why and what to change."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreflightReport:
+    """Statistics of a few sampled groups; shares are in [0, 1]."""
+
+    groups: int
+    completions: int
+    reward_mean: float
+    format_rate: float | None
+    """None without a reward named "format"."""
+    truncated: float
+    """Share of completions cut by the length limit."""
+    went_on: float
+    """Share of completions that continued after their answer until the length limit."""
+    without_spread: float
+    """Share of groups without a learning signal: all rewards are equal, or all completions are masked."""
+    distinct: float
+    """Mean share of distinct texts in a group."""
+    longest: int
+    """Tokens of the longest completion."""
+
+    def line(self) -> str:
+        """Return the statistics on one line."""
+        cut = f"{self.truncated:.0%}" + (f" ({self.went_on:.0%} after their answer)" if self.went_on else "")
+        form = "" if self.format_rate is None else f"format {self.format_rate:.0%}, "
+        return (
+            f"preflight: {self.groups} groups, reward {self.reward_mean:.2f}, {form}cut by length {cut}, "
+            f"groups without learning signal {self.without_spread:.0%}, distinct completions {self.distinct:.0%}"
+        )
+
+
+def inspect(groups: Sequence[ScoredGroup], *, mask_truncated: bool = False) -> PreflightReport:
+    """Compute the statistics; `mask_truncated` as in `algo.mask_truncated`."""
+    completions = [completion for group in groups for completion in group.rollout.completions]
+    formats = [group.reward_parts["format"] for group in groups if "format" in group.reward_parts]
+    texts = [[completion.text for completion in group.rollout.completions] for group in groups]
+    return PreflightReport(
+        groups=len(groups),
+        completions=len(completions),
+        reward_mean=float(np.concatenate([group.rewards for group in groups]).mean()),
+        format_rate=float(np.concatenate(formats).mean()) if formats else None,
+        truncated=float(np.mean([completion.finish_reason == "length" for completion in completions])),
+        went_on=float(np.mean([went_on(completion.text, completion.finish_reason) for completion in completions])),
+        without_spread=float(
+            np.mean([not has_learning_signal(group, mask_truncated=mask_truncated) for group in groups])
+        ),
+        distinct=float(np.mean([len(set(entry)) / len(entry) for entry in texts])),
+        longest=max(len(completion.token_ids) for completion in completions),
+    )
+
+
+def went_on(text: str, finish_reason: FinishReason) -> bool:
+    """Return True if a completion was cut by length after its answer: it lacked an end token, not room."""
+    return finish_reason == "length" and ANSWER_CLOSING in text
+
+
+def why_cut(truncated: float, went_on: float, limit: str, end_tokens: Sequence[str]) -> str:
+    """Explain why many completions are cut by the length limit, and what to do.
+
+    Args:
+        truncated: share of completions cut.
+        went_on: share of completions cut after their answer.
+        limit: key and value of the limit, for example "rollout.max_tokens=512".
+        end_tokens: tokens that could have ended them.
+    """
+    key, ends = limit.partition("=")[0], ", ".join(end_tokens) or "an end token"
+    if went_on > truncated / 2:
+        return (
+            f"{went_on:.0%} of the completions continued after their answer until {limit}: the model does not end them with "
+            f"{ends}, so a larger {key} would not help. Teach it with python -m rlmed.sft, check that "
+            "generation_config.json and the chat template name the end token that it was trained with, or stop completions "
+            "at their answer: "
+            "'rollout.stop=[\"</answer>\"]'"
+        )
+    never = f"; if that does not help, the model never writes {ends}" if truncated == 1 else ""
+    return f"{truncated:.0%} of the completions were cut at {limit} before their answer: raise {key}{never}"
+
+
+def check(report: PreflightReport, max_tokens: int, end_tokens: Sequence[str] = ()) -> None:
+    """Raise PreflightError if no group has a learning signal.
+
+    Args:
+        report: the statistics.
+        max_tokens: length limit of completions.
+        end_tokens: tokens that could end them earlier.
+
+    Raises:
+        PreflightError: with the most likely cause and what to do.
+    """
+    if report.without_spread < 1:
+        return
+    if report.distinct <= 1 / max(2, report.completions // report.groups):
+        cause = (
+            "all completions of a group are identical: raise rollout.temperature, or check that top_k and top_p are off"
+        )
+    elif report.truncated > 0.5:
+        cause = why_cut(report.truncated, report.went_on, f"rollout.max_tokens={max_tokens}", end_tokens)
+    elif report.reward_mean <= 0:
+        cause = (
+            "no completion earned any reward: the model does not know the format or the task yet, so first align it "
+            "with python -m rlmed.sft, or reward partial success (reward.extra)"
+        )
+    else:
+        cause = (
+            f"every completion earns the same reward ({report.reward_mean:.2f}): the questions are too easy, or the reward "
+            "does not discriminate"
+        )
+    raise PreflightError(f"{report.line()}. The run would learn nothing: {cause}. preflight.enabled=false runs anyway")

@@ -1,0 +1,222 @@
+"""Measure whether an evaluated model can be trusted, by asking the questions again in other ways (docs/trust.md).
+
+It draws samples at temperature 1, greedy answers with reordered options, and the probabilities of the option letters,
+after the evaluation's reasoning and without reasoning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rewards.parsing import ANSWER_OPENING, evaluated_letter
+from rlmed.core.protocols import RolloutPool
+from rlmed.core.types import Example, Prompt, RolloutGroup, RolloutRequest, SamplingParams
+from rlmed.data.loading import EvalFile
+from rlmed.data.options.order import keeps_order
+from rlmed.data.prompts import PromptRenderer
+from rlmed.data.sampler import shuffle_options
+from rlmed.evaluation.option_likelihood import letter_probabilities
+from rlmed.evaluation.reliability.figures import (
+    Argued,
+    calibration,
+    domains,
+    order_sensitivity,
+    reasoning_agreement,
+    reliance,
+    sampling,
+)
+from rlmed.evaluation.reliability.results import FileTrust, OrderAnswer, TrustAnswer, TrustSummary, write_trust
+from rlmed.evaluation.results import EvalRow, read_rows
+from rlmed.evaluation.run import Progress, answer_all
+from rlmed.models.policy import Policy
+
+ORDER_SEEDS = (1, 2, 3)
+"""Seeds of the option orders to ask in addition to the file's."""
+
+Key = tuple[str, str]
+"""File and id of a question."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrustSettings:
+    """How to ask the model.
+
+    Example:
+        TrustSettings(samples=8, max_tokens=512, stop=(), seed=0, token_budget=16384)
+    """
+
+    samples: int
+    max_tokens: int
+    stop: tuple[str, ...]
+    seed: int
+    """Seed of the samples; question i draws from seed + i."""
+    token_budget: int
+    """Most tokens in a packed row for scoring letters."""
+
+
+def measure_trust(
+    files: Sequence[EvalFile],
+    step_folder: Path,
+    *,
+    pool: RolloutPool,
+    policy: Policy,
+    renderer: PromptRenderer,
+    train_examples: Sequence[Example],
+    settings: TrustSettings,
+    model: str,
+    argued: Argued,
+    on_progress: Progress | None = None,
+) -> TrustSummary:
+    """Ask all questions of an evaluation again; write `trust.json` and `trust_rows.jsonl` beside its rows.
+
+    Args:
+        files: the evaluated files.
+        step_folder: folder of the evaluation, with its `rows.jsonl`.
+        pool: idle pool on the evaluated weights.
+        policy: the same weights, to score letters.
+        renderer: the evaluation's renderer.
+        train_examples: rows whose modalities the model was trained on; may be empty.
+        settings: how to ask.
+        model: name or folder of the model, for the record.
+        argued: finds the option that a reasoning argues for.
+        on_progress: called for each question with the part's name, the questions done and their total.
+    """
+    start = time.perf_counter()
+    rows = read_rows(step_folder)
+    questions = {(file.name, example.id): example for file in files for example in file.examples}
+    asker = _Asker(questions, pool, policy, renderer, settings, on_progress)
+    answers = asker.ask({(row.file, row.id): row for row in rows if row.control == "none"})
+    summary = TrustSummary(
+        model=model,
+        seconds=time.perf_counter() - start,
+        files=tuple(
+            _file_trust(
+                [row for row in rows if row.file == file.name],
+                [answer for answer in answers if answer.file == file.name],
+                argued,
+            )
+            for file in files
+        ),
+        domains=domains(rows, answers, train_examples),
+    )
+    write_trust(step_folder, summary, answers)
+    return summary
+
+
+def _file_trust(rows: Sequence[EvalRow], answers: Sequence[TrustAnswer], argued: Argued) -> FileTrust:
+    reasoned = [(answer.reasoned, answer.answer) for answer in answers if answer.reasoned is not None]
+    direct = calibration([answer.direct for answer in answers], [answer.answer for answer in answers])
+    assert direct is not None
+    turned = [answer for answer in answers if len(answer.orders) > 1]
+    return FileTrust(
+        name=answers[0].file,
+        rows=len(answers),
+        reasoned=calibration([probabilities for probabilities, _ in reasoned], [letter for _, letter in reasoned]),
+        direct=direct,
+        sampling=sampling(answers),
+        order=order_sensitivity(turned) if turned else None,
+        kept_order=len(answers) - len(turned),
+        reliance=reliance(rows),
+        agreement=reasoning_agreement(rows, argued),
+    )
+
+
+@dataclass(frozen=True)
+class _Asker:
+    """Ask the same questions in several ways."""
+
+    questions: Mapping[Key, Example]
+    pool: RolloutPool
+    policy: Policy
+    renderer: PromptRenderer
+    settings: TrustSettings
+    on_progress: Progress | None
+
+    def ask(self, rows: Mapping[Key, EvalRow]) -> list[TrustAnswer]:
+        """Return all answers to each question; its greedy answer is its row."""
+        samples = self._samples()
+        orders = [self._order(seed) for seed in ORDER_SEEDS]
+        openings = {key: opening for key, row in rows.items() if (opening := _opening(row.completion)) is not None}
+        reasoned = self._probabilities("letters after reasoning", openings)
+        direct = self._probabilities("letters without reasoning", dict.fromkeys(self.questions, ANSWER_OPENING))
+        return [
+            TrustAnswer(
+                file=key[0],
+                id=example.id,
+                modality=example.modality,
+                answer=example.letter,
+                reasoned=reasoned.get(key),
+                direct=direct[key],
+                samples=samples[key],
+                orders=(
+                    OrderAnswer(example.options, example.letter, rows[key].parsed),
+                    *(order[key] for order in orders if key in order),
+                ),
+            )
+            for key, example in self.questions.items()
+        ]
+
+    def _samples(self) -> dict[Key, tuple[str | None, ...]]:
+        settings = self.settings
+        drawn = SamplingParams(temperature=1.0, max_tokens=settings.max_tokens, stop=settings.stop)
+        requests = (
+            RolloutRequest(i, prompt, settings.samples, dataclasses.replace(drawn, seed=settings.seed + i))
+            for i, prompt in enumerate(self._prompts(self.questions.values()))
+        )
+        groups = self._groups("samples", requests, list(self.questions))
+        return {
+            key: tuple(evaluated_letter(entry.text) for entry in group.completions) for key, group in groups.items()
+        }
+
+    def _order(self, seed: int) -> dict[Key, OrderAnswer]:
+        """Return greedy answers in another option order, for questions that can be reordered."""
+        greedy = SamplingParams(temperature=0.0, max_tokens=self.settings.max_tokens, stop=self.settings.stop)
+        plain = {key: example for key, example in self.questions.items() if not keeps_order(example.options)}
+        shuffled = (shuffle_options(example, seed) for example in plain.values())
+        requests = (RolloutRequest(i, prompt, 1, greedy) for i, prompt in enumerate(self._prompts(shuffled)))
+        groups = self._groups(f"option order {seed}", requests, list(plain))
+        return {
+            key: OrderAnswer(
+                group.prompt.example.options,
+                group.prompt.example.letter,
+                evaluated_letter(group.completions[0].text),
+            )
+            for key, group in groups.items()
+        }
+
+    def _prompts(self, examples: Iterable[Example]) -> Iterator[Prompt]:
+        return (self.renderer.render(example) for example in examples)
+
+    def _groups(self, part: str, requests: Iterator[RolloutRequest], keys: Sequence[Key]) -> dict[Key, RolloutGroup]:
+        """Return the finished groups, without pictures, by question."""
+        found: dict[Key, RolloutGroup] = {}
+        for group in answer_all(requests, self.pool):
+            bare = dataclasses.replace(group.request, prompt=dataclasses.replace(group.prompt, image_inputs={}))
+            found[keys[group.request.index]] = dataclasses.replace(group, request=bare)
+            self._tell(part, len(found), len(keys))
+        return found
+
+    def _probabilities(self, part: str, openings: Mapping[Key, str]) -> dict[Key, tuple[float, ...]]:
+        cases = ((self.renderer.render(self.questions[key]), text) for key, text in openings.items())
+        scored = letter_probabilities(
+            cases, policy=self.policy, renderer=self.renderer, token_budget=self.settings.token_budget
+        )
+        found: dict[Key, tuple[float, ...]] = {}
+        for key, probabilities in zip(openings, scored, strict=True):
+            found[key] = tuple(probabilities.tolist())
+            self._tell(part, len(found), len(openings))
+        return found
+
+    def _tell(self, part: str, done: int, total: int) -> None:
+        if self.on_progress is not None:
+            self.on_progress(part, done, total)
+
+
+def _opening(completion: str) -> str | None:
+    """Return a completion up to and including its first answer tag; None without one."""
+    reasoning, tag, _ = completion.partition(ANSWER_OPENING)
+    return reasoning + tag if tag else None

@@ -1,0 +1,233 @@
+"""Records of a trust report, and its two files in the folder of an evaluation.
+
+Shares and probabilities are fractions in [0, 1]. `Accuracy` carries a Wilson interval, `Estimate` a bootstrap one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlmed.core.calibration import Estimate, ReliabilityBin
+from rlmed.core.config.building import build_record
+from rlmed.core.files.atomic import replace_text
+from rlmed.core.files.jsonlines import read_json
+from rlmed.evaluation.results import Accuracy
+
+TRUST_FILE = "trust.json"
+TRUST_ROWS_FILE = "trust_rows.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class OrderAnswer:
+    """The greedy answer to a question with its options in one order.
+
+    Example:
+        OrderAnswer(options=("knee", "head"), answer="A", parsed="B")
+    """
+
+    options: tuple[str, ...]
+    answer: str
+    """The right letter in this order."""
+    parsed: str | None
+    """The letter found in the completion."""
+
+    @property
+    def right(self) -> bool:
+        """Whether the right option was chosen."""
+        return self.parsed == self.answer
+
+
+@dataclass(frozen=True, slots=True)
+class TrustAnswer:
+    """All answers to one question: a line of `trust_rows.jsonl`.
+
+    Example:
+        TrustAnswer(file="ct", id="ct-7", modality="CT", answer="B", reasoned=(0.2, 0.8), direct=(0.4, 0.6),
+                    samples=("B", "A", None, "B"), orders=(OrderAnswer(("liver", "lung"), "B", "B"), …))
+    """
+
+    file: str
+    id: str
+    modality: str
+    answer: str
+    """The right letter."""
+    reasoned: tuple[float, ...] | None
+    """Probability of each option after the greedy reasoning; None if that never opens an answer tag."""
+    direct: tuple[float, ...]
+    """Probability of each option without reasoning."""
+    samples: tuple[str | None, ...]
+    """Letters of the sampled completions."""
+    orders: tuple[OrderAnswer, ...]
+    """Greedy answers, the file's order first; the only one if an option refers to others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Calibration of the most likely option.
+
+    Example:
+        An overconfident model, right in 70 of 100: accuracy.value 0.7, confidence.value 0.93, error.value 0.23.
+    """
+
+    accuracy: Accuracy
+    """Accuracy of the most likely option."""
+    confidence: Estimate
+    """Mean probability of the most likely option."""
+    error: Estimate
+    """Expected calibration error over `core.calibration.BINS` bins."""
+    error_bound: float
+    """Error that a calibrated model with these confidences exceeds in one data set of 20 of this size."""
+    brier: Estimate
+    bins: tuple[ReliabilityBin, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PassAtK:
+    """Expected share of questions that one of k samples answers right.
+
+    Example:
+        PassAtK(k=4, share=Estimate(value=0.81, low=0.77, high=0.85, rows=300))
+    """
+
+    k: int
+    share: Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Sampled completions at temperature 1."""
+
+    samples: int
+    """Samples per question."""
+    passes: tuple[PassAtK, ...]
+    vote: Accuracy
+    """Accuracy of the majority letter; ties go to the earliest."""
+
+
+@dataclass(frozen=True, slots=True)
+class LetterBias:
+    """One letter over all orders of the options.
+
+    Example:
+        LetterBias(letter="A", chosen=Estimate(0.41, …), right=0.25, accuracy=Estimate(0.83, …)) prefers A.
+    """
+
+    letter: str
+    chosen: Estimate
+    """Share of answers with this letter, among questions that offer it."""
+    right: float
+    """Share of these questions whose right option has this letter; equal to `chosen` without bias and error."""
+    accuracy: Estimate | None
+    """Accuracy if the right option has this letter; None if it never does."""
+
+
+@dataclass(frozen=True, slots=True)
+class OrderSensitivity:
+    """How answers depend on the order of the options."""
+
+    stays: Accuracy
+    """Share of questions with the same option text chosen in every order."""
+    orders: tuple[Accuracy, ...]
+    """Accuracy in each order, the file's first."""
+    letters: tuple[LetterBias, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Accuracy on the real picture minus that on a control, over questions asked both ways.
+
+    Example:
+        Gap(control=Accuracy.of(27, 100), difference=Estimate(0.43, 0.33, 0.52, 100), p_value=1e-9)
+    """
+
+    control: Accuracy
+    difference: Estimate
+    p_value: float
+    """Exact McNemar test."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reliance:
+    """How much accuracy on a kind of question drops without the picture."""
+
+    kind: str
+    """Empty for all questions of the file."""
+    real: Accuracy
+    blank: Gap | None
+    """None without controls."""
+    shuffled: Gap | None
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """Whether the answer is the option that the reasoning argues for."""
+
+    argued: Accuracy
+    """Share of completions whose reasoning argues for one option."""
+    agrees: Accuracy | None
+    """Share of these that answer it; None if no reasoning argues for an option."""
+    right_if_agreeing: Accuracy | None
+    right_if_differing: Accuracy | None
+
+
+@dataclass(frozen=True, slots=True)
+class Domain:
+    """Questions of trained, or of other, modalities."""
+
+    trained: bool
+    modalities: tuple[str, ...]
+    real: Accuracy
+    blank: Accuracy | None
+    shuffled: Accuracy | None
+
+
+@dataclass(frozen=True, slots=True)
+class FileTrust:
+    """The figures of one file."""
+
+    name: str
+    rows: int
+    reasoned: Calibration | None
+    """After the greedy reasoning, for completions that open an answer tag; None if none does."""
+    direct: Calibration
+    """Answered without reasoning."""
+    sampling: Sampling
+    order: OrderSensitivity | None
+    """For questions that can be reordered; None if none can."""
+    reliance: tuple[Reliance, ...]
+    """For all questions, then by kind."""
+    agreement: Agreement
+    kept_order: int = 0
+    """Questions that cannot be reordered, since an option refers to others."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrustSummary:
+    """A trust report: the content of `trust.json`."""
+
+    model: str
+    seconds: float
+    files: tuple[FileTrust, ...]
+    domains: tuple[Domain, ...]
+    """Trained modalities, then others; empty without training rows that have a modality."""
+
+    @classmethod
+    def read(cls, step_folder: Path) -> TrustSummary:
+        """Load `trust.json` from the folder of an evaluation."""
+        return build_record(cls, read_json(step_folder / TRUST_FILE))
+
+
+def write_trust(step_folder: Path, summary: TrustSummary, answers: Iterable[TrustAnswer]) -> None:
+    """Write `trust.json` and `trust_rows.jsonl` into the folder of an evaluation.
+
+    Raises:
+        OSError: if the write fails.
+    """
+    lines = [json.dumps(dataclasses.asdict(answer), ensure_ascii=False) + "\n" for answer in answers]
+    replace_text(step_folder / TRUST_ROWS_FILE, "".join(lines))
+    text = json.dumps(dataclasses.asdict(summary), indent=1, ensure_ascii=False, allow_nan=False)
+    replace_text(step_folder / TRUST_FILE, text + "\n")

@@ -1,0 +1,308 @@
+"""Evaluation results: records, their folder on disk, and the comparison of two evaluations."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from rlmed.core.files.atomic import partial_folder, refusal, rename_into_place, replace_text
+from rlmed.core.files.jsonlines import parse_line, read_json
+from rlmed.core.files.ownership import remove
+from rlmed.core.statistics import BoolArray, mcnemar, wilson_interval
+from rlmed.core.types import LETTERS, Example, FinishReason
+
+Control = Literal["none", "blank", "shuffled", "reordered"]
+"""What was shown: the unchanged row, a grey picture, another row's picture, or the options in another order."""
+
+Answers = Mapping[tuple[str, str], bool]
+"""Whether each answer is right, by id and question (with options)."""
+
+SUMMARY_FILE = "summary.json"
+ROWS_FILE = "rows.jsonl"
+COMPARISON_FILE = "comparison.json"
+
+
+@dataclass(frozen=True, slots=True)
+class EvalRow:
+    """One answered question: a line of `rows.jsonl`.
+
+    Example:
+        EvalRow(file="ct", id="ct-7", control="none", image="/data/images/7.png", kind="anatomy", question="Which
+        organ?",
+                options=("liver", "lung"), answer="B", completion="<think>…</think><answer>B</answer>", parsed="B",
+                right=True, format=True, tokens=31, finish_reason="stop")
+    """
+
+    file: str
+    id: str
+    control: Control
+    image: str | None
+    """The picture shown; for "blank", the one whose size the grey picture has."""
+    kind: str
+    question: str
+    options: tuple[str, ...]
+    answer: str
+    """The right letter."""
+    completion: str
+    """Including the chat template's prefill."""
+    parsed: str | None
+    """The letter found in the completion."""
+    right: bool
+    format: bool
+    """Whether it has the format that the prompt asks for: reasoning and answer in their tags, or the answer alone."""
+    tokens: int
+    """Length of the completion."""
+    finish_reason: FinishReason
+
+    @property
+    def not_offered(self) -> bool:
+        """Whether the letter found belongs to none of the options."""
+        return self.parsed is not None and self.parsed not in LETTERS[: len(self.options)]
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """Share of right answers with its Wilson 95 % interval.
+
+    Example:
+        >>> Accuracy.of(6, 8)
+        Accuracy(right=6, rows=8, value=0.75, low=0.4092754550439833, high=0.9285207872560886)
+    """
+
+    right: int
+    rows: int
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, right: int, rows: int) -> Accuracy:
+        """Compute share and interval; raise ValueError without rows."""
+        low, high = wilson_interval(right, rows)
+        return cls(right, rows, right / rows, low, high)
+
+
+@dataclass(frozen=True, slots=True)
+class FileSummary:
+    """Results on one file; rates, shares and accuracies are fractions in [0, 1].
+
+    Example:
+        A file of 300 rows may have accuracy.value 0.70 with low 0.65 and high 0.75, chance 0.25, blank.value 0.27.
+    """
+
+    name: str
+    rows: int
+    accuracy: Accuracy
+    format_rate: float
+    mean_tokens: float
+    """Mean length of the completions, in tokens."""
+    cut_by_length: float
+    """Share of completions cut at `max_tokens`."""
+    chance: float
+    majority_letter: float
+    """Accuracy of the letter most often right in the training rows; without any, in these rows."""
+    image_free_prior: float | None
+    """Accuracy of the option texts most often right in the training rows; None without training rows."""
+    image_free_prior_by_rate: float | None
+    """The same prior, scored by right / shown."""
+    leave_one_out_prior: float
+    """The same prior, each row scored by the other rows of its file."""
+    leave_one_out_prior_by_rate: float
+    blank: Accuracy | None
+    """Accuracy on a grey picture of the same size; None without controls, or if no row has a picture."""
+    shuffled: Accuracy | None
+    """Accuracy on another row's picture, for rows that can get one."""
+    by_kind: dict[str, tuple[int, int]]
+    """Right answers and rows by kind of question, for rows with a kind."""
+    reordered: Accuracy | None = None
+    """Accuracy with the options reordered; None without controls, or if no row can be reordered."""
+    kept_order: int = 0
+    """Rows excluded from `reordered` because an option refers to others, as `all of the above` does."""
+    kept_order_by: str = ""
+    """The first of these options; "" without any."""
+    not_offered: float = 0.0
+    """Share of completions that answer with a letter not among the options. Their format may still be right: the
+    paper's format reward checks only the tags."""
+
+
+@dataclass(frozen=True, slots=True)
+class EvalSummary:
+    """One evaluation of one model: the content of `summary.json`.
+
+    Example:
+        EvalSummary(model="outputs/x", step=300, seconds=41.5, max_tokens=512, train_rows=600, files=(mri, ct, xray))
+    """
+
+    model: str
+    step: int
+    seconds: float
+    max_tokens: int
+    train_rows: int
+    """Rows that the image-free prior was fitted on."""
+    files: tuple[FileSummary, ...]
+
+    @property
+    def accuracies(self) -> dict[str, float]:
+        """Accuracy by file."""
+        return {file.name: file.accuracy.value for file in self.files}
+
+    @property
+    def mean_accuracy(self) -> float:
+        """Unweighted mean of the files' accuracies (the paper's mean over modalities)."""
+        return float(np.mean([file.accuracy.value for file in self.files]))
+
+    @classmethod
+    def read(cls, step_folder: Path) -> EvalSummary:
+        """Load `summary.json` from the folder of one step."""
+        content = read_json(step_folder / SUMMARY_FILE)
+        return cls(**{**content, "files": tuple(_file_summary(file) for file in content["files"])})
+
+
+def _file_summary(content: Mapping[str, Any]) -> FileSummary:
+    keys = ("accuracy", "blank", "shuffled", "reordered")
+    accuracies = {key: Accuracy(**content[key]) if content.get(key) else None for key in keys}
+    by_kind = {kind: (right, rows) for kind, (right, rows) in content["by_kind"].items()}
+    return FileSummary(**{**content, **accuracies, "by_kind": by_kind})
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Return the folder of a step's evaluation: `folder/step-000123`."""
+    return folder / f"step-{step:06d}"
+
+
+def last_evaluation(run_folder: Path) -> Path:
+    """Return the folder of a run's last evaluation.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    folders = [path.parent for path in (run_folder / "evaluations").glob(f"step-*/{SUMMARY_FILE}")]
+    if not folders:
+        raise ValueError(f"no evaluation in {run_folder}: give a run with data.eval and eval.at_end=true")
+    return max(folders, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def write_evaluation(folder: Path, summary: EvalSummary, rows: Iterable[EvalRow]) -> Path:
+    """Write the folder of a step atomically, replacing an earlier one.
+
+    Raises:
+        OSError: if the write fails; an earlier evaluation of the step is untouched.
+    """
+    target = step_folder(folder, summary.step)
+    try:
+        aside = partial_folder(target)
+        try:
+            # file names that are not UTF-8 contain surrogates, written as JSON escapes
+            with (aside / ROWS_FILE).open("w", encoding="utf-8", errors="backslashreplace") as lines:
+                for row in rows:
+                    lines.write(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n")
+            _write_json(aside / SUMMARY_FILE, dataclasses.asdict(summary))
+            rename_into_place(aside, target, may_replace=lambda: True)
+        finally:
+            remove(aside)  # after an error
+    except OSError as error:
+        raise refusal(target / ROWS_FILE, error) from error
+    return target
+
+
+def read_rows(step_folder: Path) -> list[EvalRow]:
+    """Read all rows of an evaluation, by file, controls after the unchanged rows."""
+    path = step_folder / ROWS_FILE
+    with path.open("rb") as lines:
+        contents = [parse_line(line, path, number) for number, line in enumerate(lines, 1)]
+    return [EvalRow(**{**content, "options": tuple(content["options"])}) for content in contents]
+
+
+def compare(before: Path, after: Path) -> dict[str, Any]:
+    """Test, for each file in both evaluations, whether accuracy changed; write `comparison.json` into `after`.
+
+    Args:
+        before: folder of an evaluation, as written by `write_evaluation`.
+        after: folder of another step's or model's evaluation.
+
+    Returns:
+        `{"before": {"model", "step"}, "after": {…}, "files": {name: {"rows", "right_before", "right_after", "gained",
+        "lost", "p_value"}}}`; the p-value is McNemar's, exact and two-sided.
+
+    Raises:
+        ValueError: if they share no file, or a shared file has different rows.
+    """
+    first, second = read_answers(before), read_answers(after)
+    files: dict[str, dict[str, Any]] = {}
+    for name in second:
+        if name not in first:
+            continue
+        _check_same_rows(name, before, first[name], second[name])
+        answers = pair_answers(first[name], second[name])
+        files[name] = {
+            "rows": len(answers[0]),
+            "right_before": int(answers[0].sum()),
+            "right_after": int(answers[1].sum()),
+            **dataclasses.asdict(mcnemar(*answers)),
+        }
+    if not files:
+        raise ValueError(f"{before} (files {', '.join(first)}) and {after} (files {', '.join(second)}) share no file")
+    sides = {side: EvalSummary.read(path) for side, path in (("before", before), ("after", after))}
+    comparison: dict[str, Any] = {side: {"model": one.model, "step": one.step} for side, one in sides.items()}
+    comparison["files"] = files
+    _write_json(after / COMPARISON_FILE, comparison)
+    return comparison
+
+
+def check_comparable(before: Path, files: Mapping[str, Sequence[Example]]) -> None:
+    """Check, before evaluating, that `compare` can pair the answers with those of `before`.
+
+    Raises:
+        ValueError: as `compare`.
+    """
+    EvalSummary.read(before)
+    first = read_answers(before)
+    if not first.keys() & files.keys():
+        raise ValueError(f"{before} (files {', '.join(first)}) shares no file with data.eval ({', '.join(files)})")
+    for name in first.keys() & files.keys():
+        _check_same_rows(name, before, first[name], {_key(row): True for row in files[name]})
+
+
+def _check_same_rows(name: str, before: Path, old: Mapping[Any, bool], new: Mapping[Any, bool]) -> None:
+    if old.keys() != new.keys():
+        odd = min(old.keys() ^ new.keys())
+        raise ValueError(
+            f"file {name} has other rows than in {before} (for example id {odd[0]!r}): compare evaluations of the same data "
+            "with the same eval.limit"
+        )
+
+
+def pair_answers(before: Answers, after: Answers) -> tuple[BoolArray, BoolArray]:
+    """Return both as bool [N], over the same rows in the same order; both must have the same rows."""
+    assert before.keys() == after.keys()
+    old, new = (np.array([rows[key] for key in after], dtype=bool) for rows in (before, after))
+    return old, new
+
+
+def _key(row: EvalRow | Example) -> tuple[str, str]:
+    """Return id and question: equal ids with different questions must not be paired."""
+    return row.id, json.dumps([row.question, sorted(row.options)])
+
+
+def read_answers(folder: Path) -> Mapping[str, Answers]:
+    """Read whether each answer is right, by file, for the unchanged rows of an evaluation."""
+    answers: dict[str, dict[tuple[str, str], bool]] = {}
+    for row in read_rows(folder):
+        if row.control == "none":
+            answers.setdefault(row.file, {})[_key(row)] = row.right
+    return answers
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    replace_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def p_value_text(p_value: float) -> str:
+    """Format a p-value to three digits."""
+    return "<0.001" if p_value < 0.001 else f"{p_value:.3f}"

@@ -1,0 +1,291 @@
+"""Evaluate accuracy on held-out files, with controls that show how much of it comes from the picture.
+
+Each question is answered greedily: unchanged and, as controls, on a grey picture, on the picture of another question of
+its file, and with its options reordered, unless one refers to others (`all of the above`). Image-free baselines
+complete the figures: chance, the majority letter, the prior of option texts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from rewards.parsing import evaluated_letter, has_answer_format, has_format
+from rlmed.core.prefill import opens_thinking
+from rlmed.core.protocols import RolloutPool
+from rlmed.core.statistics import ImageFreePrior, chance, leave_one_out_prior, majority_letter
+from rlmed.core.types import Completion, Example, Prompt, RolloutGroup, RolloutRequest, SamplingParams
+from rlmed.data.images import load_image
+from rlmed.data.loading import EvalFile
+from rlmed.data.options.order import kept_orders
+from rlmed.data.prompts import PromptRenderer
+from rlmed.data.sampler import reorder_options
+from rlmed.evaluation.preflight import went_on, why_cut
+from rlmed.evaluation.results import Accuracy, Control, EvalRow, EvalSummary, FileSummary, write_evaluation
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+"""Called for each completion with its file's name, the number of completions done, and their total."""
+
+IN_FLIGHT = 128
+"""Most prompts in the pool: bounds the memory of rendered pictures and keeps every engine busy."""
+SHOWN: Mapping[Control, str] = {
+    "none": "on the unchanged rows",
+    "blank": "on a grey picture",
+    "shuffled": "on another row's picture",
+    "reordered": "with the options in another order",
+}
+"""What each control shows."""
+GREY = (128, 128, 128)
+SHUFFLE_SEED = 0
+CUT = 0.5
+"""Share of completions cut by length above which to warn."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """One question to ask; `shown` has the picture and option order to use."""
+
+    file: str
+    control: Control
+    shown: Example
+
+    def render(self, renderer: PromptRenderer) -> Prompt:
+        if self.control != "blank":
+            return renderer.render(self.shown)
+        assert self.shown.image is not None
+        return renderer.render(self.shown, image=Image.new("RGB", load_image(self.shown.image).size, GREY))
+
+
+def evaluate(
+    files: Sequence[EvalFile],
+    *,
+    pool: RolloutPool,
+    renderer: PromptRenderer,
+    train_examples: Sequence[Example],
+    max_tokens: int,
+    stop: tuple[str, ...] = (),
+    controls: bool,
+    folder: Path,
+    step: int,
+    model: str,
+    on_progress: Progress | None = None,
+) -> EvalSummary:
+    """Answer every question greedily and write `folder/step-000123/` with `summary.json` and `rows.jsonl`.
+
+    An earlier evaluation of the same step is replaced once the new one is complete.
+
+    Args:
+        files: files with distinct names, and distinct ids within a file.
+        pool: idle pool, whose current weights are evaluated.
+        renderer: the renderer used in training.
+        train_examples: rows to fit the image-free prior on; may be empty.
+        max_tokens: longest completion.
+        stop: stop strings, as in training.
+        controls: also ask on grey pictures, on shuffled ones and with reordered options: four times the work.
+        folder: folder of step folders; created if missing.
+        step: training step of the weights.
+        model: name or folder of the model, for the record.
+        on_progress: see `Progress`.
+
+    Raises:
+        ValueError: without files, or for an empty file, repeated names or ids, or a question that cannot be rendered.
+        RuntimeError: if the pool is busy.
+    """
+    _check(files)
+    if pool.in_flight:
+        raise RuntimeError(f"evaluation needs an idle pool, but {pool.in_flight} requests are in flight")
+    start = time.perf_counter()
+    tasks = [task for file in files for task in _tasks(file, controls)]
+    if controls:
+        log.info("%s", _plan(tasks))
+    rows: list[EvalRow | None] = [None] * len(tasks)
+    sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, stop=stop)
+    for done, (index, prefill, completion) in enumerate(_answers(tasks, pool, renderer, sampling), 1):
+        rows[index] = _judge(tasks[index], prefill, completion, renderer)
+        if on_progress is not None:
+            on_progress(tasks[index].file, done, len(tasks))
+    answered = [row for row in rows if row is not None]
+    assert len(answered) == len(tasks), "the pool answered a request twice and another never"
+    by_file: dict[str, list[EvalRow]] = defaultdict(list)
+    for row in answered:
+        by_file[row.file].append(row)
+    summary = EvalSummary(
+        model=model,
+        step=step,
+        seconds=time.perf_counter() - start,
+        max_tokens=max_tokens,
+        train_rows=len(train_examples),
+        files=tuple(_summarise(file, by_file[file.name], train_examples) for file in files),
+    )
+    write_evaluation(folder, summary, answered)
+    for file in summary.files:
+        _warn_of_cuts(file, by_file[file.name], max_tokens, renderer)
+    return summary
+
+
+def shuffled_images(examples: Sequence[Example], seed: int = SHUFFLE_SEED) -> list[Example]:
+    """Permute the pictures so that each example gets another's.
+
+    Rows are sorted by picture, in an order drawn from `seed`, and each takes the picture m rows further on, where m is
+    the number of rows of the most frequent picture. So no row keeps its own, unless one picture belongs to more than
+    half of the rows: rows that would keep it are left out, as are rows without a picture.
+    """
+    places: dict[Path, list[int]] = defaultdict(list)
+    for place, example in enumerate(examples):
+        if example.image is not None:
+            places[example.image].append(place)
+    if not places:
+        return []
+    images = sorted(places)
+    order = np.random.default_rng(seed).permutation(len(images))
+    line = [(place, images[index]) for index in order for place in places[images[index]]]
+    shift = max(len(rows) for rows in places.values())
+    given = {place: line[(i + shift) % len(line)][1] for i, (place, _) in enumerate(line)}
+    return [
+        dataclasses.replace(example, image=given[place])
+        for place, example in enumerate(examples)
+        if place in given and given[place] != example.image
+    ]
+
+
+def _check(files: Sequence[EvalFile]) -> None:
+    if not files:
+        raise ValueError("data.eval is empty: name at least one file to evaluate")
+    names = [file.name for file in files]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(
+            f"evaluation files must have distinct names, but {', '.join(repeated)} occurs twice: rename one"
+        )
+    for file in files:
+        if not file.examples:
+            raise ValueError(f"evaluation file {file.name} has no rows: check the file, or leave it out of data.eval")
+        seen: set[str] = set()
+        for example in file.examples:
+            if example.id in seen:
+                raise ValueError(
+                    f"evaluation file {file.name}: id {example.id!r} occurs twice: ids must be unique, results are paired by id"
+                )
+            seen.add(example.id)
+
+
+def _tasks(file: EvalFile, controls: bool) -> Iterator[_Task]:
+    for example in file.examples:
+        yield _Task(file.name, "none", example)
+    if not controls:
+        return
+    for example in file.examples:
+        if example.image is not None:
+            yield _Task(file.name, "blank", example)
+    for example in shuffled_images(file.examples):
+        yield _Task(file.name, "shuffled", example)
+    for example in file.examples:
+        reordered = reorder_options(example, SHUFFLE_SEED)
+        if reordered is not None:
+            yield _Task(file.name, "reordered", reordered)
+
+
+def _plan(tasks: Sequence[_Task]) -> str:
+    """Say how many answers an evaluation needs, by control."""
+    counts = Counter(task.control for task in tasks)
+    parts = [f"{counts[control]} {what}" for control, what in SHOWN.items() if counts[control]]
+    return f"evaluation needs {len(tasks)} answers: {', '.join(parts)}"
+
+
+def _answers(
+    tasks: Sequence[_Task], pool: RolloutPool, renderer: PromptRenderer, sampling: SamplingParams
+) -> Iterator[tuple[int, str, Completion]]:
+    """Yield task index, prompt prefill and completion, in order of completion."""
+    requests = (
+        RolloutRequest(index=index, prompt=task.render(renderer), group_size=1, sampling=sampling)
+        for index, task in enumerate(tasks)
+    )
+    for group in answer_all(requests, pool):
+        yield group.request.index, group.prompt.prefill, group.completions[0]
+
+
+def answer_all(requests: Iterable[RolloutRequest], pool: RolloutPool) -> Iterator[RolloutGroup]:
+    """Submit the requests to an idle pool, a bounded number at a time, and yield the groups as they finish."""
+    waiting = iter(requests)
+    while True:
+        for request in islice(waiting, IN_FLIGHT - pool.in_flight):
+            pool.submit(request)
+        if not pool.in_flight:
+            return
+        yield pool.collect()
+
+
+def _judge(task: _Task, prefill: str, completion: Completion, renderer: PromptRenderer) -> EvalRow:
+    """Score a completion: right if and only if its first well-formed answer tag holds the right letter."""
+    example, parsed = task.shown, evaluated_letter(completion.text)
+    # a chat template that opens the reasoning asks for it too
+    reasoned = renderer.asks_for_reasoning(example) or opens_thinking(prefill)
+    in_format = has_format if reasoned else has_answer_format
+    return EvalRow(
+        file=task.file,
+        id=example.id,
+        control=task.control,
+        image=None if example.image is None else str(example.image),
+        kind=example.kind,
+        question=example.question,
+        options=example.options,
+        answer=example.letter,
+        completion=completion.text,
+        parsed=parsed,
+        right=parsed == example.letter,
+        format=in_format(completion.text),
+        tokens=len(completion.token_ids),
+        finish_reason=completion.finish_reason,
+    )
+
+
+def _warn_of_cuts(file: FileSummary, rows: Sequence[EvalRow], max_tokens: int, renderer: PromptRenderer) -> None:
+    if file.cut_by_length > CUT:
+        share = float(np.mean([went_on(row.completion, row.finish_reason) for row in rows if row.control == "none"]))
+        cause = why_cut(file.cut_by_length, share, f"eval.max_tokens={max_tokens}", renderer.end_tokens)
+        log.warning("%s: %s", file.name, cause)
+
+
+def _summarise(file: EvalFile, rows: Sequence[EvalRow], train: Sequence[Example]) -> FileSummary:
+    plain = [row for row in rows if row.control == "none"]
+    prior = ImageFreePrior.fit(train) if train else None
+    kinds = sorted({row.kind for row in plain if row.kind})
+    by_kind = {kind: [row.right for row in plain if row.kind == kind] for kind in kinds}
+    kept, option = kept_orders(example.options for example in file.examples)
+    return FileSummary(
+        name=file.name,
+        rows=len(plain),
+        accuracy=Accuracy.of(sum(row.right for row in plain), len(plain)),
+        format_rate=float(np.mean([row.format for row in plain])),
+        mean_tokens=float(np.mean([row.tokens for row in plain])),
+        cut_by_length=float(np.mean([row.finish_reason == "length" for row in plain])),
+        chance=chance(file.examples),
+        majority_letter=majority_letter(file.examples, train),
+        image_free_prior=None if prior is None else prior.accuracy(file.examples),
+        image_free_prior_by_rate=None if prior is None else prior.accuracy(file.examples, by_rate=True),
+        leave_one_out_prior=leave_one_out_prior(file.examples),
+        leave_one_out_prior_by_rate=leave_one_out_prior(file.examples, by_rate=True),
+        blank=_under(rows, "blank"),
+        shuffled=_under(rows, "shuffled"),
+        by_kind={kind: (sum(right), len(right)) for kind, right in by_kind.items()},
+        reordered=_under(rows, "reordered"),
+        kept_order=kept,
+        kept_order_by=option,
+        not_offered=float(np.mean([row.not_offered for row in plain])),
+    )
+
+
+def _under(rows: Sequence[EvalRow], control: Control) -> Accuracy | None:
+    right = [row.right for row in rows if row.control == control]
+    return Accuracy.of(sum(right), len(right)) if right else None

@@ -1,0 +1,70 @@
+"""Resolve a run's model folder, device and dtype."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from rlmed.core.config.schema import ModelConfig, RunConfig
+from rlmed.models.folder.agreement import position_doubt
+from rlmed.models.policy import load_config
+from rlmed.models.tiny.toy import EMBEDDED, SHIPPED
+
+log = logging.getLogger(__name__)
+
+
+def model_folder(path: str) -> Path:
+    """Return the model's path: `embedded:NAME` ships with rlmed, anything else is a folder or a hub name.
+
+    Raises:
+        ValueError: for an unknown embedded model.
+    """
+    if not path.startswith(EMBEDDED):
+        return Path(path)
+    folder = SHIPPED / path.removeprefix(EMBEDDED)
+    if not folder.is_dir():
+        raise ValueError(f"model.path={path} does not ship with rlmed; `make tiny-base` builds tiny_base")
+    return folder
+
+
+def resolve_device(config: ModelConfig) -> torch.device:
+    """Resolve `model.device` on this machine.
+
+    Raises:
+        ValueError: for a CUDA device that is not available.
+    """
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"model.device={config.device}: torch sees no CUDA device here; use model.device=cpu or auto")
+    device = torch.device(config.device)
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        raise ValueError(
+            f"model.device={config.device}: torch sees {torch.cuda.device_count()} CUDA devices, numbered from cuda:0"
+        )
+    return device
+
+
+def resolve_dtype(config: ModelConfig) -> str:
+    """Resolve `model.dtype` on this machine."""
+    if config.dtype != "auto":
+        return config.dtype
+    device = resolve_device(config)
+    # on CPUs float32 is exact and fused; bfloat16 is opt-in
+    native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "bfloat16" if native else "float32"
+
+
+def check_positions(config: RunConfig, *, max_tokens: int) -> None:
+    """Warn if the longest prompt plus `max_tokens` of completion exceeds the model's positions."""
+    longest = config.data.max_prompt_tokens
+    doubt = position_doubt(
+        load_config(model_folder(config.model.path)),
+        tokens=longest + max_tokens,
+        what=f"data.max_prompt_tokens={longest} and {max_tokens} completion tokens",
+        cure="data.max_prompt_tokens, rollout.max_tokens or eval.max_tokens",
+    )
+    if doubt:
+        log.warning("%s", doubt)

@@ -1,0 +1,202 @@
+"""Show a run's progress: a live display in a terminal, plain lines elsewhere, with the same facts.
+
+It goes to stdout like the final table, so that `| tee run.log` keeps both in order; stderr is for warnings and errors.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+REWARD = "reward/"
+METRICS = {
+    "kl": ("kl", "{:.4f}"),
+    "completion/length": ("length", "{:.0f}"),
+    "prompts/set_aside": ("set aside", "{:.0%}"),
+    "tokens_per_second": ("tokens/s", "{:.0f}"),
+}
+"""Metrics shown after the rewards, in this order, each with label and format."""
+WINDOW = 30
+"""Recent steps for the time estimate: early steps are slower, and a pause of the machine should be forgotten."""
+
+
+class Progress:
+    """Show steps, stages and messages; as a context manager, keep a live display.
+
+    Outside of the context everything appears as plain lines.
+
+    Example:
+        >>> with Progress() as progress:                                             # doctest: +SKIP
+        ...     progress.start(total=200, done=0)
+        ...     progress.step(12, {"reward/mean": 1.42, "kl": 0.003})
+        step 12/200 reward 1.42 kl 0.0030 left 3m10s
+    """
+
+    def __init__(self, console: Console | None = None, *, line_every_s: float = 10.0) -> None:
+        """Show progress.
+
+        Args:
+            console: output; None is stdout.
+            line_every_s: seconds between plain lines, for steps and for stages.
+        """
+        self._console = console or Console(highlight=False)
+        self._line_every_s = line_every_s
+        self._live: Live | None = None
+        self._moved_handlers: list[tuple[logging.StreamHandler, object]] = []  # type: ignore[type-arg]
+        self._total = self._done = 0
+        self._facts: dict[str, str] = {}
+        self._accuracy: dict[str, str] = {}
+        self._stage: tuple[str, int, int, str] | None = None
+        self._times: deque[tuple[int, float]] = deque(maxlen=WINDOW + 1)
+        self._last_line = {"step": float("-inf"), "stage": float("-inf")}
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
+            self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=4)
+            self._live.start()
+            self._move_log_handlers()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._stage = None
+            for handler, stream in self._moved_handlers:
+                handler.setStream(stream)
+            self._moved_handlers.clear()
+            self._live.stop()
+            self._live = None
+
+    def start(self, total: int, done: int) -> None:
+        """Begin counting steps; a resumed run has already done `done` of `total`."""
+        self._total, self._done, self._stage = total, done, None
+        self._times.clear()
+        self._times.append((done, time.monotonic()))
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show a finished step.
+
+        Args:
+            step: number of steps done.
+            metrics: the step's metrics by name; rewards (without any, the loss) and those in `METRICS` are shown.
+        """
+        self._done, self._stage = step, None
+        self._times.append((step, time.monotonic()))
+        self._facts = _facts(metrics)
+        self._plain("step", self._step_line(), always=step >= self._total)
+
+    def evaluated(self, accuracy: Mapping[str, float], step: int) -> None:
+        """Show the accuracies, fractions by file, of an evaluation after `step` steps, once.
+
+        The live display keeps showing their mean with its step; lines of later steps don't repeat it.
+        """
+        mean = f"{sum(accuracy.values()) / len(accuracy):.1%}"
+        self._accuracy = {f"accuracy after {step} steps": mean}
+        shown = [f"{name} {value:.1%}" for name, value in accuracy.items()] + [f"mean {mean}"] * (len(accuracy) > 1)
+        self.message(f"accuracy after {step} steps: {', '.join(shown)}")
+
+    def stage(self, text: str, done: int, total: int, what: str = "") -> None:
+        """Show that `done` of `total` parts of a stage are finished; `what` names the parts, in the plural."""
+        count = f"{done}/{total} {what}".rstrip()
+        self._stage = (text, done, total, count) if done < total else None
+        self._plain("stage", f"{text} {count}", always=done >= total)
+
+    def answers(self, file: str, done: int, total: int) -> None:
+        """Show that `done` of `total` answers of an evaluation are finished, the latest for a row of `file`."""
+        self.stage(f"evaluate {file}", done, total, "answers")
+
+    def message(self, text: str) -> None:
+        """Print a permanent message."""
+        self._console.print(Text(text), soft_wrap=True)
+
+    def _plain(self, what: str, line: str, *, always: bool) -> None:
+        """Print a plain line, unless one was just printed or the live display shows it."""
+        if self._live is not None:
+            return
+        now = time.monotonic()
+        if always or now - self._last_line[what] >= self._line_every_s:
+            self._last_line[what] = now
+            self.message(line)
+
+    def _step_line(self) -> str:
+        facts = dict(self._facts)
+        left = self._seconds_left()
+        if left is not None:
+            facts["left"] = duration(left)
+        return " ".join([f"step {self._done}/{self._total}", *(f"{name} {value}" for name, value in facts.items())])
+
+    def _seconds_left(self) -> float | None:
+        """Estimate the time left from recent steps, including evaluations; None before the first step."""
+        if len(self._times) < 2:
+            return None
+        (first, begin), (last, end) = self._times[0], self._times[-1]
+        return (end - begin) / max(1, last - first) * max(0, self._total - last)
+
+    def _render(self) -> Group:
+        lines: list[Table | Text] = []
+        if self._total:
+            left = self._seconds_left()
+            note = f"{self._done}/{self._total}" + ("" if left is None else f"  {duration(left)} left")
+            lines.append(_bar_line("training", self._done, self._total, note))
+            facts = self._facts | self._accuracy
+            if facts:
+                numbers = Text("  ", no_wrap=True, overflow="ellipsis")
+                for name, value in facts.items():
+                    numbers.append(f"{name} ", style="dim").append(f"{value}  ")
+                lines.append(numbers)
+        if self._stage is not None:
+            text, done, total, count = self._stage
+            lines.append(_bar_line(text, done, total, count))
+        return Group(*lines)
+
+    def _move_log_handlers(self) -> None:
+        """Route log lines through the live display, which they would break: handlers still hold the earlier stream."""
+        plain = {sys.__stdout__: sys.stdout, sys.__stderr__: sys.stderr}
+        for handler in logging.getLogger().handlers:
+            if type(handler) is logging.StreamHandler and handler.stream in plain:
+                self._moved_handlers.append((handler, handler.stream))
+                handler.setStream(plain[handler.stream])
+
+
+def _facts(metrics: Mapping[str, float]) -> dict[str, str]:
+    # with rewards, the loss is uninformative: that of a policy gradient hovers around zero
+    rewards = [name for name in metrics if name.startswith(REWARD)]
+    shown = {name: (name.removeprefix(REWARD), "{:.2f}") for name in rewards} or {"loss": ("loss", "{:.3f}")}
+    shown = {name: ("reward" if label == "mean" else label, form) for name, (label, form) in shown.items()} | METRICS
+    return {label: form.format(metrics[name]) for name, (label, form) in shown.items() if name in metrics}
+
+
+def _bar_line(text: str, done: int, total: int, note: str) -> Table:
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(width=24, no_wrap=True, overflow="ellipsis")
+    grid.add_column(width=32)
+    grid.add_column(no_wrap=True)
+    grid.add_row(Text(text), ProgressBar(total=total, completed=done, width=32), Text(note))
+    return grid
+
+
+def duration(seconds: float) -> str:
+    """Format seconds for humans.
+
+    Example:
+        >>> duration(190), duration(7), duration(7380)
+        ('3m10s', '7s', '2h03m')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

@@ -1,0 +1,366 @@
+"""Write a run folder's report as one self-contained HTML page: `python -m rlmed.report RUN_FOLDER`.
+
+Missing parts (no evaluation yet, a killed run) are left out. Model output is shown as text, never as markup.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import hashlib
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rlmed.core.files.atomic import replace_text
+from rlmed.core.files.jsonlines import read_json, read_json_lines
+from rlmed.core.process.display import ending_errors, keep_display, one_line
+from rlmed.core.statistics import mcnemar
+from rlmed.core.tracing import TIMELINE_LINES
+from rlmed.evaluation.reliability.results import TRUST_FILE, TrustSummary
+from rlmed.evaluation.results import (
+    COMPARISON_FILE,
+    SUMMARY_FILE,
+    Accuracy,
+    EvalRow,
+    EvalSummary,
+    FileSummary,
+    last_evaluation,
+    p_value_text,
+    read_rows,
+)
+from rlmed.models.tiny.toy import EMBEDDED, TOY_NOTE
+from rlmed.recording.progress import duration
+from rlmed.recording.recorder import CONFIG_FILE, DATA_FILE, METRICS_FILE, ROLLOUTS_FILE, VERSIONS_FILE
+from rlmed.report.leakage import show_leakage
+from rlmed.report.plots import draw_accuracy, draw_metrics
+from rlmed.report.reliability import show_trust
+from rlmed.report.rollouts import Pictures, show_groups, show_rows
+
+REPORT_FILE = "report.html"
+TEMPLATE, SCRIPT, SHEET = "report.html.j2", "report.js", "report.css"
+ASSETS = Path(__file__).parent / "assets"
+TILES = 4
+"""Most files with a headline accuracy; all are in the table."""
+NAMES = 6
+"""Most data files in the title; all are at the end of the page."""
+SKIPPED_SHOWN = 200
+"""Most skipped rows to list by data file; all are in data.json."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Evaluations:
+    """A run's evaluations, by step, and the rows of the first and the last."""
+
+    summaries: tuple[EvalSummary, ...]
+    first_rows: tuple[EvalRow, ...]
+    """Empty if there is only one evaluation."""
+    last_rows: tuple[EvalRow, ...]
+    comparison: Mapping[str, Any] | None
+    """Comparison of the last evaluation with one of another run, if requested."""
+    sft: EvalSummary | None
+    """The supervised baseline on the same files, if given."""
+    trust: TrustSummary | None
+    """The latest one."""
+
+    @classmethod
+    def read(cls, folder: Path, sft: Path | None) -> _Evaluations:
+        folders = sorted(path for path in folder.glob("step-*") if (path / SUMMARY_FILE).is_file())
+        ends = folders[:1] + folders[-1:] if len(folders) > 1 else folders
+        rows = [tuple(read_rows(path)) for path in ends]
+        trusts = [path for path in folders if (path / TRUST_FILE).is_file()]
+        return cls(
+            summaries=tuple(EvalSummary.read(path) for path in folders),
+            first_rows=rows[0] if len(rows) > 1 else (),
+            last_rows=rows[-1] if rows else (),
+            comparison=_read_json(folders[-1] / COMPARISON_FILE) if len(folders) == 1 else None,
+            sft=None if sft is None else EvalSummary.read(last_evaluation(sft)),
+            trust=TrustSummary.read(trusts[-1]) if trusts else None,
+        )
+
+
+def write_report(run_folder: Path, *, sft: Path | None = None) -> Path:
+    """Write `report.html` into a run folder and return its path.
+
+    Args:
+        run_folder: run folder of any command.
+        sft: run folder of the supervised baseline, whose last evaluation joins the table.
+
+    Raises:
+        ValueError: if the folder is not a run, a file is damaged, or the baseline has other files.
+        OSError: if a file cannot be read or the report cannot be written.
+    """
+    if not any((run_folder / name).exists() for name in (CONFIG_FILE, METRICS_FILE, "evaluations")):
+        raise ValueError(f"{run_folder} is not a run folder: it has no config.yaml, {METRICS_FILE} or evaluations")
+    environment = page_environment()
+    page = environment.get_template(TEMPLATE).render(_context(run_folder, environment, sft))
+    return replace_text(run_folder / REPORT_FILE, page)
+
+
+def page_environment() -> Environment:
+    """Return the Jinja environment of `rlmed/report/assets`, with filters that format figures."""
+    environment = Environment(
+        loader=FileSystemLoader(ASSETS),
+        autoescape=True,  # completions come from a model: none of their text may become markup
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "percent": _percent,
+        "duration": duration,
+        "seconds": _seconds,
+        "p_value": p_value_text,
+        "number": _number,
+    }
+    return environment
+
+
+def _context(folder: Path, environment: Environment, sft: Path | None) -> dict[str, Any]:
+    config_file = folder / CONFIG_FILE
+    config_text, config = _read_config(config_file)
+    metrics = list(read_json_lines(folder / METRICS_FILE))
+    evaluations = _Evaluations.read(folder / "evaluations", sft)
+    if evaluations.sft is not None:
+        _check_common_file(folder, evaluations.summaries, f"--sft {sft}", evaluations.sft)
+    versions = _read_json(folder / VERSIONS_FILE) or {}
+    data = _read_json(folder / DATA_FILE) or {"files": []}
+    pictures = Pictures()
+    accuracy = draw_accuracy(evaluations.summaries)
+    facts = _run_facts(folder, config, metrics, evaluations)
+    script, sheet = (_asset(environment, name) for name in (SCRIPT, SHEET))
+    return {
+        "run": {
+            **facts,
+            "device": versions.get("cuda_device") or versions.get("cpu"),
+            # earlier versions did not record it
+            "toy": TOY_NOTE if versions.get("toy_model") or str(facts["model"]).startswith(EMBEDDED) else None,
+            "questions": _names([file["name"] for file in data["files"]]),
+        },
+        "table": _accuracy_table(evaluations),
+        "trust": None if evaluations.trust is None else show_trust(evaluations.trust),
+        "plots": ([accuracy] if accuracy else []) + draw_metrics(metrics),
+        "timeline": _timeline(folder / TIMELINE_LINES),
+        "groups": show_groups(folder / ROLLOUTS_FILE, pictures),
+        "rows": show_rows(evaluations.first_rows, evaluations.last_rows, pictures),
+        "pictures": pictures.uris,
+        "data": _data(data),
+        "leakage": show_leakage(data.get("leakage"), evaluations.last_rows, pictures),
+        "versions": versions,
+        "config_text": config_text,
+        "script": script,
+        "sheet": sheet,
+        # the browser runs only our script, should markup ever slip through
+        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    }
+
+
+def _asset(environment: Environment, name: str) -> Markup:
+    assert environment.loader is not None
+    return Markup(environment.loader.get_source(environment, name)[0].strip())  # trusted: our own file
+
+
+def _read_config(path: Path) -> tuple[str, dict[Any, Any]]:
+    """Return a run's configuration as text and as a mapping; empty without the file."""
+    try:
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        config = OmegaConf.to_container(OmegaConf.create(text))
+    except (UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"{path} is damaged, not valid YAML ({one_line(error)}): copy its folder again") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is damaged, not a mapping: copy its folder again")
+    return text, config
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    return read_json(path) if path.exists() else None
+
+
+def _run_facts(
+    folder: Path, config: Mapping[Any, Any], metrics: Sequence[Mapping[str, Any]], evaluations: _Evaluations
+) -> dict[str, Any]:
+    """Return the headline: what ran, how far it got, and its results."""
+    last = metrics[-1] if metrics else {}
+    learns_by_reward = "reward/mean" in last
+    planned = config.get("steps") if learns_by_reward else None
+    model = (config.get("model") or {}).get("path") or next((one.model for one in evaluations.summaries), "")
+    tiles = []
+    if evaluations.summaries:
+        first, final = evaluations.summaries[0], evaluations.summaries[-1]
+        both = _ends(first, final)
+        for name in [file.name for file in final.files][:TILES]:
+            shares = [file.accuracy.value for one in both for file in one.files if file.name == name]
+            tiles.append(_tile(f"{name}, %", shares, "accuracy on held-out questions"))
+        formats = [float(np.mean([file.format_rate for file in one.files])) for one in both]
+        tiles.append(_tile("in the format, %", formats, "mean of the files"))
+    for name, label, form in (
+        ("reward/mean", "reward", "{:.2f}"),
+        ("completion/length", "length, tokens", "{:.0f}"),
+        ("kl", "KL", "{:.3f}"),
+    ):
+        ends = [_mean_at(metrics, name, end) for end in ("start", "end")]
+        if ends[0] is not None and ends[1] is not None:
+            note = "mean over the first and the last tenth of the steps"
+            tiles.append({"label": label, "values": [form.format(value) for value in ends], "note": note})
+    return {
+        "name": config.get("name") or folder.resolve().name,
+        "generated": (config.get("data") or {}).get("source") == "phantom",
+        "model": model,
+        "steps": last.get("step", 0),
+        "planned": planned,
+        "stopped": planned is not None and last.get("step", 0) < planned,
+        "skipped_steps": int(last.get("skipped_steps") or 0),
+        "tiles": tiles,
+    }
+
+
+def _names(files: Sequence[str]) -> str:
+    return ", ".join(files[:NAMES]) + ", …" * (len(files) > NAMES)
+
+
+def _check_common_file(folder: Path, own: Sequence[EvalSummary], given: str, baseline: EvalSummary) -> None:
+    """Raise ValueError if the baseline shares no file with the run."""
+    names, others = ([file.name for one in summaries for file in one.files] for summaries in (own[-1:], [baseline]))
+    if not set(names) & set(others):
+        raise ValueError(
+            f"{given} was evaluated on {', '.join(others)}, but {folder} on {', '.join(names) or 'nothing'}: give a "
+            "baseline evaluated on the same files"
+        )
+
+
+def _ends(first: EvalSummary, final: EvalSummary) -> tuple[EvalSummary, ...]:
+    return (final,) if first is final else (first, final)
+
+
+def _tile(label: str, shares: Sequence[float], note: str) -> dict[str, Any]:
+    return {"label": label, "values": [_percent(share) for share in shares], "note": note}
+
+
+def _mean_at(metrics: Sequence[Mapping[str, Any]], name: str, end: str) -> float | None:
+    values = [line[name] for line in metrics if line.get(name) is not None]
+    tenth = max(1, len(values) // 10)
+    return float(np.mean(values[:tenth] if end == "start" else values[-tenth:])) if values else None
+
+
+def _accuracy_table(evaluations: _Evaluations) -> dict[str, Any] | None:
+    if not evaluations.summaries:
+        return None
+    first, last = evaluations.summaries[0], evaluations.summaries[-1]
+    before = {file.name: file for file in first.files} if first is not last else {}
+    sft = {file.name: file for file in evaluations.sft.files} if evaluations.sft else {}
+    lines = [_table_line(file, before.get(file.name), sft.get(file.name), evaluations) for file in last.files]
+    means = {
+        "before": np.mean([line["before"].value for line in lines]) if all(line["before"] for line in lines) else None,
+        "after": last.mean_accuracy,
+        "sft": np.mean([line["sft"].accuracy.value for line in lines]) if all(line["sft"] for line in lines) else None,
+    }
+    return {
+        "steps": [one.step for one in _ends(first, last)],
+        "before": any(line["before"] for line in lines),
+        "before_model": evaluations.comparison["before"]["model"] if evaluations.comparison else None,
+        "sft": bool(sft),
+        "train_rows": last.train_rows,
+        "lines": lines,
+        "means": means,
+    }
+
+
+def _table_line(
+    file: FileSummary, before: FileSummary | None, sft: FileSummary | None, evaluations: _Evaluations
+) -> dict[str, Any]:
+    earlier, p_value = (before.accuracy if before else None), None
+    pairs = _paired(evaluations, file.name)
+    if pairs is not None:
+        p_value = mcnemar(*pairs).p_value
+    elsewhere = evaluations.comparison["files"].get(file.name) if evaluations.comparison else None
+    if elsewhere is not None:
+        earlier, p_value = Accuracy.of(elsewhere["right_before"], elsewhere["rows"]), elsewhere["p_value"]
+    kinds = sorted(file.by_kind.items())
+    return {
+        "file": file,
+        "before": earlier,
+        "before_format": before.format_rate if before else None,
+        "change": None if earlier is None else file.accuracy.value - earlier.value,
+        "p_value": p_value,
+        "sft": sft,
+        "kinds": [{"kind": kind, "right": right, "rows": rows} for kind, (right, rows) in kinds],
+    }
+
+
+def _paired(evaluations: _Evaluations, name: str) -> tuple[Any, Any] | None:
+    """Return bool [N] before and after over a file's rows; None if the evaluations have different rows."""
+    sides = [
+        {(row.id, row.question): row.right for row in rows if row.file == name and row.control == "none"}
+        for rows in (evaluations.first_rows, evaluations.last_rows)
+    ]
+    if not sides[0] or sides[0].keys() != sides[1].keys():
+        return None
+    before, after = (np.array([side[key] for key in sides[0]], dtype=bool) for side in sides)
+    return before, after
+
+
+def _timeline(path: Path) -> dict[str, Any] | None:
+    """Return seconds by stage, without nested spans, and the time outside of any stage."""
+    seconds: dict[str, float] = defaultdict(float)
+    counts: dict[str, int] = defaultdict(int)
+    end = 0.0
+    for span in read_json_lines(path):
+        end = max(end, span["start"] + span["duration"])
+        if span["depth"] == 0:
+            seconds[span["name"]] += span["duration"]
+            counts[span["name"]] += 1
+    if not end:
+        return None
+    stages = [
+        {"name": name, "seconds": spent, "share": spent / end, "count": counts[name]}
+        for name, spent in sorted(seconds.items(), key=lambda item: -item[1])
+    ]
+    other = max(0.0, end - sum(seconds.values()))
+    return {
+        "seconds": end,
+        "stages": [*stages, {"name": "other", "seconds": other, "share": other / end, "count": None}],
+    }
+
+
+def _data(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    # earlier versions counted neither rows that keep their order nor those beyond the limit
+    return [
+        {"kept_order": 0, "beyond_limit": 0, **file, "shown": file["skipped"][:SKIPPED_SHOWN]}
+        for file in content["files"]
+    ]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 1:
+        return f"{1000 * seconds:.0f} ms"
+    return f"{seconds:.1f} s" if seconds < 60 else duration(seconds)
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def main() -> None:
+    """Write the report of the run folder given on the command line."""
+    parser = argparse.ArgumentParser(prog="python -m rlmed.report", description="Write a run folder's report.html.")
+    parser.add_argument("run_folder", type=Path)
+    parser.add_argument("--sft", type=Path, metavar="FOLDER", help="run of rlmed.sft to show in the same table")
+    keep_display()
+    arguments = parser.parse_args()
+    with ending_errors():
+        report = write_report(arguments.run_folder, sft=arguments.sft)
+    sys.stdout.write(f"report: {report}\n")

@@ -1,0 +1,227 @@
+"""Choose the rollouts and evaluated rows that the report shows, and split their completions into parts."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from rewards.parsing import answer_text, evaluated_letter, reasoning_text
+from rlmed.core.files.jsonlines import parse_line
+from rlmed.core.types import LETTERS
+from rlmed.data.images import BadImageError, load_image
+from rlmed.evaluation.results import EvalRow
+
+GROUPS = 60
+ROWS = 60
+COMPLETIONS = 8
+"""Most distinct completions to show by group."""
+CHARACTERS = 3000
+"""Longest completion in the report, in characters; the recorded one is not cut."""
+GAINED = "wrong → right"
+PICTURE_SIDE = 224
+JPEG_QUALITY = 85
+
+
+@dataclass(slots=True)
+class Pictures:
+    """Pictures by path, each embedded once even if several questions show it."""
+
+    uris: list[str] = field(default_factory=list)
+    """JPEG as data URI, at most `PICTURE_SIDE` on a side."""
+    _places: dict[str, Mapping[str, Any] | None] = field(default_factory=dict)
+
+    def add(self, path: str | None) -> Mapping[str, Any] | None:
+        """Embed a picture and return its index in `uris`, width and height in pixels; None if missing."""
+        if path is None:
+            return None
+        if path not in self._places:
+            self._places[path] = self._embed(Path(path))
+        return self._places[path]
+
+    def _embed(self, path: Path) -> Mapping[str, Any] | None:
+        try:
+            image = load_image(path, max_side=PICTURE_SIDE)
+        except BadImageError:
+            return None
+        target = io.BytesIO()
+        image.save(target, "JPEG", quality=JPEG_QUALITY)
+        self.uris.append("data:image/jpeg;base64," + base64.b64encode(target.getvalue()).decode())
+        return {"place": len(self.uris) - 1, "width": image.width, "height": image.height}
+
+
+def show_groups(rollouts: Path, pictures: Pictures, limit: int = GROUPS) -> list[dict[str, Any]]:
+    """Return groups for the template: the best and the worst alternating, then some from the whole run.
+
+    Args:
+        rollouts: rollouts.jsonl, which may exceed memory.
+        pictures: collects the pictures.
+        limit: most groups to return.
+    """
+    places = _index(rollouts)
+    shown = []
+    with rollouts.open("rb") if places else io.BytesIO() as file:
+        for pick, (_, _, offset, number) in _choose(places, limit):
+            file.seek(offset)
+            shown.append(_show_group(parse_line(file.readline(), rollouts, number), pick, pictures))
+    return shown
+
+
+_Place = tuple[float, int, int, int]
+"""Mean reward, step, byte offset and line number of a group."""
+
+
+def _index(rollouts: Path) -> list[_Place]:
+    places: list[_Place] = []
+    if not rollouts.exists():
+        return places
+    offset = 0
+    with rollouts.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):  # still being written
+                break
+            group = parse_line(line, rollouts, number)
+            places.append((_mean_reward(group), group["step"], offset, number))
+            offset += len(line)
+    return places
+
+
+def _mean_reward(group: Mapping[str, Any]) -> float:
+    rewards = [entry["reward"] for entry in group["completions"] if entry["reward"] is not None]
+    return sum(rewards) / len(rewards) if rewards else 0.0
+
+
+def _choose(places: Sequence[_Place], limit: int) -> list[tuple[str, _Place]]:
+    """Choose a third each of the best, the worst (ties: late ones first) and evenly over the run; none twice.
+
+    Best and worst alternate, so that the first page shows both.
+    """
+    third = -(-min(limit, len(places)) // 3)
+    best = sorted(places, key=lambda place: (-place[0], -place[1], place[2]))[:third]
+    rest = sorted(set(places) - set(best), key=lambda place: (place[0], -place[1], place[2]))
+    worst, rest = rest[:third], sorted(rest[third:], key=lambda place: place[2])
+    count = min(len(rest), limit - len(best) - len(worst))
+    spread = [rest[i * len(rest) // count] for i in range(count)]
+    turns = [
+        entry for pair in zip_longest([("best", p) for p in best], [("worst", p) for p in worst]) for entry in pair
+    ]
+    return [entry for entry in turns if entry is not None] + [("run", place) for place in spread]
+
+
+def _show_group(group: Mapping[str, Any], pick: str, pictures: Pictures) -> dict[str, Any]:
+    completions = _merge(group["completions"], group["answer"])
+    # the template folds completions after the third, so move the worst forward
+    ordered = [*completions[:2], *completions[-1:], *completions[2:-1]] if len(completions) > 3 else completions
+    right = sum(entry["count"] for entry in completions if entry["right"])
+    total = len(group["completions"])
+    return {
+        **{key: group[key] for key in ("step", "index", "example_id", "question", "modality", "kind")},
+        "pick": pick,
+        "options": _options(group["options"], group["answer"]),
+        "picture": pictures.add(group["image"]),
+        "reward": _mean_reward(group),
+        "right": right,
+        "total": total,
+        "outcome": "all right" if right == total else "some right" if right else "none right",
+        "completions": ordered[:COMPLETIONS],
+        "hidden": len(ordered[COMPLETIONS:]),
+    }
+
+
+def _merge(completions: Iterable[Mapping[str, Any]], answer: str) -> list[dict[str, Any]]:
+    """Sort completions best first, merging equal texts with equal rewards into one with a count."""
+    counts: Counter[str] = Counter()
+    merged: dict[str, dict[str, Any]] = {}
+    for entry in completions:
+        key = repr((entry["text"], entry["reward"], entry["reward_parts"], entry["finish_reason"]))
+        counts[key] += 1
+        merged.setdefault(key, {**entry, **take_apart(entry["text"], answer)})
+    shown = [{**entry, "count": counts[key]} for key, entry in merged.items()]
+    return sorted(shown, key=lambda entry: -(entry["reward"] if entry["reward"] is not None else float("-inf")))
+
+
+def take_apart(text: str, answer: str) -> dict[str, Any]:
+    """Split a well-formatted completion into reasoning and answer; keep any other text whole.
+
+    Args:
+        text: the completion.
+        answer: the right letter.
+
+    Returns:
+        "reasoning" and "answer" (None if not in the format), "raw" (None if it is), "letter" (or None), "right", and
+        "cut": the number of characters left out.
+    """
+    letter = evaluated_letter(text)
+    parts: dict[str, Any] = {
+        "letter": letter,
+        "right": letter == answer,
+        "reasoning": None,
+        "answer": None,
+        "raw": None,
+    }
+    reasoning = reasoning_text(text)
+    if reasoning is not None:
+        return parts | {
+            "reasoning": reasoning[:CHARACTERS],
+            "answer": (answer_text(text) or "")[:CHARACTERS],
+            "cut": len(reasoning[CHARACTERS:]),
+        }
+    return parts | {"raw": text[:CHARACTERS], "cut": len(text[CHARACTERS:])}
+
+
+def _options(options: Sequence[str], answer: str) -> list[dict[str, Any]]:
+    return [
+        {"letter": letter, "text": text, "right": letter == answer}
+        for letter, text in zip(LETTERS, options, strict=False)
+    ]
+
+
+def show_rows(before: Sequence[EvalRow], after: Sequence[EvalRow], pictures: Pictures) -> list[dict[str, Any]]:
+    """Return evaluated rows for the template, without controls.
+
+    Args:
+        before: rows of the first evaluation; empty if there is only one.
+        after: rows of the last one.
+        pictures: collects the pictures.
+
+    Returns:
+        Rows whose answer changed from wrong to right or back; with one evaluation, right and wrong rows. Every file and
+        outcome has its share of at most `ROWS` rows.
+    """
+    earlier = {(row.file, row.id): row for row in before if row.control == "none"}
+    piles: dict[tuple[str, str], list[tuple[EvalRow | None, EvalRow]]] = defaultdict(list)
+    for row in after:
+        old = earlier.get((row.file, row.id))
+        if row.control != "none" or (before and (old is None or old.right == row.right)):
+            continue
+        outcome = "right" if row.right else "wrong"
+        piles[row.file, outcome if old is None else f"{'right' if old.right else 'wrong'} → {outcome}"].append(
+            (old, row)
+        )
+    share = ROWS // max(1, len(piles))
+    return [
+        {
+            "file": file,
+            "outcome": outcome,
+            "of": len(pile),
+            "id": row.id,
+            "kind": row.kind,
+            "question": row.question,
+            "options": _options(row.options, row.answer),
+            "picture": pictures.add(row.image),
+            "answers": [_show_answer(one) for one in (old, row) if one is not None],
+        }
+        for (file, outcome), pile in sorted(
+            piles.items(), key=lambda item: (item[0][1] != GAINED, item[0][1], item[0][0])
+        )
+        for old, row in pile[: max(1, share)]
+    ]
+
+
+def _show_answer(row: EvalRow) -> dict[str, Any]:
+    return {**take_apart(row.completion, row.answer), "tokens": row.tokens, "finish_reason": row.finish_reason}

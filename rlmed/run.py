@@ -1,0 +1,268 @@
+"""One training run: wire the parts, drive the loop, record, evaluate, report."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+
+from learner.advantages import AdvantageEstimator, has_learning_signal
+from learner.learner import loss_config
+from rewards.rubric import Rubric
+from rlmed.cluster.build import Cluster, build_cluster
+from rlmed.cluster.engines import make_renderer
+from rlmed.controller import StepResult, train
+from rlmed.core.config.composing import check_same_run, to_yaml
+from rlmed.core.config.schema import RunConfig
+from rlmed.core.files.atomic import replace_text
+from rlmed.core.protocols import ClusterError
+from rlmed.core.tracing import Tracer
+from rlmed.core.types import SamplingParams
+from rlmed.data.loading import Dataset, load_run_data
+from rlmed.data.stream import PromptStream
+from rlmed.evaluation.preflight import check, inspect
+from rlmed.evaluation.results import EvalSummary, compare, step_folder
+from rlmed.evaluation.run import evaluate
+from rlmed.evaluation.table import summary_table
+from rlmed.models.loading import check_positions, model_folder
+from rlmed.models.tiny.toy import is_toy
+from rlmed.recording.checkpoint import CheckpointError, list_checkpoints, read_state, save_checkpoint, starting_point
+from rlmed.recording.progress import Progress
+from rlmed.recording.recorder import CONFIG_FILE, RunRecorder, check_same_data, write_data, write_versions
+from rlmed.report.page import write_report
+from rollout.buffer import GroupBuffer
+
+log = logging.getLogger(__name__)
+
+OVERLAPPED = ("rollout", "learn", "push_weights")
+"""Stages of a step during which workers sample if `algo.max_staleness` is above 0."""
+
+
+class Run:
+    """One training run in one folder: wire the parts, drive the loop, record."""
+
+    def __init__(self, config: RunConfig, folder: Path) -> None:
+        """Load everything; nothing is sampled or trained yet.
+
+        Raises:
+            ValueError: for unusable data, model or settings.
+        """
+        self.config, self.folder = config, folder
+        config.check_groups()
+        loss_config(config.algo)  # reject invalid loss settings before anything is loaded
+        self.checkpoint = starting_point(folder, resume=config.resume is not None)
+        self.progress = Progress()
+        self.rubric = Rubric.from_config(
+            config.reward.weights,
+            config.reward.extra,
+            timeout_s=config.reward.timeout_s,
+            # bound lazily: an invalid reward must be rejected before learner and renderer are loaded
+            likelihood=(lambda questions: self.cluster.learner.logprobs(questions)) if config.debug.learn else None,
+            split_common_prefix=lambda texts: self.renderer.split_common_prefix(texts),
+        )
+        self.renderer = make_renderer(config)
+        check_positions(config, max_tokens=max(config.rollout.max_tokens, config.eval.max_tokens))
+        self.data: Dataset = load_run_data(config, self.renderer, training=True)
+        if config.algo.normalize_by == "modality" and len({row.modality for row in self.data.train_examples}) == 1:
+            log.warning("algo.normalize_by=modality has no effect: all training rows have the same modality, or none")
+        self.tracer = Tracer(folder / "timeline.jsonl")
+        self.recorder = RunRecorder(folder)
+        self.done = 0
+        self.cluster: Cluster = build_cluster(
+            config, self.renderer, folder, checkpoint=self.checkpoint, on_bad_step=self.recorder.dump_bad_step
+        )
+        try:
+            self._prepare()
+        except BaseException:
+            self.cluster.close()
+            raise
+
+    def _prepare(self) -> None:
+        """Build the prompt stream and buffer, restore an earlier state, and write the run's first files."""
+        config, folder = self.config, self.folder
+        sampling = SamplingParams(
+            temperature=config.rollout.temperature,
+            top_p=config.rollout.top_p,
+            top_k=config.rollout.top_k,
+            max_tokens=config.rollout.max_tokens,
+            stop=config.rollout.stop,
+        )
+        self.stream = PromptStream(
+            self.data.train_examples,
+            self.renderer,
+            sampling,
+            config.data,
+            group_size=config.algo.group_size,
+            seed=config.seed,
+        )
+        algo = config.algo
+        self.advantages = AdvantageEstimator(algo.advantage, algo.normalize_by)
+        self.buffer = GroupBuffer(
+            self.cluster.pool,
+            self.stream,
+            self.rubric.score,
+            groups_per_step=algo.groups_per_step,
+            max_staleness=algo.max_staleness,
+            max_discarded=algo.max_refills * algo.groups_per_step,
+            is_kept=lambda scored: (
+                not algo.dynamic_sampling or has_learning_signal(scored, mask_truncated=algo.mask_truncated)
+            ),
+        )
+        if self.checkpoint:
+            self._restore(self.checkpoint)
+        else:
+            self.recorder.truncate({})
+        replace_text(folder / CONFIG_FILE, to_yaml(config))
+        write_versions(folder, self.cluster.model, toy=is_toy(model_folder(config.model.path)))
+        write_data(folder, self.data.files, self.data.leakage)
+
+    def execute(self) -> None:
+        """Evaluate, train, evaluate, report."""
+        try:
+            self._train()
+        finally:
+            self.cluster.close()
+        self._finish()
+
+    def _train(self) -> None:
+        config = self.config
+        with self.progress:
+            if not self.data.evals:
+                self.progress.message("data.eval is empty: skipping evaluation")
+            if self.done == 0:
+                self._preflight()
+                if config.eval.at_start and self.data.evals:
+                    self._evaluate(0, controls=config.eval.controls)
+            self.progress.start(config.steps, self.done)
+            train(
+                self.cluster.pool,
+                self.cluster.learner,
+                self.buffer,
+                self.advantages,
+                done=self.done,
+                steps=config.steps,
+                tracer=self.tracer,
+                after_step=self._after_step,
+            )
+            if config.eval.at_end and self.data.evals:
+                self._evaluate(config.steps, controls=config.eval.controls)
+
+    def _restore(self, checkpoint: Path) -> None:
+        saved = read_state(checkpoint)
+        if "loop" not in saved:
+            raise CheckpointError(f"{checkpoint} was written by rlmed.sft: resume it with that command")
+        check_same_run(self.folder / CONFIG_FILE, self.config, unused=("sft",))
+        check_same_data(self.folder, self.data.files)
+        loop = saved["loop"]
+        self.done = loop["step"]
+        self.buffer.restore(loop["cursor"], loop["pending"])
+        # earlier versions wrote the running standard deviations of rewards as "spread"
+        self.advantages.restore(loop["spread"]["moments"] if "spread" in loop else loop["reward_std"])
+        self.stream.restore(saved["stream"])
+        self.recorder.truncate(saved["offsets"])
+        self.cluster.learner.load(checkpoint)
+        self.cluster.learner.push_weights(self.cluster.pool)
+        self.progress.message(f"resuming after step {self.done} of {self.config.steps} from {checkpoint}")
+        if loop["pending"]:
+            self.progress.message(
+                f"{len(loop['pending'])} groups were in flight and are sampled again with the current weights: with "
+                "algo.max_staleness above 0, a resumed run is not bitwise identical to an uninterrupted one"
+            )
+
+    def _preflight(self) -> None:
+        if not self.config.preflight.enabled or self.config.debug.recorded:
+            return
+        with self.tracer.span("preflight", step=0):
+            for index in range(self.config.preflight.groups):
+                self.cluster.pool.submit(self.stream.request(index))
+            groups = [self.rubric.score(self.cluster.pool.collect()) for _ in range(self.config.preflight.groups)]
+        report = inspect(groups, mask_truncated=self.config.algo.mask_truncated)
+        self.progress.message(report.line())
+        check(report, self.config.rollout.max_tokens, self.renderer.end_tokens)
+
+    def _after_step(self, result: StepResult) -> None:
+        config, step = self.config, result.step
+        seconds = self.tracer.step_seconds(step)
+        scored = [*(group.scored for group in result.groups), *result.discarded]
+        metrics = result.metrics | self.stream.observe(scored)
+        metrics |= {f"seconds/{name}": value for name, value in seconds.items()}
+        # if rollouts overlap learning, the time spent waiting for them does not measure their speed
+        stages = OVERLAPPED if config.algo.max_staleness else ("rollout",)
+        sampling = sum(seconds.get(name, 0.0) for name in stages)
+        metrics["tokens_per_second"] = metrics["completion/tokens"] / max(sampling, 1e-9)
+        self.recorder.record_step(step, metrics)
+        self.recorder.record_groups(step, result.groups, result.discarded)
+        if config.debug.record and result.groups:
+            self.recorder.record_batch(step, result.groups)
+        self.progress.step(step, metrics)
+        self._check_agreement(step, metrics)
+        if self.data.evals and config.eval.every and step % config.eval.every == 0 and step < config.steps:
+            self._evaluate(step, controls=False)
+        if config.debug.learn and (
+            (config.checkpoint.every and step % config.checkpoint.every == 0) or step == config.steps
+        ):
+            self._save(step)
+
+    def _check_agreement(self, step: int, metrics: Mapping[str, float]) -> None:
+        limit, mismatch = self.config.rollout.max_mismatch_kl, metrics.get("mismatch_kl", 0.0)
+        if limit is not None and not mismatch <= limit:
+            raise ClusterError(
+                f"step {step}: mismatch_kl={mismatch:.3g} exceeds rollout.max_mismatch_kl={limit:g}: the "
+                f"{self.config.rollout.engine} engine has other weights than the learner, or lower precision. Continue from "
+                "the last checkpoint with resume=auto, or raise the limit"
+            )
+
+    def _save(self, step: int) -> None:
+        with self.tracer.span("checkpoint", step=step):
+            state = {
+                "loop": {"step": step, **self.buffer.state(), "reward_std": self.advantages.state()},
+                "stream": self.stream.state(),
+                "policy_version": self.cluster.learner.policy_version,
+                "offsets": self.recorder.offsets(),
+                "seed": self.config.seed,
+            }
+            save_checkpoint(
+                self.folder / "checkpoints", step, state, self._write_model, keep_last=self.config.checkpoint.keep_last
+            )
+
+    def _write_model(self, folder: Path) -> None:
+        self.cluster.learner.save(folder)
+        self.renderer.save(folder)
+
+    def _evaluate(self, step: int, *, controls: bool) -> EvalSummary:
+        with self.tracer.span("evaluate", step=step):
+            summary = evaluate(
+                self.data.eval_files(self.config.eval.limit),
+                pool=self.cluster.evaluation_pool,
+                renderer=self.renderer,
+                train_examples=self.data.train_examples,
+                max_tokens=self.config.eval.max_tokens,
+                stop=self.config.rollout.stop,
+                controls=controls,
+                folder=self.folder / "evaluations",
+                step=step,
+                model=self.config.model.path,
+                on_progress=self.progress.answers,
+            )
+        self.recorder.record_evaluation(step, summary.accuracies)
+        self.progress.evaluated(summary.accuracies, step)
+        return summary
+
+    def _finish(self) -> None:
+        """Write the report; print the table and the paths."""
+        self.tracer.close()
+        self.recorder.close()
+        evaluations = self.folder / "evaluations"
+        first, last = step_folder(evaluations, 0), step_folder(evaluations, self.config.steps)
+        before = EvalSummary.read(first) if first.is_dir() and last.is_dir() else None
+        comparison = compare(first, last) if before else None
+        report = write_report(self.folder)
+        console = Console()
+        if last.is_dir():
+            console.print(summary_table(before, EvalSummary.read(last), comparison))
+        console.print(f"report:     {report}", soft_wrap=True, markup=False)
+        if self.config.debug.learn:
+            checkpoint = list_checkpoints(self.folder / "checkpoints")[-1]
+            console.print(f"checkpoint: {checkpoint}", soft_wrap=True, markup=False)

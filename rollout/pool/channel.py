@@ -1,0 +1,114 @@
+"""Client side of a worker pool."""
+
+from __future__ import annotations
+
+import queue
+from typing import Any, Protocol
+
+from rlmed.core.types import RolloutGroup, RolloutRequest
+from rollout.pool.state import RolloutError
+
+
+class SharedWorkers(Protocol):
+    """The part of `rollout.pool.pool.WorkerPool` that a channel uses."""
+
+    def add(self, channel: Channel, requests: list[RolloutRequest]) -> None:
+        """Queue requests."""
+        ...
+
+    def drop(self, channel: Channel) -> None:
+        """Remove the channel and its requests."""
+        ...
+
+    def raise_error(self) -> None:
+        """Raise the pool's error, if it has failed."""
+        ...
+
+    def sleep(self) -> None:
+        """Put the workers to sleep."""
+        ...
+
+    def update_weights(self, version: int, weights: Any) -> Any:
+        """Push new weights to the workers."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Return the pool's metrics."""
+        ...
+
+
+class Channel:
+    """`rlmed.core.protocols.RolloutPool` on shared workers: training and evaluation each have one."""
+
+    def __init__(self, pool: SharedWorkers) -> None:
+        """Use `WorkerPool.channel` to create one."""
+        self._pool = pool
+        self._submitted: list[RolloutRequest] = []
+        self._groups: queue.SimpleQueue[RolloutGroup | str | None] = queue.SimpleQueue()
+        self._in_flight = 0
+
+    @property
+    def in_flight(self) -> int:
+        """Number of requests submitted and not yet collected."""
+        return self._in_flight
+
+    def submit(self, request: RolloutRequest) -> None:
+        """Queue a request; the next `flush` or `collect` sends all queued ones together."""
+        self._submitted.append(request)
+        self._in_flight += 1
+
+    def flush(self) -> None:
+        """Send the queued requests in one message."""
+        if self._submitted:
+            self._pool.add(self, self._submitted)
+            self._submitted = []
+
+    def collect(self) -> RolloutGroup:
+        """Wait for a group and return it.
+
+        Raises:
+            RuntimeError: if nothing is in flight.
+            ValueError: if an engine refuses a request.
+            RolloutError: if rollouts cannot continue.
+        """
+        if self._in_flight == 0:
+            raise RuntimeError("collect() was called with no request in flight")
+        self.flush()
+        self._pool.raise_error()
+        group = self._groups.get()
+        if group is None:
+            self._pool.raise_error()
+            raise RolloutError("the pool was closed while collect() waited for a group")
+        self._in_flight -= 1
+        if isinstance(group, str):
+            raise ValueError(group)
+        return group
+
+    def sleep(self) -> None:
+        """See `WorkerPool.sleep`."""
+        self._pool.sleep()
+
+    def update_weights(self, version: int, weights: Any = None) -> None:
+        """See `WorkerPool.update_weights`."""
+        self._pool.update_weights(version, weights)
+
+    def metrics(self) -> dict[str, float]:
+        """See `WorkerPool.metrics`."""
+        return self._pool.metrics()
+
+    def close(self) -> None:
+        """Drop everything in flight; closing the last channel stops the workers."""
+        self._in_flight = 0
+        self._pool.drop(self)
+
+    def deliver(self, group: RolloutGroup) -> None:
+        """Hand over a finished group; called by the pool."""
+        self._groups.put(group)
+
+    def refuse(self, reason: str) -> None:
+        """Report a request that can never run; called by the pool."""
+        self._groups.put(reason)
+
+    def wake(self) -> None:
+        """Wake a waiting `collect` so that it sees the pool's error; called by the pool."""
+        self._groups.put(None)

@@ -1,0 +1,126 @@
+"""What follows from a run's settings for its engines."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from rlmed.cluster import build as cluster
+from rlmed.cluster.build import engines_sleep
+from rlmed.cluster.engines import memory_share
+from rlmed.core.config.checks import ConfigError
+from rlmed.core.config.composing import compose_config
+from rlmed.core.config.schema import RunConfig
+
+
+def make_config(*overrides: str) -> RunConfig:
+    return compose_config("train", overrides)
+
+
+SHARED = ("cluster=ray_1gpu", "rollout=vllm")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "cuda", "sleeps"),
+    [
+        (SHARED, True, True),
+        (SHARED, False, False),
+        ((*SHARED, "rollout.sleep=false"), True, False),
+        ((*SHARED, "algo.max_staleness=1"), True, False),
+        (("cluster=ray_1gpu", "rollout=native"), True, False),
+        (("cluster=ray", "rollout=vllm"), True, False),
+        (("cluster=ray", "rollout=vllm", "rollout.sleep=true"), True, True),
+        # no learner wakes them with new weights
+        ((*SHARED, "+debug=rollouts_only"), True, False),
+        ((*SHARED, "+debug=rollouts_only", "rollout.sleep=true"), True, False),
+    ],
+)
+def test_an_engine_sleeps_where_the_learner_needs_its_gpu(overrides: tuple[str, ...], cuda: bool, sleeps: bool) -> None:
+    assert engines_sleep(make_config(*overrides), cuda=cuda) is sleeps
+
+
+@pytest.mark.parametrize(
+    ("overrides", "share"),
+    [
+        (("cluster=ray", "rollout=vllm"), 0.8),
+        (("cluster=ray", "rollout=vllm", "cluster.gpus_per_worker=2"), 0.8),
+        (SHARED, 0.4),
+        ((*SHARED, "rollout.gpu_memory_utilization=0.7"), 0.7),
+    ],
+)
+def test_an_engine_on_a_part_of_a_gpu_leaves_the_rest_to_the_learner(overrides: tuple[str, ...], share: float) -> None:
+    assert memory_share(make_config(*overrides)) == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [("ray", ["workers start", "learner"]), ("ray_1gpu", ["learner", "workers start", "workers are ready"])],
+)
+def test_on_one_gpu_learner_and_engine_do_not_allocate_at_the_same_time(
+    preset: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM measures the free memory while it starts, and takes what is gone meanwhile for its own."""
+    ray_session = pytest.importorskip("rlmed.cluster.ray_session")
+    events: list[str] = []
+
+    class Workers:
+        def __init__(self, *_: object) -> None:
+            events.append("workers start")
+
+        def wait_until_ready(self) -> None:
+            events.append("workers are ready")
+
+        def channel(self) -> SimpleNamespace:
+            return SimpleNamespace(close=lambda: None)
+
+        def close(self) -> None:
+            events.append("workers end")
+
+    def learner(*_: object) -> SimpleNamespace:
+        events.append("learner")
+        return SimpleNamespace(close=lambda: events.append("learner ends"))
+
+    monkeypatch.setattr(ray_session, "start_ray", lambda config: lambda: None)
+    monkeypatch.setattr(ray_session, "on_gpus", lambda config: True)
+    monkeypatch.setattr(ray_session, "place_actors", lambda config, resources: ([{}], [{}]))
+    monkeypatch.setattr(cluster, "_start_workers", Workers)
+    monkeypatch.setattr(cluster, "_start_learner", learner)
+    built = cluster._build_ray(make_config(f"cluster={preset}", "rollout=vllm"), None, None, lambda *_: None)
+    assert events == expected
+    events.clear()
+    built.close()
+    assert sorted(events) == ["learner ends", "workers end"]
+
+
+def test_an_engine_over_several_gpus_needs_all_of_them() -> None:
+    for gpus in ("null", "2"):
+        make_config("cluster=ray", "rollout=vllm", "rollout.tensor_parallel_size=2", f"cluster.gpus_per_worker={gpus}")
+    with pytest.raises(
+        ConfigError, match=r"cluster\.gpus_per_worker=0\.5 is less than rollout\.tensor_parallel_size=2"
+    ):
+        make_config(*SHARED, "rollout.tensor_parallel_size=2")
+
+
+def test_what_cannot_sleep_says_so() -> None:
+    with pytest.raises(ConfigError, match=r"rollout\.sleep=true needs a GPU"):
+        engines_sleep(make_config(*SHARED, "rollout.sleep=true"), cuda=False)
+    with pytest.raises(ConfigError, match=r"rollout\.sleep=true with rollout\.engine=native"):
+        make_config("cluster=ray", "rollout.sleep=true")
+    with pytest.raises(ConfigError, match=r"max_staleness=2.*rollout\.sleep=null"):
+        make_config(*SHARED, "rollout.sleep=true", "algo.max_staleness=2")
+
+
+def test_a_share_of_a_gpu_that_is_not_there_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pytest.importorskip("rlmed.cluster.ray_session"), "on_gpus", lambda config: False)
+    with pytest.raises(ConfigError, match=r"gpu_memory_utilization=0\.3 needs a GPU.* set rollout\.kv_cache_gib"):
+        cluster._start_workers(make_config(*SHARED, "rollout.gpu_memory_utilization=0.3"), [{}])
+
+
+def test_a_way_for_weights_has_to_fit_the_engine() -> None:
+    assert make_config(*SHARED).cluster.weight_transfer == "auto"
+    assert make_config(*SHARED, "cluster.weight_transfer=ipc").cluster.weight_transfer == "ipc"
+    with pytest.raises(ConfigError, match=r"cluster\.weight_transfer=nccl works with vLLM only"):
+        make_config("cluster=ray", "cluster.weight_transfer=nccl")
+    with pytest.raises(ConfigError, match=r"cluster\.weight_transfer='smoke'.*auto, object_store"):
+        make_config("cluster=ray", "cluster.weight_transfer=smoke")

@@ -1,0 +1,112 @@
+"""The estimate counts what is really allocated."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from rlmed.cluster.memory import engines_that_pack, estimate
+from rlmed.core.config.composing import compose_config
+from rlmed.core.config.schema import RunConfig
+from rlmed.core.types import Prompt, RolloutRequest, SamplingParams
+from rlmed.models.cpu import products
+from rlmed.models.policy import Policy
+from rollout.native.engine import NativeEngine
+from rollout.native.kv_cache import KVCache
+
+
+def config(*overrides: str) -> RunConfig:
+    return compose_config("train", overrides)
+
+
+@pytest.mark.parametrize(("dtype", "optimizer_bytes"), [("float32", 12), ("bfloat16", 16)])
+@pytest.mark.parametrize(
+    # evaluation has a prompt for each completion, training one for each group
+    ("max_tokens", "eval_tokens", "groups", "longest"),
+    [(16, 24, 8, 24), (512, 8, 2, 512)],
+)
+def test_counts(
+    max_tokens: int,
+    eval_tokens: int,
+    groups: int,
+    longest: int,
+    dtype: str,
+    optimizer_bytes: int,
+    fresh_policy: Callable[..., Policy],
+) -> None:
+    policy = fresh_policy("qwen2_vl", dtype=dtype)
+    settings = config(
+        "algo.group_size=4",
+        "rollout.max_completions=8",
+        f"rollout.max_tokens={max_tokens}",
+        "data.max_prompt_tokens=32",
+        f"eval.max_tokens={eval_tokens}",
+    )
+    found = estimate(policy, settings)
+    parameters = sum(parameter.numel() for parameter in policy.model.parameters())
+    assert found.weights == found.reference == parameters * policy.dtype.itemsize
+    assert found.optimizer == parameters * optimizer_bytes
+
+    cache = KVCache(policy.kv_shape, dtype=policy.dtype, device=policy.device)
+    cache.reserve(groups=groups, prompt_length=32, rows=8, max_tokens=longest)
+    tensors = [*cache.prefix_keys, *cache.prefix_values, *cache.suffix_keys, *cache.suffix_values]
+    assert found.kv_cache == sum(tensor.nbytes for tensor in tensors)
+    assert f"{found.total / 2**30:.2f}" in found.line()
+
+
+def test_what_is_frozen_or_left_out_costs_nothing(fresh_policy: Callable[..., Policy]) -> None:
+    policy = fresh_policy("qwen2_vl")
+    full = estimate(policy, config())
+    policy.freeze(["vision", "merger"])
+    frozen = estimate(policy, config("algo.kl_coef=0"))
+    assert frozen.reference == 0
+    assert 0 < frozen.optimizer < full.optimizer
+
+
+@pytest.mark.skipif(not products.has_onednn(), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2", "qwen3"])
+def test_packed_weights_are_counted(
+    family: str,
+    fresh_policy: Callable[..., Policy],
+    make_prompt: Callable[..., Prompt],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    policy = fresh_policy(family)
+    monkeypatch.setattr(products._Choice, "uses", frozenset(["packed_weights"]))
+    engine = NativeEngine(policy, lambda _: "")
+    policy.end_token_ids = frozenset()
+    engine.submit(RolloutRequest(0, make_prompt(family, 0, length=9), 2, SamplingParams(max_tokens=4)))
+    for _ in range(3):
+        engine.step()
+    held = sum(weight.nbytes for weight, *_ in engine._packs._packs.values())
+    settled = "model.onednn=[packed_weights]"
+    assert estimate(policy, config(settled)).packed == held > 0
+    overlapped = estimate(policy, config(settled, "algo.max_staleness=1"))
+    assert overlapped.packed == 2 * held
+    assert overlapped.total > overlapped.weights + overlapped.reference + overlapped.optimizer + overlapped.kv_cache
+    assert estimate(policy, config("model.onednn=[few_rows]")).packed == 0
+    assert estimate(fresh_policy(family, dtype="bfloat16"), config(settled)).packed == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "engines"),
+    [
+        ((), 1),
+        (("algo.max_staleness=2",), 2),
+        (("cluster=ray", "cluster.rollout_workers=3"), 3),
+        (("cluster=ray", "cluster.rollout_workers=1", "algo.max_staleness=2"), 1),
+    ],
+)
+def test_engines_that_pack_on_one_machine(overrides: tuple[str, ...], engines: int) -> None:
+    assert engines_that_pack(config(*overrides)) == engines
+
+
+@pytest.mark.slow
+def test_freed_memory_is_kept_where_the_c_library_is_glibc():
+    code = "from rlmed.cluster.memory import keep_freed_memory; import sys; sys.exit(0 if keep_freed_memory() else 3)"
+    status = subprocess.run([sys.executable, "-c", code], check=False).returncode
+    assert status == (0 if platform.libc_ver()[0] == "glibc" else 3)

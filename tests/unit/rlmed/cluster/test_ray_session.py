@@ -1,0 +1,48 @@
+"""The watch of a cluster's head, on a real socket."""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+
+import pytest
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray")
+
+
+def test_a_head_that_stops_listening_ends_the_process_with_the_command_that_goes_on(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from rlmed.cluster.ray_session import HeadWatch
+
+    ended: list[int] = []
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        watch = HeadWatch(address, limit_s=0.5, end=ended.append)
+        watch.start()
+        head.settimeout(60)
+        for _ in range(3):  # it knocks again and again
+            head.accept()[0].close()
+        assert watch.is_alive()
+        assert ended == []
+    watch.join(timeout=60)
+    assert ended == [3]
+    said = capsys.readouterr().err
+    assert f"lost the Ray head node at {address}" in said
+    assert "the same command with resume=auto" in said
+
+
+def test_a_run_that_has_ended_is_not_ended_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends during the very knock that would have been the last."""
+    from rlmed.cluster import ray_session
+
+    ended: list[int] = []
+    watch = ray_session.HeadWatch("127.0.0.1:1", limit_s=0.0, end=ended.append)
+
+    def refused(address: str, timeout_s: float) -> None:
+        watch.stop()
+        raise ConnectionError("refused")
+
+    monkeypatch.setattr(ray_session, "_check_listens", refused)
+    watch.run()
+    assert ended == []

@@ -1,0 +1,230 @@
+"""What people write on the command line: any name of a file gets through, and an error is one line with place and cure."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from rlmed.commandline import run_command
+from rlmed.core.config.composing import compose_config
+from rlmed.core.config.overrides import expand
+from rlmed.core.config.schema import RunConfig
+
+NAMES = [
+    "测试", "fold=2", "my fold", "it's", 'q"q', "fold(2)", "a(1)b", "range(3)", "glob(*)", "[x]", "{x}", "a]b", "[a", "a}",
+    "$x", "$", "a\\b", "\\a", "a\\\\b", "a\\'b", "'x", "x'", "'x'y", "Röntgen ä", "🦴", "~x", "x#", "a;b&c", "a!b", "2024",
+    "1e5", "1_0", "nan", "true", "-x", "--x", "a:b", "*?", "%", "@x", "<x>", "^`", "x\ty", "+x", "=x", "x=", "null ",
+    "x\udcfcy", '"', "'a''b'", "str(5)x", "..", "a\u00a0b", "e\u0301",
+]  # fmt: skip
+"""Names that mean something to Hydra, OmegaConf, YAML or a shell."""
+
+
+def composed(*arguments: str) -> RunConfig:
+    return compose_config("train", expand(arguments, cuda=False))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_name_is_taken_as_it_is(name: str) -> None:
+    file = f"{name}.jsonl"
+    config = composed(f"data=[{file},b.jsonl]", f"data.train={file}", f"model=m/{name}", f"name=n{name}")
+    assert config.data.eval == (file, "b.jsonl")
+    assert config.data.train == file
+    assert config.model.path == f"m/{name}"
+    assert config.name == f"n{name}".rstrip()  # Hydra has no spaces at the end of a value
+    assert composed(f"data={file}").data.eval == (file,)
+    assert composed(f"data.eval=[b.jsonl, {file} ]").data.eval == ("b.jsonl", file)
+
+
+@pytest.mark.parametrize(
+    ("argument", "files"),
+    [
+        ("data=a.jsonl,b.jsonl", ("a.jsonl", "b.jsonl")),
+        ("data.eval=a.jsonl,测.jsonl", ("a.jsonl", "测.jsonl")),
+        ("data=a,b.jsonl", ("a,b.jsonl",)),
+        ("data.eval=a,b.jsonl", ("a,b.jsonl",)),
+        ("data=['a,b.jsonl',\"c]d.jsonl\"]", ("a,b.jsonl", "c]d.jsonl")),
+        ("data='a b.jsonl'", ("a b.jsonl",)),
+        ("data.eval=[]", ()),
+        ("data.eval=[2024,true]", ("2024", "true")),
+        ("data.eval=x(1,2).jsonl", ("x(1,2).jsonl",)),
+    ],
+)
+def test_files_and_commas(argument: str, files: tuple[str, ...]) -> None:
+    assert composed("data=jsonl", argument).data.eval == files
+
+
+def test_what_hydra_reads_itself_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLACE", "/x")
+    assert composed("data.train='a b'").data.train == "a b"
+    assert composed("data.train=null").data.train is None
+    assert composed("data.train=${oc.env:PLACE}/测.jsonl").data.train == "/x/测.jsonl"
+    assert composed(r"data.train='a\${b}.jsonl'").data.train == "a${b}.jsonl"
+    assert composed("eval={limit:4,every:2}").eval.limit == 4
+    assert composed("steps= 5").steps == composed("steps = 5").steps == 5
+    assert composed("reward.extra=m:f,m:g").reward.extra == ("m:f", "m:g")
+    assert composed("rollout.stop=[</answer>,a b]").rollout.stop == ("</answer>", "a b")
+    assert expand(["model=a,b", "seed=1,2"], cuda=False, sweeps=True) == ["model.path=a,b", "seed=1,2"]
+
+
+def test_a_home_that_the_shell_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ä b")
+    assert composed("model=~/m").model.path == "/home/ä b/m"
+    assert composed("data=~/a.jsonl").data.eval == ("/home/ä b/a.jsonl",)
+    assert expand(["hydra.run.dir=~/x"], cuda=False) == ["hydra.run.dir='/home/ä b/x'"]
+    assert composed("model='~/m'").model.path == "~/m"
+
+
+def test_keys_in_braces_for_a_group() -> None:
+    assert composed("data={mix:{MRI:0.5,CT:1}}").data.mix == {"MRI": 0.5, "CT": 1}
+
+
+def test_an_experiment_with_or_without_plus() -> None:
+    for written in ("experiment", "+experiment", "++experiment"):
+        assert expand([f"{written}=medvqa_600"], cuda=False) == ["+experiment=medvqa_600_embedded"]
+        assert expand([f"{written}=medvqa_600"], cuda=True) == ["+experiment=medvqa_600"]
+    both = expand(["experiment=medvqa_600,medvqa_600_dapo"], cuda=False, sweeps=True)
+    assert both == ["+experiment=medvqa_600_embedded,medvqa_600_dapo_embedded"]
+    assert expand(["debug=rollouts_only", "+algo=dapo"], cuda=False) == ["+debug=rollouts_only", "algo=dapo"]
+
+
+@pytest.fixture
+def own_yaml(tmp_path: Path) -> Path:
+    """A folder for `--config-dir` with files as people write them."""
+    folder = tmp_path / "own" / "experiment"
+    folder.mkdir(parents=True)
+    head = b"# @package _global_\n"
+    contents = {
+        "good": head + b"steps: 7\n",
+        "interpolation": head + b"data:\n  train: ${data.nope}\n",
+        "environment": head + b"name: ${oc.env:NO_SUCH_VARIABLE}\n",
+        "brackets": head + b"data: [1,\nsteps: 3\n",
+        "twice": head + b"steps: 1\nsteps: 2\n",
+        "tab": head + b"\tsteps: 1\n",
+        "latin": head + b"name: R\xf6ntgen\n",
+        "plain": b"steps: 1\n",
+        "list": b"- a\n",
+        "empty": b"",
+        "unknown": head + b"stepz: 1\n",
+        "option": head + b"defaults:\n  - override /algo: foo\n",
+    }
+    for name, content in contents.items():
+        (folder / f"{name}.yaml").write_bytes(content)
+    return folder.parent
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["seed="], "seed='' is empty: give a value, or leave it out"),
+        (["steps=", "5"], "'5' is not of the form key=value: no spaces around ="),
+        (["seed=5=5"], "seed='5=5' has the wrong type: expected an integer"),
+        (["learner.lrr=1"], "unknown key learner.lrr: did you mean learner.lr?"),
+        (["++learner.lrr=1"], "unknown key learner.lrr: did you mean learner.lr?"),
+        (["ä=1"], "unknown key ä"),
+        (["=1"], "=1: the key before = is missing"),
+        (["1=2"], "1=2: invalid key '1'"),
+        (["algo=grop"], "algo=grop: option not found; did you mean grpo? choose one of cispo, dapo"),
+        (["learner=5"], "learner=5: option not found; choose one of adamw"),
+        (["experiment=nonsense"], "experiment=nonsense: option not found; choose one of medvqa_600,"),
+        (["hydra/launcher=foo"], "hydra/launcher=foo: option not found"),
+        (["~data.trian"], "Could not delete from config. 'data.trian' does not exist"),
+        (["seed=1,2"], "seed=1,2: several values need --multirun"),
+        (["data.limit=range(3)"], "data.limit=range(3): several values need --multirun"),
+        (["data.mix={Röntgen:0.5}"], "Keys are letters, digits, - and _ on the command line; others go into a YAML"),
+        (["data.mix={MRI:0.5"], "data.mix={MRI:0.5: not a mapping"),
+        (["data.eval=[a,,b]"], "put entries with commas or brackets in quotes, as data.eval=['a,b','c']"),
+        (["data.train=${foo}"], "data.train: Interpolation key 'foo' not found: correct the key in ${…}, or write"),
+        (["data.train=${oc.env:NO_SUCH_VARIABLE}"], "'NO_SUCH_VARIABLE' not found"),
+        (["hydra.run.dir="], "hydra.run.dir= is empty"),
+        (["hydra.sweep.dir=x"], "hydra.sweep.dir=x is for --multirun: set hydra.run.dir=FOLDER"),
+        (
+            ["-m", "seed=1,2", "hydra.run.dir=x"],
+            "hydra.run.dir=x is for one run, but --multirun starts several: set hydra.sw",
+        ),
+        (["algo=null"], "algo=null: a run takes exactly one algo: choose one of cispo, dapo"),
+        (["algo=[grpo,dapo]"], "algo=[grpo,dapo]: a run takes exactly one algo: choose one of cispo, dapo"),
+        (
+            ["experiment=[medvqa_600]"],
+            "experiment=[medvqa_600]: a run takes exactly one experiment: choose one of medvqa_600,",
+        ),
+        (["debug=null"], "debug=null: a run takes exactly one debug: choose one of fake_engine"),
+        (
+            ["+experiment=medvqa_600", "+experiment=medvqa_600_dapo"],
+            "experiment is given twice, but a run takes exactly one experiment",
+        ),
+        (["data=x.csv"], "data=x.csv: x.csv is a table, not JSON Lines: `python -m rlmed.prepare csv --source x.csv"),
+        (["data=x.rows"], "data=x.rows: questions are read from JSON Lines files (.jsonl)"),
+        (["data=rows.JSONL"], "data=rows.JSONL: questions are read from JSON Lines files"),
+        (["data=folder/"], "data=folder/: questions are read from JSON Lines files"),
+        (["model="], "model.path='' is empty"),
+        (["data.train="], "data.train='' is empty: give a value, or leave it out"),
+        (["data.eval="], "data.eval='' is empty"),
+        (["data.eval=[a.jsonl,'']"], "data.eval[1]='' is empty"),
+        (["resume="], "resume='' is empty"),
+        (["learner.lr=inf"], "learner.lr=inf is not finite: give a finite number"),
+        (["learner.betas=[nan,0.9]"], "learner.betas[0]=nan is not finite"),
+        (["data.mix={MRI:nan}"], "data.mix.MRI=nan is not finite"),
+        (["--config-name", "nonsense"], "nonsense: YAML file not found in rlmed's conf/"),
+        (["--config-dir", "nowhere"], "--config-dir nowhere: folder not found"),
+        (["--config-path", "x"], "--config-path is not supported: --config-dir DIR adds"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+        (["--cfg", "nonsense"], "argument --cfg/-c: invalid choice: 'nonsense'"),
+        (["--multirun", "seed=1,2", "steps=x"], "steps='x' has the wrong type"),
+        (["-m", "seed=1,2", "algo=foo"], "algo=foo: option not found"),
+        (["-m", "seed=1,2", "resume=auto"], "resume=auto"),
+        (["--config-dir", "own", "experiment=interpolation"], "data.train: Interpolation key 'data.nope' not found"),
+        (["--config-dir", "own", "experiment=environment"], "'NO_SUCH_VARIABLE' not found"),
+        (["--config-dir", "own", "experiment=brackets"], "own/experiment/brackets.yaml, line 4 is not valid YAML"),
+        (
+            ["--config-dir", "own", "experiment=twice"],
+            "twice.yaml, line 3 is not valid YAML (found duplicate key steps)",
+        ),
+        (["--config-dir", "own", "experiment=tab"], "tab.yaml, line 2 is not valid YAML"),
+        (["--config-dir", "own", "experiment=latin"], "is not UTF-8, see b'name: R\\xf6ntgen' in it"),
+        (["--config-dir", "own", "experiment=plain"], "must begin with the line `# @package _global_`"),
+        (["--config-dir", "own", "experiment=list"], "must begin with the line `# @package _global_`"),
+        (["--config-dir", "own", "experiment=empty"], "must begin with the line `# @package _global_`"),
+        (["--config-dir", "own", "experiment=unknown"], "unknown key stepz: did you mean steps?"),
+        (["--config-dir", "own", "experiment=option"], "algo=foo: option not found; choose one of"),
+    ],
+)
+@pytest.mark.parametrize("program", ["train", "sft", "evaluate"])
+def test_an_error_is_one_line(
+    arguments: list[str],
+    said: str,
+    program: str,
+    own_yaml: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(own_yaml.parent)
+    monkeypatch.setattr(sys, "argv", [program, *arguments])
+    with pytest.raises(SystemExit) as ended:
+        run_command(program, lambda config, folder: pytest.fail("it ran"))
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert said in line
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["--info", "searchpath"], ["--hydra-help"]])
+def test_what_shows_something_makes_no_folder(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train", *arguments])
+    with suppress(SystemExit):
+        run_command("train", lambda config, folder: pytest.fail("it ran"))
+    assert capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_ones_own_yaml(own_yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(own_yaml.parent)
+    monkeypatch.setattr(sys, "argv", ["train", "--config-dir", "own", "experiment=good", "hydra.run.dir=my run=1"])
+    seen = []
+    run_command("train", lambda config, folder: seen.append((config.steps, folder)))
+    assert seen == [(7, own_yaml.parent / "my run=1")]

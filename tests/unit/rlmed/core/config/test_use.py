@@ -1,0 +1,256 @@
+"""What somebody sets and nothing reads is refused, with key, command and cure; what an experiment brings along is not."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+from omegaconf import OmegaConf
+
+from rlmed.core.config.composing import compose_config, unused_overrides
+from rlmed.core.config.overrides import CONFIG_GROUPS, group_options
+from rlmed.core.config.rules import MODULES, RULES
+from rlmed.core.config.use import Refusal, find_unused, plain_values, schema_keys
+
+PROGRAMS = tuple(MODULES)
+RAY = ("cluster=ray",)
+
+
+@functools.cache
+def composed(program: str, *overrides: str) -> Any:
+    with hydra.initialize_config_module("conf", version_base="1.3"):
+        return OmegaConf.to_container(hydra.compose(program, list(overrides)), resolve=True)
+
+
+def find(program: str, *overrides: str) -> list[Refusal]:
+    return find_unused(program, overrides, CONFIG_GROUPS, lambda entries: composed(program, *entries))
+
+
+def refused(program: str, *overrides: str) -> list[str]:
+    return [refusal.override for refusal in find(program, *overrides)]
+
+
+@pytest.mark.parametrize(
+    ("program", "overrides", "text"),
+    [
+        # whatever the value, since the command never reads the key
+        ("sft", "steps=300", "rlmed.sft does not read steps. Set sft.epochs and sft.batch_size"),
+        ("sft", "+experiment=medvqa_600_embedded steps=300", "rlmed.sft does not read steps. Set sft.epochs"),
+        ("sft", "+experiment=medvqa_600_embedded rollout.max_tokens=512", "does not read rollout.max_tokens. Set eval.max"),
+        ("sft", "algo.kl_coef=0.04", "rlmed.sft does not read algo.kl_coef. Only rlmed.launch learns from rewards"),
+        ("sft", "reward.weights.format=1.0", "rlmed.sft does not read reward.weights. Only rlmed.launch learns"),
+        ("sft", "cluster.rollout_workers=1", "rlmed.sft does not read cluster.rollout_workers. It runs in one process"),
+        ("evaluate", "eval.at_end=true", "rlmed.evaluate does not read eval.at_end. It evaluates once"),
+        ("evaluate", "resume=null", "rlmed.evaluate does not read resume. It learns nothing: leave it out"),
+        ("train", "sft.epochs=2.0", "rlmed.launch does not read sft.epochs. It is for rlmed.sft alone"),
+        # an experiment's value, put back to the default
+        ("sft", "+experiment=medvqa_600_embedded algo=grpo", "rlmed.sft does not read algo.dynamic_sampling. Only"),
+        ("train", "+experiment=medvqa_600_embedded algo=grpo algo.max_refills=4", "while algo.dynamic_sampling=false"),
+        ("sft", "cluster=ray", "rlmed.sft does not read cluster.kind. It runs in one process: leave it out"),
+        ("evaluate", "rollout=vllm", "rlmed.evaluate does not read rollout.engine=vllm. It samples in its own process"),
+        ("evaluate", "cluster=ray_1gpu", "does not read cluster.kind, cluster.gpus_per_worker, cluster.gpus_per_rank. It runs"),
+        ("evaluate", "algo=dapo", "does not read algo.clip_ratio_high, algo.kl_coef, algo.aggregation, "),
+        ("sft", "steps=9", "rlmed.sft does not read steps. Set sft.epochs and sft.batch_size"),
+        ("sft", "eval.every=5", "rlmed.sft does not read eval.every. It evaluates before and after"),
+        ("sft", "rollout.max_tokens=9", "rlmed.sft does not read rollout.max_tokens. Set eval.max_tokens"),
+        ("sft", "reward=unlabelled", "rlmed.sft does not read reward.weights. Only rlmed.launch learns from rewards"),
+        ("sft", "+reward.weights.brevity=1", "rlmed.sft does not read reward.weights. Only"),
+        ("sft", "learner.mini_batches=2", "rlmed.sft does not read learner.mini_batches. Set sft.epochs"),
+        ("sft", "+debug=rollouts_only", "rlmed.sft does not read debug.learn, debug.record. It is for rlmed.launch"),
+        ("sft", "data.selection={mode:pass_rate,min_pass_rate:0.2}", "does not read data.selection.mode, data.selection.min"),
+        ("evaluate", "learner.lr=1", "rlmed.evaluate does not read learner.lr. It learns nothing"),
+        ("evaluate", "resume=auto", "rlmed.evaluate does not read resume. It learns nothing"),
+        ("evaluate", "checkpoint.every=7", "rlmed.evaluate does not read checkpoint.every."),
+        ("evaluate", "seed=4", "rlmed.evaluate does not read seed while eval.trust=false. Greedy answers"),
+        ("evaluate", "eval.at_end=false", "rlmed.evaluate does not read eval.at_end. It evaluates once"),
+        ("evaluate", "data.mix={MRI:1}", "rlmed.evaluate does not read data.mix. All rows are asked"),
+        ("evaluate", "data=jsonl data.limit=7", "does not read data.limit while data.source=jsonl and data.train=null. It"),
+        ("train", "sft.epochs=3", "rlmed.launch does not read sft.epochs. It is for rlmed.sft alone"),
+        ("train", "compare_to=x", "rlmed.launch does not read compare_to. Train without it, then run python -m rlmed.evaluate"),
+        ("train", "eval.trust=true", "rlmed.launch does not read eval.trust. Train without it, then run python -m rlmed"),
+        ("train", "algo.dual_clip=2", "rlmed.launch does not read algo.dual_clip while algo.clip=ppo. Set algo.clip=dual"),
+        ("train", "algo.max_refills=1", "does not read algo.max_refills while algo.dynamic_sampling=false. Set algo.dynamic"),
+        ("train", "algo.kl_coef=0 algo.kl_estimator=k1", "does not read algo.kl_estimator while algo.kl_coef=0. Set algo.kl"),
+        ("train", "algo=dapo algo.kl_estimator=k2", "does not read algo.kl_estimator while algo.kl_coef=0.0. Set"),
+        ("train", "algo=grpo_released algo.clip_ratio_low=0.1", "does not read algo.clip_ratio_low while algo.clip=none."),
+        ("train", "algo.old_logprobs=rollout algo.importance_cap=2", "does not read algo.importance_cap while algo.old_l"),
+        ("train", "algo.clip_ratio_high=0.3", "does not read algo.clip_ratio_high while algo.old_logprobs=learner and learner."
+         "epochs=1 and learner.mini_batches=1. The ratio is 1 in a batch's first update: set learner.mini_batches or"),
+        ("train", "algo.max_staleness=1 algo.clip_ratio_low=0.1", "does not read algo.clip_ratio_low while algo.old_logpr"),
+        ("train", "algo.clip=dual", "does not read algo.clip=dual while algo.old_logprobs=learner and learner.epochs=1 and"),
+        ("train", "algo.clip=cispo", "does not read algo.clip=cispo while algo.old_logprobs=learner and learner.epochs=1"),
+        ("train", "algo.ratio_level=sequence", "does not read algo.ratio_level=sequence while algo.old_logprobs=learner"),
+        ("train", "checkpoint.every=0 checkpoint.keep_last=5", "keep_last while checkpoint.every=0. There is one checkpoint"),
+        ("sft", "checkpoint.every=0 checkpoint.keep_last=5", "keep_last while checkpoint.every=0. There is one checkpoint"),
+        ("evaluate", "data.train=x data.eval=[y] data.phantom_seed=3", "does not read data.phantom_seed while data.train=x "
+         "and data.eval=['y']. With both files given nothing is generated"),
+        ("train", "data.train=x data.eval=[y] data.phantom_folder=z", "does not read data.phantom_folder while data.train=x"),
+        ("train", "data.selection.min_pass_rate=0.1", "while data.selection.mode=all. Set data.sel"),
+        ("train", "data=jsonl data.phantom_seed=3", "does not read data.phantom_seed while data.source=jsonl. Set data=ph"),
+        ("train", "data=jsonl data.leakage=strict", "does not read data.leakage=strict while data.source=jsonl and data.eval="),
+        ("train", "rollout.enforce_eager=true", "does not read rollout.enforce_eager while rollout.engine=native. Set rollou"),
+        ("train", "rollout.on_push=finish", "does not read rollout.on_push while algo.max_staleness=0. Set algo.max_stalen"),
+        ("train", "cluster.worker_logs=true", "does not read cluster.worker_logs while cluster.kind=local. Set cluster=ray"),
+        ("train", "cluster.rollout_workers=2", "does not read cluster.rollout_workers while cluster.kind=local. Set clu"),
+        ("train", "reward.timeout_s=2", "does not read reward.timeout_s while reward.extra=[]. It bounds your own functions"),
+        ("train", "preflight.enabled=false preflight.groups=2", "does not read preflight.groups while preflight.enabled=f"),
+        ("train", "eval.at_start=false eval.at_end=false eval.controls=false", "does not read eval.controls while eval.at"),
+        ("train", "eval.at_start=false eval.at_end=false eval.limit=3", "eval.at_end=false and eval.every=0. Nothing is ev"),
+        ("sft", "eval.at_start=false eval.at_end=false rollout.stop=[x]", "does not read rollout.stop while eval.at_start=fa"),
+        ("sft", "eval.at_start=false eval.at_end=false rollout.max_completions=8", "does not read rollout.max_completions"),
+        ("sft", "eval.at_start=false eval.at_end=false rollout.prefill_tokens=8", "does not read rollout.prefill_tokens"),
+        ("train", "profile=paper", "rlmed.launch does not read profile. It chooses between +experiment=X and X_embedded"),
+    ],
+)  # fmt: skip
+def test_an_override_that_does_nothing_is_refused(program: str, overrides: str, text: str) -> None:
+    (refusal,) = find(program, *overrides.split())
+    assert refusal.override == overrides.split()[-1]
+    assert text in refusal.text
+    assert refusal.text.startswith(f"{refusal.override}: ")
+    assert "\n" not in refusal.text
+
+
+@pytest.mark.parametrize(
+    "key", ["cluster.silence_timeout_s=9", "+cluster.runtime_env.pip=[rlmed]", "+cluster.worker_resources.a=1"]
+)
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_rays_keys_do_something_for_training_with_ray_alone(program: str, key: str) -> None:
+    assert refused(program, key) == [key]
+    assert refused(program, *RAY, key) == ([] if program == "train" else [*RAY, key])
+
+
+@pytest.mark.parametrize(
+    ("program", "overrides"),
+    [
+        # what the command does anyway, and options that change nothing
+        ("sft", "cluster=local rollout=native reward=format_choice"),
+        ("sft", "rollout.engine=native"),
+        ("evaluate", "seed=0 algo=grpo eval.samples=8"),
+        # a value that is the default changes nothing while another key leaves it unread
+        ("train", "cluster=local cluster.rollout_workers=1 algo.dual_clip=3.0 algo.max_refills=4 profile=auto"),
+        # what the command reads
+        (
+            "sft",
+            "cluster.threads=1 rollout.stop=[x] rollout.max_completions=8 data.mix={MRI:1} learner.freeze=[vision]",
+        ),
+        (
+            "evaluate",
+            "cluster.threads=1 eval.trust=true eval.samples=2 seed=4 learner.token_budget=99 compare_to=x name=mine",
+        ),
+        ("evaluate", "data=jsonl data.train=x data.limit=7 data.eval=[y] prompt=radiologist model=qwen2_vl_2b"),
+        ("train", "cluster=ray_8gpu rollout=vllm rollout.tensor_parallel_size=2 cluster.weight_transfer=nccl"),
+        ("train", "algo.clip=dual algo.dual_clip=2 learner.mini_batches=2"),
+        ("train", "algo.clip_ratio_high=0.3 learner.epochs=2"),
+        ("train", "algo.old_logprobs=rollout algo.ratio_level=sequence algo.clip_ratio_low=0.1"),
+        ("train", "algo.clip=none algo.max_staleness=1 rollout.on_push=finish"),
+        ("train", "algo=gspo"),
+        ("train", "checkpoint.every=7 checkpoint.keep_last=5"),
+        ("train", "data.train=x data.phantom_seed=3"),
+        ("evaluate", "data.eval=[x] data.phantom_seed=3"),
+        (
+            "train",
+            "data.selection.mode=pass_rate data.selection.min_pass_rate=0.1 data.phantom_seed=3 data.leakage=strict",
+        ),
+        ("train", "reward.extra=[a:b] reward.timeout_s=2 preflight.groups=2 algo=grpo_dynamic algo.max_refills=1"),
+        ("train", "eval.at_start=false eval.limit=3 eval.controls=false"),
+        ("train", "eval.at_start=false eval.at_end=false rollout.max_completions=8"),
+        ("sft", "eval.at_start=false rollout.max_completions=8 rollout.stop=[x]"),
+        # one switch off takes its details along only where they were set
+        ("train", "preflight.enabled=false eval.at_start=false eval.at_end=false algo.kl_coef=0 algo.clip=none"),
+        ("train", "cluster=ray rollout=native data=jsonl data.train=x"),
+        # an option is a set: some of it may be for other cases
+        ("train", "data=jsonl"),
+        # half a run is the same command line with one word more
+        ("train", "+debug=rollouts_only learner.lr=1 algo=gspo checkpoint.every=9 eval.every=3"),
+        ("train", "+debug=recorded debug.recorded=x rollout.top_p=0.9 preflight.groups=3"),
+        ("train", "+debug=fake_engine rollout.top_p=0.9"),
+        ("evaluate", "+debug=fake_engine"),
+    ],
+)
+def test_what_does_something_or_changes_nothing_is_taken(program: str, overrides: str) -> None:
+    assert refused(program, *overrides.split()) == []
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_what_an_experiment_brings_along_is_not_refused(program: str) -> None:
+    for name in ("medvqa_600", "medvqa_600_dapo_embedded", "medvqa_600_align"):
+        assert refused(program, f"+experiment={name}", "profile=paper", "model.dtype=float32") == []
+
+
+@pytest.mark.parametrize("group", [name for name in CONFIG_GROUPS if name not in ("experiment", "debug")])
+def test_every_option_is_for_training(group: str) -> None:
+    with_ray = RAY if group == "rollout" else ()
+    assert [refused("train", *with_ray, f"{group}={name}") for name in group_options(group)] == [[]] * len(
+        group_options(group)
+    )
+
+
+def test_an_experiment_is_where_changes_count_from() -> None:
+    experiment = "+experiment=medvqa_600_embedded"  # with group_size 8
+    assert refused("sft", experiment) == []
+    assert refused("sft", experiment, "algo.group_size=16") == ["algo.group_size=16"]
+    assert refused("train", experiment, "algo.max_refills=2") == []  # it has dynamic sampling
+    assert refused("train", experiment, "algo=dapo", "algo.dual_clip=2") == ["algo.dual_clip=2"]
+
+
+def test_what_an_option_brings_may_be_read_by_way_of_another_override() -> None:
+    def without_kl(entries: Sequence[str]) -> Any:
+        return composed("train", *entries, "algo.kl_coef=0")  # so that GSPO brings nothing but ratio and bounds
+
+    def overrides_refused(*given: str) -> list[str]:
+        return [refusal.override for refusal in find_unused("train", given, CONFIG_GROUPS, without_kl)]
+
+    assert overrides_refused("algo=gspo") == ["algo=gspo"]
+    assert overrides_refused("algo=gspo", "learner.mini_batches=4") == []
+
+
+def test_outside_of_a_command_the_answer_is_the_same() -> None:
+    given = ["steps=3", "sft.epochs=1"]
+    assert unused_overrides("sft", given) == find("sft", *given) != []
+
+
+def test_all_that_does_nothing_is_said_at_once() -> None:
+    given = (
+        "cluster=ray",
+        "rollout=vllm",
+        "cluster.threads=1",
+        "rollout.tensor_parallel_size=2",
+        "steps=3",
+        "sft.epochs=1",
+    )
+    assert refused("sft", *given) == [entry for entry in given if entry not in ("cluster.threads=1", "sft.epochs=1")]
+
+
+def test_every_key_named_by_a_rule_exists() -> None:
+    known = set(schema_keys())
+    sections = {key.rpartition(".")[0] for key in known}
+    values = plain_values(dataclasses.asdict(compose_config("train", ())))
+    for rule in RULES:
+        assert set(rule.keys) <= known | sections
+        conditions = {**rule.when, **rule.unless}
+        assert conditions.keys() <= known | {"experiment"}
+        assert set(rule.programs) <= set(PROGRAMS)
+        assert re.fullmatch(r"[A-Z+v].*[^.]", rule.cure)
+        for key, idle in conditions.items():
+            if key in values:  # a condition that could never hold would hide a typing mistake
+                assert all(value is None or isinstance(value, type(values[key]) | int | list) for value in idle), key
+
+
+@pytest.mark.slow
+def test_the_command_itself_refuses_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "rlmed.sft", "compare_to=x", f"hydra.run.dir={tmp_path / 'run'}"],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "error: compare_to=x: rlmed.sft does not read compare_to. Train without it" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "config.yaml").exists()

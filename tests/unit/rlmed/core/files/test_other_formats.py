@@ -1,0 +1,165 @@
+"""What is given for JSON Lines and is something else is named, with the command that makes rows of it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from rlmed.commandline import expand
+from rlmed.core.config.composing import compose_config
+from rlmed.core.files.other_formats import to_prepare
+from rlmed.data.examples import read_examples
+from rlmed.data.loading import load_data
+from rlmed.data.readers.registry import READERS
+
+ROW = {"image": None, "question": "Which?", "options": ["liver", "spleen"], "answer": "liver"}
+HEADER = b"image,question,A,B,answer\n1.png,Which?,liver,spleen,A\n"
+DICOM = b"\0" * 128 + b"DICM" + b"\2\0\0\0"
+NIFTI = b"\0" * 344 + b"n+1\0"
+
+FILES = [
+    ("questions.csv", HEADER, "a table", "csv"),
+    ("questions.TSV", HEADER.replace(b",", b"\t"), "a table", "csv"),
+    ("no ending", HEADER, "a table", "csv"),
+    ("renamed.jsonl", HEADER.replace(b",", b";"), "a table", "csv"),
+    ("excel.txt", b"\xef\xbb\xbf" + HEADER, "a table", "csv"),
+    ("other columns.csv", b"Bild,Frage,Antwort\n", "a table", "csv"),
+    ("empty.csv", b"", "a table", "csv"),
+    ("train-00000-of-00001.parquet", b"PAR1\0\0", "a parquet file", "huggingface"),
+    ("shard", b"PAR1\0\0", "a parquet file", "huggingface"),
+    ("1.dcm", b"", "a DICOM file", "dicom"),
+    ("IM000001", DICOM, "a DICOM file", "dicom"),
+    ("t1.nii", NIFTI, "a NIfTI volume", "nifti"),
+    ("t1.NII.gz", gzip.compress(NIFTI, mtime=0), "a NIfTI volume", "nifti"),
+    ("volume", NIFTI, "a NIfTI volume", "nifti"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "what", "reader"), FILES)
+def test_a_file_names_its_reader(tmp_path: Path, name: str, content: bytes, what: str, reader: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(f"data file {path} is {what}, not JSON Lines: ")) as error:
+        read_examples(path)
+    assert f"python -m rlmed.prepare {reader} --source " in str(error.value)
+    assert reader in READERS
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "cure"),
+    [
+        (
+            "q.xlsx",
+            b"PK\3\4",
+            "a spreadsheet, not JSON Lines: save it as CSV (UTF-8), then `python -m rlmed.prepare csv ",
+        ),
+        ("q.ods", b"PK\3\4", "a spreadsheet, not JSON Lines: save it as CSV"),
+        ("q.zip", b"PK\3\4", "an archive, not JSON Lines: unpack it"),
+        ("q.tar.gz", b"\x1f\x8b", "an archive, not JSON Lines: unpack it"),
+        ("1.PNG", b"\x89PNG", "a picture, not JSON Lines: give the file with the questions"),
+        (
+            "q.json",
+            json.dumps([ROW, ROW]).encode(),
+            "a JSON array, not JSON Lines: write one object per line",
+        ),
+        ("q.jsonl", json.dumps([ROW, ROW], indent=1).encode(), "a JSON array, not JSON Lines"),
+        ("long.json", json.dumps([ROW] * 100).encode(), "a JSON array, not JSON Lines"),
+    ],
+)
+def test_what_no_reader_takes_as_it_is_says_what_to_do_first(
+    tmp_path: Path, name: str, content: bytes, cure: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert f"{tmp_path / name} is {cure}" in to_prepare(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows", "rows.csv"])
+@pytest.mark.parametrize("start", ["", "\ufeff", "\n \n"])
+def test_rows_are_rows_whatever_the_file_is_called(tmp_path: Path, name: str, start: str) -> None:
+    (tmp_path / name).write_text(start + json.dumps(ROW) + "\n", encoding="utf-8")
+    assert to_prepare(tmp_path / name) == ""
+    assert len(read_examples(tmp_path / name).examples) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]\n", b"[]\n", b"\xff\xfe\0", b"hello world\n", b"one,two\n"])
+def test_what_is_not_known_is_left_to_who_reads_it(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    assert to_prepare(tmp_path / "rows.jsonl") == ""
+
+
+@pytest.mark.parametrize(
+    ("files", "reader"),
+    [
+        ({"a/1.dcm": DICOM, "questions.csv": HEADER}, "dicom"),
+        ({"a/b/IM1": DICOM}, "dicom"),
+        ({"t1.nii.gz": b"\x1f\x8b", "questions.csv": HEADER}, "nifti"),
+        ({"data/test-0.parquet": b"PAR1", "README.md": b"#"}, "huggingface"),
+        ({"mri.csv": HEADER, "images/1.png": b"\x89PNG", "._mri.csv": b"\0"}, "csv"),
+    ],
+)
+def test_a_folder_names_its_reader(tmp_path: Path, files: dict[str, bytes], reader: str) -> None:
+    root = tmp_path / "my data"
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    assert f"`python -m rlmed.prepare {reader} --source '{root}' --out DIR`" in to_prepare(root)
+
+
+def test_a_folder_of_rows_names_a_file_that_is_there_and_an_empty_one_what_makes_such(tmp_path: Path) -> None:
+    assert "python -m rlmed.prepare" in to_prepare(tmp_path)
+    (tmp_path / "mri.jsonl").write_text(json.dumps(ROW))
+    assert to_prepare(tmp_path).endswith(f"for example {tmp_path / 'mri.jsonl'}")
+
+
+def test_every_door_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("q.csv").write_bytes(HEADER)
+    Path("series").mkdir()
+    Path("series", "1.dcm").write_bytes(DICOM)
+    Path("t.jsonl").write_text(json.dumps(ROW))
+    for argument, command in (
+        ("data=q.csv", "prepare csv --source q.csv"),
+        ("data=./q.csv", "prepare csv --source q.csv"),
+        ("data=series", "prepare dicom --source series"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"{argument}: ")) as error:
+            expand([argument], cuda=False)
+        assert command in str(error.value)
+    for key in ("data.train=q.csv", "data.eval=[q.csv]"):
+        config = compose_config("train", ["data=jsonl", "data.train=t.jsonl", "data.eval=[t.jsonl]", key])
+        with pytest.raises(ValueError, match=r"prepare csv --source q\.csv"):
+            load_data(config.data, _NoRenderer(), training=True)  # type: ignore[arg-type]
+
+
+class _NoRenderer:
+    def render(self, example: object) -> None:
+        """Takes every row."""
+
+
+def test_generated_rows_are_not_mixed_with_ones_own_in_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("rlmed.data.loading.write_dataset", lambda folder, seed: None)
+    (tmp_path / "outputs" / "phantom-0").mkdir(parents=True)
+    for name in ("t", *(f"outputs/phantom-0/{file}" for file in ("train_mri", "test_mri", "test_ct", "test_xray"))):
+        Path(f"{name}.jsonl").write_text(json.dumps(ROW))
+    for arguments, said in (
+        (["data.train=t.jsonl"], "data.train is yours, and the evaluated rows are generated: add data=jsonl"),
+        (["data.eval=[t.jsonl]"], "data.eval is yours, and the training rows are generated: add data=jsonl"),
+        ([], None),
+        (["data=jsonl", "data.train=t.jsonl", "data.eval=[t.jsonl]"], None),
+    ):
+        caplog.clear()
+        config = compose_config("train", ["data=phantom", *arguments])
+        load_data(config.data, _NoRenderer(), training=True)  # type: ignore[arg-type]
+        assert ("add data=jsonl" in caplog.text) == (said is not None)
+        assert said is None or said in caplog.text
+    with caplog.at_level("INFO"):
+        load_data(compose_config("train", ["data=phantom"]).data, _NoRenderer(), training=True)  # type: ignore[arg-type]
+    assert "generated questions and pictures (data.phantom_seed=0) are in outputs/phantom-0" in caplog.text

@@ -1,0 +1,336 @@
+"""JSON Lines files: good rows become examples, bad rows counted skips, broken files errors that name the line."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlmed.data import examples as jsonl
+from rlmed.data.examples import SkippedRow, format_skips, read_examples
+from tests.unit.rlmed.data.pictures import marked
+
+OPTIONS = ["head", "chest", "abdomen", "knee"]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    root = tmp_path / "data"
+    (root / "images").mkdir(parents=True)
+    marked().save(root / "images" / "1.png")
+    marked().save(tmp_path / "outside.png")
+    return root
+
+
+def row(**changes) -> dict:
+    content = {"image": "images/1.png", "question": "Which part?", "options": OPTIONS, "answer": "knee", **changes}
+    return {key: value for key, value in content.items() if value is not ...}
+
+
+def write(folder: Path, *rows: object) -> Path:
+    path = folder / "train.jsonl"
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in rows), encoding="utf-8")
+    return path
+
+
+def test_a_full_row_field_by_field(folder):
+    path = write(folder, row(id="q7", modality="MRI", kind="anatomy", completion="<think>x</think><answer>D</answer>"))
+    result = read_examples(path)
+    (example,) = result.examples
+    assert (example.id, example.question, example.options, example.answer) == ("q7", "Which part?", tuple(OPTIONS), 3)
+    assert example.image == folder / "images" / "1.png"
+    assert (example.modality, example.kind, example.letter) == ("MRI", "anatomy", "D")
+    assert example.completion == "<think>x</think><answer>D</answer>"
+    assert result.skipped == ()
+    assert result.path == path
+    assert result.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert format_skips(result) == ""
+
+
+@pytest.mark.parametrize(
+    ("answer", "options", "expected"),
+    [
+        ("knee", OPTIONS, 3),
+        (" knee ", OPTIONS, 3),
+        ("Knee", OPTIONS, 3),
+        ("D", OPTIONS, 3),
+        ("d", OPTIONS, 3),
+        ("B", ["A", "B"], 1),
+        ("A) B", ["B", "A"], 0),
+        ("(b) a", ["B", "A"], 1),
+        ("J", [f"option {number}" for number in range(10)], 9),
+        ("yes", ["no", " Yes "], 1),
+    ],
+)
+def test_answers_are_texts_or_letters(folder, answer, options, expected):
+    (example,) = read_examples(write(folder, row(answer=answer, options=options))).examples
+    assert example.answer == expected
+    assert all(option == option.strip() for option in example.options)
+
+
+def test_optional_fields_and_images(folder):
+    rows = [row(image=None), row(image=...), row(image=["images/1.png"]), row(qtype="organ", id=5), row(id=None)]
+    examples = read_examples(write(folder, *rows)).examples
+    assert [example.image is None for example in examples] == [True, True, False, False, False]
+    assert [example.id for example in examples] == ["train-1", "train-2", "train-3", "5", "train-5"]
+    assert examples[3].kind == "organ"
+    assert (examples[0].modality, examples[0].completion) == ("", None)
+
+
+BAD_ROWS = {
+    "missing image": (row(image="images/none.png"), r"images/none\.png does not exist"),
+    "damaged image": (row(image="train.jsonl"), "is not an image"),
+    "folder as image": (row(image="images"), "Is a directory"),
+    "image above the folder": (row(image="../outside.png"), "leaves the folder"),
+    "image above the folder by a detour": (row(image="images/../../outside.png"), "leaves the folder"),
+    "absolute image": (row(image="/etc/hostname"), "leaves the folder"),
+    "image by a link": (row(image="images/link.png"), "leaves the folder"),
+    "image by a linked folder": (row(image="up/outside.png"), "leaves the folder"),
+    "links in circles": (row(image="images/circle.png"), "cannot be read|does not exist"),
+    "sibling folder": (row(image="../data-2/1.png"), "leaves the folder"),
+    "NUL in the path": (row(image="images/1\0.png"), "not a path"),
+    "empty path": (row(image=""), "not a path.*write null"),
+    "too long path": (row(image="x" * 5000), "too long"),
+    "image is a number": (row(image=3), "its image is 3, not a text"),
+    "two images": (row(image=["images/1.png", "images/1.png"]), "2 images; one"),
+    "no image in the list": (row(image=[]), "0 images; one"),
+    "answer not an option": (row(answer="foot"), r"its answer 'foot' is not among its options \['head'"),
+    "letter beyond the options": (row(answer="E"), "'E' is not among"),
+    "answer missing": (row(answer=...), "it has no answer"),
+    "answer is an index": (
+        row(answer=3),
+        "answer '3' is not among.* from 0 it is 'knee'.* from 1 it is 'abdomen'",
+    ),
+    "repeated option": (row(options=["head", "knee", "Knee "]), "option 'knee' occurs more than once"),
+    "one option": (row(options=["knee"]), "it has 1 option; 2 to 10"),
+    "no options": (row(options=[]), "it has 0 options"),
+    "options missing": (row(options=...), "it has no options"),
+    "options as a text": (row(options="head, knee"), "'head, knee', not a list"),
+    "an option is a number": (row(options=["knee", 2]), "its option is 2, not a text"),
+    "a blank option": (row(options=["knee", " "]), "it has 1 option; 2 to 10"),
+    "eleven options": (row(options=[*OPTIONS, *"abcdefg"]), "it has 11 options"),
+    "no question": (row(question=...), "it has no question"),
+    "null question": (row(question=None), "it has no question"),
+    "blank question": (row(question=" \n"), "it has no question"),
+    "question is a list": (row(question=["a"]), r"its question is \['a'\], not a text"),
+    "half a character": (row(question="\ud83d?"), "lone surrogate"),
+    "half a character in an option": (row(options=["knee", "\udc00"]), "lone surrogate"),
+    "modality is a number": (row(modality=7), "its modality is 7"),
+    "completion is a list": (row(completion=["x"]), "its completion is"),
+    "id is a list": (row(id=[1]), r"its id is \[1\]"),
+    "id is true": (row(id=True), "its id is True"),
+    "not an object": ([1, 2], r"not a JSON object but \[1, 2\]"),
+    "null": (None, "not a JSON object but None"),
+}
+
+
+@pytest.fixture
+def linked_folder(folder) -> Path:
+    (folder / "images" / "link.png").symlink_to(folder.parent / "outside.png")
+    (folder / "images" / "circle.png").symlink_to(folder / "images" / "circle.png")
+    (folder / "up").symlink_to(folder.parent)
+    (folder.parent / "data-2").mkdir()
+    marked().save(folder.parent / "data-2" / "1.png")
+    return folder
+
+
+@pytest.mark.parametrize(("bad", "reason"), BAD_ROWS.values(), ids=BAD_ROWS)
+def test_a_bad_row_is_skipped_and_listed_and_its_neighbours_stay(linked_folder, bad, reason):
+    path = write(linked_folder, row(id="first"), bad, row(id="last"))
+    result = read_examples(path)
+    assert [example.id for example in result.examples] == ["first", "last"]
+    (skip,) = result.skipped
+    assert (skip.line, skip.id) == (2, "train-2")
+    assert re.search(reason, skip.reason), skip.reason
+    with pytest.raises(ValueError, match=r"train\.jsonl: a row cannot be used.*\(1 of 3 are bad\)\. line 2: "):
+        read_examples(path, on_bad_row="error")
+
+
+def test_the_second_row_with_an_id_is_skipped_unless_the_first_was_bad(folder):
+    rows = [
+        row(id="a"),
+        row(id="a"),
+        row(id="b", image="images/none.png"),
+        row(id="b"),
+        row(id="c", answer="?"),
+        row(id="c"),
+    ]
+    result = read_examples(write(folder, *rows))
+    assert [example.id for example in result.examples] == ["a", "b", "c"]
+    assert [(skip.line, skip.id) for skip in result.skipped] == [(2, "a"), (3, "b"), (5, "c")]
+    assert result.skipped[0].reason == "its id was used in line 1 already"
+
+
+def test_a_link_to_the_data_file_finds_the_images_beside_the_link(folder, tmp_path):
+    real = tmp_path / "store.jsonl"
+    real.write_text(json.dumps(row()))
+    (folder / "linked.jsonl").symlink_to(real)
+    assert read_examples(folder / "linked.jsonl").examples[0].image == folder / "images" / "1.png"
+
+
+def test_a_link_inside_the_folder_is_followed(folder):
+    (folder / "images" / "2.png").symlink_to(folder / "images" / "1.png")
+    assert len(read_examples(write(folder, row(image="images/2.png"))).examples) == 1
+
+
+def test_relative_data_paths_give_absolute_image_paths(folder, monkeypatch):
+    write(folder, row())
+    monkeypatch.chdir(folder)
+    assert read_examples(Path("train.jsonl")).examples[0].image == folder / "images" / "1.png"
+
+
+def test_each_image_is_decoded_once(folder, monkeypatch):
+    decoded = []
+    monkeypatch.setattr(jsonl, "check_image", decoded.append)
+    read_examples(write(folder, *[row() for _ in range(20)]))
+    assert decoded == [folder / "images" / "1.png"]
+
+
+def test_byte_order_mark_blank_lines_crlf_and_no_last_newline(folder):
+    path = folder / "train.jsonl"
+    text = "\ufeff" + "\r\n\r\n   \r\n".join(json.dumps(row(question=f"Frage {n} ä")) for n in range(2))
+    path.write_bytes(text.encode("utf-8"))
+    examples = read_examples(path).examples
+    assert [(example.id, example.question) for example in examples] == [
+        ("train-1", "Frage 0 ä"),
+        ("train-4", "Frage 1 ä"),
+    ]
+
+
+def test_a_unicode_line_separator_is_no_end_of_line(folder):
+    path = folder / "train.jsonl"
+    path.write_text(json.dumps(row(question="a\u2028b\x85c"), ensure_ascii=False), encoding="utf-8")
+    assert read_examples(path).examples[0].question == "a\u2028b\x85c"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "is empty"),
+        (b"\n \r\n", "is empty"),
+        (b"\xef\xbb\xbf", "is empty"),
+        (b'{"a": 1}\n{"a": }\n', r"line 2, column 7: not valid JSON \(Expecting value\)"),
+        (b'\n\n{"a": 1', "line 3, column 8"),
+        (b'[\n{"a": 1}\n]', "is a JSON array.*one object per line"),
+        (b'{\n"a": 1}', "line 1, column 2.*each line must be one JSON object"),
+        ('{"question": "Größe"}'.encode("latin-1"), r"is not UTF-8 \(line 1\)"),
+        ('{}\n{"question": "é"}'.encode("utf-16"), "is not UTF-8"),
+        (b'{"a": 1}\n{"a": ' + b"9" * 5000 + b"}", "line 2: JSON that cannot be read"),
+        (b"{}\n" + b"[" * 100_000, "line 2: JSON that cannot be read"),
+    ],
+)
+def test_a_broken_file_is_an_error_that_names_the_place(folder, content, reason):
+    (folder / "train.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"train\.jsonl.*{reason}"):
+        read_examples(folder / "train.jsonl")
+
+
+def test_missing_files_and_unknown_settings_are_errors(folder):
+    with pytest.raises(ValueError, match=r"none\.jsonl cannot be read: No such file"):
+        read_examples(folder / "none.jsonl")
+    with pytest.raises(ValueError, match="on_bad_row='raise'"):
+        read_examples(write(folder, row()), on_bad_row="raise")
+
+
+def test_only_bad_rows_are_an_error_with_the_first_reasons(folder):
+    path = write(folder, row(answer="foot"), row(question=""), row(options=["knee"]), row(image="none.png"))
+    with pytest.raises(
+        ValueError, match=r"no row can be used \(4 of 4 are bad\)\. line 1: .*foot.*line 2: .*line 3: "
+    ) as error:
+        read_examples(path)
+    assert "line 4" not in str(error.value)
+
+
+def test_a_long_value_is_cut_in_the_reason(folder):
+    (skip,) = read_examples(write(folder, row(), row(answer="x" * 100_000))).skipped
+    assert len(skip.reason) < 500
+
+
+def test_skips_are_summed_up_in_one_line(folder):
+    bad = [row(id=f"b{number}", question="") for number in range(5)]
+    result = read_examples(write(folder, row(), *bad))
+    assert result.skipped[0] == SkippedRow(2, "b0", "it has no question")
+    assert format_skips(result) == (
+        f"{folder / 'train.jsonl'}: 5 of 6 rows skipped (all are listed in data.json). The first 3: line 2 (b0): it has no "
+        "question; line 3 (b1): it has no question; line 4 (b2): it has no question"
+    )
+    assert "skipped. The first 1: line 2" in format_skips(result, 1, record="")
+    assert "(all are listed in data.json). line 2 (b0)" in format_skips(result, 5)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "images\\1.png",
+        ".\\images\\1.png",
+        " images/1.png",
+        "images/gr\u00f6\u00dfe.png",
+        "images\\gro\u0308\u00dfe.png",
+    ],
+)
+def test_image_paths_of_other_systems_are_followed(folder, path):
+    marked().save(folder / "images" / "gro\u0308\u00dfe.png")
+    (example,) = read_examples(write(folder, row(image=path))).examples
+    assert example.image.is_file()
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("Images/1.PNG", "does not exist: there is 'images/1.png', which differs in case; write"),
+        ("images/1.jpg", "does not exist: there is 'images/1.png', which differs in its ending"),
+        (
+            "images/1\u200b.png",
+            "does not exist: there is 'images/1.png', which differs in characters that cannot be seen",
+        ),
+        ("images%2f1.png", "does not exist"),
+        ("C:\\data\\images\\1.png", "leaves the folder of the data file: there is 'images/1.png' in it; write"),
+        ("/home/x/images/1.png", "leaves the folder of the data file: there is 'images/1.png' in it; write"),
+        ("..\\outside.png", "leaves the folder of the data file: copy it there"),
+        ("images\\..\\..\\outside.png", "leaves the folder of the data file: copy it there"),
+    ],
+)
+def test_a_near_miss_is_shown(folder, path, reason):
+    (skip,) = read_examples(write(folder, row(), row(image=path))).skipped
+    assert reason in skip.reason
+
+
+def test_a_data_file_whose_name_differs_is_told(folder):
+    write(folder, row())
+    with pytest.raises(ValueError, match=r"Train\.jsonl cannot be read: .*; there is '.*train\.jsonl', which differs"):
+        read_examples(folder / "Train.jsonl")
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from(["good", "no object", "bad", "blank", "spaces"]), max_size=12))
+def test_rows_and_skips_are_the_lines_that_are_not_blank(tmp_path_factory, kinds):
+    path = tmp_path_factory.mktemp("counted") / "a.jsonl"
+    texts = {
+        "good": json.dumps(row(image=None)),
+        "bad": json.dumps(row(image=None, answer="foot")),
+        "no object": '["\u2028 \x85"]',
+        "blank": "",
+        "spaces": " \t\r",
+    }
+    path.write_bytes("\n".join(texts[kind] for kind in kinds).encode())
+    if "good" not in kinds:
+        with pytest.raises(ValueError, match=r"is empty|no row can be used"):
+            read_examples(path)
+        return
+    result = read_examples(path)
+    lines = sorted([*result.lines.values(), *(skip.line for skip in result.skipped)])
+    assert lines == [number for number, kind in enumerate(kinds, 1) if kind not in ("blank", "spaces")]
+    assert len(result.examples) == kinds.count("good")
+
+
+@pytest.mark.parametrize(
+    "fault", ['{"a": 1} {"b": 2}', '{"a": 1', '{"a": 1 "b": 2}', '{"a": 1},', "{'a': 1}", "\ufeff{}"]
+)
+def test_a_line_that_is_not_one_value_is_never_passed_over(folder, fault):
+    path = folder / "train.jsonl"
+    path.write_text(json.dumps(row()) + "\n" + fault + "\n" + json.dumps(row()))
+    with pytest.raises(ValueError, match=r"train\.jsonl, line 2"):
+        read_examples(path)

@@ -1,0 +1,90 @@
+"""Facts and verdicts of the look before the first step."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rlmed.core.types import (
+    Completion,
+    Example,
+    FinishReason,
+    Prompt,
+    RolloutGroup,
+    RolloutRequest,
+    SamplingParams,
+    ScoredGroup,
+)
+from rlmed.evaluation.preflight import PreflightError, check, inspect
+
+PROMPT = Prompt(Example(id="x", image=None, question="?", options=("a", "b"), answer=0), "", np.array([1]))
+
+
+def group(texts: list[str], rewards: list[float], *, reason: FinishReason = "stop", form: float = 1.0) -> ScoredGroup:
+    completions = tuple(
+        Completion(np.arange(len(text) + 1), np.zeros(len(text) + 1, np.float32), text, reason) for text in texts
+    )
+    request = RolloutRequest(0, PROMPT, len(texts), SamplingParams())
+    parts = {"format": np.full(len(texts), form, np.float32)}
+    return ScoredGroup(RolloutGroup(request, completions), np.array(rewards, np.float32), parts)
+
+
+def test_facts() -> None:
+    report = inspect(
+        [group(["a", "bb", "a", "c"], [1, 2, 1, 0]), group(["d", "d", "d", "d"], [1, 1, 1, 1], reason="length")]
+    )
+    assert (report.groups, report.completions, report.longest) == (2, 8, 3)
+    assert report.reward_mean == pytest.approx(1.0)
+    assert report.truncated == 0.5
+    assert report.without_spread == 0.5
+    assert report.distinct == pytest.approx((3 / 4 + 1 / 4) / 2)
+    assert "groups without learning signal 50%" in report.line()
+    check(report, 512)  # one group with spread is enough to start
+
+
+def test_completions_kept_out_of_the_loss_teach_nothing() -> None:
+    groups = [group(["a", "b"], [1, 2], reason="length")]
+    check(inspect(groups), 512)
+    with pytest.raises(PreflightError, match=r"raise rollout\.max_tokens"):
+        check(inspect(groups, mask_truncated=True), 512)
+
+
+@pytest.mark.parametrize(
+    ("groups", "advice"),
+    [
+        ([group(["a", "a"], [1, 1])], r"rollout\.temperature"),
+        ([group(["a", "b"], [0, 0], reason="length")], r"raise rollout\.max_tokens"),
+        (
+            [group(["<answer>A</answer> and", "<answer>B</answer> or"], [1, 1], reason="length")],
+            r"100% of the completions continued after their answer until rollout\.max_tokens=64: the model does not end them "
+            r"with <\|im_end\|>, so a larger .* would not help.*rlmed\.sft.*generation_config\.json.*rollout\.stop=",
+        ),
+        (
+            [
+                group(["<think>a", "<answer>B</answer> or"], [0, 0], reason="length"),
+                group(["<think>b", "<think>c"], [0, 0], reason="length"),
+            ],
+            r"100% .* before their answer: raise rollout\.max_tokens; if that does not help, .*<\|im_end\|>",
+        ),
+        (
+            [group(["<think>a", "<think>c"], [0, 0], reason="length"), group(["c", "b"], [0, 0])] * 2
+            + [group(["<think>a", "<think>c"], [0, 0], reason="length")],
+            r"60% of the completions were cut at .* before their answer: raise rollout\.max_tokens\. preflight",
+        ),
+        # stopped right after the answer, or cut long before it: not for want of an end
+        ([group(["<answer>A</answer>", "<answer>B</answer>"], [0, 0])], "no completion earned any reward"),
+        ([group(["a", "b"], [0, 0])], r"rlmed\.sft"),
+        ([group(["a", "b"], [2, 2])], "too easy"),
+    ],
+)
+def test_verdicts(groups: list[ScoredGroup], advice: str) -> None:
+    with pytest.raises(PreflightError, match=advice):
+        check(inspect(groups), 64, ["<|im_end|>"])
+
+
+def test_how_completions_are_cut_is_a_fact() -> None:
+    cut = group(["<answer>A</answer> and", "<think>so"], [1, 0], reason="length")
+    report = inspect([cut, group(["<answer>A</answer>", "b"], [1, 0])])
+    assert (report.truncated, report.went_on) == (0.5, 0.25)
+    assert "cut by length 50% (25% after their answer), " in report.line()
+    assert "after their answer" not in inspect([group(["a", "b"], [1, 0], reason="length")]).line()

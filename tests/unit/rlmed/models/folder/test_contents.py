@@ -1,0 +1,582 @@
+"""What a model folder says twice, or holds and cannot be used: an error or a warning that names both values and the cure."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rlmed.cluster.engines import open_model
+from rlmed.data.prompts import PromptRenderer
+from rlmed.models.folder.agreement import position_doubt
+from rlmed.models.policy import load_config, load_policy
+
+Change = Callable[[Path], object]
+
+
+def edit(name: str, **values: Any) -> Change:
+    """Set keys of a JSON file, which is made if missing; None removes one."""
+
+    def change(folder: Path) -> None:
+        content = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+        content = {key: value for key, value in {**content, **values}.items() if value is not None}
+        (folder / name).write_text(json.dumps(content))
+
+    return change
+
+
+def edit_text_config(**values: Any) -> Change:
+    def change(folder: Path) -> None:
+        inner = json.loads((folder / "config.json").read_text())["text_config"]
+        edit("config.json", text_config={**inner, **values})(folder)
+
+    return change
+
+
+def edit_vision_config(**values: Any) -> Change:
+    def change(folder: Path) -> None:
+        inner = json.loads((folder / "config.json").read_text())["vision_config"]
+        edit("config.json", vision_config={**inner, **values})(folder)
+
+    return change
+
+
+def write(name: str, text: str | bytes) -> Change:
+    return lambda folder: (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+
+
+def edit_weights(function: Callable[[dict[str, torch.Tensor]], object]) -> Change:
+    def change(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        function(weights)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return change
+
+
+def cut(name: str, length: int) -> Change:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:length])
+
+
+def shard(spoil: Callable[[Path, dict[str, Any]], object] = lambda folder, index: None) -> Change:
+    """Put the weights into two files with an index, and spoil one of these."""
+
+    def change(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        names = sorted(weights)
+        places = {name: f"model-0000{1 + (i > 40)}-of-00002.safetensors" for i, name in enumerate(names)}
+        for place in set(places.values()):
+            part = {name: weights[name] for name in names if places[name] == place}
+            save_file(part, folder / place, metadata={"format": "pt"})
+        size = sum(tensor.nbytes for tensor in weights.values())
+        index = {"metadata": {"total_size": size}, "weight_map": places}
+        spoil(folder, index)
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return change
+
+
+def both(*changes: Change) -> Change:
+    return lambda folder: [change(folder) for change in changes]
+
+
+def pickled(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+
+
+def only_pickled(folder: Path) -> None:
+    pickled(folder)
+    (folder / "model.safetensors").unlink()
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 8185360\n"
+WEIGHT = "model.layers.0.mlp.up_proj.weight"
+LORA = {"peft_type": "LORA", "base_model_name_or_path": "Qwen/Qwen2-VL-2B-Instruct"}
+
+REFUSED: dict[str, tuple[Change, str]] = {
+    # adapters
+    "adapter beside weights": (
+        edit("adapter_config.json", **LORA),
+        r"adapter_config\.json is an adapter of Qwen/Qwen2-VL-2B-Instruct.*merge it first .*merge_and_unload",
+    ),
+    "adapter instead of weights": (
+        both(
+            edit("adapter_config.json", **LORA),
+            lambda folder: (folder / "model.safetensors").rename(folder / "adapter_model.safetensors"),
+            lambda folder: (folder / "config.json").unlink(),
+        ),
+        r"is an adapter of Qwen/Qwen2-VL-2B-Instruct.*merge it first",
+    ),
+    "adapter without its settings": (
+        write("adapter_model.bin", b"x"),
+        r"adapter_model\.bin is an adapter, .*merge it first",
+    ),
+    "adapter of MLX": (write("adapters.safetensors", b"x"), r"adapters\.safetensors is an adapter, .*merge"),
+    "adapter of Diffusers": (write("pytorch_lora_weights.safetensors", b"x"), "is an adapter, .*merge"),
+    "adapter within the weights": (
+        edit_weights(lambda weights: weights.update({f"{WEIGHT[:-7]}.lora_A.default.weight": torch.zeros(2, 2)})),
+        r"an adapter that was not merged.*lora_A",
+    ),
+    # quantization
+    "bitsandbytes": (
+        edit("config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        r"config\.json \(quantization_config\).*quantized \(bitsandbytes\).*bfloat16 or float32",
+    ),
+    "GPTQ": (edit("config.json", quantization_config={"quant_method": "gptq", "bits": 4}), r"quantized \(gptq\)"),
+    "AWQ": (edit("config.json", quantization_config={"quant_method": "awq"}), r"quantized \(awq\)"),
+    "a quantizer that nobody knows": (
+        edit("config.json", quantization_config={"quant_method": "new"}),
+        r"quantized \(new\)",
+    ),
+    "quantized text model": (
+        edit_text_config(quantization_config={"quant_method": "fp8"}),
+        r"text_config\.quantization_config\).*\(fp8\)",
+    ),
+    "AutoGPTQ's own file": (
+        edit("quantize_config.json", bits=4),
+        r"quantize_config\.json says that the weights are quantized",
+    ),
+    "ModelOpt's own file": (
+        edit("hf_quant_config.json", quantization={"quant_algo": "FP8"}),
+        r"hf_quant_config\.json says",
+    ),
+    "weights of one byte": (
+        edit_weights(lambda weights: weights.update({WEIGHT: weights[WEIGHT].to(torch.float8_e4m3fn)})),
+        rf"model\.safetensors holds {WEIGHT} as F8_E4M3: the weights are quantized",
+    ),
+    "weights as integers": (
+        edit_weights(lambda weights: weights.update({WEIGHT: weights[WEIGHT].to(torch.int8)})),
+        rf"{WEIGHT} as I8: the weights are quantized",
+    ),
+    "pickled weights as integers": (
+        both(edit_weights(lambda weights: weights.update({WEIGHT: weights[WEIGHT].to(torch.int8)})), only_pickled),
+        rf"pytorch_model\.bin holds {WEIGHT} as int8: the weights are quantized",
+    ),
+    # own code
+    "a model's own code": (
+        edit("config.json", auto_map={"AutoModel": "modeling_x.XModel"}),
+        r"config\.json requests custom code .*modeling_x\.XModel.*remove auto_map",
+    ),
+    "a tokenizer's own code": (
+        edit("tokenizer_config.json", auto_map={"AutoTokenizer": ["x.T", None]}),
+        r"tokenizer_config\.json requests custom code",
+    ),
+    "an image processor's own code": (
+        edit("preprocessor_config.json", auto_map={"AutoImageProcessor": "x.P"}),
+        r"preprocessor_config\.json requests custom code",
+    ),
+    # damage
+    **{
+        f"{name} cut": (cut(name, 20), rf"{re.escape(name)} is damaged: .*again")
+        for name in ("config.json", "generation_config.json", "tokenizer_config.json", "preprocessor_config.json")
+    },
+    "tokenizer.json cut": (cut("tokenizer.json", 3000), r"tokenizer of model .*cannot be loaded.*Copy tokenizer\.json"),
+    "tokenizer.json of something else": (write("tokenizer.json", "{}"), r"tokenizer of model .*cannot be loaded.*Copy"),
+    "tokenizer.json of an unknown model": (
+        write(
+            "tokenizer.json", json.dumps({"version": "1.0", "added_tokens": [], "model": {"type": "New", "vocab": {}}})
+        ),
+        r"tokenizer of model .*cannot be loaded.*Copy",
+    ),
+    "tokenizer.json as Git's pointer": (write("tokenizer.json", POINTER), r"tokenizer\.json .*git lfs pull"),
+    "a list": (write("generation_config.json", "[]"), r"generation_config\.json is damaged: .* list"),
+    "no UTF-8": (
+        write("special_tokens_map.json", '{"eos_token": "ß"}'.encode("latin-1")),
+        r"special_tokens_map\.json is damaged",
+    ),
+    "empty": (write("config.json", b""), r"config\.json is damaged: it is empty"),
+    "an unknown kind": (edit("config.json", model_type=None), r"config\.json is damaged or of an unknown type"),
+    "a number that is a text": (edit_text_config(hidden_size="wide"), r"config\.json is damaged or of an unknown type"),
+    "a part that is no mapping": (edit("config.json", text_config="abc"), r"config\.json .*text_config"),
+    "heads that do not divide": (edit_text_config(num_attention_heads=7), r"model .*copy|config\.json"),
+    "weights cut": (
+        cut("model.safetensors", 1_000_000),
+        r"model\.safetensors is damaged: it should have 8185360 bytes and has 1000000",
+    ),
+    "weights cut within the header": (cut("model.safetensors", 100), r"model\.safetensors is damaged.*again"),
+    "weights with something after them": (
+        lambda folder: (folder / "model.safetensors").open("ab").write(b"more"),
+        "should have 8185360 bytes and has 8185364",
+    ),
+    "weights empty": (write("model.safetensors", b""), r"model\.safetensors is damaged: it is empty"),
+    "weights as Git's pointer": (write("model.safetensors", POINTER), r"model\.safetensors is damaged: .*git lfs pull"),
+    "weights of zeros": (write("model.safetensors", bytes(5000)), r"model\.safetensors is damaged"),
+    "no weights": (
+        lambda folder: (folder / "model.safetensors").unlink(),
+        r"weights of model .*copy or download|Copy or download",
+    ),
+    "GGUF alone": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "model-q4.gguf"),
+        r"model\.safetensors .*not found.*model-q4\.gguf cannot be read",
+    ),
+    # the template's file
+    "a template in another encoding": (
+        write("chat_template.jinja", "{# ü #}".encode("latin-1")),
+        r"chat_template\.jinja cannot be read: .*Save it as UTF-8",
+    ),
+    "a template as Git's pointer": (write("chat_template.jinja", POINTER), r"chat_template\.jinja .*git lfs pull"),
+    # index and shards
+    "a shard is missing": (
+        shard(lambda folder, index: (folder / "model-00002-of-00002.safetensors").unlink()),
+        r"names 2 weight files, 1 of them missing, the first is model-00002-of-00002",
+    ),
+    "the index lacks a tensor": (
+        shard(lambda folder, index: index["weight_map"].pop(WEIGHT)),
+        rf"model-0000.* has {WEIGHT} .*, and model\.safetensors\.index\.json does not",
+    ),
+    "a shard lacks a tensor": (
+        shard(lambda folder, index: index["weight_map"].update(x="model-00001-of-00002.safetensors")),
+        r"index\.json has x in model-00001-of-00002.safetensors, and model-00001",
+    ),
+    "an index of another kind": (
+        shard(lambda folder, index: index.pop("weight_map")),
+        r"index\.json is damaged: it has no weight_map",
+    ),
+    "shards without an index": (
+        both(shard(), lambda folder: (folder / "model.safetensors.index.json").unlink()),
+        r"neither model\.safetensors nor model\.safetensors\.index\.json",
+    ),
+    "weights twice": (
+        lambda folder: [
+            data := (folder / "model.safetensors").read_bytes(),
+            shard()(folder),
+            write("model.safetensors", data)(folder),
+        ],
+        r"holds the weights twice.*keep one",
+    ),
+    # weights against config.json
+    "a layer more": (
+        edit_text_config(num_hidden_layers=5, layer_types=["full_attention"] * 5),
+        r"no weights for \d+ parameters.*layers\.4",
+    ),
+    "a layer less": (
+        edit_text_config(num_hidden_layers=3, layer_types=["full_attention"] * 3),
+        r"weights for \d+ parameters unknown to its config\.json.*layers\.3",
+    ),
+    "a tensor more": (
+        edit_weights(lambda weights: weights.update(x=torch.zeros(2))),
+        r"unknown to its config\.json, the first is x",
+    ),
+    "a tensor less": (edit_weights(lambda weights: weights.pop(WEIGHT)), "no weights for 1 parameters.*up_proj"),
+    "another width": (
+        edit_weights(lambda weights: weights.update({WEIGHT: torch.zeros(640, 128)})),
+        r"up_proj\.weight is \[640, 128\] in the weights and \[640, 256\] by config\.json",
+    ),
+    "another vocabulary": (
+        edit_text_config(vocab_size=760),
+        r"\[748, 256\] in the weights and \[760, 256\] by config\.json",
+    ),
+    "a head of its own that config.json ties": (
+        edit_weights(lambda weights: weights.update({"lm_head.weight": weights["model.embed_tokens.weight"] + 1})),
+        r"tie_word_embeddings=true, but the weights have an lm_head\.weight",
+    ),
+    "a head of its own that text_config ties": (
+        both(
+            edit("config.json", tie_word_embeddings=False),
+            edit_text_config(tie_word_embeddings=True),
+            edit_weights(lambda weights: weights.update({"lm_head.weight": weights["model.embed_tokens.weight"] + 1})),
+        ),
+        r"config\.json says text_config\.tie_word_embeddings=true, but the weights have an lm_head\.weight",
+    ),
+    "a pickled head of its own that config.json ties": (
+        both(
+            edit_weights(lambda weights: weights.update({"lm_head.weight": weights["model.embed_tokens.weight"] + 1})),
+            only_pickled,
+        ),
+        r"tie_word_embeddings=true, but the weights have an lm_head\.weight",
+    ),
+    "a head that is not there": (
+        edit("config.json", tie_word_embeddings=False),
+        r"no weights for 1 parameters .*lm_head\.weight: .*set tie_word_embeddings to true",
+    ),
+    # the tokenizer against config.json
+    "another tokenizer": (edit_text_config(vocab_size=700), r"as token 747, and vocab_size in config\.json is 700"),
+    "image token": (edit("config.json", image_token_id=3), r"image_token_id=3, and <\|image_pad\|> is 746"),
+    "vision start": (
+        edit("config.json", vision_start_token_id=744),
+        r"vision_start_token_id=744, and <\|vision_start\|> is 743",
+    ),
+    "an end token that is none": (
+        edit("generation_config.json", eos_token_id=[736, 151645]),
+        r"end token 151645 is outside .*\(0 to 747\)",
+    ),
+    "an end token as text": (
+        edit("generation_config.json", eos_token_id="<|im_end|>"),
+        r"generation_config\.json.*end token '<\|im_end\|>'",
+    ),
+    "a negative end token": (edit("generation_config.json", eos_token_id=-1), "end token -1"),
+    # the image processor against config.json
+    "patches": (
+        edit("preprocessor_config.json", patch_size=16),
+        r"patch_size=16, and config\.json vision_config\.patch_size=14",
+    ),
+    "merging": (
+        edit("preprocessor_config.json", merge_size=1),
+        r"merge_size=1, and config\.json vision_config\.spatial_merge_size=2",
+    ),
+    "frames": (edit_vision_config(temporal_patch_size=1), "temporal_patch_size=2, and .*=1"),
+    "another image processor": (
+        edit("preprocessor_config.json", image_processor_type="CLIPImageProcessor"),
+        r"preprocessor_config\.json is of a CLIPImageProcessor",
+    ),
+    "an unknown image processor": (
+        edit("preprocessor_config.json", image_processor_type="Nobodys"),
+        "cannot prepare prompts.*Copy|copy",
+    ),
+    "another kind of size": (
+        edit("preprocessor_config.json", size={"height": 56, "width": 56}),
+        r"preprocessor_config|cannot prepare",
+    ),
+    "pixels as a text": (
+        edit("preprocessor_config.json", size=None, min_pixels="a", max_pixels="b"),
+        "preprocessor_config|cannot prepare",
+    ),
+    "sections of the rotation": (
+        edit_text_config(
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [16, 24, 24]}
+        ),
+        r"mrope_section=\[16, 24, 24\], which is half of 128 channels, and heads have 64",
+    ),
+    "no sections of the rotation": (
+        edit_text_config(rope_parameters={"rope_type": "default", "rope_theta": 10000.0}),
+        r"leaves it at mrope_section=\[16, 24, 24\], which is half of 128 channels, and heads have 64",
+    ),
+    "pickled weights cut": (
+        lambda folder: [
+            pickled(folder),
+            cut("pytorch_model.bin", 100_000)(folder),
+            (folder / "model.safetensors").unlink(),
+        ],
+        r"weights of model .*cannot be loaded.*again",
+    ),
+    "a length that is no number": (
+        edit("tokenizer_config.json", model_max_length="long"),
+        "tokenizer of model .*cannot be used",
+    ),
+    # architecture
+    "no language model": (
+        edit("config.json", architectures=["Qwen2VLForSequenceClassification"]),
+        r"architectures Qwen2VLForSequenceClassification and model_type qwen2_vl, which is Qwen2VLForConditionalGeneration",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused(base_copy, name):
+    change, message = REFUSED[name]
+    change(base_copy)
+
+    def open_and_load() -> None:
+        PromptRenderer(*open_model(base_copy), max_prompt_tokens=512)
+        load_policy(base_copy)
+
+    with pytest.raises(ValueError, match=message) as raised:
+        open_and_load()
+    assert len(str(raised.value).splitlines()) == 1
+    assert base_copy.name in str(raised.value)
+
+
+SETTLED: dict[str, tuple[Change, str]] = {
+    "pickled weights beside": (pickled, r"reading weights from model\.safetensors; ignoring pytorch_model\.bin"),
+    "weights of another name beside": (
+        lambda folder: save_file({"x": torch.zeros(1)}, folder / "extra.safetensors"),
+        r"ignoring extra\.safetensors",
+    ),
+    "an index of files that are not there": (
+        lambda folder: edit("model.safetensors.index.json", weight_map={"x": "model-00001-of-00002.safetensors"})(
+            folder
+        ),
+        r"index\.json names missing files: reading weights from model\.safetensors",
+    ),
+    "total size": (
+        shard(lambda folder, index: index["metadata"].update(total_size=7)),
+        r"total_size is 7 bytes, but its files hold \d+",
+    ),
+    "two templates": (
+        edit("tokenizer_config.json", chat_template="another"),
+        r"a different chat template in tokenizer_config\.json than in chat_template\.jinja: chat_template\.jinja is used",
+    ),
+    "the older processors' templates, which cannot be read": (
+        edit("chat_template.json", chat_template=["another"]),
+        r"in chat_template\.json than in",
+    ),
+    "the older processors' template": (
+        edit("chat_template.json", chat_template="another"),
+        r"in chat_template\.json than in",
+    ),
+    "two templates for processors": (
+        edit("processor_config.json", chat_template="another"),
+        r"in processor_config\.json than",
+    ),
+    "pixels": (
+        edit("preprocessor_config.json", min_pixels=784),
+        r"min_pixels=784 and size\.shortest_edge=3136: \d+ is used; model\.min_pixels overrules",
+    ),
+    "pixels as older versions wrote them": (
+        edit(
+            "preprocessor_config.json", max_pixels=6272, min_pixels=3136, size={"max_pixels": 12544, "min_pixels": 3136}
+        ),
+        r"max_pixels=6272 and size\.max_pixels=12544: 6272 is used; model\.max_pixels overrules",
+    ),
+    "two image processors": (
+        lambda folder: edit(
+            "processor_config.json",
+            image_processor={**json.loads((folder / "preprocessor_config.json").read_text()), "do_normalize": False},
+        )(folder),
+        r"processor_config\.json says do_normalize=False and preprocessor_config\.json do_normalize=True: processor_config",
+    ),
+    "added tokens": (
+        edit("added_tokens.json", **{"<|im_end|>": 5}),
+        r"added_tokens\.json gives '<\|im_end\|>' the id 5, and the tokenizer has 736",
+    ),
+    "words of another tokenizer": (
+        edit("vocab.json", **{"A": 3}),
+        r"vocab\.json gives 'A' the id 3, and the tokenizer has",
+    ),
+    "added tokens by id": (
+        edit("tokenizer_config.json", added_tokens_decoder={"5": {"content": "<|im_end|>"}}),
+        r"tokenizer_config\.json gives '<\|im_end\|>' the id 5",
+    ),
+    "rotation": (
+        edit("config.json", rms_norm_eps=1e-5),
+        r"rms_norm_eps=1e-05 and text_config\.rms_norm_eps=1e-06: 1e-06 is used",
+    ),
+    "the base of the rotation": (
+        edit("config.json", rope_theta=1000000.0),
+        r"rope_theta=1000000\.0 and text_config\.rope_parameters\.rope_theta=10000\.0: 10000\.0 is used",
+    ),
+    "an adapter in a folder within": (
+        lambda folder: [(folder / "checkpoint-5").mkdir(), edit("checkpoint-5/adapter_config.json", **LORA)(folder)],
+        r"ignoring the adapter in checkpoint-5",
+    ),
+    "a turn that is not opened": (
+        lambda folder: (path := folder / "chat_template.jinja").write_text(
+            path.read_text().partition("{%- if add_generation_prompt %}")[0]
+        ),
+        r"begins an answer with '<\|im_start\|>assistant\\n' but does not .*let the template write it where add_generation",
+    ),
+    "an end that is a word": (
+        edit("generation_config.json", eos_token_id=[736, 65]),
+        r"generation_config\.json says that completions end with .* \(65\), not a control token",
+    ),
+    "the date": (
+        lambda folder: (folder / "chat_template.jinja").write_text(
+            "{{ strftime_now('%d %b %Y') }}" + (folder / "chat_template.jinja").read_text()
+        ),
+        "writes today's date",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SETTLED)
+def test_what_is_settled_and_said(base_copy, caplog, name):
+    change, message = SETTLED[name]
+    change(base_copy)
+    open_model(base_copy)
+    assert re.search(message, caplog.text)
+    assert len(caplog.records) == 1
+    load_policy(base_copy)
+
+
+HARMLESS: dict[str, Change] = {
+    "as it ships": lambda folder: None,
+    "shards": shard(),
+    "an index of the whole file": lambda folder: edit(
+        "model.safetensors.index.json",
+        metadata={},
+        weight_map=dict.fromkeys(load_file(folder / "model.safetensors"), "model.safetensors"),
+    )(folder),
+    "the name of a wrapped model": edit("config.json", architectures=["FSDPQwen2VLForConditionalGeneration"]),
+    "buffers that are computed": edit_weights(
+        lambda weights: weights.update({"visual.rotary_pos_emb.inv_freq": torch.zeros(16)})
+    ),
+    "weights without metadata": lambda folder: save_file(
+        load_file(folder / "model.safetensors"), folder / "model.safetensors"
+    ),
+    "a head that repeats the embeddings": edit_weights(
+        lambda weights: weights.update({"lm_head.weight": weights["model.embed_tokens.weight"].clone()})
+    ),
+    "a head of its own": both(
+        edit("config.json", tie_word_embeddings=False),
+        edit_weights(lambda weights: weights.update({"lm_head.weight": weights["model.embed_tokens.weight"] + 1})),
+    ),
+    "pixels alone": edit("preprocessor_config.json", size=None, min_pixels=3136, max_pixels=12544),
+    "a template with a byte order mark": lambda folder: (folder / "chat_template.jinja").write_bytes(
+        b"\xef\xbb\xbf" + (folder / "chat_template.jinja").read_bytes()
+    ),
+    "the same template twice": lambda folder: edit(
+        "tokenizer_config.json", chat_template=(folder / "chat_template.jinja").read_text() + "\n"
+    )(folder),
+    "templates in a folder": lambda folder: [
+        (folder / "additional_chat_templates").mkdir(),
+        write("additional_chat_templates/tool_use.jinja", "tools")(folder),
+    ],
+    "templates by name": lambda folder: [
+        edit(
+            "tokenizer_config.json",
+            chat_template=[{"name": "default", "template": (path := folder / "chat_template.jinja").read_text()}],
+        )(folder),
+        path.unlink(),
+    ],
+    "no generation settings": lambda folder: (folder / "generation_config.json").unlink(),
+    "an empty entry": edit("config.json", auto_map={}, quantization_config={}),
+    "a token to pad with, without a row": lambda folder: edit(
+        "tokenizer.json",
+        added_tokens=[
+            *(entries := json.loads((folder / "tokenizer.json").read_text())["added_tokens"]),
+            {**entries[0], "id": 748, "content": "<pad>"},
+        ],
+    )(folder),
+}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_what_needs_no_word(base_copy, caplog, name):
+    HARMLESS[name](base_copy)
+    open_model(base_copy)
+    assert caplog.text == ""
+    assert load_policy(base_copy).end_token_ids == ({736} if name == "no generation settings" else {734, 736})
+
+
+def test_a_head_of_its_own_is_the_one_that_is_used(base_copy):
+    HARMLESS["a head of its own"](base_copy)
+    policy = load_policy(base_copy)
+    assert not torch.equal(policy.projection.weight, policy.model.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize(("tokens", "said"), [(4096, False), (4097, True), (200, False)])
+def test_more_tokens_than_positions_are_said(base_copy, tokens, said):
+    doubt = position_doubt(load_config(base_copy), tokens=tokens, what=f"limit={tokens}", cure="limit")
+    assert (doubt is not None) is said
+    assert not said or re.match(r"limit=4097 are more than the 4096 positions .*lower limit$", doubt)
+
+
+@pytest.mark.parametrize("within", ["checkpoints/step-000300", "snapshots/895c3a49", "Qwen2-VL-2B-Instruct"])
+def test_the_folder_within_is_named(base_copy, tmp_path, within):
+    folder = tmp_path / "given" / within
+    folder.parent.mkdir(parents=True)
+    base_copy.rename(folder)
+    with pytest.raises(
+        ValueError, match=rf"given is not a Hugging Face model folder: .*; {re.escape(str(folder))} is one"
+    ):
+        load_config(tmp_path / "given")
+
+
+def test_a_file_is_no_folder(base_copy):
+    with pytest.raises(ValueError, match=r"model\.safetensors' is a file: give the folder"):
+        load_config(base_copy / "model.safetensors")
+
+
+def test_settings_that_transformers_would_not_save_do_not_stop_a_checkpoint(base_copy, tmp_path):
+    edit("generation_config.json", do_sample=False, temperature=0.01, top_p=0.5)(base_copy)
+    load_policy(base_copy).model.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert saved["eos_token_id"] == [734, 736]
+    assert "temperature" not in saved

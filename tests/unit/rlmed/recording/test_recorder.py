@@ -1,0 +1,288 @@
+import json
+import platform
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from rlmed.core.config.composing import compose_config
+from rlmed.core.files.atomic import RecordError
+from rlmed.core.files.jsonlines import read_json_lines
+from rlmed.core.tracing import Tracer
+from rlmed.core.types import (
+    Completion,
+    Example,
+    Prompt,
+    RolloutGroup,
+    RolloutRequest,
+    SamplingParams,
+    ScoredGroup,
+    TrainGroup,
+)
+from rlmed.data.examples import ReadResult, SkippedRow
+from rlmed.data.loading import DataFile
+from rlmed.recording import recorder as module
+from rlmed.recording.batches import read_batch
+from rlmed.recording.recorder import RunRecorder, chosen_dtype, chosen_onednn, write_data, write_versions
+
+TEXTS = ("<think>dark</think><answer>B</answer>", "no tags </script>")
+
+
+def make_group(index=5, rewards=(2.0, 0.0), image=Path("/data/7.png")):
+    example = Example("mri-7", image, "Which part?", ("head", "knee"), answer=1, modality="MRI", kind="anatomy")
+    prompt = Prompt(example, "text", np.arange(4), {"pixel_values": np.ones((2, 3), dtype=np.float32)})
+    completions = (
+        Completion(np.arange(3), np.array([-0.1, -0.2, -0.3], dtype=np.float32), TEXTS[0], "stop", 3, 4),
+        Completion(np.arange(2), np.array([-1.0, -2.0], dtype=np.float32), TEXTS[1], "length", 4, 4),
+    )
+    rollout = RolloutGroup(RolloutRequest(index, prompt, 2, SamplingParams(seed=9, stop=("x",))), completions)
+    parts = {"format": np.array([1, 0], dtype=np.float32), "choice": np.array([1, 0], dtype=np.float32)}
+    scored = ScoredGroup(rollout, np.array(rewards, dtype=np.float32), parts)
+    return TrainGroup(scored, np.array([0.5, -0.5], dtype=np.float32))
+
+
+def test_metrics_are_one_object_a_step(tmp_path):
+    with RunRecorder(tmp_path) as recorder:
+        recorder.record_step(1, {"policy_version": 1.0, "reward/mean": np.float32(1.5), "kl": float("nan")})
+        recorder.record_step(2, {"policy_version": 2.0, "reward/mean": 1.75, "kl": 0.25})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[0]) == {"step": 1, "policy_version": 1, "reward/mean": 1.5, "kl": None}
+    assert lines[1] == '{"step": 2, "policy_version": 2, "reward/mean": 1.75, "kl": 0.25}'
+
+
+def test_groups_are_written_with_everything_a_reader_needs(tmp_path):
+    group = make_group()
+    with RunRecorder(tmp_path) as recorder:
+        recorder.record_groups(3, [group], [make_group(6, (float("nan"), 1.0), image=None).scored])
+    learnt, discarded = read_json_lines(tmp_path / "rollouts.jsonl")
+    assert learnt == {
+        "step": 3,
+        "index": 5,
+        "example_id": "mri-7",
+        "image": "/data/7.png",
+        "question": "Which part?",
+        "options": ["head", "knee"],
+        "answer": "B",
+        "modality": "MRI",
+        "kind": "anatomy",
+        "completions": [
+            {
+                "text": TEXTS[0],
+                "reward": 2.0,
+                "reward_parts": {"format": 1.0, "choice": 1.0},
+                "advantage": 0.5,
+                "tokens": 3,
+                "finish_reason": "stop",
+                "min_version": 3,
+                "max_version": 4,
+            },
+            {
+                "text": TEXTS[1],
+                "reward": 0.0,
+                "reward_parts": {"format": 0.0, "choice": 0.0},
+                "advantage": -0.5,
+                "tokens": 2,
+                "finish_reason": "length",
+                "min_version": 4,
+                "max_version": 4,
+            },
+        ],
+    }
+    assert discarded["image"] is None
+    assert [entry["advantage"] for entry in discarded["completions"]] == [None, None]
+    assert [entry["reward"] for entry in discarded["completions"]] == [None, 1.0]
+
+
+def test_killed_and_resumed_run_has_each_step_once(tmp_path):
+    first = RunRecorder(tmp_path)
+    tracer = Tracer(tmp_path / "timeline.jsonl")
+    for step in (1, 2, 3):
+        with tracer.span("learn", step=step):
+            first.record_step(step, {"loss": float(step)})
+        first.record_groups(step, [make_group(step)], [])
+        if step == 2:
+            saved = json.loads(json.dumps(first.offsets()))
+    for name in ("metrics.jsonl", "rollouts.jsonl", "timeline.jsonl"):
+        with (tmp_path / name).open("a") as file:
+            file.write('{"step": 4, "ha')  # killed while it wrote
+    second = RunRecorder(tmp_path)
+    second.truncate(saved)
+    tracer = Tracer(tmp_path / "timeline.jsonl")
+    for step in (3, 4):
+        with tracer.span("learn", step=step):
+            second.record_step(step, {"loss": float(10 * step)})
+        second.record_groups(step, [make_group(step)], [])
+    second.close()
+    assert [(line["step"], line["loss"]) for line in read_json_lines(tmp_path / "metrics.jsonl")] == [
+        (1, 1.0),
+        (2, 2.0),
+        (3, 30.0),
+        (4, 40.0),
+    ]
+    for name in ("rollouts.jsonl", "timeline.jsonl"):
+        assert [line["step"] for line in read_json_lines(tmp_path / name)] == [1, 2, 3, 4]
+
+
+def test_truncate_with_nothing_starts_anew(tmp_path):
+    with RunRecorder(tmp_path) as recorder:
+        recorder.record_step(1, {})
+    RunRecorder(tmp_path).truncate({})
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+
+
+def test_a_file_shorter_than_the_checkpoint_says_is_an_error(tmp_path):
+    recorder = RunRecorder(tmp_path)
+    recorder.record_step(1, {"loss": 1.0})
+    with pytest.raises(RecordError, match=r"rollouts\.jsonl has 0 bytes, but 99"):
+        recorder.truncate({"metrics.jsonl": 5, "rollouts.jsonl": 99})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 1.0}\n', "nothing is cut when one cannot be"
+
+
+def scalars(folder, name):
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(name)]
+
+
+def test_tensorboard_shows_metrics_and_accuracy_and_forgets_what_a_resume_repeats(tmp_path):
+    with RunRecorder(tmp_path) as recorder:
+        recorder.record_evaluation(0, {"mri": 0.5})
+        for step in (1, 2, 3):
+            recorder.record_step(step, {"reward/mean": float(step), "kl": float("nan")})
+    with RunRecorder(tmp_path) as recorder:
+        recorder.record_step(2, {"reward/mean": 20.0})
+    assert scalars(tmp_path / "tensorboard", "accuracy/mri") == [(0, 0.5)]
+    assert scalars(tmp_path / "tensorboard", "reward/mean") == [(1, 1.0), (2, 20.0)]
+
+
+def test_a_bad_step_is_kept_whole_for_replay(tmp_path):
+    recorder = RunRecorder(tmp_path)
+    group = make_group()
+    recorder.dump_bad_step([group, make_group(6, image=None)], "loss nan, gradient norm inf")
+    groups, reason = read_batch(tmp_path / "bad_steps" / "001.npz")
+    assert reason == "loss nan, gradient norm inf"
+    first = groups[0]
+    assert first.rollout.request.sampling == group.rollout.request.sampling
+    assert first.rollout.prompt.example == group.rollout.prompt.example
+    assert groups[1].rollout.prompt.example.image is None
+    np.testing.assert_array_equal(first.rollout.prompt.token_ids, group.rollout.prompt.token_ids)
+    np.testing.assert_array_equal(first.rollout.prompt.image_inputs["pixel_values"], np.ones((2, 3)))
+    np.testing.assert_array_equal(first.advantages, group.advantages)
+    np.testing.assert_array_equal(first.scored.reward_parts["choice"], [1, 0])
+    for loaded, original in zip(first.rollout.completions, group.rollout.completions, strict=True):
+        assert (loaded.text, loaded.finish_reason, loaded.min_version, loaded.max_version) == (
+            original.text,
+            original.finish_reason,
+            original.min_version,
+            original.max_version,
+        )
+        np.testing.assert_array_equal(loaded.rollout_logprobs, original.rollout_logprobs)
+        np.testing.assert_array_equal(loaded.token_ids, original.token_ids)
+
+
+def test_bad_steps_do_not_fill_the_disk(tmp_path):
+    recorder = RunRecorder(tmp_path)
+    for _ in range(module.BAD_STEPS_KEPT + 3):
+        recorder.dump_bad_step([make_group()], "nan")
+    assert len(list((tmp_path / "bad_steps").iterdir())) == module.BAD_STEPS_KEPT
+
+
+def test_versions_name_what_ran_and_nothing_private(tmp_path):
+    write_versions(tmp_path / "run", compose_config("train", ["model.onednn=[few_rows]"]).model)
+    text = (tmp_path / "run" / "versions.json").read_text()
+    versions = json.loads(text)
+    threads = {"cores", "usable_cores", "cpu_quota", "torch_threads", "omp_wait_policy"}
+    assert set(versions) == {
+        "python",
+        "platform",
+        "cpu",
+        "cpu_capability",
+        *threads,
+        "dtype",
+        "onednn",
+        "cuda_device",
+        "packages",
+        "commit",
+        "toy_model",
+    }
+    assert versions["python"] == platform.python_version()
+    assert versions["packages"]["numpy"] == np.__version__
+    assert versions["cpu"]
+    assert versions["cores"] >= 1
+    assert 1 <= versions["usable_cores"] <= versions["cores"]
+    words = text.replace('"', " ").split()
+    assert platform.node() not in words
+    assert str(Path.home()) not in text
+
+
+def test_a_resumed_run_multiplies_as_before_on_the_same_processor_alone(tmp_path, caplog):
+    assert chosen_onednn(tmp_path) is None
+    path = write_versions(tmp_path, compose_config("train", ["model.onednn=[few_rows]"]).model)
+    assert chosen_onednn(tmp_path) == ("few_rows",)
+    versions = json.loads(path.read_text())
+    for changed in (
+        versions | {"cpu": "another"},
+        versions | {"cpu_capability": "NONE"},
+        versions | {"packages": versions["packages"] | {"torch": "2.0"}},
+        {key: value for key, value in versions.items() if key != "onednn"},
+    ):
+        path.write_text(json.dumps(changed))
+        caplog.clear()
+        assert chosen_onednn(tmp_path) is None
+        assert ("chosen anew" in caplog.text) == ("onednn" in changed)
+
+
+@pytest.mark.parametrize(("dtype", "chosen"), [("auto", None), ("float32", "float32"), ("bfloat16", "bfloat16")])
+def test_a_resumed_run_keeps_its_dtype_on_every_processor(tmp_path, dtype, chosen):
+    assert chosen_dtype(tmp_path) is None
+    path = write_versions(tmp_path, compose_config("train", [f"model.dtype={dtype}"]).model)
+    versions = json.loads(path.read_text())
+    for other in (versions, versions | {"cpu": "another"}):
+        path.write_text(json.dumps(other))
+        assert chosen_dtype(tmp_path) == chosen
+    del versions["dtype"]  # as earlier versions wrote it
+    path.write_text(json.dumps(versions))
+    assert chosen_dtype(tmp_path) is None
+
+
+def test_data_counts_the_rows_that_keep_the_order_of_their_options(tmp_path):
+    path = tmp_path / "train.jsonl"
+    rows = tuple(Example(str(n), None, "?", ("x", last), 0) for n, last in enumerate(("y", "both", "all of the above")))
+    file = DataFile("train", path, ReadResult(path, rows, (), "abc", {}), rows, ())
+    write_data(tmp_path, [file])
+    assert json.loads((tmp_path / "data.json").read_text())["files"][0]["kept_order"] == 2
+
+
+def test_rows_beyond_the_limit_are_counted(tmp_path):
+    example = make_group().rollout.prompt.example
+    read = ReadResult(tmp_path / "a.jsonl", (example,) * 9, (SkippedRow(2, "b", "no question"),), "abc123", {"a": 1})
+    dropped = (SkippedRow(3, "c", "prompt too long"),)
+    write_data(tmp_path, [DataFile("a", read.path, read, (example,) * 4, dropped)])
+    (entry,) = json.loads((tmp_path / "data.json").read_text())["files"]
+    assert (entry["read"], entry["rows"], entry["beyond_limit"], len(entry["skipped"])) == (10, 4, 4, 2)
+
+
+def test_data_lists_each_file_with_its_skipped_rows(tmp_path):
+    path = tmp_path / "train.jsonl"
+    example = make_group().rollout.prompt.example
+    read = ReadResult(path, (example, example), (SkippedRow(2, "b", "no question"),), "abc123", {"a": 1})
+    file = DataFile("train", path, read, (example,), (SkippedRow(9, "c", "prompt too long"),))
+    write_data(tmp_path, [file])
+    assert json.loads((tmp_path / "data.json").read_text()) == {
+        "files": [
+            {
+                "name": "train",
+                "path": str(path),
+                "sha256": "abc123",
+                "read": 3,
+                "rows": 1,
+                "kept_order": 0,
+                "beyond_limit": 0,
+                "skipped": [
+                    {"line": 2, "id": "b", "reason": "no question"},
+                    {"line": 9, "id": "c", "reason": "prompt too long"},
+                ],
+            }
+        ]
+    }
