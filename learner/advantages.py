@@ -9,11 +9,11 @@ With r the G rewards of one group:
 
 Rewards of different data sets or modalities can differ in scale, and then one of them dominates the update: MedGRPO
 (arXiv 2512.06581) collapses unless rewards are normalized by data set. A shift cancels against the group's mean, so
-only the scale remains to normalize. With `spread`, the running standard deviation within the groups of one modality
+only the scale remains to normalize. With `running_std`, the running standard deviation within the groups of one modality
 (`RunningRewardStd`),
 
-    grpo, dr_grpo  (r - mean(r)) / (spread + std_eps)
-    rloo           (r_i - mean(r_j, j != i)) / (spread + std_eps)
+    grpo, dr_grpo  (r - mean(r)) / (running_std + std_eps)
+    rloo           (r_i - mean(r_j, j != i)) / (running_std + std_eps)
 
 so the mean square of advantages is equal across modalities, while within one a question keeps the weight of its own
 spread. (Mean of the group, spread of many groups: arXiv 2508.08221, there the spread of the whole batch.)
