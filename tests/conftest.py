@@ -6,7 +6,8 @@ import functools
 import os
 import pickle
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,18 @@ PLAIN_TOKENS = range(20, 300)
 """Ids of ordinary text; the control tokens are the last of the vocabulary."""
 EXTRA_ENDS = (31, 32, 33, 34, 35, 36, 37, 38)
 """Ordinary tokens that end a completion of the test models too, so that random completions are ragged."""
+OWN_PACKAGES = ("rlmed", "rollout", "learner", "rewards")
 Grid = tuple[int, int]
+
+
+@pytest.fixture(autouse=True)
+def no_module_is_loaded_twice() -> Iterator[None]:
+    """Fail a test that leaves two copies of a module: what a later test patches in one, the code reads in the other."""
+    yield
+    for name, module in list(sys.modules.items()):
+        package, _, child = name.rpartition(".")
+        if package.partition(".")[0] in OWN_PACKAGES:
+            assert vars(sys.modules[package])[child] is module, f"{name} was loaded twice"
 
 
 def _remember_config_files() -> None:

@@ -7,7 +7,7 @@ import importlib.util
 import re
 import runpy
 import shlex
-import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -96,9 +96,10 @@ def test_a_command_is_taken(
         check_overrides(PROGRAMS[name], arguments)
     elif arguments and "--help" not in arguments:
         monkeypatch.setattr("sys.argv", [name, *arguments])
-        monkeypatch.delitem(sys.modules, f"rlmed.{name}", raising=False)  # runpy warns of a module that it runs anew
-        with pytest.raises(TakenError):
-            runpy.run_module(f"rlmed.{name}", run_name="__main__")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "'rlmed.* found in sys.modules", RuntimeWarning)  # it runs anew
+            with pytest.raises(TakenError):
+                runpy.run_module(f"rlmed.{name}", run_name="__main__")
         check_parsed(name, *parsed)
     else:
         assert importlib.util.find_spec(f"rlmed.{name}") is not None, page
