@@ -18,7 +18,7 @@ import torch
 from learner.direct_push import DirectPush
 from learner.distributed import Parallelism, SingleProcess, free_init_method, init_distributed
 from learner.learner import PolicyLearner, Report
-from learner.likelihood import Question
+from learner.likelihood import ScoringRequest
 from learner.weight_publisher import publish
 from rlmed.core.protocols import ClusterError, RolloutPool
 from rlmed.core.types import FloatArray, TrainGroup
@@ -80,9 +80,9 @@ class LearnerActor:
         self._release_memory()
         return metrics, self._learner.policy_version, list(self._skipped)
 
-    def logprobs(self, questions: Sequence[Question]) -> list[list[FloatArray]]:
+    def logprobs(self, requests: Sequence[ScoringRequest]) -> list[list[FloatArray]]:
         """See `rlmed.core.protocols.Learner.logprobs`."""
-        answers = self._learner.logprobs(questions)
+        answers = self._learner.logprobs(requests)
         self._release_memory()
         return answers
 
@@ -216,9 +216,9 @@ class RayLearner:
             self._on_bad_step(groups, reason)
         return dict(metrics)
 
-    def logprobs(self, questions: Sequence[Question]) -> list[list[FloatArray]]:
-        """See `rlmed.core.protocols.Learner.logprobs`; the questions are sent once, whatever the number of ranks."""
-        answers: list[list[FloatArray]] = self._call("score completions", "logprobs", ray.put(list(questions)))[0]
+    def logprobs(self, requests: Sequence[ScoringRequest]) -> list[list[FloatArray]]:
+        """See `rlmed.core.protocols.Learner.logprobs`; the requests are sent once, whatever the number of ranks."""
+        answers: list[list[FloatArray]] = self._call("score completions", "logprobs", ray.put(list(requests)))[0]
         return answers
 
     def push_weights(self, pool: RolloutPool) -> None:

@@ -59,7 +59,7 @@ class Run:
             config.reward.extra,
             timeout_s=config.reward.timeout_s,
             # bound lazily: an invalid reward must be rejected before learner and renderer are loaded
-            likelihood=(lambda questions: self.cluster.learner.logprobs(questions)) if config.debug.learn else None,
+            likelihood=(lambda requests: self.cluster.learner.logprobs(requests)) if config.debug.learn else None,
             split_common_prefix=lambda texts: self.renderer.split_common_prefix(texts),
         )
         self.renderer = make_renderer(config)

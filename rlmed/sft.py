@@ -23,7 +23,7 @@ from rlmed.core.files.atomic import replace_text
 from rlmed.core.prefill import remaining
 from rlmed.core.tracing import Tracer
 from rlmed.core.types import Example
-from rlmed.data.curriculum import Curriculum, Place
+from rlmed.data.curriculum import Curriculum, Visit
 from rlmed.data.loading import load_run_data
 from rlmed.data.prompts import PromptRenderer
 from rlmed.data.sampler import shuffle_options
@@ -81,12 +81,12 @@ class Batches:
     def batch(self, step: int) -> list[PackItem]:
         """Return the batch of `step` (from 0)."""
         size = self._config.batch_size
-        return [self._item(self._curriculum.place(index)) for index in range(step * size, (step + 1) * size)]
+        return [self._item(self._curriculum.visit(index)) for index in range(step * size, (step + 1) * size)]
 
-    def _item(self, place: Place) -> PackItem:
-        example = self._examples[place.example]
+    def _item(self, visit: Visit) -> PackItem:
+        example = self._examples[visit.example]
         if self._shuffle and not self._written(example):
-            example = shuffle_options(example, self._seed * SEED_STRIDE + place.epoch)
+            example = shuffle_options(example, self._seed * SEED_STRIDE + visit.epoch)
         prompt = self._renderer.render(example)
         written = remaining(prompt.prefill, target_text(example, self._config.target))
         return written_item(prompt, self._renderer.completion_ids(written))

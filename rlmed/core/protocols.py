@@ -79,11 +79,11 @@ class Learner(Protocol):
         """Train on one batch of groups and return the step's metrics by name."""
         ...
 
-    def logprobs(self, questions: Sequence[tuple[Prompt, Sequence[IntArray]]]) -> list[list[FloatArray]]:
+    def logprobs(self, requests: Sequence[tuple[Prompt, Sequence[IntArray]]]) -> list[list[FloatArray]]:
         """Return the policy's log-probabilities of completions, which it need not have sampled.
 
         Args:
-            questions: prompts, each with its completions, int64 [T].
+            requests: prompts, each with its completions, int64 [T].
 
         Returns:
             Per prompt and completion: float32 [T], log-probabilities at temperature 1.

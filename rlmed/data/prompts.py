@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor, PreTrainedTokenizerBase
 
-from rlmed.core.chat import TEMPLATE_FILE, load_tokenizer, render_chat, template_place, template_prefill, turn_end
+from rlmed.core.chat import TEMPLATE_FILE, load_tokenizer, render_chat, template_prefill, template_source, turn_end
 from rlmed.core.prefill import ANSWER, TAGS, THINK, THINK_END
 from rlmed.core.process.foreign import foreign
 from rlmed.core.types import Example, IntArray, Prompt
@@ -224,7 +224,7 @@ class PromptRenderer:
         if not any(_asks_for_reasoning(template) for template in (self.template, *self.by_modality.values())):
             return None
         return (
-            f"{template_place(self.tokenizer)} has written {self.prefill!r} before the model writes anything, and the prompt "
+            f"{template_source(self.tokenizer)} has written {self.prefill!r} before the model writes anything, and the prompt "
             "asks for a reasoning: take that out of its generation prompt, or ask for answers alone (prompt=answer_only)"
         )
 
@@ -337,7 +337,7 @@ class PromptRenderer:
         if errors:
             raise errors[0]
         raise ValueError(
-            f"{template_place(self.tokenizer)} does not write the question as it is given: correct it, or copy the one of the "
+            f"{template_source(self.tokenizer)} does not write the question as it is given: correct it, or copy the one of the "
             "model that this one was trained from"
         )
 
@@ -347,7 +347,7 @@ class PromptRenderer:
         found, needed = text.count(_IMAGE) - content.count(_IMAGE), int(with_image)
         if found != needed:
             raise ValueError(
-                f"{template_place(self.tokenizer)} writes {found} image placeholders ({_IMAGE}) where {needed} belong: copy "
+                f"{template_source(self.tokenizer)} writes {found} image placeholders ({_IMAGE}) where {needed} belong: copy "
                 "the one of the model that this one was trained from"
             )
 

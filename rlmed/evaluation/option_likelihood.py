@@ -8,7 +8,7 @@ from itertools import islice
 
 import numpy as np
 
-from learner.likelihood import Question, completion_logprobs
+from learner.likelihood import ScoringRequest, completion_logprobs
 from rewards.parsing import ANSWER_CLOSING
 from rlmed.core.calibration import Float64Array
 from rlmed.core.prefill import remaining
@@ -39,12 +39,12 @@ def letter_probabilities(
     """
     waiting = iter(cases)
     while part := list(islice(waiting, AT_A_TIME)):
-        questions = [_question(prompt, text, renderer) for prompt, text in part]
-        for logprobs in completion_logprobs(policy, questions, token_budget=token_budget):
+        requests = [_scoring_request(prompt, text, renderer) for prompt, text in part]
+        for logprobs in completion_logprobs(policy, requests, token_budget=token_budget):
             yield _softmax([float(entry.astype(np.float64).sum()) for entry in logprobs])
 
 
-def _question(prompt: Prompt, text: str, renderer: PromptRenderer) -> Question:
+def _scoring_request(prompt: Prompt, text: str, renderer: PromptRenderer) -> ScoringRequest:
     letters = LETTERS[: len(prompt.example.options)]
     begun = remaining(prompt.prefill, text)
     shared, endings = renderer.split_common_prefix([f"{begun}{letter}{ANSWER_CLOSING}" for letter in letters])

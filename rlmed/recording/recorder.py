@@ -193,15 +193,15 @@ def _group_line(step: int, scored: ScoredGroup, advantages: Sequence[float | Non
     completions = [
         {
             "text": completion.text,
-            "reward": float(scored.rewards[place]),
-            "reward_parts": {name: float(values[place]) for name, values in scored.reward_parts.items()},
-            "advantage": advantages[place],
+            "reward": float(scored.rewards[index]),
+            "reward_parts": {name: float(values[index]) for name, values in scored.reward_parts.items()},
+            "advantage": advantages[index],
             "tokens": len(completion.token_ids),
             "finish_reason": completion.finish_reason,
             "min_version": completion.min_version,
             "max_version": completion.max_version,
         }
-        for place, completion in enumerate(scored.rollout.completions)
+        for index, completion in enumerate(scored.rollout.completions)
     ]
     return {
         "step": step,

@@ -34,15 +34,15 @@ class Pictures:
 
     uris: list[str] = field(default_factory=list)
     """JPEG as data URI, at most `PICTURE_SIDE` on a side."""
-    _places: dict[str, Mapping[str, Any] | None] = field(default_factory=dict)
+    _embedded: dict[str, Mapping[str, Any] | None] = field(default_factory=dict)
 
     def add(self, path: str | None) -> Mapping[str, Any] | None:
         """Embed a picture and return its index in `uris`, width and height in pixels; None if missing."""
         if path is None:
             return None
-        if path not in self._places:
-            self._places[path] = self._embed(Path(path))
-        return self._places[path]
+        if path not in self._embedded:
+            self._embedded[path] = self._embed(Path(path))
+        return self._embedded[path]
 
     def _embed(self, path: Path) -> Mapping[str, Any] | None:
         try:
@@ -52,7 +52,7 @@ class Pictures:
         target = io.BytesIO()
         image.save(target, "JPEG", quality=JPEG_QUALITY)
         self.uris.append("data:image/jpeg;base64," + base64.b64encode(target.getvalue()).decode())
-        return {"place": len(self.uris) - 1, "width": image.width, "height": image.height}
+        return {"index": len(self.uris) - 1, "width": image.width, "height": image.height}
 
 
 def show_groups(rollouts: Path, pictures: Pictures, limit: int = GROUPS) -> list[dict[str, Any]]:
@@ -63,32 +63,32 @@ def show_groups(rollouts: Path, pictures: Pictures, limit: int = GROUPS) -> list
         pictures: collects the pictures.
         limit: most groups to return.
     """
-    places = _index(rollouts)
+    entries = _entries(rollouts)
     shown = []
-    with rollouts.open("rb") if places else io.BytesIO() as file:
-        for pick, (_, _, offset, number) in _choose(places, limit):
+    with rollouts.open("rb") if entries else io.BytesIO() as file:
+        for pick, (_, _, offset, number) in _choose(entries, limit):
             file.seek(offset)
             shown.append(_show_group(parse_line(file.readline(), rollouts, number), pick, pictures))
     return shown
 
 
-_Place = tuple[float, int, int, int]
+_Entry = tuple[float, int, int, int]
 """Mean reward, step, byte offset and line number of a group."""
 
 
-def _index(rollouts: Path) -> list[_Place]:
-    places: list[_Place] = []
+def _entries(rollouts: Path) -> list[_Entry]:
+    entries: list[_Entry] = []
     if not rollouts.exists():
-        return places
+        return entries
     offset = 0
     with rollouts.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):  # still being written
                 break
             group = parse_line(line, rollouts, number)
-            places.append((_mean_reward(group), group["step"], offset, number))
+            entries.append((_mean_reward(group), group["step"], offset, number))
             offset += len(line)
-    return places
+    return entries
 
 
 def _mean_reward(group: Mapping[str, Any]) -> float:
@@ -96,21 +96,21 @@ def _mean_reward(group: Mapping[str, Any]) -> float:
     return sum(rewards) / len(rewards) if rewards else 0.0
 
 
-def _choose(places: Sequence[_Place], limit: int) -> list[tuple[str, _Place]]:
+def _choose(entries: Sequence[_Entry], limit: int) -> list[tuple[str, _Entry]]:
     """Choose a third each of the best, the worst (ties: late ones first) and evenly over the run; none twice.
 
     Best and worst alternate, so that the first page shows both.
     """
-    third = -(-min(limit, len(places)) // 3)
-    best = sorted(places, key=lambda place: (-place[0], -place[1], place[2]))[:third]
-    rest = sorted(set(places) - set(best), key=lambda place: (place[0], -place[1], place[2]))
-    worst, rest = rest[:third], sorted(rest[third:], key=lambda place: place[2])
+    third = -(-min(limit, len(entries)) // 3)
+    best = sorted(entries, key=lambda entry: (-entry[0], -entry[1], entry[2]))[:third]
+    rest = sorted(set(entries) - set(best), key=lambda entry: (entry[0], -entry[1], entry[2]))
+    worst, rest = rest[:third], sorted(rest[third:], key=lambda entry: entry[2])
     count = min(len(rest), limit - len(best) - len(worst))
     spread = [rest[i * len(rest) // count] for i in range(count)]
     turns = [
         entry for pair in zip_longest([("best", p) for p in best], [("worst", p) for p in worst]) for entry in pair
     ]
-    return [entry for entry in turns if entry is not None] + [("run", place) for place in spread]
+    return [entry for entry in turns if entry is not None] + [("run", entry) for entry in spread]
 
 
 def _show_group(group: Mapping[str, Any], pick: str, pictures: Pictures) -> dict[str, Any]:

@@ -264,18 +264,18 @@ def _entries(value: str) -> list[str] | None:
         return None
     entries, start, depth, quote = [], 0, 0, ""
     inside = inside[1:-1]
-    for place, character in enumerate(inside):
+    for index, character in enumerate(inside):
         if quote:
             quote = "" if character == quote else quote
-        elif character in "'\"" and not inside[start:place].strip():
+        elif character in "'\"" and not inside[start:index].strip():
             quote = character
         elif character in "[({":
             depth += 1
         elif character in "])}":
             depth -= 1
         elif character == "," and depth == 0:
-            entries.append(inside[start:place].strip())
-            start = place + 1
+            entries.append(inside[start:index].strip())
+            start = index + 1
     if depth or quote:  # the brackets belong to file names
         return [entry.strip() for entry in inside.split(",")]
     last = inside[start:].strip()
@@ -318,8 +318,8 @@ def explain(error: Exception) -> str:
         if "nterpolation" in type(error).__name__ + str(error):
             cure = r": correct the key in ${…}, or write \${ for a literal ${"
         said = str(error).partition("\n")[0].rstrip(".")
-        place = "" if error.full_key is None or str(error.full_key) in said else f"{error.full_key}: "
-        return f"{place}{said}{cure}"
+        key = "" if error.full_key is None or str(error.full_key) in said else f"{error.full_key}: "
+        return f"{key}{said}{cure}"
     said = one_line(error)
     sweep = re.match("Ambiguous value for argument '(.*?)' 1[.]|Sweep parameters '(.*)' require", said)
     if sweep:

@@ -110,11 +110,11 @@ def plain_values(composed: Mapping[str, Any]) -> dict[str, Any]:
     values = {}
     for key in schema_keys():
         *sections, name = key.split(".")
-        place: Any = composed
+        part: Any = composed
         for section in sections:
-            place = place.get(section) if isinstance(place, Mapping) else None
-        if isinstance(place, Mapping) and name in place:
-            values[key] = list(place[name]) if isinstance(place[name], tuple) else place[name]
+            part = part.get(section) if isinstance(part, Mapping) else None
+        if isinstance(part, Mapping) and name in part:
+            values[key] = list(part[name]) if isinstance(part[name], tuple) else part[name]
     return values
 
 

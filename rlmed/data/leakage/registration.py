@@ -58,11 +58,11 @@ def _resampled(pictures: Floats, low: Floats, high: Floats) -> tuple[Floats, npt
     """Return the rows from `low` to `high` (shares of the height), and [N, S] which of them lie inside."""
     count, side, _ = pictures.shape
     share = (np.arange(side, dtype=np.float32) + 0.5) / side
-    places = (low[:, None] + share * (high - low)[:, None]) * side - 0.5
-    inside = (places >= -0.5) & (places <= side - 0.5)
-    places = np.clip(places, 0, side - 1)
-    below = np.minimum(places.astype(np.int64), side - 2)
-    weight = (places - below).astype(np.float32)[:, :, None]
+    positions = (low[:, None] + share * (high - low)[:, None]) * side - 0.5
+    inside = (positions >= -0.5) & (positions <= side - 0.5)
+    positions = np.clip(positions, 0, side - 1)
+    below = np.minimum(positions.astype(np.int64), side - 2)
+    weight = (positions - below).astype(np.float32)[:, :, None]
     each = np.arange(count)[:, None]
     return pictures[each, below] * (1 - weight) + pictures[each, below + 1] * weight, inside
 

@@ -164,7 +164,7 @@ class Columns:
     def row(
         self, record: Record, *, where: str, default_id: str, default_split: str, image: ImageOf
     ) -> SourceRow | Skipped:
-        """Convert a record to a row of the layout, or a skip that says why not."""
+        """Convert a record to a row to write, or a skip that says why not."""
         row_id = default_id
         try:
             row_id = self.text(record, "id") or default_id

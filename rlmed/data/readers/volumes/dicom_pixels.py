@@ -234,8 +234,8 @@ class _Table:
     def look_up(self, values: np.ndarray) -> np.ndarray:
         """Look up integer values; those out of range take the first or the last entry."""
         # clip before the cast, since a float may exceed any integer
-        places = np.clip(values.astype(np.float64) - self.first, 0, len(self.entries) - 1).astype(np.int64)
-        return self.entries[places]
+        indices = np.clip(values.astype(np.float64) - self.first, 0, len(self.entries) - 1).astype(np.int64)
+        return self.entries[indices]
 
 
 def _to_8_bits(values: np.ndarray, bits: int) -> np.ndarray:

@@ -115,9 +115,9 @@ def _varies(values: np.ndarray, beside: int) -> bool:
     """Return whether more than so many values at either end differ from the others."""
     if values.size <= 2 * beside:
         return False
-    places = (beside, values.size - 1 - beside)
-    ordered = np.partition(values.ravel(), places)
-    return bool(ordered[places[0]] < ordered[places[1]])
+    ranks = (beside, values.size - 1 - beside)
+    ordered = np.partition(values.ravel(), ranks)
+    return bool(ordered[ranks[0]] < ordered[ranks[1]])
 
 
 def percentile_range(values: np.ndarray) -> tuple[float, float]:

@@ -103,7 +103,7 @@ def check_length(file: BinaryIO, header: Nifti1Header, zipped: bool, most: int) 
     """
     shape = header.get_data_shape()
     wanted = end_of_data(header)
-    place = file.tell()
+    offset = file.tell()
     size = file.seek(0, os.SEEK_END)
     if zipped:
         file.seek(max(0, size - 4))
@@ -113,7 +113,7 @@ def check_length(file: BinaryIO, header: Nifti1Header, zipped: bool, most: int) 
             file.seek(0)
             size = _inflated(file, wanted)
     more = size > wanted and (zipped or not _empty(file, wanted))
-    file.seek(place)
+    file.seek(offset)
     if (size < wanted and not (zipped and wanted > most)) or more:
         raise BadImageError(
             f"its header says {'x'.join(str(int(length)) for length in shape)} voxels of "

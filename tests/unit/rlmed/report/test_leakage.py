@@ -54,7 +54,7 @@ def test_files_that_leak_with_their_pairs(tmp_path: Path) -> None:
     assert file["kinds"] == "2 same file"
     (pair,) = shown["pairs"]
     assert [side["ids"] for side in pair["sides"]] == ["ct-0", "t0, t1, t2, t3 and 2 more"]
-    assert pair["sides"][0]["picture"]["place"] == 0
+    assert pair["sides"][0]["picture"]["index"] == 0
     assert len(pictures.uris) == 1
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rlmed.core.config.composing import unused_overrides
 from rlmed.core.statistics import mcnemar
 from rlmed.evaluation.results import Accuracy, EvalRow, EvalSummary, FileSummary, write_evaluation
-from rlmed.reproduce.runs import DONE_FILE, Run, default_folder, main, plan, reproduce
+from rlmed.reproduce.runs import DONE_FILE, RunCommand, default_folder, main, plan, reproduce
 from rlmed.reproduce.table import Cell, collect, write_reproduction
 
 ROWS = 20
@@ -233,7 +233,7 @@ def test_what_is_done_is_not_run_again_and_a_failure_is_taken_up(tmp_path, monke
 
 def test_a_run_that_lost_a_process_goes_on_but_not_for_ever(tmp_path, monkeypatch):
     commands = Commands(monkeypatch, 3, 3, 0, 3, 3, 3)
-    run, other = Run("rl", 0, tmp_path, ()), Run("rl", 1, tmp_path, ())
+    run, other = RunCommand("rl", 0, tmp_path, ()), RunCommand("rl", 1, tmp_path, ())
     run.execute()
     assert len(commands.given) == 3
     with pytest.raises(RuntimeError, match="status 3"):
@@ -244,7 +244,7 @@ def test_a_run_that_lost_a_process_goes_on_but_not_for_ever(tmp_path, monkeypatc
 
 def test_a_finished_run_counts_only_for_its_own_settings(tmp_path, monkeypatch, capsys):
     commands = Commands(monkeypatch)
-    run = Run("base", 0, tmp_path, ("steps=6",))
+    run = RunCommand("base", 0, tmp_path, ("steps=6",))
     run.folder.mkdir()
     (run.folder / DONE_FILE).write_text(json.dumps({"arguments": run.arguments, "seconds": 1.0}))
     with pytest.raises(SystemExit) as ended:
