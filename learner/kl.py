@@ -57,8 +57,9 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator) 
 def mismatch_kl(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) -> Tensor:
     """Estimate KL(rollout engine || learner) per token by k3, to monitor how far the two disagree.
 
-    Both are log-probabilities under the same weights, so a value well above rounding (at most 1e-6 in float32, about
-    1e-3 in bfloat16) means a defect in one of them, or a policy version that was not applied.
+    On-policy (`algo.max_staleness=0`) both are log-probabilities under the same weights, so a value well above rounding
+    (at most 1e-6 in float32, about 1e-3 in bfloat16) means a defect in one of them, or a policy version that was not
+    applied.
 
     Args:
         old_logprobs: float32 [N], recomputed by the learner before the step.

@@ -148,7 +148,7 @@ def policy_loss(
     Args:
         logprobs: float32 [N], log-probabilities of the micro-batch's completion tokens, concatenated (or in any order);
             the only input that may require gradients.
-        old_logprobs: float32 [N], by the learner before the step.
+        old_logprobs: float32 [N], the ratio's denominator: by the learner before the step, or the rollout's.
         rollout_logprobs: float32 [N], by the engine that sampled.
         ref_logprobs: float32 [N], by the frozen reference; may be None if `kl_coef` is 0.
         advantages: float32 [S], one per completion.

@@ -17,7 +17,6 @@ from rlmed.controller import StepResult, train
 from rlmed.core.config.composing import check_same_run, to_yaml
 from rlmed.core.config.schema import RunConfig
 from rlmed.core.files.atomic import replace_text
-from rlmed.core.protocols import ClusterError
 from rlmed.core.tracing import Tracer
 from rlmed.core.types import SamplingParams
 from rlmed.data.loading import Dataset, load_run_data
@@ -37,7 +36,7 @@ from rollout.buffer import GroupBuffer
 log = logging.getLogger(__name__)
 
 OVERLAPPED = ("rollout", "learn", "push_weights")
-"""Stages of a step during which workers sample if `algo.max_staleness` is above 0."""
+"""Stages of a step during which Ray workers sample if `algo.max_staleness` is above 0."""
 
 
 class Run:
@@ -189,7 +188,7 @@ class Run:
         metrics = result.metrics | self.stream.observe(scored)
         metrics |= {f"seconds/{name}": value for name, value in seconds.items()}
         # if rollouts overlap learning, the time spent waiting for them does not measure their speed
-        stages = OVERLAPPED if config.algo.max_staleness else ("rollout",)
+        stages = OVERLAPPED if config.cluster.kind == "ray" and config.algo.max_staleness else ("rollout",)
         sampling = sum(seconds.get(name, 0.0) for name in stages)
         metrics["tokens_per_second"] = metrics["completion/tokens"] / max(sampling, 1e-9)
         self.recorder.record_step(step, metrics)
@@ -208,7 +207,7 @@ class Run:
     def _check_agreement(self, step: int, metrics: Mapping[str, float]) -> None:
         limit, mismatch = self.config.rollout.max_mismatch_kl, metrics.get("mismatch_kl", 0.0)
         if limit is not None and not mismatch <= limit:
-            raise ClusterError(
+            raise ValueError(
                 f"step {step}: mismatch_kl={mismatch:.3g} exceeds rollout.max_mismatch_kl={limit:g}: the "
                 f"{self.config.rollout.engine} engine has other weights than the learner, or lower precision. Continue from "
                 "the last checkpoint with resume=auto, or raise the limit"

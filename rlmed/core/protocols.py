@@ -13,7 +13,7 @@ LOST = 3
 
 
 class ClusterError(RuntimeError):
-    """A process of the run is lost or silent and cannot be replaced; the message names it, the cause and what to do."""
+    """A process of the run is lost, silent or out of step, and cannot be replaced; the message says which and what to do."""
 
 
 class RolloutPool(Protocol):
@@ -49,7 +49,7 @@ class RolloutPool(Protocol):
         ...
 
     def update_weights(self, version: int, weights: Any = None) -> None:
-        """Sample from policy version `version` from now on.
+        """Give every ready worker the weights of policy version `version`, and return when they have them.
 
         Args:
             version: policy version of the weights.
@@ -91,7 +91,7 @@ class Learner(Protocol):
         ...
 
     def push_weights(self, pool: RolloutPool) -> None:
-        """Send the current weights and their version to the pool."""
+        """Send the current weights and their version to the pool; return when every ready worker has them."""
         ...
 
     def save(self, folder: Path) -> None:

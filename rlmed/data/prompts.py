@@ -144,11 +144,11 @@ class PromptRenderer:
                 raise ValueError(f"template {text!r} must contain {QUESTION_SLOT} exactly once")
         self.tokenizer = tokenizer
         self.turn_end = turn_end(tokenizer)
-        """Return the token with which the chat template ends an answer; None if it uses none."""
+        """Token with which the chat template ends an answer; None if it uses none."""
         self.max_prompt_tokens = max_prompt_tokens
         self.template, self.by_modality = template, dict(by_modality)
         self.prefill = ""
-        """Return the start of each completion that the chat template writes, see `Prompt.prefill`."""
+        """Start of each completion that the chat template writes; see `Prompt.prefill`."""
         self._image_processor = image_processor
         self._control_ids = frozenset(
             token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
@@ -210,7 +210,7 @@ class PromptRenderer:
 
     @property
     def end_tokens(self) -> tuple[str, ...]:
-        """Describe how tokenizer and chat template end a completion, for messages."""
+        """Return the tokens that end a completion, for messages."""
         return tuple(dict.fromkeys(token for token in (self.turn_end, self.tokenizer.eos_token) if token))
 
     def asks_for_reasoning(self, example: Example) -> bool:

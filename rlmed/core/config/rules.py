@@ -25,7 +25,7 @@ class Rule:
     """Keys without effect.
 
     Example:
-        Rule(keys=("algo.dual_clip",), when={"algo.clip": ("ppo", "cispo", "none")}, cure="Set algo.clip=dual")
+        Rule(keys=("algo.dual_clip",), unless={"algo.clip": ("dual",)}, cure="Set algo.clip=dual")
     """
 
     keys: tuple[str, ...]
@@ -202,7 +202,7 @@ RULES = (
         when={"algo.clip": ("none",)},
         cure="Set algo.clip=ppo, dual or cispo",
     ),
-    Rule(keys=("algo.dual_clip",), when={"algo.clip": ("ppo", "cispo", "none")}, cure="Set algo.clip=dual"),
+    Rule(keys=("algo.dual_clip",), unless={"algo.clip": ("dual",)}, cure="Set algo.clip=dual"),
     Rule(keys=("algo.clip_ratio_low", "algo.clip_ratio_high", "algo.dual_clip"), when=RATIO_IS_1, cure=SEVERAL_UPDATES),
     Rule(keys=("algo.clip",), values=("dual", "cispo"), when=RATIO_IS_1, cure=SEVERAL_UPDATES),
     Rule(keys=("algo.ratio_level",), values=("sequence",), when=RATIO_IS_1, cure=SEVERAL_UPDATES),
