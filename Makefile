@@ -1,4 +1,4 @@
-# make demo: install and run the embedded experiment. make test: install and run all tests. make test-fast: most of them.
+# make demo: install and run the tiny profile of the paper's experiment. make test: install and run all tests. make test-fast: most of them.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

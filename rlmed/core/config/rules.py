@@ -16,8 +16,8 @@ from rlmed.core.config.schema import LearnerConfig
 
 MODULES = {"train": "rlmed.launch", "sft": "rlmed.sft", "evaluate": "rlmed.evaluate"}
 """Command by program of `conf/`."""
-EXPERIMENT = "experiment"
-"""Treated as a key; None without an experiment."""
+RECIPES = ("experiment", "profile")
+"""Groups whose options set keys of all sections, for all commands: changes count from there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,10 +225,4 @@ RULES = (
     ),
     Rule(keys=("rollout.on_push",), when={"algo.max_staleness": (0,)}, cure="Set algo.max_staleness above 0"),
     Rule(keys=RAY, when={"cluster.kind": ("local",)}, cure="Set cluster=ray"),
-    # the command line
-    Rule(
-        keys=("profile",),
-        when={EXPERIMENT: (None,)},
-        cure="It chooses between +experiment=X and X_embedded: give an experiment",
-    ),
 )

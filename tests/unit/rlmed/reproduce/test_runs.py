@@ -159,6 +159,12 @@ def test_each_command_is_given_what_it_reads(tmp_path):
         assert unused_overrides(program, run.arguments[2:]) == []
 
 
+@pytest.mark.parametrize("profile", ["profile=tiny", "profile=paper"])
+def test_all_runs_have_the_profile(profile, tmp_path):
+    given = ("+experiment=medvqa_600_dapo", profile)
+    assert {run.overrides for run in plan(tmp_path, ["sft", "rl"], [0], given)} == {given}
+
+
 @pytest.mark.parametrize("models", [["model=qwen2_vl_2b"], ["model=some/folder", "data=mine.jsonl", "data.train=x"]])
 def test_shorthands_are_shared_as_they_were_given(models, tmp_path):
     assert {run.overrides for run in plan(tmp_path, ["sft", "rl"], [0], models)} == {tuple(models)}
@@ -170,7 +176,6 @@ def test_shorthands_are_shared_as_they_were_given(models, tmp_path):
         (["sft", "rl"], "algo.dual_clip=2", r"algo\.dual_clip=2: rlmed\.launch does not read .* Set algo\.clip=dual"),
         (["sft", "rl"], "eval.samples=3", r"eval\.samples=3: rlmed\.launch does not read eval\.samples\."),
         (["sft"], "algo.group_size=3", r"algo\.group_size=3: rlmed\.sft does not read algo\.group_size\."),
-        (["rl"], "profile=paper", r"profile=paper: rlmed\.launch does not read profile\."),
         (["rl"], "algo=grpoo", "algo=grpoo: option not found; did you mean grpo"),
         (["rl"], "+experiment=medvqa", "experiment=medvqa: option not found; did you mean medvqa_600"),
         (["rl"], "data.mix={MRI:0.5", "data.mix={MRI:0.5: not a mapping"),
