@@ -196,10 +196,10 @@ def _type_name(hint: Any) -> str:
 
 
 def _defaults() -> dict[str, Any]:
-    """Return the value of each key without overrides; interpolations stay as they are written."""
+    """Return the value of each key without overrides."""
     with hydra.initialize_config_module("conf", version_base="1.3"):
         composed = hydra.compose("train", overrides=[])
-    return plain_values(typing.cast(dict[str, Any], OmegaConf.to_container(composed)))
+    return plain_values(typing.cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True)))
 
 
 def _shown(value: Any) -> str:

@@ -71,7 +71,7 @@ class Prompt:
     image_inputs: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     """Image tensors keyed by the model's forward arguments; empty for text-only prompts."""
     prefill: str = ""
-    """Beginning of the completion that the chat template has written at the end of `text`, for example "<think>\\n"."""
+    """Beginning of the completion that the chat template has written at the end of `text`, for example `<think>\\n`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,7 @@ def test_the_reference_names_every_key_and_metric(site: Path) -> None:
 def test_apis_come_from_docstrings(site: Path) -> None:
     page = (site / "reference" / "learner.html").read_text()
     assert 'id="learner.losses.policy_loss"' in page
-    assert "Examples:" in page  # our `Example:` sections
+    assert "Examples:" in page
     assert "&gt;&gt;&gt;" in page
 
 
