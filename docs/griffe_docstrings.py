@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import textwrap
 from typing import Any
 
 from griffe import Class, Extension, Object
@@ -24,7 +23,8 @@ class OurDocstrings(Extension):
         listed = ""
         for entry in cls.attributes.values():
             if entry.docstring and "property" not in entry.labels:
-                listed += textwrap.indent(f"{entry.name}: " + entry.docstring.value.replace("\n", "\n    "), "    ") + "\n"
+                text = entry.docstring.value.replace("\n", "\n        ")
+                listed += f"    {entry.name}: {text}\n"
                 entry.docstring = None
         if listed:
             cls.docstring.value += f"\n\nAttributes:\n{listed}"

@@ -51,10 +51,12 @@ class RunRecorder:
     """Append to the files of a run folder, creating it if missing.
 
     Example:
-        >>> with RunRecorder(folder) as recorder:                                 # doctest: +SKIP
+        >>> with RunRecorder(Path("run")) as recorder:
         ...     recorder.record_step(1, {"policy_version": 1.0, "reward/mean": 1.4})
-        ...     recorder.record_groups(1, groups, discarded)
-        ...     offsets = recorder.offsets()   # goes into the checkpoint; `truncate(offsets)` on resume
+        ...     recorder.record_groups(1, [], [])
+        ...     offsets = recorder.offsets()  # goes into the checkpoint; `truncate(offsets)` on resume
+        >>> offsets["metrics.jsonl"]
+        51
     """
 
     def __init__(self, folder: Path) -> None:
