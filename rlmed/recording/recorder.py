@@ -56,7 +56,7 @@ class RunRecorder:
         ...     recorder.record_groups(1, [], [])
         ...     offsets = recorder.offsets()  # goes into the checkpoint; `truncate(offsets)` on resume
         >>> offsets["metrics.jsonl"]
-        51
+        53
     """
 
     def __init__(self, folder: Path) -> None:
