@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FROM_ROOT = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changes.md"}
 """Pages that stand at the root of the repository, and their place in the site."""
 LINK = re.compile(r"(?P<before>\]\(|\]: |(?:src|href)=\")(?P<target>[^)\s#\"]+)(?P<anchor>#[^)\s\"]*)?")
+CODE = re.compile(r"`[^`]+`")
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".sh": "bash", ".md": "markdown", ".toml": "toml"}
 
 
@@ -39,7 +40,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Lead links to what stands outside of docs/ to the pages made from it."""
+    """Point links to files outside of docs/ at the pages made from them."""
     uri = page.file.src_uri
     name = next((name for name, target in FROM_ROOT.items() if target == uri), f"docs/{uri}")
 
@@ -55,7 +56,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return match[0]
         return match["before"] + posixpath.relpath(target, posixpath.dirname(uri) or ".") + (match["anchor"] or "")
 
-    return LINK.sub(moved, markdown)
+    # GitHub needs the backslash before a pipe in a table's code; here it would be shown
+    bare = re.sub(
+        r"^\|.*$", lambda row: CODE.sub(lambda code: code[0].replace("\\|", "|"), row[0]), markdown, flags=re.M
+    )
+    return LINK.sub(moved, bare)
 
 
 def _outside(page: str, target: str) -> str | None:

@@ -71,7 +71,7 @@ def metrics() -> str:
 
 
 def configuration() -> str:
-    """Return a section for each part of the configuration, and the recipes."""
+    """Return a section for each part of the configuration, and one for each further group of files."""
     defaults, choices = _defaults(), _choices()
     sections: dict[str, list[str]] = {}
     for key, hint in _hints(RunConfig):
@@ -84,7 +84,9 @@ def configuration() -> str:
     parts = [GUIDE]
     for section, rows in sections.items():
         parts += [f"## {section or 'Run'}\n", *_options(section), _table(rows)]
-    parts += ["## Recipes: `+experiment=`\n", *_options("experiment")]
+    groups = {path.name for path in CONF.iterdir() if path.is_dir() and any(path.glob("*.yaml"))}
+    for group in sorted(groups - set(sections)):
+        parts += [f"## `{group}=`\n", *_options(group)]
     return "\n".join(parts)
 
 

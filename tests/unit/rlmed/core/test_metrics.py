@@ -6,6 +6,7 @@ from rlmed.core.metrics import METRICS, find_metric
 from rlmed.recording.progress import METRICS as SHOWN
 from rlmed.recording.recorder import RunRecorder
 from rlmed.report.plots import PANELS
+from rollout.pool.metrics import PoolMetrics
 from tests.root import ROOT
 
 
@@ -29,6 +30,12 @@ def test_each_metric_is_written_somewhere() -> None:
     code = "\n".join(path.read_text() for path in files if path != ROOT / "rlmed" / "core" / "metrics.py")
     missing = [name for name in METRICS if f'"{name.removesuffix("*")}' not in code]
     assert missing == []
+
+
+def test_metrics_of_a_pool_are_in_the_table() -> None:
+    """The runs in `make test-fast` have no pool of workers."""
+    names = PoolMetrics(now=0.0).read([], now=1.0)
+    assert set(names) == {name for name in METRICS if name.startswith("rollout/") and "push" not in name}
 
 
 def test_display_and_report_show_metrics_of_the_table() -> None:
