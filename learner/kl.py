@@ -42,6 +42,10 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator) 
 
     Raises:
         ValueError: for an unknown estimator.
+
+    Example:
+        >>> kl_estimate(torch.tensor([-1.0, -2.0]), torch.tensor([-1.0, -1.0]), "k3")
+        tensor([0.0000, 0.7183])
     """
     if estimator == "k1":
         return logprobs - ref_logprobs

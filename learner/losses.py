@@ -105,7 +105,8 @@ class LossDenominators:
     """Divisors of one optimizer step's loss, counted over *all* its micro-batches and ranks.
 
     Example:
-        Three completions with 5, 0 and 9 trained tokens under a limit of 512: LossDenominators(14.0, 2.0, 512).
+        >>> count_denominators([5, 0, 9], max_tokens=512)
+        LossDenominators(tokens=14.0, sequences=2.0, max_tokens=512)
     """
 
     tokens: float

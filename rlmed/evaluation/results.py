@@ -71,8 +71,9 @@ class Accuracy:
     """Share of right answers with its Wilson 95 % interval.
 
     Example:
-        >>> Accuracy.of(6, 8)
-        Accuracy(right=6, rows=8, value=0.75, low=0.4092754550439833, high=0.9285207872560886)
+        >>> accuracy = Accuracy.of(6, 8)
+        >>> accuracy.value, round(accuracy.low, 3), round(accuracy.high, 3)
+        (0.75, 0.409, 0.929)
     """
 
     right: int

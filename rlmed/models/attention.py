@@ -75,7 +75,9 @@ class PackedLayout:
     attention, never one of the model's matrix products.
 
     Example:
-        `PackedLayout.build([(49, (12, 30)), (51, ())])`: a group with two completions, then a prompt alone; N = 142.
+        >>> layout = PackedLayout.build([(49, (12, 30)), (51, ())])  # a group of two completions, then a prompt alone
+        >>> layout.gather_back.shape, layout.visible_tokens.shape
+        (torch.Size([142]), torch.Size([2, 81]))
     """
 
     prompt_tokens: Tensor

@@ -50,7 +50,8 @@ class RunCommand:
     """One command in one folder.
 
     Example:
-        RunCommand("rl", 2, Path("outputs/reproduce/medvqa_600"), ("+experiment=medvqa_600",)).folder.name is "rl-seed2".
+        >>> RunCommand("rl", 2, Path("outputs/reproduce/medvqa_600"), ("+experiment=medvqa_600",)).folder.name
+        'rl-seed2'
     """
 
     method: str

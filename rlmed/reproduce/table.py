@@ -45,7 +45,8 @@ class Cell:
     """One method on one file over its seeds; fractions in [0, 1].
 
     Example:
-        Cell((0.80, 0.81, 0.82), rows=300).text() is "81.0 ± 1.0 [76–85]".
+        >>> Cell((0.80, 0.81, 0.82), rows=300).text()
+        '81.0 ± 1.0 [76–85]'
     """
 
     values: tuple[float, ...]

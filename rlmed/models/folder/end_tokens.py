@@ -25,7 +25,8 @@ class EndTokens:
     """End tokens of a model folder by source.
 
     Example:
-        EndTokens({"generation_config.json": (151643,), "tokenizer_config.json": (151645,)}).ids is (151643, 151645).
+        >>> EndTokens({"generation_config.json": (151643,), "tokenizer_config.json": (151645,)}).ids
+        (151643, 151645)
     """
 
     sources: dict[str, tuple[int, ...]]

@@ -25,7 +25,8 @@ class Window:
     """The values shown from black to white, in their own unit (Hounsfield units for CT).
 
     Example:
-        Window(center=40.0, width=400.0)  # soft tissue in CT: -160 is black, 240 is white
+        >>> Window(center=40.0, width=400.0) == parse_window("40 400")  # soft tissue in CT: -160 is black, 240 is white
+        True
     """
 
     center: float
