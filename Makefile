@@ -8,7 +8,7 @@ INSTALLED_ALL := $(VENV)/.installed-all
 # What takes long, or starts processes that use several cores; all other tests share the cores.
 SLOW := slow or ray or vllm
 
-.PHONY: demo test test-fast test-slow lint types check docs docs-serve tiny-base clean
+.PHONY: demo test test-fast test-slow coverage lint types check docs docs-serve tiny-base clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m rlmed.launch +experiment=medvqa_600
@@ -39,6 +39,11 @@ docs: $(INSTALLED_ALL)
 docs-serve: $(INSTALLED_ALL)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
+# The share of lines that the fast tests run, by package. Apart from test-fast, which it slows down.
+coverage: $(INSTALLED)
+	PYTEST_ADDOPTS="--cov --cov-report=" $(MAKE) --no-print-directory test-fast
+	$(BIN)/python -m tests.coverage_table
+
 # Rebuilds the model in rlmed/models/tiny/tiny_base from nothing (docs/lab-log.md says how the shipped one was made).
 tiny-base: $(INSTALLED)
 	$(BIN)/python -m rlmed.tiny_base
@@ -63,4 +68,4 @@ $(INSTALLED_ALL): $(INSTALLED)
 	touch $(INSTALLED_ALL)
 
 clean:
-	rm -rf $(VENV) build site *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) build site *.egg-info .pytest_cache .ruff_cache .mypy_cache .coverage

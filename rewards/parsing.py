@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import re
 
-from rlmed.core.prefill import ANSWER as ANSWER_OPENING
-from rlmed.core.prefill import ANSWER_END as ANSWER_CLOSING
+from rlmed.core.prefill import ANSWER, ANSWER_END
 from rlmed.core.prefill import THINK as _OPENING
 from rlmed.core.types import LETTERS
 
@@ -29,7 +28,7 @@ def has_format(text: str) -> bool:
         >>> has_format("<think>dark</think> <answer>B</answer>"), has_format("dark, so B")
         (True, False)
     """
-    if not (text.startswith(_OPENING) and text.endswith(ANSWER_CLOSING)):
+    if not (text.startswith(_OPENING) and text.endswith(ANSWER_END)):
         return False
     return _MIDDLE.search(text) is not None
 
@@ -42,8 +41,8 @@ def has_answer_format(text: str) -> bool:
     text = text.strip()
     if empty := _NO_REASONING.match(text):
         text = text[empty.end() :].lstrip()
-    ends = text.startswith(ANSWER_OPENING) and text.endswith(ANSWER_CLOSING)
-    return ends and text.count(ANSWER_OPENING) == text.count(ANSWER_CLOSING) == 1
+    ends = text.startswith(ANSWER) and text.endswith(ANSWER_END)
+    return ends and text.count(ANSWER) == text.count(ANSWER_END) == 1
 
 
 def reasoning_text(text: str) -> str | None:
@@ -71,8 +70,8 @@ def answer_text(text: str) -> str | None:
         >>> answer_text("It is <answer> B </answer>, not <answer>C</answer>")
         'B'
     """
-    _, opening, rest = text.partition(ANSWER_OPENING)
-    answer, closing, _ = rest.partition(ANSWER_CLOSING)
+    _, opening, rest = text.partition(ANSWER)
+    answer, closing, _ = rest.partition(ANSWER_END)
     return answer.strip() if opening and closing else None
 
 

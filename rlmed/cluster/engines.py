@@ -28,7 +28,7 @@ from rollout.native.engine import NativeEngine
 from rollout.native.scheduler import EngineLimits
 
 if TYPE_CHECKING:
-    from transformers import BaseImageProcessor, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, Qwen2VLImageProcessorPil
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def _settled_dtype(model: ModelConfig, earlier: str | None) -> str:
     return "float32"
 
 
-def open_model(folder: Path) -> tuple[PreTrainedTokenizerBase, BaseImageProcessor | None]:
+def open_model(folder: Path) -> tuple[PreTrainedTokenizerBase, Qwen2VLImageProcessorPil | None]:
     """Load a model's tokenizer and image processor, checking that its files agree; doubts are logged.
 
     Raises:

@@ -9,9 +9,8 @@ from itertools import islice
 import numpy as np
 
 from learner.likelihood import ScoringRequest, completion_logprobs
-from rewards.parsing import ANSWER_CLOSING
 from rlmed.core.calibration import Float64Array
-from rlmed.core.prefill import remaining
+from rlmed.core.prefill import ANSWER_END, remaining
 from rlmed.core.types import LETTERS, Prompt
 from rlmed.data.prompts import PromptRenderer
 from rlmed.models.policy import Policy
@@ -47,10 +46,11 @@ def letter_probabilities(
 def _scoring_request(prompt: Prompt, text: str, renderer: PromptRenderer) -> ScoringRequest:
     letters = LETTERS[: len(prompt.example.options)]
     begun = remaining(prompt.prefill, text)
-    shared, endings = renderer.split_common_prefix([f"{begun}{letter}{ANSWER_CLOSING}" for letter in letters])
+    shared, endings = renderer.split_common_prefix([f"{begun}{letter}{ANSWER_END}" for letter in letters])
     return dataclasses.replace(prompt, token_ids=np.concatenate([prompt.token_ids, shared])), endings
 
 
 def _softmax(scores: Sequence[float]) -> Float64Array:
     weights = np.exp(np.array(scores) - max(scores))
-    return weights / weights.sum()
+    probabilities: Float64Array = weights / weights.sum()
+    return probabilities

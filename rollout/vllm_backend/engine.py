@@ -286,7 +286,8 @@ class VllmEngine:
         """Count the tokens sampled so far for vLLM's running groups."""
         states = self._core.output_processor.request_states.values()
         ended = (output for parent in self._parents() for output in parent.output_aggregator if output is not None)
-        return sum(state.detokenizer.num_output_tokens() for state in states) + sum(len(end.token_ids) for end in ended)
+        running = sum(int(state.detokenizer.num_output_tokens()) for state in states)
+        return running + sum(len(end.token_ids) for end in ended)
 
     def _parents(self) -> list[Any]:
         """Return vLLM's records of groups with more than one completion."""

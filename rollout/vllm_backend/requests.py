@@ -107,7 +107,7 @@ def engine_input(prompt: Prompt, facts: ModelFacts, epoch: int) -> EngineInput:
     pixels = torch.as_tensor(prompt.image_inputs["pixel_values"])
     patches = grids.prod(dim=1)
     items = MultiModalKwargsItems.from_hf_inputs(
-        {"pixel_values": pixels, "image_grid_thw": grids},  # type: ignore[arg-type]  # any mapping does
+        {"pixel_values": pixels, "image_grid_thw": grids},
         {
             "pixel_values": MultiModalFieldConfig.flat_from_sizes("image", patches),
             "image_grid_thw": MultiModalFieldConfig.batched("image", keep_on_cpu=True),
@@ -177,6 +177,6 @@ def cut_at_stop(text: str, stops: Sequence[str]) -> str:
 
 
 def _digest(pixels: torch.Tensor, grid: torch.Tensor) -> str:
-    content = hashlib.sha256(pixels.contiguous().numpy())
-    content.update(grid.contiguous().numpy())
+    content = hashlib.sha256(pixels.contiguous().numpy().data)
+    content.update(grid.contiguous().numpy().data)
     return content.hexdigest()

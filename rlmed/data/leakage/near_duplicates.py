@@ -133,7 +133,8 @@ def _vectors(halves: Floats, window: Floats | None = None, turn: int = 0) -> Flo
     flat = turned(highpass(pool(part), 2), turn).reshape(len(halves), -1)
     flat = flat - flat.mean(1, keepdims=True)
     length = np.linalg.norm(flat, axis=1, keepdims=True)
-    return flat / np.where(length < 1.0, np.float32(np.inf), length)
+    vectors: Floats = flat / np.where(length < 1.0, np.float32(np.inf), length)
+    return vectors
 
 
 class LookalikeSearch:

@@ -39,7 +39,7 @@ def _running_means(pictures: Floats, radius: int) -> Floats:
     first, last = pictures[:, :1], pictures[:, -1:]
     padded = np.concatenate([*[first] * radius, pictures, *[last] * radius], axis=1)
     side = pictures.shape[1]
-    sums = padded[:, :side].copy()
+    sums: Floats = padded[:, :side].copy()
     for shift in range(1, 2 * radius + 1):  # faster than differences of cumulative sums
         sums += padded[:, shift : shift + side]
     sums *= np.float32(1 / (2 * radius + 1))
@@ -72,12 +72,14 @@ def _unit(pictures: Floats, mask: Floats) -> Floats:
     mean = _dot(pictures, mask) / np.maximum(mask.sum((1, 2)), 1)
     centred = (pictures - mean[:, None, None]) * mask
     length = np.sqrt(_dot(centred, centred))
-    return centred / np.maximum(length, 1.0)[:, None, None]
+    unit: Floats = centred / np.maximum(length, 1.0)[:, None, None]
+    return unit
 
 
 def _dot(left: Floats, right: Floats) -> Floats:
     """Return sums of products, [N]."""
-    return np.einsum("nij,nij->n", left, right)
+    sums: Floats = np.einsum("nij,nij->n", left, right)
+    return sums
 
 
 def align(left: Floats, right: Floats, boxes: Floats, *, radius: int, steps: int) -> tuple[Floats, Floats]:

@@ -148,7 +148,7 @@ def _judge(found: Lookalike, test: _Picture, train: _Picture, *, in_series: bool
 
 
 def _same_pixels(left: _Picture, right: _Picture) -> bool:
-    return np.array_equal(*(np.asarray(load_image(picture.paths[0])) for picture in (left, right)))
+    return np.array_equal(np.asarray(load_image(left.paths[0])), np.asarray(load_image(right.paths[0])))
 
 
 _Question = tuple[str, frozenset[str], str]

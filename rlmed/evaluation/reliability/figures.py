@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from rewards.parsing import ANSWER_OPENING
 from rlmed.core.calibration import (
     Estimate,
     brier_score,
@@ -16,6 +15,7 @@ from rlmed.core.calibration import (
     pass_at_k,
     reliability_bins,
 )
+from rlmed.core.prefill import ANSWER
 from rlmed.core.statistics import mcnemar
 from rlmed.core.types import LETTERS, Example
 from rlmed.evaluation.reliability.results import (
@@ -170,7 +170,7 @@ def reasoning_agreement(rows: Sequence[EvalRow], argued: Argued) -> Agreement:
     found = []
     for row in rows:
         if row.control == "none":
-            reasoning = row.completion.partition(ANSWER_OPENING)[0]
+            reasoning = row.completion.partition(ANSWER)[0]
             place = argued(reasoning.replace("<think>", "").replace("</think>", "").strip(), row.options)
             found.append((row, None if place is None else LETTERS[place]))
     clear = [(row, letter) for row, letter in found if letter is not None]

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rewards.parsing import ANSWER_OPENING, evaluated_letter
+from rewards.parsing import evaluated_letter
+from rlmed.core.prefill import ANSWER
 from rlmed.core.protocols import RolloutPool
 from rlmed.core.types import Example, Prompt, RolloutGroup, RolloutRequest, SamplingParams
 from rlmed.data.loading import EvalFile
@@ -142,7 +143,7 @@ class _Asker:
         orders = [self._order(seed) for seed in ORDER_SEEDS]
         openings = {key: opening for key, row in rows.items() if (opening := _opening(row.completion)) is not None}
         reasoned = self._probabilities("letters after reasoning", openings)
-        direct = self._probabilities("letters without reasoning", dict.fromkeys(self.questions, ANSWER_OPENING))
+        direct = self._probabilities("letters without reasoning", dict.fromkeys(self.questions, ANSWER))
         return [
             TrustAnswer(
                 file=key[0],
@@ -218,5 +219,5 @@ class _Asker:
 
 def _opening(completion: str) -> str | None:
     """Return a completion up to and including its first answer tag; None without one."""
-    reasoning, tag, _ = completion.partition(ANSWER_OPENING)
+    reasoning, tag, _ = completion.partition(ANSWER)
     return reasoning + tag if tag else None

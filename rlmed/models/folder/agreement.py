@@ -179,14 +179,14 @@ def _processor_settings(folder: Path, image_processor: BaseImageProcessor) -> It
             if said.get(key) is not None and size.get(other) is not None and said[key] != size[other]:
                 yield (
                     f"{folder / name} says {key}={said[key]} and size.{other}={size[other]}: "
-                    f"{image_processor.size[edge]} is used; model.{key} overrules both"
+                    f"{image_processor.to_dict()['size'][edge]} is used; model.{key} overrules both"
                 )
     if len(files) == 2:
-        one, other = files.values()
-        for key in sorted(one.keys() & other.keys() - {"processor_class"}):
-            if one[key] != other[key]:
+        inner, outer = files.values()
+        for key in sorted(inner.keys() & outer.keys() - {"processor_class"}):
+            if inner[key] != outer[key]:
                 yield (
-                    f"model {str(folder)!r}: {PROCESSOR} says {key}={one[key]} and {PREPROCESSOR} {key}={other[key]}: "
+                    f"model {str(folder)!r}: {PROCESSOR} says {key}={inner[key]} and {PREPROCESSOR} {key}={outer[key]}: "
                     f"{PROCESSOR} is used"
                 )
 

@@ -147,8 +147,8 @@ class Columns:
         if options_required and not options and "options" not in names:
             missing.append("options")
         if missing:
-            named = " ".join(f"--column {field}=NAME" for field in missing)
-            cure = _parting(header) or f"name {'it' if len(missing) == 1 else 'them'} with {named}"
+            arguments = " ".join(f"--column {field}=NAME" for field in missing)
+            cure = _parting(header) or f"name {'it' if len(missing) == 1 else 'them'} with {arguments}"
             raise ValueError(f"{table} has no column for {', '.join(missing)}: {cure}. Its columns: {_listed(header)}")
         return cls(names, options, letters, answer_index)
 

@@ -89,7 +89,7 @@ def check_orientation(header: Nifti1Header) -> None:
 def end_of_data(header: Nifti1Header) -> int:
     """Return the bytes of a file up to the end of its last voxel."""
     voxels = math.prod(int(length) for length in header.get_data_shape())
-    return int(header["vox_offset"]) + voxels * header.get_data_dtype().itemsize
+    return int(header["vox_offset"]) + voxels * int(header.get_data_dtype().itemsize)
 
 
 def check_length(file: BinaryIO, header: Nifti1Header, zipped: bool, most: int) -> None:
