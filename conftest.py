@@ -1,5 +1,5 @@
 """Read before every other conftest, some of which import transformers."""
 
-from rlmed.core.process.torch_extensions import cure_torch_extensions
+from rlmed.core.process.starting import prepare_process
 
-cure_torch_extensions()
+prepare_process()

@@ -1,3 +1,3 @@
-from rlmed.core.process.torch_extensions import cure_torch_extensions
+from rlmed.core.process.starting import prepare_process
 
-cure_torch_extensions()  # before any module in here imports transformers
+prepare_process()  # each file in here is a command

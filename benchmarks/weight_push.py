@@ -27,6 +27,7 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from benchmarks.common import add_arguments, find_model, report, start, write_result
 from learner.weight_publisher import publish
+from rlmed.cluster.ray_session import WORKER_ENVIRONMENT
 from rlmed.core.weights import PushReport, StoredWeights
 from rlmed.models.policy import load_policy
 from rollout.engine import Engine
@@ -154,6 +155,7 @@ def main() -> None:
                     logging_level=logging.ERROR,
                     object_store_memory=int((0.5 if size == "tiny" else 10) * GIB),
                     _temp_dir=f"{scratch}/r-{size}-{kind}",
+                    runtime_env=dict(WORKER_ENVIRONMENT),
                 )
                 try:
                     result = {"model": size, **measure(folder, kind, dtype, arguments)}

@@ -1,9 +1,8 @@
 """Reinforcement learning that teaches small vision-language models to reason about radiology images."""
 
-from rlmed.core.process.starting import watch_start
-from rlmed.core.process.threads import settle_threads, settle_waiting
+import sys
 
-watch_start()
-# before anything imports torch, which loads OpenMP
-settle_threads()
-settle_waiting()
+from rlmed.core.process.starting import start_command
+
+if sys.argv[:1] == ["-m"]:  # its value while Python locates the module of `python -m rlmed.X`
+    start_command()

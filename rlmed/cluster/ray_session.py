@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import shutil
@@ -25,6 +26,8 @@ from rlmed.core.protocols import LOST, ClusterError
 
 RAY_FOLDER = "rlmed-ray-"
 """Prefix of the temporary folder of a Ray started for one run."""
+WORKER_ENVIRONMENT = {"worker_process_setup_hook": "rlmed.core.process.starting.prepare_process"}
+"""Ray calls it in each worker before the worker imports torch."""
 HEAD_SILENCE_S = 20.0
 """Seconds without contact after which the head counts as lost."""
 LONGEST_ROOT = 30
@@ -43,7 +46,7 @@ def start_ray(config: RunConfig) -> Callable[[], None]:
     options: dict[str, Any] = {
         "log_to_driver": config.cluster.worker_logs,
         "logging_level": logging.ERROR,
-        "runtime_env": dict(config.cluster.runtime_env) or None,
+        "runtime_env": copy.deepcopy({**WORKER_ENVIRONMENT, **config.cluster.runtime_env}),  # Ray changes it
         "namespace": "rlmed",
     }
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")

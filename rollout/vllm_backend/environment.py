@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
-from rlmed.core.process.torch_extensions import cure_torch_extensions
+from rlmed.core.process.torch_extensions import disable_broken_extensions
 
 VARIABLES = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core runs in this process and dies with it
@@ -36,7 +36,7 @@ def import_vllm() -> ModuleType:
         )
     for name, value in VARIABLES.items():
         os.environ.setdefault(name, value)
-    cure_torch_extensions()
+    disable_broken_extensions()
     _hide_broken_torchcodec()
     return importlib.import_module("vllm")
 

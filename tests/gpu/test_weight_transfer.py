@@ -89,8 +89,10 @@ class Changing:
 def session() -> Iterator[None]:
     import ray
 
+    from rlmed.cluster.ray_session import WORKER_ENVIRONMENT
+
     with tempfile.TemporaryDirectory(prefix="rt-") as folder:
-        ray.init(include_dashboard=False, _temp_dir=folder, log_to_driver=True)
+        ray.init(include_dashboard=False, _temp_dir=folder, log_to_driver=True, runtime_env=dict(WORKER_ENVIRONMENT))
         yield
         ray.shutdown()
 

@@ -36,7 +36,7 @@ def run_forked(main: Callable[[], object], arguments: Sequence[str], folder: Pat
     """
     with pytest.MonkeyPatch.context() as patch:  # the process that is forked from has one thread
         patch.setenv("OMP_NUM_THREADS", "1")
-        FORKED.set_forkserver_preload(["rlmed.launch"])
+        FORKED.set_forkserver_preload(["tests.prepared", "rlmed.launch"])
         forkserver.ensure_running()
     log = folder.parent / f"{folder.name}.log"
     process = FORKED.Process(target=_command, args=(main, list(arguments), folder, log))

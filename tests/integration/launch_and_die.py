@@ -8,6 +8,10 @@ written down, each time until somebody has removed the file `waits` that it make
 
 from __future__ import annotations
 
+import tests.prepared  # noqa: F401
+
+# isort: split
+
 import os
 import signal
 import sys

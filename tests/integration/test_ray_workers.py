@@ -20,6 +20,7 @@ import torch
 
 from learner.actor import LearnerError, RayLearner
 from learner.weight_publisher import publish
+from rlmed.cluster.ray_session import WORKER_ENVIRONMENT
 from rlmed.core.protocols import ClusterError
 from rlmed.core.types import Example, Prompt, RolloutRequest, SamplingParams
 from rlmed.core.weights import NotConnectedError
@@ -59,6 +60,7 @@ def session():
             log_to_driver=False,
             object_store_memory=128 * 2**20,
             resources={"scanner": 2},
+            runtime_env=dict(WORKER_ENVIRONMENT),
         )
         yield mark
         ray.shutdown()

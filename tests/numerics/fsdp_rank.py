@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import tests.prepared  # noqa: F401
+
+# isort: split
+
 import multiprocessing
 import os
 import traceback

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from rlmed.core.process.threads import WAITING
+from rlmed.core.process.threads import COUNTS, WAITING
 from tests.root import ROOT
 
 PACKAGES = ("rlmed", "rollout", "learner", "rewards", "conf")
@@ -194,68 +194,101 @@ def test_ray_and_vllm_and_what_needs_them_are_imported_lazily():
     assert shown(wrong) == []
 
 
-def test_transformers_is_imported_after_the_cure_of_what_it_imports():
-    """`rlmed.core.process.torch_extensions` runs when one of these packages is imported, so before any module in it."""
-    cured = ("rlmed.models", "rlmed.data", "rollout.vllm_backend")
-    wrong = [
-        entry
-        for entry in IMPORTS
-        if inside(entry.imported, "transformers")
-        and not (entry.lazy or entry.typing_only or any(inside(entry.importer, package) for package in cured))
-    ]
-    assert shown(wrong) == []
-    for package in cured:
-        assert "cure_torch_extensions()" in MODULES[package].read_text()
-
-
 def test_only_tests_import_test_tools():
     tools = {"pytest", "hypothesis", "scipy", "statsmodels", "tests"}
     assert shown(entry for entry in IMPORTS if entry.imported.split(".")[0] in tools) == []
 
 
-def test_the_root_package_settles_the_threads_and_does_nothing_else():
+STATE = f"""
+import importlib, os, sys, types
+def changed():
+    planted = sorted(name for name, module in sys.modules.items() if module is None)
+    torch = sys.modules.get("torch")
+    operators = [name for name in ("nms", "qnms") if torch and hasattr(torch.ops.torchvision, name)]
+    return [*planted, *operators, *sorted({{*{WAITING}, *{COUNTS}}} & os.environ.keys())]
+"""
+"""Defines `changed()`: what `rlmed.core.process.starting.prepare_process` has changed in the process."""
+
+
+HIDDEN = """
+import transformers.utils.import_utils as checks
+checks.is_torchvision_available = checks.is_torchaudio_available = lambda: False
+import transformers.utils as utils
+utils.is_torchvision_available = utils.is_torchaudio_available = lambda: False
+"""
+"""Has transformers believe that neither package is installed."""
+
+
+@pytest.fixture
+def broken_extensions(tmp_path):
+    """A folder with packages torchvision and torchaudio whose binaries do not load, as beside a torch of another build."""
+    for name, binary in (("torchvision", "_C.so"), ("torchaudio", "lib/_torchaudio.so")):
+        (tmp_path / name / "lib").mkdir(parents=True)
+        (tmp_path / name / binary).write_bytes(b"no library")
+        (tmp_path / name / "__init__.py").write_text("")
+    return tmp_path
+
+
+def run_python(*arguments, path):
+    """The last line that a process prints which starts without a choice for OpenMP."""
+    clean = {name: value for name, value in os.environ.items() if name not in (*WAITING, *COUNTS)}
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=clean | {"PYTHONPATH": f"{path}{os.pathsep}{ROOT}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_importing_any_module_changes_nothing_in_the_process(broken_extensions):
+    """Commands and workers ask for it: who imports a library has the process that he has made."""
+    extras = {entry.importer for entry in IMPORTS if not entry.lazy and entry.imported.split(".")[0] in ("ray", "vllm")}
+    libraries = [name for name in MODULES if name not in extras and not name.endswith("__main__")]
+    program = f"{STATE}{HIDDEN}for name in {libraries}: importlib.import_module(name)\nprint(changed())"
+    assert run_python("-c", program, path=broken_extensions) == "[]"
+
+
+def test_the_root_package_loads_no_library():
     """It is imported before everything else of ours, by every command and in every process."""
     program = "import sys; import rlmed; print(sorted({name.split('.')[0] for name in sys.modules}))"
-    clean = {name: value for name, value in os.environ.items() if name not in WAITING}
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env=clean, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     loaded = set(ast.literal_eval(done.stdout)) - set(sys.stdlib_module_names)
     assert not loaded & {"torch", "numpy", "transformers", "hydra", "ray"}
 
 
-COMMANDS = sorted(name for name, path in MODULES.items() if '"__main__"' in path.read_text(encoding="utf-8"))
+COMMANDS = sorted(
+    name.removesuffix(".__main__") for name, path in MODULES.items() if '"__main__"' in path.read_text(encoding="utf-8")
+)
 
 
-FIRST = [  # what Ray, a notebook or a test may import first
-    "rollout.pool.actor", "rollout.native.engine", "rollout.vllm_backend.engine", "learner.actor", "learner.losses",
-    "rlmed.models", "rlmed.models.cpu.products", "rlmed.data", "rlmed.models.loading", "rlmed.cluster.engines",
-]  # fmt: skip
+def changed_before(module, command, folder):
+    """What a command has changed in its process when it begins to import a module."""
+    (folder / "sitecustomize.py").write_text(
+        f"{STATE}\n"
+        "class Finder:\n"
+        "    @staticmethod\n"
+        "    def find_spec(name, path, target=None):\n"
+        f"        if name == {module!r}:\n"
+        "            print(changed()); sys.stdout.flush(); os._exit(0)\n"
+        "sys.meta_path.insert(0, Finder)\n"
+    )
+    return ast.literal_eval(run_python("-m", command, "--help", path=folder))
 
 
-@pytest.mark.parametrize("module", [*COMMANDS, *FIRST])
-def test_openmp_is_settled_before_torch_is_imported(module):
-    """In whatever is started first in a process; the machine is said to be busy."""
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_settles_openmp_before_torch_is_imported(command, broken_extensions):
     assert len(COMMANDS) > 8
-    program = (
-        "import sys, os, importlib.abc\n"
-        "class Finder(importlib.abc.MetaPathFinder):\n"
-        "    def find_spec(self, name, path, target=None):\n"
-        "        if name == 'torch':\n"
-        "            print(os.environ.get('OMP_WAIT_POLICY')); sys.stdout.flush(); os._exit(0)\n"
-        "sys.meta_path.insert(0, Finder())\n"
-        "import rlmed.core.process.threads as threads\n"  # which settles it in this process, as the machine really is
-        "for name in threads.WAITING: os.environ.pop(name, None)\n"
-        "threads.busy_cores = lambda root: 100.0\n"
-        "for name in ('rlmed', 'rlmed.core', 'rlmed.core.process'): del sys.modules[name]\n"
-        f"import {module}\n"
-        "print('no torch')\n"
-    )
-    clean = {name: value for name, value in os.environ.items() if name not in WAITING}
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env=clean, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split("\n")[-2] in ("PASSIVE", "no torch")
+    assert set(changed_before("torch", command, broken_extensions)) & {*WAITING}
+
+
+def test_a_command_disables_extensions_that_do_not_load(broken_extensions):
+    changed = changed_before("rlmed.cluster", "rlmed.ask", broken_extensions)
+    assert changed[:3] == ["torchaudio", "nms", "qnms"]
 
 
 def test_a_folder_that_holds_the_checkout_is_not_taken_for_the_package(tmp_path):

@@ -1,4 +1,9 @@
-"""Report errors on one line while a command loads its libraries, before its own error handling is in place."""
+"""Start a command, before it imports its libraries: what must be settled in its process, and errors on one line.
+
+Importing rlmed as a library changes nothing in your process. Call `prepare_process` yourself, before torch is imported, if
+the installed torchvision does not match torch (`RuntimeError: operator torchvision::nms does not exist`), or if
+your process shares its cores with others.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +13,32 @@ import tempfile
 from types import TracebackType
 
 from rlmed.core.process.display import TRACE, address_limit, lacks_memory, one_line
+from rlmed.core.process.threads import settle_threads, settle_waiting
+from rlmed.core.process.torch_extensions import disable_broken_extensions
 
 MIN_ADDRESSES = 1536 * 2**20
 """Bytes of address space to load torch, numpy and scipy; with 1,000,000 KB OpenBLAS retries its allocation forever."""
 
 
-def watch_start() -> None:
-    """Make `python -m rlmed.X` exit with one line if its libraries cannot be loaded, until `keep_display` takes over.
+def prepare_process() -> None:
+    """Settle what torch and transformers read on import: how OpenMP's threads wait, and binaries that don't match torch.
+
+    Every process of ours calls it before it imports them: commands by `start_command`, Ray's workers by a hook
+    (`rlmed.cluster.ray_session`), tests in conftest.py.
+    """
+    settle_threads()
+    settle_waiting()
+    disable_broken_extensions()
+
+
+def start_command() -> None:
+    """Prepare a command's process; if its libraries cannot be loaded, exit with one line, until `keep_display` takes over.
+
+    `rlmed/__init__.py` calls it under `python -m rlmed.X`, since that runs before the imports of the module X.
 
     Raises:
         MemoryError, OSError: for an environment in which torch and numpy, or their C code, would not load.
     """
-    if sys.argv[:1] != ["-m"]:  # its value while Python locates the module
-        return
     sys.excepthook = _say
     _check_addresses()
     try:
@@ -31,6 +49,7 @@ def watch_start() -> None:
         tempfile.gettempdir()
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error.strerror}: set TMPDIR to a writable folder") from error
+    prepare_process()
 
 
 def _check_addresses() -> None:

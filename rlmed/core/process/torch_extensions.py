@@ -17,26 +17,21 @@ _DECLARED: list[object] = []
 """Keeps the library objects alive, and with them their declarations."""
 
 
-def cure_torch_extensions() -> tuple[str, ...]:
-    """Make `import transformers` work in this process; call before transformers or vLLM is imported.
+def disable_broken_extensions() -> None:
+    """Make `import transformers` work beside such binaries; call before transformers or vLLM is imported.
 
-    Returns:
-        Names of the packages that needed it; empty if both match or are absent.
+    Idempotent, and a no-op where they match torch or are not installed.
     """
-    cured = []
     if _is_broken("torchvision", "_C.*"):
         _declare_operators()
-        cured.append("torchvision")
     if _is_broken("torchaudio", "lib/_torchaudio.*"):
         # without this entry, transformers would find the package and fail to import it
         sys.modules["torchaudio"] = None  # type: ignore[assignment]
-        cured.append("torchaudio")
-    return tuple(cured)
 
 
 def _is_broken(package: str, pattern: str) -> bool:
     """Return True if a package is installed, not imported yet, and its library does not load."""
-    if package in sys.modules:
+    if package in sys.modules or importlib.util.find_spec("torch") is None:
         return False
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
@@ -45,7 +40,6 @@ def _is_broken(package: str, pattern: str) -> bool:
     if not libraries:
         return False
     torch = _torch()
-
     try:
         torch.ops.load_library(str(libraries[0]))
     except OSError:
@@ -61,9 +55,7 @@ def _torch() -> Any:
 def _declare_operators() -> None:
     if _DECLARED:
         return
-    torch = _torch()
-
-    library = torch.library.Library("torchvision", "DEF")
+    library = _torch().library.Library("torchvision", "DEF")
     library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _DECLARED.append(library)

@@ -28,6 +28,12 @@ from rlmed.data.images import BadImageError
 TIME_LIMIT = 120.0
 """Time limit in seconds for one frame; the largest allowed one takes a few."""
 _READY = b"ready\n"
+_PROGRAM = f"""
+import sys
+sys.modules["dl"] = None  # a module of Python 2, which GDCM tries to import: a local folder dl would match
+from {__name__} import serve
+serve()
+"""
 
 
 class DecoderProcess:
@@ -81,7 +87,7 @@ class DecoderProcess:
 def _start() -> subprocess.Popen[bytes]:
     process = subprocess.Popen(
         # -P: search modules only where this process does
-        [sys.executable, "-P", "-m", __name__],
+        [sys.executable, "-P", "-c", _PROGRAM],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -90,7 +96,7 @@ def _start() -> subprocess.Popen[bytes]:
     assert process.stdout is not None
     if process.stdout.readline() != _READY:
         process.kill()
-        raise BadImageError(f"the decoder process did not start: `python -m {__name__}` shows why")
+        raise BadImageError(f"the decoder process did not start: `python -c 'import {__name__}'` shows why")
     return process
 
 
@@ -112,8 +118,16 @@ def _ask(process: subprocess.Popen[bytes], request: dict[str, Any]) -> np.ndarra
     return values
 
 
-def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
-    """Decode frames until the other side closes the pipe."""
+def serve() -> None:
+    """Run the decoder process: answer the requests on stdin, until the other side closes it."""
+    # a core dump in the working folder would hold a patient's header
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with os.fdopen(os.dup(1), "wb") as answers:
+        os.dup2(2, 1)  # the libraries print warnings
+        _answer_all(sys.stdin.buffer, answers)
+
+
+def _answer_all(requests: BinaryIO, answers: BinaryIO) -> None:
     answers.write(_READY)
     answers.flush()
     for line in requests:
@@ -142,11 +156,3 @@ def _decode(path: str, transfer_syntax: str, frame: int) -> np.ndarray | str:
         return "it does not fit in memory: export it again, smaller"
     except Exception:  # a decoder may raise anything; the answer is the same
         return "its compressed pixels are damaged, or no installed decoder supports them: export it again, uncompressed"
-
-
-if __name__ == "__main__":
-    # a core dump in the working folder would hold a patient's header
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with os.fdopen(os.dup(1), "wb") as pipe:
-        os.dup2(2, 1)  # the libraries print warnings
-        _serve(sys.stdin.buffer, pipe)

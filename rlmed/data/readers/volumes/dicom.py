@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -48,8 +50,9 @@ def read(
         ValueError: for an unreadable source or table, an invalid window, or if pydicom is not installed.
     """
     try:
-        from rlmed.data.readers.volumes.dicom_file import read_header
-        from rlmed.data.readers.volumes.dicom_pixels import render_frame
+        with _without_local_dl():
+            from rlmed.data.readers.volumes.dicom_file import read_header
+            from rlmed.data.readers.volumes.dicom_pixels import render_frame
     except ImportError as error:
         raise ValueError(
             "the reader dicom needs pydicom: pip install -c requirements.lock -e '.[readers]' in rlmed's checkout"
@@ -77,6 +80,17 @@ def read(
         answer_index=answer_index,
         split=split,
     )
+
+
+@contextmanager
+def _without_local_dl() -> Iterator[None]:
+    """Hide any folder `dl`: GDCM, which pydicom imports, tries `import dl`, a module of Python 2."""
+    sys.modules.setdefault("dl", None)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        if sys.modules["dl"] is None:
+            del sys.modules["dl"]
 
 
 READER = Reader(

@@ -17,6 +17,7 @@ from rlmed.models.cpu import products
 from rlmed.models.policy import Policy
 from rollout.native.engine import NativeEngine
 from rollout.native.kv_cache import KVCache
+from tests.root import ROOT
 
 
 def config(*overrides: str) -> RunConfig:
@@ -107,6 +108,9 @@ def test_engines_that_pack_on_one_machine(overrides: tuple[str, ...], engines: i
 
 @pytest.mark.slow
 def test_freed_memory_is_kept_where_the_c_library_is_glibc():
-    code = "from rlmed.cluster.memory import keep_freed_memory; import sys; sys.exit(0 if keep_freed_memory() else 3)"
-    status = subprocess.run([sys.executable, "-c", code], check=False).returncode
+    code = (
+        "import tests.prepared, sys; from rlmed.cluster.memory import keep_freed_memory; "
+        "sys.exit(0 if keep_freed_memory() else 3)"
+    )
+    status = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode
     assert status == (0 if platform.libc_ver()[0] == "glibc" else 3)

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import pkgutil
 import socket
+from typing import Any
 
 import pytest
+
+from rlmed.core.config.composing import compose_config
+from rlmed.core.process.starting import prepare_process
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray")
 
@@ -46,3 +51,15 @@ def test_a_run_that_has_ended_is_not_ended_again(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(ray_session, "_check_listens", refused)
     watch.run()
     assert ended == []
+
+
+def test_each_worker_is_prepared_before_it_imports_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rlmed.cluster import ray_session
+
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(ray_session.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray_session.ray, "init", lambda **options: given.update(options))
+    config = compose_config("train", ["cluster=ray", "+cluster.runtime_env.env_vars.A=b"])
+    ray_session.start_ray(config)()
+    assert pkgutil.resolve_name(given["runtime_env"].pop("worker_process_setup_hook")) is prepare_process
+    assert given["runtime_env"] == {"env_vars": {"A": "b"}}

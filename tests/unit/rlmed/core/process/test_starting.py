@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rlmed.core.process.starting import watch_start
+from rlmed.core.process.starting import start_command
 from tests.root import ROOT
 
 
@@ -83,18 +83,10 @@ def test_a_system_without_a_temporary_folder(monkeypatch: pytest.MonkeyPatch) ->
     def nowhere() -> str:
         raise FileNotFoundError(2, "No usable temporary directory found in ['/x']")
 
-    monkeypatch.setattr(sys, "argv", ["-m"])
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr(tempfile, "gettempdir", nowhere)
     with pytest.raises(FileNotFoundError, match=r"found in \['/x'\]: set TMPDIR to a writable folder"):
-        watch_start()
-
-
-def test_who_imports_rlmed_keeps_his_own_ways(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["script.py"])
-    before = sys.excepthook
-    watch_start()
-    assert sys.excepthook is before
+        start_command()
 
 
 @pytest.mark.parametrize(("kibibytes", "torch"), [(1_000_000, ""), (200_000, "raise AssertionError('was loaded')")])
