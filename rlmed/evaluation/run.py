@@ -228,7 +228,7 @@ def answer_all(requests: Iterable[RolloutRequest], pool: RolloutPool) -> Iterato
 
 def _judge(task: _Task, prefill: str, completion: Completion, renderer: PromptRenderer) -> EvalRow:
     """Score a completion: right if and only if its first well-formed answer tag holds the right letter."""
-    example, parsed = task.shown, evaluated_letter(completion.text)
+    example, letter = task.shown, evaluated_letter(completion.text)
     # a chat template that opens the reasoning asks for it too
     reasoned = renderer.asks_for_reasoning(example) or opens_thinking(prefill)
     in_format = has_format if reasoned else has_answer_format
@@ -237,13 +237,13 @@ def _judge(task: _Task, prefill: str, completion: Completion, renderer: PromptRe
         id=example.id,
         control=task.control,
         image=None if example.image is None else str(example.image),
-        kind=example.kind,
+        question_type=example.kind,
         question=example.question,
         options=example.options,
         answer=example.letter,
         completion=completion.text,
-        parsed=parsed,
-        right=parsed == example.letter,
+        predicted_letter=letter,
+        correct=letter == example.letter,
         format=in_format(completion.text),
         tokens=len(completion.token_ids),
         finish_reason=completion.finish_reason,
@@ -260,13 +260,13 @@ def _warn_of_cuts(file: FileSummary, rows: Sequence[EvalRow], max_tokens: int, r
 def _summarise(file: EvalFile, rows: Sequence[EvalRow], train: Sequence[Example]) -> FileSummary:
     plain = [row for row in rows if row.control == "none"]
     prior = ImageFreePrior.fit(train) if train else None
-    kinds = sorted({row.kind for row in plain if row.kind})
-    by_kind = {kind: [row.right for row in plain if row.kind == kind] for kind in kinds}
+    types = sorted({row.question_type for row in plain if row.question_type})
+    by_type = {name: [row.correct for row in plain if row.question_type == name] for name in types}
     kept, option = kept_orders(example.options for example in file.examples)
     return FileSummary(
         name=file.name,
         rows=len(plain),
-        accuracy=Accuracy.of(sum(row.right for row in plain), len(plain)),
+        accuracy=Accuracy.of(sum(row.correct for row in plain), len(plain)),
         format_rate=float(np.mean([row.format for row in plain])),
         mean_tokens=float(np.mean([row.tokens for row in plain])),
         cut_by_length=float(np.mean([row.finish_reason == "length" for row in plain])),
@@ -278,7 +278,7 @@ def _summarise(file: EvalFile, rows: Sequence[EvalRow], train: Sequence[Example]
         leave_one_out_prior_by_rate=leave_one_out_prior(file.examples, by_rate=True),
         blank=_under(rows, "blank"),
         shuffled=_under(rows, "shuffled"),
-        by_kind={kind: (sum(right), len(right)) for kind, right in by_kind.items()},
+        by_question_type={name: (sum(correct), len(correct)) for name, correct in by_type.items()},
         reordered=_under(rows, "reordered"),
         kept_order=kept,
         kept_order_by=option,
@@ -287,5 +287,5 @@ def _summarise(file: EvalFile, rows: Sequence[EvalRow], train: Sequence[Example]
 
 
 def _under(rows: Sequence[EvalRow], control: Control) -> Accuracy | None:
-    right = [row.right for row in rows if row.control == control]
-    return Accuracy.of(sum(right), len(right)) if right else None
+    correct = [row.correct for row in rows if row.control == control]
+    return Accuracy.of(sum(correct), len(correct)) if correct else None

@@ -153,7 +153,7 @@ class _Asker:
                 direct=direct[key],
                 samples=samples[key],
                 orders=(
-                    OrderAnswer(example.options, example.letter, rows[key].parsed),
+                    OrderAnswer(example.options, example.letter, rows[key].predicted_letter),
                     *(order[key] for order in orders if key in order),
                 ),
             )
