@@ -21,7 +21,7 @@ from rlmed.data.loading import EvalFile
 from rlmed.data.prompts import PromptRenderer, load_processor
 from rlmed.evaluation import run as evaluation
 from rlmed.evaluation.results import EvalSummary, compare, read_rows
-from rlmed.evaluation.run import evaluate, shuffled_images
+from rlmed.evaluation.run import Evaluator, shuffled_images
 from rlmed.evaluation.table import summary_table
 from rlmed.models.tiny.build import build_tiny_vl
 
@@ -94,17 +94,11 @@ class ScriptedPool:
         return RolloutGroup(request, (completion,))
 
 
-def run(files, renderer, folder, pool=None, **settings):
-    defaults = {
-        "train_examples": (),
-        "max_tokens": 32,
-        "controls": True,
-        "step": 3,
-        "model": "tiny",
-        "on_progress": None,
-    }
+def run(files, renderer, folder, pool=None, *, step=3, controls=True, **settings):
     pool = pool or ScriptedPool(renderer)
-    return evaluate(files, pool=pool, renderer=renderer, folder=folder, **{**defaults, **settings})
+    bound = {"train_examples": (), "max_tokens": 32, "model": "tiny", **settings}
+    evaluator = Evaluator(files=files, pool=pool, renderer=renderer, folder=folder, **bound)
+    return evaluator.evaluate(step, controls=controls)
 
 
 def test_requests_are_single_and_greedy_and_each_is_made_once(files, renderer, tmp_path):

@@ -11,6 +11,7 @@ from rich.console import Console
 from rlmed.core.calibration import pass_at_k
 from rlmed.core.statistics import mcnemar
 from rlmed.core.types import Example
+from rlmed.data.loading import EvalFile
 from rlmed.data.prompts import PromptRenderer, load_processor
 from rlmed.evaluation.reliability.figures import (
     calibration,
@@ -24,6 +25,7 @@ from rlmed.evaluation.reliability.questions import TrustSettings, _Asker, _file_
 from rlmed.evaluation.reliability.results import FileTrust, OrderAnswer, TrustAnswer, TrustSummary, write_trust
 from rlmed.evaluation.reliability.table import trust_table
 from rlmed.evaluation.results import EvalRow
+from rlmed.evaluation.run import Evaluator
 from rlmed.report.reliability import show_trust
 from tests.unit.rlmed.evaluation.test_run import ScriptedPool, make_rows
 
@@ -136,8 +138,11 @@ def test_only_questions_that_have_another_order_are_asked_in_it(tmp_path, tiny_f
     asked = make_rows(tmp_path, "mri", 4)
     asked[2] = dataclasses.replace(asked[2], options=("head", "chest", "abdomen", "all of the above"))
     pool = ScriptedPool(renderer, lambda *_: "<think>x</think><answer>A</answer>")
-    settings = TrustSettings(samples=1, max_tokens=8, stop=(), seed=0, token_budget=64)
-    asker = _Asker({("mri", row.id): row for row in asked}, pool, None, renderer, settings, None)
+    evaluator = Evaluator(
+        files=[EvalFile("mri", tuple(asked))], pool=pool, renderer=renderer, train_examples=(), max_tokens=8, folder=tmp_path,
+        model="tiny",
+    )  # fmt: skip
+    asker = _Asker(evaluator, None, TrustSettings(samples=1, seed=0, token_budget=64), None)
     orders = asker._order(1)
     assert sorted(orders) == [("mri", "0"), ("mri", "1"), ("mri", "3")]
     for (_, name), order in orders.items():
