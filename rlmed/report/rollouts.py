@@ -117,17 +117,18 @@ def _show_group(group: Mapping[str, Any], pick: str, pictures: Pictures) -> dict
     completions = _merge(group["completions"], group["answer"])
     # the template folds completions after the third, so move the worst forward
     ordered = [*completions[:2], *completions[-1:], *completions[2:-1]] if len(completions) > 3 else completions
-    right = sum(entry["count"] for entry in completions if entry["right"])
+    correct = sum(entry["count"] for entry in completions if entry["correct"])
     total = len(group["completions"])
     return {
-        **{key: group[key] for key in ("step", "index", "example_id", "question", "modality", "kind")},
+        **{key: group[key] for key in ("step", "index", "example_id", "question", "modality")},
+        "question_type": group["kind"],
         "pick": pick,
         "options": _options(group["options"], group["answer"]),
         "picture": pictures.add(group["image"]),
         "reward": _mean_reward(group),
-        "right": right,
+        "correct": correct,
         "total": total,
-        "outcome": "all right" if right == total else "some right" if right else "none right",
+        "outcome": "all right" if correct == total else "some right" if correct else "none right",
         "completions": ordered[:COMPLETIONS],
         "hidden": len(ordered[COMPLETIONS:]),
     }
@@ -153,13 +154,13 @@ def take_apart(text: str, answer: str) -> dict[str, Any]:
         answer: the right letter.
 
     Returns:
-        "reasoning" and "answer" (None if not in the format), "raw" (None if it is), "letter" (or None), "right", and
+        "reasoning" and "answer" (None if not in the format), "raw" (None if it is), "letter" (or None), "correct", and
         "cut": the number of characters left out.
     """
     letter = evaluated_letter(text)
     parts: dict[str, Any] = {
         "letter": letter,
-        "right": letter == answer,
+        "correct": letter == answer,
         "reasoning": None,
         "answer": None,
         "raw": None,
@@ -176,7 +177,7 @@ def take_apart(text: str, answer: str) -> dict[str, Any]:
 
 def _options(options: Sequence[str], answer: str) -> list[dict[str, Any]]:
     return [
-        {"letter": letter, "text": text, "right": letter == answer}
+        {"letter": letter, "text": text, "correct": letter == answer}
         for letter, text in zip(LETTERS, options, strict=False)
     ]
 
@@ -197,10 +198,10 @@ def show_rows(before: Sequence[EvalRow], after: Sequence[EvalRow], pictures: Pic
     piles: dict[tuple[str, str], list[tuple[EvalRow | None, EvalRow]]] = defaultdict(list)
     for row in after:
         old = earlier.get((row.file, row.id))
-        if row.control != "none" or (before and (old is None or old.right == row.right)):
+        if row.control != "none" or (before and (old is None or old.correct == row.correct)):
             continue
-        outcome = "right" if row.right else "wrong"
-        piles[row.file, outcome if old is None else f"{'right' if old.right else 'wrong'} → {outcome}"].append(
+        outcome = "right" if row.correct else "wrong"
+        piles[row.file, outcome if old is None else f"{'right' if old.correct else 'wrong'} → {outcome}"].append(
             (old, row)
         )
     share = ROWS // max(1, len(piles))
@@ -210,7 +211,7 @@ def show_rows(before: Sequence[EvalRow], after: Sequence[EvalRow], pictures: Pic
             "outcome": outcome,
             "of": len(pile),
             "id": row.id,
-            "kind": row.kind,
+            "question_type": row.question_type,
             "question": row.question,
             "options": _options(row.options, row.answer),
             "picture": pictures.add(row.image),

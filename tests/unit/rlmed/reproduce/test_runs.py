@@ -56,7 +56,7 @@ def write_run(folder: Path, step: int, right: set[int], *, ids: int = ROWS, blan
         leave_one_out_prior_by_rate=0.4,
         blank=None if blank is None else Accuracy.of(blank, ROWS),
         shuffled=None,
-        by_kind={},
+        by_question_type={},
         reordered=Accuracy.of(7, ROWS),
     )
     summary = EvalSummary(model="m", step=step, seconds=1.0, max_tokens=64, train_rows=600, files=(file,))
