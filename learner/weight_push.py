@@ -31,14 +31,8 @@ NEEDS = {
 def choose_transport(setting: str, learner: str, engines: Sequence[EngineHandle]) -> str:
     """Choose the transport from learner rank 0, on the GPU `learner` ("" without one), to the engines.
 
-    Args:
-        setting: `cluster.weight_transfer`.
-        learner: see `EngineHandle.devices`.
-        engines: the receivers.
-
-    Returns:
-        "ipc" if all engines run on rank 0's GPU; "nccl" if none does and no two share a GPU, since an NCCL group may
-        contain a GPU only once; else "object_store".
+    With `cluster.weight_transfer=auto`, "ipc" if all engines run on rank 0's GPU; "nccl" if none does and no two share a
+    GPU, since an NCCL group may contain a GPU only once; else "object_store".
 
     Raises:
         ConfigError: if the setting names a transport that these devices do not allow.
@@ -75,14 +69,7 @@ class DirectPush:
         connect: Callable[[str, Sequence[EngineHandle]], Any],
         send: Callable[[int], Any],
     ) -> None:
-        """Start unconnected.
-
-        Args:
-            setting: `cluster.weight_transfer`.
-            device: rank 0's GPU.
-            connect: connects rank 0 by a transport; raises NotConnectedError.
-            send: sends a version from all ranks; raises TransferError.
-        """
+        """Start unconnected: `connect` and `send` call `WeightSender` of rank 0, which runs on the GPU `device`."""
         self._setting, self._device, self._connect, self._send = setting, device, connect, send
         self._connected: tuple[Any, ...] = ()
         self._failed: tuple[Any, ...] = ()

@@ -19,10 +19,7 @@ from typing import Any, Protocol
 OBJECT_STORE, IPC, NCCL = "object_store", "ipc", "nccl"
 
 STAGES = {"connect": False, "begin_update": True, "receive": True, "finish_update": False}
-"""Methods of an engine that rank 0 calls to send directly, in this order, `receive` as often as needed.
-
-True: the engine makes no step until the next call.
-"""
+"""Methods of an engine that rank 0 calls to send directly; True: the engine makes no step until the next call."""
 
 
 class WeightError(RuntimeError):
@@ -52,7 +49,7 @@ class EngineHandle:
     """What the learner knows of an engine."""
 
     name: str
-    """Name used in messages."""
+    """For messages."""
     address: Any
     """How another process reaches it; equal only for the same process."""
     devices: tuple[str, ...]
@@ -76,34 +73,25 @@ class WeightUpdate:
     stored: Callable[[], Any]
     """Return what workers fetch the weights by: `StoredWeights`, or a handle that resolves to it at the worker."""
     send: Callable[[Sequence[EngineHandle]], Future[PushReport] | None] = lambda engines: None
-    """Send them directly to all these engines at once; None if the engines have to fetch them.
+    """Send the weights directly to all these engines at once; None if the engines have to fetch them.
 
-    The future fails with `NotConnectedError` if they have to fetch them after all, and with `TransferError` if they are no
-    longer usable.
+    The future's `NotConnectedError` means that they have to fetch after all, `TransferError` that they are lost.
     """
 
 
 CallEngine = Callable[..., Future[None]]
-"""Starts one of `STAGES` at an engine, from another process; takes its `EngineHandle`, the stage and its arguments."""
+"""Start a stage of a direct push at an engine: takes its `EngineHandle`, one of `STAGES` and the stage's arguments."""
 
 
 class WeightSender(Protocol):
-    """Sends weights directly from learner rank 0 to engines."""
+    """Sends weights directly from learner rank 0 to engines; an error names the engine and the cause."""
 
     def connect(self, transport: str, engines: Sequence[EngineHandle], call: CallEngine, host: str) -> None:
-        """Connect to these engines, replacing earlier connections; `host` is this machine's address.
-
-        Raises:
-            NotConnectedError: naming the engine and the cause.
-        """
+        """Connect, from the address `host`, in place of earlier connections; may raise NotConnectedError."""
         ...
 
     def send(self, version: int) -> None:
-        """Send the current weights to all engines as `version`, while the other ranks gather.
-
-        Raises:
-            TransferError: naming the engine and the cause; the connection is gone.
-        """
+        """Send the current weights as `version`, while the other ranks gather; may raise TransferError: reconnect then."""
         ...
 
 

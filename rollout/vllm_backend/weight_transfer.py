@@ -40,14 +40,14 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.utils.network_utils import get_open_port
 
 from rlmed.core.protocols import ClusterError
-from rlmed.core.weights import IPC, NCCL, CallEngine, EngineHandle, NotConnectedError, TransferError, last_line
+from rlmed.core.weights import IPC, CallEngine, EngineHandle, NotConnectedError, TransferError, last_line
 from rlmed.models.weights import BUCKET_BYTES, gpu_name
 
 BACKEND = "rlmed"
 ABORT_S = 30.0
 """Seconds in which a broken transfer must release its thread."""
 
-# It warns about every layer without weights in a push, rotary embeddings included; `expected` knows what is really missing.
+# It warns about every layer without weights in a push, rotary embeddings included; the engine knows what is really missing.
 # A filter, since vLLM resets its loggers' levels whenever an engine starts.
 logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").addFilter(
     lambda record: record.levelno >= logging.ERROR
@@ -82,20 +82,10 @@ class OneRankIpc(IPCTrainerWeightTransferEngine):
         torch.cuda.ipc_collect()
 
 
-TRAINER_ENGINES: dict[str, type[TrainerWeightTransferEngine[Any]]] = {
-    NCCL: NCCLTrainerWeightTransferEngine,
-    IPC: OneRankIpc,
-}
-
-
 def init_info(transport: str, engines: Sequence[EngineHandle], host: str, largest: int) -> TrainerInitInfo:
     """Return vLLM's settings for a transfer in chunks of bounded size.
 
-    Args:
-        transport: "nccl" or "ipc".
-        engines: the receivers.
-        host: address of this machine, where NCCL's ranks meet, each time at a new port.
-        largest: bytes of the largest parameter, which must fit into the memory shared by IPC.
+    NCCL's ranks meet at `host`, each time at a new port. The memory shared by IPC must hold the `largest` parameter (bytes).
     """
     if transport == IPC:
         return IPCTrainerInitInfo(rank=0, packed=True, packed_buffer_size_bytes=max(BUCKET_BYTES, largest))
@@ -121,11 +111,11 @@ class EngineClients:
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Connect all engines; an engine's NCCL ranks follow those of the previous engine."""
-        calls, rank = [], init_info.get("rank_offset")
+        calls, rank = [], init_info.get("rank_offset", 0)
         for engine in self._engines:
-            info = init_info if rank is None else {**init_info, "rank_offset": rank}
-            calls.append(self._call(engine, "connect", self._transport, info))
-            rank = None if rank is None else rank + len(engine.devices)
+            own = {"rank_offset": rank} if "rank_offset" in init_info else {}
+            calls.append(self._call(engine, "connect", self._transport, init_info | own))
+            rank += len(engine.devices)
         self._wait("connect", calls)
 
     def start_weight_update(self) -> None:
@@ -169,12 +159,12 @@ class WeightTransferSender(WeightSource):
         device: torch.device,
         limit_s: float,
     ) -> None:
-        """Send from this process.
+        """Send what `weights` yields, names and full tensors on the GPU `device`.
 
         Args:
-            shapes: dtype and full shape of each parameter, in the order of `weights`.
-            weights: yields names and full tensors on `device`.
-            device: a GPU.
+            shapes: dtype and full shape of each, in the same order.
+            weights: starts gathering.
+            device: rank 0's GPU.
             limit_s: timeout of connecting and of sending, in seconds.
         """
         self._shapes, self._weights, self._device, self._limit_s = shapes, weights, device, limit_s
@@ -196,12 +186,11 @@ class WeightTransferSender(WeightSource):
         info = init_info(transport, engines, host, largest)
         # its limit is shorter than ours, to name a silent engine first
         client = EngineClients(transport, engines, call, 0.9 * self._limit_s)
-
-        def meet() -> TrainerWeightTransferEngine[Any]:
-            return TRAINER_ENGINES[transport].trainer_init(info, client=client, source=self)
-
+        trainer: type[TrainerWeightTransferEngine[Any]] = (
+            OneRankIpc if transport == IPC else NCCLTrainerWeightTransferEngine
+        )
         try:
-            engine = self._watch(meet, client)
+            engine = self._watch(lambda: trainer.trainer_init(info, client=client, source=self), client)
             check_group(engine)
         except Exception as error:
             raise NotConnectedError(f"cannot connect learner and engines by {transport}: {error}") from error
@@ -286,11 +275,11 @@ class WeightTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
     connection: WeightTransferEngine[Any, Any] | None = None
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
-        """Connect to the learner by one of vLLM's backends; replaces any earlier connection.
+        """Connect to the learner, in place of any earlier connection.
 
         Raises:
             ValueError: for a backend or an info that vLLM does not know.
-            RuntimeError: if NCCL does not load; vLLM would then silently send nothing.
+            RuntimeError: if NCCL does not load.
         """
         self.shutdown()
         connection = WeightTransferEngineFactory.create_engine(
