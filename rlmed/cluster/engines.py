@@ -200,7 +200,10 @@ def _build_vllm(config: RunConfig) -> Engine:
 
 def build_sender(learner: PolicyLearner, *, limit_s: float) -> WeightSender:
     """Build the sender of weights from learner rank 0 to vLLM engines, GPU to GPU; `limit_s` bounds each call."""
-    from rollout.vllm_backend.sender import WeightTransferSender
+    from rollout.vllm_backend.environment import import_vllm
+
+    import_vllm()  # prepares the process, before the next import
+    from rollout.vllm_backend.weight_transfer import WeightTransferSender
 
     policy = learner.policy
     shapes = {name: (parameter.dtype, tuple(parameter.shape)) for name, parameter in policy.model.named_parameters()}

@@ -6,10 +6,10 @@ import dataclasses
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rlmed.core.protocols import RolloutPool
 from rlmed.core.types import FloatArray, IntArray, Prompt, RolloutGroup, RolloutRequest, TrainGroup
+from rlmed.core.weights import WeightUpdate
 from rlmed.recording.batches import count_groups, list_batches, read_batch
 
 
@@ -92,7 +92,7 @@ class ReplayPool:
         if self._workers is not None:
             self._workers.sleep()
 
-    def update_weights(self, version: int, weights: Any = None) -> None:
+    def update_weights(self, version: int, weights: WeightUpdate | None = None) -> None:
         """Set the version; pass the weights on to the evaluating pool."""
         self._version = version
         if self._workers is not None:

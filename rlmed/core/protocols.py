@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from rlmed.core.types import FloatArray, IntArray, Prompt, RolloutGroup, RolloutRequest, TrainGroup
+from rlmed.core.weights import WeightUpdate
 
 LOST = 3
 """Exit status when a process of the run was lost: run the same command with resume=auto to continue."""
@@ -48,13 +49,12 @@ class RolloutPool(Protocol):
         """Release GPU memory for the learner until the next `update_weights`."""
         ...
 
-    def update_weights(self, version: int, weights: Any = None) -> None:
+    def update_weights(self, version: int, weights: WeightUpdate | None = None) -> None:
         """Give every ready worker the weights of policy version `version`, and return when they have them.
 
         Args:
             version: policy version of the weights.
-            weights: how remote engines get the weights, as the learner published them; None if pool and learner share
-                parameters.
+            weights: how engines in other processes get the weights; None if pool and learner share parameters.
         """
         ...
 
