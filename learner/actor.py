@@ -5,6 +5,7 @@ Import it only where Ray is installed.
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,15 +16,14 @@ from typing import Any
 import ray
 import torch
 
-from learner.direct_push import DirectPush
 from learner.distributed import Parallelism, SingleProcess, free_init_method, init_distributed
 from learner.learner import PolicyLearner, Report
-from learner.likelihood import Question
-from learner.weight_publisher import publish
+from learner.likelihood import ScoringRequest
+from learner.weight_push import DirectPush
 from rlmed.core.protocols import ClusterError, RolloutPool
 from rlmed.core.types import FloatArray, TrainGroup
-from rlmed.core.weights import EngineHandle, PushReport, StoredWeights, WeightSender
-from rlmed.models.weights import gpu_name
+from rlmed.core.weights import EngineHandle, StoredWeights, WeightSender, WeightUpdate
+from rlmed.models.weights import gpu_name, make_buckets
 
 Build = Callable[[Report, Parallelism], PolicyLearner]
 """Builds one rank's learner from a callback for skipped batches and the ranks it belongs to."""
@@ -80,33 +80,34 @@ class LearnerActor:
         self._release_memory()
         return metrics, self._learner.policy_version, list(self._skipped)
 
-    def logprobs(self, questions: Sequence[Question]) -> list[list[FloatArray]]:
+    def logprobs(self, requests: Sequence[ScoringRequest]) -> list[list[FloatArray]]:
         """See `rlmed.core.protocols.Learner.logprobs`."""
-        answers = self._learner.logprobs(questions)
+        answers = self._learner.logprobs(requests)
         self._release_memory()
         return answers
 
     def publish(self) -> StoredWeights:
         """Put the current weights into the object store of this node."""
-        return publish(self._learner.full_weights(), ray.put, version=self._learner.policy_version)
+        buckets = [ray.put(bucket) for bucket in make_buckets(self._learner.full_weights())]
+        return StoredWeights(self._learner.policy_version, buckets)
 
     def device(self) -> str:
         """See `rlmed.core.weights.EngineHandle.devices`."""
         return gpu_name(self._learner.policy.device)
 
-    def connect(self, make_sender: MakeSender, transport: str, recipients: Sequence[EngineHandle]) -> None:
+    def connect(self, make_sender: MakeSender, transport: str, engines: Sequence[EngineHandle]) -> None:
         """See `rlmed.core.weights.WeightSender.connect`; called on the first rank only."""
         if self._sender is None:
             self._sender = make_sender(self._learner)
-        self._sender.connect(transport, [_ActorPeer(entry) for entry in recipients], ray.util.get_node_ip_address())
+        self._sender.connect(transport, engines, _call_engine, ray.util.get_node_ip_address())
 
-    def send(self, version: int) -> int:
+    def send(self, version: int) -> None:
         """See `rlmed.core.weights.WeightSender.send`; the other ranks take part in the gathering."""
         if self._sender is not None:
-            return self._sender.send(version)
-        for _ in self._learner.full_weights(on_device=True):
-            pass
-        return 0
+            self._sender.send(version)
+        else:
+            for _ in self._learner.full_weights(on_device=True):
+                pass
 
     def save(self, folder: Path) -> None:
         """See `rlmed.core.protocols.Learner.save`."""
@@ -124,38 +125,10 @@ class LearnerActor:
             torch.cuda.empty_cache()
 
 
-class _ActorPeer:
-    """A `rlmed.core.weights.Peer` that is a `rollout.pool.actor.RolloutActor`."""
-
-    def __init__(self, recipient: EngineHandle) -> None:
-        self.name, self.devices, self._actor = recipient.name, recipient.devices, recipient.address
-
-    def connect(self, transport: str, info: Mapping[str, Any]) -> Future[None]:
-        return self._actor.connect.remote(transport, info).future()
-
-    def begin_update(self) -> Future[None]:
-        return self._actor.begin_update.remote().future()
-
-    def receive(self, info: Mapping[str, Any]) -> Future[None]:
-        return self._actor.receive.remote(info).future()
-
-    def finish_update(self, version: int) -> Future[None]:
-        return self._actor.finish_update.remote(version).future()
-
-
-class _Offer:
-    """A `rlmed.core.weights.WeightUpdate`: sent directly if possible, stored only when a worker must fetch it."""
-
-    def __init__(self, version: int, direct: DirectPush, publish: Callable[[], Any]) -> None:
-        self._version, self._direct, self._publish = version, direct, publish
-        self._published: Any = None
-
-    def send(self, recipients: Sequence[EngineHandle]) -> Future[PushReport] | None:
-        return self._direct.start(recipients, self._version)
-
-    def stored(self) -> Any:
-        self._published = self._published or self._publish()
-        return self._published
+def _call_engine(engine: EngineHandle, stage: str, *arguments: Any) -> Future[None]:
+    """Call a `rollout.pool.actor.RolloutActor`; a `rlmed.core.weights.CallEngine`."""
+    future: Future[None] = engine.address.call_stage.remote(stage, *arguments).future()
+    return future
 
 
 class RayLearner:
@@ -201,7 +174,7 @@ class RayLearner:
                 weight_transfer,
                 gpu,
                 lambda *arguments: self._call("connect with the engines", "connect", make_sender, *arguments, ranks=1),
-                lambda version: self._call("send its weights", "send", version)[0],
+                lambda version: self._call("send its weights", "send", version),
             )
 
     @property
@@ -216,19 +189,21 @@ class RayLearner:
             self._on_bad_step(groups, reason)
         return dict(metrics)
 
-    def logprobs(self, questions: Sequence[Question]) -> list[list[FloatArray]]:
-        """See `rlmed.core.protocols.Learner.logprobs`; the questions are sent once, whatever the number of ranks."""
-        answers: list[list[FloatArray]] = self._call("score completions", "logprobs", ray.put(list(questions)))[0]
+    def logprobs(self, requests: Sequence[ScoringRequest]) -> list[list[FloatArray]]:
+        """See `rlmed.core.protocols.Learner.logprobs`; the requests are sent once, whatever the number of ranks."""
+        answers: list[list[FloatArray]] = self._call("score completions", "logprobs", ray.put(list(requests)))[0]
         return answers
 
     def push_weights(self, pool: RolloutPool) -> None:
         """See `rlmed.core.protocols.Learner.push_weights`; weights go directly from rank 0's node to the workers'."""
         if self._direct is None:
-            pool.update_weights(self._version, self._call("publish its weights", "publish")[0])
+            stored = self._call("publish its weights", "publish")[0]
+            weights = WeightUpdate(lambda: stored)
         else:
             # a reference: its recipient waits until rank 0 has published the weights
-            offer = _Offer(self._version, self._direct, lambda: self._submit(self._actors, "publish")[0])
-            pool.update_weights(self._version, offer)
+            publish = functools.cache(lambda: self._submit(self._actors, "publish")[0])
+            weights = WeightUpdate(publish, functools.partial(self._direct.start, self._version))
+        pool.update_weights(self._version, weights)
 
     def save(self, folder: Path) -> None:
         """See `rlmed.core.protocols.Learner.save`; the folder must be on a disk that rank 0 shares."""

@@ -10,7 +10,7 @@ A collective is a call that all ranks must make, in the same order: a learner's 
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any, Protocol
@@ -249,11 +249,13 @@ class _ShardedScorer:
                 module.set_force_sum_reduction_for_comms(True)
 
     def logprobs(self, batch: PackedBatch, temperature: float, *, images: bool) -> tuple[Tensor, Tensor]:
-        return self._root(batch, temperature, images)
+        scored: tuple[Tensor, Tensor] = self._root(batch, temperature, images)
+        return scored
 
     @torch.no_grad()
     def logprobs_no_grad(self, batch: PackedBatch, temperature: float) -> Tensor:
-        return self._root(batch, temperature, None)
+        scored: Tensor = self._root(batch, temperature, None)
+        return scored
 
 
 class _Root(nn.Module):
@@ -290,7 +292,7 @@ class _Root(nn.Module):
             for name, parameter in self.model.named_parameters()
             if parameter.requires_grad and part_of(name) != "language_model"
         )
-        return _Join.apply(embeddings, *idle)
+        return _joined(embeddings, *idle)
 
 
 class _Join(torch.autograd.Function):
@@ -304,3 +306,6 @@ class _Join(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         return grad, *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
+
+
+_joined: Callable[..., Tensor] = _Join.apply  # torch leaves `apply` untyped

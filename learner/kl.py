@@ -42,6 +42,10 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator) 
 
     Raises:
         ValueError: for an unknown estimator.
+
+    Example:
+        >>> kl_estimate(torch.tensor([-1.0, -2.0]), torch.tensor([-1.0, -1.0]), "k3")
+        tensor([0.0000, 0.7183])
     """
     if estimator == "k1":
         return logprobs - ref_logprobs
@@ -57,8 +61,9 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator) 
 def mismatch_kl(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) -> Tensor:
     """Estimate KL(rollout engine || learner) per token by k3, to monitor how far the two disagree.
 
-    Both are log-probabilities under the same weights, so a value well above rounding (at most 1e-6 in float32, about
-    1e-3 in bfloat16) means a defect in one of them, or a policy version that was not applied.
+    On-policy (`algo.max_staleness=0`) both are log-probabilities under the same weights, so a value well above rounding
+    (at most 1e-6 in float32, about 1e-3 in bfloat16) means a defect in one of them, or a policy version that was not
+    applied.
 
     Args:
         old_logprobs: float32 [N], recomputed by the learner before the step.

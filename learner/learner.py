@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from learner.distributed import Parallelism, SingleProcess
-from learner.likelihood import Question, completion_logprobs
+from learner.likelihood import ScoringRequest, completion_logprobs
 from learner.losses import LossDenominators, PolicyLossConfig, count_denominators, policy_loss
 from learner.metrics import LossMetrics, mean_metric, merge_metrics
 from learner.optimizer import Optimizer
@@ -151,11 +151,11 @@ class PolicyLearner:
             "skipped_steps": float(self.skipped_steps),
         }
 
-    def logprobs(self, questions: Sequence[Question]) -> list[list[FloatArray]]:
+    def logprobs(self, requests: Sequence[ScoringRequest]) -> list[list[FloatArray]]:
         """See `rlmed.core.protocols.Learner.logprobs`; collective, with every rank computing everything."""
         return completion_logprobs(
             self.policy,
-            questions,
+            requests,
             token_budget=self._config.token_budget,
             frozen=lambda batch: self._scorer.logprobs_no_grad(batch, 1.0),
         )

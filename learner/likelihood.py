@@ -12,13 +12,13 @@ from learner.supervised import written_item
 from rlmed.core.types import FloatArray, IntArray, Prompt
 from rlmed.models.policy import Policy
 
-Question = tuple[Prompt, Sequence[IntArray]]
+ScoringRequest = tuple[Prompt, Sequence[IntArray]]
 """A prompt and the completions to score: int64 [T] each, T at least 1."""
 
 
 def completion_logprobs(
     policy: Policy,
-    questions: Sequence[Question],
+    requests: Sequence[ScoringRequest],
     *,
     token_budget: int,
     frozen: Callable[[PackedBatch], torch.Tensor] | None = None,
@@ -30,7 +30,7 @@ def completion_logprobs(
 
     Args:
         policy: supplies positions, device and, unless `frozen` is given, the weights.
-        questions: what to score.
+        requests: what to score.
         token_budget: most tokens per row, as `learner.token_budget`.
         frozen: computes the log-probabilities of a packed row; None runs `policy`.
 
@@ -41,12 +41,12 @@ def completion_logprobs(
         ValueError: for a completion without tokens.
     """
     frozen = frozen or (lambda batch: logprobs_no_grad(policy, batch, 1.0))
-    items = [written_item(prompt, *completions) for prompt, completions in questions if completions]
+    items = [written_item(prompt, *completions) for prompt, completions in requests if completions]
     flat: list[FloatArray] = []
     for part in split_by_tokens(items, token_budget):
         flat += _by_completion(frozen(pack(part, policy)), part)
     rest = iter(flat)
-    return [[next(rest) for _ in completions] for _, completions in questions]
+    return [[next(rest) for _ in completions] for _, completions in requests]
 
 
 def _by_completion(logprobs: torch.Tensor, items: Sequence[PackItem]) -> list[FloatArray]:

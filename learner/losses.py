@@ -20,7 +20,7 @@ and the loss of an optimizer step is a weighted sum over its tokens, with |o_i| 
 | method | settings |
 | --- | --- |
 | GRPO, arXiv 2402.03300 | `algo=grpo` |
-| MedVLM-R1 as released (arXiv 2502.19634) | `clip="none"`, and `old_logprobs=logprobs.detach()`: see `policy_loss` |
+| MedVLM-R1 as released (arXiv 2502.19634) | `clip="none"`, and `old_logprobs=logprobs.detach()` |
 | DAPO, 2503.14476 | `aggregation="token_mean"`, `clip_ratio_high=0.28`, `kl_coef=0` |
 | Dr. GRPO, 2503.20783 | `aggregation="sequence_sum"`, `kl_coef=0` |
 | GSPO, 2507.18071 | `ratio_level="sequence"`, `clip_ratio_low=3e-4`, `clip_ratio_high=4e-4`, `kl_coef=0` |
@@ -28,6 +28,9 @@ and the loss of an optimizer step is a weighted sum over its tokens, with |o_i| 
 | dual-clip PPO, 1912.09729 | `clip="dual"`, `dual_clip=3` |
 | truncated importance sampling | `importance_cap=2` (F. Yao et al., "Your Efficient RL Framework Secretly Brings You \
 Off-Policy RL Training", 2025) |
+
+As released, MedVLM-R1 maximises exp(logprobs - stop_gradient(logprobs)) * A - kl_coef * k3. The ratio is then always 1, so
+`clip="ppo"` gives the same loss and gradient.
 """
 
 from __future__ import annotations
@@ -105,7 +108,8 @@ class LossDenominators:
     """Divisors of one optimizer step's loss, counted over *all* its micro-batches and ranks.
 
     Example:
-        Three completions with 5, 0 and 9 trained tokens under a limit of 512: LossDenominators(14.0, 2.0, 512).
+        >>> count_denominators([5, 0, 9], max_tokens=512)
+        LossDenominators(tokens=14.0, sequences=2.0, max_tokens=512)
     """
 
     tokens: float
@@ -142,13 +146,10 @@ def policy_loss(
     Shares and their gradients add up to those of the whole step, however it is split, as long as no completion is cut in
     two. Ranks that average gradients must multiply by the number of ranks.
 
-    The loss as released with MedVLM-R1, exp(logp - logp.detach()) * A - kl_coef * k3, is `clip="none"` called with
-    `old_logprobs=logprobs.detach()`. The ratio is then 1, so `clip="ppo"` gives the same loss and gradient.
-
     Args:
         logprobs: float32 [N], log-probabilities of the micro-batch's completion tokens, concatenated (or in any order);
             the only input that may require gradients.
-        old_logprobs: float32 [N], by the learner before the step.
+        old_logprobs: float32 [N], the ratio's denominator: by the learner before the step, or the rollout's.
         rollout_logprobs: float32 [N], by the engine that sampled.
         ref_logprobs: float32 [N], by the frozen reference; may be None if `kl_coef` is 0.
         advantages: float32 [S], one per completion.
@@ -175,13 +176,25 @@ def policy_loss(
     _check_inputs(logprobs, frozen, advantages, sequence_ids, loss_mask)
 
     # Drop untrained tokens here, so nothing below sees them. (Multiplying by the mask would keep their NaNs.)
-    ids = sequence_ids[loss_mask]
-    logprobs = logprobs[loss_mask]
     frozen = {name: values[loss_mask] for name, values in frozen.items()}
+    return _loss_of_trained(
+        logprobs[loss_mask], frozen, advantages, sequence_ids[loss_mask], denominators=denominators, config=config
+    )
+
+
+def _loss_of_trained(
+    logprobs: Tensor,
+    frozen: Mapping[str, Tensor],
+    advantages: Tensor,
+    ids: Tensor,
+    *,
+    denominators: LossDenominators,
+    config: PolicyLossConfig,
+) -> tuple[Tensor, LossMetrics]:
+    """Return loss and metrics, see `policy_loss`, from trained tokens [N] only and the advantage of each completion [S]."""
     old, rollout = frozen["old_logprobs"], frozen["rollout_logprobs"]
     advantage = advantages[ids]
-    lengths = torch.zeros_like(advantages).index_add(0, ids, torch.ones_like(advantage))
-
+    lengths = torch.zeros_like(advantages).index_add(0, ids, torch.ones_like(advantage))  # |o_i|
     log_ratio = logprobs - old
     if config.ratio_level == "sequence":
         sums = torch.zeros_like(advantages, dtype=log_ratio.dtype).index_add(0, ids, log_ratio)
@@ -193,7 +206,7 @@ def policy_loss(
         loss_per_token = loss_per_token * (old - rollout).exp().clamp(max=config.importance_cap)
     metrics = _metrics(ratio.detach(), advantage, config)
     metrics["mismatch_kl"] = mean_metric(mismatch_kl(old, rollout, torch.ones_like(ids, dtype=torch.bool)))
-    if ref_logprobs is not None and config.kl_estimator != "none":
+    if "ref_logprobs" in frozen and config.kl_estimator != "none":
         kl = kl_estimate(logprobs, frozen["ref_logprobs"], config.kl_estimator)
         metrics["kl"] = mean_metric(kl)
         if config.kl_coef > 0.0:

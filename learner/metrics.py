@@ -19,7 +19,9 @@ class MetricSum:
     """A mean as sum and count; ranks sum both.
 
     Example:
-        1 of 4 tokens clipped: MetricSum(total=tensor(1.), count=tensor(4.)).value() is 0.25.
+        >>> one_of_four_clipped = MetricSum(total=torch.tensor(1.0), count=torch.tensor(4.0))
+        >>> one_of_four_clipped.merge(mean_metric(torch.tensor([1.0]))).value()
+        0.4
     """
 
     total: Tensor

@@ -104,7 +104,8 @@ class Optimizer:
             The gradient norm before clipping. If it is not finite, nothing was updated.
         """
         masters = [pair.master for pair in self._pairs if pair.master.grad is not None]
-        norm = self._ranks.full_scalar(torch.nn.utils.get_total_norm([master.grad for master in masters]))
+        gradients = [master.grad for master in masters if master.grad is not None]
+        norm = self._ranks.full_scalar(torch.nn.utils.get_total_norm(gradients))
         if torch.isfinite(norm):
             torch.nn.utils.clip_grads_with_norm_(masters, self._config.max_grad_norm, norm)
             for group in self._adamw.param_groups:

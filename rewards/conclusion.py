@@ -114,18 +114,18 @@ def argued_option(reasoning: str, options: Sequence[str]) -> int | None:
 
 def _find(text: str, options: Sequence[str]) -> Iterator[_Mention]:
     """Return every mention in the normalized text."""
-    places = {" ".join(option.split()): place for place, option in enumerate(options)}
-    longest_first = sorted((name for name in places if not re.fullmatch(r"[A-Za-z]?", name)), key=len, reverse=True)
+    indices = {" ".join(option.split()): index for index, option in enumerate(options)}
+    longest_first = sorted((name for name in indices if not re.fullmatch(r"[A-Za-z]?", name)), key=len, reverse=True)
     if longest_first:
         # the group's number is the option's index: ignoring case, some letters match more than their own lower case
         names = "|".join(f"({_pattern(name)})" for name in longest_first)
         for found in re.finditer(rf"(?<!\w)(?:{names})(?!\w)", text, re.IGNORECASE):
             assert found.lastindex is not None
-            yield _Mention(places[longest_first[found.lastindex - 1]], found.start(), found.end())
+            yield _Mention(indices[longest_first[found.lastindex - 1]], found.start(), found.end())
     for found in _LETTER.finditer(text):
-        place = LETTERS.index(found[found.lastindex or 0].upper())
-        if place < len(options):
-            yield _Mention(place, found.start(), found.end())
+        index = LETTERS.index(found[found.lastindex or 0].upper())
+        if index < len(options):
+            yield _Mention(index, found.start(), found.end())
 
 
 def _pattern(name: str) -> str:

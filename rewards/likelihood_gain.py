@@ -15,7 +15,7 @@ from rlmed.core.types import LETTERS, FloatArray, Prompt, RolloutGroup
 
 
 def likelihood_gain(likelihood: Likelihood, split_common_prefix: SplitCommonPrefix) -> GroupReward:
-    """Return how much likelier the reasoning makes the correct option; float32 [G] in [-1, 1].
+    """Return a reward: how much likelier the reasoning makes the correct option, float32 [G] in [-1, 1].
 
     Let l(o | r) be the policy's log-likelihood of the letter of option o after
     `<think>r</think>\\n<answer>`, p(o | r) = softmax over the n options of l(o | r), and reasoning r:

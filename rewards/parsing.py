@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import re
 
-from rlmed.core.prefill import ANSWER as ANSWER_OPENING
-from rlmed.core.prefill import ANSWER_END as ANSWER_CLOSING
+from rlmed.core.prefill import ANSWER, ANSWER_END
 from rlmed.core.prefill import THINK as _OPENING
 from rlmed.core.types import LETTERS
 
@@ -24,8 +23,12 @@ def has_format(text: str) -> bool:
 
     Equivalent to a full match of `<think>.*?</think>\s*<answer>.*?</answer>`, the dot matching newlines (MedVLM-R1,
     arXiv 2502.19634): `.*?` takes anything and no tags can overlap, so checking both ends and one middle is enough.
+
+    Example:
+        >>> has_format("<think>dark</think> <answer>B</answer>"), has_format("dark, so B")
+        (True, False)
     """
-    if not (text.startswith(_OPENING) and text.endswith(ANSWER_CLOSING)):
+    if not (text.startswith(_OPENING) and text.endswith(ANSWER_END)):
         return False
     return _MIDDLE.search(text) is not None
 
@@ -38,14 +41,18 @@ def has_answer_format(text: str) -> bool:
     text = text.strip()
     if empty := _NO_REASONING.match(text):
         text = text[empty.end() :].lstrip()
-    ends = text.startswith(ANSWER_OPENING) and text.endswith(ANSWER_CLOSING)
-    return ends and text.count(ANSWER_OPENING) == text.count(ANSWER_CLOSING) == 1
+    ends = text.startswith(ANSWER) and text.endswith(ANSWER_END)
+    return ends and text.count(ANSWER) == text.count(ANSWER_END) == 1
 
 
 def reasoning_text(text: str) -> str | None:
     """Return the text between the opening think tag and the first closing one followed by an answer, stripped.
 
     None if the text breaks the format, since where the reasoning ends is then unknown.
+
+    Example:
+        >>> reasoning_text("<think> dark </think><answer>B</answer>")
+        'dark'
     """
     middle = _MIDDLE.search(text) if has_format(text) else None
     return text[len(_OPENING) : middle.start()].strip() if middle else None
@@ -57,18 +64,33 @@ def words(text: str) -> list[str]:
 
 
 def answer_text(text: str) -> str | None:
-    """Return the text inside the first pair of answer tags, stripped; None without such a pair."""
-    _, opening, rest = text.partition(ANSWER_OPENING)
-    answer, closing, _ = rest.partition(ANSWER_CLOSING)
+    """Return the text inside the first pair of answer tags, stripped; None without such a pair.
+
+    Example:
+        >>> answer_text("It is <answer> B </answer>, not <answer>C</answer>")
+        'B'
+    """
+    _, opening, rest = text.partition(ANSWER)
+    answer, closing, _ = rest.partition(ANSWER_END)
     return answer.strip() if opening and closing else None
 
 
 def option_letters(answer: str) -> list[str]:
-    """Return the letters A to J in the upper-cased text, in order, repetitions included."""
+    """Return the letters A to J in the upper-cased text, in order, repetitions included.
+
+    Example:
+        >>> option_letters("(b)"), option_letters("B) liver")
+        (['B'], ['B', 'I', 'E'])
+    """
     return [letter for letter in answer.upper() if letter in LETTERS]
 
 
 def evaluated_letter(text: str) -> str | None:
-    """Return the letter that evaluation counts: alone in the first answer tags that hold a single capital letter."""
+    """Return the letter that evaluation counts: alone in the first answer tags that hold a single capital letter.
+
+    Example:
+        >>> evaluated_letter("<answer> B </answer>"), evaluated_letter("<answer>b</answer>")
+        ('B', None)
+    """
     found = _EVALUATED.search(text)
     return found[1] if found else None

@@ -62,7 +62,9 @@ class Rubric:
     """Scores groups by the weighted sum of its parts.
 
     Example:
-        Rubric.from_config({"format": 1.0, "choice": 1.0}) is the reward of MedVLM-R1, between 0 and 2.
+        >>> rubric = Rubric.from_config({"format": 1.0, "choice": 1.0})  # MedVLM-R1's: between 0 and 2
+        >>> [part.name for part in rubric.parts]
+        ['format', 'choice']
     """
 
     def __init__(self, parts: Sequence[WeightedReward]) -> None:

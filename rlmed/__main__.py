@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 import sys
+from importlib.metadata import version
 
 from rlmed.core.process.starting import start_command
 
@@ -21,12 +22,15 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Run the command named by the first argument; without one, list the commands."""
+    """Run the command named by the first argument; without one, list the commands; print the version for `--version`."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in COMMANDS:
         start_command()
         sys.argv[:2] = [f"rlmed {name}"]
         runpy.run_module(f"rlmed.{name}", run_name="__main__", alter_sys=True)
+        return
+    if name == "--version":
+        sys.stdout.write(f"rlmed {version('rlmed')}\n")
         return
     listed = "\n".join(f"  {command:10} {what}" for command, what in COMMANDS.items())
     usage = f"usage: rlmed COMMAND ...\n\n{listed}\n\n`rlmed COMMAND --help` shows a command's arguments.\n"

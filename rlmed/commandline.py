@@ -86,7 +86,7 @@ def run_command(program: str, main: Callable[[RunConfig, Path], None]) -> None:
     with _ending_errors(program):
         flags = _parse_flags(sys.argv[1:])
         overrides = expand(flags.overrides, cuda=torch.cuda.is_available(), sweeps=flags.multirun)
-        _check_places(overrides, sweeps=flags.multirun)
+        _check_folder_key(overrides, sweeps=flags.multirun)
         if flags.config_dir is not None:
             overrides.append(_search_path(flags.config_dir))
         if not _is_unicode([*overrides, os.getcwd()]):
@@ -106,10 +106,10 @@ def run_command(program: str, main: Callable[[RunConfig, Path], None]) -> None:
                     f"terminal's locale: set LC_ALL=C.UTF-8, or choose another with {FOLDER_KEY}FOLDER"
                 )
             with hold(folder, cure=f"wait until it has ended, or choose another folder with {FOLDER_KEY}FOLDER"):
-                for place in (folder, folder / "checkpoints", folder / "evaluations"):
-                    if place.exists():
-                        check_writable(place)
-                    remove_leftovers(place, "*", held=True)
+                for path in (folder, folder / "checkpoints", folder / "evaluations"):
+                    if path.exists():
+                        check_writable(path)
+                    remove_leftovers(path, "*", held=True)
                 _call_hydra(
                     name, _Job(program, main, held=True), [*overrides, FOLDER_KEY + quoted(str(folder), commas=False)]
                 )
@@ -187,7 +187,7 @@ def _parse_flags(arguments: Sequence[str]) -> argparse.Namespace:
     return flags
 
 
-def _check_places(overrides: Sequence[str], *, sweeps: bool) -> None:
+def _check_folder_key(overrides: Sequence[str], *, sweeps: bool) -> None:
     """Check that a folder setting matches the mode, single run or sweep.
 
     Raises:
@@ -233,34 +233,34 @@ def _choose_folder(program: str, name: str, overrides: Sequence[str]) -> Path:
         except UnicodeDecodeError as error:
             raise ValueError(explain(error)) from error
         HydraConfig.instance().set_config(composed)  # the folder's name may interpolate it
-        place = str(composed.hydra.run.dir)
+        run_dir = str(composed.hydra.run.dir)
         with open_dict(composed):
             del composed["hydra"]
         config = build_config(plain_config(composed))
         _check_used(program)
-    if not place:
+    if not run_dir:
         raise ValueError(f"{FOLDER_KEY} is empty: give a folder")
-    folder = Path(place).absolute()
+    folder = Path(run_dir).absolute()
     named = any(entry.lstrip("+").startswith(FOLDER_KEY) for entry in overrides)
     try:
         if named:
             # check now: Hydra writes there before the program's own code runs
             checkpoint = starting_point(folder, resume=config.resume is not None)
             if config.resume == "auto" and checkpoint is None:
-                _say_anew(folder)
+                _report_fresh_start(folder)
             folder.mkdir(parents=True, exist_ok=True)
             return folder
         earlier = newest_run(folder) if config.resume == "auto" else None
         if config.resume == "auto" and earlier is None:
-            _say_anew(folder.parent)
+            _report_fresh_start(folder.parent)
         return earlier or new_folder(folder)
     except OSError as error:
         raise refusal(folder, error, cure=f"try again, or choose another with {FOLDER_KEY}FOLDER") from error
 
 
-def _say_anew(place: Path) -> None:
-    """Say that `resume=auto` has found no checkpoint in `place`."""
-    sys.stdout.write(f"resume=auto: nothing to resume in {place}, starting from step 1\n")
+def _report_fresh_start(folder: Path) -> None:
+    """Say that `resume=auto` has found no checkpoint in `folder`."""
+    sys.stdout.write(f"resume=auto: nothing to resume in {folder}, starting from step 1\n")
     sys.stdout.flush()
 
 

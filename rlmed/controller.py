@@ -3,8 +3,8 @@
 | who | waits for | does not wait for |
 | --- | --- | --- |
 | this loop | the oldest admitted groups; the learner; the push | a slow group of a later step |
-| a rollout worker | requests | rewards, other workers, the learner (with `max_staleness` above 0) |
-| the learner | a whole batch | workers |
+| a rollout worker | requests; a push | other workers; with `max_staleness` above 0, rewards and the learner |
+| the learner | its next batch; the other ranks | a particular worker |
 | a push | every ready worker | starting workers: they fetch the weights themselves |
 """
 
@@ -48,6 +48,7 @@ def train(
     """Run steps `done` + 1 to `steps`; `after_step` records, evaluates and saves."""
     for step in range(done + 1, steps + 1):
         with tracer.span("rollout", step=step):
+            # admits prompts, waits for their groups and scores them
             batch, discarded = buffer.next_batch(step, steps=steps, version=learner.policy_version)
         metrics = _rollout_metrics(batch, discarded, learner.policy_version)
         groups = advantages.estimate(batch)

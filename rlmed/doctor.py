@@ -96,7 +96,7 @@ def _hardware() -> list[Finding]:
         f"by oneDNN instead of torch: {uses} (embedded model); bfloat16 at {bfloat16_speed():.2g} of float32's speed",
     )
     if not torch.cuda.is_available():
-        return [cpu, products, Finding("CUDA device", "optional", "none: +experiment=… runs its embedded profile here")]
+        return [cpu, products, Finding("CUDA device", "optional", "none: +experiment=… runs with profile=tiny here")]
     free, total = torch.cuda.mem_get_info()
     name = torch.cuda.get_device_name()
     return [cpu, products, Finding("CUDA device", "ok", f"{name}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free")]

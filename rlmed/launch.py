@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import torch
+
 from rlmed.commandline import run_command
 from rlmed.core.config.schema import RunConfig
 from rlmed.run import Run
@@ -14,13 +16,11 @@ log = logging.getLogger(__name__)
 
 def main(config: RunConfig, folder: Path) -> None:
     """Run the training described by `config` in `folder`."""
-    if config.name.endswith("_embedded") and config.profile == "auto":
+    if config.profile == "tiny" and not torch.cuda.is_available():
         log.info(
-            "no CUDA device: running the embedded profile (%s on %s). "
-            "For the real run, on a GPU: python -m rlmed.launch +experiment=%s profile=paper",
+            "no CUDA device: profile=tiny (%s on %s). The paper's run, on a GPU, is the same command with profile=paper",
             config.model.path,
             "generated images" if config.data.source == "phantom" else config.data.train,
-            config.name.removesuffix("_embedded"),
         )
     Run(config, folder).execute()
 

@@ -35,9 +35,9 @@ def leakage_table(report: LeakageReport) -> Table:
     )
     kinds = [kind for kind in KINDS if any(kind in file.images_by_kind for file in report.files)]
     headings = ("file", "rows", "leaking", "with answer", "pictures", *(WORDS[kind] for kind in kinds), "in doubt")
-    for place, heading in enumerate(headings):
+    for column, heading in enumerate(headings):
         # one word per line, for a terminal of 80 characters
-        table.add_column(heading.replace(" ", "\n"), justify="left" if place == 0 else "right", no_wrap=place > 0)
+        table.add_column(heading.replace(" ", "\n"), justify="left" if column == 0 else "right", no_wrap=column > 0)
     for file in report.files:
         counts = (file.images_by_kind.get(kind, 0) for kind in kinds)
         cells = (file.rows, file.leaking_rows, file.repeated_rows, file.images, *counts, file.doubtful)

@@ -16,7 +16,7 @@ from rich.table import Table
 from rlmed.core.process.display import ending_errors, keep_display
 from rlmed.data.leakage.findings import doubt_lines, leakage_lines
 from rlmed.data.options.order import kept_order_text
-from rlmed.data.prepare.layout import MANIFEST, Layout, check_target, write_layout
+from rlmed.data.prepare.prepared_data import MANIFEST, PreparedData, check_target, write_prepared_data
 from rlmed.data.readers.registry import READERS, find_reader
 
 REASONS_SHOWN = 3
@@ -50,7 +50,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def prepare(arguments: argparse.Namespace, on_row: Callable[[int], None] | None = None) -> Layout:
+def prepare(arguments: argparse.Namespace, on_row: Callable[[int], None] | None = None) -> PreparedData:
     """Read the source and write the converted data.
 
     Raises:
@@ -63,7 +63,7 @@ def prepare(arguments: argparse.Namespace, on_row: Callable[[int], None] | None 
     for option in reader.options:
         option.check(options)
     check_target(arguments.out, arguments.source, overwrite=arguments.overwrite)  # before anything is read
-    return write_layout(
+    return write_prepared_data(
         reader.read(arguments.source, **options),
         arguments.out,
         reader=reader,
@@ -76,36 +76,36 @@ def prepare(arguments: argparse.Namespace, on_row: Callable[[int], None] | None 
     )
 
 
-def summary(layout: Layout) -> Table:
+def summary(prepared: PreparedData) -> Table:
     """Return a table of rows, images and image-free accuracies by split."""
     table = Table(box=box.SIMPLE_HEAD, title="accuracy without an image, %", title_justify="right")
     headings = ("split", "rows", "images", "chance", "one letter", "option prior", "by rate")
-    for place, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if place == 0 else "right")
-    for name, split in layout.splits.items():
+    for column, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if column == 0 else "right")
+    for name, split in prepared.splits.items():
         priors = split.priors
         shares = (priors.chance, priors.majority_letter, priors.leave_one_out, priors.leave_one_out_by_rate)
         table.add_row(name, str(split.rows), str(split.images), *(f"{100 * share:.1f}" for share in shares))
     return table
 
 
-def counts(layout: Layout) -> str:
+def counts(prepared: PreparedData) -> str:
     """Return how many source rows were written, skipped and left out; the counts add up."""
-    parts = [f"{layout.written:,} written"]
-    parts += [f"{layout.bad:,} skipped"] if layout.bad else []
-    parts += [f"{layout.by_choice:,} left out"] if layout.by_choice else []
-    return f"read:       {layout.read:,} row{'s' * (layout.read > 1)}: {', '.join(parts)}"
+    parts = [f"{prepared.written:,} written"]
+    parts += [f"{prepared.bad:,} skipped"] if prepared.bad else []
+    parts += [f"{prepared.by_choice:,} left out"] if prepared.by_choice else []
+    return f"read:       {prepared.read:,} row{'s' * (prepared.read > 1)}: {', '.join(parts)}"
 
 
-def skips(layout: Layout) -> str:
+def skips(prepared: PreparedData) -> str:
     """Return how many rows were left out, with reasons for the first few; empty without any."""
-    bad = [row for row in layout.skipped if not row.chosen]
+    bad = [row for row in prepared.skipped if not row.chosen]
     lines = [f"- {row.where} ({row.id}): {row.reason}" for row in bad[:REASONS_SHOWN]]
     if bad:
         shown = f", first {len(lines)} shown, all in {MANIFEST}" if len(bad) > len(lines) else ""
         lines.insert(0, f"skipped:    {len(bad)} bad row{'s' * (len(bad) > 1)}{shown}")
     chosen: Counter[str] = Counter()
-    for row in layout.skipped:
+    for row in prepared.skipped:
         if row.chosen:
             chosen[row.reason] += row.rows
     return "\n".join(
@@ -113,11 +113,11 @@ def skips(layout: Layout) -> str:
     )
 
 
-def kept_orders(layout: Layout) -> list[str]:
+def kept_orders(prepared: PreparedData) -> list[str]:
     """Return, by split, how many rows have options that cannot be reordered."""
     return [
         f"order:      {name}: {kept_order_text(split.kept_order, split.rows, split.kept_order_by)}"
-        for name, split in layout.splits.items()
+        for name, split in prepared.splits.items()
         if split.kept_order
     ]
 
@@ -128,11 +128,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parsed = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     console = Console(highlight=False)
     with ending_errors(interrupted="interrupted; nothing was written"), _counter(console) as on_row:
-        layout = prepare(parsed, on_row)
-    console.print(summary(layout))
-    found = [*leakage_lines(layout.leakage), *doubt_lines(layout.leakage)] if layout.leakage else []
+        prepared = prepare(parsed, on_row)
+    console.print(summary(prepared))
+    found = [*leakage_lines(prepared.leakage), *doubt_lines(prepared.leakage)] if prepared.leakage else []
     leaks = [f"leakage:    {line}" for line in found]
-    lines = [counts(layout), skips(layout), *kept_orders(layout), *leaks, f"written:    {layout.folder / MANIFEST}"]
+    lines = [
+        counts(prepared),
+        skips(prepared),
+        *kept_orders(prepared),
+        *leaks,
+        f"written:    {prepared.folder / MANIFEST}",
+    ]
     for text in filter(None, lines):
         console.print(text, markup=False, soft_wrap=True)
 

@@ -6,8 +6,6 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from rich.console import Console
-
 from learner.advantages import AdvantageEstimator, has_learning_signal
 from learner.learner import loss_config
 from rewards.rubric import Rubric
@@ -17,27 +15,25 @@ from rlmed.controller import StepResult, train
 from rlmed.core.config.composing import check_same_run, to_yaml
 from rlmed.core.config.schema import RunConfig
 from rlmed.core.files.atomic import replace_text
-from rlmed.core.protocols import ClusterError
 from rlmed.core.tracing import Tracer
 from rlmed.core.types import SamplingParams
 from rlmed.data.loading import Dataset, load_run_data
 from rlmed.data.stream import PromptStream
 from rlmed.evaluation.preflight import check, inspect
-from rlmed.evaluation.results import EvalSummary, compare, step_folder
-from rlmed.evaluation.run import evaluate
-from rlmed.evaluation.table import summary_table
+from rlmed.evaluation.results import EvalSummary, step_folder
+from rlmed.evaluation.run import Evaluator
 from rlmed.models.loading import check_positions, model_folder
 from rlmed.models.tiny.toy import is_toy
-from rlmed.recording.checkpoint import CheckpointError, list_checkpoints, read_state, save_checkpoint, starting_point
+from rlmed.recording.checkpoint import CheckpointError, read_state, save_checkpoint, starting_point
 from rlmed.recording.progress import Progress
 from rlmed.recording.recorder import CONFIG_FILE, RunRecorder, check_same_data, write_data, write_versions
-from rlmed.report.page import write_report
+from rlmed.report.terminal import show_results
 from rollout.buffer import GroupBuffer
 
 log = logging.getLogger(__name__)
 
 OVERLAPPED = ("rollout", "learn", "push_weights")
-"""Stages of a step during which workers sample if `algo.max_staleness` is above 0."""
+"""Stages of a step during which Ray workers sample if `algo.max_staleness` is above 0."""
 
 
 class Run:
@@ -59,7 +55,7 @@ class Run:
             config.reward.extra,
             timeout_s=config.reward.timeout_s,
             # bound lazily: an invalid reward must be rejected before learner and renderer are loaded
-            likelihood=(lambda questions: self.cluster.learner.logprobs(questions)) if config.debug.learn else None,
+            likelihood=(lambda requests: self.cluster.learner.logprobs(requests)) if config.debug.learn else None,
             split_common_prefix=lambda texts: self.renderer.split_common_prefix(texts),
         )
         self.renderer = make_renderer(config)
@@ -98,6 +94,9 @@ class Run:
             seed=config.seed,
         )
         algo = config.algo
+        self.evaluator = Evaluator.of_run(
+            config, folder, self.data, self.cluster.evaluation_pool, self.renderer, self.progress.answers
+        )
         self.advantages = AdvantageEstimator(algo.advantage, algo.normalize_by)
         self.buffer = GroupBuffer(
             self.cluster.pool,
@@ -189,7 +188,7 @@ class Run:
         metrics = result.metrics | self.stream.observe(scored)
         metrics |= {f"seconds/{name}": value for name, value in seconds.items()}
         # if rollouts overlap learning, the time spent waiting for them does not measure their speed
-        stages = OVERLAPPED if config.algo.max_staleness else ("rollout",)
+        stages = OVERLAPPED if config.cluster.kind == "ray" and config.algo.max_staleness else ("rollout",)
         sampling = sum(seconds.get(name, 0.0) for name in stages)
         metrics["tokens_per_second"] = metrics["completion/tokens"] / max(sampling, 1e-9)
         self.recorder.record_step(step, metrics)
@@ -208,7 +207,7 @@ class Run:
     def _check_agreement(self, step: int, metrics: Mapping[str, float]) -> None:
         limit, mismatch = self.config.rollout.max_mismatch_kl, metrics.get("mismatch_kl", 0.0)
         if limit is not None and not mismatch <= limit:
-            raise ClusterError(
+            raise ValueError(
                 f"step {step}: mismatch_kl={mismatch:.3g} exceeds rollout.max_mismatch_kl={limit:g}: the "
                 f"{self.config.rollout.engine} engine has other weights than the learner, or lower precision. Continue from "
                 "the last checkpoint with resume=auto, or raise the limit"
@@ -233,19 +232,7 @@ class Run:
 
     def _evaluate(self, step: int, *, controls: bool) -> EvalSummary:
         with self.tracer.span("evaluate", step=step):
-            summary = evaluate(
-                self.data.eval_files(self.config.eval.limit),
-                pool=self.cluster.evaluation_pool,
-                renderer=self.renderer,
-                train_examples=self.data.train_examples,
-                max_tokens=self.config.eval.max_tokens,
-                stop=self.config.rollout.stop,
-                controls=controls,
-                folder=self.folder / "evaluations",
-                step=step,
-                model=self.config.model.path,
-                on_progress=self.progress.answers,
-            )
+            summary = self.evaluator.evaluate(step, controls=controls)
         self.recorder.record_evaluation(step, summary.accuracies)
         self.progress.evaluated(summary.accuracies, step)
         return summary
@@ -254,15 +241,4 @@ class Run:
         """Write the report; print the table and the paths."""
         self.tracer.close()
         self.recorder.close()
-        evaluations = self.folder / "evaluations"
-        first, last = step_folder(evaluations, 0), step_folder(evaluations, self.config.steps)
-        before = EvalSummary.read(first) if first.is_dir() and last.is_dir() else None
-        comparison = compare(first, last) if before else None
-        report = write_report(self.folder)
-        console = Console()
-        if last.is_dir():
-            console.print(summary_table(before, EvalSummary.read(last), comparison))
-        console.print(f"report:     {report}", soft_wrap=True, markup=False)
-        if self.config.debug.learn:
-            checkpoint = list_checkpoints(self.folder / "checkpoints")[-1]
-            console.print(f"checkpoint: {checkpoint}", soft_wrap=True, markup=False)
+        show_results(self.folder, self.config.steps, before=step_folder(self.evaluator.folder, 0))

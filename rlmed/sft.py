@@ -11,8 +11,6 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from learner.packing import PackItem
 from learner.supervised import SupervisedLearner, written_item
 from rlmed.cluster.engines import build_local_pool, build_policy, make_renderer, settle_model
@@ -23,20 +21,19 @@ from rlmed.core.files.atomic import replace_text
 from rlmed.core.prefill import remaining
 from rlmed.core.tracing import Tracer
 from rlmed.core.types import Example
-from rlmed.data.curriculum import Curriculum, Place
-from rlmed.data.loading import load_run_data
+from rlmed.data.curriculum import Curriculum, Visit
+from rlmed.data.loading import Dataset, load_run_data
 from rlmed.data.prompts import PromptRenderer
 from rlmed.data.sampler import shuffle_options
 from rlmed.data.stream import SEED_STRIDE
-from rlmed.evaluation.results import EvalSummary, compare
-from rlmed.evaluation.run import evaluate
-from rlmed.evaluation.table import summary_table
+from rlmed.evaluation.results import step_folder
+from rlmed.evaluation.run import Evaluator
 from rlmed.models.loading import check_positions, model_folder
 from rlmed.models.tiny.toy import is_toy
-from rlmed.recording.checkpoint import CheckpointError, list_checkpoints, read_state, save_checkpoint, starting_point
+from rlmed.recording.checkpoint import CheckpointError, read_state, save_checkpoint, starting_point
 from rlmed.recording.progress import Progress
 from rlmed.recording.recorder import CONFIG_FILE, RunRecorder, check_same_data, write_data, write_versions
-from rlmed.report.page import write_report
+from rlmed.report.terminal import show_results
 
 log = logging.getLogger(__name__)
 
@@ -81,12 +78,12 @@ class Batches:
     def batch(self, step: int) -> list[PackItem]:
         """Return the batch of `step` (from 0)."""
         size = self._config.batch_size
-        return [self._item(self._curriculum.place(index)) for index in range(step * size, (step + 1) * size)]
+        return [self._item(self._curriculum.visit(index)) for index in range(step * size, (step + 1) * size)]
 
-    def _item(self, place: Place) -> PackItem:
-        example = self._examples[place.example]
+    def _item(self, visit: Visit) -> PackItem:
+        example = self._examples[visit.example]
         if self._shuffle and not self._written(example):
-            example = shuffle_options(example, self._seed * SEED_STRIDE + place.epoch)
+            example = shuffle_options(example, self._seed * SEED_STRIDE + visit.epoch)
         prompt = self._renderer.render(example)
         written = remaining(prompt.prefill, target_text(example, self._config.target))
         return written_item(prompt, self._renderer.completion_ids(written))
@@ -103,16 +100,11 @@ def main(config: RunConfig, folder: Path) -> None:
     batches = Batches(data.train_examples, renderer, config)
     learner = SupervisedLearner(policy, config.learner, total_steps=batches.steps)
     recorder, tracer, progress = RunRecorder(folder), Tracer(folder / "timeline.jsonl"), Progress()
+    pool = build_local_pool(config, policy, renderer)
+    evaluator = Evaluator.of_run(config, folder, data, pool, renderer, progress.answers)
     done = 0
     if checkpoint:
-        saved = read_state(checkpoint)
-        if "step" not in saved:
-            raise CheckpointError(f"{checkpoint} was written by rlmed.launch: resume it with that command")
-        check_same_run(folder / CONFIG_FILE, config, unused=("steps", "algo", "reward", "rollout"))
-        check_same_data(folder, data.files)
-        done = int(saved["step"])
-        recorder.truncate(saved["offsets"])
-        learner.load(checkpoint)
+        done = _restore(checkpoint, config, folder, data, learner, recorder)
         progress.message(f"resuming after step {done} of {batches.steps} from {checkpoint}")
     else:
         recorder.truncate({})
@@ -122,30 +114,17 @@ def main(config: RunConfig, folder: Path) -> None:
 
     def measure(step: int) -> None:
         with tracer.span("evaluate", step=step):
-            summary = evaluate(
-                data.eval_files(config.eval.limit),
-                pool=build_local_pool(config, policy, renderer),
-                renderer=renderer,
-                train_examples=data.train_examples,
-                max_tokens=config.eval.max_tokens,
-                stop=config.rollout.stop,
-                controls=config.eval.controls,
-                folder=folder / "evaluations",
-                step=step,
-                model=config.model.path,
-                on_progress=progress.answers,
-            )
+            summary = evaluator.evaluate(step, controls=config.eval.controls)
         progress.evaluated(summary.accuracies, step)
 
     def write_model(target: Path) -> None:
         learner.save(target)
         renderer.save(target)
 
-    evaluated = bool(data.evals)
     with progress:
-        if not evaluated:
+        if not data.evals:
             progress.message("data.eval is empty: skipping evaluation")
-        if evaluated and config.eval.at_start and done == 0:
+        if data.evals and config.eval.at_start and done == 0:
             measure(0)
         progress.start(batches.steps, done)
         for step in range(done + 1, batches.steps + 1):
@@ -157,24 +136,30 @@ def main(config: RunConfig, folder: Path) -> None:
             if (config.checkpoint.every and step % config.checkpoint.every == 0) or step == batches.steps:
                 state = {"step": step, "offsets": recorder.offsets()}
                 save_checkpoint(folder / "checkpoints", step, state, write_model, keep_last=config.checkpoint.keep_last)
-        if evaluated and config.eval.at_end:
+        if data.evals and config.eval.at_end:
             measure(batches.steps)
     recorder.close()
     tracer.close()
-    _show(folder, batches.steps)
+    show_results(folder, batches.steps, before=step_folder(evaluator.folder, 0))
 
 
-def _show(folder: Path, steps: int) -> None:
-    """Write the report; print the table and the paths."""
-    first, last = (folder / "evaluations" / f"step-{step:06d}" for step in (0, steps))
-    before = EvalSummary.read(first) if first.is_dir() and last.is_dir() else None
-    comparison = compare(first, last) if before else None
-    report = write_report(folder)
-    console = Console()
-    if last.is_dir():
-        console.print(summary_table(before, EvalSummary.read(last), comparison))
-    console.print(f"report:     {report}", soft_wrap=True, markup=False)
-    console.print(f"checkpoint: {list_checkpoints(folder / 'checkpoints')[-1]}", soft_wrap=True, markup=False)
+def _restore(
+    checkpoint: Path,
+    config: RunConfig,
+    folder: Path,
+    data: Dataset,
+    learner: SupervisedLearner,
+    recorder: RunRecorder,
+) -> int:
+    """Restore the state of a checkpoint and return the number of steps done."""
+    saved = read_state(checkpoint)
+    if "step" not in saved:
+        raise CheckpointError(f"{checkpoint} was written by rlmed.launch: resume it with that command")
+    check_same_run(folder / CONFIG_FILE, config, unused=("steps", "algo", "reward", "rollout"))
+    check_same_data(folder, data.files)
+    recorder.truncate(saved["offsets"])
+    learner.load(checkpoint)
+    return int(saved["step"])
 
 
 if __name__ == "__main__":

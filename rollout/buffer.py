@@ -1,4 +1,4 @@
-"""Track prompts in flight and choose the next group to consume."""
+"""Admit prompts, score their groups, and choose which groups a step trains on."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class GroupBuffer:
 
     @property
     def on_policy(self) -> bool:
-        """True when every group trains the weights that sampled it."""
+        """True when every group is trained on by the weights that sampled it."""
         return self._max_staleness == 0
 
     @property
@@ -77,7 +77,7 @@ class GroupBuffer:
         self._cursor, self._interrupted = cursor, list(pending)
 
     def next_batch(self, step: int, *, steps: int, version: int) -> tuple[list[ScoredGroup], list[ScoredGroup]]:
-        """Wait for the groups of a step.
+        """Admit prompts, wait for their groups, score them, and return those of a step.
 
         Args:
             step: the step that will train on them, counted from 1.

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
-
-from torch import Tensor
+from typing import Protocol
 
 from rlmed.core.types import RolloutGroup, RolloutRequest
+from rlmed.models.weights import Buckets
 
 
 class Engine(Protocol):
@@ -18,7 +16,7 @@ class Engine(Protocol):
     generated_tokens: int
     """Completion tokens sampled so far."""
     devices: tuple[str, ...]
-    """See `rlmed.core.weights.EngineHandle.devices`; if not empty, the engine is a `DirectEngine`."""
+    """See `rlmed.core.weights.EngineHandle.devices`; if not empty, it has the methods of `rlmed.core.weights.STAGES`."""
 
     @property
     def busy(self) -> bool:
@@ -42,56 +40,18 @@ class Engine(Protocol):
         ...
 
     def sleep(self) -> None:
-        """Release memory until `begin_update`; the caller makes no `step` in between."""
+        """Release memory until the next weights; the caller makes no `step` in between."""
         ...
 
-    def begin_update(self, expected: Mapping[str, tuple[int, ...]] | None = None) -> None:
-        """Prepare for new weights; nothing is sampled until `finish_update`.
+    def update_weights(self, version: int, buckets: Buckets = ()) -> None:
+        """Sample from policy version `version` from now on, and drop caches of older weights.
 
         Args:
-            expected: names and shapes of all tensors to come, if known.
+            version: label of the tokens sampled from now on.
+            buckets: all weights, named as in the learner's `named_parameters()`; none if the engine shares the
+                learner's parameters.
 
         Raises:
-            WeightError: if they differ from the engine's; it keeps its old weights.
-        """
-        ...
-
-    def load_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Load some of the new weights: names as in the learner's `named_parameters()`, CPU tensors that must be copied.
-
-        Raises:
-            WeightError: for an unknown name or another shape.
-        """
-        ...
-
-    def finish_update(self, version: int) -> None:
-        """Complete the update: drop caches of the old weights and label tokens sampled from now on with `version`."""
-        ...
-
-
-class DirectEngine(Engine, Protocol):
-    """Engine that accepts direct sends: `begin_update`, `receive` as often as needed, `finish_update`."""
-
-    def connect(self, transport: str, info: Mapping[str, Any]) -> None:
-        """Connect to the learner.
-
-        Args:
-            transport: "nccl" or "ipc".
-            info: transport-specific, from the learner's side.
-
-        Raises:
-            ValueError: if the transport does not support this connection.
-            RuntimeError: if connecting fails.
-        """
-        ...
-
-    def receive(self, info: Mapping[str, Any]) -> None:
-        """Receive some of the new weights while the learner sends them.
-
-        Args:
-            info: transport-specific, with "names" and "shapes".
-
-        Raises:
-            WeightError: for an unknown name or another shape; none of them was loaded.
+            WeightError: for weights of another model, or only some of this one's; none of them is sampled from.
         """
         ...

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 
 import numpy as np
-from torch import Tensor
 
 from rlmed.core.types import LETTERS, Completion, IntArray, RolloutGroup, RolloutRequest
+from rlmed.models.weights import Buckets
 
 LOGPROB = -1.0
 """Log-probability of every token; metrics that compare it with the learner's are meaningless."""
@@ -56,13 +56,7 @@ class FakeEngine:
     def sleep(self) -> None:
         """No-op."""
 
-    def begin_update(self, expected: Mapping[str, tuple[int, ...]] | None = None) -> None:
-        """No-op."""
-
-    def load_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """No-op."""
-
-    def finish_update(self, version: int) -> None:
+    def update_weights(self, version: int, buckets: Buckets = ()) -> None:
         """Set the policy version."""
         self.policy_version = version
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
 
 from rlmed.core.types import RolloutGroup, RolloutRequest
+from rlmed.core.weights import WeightUpdate
 from rollout.engine import Engine
 
 
@@ -44,13 +44,13 @@ class LocalPool:
     def sleep(self) -> None:
         """No-op: the engine holds no memory of its own."""
 
-    def update_weights(self, version: int, weights: Any = None) -> None:
+    def update_weights(self, version: int, weights: WeightUpdate | None = None) -> None:
         """Set the policy version; the engine reads the learner's parameters."""
         if weights is not None:
             raise ValueError("the local pool shares the learner's parameters and takes no others")
         while self._on_push == "finish" and self.engine.busy:
             self._finished.extend(self.engine.step())
-        self.engine.finish_update(version)
+        self.engine.update_weights(version)
 
     def metrics(self) -> dict[str, float]:
         """Return no metrics: there are no workers."""

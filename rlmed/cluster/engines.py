@@ -28,7 +28,7 @@ from rollout.native.engine import NativeEngine
 from rollout.native.scheduler import EngineLimits
 
 if TYPE_CHECKING:
-    from transformers import BaseImageProcessor, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, Qwen2VLImageProcessorPil
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def _settled_dtype(model: ModelConfig, earlier: str | None) -> str:
     return "float32"
 
 
-def open_model(folder: Path) -> tuple[PreTrainedTokenizerBase, BaseImageProcessor | None]:
+def open_model(folder: Path) -> tuple[PreTrainedTokenizerBase, Qwen2VLImageProcessorPil | None]:
     """Load a model's tokenizer and image processor, checking that its files agree; doubts are logged.
 
     Raises:
@@ -200,7 +200,10 @@ def _build_vllm(config: RunConfig) -> Engine:
 
 def build_sender(learner: PolicyLearner, *, limit_s: float) -> WeightSender:
     """Build the sender of weights from learner rank 0 to vLLM engines, GPU to GPU; `limit_s` bounds each call."""
-    from rollout.vllm_backend.sender import WeightTransferSender
+    from rollout.vllm_backend.environment import import_vllm
+
+    import_vllm()  # prepares the process, before the next import
+    from rollout.vllm_backend.weight_transfer import WeightTransferSender
 
     policy = learner.policy
     shapes = {name: (parameter.dtype, tuple(parameter.shape)) for name, parameter in policy.model.named_parameters()}

@@ -149,7 +149,9 @@ def place_actors(config: RunConfig, resources: ExitStack) -> tuple[list[dict[str
     asked = (cluster.gpus_per_rank, cluster.gpus_per_worker)
     gpus = [default if value is None else value for default, value in zip(own, asked, strict=True)]
     custom = (dict(cluster.learner_resources), dict(cluster.worker_resources))
-    options = [{"num_gpus": count, "resources": names} for count, names in zip(gpus, custom, strict=True)]
+    options: list[dict[str, Any]] = [
+        {"num_gpus": count, "resources": names} for count, names in zip(gpus, custom, strict=True)
+    ]
     ranks, workers = cluster.learner_ranks if config.debug.learn else 0, cluster.rollout_workers
     if not any(gpus) and not any(custom):  # nothing scarce to reserve
         return [options[0]] * ranks, [options[1]] * workers
@@ -176,5 +178,5 @@ def place_actors(config: RunConfig, resources: ExitStack) -> tuple[list[dict[str
 def on_gpus(config: RunConfig) -> bool:
     """Return True if the actors use GPUs; on a cluster, this process itself may have none."""
     if config.model.device == "auto":
-        return ray.cluster_resources().get("GPU", 0) > 0
+        return bool(ray.cluster_resources().get("GPU", 0) > 0)
     return config.model.device != "cpu"

@@ -6,10 +6,10 @@ import dataclasses
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rlmed.core.protocols import RolloutPool
 from rlmed.core.types import FloatArray, IntArray, Prompt, RolloutGroup, RolloutRequest, TrainGroup
+from rlmed.core.weights import WeightUpdate
 from rlmed.recording.batches import count_groups, list_batches, read_batch
 
 
@@ -22,7 +22,7 @@ class NoLearner:
         """No-op; return no metrics."""
         return {}
 
-    def logprobs(self, questions: Sequence[tuple[Prompt, Sequence[IntArray]]]) -> list[list[FloatArray]]:
+    def logprobs(self, requests: Sequence[tuple[Prompt, Sequence[IntArray]]]) -> list[list[FloatArray]]:
         """Raise ValueError: no learner can score completions."""
         raise ValueError(
             "debug.learn=false leaves no learner to score completions: remove the rewards that need log-probabilities from "
@@ -55,8 +55,8 @@ class ReplayPool:
         Raises:
             ValueError: if there are no recorded groups.
         """
-        self._places = [(path, i) for path in list_batches(folder) for i in range(count_groups(path))]
-        if not self._places:
+        self._stored = [(path, i) for path in list_batches(folder) for i in range(count_groups(path))]
+        if not self._stored:
             raise ValueError(f"the batches in {folder} contain no groups: none had reward variance")
         self._workers = workers
         self._loaded: tuple[Path, list[TrainGroup]] | None = None
@@ -80,7 +80,7 @@ class ReplayPool:
         if not self._waiting:
             raise RuntimeError("collect() was called with no request in flight")
         index = self._waiting.popleft().index
-        group = self._read(*self._places[index % len(self._places)])
+        group = self._read(*self._stored[index % len(self._stored)])
         completions = (
             dataclasses.replace(entry, min_version=self._version, max_version=self._version)
             for entry in group.completions
@@ -92,7 +92,7 @@ class ReplayPool:
         if self._workers is not None:
             self._workers.sleep()
 
-    def update_weights(self, version: int, weights: Any = None) -> None:
+    def update_weights(self, version: int, weights: WeightUpdate | None = None) -> None:
         """Set the version; pass the weights on to the evaluating pool."""
         self._version = version
         if self._workers is not None:
@@ -108,7 +108,7 @@ class ReplayPool:
         if self._workers is not None:
             self._workers.close()
 
-    def _read(self, path: Path, place: int) -> RolloutGroup:
+    def _read(self, path: Path, index: int) -> RolloutGroup:
         if self._loaded is None or self._loaded[0] != path:
             self._loaded = (path, read_batch(path)[0])
-        return self._loaded[1][place].rollout
+        return self._loaded[1][index].rollout

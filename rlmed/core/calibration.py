@@ -91,31 +91,31 @@ class ReliabilityBin:
     """The questions whose confidence lies in (low, high]; the first bin holds 0 too.
 
     Example:
-        ReliabilityBin(low=0.8, high=0.867, count=24, right=15, confidence=0.841)
+        ReliabilityBin(low=0.8, high=0.867, count=24, correct=15, confidence=0.841)
     """
 
     low: float
     high: float
     count: int
-    right: int
+    correct: int
     confidence: float
     """Mean of the questions' confidences."""
 
 
-def calibration_error(confidence: Float64Array, right: BoolArray, bins: int = BINS) -> float:
+def calibration_error(confidence: Float64Array, correct: BoolArray, bins: int = BINS) -> float:
     """Return the expected calibration error: |accuracy - confidence| of bins, averaged over rows (Guo et al. 2017).
 
     Args:
         confidence: float [N], probability of the chosen answer.
-        right: bool [N], whether it was right.
+        correct: bool [N], whether it was right.
         bins: number of bins of equal width.
 
     Raises:
         ValueError: for no rows, unequal lengths, or confidences outside [0, 1].
     """
-    _check(confidence, right)
-    gap = np.bincount(_bin_of(confidence, bins), weights=confidence - right, minlength=bins)
-    return float(np.abs(gap).sum() / len(right))
+    _check(confidence, correct)
+    gap = np.bincount(_bin_of(confidence, bins), weights=confidence - correct, minlength=bins)
+    return float(np.abs(gap).sum() / len(correct))
 
 
 def calibrated_error_bound(
@@ -127,17 +127,17 @@ def calibrated_error_bound(
     Each answer is drawn right with its confidence (consistency resampling, Bröcker and Smith 2007).
     """
     draws = np.random.default_rng(seed).random((resamples, len(confidence))) < confidence
-    return float(np.percentile([calibration_error(confidence, right, bins) for right in draws], 95))
+    return float(np.percentile([calibration_error(confidence, correct, bins) for correct in draws], 95))
 
 
-def reliability_bins(confidence: Float64Array, right: BoolArray, bins: int = BINS) -> tuple[ReliabilityBin, ...]:
+def reliability_bins(confidence: Float64Array, correct: BoolArray, bins: int = BINS) -> tuple[ReliabilityBin, ...]:
     """Return the non-empty bins, from low to high; arguments and errors as in `calibration_error`."""
-    _check(confidence, right)
+    _check(confidence, correct)
     index, edges = _bin_of(confidence, bins), np.linspace(0, 1, bins + 1)
     found = []
     for i in np.unique(index):
         inside = index == i
-        hits, mean = int(right[inside].sum()), float(confidence[inside].mean())
+        hits, mean = int(correct[inside].sum()), float(confidence[inside].mean())
         found.append(ReliabilityBin(float(edges[i]), float(edges[i + 1]), int(inside.sum()), hits, mean))
     return tuple(found)
 
@@ -149,7 +149,7 @@ def brier_score(probabilities: Float64Array, answer: int) -> float:
     return float(np.square(probabilities - truth).sum())
 
 
-def pass_at_k(samples: int, right: int, k: int) -> float:
+def pass_at_k(samples: int, correct: int, k: int) -> float:
     """Return the unbiased pass@k estimate, 1 - C(n-c, k) / C(n, k) (Chen et al. 2021, arXiv 2107.03374).
 
     Example:
@@ -157,23 +157,23 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
         0.7857142857142857
 
     Raises:
-        ValueError: unless 1 <= k <= samples and 0 <= right <= samples.
+        ValueError: unless 1 <= k <= samples and 0 <= correct <= samples.
     """
-    if not 1 <= k <= samples or not 0 <= right <= samples:
+    if not 1 <= k <= samples or not 0 <= correct <= samples:
         raise ValueError(
-            f"pass@{k} is undefined for {right} right of {samples}: k must lie between 1 and the number of samples"
+            f"pass@{k} is undefined for {correct} right of {samples}: k must lie between 1 and the number of samples"
         )
-    return 1 - comb(samples - right, k) / comb(samples, k)
+    return 1 - comb(samples - correct, k) / comb(samples, k)
 
 
 def _bin_of(confidence: Float64Array, bins: int) -> npt.NDArray[np.intp]:
     return np.maximum(np.digitize(confidence, np.linspace(0, 1, bins + 1), right=True) - 1, 0)
 
 
-def _check(confidence: Float64Array, right: BoolArray) -> None:
-    if confidence.shape != right.shape or confidence.ndim != 1 or not len(right):
+def _check(confidence: Float64Array, correct: BoolArray) -> None:
+    if confidence.shape != correct.shape or confidence.ndim != 1 or not len(correct):
         raise ValueError(
-            f"confidences of shape {confidence.shape} and answers of shape {right.shape} must be flat, non-empty and of "
+            f"confidences of shape {confidence.shape} and answers of shape {correct.shape} must be flat, non-empty and of "
             "equal length"
         )
     if not np.all((confidence >= 0) & (confidence <= 1)):

@@ -81,10 +81,10 @@ def _take_processors_template(folder: Path, tokenizer: PreTrainedTokenizerBase) 
             return
 
 
-def template_place(tokenizer: PreTrainedTokenizerBase) -> str:
+def template_source(tokenizer: PreTrainedTokenizerBase) -> str:
     """Name the chat template and the files that may hold it, for error messages."""
-    places = f"{TEMPLATE_FILE}, {OLD_TEMPLATE_FILE} or tokenizer_config.json"
-    return f"the chat template of model {tokenizer.name_or_path!r} ({places})"
+    files = f"{TEMPLATE_FILE}, {OLD_TEMPLATE_FILE} or tokenizer_config.json"
+    return f"the chat template of model {tokenizer.name_or_path!r} ({files})"
 
 
 def render_chat(
@@ -97,7 +97,7 @@ def render_chat(
     """
     parts = ", a list of image and text" if isinstance(messages[0]["content"], list) else ""
     with foreign(
-        f"{template_place(tokenizer)} cannot be rendered",
+        f"{template_source(tokenizer)} cannot be rendered",
         f"Correct it, or copy the one of the model that this one was trained from; it receives one user turn{parts}",
     ):
         return str(
@@ -107,8 +107,8 @@ def render_chat(
 
 def template_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """Return the added tokens, text to id, that a template may mark turns with; completion tags are excluded."""
-    added = {token.content: place for place, token in tokenizer.added_tokens_decoder.items()}
-    return {text: place for text, place in added.items() if text.strip() and text not in TAGS}
+    added = {token.content: token_id for token_id, token in tokenizer.added_tokens_decoder.items()}
+    return {text: token_id for text, token_id in added.items() if text.strip() and text not in TAGS}
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> str | None:

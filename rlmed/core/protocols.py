@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from rlmed.core.types import FloatArray, IntArray, Prompt, RolloutGroup, RolloutRequest, TrainGroup
+from rlmed.core.weights import WeightUpdate
 
 LOST = 3
 """Exit status when a process of the run was lost: run the same command with resume=auto to continue."""
 
 
 class ClusterError(RuntimeError):
-    """A process of the run is lost or silent and cannot be replaced; the message names it, the cause and what to do."""
+    """A process of the run is lost, silent or out of step, and cannot be replaced; the message says which and what to do."""
 
 
 class RolloutPool(Protocol):
@@ -48,13 +49,12 @@ class RolloutPool(Protocol):
         """Release GPU memory for the learner until the next `update_weights`."""
         ...
 
-    def update_weights(self, version: int, weights: Any = None) -> None:
-        """Sample from policy version `version` from now on.
+    def update_weights(self, version: int, weights: WeightUpdate | None = None) -> None:
+        """Give every ready worker the weights of policy version `version`, and return when they have them.
 
         Args:
             version: policy version of the weights.
-            weights: how remote engines get the weights, as the learner published them; None if pool and learner share
-                parameters.
+            weights: how engines in other processes get the weights; None if pool and learner share parameters.
         """
         ...
 
@@ -79,11 +79,11 @@ class Learner(Protocol):
         """Train on one batch of groups and return the step's metrics by name."""
         ...
 
-    def logprobs(self, questions: Sequence[tuple[Prompt, Sequence[IntArray]]]) -> list[list[FloatArray]]:
+    def logprobs(self, requests: Sequence[tuple[Prompt, Sequence[IntArray]]]) -> list[list[FloatArray]]:
         """Return the policy's log-probabilities of completions, which it need not have sampled.
 
         Args:
-            questions: prompts, each with its completions, int64 [T].
+            requests: prompts, each with its completions, int64 [T].
 
         Returns:
             Per prompt and completion: float32 [T], log-probabilities at temperature 1.
@@ -91,7 +91,7 @@ class Learner(Protocol):
         ...
 
     def push_weights(self, pool: RolloutPool) -> None:
-        """Send the current weights and their version to the pool."""
+        """Send the current weights and their version to the pool; return when every ready worker has them."""
         ...
 
     def save(self, folder: Path) -> None:

@@ -19,10 +19,10 @@ from rlmed.core.types import Example
 BoolArray = npt.NDArray[np.bool_]
 
 
-def wilson_interval(right: int, n: int, level: float = 0.95) -> tuple[float, float]:
+def wilson_interval(correct: int, n: int, level: float = 0.95) -> tuple[float, float]:
     """Return the score interval of a proportion (Wilson 1927), which unlike the normal one holds near 0 and 1.
 
-    With p = right / n and z the normal quantile of (1 + level) / 2, the bounds are
+    With p = correct / n and z the normal quantile of (1 + level) / 2, the bounds are
     (p + z²/2n ± z·sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n).
 
     Example:
@@ -32,18 +32,18 @@ def wilson_interval(right: int, n: int, level: float = 0.95) -> tuple[float, flo
     Raises:
         ValueError: without rows, for more right answers than rows, or for a level outside (0, 1).
     """
-    if n < 1 or not 0 <= right <= n:
-        raise ValueError(f"right={right} of n={n} has no interval: expected 0 <= right <= n and n >= 1")
+    if n < 1 or not 0 <= correct <= n:
+        raise ValueError(f"correct={correct} of n={n} has no interval: expected 0 <= correct <= n and n >= 1")
     if not 0 < level < 1:
         raise ValueError(f"level={level} must lie between 0 and 1, for example 0.95")
     z = NormalDist().inv_cdf((1 + level) / 2)
-    share = right / n
+    share = correct / n
     centre = share + z * z / (2 * n)
     reach = z * sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    # at 0 and n right the bound is exact; avoid the rounding error
-    low = 0.0 if right == 0 else (centre - reach) / scale
-    high = 1.0 if right == n else (centre + reach) / scale
+    # at 0 and n right answers the bound is exact; avoid the rounding error
+    low = 0.0 if correct == 0 else (centre - reach) / scale
+    high = 1.0 if correct == n else (centre + reach) / scale
     return low, high
 
 
@@ -100,7 +100,7 @@ class ImageFreePrior:
         1.0
     """
 
-    right: Counter[str]
+    correct: Counter[str]
     """How often each option text (stripped, lower-cased) was the right answer."""
     shown: Counter[str]
     """How often each option text occurred among the options."""
@@ -108,22 +108,22 @@ class ImageFreePrior:
     @classmethod
     def fit(cls, examples: Sequence[Example]) -> ImageFreePrior:
         """Count the option texts of `examples`."""
-        right = Counter(_text(example.options[example.answer]) for example in examples)
+        correct = Counter(_text(example.options[example.answer]) for example in examples)
         shown = Counter(_text(option) for example in examples for option in example.options)
-        return cls(right, shown)
+        return cls(correct, shown)
 
     def accuracy(self, examples: Sequence[Example], *, by_rate: bool = False) -> float:
         """Return the expected accuracy of picking the best-scored option, ties broken at random.
 
         Args:
             examples: the rows to answer.
-            by_rate: score by right / shown instead of the count of right. An option unseen in fitting then scores
+            by_rate: score by correct / shown instead of the count of correct. An option unseen in fitting then scores
                 1 / options: no evidence either way.
 
         Raises:
             ValueError: without examples.
         """
-        return _mean([self._expected(example, self.right, self.shown, by_rate) for example in examples])
+        return _mean([self._expected(example, self.correct, self.shown, by_rate) for example in examples])
 
     def leave_one_out(self, examples: Sequence[Example], *, by_rate: bool = False) -> float:
         """Return the accuracy on the fitted rows, each scored by the counts of the others."""
@@ -133,14 +133,14 @@ class ImageFreePrior:
         """Return the counts of this example's options, excluding this example."""
         texts = [_text(option) for option in example.options]
         here = Counter(texts)
-        right = {text: self.right[text] - (text == texts[example.answer]) for text in texts}
-        return right, {text: self.shown[text] - here[text] for text in texts}
+        correct = {text: self.correct[text] - (text == texts[example.answer]) for text in texts}
+        return correct, {text: self.shown[text] - here[text] for text in texts}
 
     @staticmethod
-    def _expected(example: Example, right: dict[str, int], shown: dict[str, int], by_rate: bool) -> float:
+    def _expected(example: Example, correct: dict[str, int], shown: dict[str, int], by_rate: bool) -> float:
         """Return the probability of picking the right option."""
         texts = [_text(option) for option in example.options]
-        scores: list[float] = [right.get(text, 0) for text in texts]
+        scores: list[float] = [correct.get(text, 0) for text in texts]
         if by_rate:
             unmet = 1 / len(texts)
             scores = [

@@ -71,7 +71,7 @@ class Prompt:
     image_inputs: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     """Image tensors keyed by the model's forward arguments; empty for text-only prompts."""
     prefill: str = ""
-    """Beginning of the completion that the chat template has written at the end of `text`, for example "<think>\\n"."""
+    """Beginning of the completion that the chat template has written at the end of `text`, for example `<think>\\n`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,9 @@ class RolloutRequest:
     """A request to the pool for `group_size` completions of one prompt.
 
     Example:
-        RolloutRequest(index=12, prompt=prompt, group_size=8, sampling=SamplingParams(seed=12))
+        >>> prompt = Prompt(Example("mri-7", None, "Which?", ("head", "knee"), 1), "Which?", np.arange(49))
+        >>> RolloutRequest(index=12, prompt=prompt, group_size=8, sampling=SamplingParams(seed=12)).prompt.example.letter
+        'B'
     """
 
     index: int
@@ -126,8 +128,8 @@ class Completion:
     """One sampled continuation of a prompt.
 
     Example:
-        token_ids [31] int64, rollout_logprobs [31] float32, text "<think>…</think><answer>B</answer>", finish_reason
-        "stop".
+        >>> Completion(np.array([7, 2]), np.array([-0.5, -0.1], np.float32), "<answer>B</answer>", "stop").max_version
+        0
     """
 
     token_ids: IntArray
@@ -166,7 +168,8 @@ class ScoredGroup:
     """A group with its rewards.
 
     Example:
-        rewards [2.0, 0.0, 1.0, 2.0] with parts {"format": [1, 0, 1, 1], "choice": [1, 0, 0, 1]}.
+        Four completions have rewards [2.0, 0.0, 1.0, 2.0] and parts
+        {"format": [1, 0, 1, 1], "choice": [1, 0, 0, 1]}.
     """
 
     rollout: RolloutGroup
@@ -181,7 +184,7 @@ class TrainGroup:
     """A scored group with the advantage of each completion: the learner's input.
 
     Example:
-        rewards [2, 0, 1, 2] give GRPO advantages [0.78, -1.31, -0.26, 0.78].
+        The rewards [2, 0, 1, 2] give GRPO's advantages [0.78, -1.31, -0.26, 0.78].
     """
 
     scored: ScoredGroup

@@ -1,17 +1,25 @@
-"""Weight transfer from learner to engines: interfaces, and the byte buckets of the object store."""
+"""Weight sync: a learner's `push_weights` gives a pool new weights, `update_weights` makes an engine sample from them.
+
+| transport | who sends what | file |
+| --- | --- | --- |
+| none | one process: the engine reads the learner's parameters | |
+| `object_store` | rank 0 puts buckets into Ray's object store, each worker fetches them | `rlmed.models.weights` |
+| `ipc`, `nccl` | rank 0 sends to all engines at once, from GPU to GPU | `rollout.vllm_backend.weight_transfer` |
+
+`learner.weight_push` chooses one for each push; `rollout.pool.pushes` delivers.
+"""
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
+OBJECT_STORE, IPC, NCCL = "object_store", "ipc", "nccl"
 
-ByteArray = npt.NDArray[np.uint8]
+STAGES = {"connect": False, "begin_update": True, "receive": True, "finish_update": False}
+"""Methods of an engine that rank 0 calls to send directly; True: the engine makes no step until the next call."""
 
 
 class WeightError(RuntimeError):
@@ -28,11 +36,10 @@ class TransferError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class PushReport:
-    """Cost of a weight update."""
+    """Cost of a weight update for one engine."""
 
-    bytes: int
     fetch_s: float
-    """Seconds until all bytes had arrived; the engine keeps sampling meanwhile."""
+    """Seconds until all weights had arrived; the engine keeps sampling meanwhile."""
     apply_s: float
     """Seconds between two engine steps: waiting for the engine, checking, copying, dropping caches."""
 
@@ -42,139 +49,52 @@ class EngineHandle:
     """What the learner knows of an engine."""
 
     name: str
-    """Name used in messages."""
+    """For messages."""
     address: Any
     """How another process reaches it; equal only for the same process."""
     devices: tuple[str, ...]
     """UUIDs of its GPUs; empty on a CPU, or if direct transfer is impossible."""
 
 
-class Peer(Protocol):
-    """An engine in another process, as seen by learner rank 0; see `rollout.engine.DirectEngine`. No method blocks."""
+@dataclass(frozen=True, slots=True)
+class StoredWeights:
+    """Weights in a store that workers fetch from."""
 
-    name: str
-    """For messages."""
-    devices: tuple[str, ...]
-    """See `EngineHandle.devices`."""
+    version: int
+    """Policy version when they were stored: newer than that of the push if the learner has made another step since."""
+    buckets: list[Any]
+    """The store's reference to each bucket."""
 
-    def connect(self, transport: str, info: Mapping[str, Any]) -> Future[None]:
-        """Connect to the learner."""
-        ...
 
-    def begin_update(self) -> Future[None]:
-        """Prepare to receive weights."""
-        ...
+@dataclass(frozen=True, slots=True)
+class WeightUpdate:
+    """New weights that a learner offers to a pool; neither call blocks."""
 
-    def receive(self, info: Mapping[str, Any]) -> Future[None]:
-        """Receive some of the weights."""
-        ...
+    stored: Callable[[], Any]
+    """Return what workers fetch the weights by: `StoredWeights`, or a handle that resolves to it at the worker."""
+    send: Callable[[Sequence[EngineHandle]], Future[PushReport] | None] = lambda engines: None
+    """Send the weights directly to all these engines at once; None if the engines have to fetch them.
 
-    def finish_update(self, version: int) -> Future[None]:
-        """Apply the received weights as `version`."""
-        ...
+    The future's `NotConnectedError` means that they have to fetch after all, `TransferError` that they are lost.
+    """
+
+
+CallEngine = Callable[..., Future[None]]
+"""Start a stage of a direct push at an engine: takes its `EngineHandle`, one of `STAGES` and the stage's arguments."""
 
 
 class WeightSender(Protocol):
-    """Send weights directly from learner rank 0 to engines."""
+    """Sends weights directly from learner rank 0 to engines; an error names the engine and the cause."""
 
-    def connect(self, transport: str, peers: Sequence[Peer], host: str) -> None:
-        """Connect to these engines, replacing earlier connections.
-
-        Args:
-            transport: "nccl" or "ipc".
-            peers: the engines.
-            host: address of this machine.
-
-        Raises:
-            NotConnectedError: naming the engine and the cause.
-        """
+    def connect(self, transport: str, engines: Sequence[EngineHandle], call: CallEngine, host: str) -> None:
+        """Connect, from the address `host`, in place of earlier connections; may raise NotConnectedError."""
         ...
 
-    def send(self, version: int) -> int:
-        """Send the current weights to all engines as `version`; return the bytes. Other ranks gather meanwhile.
-
-        Raises:
-            TransferError: naming the engine and the cause; the connection is gone.
-        """
+    def send(self, version: int) -> None:
+        """Send the current weights as `version`, while the other ranks gather; may raise TransferError: reconnect then."""
         ...
 
 
-class WeightUpdate(Protocol):
-    """New weights that a learner offers to a pool; no method blocks."""
-
-    def send(self, recipients: Sequence[EngineHandle]) -> Future[PushReport] | None:
-        """Send directly to all these engines at once; None if they have to fetch the weights.
-
-        The future fails with `NotConnectedError` if they have to fetch the weights after all, and with `TransferError`
-        if the engines are no longer usable.
-        """
-        ...
-
-    def stored(self) -> Any:
-        """Return what workers fetch weights by: `StoredWeights`, or a handle that resolves to it at the worker."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class StoredWeights:
-    """Weights in a store that workers fetch from; itself a `WeightUpdate`."""
-
-    version: int
-    buckets: list[Any]
-    """The store's reference to each bucket, kept while a worker may need these weights."""
-    bytes: int
-    gather_s: float
-    """Seconds to gather and copy the parameters and put them into the store."""
-
-    def send(self, recipients: Sequence[EngineHandle]) -> Future[PushReport] | None:
-        """Return None: workers fetch from the store (see `WeightUpdate.send`)."""
-        return None
-
-    def stored(self) -> StoredWeights:
-        """Return self (see `WeightUpdate.stored`)."""
-        return self
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """Position of one tensor in a bucket.
-
-    Example:
-        TensorSpec("lm_head.weight", "bfloat16", (748, 256), 0, 383_000)
-    """
-
-    name: str
-    """As in the learner's `named_parameters()`."""
-    dtype: str
-    """torch dtype without its prefix: "float32" or "bfloat16"."""
-    shape: tuple[int, ...]
-    start: int
-    """First byte in the bucket."""
-    end: int
-    """One past the last byte."""
-
-
-@dataclass(frozen=True, slots=True)
-class WeightBucket:
-    """Several tensors packed into one byte array: numpy has no bfloat16, and one array transfers fastest."""
-
-    specs: tuple[TensorSpec, ...]
-    data: ByteArray
-    """uint8 [bytes]."""
-    checksum: int
-    """CRC-32 of `data` at the sender."""
-
-    @classmethod
-    def seal(cls, specs: tuple[TensorSpec, ...], data: ByteArray) -> WeightBucket:
-        """Return a bucket with the checksum of its bytes."""
-        return cls(specs, data, zlib.crc32(data.data))
-
-    def verify(self) -> None:
-        """Check the bytes against the checksum.
-
-        Raises:
-            WeightError: if they differ from those sent.
-        """
-        if zlib.crc32(self.data.data) != self.checksum:
-            names = f"{self.specs[0].name} … {self.specs[-1].name}"
-            raise WeightError(f"the weights {names} were damaged in transfer (checksum mismatch); push them again")
+def last_line(error: BaseException) -> str:
+    """Return an error's message without the traceback that Ray puts before it."""
+    return (str(error).strip().splitlines() or [repr(error)])[-1].rstrip(".")

@@ -18,11 +18,11 @@ from rlmed.data.sampler import PromptOrder
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Visit:
     """The example that a request draws.
 
     Example:
-        Place(epoch=1, example=412) is row 412, in the second pass over the rows of its modality.
+        Visit(epoch=1, example=412) is row 412, in the second pass over the rows of its modality.
     """
 
     epoch: int
@@ -71,16 +71,16 @@ class PassRates:
         self._visits: dict[int, list[tuple[int, int]]] = {}  # (correct, all) completions of the latest groups
         self._aside: dict[int, tuple[int, bool]] = {}  # the epoch in which it returns, and whether it is too easy
 
-    def observe(self, place: Place, right: int, completions: int) -> None:
+    def observe(self, visit: Visit, right: int, completions: int) -> None:
         """Record a group of this example: `right` of `completions` are correct."""
         config = self._config
-        visits = [*self._visits.get(place.example, ()), (right, completions)][-config.window :]
-        self._visits[place.example] = visits
+        visits = [*self._visits.get(visit.example, ()), (right, completions)][-config.window :]
+        self._visits[visit.example] = visits
         rate = sum(count for count, _ in visits) / sum(count for _, count in visits)
         if len(visits) == config.window and not config.min_pass_rate < rate < config.max_pass_rate:
-            self._aside[place.example] = (place.epoch + config.cooldown_epochs + 1, rate >= config.max_pass_rate)
+            self._aside[visit.example] = (visit.epoch + config.cooldown_epochs + 1, rate >= config.max_pass_rate)
         else:
-            self._aside.pop(place.example, None)
+            self._aside.pop(visit.example, None)
 
     def passed_over(self, example: int, epoch: int) -> bool:
         """Return whether to skip the example in this epoch."""
@@ -115,13 +115,13 @@ class _Lane:
         """Return the number of completed passes."""
         return self.cursor // len(self.rows)
 
-    def draw(self, rates: PassRates | None) -> Place:
+    def draw(self, rates: PassRates | None) -> Visit:
         """Return the next example that is not set aside. Terminates, since none is set aside forever."""
         while True:
-            epoch, place = self._order.example_at(self.cursor)
+            epoch, visit = self._order.example_at(self.cursor)
             self.cursor += 1
-            if rates is None or not rates.passed_over(self.rows[place], epoch):
-                return Place(epoch, self.rows[place])
+            if rates is None or not rates.passed_over(self.rows[visit], epoch):
+                return Visit(epoch, self.rows[visit])
 
 
 class Curriculum:
@@ -129,7 +129,7 @@ class Curriculum:
 
     Example:
         >>> curriculum = Curriculum(["CT", "MRI", "MRI"], seed=0, mix={"MRI": 0.5, "CT": 0.5})
-        >>> [curriculum.place(index).example for index in range(6)].count(0)
+        >>> [curriculum.visit(index).example for index in range(6)].count(0)
         3
     """
 
@@ -164,27 +164,27 @@ class Curriculum:
         self._lane_of = {row: lane for lane in self._lanes for row in lane.rows}
         self._drawn = [0] * len(self._lanes)
         self._rates = PassRates(selection) if selection is not None and selection.mode == "pass_rate" else None
-        self._places: dict[int, Place] = {}  # of requests not yet observed
+        self._drawn_visits: dict[int, Visit] = {}  # of requests not yet observed
 
-    def place(self, index: int) -> Place:
+    def visit(self, index: int) -> Visit:
         """Return the example of request `index`: the same each time, until the request is observed.
 
         Raises:
             ValueError: for an observed request.
         """
-        if index not in self._places and index < sum(self._drawn):
+        if index not in self._drawn_visits and index < sum(self._drawn):
             raise ValueError(f"request {index} was already observed: its example is no longer known")
         while sum(self._drawn) <= index:
             turn = next_turn(self._shares, self._drawn)
-            self._places[sum(self._drawn)] = self._lanes[turn].draw(self._rates)
+            self._drawn_visits[sum(self._drawn)] = self._lanes[turn].draw(self._rates)
             self._drawn[turn] += 1
-        return self._places[index]
+        return self._drawn_visits[index]
 
     def observe(self, index: int, right: int, completions: int) -> None:
         """Record a scored group, `right` of whose `completions` are correct, and forget its example."""
-        place = self._places.pop(index)
+        visit = self._drawn_visits.pop(index)
         if self._rates is not None:
-            self._rates.observe(place, right, completions)
+            self._rates.observe(visit, right, completions)
 
     def metrics(self) -> dict[str, float]:
         """Return the shares of rows set aside now; empty where all rows are drawn."""
@@ -205,7 +205,7 @@ class Curriculum:
         return {
             "drawn": self._drawn,
             "cursors": [lane.cursor for lane in self._lanes],
-            "places": [[index, place.epoch, place.example] for index, place in self._places.items()],
+            "places": [[index, visit.epoch, visit.example] for index, visit in self._drawn_visits.items()],
             "rates": self._rates.state() if self._rates else None,
         }
 
@@ -214,7 +214,7 @@ class Curriculum:
         self._drawn = list(state["drawn"])
         for lane, cursor in zip(self._lanes, state["cursors"], strict=True):
             lane.cursor = cursor
-        self._places = {index: Place(epoch, example) for index, epoch, example in state["places"]}
+        self._drawn_visits = {index: Visit(epoch, example) for index, epoch, example in state["places"]}
         if self._rates is not None:
             self._rates.restore(state["rates"])
 

@@ -125,8 +125,8 @@ def _parse(path: Path, content: bytes) -> list[tuple[int, Any]]:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        place = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path} is not UTF-8 (line {place}): save it as UTF-8") from error
+        number = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path} is not UTF-8 (line {number}): save it as UTF-8") from error
     rows = []
     # not splitlines(): JSON text may hold Unicode line separators
     for number, line in enumerate(text.split("\n"), start=1):

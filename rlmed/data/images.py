@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from rlmed.data.pixel_modes import (
     UnreadableModeError,
     check_mode,
     check_upper_bytes,
+    extrema_of_band,
     is_halved,
     is_wide,
     meant,
@@ -163,7 +164,7 @@ def check_contrast(what: str, picture: Image.Image, cause: str = "") -> None:
     Raises:
         BadImageError: for one with less than `MIN_CONTRAST`.
     """
-    bands = [picture.getchannel(band).getextrema() for band in range(len(picture.getbands()))]
+    bands = [extrema_of_band(picture, band) for band in range(len(picture.getbands()))]
     if all(high - low < MIN_CONTRAST for low, high in bands):
         grey = bands[:1] if len(set(bands)) == 1 else bands
         colour = " ".join(str(low) if low == high else f"{low} to {high}" for low, high in grey)
@@ -260,7 +261,7 @@ def check_image_size(path: Path | str, size: tuple[int, int]) -> None:
         raise BadImageError(f"image {path} has {width}x{height} pixels, more than {MAX_PIXELS}: scale it down")
 
 
-def _read(image: Image.Image, max_side: int) -> tuple[Image.Image, str]:
+def _read(image: ImageFile.ImageFile, max_side: int) -> tuple[Image.Image, str]:
     check_mode(image)
     transparent, halved = scaled_transparency(image), is_halved(image)
     # where possible, decode a JPEG at a half, a quarter or an eighth of its size
@@ -284,7 +285,7 @@ def _why_flat(image: Image.Image, plain: Image.Image, extrema: tuple[float, floa
     """Return what a single-colour picture's file says beyond its colour."""
     if is_wide(plain) and extrema[0] == extrema[1]:
         return f"all its values are {image.getpixel((0, 0))}"
-    if plain.mode in ("RGBA", "LA") and plain.getchannel("A").getextrema() == (0, 0):
+    if plain.mode in ("RGBA", "LA") and extrema_of_band(plain, "A") == (0, 0):
         return "it is transparent all over"
     return ""
 

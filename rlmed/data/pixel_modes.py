@@ -6,8 +6,10 @@ and neighbouring values may be averaged.
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 _BITS, _COMPRESSION, _PHOTOMETRIC, _PLANAR, _SAMPLE_FORMAT, _SUBSAMPLING = 258, 259, 262, 284, 339, 530
@@ -63,7 +65,12 @@ def check_mode(image: Image.Image) -> None:
         )
 
 
-def is_halved(image: Image.Image) -> bool:
+def extrema_of_band(image: Image.Image, band: int | str) -> tuple[int, int]:
+    """Return the smallest and largest value in a band of 8-bit values."""
+    return cast("tuple[int, int]", image.getchannel(band).getextrema())
+
+
+def is_halved(image: ImageFile.ImageFile) -> bool:
     """Return whether Pillow keeps only upper bytes: 16-bit colours, or 16-bit grey with alpha. Call before loading."""
     return not is_wide(image) and bool(image.tile) and ";16" in str(image.tile[0].args)
 
@@ -74,15 +81,15 @@ def check_upper_bytes(image: Image.Image) -> None:
     Raises:
         UnreadableModeError: with the bits in use.
     """
-    shown = [image.getchannel(band).getextrema()[1] for band in image.getbands() if band != "A"]
-    if max(shown) < _FEW_LEVELS:
+    highest = max(extrema_of_band(image, band)[1] for band in image.getbands() if band != "A")
+    if highest < _FEW_LEVELS:
         raise UnreadableModeError(
-            f"at most the lowest {8 + max(shown).bit_length()} of its 16 bits are in use, so it would be nearly black: "
+            f"at most the lowest {8 + highest.bit_length()} of its 16 bits are in use, so it would be nearly black: "
             "save it as 16-bit grey without alpha, which is stretched, or with 8 bits"
         )
 
 
-def scaled_transparency(image: Image.Image) -> int | None:
+def scaled_transparency(image: ImageFile.ImageFile) -> int | None:
     """Return the transparent grey value of a PNG file of less than 8 bits, in the 8 bits that Pillow gives it.
 
     Call before the pixels are loaded; None if there is nothing to correct.

@@ -11,18 +11,21 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoImageProcessor, PreTrainedTokenizerBase
 
-from rlmed.core.chat import TEMPLATE_FILE, load_tokenizer, render_chat, template_place, template_prefill, turn_end
+from rlmed.core.chat import TEMPLATE_FILE, load_tokenizer, render_chat, template_prefill, template_source, turn_end
 from rlmed.core.prefill import ANSWER, TAGS, THINK, THINK_END
 from rlmed.core.process.foreign import foreign
 from rlmed.core.types import Example, IntArray, Prompt
 from rlmed.data.images import load_image
 from rlmed.data.question import question_text
+
+if TYPE_CHECKING:
+    from transformers import Qwen2VLImageProcessorPil
 
 PROMPT_SUFFIX = (
     "Your task: 1. Think through the question step by step, enclose your reasoning process in <think>...</think> tags. "
@@ -45,7 +48,7 @@ class PromptTooLongError(ValueError):
     """A prompt exceeds its limit even with the smallest image. Prompts are never truncated."""
 
 
-def load_processor(folder: Path | str) -> tuple[PreTrainedTokenizerBase, BaseImageProcessor | None]:
+def load_processor(folder: Path | str) -> tuple[PreTrainedTokenizerBase, Qwen2VLImageProcessorPil | None]:
     """Load tokenizer and image processor of a model folder or hub name; the latter is None for a text-only model.
 
     Always uses the PIL-based image processor: the torchvision one resizes to slightly different pixels.
@@ -117,7 +120,7 @@ class PromptRenderer:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        image_processor: BaseImageProcessor | None,
+        image_processor: Qwen2VLImageProcessorPil | None,
         *,
         max_prompt_tokens: int,
         min_pixels: int | None = None,
@@ -144,16 +147,15 @@ class PromptRenderer:
                 raise ValueError(f"template {text!r} must contain {QUESTION_SLOT} exactly once")
         self.tokenizer = tokenizer
         self.turn_end = turn_end(tokenizer)
-        """Return the token with which the chat template ends an answer; None if it uses none."""
+        """Token with which the chat template ends an answer; None if it uses none."""
         self.max_prompt_tokens = max_prompt_tokens
         self.template, self.by_modality = template, dict(by_modality)
         self.prefill = ""
-        """Return the start of each completion that the chat template writes, see `Prompt.prefill`."""
+        """Start of each completion that the chat template writes; see `Prompt.prefill`."""
         self._image_processor = image_processor
-        self._control_ids = frozenset(
-            token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
-        )
-        control = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        added = tokenizer.added_tokens_decoder.items()
+        control = {token.content: token_id for token_id, token in added if token.special}
+        self._control_ids = frozenset(control.values())
         if unreadable := [tag for tag in TAGS if tag in control]:
             raise ValueError(
                 f"the tokenizer of model {tokenizer.name_or_path!r} marks {', '.join(unreadable)} as control tokens, which "
@@ -162,7 +164,7 @@ class PromptRenderer:
         if image_processor is not None:
             if _IMAGE not in control:
                 raise ValueError(f"the tokenizer has no {_IMAGE} token: it is not one of a Qwen2-VL family model")
-            self._image_token_id = int(tokenizer.convert_tokens_to_ids(_IMAGE))
+            self._image_token_id = control[_IMAGE]
             size = image_processor.size
             self._min_pixels = size["shortest_edge"] if min_pixels is None else min_pixels
             self._max_pixels = size["longest_edge"] if max_pixels is None else max_pixels
@@ -210,7 +212,7 @@ class PromptRenderer:
 
     @property
     def end_tokens(self) -> tuple[str, ...]:
-        """Describe how tokenizer and chat template end a completion, for messages."""
+        """Return the tokens that end a completion, for messages."""
         return tuple(dict.fromkeys(token for token in (self.turn_end, self.tokenizer.eos_token) if token))
 
     def asks_for_reasoning(self, example: Example) -> bool:
@@ -224,13 +226,13 @@ class PromptRenderer:
         if not any(_asks_for_reasoning(template) for template in (self.template, *self.by_modality.values())):
             return None
         return (
-            f"{template_place(self.tokenizer)} has written {self.prefill!r} before the model writes anything, and the prompt "
+            f"{template_source(self.tokenizer)} has written {self.prefill!r} before the model writes anything, and the prompt "
             "asks for a reasoning: take that out of its generation prompt, or ask for answers alone (prompt=answer_only)"
         )
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Decode sampled ids, without control tokens."""
-        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     def completion_ids(self, text: str) -> IntArray:
         """Tokenize a written completion as the model would have sampled it, end token included; int64 [T].
@@ -245,8 +247,8 @@ class PromptRenderer:
             raise ValueError(
                 f"model {self.tokenizer.name_or_path!r} names no end of a completion: set eos_token in tokenizer_config.json"
             )
-        end_id = self.tokenizer.convert_tokens_to_ids(end)
-        return np.append(self.continuation_ids(text.removesuffix(end)), np.int64(end_id))
+        end_ids = np.asarray(self.tokenizer.convert_tokens_to_ids([end]), dtype=np.int64)
+        return np.append(self.continuation_ids(text.removesuffix(end)), end_ids)
 
     def continuation_ids(self, text: str) -> IntArray:
         """Tokenize the beginning of a completion, without an end token; int64 [T].
@@ -337,7 +339,7 @@ class PromptRenderer:
         if errors:
             raise errors[0]
         raise ValueError(
-            f"{template_place(self.tokenizer)} does not write the question as it is given: correct it, or copy the one of the "
+            f"{template_source(self.tokenizer)} does not write the question as it is given: correct it, or copy the one of the "
             "model that this one was trained from"
         )
 
@@ -347,7 +349,7 @@ class PromptRenderer:
         found, needed = text.count(_IMAGE) - content.count(_IMAGE), int(with_image)
         if found != needed:
             raise ValueError(
-                f"{template_place(self.tokenizer)} writes {found} image placeholders ({_IMAGE}) where {needed} belong: copy "
+                f"{template_source(self.tokenizer)} writes {found} image placeholders ({_IMAGE}) where {needed} belong: copy "
                 "the one of the model that this one was trained from"
             )
 

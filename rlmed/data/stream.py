@@ -47,10 +47,10 @@ class PromptStream:
 
     def request(self, index: int) -> RolloutRequest:
         """Return the request at `index`: the same each time, until its group is observed."""
-        place = self._curriculum.place(index)
-        example = self._examples[place.example]
+        visit = self._curriculum.visit(index)
+        example = self._examples[visit.example]
         if self._shuffle:
-            example = shuffle_options(example, self._seed * SEED_STRIDE + place.epoch)
+            example = shuffle_options(example, self._seed * SEED_STRIDE + visit.epoch)
         sampling = dataclasses.replace(self._sampling, seed=self._seed * SEED_STRIDE + index)
         return RolloutRequest(index, self._renderer.render(example), self._group_size, sampling)
 

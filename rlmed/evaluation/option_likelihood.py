@@ -8,10 +8,9 @@ from itertools import islice
 
 import numpy as np
 
-from learner.likelihood import Question, completion_logprobs
-from rewards.parsing import ANSWER_CLOSING
+from learner.likelihood import ScoringRequest, completion_logprobs
 from rlmed.core.calibration import Float64Array
-from rlmed.core.prefill import remaining
+from rlmed.core.prefill import ANSWER_END, remaining
 from rlmed.core.types import LETTERS, Prompt
 from rlmed.data.prompts import PromptRenderer
 from rlmed.models.policy import Policy
@@ -39,18 +38,19 @@ def letter_probabilities(
     """
     waiting = iter(cases)
     while part := list(islice(waiting, AT_A_TIME)):
-        questions = [_question(prompt, text, renderer) for prompt, text in part]
-        for logprobs in completion_logprobs(policy, questions, token_budget=token_budget):
+        requests = [_scoring_request(prompt, text, renderer) for prompt, text in part]
+        for logprobs in completion_logprobs(policy, requests, token_budget=token_budget):
             yield _softmax([float(entry.astype(np.float64).sum()) for entry in logprobs])
 
 
-def _question(prompt: Prompt, text: str, renderer: PromptRenderer) -> Question:
+def _scoring_request(prompt: Prompt, text: str, renderer: PromptRenderer) -> ScoringRequest:
     letters = LETTERS[: len(prompt.example.options)]
     begun = remaining(prompt.prefill, text)
-    shared, endings = renderer.split_common_prefix([f"{begun}{letter}{ANSWER_CLOSING}" for letter in letters])
+    shared, endings = renderer.split_common_prefix([f"{begun}{letter}{ANSWER_END}" for letter in letters])
     return dataclasses.replace(prompt, token_ids=np.concatenate([prompt.token_ids, shared])), endings
 
 
 def _softmax(scores: Sequence[float]) -> Float64Array:
     weights = np.exp(np.array(scores) - max(scores))
-    return weights / weights.sum()
+    probabilities: Float64Array = weights / weights.sum()
+    return probabilities

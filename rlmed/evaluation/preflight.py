@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from learner.advantages import has_learning_signal
-from rewards.parsing import ANSWER_CLOSING
+from rlmed.core.prefill import ANSWER_END
 from rlmed.core.types import FinishReason, ScoredGroup
 
 
@@ -68,7 +68,7 @@ def inspect(groups: Sequence[ScoredGroup], *, mask_truncated: bool = False) -> P
 
 def went_on(text: str, finish_reason: FinishReason) -> bool:
     """Return True if a completion was cut by length after its answer: it lacked an end token, not room."""
-    return finish_reason == "length" and ANSWER_CLOSING in text
+    return finish_reason == "length" and ANSWER_END in text
 
 
 def why_cut(truncated: float, went_on: float, limit: str, end_tokens: Sequence[str]) -> str:

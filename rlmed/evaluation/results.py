@@ -11,11 +11,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rlmed.core.config.building import build_record
 from rlmed.core.files.atomic import partial_folder, refusal, rename_into_place, replace_text
 from rlmed.core.files.jsonlines import parse_line, read_json
 from rlmed.core.files.ownership import remove
 from rlmed.core.statistics import BoolArray, mcnemar, wilson_interval
 from rlmed.core.types import LETTERS, Example, FinishReason
+from rlmed.evaluation.old_names import current_names
 
 Control = Literal["none", "blank", "shuffled", "reordered"]
 """What was shown: the unchanged row, a grey picture, another row's picture, or the options in another order."""
@@ -33,10 +35,10 @@ class EvalRow:
     """One answered question: a line of `rows.jsonl`.
 
     Example:
-        EvalRow(file="ct", id="ct-7", control="none", image="/data/images/7.png", kind="anatomy", question="Which
-        organ?",
-                options=("liver", "lung"), answer="B", completion="<think>…</think><answer>B</answer>", parsed="B",
-                right=True, format=True, tokens=31, finish_reason="stop")
+        EvalRow(file="ct", id="ct-7", control="none", image="/data/images/7.png", question_type="anatomy",
+                question="Which organ?", options=("liver", "lung"), answer="B",
+                completion="<think>…</think><answer>B</answer>", predicted_letter="B", correct=True, format=True,
+                tokens=31, finish_reason="stop")
     """
 
     file: str
@@ -44,16 +46,16 @@ class EvalRow:
     control: Control
     image: str | None
     """The picture shown; for "blank", the one whose size the grey picture has."""
-    kind: str
+    question_type: str
     question: str
     options: tuple[str, ...]
     answer: str
     """The right letter."""
     completion: str
     """Including the chat template's prefill."""
-    parsed: str | None
+    predicted_letter: str | None
     """The letter found in the completion."""
-    right: bool
+    correct: bool
     format: bool
     """Whether it has the format that the prompt asks for: reasoning and answer in their tags, or the answer alone."""
     tokens: int
@@ -63,7 +65,7 @@ class EvalRow:
     @property
     def not_offered(self) -> bool:
         """Whether the letter found belongs to none of the options."""
-        return self.parsed is not None and self.parsed not in LETTERS[: len(self.options)]
+        return self.predicted_letter is not None and self.predicted_letter not in LETTERS[: len(self.options)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,21 +73,22 @@ class Accuracy:
     """Share of right answers with its Wilson 95 % interval.
 
     Example:
-        >>> Accuracy.of(6, 8)
-        Accuracy(right=6, rows=8, value=0.75, low=0.4092754550439833, high=0.9285207872560886)
+        >>> accuracy = Accuracy.of(6, 8)
+        >>> accuracy.value, round(accuracy.low, 3), round(accuracy.high, 3)
+        (0.75, 0.409, 0.929)
     """
 
-    right: int
+    correct: int
     rows: int
     value: float
     low: float
     high: float
 
     @classmethod
-    def of(cls, right: int, rows: int) -> Accuracy:
+    def of(cls, correct: int, rows: int) -> Accuracy:
         """Compute share and interval; raise ValueError without rows."""
-        low, high = wilson_interval(right, rows)
-        return cls(right, rows, right / rows, low, high)
+        low, high = wilson_interval(correct, rows)
+        return cls(correct, rows, correct / rows, low, high)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +113,7 @@ class FileSummary:
     image_free_prior: float | None
     """Accuracy of the option texts most often right in the training rows; None without training rows."""
     image_free_prior_by_rate: float | None
-    """The same prior, scored by right / shown."""
+    """The same prior, scored by correct / shown."""
     leave_one_out_prior: float
     """The same prior, each row scored by the other rows of its file."""
     leave_one_out_prior_by_rate: float
@@ -118,8 +121,8 @@ class FileSummary:
     """Accuracy on a grey picture of the same size; None without controls, or if no row has a picture."""
     shuffled: Accuracy | None
     """Accuracy on another row's picture, for rows that can get one."""
-    by_kind: dict[str, tuple[int, int]]
-    """Right answers and rows by kind of question, for rows with a kind."""
+    by_question_type: dict[str, tuple[int, int]]
+    """Right answers and rows by type of question, for rows with a type."""
     reordered: Accuracy | None = None
     """Accuracy with the options reordered; None without controls, or if no row can be reordered."""
     kept_order: int = 0
@@ -160,15 +163,7 @@ class EvalSummary:
     @classmethod
     def read(cls, step_folder: Path) -> EvalSummary:
         """Load `summary.json` from the folder of one step."""
-        content = read_json(step_folder / SUMMARY_FILE)
-        return cls(**{**content, "files": tuple(_file_summary(file) for file in content["files"])})
-
-
-def _file_summary(content: Mapping[str, Any]) -> FileSummary:
-    keys = ("accuracy", "blank", "shuffled", "reordered")
-    accuracies = {key: Accuracy(**content[key]) if content.get(key) else None for key in keys}
-    by_kind = {kind: (right, rows) for kind, (right, rows) in content["by_kind"].items()}
-    return FileSummary(**{**content, **accuracies, "by_kind": by_kind})
+        return build_record(cls, current_names(read_json(step_folder / SUMMARY_FILE)))
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -215,7 +210,7 @@ def read_rows(step_folder: Path) -> list[EvalRow]:
     """Read all rows of an evaluation, by file, controls after the unchanged rows."""
     path = step_folder / ROWS_FILE
     with path.open("rb") as lines:
-        contents = [parse_line(line, path, number) for number, line in enumerate(lines, 1)]
+        contents = [current_names(parse_line(line, path, number)) for number, line in enumerate(lines, 1)]
     return [EvalRow(**{**content, "options": tuple(content["options"])}) for content in contents]
 
 
@@ -227,7 +222,7 @@ def compare(before: Path, after: Path) -> dict[str, Any]:
         after: folder of another step's or model's evaluation.
 
     Returns:
-        `{"before": {"model", "step"}, "after": {…}, "files": {name: {"rows", "right_before", "right_after", "gained",
+        `{"before": {"model", "step"}, "after": {…}, "files": {name: {"rows", "correct_before", "correct_after", "gained",
         "lost", "p_value"}}}`; the p-value is McNemar's, exact and two-sided.
 
     Raises:
@@ -242,8 +237,8 @@ def compare(before: Path, after: Path) -> dict[str, Any]:
         answers = pair_answers(first[name], second[name])
         files[name] = {
             "rows": len(answers[0]),
-            "right_before": int(answers[0].sum()),
-            "right_after": int(answers[1].sum()),
+            "correct_before": int(answers[0].sum()),
+            "correct_after": int(answers[1].sum()),
             **dataclasses.asdict(mcnemar(*answers)),
         }
     if not files:
@@ -253,6 +248,12 @@ def compare(before: Path, after: Path) -> dict[str, Any]:
     comparison["files"] = files
     _write_json(after / COMPARISON_FILE, comparison)
     return comparison
+
+
+def read_comparison(step_folder: Path) -> dict[str, Any] | None:
+    """Read what `compare` wrote into the folder of an evaluation; None if it wrote nothing."""
+    path = step_folder / COMPARISON_FILE
+    return current_names(read_json(path)) if path.exists() else None
 
 
 def check_comparable(before: Path, files: Mapping[str, Sequence[Example]]) -> None:
@@ -295,7 +296,7 @@ def read_answers(folder: Path) -> Mapping[str, Answers]:
     answers: dict[str, dict[tuple[str, str], bool]] = {}
     for row in read_rows(folder):
         if row.control == "none":
-            answers.setdefault(row.file, {})[_key(row)] = row.right
+            answers.setdefault(row.file, {})[_key(row)] = row.correct
     return answers
 
 

@@ -20,12 +20,13 @@ import numpy as np
 from PIL import Image
 
 from rewards.parsing import evaluated_letter, has_answer_format, has_format
+from rlmed.core.config.schema import RunConfig
 from rlmed.core.prefill import opens_thinking
 from rlmed.core.protocols import RolloutPool
 from rlmed.core.statistics import ImageFreePrior, chance, leave_one_out_prior, majority_letter
 from rlmed.core.types import Completion, Example, Prompt, RolloutGroup, RolloutRequest, SamplingParams
 from rlmed.data.images import load_image
-from rlmed.data.loading import EvalFile
+from rlmed.data.loading import Dataset, EvalFile
 from rlmed.data.options.order import kept_orders
 from rlmed.data.prompts import PromptRenderer
 from rlmed.data.sampler import reorder_options
@@ -67,71 +68,110 @@ class _Task:
         return renderer.render(self.shown, image=Image.new("RGB", load_image(self.shown.image).size, GREY))
 
 
-def evaluate(
-    files: Sequence[EvalFile],
-    *,
-    pool: RolloutPool,
-    renderer: PromptRenderer,
-    train_examples: Sequence[Example],
-    max_tokens: int,
-    stop: tuple[str, ...] = (),
-    controls: bool,
-    folder: Path,
-    step: int,
-    model: str,
-    on_progress: Progress | None = None,
-) -> EvalSummary:
-    """Answer every question greedily and write `folder/step-000123/` with `summary.json` and `rows.jsonl`.
+@dataclass(frozen=True, kw_only=True)
+class Evaluator:
+    """Measure accuracy with everything but the step bound.
 
-    An earlier evaluation of the same step is replaced once the new one is complete.
-
-    Args:
-        files: files with distinct names, and distinct ids within a file.
-        pool: idle pool, whose current weights are evaluated.
-        renderer: the renderer used in training.
-        train_examples: rows to fit the image-free prior on; may be empty.
-        max_tokens: longest completion.
-        stop: stop strings, as in training.
-        controls: also ask on grey pictures, on shuffled ones and with reordered options: four times the work.
-        folder: folder of step folders; created if missing.
-        step: training step of the weights.
-        model: name or folder of the model, for the record.
-        on_progress: see `Progress`.
-
-    Raises:
-        ValueError: without files, or for an empty file, repeated names or ids, or a question that cannot be rendered.
-        RuntimeError: if the pool is busy.
+    Example:
+        >>> evaluator = Evaluator.of_run(config, folder, data, pool, renderer)           # doctest: +SKIP
+        >>> evaluator.evaluate(step=300, controls=True).accuracies                       # doctest: +SKIP
+        {'test_mri': 0.81, 'test_ct': 0.74}
     """
-    _check(files)
-    if pool.in_flight:
-        raise RuntimeError(f"evaluation needs an idle pool, but {pool.in_flight} requests are in flight")
-    start = time.perf_counter()
-    tasks = [task for file in files for task in _tasks(file, controls)]
-    if controls:
-        log.info("%s", _plan(tasks))
-    rows: list[EvalRow | None] = [None] * len(tasks)
-    sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, stop=stop)
-    for done, (index, prefill, completion) in enumerate(_answers(tasks, pool, renderer, sampling), 1):
-        rows[index] = _judge(tasks[index], prefill, completion, renderer)
-        if on_progress is not None:
-            on_progress(tasks[index].file, done, len(tasks))
-    answered = [row for row in rows if row is not None]
-    assert len(answered) == len(tasks), "the pool answered a request twice and another never"
-    by_file: dict[str, list[EvalRow]] = defaultdict(list)
-    for row in answered:
-        by_file[row.file].append(row)
-    summary = EvalSummary(
-        model=model,
-        step=step,
-        seconds=time.perf_counter() - start,
-        max_tokens=max_tokens,
-        train_rows=len(train_examples),
-        files=tuple(_summarise(file, by_file[file.name], train_examples) for file in files),
-    )
-    write_evaluation(folder, summary, answered)
-    for file in summary.files:
-        _warn_of_cuts(file, by_file[file.name], max_tokens, renderer)
-    return summary
+
+    files: Sequence[EvalFile]
+    """Files with distinct names, and distinct ids within a file."""
+    pool: RolloutPool
+    """Its current weights are evaluated."""
+    renderer: PromptRenderer
+    """The renderer used in training."""
+    train_examples: Sequence[Example]
+    """Rows to fit the image-free prior on; may be empty."""
+    max_tokens: int
+    """Longest completion."""
+    stop: tuple[str, ...] = ()
+    """Stop strings, as in training."""
+    folder: Path
+    """Folder of step folders; created if missing."""
+    model: str
+    """Name or folder of the model, for the record."""
+    on_progress: Progress | None = None
+
+    @classmethod
+    def of_run(
+        cls,
+        config: RunConfig,
+        run_folder: Path,
+        data: Dataset,
+        pool: RolloutPool,
+        renderer: PromptRenderer,
+        on_progress: Progress | None = None,
+    ) -> Evaluator:
+        """Bind what a run's configuration and data say."""
+        return cls(
+            files=data.eval_files(config.eval.limit),
+            pool=pool,
+            renderer=renderer,
+            train_examples=data.train_examples,
+            max_tokens=config.eval.max_tokens,
+            stop=config.rollout.stop,
+            folder=run_folder / "evaluations",
+            model=config.model.path,
+            on_progress=on_progress,
+        )
+
+    def evaluate(self, step: int, *, controls: bool) -> EvalSummary:
+        """Answer every question greedily and write `folder/step-000123/` with `summary.json` and `rows.jsonl`.
+
+        An earlier evaluation of the same step is replaced once the new one is complete.
+
+        Args:
+            step: training step of the pool's weights.
+            controls: also ask on grey pictures, on shuffled ones and with reordered options: four times the work.
+
+        Raises:
+            ValueError: without files, or for an empty file, repeated names or ids, or a question that cannot be
+                rendered.
+            RuntimeError: if the pool is busy.
+        """
+        _check(self.files)
+        if self.pool.in_flight:
+            raise RuntimeError(f"evaluation needs an idle pool, but {self.pool.in_flight} requests are in flight")
+        start = time.perf_counter()
+        tasks = [task for file in self.files for task in _tasks(file, controls)]
+        if controls:
+            log.info("%s", _plan(tasks))
+        rows = self._answer(tasks)
+        by_file: dict[str, list[EvalRow]] = defaultdict(list)
+        for row in rows:
+            by_file[row.file].append(row)
+        summary = EvalSummary(
+            model=self.model,
+            step=step,
+            seconds=time.perf_counter() - start,
+            max_tokens=self.max_tokens,
+            train_rows=len(self.train_examples),
+            files=tuple(_summarise(file, by_file[file.name], self.train_examples) for file in self.files),
+        )
+        write_evaluation(self.folder, summary, rows)
+        for file in summary.files:
+            _warn_of_cuts(file, by_file[file.name], self.max_tokens, self.renderer)
+        return summary
+
+    def _answer(self, tasks: Sequence[_Task]) -> list[EvalRow]:
+        """Return the judged answers, in the order of the tasks."""
+        sampling = SamplingParams(temperature=0.0, max_tokens=self.max_tokens, stop=self.stop)
+        requests = (
+            RolloutRequest(index=index, prompt=task.render(self.renderer), group_size=1, sampling=sampling)
+            for index, task in enumerate(tasks)
+        )
+        rows: dict[int, EvalRow] = {}
+        for done, group in enumerate(answer_all(requests, self.pool), 1):
+            task = tasks[group.request.index]
+            rows[group.request.index] = _judge(task, group.prompt.prefill, group.completions[0], self.renderer)
+            if self.on_progress is not None:
+                self.on_progress(task.file, done, len(tasks))
+        assert len(rows) == len(tasks), "the pool answered a request twice and another never"
+        return [rows[index] for index in range(len(tasks))]
 
 
 def shuffled_images(examples: Sequence[Example], seed: int = SHUFFLE_SEED) -> list[Example]:
@@ -203,18 +243,6 @@ def _plan(tasks: Sequence[_Task]) -> str:
     return f"evaluation needs {len(tasks)} answers: {', '.join(parts)}"
 
 
-def _answers(
-    tasks: Sequence[_Task], pool: RolloutPool, renderer: PromptRenderer, sampling: SamplingParams
-) -> Iterator[tuple[int, str, Completion]]:
-    """Yield task index, prompt prefill and completion, in order of completion."""
-    requests = (
-        RolloutRequest(index=index, prompt=task.render(renderer), group_size=1, sampling=sampling)
-        for index, task in enumerate(tasks)
-    )
-    for group in answer_all(requests, pool):
-        yield group.request.index, group.prompt.prefill, group.completions[0]
-
-
 def answer_all(requests: Iterable[RolloutRequest], pool: RolloutPool) -> Iterator[RolloutGroup]:
     """Submit the requests to an idle pool, a bounded number at a time, and yield the groups as they finish."""
     waiting = iter(requests)
@@ -228,7 +256,7 @@ def answer_all(requests: Iterable[RolloutRequest], pool: RolloutPool) -> Iterato
 
 def _judge(task: _Task, prefill: str, completion: Completion, renderer: PromptRenderer) -> EvalRow:
     """Score a completion: right if and only if its first well-formed answer tag holds the right letter."""
-    example, parsed = task.shown, evaluated_letter(completion.text)
+    example, letter = task.shown, evaluated_letter(completion.text)
     # a chat template that opens the reasoning asks for it too
     reasoned = renderer.asks_for_reasoning(example) or opens_thinking(prefill)
     in_format = has_format if reasoned else has_answer_format
@@ -237,13 +265,13 @@ def _judge(task: _Task, prefill: str, completion: Completion, renderer: PromptRe
         id=example.id,
         control=task.control,
         image=None if example.image is None else str(example.image),
-        kind=example.kind,
+        question_type=example.kind,
         question=example.question,
         options=example.options,
         answer=example.letter,
         completion=completion.text,
-        parsed=parsed,
-        right=parsed == example.letter,
+        predicted_letter=letter,
+        correct=letter == example.letter,
         format=in_format(completion.text),
         tokens=len(completion.token_ids),
         finish_reason=completion.finish_reason,
@@ -260,13 +288,13 @@ def _warn_of_cuts(file: FileSummary, rows: Sequence[EvalRow], max_tokens: int, r
 def _summarise(file: EvalFile, rows: Sequence[EvalRow], train: Sequence[Example]) -> FileSummary:
     plain = [row for row in rows if row.control == "none"]
     prior = ImageFreePrior.fit(train) if train else None
-    kinds = sorted({row.kind for row in plain if row.kind})
-    by_kind = {kind: [row.right for row in plain if row.kind == kind] for kind in kinds}
+    types = sorted({row.question_type for row in plain if row.question_type})
+    by_type = {name: [row.correct for row in plain if row.question_type == name] for name in types}
     kept, option = kept_orders(example.options for example in file.examples)
     return FileSummary(
         name=file.name,
         rows=len(plain),
-        accuracy=Accuracy.of(sum(row.right for row in plain), len(plain)),
+        accuracy=Accuracy.of(sum(row.correct for row in plain), len(plain)),
         format_rate=float(np.mean([row.format for row in plain])),
         mean_tokens=float(np.mean([row.tokens for row in plain])),
         cut_by_length=float(np.mean([row.finish_reason == "length" for row in plain])),
@@ -278,7 +306,7 @@ def _summarise(file: EvalFile, rows: Sequence[EvalRow], train: Sequence[Example]
         leave_one_out_prior_by_rate=leave_one_out_prior(file.examples, by_rate=True),
         blank=_under(rows, "blank"),
         shuffled=_under(rows, "shuffled"),
-        by_kind={kind: (sum(right), len(right)) for kind, right in by_kind.items()},
+        by_question_type={name: (sum(correct), len(correct)) for name, correct in by_type.items()},
         reordered=_under(rows, "reordered"),
         kept_order=kept,
         kept_order_by=option,
@@ -287,5 +315,5 @@ def _summarise(file: EvalFile, rows: Sequence[EvalRow], train: Sequence[Example]
 
 
 def _under(rows: Sequence[EvalRow], control: Control) -> Accuracy | None:
-    right = [row.right for row in rows if row.control == control]
-    return Accuracy.of(sum(right), len(right)) if right else None
+    correct = [row.correct for row in rows if row.control == control]
+    return Accuracy.of(sum(correct), len(correct)) if correct else None

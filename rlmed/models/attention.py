@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
@@ -39,8 +39,14 @@ class AttentionLayout(Protocol):
         ...
 
 
+class DecoderAttention(Protocol):
+    """An attention module of transformers: what is read of it."""
+
+    layer_idx: int
+
+
 def shared_prefix(
-    module: nn.Module,
+    module: DecoderAttention,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -75,7 +81,9 @@ class PackedLayout:
     attention, never one of the model's matrix products.
 
     Example:
-        `PackedLayout.build([(49, (12, 30)), (51, ())])`: a group with two completions, then a prompt alone; N = 142.
+        >>> layout = PackedLayout.build([(49, (12, 30)), (51, ())])  # a group of two completions, then a prompt alone
+        >>> layout.gather_back.shape, layout.visible_tokens.shape
+        (torch.Size([142]), torch.Size([2, 81]))
     """
 
     prompt_tokens: Tensor
@@ -124,8 +132,13 @@ class PackedLayout:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """See `AttentionLayout.attend`."""
-        prompts = (_rectangle(tensor, self.prompt_tokens) for tensor in (query, key, value))
-        flat = _sdpa(*prompts, scale, causal=True)
+        flat = _sdpa(
+            _rectangle(query, self.prompt_tokens),
+            _rectangle(key, self.prompt_tokens),
+            _rectangle(value, self.prompt_tokens),
+            scale,
+            causal=True,
+        )
         if self.completion_tokens.numel():
             completions = _sdpa(
                 _rectangle(query, self.completion_tokens),
@@ -186,7 +199,7 @@ class GroupTable:
     def to_groups(self, rows: Tensor) -> Tensor:
         """Rearrange [R, ...] to [B, M, ...]."""
         if self.rows_of_group is None:
-            return rows.unflatten(0, (self.groups, -1))
+            return torch.unflatten(rows, 0, (self.groups, -1))
         return rows[self.rows_of_group]
 
     def to_rows(self, grouped: Tensor) -> Tensor:

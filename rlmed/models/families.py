@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,9 +26,10 @@ def _mrope_positions(model: PreTrainedModel, token_ids: Tensor, image_inputs: Ma
     if not image_inputs:
         return _text_positions(model, token_ids, image_inputs).expand(3, -1)
     is_image = (token_ids == model.config.image_token_id).to(torch.int32)
-    positions, _ = model.base_model.get_rope_index(
+    base: Any = model.base_model  # the families share no class that has get_rope_index
+    positions: Tensor = base.get_rope_index(
         token_ids.unsqueeze(0), is_image.unsqueeze(0), image_grid_thw=image_inputs["image_grid_thw"]
-    )
+    )[0]
     return positions[:, 0]
 
 

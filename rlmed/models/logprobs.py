@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,6 +64,10 @@ class _ChunkedLogprobs(torch.autograd.Function):
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None
 
 
+# torch leaves `apply` untyped
+_differentiable: Callable[[Tensor, Tensor, Tensor, float, Tensor], tuple[Tensor, Tensor]] = _ChunkedLogprobs.apply
+
+
 def _picked(log_softmax: Tensor, targets: Tensor) -> Tensor:
     """Gather [M] entries of [M, V] at int64 targets [M]."""
     return log_softmax.gather(1, targets.unsqueeze(1)).squeeze(1)
@@ -105,7 +110,7 @@ def chunked_logprobs(
     Returns:
         float32 [M] log-probabilities (differentiable) and float32 [M] entropies in nats (not differentiable).
     """
-    return _ChunkedLogprobs.apply(hidden, weight, targets, temperature, banned)
+    return _differentiable(hidden, weight, targets, temperature, banned)
 
 
 @torch.no_grad()

@@ -49,16 +49,17 @@ class Policy:
 
     def __init__(self, model: PreTrainedModel) -> None:
         """Wrap a model loaded with shared-prefix attention (see `load_policy`)."""
-        self.model = model.eval()  # no supported family has dropout; eval also keeps transformers from warning
+        # no supported family has dropout; eval also keeps transformers from warning
+        self.model: PreTrainedModel = model.eval()
         self.family = family_of(model.config)
         projection = model.get_output_embeddings()
         if not isinstance(projection, nn.Linear) or projection.bias is not None:
             raise ValueError(
                 f"{model.config.model_type}: the vocabulary projection must be a linear layer without bias"
             )
-        self.projection = projection
+        self.projection: nn.Linear = projection
         self.banned_token_ids = unsampleable_token_ids(model.config)
-        self._banned = torch.tensor(self.banned_token_ids, dtype=torch.int64, device=self.device)
+        self._banned: Tensor = torch.tensor(self.banned_token_ids, dtype=torch.int64, device=self.device)
         ends = model.generation_config.eos_token_id
         self.end_token_ids: frozenset[int] = frozenset([ends] if isinstance(ends, int) else ends or ())
         if not self.end_token_ids:
@@ -127,7 +128,8 @@ class Policy:
             layout=layout,
             **(image_inputs or {}),
         )
-        return output.last_hidden_state[0]
+        states: Tensor = output.last_hidden_state[0]
+        return states
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return float32 [M, V] logits of [M, d] hidden states; -inf at tokens that cannot be sampled."""
@@ -181,13 +183,14 @@ def load_policy(
             "Copy or download its *.safetensors and config.json again",
         ),
     ):
-        model, found = auto.from_pretrained(
+        loaded: Any = auto.from_pretrained(
             folder,
             dtype=DTYPES[dtype],
             attn_implementation=attention,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
+    model, found = loaded  # a pair, because of output_loading_info
     _check_loaded(Path(folder), found, tied=tied)
     _settle_generation(model, ends.ids)
     if torch.device(device).type == "cpu":
@@ -273,7 +276,8 @@ def load_config(folder: Path) -> PreTrainedConfig:
     if folder.is_dir():
         check_folder(folder)
         with foreign(f"{folder / 'config.json'} is damaged or of an unknown type", "Copy or download it again"):
-            return AutoConfig.from_pretrained(folder)
+            config: PreTrainedConfig = AutoConfig.from_pretrained(folder)
+            return config
     if folder.is_file():
         raise ValueError(f"model {str(folder)!r} is a file: give the folder that contains it and its config.json")
     if folder.is_absolute() or len(folder.parts) > 2 or ".." in folder.parts:
@@ -281,13 +285,14 @@ def load_config(folder: Path) -> PreTrainedConfig:
         cure = near_path(folder) or "check model.path"
         raise ValueError(f"model folder {str(folder)!r} does not exist (relative to {Path.cwd()}); {cure}")
     try:
-        return AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
         near = near_path(folder)
         raise ValueError(
             f"model {str(folder)!r} is neither a folder in {Path.cwd()} nor available from the hub: "
             f"{str(error).splitlines()[0]} If it is a folder, {near or 'correct the path'}{_to_download(folder)}"
         ) from error
+    return config
 
 
 def _to_download(folder: Path) -> str:

@@ -1,124 +1,145 @@
-"""Convert tensors to buckets of bytes and back; see `rlmed.core.weights`."""
+"""Weights as buckets of bytes, for a store that several processes read (Ray's); see `rlmed.core.weights`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rlmed.core.weights import TensorSpec, WeightBucket, WeightError
+from rlmed.core.weights import WeightError
 
 BUCKET_BYTES = 256 * 2**20
 """Size of one bucket: bounds the copies in flight, and large enough to make per-message cost negligible."""
 ALIGNMENT = 64
 """Bytes; every tensor in a bucket starts at a multiple of it."""
+SAME_MODEL = "learner and engine need the same model (model.path)"
+
+
+@dataclass(frozen=True, slots=True)
+class WeightBucket:
+    """Several tensors packed into one byte array: numpy has no bfloat16, and one array transfers fastest."""
+
+    shapes: dict[str, tuple[int, ...]]
+    """By name as in the learner's `named_parameters()`, in the order of the bytes."""
+    dtypes: tuple[torch.dtype, ...]
+    data: npt.NDArray[np.uint8]
+    """[bytes]."""
+    checksum: int
+    """CRC-32 of `data` at the sender."""
+
+    def verify(self) -> None:
+        """Check the bytes against the checksum.
+
+        Raises:
+            WeightError: if they differ from those sent.
+        """
+        if zlib.crc32(self.data.data) != self.checksum:
+            names = list(self.shapes)
+            raise WeightError(
+                f"the weights {names[0]} … {names[-1]} were damaged in transfer (checksum mismatch); push them again"
+            )
+
+    def tensors(self) -> list[tuple[str, Tensor]]:
+        """Return names and CPU tensors, which are views of the bytes: read them only."""
+        # without the read-only flag of Ray's arrays, about which torch warns
+        interface = self.data.__array_interface__
+        interface["data"] = (interface["data"][0], False)
+        flat = torch.from_numpy(np.asarray(SimpleNamespace(__array_interface__=interface, owner=self.data)))
+        tensors, start = [], 0
+        for (name, shape), dtype in zip(self.shapes.items(), self.dtypes, strict=True):
+            end = start + dtype.itemsize * math.prod(shape)
+            tensors.append((name, flat[start:end].view(dtype).view(shape)))
+            start = _aligned(end)
+        return tensors
+
+
+Buckets = Sequence[WeightBucket]
+"""A model's weights."""
 
 
 def make_buckets(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int = BUCKET_BYTES) -> Iterator[WeightBucket]:
     """Copy named tensors, in order, into buckets of at most `bucket_bytes` (a larger tensor gets its own).
 
     Args:
-        tensors: names and tensors of any shape on any device; consumed one at a time.
-        bucket_bytes: bound on a bucket.
+        tensors: names and tensors of any shape on any device; consumed one at a time. If gathered from many ranks, all
+            ranks iterate.
+        bucket_bytes: bound on a bucket, and so on the memory needed besides the store's.
 
     Yields:
         Buckets whose bytes are valid until the next one is requested: they share one buffer, because first touching fresh
         memory costs several times as much as copying into it.
     """
-    memory = torch.empty(0, dtype=torch.uint8)
-    for group, size in _grouped(tensors, bucket_bytes):
-        if len(memory) < size:
-            memory = torch.empty(max(size, bucket_bytes), dtype=torch.uint8)
-        yield _bucket(group, memory[:size])
-
-
-def _grouped(
-    tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int
-) -> Iterator[tuple[list[tuple[str, Tensor]], int]]:
-    """Yield the tensors of each bucket and its size in bytes."""
-    waiting: list[tuple[str, Tensor]] = []
-    size = 0
+    memory = torch.empty(bucket_bytes, dtype=torch.uint8)
+    packed: dict[str, Tensor] = {}
+    start = 0
     for name, tensor in tensors:
-        length = _padded(tensor.nbytes)
-        if waiting and size + length > bucket_bytes:
-            yield waiting, size
-            waiting, size = [], 0
-        waiting.append((name, tensor.detach()))
-        size += length
-    if waiting:
-        yield waiting, size
+        if packed and start + _aligned(tensor.nbytes) > bucket_bytes:
+            yield _seal(packed, memory[:start])
+            packed, start = {}, 0
+        end = start + tensor.nbytes
+        following = _aligned(end)
+        if following > len(memory):
+            memory = torch.empty(following, dtype=torch.uint8)
+        packed[name] = memory[start:end].view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
+        memory[end:following] = 0  # the checksum covers the padding
+        start = following
+    if packed:
+        yield _seal(packed, memory[:start])
 
 
-def bucket_tensors(bucket: WeightBucket) -> list[tuple[str, Tensor]]:
-    """Return names and CPU tensors of a bucket; the tensors are read-only views of its bytes."""
-    data = bucket.data if bucket.data.flags.writeable else _writeable_view(bucket.data)
-    flat = torch.from_numpy(data)
-    return [
-        (spec.name, flat[spec.start : spec.end].view(getattr(torch, spec.dtype)).view(spec.shape))
-        for spec in bucket.specs
-    ]
+def _seal(packed: Mapping[str, Tensor], memory: Tensor) -> WeightBucket:
+    shapes = {name: tuple(tensor.shape) for name, tensor in packed.items()}
+    data = memory.numpy()
+    return WeightBucket(shapes, tuple(tensor.dtype for tensor in packed.values()), data, zlib.crc32(data.data))
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def copy_weights(parameters: Mapping[str, Tensor], buckets: Buckets) -> None:
+    """Copy weights into the parameters of the same names, converted to their dtypes.
+
+    Raises:
+        WeightError: if names or shapes differ from the parameters'; nothing was copied.
+    """
+    received = {name: shape for bucket in buckets for name, shape in bucket.shapes.items()}
+    check_shapes({name: tuple(parameter.shape) for name, parameter in parameters.items()}, received)
+    check_complete(parameters.keys() - received.keys())
+    with torch.no_grad():
+        for bucket in buckets:
+            for name, tensor in bucket.tensors():
+                parameters[name].copy_(tensor)
+
+
+def check_shapes(expected: Mapping[str, Sequence[int]], received: Mapping[str, Sequence[int]]) -> None:
+    """Check that each of the received weights, shapes by name, is expected.
+
+    Raises:
+        WeightError: naming the first one that is not.
+    """
+    for name, shape in received.items():
+        if name not in expected:
+            raise WeightError(f"received weights of {name}, which this model does not have: {SAME_MODEL}")
+        if tuple(shape) != tuple(expected[name]):
+            raise WeightError(
+                f"received {name} with shape {tuple(shape)}, expected {tuple(expected[name])}: {SAME_MODEL}"
+            )
+
+
+def check_complete(missing: Set[str]) -> None:
+    """Raise WeightError, naming the first, if any weights of a push are missing."""
+    if missing:
+        raise WeightError(f"{len(missing)} weights did not arrive, the first is {min(missing)}: {SAME_MODEL}")
 
 
 def gpu_name(device: torch.device) -> str:
     """Return a GPU's UUID, or "" for a CPU; see `rlmed.core.weights.EngineHandle.devices`."""
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
-
-
-def check_shapes(parameters: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Check that names and shapes match the parameters exactly.
-
-    Raises:
-        WeightError: naming the first mismatch.
-    """
-    cure = "learner and engine need the same model (model.path)"
-    for name, shape in expected.items():
-        if name not in parameters:
-            raise WeightError(f"received weights of {name}, which this model does not have: {cure}")
-        if tuple(parameters[name].shape) != tuple(shape):
-            raise WeightError(
-                f"received {name} with shape {tuple(shape)}, expected {tuple(parameters[name].shape)}: {cure}"
-            )
-    if absent := sorted(parameters.keys() - expected.keys()):
-        raise WeightError(f"{len(absent)} weights did not arrive, the first is {absent[0]}: {cure}")
-
-
-def copy_into(parameters: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Copy named tensors into the parameters of the same names and shapes.
-
-    Raises:
-        WeightError: for an unknown name or another shape.
-    """
-    with torch.no_grad():
-        for name, tensor in tensors:
-            check_shapes({name: parameters[name]} if name in parameters else {}, {name: tuple(tensor.shape)})
-            parameters[name].copy_(tensor)
-
-
-def _padded(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-def _bucket(tensors: list[tuple[str, Tensor]], memory: Tensor) -> WeightBucket:
-    """Copy tensors into uint8 memory of exactly their size."""
-    specs, start = [], 0
-    for name, tensor in tensors:
-        end, following = start + tensor.nbytes, start + _padded(tensor.nbytes)
-        memory[start:end].view(tensor.dtype).view(tensor.shape).copy_(tensor)
-        memory[end:following] = 0  # the checksum covers the padding
-        specs.append(TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), start, end))
-        start = following
-    return WeightBucket.seal(tuple(specs), memory.numpy())
-
-
-def _writeable_view(data: np.ndarray) -> np.ndarray:
-    """View the memory without numpy's read-only flag, about which torch warns; nothing here writes to it."""
-    interface = dict(data.__array_interface__)
-    interface["data"] = (interface["data"][0], False)
-
-    class _Holder:
-        __array_interface__ = interface
-        owner = data
-
-    return np.asarray(_Holder())

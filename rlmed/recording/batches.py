@@ -76,17 +76,17 @@ def list_batches(folder: Path) -> list[Path]:
     return paths
 
 
-def _pack(group: TrainGroup, place: str, arrays: dict[str, npt.NDArray[Any]]) -> dict[str, Any]:
-    """Store a group's arrays in `arrays` under names with the prefix `place`; return the rest."""
+def _pack(group: TrainGroup, prefix: str, arrays: dict[str, npt.NDArray[Any]]) -> dict[str, Any]:
+    """Store a group's arrays in `arrays` under names with the prefix `prefix`; return the rest."""
     request, scored = group.rollout.request, group.scored
-    arrays[f"{place}token_ids"] = request.prompt.token_ids
-    arrays[f"{place}advantages"], arrays[f"{place}rewards"] = group.advantages, scored.rewards
-    arrays |= {f"{place}image/{name}": values for name, values in request.prompt.image_inputs.items()}
-    arrays |= {f"{place}part/{name}": values for name, values in scored.reward_parts.items()}
+    arrays[f"{prefix}token_ids"] = request.prompt.token_ids
+    arrays[f"{prefix}advantages"], arrays[f"{prefix}rewards"] = group.advantages, scored.rewards
+    arrays |= {f"{prefix}image/{name}": values for name, values in request.prompt.image_inputs.items()}
+    arrays |= {f"{prefix}part/{name}": values for name, values in scored.reward_parts.items()}
     completions = []
     for i, completion in enumerate(group.rollout.completions):
-        arrays[f"{place}completion/{i}"] = completion.token_ids
-        arrays[f"{place}logprobs/{i}"] = completion.rollout_logprobs
+        arrays[f"{prefix}completion/{i}"] = completion.token_ids
+        arrays[f"{prefix}logprobs/{i}"] = completion.rollout_logprobs
         scalars = ("text", "finish_reason", "min_version", "max_version")
         completions.append({name: value for name, value in _shallow(completion).items() if name in scalars})
     example = request.prompt.example
@@ -106,18 +106,18 @@ def _shallow(record: Any) -> dict[str, Any]:
     return {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
 
 
-def _unpack(facts: dict[str, Any], place: str, arrays: Any) -> TrainGroup:
+def _unpack(facts: dict[str, Any], prefix: str, arrays: Any) -> TrainGroup:
     stored = facts["example"]
     image = None if stored["image"] is None else Path(stored["image"])
     example = Example(**{**stored, "image": image, "options": tuple(stored["options"])})
-    images = {name: arrays[f"{place}image/{name}"] for name in facts["image_inputs"]}
+    images = {name: arrays[f"{prefix}image/{name}"] for name in facts["image_inputs"]}
     # earlier versions did not write it
-    prompt = Prompt(example, facts["text"], arrays[f"{place}token_ids"], images, facts.get("prefill", ""))
+    prompt = Prompt(example, facts["text"], arrays[f"{prefix}token_ids"], images, facts.get("prefill", ""))
     sampling = SamplingParams(**{**facts["sampling"], "stop": tuple(facts["sampling"]["stop"])})
     completions = tuple(
-        Completion(arrays[f"{place}completion/{i}"], arrays[f"{place}logprobs/{i}"], **scalars)
+        Completion(arrays[f"{prefix}completion/{i}"], arrays[f"{prefix}logprobs/{i}"], **scalars)
         for i, scalars in enumerate(facts["completions"])
     )
     rollout = RolloutGroup(RolloutRequest(facts["index"], prompt, len(completions), sampling), completions)
-    parts = {name: arrays[f"{place}part/{name}"] for name in facts["reward_parts"]}
-    return TrainGroup(ScoredGroup(rollout, arrays[f"{place}rewards"], parts), arrays[f"{place}advantages"])
+    parts = {name: arrays[f"{prefix}part/{name}"] for name in facts["reward_parts"]}
+    return TrainGroup(ScoredGroup(rollout, arrays[f"{prefix}rewards"], parts), arrays[f"{prefix}advantages"])

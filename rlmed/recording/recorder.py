@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 from rlmed.core.config.schema import ModelConfig
 from rlmed.core.files.atomic import refusal, replace_text
 from rlmed.core.files.jsonlines import JsonLinesWriter, finite, read_json
+from rlmed.core.metrics import find_metric
 from rlmed.core.process.threads import cpu_quota, usable_cores
 from rlmed.core.tracing import TIMELINE_LINES
 from rlmed.core.types import ScoredGroup, TrainGroup
@@ -50,10 +51,12 @@ class RunRecorder:
     """Append to the files of a run folder, creating it if missing.
 
     Example:
-        >>> with RunRecorder(folder) as recorder:                                 # doctest: +SKIP
+        >>> with RunRecorder(Path("run")) as recorder:
         ...     recorder.record_step(1, {"policy_version": 1.0, "reward/mean": 1.4})
-        ...     recorder.record_groups(1, groups, discarded)
-        ...     offsets = recorder.offsets()   # goes into the checkpoint; `truncate(offsets)` on resume
+        ...     recorder.record_groups(1, [], [])
+        ...     offsets = recorder.offsets()  # goes into the checkpoint; `truncate(offsets)` on resume
+        >>> offsets["metrics.jsonl"]
+        53
     """
 
     def __init__(self, folder: Path) -> None:
@@ -78,11 +81,15 @@ class RunRecorder:
 
         Args:
             step: number of steps done, 1 after the first.
-            metrics: by name; NaN and infinities are written as null, "policy_version" as an integer.
+            metrics: by their name in `rlmed.core.metrics.METRICS`; NaN and infinities are written as null,
+                "policy_version" as an integer.
 
         Raises:
             RecordError: if the write fails.
+            KeyError: for any other metric.
         """
+        for name in metrics:
+            find_metric(name)
         line: dict[str, Any] = {"step": step, **{name: float(value) for name, value in metrics.items()}}
         if "policy_version" in metrics:
             line["policy_version"] = int(metrics["policy_version"])
@@ -193,15 +200,15 @@ def _group_line(step: int, scored: ScoredGroup, advantages: Sequence[float | Non
     completions = [
         {
             "text": completion.text,
-            "reward": float(scored.rewards[place]),
-            "reward_parts": {name: float(values[place]) for name, values in scored.reward_parts.items()},
-            "advantage": advantages[place],
+            "reward": float(scored.rewards[index]),
+            "reward_parts": {name: float(values[index]) for name, values in scored.reward_parts.items()},
+            "advantage": advantages[index],
             "tokens": len(completion.token_ids),
             "finish_reason": completion.finish_reason,
             "min_version": completion.min_version,
             "max_version": completion.max_version,
         }
-        for place, completion in enumerate(scored.rollout.completions)
+        for index, completion in enumerate(scored.rollout.completions)
     ]
     return {
         "step": step,

@@ -52,8 +52,8 @@ def _file(file: FileLeakage, report: LeakageReport, rows: Sequence[EvalRow]) -> 
 
 def accuracy(rows: Sequence[EvalRow], file: str, left_out: frozenset[str] = frozenset()) -> Accuracy | None:
     """Return the accuracy on a file's unchanged rows, except some ids; None if no row is left."""
-    right = [row.right for row in rows if row.file == file and row.control == "none" and row.id not in left_out]
-    return Accuracy.of(sum(right), len(right)) if right else None
+    correct = [row.correct for row in rows if row.file == file and row.control == "none" and row.id not in left_out]
+    return Accuracy.of(sum(correct), len(correct)) if correct else None
 
 
 def _choose(report: LeakageReport) -> list[Leak]:

@@ -29,7 +29,6 @@ from rlmed.core.statistics import mcnemar
 from rlmed.core.tracing import TIMELINE_LINES
 from rlmed.evaluation.reliability.results import TRUST_FILE, TrustSummary
 from rlmed.evaluation.results import (
-    COMPARISON_FILE,
     SUMMARY_FILE,
     Accuracy,
     EvalRow,
@@ -37,6 +36,7 @@ from rlmed.evaluation.results import (
     FileSummary,
     last_evaluation,
     p_value_text,
+    read_comparison,
     read_rows,
 )
 from rlmed.models.tiny.toy import EMBEDDED, TOY_NOTE
@@ -83,7 +83,7 @@ class _Evaluations:
             summaries=tuple(EvalSummary.read(path) for path in folders),
             first_rows=rows[0] if len(rows) > 1 else (),
             last_rows=rows[-1] if rows else (),
-            comparison=_read_json(folders[-1] / COMPARISON_FILE) if len(folders) == 1 else None,
+            comparison=read_comparison(folders[-1]) if len(folders) == 1 else None,
             sft=None if sft is None else EvalSummary.read(last_evaluation(sft)),
             trust=TrustSummary.read(trusts[-1]) if trusts else None,
         )
@@ -284,8 +284,7 @@ def _table_line(
         p_value = mcnemar(*pairs).p_value
     elsewhere = evaluations.comparison["files"].get(file.name) if evaluations.comparison else None
     if elsewhere is not None:
-        earlier, p_value = Accuracy.of(elsewhere["right_before"], elsewhere["rows"]), elsewhere["p_value"]
-    kinds = sorted(file.by_kind.items())
+        earlier, p_value = Accuracy.of(elsewhere["correct_before"], elsewhere["rows"]), elsewhere["p_value"]
     return {
         "file": file,
         "before": earlier,
@@ -293,14 +292,17 @@ def _table_line(
         "change": None if earlier is None else file.accuracy.value - earlier.value,
         "p_value": p_value,
         "sft": sft,
-        "kinds": [{"kind": kind, "right": right, "rows": rows} for kind, (right, rows) in kinds],
+        "question_types": [
+            {"name": name, "correct": correct, "rows": rows}
+            for name, (correct, rows) in sorted(file.by_question_type.items())
+        ],
     }
 
 
 def _paired(evaluations: _Evaluations, name: str) -> tuple[Any, Any] | None:
     """Return bool [N] before and after over a file's rows; None if the evaluations have different rows."""
     sides = [
-        {(row.id, row.question): row.right for row in rows if row.file == name and row.control == "none"}
+        {(row.id, row.question): row.correct for row in rows if row.file == name and row.control == "none"}
         for rows in (evaluations.first_rows, evaluations.last_rows)
     ]
     if not sides[0] or sides[0].keys() != sides[1].keys():

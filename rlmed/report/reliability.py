@@ -16,7 +16,7 @@ from rlmed.report.plots import FAINT, SERIES, STYLE, TEXT, Plot, new_figure, to_
 
 
 def show_trust(summary: TrustSummary) -> dict[str, Any]:
-    """Return the template's data: figures by file, plots, reliance by kind, and the two domains."""
+    """Return the template's data: figures by file, plots, reliance by question type, and the two domains."""
     return {
         "files": summary.files,
         "domains": summary.domains,
@@ -60,7 +60,7 @@ def _draw_reliability(found: Calibration) -> Any:
     with mpl.rc_context(STYLE):
         figure, axes = new_figure("probability of the most likely option")
         axes.plot([0, 1], [0, 1], color=TEXT, lw=0.8, ls=":")
-        shares = [Accuracy.of(entry.right, entry.count) for entry in found.bins]
+        shares = [Accuracy.of(entry.correct, entry.count) for entry in found.bins]
         x = [entry.confidence for entry in found.bins]
         _points(axes, x, shares, fmt="o", markersize=3.5, elinewidth=1)
         for place, entry in zip(x, found.bins, strict=True):
@@ -91,7 +91,7 @@ def _draw_letters(found: OrderSensitivity) -> Any:
         figure, axes = new_figure("letter")
         x = np.arange(len(found.letters))
         shares = [entry.chosen for entry in found.letters]
-        axes.bar(x, [entry.right for entry in found.letters], width=0.62, color=FAINT, lw=0)
+        axes.bar(x, [entry.correct for entry in found.letters], width=0.62, color=FAINT, lw=0)
         _points(axes, x, shares, color=SERIES[1], fmt="o", markersize=4, elinewidth=1.4)
         axes.set_xticks(x, [entry.letter for entry in found.letters])
         axes.set_ylim(0, max(0.5, *(one.high for one in shares)) * 1.05)

@@ -34,15 +34,15 @@ class Pictures:
 
     uris: list[str] = field(default_factory=list)
     """JPEG as data URI, at most `PICTURE_SIDE` on a side."""
-    _places: dict[str, Mapping[str, Any] | None] = field(default_factory=dict)
+    _embedded: dict[str, Mapping[str, Any] | None] = field(default_factory=dict)
 
     def add(self, path: str | None) -> Mapping[str, Any] | None:
         """Embed a picture and return its index in `uris`, width and height in pixels; None if missing."""
         if path is None:
             return None
-        if path not in self._places:
-            self._places[path] = self._embed(Path(path))
-        return self._places[path]
+        if path not in self._embedded:
+            self._embedded[path] = self._embed(Path(path))
+        return self._embedded[path]
 
     def _embed(self, path: Path) -> Mapping[str, Any] | None:
         try:
@@ -52,7 +52,7 @@ class Pictures:
         target = io.BytesIO()
         image.save(target, "JPEG", quality=JPEG_QUALITY)
         self.uris.append("data:image/jpeg;base64," + base64.b64encode(target.getvalue()).decode())
-        return {"place": len(self.uris) - 1, "width": image.width, "height": image.height}
+        return {"index": len(self.uris) - 1, "width": image.width, "height": image.height}
 
 
 def show_groups(rollouts: Path, pictures: Pictures, limit: int = GROUPS) -> list[dict[str, Any]]:
@@ -63,32 +63,32 @@ def show_groups(rollouts: Path, pictures: Pictures, limit: int = GROUPS) -> list
         pictures: collects the pictures.
         limit: most groups to return.
     """
-    places = _index(rollouts)
+    entries = _entries(rollouts)
     shown = []
-    with rollouts.open("rb") if places else io.BytesIO() as file:
-        for pick, (_, _, offset, number) in _choose(places, limit):
+    with rollouts.open("rb") if entries else io.BytesIO() as file:
+        for pick, (_, _, offset, number) in _choose(entries, limit):
             file.seek(offset)
             shown.append(_show_group(parse_line(file.readline(), rollouts, number), pick, pictures))
     return shown
 
 
-_Place = tuple[float, int, int, int]
+_Entry = tuple[float, int, int, int]
 """Mean reward, step, byte offset and line number of a group."""
 
 
-def _index(rollouts: Path) -> list[_Place]:
-    places: list[_Place] = []
+def _entries(rollouts: Path) -> list[_Entry]:
+    entries: list[_Entry] = []
     if not rollouts.exists():
-        return places
+        return entries
     offset = 0
     with rollouts.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):  # still being written
                 break
             group = parse_line(line, rollouts, number)
-            places.append((_mean_reward(group), group["step"], offset, number))
+            entries.append((_mean_reward(group), group["step"], offset, number))
             offset += len(line)
-    return places
+    return entries
 
 
 def _mean_reward(group: Mapping[str, Any]) -> float:
@@ -96,38 +96,39 @@ def _mean_reward(group: Mapping[str, Any]) -> float:
     return sum(rewards) / len(rewards) if rewards else 0.0
 
 
-def _choose(places: Sequence[_Place], limit: int) -> list[tuple[str, _Place]]:
+def _choose(entries: Sequence[_Entry], limit: int) -> list[tuple[str, _Entry]]:
     """Choose a third each of the best, the worst (ties: late ones first) and evenly over the run; none twice.
 
     Best and worst alternate, so that the first page shows both.
     """
-    third = -(-min(limit, len(places)) // 3)
-    best = sorted(places, key=lambda place: (-place[0], -place[1], place[2]))[:third]
-    rest = sorted(set(places) - set(best), key=lambda place: (place[0], -place[1], place[2]))
-    worst, rest = rest[:third], sorted(rest[third:], key=lambda place: place[2])
+    third = -(-min(limit, len(entries)) // 3)
+    best = sorted(entries, key=lambda entry: (-entry[0], -entry[1], entry[2]))[:third]
+    rest = sorted(set(entries) - set(best), key=lambda entry: (entry[0], -entry[1], entry[2]))
+    worst, rest = rest[:third], sorted(rest[third:], key=lambda entry: entry[2])
     count = min(len(rest), limit - len(best) - len(worst))
     spread = [rest[i * len(rest) // count] for i in range(count)]
     turns = [
         entry for pair in zip_longest([("best", p) for p in best], [("worst", p) for p in worst]) for entry in pair
     ]
-    return [entry for entry in turns if entry is not None] + [("run", place) for place in spread]
+    return [entry for entry in turns if entry is not None] + [("run", entry) for entry in spread]
 
 
 def _show_group(group: Mapping[str, Any], pick: str, pictures: Pictures) -> dict[str, Any]:
     completions = _merge(group["completions"], group["answer"])
     # the template folds completions after the third, so move the worst forward
     ordered = [*completions[:2], *completions[-1:], *completions[2:-1]] if len(completions) > 3 else completions
-    right = sum(entry["count"] for entry in completions if entry["right"])
+    correct = sum(entry["count"] for entry in completions if entry["correct"])
     total = len(group["completions"])
     return {
-        **{key: group[key] for key in ("step", "index", "example_id", "question", "modality", "kind")},
+        **{key: group[key] for key in ("step", "index", "example_id", "question", "modality")},
+        "question_type": group["kind"],
         "pick": pick,
         "options": _options(group["options"], group["answer"]),
         "picture": pictures.add(group["image"]),
         "reward": _mean_reward(group),
-        "right": right,
+        "correct": correct,
         "total": total,
-        "outcome": "all right" if right == total else "some right" if right else "none right",
+        "outcome": "all right" if correct == total else "some right" if correct else "none right",
         "completions": ordered[:COMPLETIONS],
         "hidden": len(ordered[COMPLETIONS:]),
     }
@@ -153,13 +154,13 @@ def take_apart(text: str, answer: str) -> dict[str, Any]:
         answer: the right letter.
 
     Returns:
-        "reasoning" and "answer" (None if not in the format), "raw" (None if it is), "letter" (or None), "right", and
+        "reasoning" and "answer" (None if not in the format), "raw" (None if it is), "letter" (or None), "correct", and
         "cut": the number of characters left out.
     """
     letter = evaluated_letter(text)
     parts: dict[str, Any] = {
         "letter": letter,
-        "right": letter == answer,
+        "correct": letter == answer,
         "reasoning": None,
         "answer": None,
         "raw": None,
@@ -176,7 +177,7 @@ def take_apart(text: str, answer: str) -> dict[str, Any]:
 
 def _options(options: Sequence[str], answer: str) -> list[dict[str, Any]]:
     return [
-        {"letter": letter, "text": text, "right": letter == answer}
+        {"letter": letter, "text": text, "correct": letter == answer}
         for letter, text in zip(LETTERS, options, strict=False)
     ]
 
@@ -197,10 +198,10 @@ def show_rows(before: Sequence[EvalRow], after: Sequence[EvalRow], pictures: Pic
     piles: dict[tuple[str, str], list[tuple[EvalRow | None, EvalRow]]] = defaultdict(list)
     for row in after:
         old = earlier.get((row.file, row.id))
-        if row.control != "none" or (before and (old is None or old.right == row.right)):
+        if row.control != "none" or (before and (old is None or old.correct == row.correct)):
             continue
-        outcome = "right" if row.right else "wrong"
-        piles[row.file, outcome if old is None else f"{'right' if old.right else 'wrong'} → {outcome}"].append(
+        outcome = "right" if row.correct else "wrong"
+        piles[row.file, outcome if old is None else f"{'right' if old.correct else 'wrong'} → {outcome}"].append(
             (old, row)
         )
     share = ROWS // max(1, len(piles))
@@ -210,7 +211,7 @@ def show_rows(before: Sequence[EvalRow], after: Sequence[EvalRow], pictures: Pic
             "outcome": outcome,
             "of": len(pile),
             "id": row.id,
-            "kind": row.kind,
+            "question_type": row.question_type,
             "question": row.question,
             "options": _options(row.options, row.answer),
             "picture": pictures.add(row.image),

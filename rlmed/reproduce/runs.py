@@ -46,11 +46,12 @@ ATTEMPTS = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class RunCommand:
     """One command in one folder.
 
     Example:
-        Run("rl", 2, Path("outputs/reproduce/medvqa_600"), ("+experiment=medvqa_600",)).folder.name is "rl-seed2".
+        >>> RunCommand("rl", 2, Path("outputs/reproduce/medvqa_600"), ("+experiment=medvqa_600",)).folder.name
+        'rl-seed2'
     """
 
     method: str
@@ -89,7 +90,7 @@ class Run:
         return True
 
     def execute(self) -> None:
-        """Run it, or resume it, to its end.
+        """RunCommand it, or resume it, to its end.
 
         Raises:
             RuntimeError: if the command fails; its own error is on the terminal.
@@ -110,7 +111,7 @@ class Run:
         replace_text(self.folder / DONE_FILE, json.dumps(content, indent=1) + "\n")
 
 
-def plan(root: Path, methods: Sequence[str], seeds: Sequence[int], overrides: Sequence[str]) -> list[Run]:
+def plan(root: Path, methods: Sequence[str], seeds: Sequence[int], overrides: Sequence[str]) -> list[RunCommand]:
     """Return the runs in order: the base, then every method for each seed.
 
     Raises:
@@ -128,8 +129,8 @@ def plan(root: Path, methods: Sequence[str], seeds: Sequence[int], overrides: Se
             what = "is set for each run" if key in OURS else "is not of the form key=value"
             raise ValueError(f"{entry} {what}: give --seeds and --out, and only keys that all runs share")
     shares = _share_out(["base", *methods], overrides)
-    base = [Run("base", 0, root, shares["base"])]
-    return base + [Run(method, seed, root, shares[method]) for seed in seeds for method in methods]
+    base = [RunCommand("base", 0, root, shares["base"])]
+    return base + [RunCommand(method, seed, root, shares[method]) for seed in seeds for method in methods]
 
 
 def _share_out(methods: Sequence[str], overrides: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -159,7 +160,7 @@ def default_folder(overrides: Sequence[str]) -> Path:
     return Path("outputs/reproduce") / (named[-1] if named else "run")
 
 
-def reproduce(runs: Sequence[Run], console: Console) -> Reproduction:
+def reproduce(runs: Sequence[RunCommand], console: Console) -> Reproduction:
     """Execute unfinished runs and collect all results.
 
     Raises:
@@ -167,15 +168,15 @@ def reproduce(runs: Sequence[Run], console: Console) -> Reproduction:
         ValueError: if a folder holds a different run.
     """
     finished = [run.done for run in runs]  # check all folders' settings before anything runs
-    for place, (run, done) in enumerate(zip(runs, finished, strict=True), start=1):
-        console.print(f"[{place}/{len(runs)}] {run.folder.name}{': already done' if done else ''}", markup=False)
+    for index, (run, done) in enumerate(zip(runs, finished, strict=True), start=1):
+        console.print(f"[{index}/{len(runs)}] {run.folder.name}{': already done' if done else ''}", markup=False)
         if not done:
             run.execute()
     return collect([(run.method, run.seed, run.folder) for run in runs])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run everything, then print and write the table."""
+    """RunCommand everything, then print and write the table."""
     parser = argparse.ArgumentParser(
         prog="python -m rlmed.reproduce", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -45,7 +45,8 @@ class Cell:
     """One method on one file over its seeds; fractions in [0, 1].
 
     Example:
-        Cell((0.80, 0.81, 0.82), rows=300).text() is "81.0 ± 1.0 [76–85]".
+        >>> Cell((0.80, 0.81, 0.82), rows=300).text()
+        '81.0 ± 1.0 [76–85]'
     """
 
     values: tuple[float, ...]
@@ -176,11 +177,11 @@ class Reproduction:
         rows = [self.headings, *self.body()]
         # the prior stands below chance
         cells = [[_words(row[0]), [row[2], row[3]], *(_words(cell) for cell in row[len(HEADINGS) :])] for row in rows]
-        shown = [place for place, heading in enumerate(cells[0]) if heading != ["format"]]
-        for place in shown:
-            table.add_column("\n".join(cells[0][place]), justify="left" if place == 0 else "right", no_wrap=True)
+        shown = [column for column, heading in enumerate(cells[0]) if heading != ["format"]]
+        for column in shown:
+            table.add_column("\n".join(cells[0][column]), justify="left" if column == 0 else "right", no_wrap=True)
         for row in cells[1:]:
-            table.add_row(*("\n".join(row[place]) for place in shown))
+            table.add_row(*("\n".join(row[column]) for column in shown))
         return table
 
     def markdown(self) -> str:
@@ -258,8 +259,8 @@ def _line(
         reordered=_control({method: [file.reordered for file in entries] for method, entries in files.items()}),
         p_values={
             method: max(
-                _p_of_change(name, answers[method][place % len(answers[method])][name], after[name])
-                for place, after in enumerate(answers[methods[-1]])
+                _p_of_change(name, answers[method][index % len(answers[method])][name], after[name])
+                for index, after in enumerate(answers[methods[-1]])
             )
             for method in methods[:-1]
         },

@@ -6,7 +6,7 @@ log-probabilities agree with the learner's to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from rlmed.core.types import RolloutGroup, RolloutRequest
 from rlmed.models.attention import PackedLayout
 from rlmed.models.cpu.linear import PackedWeights
 from rlmed.models.policy import Policy, merge_image_inputs
-from rlmed.models.weights import check_shapes, copy_into
+from rlmed.models.weights import Buckets, copy_weights
 from rollout.native.batch import DecodeBatch
 from rollout.native.kv_cache import KVCache, PrefillLayout
 from rollout.native.sampler import BatchSampling, completion_seeds
@@ -63,22 +63,14 @@ class NativeEngine:
     def sleep(self) -> None:
         """No-op."""
 
-    def begin_update(self, expected: Mapping[str, tuple[int, ...]] | None = None) -> None:
-        """See `rollout.engine.Engine.begin_update`."""
-        if expected is not None:
-            check_shapes(dict(self.policy.model.named_parameters()), expected)
-
-    def load_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Copy into the policy's parameters; see `rollout.engine.Engine.load_weights`."""
-        self._packs.clear()
-        copy_into(dict(self.policy.model.named_parameters()), tensors)
-
-    def finish_update(self, version: int) -> None:
-        """Label tokens sampled from now on with policy version `version`.
+    def update_weights(self, version: int, buckets: Buckets = ()) -> None:
+        """See `rollout.engine.Engine.update_weights`.
 
         Running completions continue: their keys and values stay those of the older weights, as `min_version` records.
         """
         self._packs.clear()
+        if buckets:
+            copy_weights(dict(self.policy.model.named_parameters()), buckets)
         self.policy_version = version
 
     @torch.inference_mode()

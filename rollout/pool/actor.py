@@ -22,7 +22,6 @@ from rlmed.core.types import Prompt, RolloutRequest
 from rlmed.core.weights import PushReport, StoredWeights
 from rollout.engine import Engine
 from rollout.pool.runner import EngineRunner
-from rollout.pool.weight_receiver import DirectWeightReceiver
 from rollout.pool.worker import FinishedGroup, WorkerStatus
 
 COLLECT_S = 5.0
@@ -38,7 +37,6 @@ class RolloutActor:
         """Build the engine in this process, which will run it."""
         self._engine = engine = build()
         self._runner = EngineRunner(engine, on_push=on_push, where=f"{socket.gethostname()}, process {os.getpid()}")
-        self._reception = DirectWeightReceiver(engine, self._runner.between_steps)
 
     def identity(self) -> tuple[str, int]:
         """Return Ray's node id and the process id."""
@@ -58,27 +56,14 @@ class RolloutActor:
     def update_weights(self, weights: StoredWeights) -> PushReport:
         """Fetch the buckets while the engine keeps sampling, then apply them between two steps."""
         start = time.perf_counter()
-        fetched = ray.get(list(weights.buckets))
+        fetched = ray.get(weights.buckets)
         middle = time.perf_counter()
         self._runner.update_weights(weights.version, fetched)
-        size = sum(bucket.data.nbytes for bucket in fetched)
-        return PushReport(size, middle - start, time.perf_counter() - middle)
+        return PushReport(middle - start, time.perf_counter() - middle)
 
-    def connect(self, transport: str, info: Mapping[str, Any]) -> None:
-        """Connect to the learner, which calls this and the next three; see `DirectWeightReceiver`."""
-        self._reception.connect(transport, info)
-
-    def begin_update(self) -> None:
-        """Hold the engine for weights that the learner is about to send."""
-        self._reception.begin()
-
-    def receive(self, info: Mapping[str, Any]) -> None:
-        """Receive some of the weights."""
-        self._reception.receive(info)
-
-    def finish_update(self, version: int) -> None:
-        """Complete the update and resume sampling."""
-        self._reception.finish(version)
+    def call_stage(self, stage: str, *arguments: Any) -> None:
+        """See `EngineRunner.call_stage`; called by learner rank 0."""
+        self._runner.call_stage(stage, *arguments)
 
     def sleep(self) -> None:
         """Put the engine to sleep until the next weights arrive."""
@@ -122,8 +107,8 @@ class RayWorker:
         """See `Worker.collect`."""
         return self._actor.collect.remote().future()
 
-    def update_weights(self, version: int, weights: Any) -> Future[PushReport]:
-        """See `Worker.update_weights`; `weights` are `StoredWeights` or a reference to them, and carry the version."""
+    def update_weights(self, weights: Any) -> Future[PushReport]:
+        """See `Worker.update_weights`."""
         return self._actor.update_weights.remote(weights).future()
 
     def sleep(self) -> Future[None]:

@@ -6,6 +6,7 @@ import queue
 from typing import Any, Protocol
 
 from rlmed.core.types import RolloutGroup, RolloutRequest
+from rlmed.core.weights import WeightUpdate
 from rollout.pool.state import RolloutError
 
 
@@ -28,7 +29,7 @@ class SharedWorkers(Protocol):
         """Put the workers to sleep."""
         ...
 
-    def update_weights(self, version: int, weights: Any) -> Any:
+    def update_weights(self, weights: WeightUpdate) -> Any:
         """Push new weights to the workers."""
         ...
 
@@ -88,9 +89,10 @@ class Channel:
         """See `WorkerPool.sleep`."""
         self._pool.sleep()
 
-    def update_weights(self, version: int, weights: Any = None) -> None:
+    def update_weights(self, version: int, weights: WeightUpdate | None = None) -> None:
         """See `WorkerPool.update_weights`."""
-        self._pool.update_weights(version, weights)
+        assert weights is not None, "the workers do not share the learner's parameters"
+        self._pool.update_weights(weights)
 
     def metrics(self) -> dict[str, float]:
         """See `WorkerPool.metrics`."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rlmed.core.weights import PushReport
 from rollout.pool.state import Slot
-from rollout.pool.worker import PushReport
 
 
 class PoolMetrics:

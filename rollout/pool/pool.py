@@ -104,7 +104,7 @@ class WorkerPool:
             self.raise_error()
         wait(resting.result(), timeout=self._settings.push_s)  # one that fails is replaced
 
-    def update_weights(self, version: int, weights: WeightUpdate) -> list[PushReport]:
+    def update_weights(self, weights: WeightUpdate) -> list[PushReport]:
         """Push new weights to all workers and wait; a worker that fails is replaced by one that has them.
 
         The learner sends them directly to the ready workers if it can; workers that start later fetch them.
@@ -114,7 +114,7 @@ class WorkerPool:
         Raises:
             RolloutError: if rollouts cannot continue.
         """
-        push = Push(version, weights)
+        push = Push(weights)
         self._events.put(lambda: self._pushes.begin(push, [slot for slot in self._slots if slot.ready]))
         while not push.done.wait(timeout=1.0):
             self.raise_error()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 from rlmed.core.types import RolloutGroup, RolloutRequest
-from rlmed.core.weights import WeightBucket
+from rlmed.core.weights import STAGES
+from rlmed.models.weights import Buckets
 from rollout.engine import Engine
-from rollout.pool.weight_receiver import update_weights
 from rollout.pool.worker import FinishedGroup, WorkerStatus
 
 ON_PUSH = ("continue", "finish")
@@ -71,13 +73,27 @@ class EngineRunner:
                 self._raise_error()
             return groups
 
-    def update_weights(self, version: int, buckets: Sequence[WeightBucket]) -> None:
+    def update_weights(self, version: int, buckets: Buckets) -> None:
         """Load new weights into the engine and wait until it has them.
 
         Raises:
-            WeightError: see `rollout.pool.weight_receiver.update_weights`; the engine keeps its old weights.
+            WeightError: if the bytes are damaged, and as in `rollout.engine.Engine.update_weights`.
         """
-        self.between_steps(lambda: update_weights(self._engine, version, buckets))
+
+        def update() -> None:
+            for bucket in buckets:
+                bucket.verify()
+            self._engine.update_weights(version, buckets)
+
+        self.between_steps(update)
+
+    def call_stage(self, stage: str, *arguments: Any) -> None:
+        """Call one of `rlmed.core.weights.STAGES` of the engine and wait until it is done.
+
+        From "begin_update" to "finish_update" the engine makes no step. An abandoned push leaves it so: the worker is
+        replaced, or fetches all weights from the store.
+        """
+        self.between_steps(functools.partial(getattr(self._engine, stage), *arguments), hold=STAGES[stage])
 
     def between_steps(self, job: Callable[[], None], *, hold: bool = False) -> None:
         """Run a job in the engine's thread between two steps and wait for it.

@@ -114,8 +114,8 @@ class Slot:
         """Name for messages, with host and process once known."""
         return f"{self.worker.name} ({self.status.where})" if self.status else self.worker.name
 
-    def recipient(self) -> EngineHandle:
-        """Return the worker's handle for sending weights."""
+    def handle(self) -> EngineHandle:
+        """Return what the learner needs to send weights to the worker's engine."""
         return EngineHandle(self.name, self.worker.address, self.status.devices if self.status else ())
 
 
@@ -123,7 +123,6 @@ class Slot:
 class Push:
     """A push of new weights to all workers."""
 
-    version: int
     weights: WeightUpdate
     outstanding: set[int] = field(default_factory=set)
     """Numbers of the slots that have not confirmed yet."""

@@ -56,8 +56,8 @@ class Worker(Protocol):
         """Return the next finished groups, at least one, or none after a timeout."""
         ...
 
-    def update_weights(self, version: int, weights: Any) -> Future[PushReport]:
-        """Fetch these weights and sample with them from now on; see `rlmed.core.weights.WeightUpdate.stored`."""
+    def update_weights(self, weights: Any) -> Future[PushReport]:
+        """Fetch what `rlmed.core.weights.WeightUpdate.stored` returned, and sample from these weights from now on."""
         ...
 
     def sleep(self) -> Future[None]:

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
 from rlmed.core.prefill import joined
 from rlmed.core.types import RolloutGroup, RolloutRequest
@@ -22,6 +21,7 @@ from rlmed.core.weights import WeightError
 from rlmed.models.families import family_of, unsampleable_token_ids
 from rlmed.models.folder.end_tokens import find_end_tokens
 from rlmed.models.policy import load_config
+from rlmed.models.weights import Buckets, check_complete, check_shapes
 from rollout.native.scheduler import EngineLimits, Scheduler
 from rollout.vllm_backend.environment import import_vllm, preload_kept, register_model_classes
 from rollout.vllm_backend.requests import (
@@ -33,7 +33,6 @@ from rollout.vllm_backend.requests import (
     sampling_params,
 )
 from rollout.vllm_backend.settings import VllmSettings
-from rollout.vllm_backend.update import expected_weights
 
 vllm = import_vllm()
 
@@ -75,7 +74,9 @@ class VllmEngine:
         self.policy_version = 0
         self.generated_tokens = 0
         self._facts = _model_facts(folder, config)
-        self._update = expected_weights(folder)
+        self._shapes = _parameter_shapes(config)
+        self._missing: set[str] | None = None  # weights that the current push has yet to bring; None between pushes
+        self._damaged = False  # True from a push's first weights, or sleep, until a push is complete
         self._loading = False
         self._asleep: set[str] = set()
         self._epoch = 0
@@ -110,8 +111,8 @@ class VllmEngine:
 
     def step(self) -> list[RolloutGroup]:
         """Submit what fits to vLLM, sample one token per running completion and return the groups this finished."""
-        assert not self._update.active, "step() was called between begin_update() and finish_update()"
-        if self._update.damaged:
+        assert self._missing is None, "step() was called between begin_update() and finish_update()"
+        if self._damaged:
             raise WeightError("the last push ended early and left a mixture of weights: push all of them again")
         # torch sets OpenMP's thread count when a thread first queries it, and vLLM's CPU build plans by OpenMP's: in a
         # Ray actor that is 1 until then, and vLLM's attention fails where plan and run differ
@@ -143,51 +144,61 @@ class VllmEngine:
         if self.settings.sleep and not self.busy and "weights" not in self._asleep:
             self._core.sleep(level=2)  # level 2 keeps no copy of the weights: the push brings new ones
             self._asleep = {"weights", "kv_cache"}
-            self._update.lose_all()
+            self._missing, self._damaged = None, True
 
-    def begin_update(self, expected: Mapping[str, tuple[int, ...]] | None = None) -> None:
+    def update_weights(self, version: int, buckets: Buckets = ()) -> None:
+        """See `rollout.engine.Engine.update_weights`.
+
+        If it fails after some weights were loaded, `step` raises until a complete push has arrived.
+        """
+        self.begin_update()
+        for bucket in buckets:
+            self._load(bucket.shapes, {"tensors": bucket.tensors()})
+        self.finish_update(version)
+
+    def connect(self, transport: str, info: Mapping[str, Any]) -> None:
+        """Connect to the learner by "nccl" or "ipc", with vLLM's init info; replaces any earlier connection.
+
+        Raises:
+            ValueError: if the transport does not support this connection.
+            RuntimeError: if connecting fails.
+        """
+        init_info = {"transport": transport, "info": dict(info)}
+        self._core.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": init_info})
+
+    def begin_update(self) -> None:
         """Prepare for new weights; nothing is sampled until `finish_update`, which checks that they are complete.
 
         Wakes a sleeping engine's weight memory; `finish_update` wakes its key-value cache.
         """
         self._wake("weights")
         self._end_loading()  # left by an abandoned push
-        self._update.begin()
-
-    def load_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Load some of the new weights; see `rollout.engine.Engine.load_weights`.
-
-        Raises:
-            WeightError: for an unknown name or another shape. This ends the push; if it had loaded weights already, `step`
-                raises until a complete push has arrived.
-        """
-        received = list(tensors)
-        self._load({name: tuple(tensor.shape) for name, tensor in received}, {"tensors": received})
-
-    def connect(self, transport: str, info: Mapping[str, Any]) -> None:
-        """See `rollout.engine.DirectEngine.connect`; replaces any earlier connection."""
-        init_info = {"transport": transport, "info": dict(info)}
-        self._core.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": init_info})
+        self._missing = set(self._shapes)
 
     def receive(self, info: Mapping[str, Any]) -> None:
-        """See `rollout.engine.DirectEngine.receive`; an error ends the push, as in `load_weights`."""
+        """Receive some of the new weights while the learner sends them; vLLM's update info names them.
+
+        Raises:
+            WeightError: for an unknown name or another shape. This ends the push.
+        """
         self._load(dict(zip(info["names"], info["shapes"], strict=True)), {"direct": dict(info)})
 
     def finish_update(self, version: int) -> None:
         """Complete the update to `version`; running completions continue with the keys and values they have.
 
         Raises:
-            WeightError: if a part of the model received only some of its weights.
+            WeightError: if not all weights have arrived.
         """
-        loaded = self._loading
+        assert self._missing is not None, "call begin_update() first"
+        missing, self._missing = self._missing, None
         self._end_loading()
-        self._update.finish()
+        check_complete(missing)
+        self._damaged = False
         self._wake("kv_cache")
         self.policy_version = version
         self._core.set_weight_version(str(version))
-        if loaded:
-            self._epoch += 1
-            self._restart_groups_without_tokens()
+        self._epoch += 1
+        self._restart_groups_without_tokens()
 
     def close(self) -> None:
         """Release vLLM's memory. A process has one engine at a time: close it before creating the next."""
@@ -212,13 +223,15 @@ class VllmEngine:
             shapes: shapes of these weights.
             update_info: see `rollout.vllm_backend.weight_transfer.UpdateInfo`.
         """
-        if not self._update.active:
-            self.begin_update()
+        assert self._missing is not None, "call begin_update() first"
         try:
-            self._update.accept(shapes)
+            check_shapes(self._shapes, shapes)
         except WeightError:
+            self._missing = None
             self._end_loading()
             raise
+        self._missing -= shapes.keys()
+        self._damaged = True
         if not self._loading:
             self._core.collective_rpc("start_weight_update")
             self._loading = True
@@ -286,7 +299,8 @@ class VllmEngine:
         """Count the tokens sampled so far for vLLM's running groups."""
         states = self._core.output_processor.request_states.values()
         ended = (output for parent in self._parents() for output in parent.output_aggregator if output is not None)
-        return sum(state.detokenizer.num_output_tokens() for state in states) + sum(len(end.token_ids) for end in ended)
+        running = sum(int(state.detokenizer.num_output_tokens()) for state in states)
+        return running + sum(len(end.token_ids) for end in ended)
 
     def _parents(self) -> list[Any]:
         """Return vLLM's records of groups with more than one completion."""
@@ -302,6 +316,15 @@ def _model_facts(folder: Path, config: PreTrainedConfig) -> ModelFacts:
         image_token_id=values["image_token_id"] if vision else None,
         merge_size=values["vision_config"]["spatial_merge_size"] if vision else 1,
     )
+
+
+def _parameter_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the learner's `named_parameters()`, computed without weights."""
+    auto = AutoModelForImageTextToText if family_of(config).vision else AutoModelForCausalLM
+    with torch.device("meta"):
+        model = auto.from_config(config)
+    model.tie_weights()
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def _start(folder: Path, config: PreTrainedConfig, settings: VllmSettings) -> vllm.LLMEngine:

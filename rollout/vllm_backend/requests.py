@@ -107,7 +107,7 @@ def engine_input(prompt: Prompt, facts: ModelFacts, epoch: int) -> EngineInput:
     pixels = torch.as_tensor(prompt.image_inputs["pixel_values"])
     patches = grids.prod(dim=1)
     items = MultiModalKwargsItems.from_hf_inputs(
-        {"pixel_values": pixels, "image_grid_thw": grids},  # type: ignore[arg-type]  # any mapping does
+        {"pixel_values": pixels, "image_grid_thw": grids},
         {
             "pixel_values": MultiModalFieldConfig.flat_from_sizes("image", patches),
             "image_grid_thw": MultiModalFieldConfig.batched("image", keep_on_cpu=True),
@@ -129,15 +129,15 @@ def image_spans(prompt: Prompt, facts: ModelFacts) -> list[tuple[int, int]]:
     Raises:
         ValueError: if they do not match the images.
     """
-    (places,) = np.nonzero(prompt.token_ids == facts.image_token_id)
+    (indices,) = np.nonzero(prompt.token_ids == facts.image_token_id)
     grids = prompt.image_inputs.get("image_grid_thw", np.zeros((0, 3), dtype=np.int64))
     lengths = (grids.prod(axis=1) // facts.merge_size**2).tolist()
-    if len(places) == sum(lengths):
-        pieces = np.split(places, np.cumsum(lengths)[:-1]) if lengths else []
+    if len(indices) == sum(lengths):
+        pieces = np.split(indices, np.cumsum(lengths)[:-1]) if lengths else []
         if all(piece[-1] - piece[0] == len(piece) - 1 for piece in pieces):
             return [(int(piece[0]), len(piece)) for piece in pieces]
     raise ValueError(
-        f"prompt {prompt.example.id!r} has {len(places)} image placeholders, but its images need {lengths}, each contiguous: "
+        f"prompt {prompt.example.id!r} has {len(indices)} image placeholders, but its images need {lengths}, each contiguous: "
         "render it with this model's processor"
     )
 
@@ -177,6 +177,6 @@ def cut_at_stop(text: str, stops: Sequence[str]) -> str:
 
 
 def _digest(pixels: torch.Tensor, grid: torch.Tensor) -> str:
-    content = hashlib.sha256(pixels.contiguous().numpy())
-    content.update(grid.contiguous().numpy())
+    content = hashlib.sha256(pixels.contiguous().numpy().data)
+    content.update(grid.contiguous().numpy().data)
     return content.hexdigest()

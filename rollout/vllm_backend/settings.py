@@ -63,7 +63,7 @@ class VllmSettings:
         width = text.to_dict().get("head_dim") or text.hidden_size // text.num_attention_heads
         per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * width * DTYPE_BYTES[self.dtype]
         blocks = 2 + self.max_completions * (2 + self.max_model_len // CPU_BLOCK)
-        return blocks * CPU_BLOCK * per_token
+        return blocks * CPU_BLOCK * int(per_token)
 
     def engine_args(self, folder: Path, config: PreTrainedConfig, *, on_cpu: bool) -> dict[str, Any]:
         """Return the keyword arguments of `vllm.EngineArgs`.

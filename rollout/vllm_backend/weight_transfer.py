@@ -1,35 +1,250 @@
-"""Our backend of vLLM's weight-transfer API: tensors passed in a call, or vLLM's own GPU backends.
+"""Direct transfer of weights, by vLLM's weight-transfer API: NCCL or CUDA IPC; see `rlmed.core.weights`.
 
-One engine must accept both: a replacement worker fetches the weights while the learner works.
+The learner's half, `WeightTransferSender`, runs in learner rank 0's process. vLLM drives the exchange; this adds what it
+lacks: NCCL ranks for several engines, a timeout for every wait, and the name of the engine that did not answer.
 
-vLLM imports this module in every worker process, through `WorkerExtension`, which registers the backend there too.
+The engine's half, `WeightTransfer`, runs in every worker process of vLLM, which imports this module through
+`WorkerExtension`. It also accepts tensors passed in a call: a replacement worker fetches the weights while the learner works.
 """
 
 from __future__ import annotations
 
 import logging
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from vllm.config import WeightTransferConfig
-from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
-from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
-from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerWeightTransferEngine, NCCLWeightTransferEngine
+from vllm.distributed.weight_transfer import (
+    ParamMeta,
+    TrainerWeightTransferEngine,
+    WeightSource,
+    WeightTransferEngine,
+    WeightTransferEngineFactory,
+)
+from vllm.distributed.weight_transfer.base import TrainerInitInfo, WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo, IPCTrainerWeightTransferEngine
+from vllm.distributed.weight_transfer.nccl_engine import (
+    NCCLTrainerInitInfo,
+    NCCLTrainerWeightTransferEngine,
+    NCCLWeightTransferEngine,
+)
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.utils.network_utils import get_open_port
 
-from rlmed.models.weights import gpu_name
+from rlmed.core.protocols import ClusterError
+from rlmed.core.weights import IPC, CallEngine, EngineHandle, NotConnectedError, TransferError, last_line
+from rlmed.models.weights import BUCKET_BYTES, gpu_name
 
 BACKEND = "rlmed"
+ABORT_S = 30.0
+"""Seconds in which a broken transfer must release its thread."""
 
-# It warns about every layer without weights in a push, rotary embeddings included; `update` knows what is really missing.
+# It warns about every layer without weights in a push, rotary embeddings included; the engine knows what is really missing.
 # A filter, since vLLM resets its loggers' levels whenever an engine starts.
 logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").addFilter(
     lambda record: record.levelno >= logging.ERROR
 )
+
+
+def check_group(connection: Any) -> None:
+    """Check that an NCCL connection (of either side) can send.
+
+    Raises:
+        RuntimeError: if the NCCL library was not found; vLLM's calls then do nothing.
+    """
+    if isinstance(connection, NCCLWeightTransferEngine | NCCLTrainerWeightTransferEngine):
+        group = connection.model_update_group
+        if group is None or group.disabled:
+            raise RuntimeError("NCCL does not load here; vLLM looks for it beside torch, or at VLLM_NCCL_SO_PATH")
+
+
+# The learner's half.
+
+
+class OneRankIpc(IPCTrainerWeightTransferEngine):
+    """vLLM's IPC engine for a learner whose rank 0 alone shares a GPU; vLLM's exchanges memory handles between all ranks."""
+
+    def _all_gather_and_merge_handles(
+        self, handles: list[dict[str, tuple[Any, ...]]]
+    ) -> list[dict[str, tuple[Any, ...]]]:
+        return handles
+
+    @staticmethod
+    def _post_send_sync() -> None:
+        torch.cuda.ipc_collect()
+
+
+def init_info(transport: str, engines: Sequence[EngineHandle], host: str, largest: int) -> TrainerInitInfo:
+    """Return vLLM's settings for a transfer in chunks of bounded size.
+
+    NCCL's ranks meet at `host`, each time at a new port. The memory shared by IPC must hold the `largest` parameter (bytes).
+    """
+    if transport == IPC:
+        return IPCTrainerInitInfo(rank=0, packed=True, packed_buffer_size_bytes=max(BUCKET_BYTES, largest))
+    return NCCLTrainerInitInfo(
+        rank=0,
+        master_address=host,
+        master_port=get_open_port(),
+        world_size=1 + sum(len(engine.devices) for engine in engines),
+        packed=True,
+        packed_buffer_size_bytes=BUCKET_BYTES,
+    )
+
+
+class EngineClients:
+    """vLLM's `VLLMWeightSyncClient` for several engines: each call goes to all of them and waits for all answers."""
+
+    def __init__(self, transport: str, engines: Sequence[EngineHandle], call: CallEngine, limit_s: float) -> None:
+        """Call `engines`, each of which has `limit_s` seconds to answer."""
+        self._transport, self._engines, self._call, self._limit_s = transport, engines, call, limit_s
+        self.failed: Future[None] = Future()
+        """Fails with an engine's first error: vLLM's own thread may hang in a call that the engine will never join."""
+        self.version = 0
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Connect all engines; an engine's NCCL ranks follow those of the previous engine."""
+        calls, rank = [], init_info.get("rank_offset", 0)
+        for engine in self._engines:
+            own = {"rank_offset": rank} if "rank_offset" in init_info else {}
+            calls.append(self._call(engine, "connect", self._transport, init_info | own))
+            rank += len(engine.devices)
+        self._wait("connect", calls)
+
+    def start_weight_update(self) -> None:
+        """Hold all engines."""
+        self._call_all("stop for new weights", "begin_update")
+
+    def update_weights(self, update_info: Any) -> None:
+        """Have all engines receive while the learner sends."""
+        self._call_all("receive weights", "receive", update_info)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Resume all engines under the new weights."""
+        self._call_all("take the new weights", "finish_update", self.version)
+
+    def _call_all(self, action: str, stage: str, *arguments: Any) -> None:
+        self._wait(action, [self._call(engine, stage, *arguments) for engine in self._engines])
+
+    def _wait(self, action: str, calls: Sequence[Future[None]]) -> None:
+        ended, silent = wait(calls, self._limit_s, return_when=FIRST_EXCEPTION)
+        called = list(zip(self._engines, calls, strict=True))
+        try:
+            for engine, call in called:
+                if call in ended and (cause := call.exception()) is not None:
+                    raise RuntimeError(f"{engine.name} could not {action}: {last_line(cause)}") from cause
+            if silent:
+                names = ", ".join(engine.name for engine, call in called if call in silent)
+                raise RuntimeError(f"{names} did not {action} within {self._limit_s:.0f} s")
+        except RuntimeError as error:
+            if not self.failed.done():
+                self.failed.set_exception(error)
+            raise
+
+
+class WeightTransferSender(WeightSource):
+    """`rlmed.core.weights.WeightSender`, and vLLM's source: each parameter is gathered from all ranks when its turn comes."""
+
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+        weights: Callable[[], Iterator[tuple[str, Tensor]]],
+        device: torch.device,
+        limit_s: float,
+    ) -> None:
+        """Send what `weights` yields, names and full tensors on the GPU `device`.
+
+        Args:
+            shapes: dtype and full shape of each, in the same order.
+            weights: starts gathering.
+            device: rank 0's GPU.
+            limit_s: timeout of connecting and of sending, in seconds.
+        """
+        self._shapes, self._weights, self._device, self._limit_s = shapes, weights, device, limit_s
+        self._round: Iterator[tuple[str, Tensor]] = iter(())
+        self._connection: tuple[TrainerWeightTransferEngine[Any], EngineClients] | None = None
+
+    def metadata(self) -> list[ParamMeta]:
+        """See `WeightSource`."""
+        return [ParamMeta(name, dtype, shape) for name, (dtype, shape) in self._shapes.items()]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """Return the weights of this `send`; vLLM iterates once in each."""
+        return self._round
+
+    def connect(self, transport: str, engines: Sequence[EngineHandle], call: CallEngine, host: str) -> None:
+        """See `WeightSender.connect`."""
+        self._disconnect()
+        largest = max(dtype.itemsize * math.prod(shape) for dtype, shape in self._shapes.values())
+        info = init_info(transport, engines, host, largest)
+        # its limit is shorter than ours, to name a silent engine first
+        client = EngineClients(transport, engines, call, 0.9 * self._limit_s)
+        trainer: type[TrainerWeightTransferEngine[Any]] = (
+            OneRankIpc if transport == IPC else NCCLTrainerWeightTransferEngine
+        )
+        try:
+            engine = self._watch(lambda: trainer.trainer_init(info, client=client, source=self), client)
+            check_group(engine)
+        except Exception as error:
+            raise NotConnectedError(f"cannot connect learner and engines by {transport}: {error}") from error
+        self._connection = engine, client
+
+    def send(self, version: int) -> None:
+        """See `WeightSender.send`."""
+        assert self._connection is not None, "connect first"
+        engine, client = self._connection
+        client.version, self._round = version, self._weights()
+        try:
+            self._watch(engine.send_weights, client)
+        except Exception as error:
+            self._disconnect()  # ends NCCL's calls, and so the thread
+            self._thread.join(ABORT_S)
+            if self._thread.is_alive():
+                raise ClusterError(
+                    "learner rank 0 hangs in a weight transfer that an engine did not finish. Resume from the last "
+                    "checkpoint with resume=auto"
+                ) from error
+            for _ in self._round:  # the other ranks gather the rest, too
+                pass
+            raise TransferError(f"policy version {version} did not reach the engines: {error}") from error
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            self._connection[0].shutdown()
+        self._connection = None
+
+    def _watch(self, work: Callable[[], Any], client: EngineClients) -> Any:
+        """Run work that may never return in its own thread; an engine's error ends the wait."""
+        result: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                with torch.no_grad():
+                    if self._device.type == "cuda":
+                        torch.cuda.set_device(self._device)
+                        torch.cuda.synchronize()  # vLLM copies on its own streams, which don't wait for the optimizer's
+                    result.set_result(work())
+            except BaseException as error:  # raised below, in the thread that waits
+                result.set_exception(error)
+
+        self._thread = threading.Thread(target=run, name="weight transfer", daemon=True)
+        self._thread.start()
+        wait([result, client.failed], self._limit_s, return_when=FIRST_COMPLETED)
+        if client.failed.done():
+            client.failed.result()
+        if not result.done():
+            raise TimeoutError(f"timed out after {self._limit_s:.0f} s (half of cluster.push_timeout_s)")
+        return result.result()
+
+
+# The engine's half.
 
 
 @dataclass
@@ -57,18 +272,14 @@ class WeightTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
-
-    def __init__(self, *arguments: Any, **keywords: Any) -> None:
-        """See `vllm.distributed.weight_transfer.WeightTransferEngine`."""
-        super().__init__(*arguments, **keywords)
-        self.connection: WeightTransferEngine[Any, Any] | None = None
+    connection: WeightTransferEngine[Any, Any] | None = None
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
-        """Connect to the learner by one of vLLM's backends; replaces any earlier connection.
+        """Connect to the learner, in place of any earlier connection.
 
         Raises:
             ValueError: for a backend or an info that vLLM does not know.
-            RuntimeError: if NCCL does not load; vLLM would then silently send nothing.
+            RuntimeError: if NCCL does not load.
         """
         self.shutdown()
         connection = WeightTransferEngineFactory.create_engine(
@@ -104,18 +315,6 @@ class WeightTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
         if self.connection is not None:
             self.connection.shutdown()
             self.connection = None
-
-
-def check_group(connection: Any) -> None:
-    """Check that an NCCL connection (of either side) can send.
-
-    Raises:
-        RuntimeError: if the NCCL library was not found; vLLM's calls then do nothing.
-    """
-    if isinstance(connection, NCCLWeightTransferEngine | NCCLTrainerWeightTransferEngine):
-        group = connection.model_update_group
-        if group is None or group.disabled:
-            raise RuntimeError("NCCL does not load here; vLLM looks for it beside torch, or at VLLM_NCCL_SO_PATH")
 
 
 def repack_projections(transfer: WeightTransfer) -> None:

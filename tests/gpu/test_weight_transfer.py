@@ -176,7 +176,7 @@ def test_weights_go_to_an_engine_on_the_same_gpu_that_sleeps_meanwhile(
     mixed_prompts: Callable[..., list[Prompt]],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level("INFO", "learner.direct_push")
+    caplog.set_level("INFO", "learner.weight_push")
     company, prompts = (
         make_company(dtype, transport="ipc", workers=1, share=True, sleep=True),
         mixed_prompts("qwen2_vl", 8),
@@ -204,7 +204,7 @@ def test_weights_go_to_engines_on_other_gpus(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """And to the successor of a lost one: fetched at first, with a group of its own at the next push."""
-    caplog.set_level("INFO", "learner.direct_push")
+    caplog.set_level("INFO", "learner.weight_push")
     workers, prompts = min(torch.cuda.device_count() - 1, 2), mixed_prompts("qwen2_vl", 8)
     company = make_company(dtype, transport="nccl", workers=workers, share=False, sleep=False)
     company.wait()

@@ -34,7 +34,7 @@ def generated_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def with_images(generated_images: Path) -> Callable[[Path], Path]:
-    """`with_images(folder)`: the folder, where a run of the embedded experiment finds its generated images."""
+    """`with_images(folder)`: the folder, where a run with `data=phantom` finds its generated images."""
 
     def link(folder: Path) -> Path:
         (folder / "outputs").mkdir()

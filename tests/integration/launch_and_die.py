@@ -22,7 +22,7 @@ from typing import Any
 
 import rlmed.data.phantom.studies
 import rlmed.launch
-import rlmed.run
+import rlmed.report.terminal
 from learner.learner import PolicyLearner
 from learner.optimizer import Optimizer
 from rlmed.commandline import run_command
@@ -89,7 +89,7 @@ def main() -> None:
         case "checkpoint":
             die_in_checkpoint(int(number))
         case "report":
-            die_at_call(rlmed.run, "write_report", 1, after=False)
+            die_at_call(rlmed.report.terminal, "write_report", 1, after=False)
         case "images":
             die_at_call(rlmed.data.phantom.studies, "write_split", int(number), after=True)
         case "metrics":

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 STEPS = 6
 SHORT_RUN = (
-    "+experiment=medvqa_600_embedded",
+    "+experiment=medvqa_600",
+    "profile=tiny",
     f"steps={STEPS}",
     "algo.groups_per_step=4",
     "algo.group_size=4",

@@ -86,7 +86,7 @@ def sections(cls: type[Any], where: str = "") -> Iterator[tuple[type[Any], str]]
 
 def active(program: str, config: RunConfig) -> set[str]:
     """The keys that `program` reads according to the rules."""
-    values = plain_values(dataclasses.asdict(config)) | {"experiment": None}
+    values = plain_values(dataclasses.asdict(config))
     return {key for key in schema_keys() if rule_of(program, key, values) is None}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib.util
 
@@ -16,7 +17,7 @@ from rlmed.core.weights import WeightError
 from rlmed.data.prompts import PromptRenderer, load_processor
 from rlmed.models.policy import load_policy
 from rlmed.models.tiny.build import build_tiny_vl
-from rlmed.models.weights import bucket_tensors, make_buckets
+from rlmed.models.weights import make_buckets
 from rollout.native.engine import NativeEngine
 from rollout.native.scheduler import EngineLimits
 from rollout.vllm_backend import environment
@@ -135,10 +136,9 @@ def finish(engine):
 
 def push(engine, weights, version):
     """As a worker does it: in buckets, cut anywhere."""
-    engine.begin_update()
-    for bucket in make_buckets(weights.items(), bucket_bytes=40_000):
-        engine.load_weights(bucket_tensors(bucket))
-    engine.finish_update(version)
+    engine.update_weights(
+        version, [copy.deepcopy(entry) for entry in make_buckets(weights.items(), bucket_bytes=40_000)]
+    )
 
 
 def tokens(group):
@@ -281,16 +281,14 @@ def test_completions_say_which_versions_they_are_of(engine, make_request, weight
     across, after = sorted(finish(engine), key=lambda group: group.request.index)
     assert {(c.min_version, c.max_version) for c in across.completions if len(c.token_ids) > 2} == {(0, 4)}
     assert [(c.min_version, c.max_version) for c in after.completions] == [(4, 4)]
-    engine.finish_update(5)  # of an engine whose weights are the learner's own
-    assert engine.policy_version == 5
+    assert engine.policy_version == 4
 
 
 def test_weights_of_another_model_are_refused(engine, make_request, weights):
     name, tensor = next(iter(weights.items()))
     for wrong in ((f"{name}.more", tensor), (name, tensor[:1])):
-        engine.begin_update()
         with pytest.raises(WeightError, match=name):
-            engine.load_weights([wrong])
+            push(engine, dict([wrong]), 4)
     engine.submit(make_request(0))
     assert len(finish(engine)) == 1
 

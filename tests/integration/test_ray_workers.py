@@ -19,13 +19,13 @@ import ray
 import torch
 
 from learner.actor import LearnerError, RayLearner
-from learner.weight_publisher import publish
 from rlmed.cluster.ray_session import WORKER_ENVIRONMENT
 from rlmed.core.protocols import ClusterError
 from rlmed.core.types import Example, Prompt, RolloutRequest, SamplingParams
-from rlmed.core.weights import NotConnectedError
+from rlmed.core.weights import NotConnectedError, StoredWeights, WeightUpdate
 from rlmed.models.policy import load_policy
 from rlmed.models.tiny.build import build_tiny_text
+from rlmed.models.weights import make_buckets
 from rlmed.run import Run
 from rollout.native.engine import NativeEngine
 from rollout.native.scheduler import EngineLimits
@@ -133,13 +133,12 @@ def test_pushed_weights_reach_all_workers_and_the_successor_of_a_lost_one(pool, 
     with torch.no_grad():
         for parameter in policy.model.parameters():
             parameter.mul_(1.5)
-    published = publish(policy.model.named_parameters(), ray.put, version=7, bucket_bytes=2**16)
-    assert len(published.buckets) > 2
-    reports = pool.update_weights(7, published)
-    assert [report.bytes for report in reports] == [published.bytes] * 2
+    stored = StoredWeights(7, [ray.put(bucket) for bucket in make_buckets(policy.model.named_parameters(), 2**16)])
+    assert len(stored.buckets) > 2
+    assert len(pool.update_weights(WeightUpdate(lambda: stored))) == 2
     policy.end_token_ids = frozenset()
     local = NativeEngine(policy, lambda ids: "", EngineLimits(max_completions=16))
-    local.finish_update(7)
+    local.update_weights(7)
     local.submit(request(3, max_tokens=12))
     expected = []
     while local.busy:
@@ -215,9 +214,15 @@ class ToldEngine(NativeEngine):
             raise RuntimeError("NCCL does not load here")
         self.transport = transport
 
+    def begin_update(self):
+        self.received = []
+
     def receive(self, info):
         assert self.transport == "nccl"
-        self.load_weights(zip(info["names"], info["tensors"], strict=True))
+        self.received += info["buckets"]
+
+    def finish_update(self, version):
+        self.update_weights(version, self.received)
 
 
 @ray.remote(num_cpus=0)
@@ -240,31 +245,28 @@ def build_told_engine(folder, numbers):
 
 
 class TellingSender:
-    """Stands in for `rollout.vllm_backend.sender` in learner rank 0's process; no group can be made with the third GPU."""
+    """Stands in for vLLM's transfer in learner rank 0's process; no group can be made with the third GPU."""
 
     def __init__(self, learner):
         self.learner = learner
 
-    def connect(self, transport, peers, host):
+    def connect(self, transport, engines, call, host):
         assert host.count(".") == 3
-        self.peers = peers
-        refuse = any(peer.devices == ("gpu-3",) for peer in peers)
+        self.engines, self.call = engines, call
+        refuse = any(engine.devices == ("gpu-3",) for engine in engines)
         try:
-            for peer in peers:
-                peer.connect(transport, {"refuse": refuse}).result(timeout=60)
+            self.tell("connect", transport, {"refuse": refuse})
         except RuntimeError as error:
             raise NotConnectedError(f"no connection by nccl: {error.cause}") from error
 
     def send(self, version):
-        weights = {name: tensor.clone() for name, tensor in self.learner.full_weights(on_device=True)}
-        info = {"names": list(weights), "tensors": list(weights.values())}
-        for call in [peer.begin_update() for peer in self.peers]:
+        self.tell("begin_update")
+        self.tell("receive", {"buckets": list(make_buckets(self.learner.full_weights(on_device=True)))})
+        self.tell("finish_update", version)
+
+    def tell(self, stage, *arguments):
+        for call in [self.call(engine, stage, *arguments) for engine in self.engines]:
             call.result(timeout=60)
-        for call in [peer.receive(info) for peer in self.peers]:
-            call.result(timeout=60)
-        for call in [peer.finish_update(version) for peer in self.peers]:
-            call.result(timeout=60)
-        return 1000
 
 
 class Drifting:
@@ -287,23 +289,24 @@ class Drifting:
         return {}
 
 
-def sampled(pool, version):
-    """The groups of two workers that were asked the same; all of both were sampled from these weights."""
+def sampled(pool, *versions):
+    """The groups of two workers that were asked the same, oldest weights first; each was sampled from one version."""
     channel = pool.channel()
     evaluation = pool.channel()  # a pool ends with its last channel
     for _ in range(2):
         channel.submit(request(3, max_tokens=12))
     groups = [channel.collect(), channel.collect()]
     assert evaluation.in_flight == 0
-    versions = {(entry.min_version, entry.max_version) for group in groups for entry in group.completions}
-    assert versions == {(version, version)}
-    return groups
+    found = {(entry.min_version, entry.max_version) for group in groups for entry in group.completions}
+    assert found == {(version, version) for version in versions}
+    return sorted(groups, key=lambda group: group.min_version)
 
 
 def test_weights_are_sent_from_actor_to_actor_and_fetched_by_whoever_comes_later(session, model, caplog):
     settings = PoolSettings(capacity=4, heartbeat_s=0.5, silence_s=120.0)
     build = functools.partial(build_told_engine, model, Numbers.remote())
     pool = WorkerPool(lambda i: RayWorker(f"worker {i}", build), 2, settings)
+    channel = pool.channel()
     learner = RayLearner(
         lambda report, ranks: Drifting(model),
         on_bad_step=lambda *_: None,
@@ -322,31 +325,33 @@ def test_weights_are_sent_from_actor_to_actor_and_fetched_by_whoever_comes_later
             groups += engine.step()
         return groups * 2
 
-    def train():
+    def learn():
         for each in (learner, local):
             each.step([])
-        learner.push_weights(pool)
 
     try:
         ready(pool)
         before = expected()
-        train()
+        learn()
+        learner.push_weights(channel)
         assert worst_difference(expected(), sampled(pool, 1), local.policy) <= LOGPROBS
         with pytest.raises(AssertionError):
             worst_difference(expected(), before, local.policy)
-        # a successor fetches what the other was sent
+        # a successor fetches the learner's weights, which are a step ahead of those the other was sent, and says so
+        learn()
         first = pool._slots[0].worker
         first.kill()
         wait_until(lambda: pool._slots[0].worker is not first, 120, "a successor")
         ready(pool)
-        assert worst_difference(expected(), sampled(pool, 1), local.policy) <= LOGPROBS
+        assert worst_difference(expected()[1:], sampled(pool, 1, 2)[1:], local.policy) <= LOGPROBS
         # with it no group can be made, so both fetch
-        train()
+        learn()
+        learner.push_weights(channel)
         assert (
             "no connection by nccl: NCCL does not load here. Sending these weights through the object store"
             in caplog.text
         )
-        assert worst_difference(expected(), sampled(pool, 2), local.policy) <= LOGPROBS
+        assert worst_difference(expected(), sampled(pool, 3), local.policy) <= LOGPROBS
     finally:
         pool.close()
         learner.close()

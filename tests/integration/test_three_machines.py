@@ -32,7 +32,8 @@ LAST = STEPS - 1
 """Runs stand still before the steps 3 and `LAST`, so no machine is too fast for what happens to them then."""
 DIE = Path(__file__).with_name("launch_and_die.py")
 TRAINING = (
-    "+experiment=medvqa_600_embedded",
+    "+experiment=medvqa_600",
+    "profile=tiny",
     f"steps={STEPS}",
     f"algo.groups_per_step={GROUPS_PER_STEP}",
     "algo.group_size=4",

@@ -39,11 +39,11 @@ def test_trust_report_of_the_embedded_model(tmp_path: Path, capsys) -> None:
     (file,) = summary.files
     rows = [json.loads(line) for line in (folder / "evaluations/step-000000/rows.jsonl").read_text().splitlines()]
     plain = [row for row in rows if row["control"] == "none"]
-    greedy = sum(row["right"] for row in plain)
+    greedy = sum(row["correct"] for row in plain)
     # the letter that is likeliest after the model's own reasoning is the one that it wrote
     assert file.reasoned is not None
-    assert file.reasoned.accuracy.right == greedy
-    assert file.order.orders[0].right == greedy
+    assert file.reasoned.accuracy.correct == greedy
+    assert file.order.orders[0].correct == greedy
     assert file.agreement.agrees.rows > 6  # the base names the option that it then answers
     assert file.agreement.agrees.value > 0.8
     assert [entry.k for entry in file.sampling.passes] == [1, 2, 4]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib.util
 import os
@@ -26,6 +27,7 @@ from rlmed.core.weights import WeightError
 from rlmed.data.prompts import PromptRenderer, load_processor
 from rlmed.models.policy import load_policy
 from rlmed.models.tiny.build import build_tiny_text, build_tiny_vl
+from rlmed.models.weights import make_buckets
 from rollout.native.engine import NativeEngine
 from tests.rounding import LOGPROBS, worst_difference
 
@@ -167,11 +169,13 @@ def rollout(engine, prompts, group_size=1, **sampling):
     return finish(engine)
 
 
+def buckets(entries):
+    """One for each tensor, as they may be cut anywhere."""
+    return [copy.deepcopy(bucket) for bucket in make_buckets(entries, bucket_bytes=1)]
+
+
 def push(engine, policy, version):
-    engine.begin_update()
-    for entry in policy.model.named_parameters():
-        engine.load_weights([entry])  # one by one, as buckets may cut anywhere
-    engine.finish_update(version)
+    engine.update_weights(version, buckets(policy.model.named_parameters()))
 
 
 def tokens(groups):
@@ -397,31 +401,19 @@ def test_groups_without_a_token_are_started_anew_under_new_weights(engine, polic
 
 def test_weights_may_change_after_they_were_handed_over(engine, policy, prompts):
     change(policy, "language")
-    engine.begin_update()
-    for name, parameter in policy.model.named_parameters():
-        passing = parameter.detach().clone()
-        engine.load_weights([(name, passing)])
-        passing.fill_(7.0)
-    engine.finish_update(1)
+    passing = buckets(policy.model.named_parameters())
+    engine.update_weights(1, passing)
+    for bucket in passing:
+        bucket.data.fill(7)
     assert disagreement(policy, rollout(engine, prompts)) < TOLERANCE
-
-
-def test_a_frozen_part_need_not_be_pushed(engine, policy, prompts):
-    change(policy, "language")
-    trained = [entry for entry in policy.model.named_parameters() if not entry[0].startswith("model.visual.")]
-    engine.begin_update()
-    engine.load_weights(trained)
-    engine.finish_update(1)
-    assert disagreement(policy, rollout(engine, prompts, group_size=2)) < TOLERANCE
 
 
 def test_weights_of_another_model_are_refused_and_nothing_changes(engine, policy, prompts):
     before = rollout(engine, prompts)
     name, parameter = next(iter(policy.model.named_parameters()))
     for wrong in ((f"{name}.x", parameter), (name, parameter[:1])):
-        engine.begin_update()
         with pytest.raises(WeightError, match=name):
-            engine.load_weights([wrong])
+            engine.update_weights(1, buckets([wrong]))
         assert tokens(rollout(engine, prompts)) == tokens(before)
 
 
@@ -430,10 +422,8 @@ def test_an_incomplete_push_is_an_error_until_a_complete_one_comes(engine, polic
     entries = list(policy.model.named_parameters())
     names = [name for name, _ in entries]
     dropped = next(name for name in names if name.endswith("k_proj.weight"))
-    engine.begin_update()
-    engine.load_weights([entry for entry in entries if entry[0] != dropped])
     with pytest.raises(WeightError, match=dropped):
-        engine.finish_update(1)
+        engine.update_weights(1, buckets(entry for entry in entries if entry[0] != dropped))
     engine.submit(request(prompts[0]))
     with pytest.raises(WeightError, match="push all of them again"):
         engine.step()
@@ -565,6 +555,7 @@ def test_weights_arrive_through_a_connection_of_vllms_own_backends(engine, polic
         assert disagreement(policy, groups) < TOLERANCE
         assert disagreement(policy, before) > 100 * TOLERANCE
         assert {completion.max_version for group in groups for completion in group.completions} == {version}
+    engine.begin_update()
     with pytest.raises(WeightError, match="unknown, which this model does not have"):
         engine.receive({"names": ["unknown"], "shapes": [[1]], "dtype_names": ["float32"]})
 

@@ -120,7 +120,7 @@ def test_versions_say_which_weights_produced_the_tokens(fresh_policy, make_promp
     groups = {}
     for step in range(100):
         if step == 2:
-            engine.finish_update(7)
+            engine.update_weights(7)
         if engine.busy:
             groups |= {group.request.index: group for group in engine.step()}
     versions = {
@@ -138,7 +138,7 @@ def test_the_engine_samples_from_the_parameters_as_they_are_now(fresh_policy, mi
     with torch.no_grad():
         for parameter, new in zip(policy.model.parameters(), other.model.parameters(), strict=True):
             parameter.copy_(new)
-    engine.finish_update(1)
+    engine.update_weights(1)
     (after,) = run_requests(engine, [request])
     (expected,) = run_requests(new_engine(other), [request])
     assert worst_difference([expected], [after], other) <= LOGPROBS

@@ -8,6 +8,7 @@ import torch
 from rlmed.core.config.checks import PRODUCT_USES
 from rlmed.core.types import RolloutRequest, SamplingParams
 from rlmed.models.cpu import products
+from rlmed.models.weights import make_buckets
 from rollout.native.engine import NativeEngine
 
 STEPS = 4
@@ -30,9 +31,7 @@ def loaded(engine):
         (name, parameter.detach() + 0.02 * torch.randn(parameter.shape, generator=generator))
         for name, parameter in engine.policy.model.named_parameters()
     ]
-    engine.begin_update()
-    engine.load_weights(tensors)
-    engine.finish_update(1)
+    engine.update_weights(1, list(make_buckets(tensors)))
 
 
 def state_dict_loaded(engine):

@@ -134,6 +134,12 @@ def test_keys_and_options_exist(page: str) -> None:
                 check_key(key.rstrip(".*").removesuffix("_") if "*" in key else key)
 
 
+def test_tests_that_troubleshooting_names_exist() -> None:
+    named = set(re.findall(r"\btest_\w+", (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")))
+    assert len(named) > 10
+    assert named <= {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+
+
 @pytest.mark.parametrize("page", [*PAGES, "benchmarks/README.md", "CHANGELOG.md"])
 def test_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")

@@ -44,8 +44,8 @@ def _check_values(value: Any, where: str) -> None:
         for key, entry in value.items():
             _check_values(entry, f"{where}.{key}" if where else str(key))
     elif isinstance(value, (list, tuple)):
-        for place, entry in enumerate(value):
-            _check_values(entry, f"{where}[{place}]")
+        for index, entry in enumerate(value):
+            _check_values(entry, f"{where}[{index}]")
     elif isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where}={value} is not finite: give a finite number")
     elif value == "":

@@ -64,7 +64,10 @@ def to_yaml(config: RunConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(_plain(dataclasses.asdict(config))))
 
 
-MAY_CHANGE = ("resume", "profile", "checkpoint", "preflight", "cluster", "eval.every", "eval.at_start", "eval.at_end")
+MAY_CHANGE = (
+    *("name", "profile", "resume", "checkpoint", "preflight", "cluster"),
+    *("eval.every", "eval.at_start", "eval.at_end", "data.download"),
+)
 """Keys that may change when a run resumes: they affect neither what is learnt nor what is compared."""
 
 

@@ -2,7 +2,8 @@
 
 | written | means |
 | --- | --- |
-| `+experiment=X` without a CUDA device | `+experiment=X_embedded`, if it exists (`profile=paper` keeps X) |
+| `+experiment=X` without a CUDA device | `+experiment=X profile=tiny`, if rlmed ships X (`profile=paper` overrides it) |
+| `profile=X` without an experiment | `+profile=X` |
 | `experiment=X`, `debug=X` | `+experiment=X`, `+debug=X` |
 | `model=DIR` | `model.path=DIR` |
 | `data=a.jsonl` | `data=jsonl data.eval=[a.jsonl]` |
@@ -38,7 +39,9 @@ from rlmed.core.files.other_formats import to_prepare
 from rlmed.core.process.display import one_line
 
 CONFIG_GROUPS = tuple(sorted(entry.name for entry in resources.files("conf").iterdir() if entry.is_dir()))
-EMBEDDED_SUFFIX = "_embedded"
+OLD_SUFFIX = "_embedded"
+OLD_PROFILES = {"embedded": "renamed to profile=tiny", "auto": "this is the default, leave it out"}
+"""Names of rlmed 0.1: profiles, and what its small experiments ended in."""
 ADDED_GROUPS = ("experiment", "debug")
 """Groups without a default option."""
 ROWS_ENDING = ".jsonl"
@@ -61,8 +64,8 @@ def expand(arguments: Sequence[str], *, cuda: bool, sweeps: bool = False) -> lis
         sweeps: commas separate several values, as with `--multirun`.
 
     Raises:
-        ValueError: for an unknown key or profile, a profile without effect, a resume folder without a checkpoint, or a
-            shorthand together with the key it stands for.
+        ValueError: for an unknown key, the old name of an option, a resume folder without a checkpoint, or a shorthand
+            together with the key it stands for.
     """
     entries = [_without_spaces(entry) for entry in arguments]
     for entry in entries:
@@ -73,29 +76,40 @@ def expand(arguments: Sequence[str], *, cuda: bool, sweeps: bool = False) -> lis
             raise ValueError(f"{entry}: the key before = is missing")
         if equals and key[:1].isalpha() and not known:
             check_key(key)
-    profile = [entry.partition("=")[2] for entry in ("profile=auto", *entries) if entry.startswith("profile=")][-1]
-    if profile not in ("auto", "embedded", "paper"):
-        raise ValueError(f"invalid profile={profile}: expected one of auto, embedded, paper")
-    _check_profile(profile, entries)
-    embedded = profile == "embedded" or (profile == "auto" and not cuda)
+    _check_old_options(entries)
+    entries = _with_profile(entries, cuda=cuda)
     sweeps = sweeps or "--multirun" in entries
-    expanded = [(entry, new) for entry in entries for new in _expand_one(entry, embedded)]
+    expanded = [(entry, new) for entry in entries for new in _expand_one(entry)]
     _check_shorthands(expanded)
     return [new if new.startswith("-") else in_hydras_grammar(new, sweeps=sweeps) for _, new in expanded]
 
 
-def _check_profile(profile: str, entries: Sequence[str]) -> None:
-    """Raise ValueError for a profile that an experiment does not have."""
+def _check_old_options(entries: Sequence[str]) -> None:
+    """Raise ValueError for a profile, or an experiment of a profile, by its name in rlmed 0.1."""
     for entry in entries:
         key, _, value = entry.partition("=")
-        for name in _names(value) if key.lstrip("+") == "experiment" else ():
-            plain = name.removesuffix(EMBEDDED_SUFFIX)
-            if profile == "paper" and name != plain:
-                raise ValueError(f"{entry} is the embedded profile itself: give +experiment={plain} with profile=paper")
-            if profile == "embedded" and f"{plain}{EMBEDDED_SUFFIX}" not in group_options("experiment"):
-                raise ValueError(
-                    f"{entry} has no embedded profile (there is no {plain}{EMBEDDED_SUFFIX}): leave profile=embedded out"
-                )
+        if key.lstrip("+") == "experiment":
+            names = [name.removesuffix(OLD_SUFFIX) for name in _names(value)]
+            if names != _names(value) and set(names) <= set(group_options("experiment")):
+                raise ValueError(f"{entry}: renamed to +experiment={','.join(names)} profile=tiny")
+        if key.lstrip("+") == "profile" and value in OLD_PROFILES:
+            raise ValueError(f"{entry}: {OLD_PROFILES[value]}")
+
+
+def _with_profile(entries: Sequence[str], *, cuda: bool) -> list[str]:
+    """Add the profile that a shipped experiment has on this machine, unless one is given."""
+    experiments, profiles = _chosen(entries, "experiment"), _chosen(entries, "profile")
+    if profiles and not experiments:  # then there is none to override
+        return [f"+{entry}" if entry.startswith("profile=") else entry for entry in entries]
+    if profiles or cuda or set(experiments).isdisjoint(group_options("experiment")):
+        return list(entries)
+    return [*entries, "profile=tiny"]
+
+
+def _chosen(entries: Sequence[str], group: str) -> list[str]:
+    """Return the names of the options given for a group, several for `--multirun`."""
+    pairs = (entry.partition("=") for entry in entries)
+    return [name for key, _, value in pairs if key.lstrip("+") == group for name in _names(value)]
 
 
 def _check_shorthands(expanded: Sequence[tuple[str, str]]) -> None:
@@ -118,7 +132,7 @@ def _without_spaces(argument: str) -> str:
     return argument if key.startswith("-") else f"{key.strip()}{equals}{value}"
 
 
-def _expand_one(argument: str, embedded: bool) -> list[str]:
+def _expand_one(argument: str) -> list[str]:
     key, equals, value = argument.partition("=")
     if not equals:
         return [argument]
@@ -131,16 +145,12 @@ def _expand_one(argument: str, embedded: bool) -> list[str]:
             f"{argument}: a run takes exactly one {plain}: choose one of {', '.join(group_options(plain))}"
         )
     if plain in ADDED_GROUPS:
-        options = group_options(plain)
         names = _names(value)
-        if plain == "debug" and not set(names) <= set(options):
+        if plain == "debug" and not set(names) <= set(group_options(plain)):
             return [argument]
-        names = [
-            f"{name}{EMBEDDED_SUFFIX}" if embedded and name + EMBEDDED_SUFFIX in options else name for name in names
-        ]
         return [f"+{plain}={','.join(names)}"]
     if key.startswith("+") and _kind(plain) == "group":  # of these there is one already, and + would be a second
-        return _expand_one(f"{plain}={value}", embedded)
+        return _expand_one(f"{plain}={value}")
     if key == "model" and value not in group_options("model"):
         return [f"model.path={quoted(value)}"]
     if key == "data" and value.endswith((ROWS_ENDING, f"{ROWS_ENDING}'", f'{ROWS_ENDING}"', "]")):
@@ -264,18 +274,18 @@ def _entries(value: str) -> list[str] | None:
         return None
     entries, start, depth, quote = [], 0, 0, ""
     inside = inside[1:-1]
-    for place, character in enumerate(inside):
+    for index, character in enumerate(inside):
         if quote:
             quote = "" if character == quote else quote
-        elif character in "'\"" and not inside[start:place].strip():
+        elif character in "'\"" and not inside[start:index].strip():
             quote = character
         elif character in "[({":
             depth += 1
         elif character in "])}":
             depth -= 1
         elif character == "," and depth == 0:
-            entries.append(inside[start:place].strip())
-            start = place + 1
+            entries.append(inside[start:index].strip())
+            start = index + 1
     if depth or quote:  # the brackets belong to file names
         return [entry.strip() for entry in inside.split(",")]
     last = inside[start:].strip()
@@ -318,8 +328,8 @@ def explain(error: Exception) -> str:
         if "nterpolation" in type(error).__name__ + str(error):
             cure = r": correct the key in ${…}, or write \${ for a literal ${"
         said = str(error).partition("\n")[0].rstrip(".")
-        place = "" if error.full_key is None or str(error.full_key) in said else f"{error.full_key}: "
-        return f"{place}{said}{cure}"
+        key = "" if error.full_key is None or str(error.full_key) in said else f"{error.full_key}: "
+        return f"{key}{said}{cure}"
     said = one_line(error)
     sweep = re.match("Ambiguous value for argument '(.*?)' 1[.]|Sweep parameters '(.*)' require", said)
     if sweep:

@@ -16,8 +16,8 @@ from rlmed.core.config.schema import LearnerConfig
 
 MODULES = {"train": "rlmed.launch", "sft": "rlmed.sft", "evaluate": "rlmed.evaluate"}
 """Command by program of `conf/`."""
-EXPERIMENT = "experiment"
-"""Treated as a key; None without an experiment."""
+RECIPES = ("experiment", "profile")
+"""Groups whose options set keys of all sections, for all commands: changes count from there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class Rule:
     """Keys without effect.
 
     Example:
-        Rule(keys=("algo.dual_clip",), when={"algo.clip": ("ppo", "cispo", "none")}, cure="Set algo.clip=dual")
+        Rule(keys=("algo.dual_clip",), unless={"algo.clip": ("dual",)}, cure="Set algo.clip=dual")
     """
 
     keys: tuple[str, ...]
@@ -202,7 +202,7 @@ RULES = (
         when={"algo.clip": ("none",)},
         cure="Set algo.clip=ppo, dual or cispo",
     ),
-    Rule(keys=("algo.dual_clip",), when={"algo.clip": ("ppo", "cispo", "none")}, cure="Set algo.clip=dual"),
+    Rule(keys=("algo.dual_clip",), unless={"algo.clip": ("dual",)}, cure="Set algo.clip=dual"),
     Rule(keys=("algo.clip_ratio_low", "algo.clip_ratio_high", "algo.dual_clip"), when=RATIO_IS_1, cure=SEVERAL_UPDATES),
     Rule(keys=("algo.clip",), values=("dual", "cispo"), when=RATIO_IS_1, cure=SEVERAL_UPDATES),
     Rule(keys=("algo.ratio_level",), values=("sequence",), when=RATIO_IS_1, cure=SEVERAL_UPDATES),
@@ -225,10 +225,4 @@ RULES = (
     ),
     Rule(keys=("rollout.on_push",), when={"algo.max_staleness": (0,)}, cure="Set algo.max_staleness above 0"),
     Rule(keys=RAY, when={"cluster.kind": ("local",)}, cure="Set cluster=ray"),
-    # the command line
-    Rule(
-        keys=("profile",),
-        when={EXPERIMENT: (None,)},
-        cure="It chooses between +experiment=X and X_embedded: give an experiment",
-    ),
 )

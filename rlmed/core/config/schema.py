@@ -239,7 +239,7 @@ class RunConfig:
     preflight: PreflightConfig
     sft: SftConfig
     debug: DebugConfig
-    profile: str
+    profile: str | None
     resume: str | None
     compare_to: str | None
 
@@ -247,7 +247,6 @@ class RunConfig:
         require(bool(self.name.strip()), f"name={self.name!r} must not be empty: it names the run's folder")
         require(self.steps >= 1, f"steps={self.steps} must be at least 1")
         require(0 <= self.seed <= MAX_SEED, f"seed={self.seed} must be between 0 and {MAX_SEED}")
-        require_one_of("profile", self.profile, ("auto", "embedded", "paper"))
         require(
             not self.eval.trust or self.eval.samples <= self.rollout.max_completions,
             f"eval.samples={self.eval.samples} exceeds rollout.max_completions={self.rollout.max_completions}: all samples "

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlmed.core.config.checks import ConfigError
-from rlmed.core.config.rules import EXPERIMENT, MODULES, RULES, Rule
+from rlmed.core.config.rules import MODULES, RECIPES, RULES, Rule
 from rlmed.core.config.schema import RunConfig
 
 Compose = Callable[[Sequence[str]], Mapping[str, Any]]
@@ -55,13 +55,12 @@ def find_unused(program: str, overrides: Sequence[str], groups: Collection[str],
         groups: names of the config groups, whose overrides choose an option.
         compose: composes overrides for `program`.
     """
-    recipe = [entry for entry in overrides if _key(entry) == EXPERIMENT]
+    recipe = [entry for entry in overrides if _key(entry) in RECIPES]
     chosen = [entry for entry in overrides if _key(entry) in groups and entry not in recipe]
-    experiment = recipe[-1] if recipe else None
 
     @functools.cache
     def values(*entries: str) -> dict[str, Any]:
-        return plain_values(compose(entries)) | {EXPERIMENT: experiment}
+        return plain_values(compose(entries))
 
     start, options, full = values(*recipe), values(*recipe, *chosen), values(*overrides)
     refusals = []
@@ -110,11 +109,11 @@ def plain_values(composed: Mapping[str, Any]) -> dict[str, Any]:
     values = {}
     for key in schema_keys():
         *sections, name = key.split(".")
-        place: Any = composed
+        part: Any = composed
         for section in sections:
-            place = place.get(section) if isinstance(place, Mapping) else None
-        if isinstance(place, Mapping) and name in place:
-            values[key] = list(place[name]) if isinstance(place[name], tuple) else place[name]
+            part = part.get(section) if isinstance(part, Mapping) else None
+        if isinstance(part, Mapping) and name in part:
+            values[key] = list(part[name]) if isinstance(part[name], tuple) else part[name]
     return values
 
 
@@ -125,7 +124,7 @@ def _key(override: str) -> str:
 def _text(override: str, module: str, refused: Sequence[tuple[str, Rule]], values: Mapping[str, Any]) -> str:
     names = [f"{key}={_shown(values[key])}" if rule.values else key for key, rule in refused]
     rule = refused[0][1]
-    met = [f"{name}={_shown(values[name])}" for name in (*rule.when, *rule.unless) if name != EXPERIMENT]
+    met = [f"{name}={_shown(values[name])}" for name in (*rule.when, *rule.unless)]
     condition = f" while {' and '.join(met)}" if met else ""
     return f"{override}: {module} does not read {', '.join(names)}{condition}. {rule.cure}"
 

@@ -33,14 +33,14 @@ def _in_the_way(path: Path, error: OSError) -> tuple[str, str]:
     if error.errno == errno.ENAMETOOLONG:
         return "the name is too long", "Shorten it"
     if error.errno == errno.EISDIR:
-        place = error.filename2 or error.filename or path
-        return f"{place} is a folder where a file must go", "Rename it"
+        found = error.filename2 or error.filename or path
+        return f"{found} is a folder where a file must go", "Rename it"
     if error.errno in (errno.EEXIST, errno.ENOTDIR, errno.ELOOP, errno.ENOENT):
-        for place in (path, *path.parents):
-            if place.is_symlink() and not place.exists():
-                return f"{place} is a broken link to {place.readlink()}", "Remove it"
-            if place.is_file():
-                return f"{place} is a file where a folder must go", "Rename it"
+        for found in (path, *path.parents):
+            if found.is_symlink() and not found.exists():
+                return f"{found} is a broken link to {found.readlink()}", "Remove it"
+            if found.is_file():
+                return f"{found} is a file where a folder must go", "Rename it"
     return error.strerror or str(error), "Make its folder writable"
 
 
@@ -78,7 +78,7 @@ def partial_folder(folder: Path) -> Path:
 
 
 def rename_into_place(aside: Path, folder: Path, *, may_replace: Callable[[], bool]) -> bool:
-    """Rename a finished folder into place atomically, even if other processes use the same name meanwhile.
+    """Rename a finished folder into found atomically, even if other processes use the same name meanwhile.
 
     Args:
         aside: from `partial_folder`.

@@ -188,8 +188,9 @@ def near_path(path: Path | str) -> str:
     """Suggest what a user's missing path may mean; "" if nothing is similar.
 
     Example:
-        >>> near_path("Data/train.jsonl")                                           # doctest: +SKIP
-        "there is 'data/train.jsonl', which differs in case"
+        >>> Path("train.jsonl").touch()
+        >>> near_path("Train.jsonl")
+        "there is 'train.jsonl', which differs in case"
     """
     text = str(path)
     if os.path.exists(text):

@@ -79,13 +79,13 @@ def _kind(path: Path) -> str:
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if text.startswith(b"{"):  # JSON Lines, whatever the file's name
         return ""
-    for start, place, kind in (
+    for start, offset, kind in (
         (b"DICM", 128, "dicom"),
         (b"PAR1", 0, "huggingface"),
         (b"n+1\0", 344, "nifti"),
         (b"n+2\0", 4, "nifti"),
     ):
-        if head[place : place + len(start)] == start:
+        if head[offset : offset + len(start)] == start:
             return kind
     ending = next((end for end in ("".join(path.suffixes[-2:]), path.suffix) if end.lower() in _BY_ENDING), "")
     if ending:

@@ -106,10 +106,8 @@ class LeakageReport:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> LeakageReport:
         """Read back the result of `to_json`."""
-        leaks = (
-            Leak(**{key: tuple(value) if isinstance(value, list) else value for key, value in leak.items()})
-            for leak in content["leaks"]
-        )
+        rows = ("test_ids", "train_ids", "repeated_ids")
+        leaks = (Leak(**{**leak, **{name: tuple(leak[name]) for name in rows}}) for leak in content["leaks"])
         files = tuple(FileLeakage(**file) for file in content["files"])
         return cls(content["train_rows"], content["train_images"], files, tuple(leaks))
 

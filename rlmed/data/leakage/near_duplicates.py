@@ -62,11 +62,11 @@ TURNS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class Thumbnail:
     """A picture prepared for comparison.
 
     Example:
-        Picture(pixels=uint8 [128, 128], detail=112) of a file of 140x112 pixels
+        Thumbnail(pixels=uint8 [128, 128], detail=112) of a file of 140x112 pixels
     """
 
     pixels: npt.NDArray[np.uint8]
@@ -86,7 +86,7 @@ class Lookalike:
     test: int
     train: int
     score: float
-    """See `compare`."""
+    """See `alignment_scores`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ class Lookalikes:
 
 
 @lru_cache(maxsize=_KEPT)
-def read_picture(path: Path) -> Picture:
+def read_thumbnail(path: Path) -> Thumbnail:
     """Read a file for comparison.
 
     Raises:
@@ -107,13 +107,13 @@ def read_picture(path: Path) -> Picture:
     """
     image = resized(load_image(path), 2 * SIDE).convert("L")  # from the size that prompts need: it may be kept
     squeezed = image.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-    return Picture(np.asarray(squeezed), min(SIDE, *image.size))
+    return Thumbnail(np.asarray(squeezed), min(SIDE, *image.size))
 
 
-def read_pictures(paths: Sequence[Path]) -> list[Picture]:
+def read_thumbnails(paths: Sequence[Path]) -> list[Thumbnail]:
     """Read many files, several at a time."""
     with ThreadPoolExecutor(max_workers=_THREADS) as threads:  # Pillow releases the GIL while it decodes
-        return list(threads.map(read_picture, paths))
+        return list(threads.map(read_thumbnail, paths))
 
 
 def turned(pixels: npt.NDArray[np.generic], turn: int) -> npt.NDArray[np.generic]:
@@ -122,7 +122,7 @@ def turned(pixels: npt.NDArray[np.generic], turn: int) -> npt.NDArray[np.generic
     return np.rot90(laid, turn % 4, axes=(-2, -1))
 
 
-def _halves(pictures: Sequence[Picture]) -> Floats:
+def _halves(pictures: Sequence[Thumbnail]) -> Floats:
     """Return pictures at 64x64 pixels, float32 [N, 64, 64]."""
     return pool(np.stack([picture.pixels for picture in pictures]).astype(np.float32))
 
@@ -133,7 +133,8 @@ def _vectors(halves: Floats, window: Floats | None = None, turn: int = 0) -> Flo
     flat = turned(highpass(pool(part), 2), turn).reshape(len(halves), -1)
     flat = flat - flat.mean(1, keepdims=True)
     length = np.linalg.norm(flat, axis=1, keepdims=True)
-    return flat / np.where(length < 1.0, np.float32(np.inf), length)
+    vectors: Floats = flat / np.where(length < 1.0, np.float32(np.inf), length)
+    return vectors
 
 
 class LookalikeSearch:
@@ -150,8 +151,8 @@ class LookalikeSearch:
 
     def __init__(self, tests: Sequence[Path]) -> None:
         """Read the test pictures."""
-        read_picture.cache_clear()  # an earlier search may have cached a file since replaced
-        self._tests = read_pictures(tests)
+        read_thumbnail.cache_clear()  # an earlier search may have cached a file since replaced
+        self._tests = read_thumbnails(tests)
         self._train: list[Path] = []
         ways = [(None, 0), *((window, 0) for window in WINDOWS), *((None, turn) for turn in range(1, TURNS))]
         vectors = np.empty((len(ways), len(tests), _SIZE), np.float32)
@@ -170,10 +171,10 @@ class LookalikeSearch:
         """Correlate with further training pictures; their indices continue from the previous ones."""
         for start in range(0, len(paths), BLOCK):
             block = paths[start : start + BLOCK]
-            self._correlate(read_pictures(block), len(self._train))
+            self._correlate(read_thumbnails(block), len(self._train))
             self._train += block
 
-    def _correlate(self, pictures: Sequence[Picture], offset: int) -> None:
+    def _correlate(self, pictures: Sequence[Thumbnail], offset: int) -> None:
         halves = _halves(pictures)
         whole = _vectors(halves)
         best = self._whole @ whole.T
@@ -193,19 +194,19 @@ class LookalikeSearch:
 
     def result(self) -> Lookalikes:
         """Align the candidates and return the matches."""
-        tests, places = np.nonzero(self._which >= 0)
-        trains, ways = self._which[tests, places], self._way[tests, places]
+        tests, ranks = np.nonzero(self._which >= 0)
+        trains, ways = self._which[tests, ranks], self._way[tests, ranks]
         scores = np.full(self._which.shape, -1.0)
         parts = [slice(start, start + _PAIRS) for start in range(0, len(tests), _PAIRS)]
         with ThreadPoolExecutor(max_workers=_THREADS) as threads:  # numpy's loops release the GIL
             done = threads.map(lambda part: self._score(tests[part], trains[part], ways[part]), parts)
             for part, values in zip(parts, done, strict=True):
-                scores[tests[part], places[part]] = values
+                scores[tests[part], ranks[part]] = values
         middling = ((scores >= ALIKE) & (scores < SAME)).any(1)
         crowded = len(scores) > 0 and float(middling.mean()) >= CROWDED
         pairs = [
-            Lookalike(int(test), int(self._which[test, place]), round(float(scores[test, place]), 3))
-            for test, place in zip(*np.nonzero(scores >= SAME), strict=True)
+            Lookalike(int(test), int(self._which[test, rank]), round(float(scores[test, rank]), 3))
+            for test, rank in zip(*np.nonzero(scores >= SAME), strict=True)
         ]
         pairs.sort(key=lambda pair: (pair.test, -pair.score, pair.train))
         least = SAME_IN_CROWD if crowded else SAME
@@ -216,13 +217,13 @@ class LookalikeSearch:
 
     def _score(self, tests: Iterable[int], trains: Iterable[int], ways: npt.NDArray[np.int8]) -> Floats:
         mine = [self._tests[test] for test in tests]
-        others = [read_picture(self._train[train]) for train in trains]
+        others = [read_thumbnail(self._train[train]) for train in trains]
         detail = np.array([min(a.detail, b.detail) for a, b in zip(mine, others, strict=True)])
         turns = [max(0, way - 2 * len(WINDOWS)) for way in ways]
         left = np.stack([turned(a.pixels, turn) for a, turn in zip(mine, turns, strict=True)]).astype(np.float32)
         right = np.stack([b.pixels for b in others]).astype(np.float32)
         boxes = np.stack([_BOXES[way] if way < len(_BOXES) else _WHOLE for way in ways])
-        return compare(left, right, boxes, detail)
+        return alignment_scores(left, right, boxes, detail)
 
 
 def _around(window: Floats) -> Floats:
@@ -234,7 +235,7 @@ def _around(window: Floats) -> Floats:
 _BOXES = (_WHOLE, *WINDOWS, *(_around(window) for window in WINDOWS))
 
 
-def compare(left: Floats, right: Floats, boxes: Floats, detail: npt.NDArray[np.int64]) -> Floats:
+def alignment_scores(left: Floats, right: Floats, boxes: Floats, detail: npt.NDArray[np.int64]) -> Floats:
     """Align pictures and score their agreement.
 
     Args:
@@ -270,6 +271,6 @@ def thumbnail_correlations(left: Sequence[Path], right: Sequence[Path]) -> Float
     """Return the correlation of 32x32 high-pass thumbnails of each pair, without alignment; float32 [N]."""
     values = [np.zeros(0, np.float32)]
     for start in range(0, len(left), BLOCK):
-        sides = (_vectors(_halves(read_pictures(paths[start : start + BLOCK]))) for paths in (left, right))
+        sides = (_vectors(_halves(read_thumbnails(paths[start : start + BLOCK]))) for paths in (left, right))
         values.append(np.einsum("nd,nd->n", *sides))
     return np.concatenate(values)

@@ -39,7 +39,7 @@ def _running_means(pictures: Floats, radius: int) -> Floats:
     first, last = pictures[:, :1], pictures[:, -1:]
     padded = np.concatenate([*[first] * radius, pictures, *[last] * radius], axis=1)
     side = pictures.shape[1]
-    sums = padded[:, :side].copy()
+    sums: Floats = padded[:, :side].copy()
     for shift in range(1, 2 * radius + 1):  # faster than differences of cumulative sums
         sums += padded[:, shift : shift + side]
     sums *= np.float32(1 / (2 * radius + 1))
@@ -58,11 +58,11 @@ def _resampled(pictures: Floats, low: Floats, high: Floats) -> tuple[Floats, npt
     """Return the rows from `low` to `high` (shares of the height), and [N, S] which of them lie inside."""
     count, side, _ = pictures.shape
     share = (np.arange(side, dtype=np.float32) + 0.5) / side
-    places = (low[:, None] + share * (high - low)[:, None]) * side - 0.5
-    inside = (places >= -0.5) & (places <= side - 0.5)
-    places = np.clip(places, 0, side - 1)
-    below = np.minimum(places.astype(np.int64), side - 2)
-    weight = (places - below).astype(np.float32)[:, :, None]
+    positions = (low[:, None] + share * (high - low)[:, None]) * side - 0.5
+    inside = (positions >= -0.5) & (positions <= side - 0.5)
+    positions = np.clip(positions, 0, side - 1)
+    below = np.minimum(positions.astype(np.int64), side - 2)
+    weight = (positions - below).astype(np.float32)[:, :, None]
     each = np.arange(count)[:, None]
     return pictures[each, below] * (1 - weight) + pictures[each, below + 1] * weight, inside
 
@@ -72,12 +72,14 @@ def _unit(pictures: Floats, mask: Floats) -> Floats:
     mean = _dot(pictures, mask) / np.maximum(mask.sum((1, 2)), 1)
     centred = (pictures - mean[:, None, None]) * mask
     length = np.sqrt(_dot(centred, centred))
-    return centred / np.maximum(length, 1.0)[:, None, None]
+    unit: Floats = centred / np.maximum(length, 1.0)[:, None, None]
+    return unit
 
 
 def _dot(left: Floats, right: Floats) -> Floats:
     """Return sums of products, [N]."""
-    return np.einsum("nij,nij->n", left, right)
+    sums: Floats = np.einsum("nij,nij->n", left, right)
+    return sums
 
 
 def align(left: Floats, right: Floats, boxes: Floats, *, radius: int, steps: int) -> tuple[Floats, Floats]:

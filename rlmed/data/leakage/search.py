@@ -103,11 +103,11 @@ def _pictures(examples: Sequence[Example]) -> list[_Picture]:
 
 def _by_picture(examples: Sequence[Example], pictures: Sequence[_Picture]) -> dict[int | None, list[Example]]:
     """Group rows by the index of their picture; None for those without one."""
-    places = {path: place for place, picture in enumerate(pictures) for path in picture.paths}
+    index_of = {path: index for index, picture in enumerate(pictures) for path in picture.paths}
     rows: dict[int | None, list[Example]] = {None: []}
     for example in examples:
-        place = None if example.image is None else places[example.image]
-        rows.setdefault(place, []).append(example)
+        index = None if example.image is None else index_of[example.image]
+        rows.setdefault(index, []).append(example)
     return rows
 
 
@@ -115,11 +115,11 @@ def _pair_up(tests: Sequence[_Picture], train: Sequence[_Picture]) -> tuple[list
     """Return each pair with its surest kind, and the indices of doubtful test pictures."""
     if not tests or not train:
         return [], set()
-    places = {picture.digest: place for place, picture in enumerate(tests)}
+    test_index = {picture.digest: index for index, picture in enumerate(tests)}
     pairs = {
-        (places[picture.digest], place): _Pair(places[picture.digest], place, "file", 1.0)
-        for place, picture in enumerate(train)
-        if picture.digest in places
+        (test_index[picture.digest], train_index): _Pair(test_index[picture.digest], train_index, "file", 1.0)
+        for train_index, picture in enumerate(train)
+        if picture.digest in test_index
     }
     near = set(neighbours([picture.paths for picture in tests], [picture.paths for picture in train]))
     search = LookalikeSearch([picture.paths[0] for picture in tests])
@@ -148,7 +148,7 @@ def _judge(found: Lookalike, test: _Picture, train: _Picture, *, in_series: bool
 
 
 def _same_pixels(left: _Picture, right: _Picture) -> bool:
-    return np.array_equal(*(np.asarray(load_image(picture.paths[0])) for picture in (left, right)))
+    return np.array_equal(np.asarray(load_image(left.paths[0])), np.asarray(load_image(right.paths[0])))
 
 
 _Question = tuple[str, frozenset[str], str]

@@ -52,11 +52,11 @@ def neighbours(tests: Sequence[Sequence[Path]], train: Sequence[Sequence[Path]])
     """
     numbered: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
     folders: dict[str, set[Path]] = defaultdict(set)
-    for place, paths in enumerate(train):
+    for index, paths in enumerate(train):
         for path, series, number in _entries(paths):
-            numbered[series][number].add(place)
+            numbered[series][number].add(index)
             folders[series].add(path.parent)
-    for place, paths in enumerate(tests):
+    for index, paths in enumerate(tests):
         near = {
             other
             for _, series, number in _entries(paths)
@@ -65,7 +65,7 @@ def neighbours(tests: Sequence[Sequence[Path]], train: Sequence[Sequence[Path]])
             for other in numbered[series].get(number + step, ())
             if step
         }
-        yield from ((place, other) for other in sorted(near))
+        yield from ((index, other) for other in sorted(near))
 
 
 def _entries(paths: Sequence[Path]) -> Iterator[tuple[Path, str, int]]:

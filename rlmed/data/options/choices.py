@@ -74,18 +74,18 @@ def choose(
     claims = shown.claims(answer, form) if first is None else shown.counted(answer, first)
     if not claims:
         raise BadRowError(
-            shown.no_place(answer, first)
+            shown.no_match(answer, first)
             if first is not None
             else f"its answer {shorten(answer)} is not among its options {shorten(list(shown.raw))}{shown.hint(answer)}"
         )
     if number and first is None and not given.numbers and not shown.by_number:
         claims += [claim for start in (0, 1) for claim in shown.counted(answer, start)]
-    places = {place for _, place in claims}
-    if len(places) > 1 or not shown.text(claims[0][1]):
+    indices = {index for _, index in claims}
+    if len(indices) > 1 or not shown.text(claims[0][1]):
         raise BadRowError(shown.contradiction(answer, claims))
     if not shown.labelled and all(how in _UNSURE for how, _ in claims):
         shown = _Shown(given, labelled=True)
-    return shown.choice(places.pop())
+    return shown.choice(indices.pop())
 
 
 def plain_options(texts: Sequence[str]) -> tuple[str, ...]:
@@ -120,7 +120,7 @@ class _Naming:
     """One way of naming options, with their indices in the source, blank ones included."""
 
     how: str
-    places: Mapping[str, int]
+    indices: Mapping[str, int]
     certain: bool = True
     """False for letters at the start of the texts that may be part of them."""
 
@@ -131,27 +131,27 @@ class _Shown:
     def __init__(self, given: Options, *, labelled: bool = False) -> None:
         """Parse `given`; with `labelled`, letters at the start of all texts surely are labels. Raises BadRowError."""
         self.given = given
-        self.there = [place for place, text in enumerate(given.texts) if text]
-        self.raw = tuple(given.texts[place] for place in self.there)
+        self.there = [index for index, text in enumerate(given.texts) if text]
+        self.raw = tuple(given.texts[index] for index in self.there)
         if not 2 <= len(self.there) <= len(LETTERS):
             count = len(self.there)
             raise BadRowError(f"it has {count} option{'s' * (count != 1)}; 2 to {len(LETTERS)} are possible")
         found = own_labels(self.raw)
-        places = {place: label for label, place in zip(found, self.there, strict=bool(found)) if label}
-        self.some = 0 < len(places) < len(self.there)
+        indices = {index: label for label, index in zip(found, self.there, strict=bool(found)) if label}
+        self.some = 0 < len(indices) < len(self.there)
         """Return whether only some options bring a letter: `A. liver`, `B. spleen`, `all of the above`."""
-        certain = bool(places) and self._certain(places)
-        if self.some and not certain and not all(label.sure for label in places.values()):
-            places = {}
-        self.labelled = certain or (labelled and bool(places))
-        labels, own = list(places.values()), {label.name: place for place, label in places.items()}
+        certain = bool(indices) and self._certain(indices)
+        if self.some and not certain and not all(label.sure for label in indices.values()):
+            indices = {}
+        self.labelled = certain or (labelled and bool(indices))
+        labels, own = list(indices.values()), {label.name: index for index, label in indices.items()}
         self.texts = list(given.texts)
-        bare = [places[place].rest if place in places else given.texts[place] for place in self.there]
+        bare = [indices[index].rest if index in indices else given.texts[index] for index in self.there]
         # texts that refer to each other by number keep their numbers: options are shown with letters
         if self.labelled and not any(map(names_numbers, bare)):
-            for place, text in zip(places, _without(labels), strict=True):
-                self.texts[place] = text
-        _check_distinct([self.texts[place] for place in self.there])
+            for index, text in zip(indices, _without(labels), strict=True):
+                self.texts[index] = text
+        _check_distinct([self.texts[index] for index in self.there])
         names = given.names or (own if self.labelled else ())
         self.by_number = any(kind_of(name) == "number" for name in names)
         """Return whether a number names each option."""
@@ -170,43 +170,43 @@ class _Shown:
 
     def _as_called(self, labels: Mapping[int, Label]) -> bool:
         called = self.given.names or tuple(LETTERS)
-        return all(place < len(called) and label.name == called[place] for place, label in labels.items())
+        return all(index < len(called) and label.name == called[index] for index, label in labels.items())
 
     def _ordered(self, own: Mapping[str, int]) -> list[int]:
         called = self.given.names
-        by_name = {called[place]: place for place in self.there} if called else own
+        by_name = {called[index]: index for index in self.there} if called else own
         if not by_name or any(kind_of(name) == "word" for name in by_name):
             return self.there
         ordered = [by_name[name] for name in sorted(by_name, key=lambda name: (name.isdigit() and int(name), name))]
-        others = [place for place in self.there if place not in ordered]
+        others = [index for index in self.there if index not in ordered]
         # if each stands at its letter's index, so do those without a letter
-        in_place = all(name == LETTERS[self.there.index(place)] for name, place in by_name.items())
-        return self.there if in_place else ordered + others
+        in_order = all(name == LETTERS[self.there.index(index)] for name, index in by_name.items())
+        return self.there if in_order else ordered + others
 
     def _namings(self, own: Mapping[str, int]) -> list[_Naming]:
         called, what = self.given.names, f"by its {self.given.what}"
-        found = [_Naming(what, {name: place for place, name in enumerate(called)})] if called else []
+        found = [_Naming(what, {name: index for index, name in enumerate(called)})] if called else []
         if own:
             found.append(_Naming(_OWN, own, self.labelled))
-        certain = [name for naming in found if naming.certain for name in naming.places]
+        certain = [name for naming in found if naming.certain for name in naming.indices]
         lettered = any(kind_of(name) == "letter" for name in certain)
         if lettered and (called or not self.some):
             return found
         # letters then count the options: the shown ones, or the source's, with others between them
         found.append(_Naming("by its position", dict(zip(LETTERS, self.order, strict=False))))
-        counted = {place: place for place in range(self.there[-1] + 1)}
+        counted = {index: index for index in range(self.there[-1] + 1)}
         if called and self.by_number:
             start = 0 if "0" in called else 1
-            numbered = {int(name) - start: place for place, name in enumerate(called) if kind_of(name) == "number"}
+            numbered = {int(name) - start: index for index, name in enumerate(called) if kind_of(name) == "number"}
             counted = {rank: numbered.get(rank, _MISSING) for rank in range(min(max(numbered) + 1, len(LETTERS)))}
-        every = {LETTERS[rank]: place for rank, place in counted.items() if rank < len(LETTERS)}
+        every = {LETTERS[rank]: index for rank, index in counted.items() if rank < len(LETTERS)}
         found.append(_Naming("by its position in the source", every))
         if not (lettered and self.labelled):
             return found
         # an option that brings a letter has no other name
         return [
             found[0],
-            *(_Naming(one.how, {k: v for k, v in one.places.items() if k not in own}) for one in found[1:]),
+            *(_Naming(one.how, {k: v for k, v in one.indices.items() if k not in own}) for one in found[1:]),
         ]
 
     def claims(self, answer: str, form: Form) -> list[Claim]:
@@ -219,45 +219,45 @@ class _Shown:
             or bare_name(answer)
             or (key_name(answer) if self.given.names and not exact else "")
         )
-        found = exact + [(naming.how, naming.places[name]) for naming in self.namings if name in naming.places]
+        found = exact + [(naming.how, naming.indices[name]) for naming in self.namings if name in naming.indices]
         label = own_label(answer)
         if found or label is None:
             return found
         # it gives both: the text must exist, and the letter or number must be its own
-        numbers = _Naming("by its number", {str(rank): place for rank, place in enumerate(self.order, 1)})
-        named = [(one.how, one.places[label.name]) for one in (*self.namings, numbers) if label.name in one.places]
+        numbers = _Naming("by its number", {str(rank): index for rank, index in enumerate(self.order, 1)})
+        named = [(one.how, one.indices[label.name]) for one in (*self.namings, numbers) if label.name in one.indices]
         texts = self._by_text(label.rest)
-        agreeing = [(how, place) for how, place in named if place in {at for _, at in texts}]
+        agreeing = [(how, index) for how, index in named if index in {at for _, at in texts}]
         return texts + (agreeing or named) if texts and named else []
 
     def _by_text(self, answer: str) -> list[Claim]:
         key = answer.casefold()
         for texts in (self.given.texts, self.texts):
-            places = [place for place, text in enumerate(texts) if text.casefold() == key]
-            if places:
-                return [("as a text", place) for place in places]
+            indices = [index for index, text in enumerate(texts) if text.casefold() == key]
+            if indices:
+                return [("as a text", index) for index in indices]
         return [(_BARE_TEXT, self.rests[key])] if key in self.rests else []
 
     def counted(self, answer: str, first: int) -> list[Claim]:
         """Return readings of an answer as an index: into the shown options, the source's, and their names."""
         if not (answer.isascii() and answer.isdigit() and len(answer) <= 3):
             return []
-        place, how, called = int(answer) - first, f"counted from {first}", self.given.names
-        claims = [(how, self.order[place])] if 0 <= place < len(self.order) else []
-        claims += [(f"{how} in the source", place)] if 0 <= place <= self.there[-1] else []
-        named = {name: index for index, name in enumerate(called)}
+        index, how, called = int(answer) - first, f"counted from {first}", self.given.names
+        claims = [(how, self.order[index])] if 0 <= index < len(self.order) else []
+        claims += [(f"{how} in the source", index)] if 0 <= index <= self.there[-1] else []
+        named = {name: at for at, name in enumerate(called)}
         if answer in named:
             claims.append((f"by its {self.given.what}", named[answer]))
         letters = [name for name in named if kind_of(name) == "letter"]
-        if letters and 0 <= place <= LETTERS.index(max(letters)):
-            claims.append((f"{how} as the letter {LETTERS[place]}", named.get(LETTERS[place], _MISSING)))
+        if letters and 0 <= index <= LETTERS.index(max(letters)):
+            claims.append((f"{how} as the letter {LETTERS[index]}", named.get(LETTERS[index], _MISSING)))
         return claims
 
-    def text(self, place: int) -> str:
+    def text(self, index: int) -> str:
         """Return the text shown for a source index; "" if missing."""
-        return "" if place == _MISSING else self.texts[place]
+        return "" if index == _MISSING else self.texts[index]
 
-    def no_place(self, answer: str, first: int) -> str:
+    def no_match(self, answer: str, first: int) -> str:
         """Return what is wrong with an answer that should be an index."""
         count = len(self.order)
         return f"its answer {shorten(answer)} is not the index of one of its {count} options, counted from {first}"
@@ -268,30 +268,30 @@ class _Shown:
         if latin != answer and self.claims(latin, "any"):
             return f"; it is written {answer!a}, which only looks like {latin!r}"
         meant = [
-            f"{how} it is {shorten(self.text(place))}"
+            f"{how} it is {shorten(self.text(index))}"
             for first in (0, 1)
-            for how, place in self.counted(answer, first)[:1]
+            for how, index in self.counted(answer, first)[:1]
         ]
         return f"; {', '.join(meant)}: say which with --answer-index of rlmed.prepare" if meant else ""
 
     def contradiction(self, answer: str, claims: Sequence[Claim]) -> str:
         """Return the readings of an answer that differ."""
         readings: dict[int, str] = {}
-        for how, place in claims:
-            readings.setdefault(place, how)
+        for how, index in claims:
+            readings.setdefault(index, how)
         meant = [
-            f"{shorten(self.text(place)) if self.text(place) else 'missing'} {how}" for place, how in readings.items()
+            f"{shorten(self.text(index)) if self.text(index) else 'missing'} {how}" for index, how in readings.items()
         ]
         return f"its answer {shorten(answer)} is {' and '.join(meant)}: write letter and text, like 'B) spleen'"
 
-    def choice(self, place: int) -> Choice:
+    def choice(self, index: int) -> Choice:
         """Return the choice with the option at a source index as the correct one.
 
         Raises:
             BadRowError: for options that refer to others by letters or numbers that are not shown.
         """
         options = tuple(self.texts[entry] for entry in self.order)
-        same = all(self._as_shown(naming.places) for naming in self.namings if naming.certain)
+        same = all(self._as_shown(naming.indices) for naming in self.namings if naming.certain)
         lost = [option for option in options if not same and names_letters(option)]
         lost += [option for option in options if self.by_number and self.given.names and names_numbers(option)]
         if lost:
@@ -299,13 +299,13 @@ class _Shown:
                 f"its option {shorten(lost[0])} names others, which are shown by other letters "
                 f"({', '.join(LETTERS[: len(options)])}): write the texts that are meant"
             )
-        return Choice(options, self.order.index(place), same)
+        return Choice(options, self.order.index(index), same)
 
-    def _as_shown(self, places: Mapping[str, int]) -> bool:
+    def _as_shown(self, indices: Mapping[str, int]) -> bool:
         """Return whether letter names are the letters by which the options are shown."""
         shown = dict(zip(LETTERS, self.order, strict=False))
-        letters = {name: place for name, place in places.items() if kind_of(name) == "letter" and self.text(place)}
-        return all(shown.get(name) == place for name, place in letters.items())
+        letters = {name: index for name, index in indices.items() if kind_of(name) == "letter" and self.text(index)}
+        return all(shown.get(name) == index for name, index in letters.items())
 
 
 def _without(labels: Sequence[Label]) -> list[str]:

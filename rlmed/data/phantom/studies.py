@@ -155,10 +155,10 @@ def make_example(
     return Example(id, image, question, tuple(options), answer_index, study.modality, kind)
 
 
-def _turn(stream: Sequence[int], place: int, count: int) -> int:
-    """Return which of `count` items has its turn at `place`; each block of `count` holds all of them, shuffled."""
-    block = np.random.default_rng([*stream, place // count]).permutation(count)
-    return int(block[place % count])
+def _turn(stream: Sequence[int], index: int, count: int) -> int:
+    """Return which of `count` items has its turn at `index`; each block of `count` holds all of them, shuffled."""
+    block = np.random.default_rng([*stream, index // count]).permutation(count)
+    return int(block[index % count])
 
 
 EXTRA_TURNS = (4, 11, 18)
@@ -169,20 +169,20 @@ by one, and give it away. Three extra turns make the count useless in both direc
 """
 
 
-def _answer_at(stream: Sequence[int], place: int, values: Sequence[str]) -> str:
-    """Return the answer of the row at `place` among the rows of its kind."""
-    if place in EXTRA_TURNS:
+def _answer_at(stream: Sequence[int], index: int, values: Sequence[str]) -> str:
+    """Return the answer of the row at `index` among the rows of its kind."""
+    if index in EXTRA_TURNS:
         return values[int(np.random.default_rng([*stream, 1]).integers(len(values)))]
-    return values[_turn([*stream, 2], place - sum(extra < place for extra in EXTRA_TURNS), len(values))]
+    return values[_turn([*stream, 2], index - sum(extra < index for extra in EXTRA_TURNS), len(values))]
 
 
 def _row(name: str, modality: str, seed: int, index: int) -> tuple[Study, Example, np.random.Generator]:
     """Return one row's study, question (its image a relative path) and the random stream left for the picture."""
     split = [seed, zlib.crc32(name.encode())]
-    kind_index, place = index % len(KINDS), index // len(KINDS)
+    kind_index, rank = index % len(KINDS), index // len(KINDS)
     kind = KINDS[kind_index]
-    value = _answer_at([*split, 1, kind_index], place, answer_values(kind, modality))
-    letter = _turn([*split, 2, kind_index], place, OPTION_COUNT)
+    value = _answer_at([*split, 1, kind_index], rank, answer_values(kind, modality))
+    letter = _turn([*split, 2, kind_index], rank, OPTION_COUNT)
     rng = np.random.default_rng([*split, 3, index])
     study = sample_study(rng, modality, kind, value)
     image = Path("images") / name / f"{index:05d}.png"

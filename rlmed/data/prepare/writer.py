@@ -87,17 +87,17 @@ class SplitSummary:
     """The first of these options; "" for none."""
 
 
-class Images:
-    """Copies each image into the layout once."""
+class ImageWriter:
+    """Copies each image into the prepared data once."""
 
     def __init__(self, folder: Path, source: Path) -> None:
         self.hashes: dict[str, str] = {}
-        """SHA-256 by path in the layout."""
+        """SHA-256 by path in the prepared data."""
         self._folder, self._source = folder, source
         self._seen: dict[object, str | BadImageError] = {}
 
     def add(self, image: SourceImage) -> str:
-        """Copy the image and return its path in the layout. Raises BadImageError."""
+        """Copy the image and return its path in the prepared data. Raises BadImageError."""
         key = image if isinstance(image, Path) else (type(image), image.key)
         if isinstance(image, Encoded) and not image.key:
             return self._put(image)
@@ -165,7 +165,7 @@ class _Split:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.places: dict[str, str] = {}
+        self.sources: dict[str, str] = {}
         """Where in the source each row was, by id."""
         self._file: TextIO = path.open("w", encoding="utf-8")
         self._digest = hashlib.sha256()
@@ -211,12 +211,12 @@ class _Split:
         )
 
 
-class LayoutWriter:
+class PreparedDataWriter:
     """Checks rows and writes the usable ones."""
 
     def __init__(self, folder: Path, source: Path) -> None:
         self.skipped: list[Skipped] = []
-        self.images = Images(folder, source)
+        self.images = ImageWriter(folder, source)
         self._folder, self._rows_folder = folder, Folder(folder)
         self._splits: dict[str, _Split] = {}
         with writing(folder):
@@ -233,11 +233,11 @@ class LayoutWriter:
         except (BadRowError, BadImageError) as error:
             self._skip(Skipped(row.where, row.id, str(error)))
             return
-        split.places[example.id] = row.where
+        split.sources[example.id] = row.where
         split.append(example, image)
 
     def finish(self) -> dict[str, SplitSummary]:
-        used = {name: split for name, split in self._splits.items() if split.places}
+        used = {name: split for name, split in self._splits.items() if split.sources}
         if not used and not self.skipped:
             raise ValueError("the source has no rows: give one with questions")
         if not used:
@@ -286,8 +286,8 @@ class LayoutWriter:
         name, example = parse_row(content, "", self._rows_folder)
         if isinstance(example, str):
             raise BadRowError(example)
-        if name in split.places:
-            raise BadRowError(f"its id was used by {split.places[name]} already")
+        if name in split.sources:
+            raise BadRowError(f"its id was used by {split.sources[name]} already")
         return example
 
 
@@ -308,7 +308,7 @@ def _plain(text: str, limit: int) -> str:
 
 
 def _file_name(sha256: str, path: PurePath) -> str:
-    """Return an image's path in the layout: named after its content, with its file's suffix if that is a usual one."""
+    """Return an image's path in the prepared data: named after its content, with its file's suffix if that is a usual one."""
     suffix = path.suffix.lower()
     return f"images/{sha256[:_HASH_LENGTH]}{suffix if re.fullmatch('[.][a-z0-9]{1,5}', suffix) else ''}"
 

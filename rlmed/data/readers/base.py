@@ -1,7 +1,7 @@
-"""The interface of a reader: a function from a published source to rows of one layout, and its description.
+"""The interface of a reader: a function from a published source to rows of one form, and its description.
 
 A reader yields rows and keeps none, so a source of any length needs little memory. It makes no decisions about output
-files: `rlmed.data.prepare.layout` checks every row and turns unusable ones into counted skips.
+files: `rlmed.data.prepare.prepared_data` checks every row and turns unusable ones into counted skips.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ class Picture:
     """An image that the reader makes itself, for example from one slice of a volume.
 
     Example:
-        Picture(key="000017", load=lambda: Image.fromarray(slice_as_uint8))
+        >>> Picture(key="000017", load=lambda: Image.new("L", (512, 512))).load().size
+        (512, 512)
     """
 
     key: str
@@ -33,7 +34,9 @@ class Encoded:
     """An image file inside an archive or a table; copied unchanged, like a file.
 
     Example:
-        Encoded(name="figures/PMC1_F2.jpg", load=lambda: archive.read("figures/PMC1_F2.jpg"), key="figures/PMC1_F2.jpg")
+        >>> archive = {"figures/PMC1_F2.jpg": b"..."}
+        >>> [Encoded(name=name, load=lambda: archive[name], key=name).name for name in archive]
+        ['figures/PMC1_F2.jpg']
     """
 
     name: str
@@ -53,8 +56,9 @@ class SourceRow:
     """One question as in its source, still unchecked.
 
     Example:
-        SourceRow(where="row 17 of questions.csv", split="test_ct", id="17", question="Which organ is shown?",
-                  options=("liver", "spleen"), answer="liver", image=Path("/data/ct/17.png"), modality="CT", kind="anatomy")
+        >>> SourceRow(where="row 17 of questions.csv", split="test_ct", id="17", question="Which organ is shown?",
+        ...           options=("liver", "spleen"), answer="liver", image=Path("/data/ct/17.png")).modality
+        ''
     """
 
     where: str
@@ -78,7 +82,8 @@ class Skipped:
     """A skipped row of the source.
 
     Example:
-        Skipped(where="row 18 of questions.csv", id="18", reason="it has no answer")
+        >>> Skipped(where="row 18 of questions.csv", id="18", reason="it has no answer").rows
+        1
     """
 
     where: str
@@ -98,7 +103,8 @@ class Option:
     If it is not given, the reader's own default applies.
 
     Example:
-        Option("--window", {"nargs": 2, "type": float, "metavar": ("CENTER", "WIDTH"), "help": "grey values shown"})
+        >>> Option("--allow-burned-in", {"action": "store_true", "help": "read marked files too"}).keyword
+        'allow_burned_in'
     """
 
     flag: str
@@ -140,7 +146,11 @@ class Reader:
     """A reader and its description for the command line, the manifest and docs/data.md.
 
     Example:
-        READER = Reader(name="csv", title="A table of questions", read=read, options=(Option("--delimiter", {...}),))
+        >>> def read(source: Path) -> Iterator[SourceRow | Skipped]:
+        ...     yield Skipped(where=f"row 1 of {source.name}", id="1", reason="it has no answer")
+        >>> reader = Reader(name="mine", title="A table of questions", read=read)
+        >>> [row.where for row in reader.read(Path("a.csv"))]
+        ['row 1 of a.csv']
     """
 
     name: str

@@ -100,7 +100,7 @@ class AnswerPool:
             list(others), size=min(self._distractors, len(others)), replace=False, p=shares / shares.sum()
         )
         texts = [answer, *(self._texts[str(other)] for other in drawn)]
-        return tuple(texts[place] for place in rng.permutation(len(texts)))
+        return tuple(texts[index] for index in rng.permutation(len(texts)))
 
 
 def _needs_options(answer: str) -> bool:

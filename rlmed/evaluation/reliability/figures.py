@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from rewards.parsing import ANSWER_OPENING
 from rlmed.core.calibration import (
     Estimate,
     brier_score,
@@ -16,6 +15,7 @@ from rlmed.core.calibration import (
     pass_at_k,
     reliability_bins,
 )
+from rlmed.core.prefill import ANSWER
 from rlmed.core.statistics import mcnemar
 from rlmed.core.types import LETTERS, Example
 from rlmed.evaluation.reliability.results import (
@@ -48,26 +48,26 @@ def calibration(probabilities: Sequence[tuple[float, ...]], answers: Sequence[st
         return None
     confidence = np.array([max(entry) for entry in probabilities])
     places = [LETTERS.index(letter) for letter in answers]
-    right = np.array([int(np.argmax(entry)) == place for entry, place in zip(probabilities, places, strict=True)])
+    correct = np.array([int(np.argmax(entry)) == place for entry, place in zip(probabilities, places, strict=True)])
     scores = [brier_score(np.array(entry), place) for entry, place in zip(probabilities, places, strict=True)]
     return Calibration(
-        accuracy=Accuracy.of(int(right.sum()), len(right)),
+        accuracy=Accuracy.of(int(correct.sum()), len(correct)),
         confidence=Estimate.mean(confidence),
-        error=Estimate.of(lambda rows: calibration_error(confidence[rows], right[rows]), len(right)),
+        error=Estimate.of(lambda rows: calibration_error(confidence[rows], correct[rows]), len(correct)),
         error_bound=calibrated_error_bound(confidence),
         brier=Estimate.mean(scores),
-        bins=reliability_bins(confidence, right),
+        bins=reliability_bins(confidence, correct),
     )
 
 
 def sampling(answers: Sequence[TrustAnswer]) -> Sampling:
     """Return pass@k, for powers of two up to the number of samples and for that number, and the majority vote."""
     samples = len(answers[0].samples)
-    right = [answer.samples.count(answer.answer) for answer in answers]
+    correct = [answer.samples.count(answer.answer) for answer in answers]
     ks = sorted({2**i for i in range(samples.bit_length())} | {samples})
     return Sampling(
         samples=samples,
-        passes=tuple(PassAtK(k, Estimate.mean([pass_at_k(samples, count, k) for count in right])) for k in ks),
+        passes=tuple(PassAtK(k, Estimate.mean([pass_at_k(samples, count, k) for count in correct])) for k in ks),
         vote=_share([_vote(answer) == answer.answer for answer in answers]),
     )
 
@@ -87,7 +87,7 @@ def order_sensitivity(answers: Sequence[TrustAnswer]) -> OrderSensitivity:
     return OrderSensitivity(
         stays=_share([len(found) == 1 and None not in found for found in texts]),
         orders=tuple(
-            _share([entry.right for entry in order]) for order in zip(*(a.orders for a in answers), strict=True)
+            _share([entry.correct for entry in order]) for order in zip(*(a.orders for a in answers), strict=True)
         ),
         letters=tuple(_letter_bias(letter, answers) for letter in letters),
     )
@@ -95,43 +95,43 @@ def order_sensitivity(answers: Sequence[TrustAnswer]) -> OrderSensitivity:
 
 def _chosen(entry: OrderAnswer) -> str | None:
     """Return the text of the chosen option; None if the answer names none."""
-    if entry.parsed is None or entry.parsed not in LETTERS[: len(entry.options)]:
+    if entry.predicted_letter is None or entry.predicted_letter not in LETTERS[: len(entry.options)]:
         return None
-    return entry.options[LETTERS.index(entry.parsed)]
+    return entry.options[LETTERS.index(entry.predicted_letter)]
 
 
 def _letter_bias(letter: str, answers: Sequence[TrustAnswer]) -> LetterBias:
     having = [answer.orders for answer in answers if LETTERS.index(letter) < len(answer.direct)]
-    chosen = [sum(entry.parsed == letter for entry in orders) for orders in having]
+    chosen = [sum(entry.predicted_letter == letter for entry in orders) for orders in having]
     there = [sum(entry.answer == letter for entry in orders) for orders in having]
-    hits = [sum(entry.answer == entry.parsed == letter for entry in orders) for orders in having]
+    hits = [sum(entry.answer == entry.predicted_letter == letter for entry in orders) for orders in having]
     totals = [len(orders) for orders in having]
     return LetterBias(
         letter=letter,
         chosen=Estimate.ratio(chosen, totals),
-        right=sum(there) / sum(totals),
+        correct=sum(there) / sum(totals),
         accuracy=Estimate.ratio(hits, there) if any(there) else None,
     )
 
 
 def reliance(rows: Sequence[EvalRow]) -> tuple[Reliance, ...]:
-    """Return the reliance on the picture for all rows of a file (with controls), then for each kind of question."""
-    kinds = sorted({row.kind for row in rows if row.kind})
-    groups = [("", rows), *((kind, [row for row in rows if row.kind == kind]) for kind in kinds)]
+    """Return the reliance on the picture for all rows of a file (with controls), then for each type of question."""
+    types = sorted({row.question_type for row in rows if row.question_type})
+    groups = [("", rows), *((name, [row for row in rows if row.question_type == name]) for name in types)]
     return tuple(
         Reliance(
-            kind=kind,
-            real=_share([row.right for row in part if row.control == "none"]),
+            question_type=name,
+            real=_share([row.correct for row in part if row.control == "none"]),
             blank=_gap(part, "blank"),
             shuffled=_gap(part, "shuffled"),
         )
-        for kind, part in groups
+        for name, part in groups
     )
 
 
 def _gap(rows: Sequence[EvalRow], control: Control) -> Gap | None:
-    own = {row.id: row.right for row in rows if row.control == "none"}
-    pairs = [(own[row.id], row.right) for row in rows if row.control == control]
+    own = {row.id: row.correct for row in rows if row.control == "none"}
+    pairs = [(own[row.id], row.correct) for row in rows if row.control == control]
     if not pairs:
         return None
     real, other = (np.array(side, dtype=bool) for side in zip(*pairs, strict=True))
@@ -152,9 +152,9 @@ def domains(rows: Sequence[EvalRow], answers: Iterable[TrustAnswer], train: Sequ
         part = [row for row in rows if modality[row.file, row.id] in names]
         if trained and part:
             shares = [
-                [row.right for row in part if row.control == control] for control in ("none", "blank", "shuffled")
+                [row.correct for row in part if row.control == control] for control in ("none", "blank", "shuffled")
             ]
-            real, blank, shuffled = (_share(right) if right else None for right in shares)
+            real, blank, shuffled = (_share(correct) if correct else None for correct in shares)
             assert real is not None
             found.append(Domain(inside, tuple(sorted(names)), real, blank, shuffled))
     return tuple(found)
@@ -170,19 +170,19 @@ def reasoning_agreement(rows: Sequence[EvalRow], argued: Argued) -> Agreement:
     found = []
     for row in rows:
         if row.control == "none":
-            reasoning = row.completion.partition(ANSWER_OPENING)[0]
+            reasoning = row.completion.partition(ANSWER)[0]
             place = argued(reasoning.replace("<think>", "").replace("</think>", "").strip(), row.options)
             found.append((row, None if place is None else LETTERS[place]))
     clear = [(row, letter) for row, letter in found if letter is not None]
-    agreeing = [row.right for row, letter in clear if row.parsed == letter]
-    differing = [row.right for row, letter in clear if row.parsed != letter]
+    agreeing = [row.correct for row, letter in clear if row.predicted_letter == letter]
+    differing = [row.correct for row, letter in clear if row.predicted_letter != letter]
     return Agreement(
         argued=Accuracy.of(len(clear), len(found)),
         agrees=Accuracy.of(len(agreeing), len(clear)) if clear else None,
-        right_if_agreeing=_share(agreeing) if agreeing else None,
-        right_if_differing=_share(differing) if differing else None,
+        correct_if_agreeing=_share(agreeing) if agreeing else None,
+        correct_if_differing=_share(differing) if differing else None,
     )
 
 
-def _share(right: Sequence[bool]) -> Accuracy:
-    return Accuracy.of(sum(right), len(right))
+def _share(correct: Sequence[bool]) -> Accuracy:
+    return Accuracy.of(sum(correct), len(correct))

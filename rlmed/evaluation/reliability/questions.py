@@ -7,17 +7,15 @@ after the evaluation's reasoning and without reasoning.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from rewards.parsing import ANSWER_OPENING, evaluated_letter
-from rlmed.core.protocols import RolloutPool
+from rewards.parsing import evaluated_letter
+from rlmed.core.prefill import ANSWER
 from rlmed.core.types import Example, Prompt, RolloutGroup, RolloutRequest, SamplingParams
-from rlmed.data.loading import EvalFile
 from rlmed.data.options.order import keeps_order
-from rlmed.data.prompts import PromptRenderer
 from rlmed.data.sampler import shuffle_options
 from rlmed.evaluation.option_likelihood import letter_probabilities
 from rlmed.evaluation.reliability.figures import (
@@ -30,8 +28,8 @@ from rlmed.evaluation.reliability.figures import (
     sampling,
 )
 from rlmed.evaluation.reliability.results import FileTrust, OrderAnswer, TrustAnswer, TrustSummary, write_trust
-from rlmed.evaluation.results import EvalRow, read_rows
-from rlmed.evaluation.run import Progress, answer_all
+from rlmed.evaluation.results import EvalRow, read_rows, step_folder
+from rlmed.evaluation.run import Evaluator, Progress, answer_all
 from rlmed.models.policy import Policy
 
 ORDER_SEEDS = (1, 2, 3)
@@ -46,12 +44,11 @@ class TrustSettings:
     """How to ask the model.
 
     Example:
-        TrustSettings(samples=8, max_tokens=512, stop=(), seed=0, token_budget=16384)
+        TrustSettings(samples=8, seed=0, token_budget=16384)
     """
 
     samples: int
-    max_tokens: int
-    stop: tuple[str, ...]
+    """Completions of each question at temperature 1."""
     seed: int
     """Seed of the samples; question i draws from seed + i."""
     token_budget: int
@@ -59,39 +56,31 @@ class TrustSettings:
 
 
 def measure_trust(
-    files: Sequence[EvalFile],
-    step_folder: Path,
-    *,
-    pool: RolloutPool,
+    evaluator: Evaluator,
+    step: int,
     policy: Policy,
-    renderer: PromptRenderer,
-    train_examples: Sequence[Example],
     settings: TrustSettings,
-    model: str,
     argued: Argued,
     on_progress: Progress | None = None,
 ) -> TrustSummary:
     """Ask all questions of an evaluation again; write `trust.json` and `trust_rows.jsonl` beside its rows.
 
     Args:
-        files: the evaluated files.
-        step_folder: folder of the evaluation, with its `rows.jsonl`.
-        pool: idle pool on the evaluated weights.
-        policy: the same weights, to score letters.
-        renderer: the evaluation's renderer.
-        train_examples: rows whose modalities the model was trained on; may be empty.
+        evaluator: it has evaluated `step`.
+        step: step of that evaluation.
+        policy: the weights of its pool, to score letters.
         settings: how to ask.
-        model: name or folder of the model, for the record.
         argued: finds the option that a reasoning argues for.
         on_progress: called for each question with the part's name, the questions done and their total.
     """
     start = time.perf_counter()
-    rows = read_rows(step_folder)
-    questions = {(file.name, example.id): example for file in files for example in file.examples}
-    asker = _Asker(questions, pool, policy, renderer, settings, on_progress)
-    answers = asker.ask({(row.file, row.id): row for row in rows if row.control == "none"})
+    folder = step_folder(evaluator.folder, step)
+    rows = read_rows(folder)
+    answers = _Asker(evaluator, policy, settings, on_progress).ask(
+        {(row.file, row.id): row for row in rows if row.control == "none"}
+    )
     summary = TrustSummary(
-        model=model,
+        model=evaluator.model,
         seconds=time.perf_counter() - start,
         files=tuple(
             _file_trust(
@@ -99,11 +88,11 @@ def measure_trust(
                 [answer for answer in answers if answer.file == file.name],
                 argued,
             )
-            for file in files
+            for file in evaluator.files
         ),
-        domains=domains(rows, answers, train_examples),
+        domains=domains(rows, answers, evaluator.train_examples),
     )
-    write_trust(step_folder, summary, answers)
+    write_trust(folder, summary, answers)
     return summary
 
 
@@ -129,12 +118,15 @@ def _file_trust(rows: Sequence[EvalRow], answers: Sequence[TrustAnswer], argued:
 class _Asker:
     """Ask the same questions in several ways."""
 
-    questions: Mapping[Key, Example]
-    pool: RolloutPool
+    evaluator: Evaluator
     policy: Policy
-    renderer: PromptRenderer
     settings: TrustSettings
     on_progress: Progress | None
+
+    @functools.cached_property
+    def questions(self) -> dict[Key, Example]:
+        """All questions, in the order of the data."""
+        return {(file.name, example.id): example for file in self.evaluator.files for example in file.examples}
 
     def ask(self, rows: Mapping[Key, EvalRow]) -> list[TrustAnswer]:
         """Return all answers to each question; its greedy answer is its row."""
@@ -142,7 +134,7 @@ class _Asker:
         orders = [self._order(seed) for seed in ORDER_SEEDS]
         openings = {key: opening for key, row in rows.items() if (opening := _opening(row.completion)) is not None}
         reasoned = self._probabilities("letters after reasoning", openings)
-        direct = self._probabilities("letters without reasoning", dict.fromkeys(self.questions, ANSWER_OPENING))
+        direct = self._probabilities("letters without reasoning", dict.fromkeys(self.questions, ANSWER))
         return [
             TrustAnswer(
                 file=key[0],
@@ -153,7 +145,7 @@ class _Asker:
                 direct=direct[key],
                 samples=samples[key],
                 orders=(
-                    OrderAnswer(example.options, example.letter, rows[key].parsed),
+                    OrderAnswer(example.options, example.letter, rows[key].predicted_letter),
                     *(order[key] for order in orders if key in order),
                 ),
             )
@@ -161,8 +153,7 @@ class _Asker:
         ]
 
     def _samples(self) -> dict[Key, tuple[str | None, ...]]:
-        settings = self.settings
-        drawn = SamplingParams(temperature=1.0, max_tokens=settings.max_tokens, stop=settings.stop)
+        settings, drawn = self.settings, self._sampling(temperature=1.0)
         requests = (
             RolloutRequest(i, prompt, settings.samples, dataclasses.replace(drawn, seed=settings.seed + i))
             for i, prompt in enumerate(self._prompts(self.questions.values()))
@@ -174,7 +165,7 @@ class _Asker:
 
     def _order(self, seed: int) -> dict[Key, OrderAnswer]:
         """Return greedy answers in another option order, for questions that can be reordered."""
-        greedy = SamplingParams(temperature=0.0, max_tokens=self.settings.max_tokens, stop=self.settings.stop)
+        greedy = self._sampling(temperature=0.0)
         plain = {key: example for key, example in self.questions.items() if not keeps_order(example.options)}
         shuffled = (shuffle_options(example, seed) for example in plain.values())
         requests = (RolloutRequest(i, prompt, 1, greedy) for i, prompt in enumerate(self._prompts(shuffled)))
@@ -188,22 +179,25 @@ class _Asker:
             for key, group in groups.items()
         }
 
+    def _sampling(self, temperature: float) -> SamplingParams:
+        return SamplingParams(temperature=temperature, max_tokens=self.evaluator.max_tokens, stop=self.evaluator.stop)
+
     def _prompts(self, examples: Iterable[Example]) -> Iterator[Prompt]:
-        return (self.renderer.render(example) for example in examples)
+        return (self.evaluator.renderer.render(example) for example in examples)
 
     def _groups(self, part: str, requests: Iterator[RolloutRequest], keys: Sequence[Key]) -> dict[Key, RolloutGroup]:
         """Return the finished groups, without pictures, by question."""
         found: dict[Key, RolloutGroup] = {}
-        for group in answer_all(requests, self.pool):
+        for group in answer_all(requests, self.evaluator.pool):
             bare = dataclasses.replace(group.request, prompt=dataclasses.replace(group.prompt, image_inputs={}))
             found[keys[group.request.index]] = dataclasses.replace(group, request=bare)
             self._tell(part, len(found), len(keys))
         return found
 
     def _probabilities(self, part: str, openings: Mapping[Key, str]) -> dict[Key, tuple[float, ...]]:
-        cases = ((self.renderer.render(self.questions[key]), text) for key, text in openings.items())
+        cases = ((self.evaluator.renderer.render(self.questions[key]), text) for key, text in openings.items())
         scored = letter_probabilities(
-            cases, policy=self.policy, renderer=self.renderer, token_budget=self.settings.token_budget
+            cases, policy=self.policy, renderer=self.evaluator.renderer, token_budget=self.settings.token_budget
         )
         found: dict[Key, tuple[float, ...]] = {}
         for key, probabilities in zip(openings, scored, strict=True):
@@ -218,5 +212,5 @@ class _Asker:
 
 def _opening(completion: str) -> str | None:
     """Return a completion up to and including its first answer tag; None without one."""
-    reasoning, tag, _ = completion.partition(ANSWER_OPENING)
+    reasoning, tag, _ = completion.partition(ANSWER)
     return reasoning + tag if tag else None

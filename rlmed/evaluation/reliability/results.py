@@ -15,6 +15,7 @@ from rlmed.core.calibration import Estimate, ReliabilityBin
 from rlmed.core.config.building import build_record
 from rlmed.core.files.atomic import replace_text
 from rlmed.core.files.jsonlines import read_json
+from rlmed.evaluation.old_names import current_names
 from rlmed.evaluation.results import Accuracy
 
 TRUST_FILE = "trust.json"
@@ -26,19 +27,19 @@ class OrderAnswer:
     """The greedy answer to a question with its options in one order.
 
     Example:
-        OrderAnswer(options=("knee", "head"), answer="A", parsed="B")
+        OrderAnswer(options=("knee", "head"), answer="A", predicted_letter="B")
     """
 
     options: tuple[str, ...]
     answer: str
     """The right letter in this order."""
-    parsed: str | None
+    predicted_letter: str | None
     """The letter found in the completion."""
 
     @property
-    def right(self) -> bool:
+    def correct(self) -> bool:
         """Whether the right option was chosen."""
-        return self.parsed == self.answer
+        return self.predicted_letter == self.answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,13 +114,13 @@ class LetterBias:
     """One letter over all orders of the options.
 
     Example:
-        LetterBias(letter="A", chosen=Estimate(0.41, …), right=0.25, accuracy=Estimate(0.83, …)) prefers A.
+        LetterBias(letter="A", chosen=Estimate(0.41, …), correct=0.25, accuracy=Estimate(0.83, …)) prefers A.
     """
 
     letter: str
     chosen: Estimate
     """Share of answers with this letter, among questions that offer it."""
-    right: float
+    correct: float
     """Share of these questions whose right option has this letter; equal to `chosen` without bias and error."""
     accuracy: Estimate | None
     """Accuracy if the right option has this letter; None if it never does."""
@@ -152,9 +153,9 @@ class Gap:
 
 @dataclass(frozen=True, slots=True)
 class Reliance:
-    """How much accuracy on a kind of question drops without the picture."""
+    """How much accuracy on a type of question drops without the picture."""
 
-    kind: str
+    question_type: str
     """Empty for all questions of the file."""
     real: Accuracy
     blank: Gap | None
@@ -170,8 +171,8 @@ class Agreement:
     """Share of completions whose reasoning argues for one option."""
     agrees: Accuracy | None
     """Share of these that answer it; None if no reasoning argues for an option."""
-    right_if_agreeing: Accuracy | None
-    right_if_differing: Accuracy | None
+    correct_if_agreeing: Accuracy | None
+    correct_if_differing: Accuracy | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +200,7 @@ class FileTrust:
     order: OrderSensitivity | None
     """For questions that can be reordered; None if none can."""
     reliance: tuple[Reliance, ...]
-    """For all questions, then by kind."""
+    """For all questions, then by type."""
     agreement: Agreement
     kept_order: int = 0
     """Questions that cannot be reordered, since an option refers to others."""
@@ -218,7 +219,7 @@ class TrustSummary:
     @classmethod
     def read(cls, step_folder: Path) -> TrustSummary:
         """Load `trust.json` from the folder of an evaluation."""
-        return build_record(cls, read_json(step_folder / TRUST_FILE))
+        return build_record(cls, current_names(read_json(step_folder / TRUST_FILE)))
 
 
 def write_trust(step_folder: Path, summary: TrustSummary, answers: Iterable[TrustAnswer]) -> None:

@@ -37,7 +37,7 @@ def trust_table(summary: TrustSummary) -> Table:
 
 def _figures(file: FileTrust) -> dict[str, str]:
     passes = {f"pass@{entry.k}": _cell(entry.share) for entry in file.sampling.passes}
-    figures = {}
+    figures: dict[str, str] = {}
     for label, found in (("reasoned", file.reasoned), ("direct", file.direct)):
         if found is not None:
             figures |= {

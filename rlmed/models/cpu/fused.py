@@ -68,7 +68,14 @@ class _Rotation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _rotated(grad, *ctx.saved_tensors, -1.0), None, None
+        cos, sin = ctx.saved_tensors
+        return _rotated(grad, cos, sin, -1.0), None, None
+
+
+# torch leaves `apply` untyped
+_normed: Callable[[Tensor, Tensor, float], Tensor] = _RMSNorm.apply
+_gated: Callable[[Tensor, Tensor], Tensor] = _SwiGLU.apply
+_rotate: Callable[[Tensor, Tensor, Tensor], Tensor] = _Rotation.apply
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
@@ -84,7 +91,7 @@ def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: 
     """Rotate [B, heads, L, D] queries and keys by cos and sin [B, L, D] whose halves are equal; differentiable."""
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     if torch.is_grad_enabled():
-        return _Rotation.apply(query, cos, sin), _Rotation.apply(key, cos, sin)
+        return _rotate(query, cos, sin), _rotate(key, cos, sin)
     return _rotated(query, cos, sin, 1.0), _rotated(key, cos, sin, 1.0)
 
 
@@ -97,13 +104,13 @@ def _normalise(x: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Apply root-mean-square norm to float32 x [..., K] with weight [K]; differentiable."""
     if torch.is_grad_enabled():
-        return _RMSNorm.apply(x, weight, epsilon)
+        return _normed(x, weight, epsilon)
     return _normalise(x, epsilon)[0].mul_(weight)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Return silu(gate) * up for two float32 tensors of the same shape; differentiable."""
-    return _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate).mul_(up)
+    return _gated(gate, up) if torch.is_grad_enabled() else F.silu(gate).mul_(up)
 
 
 def _plain(x: Tensor) -> bool:

@@ -142,4 +142,4 @@ def use_fast_linears(model: nn.Module) -> None:
     """Make all linear layers of `model` compute with `linear`; parameters and their names stay unchanged."""
     for module in model.modules():
         if type(module) is nn.Linear:
-            module.forward = types.MethodType(_forward, module)
+            module.forward = types.MethodType(_forward, module)  # type: ignore[method-assign]

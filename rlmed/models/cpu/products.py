@@ -71,12 +71,14 @@ def has_onednn() -> bool:
 
 def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x @ weight.T + bias by oneDNN for float32 x [M, K], weight [N, K] and bias [N]; any strides."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
 
 
 def pack(weight: Tensor) -> Tensor:
     """Copy a float32 weight [N, K] into oneDNN's layout, for `onednn` only."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS)
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS)
+    return packed
 
 
 class _Choice:

@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from rlmed.core.chat import OLD_TEMPLATE_FILE, PROCESSOR, TEMPLATE_FILE, template_place, unopened_turn
+from rlmed.core.chat import OLD_TEMPLATE_FILE, PROCESSOR, TEMPLATE_FILE, template_source, unopened_turn
 from rlmed.core.files.damage import read_json
 from rlmed.core.process.foreign import foreign
 from rlmed.models.families import family_of
@@ -55,12 +55,12 @@ def check_agreement(
     Raises:
         ValueError: for a difference that changes the trained model, naming both values and what to do.
     """
-    place = repr(str(folder))
-    _check_architecture(place, config)
-    _check_vocabulary(place, config, tokenizer)
-    _check_positions(place, config)
+    where = repr(str(folder))
+    _check_architecture(where, config)
+    _check_vocabulary(where, config, tokenizer)
+    _check_positions(where, config)
     if image_processor is not None:
-        _check_grid(place, config, image_processor)
+        _check_grid(where, config, image_processor)
     doubts = find_end_tokens(folder, config, tokenizer).doubts(tokenizer)
     if Path(folder).is_dir():
         doubts += check_weight_files(folder)
@@ -69,12 +69,12 @@ def check_agreement(
             doubts += _processor_settings(folder, image_processor)
     if opening := unopened_turn(tokenizer):
         doubts.append(
-            f"{template_place(tokenizer)} begins an answer with {opening!r} but does not write that at the end of a prompt: "
+            f"{template_source(tokenizer)} begins an answer with {opening!r} but does not write that at the end of a prompt: "
             "the model would have to write it itself, so let the template write it where add_generation_prompt is true"
         )
     if "strftime_now" in str(tokenizer.chat_template):
         doubts.append(
-            f"{template_place(tokenizer)} writes today's date: prompts, and so results, change from day to day; use a fixed "
+            f"{template_source(tokenizer)} writes today's date: prompts, and so results, change from day to day; use a fixed "
             "date to make runs repeatable"
         )
     return doubts
@@ -98,7 +98,7 @@ def position_doubt(config: PreTrainedConfig, *, tokens: int, what: str, cure: st
     )
 
 
-def _check_architecture(place: str, config: PreTrainedConfig) -> None:
+def _check_architecture(where: str, config: PreTrainedConfig) -> None:
     vision = family_of(config).vision
     names = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if vision else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     expected = names[config.model_type]
@@ -107,13 +107,13 @@ def _check_architecture(place: str, config: PreTrainedConfig) -> None:
     found = [name.removeprefix("FSDP") for name in found]  # written by trainers that wrapped the model
     if expected not in found:
         raise ValueError(
-            f"model {place}: config.json says architectures {', '.join(found)} and model_type {config.model_type}, which is "
+            f"model {where}: config.json says architectures {', '.join(found)} and model_type {config.model_type}, which is "
             f"{expected}: rlmed would load its weights as those of a model that writes text; use one that does, or correct "
             "config.json"
         )
 
 
-def _check_vocabulary(place: str, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_vocabulary(where: str, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     rows = config.get_text_config().vocab_size
     vocabulary = tokenizer.get_vocab()
     # a padding token is often added without an embedding row, and never used
@@ -125,39 +125,39 @@ def _check_vocabulary(place: str, config: PreTrainedConfig, tokenizer: PreTraine
     highest = max(vocabulary.keys() - unused, key=lambda token: vocabulary[token])
     if vocabulary[highest] >= rows:
         raise ValueError(
-            f"model {place}: its tokenizer has {highest!r} as token {vocabulary[highest]}, and vocab_size in config.json is "
+            f"model {where}: its tokenizer has {highest!r} as token {vocabulary[highest]}, and vocab_size in config.json is "
             f"{rows}: the tokenizer belongs to another model; copy the one that this model was trained with"
         )
     values = config.to_dict()
     for key, token in CONTROL_TOKENS.items():
         if values.get(key) is not None and token in vocabulary and values[key] != vocabulary[token]:
             raise ValueError(
-                f"model {place}: config.json says {key}={values[key]}, and {token} is {vocabulary[token]} in the tokenizer: "
+                f"model {where}: config.json says {key}={values[key]}, and {token} is {vocabulary[token]} in the tokenizer: "
                 "they belong to two models; copy both from the model that this one was trained from"
             )
 
 
-def _check_positions(place: str, config: PreTrainedConfig) -> None:
+def _check_positions(where: str, config: PreTrainedConfig) -> None:
     text = config.get_text_config().to_dict()
     width = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
-    with foreign(f"model {place}: mrope_section in config.json cannot be read", "Copy config.json again"):
+    with foreign(f"model {where}: mrope_section in config.json cannot be read", "Copy config.json again"):
         rotation = text.get("rope_parameters") or {}
         sections = rotation.get("mrope_section", DEFAULT_SECTIONS if family_of(config).vision else None)
         said = "says" if "mrope_section" in rotation else "leaves it at"
         rotated = width if sections is None else 2 * sum(sections)
     if rotated != width:
         raise ValueError(
-            f"model {place}: config.json {said} mrope_section={sections}, which is half of {rotated} channels, and heads have "
+            f"model {where}: config.json {said} mrope_section={sections}, which is half of {rotated} channels, and heads have "
             f"{width}: they belong to two models; copy config.json from the model that this one was trained from"
         )
 
 
-def _check_grid(place: str, config: PreTrainedConfig, image_processor: BaseImageProcessor) -> None:
+def _check_grid(where: str, config: PreTrainedConfig, image_processor: BaseImageProcessor) -> None:
     seen, prepared = config.to_dict()["vision_config"], image_processor.to_dict()
     for key, name in GRID.items():
         if prepared[key] != seen[name]:
             raise ValueError(
-                f"model {place}: {PREPROCESSOR} says {key}={prepared[key]}, and config.json vision_config.{name}={seen[name]}: "
+                f"model {where}: {PREPROCESSOR} says {key}={prepared[key]}, and config.json vision_config.{name}={seen[name]}: "
                 "images would be split into other patches than in training; copy both from the model that this one was "
                 "trained from"
             )
@@ -179,14 +179,14 @@ def _processor_settings(folder: Path, image_processor: BaseImageProcessor) -> It
             if said.get(key) is not None and size.get(other) is not None and said[key] != size[other]:
                 yield (
                     f"{folder / name} says {key}={said[key]} and size.{other}={size[other]}: "
-                    f"{image_processor.size[edge]} is used; model.{key} overrules both"
+                    f"{image_processor.to_dict()['size'][edge]} is used; model.{key} overrules both"
                 )
     if len(files) == 2:
-        one, other = files.values()
-        for key in sorted(one.keys() & other.keys() - {"processor_class"}):
-            if one[key] != other[key]:
+        inner, outer = files.values()
+        for key in sorted(inner.keys() & outer.keys() - {"processor_class"}):
+            if inner[key] != outer[key]:
                 yield (
-                    f"model {str(folder)!r}: {PROCESSOR} says {key}={one[key]} and {PREPROCESSOR} {key}={other[key]}: "
+                    f"model {str(folder)!r}: {PROCESSOR} says {key}={inner[key]} and {PREPROCESSOR} {key}={outer[key]}: "
                     f"{PROCESSOR} is used"
                 )
 
@@ -210,13 +210,13 @@ def _told_twice(folder: Path, config: PreTrainedConfig, tokenizer: PreTrainedTok
         yield f"{folder / CONFIG_FILE} says {said}: {used['rope_parameters']['rope_theta']} is used"
 
 
-def _rotation_bases(content: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
+def _rotation_bases(content: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the path and value of every `rope_theta` in a config.json."""
     if "rope_theta" in content:
-        yield f"{place}rope_theta", content["rope_theta"]
+        yield f"{where}rope_theta", content["rope_theta"]
     for key in ("rope_parameters", "rope_scaling", "text_config"):
         if isinstance(content.get(key), dict):
-            yield from _rotation_bases(content[key], f"{place}{key}.")
+            yield from _rotation_bases(content[key], f"{where}{key}.")
 
 
 def _counts(key: str, value: Any) -> bool:

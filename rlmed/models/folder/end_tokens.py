@@ -25,7 +25,8 @@ class EndTokens:
     """End tokens of a model folder by source.
 
     Example:
-        EndTokens({"generation_config.json": (151643,), "tokenizer_config.json": (151645,)}).ids is (151643, 151645).
+        >>> EndTokens({"generation_config.json": (151643,), "tokenizer_config.json": (151645,)}).ids
+        (151643, 151645)
     """
 
     sources: dict[str, tuple[int, ...]]
@@ -44,10 +45,10 @@ class EndTokens:
         model, (generation, *others) = f"model {tokenizer.name_or_path!r}", self.sources.values()
         lines = []
         if not {i for ids in others for i in ids} <= set(generation):
-            named = "; ".join(f"{place}: {shown(ids)}" for place, ids in self.sources.items())
+            named = "; ".join(f"{source}: {shown(ids)}" for source, ids in self.sources.items())
             lines.append(f"{model} has conflicting end tokens ({named}): each of them ends a completion")
         if words := [i for i in self.ids if i not in tokenizer.added_tokens_decoder]:
-            places = ", ".join(place for place, ids in self.sources.items() if set(words) & set(ids))
+            places = ", ".join(source for source, ids in self.sources.items() if set(words) & set(ids))
             lines.append(
                 f"{model}: {places} says that completions end with {shown(words)}, not a control token of the tokenizer: "
                 "correct it if it belongs to another model"
@@ -70,15 +71,15 @@ def find_end_tokens(
     """
     with foreign(f"{Path(folder) / GENERATION_CONFIG} cannot be read", "Correct it, or remove it"):
         try:
-            place, named = GENERATION_CONFIG, GenerationConfig.from_pretrained(folder).eos_token_id
+            source, named = GENERATION_CONFIG, GenerationConfig.from_pretrained(folder).eos_token_id
         except OSError:  # without the file, transformers uses the model's configuration
-            place, named = CONFIG_FILE, GenerationConfig.from_model_config(config).eos_token_id
-    sources = {place: _checked(folder, place, named, config)}
+            source, named = CONFIG_FILE, GenerationConfig.from_model_config(config).eos_token_id
+    sources = {source: _checked(folder, source, named, config)}
     if tokenizer is None and (has_tokenizer(folder) or not Path(folder).is_dir()):
         tokenizer = load_tokenizer(folder)
     if tokenizer is not None:
-        for place, text in _tokenizer_ends(Path(folder), tokenizer).items():
-            sources[place] = _checked(folder, place, tokenizer.convert_tokens_to_ids(text), config)
+        for source, text in _tokenizer_ends(Path(folder), tokenizer).items():
+            sources[source] = _checked(folder, source, tokenizer.convert_tokens_to_ids(text), config)
     ends = EndTokens(sources)
     if not ends.ids:
         raise ValueError(
@@ -91,21 +92,21 @@ def find_end_tokens(
 def _tokenizer_ends(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """Return the tokenizer's and template's end tokens by source."""
     ends = {TOKENIZER_CONFIG: tokenizer.eos_token, TEMPLATE_FILE: turn_end(tokenizer)}
-    for place in (TOKENIZER_CONFIG, TOKENS_MAP):  # transformers keeps only one of these two
-        if (folder / place).is_file():
-            said = read_json(folder / place).get("eos_token")
-            ends[place] = said.get("content") if isinstance(said, dict) else said or ends.get(place)
+    for source in (TOKENIZER_CONFIG, TOKENS_MAP):  # transformers keeps only one of these two
+        if (folder / source).is_file():
+            said = read_json(folder / source).get("eos_token")
+            ends[source] = said.get("content") if isinstance(said, dict) else said or ends.get(source)
     vocabulary = tokenizer.get_vocab()
-    return {place: text for place, text in ends.items() if isinstance(text, str) and text in vocabulary}
+    return {source: text for source, text in ends.items() if isinstance(text, str) and text in vocabulary}
 
 
-def _checked(folder: Path, place: str, named: object, config: PreTrainedConfig) -> tuple[int, ...]:
+def _checked(folder: Path, source: str, named: object, config: PreTrainedConfig) -> tuple[int, ...]:
     ids = tuple(named) if isinstance(named, (list, tuple)) else () if named is None else (named,)
     size = config.get_text_config().vocab_size
     for token_id in ids:
         if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < size:
             raise ValueError(
-                f"{Path(folder) / place}: the end token {token_id!r} is outside the model's token ids (0 to {size - 1}): "
+                f"{Path(folder) / source}: the end token {token_id!r} is outside the model's token ids (0 to {size - 1}): "
                 "correct it"
             )
     return ids

@@ -197,7 +197,8 @@ def build_tiny_vl(folder: Path, family: str = "qwen2_vl", *, seed: int = 0) -> N
         "patch_size": PATCH,
         "spatial_merge_size": MERGE,
     }
-    shared = {**_vision_tokens(tokenizer), "tie_word_embeddings": True}
+    config: PreTrainedConfig
+    shared: dict[str, Any] = {**_vision_tokens(tokenizer), "tie_word_embeddings": True}
     if family == "qwen2_vl":
         vision_config |= {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
         config = Qwen2VLConfig(text_config=text_config, vision_config=vision_config, **shared)
@@ -258,14 +259,19 @@ def _decoder_shape(*, hidden: int, layers: int, heads: int, kv_heads: int, inter
 
 
 def _end_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
-    end, pad = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    end, pad = _ids(tokenizer, "<|im_end|>", "<|endoftext|>")
     return {"bos_token_id": pad, "eos_token_id": end, "pad_token_id": pad}
 
 
-def _vision_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+def _vision_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     names = ("image_token_id", "video_token_id", "vision_token_id", "vision_start_token_id", "vision_end_token_id")
-    tokens = ["<|image_pad|>", "<|video_pad|>", "<|vision_pad|>", "<|vision_start|>", "<|vision_end|>"]
-    return dict(zip(names, tokenizer.convert_tokens_to_ids(tokens), strict=True))
+    tokens = ("<|image_pad|>", "<|video_pad|>", "<|vision_pad|>", "<|vision_start|>", "<|vision_end|>")
+    return dict(zip(names, _ids(tokenizer, *tokens), strict=True))
+
+
+def _ids(tokenizer: PreTrainedTokenizerFast, *tokens: str) -> list[int]:
+    vocabulary = tokenizer.get_vocab()
+    return [vocabulary[token] for token in tokens]
 
 
 def _write(
@@ -282,7 +288,7 @@ def _write(
         model = model_class(config)
         if initialise is not None:
             initialise(model)
-    end, pad = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    end, pad = _ids(tokenizer, "<|im_end|>", "<|endoftext|>")
     model.generation_config = GenerationConfig(bos_token_id=pad, pad_token_id=pad, eos_token_id=[end, pad])
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

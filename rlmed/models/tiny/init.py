@@ -51,8 +51,9 @@ def initialise_for_lookup(model: Qwen2VLForConditionalGeneration) -> None:
         theta = float(config.rope_parameters["rope_theta"])
         frequencies = theta ** (-torch.arange(PAIRS, dtype=torch.float32) * 2 / width)
         layers = model.model.language_model.layers
-        _look_at_previous_token(layers[0].self_attn, width, frequencies)
-        _look_at_same_token(layers[1].self_attn, width)
+        first, second = layers[0].self_attn, layers[1].self_attn
+        _look_at_previous_token(first.q_proj, first.k_proj, width, frequencies)
+        _look_at_same_token(second.q_proj, second.k_proj, width)
 
 
 def _std(name: str, weight: Tensor) -> float:
@@ -65,29 +66,29 @@ def _std(name: str, weight: Tensor) -> float:
         gain = VISION_BRANCH_GAIN
     else:
         gain = 1.0
-    return gain * weight.shape[1] ** -0.5
+    return float(gain * weight.shape[1] ** -0.5)
 
 
-def _look_at_previous_token(attention: nn.Module, width: int, frequencies: Tensor) -> None:
+def _look_at_previous_token(query: nn.Linear, key: nn.Linear, width: int, frequencies: Tensor) -> None:
     fast = torch.arange(PAIRS)
     # the score at distance d is scale * size**2 * sum_j cos((d - 1) * theta_j), with scale = width**-0.5
     size = math.sqrt(PREVIOUS_GAP * math.sqrt(width) / float((1 - frequencies.cos()).sum()))
-    attention.q_proj.weight[:width] = 0
-    attention.k_proj.weight[:width] *= 0.5
-    attention.q_proj.bias[fast] = size
+    query.weight[:width] = 0
+    key.weight[:width] *= 0.5
+    query.bias[fast] = size
     # rotary embedding turns dimension j together with dimension j + width / 2
-    attention.k_proj.bias[fast] = size * frequencies.cos()
-    attention.k_proj.bias[fast + width // 2] = size * frequencies.sin()
+    key.bias[fast] = size * frequencies.cos()
+    key.bias[fast + width // 2] = size * frequencies.sin()
 
 
-def _look_at_same_token(attention: nn.Module, width: int) -> None:
+def _look_at_same_token(query: nn.Linear, key: nn.Linear, width: int) -> None:
     fast = torch.arange(PAIRS)
     slow = torch.arange(width // 4, width // 2)
     slow = torch.cat([slow, slow + width // 2])
-    projection = torch.zeros_like(attention.k_proj.weight[:width])
-    projection[slow] = MATCH_SCALE * attention.k_proj.weight[slow]
-    attention.q_proj.weight[:width] = projection
-    attention.k_proj.weight[:width] = projection
+    projection = torch.zeros_like(key.weight[:width])
+    projection[slow] = MATCH_SCALE * key.weight[slow]
+    query.weight[:width] = projection
+    key.weight[:width] = projection
     size = math.sqrt(SELF_PENALTY * math.sqrt(width) / PAIRS)
-    attention.q_proj.bias[fast] = -size
-    attention.k_proj.bias[fast] = size
+    query.bias[fast] = -size
+    key.bias[fast] = size

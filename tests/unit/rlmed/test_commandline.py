@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,10 +29,11 @@ def config(*overrides: str) -> RunConfig:
 @pytest.mark.parametrize(
     ("arguments", "cuda", "expanded"),
     [
-        (["+experiment=medvqa_600"], False, ["+experiment=medvqa_600_embedded"]),
+        (["+experiment=medvqa_600"], False, ["+experiment=medvqa_600", "profile=tiny"]),
         (["+experiment=medvqa_600"], True, ["+experiment=medvqa_600"]),
         (["+experiment=medvqa_600", "profile=paper"], False, ["+experiment=medvqa_600", "profile=paper"]),
-        (["+experiment=medvqa_600", "profile=embedded"], True, ["+experiment=medvqa_600_embedded", "profile=embedded"]),
+        (["+experiment=medvqa_600", "profile=tiny"], True, ["+experiment=medvqa_600", "profile=tiny"]),
+        (["profile=tiny"], True, ["+profile=tiny"]),
         (["+experiment=other"], False, ["+experiment=other"]),
         (["model=/models/mine"], False, ["model.path=/models/mine"]),
         (["model=tiny"], False, ["model=tiny"]),
@@ -89,32 +91,26 @@ def test_a_shorthand_and_what_it_stands_for_are_not_taken_together(arguments: li
     ("arguments", "message"),
     [
         (
-            ["+experiment=medvqa_600_embedded", "profile=paper"],
-            r"\+experiment=medvqa_600_embedded is the embedded profile itself: give \+experiment=medvqa_600 with profile=paper",
+            ["+experiment=medvqa_600_embedded"],
+            "+experiment=medvqa_600_embedded: renamed to +experiment=medvqa_600 profile=tiny",
         ),
-        (["experiment=medvqa_600_dapo_embedded", "profile=paper"], "is the embedded profile itself"),
         (
-            ["+experiment=mine", "profile=embedded"],
-            r"\+experiment=mine has no embedded profile \(there is no mine_embedded\)",
+            ["experiment=medvqa_600,medvqa_600_dapo_embedded", "profile=paper"],
+            ": renamed to +experiment=medvqa_600,medvqa_600_dapo profile=tiny",
         ),
-        (["+experiment=medvqa_600,mine", "profile=embedded"], "there is no mine_embedded"),
+        (["+experiment=medvqa_600", "profile=embedded"], "profile=embedded: renamed to profile=tiny"),
+        (["profile=auto"], "profile=auto: this is the default, leave it out"),
     ],
 )
 @pytest.mark.parametrize("cuda", [True, False])
-def test_expand_refuses_a_profile_that_would_do_nothing(arguments: list[str], message: str, cuda: bool) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_an_old_option_names_the_new_one(arguments: list[str], message: str, cuda: bool) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
         expand(arguments, cuda=cuda)
 
 
-def test_of_two_profiles_the_last_counts() -> None:
-    given = ["profile=embedded", "+experiment=medvqa_600", "profile=paper"]
-    assert expand(given, cuda=False)[1] == "+experiment=medvqa_600"
-    assert expand(["+experiment=mine"], cuda=False) == ["+experiment=mine"]
-
-
-def test_expand_refuses_an_unknown_profile() -> None:
-    with pytest.raises(ValueError, match="auto, embedded, paper"):
-        expand(["profile=moon"], cuda=False)
+def test_an_experiment_of_ones_own_has_the_profile_that_it_names() -> None:
+    assert expand(["+experiment=mine_embedded"], cuda=False) == ["+experiment=mine_embedded"]
+    assert expand(["+experiment=mine", "profile=tiny"], cuda=False) == ["+experiment=mine", "profile=tiny"]
 
 
 @pytest.mark.parametrize(
@@ -174,6 +170,8 @@ def test_a_run_that_knew_keys_by_their_old_names_is_the_same_run(tmp_path: Path)
     now = config("data.selection.cooldown_epochs=3")
     text = to_yaml(now).replace("cooldown_epochs: 3", "retest_after: 3").replace("compare_to:", "before:")
     assert "retest_after" in text
+    assert "profile: null" in text
+    text = text.replace("profile: null", "profile: auto").replace("name: run", "name: run_embedded")
     (tmp_path / "config.yaml").write_text(text)
     check_same_run(tmp_path / "config.yaml", now, unused=())
     with pytest.raises(ValueError, match=r"data\.selection\.cooldown_epochs: 3 then, 4 now"):

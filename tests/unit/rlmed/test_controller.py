@@ -155,7 +155,7 @@ class SelectingStream(PlainStream):
         self.rows: dict[int, int] = {}
 
     def request(self, index: int) -> RolloutRequest:
-        self.rows[index] = self.curriculum.place(index).example
+        self.rows[index] = self.curriculum.visit(index).example
         return super().request(index)
 
     def observe(self, result: StepResult) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -40,3 +41,11 @@ def test_a_command_that_does_not_exist(monkeypatch: pytest.MonkeyPatch, capsys: 
     with pytest.raises(SystemExit, match="2"):
         main()
     assert "lunch" in capsys.readouterr().err
+
+
+def test_the_version_is_that_of_the_installed_package(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["rlmed", "--version"])
+    main()
+    assert capsys.readouterr().out == f"rlmed {version('rlmed')}\n"

@@ -116,7 +116,7 @@ def test_an_interrupted_command_says_that_nothing_was_written(source, tmp_path, 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prepare, "write_layout", interrupted)
+    monkeypatch.setattr(prepare, "write_prepared_data", interrupted)
     with pytest.raises(SystemExit, match="nothing was written"):
         main(command(source, tmp_path / "out"))
 
@@ -184,8 +184,8 @@ def test_a_reader_that_there_is_not(capsys):
 def test_a_killed_command_leaves_no_folder_that_looks_whole(source, tmp_path):
     code = (
         "import os, sys\n"
-        "from rlmed.data.prepare import layout\n"
-        "layout.rename_into_place = lambda *_, **__: os.kill(os.getpid(), 9)\n"
+        "from rlmed.data.prepare import prepared_data\n"
+        "prepared_data.rename_into_place = lambda *_, **__: os.kill(os.getpid(), 9)\n"
         "from rlmed.prepare import main\n"
         "main(sys.argv[1:])\n"
     )

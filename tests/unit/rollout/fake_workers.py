@@ -10,23 +10,21 @@ from typing import Any
 import numpy as np
 
 from rlmed.core.types import Completion, RolloutRequest
-from rlmed.core.weights import EngineHandle, PushReport
+from rlmed.core.weights import EngineHandle, PushReport, StoredWeights, WeightUpdate
 from rollout.pool.worker import FinishedGroup, WorkerStatus
 
 
 class Offer:
-    """A `rlmed.core.weights.WeightUpdate`: fetched, or sent where the test has given a future of that."""
+    """Makes a `rlmed.core.weights.WeightUpdate`: fetched, or sent where the test has given a future of that."""
 
-    def __init__(self, weights: Any = "w", sending: Future[PushReport] | None = None) -> None:
-        self.weights, self.sending = weights, sending
-        self.recipients: list[EngineHandle] = []
+    def __init__(self, version: int = 1, sending: Future[PushReport] | None = None) -> None:
+        self.sending = sending
+        self.engines: list[EngineHandle] = []
+        self.update = WeightUpdate(lambda: StoredWeights(version, []), self._send)
 
-    def send(self, recipients: Sequence[EngineHandle]) -> Future[PushReport] | None:
-        self.recipients = list(recipients)
+    def _send(self, engines: Sequence[EngineHandle]) -> Future[PushReport] | None:
+        self.engines = list(engines)
         return self.sending
-
-    def stored(self) -> Any:
-        return self.weights
 
 
 class FakeWorker:
@@ -39,7 +37,7 @@ class FakeWorker:
         self.held: dict[int, RolloutRequest] = {}
         self.batches: list[list[int]] = []
         self.version = 0
-        self.weights: list[tuple[int, Any]] = []
+        self.fetched: list[int] = []
         self.killed = False
         self.rests = 0
         self.error: BaseException | None = None
@@ -67,12 +65,12 @@ class FakeWorker:
                 self._deliver()
         return future
 
-    def update_weights(self, version: int, weights: Any) -> Future[PushReport]:
+    def update_weights(self, weights: StoredWeights) -> Future[PushReport]:
         with self.lock:
             if not self.error:
-                self.version = version
-                self.weights.append((version, weights))
-            return self._answer(PushReport(1, 0.0, 0.0))
+                self.version = weights.version
+                self.fetched.append(weights.version)
+            return self._answer(PushReport(0.0, 0.0))
 
     def sleep(self) -> Future[None]:
         with self.lock:

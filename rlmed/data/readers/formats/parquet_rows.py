@@ -76,9 +76,9 @@ class ParquetTable:
 
     def _named(self, row: dict[str, Any]) -> dict[str, Any]:
         for column, names in self._labels.items():
-            place = row.get(column)
-            if isinstance(place, int) and 0 <= place < len(names):
-                row[column] = names[place]
+            index = row.get(column)
+            if isinstance(index, int) and 0 <= index < len(names):
+                row[column] = names[index]
         return row
 
 

@@ -147,8 +147,8 @@ class Columns:
         if options_required and not options and "options" not in names:
             missing.append("options")
         if missing:
-            named = " ".join(f"--column {field}=NAME" for field in missing)
-            cure = _parting(header) or f"name {'it' if len(missing) == 1 else 'them'} with {named}"
+            arguments = " ".join(f"--column {field}=NAME" for field in missing)
+            cure = _parting(header) or f"name {'it' if len(missing) == 1 else 'them'} with {arguments}"
             raise ValueError(f"{table} has no column for {', '.join(missing)}: {cure}. Its columns: {_listed(header)}")
         return cls(names, options, letters, answer_index)
 
@@ -164,7 +164,7 @@ class Columns:
     def row(
         self, record: Record, *, where: str, default_id: str, default_split: str, image: ImageOf
     ) -> SourceRow | Skipped:
-        """Convert a record to a row of the layout, or a skip that says why not."""
+        """Convert a record to a row to write, or a skip that says why not."""
         row_id = default_id
         try:
             row_id = self.text(record, "id") or default_id

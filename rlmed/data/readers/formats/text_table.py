@@ -166,14 +166,14 @@ class _Style:
 
     def further_row(self, lines: Sequence[str]) -> int:
         """Return which line after the first, from 1, reads like a row of its own inside a quoted text; 0 for none."""
-        for place, line in enumerate(lines[1:-1], start=1):
+        for index, line in enumerate(lines[1:-1], start=1):
             try:
                 cells = next(csv.reader([line], delimiter=self.delimiter, strict=True))
             except csv.Error:
                 continue
             # a mark at the end of a cell closes a text opened in an earlier line
             if self._fits(cells) and not any(cell.endswith('"') for cell in cells):
-                return place
+                return index
         # the last line always ends a row; with its text's commas it is a row by itself only if the first one is, too
         first, last = _parted(lines[0], self.delimiter), _parted(f'"{lines[-1]}', self.delimiter)
         both = (first[:-1] + first[-1].split(self.delimiter), last[0].split(self.delimiter) + last[1:])

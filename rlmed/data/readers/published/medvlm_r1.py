@@ -140,7 +140,7 @@ def _key(row: Mapping[str, Any]) -> _Key:
 
 
 def _question(row: Any, where: str, row_id: str, root: Images | None, splits: Mapping[str, str]) -> SourceRow | Skipped:
-    """Return the row of the layout after checking that its parts agree."""
+    """Return the row to write after checking that its parts agree."""
     try:
         row = as_object(row)
         modality = modality_name(as_text(row.get("subset"), "subset"))

@@ -48,8 +48,8 @@ def read(
     def elements() -> Iterator[Element]:
         for path, split in files:
             for number, element in read_json_rows(path):
-                place = {**element, "split": split} if isinstance(element, Mapping) else element
-                yield f"row {number} of {path.name}", f"{split}-{number}", place
+                fields = {**element, "split": split} if isinstance(element, Mapping) else element
+                yield f"row {number} of {path.name}", f"{split}-{number}", fields
 
     def parse(element: Mapping[str, Any], default_id: str) -> Answered | str:
         if language != "all" and (tongue := field(element, "q_lang")) != language:

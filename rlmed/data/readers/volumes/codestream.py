@@ -66,35 +66,35 @@ def read_jpeg(frame: bytes) -> Codestream | None:
         >>> read_jpeg(bytes.fromhex("ffd8 ffc0000b 08 0200 0280 01 011100")).size
         FrameSize(rows=512, columns=640, samples=1)
     """
-    place, jfif, adobe = 0, False, -1
-    while place + 4 <= len(frame):
-        if frame[place] != 0xFF:
+    offset, jfif, adobe = 0, False, -1
+    while offset + 4 <= len(frame):
+        if frame[offset] != 0xFF:
             return None
-        marker = frame[place + 1]
+        marker = frame[offset + 1]
         if marker == 0xFF:  # a fill byte
-            place += 1
+            offset += 1
             continue
         if marker in _NO_LENGTH:
-            place += 2
+            offset += 2
             continue
         if marker in _FRAME_HEADERS:
-            return _frame_header(frame, place, jfif, adobe)
+            return _frame_header(frame, offset, jfif, adobe)
         if marker in (0xD9, 0xDA):  # the end, or a scan
             return None
-        jfif = jfif or (marker == 0xE0 and frame[place + 4 : place + 9] == b"JFIF\0")
-        if marker == 0xEE and frame[place + 4 : place + 9] == b"Adobe" and place + 15 < len(frame):
-            adobe = frame[place + 15]
-        place += 2 + struct.unpack_from(">H", frame, place + 2)[0]
+        jfif = jfif or (marker == 0xE0 and frame[offset + 4 : offset + 9] == b"JFIF\0")
+        if marker == 0xEE and frame[offset + 4 : offset + 9] == b"Adobe" and offset + 15 < len(frame):
+            adobe = frame[offset + 15]
+        offset += 2 + struct.unpack_from(">H", frame, offset + 2)[0]
     return None
 
 
-def _frame_header(frame: bytes, place: int, jfif: bool, adobe: int) -> Codestream | None:
-    if place + 10 > len(frame):
+def _frame_header(frame: bytes, offset: int, jfif: bool, adobe: int) -> Codestream | None:
+    if offset + 10 > len(frame):
         return None
-    marker, precision = frame[place + 1], frame[place + 4]
-    size = FrameSize(*struct.unpack_from(">HHB", frame, place + 5))
+    marker, precision = frame[offset + 1], frame[offset + 4]
+    size = FrameSize(*struct.unpack_from(">HHB", frame, offset + 5))
     kind: Kind = "JPEG-LS" if marker == 0xF7 else "lossless JPEG" if marker in _LOSSLESS else "JPEG"
-    named = frame[place + 10 : place + 10 + 3 * size.samples : 3]
+    named = frame[offset + 10 : offset + 10 + 3 * size.samples : 3]
     colours: Literal["RGB", "YCbCr", ""] = ""
     if size.samples == 3 and kind == "JPEG":
         colours = "YCbCr" if jfif or adobe == 1 else "RGB" if adobe == 0 or named == b"RGB" else ""
@@ -103,12 +103,12 @@ def _frame_header(frame: bytes, place: int, jfif: bool, adobe: int) -> Codestrea
 
 def read_jpeg2000(frame: bytes) -> Codestream | None:
     """Read the head of a JPEG 2000 codestream, bare or in JP2; None unless there is one, with equal components."""
-    place = frame.find(_J2K_START)
-    if place < 0 or frame.count(_J2K_START) > 1 or place + 42 > len(frame):
+    offset = frame.find(_J2K_START)
+    if offset < 0 or frame.count(_J2K_START) > 1 or offset + 42 > len(frame):
         return None
-    right, bottom, left, top = struct.unpack_from(">IIII", frame, place + 8)
-    (samples,) = struct.unpack_from(">H", frame, place + 40)
-    depths = set(frame[place + 42 : place + 42 + 3 * samples : 3])
+    right, bottom, left, top = struct.unpack_from(">IIII", frame, offset + 8)
+    (samples,) = struct.unpack_from(">H", frame, offset + 40)
+    depths = set(frame[offset + 42 : offset + 42 + 3 * samples : 3])
     if len(depths) != 1:
         return None
     (depth,) = depths
@@ -117,14 +117,16 @@ def read_jpeg2000(frame: bytes) -> Codestream | None:
         FrameSize(bottom - top, right - left, samples),
         precision=(depth & 0x7F) + 1,
         signed=bool(depth & 0x80),
-        transformed=_transformed(frame, place + 2),
+        transformed=_transformed(frame, offset + 2),
     )
 
 
-def _transformed(frame: bytes, place: int) -> bool:
-    """Return whether the main header requests the multi-component transform; `place` is its first segment's offset."""
-    while place + 9 <= len(frame) and frame[place] == 0xFF and frame[place + 1] not in (0x90, 0x93):  # a tile, its data
-        if frame[place : place + 2] == _CODING_STYLE:
-            return frame[place + 8] == 1
-        place += 2 + struct.unpack_from(">H", frame, place + 2)[0]
+def _transformed(frame: bytes, offset: int) -> bool:
+    """Return whether the main header requests the multi-component transform; `offset` is its first segment's offset."""
+    while (
+        offset + 9 <= len(frame) and frame[offset] == 0xFF and frame[offset + 1] not in (0x90, 0x93)
+    ):  # a tile, its data
+        if frame[offset : offset + 2] == _CODING_STYLE:
+            return frame[offset + 8] == 1
+        offset += 2 + struct.unpack_from(">H", frame, offset + 2)[0]
     return False

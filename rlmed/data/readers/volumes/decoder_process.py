@@ -9,6 +9,7 @@ The two processes talk through pipes: a request is a line of JSON, an answer a l
 from __future__ import annotations
 
 import atexit
+import io
 import json
 import os
 import resource
@@ -102,7 +103,7 @@ def _start() -> subprocess.Popen[bytes]:
 def _ask(process: subprocess.Popen[bytes], request: dict[str, Any]) -> np.ndarray:
     """Read an answer. Raises EOFError or OSError if the process ends, BadImageError if it reports a bad frame."""
     assert process.stdin is not None
-    assert process.stdout is not None
+    assert isinstance(process.stdout, io.BufferedReader)
     process.stdin.write(json.dumps(request).encode() + b"\n")
     process.stdin.flush()
     line = process.stdout.readline()
@@ -111,8 +112,8 @@ def _ask(process: subprocess.Popen[bytes], request: dict[str, Any]) -> np.ndarra
     answer = json.loads(line)
     if "reason" in answer:
         raise BadImageError(answer["reason"])
-    values = np.empty(answer["shape"], dtype=answer["dtype"])
-    if process.stdout.readinto(memoryview(values).cast("B")) != values.nbytes:
+    values: np.ndarray = np.empty(answer["shape"], dtype=answer["dtype"])
+    if process.stdout.readinto(values.data.cast("B")) != values.nbytes:
         raise EOFError
     return values
 
@@ -135,7 +136,7 @@ def _answer_all(requests: BinaryIO, answers: BinaryIO) -> None:
             answers.write(json.dumps({"reason": values}).encode() + b"\n")
         else:
             answers.write(json.dumps({"shape": values.shape, "dtype": values.dtype.str}).encode() + b"\n")
-            answers.write(memoryview(np.ascontiguousarray(values)).cast("B"))
+            answers.write(np.ascontiguousarray(values).data.cast("B"))
         answers.flush()
 
 
@@ -143,13 +144,14 @@ def _decode(path: str, transfer_syntax: str, frame: int) -> np.ndarray | str:
     """Return the frame, or what is wrong; never pydicom's own messages, which quote headers."""
     plugin = "pydicom" if transfer_syntax == RLELossless else ""
     try:
-        return pixel_array(
+        values: np.ndarray = pixel_array(
             path,
             index=frame,
             transfer_syntax_uid=transfer_syntax,
             decoding_plugin=plugin,
             correct_unused_bits=False,  # the caller checks them
         )
+        return values
     except MemoryError:
         return "it does not fit in memory: export it again, smaller"
     except Exception:  # a decoder may raise anything; the answer is the same

@@ -120,8 +120,8 @@ def _rescale(stored: np.ndarray, dataset: Dataset, header: DicomHeader) -> np.nd
     # float32 distinguishes 16-bit values unless the intercept is far larger than they are; nor has it such slopes
     beyond = not 1e-30 < abs(slope) < 1e30
     wide = stored.dtype.itemsize > 2 or beyond or abs(intercept) > abs(slope) * (1 << 22)
-    kind = np.float64 if wide else np.float32
-    return stored.astype(kind) * kind(slope) + kind(intercept)
+    kind = np.dtype(np.float64 if wide else np.float32)
+    return stored.astype(kind) * kind.type(slope) + kind.type(intercept)
 
 
 _FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
@@ -234,8 +234,8 @@ class _Table:
     def look_up(self, values: np.ndarray) -> np.ndarray:
         """Look up integer values; those out of range take the first or the last entry."""
         # clip before the cast, since a float may exceed any integer
-        places = np.clip(values.astype(np.float64) - self.first, 0, len(self.entries) - 1).astype(np.int64)
-        return self.entries[places]
+        indices = np.clip(values.astype(np.float64) - self.first, 0, len(self.entries) - 1).astype(np.int64)
+        return self.entries[indices]
 
 
 def _to_8_bits(values: np.ndarray, bits: int) -> np.ndarray:

@@ -25,7 +25,8 @@ class Window:
     """The values shown from black to white, in their own unit (Hounsfield units for CT).
 
     Example:
-        Window(center=40.0, width=400.0)  # soft tissue in CT: -160 is black, 240 is white
+        >>> Window(center=40.0, width=400.0) == parse_window("40 400")  # soft tissue in CT: -160 is black, 240 is white
+        True
     """
 
     center: float
@@ -115,9 +116,9 @@ def _varies(values: np.ndarray, beside: int) -> bool:
     """Return whether more than so many values at either end differ from the others."""
     if values.size <= 2 * beside:
         return False
-    places = (beside, values.size - 1 - beside)
-    ordered = np.partition(values.ravel(), places)
-    return bool(ordered[places[0]] < ordered[places[1]])
+    ranks = (beside, values.size - 1 - beside)
+    ordered = np.partition(values.ravel(), ranks)
+    return bool(ordered[ranks[0]] < ordered[ranks[1]])
 
 
 def percentile_range(values: np.ndarray) -> tuple[float, float]:

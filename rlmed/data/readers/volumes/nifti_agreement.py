@@ -89,7 +89,7 @@ def check_orientation(header: Nifti1Header) -> None:
 def end_of_data(header: Nifti1Header) -> int:
     """Return the bytes of a file up to the end of its last voxel."""
     voxels = math.prod(int(length) for length in header.get_data_shape())
-    return int(header["vox_offset"]) + voxels * header.get_data_dtype().itemsize
+    return int(header["vox_offset"]) + voxels * int(header.get_data_dtype().itemsize)
 
 
 def check_length(file: BinaryIO, header: Nifti1Header, zipped: bool, most: int) -> None:
@@ -103,7 +103,7 @@ def check_length(file: BinaryIO, header: Nifti1Header, zipped: bool, most: int) 
     """
     shape = header.get_data_shape()
     wanted = end_of_data(header)
-    place = file.tell()
+    offset = file.tell()
     size = file.seek(0, os.SEEK_END)
     if zipped:
         file.seek(max(0, size - 4))
@@ -113,7 +113,7 @@ def check_length(file: BinaryIO, header: Nifti1Header, zipped: bool, most: int) 
             file.seek(0)
             size = _inflated(file, wanted)
     more = size > wanted and (zipped or not _empty(file, wanted))
-    file.seek(place)
+    file.seek(offset)
     if (size < wanted and not (zipped and wanted > most)) or more:
         raise BadImageError(
             f"its header says {'x'.join(str(int(length)) for length in shape)} voxels of "

@@ -142,8 +142,8 @@ def _check_sum(path: Path, end: int, changed: int, size: int) -> None:
 
 def _read_header(stream: BinaryIO) -> Nifti1Header:
     raw = stream.read(540)
-    for length, place, magic, kind in _HEADERS:
-        if len(raw) >= length and raw[place : place + 4] == magic:
+    for length, offset, magic, kind in _HEADERS:
+        if len(raw) >= length and raw[offset : offset + 4] == magic:
             # unchecked, since nibabel's checks print to the terminal; the checks that matter are below
             return _repaired(kind(raw[:length], check=False))
     raise BadImageError("it is not a single-file NIfTI (.nii or .nii.gz): convert it to one")
@@ -202,15 +202,15 @@ def _oriented_slice(
     orientation = io_orientation(affine)
     canonical = [int(axis) for axis in orientation[:, 0]]
     through = canonical.index(AXES[choice.plane])
-    place = _place(choice, shape[through])
-    stored = place if orientation[through, 1] > 0 else shape[through] - 1 - place
+    index = _slice_index(choice, shape[through])
+    stored = index if orientation[through, 1] > 0 else shape[through] - 1 - index
     selection: list[int | slice] = [slice(None)] * 3
     selection[through] = stored
     selection += [choice.volume, *[0] * (len(shape) - 4)] if len(shape) > 3 else []
     # reads only this slice, or inflates up to it
     values = np.asarray(voxels[tuple(selection[: len(voxels.shape)])])
     rest = [axis for axis in range(3) if axis != through]
-    values = np.flip(values, [place for place, axis in enumerate(rest) if orientation[axis, 1] < 0])
+    values = np.flip(values, [index for index, axis in enumerate(rest) if orientation[axis, 1] < 0])
     sizes = voxel_sizes(affine)
     if canonical[rest[0]] > canonical[rest[1]]:
         values, rest = values.T, rest[::-1]
@@ -218,7 +218,7 @@ def _oriented_slice(
     return values[::-1, ::-1].T, (float(sizes[rest[1]]), float(sizes[rest[0]]))
 
 
-def _place(choice: SliceChoice, count: int) -> int:
+def _slice_index(choice: SliceChoice, count: int) -> int:
     """Return the slice's index in canonical orientation."""
     if choice.index is None:
         return round(choice.fraction * (count - 1))

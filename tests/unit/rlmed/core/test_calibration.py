@@ -38,8 +38,8 @@ def test_the_calibration_error_equals_the_definition_bin_by_bin(seed, bins):
     assert calibration_error(confidence, right, bins) == pytest.approx(expected, abs=1e-12)
     found = reliability_bins(confidence, right, bins)
     assert [entry.count for entry in found] == [count for count in counts if count]
-    assert sum(entry.right for entry in found) == right.sum()
-    gaps = [abs(entry.right - entry.count * entry.confidence) for entry in found]
+    assert sum(entry.correct for entry in found) == right.sum()
+    gaps = [abs(entry.correct - entry.count * entry.confidence) for entry in found]
     assert sum(gaps) / len(right) == pytest.approx(expected, abs=1e-12)
 
 

@@ -32,8 +32,6 @@ from rollout.vllm_backend.settings import VllmSettings
 
 CONF = Path(conf.__path__[0])
 GROUPS = ("model", "data", "prompt", "algo", "reward", "rollout", "learner", "cluster")
-PAPERS = "medvqa_600"
-"""The experiment that states the paper's numbers, whatever the defaults are."""
 
 
 def records(cls: type[Any]) -> Iterator[type[Any]]:
@@ -149,19 +147,37 @@ def test_no_two_files_give_the_same_key_of_a_whole_run() -> None:
         assert {key for key, value in own.items() if train.get(key) == value} == set()
 
 
-@pytest.mark.parametrize("name", [name for name in group_options("experiment") if name != PAPERS])
-def test_an_experiment_holds_only_what_differs(name: str) -> None:
-    path = CONF / "experiment" / f"{name}.yaml"
-    chosen = [
+@pytest.mark.parametrize("path", sorted((CONF / "experiment").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_an_experiment_holds_only_what_differs(path: Path) -> None:
+    part = path.parent.name in group_options("experiment")  # of an experiment, for one profile
+    for profile in [path.stem] if part else group_options("profile"):
+        whole = path.parent.with_suffix(".yaml") if part else path
+        built_upon = [f"+experiment={name}" for name in parents(whole)] or [f"+profile={profile}"]
+        below = compose_config("train", [*built_upon, f"profile={profile}", *chosen(whole)])
+        assert repeated(path, below) == set(), profile
+
+
+def test_the_tiny_profile_holds_only_what_differs() -> None:
+    """The paper's states the paper's numbers, whatever the defaults are."""
+    path = CONF / "profile" / "tiny.yaml"
+    assert repeated(path, compose_config("train", chosen(path))) == set()
+
+
+def chosen(path: Path) -> list[str]:
+    """The options that a file takes instead of the usual, as overrides."""
+    return [
         f"{key.removeprefix('override /')}={value}"
-        for entry in OmegaConf.to_container(OmegaConf.load(path))["defaults"]  # type: ignore[index,call-overload]
+        for entry in OmegaConf.to_container(OmegaConf.load(path)).get("defaults", [])  # type: ignore[union-attr]
         if isinstance(entry, dict)
         for key, value in entry.items()
+        if key.startswith("override /")
     ]
-    below = compose_config("train", [*(f"+experiment={parent}" for parent in parents(path)), *chosen])
+
+
+def repeated(path: Path, below: RunConfig) -> set[str]:
+    """The keys to which a file gives the value that they have without it."""
     before = flat(dataclasses.asdict(below), {})
-    again = {key for key, value in flat(content(path), {}).items() if before.get(key) == value}
-    assert again == set()
+    return {key for key, value in flat(content(path), {}).items() if before.get(key) == value}
 
 
 def algo(name: str) -> AlgoConfig:
@@ -203,17 +219,8 @@ def test_every_algorithm_names_its_paper() -> None:
 @pytest.mark.parametrize(
     ("overrides", "dynamic"),
     [
-        (["+experiment=medvqa_600"], False),
-        (["+experiment=medvqa_600_released"], False),
-        (["+experiment=medvqa_600_dapo"], True),
-        (["+experiment=medvqa_600_embedded"], True),
-        (["+experiment=medvqa_600_answer_only_embedded"], True),
-        (["+experiment=medvqa_600_dapo_embedded"], True),
-        (["+experiment=medvqa_600_released_embedded"], False),
-        (["+experiment=medvqa_600_dr_grpo_embedded"], False),
-        (["+experiment=medvqa_600_gspo_embedded"], False),
-        (["+experiment=medvqa_600_embedded", "algo=rloo"], False),
-        (["+experiment=medvqa_600_embedded", "algo=cispo"], False),
+        (["+experiment=medvqa_600", "profile=tiny", "algo=rloo"], False),
+        (["+experiment=medvqa_600", "profile=tiny", "algo=cispo"], False),
     ],
 )
 def test_dynamic_sampling_is_where_it_is_asked_for(overrides: list[str], dynamic: bool) -> None:

@@ -43,7 +43,7 @@ def test_wilson_bounds_are_exact_at_none_and_all():
 
 @pytest.mark.parametrize(("right", "n", "level"), [(0, 0, 0.95), (3, 2, 0.95), (-1, 2, 0.95), (1, 2, 1.0), (1, 2, 95)])
 def test_wilson_refuses_what_is_no_proportion(right, n, level):
-    with pytest.raises(ValueError, match=rf"right={right} of n={n} |level={level}"):
+    with pytest.raises(ValueError, match=rf"correct={right} of n={n} |level={level}"):
         wilson_interval(right, n, level)
 
 

@@ -23,9 +23,9 @@ def draw(curriculum: Curriculum, first: int, count: int, right: Callable[[int], 
     """Epoch and example of `count` requests, each of which is observed with `right(example)` of 4 right."""
     places = []
     for index in range(first, first + count):
-        place = curriculum.place(index)
-        places.append((place.epoch, place.example))
-        curriculum.observe(index, right(place.example), 4)
+        visit = curriculum.visit(index)
+        places.append((visit.epoch, visit.example))
+        curriculum.observe(index, right(visit.example), 4)
     return places
 
 
@@ -87,7 +87,7 @@ def test_what_is_passed_over_and_for_how_long(seed: int, cooldown_epochs: int, w
     """Rows with 0 or 4 of 4 right are asked `window` times and then once in `cooldown_epochs + 1` epochs, others always."""
     selection = selection_config("pass_rate", window=window, cooldown_epochs=cooldown_epochs)
     places = draw(Curriculum(["CT"] * 6, seed, selection=selection), 0, 150, right.__getitem__)
-    assert places == sorted(places, key=lambda place: place[0])
+    assert places == sorted(places, key=lambda visit: visit[0])
     last = places[-1][0]  # an epoch that may not be whole
     for row, count in enumerate(right):
         epochs = [epoch for epoch, example in places if example == row and epoch < last]
@@ -101,7 +101,7 @@ def test_bounds_are_those_of_the_latest_groups() -> None:
     curriculum = Curriculum(["CT"], 0, selection=selection)
     aside = []
     for index, right in enumerate([4, 2, 3, 3, 1, 1]):  # rates of two: 0.75, 0.625, 0.75, 0.5, 0.25
-        curriculum.place(index)
+        curriculum.visit(index)
         curriculum.observe(index, right, 4)
         metrics = curriculum.metrics()
         aside.append((metrics["prompts/too_easy"], metrics["prompts/too_hard"]))
@@ -140,10 +140,10 @@ def test_a_restored_curriculum_goes_on_as_the_first_would_have(
     def go_on(curriculum: Curriculum, start: int, stop: int) -> list[tuple[int, int]]:
         places = []
         for index in range(start, stop):
-            curriculum.place(index + ahead)
-            place = curriculum.place(index)
+            curriculum.visit(index + ahead)
+            visit = curriculum.visit(index)
             curriculum.observe(index, right[index], 4)
-            places.append((place.epoch, place.example))
+            places.append((visit.epoch, visit.example))
         return places
 
     first, second = build(), build()
@@ -156,8 +156,8 @@ def test_a_restored_curriculum_goes_on_as_the_first_would_have(
 
 def test_a_place_is_the_same_until_it_is_observed() -> None:
     curriculum = Curriculum(MODALITIES, 0, selection=PASS_RATE)
-    later, earlier = curriculum.place(7), curriculum.place(2)
-    assert (curriculum.place(7), curriculum.place(2)) == (later, earlier)
+    later, earlier = curriculum.visit(7), curriculum.visit(2)
+    assert (curriculum.visit(7), curriculum.visit(2)) == (later, earlier)
     curriculum.observe(2, 0, 4)
     with pytest.raises(ValueError, match="request 2 was already observed"):
-        curriculum.place(2)
+        curriculum.visit(2)

@@ -21,7 +21,7 @@ from rlmed.data.loading import EvalFile
 from rlmed.data.prompts import PromptRenderer, load_processor
 from rlmed.evaluation import run as evaluation
 from rlmed.evaluation.results import EvalSummary, compare, read_rows
-from rlmed.evaluation.run import evaluate, shuffled_images
+from rlmed.evaluation.run import Evaluator, shuffled_images
 from rlmed.evaluation.table import summary_table
 from rlmed.models.tiny.build import build_tiny_vl
 
@@ -94,17 +94,11 @@ class ScriptedPool:
         return RolloutGroup(request, (completion,))
 
 
-def run(files, renderer, folder, pool=None, **settings):
-    defaults = {
-        "train_examples": (),
-        "max_tokens": 32,
-        "controls": True,
-        "step": 3,
-        "model": "tiny",
-        "on_progress": None,
-    }
+def run(files, renderer, folder, pool=None, *, step=3, controls=True, **settings):
     pool = pool or ScriptedPool(renderer)
-    return evaluate(files, pool=pool, renderer=renderer, folder=folder, **{**defaults, **settings})
+    bound = {"train_examples": (), "max_tokens": 32, "model": "tiny", **settings}
+    evaluator = Evaluator(files=files, pool=pool, renderer=renderer, folder=folder, **bound)
+    return evaluator.evaluate(step, controls=controls)
 
 
 def test_requests_are_single_and_greedy_and_each_is_made_once(files, renderer, tmp_path):
@@ -146,10 +140,10 @@ def test_another_order_of_the_options_and_nothing_else(files, renderer, tmp_path
         assert sorted(example.options) == sorted(own.options)
         assert example.options[example.answer] == own.options[own.answer]
         assert (example.id, example.image, example.question) == (own.id, own.image, own.question)
-    assert (by_eye.reordered.right, by_eye.reordered.rows) == (8, 8)
+    assert (by_eye.reordered.correct, by_eye.reordered.rows) == (8, 8)
     # A is right in rows 0 and 5, and wherever the other order has put the right option first
-    assert by_letter.accuracy.right == 2
-    assert by_letter.reordered.right == sum(example.answer == 0 for example in asked[0])
+    assert by_letter.accuracy.correct == 2
+    assert by_letter.reordered.correct == sum(example.answer == 0 for example in asked[0])
 
 
 def test_rows_whose_options_refer_to_others_have_no_other_order_and_it_is_said(files, renderer, tmp_path):
@@ -177,15 +171,15 @@ def test_rows_whose_options_refer_to_others_have_no_other_order_and_it_is_said(f
 def test_a_model_that_looks_is_right_only_over_its_own_picture(files, renderer, tmp_path):
     summary = run(files, renderer, tmp_path / "eval")
     mri, ct = summary.files
-    assert (mri.accuracy.right, mri.accuracy.rows, mri.rows) == (8, 8, 8)
-    assert (ct.accuracy.right, ct.accuracy.rows) == (6, 6)
+    assert (mri.accuracy.correct, mri.accuracy.rows, mri.rows) == (8, 8, 8)
+    assert (ct.accuracy.correct, ct.accuracy.rows) == (6, 6)
     # the answer to a grey picture is A: right in row 0 and in row 5, where "chest" comes first
-    assert (mri.blank.right, mri.blank.rows) == (2, 8)
+    assert (mri.blank.correct, mri.blank.rows) == (2, 8)
     rows = [row for row in read_rows(tmp_path / "eval/step-000003") if row.control == "shuffled" and row.file == "mri"]
     level_of = {str(example.image): LEVELS[int(example.id) % 4] for example in files[0].examples}
     expected = [LEVELS[int(row.id) % 4] == level_of[row.image] for row in rows]
-    assert [row.right for row in rows] == expected
-    assert (mri.shuffled.right, mri.shuffled.rows) == (sum(expected), 8)
+    assert [row.correct for row in rows] == expected
+    assert (mri.shuffled.correct, mri.shuffled.rows) == (sum(expected), 8)
 
 
 def test_rows_are_complete_and_in_the_order_of_the_data(files, renderer, tmp_path):
@@ -204,13 +198,13 @@ def test_rows_are_complete_and_in_the_order_of_the_data(files, renderer, tmp_pat
         "id": "5",
         "control": "none",
         "image": str(example.image),
-        "kind": "anatomy",
+        "question_type": "anatomy",
         "question": "Which?",
         "options": ["chest", "abdomen", "knee", "head"],
         "answer": "A",
         "completion": "<think>level 60</think><answer>A</answer>",
-        "parsed": "A",
-        "right": True,
+        "predicted_letter": "A",
+        "correct": True,
         "format": True,
         "tokens": 2,
         "finish_reason": "stop",
@@ -230,8 +224,8 @@ def test_the_figures_of_a_file(files, renderer, tmp_path):
     )
     (mri,) = summary.files
     # letters of rows 0 to 7: A B C D D A B C; even rows answer A, D, A, A
-    assert mri.accuracy.right == 1
-    assert mri.by_kind == {"anatomy": (0, 4), "modality": (1, 4)}
+    assert mri.accuracy.correct == 1
+    assert mri.by_question_type == {"anatomy": (0, 4), "modality": (1, 4)}
     assert mri.format_rate == 0.5
     assert mri.mean_tokens == 2.5
     assert mri.cut_by_length == 1.0
@@ -242,7 +236,7 @@ def test_the_figures_of_a_file(files, renderer, tmp_path):
     assert mri.leave_one_out_prior == 0.0
     assert (mri.blank, mri.shuffled) == (None, None)
     assert (summary.train_rows, summary.mean_accuracy) == (1, 0.125)
-    unanswered = [row for row in read_rows(tmp_path / "step-000003") if row.parsed is None]
+    unanswered = [row for row in read_rows(tmp_path / "step-000003") if row.predicted_letter is None]
     assert [row.id for row in unanswered] == ["1", "3", "5", "7"]
 
 
@@ -384,7 +378,7 @@ def test_progress_counts_every_completion(files, renderer, tmp_path):
 
 def test_an_evaluation_is_replaced_as_a_whole(files, renderer, tmp_path):
     first = run(files, renderer, tmp_path, ScriptedPool(renderer, lambda *_: ""))
-    assert first.files[0].accuracy.right == 0
+    assert first.files[0].accuracy.correct == 0
     (tmp_path / "step-000003/comparison.json").write_text("{}")
     for leftover in ("partial", "replaced"):  # of a run that was killed while writing
         (tmp_path / f".step-000003.{leftover}").mkdir()
@@ -460,16 +454,16 @@ def test_comparison_pairs_by_file_and_id(files, renderer, tmp_path):
     # right before: 0 1 3 5; after: all but 3
     assert comparison["files"]["mri"] == {
         "rows": 8,
-        "right_before": 4,
-        "right_after": 7,
+        "correct_before": 4,
+        "correct_after": 7,
         "gained": 4,
         "lost": 1,
         "p_value": 0.375,
     }
     assert comparison["files"]["ct"] == {
         "rows": 6,
-        "right_before": 4,
-        "right_after": 5,
+        "correct_before": 4,
+        "correct_after": 5,
         "gained": 2,
         "lost": 1,
         "p_value": 1.0,
@@ -506,7 +500,7 @@ def test_the_order_of_options_may_differ_between_compared_evaluations(files, ren
         for example in files[0].examples
     )
     run([EvalFile("mri", turned)], renderer, tmp_path, step=1)
-    assert compare(tmp_path / "step-000000", tmp_path / "step-000001")["files"]["mri"]["right_after"] == 8
+    assert compare(tmp_path / "step-000000", tmp_path / "step-000001")["files"]["mri"]["correct_after"] == 8
 
 
 def cells_of(table: Table, line: int) -> list[str]:
@@ -568,7 +562,7 @@ def test_a_letter_that_was_not_offered_is_in_the_format_and_is_said(files, rende
     assert "ct: " not in caption(summary)
     rows = [row for row in read_rows(tmp_path / "step-000003") if row.not_offered]
     assert len(rows) == expected
-    assert not any(row.right for row in rows)
+    assert not any(row.correct for row in rows)
 
 
 def test_the_table_of_one_evaluation(files, renderer, tmp_path):

@@ -9,7 +9,7 @@ from torch import nn
 
 from rlmed.models.cpu import linear as fast
 from rlmed.models.cpu import products
-from rlmed.models.weights import copy_into
+from rlmed.models.weights import copy_weights, make_buckets
 
 EPSILON = torch.finfo(torch.float32).eps
 
@@ -73,7 +73,7 @@ def through_a_view(weight):
 
 
 def loaded(weight):
-    copy_into({"weight": weight}, [("weight", torch.randn_like(weight))])
+    copy_weights({"weight": weight}, list(make_buckets([("weight", torch.randn_like(weight))])))
 
 
 def state_dict_loaded(weight):

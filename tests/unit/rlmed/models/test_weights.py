@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rlmed.core.weights import WeightError
-from rlmed.models.weights import bucket_tensors, check_shapes, copy_into, make_buckets
+from rlmed.models.weights import copy_weights, make_buckets
 
 
 @pytest.fixture
@@ -38,8 +38,8 @@ def stored(tensors: dict[str, torch.Tensor], **options: object) -> list:
 @pytest.mark.parametrize("bucket_bytes", [1, 300, 2**20])
 def test_tensors_survive_the_way_bit_for_bit(tensors: dict[str, torch.Tensor], bucket_bytes: int) -> None:
     buckets = stored(tensors, bucket_bytes=bucket_bytes)
-    assert all(bucket.data.nbytes <= bucket_bytes or len(bucket.specs) == 1 for bucket in buckets)
-    received = [entry for bucket in buckets for entry in bucket_tensors(bucket)]
+    assert all(bucket.data.nbytes <= bucket_bytes or len(bucket.shapes) == 1 for bucket in buckets)
+    received = [entry for bucket in buckets for entry in bucket.tensors()]
     assert [name for name, _ in received] == list(tensors)
     for name, tensor in received:
         assert tensor.dtype == tensors[name].dtype
@@ -57,7 +57,7 @@ def test_a_damaged_byte_is_found(tensors: dict[str, torch.Tensor]) -> None:
 
 def test_bytes_in_a_readonly_store_are_not_copied(tensors: dict[str, torch.Tensor]) -> None:
     (bucket,) = stored(tensors)
-    (_, first), *_ = bucket_tensors(bucket)
+    (_, first), *_ = bucket.tensors()
     assert first.data_ptr() == bucket.data.__array_interface__["data"][0]
     assert not bucket.data.flags.writeable
 
@@ -71,19 +71,23 @@ def test_bytes_in_a_readonly_store_are_not_copied(tensors: dict[str, torch.Tenso
 )
 def test_weights_of_another_model_are_refused(name: str, shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(WeightError, match=message):
-        copy_into({"a": torch.zeros(2, 2)}, [(name, torch.ones(shape))])
+        copy_weights({"a": torch.zeros(2, 2)}, stored({name: torch.ones(shape)}))
 
 
 def test_an_incomplete_push_is_refused() -> None:
     parameters = {"a": torch.zeros(2), "b": torch.zeros(3), "c": torch.zeros(3)}
-    check_shapes(parameters, {"a": (2,), "b": (3,), "c": (3,)})
     with pytest.raises(WeightError, match="2 weights did not arrive, the first is b"):
-        check_shapes(parameters, {"a": (2,)})
+        copy_weights(parameters, stored({"a": torch.ones(2)}))
+    assert parameters["a"].tolist() == [0, 0], "nothing of it was copied"
+    copy_weights(
+        parameters, stored({name: torch.ones(len(value)) for name, value in parameters.items()}, bucket_bytes=1)
+    )
+    assert all(value.tolist() == [1] * len(value) for value in parameters.values())
 
 
 def test_copying_converts_to_the_parameters_dtype() -> None:
     parameter = torch.zeros(3, dtype=torch.bfloat16)
-    copy_into({"a": parameter}, [("a", torch.tensor([1.0, 2.0, 3.0]))])
+    copy_weights({"a": parameter}, stored({"a": torch.tensor([1.0, 2.0, 3.0])}))
     assert parameter.tolist() == [1.0, 2.0, 3.0]
 
 

@@ -13,8 +13,8 @@ from tests.unit.rlmed.data.pictures import picture, save
 
 def row(file: str, name: str, right: bool, control: str = "none") -> EvalRow:
     return EvalRow(
-        file=file, id=name, control=control, image=None, kind="", question="?", options=("a", "b"), answer="A",
-        completion="", parsed=None, right=right, format=False, tokens=1, finish_reason="stop",
+        file=file, id=name, control=control, image=None, question_type="", question="?", options=("a", "b"), answer="A",
+        completion="", predicted_letter=None, correct=right, format=False, tokens=1, finish_reason="stop",
     )  # fmt: skip
 
 
@@ -36,8 +36,8 @@ def test_accuracy_without_the_leaking_rows() -> None:
     )
     assert whole is not None
     assert rest is not None
-    assert (whole.right, whole.rows) == (6, 8)
-    assert (rest.right, rest.rows) == (4, 5)
+    assert (whole.correct, whole.rows) == (6, 8)
+    assert (rest.correct, rest.rows) == (4, 5)
     assert accuracy(rows, "mri") is None
 
 
@@ -50,11 +50,11 @@ def test_files_that_leak_with_their_pairs(tmp_path: Path) -> None:
     assert shown is not None
     assert (shown["leaking_rows"], shown["doubtful"], shown["hidden"]) == (2, 4, 1)
     (file,) = shown["files"]
-    assert (file["accuracy"].right, file["without"].right, file["without"].rows) == (1, 0, 1)
+    assert (file["accuracy"].correct, file["without"].correct, file["without"].rows) == (1, 0, 1)
     assert file["kinds"] == "2 same file"
     (pair,) = shown["pairs"]
     assert [side["ids"] for side in pair["sides"]] == ["ct-0", "t0, t1, t2, t3 and 2 more"]
-    assert pair["sides"][0]["picture"]["place"] == 0
+    assert pair["sides"][0]["picture"]["index"] == 0
     assert len(pictures.uris) == 1
 
 

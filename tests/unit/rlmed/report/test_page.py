@@ -75,13 +75,13 @@ def row(number, right, **changes):
         id=f"r{number}",
         control="none",
         image=None,
-        kind="anatomy",
+        question_type="anatomy",
         question=f"Question {number}?",
         options=("head", "knee"),
         answer="B",
         completion=text,
-        parsed="B" if right else "A",
-        right=right,
+        predicted_letter="B" if right else "A",
+        correct=right,
         format=True,
         tokens=7,
         finish_reason="stop",
@@ -90,7 +90,7 @@ def row(number, right, **changes):
 
 
 def summary(step, rows, controls=True, **changes):
-    right = sum(entry.right for entry in rows)
+    right = sum(entry.correct for entry in rows)
     accuracy = Accuracy.of(right, len(rows))
     blank = Accuracy.of(2, 8) if controls else None
     file = FileSummary("ct", len(rows), accuracy, 0.9, 20.0, 0.0, 0.25, 0.3, 0.41, 0.42, 0.43, 0.44, blank, None, {})
@@ -427,7 +427,7 @@ def test_alike_completions_are_shown_once_with_the_best_first(tmp_path):
     write_lines(path, [line(texts=("bad", GOOD, "bad", "nan"), rewards=(0.0, 2.0, 0.0, None))])
     (group,) = show_groups(path, Pictures())
     assert [(entry["reward"], entry["count"]) for entry in group["completions"]] == [(2.0, 1), (0.0, 2), (None, 1)]
-    assert (group["right"], group["total"], group["outcome"]) == (1, 4, "some right")
+    assert (group["correct"], group["total"], group["outcome"]) == (1, 4, "some right")
 
 
 def test_the_worst_completion_stands_among_the_first(tmp_path):
@@ -441,9 +441,9 @@ def test_the_worst_completion_stands_among_the_first(tmp_path):
 def test_completions_are_taken_apart():
     found = take_apart(GOOD, "B")
     assert (found["reasoning"], found["answer"], found["raw"]) == ("The bone is bright.", "B", None)
-    assert (found["letter"], found["right"]) == ("B", True)
+    assert (found["letter"], found["correct"]) == ("B", True)
     found = take_apart("well <answer>A</answer>", "B")
-    assert (found["reasoning"], found["raw"], found["letter"], found["right"]) == (
+    assert (found["reasoning"], found["raw"], found["letter"], found["correct"]) == (
         None,
         "well <answer>A</answer>",
         "A",

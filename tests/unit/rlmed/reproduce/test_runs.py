@@ -14,7 +14,7 @@ from rich.console import Console
 from rlmed.core.config.composing import unused_overrides
 from rlmed.core.statistics import mcnemar
 from rlmed.evaluation.results import Accuracy, EvalRow, EvalSummary, FileSummary, write_evaluation
-from rlmed.reproduce.runs import DONE_FILE, Run, default_folder, main, plan, reproduce
+from rlmed.reproduce.runs import DONE_FILE, RunCommand, default_folder, main, plan, reproduce
 from rlmed.reproduce.table import Cell, collect, write_reproduction
 
 ROWS = 20
@@ -56,7 +56,7 @@ def write_run(folder: Path, step: int, right: set[int], *, ids: int = ROWS, blan
         leave_one_out_prior_by_rate=0.4,
         blank=None if blank is None else Accuracy.of(blank, ROWS),
         shuffled=None,
-        by_kind={},
+        by_question_type={},
         reordered=Accuracy.of(7, ROWS),
     )
     summary = EvalSummary(model="m", step=step, seconds=1.0, max_tokens=64, train_rows=600, files=(file,))
@@ -159,6 +159,12 @@ def test_each_command_is_given_what_it_reads(tmp_path):
         assert unused_overrides(program, run.arguments[2:]) == []
 
 
+@pytest.mark.parametrize("profile", ["profile=tiny", "profile=paper"])
+def test_all_runs_have_the_profile(profile, tmp_path):
+    given = ("+experiment=medvqa_600_dapo", profile)
+    assert {run.overrides for run in plan(tmp_path, ["sft", "rl"], [0], given)} == {given}
+
+
 @pytest.mark.parametrize("models", [["model=qwen2_vl_2b"], ["model=some/folder", "data=mine.jsonl", "data.train=x"]])
 def test_shorthands_are_shared_as_they_were_given(models, tmp_path):
     assert {run.overrides for run in plan(tmp_path, ["sft", "rl"], [0], models)} == {tuple(models)}
@@ -170,7 +176,6 @@ def test_shorthands_are_shared_as_they_were_given(models, tmp_path):
         (["sft", "rl"], "algo.dual_clip=2", r"algo\.dual_clip=2: rlmed\.launch does not read .* Set algo\.clip=dual"),
         (["sft", "rl"], "eval.samples=3", r"eval\.samples=3: rlmed\.launch does not read eval\.samples\."),
         (["sft"], "algo.group_size=3", r"algo\.group_size=3: rlmed\.sft does not read algo\.group_size\."),
-        (["rl"], "profile=paper", r"profile=paper: rlmed\.launch does not read profile\."),
         (["rl"], "algo=grpoo", "algo=grpoo: option not found; did you mean grpo"),
         (["rl"], "+experiment=medvqa", "experiment=medvqa: option not found; did you mean medvqa_600"),
         (["rl"], "data.mix={MRI:0.5", "data.mix={MRI:0.5: not a mapping"),
@@ -233,7 +238,7 @@ def test_what_is_done_is_not_run_again_and_a_failure_is_taken_up(tmp_path, monke
 
 def test_a_run_that_lost_a_process_goes_on_but_not_for_ever(tmp_path, monkeypatch):
     commands = Commands(monkeypatch, 3, 3, 0, 3, 3, 3)
-    run, other = Run("rl", 0, tmp_path, ()), Run("rl", 1, tmp_path, ())
+    run, other = RunCommand("rl", 0, tmp_path, ()), RunCommand("rl", 1, tmp_path, ())
     run.execute()
     assert len(commands.given) == 3
     with pytest.raises(RuntimeError, match="status 3"):
@@ -244,7 +249,7 @@ def test_a_run_that_lost_a_process_goes_on_but_not_for_ever(tmp_path, monkeypatc
 
 def test_a_finished_run_counts_only_for_its_own_settings(tmp_path, monkeypatch, capsys):
     commands = Commands(monkeypatch)
-    run = Run("base", 0, tmp_path, ("steps=6",))
+    run = RunCommand("base", 0, tmp_path, ("steps=6",))
     run.folder.mkdir()
     (run.folder / DONE_FILE).write_text(json.dumps({"arguments": run.arguments, "seconds": 1.0}))
     with pytest.raises(SystemExit) as ended:

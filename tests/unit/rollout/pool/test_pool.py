@@ -120,7 +120,7 @@ def test_a_dead_workers_requests_are_sampled_by_its_successor_with_the_current_w
     pool = make_pool(site, workers=1)
     channel = pool.channel()
     wait_for(lambda: pool.metrics()["rollout/workers_ready"] == 1)
-    pool.update_weights(5, Offer("weights of 5"))
+    pool.update_weights(Offer(5).update)
     for index in range(3):
         channel.submit(make_request(index))
     channel.flush()
@@ -131,7 +131,7 @@ def test_a_dead_workers_requests_are_sampled_by_its_successor_with_the_current_w
     first.die(OSError("gone"))
     wait_for(lambda: len(site.workers) == 2 and len(site.workers[1].held) == 2)
     second = site.workers[1]
-    assert second.weights == [(5, "weights of 5")]
+    assert second.fetched == [5]
     for index in list(second.held):
         second.finish(index)
     groups = [one, channel.collect(), channel.collect()]
@@ -190,7 +190,7 @@ def test_a_push_waits_for_all_workers_and_replaces_the_one_that_fails(make_pool)
     pool = make_pool(site)
     wait_for(lambda: pool.metrics()["rollout/workers_ready"] == 2)
     site.workers[0].die(OSError("gone"))
-    reports = pool.update_weights(1, Offer())
+    reports = pool.update_weights(Offer().update)
     assert len(reports) in (1, 2)
     wait_for(lambda: len(site.workers) == 3 and pool.metrics()["rollout/workers_ready"] == 2)
     assert [worker.version for worker in site.workers[1:]] == [1, 1]
@@ -202,23 +202,23 @@ def test_a_worker_that_hangs_in_a_push_is_replaced(make_pool):
     wait_for(lambda: pool.metrics()["rollout/workers_ready"] == 1)
     site.workers[0].answers = False
     pool._settings = dataclasses.replace(PATIENT, push_s=SHORT_S)
-    pool.update_weights(1, Offer())
+    pool.update_weights(Offer().update)
     wait_for(lambda: site.workers[0].killed and pool.metrics()["rollout/workers_ready"] == 1)
-    assert site.workers[-1].weights[-1] == (1, "w")
+    assert site.workers[-1].fetched[-1] == 1
 
 
-def push_in_thread(pool, offer, version=1):
+def push_in_thread(pool, offer):
     """A push that has begun to be sent, and what it gives in the end."""
     reports: Future = Future()
 
     def push():
         try:
-            reports.set_result(pool.update_weights(version, offer))
+            reports.set_result(pool.update_weights(offer.update))
         except Exception as error:
             reports.set_exception(error)
 
     threading.Thread(target=push, daemon=True).start()
-    wait_for(lambda: offer.recipients)
+    wait_for(lambda: offer.engines)
     return reports
 
 
@@ -228,19 +228,19 @@ def test_weights_that_were_sent_are_not_fetched(make_pool, make_request):
     wait_for(lambda: pool.metrics()["rollout/workers_ready"] == 2)
     offer = Offer(sending=Future())
     reports = push_in_thread(pool, offer)
-    assert [(entry.address, entry.devices) for entry in offer.recipients] == [
+    assert [(entry.address, entry.devices) for entry in offer.engines] == [
         (worker, (f"gpu of {worker.name}",)) for worker in site.workers
     ]
-    assert "here" in offer.recipients[0].name
+    assert "here" in offer.engines[0].name
     channel = pool.channel()
     channel.submit(make_request(0))
     channel.flush()
     time.sleep(0.05)
     assert not any(worker.held for worker in site.workers)  # nobody samples while weights are on their way
-    offer.sending.set_result(PushReport(10, 0.0, 0.5))
-    assert reports.result(timeout=60) == [PushReport(10, 0.0, 0.5)] * 2
+    offer.sending.set_result(PushReport(0.0, 0.5))
+    assert reports.result(timeout=60) == [PushReport(0.0, 0.5)] * 2
     wait_for(lambda: any(worker.held for worker in site.workers))
-    assert not any(worker.weights for worker in site.workers)
+    assert not any(worker.fetched for worker in site.workers)
     assert pool.metrics()["rollout/workers_lost"] == 0
 
 
@@ -248,26 +248,26 @@ def test_who_comes_after_weights_were_sent_fetches_them(make_pool):
     site = Site()
     pool = make_pool(site)
     wait_for(lambda: pool.metrics()["rollout/workers_ready"] == 2)
-    offer = Offer("stored", sending=Future())
-    offer.sending.set_result(PushReport(10, 0.0, 0.5))
-    pool.update_weights(1, offer)
+    offer = Offer(sending=Future())
+    offer.sending.set_result(PushReport(0.0, 0.5))
+    pool.update_weights(offer.update)
     site.workers[0].die(OSError("gone"))
-    wait_for(lambda: len(site.workers) == 3 and site.workers[2].weights)
-    assert site.workers[2].weights == [(1, "stored")]
-    assert site.workers[1].weights == []
+    wait_for(lambda: len(site.workers) == 3 and site.workers[2].fetched)
+    assert site.workers[2].fetched == [1]
+    assert site.workers[1].fetched == []
 
 
 def test_workers_that_cannot_be_connected_fetch_the_weights_and_the_log_says_why(make_pool, caplog):
     site = Site()
     pool = make_pool(site)
     wait_for(lambda: pool.metrics()["rollout/workers_ready"] == 2)
-    offer = Offer("stored", sending=Future())
+    offer = Offer(sending=Future())
     reports = push_in_thread(pool, offer)
     site.workers[0].die(OSError("gone"))  # which is why they cannot
-    wait_for(lambda: len(site.workers) == 3 and site.workers[2].weights)
+    wait_for(lambda: len(site.workers) == 3 and site.workers[2].fetched)
     offer.sending.set_exception(NotConnectedError("no connection by nccl: worker 0 could not connect"))
     assert len(reports.result(timeout=60)) == 2  # its successor, and the one that was there
-    assert [worker.weights for worker in site.workers] == [[], [(1, "stored")], [(1, "stored")]]
+    assert [worker.fetched for worker in site.workers] == [[], [1], [1]]
     assert "worker 0 could not connect. Sending these weights through the object store" in caplog.text
     assert pool.metrics()["rollout/workers_lost"] == 1
 
@@ -276,13 +276,13 @@ def test_workers_that_hold_a_part_of_the_weights_are_replaced(make_pool):
     site = Site()
     pool = make_pool(site)
     wait_for(lambda: pool.metrics()["rollout/workers_ready"] == 2)
-    offer = Offer("stored", sending=Future())
+    offer = Offer(sending=Future())
     reports = push_in_thread(pool, offer)
     offer.sending.set_exception(TransferError("worker 1 did not receive weights within 3 s"))
     assert reports.result(timeout=60) == []
     wait_for(lambda: pool.metrics()["rollout/workers_ready"] == 2)
     assert [worker.killed for worker in site.workers] == [True, True, False, False]
-    assert [worker.weights for worker in site.workers] == [[], [], [(1, "stored")], [(1, "stored")]]
+    assert [worker.fetched for worker in site.workers] == [[], [], [1], [1]]
 
 
 @pytest.mark.parametrize("error", [ClusterError("learner rank 0 was lost"), ConfigError("no such way")])
@@ -306,10 +306,10 @@ def test_workers_rest_where_their_engines_can_sleep_and_one_that_dies_of_it_is_r
     wait_for(lambda: pool.metrics()["rollout/workers_ready"] == 2)
     pool.sleep()
     assert [worker.rests for worker in site.workers] == [1, 1]
-    pool.update_weights(1, Offer())
+    pool.update_weights(Offer().update)
     site.workers[0].error = MemoryError("no memory to wake up")
     pool.sleep()
-    wait_for(lambda: len(site.workers) == 3 and site.workers[2].weights)
+    wait_for(lambda: len(site.workers) == 3 and site.workers[2].fetched)
 
 
 def test_all_workers_are_waited_for_unless_one_cannot_start(make_pool):
@@ -343,7 +343,7 @@ def test_a_worker_that_dies_again_and_again_stops_the_run_with_the_cause(make_po
     with pytest.raises(RolloutError, match=r"(?s)worker 0.*(4 times in a row|4 workers).*no memory for the cache"):
         channel.collect()
     with pytest.raises(RolloutError):
-        pool.update_weights(1, Offer())
+        pool.update_weights(Offer().update)
 
 
 def test_a_worker_that_cannot_be_built_stops_the_run_at_once(make_pool, make_request):

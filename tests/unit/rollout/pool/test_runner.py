@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from rlmed.core.weights import WeightError
+from rlmed.core.weights import STAGES, WeightError
 from rlmed.models.weights import make_buckets
 from rollout.native.engine import NativeEngine
 from rollout.native.scheduler import EngineLimits
@@ -139,6 +139,29 @@ def test_between_held_jobs_the_engine_makes_no_step(make_runner, make_request):
     assert (status.generated_tokens, status.busy) == (sampled, False)  # nor is it taken for one that stands still
     runner.between_steps(lambda: None)
     assert sorted(group.index for group in collect(runner, 2)) == [0, 1]
+
+
+def test_the_engine_makes_no_step_from_the_begin_of_a_direct_push_to_its_end(make_runner, make_request):
+    runner, policy = make_runner(slow=True)
+    engine, calls = runner._engine, []
+    for stage in STAGES:
+        setattr(engine, stage, lambda *arguments, stage=stage: calls.append((stage, *arguments)))
+    runner.submit([make_request(0, max_tokens=40)])
+    policy.steps.release(1000)
+    runner.call_stage("connect", "nccl", {"rank": 1})
+    runner.call_stage("begin_update")
+    sampled = runner.status().generated_tokens
+    runner.call_stage("receive", {"names": ["a"]})
+    time.sleep(0.05)
+    assert runner.status().generated_tokens == sampled < 40
+    runner.call_stage("finish_update", 3)
+    assert [group.index for group in collect(runner, 1)] == [0]
+    assert calls == [
+        ("connect", "nccl", {"rank": 1}),
+        ("begin_update",),
+        ("receive", {"names": ["a"]}),
+        ("finish_update", 3),
+    ]
 
 
 def test_a_push_in_parts_does_not_wait_for_itself_where_completions_are_finished_first(make_runner, make_request):

@@ -83,10 +83,10 @@ def test_keys_in_braces_for_a_group() -> None:
 
 def test_an_experiment_with_or_without_plus() -> None:
     for written in ("experiment", "+experiment", "++experiment"):
-        assert expand([f"{written}=medvqa_600"], cuda=False) == ["+experiment=medvqa_600_embedded"]
+        assert expand([f"{written}=medvqa_600"], cuda=False) == ["+experiment=medvqa_600", "profile=tiny"]
         assert expand([f"{written}=medvqa_600"], cuda=True) == ["+experiment=medvqa_600"]
     both = expand(["experiment=medvqa_600,medvqa_600_dapo"], cuda=False, sweeps=True)
-    assert both == ["+experiment=medvqa_600_embedded,medvqa_600_dapo_embedded"]
+    assert both == ["+experiment=medvqa_600,medvqa_600_dapo", "profile=tiny"]
     assert expand(["debug=rollouts_only", "+algo=dapo"], cuda=False) == ["+debug=rollouts_only", "algo=dapo"]
 
 
@@ -150,6 +150,10 @@ def own_yaml(tmp_path: Path) -> Path:
             ["experiment=[medvqa_600]"],
             "experiment=[medvqa_600]: a run takes exactly one experiment: choose one of medvqa_600,",
         ),
+        (["profile=null"], "profile=null: a run takes exactly one profile: choose one of paper, tiny"),
+        (["profile=moon"], "profile=moon: option not found; choose one of paper, tiny"),
+        (["+experiment=medvqa_600", "profile=moon"], "profile=moon: option not found; choose one of paper, tiny"),
+        (["--config-dir", "own", "experiment=good", "profile=tiny"], "No match in the defaults list"),
         (["debug=null"], "debug=null: a run takes exactly one debug: choose one of fake_engine"),
         (
             ["+experiment=medvqa_600", "+experiment=medvqa_600_dapo"],

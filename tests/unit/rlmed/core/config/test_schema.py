@@ -44,7 +44,9 @@ def test_every_debug_mode_composes(name: str) -> None:
 @pytest.mark.parametrize("name", group_options("experiment"))
 @pytest.mark.parametrize("program", ["train", "sft"])
 def test_every_experiment_composes(name: str, program: str) -> None:
-    assert composed(f"+experiment={name}", program=program).name == name
+    for profile in group_options("profile"):
+        config = composed(f"+experiment={name}", f"profile={profile}", program=program)
+        assert (config.name, config.profile) == (f"{name}_{profile}", profile)
 
 
 def unexplained(path: Path) -> set[str]:
@@ -107,7 +109,6 @@ def test_unknown_key_is_refused_by_the_command_line() -> None:
         ("reward.weights=null", r"reward\.weights"),
         ("cluster.kind=moon", r"cluster\.kind"),
         ("model.min_pixels=10000", None),
-        ("profile=hospital", "profile='hospital'"),
         ("name=''", "name=''"),
         ("rollout=vllm", "use rlmed.launch with cluster=ray"),
         ("seed=99999999999999999999", r"seed=9+ must be between 0 and"),

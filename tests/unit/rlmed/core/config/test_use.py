@@ -43,8 +43,8 @@ def refused(program: str, *overrides: str) -> list[str]:
     [
         # whatever the value, since the command never reads the key
         ("sft", "steps=300", "rlmed.sft does not read steps. Set sft.epochs and sft.batch_size"),
-        ("sft", "+experiment=medvqa_600_embedded steps=300", "rlmed.sft does not read steps. Set sft.epochs"),
-        ("sft", "+experiment=medvqa_600_embedded rollout.max_tokens=512", "does not read rollout.max_tokens. Set eval.max"),
+        ("sft", "+experiment=medvqa_600 profile=tiny steps=300", "rlmed.sft does not read steps. Set sft.epochs"),
+        ("sft", "+experiment=medvqa_600 profile=tiny rollout.max_tokens=512", "does not read rollout.max_tokens. Set eval.max"),
         ("sft", "algo.kl_coef=0.04", "rlmed.sft does not read algo.kl_coef. Only rlmed.launch learns from rewards"),
         ("sft", "reward.weights.format=1.0", "rlmed.sft does not read reward.weights. Only rlmed.launch learns"),
         ("sft", "cluster.rollout_workers=1", "rlmed.sft does not read cluster.rollout_workers. It runs in one process"),
@@ -52,8 +52,8 @@ def refused(program: str, *overrides: str) -> list[str]:
         ("evaluate", "resume=null", "rlmed.evaluate does not read resume. It learns nothing: leave it out"),
         ("train", "sft.epochs=2.0", "rlmed.launch does not read sft.epochs. It is for rlmed.sft alone"),
         # an experiment's value, put back to the default
-        ("sft", "+experiment=medvqa_600_embedded algo=grpo", "rlmed.sft does not read algo.dynamic_sampling. Only"),
-        ("train", "+experiment=medvqa_600_embedded algo=grpo algo.max_refills=4", "while algo.dynamic_sampling=false"),
+        ("sft", "+experiment=medvqa_600 profile=tiny algo=grpo", "rlmed.sft does not read algo.dynamic_sampling. Only"),
+        ("train", "+experiment=medvqa_600 profile=tiny algo=grpo algo.max_refills=4", "while algo.dynamic_sampling=false"),
         ("sft", "cluster=ray", "rlmed.sft does not read cluster.kind. It runs in one process: leave it out"),
         ("evaluate", "rollout=vllm", "rlmed.evaluate does not read rollout.engine=vllm. It samples in its own process"),
         ("evaluate", "cluster=ray_1gpu", "does not read cluster.kind, cluster.gpus_per_worker, cluster.gpus_per_rank. It runs"),
@@ -107,7 +107,6 @@ def refused(program: str, *overrides: str) -> list[str]:
         ("sft", "eval.at_start=false eval.at_end=false rollout.stop=[x]", "does not read rollout.stop while eval.at_start=fa"),
         ("sft", "eval.at_start=false eval.at_end=false rollout.max_completions=8", "does not read rollout.max_completions"),
         ("sft", "eval.at_start=false eval.at_end=false rollout.prefill_tokens=8", "does not read rollout.prefill_tokens"),
-        ("train", "profile=paper", "rlmed.launch does not read profile. It chooses between +experiment=X and X_embedded"),
     ],
 )  # fmt: skip
 def test_an_override_that_does_nothing_is_refused(program: str, overrides: str, text: str) -> None:
@@ -135,7 +134,7 @@ def test_rays_keys_do_something_for_training_with_ray_alone(program: str, key: s
         ("sft", "rollout.engine=native"),
         ("evaluate", "seed=0 algo=grpo eval.samples=8"),
         # a value that is the default changes nothing while another key leaves it unread
-        ("train", "cluster=local cluster.rollout_workers=1 algo.dual_clip=3.0 algo.max_refills=4 profile=auto"),
+        ("train", "cluster=local cluster.rollout_workers=1 algo.dual_clip=3.0 algo.max_refills=4"),
         # what the command reads
         (
             "sft",
@@ -181,11 +180,12 @@ def test_what_does_something_or_changes_nothing_is_taken(program: str, overrides
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_what_an_experiment_brings_along_is_not_refused(program: str) -> None:
-    for name in ("medvqa_600", "medvqa_600_dapo_embedded", "medvqa_600_align"):
-        assert refused(program, f"+experiment={name}", "profile=paper", "model.dtype=float32") == []
+    for name in ("medvqa_600", "medvqa_600_dapo", "medvqa_600_align"):
+        for profile in group_options("profile"):
+            assert refused(program, f"+experiment={name}", f"profile={profile}", "model.dtype=float32") == []
 
 
-@pytest.mark.parametrize("group", [name for name in CONFIG_GROUPS if name not in ("experiment", "debug")])
+@pytest.mark.parametrize("group", [name for name in CONFIG_GROUPS if name not in ("experiment", "profile", "debug")])
 def test_every_option_is_for_training(group: str) -> None:
     with_ray = RAY if group == "rollout" else ()
     assert [refused("train", *with_ray, f"{group}={name}") for name in group_options(group)] == [[]] * len(
@@ -194,11 +194,11 @@ def test_every_option_is_for_training(group: str) -> None:
 
 
 def test_an_experiment_is_where_changes_count_from() -> None:
-    experiment = "+experiment=medvqa_600_embedded"  # with group_size 8
-    assert refused("sft", experiment) == []
-    assert refused("sft", experiment, "algo.group_size=16") == ["algo.group_size=16"]
-    assert refused("train", experiment, "algo.max_refills=2") == []  # it has dynamic sampling
-    assert refused("train", experiment, "algo=dapo", "algo.dual_clip=2") == ["algo.dual_clip=2"]
+    experiment = ("+experiment=medvqa_600", "profile=tiny")  # with group_size 8
+    assert refused("sft", *experiment) == []
+    assert refused("sft", *experiment, "algo.group_size=16") == ["algo.group_size=16"]
+    assert refused("train", *experiment, "algo.max_refills=2") == []  # it has dynamic sampling
+    assert refused("train", *experiment, "algo=dapo", "algo.dual_clip=2") == ["algo.dual_clip=2"]
 
 
 def test_what_an_option_brings_may_be_read_by_way_of_another_override() -> None:
@@ -236,7 +236,7 @@ def test_every_key_named_by_a_rule_exists() -> None:
     for rule in RULES:
         assert set(rule.keys) <= known | sections
         conditions = {**rule.when, **rule.unless}
-        assert conditions.keys() <= known | {"experiment"}
+        assert conditions.keys() <= known
         assert set(rule.programs) <= set(PROGRAMS)
         assert re.fullmatch(r"[A-Z+v].*[^.]", rule.cure)
         for key, idle in conditions.items():

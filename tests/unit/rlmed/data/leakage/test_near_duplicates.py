@@ -14,7 +14,7 @@ from rlmed.data.leakage.near_duplicates import (
     SAME_IN_CROWD,
     TURNS,
     LookalikeSearch,
-    read_picture,
+    read_thumbnail,
     thumbnail_correlations,
     turned,
 )
@@ -127,4 +127,4 @@ def test_a_file_that_is_no_image(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_text("no image")
     with pytest.raises(BadImageError, match=r"a\.png is not an image"):
-        read_picture(path)
+        read_thumbnail(path)

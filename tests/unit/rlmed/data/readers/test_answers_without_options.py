@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rlmed.data.examples import BadRowError, read_examples
-from rlmed.data.prepare.layout import write_layout
+from rlmed.data.prepare.prepared_data import write_prepared_data
 from rlmed.data.readers.base import Encoded, Skipped, SourceRow
 from rlmed.data.readers.options import AnswerPool, plain_answer
 from rlmed.data.readers.published import slake, vqa_rad
@@ -170,7 +170,7 @@ def test_an_answer_that_speaks_of_options_has_none_to_speak_of():
 def test_answers_that_are_letters_are_written_so_that_they_are_read_as_texts(rad, tmp_path):
     put(rad / vqa_rad.QUESTIONS, *(rad_row(n, answer=text, question_type="PANEL") for n, text in enumerate("BACB")))
     source = vqa_rad.read(rad, without_images=True)
-    layout = write_layout(source, tmp_path / "out", reader=vqa_rad.READER, source=rad, options={})
+    layout = write_prepared_data(source, tmp_path / "out", reader=vqa_rad.READER, source=rad, options={})
     rows = [row for name in layout.splits for row in read_examples(tmp_path / "out" / f"{name}.jsonl").examples]
     assert [row.options[row.answer] for row in rows] == ["B", "A", "C", "B"]
 
@@ -270,7 +270,7 @@ def test_a_bad_row_is_skipped(rad, tmp_path, changes, reason):
     images = rad / vqa_rad.IMAGE_FOLDER
     (images / "broken.jpg").write_bytes((images / "synpic1.jpg").read_bytes()[:200])
     put(rad / vqa_rad.QUESTIONS, rad_row(1), rad_row(2, **changes), None)
-    layout = write_layout(vqa_rad.read(rad), tmp_path / "out", reader=vqa_rad.READER, source=rad, options={})
+    layout = write_prepared_data(vqa_rad.read(rad), tmp_path / "out", reader=vqa_rad.READER, source=rad, options={})
     first, second = layout.skipped
     assert first.where == f"row 1 of {vqa_rad.QUESTIONS}"
     assert reason in first.reason

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rlmed.data.prepare.layout import Layout
+from rlmed.data.prepare.prepared_data import PreparedData
 from rlmed.prepare import parse_arguments, prepare
 
 
@@ -154,7 +154,7 @@ def test_a_bad_image_costs_its_row(tmp_path, publish: Callable[[Path, Sequence[s
     (tmp_path / "outside.png").write_bytes(png())
     (images / "link.png").symlink_to(tmp_path / "outside.png")
     (images.parent / "outside.png").write_bytes(png())
-    layout: Layout = prepare(
+    layout: PreparedData = prepare(
         parse_arguments([publish.__name__, "--source", str(source), "--out", str(tmp_path / "out")])
     )
     (split,) = layout.splits.values()

@@ -12,7 +12,7 @@ from PIL import Image
 
 from rlmed.core.types import Example
 from rlmed.data.examples import parse_row, read_examples
-from rlmed.data.prepare.layout import write_layout
+from rlmed.data.prepare.prepared_data import write_prepared_data
 from rlmed.data.question import question_text
 from rlmed.data.readers.base import Picture, Reader, Skipped, SourceRow
 from rlmed.data.readers.formats import csv_table, huggingface
@@ -30,7 +30,7 @@ def cells(path: Path, header: list[str], *lines: list[str]) -> Path:
 
 def written(reader: Reader, rows: Any, folder: Path) -> tuple[list[str], list[str]]:
     """Right texts and reasons of what a run reads of the rows."""
-    layout = write_layout(rows, folder, reader=reader, source=folder.parent, options={})
+    layout = write_prepared_data(rows, folder, reader=reader, source=folder.parent, options={})
     examples = [row for name in layout.splits for row in read_examples(folder / f"{name}.jsonl").examples]
     assert sum(split.rows for split in layout.splits.values()) == len(examples)
     return [row.options[row.answer] for row in examples], [skip.reason for skip in layout.skipped]

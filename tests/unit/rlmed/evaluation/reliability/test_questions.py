@@ -11,6 +11,7 @@ from rich.console import Console
 from rlmed.core.calibration import pass_at_k
 from rlmed.core.statistics import mcnemar
 from rlmed.core.types import Example
+from rlmed.data.loading import EvalFile
 from rlmed.data.prompts import PromptRenderer, load_processor
 from rlmed.evaluation.reliability.figures import (
     calibration,
@@ -24,6 +25,7 @@ from rlmed.evaluation.reliability.questions import TrustSettings, _Asker, _file_
 from rlmed.evaluation.reliability.results import FileTrust, OrderAnswer, TrustAnswer, TrustSummary, write_trust
 from rlmed.evaluation.reliability.table import trust_table
 from rlmed.evaluation.results import EvalRow
+from rlmed.evaluation.run import Evaluator
 from rlmed.report.reliability import show_trust
 from tests.unit.rlmed.evaluation.test_run import ScriptedPool, make_rows
 
@@ -36,18 +38,33 @@ def answer(number, *, right="A", samples=("A", "B"), orders=None, modality="CT",
     return TrustAnswer("f", str(number), modality, right, samples=samples, orders=orders or (plain, plain), **values)
 
 
-def row(number, right, control="none", kind="anatomy", completion="", parsed="A"):
-    return EvalRow("f", str(number), control, None, kind, "?", TEXTS, "A", completion, parsed, right, True, 3, "stop")
+def row(number, right, control="none", question_type="anatomy", completion="", predicted_letter="A"):
+    return EvalRow(
+        "f",
+        str(number),
+        control,
+        None,
+        question_type,
+        "?",
+        TEXTS,
+        "A",
+        completion,
+        predicted_letter,
+        right,
+        True,
+        3,
+        "stop",
+    )
 
 
 def test_calibration_is_that_of_the_likeliest_option():
     found = calibration([(0.8, 0.2), (0.3, 0.7), (0.6, 0.4), (0.9, 0.1)], ["A", "B", "B", "A"])
-    assert (found.accuracy.right, found.accuracy.rows) == (3, 4)
+    assert (found.accuracy.correct, found.accuracy.rows) == (3, 4)
     assert found.confidence.value == pytest.approx((0.8 + 0.7 + 0.6 + 0.9) / 4)
     # each question has a bin of its own
     assert found.error.value == pytest.approx((0.2 + 0.3 + 0.6 + 0.1) / 4)
     assert found.brier.value == pytest.approx(2 * (0.2**2 + 0.3**2 + 0.6**2 + 0.1**2) / 4)
-    assert [(entry.count, entry.right) for entry in found.bins] == [(1, 0), (1, 1), (1, 1), (1, 1)]
+    assert [(entry.count, entry.correct) for entry in found.bins] == [(1, 0), (1, 1), (1, 1), (1, 1)]
     assert calibration([], []) is None
 
 
@@ -62,7 +79,7 @@ def test_samples_give_passes_at_powers_of_two_and_a_vote():
     assert [entry.k for entry in found.passes] == [1, 2, 4, 6]
     for entry in found.passes:
         assert entry.share.value == pytest.approx(np.mean([pass_at_k(6, right, entry.k) for right in (3, 2, 1, 0)]))
-    assert (found.vote.right, found.vote.rows, found.samples) == (2, 4, 6)
+    assert (found.vote.correct, found.vote.rows, found.samples) == (2, 4, 6)
 
 
 def test_an_answer_stays_when_its_text_does_and_its_letter_follows():
@@ -74,9 +91,9 @@ def test_an_answer_stays_when_its_text_does_and_its_letter_follows():
         answer(3, orders=(OrderAnswer(TEXTS, "A", None), OrderAnswer(turned, "C", "J"))),  # no option at all
     ]
     found = order_sensitivity(answers)
-    assert (found.stays.right, found.stays.rows) == (2, 4)
-    assert [one.right for one in found.orders] == [2, 1]
-    assert [(one.letter, one.chosen.value, one.right) for one in found.letters] == [
+    assert (found.stays.correct, found.stays.rows) == (2, 4)
+    assert [one.correct for one in found.orders] == [2, 1]
+    assert [(one.letter, one.chosen.value, one.correct) for one in found.letters] == [
         ("A", 4 / 8, 4 / 8),
         ("B", 1 / 8, 0),
         ("C", 1 / 8, 4 / 8),
@@ -100,7 +117,7 @@ def test_questions_whose_options_refer_to_others_are_asked_in_their_order_alone(
         rows, [answer(0, orders=turned), answer(1, orders=kept), answer(2, orders=turned)], argue_nothing
     )
     assert mixed.order is not None
-    assert (mixed.order.stays.right, mixed.order.stays.rows, mixed.kept_order, mixed.rows) == (0, 2, 1, 3)
+    assert (mixed.order.stays.correct, mixed.order.stays.rows, mixed.kept_order, mixed.rows) == (0, 2, 1, 3)
     fixed = dataclasses.replace(_file_trust(rows, [answer(i, orders=kept) for i in range(3)], argue_nothing), name="g")
     assert (fixed.order, fixed.kept_order) == (None, 3)
     summary = TrustSummary("tiny", 1.5, (fixed, mixed), ())
@@ -121,8 +138,11 @@ def test_only_questions_that_have_another_order_are_asked_in_it(tmp_path, tiny_f
     asked = make_rows(tmp_path, "mri", 4)
     asked[2] = dataclasses.replace(asked[2], options=("head", "chest", "abdomen", "all of the above"))
     pool = ScriptedPool(renderer, lambda *_: "<think>x</think><answer>A</answer>")
-    settings = TrustSettings(samples=1, max_tokens=8, stop=(), seed=0, token_budget=64)
-    asker = _Asker({("mri", row.id): row for row in asked}, pool, None, renderer, settings, None)
+    evaluator = Evaluator(
+        files=[EvalFile("mri", tuple(asked))], pool=pool, renderer=renderer, train_examples=(), max_tokens=8, folder=tmp_path,
+        model="tiny",
+    )  # fmt: skip
+    asker = _Asker(evaluator, None, TrustSettings(samples=1, seed=0, token_budget=64), None)
     orders = asker._order(1)
     assert sorted(orders) == [("mri", "0"), ("mri", "1"), ("mri", "3")]
     for (_, name), order in orders.items():
@@ -136,17 +156,17 @@ def argue_nothing(reasoning, options):
     return None
 
 
-def test_reliance_pairs_questions_by_kind_and_leaves_out_those_without_a_control():
-    rows = [row(i, i < 6, kind="anatomy" if i < 5 else "modality") for i in range(8)]
+def test_reliance_pairs_questions_by_type_and_leaves_out_those_without_a_control():
+    rows = [row(i, i < 6, question_type="anatomy" if i < 5 else "modality") for i in range(8)]
     rows += [row(i, i in (0, 7), "blank", "anatomy" if i < 5 else "modality") for i in range(8)]
     rows += [row(i, False, "shuffled") for i in (0, 1)]
     whole, anatomy, modality = reliance(rows)
-    assert [(one.kind, one.real.right, one.real.rows) for one in (whole, anatomy, modality)] == [
+    assert [(one.question_type, one.real.correct, one.real.rows) for one in (whole, anatomy, modality)] == [
         ("", 6, 8),
         ("anatomy", 5, 5),
         ("modality", 1, 3),
     ]
-    assert (whole.blank.control.right, whole.blank.difference.value) == (2, 0.5)
+    assert (whole.blank.control.correct, whole.blank.difference.value) == (2, 0.5)
     real, blank = np.arange(8) < 6, np.isin(np.arange(8), (0, 7))
     assert whole.blank.p_value == mcnemar(blank, real).p_value
     assert whole.blank.difference.low < 0.5 < whole.blank.difference.high
@@ -159,8 +179,8 @@ def test_domains_part_by_the_modalities_of_the_training_rows():
     rows = [row(i, i != 1) for i in range(4)] + [row(2, False, "blank")]
     train = [Example("t", None, "?", TEXTS, 0, modality="MRI"), Example("u", None, "?", TEXTS, 0)]
     inside, outside = domains(rows, answers, train)
-    assert (inside.trained, inside.modalities, inside.real.right, inside.real.rows) == (True, ("MRI",), 1, 2)
-    assert (outside.trained, outside.modalities, outside.real.right, outside.real.rows) == (False, ("CT",), 1, 1)
+    assert (inside.trained, inside.modalities, inside.real.correct, inside.real.rows) == (True, ("MRI",), 1, 2)
+    assert (outside.trained, outside.modalities, outside.real.correct, outside.real.rows) == (False, ("CT",), 1, 1)
     assert inside.blank is None
     assert outside.blank.rows == 1
     assert domains(rows, answers, ()) == ()
@@ -178,7 +198,7 @@ def test_agreement_asks_for_what_the_reasoning_alone_argues():
 
     rows = [
         row(0, True, completion=written("head", "A")),
-        row(1, False, completion=written("knee", "B"), parsed="B"),
+        row(1, False, completion=written("knee", "B"), predicted_letter="B"),
         row(2, True, completion=written("knee", "A")),
         row(3, True, completion=written("who knows", "A")),
         row(4, True, "blank", completion=written("head", "A")),
@@ -186,12 +206,12 @@ def test_agreement_asks_for_what_the_reasoning_alone_argues():
     found = reasoning_agreement(rows, argued)
     assert [text for text, _ in seen] == ["head", "knee", "knee", "who knows"]
     assert {options for _, options in seen} == {TEXTS}
-    assert (found.argued.right, found.argued.rows) == (3, 4)
-    assert (found.agrees.right, found.agrees.rows) == (2, 3)
-    assert (found.right_if_agreeing.right, found.right_if_agreeing.rows) == (1, 2)
-    assert (found.right_if_differing.right, found.right_if_differing.rows) == (1, 1)
+    assert (found.argued.correct, found.argued.rows) == (3, 4)
+    assert (found.agrees.correct, found.agrees.rows) == (2, 3)
+    assert (found.correct_if_agreeing.correct, found.correct_if_agreeing.rows) == (1, 2)
+    assert (found.correct_if_differing.correct, found.correct_if_differing.rows) == (1, 1)
     unclear = reasoning_agreement(rows, lambda reasoning, options: None)
-    assert (unclear.argued.right, unclear.agrees, unclear.right_if_differing) == (0, None, None)
+    assert (unclear.argued.correct, unclear.agrees, unclear.correct_if_differing) == (0, None, None)
 
 
 def test_a_report_is_read_back_as_it_was_written_and_drawn(tmp_path):

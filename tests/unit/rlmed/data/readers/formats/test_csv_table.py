@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rlmed.data.prepare.layout import write_layout
+from rlmed.data.prepare.prepared_data import write_prepared_data
 from rlmed.data.readers.base import Skipped, SourceRow
 from rlmed.data.readers.formats.csv_table import READER, read
 from tests.unit.rlmed.data.pictures import marked
@@ -169,7 +169,7 @@ def test_image_paths_as_other_systems_write_them(folder, cell, found):
 def test_a_missing_image_and_a_nul_byte(folder, tmp_path):
     good = "1.png,Which?,liver,spleen,A"
     path = table(folder, "image,question,A,B,answer", good, "9.png,Which?,liver,spleen,A", "1.png,a\0b,liver,spleen,A")
-    layout = write_layout(rows(path), tmp_path / "out", reader=READER, source=path, options={})
+    layout = write_prepared_data(rows(path), tmp_path / "out", reader=READER, source=path, options={})
     assert [skip.where[:6] for skip in layout.skipped] == ["line 3", "line 4"]
     assert "'9.png' does not exist" in layout.skipped[0].reason
     assert "NUL" in layout.skipped[1].reason
@@ -281,5 +281,7 @@ def test_a_hundred_thousand_rows_in_little_memory(folder, tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2**20
-    layout = write_layout(read(path, without_images=True), tmp_path / "out", reader=READER, source=path, options={})
+    layout = write_prepared_data(
+        read(path, without_images=True), tmp_path / "out", reader=READER, source=path, options={}
+    )
     assert layout.splits["many"].rows == 100_000

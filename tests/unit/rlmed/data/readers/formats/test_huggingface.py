@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from rlmed.data.examples import read_examples
-from rlmed.data.prepare.layout import write_layout
+from rlmed.data.prepare.prepared_data import write_prepared_data
 from rlmed.data.readers.base import Encoded, Skipped, SourceRow
 from rlmed.data.readers.formats import huggingface, parquet_rows
 from rlmed.data.readers.formats.huggingface import READER, read, split_name
@@ -56,7 +56,7 @@ def test_rows_and_images_come_out_as_they_went_in(tmp_path):
         folder / "data" / "train-00001-of-00002.parquet", [record(2, image={"bytes": picture(9, "JPEG"), "path": None})]
     )
     put(folder / "data" / "test-00000-of-00001-0123456789abcdef.parquet", [record(3, answer="C")])
-    layout = write_layout(read(folder), tmp_path / "out", reader=READER, source=folder, options={})
+    layout = write_prepared_data(read(folder), tmp_path / "out", reader=READER, source=folder, options={})
     assert layout.skipped == ()
     train = read_examples(tmp_path / "out" / "train.jsonl").examples
     (test,) = read_examples(tmp_path / "out" / "test.jsonl").examples
@@ -158,7 +158,7 @@ def test_a_bad_image_costs_its_row(tmp_path, image, reason):
     folder = tmp_path / "mine"
     put(folder / "a.parquet", [record(0)])
     put(folder / "b.parquet", [record(1, image=image)])
-    layout = write_layout(read(folder), tmp_path / "out", reader=READER, source=folder, options={})
+    layout = write_prepared_data(read(folder), tmp_path / "out", reader=READER, source=folder, options={})
     (skip,) = layout.skipped
     assert skip.where == "row 0 of b.parquet"
     assert reason in skip.reason
@@ -179,7 +179,7 @@ def test_a_bad_row_is_skipped(tmp_path, changes, reason):
     folder = tmp_path / "mine"
     put(folder / "a.parquet", [record(0)])
     put(folder / "b.parquet", [record(1, **changes)])
-    layout = write_layout(read(folder), tmp_path / "out", reader=READER, source=folder, options={})
+    layout = write_prepared_data(read(folder), tmp_path / "out", reader=READER, source=folder, options={})
     (skip,) = layout.skipped
     assert reason in skip.reason
 
@@ -301,7 +301,7 @@ def test_a_data_set_by_its_name(tmp_path, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     source = Path("some/data")
-    write_layout(read(source, revision="main"), tmp_path / "out", reader=READER, source=source, options={})
+    write_prepared_data(read(source, revision="main"), tmp_path / "out", reader=READER, source=source, options={})
     assert (asked["name"], asked["repo_type"], asked["revision"]) == ("some/data", "dataset", "main")
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["source"] == "some/data"
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlmed.data.prepare.layout import write_layout
+from rlmed.data.prepare.prepared_data import write_prepared_data
 from rlmed.data.readers.base import Skipped
 from rlmed.data.readers.formats import csv_table
 from rlmed.data.readers.formats.csv_table import READER, read
@@ -153,7 +153,7 @@ def test_the_summary_and_the_manifest_add_up(tmp_path, capsys):
     lines = [HEADER, good(1), good(2).replace("Q", '"Q'), *(good(n) for n in range(3, 11)), ",,,,", "", "11.png,short"]
     path = tmp_path / "q.csv"
     path.write_text("\n".join(lines))
-    layout = write_layout(
+    layout = write_prepared_data(
         read(path, without_images=True), tmp_path / "out", reader=READER, source=path, options={}, leakage=False
     )
     assert (layout.read, layout.written, layout.bad, layout.by_choice) == (12, 9, 2, 1)

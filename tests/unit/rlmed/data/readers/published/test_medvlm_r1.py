@@ -9,7 +9,7 @@ import pytest
 
 from rlmed.core.statistics import leave_one_out_prior
 from rlmed.data.examples import read_examples
-from rlmed.data.prepare.layout import write_layout
+from rlmed.data.prepare.prepared_data import write_prepared_data
 from rlmed.data.question import question_text
 from rlmed.data.readers.base import Skipped, SourceRow
 from rlmed.data.readers.published.medvlm_r1 import READER, read
@@ -63,7 +63,7 @@ def train_file(path: Path, numbers, **changes) -> Path:
 def test_rows_go_where_the_paper_has_them_and_read_as_its_problems(folder, tmp_path):
     test = [question_row(number, SUBSETS[number // 2]) for number in range(6)]
     write(folder / "test.json", test)
-    layout = write_layout(read(folder), tmp_path / "out", reader=READER, source=folder, options={})
+    layout = write_prepared_data(read(folder), tmp_path / "out", reader=READER, source=folder, options={})
     assert {name: split.by_modality for name, split in layout.splits.items()} == {
         "test_mri": {"MRI": 2},
         "test_ct": {"CT": 2},
@@ -93,7 +93,7 @@ def test_rows_go_where_the_paper_has_them_and_read_as_its_problems(folder, tmp_p
 def test_odd_options_keep_their_letter(folder, tmp_path, options):
     test = [question_row(number, options=options, place=number % len(options)) for number in range(4)]
     path = write(folder / "test.json", test)
-    layout = write_layout(read(path), tmp_path / "out", reader=READER, source=path, options={})
+    layout = write_prepared_data(read(path), tmp_path / "out", reader=READER, source=path, options={})
     rows = read_examples(tmp_path / "out" / "test_mri.jsonl").examples
     assert layout.skipped == ()
     assert [row.letter for row in rows] == [row["solution"] for row in test]
@@ -202,8 +202,10 @@ def test_a_file_of_that_name_elsewhere_is_taken_only_below_the_images_that_are_n
 def test_without_images_the_controls_can_still_be_computed(folder, tmp_path):
     path = write(tmp_path / "test.json", [question_row(number, place=0) for number in range(20, 40)])
     with pytest.raises(ValueError, match=r"no row can be used, of 20\. .*does not exist"):
-        write_layout(read(path), tmp_path / "out", reader=READER, source=path, options={})
-    layout = write_layout(read(path, without_images=True), tmp_path / "out", reader=READER, source=path, options={})
+        write_prepared_data(read(path), tmp_path / "out", reader=READER, source=path, options={})
+    layout = write_prepared_data(
+        read(path, without_images=True), tmp_path / "out", reader=READER, source=path, options={}
+    )
     split = layout.splits["test_mri"]
     rows = read_examples(tmp_path / "out" / "test_mri.jsonl").examples
     assert (split.rows, split.images) == (20, 0)

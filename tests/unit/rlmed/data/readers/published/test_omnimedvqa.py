@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlmed.data.prepare.layout import write_layout
+from rlmed.data.prepare.prepared_data import write_prepared_data
 from rlmed.data.readers.base import Skipped, SourceRow
 from rlmed.data.readers.published.omnimedvqa import READER, read
 from tests.unit.rlmed.data.pictures import marked
@@ -132,7 +132,7 @@ def test_questions_about_one_image_are_held_out_together(folder):
 def test_a_bad_row_is_skipped(folder, tmp_path, changes, reason):
     marked().save(tmp_path / "outside.png")
     put(folder, question_row(1), question_row(2, **changes), 7)
-    layout = write_layout(read(folder), tmp_path / "out", reader=READER, source=folder, options={})
+    layout = write_prepared_data(read(folder), tmp_path / "out", reader=READER, source=folder, options={})
     first, second = layout.skipped
     assert (first.where, first.id) == ("row 1 of ACRIMA.json", "ACRIMA_0002")
     assert reason in first.reason

@@ -14,7 +14,7 @@ import pytest
 
 from rlmed.data.examples import read_examples
 from rlmed.data.images import BadImageError
-from rlmed.data.prepare.layout import write_layout
+from rlmed.data.prepare.prepared_data import write_prepared_data
 from rlmed.data.readers.base import Skipped, SourceRow
 from rlmed.data.readers.formats import image_files
 from rlmed.data.readers.published.pmc_vqa import READER, read
@@ -47,7 +47,7 @@ def test_both_versions(folder, tmp_path):
     (folder / "train.csv").write_text(train)
     test = f'{SECOND}\n0,PMC2_F3.jpg,"A, caption",What is shown?, A: Lung, B: Liver,,,B,test\n'
     (folder / "test_2.csv").write_text(test)
-    layout = write_layout(read(folder), tmp_path / "out", reader=READER, source=folder, options={})
+    layout = write_prepared_data(read(folder), tmp_path / "out", reader=READER, source=folder, options={})
     assert layout.skipped == ()
     (first,) = read_examples(tmp_path / "out" / "train.jsonl").examples
     (second,) = read_examples(tmp_path / "out" / "test_2.jsonl").examples
@@ -114,7 +114,7 @@ def archive_of(folder: Path, **members: bytes) -> None:
 def layout_of(folder: Path, out: Path, *figures: str):
     lines = [f"{figure},What?,x,A:x,B:y,,,A\n" for figure in ("good.jpg", *figures)]
     (folder / "train.csv").write_text(f"{FIRST}\n" + "".join(lines))
-    return write_layout(read(folder), out, reader=READER, source=folder, options={})
+    return write_prepared_data(read(folder), out, reader=READER, source=folder, options={})
 
 
 def test_what_an_archive_may_hold(folder, tmp_path, monkeypatch):

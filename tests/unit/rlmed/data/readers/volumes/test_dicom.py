@@ -14,7 +14,7 @@ pytest.importorskip("pydicom", reason="needs rlmed's extra 'readers'")
 from pydicom.uid import JPEGBaseline8Bit
 
 from rlmed.data.examples import read_examples
-from rlmed.data.prepare.layout import Layout
+from rlmed.data.prepare.prepared_data import PreparedData
 from rlmed.prepare import parse_arguments, prepare
 from tests.root import ROOT
 from tests.unit.rlmed.data.readers.dicom_files import dataset_of, save, shipped, write_compressed, write_dicom
@@ -39,7 +39,7 @@ def table(folder: Path, *lines: str, header: str = HEADER) -> None:
     (folder / "questions.csv").write_text("\n".join((header, *lines)) + "\n", encoding="utf-8")
 
 
-def run(source: Path, out: Path, *options: str) -> Layout:
+def run(source: Path, out: Path, *options: str) -> PreparedData:
     return prepare(parse_arguments(["dicom", "--source", str(source), "--out", str(out), *options]))
 
 

@@ -190,7 +190,7 @@ def test_without_its_library_a_reader_says_how_to_install_it(folder, reader, lib
         "import pathlib, sys\n"
         f"sys.modules[{library!r}] = None\n"
         f"from rlmed.data.readers.volumes import {reader} as module\n"
-        f"list(module.READER.read(pathlib.Path({str(write(folder))!r})))\n"
+        f"list(module.read(pathlib.Path({str(write(folder))!r})))\n"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     last = result.stderr.splitlines()[-1]

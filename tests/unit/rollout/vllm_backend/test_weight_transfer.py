@@ -68,7 +68,7 @@ class Toy(torch.nn.Module):
 
 
 class Worker:
-    """A `rlmed.core.weights.Peer`: vLLM's worker half with a toy model, a thread for each GPU."""
+    """An engine in another process, and its `EngineHandle`: vLLM's half with a toy model, a thread for each GPU."""
 
     answering: ClassVar[list[threading.Thread]] = []
 
@@ -130,12 +130,16 @@ class Worker:
         return done
 
 
+def call(worker, stage, *arguments):
+    return getattr(worker, stage)(*arguments)
+
+
 @pytest.fixture
 def network(monkeypatch):
     """NCCL, CUDA's streams and the layerwise reload replaced; the rest is vLLM's."""
     from vllm.distributed.weight_transfer import nccl_engine, packed_tensor
 
-    from rollout.vllm_backend import sender, weight_transfer
+    from rollout.vllm_backend import weight_transfer
 
     network = Network()
 
@@ -162,7 +166,7 @@ def network(monkeypatch):
     for name in ("initialize_layerwise_reload", "finalize_layerwise_reload"):
         monkeypatch.setattr(f"{reload}.{name}", lambda *_: None)
         monkeypatch.setattr(weight_transfer, name, lambda *_: None)
-    monkeypatch.setattr(sender, "BUCKET_BYTES", BUFFER)
+    monkeypatch.setattr(weight_transfer, "BUCKET_BYTES", BUFFER)
     yield network
     for arriving in network.values():  # whoever still waits for a weight need not wait for its limit
         arriving.put(None)
@@ -184,7 +188,7 @@ class Learner:
             yield name, tensor
 
     def sender(self, limit_s=60.0):
-        from rollout.vllm_backend.sender import WeightTransferSender
+        from rollout.vllm_backend.weight_transfer import WeightTransferSender
 
         shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self.weights.items()}
         return WeightTransferSender(shapes, self.gather, torch.device("cpu"), limit_s)
@@ -205,11 +209,11 @@ def has_the_weights_of(worker, learner):
 
 def test_every_gpu_of_every_engine_receives_all_weights_by_nccl(network, learner):
     workers, sender = [Worker("one"), Worker("two", gpus=2), Worker("three")], learner.sender()
-    sender.connect("nccl", workers, "10.0.0.1")
+    sender.connect("nccl", workers, call, "10.0.0.1")
     assert (network.size, sorted(network)) == (5, [1, 2, 3, 4])
     for version in (3, 4):
         learner.weights = {name: tensor + version for name, tensor in learner.weights.items()}
-        assert sender.send(version) == 4 * (15 + 128 + 7 + 40)
+        sender.send(version)
         for worker in workers:
             assert has_the_weights_of(worker, learner)
             assert worker.version == version
@@ -222,10 +226,10 @@ def test_every_gpu_of_every_engine_receives_all_weights_by_nccl(network, learner
 
 def test_a_new_connection_takes_the_place_of_the_old_one(network, learner):
     one, two, sender = Worker("one"), Worker("two"), learner.sender()
-    sender.connect("nccl", [one, two], "10.0.0.1")
+    sender.connect("nccl", [one, two], call, "10.0.0.1")
     old = network.root
     network.clear()
-    sender.connect("nccl", [one], "10.0.0.1")
+    sender.connect("nccl", [one], call, "10.0.0.1")
     assert old.destroyed.is_set()
     sender.send(1)
     assert has_the_weights_of(one, learner)
@@ -234,7 +238,7 @@ def test_a_new_connection_takes_the_place_of_the_old_one(network, learner):
 
 def test_weights_that_are_fetched_still_load_after_a_connection(network, learner):
     worker, sender = Worker("one"), learner.sender()
-    sender.connect("nccl", [worker], "10.0.0.1")
+    sender.connect("nccl", [worker], call, "10.0.0.1")
     (half,) = worker.halves
     half.receive_weights(half.parse_update_info({"tensors": list(learner.weights.items())}))
     assert has_the_weights_of(worker, learner)
@@ -260,14 +264,14 @@ def test_chunks_are_handed_over_one_by_one_by_ipc(network, learner, monkeypatch)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid="gpu-0"))
     monkeypatch.setattr(torch.cuda, "ipc_collect", lambda: None)
     worker, sender = Worker("one"), learner.sender()
-    sender.connect("ipc", [worker], "10.0.0.1")
+    sender.connect("ipc", [worker], call, "10.0.0.1")
     sender.send(7)
     assert worker.calls == ["connect", "begin", *["receive"] * 4, "finish"]
     assert (has_the_weights_of(worker, learner), worker.version) == (True, 7)
 
 
 def test_the_largest_weight_fits_into_the_shared_memory(network):
-    from rollout.vllm_backend.sender import init_info
+    from rollout.vllm_backend.weight_transfer import init_info
 
     assert init_info("ipc", [], "10.0.0.1", largest=3 * BUFFER).packed_buffer_size_bytes == 3 * BUFFER
     assert init_info("nccl", [], "10.0.0.1", largest=3 * BUFFER).packed_buffer_size_bytes == BUFFER
@@ -290,7 +294,7 @@ def test_an_engine_that_dies_while_it_connects_ends_the_wait_for_it(network, lea
     with pytest.raises(
         NotConnectedError, match=r"by nccl.*rollout worker 2 \(there, process 7\) could not connect: the actor died"
     ):
-        learner.sender(limit_s=600).connect("nccl", [one, two], "10.0.0.1")
+        learner.sender(limit_s=600).connect("nccl", [one, two], call, "10.0.0.1")
     ever.set()
 
 
@@ -300,18 +304,18 @@ def test_an_engine_that_does_not_connect_is_named_after_the_limit(network, learn
     done.set_result(None)
     two.answers["connect"] = Future()
     with pytest.raises(NotConnectedError, match=r"two did not connect within 2 s"):
-        learner.sender(limit_s=2.0).connect("nccl", [one, two], "10.0.0.1")
+        learner.sender(limit_s=2.0).connect("nccl", [one, two], call, "10.0.0.1")
 
 
 def test_nccl_that_does_not_load_is_an_error(network, learner, monkeypatch):
     monkeypatch.setattr(Group, "disabled", True)
     with pytest.raises(NotConnectedError, match="NCCL does not load"):
-        learner.sender().connect("nccl", [Worker("one")], "10.0.0.1")
+        learner.sender().connect("nccl", [Worker("one")], call, "10.0.0.1")
 
 
 def test_an_engine_that_dies_in_a_transfer_ends_it_and_the_ranks_go_on_together(network, learner):
     one, two, sender = Worker("one"), Worker("two"), learner.sender()
-    sender.connect("nccl", [one, two], "10.0.0.1")
+    sender.connect("nccl", [one, two], call, "10.0.0.1")
     network.stuck = {2}
     two.answers["receive"] = failed(OSError("the actor died"))
     with pytest.raises(TransferError, match=r"version 5 did not reach the engines: two could not receive.*actor died"):
@@ -323,7 +327,7 @@ def test_an_engine_that_dies_in_a_transfer_ends_it_and_the_ranks_go_on_together(
 
 def test_an_engine_that_refuses_an_update_leaves_no_rank_behind(network, learner):
     one, sender = Worker("one"), learner.sender()
-    sender.connect("nccl", [one], "10.0.0.1")
+    sender.connect("nccl", [one], call, "10.0.0.1")
     one.answers["begin"] = failed(RuntimeError("it was started meanwhile"))
     with pytest.raises(TransferError, match="one could not stop for new weights: it was started meanwhile"):
         sender.send(5)
@@ -331,12 +335,12 @@ def test_an_engine_that_refuses_an_update_leaves_no_rank_behind(network, learner
 
 
 def test_a_transfer_that_cannot_be_ended_ends_the_run(network, learner, monkeypatch):
-    from rollout.vllm_backend import sender as module
+    from rollout.vllm_backend import weight_transfer as module
 
     monkeypatch.setattr(module, "ABORT_S", 0.1)
     monkeypatch.setattr(Group, "destroy", lambda self: None)
     one, sender = Worker("one"), learner.sender()
-    sender.connect("nccl", [one], "10.0.0.1")
+    sender.connect("nccl", [one], call, "10.0.0.1")
     sender._limit_s = 0.5
     network.stuck = {1}
     with pytest.raises(ClusterError, match=r"hangs in a weight transfer.*resume=auto"):

@@ -16,7 +16,7 @@ from rlmed.core.files.ownership import Owner
 from rlmed.data.examples import read_examples
 from rlmed.data.images import BadImageError
 from rlmed.data.prepare import writer as layout_writer
-from rlmed.data.prepare.layout import write_layout
+from rlmed.data.prepare.prepared_data import write_prepared_data
 from rlmed.data.readers.base import Picture, Reader, Skipped, SourceRow
 from tests.unit.rlmed.data.pictures import marked
 
@@ -49,7 +49,7 @@ def source_row(number: int = 1, **changes) -> SourceRow:
 
 
 def write(rows, folder: Path, source: Path, **changes):
-    return write_layout(rows, folder, **{"reader": READER, "source": source, "options": {}, **changes})
+    return write_prepared_data(rows, folder, **{"reader": READER, "source": source, "options": {}, **changes})
 
 
 def test_the_manifest_lists_what_splits_share(tmp_path, source):

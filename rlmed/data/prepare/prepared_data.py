@@ -1,4 +1,4 @@
-"""Write any reader's rows in one layout: JSON Lines, images beside them, and a manifest of both.
+"""Write any reader's rows as prepared data: JSON Lines, images beside them, and a manifest of both.
 
     DIR/train.jsonl       {"id", "image", "question", "options", "answer", "modality", "kind"}, one file a split
     DIR/images/…          copies of the source's images, or PNG files of the reader's pictures
@@ -22,7 +22,7 @@ from rlmed.core.files.atomic import partial_folder, rename_into_place
 from rlmed.core.files.ownership import writer_of
 from rlmed.data.leakage.findings import LeakageReport
 from rlmed.data.leakage.search import folder_leakage
-from rlmed.data.prepare.writer import LayoutWriter, SplitSummary, writing
+from rlmed.data.prepare.writer import PreparedDataWriter, SplitSummary, writing
 from rlmed.data.readers.base import Reader, Skipped, SourceRow
 
 MANIFEST = "manifest.json"
@@ -30,11 +30,11 @@ LAYOUT_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """A written layout; `manifest.json` holds the same.
+class PreparedData:
+    """Prepared data on disk; `manifest.json` holds the same.
 
     Example:
-        Layout(folder=Path("data/mine"), splits={"train": SplitSummary(…)}, skipped=(Skipped("row 3 of a.csv", …),))
+        PreparedData(folder=Path("data/mine"), splits={"train": SplitSummary(…)}, skipped=(Skipped("row 3 of a.csv", …),))
     """
 
     folder: Path
@@ -65,7 +65,7 @@ class Layout:
         return self.written + self.bad + self.by_choice
 
 
-def write_layout(
+def write_prepared_data(
     rows: Iterable[SourceRow | Skipped],
     folder: Path,
     *,
@@ -76,17 +76,17 @@ def write_layout(
     overwrite: bool = False,
     leakage: bool = True,
     on_row: Callable[[int], None] | None = None,
-) -> Layout:
+) -> PreparedData:
     """Write the rows as they come.
 
     Args:
         rows: from the reader.
-        folder: where the layout goes; created if missing.
+        folder: where the data goes; created if missing.
         reader: for the manifest.
         source: path or data set name; the manifest records only its last component.
         options: the reader's options, for the manifest.
         on_bad_row: "skip" lists defective rows in the manifest, "error" raises at the first.
-        overwrite: replace an earlier layout in `folder`.
+        overwrite: replace earlier prepared data in `folder`.
         leakage: search the other splits for training pictures and rows.
         on_row: called with the number of rows seen so far.
 
@@ -100,7 +100,7 @@ def write_layout(
     with writing(folder):
         aside = partial_folder(folder)
     try:
-        writer = LayoutWriter(aside, source)
+        writer = PreparedDataWriter(aside, source)
         for count, row in enumerate(rows, start=1):
             writer.add(row)
             if writer.skipped and on_bad_row == "error" and not writer.skipped[-1].chosen:
@@ -110,8 +110,8 @@ def write_layout(
                 on_row(count)
         splits = writer.finish()
         shared = folder_leakage(aside, list(splits)) if leakage else None
-        layout = Layout(folder, splits, tuple(writer.skipped), shared)
-        _write_manifest(aside / MANIFEST, layout, writer.images.hashes, reader, source, options)
+        prepared = PreparedData(folder, splits, tuple(writer.skipped), shared)
+        _write_manifest(aside / MANIFEST, prepared, writer.images.hashes, reader, source, options)
 
         def may_replace() -> bool:
             check_target(folder, source, overwrite=overwrite)  # another process may have finished first
@@ -122,11 +122,11 @@ def write_layout(
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    return layout
+    return prepared
 
 
 def check_target(folder: Path, source: Path, *, overwrite: bool) -> None:
-    """Check that `folder` can become a layout without losing anything else.
+    """Check that `folder` can become prepared data without losing anything else.
 
     Raises:
         ValueError: names the folder and what to do.
@@ -151,7 +151,12 @@ def check_target(folder: Path, source: Path, *, overwrite: bool) -> None:
 
 
 def _write_manifest(
-    path: Path, layout: Layout, hashes: Mapping[str, str], reader: Reader, source: Path, options: Mapping[str, Any]
+    path: Path,
+    prepared: PreparedData,
+    hashes: Mapping[str, str],
+    reader: Reader,
+    source: Path,
+    options: Mapping[str, Any],
 ) -> None:
     content = {
         "layout": LAYOUT_VERSION,
@@ -160,14 +165,19 @@ def _write_manifest(
         "source": "" if reader.private else _source_name(source),
         "options": {key: _recorded(value, reader.private) for key, value in options.items()},
         "data": {"title": reader.title, "licence": reader.licence, "citation": reader.citation, "url": reader.url},
-        "rows": {"read": layout.read, "written": layout.written, "bad": layout.bad, "by_choice": layout.by_choice},
-        "splits": {name: dataclasses.asdict(split) for name, split in layout.splits.items()},
-        "skipped": {
-            "bad": layout.bad,
-            "by_choice": layout.by_choice,
-            "rows": [dataclasses.asdict(row) for row in layout.skipped],
+        "rows": {
+            "read": prepared.read,
+            "written": prepared.written,
+            "bad": prepared.bad,
+            "by_choice": prepared.by_choice,
         },
-        "leakage": None if layout.leakage is None else layout.leakage.to_json(),
+        "splits": {name: dataclasses.asdict(split) for name, split in prepared.splits.items()},
+        "skipped": {
+            "bad": prepared.bad,
+            "by_choice": prepared.by_choice,
+            "rows": [dataclasses.asdict(row) for row in prepared.skipped],
+        },
+        "leakage": None if prepared.leakage is None else prepared.leakage.to_json(),
         "images": dict(sorted(hashes.items())),
     }
     # file names may not be valid UTF-8

@@ -11,6 +11,7 @@ import torch
 from transformers import Qwen2Config
 
 from rlmed.core.weights import WeightError
+from rlmed.models.weights import make_buckets
 
 pytestmark = [
     pytest.mark.vllm,
@@ -45,7 +46,6 @@ class Core:
 def make_engine():
     from rollout.vllm_backend.engine import VllmEngine
     from rollout.vllm_backend.settings import VllmSettings
-    from rollout.vllm_backend.update import ExpectedParameters
 
     def make(*, sleep=True):
         engine = object.__new__(VllmEngine)
@@ -53,8 +53,8 @@ def make_engine():
         engine.policy_version = engine._epoch = 0
         engine._core, engine._running, engine._scheduler = Core(), {}, []
         engine._asleep, engine._loading = set(), False
-        shapes = {name: tuple(tensor.shape) for name, tensor in WEIGHTS.items()}
-        engine._update = ExpectedParameters(shapes, {"model.a": "vision", "model.b": "language"})
+        engine._shapes = {name: tuple(tensor.shape) for name, tensor in WEIGHTS.items()}
+        engine._missing, engine._damaged = None, False
         engine._restart_groups_without_tokens = lambda: None
         return engine
 
@@ -65,27 +65,25 @@ def test_weights_wake_before_they_come_and_the_cache_after_that(make_engine):
     engine = make_engine()
     engine.sleep()
     engine.sleep()  # as told twice
-    engine.begin_update()
-    engine.load_weights(WEIGHTS.items())
-    engine.finish_update(4)
+    engine.update_weights(4, list(make_buckets(WEIGHTS.items())))
     received = ["start_weight_update", "update_weights", "finish_weight_update"]
     assert engine._core.calls == ["sleep 2", "wake weights", *received, "wake kv_cache", "version 4"]
     engine._core.calls.clear()
+    engine.begin_update()
     engine.receive({"names": list(WEIGHTS), "shapes": [[2], [3]]})
     engine.finish_update(5)
     assert engine._core.calls == [*received, "version 5"]  # awake already
 
 
 def test_after_sleep_all_weights_have_to_come(make_engine):
-    """Those of a frozen part too, which may be left out of other pushes: nothing of them is kept."""
     engine = make_engine()
     engine.sleep()
     with pytest.raises(WeightError, match="mixture"):
         engine.step()
-    engine.begin_update()
-    engine.load_weights([("model.a", WEIGHTS["model.a"])])
-    with pytest.raises(WeightError, match=r"model\.b and 0 more did not arrive"):
-        engine.finish_update(1)
+    with pytest.raises(WeightError, match=r"1 weights did not arrive, the first is model\.b"):
+        engine.update_weights(1, list(make_buckets([("model.a", WEIGHTS["model.a"])])))
+    with pytest.raises(WeightError, match="mixture"):
+        engine.step()
     assert "wake kv_cache" not in engine._core.calls
 
 
@@ -95,7 +93,7 @@ def test_an_engine_with_work_or_made_without_sleep_stays_awake(make_engine):
     for engine in (working, plain):
         engine.sleep()
         assert engine._core.calls == []
-        assert not engine._update.damaged
+        assert not engine._damaged
 
 
 def test_vllm_is_asked_for_sleep_mode_and_not_on_a_cpu():

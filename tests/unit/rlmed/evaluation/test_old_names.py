@@ -1,0 +1,65 @@
+"""Files of rlmed 0.1, as it wrote them, are read with the present names of their fields."""
+
+import json
+from pathlib import Path
+
+from rlmed.evaluation.results import Accuracy, EvalSummary, compare, read_comparison, read_rows
+
+ROW = (
+    '{"file": "right", "id": "0", "control": "none", "image": null, "kind": "parsed", "question": "Which?", "options": '
+    '["head", "knee"], "answer": "B", "completion": "<think>x</think><answer>B</answer>", "parsed": "B", "right": true, '
+    '"format": true, "tokens": 3, "finish_reason": "stop"}\n'
+)
+SUMMARY = """{
+ "model": "tiny", "step": 0, "seconds": 1.5, "max_tokens": 64, "train_rows": 0,
+ "files": [{
+  "name": "right", "rows": 1, "accuracy": {"right": 1, "rows": 1, "value": 1.0, "low": 0.2, "high": 1.0},
+  "format_rate": 1.0, "mean_tokens": 3.0, "cut_by_length": 0.0, "chance": 0.5, "majority_letter": 1.0,
+  "image_free_prior": null, "image_free_prior_by_rate": null, "leave_one_out_prior": 0.0,
+  "leave_one_out_prior_by_rate": 0.0, "blank": null,
+  "shuffled": {"right": 0, "rows": 1, "value": 0.0, "low": 0.0, "high": 0.8},
+  "by_kind": {"parsed": [1, 1], "right": [0, 0]}
+ }]
+}
+"""
+COMPARISON = (
+    '{"before": {"model": "tiny", "step": 0}, "after": {"model": "tiny", "step": 4}, "files": {"right": {"rows": 1, '
+    '"right_before": 0, "right_after": 1, "gained": 1, "lost": 0, "p_value": 1.0}}}\n'
+)
+
+
+def write(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text(ROW)
+    (folder / "summary.json").write_text(SUMMARY)
+    return folder
+
+
+def test_an_old_row(tmp_path: Path) -> None:
+    (row,) = read_rows(write(tmp_path / "old"))
+    assert (row.correct, row.predicted_letter, row.question_type) == (True, "B", "parsed")
+    assert (row.file, row.options, row.not_offered) == ("right", ("head", "knee"), False)
+
+
+def test_an_old_summary_in_which_question_types_have_the_names_of_old_fields(tmp_path: Path) -> None:
+    (file,) = EvalSummary.read(write(tmp_path / "old")).files
+    assert file.by_question_type == {"parsed": (1, 1), "right": (0, 0)}
+    assert file.accuracy == Accuracy(correct=1, rows=1, value=1.0, low=0.2, high=1.0)
+    assert (file.blank, file.shuffled.correct, file.reordered) == (None, 0, None)
+
+
+def test_an_old_comparison_of_a_file_with_the_name_of_an_old_field(tmp_path: Path) -> None:
+    (tmp_path / "comparison.json").write_text(COMPARISON)
+    found = read_comparison(tmp_path)
+    assert found == json.loads(COMPARISON.replace("right_", "correct_"))
+    assert read_comparison(tmp_path / "nowhere") is None
+
+
+def test_an_old_evaluation_is_compared_with_a_new_one(tmp_path: Path) -> None:
+    old, new = (write(tmp_path / name) for name in ("old", "new"))
+    (new / "rows.jsonl").write_text(
+        ROW.replace('"right": true', '"correct": false')
+        .replace('"parsed": "B"', '"predicted_letter": "A"')
+        .replace('"kind"', '"question_type"')
+    )
+    assert compare(old, new)["files"]["right"]["lost"] == 1
