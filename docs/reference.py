@@ -42,7 +42,7 @@ One line of `metrics.jsonl` per step, also in TensorBoard. In a name, `*` stands
 from the start of the run; `latest` is the value after the step. Shares are between 0 and 1. A missing number is `null`.
 """
 APIS = {
-    "rewards": ("Rewards", "Write your own, or read ours.", ["rewards.base", "rewards.rubric", "rewards.parsing",
+    "rewards": ("Rewards", "[Your own](../tutorial.md#3-a-reward-of-your-own) is a function; these are ours.", ["rewards.base", "rewards.rubric", "rewards.parsing",
         "rewards.format", "rewards.choice", "rewards.answer_format", "rewards.likelihood_gain", "rewards.self_consistency",
         "rewards.reasoning_consistency", "rewards.brevity", "rewards.repetition"]),
     "core": ("Records and protocols", "What flows through the loop, and what the loop drives.",
