@@ -82,9 +82,7 @@ def has_learning_signal(scored: ScoredGroup, *, mask_truncated: bool) -> bool:
     return has_reward_variance(scored) and not masked
 
 
-def group_advantages(
-    rewards: Tensor, kind: str, std_eps: float = 1e-4, *, running_std: float | None = None
-) -> Tensor:
+def group_advantages(rewards: Tensor, kind: str, std_eps: float = 1e-4, *, running_std: float | None = None) -> Tensor:
     """Compute advantages by the formula `kind` of the module docstring.
 
     Args:
