@@ -54,7 +54,7 @@ class WorkerPool:
             settings: limits.
         """
         self._start, self._settings = start, settings
-        self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._numbers = itertools.count()
         self._waiting: deque[Lease] = deque()
         self._leases: dict[int, Lease] = {}

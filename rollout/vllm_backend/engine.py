@@ -322,7 +322,7 @@ def _parameter_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the learner's `named_parameters()`, computed without weights."""
     auto = AutoModelForImageTextToText if family_of(config).vision else AutoModelForCausalLM
     with torch.device("meta"):
-        model = auto.from_config(config)
+        model = auto.from_config(config)  # type: ignore[no-untyped-call]
     model.tie_weights()
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
