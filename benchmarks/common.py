@@ -24,7 +24,7 @@ from rlmed.core.process.threads import usable_cores
 from rlmed.core.types import Completion, Example, Prompt, SamplingParams
 from rlmed.data.examples import read_examples
 from rlmed.data.phantom.studies import write_split
-from rlmed.data.prompts import PROMPT_SUFFIX, PromptRenderer, load_processor, question_text
+from rlmed.data.prompts import PROMPT_SUFFIX, PromptRenderer, load_processor
 from rlmed.models.loading import model_folder
 from rlmed.models.policy import Policy
 from rlmed.models.tiny.build import build_tiny
@@ -129,7 +129,7 @@ def find_model(argument: str | None, scratch: Path) -> tuple[Path, str]:
     except ValueError:
         folder = scratch / "random_tiny"
         examples = write_examples(scratch / "corpus", 60)
-        build_tiny(folder, corpus=[question_text(example) for example in examples], phrases=[PROMPT_SUFFIX])
+        build_tiny(folder, corpus=[example.question_text for example in examples], phrases=[PROMPT_SUFFIX])
         return folder, "build_tiny, random weights"
 
 

@@ -109,7 +109,7 @@ class OurTrainer:
         self._trace(reference, "hidden", "reference")
         self._trace(reference, "logprobs_no_grad", "reference")
         self._trace(self._learner.optimizer, "step", "optimizer")
-        self._buffer = GroupBuffer(self._pool, self._stream, rubric.score, groups_per_step=arguments.prompts)
+        self._buffer = GroupBuffer(self._pool, self._stream.request, rubric.score, groups_per_step=arguments.prompts)
         self._advantages = AdvantageEstimator(self._algo.advantage)
 
     def step(self) -> None:

@@ -24,7 +24,7 @@ from benchmarks.common import spread, variety_reward
 from rewards.rubric import REWARDS
 from rlmed.core.types import Completion, Example
 from rlmed.data.examples import read_examples
-from rlmed.data.prompts import PROMPT_SUFFIX, load_processor, question_text
+from rlmed.data.prompts import PROMPT_SUFFIX, load_processor
 
 MAX_STEPS = 10_000
 
@@ -82,7 +82,7 @@ def answer(content: dict[str, Any]) -> None:
 
 def as_row(example: Example) -> dict[str, Any]:
     """A row of TRL's data set: the same text and image as our renderer gives the model."""
-    content = f"{question_text(example)}\n{PROMPT_SUFFIX}"
+    content = f"{example.question_text}\n{PROMPT_SUFFIX}"
     assert example.image is not None
     image = Image.open(example.image).convert("RGB")
     return {"prompt": [{"role": "user", "content": content}], "image": image, "place": int(example.id[-5:])}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
+from transformers.utils.logging import disable_progress_bar
 
 from rewards.parsing import evaluated_letter
 from rlmed.cluster.engines import open_model
@@ -23,7 +24,6 @@ from rlmed.data.prompts import PromptRenderer, read_prompt_settings
 from rlmed.data.rows import BadRowError
 from rlmed.models.folder.agreement import position_doubt
 from rlmed.models.loading import model_folder
-from rlmed.models.logs import silence_progress_bars
 from rlmed.models.policy import load_config, load_policy
 from rlmed.models.tiny.toy import TOY_NOTE, is_toy
 from rollout.native.engine import NativeEngine
@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print reasoning and answer; on an error, print one line and exit with status 2."""
     keep_display()
     parsed = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-    silence_progress_bars()
+    disable_progress_bar()  # rlmed has its own
     with ending_errors():
         completion = ask(parsed)
         toy = is_toy(model_folder(parsed.model))

@@ -20,6 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
+from transformers.utils.logging import disable_progress_bar
 
 from rewards.extra import RewardError
 from rlmed.core.config.building import build_config
@@ -32,7 +33,6 @@ from rlmed.core.files.exclusive import hold
 from rlmed.core.files.ownership import remove_leftovers
 from rlmed.core.process.display import ERRORS, TRACE, ending_errors, keep_display, lacks_memory, one_line
 from rlmed.core.protocols import LOST, ClusterError
-from rlmed.models.logs import silence_progress_bars
 from rlmed.recording.checkpoint import CheckpointError, list_checkpoints, starting_point
 
 FOLDER_KEY = "hydra.run.dir="
@@ -77,7 +77,7 @@ def run_command(program: str, main: Callable[[RunConfig, Path], None]) -> None:
     User errors exit with one line and status 2, lost processes with status 3; RLMED_TRACE=1 shows tracebacks.
     """
     keep_display()
-    silence_progress_bars()
+    disable_progress_bar()  # rlmed has its own
     # it warns of each retry; load_config reports the outcome
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     logging.raiseExceptions = False  # the run continues if a log cannot be written

@@ -31,7 +31,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     readers = parser.add_subparsers(dest="reader", required=True, metavar="READER", title="readers")
     for reader in READERS.values():
-        own = readers.add_parser(reader.name, help=reader.title, description=f"{reader.title}. {reader.url}".strip())
+        own = readers.add_parser(reader.name, help=reader.summary, description=reader.description)
         own.add_argument("--source", type=Path, required=True, metavar="PATH", help="file or folder to read")
         own.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
         own.add_argument(

@@ -100,7 +100,7 @@ class Run:
         self.advantages = AdvantageEstimator(algo.advantage, algo.normalize_by)
         self.buffer = GroupBuffer(
             self.cluster.pool,
-            self.stream,
+            self.stream.request,
             self.rubric.score,
             groups_per_step=algo.groups_per_step,
             max_staleness=algo.max_staleness,

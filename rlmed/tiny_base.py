@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from rlmed import sft
 from rlmed.core.config.composing import compose_config
@@ -25,7 +26,6 @@ from rlmed.core.files.exclusive import hold
 from rlmed.core.process.display import ending_errors, keep_display
 from rlmed.data.phantom.corpus import tokenizer_corpus, tokenizer_phrases, write_alignment
 from rlmed.data.prompts import load_processor
-from rlmed.models.logs import silence_progress_bars
 from rlmed.models.tiny.build import build_tiny
 from rlmed.models.tiny.toy import SHIPPED
 from rlmed.recording.checkpoint import CheckpointError, list_checkpoints
@@ -131,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--reader-studies", type=int, default=3000)
     parsed = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
     keep_display()
-    silence_progress_bars()
+    disable_progress_bar()  # rlmed has its own
     with ending_errors(CheckpointError, interrupted="interrupted; run the same command to continue"):
         parsed.work.mkdir(parents=True, exist_ok=True)
         with hold(parsed.work, cure="wait until it has ended, or choose another folder with --work"):

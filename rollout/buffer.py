@@ -3,18 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from rlmed.core.protocols import ClusterError, RolloutPool
 from rlmed.core.types import RolloutGroup, RolloutRequest, ScoredGroup
-
-
-class RequestStream(Protocol):
-    """An endless stream of requests."""
-
-    def request(self, index: int) -> RolloutRequest:
-        """Return the request at `index`; the same one until its group is consumed or discarded."""
-        ...
 
 
 class GroupBuffer:
@@ -25,14 +17,14 @@ class GroupBuffer:
     completion alone, a long group could be overtaken forever.)
 
     Example:
-        >>> buffer = GroupBuffer(pool, stream, rubric.score, groups_per_step=4)         # doctest: +SKIP
+        >>> buffer = GroupBuffer(pool, stream.request, rubric.score, groups_per_step=4) # doctest: +SKIP
         >>> batch, discarded = buffer.next_batch(step=1, steps=300, version=0)          # doctest: +SKIP
     """
 
     def __init__(
         self,
         pool: RolloutPool,
-        stream: RequestStream,
+        request: Callable[[int], RolloutRequest],
         score: Callable[[RolloutGroup], ScoredGroup],
         *,
         groups_per_step: int,
@@ -44,14 +36,14 @@ class GroupBuffer:
 
         Args:
             pool: samples the groups.
-            stream: supplies requests.
+            request: returns the request at an index; the same one until its group is consumed or discarded.
             score: computes a group's rewards.
             groups_per_step: size of a batch.
             max_staleness: steps between admission and consumption; 0 is on-policy.
             max_discarded: a step that has discarded more groups than this admits no replacements.
             is_kept: False to discard a group and replace it.
         """
-        self._pool, self._stream, self._score, self._is_kept = pool, stream, score, is_kept
+        self._pool, self._request, self._score, self._is_kept = pool, request, score, is_kept
         self._groups_per_step, self._max_staleness, self._max_discarded = groups_per_step, max_staleness, max_discarded
         self._cursor = 0
         self._interrupted: list[int] = []
@@ -109,7 +101,7 @@ class GroupBuffer:
         return batch, discarded
 
     def _submit(self, index: int, step: int, version: int) -> None:
-        self._pool.submit(self._stream.request(index))
+        self._pool.submit(self._request(index))
         self._admitted[index] = (step, version)
 
     def _collect(self, step: int) -> RolloutGroup:

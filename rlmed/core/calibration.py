@@ -37,41 +37,39 @@ class Estimate:
     """Number of questions that it was computed from."""
 
     @classmethod
-    def of(cls, statistic: Callable[[IntArray], float], rows: int, *, seed: int = 0) -> Estimate:
+    def of(cls, statistic: Callable[[IntArray], float], rows: int) -> Estimate:
         """Return the statistic of all rows with its interval (see `bootstrap_interval`)."""
-        low, high = bootstrap_interval(statistic, rows, seed=seed)
+        low, high = bootstrap_interval(statistic, rows)
         return cls(statistic(np.arange(rows, dtype=np.int64)), low, high, rows)
 
     @classmethod
-    def mean(cls, values: npt.ArrayLike, *, seed: int = 0) -> Estimate:
+    def mean(cls, values: npt.ArrayLike) -> Estimate:
         """Return the mean of one number per question, float [N]."""
         array = np.asarray(values, dtype=np.float64)
-        return cls.of(lambda rows: float(array[rows].mean()), len(array), seed=seed)
+        return cls.of(lambda rows: float(array[rows].mean()), len(array))
 
     @classmethod
-    def ratio(cls, counts: npt.ArrayLike, totals: npt.ArrayLike, *, seed: int = 0) -> Estimate:
+    def ratio(cls, counts: npt.ArrayLike, totals: npt.ArrayLike) -> Estimate:
         """Return sum(counts) / sum(totals), float [N] each, for questions with several answers.
 
         A resample without any total counts as 0.
         """
         above, below = (np.asarray(values, dtype=np.float64) for values in (counts, totals))
-        return cls.of(lambda rows: float(above[rows].sum() / max(below[rows].sum(), 1)), len(above), seed=seed)
+        return cls.of(lambda rows: float(above[rows].sum() / max(below[rows].sum(), 1)), len(above))
 
 
 def bootstrap_interval(
     statistic: Callable[[IntArray], float],
     rows: int,
     *,
-    level: float = 0.95,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Return the percentile bootstrap interval (Efron 1979): quantiles of the statistic over resampled rows.
+    """Return the 95 % percentile bootstrap interval (Efron 1979): quantiles of the statistic over resampled rows.
 
     Args:
         statistic: maps row indices, int64 [rows], drawn with replacement, to a number.
         rows: number of rows.
-        level: share of the resamples inside the interval.
         resamples: number of resamples.
         seed: seed of the draws.
 
@@ -82,7 +80,7 @@ def bootstrap_interval(
         raise ValueError(f"rows={rows} must be at least 1 for a bootstrap interval")
     drawn = np.random.default_rng(seed).integers(0, rows, (resamples, rows))
     values = [statistic(indices) for indices in drawn]
-    low, high = np.percentile(values, [50 * (1 - level), 50 * (1 + level)])
+    low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -118,16 +116,14 @@ def calibration_error(confidence: Float64Array, correct: BoolArray, bins: int = 
     return float(np.abs(gap).sum() / len(correct))
 
 
-def calibrated_error_bound(
-    confidence: Float64Array, bins: int = BINS, *, resamples: int = RESAMPLES, seed: int = 0
-) -> float:
+def calibrated_error_bound(confidence: Float64Array, *, resamples: int = RESAMPLES) -> float:
     """Return the calibration error that a calibrated model with these confidences exceeds in one data set of 20.
 
     With few rows in a bin, even a calibrated model has a positive error; this bound shows how large that effect is.
     Each answer is drawn right with its confidence (consistency resampling, Bröcker and Smith 2007).
     """
-    draws = np.random.default_rng(seed).random((resamples, len(confidence))) < confidence
-    return float(np.percentile([calibration_error(confidence, correct, bins) for correct in draws], 95))
+    draws = np.random.default_rng(0).random((resamples, len(confidence))) < confidence
+    return float(np.percentile([calibration_error(confidence, correct) for correct in draws], 95))
 
 
 def reliability_bins(confidence: Float64Array, correct: BoolArray, bins: int = BINS) -> tuple[ReliabilityBin, ...]:

@@ -53,6 +53,17 @@ class Example:
         """The letter of the right option."""
         return LETTERS[self.answer]
 
+    @property
+    def question_text(self) -> str:
+        r"""The question, then one line per option.
+
+        Example:
+            >>> Example(id="1", image=None, question="Which?", options=("head", "knee"), answer=0).question_text
+            'Which?\nA) head\nB) knee'
+        """
+        lines = [f"{letter}) {option}" for letter, option in zip(LETTERS, self.options, strict=False)]
+        return "\n".join([self.question, *lines])
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:

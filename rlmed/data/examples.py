@@ -256,7 +256,7 @@ def _broken_images(paths: set[Path]) -> dict[Path | None, str]:
 
     def check(path: Path) -> str | None:
         try:
-            check_image(path)
+            check_image(path, keep=True)
         except BadImageError as error:
             return str(error)
         return None

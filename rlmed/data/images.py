@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import struct
+import threading
 import warnings
 import zlib
 from pathlib import Path
@@ -36,6 +38,8 @@ MIN_CONTRAST = 2
 """Grey levels, of 255, between the darkest and the brightest pixel; a picture with fewer shows nothing."""
 MAX_PIXELS = 170_000_000
 """Most pixels that are decoded (about 13,000 x 13,000), below Pillow's own limit."""
+KEPT_BYTES = 512 * 2**20
+"""Memory for decoded pictures, `check_image(keep=True)`: 2,000 grey or 680 coloured ones of 512 x 512."""
 FORMATS = ("PNG", "JPEG", "TIFF", "GIF", "BMP", "WEBP", "PPM", "JPEG2000")
 """Pillow formats that are read. Others are refused: some of its readers (EPS) start other programs."""
 
@@ -74,8 +78,43 @@ class BadImageError(ValueError):
     """An image file that cannot be used; the message names the file and what to do."""
 
 
+_Version = tuple[Path, int, int, int]
+
+
+class _KeptPictures:
+    """Decoded pictures by file and version of the file, as many as fit in `KEPT_BYTES`.
+
+    None is dropped for another: a run reads all its rows again and again in one order, and if they are a few too many,
+    the most recent pictures would always be the wrong ones.
+    """
+
+    def __init__(self) -> None:
+        self._pictures: dict[_Version, Image.Image] = {}
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def get(self, version: _Version) -> Image.Image | None:
+        """Return a copy in RGB; None if the picture is not kept."""
+        kept = self._pictures.get(version)
+        return kept if kept is None else kept.copy() if kept.mode == "RGB" else kept.convert("RGB")
+
+    def add(self, version: _Version, picture: Image.Image) -> None:
+        """Keep an RGB picture if there is room, of a grey one a single band."""
+        bands = picture.split()
+        first, *others = (band.tobytes() for band in bands)
+        grey = all(other == first for other in others)
+        size = len(first) * (1 if grey else len(bands))
+        with self._lock:
+            if version not in self._pictures and self._bytes + size <= KEPT_BYTES:
+                self._pictures[version] = bands[0] if grey else picture
+                self._bytes += size
+
+
+_KEPT = _KeptPictures()
+
+
 def load_image(path: Path, *, max_side: int = MAX_SIDE) -> Image.Image:
-    """Read an image file as RGB.
+    """Read an image file as RGB; `check_image` may have kept the picture.
 
     Stretches signed grey values and those of more than 8 bits from the picture's own range to 0..255, composites
     transparency on black (the surroundings of a radiograph), applies EXIF rotation and takes an animation's first
@@ -94,13 +133,17 @@ def load_image(path: Path, *, max_side: int = MAX_SIDE) -> Image.Image:
     return _load(path, max_side)[0]
 
 
-def check_image(path: Path) -> None:
+def check_image(path: Path, *, keep: bool = False) -> None:
     """Check that an image file can be read and shows something.
+
+    Args:
+        path: the file.
+        keep: keep the picture in memory for `load_image`, if there is room, so that it is decoded once.
 
     Raises:
         BadImageError: as `load_image`, and for a picture of a single colour.
     """
-    picture, cause = _load(path, MAX_SIDE)
+    picture, cause = _load(path, MAX_SIDE, keep=keep)
     check_contrast(f"image {path}", picture, cause)
 
 
@@ -131,12 +174,20 @@ def check_contrast(what: str, picture: Image.Image, cause: str = "") -> None:
         )
 
 
-def _load(path: Path, max_side: int) -> tuple[Image.Image, str]:
+def _load(path: Path, max_side: int, *, keep: bool = False) -> tuple[Image.Image, str]:
+    """Return what `_decode` does for a file, or the kept picture, which the caller may change."""
     try:
         # a stream, not the path: given a path, Pillow memory-maps an uncompressed TIFF and scrambles it on EXIF
         # rotation
         with path.open("rb") as stream:
-            return _decode(stream, path, max_side)
+            status = os.fstat(stream.fileno())
+            version = path, status.st_ino, status.st_size, status.st_mtime_ns
+            if max_side == MAX_SIDE and (kept := _KEPT.get(version)) is not None:
+                return kept, ""
+            picture, cause = _decode(stream, path, max_side)
+            if keep and not cause:
+                _KEPT.add(version, picture)
+            return picture, cause
     except OSError as error:
         raise BadImageError(_unreadable(path, error)) from error
 
@@ -226,7 +277,7 @@ def _read(image: ImageFile.ImageFile, max_side: int) -> tuple[Image.Image, str]:
     # before scaling, which overshoots at edges of wide values
     extrema = cast("tuple[float, float]", plain.getextrema()) if is_wide(plain) else (0.0, 0.0)
     # scale down first, so that a huge picture is never held twice
-    picture = _to_rgb(_resized(plain, max_side), *extrema)
+    picture = _to_rgb(resized(plain, max_side), *extrema)
     return picture if turn is None else picture.transpose(turn), _why_flat(image, plain, extrema)
 
 
@@ -239,7 +290,8 @@ def _why_flat(image: Image.Image, plain: Image.Image, extrema: tuple[float, floa
     return ""
 
 
-def _resized(image: Image.Image, max_side: int) -> Image.Image:
+def resized(image: Image.Image, max_side: int) -> Image.Image:
+    """Scale a picture to what `load_image` promises of its sides."""
     shorter, longer = min(image.size), max(image.size)
     scale = max(min(1.0, max_side / longer), MODEL_MIN_SIDE / shorter)
     if scale == 1.0:

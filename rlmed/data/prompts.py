@@ -22,7 +22,6 @@ from rlmed.core.prefill import ANSWER, TAGS, THINK, THINK_END
 from rlmed.core.process.foreign import foreign
 from rlmed.core.types import Example, IntArray, Prompt
 from rlmed.data.images import load_image
-from rlmed.data.question import question_text
 
 if TYPE_CHECKING:
     from transformers import Qwen2VLImageProcessorPil
@@ -303,7 +302,7 @@ class PromptRenderer:
         """Return the text of the user turn."""
         if with_image and self._image_processor is None:
             raise ValueError(f"example {example.id}: it has an image, but the model reads text only")
-        question = question_text(example)
+        question = example.question_text
         found = self._control_ids.intersection(
             self.tokenizer(question, add_special_tokens=False, verbose=False)["input_ids"]
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import logging
 
 from rlmed.core.files.damage import read_json
 from rlmed.core.files.near_paths import near_path
@@ -30,7 +32,6 @@ from rlmed.models.folder.contents import CONFIG_FILE, check_folder
 from rlmed.models.folder.end_tokens import find_end_tokens
 from rlmed.models.folder.weight_files import HEAD, check_weight_files, own_head_differs
 from rlmed.models.logprobs import chunked_logprobs, logprobs_no_grad, masked_logits
-from rlmed.models.logs import quiet_loading
 
 COMPUTED_BUFFERS = (".inv_freq", ".attn.bias", ".attn.masked_bias", ".position_ids")
 """Buffers in weight files of older versions; models compute them."""
@@ -150,6 +151,17 @@ def merge_image_inputs(inputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([entry[name] for entry in inputs if name in entry]) for name in names}
 
 
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Suppress transformers' table of missing and unexpected weights: our own error says it in one line."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
 def load_policy(
     folder: Path,
     *,
@@ -177,7 +189,7 @@ def load_policy(
     ends = find_end_tokens(folder, config)
     tied = bool(config.tie_word_embeddings)  # transformers changes it if the weights disagree
     with (
-        quiet_loading(),
+        _quiet_loading(),
         foreign(
             f"the weights of model {str(folder)!r} cannot be loaded",
             "Copy or download its *.safetensors and config.json again",

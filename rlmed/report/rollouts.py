@@ -55,18 +55,17 @@ class Pictures:
         return {"index": len(self.uris) - 1, "width": image.width, "height": image.height}
 
 
-def show_groups(rollouts: Path, pictures: Pictures, limit: int = GROUPS) -> list[dict[str, Any]]:
+def show_groups(rollouts: Path, pictures: Pictures) -> list[dict[str, Any]]:
     """Return groups for the template: the best and the worst alternating, then some from the whole run.
 
     Args:
         rollouts: rollouts.jsonl, which may exceed memory.
         pictures: collects the pictures.
-        limit: most groups to return.
     """
     entries = _entries(rollouts)
     shown = []
     with rollouts.open("rb") if entries else io.BytesIO() as file:
-        for pick, (_, _, offset, number) in _choose(entries, limit):
+        for pick, (_, _, offset, number) in _choose(entries):
             file.seek(offset)
             shown.append(_show_group(parse_line(file.readline(), rollouts, number), pick, pictures))
     return shown
@@ -96,16 +95,16 @@ def _mean_reward(group: Mapping[str, Any]) -> float:
     return sum(rewards) / len(rewards) if rewards else 0.0
 
 
-def _choose(entries: Sequence[_Entry], limit: int) -> list[tuple[str, _Entry]]:
+def _choose(entries: Sequence[_Entry]) -> list[tuple[str, _Entry]]:
     """Choose a third each of the best, the worst (ties: late ones first) and evenly over the run; none twice.
 
     Best and worst alternate, so that the first page shows both.
     """
-    third = -(-min(limit, len(entries)) // 3)
+    third = -(-min(GROUPS, len(entries)) // 3)
     best = sorted(entries, key=lambda entry: (-entry[0], -entry[1], entry[2]))[:third]
     rest = sorted(set(entries) - set(best), key=lambda entry: (entry[0], -entry[1], entry[2]))
     worst, rest = rest[:third], sorted(rest[third:], key=lambda entry: entry[2])
-    count = min(len(rest), limit - len(best) - len(worst))
+    count = min(len(rest), GROUPS - len(best) - len(worst))
     spread = [rest[i * len(rest) // count] for i in range(count)]
     turns = [
         entry for pair in zip_longest([("best", p) for p in best], [("worst", p) for p in worst]) for entry in pair

@@ -3,45 +3,20 @@
 from __future__ import annotations
 
 import queue
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 from rlmed.core.types import RolloutGroup, RolloutRequest
 from rlmed.core.weights import WeightUpdate
 from rollout.pool.state import RolloutError
 
-
-class SharedWorkers(Protocol):
-    """The part of `rollout.pool.pool.WorkerPool` that a channel uses."""
-
-    def add(self, channel: Channel, requests: list[RolloutRequest]) -> None:
-        """Queue requests."""
-        ...
-
-    def drop(self, channel: Channel) -> None:
-        """Remove the channel and its requests."""
-        ...
-
-    def raise_error(self) -> None:
-        """Raise the pool's error, if it has failed."""
-        ...
-
-    def sleep(self) -> None:
-        """Put the workers to sleep."""
-        ...
-
-    def update_weights(self, weights: WeightUpdate) -> Any:
-        """Push new weights to the workers."""
-        ...
-
-    def metrics(self) -> dict[str, float]:
-        """Return the pool's metrics."""
-        ...
+if TYPE_CHECKING:
+    from rollout.pool.pool import WorkerPool
 
 
 class Channel:
     """`rlmed.core.protocols.RolloutPool` on shared workers: training and evaluation each have one."""
 
-    def __init__(self, pool: SharedWorkers) -> None:
+    def __init__(self, pool: WorkerPool) -> None:
         """Use `WorkerPool.channel` to create one."""
         self._pool = pool
         self._submitted: list[RolloutRequest] = []

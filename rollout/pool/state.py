@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from rlmed.core.protocols import ClusterError
-from rlmed.core.types import RolloutGroup, RolloutRequest
+from rlmed.core.types import RolloutRequest
 from rlmed.core.weights import EngineHandle, PushReport, WeightUpdate
 from rollout.pool.worker import Worker, WorkerStatus
+
+if TYPE_CHECKING:
+    from rollout.pool.channel import Channel
 
 LINE_LENGTH = 240
 """Longest cause in a message; Ray explains the death of a process in a thousand characters."""
@@ -41,25 +44,13 @@ class PoolSettings:
     """Losses of one worker without a finished group in between, and further leases of one request, before the run ends."""
 
 
-class Receiver(Protocol):
-    """Recipient of finished groups."""
-
-    def deliver(self, group: RolloutGroup) -> None:
-        """Accept a finished group."""
-        ...
-
-    def refuse(self, reason: str) -> None:
-        """Accept the reason why a request can never run."""
-        ...
-
-
 @dataclass(slots=True)
 class Lease:
     """A request held by a worker or waiting for one."""
 
     number: int
     request: RolloutRequest
-    receiver: Receiver
+    receiver: Channel
     losses: int = 0
     """Workers lost while they held it."""
 

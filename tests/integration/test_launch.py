@@ -18,6 +18,7 @@ from rlmed import ask, evaluate, sft
 from rlmed.cluster.engines import make_renderer
 from rlmed.core.config.schema import RunConfig
 from rlmed.core.files.atomic import RecordError
+from rlmed.data import images
 from rlmed.evaluation.preflight import PreflightError
 from rlmed.recording.checkpoint import CheckpointError, list_checkpoints
 from rlmed.run import Run
@@ -85,6 +86,22 @@ def test_a_run_leaves_everything_behind(make_config: Config, tmp_path: Path, own
     unmoved = [name for name, tensor in trained.items() if tensor.equal(before[name])]
     assert unmoved == []
     assert AutoTokenizer.from_pretrained(checkpoint).chat_template
+
+
+def test_each_picture_is_decoded_once(
+    make_config: Config, tmp_path: Path, own_reward: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading checks it; leakage, lengths, evaluation with its controls, preflight and training take it from memory."""
+    decoded: list[str] = []
+    decode = images._decode
+    monkeypatch.setattr(images, "_decode", lambda stream, *rest: decoded.append(stream.name) or decode(stream, *rest))
+    monkeypatch.setattr(images, "_KEPT", images._KeptPictures())
+    monkeypatch.setattr("rlmed.report.terminal.write_report", lambda folder: folder)  # it decodes a few again, small
+    config = make_config(f"reward.extra=[{own_reward}:first_token]", "eval.controls=true", "preflight.enabled=true")
+    run = Run(config, tmp_path)
+    assert {example.image for file in run.data.files for example in file.examples} <= {*map(Path, decoded)}
+    run.execute()
+    assert len(decoded) == len(set(decoded)) == 10
 
 
 def test_sft_evaluate_and_ask_work_together(

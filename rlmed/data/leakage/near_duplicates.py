@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from rlmed.data.images import load_image
+from rlmed.data.images import load_image, resized
 from rlmed.data.leakage.registration import align, highpass, pool, tile_correlations, warp
 
 SIDE = 128
@@ -105,7 +105,7 @@ def read_thumbnail(path: Path) -> Thumbnail:
     Raises:
         BadImageError: when it cannot be used.
     """
-    image = load_image(path, max_side=2 * SIDE).convert("L")
+    image = resized(load_image(path), 2 * SIDE).convert("L")  # from the size that prompts need: it may be kept
     squeezed = image.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
     return Thumbnail(np.asarray(squeezed), min(SIDE, *image.size))
 

@@ -33,7 +33,6 @@ from rlmed.core.types import LETTERS, Example
 from rlmed.data.phantom.anatomy import NO_LESION
 from rlmed.data.phantom.studies import KINDS, MODALITIES, Study, answer_values, make_example, render, sample_study
 from rlmed.data.prompts import PROMPT_SUFFIX
-from rlmed.data.question import question_text
 
 HASTY = {"modality": 0.1, "anatomy": 0.1, "disease": 0.65, "grading": 0.65, "attribute": 0.65}
 """Share of hasty readers by kind of question."""
@@ -100,20 +99,12 @@ def tokenizer_corpus(seed: int, rows: int = 3000) -> Iterator[str]:
         rng = np.random.default_rng([seed, 0, index])
         study = sample_study(rng, MODALITIES[index % len(MODALITIES)])
         example = _question(study, _kinds(study)[index % 4], f"{index}", None, rng)
-        yield question_text(_with_findings(study, example))
+        yield _with_findings(study, example).question_text
         yield completion(careful_reasoning(study, example), example.letter)
         yield read_by_someone(study, example, rng)
 
 
-def write_alignment(
-    folder: Path,
-    seed: int,
-    *,
-    lookup_rows: int,
-    studies: int,
-    reader_studies: int,
-    image_size: int = 112,
-) -> dict[str, Path]:
+def write_alignment(folder: Path, seed: int, *, lookup_rows: int, studies: int, reader_studies: int) -> dict[str, Path]:
     """Write the three files and their images; return each file's path by name.
 
     Args:
@@ -122,15 +113,14 @@ def write_alignment(
         lookup_rows: rows of `lookup.jsonl`, one study each.
         studies: images, modalities in turn; `careful.jsonl` asks each kind of question once about each image.
         reader_studies: `readers.jsonl` asks again, in other words, about the first so many images.
-        image_size: side of the images in pixels.
 
     Raises:
         ValueError: for a size that is not positive, or more `reader_studies` than `studies`.
     """
-    if min(lookup_rows, studies, reader_studies, image_size) <= 0 or reader_studies > studies:
+    if min(lookup_rows, studies, reader_studies) <= 0 or reader_studies > studies:
         raise ValueError(
-            f"write_alignment got lookup_rows={lookup_rows}, studies={studies}, reader_studies={reader_studies}, "
-            f"image_size={image_size}: all must be positive, and reader_studies at most studies"
+            f"write_alignment got lookup_rows={lookup_rows}, studies={studies}, reader_studies={reader_studies}: "
+            "all must be positive, and reader_studies at most studies"
         )
     (folder / "images").mkdir(parents=True, exist_ok=True)
     careful: list[dict[str, Any]] = []
@@ -139,7 +129,7 @@ def write_alignment(
         rng = np.random.default_rng([seed, 1, index])
         study = sample_study(rng, MODALITIES[index % len(MODALITIES)])
         image = Path("images") / f"{index:05d}.png"
-        Image.fromarray(render(study, rng, image_size)).save(folder / image)
+        Image.fromarray(render(study, rng)).save(folder / image)
         for kind in _kinds(study):
             example = _question(study, kind, f"careful-{index:05d}-{kind}", image, rng)
             careful.append(_row(example, completion(careful_reasoning(study, example), example.letter)))

@@ -189,7 +189,7 @@ def _row(name: str, modality: str, seed: int, index: int) -> tuple[Study, Exampl
     return study, make_example(study, kind, f"{name}-{index:05d}", image, rng, letter), rng
 
 
-def write_split(folder: Path, *, name: str, modality: str, rows: int, seed: int, image_size: int = 112) -> Path:
+def write_split(folder: Path, *, name: str, modality: str, rows: int, seed: int) -> Path:
     """Write `rows` questions about as many studies, kinds in turn; return the path of the JSON Lines file.
 
     Writes `folder/<name>.jsonl`, rows {id, image, question, options, answer, modality, kind} with the image's path relative
@@ -206,7 +206,7 @@ def write_split(folder: Path, *, name: str, modality: str, rows: int, seed: int,
     for index in range(rows):
         study, example, rng = _row(name, modality, seed, index)
         assert example.image is not None
-        Image.fromarray(render(study, rng, image_size)).save(folder / example.image)
+        Image.fromarray(render(study, rng)).save(folder / example.image)
         row = {
             "id": example.id,
             "image": example.image.as_posix(),

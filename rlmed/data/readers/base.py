@@ -137,6 +137,13 @@ class Option:
             raise ValueError(f"{self.flag} does nothing beside {self.beside}: leave one of them out")
 
 
+UNSEEN = (
+    "Known from publications alone, never tried: {files}. If their layout differs, rows are skipped with reasons or a name "
+    "is reported missing: read the files with csv, huggingface or as JSON Lines instead, or correct the reader."
+)
+"""What help says of a reader's `unseen` files."""
+
+
 def _keyword(flag: str) -> str:
     return flag.removeprefix("--").replace("-", "_")
 
@@ -165,5 +172,19 @@ class Reader:
     citation: str = ""
     url: str = ""
     """Where the data is published."""
+    unseen: str = ""
+    """Files whose layout is known from publications alone, for example "the published files"; empty if the reader was tried on
+    such files."""
     private: bool = False
     """True if even source file names may name patients: the manifest then omits source and paths."""
+
+    @property
+    def summary(self) -> str:
+        """Return the title, marked if files of this kind were never seen."""
+        return f"{self.title} [never tried: {self.unseen}]" if self.unseen else self.title
+
+    @property
+    def description(self) -> str:
+        """Return title, address and, of files never seen, what to do if their layout differs."""
+        doubt = UNSEEN.format(files=self.unseen) if self.unseen else ""
+        return " ".join(part for part in (f"{self.title}.", doubt, self.url) if part)

@@ -10,7 +10,7 @@ EXAMPLE = Example(id="x", image=None, question="?", options=("a", "b"), answer=0
 
 
 class PlainStream:
-    """See `rlmed.controller.RequestStream`: two completions of the same one-token prompt at every index."""
+    """Two completions of the same one-token prompt at every index."""
 
     def request(self, index: int) -> RolloutRequest:
         """The request at `index`."""

@@ -120,7 +120,7 @@ def run(
     advantages.restore(state.reward_std)
     buffer = GroupBuffer(
         pool,
-        stream or PlainStream(),
+        (stream or PlainStream()).request,
         score(spread),
         groups_per_step=algo.groups_per_step,
         max_staleness=algo.max_staleness,

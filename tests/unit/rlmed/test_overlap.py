@@ -111,7 +111,7 @@ def run(
     pool = Workers(clock, workers, seconds, stale)
     buffer = GroupBuffer(
         pool,
-        PlainStream(),
+        PlainStream().request,
         lambda group: ScoredGroup(group, np.array([0.0, 1.0], np.float32), {}),
         groups_per_step=4,
         max_staleness=max_staleness,

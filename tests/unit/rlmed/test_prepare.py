@@ -246,3 +246,17 @@ def test_a_source_whose_name_differs_is_told(source, tmp_path, monkeypatch, caps
     shown = capsys.readouterr().err
     assert message in shown
     assert shown.count("\n") == 1
+
+
+def test_help_and_documents_say_which_files_were_never_seen(capsys):
+    unseen = {reader.name for reader in READERS.values() if reader.unseen}
+    assert unseen == {"omnimedvqa", "vqa_rad", "slake", "pmc_vqa", "medvlm_r1"}
+    table = [line for line in (ROOT / "docs/data.md").read_text().splitlines() if line.startswith("| [`")]
+    assert {line.split("`")[1] for line in table} == READERS.keys()
+    assert {line.split("`")[1] for line in table if "never seen**" in line} == unseen
+    for arguments in (["--help"], *([name, "--help"] for name in READERS)):
+        with pytest.raises(SystemExit):
+            prepare.parse_arguments(arguments)
+        said = " ".join(capsys.readouterr().out.split())
+        assert said.count("never tried:") == (len(unseen) if len(arguments) == 1 else arguments[0] in unseen)
+        assert ("read the files with csv" in said) == (arguments[0] in unseen)

@@ -4,18 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from rlmed.data.examples import BadRowError
 from rlmed.data.images import BadImageError
 from rlmed.data.options.choices import written_answer
 from rlmed.data.readers.base import Skipped, SourceRow
 from rlmed.data.readers.formats.image_files import Images
-from rlmed.data.readers.formats.table import as_text
-from rlmed.data.readers.options import LEFT_OUT, YES_NO, AnswerPool, plain_answer
+from rlmed.data.readers.formats.table import IMAGES, WITHOUT_IMAGES, as_text
+from rlmed.data.readers.options import (
+    DISTRACTOR_COUNT,
+    DISTRACTORS,
+    LEFT_OUT,
+    OPEN,
+    SEED,
+    YES_NO,
+    AnswerPool,
+    plain_answer,
+)
 from rlmed.data.rows import as_object
 
 TEST_SPLIT = "test"
+ANSWER_OPTIONS = (OPEN, DISTRACTOR_COUNT, SEED, IMAGES, WITHOUT_IMAGES)
+
+
+class AnswerOptions(TypedDict, total=False):
+    """What `read_answered` takes of the command line."""
+
+    open: str
+    distractors: int
+    seed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +65,9 @@ def read_answered(
     parse: Parse,
     *,
     images: Images | None,
-    open_answers: str,
-    distractors: int,
-    seed: int,
+    open: str = "distractors",
+    distractors: int = DISTRACTORS,
+    seed: int = 0,
 ) -> Iterator[SourceRow | Skipped]:
     """Yield rows with options; calls `elements` twice, since distractors come from all answers.
 
@@ -71,7 +89,7 @@ def read_answered(
             yield entry
         elif entry.split != TEST_SPLIT and _key(entry) in held_out:
             yield Skipped(where, entry.id, "the test asks the same of the same image", chosen=True)
-        elif entry.answer not in YES_NO and open_answers == "skip":
+        elif entry.answer not in YES_NO and open == "skip":
             yield Skipped(where, entry.id, LEFT_OUT, chosen=True)
         else:
             yield _row(entry, where, pool, images)

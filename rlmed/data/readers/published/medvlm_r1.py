@@ -3,7 +3,8 @@
 The test file is a JSON array of `{image: [path], problem, solution, question, options, answer, dataset, subset}`: `problem` is
 the question with its lettered options, as the model is asked it, and `solution` the right letter. The training rows are those
 of `FreedomIntelligence/Medical_Multimodal_Evaluation_Data`, split `test`, with the MRI subset: the paper says 600, the
-released code takes the first 500.
+released code takes the first 500. The test file was read; the layout of the training file is known from its description
+alone.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from rlmed.data.examples import BadRowError, shorten
 from rlmed.data.images import BadImageError
 from rlmed.data.options.choices import Choice, choose, written_answer
 from rlmed.data.options.sources import read_options
-from rlmed.data.question import question_text
 from rlmed.data.readers.base import Option, Reader, Skipped, SourceRow
 from rlmed.data.readers.formats.image_files import Images, images_of
 from rlmed.data.readers.formats.json_rows import read_json_rows
@@ -178,7 +178,7 @@ def _check_problem(row: Mapping[str, Any], example: Example, written: tuple[str,
     problem = row.get("problem")
     if problem is None:
         return
-    texts = [question_text(dataclasses.replace(example, options=options)) for options in (example.options, written)]
+    texts = [dataclasses.replace(example, options=options).question_text for options in (example.options, written)]
     if as_text(problem, "problem").split() not in [text.split() for text in texts]:
         raise BadRowError(f"its problem {shorten(problem)} is not its question and options")
 
@@ -225,4 +225,5 @@ READER = Reader(
     "Chen et al., HuatuoGPT-Vision, arXiv 2406.19280",
     url="https://github.com/JZPeterPan/MedVLM-R1 and "
     "https://huggingface.co/datasets/FreedomIntelligence/Medical_Multimodal_Evaluation_Data",
+    unseen="the training file",
 )

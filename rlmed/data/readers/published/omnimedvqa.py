@@ -3,6 +3,8 @@
 The published folder holds `QA_information/Open-access/*.json` (and `Restricted-access`, whose images are on request),
 each a JSON array of `{dataset, question_id, question_type, question, gt_answer, image_path, option_A … option_D,
 modality_type}`, and `Images/`; `image_path` is relative to the published folder.
+
+This layout is known from publications alone; no published file was ever read.
 """
 
 from __future__ import annotations
@@ -150,4 +152,5 @@ READER = Reader(
     licence="none is stated on its card; images keep the licences of the data sets that they come from",
     citation="Hu et al., OmniMedVQA, CVPR 2024, arXiv 2402.09181",
     url="https://huggingface.co/datasets/foreverbeliever/OmniMedVQA",
+    unseen="the published files",
 )

@@ -4,6 +4,8 @@ The published files are `train.csv` and `test.csv` with `images.zip`, and a seco
 `images_2.zip`. Columns: `Figure_path, Question, Choice A … Choice D, Answer`; in the first version `Answer` is a text and
 `Answer_label` its letter, in the second `Answer` is the letter. A choice may start with its own letter (` A:Gray
 matter`). If a text matches no choice verbatim, the letter decides.
+
+This layout is known from publications alone; no published file was ever read.
 """
 
 from __future__ import annotations
@@ -103,4 +105,5 @@ READER = Reader(
     licence="none is stated on its card; figures keep the licences of the publications that they come from",
     citation="Zhang et al., PMC-VQA, arXiv 2305.10415",
     url="https://huggingface.co/datasets/RadGenome/PMC-VQA",
+    unseen="the published files",
 )

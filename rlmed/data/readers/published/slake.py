@@ -2,21 +2,30 @@
 
 The published folder holds `train.json`, `validate.json` (or `validation.json`) and `test.json`, each a JSON array of `{qid,
 img_name, question, answer, q_lang, modality, answer_type, content_type, …}`, and `imgs/xmlab<n>/source.jpg` (or `imgs.zip`).
+
+This layout is known from publications alone; no published file was ever read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from rlmed.core.files.near_paths import near_path
 from rlmed.data.readers.base import Option, Reader, Skipped, SourceRow
 from rlmed.data.readers.formats.image_files import images_of
 from rlmed.data.readers.formats.json_rows import read_json_rows
-from rlmed.data.readers.formats.table import IMAGES, WITHOUT_IMAGES, as_text
-from rlmed.data.readers.options import DISTRACTOR_COUNT, DISTRACTORS, OPEN, SEED
-from rlmed.data.readers.published.answers import Answered, Element, answer_of, field, read_answered
+from rlmed.data.readers.formats.table import as_text
+from rlmed.data.readers.published.answers import (
+    ANSWER_OPTIONS,
+    Answered,
+    AnswerOptions,
+    Element,
+    answer_of,
+    field,
+    read_answered,
+)
 from rlmed.data.readers.published.modalities import modality_name
 
 FILES = {"train.json": "train", "validate.json": "validate", "validation.json": "validate", "test.json": "test"}
@@ -28,11 +37,9 @@ def read(
     source: Path,
     *,
     language: str = "en",
-    open: str = "distractors",
-    distractors: int = DISTRACTORS,
-    seed: int = 0,
     images: Path | None = None,
     without_images: bool = False,
+    **answers: Unpack[AnswerOptions],
 ) -> Iterator[SourceRow | Skipped]:
     """Yield the rows of `train`, `validate` and `test`.
 
@@ -56,14 +63,8 @@ def read(
             return f"its language is {tongue}, which is not asked for"
         return _parse(element, default_id)
 
-    yield from read_answered(
-        elements,
-        parse,
-        images=None if without_images else images_of(images, beside),
-        open_answers=open,
-        distractors=distractors,
-        seed=seed,
-    )
+    found = None if without_images else images_of(images, beside)
+    yield from read_answered(elements, parse, images=found, **answers)
 
 
 def _parse(element: Mapping[str, Any], default_id: str) -> Answered:
@@ -84,13 +85,10 @@ READER = Reader(
     read=read,
     options=(
         Option("--language", {"choices": LANGUAGES, "help": "of the questions (default: en)"}),
-        OPEN,
-        DISTRACTOR_COUNT,
-        SEED,
-        IMAGES,
-        WITHOUT_IMAGES,
+        *ANSWER_OPTIONS,
     ),
     licence="CC BY 4.0, as its card says",
     citation="Liu et al., SLAKE: a semantically-labeled knowledge-enhanced dataset, ISBI 2021, arXiv 2102.09542",
     url="https://www.med-vqa.com/slake/",
+    unseen="the published files",
 )

@@ -4,20 +4,29 @@ The published folder holds `VQA_RAD Dataset Public.json`, a JSON array of `{qid,
 question_type, answer, answer_type, …}`, and `VQA_RAD Image Folder/`. Test questions are those whose `phrase_type` starts with
 `test`. Training and test questions share images; the reader skips a training question that the test asks about the same
 image.
+
+This layout is known from publications alone; no published file was ever read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from rlmed.data.readers.base import Reader, Skipped, SourceRow
 from rlmed.data.readers.formats.image_files import images_of
 from rlmed.data.readers.formats.json_rows import read_json_rows
-from rlmed.data.readers.formats.table import IMAGES, WITHOUT_IMAGES, as_text
-from rlmed.data.readers.options import DISTRACTOR_COUNT, DISTRACTORS, OPEN, SEED
-from rlmed.data.readers.published.answers import Answered, Element, answer_of, field, read_answered
+from rlmed.data.readers.formats.table import as_text
+from rlmed.data.readers.published.answers import (
+    ANSWER_OPTIONS,
+    Answered,
+    AnswerOptions,
+    Element,
+    answer_of,
+    field,
+    read_answered,
+)
 
 QUESTIONS, IMAGE_FOLDER = "VQA_RAD Dataset Public.json", "VQA_RAD Image Folder"
 MODALITIES = {"CHEST": "X-ray", "ABD": "CT"}
@@ -27,11 +36,9 @@ MODALITIES = {"CHEST": "X-ray", "ABD": "CT"}
 def read(
     source: Path,
     *,
-    open: str = "distractors",
-    distractors: int = DISTRACTORS,
-    seed: int = 0,
     images: Path | None = None,
     without_images: bool = False,
+    **answers: Unpack[AnswerOptions],
 ) -> Iterator[SourceRow | Skipped]:
     """Yield the rows of `train` and `test` in file order.
 
@@ -45,14 +52,8 @@ def read(
         for number, element in read_json_rows(path):
             yield f"row {number} of {path.name}", f"row-{number}", element
 
-    yield from read_answered(
-        elements,
-        _parse,
-        images=None if without_images else images_of(images, folder),
-        open_answers=open,
-        distractors=distractors,
-        seed=seed,
-    )
+    found = None if without_images else images_of(images, folder)
+    yield from read_answered(elements, _parse, images=found, **answers)
 
 
 def _parse(element: Mapping[str, Any], default_id: str) -> Answered:
@@ -71,8 +72,9 @@ READER = Reader(
     name="vqa_rad",
     title="VQA-RAD: clinicians' questions about radiology images",
     read=read,
-    options=(OPEN, DISTRACTOR_COUNT, SEED, IMAGES, WITHOUT_IMAGES),
+    options=ANSWER_OPTIONS,
     licence="CC0 1.0",
     citation="Lau et al., A dataset of clinically generated visual questions and answers about radiology images, Sci Data 2018",
     url="https://osf.io/89kps/",
+    unseen="the published files",
 )

@@ -43,9 +43,8 @@ class DecoderProcess:
         values = DecoderProcess().decode(Path("series/1.dcm"), "1.2.840.10008.1.2.4.90", 0)  # int16, [512, 512]
     """
 
-    def __init__(self, time_limit: float = TIME_LIMIT) -> None:
+    def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
-        self._time_limit = time_limit
         self._lock = threading.Lock()
         atexit.register(self.stop)
 
@@ -59,7 +58,7 @@ class DecoderProcess:
         with self._lock:
             process = self._process = self._process or _start()
             # kills a stuck process, and its pipe with it
-            timer = threading.Timer(self._time_limit, process.kill)
+            timer = threading.Timer(TIME_LIMIT, process.kill)
             timer.start()
             try:
                 return _ask(process, request)

@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Unpack
 
 from rlmed.data.images import BadImageError
 from rlmed.data.readers.base import Option, Reader, Skipped, SourceRow
-from rlmed.data.readers.formats.table import ANSWER_INDEX, COLUMN, SPLIT
 from rlmed.data.readers.volumes.picture_table import (
-    QUESTIONS,
-    WINDOW,
+    TABLE_OPTIONS,
     PictureChoice,
+    TableOptions,
     cell_number,
     cell_window,
     read_picture_table,
@@ -27,24 +27,18 @@ HEADERS_KEPT = 8
 def read(
     source: Path,
     *,
-    questions: Path | None = None,
-    column: Sequence[str] = (),
-    answer_index: int | None = None,
-    split: str | None = None,
     window: Sequence[float] | None = None,
     allow_burned_in: bool = False,
+    **table: Unpack[TableOptions],
 ) -> Iterator[SourceRow | Skipped]:
     """Yield the rows of the table, each with the frame that it asks about.
 
     Args:
         source: folder of the files.
-        questions: the table, with columns file, question, options and answer, and optionally frame (from 1; blank for
-            the middle one) and window ("CENTER WIDTH").
-        column: as in every table.
-        answer_index: as in every table.
-        split: as in every table.
         window: centre and width for rows that state none; None leaves it to the file.
         allow_burned_in: read files that state that text is burnt into their pixels.
+        table: see `read_picture_table`; columns are file, question, options and answer, and optionally frame (from 1; blank for
+            the middle one) and window ("CENTER WIDTH").
 
     Raises:
         ValueError: for an unreadable source or table, an invalid window, or if pydicom is not installed.
@@ -71,15 +65,7 @@ def read(
         shown = cell_window(cells, window)
         return PictureChoice((frame, shown), partial(render_frame, path, header, frame, shown), header.modality)
 
-    yield from read_picture_table(
-        source,
-        choose,
-        ("frame", "window"),
-        questions=questions,
-        column=column,
-        answer_index=answer_index,
-        split=split,
-    )
+    yield from read_picture_table(source, choose, ("frame", "window"), **table)
 
 
 @contextmanager
@@ -98,11 +84,7 @@ READER = Reader(
     title="DICOM files and a table of questions about them",
     read=read,
     options=(
-        QUESTIONS,
-        COLUMN,
-        ANSWER_INDEX,
-        SPLIT,
-        WINDOW,
+        *TABLE_OPTIONS,
         Option(
             "--allow-burned-in",
             {"action": "store_true", "help": "read files that state that text is burnt into their pixels"},

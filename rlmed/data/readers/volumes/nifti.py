@@ -6,14 +6,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Unpack
 
 from rlmed.data.examples import BadRowError
 from rlmed.data.readers.base import Option, Reader, Skipped, SourceRow
-from rlmed.data.readers.formats.table import ANSWER_INDEX, COLUMN, SPLIT
 from rlmed.data.readers.volumes.picture_table import (
-    QUESTIONS,
-    WINDOW,
+    TABLE_OPTIONS,
     PictureChoice,
+    TableOptions,
     cell_number,
     cell_window,
     read_picture_table,
@@ -23,24 +23,18 @@ from rlmed.data.readers.volumes.picture_table import (
 def read(
     source: Path,
     *,
-    questions: Path | None = None,
-    column: Sequence[str] = (),
-    answer_index: int | None = None,
-    split: str | None = None,
     window: Sequence[float] | None = None,
     allow_unknown_orientation: bool = False,
+    **table: Unpack[TableOptions],
 ) -> Iterator[SourceRow | Skipped]:
     """Yield the rows of the table, each with the slice that it asks about.
 
     Args:
         source: folder of the files.
-        questions: the table, with columns file, plane, question, options and answer, and optionally slice (from 0) or
-            fraction (0 to 1; blank both for the middle), volume (from 0) and window ("CENTER WIDTH").
-        column: as in every table.
-        answer_index: as in every table.
-        split: as in every table.
         window: centre and width for rows that state none; None takes percentiles of the slice.
         allow_unknown_orientation: read files that do not state their orientation.
+        table: see `read_picture_table`; columns are file, plane, question, options and answer, and optionally slice (from 0) or
+            fraction (0 to 1; blank both for the middle), volume (from 0) and window ("CENTER WIDTH").
 
     Raises:
         ValueError: for an unreadable source or table, an invalid window, or if nibabel is not installed.
@@ -70,15 +64,7 @@ def read(
         load = partial(render_slice, path, choice, allow_unknown_orientation=allow_unknown_orientation)
         return PictureChoice((choice,), load)
 
-    yield from read_picture_table(
-        source,
-        choose,
-        ("plane", "slice", "fraction", "volume", "window"),
-        questions=questions,
-        column=column,
-        answer_index=answer_index,
-        split=split,
-    )
+    yield from read_picture_table(source, choose, ("plane", "slice", "fraction", "volume", "window"), **table)
 
 
 def _fraction(cells: Mapping[str, str]) -> float | None:
@@ -99,11 +85,7 @@ READER = Reader(
     title="NIfTI volumes and a table of questions about their slices",
     read=read,
     options=(
-        QUESTIONS,
-        COLUMN,
-        ANSWER_INDEX,
-        SPLIT,
-        WINDOW,
+        *TABLE_OPTIONS,
         Option(
             "--allow-unknown-orientation",
             {"action": "store_true", "help": "read files that do not state which side is left"},

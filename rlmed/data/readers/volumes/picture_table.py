@@ -11,6 +11,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypedDict
 
 from PIL import Image
 
@@ -18,7 +19,7 @@ from rlmed.core.files.near_paths import Folder, near_path
 from rlmed.data.examples import BadRowError, path_inside
 from rlmed.data.images import BadImageError
 from rlmed.data.readers.base import Option, Picture, Skipped, SourceRow
-from rlmed.data.readers.formats.table import Columns, Record, as_text, parse_columns
+from rlmed.data.readers.formats.table import ANSWER_INDEX, COLUMN, SPLIT, Columns, Record, as_text, parse_columns
 from rlmed.data.readers.formats.text_table import read_table
 from rlmed.data.readers.volumes.display import Window, parse_window
 
@@ -39,6 +40,18 @@ WINDOW = Option(
         "for CT in Hounsfield units: 40 400 is soft tissue",
     },
 )
+
+
+TABLE_OPTIONS = (QUESTIONS, COLUMN, ANSWER_INDEX, SPLIT, WINDOW)
+
+
+class TableOptions(TypedDict, total=False):
+    """What `read_picture_table` takes of the command line."""
+
+    questions: Path | None
+    column: Sequence[str]
+    answer_index: int | None
+    split: str | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -66,10 +79,10 @@ def read_picture_table(
     choose: Choose,
     extra: Sequence[str],
     *,
-    questions: Path | None,
-    column: Sequence[str],
-    answer_index: int | None,
-    split: str | None,
+    questions: Path | None = None,
+    column: Sequence[str] = (),
+    answer_index: int | None = None,
+    split: str | None = None,
 ) -> Iterator[SourceRow | Skipped]:
     """Yield a row or a skip for each line of the table.
 
@@ -91,11 +104,7 @@ def read_picture_table(
         )
     table = questions or source / TABLE
     header, rows = read_table(table)
-    columns = Columns.find("the table", header, parse_columns(column), answer_index=answer_index)
-    # a user's id may be a patient's
-    columns = dataclasses.replace(
-        columns, names={field: name for field, name in columns.names.items() if field != "id"}
-    )
+    columns = _columns_but_id(header, column, answer_index)
     lowered = {name.lower(): name for name in header}
     cells = {name: lowered[name] for name in extra if name in lowered}
     root, keys = Folder(source), _Keys()
@@ -124,6 +133,12 @@ def read_picture_table(
         if isinstance(entry, SourceRow) and not entry.modality:
             entry = dataclasses.replace(entry, modality=choice.modality)
         yield entry
+
+
+def _columns_but_id(header: Sequence[str], column: Sequence[str], answer_index: int | None) -> Columns:
+    """Find the columns of a table, without that of ids: one may be a patient's."""
+    columns = Columns.find("the table", header, parse_columns(column), answer_index=answer_index)
+    return dataclasses.replace(columns, names={field: name for field, name in columns.names.items() if field != "id"})
 
 
 def cell_number(cells: Mapping[str, str], name: str) -> int | None:

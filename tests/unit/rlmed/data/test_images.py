@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rlmed.data.images import MAX_ASPECT, BadImageError, image_sha256, load_image
+from rlmed.data import images
+from rlmed.data.images import MAX_ASPECT, BadImageError, check_image, image_sha256, load_image
 
 NOISE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
 CORNER = np.zeros((40, 60), dtype=np.uint8)
@@ -283,3 +284,53 @@ def test_ten_thousand_squared_loads_in_bounded_memory(tmp_path, suffix, mode, li
 def test_sha256_is_of_the_bytes(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert image_sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+@pytest.fixture
+def decodes(monkeypatch):
+    """The files decoded so far, in their order; no picture is kept yet."""
+    names, decode = [], images._decode
+    monkeypatch.setattr(
+        images, "_decode", lambda stream, *rest: names.append(Path(stream.name).name) or decode(stream, *rest)
+    )
+    monkeypatch.setattr(images, "_KEPT", images._KeptPictures())
+    return names
+
+
+@pytest.mark.parametrize("pixels", [NOISE, NOISE[..., 0]], ids=["coloured", "grey"])
+def test_a_kept_picture_is_decoded_once_and_is_the_same(tmp_path, decodes, pixels):
+    path = save(tmp_path / "a.png", Image.fromarray(pixels))
+    check_image(path, keep=True)
+    first = load_image(path)
+    first.paste((1, 2, 3), (0, 0, 40, 40))  # a caller's own
+    assert (first.mode, decodes) == ("RGB", ["a.png"])
+    np.testing.assert_array_equal(np.asarray(load_image(path)), np.asarray(Image.fromarray(pixels).convert("RGB")))
+
+
+def test_a_file_that_has_changed_is_decoded_again(tmp_path, decodes):
+    path = save(tmp_path / "a.png", Image.fromarray(NOISE))
+    check_image(path, keep=True)
+    save(path, Image.fromarray(255 - NOISE))
+    np.testing.assert_array_equal(np.asarray(load_image(path)), 255 - NOISE)
+    path.unlink()
+    with pytest.raises(BadImageError, match="does not exist"):
+        load_image(path)
+
+
+def test_no_more_pictures_are_kept_than_there_is_room_for(tmp_path, decodes, monkeypatch):
+    size = NOISE[..., 0].size
+    monkeypatch.setattr(images, "KEPT_BYTES", 4 * size)  # a coloured one and a grey one
+    paths = [save(tmp_path / f"{name}.png", Image.fromarray(NOISE)) for name in "ab"]
+    paths.append(save(tmp_path / "c.png", Image.fromarray(NOISE[..., 0])))
+    for path in paths:
+        check_image(path, keep=True)
+    for path in [*paths, *paths]:
+        load_image(path)
+    assert decodes == ["a.png", "b.png", "c.png", "b.png", "b.png"]
+
+
+def test_a_check_alone_keeps_nothing(tmp_path, decodes):
+    path = save(tmp_path / "a.png", Image.fromarray(NOISE))
+    check_image(path)
+    load_image(path)
+    assert len(decodes) == 2

@@ -18,7 +18,6 @@ from rlmed.data.prompts import (
     PromptRenderer,
     PromptTooLongError,
     load_processor,
-    question_text,
     read_prompt_settings,
 )
 from rlmed.models.tiny.build import build_tiny_text, build_tiny_vl
@@ -50,7 +49,7 @@ def make_example(folder: Path, size: tuple[int, int] | None = (112, 112), **fiel
 
 def test_question_text_letters_the_options_line_by_line():
     example = Example(id="1", image=None, question="Which?", options=("x", "y", "z"), answer=0)
-    assert question_text(example) == "Which?\nA) x\nB) y\nC) z"
+    assert example.question_text == "Which?\nA) x\nB) y\nC) z"
 
 
 def test_the_text_is_the_papers_with_one_placeholder(model_folder, tmp_path):

@@ -13,7 +13,6 @@ from PIL import Image
 from rlmed.core.types import Example
 from rlmed.data.examples import parse_row, read_examples
 from rlmed.data.prepare.prepared_data import write_prepared_data
-from rlmed.data.question import question_text
 from rlmed.data.readers.base import Picture, Reader, Skipped, SourceRow
 from rlmed.data.readers.formats import csv_table, huggingface
 from rlmed.data.readers.published import medvlm_r1, omnimedvqa
@@ -116,7 +115,7 @@ def test_options_that_bring_their_letters_are_shown_with_one(tmp_path):
     texts, reasons = written(csv_table.READER, rows, tmp_path / "out")
     assert (texts, reasons) == (["liver", "spleen", "kidney", "lung"], [])
     (example, *_) = read_examples(tmp_path / "out" / "q.jsonl").examples
-    assert question_text(example) == "Which?\nA) liver\nB) spleen\nC) kidney\nD) lung"
+    assert example.question_text == "Which?\nA) liver\nB) spleen\nC) kidney\nD) lung"
 
 
 @pytest.mark.parametrize(

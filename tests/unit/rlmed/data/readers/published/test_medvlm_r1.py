@@ -10,7 +10,6 @@ import pytest
 from rlmed.core.statistics import leave_one_out_prior
 from rlmed.data.examples import read_examples
 from rlmed.data.prepare.prepared_data import write_prepared_data
-from rlmed.data.question import question_text
 from rlmed.data.readers.base import Skipped, SourceRow
 from rlmed.data.readers.published.medvlm_r1 import READER, read
 from tests.unit.rlmed.data.pictures import marked
@@ -70,9 +69,7 @@ def test_rows_go_where_the_paper_has_them_and_read_as_its_problems(folder, tmp_p
         "test_xray": {"X-ray": 2},
     }
     read_back = [row for name in layout.splits for row in read_examples(tmp_path / "out" / f"{name}.jsonl").examples]
-    assert [(question_text(row), row.letter) for row in read_back] == [
-        (row["problem"], row["solution"]) for row in test
-    ]
+    assert [(row.question_text, row.letter) for row in read_back] == [(row["problem"], row["solution"]) for row in test]
     assert [row.id for row in read_back] == [f"test-{number:03d}" for number in range(6)]
     assert [row.image.read_bytes() for row in read_back] == [
         (folder / "images" / f"{number}.png").read_bytes() for number in range(6)

@@ -14,6 +14,7 @@ from pydicom.pixels import pixel_array
 from pydicom.uid import JPEG2000Lossless, JPEGLosslessSV1, RLELossless
 
 from rlmed.data.images import BadImageError
+from rlmed.data.readers.volumes import decoder_process
 from rlmed.data.readers.volumes.decoder_process import DecoderProcess
 from tests.unit.rlmed.data.readers.dicom_files import shipped
 
@@ -65,11 +66,11 @@ def test_a_crash_leaves_no_core_file(decoder):
         resource.setrlimit(resource.RLIMIT_CORE, before)
 
 
-def test_a_frame_that_takes_too_long_is_given_up():
+def test_a_frame_that_takes_too_long_is_given_up(monkeypatch):
     impatient = DecoderProcess()
     impatient.decode(shipped("MR_small_RLE.dcm"), RLELossless, 0)
     os.kill(impatient._process.pid, signal.SIGSTOP)  # it will never answer, however fast the machine
-    impatient._time_limit = 0.05
+    monkeypatch.setattr(decoder_process, "TIME_LIMIT", 0.05)
     with pytest.raises(BadImageError, match="busy without an end"):
         impatient.decode(shipped("MR_small_RLE.dcm"), RLELossless, 0)
     assert impatient._process is None
