@@ -56,11 +56,33 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return match[0]
         return match["before"] + posixpath.relpath(target, posixpath.dirname(uri) or ".") + (match["anchor"] or "")
 
-    # GitHub needs the backslash before a pipe in a table's code; here it would be shown
-    bare = re.sub(
-        r"^\|.*$", lambda row: CODE.sub(lambda code: code[0].replace("\\|", "|"), row[0]), markdown, flags=re.M
-    )
-    return LINK.sub(moved, bare)
+    return LINK.sub(moved, _for_python_markdown(markdown))
+
+
+def _for_python_markdown(text: str) -> str:
+    """Translate what GitHub reads otherwise.
+
+    Two spaces nest in a list; an item needs no blank line before it; a pipe in a table's code needs a backslash.
+    """
+    lines = [""]
+    fence, in_item, several_blocks = "", False, False
+    for line in text.splitlines():
+        if mark := re.match(r"`{3,}", line):
+            fence = "" if mark[0] == fence else fence or mark[0]
+        if fence:
+            lines.append(line)
+            continue
+        after_blank = not lines[-1].strip()
+        if re.match(r" *(-|\d+\.) ", line):
+            if not after_blank and (several_blocks or not in_item):
+                lines.append("")
+            in_item, several_blocks = True, False
+        elif after_blank and line.strip():
+            in_item, several_blocks = in_item and line.startswith(" "), line.startswith(" ")
+        if line.startswith("|"):
+            line = CODE.sub(lambda code: code[0].replace("\\|", "|"), line)
+        lines.append(" " * (len(line) - len(line.lstrip())) + line)
+    return "\n".join(lines)
 
 
 def _outside(page: str, target: str) -> str | None:

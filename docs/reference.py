@@ -16,6 +16,7 @@ import hydra
 from omegaconf import OmegaConf
 
 from learner.losses import PolicyLossConfig
+from rewards.rubric import GROUP_REWARDS, LIKELIHOOD_REWARDS, REWARDS
 from rlmed.core.config import running, schema
 from rlmed.core.config.schema import RunConfig
 from rlmed.core.config.use import plain_values, schema_keys
@@ -23,8 +24,10 @@ from rlmed.core.metrics import METRICS
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 LONGEST_DEFAULT = 60
-SETTING = re.compile(r"(?<![\w./\[])\+?[a-z][a-z_.]*[a-z](?:=[\w.:\[\]/-]*\w\]?|_\w+)")
-"""`key=value`, or a name with an underscore."""
+SETTING = re.compile(
+    r"(?<![\w./\[])(?:python -m rlmed\.\w+(?: \+?[a-z_.]+=[\w./-]*\w)*|\+?[a-z][a-z_.]*[a-z](?:=[\w.:\[\]/-]*\w\]?|_\w+))"
+)
+"""A command, `key=value`, or a name with an underscore."""
 GUIDE = """\
 # Configuration keys
 
@@ -41,17 +44,34 @@ One line of `metrics.jsonl` per step, also in TensorBoard. In a name, `*` stands
 *Over* says how one number comes from a step's many: a mean, maximum or sum over the step and all ranks; `total` counts
 from the start of the run; `latest` is the value after the step. Shares are between 0 and 1. A missing number is `null`.
 """
+OUR_REWARDS = sorted({reward.__module__ for reward in (REWARDS | GROUP_REWARDS | LIKELIHOOD_REWARDS).values()})
 APIS = {
-    "rewards": ("Rewards", "Write your own, or read ours.", ["rewards.base", "rewards.rubric", "rewards.parsing",
-        "rewards.format", "rewards.choice", "rewards.answer_format", "rewards.likelihood_gain", "rewards.self_consistency",
-        "rewards.reasoning_consistency", "rewards.brevity", "rewards.repetition"]),
-    "core": ("Records and protocols", "What flows through the loop, and what the loop drives.",
-        ["rlmed.core.types", "rlmed.core.protocols"]),
-    "readers": ("Readers", "How a data set becomes rows.", ["rlmed.data.readers.base", "rlmed.data.readers.registry"]),
-    "loop": ("Loop", "The training loop and the buffer it takes batches from.", ["rlmed.controller", "rollout.buffer"]),
-    "learner": ("Learner", "The mathematics of the update.",
-        ["learner.advantages", "learner.losses", "learner.kl", "learner.metrics", "learner.learner"]),
-}  # fmt: skip
+    "rewards": (
+        "Rewards",
+        "[Your own](../tutorial.md#3-a-reward-of-your-own) is a function; these are ours.",
+        ["rewards.base", "rewards.rubric", "rewards.parsing", *OUR_REWARDS],
+    ),
+    "core": (
+        "Records and protocols",
+        "What flows through the loop, and what the loop drives.",
+        ["rlmed.core.types", "rlmed.core.protocols"],
+    ),
+    "readers": (
+        "Readers",
+        "How a data set becomes rows.",
+        ["rlmed.data.readers.base", "rlmed.data.readers.registry"],
+    ),
+    "loop": (
+        "Loop",
+        "The training loop and the buffer it takes batches from.",
+        ["rlmed.controller", "rollout.buffer"],
+    ),
+    "learner": (
+        "Learner",
+        "The mathematics of the update.",
+        ["learner.advantages", "learner.losses", "learner.kl", "learner.metrics", "learner.learner"],
+    ),
+}
 """Title, first line and modules of each page."""
 
 
@@ -71,7 +91,7 @@ def metrics() -> str:
 
 
 def configuration() -> str:
-    """Return a section for each part of the configuration, and one for each further group of files."""
+    """Return a list of each group of files that sets keys of several sections, and a table of each section."""
     defaults, choices = _defaults(), _choices()
     sections: dict[str, list[str]] = {}
     for key, hint in _hints(RunConfig):
@@ -82,11 +102,11 @@ def configuration() -> str:
             value, shown_kind = (defaults[key], kind) if name == key else (defaults[key].get(entry, 0.0), "number")
             rows.append(f"| `{name}`{{ #{name} }} | {shown_kind} | {_shown(value)} | {_prose(text)} |")
     parts = [GUIDE]
-    for section, rows in sections.items():
-        parts += [f"## {section or 'Run'}\n", *_options(section), _table(rows)]
     groups = {path.name for path in CONF.iterdir() if path.is_dir() and any(path.glob("*.yaml"))}
     for group in sorted(groups - set(sections)):
         parts += [f"## `{group}=`\n", *_options(group)]
+    for section, rows in sections.items():
+        parts += [f"## {section or 'Run'}\n", *_options(section), _table(rows)]
     return "\n".join(parts)
 
 

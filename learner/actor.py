@@ -162,7 +162,8 @@ class RayLearner:
             LearnerError: if a rank cannot be built.
         """
         self._on_bad_step, self._step_s, self._order = on_bad_step, step_s, threading.Lock()
-        self._actors = [LearnerActor.options(**entry).remote() for entry in options]
+        actor: Any = LearnerActor  # type checkers see the class, not what `ray.remote` makes of it
+        self._actors = [actor.options(**entry).remote() for entry in options]
         size = len(self._actors)
         init_method = None if size == 1 else self._call("start", "init_method", ranks=1)[0]
         each = [(build, rank, size, init_method, device, step_s, shares_gpu) for rank in range(size)]
@@ -266,13 +267,13 @@ class RayLearner:
                     "the last checkpoint with resume=auto"
                 ) from error
         if failure is not None:
-            rank, error = failure
-            if len(calls) > 1 and isinstance(error, RuntimeError):  # torch's, of a collective
+            rank, raised = failure
+            if len(calls) > 1 and isinstance(raised, RuntimeError):  # torch's, of a collective
                 raise LearnerError(
-                    f"learner rank {rank} could not {action} with the other ranks: {str(error).splitlines()[-1]}. "
+                    f"learner rank {rank} could not {action} with the other ranks: {str(raised).splitlines()[-1]}. "
                     "Resume from the last checkpoint with resume=auto"
-                ) from error
-            raise error
+                ) from raised
+            raise raised
         if waiting:
             silent = ", ".join(str(rank_of[call]) for call in waiting)
             raise LearnerError(

@@ -24,7 +24,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -32,7 +31,7 @@ from torch import Tensor
 
 from rlmed.core.types import ScoredGroup, TrainGroup
 
-AdvantageKind = Literal["grpo", "dr_grpo", "rloo"]
+KINDS = ("grpo", "dr_grpo", "rloo")
 
 STD_DECAY = 0.99
 """Decay of a group's weight per further group of its modality: the latest hundred or so count."""
@@ -83,9 +82,7 @@ def has_learning_signal(scored: ScoredGroup, *, mask_truncated: bool) -> bool:
     return has_reward_variance(scored) and not masked
 
 
-def group_advantages(
-    rewards: Tensor, kind: AdvantageKind, std_eps: float = 1e-4, *, running_std: float | None = None
-) -> Tensor:
+def group_advantages(rewards: Tensor, kind: str, std_eps: float = 1e-4, *, running_std: float | None = None) -> Tensor:
     """Compute advantages by the formula `kind` of the module docstring.
 
     Args:
@@ -105,8 +102,8 @@ def group_advantages(
         >>> group_advantages(torch.tensor([2.0, 0.0, 1.0, 2.0]), "dr_grpo")
         tensor([ 0.7500, -1.2500, -0.2500,  0.7500])
     """
-    if kind not in get_args(AdvantageKind):
-        raise ValueError(f"Invalid advantage={kind}; expected one of {', '.join(get_args(AdvantageKind))}")
+    if kind not in KINDS:
+        raise ValueError(f"Invalid advantage={kind}; expected one of {', '.join(KINDS)}")
     if rewards.dim() not in (1, 2):
         raise ValueError(f"Invalid rewards of shape {tuple(rewards.shape)}; expected [B, G] or [G]")
     group_size = rewards.shape[-1]
@@ -145,7 +142,7 @@ class AdvantageEstimator:
         []
     """
 
-    def __init__(self, kind: AdvantageKind, normalize_by: Literal["modality"] | None = None) -> None:
+    def __init__(self, kind: str, normalize_by: str | None = None) -> None:
         """Estimate by the formula `kind`; see the module docstring for `normalize_by`."""
         self._kind, self._by_modality = kind, normalize_by == "modality"
         self._running = RunningRewardStd()

@@ -12,6 +12,7 @@ COMMANDS = {
     "launch": "train a policy by reinforcement learning",
     "sft": "fine-tune on answers, for alignment or as a baseline",
     "evaluate": "measure a model's accuracy, with controls",
+    "reliability": "measure calibration, consistency and reliance on the image",
     "reproduce": "compare base, SFT and RL over several seeds in one table",
     "ask": "ask one question about an image",
     "prepare": "convert published data, or your own, to rlmed's format",
@@ -32,7 +33,7 @@ def main() -> None:
     if name == "--version":
         sys.stdout.write(f"rlmed {version('rlmed')}\n")
         return
-    listed = "\n".join(f"  {command:10} {what}" for command, what in COMMANDS.items())
+    listed = "\n".join(f"  {command:11} {what}" for command, what in COMMANDS.items())
     usage = f"usage: rlmed COMMAND ...\n\n{listed}\n\n`rlmed COMMAND --help` shows a command's arguments.\n"
     if name in ("-h", "--help"):
         sys.stdout.write(usage)

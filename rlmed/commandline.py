@@ -26,6 +26,7 @@ from rewards.extra import RewardError
 from rlmed.core.config.building import build_config
 from rlmed.core.config.composing import plain_config
 from rlmed.core.config.overrides import CONFIG_GROUPS, expand, explain, quoted
+from rlmed.core.config.rules import TRAINING
 from rlmed.core.config.schema import RunConfig
 from rlmed.core.config.use import check_used
 from rlmed.core.files.atomic import refusal
@@ -45,6 +46,7 @@ SPARING = {
     "train": "learner.token_budget, rollout.max_completions, learner.gradient_checkpointing=true",
     "sft": "learner.token_budget, learner.gradient_checkpointing=true",
     "evaluate": "rollout.max_completions, rollout.prefill_tokens",
+    "reliability": "rollout.max_completions, rollout.prefill_tokens, learner.token_budget",
 }
 """Settings that reduce each program's memory use."""
 
@@ -100,7 +102,7 @@ def run_command(program: str, main: Callable[[RunConfig, Path], None]) -> None:
         else:
             folder = _choose_folder(program, name, overrides)
             # the libraries that save models accept only valid Unicode paths
-            if program != "evaluate" and not _is_unicode([str(folder)]):
+            if program in TRAINING and not _is_unicode([str(folder)]):
                 raise ValueError(
                     f"{str(folder)!r}: no checkpoint can be written there, since the name cannot be decoded in this "
                     f"terminal's locale: set LC_ALL=C.UTF-8, or choose another with {FOLDER_KEY}FOLDER"
@@ -145,7 +147,7 @@ class _Job:
 
 @contextmanager
 def _ending_errors(program: str) -> Iterator[None]:
-    goes_on = "" if program == "evaluate" else "; resume=auto continues from the last checkpoint, if there is one"
+    goes_on = "; resume=auto continues from the last checkpoint, if there is one" if program in TRAINING else ""
     with ending_errors(RewardError, CheckpointError, interrupted=f"interrupted{goes_on}"):
         try:
             yield

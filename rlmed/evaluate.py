@@ -2,7 +2,7 @@
 
 `data=phantom` evaluates on the generated images, `data=[a.jsonl,b.jsonl]` on several files; `data.train=FILE` fits the
 image-free prior; `compare_to=RUN/evaluations/step-000000` adds McNemar's test against an earlier evaluation of the same
-rows; `eval.trust=true` adds calibration, pass@k, option order and reliance on the picture (docs/trust.md).
+rows; `rlmed.reliability` adds calibration, pass@k, option order and reliance on the picture.
 """
 
 from __future__ import annotations
@@ -11,16 +11,12 @@ from pathlib import Path
 
 from rich.table import Table
 
-from rewards.conclusion import argued_option
 from rlmed.cluster.engines import build_local_pool, build_policy, make_renderer, settle_model
 from rlmed.commandline import run_command
 from rlmed.core.config.composing import to_yaml
 from rlmed.core.config.schema import RunConfig
 from rlmed.core.files.atomic import replace_text
 from rlmed.data.loading import load_run_data
-from rlmed.data.stream import SEED_STRIDE
-from rlmed.evaluation.reliability.questions import TrustSettings, measure_trust
-from rlmed.evaluation.reliability.table import trust_table
 from rlmed.evaluation.results import ROWS_FILE, check_comparable
 from rlmed.evaluation.run import Evaluator
 from rlmed.models.loading import check_positions, model_folder
@@ -35,14 +31,10 @@ from rlmed.report.terminal import show_results
 def main(config: RunConfig, folder: Path) -> None:
     """Evaluate `config.model` on `config.data.eval`."""
     progress = Progress()
-    evaluator, policy = open_evaluation(config, folder, progress)
-    tables = []
+    evaluator, _ = open_evaluation(config, folder, progress)
     with progress:
         evaluator.evaluate(step=0, controls=config.eval.controls)
-        if config.eval.trust:
-            settings = TrustSettings(config.eval.samples, config.seed * SEED_STRIDE, config.learner.token_budget)
-            tables.append(trust_table(measure_trust(evaluator, 0, policy, settings, argued_option, progress.stage)))
-    show_evaluation(config, folder, *tables)
+    show_evaluation(config, folder)
 
 
 def open_evaluation(config: RunConfig, folder: Path, progress: Progress) -> tuple[Evaluator, Policy]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rlmed.core.files.near_paths import Folder, OutsideError, near_path
 from rlmed.core.files.other_formats import to_prepare
@@ -55,7 +55,7 @@ class ReadResult:
     """Line number, from 1, of each usable row by its id."""
 
 
-def read_examples(path: Path, *, on_bad_row: Literal["skip", "error"] = "skip") -> ReadResult:
+def read_examples(path: Path, *, on_bad_row: str = "skip") -> ReadResult:
     """Read rows `{image, question, options, answer[, modality, kind, id, completion]}`.
 
     `options` is a list, or a mapping from letters or numbers; `answer` is an option's text, its letter or number, or

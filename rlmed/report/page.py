@@ -27,7 +27,7 @@ from rlmed.core.files.jsonlines import read_json, read_json_lines
 from rlmed.core.process.display import ending_errors, keep_display, one_line
 from rlmed.core.statistics import mcnemar
 from rlmed.core.tracing import TIMELINE_LINES
-from rlmed.evaluation.reliability.results import TRUST_FILE, TrustSummary
+from rlmed.evaluation.reliability.results import ReliabilitySummary
 from rlmed.evaluation.results import (
     SUMMARY_FILE,
     Accuracy,
@@ -44,7 +44,7 @@ from rlmed.recording.progress import duration
 from rlmed.recording.recorder import CONFIG_FILE, DATA_FILE, METRICS_FILE, ROLLOUTS_FILE, VERSIONS_FILE
 from rlmed.report.leakage import show_leakage
 from rlmed.report.plots import draw_accuracy, draw_metrics
-from rlmed.report.reliability import show_trust
+from rlmed.report.reliability import show_reliability
 from rlmed.report.rollouts import Pictures, show_groups, show_rows
 
 REPORT_FILE = "report.html"
@@ -70,7 +70,7 @@ class _Evaluations:
     """Comparison of the last evaluation with one of another run, if requested."""
     sft: EvalSummary | None
     """The supervised baseline on the same files, if given."""
-    trust: TrustSummary | None
+    reliability: ReliabilitySummary | None
     """The latest one."""
 
     @classmethod
@@ -78,14 +78,14 @@ class _Evaluations:
         folders = sorted(path for path in folder.glob("step-*") if (path / SUMMARY_FILE).is_file())
         ends = folders[:1] + folders[-1:] if len(folders) > 1 else folders
         rows = [tuple(read_rows(path)) for path in ends]
-        trusts = [path for path in folders if (path / TRUST_FILE).is_file()]
+        measured = [found for path in folders if (found := ReliabilitySummary.read(path))]
         return cls(
             summaries=tuple(EvalSummary.read(path) for path in folders),
             first_rows=rows[0] if len(rows) > 1 else (),
             last_rows=rows[-1] if rows else (),
             comparison=read_comparison(folders[-1]) if len(folders) == 1 else None,
             sft=None if sft is None else EvalSummary.read(last_evaluation(sft)),
-            trust=TrustSummary.read(trusts[-1]) if trusts else None,
+            reliability=measured[-1] if measured else None,
         )
 
 
@@ -148,7 +148,7 @@ def _context(folder: Path, environment: Environment, sft: Path | None) -> dict[s
             "questions": _names([file["name"] for file in data["files"]]),
         },
         "table": _accuracy_table(evaluations),
-        "trust": None if evaluations.trust is None else show_trust(evaluations.trust),
+        "reliability": None if evaluations.reliability is None else show_reliability(evaluations.reliability),
         "plots": ([accuracy] if accuracy else []) + draw_metrics(metrics),
         "timeline": _timeline(folder / TIMELINE_LINES),
         "groups": show_groups(folder / ROLLOUTS_FILE, pictures),

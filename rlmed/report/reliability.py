@@ -1,4 +1,4 @@
-"""Trust section of the report: plots and template data."""
+"""Reliability section of the report: plots and template data."""
 
 from __future__ import annotations
 
@@ -10,12 +10,18 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from rlmed.core.calibration import Estimate
-from rlmed.evaluation.reliability.results import Calibration, FileTrust, OrderSensitivity, Sampling, TrustSummary
+from rlmed.evaluation.reliability.results import (
+    Calibration,
+    FileReliability,
+    OrderSensitivity,
+    ReliabilitySummary,
+    Sampling,
+)
 from rlmed.evaluation.results import Accuracy
 from rlmed.report.plots import FAINT, SERIES, STYLE, TEXT, Plot, new_figure, to_svg
 
 
-def show_trust(summary: TrustSummary) -> dict[str, Any]:
+def show_reliability(summary: ReliabilitySummary) -> dict[str, Any]:
     """Return the template's data: figures by file, plots, reliance by question type, and the two domains."""
     return {
         "files": summary.files,
@@ -27,7 +33,7 @@ def show_trust(summary: TrustSummary) -> dict[str, Any]:
     }
 
 
-def _plots(file: FileTrust) -> list[Plot]:
+def _plots(file: FileReliability) -> list[Plot]:
     plots = []
     for label, found in (("after reasoning", file.reasoned), ("without reasoning", file.direct)):
         if found is not None:

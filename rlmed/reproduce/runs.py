@@ -123,8 +123,6 @@ def plan(root: Path, methods: Sequence[str], seeds: Sequence[int], overrides: Se
         raise ValueError(f"--methods {' '.join(methods)}: a repeated method would count the same run twice")
     for entry in overrides:
         key = entry.partition("=")[0].lstrip("+~")
-        if key == "eval.trust":
-            raise ValueError(f"{entry} is for rlmed.evaluate only: run that on the resulting checkpoints")
         if "=" not in entry or key in OURS:
             what = "is set for each run" if key in OURS else "is not of the form key=value"
             raise ValueError(f"{entry} {what}: give --seeds and --out, and only keys that all runs share")

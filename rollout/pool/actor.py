@@ -94,7 +94,8 @@ class RayWorker:
             options: Ray options of the actor: resources, placement, environment.
         """
         self.name = name
-        self._actor = RolloutActor.options(**(options or {})).remote(build, on_push)
+        actor: Any = RolloutActor  # type checkers see the class, not what `ray.remote` makes of it
+        self._actor = actor.options(**(options or {})).remote(build, on_push)
         self._identity = self._actor.identity.remote()
         self.address = self._actor
 

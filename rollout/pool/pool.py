@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from functools import partial
 from typing import Any
 
 from rlmed.core.config.checks import ConfigError
@@ -53,7 +54,7 @@ class WorkerPool:
             settings: limits.
         """
         self._start, self._settings = start, settings
-        self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._numbers = itertools.count()
         self._waiting: deque[Lease] = deque()
         self._leases: dict[int, Lease] = {}
@@ -184,7 +185,7 @@ class WorkerPool:
         for channel in self._channels:
             channel.wake()
 
-    def _then(self, future: Future[Any], event: Callable[[Future[Any]], None]) -> None:
+    def _then(self, future: Future[Any], event: Callable[[Future[Any]], object]) -> None:
         """Queue an event when a future completes."""
         future.add_done_callback(lambda done: self._events.put(lambda: event(done)))
 
@@ -212,14 +213,14 @@ class WorkerPool:
         for slot, leases in batches.items():
             worker = slot.worker
             requests = [dataclasses.replace(lease.request, index=lease.number) for lease in leases]
-            self._then(worker.submit(requests), lambda done, s=slot, w=worker: self._lost_if_failed(s, w, done))
+            self._then(worker.submit(requests), partial(self._lost_if_failed, slot, worker))
             self._collect(slot)
 
     def _collect(self, slot: Slot) -> None:
         if slot.leases and not slot.collecting:
             slot.collecting = True
             worker = slot.worker
-            self._then(worker.collect(), lambda done: self._collected(slot, worker, done))
+            self._then(worker.collect(), partial(self._collected, slot, worker))
 
     def _collected(self, slot: Slot, worker: Worker, done: Future[list[FinishedGroup]]) -> None:
         if self._lost_if_failed(slot, worker, done):
@@ -241,7 +242,7 @@ class WorkerPool:
     def _sleep(self, slot: Slot) -> Future[None]:
         worker = slot.worker
         future = worker.sleep()
-        self._then(future, lambda done: self._lost_if_failed(slot, worker, done))
+        self._then(future, partial(self._lost_if_failed, slot, worker))
         return future
 
     def _check_workers(self) -> None:
@@ -261,7 +262,7 @@ class WorkerPool:
             elif not slot.asked:
                 slot.asked = True
                 worker = slot.worker
-                self._then(worker.status(), lambda done, s=slot, w=worker: self._answered(s, w, done))
+                self._then(worker.status(), partial(self._answered, slot, worker))
 
     def _answered(self, slot: Slot, worker: Worker, done: Future[WorkerStatus]) -> None:
         if self._lost_if_failed(slot, worker, done) or slot.worker is not worker:

@@ -37,7 +37,7 @@ from rollout.vllm_backend.settings import VllmSettings
 vllm = import_vllm()
 
 if TYPE_CHECKING:
-    from vllm import RequestOutput
+    from vllm import LLMEngine, RequestOutput
 
 WORKER_EXTENSION = "rollout.vllm_backend.weight_transfer.WorkerExtension"
 
@@ -322,12 +322,12 @@ def _parameter_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the learner's `named_parameters()`, computed without weights."""
     auto = AutoModelForImageTextToText if family_of(config).vision else AutoModelForCausalLM
     with torch.device("meta"):
-        model = auto.from_config(config)
+        model = auto.from_config(config)  # type: ignore[no-untyped-call]
     model.tie_weights()
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def _start(folder: Path, config: PreTrainedConfig, settings: VllmSettings) -> vllm.LLMEngine:
+def _start(folder: Path, config: PreTrainedConfig, settings: VllmSettings) -> LLMEngine:
     """Start vLLM's engine."""
     from vllm.config import WeightTransferConfig
     from vllm.platforms import current_platform

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from learner.losses import PolicyLossConfig
-from rlmed import evaluate, launch, sft
+from rlmed import evaluate, launch, reliability, sft
 from rlmed.core.config.rules import RULES
 from rlmed.core.config.schema import AlgoConfig, RunConfig
 from rlmed.core.config.use import plain_values, rule_of, schema_keys
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 Config = Callable[..., RunConfig]
 
-MAIN = {"train": launch.main, "sft": sft.main, "evaluate": evaluate.main}
+MAIN = {"train": launch.main, "sft": sft.main, "evaluate": evaluate.main, "reliability": reliability.main}
 NOT_USES = ("dataclasses.py", "core/config.py", "core/config_running.py")
 """Ends of the files that read keys to check or to copy them."""
 ELSEWHERE = {"name": "the run's folder, by interpolation", "data.download": "an error's text"}
@@ -49,7 +49,8 @@ RUNS = {
         ),
     ),
     "sft": (("sft.epochs=1", "sft.batch_size=5"),),
-    "evaluate": ((), ("eval.trust=true", "eval.samples=2")),
+    "evaluate": ((),),
+    "reliability": (("reliability.samples=2",),),
 }
 """Overrides of the runs, which between them make every key do something that needs neither Ray nor vLLM."""
 

@@ -397,7 +397,7 @@ def test_batches_without_a_trained_token_are_no_error_and_move_nothing(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["launch", "sft", "evaluate"])
+@pytest.mark.parametrize("command", ["launch", "sft", "evaluate", "reliability"])
 def test_an_output_folder_that_cannot_be_written(command: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     main = functools.partial(runpy.run_module, f"rlmed.{command}", run_name="__main__")

@@ -48,6 +48,13 @@ def test_apis_come_from_docstrings(site: Path) -> None:
     assert "&gt;&gt;&gt;" in page
 
 
+def test_lists_are_those_that_github_shows(site: Path) -> None:
+    for path in (ROOT / "docs").glob("*.md"):
+        text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+        items = re.findall(r"^ *(?:-|\d+\.) ", text, re.MULTILINE)
+        assert (site / f"{path.stem}.html").read_text().count("<li>") == len(items), path.name
+
+
 def test_pages_ask_nobody_for_scripts_or_fonts(site: Path) -> None:
     for page in site.rglob("*.html"):
         loaded = re.findall(r'<(?:script|link|img|iframe)[^>]+(?:src|href)="([^"]+)"', page.read_text())

@@ -63,6 +63,11 @@ RENAMED = {
     "reward.weights.agreement": "reward.weights.reasoning_consistency",
 }
 """Keys of rlmed 0.1, and their names now."""
+REMOVED = {
+    "eval.trust": "python -m rlmed.reliability measures it",
+    "eval.samples": "set reliability.samples of python -m rlmed.reliability",
+}
+"""Keys of rlmed 0.1 that a command has replaced."""
 
 
 def check_key(key: str) -> None:
@@ -92,6 +97,8 @@ def check_key(key: str) -> None:
 def _unknown_key(key: str, known: Collection[str], where: str) -> ConfigError:
     if f"{where}{key}" in RENAMED:
         return ConfigError(f"unknown key {where}{key}: renamed to {RENAMED[f'{where}{key}']}")
+    if f"{where}{key}" in REMOVED:
+        return ConfigError(f"unknown key {where}{key}: {REMOVED[f'{where}{key}']}")
     near = difflib.get_close_matches(key, known, n=1)
     hint = f"did you mean {where}{near[0]}?" if near else f"known keys: {', '.join(sorted(known))}"
     return ConfigError(f"unknown key {where}{key}: {hint}")

@@ -12,7 +12,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rlmed.core.config.building import RENAMED, build_config
+from rlmed.core.config.building import REMOVED, RENAMED, build_config
 from rlmed.core.config.checks import ConfigError
 from rlmed.core.config.overrides import CONFIG_GROUPS, explain
 from rlmed.core.config.schema import RunConfig
@@ -23,7 +23,7 @@ def compose_config(program: str, overrides: Sequence[str]) -> RunConfig:
     """Compose the configuration that `python -m rlmed.<program>` would use with these overrides.
 
     Args:
-        program: "train", "sft" or "evaluate".
+        program: a key of `rules.MODULES`.
         overrides: as on the command line, without shorthands.
 
     Raises:
@@ -65,7 +65,7 @@ def to_yaml(config: RunConfig) -> str:
 
 
 MAY_CHANGE = (
-    *("name", "profile", "resume", "checkpoint", "preflight", "cluster"),
+    *("name", "profile", "resume", "checkpoint", "preflight", "cluster", "reliability"),
     *("eval.every", "eval.at_start", "eval.at_end", "data.download"),
 )
 """Keys that may change when a run resumes: they affect neither what is learnt nor what is compared."""
@@ -84,7 +84,7 @@ def check_same_run(saved: Path, config: RunConfig, *, unused: Collection[str]) -
     """
     content = OmegaConf.to_container(OmegaConf.load(saved))
     assert isinstance(content, dict)
-    before = {RENAMED.get(key, key): value for key, value in _flat(content).items()}
+    before = {RENAMED.get(key, key): value for key, value in _flat(content).items() if key not in REMOVED}
     after = _flat(_plain(dataclasses.asdict(config)))
     different = [
         f"{key}: {before.get(key)!r} then, {after.get(key)!r} now"

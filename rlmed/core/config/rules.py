@@ -14,7 +14,12 @@ from typing import Any
 from rlmed.core.config.running import ClusterConfig
 from rlmed.core.config.schema import LearnerConfig
 
-MODULES = {"train": "rlmed.launch", "sft": "rlmed.sft", "evaluate": "rlmed.evaluate"}
+MODULES = {
+    "train": "rlmed.launch",
+    "sft": "rlmed.sft",
+    "evaluate": "rlmed.evaluate",
+    "reliability": "rlmed.reliability",
+}
 """Command by program of `conf/`."""
 RECIPES = ("experiment", "profile")
 """Groups whose options set keys of all sections, for all commands: changes count from there."""
@@ -62,7 +67,8 @@ def _keys(section: str, cls: type[Any], *, but: tuple[str, ...]) -> tuple[str, .
     return tuple(f"{section}.{entry.name}" for entry in dataclasses.fields(cls) if entry.name not in but)
 
 
-TRAINING, ONE_PROCESS, EVALUATE = ("train", "sft"), ("sft", "evaluate"), ("evaluate",)
+TRAINING, EVALUATE = ("train", "sft"), ("evaluate", "reliability")
+ONE_PROCESS = ("sft", *EVALUATE)
 RAY = _keys("cluster", ClusterConfig, but=("kind", "threads"))
 VLLM = tuple(
     f"rollout.{name}"
@@ -79,9 +85,14 @@ RULES = (
     Rule(keys=("steps", "checkpoint", "resume"), programs=EVALUATE, cure="It learns nothing: leave it out"),
     Rule(keys=("algo", "reward"), programs=ONE_PROCESS, cure="Only rlmed.launch learns from rewards: leave it out"),
     Rule(keys=("preflight", "debug"), programs=ONE_PROCESS, cure="It is for rlmed.launch alone: leave it out"),
-    Rule(keys=("sft",), programs=("train", "evaluate"), cure="It is for rlmed.sft alone: leave it out"),
+    Rule(keys=("sft",), programs=("train", *EVALUATE), cure="It is for rlmed.sft alone: leave it out"),
     Rule(
-        keys=("compare_to", "eval.trust", "eval.samples"),
+        keys=("reliability",),
+        programs=("train", "sft", "evaluate"),
+        cure="It is for rlmed.reliability alone: leave it out",
+    ),
+    Rule(
+        keys=("compare_to",),
         programs=TRAINING,
         cure="Train without it, then run python -m rlmed.evaluate model=RUN/checkpoints/step-N with it",
     ),
@@ -97,7 +108,7 @@ RULES = (
     Rule(
         keys=("rollout.temperature", "rollout.top_p", "rollout.top_k"),
         programs=ONE_PROCESS,
-        cure="Evaluation is greedy: leave it out",
+        cure="Evaluation is greedy, and rlmed.reliability samples at temperature 1: leave it out",
     ),
     Rule(keys=("rollout.max_tokens",), programs=ONE_PROCESS, cure="Set eval.max_tokens"),
     Rule(
@@ -132,10 +143,9 @@ RULES = (
         cure="It learns nothing: leave it out",
     ),
     Rule(
-        keys=("eval.samples", "seed", "learner.token_budget"),
-        programs=EVALUATE,
-        when={"eval.trust": (False,)},
-        cure="Greedy answers don't depend on it: set eval.trust=true, or leave it out",
+        keys=("seed", "learner.token_budget"),
+        programs=("evaluate",),
+        cure="Greedy answers don't depend on it: leave it out",
     ),
     Rule(
         keys=("data.limit",),

@@ -124,14 +124,21 @@ class EvalConfig:
     limit: int | None
     max_tokens: int
     controls: bool
-    trust: bool
-    samples: int
 
     def __post_init__(self) -> None:
-        require(self.samples >= 1, f"eval.samples={self.samples} must be at least 1")
         require(self.every >= 0, f"eval.every={self.every} must be 0 (never) or a number of steps")
         require(self.limit is None or self.limit > 0, f"eval.limit={self.limit} must be positive or null")
         require(self.max_tokens >= 1, f"eval.max_tokens={self.max_tokens} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReliabilityConfig:
+    """How often to ask (`python -m rlmed.reliability`)."""
+
+    samples: int
+
+    def __post_init__(self) -> None:
+        require(self.samples >= 1, f"reliability.samples={self.samples} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

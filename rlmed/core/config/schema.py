@@ -18,6 +18,7 @@ from rlmed.core.config.running import (
     DebugConfig,
     EvalConfig,
     PreflightConfig,
+    ReliabilityConfig,
     RolloutConfig,
     SftConfig,
 )
@@ -235,6 +236,7 @@ class RunConfig:
     learner: LearnerConfig
     cluster: ClusterConfig
     eval: EvalConfig
+    reliability: ReliabilityConfig
     checkpoint: CheckpointConfig
     preflight: PreflightConfig
     sft: SftConfig
@@ -247,11 +249,6 @@ class RunConfig:
         require(bool(self.name.strip()), f"name={self.name!r} must not be empty: it names the run's folder")
         require(self.steps >= 1, f"steps={self.steps} must be at least 1")
         require(0 <= self.seed <= MAX_SEED, f"seed={self.seed} must be between 0 and {MAX_SEED}")
-        require(
-            not self.eval.trust or self.eval.samples <= self.rollout.max_completions,
-            f"eval.samples={self.eval.samples} exceeds rollout.max_completions={self.rollout.max_completions}: all samples "
-            "of a question are drawn together, so raise rollout.max_completions",
-        )
         require(
             self.rollout.engine != "vllm" or self.cluster.kind == "ray",
             f"rollout.engine={self.rollout.engine} runs in its own worker process: use rlmed.launch with cluster=ray",
@@ -305,4 +302,16 @@ class RunConfig:
             self.algo.group_size <= self.rollout.max_completions,
             f"algo.group_size={self.algo.group_size} exceeds rollout.max_completions={self.rollout.max_completions}: "
             "a group is sampled together, so raise rollout.max_completions",
+        )
+
+    def check_samples(self) -> None:
+        """Check that the samples of a question fit into one sampling batch.
+
+        Raises:
+            ConfigError: if there are more than rollout.max_completions.
+        """
+        require(
+            self.reliability.samples <= self.rollout.max_completions,
+            f"reliability.samples={self.reliability.samples} exceeds rollout.max_completions="
+            f"{self.rollout.max_completions}: all samples of a question are drawn together, so raise rollout.max_completions",
         )

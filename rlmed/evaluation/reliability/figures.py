@@ -1,4 +1,4 @@
-"""Compute the figures of a trust report from answers; pure functions."""
+"""Compute the figures of reliability from answers; pure functions."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from rlmed.evaluation.reliability.results import (
     OrderAnswer,
     OrderSensitivity,
     PassAtK,
+    QuestionAnswers,
     Reliance,
     Sampling,
-    TrustAnswer,
 )
 from rlmed.evaluation.results import Accuracy, Control, EvalRow
 
@@ -60,7 +60,7 @@ def calibration(probabilities: Sequence[tuple[float, ...]], answers: Sequence[st
     )
 
 
-def sampling(answers: Sequence[TrustAnswer]) -> Sampling:
+def sampling(answers: Sequence[QuestionAnswers]) -> Sampling:
     """Return pass@k, for powers of two up to the number of samples and for that number, and the majority vote."""
     samples = len(answers[0].samples)
     correct = [answer.samples.count(answer.answer) for answer in answers]
@@ -72,7 +72,7 @@ def sampling(answers: Sequence[TrustAnswer]) -> Sampling:
     )
 
 
-def _vote(answer: TrustAnswer) -> str | None:
+def _vote(answer: QuestionAnswers) -> str | None:
     """Return the majority letter; samples without a letter among the options do not vote."""
     letters = LETTERS[: len(answer.direct)]
     # ties go to the letter met first
@@ -80,7 +80,7 @@ def _vote(answer: TrustAnswer) -> str | None:
     return votes[0][0] if votes else None
 
 
-def order_sensitivity(answers: Sequence[TrustAnswer]) -> OrderSensitivity:
+def order_sensitivity(answers: Sequence[QuestionAnswers]) -> OrderSensitivity:
     """Return how answers depend on the options' order; intervals of letters are over questions, not answers."""
     texts = [{_chosen(entry) for entry in answer.orders} for answer in answers]
     letters = LETTERS[: max(len(answer.direct) for answer in answers)]
@@ -100,7 +100,7 @@ def _chosen(entry: OrderAnswer) -> str | None:
     return entry.options[LETTERS.index(entry.predicted_letter)]
 
 
-def _letter_bias(letter: str, answers: Sequence[TrustAnswer]) -> LetterBias:
+def _letter_bias(letter: str, answers: Sequence[QuestionAnswers]) -> LetterBias:
     having = [answer.orders for answer in answers if LETTERS.index(letter) < len(answer.direct)]
     chosen = [sum(entry.predicted_letter == letter for entry in orders) for orders in having]
     there = [sum(entry.answer == letter for entry in orders) for orders in having]
@@ -142,7 +142,9 @@ def _gap(rows: Sequence[EvalRow], control: Control) -> Gap | None:
     )
 
 
-def domains(rows: Sequence[EvalRow], answers: Iterable[TrustAnswer], train: Sequence[Example]) -> tuple[Domain, ...]:
+def domains(
+    rows: Sequence[EvalRow], answers: Iterable[QuestionAnswers], train: Sequence[Example]
+) -> tuple[Domain, ...]:
     """Return the accuracy on trained and on other modalities; rows without a modality are left out."""
     trained = {example.modality for example in train if example.modality}
     modality = {(answer.file, answer.id): answer.modality for answer in answers}

@@ -1,4 +1,4 @@
-"""Measure whether an evaluated model can be trusted, by asking the questions again in other ways (docs/trust.md).
+"""Measure how far an evaluated model's answers can be relied on, by asking again in other ways (docs/reliability.md).
 
 It draws samples at temperature 1, greedy answers with reordered options, and the probabilities of the option letters,
 after the evaluation's reasoning and without reasoning.
@@ -27,7 +27,13 @@ from rlmed.evaluation.reliability.figures import (
     reliance,
     sampling,
 )
-from rlmed.evaluation.reliability.results import FileTrust, OrderAnswer, TrustAnswer, TrustSummary, write_trust
+from rlmed.evaluation.reliability.results import (
+    FileReliability,
+    OrderAnswer,
+    QuestionAnswers,
+    ReliabilitySummary,
+    write_reliability,
+)
 from rlmed.evaluation.results import EvalRow, read_rows, step_folder
 from rlmed.evaluation.run import Evaluator, Progress, answer_all
 from rlmed.models.policy import Policy
@@ -40,11 +46,11 @@ Key = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
-class TrustSettings:
+class ReliabilitySettings:
     """How to ask the model.
 
     Example:
-        TrustSettings(samples=8, seed=0, token_budget=16384)
+        ReliabilitySettings(samples=8, seed=0, token_budget=16384)
     """
 
     samples: int
@@ -55,15 +61,15 @@ class TrustSettings:
     """Most tokens in a packed row for scoring letters."""
 
 
-def measure_trust(
+def measure_reliability(
     evaluator: Evaluator,
     step: int,
     policy: Policy,
-    settings: TrustSettings,
+    settings: ReliabilitySettings,
     argued: Argued,
     on_progress: Progress | None = None,
-) -> TrustSummary:
-    """Ask all questions of an evaluation again; write `trust.json` and `trust_rows.jsonl` beside its rows.
+) -> ReliabilitySummary:
+    """Ask all questions of an evaluation again; write `reliability.json` and `reliability_rows.jsonl` beside its rows.
 
     Args:
         evaluator: it has evaluated `step`.
@@ -79,11 +85,11 @@ def measure_trust(
     answers = _Asker(evaluator, policy, settings, on_progress).ask(
         {(row.file, row.id): row for row in rows if row.control == "none"}
     )
-    summary = TrustSummary(
+    summary = ReliabilitySummary(
         model=evaluator.model,
         seconds=time.perf_counter() - start,
         files=tuple(
-            _file_trust(
+            _file_reliability(
                 [row for row in rows if row.file == file.name],
                 [answer for answer in answers if answer.file == file.name],
                 argued,
@@ -92,16 +98,16 @@ def measure_trust(
         ),
         domains=domains(rows, answers, evaluator.train_examples),
     )
-    write_trust(folder, summary, answers)
+    write_reliability(folder, summary, answers)
     return summary
 
 
-def _file_trust(rows: Sequence[EvalRow], answers: Sequence[TrustAnswer], argued: Argued) -> FileTrust:
+def _file_reliability(rows: Sequence[EvalRow], answers: Sequence[QuestionAnswers], argued: Argued) -> FileReliability:
     reasoned = [(answer.reasoned, answer.answer) for answer in answers if answer.reasoned is not None]
     direct = calibration([answer.direct for answer in answers], [answer.answer for answer in answers])
     assert direct is not None
     turned = [answer for answer in answers if len(answer.orders) > 1]
-    return FileTrust(
+    return FileReliability(
         name=answers[0].file,
         rows=len(answers),
         reasoned=calibration([probabilities for probabilities, _ in reasoned], [letter for _, letter in reasoned]),
@@ -120,7 +126,7 @@ class _Asker:
 
     evaluator: Evaluator
     policy: Policy
-    settings: TrustSettings
+    settings: ReliabilitySettings
     on_progress: Progress | None
 
     @functools.cached_property
@@ -128,7 +134,7 @@ class _Asker:
         """All questions, in the order of the data."""
         return {(file.name, example.id): example for file in self.evaluator.files for example in file.examples}
 
-    def ask(self, rows: Mapping[Key, EvalRow]) -> list[TrustAnswer]:
+    def ask(self, rows: Mapping[Key, EvalRow]) -> list[QuestionAnswers]:
         """Return all answers to each question; its greedy answer is its row."""
         samples = self._samples()
         orders = [self._order(seed) for seed in ORDER_SEEDS]
@@ -136,7 +142,7 @@ class _Asker:
         reasoned = self._probabilities("letters after reasoning", openings)
         direct = self._probabilities("letters without reasoning", dict.fromkeys(self.questions, ANSWER))
         return [
-            TrustAnswer(
+            QuestionAnswers(
                 file=key[0],
                 id=example.id,
                 modality=example.modality,

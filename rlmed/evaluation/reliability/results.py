@@ -1,4 +1,4 @@
-"""Records of a trust report, and its two files in the folder of an evaluation.
+"""Records of the reliability of a model, and their two files in the folder of an evaluation.
 
 Shares and probabilities are fractions in [0, 1]. `Accuracy` carries a Wilson interval, `Estimate` a bootstrap one.
 """
@@ -18,8 +18,10 @@ from rlmed.core.files.jsonlines import read_json
 from rlmed.evaluation.old_names import current_names
 from rlmed.evaluation.results import Accuracy
 
-TRUST_FILE = "trust.json"
-TRUST_ROWS_FILE = "trust_rows.jsonl"
+RELIABILITY_FILE = "reliability.json"
+RELIABILITY_ROWS_FILE = "reliability_rows.jsonl"
+OLD_FILE = "trust.json"
+"""`RELIABILITY_FILE` of rlmed 0.1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +45,11 @@ class OrderAnswer:
 
 
 @dataclass(frozen=True, slots=True)
-class TrustAnswer:
-    """All answers to one question: a line of `trust_rows.jsonl`.
+class QuestionAnswers:
+    """All answers to one question: a line of `reliability_rows.jsonl`.
 
     Example:
-        TrustAnswer(file="ct", id="ct-7", modality="CT", answer="B", reasoned=(0.2, 0.8), direct=(0.4, 0.6),
+        QuestionAnswers(file="ct", id="ct-7", modality="CT", answer="B", reasoned=(0.2, 0.8), direct=(0.4, 0.6),
                     samples=("B", "A", None, "B"), orders=(OrderAnswer(("liver", "lung"), "B", "B"), …))
     """
 
@@ -187,7 +189,7 @@ class Domain:
 
 
 @dataclass(frozen=True, slots=True)
-class FileTrust:
+class FileReliability:
     """The figures of one file."""
 
     name: str
@@ -207,28 +209,29 @@ class FileTrust:
 
 
 @dataclass(frozen=True, slots=True)
-class TrustSummary:
-    """A trust report: the content of `trust.json`."""
+class ReliabilitySummary:
+    """The reliability of one model: the content of `reliability.json`."""
 
     model: str
     seconds: float
-    files: tuple[FileTrust, ...]
+    files: tuple[FileReliability, ...]
     domains: tuple[Domain, ...]
     """Trained modalities, then others; empty without training rows that have a modality."""
 
     @classmethod
-    def read(cls, step_folder: Path) -> TrustSummary:
-        """Load `trust.json` from the folder of an evaluation."""
-        return build_record(cls, current_names(read_json(step_folder / TRUST_FILE)))
+    def read(cls, step_folder: Path) -> ReliabilitySummary | None:
+        """Load `reliability.json` from the folder of an evaluation; None without it."""
+        files = [path for name in (RELIABILITY_FILE, OLD_FILE) if (path := step_folder / name).is_file()]
+        return build_record(cls, current_names(read_json(files[0]))) if files else None
 
 
-def write_trust(step_folder: Path, summary: TrustSummary, answers: Iterable[TrustAnswer]) -> None:
-    """Write `trust.json` and `trust_rows.jsonl` into the folder of an evaluation.
+def write_reliability(step_folder: Path, summary: ReliabilitySummary, answers: Iterable[QuestionAnswers]) -> None:
+    """Write `reliability.json` and `reliability_rows.jsonl` into the folder of an evaluation.
 
     Raises:
         OSError: if the write fails.
     """
     lines = [json.dumps(dataclasses.asdict(answer), ensure_ascii=False) + "\n" for answer in answers]
-    replace_text(step_folder / TRUST_ROWS_FILE, "".join(lines))
+    replace_text(step_folder / RELIABILITY_ROWS_FILE, "".join(lines))
     text = json.dumps(dataclasses.asdict(summary), indent=1, ensure_ascii=False, allow_nan=False)
-    replace_text(step_folder / TRUST_FILE, text + "\n")
+    replace_text(step_folder / RELIABILITY_FILE, text + "\n")

@@ -1,4 +1,4 @@
-"""Terminal table of the trust report."""
+"""The reliability of a model as a terminal table."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from rich.table import Table
 from rich.text import Text
 
 from rlmed.core.calibration import Estimate
-from rlmed.evaluation.reliability.results import FileTrust, Gap, TrustSummary
+from rlmed.evaluation.reliability.results import FileReliability, Gap, ReliabilitySummary
 from rlmed.evaluation.results import Accuracy, p_value_text
 
 
-def trust_table(summary: TrustSummary) -> Table:
+def reliability_table(summary: ReliabilitySummary) -> Table:
     """Build a table with a column per file and a line per figure, in per cent with its interval."""
     table = Table(
-        title=Text(f"Trust report in %, {summary.model}"),
+        title=Text(f"Reliability in %, {summary.model}"),
         caption="intervals: 95 %, Wilson for shares of questions, else bootstrap",
         box=box.SIMPLE_HEAD,
         show_edge=False,
@@ -35,7 +35,7 @@ def trust_table(summary: TrustSummary) -> Table:
     return table
 
 
-def _figures(file: FileTrust) -> dict[str, str]:
+def _figures(file: FileReliability) -> dict[str, str]:
     passes = {f"pass@{entry.k}": _cell(entry.share) for entry in file.sampling.passes}
     figures: dict[str, str] = {}
     for label, found in (("reasoned", file.reasoned), ("direct", file.direct)):

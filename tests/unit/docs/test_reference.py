@@ -65,5 +65,7 @@ def test_a_key_without_comment_is_an_error(reference: ModuleType) -> None:
 
 
 def test_settings_in_a_comment_become_code_and_tags_are_shown(reference: ModuleType) -> None:
+    written = reference._prose("Two commands: python -m rlmed.sft +experiment=x data.train=A.jsonl, then another")
+    assert written == "Two commands: `python -m rlmed.sft +experiment=x data.train=A.jsonl`, then another"
     written = reference._prose("Needs kl_coef, not 0.5; `x|y=z`; use reward=answer_only: <think> a|b")
     assert written == "Needs `kl_coef`, not 0.5; `x|y=z`; use `reward=answer_only`: &lt;think> a\\|b"

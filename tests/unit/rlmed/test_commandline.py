@@ -169,9 +169,14 @@ def test_newest_run_needs_a_checkpoint(tmp_path: Path) -> None:
 def test_a_run_that_knew_keys_by_their_old_names_is_the_same_run(tmp_path: Path) -> None:
     now = config("data.selection.cooldown_epochs=3")
     text = to_yaml(now).replace("cooldown_epochs: 3", "retest_after: 3").replace("compare_to:", "before:")
+    text = text.replace("  controls:", "  trust: false\n  samples: 8\n  controls:").replace(
+        "reliability:\n  samples: 8\n", ""
+    )
     assert "retest_after" in text
     assert "profile: null" in text
     text = text.replace("profile: null", "profile: auto").replace("name: run", "name: run_embedded")
+    assert "trust" in text
+    assert "reliability" not in text
     (tmp_path / "config.yaml").write_text(text)
     check_same_run(tmp_path / "config.yaml", now, unused=())
     with pytest.raises(ValueError, match=r"data\.selection\.cooldown_epochs: 3 then, 4 now"):
@@ -347,7 +352,9 @@ def test_exit_codes(
     assert line.startswith(said)
 
 
-@pytest.mark.parametrize(("program", "resumed"), [("train", True), ("sft", True), ("evaluate", False)])
+@pytest.mark.parametrize(
+    ("program", "resumed"), [("train", True), ("sft", True), ("evaluate", False), ("reliability", False)]
+)
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError()])
 def test_only_what_can_be_resumed_is_said_to_be(
     program: str,

@@ -142,7 +142,7 @@ def test_no_two_files_give_the_same_key_of_a_whole_run() -> None:
     groups = {f"{group}.{key}" for group in GROUPS for path in (CONF / group).glob("*.yaml") for key in content(path)}
     train = flat(content(CONF / "train.yaml"), {})
     assert {key for key in train if any(key == name or key.startswith(f"{name}.") for name in groups)} == set()
-    for program in ("sft", "evaluate"):
+    for program in ("sft", "evaluate", "reliability"):
         own = flat(content(CONF / f"{program}.yaml"), {})
         assert {key for key, value in own.items() if train.get(key) == value} == set()
 

@@ -1,8 +1,10 @@
 """Files of rlmed 0.1, as it wrote them, are read with the present names of their fields."""
 
+import dataclasses
 import json
 from pathlib import Path
 
+from rlmed.evaluation.reliability.results import ReliabilitySummary, write_reliability
 from rlmed.evaluation.results import Accuracy, EvalSummary, compare, read_comparison, read_rows
 
 ROW = (
@@ -26,6 +28,26 @@ COMPARISON = (
     '{"before": {"model": "tiny", "step": 0}, "after": {"model": "tiny", "step": 4}, "files": {"right": {"rows": 1, '
     '"right_before": 0, "right_after": 1, "gained": 1, "lost": 0, "p_value": 1.0}}}\n'
 )
+SHARE = '{"right": 1, "rows": 1, "value": 1.0, "low": 0.2, "high": 1.0}'
+ESTIMATE = '{"value": 0.5, "low": 0.4, "high": 0.6, "rows": 1}'
+TRUST = f"""{{
+ "model": "tiny", "seconds": 2.0, "domains": [], "files": [{{
+  "name": "right", "rows": 1, "reasoned": null,
+  "direct": {{
+   "accuracy": {SHARE}, "confidence": {ESTIMATE}, "error": {ESTIMATE}, "error_bound": 0.1, "brier": {ESTIMATE},
+   "bins": [{{"low": 0.4, "high": 0.5, "count": 3, "right": 2, "confidence": 0.45}}]
+  }},
+  "sampling": {{"samples": 1, "passes": [{{"k": 1, "share": {ESTIMATE}}}], "vote": {SHARE}}},
+  "order": {{
+   "stays": {SHARE}, "orders": [{SHARE}],
+   "letters": [{{"letter": "A", "chosen": {ESTIMATE}, "right": 0.25, "accuracy": null}}]
+  }},
+  "reliance": [{{"kind": "organ", "real": {SHARE}, "blank": null, "shuffled": null}}],
+  "agreement": {{"argued": {SHARE}, "agrees": {SHARE}, "right_if_agreeing": {SHARE}, "right_if_differing": null}},
+  "kept_order": 0
+ }}]
+}}
+"""
 
 
 def write(folder: Path) -> Path:
@@ -63,3 +85,16 @@ def test_an_old_evaluation_is_compared_with_a_new_one(tmp_path: Path) -> None:
         .replace('"kind"', '"question_type"')
     )
     assert compare(old, new)["files"]["right"]["lost"] == 1
+
+
+def test_an_old_trust_report(tmp_path: Path) -> None:
+    assert ReliabilitySummary.read(tmp_path) is None
+    (tmp_path / "trust.json").write_text(TRUST)
+    found = ReliabilitySummary.read(tmp_path)
+    (file,) = found.files
+    assert file.direct.bins[0].correct == 2
+    assert file.order.letters[0].correct == 0.25
+    assert file.reliance[0].question_type == "organ"
+    assert file.agreement.correct_if_agreeing == Accuracy(correct=1, rows=1, value=1.0, low=0.2, high=1.0)
+    write_reliability(tmp_path, dataclasses.replace(found, model="new"), ())
+    assert ReliabilitySummary.read(tmp_path).model == "new"

@@ -174,7 +174,7 @@ def test_shorthands_are_shared_as_they_were_given(models, tmp_path):
     ("methods", "override", "said"),
     [
         (["sft", "rl"], "algo.dual_clip=2", r"algo\.dual_clip=2: rlmed\.launch does not read .* Set algo\.clip=dual"),
-        (["sft", "rl"], "eval.samples=3", r"eval\.samples=3: rlmed\.launch does not read eval\.samples\."),
+        (["sft", "rl"], "reliability.samples=3", r"reliability\.samples=3: rlmed\.launch does not read reliab"),
         (["sft"], "algo.group_size=3", r"algo\.group_size=3: rlmed\.sft does not read algo\.group_size\."),
         (["rl"], "algo=grpoo", "algo=grpoo: option not found; did you mean grpo"),
         (["rl"], "+experiment=medvqa", "experiment=medvqa: option not found; did you mean medvqa_600"),
@@ -193,7 +193,7 @@ def test_what_none_of_the_runs_reads_is_refused(methods, override, said, tmp_pat
         ([1, 1], [], "a repeated seed"),
         ([1], ["seed=4"], "seed=4 is set for each run"),
         ([1], ["hydra.run.dir=x"], "is set for each run"),
-        ([1], ["eval.trust=true"], "eval.trust=true is for rlmed.evaluate only"),
+        ([1], ["eval.trust=true"], "unknown key eval.trust: python -m rlmed.reliability"),
         ([1], ["medvqa_600"], "medvqa_600 is not of the form key=value"),
     ],
 )

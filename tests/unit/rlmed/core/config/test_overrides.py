@@ -123,6 +123,7 @@ def own_yaml(tmp_path: Path) -> Path:
         (["seed=5=5"], "seed='5=5' has the wrong type: expected an integer"),
         (["learner.lrr=1"], "unknown key learner.lrr: did you mean learner.lr?"),
         (["++learner.lrr=1"], "unknown key learner.lrr: did you mean learner.lr?"),
+        (["eval.trust=true"], "unknown key eval.trust: python -m rlmed.reliability measures it"),
         (["ä=1"], "unknown key ä"),
         (["=1"], "=1: the key before = is missing"),
         (["1=2"], "1=2: invalid key '1'"),
@@ -195,7 +196,7 @@ def own_yaml(tmp_path: Path) -> Path:
         (["--config-dir", "own", "experiment=option"], "algo=foo: option not found; choose one of"),
     ],
 )
-@pytest.mark.parametrize("program", ["train", "sft", "evaluate"])
+@pytest.mark.parametrize("program", ["train", "sft", "evaluate", "reliability"])
 def test_an_error_is_one_line(
     arguments: list[str],
     said: str,

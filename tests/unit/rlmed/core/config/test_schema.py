@@ -25,7 +25,7 @@ def composed(*overrides: str, program: str = "train") -> RunConfig:
     return compose_config(program, overrides)
 
 
-@pytest.mark.parametrize("program", ["train", "sft", "evaluate"])
+@pytest.mark.parametrize("program", ["train", "sft", "evaluate", "reliability"])
 def test_programs_compose(program: str) -> None:
     assert composed(program=program).model.path == "embedded:tiny_base"
 
@@ -88,6 +88,9 @@ def test_unknown_key_is_refused_by_the_command_line() -> None:
     ("override", "message"),
     [
         ("+algo.group_sise=8", r"unknown key algo\.group_sise: did you mean algo\.group_size\?"),
+        ("+eval.trust=true", r"unknown key eval\.trust: python -m rlmed\.reliability"),
+        ("+eval.samples=4", r"unknown key eval\.samples: set reliability\.samples of python -m rlmed\.reliability"),
+        ("reliability.samples=0", r"reliability\.samples=0 must be at least 1"),
         ("algo.group_size=1", r"algo\.group_size=1 must be at least 2"),
         ("algo.advantage=best", r"algo\.advantage='best'.* grpo, dr_grpo, rloo"),
         ("algo.normalize_by=organ", r"algo\.normalize_by='organ'.* modality or null"),
@@ -145,6 +148,14 @@ def test_a_group_that_is_larger_than_what_is_sampled_at_once_is_for_training_alo
         ConfigError, match=r"algo\.group_size=4 exceeds .*max_completions=2: .*raise rollout\.max_completions"
     ):
         config.check_groups()
+
+
+def test_more_samples_than_are_drawn_at_once_are_for_reliability_alone() -> None:
+    with pytest.raises(
+        ConfigError, match=r"reliability\.samples=8 exceeds rollout\.max_completions=2: .*raise rollout"
+    ):
+        composed("rollout.max_completions=2", program="reliability").check_samples()
+    composed(program="reliability").check_samples()
 
 
 def test_a_selection_by_pass_rate_needs_to_know_what_is_right() -> None:

@@ -69,13 +69,16 @@ def refused(program: str, *overrides: str) -> list[str]:
         ("evaluate", "learner.lr=1", "rlmed.evaluate does not read learner.lr. It learns nothing"),
         ("evaluate", "resume=auto", "rlmed.evaluate does not read resume. It learns nothing"),
         ("evaluate", "checkpoint.every=7", "rlmed.evaluate does not read checkpoint.every."),
-        ("evaluate", "seed=4", "rlmed.evaluate does not read seed while eval.trust=false. Greedy answers"),
+        ("evaluate", "seed=4", "rlmed.evaluate does not read seed. Greedy answers"),
         ("evaluate", "eval.at_end=false", "rlmed.evaluate does not read eval.at_end. It evaluates once"),
         ("evaluate", "data.mix={MRI:1}", "rlmed.evaluate does not read data.mix. All rows are asked"),
         ("evaluate", "data=jsonl data.limit=7", "does not read data.limit while data.source=jsonl and data.train=null. It"),
         ("train", "sft.epochs=3", "rlmed.launch does not read sft.epochs. It is for rlmed.sft alone"),
         ("train", "compare_to=x", "rlmed.launch does not read compare_to. Train without it, then run python -m rlmed.evaluate"),
-        ("train", "eval.trust=true", "rlmed.launch does not read eval.trust. Train without it, then run python -m rlmed"),
+        ("train", "reliability.samples=8", "rlmed.launch does not read reliability.samples. It is for rlmed.reliability"),
+        ("evaluate", "reliability.samples=8", "rlmed.evaluate does not read reliability.samples. It is for rlmed.reliability"),
+        ("reliability", "learner.lr=1", "rlmed.reliability does not read learner.lr. It learns nothing"),
+        ("reliability", "rollout.temperature=1", "rlmed.reliability does not read rollout.temperature. Evaluation is greedy"),
         ("train", "algo.dual_clip=2", "rlmed.launch does not read algo.dual_clip while algo.clip=ppo. Set algo.clip=dual"),
         ("train", "algo.max_refills=1", "does not read algo.max_refills while algo.dynamic_sampling=false. Set algo.dynamic"),
         ("train", "algo.kl_coef=0 algo.kl_estimator=k1", "does not read algo.kl_estimator while algo.kl_coef=0. Set algo.kl"),
@@ -132,7 +135,7 @@ def test_rays_keys_do_something_for_training_with_ray_alone(program: str, key: s
         # what the command does anyway, and options that change nothing
         ("sft", "cluster=local rollout=native reward=format_choice"),
         ("sft", "rollout.engine=native"),
-        ("evaluate", "seed=0 algo=grpo eval.samples=8"),
+        ("evaluate", "algo=grpo"),
         # a value that is the default changes nothing while another key leaves it unread
         ("train", "cluster=local cluster.rollout_workers=1 algo.dual_clip=3.0 algo.max_refills=4"),
         # what the command reads
@@ -141,8 +144,8 @@ def test_rays_keys_do_something_for_training_with_ray_alone(program: str, key: s
             "cluster.threads=1 rollout.stop=[x] rollout.max_completions=8 data.mix={MRI:1} learner.freeze=[vision]",
         ),
         (
-            "evaluate",
-            "cluster.threads=1 eval.trust=true eval.samples=2 seed=4 learner.token_budget=99 compare_to=x name=mine",
+            "reliability",
+            "cluster.threads=1 reliability.samples=2 seed=4 learner.token_budget=99 compare_to=x name=mine",
         ),
         ("evaluate", "data=jsonl data.train=x data.limit=7 data.eval=[y] prompt=radiologist model=qwen2_vl_2b"),
         ("train", "cluster=ray_8gpu rollout=vllm rollout.tensor_parallel_size=2 cluster.weight_transfer=nccl"),

@@ -1,4 +1,4 @@
-"""The figures of a trust report on answers worked by hand; their files."""
+"""The figures of a reliability report on answers worked by hand; their files."""
 
 import dataclasses
 import io
@@ -21,12 +21,18 @@ from rlmed.evaluation.reliability.figures import (
     reliance,
     sampling,
 )
-from rlmed.evaluation.reliability.questions import TrustSettings, _Asker, _file_trust
-from rlmed.evaluation.reliability.results import FileTrust, OrderAnswer, TrustAnswer, TrustSummary, write_trust
-from rlmed.evaluation.reliability.table import trust_table
+from rlmed.evaluation.reliability.questions import ReliabilitySettings, _Asker, _file_reliability
+from rlmed.evaluation.reliability.results import (
+    FileReliability,
+    OrderAnswer,
+    QuestionAnswers,
+    ReliabilitySummary,
+    write_reliability,
+)
+from rlmed.evaluation.reliability.table import reliability_table
 from rlmed.evaluation.results import EvalRow
 from rlmed.evaluation.run import Evaluator
-from rlmed.report.reliability import show_trust
+from rlmed.report.reliability import show_reliability
 from tests.unit.rlmed.evaluation.test_run import ScriptedPool, make_rows
 
 TEXTS = ("head", "knee", "chest")
@@ -35,7 +41,9 @@ TEXTS = ("head", "knee", "chest")
 def answer(number, *, right="A", samples=("A", "B"), orders=None, modality="CT", **changes):
     plain = OrderAnswer(TEXTS, right, right)
     values = {"reasoned": (0.6, 0.3, 0.1), "direct": (0.2, 0.5, 0.3)} | changes
-    return TrustAnswer("f", str(number), modality, right, samples=samples, orders=orders or (plain, plain), **values)
+    return QuestionAnswers(
+        "f", str(number), modality, right, samples=samples, orders=orders or (plain, plain), **values
+    )
 
 
 def row(number, right, control="none", question_type="anatomy", completion="", predicted_letter="A"):
@@ -113,21 +121,23 @@ def test_questions_whose_options_refer_to_others_are_asked_in_their_order_alone(
     turned = (OrderAnswer(TEXTS, "A", "A"), OrderAnswer(("knee", "chest", "head"), "C", "A"))
     kept = (OrderAnswer(TEXTS, "A", "A"),)
     rows = [row(i, True) for i in range(3)]
-    mixed = _file_trust(
+    mixed = _file_reliability(
         rows, [answer(0, orders=turned), answer(1, orders=kept), answer(2, orders=turned)], argue_nothing
     )
     assert mixed.order is not None
     assert (mixed.order.stays.correct, mixed.order.stays.rows, mixed.kept_order, mixed.rows) == (0, 2, 1, 3)
-    fixed = dataclasses.replace(_file_trust(rows, [answer(i, orders=kept) for i in range(3)], argue_nothing), name="g")
+    fixed = dataclasses.replace(
+        _file_reliability(rows, [answer(i, orders=kept) for i in range(3)], argue_nothing), name="g"
+    )
     assert (fixed.order, fixed.kept_order) == (None, 3)
-    summary = TrustSummary("tiny", 1.5, (fixed, mixed), ())
-    write_trust(tmp_path, summary, ())
-    assert TrustSummary.read(tmp_path) == summary
-    shown = show_trust(summary)
+    summary = ReliabilitySummary("tiny", 1.5, (fixed, mixed), ())
+    write_reliability(tmp_path, summary, ())
+    assert ReliabilitySummary.read(tmp_path) == summary
+    shown = show_reliability(summary)
     assert shown["orders"] == 2
     assert [plot.title for plot in shown["plots"] if "letters" in plot.title] == ["f: letters over 2 option orders"]
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(trust_table(summary))
+    console.print(reliability_table(summary))
     lines = [line.split() for line in console.export_text().splitlines()]
     assert ["same", "option", "in", "all", "orders", "–", "0.0", "(0–66)"] in lines
     assert ["rows", "that", "keep", "their", "order", "3", "1"] in lines
@@ -142,7 +152,7 @@ def test_only_questions_that_have_another_order_are_asked_in_it(tmp_path, tiny_f
         files=[EvalFile("mri", tuple(asked))], pool=pool, renderer=renderer, train_examples=(), max_tokens=8, folder=tmp_path,
         model="tiny",
     )  # fmt: skip
-    asker = _Asker(evaluator, None, TrustSettings(samples=1, seed=0, token_budget=64), None)
+    asker = _Asker(evaluator, None, ReliabilitySettings(samples=1, seed=0, token_budget=64), None)
     orders = asker._order(1)
     assert sorted(orders) == [("mri", "0"), ("mri", "1"), ("mri", "3")]
     for (_, name), order in orders.items():
@@ -218,7 +228,7 @@ def test_a_report_is_read_back_as_it_was_written_and_drawn(tmp_path):
     answers = [answer(i) for i in range(4)]
     rows = [row(i, i < 3) for i in range(4)] + [row(i, i < 1, "blank") for i in range(4)]
     likely = calibration([entry.direct for entry in answers], ["A"] * 4)
-    file = FileTrust(
+    file = FileReliability(
         name="f",
         rows=4,
         reasoned=None,
@@ -229,12 +239,12 @@ def test_a_report_is_read_back_as_it_was_written_and_drawn(tmp_path):
         agreement=reasoning_agreement(rows, lambda reasoning, options: 0),
     )
     train = [Example("t", None, "?", TEXTS, 0, modality="CT")]
-    summary = TrustSummary("tiny", 1.5, (file,), domains(rows, answers, train))
-    write_trust(tmp_path, summary, answers)
-    assert TrustSummary.read(tmp_path) == summary
-    lines = [json.loads(line) for line in (tmp_path / "trust_rows.jsonl").read_text().splitlines()]
+    summary = ReliabilitySummary("tiny", 1.5, (file,), domains(rows, answers, train))
+    write_reliability(tmp_path, summary, answers)
+    assert ReliabilitySummary.read(tmp_path) == summary
+    lines = [json.loads(line) for line in (tmp_path / "reliability_rows.jsonl").read_text().splitlines()]
     assert lines == json.loads(json.dumps([dataclasses.asdict(entry) for entry in answers]))
-    plots = show_trust(summary)["plots"]
+    plots = show_reliability(summary)["plots"]
     assert [plot.title for plot in plots] == [
         "f: reliability without reasoning",
         "f: pass@k",

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rlmed import evaluate
+from rlmed import reliability
 from rlmed.core.config.composing import compose_config
 from rlmed.data.phantom.studies import make_example as make
 from rlmed.data.phantom.studies import render, sample_study
-from rlmed.evaluation.reliability.results import TrustSummary
+from rlmed.evaluation.reliability.results import ReliabilitySummary
 
 pytestmark = pytest.mark.slow
 
 
-def test_trust_report_of_the_embedded_model(tmp_path: Path, capsys) -> None:
+def test_the_reliability_of_the_embedded_model(tmp_path: Path, capsys) -> None:
     lines = []
     for index in range(12):
         rng = np.random.default_rng([7, index])
@@ -33,9 +33,9 @@ def test_trust_report_of_the_embedded_model(tmp_path: Path, capsys) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     settings = ["model.path=embedded:tiny_base", "data=jsonl", f"data.eval=[{data}]", f"data.train={data}"]
-    trusted = ["eval.trust=true", "eval.samples=4", "eval.max_tokens=64", "cluster.threads=1"]
-    evaluate.main(compose_config("evaluate", [*settings, *trusted]), folder)
-    summary = TrustSummary.read(folder / "evaluations/step-000000")
+    settings += ["reliability.samples=4", "eval.max_tokens=64", "cluster.threads=1"]
+    reliability.main(compose_config("reliability", settings), folder)
+    summary = ReliabilitySummary.read(folder / "evaluations/step-000000")
     (file,) = summary.files
     rows = [json.loads(line) for line in (folder / "evaluations/step-000000/rows.jsonl").read_text().splitlines()]
     plain = [row for row in rows if row["control"] == "none"]
