@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Unpack, get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -138,7 +139,10 @@ def test_every_reader_has_help_and_takes_its_own_options(name, capsys):
     shown = capsys.readouterr().out
     assert ended.value.code == 0
     assert all(option.flag in shown for option in READERS[name].options)
-    assert all(option.keyword in READERS[name].read.__kwdefaults__ for option in READERS[name].options)
+    read = READERS[name].read
+    shared = [get_args(hint)[0] for hint in get_type_hints(read).values() if get_origin(hint) is Unpack]
+    keywords = {*read.__kwdefaults__, *(keyword for options in shared for keyword in options.__annotations__)}
+    assert {option.keyword for option in READERS[name].options} <= keywords
 
 
 @pytest.mark.parametrize(
