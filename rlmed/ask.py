@@ -76,7 +76,7 @@ def ask(arguments: argparse.Namespace) -> str:
         raise ValueError(f"--seed {arguments.seed} has no effect without sampling: add --temperature, or leave it out")
     if near := near_path(arguments.image):
         raise ValueError(f"image {arguments.image} does not exist: {near}")
-    check_image(arguments.image)
+    check_image(arguments.image, keep=True)
     folder = model_folder(arguments.model)
     # default to the paper's template if the folder does not record one
     settings = {"max_prompt_tokens": MAX_PROMPT_TOKENS, **(read_prompt_settings(folder) or {})}

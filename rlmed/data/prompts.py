@@ -168,10 +168,8 @@ class PromptRenderer:
             self._min_pixels = size["shortest_edge"] if min_pixels is None else min_pixels
             self._max_pixels = size["longest_edge"] if max_pixels is None else max_pixels
             if not 0 < self._min_pixels <= self._max_pixels:
-                raise ValueError(
-                    f"min_pixels={self._min_pixels} and max_pixels={self._max_pixels}: "
-                    "pixel limits must satisfy 0 < min_pixels <= max_pixels"
-                )
+                limits = f"min_pixels={self._min_pixels} and max_pixels={self._max_pixels}"
+                raise ValueError(f"{limits}: pixel limits must satisfy 0 < min_pixels <= max_pixels")
         if tokenizer.chat_template is not None:  # a template that fails to render is not the rows' fault
             text, self.prefill = self._turn(_PROBE, with_image=image_processor is not None)
             self._tokenize(text)
@@ -198,7 +196,9 @@ class PromptRenderer:
         room = self.max_prompt_tokens - (len(token_ids) - 1)
         if self._visual_tokens(grid) > room:
             # shrinking the image loses detail; cutting the prompt would lose the question
-            pixel_values, grid = self._pixels(example, image, max(self._min_pixels, room * self._pixels_per_token))
+            assert self._image_processor is not None
+            side = self._image_processor.patch_size * self._image_processor.merge_size
+            pixel_values, grid = self._pixels(example, image, max(self._min_pixels, room * side**2))
         expanded = np.concatenate(
             [
                 token_ids[: slots[0]],
@@ -220,9 +220,8 @@ class PromptRenderer:
 
     def prefill_doubt(self) -> str | None:
         """Return a warning if the prompt asks for reasoning that the chat template leaves no room for."""
-        if THINK_END not in self.prefill and ANSWER not in self.prefill:
-            return None
-        if not any(_asks_for_reasoning(template) for template in (self.template, *self.by_modality.values())):
+        templates = (self.template, *self.by_modality.values())
+        if not (THINK_END in self.prefill or ANSWER in self.prefill) or not any(map(_asks_for_reasoning, templates)):
             return None
         return (
             f"{template_source(self.tokenizer)} has written {self.prefill!r} before the model writes anything, and the prompt "
@@ -371,11 +370,6 @@ class PromptRenderer:
         ):
             features = self._image_processor(images=[image], size=size, return_tensors="np")
         return features["pixel_values"].astype(np.float32), features["image_grid_thw"].astype(np.int64)
-
-    @property
-    def _pixels_per_token(self) -> int:
-        assert self._image_processor is not None
-        return (self._image_processor.patch_size * self._image_processor.merge_size) ** 2
 
     def _visual_tokens(self, grid: IntArray) -> int:
         assert self._image_processor is not None

@@ -13,7 +13,8 @@ import numpy as np
 
 from rlmed.core.config.building import build_record
 from rlmed.core.files.atomic import partial_folder, refusal, rename_into_place, replace_text
-from rlmed.core.files.jsonlines import parse_line, read_json
+from rlmed.core.files.damage import read_json
+from rlmed.core.files.jsonlines import parse_line
 from rlmed.core.files.ownership import remove
 from rlmed.core.statistics import BoolArray, mcnemar, wilson_interval
 from rlmed.core.types import LETTERS, Example, FinishReason

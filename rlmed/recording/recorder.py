@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from rlmed.core.config.schema import ModelConfig
 from rlmed.core.files.atomic import refusal, replace_text
-from rlmed.core.files.jsonlines import JsonLinesWriter, finite, read_json
+from rlmed.core.files.damage import read_json
+from rlmed.core.files.jsonlines import JsonLinesWriter, finite
 from rlmed.core.metrics import find_metric
 from rlmed.core.process.threads import cpu_quota, usable_cores
 from rlmed.core.tracing import TIMELINE_LINES

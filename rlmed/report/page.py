@@ -23,7 +23,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlmed.core.files.atomic import replace_text
-from rlmed.core.files.jsonlines import read_json, read_json_lines
+from rlmed.core.files.damage import read_json
+from rlmed.core.files.jsonlines import read_json_lines
 from rlmed.core.process.display import ending_errors, keep_display, one_line
 from rlmed.core.statistics import mcnemar
 from rlmed.core.tracing import TIMELINE_LINES

@@ -135,22 +135,6 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
             yield parse_line(line, path, number)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read the JSON object in a file of a run.
-
-    Raises:
-        ValueError: if it is not a JSON object, for example after an incomplete copy.
-        OSError: if it cannot be read.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged, not valid JSON ({error}): copy its folder again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged, not a JSON object: copy its folder again")
-    return content
-
-
 def parse_line(line: bytes, path: Path, number: int) -> dict[str, Any]:
     """Parse a line of `path`.
 

@@ -1,6 +1,6 @@
 """Start a command, before it imports its libraries: what must be settled in its process, and errors on one line.
 
-Importing rlmed as a library changes nothing in your process. Call `prepare_process` yourself, before torch is imported, if
+Importing rlmed as a library does none of this. Call `prepare_process` yourself, before torch is imported, if
 the installed torchvision does not match torch (`RuntimeError: operator torchvision::nms does not exist`), or if
 your process shares its cores with others.
 """

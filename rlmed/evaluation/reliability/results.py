@@ -14,7 +14,7 @@ from pathlib import Path
 from rlmed.core.calibration import Estimate, ReliabilityBin
 from rlmed.core.config.building import build_record
 from rlmed.core.files.atomic import replace_text
-from rlmed.core.files.jsonlines import read_json
+from rlmed.core.files.damage import read_json
 from rlmed.evaluation.old_names import current_names
 from rlmed.evaluation.results import Accuracy
 
