@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Unpack, get_args, get_origin, get_type_hints
+from typing import get_args, get_type_hints
 
 import pytest
 
@@ -20,6 +22,16 @@ from tests.root import ROOT
 from tests.unit.rlmed.data.pictures import marked
 
 TABLE = "image,question,A,B,answer,modality,split\n"
+
+
+def keywords(function: Callable[..., object]) -> set[str]:
+    """The names of its keyword arguments, those of `**options: Unpack[Options]` too."""
+    names = set(function.__kwdefaults__ or {})
+    code = function.__code__
+    if code.co_flags & inspect.CO_VARKEYWORDS:
+        hint = get_type_hints(function)[code.co_varnames[code.co_argcount + code.co_kwonlyargcount]]
+        names |= set(get_type_hints(get_args(hint)[0]))
+    return names
 
 
 @pytest.fixture
@@ -139,10 +151,7 @@ def test_every_reader_has_help_and_takes_its_own_options(name, capsys):
     shown = capsys.readouterr().out
     assert ended.value.code == 0
     assert all(option.flag in shown for option in READERS[name].options)
-    read = READERS[name].read
-    shared = [get_args(hint)[0] for hint in get_type_hints(read).values() if get_origin(hint) is Unpack]
-    keywords = {*read.__kwdefaults__, *(keyword for options in shared for keyword in options.__annotations__)}
-    assert {option.keyword for option in READERS[name].options} <= keywords
+    assert {option.keyword for option in READERS[name].options} <= keywords(READERS[name].read)
 
 
 @pytest.mark.parametrize(
