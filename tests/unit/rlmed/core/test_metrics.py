@@ -1,7 +1,9 @@
+import re
 from pathlib import Path
 
 import pytest
 
+from rlmed.core.config.building import check_key
 from rlmed.core.metrics import METRICS, find_metric
 from rlmed.recording.progress import METRICS as SHOWN
 from rlmed.recording.recorder import RunRecorder
@@ -30,6 +32,13 @@ def test_each_metric_is_written_somewhere() -> None:
     code = "\n".join(path.read_text() for path in files if path != ROOT / "rlmed" / "core" / "metrics.py")
     missing = [name for name in METRICS if f'"{name.removesuffix("*")}' not in code]
     assert missing == []
+
+
+def test_keys_in_the_table_exist() -> None:
+    keys = [key for metric in METRICS.values() for key in re.findall(r"[a-z]+\.[a-z_.]+", metric.meaning)]
+    assert "rollout.max_tokens" in keys
+    for key in keys:
+        check_key(key)
 
 
 def test_metrics_of_a_pool_are_in_the_table() -> None:
