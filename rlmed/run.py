@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from learner.advantages import AdvantageEstimator, has_learning_signal
-from learner.learner import loss_config
 from rewards.rubric import Rubric
 from rlmed.cluster.build import Cluster, build_cluster
 from rlmed.cluster.engines import make_renderer
@@ -47,7 +46,6 @@ class Run:
         """
         self.config, self.folder = config, folder
         config.check_groups()
-        loss_config(config.algo)  # reject invalid loss settings before anything is loaded
         self.checkpoint = starting_point(folder, resume=config.resume is not None)
         self.progress = Progress()
         self.rubric = Rubric.from_config(
@@ -106,7 +104,7 @@ class Run:
             max_staleness=algo.max_staleness,
             max_discarded=algo.max_refills * algo.groups_per_step,
             is_kept=lambda scored: (
-                not algo.dynamic_sampling or has_learning_signal(scored, mask_truncated=algo.mask_truncated)
+                not algo.dynamic_sampling or has_learning_signal(scored, mask_truncated=algo.loss.mask_truncated)
             ),
         )
         if self.checkpoint:
@@ -177,7 +175,7 @@ class Run:
             for index in range(self.config.preflight.groups):
                 self.cluster.pool.submit(self.stream.request(index))
             groups = [self.rubric.score(self.cluster.pool.collect()) for _ in range(self.config.preflight.groups)]
-        report = inspect(groups, mask_truncated=self.config.algo.mask_truncated)
+        report = inspect(groups, mask_truncated=self.config.algo.loss.mask_truncated)
         self.progress.message(report.line())
         check(report, self.config.rollout.max_tokens, self.renderer.end_tokens)
 

@@ -6,10 +6,8 @@ import dataclasses
 import functools
 from typing import Any
 
-from learner.learner import loss_config
-from learner.losses import PolicyLossConfig
 from rlmed.core.config.composing import compose_config
-from rlmed.core.config.schema import AlgoConfig, DataConfig, LearnerConfig, RunConfig, SelectionConfig
+from rlmed.core.config.schema import AlgoConfig, DataConfig, LearnerConfig, LossConfig, RunConfig, SelectionConfig
 
 
 @functools.cache
@@ -18,13 +16,13 @@ def _defaults() -> RunConfig:
 
 
 def algo_config(**changes: Any) -> AlgoConfig:
-    """`algo_config(kl_coef=0.0)`: GRPO without a reference."""
+    """`algo_config(groups_per_step=2)`."""
     return dataclasses.replace(_defaults().algo, **changes)
 
 
-def policy_loss_config(**changes: Any) -> PolicyLossConfig:
-    """`policy_loss_config(clip="dual")`: the loss's part of `algo_config`."""
-    return dataclasses.replace(loss_config(_defaults().algo), **changes)
+def loss_config(**changes: Any) -> LossConfig:
+    """`loss_config(kl_coef=0.0)`: GRPO without a reference."""
+    return dataclasses.replace(_defaults().algo.loss, **changes)
 
 
 def learner_config(**changes: Any) -> LearnerConfig:

@@ -104,13 +104,13 @@ def build_learner(
     base = model_folder(config.model.path)
     policy = policy or build_policy(config, checkpoint or base)
     reference = None
-    if config.algo.kl_coef > 0:
+    if config.algo.loss.kl_coef > 0:
         reference = build_policy(config, base)
         reference.model.requires_grad_(False)
     return PolicyLearner(
         policy,
         reference,
-        config.algo,
+        config.algo.loss,
         config.learner,
         total_steps=config.steps,
         max_tokens=config.rollout.max_tokens,

@@ -70,7 +70,7 @@ def estimate(policy: Policy, config: RunConfig) -> MemoryEstimate:
     packs = policy.dtype == torch.float32 and "packed_weights" in (config.model.onednn or ())
     return MemoryEstimate(
         weights=weights,
-        reference=weights if config.algo.kl_coef > 0 else 0,
+        reference=weights if config.algo.loss.kl_coef > 0 else 0,
         optimizer=trained * (8 + 4 + (4 if width < 4 else 0)),
         kv_cache=layers * 2 * heads * head_width * width * tokens,
         packed=packs * engines_that_pack(config) * packed_bytes(linear_shapes(policy.model.config)),

@@ -388,7 +388,7 @@ def test_batches_without_a_trained_token_are_no_error_and_move_nothing(
     make_config: Config, tmp_path: Path, own_reward: str
 ) -> None:
     settings = (f"reward.extra=[{own_reward}:first_token]", "eval.at_start=false", "eval.at_end=false")
-    cut = ("algo.mask_truncated=true", "rollout.max_tokens=1", "preflight.enabled=false")
+    cut = ("algo.loss.mask_truncated=true", "rollout.max_tokens=1", "preflight.enabled=false")
     config = make_config(*settings, *cut)
     Run(config, tmp_path / "run").execute()
     trained = AutoModelForImageTextToText.from_pretrained(tmp_path / "run" / "checkpoints" / "step-000002").state_dict()

@@ -63,7 +63,7 @@ def test_what_is_frozen_or_left_out_costs_nothing(fresh_policy: Callable[..., Po
     policy = fresh_policy("qwen2_vl")
     full = estimate(policy, config())
     policy.freeze(["vision", "merger"])
-    frozen = estimate(policy, config("algo.kl_coef=0"))
+    frozen = estimate(policy, config("algo.loss.kl_coef=0"))
     assert frozen.reference == 0
     assert 0 < frozen.optimizer < full.optimizer
 
