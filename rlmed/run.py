@@ -56,9 +56,9 @@ class Run:
             likelihood=(lambda requests: self.cluster.learner.logprobs(requests)) if config.debug.learn else None,
             split_common_prefix=lambda texts: self.renderer.split_common_prefix(texts),
         )
-        self.renderer = make_renderer(config)
-        check_positions(config, max_tokens=max(config.rollout.max_tokens, config.eval.max_tokens))
-        self.data: Dataset = load_run_data(config, self.renderer, training=True)
+        self.renderer = make_renderer(config.model, config.data, config.prompt, freeze=config.learner.freeze)
+        check_positions(config.model, config.data, max_tokens=max(config.rollout.max_tokens, config.eval.max_tokens))
+        self.data: Dataset = load_run_data(config.data, config.prompt, self.renderer, training=True)
         if config.algo.normalize_by == "modality" and len({row.modality for row in self.data.train_examples}) == 1:
             log.warning("algo.normalize_by=modality has no effect: all training rows have the same modality, or none")
         self.tracer = Tracer(folder / "timeline.jsonl")
@@ -93,7 +93,14 @@ class Run:
         )
         algo = config.algo
         self.evaluator = Evaluator.of_run(
-            config, folder, self.data, self.cluster.evaluation_pool, self.renderer, self.progress.answers
+            config.eval,
+            folder,
+            self.data,
+            self.cluster.evaluation_pool,
+            self.renderer,
+            stop=config.rollout.stop,
+            model=config.model.path,
+            on_progress=self.progress.answers,
         )
         self.advantages = AdvantageEstimator(algo.advantage, algo.normalize_by)
         self.buffer = GroupBuffer(

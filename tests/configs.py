@@ -6,8 +6,10 @@ import dataclasses
 import functools
 from typing import Any
 
+from rlmed.cluster.engines import make_renderer
 from rlmed.core.config.composing import compose_config
 from rlmed.core.config.schema import AlgoConfig, DataConfig, LearnerConfig, LossConfig, RunConfig, SelectionConfig
+from rlmed.data.prompts import PromptRenderer
 
 
 @functools.cache
@@ -38,3 +40,8 @@ def data_config(**changes: Any) -> DataConfig:
 def selection_config(mode: str, **changes: Any) -> SelectionConfig:
     """`selection_config("pass_rate", window=2)`."""
     return dataclasses.replace(_defaults().data.selection, mode=mode, **changes)
+
+
+def renderer_of(config: RunConfig) -> PromptRenderer:
+    """The renderer that a run with this configuration has."""
+    return make_renderer(config.model, config.data, config.prompt, freeze=config.learner.freeze)
