@@ -75,9 +75,6 @@ class OurTrainer:
         reference.model.requires_grad_(False)
         self.facts = model_facts(policy, name)
         defaults = compose_config("train", ["data=jsonl"])
-        self._algo = dataclasses.replace(
-            defaults.algo, group_size=arguments.group_size, groups_per_step=arguments.prompts, kl_coef=KL_COEF
-        )
         renderer = make_renderer(folder)
         self.prompt_tokens = spread([len(prompt.token_ids) for prompt in render_prompts(renderer, examples)])
         limits = EngineLimits(
@@ -87,7 +84,7 @@ class OurTrainer:
         self._learner = PolicyLearner(
             policy,
             reference,
-            self._algo,
+            dataclasses.replace(defaults.algo.loss, kl_coef=KL_COEF),
             dataclasses.replace(defaults.learner, lr=LEARNING_RATE, lr_schedule="constant", token_budget=2**20),
             total_steps=1000,
             max_tokens=arguments.max_tokens,
@@ -110,7 +107,7 @@ class OurTrainer:
         self._trace(reference, "logprobs_no_grad", "reference")
         self._trace(self._learner.optimizer, "step", "optimizer")
         self._buffer = GroupBuffer(self._pool, self._stream.request, rubric.score, groups_per_step=arguments.prompts)
-        self._advantages = AdvantageEstimator(self._algo.advantage)
+        self._advantages = AdvantageEstimator(defaults.algo.advantage)
 
     def step(self) -> None:
         """One trip around the loop."""

@@ -15,11 +15,10 @@ from typing import Any, Union, get_args, get_origin
 import hydra
 from omegaconf import OmegaConf
 
-from learner.losses import PolicyLossConfig
 from rewards.rubric import GROUP_REWARDS, LIKELIHOOD_REWARDS, REWARDS
 from rlmed.core.config import running, schema
 from rlmed.core.config.schema import RunConfig
-from rlmed.core.config.use import plain_values, schema_keys
+from rlmed.core.config.use import plain_values
 from rlmed.core.metrics import METRICS
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -187,10 +186,8 @@ def _hints(cls: type[Any], where: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _choices() -> dict[str, tuple[str, ...]]:
-    """Return the choices of keys that have some: what the checks of the schema accept, and the loss's literals."""
-    loss = typing.get_type_hints(PolicyLossConfig)
-    found = {key: get_args(loss[name]) for key in schema_keys() if (name := key.split(".")[-1]) in loss
-             and key.startswith("algo.") and get_origin(loss[name]) is typing.Literal}  # fmt: skip
+    """Return the choices of keys that have some: what the checks of the schema accept."""
+    found: dict[str, tuple[str, ...]] = {}
     for module in (schema, running):
         for node in ast.walk(ast.parse(inspect.getsource(module))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "require_one_of":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,31 +12,17 @@ from torch import Tensor
 
 from learner.distributed import Parallelism, SingleProcess
 from learner.likelihood import ScoringRequest, completion_logprobs
-from learner.losses import LossDenominators, PolicyLossConfig, count_denominators, policy_loss
+from learner.losses import LossDenominators, count_denominators, policy_loss
 from learner.metrics import LossMetrics, mean_metric, merge_metrics
 from learner.optimizer import Optimizer
 from learner.packing import PackedBatch, PackItem, TrainSequence, pack
-from rlmed.core.config.schema import AlgoConfig, LearnerConfig
+from rlmed.core.config.schema import LearnerConfig, LossConfig
 from rlmed.core.protocols import RolloutPool
 from rlmed.core.types import FloatArray, TrainGroup
 from rlmed.models.policy import Policy
 
 Report = Callable[[Sequence[TrainGroup], str], None]
 """Callback for a skipped batch and the reason."""
-
-
-def loss_config(algo: AlgoConfig) -> PolicyLossConfig:
-    """Extract the loss settings from `algo`.
-
-    Raises:
-        ValueError: for an impossible value, naming the key.
-    """
-    try:
-        return PolicyLossConfig(
-            **{entry.name: getattr(algo, entry.name) for entry in dataclasses.fields(PolicyLossConfig)}
-        )
-    except ValueError as error:
-        raise ValueError(f"algo.{error}") from error
 
 
 @dataclass(slots=True)
@@ -66,7 +51,7 @@ class PolicyLearner:
     """Trains a policy on groups of completions; see `rlmed.core.protocols.Learner`.
 
     Example:
-        >>> learner = PolicyLearner(policy, reference, config.algo, config.learner, total_steps=300,
+        >>> learner = PolicyLearner(policy, reference, config.algo.loss, config.learner, total_steps=300,
         ...                         max_tokens=512, temperature=1.0)                        # doctest: +SKIP
         >>> learner.step(groups)["grad_norm"]                                               # doctest: +SKIP
         0.84
@@ -76,7 +61,7 @@ class PolicyLearner:
         self,
         policy: Policy,
         reference: Policy | None,
-        algo: AlgoConfig,
+        loss: LossConfig,
         config: LearnerConfig,
         *,
         total_steps: int,
@@ -90,7 +75,7 @@ class PolicyLearner:
         Args:
             policy: trained in place.
             reference: frozen policy of the KL term; None if `kl_coef` is 0.
-            algo: advantage and loss settings.
+            loss: loss settings.
             config: optimizer and memory settings.
             total_steps: batches until the learning-rate schedule ends.
             max_tokens: limit on a completion's tokens, the constant of Dr. GRPO's aggregation.
@@ -99,10 +84,10 @@ class PolicyLearner:
             ranks: the ranks this learner belongs to (`learner.distributed.init_distributed`), which shard policy and
                 reference in place; every rank receives the same batches. None: a single process.
         """
-        if (reference is None) != (algo.kl_coef == 0):
-            raise ValueError(f"kl_coef={algo.kl_coef} and {'no' if reference is None else 'a'} reference policy")
+        if (reference is None) != (loss.kl_coef == 0):
+            raise ValueError(f"kl_coef={loss.kl_coef} and {'no' if reference is None else 'a'} reference policy")
         self.policy, self.reference = policy, reference
-        self._algo, self._loss, self._config = algo, loss_config(algo), config
+        self._loss, self._config = loss, config
         self._max_tokens, self._temperature = max_tokens, temperature
         self._on_bad_step, self._ranks = on_bad_step, ranks or SingleProcess()
         policy.freeze(config.freeze)
@@ -190,7 +175,7 @@ class PolicyLearner:
     def _item(self, group: TrainGroup) -> PackItem:
         sequences = tuple(
             TrainSequence(
-                completion, float(advantage), not (self._algo.mask_truncated and completion.finish_reason == "length")
+                completion, float(advantage), not (self._loss.mask_truncated and completion.finish_reason == "length")
             )
             for completion, advantage in zip(group.rollout.completions, group.advantages, strict=True)
         )
@@ -206,7 +191,7 @@ class PolicyLearner:
         for micro in micro_batches:
             if self._reference_scorer is not None:
                 micro.ref_logprobs = self._reference_scorer.logprobs_no_grad(micro.batch, self._temperature)
-            if self._algo.old_logprobs == "rollout":
+            if self._loss.old_logprobs == "rollout":
                 micro.old_logprobs = micro.batch.rollout_logprobs
             elif repeated:
                 micro.old_logprobs = self._scorer.logprobs_no_grad(micro.batch, self._temperature)

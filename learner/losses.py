@@ -38,69 +38,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from learner.kl import KLEstimator, kl_estimate, mismatch_kl
+from learner.kl import kl_estimate, mismatch_kl
 from learner.metrics import LossMetrics, MetricMax, mean_metric
-
-RatioLevel = Literal["token", "sequence"]
-Clip = Literal["ppo", "dual", "cispo", "none"]
-Aggregation = Literal["sequence_mean", "token_mean", "sequence_sum"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PolicyLossConfig:
-    """Settings of `policy_loss`; `conf/algo/` has the keys and their defaults.
-
-    Raises:
-        ValueError: for an unknown name or an impossible number, naming the key and what to set.
-
-    Example:
-        `loss_config(config.algo).clip` is "ppo" for `algo=grpo`.
-    """
-
-    ratio_level: RatioLevel
-    clip: Clip
-    clip_ratio_low: float
-    """Lowest ratio is 1 - clip_ratio_low; in (0, 1], 1 means no lower bound."""
-    clip_ratio_high: float
-    """Highest ratio is 1 + clip_ratio_high; larger than clip_ratio_low is DAPO's clip-higher."""
-    dual_clip: float
-    """Highest ratio of a completion with negative advantage for clip="dual"; above 1."""
-    kl_coef: float
-    kl_estimator: KLEstimator
-    aggregation: Aggregation
-    importance_cap: float | None
-    """Highest weight exp(old_logprobs - rollout_logprobs) of a token; at least 1. None: every weight is 1."""
-
-    def __post_init__(self) -> None:
-        choices = {
-            "ratio_level": (self.ratio_level, get_args(RatioLevel)),
-            "clip": (self.clip, get_args(Clip)),
-            "kl_estimator": (self.kl_estimator, get_args(KLEstimator)),
-            "aggregation": (self.aggregation, get_args(Aggregation)),
-        }
-        for key, (value, allowed) in choices.items():
-            if value not in allowed:
-                raise ValueError(f"{key}={value!r}: use one of {', '.join(allowed)}")
-        if not 0.0 < self.clip_ratio_low <= 1.0:
-            raise ValueError(f"clip_ratio_low={self.clip_ratio_low}: use a number in (0, 1], for example 0.2")
-        if not 0.0 < self.clip_ratio_high < math.inf:
-            raise ValueError(f"clip_ratio_high={self.clip_ratio_high}: use a finite number above 0, for example 0.2")
-        if not 1.0 < self.dual_clip < math.inf:
-            raise ValueError(f"dual_clip={self.dual_clip}: use a finite number above 1, for example 3")
-        if not 0.0 <= self.kl_coef < math.inf:
-            raise ValueError(f"kl_coef={self.kl_coef}: use a finite number, 0 for no penalty")
-        if self.kl_coef > 0.0 and self.kl_estimator == "none":
-            raise ValueError(f"kl_coef={self.kl_coef} with kl_estimator='none': set kl_coef=0 or kl_estimator=k3")
-        if self.importance_cap is not None and not 1.0 <= self.importance_cap < math.inf:
-            raise ValueError(
-                f"importance_cap={self.importance_cap}: use a finite number of at least 1, for example 2, or null "
-                "(below 1 even tokens without mismatch would be scaled down)"
-            )
+from rlmed.core.config.schema import LossConfig
 
 
 @dataclass(frozen=True)
@@ -139,7 +83,7 @@ def policy_loss(
     sequence_ids: Tensor,
     loss_mask: Tensor,
     denominators: LossDenominators,
-    config: PolicyLossConfig,
+    config: LossConfig,
 ) -> tuple[Tensor, LossMetrics]:
     """Compute a micro-batch's share of its optimizer step's loss (formulas in the module docstring).
 
@@ -189,7 +133,7 @@ def _loss_of_trained(
     ids: Tensor,
     *,
     denominators: LossDenominators,
-    config: PolicyLossConfig,
+    config: LossConfig,
 ) -> tuple[Tensor, LossMetrics]:
     """Return loss and metrics, see `policy_loss`, from trained tokens [N] only and the advantage of each completion [S]."""
     old, rollout = frozen["old_logprobs"], frozen["rollout_logprobs"]
@@ -218,7 +162,7 @@ def _loss_of_trained(
     return torch.where(finite, loss, torch.full_like(loss, math.nan)), metrics
 
 
-def _surrogate(logprobs: Tensor, ratio: Tensor, advantages: Tensor, config: PolicyLossConfig) -> Tensor:
+def _surrogate(logprobs: Tensor, ratio: Tensor, advantages: Tensor, config: LossConfig) -> Tensor:
     """Return the objective to maximise, per token [N]."""
     if config.clip == "none":
         return ratio * advantages
@@ -232,7 +176,7 @@ def _surrogate(logprobs: Tensor, ratio: Tensor, advantages: Tensor, config: Poli
     return pessimistic
 
 
-def _token_denominators(lengths: Tensor, denominators: LossDenominators, aggregation: Aggregation) -> Tensor:
+def _token_denominators(lengths: Tensor, denominators: LossDenominators, aggregation: str) -> Tensor:
     """Return each token's divisor, [N]; `lengths` [N] are the trained tokens of each token's completion."""
     if lengths.numel() and min(denominators.tokens, denominators.sequences, denominators.max_tokens) <= 0:
         raise ValueError(
@@ -246,7 +190,7 @@ def _token_denominators(lengths: Tensor, denominators: LossDenominators, aggrega
     return torch.full_like(lengths, denominators.sequences * denominators.max_tokens)
 
 
-def _metrics(ratio: Tensor, advantages: Tensor, config: PolicyLossConfig) -> LossMetrics:
+def _metrics(ratio: Tensor, advantages: Tensor, config: LossConfig) -> LossMetrics:
     """Compute ratio and clip metrics from tensors [N] without gradient."""
     below, above = ratio < 1.0 - config.clip_ratio_low, ratio > 1.0 + config.clip_ratio_high
     if config.clip in ("ppo", "dual"):

@@ -47,18 +47,27 @@ def open_evaluation(config: RunConfig, folder: Path, progress: Progress) -> tupl
     before = _compared(config)
     if before and not (before / ROWS_FILE).is_file():
         raise ValueError(f"compare_to={before} is not an evaluation: give a folder that contains {ROWS_FILE}")
-    renderer = make_renderer(config)
-    check_positions(config, max_tokens=config.eval.max_tokens)
-    data = load_run_data(config, renderer, training=False)
+    renderer = make_renderer(config.model, config.data, config.prompt, freeze=config.learner.freeze)
+    check_positions(config.model, config.data, max_tokens=config.eval.max_tokens)
+    data = load_run_data(config.data, config.prompt, renderer, training=False)
     if before:
         check_comparable(before, {file.name: file.examples for file in data.eval_files(config.eval.limit)})
-    decided = settle_model(config)
-    policy = build_policy(decided, model_folder(config.model.path))
+    model = settle_model(config.model, engines=1)
+    policy = build_policy(model, model_folder(model.path), threads=config.cluster.threads)
     replace_text(folder / CONFIG_FILE, to_yaml(config))
-    write_versions(folder, decided.model, toy=is_toy(model_folder(config.model.path)))
+    write_versions(folder, model, toy=is_toy(model_folder(model.path)))
     write_data(folder, data.files, data.leakage)
-    pool = build_local_pool(config, policy, renderer)
-    return Evaluator.of_run(config, folder, data, pool, renderer, progress.answers), policy
+    pool = build_local_pool(config.rollout, policy, renderer)
+    return Evaluator.of_run(
+        config.eval,
+        folder,
+        data,
+        pool,
+        renderer,
+        stop=config.rollout.stop,
+        model=config.model.path,
+        on_progress=progress.answers,
+    ), policy
 
 
 def show_evaluation(config: RunConfig, folder: Path, *more: Table) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from learner.advantages import AdvantageEstimator, has_learning_signal
-from learner.learner import loss_config
 from rewards.rubric import Rubric
 from rlmed.cluster.build import Cluster, build_cluster
 from rlmed.cluster.engines import make_renderer
@@ -47,7 +46,6 @@ class Run:
         """
         self.config, self.folder = config, folder
         config.check_groups()
-        loss_config(config.algo)  # reject invalid loss settings before anything is loaded
         self.checkpoint = starting_point(folder, resume=config.resume is not None)
         self.progress = Progress()
         self.rubric = Rubric.from_config(
@@ -58,9 +56,9 @@ class Run:
             likelihood=(lambda requests: self.cluster.learner.logprobs(requests)) if config.debug.learn else None,
             split_common_prefix=lambda texts: self.renderer.split_common_prefix(texts),
         )
-        self.renderer = make_renderer(config)
-        check_positions(config, max_tokens=max(config.rollout.max_tokens, config.eval.max_tokens))
-        self.data: Dataset = load_run_data(config, self.renderer, training=True)
+        self.renderer = make_renderer(config.model, config.data, config.prompt, freeze=config.learner.freeze)
+        check_positions(config.model, config.data, max_tokens=max(config.rollout.max_tokens, config.eval.max_tokens))
+        self.data: Dataset = load_run_data(config.data, config.prompt, self.renderer, training=True)
         if config.algo.normalize_by == "modality" and len({row.modality for row in self.data.train_examples}) == 1:
             log.warning("algo.normalize_by=modality has no effect: all training rows have the same modality, or none")
         self.tracer = Tracer(folder / "timeline.jsonl")
@@ -95,7 +93,14 @@ class Run:
         )
         algo = config.algo
         self.evaluator = Evaluator.of_run(
-            config, folder, self.data, self.cluster.evaluation_pool, self.renderer, self.progress.answers
+            config.eval,
+            folder,
+            self.data,
+            self.cluster.evaluation_pool,
+            self.renderer,
+            stop=config.rollout.stop,
+            model=config.model.path,
+            on_progress=self.progress.answers,
         )
         self.advantages = AdvantageEstimator(algo.advantage, algo.normalize_by)
         self.buffer = GroupBuffer(
@@ -106,7 +111,7 @@ class Run:
             max_staleness=algo.max_staleness,
             max_discarded=algo.max_refills * algo.groups_per_step,
             is_kept=lambda scored: (
-                not algo.dynamic_sampling or has_learning_signal(scored, mask_truncated=algo.mask_truncated)
+                not algo.dynamic_sampling or has_learning_signal(scored, mask_truncated=algo.loss.mask_truncated)
             ),
         )
         if self.checkpoint:
@@ -177,7 +182,7 @@ class Run:
             for index in range(self.config.preflight.groups):
                 self.cluster.pool.submit(self.stream.request(index))
             groups = [self.rubric.score(self.cluster.pool.collect()) for _ in range(self.config.preflight.groups)]
-        report = inspect(groups, mask_truncated=self.config.algo.mask_truncated)
+        report = inspect(groups, mask_truncated=self.config.algo.loss.mask_truncated)
         self.progress.message(report.line())
         check(report, self.config.rollout.max_tokens, self.renderer.end_tokens)
 

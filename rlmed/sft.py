@@ -92,16 +92,25 @@ class Batches:
 def main(config: RunConfig, folder: Path) -> None:
     """Run the fine-tuning described by `config` in `folder`."""
     checkpoint = starting_point(folder, resume=config.resume is not None)
-    renderer = make_renderer(config)
-    check_positions(config, max_tokens=config.eval.max_tokens)
-    data = load_run_data(config, renderer, training=True)
-    decided = settle_model(config, folder if checkpoint else None)
-    policy = build_policy(decided, checkpoint or model_folder(config.model.path))
+    renderer = make_renderer(config.model, config.data, config.prompt, freeze=config.learner.freeze)
+    check_positions(config.model, config.data, max_tokens=config.eval.max_tokens)
+    data = load_run_data(config.data, config.prompt, renderer, training=True)
+    model = settle_model(config.model, engines=1, resumed=folder if checkpoint else None)
+    policy = build_policy(model, checkpoint or model_folder(model.path), threads=config.cluster.threads)
     batches = Batches(data.train_examples, renderer, config)
     learner = SupervisedLearner(policy, config.learner, total_steps=batches.steps)
     recorder, tracer, progress = RunRecorder(folder), Tracer(folder / "timeline.jsonl"), Progress()
-    pool = build_local_pool(config, policy, renderer)
-    evaluator = Evaluator.of_run(config, folder, data, pool, renderer, progress.answers)
+    pool = build_local_pool(config.rollout, policy, renderer)
+    evaluator = Evaluator.of_run(
+        config.eval,
+        folder,
+        data,
+        pool,
+        renderer,
+        stop=config.rollout.stop,
+        model=config.model.path,
+        on_progress=progress.answers,
+    )
     done = 0
     if checkpoint:
         done = _restore(checkpoint, config, folder, data, learner, recorder)
@@ -109,7 +118,7 @@ def main(config: RunConfig, folder: Path) -> None:
     else:
         recorder.truncate({})
     replace_text(folder / CONFIG_FILE, to_yaml(config))
-    write_versions(folder, decided.model, toy=is_toy(model_folder(config.model.path)))
+    write_versions(folder, model, toy=is_toy(model_folder(model.path)))
     write_data(folder, data.files, data.leakage)
 
     def measure(step: int) -> None:

@@ -6,10 +6,10 @@ import dataclasses
 import functools
 from typing import Any
 
-from learner.learner import loss_config
-from learner.losses import PolicyLossConfig
+from rlmed.cluster.engines import make_renderer
 from rlmed.core.config.composing import compose_config
-from rlmed.core.config.schema import AlgoConfig, DataConfig, LearnerConfig, RunConfig, SelectionConfig
+from rlmed.core.config.schema import AlgoConfig, DataConfig, LearnerConfig, LossConfig, RunConfig, SelectionConfig
+from rlmed.data.prompts import PromptRenderer
 
 
 @functools.cache
@@ -18,13 +18,13 @@ def _defaults() -> RunConfig:
 
 
 def algo_config(**changes: Any) -> AlgoConfig:
-    """`algo_config(kl_coef=0.0)`: GRPO without a reference."""
+    """`algo_config(groups_per_step=2)`."""
     return dataclasses.replace(_defaults().algo, **changes)
 
 
-def policy_loss_config(**changes: Any) -> PolicyLossConfig:
-    """`policy_loss_config(clip="dual")`: the loss's part of `algo_config`."""
-    return dataclasses.replace(loss_config(_defaults().algo), **changes)
+def loss_config(**changes: Any) -> LossConfig:
+    """`loss_config(kl_coef=0.0)`: GRPO without a reference."""
+    return dataclasses.replace(_defaults().algo.loss, **changes)
 
 
 def learner_config(**changes: Any) -> LearnerConfig:
@@ -40,3 +40,8 @@ def data_config(**changes: Any) -> DataConfig:
 def selection_config(mode: str, **changes: Any) -> SelectionConfig:
     """`selection_config("pass_rate", window=2)`."""
     return dataclasses.replace(_defaults().data.selection, mode=mode, **changes)
+
+
+def renderer_of(config: RunConfig) -> PromptRenderer:
+    """The renderer that a run with this configuration has."""
+    return make_renderer(config.model, config.data, config.prompt, freeze=config.learner.freeze)

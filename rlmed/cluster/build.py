@@ -5,25 +5,40 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from learner.distributed import Parallelism
 from learner.learner import PolicyLearner, Report
-from rlmed.cluster.engines import build_engine, build_local_pool, build_policy, build_sender, settle_model, shares_gpus
-from rlmed.cluster.memory import estimate
+from rlmed.cluster.engines import (
+    build_local_pool,
+    build_policy,
+    build_sender,
+    engine_limits,
+    make_renderer,
+    memory_share,
+    settle_model,
+    shares_gpus,
+)
+from rlmed.cluster.memory import engines_that_pack, estimate
 from rlmed.cluster.replay import NoLearner, ReplayPool
 from rlmed.core.config.checks import require
 from rlmed.core.config.schema import ModelConfig, RunConfig
 from rlmed.core.process.threads import usable_cores
 from rlmed.core.protocols import Learner, RolloutPool
 from rlmed.data.prompts import PromptRenderer
-from rlmed.models.loading import model_folder
+from rlmed.models.loading import model_folder, resolve_device, resolve_dtype
 from rlmed.models.policy import Policy
 from rlmed.models.tiny.toy import EMBEDDED
+from rollout.engine import Engine
+from rollout.fake import FakeEngine
+from rollout.native.engine import NativeEngine
 from rollout.pool.pool import WorkerPool
 from rollout.pool.state import PoolSettings
 from rollout.pool.worker import Worker
@@ -71,22 +86,32 @@ def build_cluster(
     resumed = folder if checkpoint else None
     if config.cluster.kind == "ray":
         return _build_ray(config, resumed, checkpoint, on_bad_step)
-    config = settle_model(config, resumed)
-    policy = build_policy(config, checkpoint or model_folder(config.model.path))
+    engines = engines_that_pack(config.cluster, max_staleness=config.algo.max_staleness)
+    config = dataclasses.replace(config, model=settle_model(config.model, engines=engines, resumed=resumed))
+    policy = build_policy(config.model, checkpoint or model_folder(config.model.path), threads=config.cluster.threads)
     learner = build_learner(config, on_bad_step, policy=policy) if config.debug.learn else NoLearner()
-    log.info("%s", estimate(policy, config).line())
-    pool: RolloutPool = build_local_pool(config, policy, renderer)
+    memory = estimate(
+        policy,
+        config.rollout,
+        config.algo,
+        prompt_tokens=config.data.max_prompt_tokens,
+        eval_tokens=config.eval.max_tokens,
+        packing_engines=engines if "packed_weights" in (config.model.onednn or ()) else 0,
+    )
+    log.info("%s", memory.line())
+    pool: RolloutPool = build_local_pool(config.rollout, policy, renderer)
     if config.debug.recorded:
         pool = ReplayPool(Path(config.debug.recorded), pool)
-    return _cluster(config, ExitStack(), pool, learner, build_local_pool(config, policy, renderer))
+    evaluation_pool = build_local_pool(config.rollout, policy, renderer)
+    return _cluster(config.model, ExitStack(), pool, learner, evaluation_pool)
 
 
 def _cluster(
-    config: RunConfig, resources: ExitStack, pool: RolloutPool, learner: Learner, evaluation_pool: RolloutPool
+    model: ModelConfig, resources: ExitStack, pool: RolloutPool, learner: Learner, evaluation_pool: RolloutPool
 ) -> Cluster:
     for each in (pool, evaluation_pool):
         resources.callback(each.close)
-    return Cluster(pool, learner, evaluation_pool, config.model, resources)
+    return Cluster(pool, learner, evaluation_pool, model, resources)
 
 
 def build_learner(
@@ -102,15 +127,16 @@ def build_learner(
     `ranks` are the learner ranks that it belongs to; None for a single process.
     """
     base = model_folder(config.model.path)
-    policy = policy or build_policy(config, checkpoint or base)
+    load = functools.partial(build_policy, config.model, threads=config.cluster.threads)
+    policy = policy or load(checkpoint or base)
     reference = None
-    if config.algo.kl_coef > 0:
-        reference = build_policy(config, base)
+    if config.algo.loss.kl_coef > 0:
+        reference = load(base)
         reference.model.requires_grad_(False)
     return PolicyLearner(
         policy,
         reference,
-        config.algo,
+        config.algo.loss,
         config.learner,
         total_steps=config.steps,
         max_tokens=config.rollout.max_tokens,
@@ -118,6 +144,41 @@ def build_learner(
         on_bad_step=on_bad_step,
         ranks=ranks,
     )
+
+
+def build_engine(config: RunConfig) -> Engine:
+    """Build a rollout worker's engine with its own model: the run's base, until weights are pushed."""
+    if config.rollout.engine == "vllm":
+        return _build_vllm(config)
+    renderer = make_renderer(config.model, config.data, config.prompt, freeze=config.learner.freeze)
+    if config.rollout.engine == "fake":
+        return FakeEngine(renderer.completion_ids)
+    policy = build_policy(config.model, model_folder(config.model.path), threads=config.cluster.threads)
+    policy.model.requires_grad_(False)
+    return NativeEngine(policy, renderer.decode, engine_limits(config.rollout, config.data.max_prompt_tokens))
+
+
+def _build_vllm(config: RunConfig) -> Engine:
+    if config.cluster.threads:  # vLLM reads the thread counts of torch and OpenMP on import
+        torch.set_num_threads(config.cluster.threads)
+        os.environ["OMP_NUM_THREADS"] = str(config.cluster.threads)
+    rollout, on_cpu = config.rollout, resolve_device(config.model).type == "cpu"
+    from rollout.vllm_backend.engine import VllmEngine
+    from rollout.vllm_backend.settings import VllmSettings
+
+    settings = VllmSettings(
+        dtype=resolve_dtype(config.model),
+        max_completions=rollout.max_completions,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        max_tokens=max(rollout.max_tokens, config.eval.max_tokens),
+        gpu_memory_utilization=memory_share(rollout, config.cluster),
+        tensor_parallel_size=rollout.tensor_parallel_size,
+        kv_cache_gib=rollout.kv_cache_gib,
+        enforce_eager=on_cpu if rollout.enforce_eager is None else rollout.enforce_eager,
+        sleep=bool(rollout.sleep),
+        seed=config.seed,
+    )
+    return VllmEngine(model_folder(config.model.path), settings)
 
 
 def _build_ray(config: RunConfig, resumed: Path | None, checkpoint: Path | None, on_bad_step: Report) -> Cluster:
@@ -129,12 +190,20 @@ def _build_ray(config: RunConfig, resumed: Path | None, checkpoint: Path | None,
         ) from error
     on_cpus = config
     if not config.model.device.startswith("cuda"):  # before Ray's own processes disturb the probes
+        engines = engines_that_pack(config.cluster, max_staleness=config.algo.max_staleness)
         model = dataclasses.replace(config.model, device="cpu")
-        on_cpus = settle_model(dataclasses.replace(config, model=model), resumed)
+        on_cpus = dataclasses.replace(config, model=settle_model(model, engines=engines, resumed=resumed))
     with ExitStack() as resources:  # released on failure, else handed to the cluster
-        resources.callback(start_ray(config))
-        config = config if on_gpus(config) else on_cpus
-        rank_options, worker_options = place_actors(config, resources)
+        resources.callback(start_ray(config.cluster))
+        cuda = on_gpus(config.model.device)
+        config = config if cuda else on_cpus
+        rank_options, worker_options = place_actors(
+            config.cluster,
+            resources,
+            cuda=cuda,
+            gpus_per_engine=config.rollout.tensor_parallel_size,
+            learns=config.debug.learn,
+        )
 
         def start_learner() -> Learner:
             if not config.debug.learn:
@@ -144,7 +213,7 @@ def _build_ray(config: RunConfig, resumed: Path | None, checkpoint: Path | None,
             return learner
 
         # on a shared GPU, start one after the other: a starting vLLM engine mistakes others' allocations for its own
-        shared = shares_gpus(config)
+        shared = shares_gpus(config.cluster)
         learner = start_learner() if shared else None
         workers = _start_workers(config, worker_options)
         resources.callback(workers.close)
@@ -154,14 +223,14 @@ def _build_ray(config: RunConfig, resumed: Path | None, checkpoint: Path | None,
         if config.debug.recorded:
             pool = ReplayPool(Path(config.debug.recorded), pool)
         learner = learner or start_learner()
-        return _cluster(config, resources.pop_all(), pool, learner, workers.channel())
+        return _cluster(config.model, resources.pop_all(), pool, learner, workers.channel())
 
 
 def _start_workers(config: RunConfig, options: Sequence[dict[str, Any]]) -> WorkerPool:
     from rlmed.cluster.ray_session import on_gpus
     from rollout.pool.actor import RayWorker
 
-    cluster, cuda = config.cluster, on_gpus(config)
+    cluster, cuda = config.cluster, on_gpus(config.model.device)
     sleeps = engines_sleep(config, cuda=cuda)
     share = config.rollout.gpu_memory_utilization
     require(
@@ -201,7 +270,7 @@ def engines_sleep(config: RunConfig, *, cuda: bool) -> bool:
         return False
     if sleep is not None:
         return sleep
-    return cuda and shares_gpus(config) and config.rollout.engine == "vllm" and config.algo.max_staleness == 0
+    return cuda and shares_gpus(config.cluster) and config.rollout.engine == "vllm" and config.algo.max_staleness == 0
 
 
 def _start_learner(
@@ -210,7 +279,7 @@ def _start_learner(
     from learner.actor import RayLearner
     from rlmed.cluster.ray_session import on_gpus
 
-    cluster, cuda = config.cluster, on_gpus(config)
+    cluster, cuda = config.cluster, on_gpus(config.model.device)
     rank_config = _for_process(config, cluster.learner_ranks)
     require(
         cuda or cluster.weight_transfer in ("auto", "object_store"),
@@ -226,7 +295,7 @@ def _start_learner(
         weight_transfer=cluster.weight_transfer,
         # connecting plus sending must stay within the pool's push timeout
         make_sender=functools.partial(build_sender, limit_s=cluster.push_timeout_s / 2) if direct else None,
-        shares_gpu=shares_gpus(config),
+        shares_gpu=shares_gpus(config.cluster),
     )
 
 

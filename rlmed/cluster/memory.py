@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from rlmed.core.config.schema import RunConfig
+from rlmed.core.config.running import ClusterConfig, RolloutConfig
+from rlmed.core.config.schema import AlgoConfig
 from rlmed.models.cpu.products import linear_shapes, packed_bytes
 from rlmed.models.policy import Policy
 
@@ -45,35 +46,52 @@ class MemoryEstimate:
         return f"memory in GiB: {self.total / GIB:.2f} ({listed}), and activations"
 
 
-def engines_that_pack(config: RunConfig) -> int:
+def engines_that_pack(cluster: ClusterConfig, *, max_staleness: int) -> int:
     """Return how many engines hold packed weights on one machine: one per worker, or the one in the learner's process.
 
     In the latter case, with max_staleness above 0, evaluation adds an engine beside the one that keeps sampling.
     """
-    if config.cluster.kind == "ray":
-        return config.cluster.rollout_workers
-    return 2 if config.algo.max_staleness else 1
+    if cluster.kind == "ray":
+        return cluster.rollout_workers
+    return 2 if max_staleness else 1
 
 
-def estimate(policy: Policy, config: RunConfig) -> MemoryEstimate:
-    """Estimate the bytes of a run in one process."""
+def estimate(
+    policy: Policy,
+    rollout: RolloutConfig,
+    algo: AlgoConfig,
+    *,
+    prompt_tokens: int,
+    eval_tokens: int,
+    packing_engines: int,
+) -> MemoryEstimate:
+    """Estimate the bytes of a run in one process.
+
+    Args:
+        policy: the one to train.
+        rollout: sampling of training completions.
+        algo: size of a group, staleness, and whether there is a reference.
+        prompt_tokens: longest prompt.
+        eval_tokens: longest completion in evaluation.
+        packing_engines: engines that hold packed weights, if the policy is float32.
+    """
     width = policy.dtype.itemsize
     counts = [(parameter.numel(), parameter.requires_grad) for parameter in policy.model.parameters()]
     weights = width * sum(count for count, _ in counts)
     trained = sum(count for count, is_trained in counts if is_trained)
     layers, heads, head_width = policy.kv_shape
-    rows, prompt = config.rollout.max_completions, config.data.max_prompt_tokens
-    training = rows * config.rollout.max_tokens + max(1, rows // config.algo.group_size) * prompt
-    evaluation = rows * (config.eval.max_tokens + prompt)  # each completion has its own prompt
+    rows = rollout.max_completions
+    training = rows * rollout.max_tokens + max(1, rows // algo.group_size) * prompt_tokens
+    evaluation = rows * (eval_tokens + prompt_tokens)  # each completion has its own prompt
     # on-policy, nothing is in flight during evaluation
-    tokens = training + evaluation if config.algo.max_staleness else max(training, evaluation)
-    packs = policy.dtype == torch.float32 and "packed_weights" in (config.model.onednn or ())
+    tokens = training + evaluation if algo.max_staleness else max(training, evaluation)
+    packs = packing_engines if policy.dtype == torch.float32 else 0
     return MemoryEstimate(
         weights=weights,
-        reference=weights if config.algo.kl_coef > 0 else 0,
+        reference=weights if algo.loss.kl_coef > 0 else 0,
         optimizer=trained * (8 + 4 + (4 if width < 4 else 0)),
         kv_cache=layers * 2 * heads * head_width * width * tokens,
-        packed=packs * engines_that_pack(config) * packed_bytes(linear_shapes(policy.model.config)),
+        packed=packs * packed_bytes(linear_shapes(policy.model.config)),
     )
 
 

@@ -20,7 +20,7 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rlmed.core.config.schema import RunConfig
+from rlmed.core.config.running import ClusterConfig
 from rlmed.core.files.exclusive import OWNER_FILE, FolderInUseError, hold
 from rlmed.core.protocols import LOST, ClusterError
 
@@ -34,7 +34,7 @@ LONGEST_ROOT = 30
 """Longest path of the folder around Ray's own: it holds sockets, whose paths are limited to about 100 characters."""
 
 
-def start_ray(config: RunConfig) -> Callable[[], None]:
+def start_ray(cluster: ClusterConfig) -> Callable[[], None]:
     """Join the Ray cluster named by `cluster.address` or the environment, or start one here.
 
     Returns:
@@ -44,12 +44,12 @@ def start_ray(config: RunConfig) -> Callable[[], None]:
         return lambda: None
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     options: dict[str, Any] = {
-        "log_to_driver": config.cluster.worker_logs,
+        "log_to_driver": cluster.worker_logs,
         "logging_level": logging.ERROR,
-        "runtime_env": copy.deepcopy({**WORKER_ENVIRONMENT, **config.cluster.runtime_env}),  # Ray changes it
+        "runtime_env": copy.deepcopy({**WORKER_ENVIRONMENT, **cluster.runtime_env}),  # Ray changes it
         "namespace": "rlmed",
     }
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
     if address:
         try:
             _check_listens(os.environ.get("RAY_ADDRESS", address) if address == "auto" else address)
@@ -138,21 +138,29 @@ def _check_listens(address: str, timeout_s: float = 10.0) -> None:
             raise ConnectionError(str(error)) from error
 
 
-def place_actors(config: RunConfig, resources: ExitStack) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def place_actors(
+    cluster: ClusterConfig, resources: ExitStack, *, cuda: bool, gpus_per_engine: int, learns: bool
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Reserve the actors' resources, all or nothing; return the options of each learner rank and rollout worker.
+
+    Args:
+        cluster: numbers of actors, and what each requests.
+        resources: closing it releases the reservation.
+        cuda: whether the actors use GPUs.
+        gpus_per_engine: GPUs of a rollout worker, unless `cluster` says otherwise.
+        learns: whether there are learner ranks.
 
     Raises:
         ClusterError: if the cluster cannot provide them within `cluster.start_timeout_s`.
     """
-    cluster, cuda = config.cluster, on_gpus(config)
-    own = (float(cuda), float(config.rollout.tensor_parallel_size if cuda else 0))
+    own = (float(cuda), float(gpus_per_engine if cuda else 0))
     asked = (cluster.gpus_per_rank, cluster.gpus_per_worker)
     gpus = [default if value is None else value for default, value in zip(own, asked, strict=True)]
     custom = (dict(cluster.learner_resources), dict(cluster.worker_resources))
     options: list[dict[str, Any]] = [
         {"num_gpus": count, "resources": names} for count, names in zip(gpus, custom, strict=True)
     ]
-    ranks, workers = cluster.learner_ranks if config.debug.learn else 0, cluster.rollout_workers
+    ranks, workers = cluster.learner_ranks if learns else 0, cluster.rollout_workers
     if not any(gpus) and not any(custom):  # nothing scarce to reserve
         return [options[0]] * ranks, [options[1]] * workers
     needs = [options[0]] * ranks + [options[1]] * workers
@@ -175,8 +183,8 @@ def place_actors(config: RunConfig, resources: ExitStack) -> tuple[list[dict[str
     return placed[:ranks], placed[ranks:]
 
 
-def on_gpus(config: RunConfig) -> bool:
-    """Return True if the actors use GPUs; on a cluster, this process itself may have none."""
-    if config.model.device == "auto":
+def on_gpus(device: str) -> bool:
+    """Return True if, by `model.device`, the actors use GPUs; on a cluster, this process itself may have none."""
+    if device == "auto":
         return bool(ray.cluster_resources().get("GPU", 0) > 0)
-    return config.model.device != "cpu"
+    return device != "cpu"

@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlmed.core.config.schema import DataConfig, RunConfig
+from rlmed.core.config.schema import DataConfig, PromptConfig
 from rlmed.core.files.near_paths import near_path
 from rlmed.core.types import Example
 from rlmed.data.examples import ReadResult, SkippedRow, format_skips, read_examples
@@ -71,14 +71,14 @@ class Dataset:
         return [EvalFile(entry.name, entry.examples[:limit]) for entry in self.evals]
 
 
-def load_run_data(config: RunConfig, renderer: PromptRenderer, *, training: bool) -> Dataset:
+def load_run_data(config: DataConfig, prompt: PromptConfig, renderer: PromptRenderer, *, training: bool) -> Dataset:
     """Call `load_data`, and warn of settings that have no effect on some rows or on all."""
-    data = load_data(config.data, renderer, training=training)
-    if data.train and training and config.data.shuffle_options:
+    data = load_data(config, renderer, training=training)
+    if data.train and training and config.shuffle_options:
         kept, option = kept_orders(example.options for example in data.train_examples)
         if kept:  # for evaluated files, the results table says so
             log.info("%s: %s", data.train.path, kept_order_text(kept, len(data.train_examples), option))
-    mix = config.data.mix if training else None
+    mix = config.mix if training else None
     outside = Counter(example.modality for example in data.train_examples if mix and example.modality not in mix)
     if outside:
         log.warning(
@@ -88,7 +88,7 @@ def load_run_data(config: RunConfig, renderer: PromptRenderer, *, training: bool
             ", ".join(f"{count} of {name or 'no modality'}" for name, count in outside.most_common()),
         )
     shown = {example.modality for file in data.files for example in file.examples}
-    templates = config.prompt.by_modality
+    templates = prompt.by_modality
     if templates and not shown & templates.keys():
         log.warning(
             "prompt.by_modality has templates for %s, but no row is of these: they have %s",

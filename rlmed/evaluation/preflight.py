@@ -47,7 +47,7 @@ class PreflightReport:
 
 
 def inspect(groups: Sequence[ScoredGroup], *, mask_truncated: bool = False) -> PreflightReport:
-    """Compute the statistics; `mask_truncated` as in `algo.mask_truncated`."""
+    """Compute the statistics; `mask_truncated` as in `algo.loss.mask_truncated`."""
     completions = [completion for group in groups for completion in group.rollout.completions]
     formats = [group.reward_parts["format"] for group in groups if "format" in group.reward_parts]
     texts = [[completion.text for completion in group.rollout.completions] for group in groups]

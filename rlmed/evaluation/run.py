@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from rewards.parsing import evaluated_letter, has_answer_format, has_format
-from rlmed.core.config.schema import RunConfig
+from rlmed.core.config.running import EvalConfig
 from rlmed.core.prefill import opens_thinking
 from rlmed.core.protocols import RolloutPool
 from rlmed.core.statistics import ImageFreePrior, chance, leave_one_out_prior, majority_letter
@@ -99,23 +99,26 @@ class Evaluator:
     @classmethod
     def of_run(
         cls,
-        config: RunConfig,
+        settings: EvalConfig,
         run_folder: Path,
         data: Dataset,
         pool: RolloutPool,
         renderer: PromptRenderer,
+        *,
+        stop: tuple[str, ...],
+        model: str,
         on_progress: Progress | None = None,
     ) -> Evaluator:
-        """Bind what a run's configuration and data say."""
+        """Bind what a run's settings and data say."""
         return cls(
-            files=data.eval_files(config.eval.limit),
+            files=data.eval_files(settings.limit),
             pool=pool,
             renderer=renderer,
             train_examples=data.train_examples,
-            max_tokens=config.eval.max_tokens,
-            stop=config.rollout.stop,
+            max_tokens=settings.max_tokens,
+            stop=stop,
             folder=run_folder / "evaluations",
-            model=config.model.path,
+            model=model,
             on_progress=on_progress,
         )
 

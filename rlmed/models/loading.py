@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from rlmed.core.config.schema import ModelConfig, RunConfig
+from rlmed.core.config.schema import DataConfig, ModelConfig
 from rlmed.models.folder.agreement import position_doubt
 from rlmed.models.policy import load_config
 from rlmed.models.tiny.toy import EMBEDDED, SHIPPED
@@ -57,11 +57,11 @@ def resolve_dtype(config: ModelConfig) -> str:
     return "bfloat16" if native else "float32"
 
 
-def check_positions(config: RunConfig, *, max_tokens: int) -> None:
+def check_positions(model: ModelConfig, data: DataConfig, *, max_tokens: int) -> None:
     """Warn if the longest prompt plus `max_tokens` of completion exceeds the model's positions."""
-    longest = config.data.max_prompt_tokens
+    longest = data.max_prompt_tokens
     doubt = position_doubt(
-        load_config(model_folder(config.model.path)),
+        load_config(model_folder(model.path)),
         tokens=longest + max_tokens,
         what=f"data.max_prompt_tokens={longest} and {max_tokens} completion tokens",
         cure="data.max_prompt_tokens, rollout.max_tokens or eval.max_tokens",

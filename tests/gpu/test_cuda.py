@@ -14,7 +14,7 @@ from learner.packing import PackItem, TrainSequence, pack, packed_logprobs
 from rlmed.core.types import Prompt, RolloutGroup, RolloutRequest, SamplingParams, ScoredGroup, TrainGroup
 from rlmed.models.policy import Policy, load_policy
 from rollout.native.engine import NativeEngine
-from tests.configs import algo_config, learner_config
+from tests.configs import learner_config, loss_config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -71,7 +71,7 @@ def test_a_bfloat16_step_moves_every_master_weight(
 ) -> None:
     policy = load_policy(tiny_folder("qwen2_vl"), dtype="bfloat16", device="cuda")
     learner = PolicyLearner(
-        policy, None, algo_config(kl_coef=0.0), learner_config(lr=1e-6), total_steps=10, max_tokens=24, temperature=1.0
+        policy, None, loss_config(kl_coef=0.0), learner_config(lr=1e-6), total_steps=10, max_tokens=24, temperature=1.0
     )
     before = {name: tensor.clone() for name, tensor in learner.optimizer.state_dict()["masters"].items()}  # type: ignore[attr-defined]
     groups = sample(policy, mixed_prompts("qwen2_vl", 4), group_size=4)

@@ -15,13 +15,13 @@ import pytest
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from rlmed import ask, evaluate, sft
-from rlmed.cluster.engines import make_renderer
 from rlmed.core.config.schema import RunConfig
 from rlmed.core.files.atomic import RecordError
 from rlmed.data import images
 from rlmed.evaluation.preflight import PreflightError
 from rlmed.recording.checkpoint import CheckpointError, list_checkpoints
 from rlmed.run import Run
+from tests.configs import renderer_of
 from tests.integration.forked import run_forked
 from tests.root import ROOT
 from tests.rounding import LOGPROBS, rounding
@@ -136,10 +136,10 @@ def test_a_model_asked_otherwise_than_in_training_is_warned_of(
 ) -> None:
     folder = tmp_path / "trained"
     shutil.copytree(random_model, folder)
-    make_renderer(make_config("prompt=answer_only")).save(folder)
-    make_renderer(make_config(f"model.path={folder}", "prompt=answer_only"))
+    renderer_of(make_config("prompt=answer_only")).save(folder)
+    renderer_of(make_config(f"model.path={folder}", "prompt=answer_only"))
     assert caplog.messages == []
-    make_renderer(make_config(f"model.path={folder}"))
+    renderer_of(make_config(f"model.path={folder}"))
     assert "another prompt" in caplog.text
     assert "prompt=NAME" in caplog.text
 
@@ -237,11 +237,11 @@ def test_settings_for_vision_are_told_of_a_model_that_reads_text(
     make_config: Config, tiny_folder: Callable[..., Path], random_model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     given = ("model.max_pixels=5000", "learner.freeze=[vision]")
-    make_renderer(make_config(f"model.path={tiny_folder('qwen2')}", *given))
+    renderer_of(make_config(f"model.path={tiny_folder('qwen2')}", *given))
     assert "is text-only, so these have no effect: model.max_pixels, learner.freeze=vision" in caplog.text
     caplog.clear()
-    make_renderer(make_config(f"model.path={tiny_folder('qwen2')}"))
-    make_renderer(make_config(f"model.path={random_model}", *given))
+    renderer_of(make_config(f"model.path={tiny_folder('qwen2')}"))
+    renderer_of(make_config(f"model.path={random_model}", *given))
     assert "is text-only" not in caplog.text
 
 
@@ -261,7 +261,7 @@ def test_sft_shuffles_options_where_no_written_text_names_a_letter(
     from rlmed.core.types import Example
 
     config = make_config("data.shuffle_options=true", "sft.epochs=8", "sft.batch_size=2", f"sft.target={target}")
-    renderer = make_renderer(config)
+    renderer = renderer_of(config)
     written = "<think>b is B.</think><answer>B</answer>"
     examples = [
         Example("free", None, "?", ("a", "b", "c", "d"), 1),
@@ -388,7 +388,7 @@ def test_batches_without_a_trained_token_are_no_error_and_move_nothing(
     make_config: Config, tmp_path: Path, own_reward: str
 ) -> None:
     settings = (f"reward.extra=[{own_reward}:first_token]", "eval.at_start=false", "eval.at_end=false")
-    cut = ("algo.mask_truncated=true", "rollout.max_tokens=1", "preflight.enabled=false")
+    cut = ("algo.loss.mask_truncated=true", "rollout.max_tokens=1", "preflight.enabled=false")
     config = make_config(*settings, *cut)
     Run(config, tmp_path / "run").execute()
     trained = AutoModelForImageTextToText.from_pretrained(tmp_path / "run" / "checkpoints" / "step-000002").state_dict()

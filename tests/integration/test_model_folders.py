@@ -116,7 +116,7 @@ def test_written_texts_are_scored_and_learnt_as_they_would_be_sampled(
     prefill(base_copy, text)
     renderer = PromptRenderer(*open_model(base_copy), max_prompt_tokens=256)
     config = make_config(f"model.path={base_copy}", "sft.target=option", "sft.batch_size=1")
-    examples = load_run_data(config, renderer, training=True).train_examples
+    examples = load_run_data(config.data, config.prompt, renderer, training=True).train_examples
     (item,) = sft.Batches(examples, renderer, config).batch(0)
     prompt, written = item.prompt, item.sequences[0].completion.token_ids
     assert prompt.prefill == text.replace("\\n", "\n")

@@ -22,7 +22,7 @@ from learner.distributed import Parallelism, free_init_method, init_distributed
 from learner.learner import PolicyLearner
 from rlmed.core.types import TrainGroup
 from rlmed.models.policy import load_policy
-from tests.configs import algo_config, learner_config
+from tests.configs import learner_config, loss_config
 from tests.rounding import smooth_updates
 
 COLLECTIVE_S = 30.0
@@ -42,7 +42,7 @@ class Job:
     """An existing folder for a checkpoint at the end."""
     dtype: str = "float32"
     device: str = "cpu"
-    algo: dict[str, Any] = field(default_factory=dict)
+    loss: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     spoil: int | None = None
     """Of this batch, make the gradient infinite on the last rank alone."""
@@ -65,16 +65,16 @@ class Result:
 def do(job: Job, ranks: Parallelism | None = None, *, last: bool = True) -> Result:
     """Load, learn, save; `last` is True on the last rank."""
     policy = load_policy(job.start or job.base, dtype=job.dtype, device=job.device)
-    algo = algo_config(**job.algo)
+    loss = loss_config(**job.loss)
     reference = None
-    if algo.kl_coef:
+    if loss.kl_coef:
         reference = load_policy(job.base, dtype=job.dtype, device=job.device)
         reference.model.requires_grad_(False)
     reports: list[str] = []
     learner = PolicyLearner(
         policy,
         reference,
-        algo,
+        loss,
         learner_config(**{"lr": LR, "lr_schedule": "constant", **job.config}),
         total_steps=20,
         max_tokens=32,

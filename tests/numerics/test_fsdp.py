@@ -125,15 +125,15 @@ def test_several_steps_are_those_of_one_rank(ranks, steps, config, tiny_folder, 
 
 
 @pytest.mark.parametrize(
-    ("family", "algo"),
+    ("family", "loss"),
     [
         ("llama", {"kl_coef": 0.0, "aggregation": "token_mean", "old_logprobs": "rollout", "importance_cap": 2.0}),
         ("qwen2_5_vl", {"clip": "dual", "aggregation": "sequence_sum", "ratio_level": "sequence"}),
     ],
 )
-def test_other_families_and_settings(ranks, family, algo, tiny_folder, make_train_groups):
+def test_other_families_and_settings(ranks, family, loss, tiny_folder, make_train_groups):
     batches = [make_train_groups(family, 3, seed=seed) for seed in range(2)]
-    agree(ranks, Job(tiny_folder(family), batches, algo=algo, config={"token_budget": 150}))
+    agree(ranks, Job(tiny_folder(family), batches, loss=loss, config={"token_budget": 150}))
 
 
 @pytest.mark.parametrize("freeze", [(), ("language_model",), ("vision", "merger")], ids=str)
@@ -147,7 +147,7 @@ def test_images_on_one_rank_only(ranks, freeze, tiny_folder, make_train_groups, 
     ]
     shares = share_by_tokens(items, RANKS)
     assert [any(bool(item.prompt.image_inputs) for item in share) for share in shares] in ([True, False], [False, True])
-    job = Job(tiny_folder("qwen2_vl"), [one], algo={"kl_coef": 0.0}, config={"freeze": freeze})
+    job = Job(tiny_folder("qwen2_vl"), [one], loss={"kl_coef": 0.0}, config={"freeze": freeze})
     results, expected = agree(ranks, job)
     gradient = worst_moment(results[0], expected)
     record_property("gradient", gradient)
@@ -165,7 +165,7 @@ def test_a_rank_without_any_completion(ranks, tiny_folder, make_train_groups):
 def test_a_broken_number_on_one_rank_skips_the_step_on_all(ranks, broken, tiny_folder, make_train_groups):
     groups = cut(make_train_groups("qwen2", 2), (1, 2), (2, 2))
     first = spoiled(groups) if broken == "loss" else groups
-    job = Job(tiny_folder("qwen2"), [first], algo={"kl_coef": 0.0}, spoil=0 if broken == "gradient" else None)
+    job = Job(tiny_folder("qwen2"), [first], loss={"kl_coef": 0.0}, spoil=0 if broken == "gradient" else None)
     results = ranks.do(job)
     assert [(result.version, len(result.reports)) for result in results] == [(0, 1)] * RANKS
     assert all(result.metrics[0]["skipped_steps"] == 1 for result in results)

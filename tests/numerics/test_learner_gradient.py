@@ -9,7 +9,7 @@ import torch
 
 from learner.learner import PolicyLearner
 from learner.packing import PackItem, TrainSequence, split_by_tokens
-from tests.configs import algo_config, learner_config
+from tests.configs import learner_config, loss_config
 from tests.rounding import GRADIENTS, LOGPROBS
 
 TEMPERATURE = 0.9
@@ -28,16 +28,16 @@ def nudged(model):
 def step_gradient(fresh_policy):
     """The gradient that one `PolicyLearner.step` hands to its optimizer, by parameter name, and the step's metrics."""
 
-    def compute(family, groups, algo=None, policy=None, **config):
-        policy, algo = policy or fresh_policy(family), algo or algo_config()
+    def compute(family, groups, loss=None, policy=None, **config):
+        policy, loss = policy or fresh_policy(family), loss or loss_config()
         reference = None
-        if algo.kl_coef:
+        if loss.kl_coef:
             reference = fresh_policy(family)
             nudged(reference.model)
         learner = PolicyLearner(
             policy,
             reference,
-            algo,
+            loss,
             learner_config(**config),
             total_steps=1,
             max_tokens=32,
@@ -74,7 +74,7 @@ def test_the_gradient_is_that_of_a_slow_padded_grpo(
         loss = loss + (-advantage * (logprobs - logprobs.detach()).exp() + 0.04 * kl).mean() / len(rows)
     loss.backward()
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
-    actual, metrics = step_gradient(family, groups, algo_config(kl_coef=0.04))
+    actual, metrics = step_gradient(family, groups, loss_config(kl_coef=0.04))
     worst = worst_relative(actual, expected)
     record_property("gradients", worst)
     assert worst[0] <= GRADIENTS
@@ -84,18 +84,18 @@ def test_the_gradient_is_that_of_a_slow_padded_grpo(
 
 
 ALGORITHMS = {
-    "grpo": algo_config(kl_coef=0.04),
-    "token mean": algo_config(kl_coef=0.0, aggregation="token_mean", clip="dual"),
-    "dr grpo": algo_config(kl_coef=0.0, aggregation="sequence_sum"),
-    "gspo, old from the engine": algo_config(
+    "grpo": loss_config(kl_coef=0.04),
+    "token mean": loss_config(kl_coef=0.0, aggregation="token_mean", clip="dual"),
+    "dr grpo": loss_config(kl_coef=0.0, aggregation="sequence_sum"),
+    "gspo, old from the engine": loss_config(
         kl_coef=0.0, ratio_level="sequence", clip_ratio_low=1.0, clip_ratio_high=1e9, old_logprobs="rollout"
     ),
 }
 
 
-@pytest.mark.parametrize("algo", ALGORITHMS.values(), ids=ALGORITHMS)
+@pytest.mark.parametrize("loss", ALGORITHMS.values(), ids=ALGORITHMS)
 def test_the_gradient_does_not_change_with_the_token_budget(
-    algo, step_gradient, worst_relative, make_train_groups, record_property
+    loss, step_gradient, worst_relative, make_train_groups, record_property
 ):
     groups = make_train_groups("qwen2_vl", 4)
     items = [PackItem(g.rollout.prompt, tuple(TrainSequence(c, 1.0) for c in g.rollout.completions)) for g in groups]
@@ -105,7 +105,7 @@ def test_the_gradient_does_not_change_with_the_token_budget(
     assert len(items) < len(pieces[60]) < len(pieces[1]) == sum(len(item.sequences) for item in items)
     gradients, metrics = {}, {}
     for budget in pieces:
-        gradients[budget], metrics[budget] = step_gradient("qwen2_vl", groups, algo, token_budget=budget)
+        gradients[budget], metrics[budget] = step_gradient("qwen2_vl", groups, loss, token_budget=budget)
     worst = max(worst_relative(gradients[budget], gradients[10**6]) for budget in pieces)
     record_property("gradients", worst)
     assert worst[0] <= GRADIENTS
@@ -136,16 +136,16 @@ def test_gradient_checkpointing_gives_the_same_gradient(
     policy, runs = fresh_policy(family), []
     layer = policy.model.base_model.get_decoder().layers[0].mlp
     layer.register_forward_pre_hook(lambda *_: runs.append(1))
-    actual, _ = step_gradient(family, groups, algo_config(kl_coef=0.0), policy, gradient_checkpointing=True)
+    actual, _ = step_gradient(family, groups, loss_config(kl_coef=0.0), policy, gradient_checkpointing=True)
     assert len(runs) == 2  # once forward, once more in the backward pass
     assert not policy.model.training
-    expected, _ = step_gradient(family, groups, algo_config(kl_coef=0.0))
+    expected, _ = step_gradient(family, groups, loss_config(kl_coef=0.0))
     assert worst_relative(actual, expected)[0] <= GRADIENTS
 
 
 def test_a_masked_completion_has_no_influence(step_gradient, worst_relative, make_train_groups):
     groups = make_train_groups("qwen2", 4)
-    algo = algo_config(kl_coef=0.0, mask_truncated=True)
+    loss = loss_config(kl_coef=0.0, mask_truncated=True)
     completions = groups[0].rollout.completions
     cut = dataclasses.replace(completions[1], finish_reason="length")
     rollout = dataclasses.replace(groups[0].rollout, completions=(completions[0], cut, *completions[2:]))
@@ -153,8 +153,8 @@ def test_a_masked_completion_has_no_influence(step_gradient, worst_relative, mak
     without = dataclasses.replace(rollout, completions=(completions[0], *completions[2:]))
     scored = dataclasses.replace(groups[0].scored, rollout=without)
     shorter = dataclasses.replace(groups[0], scored=scored, advantages=groups[0].advantages[[0, 2, 3]])
-    expected, _ = step_gradient("qwen2", [shorter, *groups[1:]], algo)
-    actual, _ = step_gradient("qwen2", [truncated, *groups[1:]], algo)
+    expected, _ = step_gradient("qwen2", [shorter, *groups[1:]], loss)
+    actual, _ = step_gradient("qwen2", [truncated, *groups[1:]], loss)
     assert worst_relative(actual, expected)[0] <= GRADIENTS
 
 
@@ -162,8 +162,8 @@ def test_a_batch_without_a_trained_token_is_no_update(fresh_policy, make_train_g
     """Momentum alone would move the weights."""
     groups = make_train_groups("qwen2", 4)
     policy = fresh_policy("qwen2")
-    algo, config = algo_config(kl_coef=0.0, mask_truncated=True), learner_config(lr=1e-2)
-    learner = PolicyLearner(policy, None, algo, config, total_steps=3, max_tokens=32, temperature=1.0)
+    loss, config = loss_config(kl_coef=0.0, mask_truncated=True), learner_config(lr=1e-2)
+    learner = PolicyLearner(policy, None, loss, config, total_steps=3, max_tokens=32, temperature=1.0)
     start = {name: parameter.detach().clone() for name, parameter in policy.model.named_parameters()}
     learner.step(groups)
     before = {name: parameter.detach().clone() for name, parameter in policy.model.named_parameters()}

@@ -15,18 +15,18 @@ from learner.optimizer import OPTIMIZER_FILE
 from rlmed.core.types import ScoredGroup, TrainGroup
 from rlmed.models.families import PARTS
 from rlmed.models.policy import load_policy
-from tests.configs import algo_config, learner_config
+from tests.configs import learner_config, loss_config
 from tests.rounding import LOGPROBS, smooth_updates, updates_apart
 
-NO_KL = algo_config(kl_coef=0.0)
+NO_KL = loss_config(kl_coef=0.0)
 
 
-def new_learner(policy, algo=NO_KL, *, reference=None, temperature=1.0, on_bad_step=None, total_steps=10, **config):
+def new_learner(policy, loss=NO_KL, *, reference=None, temperature=1.0, on_bad_step=None, total_steps=10, **config):
     settings = learner_config(**{"lr": 1e-3, "lr_schedule": "constant", **config})
     return PolicyLearner(
         policy,
         reference,
-        algo,
+        loss,
         settings,
         total_steps=total_steps,
         max_tokens=32,
@@ -73,7 +73,7 @@ def test_the_first_ratio_on_engine_groups_is_one(
     assert metrics["ratio_max"] == pytest.approx(1.0, abs=2 * tolerance)
     policy.model.zero_grad()
     learner = new_learner(
-        policy, algo_config(), reference=fresh_policy(family), temperature=temperature, token_budget=200
+        policy, loss_config(), reference=fresh_policy(family), temperature=temperature, token_budget=200
     )
     metrics = learner.step(batch)
     record_property("mismatch_kl", metrics["mismatch_kl"])
@@ -265,6 +265,6 @@ def test_a_batch_smaller_than_the_number_of_mini_batches_makes_fewer_updates(fre
 
 def test_reference_and_kl_coef_must_agree(fresh_policy):
     with pytest.raises(ValueError, match=r"kl_coef=0\.04 and no reference"):
-        new_learner(fresh_policy("qwen2"), algo_config())
+        new_learner(fresh_policy("qwen2"), loss_config())
     with pytest.raises(ValueError, match=r"kl_coef=0\.0 and a reference"):
         new_learner(fresh_policy("qwen2"), reference=fresh_policy("qwen2"))

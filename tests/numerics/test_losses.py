@@ -9,7 +9,7 @@ import torch
 
 from learner.losses import LossDenominators, count_denominators, policy_loss
 from learner.metrics import merge_metrics
-from tests.configs import policy_loss_config
+from tests.configs import loss_config
 from tests.rounding import rounding
 
 SETTINGS = [
@@ -80,7 +80,7 @@ LN_75, LN_25, LN_50 = math.log(0.75), math.log(0.25), math.log(0.5)
     ],
 )
 def test_values_worked_by_hand(settings, expected):
-    config = policy_loss_config(**{"kl_coef": 0.0, **settings})
+    config = loss_config(**{"kl_coef": 0.0, **settings})
     loss, _ = policy_loss(PROBABILITIES.log(), **HAND, config=config)
     assert loss.item() == pytest.approx(expected, abs=DIGITS)
 
@@ -89,7 +89,7 @@ def test_importance_weights_worked_by_hand():
     # old/rollout = 0.5/0.25 = 2, capped to 1.5, and 0.5/0.625 = 0.8, for the tokens of completion 0; 1 for the others
     # -( (1.5*2.4 + 0.8*1)/2 - 1.1 )/2 = -(2.2 - 1.1)/2; the penalty is not weighted: + 0.0157910 as above
     rollout = torch.tensor([0.25, 0.625, 0.5, 0.5, 0.5, 0.5], dtype=torch.float64).log()
-    config = policy_loss_config(kl_coef=0.1, importance_cap=1.5)
+    config = loss_config(kl_coef=0.1, importance_cap=1.5)
     loss, metrics = policy_loss(PROBABILITIES.log(), **{**HAND, "rollout_logprobs": rollout}, config=config)
     assert loss.item() == pytest.approx(-0.55 + 0.0157910, abs=DIGITS)
     # mismatch: 2 - 1 - ln 2 = 0.306853 and 0.8 - 1 - ln 0.8 = 0.023144, over 5 tokens
@@ -97,7 +97,7 @@ def test_importance_weights_worked_by_hand():
 
 
 def test_metrics_worked_by_hand():
-    config = policy_loss_config(clip="dual", dual_clip=1.4, kl_coef=0.0)
+    config = loss_config(clip="dual", dual_clip=1.4, kl_coef=0.0)
     _, metrics = policy_loss(PROBABILITIES.log().requires_grad_(), **HAND, config=config)
     values = {name: metric.value() for name, metric in metrics.items()}
     # ratios 1.5 0.5 | 1.5 0.5 1: mean 5/5. Above 1.2 with A > 0: one; below 0.8 with A < 0: one; above 1.4 with A < 0:
@@ -124,7 +124,7 @@ def test_metrics_worked_by_hand():
 def test_gradients_worked_by_hand():
     def gradient(**settings):
         logprobs = PROBABILITIES.log().requires_grad_()
-        policy_loss(logprobs, **HAND, config=policy_loss_config(kl_coef=0.0, **settings))[0].backward()
+        policy_loss(logprobs, **HAND, config=loss_config(kl_coef=0.0, **settings))[0].backward()
         return logprobs.grad.tolist()
 
     # d ratio / d logprob = ratio. Tokens 0 (r > 1.2, A > 0) and 4 (r < 0.8, A < 0) are clipped: 0. The others:
@@ -148,7 +148,7 @@ def test_loss_as_released_with_medvlm_r1():
     for clip in ("none", "ppo"):
         ours = logprobs.clone().requires_grad_()
         inputs = {**HAND, "old_logprobs": logprobs}
-        loss, _ = policy_loss(ours, **inputs, config=policy_loss_config(clip=clip))
+        loss, _ = policy_loss(ours, **inputs, config=loss_config(clip=clip))
         loss.backward()
         # every ratio is 1, so the first term is -(2 - 1)/2; the penalty is 0.04 * 0.157910
         assert loss.item() == pytest.approx(-0.5 + 0.04 * 0.157910, abs=DIGITS)
@@ -253,7 +253,7 @@ REFERENCE_CLIPS = {"clip_ratio_low": 0.15, "clip_ratio_high": 0.25, "dual_clip":
 def test_value_and_gradient_equal_the_slow_reference(level, clip, aggregation):
     batch = random_batch(lengths=REFERENCE_LENGTHS)
     for (kl_coef, estimator), cap in itertools.product(PENALTIES, CAPS):
-        config = policy_loss_config(
+        config = loss_config(
             ratio_level=level,
             clip=clip,
             **REFERENCE_CLIPS,
@@ -271,7 +271,7 @@ def test_the_random_batch_exercises_every_clip():
     """Otherwise the comparison above would pass without any clip."""
     batch = random_batch(lengths=REFERENCE_LENGTHS)
     for level in ("token", "sequence"):
-        config = policy_loss_config(ratio_level=level, clip="dual", **REFERENCE_CLIPS)
+        config = loss_config(ratio_level=level, clip="dual", **REFERENCE_CLIPS)
         _, _, metrics = loss_and_gradient(batch, denominators_of(batch), config)
         for name in ("clip_fraction_low", "clip_fraction_high", "clip_fraction_dual"):
             assert 0 < metrics[name].value() < 1
@@ -295,7 +295,7 @@ def select(batch, completions):
 @pytest.mark.parametrize("split", [[[0], [1], [2], [3], [4]], [[0, 1, 2, 3], [4]], [[4, 1], [3, 0, 2]]])
 def test_splitting_a_step_changes_neither_loss_nor_gradient_nor_metrics(level, clip, aggregation, split):
     batch = random_batch(seed=3)
-    config = policy_loss_config(ratio_level=level, clip=clip, aggregation=aggregation, importance_cap=1.1)
+    config = loss_config(ratio_level=level, clip=clip, aggregation=aggregation, importance_cap=1.1)
     denominators = denominators_of(batch)
     whole_loss, whole_gradient, whole_metrics = loss_and_gradient(batch, denominators, config)
     loss, gradient, metrics = torch.zeros_like(whole_loss), torch.zeros_like(whole_gradient), []
@@ -315,7 +315,7 @@ def test_the_order_of_tokens_changes_nothing(level, clip, aggregation):
     batch = random_batch(seed=4)
     order = torch.randperm(len(batch["logprobs"]), generator=torch.Generator().manual_seed(0))
     shuffled = {name: values if name == "advantages" else values[order] for name, values in batch.items()}
-    config = policy_loss_config(ratio_level=level, clip=clip, aggregation=aggregation, importance_cap=1.1)
+    config = loss_config(ratio_level=level, clip=clip, aggregation=aggregation, importance_cap=1.1)
     loss, gradient, _ = loss_and_gradient(batch, denominators_of(batch), config)
     shuffled_loss, shuffled_gradient, _ = loss_and_gradient(shuffled, denominators_of(batch), config)
     torch.testing.assert_close(shuffled_loss, loss, atol=ROUNDING, rtol=0)
@@ -326,7 +326,7 @@ def test_the_order_of_tokens_changes_nothing(level, clip, aggregation):
 @pytest.mark.parametrize(("level", "clip", "aggregation"), SETTINGS)
 def test_masked_tokens_have_no_influence_whatever_they_hold(level, clip, aggregation, poison):
     batch = random_batch(seed=5)
-    config = policy_loss_config(ratio_level=level, clip=clip, aggregation=aggregation, importance_cap=1.1)
+    config = loss_config(ratio_level=level, clip=clip, aggregation=aggregation, importance_cap=1.1)
     clean = loss_and_gradient(batch, denominators_of(batch), config)
     assert not batch["loss_mask"].all()
     poisoned = dict(batch)
@@ -341,7 +341,7 @@ def test_masked_tokens_have_no_influence_whatever_they_hold(level, clip, aggrega
 
 def test_a_completion_or_micro_batch_without_trained_tokens_is_harmless():
     batch = random_batch(seed=6)
-    config = policy_loss_config(ratio_level="sequence")
+    config = loss_config(ratio_level="sequence")
     _, _, metrics = loss_and_gradient(batch, denominators_of(batch), config)
     filled = {**batch, "loss_mask": batch["loss_mask"] & (batch["sequence_ids"] != 2)}
     without = select(batch, [0, 1, 3, 4])
@@ -367,7 +367,7 @@ def test_an_input_that_is_not_finite_makes_the_loss_nan(name, value):
         batch = random_batch(seed=7)
         batch[name] = batch[name].clone()
         batch[name][0] = value
-        loss, _, _ = loss_and_gradient(batch, denominators_of(random_batch(seed=7)), policy_loss_config(clip=clip))
+        loss, _, _ = loss_and_gradient(batch, denominators_of(random_batch(seed=7)), loss_config(clip=clip))
         assert math.isnan(loss.item())
 
 
@@ -376,7 +376,7 @@ def test_a_ratio_that_overflows_is_seen_in_loss_or_gradient(advantage):
     batch = {name: values.float() if values.is_floating_point() else values for name, values in random_batch(8).items()}
     batch["old_logprobs"][0] = -200.0
     batch["advantages"][0] = advantage
-    loss, gradient, metrics = loss_and_gradient(batch, denominators_of(batch), policy_loss_config())
+    loss, gradient, metrics = loss_and_gradient(batch, denominators_of(batch), loss_config())
     assert not (loss.isfinite() and gradient.isfinite().all())
     assert metrics["ratio_max"].value() == math.inf
 
@@ -386,7 +386,7 @@ def test_an_extreme_reference_does_not_break_a_step():
     batch = {name: values.float() if values.is_floating_point() else values for name, values in random_batch(9).items()}
     batch["logprobs"][0] = batch["old_logprobs"][0] = -200.0
     batch["ref_logprobs"][0] = 0.0
-    loss, gradient, _ = loss_and_gradient(batch, denominators_of(batch), policy_loss_config())
+    loss, gradient, _ = loss_and_gradient(batch, denominators_of(batch), loss_config())
     assert loss.isfinite()
     assert gradient.isfinite().all()
 
@@ -394,7 +394,7 @@ def test_an_extreme_reference_does_not_break_a_step():
 def test_float32_agrees_with_float64():
     batch = random_batch(seed=10)
     single = {name: values.float() if values.is_floating_point() else values for name, values in batch.items()}
-    config = policy_loss_config()
+    config = loss_config()
     loss, gradient, _ = loss_and_gradient(batch, denominators_of(batch), config)
     single_loss, single_gradient, _ = loss_and_gradient(single, denominators_of(batch), config)
     assert single_loss.dtype == torch.float32

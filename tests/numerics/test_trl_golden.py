@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from learner.losses import count_denominators, policy_loss
-from tests.configs import policy_loss_config
+from tests.configs import loss_config
 from tests.rounding import rounding
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "trl_grpo.json").read_text(encoding="utf-8"))
@@ -39,7 +39,7 @@ def our_config(settings):
         clip = {"clip": "cispo", "clip_ratio_low": 1.0, "clip_ratio_high": high - 1.0}
     elif "delta" in settings:
         clip |= {"clip": "dual", "dual_clip": settings["delta"]}
-    return policy_loss_config(
+    return loss_config(
         ratio_level=settings.get("importance_sampling_level", "token"),
         **clip,
         kl_coef=settings.get("beta", 0.0),

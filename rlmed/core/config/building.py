@@ -7,7 +7,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar, Union, get_args, get_origin
 
 from rlmed.core.config.checks import ConfigError
@@ -53,6 +53,13 @@ def _check_values(value: Any, where: str) -> None:
 
 
 RENAMED = {
+    **{
+        f"algo.{name}": f"algo.loss.{name}"
+        for name in (
+            *("ratio_level", "clip", "clip_ratio_low", "clip_ratio_high", "dual_clip", "kl_coef", "kl_estimator"),
+            *("aggregation", "old_logprobs", "importance_cap", "mask_truncated"),
+        )
+    },
     "before": "compare_to",
     "cluster.worker_gpus": "cluster.gpus_per_worker",
     "cluster.learner_gpus": "cluster.gpus_per_rank",
@@ -86,21 +93,22 @@ def check_key(key: str) -> None:
             return  # a mapping such as reward.weights takes any key
         hints = typing.get_type_hints(hint)
         if part not in hints:
-            groups = {group: typing.get_type_hints(of) for group, of in hints.items() if dataclasses.is_dataclass(of)}
-            inside = [f"{where}{group}.{part}" for group, keys in groups.items() if part in keys]
-            if inside:
-                raise ConfigError(f"unknown key {where}{part}: did you mean {' or '.join(inside)}?")
             raise _unknown_key(part, hints, where)
         hint, where = hints[part], f"{where}{part}."
 
 
-def _unknown_key(key: str, known: Collection[str], where: str) -> ConfigError:
+def _unknown_key(key: str, hints: Mapping[str, Any], where: str) -> ConfigError:
+    """Return the error for a key that a section with these annotated fields lacks; suggests keys in it or one below."""
     if f"{where}{key}" in RENAMED:
         return ConfigError(f"unknown key {where}{key}: renamed to {RENAMED[f'{where}{key}']}")
     if f"{where}{key}" in REMOVED:
         return ConfigError(f"unknown key {where}{key}: {REMOVED[f'{where}{key}']}")
-    near = difflib.get_close_matches(key, known, n=1)
-    hint = f"did you mean {where}{near[0]}?" if near else f"known keys: {', '.join(sorted(known))}"
+    places = {name: [f"{where}{name}"] for name in hints}
+    for section, of in hints.items():
+        for name in typing.get_type_hints(of) if dataclasses.is_dataclass(of) else ():
+            places.setdefault(name, []).append(f"{where}{section}.{name}")
+    near = difflib.get_close_matches(key, places, n=1)
+    hint = f"did you mean {' or '.join(places[near[0]])}?" if near else f"known keys: {', '.join(sorted(hints))}"
     return ConfigError(f"unknown key {where}{key}: {hint}")
 
 
@@ -112,7 +120,7 @@ def _build(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
     hints = typing.get_type_hints(cls)
     for key in mapping:
         if key not in fields:
-            raise _unknown_key(str(key), fields, where)
+            raise _unknown_key(str(key), hints, where)
     values: dict[str, Any] = {}
     for name, entry in fields.items():
         if name in mapping:

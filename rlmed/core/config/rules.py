@@ -30,7 +30,7 @@ class Rule:
     """Keys without effect.
 
     Example:
-        Rule(keys=("algo.dual_clip",), unless={"algo.clip": ("dual",)}, cure="Set algo.clip=dual")
+        Rule(keys=("algo.loss.dual_clip",), unless={"algo.loss.clip": ("dual",)}, cure="Set algo.loss.clip=dual")
     """
 
     keys: tuple[str, ...]
@@ -76,7 +76,7 @@ VLLM = tuple(
 )
 WITHOUT_ENDS = {"eval.at_start": (False,), "eval.at_end": (False,)}
 FROM_FILES = {"data.source": ("jsonl",)}
-RATIO_IS_1 = {"algo.old_logprobs": ("learner",), "learner.epochs": (1,), "learner.mini_batches": (1,)}
+RATIO_IS_1 = {"algo.loss.old_logprobs": ("learner",), "learner.epochs": (1,), "learner.mini_batches": (1,)}
 SEVERAL_UPDATES = "The ratio is 1 in a batch's first update: set learner.mini_batches or learner.epochs above 1"
 
 RULES = (
@@ -208,19 +208,23 @@ RULES = (
     ),
     # algorithm and rewards
     Rule(
-        keys=("algo.clip_ratio_low", "algo.clip_ratio_high"),
-        when={"algo.clip": ("none",)},
-        cure="Set algo.clip=ppo, dual or cispo",
+        keys=("algo.loss.clip_ratio_low", "algo.loss.clip_ratio_high"),
+        when={"algo.loss.clip": ("none",)},
+        cure="Set algo.loss.clip=ppo, dual or cispo",
     ),
-    Rule(keys=("algo.dual_clip",), unless={"algo.clip": ("dual",)}, cure="Set algo.clip=dual"),
-    Rule(keys=("algo.clip_ratio_low", "algo.clip_ratio_high", "algo.dual_clip"), when=RATIO_IS_1, cure=SEVERAL_UPDATES),
-    Rule(keys=("algo.clip",), values=("dual", "cispo"), when=RATIO_IS_1, cure=SEVERAL_UPDATES),
-    Rule(keys=("algo.ratio_level",), values=("sequence",), when=RATIO_IS_1, cure=SEVERAL_UPDATES),
-    Rule(keys=("algo.kl_estimator",), when={"algo.kl_coef": (0,)}, cure="Set algo.kl_coef above 0"),
+    Rule(keys=("algo.loss.dual_clip",), unless={"algo.loss.clip": ("dual",)}, cure="Set algo.loss.clip=dual"),
     Rule(
-        keys=("algo.importance_cap",),
-        when={"algo.old_logprobs": ("rollout",)},
-        cure="It caps the importance weight between engine and learner: set algo.old_logprobs=learner",
+        keys=("algo.loss.clip_ratio_low", "algo.loss.clip_ratio_high", "algo.loss.dual_clip"),
+        when=RATIO_IS_1,
+        cure=SEVERAL_UPDATES,
+    ),
+    Rule(keys=("algo.loss.clip",), values=("dual", "cispo"), when=RATIO_IS_1, cure=SEVERAL_UPDATES),
+    Rule(keys=("algo.loss.ratio_level",), values=("sequence",), when=RATIO_IS_1, cure=SEVERAL_UPDATES),
+    Rule(keys=("algo.loss.kl_estimator",), when={"algo.loss.kl_coef": (0,)}, cure="Set algo.loss.kl_coef above 0"),
+    Rule(
+        keys=("algo.loss.importance_cap",),
+        when={"algo.loss.old_logprobs": ("rollout",)},
+        cure="It caps the importance weight between engine and learner: set algo.loss.old_logprobs=learner",
     ),
     Rule(keys=("algo.max_refills",), when={"algo.dynamic_sampling": (False,)}, cure="Set algo.dynamic_sampling=true"),
     Rule(

@@ -128,30 +128,65 @@ class PromptConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlgoConfig:
-    """Settings of the policy-gradient algorithm; docs/papers.md gives the source of each.
+class LossConfig:
+    """Settings of the policy loss: `learner.losses` has the formulas, `conf/algo/` the keys and their defaults.
 
-    `learner.losses.PolicyLossConfig` checks the keys of the loss, before anything is loaded.
+    Example:
+        `compose_config("train", ["algo=dapo"]).algo.loss.clip_ratio_high` is 0.28.
     """
 
-    group_size: int
-    groups_per_step: int
-    advantage: str
-    normalize_by: str | None
     ratio_level: str
     clip: str
     clip_ratio_low: float
+    """Lowest ratio is 1 - clip_ratio_low; in (0, 1], 1 means no lower bound."""
     clip_ratio_high: float
+    """Highest ratio is 1 + clip_ratio_high; larger than clip_ratio_low is DAPO's clip-higher."""
     dual_clip: float
+    """Highest ratio of a completion with negative advantage for clip="dual"; above 1."""
     kl_coef: float
     kl_estimator: str
     aggregation: str
     old_logprobs: str
     importance_cap: float | None
+    """Highest weight exp(old_logprobs - rollout_logprobs) of a token; at least 1. None: every weight is 1."""
+    mask_truncated: bool
+
+    def __post_init__(self) -> None:
+        require_one_of("algo.loss.ratio_level", self.ratio_level, ("token", "sequence"))
+        require_one_of("algo.loss.clip", self.clip, ("ppo", "dual", "cispo", "none"))
+        require_one_of("algo.loss.kl_estimator", self.kl_estimator, ("k1", "k2", "k3", "none"))
+        require_one_of("algo.loss.aggregation", self.aggregation, ("sequence_mean", "token_mean", "sequence_sum"))
+        require_one_of("algo.loss.old_logprobs", self.old_logprobs, ("learner", "rollout"))
+        require(0 < self.clip_ratio_low <= 1, f"algo.loss.clip_ratio_low={self.clip_ratio_low} must be in (0, 1]")
+        require(
+            0 < self.clip_ratio_high < math.inf,
+            f"algo.loss.clip_ratio_high={self.clip_ratio_high} must be positive and finite",
+        )
+        require(1 < self.dual_clip < math.inf, f"algo.loss.dual_clip={self.dual_clip} must be finite and above 1")
+        require(0 <= self.kl_coef < math.inf, f"algo.loss.kl_coef={self.kl_coef} must be finite: 0 means no penalty")
+        require(
+            self.kl_coef == 0 or self.kl_estimator != "none",
+            f"algo.loss.kl_coef={self.kl_coef} needs an estimator: set algo.loss.kl_estimator=k3, or algo.loss.kl_coef=0",
+        )
+        require(
+            self.importance_cap is None or 1 <= self.importance_cap < math.inf,
+            f"algo.loss.importance_cap={self.importance_cap} must be finite and at least 1, or null: below 1 even tokens "
+            "without mismatch would be scaled down",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlgoConfig:
+    """Settings of the policy-gradient algorithm; docs/papers.md gives the source of each."""
+
+    group_size: int
+    groups_per_step: int
+    advantage: str
+    normalize_by: str | None
     dynamic_sampling: bool
     max_refills: int
-    mask_truncated: bool
     max_staleness: int
+    loss: LossConfig
 
     def __post_init__(self) -> None:
         require_one_of("algo.advantage", self.advantage, ("grpo", "dr_grpo", "rloo"))
@@ -159,7 +194,6 @@ class AlgoConfig:
             self.normalize_by in (None, "modality"),
             f"invalid algo.normalize_by={self.normalize_by!r}: expected modality or null",
         )
-        require_one_of("algo.old_logprobs", self.old_logprobs, ("learner", "rollout"))
         require(
             self.group_size >= 2,
             f"algo.group_size={self.group_size} must be at least 2 for the group-relative advantage {self.advantage!r}: "
@@ -277,9 +311,9 @@ class RunConfig:
         )
         require(
             self.rollout.max_mismatch_kl is None
-            or (self.algo.max_staleness == 0 and self.algo.old_logprobs == "learner"),
+            or (self.algo.max_staleness == 0 and self.algo.loss.old_logprobs == "learner"),
             f"rollout.max_mismatch_kl={self.rollout.max_mismatch_kl} compares engine and learner at the same weights: it needs "
-            "algo.max_staleness=0 and algo.old_logprobs=learner",
+            "algo.max_staleness=0 and algo.loss.old_logprobs=learner",
         )
         require(
             self.data.selection.mode != "pass_rate" or "choice" in self.reward.weights,

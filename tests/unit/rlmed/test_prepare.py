@@ -13,11 +13,11 @@ from typing import get_args, get_type_hints
 import pytest
 
 from rlmed import prepare
-from rlmed.cluster.engines import make_renderer
 from rlmed.core.config.composing import compose_config
 from rlmed.data.loading import load_data
 from rlmed.data.readers.registry import READERS, find_reader
 from rlmed.prepare import main
+from tests.configs import renderer_of
 from tests.root import ROOT
 from tests.unit.rlmed.data.pictures import marked
 
@@ -89,7 +89,7 @@ def test_what_it_writes_is_what_a_run_reads(source, tmp_path, tiny_folder, data,
             "data.max_prompt_tokens=1024",
         ],
     )
-    read = load_data(config.data, make_renderer(config), training=True)
+    read = load_data(config.data, renderer_of(config), training=True)
     assert ("data.max_prompt_tokens=1024: set data=jsonl" in caplog.text) == (data == "phantom")
     assert [row.letter for row in read.train_examples] == list("ABABAB")
     assert [row.modality for row in read.evals[0].examples] == ["CT", "CT"]

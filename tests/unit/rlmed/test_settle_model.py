@@ -42,20 +42,20 @@ def test_a_slow_bfloat16_becomes_float32_and_it_is_said(
 ) -> None:
     speeds.append(speed)
     with caplog.at_level(logging.WARNING):
-        assert settle_model(make_config(BFLOAT16)).model.dtype == dtype
+        assert settle_model(make_config(BFLOAT16).model, engines=1).dtype == dtype
     assert (f"at {speed} of float32's speed, so float32 is used" in caplog.text) == (dtype == "float32")
 
 
 @pytest.mark.parametrize("asked", ["auto", "float32"])
 def test_nothing_is_measured_where_bfloat16_was_not_asked_for(speeds: list[float], asked: str) -> None:
-    assert settle_model(make_config(f"model.dtype={asked}")).model.dtype == "float32"
+    assert settle_model(make_config(f"model.dtype={asked}").model, engines=1).dtype == "float32"
 
 
 @pytest.mark.parametrize("speed", [0.1, 2.0])
 def test_no_process_decides_again(speeds: list[float], speed: float) -> None:
     speeds.append(speed)
-    settled = settle_model(make_config(BFLOAT16))
-    policy = build_policy(settled, model_folder(settled.model.path))  # as in a worker or a rank
+    settled = settle_model(make_config(BFLOAT16).model, engines=1)
+    policy = build_policy(settled, model_folder(settled.path), threads=None)  # as in a worker or a rank
     assert policy.dtype == (torch.float32 if speed < 1 else torch.bfloat16)
     assert speeds == []
 
@@ -65,23 +65,23 @@ def test_a_resumed_run_keeps_its_dtype(
     tmp_path: Path, speeds: list[float], before: float, now: float, caplog: pytest.LogCaptureFixture
 ) -> None:
     speeds += [before, now, now, now]
-    settled = settle_model(make_config(BFLOAT16))
-    path = write_versions(tmp_path, settled.model)
+    settled = settle_model(make_config(BFLOAT16).model, engines=1)
+    path = write_versions(tmp_path, settled)
     caplog.clear()
-    assert settle_model(make_config(BFLOAT16), tmp_path).model == settled.model
+    assert settle_model(make_config(BFLOAT16).model, engines=1, resumed=tmp_path) == settled
     assert ("the resumed run stays in bfloat16" in caplog.text) == (now < 0.5)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"cpu": "another"}))
-    assert settle_model(make_config(BFLOAT16), tmp_path).model.dtype == settled.model.dtype
+    assert settle_model(make_config(BFLOAT16).model, engines=1, resumed=tmp_path).dtype == settled.dtype
     # what lies in a folder whose run begins anew does not count
     speeds[:] = [now]
-    assert settle_model(make_config(BFLOAT16)).model.dtype == ("float32" if now < 0.5 else "bfloat16")
+    assert settle_model(make_config(BFLOAT16).model, engines=1).dtype == ("float32" if now < 0.5 else "bfloat16")
 
 
 def test_a_run_of_an_earlier_version_is_measured_anew(tmp_path: Path, speeds: list[float]) -> None:
     speeds += [2.0, 2.0]
     (tmp_path / VERSIONS_FILE).write_text("{}")
-    assert settle_model(make_config(BFLOAT16), tmp_path).model.dtype == "bfloat16"
-    assert settle_model(make_config(BFLOAT16), tmp_path / "none").model.dtype == "bfloat16"
+    assert settle_model(make_config(BFLOAT16).model, engines=1, resumed=tmp_path).dtype == "bfloat16"
+    assert settle_model(make_config(BFLOAT16).model, engines=1, resumed=tmp_path / "none").dtype == "bfloat16"
 
 
 @pytest.mark.parametrize(("device", "gpus"), [("auto", False), ("auto", True), ("cpu", False), ("cuda", True)])
@@ -97,8 +97,8 @@ def test_actors_on_gpus_get_what_was_asked_for_and_actors_on_cpus_what_was_settl
 
     speeds += [] if device == "cuda" else [0.1]
     monkeypatch.setattr(ray_session, "start_ray", lambda config: lambda: None)
-    monkeypatch.setattr(ray_session, "on_gpus", lambda config: gpus)
-    monkeypatch.setattr(ray_session, "place_actors", lambda config, resources: ([{}], [{}]))
+    monkeypatch.setattr(ray_session, "on_gpus", lambda device: gpus)
+    monkeypatch.setattr(ray_session, "place_actors", lambda *_, **__: ([{}], [{}]))
     monkeypatch.setattr(cluster, "_start_workers", start)
     monkeypatch.setattr(cluster, "_start_learner", start)
     config = make_config("cluster=ray", BFLOAT16, f"model.device={device}")

@@ -50,7 +50,8 @@ def test_an_engine_sleeps_where_the_learner_needs_its_gpu(overrides: tuple[str, 
     ],
 )
 def test_an_engine_on_a_part_of_a_gpu_leaves_the_rest_to_the_learner(overrides: tuple[str, ...], share: float) -> None:
-    assert memory_share(make_config(*overrides)) == pytest.approx(share)
+    config = make_config(*overrides)
+    assert memory_share(config.rollout, config.cluster) == pytest.approx(share)
 
 
 @pytest.mark.parametrize(
@@ -82,8 +83,8 @@ def test_on_one_gpu_learner_and_engine_do_not_allocate_at_the_same_time(
         return SimpleNamespace(close=lambda: events.append("learner ends"))
 
     monkeypatch.setattr(ray_session, "start_ray", lambda config: lambda: None)
-    monkeypatch.setattr(ray_session, "on_gpus", lambda config: True)
-    monkeypatch.setattr(ray_session, "place_actors", lambda config, resources: ([{}], [{}]))
+    monkeypatch.setattr(ray_session, "on_gpus", lambda device: True)
+    monkeypatch.setattr(ray_session, "place_actors", lambda *_, **__: ([{}], [{}]))
     monkeypatch.setattr(cluster, "_start_workers", Workers)
     monkeypatch.setattr(cluster, "_start_learner", learner)
     built = cluster._build_ray(make_config(f"cluster={preset}", "rollout=vllm"), None, None, lambda *_: None)
@@ -112,7 +113,7 @@ def test_what_cannot_sleep_says_so() -> None:
 
 
 def test_a_share_of_a_gpu_that_is_not_there_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pytest.importorskip("rlmed.cluster.ray_session"), "on_gpus", lambda config: False)
+    monkeypatch.setattr(pytest.importorskip("rlmed.cluster.ray_session"), "on_gpus", lambda device: False)
     with pytest.raises(ConfigError, match=r"gpu_memory_utilization=0\.3 needs a GPU.* set rollout\.kv_cache_gib"):
         cluster._start_workers(make_config(*SHARED, "rollout.gpu_memory_utilization=0.3"), [{}])
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from rlmed.cluster.memory import engines_that_pack, estimate
+from rlmed.cluster.memory import MemoryEstimate, engines_that_pack, estimate
 from rlmed.core.config.composing import compose_config
 from rlmed.core.config.schema import RunConfig
 from rlmed.core.types import Prompt, RolloutRequest, SamplingParams
@@ -22,6 +22,17 @@ from tests.root import ROOT
 
 def config(*overrides: str) -> RunConfig:
     return compose_config("train", overrides)
+
+
+def estimated(policy: Policy, settings: RunConfig, packing_engines: int = 0) -> MemoryEstimate:
+    return estimate(
+        policy,
+        settings.rollout,
+        settings.algo,
+        prompt_tokens=settings.data.max_prompt_tokens,
+        eval_tokens=settings.eval.max_tokens,
+        packing_engines=packing_engines,
+    )
 
 
 @pytest.mark.parametrize(("dtype", "optimizer_bytes"), [("float32", 12), ("bfloat16", 16)])
@@ -47,7 +58,7 @@ def test_counts(
         "data.max_prompt_tokens=32",
         f"eval.max_tokens={eval_tokens}",
     )
-    found = estimate(policy, settings)
+    found = estimated(policy, settings)
     parameters = sum(parameter.numel() for parameter in policy.model.parameters())
     assert found.weights == found.reference == parameters * policy.dtype.itemsize
     assert found.optimizer == parameters * optimizer_bytes
@@ -61,9 +72,9 @@ def test_counts(
 
 def test_what_is_frozen_or_left_out_costs_nothing(fresh_policy: Callable[..., Policy]) -> None:
     policy = fresh_policy("qwen2_vl")
-    full = estimate(policy, config())
+    full = estimated(policy, config())
     policy.freeze(["vision", "merger"])
-    frozen = estimate(policy, config("algo.kl_coef=0"))
+    frozen = estimated(policy, config("algo.loss.kl_coef=0"))
     assert frozen.reference == 0
     assert 0 < frozen.optimizer < full.optimizer
 
@@ -84,13 +95,11 @@ def test_packed_weights_are_counted(
     for _ in range(3):
         engine.step()
     held = sum(weight.nbytes for weight, *_ in engine._packs._packs.values())
-    settled = "model.onednn=[packed_weights]"
-    assert estimate(policy, config(settled)).packed == held > 0
-    overlapped = estimate(policy, config(settled, "algo.max_staleness=1"))
+    assert estimated(policy, config(), packing_engines=1).packed == held > 0
+    overlapped = estimated(policy, config("algo.max_staleness=1"), packing_engines=2)
     assert overlapped.packed == 2 * held
     assert overlapped.total > overlapped.weights + overlapped.reference + overlapped.optimizer + overlapped.kv_cache
-    assert estimate(policy, config("model.onednn=[few_rows]")).packed == 0
-    assert estimate(fresh_policy(family, dtype="bfloat16"), config(settled)).packed == 0
+    assert estimated(fresh_policy(family, dtype="bfloat16"), config(), packing_engines=1).packed == 0
 
 
 @pytest.mark.parametrize(
@@ -103,7 +112,8 @@ def test_packed_weights_are_counted(
     ],
 )
 def test_engines_that_pack_on_one_machine(overrides: tuple[str, ...], engines: int) -> None:
-    assert engines_that_pack(config(*overrides)) == engines
+    settings = config(*overrides)
+    assert engines_that_pack(settings.cluster, max_staleness=settings.algo.max_staleness) == engines
 
 
 @pytest.mark.slow

@@ -60,6 +60,6 @@ def test_each_worker_is_prepared_before_it_imports_torch(monkeypatch: pytest.Mon
     monkeypatch.setattr(ray_session.ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray_session.ray, "init", lambda **options: given.update(options))
     config = compose_config("train", ["cluster=ray", "+cluster.runtime_env.env_vars.A=b"])
-    ray_session.start_ray(config)()
+    ray_session.start_ray(config.cluster)()
     assert pkgutil.resolve_name(given["runtime_env"].pop("worker_process_setup_hook")) is prepare_process
     assert given["runtime_env"] == {"env_vars": {"A": "b"}}

@@ -57,26 +57,26 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
     "_align": {"data.shuffle_options": True, "sft.target": "option", "learner.freeze": ["vision"]},
     "_answer_only": {"reward.weights": {"format": 0.0, "choice": 1.0, "answer_format": 1.0}},
     "_dapo": {
-        "algo.clip_ratio_high": 0.28,
-        "algo.aggregation": "token_mean",
-        "algo.kl_coef": 0.0,
+        "algo.loss.clip_ratio_high": 0.28,
+        "algo.loss.aggregation": "token_mean",
+        "algo.loss.kl_coef": 0.0,
         "algo.dynamic_sampling": True,
-        "algo.mask_truncated": True,
+        "algo.loss.mask_truncated": True,
     },
     "_dr_grpo": {
         "algo.advantage": "dr_grpo",
-        "algo.aggregation": "sequence_sum",
-        "algo.kl_coef": 0.0,
+        "algo.loss.aggregation": "sequence_sum",
+        "algo.loss.kl_coef": 0.0,
         "algo.dynamic_sampling": False,
     },
     "_gspo": {
-        "algo.ratio_level": "sequence",
-        "algo.clip_ratio_low": 3e-4,
-        "algo.clip_ratio_high": 4e-4,
-        "algo.kl_coef": 0.0,
+        "algo.loss.ratio_level": "sequence",
+        "algo.loss.clip_ratio_low": 3e-4,
+        "algo.loss.clip_ratio_high": 4e-4,
+        "algo.loss.kl_coef": 0.0,
         "algo.dynamic_sampling": False,
     },
-    "_released": {"algo.clip": "none", "algo.dynamic_sampling": False, "seed": 42, "data.limit": 500},
+    "_released": {"algo.loss.clip": "none", "algo.dynamic_sampling": False, "seed": 42, "data.limit": 500},
     "_sft": {"sft.target": "answer"},
 }
 BOTH = {
@@ -128,4 +128,4 @@ def test_the_hardware_chooses_unless_the_command_line_does(given: list[str], cud
 
 def test_the_command_line_has_the_last_word() -> None:
     config = compose_config("train", ["+experiment=medvqa_600_released", "profile=tiny", "algo=cispo", "steps=7"])
-    assert (config.steps, config.algo.clip, config.model.path) == (7, "cispo", "embedded:tiny_base")
+    assert (config.steps, config.algo.loss.clip, config.model.path) == (7, "cispo", "embedded:tiny_base")

@@ -44,8 +44,8 @@ def refused(program: str, *overrides: str) -> list[str]:
         # whatever the value, since the command never reads the key
         ("sft", "steps=300", "rlmed.sft does not read steps. Set sft.epochs and sft.batch_size"),
         ("sft", "+experiment=medvqa_600 profile=tiny steps=300", "rlmed.sft does not read steps. Set sft.epochs"),
-        ("sft", "+experiment=medvqa_600 profile=tiny rollout.max_tokens=512", "does not read rollout.max_tokens. Set eval.max"),
-        ("sft", "algo.kl_coef=0.04", "rlmed.sft does not read algo.kl_coef. Only rlmed.launch learns from rewards"),
+        ("sft", "+experiment=medvqa_600 profile=tiny rollout.max_tokens=512", "does not read rollout.max_tokens. Set eval"),
+        ("sft", "algo.loss.kl_coef=0.04", "rlmed.sft does not read algo.loss.kl_coef. Only rlmed.launch learns"),
         ("sft", "reward.weights.format=1.0", "rlmed.sft does not read reward.weights. Only rlmed.launch learns"),
         ("sft", "cluster.rollout_workers=1", "rlmed.sft does not read cluster.rollout_workers. It runs in one process"),
         ("evaluate", "eval.at_end=true", "rlmed.evaluate does not read eval.at_end. It evaluates once"),
@@ -56,8 +56,8 @@ def refused(program: str, *overrides: str) -> list[str]:
         ("train", "+experiment=medvqa_600 profile=tiny algo=grpo algo.max_refills=4", "while algo.dynamic_sampling=false"),
         ("sft", "cluster=ray", "rlmed.sft does not read cluster.kind. It runs in one process: leave it out"),
         ("evaluate", "rollout=vllm", "rlmed.evaluate does not read rollout.engine=vllm. It samples in its own process"),
-        ("evaluate", "cluster=ray_1gpu", "does not read cluster.kind, cluster.gpus_per_worker, cluster.gpus_per_rank. It runs"),
-        ("evaluate", "algo=dapo", "does not read algo.clip_ratio_high, algo.kl_coef, algo.aggregation, "),
+        ("evaluate", "cluster=ray_1gpu", "does not read cluster.kind, cluster.gpus_per_worker, cluster.gpus_per_rank. It"),
+        ("evaluate", "algo=dapo", "does not read algo.dynamic_sampling, algo.loss.clip_ratio_high, algo.loss.kl_coef, "),
         ("sft", "steps=9", "rlmed.sft does not read steps. Set sft.epochs and sft.batch_size"),
         ("sft", "eval.every=5", "rlmed.sft does not read eval.every. It evaluates before and after"),
         ("sft", "rollout.max_tokens=9", "rlmed.sft does not read rollout.max_tokens. Set eval.max_tokens"),
@@ -65,7 +65,7 @@ def refused(program: str, *overrides: str) -> list[str]:
         ("sft", "+reward.weights.brevity=1", "rlmed.sft does not read reward.weights. Only"),
         ("sft", "learner.mini_batches=2", "rlmed.sft does not read learner.mini_batches. Set sft.epochs"),
         ("sft", "+debug=rollouts_only", "rlmed.sft does not read debug.learn, debug.record. It is for rlmed.launch"),
-        ("sft", "data.selection={mode:pass_rate,min_pass_rate:0.2}", "does not read data.selection.mode, data.selection.min"),
+        ("sft", "data.selection={mode:pass_rate,min_pass_rate:0.2}", "does not read data.selection.mode, data.selection.m"),
         ("evaluate", "learner.lr=1", "rlmed.evaluate does not read learner.lr. It learns nothing"),
         ("evaluate", "resume=auto", "rlmed.evaluate does not read resume. It learns nothing"),
         ("evaluate", "checkpoint.every=7", "rlmed.evaluate does not read checkpoint.every."),
@@ -74,40 +74,40 @@ def refused(program: str, *overrides: str) -> list[str]:
         ("evaluate", "data.mix={MRI:1}", "rlmed.evaluate does not read data.mix. All rows are asked"),
         ("evaluate", "data=jsonl data.limit=7", "does not read data.limit while data.source=jsonl and data.train=null. It"),
         ("train", "sft.epochs=3", "rlmed.launch does not read sft.epochs. It is for rlmed.sft alone"),
-        ("train", "compare_to=x", "rlmed.launch does not read compare_to. Train without it, then run python -m rlmed.evaluate"),
         ("train", "reliability.samples=8", "rlmed.launch does not read reliability.samples. It is for rlmed.reliability"),
         ("evaluate", "reliability.samples=8", "rlmed.evaluate does not read reliability.samples. It is for rlmed.reliability"),
         ("reliability", "learner.lr=1", "rlmed.reliability does not read learner.lr. It learns nothing"),
         ("reliability", "rollout.temperature=1", "rlmed.reliability does not read rollout.temperature. Evaluation is greedy"),
-        ("train", "algo.dual_clip=2", "rlmed.launch does not read algo.dual_clip while algo.clip=ppo. Set algo.clip=dual"),
+        ("train", "compare_to=x", "does not read compare_to. Train without it, then run python -m rlmed.evaluate"),
+        ("train", "algo.loss.dual_clip=2", "read algo.loss.dual_clip while algo.loss.clip=ppo. Set algo.loss.clip=dual"),
         ("train", "algo.max_refills=1", "does not read algo.max_refills while algo.dynamic_sampling=false. Set algo.dynamic"),
-        ("train", "algo.kl_coef=0 algo.kl_estimator=k1", "does not read algo.kl_estimator while algo.kl_coef=0. Set algo.kl"),
-        ("train", "algo=dapo algo.kl_estimator=k2", "does not read algo.kl_estimator while algo.kl_coef=0.0. Set"),
-        ("train", "algo=grpo_released algo.clip_ratio_low=0.1", "does not read algo.clip_ratio_low while algo.clip=none."),
-        ("train", "algo.old_logprobs=rollout algo.importance_cap=2", "does not read algo.importance_cap while algo.old_l"),
-        ("train", "algo.clip_ratio_high=0.3", "does not read algo.clip_ratio_high while algo.old_logprobs=learner and learner."
-         "epochs=1 and learner.mini_batches=1. The ratio is 1 in a batch's first update: set learner.mini_batches or"),
-        ("train", "algo.max_staleness=1 algo.clip_ratio_low=0.1", "does not read algo.clip_ratio_low while algo.old_logpr"),
-        ("train", "algo.clip=dual", "does not read algo.clip=dual while algo.old_logprobs=learner and learner.epochs=1 and"),
-        ("train", "algo.clip=cispo", "does not read algo.clip=cispo while algo.old_logprobs=learner and learner.epochs=1"),
-        ("train", "algo.ratio_level=sequence", "does not read algo.ratio_level=sequence while algo.old_logprobs=learner"),
+        ("train", "algo.loss.kl_coef=0 algo.loss.kl_estimator=k1", "while algo.loss.kl_coef=0. Set algo.loss.kl_coef above 0"),
+        ("train", "algo=dapo algo.loss.kl_estimator=k2", "kl_estimator while algo.loss.kl_coef=0.0. Set algo"),
+        ("train", "algo=grpo_released algo.loss.clip_ratio_low=0.1", "clip_ratio_low while algo.loss.clip=none. Set algo"),
+        ("train", "algo.loss.old_logprobs=rollout algo.loss.importance_cap=2", "cap while algo.loss.old_logprobs=rollout."),
+        ("train", "algo.loss.clip_ratio_high=0.3", "does not read algo.loss.clip_ratio_high while algo.loss.old_logprobs="
+         "learner and learner.epochs=1 and learner.mini_batches=1. The ratio is 1 in a batch's first update: set learner.min"),
+        ("train", "algo.max_staleness=1 algo.loss.clip_ratio_low=0.1", "clip_ratio_low while algo.loss.old_logprobs=learn"),
+        ("train", "algo.loss.clip=dual", "does not read algo.loss.clip=dual while algo.loss.old_logprobs=learner and lear"),
+        ("train", "algo.loss.clip=cispo", "does not read algo.loss.clip=cispo while algo.loss.old_logprobs=learner and le"),
+        ("train", "algo.loss.ratio_level=sequence", "does not read algo.loss.ratio_level=sequence while algo.loss.old_log"),
         ("train", "checkpoint.every=0 checkpoint.keep_last=5", "keep_last while checkpoint.every=0. There is one checkpoint"),
         ("sft", "checkpoint.every=0 checkpoint.keep_last=5", "keep_last while checkpoint.every=0. There is one checkpoint"),
         ("evaluate", "data.train=x data.eval=[y] data.phantom_seed=3", "does not read data.phantom_seed while data.train=x "
          "and data.eval=['y']. With both files given nothing is generated"),
-        ("train", "data.train=x data.eval=[y] data.phantom_folder=z", "does not read data.phantom_folder while data.train=x"),
+        ("train", "data.train=x data.eval=[y] data.phantom_folder=z", "does not read data.phantom_folder while data.train"),
         ("train", "data.selection.min_pass_rate=0.1", "while data.selection.mode=all. Set data.sel"),
         ("train", "data=jsonl data.phantom_seed=3", "does not read data.phantom_seed while data.source=jsonl. Set data=ph"),
-        ("train", "data=jsonl data.leakage=strict", "does not read data.leakage=strict while data.source=jsonl and data.eval="),
-        ("train", "rollout.enforce_eager=true", "does not read rollout.enforce_eager while rollout.engine=native. Set rollou"),
-        ("train", "rollout.on_push=finish", "does not read rollout.on_push while algo.max_staleness=0. Set algo.max_stalen"),
-        ("train", "cluster.worker_logs=true", "does not read cluster.worker_logs while cluster.kind=local. Set cluster=ray"),
+        ("train", "data=jsonl data.leakage=strict", "does not read data.leakage=strict while data.source=jsonl and data.e"),
+        ("train", "rollout.enforce_eager=true", "does not read rollout.enforce_eager while rollout.engine=native. Set rol"),
+        ("train", "rollout.on_push=finish", "does not read rollout.on_push while algo.max_staleness=0. Set algo.max_stale"),
+        ("train", "cluster.worker_logs=true", "does not read cluster.worker_logs while cluster.kind=local. Set cluster=ra"),
         ("train", "cluster.rollout_workers=2", "does not read cluster.rollout_workers while cluster.kind=local. Set clu"),
-        ("train", "reward.timeout_s=2", "does not read reward.timeout_s while reward.extra=[]. It bounds your own functions"),
+        ("train", "reward.timeout_s=2", "does not read reward.timeout_s while reward.extra=[]. It bounds your own functio"),
         ("train", "preflight.enabled=false preflight.groups=2", "does not read preflight.groups while preflight.enabled=f"),
         ("train", "eval.at_start=false eval.at_end=false eval.controls=false", "does not read eval.controls while eval.at"),
-        ("train", "eval.at_start=false eval.at_end=false eval.limit=3", "eval.at_end=false and eval.every=0. Nothing is ev"),
-        ("sft", "eval.at_start=false eval.at_end=false rollout.stop=[x]", "does not read rollout.stop while eval.at_start=fa"),
+        ("train", "eval.at_start=false eval.at_end=false eval.limit=3", "eval.at_end=false and eval.every=0. Nothing is e"),
+        ("sft", "eval.at_start=false eval.at_end=false rollout.stop=[x]", "does not read rollout.stop while eval.at_start"),
         ("sft", "eval.at_start=false eval.at_end=false rollout.max_completions=8", "does not read rollout.max_completions"),
         ("sft", "eval.at_start=false eval.at_end=false rollout.prefill_tokens=8", "does not read rollout.prefill_tokens"),
     ],
@@ -137,7 +137,7 @@ def test_rays_keys_do_something_for_training_with_ray_alone(program: str, key: s
         ("sft", "rollout.engine=native"),
         ("evaluate", "algo=grpo"),
         # a value that is the default changes nothing while another key leaves it unread
-        ("train", "cluster=local cluster.rollout_workers=1 algo.dual_clip=3.0 algo.max_refills=4"),
+        ("train", "cluster=local cluster.rollout_workers=1 algo.loss.dual_clip=3.0 algo.max_refills=4"),
         # what the command reads
         (
             "sft",
@@ -149,10 +149,10 @@ def test_rays_keys_do_something_for_training_with_ray_alone(program: str, key: s
         ),
         ("evaluate", "data=jsonl data.train=x data.limit=7 data.eval=[y] prompt=radiologist model=qwen2_vl_2b"),
         ("train", "cluster=ray_8gpu rollout=vllm rollout.tensor_parallel_size=2 cluster.weight_transfer=nccl"),
-        ("train", "algo.clip=dual algo.dual_clip=2 learner.mini_batches=2"),
-        ("train", "algo.clip_ratio_high=0.3 learner.epochs=2"),
-        ("train", "algo.old_logprobs=rollout algo.ratio_level=sequence algo.clip_ratio_low=0.1"),
-        ("train", "algo.clip=none algo.max_staleness=1 rollout.on_push=finish"),
+        ("train", "algo.loss.clip=dual algo.loss.dual_clip=2 learner.mini_batches=2"),
+        ("train", "algo.loss.clip_ratio_high=0.3 learner.epochs=2"),
+        ("train", "algo.loss.old_logprobs=rollout algo.loss.ratio_level=sequence algo.loss.clip_ratio_low=0.1"),
+        ("train", "algo.loss.clip=none algo.max_staleness=1 rollout.on_push=finish"),
         ("train", "algo=gspo"),
         ("train", "checkpoint.every=7 checkpoint.keep_last=5"),
         ("train", "data.train=x data.phantom_seed=3"),
@@ -166,7 +166,10 @@ def test_rays_keys_do_something_for_training_with_ray_alone(program: str, key: s
         ("train", "eval.at_start=false eval.at_end=false rollout.max_completions=8"),
         ("sft", "eval.at_start=false rollout.max_completions=8 rollout.stop=[x]"),
         # one switch off takes its details along only where they were set
-        ("train", "preflight.enabled=false eval.at_start=false eval.at_end=false algo.kl_coef=0 algo.clip=none"),
+        (
+            "train",
+            "preflight.enabled=false eval.at_start=false eval.at_end=false algo.loss.kl_coef=0 algo.loss.clip=none",
+        ),
         ("train", "cluster=ray rollout=native data=jsonl data.train=x"),
         # an option is a set: some of it may be for other cases
         ("train", "data=jsonl"),
@@ -201,12 +204,12 @@ def test_an_experiment_is_where_changes_count_from() -> None:
     assert refused("sft", *experiment) == []
     assert refused("sft", *experiment, "algo.group_size=16") == ["algo.group_size=16"]
     assert refused("train", *experiment, "algo.max_refills=2") == []  # it has dynamic sampling
-    assert refused("train", *experiment, "algo=dapo", "algo.dual_clip=2") == ["algo.dual_clip=2"]
+    assert refused("train", *experiment, "algo=dapo", "algo.loss.dual_clip=2") == ["algo.loss.dual_clip=2"]
 
 
 def test_what_an_option_brings_may_be_read_by_way_of_another_override() -> None:
     def without_kl(entries: Sequence[str]) -> Any:
-        return composed("train", *entries, "algo.kl_coef=0")  # so that GSPO brings nothing but ratio and bounds
+        return composed("train", *entries, "algo.loss.kl_coef=0")  # so that GSPO brings nothing but ratio and bounds
 
     def overrides_refused(*given: str) -> list[str]:
         return [refusal.override for refusal in find_unused("train", given, CONFIG_GROUPS, without_kl)]
