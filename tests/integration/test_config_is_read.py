@@ -24,7 +24,11 @@ Config = Callable[..., RunConfig]
 MAIN = {"train": launch.main, "sft": sft.main, "evaluate": evaluate.main, "reliability": reliability.main}
 NOT_USES = ("dataclasses.py", "core/config.py", "core/config_running.py")
 """Ends of the files that read keys to check or to copy them."""
-ELSEWHERE = {"name": "the run's folder, by interpolation", "data.download": "an error's text"}
+ELSEWHERE = {
+    "name": "the run's folder, by interpolation",
+    "profile": "the name, by interpolation",
+    "data.download": "an error's text",
+}
 """Keys that do something without being read in a run that goes well."""
 PASSED_ON = {"rollout.on_push"}
 """Keys that a pool is given wherever it is built, though nothing is pushed to it but by rlmed.launch."""
@@ -121,5 +125,5 @@ def test_what_these_runs_leave_idle_is_read_where_processes_and_engines_are_buil
     trees = [ast.parse((root / f"{name}.py").read_text()) for name in NAMED_IN]
     named = {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     idle = {key for key in schema_keys() if key not in tried}
-    assert {key.rpartition(".")[2] for key in idle} - named == {"profile"}  # which the command line itself looks at
-    assert {key.partition(".")[0] for key in idle} == {"cluster", "rollout", "data", "profile"}
+    assert {key.rpartition(".")[2] for key in idle} - named == set()
+    assert {key.partition(".")[0] for key in idle} == {"cluster", "rollout", "data"}
