@@ -15,7 +15,6 @@ from rlmed.cluster.engines import build_local_pool, build_policy, make_renderer,
 from rlmed.commandline import run_command
 from rlmed.core.config.composing import to_yaml
 from rlmed.core.config.schema import RunConfig
-from rlmed.core.files.atomic import replace_text
 from rlmed.data.loading import load_run_data
 from rlmed.evaluation.results import ROWS_FILE, check_comparable
 from rlmed.evaluation.run import Evaluator
@@ -23,8 +22,8 @@ from rlmed.models.loading import check_positions, model_folder
 from rlmed.models.policy import Policy
 from rlmed.models.tiny.toy import TOY_NOTE, is_toy
 from rlmed.recording.checkpoint import starting_point
+from rlmed.recording.inputs import write_inputs
 from rlmed.recording.progress import Progress
-from rlmed.recording.recorder import CONFIG_FILE, write_data, write_versions
 from rlmed.report.terminal import show_results
 
 
@@ -54,9 +53,7 @@ def open_evaluation(config: RunConfig, folder: Path, progress: Progress) -> tupl
         check_comparable(before, {file.name: file.examples for file in data.eval_files(config.eval.limit)})
     model = settle_model(config.model, engines=1)
     policy = build_policy(model, model_folder(model.path), threads=config.cluster.threads)
-    replace_text(folder / CONFIG_FILE, to_yaml(config))
-    write_versions(folder, model, toy=is_toy(model_folder(model.path)))
-    write_data(folder, data.files, data.leakage)
+    write_inputs(folder, to_yaml(config), model, data.files, data.leakage, toy=is_toy(model_folder(model.path)))
     pool = build_local_pool(config.rollout, policy, renderer)
     return Evaluator.of_run(
         config.eval,

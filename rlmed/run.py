@@ -13,7 +13,6 @@ from rlmed.cluster.engines import make_renderer
 from rlmed.controller import StepResult, train
 from rlmed.core.config.composing import check_same_run, to_yaml
 from rlmed.core.config.schema import RunConfig
-from rlmed.core.files.atomic import replace_text
 from rlmed.core.tracing import Tracer
 from rlmed.core.types import SamplingParams
 from rlmed.data.loading import Dataset, load_run_data
@@ -24,8 +23,9 @@ from rlmed.evaluation.run import Evaluator
 from rlmed.models.loading import check_positions, model_folder
 from rlmed.models.tiny.toy import is_toy
 from rlmed.recording.checkpoint import CheckpointError, read_state, save_checkpoint, starting_point
+from rlmed.recording.inputs import CONFIG_FILE, check_same_data, write_inputs
 from rlmed.recording.progress import Progress
-from rlmed.recording.recorder import CONFIG_FILE, RunRecorder, check_same_data, write_data, write_versions
+from rlmed.recording.recorder import RunRecorder
 from rlmed.report.terminal import show_results
 from rollout.buffer import GroupBuffer
 
@@ -118,9 +118,14 @@ class Run:
             self._restore(self.checkpoint)
         else:
             self.recorder.truncate({})
-        replace_text(folder / CONFIG_FILE, to_yaml(config))
-        write_versions(folder, self.cluster.model, toy=is_toy(model_folder(config.model.path)))
-        write_data(folder, self.data.files, self.data.leakage)
+        write_inputs(
+            folder,
+            to_yaml(config),
+            self.cluster.model,
+            self.data.files,
+            self.data.leakage,
+            toy=is_toy(model_folder(config.model.path)),
+        )
 
     def execute(self) -> None:
         """Evaluate, train, evaluate, report."""

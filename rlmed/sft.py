@@ -17,7 +17,6 @@ from rlmed.cluster.engines import build_local_pool, build_policy, make_renderer,
 from rlmed.commandline import run_command
 from rlmed.core.config.composing import check_same_run, to_yaml
 from rlmed.core.config.schema import RunConfig
-from rlmed.core.files.atomic import replace_text
 from rlmed.core.prefill import remaining
 from rlmed.core.tracing import Tracer
 from rlmed.core.types import Example
@@ -31,8 +30,9 @@ from rlmed.evaluation.run import Evaluator
 from rlmed.models.loading import check_positions, model_folder
 from rlmed.models.tiny.toy import is_toy
 from rlmed.recording.checkpoint import CheckpointError, read_state, save_checkpoint, starting_point
+from rlmed.recording.inputs import CONFIG_FILE, check_same_data, write_inputs
 from rlmed.recording.progress import Progress
-from rlmed.recording.recorder import CONFIG_FILE, RunRecorder, check_same_data, write_data, write_versions
+from rlmed.recording.recorder import RunRecorder
 from rlmed.report.terminal import show_results
 
 log = logging.getLogger(__name__)
@@ -117,9 +117,7 @@ def main(config: RunConfig, folder: Path) -> None:
         progress.message(f"resuming after step {done} of {batches.steps} from {checkpoint}")
     else:
         recorder.truncate({})
-    replace_text(folder / CONFIG_FILE, to_yaml(config))
-    write_versions(folder, model, toy=is_toy(model_folder(model.path)))
-    write_data(folder, data.files, data.leakage)
+    write_inputs(folder, to_yaml(config), model, data.files, data.leakage, toy=is_toy(model_folder(model.path)))
 
     def measure(step: int) -> None:
         with tracer.span("evaluate", step=step):

@@ -21,7 +21,7 @@ from rlmed.models.cpu.products import bfloat16_speed, settle_products
 from rlmed.models.folder.agreement import check_agreement
 from rlmed.models.loading import model_folder, resolve_device, resolve_dtype
 from rlmed.models.policy import Policy, load_config, load_policy
-from rlmed.recording.recorder import chosen_dtype, chosen_onednn
+from rlmed.recording.inputs import chosen_dtype, chosen_onednn
 from rollout.fake import FakeEngine
 from rollout.local import LocalPool
 from rollout.native.engine import NativeEngine

@@ -41,8 +41,9 @@ from rlmed.evaluation.results import (
     read_rows,
 )
 from rlmed.models.tiny.toy import EMBEDDED, TOY_NOTE
+from rlmed.recording.inputs import CONFIG_FILE, DATA_FILE, VERSIONS_FILE
 from rlmed.recording.progress import duration
-from rlmed.recording.recorder import CONFIG_FILE, DATA_FILE, METRICS_FILE, ROLLOUTS_FILE, VERSIONS_FILE
+from rlmed.recording.recorder import METRICS_FILE, ROLLOUTS_FILE
 from rlmed.report.leakage import show_leakage
 from rlmed.report.plots import draw_accuracy, draw_metrics
 from rlmed.report.reliability import show_reliability

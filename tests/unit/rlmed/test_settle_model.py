@@ -17,7 +17,7 @@ from rlmed.cluster.engines import build_policy, settle_model
 from rlmed.core.config.composing import compose_config
 from rlmed.core.config.schema import RunConfig
 from rlmed.models.loading import model_folder
-from rlmed.recording.recorder import VERSIONS_FILE, write_versions
+from rlmed.recording.inputs import VERSIONS_FILE, write_versions
 
 BFLOAT16 = "model.dtype=bfloat16"
 
