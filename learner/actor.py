@@ -17,7 +17,7 @@ import ray
 import torch
 
 from learner.distributed import Parallelism, SingleProcess, free_init_method, init_distributed
-from learner.learner import PolicyLearner, Report
+from learner.learner import OnSkippedUpdate, PolicyLearner
 from learner.likelihood import ScoringRequest
 from learner.weight_push import DirectPush
 from rlmed.core.protocols import ClusterError, RolloutPool
@@ -25,7 +25,7 @@ from rlmed.core.types import FloatArray, TrainGroup
 from rlmed.core.weights import EngineHandle, StoredWeights, WeightSender, WeightUpdate
 from rlmed.models.weights import gpu_name, make_buckets
 
-Build = Callable[[Report, Parallelism], PolicyLearner]
+Build = Callable[[OnSkippedUpdate, Parallelism], PolicyLearner]
 """Builds one rank's learner from a callback for skipped batches and the ranks it belongs to."""
 MakeSender = Callable[[PolicyLearner], WeightSender]
 """Builds the sender of rank 0's weights."""
@@ -138,7 +138,7 @@ class RayLearner:
         self,
         build: Build,
         *,
-        on_bad_step: Report,
+        on_bad_step: OnSkippedUpdate,
         step_s: float,
         device: str = "cpu",
         options: Sequence[Mapping[str, Any]] = ({},),

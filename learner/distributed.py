@@ -125,7 +125,7 @@ class FSDP:
         shares = [split_by_tokens(part, token_budget) for part in share_by_tokens(items, self.size)]
         count = max(map(len, shares))
         shortest = min(items, key=lambda item: item.tokens)
-        filler = PackItem(shortest.prompt, (replace(shortest.sequences[0], loss_mask=False),))
+        filler = PackItem(shortest.prompt, (replace(shortest.sequences[0], trained=False),))
         own = shares[self.rank]
         return own + [[filler]] * (count - len(own))
 

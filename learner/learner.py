@@ -21,8 +21,8 @@ from rlmed.core.protocols import RolloutPool
 from rlmed.core.types import FloatArray, TrainGroup
 from rlmed.models.policy import Policy
 
-Report = Callable[[Sequence[TrainGroup], str], None]
-"""Callback for a skipped batch and the reason."""
+OnSkippedUpdate = Callable[[Sequence[TrainGroup], str], None]
+"""Callback for a skipped update: the groups and the reason."""
 
 
 @dataclass(slots=True)
@@ -67,7 +67,7 @@ class PolicyLearner:
         total_steps: int,
         max_tokens: int,
         temperature: float,
-        on_bad_step: Report | None = None,
+        on_bad_step: OnSkippedUpdate | None = None,
         ranks: Parallelism | None = None,
     ) -> None:
         """Prepare training.
@@ -111,16 +111,16 @@ class PolicyLearner:
     def step(self, groups: Sequence[TrainGroup]) -> dict[str, float]:
         """Train on one batch; see `rlmed.core.protocols.Learner.step`."""
         items = [self._item(group) for group in groups]
-        plans = [self._plan(part) for part in _split_evenly(items, self._config.mini_batches)]
+        mini_batches = [self._prepare_mini_batch(part) for part in _split_evenly(items, self._config.mini_batches)]
         parts: list[LossMetrics] = []
         losses, norms, lr = [], [], self.optimizer.lr
         # gradient checkpointing needs training mode; no supported model has dropout
         self.policy.model.train(self._config.gradient_checkpointing)
         for _ in range(self._config.epochs):
-            for plan in plans:
-                if plan.denominators.tokens == 0:  # momentum alone would move the weights
+            for mini_batch in mini_batches:
+                if mini_batch.denominators.tokens == 0:  # momentum alone would move the weights
                     continue
-                loss, metrics = self._ranks.merge(*self._update(plan))
+                loss, metrics = self._ranks.merge(*self._update(mini_batch))
                 norm = self._apply(loss, groups)
                 parts.append(metrics)
                 losses.append(loss)
@@ -181,9 +181,9 @@ class PolicyLearner:
         )
         return PackItem(group.rollout.prompt, sequences)
 
-    def _plan(self, items: Sequence[PackItem]) -> _MiniBatch:
+    def _prepare_mini_batch(self, items: Sequence[PackItem]) -> _MiniBatch:
         """Build this rank's share of a mini-batch, with the log-probabilities that stay fixed during the step."""
-        trained = [len(entry.completion.token_ids) * entry.loss_mask for item in items for entry in item.sequences]
+        trained = [len(entry.completion.token_ids) * entry.trained for item in items for entry in item.sequences]
         micro_batches = [
             _MicroBatch(pack(part, self.policy)) for part in self._ranks.micro_batches(items, self._config.token_budget)
         ]

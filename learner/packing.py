@@ -1,4 +1,4 @@
-"""Pack TrainGroups into rows under a token budget, each prompt once before its completions."""
+"""Pack prompts with their completions into rows; split them under a token budget and over ranks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class TrainSequence:
 
     completion: Completion
     advantage: float
-    loss_mask: bool = True
+    trained: bool = True
     """False excludes the completion from the loss, for example one truncated at the length limit."""
 
 
@@ -171,7 +171,7 @@ def pack(
             row, number = row + fed, number + 1
         shapes.append((prompt_length, lengths))
     device = policy.device
-    masks = [np.full(len(sequence.completion.token_ids), sequence.loss_mask) for sequence in sequences]
+    masks = [np.full(len(sequence.completion.token_ids), sequence.trained) for sequence in sequences]
     rollout_logprobs = np.concatenate([sequence.completion.rollout_logprobs for sequence in sequences])
     return PackedBatch(
         token_ids=torch.cat(token_ids).to(device),

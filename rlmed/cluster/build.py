@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from learner.distributed import Parallelism
-from learner.learner import PolicyLearner, Report
+from learner.learner import OnSkippedUpdate, PolicyLearner
 from rlmed.cluster.engines import (
     build_local_pool,
     build_policy,
@@ -68,7 +68,7 @@ class Cluster:
 
 
 def build_cluster(
-    config: RunConfig, renderer: PromptRenderer, folder: Path, *, checkpoint: Path | None, on_bad_step: Report
+    config: RunConfig, renderer: PromptRenderer, folder: Path, *, checkpoint: Path | None, on_bad_step: OnSkippedUpdate
 ) -> Cluster:
     """Build pool and learner as set by `config.cluster`.
 
@@ -116,7 +116,7 @@ def _cluster(
 
 def build_learner(
     config: RunConfig,
-    on_bad_step: Report,
+    on_bad_step: OnSkippedUpdate,
     ranks: Parallelism | None = None,
     *,
     policy: Policy | None = None,
@@ -181,7 +181,9 @@ def _build_vllm(config: RunConfig) -> Engine:
     return VllmEngine(model_folder(config.model.path), settings)
 
 
-def _build_ray(config: RunConfig, resumed: Path | None, checkpoint: Path | None, on_bad_step: Report) -> Cluster:
+def _build_ray(
+    config: RunConfig, resumed: Path | None, checkpoint: Path | None, on_bad_step: OnSkippedUpdate
+) -> Cluster:
     try:
         from rlmed.cluster.ray_session import on_gpus, place_actors, start_ray
     except ImportError as error:
@@ -274,7 +276,7 @@ def engines_sleep(config: RunConfig, *, cuda: bool) -> bool:
 
 
 def _start_learner(
-    config: RunConfig, checkpoint: Path | None, on_bad_step: Report, options: Sequence[dict[str, Any]]
+    config: RunConfig, checkpoint: Path | None, on_bad_step: OnSkippedUpdate, options: Sequence[dict[str, Any]]
 ) -> RayLearner:
     from learner.actor import RayLearner
     from rlmed.cluster.ray_session import on_gpus

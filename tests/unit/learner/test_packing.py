@@ -16,10 +16,10 @@ from rlmed.core.types import Completion, Example, Prompt
 PLAIN = Example("q1", None, "?", ("a", "b"), 0)
 
 
-def sequence(token_ids, advantage=1.0, *, loss_mask=True, logprob=-0.5):
+def sequence(token_ids, advantage=1.0, *, trained=True, logprob=-0.5):
     token_ids = np.array(token_ids, dtype=np.int64)
     logprobs = np.full(len(token_ids), logprob, dtype=np.float32)
-    return TrainSequence(Completion(token_ids, logprobs, "", "stop"), advantage, loss_mask)
+    return TrainSequence(Completion(token_ids, logprobs, "", "stop"), advantage, trained)
 
 
 def text_prompt(*token_ids):
@@ -37,7 +37,7 @@ def test_a_text_row_worked_by_hand(tiny_policy):
             (
                 sequence([1, 2, 3], 0.5, logprob=-1.0),
                 sequence([4], -0.5, logprob=-2.0),
-                sequence([5, 6], 2.0, loss_mask=False),
+                sequence([5, 6], 2.0, trained=False),
             ),
         ),
         PackItem(text_prompt(104, 105), (sequence([7, 8], -1.0, logprob=-4.0),)),
