@@ -35,7 +35,7 @@ from rlmed.evaluation.results import Accuracy, Control, EvalRow, EvalSummary, Fi
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[str, int, int], None]
+OnProgress = Callable[[str, int, int], None]
 """Called for each completion with its file's name, the number of completions done, and their total."""
 
 IN_FLIGHT = 128
@@ -94,7 +94,7 @@ class Evaluator:
     """Folder of step folders; created if missing."""
     model: str
     """Name or folder of the model, for the record."""
-    on_progress: Progress | None = None
+    on_progress: OnProgress | None = None
 
     @classmethod
     def of_run(
@@ -107,7 +107,7 @@ class Evaluator:
         *,
         stop: tuple[str, ...],
         model: str,
-        on_progress: Progress | None = None,
+        on_progress: OnProgress | None = None,
     ) -> Evaluator:
         """Bind what a run's settings and data say."""
         return cls(

@@ -35,7 +35,7 @@ from rlmed.evaluation.reliability.results import (
     write_reliability,
 )
 from rlmed.evaluation.results import EvalRow, read_rows, step_folder
-from rlmed.evaluation.run import Evaluator, Progress, answer_all
+from rlmed.evaluation.run import Evaluator, OnProgress, answer_all
 from rlmed.models.policy import Policy
 
 ORDER_SEEDS = (1, 2, 3)
@@ -67,7 +67,7 @@ def measure_reliability(
     policy: Policy,
     settings: ReliabilitySettings,
     argued: Argued,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> ReliabilitySummary:
     """Ask all questions of an evaluation again; write `reliability.json` and `reliability_rows.jsonl` beside its rows.
 
@@ -127,7 +127,7 @@ class _Asker:
     evaluator: Evaluator
     policy: Policy
     settings: ReliabilitySettings
-    on_progress: Progress | None
+    on_progress: OnProgress | None
 
     @functools.cached_property
     def questions(self) -> dict[Key, Example]:

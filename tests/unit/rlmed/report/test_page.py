@@ -19,6 +19,7 @@ from rlmed.report import plots as report_plots
 from rlmed.report.page import write_report
 from rlmed.report.plots import MAX_POINTS, draw_accuracy, draw_metrics, running_mean
 from rlmed.report.rollouts import CHARACTERS, GROUPS, Pictures, show_groups, show_rows, take_apart
+from tests.unit.rlmed.evaluation.test_old_names import TRUST
 
 EVIL = "<script>alert('owned')</script><img src=x onerror=alert(1)>"
 GOOD = "<think>The bone is bright.</think>\n<answer>B</answer>"
@@ -513,3 +514,12 @@ def test_what_a_curriculum_did_is_drawn(prefix):
     assert (aside.title, spread.title) == ("Prompts set aside", "Standard deviation of rewards")
     assert all(name in aside.svg for name in ("too easy", "too hard"))
     assert all(name in spread.svg for name in ("CT", "none"))
+
+
+def test_reliability_has_a_section_also_that_of_an_earlier_version(tmp_path):
+    folder = write_evaluation(tmp_path / "evaluations", summary(0, [row(0, True)]), [row(0, True)])
+    assert "Is it calibrated?" not in write_report(tmp_path).read_text()
+    (folder / "trust.json").write_text(TRUST)
+    page = write_report(tmp_path).read_text()
+    assert "Is it calibrated?" in page
+    assert "<b>0.500</b><small>0.400–0.600</small>" in page
