@@ -100,23 +100,19 @@ def main(config: RunConfig, folder: Path) -> None:
     batches = Batches(data.train_examples, renderer, config)
     learner = SupervisedLearner(policy, config.learner, total_steps=batches.steps)
     recorder, tracer, progress = RunRecorder(folder), Tracer(folder / "timeline.jsonl"), Progress()
-    pool = build_local_pool(config.rollout, policy, renderer)
     evaluator = Evaluator.of_run(
         config.eval,
         folder,
         data,
-        pool,
+        build_local_pool(config.rollout, policy, renderer),
         renderer,
         stop=config.rollout.stop,
         model=config.model.path,
         on_progress=progress.answers,
     )
-    done = 0
+    done = _restore(checkpoint, config, folder, data, learner, recorder)
     if checkpoint:
-        done = _restore(checkpoint, config, folder, data, learner, recorder)
         progress.message(f"resuming after step {done} of {batches.steps} from {checkpoint}")
-    else:
-        recorder.truncate({})
     write_inputs(folder, to_yaml(config), model, data.files, data.leakage, toy=is_toy(model_folder(model.path)))
 
     def measure(step: int) -> None:
@@ -151,14 +147,17 @@ def main(config: RunConfig, folder: Path) -> None:
 
 
 def _restore(
-    checkpoint: Path,
+    checkpoint: Path | None,
     config: RunConfig,
     folder: Path,
     data: Dataset,
     learner: SupervisedLearner,
     recorder: RunRecorder,
 ) -> int:
-    """Restore the state of a checkpoint and return the number of steps done."""
+    """Restore the state of a checkpoint, or clear the records without one; return the number of steps done."""
+    if checkpoint is None:
+        recorder.truncate({})
+        return 0
     saved = read_state(checkpoint)
     if "step" not in saved:
         raise CheckpointError(f"{checkpoint} was written by rlmed.launch: resume it with that command")
