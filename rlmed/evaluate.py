@@ -46,7 +46,7 @@ def open_evaluation(config: RunConfig, folder: Path, progress: Progress) -> tupl
     before = _compared(config)
     if before and not (before / ROWS_FILE).is_file():
         raise ValueError(f"compare_to={before} is not an evaluation: give a folder that contains {ROWS_FILE}")
-    renderer = make_renderer(config.model, config.data, config.prompt, freeze=config.learner.freeze)
+    renderer = make_renderer(config.model, config.data, config.prompt)
     check_positions(config.model, config.data, max_tokens=config.eval.max_tokens)
     data = load_run_data(config.data, config.prompt, renderer, training=False)
     if before:

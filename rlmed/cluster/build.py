@@ -150,7 +150,7 @@ def build_engine(config: RunConfig) -> Engine:
     """Build a rollout worker's engine with its own model: the run's base, until weights are pushed."""
     if config.rollout.engine == "vllm":
         return _build_vllm(config)
-    renderer = make_renderer(config.model, config.data, config.prompt, freeze=config.learner.freeze)
+    renderer = make_renderer(config.model, config.data, config.prompt)
     if config.rollout.engine == "fake":
         return FakeEngine(renderer.completion_ids)
     policy = build_policy(config.model, model_folder(config.model.path), threads=config.cluster.threads)

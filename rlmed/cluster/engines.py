@@ -84,11 +84,11 @@ def open_model(folder: Path) -> tuple[PreTrainedTokenizerBase, Qwen2VLImageProce
 
 
 def make_renderer(
-    model: ModelConfig, data: DataConfig, prompt: PromptConfig, *, freeze: Sequence[str]
+    model: ModelConfig, data: DataConfig, prompt: PromptConfig, *, freeze: Sequence[str] = ()
 ) -> PromptRenderer:
     """Build the prompt renderer of the run's model.
 
-    Warns of settings that a text-only model ignores, `freeze` (parts of the model) among them.
+    Warns of settings that a text-only model ignores, frozen parts of the model in training among them.
     """
     folder = model_folder(model.path)
     if not folder.is_dir() and not folder.is_absolute():
