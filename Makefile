@@ -11,7 +11,7 @@ SLOW := slow or ray or vllm
 .PHONY: demo test test-fast test-slow coverage lint types check docs docs-serve tiny-base clean
 
 demo: $(INSTALLED)
-	$(BIN)/python -m rlmed.launch +experiment=medvqa_600
+	$(BIN)/python -m rlmed.launch +experiment=medvqa_600 profile=tiny
 
 test: $(INSTALLED_ALL)
 	@$(MAKE) --no-print-directory --keep-going test-fast test-slow

@@ -32,6 +32,7 @@ from rlmed.core.config.checks import require
 from rlmed.core.config.schema import ModelConfig, RunConfig
 from rlmed.core.process.threads import usable_cores
 from rlmed.core.protocols import Learner, RolloutPool
+from rlmed.data.images import kept_bytes
 from rlmed.data.prompts import PromptRenderer
 from rlmed.models.loading import model_folder, resolve_device, resolve_dtype
 from rlmed.models.policy import Policy
@@ -97,6 +98,7 @@ def build_cluster(
         prompt_tokens=config.data.max_prompt_tokens,
         eval_tokens=config.eval.max_tokens,
         packing_engines=engines if "packed_weights" in (config.model.onednn or ()) else 0,
+        pictures=kept_bytes(),
     )
     log.info("%s", memory.line())
     pool: RolloutPool = build_local_pool(config.rollout, policy, renderer)

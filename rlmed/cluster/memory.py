@@ -25,13 +25,15 @@ class MemoryEstimate:
     """Both AdamW moments, gradients, and float32 master weights if the policy has lower precision."""
     kv_cache: int
     """Upper bound: every slot filled with the longest prompt and completion."""
+    pictures: int
+    """Decoded images in memory, see `rlmed.data.images.kept_bytes`."""
     packed: int
     """Copies of weights for decoding on a CPU, see `rlmed.models.cpu.linear.PackedWeights`."""
 
     @property
     def total(self) -> int:
         """Sum of all fields."""
-        return self.weights + self.reference + self.optimizer + self.kv_cache + self.packed
+        return self.weights + self.reference + self.optimizer + self.kv_cache + self.pictures + self.packed
 
     def line(self) -> str:
         """Return the figures on one line."""
@@ -40,6 +42,7 @@ class MemoryEstimate:
             "reference": self.reference,
             "optimizer and gradients": self.optimizer,
             "key-value cache at most": self.kv_cache,
+            "images": self.pictures,
             "packed weights": self.packed,
         }
         listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
@@ -64,6 +67,7 @@ def estimate(
     prompt_tokens: int,
     eval_tokens: int,
     packing_engines: int,
+    pictures: int,
 ) -> MemoryEstimate:
     """Estimate the bytes of a run in one process.
 
@@ -74,6 +78,7 @@ def estimate(
         prompt_tokens: longest prompt.
         eval_tokens: longest completion in evaluation.
         packing_engines: engines that hold packed weights, if the policy is float32.
+        pictures: bytes of decoded images.
     """
     width = policy.dtype.itemsize
     counts = [(parameter.numel(), parameter.requires_grad) for parameter in policy.model.parameters()]
@@ -91,6 +96,7 @@ def estimate(
         reference=weights if algo.loss.kl_coef > 0 else 0,
         optimizer=trained * (8 + 4 + (4 if width < 4 else 0)),
         kv_cache=layers * 2 * heads * head_width * width * tokens,
+        pictures=pictures,
         packed=packs * packed_bytes(linear_shapes(policy.model.config)),
     )
 

@@ -98,6 +98,11 @@ class _KeptPictures:
         kept = self._pictures.get(version)
         return kept if kept is None else kept.copy() if kept.mode == "RGB" else kept.convert("RGB")
 
+    @property
+    def size(self) -> int:
+        """Bytes in use."""
+        return self._bytes
+
     def add(self, version: _Version, picture: Image.Image) -> None:
         """Keep an RGB picture if there is room, of a grey one a single band."""
         bands = picture.split()
@@ -111,6 +116,11 @@ class _KeptPictures:
 
 
 _KEPT = _KeptPictures()
+
+
+def kept_bytes() -> int:
+    """Return the memory that decoded pictures take, at most `KEPT_BYTES`."""
+    return _KEPT.size
 
 
 def load_image(path: Path, *, max_side: int = MAX_SIDE) -> Image.Image:

@@ -8,9 +8,12 @@ written down, each time until somebody has removed the file `waits` that it make
 
 from __future__ import annotations
 
-import tests.prepared  # noqa: F401
+from rlmed.core.process.starting import prepare_process
+
+prepare_process()  # before torch is imported; the script runs from any folder, where `tests` can't be imported
 
 # isort: split
+# ruff: noqa: E402
 
 import os
 import signal

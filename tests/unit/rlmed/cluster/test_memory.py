@@ -32,6 +32,7 @@ def estimated(policy: Policy, settings: RunConfig, packing_engines: int = 0) -> 
         prompt_tokens=settings.data.max_prompt_tokens,
         eval_tokens=settings.eval.max_tokens,
         packing_engines=packing_engines,
+        pictures=7 * 2**20,
     )
 
 
@@ -62,6 +63,8 @@ def test_counts(
     parameters = sum(parameter.numel() for parameter in policy.model.parameters())
     assert found.weights == found.reference == parameters * policy.dtype.itemsize
     assert found.optimizer == parameters * optimizer_bytes
+    assert found.pictures == 7 * 2**20
+    assert found.total > sum((found.weights, found.reference, found.optimizer, found.kv_cache))
 
     cache = KVCache(policy.kv_shape, dtype=policy.dtype, device=policy.device)
     cache.reserve(groups=groups, prompt_length=32, rows=8, max_tokens=longest)
