@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from rlmed.models.attention import HALF
 from rlmed.models.varlen_backends import Backend, FlashAttn, Reference, Spans, TorchFlash
 
-HALF = (torch.bfloat16, torch.float16)
 PROBE_GROUPS = ((5, (3, 1)), (130, (70, 9, 140)), (2, ()), (1, (1,)))
 """Shorter and longer than the kernels' blocks, and every kind of group."""
 PROBE_TOLERANCE = 0.02
