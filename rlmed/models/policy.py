@@ -33,6 +33,7 @@ from rlmed.models.folder.end_tokens import find_end_tokens
 from rlmed.models.folder.weight_files import HEAD, check_weight_files, own_head_differs
 from rlmed.models.logprobs import chunked_logprobs, logprobs_no_grad, masked_logits
 from rlmed.models.varlen import VarlenLayout, choose_attention
+from rlmed.models.vision import use_varlen_vision
 
 COMPUTED_BUFFERS = (".inv_freq", ".attn.bias", ".attn.masked_bias", ".position_ids")
 """Buffers in weight files of older versions; models compute them."""
@@ -220,7 +221,9 @@ def load_policy(
         # cuDNN's attention makes a plan for every new shape (0.5 s, never freed), and its dQ under a mask can be NaN
         torch.backends.cuda.enable_cudnn_sdp(False)
     use_fused_layers(model)
-    return Policy(model.to(device))
+    model.to(device)
+    use_varlen_vision(model)
+    return Policy(model)
 
 
 def _check_loaded(folder: Path, found: Mapping[str, Collection[Any]], *, tied: bool) -> None:

@@ -14,8 +14,9 @@ part's own backward pass, given the merged o and l, returns its share of the exa
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -33,51 +34,59 @@ PROBE_TOLERANCE = 0.02
 
 
 @dataclass(frozen=True, slots=True)
+class Suffixes:
+    """The completions of a row and the prompts they continue."""
+
+    spans: Spans
+    """Queries: the completions of each group that has some. Keys: its prompt."""
+    completion_tokens: Tensor
+    """int64 [C]: row indices of the queries."""
+    prompt_tokens: Tensor
+    """int64 [P]: row indices of the keys."""
+
+    @classmethod
+    def build(cls, groups: Iterable[tuple[int, int, int]], device: torch.device | str) -> Suffixes | None:
+        """Build from the row indices (prompt, completions, end) where each group's parts start; None without completions."""
+        some = [group for group in groups if group[1] < group[2]]
+        if not some:
+            return None
+        return cls(
+            Spans.build(
+                [end - middle for _, middle, end in some], [middle - start for start, middle, _ in some], device
+            ),
+            torch.cat([torch.arange(middle, end) for _, middle, end in some]).to(device),
+            torch.cat([torch.arange(start, middle) for start, middle, _ in some]).to(device),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class VarlenLayout:
     """A row of groups, each `[prompt | completion 1 | ... | completion G]`: `PackedLayout` without padding.
 
     Example:
-        `VarlenLayout.build([(49, (12, 30)), (51, ())], TorchFlash(), "cuda")`: a group with two completions, then a prompt
-        alone; N = 142.
+        >>> layout = VarlenLayout.build([(49, (12, 30)), (51, ())], Reference())  # a group with two completions, and a prompt
+        >>> layout.segments.query_starts.tolist(), layout.suffixes.spans.query_starts.tolist()
+        ([0, 49, 61, 91, 142], [0, 42])
     """
 
     backend: Backend
     segments: Spans
     """Every prompt and every completion, in row order."""
-    suffixes: Spans | None
-    """Queries: the completions of each group that has some. Keys: its prompt. None if no group has any."""
-    completion_tokens: Tensor
-    """int64 [C]: row indices of the queries of `suffixes`."""
-    prompt_tokens: Tensor
-    """int64 [P]: row indices of the keys of `suffixes`."""
+    suffixes: Suffixes | None = None
+    """None if no group has completions."""
 
     @classmethod
     def build(
         cls, groups: Sequence[tuple[int, Sequence[int]]], backend: Backend, device: torch.device | str = "cpu"
     ) -> VarlenLayout:
         """Lay out groups given as (prompt length >= 1, completion lengths) in row order."""
-        segments: list[int] = []
-        completion_lengths, prompt_lengths = [], []
-        completion_tokens: list[int] = []
-        prompt_tokens: list[int] = []
-        row = 0
-        for prompt_length, lengths in groups:
-            first, end = row + prompt_length, row + prompt_length + sum(lengths)
-            segments += [prompt_length, *(length for length in lengths if length)]
-            if end > first:
-                prompt_lengths.append(prompt_length)
-                completion_lengths.append(end - first)
-                prompt_tokens += range(row, first)
-                completion_tokens += range(first, end)
-            row = end
-        suffixes = Spans.build(completion_lengths, prompt_lengths, device, causal=False) if completion_lengths else None
-        return cls(
-            backend,
-            Spans.build(segments, segments, device, causal=True),
-            suffixes,
-            torch.tensor(completion_tokens, dtype=torch.int64, device=device),
-            torch.tensor(prompt_tokens, dtype=torch.int64, device=device),
+        segments = [length for prompt, completions in groups for length in (prompt, *completions) if length]
+        ends = accumulate(prompt + sum(completions) for prompt, completions in groups)
+        parts = (
+            (end - sum(completions) - prompt, end - sum(completions), end)
+            for (prompt, completions), end in zip(groups, ends, strict=True)
         )
+        return cls(backend, Spans.build(segments, segments, device, causal=True), Suffixes.build(parts, device))
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """See `rlmed.models.attention.AttentionLayout.attend`."""
@@ -108,9 +117,9 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, layout: VarlenLayout, sc
     """Return the merged output [N, H, D] and log-sum-exp [H, N]."""
     output, logsumexp = layout.backend.forward(query, key, value, layout.segments, scale)
     if layout.suffixes is not None:
-        rows, prompt = layout.completion_tokens, layout.prompt_tokens
+        rows, prompt = layout.suffixes.completion_tokens, layout.suffixes.prompt_tokens
         tensors = query.index_select(0, rows), key.index_select(0, prompt), value.index_select(0, prompt)
-        on_prompt, prompt_logsumexp = layout.backend.forward(*tensors, layout.suffixes, scale)
+        on_prompt, prompt_logsumexp = layout.backend.forward(*tensors, layout.suffixes.spans, scale)
         own_logsumexp = logsumexp.index_select(1, rows)
         share = torch.sigmoid(prompt_logsumexp - own_logsumexp).T.unsqueeze(-1)
         merged = torch.lerp(output.index_select(0, rows).to(share.dtype), on_prompt.to(share.dtype), share)
@@ -132,7 +141,7 @@ def _backward(
     """Return the gradients of query, key and value; output and log-sum-exp are the merged ones."""
     gradients = layout.backend.backward(grad, query, key, value, output, logsumexp, layout.segments, scale)
     if layout.suffixes is not None:
-        rows, prompt = layout.completion_tokens, layout.prompt_tokens
+        rows, prompt = layout.suffixes.completion_tokens, layout.suffixes.prompt_tokens
         shares = layout.backend.backward(
             grad.index_select(0, rows),
             query.index_select(0, rows),
@@ -140,7 +149,7 @@ def _backward(
             value.index_select(0, prompt),
             output.index_select(0, rows),
             logsumexp.index_select(1, rows),
-            layout.suffixes,
+            layout.suffixes.spans,
             scale,
         )
         for total, share, indices in zip(gradients, shares, (rows, prompt, prompt), strict=True):

@@ -31,12 +31,17 @@ class Spans:
     """int32 [S + 1]: the same of its keys."""
     longest_query: int
     longest_key: int
-    causal: bool
+    causal: bool = False
     """True: query i attends to keys 0..i of its sequence. False: to all of them."""
 
     @classmethod
     def build(
-        cls, query_lengths: Sequence[int], key_lengths: Sequence[int], device: torch.device | str, *, causal: bool
+        cls,
+        query_lengths: Sequence[int],
+        key_lengths: Sequence[int],
+        device: torch.device | str,
+        *,
+        causal: bool = False,
     ) -> Spans:
         """Build from the lengths (each at least 1) of the sequences of queries and of keys, in row order."""
         starts = (

@@ -115,9 +115,9 @@ class Kernel(torch.autograd.Function):
 
 def merged_by_autograd(query, key, value, layout, *, keep):
     """The same sum of two attentions, left to autograd."""
-    rows, prompt = layout.completion_tokens, layout.prompt_tokens
+    rows, prompt = layout.suffixes.completion_tokens, layout.suffixes.prompt_tokens
     output, logsumexp = Kernel.apply(query, key, value, layout.segments, keep)
-    far, far_logsumexp = Kernel.apply(query[rows], key[prompt], value[prompt], layout.suffixes, keep)
+    far, far_logsumexp = Kernel.apply(query[rows], key[prompt], value[prompt], layout.suffixes.spans, keep)
     share = torch.sigmoid(far_logsumexp - logsumexp[:, rows]).T.unsqueeze(-1)
     return output.index_copy(0, rows, torch.lerp(output[rows], far, share))
 

@@ -178,9 +178,11 @@ def test_spans_cover_the_row_and_give_each_completion_its_prompt(groups):
     for start, end in pairwise(layout.segments.query_starts.tolist()):
         mask[start:end, start:end] = torch.ones(end - start, end - start).tril().bool()
     if layout.suffixes is not None:
-        starts = layout.suffixes.query_starts.tolist(), layout.suffixes.key_starts.tolist()
+        spans = layout.suffixes.spans
+        starts = spans.query_starts.tolist(), spans.key_starts.tolist()
         for own, keys in zip(*map(pairwise, starts), strict=True):
-            rows, prompt = layout.completion_tokens[slice(*own)], layout.prompt_tokens[slice(*keys)]
+            rows = layout.suffixes.completion_tokens[slice(*own)]
+            prompt = layout.suffixes.prompt_tokens[slice(*keys)]
             mask[rows.unsqueeze(1), prompt] = True
     assert torch.equal(mask, allowed(groups))
     assert (layout.suffixes is None) == (not any(sum(lengths) for _, lengths in groups))
