@@ -14,6 +14,7 @@ part's own backward pass, given the merged o and l, returns its share of the exa
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -25,7 +26,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from rlmed.models.attention import HALF
-from rlmed.models.varlen_backends import Backend, FlashAttn, Reference, Spans, TorchFlash
+from rlmed.models.varlen_backends import Backend, FlashAttn, Reference, Row, Spans, TorchFlash
+
+log = logging.getLogger(__name__)
 
 PROBE_GROUPS = ((5, (3, 1)), (130, (70, 9, 140)), (2, ()), (1, (1,)))
 """Shorter and longer than the kernels' blocks, and every kind of group."""
@@ -93,8 +96,7 @@ class VarlenLayout:
         width = query.shape[-1]
         if missing := -width % self.backend.width_multiple:
             query, key, value = (F.pad(tensor, (0, missing)) for tensor in (query, key, value))
-        output: Tensor = _SharedPrefix.apply(query, key, value, self, scale)
-        return output[..., :width]
+        return _attend(query, key, value, self, scale)[..., :width]
 
 
 class _SharedPrefix(torch.autograd.Function):
@@ -102,7 +104,7 @@ class _SharedPrefix(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: VarlenLayout, scale: float) -> Tensor:
-        output, logsumexp = _forward(query, key, value, layout, scale)
+        output, logsumexp = merged_forward(Row(query, key, value), layout, scale)
         ctx.save_for_backward(query, key, value, output, logsumexp)
         ctx.layout, ctx.scale = layout, scale
         return output
@@ -110,16 +112,22 @@ class _SharedPrefix(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        return *_backward(grad, *ctx.saved_tensors, ctx.layout, ctx.scale), None, None
+        query, key, value, output, logsumexp = ctx.saved_tensors
+        row = Row(query, key, value)
+        return *merged_backward(grad, row, output, logsumexp, ctx.layout, ctx.scale), None, None
 
 
-def _forward(query: Tensor, key: Tensor, value: Tensor, layout: VarlenLayout, scale: float) -> tuple[Tensor, Tensor]:
+# torch leaves `apply` untyped
+_attend: Callable[[Tensor, Tensor, Tensor, VarlenLayout, float], Tensor] = _SharedPrefix.apply
+
+
+def merged_forward(row: Row, layout: VarlenLayout, scale: float) -> tuple[Tensor, Tensor]:
     """Return the merged output [N, H, D] and log-sum-exp [H, N]."""
-    output, logsumexp = layout.backend.forward(query, key, value, layout.segments, scale)
+    output, logsumexp = layout.backend.forward(row, layout.segments, scale)
     if layout.suffixes is not None:
-        rows, prompt = layout.suffixes.completion_tokens, layout.suffixes.prompt_tokens
-        tensors = query.index_select(0, rows), key.index_select(0, prompt), value.index_select(0, prompt)
-        on_prompt, prompt_logsumexp = layout.backend.forward(*tensors, layout.suffixes.spans, scale)
+        rows = layout.suffixes.completion_tokens
+        part = row.select(rows, layout.suffixes.prompt_tokens)
+        on_prompt, prompt_logsumexp = layout.backend.forward(part, layout.suffixes.spans, scale)
         own_logsumexp = logsumexp.index_select(1, rows)
         share = torch.sigmoid(prompt_logsumexp - own_logsumexp).T.unsqueeze(-1)
         merged = torch.lerp(output.index_select(0, rows).to(share.dtype), on_prompt.to(share.dtype), share)
@@ -128,25 +136,16 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, layout: VarlenLayout, sc
     return output, logsumexp
 
 
-def _backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    logsumexp: Tensor,
-    layout: VarlenLayout,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of query, key and value; output and log-sum-exp are the merged ones."""
-    gradients = layout.backend.backward(grad, query, key, value, output, logsumexp, layout.segments, scale)
+def merged_backward(
+    grad: Tensor, row: Row, output: Tensor, logsumexp: Tensor, layout: VarlenLayout, scale: float
+) -> Row:
+    """Return the gradients of the row; output and log-sum-exp are the merged ones."""
+    gradients = layout.backend.backward(grad, row, output, logsumexp, layout.segments, scale)
     if layout.suffixes is not None:
         rows, prompt = layout.suffixes.completion_tokens, layout.suffixes.prompt_tokens
         shares = layout.backend.backward(
             grad.index_select(0, rows),
-            query.index_select(0, rows),
-            key.index_select(0, prompt),
-            value.index_select(0, prompt),
+            row.select(rows, prompt),
             output.index_select(0, rows),
             logsumexp.index_select(1, rows),
             layout.suffixes.spans,
@@ -185,7 +184,10 @@ def choose_attention(device: torch.device, dtype: torch.dtype, width: int) -> At
         return AttentionChoice(None, "faster without CUDA")
     if dtype not in HALF:
         return AttentionChoice(None, f"flash attention has no {str(dtype).removeprefix('torch.')}")
-    return first_that_works((FlashAttn, TorchFlash), device, dtype, width)
+    choice = first_that_works((FlashAttn, TorchFlash), device, dtype, width)
+    if choice.backend is None:
+        log.warning("attention of packed rows: %s; it takes more time and memory than without padding", choice)
+    return choice
 
 
 def first_that_works(
@@ -198,7 +200,8 @@ def first_that_works(
         try:
             backend = candidate()
             error = probe(backend, device, dtype, width)
-        except (ImportError, RuntimeError) as failure:
+        except (ImportError, RuntimeError, TypeError, AttributeError) as failure:
+            # the last two: a version whose functions are others
             failures.append(f"{name}: {str(failure).splitlines()[0]}")
             continue
         if error <= PROBE_TOLERANCE:
@@ -223,9 +226,9 @@ def probe(backend: Backend, device: torch.device, dtype: torch.dtype, width: int
 
     def compute(backend: Backend, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
         layout = VarlenLayout.build(PROBE_GROUPS, backend, device)
-        row = [tensor.to(device, dtype) for tensor in (query, key, value)]
-        output, logsumexp = _forward(*row, layout, width**-0.5)
-        gradients = _backward(grad.to(device, dtype), *row, output, logsumexp, layout, width**-0.5)
+        row = Row(query.to(device, dtype), key.to(device, dtype), value.to(device, dtype))
+        output, logsumexp = merged_forward(row, layout, width**-0.5)
+        gradients = merged_backward(grad.to(device, dtype), row, output, logsumexp, layout, width**-0.5)
         return [tensor.to("cpu", torch.float32) for tensor in (output, *gradients)]
 
     errors = [

@@ -11,14 +11,31 @@ import importlib
 import importlib.metadata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Any, Protocol
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 FLASH_ATTN_VERSION = (2, 8)
 """Oldest flash-attn whose functions this module knows."""
+
+
+class Row(NamedTuple):
+    """Inputs of an attention, or their gradients; H is a multiple of H_kv."""
+
+    query: Tensor
+    """[N, H, D]."""
+    key: Tensor
+    """[M, H_kv, D]."""
+    value: Tensor
+    """[M, H_kv, D]."""
+
+    def select(self, queries: Tensor, keys: Tensor) -> Row:
+        """Copy the given tokens (int64) of the query, and of key and value."""
+        return Row(
+            self.query.index_select(0, queries), self.key.index_select(0, keys), self.value.index_select(0, keys)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,36 +61,26 @@ class Spans:
         causal: bool = False,
     ) -> Spans:
         """Build from the lengths (each at least 1) of the sequences of queries and of keys, in row order."""
-        starts = (
+        query_starts, key_starts = (
             torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
             for lengths in (query_lengths, key_lengths)
         )
-        return cls(*starts, max(query_lengths), max(key_lengths), causal)
+        return cls(query_starts, key_starts, max(query_lengths), max(key_lengths), causal)
 
 
 class Backend(Protocol):
-    """Computes attention over `Spans`. Queries are [N, H, D], keys and values [M, H_kv, D]; H is a multiple of H_kv."""
+    """Computes the attention of a row over its spans."""
 
     name: str
     width_multiple: int
     """D must be a multiple of it."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(self, row: Row, spans: Spans, scale: float) -> tuple[Tensor, Tensor]:
         """Return the output [N, H, D] and the log-sum-exp [H, N] of the scaled scores, float32 for half precision."""
         ...
 
-    def backward(
-        self,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        logsumexp: Tensor,
-        spans: Spans,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients of query, key and value for `grad`, that of the output.
+    def backward(self, grad: Tensor, row: Row, output: Tensor, logsumexp: Tensor, spans: Spans, scale: float) -> Row:
+        """Return the gradients of the row for `grad`, that of the output.
 
         With w = exp(scale q·k - logsumexp): dv = w grad, ds = w (grad·v - grad·output), dq = scale ds k, dk = scale ds q.
         """
@@ -86,31 +93,21 @@ class TorchFlash:
     name = "torch's flash attention"
     width_multiple = 8
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(self, row: Row, spans: Spans, scale: float) -> tuple[Tensor, Tensor]:
         """See `Backend.forward`."""
         # arguments: ..., dropout, causal, return_debug_mask
         output, logsumexp, *_ = torch.ops.aten._flash_attention_forward(
-            query, key, value, *_limits(spans), 0.0, spans.causal, False, scale=scale
+            *row, *_limits(spans), 0.0, spans.causal, False, scale=scale
         )
         return output, logsumexp
 
-    def backward(
-        self,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        logsumexp: Tensor,
-        spans: Spans,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, grad: Tensor, row: Row, output: Tensor, logsumexp: Tensor, spans: Spans, scale: float) -> Row:
         """See `Backend.backward`."""
-        unused = query.new_empty(0)  # state of the random numbers, which only dropout reads
-        gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
-            grad, query, key, value, output, logsumexp, *_limits(spans), 0.0, spans.causal, unused, unused, scale=scale
+        unused = grad.new_empty(0)  # state of the random numbers, which only dropout reads
+        gradients = torch.ops.aten._flash_attention_backward(
+            grad, *row, output, logsumexp, *_limits(spans), 0.0, spans.causal, unused, unused, scale=scale
         )
-        return gradients
+        return Row(*gradients)
 
 
 def _limits(spans: Spans) -> tuple[Tensor, Tensor, int, int]:
@@ -138,31 +135,19 @@ class FlashAttn:
             raise ImportError(f"{version} is older than {'.'.join(map(str, FLASH_ATTN_VERSION))}")
         self._functions: Any = importlib.import_module("flash_attn.flash_attn_interface")
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(self, row: Row, spans: Spans, scale: float) -> tuple[Tensor, Tensor]:
         """See `Backend.forward`."""
         output, logsumexp, *_ = self._functions._flash_attn_varlen_forward(
-            query, key, value, *_limits(spans), dropout_p=0.0, softmax_scale=scale, causal=spans.causal
+            *row, *_limits(spans), dropout_p=0.0, softmax_scale=scale, causal=spans.causal
         )
         return output, logsumexp
 
-    def backward(
-        self,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        logsumexp: Tensor,
-        spans: Spans,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, grad: Tensor, row: Row, output: Tensor, logsumexp: Tensor, spans: Spans, scale: float) -> Row:
         """See `Backend.backward`."""
-        gradients = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        gradients = Row(*map(torch.empty_like, row))
         self._functions._flash_attn_varlen_backward(
             grad,
-            query,
-            key,
-            value,
+            *row,
             output,
             logsumexp,
             *gradients,
@@ -185,69 +170,54 @@ class Reference:
     name = "reference"
     width_multiple = 1
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(self, row: Row, spans: Spans, scale: float) -> tuple[Tensor, Tensor]:
         """See `Backend.forward`."""
-        dtype = _accumulator(query)
-        output = torch.empty_like(query)
-        logsumexp = torch.empty(query.shape[1], len(query), dtype=dtype, device=query.device)
+        output = torch.empty_like(row.query)
+        exact = _exact(row)
+        logsumexp = exact.query.new_empty(row.query.shape[1], len(row.query))
         for own, keys in _sequences(spans):
-            scores = _scores(query[own], key[keys], spans.causal, scale)
+            scores = _scores(exact.query[own], exact.key[keys], spans.causal, scale)
             logsumexp[:, own] = scores.logsumexp(-1)
             weights = torch.exp(scores - logsumexp[:, own].unsqueeze(-1))
-            output[own] = torch.einsum("hqk,khd->qhd", weights, _per_head(value[keys], query)).to(query.dtype)
+            output[own] = torch.einsum("hqk,khd->qhd", weights, exact.value[keys]).to(output.dtype)
         return output, logsumexp
 
-    def backward(
-        self,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        logsumexp: Tensor,
-        spans: Spans,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, grad: Tensor, row: Row, output: Tensor, logsumexp: Tensor, spans: Spans, scale: float) -> Row:
         """See `Backend.backward`."""
-        dtype = _accumulator(query)
-        grad_query, grad_key, grad_value = (torch.zeros_like(tensor, dtype=dtype) for tensor in (query, key, value))
+        query, key, value = exact = _exact(row)
+        grad, output = grad.to(query.dtype), output.to(query.dtype)
+        grad_query, grad_key, grad_value = map(torch.zeros_like, exact)
         for own, keys in _sequences(spans):
-            own_grad, own_query = grad[own].to(dtype), query[own].to(dtype)
-            heads_key, heads_value = (_per_head(tensor[keys], query) for tensor in (key, value))
-            weights = torch.exp(_scores(query[own], key[keys], spans.causal, scale) - logsumexp[:, own].unsqueeze(-1))
-            mean = (own_grad * output[own].to(dtype)).sum(-1).T.unsqueeze(-1)
-            grad_scores = scale * weights * (torch.einsum("qhd,khd->hqk", own_grad, heads_value) - mean)
-            grad_query[own] = torch.einsum("hqk,khd->qhd", grad_scores, heads_key)
-            grad_key[keys] = _summed(torch.einsum("hqk,qhd->khd", grad_scores, own_query), key)
-            grad_value[keys] = _summed(torch.einsum("hqk,qhd->khd", weights, own_grad), key)
-        return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype)
+            scores = _scores(query[own], key[keys], spans.causal, scale)
+            weights = torch.exp(scores - logsumexp[:, own].unsqueeze(-1))
+            mean = (grad[own] * output[own]).sum(-1).T.unsqueeze(-1)
+            grad_scores = scale * weights * (torch.einsum("qhd,khd->hqk", grad[own], value[keys]) - mean)
+            grad_query[own] = torch.einsum("hqk,khd->qhd", grad_scores, key[keys])
+            grad_key[keys] = torch.einsum("hqk,qhd->khd", grad_scores, query[own])
+            grad_value[keys] = torch.einsum("hqk,qhd->khd", weights, grad[own])
+        # sum over the heads that share a key
+        shared = (torch.unflatten(heads, 1, (row.key.shape[1], -1)).sum(2) for heads in (grad_key, grad_value))
+        return Row(*(tensor.to(row.query.dtype) for tensor in (grad_query, *shared)))
 
 
-def _accumulator(query: Tensor) -> torch.dtype:
-    return torch.float64 if query.dtype == torch.float64 else torch.float32
+def _exact(row: Row) -> Row:
+    """Return the row in float32, or float64 if it is, with keys and values repeated for every head."""
+    dtype = torch.float64 if row.query.dtype == torch.float64 else torch.float32
+    repeats = row.query.shape[1] // row.key.shape[1]
+    key, value = (tensor.to(dtype).repeat_interleave(repeats, dim=1) for tensor in (row.key, row.value))
+    return Row(row.query.to(dtype), key, value)
 
 
 def _sequences(spans: Spans) -> Iterator[tuple[slice, slice]]:
     """Yield the rows of each sequence of queries and of its keys."""
-    query_starts, key_starts = spans.query_starts.tolist(), spans.key_starts.tolist()
-    for index in range(len(query_starts) - 1):
-        yield slice(*query_starts[index : index + 2]), slice(*key_starts[index : index + 2])
-
-
-def _per_head(rows: Tensor, query: Tensor) -> Tensor:
-    """Repeat keys or values [L, H_kv, D] for the H heads of the query [N, H, D]."""
-    return rows.to(_accumulator(query)).repeat_interleave(query.shape[1] // rows.shape[1], dim=1)
-
-
-def _summed(heads: Tensor, key: Tensor) -> Tensor:
-    """Sum [L, H, D] over the heads that share a head of the key [M, H_kv, D]."""
-    return heads.unflatten(1, (key.shape[1], -1)).sum(2)
+    for own, keys in zip(pairwise(spans.query_starts.tolist()), pairwise(spans.key_starts.tolist()), strict=True):
+        yield slice(*own), slice(*keys)
 
 
 def _scores(query: Tensor, key: Tensor, causal: bool, scale: float) -> Tensor:
     """Return the scores [H, L_q, L_k] of one sequence, -inf where it may not attend."""
-    scores = scale * torch.einsum("qhd,khd->hqk", query.to(_accumulator(query)), _per_head(key, query))
+    scores = torch.einsum("qhd,khd->hqk", query, key) * scale
     if causal:
         hidden = torch.ones(scores.shape[1:], dtype=torch.bool, device=scores.device).triu(1)
-        scores.masked_fill_(hidden, -torch.inf)
+        scores = scores.masked_fill(hidden, -torch.inf)
     return scores

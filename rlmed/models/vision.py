@@ -44,8 +44,8 @@ def vision_attention(
     backend = choose_attention(query.device, query.dtype, query.shape[-1]).backend
     assert backend is not None, "use_varlen_vision selects this function only where there is a backend"
     windows = Spans(cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
-    row = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    return VarlenLayout(backend, windows).attend(0, *row, scaling).unsqueeze(0), None
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    return VarlenLayout(backend, windows).attend(0, query, key, value, scaling).unsqueeze(0), None
 
 
 AttentionInterface.register(VISION_ATTENTION_NAME, vision_attention)
@@ -55,7 +55,8 @@ def use_varlen_vision(model: PreTrainedModel) -> None:
     """Let the vision tower of a loaded model use `vision_attention` where its device and dtype have a backend."""
     for module in model.modules():
         # the attention modules of Qwen2-VL and Qwen2.5-VL; others keep their own attention
+        attention: Any = module
         if hasattr(module, "qkv") and hasattr(module, "head_dim"):
-            weight: Tensor = module.qkv.weight
-            if choose_attention(weight.device, weight.dtype, module.head_dim).backend is not None:
-                module.config._attn_implementation = VISION_ATTENTION_NAME
+            weight = attention.qkv.weight
+            if choose_attention(weight.device, weight.dtype, attention.head_dim).backend is not None:
+                attention.config._attn_implementation = VISION_ATTENTION_NAME

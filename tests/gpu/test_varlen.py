@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from learner.packing import PackItem, TrainSequence, pack, packed_logprobs
-from rlmed.core.types import TrainGroup
+from rlmed.core.types import Prompt, TrainGroup
 from rlmed.models.attention import PackedLayout
-from rlmed.models.policy import load_policy
+from rlmed.models.policy import load_policy, merge_image_inputs
 from rlmed.models.varlen import VarlenLayout, choose_attention
 from rlmed.models.varlen_backends import Backend, FlashAttn, Reference, TorchFlash
+from rlmed.models.vision import VISION_ATTENTION_NAME
 from tests.dense_attention import Groups, row_tensors
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -92,3 +93,21 @@ def test_a_policy_on_cuda_learns_without_padding(
     with torch.no_grad():
         difference = packed_logprobs(policy, batch, 1.0)[0] - packed_logprobs(policy, padded, 1.0)[0]
     assert float(difference.abs().mean()) < 0.025  # as engine and learner in bfloat16 (test_cuda.py)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_the_vision_tower_on_cuda_attends_to_all_images_at_once(
+    family: str, tiny_folder: Callable[..., Path], make_prompt: Callable[..., Prompt]
+) -> None:
+    on_cpu, on_gpu = load_policy(tiny_folder(family)), load_policy(tiny_folder(family), dtype="bfloat16", device="cuda")
+    assert on_gpu.model.config.vision_config._attn_implementation == VISION_ATTENTION_NAME
+    prompts = [make_prompt(family, index, length=4, grid=grid) for index, grid in enumerate(((8, 8), (4, 6), (2, 10)))]
+    features = []
+    for policy in (on_cpu, on_gpu):
+        images = merge_image_inputs([policy.image_inputs(prompt) for prompt in prompts])
+        tower = policy.model.base_model.visual
+        with torch.no_grad():
+            output = tower(images["pixel_values"].to(policy.dtype), grid_thw=images["image_grid_thw"]).pooler_output
+        features.append(output.float().cpu())
+    # two blocks of a dozen roundings each
+    assert float((features[1] - features[0]).norm()) <= 20 * HALF_UNIT[torch.bfloat16] * float(features[0].norm())

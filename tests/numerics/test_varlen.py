@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from learner.packing import PackItem, TrainSequence, pack, packed_logprobs
 from rlmed.models.varlen import VarlenLayout
-from rlmed.models.varlen_backends import Reference
+from rlmed.models.varlen_backends import Reference, Row
 from tests.dense_attention import allowed, dense_attention, row_tensors
 from tests.rounding import GRADIENTS, LOGPROBS
 
@@ -95,7 +95,7 @@ class Kernel(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, spans, keep):
-        output, logsumexp = Reference().forward(query, key, value, spans, SCALE)
+        output, logsumexp = Reference().forward(Row(query, key, value), spans, SCALE)
         ctx.save_for_backward(query, key, value, output, logsumexp)
         ctx.spans, ctx.keep = spans, keep
         return output, logsumexp
@@ -103,11 +103,11 @@ class Kernel(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, grad_logsumexp):
         query, key, value, output, logsumexp = ctx.saved_tensors
-        shares = Reference().backward(grad, query, key, value, output, logsumexp, ctx.spans, SCALE)
+        shares = Reference().backward(grad, Row(query, key, value), output, logsumexp, ctx.spans, SCALE)
         if ctx.keep:
             with torch.enable_grad():
                 inputs = [tensor.detach().requires_grad_() for tensor in (query, key)]
-                _, again = Reference().forward(*inputs, value, ctx.spans, SCALE)
+                _, again = Reference().forward(Row(*inputs, value), ctx.spans, SCALE)
                 more = torch.autograd.grad(again, inputs, grad_logsumexp)
             shares = shares[0] + more[0], shares[1] + more[1], shares[2]
         return *shares, None, None

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlmed.models import varlen
 from rlmed.models.varlen import AttentionChoice, VarlenLayout, choose_attention, first_that_works, probe
-from rlmed.models.varlen_backends import FlashAttn, Reference, Spans, TorchFlash
+from rlmed.models.varlen_backends import FlashAttn, Reference, Row, Spans, TorchFlash
 from tests.dense_attention import allowed, dense_attention, row_tensors
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -61,15 +61,15 @@ class FlashOperators(TorchDispatchMode):
         given = dict(zip((argument.name for argument in function._schema.arguments), args, strict=False)) | kwargs
         assert given["dropout_p"] == 0
         spans = spans_of(*(given[name] for name in ("cum_seq_q", "cum_seq_k", "max_q", "max_k", "is_causal")))
-        row = given["query"], given["key"], given["value"]
+        row = Row(given["query"], given["key"], given["value"])
         if function is FLASH[0]:
             check_rows(*row)
             assert not given["return_debug_mask"]
-            output, logsumexp = Reference().forward(*row, spans, given["scale"])
+            output, logsumexp = Reference().forward(row, spans, given["scale"])
             return output, logsumexp, row[0].new_empty(2), row[0].new_empty(0), row[0].new_empty(0)
         check_rows(*row, given["out"], given["grad_out"].contiguous())  # as the CUDA code makes it
         check_logsumexp(given["logsumexp"], row[0])
-        return Reference().backward(given["grad_out"], *row, given["out"], given["logsumexp"], spans, given["scale"])
+        return Reference().backward(given["grad_out"], row, given["out"], given["logsumexp"], spans, given["scale"])
 
 
 def check_logsumexp(logsumexp, query):
@@ -89,7 +89,7 @@ def flash_attn_2_8():
         assert dropout_p == 0
         check_rows(q, k, v)
         spans = spans_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal)
-        return *Reference().forward(q, k, v, spans, softmax_scale), None, None
+        return *Reference().forward(Row(q, k, v), spans, softmax_scale), None, None
 
     def _flash_attn_varlen_backward(
         dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
@@ -102,7 +102,7 @@ def flash_attn_2_8():
         check_rows(q, k, v, out, dq, dk, dv, dout.contiguous())  # as its Python code makes it
         check_logsumexp(softmax_lse, q)
         spans = spans_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal)
-        gradients = Reference().backward(dout, q, k, v, out, softmax_lse, spans, softmax_scale)
+        gradients = Reference().backward(dout, Row(q, k, v), out, softmax_lse, spans, softmax_scale)
         for place, gradient in zip((dq, dk, dv), gradients, strict=True):
             place.copy_(gradient)
         return torch.empty(0)
@@ -217,7 +217,7 @@ class Wrong(Reference):
 
     def backward(self, *arguments):
         query, key, value = super().backward(*arguments)
-        return query, key, 2 * value
+        return Row(query, key, 2 * value)
 
 
 class NotFinite(Reference):
@@ -225,7 +225,7 @@ class NotFinite(Reference):
 
     def backward(self, *arguments):
         query, key, value = super().backward(*arguments)
-        return query.index_fill(0, torch.tensor([3]), torch.nan), key, value
+        return Row(query.index_fill(0, torch.tensor([3]), torch.nan), key, value)
 
 
 def test_the_first_backend_that_computes_the_right_numbers_is_chosen():
@@ -244,6 +244,15 @@ def test_the_probe_leaves_half_precision_room(dtype):
     assert 0 < probe(Reference(), CPU, dtype, 128) < varlen.PROBE_TOLERANCE / 3
 
 
+@pytest.fixture
+def forgetful():
+    """Nothing is chosen yet, and what the test chooses is forgotten."""
+    choose_attention.cache_clear()
+    yield
+    choose_attention.cache_clear()
+
+
+@pytest.mark.usefixtures("forgetful")
 def test_only_half_precision_on_cuda_asks_for_a_backend(monkeypatch):
     asked = []
     monkeypatch.setattr(
@@ -251,10 +260,18 @@ def test_only_half_precision_on_cuda_asks_for_a_backend(monkeypatch):
         "first_that_works",
         lambda *question: asked.append(question) or AttentionChoice(Reference(), "installed"),
     )
-    choose_attention.cache_clear()
     assert str(choose_attention(CPU, torch.bfloat16, 64)) == "padded (faster without CUDA)"
     assert str(choose_attention(CUDA, torch.float32, 64)) == "padded (flash attention has no float32)"
     assert not asked
     assert choose_attention(CUDA, torch.bfloat16, 64) is choose_attention(CUDA, torch.bfloat16, 64)
     assert asked == [((FlashAttn, TorchFlash), CUDA, torch.bfloat16, 64)]
-    choose_attention.cache_clear()
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_padding_on_a_gpu_that_should_need_none_is_a_warning(monkeypatch, caplog):
+    monkeypatch.setattr(varlen, "first_that_works", lambda *_: first_that_works((Broken,), CPU, torch.bfloat16, 64))
+    choose_attention(CUDA, torch.bfloat16, 64)
+    assert caplog.messages == [
+        "attention of packed rows: padded (broken: no kernel image is available); it takes more time and memory than "
+        "without padding"
+    ]
