@@ -47,6 +47,7 @@ class Spans:
     key_starts: Tensor
     """int32 [S + 1]: the same of its keys."""
     longest_query: int
+    """At least 2: with 1, FlashAttention takes other kernels, those for decoding, which regroup the heads."""
     longest_key: int
     causal: bool = False
     """True: query i attends to keys 0..i of its sequence. False: to all of them."""
@@ -65,7 +66,7 @@ class Spans:
             torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
             for lengths in (query_lengths, key_lengths)
         )
-        return cls(query_starts, key_starts, max(query_lengths), max(key_lengths), causal)
+        return cls(query_starts, key_starts, max(2, *query_lengths), max(key_lengths), causal)
 
 
 class Backend(Protocol):

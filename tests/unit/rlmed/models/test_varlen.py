@@ -32,8 +32,8 @@ def spans_of(query_starts, key_starts, longest_query, longest_key, causal):
         assert starts.dtype == torch.int32
         assert starts.is_contiguous()
         lengths = [end - start for start, end in pairwise(starts.tolist())]
-        assert min(lengths) > 0
-        assert max(lengths) == longest
+        assert 0 < min(lengths) <= max(lengths) <= longest
+    assert longest_query > 1
     assert len(query_starts) == len(key_starts)
     return Spans(query_starts, key_starts, longest_query, longest_key, causal)
 
@@ -186,6 +186,12 @@ def test_spans_cover_the_row_and_give_each_completion_its_prompt(groups):
             mask[rows.unsqueeze(1), prompt] = True
     assert torch.equal(mask, allowed(groups))
     assert (layout.suffixes is None) == (not any(sum(lengths) for _, lengths in groups))
+
+
+def test_the_longest_query_is_never_one():
+    suffixes = VarlenLayout.build([(5, (1,)), (7, (1,))], Reference()).suffixes
+    assert (suffixes.spans.longest_query, suffixes.spans.longest_key) == (2, 7)
+    assert suffixes.spans.query_starts.tolist() == [0, 1, 2]
 
 
 def test_a_row_of_prompts_is_one_attention():
