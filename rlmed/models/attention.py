@@ -2,8 +2,9 @@
 
 transformers passes each decoder layer's queries, keys and values, rotary embedding applied, to a registered attention
 function. Ours, `shared_prefix`, passes them on to the *layout* of the forward pass, which knows which tokens are prompts
-and which are completions of which prompt. Three layouts exist: `PackedLayout` here (learning, and prompts alone), and the
-engine's prefill and decode layouts in `rollout/native/kv_cache.py`. No model is re-implemented anywhere.
+and which are completions of which prompt. Learning and prompts alone take `PackedLayout` here or, without padding,
+`rlmed.models.varlen.VarlenLayout`; the engine's own layouts, prefill and decode, are in `rollout/native/kv_cache.py`. No model
+is re-implemented anywhere.
 """
 
 from __future__ import annotations
