@@ -10,10 +10,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from learner.packing import PackItem, TrainSequence, pack, packed_logprobs
-from rlmed.models.varlen import VarlenLayout
+from rlmed.models import policy as policy_module
+from rlmed.models.varlen import AttentionChoice, VarlenLayout
 from rlmed.models.varlen_backends import Reference, Row
 from tests.dense_attention import allowed, dense_attention, row_tensors
-from tests.rounding import GRADIENTS, LOGPROBS
+from tests.rounding import GRADIENTS, LOGPROBS, worst_difference
 
 WIDTH, SCALE = 5, 0.6
 EXACT = 1e-10
@@ -88,6 +89,18 @@ def test_a_model_gives_the_logprobs_and_gradients_of_the_padded_layout(
     (expected, expected_gradients), (found, found_gradients) = results
     torch.testing.assert_close(found, expected, atol=LOGPROBS, rtol=0)
     assert worst_relative(found_gradients, expected_gradients)[0] <= GRADIENTS
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "llama"])
+def test_prompts_without_padding_give_the_engine_the_same_rollouts(
+    family, tiny_policy, mixed_prompts, run_engine, monkeypatch
+):
+    policy, prompts = tiny_policy(family), mixed_prompts(family, 5)
+    expected = run_engine(policy, prompts, group_size=3)
+    backend = Reference()
+    monkeypatch.setattr(policy_module, "choose_attention", lambda *_: AttentionChoice(backend, "installed"))
+    assert isinstance(policy.packed_layout([(3, ())]), VarlenLayout)
+    assert worst_difference(expected, run_engine(policy, prompts, group_size=3), policy) < LOGPROBS
 
 
 class Kernel(torch.autograd.Function):
