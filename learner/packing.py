@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlmed.core.types import Completion, Prompt
-from rlmed.models.attention import PackedLayout
+from rlmed.models.attention import AttentionLayout
 from rlmed.models.policy import Policy, merge_image_inputs
 
 
@@ -49,7 +49,7 @@ class PackedBatch:
     """int64 [N]."""
     positions: Tensor
     """int64 [R, N] rotary positions; R as in `Policy.prompt_positions`."""
-    layout: PackedLayout
+    layout: AttentionLayout
     image_inputs: dict[str, Tensor]
     predictors: Tensor
     """int64 [M]: row index of the token whose hidden state predicts each target."""
@@ -176,7 +176,7 @@ def pack(
     return PackedBatch(
         token_ids=torch.cat(token_ids).to(device),
         positions=torch.cat(positions, dim=1).to(device),
-        layout=PackedLayout.build(shapes, device),
+        layout=policy.packed_layout(shapes),
         image_inputs=merge_image_inputs([policy.image_inputs(item.prompt) for item in items]),
         predictors=torch.cat(predictors).to(device),
         targets=torch.cat(targets).to(device),

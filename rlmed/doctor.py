@@ -95,11 +95,26 @@ def _hardware() -> list[Finding]:
         "ok",
         f"by oneDNN instead of torch: {uses} (embedded model); bfloat16 at {bfloat16_speed():.2g} of float32's speed",
     )
+    attention = _attention()
     if not torch.cuda.is_available():
-        return [cpu, products, Finding("CUDA device", "optional", "none: +experiment=… runs with profile=tiny here")]
+        none = "none: +experiment=… runs with profile=tiny here"
+        return [cpu, products, attention, Finding("CUDA device", "optional", none)]
     free, total = torch.cuda.mem_get_info()
     name = torch.cuda.get_device_name()
-    return [cpu, products, Finding("CUDA device", "ok", f"{name}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free")]
+    found = Finding("CUDA device", "ok", f"{name}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free")
+    return [cpu, products, attention, found]
+
+
+def _attention() -> Finding:
+    """Name the attention of packed rows in bfloat16 with the usual heads."""
+    import torch
+
+    from rlmed.models.varlen import choose_attention
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    choice = choose_attention(device, torch.bfloat16, 128)
+    wanting = choice.backend is None and device.type == "cuda"
+    return Finding("attention", "optional" if wanting else "ok", str(choice))
 
 
 def _embedded_model() -> Finding:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from rlmed.core.files.damage import read_json
 from rlmed.core.files.near_paths import near_path
 from rlmed.core.process.foreign import foreign
 from rlmed.core.types import Prompt
-from rlmed.models.attention import ATTENTION_NAME, AttentionLayout
+from rlmed.models.attention import ATTENTION_NAME, AttentionLayout, PackedLayout
 from rlmed.models.cpu.fused import use_fused_layers
 from rlmed.models.cpu.linear import use_fast_linears
 from rlmed.models.cpu.products import settle_products
@@ -32,6 +32,8 @@ from rlmed.models.folder.contents import CONFIG_FILE, check_folder
 from rlmed.models.folder.end_tokens import find_end_tokens
 from rlmed.models.folder.weight_files import HEAD, check_weight_files, own_head_differs
 from rlmed.models.logprobs import chunked_logprobs, logprobs_no_grad, masked_logits
+from rlmed.models.varlen import VarlenLayout, choose_attention
+from rlmed.models.vision import use_varlen_vision
 
 COMPUTED_BUFFERS = (".inv_freq", ".attn.bias", ".attn.masked_bias", ".position_ids")
 """Buffers in weight files of older versions; models compute them."""
@@ -101,6 +103,13 @@ class Policy:
         """
         grids = {name: torch.as_tensor(array) for name, array in prompt.image_inputs.items() if name != "pixel_values"}
         return self.family.positions(self.model, torch.as_tensor(prompt.token_ids), grids).cpu()
+
+    def packed_layout(self, groups: Sequence[tuple[int, Sequence[int]]]) -> PackedLayout | VarlenLayout:
+        """Lay out a row of groups, given as (prompt length, completion lengths), for the attention that suits this policy."""
+        backend = choose_attention(self.device, self.dtype, self.kv_shape[2]).backend
+        if backend is None:
+            return PackedLayout.build(groups, self.device)
+        return VarlenLayout.build(groups, backend, self.device)
 
     def hidden(
         self,
@@ -208,8 +217,13 @@ def load_policy(
     if torch.device(device).type == "cpu":
         settle_products(config, onednn)
         use_fast_linears(model)
+    else:
+        # cuDNN's attention makes a plan for every new shape (0.5 s, never freed), and its dQ under a mask can be NaN
+        torch.backends.cuda.enable_cudnn_sdp(False)
     use_fused_layers(model)
-    return Policy(model.to(device))
+    model.to(device)
+    use_varlen_vision(model)
+    return Policy(model)
 
 
 def _check_loaded(folder: Path, found: Mapping[str, Collection[Any]], *, tied: bool) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from rlmed.core.prefill import joined
 from rlmed.core.types import RolloutGroup, RolloutRequest
-from rlmed.models.attention import PackedLayout
 from rlmed.models.cpu.linear import PackedWeights
 from rlmed.models.policy import Policy, merge_image_inputs
 from rlmed.models.weights import Buckets, copy_weights
@@ -102,9 +101,7 @@ class NativeEngine:
         groups = [SequenceGroup(request, policy.prompt_positions(request.prompt)) for request in requests]
         lengths = [len(request.prompt.token_ids) for request in requests]
         cache = self._reserve(requests)
-        layout = PrefillLayout(
-            PackedLayout.build([(length, ()) for length in lengths], policy.device), cache, len(self._groups)
-        )
+        layout = PrefillLayout.build(lengths, policy, cache, len(self._groups))
         tokens = torch.cat([torch.as_tensor(request.prompt.token_ids) for request in requests]).to(policy.device)
         positions = torch.cat([group.positions for group in groups], dim=1).to(policy.device)
         images = merge_image_inputs([policy.image_inputs(request.prompt) for request in requests])

@@ -6,12 +6,15 @@ decode step therefore works on plain views `cache[:live, :, :longest]`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from rlmed.models.attention import GroupTable, PackedLayout, decode_attention
+from rlmed.models.attention import AttentionLayout, GroupTable, decode_attention
+from rlmed.models.policy import Policy
 
 
 class KVCache:
@@ -63,19 +66,28 @@ class KVCache:
 
 @dataclass(frozen=True, slots=True)
 class PrefillLayout:
-    """Prompts packed in one row: attends like `PackedLayout` and caches keys and values."""
+    """Prompts packed in one row: attends as `packed` does and caches keys and values."""
 
-    packed: PackedLayout
+    packed: AttentionLayout
+    prompt_tokens: Tensor
+    """int64 [B, P_max]: row index of each prompt token; any where padded."""
     cache: KVCache
     first_group: int
     """Slot of the first prompt of the row; the others follow."""
 
+    @classmethod
+    def build(cls, lengths: Sequence[int], policy: Policy, cache: KVCache, first_group: int) -> PrefillLayout:
+        """Lay out prompts of these lengths for the policy."""
+        rows = torch.arange(sum(lengths)).split(list(lengths))
+        prompt_tokens = pad_sequence(list(rows), batch_first=True).to(policy.device)
+        return cls(policy.packed_layout([(length, ()) for length in lengths]), prompt_tokens, cache, first_group)
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """See `rlmed.models.attention.AttentionLayout.attend`."""
-        groups, length = self.packed.prompt_tokens.shape
+        groups, length = self.prompt_tokens.shape
         slots = slice(self.first_group, self.first_group + groups)
         for cache, fresh in ((self.cache.prefix_keys, key), (self.cache.prefix_values, value)):
-            cache[layer][slots, :, :length] = fresh[self.packed.prompt_tokens].transpose(1, 2)
+            cache[layer][slots, :, :length] = fresh[self.prompt_tokens].transpose(1, 2)
         return self.packed.attend(layer, query, key, value, scale)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from rlmed import ask, doctor
@@ -181,6 +182,8 @@ def test_doctor_finds_what_is_installed(capsys: pytest.CaptureFixture[str], monk
     findings = {finding.what: finding for finding in doctor.examine()}
     assert findings["torch"].status == "ok"
     assert findings["python"].status == "ok"
+    if not torch.cuda.is_available():
+        assert findings["attention"].detail == "padded (faster without CUDA)"
     monkeypatch.setattr(doctor, "REQUIRED", ("torch", "a-package-that-nobody-has"))
     with pytest.raises(SystemExit) as stopped:
         doctor.main([])

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rlmed.core.types import Example, Prompt, RolloutRequest, SamplingParams
+from rlmed.models.attention import PackedLayout
 
 VOCABULARY = 64
 END = 0
@@ -29,6 +30,9 @@ class ChainPolicy:
 
     def prompt_positions(self, prompt: Prompt) -> torch.Tensor:
         return torch.arange(len(prompt.token_ids))[None]
+
+    def packed_layout(self, groups: Sequence[tuple[int, Sequence[int]]]) -> PackedLayout:
+        return PackedLayout.build(groups)
 
     def hidden(self, token_ids, positions, layout, image_inputs=None) -> torch.Tensor:
         assert positions.shape == (1, len(token_ids))

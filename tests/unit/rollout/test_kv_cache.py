@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlmed.models.attention import GroupTable, PackedLayout
+from rlmed.models.attention import GroupTable
 from rollout.native.kv_cache import DecodeLayout, KVCache, PrefillLayout
 from tests.rounding import rounding
 
@@ -108,11 +108,11 @@ def history():
     return prompts, suffixes
 
 
-def test_prefill_attends_causally_and_keeps_keys_and_values_in_its_slots(history):
+def test_prefill_attends_causally_and_keeps_keys_and_values_in_its_slots(history, tiny_policy):
     prompts, _ = history
     cache = new_cache(4, 6, 1, 1)
     fill(cache)
-    layout = PrefillLayout(PackedLayout.build([(3, ()), (5, ())]), cache, first_group=1)
+    layout = PrefillLayout.build([3, 5], tiny_policy("qwen2"), cache, first_group=1)
     untouched = [tensor.clone() for tensor in cache.prefix_keys]
     for layer in range(LAYERS):
         query, key, value = (torch.cat([row[i] for row in prompts[layer]]) for i in range(3))

@@ -2,53 +2,22 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from rlmed.models.attention import ATTENTION_NAME, PackedLayout, shared_prefix
+from rlmed.models import attention
+from rlmed.models.attention import ATTENTION_NAME, GroupTable, PackedLayout, decode_attention, shared_prefix
+from tests.dense_attention import allowed, dense_attention, row_tensors
 from tests.rounding import rounding
 
-HEADS, KV_HEADS, WIDTH = 4, 2, 3
+HEADS, KV_HEADS, WIDTH = SIZES = 4, 2, 3
 SCALE = 0.6
 ROUNDING = rounding(100, 30, torch.float64)
 """Up to 84 tokens are summed over, with gradients up to 30."""
 GROUPS = st.lists(st.tuples(st.integers(1, 5), st.lists(st.integers(1, 4), max_size=4)), min_size=1, max_size=4)
-
-
-def allowed(groups):
-    """bool [N, N]: may row token i attend to row token j."""
-    owners = []  # (group, completion or -1) of each token
-    for group, (prompt, completions) in enumerate(groups):
-        owners += [(group, -1)] * prompt
-        for number, length in enumerate(completions):
-            owners += [(group, number)] * length
-    n = len(owners)
-    mask = torch.zeros(n, n, dtype=torch.bool)
-    for i in range(n):
-        for j in range(i + 1):
-            mask[i, j] = owners[j] in (owners[i], (owners[i][0], -1))
-    return mask
-
-
-def dense_attention(query, key, value, mask):
-    """[N, H, D] by the definition."""
-    key, value = (tensor.repeat_interleave(HEADS // KV_HEADS, dim=1) for tensor in (key, value))
-    scores = torch.einsum("ihd,jhd->hij", query, key) * SCALE
-    return torch.einsum("hij,jhd->ihd", scores.masked_fill(~mask, -math.inf).softmax(-1), value)
-
-
-def row_tensors(groups):
-    n = sum(prompt + sum(completions) for prompt, completions in groups)
-    generator = torch.Generator().manual_seed(n)
-    return [
-        torch.randn(n, heads, WIDTH, generator=generator, dtype=torch.float64, requires_grad=True)
-        for heads in (HEADS, KV_HEADS, KV_HEADS)
-    ]
 
 
 def test_the_mask_of_a_small_row_by_hand():
@@ -65,9 +34,9 @@ def test_the_mask_of_a_small_row_by_hand():
 @settings(deadline=None, max_examples=60)
 @given(GROUPS)
 def test_packed_attention_and_its_gradients_are_those_of_dense_attention(groups):
-    tensors = row_tensors(groups)
+    tensors = row_tensors(groups, *SIZES)
     actual = PackedLayout.build(groups).attend(0, *tensors, SCALE)
-    expected = dense_attention(*tensors, allowed(groups))
+    expected = dense_attention(*tensors, allowed(groups), SCALE)
     torch.testing.assert_close(actual, expected, atol=ROUNDING, rtol=0)
     weights = torch.randn(actual.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for one, other in zip(
@@ -90,7 +59,7 @@ def test_every_token_of_the_row_is_in_the_rectangles_once(groups):
 def test_padding_cannot_be_seen():
     # the padded places of the rectangles hold row token 0; what stands there must not matter elsewhere
     groups = [(1, [1]), (4, [3, 1])]
-    tensors = row_tensors(groups)
+    tensors = row_tensors(groups, *SIZES)
     layout = PackedLayout.build(groups)
     with torch.no_grad():
         before = layout.attend(0, *tensors, SCALE)
@@ -112,3 +81,54 @@ def test_the_function_is_registered_under_its_name_and_says_what_it_needs(tiny_f
     query = torch.zeros(1, HEADS, 3, WIDTH)
     with pytest.raises(ValueError, match="no attention mask"):
         shared_prefix(model, query, query, query, mask, SCALE, layout=layout)
+
+
+def test_beyond_the_cpu_a_mask_goes_with_a_key_for_every_head(monkeypatch):
+    # CUDA has fused kernels for grouped heads and for masks, not for both; meta tensors take its branches without its numbers
+    calls = []
+
+    def record(query, key, value, *, attn_mask, enable_gqa, **_):
+        calls.append((attn_mask is not None, key.shape[1], value.shape[1], enable_gqa))
+        return query
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", record)
+    groups = [(3, [2, 1]), (2, [])]
+    for device in ("meta", "cpu"):
+        row = [tensor.to(device) for tensor in row_tensors(groups, *SIZES)]
+        PackedLayout.build(groups, device).attend(0, *row, SCALE)
+    on_meta, on_cpu = calls[:2], calls[2:]
+    assert on_meta == [(False, KV_HEADS, KV_HEADS, True), (True, HEADS, HEADS, False)]
+    assert on_cpu == [(False, KV_HEADS, KV_HEADS, True), (True, KV_HEADS, KV_HEADS, True)]
+
+
+def decode(common_logit, dtype, device="cpu"):
+    """Output [R, H, D] of three rows in two groups whose scores are all near `common_logit`; inputs are bfloat16 numbers."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (3, HEADS), (2, KV_HEADS, 40), (2, KV_HEADS, 40), (3, KV_HEADS, 9), (3, KV_HEADS, 9)
+    tensors = [torch.randn(*shape, 64, generator=generator) for shape in shapes]
+    query, prefix_key, _, suffix_key, _ = tensors
+    query[..., 0], prefix_key[..., 0], suffix_key[..., 0] = 8, common_logit, common_logit
+    query, *caches = (tensor.to(device, torch.bfloat16).to(dtype) for tensor in tensors)
+    mask = torch.where(torch.arange(40) < torch.tensor([[40], [31]]), 0.0, -torch.inf)
+    mask = mask.repeat_interleave(KV_HEADS, dim=0).unsqueeze(1).to(device, dtype)
+    table = GroupTable.build([0, 1, 1], 2, device)
+    return decode_attention(query, *caches[:2], mask, *caches[2:], None, table, 1 / 8)
+
+
+@pytest.mark.parametrize("common_logit", [0, 20, -120])
+def test_decoding_in_bfloat16_does_not_round_the_scores(common_logit):
+    # the heads of real models sit near -120
+    found, right = (decode(common_logit, dtype).double() for dtype in (torch.bfloat16, torch.float64))
+    # weights, the two products and their sum are rounded, each by 0.2 % at most
+    assert float((found - right).norm() / right.norm()) < 0.005
+
+
+def test_decoding_beyond_the_cpu_lets_the_product_write_float32(monkeypatch):
+    products = []
+    multiply = torch.bmm
+    monkeypatch.setattr(
+        torch, "bmm", lambda *factors, **options: products.append(options) or multiply(*factors, **options)
+    )
+    assert decode(0, torch.bfloat16, "meta").dtype == torch.bfloat16
+    # scores of prefix and suffix, then their products with values
+    assert products == [{"out_dtype": torch.float32}] * 2 + [{}] * 2

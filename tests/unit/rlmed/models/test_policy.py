@@ -13,9 +13,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen2Config
 
 from rlmed.core.types import Example, Prompt
+from rlmed.models import policy as policy_module
 from rlmed.models.attention import PackedLayout
 from rlmed.models.families import FAMILIES, PARTS, family_of, unsampleable_token_ids
 from rlmed.models.policy import Policy, load_config, load_policy, merge_image_inputs
+from rlmed.models.varlen import AttentionChoice, VarlenLayout
+from rlmed.models.varlen_backends import Reference
 from tests.rounding import LOGPROBS
 
 
@@ -91,6 +94,30 @@ def test_hidden_states_of_one_prompt_are_those_of_transformers(tiny_policy, tran
         expected = transformers_model("llama").model(token_ids[None]).last_hidden_state[0]
     # a norm has brought them to about 1, and the logits that the bound is of are sums of them times weights of about 0.1
     torch.testing.assert_close(hidden, expected, atol=LOGPROBS, rtol=0)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_policy_beyond_the_cpu_keeps_cudnn_out_of_attention(device, tiny_folder, request):
+    request.addfinalizer(lambda: torch.backends.cuda.enable_cudnn_sdp(True))
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    load_policy(tiny_folder("qwen2"), device=device)
+    assert torch.backends.cuda.cudnn_sdp_enabled() == (device == "cpu")
+
+
+def test_a_policy_lays_rows_out_for_the_attention_that_was_chosen(tiny_policy, monkeypatch):
+    policy, groups = tiny_policy("qwen2"), [(4, (2, 1)), (3, ())]
+    assert isinstance(policy.packed_layout(groups), PackedLayout)
+    asked, backend = [], Reference()
+    monkeypatch.setattr(
+        policy_module,
+        "choose_attention",
+        lambda *question: asked.append(question) or AttentionChoice(backend, "installed"),
+    )
+    layout = policy.packed_layout(groups)
+    assert isinstance(layout, VarlenLayout)
+    assert layout.backend is backend
+    assert layout.segments.query_starts.tolist() == [0, 4, 6, 7, 10]
+    assert asked == [(torch.device("cpu"), torch.float32, policy.kv_shape[2])]
 
 
 def test_merge_image_inputs_skips_prompts_without_image():
