@@ -204,6 +204,6 @@ def _group_line(step: int, scored: ScoredGroup, advantages: Sequence[float | Non
         "options": list(example.options),
         "answer": example.letter,
         "modality": example.modality,
-        "kind": example.kind,
+        "question_type": example.kind,
         "completions": completions,
     }

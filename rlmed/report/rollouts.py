@@ -120,7 +120,7 @@ def _show_group(group: Mapping[str, Any], pick: str, pictures: Pictures) -> dict
     total = len(group["completions"])
     return {
         **{key: group[key] for key in ("step", "index", "example_id", "question", "modality")},
-        "question_type": group["kind"],
+        "question_type": group["question_type" if "question_type" in group else "kind"],  # 0.1 wrote kind
         "pick": pick,
         "options": _options(group["options"], group["answer"]),
         "picture": pictures.add(group["image"]),

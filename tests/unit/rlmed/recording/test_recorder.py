@@ -61,7 +61,7 @@ def test_groups_are_written_with_everything_a_reader_needs(tmp_path):
         "options": ["head", "knee"],
         "answer": "B",
         "modality": "MRI",
-        "kind": "anatomy",
+        "question_type": "anatomy",
         "completions": [
             {
                 "text": TEXTS[0],

@@ -59,7 +59,7 @@ def line(step=1, index=0, rewards=(2.0, 0.0), texts=(GOOD, "no tags"), image=Non
         "options": ["head", "knee"],
         "answer": "B",
         "modality": "MRI",
-        "kind": "anatomy",
+        "question_type": "anatomy",
         "completions": completions,
     }
     return group | changes
@@ -421,6 +421,15 @@ def test_few_groups_are_all_shown(tmp_path, count):
     if count == 5:
         assert [group["pick"] for group in shown] == ["best", "worst", "best", "worst", "run"]
     assert show_groups(tmp_path / "missing.jsonl", Pictures()) == []
+
+
+def test_rollouts_of_an_earlier_version_are_shown(tmp_path):
+    path = tmp_path / "rollouts.jsonl"
+    earlier = line()
+    earlier["kind"] = earlier.pop("question_type")
+    write_lines(path, [earlier])
+    (group,) = show_groups(path, Pictures())
+    assert group["question_type"] == "anatomy"
 
 
 def test_alike_completions_are_shown_once_with_the_best_first(tmp_path):
