@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 from benchmarks.common import RESULTS, report, write_result
 from rlmed.data.examples import read_examples
 from rlmed.data.images import load_image
-from rlmed.data.leakage.near_duplicates import LookalikeSearch
+from rlmed.data.leakage.near_duplicates import NearDuplicateSearch
 from rlmed.data.phantom.studies import write_dataset
 
 Change = Callable[[Image.Image, np.random.Generator], Image.Image]
@@ -102,7 +102,7 @@ def measure(originals: Sequence[Path], train: Sequence[Path], folder: Path) -> d
         for place, path in enumerate(originals):
             copies.append(folder / f"{place}.png")
             change(load_image(path), rng).save(copies[-1])
-        search = LookalikeSearch(copies)
+        search = NearDuplicateSearch(copies)
         search.add(train)
         found = search.result()
         same = {(pair.test, train[pair.train]) for pair in found.same}

@@ -75,7 +75,7 @@ class Turns(TrainerCallback):
 
 
 def answer(content: dict[str, Any]) -> None:
-    """One line to whoever started this."""
+    """Print one line for the process that started this."""
     sys.stdout.write(json.dumps({"benchmark": "trl", **content}) + "\n")
     sys.stdout.flush()
 

@@ -84,14 +84,14 @@ def build_engine(kind: str, folder: Path, dtype: str, threads: int) -> Engine:
 
 @ray.remote(num_cpus=0)
 class Source:
-    """Stands where the learner's rank 0 does: holds the parameters and publishes them."""
+    """Stands where the learner's rank 0 does: holds the parameters and stores them."""
 
     def __init__(self, folder: Path, dtype: str, threads: int) -> None:
         """Load the model."""
         torch.set_num_threads(threads)
         self._model = load_policy(folder, dtype=dtype).model
 
-    def publish(self, version: int) -> tuple[StoredWeights, float, int]:
+    def store_weights(self, version: int) -> tuple[StoredWeights, float, int]:
         """One push's first half: the weights, seconds and bytes."""
         start, size, buckets = time.perf_counter(), 0, []
         for bucket in make_buckets(self._model.named_parameters()):
@@ -103,7 +103,7 @@ class Source:
 def push(source: Any, worker: RayWorker, version: int) -> dict[str, float]:
     """One push; seconds by stage."""
     begin = time.perf_counter()
-    stored, gather_s, size = ray.get(source.publish.remote(version), timeout=LIMIT_S)
+    stored, gather_s, size = ray.get(source.store_weights.remote(version), timeout=LIMIT_S)
     applied: Future[PushReport] = worker.update_weights(stored)
     result = applied.result(timeout=LIMIT_S)
     return {

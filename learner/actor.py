@@ -26,7 +26,7 @@ from rlmed.core.weights import EngineHandle, StoredWeights, WeightSender, Weight
 from rlmed.models.weights import gpu_name, make_buckets
 
 Build = Callable[[OnSkippedUpdate, Parallelism], PolicyLearner]
-"""Builds one rank's learner from a callback for skipped batches and the ranks it belongs to."""
+"""Builds one rank's learner from a callback for skipped batches and the parallelism of its ranks."""
 MakeSender = Callable[[PolicyLearner], WeightSender]
 """Builds the sender of rank 0's weights."""
 
@@ -65,12 +65,12 @@ class LearnerActor:
     ) -> int:
         """Build the learner, together with any other ranks; return its policy version."""
         self._shares_gpu = shares_gpu
-        ranks = (
+        parallelism = (
             init_distributed(rank, size, init_method, device=device, timeout_s=timeout_s)
             if init_method
             else SingleProcess()
         )
-        self._learner = build(lambda _, reason: self._skipped.append(reason), ranks)
+        self._learner = build(lambda _, reason: self._skipped.append(reason), parallelism)
         return self._learner.policy_version
 
     def step(self, groups: Sequence[TrainGroup]) -> tuple[dict[str, float], int, list[str]]:
@@ -86,7 +86,7 @@ class LearnerActor:
         self._release_memory()
         return answers
 
-    def publish(self) -> StoredWeights:
+    def store_weights(self) -> StoredWeights:
         """Put the current weights into the object store of this node."""
         buckets = [ray.put(bucket) for bucket in make_buckets(self._learner.full_weights())]
         return StoredWeights(self._learner.policy_version, buckets)
@@ -198,12 +198,12 @@ class RayLearner:
     def push_weights(self, pool: RolloutPool) -> None:
         """See `rlmed.core.protocols.Learner.push_weights`; weights go directly from rank 0's node to the workers'."""
         if self._direct is None:
-            stored = self._call("publish its weights", "publish")[0]
+            stored = self._call("store its weights", "store_weights")[0]
             weights = WeightUpdate(lambda: stored)
         else:
-            # a reference: its recipient waits until rank 0 has published the weights
-            publish = functools.cache(lambda: self._submit(self._actors, "publish")[0])
-            weights = WeightUpdate(publish, functools.partial(self._direct.start, self._version))
+            # a reference: a worker that fetches waits until rank 0 has stored the weights
+            store = functools.cache(lambda: self._submit(self._actors, "store_weights")[0])
+            weights = WeightUpdate(store, functools.partial(self._direct.start, self._version))
         pool.update_weights(self._version, weights)
 
     def save(self, folder: Path) -> None:

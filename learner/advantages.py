@@ -16,7 +16,7 @@ only the scale remains to normalize. With `running_std`, the running standard de
     rloo           (r_i - mean(r_j, j != i)) / (running_std + std_eps)
 
 so the mean square of advantages is equal across modalities, while within one a question keeps the weight of its own
-spread. (Mean of the group, spread of many groups: arXiv 2508.08221, there the spread of the whole batch.)
+standard deviation. (Mean of the group, standard deviation of many groups: arXiv 2508.08221, there of the whole batch.)
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch import Tensor
 
 from rlmed.core.types import ScoredGroup, TrainGroup
 
-KINDS = ("grpo", "dr_grpo", "rloo")
+ESTIMATORS = ("grpo", "dr_grpo", "rloo")
 
 STD_DECAY = 0.99
 """Decay of a group's weight per further group of its modality: the latest hundred or so count."""
@@ -82,34 +82,36 @@ def has_learning_signal(scored: ScoredGroup, *, mask_truncated: bool) -> bool:
     return has_reward_variance(scored) and not masked
 
 
-def group_advantages(rewards: Tensor, kind: str, std_eps: float = 1e-4, *, running_std: float | None = None) -> Tensor:
-    """Compute advantages by the formula `kind` of the module docstring.
+def group_advantages(
+    rewards: Tensor, estimator: str, std_eps: float = 1e-4, *, running_std: float | None = None
+) -> Tensor:
+    """Compute advantages by the formula `estimator` of the module docstring.
 
     Args:
         rewards: float32 [B, G], one group per row, or [G].
-        kind: "grpo", "dr_grpo" or "rloo".
+        estimator: "grpo", "dr_grpo" or "rloo".
         std_eps: added to the divisor; MedVLM-R1 uses 1e-4.
-        running_std: replaces the group's own standard deviation as divisor, with any kind; not negative.
+        running_std: replaces the group's own standard deviation as divisor, with any estimator; not negative.
 
     Returns:
         float32, the shape of `rewards`. A group of equal rewards gets exactly 0, so `== 0` tests for a group that
         trains nothing.
 
     Raises:
-        ValueError: for an unknown kind, another shape, fewer than 2 completions in a group, or a non-finite reward.
+        ValueError: for an unknown estimator, another shape, fewer than 2 completions in a group, or a non-finite reward.
 
     Example:
         >>> group_advantages(torch.tensor([2.0, 0.0, 1.0, 2.0]), "dr_grpo")
         tensor([ 0.7500, -1.2500, -0.2500,  0.7500])
     """
-    if kind not in KINDS:
-        raise ValueError(f"Invalid advantage={kind}; expected one of {', '.join(KINDS)}")
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"Invalid advantage={estimator}; expected one of {', '.join(ESTIMATORS)}")
     if rewards.dim() not in (1, 2):
         raise ValueError(f"Invalid rewards of shape {tuple(rewards.shape)}; expected [B, G] or [G]")
     group_size = rewards.shape[-1]
     if group_size < 2:
         raise ValueError(
-            f"group_size={group_size} with group-relative advantage {kind!r}: every advantage would be 0 or undefined; "
+            f"group_size={group_size} with group-relative advantage {estimator!r}: every advantage would be 0 or undefined; "
             "sample at least 2 completions per prompt"
         )
     if not bool(torch.isfinite(rewards).all()):
@@ -122,14 +124,14 @@ def group_advantages(rewards: Tensor, kind: str, std_eps: float = 1e-4, *, runni
     # In float64 the sum of up to 2**29 equal float32 numbers is exact, so equal rewards give exactly 0.
     exact = rewards.double()
     mean = exact.mean(dim=-1, keepdim=True)
-    if kind == "rloo":
+    if estimator == "rloo":
         others = (exact.sum(dim=-1, keepdim=True) - exact) / (group_size - 1)
         advantages = exact - others
     else:
         advantages = exact - mean
     if running_std is not None:
         advantages = advantages / (running_std + std_eps)
-    elif kind == "grpo":
+    elif estimator == "grpo":
         advantages = advantages / (exact.std(dim=-1, keepdim=True) + std_eps)
     return advantages.float()
 
@@ -142,16 +144,16 @@ class AdvantageEstimator:
         []
     """
 
-    def __init__(self, kind: str, normalize_by: str | None = None) -> None:
-        """Estimate by the formula `kind`; see the module docstring for `normalize_by`."""
-        self._kind, self._by_modality = kind, normalize_by == "modality"
+    def __init__(self, estimator: str, normalize_by: str | None = None) -> None:
+        """Estimate by the formula `estimator`; see the module docstring for `normalize_by`."""
+        self._estimator, self._by_modality = estimator, normalize_by == "modality"
         self._running = RunningRewardStd()
 
     def estimate(self, batch: Sequence[ScoredGroup]) -> list[TrainGroup]:
         """Return the groups with their advantages; the batch updates the running statistics first."""
         rewards = [torch.from_numpy(scored.rewards) for scored in batch]
         if not self._by_modality:
-            advantages = [group_advantages(values, self._kind) for values in rewards]
+            advantages = [group_advantages(values, self._estimator) for values in rewards]
         else:
             names = [scored.rollout.prompt.example.modality for scored in batch]
             # in order of the requests: the order of completion must not matter
@@ -159,7 +161,7 @@ class AdvantageEstimator:
                 if has_reward_variance(batch[index]):
                     self._running.add(names[index], rewards[index])
             advantages = [
-                group_advantages(values, self._kind, running_std=self._running.of(name))
+                group_advantages(values, self._estimator, running_std=self._running.of(name))
                 for values, name in zip(rewards, names, strict=True)
             ]
         return [TrainGroup(scored, values.numpy()) for scored, values in zip(batch, advantages, strict=True)]

@@ -71,7 +71,7 @@ class Parallelism(Protocol):
         """Reduce a number computed from sharded tensors, such as a norm, for every rank."""
         ...
 
-    def shard_like(self, whole: Tensor, like: Tensor) -> Tensor:
+    def shard_like(self, full: Tensor, like: Tensor) -> Tensor:
         """Copy this rank's shard of a full tensor, with layout and device of `like`."""
         ...
 
@@ -83,7 +83,7 @@ class SingleProcess:
 
     def scorer(self, policy: Policy) -> RowScorer:
         """See `Parallelism.scorer`."""
-        return _WholeScorer(policy)
+        return _FullScorer(policy)
 
     def micro_batches(self, items: Sequence[PackItem], token_budget: int) -> list[list[PackItem]]:
         """See `Parallelism.micro_batches`."""
@@ -101,9 +101,9 @@ class SingleProcess:
         """See `Parallelism.full_scalar`."""
         return value
 
-    def shard_like(self, whole: Tensor, like: Tensor) -> Tensor:
+    def shard_like(self, full: Tensor, like: Tensor) -> Tensor:
         """See `Parallelism.shard_like`."""
-        return whole.to(like.device, copy=True)
+        return full.to(like.device, copy=True)
 
 
 class FSDP:
@@ -165,11 +165,11 @@ class FSDP:
         """See `Parallelism.full_scalar`."""
         return value.full_tensor() if isinstance(value, DTensor) else value
 
-    def shard_like(self, whole: Tensor, like: Tensor) -> Tensor:
+    def shard_like(self, full: Tensor, like: Tensor) -> Tensor:
         """See `Parallelism.shard_like`; each rank has the full tensor, so nothing is sent."""
-        if not isinstance(like, DTensor) or whole.ndim == 0:
-            return whole.to(like.device, copy=True)
-        placed = distribute_tensor(whole.to(self._device), like.device_mesh, like.placements, src_data_rank=None)
+        if not isinstance(like, DTensor) or full.ndim == 0:
+            return full.to(like.device, copy=True)
+        placed = distribute_tensor(full.to(self._device), like.device_mesh, like.placements, src_data_rank=None)
         return placed.clone()
 
     def leave(self) -> None:
@@ -215,7 +215,7 @@ def free_init_method(host: str = "127.0.0.1") -> str:
         return f"tcp://{host}:{probe.getsockname()[1]}"
 
 
-class _WholeScorer:
+class _FullScorer:
     """See `RowScorer`."""
 
     def __init__(self, policy: Policy) -> None:

@@ -68,7 +68,7 @@ class PolicyLearner:
         max_tokens: int,
         temperature: float,
         on_bad_step: OnSkippedUpdate | None = None,
-        ranks: Parallelism | None = None,
+        parallelism: Parallelism | None = None,
     ) -> None:
         """Prepare training.
 
@@ -81,22 +81,22 @@ class PolicyLearner:
             max_tokens: limit on a completion's tokens, the constant of Dr. GRPO's aggregation.
             temperature: of the sampling distribution, under which log-probabilities are computed.
             on_bad_step: called for each batch skipped because loss or gradient was not finite.
-            ranks: the ranks this learner belongs to (`learner.distributed.init_distributed`), which shard policy and
-                reference in place; every rank receives the same batches. None: a single process.
+            parallelism: of the ranks this learner belongs to (`learner.distributed.init_distributed`), which shard policy
+                and reference in place; every rank receives the same batches. None: a single process.
         """
         if (reference is None) != (loss.kl_coef == 0):
             raise ValueError(f"kl_coef={loss.kl_coef} and {'no' if reference is None else 'a'} reference policy")
         self.policy, self.reference = policy, reference
         self._loss, self._config = loss, config
         self._max_tokens, self._temperature = max_tokens, temperature
-        self._on_bad_step, self._ranks = on_bad_step, ranks or SingleProcess()
+        self._on_bad_step, self._parallelism = on_bad_step, parallelism or SingleProcess()
         policy.freeze(config.freeze)
         if config.gradient_checkpointing:
             policy.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self._scorer = self._ranks.scorer(policy)
-        self._reference_scorer = None if reference is None else self._ranks.scorer(reference)
+        self._scorer = self._parallelism.scorer(policy)
+        self._reference_scorer = None if reference is None else self._parallelism.scorer(reference)
         updates = total_steps * config.epochs * config.mini_batches
-        self.optimizer = Optimizer(policy.model.named_parameters(), config, updates, self._ranks)
+        self.optimizer = Optimizer(policy.model.named_parameters(), config, updates, self._parallelism)
 
     @property
     def policy_version(self) -> int:
@@ -120,7 +120,7 @@ class PolicyLearner:
             for mini_batch in mini_batches:
                 if mini_batch.denominators.tokens == 0:  # momentum alone would move the weights
                     continue
-                loss, metrics = self._ranks.merge(*self._update(mini_batch))
+                loss, metrics = self._parallelism.merge(*self._update(mini_batch))
                 norm = self._apply(loss, groups)
                 parts.append(metrics)
                 losses.append(loss)
@@ -156,14 +156,14 @@ class PolicyLearner:
         with `on_device` on the policy's device.
         """
         for name, parameter in self.policy.model.named_parameters():
-            whole = self._ranks.gather_full(parameter.detach(), on_device=on_device)
-            if self._ranks.first:
-                yield name, whole
+            full = self._parallelism.gather_full(parameter.detach(), on_device=on_device)
+            if self._parallelism.first:
+                yield name, full
 
     def save(self, folder: Path) -> None:
         """See `rlmed.core.protocols.Learner.save`; collective, with the first rank writing."""
         weights = dict(self.full_weights())
-        if self._ranks.first:
+        if self._parallelism.first:
             self.policy.model.save_pretrained(folder, state_dict=weights)
         del weights
         self.optimizer.save(folder)
@@ -185,7 +185,8 @@ class PolicyLearner:
         """Build this rank's share of a mini-batch, with the log-probabilities that stay fixed during the step."""
         trained = [len(entry.completion.token_ids) * entry.trained for item in items for entry in item.sequences]
         micro_batches = [
-            _MicroBatch(pack(part, self.policy)) for part in self._ranks.micro_batches(items, self._config.token_budget)
+            _MicroBatch(pack(part, self.policy))
+            for part in self._parallelism.micro_batches(items, self._config.token_budget)
         ]
         repeated = self._config.epochs * self._config.mini_batches > 1
         for micro in micro_batches:

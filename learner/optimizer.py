@@ -54,7 +54,7 @@ class Optimizer:
         named_parameters: Iterable[tuple[str, Tensor]],
         config: LearnerConfig,
         total_steps: int,
-        ranks: Parallelism | None = None,
+        parallelism: Parallelism | None = None,
     ) -> None:
         """Train the parameters that require gradients.
 
@@ -62,9 +62,9 @@ class Optimizer:
             named_parameters: the policy's, in its order.
             config: peak learning rate, schedule, AdamW and clipping.
             total_steps: length of the schedule.
-            ranks: ranks that shard the parameters; None: this process holds them all.
+            parallelism: of the ranks that shard the parameters; None: this process holds them all.
         """
-        self._config, self._total_steps, self._ranks = config, total_steps, ranks or SingleProcess()
+        self._config, self._total_steps, self._parallelism = config, total_steps, parallelism or SingleProcess()
         self._pairs = [
             _Pair(name, parameter, _master(parameter))
             for name, parameter in named_parameters
@@ -105,7 +105,7 @@ class Optimizer:
         """
         masters = [pair.master for pair in self._pairs if pair.master.grad is not None]
         gradients = [master.grad for master in masters if master.grad is not None]
-        norm = self._ranks.full_scalar(torch.nn.utils.get_total_norm(gradients))
+        norm = self._parallelism.full_scalar(torch.nn.utils.get_total_norm(gradients))
         if torch.isfinite(norm):
             torch.nn.utils.clip_grads_with_norm_(masters, self._config.max_grad_norm, norm)
             for group in self._adamw.param_groups:
@@ -153,9 +153,11 @@ class Optimizer:
         with torch.no_grad():
             for pair in self._pairs:
                 if pair.name in masters:
-                    pair.master.copy_(self._ranks.shard_like(masters[pair.name], pair.master))
+                    pair.master.copy_(self._parallelism.shard_like(masters[pair.name], pair.master))
         moments = {
-            number: {name: self._ranks.shard_like(value, self._pairs[number].master) for name, value in entry.items()}
+            number: {
+                name: self._parallelism.shard_like(value, self._pairs[number].master) for name, value in entry.items()
+            }
             for number, entry in state["adamw"]["state"].items()
         }
         self._adamw.load_state_dict({**state["adamw"], "state": moments})
@@ -164,8 +166,8 @@ class Optimizer:
 
     def save(self, folder: Path) -> None:
         """Write the state into `folder`; collective."""
-        state = self._ranks.gather_full(self.state_dict())
-        if self._ranks.first:
+        state = self._parallelism.gather_full(self.state_dict())
+        if self._parallelism.first:
             torch.save(state, folder / OPTIMIZER_FILE)
 
     def load(self, folder: Path) -> None:

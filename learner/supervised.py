@@ -47,7 +47,7 @@ class SupervisedLearner:
     def step(self, items: Sequence[PackItem]) -> dict[str, float]:
         """Take one optimizer step on a batch and return its metrics."""
         tokens = sum(len(entry.completion.token_ids) for item in items for entry in item.sequences)
-        total, right, lr = 0.0, 0.0, self.optimizer.lr
+        total, above_half, lr = 0.0, 0.0, self.optimizer.lr
         self.policy.model.train(self._config.gradient_checkpointing)
         for part in split_by_tokens(items, self._config.token_budget):
             logprobs, _ = packed_logprobs(self.policy, pack(part, self.policy), temperature=1.0)
@@ -55,14 +55,14 @@ class SupervisedLearner:
             loss.backward()
             self.optimizer.accumulate()
             total += float(loss.detach())
-            right += float((logprobs.detach() > math.log(0.5)).sum())
+            above_half += float((logprobs.detach() > math.log(0.5)).sum())
         self.policy.model.eval()
         norm = self.optimizer.step() if math.isfinite(total) else math.nan
         if not math.isfinite(norm):
             self.optimizer.skip()
         return {
             "loss": total,
-            "tokens_above_half": right / tokens,
+            "tokens_above_half": above_half / tokens,
             "grad_norm": norm,
             "lr": lr,
             "tokens": float(tokens),

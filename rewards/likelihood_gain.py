@@ -1,4 +1,4 @@
-"""What the reasoning is worth to the policy itself; needs no reference rationale."""
+"""Reward: how much the reasoning raises the policy's probability of the correct option."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def likelihood_gain(likelihood: Likelihood, split_common_prefix: SplitCommonPref
     Let l(o | r) be the policy's log-likelihood of the letter of option o after
     `<think>r</think>\\n<answer>`, p(o | r) = softmax over the n options of l(o | r), and reasoning r:
 
-        gain = (log p(right | r) - log p(right | "")) / log n, clipped to [-1, 1]
+        gain = (log p(correct | r) - log p(correct | "")) / log n, clipped to [-1, 1]
 
     1 means from chance to certainty. Empty reasoning earns 0, as does a completion that breaks the format. The softmax
     runs over the options only; otherwise reasoning would be paid for making any letter likelier than other words.

@@ -90,7 +90,7 @@ def ask(arguments: argparse.Namespace) -> str:
         load_config(folder),
         tokens=len(prompt.token_ids) + sampling.max_tokens,
         what=f"{len(prompt.token_ids)} tokens of the prompt and --max-tokens {sampling.max_tokens}",
-        cure="--max-tokens",
+        advice="--max-tokens",
     )
     if doubt:
         log.warning("%s", doubt)

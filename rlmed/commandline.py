@@ -54,12 +54,12 @@ SPARING = {
 def _check_used(program: str) -> None:
     """Check that every override of Hydra's current configuration has an effect in `program`."""
     own = HydraConfig.get()
-    places = [entry for entry in own.overrides.hydra if entry.startswith(SEARCH_KEY)]
+    search_path = [entry for entry in own.overrides.hydra if entry.startswith(SEARCH_KEY)]
     check_used(
         program,
         own.overrides.task,
         CONFIG_GROUPS,
-        lambda entries: plain_config(hydra.compose(own.job.config_name, [*entries, *places])),
+        lambda entries: plain_config(hydra.compose(own.job.config_name, [*entries, *search_path])),
     )
 
 
@@ -107,7 +107,7 @@ def run_command(program: str, main: Callable[[RunConfig, Path], None]) -> None:
                     f"{str(folder)!r}: no checkpoint can be written there, since the name cannot be decoded in this "
                     f"terminal's locale: set LC_ALL=C.UTF-8, or choose another with {FOLDER_KEY}FOLDER"
                 )
-            with hold(folder, cure=f"wait until it has ended, or choose another folder with {FOLDER_KEY}FOLDER"):
+            with hold(folder, advice=f"wait until it has ended, or choose another folder with {FOLDER_KEY}FOLDER"):
                 for path in (folder, folder / "checkpoints", folder / "evaluations"):
                     if path.exists():
                         check_writable(path)
@@ -257,7 +257,7 @@ def _choose_folder(program: str, name: str, overrides: Sequence[str]) -> Path:
             _report_fresh_start(folder.parent)
         return earlier or new_folder(folder)
     except OSError as error:
-        raise refusal(folder, error, cure=f"try again, or choose another with {FOLDER_KEY}FOLDER") from error
+        raise refusal(folder, error, advice=f"try again, or choose another with {FOLDER_KEY}FOLDER") from error
 
 
 def _report_fresh_start(folder: Path) -> None:
@@ -296,4 +296,4 @@ def check_writable(folder: Path) -> None:
         finally:
             probe.unlink(missing_ok=True)
     except OSError as error:
-        raise refusal(folder, error, cure="try again, or choose another with hydra.run.dir=FOLDER") from error
+        raise refusal(folder, error, advice="try again, or choose another with hydra.run.dir=FOLDER") from error

@@ -219,8 +219,8 @@ class Run:
         if limit is not None and not mismatch <= limit:
             raise ValueError(
                 f"step {step}: mismatch_kl={mismatch:.3g} exceeds rollout.max_mismatch_kl={limit:g}: the "
-                f"{self.config.rollout.engine} engine has other weights than the learner, or lower precision. Continue from "
-                "the last checkpoint with resume=auto, or raise the limit"
+                f"{self.config.rollout.engine} engine has different weights from the learner, or lower precision. Continue "
+                "from the last checkpoint with resume=auto, or raise the limit"
             )
 
     def _save(self, step: int) -> None:

@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     disable_progress_bar()  # rlmed has its own
     with ending_errors(CheckpointError, interrupted="interrupted; run the same command to continue"):
         parsed.work.mkdir(parents=True, exist_ok=True)
-        with hold(parsed.work, cure="wait until it has ended, or choose another folder with --work"):
+        with hold(parsed.work, advice="wait until it has ended, or choose another folder with --work"):
             build(
                 parsed.target,
                 parsed.work,

@@ -115,7 +115,7 @@ class GroupBuffer:
         if step - admitted > self._max_staleness or group.min_version < version:
             raise ClusterError(
                 f"group {index} was admitted for step {admitted} under policy version {version}, sampled by version "
-                f"{group.min_version} and would be learnt from in step {step}, with algo.max_staleness={self._max_staleness}: "
+                f"{group.min_version} and would be trained on in step {step}, with algo.max_staleness={self._max_staleness}: "
                 "an engine has older weights than were pushed to it"
             )
         return group

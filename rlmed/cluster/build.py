@@ -119,14 +119,14 @@ def _cluster(
 def build_learner(
     config: RunConfig,
     on_bad_step: OnSkippedUpdate,
-    ranks: Parallelism | None = None,
+    parallelism: Parallelism | None = None,
     *,
     policy: Policy | None = None,
     checkpoint: Path | None = None,
 ) -> PolicyLearner:
     """Build the learner in this process, on `policy` or that in `checkpoint`; the reference is always `config.model`.
 
-    `ranks` are the learner ranks that it belongs to; None for a single process.
+    `parallelism` is that of the learner ranks that it belongs to; None for a single process.
     """
     base = model_folder(config.model.path)
     load = functools.partial(build_policy, config.model, threads=config.cluster.threads)
@@ -144,7 +144,7 @@ def build_learner(
         max_tokens=config.rollout.max_tokens,
         temperature=config.rollout.temperature,
         on_bad_step=on_bad_step,
-        ranks=ranks,
+        parallelism=parallelism,
     )
 
 

@@ -105,7 +105,7 @@ def calibration_error(confidence: Float64Array, correct: BoolArray, bins: int = 
 
     Args:
         confidence: float [N], probability of the chosen answer.
-        correct: bool [N], whether it was right.
+        correct: bool [N], whether it was correct.
         bins: number of bins of equal width.
 
     Raises:
@@ -120,7 +120,7 @@ def calibrated_error_bound(confidence: Float64Array, *, resamples: int = RESAMPL
     """Return the calibration error that a calibrated model with these confidences exceeds in one data set of 20.
 
     With few rows in a bin, even a calibrated model has a positive error; this bound shows how large that effect is.
-    Each answer is drawn right with its confidence (consistency resampling, Bröcker and Smith 2007).
+    Each answer is drawn correct with its confidence (consistency resampling, Bröcker and Smith 2007).
     """
     draws = np.random.default_rng(0).random((resamples, len(confidence))) < confidence
     return float(np.percentile([calibration_error(confidence, correct) for correct in draws], 95))
@@ -157,7 +157,7 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     """
     if not 1 <= k <= samples or not 0 <= correct <= samples:
         raise ValueError(
-            f"pass@{k} is undefined for {correct} right of {samples}: k must lie between 1 and the number of samples"
+            f"pass@{k} is undefined for {correct} correct of {samples}: k must lie between 1 and the number of samples"
         )
     return 1 - comb(samples - correct, k) / comb(samples, k)
 

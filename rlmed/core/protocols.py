@@ -18,7 +18,7 @@ class ClusterError(RuntimeError):
 
 
 class RolloutPool(Protocol):
-    """Sample groups of completions."""
+    """Samples groups of completions."""
 
     @property
     def in_flight(self) -> int:
@@ -68,7 +68,7 @@ class RolloutPool(Protocol):
 
 
 class Learner(Protocol):
-    """Update the policy."""
+    """Updates the policy."""
 
     @property
     def policy_version(self) -> int:

@@ -30,7 +30,7 @@ def wilson_interval(correct: int, n: int, level: float = 0.95) -> tuple[float, f
         [0.646, 0.749]
 
     Raises:
-        ValueError: without rows, for more right answers than rows, or for a level outside (0, 1).
+        ValueError: without rows, for more correct answers than rows, or for a level outside (0, 1).
     """
     if n < 1 or not 0 <= correct <= n:
         raise ValueError(f"correct={correct} of n={n} has no interval: expected 0 <= correct <= n and n >= 1")
@@ -41,7 +41,7 @@ def wilson_interval(correct: int, n: int, level: float = 0.95) -> tuple[float, f
     centre = share + z * z / (2 * n)
     reach = z * sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    # at 0 and n right answers the bound is exact; avoid the rounding error
+    # at 0 and n correct answers the bound is exact; avoid the rounding error
     low = 0.0 if correct == 0 else (centre - reach) / scale
     high = 1.0 if correct == n else (centre + reach) / scale
     return low, high
@@ -57,21 +57,21 @@ class McNemarResult:
     """
 
     gained: int
-    """Rows wrong before and right after."""
+    """Rows wrong before and correct after."""
     lost: int
-    """Rows right before and wrong after."""
+    """Rows correct before and wrong after."""
     p_value: float
     """Two-sided, exact."""
 
 
 def mcnemar(before: BoolArray, after: BoolArray) -> McNemarResult:
-    """Run the exact McNemar test (1947): did the share of right answers change?
+    """Run the exact McNemar test (1947): did the share of correct answers change?
 
     Of n rows whose answer changed, the number gained is binomial(n, 1/2) if nothing changed;
     p = min(1, 2·P(X ≤ min(gained, lost))).
 
     Args:
-        before: bool [N], whether each row was right.
+        before: bool [N], whether each row was correct.
         after: bool [N], the same rows in the same order.
 
     Raises:
@@ -92,7 +92,7 @@ def mcnemar(before: BoolArray, after: BoolArray) -> McNemarResult:
 
 @dataclass(frozen=True)
 class ImageFreePrior:
-    """Baseline that sees only the options, neither image nor question, and picks the one most often right.
+    """Baseline that sees only the options, neither image nor question, and picks the one most often correct.
 
     Example:
         >>> row = Example(id="1", image=None, question="Where?", options=("head", "knee"), answer=1)
@@ -101,7 +101,7 @@ class ImageFreePrior:
     """
 
     correct: Counter[str]
-    """How often each option text (stripped, lower-cased) was the right answer."""
+    """How often each option text (stripped, lower-cased) was the correct answer."""
     shown: Counter[str]
     """How often each option text occurred among the options."""
 
@@ -138,7 +138,7 @@ class ImageFreePrior:
 
     @staticmethod
     def _expected(example: Example, correct: dict[str, int], shown: dict[str, int], by_rate: bool) -> float:
-        """Return the probability of picking the right option."""
+        """Return the probability of picking the correct option."""
         texts = [_text(option) for option in example.options]
         scores: list[float] = [correct.get(text, 0) for text in texts]
         if by_rate:
@@ -172,7 +172,7 @@ def majority_letter(examples: Sequence[Example], train: Sequence[Example] = ()) 
 
     Args:
         examples: the rows to answer.
-        train: rows that determine the letter, their most frequent right one (ties: first in the alphabet); defaults to
+        train: rows that determine the letter, their most frequent correct one (ties: first in the alphabet); defaults to
             `examples`.
 
     Raises:

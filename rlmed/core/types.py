@@ -109,7 +109,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         """Raise ValueError for an invalid temperature."""
         if not 0.0 <= self.temperature < math.inf:
-            raise ValueError(f"invalid temperature={self.temperature}: expected 0 (greedy) or a positive number")
+            raise ValueError(f"Invalid temperature={self.temperature}; expected 0 (greedy) or a positive number")
 
     @property
     def greedy(self) -> bool:

@@ -49,7 +49,7 @@ class EngineHandle:
     """What the learner knows of an engine."""
 
     name: str
-    """For messages."""
+    """Shown in messages."""
     address: Any
     """How another process reaches it; equal only for the same process."""
     devices: tuple[str, ...]
@@ -68,7 +68,7 @@ class StoredWeights:
 
 @dataclass(frozen=True, slots=True)
 class WeightUpdate:
-    """New weights that a learner offers to a pool; neither call blocks."""
+    """New weights that a learner pushes to a pool; neither call blocks."""
 
     stored: Callable[[], Any]
     """Return what workers fetch the weights by: `StoredWeights`, or a handle that resolves to it at the worker."""

@@ -68,16 +68,16 @@ class PassRates:
     def __init__(self, config: SelectionConfig) -> None:
         """Start without visits."""
         self._config = config
-        self._visits: dict[int, list[tuple[int, int]]] = {}  # (correct, all) completions of the latest groups
+        self._counts: dict[int, list[tuple[int, int]]] = {}  # (correct, all) completions of the latest groups
         self._aside: dict[int, tuple[int, bool]] = {}  # the epoch in which it returns, and whether it is too easy
 
-    def observe(self, visit: Visit, right: int, completions: int) -> None:
-        """Record a group of this example: `right` of `completions` are correct."""
+    def observe(self, visit: Visit, correct: int, completions: int) -> None:
+        """Record a group of this example: `correct` of its `completions` are."""
         config = self._config
-        visits = [*self._visits.get(visit.example, ()), (right, completions)][-config.window :]
-        self._visits[visit.example] = visits
-        rate = sum(count for count, _ in visits) / sum(count for _, count in visits)
-        if len(visits) == config.window and not config.min_pass_rate < rate < config.max_pass_rate:
+        counts = [*self._counts.get(visit.example, ()), (correct, completions)][-config.window :]
+        self._counts[visit.example] = counts
+        rate = sum(count for count, _ in counts) / sum(count for _, count in counts)
+        if len(counts) == config.window and not config.min_pass_rate < rate < config.max_pass_rate:
             self._aside[visit.example] = (visit.epoch + config.cooldown_epochs + 1, rate >= config.max_pass_rate)
         else:
             self._aside.pop(visit.example, None)
@@ -93,13 +93,13 @@ class PassRates:
     def state(self) -> dict[str, Any]:
         """Return the state as JSON."""
         return {
-            "visits": [[example, visits] for example, visits in self._visits.items()],
+            "visits": [[example, counts] for example, counts in self._counts.items()],
             "aside": [[example, *entry] for example, entry in self._aside.items()],
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Resume from what `state` returned."""
-        self._visits = {example: [(right, all_) for right, all_ in visits] for example, visits in state["visits"]}
+        self._counts = {example: [(correct, all_) for correct, all_ in counts] for example, counts in state["visits"]}
         self._aside = {example: (epoch, easy) for example, epoch, easy in state["aside"]}
 
 
@@ -118,10 +118,10 @@ class _Lane:
     def draw(self, rates: PassRates | None) -> Visit:
         """Return the next example that is not set aside. Terminates, since none is set aside forever."""
         while True:
-            epoch, visit = self._order.example_at(self.cursor)
+            epoch, index = self._order.example_at(self.cursor)
             self.cursor += 1
-            if rates is None or not rates.passed_over(self.rows[visit], epoch):
-                return Visit(epoch, self.rows[visit])
+            if rates is None or not rates.passed_over(self.rows[index], epoch):
+                return Visit(epoch, self.rows[index])
 
 
 class Curriculum:
@@ -180,11 +180,11 @@ class Curriculum:
             self._drawn[turn] += 1
         return self._drawn_visits[index]
 
-    def observe(self, index: int, right: int, completions: int) -> None:
-        """Record a scored group, `right` of whose `completions` are correct, and forget its example."""
+    def observe(self, index: int, correct: int, completions: int) -> None:
+        """Record a scored group, `correct` of whose `completions` are, and forget its example."""
         visit = self._drawn_visits.pop(index)
         if self._rates is not None:
-            self._rates.observe(visit, right, completions)
+            self._rates.observe(visit, correct, completions)
 
     def metrics(self) -> dict[str, float]:
         """Return the shares of rows set aside now; empty where all rows are drawn."""

@@ -23,7 +23,7 @@ from rlmed.data.rows import as_object
 from rlmed.data.rows import shorten as shorten
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
-NEAR_CURE = "write the path relative to the folder, with the file's exact name"
+NEAR_ADVICE = "write the path relative to the folder, with the file's exact name"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +84,12 @@ def read_examples(path: Path, *, on_bad_row: str = "skip") -> ReadResult:
         raise ValueError(f"{path} is empty: it needs one JSON object a line, with image, question, options and answer")
     # the folder of a symlinked file is the one that holds the link
     folder = Folder(path.parent)
-    parsed = [(line, *parse_row(row, f"{path.stem}-{line}", folder)) for line, row in rows]
-    broken = _broken_images({entry.image for _, _, entry in parsed if isinstance(entry, Example) and entry.image})
+    entries = [(line, *parse_row(row, f"{path.stem}-{line}", folder)) for line, row in rows]
+    broken = _broken_images({entry.image for _, _, entry in entries if isinstance(entry, Example) and entry.image})
     examples: list[Example] = []
     skipped: list[SkippedRow] = []
     lines: dict[str, int] = {}
-    for line, name, entry in parsed:
+    for line, name, entry in entries:
         if isinstance(entry, str):
             skipped.append(SkippedRow(line, name, entry))
         elif entry.image in broken:
@@ -160,9 +160,7 @@ def parse_row(row: Any, default: str, folder: Folder) -> tuple[str, Example | st
         choice = _choice(row)
         completion = None if row.get("completion") is None else _text(row, "completion")
         if completion is not None and not choice.same_letters:
-            raise BadRowError(
-                "its completion names letters, and those of its options have a gap: call them A, B, C and so on"
-            )
+            raise BadRowError("the letters in its completion have a gap: name the options A, B, C and so on")
         return name, Example(
             id=name,
             image=_image_path(row.get("image"), folder),
@@ -202,7 +200,7 @@ def _checked_text(value: object, key: str) -> str:
         raise BadRowError(f"its {key} is {shorten(value)}, not a text")
     # half of a pair of \\uXXXX escapes is valid JSON but not valid text: it can be neither tokenized nor hashed
     if _SURROGATE.search(value):
-        raise BadRowError(f"its {key} {shorten(value)} holds half a character (a lone surrogate)")
+        raise BadRowError(f"its {key} {shorten(value)} contains a lone surrogate")
     return value
 
 
@@ -223,7 +221,7 @@ def _option_text(value: object) -> str:
 def _image_path(value: Any, folder: Folder) -> Path | None:
     if isinstance(value, list):
         if len(value) != 1:
-            raise BadRowError(f"it has {len(value)} images; one is possible")
+            raise BadRowError(f"it has {len(value)} images; only one is supported")
         (value,) = value
     if value is None:
         return None
@@ -231,7 +229,7 @@ def _image_path(value: Any, folder: Folder) -> Path | None:
     path = path_inside(text, folder)
     # without a hint, the decoder reports the image as missing
     if not os.path.lexists(path) and (near := folder.near(text)):
-        raise BadRowError(f"image {path} does not exist: {near}; {NEAR_CURE}")
+        raise BadRowError(f"image {path} does not exist: {near}; {NEAR_ADVICE}")
     return path
 
 
@@ -247,8 +245,8 @@ def path_inside(text: str, folder: Folder, what: str = "image") -> Path:
         return folder.locate(text)
     except OutsideError as error:
         near = folder.near(text)
-        cure = f"{near} in it; {NEAR_CURE}" if near else "copy it there, give its relative path"
-        raise BadRowError(f"its {what} {shorten(text)} leaves the folder of the data file: {cure}") from error
+        advice = f"{near} in it; {NEAR_ADVICE}" if near else "copy it there, give its relative path"
+        raise BadRowError(f"its {what} {shorten(text)} leaves the folder of the data file: {advice}") from error
 
 
 def _broken_images(paths: set[Path]) -> dict[Path | None, str]:

@@ -104,7 +104,7 @@ class _KeptPictures:
         return self._bytes
 
     def add(self, version: _Version, picture: Image.Image) -> None:
-        """Keep an RGB picture if there is room, of a grey one a single band."""
+        """Keep an RGB picture if there is room; store grey ones as one band."""
         bands = picture.split()
         first, *others = (band.tobytes() for band in bands)
         grey = all(other == first for other in others)
@@ -211,7 +211,7 @@ def _decode(stream: BinaryIO, name: Path | str, max_side: int) -> tuple[Image.Im
     except BadImageError:
         raise
     except UnreadableModeError as error:
-        raise BadImageError(f"image {name} cannot be shown as it is meant: {error}") from error
+        raise BadImageError(f"image {name} cannot be displayed faithfully: {error}") from error
     except UnidentifiedImageError as error:
         raise BadImageError(_unidentified(name, stream)) from error
     except Image.DecompressionBombError as error:

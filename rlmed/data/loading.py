@@ -161,8 +161,8 @@ def load_data(config: DataConfig, renderer: PromptRenderer, *, training: bool) -
 def _load_file(path: str, config: DataConfig, renderer: PromptRenderer, limit: int | None) -> DataFile:
     if not Path(path).exists():
         near = near_path(path)
-        cure = f"; {near}" if near else f". {config.download or ''}"
-        raise ValueError(f"data file {path} does not exist (relative to {Path.cwd()}){cure}".rstrip())
+        advice = f"; {near}" if near else f". {config.download or ''}"
+        raise ValueError(f"data file {path} does not exist (relative to {Path.cwd()}){advice}".rstrip())
     read = read_examples(Path(path), on_bad_row=config.on_bad_row)
     if read.skipped:
         log.warning("%s", format_skips(read))

@@ -61,8 +61,8 @@ class PromptStream:
         """
         for group in sorted(groups, key=lambda group: group.rollout.request.index):
             choice = group.reward_parts.get("choice")
-            right = 0 if choice is None else int((choice == 1).sum())
-            self._curriculum.observe(group.rollout.request.index, right, len(group.rewards))
+            correct = 0 if choice is None else int((choice == 1).sum())
+            self._curriculum.observe(group.rollout.request.index, correct, len(group.rewards))
         return self._curriculum.metrics()
 
     def state(self) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class PreflightReport:
     """Share of completions cut by the length limit."""
     went_on: float
     """Share of completions that continued after their answer until the length limit."""
-    without_spread: float
+    without_signal: float
     """Share of groups without a learning signal: all rewards are equal, or all completions are masked."""
     distinct: float
     """Mean share of distinct texts in a group."""
@@ -42,7 +42,7 @@ class PreflightReport:
         form = "" if self.format_rate is None else f"format {self.format_rate:.0%}, "
         return (
             f"preflight: {self.groups} groups, reward {self.reward_mean:.2f}, {form}cut by length {cut}, "
-            f"groups without learning signal {self.without_spread:.0%}, distinct completions {self.distinct:.0%}"
+            f"groups without learning signal {self.without_signal:.0%}, distinct completions {self.distinct:.0%}"
         )
 
 
@@ -58,7 +58,7 @@ def inspect(groups: Sequence[ScoredGroup], *, mask_truncated: bool = False) -> P
         format_rate=float(np.concatenate(formats).mean()) if formats else None,
         truncated=float(np.mean([completion.finish_reason == "length" for completion in completions])),
         went_on=float(np.mean([went_on(completion.text, completion.finish_reason) for completion in completions])),
-        without_spread=float(
+        without_signal=float(
             np.mean([not has_learning_signal(group, mask_truncated=mask_truncated) for group in groups])
         ),
         distinct=float(np.mean([len(set(entry)) / len(entry) for entry in texts])),
@@ -104,7 +104,7 @@ def check(report: PreflightReport, max_tokens: int, end_tokens: Sequence[str] = 
     Raises:
         PreflightError: with the most likely cause and what to do.
     """
-    if report.without_spread < 1:
+    if report.without_signal < 1:
         return
     if report.distinct <= 1 / max(2, report.completions // report.groups):
         cause = (

@@ -70,11 +70,13 @@ class _Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluator:
-    """Measure accuracy with everything but the step bound.
+    """Evaluates a run's model; only the step is given per call.
 
     Example:
-        >>> evaluator = Evaluator.of_run(config, folder, data, pool, renderer)           # doctest: +SKIP
-        >>> evaluator.evaluate(step=300, controls=True).accuracies                       # doctest: +SKIP
+        >>> evaluator = Evaluator.of_run(
+        ...     config.eval, folder, data, pool, renderer, stop=(), model="models/base"
+        ... )  # doctest: +SKIP
+        >>> evaluator.evaluate(step=300, controls=True).accuracies  # doctest: +SKIP
         {'test_mri': 0.81, 'test_ct': 0.74}
     """
 
@@ -109,7 +111,7 @@ class Evaluator:
         model: str,
         on_progress: OnProgress | None = None,
     ) -> Evaluator:
-        """Bind what a run's settings and data say."""
+        """Build the evaluator from a run's settings and data."""
         return cls(
             files=data.eval_files(settings.limit),
             pool=pool,
@@ -184,21 +186,21 @@ def shuffled_images(examples: Sequence[Example], seed: int = SHUFFLE_SEED) -> li
     the number of rows of the most frequent picture. So no row keeps its own, unless one picture belongs to more than
     half of the rows: rows that would keep it are left out, as are rows without a picture.
     """
-    places: dict[Path, list[int]] = defaultdict(list)
-    for place, example in enumerate(examples):
+    rows: dict[Path, list[int]] = defaultdict(list)
+    for index, example in enumerate(examples):
         if example.image is not None:
-            places[example.image].append(place)
-    if not places:
+            rows[example.image].append(index)
+    if not rows:
         return []
-    images = sorted(places)
+    images = sorted(rows)
     order = np.random.default_rng(seed).permutation(len(images))
-    line = [(place, images[index]) for index in order for place in places[images[index]]]
-    shift = max(len(rows) for rows in places.values())
-    given = {place: line[(i + shift) % len(line)][1] for i, (place, _) in enumerate(line)}
+    line = [(index, images[i]) for i in order for index in rows[images[i]]]
+    shift = max(map(len, rows.values()))
+    given = {index: line[(i + shift) % len(line)][1] for i, (index, _) in enumerate(line)}
     return [
-        dataclasses.replace(example, image=given[place])
-        for place, example in enumerate(examples)
-        if place in given and given[place] != example.image
+        dataclasses.replace(example, image=given[index])
+        for index, example in enumerate(examples)
+        if index in given and given[index] != example.image
     ]
 
 

@@ -64,7 +64,7 @@ def check_positions(model: ModelConfig, data: DataConfig, *, max_tokens: int) ->
         load_config(model_folder(model.path)),
         tokens=longest + max_tokens,
         what=f"data.max_prompt_tokens={longest} and {max_tokens} completion tokens",
-        cure="data.max_prompt_tokens, rollout.max_tokens or eval.max_tokens",
+        advice="data.max_prompt_tokens, rollout.max_tokens or eval.max_tokens",
     )
     if doubt:
         log.warning("%s", doubt)

@@ -237,22 +237,22 @@ def _check_loaded(folder: Path, found: Mapping[str, Collection[Any]], *, tied: b
     Raises:
         ValueError: naming the first parameter that differs or that only one of them has.
     """
-    cure = "its files do not match its config.json; copy or download the folder again"
+    advice = "its files do not match its config.json; copy or download the folder again"
     if reshaped := sorted(found["mismatched_keys"]):
         name, stored, expected = reshaped[0]
         raise ValueError(
             f"model {str(folder)!r}: {name} is {list(stored)} in the weights and {list(expected)} by config.json "
-            f"({len(reshaped)} parameters differ): {cure}"
+            f"({len(reshaped)} parameters differ): {advice}"
         )
     if absent := sorted(found["missing_keys"]):
         if absent == [HEAD]:
-            cure = (
+            advice = (
                 "config.json does not tie the vocabulary projection to the token embeddings: set tie_word_embeddings to true "
                 "if they are tied, else copy or download the folder again"
             )
         raise ValueError(
             f"model {str(folder)!r} has no weights for {len(absent)} parameters of its config.json, the first is {absent[0]}: "
-            f"{cure}"
+            f"{advice}"
         )
     unknown = sorted(name for name in found["unexpected_keys"] if not name.endswith(COMPUTED_BUFFERS))
     if adapted := [name for name in unknown if "lora_" in name or ".base_layer." in name]:
@@ -263,7 +263,7 @@ def _check_loaded(folder: Path, found: Mapping[str, Collection[Any]], *, tied: b
     if unknown:
         raise ValueError(
             f"model {str(folder)!r} has weights for {len(unknown)} parameters unknown to its config.json, the first is "
-            f"{unknown[0]}: {cure}"
+            f"{unknown[0]}: {advice}"
         )
     if tied and folder.is_dir() and own_head_differs(folder):
         text = read_json(folder / CONFIG_FILE).get("text_config")
@@ -308,8 +308,8 @@ def load_config(folder: Path) -> PreTrainedConfig:
         raise ValueError(f"model {str(folder)!r} is a file: give the folder that contains it and its config.json")
     if folder.is_absolute() or len(folder.parts) > 2 or ".." in folder.parts:
         # a hub name is NAME or OWNER/NAME
-        cure = near_path(folder) or "check model.path"
-        raise ValueError(f"model folder {str(folder)!r} does not exist (relative to {Path.cwd()}); {cure}")
+        advice = near_path(folder) or "check model.path"
+        raise ValueError(f"model folder {str(folder)!r} does not exist (relative to {Path.cwd()}); {advice}")
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:

@@ -129,7 +129,7 @@ class RunRecorder:
             folder.mkdir(parents=True, exist_ok=True)
             write_batch(folder / f"{step:06d}.npz", groups, "recorded")
         except OSError as error:
-            raise refusal(folder, error, cure="start again, or leave debug.record out") from error
+            raise refusal(folder, error, advice="start again, or leave debug.record out") from error
 
     def offsets(self) -> dict[str, int]:
         """Sync each file and return its length in bytes, for a checkpoint to pass to `truncate` later."""

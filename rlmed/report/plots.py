@@ -109,7 +109,7 @@ class Plot:
     svg: Markup
 
 
-def _name_of_today(name: str) -> str:
+def _current_name(name: str) -> str:
     """Translate a metric name of rlmed 0.1."""
     return "groups/zero_variance" if name == "groups/no_spread" else re.sub("^spread/", "reward_std/", name)
 
@@ -120,7 +120,7 @@ def draw_metrics(lines: Sequence[Mapping[str, Any]]) -> list[Plot]:
     Args:
         lines: lines of metrics.jsonl: "step", and values by name; null means missing.
     """
-    lines = [{_name_of_today(name): value for name, value in line.items()} for line in lines]
+    lines = [{_current_name(name): value for name, value in line.items()} for line in lines]
     rewards = sorted({name for line in lines for name in line if name.startswith("reward/")} - {"reward/mean"})
     names = {"reward/mean": "total", **{name: name.removeprefix("reward/") for name in rewards}}
     deviations = sorted({name for line in lines for name in line if name.startswith("reward_std/")})

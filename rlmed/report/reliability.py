@@ -69,8 +69,10 @@ def _draw_reliability(found: Calibration) -> Any:
         shares = [Accuracy.of(entry.correct, entry.count) for entry in found.bins]
         x = [entry.confidence for entry in found.bins]
         _points(axes, x, shares, fmt="o", markersize=3.5, elinewidth=1)
-        for place, entry in zip(x, found.bins, strict=True):
-            axes.annotate(f"{entry.count}", (place, 1.09), ha="center", va="center", fontsize=7, annotation_clip=False)
+        for confidence, entry in zip(x, found.bins, strict=True):
+            axes.annotate(
+                f"{entry.count}", (confidence, 1.09), ha="center", va="center", fontsize=7, annotation_clip=False
+            )
         axes.set_xlim(0, 1.03)
         axes.set_ylim(-0.03, 1.14)
         axes.set_xticks(np.linspace(0, 1, 6))

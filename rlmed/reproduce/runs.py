@@ -90,7 +90,7 @@ class RunCommand:
         return True
 
     def execute(self) -> None:
-        """RunCommand it, or resume it, to its end.
+        """Run it, or resume it, to its end.
 
         Raises:
             RuntimeError: if the command fails; its own error is on the terminal.
@@ -174,7 +174,7 @@ def reproduce(runs: Sequence[RunCommand], console: Console) -> Reproduction:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """RunCommand everything, then print and write the table."""
+    """Run everything, then print and write the table."""
     parser = argparse.ArgumentParser(
         prog="python -m rlmed.reproduce", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -190,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         root = given.out or default_folder(given.overrides)
         runs = plan(root, given.methods, given.seeds, given.overrides)
         root.mkdir(parents=True, exist_ok=True)
-        with hold(root, cure="wait until it has ended, or choose another folder with --out"):
+        with hold(root, advice="wait until it has ended, or choose another folder with --out"):
             found = reproduce(runs, console)
             files = write_reproduction(root, found)
     console.print(found.table())

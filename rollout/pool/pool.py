@@ -99,11 +99,11 @@ class WorkerPool:
         """
         if not self._settings.sleeps:
             return
-        resting: Future[list[Future[None]]] = Future()
-        self._events.put(lambda: resting.set_result([self._sleep(slot) for slot in self._slots if slot.ready]))
-        while not wait([resting], timeout=1.0).done:
+        sleeping: Future[list[Future[None]]] = Future()
+        self._events.put(lambda: sleeping.set_result([self._sleep(slot) for slot in self._slots if slot.ready]))
+        while not wait([sleeping], timeout=1.0).done:
             self.raise_error()
-        wait(resting.result(), timeout=self._settings.push_s)  # one that fails is replaced
+        wait(sleeping.result(), timeout=self._settings.push_s)  # one that fails is replaced
 
     def update_weights(self, weights: WeightUpdate) -> list[PushReport]:
         """Push new weights to all workers and wait; a worker that fails is replaced by one that has them.

@@ -110,7 +110,7 @@ class Company:
         gpus = 0.5 if share else 1.0
         build = functools.partial(build_engine, folder, dtype, sleep)
         self.learner = RayLearner(
-            lambda report, ranks: Changing(folder, dtype),  # type: ignore[arg-type, return-value]
+            lambda report, parallelism: Changing(folder, dtype),  # type: ignore[arg-type, return-value]
             on_bad_step=lambda *_: None,
             step_s=600,
             device="cuda",

@@ -132,5 +132,5 @@ def test_a_killed_worker_costs_no_group_and_a_killed_rank_is_resumed_with_one_co
     assert "resuming after step" in resumed.finish()
     assert [line["step"] for line in metrics(runs / "killed")] == [1, 2, 3, 4, 5, 6]
     groups = Counter(row["index"] for row in read_lines(runs / "killed" / "rollouts.jsonl"))
-    assert groups == Counter(range(6 * 4))  # each group once, whoever sampled it
+    assert groups == Counter(range(6 * 4))  # each group once, from any worker
     assert_same_training(runs / "killed", local, last=STEPS, before=STEPS - 2)

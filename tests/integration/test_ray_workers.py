@@ -115,7 +115,7 @@ def test_a_lost_worker_costs_no_group(pool, session, model, signal_number, monke
     # a frozen process does not hear that it shall end, and is ended all the same
     monkeypatch.undo()
     wait_until(lambda: not Path(f"/proc/{victim}").exists(), 120, "the lost process is gone")
-    # seeds make a completion what it is, whoever samples it: an undisturbed run gives the same groups
+    # a completion depends on its seed, not on the worker that samples it: an undisturbed run gives the same groups
     ready(pool)
     again = pool.channel()
     for index in range(GROUPS):
@@ -170,8 +170,8 @@ class Doomed:
 
     policy_version = 0
 
-    def __init__(self, ranks, ways):
-        self.way = ways[getattr(ranks, "rank", 0)]
+    def __init__(self, parallelism, ways):
+        self.way = ways[getattr(parallelism, "rank", 0)]
 
     def step(self, groups):
         if self.way == "lost":
@@ -195,8 +195,8 @@ class Doomed:
     ids=["lost", "failed", "refused"],
 )
 def test_what_became_of_the_learner_ranks_is_told(session, ways, error, message):
-    def build(report, ranks):
-        return Doomed(ranks, ways)
+    def build(report, parallelism):
+        return Doomed(parallelism, ways)
 
     learner = RayLearner(build, on_bad_step=lambda *_: None, step_s=60, options=[{}] * len(ways))
     try:
@@ -227,7 +227,7 @@ class ToldEngine(NativeEngine):
 
 @ray.remote(num_cpus=0)
 class Numbers:
-    """1, 2, 3 and so on, whoever asks."""
+    """1, 2, 3 and so on, over all callers."""
 
     def __init__(self):
         self.last = 0
@@ -302,13 +302,13 @@ def sampled(pool, *versions):
     return sorted(groups, key=lambda group: group.min_version)
 
 
-def test_weights_are_sent_from_actor_to_actor_and_fetched_by_whoever_comes_later(session, model, caplog):
+def test_weights_are_sent_from_actor_to_actor_and_fetched_by_later_workers(session, model, caplog):
     settings = PoolSettings(capacity=4, heartbeat_s=0.5, silence_s=120.0)
     build = functools.partial(build_told_engine, model, Numbers.remote())
     pool = WorkerPool(lambda i: RayWorker(f"worker {i}", build), 2, settings)
     channel = pool.channel()
     learner = RayLearner(
-        lambda report, ranks: Drifting(model),
+        lambda report, parallelism: Drifting(model),
         on_bad_step=lambda *_: None,
         step_s=120,
         weight_transfer="nccl",

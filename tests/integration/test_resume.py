@@ -70,7 +70,7 @@ def test_killed_and_resumed_equals_uninterrupted(place: str, workplace: Path, un
 @pytest.mark.slow
 def test_a_resumed_curriculum_asks_the_same_prompts(workplace: Path) -> None:
     """Rows are set aside by what came of them, so the order hangs on the run's history, which the checkpoint has to hold; and
-    so do the running spreads by which advantages are divided."""
+    so do the running standard deviations by which advantages are divided."""
     settings = (
         "data.limit=9",
         "data.selection={mode:pass_rate,cooldown_epochs:1}",

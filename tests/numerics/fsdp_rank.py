@@ -62,7 +62,7 @@ class Result:
     """The optimizer's, whole; its tensors are None but on the first rank."""
 
 
-def do(job: Job, ranks: Parallelism | None = None, *, last: bool = True) -> Result:
+def do(job: Job, parallelism: Parallelism | None = None, *, last: bool = True) -> Result:
     """Load, learn, save; `last` is True on the last rank."""
     policy = load_policy(job.start or job.base, dtype=job.dtype, device=job.device)
     loss = loss_config(**job.loss)
@@ -80,7 +80,7 @@ def do(job: Job, ranks: Parallelism | None = None, *, last: bool = True) -> Resu
         max_tokens=32,
         temperature=0.9,
         on_bad_step=lambda _, reason: reports.append(reason),
-        ranks=ranks,
+        parallelism=parallelism,
     )
     smooth_updates(learner.optimizer)
     if job.start:
@@ -96,7 +96,7 @@ def do(job: Job, ranks: Parallelism | None = None, *, last: bool = True) -> Resu
     if job.save:
         learner.save(job.save)
     weights = {name: whole.clone() for name, whole in learner.full_weights()}
-    state = learner._ranks.gather_full(learner.optimizer.state_dict())
+    state = learner._parallelism.gather_full(learner.optimizer.state_dict())
     names = [name for name, _ in policy.model.named_parameters()]
     return Result(metrics, reports, learner.policy_version, names, weights, state)
 
@@ -111,17 +111,17 @@ def serve(rank: int, size: int, init_method: str, device: str, test: Connection)
     if device == "cuda":  # as Ray does: a rank sees its own GPU only, and calls it "cuda"
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(size)))
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[rank]
-    ranks = init_distributed(rank, size, init_method, device=device, timeout_s=COLLECTIVE_S)
+    parallelism = init_distributed(rank, size, init_method, device=device, timeout_s=COLLECTIVE_S)
     try:
         while (job := test.recv()) is not None:
             job.device = device
             try:
-                test.send(do(job, ranks, last=rank == size - 1))
+                test.send(do(job, parallelism, last=rank == size - 1))
             except Exception:
                 test.send(traceback.format_exc())
     except EOFError:
         pass
-    ranks.leave()
+    parallelism.leave()
 
 
 class Processes:

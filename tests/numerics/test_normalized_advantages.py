@@ -37,10 +37,10 @@ def advantages(batch: Sequence[ScoredGroup], running: RunningRewardStd, algo: Al
 
 def draw(rng: np.random.Generator, modality: str, scale: float, index: int) -> ScoredGroup:
     """Right or wrong, by a question's own difficulty, at the modality's scale."""
-    right = np.zeros(8)
-    while not 0 < right.sum() < 8:
-        right = (rng.random(8) < rng.uniform(0.1, 0.9)).astype(float)
-    return scored(modality, (right * scale).tolist(), index)
+    correct = np.zeros(8)
+    while not 0 < correct.sum() < 8:
+        correct = (rng.random(8) < rng.uniform(0.1, 0.9)).astype(float)
+    return scored(modality, (correct * scale).tolist(), index)
 
 
 def test_values_worked_by_hand() -> None:
@@ -53,8 +53,8 @@ def test_values_worked_by_hand() -> None:
     assert running.of("MRI") == 0
     # 1.75 - mean 1 over 0.5 + eps; rloo: 1.75 - (0.25 + 1 + 1) / 3 = 1
     rewards = torch.tensor([1.75, 0.25, 1.0, 1.0])
-    for kind in ("grpo", "dr_grpo"):
-        got = group_advantages(rewards, kind, 0.25, running_std=0.5)
+    for estimator in ("grpo", "dr_grpo"):
+        got = group_advantages(rewards, estimator, 0.25, running_std=0.5)
         torch.testing.assert_close(got, torch.tensor([1.0, -1.0, 0.0, 0.0]))
     got = group_advantages(rewards, "rloo", 0.25, running_std=0.5)
     torch.testing.assert_close(got, torch.tensor([4 / 3, -4 / 3, 0.0, 0.0]))
@@ -66,7 +66,7 @@ def test_a_modality_of_one_group_has_the_advantages_of_grpo() -> None:
     torch.testing.assert_close(torch.from_numpy(got), group_advantages(torch.tensor(rewards), "grpo"))
 
 
-def test_a_running_spread_of_equal_groups_is_theirs_from_the_first_on() -> None:
+def test_the_running_standard_deviation_of_equal_groups_is_theirs_from_the_first_on() -> None:
     running = RunningRewardStd()
     for _ in range(500):
         running.add("CT", torch.tensor([0.0, 0.0, 1.0, 1.0]))
@@ -82,9 +82,9 @@ def test_it_follows_a_change_within_some_hundred_groups() -> None:
     assert running.of("CT") == pytest.approx(math.sqrt(left / (1 - STD_DECAY**600)), rel=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo"])
-def test_scale_and_shift_of_one_modality_change_nothing(kind: str) -> None:
-    algo = dataclasses.replace(ALGO, advantage=kind)
+@pytest.mark.parametrize("estimator", ["grpo", "dr_grpo", "rloo"])
+def test_scale_and_shift_of_one_modality_change_nothing(estimator: str) -> None:
+    algo = dataclasses.replace(ALGO, advantage=estimator)
     rng = np.random.default_rng(0)
     runnings = RunningRewardStd(), RunningRewardStd()
     for step in range(20):

@@ -103,12 +103,12 @@ def _unknown_key(key: str, hints: Mapping[str, Any], where: str) -> ConfigError:
         return ConfigError(f"unknown key {where}{key}: renamed to {RENAMED[f'{where}{key}']}")
     if f"{where}{key}" in REMOVED:
         return ConfigError(f"unknown key {where}{key}: {REMOVED[f'{where}{key}']}")
-    places = {name: [f"{where}{name}"] for name in hints}
+    keys = {name: [f"{where}{name}"] for name in hints}
     for section, of in hints.items():
         for name in typing.get_type_hints(of) if dataclasses.is_dataclass(of) else ():
-            places.setdefault(name, []).append(f"{where}{section}.{name}")
-    near = difflib.get_close_matches(key, places, n=1)
-    hint = f"did you mean {' or '.join(places[near[0]])}?" if near else f"known keys: {', '.join(sorted(hints))}"
+            keys.setdefault(name, []).append(f"{where}{section}.{name}")
+    near = difflib.get_close_matches(key, keys, n=1)
+    hint = f"did you mean {' or '.join(keys[near[0]])}?" if near else f"known keys: {', '.join(sorted(hints))}"
     return ConfigError(f"unknown key {where}{key}: {hint}")
 
 

@@ -18,4 +18,4 @@ def require(condition: bool, message: str) -> None:
 
 def require_one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raise ConfigError unless `value` is one of `allowed`."""
-    require(value in allowed, f"invalid {key}={value!r}: expected one of {', '.join(allowed)}")
+    require(value in allowed, f"Invalid {key}={value!r}; expected one of {', '.join(allowed)}")

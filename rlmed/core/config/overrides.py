@@ -324,12 +324,12 @@ def explain(error: Exception) -> str:
         mark = error.problem_mark
         return f"{mark.name}, line {mark.line + 1} is not valid YAML ({error.problem}): fix that line"
     if isinstance(error, OmegaConfBaseException):
-        cure = ""
+        advice = ""
         if "nterpolation" in type(error).__name__ + str(error):
-            cure = r": correct the key in ${…}, or write \${ for a literal ${"
+            advice = r": correct the key in ${…}, or write \${ for a literal ${"
         said = str(error).partition("\n")[0].rstrip(".")
         key = "" if error.full_key is None or str(error.full_key) in said else f"{error.full_key}: "
-        return f"{key}{said}{cure}"
+        return f"{key}{said}{advice}"
     said = one_line(error)
     sweep = re.match("Ambiguous value for argument '(.*?)' 1[.]|Sweep parameters '(.*)' require", said)
     if sweep:

@@ -30,7 +30,7 @@ class Rule:
     """Keys without effect.
 
     Example:
-        Rule(keys=("algo.loss.dual_clip",), unless={"algo.loss.clip": ("dual",)}, cure="Set algo.loss.clip=dual")
+        Rule(keys=("algo.loss.dual_clip",), unless={"algo.loss.clip": ("dual",)}, advice="Set algo.loss.clip=dual")
     """
 
     keys: tuple[str, ...]
@@ -43,7 +43,7 @@ class Rule:
     """No effect unless one of these keys has one of these values."""
     values: tuple[Any, ...] = ()
     """The keys' own values without effect; empty means all."""
-    cure: str
+    advice: str
     """What to do instead: a sentence without its full stop."""
 
     def covers(self, key: str, value: Any) -> bool:
@@ -81,162 +81,166 @@ SEVERAL_UPDATES = "The ratio is 1 in a batch's first update: set learner.mini_ba
 
 RULES = (
     # what other commands are for
-    Rule(keys=("steps",), programs=("sft",), cure="Set sft.epochs and sft.batch_size"),
-    Rule(keys=("steps", "checkpoint", "resume"), programs=EVALUATE, cure="It learns nothing: leave it out"),
-    Rule(keys=("algo", "reward"), programs=ONE_PROCESS, cure="Only rlmed.launch learns from rewards: leave it out"),
-    Rule(keys=("preflight", "debug"), programs=ONE_PROCESS, cure="It is for rlmed.launch alone: leave it out"),
-    Rule(keys=("sft",), programs=("train", *EVALUATE), cure="It is for rlmed.sft alone: leave it out"),
+    Rule(keys=("steps",), programs=("sft",), advice="Set sft.epochs and sft.batch_size"),
+    Rule(keys=("steps", "checkpoint", "resume"), programs=EVALUATE, advice="It learns nothing: leave it out"),
+    Rule(keys=("algo", "reward"), programs=ONE_PROCESS, advice="Only rlmed.launch learns from rewards: leave it out"),
+    Rule(keys=("preflight", "debug"), programs=ONE_PROCESS, advice="It is for rlmed.launch alone: leave it out"),
+    Rule(keys=("sft",), programs=("train", *EVALUATE), advice="It is for rlmed.sft alone: leave it out"),
     Rule(
         keys=("reliability",),
         programs=("train", "sft", "evaluate"),
-        cure="It is for rlmed.reliability alone: leave it out",
+        advice="It is for rlmed.reliability alone: leave it out",
     ),
     Rule(
         keys=("compare_to",),
         programs=TRAINING,
-        cure="Train without it, then run python -m rlmed.evaluate model=RUN/checkpoints/step-N with it",
+        advice="Train without it, then run python -m rlmed.evaluate model=RUN/checkpoints/step-N with it",
     ),
     # one process, greedy completions
     Rule(
         keys=("rollout.engine",),
         values=("vllm",),
         programs=ONE_PROCESS,
-        cure="It samples in its own process, with the native engine: leave rollout=vllm out",
+        advice="It samples in its own process, with the native engine: leave rollout=vllm out",
     ),
-    Rule(keys=VLLM, programs=ONE_PROCESS, cure="vLLM samples for rlmed.launch alone: leave it out"),
-    Rule(keys=("cluster.kind", *RAY), programs=ONE_PROCESS, cure="It runs in one process: leave it out"),
+    Rule(keys=VLLM, programs=ONE_PROCESS, advice="vLLM samples for rlmed.launch alone: leave it out"),
+    Rule(keys=("cluster.kind", *RAY), programs=ONE_PROCESS, advice="It runs in one process: leave it out"),
     Rule(
         keys=("rollout.temperature", "rollout.top_p", "rollout.top_k"),
         programs=ONE_PROCESS,
-        cure="Evaluation is greedy, and rlmed.reliability samples at temperature 1: leave it out",
+        advice="Evaluation is greedy, and rlmed.reliability samples at temperature 1: leave it out",
     ),
-    Rule(keys=("rollout.max_tokens",), programs=ONE_PROCESS, cure="Set eval.max_tokens"),
+    Rule(keys=("rollout.max_tokens",), programs=ONE_PROCESS, advice="Set eval.max_tokens"),
     Rule(
         keys=("rollout.on_push", "rollout.max_mismatch_kl"),
         programs=ONE_PROCESS,
-        cure="Only rlmed.launch pushes weights: leave it out",
+        advice="Only rlmed.launch pushes weights: leave it out",
     ),
     # supervised fine-tuning
-    Rule(keys=("learner.epochs", "learner.mini_batches"), programs=("sft",), cure="Set sft.epochs and sft.batch_size"),
+    Rule(
+        keys=("learner.epochs", "learner.mini_batches"), programs=("sft",), advice="Set sft.epochs and sft.batch_size"
+    ),
     Rule(
         keys=("eval.every",),
         programs=("sft",),
-        cure="It evaluates before and after: run rlmed.evaluate on the checkpoints between",
+        advice="It evaluates before and after: run rlmed.evaluate on the checkpoints between",
     ),
     Rule(
         keys=("data.selection",),
         programs=ONE_PROCESS,
-        cure="Only rlmed.launch samples and so knows pass rates: leave it out",
+        advice="Only rlmed.launch samples and so knows pass rates: leave it out",
     ),
     # evaluation
     Rule(
-        keys=("eval.every", "eval.at_start", "eval.at_end"), programs=EVALUATE, cure="It evaluates once: leave it out"
+        keys=("eval.every", "eval.at_start", "eval.at_end"), programs=EVALUATE, advice="It evaluates once: leave it out"
     ),
     Rule(
         keys=("data.mix", "data.shuffle_options"),
         programs=EVALUATE,
-        cure="All rows are asked unchanged; eval.controls=true adds other orders of the options",
+        advice="All rows are asked unchanged; eval.controls=true adds other orders of the options",
     ),
     Rule(
         keys=_keys("learner", LearnerConfig, but=("token_budget",)),
         programs=EVALUATE,
-        cure="It learns nothing: leave it out",
+        advice="It learns nothing: leave it out",
     ),
     Rule(
         keys=("seed", "learner.token_budget"),
         programs=("evaluate",),
-        cure="Greedy answers don't depend on it: leave it out",
+        advice="Greedy answers don't depend on it: leave it out",
     ),
     Rule(
         keys=("data.limit",),
         programs=EVALUATE,
         when={**FROM_FILES, "data.train": (None,)},
-        cure="It limits the training rows: give data.train, or set eval.limit",
+        advice="It limits the training rows: give data.train, or set eval.limit",
     ),
     # when evaluations are
     Rule(
         keys=("eval.controls",),
         programs=TRAINING,
         when=WITHOUT_ENDS,
-        cure="Controls are measured at the start and end of a run: set eval.at_end=true",
+        advice="Controls are measured at the start and end of a run: set eval.at_end=true",
     ),
     Rule(
         keys=("eval.limit", "eval.max_tokens"),
         programs=("train",),
         when={**WITHOUT_ENDS, "eval.every": (0,)},
-        cure="Nothing is evaluated: set eval.at_end=true",
+        advice="Nothing is evaluated: set eval.at_end=true",
     ),
     Rule(
         keys=("eval.limit", "eval.max_tokens"),
         programs=("sft",),
         when=WITHOUT_ENDS,
-        cure="Nothing is evaluated: set eval.at_end=true",
+        advice="Nothing is evaluated: set eval.at_end=true",
     ),
     Rule(
         keys=("rollout.stop", "rollout.max_completions", "rollout.prefill_tokens"),
         programs=("sft",),
         when=WITHOUT_ENDS,
-        cure="Only evaluations sample here: set eval.at_end=true",
+        advice="Only evaluations sample here: set eval.at_end=true",
     ),
-    Rule(keys=("preflight.groups",), when={"preflight.enabled": (False,)}, cure="Set preflight.enabled=true"),
+    Rule(keys=("preflight.groups",), when={"preflight.enabled": (False,)}, advice="Set preflight.enabled=true"),
     Rule(
         keys=("checkpoint.keep_last",),
         programs=TRAINING,
         when={"checkpoint.every": (0,)},
-        cure="There is one checkpoint, at the end: set checkpoint.every above 0",
+        advice="There is one checkpoint, at the end: set checkpoint.every above 0",
     ),
     # data
-    Rule(keys=("data.phantom_seed", "data.phantom_folder"), when=FROM_FILES, cure="Set data=phantom"),
+    Rule(keys=("data.phantom_seed", "data.phantom_folder"), when=FROM_FILES, advice="Set data=phantom"),
     Rule(
         keys=("data.phantom_seed", "data.phantom_folder"),
         unless={"data.train": (None,), "data.eval": ([],)},
-        cure="With both files given nothing is generated: drop it, or one of the files",
+        advice="With both files given nothing is generated: drop it, or one of the files",
     ),
     Rule(
         keys=("data.leakage",),
         values=("strict",),
         programs=TRAINING,
         when={**FROM_FILES, "data.eval": ([],)},
-        cure="There is nothing to compare the training rows with: give data.eval",
+        advice="There is nothing to compare the training rows with: give data.eval",
     ),
     Rule(
         keys=tuple(
             f"data.selection.{name}" for name in ("window", "min_pass_rate", "max_pass_rate", "cooldown_epochs")
         ),
         when={"data.selection.mode": ("all",)},
-        cure="Set data.selection.mode=pass_rate",
+        advice="Set data.selection.mode=pass_rate",
     ),
     # algorithm and rewards
     Rule(
         keys=("algo.loss.clip_ratio_low", "algo.loss.clip_ratio_high"),
         when={"algo.loss.clip": ("none",)},
-        cure="Set algo.loss.clip=ppo, dual or cispo",
+        advice="Set algo.loss.clip=ppo, dual or cispo",
     ),
-    Rule(keys=("algo.loss.dual_clip",), unless={"algo.loss.clip": ("dual",)}, cure="Set algo.loss.clip=dual"),
+    Rule(keys=("algo.loss.dual_clip",), unless={"algo.loss.clip": ("dual",)}, advice="Set algo.loss.clip=dual"),
     Rule(
         keys=("algo.loss.clip_ratio_low", "algo.loss.clip_ratio_high", "algo.loss.dual_clip"),
         when=RATIO_IS_1,
-        cure=SEVERAL_UPDATES,
+        advice=SEVERAL_UPDATES,
     ),
-    Rule(keys=("algo.loss.clip",), values=("dual", "cispo"), when=RATIO_IS_1, cure=SEVERAL_UPDATES),
-    Rule(keys=("algo.loss.ratio_level",), values=("sequence",), when=RATIO_IS_1, cure=SEVERAL_UPDATES),
-    Rule(keys=("algo.loss.kl_estimator",), when={"algo.loss.kl_coef": (0,)}, cure="Set algo.loss.kl_coef above 0"),
+    Rule(keys=("algo.loss.clip",), values=("dual", "cispo"), when=RATIO_IS_1, advice=SEVERAL_UPDATES),
+    Rule(keys=("algo.loss.ratio_level",), values=("sequence",), when=RATIO_IS_1, advice=SEVERAL_UPDATES),
+    Rule(keys=("algo.loss.kl_estimator",), when={"algo.loss.kl_coef": (0,)}, advice="Set algo.loss.kl_coef above 0"),
     Rule(
         keys=("algo.loss.importance_cap",),
         when={"algo.loss.old_logprobs": ("rollout",)},
-        cure="It caps the importance weight between engine and learner: set algo.loss.old_logprobs=learner",
+        advice="It caps the importance weight between engine and learner: set algo.loss.old_logprobs=learner",
     ),
-    Rule(keys=("algo.max_refills",), when={"algo.dynamic_sampling": (False,)}, cure="Set algo.dynamic_sampling=true"),
+    Rule(keys=("algo.max_refills",), when={"algo.dynamic_sampling": (False,)}, advice="Set algo.dynamic_sampling=true"),
     Rule(
-        keys=("reward.timeout_s",), when={"reward.extra": ([],)}, cure="It bounds your own functions: give reward.extra"
+        keys=("reward.timeout_s",),
+        when={"reward.extra": ([],)},
+        advice="It bounds your own functions: give reward.extra",
     ),
     # engines and processes
-    Rule(keys=VLLM, when={"rollout.engine": ("native", "fake")}, cure="Set rollout=vllm (with cluster=ray)"),
+    Rule(keys=VLLM, when={"rollout.engine": ("native", "fake")}, advice="Set rollout=vllm (with cluster=ray)"),
     Rule(
         keys=("rollout.prefill_tokens",),
         when={"rollout.engine": ("vllm",)},
-        cure="vLLM sizes its own steps: leave it out",
+        advice="vLLM sizes its own steps: leave it out",
     ),
-    Rule(keys=("rollout.on_push",), when={"algo.max_staleness": (0,)}, cure="Set algo.max_staleness above 0"),
-    Rule(keys=RAY, when={"cluster.kind": ("local",)}, cure="Set cluster=ray"),
+    Rule(keys=("rollout.on_push",), when={"algo.max_staleness": (0,)}, advice="Set algo.max_staleness above 0"),
+    Rule(keys=RAY, when={"cluster.kind": ("local",)}, advice="Set cluster=ray"),
 )

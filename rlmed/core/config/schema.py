@@ -44,7 +44,7 @@ class ModelConfig:
         require_one_of("model.dtype", self.dtype, ("auto", "float32", "bfloat16"))
         require(
             re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None,
-            f"invalid model.device={self.device!r}: expected auto, cpu, cuda, or cuda:N for one of several",
+            f"Invalid model.device={self.device!r}; expected auto, cpu, cuda, or cuda:N for one of several",
         )
         for key, value in (("min_pixels", self.min_pixels), ("max_pixels", self.max_pixels)):
             require(value is None or value > 0, f"model.{key}={value} must be positive or null")
@@ -192,7 +192,7 @@ class AlgoConfig:
         require_one_of("algo.advantage", self.advantage, ("grpo", "dr_grpo", "rloo"))
         require(
             self.normalize_by in (None, "modality"),
-            f"invalid algo.normalize_by={self.normalize_by!r}: expected modality or null",
+            f"Invalid algo.normalize_by={self.normalize_by!r}; expected modality or null",
         )
         require(
             self.group_size >= 2,

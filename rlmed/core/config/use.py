@@ -126,7 +126,7 @@ def _text(override: str, module: str, refused: Sequence[tuple[str, Rule]], value
     rule = refused[0][1]
     met = [f"{name}={_shown(values[name])}" for name in (*rule.when, *rule.unless)]
     condition = f" while {' and '.join(met)}" if met else ""
-    return f"{override}: {module} does not read {', '.join(names)}{condition}. {rule.cure}"
+    return f"{override}: {module} does not read {', '.join(names)}{condition}. {rule.advice}"
 
 
 def _shown(value: Any) -> str:

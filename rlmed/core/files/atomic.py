@@ -18,13 +18,13 @@ class RecordError(OSError):
         return self.strerror or super().__str__()
 
 
-def refusal(path: Path, error: OSError, *, cure: str = "start again with resume=auto to continue") -> RecordError:
+def refusal(path: Path, error: OSError, *, advice: str = "start again with resume=auto to continue") -> RecordError:
     """Return a RecordError that says why `path` could not be written and what to do."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        message = f"the disk is full: {path} cannot be written. Free some space and {cure}"
+        message = f"the disk is full: {path} cannot be written. Free some space and {advice}"
     else:
         reason, remedy = _in_the_way(path, error)
-        message = f"{path} cannot be written: {reason}. {remedy} and {cure}"
+        message = f"{path} cannot be written: {reason}. {remedy} and {advice}"
     return RecordError(error.errno, message)
 
 
@@ -78,7 +78,7 @@ def partial_folder(folder: Path) -> Path:
 
 
 def rename_into_place(aside: Path, folder: Path, *, may_replace: Callable[[], bool]) -> bool:
-    """Rename a finished folder into found atomically, even if other processes use the same name meanwhile.
+    """Rename a finished folder into place atomically, even if other processes use the same name.
 
     Args:
         aside: from `partial_folder`.

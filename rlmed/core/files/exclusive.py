@@ -34,23 +34,23 @@ class FolderInUseError(ValueError):
 
 
 @contextmanager
-def hold(folder: Path, *, cure: str = "wait until it has ended, or choose another folder") -> Iterator[None]:
+def hold(folder: Path, *, advice: str = "wait until it has ended, or choose another folder") -> Iterator[None]:
     """Lock an existing folder for this process.
 
     Args:
         folder: folder to hold until the context or the process ends.
-        cure: what the user can do if another process holds it.
+        advice: what the user can do if another process holds it.
 
     Raises:
         FolderInUseError: if another living process holds it.
         RecordError: if the folder is not writable.
     """
     try:
-        descriptor = _lock(folder, cure)
+        descriptor = _lock(folder, advice)
         if descriptor is None:
-            _create_held(folder, cure)
+            _create_held(folder, advice)
     except OSError as error:
-        raise refusal(folder, error, cure="try again") from error
+        raise refusal(folder, error, advice="try again") from error
     try:
         yield
     finally:
@@ -61,7 +61,7 @@ def hold(folder: Path, *, cure: str = "wait until it has ended, or choose anothe
             os.close(descriptor)
 
 
-def _lock(folder: Path, cure: str) -> int | None:
+def _lock(folder: Path, advice: str) -> int | None:
     """Return the descriptor that holds the lock; None on a filesystem without locks."""
     if fcntl is None:
         return None
@@ -72,7 +72,7 @@ def _lock(folder: Path, cure: str) -> int | None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
-            raise _in_use(folder, path, cure) from None
+            raise _in_use(folder, path, advice) from None
         except OSError:
             os.close(descriptor)
             path.unlink(missing_ok=True)
@@ -91,7 +91,7 @@ def _same_file(path: Path, descriptor: int) -> bool:
         return False
 
 
-def _create_held(folder: Path, cure: str) -> None:
+def _create_held(folder: Path, advice: str) -> None:
     """Create the file with O_EXCL, after removing one left by a dead process."""
     path = folder / HELD_FILE
     with contextlib.suppress(FileNotFoundError):
@@ -102,13 +102,13 @@ def _create_held(folder: Path, cure: str) -> None:
             path.rename(aside)
             if aside.read_bytes() != before:  # another process was faster, and this is its file
                 aside.rename(path)
-                raise _in_use(folder, path, cure)
+                raise _in_use(folder, path, advice)
             aside.unlink()
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     except FileExistsError:
-        cure = f"{cure}; if it is no longer running, remove {path}"
-        raise _in_use(folder, path, cure) from None
+        advice = f"{advice}; if it is no longer running, remove {path}"
+        raise _in_use(folder, path, advice) from None
     os.write(descriptor, _card())
     os.close(descriptor)
 
@@ -128,10 +128,10 @@ def _read_card(content: bytes) -> dict[str, Any] | None:
         return None
 
 
-def _in_use(folder: Path, path: Path, cure: str) -> FolderInUseError:
+def _in_use(folder: Path, path: Path, advice: str) -> FolderInUseError:
     try:
         card = _read_card(path.read_bytes())
     except OSError:
         card = None
     who = f"process {card['pid']} on {card['host']} since {card['since']}" if card else "another process"
-    return FolderInUseError(f"{folder} is in use by {who}: {cure}")
+    return FolderInUseError(f"{folder} is in use by {who}: {advice}")

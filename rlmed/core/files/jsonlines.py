@@ -47,7 +47,7 @@ class JsonLinesWriter:
                 rest = rest[os.write(descriptor, rest) :]
         except OSError as error:
             self._cut_half_line()
-            raise refusal(self.path, error, cure=GO_ON) from error
+            raise refusal(self.path, error, advice=GO_ON) from error
         self._size += total
 
     def offset(self) -> int:

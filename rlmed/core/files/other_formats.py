@@ -53,7 +53,7 @@ def to_prepare(path: Path) -> str:
     if path.is_dir():
         return _folder(path)
     kind = _kind(path)
-    return f"{path} is {_WHAT[kind]}, not JSON Lines: {_cure(kind, path)}" if kind else ""
+    return f"{path} is {_WHAT[kind]}, not JSON Lines: {_advice(kind, path)}" if kind else ""
 
 
 def _folder(path: Path) -> str:
@@ -65,8 +65,8 @@ def _folder(path: Path) -> str:
     kinds = {kind: file for file in reversed(files) if (kind := _kind(file))}
     for kind in _IN_FOLDERS:
         if kind in kinds:
-            cure = _cure(kind, kinds[kind] if kind == "spreadsheet" else path)
-            return f"{path} is a folder with {_WHAT[kind]} ({kinds[kind].relative_to(path)}), not JSON Lines: {cure}"
+            advice = _advice(kind, kinds[kind] if kind == "spreadsheet" else path)
+            return f"{path} is a folder with {_WHAT[kind]} ({kinds[kind].relative_to(path)}), not JSON Lines: {advice}"
     return f"{path} is a folder: give a JSON Lines file; `python -m rlmed.prepare` makes one (docs/data.md)"
 
 
@@ -121,7 +121,7 @@ def _are_columns(names: Sequence[str]) -> bool:
     return len(names) > 1 and bool({name.strip().lower() for name in names} & _COLUMNS)
 
 
-def _cure(kind: str, path: Path) -> str:
+def _advice(kind: str, path: Path) -> str:
     if kind == "picture":
         return "give the file with the questions about it"
     if kind == "archive":

@@ -10,7 +10,7 @@ _SHOWN = 400
 
 
 @contextmanager
-def foreign(what: str, cure: str) -> Iterator[None]:
+def foreign(what: str, advice: str) -> Iterator[None]:
     """Turn any exception that a library raises in the body into a `ValueError`.
 
     For one library call on one user file, never around our own code. Templates, quantizers and file readers raise all
@@ -18,7 +18,7 @@ def foreign(what: str, cure: str) -> Iterator[None]:
 
     Args:
         what: what failed on which file, for example "the chat template of model 'x' cannot be rendered".
-        cure: what to do about it, a sentence without its full stop.
+        advice: what to do about it, a sentence without its full stop.
 
     Raises:
         ValueError: on one line.
@@ -28,7 +28,7 @@ def foreign(what: str, cure: str) -> Iterator[None]:
     except MemoryError:  # says nothing about the file
         raise
     except Exception as error:
-        raise ValueError(f"{what}: {one_line(error)}. {cure}") from error
+        raise ValueError(f"{what}: {one_line(error)}. {advice}") from error
 
 
 def one_line(error: BaseException) -> str:

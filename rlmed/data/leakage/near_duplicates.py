@@ -76,11 +76,11 @@ class Thumbnail:
 
 
 @dataclass(frozen=True, slots=True)
-class Lookalike:
+class NearDuplicate:
     """A test picture and a training picture that count as the same.
 
     Example:
-        Lookalike(test=3, train=17, score=0.97)
+        NearDuplicate(test=3, train=17, score=0.97)
     """
 
     test: int
@@ -90,11 +90,11 @@ class Lookalike:
 
 
 @dataclass(frozen=True, slots=True)
-class Lookalikes:
+class NearDuplicates:
     """The pairs that a search found, by test picture, best first."""
 
-    same: tuple[Lookalike, ...]
-    doubtful: tuple[Lookalike, ...]
+    same: tuple[NearDuplicate, ...]
+    doubtful: tuple[NearDuplicate, ...]
     """Pairs that score at least `SAME` but do not count, because different pictures of the set look as much alike."""
 
 
@@ -137,16 +137,16 @@ def _vectors(halves: Floats, window: Floats | None = None, turn: int = 0) -> Flo
     return vectors
 
 
-class LookalikeSearch:
+class NearDuplicateSearch:
     """Finds the training pictures that are the same as each test picture.
 
     Holds the test pictures (about 70 KB each) and a few candidates for each; training pictures come in blocks.
 
     Example:
-        >>> search = LookalikeSearch(test_paths)                  # doctest: +SKIP
+        >>> search = NearDuplicateSearch(test_paths)                  # doctest: +SKIP
         >>> search.add(train_paths)                               # doctest: +SKIP
         >>> search.result().same                                  # doctest: +SKIP
-        (Lookalike(test=3, train=17, score=0.97),)
+        (NearDuplicate(test=3, train=17, score=0.97),)
     """
 
     def __init__(self, tests: Sequence[Path]) -> None:
@@ -192,7 +192,7 @@ class LookalikeSearch:
         self._which = np.take_along_axis(np.concatenate([self._which, which], axis=1), order, 1)
         self._way = np.take_along_axis(np.concatenate([self._way, way], axis=1), order, 1)
 
-    def result(self) -> Lookalikes:
+    def result(self) -> NearDuplicates:
         """Align the candidates and return the matches."""
         tests, ranks = np.nonzero(self._which >= 0)
         trains, ways = self._which[tests, ranks], self._way[tests, ranks]
@@ -205,12 +205,12 @@ class LookalikeSearch:
         middling = ((scores >= ALIKE) & (scores < SAME)).any(1)
         crowded = len(scores) > 0 and float(middling.mean()) >= CROWDED
         pairs = [
-            Lookalike(int(test), int(self._which[test, rank]), round(float(scores[test, rank]), 3))
+            NearDuplicate(int(test), int(self._which[test, rank]), round(float(scores[test, rank]), 3))
             for test, rank in zip(*np.nonzero(scores >= SAME), strict=True)
         ]
         pairs.sort(key=lambda pair: (pair.test, -pair.score, pair.train))
         least = SAME_IN_CROWD if crowded else SAME
-        return Lookalikes(
+        return NearDuplicates(
             same=tuple(pair for pair in pairs if pair.score >= least),
             doubtful=tuple(pair for pair in pairs if pair.score < least),
         )

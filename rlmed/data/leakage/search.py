@@ -18,7 +18,7 @@ from rlmed.core.types import Example
 from rlmed.data.examples import read_examples
 from rlmed.data.images import image_sha256, load_image
 from rlmed.data.leakage.findings import KINDS, FileLeakage, Leak, LeakageReport, LeakKind
-from rlmed.data.leakage.near_duplicates import SAME_IN_CROWD, Lookalike, LookalikeSearch, thumbnail_correlations
+from rlmed.data.leakage.near_duplicates import SAME_IN_CROWD, NearDuplicate, NearDuplicateSearch, thumbnail_correlations
 from rlmed.data.leakage.series import neighbours
 
 SLICES_ALIKE = 0.6
@@ -122,7 +122,7 @@ def _pair_up(tests: Sequence[_Picture], train: Sequence[_Picture]) -> tuple[list
         if picture.digest in test_index
     }
     near = set(neighbours([picture.paths for picture in tests], [picture.paths for picture in train]))
-    search = LookalikeSearch([picture.paths[0] for picture in tests])
+    search = NearDuplicateSearch([picture.paths[0] for picture in tests])
     search.add([picture.paths[0] for picture in train])
     looks = search.result()
     for found in looks.same:
@@ -138,7 +138,7 @@ def _pair_up(tests: Sequence[_Picture], train: Sequence[_Picture]) -> tuple[list
     return list(pairs.values()), {found.test for found in looks.doubtful} - {test for test, _ in pairs}
 
 
-def _judge(found: Lookalike, test: _Picture, train: _Picture, *, in_series: bool) -> _Pair:
+def _judge(found: NearDuplicate, test: _Picture, train: _Picture, *, in_series: bool) -> _Pair:
     """Classify a pair that looks the same."""
     if found.score >= _SAME_PIXELS and _same_pixels(test, train):
         return _Pair(found.test, found.train, "pixels", 1.0)

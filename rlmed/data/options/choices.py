@@ -296,7 +296,7 @@ class _Shown:
         lost += [option for option in options if self.by_number and self.given.names and names_numbers(option)]
         if lost:
             raise BadRowError(
-                f"its option {shorten(lost[0])} names others, which are shown by other letters "
+                f"its option {shorten(lost[0])} refers to other options, whose letters change "
                 f"({', '.join(LETTERS[: len(options)])}): write the texts that are meant"
             )
         return Choice(options, self.order.index(index), same)

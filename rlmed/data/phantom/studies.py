@@ -84,7 +84,7 @@ def answer_values(kind: str, modality: str) -> tuple[str, ...]:
     return values.get(kind, QUADRANTS)
 
 
-def right_answer(study: Study, kind: str) -> str:
+def correct_answer(study: Study, kind: str) -> str:
     """Return the text of the correct answer to a kind of question about a study."""
     if kind == "attribute" and study.lesion == NO_LESION:
         raise ValueError("an attribute question needs a lesion; sample the study with kind='attribute'")
@@ -96,7 +96,7 @@ def right_answer(study: Study, kind: str) -> str:
         "attribute": study.quadrant,
     }
     if kind not in answers:
-        raise ValueError(f"Invalid kind={kind!r} in right_answer; expected one of {KINDS}")
+        raise ValueError(f"Invalid kind={kind!r} in correct_answer; expected one of {KINDS}")
     return answers[kind]
 
 
@@ -147,7 +147,7 @@ def make_example(
     """
     if not 0 <= answer_index < OPTION_COUNT:
         raise ValueError(f"make_example got answer_index={answer_index}; there are {OPTION_COUNT} options, use 0 to 3")
-    answer = right_answer(study, kind)
+    answer = correct_answer(study, kind)
     others = [value for value in answer_values(kind, study.modality) if value != answer]
     options = [others[i] for i in rng.permutation(len(others))[: OPTION_COUNT - 1]]
     options.insert(answer_index, answer)
@@ -297,5 +297,5 @@ def write_dataset(folder: Path, seed: int, splits: Sequence[Split] = SPLITS) -> 
         finally:
             remove(aside)  # left after an error, or if another process finished first
     except OSError as error:
-        raise refusal(folder, error, cure="start again") from error
+        raise refusal(folder, error, advice="start again") from error
     return paths

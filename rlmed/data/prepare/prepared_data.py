@@ -145,7 +145,9 @@ def check_target(folder: Path, source: Path, *, overwrite: bool) -> None:
     if source.exists() and source.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"--out {folder} holds the source itself: choose another folder")
     if not overwrite:
-        raise ValueError(f"--out {folder} holds files already: choose another folder, or replace it with --overwrite")
+        raise ValueError(
+            f"--out {folder} already contains files: choose another folder, or replace it with --overwrite"
+        )
     if not (folder / MANIFEST).is_file():
         raise ValueError(f"--out {folder} holds files that are not prepared data: empty it or choose another folder")
 

@@ -297,7 +297,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise refusal(path, error, cure="run the command again") from error
+        raise refusal(path, error, advice="run the command again") from error
 
 
 def _plain(text: str, limit: int) -> str:

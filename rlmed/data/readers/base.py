@@ -1,4 +1,4 @@
-"""The interface of a reader: a function from a published source to rows of one form, and its description.
+"""The interface of a reader: a function from a published source to rows of one format, and its description.
 
 A reader yields rows and keeps none, so a source of any length needs little memory. It makes no decisions about output
 files: `rlmed.data.prepare.prepared_data` checks every row and turns unusable ones into counted skips.

@@ -47,9 +47,9 @@ def calibration(probabilities: Sequence[tuple[float, ...]], answers: Sequence[st
     if not probabilities:
         return None
     confidence = np.array([max(entry) for entry in probabilities])
-    places = [LETTERS.index(letter) for letter in answers]
-    correct = np.array([int(np.argmax(entry)) == place for entry, place in zip(probabilities, places, strict=True)])
-    scores = [brier_score(np.array(entry), place) for entry, place in zip(probabilities, places, strict=True)]
+    indices = [LETTERS.index(letter) for letter in answers]
+    correct = np.array([int(np.argmax(entry)) == index for entry, index in zip(probabilities, indices, strict=True)])
+    scores = [brier_score(np.array(entry), index) for entry, index in zip(probabilities, indices, strict=True)]
     return Calibration(
         accuracy=Accuracy.of(int(correct.sum()), len(correct)),
         confidence=Estimate.mean(confidence),
@@ -173,8 +173,8 @@ def reasoning_agreement(rows: Sequence[EvalRow], argued: Argued) -> Agreement:
     for row in rows:
         if row.control == "none":
             reasoning = row.completion.partition(ANSWER)[0]
-            place = argued(reasoning.replace("<think>", "").replace("</think>", "").strip(), row.options)
-            found.append((row, None if place is None else LETTERS[place]))
+            index = argued(reasoning.replace("<think>", "").replace("</think>", "").strip(), row.options)
+            found.append((row, None if index is None else LETTERS[index]))
     clear = [(row, letter) for row, letter in found if letter is not None]
     agreeing = [row.correct for row, letter in clear if row.predicted_letter == letter]
     differing = [row.correct for row, letter in clear if row.predicted_letter != letter]

@@ -29,8 +29,8 @@ def reliability_table(summary: ReliabilitySummary) -> Table:
         table.add_row(label, *(figures.get(label, "–") for figures in columns))
     for domain in summary.domains:
         names = ", ".join(domain.modalities)
-        place = "trained modalities" if domain.trained else "other modalities"
-        cell = f"{place}: {names}, {domain.real.rows} rows: accuracy {_cell(domain.real)}"
+        modalities = "trained modalities" if domain.trained else "other modalities"
+        cell = f"{modalities}: {names}, {domain.real.rows} rows: accuracy {_cell(domain.real)}"
         table.caption = Text(f"{table.caption}\n{cell}")
     return table
 

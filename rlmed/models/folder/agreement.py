@@ -80,21 +80,21 @@ def check_agreement(
     return doubts
 
 
-def position_doubt(config: PreTrainedConfig, *, tokens: int, what: str, cure: str) -> str | None:
+def position_doubt(config: PreTrainedConfig, *, tokens: int, what: str, advice: str) -> str | None:
     """Return a warning if prompt and completion together may exceed the model's positions, else None.
 
     Args:
         config: the model's.
         tokens: length of both together.
         what: their lengths, for the message.
-        cure: keys to lower, for the message.
+        advice: keys to lower, for the message.
     """
     limit = config.get_text_config().max_position_embeddings
     if tokens <= limit:
         return None
     return (
         f"{what} are more than the {limit} positions that the model supports (max_position_embeddings in config.json): "
-        f"don't trust tokens beyond them; lower {cure}"
+        f"don't trust tokens beyond them; lower {advice}"
     )
 
 

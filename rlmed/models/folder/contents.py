@@ -67,19 +67,19 @@ def _refuse_adapter(folder: Path) -> None:
 
 
 def _refuse_quantization(folder: Path, config: Mapping[str, Any]) -> None:
-    places: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for part, values in (("", config), *((f"{key}.", config.get(key)) for key in ("text_config", "vision_config"))):
         if isinstance(values, dict):
-            places |= {
+            settings |= {
                 f"{CONFIG_FILE} ({part}{key})": values[key]
                 for key in ("quantization_config", "compression_config")
                 if values.get(key)
             }
-    places |= {name: read_json(folder / name) for name in QUANTIZATION_FILES if (folder / name).is_file()}
-    for place, settings in places.items():
-        method = settings.get("quant_method") if isinstance(settings, dict) else None
+    settings |= {name: read_json(folder / name) for name in QUANTIZATION_FILES if (folder / name).is_file()}
+    for source, value in settings.items():
+        method = value.get("quant_method") if isinstance(value, dict) else None
         raise ValueError(
-            f"{folder / place} says that the weights are quantized ({method or _shown(settings)}), but rlmed trains and "
+            f"{folder / source} says that the weights are quantized ({method or _shown(value)}), but rlmed trains and "
             "evaluates only float weights: use the original bfloat16 or float32 model"
         )
 

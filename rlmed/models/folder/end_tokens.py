@@ -48,9 +48,9 @@ class EndTokens:
             named = "; ".join(f"{source}: {shown(ids)}" for source, ids in self.sources.items())
             lines.append(f"{model} has conflicting end tokens ({named}): each of them ends a completion")
         if words := [i for i in self.ids if i not in tokenizer.added_tokens_decoder]:
-            places = ", ".join(source for source, ids in self.sources.items() if set(words) & set(ids))
+            sources = ", ".join(source for source, ids in self.sources.items() if set(words) & set(ids))
             lines.append(
-                f"{model}: {places} says that completions end with {shown(words)}, not a control token of the tokenizer: "
+                f"{model}: {sources} says that completions end with {shown(words)}, not a control token of the tokenizer: "
                 "correct it if it belongs to another model"
             )
         return lines

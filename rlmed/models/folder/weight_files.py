@@ -157,10 +157,10 @@ def _complain_of_no_weights(folder: Path) -> NoReturn:
 
 def _files_by_index(folder: Path, shards: list[str], doubts: list[str]) -> list[str]:
     """Return the files to read with an index present: transformers looks for the single file first."""
-    places = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+    files = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
         raise ValueError(f"{folder / INDEX} is damaged: it has no weight_map; copy or download it again")
-    named = set(places.values())
+    named = set(files.values())
     if WHOLE in shards and named != {WHOLE}:
         if named & set(shards):
             raise ValueError(
@@ -169,12 +169,12 @@ def _files_by_index(folder: Path, shards: list[str], doubts: list[str]) -> list[
             )
         doubts.append(f"{folder / INDEX} names missing files: reading weights from {WHOLE}")
         return [WHOLE]
-    return _check_index(folder, places, shards, doubts)
+    return _check_index(folder, files, shards, doubts)
 
 
-def _check_index(folder: Path, places: Mapping[str, str], shards: list[str], doubts: list[str]) -> list[str]:
+def _check_index(folder: Path, files: Mapping[str, str], shards: list[str], doubts: list[str]) -> list[str]:
     """Check that each shard contains exactly what the index says, and return the shards."""
-    named = sorted(set(places.values()))
+    named = sorted(set(files.values()))
     absent = [name for name in named if name not in shards]
     if absent:
         raise ValueError(
@@ -185,7 +185,7 @@ def _check_index(folder: Path, places: Mapping[str, str], shards: list[str], dou
     for name in named:
         header = read_header(folder / name)
         size += sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in header.values())
-        expected = {tensor for tensor, place in places.items() if place == name}
+        expected = {tensor for tensor, file in files.items() if file == name}
         if odd := sorted(expected ^ header.keys()):
             one, other = (INDEX, name) if odd[0] in expected else (name, INDEX)
             raise ValueError(

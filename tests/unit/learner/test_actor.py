@@ -42,7 +42,7 @@ def test_memory_that_is_free_is_left_to_the_engine_on_the_same_gpu(shares, devic
     events: list[str] = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: events.append("release"))
     actor = LearnerActor.__ray_metadata__.modified_class()
-    actor.build(lambda report, ranks: Learner(device, events), 0, 1, None, device, 1.0, shares)
+    actor.build(lambda report, parallelism: Learner(device, events), 0, 1, None, device, 1.0, shares)
     calls = {"step": [[]], "logprobs": [[]], "load": [Path("checkpoint")]}
     for name, arguments in calls.items():
         events.clear()

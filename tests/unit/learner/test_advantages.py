@@ -11,7 +11,7 @@ from tests.rounding import rounding
 DIGITS = 1e-6 + rounding(10, 2)
 """Values worked by hand have six."""
 
-KINDS = ("grpo", "dr_grpo", "rloo")
+ESTIMATORS = ("grpo", "dr_grpo", "rloo")
 
 
 def test_values_worked_by_hand():
@@ -24,8 +24,8 @@ def test_values_worked_by_hand():
         # the others' means: (0+1+2)/3 = 1, (2+1+2)/3 = 5/3, (2+0+2)/3 = 4/3, (2+0+1)/3 = 1
         "rloo": [1.0, -5 / 3, -1 / 3, 1.0],
     }
-    for kind, values in expected.items():
-        torch.testing.assert_close(group_advantages(rewards, kind), torch.tensor(values), atol=DIGITS, rtol=0)
+    for estimator, values in expected.items():
+        torch.testing.assert_close(group_advantages(rewards, estimator), torch.tensor(values), atol=DIGITS, rtol=0)
 
 
 def test_std_eps_is_added_to_the_sample_std():
@@ -34,28 +34,28 @@ def test_std_eps_is_added_to_the_sample_std():
     torch.testing.assert_close(group_advantages(torch.tensor([0.0, 1.0]), "grpo", eps), torch.tensor([-0.5, 0.5]))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_groups_are_independent_rows(kind):
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_groups_are_independent_rows(estimator):
     rewards = torch.rand(5, 6, generator=torch.Generator().manual_seed(0))
-    together = group_advantages(rewards, kind)
+    together = group_advantages(rewards, estimator)
     assert together.dtype == torch.float32
     for row, expected in zip(rewards, together, strict=True):
-        assert torch.equal(group_advantages(row, kind), expected)
+        assert torch.equal(group_advantages(row, estimator), expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_order_within_a_group_does_not_matter(kind):
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_order_within_a_group_does_not_matter(estimator):
     rewards = torch.rand(7, generator=torch.Generator().manual_seed(1))
     order = torch.tensor([3, 0, 6, 1, 5, 2, 4])
-    torch.testing.assert_close(group_advantages(rewards[order], kind), group_advantages(rewards, kind)[order])
+    torch.testing.assert_close(group_advantages(rewards[order], estimator), group_advantages(rewards, estimator)[order])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("group_size", [2, 3, 7, 8, 49])
-def test_equal_rewards_give_exactly_zero(kind, group_size):
+def test_equal_rewards_give_exactly_zero(estimator, group_size):
     # 0.1, 0.7 and 1.3 are no binary fractions: a mean in float32 is off by an ulp for some of these sizes
     for reward in (0.1, 0.7, 1.3):
-        assert not group_advantages(torch.full((group_size,), reward), kind).any()
+        assert not group_advantages(torch.full((group_size,), reward), estimator).any()
 
 
 def test_a_float32_mean_would_fail_the_test_above():
@@ -69,11 +69,11 @@ def test_rloo_is_the_centred_reward_scaled():
     torch.testing.assert_close(group_advantages(rewards, "rloo"), 8 / 7 * group_advantages(rewards, "dr_grpo"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("shape", [(1,), (4, 1)])
-def test_a_group_of_one_is_refused(kind, shape):
+def test_a_group_of_one_is_refused(estimator, shape):
     with pytest.raises(ValueError, match=r"group_size=1 .*at least 2"):
-        group_advantages(torch.ones(shape), kind)
+        group_advantages(torch.ones(shape), estimator)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -45,8 +45,8 @@ class Rank:
         self.calls = []
         self.errors = []
 
-    def connect(self, transport, recipients):
-        self.calls.append((transport, [entry.name for entry in recipients]))
+    def connect(self, transport, engines):
+        self.calls.append((transport, [entry.name for entry in engines]))
         self._fail(NotConnectedError)
 
     def send(self, version):

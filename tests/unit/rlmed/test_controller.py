@@ -88,9 +88,9 @@ class Learner:
     def load(self, folder: Path) -> None: ...
 
 
-def score(spread: Callable[[int], bool]) -> Callable[[RolloutGroup], ScoredGroup]:
+def score(differ: Callable[[int], bool]) -> Callable[[RolloutGroup], ScoredGroup]:
     def scored(group: RolloutGroup) -> ScoredGroup:
-        rewards = np.array([0.0, float(spread(group.request.index))], dtype=np.float32)
+        rewards = np.array([0.0, float(differ(group.request.index))], dtype=np.float32)
         return ScoredGroup(group, rewards, {"choice": rewards})
 
     return scored
@@ -110,7 +110,7 @@ def run(
     algo: AlgoConfig,
     steps: int,
     *,
-    spread: Callable[[int], bool] = lambda _: True,
+    differ: Callable[[int], bool] = lambda _: True,
     state: State | None = None,
     seed: int = 0,
     stream: PlainStream | None = None,
@@ -121,7 +121,7 @@ def run(
     buffer = GroupBuffer(
         pool,
         (stream or PlainStream()).request,
-        score(spread),
+        score(differ),
         groups_per_step=algo.groups_per_step,
         max_staleness=algo.max_staleness,
         max_discarded=algo.max_refills * algo.groups_per_step,
@@ -141,7 +141,7 @@ def run(
 @pytest.mark.parametrize(("max_staleness", "rested"), [(0, [0, 0, 0]), (1, [])])
 def test_workers_rest_before_learning_where_nothing_is_under_way(max_staleness: int, rested: list[int]) -> None:
     algo = algo_config(groups_per_step=4, group_size=2, max_staleness=max_staleness)
-    pool, _, _, _ = run(algo, 3, spread=lambda index: index % 3 > 0)
+    pool, _, _, _ = run(algo, 3, differ=lambda index: index % 3 > 0)
     assert pool.rested == rested  # and for each rest the number of requests in flight
 
 
@@ -173,24 +173,24 @@ def test_on_policy_each_step_consumes_what_was_sampled_for_it() -> None:
     assert [result.metrics["policy_version"] for result in results] == [1.0, 2.0, 3.0, 4.0]
 
 
-def test_groups_without_spread_are_replaced_and_reported() -> None:
+def test_groups_without_signal_are_replaced_and_reported() -> None:
     algo = algo_config(groups_per_step=3, dynamic_sampling=True)
-    _, learner, results, state = run(algo, 2, spread=lambda index: index % 2 == 1)
+    _, learner, results, state = run(algo, 2, differ=lambda index: index % 2 == 1)
     assert [sorted(batch) for batch in learner.batches] == [[1, 3, 5], [7, 9, 11]]
     assert sorted(group.rollout.request.index for group in results[0].discarded) == [0, 2, 4]
     assert results[0].metrics["groups/zero_variance"] == pytest.approx(0.5)
     assert state.pending == []
 
 
-def test_groups_without_spread_are_kept_without_dynamic_sampling() -> None:
-    _, learner, results, _ = run(algo_config(groups_per_step=3), 1, spread=lambda _: False)
+def test_groups_without_signal_are_kept_without_dynamic_sampling() -> None:
+    _, learner, results, _ = run(algo_config(groups_per_step=3), 1, differ=lambda _: False)
     assert len(learner.batches[0]) == 3
     assert all((group.advantages == 0).all() for group in results[0].groups)
 
 
 def test_refills_end_and_the_step_takes_what_there_is() -> None:
     algo = algo_config(groups_per_step=2, dynamic_sampling=True, max_refills=3)
-    pool, learner, results, state = run(algo, 2, spread=lambda index: index == 4)
+    pool, learner, results, state = run(algo, 2, differ=lambda index: index == 4)
     assert learner.batches == [[4]]  # nothing to learn from in the second step, and the run still ends
     assert pool.in_flight == 0
     assert state.step == 2
@@ -199,7 +199,7 @@ def test_refills_end_and_the_step_takes_what_there_is() -> None:
     assert "loss" not in results[1].metrics
 
 
-def test_advantages_are_normalized_by_modality_and_the_spread_is_reported() -> None:
+def test_advantages_are_normalized_by_modality_and_the_standard_deviation_is_reported() -> None:
     algo = algo_config(groups_per_step=2, advantage="dr_grpo", normalize_by="modality")
     *_, results, state = run(algo, 3)
     for result in results:
@@ -236,12 +236,12 @@ def test_prompts_under_way_are_asked_again_after_a_resume(
     """On-policy the whole sequence of prompts is that of a run that goes on, in whatever order groups finish; with groups
     under way at the stop, each of these asks for the row that it asked for before."""
     algo = algo_config(groups_per_step=3, max_staleness=max_staleness, dynamic_sampling=dynamic_sampling)
-    spread = lambda index: index % 4 != 0  # noqa: E731
+    differ = lambda index: index % 4 != 0  # noqa: E731
     whole, first = SelectingStream(), SelectingStream()
-    run(algo, 12, spread=spread, stream=whole, seed=seed)
-    *_, state = run(algo, stop, spread=spread, stream=first, seed=seed + 1)
+    run(algo, 12, differ=differ, stream=whole, seed=seed)
+    *_, state = run(algo, stop, differ=differ, stream=first, seed=seed + 1)
     second = SelectingStream(first.curriculum.state())
-    run(algo, 12, spread=spread, stream=second, state=state, seed=seed + 2)
+    run(algo, 12, differ=differ, stream=second, state=state, seed=seed + 2)
     assert all(second.rows[index] == first.rows[index] for index in state.pending)
     if max_staleness == 0:
         assert first.rows | second.rows == whole.rows

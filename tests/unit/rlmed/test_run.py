@@ -16,7 +16,7 @@ def run(limit: float | None) -> Run:
 
 
 @pytest.mark.parametrize("mismatch", [2e-6, float("nan"), float("inf")])
-def test_a_mismatch_above_the_limit_ends_the_run_as_a_mistake_that_no_retry_mends(mismatch: float) -> None:
+def test_a_mismatch_above_the_limit_ends_the_run_as_a_mistake_that_a_retry_does_not_fix(mismatch: float) -> None:
     with pytest.raises(ValueError, match=r"step 7: mismatch_kl=.* rollout\.max_mismatch_kl=1e-06"):
         Run._check_agreement(run(1e-6), 7, {"mismatch_kl": mismatch})
 

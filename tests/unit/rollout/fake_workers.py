@@ -14,13 +14,13 @@ from rlmed.core.weights import EngineHandle, PushReport, StoredWeights, WeightUp
 from rollout.pool.worker import FinishedGroup, WorkerStatus
 
 
-class Offer:
+class Update:
     """Makes a `rlmed.core.weights.WeightUpdate`: fetched, or sent where the test has given a future of that."""
 
     def __init__(self, version: int = 1, sending: Future[PushReport] | None = None) -> None:
         self.sending = sending
         self.engines: list[EngineHandle] = []
-        self.update = WeightUpdate(lambda: StoredWeights(version, []), self._send)
+        self.weights = WeightUpdate(lambda: StoredWeights(version, []), self._send)
 
     def _send(self, engines: Sequence[EngineHandle]) -> Future[PushReport] | None:
         self.engines = list(engines)

@@ -196,7 +196,7 @@ def _image_of(columns: Columns, folder: Images) -> ImageOf:
         value = record.get(columns.names["image"])
         if isinstance(value, list):
             if len(value) != 1:
-                raise BadRowError(f"it has {len(value)} images; one is possible")
+                raise BadRowError(f"it has {len(value)} images; only one is supported")
             (value,) = value
         content, name = (value.get("bytes"), value.get("path")) if isinstance(value, Mapping) else (value, None)
         if isinstance(content, bytes):

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from rlmed.core.files.litter import is_litter, walk_data
 from rlmed.core.files.near_paths import Folder, Names, Near, near_path
-from rlmed.data.examples import NEAR_CURE, BadRowError, path_inside, shorten
+from rlmed.data.examples import NEAR_ADVICE, BadRowError, path_inside, shorten
 from rlmed.data.images import BadImageError
 from rlmed.data.readers.base import Encoded
 
@@ -43,8 +43,8 @@ def open_images(path: Path, *, search: bool = True) -> Images:
         return ImageFolder(path, search=search)
     if path.suffix.lower() == ".zip":
         return ImageArchive(path)
-    cure = near_path(path) or "copy them there, or name them with --images"
-    raise ValueError(f"images {path} are neither a folder nor a .zip: {cure}")
+    advice = near_path(path) or "copy them there, or name them with --images"
+    raise ValueError(f"images {path} are neither a folder nor a .zip: {advice}")
 
 
 def images_of(given: Path | None, default: Path) -> Images:
@@ -161,6 +161,6 @@ def _only(text: str, named: list[str], near: Callable[[str], Near | None]) -> st
         )
     if not found:
         hint = near(text)
-        cure = f"{hint}; {NEAR_CURE}" if hint else "copy it there, or name its folder with --images"
-        raise BadRowError(f"its image {shorten(text)} does not exist: {cure}")
+        advice = f"{hint}; {NEAR_ADVICE}" if hint else "copy it there, or name its folder with --images"
+        raise BadRowError(f"its image {shorten(text)} does not exist: {advice}")
     return found[0]

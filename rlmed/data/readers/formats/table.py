@@ -148,8 +148,10 @@ class Columns:
             missing.append("options")
         if missing:
             arguments = " ".join(f"--column {field}=NAME" for field in missing)
-            cure = _parting(header) or f"name {'it' if len(missing) == 1 else 'them'} with {arguments}"
-            raise ValueError(f"{table} has no column for {', '.join(missing)}: {cure}. Its columns: {_listed(header)}")
+            advice = _parting(header) or f"name {'it' if len(missing) == 1 else 'them'} with {arguments}"
+            raise ValueError(
+                f"{table} has no column for {', '.join(missing)}: {advice}. Its columns: {_listed(header)}"
+            )
         return cls(names, options, letters, answer_index)
 
     @property

@@ -218,10 +218,10 @@ def _table_row(row: _Parted, names: Sequence[str], header: Sequence[str]) -> Tab
     if not any(cell.strip() for cell in cells):
         return TableRow(row.line, {}, "all its cells are empty", blank=True)
     if len(cells) != len(header):
-        cure = (
+        advice = (
             "put texts with delimiters into quotes" if len(cells) > len(header) else "it is cut, or cells are missing"
         )
-        reason = f"it has {len(cells)} cells, and the header has {len(header)}: {cure}"
+        reason = f"it has {len(cells)} cells, and the header has {len(header)}: {advice}"
         return TableRow(row.line, {}, reason)
     if any(_UNDECODED.search(cell) for cell in cells):
         return TableRow(row.line, {}, "it is not UTF-8: save the table as UTF-8")

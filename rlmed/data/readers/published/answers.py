@@ -78,13 +78,13 @@ def read_answered(
     """
     pool, held_out = AnswerPool(seed, distractors), set()
     for where, default_id, element in elements():
-        entry = _parsed(element, where, default_id, parse)
+        entry = _read_entry(element, where, default_id, parse)
         if isinstance(entry, Answered):
             pool.add(entry.kind, entry.answer)
             if entry.split == TEST_SPLIT:
                 held_out.add(_key(entry))
     for where, default_id, element in elements():
-        entry = _parsed(element, where, default_id, parse)
+        entry = _read_entry(element, where, default_id, parse)
         if isinstance(entry, Skipped):
             yield entry
         elif entry.split != TEST_SPLIT and _key(entry) in held_out:
@@ -103,7 +103,7 @@ def field(element: Mapping[str, Any], name: str) -> str:
     return text
 
 
-def _parsed(element: Any, where: str, default_id: str, parse: Parse) -> Answered | Skipped:
+def _read_entry(element: Any, where: str, default_id: str, parse: Parse) -> Answered | Skipped:
     try:
         entry = parse(as_object(element), default_id)
     except BadRowError as error:

@@ -187,7 +187,7 @@ def _image(row: Mapping[str, Any]) -> str:
     image = row.get("image")
     if isinstance(image, list):
         if len(image) != 1:
-            raise BadRowError(f"it has {len(image)} images; one is possible")
+            raise BadRowError(f"it has {len(image)} images; only one is supported")
         (image,) = image
     text = as_text(image, "image")
     if not text:

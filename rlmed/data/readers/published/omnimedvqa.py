@@ -83,8 +83,8 @@ def question_folder(source: Path) -> Path:
     for folder in (source, source / "OmniMedVQA"):
         if (folder / QUESTIONS).is_dir():
             return folder
-    cure = near_path(source) or "give the folder that OmniMedVQA.zip unpacks to"
-    raise ValueError(f"{source} holds no folder {QUESTIONS}: {cure}")
+    advice = near_path(source) or "give the folder that OmniMedVQA.zip unpacks to"
+    raise ValueError(f"{source} holds no folder {QUESTIONS}: {advice}")
 
 
 def _question(row: Any, where: str, row_id: str, images: Images | None) -> SourceRow | Skipped:

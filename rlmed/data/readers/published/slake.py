@@ -48,8 +48,8 @@ def read(
     """
     files = [(source / name, split) for name, split in FILES.items() if (source / name).is_file()]
     if not files:
-        cure = near_path(source) or "give the folder that Slake1.0.zip unpacks to"
-        raise ValueError(f"{source} holds none of {', '.join(FILES)}: {cure}")
+        advice = near_path(source) or "give the folder that Slake1.0.zip unpacks to"
+        raise ValueError(f"{source} holds none of {', '.join(FILES)}: {advice}")
     beside = next((source / name for name in ("imgs", "imgs.zip") if (source / name).exists()), source)
 
     def elements() -> Iterator[Element]:

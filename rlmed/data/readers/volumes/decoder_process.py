@@ -65,7 +65,7 @@ class DecoderProcess:
             except (EOFError, OSError):
                 self.stop()
                 raise BadImageError(
-                    "its compressed pixels crash the decoder or keep it busy without an end: export it again, uncompressed"
+                    "its compressed pixels crash the decoder or hang it: export it again, uncompressed"
                 ) from None
             except BadImageError:
                 raise

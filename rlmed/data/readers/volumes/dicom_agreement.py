@@ -105,7 +105,7 @@ def _check_colours(dataset: Dataset, size: FrameSize, photometric: str) -> None:
         raise BadImageError(f"its photometric interpretation is none of {known}: save it as RGB or MONOCHROME2")
     if size.samples != samples:
         raise BadImageError(
-            f"its header says {size.samples} samples a pixel, its colours need {samples} ({photometric}): {_AGAIN}"
+            f"its header says {size.samples} samples a pixel, but its colours need {samples} ({photometric}): {_AGAIN}"
         )
     planar = dataset.get("PlanarConfiguration")
     if samples > 1 and planar not in (0, 1):
@@ -154,14 +154,14 @@ def check_pixel_data(
     start = stream.tell()
     if syntax.is_encapsulated != (length == _UNDEFINED):
         said = ("compressed", "not") if syntax.is_encapsulated else ("uncompressed", "compressed")
-        raise BadImageError(f"its transfer syntax says that its pixels are {said[0]}, they are {said[1]}: {_AGAIN}")
+        raise BadImageError(f"its transfer syntax says that its pixels are {said[0]}, but they are {said[1]}: {_AGAIN}")
     if syntax.is_encapsulated:
         _check_fragments(stream, dataset, form, syntax)
         return
     if form.photometric in ("YBR_ICT", "YBR_RCT"):
         raise BadImageError(
-            f"its header says {form.photometric}, which only JPEG 2000 has, its transfer syntax that it is uncompressed: "
-            f"{_AGAIN}"
+            f"its header says {form.photometric}, which only JPEG 2000 has, but its transfer syntax says that it is "
+            f"uncompressed: {_AGAIN}"
         )
     wanted = -(-form.frame_bits * form.frames // 8)
     if length < wanted or (length > wanted + wanted % 2 and not _zeros(stream, wanted, length)):
@@ -224,7 +224,7 @@ def check_codestream(stream: Codestream | None, form: PixelFormat, syntax: UID) 
     if stream is None or stream.size != size:
         shown = "no size" if stream is None else _sized(stream.size)
         raise BadImageError(
-            f"its compressed pixels say {shown}, its header {size.columns}x{size.rows} of {size.samples}: {_AGAIN}"
+            f"its compressed pixels say {shown}, but its header says {size.columns}x{size.rows} of {size.samples}: {_AGAIN}"
         )
     kind = _kind(syntax)
     if kind is not None and stream.kind != kind:

@@ -185,13 +185,13 @@ def _file(text: str, root: Folder) -> Path:
     try:
         path = path_inside(text, root, "file")
     except BadRowError:
-        raise BadRowError(f"its file is not a path inside the source's folder: {_cure(text, root)}") from None
+        raise BadRowError(f"its file is not a path inside the source's folder: {_advice(text, root)}") from None
     if not os.path.isfile(path):  # a named pipe would block the reader
-        raise BadRowError(f"its file is missing, or is a folder: {_cure(text, root)}")
+        raise BadRowError(f"its file is missing, or is a folder: {_advice(text, root)}")
     return path
 
 
-def _cure(text: str, root: Folder) -> str:
+def _advice(text: str, root: Folder) -> str:
     """Say what to do about a path, and how it differs from an existing file, without naming either."""
     near = root.near(text)
     hint = "" if near is None else f"there is one {near.difference or 'of that name'}; "

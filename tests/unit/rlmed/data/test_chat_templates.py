@@ -74,7 +74,7 @@ def example(tmp_path: Path) -> Example:
         ),
     ],
 )
-def test_a_template_that_cannot_be_used_is_one_line_with_place_and_cure(base_copy, template, reason):
+def test_a_template_that_cannot_be_used_is_one_line_with_place_and_advice(base_copy, template, reason):
     with pytest.raises(ValueError, match=reason) as raised:
         renderer_of(base_copy, template)
     message = str(raised.value)

@@ -195,7 +195,7 @@ def png_bytes() -> bytes:
         (bytes(128) + b"DICM" + bytes(100), "DICOM and NIfTI are read by python -m rlmed.prepare"),
     ],
 )
-def test_defects_name_file_and_cure(tmp_path, content, reason):
+def test_defects_name_file_and_advice(tmp_path, content, reason):
     (tmp_path / "scan.png").write_bytes(content)
     with pytest.raises(BadImageError, match=rf"scan\.png.*({reason})"):
         load_image(tmp_path / "scan.png")

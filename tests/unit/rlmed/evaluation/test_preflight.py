@@ -36,10 +36,10 @@ def test_facts() -> None:
     assert (report.groups, report.completions, report.longest) == (2, 8, 3)
     assert report.reward_mean == pytest.approx(1.0)
     assert report.truncated == 0.5
-    assert report.without_spread == 0.5
+    assert report.without_signal == 0.5
     assert report.distinct == pytest.approx((3 / 4 + 1 / 4) / 2)
     assert "groups without learning signal 50%" in report.line()
-    check(report, 512)  # one group with spread is enough to start
+    check(report, 512)  # one group with a learning signal is enough to start
 
 
 def test_completions_kept_out_of_the_loss_teach_nothing() -> None:

@@ -191,7 +191,7 @@ def test_a_folder_without_config_is_named(tmp_path):
         load_config(tmp_path)
 
 
-def test_a_model_that_is_nowhere_is_named_with_the_cure(tmp_path, monkeypatch):
+def test_a_model_that_is_nowhere_is_named_with_advice(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"neither a folder in .* nor .*model\.path=models/absent"):
         load_config(Path("owner/absent"))

@@ -18,7 +18,7 @@ from rlmed.core.weights import NotConnectedError, PushReport, TransferError
 from rollout.pool.pool import WorkerPool
 from rollout.pool.state import PoolSettings, RolloutError
 from rollout.pool.worker import FinishedGroup
-from tests.unit.rollout.fake_workers import FakeWorker, Offer
+from tests.unit.rollout.fake_workers import FakeWorker, Update
 
 PATIENT = PoolSettings(
     capacity=4, heartbeat_s=0.01, silence_s=600, stall_s=600, start_s=600, push_s=600, max_failures=3
@@ -120,7 +120,7 @@ def test_a_dead_workers_requests_are_sampled_by_its_successor_with_the_current_w
     pool = make_pool(site, workers=1)
     channel = pool.channel()
     wait_for(lambda: pool.metrics()["rollout/workers_ready"] == 1)
-    pool.update_weights(Offer(5).update)
+    pool.update_weights(Update(5).weights)
     for index in range(3):
         channel.submit(make_request(index))
     channel.flush()
@@ -190,7 +190,7 @@ def test_a_push_waits_for_all_workers_and_replaces_the_one_that_fails(make_pool)
     pool = make_pool(site)
     wait_for(lambda: pool.metrics()["rollout/workers_ready"] == 2)
     site.workers[0].die(OSError("gone"))
-    reports = pool.update_weights(Offer().update)
+    reports = pool.update_weights(Update().weights)
     assert len(reports) in (1, 2)
     wait_for(lambda: len(site.workers) == 3 and pool.metrics()["rollout/workers_ready"] == 2)
     assert [worker.version for worker in site.workers[1:]] == [1, 1]
@@ -202,23 +202,23 @@ def test_a_worker_that_hangs_in_a_push_is_replaced(make_pool):
     wait_for(lambda: pool.metrics()["rollout/workers_ready"] == 1)
     site.workers[0].answers = False
     pool._settings = dataclasses.replace(PATIENT, push_s=SHORT_S)
-    pool.update_weights(Offer().update)
+    pool.update_weights(Update().weights)
     wait_for(lambda: site.workers[0].killed and pool.metrics()["rollout/workers_ready"] == 1)
     assert site.workers[-1].fetched[-1] == 1
 
 
-def push_in_thread(pool, offer):
+def push_in_thread(pool, update):
     """A push that has begun to be sent, and what it gives in the end."""
     reports: Future = Future()
 
     def push():
         try:
-            reports.set_result(pool.update_weights(offer.update))
+            reports.set_result(pool.update_weights(update.weights))
         except Exception as error:
             reports.set_exception(error)
 
     threading.Thread(target=push, daemon=True).start()
-    wait_for(lambda: offer.engines)
+    wait_for(lambda: update.engines)
     return reports
 
 
@@ -226,18 +226,18 @@ def test_weights_that_were_sent_are_not_fetched(make_pool, make_request):
     site = Site(auto=False)
     pool = make_pool(site)
     wait_for(lambda: pool.metrics()["rollout/workers_ready"] == 2)
-    offer = Offer(sending=Future())
-    reports = push_in_thread(pool, offer)
-    assert [(entry.address, entry.devices) for entry in offer.engines] == [
+    update = Update(sending=Future())
+    reports = push_in_thread(pool, update)
+    assert [(entry.address, entry.devices) for entry in update.engines] == [
         (worker, (f"gpu of {worker.name}",)) for worker in site.workers
     ]
-    assert "here" in offer.engines[0].name
+    assert "here" in update.engines[0].name
     channel = pool.channel()
     channel.submit(make_request(0))
     channel.flush()
     time.sleep(0.05)
     assert not any(worker.held for worker in site.workers)  # nobody samples while weights are on their way
-    offer.sending.set_result(PushReport(0.0, 0.5))
+    update.sending.set_result(PushReport(0.0, 0.5))
     assert reports.result(timeout=60) == [PushReport(0.0, 0.5)] * 2
     wait_for(lambda: any(worker.held for worker in site.workers))
     assert not any(worker.fetched for worker in site.workers)
@@ -248,9 +248,9 @@ def test_who_comes_after_weights_were_sent_fetches_them(make_pool):
     site = Site()
     pool = make_pool(site)
     wait_for(lambda: pool.metrics()["rollout/workers_ready"] == 2)
-    offer = Offer(sending=Future())
-    offer.sending.set_result(PushReport(0.0, 0.5))
-    pool.update_weights(offer.update)
+    update = Update(sending=Future())
+    update.sending.set_result(PushReport(0.0, 0.5))
+    pool.update_weights(update.weights)
     site.workers[0].die(OSError("gone"))
     wait_for(lambda: len(site.workers) == 3 and site.workers[2].fetched)
     assert site.workers[2].fetched == [1]
@@ -261,11 +261,11 @@ def test_workers_that_cannot_be_connected_fetch_the_weights_and_the_log_says_why
     site = Site()
     pool = make_pool(site)
     wait_for(lambda: pool.metrics()["rollout/workers_ready"] == 2)
-    offer = Offer(sending=Future())
-    reports = push_in_thread(pool, offer)
+    update = Update(sending=Future())
+    reports = push_in_thread(pool, update)
     site.workers[0].die(OSError("gone"))  # which is why they cannot
     wait_for(lambda: len(site.workers) == 3 and site.workers[2].fetched)
-    offer.sending.set_exception(NotConnectedError("no connection by nccl: worker 0 could not connect"))
+    update.sending.set_exception(NotConnectedError("no connection by nccl: worker 0 could not connect"))
     assert len(reports.result(timeout=60)) == 2  # its successor, and the one that was there
     assert [worker.fetched for worker in site.workers] == [[], [1], [1]]
     assert "worker 0 could not connect. Sending these weights through the object store" in caplog.text
@@ -276,9 +276,9 @@ def test_workers_that_hold_a_part_of_the_weights_are_replaced(make_pool):
     site = Site()
     pool = make_pool(site)
     wait_for(lambda: pool.metrics()["rollout/workers_ready"] == 2)
-    offer = Offer(sending=Future())
-    reports = push_in_thread(pool, offer)
-    offer.sending.set_exception(TransferError("worker 1 did not receive weights within 3 s"))
+    update = Update(sending=Future())
+    reports = push_in_thread(pool, update)
+    update.sending.set_exception(TransferError("worker 1 did not receive weights within 3 s"))
     assert reports.result(timeout=60) == []
     wait_for(lambda: pool.metrics()["rollout/workers_ready"] == 2)
     assert [worker.killed for worker in site.workers] == [True, True, False, False]
@@ -289,9 +289,9 @@ def test_workers_that_hold_a_part_of_the_weights_are_replaced(make_pool):
 def test_an_error_of_the_learner_or_of_the_user_ends_the_push_as_it_is(make_pool, error):
     pool = make_pool(Site())
     wait_for(lambda: pool.metrics()["rollout/workers_ready"] == 2)
-    offer = Offer(sending=Future())
-    reports = push_in_thread(pool, offer)
-    offer.sending.set_exception(error)
+    update = Update(sending=Future())
+    reports = push_in_thread(pool, update)
+    update.sending.set_exception(error)
     assert reports.exception(timeout=60) is error
 
 
@@ -306,7 +306,7 @@ def test_workers_rest_where_their_engines_can_sleep_and_one_that_dies_of_it_is_r
     wait_for(lambda: pool.metrics()["rollout/workers_ready"] == 2)
     pool.sleep()
     assert [worker.rests for worker in site.workers] == [1, 1]
-    pool.update_weights(Offer().update)
+    pool.update_weights(Update().weights)
     site.workers[0].error = MemoryError("no memory to wake up")
     pool.sleep()
     wait_for(lambda: len(site.workers) == 3 and site.workers[2].fetched)
@@ -343,7 +343,7 @@ def test_a_worker_that_dies_again_and_again_stops_the_run_with_the_cause(make_po
     with pytest.raises(RolloutError, match=r"(?s)worker 0.*(4 times in a row|4 workers).*no memory for the cache"):
         channel.collect()
     with pytest.raises(RolloutError):
-        pool.update_weights(Offer().update)
+        pool.update_weights(Update().weights)
 
 
 def test_a_worker_that_cannot_be_built_stops_the_run_at_once(make_pool, make_request):
@@ -382,7 +382,7 @@ def test_the_pool_goes_on_with_fewer_workers_while_one_cannot_be_placed(make_poo
     assert sorted(channel.collect().request.index for _ in range(6)) == list(range(6))
 
 
-def test_a_request_that_can_never_run_is_told_to_whoever_asked_and_costs_no_worker(make_pool, make_request):
+def test_a_request_that_can_never_run_is_an_error_for_the_caller_and_costs_no_worker(make_pool, make_request):
     class Strict(FakeWorker):
         def finish(self, index):
             if self.held[index].group_size == 3:

@@ -168,7 +168,7 @@ def network(monkeypatch):
         monkeypatch.setattr(weight_transfer, name, lambda *_: None)
     monkeypatch.setattr(weight_transfer, "BUCKET_BYTES", BUFFER)
     yield network
-    for arriving in network.values():  # whoever still waits for a weight need not wait for its limit
+    for arriving in network.values():  # an engine that still waits for a weight need not wait until its limit
         arriving.put(None)
     while Worker.answering:  # before the next test has a network of its own
         Worker.answering.pop().join(timeout=30)

@@ -1,4 +1,4 @@
-"""What people write on the command line: any name of a file gets through, and an error is one line with place and cure."""
+"""What people write on the command line: any name of a file gets through, and an error is one line with place and advice."""
 
 from __future__ import annotations
 

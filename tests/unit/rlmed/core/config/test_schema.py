@@ -1,4 +1,4 @@
-"""Every shipped YAML composes and validates; mistakes are named with their cure."""
+"""Every shipped YAML composes and validates; mistakes are named with their remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What somebody sets and nothing reads is refused, with key, command and cure; what an experiment brings along is not."""
+"""What somebody sets and nothing reads is refused, with key, command and advice; what an experiment brings along is not."""
 
 from __future__ import annotations
 
@@ -244,7 +244,7 @@ def test_every_key_named_by_a_rule_exists() -> None:
         conditions = {**rule.when, **rule.unless}
         assert conditions.keys() <= known
         assert set(rule.programs) <= set(PROGRAMS)
-        assert re.fullmatch(r"[A-Z+v].*[^.]", rule.cure)
+        assert re.fullmatch(r"[A-Z+v].*[^.]", rule.advice)
         for key, idle in conditions.items():
             if key in values:  # a condition that could never hold would hide a typing mistake
                 assert all(value is None or isinstance(value, type(values[key]) | int | list) for value in idle), key

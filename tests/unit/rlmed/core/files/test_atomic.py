@@ -1,4 +1,4 @@
-"""Why a file could not be written is said as it is, with the cure."""
+"""Why a file could not be written is said as it is, with the advice."""
 
 from __future__ import annotations
 

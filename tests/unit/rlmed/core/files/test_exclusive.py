@@ -51,7 +51,7 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 def test_the_second_is_told_who_has_it_and_a_killed_one_has_it_no_more(tmp_path: Path, kind: str) -> None:
     with held_elsewhere(tmp_path, kind) as process:
         said = rf"is in use by process {process.pid} on .* since 2.*: choose another"
-        with pytest.raises(FolderInUseError, match=said), hold(tmp_path, cure="choose another"):
+        with pytest.raises(FolderInUseError, match=said), hold(tmp_path, advice="choose another"):
             pass
         assert any((tmp_path / name).is_file() for name in (OWNER_FILE, HELD_FILE))
         process.kill()
@@ -85,7 +85,7 @@ def test_another_machine_may_live_where_there_are_no_locks(tmp_path: Path, monke
     (tmp_path / HELD_FILE).write_text(card)
     with pytest.raises(FolderInUseError, match="process 1 on far since 2026-01-01"), hold(tmp_path):
         pass
-    (tmp_path / HELD_FILE).write_text("")  # whoever was killed in the moment of making it
+    (tmp_path / HELD_FILE).write_text("")  # a process was killed while creating it
     with pytest.raises(FolderInUseError, match="another process"), hold(tmp_path):
         pass
 

@@ -51,7 +51,7 @@ def test_a_file_names_its_reader(tmp_path: Path, name: str, content: bytes, what
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "cure"),
+    ("name", "content", "advice"),
     [
         (
             "q.xlsx",
@@ -72,10 +72,10 @@ def test_a_file_names_its_reader(tmp_path: Path, name: str, content: bytes, what
     ],
 )
 def test_what_no_reader_takes_as_it_is_says_what_to_do_first(
-    tmp_path: Path, name: str, content: bytes, cure: str
+    tmp_path: Path, name: str, content: bytes, advice: str
 ) -> None:
     (tmp_path / name).write_bytes(content)
-    assert f"{tmp_path / name} is {cure}" in to_prepare(tmp_path / name)
+    assert f"{tmp_path / name} is {advice}" in to_prepare(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows", "rows.csv"])

@@ -95,7 +95,7 @@ def test_a_stdout_that_takes_nothing(tmp_path: Path, redirection: str, said: str
 
 
 def test_no_file_is_taken_for_a_closed_stdout(tmp_path: Path) -> None:
-    """Whoever writes to descriptor 1, as C code does, must not write into a file of the run."""
+    """Code that writes to descriptor 1, as C does, must not write into a file of the run."""
     code = (
         "import os\n"
         "from rlmed.core.process.display import keep_display\n"

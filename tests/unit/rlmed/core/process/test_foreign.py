@@ -18,7 +18,7 @@ from rlmed.core.process.foreign import foreign, one_line
         (Exception("a bare one"), "Exception: a bare one"),
     ],
 )
-def test_an_error_is_one_line_with_place_and_cure(error: Exception, expected: str) -> None:
+def test_an_error_is_one_line_with_place_and_advice(error: Exception, expected: str) -> None:
     assert one_line(error) == expected
     with (
         pytest.raises(ValueError, match=r"^x\.json cannot be read: ") as raised,

@@ -13,7 +13,7 @@ from rlmed.data.images import BadImageError
 from rlmed.data.leakage.near_duplicates import (
     SAME_IN_CROWD,
     TURNS,
-    LookalikeSearch,
+    NearDuplicateSearch,
     read_thumbnail,
     thumbnail_correlations,
     turned,
@@ -32,7 +32,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def search(tests: list[Path], train: list[Path]):
-    found = LookalikeSearch(tests)
+    found = NearDuplicateSearch(tests)
     found.add(train[:10])
     found.add(train[10:])
     return found.result()
@@ -105,7 +105,7 @@ def test_a_file_that_was_replaced_is_read_again(train: list[Path], tmp_path: Pat
 
 
 def test_nothing_to_compare_with(train: list[Path]) -> None:
-    assert not LookalikeSearch(train[:2]).result().same
+    assert not NearDuplicateSearch(train[:2]).result().same
 
 
 def test_turns_are_all_different_and_keep_the_pixels() -> None:

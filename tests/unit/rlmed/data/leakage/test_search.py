@@ -21,7 +21,7 @@ from rlmed.data.leakage.findings import (
     doubt_lines,
     leakage_lines,
 )
-from rlmed.data.leakage.near_duplicates import Lookalike, Lookalikes
+from rlmed.data.leakage.near_duplicates import NearDuplicate, NearDuplicates
 from rlmed.data.leakage.search import find_leakage
 from tests.unit.rlmed.data.pictures import picture, save
 
@@ -136,8 +136,8 @@ def test_a_text_that_many_rows_repeat_is_listed_once(train: list[Example]) -> No
 
 def test_who_leaks_is_not_in_doubt_too(train: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By another training picture than the one that it leaks from."""
-    doubtful = (Lookalike(0, 5, 0.8), Lookalike(1, 6, 0.8), Lookalike(1, 7, 0.75))
-    monkeypatch.setattr("rlmed.data.leakage.search.LookalikeSearch.result", lambda _: Lookalikes((), doubtful))
+    doubtful = (NearDuplicate(0, 5, 0.8), NearDuplicate(1, 6, 0.8), NearDuplicate(1, 7, 0.75))
+    monkeypatch.setattr("rlmed.data.leakage.search.NearDuplicateSearch.result", lambda _: NearDuplicates((), doubtful))
     paths = [tmp_path / "test" / "a.png", save(tmp_path, "test/b.png", picture(80))]
     paths[0].write_bytes((train[2].image or tmp_path).read_bytes())
     (file,) = find_leakage(train, {"ct": [row(path.stem, path) for path in paths]}).files
@@ -178,7 +178,7 @@ def test_clean_data_and_no_data(train: list[Example], tmp_path: Path) -> None:
     assert find_leakage(train, {}).files == ()
 
 
-def test_strict_names_rows_and_cure(train: list[Example]) -> None:
+def test_strict_names_rows_and_advice(train: list[Example]) -> None:
     report = find_leakage(train, {"ct": [row("t-1", train[6].image), row("t-2", None)]})
     with pytest.raises(ValueError, match=r"1 of 2 rows of ct .*t-1 \(g\.png\).*train-6 \(g\.png\).*rlmed\.leakage"):
         check_no_leakage(report)

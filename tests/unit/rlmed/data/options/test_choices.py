@@ -256,9 +256,9 @@ def test_a_number_whose_meaning_nobody_has_said():
         ([["liver"], "spleen"], "not a text"),
         ("liver", "not a list"),
         (7, "not a list"),
-        ({"A": "liver", "C": "spleen", "D": "A and C"}, "its option 'A and C' names others"),
-        ({"1": "liver", "2": "spleen", "3": "1 and 2"}, "its option '1 and 2' names others"),
-        (["liver", "", "spleen", "A and B"], "its option 'A and B' names others"),
+        ({"A": "liver", "C": "spleen", "D": "A and C"}, "its option 'A and C' refers to other options"),
+        ({"1": "liver", "2": "spleen", "3": "1 and 2"}, "its option '1 and 2' refers to other options"),
+        (["liver", "", "spleen", "A and B"], "its option 'A and B' refers to other options"),
     ],
 )
 def test_options_that_cannot_be_used(options, message):

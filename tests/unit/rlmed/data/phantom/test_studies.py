@@ -187,7 +187,7 @@ def test_lesion_kinds_look_as_their_physics_says() -> None:
 def test_sampled_studies_are_uniform_and_fit_the_question() -> None:
     rng = np.random.default_rng(0)
     for kind in KINDS:
-        answers = Counter(phantom.right_answer(sample_study(rng, "CT", kind), kind) for _ in range(800))
+        answers = Counter(phantom.correct_answer(sample_study(rng, "CT", kind), kind) for _ in range(800))
         values = phantom.answer_values(kind, "CT")
         assert set(answers) == set(values)
         assert max(abs(count / 800 - 1 / len(values)) for count in answers.values()) < 0.05
@@ -202,7 +202,7 @@ def test_questions_have_the_right_answer_once_and_wordings_that_tell_nothing() -
         study = sample_study(rng, modality, kind)
         example = make_example(study, kind, str(i), None, rng, i % 4)
         assert example.answer == i % 4
-        assert example.options[i % 4] == phantom.right_answer(study, kind)
+        assert example.options[i % 4] == phantom.correct_answer(study, kind)
         assert len(set(example.options)) == 4
         assert set(example.options) <= set(phantom.answer_values(kind, modality))
         assert not [value for value in example.options if value in example.question]
@@ -302,7 +302,7 @@ def test_of_two_that_write_it_at_once_both_get_the_first_ones(tmp_path: Path, mo
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
-def test_errors_name_the_value_and_the_cure(tmp_path: Path) -> None:
+def test_errors_name_the_value_and_advice(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     healthy = Study("MRI", "FLAIR", "head", NO_LESION, NO_LESION, NO_LESION)
     with pytest.raises(ValueError, match="'PET'"):

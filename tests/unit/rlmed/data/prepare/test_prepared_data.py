@@ -135,7 +135,7 @@ def test_a_private_reader_names_neither_source_nor_paths(tmp_path, source):
         ({"question": "  "}, "it has no question"),
         ({"question": "Which\0organ?"}, "question holds a NUL"),
         ({"options": ("liver", "spl\0een")}, "options holds a NUL"),
-        ({"question": "half \ud800 of it"}, "half a character"),
+        ({"question": "half \ud800 of it"}, "contains a lone surrogate"),
         ({"id": ""}, "id '' must be"),
         ({"id": "a\nb"}, "control character"),
         ({"id": "x" * 201}, "must be 1 to 200"),
@@ -326,7 +326,7 @@ def test_of_two_at_once_the_first_is_kept(tmp_path, source):
         yield source_row(1)
         write([source_row(2), source_row(3)], tmp_path / "out", source)
 
-    with pytest.raises(ValueError, match="holds files already: choose another folder"):
+    with pytest.raises(ValueError, match="already contains files: choose another folder"):
         write(rows(), tmp_path / "out", source)
     assert len((tmp_path / "out" / "train.jsonl").read_text().splitlines()) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]

@@ -62,7 +62,7 @@ EXPECTED = {
     "text.png": "is not an image, or its header is damaged",
     "empty.png": "is an empty file",
     "grey.png": "grey.png shows nothing: it is all of one colour (30 of 255)",
-    "nan.tif": "nan.tif cannot be shown as it is meant: none of its values is a finite number",
+    "nan.tif": "nan.tif cannot be displayed faithfully: none of its values is a finite number",
     "missing.png": "does not exist",
     "folder.png": "does not exist",
     "x" * 300 + ".png": "does not exist",

@@ -394,7 +394,7 @@ def test_frames_against_fragments(tmp_path, said, has_table):
         ({"BitsStored": 8, "HighBit": 7}, "BitsStored 8 and HighBit 7, its values reach 4095"),
         (
             {"PhotometricInterpretation": "YBR_RCT", "SamplesPerPixel": 1},
-            "1 samples a pixel, its colours need 3 .YBR_RCT",
+            "1 samples a pixel, but its colours need 3 .YBR_RCT",
         ),
         ({"PixelRepresentation": 3}, "PixelRepresentation 3"),
         ({"PresentationLUTShape": "INVERSE"}, "MONOCHROME2 and PresentationLUTShape INVERSE"),
@@ -428,7 +428,7 @@ def test_transfer_syntax_against_pixel_data(tmp_path):
     refused(tmp_path / "a", "transfer syntax says that its pixels are compressed, they are not")
     squeezed = write_compressed(tmp_path / "b", [GREY_JPEG], GREY, RLELossless).read_bytes()
     (tmp_path / "b").write_bytes(squeezed.replace(b"1.2.840.10008.1.2.5\0", b"1.2.840.10008.1.2.1\0"))
-    refused(tmp_path / "b", "transfer syntax says that its pixels are uncompressed, they are compressed")
+    refused(tmp_path / "b", "transfer syntax says that its pixels are uncompressed, but they are compressed")
     refused(write_compressed(tmp_path / "c", [GREY_JPEG], GREY, RLELossless), "bytes a pixel, its header says 1")
     implicit = dataset_of(TWELVE, **OF_TWELVE)
     implicit.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian

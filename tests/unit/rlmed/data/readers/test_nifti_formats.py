@@ -178,7 +178,7 @@ def test_qform_against_sform(tmp_path, qform, sform, reason):
     image.to_filename(tmp_path / "a.nii")
     if reason:
         refused(tmp_path / "a.nii", reason)
-    for code in ("qform_code", "sform_code"):  # the cure
+    for code in ("qform_code", "sform_code"):  # the advice
         cured = nibabel.load(tmp_path / "a.nii")
         cured.header[code] = 0
         content = (tmp_path / "a.nii").read_bytes()

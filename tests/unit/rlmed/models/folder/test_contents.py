@@ -1,4 +1,4 @@
-"""What a model folder says twice, or holds and cannot be used: an error or a warning that names both values and the cure."""
+"""What a model folder says twice, or holds and cannot be used: an error or a warning that names both values and the advice."""
 
 from __future__ import annotations
 
@@ -553,7 +553,7 @@ def test_a_head_of_its_own_is_the_one_that_is_used(base_copy):
 
 @pytest.mark.parametrize(("tokens", "said"), [(4096, False), (4097, True), (200, False)])
 def test_more_tokens_than_positions_are_said(base_copy, tokens, said):
-    doubt = position_doubt(load_config(base_copy), tokens=tokens, what=f"limit={tokens}", cure="limit")
+    doubt = position_doubt(load_config(base_copy), tokens=tokens, what=f"limit={tokens}", advice="limit")
     assert (doubt is not None) is said
     assert not said or re.match(r"limit=4097 are more than the 4096 positions .*lower limit$", doubt)
 
