@@ -44,14 +44,14 @@ def test_a_single_example_and_impossible_arguments():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_the_right_answer_follows_its_option(seed):
+def test_the_correct_answer_follows_its_option(seed):
     shuffled = shuffle_options(EXAMPLE, seed)
     assert shuffled.options[shuffled.answer] == "knee"
     assert sorted(shuffled.options) == sorted(EXAMPLE.options)
     assert (shuffled.id, shuffled.question) == (EXAMPLE.id, EXAMPLE.question)
 
 
-def test_the_right_letter_is_spread_evenly_over_seeds_and_over_ids():
+def test_the_correct_letter_is_distributed_evenly_over_seeds_and_over_ids():
     by_seed = [shuffle_options(EXAMPLE, seed).answer for seed in range(400)]
     by_id = [shuffle_options(Example(f"q{n}", None, "?", EXAMPLE.options, 3), 0).answer for n in range(400)]
     for answers in (by_seed, by_id):

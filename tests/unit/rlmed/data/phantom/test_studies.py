@@ -195,7 +195,7 @@ def test_sampled_studies_are_uniform_and_fit_the_question() -> None:
     assert max(abs(lesions[lesion] / 1000 - 0.2) for lesion in LESIONS) < 0.04
 
 
-def test_questions_have_the_right_answer_once_and_wordings_that_tell_nothing() -> None:
+def test_questions_have_the_correct_answer_once_and_wordings_that_tell_nothing() -> None:
     rng = np.random.default_rng(0)
     for i in range(300):
         kind, modality = KINDS[i % 5], MODALITIES[i % 3]
