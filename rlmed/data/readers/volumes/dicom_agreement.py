@@ -232,13 +232,13 @@ def check_codestream(stream: Codestream | None, form: PixelFormat, syntax: UID) 
     least = form.bits_stored if stream.kind == "JPEG" or size.samples > 1 else 1
     if not least <= stream.precision <= form.bits_allocated:
         raise BadImageError(
-            f"its compressed pixels say {stream.precision} bits, its header BitsStored {form.bits_stored} and BitsAllocated "
-            f"{form.bits_allocated}: {_AGAIN}"
+            f"its compressed pixels say {stream.precision} bits, but its header says BitsStored {form.bits_stored} and "
+            f"BitsAllocated {form.bits_allocated}: {_AGAIN}"
         )
     if stream.signed is not None and stream.signed != form.signed:
         raise BadImageError(
-            f"its compressed pixels say that values {_signed(stream.signed)}, its header (PixelRepresentation "
-            f"{int(form.signed)}) that they {_signed(form.signed)}: {_AGAIN}"
+            f"its compressed pixels say that values {_signed(stream.signed)}, but its header (PixelRepresentation "
+            f"{int(form.signed)}) says that they {_signed(form.signed)}: {_AGAIN}"
         )
     if size.samples == 3:
         _check_stream_colours(stream, form.photometric)
@@ -257,7 +257,7 @@ def _check_stream_colours(stream: Codestream, photometric: str) -> None:
     elif stream.colours and stream.colours != ("RGB" if photometric == "RGB" else "YCbCr"):
         said = stream.colours
     if said:
-        raise BadImageError(f"its compressed pixels say {said}, its header {photometric}: {_AGAIN}")
+        raise BadImageError(f"its compressed pixels say {said}, but its header says {photometric}: {_AGAIN}")
 
 
 def unused_bits_checked(values: np.ndarray, form: PixelFormat, overlay: bool, padding: int | None) -> np.ndarray:
@@ -300,8 +300,8 @@ def check_rle(frame: bytes, form: PixelFormat) -> None:
     wanted = form.size.samples * form.bits_allocated // 8
     if segments != wanted:
         raise BadImageError(
-            f"its compressed pixels have {segments} bytes a pixel, its header says {wanted} ({form.size.samples} samples of "
-            f"{form.bits_allocated} bits): {_AGAIN}"
+            f"its compressed pixels have {segments} bytes a pixel, but its header says {wanted} ({form.size.samples} samples "
+            f"of {form.bits_allocated} bits): {_AGAIN}"
         )
 
 

@@ -213,7 +213,7 @@ def decode_frame(path: Path, header: DicomHeader, frame: int) -> np.ndarray:
     size = header.pixels.size
     wanted = (size.rows, size.columns, *((3,) if size.samples == 3 else ()))
     if values.shape != wanted:
-        raise BadImageError(f"its pixels decode to {values.shape}, its header says {wanted}: export it again")
+        raise BadImageError(f"its pixels decode to {values.shape}, but its header says {wanted}: export it again")
     return values
 
 

@@ -18,7 +18,7 @@ from rlmed.core.calibration import (
 
 
 def draw(seed, n=200):
-    """Confidences, some on the very edges of bins, and whether the answers were right."""
+    """Confidences, some on the very edges of bins, and whether the answers were correct."""
     rng = np.random.default_rng(seed)
     confidence = np.concatenate([rng.random(n), np.linspace(0, 1, 16)])
     return confidence, rng.random(len(confidence)) < 0.6
@@ -27,20 +27,20 @@ def draw(seed, n=200):
 @pytest.mark.parametrize("bins", [1, 7, 15])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_calibration_error_equals_the_definition_bin_by_bin(seed, bins):
-    confidence, right = draw(seed)
+    confidence, correct = draw(seed)
     edges, expected, counts = np.linspace(0, 1, bins + 1), 0.0, []
     for i in range(bins):
         inside = [j for j, c in enumerate(confidence) if edges[i] < c <= edges[i + 1] or (i == 0 and c == 0)]
         counts.append(len(inside))
         if inside:
-            accuracy, mean = np.mean([right[j] for j in inside]), np.mean([confidence[j] for j in inside])
-            expected += len(inside) / len(right) * abs(accuracy - mean)
-    assert calibration_error(confidence, right, bins) == pytest.approx(expected, abs=1e-12)
-    found = reliability_bins(confidence, right, bins)
+            accuracy, mean = np.mean([correct[j] for j in inside]), np.mean([confidence[j] for j in inside])
+            expected += len(inside) / len(correct) * abs(accuracy - mean)
+    assert calibration_error(confidence, correct, bins) == pytest.approx(expected, abs=1e-12)
+    found = reliability_bins(confidence, correct, bins)
     assert [entry.count for entry in found] == [count for count in counts if count]
-    assert sum(entry.correct for entry in found) == right.sum()
+    assert sum(entry.correct for entry in found) == correct.sum()
     gaps = [abs(entry.correct - entry.count * entry.confidence) for entry in found]
-    assert sum(gaps) / len(right) == pytest.approx(expected, abs=1e-12)
+    assert sum(gaps) / len(correct) == pytest.approx(expected, abs=1e-12)
 
 
 def test_a_certain_and_right_model_has_no_calibration_error_and_a_certain_and_wrong_one_has_all():
@@ -55,7 +55,7 @@ def test_few_rows_explain_a_calibration_error_that_many_do_not():
     # about one calibrated data set in 20 lies above the bound
     draws = rng.random((400, 20)) < few
     above = np.mean(
-        [calibration_error(few, right) > calibrated_error_bound(few, resamples=300) for right in draws[:60]]
+        [calibration_error(few, correct) > calibrated_error_bound(few, resamples=300) for correct in draws[:60]]
     )
     assert above < 0.2
 
@@ -74,17 +74,17 @@ def test_the_brier_score_is_the_sum_over_all_options():
 
 @pytest.mark.parametrize("samples", [1, 2, 5, 8])
 def test_pass_at_k_is_the_share_of_all_choices_of_k_samples_that_hold_a_right_one(samples):
-    for right in range(samples + 1):
-        outcomes = [i < right for i in range(samples)]
+    for correct in range(samples + 1):
+        outcomes = [i < correct for i in range(samples)]
         for k in range(1, samples + 1):
             expected = np.mean([any(choice) for choice in combinations(outcomes, k)])
-            assert pass_at_k(samples, right, k) == pytest.approx(expected, abs=1e-12)
+            assert pass_at_k(samples, correct, k) == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize(("samples", "right", "k"), [(8, 2, 0), (8, 2, 9), (8, 9, 1), (8, -1, 1)])
-def test_pass_at_k_refuses_what_cannot_be_drawn(samples, right, k):
-    with pytest.raises(ValueError, match=rf"pass@{k} .* {right} right of {samples}"):
-        pass_at_k(samples, right, k)
+@pytest.mark.parametrize(("samples", "correct", "k"), [(8, 2, 0), (8, 2, 9), (8, 9, 1), (8, -1, 1)])
+def test_pass_at_k_refuses_what_cannot_be_drawn(samples, correct, k):
+    with pytest.raises(ValueError, match=rf"pass@{k} .* {correct} correct of {samples}"):
+        pass_at_k(samples, correct, k)
 
 
 @pytest.mark.parametrize("seed", [0, 5])

@@ -322,13 +322,19 @@ J2K_COLOUR = {mct: encoded(Image.fromarray(COLOUR), "JPEG2000", no_jp2=True, mct
             COLOUR,
             JPEGBaseline8Bit,
             {"PhotometricInterpretation": "YBR_FULL_422"},
-            "say RGB, its header YBR_FULL_422",
+            "say RGB, but its header says YBR_FULL_422",
         ),
-        (YCBCR, COLOUR, JPEGBaseline8Bit, {}, "say YCbCr, its header RGB"),
-        (YCBCR, GREY, JPEGBaseline8Bit, {}, "64x48 pixels of 3 samples, its header 64x48 of 1"),
-        (GREY_JPEG, COLOUR, JPEGBaseline8Bit, {}, "64x48 pixels of 1 samples, its header 64x48 of 3"),
-        (GREY_JPEG, GREY, JPEGBaseline8Bit, {"Rows": 24}, "64x48 pixels of 1 samples, its header 64x24 of 1"),
-        (GREY_JPEG, TWELVE, JPEGBaseline8Bit, OF_TWELVE, "say 8 bits, its header BitsStored 12 and BitsAllocated 16"),
+        (YCBCR, COLOUR, JPEGBaseline8Bit, {}, "say YCbCr, but its header says RGB"),
+        (YCBCR, GREY, JPEGBaseline8Bit, {}, "64x48 pixels of 3 samples, but its header says 64x48 of 1"),
+        (GREY_JPEG, COLOUR, JPEGBaseline8Bit, {}, "64x48 pixels of 1 samples, but its header says 64x48 of 3"),
+        (GREY_JPEG, GREY, JPEGBaseline8Bit, {"Rows": 24}, "64x48 pixels of 1 samples, but its header says 64x24 of 1"),
+        (
+            GREY_JPEG,
+            TWELVE,
+            JPEGBaseline8Bit,
+            OF_TWELVE,
+            "say 8 bits, but its header says BitsStored 12 and BitsAllocated 16",
+        ),
         (GREY_JPEG, GREY, JPEG2000Lossless, {}, "transfer syntax says JPEG 2000, its compressed pixels are JPEG"),
         (GREY_J2K, GREY, JPEGBaseline8Bit, {}, "transfer syntax says JPEG, its compressed pixels are JPEG 2000"),
         (GREY_JPEG, GREY, JPEGLSLossless, {}, "transfer syntax says JPEG-LS, its compressed pixels are JPEG"),
@@ -338,14 +344,14 @@ J2K_COLOUR = {mct: encoded(Image.fromarray(COLOUR), "JPEG2000", no_jp2=True, mct
             GREY,
             JPEG2000,
             {"PixelRepresentation": 1},
-            "values have none, its header .PixelRepresentation 1. that",
+            "values have none, but its header .PixelRepresentation 1. says that",
         ),
         (
             encoded(Image.fromarray(in_bits(GREY, 16).astype(np.uint16)), "JPEG2000", no_jp2=True),
             GREY,
             JPEG2000,
             {},
-            "say 16 bits, its header BitsStored 8 and BitsAllocated 8",
+            "say 16 bits, but its header says BitsStored 8 and BitsAllocated 8",
         ),
         (J2K_COLOUR[1], COLOUR, JPEG2000, {"PhotometricInterpretation": "YBR_FULL"}, "RGB after their own transform"),
         (
@@ -353,9 +359,15 @@ J2K_COLOUR = {mct: encoded(Image.fromarray(COLOUR), "JPEG2000", no_jp2=True, mct
             COLOUR,
             JPEG2000,
             {"PhotometricInterpretation": "YBR_ICT"},
-            "without a transform, its header YBR_ICT",
+            "without a transform, but its header says YBR_ICT",
         ),
-        (YCBCR, COLOUR, JPEGBaseline8Bit, {"PhotometricInterpretation": "YBR_RCT"}, "say JPEG, its header YBR_RCT"),
+        (
+            YCBCR,
+            COLOUR,
+            JPEGBaseline8Bit,
+            {"PhotometricInterpretation": "YBR_RCT"},
+            "say JPEG, but its header says YBR_RCT",
+        ),
         (GREY_JPEG, GREY, JPEGBaseline8Bit, TWO_FRAMES, "NumberOfFrames 2, its compressed pixels are 1 frames"),
     ],
 )
@@ -425,11 +437,11 @@ def test_harmless_differences_are_accepted(tmp_path):
 def test_transfer_syntax_against_pixel_data(tmp_path):
     plain = write_dicom(tmp_path / "plain", GREY).read_bytes()
     (tmp_path / "a").write_bytes(plain.replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.5\0"))  # RLE Lossless
-    refused(tmp_path / "a", "transfer syntax says that its pixels are compressed, they are not")
+    refused(tmp_path / "a", "transfer syntax says that its pixels are compressed, but they are not")
     squeezed = write_compressed(tmp_path / "b", [GREY_JPEG], GREY, RLELossless).read_bytes()
     (tmp_path / "b").write_bytes(squeezed.replace(b"1.2.840.10008.1.2.5\0", b"1.2.840.10008.1.2.1\0"))
     refused(tmp_path / "b", "transfer syntax says that its pixels are uncompressed, but they are compressed")
-    refused(write_compressed(tmp_path / "c", [GREY_JPEG], GREY, RLELossless), "bytes a pixel, its header says 1")
+    refused(write_compressed(tmp_path / "c", [GREY_JPEG], GREY, RLELossless), "bytes a pixel, but its header says 1")
     implicit = dataset_of(TWELVE, **OF_TWELVE)
     implicit.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
     np.testing.assert_allclose(shown(save(tmp_path / "d", implicit)), GREY, atol=1)
