@@ -26,7 +26,7 @@ import torch
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from benchmarks.common import add_arguments, find_model, report, start, write_result
-from rlmed.cluster.ray_session import WORKER_ENVIRONMENT
+from rlmed.cluster.ray_session import worker_environment
 from rlmed.core.weights import PushReport, StoredWeights
 from rlmed.models.policy import load_policy
 from rlmed.models.weights import make_buckets
@@ -156,7 +156,7 @@ def main() -> None:
                     logging_level=logging.ERROR,
                     object_store_memory=int((0.5 if size == "tiny" else 10) * GIB),
                     _temp_dir=f"{scratch}/r-{size}-{kind}",
-                    runtime_env=dict(WORKER_ENVIRONMENT),
+                    runtime_env=worker_environment({}, here=True),
                 )
                 try:
                     result = {"model": size, **measure(folder, kind, dtype, arguments)}

@@ -6,8 +6,6 @@ import runpy
 import sys
 from importlib.metadata import version
 
-from rlmed.core.process.starting import start_command
-
 COMMANDS = {
     "launch": "train a policy by reinforcement learning",
     "sft": "fine-tune on answers, for alignment or as a baseline",
@@ -26,7 +24,6 @@ def main() -> None:
     """Run the command named by the first argument; without one, list the commands; print the version for `--version`."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in COMMANDS:
-        start_command()
         sys.argv[:2] = [f"rlmed {name}"]
         runpy.run_module(f"rlmed.{name}", run_name="__main__", alter_sys=True)
         return

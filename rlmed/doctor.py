@@ -5,6 +5,11 @@ Packages that might be missing are imported lazily, so that it runs on a bare in
 
 from __future__ import annotations
 
+from rlmed.core.process.starting import start_command
+
+if __name__ == "__main__":
+    start_command()  # before torch is imported
+
 import argparse
 import importlib.metadata
 import os

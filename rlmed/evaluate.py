@@ -7,6 +7,11 @@ rows; `rlmed.reliability` adds calibration, pass@k, option order and reliance on
 
 from __future__ import annotations
 
+from rlmed.core.process.starting import start_command
+
+if __name__ == "__main__":
+    start_command()  # before torch is imported
+
 from pathlib import Path
 
 from rich.table import Table

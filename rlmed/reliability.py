@@ -7,6 +7,11 @@ pass@k, other orders of the options, and whether the answer follows from picture
 
 from __future__ import annotations
 
+from rlmed.core.process.starting import start_command
+
+if __name__ == "__main__":
+    start_command()  # before torch is imported
+
 from pathlib import Path
 
 from rewards.conclusion import argued_option

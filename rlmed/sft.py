@@ -6,6 +6,11 @@ without rationales offers (the SFT baseline of MedVLM-R1, arXiv 2502.19634).
 
 from __future__ import annotations
 
+from rlmed.core.process.starting import start_command
+
+if __name__ == "__main__":
+    start_command()  # before torch is imported
+
 import logging
 import math
 from collections.abc import Sequence

@@ -8,6 +8,11 @@ from.
 
 from __future__ import annotations
 
+from rlmed.core.process.starting import start_command
+
+if __name__ == "__main__":
+    start_command()  # before torch is imported
+
 import argparse
 import shutil
 import sys

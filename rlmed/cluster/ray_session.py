@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import shlex
 import shutil
 import socket
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,26 @@ from rlmed.core.protocols import LOST, ClusterError
 
 RAY_FOLDER = "rlmed-ray-"
 """Prefix of the temporary folder of a Ray started for one run."""
-WORKER_ENVIRONMENT = {"worker_process_setup_hook": "rlmed.core.process.starting.prepare_process"}
-"""Ray calls it in each worker before the worker imports torch."""
 HEAD_SILENCE_S = 20.0
 """Seconds without contact after which the head counts as lost."""
 LONGEST_ROOT = 30
 """Longest path of the folder around Ray's own: it holds sockets, whose paths are limited to about 100 characters."""
+
+
+def worker_environment(chosen: Mapping[str, Any], *, here: bool) -> dict[str, Any]:
+    """Return Ray's runtime environment for the workers: ours and the user's.
+
+    Args:
+        chosen: `cluster.runtime_env`.
+        here: whether all workers run on this machine, with this process's interpreter unless `chosen` says otherwise.
+    """
+    # called in each worker before it imports torch
+    environment = {"worker_process_setup_hook": "rlmed.core.process.starting.prepare_process"}
+    # for these keys Ray makes an interpreter of its own, which ours would replace
+    if here and not chosen.keys() & {"conda", "pip", "uv"}:
+        # Ray gives it to a shell, by default without quotes: with a space in its path, workers would never start
+        environment["py_executable"] = shlex.quote(sys.executable)
+    return copy.deepcopy({**environment, **chosen})  # Ray changes it
 
 
 def start_ray(cluster: ClusterConfig) -> Callable[[], None]:
@@ -43,13 +58,13 @@ def start_ray(cluster: ClusterConfig) -> Callable[[], None]:
     if ray.is_initialized():
         return lambda: None
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {
         "log_to_driver": cluster.worker_logs,
         "logging_level": logging.ERROR,
-        "runtime_env": copy.deepcopy({**WORKER_ENVIRONMENT, **cluster.runtime_env}),  # Ray changes it
+        "runtime_env": worker_environment(cluster.runtime_env, here=not address),
         "namespace": "rlmed",
     }
-    address = cluster.address or os.environ.get("RAY_ADDRESS")
     if address:
         try:
             _check_listens(os.environ.get("RAY_ADDRESS", address) if address == "auto" else address)

@@ -1,5 +1,10 @@
 """Write the report of a run folder; see `rlmed.report.page`."""
 
+from rlmed.core.process.starting import start_command
+
+if __name__ == "__main__":
+    start_command()  # before torch is imported
+
 from rlmed.report.page import main
 
 if __name__ == "__main__":

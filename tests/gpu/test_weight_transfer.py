@@ -89,10 +89,12 @@ class Changing:
 def session() -> Iterator[None]:
     import ray
 
-    from rlmed.cluster.ray_session import WORKER_ENVIRONMENT
+    from rlmed.cluster.ray_session import worker_environment
 
     with tempfile.TemporaryDirectory(prefix="rt-") as folder:
-        ray.init(include_dashboard=False, _temp_dir=folder, log_to_driver=True, runtime_env=dict(WORKER_ENVIRONMENT))
+        ray.init(
+            include_dashboard=False, _temp_dir=folder, log_to_driver=True, runtime_env=worker_environment({}, here=True)
+        )
         yield
         ray.shutdown()
 

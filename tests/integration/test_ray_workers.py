@@ -19,7 +19,7 @@ import ray
 import torch
 
 from learner.actor import LearnerError, RayLearner
-from rlmed.cluster.ray_session import WORKER_ENVIRONMENT
+from rlmed.cluster.ray_session import worker_environment
 from rlmed.core.protocols import ClusterError
 from rlmed.core.types import Example, Prompt, RolloutRequest, SamplingParams
 from rlmed.core.weights import NotConnectedError, StoredWeights, WeightUpdate
@@ -60,7 +60,7 @@ def session():
             log_to_driver=False,
             object_store_memory=128 * 2**20,
             resources={"scanner": 2},
-            runtime_env=dict(WORKER_ENVIRONMENT),
+            runtime_env=worker_environment({}, here=True),
         )
         yield mark
         ray.shutdown()

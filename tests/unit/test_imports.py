@@ -253,17 +253,19 @@ def test_importing_any_module_changes_nothing_in_the_process(broken_extensions):
     assert run_python("-c", program, path=broken_extensions) == "[]"
 
 
-def test_the_root_package_loads_no_library():
-    """It is imported before everything else of ours, by every command and in every process."""
-    program = "import sys; import rlmed; print(sorted({name.split('.')[0] for name in sys.modules}))"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    loaded = set(ast.literal_eval(done.stdout)) - set(sys.stdlib_module_names)
-    assert not loaded & {"torch", "numpy", "transformers", "hydra", "ray"}
+def test_the_program_of_a_package_that_imports_rlmed_is_left_alone(broken_extensions):
+    package = broken_extensions / "theirs"
+    package.mkdir()
+    (package / "__init__.py").write_text("import rlmed\nimport rlmed.doctor\n")
+    program = f"{STATE}print([*changed(), *{{'torch', 'ray'}} & sys.modules.keys(), sys.excepthook.__name__])"
+    (package / "program.py").write_text(program)
+    assert run_python("-m", "theirs.program", path=broken_extensions) == "['excepthook']"
 
 
 COMMANDS = sorted(
     name.removesuffix(".__main__") for name, path in MODULES.items() if '"__main__"' in path.read_text(encoding="utf-8")
 )
+"""What can follow `python -m`."""
 
 
 def changed_before(module, command, folder):
@@ -277,10 +279,10 @@ def changed_before(module, command, folder):
         "            print(changed()); sys.stdout.flush(); os._exit(0)\n"
         "sys.meta_path.insert(0, Finder)\n"
     )
-    return ast.literal_eval(run_python("-m", command, "--help", path=folder))
+    return ast.literal_eval(run_python("-m", *command.split(), "--help", path=folder))
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [name if name != "rlmed" else "rlmed ask" for name in COMMANDS])
 def test_a_command_settles_openmp_before_torch_is_imported(command, broken_extensions):
     assert len(COMMANDS) > 8
     assert set(changed_before("torch", command, broken_extensions)) & {*WAITING}

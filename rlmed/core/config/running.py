@@ -105,6 +105,11 @@ class ClusterConfig:
                     "cluster.gpus_per_rank",
                 )
                 require(value > 0, f"cluster.{key}.{name}={value} must be positive")
+        require(
+            "worker_process_setup_hook" not in self.runtime_env,
+            "cluster.runtime_env.worker_process_setup_hook is rlmed's own, which prepares each worker: remove it, and use "
+            "cluster.runtime_env.env_vars for what your workers need",
+        )
         for key in ("silence", "stall", "start", "push", "learner"):
             name, value = f"cluster.{key}_timeout_s", getattr(self, f"{key}_timeout_s")
             require(value > 0, f"{name}={value} must be positive (seconds)")

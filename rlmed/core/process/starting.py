@@ -34,7 +34,7 @@ def prepare_process() -> None:
 def start_command() -> None:
     """Prepare a command's process; if its libraries cannot be loaded, exit with one line, until `keep_display` takes over.
 
-    `rlmed/__init__.py` calls it under `python -m rlmed.X`, since that runs before the imports of the module X.
+    Each command's file calls it first, before its other imports, and only if it is the program that runs.
 
     Raises:
         MemoryError, OSError: for an environment in which torch and numpy, or their C code, would not load.

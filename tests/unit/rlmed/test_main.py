@@ -24,7 +24,6 @@ def test_a_command_gets_its_own_arguments(name: str, monkeypatch: pytest.MonkeyP
     called = []
     monkeypatch.setattr(runpy, "run_module", lambda module, **_: called.append((module, list(sys.argv))))
     monkeypatch.setattr(sys, "argv", ["rlmed", name, "--help", "steps=2"])
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     main()
     assert called == [(f"rlmed.{name}", [f"rlmed {name}", "--help", "steps=2"])]
 

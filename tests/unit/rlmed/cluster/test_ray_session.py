@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import pkgutil
 import socket
+import sys
 from typing import Any
 
 import pytest
@@ -53,13 +54,54 @@ def test_a_run_that_has_ended_is_not_ended_again(monkeypatch: pytest.MonkeyPatch
     assert ended == []
 
 
-def test_each_worker_is_prepared_before_it_imports_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+OURS = {"py_executable": "'/my environment/python'"}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "here", "interpreter"),
+    [
+        ({}, True, OURS),
+        ({"env_vars": {"A": "b"}}, True, OURS),
+        ({"py_executable": "valgrind python"}, True, {}),
+        ({"pip": ["a"]}, True, {}),
+        ({"conda": "a"}, True, {}),
+        ({"uv": ["a"]}, True, {}),
+        # another node has another path
+        ({}, False, {}),
+    ],
+)
+def test_each_worker_is_prepared_and_runs_this_processs_interpreter_or_the_chosen_one(
+    chosen: dict[str, Any], here: bool, interpreter: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rlmed.cluster.ray_session import worker_environment
+
+    monkeypatch.setattr(sys, "executable", "/my environment/python")
+    given = worker_environment(chosen, here=here)
+    assert pkgutil.resolve_name(given.pop("worker_process_setup_hook")) is prepare_process
+    assert given == {**interpreter, **chosen}
+
+
+@pytest.mark.parametrize("address", [None, "auto"])
+def test_a_cluster_that_already_runs_keeps_its_own_interpreters(
+    address: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from rlmed.cluster import ray_session
 
     given: dict[str, Any] = {}
+
+    def init(**options: Any) -> None:
+        given.update(options)
+        raise RuntimeError("not started here")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(ray_session.ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray_session.ray, "init", lambda **options: given.update(options))
-    config = compose_config("train", ["cluster=ray", "+cluster.runtime_env.env_vars.A=b"])
-    ray_session.start_ray(config.cluster)()
-    assert pkgutil.resolve_name(given["runtime_env"].pop("worker_process_setup_hook")) is prepare_process
-    assert given["runtime_env"] == {"env_vars": {"A": "b"}}
+    monkeypatch.setattr(ray_session.ray, "init", init)
+    config = compose_config("train", ["cluster=ray", f"cluster.address={address or 'null'}"]).cluster
+    with pytest.raises(RuntimeError, match="not started here"):
+        ray_session.start_ray(config)
+    assert ("py_executable" in given["runtime_env"]) == (address is None)
+
+
+def test_a_setup_hook_of_the_users_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"cluster\.runtime_env\.worker_process_setup_hook .*remove it"):
+        compose_config("train", ["cluster=ray", "+cluster.runtime_env.worker_process_setup_hook=a.b"])
