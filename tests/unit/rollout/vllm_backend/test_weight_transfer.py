@@ -15,6 +15,7 @@ import torch
 
 from rlmed.core.protocols import ClusterError
 from rlmed.core.weights import NotConnectedError, TransferError
+from rollout.vllm_backend.environment import import_vllm
 
 pytestmark = [
     pytest.mark.vllm,
@@ -137,6 +138,7 @@ def call(worker, stage, *arguments):
 @pytest.fixture
 def network(monkeypatch):
     """NCCL, CUDA's streams and the layerwise reload replaced; the rest is vLLM's."""
+    import_vllm()
     from vllm.distributed.weight_transfer import nccl_engine, packed_tensor
 
     from rollout.vllm_backend import weight_transfer
