@@ -35,6 +35,7 @@ from rlmed.core.files.ownership import remove_leftovers
 from rlmed.core.process.display import ERRORS, TRACE, ending_errors, keep_display, lacks_memory, one_line
 from rlmed.core.protocols import LOST, ClusterError
 from rlmed.recording.checkpoint import CheckpointError, list_checkpoints, starting_point
+from rlmed.recording.inputs import CONFIG_FILE
 
 FOLDER_KEY = "hydra.run.dir="
 SEARCH_KEY = "hydra.searchpath="
@@ -64,13 +65,24 @@ def _check_used(program: str) -> None:
 
 
 def newest_run(folder: Path) -> Path | None:
-    """Return the run that `resume=auto` resumes: the newest sibling of `folder` with a checkpoint."""
-    ages = {}
+    """Return the run that `resume=auto` resumes: the sibling of `folder` with the newest checkpoint.
+
+    Names on stdout each run that began later but has no checkpoint: it cannot be resumed.
+    """
+    saved, begun = {}, {}
     for path in folder.parent.glob("*"):
         with suppress(FileNotFoundError):  # removed meanwhile
-            if list_checkpoints(path / "checkpoints"):
-                ages[path] = path.stat().st_mtime
-    return max(ages, key=ages.__getitem__, default=None)
+            if checkpoints := list_checkpoints(path / "checkpoints"):
+                saved[path] = checkpoints[-1].stat().st_mtime
+            elif (path / CONFIG_FILE).exists():
+                begun[path] = (path / CONFIG_FILE).stat().st_mtime
+    if not saved:
+        return None
+    newest = max(saved, key=saved.__getitem__)
+    for path in sorted(begun):
+        if begun[path] > saved[newest]:
+            sys.stdout.write(f"resume=auto: {path} ended before its first checkpoint, so {newest} is resumed\n")
+    return newest
 
 
 def run_command(program: str, main: Callable[[RunConfig, Path], None]) -> None:

@@ -25,7 +25,7 @@ from rlmed.evaluation.results import ROWS_FILE, check_comparable
 from rlmed.evaluation.run import Evaluator
 from rlmed.models.loading import check_positions, model_folder
 from rlmed.models.policy import Policy
-from rlmed.models.tiny.toy import TOY_NOTE, is_toy
+from rlmed.models.tiny.toy import is_toy, toy_note
 from rlmed.recording.checkpoint import starting_point
 from rlmed.recording.inputs import write_inputs
 from rlmed.recording.progress import Progress
@@ -74,7 +74,7 @@ def open_evaluation(config: RunConfig, folder: Path, progress: Progress) -> tupl
 
 def show_evaluation(config: RunConfig, folder: Path, *more: Table) -> None:
     """Write the report; print the accuracy, further tables and the paths."""
-    note = TOY_NOTE if is_toy(model_folder(config.model.path)) else ""
+    note = toy_note(model_folder(config.model.path))
     show_results(folder, step=0, before=_compared(config), more=more, note=note)
 
 

@@ -21,7 +21,7 @@ from rlmed.evaluation.preflight import check, inspect
 from rlmed.evaluation.results import EvalSummary, step_folder
 from rlmed.evaluation.run import Evaluator
 from rlmed.models.loading import check_positions, model_folder
-from rlmed.models.tiny.toy import is_toy
+from rlmed.models.tiny.toy import is_toy, toy_note
 from rlmed.recording.checkpoint import CheckpointError, read_state, save_checkpoint, starting_point
 from rlmed.recording.inputs import CONFIG_FILE, check_same_data, write_inputs
 from rlmed.recording.progress import Progress
@@ -251,4 +251,5 @@ class Run:
         """Write the report; print the table and the paths."""
         self.tracer.close()
         self.recorder.close()
-        show_results(self.folder, self.config.steps, before=step_folder(self.evaluator.folder, 0))
+        note = "" if self.config.data.source == "phantom" else toy_note(model_folder(self.config.model.path))
+        show_results(self.folder, self.config.steps, before=step_folder(self.evaluator.folder, 0), note=note)

@@ -33,7 +33,7 @@ from rlmed.data.stream import SEED_STRIDE
 from rlmed.evaluation.results import step_folder
 from rlmed.evaluation.run import Evaluator
 from rlmed.models.loading import check_positions, model_folder
-from rlmed.models.tiny.toy import is_toy
+from rlmed.models.tiny.toy import is_toy, toy_note
 from rlmed.recording.checkpoint import CheckpointError, read_state, save_checkpoint, starting_point
 from rlmed.recording.inputs import CONFIG_FILE, check_same_data, write_inputs
 from rlmed.recording.progress import Progress
@@ -148,7 +148,8 @@ def main(config: RunConfig, folder: Path) -> None:
             measure(batches.steps)
     recorder.close()
     tracer.close()
-    show_results(folder, batches.steps, before=step_folder(evaluator.folder, 0))
+    note = "" if config.data.source == "phantom" else toy_note(model_folder(config.model.path))
+    show_results(folder, batches.steps, before=step_folder(evaluator.folder, 0), note=note)
 
 
 def _restore(

@@ -165,7 +165,8 @@ def _expand_one(argument: str) -> list[str]:
     if key == "resume" and value not in ("auto", "null", ""):
         folder = Path(_unquoted(value))
         if not (folder / "checkpoints").is_dir():
-            raise ValueError(f"resume={value}: no checkpoints in that folder; give a run folder, or resume=auto")
+            missing = "no checkpoints in that folder" if folder.is_dir() else "no such folder"
+            raise ValueError(f"resume={value}: {missing}; give a run folder with a checkpoint, or resume=auto")
         return [f"resume={quoted(value)}", f"hydra.run.dir={quoted(value)}"]
     return [argument]
 

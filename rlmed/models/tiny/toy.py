@@ -18,6 +18,11 @@ TOY_NOTE = (
 _TOKENIZER = "tokenizer.json"
 
 
+def toy_note(folder: Path) -> str:
+    """Return `TOY_NOTE` if a folder holds such a model, else ""."""
+    return TOY_NOTE if is_toy(folder) else ""
+
+
 def is_toy(folder: Path) -> bool:
     """Return whether a folder contains the embedded model or one trained from it, over any number of stages.
 

@@ -154,16 +154,24 @@ def test_check_writable(tmp_path: Path) -> None:
         check_writable(tmp_path / "file" / "run")
 
 
-def test_newest_run_needs_a_checkpoint(tmp_path: Path) -> None:
-    fresh = tmp_path / "demo" / "fresh"
-    assert newest_run(fresh) is None
-    for age, name in enumerate(["fresh", "newer", "old"]):
-        folder = tmp_path / "demo" / name
+def test_newest_run_has_the_newest_checkpoint_and_later_ones_without_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = tmp_path / "demo"
+    assert newest_run(runs / "next") is None
+    for age, name in enumerate(["killed", "newer", "old", "killed-long-ago"]):
+        folder = runs / name
         (folder / "checkpoints").mkdir(parents=True)
-        if name != "fresh":
+        (folder / "config.yaml").touch()
+        os.utime(folder / "config.yaml", (1000 - age, 1000 - age))
+        if not name.startswith("killed"):
             (folder / "checkpoints" / "step-000010").mkdir()
-        os.utime(folder, (1000 - age, 1000 - age))
-    assert newest_run(fresh) == tmp_path / "demo" / "newer"
+            os.utime(folder / "checkpoints" / "step-000010", (1000 - age, 1000 - age))
+    (runs / "old" / "report.html").touch()  # a report written later makes no run newer
+    assert newest_run(runs / "next") == runs / "newer"
+    said = capsys.readouterr().out
+    assert f"{runs / 'killed'} ended before its first checkpoint, so {runs / 'newer'} is resumed" in said
+    assert "killed-long-ago" not in said
 
 
 def test_a_run_that_knew_keys_by_their_old_names_is_the_same_run(tmp_path: Path) -> None:
