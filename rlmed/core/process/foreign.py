@@ -28,10 +28,10 @@ def foreign(what: str, advice: str) -> Iterator[None]:
     except MemoryError:  # says nothing about the file
         raise
     except Exception as error:
-        raise ValueError(f"{what}: {one_line(error)}. {advice}") from error
+        raise ValueError(f"{what}: {brief(error)}. {advice}") from error
 
 
-def one_line(error: BaseException) -> str:
+def brief(error: BaseException) -> str:
     """Return an error's message on one line, with its type first where the message alone is unclear."""
     text = " ".join(str(error).split()).rstrip(".")
     if not isinstance(error, (OSError, ValueError)) or not text:

@@ -13,6 +13,9 @@ from typing import Any
 
 from PIL import Image
 
+INSTALL = "pip install -c requirements.lock -e '.[readers]' in rlmed's checkout"
+"""How to install the libraries of the readers that need any."""
+
 
 @dataclass(frozen=True, slots=True)
 class Picture:

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlmed.data.readers.base import INSTALL
+
 BATCH = 16
 """Rows held at a time; they may contain images."""
 MAX_GROUP_BYTES = 2**34
 """Most bytes that a row group may unpack to: pyarrow unpacks its columns whole."""
-INSTALL = "to read it, install from the checkout: pip install -c requirements.lock -e '.[readers]'"
 
 
 class ParquetTable:
@@ -33,7 +34,7 @@ class ParquetTable:
             import pyarrow
             import pyarrow.parquet
         except ImportError as error:
-            raise ValueError(f"{path.name} is a parquet file: {INSTALL}") from error
+            raise ValueError(f"{path.name} is a parquet file, which needs pyarrow: {INSTALL}") from error
         self._path = path
         try:
             with pyarrow.parquet.ParquetFile(path) as file:

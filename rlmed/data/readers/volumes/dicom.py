@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Unpack
 
 from rlmed.data.images import BadImageError
-from rlmed.data.readers.base import Option, Reader, Skipped, SourceRow
+from rlmed.data.readers.base import INSTALL, Option, Reader, Skipped, SourceRow
 from rlmed.data.readers.volumes.picture_table import (
     TABLE_OPTIONS,
     PictureChoice,
@@ -48,9 +48,7 @@ def read(
             from rlmed.data.readers.volumes.dicom_file import read_header
             from rlmed.data.readers.volumes.dicom_pixels import render_frame
     except ImportError as error:
-        raise ValueError(
-            "the reader dicom needs pydicom: pip install -c requirements.lock -e '.[readers]' in rlmed's checkout"
-        ) from error
+        raise ValueError(f"the reader dicom needs pydicom: {INSTALL}") from error
     cell_window({}, window)  # fail before reading anything
     cached_header = lru_cache(maxsize=HEADERS_KEPT)(read_header)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Unpack
 
 from rlmed.data.examples import BadRowError
-from rlmed.data.readers.base import Option, Reader, Skipped, SourceRow
+from rlmed.data.readers.base import INSTALL, Option, Reader, Skipped, SourceRow
 from rlmed.data.readers.volumes.picture_table import (
     TABLE_OPTIONS,
     PictureChoice,
@@ -42,9 +42,7 @@ def read(
     try:
         from rlmed.data.readers.volumes.nifti_slices import AXES, SliceChoice, render_slice
     except ImportError as error:
-        raise ValueError(
-            "the reader nifti needs nibabel: pip install -c requirements.lock -e '.[readers]' in rlmed's checkout"
-        ) from error
+        raise ValueError(f"the reader nifti needs nibabel: {INSTALL}") from error
     cell_window({}, window)  # fail before reading anything
 
     def choose(path: Path, cells: Mapping[str, str]) -> PictureChoice:

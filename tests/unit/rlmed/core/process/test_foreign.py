@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlmed.core.process.foreign import foreign, one_line
+from rlmed.core.process.foreign import brief, foreign
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ from rlmed.core.process.foreign import foreign, one_line
     ],
 )
 def test_an_error_is_one_line_with_place_and_advice(error: Exception, expected: str) -> None:
-    assert one_line(error) == expected
+    assert brief(error) == expected
     with (
         pytest.raises(ValueError, match=r"^x\.json cannot be read: ") as raised,
         foreign("x.json cannot be read", "Mend it"),
@@ -30,7 +30,7 @@ def test_an_error_is_one_line_with_place_and_advice(error: Exception, expected: 
 
 
 def test_long_messages_are_cut() -> None:
-    assert len(one_line(ValueError("x" * 5000))) == 401
+    assert len(brief(ValueError("x" * 5000))) == 401
 
 
 @pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt(), SystemExit(3)])
