@@ -1,8 +1,8 @@
 """What do the ways in which OpenMP's threads wait cost, alone and beside one other busy process?
 
-Rollouts of the embedded model (8 prompts x 8 completions x 64 tokens) in a fresh process for each way, since OpenMP reads its
-variables when torch is loaded; the ways take turns. Where cores are shared, a thread that spins takes the time of the one it
-waits for.
+Rollouts of the embedded model (8 prompts x 8 completions x 64 tokens) in a fresh process for each
+way, since OpenMP reads its variables when torch is loaded; the ways take turns. Where cores are
+shared, a thread that spins takes the time of the one it waits for.
 """
 
 from __future__ import annotations

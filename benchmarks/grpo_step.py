@@ -1,8 +1,9 @@
 """How long does one whole GRPO step take, beside TRL's GRPOTrainer?
 
-A step is: 8 prompts with images rendered, 8 completions x 64 tokens sampled for each, rewards, reference log-probabilities,
-loss with kl_coef 0.04, gradient, AdamW. Both sides learn from the same questions with the same rewards in float32; TRL runs
-in a process of its own (`benchmarks/trl_step.py`), and the two take their steps in turn.
+A step is: 8 prompts with images rendered, 8 completions x 64 tokens sampled for each, rewards,
+reference log-probabilities, loss with kl_coef 0.04, gradient, AdamW. Both sides learn from the same
+questions with the same rewards in float32; TRL runs in a process of its own
+(`benchmarks/trl_step.py`), and the two take their steps in turn.
 """
 
 from __future__ import annotations

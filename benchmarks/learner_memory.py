@@ -77,7 +77,8 @@ def make_items(folder: Path, case: dict[str, int], scratch: Path) -> list[PackIt
     rng = np.random.default_rng(0)
     items = []
     for prompt in prompts:
-        tokens = rng.integers(0, 250, (case["group_size"], case["max_tokens"]))  # ids of bytes: never a control token
+        # ids of bytes: never a control token
+        tokens = rng.integers(0, 250, (case["group_size"], case["max_tokens"]))
         blank = np.zeros(case["max_tokens"], dtype=np.float32)
         advantages = rng.standard_normal(case["group_size"])
         sequences = [

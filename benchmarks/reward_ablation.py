@@ -36,8 +36,8 @@ CONTROLS = ("blank", "shuffled", "reordered")
 def read_run(folder: Path) -> dict[str, float]:
     """The figures of a run's last evaluation; shares in [0, 1], `words` a mean length.
 
-    `different` is the share of different texts among the reasonings, `argues` that of reasonings which argue for an option,
-    `agrees` that of these whose option is answered.
+    `different` is the share of different texts among the reasonings, `argues` that of reasonings
+    which argue for an option, `agrees` that of these whose option is answered.
     """
     evaluation = last_evaluation(folder)
     summary = EvalSummary.read(evaluation)

@@ -1,8 +1,9 @@
 """How many tokens a second does the native engine sample, beside transformers `generate`?
 
-8 prompts x 8 completions x 64 tokens, sampled at temperature 1; the end token ends nothing on either side. `generate` runs
-with each cache it offers, and the fastest of them is what the engine is compared with. It need not return log-probabilities
-and may sample vision tokens; the engine returns the one and bans the other.
+8 prompts x 8 completions x 64 tokens, sampled at temperature 1; the end token ends nothing on
+either side. `generate` runs with each cache it offers, and the fastest of them is what the engine
+is compared with. It need not return log-probabilities and may sample vision tokens; the engine
+returns the one and bans the other.
 """
 
 from __future__ import annotations

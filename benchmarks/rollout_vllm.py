@@ -76,8 +76,9 @@ class Workload:
 def of_length(prompt: Prompt, length: int, seed: int) -> Prompt:
     """The prompt with exactly `length` tokens.
 
-    Text after an image is repeated, or some of it left out. A prompt without an image becomes its own tokens in random order:
-    what they say matters to no side, and no two prompts begin alike, which vLLM would compute once.
+    Text after an image is repeated, or some of it left out. A prompt without an image becomes its
+    own tokens in random order: what they say matters to no side, and no two prompts begin alike,
+    which vLLM would compute once.
 
     Raises:
         SystemExit: when the image leaves no room.
@@ -114,14 +115,17 @@ def serve_vllm(
         max_tokens=work.max_tokens,
         enforce_eager=eager,
     )
-    torch.set_num_threads(threads)  # before the engine is made, which plans by it and then takes the setting away
+    # before the engine is made, which plans by it and then takes the setting away
+    torch.set_num_threads(threads)
     engine = VllmEngine(folder, settings)
     if torch.get_num_threads() != threads:
         raise RuntimeError(f"vLLM runs on {torch.get_num_threads()} threads, the other sides on {threads}")
-    engine._facts = dataclasses.replace(engine._facts, end_token_ids=())  # as `never_end` for the native engine
+    # as `never_end` for the native engine
+    engine._facts = dataclasses.replace(engine._facts, end_token_ids=())
     pipe.send("ready")
     while pipe.recv() == "go":
-        engine._epoch += 1  # as after a push, which precedes every batch in training: no prompt is found in the cache
+        # as after a push, which precedes every batch in training: no prompt is found in the cache
+        engine._epoch += 1
         before, begun = engine.generated_tokens, time.perf_counter()
         for index, prompt in enumerate(prompts):
             engine.submit(RolloutRequest(index, prompt, work.group_size, sampling(work.max_tokens, seed=index)))

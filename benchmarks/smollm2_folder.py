@@ -45,7 +45,8 @@ def write_folder(weights: Path, folder: Path) -> None:
     config = LlamaConfig(
         **{key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
     )
-    model = LlamaForCausalLM(config)  # one that knows nothing of GGUF: transformers writes no quantized model
+    # one that knows nothing of GGUF: transformers writes no quantized model
+    model = LlamaForCausalLM(config)
     model.load_state_dict(loaded.state_dict())
     end = tokenizer.convert_tokens_to_ids(TURN_END)
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=tokenizer.pad_token_id)

@@ -45,8 +45,8 @@ class ImageProcessor(Qwen2VLProcessor):
 class Turns(TrainerCallback):
     """Waits for the word before each step and reports its seconds after it.
 
-    The clock runs from `on_step_begin` to `on_step_end`, which holds sampling, rewards, loss, gradient and optimizer, but
-    not the reading of the data set.
+    The clock runs from `on_step_begin` to `on_step_end`, which holds sampling, rewards, loss,
+    gradient and optimizer, but not the reading of the data set.
     """
 
     def __init__(self, max_tokens: int) -> None:

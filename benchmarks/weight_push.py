@@ -1,8 +1,9 @@
 """How long does a push of new weights take, stage by stage, on a machine without a GPU?
 
-The learner's process copies its parameters into buckets and puts them into Ray's object store (gather); a worker in another
-process fetches them (transfer, while its engine could go on sampling), and its engine takes them (apply): checksums, copies,
-what vLLM packs anew, caches dropped. Both engines are measured with the tiny model and with the geometry of Qwen2-VL-2B in
+The learner's process copies its parameters into buckets and puts them into Ray's object store
+(gather); a worker in another process fetches them (transfer, while its engine could go on
+sampling), and its engine takes them (apply): checksums, copies, what vLLM packs anew, caches
+dropped. Both engines are measured with the tiny model and with the geometry of Qwen2-VL-2B in
 bfloat16 (4.4 GB), whose weights are random numbers in a folder that is written for the purpose.
 """
 

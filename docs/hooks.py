@@ -1,9 +1,10 @@
 """What `make docs` makes besides the pages in this folder.
 
 - the start page from README.md, and pages from CONTRIBUTING.md and CHANGELOG.md
-- the reference of keys and metrics (`reference.py`), and pages that mkdocstrings fills from docstrings
-- a page with the source of every file, and the list of every folder, that a page links to: links like
-  `../learner/losses.py` work on GitHub and, through these, in the site
+- the reference of keys and metrics (`reference.py`), and pages that mkdocstrings fills from
+  docstrings
+- a page with the source of every file, and the list of every folder, that a page links to: links
+  like `../learner/losses.py` work on GitHub and, through these, in the site
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 def _for_python_markdown(text: str) -> str:
     """Translate what GitHub reads otherwise.
 
-    Two spaces nest in a list; an item needs no blank line before it; a pipe in a table's code needs a backslash.
+    Two spaces nest in a list; an item needs no blank line before it; a pipe in a table's code needs
+    a backslash.
     """
     lines = [""]
     fence, in_item, several_blocks = "", False, False

@@ -1,4 +1,6 @@
-"""Ray wrapper around the learner: one actor per rank, and the handle that the loop drives. No logic of its own.
+"""Ray wrapper around the learner: one actor per rank, and the handle that the loop drives.
+
+No logic of its own.
 
 Import it only where Ray is installed.
 """
@@ -155,7 +157,8 @@ class RayLearner:
             device: "cpu" or "cuda", for all ranks.
             options: Ray options of each rank's actor: resources, placement; one entry per rank.
             weight_transfer: `cluster.weight_transfer`.
-            make_sender: builds the sender for direct sends; None if all workers fetch from the store.
+            make_sender: builds the sender for direct sends; None if all workers fetch from the
+                store.
             shares_gpu: release unused GPU memory after each call.
 
         Raises:
@@ -238,7 +241,10 @@ class RayLearner:
         return list(ray.get(calls))
 
     def _submit(self, actors: Sequence[Any], method: str, each: Sequence[tuple[Any, ...]] | None = None) -> list[Any]:
-        """Start a method on these ranks. Two threads' calls reach all ranks in the same order: most are collectives."""
+        """Start a method on these ranks.
+
+        Two threads' calls reach all ranks in the same order: most are collectives.
+        """
         with self._order:
             each = each or [()] * len(actors)
             return [getattr(actor, method).remote(*own) for actor, own in zip(actors, each, strict=True)]
@@ -257,7 +263,8 @@ class RayLearner:
                 ray.get(ready[0])
             except ray.exceptions.RayTaskError as error:
                 if failure is None:
-                    # when a rank is lost, another may fail before the loss is known: report the loss
+                    # when a rank is lost, another may fail before the loss is known: report the
+                    # loss
                     failure = (rank_of[ready[0]], error.as_instanceof_cause())
                     end = min(end, time.monotonic() + LOSS_KNOWN_S)
             except ray.exceptions.RayError as error:

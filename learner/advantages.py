@@ -3,20 +3,22 @@
 With r the G rewards of one group:
 
     grpo     (r - mean(r)) / (std(r) + std_eps)      GRPO, arXiv 2402.03300 (sample std, ddof 1)
-    dr_grpo  r - mean(r)                             Dr. GRPO, arXiv 2503.20783: no division by the std, which gives
-                                                     weight to questions almost always or almost never answered
+    dr_grpo  r - mean(r)                             Dr. GRPO, arXiv 2503.20783: without the
+                                                     division by the std, which gives weight to
+                                                     questions almost always or never answered
     rloo     r_i - mean(r_j, j != i)                 RLOO, arXiv 2402.14740: a baseline independent of completion i
 
-Rewards of different data sets or modalities can differ in scale, and then one of them dominates the update: MedGRPO
-(arXiv 2512.06581) collapses unless rewards are normalized by data set. A shift cancels against the group's mean, so
-only the scale remains to normalize. With `running_std`, the running standard deviation within the groups of one modality
-(`RunningRewardStd`),
+Rewards of different data sets or modalities can differ in scale, and then one of them dominates the
+update: MedGRPO (arXiv 2512.06581) collapses unless rewards are normalized by data set. A shift
+cancels against the group's mean, so only the scale remains to normalize. With `running_std`, the
+running standard deviation within the groups of one modality (`RunningRewardStd`),
 
     grpo, dr_grpo  (r - mean(r)) / (running_std + std_eps)
     rloo           (r_i - mean(r_j, j != i)) / (running_std + std_eps)
 
-so the mean square of advantages is equal across modalities, while within one a question keeps the weight of its own
-standard deviation. (Mean of the group, standard deviation of many groups: arXiv 2508.08221, there of the whole batch.)
+so the mean square of advantages is equal across modalities, while within one a question keeps the
+weight of its own standard deviation. (Mean of the group, standard deviation of many groups: arXiv
+2508.08221, there of the whole batch.)
 """
 
 from __future__ import annotations
@@ -59,7 +61,8 @@ class RunningRewardStd:
 
         Args:
             name: its modality.
-            rewards: float32 [G], at least 2 and not all equal: a group that trains nothing must not change the scale.
+            rewards: float32 [G], at least 2 and not all equal: a group that trains nothing must not
+                change the scale.
         """
         total, weight = self.moments.get(name, [0.0, 0.0])
         variance = float(rewards.double().var())
@@ -91,14 +94,16 @@ def group_advantages(
         rewards: float32 [B, G], one group per row, or [G].
         estimator: "grpo", "dr_grpo" or "rloo".
         std_eps: added to the divisor; MedVLM-R1 uses 1e-4.
-        running_std: replaces the group's own standard deviation as divisor, with any estimator; not negative.
+        running_std: replaces the group's own standard deviation as divisor, with any estimator; not
+            negative.
 
     Returns:
-        float32, the shape of `rewards`. A group of equal rewards gets exactly 0, so `== 0` tests for a group that
-        trains nothing.
+        float32, the shape of `rewards`. A group of equal rewards gets exactly 0, so `== 0` tests
+        for a group that trains nothing.
 
     Raises:
-        ValueError: for an unknown estimator, another shape, fewer than 2 completions in a group, or a non-finite reward.
+        ValueError: for an unknown estimator, another shape, fewer than 2 completions in a group, or
+            a non-finite reward.
 
     Example:
         >>> group_advantages(torch.tensor([2.0, 0.0, 1.0, 2.0]), "dr_grpo")
@@ -120,8 +125,9 @@ def group_advantages(
             f"reward {rewards[tuple(bad)].item()} at index {bad} is not finite: drop the group, or return a finite "
             "number from the reward function"
         )
-    # In float32 the mean of equal rewards can differ from them by an ulp; divided by std_eps that is no longer noise.
-    # In float64 the sum of up to 2**29 equal float32 numbers is exact, so equal rewards give exactly 0.
+    # In float32 the mean of equal rewards can differ from them by an ulp; divided by std_eps that
+    # is no longer noise. In float64 the sum of up to 2**29 equal float32 numbers is exact, so equal
+    # rewards give exactly 0.
     exact = rewards.double()
     mean = exact.mean(dim=-1, keepdim=True)
     if estimator == "rloo":

@@ -1,10 +1,12 @@
 """Parallelism of a learner: a single process, or several ranks that shard the policy (FSDP2).
 
-`PolicyLearner` uses both through one interface. Every rank receives the whole batch, so all ranks know each other's
-share, the number of micro-batches and the loss denominators without communicating. They exchange shards before use, gradients
-(summed, never averaged), one vector of numbers per update, and the norm.
+`PolicyLearner` uses both through one interface. Every rank receives the whole batch, so all ranks
+know each other's share, the number of micro-batches and the loss denominators without
+communicating. They exchange shards before use, gradients (summed, never averaged), one vector of
+numbers per update, and the norm.
 
-A collective is a call that all ranks must make, in the same order: a learner's `step`, `full_weights` and `save` are.
+A collective is a call that all ranks must make, in the same order: a learner's `step`,
+`full_weights` and `save` are.
 """
 
 from __future__ import annotations
@@ -132,8 +134,8 @@ class FSDP:
     def merge(self, loss: float, metrics: LossMetrics) -> tuple[float, LossMetrics]:
         """See `Parallelism.merge`.
 
-        Each rank reduces the gathered values itself: a collective maximum would lose NaN, and all ranks must reach the
-        same decision bit for bit.
+        Each rank reduces the gathered values itself: a collective maximum would lose NaN, and all
+        ranks must reach the same decision bit for bit.
         """
         values = [value for metric in metrics.values() for value in vars(metric).values()]
         own = torch.stack([torch.tensor(loss, device=self._device), *values]).double()
@@ -185,10 +187,11 @@ def init_distributed(
     Args:
         rank: this process's, from 0.
         size: number of ranks.
-        init_method: "tcp://HOST:PORT", where rank 0 listens (see `free_init_method`), or "file:///PATH" of a file that
-            does not exist yet, on a disk that all share.
+        init_method: "tcp://HOST:PORT", where rank 0 listens (see `free_init_method`), or
+            "file:///PATH" of a file that does not exist yet, on a disk that all share.
         device: "cpu" (gloo) or "cuda", "cuda:N" (NCCL); every rank needs its own GPU.
-        timeout_s: timeout after which an incomplete collective raises (gloo) or ends the process (NCCL).
+        timeout_s: timeout after which an incomplete collective raises (gloo) or ends the process
+            (NCCL).
 
     Raises:
         RuntimeError: torch's, if the other ranks do not join in time.
@@ -234,8 +237,8 @@ class _ShardedScorer:
     def __init__(self, policy: Policy, mesh: DeviceMesh) -> None:
         """Shard the policy: one unit per decoder layer, and one for everything else.
 
-        The vision tower cannot be its own unit: a rank whose row has no image does not run it, and would miss the
-        gathering.
+        The vision tower cannot be its own unit: a rank whose row has no image does not run it, and
+        would miss the gathering.
         """
         self._root = _Root(policy)
         # bfloat16 gradients are summed over ranks in float32; a layer's inputs keep their dtype
@@ -244,7 +247,8 @@ class _ShardedScorer:
             fully_shard(unit, mesh=mesh, reshard_after_forward=True, mp_policy=precision)
         for module in self._root.modules():
             if isinstance(module, FSDPModule):
-                # the loss is already divided by global denominators, so gradients add up; gloo supports only sums
+                # the loss is already divided by global denominators, so gradients add up; gloo
+                # supports only sums
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
 

@@ -1,6 +1,7 @@
 """KL divergence estimated from the log-probabilities of sampled tokens.
 
-For tokens drawn from the policy p, with log-ratio d = ref_logprobs - logprobs, KL(p || ref) is the mean of any of
+For tokens drawn from the policy p, with log-ratio d = ref_logprobs - logprobs, KL(p || ref) is the
+mean of any of
 
     k1 = -d                  unbiased, high variance, can be negative
     k2 = d**2 / 2            biased, low variance
@@ -8,10 +9,11 @@ For tokens drawn from the policy p, with log-ratio d = ref_logprobs - logprobs, 
 
 (J. Schulman, "Approximating KL Divergence", 2020, http://joschu.net/blog/kl-approx.html.)
 
-As *penalties* they differ more than as estimates, because a loss differentiates the tokens' log-probabilities and not
-the distribution that they were drawn from. On tokens of the current policy the expected gradient of k1 is zero (it
-penalises nothing), that of k2 is the gradient of KL(p || ref), and that of k3 is the gradient of the other direction,
-KL(ref || p). GRPO (arXiv 2402.03300) uses k3.
+As *penalties* they differ more than as estimates, because a loss differentiates the tokens'
+log-probabilities and not the distribution that they were drawn from. On tokens of the current
+policy the expected gradient of k1 is zero (it penalises nothing), that of k2 is the gradient of
+KL(p || ref), and that of k3 is the gradient of the other direction, KL(ref || p). GRPO (arXiv
+2402.03300) uses k3.
 """
 
 from __future__ import annotations
@@ -57,9 +59,9 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tenso
 def mismatch_kl(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) -> Tensor:
     """Estimate KL(rollout engine || learner) per token by k3, to monitor how far the two disagree.
 
-    On-policy (`algo.max_staleness=0`) both are log-probabilities under the same weights, so a value well above rounding
-    (at most 1e-6 in float32, about 1e-3 in bfloat16) means a defect in one of them, or a policy version that was not
-    applied.
+    On-policy (`algo.max_staleness=0`) both are log-probabilities under the same weights, so a value
+    well above rounding (at most 1e-6 in float32, about 1e-3 in bfloat16) means a defect in one of
+    them, or a policy version that was not applied.
 
     Args:
         old_logprobs: float32 [N], recomputed by the learner before the step.

@@ -81,8 +81,9 @@ class PolicyLearner:
             max_tokens: limit on a completion's tokens, the constant of Dr. GRPO's aggregation.
             temperature: of the sampling distribution, under which log-probabilities are computed.
             on_bad_step: called for each batch skipped because loss or gradient was not finite.
-            parallelism: of the ranks this learner belongs to (`learner.distributed.init_distributed`), which shard policy
-                and reference in place; every rank receives the same batches. None: a single process.
+            parallelism: of the ranks this learner belongs to
+                (`learner.distributed.init_distributed`), which shard policy and reference in place;
+                every rank receives the same batches. None: a single process.
         """
         if (reference is None) != (loss.kl_coef == 0):
             raise ValueError(f"kl_coef={loss.kl_coef} and {'no' if reference is None else 'a'} reference policy")
@@ -152,8 +153,8 @@ class PolicyLearner:
     def full_weights(self, *, on_device: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Yield names and full tensors of all parameters, as in the unsharded model.
 
-        Collective: all ranks must exhaust it, and only the first receives tensors. Gathered ones are on the CPU, or
-        with `on_device` on the policy's device.
+        Collective: all ranks must exhaust it, and only the first receives tensors. Gathered ones
+        are on the CPU, or with `on_device` on the policy's device.
         """
         for name, parameter in self.policy.model.named_parameters():
             full = self._parallelism.gather_full(parameter.detach(), on_device=on_device)
@@ -216,7 +217,8 @@ class PolicyLearner:
                 plan.denominators,
                 self._loss,
             )
-            if loss.requires_grad:  # False if only the vision tower is trained and there is no image
+            # False if only the vision tower is trained and there is no image
+            if loss.requires_grad:
                 loss.backward()
             self.optimizer.accumulate()
             total += float(loss.detach())

@@ -11,7 +11,8 @@ Per trained token t of completion i, with ratio r = exp(logprobs - old_logprobs)
                cispo     stop_gradient(clip(r)) * A * logprobs
     ratio_level          "sequence": every r of a completion is exp(mean over its tokens of logprobs - old_logprobs)
 
-and the loss of an optimizer step is a weighted sum over its tokens, with |o_i| the trained tokens of completion i:
+and the loss of an optimizer step is a weighted sum over its tokens, with |o_i| the trained tokens
+of completion i:
 
     sequence_mean        1 / (sequences * |o_i|)
     token_mean           1 / tokens
@@ -29,8 +30,8 @@ and the loss of an optimizer step is a weighted sum over its tokens, with |o_i| 
 | truncated importance sampling | `importance_cap=2` (F. Yao et al., "Your Efficient RL Framework Secretly Brings You \
 Off-Policy RL Training", 2025) |
 
-As released, MedVLM-R1 maximises exp(logprobs - stop_gradient(logprobs)) * A - kl_coef * k3. The ratio is then always 1, so
-`clip="ppo"` gives the same loss and gradient.
+As released, MedVLM-R1 maximises exp(logprobs - stop_gradient(logprobs)) * A - kl_coef * k3. The
+ratio is then always 1, so `clip="ppo"` gives the same loss and gradient.
 """
 
 from __future__ import annotations
@@ -119,7 +120,8 @@ def policy_loss(
         raise ValueError(f"kl_coef={config.kl_coef} but ref_logprobs is None: pass the reference's, or set kl_coef=0")
     _check_inputs(logprobs, frozen, advantages, sequence_ids, loss_mask)
 
-    # Drop untrained tokens here, so nothing below sees them. (Multiplying by the mask would keep their NaNs.)
+    # Drop untrained tokens here, so nothing below sees them. (Multiplying by the mask would keep
+    # their NaNs.)
     frozen = {name: values[loss_mask] for name, values in frozen.items()}
     return _loss_of_trained(
         logprobs[loss_mask], frozen, advantages, sequence_ids[loss_mask], denominators=denominators, config=config
@@ -157,7 +159,8 @@ def _loss_of_trained(
             loss_per_token = loss_per_token + config.kl_coef * kl
 
     loss = (loss_per_token / _token_denominators(lengths[ids], denominators, config.aggregation)).sum()
-    # exp(-inf) = 0 and the clamps would turn a non-finite log-probability into a loss that looks healthy.
+    # exp(-inf) = 0 and the clamps would turn a non-finite log-probability into a loss that looks
+    # healthy.
     finite = torch.stack([torch.isfinite(x).all() for x in (logprobs, advantage, *frozen.values())]).all()
     return torch.where(finite, loss, torch.full_like(loss, math.nan)), metrics
 

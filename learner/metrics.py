@@ -1,7 +1,8 @@
 """Tensor metrics that reduce correctly: over a step's micro-batches here, over ranks by the caller.
 
-A mean of micro-batch means is wrong as soon as micro-batches differ in size, so means are kept as sum and count. Values
-stay tensors on their device until `value()`, so collecting them does not stall the accelerator.
+A mean of micro-batch means is wrong as soon as micro-batches differ in size, so means are kept as
+sum and count. Values stay tensors on their device until `value()`, so collecting them does not
+stall the accelerator.
 """
 
 from __future__ import annotations

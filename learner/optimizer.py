@@ -1,8 +1,8 @@
 """AdamW on float32 master weights, whatever the policy's dtype, with a learning-rate schedule.
 
-A bfloat16 weight has 8 significant bits, so an update of 1e-6 would vanish. The optimizer therefore keeps float32 copies
-of half-precision parameters, accumulates their gradients in float32, and rounds back after each step. A float32
-parameter is its own master, without a copy.
+A bfloat16 weight has 8 significant bits, so an update of 1e-6 would vanish. The optimizer therefore
+keeps float32 copies of half-precision parameters, accumulates their gradients in float32, and
+rounds back after each step. A float32 parameter is its own master, without a copy.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ OPTIMIZER_FILE = "optimizer.pt"
 def lr_factor(step: int, total: int, warmup: int, schedule: str) -> float:
     """Return the factor on the peak learning rate at optimizer step `step` (from 0) of `total`.
 
-    It rises linearly over `warmup` steps, then stays ("constant"), or falls to 0 at `total` along a line or half a
-    cosine.
+    It rises linearly over `warmup` steps, then stays ("constant"), or falls to 0 at `total` along a
+    line or half a cosine.
     """
     if step < warmup:
         return (step + 1) / warmup
@@ -162,7 +162,8 @@ class Optimizer:
         }
         self._adamw.load_state_dict({**state["adamw"], "state": moments})
         self.steps_taken = int(state["steps_taken"])
-        self.skipped_steps = int(state.get("skipped_steps", 0))  # absent from files of earlier versions
+        # absent from files of earlier versions
+        self.skipped_steps = int(state.get("skipped_steps", 0))
 
     def save(self, folder: Path) -> None:
         """Write the state into `folder`; collective."""

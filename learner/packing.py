@@ -33,7 +33,10 @@ class PackItem:
 
     @property
     def tokens(self) -> int:
-        """Number of row tokens. A completion's last token is predicted but never fed to the model."""
+        """Number of row tokens.
+
+        A completion's last token is predicted but never fed to the model.
+        """
         return len(self.prompt.token_ids) + sum(len(entry.completion.token_ids) - 1 for entry in self.sequences)
 
 
@@ -42,7 +45,8 @@ class PackedBatch:
     """One micro-batch: a row of N tokens with S completions and M predicted tokens.
 
     Example:
-        A prompt of 49 tokens with completions of 13 and 31 tokens: N = 49 + 12 + 30 = 91, S = 2, M = 44.
+        A prompt of 49 tokens with completions of 13 and 31 tokens: N = 49 + 12 + 30 = 91, S = 2, M
+            = 44.
     """
 
     token_ids: Tensor
@@ -68,8 +72,8 @@ class PackedBatch:
 def split_by_tokens(items: Iterable[PackItem], token_budget: int) -> list[list[PackItem]]:
     """Split items into micro-batches of at most `token_budget` row tokens, in order.
 
-    A group that exceeds the budget is split into several items with the same prompt; a single completion that exceeds it
-    forms its own micro-batch.
+    A group that exceeds the budget is split into several items with the same prompt; a single
+    completion that exceeds it forms its own micro-batch.
     """
     micro_batches: list[list[PackItem]] = []
     room = 0
@@ -97,9 +101,9 @@ def _halves(item: PackItem) -> tuple[PackItem, PackItem]:
 def share_by_tokens(items: Sequence[PackItem], ranks: int) -> list[list[PackItem]]:
     """Balance items over ranks, in order, to keep the largest share small.
 
-    Assigns the longest items first, each to the rank with the fewest tokens; then halves the largest item of the fullest
-    rank, at the price of a second prompt, as long as that helps. With fewer completions than ranks, some shares are
-    empty.
+    Assigns the longest items first, each to the rank with the fewest tokens; then halves the
+    largest item of the fullest rank, at the price of a second prompt, as long as that helps. With
+    fewer completions than ranks, some shares are empty.
     """
     pieces = list(items)
     shares = _assign(pieces, ranks)

@@ -57,9 +57,9 @@ def choose_transport(setting: str, learner: str, engines: Sequence[EngineHandle]
 class DirectPush:
     """Sends weights to the ready engines, reconnecting whenever they have changed.
 
-    No member can join or leave an NCCL group. So after a worker was replaced, all ready engines reconnect to the
-    learner at the next push; until then the new one fetches weights from the store. After a failure to connect, the same
-    engines are not tried again.
+    No member can join or leave an NCCL group. So after a worker was replaced, all ready engines
+    reconnect to the learner at the next push; until then the new one fetches weights from the
+    store. After a failure to connect, the same engines are not tried again.
     """
 
     def __init__(

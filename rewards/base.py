@@ -7,7 +7,10 @@ from collections.abc import Callable, Sequence
 from rlmed.core.types import Completion, Example, FloatArray, IntArray, Prompt, RolloutGroup
 
 Reward = Callable[[Example, Completion], float]
-"""Scores one completion of one example, finitely. It sees text, tokens and finish reason, never the model."""
+"""Scores one completion of one example, finitely.
+
+It sees text, tokens and finish reason, never the model.
+"""
 
 GroupReward = Callable[[RolloutGroup], FloatArray]
 """Scores the completions of a group together: finite float32 [G], in their order."""

@@ -12,7 +12,8 @@ FULL_WORDS, NO_WORDS = 120, 360
 def brevity_reward(example: Example, completion: Completion) -> float:
     """Return 1 up to `FULL_WORDS` words of reasoning, falling linearly to 0 at `NO_WORDS`.
 
-    Empty reasoning earns 0, since it would be the briefest; so does a completion that breaks the format.
+    Empty reasoning earns 0, since it would be the briefest; so does a completion that breaks the
+    format.
     """
     count = len(words(reasoning_text(completion.text) or ""))
     return min(1.0, max(0.0, (NO_WORDS - count) / (NO_WORDS - FULL_WORDS))) if count else 0.0

@@ -76,17 +76,20 @@ class _Chain:
 def argued_option(reasoning: str, options: Sequence[str]) -> int | None:
     """Return the option that a reasoning argues for: the last one it mentions affirmatively.
 
-    A mention is an option's text as whole words in any case (the longest of overlapping texts), or its letter marked as
-    one: `B)`, `(B)`, `option B`, `the answer is B`. One-letter texts count by their letter only, "no" only where no word
-    follows it. These don't count:
+    A mention is an option's text as whole words in any case (the longest of overlapping texts), or
+    its letter marked as one: `B)`, `(B)`, `option B`, `the answer is B`. One-letter texts count by
+    their letter only, "no" only where no word follows it. These don't count:
 
-    - a negated mention: a negation before it in the same clause ("not the liver", "rather than the liver", "rules out
-      the liver"), or a verb and a negation after it ("the liver is unlikely", "B) liver can't be seen");
-    - options listed with a negated one ("rules out the liver, spleen and kidney", "the liver and spleen are unlikely");
-      a list has three or more options, or two joined by "and": "not the liver, the spleen" argues for the spleen;
+    - a negated mention: a negation before it in the same clause ("not the liver", "rather than the
+      liver", "rules out the liver"), or a verb and a negation after it ("the liver is unlikely",
+      "B) liver can't be seen");
+    - options listed with a negated one ("rules out the liver, spleen and kidney", "the liver and
+      spleen are unlikely"); a list has three or more options, or two joined by "and": "not the
+      liver, the spleen" argues for the spleen;
     - two or more options joined by "or" or "nor": naming alternatives is not deciding.
 
-    The rule sees text only: double negations, pronouns and irony are beyond it. It takes linear time.
+    The rule sees text only: double negations, pronouns and irony are beyond it. It takes linear
+    time.
 
     Args:
         reasoning: text inside the think tags.
@@ -117,7 +120,8 @@ def _find(text: str, options: Sequence[str]) -> Iterator[_Mention]:
     indices = {" ".join(option.split()): index for index, option in enumerate(options)}
     longest_first = sorted((name for name in indices if not re.fullmatch(r"[A-Za-z]?", name)), key=len, reverse=True)
     if longest_first:
-        # the group's number is the option's index: ignoring case, some letters match more than their own lower case
+        # the group's number is the option's index: ignoring case, some letters match more than
+        # their own lower case
         names = "|".join(f"({_pattern(name)})" for name in longest_first)
         for found in re.finditer(rf"(?<!\w)(?:{names})(?!\w)", text, re.IGNORECASE):
             assert found.lastindex is not None

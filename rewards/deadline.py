@@ -23,10 +23,10 @@ class _Alarm(BaseException):
 def call_within(seconds: float, function: Callable[[], Result]) -> Result:
     """Return the result of `function()`, or raise what it raises.
 
-    In the main thread an alarm ends the call. That also stops a regular expression that backtracks forever: it holds
-    the interpreter lock, so no other thread could even notice. In other threads, and on systems without alarms, the
-    function runs in a thread that is abandoned at the deadline. That thread cannot be stopped, so never call an
-    abandoned function again.
+    In the main thread an alarm ends the call. That also stops a regular expression that backtracks
+    forever: it holds the interpreter lock, so no other thread could even notice. In other threads,
+    and on systems without alarms, the function runs in a thread that is abandoned at the deadline.
+    That thread cannot be stopped, so never call an abandoned function again.
 
     Raises:
         DeadlineError: if it has not returned after `seconds`.

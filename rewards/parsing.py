@@ -1,7 +1,7 @@
 """Parse completions: the only module that knows `<think>…</think><answer>B</answer>`.
 
-Everything here takes linear time, whatever a model writes; the obvious patterns with two `.*?` rescan a completion of
-repeated tags from each of them.
+Everything here takes linear time, whatever a model writes; the obvious patterns with two `.*?`
+rescan a completion of repeated tags from each of them.
 """
 
 from __future__ import annotations
@@ -59,7 +59,10 @@ def reasoning_text(text: str) -> str | None:
 
 
 def words(text: str) -> list[str]:
-    """Return runs of letters, digits and underscores, in lower case. (A script without spaces has few, long ones.)"""
+    """Return runs of letters, digits and underscores, in lower case.
+
+    (A script without spaces has few, long ones.)
+    """
     return _WORD.findall(text.lower())
 
 

@@ -90,15 +90,16 @@ class Rubric:
         """Build a rubric.
 
         Args:
-            weights: weight of each reward in `NAMES`, and of each function in `extra` (default 1); a reward of weight 0
-                is only recorded.
+            weights: weight of each reward in `NAMES`, and of each function in `extra` (default 1);
+                a reward of weight 0 is only recorded.
             extra: the user's own functions as "module:function", each named after the function.
             timeout_s: time limit in seconds for one call of a user's function.
             likelihood: serves the rewards that query the policy; None without a learner.
             split_common_prefix: makes the tokens that `likelihood` scores.
 
         Raises:
-            ValueError: for a reward that is unknown, cannot be loaded, or needs a likelihood where there is none.
+            ValueError: for a reward that is unknown, cannot be loaded, or needs a likelihood where
+                there is none.
         """
         own = {path.rpartition(":")[2]: path for path in extra}
         for name in weights:
@@ -129,7 +130,8 @@ class Rubric:
         """Score every completion of a group.
 
         Raises:
-            RewardError: if a user's function raises, hangs, or returns anything but a finite number.
+            RewardError: if a user's function raises, hangs, or returns anything but a finite
+                number.
         """
         parts = {part.name: part.reward(group) for part in self.parts}
         total = sum(part.weight * parts[part.name] for part in self.parts)

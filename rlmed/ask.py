@@ -74,7 +74,8 @@ def ask(arguments: argparse.Namespace) -> str:
     """Return the model's completion for one question.
 
     Raises:
-        ValueError: for invalid options, an unreadable image or model, a blank image, or an argument without effect.
+        ValueError: for invalid options, an unreadable image or model, a blank image, or an argument
+            without effect.
     """
     options = asked_options(arguments.options)
     if arguments.seed is not None and arguments.temperature == 0:

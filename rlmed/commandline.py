@@ -104,7 +104,8 @@ def run_command(program: str, main: Callable[[RunConfig, Path], None]) -> None:
         if flags.config_dir is not None:
             overrides.append(_search_path(flags.config_dir))
         if not _is_unicode([*overrides, os.getcwd()]):
-            overrides.append("hydra.output_subdir=null")  # Hydra's files of the overrides must be UTF-8
+            # Hydra's files of the overrides must be UTF-8
+            overrides.append("hydra.output_subdir=null")
         name = flags.config_name or program
         if flags.multirun:
             sweep_dir = f"hydra.sweep.dir=outputs/${{name}}/sweep_${{now:%Y-%m-%d_%H-%M-%S}}_{os.getpid()}"
@@ -143,7 +144,8 @@ class _Job:
             folder = Path(HydraConfig.get().runtime.output_dir)
             config = build_config(plain_config(composed))
             for handler in logging.getLogger().handlers:
-                if isinstance(handler, logging.FileHandler):  # created by Hydra in the locale's encoding
+                # created by Hydra in the locale's encoding
+                if isinstance(handler, logging.FileHandler):
                     handler.stream.reconfigure(encoding="utf-8", errors=ERRORS)  # type: ignore[union-attr]
             if self.held:
                 self.main(config, folder)

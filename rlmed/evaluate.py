@@ -45,7 +45,8 @@ def open_evaluation(config: RunConfig, folder: Path, progress: Progress) -> tupl
     """Load model and data, write the run's first files, and return what evaluates, with its policy.
 
     Raises:
-        ValueError: for unusable data or model, a folder that holds a training run, or another evaluation of other rows.
+        ValueError: for unusable data or model, a folder that holds a training run, or another
+            evaluation of other rows.
     """
     starting_point(folder, resume=False)  # never overwrite the evaluation of a training run
     before = _compared(config)

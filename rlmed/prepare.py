@@ -67,7 +67,8 @@ def prepare(arguments: argparse.Namespace, on_row: Callable[[int], None] | None 
     options = {key: value for key, value in vars(arguments).items() if key in keywords}
     for option in reader.options:
         option.check(options)
-    check_target(arguments.out, arguments.source, overwrite=arguments.overwrite)  # before anything is read
+    # before anything is read
+    check_target(arguments.out, arguments.source, overwrite=arguments.overwrite)
     return write_prepared_data(
         reader.read(arguments.source, **options),
         arguments.out,

@@ -52,7 +52,8 @@ class Run:
             config.reward.weights,
             config.reward.extra,
             timeout_s=config.reward.timeout_s,
-            # bound lazily: an invalid reward must be rejected before learner and renderer are loaded
+            # bound lazily: an invalid reward must be rejected before learner and renderer are
+            # loaded
             likelihood=(lambda requests: self.cluster.learner.logprobs(requests)) if config.debug.learn else None,
             split_common_prefix=lambda texts: self.renderer.split_common_prefix(texts),
         )

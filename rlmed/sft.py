@@ -1,7 +1,7 @@
 """Supervised fine-tuning, as alignment before RL and as its baseline: `python -m rlmed.sft`.
 
-The target is a row's `completion` if it has one, else its letter alone, `<answer>B</answer>`, all that a data set
-without rationales offers (the SFT baseline of MedVLM-R1, arXiv 2502.19634).
+The target is a row's `completion` if it has one, else its letter alone, `<answer>B</answer>`, all
+that a data set without rationales offers (the SFT baseline of MedVLM-R1, arXiv 2502.19634).
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ log = logging.getLogger(__name__)
 def target_text(example: Example, target: str) -> str:
     """Return the target text of an example.
 
-    "auto" is the row's own completion or, without one, its letter in answer tags; "answer" is always the latter;
-    "option" names the right option before its letter, in the format of the prompt, to teach format and letters.
+    "auto" is the row's own completion or, without one, its letter in answer tags; "answer" is
+    always the latter; "option" names the right option before its letter, in the format of the
+    prompt, to teach format and letters.
     """
     if target == "auto" and example.completion is not None:
         return example.completion

@@ -1,9 +1,9 @@
 """Rebuild the embedded base model from scratch: `python -m rlmed.tiny_base` (`make tiny-base`).
 
 Random weights and a tokenizer (`rlmed.models.tiny.build`), generated studies with written readings
-(`rlmed.data.phantom.corpus`), and three stages of supervised fine-tuning with `rlmed.sft`: bind letters to options on
-text, train the vision part on careful readings, then learn the mixture of careful and hasty readers that RL starts
-from.
+(`rlmed.data.phantom.corpus`), and three stages of supervised fine-tuning with `rlmed.sft`: bind
+letters to options on text, train the vision part on careful readings, then learn the mixture of
+careful and hasty readers that RL starts from.
 """
 
 from __future__ import annotations
@@ -114,7 +114,8 @@ def _config(stage: Stage, train: Path, model: Path) -> RunConfig:
 
 def _export(model: Path, target: Path) -> None:
     """Save the model in bfloat16: half the size, and precise enough for a base."""
-    from transformers import AutoModelForImageTextToText  # after rlmed.models, which makes this import safe
+    # after rlmed.models, which makes this import safe
+    from transformers import AutoModelForImageTextToText
 
     target = target.resolve()
     aside = partial_folder(target)

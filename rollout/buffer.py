@@ -12,9 +12,9 @@ from rlmed.core.types import RolloutGroup, RolloutRequest, ScoredGroup
 class GroupBuffer:
     """Buffer of admitted groups: oldest admission step first, then in order of completion.
 
-    At most `groups_per_step * (1 + max_staleness)` groups are in the buffer or the batch, and each step takes the
-    `groups_per_step` oldest, so no group waits longer than `max_staleness` steps, however slow it is. (By order of
-    completion alone, a long group could be overtaken forever.)
+    At most `groups_per_step * (1 + max_staleness)` groups are in the buffer or the batch, and each
+    step takes the `groups_per_step` oldest, so no group waits longer than `max_staleness` steps,
+    however slow it is. (By order of completion alone, a long group could be overtaken forever.)
 
     Example:
         >>> buffer = GroupBuffer(pool, stream.request, rubric.score, groups_per_step=4) # doctest: +SKIP
@@ -36,7 +36,8 @@ class GroupBuffer:
 
         Args:
             pool: samples the groups.
-            request: returns the request at an index; the same one until its group is consumed or discarded.
+            request: returns the request at an index; the same one until its group is consumed or
+                discarded.
             score: computes a group's rewards.
             groups_per_step: size of a batch.
             max_staleness: steps between admission and consumption; 0 is on-policy.
@@ -47,7 +48,8 @@ class GroupBuffer:
         self._groups_per_step, self._max_staleness, self._max_discarded = groups_per_step, max_staleness, max_discarded
         self._cursor = 0
         self._interrupted: list[int] = []
-        self._admitted: dict[int, tuple[int, int]] = {}  # step and policy version at admission, by index
+        # step and policy version at admission, by index
+        self._admitted: dict[int, tuple[int, int]] = {}
         self._finished: dict[int, RolloutGroup] = {}  # in order of completion
 
     @property
@@ -77,7 +79,8 @@ class GroupBuffer:
             version: policy version last pushed to the workers.
 
         Returns:
-            The batch, smaller than `groups_per_step` if too many were discarded, and the discarded groups.
+            The batch, smaller than `groups_per_step` if too many were discarded, and the discarded
+            groups.
 
         Raises:
             ClusterError: if a group is too old: an engine did not use the weights pushed to it.
@@ -87,7 +90,8 @@ class GroupBuffer:
         self._interrupted = []
         batch: list[ScoredGroup] = []
         discarded: list[ScoredGroup] = []
-        # the oldest groups are consumed first, so one admitted now is consumed within `max_staleness` steps
+        # the oldest groups are consumed first, so one admitted now is consumed within
+        # `max_staleness` steps
         admissible = self._groups_per_step * min(1 + self._max_staleness, steps - step + 1)
         while len(batch) < self._groups_per_step:
             while len(self._admitted) + len(batch) < admissible and len(discarded) <= self._max_discarded:

@@ -48,10 +48,11 @@ class Engine(Protocol):
 
         Args:
             version: label of the tokens sampled from now on.
-            buckets: all weights, named as in the learner's `named_parameters()`; none if the engine shares the
-                learner's parameters.
+            buckets: all weights, named as in the learner's `named_parameters()`; none if the engine
+                shares the learner's parameters.
 
         Raises:
-            WeightError: for weights of another model, or only some of this one's; none of them is sampled from.
+            WeightError: for weights of another model, or only some of this one's; none of them is
+                sampled from.
         """
         ...

@@ -36,7 +36,8 @@ from rlmed.models.loading import model_folder
 from rlmed.models.policy import Policy, load_policy
 from rlmed.models.tiny.build import build_tiny_text, build_tiny_vl
 
-# one choice for all processes of the tests: those that compare runs bit by bit would else hang on a probe's noise
+# one choice for all processes of the tests: those that compare runs bit by bit would else hang on a
+# probe's noise
 os.environ.setdefault("RLMED_ONEDNN", f"[{','.join(PRODUCT_USES[:2])}]" if has_onednn() else "[]")
 products._Choice.uses = frozenset(os.environ["RLMED_ONEDNN"].strip("[]").split(",")) - {""}
 if "OMP_NUM_THREADS" not in os.environ:
@@ -88,8 +89,9 @@ def _auto_class(family: str) -> type:
 def _sharpen(model: PreTrainedModel) -> None:
     """Make the next-token distributions peaked, and let every bias and norm have a say.
 
-    Not more than this: with embeddings almost three times as large, transformers' own log-probabilities are already 1.2e-5
-    away from those with float64 weights, and no comparison to 1e-5 would mean anything.
+    Not more than this: with embeddings almost three times as large, transformers' own
+    log-probabilities are already 1.2e-5 away from those with float64 weights, and no comparison to
+    1e-5 would mean anything.
     """
     generator = torch.Generator().manual_seed(1)
     vocabulary = model.get_input_embeddings().num_embeddings

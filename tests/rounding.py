@@ -1,7 +1,10 @@
-"""How far two right ways of computing a number may be apart. A tolerance of a test comes from here, or says its own reason.
+"""How far two right ways of computing a number may be apart.
 
-Processors differ in the order in which they add (width of the registers, fused multiply-add, number of threads), and so do
-MKL, oneDNN and torch's own kernels. None of them is wrong, and none is the measure of the others.
+A tolerance of a test comes from here, or says its own reason.
+
+Processors differ in the order in which they add (width of the registers, fused multiply-add, number
+of threads), and so do MKL, oneDNN and torch's own kernels. None of them is wrong, and none is the
+measure of the others.
 """
 
 from __future__ import annotations
@@ -40,8 +43,9 @@ def rounding(operations: float, magnitude: float = 1.0, dtype: torch.dtype = tor
 def smooth_updates(optimizer: Optimizer) -> None:
     """Let weights after an update be compared: call before the first step.
 
-    AdamW's first steps are signs, so a gradient that is nothing but rounding moves its weight by lr. With a large eps the
-    update is a smooth function of the gradient, and `updates_apart` bounds what rounding does to it.
+    AdamW's first steps are signs, so a gradient that is nothing but rounding moves its weight by
+    lr. With a large eps the update is a smooth function of the gradient, and `updates_apart` bounds
+    what rounding does to it.
     """
     for group in optimizer._adamw.param_groups:
         group["eps"] = ADAM_EPS

@@ -77,7 +77,8 @@ def build_cluster(
         config: the run.
         renderer: its tokenizer decodes sampled ids.
         folder: the run's folder.
-        checkpoint: load the policy from here instead of `config.model`; the reference is always `config.model`.
+        checkpoint: load the policy from here instead of `config.model`; the reference is always
+            `config.model`.
         on_bad_step: called with skipped batches.
 
     Raises:
@@ -216,7 +217,8 @@ def _build_ray(
             resources.callback(learner.close)
             return learner
 
-        # on a shared GPU, start one after the other: a starting vLLM engine mistakes others' allocations for its own
+        # on a shared GPU, start one after the other: a starting vLLM engine mistakes others'
+        # allocations for its own
         shared = shares_gpus(config.cluster)
         learner = start_learner() if shared else None
         workers = _start_workers(config, worker_options)

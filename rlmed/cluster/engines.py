@@ -88,7 +88,8 @@ def make_renderer(
 ) -> PromptRenderer:
     """Build the prompt renderer of the run's model.
 
-    Warns of settings that a text-only model ignores, frozen parts of the model in training among them.
+    Warns of settings that a text-only model ignores, frozen parts of the model in training among
+    them.
     """
     folder = model_folder(model.path)
     if not folder.is_dir() and not folder.is_absolute():

@@ -104,8 +104,9 @@ def estimate(
 def keep_freed_memory() -> bool:
     """Make glibc keep the memory of freed tensors for reuse instead of returning it to the system.
 
-    Each learner step on a CPU allocates and frees the same tensors; by default their pages are returned, then mapped
-    and zeroed again, which took 4 to 7 % of a step (docs/lab-log.md). Tensors above 32 MiB, glibc's limit, still are.
+    Each learner step on a CPU allocates and frees the same tensors; by default their pages are
+    returned, then mapped and zeroed again, which took 4 to 7 % of a step (docs/lab-log.md). Tensors
+    above 32 MiB, glibc's limit, still are.
 
     Returns:
         False if the C library lacks the setting (macOS, musl).

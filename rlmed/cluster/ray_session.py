@@ -1,4 +1,7 @@
-"""Join or start Ray for one run, and reserve its actors' resources. Import only if Ray is installed."""
+"""Join or start Ray for one run, and reserve its actors' resources.
+
+Import only if Ray is installed.
+"""
 
 from __future__ import annotations
 
@@ -38,13 +41,15 @@ def worker_environment(chosen: Mapping[str, Any], *, here: bool) -> dict[str, An
 
     Args:
         chosen: `cluster.runtime_env`.
-        here: whether all workers run on this machine, with this process's interpreter unless `chosen` says otherwise.
+        here: whether all workers run on this machine, with this process's interpreter unless
+            `chosen` says otherwise.
     """
     # called in each worker before it imports torch
     environment = {"worker_process_setup_hook": "rlmed.core.process.starting.prepare_process"}
     # for these keys Ray makes an interpreter of its own, which ours would replace
     if here and not chosen.keys() & {"conda", "pip", "uv"}:
-        # Ray gives it to a shell, by default without quotes: with a space in its path, workers would never start
+        # Ray gives it to a shell, by default without quotes: with a space in its path, workers
+        # would never start
         environment["py_executable"] = shlex.quote(sys.executable)
     return copy.deepcopy({**environment, **chosen})  # Ray changes it
 
@@ -53,7 +58,8 @@ def start_ray(cluster: ClusterConfig) -> Callable[[], None]:
     """Join the Ray cluster named by `cluster.address` or the environment, or start one here.
 
     Returns:
-        A function that disconnects and stops what was started; a cluster that already existed keeps running.
+        A function that disconnects and stops what was started; a cluster that already existed keeps
+        running.
     """
     if ray.is_initialized():
         return lambda: None
@@ -89,7 +95,8 @@ def start_ray(cluster: ClusterConfig) -> Callable[[], None]:
 def _start_own_ray(options: dict[str, Any]) -> Callable[[], None]:
     """Start Ray for this run alone, in a temporary folder that is removed with it.
 
-    This process holds the folder while it lives, so that leftovers of killed runs can be told from folders in use.
+    This process holds the folder while it lives, so that leftovers of killed runs can be told from
+    folders in use.
     """
     root = Path(tempfile.gettempdir())
     root = root if len(str(root)) <= LONGEST_ROOT else Path("/tmp")

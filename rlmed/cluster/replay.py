@@ -50,7 +50,8 @@ class ReplayPool:
 
         Args:
             folder: folder of batches.
-            workers: the pool that would sample otherwise; it still receives weights, because it evaluates.
+            workers: the pool that would sample otherwise; it still receives weights, because it
+                evaluates.
 
         Raises:
             ValueError: if there are no recorded groups.

@@ -53,7 +53,8 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     if not written.is_file():
         _take_processors_template(Path(folder), tokenizer)
-    if isinstance(tokenizer.chat_template, str):  # an editor's byte order mark would begin every prompt
+    # an editor's byte order mark would begin every prompt
+    if isinstance(tokenizer.chat_template, str):
         tokenizer.chat_template = tokenizer.chat_template.removeprefix("\ufeff")
     return tokenizer
 
@@ -61,7 +62,8 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
 def _take_processors_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Use the processor's template for a vision model's tokenizer, as transformers and vLLM do.
 
-    The template in tokenizer_config.json is often text-only: tools that train language models write their own there.
+    The template in tokenizer_config.json is often text-only: tools that train language models write
+    their own there.
 
     Raises:
         ValueError: if a file is damaged, or its template is not a string.

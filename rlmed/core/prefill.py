@@ -37,7 +37,8 @@ def opens_thinking(prefill: str) -> bool:
 def joined(prefill: str, written: str) -> str:
     r"""Return the whole completion: the template's prefill and the model's text.
 
-    If the model opens its reasoning or answer again, as its instructions say, the template's tag is dropped.
+    If the model opens its reasoning or answer again, as its instructions say, the template's tag is
+    dropped.
 
     Example:
         >>> joined("<think>\n", "The liver.</think><answer>A</answer>")

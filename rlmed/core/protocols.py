@@ -1,4 +1,7 @@
-"""Interfaces of the two parts that the loop drives: rollout pool and learner. Neither knows the loop."""
+"""Interfaces of the two parts that the loop drives: rollout pool and learner.
+
+Neither knows the loop.
+"""
 
 from __future__ import annotations
 

@@ -117,8 +117,8 @@ class ImageFreePrior:
 
         Args:
             examples: the rows to answer.
-            by_rate: score by correct / shown instead of the count of correct. An option unseen in fitting then scores
-                1 / options: no evidence either way.
+            by_rate: score by correct / shown instead of the count of correct. An option unseen in
+                fitting then scores 1 / options: no evidence either way.
 
         Raises:
             ValueError: without examples.
@@ -153,8 +153,9 @@ class ImageFreePrior:
 def leave_one_out_prior(examples: Sequence[Example], *, by_rate: bool = False) -> float:
     """Return the leave-one-out accuracy of `ImageFreePrior` on `examples`.
 
-    A value well above chance shows that the options leak the answers. If all answers are equally frequent it falls
-    below chance, since leaving a row out makes its own answer the rarest: only a high value is informative.
+    A value well above chance shows that the options leak the answers. If all answers are equally
+    frequent it falls below chance, since leaving a row out makes its own answer the rarest: only a
+    high value is informative.
 
     Raises:
         ValueError: without examples.
@@ -163,7 +164,10 @@ def leave_one_out_prior(examples: Sequence[Example], *, by_rate: bool = False) -
 
 
 def chance(examples: Sequence[Example]) -> float:
-    """Return the accuracy of random guessing, the mean of 1 / options. Raises ValueError without examples."""
+    """Return the accuracy of random guessing, the mean of 1 / options.
+
+    Raises ValueError without examples.
+    """
     return _mean([1 / len(example.options) for example in examples])
 
 
@@ -172,8 +176,8 @@ def majority_letter(examples: Sequence[Example], train: Sequence[Example] = ()) 
 
     Args:
         examples: the rows to answer.
-        train: rows that determine the letter, their most frequent correct one (ties: first in the alphabet); defaults to
-            `examples`.
+        train: rows that determine the letter, their most frequent correct one (ties: first in the
+            alphabet); defaults to `examples`.
 
     Raises:
         ValueError: without examples.

@@ -19,7 +19,8 @@ CHROME_TRACE = "timeline.json"
 class Tracer:
     """Record how long each stage takes, in one thread.
 
-    A resumed run continues where the recorded timeline ends, so the time between kill and resume is not counted.
+    A resumed run continues where the recorded timeline ends, so the time between kill and resume is
+    not counted.
 
     Example:
         >>> tracer = Tracer()
@@ -33,9 +34,10 @@ class Tracer:
         """Set up an empty tracer.
 
         Args:
-            path: file to append each finished span to, as {"name", "start", "duration", "step", "depth"}: seconds since
-                the start of the run, seconds, the step or null, and the number of enclosing spans. None keeps only the
-                sums. The file is opened with the first span, so it can be truncated until then.
+            path: file to append each finished span to, as {"name", "start", "duration", "step",
+                "depth"}: seconds since the start of the run, seconds, the step or null, and the
+                number of enclosing spans. None keeps only the sums. The file is opened with the
+                first span, so it can be truncated until then.
         """
         self._writer = None if path is None else JsonLinesWriter(path)
         self._depth = 0

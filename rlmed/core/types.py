@@ -1,7 +1,8 @@
 """Records that flow through the loop, one frozen type per stage.
 
-Example -> Prompt -> RolloutGroup -> ScoredGroup -> TrainGroup. A stage takes one type and returns the next, so scored
-and unscored data cannot be confused. Arrays are numpy: nothing here needs torch.
+Example -> Prompt -> RolloutGroup -> ScoredGroup -> TrainGroup. A stage takes one type and returns
+the next, so scored and unscored data cannot be confused. Arrays are numpy: nothing here needs
+torch.
 """
 
 from __future__ import annotations
@@ -87,7 +88,9 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How completions are sampled. Every field is always sent to the engine; nothing is inherited from a model folder.
+    """How completions are sampled.
+
+    Every field is always sent to the engine; nothing is inherited from a model folder.
 
     Example:
         >>> SamplingParams(temperature=1.0, max_tokens=64).greedy

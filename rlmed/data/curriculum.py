@@ -33,8 +33,9 @@ class Visit:
 def next_turn(shares: Sequence[int], drawn: Sequence[int]) -> int:
     """Return whose turn it is, so that nobody is ever a whole draw ahead of or behind its share.
 
-    Of k parties with shares p_i = shares_i / sum(shares), after n - 1 draws of which x_i were i's, i may be drawn now
-    if n·p_i - x_i ≥ 1/(2k-2); of these, draw the one whose need, without it, would first reach 1 - 1/(2k-2). Then
+    Of k parties with shares p_i = shares_i / sum(shares), after n - 1 draws of which x_i were i's,
+    i may be drawn now if n·p_i - x_i ≥ 1/(2k-2); of these, draw the one whose need, without it,
+    would first reach 1 - 1/(2k-2). Then
     |n·p_i - x_i| ≤ 1 - 1/(2k-2) after every draw (R. Tijdeman, "The chairman assignment problem", 1980).
 
     Args:
@@ -59,17 +60,20 @@ def next_turn(shares: Sequence[int], drawn: Sequence[int]) -> int:
 class PassRates:
     """Sets aside examples answered correctly too often or too rarely, and retries them later.
 
-    The pass rate is the share of correct completions in the latest `window` groups of an example. At `min_pass_rate` or
-    below, or at `max_pass_rate` or above, the example is skipped for `cooldown_epochs` epochs; then it returns, and its new
-    group decides together with the latest earlier ones. MedVLThinker (arXiv 2508.02669) filters once before training, by 16
-    samples of the base model; here the current policy decides, which outgrows what is easy.
+    The pass rate is the share of correct completions in the latest `window` groups of an example.
+    At `min_pass_rate` or below, or at `max_pass_rate` or above, the example is skipped for
+    `cooldown_epochs` epochs; then it returns, and its new group decides together with the latest
+    earlier ones. MedVLThinker (arXiv 2508.02669) filters once before training, by 16 samples of the
+    base model; here the current policy decides, which outgrows what is easy.
     """
 
     def __init__(self, config: SelectionConfig) -> None:
         """Start without visits."""
         self._config = config
-        self._counts: dict[int, list[tuple[int, int]]] = {}  # (correct, all) completions of the latest groups
-        self._aside: dict[int, tuple[int, bool]] = {}  # the epoch in which it returns, and whether it is too easy
+        # (correct, all) completions of the latest groups
+        self._counts: dict[int, list[tuple[int, int]]] = {}
+        # the epoch in which it returns, and whether it is too easy
+        self._aside: dict[int, tuple[int, bool]] = {}
 
     def observe(self, visit: Visit, correct: int, completions: int) -> None:
         """Record a group of this example: `correct` of its `completions` are."""
@@ -116,7 +120,10 @@ class _Lane:
         return self.cursor // len(self.rows)
 
     def draw(self, rates: PassRates | None) -> Visit:
-        """Return the next example that is not set aside. Terminates, since none is set aside forever."""
+        """Return the next example that is not set aside.
+
+        Terminates, since none is set aside forever.
+        """
         while True:
             epoch, index = self._order.example_at(self.cursor)
             self.cursor += 1
@@ -146,8 +153,8 @@ class Curriculum:
         Args:
             modalities: one per row, at least one row.
             seed: of the order, not negative.
-            mix: share of each modality, relative to their sum; rows of others are never drawn. None draws all rows
-                alike.
+            mix: share of each modality, relative to their sum; rows of others are never drawn. None
+                draws all rows alike.
             selection: see `PassRates`; None is the same as mode "all".
 
         Raises:

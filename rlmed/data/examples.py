@@ -31,7 +31,8 @@ class SkippedRow:
     """A skipped row.
 
     Example:
-        SkippedRow(line=17, id="mri-17", reason="image images/17.png does not exist: copy it there or correct the path")
+        SkippedRow(line=17, id="mri-17", reason="image images/17.png does not exist: copy it there
+        or correct the path")
     """
 
     line: int
@@ -58,17 +59,19 @@ class ReadResult:
 def read_examples(path: Path, *, on_bad_row: str = "skip") -> ReadResult:
     """Read rows `{image, question, options, answer[, modality, kind, id, completion]}`.
 
-    `options` is a list, or a mapping from letters or numbers; `answer` is an option's text, its letter or number, or
-    both: see `rlmed.data.options.choices`. `image` is a path relative to the file, inside its folder, or null; `qtype`
-    is another name for `kind`. Strips texts; ignores blank lines and a byte-order mark. Decodes every image once, so
-    that a damaged one shows up here and not in the middle of a run.
+    `options` is a list, or a mapping from letters or numbers; `answer` is an option's text, its
+    letter or number, or both: see `rlmed.data.options.choices`. `image` is a path relative to the
+    file, inside its folder, or null; `qtype` is another name for `kind`. Strips texts; ignores
+    blank lines and a byte-order mark. Decodes every image once, so that a damaged one shows up here
+    and not in the middle of a run.
 
     Args:
         path: the file.
         on_bad_row: "skip" lists bad rows in the result, "error" raises if there are any.
 
     Raises:
-        ValueError: for a file that is missing, empty, not UTF-8, not JSON (with line and column), or has no usable row.
+        ValueError: for a file that is missing, empty, not UTF-8, not JSON (with line and column),
+            or has no usable row.
     """
     if on_bad_row not in ("skip", "error"):
         raise ValueError(f"on_bad_row={on_bad_row!r} must be 'skip' or 'error'")
@@ -198,7 +201,8 @@ def _optional_text(row: Mapping[str, Any], key: str) -> str:
 def _checked_text(value: object, key: str) -> str:
     if not isinstance(value, str):
         raise BadRowError(f"its {key} is {shorten(value)}, not a text")
-    # half of a pair of \\uXXXX escapes is valid JSON but not valid text: it can be neither tokenized nor hashed
+    # half of a pair of \\uXXXX escapes is valid JSON but not valid text: it can be neither
+    # tokenized nor hashed
     if _SURROGATE.search(value):
         raise BadRowError(f"its {key} {shorten(value)} contains a lone surrogate")
     return value

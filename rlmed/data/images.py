@@ -41,7 +41,10 @@ MAX_PIXELS = 170_000_000
 KEPT_BYTES = 512 * 2**20
 """Memory for decoded pictures, `check_image(keep=True)`: 2,000 grey or 680 coloured ones of 512 x 512."""
 FORMATS = ("PNG", "JPEG", "TIFF", "GIF", "BMP", "WEBP", "PPM", "JPEG2000")
-"""Pillow formats that are read. Others are refused: some of its readers (EPS) start other programs."""
+"""Pillow formats that are read.
+
+Others are refused: some of its readers (EPS) start other programs.
+"""
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -70,7 +73,8 @@ _DAMAGE = (
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 """First bytes of TIFF and BigTIFF files, in either byte order."""
 
-# MAX_PIXELS replaces this warning. Process-wide: warnings.catch_warnings is not safe in the reader's threads.
+# MAX_PIXELS replaces this warning. Process-wide: warnings.catch_warnings is not safe in the
+# reader's threads.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
@@ -84,8 +88,8 @@ _Version = tuple[Path, int, int, int]
 class _KeptPictures:
     """Decoded pictures by file and version of the file, as many as fit in `KEPT_BYTES`.
 
-    None is dropped for another: a run reads all its rows again and again in one order, and if they are a few too many,
-    the most recent pictures would always be the wrong ones.
+    None is dropped for another: a run reads all its rows again and again in one order, and if they
+    are a few too many, the most recent pictures would always be the wrong ones.
     """
 
     def __init__(self) -> None:
@@ -126,19 +130,19 @@ def kept_bytes() -> int:
 def load_image(path: Path, *, max_side: int = MAX_SIDE) -> Image.Image:
     """Read an image file as RGB; `check_image` may have kept the picture.
 
-    Stretches signed grey values and those of more than 8 bits from the picture's own range to 0..255, composites
-    transparency on black (the surroundings of a radiograph), applies EXIF rotation and takes an animation's first
-    frame. Both sides of the result are at least `MODEL_MIN_SIDE`, and the longer is at most `MAX_ASPECT` times the
-    shorter.
+    Stretches signed grey values and those of more than 8 bits from the picture's own range to
+    0..255, composites transparency on black (the surroundings of a radiograph), applies EXIF
+    rotation and takes an animation's first frame. Both sides of the result are at least
+    `MODEL_MIN_SIDE`, and the longer is at most `MAX_ASPECT` times the shorter.
 
     Args:
         path: a file in one of `FORMATS`, whatever its suffix.
-        max_side: longer sides are scaled down to this (while decoding, for JPEG), unless the shorter would then be less
-            than `MODEL_MIN_SIDE`.
+        max_side: longer sides are scaled down to this (while decoding, for JPEG), unless the
+            shorter would then be less than `MODEL_MIN_SIDE`.
 
     Raises:
-        BadImageError: for a missing, empty, truncated, tiny, extremely elongated or gigantic image, a file that is not
-            an image, or an unsupported kind of pixels.
+        BadImageError: for a missing, empty, truncated, tiny, extremely elongated or gigantic image,
+            a file that is not an image, or an unsupported kind of pixels.
     """
     return _load(path, max_side)[0]
 
@@ -148,7 +152,8 @@ def check_image(path: Path, *, keep: bool = False) -> None:
 
     Args:
         path: the file.
-        keep: keep the picture in memory for `load_image`, if there is room, so that it is decoded once.
+        keep: keep the picture in memory for `load_image`, if there is room, so that it is decoded
+            once.
 
     Raises:
         BadImageError: as `load_image`, and for a picture of a single colour.
@@ -187,8 +192,8 @@ def check_contrast(what: str, picture: Image.Image, cause: str = "") -> None:
 def _load(path: Path, max_side: int, *, keep: bool = False) -> tuple[Image.Image, str]:
     """Return what `_decode` does for a file, or the kept picture, which the caller may change."""
     try:
-        # a stream, not the path: given a path, Pillow memory-maps an uncompressed TIFF and scrambles it on EXIF
-        # rotation
+        # a stream, not the path: given a path, Pillow memory-maps an uncompressed TIFF and
+        # scrambles it on EXIF rotation
         with path.open("rb") as stream:
             status = os.fstat(stream.fileno())
             version = path, status.st_ino, status.st_size, status.st_mtime_ns

@@ -102,8 +102,8 @@ def load_data(config: DataConfig, renderer: PromptRenderer, *, training: bool) -
     """Read and check every row that the run uses.
 
     Raises:
-        ValueError: for missing or broken files, without a training file if `training`, or for rows in both training and
-            evaluation files with `data.leakage=strict`.
+        ValueError: for missing or broken files, without a training file if `training`, or for rows
+            in both training and evaluation files with `data.leakage=strict`.
     """
     train, evals = config.train, list(config.eval)
     if config.source == "phantom" and train and evals:

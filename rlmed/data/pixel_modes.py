@@ -36,7 +36,8 @@ def check_mode(image: Image.Image) -> None:
         UnreadableModeError: with the values that say so.
     """
     if image.format == "JPEG" and image.mode == "CMYK" and "adobe" not in image.info:
-        # Adobe's files hold the negative, and Pillow assumes that all do; nothing says what others hold
+        # Adobe's files hold the negative, and Pillow assumes that all do; nothing says what others
+        # hold
         raise UnreadableModeError(
             "its colours are CMYK without Adobe's marker, so 255 may be all ink or none: save it as RGB"
         )
@@ -71,7 +72,10 @@ def extrema_of_band(image: Image.Image, band: int | str) -> tuple[int, int]:
 
 
 def is_halved(image: ImageFile.ImageFile) -> bool:
-    """Return whether Pillow keeps only upper bytes: 16-bit colours, or 16-bit grey with alpha. Call before loading."""
+    """Return whether Pillow keeps only upper bytes: 16-bit colours, or 16-bit grey with alpha.
+
+    Call before loading.
+    """
     return not is_wide(image) and bool(image.tile) and ";16" in str(image.tile[0].args)
 
 

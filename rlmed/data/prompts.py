@@ -1,7 +1,8 @@
 """Turn examples into model inputs: the only module that tokenizes.
 
-Training, evaluation and `ask` all render through `PromptRenderer`, so text, white space and pixels are the same
-everywhere. The prompt is one user turn: the image, then the question, its lettered options and the instruction.
+Training, evaluation and `ask` all render through `PromptRenderer`, so text, white space and pixels
+are the same everywhere. The prompt is one user turn: the image, then the question, its lettered
+options and the instruction.
 """
 
 from __future__ import annotations
@@ -139,7 +140,8 @@ class PromptRenderer:
             by_modality: templates for individual modalities, by name.
 
         Raises:
-            ValueError: for a template without exactly one `{question}`, or a tokenizer without an image placeholder.
+            ValueError: for a template without exactly one `{question}`, or a tokenizer without an
+                image placeholder.
         """
         for text in (template, *by_modality.values()):
             if text.count(QUESTION_SLOT) != 1:
@@ -170,7 +172,8 @@ class PromptRenderer:
             if not 0 < self._min_pixels <= self._max_pixels:
                 limits = f"min_pixels={self._min_pixels} and max_pixels={self._max_pixels}"
                 raise ValueError(f"{limits}: pixel limits must satisfy 0 < min_pixels <= max_pixels")
-        if tokenizer.chat_template is not None:  # a template that fails to render is not the rows' fault
+        # a template that fails to render is not the rows' fault
+        if tokenizer.chat_template is not None:
             text, self.prefill = self._turn(_PROBE, with_image=image_processor is not None)
             self._tokenize(text)
 
@@ -179,11 +182,13 @@ class PromptRenderer:
 
         Args:
             example: the question.
-            image: RGB picture to show instead of the example's own (a control in evaluation); None loads the latter.
+            image: RGB picture to show instead of the example's own (a control in evaluation); None
+                loads the latter.
 
         Raises:
             PromptTooLongError: names id, length, limit and what to do.
-            ValueError: for an image given to a text-only model, an unreadable image, or control tokens in the text.
+            ValueError: for an image given to a text-only model, an unreadable image, or control
+                tokens in the text.
         """
         if image is None and example.image is not None:
             image = load_image(example.image)
@@ -251,8 +256,8 @@ class PromptRenderer:
     def continuation_ids(self, text: str) -> IntArray:
         """Tokenize the beginning of a completion, without an end token; int64 [T].
 
-        A model can spell out the name of a control token. It stays text here, as it was for the model: an extra image
-        placeholder would have no image.
+        A model can spell out the name of a control token. It stays text here, as it was for the
+        model: an extra image placeholder would have no image.
         """
         token_ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)[
             "input_ids"
@@ -279,8 +284,8 @@ class PromptRenderer:
     def save(self, folder: Path) -> None:
         """Save tokenizer and image processor beside a model, so that the folder loads everywhere.
 
-        Also saves this renderer's pixel limits, so that pictures keep their size for whatever loads the folder, and its
-        templates and longest prompt (`read_prompt_settings`).
+        Also saves this renderer's pixel limits, so that pictures keep their size for whatever loads
+        the folder, and its templates and longest prompt (`read_prompt_settings`).
         """
         settings = {
             "template": self.template,

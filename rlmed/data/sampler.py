@@ -66,4 +66,5 @@ def reorder_options(example: Example, seed: int) -> Example | None:
     if keeps_order(example.options):
         return None
     orders = (shuffle_options(example, seed + attempt) for attempt in itertools.count())
-    return next(order for order in orders if order.options != example.options)  # option texts are distinct
+    # option texts are distinct
+    return next(order for order in orders if order.options != example.options)

@@ -57,7 +57,8 @@ class PromptStream:
     def observe(self, groups: Iterable[ScoredGroup]) -> dict[str, float]:
         """Record all groups of a step, and return the selection's metrics.
 
-        Records them in the order of their requests: the order in which they finished must not matter.
+        Records them in the order of their requests: the order in which they finished must not
+        matter.
         """
         for group in sorted(groups, key=lambda group: group.rollout.request.index):
             choice = group.reward_parts.get("choice")

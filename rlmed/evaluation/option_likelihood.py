@@ -24,11 +24,12 @@ def letter_probabilities(
 ) -> Iterator[Float64Array]:
     """Yield the probabilities of the option letters as endings of each completion.
 
-    This is the likelihood of, for example, `B</answer>` after prompt and text, normalized over the question's letters.
-    The closing tag is included, since "A" alone could also begin a word.
+    This is the likelihood of, for example, `B</answer>` after prompt and text, normalized over the
+    question's letters. The closing tag is included, since "A" alone could also begin a word.
 
     Args:
-        cases: prompts, each with the beginning of its completion, including prefill, up to and including `<answer>`.
+        cases: prompts, each with the beginning of its completion, including prefill, up to and
+            including `<answer>`.
         policy: the model.
         renderer: prompt renderer of the same model.
         token_budget: most tokens in a packed row, as in `learner.token_budget`.

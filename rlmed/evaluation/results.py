@@ -36,10 +36,10 @@ class EvalRow:
     """One answered question: a line of `rows.jsonl`.
 
     Example:
-        EvalRow(file="ct", id="ct-7", control="none", image="/data/images/7.png", question_type="anatomy",
-                question="Which organ?", options=("liver", "lung"), answer="B",
-                completion="<think>…</think><answer>B</answer>", predicted_letter="B", correct=True, format=True,
-                tokens=31, finish_reason="stop")
+        EvalRow(file="ct", id="ct-7", control="none", image="/data/images/7.png",
+                question_type="anatomy", question="Which organ?", options=("liver", "lung"),
+                answer="B", completion="<think>…</think><answer>B</answer>", predicted_letter="B",
+                correct=True, format=True, tokens=31, finish_reason="stop")
     """
 
     file: str
@@ -97,7 +97,8 @@ class FileSummary:
     """Results on one file; rates, shares and accuracies are fractions in [0, 1].
 
     Example:
-        A file of 300 rows may have accuracy.value 0.70 with low 0.65 and high 0.75, chance 0.25, blank.value 0.27.
+        A file of 300 rows may have accuracy.value 0.70 with low 0.65 and high 0.75, chance 0.25,
+        blank.value 0.27.
     """
 
     name: str
@@ -131,8 +132,10 @@ class FileSummary:
     kept_order_by: str = ""
     """The first of these options; "" without any."""
     not_offered: float = 0.0
-    """Share of completions that answer with a letter not among the options. Their format may still be right: the
-    paper's format reward checks only the tags."""
+    """Share of completions that answer with a letter not among the options.
+
+    Their format may still be right: the paper's format reward checks only the tags.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +143,8 @@ class EvalSummary:
     """One evaluation of one model: the content of `summary.json`.
 
     Example:
-        EvalSummary(model="outputs/x", step=300, seconds=41.5, max_tokens=512, train_rows=600, files=(mri, ct, xray))
+        EvalSummary(model="outputs/x", step=300, seconds=41.5, max_tokens=512, train_rows=600,
+        files=(mri, ct, xray))
     """
 
     model: str

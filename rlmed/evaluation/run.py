@@ -182,9 +182,10 @@ class Evaluator:
 def shuffled_images(examples: Sequence[Example], seed: int = SHUFFLE_SEED) -> list[Example]:
     """Permute the pictures so that each example gets another's.
 
-    Rows are sorted by picture, in an order drawn from `seed`, and each takes the picture m rows further on, where m is
-    the number of rows of the most frequent picture. So no row keeps its own, unless one picture belongs to more than
-    half of the rows: rows that would keep it are left out, as are rows without a picture.
+    Rows are sorted by picture, in an order drawn from `seed`, and each takes the picture m rows
+    further on, where m is the number of rows of the most frequent picture. So no row keeps its own,
+    unless one picture belongs to more than half of the rows: rows that would keep it are left out,
+    as are rows without a picture.
     """
     rows: dict[Path, list[int]] = defaultdict(list)
     for index, example in enumerate(examples):

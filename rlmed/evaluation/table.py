@@ -28,7 +28,8 @@ def summary_table(before: EvalSummary | None, after: EvalSummary, comparison: Ma
     table = Table(
         title=Text(f"Held-out accuracy in %, {span}"),
         caption=Text("\n".join([*_legend(after, tested=comparison is not None), *_remarks(after)]), justify="left"),
-        box=box.SIMPLE_HEAD,  # lines between the columns would not leave room for the figures in 80 characters
+        # lines between the columns would not leave room for the figures in 80 characters
+        box=box.SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,
         collapse_padding=True,

@@ -1,10 +1,11 @@
 """One attention function for every decoder: computes the prompt once per group.
 
-transformers passes each decoder layer's queries, keys and values, rotary embedding applied, to a registered attention
-function. Ours, `shared_prefix`, passes them on to the *layout* of the forward pass, which knows which tokens are prompts
-and which are completions of which prompt. Learning and prompts alone take `PackedLayout` here or, without padding,
-`rlmed.models.varlen.VarlenLayout`; the engine's own layouts, prefill and decode, are in `rollout/native/kv_cache.py`. No model
-is re-implemented anywhere.
+transformers passes each decoder layer's queries, keys and values, rotary embedding applied, to a
+registered attention function. Ours, `shared_prefix`, passes them on to the *layout* of the forward
+pass, which knows which tokens are prompts and which are completions of which prompt. Learning and
+prompts alone take `PackedLayout` here or, without padding, `rlmed.models.varlen.VarlenLayout`; the
+engine's own layouts, prefill and decode, are in `rollout/native/kv_cache.py`. No model is
+re-implemented anywhere.
 """
 
 from __future__ import annotations
@@ -57,7 +58,10 @@ def shared_prefix(
     layout: AttentionLayout | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attend as the layout says; registered with transformers. Input rows are [1, heads, N, D], the result [1, N, heads, D]."""
+    """Attend as the layout says; registered with transformers.
+
+    Input rows are [1, heads, N, D], the result [1, N, heads, D].
+    """
     if layout is None:
         raise ValueError(
             "shared_prefix attention called without a layout: run the model through rlmed.models.policy.Policy, or load it "
@@ -78,9 +82,9 @@ AttentionInterface.register(ATTENTION_NAME, shared_prefix)
 class PackedLayout:
     """A row of groups, each `[prompt | completion 1 | ... | completion G]`, for learning.
 
-    Each completion attends to its prompt and, causally, to itself; a prompt attends causally to itself. Gradients flow.
-    Tokens are gathered into right-padded rectangles for the dense kernels and scattered back, so padding costs only
-    attention, never one of the model's matrix products.
+    Each completion attends to its prompt and, causally, to itself; a prompt attends causally to
+    itself. Gradients flow. Tokens are gathered into right-padded rectangles for the dense kernels
+    and scattered back, so padding costs only attention, never one of the model's matrix products.
 
     Example:
         >>> layout = PackedLayout.build([(49, (12, 30)), (51, ())])  # a group of two completions, then a prompt alone
@@ -168,7 +172,8 @@ def _sdpa(
         # on CPUs the bfloat16 gradient takes five times as long as the float32 one
         query, key, value = query.float(), key.float(), value.float()
     if mask is not None and query.device.type != "cpu":
-        # a mask and grouped heads together have no fused kernel on CUDA, and the other way stores all scores in float32
+        # a mask and grouped heads together have no fused kernel on CUDA, and the other way stores
+        # all scores in float32
         key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
     output = scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=key.shape[1] < query.shape[1]
@@ -247,7 +252,8 @@ def decode_attention(
     groups = len(prefix_key)
     repeats = heads // kv_heads
     query = query.reshape(rows, kv_heads, repeats, width)
-    # [B * H_kv, M * repeats, D] against [B * H_kv, D, P]: the M rows of a group share one matrix product
+    # [B * H_kv, M * repeats, D] against [B * H_kv, D, P]: the M rows of a group share one matrix
+    # product
     grouped = table.to_groups(query).transpose(1, 2).reshape(groups * kv_heads, -1, width)
     prefix_scores = _scores(grouped, prefix_key.flatten(0, 1), scale, prefix_mask)
     prefix_scores = prefix_scores.view(groups, kv_heads, -1, repeats, prefix_length).transpose(1, 2)

@@ -50,7 +50,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
         hidden, weight, targets, banned, kept = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        # d logprob / d logit = (one-hot - softmax) / temperature; apply sign and scale on the narrow side
+        # d logprob / d logit = (one-hot - softmax) / temperature; apply sign and scale on the
+        # narrow side
         scale = (grad_logprobs / -ctx.temperature).unsqueeze(1)
         for rows in _chunks(len(targets), len(weight)):
             if kept.numel():
@@ -98,7 +99,8 @@ def chunked_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Compute the log-probability of each target token and the entropy of each distribution.
 
-    The distribution is softmax(hidden @ weight.T / temperature) without the banned tokens, as for sampling.
+    The distribution is softmax(hidden @ weight.T / temperature) without the banned tokens, as for
+    sampling.
 
     Args:
         hidden: [M, d] hidden states that predict the targets.
@@ -108,7 +110,8 @@ def chunked_logprobs(
         banned: int64 [K] ids that cannot be sampled.
 
     Returns:
-        float32 [M] log-probabilities (differentiable) and float32 [M] entropies in nats (not differentiable).
+        float32 [M] log-probabilities (differentiable) and float32 [M] entropies in nats (not
+        differentiable).
     """
     return _differentiable(hidden, weight, targets, temperature, banned)
 

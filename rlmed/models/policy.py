@@ -1,4 +1,7 @@
-"""The policy: a transformers model with the interface for sampling and learning. Engine and learner share its modules."""
+"""The policy: a transformers model with the interface for sampling and learning.
+
+Engine and learner share its modules.
+"""
 
 from __future__ import annotations
 
@@ -184,7 +187,8 @@ def load_policy(
         folder: model folder or hub name.
         dtype: of the parameters, a key of `DTYPES`.
         device: of the parameters.
-        onednn: uses of oneDNN in this process from now on, see `rlmed.models.cpu.products.settle_products`.
+        onednn: uses of oneDNN in this process from now on, see
+            `rlmed.models.cpu.products.settle_products`.
 
     Raises:
         ValueError: if it is not a model folder, lacks weights, or its family is not supported.
@@ -218,7 +222,8 @@ def load_policy(
         settle_products(config, onednn)
         use_fast_linears(model)
     else:
-        # cuDNN's attention makes a plan for every new shape (0.5 s, never freed), and its dQ under a mask can be NaN
+        # cuDNN's attention makes a plan for every new shape (0.5 s, never freed), and its dQ under
+        # a mask can be NaN
         torch.backends.cuda.enable_cudnn_sdp(False)
     use_fused_layers(model)
     model.to(device)
@@ -324,7 +329,8 @@ def load_config(folder: Path) -> PreTrainedConfig:
 def _to_download(folder: Path) -> str:
     """Return the end of a sentence on how to download a model found neither here nor on the hub.
 
-    The `models` of `models/Qwen2-VL-2B-Instruct` is not an owner on the hub: such a name needs its owner.
+    The `models` of `models/Qwen2-VL-2B-Instruct` is not an owner on the hub: such a name needs its
+    owner.
     """
     name = folder.name
     if len(folder.parts) == 2 and folder.parts[0].lower() in MODEL_FOLDERS:

@@ -83,7 +83,8 @@ class Backend(Protocol):
     def backward(self, grad: Tensor, row: Row, output: Tensor, logsumexp: Tensor, spans: Spans, scale: float) -> Row:
         """Return the gradients of the row for `grad`, that of the output.
 
-        With w = exp(scale q·k - logsumexp): dv = w grad, ds = w (grad·v - grad·output), dq = scale ds k, dk = scale ds q.
+        With w = exp(scale q·k - logsumexp): dv = w grad, ds = w (grad·v - grad·output), dq = scale
+        ds k, dk = scale ds q.
         """
         ...
 

@@ -1,7 +1,8 @@
 """Attention of the vision tower in one call a block, for all images and windows of a row at once.
 
-transformers calls an attention function once for every image, or once for every window, unless its name says "flash": then it
-passes the boundaries. Given such a name, it would also look for its own kernels while it loads a model, so ours is set later.
+transformers calls an attention function once for every image, or once for every window, unless its
+name says "flash": then it passes the boundaries. Given such a name, it would also look for its own
+kernels while it loads a model, so ours is set later.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ def vision_attention(
     max_length_q: int,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attend within each image or window; registered with transformers. Input rows are [1, H, N, D], the result [1, N, H, D].
+    """Attend within each image or window; registered with transformers.
+
+    Input rows are [1, H, N, D], the result [1, N, H, D].
 
     Args:
         module: the attention's module.

@@ -1,4 +1,7 @@
-"""Atomic checkpoints: written to a temporary folder, synced, renamed. A folder `step-000050` is always complete."""
+"""Atomic checkpoints: written to a temporary folder, synced, renamed.
+
+A folder `step-000050` is always complete.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +58,8 @@ def save_checkpoint(
         remove(aside)
         raise
     except Exception as error:
-        # a full disk raises OSError in Python, another type in each library, and a bare Exception in tokenizers
+        # a full disk raises OSError in Python, another type in each library, and a bare Exception
+        # in tokenizers
         remove(aside)
         raise CheckpointError(
             f"checkpoint {target} could not be written: {error}. Free some space (or make the folder writable) and start "
@@ -77,7 +81,8 @@ def starting_point(run_folder: Path, *, resume: bool) -> Path | None:
     """Return the checkpoint to resume from in `run_folder`; None for a new run.
 
     Raises:
-        ValueError: if a new run would start in another run's folder: their checkpoints would overwrite each other.
+        ValueError: if a new run would start in another run's folder: their checkpoints would
+            overwrite each other.
     """
     checkpoints = list_checkpoints(run_folder / "checkpoints")
     if checkpoints and not resume:

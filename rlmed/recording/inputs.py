@@ -100,7 +100,8 @@ def write_versions(folder: Path, model: ModelConfig, *, toy: bool = False) -> Pa
     Raises:
         OSError: if the write fails.
     """
-    import torch  # takes seconds; the report, which imports this module for its constants, should not wait
+    # takes seconds; the report, which imports this module for its constants, should not wait
+    import torch
 
     installed = {name: found for name in OPTIONAL_PACKAGES if (found := _version(name))}
     versions: dict[str, Any] = {
@@ -126,10 +127,11 @@ def write_versions(folder: Path, model: ModelConfig, *, toy: bool = False) -> Pa
 def write_data(folder: Path, files: Sequence[DataFile], leakage: LeakageReport | None = None) -> Path:
     """Write `data.json`: each data file with its hash and unused rows, and leakage between files.
 
-    The file holds `{"files": [{"name", "path", "sha256", "read", "rows", "kept_order", "beyond_limit", "skipped"}]}`
-    with `{"line", "id", "reason"}` for each skipped row. Of the rows `read`, `rows` are used, `beyond_limit` are left
-    out by data.limit, and the others are skipped; `kept_order` of the used rows have options that cannot be reordered.
-    `"leakage"` is present if it was searched for; see `LeakageReport`.
+    The file holds `{"files": [{"name", "path", "sha256", "read", "rows", "kept_order",
+    "beyond_limit", "skipped"}]}` with `{"line", "id", "reason"}` for each skipped row. Of the rows
+    `read`, `rows` are used, `beyond_limit` are left out by data.limit, and the others are skipped;
+    `kept_order` of the used rows have options that cannot be reordered. `"leakage"` is present if
+    it was searched for; see `LeakageReport`.
 
     Raises:
         RecordError: if the write fails.
@@ -209,7 +211,8 @@ def _cpu_model() -> str:
 def _commit() -> str | None:
     """Return the git commit of this source, with "-dirty" appended for local changes; None outside a checkout."""
     root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():  # an installed copy may lie inside a checkout of something else
+    # an installed copy may lie inside a checkout of something else
+    if not (root / ".git").exists():
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:

@@ -1,6 +1,7 @@
 """Show a run's progress: a live display in a terminal, plain lines elsewhere, with the same facts.
 
-It goes to stdout like the final table, so that `| tee run.log` keeps both in order; stderr is for warnings and errors.
+It goes to stdout like the final table, so that `| tee run.log` keeps both in order; stderr is for
+warnings and errors.
 """
 
 from __future__ import annotations
@@ -90,7 +91,8 @@ class Progress:
 
         Args:
             step: number of steps done.
-            metrics: the step's metrics by name; rewards (without any, the loss) and those in `METRICS` are shown.
+            metrics: the step's metrics by name; rewards (without any, the loss) and those in
+                `METRICS` are shown.
         """
         self._done, self._stage = step, None
         self._times.append((step, time.monotonic()))
@@ -100,7 +102,8 @@ class Progress:
     def evaluated(self, accuracy: Mapping[str, float], step: int) -> None:
         """Show the accuracies, fractions by file, of an evaluation after `step` steps, once.
 
-        The live display keeps showing their mean with its step; lines of later steps don't repeat it.
+        The live display keeps showing their mean with its step; lines of later steps don't repeat
+        it.
         """
         mean = f"{sum(accuracy.values()) / len(accuracy):.1%}"
         self._accuracy = {f"accuracy after {step} steps": mean}

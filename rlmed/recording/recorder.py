@@ -66,8 +66,8 @@ class RunRecorder:
 
         Args:
             step: number of steps done, 1 after the first.
-            metrics: by their name in `rlmed.core.metrics.METRICS`; NaN and infinities are written as null,
-                "policy_version" as an integer.
+            metrics: by their name in `rlmed.core.metrics.METRICS`; NaN and infinities are written
+                as null, "policy_version" as an integer.
 
         Raises:
             RecordError: if the write fails.

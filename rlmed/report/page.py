@@ -1,6 +1,7 @@
 """Write a run folder's report as one self-contained HTML page: `python -m rlmed.report RUN_FOLDER`.
 
-Missing parts (no evaluation yet, a killed run) are left out. Model output is shown as text, never as markup.
+Missing parts (no evaluation yet, a killed run) are left out. Model output is shown as text, never
+as markup.
 """
 
 from __future__ import annotations
@@ -169,7 +170,8 @@ def _context(folder: Path, environment: Environment, sft: Path | None) -> dict[s
 
 def _asset(environment: Environment, name: str) -> Markup:
     assert environment.loader is not None
-    return Markup(environment.loader.get_source(environment, name)[0].strip())  # trusted: our own file
+    # trusted: our own file
+    return Markup(environment.loader.get_source(environment, name)[0].strip())
 
 
 def _read_config(path: Path) -> tuple[str, dict[Any, Any]]:

@@ -120,7 +120,8 @@ def _show_group(group: Mapping[str, Any], pick: str, pictures: Pictures) -> dict
     total = len(group["completions"])
     return {
         **{key: group[key] for key in ("step", "index", "example_id", "question", "modality")},
-        "question_type": group["question_type" if "question_type" in group else "kind"],  # 0.1 wrote kind
+        # 0.1 wrote kind
+        "question_type": group["question_type" if "question_type" in group else "kind"],
         "pick": pick,
         "options": _options(group["options"], group["answer"]),
         "picture": pictures.add(group["image"]),
@@ -153,8 +154,8 @@ def take_apart(text: str, answer: str) -> dict[str, Any]:
         answer: the right letter.
 
     Returns:
-        "reasoning" and "answer" (None if not in the format), "raw" (None if it is), "letter" (or None), "correct", and
-        "cut": the number of characters left out.
+        "reasoning" and "answer" (None if not in the format), "raw" (None if it is), "letter" (or
+        None), "correct", and "cut": the number of characters left out.
     """
     letter = evaluated_letter(text)
     parts: dict[str, Any] = {
@@ -190,8 +191,8 @@ def show_rows(before: Sequence[EvalRow], after: Sequence[EvalRow], pictures: Pic
         pictures: collects the pictures.
 
     Returns:
-        Rows whose answer changed from wrong to right or back; with one evaluation, right and wrong rows. Every file and
-        outcome has its share of at most `ROWS` rows.
+        Rows whose answer changed from wrong to right or back; with one evaluation, right and wrong
+        rows. Every file and outcome has its share of at most `ROWS` rows.
     """
     earlier = {(row.file, row.id): row for row in before if row.control == "none"}
     piles: dict[tuple[str, str], list[tuple[EvalRow | None, EvalRow]]] = defaultdict(list)

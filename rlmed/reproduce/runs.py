@@ -115,7 +115,8 @@ def plan(root: Path, methods: Sequence[str], seeds: Sequence[int], overrides: Se
     """Return the runs in order: the base, then every method for each seed.
 
     Raises:
-        ValueError: for an override of a key in `OURS` or that no run reads, or a repeated seed or method.
+        ValueError: for an override of a key in `OURS` or that no run reads, or a repeated seed or
+            method.
     """
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"--seeds {' '.join(map(str, seeds))}: a repeated seed would count the same run twice")

@@ -84,7 +84,8 @@ class Line:
     """Results on one file: accuracy by method, with controls.
 
     Example:
-        Line("test_ct", 300, 0.25, 0.253, {"base": …, "rl": …}, *[{"rl": …}] * 4, {"base": 1e-9, "sft": 1e-12})
+        Line("test_ct", 300, 0.25, 0.253, {"base": …, "rl": …}, *[{"rl": …}] * 4, {"base": 1e-9,
+        "sft": 1e-12})
     """
 
     name: str

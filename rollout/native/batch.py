@@ -16,7 +16,10 @@ from rollout.native.sequence import Sequence, SequenceGroup
 
 @dataclass(slots=True)
 class DecodeBatch:
-    """R live completions of B live groups. A row's newest token is not cached yet: it is the next step's input."""
+    """R live completions of B live groups.
+
+    A row's newest token is not cached yet: it is the next step's input.
+    """
 
     tokens: Tensor
     """int64 [R], newest token of each row."""

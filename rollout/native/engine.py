@@ -65,7 +65,8 @@ class NativeEngine:
     def update_weights(self, version: int, buckets: Buckets = ()) -> None:
         """See `rollout.engine.Engine.update_weights`.
 
-        Running completions continue: their keys and values stay those of the older weights, as `min_version` records.
+        Running completions continue: their keys and values stay those of the older weights, as
+        `min_version` records.
         """
         self._packs.clear()
         if buckets:
@@ -150,7 +151,8 @@ class NativeEngine:
         sampling = sequence.group.request.sampling
         stopped = token in self.policy.end_token_ids
         if not stopped and sampling.stop:
-            # a stop string ends in the new token, so searching the tail suffices (each token is at least one byte)
+            # a stop string ends in the new token, so searching the tail suffices (each token is at
+            # least one byte)
             reach = 4 * max(len(stop) for stop in sampling.stop) + 1
             stopped = any(stop in self._decode_text(sequence.token_ids[-reach:]) for stop in sampling.stop)
         if stopped:
@@ -180,7 +182,8 @@ class NativeEngine:
                 cache.move_group(len(self._groups), slot)
                 self._groups[slot] = last_group
         if not self._rows:
-            # release memory to the learner, and keep the next batch's arithmetic independent of this one's
+            # release memory to the learner, and keep the next batch's arithmetic independent of
+            # this one's
             self._cache = None
             self._packs.clear()
 

@@ -20,7 +20,8 @@ from rlmed.models.policy import Policy
 class KVCache:
     """Keys and values of all layers; grows on demand.
 
-    Memory is layers * 2 * kv_heads * head_width * (groups * prompt_length + rows * max_tokens) elements.
+    Memory is layers * 2 * kv_heads * head_width * (groups * prompt_length + rows * max_tokens)
+    elements.
     """
 
     def __init__(self, kv_shape: tuple[int, int, int], *, dtype: torch.dtype, device: torch.device) -> None:

@@ -45,8 +45,8 @@ def uniforms(seeds: Tensor, steps: Tensor) -> Tensor:
 def _draw(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Draw one token per row by inversion: first its block, then the token in it.
 
-    This takes a cumulative sum over the blocks and one over a single block, but none over all tokens. Both are float64:
-    float32 would lose rare tokens.
+    This takes a cumulative sum over the blocks and one over a single block, but none over all
+    tokens. Both are float64: float32 would lose rare tokens.
 
     Args:
         weights: float32 [R, V], proportional to the probabilities.
@@ -90,7 +90,8 @@ class BatchSampling:
     ) -> BatchSampling:
         """Collect the settings of each row."""
         top_k = [entry.top_k or vocabulary for entry in params]
-        # a float32 cumulative sum can pass 1 before its end, which must not cut the tail of a row with top-p off
+        # a float32 cumulative sum can pass 1 before its end, which must not cut the tail of a row
+        # with top-p off
         top_p = [entry.top_p if entry.top_p < 1 else math.inf for entry in params]
         temperatures = [1.0 if entry.greedy else entry.temperature for entry in params]
         greedy = [entry.greedy for entry in params]
@@ -110,7 +111,8 @@ class BatchSampling:
             steps: int64 [R], index of the token in its completion.
 
         Returns:
-            int64 [R] tokens and float32 [R] log-probabilities under the distribution they were drawn from (for a greedy
+            int64 [R] tokens and float32 [R] log-probabilities under the distribution they were
+            drawn from (for a greedy
             row: at temperature 1).
         """
         logits = self._filter(logits if self.temperature is None else logits / self.temperature)
@@ -131,5 +133,6 @@ class BatchSampling:
             dropped |= torch.arange(values.shape[1], device=values.device) >= self.top_k
         if self.top_p is not None:
             probs = values.masked_fill(dropped, float("-inf")).softmax(dim=1)
-            dropped |= probs.cumsum(dim=1) - probs >= self.top_p  # the token that crosses the mass stays
+            # the token that crosses the mass stays
+            dropped |= probs.cumsum(dim=1) - probs >= self.top_p
         return torch.empty_like(logits).scatter_(1, order, values.masked_fill(dropped, float("-inf")))

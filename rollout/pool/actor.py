@@ -145,7 +145,8 @@ def _kill_process(identity: Any) -> None:
         node, pid = ray.get(identity, timeout=1.0)
     except ray.exceptions.RayError:
         return  # the actor died before it reported its process id
-    # soft=False: on another node the process id means another process. Don't wait: the node may be gone or unreachable
+    # soft=False: on another node the process id means another process. Don't wait: the node may be
+    # gone or unreachable
     strategy = NodeAffinitySchedulingStrategy(node, soft=False)
     _signal_process.options(scheduling_strategy=strategy).remote(pid)
 

@@ -228,7 +228,8 @@ class WorkerPool:
         for group in done.result():
             lease = slot.leases.pop(group.index, None) if slot.worker is worker else None
             if lease is None or self._leases.pop(group.index, None) is None:
-                self._metrics.groups_late += 1  # released to another worker, or its channel was closed
+                # released to another worker, or its channel was closed
+                self._metrics.groups_late += 1
                 continue
             slot.failures = 0
             if group.refused:

@@ -27,8 +27,8 @@ class Pushes:
 
         Args:
             then: calls a function with a completed future in the pool's thread.
-            lost_if_failed: returns True if a future of a slot's worker failed, after replacing the worker unless that was
-                done already.
+            lost_if_failed: returns True if a future of a slot's worker failed, after replacing the
+                worker unless that was done already.
         """
         self._then, self._lost_if_failed = then, lost_if_failed
         self._newest: Push | None = None

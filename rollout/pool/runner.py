@@ -90,8 +90,8 @@ class EngineRunner:
     def call_stage(self, stage: str, *arguments: Any) -> None:
         """Call one of `rlmed.core.weights.STAGES` of the engine and wait until it is done.
 
-        From "begin_update" to "finish_update" the engine makes no step. An abandoned push leaves it so: the worker is
-        replaced, or fetches all weights from the store.
+        From "begin_update" to "finish_update" the engine makes no step. An abandoned push leaves it
+        so: the worker is replaced, or fetches all weights from the store.
         """
         self.between_steps(functools.partial(getattr(self._engine, stage), *arguments), hold=STAGES[stage])
 

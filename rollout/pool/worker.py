@@ -41,7 +41,10 @@ class WorkerStatus:
 
 
 class Worker(Protocol):
-    """Handle of one worker. No method blocks; a future fails with the worker's error or cause of death."""
+    """Handle of one worker.
+
+    No method blocks; a future fails with the worker's error or cause of death.
+    """
 
     name: str
     """For messages."""

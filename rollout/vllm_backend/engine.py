@@ -54,8 +54,9 @@ class _Running:
 class VllmEngine:
     """`rollout.engine.Engine` on vLLM.
 
-    Differences from the native engine: logprobs of a greedy completion are those of temperature 1 without top-k and
-    top-p; its tokens are sampled, and counted, once per group; temperatures below 0.01 and above 2 are refused.
+    Differences from the native engine: logprobs of a greedy completion are those of temperature 1
+    without top-k and top-p; its tokens are sampled, and counted, once per group; temperatures below
+    0.01 and above 2 are refused.
 
     Example:
         >>> engine = VllmEngine(Path("models/Qwen2-VL-2B-Instruct"), VllmSettings())       # doctest: +SKIP
@@ -75,8 +76,10 @@ class VllmEngine:
         self.generated_tokens = 0
         self._facts = _model_facts(folder, config)
         self._shapes = _parameter_shapes(config)
-        self._missing: set[str] | None = None  # weights that the current push has yet to bring; None between pushes
-        self._damaged = False  # True from a push's first weights, or sleep, until a push is complete
+        # weights that the current push has yet to bring; None between pushes
+        self._missing: set[str] | None = None
+        # True from a push's first weights, or sleep, until a push is complete
+        self._damaged = False
         self._loading = False
         self._asleep: set[str] = set()
         self._epoch = 0
@@ -104,7 +107,8 @@ class VllmEngine:
                 f"max_tokens={request.sampling.max_tokens} exceeds the engine's {self.settings.max_tokens}: "
                 "raise rollout.max_tokens"
             )
-        if request.group_size >= 1 and request.sampling.max_tokens >= 1:  # else the scheduler reports the error
+        # else the scheduler reports the error
+        if request.group_size >= 1 and request.sampling.max_tokens >= 1:
             sampling_params(request.sampling, request.group_size, self._facts)
             image_spans(request.prompt, self._facts)
         self._scheduler.submit(request)
@@ -114,8 +118,9 @@ class VllmEngine:
         assert self._missing is None, "step() was called between begin_update() and finish_update()"
         if self._damaged:
             raise WeightError("the last push ended early and left a mixture of weights: push all of them again")
-        # torch sets OpenMP's thread count when a thread first queries it, and vLLM's CPU build plans by OpenMP's: in a
-        # Ray actor that is 1 until then, and vLLM's attention fails where plan and run differ
+        # torch sets OpenMP's thread count when a thread first queries it, and vLLM's CPU build
+        # plans by OpenMP's: in a Ray actor that is 1 until then, and vLLM's attention fails where
+        # plan and run differ
         torch.get_num_threads()
         rows = self._core.get_num_unfinished_requests()
         for request in self._scheduler.admit(self.settings.max_completions - rows):
@@ -142,7 +147,8 @@ class VllmEngine:
         No-op while the engine has work or without `VllmSettings.sleep`.
         """
         if self.settings.sleep and not self.busy and "weights" not in self._asleep:
-            self._core.sleep(level=2)  # level 2 keeps no copy of the weights: the push brings new ones
+            # level 2 keeps no copy of the weights: the push brings new ones
+            self._core.sleep(level=2)
             self._asleep = {"weights", "kv_cache"}
             self._missing, self._damaged = None, True
 
@@ -201,7 +207,10 @@ class VllmEngine:
         self._restart_groups_without_tokens()
 
     def close(self) -> None:
-        """Release vLLM's memory. A process has one engine at a time: close it before creating the next."""
+        """Release vLLM's memory.
+
+        A process has one engine at a time: close it before creating the next.
+        """
         self.abort()
         self._core.engine_core.shutdown()
 
@@ -291,7 +300,8 @@ class VllmEngine:
 
     def _decode(self, token_ids: Iterable[int]) -> str:
         written = list(token_ids)
-        if written and written[-1] in self._facts.end_token_ids:  # dropped even if the tokenizer treats it as text
+        # dropped even if the tokenizer treats it as text
+        if written and written[-1] in self._facts.end_token_ids:
             written.pop()
         return str(self._tokenizer.decode(written, skip_special_tokens=True))
 
@@ -336,7 +346,8 @@ def _start(folder: Path, config: PreTrainedConfig, settings: VllmSettings) -> LL
 
     on_cpu = current_platform.is_cpu()
     if on_cpu:
-        # compiling the sampler's one compiled function, a comparison, would cost the first step twenty seconds
+        # compiling the sampler's one compiled function, a comparison, would cost the first step
+        # twenty seconds
         current_platform.simple_compile_backend = "eager"
         register_model_classes(list(config.architectures or ()))
     arguments = vllm.EngineArgs(
@@ -347,7 +358,8 @@ def _start(folder: Path, config: PreTrainedConfig, settings: VllmSettings) -> LL
     with preload_kept():
         vllm_config = arguments.create_engine_config()
         if on_cpu:
-            # vLLM splits a prompt before an image that exceeds its encoder budget, chunked prefill or not
+            # vLLM splits a prompt before an image that exceeds its encoder budget, chunked prefill
+            # or not
             scheduler = vllm_config.scheduler_config
             room = max(scheduler.max_num_encoder_input_tokens, settings.max_running_prompt_tokens)
             scheduler.max_num_encoder_input_tokens = scheduler.encoder_cache_size = room

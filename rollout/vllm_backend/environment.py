@@ -45,8 +45,8 @@ def import_vllm() -> ModuleType:
 def register_model_classes(architectures: list[str]) -> None:
     """Have vLLM inspect these model classes in this process.
 
-    Its own subprocess would lack our torchvision workaround. For CPUs only: nothing may touch a GPU before vLLM's
-    worker processes start.
+    Its own subprocess would lack our torchvision workaround. For CPUs only: nothing may touch a GPU
+    before vLLM's worker processes start.
     """
     from vllm.model_executor.models import ModelRegistry
 
@@ -59,8 +59,8 @@ def register_model_classes(architectures: list[str]) -> None:
 def preload_kept() -> Iterator[None]:
     """Restore LD_PRELOAD on exit.
 
-    On CPUs vLLM sets it for its own worker processes; every later child of this process would inherit it, and print
-    errors if its paths contain a space.
+    On CPUs vLLM sets it for its own worker processes; every later child of this process would
+    inherit it, and print errors if its paths contain a space.
     """
     before = os.environ.get(PRELOAD)
     try:

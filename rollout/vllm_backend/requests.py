@@ -157,7 +157,8 @@ def completion_of(output: vllm.CompletionOutput, text: str, min_version: int) ->
         raise RuntimeError(
             f"vLLM ended a completion with {output.finish_reason!r} after {len(output.token_ids)} tokens"
         )
-    logprobs: Any = output.logprobs  # FlatLogprobs: one entry per token, since only the sampled one was requested
+    # FlatLogprobs: one entry per token, since only the sampled one was requested
+    logprobs: Any = output.logprobs
     assert list(logprobs.token_ids) == list(output.token_ids)
     assert output.weight_versions
     return Completion(

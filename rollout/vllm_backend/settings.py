@@ -9,7 +9,10 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 CPU_BLOCK = 32
-"""Tokens per key-value cache block on a CPU. With vLLM's 128, a group would not share a shorter prompt."""
+"""Tokens per key-value cache block on a CPU.
+
+With vLLM's 128, a group would not share a shorter prompt.
+"""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -35,7 +38,10 @@ class VllmSettings:
     tensor_parallel_size: int = 1
     """GPUs over which each layer is split; vLLM starts a process for each beyond the first."""
     kv_cache_gib: float | None = None
-    """Size of the key-value cache. None: what `gpu_memory_utilization` leaves; on a CPU, the most all completions need."""
+    """Size of the key-value cache.
+
+    None: what `gpu_memory_utilization` leaves; on a CPU, the most all completions need.
+    """
     enforce_eager: bool = False
     """Skip compilation and CUDA graphs: starts in seconds instead of most of a minute, samples slower."""
     sleep: bool = False
@@ -87,12 +93,14 @@ class VllmSettings:
             "block_size": CPU_BLOCK if on_cpu else None,
             "enforce_eager": self.enforce_eager,
             "enable_sleep_mode": self.sleep,
-            # on a CPU vLLM raises when it rewinds a seeded stream after part of a prompt: compute prompts whole
+            # on a CPU vLLM raises when it rewinds a seeded stream after part of a prompt: compute
+            # prompts whole
             "enable_chunked_prefill": not on_cpu,
             "enable_prefix_caching": True,  # completions of a group share their prompt
             "generation_config": "vllm",  # nothing comes from the model folder
             "logprobs_mode": "processed_logprobs",  # under the distribution the tokens are drawn from
-            # a step is complete when it returns: its tokens belong to the weights before the next push
+            # a step is complete when it returns: its tokens belong to the weights before the next
+            # push
             "async_scheduling": False,
             "disable_log_stats": True,
         }

@@ -47,8 +47,8 @@ BACKEND = "rlmed"
 ABORT_S = 30.0
 """Seconds in which a broken transfer must release its thread."""
 
-# It warns about every layer without weights in a push, rotary embeddings included; the engine knows what is really missing.
-# A filter, since vLLM resets its loggers' levels whenever an engine starts.
+# It warns about every layer without weights in a push, rotary embeddings included; the engine knows
+# what is really missing. A filter, since vLLM resets its loggers' levels whenever an engine starts.
 logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").addFilter(
     lambda record: record.levelno >= logging.ERROR
 )
@@ -85,7 +85,8 @@ class OneRankIpc(IPCTrainerWeightTransferEngine):
 def init_info(transport: str, engines: Sequence[EngineHandle], host: str, largest: int) -> TrainerInitInfo:
     """Return vLLM's settings for a transfer in chunks of bounded size.
 
-    NCCL's ranks meet at `host`, each time at a new port. The memory shared by IPC must hold the `largest` parameter (bytes).
+    NCCL's ranks meet at `host`, each time at a new port. The memory shared by IPC must hold the
+    `largest` parameter (bytes).
     """
     if transport == IPC:
         return IPCTrainerInitInfo(rank=0, packed=True, packed_buffer_size_bytes=max(BUCKET_BYTES, largest))
@@ -229,7 +230,8 @@ class WeightTransferSender(WeightSource):
                 with torch.no_grad():
                     if self._device.type == "cuda":
                         torch.cuda.set_device(self._device)
-                        torch.cuda.synchronize()  # vLLM copies on its own streams, which don't wait for the optimizer's
+                        # vLLM copies on its own streams, which don't wait for the optimizer's
+                        torch.cuda.synchronize()
                     result.set_result(work())
             except BaseException as error:  # raised below, in the thread that waits
                 result.set_exception(error)
@@ -294,7 +296,10 @@ class WeightTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        """Load some weights. They are copied: an incomplete layer keeps them until the next call."""
+        """Load some weights.
+
+        They are copied: an incomplete layer keeps them until the next call.
+        """
         if update_info.direct is None:
             self.model.load_weights((name, tensor.to(self.device, copy=True)) for name, tensor in update_info.tensors)
         elif self.connection is None:
@@ -320,7 +325,8 @@ class WeightTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
 def repack_projections(transfer: WeightTransfer) -> None:
     """Refresh the packed copies of vocabulary projections on a CPU.
 
-    A projection tied to the embeddings receives no weights, so the layerwise reload leaves its copy stale.
+    A projection tied to the embeddings receives no weights, so the layerwise reload leaves its copy
+    stale.
     """
     if transfer.device.type == "cpu":
         for layer in transfer.model.modules():

@@ -58,7 +58,8 @@ def test_kernels_compute_what_the_reference_does(
     found = computed(groups, make(backend), tensors, "cuda", dtype)
     expected = computed(groups, Reference(), tensors, "cpu", torch.float64)
     for one, other in zip(found, expected, strict=True):
-        # the reference's own six roundings (numerics/test_varlen.py), and the kernels round weights and ds before products
+        # the reference's own six roundings (numerics/test_varlen.py), and the kernels round weights
+        # and ds before products
         assert float((one - other).norm()) <= 4 * HALF_UNIT[dtype] * float(other.norm())
 
 
@@ -92,7 +93,8 @@ def test_a_policy_on_cuda_learns_without_padding(
     padded = replace(batch, layout=PackedLayout.build(shapes, policy.device))
     with torch.no_grad():
         difference = packed_logprobs(policy, batch, 1.0)[0] - packed_logprobs(policy, padded, 1.0)[0]
-    assert float(difference.abs().mean()) < 0.025  # as engine and learner in bfloat16 (test_cuda.py)
+    # as engine and learner in bfloat16 (test_cuda.py)
+    assert float(difference.abs().mean()) < 0.025
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])

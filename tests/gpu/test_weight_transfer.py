@@ -48,7 +48,8 @@ def build_engine(folder: Path, dtype: str, sleep: bool) -> Any:
             max_prompt_tokens=256,
             max_tokens=MAX_TOKENS,
             gpu_memory_utilization=0.3,
-            # in bfloat16 as in a run, with CUDA graphs: memory that sleep loses may be read by what only fills them up
+            # in bfloat16 as in a run, with CUDA graphs: memory that sleep loses may be read by what
+            # only fills them up
             enforce_eager=dtype == "float32",
             sleep=sleep,
         ),
@@ -157,7 +158,8 @@ class Company:
 
 @pytest.fixture
 def make_company(session: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Company]]:
-    from tests.integration.test_vllm_engine import build_model  # with heads that vLLM has kernels for
+    # with heads that vLLM has kernels for
+    from tests.integration.test_vllm_engine import build_model
 
     folder = build_model(tmp_path_factory.mktemp("vllm_model"))
     companies: list[Company] = []

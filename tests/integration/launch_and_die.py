@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from rlmed.core.process.starting import prepare_process
 
-prepare_process()  # before torch is imported; the script runs from any folder, where `tests` can't be imported
+# before torch is imported; the script runs from any folder, where `tests` can't be imported
+prepare_process()
 
 # isort: split
 # ruff: noqa: E402

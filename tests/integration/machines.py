@@ -109,7 +109,8 @@ class Machines:
     def __init__(self, count: int, network: Network | Loopback) -> None:
         self.network = network
         self.marks = [new_mark() for _ in range(count)]
-        self.folder = Path(tempfile.mkdtemp(prefix="rt-"))  # sockets have long names, so it has a short one
+        # sockets have long names, so it has a short one
+        self.folder = Path(tempfile.mkdtemp(prefix="rt-"))
         # a node that joins does not look for the head's token by itself
         self.settings = SETTINGS | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex + uuid.uuid4().hex}
         self.head = ""

@@ -1,4 +1,7 @@
-"""Are two runs the same training, but for rounding? They may have computed in other processes, and in another order."""
+"""Are two runs the same training, but for rounding?
+
+They may have computed in other processes, and in another order.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,10 @@ from safetensors.torch import load_file
 from tests.rounding import GRADIENTS, LOGPROBS
 
 SAME_TEXTS = 0.9
-"""A draw on an edge goes either way. It changes one completion, its step's update by a few percent, and so a few later ones."""
+"""A draw on an edge goes either way.
+
+It changes one completion, its step's update by a few percent, and so a few later ones.
+"""
 OF_THE_TEXT = ("format", "choice", "reasoning_consistency", "brevity", "repetition")
 """Rewards that are functions of a completion's text."""
 MEASURED = ("seconds/", "rollout/")
@@ -31,7 +37,8 @@ def assert_same_training(ours: Path, theirs: Path, *, last: int, before: int) ->
         ours: of a run.
         theirs: of a run that is known to be right, with rewards in which the likelihood counts.
         last: the last step, of which both have a checkpoint.
-        before: an earlier step with one in `theirs`: what was learnt since then is the measure of the weights.
+        before: an earlier step with one in `theirs`: what was learnt since then is the measure of
+            the weights.
     """
     groups = [{row["index"]: row for row in read_lines(folder / "rollouts.jsonl")} for folder in (ours, theirs)]
     assert groups[0].keys() == groups[1].keys()

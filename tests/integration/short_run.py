@@ -16,7 +16,8 @@ SHORT_RUN = (
     "eval.at_end=false",
     "rollout.max_tokens=40",
     "data.limit=40",
-    "data.eval=[outputs/phantom-0/test_mri.jsonl]",  # reading and comparing what is not evaluated takes half of the time
+    # reading and comparing what is not evaluated takes half of the time
+    "data.eval=[outputs/phantom-0/test_mri.jsonl]",
     "data.leakage=off",
     "cluster.threads=1",
 )

@@ -96,7 +96,8 @@ def test_each_picture_is_decoded_once(
     decode = images._decode
     monkeypatch.setattr(images, "_decode", lambda stream, *rest: decoded.append(stream.name) or decode(stream, *rest))
     monkeypatch.setattr(images, "_KEPT", images._KeptPictures())
-    monkeypatch.setattr("rlmed.report.terminal.write_report", lambda folder: folder)  # it decodes a few again, small
+    # it decodes a few again, small
+    monkeypatch.setattr("rlmed.report.terminal.write_report", lambda folder: folder)
     config = make_config(f"reward.extra=[{own_reward}:first_token]", "eval.controls=true", "preflight.enabled=true")
     run = Run(config, tmp_path)
     assert {example.image for file in run.data.files for example in file.examples} <= {*map(Path, decoded)}

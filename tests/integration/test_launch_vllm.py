@@ -29,14 +29,17 @@ def test_vllm_samples_learns_and_is_pushed_to(tmp_path: Path, with_images: Calla
         "rollout=vllm",
         "steps=4",
         "rollout.max_tokens=40",
-        f"rollout.max_mismatch_kl={LOGPROBS**2}",  # float32 on both sides: the weights are the same after every push
+        # float32 on both sides: the weights are the same after every push
+        f"rollout.max_mismatch_kl={LOGPROBS**2}",
         "eval.at_start=true",
         "eval.at_end=true",
         "eval.controls=false",
         "eval.limit=8",
         "checkpoint.every=0",
         "cluster.threads=2",
-        omp_threads=None,  # as in a shell that says nothing: Ray then tells its actors 1, and vLLM minds the difference
+        # as in a shell that says nothing: Ray then tells its actors 1, and vLLM minds the
+        # difference
+        omp_threads=None,
     )
     said = run.finish()
     assert "Held-out accuracy in %, step 0 → 4" in said

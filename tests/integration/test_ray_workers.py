@@ -42,7 +42,8 @@ GROUPS = 12
 def build_engine(folder):
     torch.set_num_threads(1)
     policy = load_policy(folder)
-    policy.end_token_ids = frozenset()  # completions are as long as they may be, so there is time to kill
+    # completions are as long as they may be, so there is time to kill
+    policy.end_token_ids = frozenset()
     return NativeEngine(policy, lambda ids: "", EngineLimits(max_completions=16))
 
 
@@ -99,7 +100,8 @@ def test_a_lost_worker_costs_no_group(pool, session, model, signal_number, monke
     channel = pool.channel()
     for index in range(GROUPS):
         channel.submit(request(index))
-    os.kill(victim, signal.SIGSTOP)  # before they leave: however fast the machine, it holds groups until it is lost
+    # before they leave: however fast the machine, it holds groups until it is lost
+    os.kill(victim, signal.SIGSTOP)
     channel.flush()
     wait_until(lambda: all(slot.leases for slot in pool._slots), 60, "both workers hold groups")
     groups = [channel.collect()]
@@ -115,7 +117,8 @@ def test_a_lost_worker_costs_no_group(pool, session, model, signal_number, monke
     # a frozen process does not hear that it shall end, and is ended all the same
     monkeypatch.undo()
     wait_until(lambda: not Path(f"/proc/{victim}").exists(), 120, "the lost process is gone")
-    # a completion depends on its seed, not on the worker that samples it: an undisturbed run gives the same groups
+    # a completion depends on its seed, not on the worker that samples it: an undisturbed run gives
+    # the same groups
     ready(pool)
     again = pool.channel()
     for index in range(GROUPS):
@@ -337,7 +340,8 @@ def test_weights_are_sent_from_actor_to_actor_and_fetched_by_later_workers(sessi
         assert worst_difference(expected(), sampled(pool, 1), local.policy) <= LOGPROBS
         with pytest.raises(AssertionError):
             worst_difference(expected(), before, local.policy)
-        # a successor fetches the learner's weights, which are a step ahead of those the other was sent, and says so
+        # a successor fetches the learner's weights, which are a step ahead of those the other was
+        # sent, and says so
         learn()
         first = pool._slots[0].worker
         first.kill()

@@ -85,7 +85,8 @@ def test_a_resumed_curriculum_asks_the_same_prompts(workplace: Path) -> None:
 
     asked = [[line["example_id"] for line in lines(path / "rollouts.jsonl")] for path in (whole, folder)]
     assert asked[0] == asked[1]
-    # without selection each epoch of nine has every row; here some are passed over, and that is counted
+    # without selection each epoch of nine has every row; here some are passed over, and that is
+    # counted
     assert any(len(set(asked[0][at : at + 9])) < 9 for at in range(9, len(asked[0]) - 9, 9))
     shares = [[line["prompts/set_aside"] for line in lines(path / "metrics.jsonl")] for path in (whole, folder)]
     assert shares[0] == shares[1]

@@ -22,7 +22,8 @@ pytestmark = [
     pytest.mark.ray,
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray"),
-    # a shell of Ray's own is given the interpreter's path without quotes; rlmed's runs do not start Ray so
+    # a shell of Ray's own is given the interpreter's path without quotes; rlmed's runs do not start
+    # Ray so
     pytest.mark.skipif(
         " " in sys.executable, reason="`ray start` does not work from a folder with a space in its name"
     ),
@@ -164,7 +165,8 @@ def test_a_killed_node_costs_no_group_and_after_a_lost_head_the_same_command_goe
     run.until_it_waits()
     assert run.metrics()[-1]["rollout/workers_lost"] >= 1
     assert run.metrics()[-1]["rollout/workers_ready"] == 1
-    for pid in three_nodes.running(0, "bin/ray"):  # `ray start --block` would end the node, and Ray the run, at once
+    # `ray start --block` would end the node, and Ray the run, at once
+    for pid in three_nodes.running(0, "bin/ray"):
         os.kill(pid, signal.SIGSTOP)
     for pid in three_nodes.running(0, "gcs_server"):
         os.kill(pid, signal.SIGKILL)

@@ -85,7 +85,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def open_engine():
-    """`open_engine(folder)`: the engine of a folder. A process has one at a time, so another folder's closes it."""
+    """`open_engine(folder)`: the engine of a folder.
+
+    A process has one at a time, so another folder's closes it.
+    """
     from rollout.vllm_backend.engine import VllmEngine
     from rollout.vllm_backend.settings import VllmSettings
 
@@ -362,7 +365,8 @@ def test_without_any_one_of_the_precautions_old_weights_live_on(
     push(engine, policy, 1)
     groups = rollout(engine, chosen, group_size=2)
     assert disagreement(policy, groups) > 10 * TOLERANCE
-    engine._epoch += 1000  # what was computed here under names without their weights is not to be found again
+    # what was computed here under names without their weights is not to be found again
+    engine._epoch += 1000
 
 
 def test_running_completions_go_on_under_new_weights_and_say_so(engine, policy, renderer, prompts):
@@ -375,10 +379,12 @@ def test_running_completions_go_on_under_new_weights_and_say_so(engine, policy, 
         for _ in range(3):
             assert tested.step() == []
         push(tested, policy, 1)
-        tested.submit(request(prompts[0], 3, temperature=0.0))  # the prompt is known, by other weights
+        # the prompt is known, by other weights
+        tested.submit(request(prompts[0], 3, temperature=0.0))
         results.append(finish(tested))
     groups, expected = results
-    assert worst_difference(expected, groups) < TOLERANCE  # of two policies, so nobody is asked how near an edge is
+    # of two policies, so nobody is asked how near an edge is
+    assert worst_difference(expected, groups) < TOLERANCE
     for group, other in zip(groups, expected, strict=True):
         for one, two in zip(group.completions, other.completions, strict=True):
             assert (one.min_version, one.max_version) == (two.min_version, two.max_version)
@@ -491,7 +497,8 @@ def test_a_new_picture_beside_many_new_questions_about_known_ones_is_computed_wh
 ):
     engine = open_engine(folder, max_prompt_tokens=768)
     token = engine._facts.image_token_id
-    # as many pictures as vLLM computes tokens at a time; as many again, so that it keeps none of them, only keys and values
+    # as many pictures as vLLM computes tokens at a time; as many again, so that it keeps none of
+    # them, only keys and values
     count = engine._core.vllm_config.scheduler_config.max_num_batched_tokens // 420
     for first in (0, count + 1):
         rollout(engine, [with_picture(prompts[0], token, first + i) for i in range(count + 1)], max_tokens=1)

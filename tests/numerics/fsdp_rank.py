@@ -125,7 +125,10 @@ def serve(rank: int, size: int, init_method: str, device: str, test: Connection)
 
 
 class Processes:
-    """The ranks, started once. No call waits longer than its limit, and `close` leaves no process behind."""
+    """The ranks, started once.
+
+    No call waits longer than its limit, and `close` leaves no process behind.
+    """
 
     def __init__(self, count: int, device: str = "cpu") -> None:
         context = multiprocessing.get_context("spawn")

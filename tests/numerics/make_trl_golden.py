@@ -1,12 +1,15 @@
-"""Write golden/trl_grpo.json: losses and gradients of TRL's GRPO on random tensors. Run by hand, not by the tests.
+"""Write golden/trl_grpo.json: losses and gradients of TRL's GRPO on random tensors.
+
+Run by hand, not by the tests.
 
     pip install trl==1.16.0 accelerate datasets      # in an environment of its own, beside torch and transformers
     python tests/numerics/make_trl_golden.py
 
-What runs is TRL's own `GRPOTrainer._compute_loss`. Its `self` is a stand-in with the attributes that the method reads,
-set as `GRPOTrainer.__init__` sets them from a real `GRPOConfig`; the model is replaced by given log-probabilities.
-Everything is float64, so that the golden numbers carry no rounding of their own. One thing is computed here and not by
-TRL: the weights min(exp(old - sampled), cap), which TRL makes while generating and hands to the method as an input.
+What runs is TRL's own `GRPOTrainer._compute_loss`. Its `self` is a stand-in with the attributes
+that the method reads, set as `GRPOTrainer.__init__` sets them from a real `GRPOConfig`; the model
+is replaced by given log-probabilities. Everything is float64, so that the golden numbers carry no
+rounding of their own. One thing is computed here and not by TRL: the weights min(exp(old -
+sampled), cap), which TRL makes while generating and hands to the method as an input.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ from trl import GRPOConfig, GRPOTrainer
 OUTPUT = Path(__file__).parent / "golden" / "trl_grpo.json"
 MAX_COMPLETION_LENGTH = 9
 
-# Arguments of GRPOConfig; "on_policy" leaves old_per_token_logps away, which TRL replaces by the detached current ones.
+# Arguments of GRPOConfig; "on_policy" leaves old_per_token_logps away, which TRL replaces by the
+# detached current ones.
 CASES: dict[str, dict[str, Any]] = {
     "grpo_on_policy": {"loss_type": "grpo", "beta": 0.04, "on_policy": True},
     "grpo": {"loss_type": "grpo", "epsilon": 0.2},
@@ -77,7 +81,8 @@ def stand_in(case: dict[str, Any], logps: Tensor) -> SimpleNamespace:
         use_cpu=True,
         bf16=False,
         max_completion_length=MAX_COMPLETION_LENGTH,
-        use_bias_correction_kl=False,  # True, TRL's default, multiplies the KL term by the ratio; GRPO's paper does not
+        # True, TRL's default, multiplies the KL term by the ratio; GRPO's paper does not
+        use_bias_correction_kl=False,
         **settings,
     )
     args.steps_per_generation = 1

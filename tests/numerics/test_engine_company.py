@@ -36,7 +36,8 @@ def test_company_order_and_number_of_slots_change_nothing(
     together = run_engine(policy, prompts, group_size=4)
     alone = [run_requests(new_engine(policy), [group.request])[0] for group in together]
     order = np.random.default_rng(0).permutation(12).tolist()
-    # continuous batching: slots are taken over by groups of other lengths, and prompts enter in several prefills
+    # continuous batching: slots are taken over by groups of other lengths, and prompts enter in
+    # several prefills
     few = EngineLimits(max_completions=9, prefill_tokens=60)
     differences = {
         "alone": worst_difference(together, alone, policy),
@@ -113,7 +114,8 @@ def test_versions_say_which_weights_produced_the_tokens(fresh_policy, make_promp
     policy = fresh_policy("qwen2")
     policy.end_token_ids = frozenset()  # completions end at their limits only
     engine = new_engine(policy, max_completions=4)
-    # the first group ends in version 0, the second lives through the update, the third starts after it
+    # the first group ends in version 0, the second lives through the update, the third starts after
+    # it
     for i, max_tokens in enumerate((2, 12, 5)):
         sampling = SamplingParams(max_tokens=max_tokens, seed=40 + i)
         engine.submit(RolloutRequest(i, make_prompt("qwen2", i, length=5 + i), 2, sampling))

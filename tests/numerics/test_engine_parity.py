@@ -151,4 +151,5 @@ def test_in_bfloat16_engine_and_learner_are_no_further_apart_than_the_learner_is
     mismatch = (learner_logprobs - batch.rollout_logprobs).abs().mean()
     rounding = (learner_logprobs - exact_logprobs).abs().mean()
     record_property("worst", float(mismatch))
-    assert mismatch < 2 * rounding  # the engine is as far from float32 as the learner, and they may be on either side
+    # the engine is as far from float32 as the learner, and they may be on either side
+    assert mismatch < 2 * rounding

@@ -17,7 +17,8 @@ from learner.packing import PackItem, TrainSequence, share_by_tokens
 from rlmed.core.types import ScoredGroup, TrainGroup
 from tests.rounding import GRADIENTS, LOGPROBS, updates_apart
 
-sys.path.insert(0, str(Path(__file__).parent))  # the other processes are given the path and find the module by its name
+# the other processes are given the path and find the module by its name
+sys.path.insert(0, str(Path(__file__).parent))
 fsdp_rank = importlib.import_module("fsdp_rank")
 Job, Processes = fsdp_rank.Job, fsdp_rank.Processes
 
@@ -65,7 +66,10 @@ def tolerance(job, result):
 
 
 def assert_same_metrics(actual, expected, first_step=1, rel=GRADIENTS):
-    """Each step adds its own rounding. Penalties are quadratic: of a distance below 0.1 and what it is off by."""
+    """Each step adds its own rounding.
+
+    Penalties are quadratic: of a distance below 0.1 and what it is off by.
+    """
     for step, (numbers, others) in enumerate(zip(actual, expected, strict=True), first_step):
         assert numbers == pytest.approx(others, rel=step * rel, abs=step * 0.1 * LOGPROBS, nan_ok=True)
 

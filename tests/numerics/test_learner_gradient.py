@@ -65,7 +65,8 @@ def test_the_gradient_is_that_of_a_slow_padded_grpo(
     model = transformers_model(family)
     with torch.no_grad():
         references = padded_logprobs(nudged(transformers_model(family)), rows, temperature=TEMPERATURE)
-    # GRPO (arXiv 2402.03300) on-policy: mean over completions of the mean over tokens, with the k3 penalty
+    # GRPO (arXiv 2402.03300) on-policy: mean over completions of the mean over tokens, with the k3
+    # penalty
     loss = torch.zeros(())
     for logprobs, ref, advantage in zip(
         padded_logprobs(model, rows, temperature=TEMPERATURE), references, advantages, strict=True
@@ -78,7 +79,8 @@ def test_the_gradient_is_that_of_a_slow_padded_grpo(
     worst = worst_relative(actual, expected)
     record_property("gradients", worst)
     assert worst[0] <= GRADIENTS
-    # the ratios are 1, so rounding reaches the loss through the penalty alone: 0.04 · |1 - exp(d)|, d below 1
+    # the ratios are 1, so rounding reaches the loss through the penalty alone: 0.04 · |1 - exp(d)|,
+    # d below 1
     assert metrics["loss"] == pytest.approx(loss.item(), abs=0.04 * 2 * LOGPROBS)
     assert metrics["kl"] > 1e-3
 

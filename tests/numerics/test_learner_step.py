@@ -101,7 +101,8 @@ def test_bfloat16_updates_too_small_for_the_weights_add_up_in_the_masters(fresh_
     learner, before = new_learner(policy, lr=1e-6), weights(policy)
     groups = make_train_groups("qwen2", 4)
     learner.step(groups)
-    # a bfloat16 weight of 0.1 changes in steps of 5e-4: most weights cannot follow an update of 1e-6
+    # a bfloat16 weight of 0.1 changes in steps of 5e-4: most weights cannot follow an update of
+    # 1e-6
     name = "model.layers.0.mlp.up_proj.weight"
     after_one = weights(policy)[name]
     assert (after_one == before[name]).float().mean() > 0.99
@@ -134,7 +135,8 @@ def test_frozen_parts_stay_bit_identical_and_all_others_move(frozen, fresh_polic
 def test_a_loss_that_is_not_finite_skips_the_step_and_leaves_no_trace(value, fresh_policy, make_train_groups):
     groups, reports = make_train_groups("qwen2", 4), []
     policy = fresh_policy("qwen2")
-    # several micro-batches: the healthy ones leave gradients behind that must not reach the next step
+    # several micro-batches: the healthy ones leave gradients behind that must not reach the next
+    # step
     learner = new_learner(policy, on_bad_step=lambda *report: reports.append(report), token_budget=60)
     before = weights(policy)
     bad = spoiled(groups, value)
@@ -231,7 +233,8 @@ def test_epochs_and_mini_batches_make_several_updates_whose_ratios_leave_one(fre
     assert learner.optimizer.lr == pytest.approx(1.5e-3)
     # mismatch is between engine and learner before the updates, whatever they did
     single = new_learner(fresh_policy("qwen2")).step(groups)
-    # the random rollout logprobs are far off: of exp(d) - 1 - d, a change of d is 3 times as much at most
+    # the random rollout logprobs are far off: of exp(d) - 1 - d, a change of d is 3 times as much
+    # at most
     assert first["mismatch_kl"] == pytest.approx(single["mismatch_kl"], rel=3 * LOGPROBS)
 
 

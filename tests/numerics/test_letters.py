@@ -51,7 +51,8 @@ def test_they_are_those_of_transformers(
     renderer = PromptRenderer(*load_processor(tiny_folder(family)), max_prompt_tokens=512)
     cases = [(renderer.render(example), text) for example in examples for text in TEXTS]
     found = list(letter_probabilities(cases, policy=tiny_policy(family), renderer=renderer, token_budget=token_budget))
-    model = transformers_model(family).double()  # the texts are long, and their roundings would add up
+    # the texts are long, and their roundings would add up
+    model = transformers_model(family).double()
     tokens = len(renderer.continuation_ids("A</answer>"))
     for (prompt, text), probabilities in zip(cases, found, strict=True):
         rows = []
@@ -63,7 +64,8 @@ def test_they_are_those_of_transformers(
         # the tokens before the letter are the same in all, so they cancel; p(1 - p) is 1/4 at most
         np.testing.assert_allclose(probabilities, whole.softmax(0).numpy(), atol=tokens * LOGPROBS / 4, rtol=0)
         assert probabilities.sum() == pytest.approx(1)
-    assert max(entry.max() for entry in found) > 0.4  # a model that is indifferent would show nothing
+    # a model that is indifferent would show nothing
+    assert max(entry.max() for entry in found) > 0.4
 
 
 def test_texts_part_where_their_tokens_do():

@@ -27,9 +27,10 @@ ROUNDING = rounding(400, 3, torch.float64)
 """Up to 41 tokens of about ten operations each, on values of about 3."""
 
 
-# --- values worked by hand ------------------------------------------------------------------------------------------
-# Completion 0, A = 2: ratios 1.5, 0.5. Completion 1, A = -1: ratios 1.5, 0.5, 1. Every old probability is 0.5.
-# The token in the middle (probability 0.9) is masked.
+# --- values worked by hand
+# ------------------------------------------------------------------------------------------
+# Completion 0, A = 2: ratios 1.5, 0.5. Completion 1, A = -1: ratios 1.5, 0.5, 1. Every old
+# probability is 0.5. The token in the middle (probability 0.9) is masked.
 PROBABILITIES = torch.tensor([0.75, 0.25, 0.9, 0.75, 0.25, 0.5], dtype=torch.float64)
 HALF = torch.full((6,), 0.5, dtype=torch.float64).log()
 HAND = {
@@ -47,8 +48,8 @@ LN_75, LN_25, LN_50 = math.log(0.75), math.log(0.25), math.log(0.5)
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        # ppo: A=2: min(3, 2.4) = 2.4, min(1, 1.6) = 1; A=-1: min(-1.5, -1.2) = -1.5, min(-0.5, -0.8) = -0.8, -1
-        # -( (2.4 + 1)/2 + (-1.5 - 0.8 - 1)/3 ) / 2 = -(1.7 - 1.1)/2
+        # ppo: A=2: min(3, 2.4) = 2.4, min(1, 1.6) = 1; A=-1: min(-1.5, -1.2) = -1.5, min(-0.5,
+        # -0.8) = -0.8, -1 -( (2.4 + 1)/2 + (-1.5 - 0.8 - 1)/3 ) / 2 = -(1.7 - 1.1)/2
         ({}, -0.3),
         # -(3.4 - 3.3)/5 and -(3.4 - 3.3)/(2*10)
         ({"aggregation": "token_mean"}, -0.02),
@@ -64,16 +65,18 @@ LN_75, LN_25, LN_50 = math.log(0.75), math.log(0.25), math.log(0.5)
             {"clip": "cispo"},
             -(2 * (1.2 * LN_75 + 0.8 * LN_25) / 2 - (1.2 * LN_75 + 0.8 * LN_25 + 1.0 * LN_50) / 3) / 2,
         ),
-        # sequence: s0 = sqrt(1.5*0.5) = 0.866025, s1 = (1.5*0.5*1)**(1/3) = 0.908560, both within the clip
-        # -(2*0.866025 - 0.908560)/2 = -0.411745
+        # sequence: s0 = sqrt(1.5*0.5) = 0.866025, s1 = (1.5*0.5*1)**(1/3) = 0.908560, both within
+        # the clip -(2*0.866025 - 0.908560)/2 = -0.411745
         ({"ratio_level": "sequence"}, -0.411745),
-        # sequence, clip 0.1: A=2: min(0.866, 0.9) unchanged; A=-1: min(-0.908560, -0.908560) unchanged; clip 0.05:
-        # A=-1: min(-0.908560, -0.95) = -0.95: -(1.732051 - 0.95)/2 = -0.391025
+        # sequence, clip 0.1: A=2: min(0.866, 0.9) unchanged; A=-1: min(-0.908560, -0.908560)
+        # unchanged; clip 0.05: A=-1: min(-0.908560, -0.95) = -0.95: -(1.732051 - 0.95)/2 =
+        # -0.391025
         ({"ratio_level": "sequence", "clip_ratio_low": 0.05}, -0.391025),
         # k3 against 0.5: p=0.75: 0.072132, p=0.25: 0.306853, p=0.5: 0
         # -0.3 + 0.1 * (0.378985/2 + 0.378985/3)/2 = -0.3 + 0.1 * 0.157910
         ({"kl_coef": 0.1}, -0.284209),
-        # k2: ln(1.5)**2/2 = 0.082201, ln(0.5)**2/2 = 0.240227: -0.3 + 0.1 * (0.322428/2 + 0.322428/3)/2
+        # k2: ln(1.5)**2/2 = 0.082201, ln(0.5)**2/2 = 0.240227: -0.3 + 0.1 * (0.322428/2 +
+        # 0.322428/3)/2
         ({"kl_coef": 0.1, "kl_estimator": "k2"}, -0.286566),
         # k1: ln 1.5 - ln 2 = -0.287682: -0.3 + 0.1 * (-0.287682/2 - 0.287682/3)/2
         ({"kl_coef": 0.1, "kl_estimator": "k1"}, -0.311987),
@@ -86,8 +89,9 @@ def test_values_worked_by_hand(settings, expected):
 
 
 def test_importance_weights_worked_by_hand():
-    # old/rollout = 0.5/0.25 = 2, capped to 1.5, and 0.5/0.625 = 0.8, for the tokens of completion 0; 1 for the others
-    # -( (1.5*2.4 + 0.8*1)/2 - 1.1 )/2 = -(2.2 - 1.1)/2; the penalty is not weighted: + 0.0157910 as above
+    # old/rollout = 0.5/0.25 = 2, capped to 1.5, and 0.5/0.625 = 0.8, for the tokens of completion
+    # 0; 1 for the others -( (1.5*2.4 + 0.8*1)/2 - 1.1 )/2 = -(2.2 - 1.1)/2; the penalty is not
+    # weighted: + 0.0157910 as above
     rollout = torch.tensor([0.25, 0.625, 0.5, 0.5, 0.5, 0.5], dtype=torch.float64).log()
     config = loss_config(kl_coef=0.1, importance_cap=1.5)
     loss, metrics = policy_loss(PROBABILITIES.log(), **{**HAND, "rollout_logprobs": rollout}, config=config)
@@ -100,8 +104,8 @@ def test_metrics_worked_by_hand():
     config = loss_config(clip="dual", dual_clip=1.4, kl_coef=0.0)
     _, metrics = policy_loss(PROBABILITIES.log().requires_grad_(), **HAND, config=config)
     values = {name: metric.value() for name, metric in metrics.items()}
-    # ratios 1.5 0.5 | 1.5 0.5 1: mean 5/5. Above 1.2 with A > 0: one; below 0.8 with A < 0: one; above 1.4 with A < 0:
-    # one. kl: 2 * (0.072132 + 0.306853) / 5 = 0.151594
+    # ratios 1.5 0.5 | 1.5 0.5 1: mean 5/5. Above 1.2 with A > 0: one; below 0.8 with A < 0: one;
+    # above 1.4 with A < 0: one. kl: 2 * (0.072132 + 0.306853) / 5 = 0.151594
     assert values == pytest.approx(
         {
             "ratio": 1.0,
@@ -114,7 +118,8 @@ def test_metrics_worked_by_hand():
         },
         abs=DIGITS,
     )
-    # cispo changes the weights 1.5 -> 1.2 and 0.5 -> 0.8 of both completions: two and two of five; none clips nothing
+    # cispo changes the weights 1.5 -> 1.2 and 0.5 -> 0.8 of both completions: two and two of five;
+    # none clips nothing
     for clip, fraction in (("cispo", 0.4), ("none", 0.0)):
         _, metrics = policy_loss(PROBABILITIES.log(), **HAND, config=replace(config, clip=clip))
         assert metrics["clip_fraction_low"].value() == pytest.approx(fraction)
@@ -127,18 +132,22 @@ def test_gradients_worked_by_hand():
         policy_loss(logprobs, **HAND, config=loss_config(kl_coef=0.0, **settings))[0].backward()
         return logprobs.grad.tolist()
 
-    # d ratio / d logprob = ratio. Tokens 0 (r > 1.2, A > 0) and 4 (r < 0.8, A < 0) are clipped: 0. The others:
-    # -A * r / (2 * |o|): -2*0.5/4, masked 0, 1.5/6, 1/6
+    # d ratio / d logprob = ratio. Tokens 0 (r > 1.2, A > 0) and 4 (r < 0.8, A < 0) are clipped: 0.
+    # The others: -A * r / (2 * |o|): -2*0.5/4, masked 0, 1.5/6, 1/6
     assert gradient() == pytest.approx([0, -0.25, 0, 0.25, 0, 1 / 6])
     # cispo lets every token learn: -A * clip(r) / (2 * |o|): -2.4/4, -1.6/4, 0, 1.2/6, 0.8/6, 1/6
     assert gradient(clip="cispo") == pytest.approx([-0.6, -0.4, 0, 0.2, 0.8 / 6, 1 / 6])
-    # sequence: every token of a completion gets the same -A * s / |o| / 2: -2*0.866025/4, 0.908560/6
+    # sequence: every token of a completion gets the same -A * s / |o| / 2: -2*0.866025/4,
+    # 0.908560/6
     s0, s1 = -(0.75**0.5) / 2, 0.75 ** (1 / 3) / 6
     assert gradient(ratio_level="sequence") == pytest.approx([s0, s0, 0, s1, s1, s1])
 
 
 def test_loss_as_released_with_medvlm_r1():
-    """exp(logp - logp.detach()) * A - beta * k3, mean of a completion, then of the batch. Clipping changes nothing."""
+    """exp(logp - logp.detach()) * A - beta * k3, mean of a completion, then of the batch.
+
+    Clipping changes nothing.
+    """
     logprobs = PROBABILITIES.log()
     released = logprobs.clone().requires_grad_()
     d = HALF - released
@@ -155,7 +164,8 @@ def test_loss_as_released_with_medvlm_r1():
         torch.testing.assert_close(ours.grad, released.grad, atol=ROUNDING, rtol=0)
 
 
-# --- a slow reference -----------------------------------------------------------------------------------------------
+# --- a slow reference
+# -----------------------------------------------------------------------------------------------
 def random_batch(seed=0, lengths=(5, 1, 7, 3, 4)):
     """Completions of these lengths as flat float64 tensors; about a fifth of the tokens is masked, never the first."""
     generator = torch.Generator().manual_seed(seed)
@@ -187,8 +197,11 @@ def denominators_of(batch):
 
 
 def slow_loss(batch, logprobs, config):
-    """The formulas, one token at a time, in Python floats. `logprobs` replaces those of the batch where a gradient
-    flows; those of the batch stand where the formula stops it."""
+    """The formulas, one token at a time, in Python floats.
+
+    `logprobs` replaces those of the batch where a gradient flows; those of the batch stand where
+    the formula stops it.
+    """
     old, rollout, ref = (batch[k].tolist() for k in ("old_logprobs", "rollout_logprobs", "ref_logprobs"))
     ids, stopped, advantages = (batch[k].tolist() for k in ("sequence_ids", "logprobs", "advantages"))
     trained = [n for n, keep in enumerate(batch["loss_mask"].tolist()) if keep]
@@ -279,7 +292,8 @@ def test_the_random_batch_exercises_every_clip():
     assert 0 < (weights > CAPS[1]).sum() < len(weights)
 
 
-# --- invariances ----------------------------------------------------------------------------------------------------
+# --- invariances
+# ----------------------------------------------------------------------------------------------------
 def select(batch, completions):
     """The micro-batch with these completions, renumbered in this order."""
     tokens = torch.cat([torch.nonzero(batch["sequence_ids"] == i).flatten() for i in completions])
@@ -358,7 +372,8 @@ def test_a_completion_or_micro_batch_without_trained_tokens_is_harmless():
     assert {n: m.value() for n, m in merged.items()} == {n: m.value() for n, m in metrics.items()}
 
 
-# --- numbers that are not finite ------------------------------------------------------------------------------------
+# --- numbers that are not finite
+# ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["logprobs", "old_logprobs", "rollout_logprobs", "ref_logprobs", "advantages"])
 @pytest.mark.parametrize("value", [math.nan, -math.inf, math.inf])
 def test_an_input_that_is_not_finite_makes_the_loss_nan(name, value):

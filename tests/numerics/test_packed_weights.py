@@ -76,7 +76,8 @@ def test_a_change_of_weights_is_seen_by_the_next_token(change, family, uses, fre
     plain = completions(fresh_policy(family), prompts, change, (), monkeypatch)
     packed = completions(fresh_policy(family), prompts, change, uses, monkeypatch)
     assert torch.equal(plain[0], packed[0])
-    # sums of some hundred float32 products in each of a few layers: far below what a stale weight makes
+    # sums of some hundred float32 products in each of a few layers: far below what a stale weight
+    # makes
     torch.testing.assert_close(packed[1], plain[1], atol=1e-4, rtol=0)
     if change is not unchanged:
         still = completions(fresh_policy(family), prompts, unchanged, (), monkeypatch)

@@ -89,10 +89,12 @@ def test_metrics_equal_trl(name):
     golden, (_, _, metrics) = CASES[name]["metrics"], run_ours(CASES[name]["settings"], torch.float64)
     names = {"kl": "kl", "clip_ratio/low_mean": "clip_fraction_low", "clip_ratio/high_mean": "clip_fraction_high"}
     compared = {theirs: ours for theirs, ours in names.items() if theirs in golden}
-    # For cispo TRL counts truncated weights only where the advantage is positive, ours wherever a weight was changed.
+    # For cispo TRL counts truncated weights only where the advantage is positive, ours wherever a
+    # weight was changed.
     assert compared or name == "cispo"
     for theirs, ours in compared.items():
-        assert metrics[ours].value() == pytest.approx(golden[theirs], abs=rounding(4))  # TRL counts clips in float32
+        # TRL counts clips in float32
+        assert metrics[ours].value() == pytest.approx(golden[theirs], abs=rounding(4))
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,8 @@ RAGGED = [(3, (4, 1, 2)), (1, ()), (6, (0, 5)), (2, (0,)), (4, (3,))]
 
 def gradients(output, tensors):
     """Of a weighted sum of the output."""
-    weights = torch.randint(-4, 5, output.shape, generator=torch.Generator().manual_seed(1))  # exact in every dtype
+    # exact in every dtype
+    weights = torch.randint(-4, 5, output.shape, generator=torch.Generator().manual_seed(1))
     return torch.autograd.grad((output.double() * weights).sum(), tensors)
 
 
@@ -55,9 +56,10 @@ def test_output_and_gradients_are_those_of_dense_attention(groups, heads):
 @pytest.mark.parametrize("dtype", HALF_UNIT)
 @pytest.mark.parametrize("groups", [RAGGED, [(150, (40, 70, 12))]], ids=["ragged", "long"])
 def test_half_precision_costs_a_few_roundings(groups, dtype, record_property):
-    # an output is rounded in both parts and merged; a gradient in both and their sum, and it contains grad·output, whose output
-    # is rounded. Six roundings, independent, each with a root mean square of 0.4 half units on average: about one half unit.
-    # Short sums leave more to chance, and ds is a difference: three
+    # an output is rounded in both parts and merged; a gradient in both and their sum, and it
+    # contains grad·output, whose output is rounded. Six roundings, independent, each with a root
+    # mean square of 0.4 half units on average: about one half unit. Short sums leave more to
+    # chance, and ds is a difference: three
     for name, found, right in zip(["output", "dq", "dk", "dv"], *both(groups, dtype=dtype), strict=True):
         error = (found.double() - right).detach()
         right = right.detach()

@@ -97,7 +97,8 @@ def test_a_command_is_taken(
     elif arguments and "--help" not in arguments:
         monkeypatch.setattr("sys.argv", [name, *arguments])
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "'rlmed.* found in sys.modules", RuntimeWarning)  # it runs anew
+            # it runs anew
+            warnings.filterwarnings("ignore", "'rlmed.* found in sys.modules", RuntimeWarning)
             with pytest.raises(TakenError):
                 runpy.run_module(f"rlmed.{name}", run_name="__main__")
         check_parsed(name, *parsed)

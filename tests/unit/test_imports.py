@@ -32,7 +32,10 @@ BORROWED = {
     "rlmed.reproduce": {*BELOW, "rlmed.recording", "rlmed.evaluation", "rlmed.report", "rlmed.reproduce"},
     "conf": set(),
 }
-"""What the modules of each room may import of ours. The files directly in `rlmed/` may import all rooms, and no room them."""
+"""What the modules of each room may import of ours.
+
+The files directly in `rlmed/` may import all rooms, and no room them.
+"""
 
 
 DYNAMIC = ("importlib.import_module", "import_module", "__import__")

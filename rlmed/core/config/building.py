@@ -23,7 +23,8 @@ def build_config(mapping: Mapping[str, Any]) -> RunConfig:
         mapping: plain nested mappings, lists and scalars.
 
     Raises:
-        ConfigError: for an unknown or missing key, a value of the wrong type, or an impossible value.
+        ConfigError: for an unknown or missing key, a value of the wrong type, or an impossible
+            value.
     """
     _check_values(mapping, "")
     return _build(RunConfig, mapping, "")

@@ -10,8 +10,9 @@
 | `resume=auto` | resume in `hydra.run.dir` if set, else the newest run of that name with a checkpoint, else start anew |
 | `resume=RUN_FOLDER` | resume in that folder |
 
-A value that Hydra's grammar rejects (`data.train=测试.jsonl`, `data.eval=[fold=2.jsonl]`), or would read as something
-other than the string that its key expects (`name=2024`), is quoted. Values already in quotes are left to Hydra.
+A value that Hydra's grammar rejects (`data.train=测试.jsonl`, `data.eval=[fold=2.jsonl]`), or would
+read as something other than the string that its key expects (`name=2024`), is quoted. Values
+already in quotes are left to Hydra.
 """
 
 from __future__ import annotations
@@ -59,18 +60,20 @@ def expand(arguments: Sequence[str], *, cuda: bool, sweeps: bool = False) -> lis
     """Expand the shorthands of the module docstring and quote values.
 
     Args:
-        arguments: the command line after the program's name; flags (leading dash) are kept unchanged.
+        arguments: the command line after the program's name; flags (leading dash) are kept
+            unchanged.
         cuda: whether a CUDA device is available.
         sweeps: commas separate several values, as with `--multirun`.
 
     Raises:
-        ValueError: for an unknown key, the old name of an option, a resume folder without a checkpoint, or a shorthand
-            together with the key it stands for.
+        ValueError: for an unknown key, the old name of an option, a resume folder without a
+            checkpoint, or a shorthand together with the key it stands for.
     """
     entries = [_without_spaces(entry) for entry in arguments]
     for entry in entries:
         key, equals, _ = entry.partition("=")
-        # +key and ~key change the composition itself, and so does group@package; hydra.key is Hydra's own
+        # +key and ~key change the composition itself, and so does group@package; hydra.key is
+        # Hydra's own
         known = key in ADDED_GROUPS or "@" in key or re.split(r"[./]", key)[0] == "hydra"
         if equals and not key:
             raise ValueError(f"{entry}: the key before = is missing")
@@ -149,7 +152,8 @@ def _expand_one(argument: str) -> list[str]:
         if plain == "debug" and not set(names) <= set(group_options(plain)):
             return [argument]
         return [f"+{plain}={','.join(names)}"]
-    if key.startswith("+") and _kind(plain) == "group":  # of these there is one already, and + would be a second
+    # of these there is one already, and + would be a second
+    if key.startswith("+") and _kind(plain) == "group":
         return _expand_one(f"{plain}={value}")
     if key == "model" and value not in group_options("model"):
         return [f"model.path={quoted(value)}"]
@@ -300,7 +304,8 @@ def _kind(key: str) -> Literal["text", "texts", "group", "other"]:
     hint: Any = RunConfig
     for part in key.split("."):
         if not dataclasses.is_dataclass(hint):
-            return "text" if str in typing.get_args(hint)[1:] else "other"  # a mapping, such as prompt.by_modality
+            # a mapping, such as prompt.by_modality
+            return "text" if str in typing.get_args(hint)[1:] else "other"
         hint = typing.get_type_hints(hint).get(part)
     if hint is str or str in typing.get_args(hint):
         return "texts" if typing.get_origin(hint) is tuple else "text"

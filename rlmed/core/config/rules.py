@@ -30,7 +30,8 @@ class Rule:
     """Keys without effect.
 
     Example:
-        Rule(keys=("algo.loss.dual_clip",), unless={"algo.loss.clip": ("dual",)}, advice="Set algo.loss.clip=dual")
+        Rule(keys=("algo.loss.dual_clip",), unless={"algo.loss.clip": ("dual",)}, advice="Set
+        algo.loss.clip=dual")
     """
 
     keys: tuple[str, ...]

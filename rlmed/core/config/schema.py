@@ -148,7 +148,10 @@ class LossConfig:
     aggregation: str
     old_logprobs: str
     importance_cap: float | None
-    """Highest weight exp(old_logprobs - rollout_logprobs) of a token; at least 1. None: every weight is 1."""
+    """Highest weight exp(old_logprobs - rollout_logprobs) of a token; at least 1.
+
+    None: every weight is 1.
+    """
     mask_truncated: bool
 
     def __post_init__(self) -> None:

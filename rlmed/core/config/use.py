@@ -1,9 +1,10 @@
 """Reject overrides that a command would not read.
 
-A key of the schema is read by a command unless a rule in `rlmed.core.config.rules` says otherwise; a test compares the
-rules with the keys that a run of each command really reads. Only command-line overrides are checked: experiments are
-shared by commands and cases. A key that a command never reads is rejected whatever its value; a key left unread because
-of another key's value, or a group's option, is rejected only if it changes something.
+A key of the schema is read by a command unless a rule in `rlmed.core.config.rules` says otherwise;
+a test compares the rules with the keys that a run of each command really reads. Only command-line
+overrides are checked: experiments are shared by commands and cases. A key that a command never
+reads is rejected whatever its value; a key left unread because of another key's value, or a group's
+option, is rejected only if it changes something.
 """
 
 from __future__ import annotations

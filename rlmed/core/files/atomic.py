@@ -83,8 +83,8 @@ def rename_into_place(aside: Path, folder: Path, *, may_replace: Callable[[], bo
     Args:
         aside: from `partial_folder`.
         folder: the final name; an empty folder of that name is replaced.
-        may_replace: called if a non-empty folder has the name, which may have appeared only now: True moves it away,
-            False leaves it and `aside` as they are. It may raise.
+        may_replace: called if a non-empty folder has the name, which may have appeared only now:
+            True moves it away, False leaves it and `aside` as they are. It may raise.
 
     Returns:
         True if `aside` is now `folder`.

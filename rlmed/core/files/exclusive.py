@@ -1,7 +1,7 @@
 """Lock a folder for one process.
 
-The lock is on the folder's file `.owner`; the system releases it when the process ends, however it ends. The file names
-the owner and is removed at the end of a run.
+The lock is on the folder's file `.owner`; the system releases it when the process ends, however it
+ends. The file names the owner and is removed at the end of a run.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ GO_ON = "start again with resume=auto; earlier lines are intact"
 class JsonLinesWriter:
     """Append objects to a file, created on first use.
 
-    Every line reaches the operating system before `append` returns, so a killed process loses none of them.
+    Every line reaches the operating system before `append` returns, so a killed process loses none
+    of them.
 
     Example:
         >>> writer = JsonLinesWriter(Path("metrics.jsonl"))
@@ -36,7 +37,8 @@ class JsonLinesWriter:
         """Write one line; NaN and infinities become null.
 
         Raises:
-            RecordError: if the write fails, for example on a full disk; the file then ends with its last whole line.
+            RecordError: if the write fails, for example on a full disk; the file then ends with its
+                last whole line.
         """
         line = json.dumps(finite(content), ensure_ascii=False, allow_nan=False) + "\n"
         rest = memoryview(line.encode("utf-8", errors="replace"))
@@ -121,7 +123,9 @@ def whole_length(path: Path) -> int:
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a file, if it exists. An unterminated last line is still being written and is skipped.
+    """Yield the objects of a file, if it exists.
+
+    An unterminated last line is still being written and is skipped.
 
     Raises:
         ValueError: for a line that is not a JSON object.

@@ -22,7 +22,9 @@ _NAMES = frozenset(
     )
 )
 _STARTS = (
-    ".",  # ._x and .DS_Store of macOS, .~lock.x# of LibreOffice, .x.swp of vim, .ipynb_checkpoints, .git, .cache
+    # ._x and .DS_Store of macOS, .~lock.x# of LibreOffice, .x.swp of vim, .ipynb_checkpoints, .git,
+    # .cache
+    ".",
     "~$",  # Microsoft Office, while a file is open
 )
 _ENDS = ("~", ".swp", ".swo", ".crdownload", ".part", ".partial")
@@ -63,7 +65,10 @@ def litter_clause(left: Sequence[Path]) -> str:
 
 
 def walk_data(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Walk like `os.walk`, without litter and with names sorted. Links to folders are not followed."""
+    """Walk like `os.walk`, without litter and with names sorted.
+
+    Links to folders are not followed.
+    """
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if not is_litter(name))
         yield folder, folders, sorted(name for name in names if not is_litter(name))

@@ -1,8 +1,8 @@
 """Find the file that a written path means.
 
-Two differences in spelling are unambiguous and accepted: backslashes for slashes, and composed or decomposed accents
-(macOS and Linux differ there). Every other difference is an error that shows it: case, invisible characters, another
-extension, the folder of another machine.
+Two differences in spelling are unambiguous and accepted: backslashes for slashes, and composed or
+decomposed accents (macOS and Linux differ there). Every other difference is an error that shows it:
+case, invisible characters, another extension, the folder of another machine.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ MAX_TEXT = 1000
 _UNSEEN = "\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufe0f\ufeff"
 _UNSEEN_OR_CONTROL = re.compile(f"[{_UNSEEN}\x00-\x08\x0e-\x1b\x7f]")
 _AROUND = re.compile(rf"^[\s{_UNSEEN}]+|[\s{_UNSEEN}]+$")
-# Cyrillic and Greek letters that look Latin, and what word processors make of dashes and apostrophes
+# Cyrillic and Greek letters that look Latin, and what word processors make of dashes and
+# apostrophes
 _ALIKE = str.maketrans(
     "АВЕКМНОРСТХУІЈЅаеорсухіјѕΑΒΕΖΗΙΚΜΝΟΡΤΥΧοⅼ‐‑‒–—−’‘ʼ´",
     "ABEKMHOPCTXYIJSaeopcyxijsABEZHIKMNOPTYXol------''''",

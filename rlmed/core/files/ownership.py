@@ -79,8 +79,8 @@ def remove_leftovers(folder: Path, name: str, *, held: bool = False) -> None:
     Args:
         folder: folder to clean; no-op if it does not exist.
         name: name of the path; "step-*" matches all names with that prefix.
-        held: this process holds the folder (`rlmed.core.files.exclusive`), so everything that other processes wrote
-            there, on any machine, is a leftover.
+        held: this process holds the folder (`rlmed.core.files.exclusive`), so everything that other
+            processes wrote there, on any machine, is a leftover.
     """
     me = Owner.me()
     for path, match in _asides(folder, name):
@@ -114,7 +114,8 @@ def remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        with suppress(FileNotFoundError, NotADirectoryError):  # the latter if its parent is not a folder
+        # the latter if its parent is not a folder
+        with suppress(FileNotFoundError, NotADirectoryError):
             path.unlink()
 
 

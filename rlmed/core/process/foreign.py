@@ -13,11 +13,12 @@ _SHOWN = 400
 def foreign(what: str, advice: str) -> Iterator[None]:
     """Turn any exception that a library raises in the body into a `ValueError`.
 
-    For one library call on one user file, never around our own code. Templates, quantizers and file readers raise all
-    kinds of exceptions, `tokenizers` even a bare `Exception`.
+    For one library call on one user file, never around our own code. Templates, quantizers and file
+    readers raise all kinds of exceptions, `tokenizers` even a bare `Exception`.
 
     Args:
-        what: what failed on which file, for example "the chat template of model 'x' cannot be rendered".
+        what: what failed on which file, for example "the chat template of model 'x' cannot be
+            rendered".
         advice: what to do about it, a sentence without its full stop.
 
     Raises:

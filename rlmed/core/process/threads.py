@@ -43,8 +43,8 @@ def settle_waiting(environment: MutableMapping[str, str] = os.environ, root: Pat
 def settle_threads(environment: MutableMapping[str, str] = os.environ, root: Path = Path("/")) -> None:
     """Limit torch's threads to the container's CPU quota; no-op once torch is loaded.
 
-    torch respects affinity but not quotas: with a thread per host core, all of them stall once a period's quota is
-    spent. A variable set by the user wins.
+    torch respects affinity but not quotas: with a thread per host core, all of them stall once a
+    period's quota is spent. A variable set by the user wins.
     """
     if "torch" in sys.modules or any(name in environment for name in COUNTS):
         return
@@ -56,7 +56,8 @@ def settle_threads(environment: MutableMapping[str, str] = os.environ, root: Pat
 def busy_cores(root: Path = Path("/")) -> float:
     """Return how many of this process's cores others are using; 0 if the system does not say.
 
-    Other containers and virtual machines count too; work on cores outside this process's affinity does not.
+    Other containers and virtual machines count too; work on cores outside this process's affinity
+    does not.
     """
     before = _core_times(root)
     time.sleep(LOOK_SECONDS)
@@ -74,7 +75,8 @@ def _core_times(root: Path) -> dict[int, tuple[int, int]]:
     for line in _read(root / "proc/stat").splitlines():
         name, *fields = line.split()
         if name[3:].isdecimal() and name.startswith("cpu") and len(fields) >= 8:
-            counts = [int(field) for field in fields[:8]]  # user nice system idle iowait irq softirq steal
+            # user nice system idle iowait irq softirq steal
+            counts = [int(field) for field in fields[:8]]
             times[int(name[3:])] = (counts[3] + counts[4], sum(counts))
     return times
 

@@ -1,8 +1,9 @@
 """Workaround for torchvision and torchaudio binaries that don't match the installed torch.
 
-The package registry builds both for CUDA. With a CPU build of torch their libraries don't load, so importing them
-fails, and transformers with them. rlmed needs no compiled operator of either: declaring the two operators that
-torchvision registers on import makes the rest of it work; torchaudio is hidden.
+The package registry builds both for CUDA. With a CPU build of torch their libraries don't load, so
+importing them fails, and transformers with them. rlmed needs no compiled operator of either:
+declaring the two operators that torchvision registers on import makes the rest of it work;
+torchaudio is hidden.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ class Leak:
     """A test picture and a training picture that show (nearly) the same.
 
     Example:
-        Leak(file="ct", kind="near", test_image="/data/t/7.png", train_image="/data/9.jpg", likeness=0.93, test_ids=("ct-7",),
-             train_ids=("train-9", "train-10"), repeated_ids=())
+        Leak(file="ct", kind="near", test_image="/data/t/7.png", train_image="/data/9.jpg",
+             likeness=0.93, test_ids=("ct-7",), train_ids=("train-9", "train-10"), repeated_ids=())
     """
 
     file: str
@@ -52,7 +52,8 @@ class FileLeakage:
     """The findings for one test file.
 
     Example:
-        FileLeakage(name="ct", rows=300, images=159, leaking_rows=4, repeated_rows=1, images_by_kind={"near": 2}, doubtful=0)
+        FileLeakage(name="ct", rows=300, images=159, leaking_rows=4, repeated_rows=1,
+        images_by_kind={"near": 2}, doubtful=0)
     """
 
     name: str
@@ -151,7 +152,8 @@ def check_no_leakage(report: LeakageReport) -> None:
     """Enforce `data.leakage=strict`.
 
     Raises:
-        ValueError: if a test row is in the training data too; names files and rows and says what to do.
+        ValueError: if a test row is in the training data too; names files and rows and says what to
+            do.
     """
     lines = leakage_lines(report)
     if lines:

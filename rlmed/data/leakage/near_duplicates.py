@@ -39,8 +39,11 @@ SAME_IN_CROWD = 0.96
 """The same for pictures drawn from one template; different generated phantoms reach 0.95."""
 ALIKE = 0.40
 CROWDED = 0.05
-"""Copies and different radiographs hardly ever score between `ALIKE` and `SAME`. If this share of the test pictures
-does, the pictures come from one template or one volume, and `SAME_IN_CROWD` applies."""
+"""Copies and different radiographs hardly ever score between `ALIKE` and `SAME`.
+
+If this share of the test pictures does, the pictures come from one template or one volume, and
+`SAME_IN_CROWD` applies.
+"""
 BLOCK = 512
 """Training pictures per block of correlations."""
 _SIZE = 32 * 32
@@ -105,14 +108,16 @@ def read_thumbnail(path: Path) -> Thumbnail:
     Raises:
         BadImageError: when it cannot be used.
     """
-    image = resized(load_image(path), 2 * SIDE).convert("L")  # from the size that prompts need: it may be kept
+    # from the size that prompts need: it may be kept
+    image = resized(load_image(path), 2 * SIDE).convert("L")
     squeezed = image.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
     return Thumbnail(np.asarray(squeezed), min(SIDE, *image.size))
 
 
 def read_thumbnails(paths: Sequence[Path]) -> list[Thumbnail]:
     """Read many files, several at a time."""
-    with ThreadPoolExecutor(max_workers=_THREADS) as threads:  # Pillow releases the GIL while it decodes
+    # Pillow releases the GIL while it decodes
+    with ThreadPoolExecutor(max_workers=_THREADS) as threads:
         return list(threads.map(read_thumbnail, paths))
 
 
@@ -140,7 +145,8 @@ def _vectors(halves: Floats, window: Floats | None = None, turn: int = 0) -> Flo
 class NearDuplicateSearch:
     """Finds the training pictures that are the same as each test picture.
 
-    Holds the test pictures (about 70 KB each) and a few candidates for each; training pictures come in blocks.
+    Holds the test pictures (about 70 KB each) and a few candidates for each; training pictures come
+    in blocks.
 
     Example:
         >>> search = NearDuplicateSearch(test_paths)                  # doctest: +SKIP
@@ -156,7 +162,8 @@ class NearDuplicateSearch:
         self._train: list[Path] = []
         ways = [(None, 0), *((window, 0) for window in WINDOWS), *((None, turn) for turn in range(1, TURNS))]
         vectors = np.empty((len(ways), len(tests), _SIZE), np.float32)
-        for start in range(0, len(tests), BLOCK):  # blocks: intermediate arrays would take as much memory again
+        # blocks: intermediate arrays would take as much memory again
+        for start in range(0, len(tests), BLOCK):
             block = slice(start, start + BLOCK)
             halves = _halves(self._tests[block])
             for way, (window, turn) in enumerate(ways):
@@ -241,12 +248,13 @@ def alignment_scores(left: Floats, right: Floats, boxes: Floats, detail: npt.NDA
     Args:
         left: float32 [N, 128, 128].
         right: the same.
-        boxes: float32 [N, 4], roughly where the left picture lies in the right one; see `registration.warp`.
+        boxes: float32 [N, 4], roughly where the left picture lies in the right one; see
+            `registration.warp`.
         detail: int [N], pixels along the shorter side of the coarser picture of each pair.
 
     Returns:
-        float32 [N], the quantile `WORST` of the correlations of 16 tiles, at 128x128 pixels, or at 64x64 or 32x32 for
-        files with no more detail; -1 for pairs rejected earlier.
+        float32 [N], the quantile `WORST` of the correlations of 16 tiles, at 128x128 pixels, or at
+        64x64 or 32x32 for files with no more detail; -1 for pairs rejected earlier.
     """
     halves = pool(left), pool(right)
     quarters = pool(halves[0]), pool(halves[1])

@@ -1,7 +1,8 @@
 """Locate one picture in another, in batches: refine a window of one until it agrees with the other.
 
-Pictures are float32 [N, S, S]; a box [N, 4] holds the left, top, right and bottom edge of the window, as shares of the sides.
-Edges below 0 or above 1 lie outside the picture; comparisons ignore what is out there.
+Pictures are float32 [N, S, S]; a box [N, 4] holds the left, top, right and bottom edge of the
+window, as shares of the sides. Edges below 0 or above 1 lie outside the picture; comparisons ignore
+what is out there.
 """
 
 from __future__ import annotations
@@ -85,8 +86,9 @@ def _dot(left: Floats, right: Floats) -> Floats:
 def align(left: Floats, right: Floats, boxes: Floats, *, radius: int, steps: int) -> tuple[Floats, Floats]:
     """Refine the boxes so that the windows of `right` best match `left`.
 
-    Gauss-Newton over the four edges on the squared difference of both, high-passed and scaled to norm 1 (Lucas and
-    Kanade 1981); keeps the best box seen, so the result is never worse than the start.
+    Gauss-Newton over the four edges on the squared difference of both, high-passed and scaled to
+    norm 1 (Lucas and Kanade 1981); keeps the best box seen, so the result is never worse than the
+    start.
 
     Args:
         left: float32 [N, S, S].

@@ -1,9 +1,9 @@
 """Resolve the options and the answer of a question, given by letters, keys, positions or texts.
 
-A source may name an option by a key or column (`{"A": "liver", "C": "spleen"}`), by a letter in its text (`C. spleen`),
-or only by its position; an answer may be any of these, or the text. Every possible reading is considered. If all agree,
-the result is the options as texts without letters, in letter order. If two differ, the row is skipped, and the reason
-names both.
+A source may name an option by a key or column (`{"A": "liver", "C": "spleen"}`), by a letter in its
+text (`C. spleen`), or only by its position; an answer may be any of these, or the text. Every
+possible reading is considered. If all agree, the result is the options as texts without letters, in
+letter order. If two differ, the row is skipped, and the reason names both.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def choose(
         number: the source holds the answer as a number of unstated meaning.
 
     Raises:
-        BadRowError: for too few or too many options, duplicates, or an answer that matches none or is ambiguous.
+        BadRowError: for too few or too many options, duplicates, or an answer that matches none or
+            is ambiguous.
     """
     shown, answer = _Shown(given), visible(answer)
     if not answer:
@@ -126,10 +127,16 @@ class _Naming:
 
 
 class _Shown:
-    """Options as they will be shown, and all names of each. Indices count the source's options, blank ones included."""
+    """Options as they will be shown, and all names of each.
+
+    Indices count the source's options, blank ones included.
+    """
 
     def __init__(self, given: Options, *, labelled: bool = False) -> None:
-        """Parse `given`; with `labelled`, letters at the start of all texts surely are labels. Raises BadRowError."""
+        """Parse `given`; with `labelled`, letters at the start of all texts surely are labels.
+
+        Raises BadRowError.
+        """
         self.given = given
         self.there = [index for index, text in enumerate(given.texts) if text]
         self.raw = tuple(given.texts[index] for index in self.there)
@@ -147,7 +154,8 @@ class _Shown:
         labels, own = list(indices.values()), {label.name: index for index, label in indices.items()}
         self.texts = list(given.texts)
         bare = [indices[index].rest if index in indices else given.texts[index] for index in self.there]
-        # texts that refer to each other by number keep their numbers: options are shown with letters
+        # texts that refer to each other by number keep their numbers: options are shown with
+        # letters
         if self.labelled and not any(map(names_numbers, bare)):
             for index, text in zip(indices, _without(labels), strict=True):
                 self.texts[index] = text

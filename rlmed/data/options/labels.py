@@ -25,7 +25,8 @@ _LIKELY = re.compile(
     rf"|(?P<listed>{_KEY})\s{{0,3}}、(?!\s{{0,3}}{_LIST})"  # A、x, but A、B are two letters
     rf"|(?P<dash>{_LETTER})(?:\s{{1,3}}[-–—]|\s{{0,3}}[-–—](?=\s))(?!\s{{0,3}}{_LIST})"  # A - x, not B-mode
     rf"|(?P<tab>{_KEY})\t"
-    rf"|(?P<number>{_NUMBER})(?:\.(?=\s)|\s{{0,3}}．|:(?=\s+\D)))\s*(?P<rest>\S.*)",  # 1. x, but 1.5 cm and 1:2 are numbers
+    # 1. x, but 1.5 cm and 1:2 are numbers
+    rf"|(?P<number>{_NUMBER})(?:\.(?=\s)|\s{{0,3}}．|:(?=\s+\D)))\s*(?P<rest>\S.*)",
     re.IGNORECASE | re.DOTALL,
 )
 _BARE = re.compile(

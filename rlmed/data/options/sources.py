@@ -24,7 +24,8 @@ class Options:
     """Options as in the source.
 
     Example:
-        Options(("liver", "", "spleen"), ("A", "B", "C")) of {"A": "liver", "B": null, "C": "spleen"}
+        Options(("liver", "", "spleen"), ("A", "B", "C")) of {"A": "liver", "B": null, "C":
+        "spleen"}
     """
 
     texts: tuple[str, ...]
@@ -41,8 +42,9 @@ def read_options(value: Any, as_text: AsText) -> Options:
     """Read options from a list, a mapping from their names, or a list of such pairs.
 
     Args:
-        value: as JSON or pyarrow give it: `["liver", …]`, `{"A": "liver", …}`, `[("A", "liver"), …]`,
-            `{"label": ["A", …], "text": ["liver", …]}` or `[{"key": "A", "value": "liver"}, …]`.
+        value: as JSON or pyarrow give it: `["liver", …]`, `{"A": "liver", …}`, `[("A", "liver"),
+            …]`, `{"label": ["A", …], "text": ["liver", …]}` or `[{"key": "A", "value": "liver"},
+            …]`.
         as_text: converts an option to text.
 
     Raises:
@@ -56,7 +58,8 @@ def read_options(value: Any, as_text: AsText) -> Options:
     entries = [(key_name(key if isinstance(key, str) else as_text(key)), as_text(text)) for key, text in pairs]
     used = [name for name, text in entries if text]
     _check_names(entries, used)
-    # tables have a field for each key of any row: other rows' keys are blank here, perhaps beside used ones
+    # tables have a field for each key of any row: other rows' keys are blank here, perhaps beside
+    # used ones
     kinds = {kind_of(name) for name in used}
     names = list(dict.fromkeys(name for name, _ in entries if kind_of(name) in kinds))
     texts = {name: text for name, text in entries if text}

@@ -1,14 +1,15 @@
 """Anatomy of the generated images: a table of tissues and four bodies built from ellipsoids.
 
-Coordinates: x runs to the image's right, y to the patient's back, z to the patient's head. The image spans [-1, 1] on
-both axes, so one unit is half the field of view (56 pixels at 112x112).
+Coordinates: x runs to the image's right, y to the patient's back, z to the patient's head. The
+image spans [-1, 1] on both axes, so one unit is half the field of view (56 pixels at 112x112).
 
-Relaxation times are for 1.5 T in ms: Gold et al., AJR 183:343 (2004) for the knee; de Bazelaire et al., Radiology
-230:652 (2004) for the abdomen and the vertebrae; Stanisz et al., Magn Reson Med 54:507 (2005) for muscle, heart and
-blood; the BrainWeb phantom (Collins et al., IEEE TMI 17:463, 1998) for the brain. Proton densities are relative to
-water. Hounsfield units are textbook values for unenhanced CT, except that a mass takes up contrast. Lesion values follow
-the usual reading: a cyst is fluid, a subacute hematoma has a short T1 (methemoglobin) and a ring of hemosiderin,
-calcium gives no MRI signal and attenuates strongly.
+Relaxation times are for 1.5 T in ms: Gold et al., AJR 183:343 (2004) for the knee; de Bazelaire et
+al., Radiology 230:652 (2004) for the abdomen and the vertebrae; Stanisz et al., Magn Reson Med
+54:507 (2005) for muscle, heart and blood; the BrainWeb phantom (Collins et al., IEEE TMI 17:463,
+1998) for the brain. Proton densities are relative to water. Hounsfield units are textbook values
+for unenhanced CT, except that a mass takes up contrast. Lesion values follow the usual reading: a
+cyst is fluid, a subacute hematoma has a short T1 (methemoglobin) and a ring of hemosiderin, calcium
+gives no MRI signal and attenuates strongly.
 """
 
 from __future__ import annotations
@@ -143,7 +144,8 @@ class Shape:
     """An ellipsoid of one tissue, solid or with an ellipsoidal hole.
 
     Example:
-        A skull is Shape("cortical bone", (0, 0, 0), (0.67, 0.83, 0.9), inside="fat", hole=(0.61, 0.77, 0.84)).
+        A skull is Shape("cortical bone", (0, 0, 0), (0.67, 0.83, 0.9), inside="fat", hole=(0.61,
+        0.77, 0.84)).
     """
 
     tissue: str

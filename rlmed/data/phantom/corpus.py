@@ -111,7 +111,8 @@ def write_alignment(folder: Path, seed: int, *, lookup_rows: int, studies: int, 
         folder: created if missing.
         seed: the same seed gives the same rows.
         lookup_rows: rows of `lookup.jsonl`, one study each.
-        studies: images, modalities in turn; `careful.jsonl` asks each kind of question once about each image.
+        studies: images, modalities in turn; `careful.jsonl` asks each kind of question once about
+            each image.
         reader_studies: `readers.jsonl` asks again, in other words, about the first so many images.
 
     Raises:

@@ -1,7 +1,8 @@
 """Render the generated bodies by the physics of each modality.
 
-CT and MRI show a plane through the body, on which every ellipsoid is a quadratic form in the image coordinates, without
-building a volume. X-rays sum the exact length of each ray inside each ellipsoid. So an image takes a few milliseconds.
+CT and MRI show a plane through the body, on which every ellipsoid is a quadratic form in the image
+coordinates, without building a volume. X-rays sum the exact length of each ray inside each
+ellipsoid. So an image takes a few milliseconds.
 """
 
 from __future__ import annotations
@@ -84,7 +85,10 @@ def spin_echo(tissue: Tissue, tr: float, te: float, ti: float = 0.0) -> float:
 
 
 class Frames(NamedTuple):
-    """A view in the frame of each of n shapes, where the shape is the unit ball at 0. Each [n, 3]."""
+    """A view in the frame of each of n shapes, where the shape is the unit ball at 0.
+
+    Each [n, 3].
+    """
 
     right: Array
     down: Array
@@ -113,7 +117,8 @@ def _view(study: Study, rng: np.random.Generator) -> View:
     }
     plane = study.technique if study.modality == "X-ray" else "axial view"
     if study.modality != "X-ray" and study.region == "knee":
-        plane = "frontal view"  # a coronal section: in an axial one, a knee is one round bone like any other
+        # a coronal section: in an axial one, a knee is one round bone like any other
+        plane = "frontal view"
     right, down, depth = views[plane]
     angle, zoom = rng.normal(0, 0.04), 1 + 0.03 * rng.uniform(-1, 1, 2)
     shift = rng.uniform(-0.035, 0.035, 2)
@@ -172,7 +177,8 @@ def _quadratic(frames: Frames, size: int) -> Image:
 
 def _cover(shapes: Sequence[Shape], radii: Array, view: View, size: int) -> Image:
     """Return how much of each pixel the ellipsoids with these `radii` [n, 3] cover, 0 to 1, float32 [n, pixels]."""
-    distance = np.sqrt(np.maximum(_quadratic(_frames(shapes, radii, view), size), 0))  # 1 on the surface
+    # 1 on the surface
+    distance = np.sqrt(np.maximum(_quadratic(_frames(shapes, radii, view), size), 0))
     sharpness = (radii.min(1)[:, None] * size / 2).astype(np.float32)
     cover: Image = np.clip((1 - distance) * sharpness + 0.5, 0, 1)
     return cover
@@ -181,8 +187,8 @@ def _cover(shapes: Sequence[Shape], radii: Array, view: View, size: int) -> Imag
 def render_slice(shapes: Sequence[Shape], values: Sequence[float], outside: float, view: View, size: int) -> Image:
     """Render a plane through the body, float32 [size, size].
 
-    A pixel has the value of the last shape that covers it, else `outside`. Edges are blended over one pixel: a pixel on
-    a border shows the mean of both sides (partial volume).
+    A pixel has the value of the last shape that covers it, else `outside`. Edges are blended over
+    one pixel: a pixel on a border shows the mean of both sides (partial volume).
     """
     image = np.full(size * size, outside, np.float32)
     radii = np.array([s.radii for s in shapes])
@@ -252,8 +258,8 @@ def _render_ct(study: Study, body: list[Shape], view: View, rng: np.random.Gener
     jitter = dict(zip(TISSUES, rng.normal(0, 2.0, len(TISSUES)), strict=True))
     image = render_slice(body, [TISSUES[s.tissue].hu + jitter[s.tissue] for s in body], -1000.0, view, size)
     u, v = _grid(size)
-    # fewer photons pass through the middle of the body, so its Poisson noise is stronger; the many sums of a
-    # reconstruction make it Gaussian
+    # fewer photons pass through the middle of the body, so its Poisson noise is stronger; the many
+    # sums of a reconstruction make it Gaussian
     spread = CT_NOISE * (1 + 0.5 * np.exp(-2 * (u * u + v * v))).reshape(size, size)
     noisy: Image = image + rng.standard_normal((size, size), np.float32) * spread
     centre, width = WINDOWS[study.technique]

@@ -1,7 +1,8 @@
 """Generate radiology questions: random studies, rendered by physics, with five kinds of question.
 
-Everything derives from a seed. Each row has its own random stream, so it does not depend on the number of rows. Correct
-answers and letters rotate in shuffled rounds, so that neither an option's letter nor its text gives the answer away.
+Everything derives from a seed. Each row has its own random stream, so it does not depend on the
+number of rows. Correct answers and letters rotate in shuffled rounds, so that neither an option's
+letter nor its text gives the answer away.
 """
 
 from __future__ import annotations
@@ -106,7 +107,8 @@ def sample_study(rng: np.random.Generator, modality: str, kind: str | None = Non
     Args:
         rng: Source of randomness.
         modality: One of `MODALITIES`.
-        kind: Kind of question that the study is for: what it asks about is uniform over the kind's values.
+        kind: Kind of question that the study is for: what it asks about is uniform over the kind's
+            values.
         value: The answer to the question of this kind, instead of a uniform one.
 
     Raises:
@@ -164,8 +166,9 @@ def _turn(stream: Sequence[int], index: int, count: int) -> int:
 EXTRA_TURNS = (4, 11, 18)
 """Positions, among the rows of a kind, that go to one favoured answer instead of the next in turn.
 
-If all answers were exactly equally frequent, counting the answers of all *other* rows would show the correct one rarer
-by one, and give it away. Three extra turns make the count useless in both directions.
+If all answers were exactly equally frequent, counting the answers of all *other* rows would show
+the correct one rarer by one, and give it away. Three extra turns make the count useless in both
+directions.
 """
 
 

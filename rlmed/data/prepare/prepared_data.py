@@ -4,7 +4,8 @@
     DIR/images/…          copies of the source's images, or PNG files of the reader's pictures
     DIR/manifest.json     source, contents, a SHA-256 of each file, and every skipped row with its reason
 
-Everything is written into a folder beside DIR and renamed at the end, so a killed write never passes for complete.
+Everything is written into a folder beside DIR and renamed at the end, so a killed write never
+passes for complete.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class PreparedData:
     """Prepared data on disk; `manifest.json` holds the same.
 
     Example:
-        PreparedData(folder=Path("data/mine"), splits={"train": SplitSummary(…)}, skipped=(Skipped("row 3 of a.csv", …),))
+        PreparedData(folder=Path("data/mine"), splits={"train": SplitSummary(…)},
+        skipped=(Skipped("row 3 of a.csv", …),))
     """
 
     folder: Path
@@ -91,9 +93,9 @@ def write_prepared_data(
         on_row: called with the number of rows seen so far.
 
     Raises:
-        ValueError: if the folder is not empty, for a bad row with `on_bad_row="error"`, for more than
-            `writer.MAX_SPLITS` splits, or without a usable row.
-        RecordError: if writing fails. The folder's earlier contents are then untouched, as after every error.
+        ValueError: if the folder is not empty, for a bad row with `on_bad_row="error"`, for more
+            than `writer.MAX_SPLITS` splits, or without a usable row.
+        RecordError: if writing fails. The folder is then as before, as after every error.
     """
     folder = folder.resolve()
     check_target(folder, source, overwrite=overwrite)
@@ -114,7 +116,8 @@ def write_prepared_data(
         _write_manifest(aside / MANIFEST, prepared, writer.images.hashes, reader, source, options)
 
         def may_replace() -> bool:
-            check_target(folder, source, overwrite=overwrite)  # another process may have finished first
+            # another process may have been first
+            check_target(folder, source, overwrite=overwrite)
             return True
 
         with writing(folder):

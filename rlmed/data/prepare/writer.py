@@ -69,8 +69,9 @@ class SplitSummary:
     """One JSON Lines file.
 
     Example:
-        SplitSummary(file="test_ct.jsonl", rows=300, images=300, by_modality={"CT": 300}, by_kind={"anatomy": 120},
-                     sha256="9f2c…", priors=Priors(0.30, 0.35, 0.97, 0.97))
+        SplitSummary(file="test_ct.jsonl", rows=300, images=300, by_modality={"CT": 300},
+                     by_kind={"anatomy": 120}, sha256="9f2c…", priors=Priors(0.30, 0.35, 0.97,
+                     0.97))
     """
 
     file: str
@@ -249,7 +250,8 @@ class PreparedDataWriter:
         return {name: split.finish() for name, split in used.items()}
 
     def _skip(self, row: Skipped) -> None:
-        # ids, and file names in locations and reasons, come from the source: print and record them as plain text
+        # ids, and file names in locations and reasons, come from the source: print and record them
+        # as plain text
         where, reason = _plain(row.where, MAX_REASON), _plain(row.reason, MAX_REASON)
         self.skipped.append(dataclasses.replace(row, where=where, id=_plain(row.id, MAX_ID), reason=reason))
 

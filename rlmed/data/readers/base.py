@@ -27,7 +27,10 @@ class Picture:
     """
 
     key: str
-    """File name without suffix: letters, digits, - and _ only, no patient data. One key is one image, written once."""
+    """File name without suffix: letters, digits, - and _ only, no patient data.
+
+    One key is one image, written once.
+    """
     load: Callable[[], Image.Image]
     """Returns the picture in mode L or RGB; called when it is written. Raises BadImageError."""
 
@@ -168,7 +171,10 @@ class Reader:
     title: str
     """What it reads, in one line."""
     read: Callable[..., Iterator[SourceRow | Skipped]]
-    """`read(source, **options)` yields rows in a fixed order. Raises ValueError for an unreadable source."""
+    """`read(source, **options)` yields rows in a fixed order.
+
+    Raises ValueError for an unreadable source.
+    """
     options: tuple[Option, ...] = ()
     licence: str = ""
     """Licence of the data as stated by its authors; empty for a user's own."""

@@ -1,9 +1,10 @@
 """Make options for questions published with only an answer.
 
-Yes and no become the two options. Any other answer gets distractors: answers to other questions of its kind, drawn in
-proportion to how often they are correct there. So frequency does not give the answer away, as it would with distractors
-that are never correct. Answers that contain each other (`left lung`, `lung`) are never distractors of one another. A
-drawn text may still be true of the picture: such questions are harder to judge than those with human-written options.
+Yes and no become the two options. Any other answer gets distractors: answers to other questions of
+its kind, drawn in proportion to how often they are correct there. So frequency does not give the
+answer away, as it would with distractors that are never correct. Answers that contain each other
+(`left lung`, `lung`) are never distractors of one another. A drawn text may still be true of the
+picture: such questions are harder to judge than those with human-written options.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class AnswerPool:
         """Create an empty pool.
 
         Raises:
-            ValueError: for a number of distractors that makes too few or too many options, or a negative seed.
+            ValueError: for a number of distractors that makes too few or too many options, or a
+                negative seed.
         """
         if not 1 <= distractors < len(LETTERS):
             raise ValueError(f"--distractors {distractors} must be 1 to {len(LETTERS) - 1}")

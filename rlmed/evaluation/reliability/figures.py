@@ -167,7 +167,8 @@ def reasoning_agreement(rows: Sequence[EvalRow], argued: Argued) -> Agreement:
 
     Args:
         rows: rows of a file; controls are ignored.
-        argued: finds what a reasoning argues for; receives the text before the first answer tag, without think tags.
+        argued: finds what a reasoning argues for; receives the text before the first answer tag,
+            without think tags.
     """
     found = []
     for row in rows:

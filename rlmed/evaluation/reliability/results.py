@@ -1,6 +1,7 @@
 """Records of the reliability of a model, and their two files in the folder of an evaluation.
 
-Shares and probabilities are fractions in [0, 1]. `Accuracy` carries a Wilson interval, `Estimate` a bootstrap one.
+Shares and probabilities are fractions in [0, 1]. `Accuracy` carries a Wilson interval, `Estimate` a
+bootstrap one.
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ class QuestionAnswers:
     """All answers to one question: a line of `reliability_rows.jsonl`.
 
     Example:
-        QuestionAnswers(file="ct", id="ct-7", modality="CT", answer="B", reasoned=(0.2, 0.8), direct=(0.4, 0.6),
-                    samples=("B", "A", None, "B"), orders=(OrderAnswer(("liver", "lung"), "B", "B"), …))
+        QuestionAnswers(file="ct", id="ct-7", modality="CT", answer="B", reasoned=(0.2, 0.8),
+                    direct=(0.4, 0.6), samples=("B", "A", None, "B"), orders=(OrderAnswer(("liver",
+                    "lung"), "B", "B"), …))
     """
 
     file: str
@@ -73,7 +75,8 @@ class Calibration:
     """Calibration of the most likely option.
 
     Example:
-        An overconfident model, right in 70 of 100: accuracy.value 0.7, confidence.value 0.93, error.value 0.23.
+        An overconfident model, right in 70 of 100: accuracy.value 0.7, confidence.value 0.93,
+            error.value 0.23.
     """
 
     accuracy: Accuracy
@@ -116,7 +119,8 @@ class LetterBias:
     """One letter over all orders of the options.
 
     Example:
-        LetterBias(letter="A", chosen=Estimate(0.41, …), correct=0.25, accuracy=Estimate(0.83, …)) prefers A.
+        LetterBias(letter="A", chosen=Estimate(0.41, …), correct=0.25, accuracy=Estimate(0.83, …))
+        prefers A.
     """
 
     letter: str

@@ -35,8 +35,8 @@ register_optimizer_step_post_hook(_steps.count)
 class PackedWeights:
     """Weight copies in oneDNN's layout, for the many decode steps of one rollout.
 
-    A copy is used only while its weight is the same tensor, at the same address and version, and no optimizer has stepped:
-    the next product sees every change of a weight (a step, a load).
+    A copy is used only while its weight is the same tensor, at the same address and version, and no
+    optimizer has stepped: the next product sees every change of a weight (a step, a load).
 
     Example:
         >>> packs = PackedWeights()

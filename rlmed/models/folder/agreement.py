@@ -53,7 +53,8 @@ def check_agreement(
         Resolved differences, one line each, naming what is used.
 
     Raises:
-        ValueError: for a difference that changes the trained model, naming both values and what to do.
+        ValueError: for a difference that changes the trained model, naming both values and what to
+            do.
     """
     where = repr(str(folder))
     _check_architecture(where, config)
@@ -104,7 +105,8 @@ def _check_architecture(where: str, config: PreTrainedConfig) -> None:
     expected = names[config.model_type]
     named = config.architectures or expected
     found = [str(name) for name in named] if isinstance(named, (list, tuple)) else [str(named)]
-    found = [name.removeprefix("FSDP") for name in found]  # written by trainers that wrapped the model
+    # written by trainers that wrapped the model
+    found = [name.removeprefix("FSDP") for name in found]
     if expected not in found:
         raise ValueError(
             f"model {where}: config.json says architectures {', '.join(found)} and model_type {config.model_type}, which is "

@@ -76,8 +76,8 @@ CHAT_TEMPLATE = (
 )
 """Qwen2-VL's turns: a default system turn, each image as one placeholder between vision marks."""
 
-# A tag is one word, so that no letter merges with the ">" before it; digits and hyphens stay inside a word, so that
-# "T2-weighted" is one word too; standalone digits are separate words.
+# A tag is one word, so that no letter merges with the ">" before it; digits and hyphens stay inside
+# a word, so that "T2-weighted" is one word too; standalone digits are separate words.
 _WORDS = (
     r" ?</?[a-z]+>"
     r"|\b[A-J]\)| \([A-J]\)"
@@ -107,7 +107,8 @@ def build_tiny(folder: Path, *, corpus: Iterable[str], phrases: Sequence[str] = 
 
     Args:
         folder: output folder; created if missing.
-        corpus: training texts of the byte-level BPE, which can encode any text but these in few tokens.
+        corpus: training texts of the byte-level BPE, which can encode any text but these in few
+            tokens.
         phrases: texts that recur verbatim (an instruction), each learnt as one token.
         seed: of the weights.
 
@@ -119,7 +120,8 @@ def build_tiny(folder: Path, *, corpus: Iterable[str], phrases: Sequence[str] = 
         text_config={
             **_decoder_shape(hidden=256, layers=4, heads=4, kv_heads=2, intermediate=640),
             "max_position_embeddings": 4096,
-            # the original's 16:24:24 leaves only slow rotations for columns, too slow for an image of 4 columns
+            # the original's 16:24:24 leaves only slow rotations for columns, too slow for an image
+            # of 4 columns
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 4, 24]},
             "vocab_size": len(tokenizer),
             **_end_tokens(tokenizer),
@@ -205,7 +207,8 @@ def build_tiny_vl(folder: Path, family: str = "qwen2_vl", *, seed: int = 0) -> N
         _write(folder, Qwen2VLForConditionalGeneration, config, tokenizer, seed)
     elif family == "qwen2_5_vl":
         vision_config |= {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 64}
-        # one windowed and one full layer, as in the original; a window of 56 pixels divides a 112-pixel image
+        # one windowed and one full layer, as in the original; a window of 56 pixels divides a
+        # 112-pixel image
         vision_config |= {"window_size": 56, "fullatt_block_indexes": [1]}
         config = Qwen2_5_VLConfig(text_config=text_config, vision_config=vision_config, **shared)
         _write(folder, Qwen2_5_VLForConditionalGeneration, config, tokenizer, seed)

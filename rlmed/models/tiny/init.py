@@ -1,19 +1,22 @@
 """Initial weights for the tiny model, with two attention heads that can already look something up.
 
-The hard part for a small model trained from scratch is not the image but the letter of an option it has just named: at
-"... is large" it must find " large" among the options and read the letter before it. That takes two heads in sequence,
-and neither helps without the other, so gradient descent sits on a plateau for tens of thousands of samples. With the
-initialisation below, about two thousand short samples suffice.
+The hard part for a small model trained from scratch is not the image but the letter of an option it
+has just named: at "... is large" it must find " large" among the options and read the letter before
+it. That takes two heads in sequence, and neither helps without the other, so gradient descent sits
+on a plateau for tens of thousands of samples. With the initialisation below, about two thousand
+short samples suffice.
 
-* Layer 0, head 0 attends to the previous token. Rotary embedding turns constant query and key vectors into a score that
-  depends only on the distance d, a * sum_j cos((d - 1) * theta_j), largest at d = 1. Its biases are those vectors.
-* Layer 1, head 0 attends to earlier occurrences of the same token: query and key weights are the same random projection,
-  on the slowly rotating dimensions, where distance matters little. Its biases give a score -a * sum_j cos(d * theta_j),
-  which keeps it from attending to itself.
+* Layer 0, head 0 attends to the previous token. Rotary embedding turns constant query and key
+  vectors into a score that depends only on the distance d, a * sum_j cos((d - 1) * theta_j),
+  largest at d = 1. Its biases are those vectors.
+* Layer 1, head 0 attends to earlier occurrences of the same token: query and key weights are the
+  same random projection, on the slowly rotating dimensions, where distance matters little. Its
+  biases give a score -a * sum_j cos(d * theta_j), which keeps it from attending to itself.
 
-Initialising attention with structure instead of noise is mimetic initialisation (arXiv 2305.09828); the two heads are
-those of induction circuits (arXiv 2209.11895). Everything stays trainable. Residual branches start small, so that they
-don't drown a token's identity before these heads have read it.
+Initialising attention with structure instead of noise is mimetic initialisation (arXiv 2305.09828);
+the two heads are those of induction circuits (arXiv 2209.11895). Everything stays trainable.
+Residual branches start small, so that they don't drown a token's identity before these heads have
+read it.
 """
 
 from __future__ import annotations
@@ -71,7 +74,8 @@ def _std(name: str, weight: Tensor) -> float:
 
 def _look_at_previous_token(query: nn.Linear, key: nn.Linear, width: int, frequencies: Tensor) -> None:
     fast = torch.arange(PAIRS)
-    # the score at distance d is scale * size**2 * sum_j cos((d - 1) * theta_j), with scale = width**-0.5
+    # the score at distance d is scale * size**2 * sum_j cos((d - 1) * theta_j), with scale =
+    # width**-0.5
     size = math.sqrt(PREVIOUS_GAP * math.sqrt(width) / float((1 - frequencies.cos()).sum()))
     query.weight[:width] = 0
     key.weight[:width] *= 0.5

@@ -1,4 +1,7 @@
-"""The benchmarks measure the same work on every side and add up what they found. No test asserts a time."""
+"""The benchmarks measure the same work on every side and add up what they found.
+
+No test asserts a time.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +96,8 @@ def test_both_sides_of_the_speed_benchmark_do_the_whole_work(tiny: Path, tmp_pat
         assert generate_side(model, prompts, pad, 3, 5, cache)().shape == (6, 5)
     policy = load_policy(tiny)
     run = native_side(policy, prompts, renderer.decode, 3, 5)
-    policy.end_token_ids = frozenset(range(policy.projection.out_features))  # every token ends its completion
+    # every token ends its completion
+    policy.end_token_ids = frozenset(range(policy.projection.out_features))
     with pytest.raises(RuntimeError, match="did not do the measured work"):
         run()
     never_end(policy)

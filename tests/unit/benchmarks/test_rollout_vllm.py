@@ -1,4 +1,7 @@
-"""The benchmark beside vLLM gives every side the same work and adds up what they took. No test asserts a time."""
+"""The benchmark beside vLLM gives every side the same work and adds up what they took.
+
+No test asserts a time.
+"""
 
 from __future__ import annotations
 

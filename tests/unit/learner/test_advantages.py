@@ -15,8 +15,9 @@ ESTIMATORS = ("grpo", "dr_grpo", "rloo")
 
 
 def test_values_worked_by_hand():
-    # mean 1.25, deviations 0.75 -1.25 -0.25 0.75, sample variance (0.5625 + 1.5625 + 0.0625 + 0.5625) / 3 = 0.916667,
-    # std 0.957427; 0.75 / 0.957527 = 0.783268, -1.25 / 0.957527 = -1.305446, -0.25 / 0.957527 = -0.261089
+    # mean 1.25, deviations 0.75 -1.25 -0.25 0.75, sample variance (0.5625 + 1.5625 + 0.0625 +
+    # 0.5625) / 3 = 0.916667, std 0.957427; 0.75 / 0.957527 = 0.783268, -1.25 / 0.957527 =
+    # -1.305446, -0.25 / 0.957527 = -0.261089
     rewards = torch.tensor([2.0, 0.0, 1.0, 2.0])
     expected = {
         "grpo": [0.783268, -1.305446, -0.261089, 0.783268],
@@ -53,7 +54,8 @@ def test_order_within_a_group_does_not_matter(estimator):
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("group_size", [2, 3, 7, 8, 49])
 def test_equal_rewards_give_exactly_zero(estimator, group_size):
-    # 0.1, 0.7 and 1.3 are no binary fractions: a mean in float32 is off by an ulp for some of these sizes
+    # 0.1, 0.7 and 1.3 are no binary fractions: a mean in float32 is off by an ulp for some of these
+    # sizes
     for reward in (0.1, 0.7, 1.3):
         assert not group_advantages(torch.full((group_size,), reward), estimator).any()
 

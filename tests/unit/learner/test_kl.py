@@ -16,8 +16,8 @@ ROUNDING = rounding(5 * 8, 2, torch.float64)
 
 
 def test_values_worked_by_hand():
-    # p = 0.75 and 0.25 against ref = 0.5: d = ln(2/3) = -0.405465 and ln 2 = 0.693147
-    # k1 = -d; k2 = d*d/2 = 0.082201, 0.240227; k3 = 2/3 - 1 + 0.405465 = 0.072132, 2 - 1 - 0.693147 = 0.306853
+    # p = 0.75 and 0.25 against ref = 0.5: d = ln(2/3) = -0.405465 and ln 2 = 0.693147 k1 = -d; k2 =
+    # d*d/2 = 0.082201, 0.240227; k3 = 2/3 - 1 + 0.405465 = 0.072132, 2 - 1 - 0.693147 = 0.306853
     logprobs, ref = torch.tensor([0.75, 0.25]).log(), torch.tensor([0.5, 0.5]).log()
     expected = {
         "k1": [0.405465, -0.693147],
@@ -27,7 +27,8 @@ def test_values_worked_by_hand():
     }
     for estimator, values in expected.items():
         result = kl_estimate(logprobs, ref, estimator)
-        torch.testing.assert_close(result, torch.tensor(values), atol=1e-6 + rounding(8), rtol=0)  # six digits
+        # six digits
+        torch.testing.assert_close(result, torch.tensor(values), atol=1e-6 + rounding(8), rtol=0)
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
@@ -60,10 +61,12 @@ def test_expected_gradient_as_a_penalty(estimator, exact_loss):
 
 
 def test_k3_keeps_its_digits_near_zero():
-    # d = 1e-4: k3 = d**2/2 + d**3/6 = 5.00017e-9, below the float32 spacing at 1, where exp(d) - 1 - d is lost
+    # d = 1e-4: k3 = d**2/2 + d**3/6 = 5.00017e-9, below the float32 spacing at 1, where exp(d) - 1
+    # - d is lost
     delta = torch.tensor([1e-4])
     value = kl_estimate(-delta, torch.zeros(1), "k3").item()
-    assert value == pytest.approx(5.00017e-9, abs=rounding(1, 1e-4), rel=0)  # a difference of two numbers of 1e-4
+    # a difference of two numbers of 1e-4
+    assert value == pytest.approx(5.00017e-9, abs=rounding(1, 1e-4), rel=0)
 
 
 @pytest.mark.parametrize("log_ratio", [100.0, 1e4, math.inf])
@@ -95,7 +98,8 @@ def test_unknown_estimator_is_refused():
 
 
 def test_mismatch_kl_worked_by_hand():
-    # old / rollout = 0.5/0.25 = 2: 2 - 1 - ln 2 = 0.306853; equal: 0; masked: 0 even where it is NaN
+    # old / rollout = 0.5/0.25 = 2: 2 - 1 - ln 2 = 0.306853; equal: 0; masked: 0 even where it is
+    # NaN
     old = torch.tensor([0.5, 0.5, math.nan, 0.1]).log().requires_grad_()
     rollout = torch.tensor([0.25, 0.5, 0.5, 0.9]).log()
     result = mismatch_kl(old, rollout, torch.tensor([True, True, False, False]))

@@ -67,12 +67,14 @@ def test_a_step_is_torchs_adamw_under_the_schedule():
         theirs.zero_grad()
         (twin**3).sum().backward()
         theirs.step()
-        torch.testing.assert_close(weight, twin, atol=rounding(5 * 12, 3), rtol=0)  # five updates of a dozen operations
+        # five updates of a dozen operations
+        torch.testing.assert_close(weight, twin, atol=rounding(5 * 12, 3), rtol=0)
     assert ours.steps_taken == 5
 
 
 def test_the_norm_is_returned_before_clipping_and_the_step_sees_it_after():
-    # AdamW's first step only sees signs, so the second one shows the clipping: gradients (0.6, 0.8), then (0.06, 0.08)
+    # AdamW's first step only sees signs, so the second one shows the clipping: gradients (0.6,
+    # 0.8), then (0.06, 0.08)
     weight, free = parameter([0.0, 0.0]), parameter([0.0, 0.0])
     clipped, unclipped = optimizer(weight, max_grad_norm=1.0), optimizer(free)
     for scale, norm in ((10.0, 10.0), (0.1, 0.1)):

@@ -1,8 +1,9 @@
 """The two rewards of MedVLM-R1 on completions of every kind, with values worked out by hand.
 
-Format: 1 when the whole completion matches `<think>.*?</think>\\s*<answer>.*?</answer>`, where the dot matches newlines.
-Choice: the letters A to J in the upper-cased text of the first answer tags; exactly one and right gives 1 alone and 0.5
-beside anything else, all other cases give 0. The right letter here is B.
+Format: 1 when the whole completion matches `<think>.*?</think>\\s*<answer>.*?</answer>`, where the
+dot matches newlines. Choice: the letters A to J in the upper-cased text of the first answer tags;
+exactly one and right gives 1 alone and 0.5 beside anything else, all other cases give 0. The right
+letter here is B.
 """
 
 import numpy as np

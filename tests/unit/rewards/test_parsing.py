@@ -52,7 +52,8 @@ def test_option_letters(answer, letters):
         ("<answer></answer>", None),
         ("<answer>B", None),
         ("B", None),
-        ("<answer>B) liver</answer><answer>C</answer>", "C"),  # the first pair that holds a letter alone
+        # the first pair that holds a letter alone
+        ("<answer>B) liver</answer><answer>C</answer>", "C"),
         ("<answer>A</answer><answer>C</answer>", "A"),
         ("<answer><answer>D</answer></answer>", "D"),
         ("<ANSWER>B</ANSWER>", None),
@@ -78,7 +79,8 @@ def test_evaluated_letter(text, letter):
 )
 def test_a_million_hostile_characters_are_parsed_at_once(text):
     for parse in (has_format, has_answer_format, reasoning_text, answer_text, evaluated_letter):
-        call_within(60, lambda parse=parse: parse(text))  # the paper's patterns take minutes for some of these
+        # the paper's patterns take minutes for some of these
+        call_within(60, lambda parse=parse: parse(text))
 
 
 @pytest.mark.parametrize(

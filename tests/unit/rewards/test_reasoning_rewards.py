@@ -83,7 +83,8 @@ class Policy:
         return [[self._logprobs(token_ids) for token_ids in texts] for _, texts in questions]
 
     def _logprobs(self, token_ids: IntArray) -> FloatArray:
-        logprobs = np.full(len(token_ids), -5.0, np.float32)  # of no account, being the same for all letters
+        # of no account, being the same for all letters
+        logprobs = np.full(len(token_ids), -5.0, np.float32)
         knows = "rib" in "".join(map(chr, token_ids))
         logprobs[-1] = math.log((self.chances if knows else [0.01] * 4)[token_ids[-1] - 0xE000])
         return logprobs
@@ -93,7 +94,8 @@ class Policy:
     ("chances", "gain"),
     [
         ([0.1, 0.7, 0.1, 0.1], math.log(0.7 / 0.25) / math.log(4)),
-        ([0.01, 0.07, 0.01, 0.01], math.log(0.7 / 0.25) / math.log(4)),  # the other words don't matter
+        # the other words don't matter
+        ([0.01, 0.07, 0.01, 0.01], math.log(0.7 / 0.25) / math.log(4)),
         ([0.25, 0.25, 0.25, 0.25], 0.0),
         ([0.4, 0.2, 0.2, 0.2], math.log(0.2 / 0.25) / math.log(4)),
         ([1e-30, 1.0, 1e-30, 1e-30], 1.0),

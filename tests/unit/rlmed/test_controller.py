@@ -1,4 +1,7 @@
-"""The loop: admission, consumption, refills, staleness, resumption. Pool and learner are scripted."""
+"""The loop: admission, consumption, refills, staleness, resumption.
+
+Pool and learner are scripted.
+"""
 
 from __future__ import annotations
 
@@ -191,7 +194,8 @@ def test_groups_without_signal_are_kept_without_dynamic_sampling() -> None:
 def test_refills_end_and_the_step_takes_what_there_is() -> None:
     algo = algo_config(groups_per_step=2, dynamic_sampling=True, max_refills=3)
     pool, learner, results, state = run(algo, 2, differ=lambda index: index == 4)
-    assert learner.batches == [[4]]  # nothing to learn from in the second step, and the run still ends
+    # nothing to learn from in the second step, and the run still ends
+    assert learner.batches == [[4]]
     assert pool.in_flight == 0
     assert state.step == 2
     assert len(results[0].discarded) == 7
@@ -246,4 +250,5 @@ def test_prompts_under_way_are_asked_again_after_a_resume(
     if max_staleness == 0:
         assert first.rows | second.rows == whole.rows
         asked = Counter(whole.rows.values())
-        assert max(asked[0], asked[1]) < min(asked[row] for row in range(2, 7))  # the former are always wrong
+        # the former are always wrong
+        assert max(asked[0], asked[1]) < min(asked[row] for row in range(2, 7))

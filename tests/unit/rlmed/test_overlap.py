@@ -133,7 +133,8 @@ def test_one_step_of_staleness_hides_rollouts_that_take_as_long_as_learning() ->
     on_policy, _ = run(0, learn_s=10, seconds=[5.0])  # 4 groups by 2 workers: 10 s
     overlapped, _ = run(1, learn_s=10, seconds=[5.0])
     assert on_policy == pytest.approx(40 * 20)
-    assert overlapped == pytest.approx(40 * 10 + 10)  # the first rollouts have nothing to hide behind
+    # the first rollouts have nothing to hide behind
+    assert overlapped == pytest.approx(40 * 10 + 10)
     assert on_policy / overlapped > 1.9
 
 

@@ -55,7 +55,8 @@ def test_nothing_is_measured_where_bfloat16_was_not_asked_for(speeds: list[float
 def test_no_process_decides_again(speeds: list[float], speed: float) -> None:
     speeds.append(speed)
     settled = settle_model(make_config(BFLOAT16).model, engines=1)
-    policy = build_policy(settled, model_folder(settled.path), threads=None)  # as in a worker or a rank
+    # as in a worker or a rank
+    policy = build_policy(settled, model_folder(settled.path), threads=None)
     assert policy.dtype == (torch.float32 if speed < 1 else torch.bfloat16)
     assert speeds == []
 

@@ -133,7 +133,8 @@ def test_prefill_attends_causally_and_keeps_keys_and_values_in_its_slots(history
 @pytest.mark.parametrize("lengths", [(2, 1, 4), (1, 1, 1)], ids=["ragged", "uniform"])
 @pytest.mark.parametrize("group_of_row", [(0, 1, 0), (1, 0, 0), (0, 0, 1), (0, 1)])
 def test_decode_attends_to_the_groups_prompt_and_the_rows_own_suffix(history, group_of_row, lengths):
-    # the cache holds other numbers wherever no token stands; (0, 1) is the case of groups of one size in order
+    # the cache holds other numbers wherever no token stands; (0, 1) is the case of groups of one
+    # size in order
     prompts, suffixes = history
     cache = new_cache(3, 7, 4, 6)
     fill(cache)

@@ -46,7 +46,8 @@ def draws(count, logits=LOGITS, **params):
 
 
 def test_mix64_gives_the_published_splitmix64_sequence():
-    # the first outputs of splitmix64 for seed 1234567, as on rosettacode.org and in Vigna's reference implementation
+    # the first outputs of splitmix64 for seed 1234567, as on rosettacode.org and in Vigna's
+    # reference implementation
     golden = 0x9E3779B97F4A7C15
     state = [(1234567 + i * golden) & MASK for i in range(5)]
     signed = torch.tensor([value - 2**64 if value >= 2**63 else value for value in state])
@@ -141,7 +142,8 @@ def slow_filter(logits, top_k, top_p):
     return result
 
 
-# multiples of 1/4 without ties and a top_p off the grid of their masses, so that rounding cannot decide a filter
+# multiples of 1/4 without ties and a top_p off the grid of their masses, so that rounding cannot
+# decide a filter
 DISTINCT_LOGITS = st.lists(st.integers(-30, 30), min_size=2, max_size=12, unique=True)
 
 
@@ -156,7 +158,8 @@ def test_filters_agree_with_the_slow_ones(quarters, top_k, top_p, seed):
     batch = sampling(1, [seed], len(logits), top_k=top_k, top_p=top_p)
     token, logprob = batch.sample(logits[None], torch.zeros(1, dtype=torch.int64))
     assert expected[token].isfinite()
-    torch.testing.assert_close(logprob, expected[token], atol=rounding(2 * len(logits), 15), rtol=0)  # they span 15
+    # they span 15
+    torch.testing.assert_close(logprob, expected[token], atol=rounding(2 * len(logits), 15), rtol=0)
 
 
 def test_top_p_smaller_than_the_first_token_is_greedy_and_certain():
@@ -186,7 +189,8 @@ def test_rows_of_a_batch_have_their_own_settings():
 
 
 def test_a_neighbour_with_top_p_drops_no_tokens_of_a_row_without_it():
-    # the cumulative sum in float32 reaches 1 long before the tail ends; the tail must stay possible all the same
+    # the cumulative sum in float32 reaches 1 long before the tail ends; the tail must stay possible
+    # all the same
     logits = torch.zeros(2, 200_000)
     logits[:, 0] = 18.0
     alone = BatchSampling.build([SamplingParams()], [1], 200_000, CPU)

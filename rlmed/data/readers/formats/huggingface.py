@@ -70,7 +70,8 @@ def read(
     """Yield rows file by file, in path order.
 
     Raises:
-        ValueError: for a source without parquet files, a failed download, or files that lack columns.
+        ValueError: for a source without parquet files, a failed download, or files that lack
+            columns.
     """
     root, paths = parquet_files(source, files, revision)
     given = parse_columns(column)

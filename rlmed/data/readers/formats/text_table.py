@@ -1,9 +1,9 @@
 """Read records of CSV and TSV files as people write them: a defective line costs only that line.
 
-Every non-blank line after the header belongs to exactly one row: alone, or with the lines before it if a quoted text
-spans several. An unclosed quotation mark would swallow everything that follows, so a row of several lines must end as a
-row does and contain no line that reads like a row of its own. Otherwise its first line is the bad one, and the lines
-after that are read by themselves.
+Every non-blank line after the header belongs to exactly one row: alone, or with the lines before it
+if a quoted text spans several. An unclosed quotation mark would swallow everything that follows, so
+a row of several lines must end as a row does and contain no line that reads like a row of its own.
+Otherwise its first line is the bad one, and the lines after that are read by themselves.
 """
 
 from __future__ import annotations
@@ -50,11 +50,12 @@ def read_table(path: Path, delimiter: str | None = None) -> tuple[list[str], Ite
 
     Args:
         path: UTF-8, with or without a byte-order mark.
-        delimiter: a key of `DELIMITERS`; None takes the tab in a .tsv file, else the one that splits the header into
-            most columns.
+        delimiter: a key of `DELIMITERS`; None takes the tab in a .tsv file, else the one that
+            splits the header into most columns.
 
     Raises:
-        ValueError: for a file that cannot be opened, has no header, or has a line of more than `MAX_LINE` characters.
+        ValueError: for a file that cannot be opened, has no header, or has a line of more than
+            `MAX_LINE` characters.
     """
     if delimiter is not None and delimiter not in DELIMITERS:
         raise ValueError(f"Invalid --delimiter {delimiter}; expected one of {', '.join(DELIMITERS)}")
@@ -85,7 +86,10 @@ class _Parted:
 
 
 def _records(path: Path, delimiter: str) -> Iterator[_Parted]:
-    """Yield each row that is not blank, the header first. Raises ValueError for an unreadable header."""
+    """Yield each row that is not blank, the header first.
+
+    Raises ValueError for an unreadable header.
+    """
     # invalid UTF-8 bytes become surrogates, so that they cost their row and not the table
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         lines = _Lines(path, file)
@@ -174,7 +178,8 @@ class _Style:
             # a mark at the end of a cell closes a text opened in an earlier line
             if self._fits(cells) and not any(cell.endswith('"') for cell in cells):
                 return index
-        # the last line always ends a row; with its text's commas it is a row by itself only if the first one is, too
+        # the last line always ends a row; with its text's commas it is a row by itself only if the
+        # first one is, too
         first, last = _parted(lines[0], self.delimiter), _parted(f'"{lines[-1]}', self.delimiter)
         both = (first[:-1] + first[-1].split(self.delimiter), last[0].split(self.delimiter) + last[1:])
         return len(lines) - 1 if all(map(self._fits, both)) else 0

@@ -41,8 +41,8 @@ class Answered:
     """A question with its answer.
 
     Example:
-        Answered(split="train", id="slake-7", question="Which organ is shown?", answer="Liver", image="xmlab1/source.jpg",
-                 modality="CT", kind="Organ")
+        Answered(split="train", id="slake-7", question="Which organ is shown?", answer="Liver",
+                 image="xmlab1/source.jpg", modality="CT", kind="Organ")
     """
 
     split: str
@@ -57,7 +57,10 @@ class Answered:
 Element = tuple[str, str, Any]
 """Location, default id and value of an element."""
 Parse = Callable[[Mapping[str, Any], str], Answered | str]
-"""Maps (element, default id) to a question, or to why it is skipped by choice. Raises BadRowError."""
+"""Maps (element, default id) to a question, or to why it is skipped by choice.
+
+Raises BadRowError.
+"""
 
 
 def read_answered(

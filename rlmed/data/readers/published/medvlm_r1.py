@@ -1,10 +1,11 @@
 """Read the data of MedVLM-R1 (arXiv 2502.19634): its 900 test questions and its training rows.
 
-The test file is a JSON array of `{image: [path], problem, solution, question, options, answer, dataset, subset}`: `problem` is
-the question with its lettered options, as the model is asked it, and `solution` the right letter. The training rows are those
-of `FreedomIntelligence/Medical_Multimodal_Evaluation_Data`, split `test`, with the MRI subset: the paper says 600, the
-released code takes the first 500. The test file was read; the layout of the training file is known from its description
-alone.
+The test file is a JSON array of `{image: [path], problem, solution, question, options, answer,
+dataset, subset}`: `problem` is the question with its lettered options, as the model is asked it,
+and `solution` the right letter. The training rows are those of
+`FreedomIntelligence/Medical_Multimodal_Evaluation_Data`, split `test`, with the MRI subset: the
+paper says 600, the released code takes the first 500. The test file was read; the layout of the
+training file is known from its description alone.
 """
 
 from __future__ import annotations

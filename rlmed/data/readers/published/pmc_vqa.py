@@ -1,9 +1,10 @@
 """Read PMC-VQA (arXiv 2305.10415): multiple-choice questions about figures of publications.
 
-The published files are `train.csv` and `test.csv` with `images.zip`, and a second version `train_2.csv`, `test_2.csv` with
-`images_2.zip`. Columns: `Figure_path, Question, Choice A … Choice D, Answer`; in the first version `Answer` is a text and
-`Answer_label` its letter, in the second `Answer` is the letter. A choice may start with its own letter (` A:Gray
-matter`). If a text matches no choice verbatim, the letter decides.
+The published files are `train.csv` and `test.csv` with `images.zip`, and a second version
+`train_2.csv`, `test_2.csv` with `images_2.zip`. Columns: `Figure_path, Question, Choice A … Choice
+D, Answer`; in the first version `Answer` is a text and `Answer_label` its letter, in the second
+`Answer` is the letter. A choice may start with its own letter (` A:Gray matter`). If a text matches
+no choice verbatim, the letter decides.
 
 This layout is known from publications alone; no published file was ever read.
 """
@@ -30,8 +31,8 @@ COLUMNS = ("Figure_path", "Question", "Answer", "Choice A", "Choice B")
 def read(source: Path, *, images: Path | None = None, without_images: bool = False) -> Iterator[SourceRow | Skipped]:
     """Yield the rows of a table, or of all tables of a folder; a split is named after its file.
 
-    Searches for images in `images`, else in `images_2.zip` or `figures/` (for tables called `*_2.csv`) or `images.zip`
-    or `images/` beside the table, else in its folder.
+    Searches for images in `images`, else in `images_2.zip` or `figures/` (for tables called
+    `*_2.csv`) or `images.zip` or `images/` beside the table, else in its folder.
 
     Raises:
         ValueError: for a table without the published columns, or missing images.

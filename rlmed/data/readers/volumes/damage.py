@@ -1,4 +1,7 @@
-"""Turn errors about damaged files into ones that quote nothing of them. Shared by DICOM and NIfTI."""
+"""Turn errors about damaged files into ones that quote nothing of them.
+
+Shared by DICOM and NIfTI.
+"""
 
 from __future__ import annotations
 

@@ -40,7 +40,8 @@ class DecoderProcess:
     """Starts on the first frame, restarts after a crash, and ends with this process.
 
     Example:
-        values = DecoderProcess().decode(Path("series/1.dcm"), "1.2.840.10008.1.2.4.90", 0)  # int16, [512, 512]
+        values = DecoderProcess().decode(Path("series/1.dcm"), "1.2.840.10008.1.2.4.90", 0)  #
+        int16, [512, 512]
     """
 
     def __init__(self) -> None:
@@ -100,7 +101,10 @@ def _start() -> subprocess.Popen[bytes]:
 
 
 def _ask(process: subprocess.Popen[bytes], request: dict[str, Any]) -> np.ndarray:
-    """Read an answer. Raises EOFError or OSError if the process ends, BadImageError if it reports a bad frame."""
+    """Read an answer.
+
+    Raises EOFError or OSError if the process ends, BadImageError if it reports a bad frame.
+    """
     assert process.stdin is not None
     assert isinstance(process.stdout, io.BufferedReader)
     process.stdin.write(json.dumps(request).encode() + b"\n")

@@ -37,11 +37,12 @@ def read(
         source: folder of the files.
         window: centre and width for rows that state none; None leaves it to the file.
         allow_burned_in: read files that state that text is burnt into their pixels.
-        table: see `read_picture_table`; columns are file, question, options and answer, and optionally frame (from 1; blank for
-            the middle one) and window ("CENTER WIDTH").
+        table: see `read_picture_table`; columns are file, question, options and answer, and
+            optionally frame (from 1; blank for the middle one) and window ("CENTER WIDTH").
 
     Raises:
-        ValueError: for an unreadable source or table, an invalid window, or if pydicom is not installed.
+        ValueError: for an unreadable source or table, an invalid window, or if pydicom is not
+            installed.
     """
     try:
         with _without_local_dl():

@@ -36,8 +36,8 @@ class PixelFormat:
     """How pixels are stored, according to the header.
 
     Example:
-        PixelFormat(size=FrameSize(512, 512, 1), photometric="MONOCHROME2", bits_allocated=16, bits_stored=12, high_bit=11,
-                    signed=False, frames=1)
+        PixelFormat(size=FrameSize(512, 512, 1), photometric="MONOCHROME2", bits_allocated=16,
+                    bits_stored=12, high_bit=11, signed=False, frames=1)
     """
 
     size: FrameSize
@@ -192,7 +192,8 @@ def _check_fragments(stream: BinaryIO, dataset: Dataset, form: PixelFormat, synt
     table, fragments, starts = b"", 0, 0
     while fragments <= MAX_FRAGMENTS:
         head = stream.read(8)
-        if len(head) < 8 or head[:4] != b"\xfe\xff\x00\xe0":  # the end, or damage that decoding will find
+        # the end, or damage that decoding will find
+        if len(head) < 8 or head[:4] != b"\xfe\xff\x00\xe0":
             break
         (length,) = struct.unpack("<I", head[4:])
         first = stream.read(min(length, 8))
@@ -214,8 +215,9 @@ def _check_fragments(stream: BinaryIO, dataset: Dataset, form: PixelFormat, synt
 def check_codestream(stream: Codestream | None, form: PixelFormat, syntax: UID) -> None:
     """Compare a compressed frame's own header with the file's.
 
-    Fewer bits than the header's give the same numbers; more are masked as in uncompressed pixels. JPEG 2000's own
-    colour transform overrides a header that says RGB: the decoded pixels are RGB either way.
+    Fewer bits than the header's give the same numbers; more are masked as in uncompressed pixels.
+    JPEG 2000's own colour transform overrides a header that says RGB: the decoded pixels are RGB
+    either way.
 
     Raises:
         BadImageError: names what each says.
@@ -270,7 +272,8 @@ def unused_bits_checked(values: np.ndarray, form: PixelFormat, overlay: bool, pa
         padding: a value that may need all bits.
 
     Raises:
-        BadImageError: for values that need more bits than are stored, or bits other than the low ones.
+        BadImageError: for values that need more bits than are stored, or bits other than the low
+            ones.
     """
     bits = min(form.bits_stored, form.high_bit + 1)
     if bits == form.bits_allocated or values.dtype.kind not in "iu":

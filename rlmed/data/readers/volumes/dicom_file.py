@@ -101,8 +101,8 @@ _DAMAGE = (
 
 _DECODER = DecoderProcess()
 
-# Process-wide, since warnings.catch_warnings is not thread-safe. pydicom's warnings and log records quote the values
-# they complain about.
+# Process-wide, since warnings.catch_warnings is not thread-safe. pydicom's warnings and log records
+# quote the values they complain about.
 warnings.filterwarnings("ignore", module=r"pydicom(\..*)?")
 logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
 
@@ -112,8 +112,8 @@ class DicomHeader:
     """What a file says about its pixels.
 
     Example:
-        DicomHeader(dataset=…, transfer_syntax=ExplicitVRLittleEndian, modality="CT", burned_in=False,
-                    overlay=False, pixels=PixelFormat(…), little_endian=True)
+        DicomHeader(dataset=…, transfer_syntax=ExplicitVRLittleEndian, modality="CT",
+                    burned_in=False, overlay=False, pixels=PixelFormat(…), little_endian=True)
     """
 
     dataset: Dataset
@@ -220,8 +220,8 @@ def decode_frame(path: Path, header: DicomHeader, frame: int) -> np.ndarray:
 class _BoundedStream(io.BufferedReader):
     """A file that limits reading to `MAX_READ` bytes.
 
-    pydicom requests all the rest of a file only to inflate a deflated data set, without a bound. It reads an element of
-    undefined length to the end, even a skipped one.
+    pydicom requests all the rest of a file only to inflate a deflated data set, without a bound. It
+    reads an element of undefined length to the end, even a skipped one.
     """
 
     def __init__(self, path: Path) -> None:
@@ -240,7 +240,8 @@ class _BoundedStream(io.BufferedReader):
 def _check_compressed(stream: _BoundedStream, header: DicomHeader, frame: int) -> None:
     """Check a compressed frame's size against the header before a decoder allocates it."""
     dcmread(stream, force=True, stop_before_pixels=True, specific_tags=["Rows"])
-    stream.read(12)  # tag, representation, two bytes, length: always explicit and little-endian (PS3.5, A.4)
+    # tag, representation, two bytes, length: always explicit and little-endian (PS3.5, A.4)
+    stream.read(12)
     tables = (header.dataset.get("ExtendedOffsetTable"), header.dataset.get("ExtendedOffsetTableLengths"))
     encoded = get_frame(
         stream, frame, number_of_frames=header.pixels.frames, extended_offsets=tables if all(tables) else None

@@ -1,9 +1,9 @@
 """Render one frame of a DICOM file as an 8-bit picture, as a viewer would show it.
 
-The order of steps is the standard's (PS3.4, N.2.1): stored values, modality look-up table or rescale,
-values-of-interest look-up table or window, inversion for MONOCHROME1. pydicom parses and decodes; everything that
-determines memory is checked before it decodes. Messages say what is wrong and never quote a header's text, which may be
-a patient's name.
+The order of steps is the standard's (PS3.4, N.2.1): stored values, modality look-up table or
+rescale, values-of-interest look-up table or window, inversion for MONOCHROME1. pydicom parses and
+decodes; everything that determines memory is checked before it decodes. Messages say what is wrong
+and never quote a header's text, which may be a patient's name.
 """
 
 from __future__ import annotations
@@ -117,7 +117,8 @@ def _rescale(stored: np.ndarray, dataset: Dataset, header: DicomHeader) -> np.nd
             f"its header says RescaleSlope {slope:g} and RescaleIntercept {intercept:g}"
             f"{f', which make every value {intercept:g}' if slope == 0 else ''}: correct them"
         )
-    # float32 distinguishes 16-bit values unless the intercept is far larger than they are; nor has it such slopes
+    # float32 distinguishes 16-bit values unless the intercept is far larger than they are; nor has
+    # it such slopes
     beyond = not 1e-30 < abs(slope) < 1e30
     wide = stored.dtype.itemsize > 2 or beyond or abs(intercept) > abs(slope) * (1 << 22)
     kind = np.dtype(np.float64 if wide else np.float32)
@@ -189,7 +190,8 @@ class _Table:
     """A look-up table (PS3.3, C.11.1.1 and C.7.6.3.1.5).
 
     Example:
-        _Table(entries=np.arange(4096), first=-1024, bits=12)  # -1024 and less become 0, 3071 and more 4095
+        _Table(entries=np.arange(4096), first=-1024, bits=12)  # -1024 and less become 0, 3071 and
+        more 4095
     """
 
     entries: np.ndarray
@@ -203,7 +205,8 @@ class _Table:
         """Parse a table from its two elements.
 
         Args:
-            descriptor: number of entries, first value, bits per entry: 16 bits each, whose sign the reader must know.
+            descriptor: number of entries, first value, bits per entry: 16 bits each, whose sign the
+                reader must know.
             data: the entries, as bytes or as numbers.
             little_endian: byte order of the file.
             signed: True if values, and so the first one, may be negative.

@@ -1,4 +1,7 @@
-"""Map measured values to what a viewer shows: windows, percentiles, square pixels. Shared by DICOM and NIfTI."""
+"""Map measured values to what a viewer shows: windows, percentiles, square pixels.
+
+Shared by DICOM and NIfTI.
+"""
 
 from __future__ import annotations
 
@@ -77,8 +80,9 @@ def stretch(values: np.ndarray, low: float, high: float) -> np.ndarray:
 def check_shown(values: np.ndarray, pixels: np.ndarray, shown: str, empty: str = "") -> None:
     """Check that a picture of measured values shows them.
 
-    A picture shows nothing if all but one pixel in 10,000 (or all but one) are alike because the others lie outside the
-    window. If the values themselves are so, as in a mask, it is a valid picture.
+    A picture shows nothing if all but one pixel in 10,000 (or all but one) are alike because the
+    others lie outside the window. If the values themselves are so, as in a mask, it is a valid
+    picture.
 
     Args:
         values: any shape; without padding.
@@ -139,8 +143,8 @@ def to_picture(pixels: np.ndarray, row_spacing: float = 1.0, column_spacing: flo
     Args:
         pixels: uint8, [height, width] or [height, width, 3].
         row_spacing: distance between the centres of neighbouring rows, in any unit.
-        column_spacing: the same for columns, in the same unit. Stretches the coarser direction, so that no detail is
-            lost.
+        column_spacing: the same for columns, in the same unit. Stretches the coarser direction, so
+            that no detail is lost.
 
     Raises:
         BadImageError: for a picture that is too small or too elongated, or for impossible spacings.

@@ -33,11 +33,13 @@ def read(
         source: folder of the files.
         window: centre and width for rows that state none; None takes percentiles of the slice.
         allow_unknown_orientation: read files that do not state their orientation.
-        table: see `read_picture_table`; columns are file, plane, question, options and answer, and optionally slice (from 0) or
-            fraction (0 to 1; blank both for the middle), volume (from 0) and window ("CENTER WIDTH").
+        table: see `read_picture_table`; columns are file, plane, question, options and answer, and
+            optionally slice (from 0) or fraction (0 to 1; blank both for the middle), volume (from
+            0) and window ("CENTER WIDTH").
 
     Raises:
-        ValueError: for an unreadable source or table, an invalid window, or if nibabel is not installed.
+        ValueError: for an unreadable source or table, an invalid window, or if nibabel is not
+            installed.
     """
     try:
         from rlmed.data.readers.volumes.nifti_slices import AXES, SliceChoice, render_slice

@@ -95,8 +95,8 @@ def end_of_data(header: Nifti1Header) -> int:
 def check_length(file: BinaryIO, header: Nifti1Header, zipped: bool, most: int) -> None:
     """Compare the length of the data with the header; keeps the position of `file`.
 
-    A compressed file states its size in its last bytes. It is inflated, and the result discarded, only if that is too
-    little, as in a file of several members, and should be at most `most` bytes.
+    A compressed file states its size in its last bytes. It is inflated, and the result discarded,
+    only if that is too little, as in a file of several members, and should be at most `most` bytes.
 
     Raises:
         BadImageError: names both, in bytes.

@@ -1,12 +1,14 @@
 """Render one slice of a NIfTI volume as an 8-bit picture, in radiological orientation.
 
-Slices are counted in the closest canonical orientation, from 0: axial from the feet up, coronal from back to front,
-sagittal from the patient's left to the right. Axial and coronal slices are shown with the patient's right on the left of
-the picture, axial ones with the front on top; coronal and sagittal ones with the head on top, sagittal ones looking left.
-Oblique volumes are not resampled: the plane closest to the one asked for is shown.
+Slices are counted in the closest canonical orientation, from 0: axial from the feet up, coronal
+from back to front, sagittal from the patient's left to the right. Axial and coronal slices are
+shown with the patient's right on the left of the picture, axial ones with the front on top; coronal
+and sagittal ones with the head on top, sagittal ones looking left. Oblique volumes are not
+resampled: the plane closest to the one asked for is shown.
 
-nibabel interprets header and voxels. The header is read first, on its own, so that what will be read or inflated is
-known and bounded; extensions, which may be long and may name a patient, are never read.
+nibabel interprets header and voxels. The header is read first, on its own, so that what will be
+read or inflated is known and bounded; extensions, which may be long and may name a patient, are
+never read.
 """
 
 from __future__ import annotations
@@ -92,11 +94,12 @@ def render_slice(path: Path, choice: SliceChoice, *, allow_unknown_orientation: 
     Args:
         path: a .nii or .nii.gz file, told apart by their first bytes.
         choice: the slice.
-        allow_unknown_orientation: also read files without qform and sform; left and right may then be swapped.
+        allow_unknown_orientation: also read files without qform and sform; left and right may then
+            be swapped.
 
     Raises:
-        BadImageError: for a file that is missing, damaged, not NIfTI or too large, or a slice out of range; gives the
-            reason but not the path.
+        BadImageError: for a file that is missing, damaged, not NIfTI or too large, or a slice out
+            of range; gives the reason but not the path.
     """
     with _nifti_damage_reported(), path.open("rb") as file:
         zipped = file.read(2) == _GZIP
@@ -144,7 +147,8 @@ def _read_header(stream: BinaryIO) -> Nifti1Header:
     raw = stream.read(540)
     for length, offset, magic, kind in _HEADERS:
         if len(raw) >= length and raw[offset : offset + 4] == magic:
-            # unchecked, since nibabel's checks print to the terminal; the checks that matter are below
+            # unchecked, since nibabel's checks print to the terminal; the checks that matter are
+            # below
             return _repaired(kind(raw[:length], check=False))
     raise BadImageError("it is not a single-file NIfTI (.nii or .nii.gz): convert it to one")
 
@@ -214,7 +218,8 @@ def _oriented_slice(
     sizes = voxel_sizes(affine)
     if canonical[rest[0]] > canonical[rest[1]]:
         values, rest = values.T, rest[::-1]
-    # now [first canonical axis, second one], both increasing: to the right or to the front, and to the front or up
+    # now [first canonical axis, second one], both increasing: to the right or to the front, and to
+    # the front or up
     return values[::-1, ::-1].T, (float(sizes[rest[1]]), float(sizes[rest[0]]))
 
 

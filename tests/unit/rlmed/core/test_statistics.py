@@ -115,7 +115,8 @@ def test_leave_one_out_by_hand():
     rows = [row("head knee", 0), row("head chest", 0), row("head knee", 1)]
     # row 1: head 1, knee 1: 1/2. row 2: head 1, chest 0: 1. row 3: head 2, knee 0: 0.
     assert leave_one_out_prior(rows) == pytest.approx(0.5)
-    # row 1: head 1/2, knee 1/1: 0. row 2: head 1/2, chest unmet 1/2: 1/2. row 3: head 2/2, knee 0/1: 0.
+    # row 1: head 1/2, knee 1/1: 0. row 2: head 1/2, chest unmet 1/2: 1/2. row 3: head 2/2, knee
+    # 0/1: 0.
     assert leave_one_out_prior(rows, by_rate=True) == pytest.approx(1 / 6)
 
 

@@ -45,8 +45,9 @@ def test_turns_worked_by_hand() -> None:
     for _ in range(8):
         turns.append(next_turn([2, 1, 1], drawn))
         drawn[turns[-1]] += 1
-    # draw 1: all lack enough (1/2, 1/4, 1/4); 3/4 is reached at 1.5 -> draw 2, 3, 3. Draw 2: lacks 0, 1/2, 1/2; CT first.
-    # Draw 3: lacks 1/2, -1/4, 3/4: X-ray is due now and the first not before draw 4. Draw 4: lacks 1, 0, 0.
+    # draw 1: all lack enough (1/2, 1/4, 1/4); 3/4 is reached at 1.5 -> draw 2, 3, 3. Draw 2: lacks
+    # 0, 1/2, 1/2; CT first. Draw 3: lacks 1/2, -1/4, 3/4: X-ray is due now and the first not before
+    # draw 4. Draw 4: lacks 1, 0, 0.
     assert turns == [0, 1, 2, 0, 0, 1, 2, 0]
 
 

@@ -251,7 +251,8 @@ def gigantic_header(path: Path, side: int) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # pytest drops the filter of the module
+# pytest drops the filter of the module
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("side", [13_100, 13_400, 60_000])
 def test_a_gigantic_image_is_refused_before_it_is_decoded(tmp_path, side):
     gigantic_header(tmp_path / "a.bmp", side)  # 13,400 and more is also beyond Pillow's own limit
@@ -264,7 +265,8 @@ def test_a_gigantic_image_is_refused_before_it_is_decoded(tmp_path, side):
 @pytest.mark.parametrize(("suffix", "mode", "limit_mib"), [("jpg", "L", 60), ("png", "L", 250), ("png", "I;16", 400)])
 def test_ten_thousand_squared_loads_in_bounded_memory(tmp_path, suffix, mode, limit_mib):
     path = save(tmp_path / f"big.{suffix}", Image.new(mode, (10_000, 10_000)))
-    # VmHWM is the peak of this program; that of getrusage would include the peak of the process that started it
+    # VmHWM is the peak of this program; that of getrusage would include the peak of the process
+    # that started it
     code = """
         import re, sys
         from pathlib import Path

@@ -138,7 +138,8 @@ def test_tiff_of_wide_and_signed_values_is_stretched_from_its_own_range(tmp_path
         values = values.astype(dtype) if dtype.kind == "f" else np.round(values).astype(np.int64).astype(dtype)
         stored = values.astype(np.float64)
         wanted = np.round((stored - stored.min()) / (stored.max() - stored.min()) * 255)
-        # of floats: the range is divided out in single precision, so halves may be rounded the other way
+        # of floats: the range is divided out in single precision, so halves may be rounded the
+        # other way
         path = tiff(tmp_path / "a.tif", values, order, t339=sample)
         assert_shows(path, wanted, tolerance=1 if dtype.kind == "f" else 0)
 
@@ -152,7 +153,8 @@ def test_tiff_colour_opacity_and_ink(tmp_path, order):
             return tiff(tmp_path / name, in_bits(values, bits).astype(dtype), order, **tags)
 
         assert_shows(write("a.tif", COLOUR, t262=2), COLOUR)
-        assert_shows(write("b.tif", WITH_OPACITY, t262=2, t338=0), COLOUR)  # the fourth means nothing
+        # the fourth means nothing
+        assert_shows(write("b.tif", WITH_OPACITY, t262=2, t338=0), COLOUR)
         assert_shows(write("c.tif", WITH_OPACITY, t262=2, t338=2), COLOUR_ON_BLACK)
         multiplied = np.concatenate([COLOUR_ON_BLACK.astype(np.uint8), OPACITY[..., None]], axis=-1)
         # undone and done again: rounded twice
@@ -173,7 +175,8 @@ def test_tiff_ycbcr_lab_and_palette(tmp_path):
     assert_shows(tiff(tmp_path / "a.tif", ycbcr, t262=6, t530=(1, 1)), COLOUR, tolerance=3)
     profiles = (ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"))
     lab = np.asarray(ImageCms.profileToProfile(Image.fromarray(COLOUR), *profiles, outputMode="LAB"))
-    # a step of a* or b* is up to some ten steps of a saturated red or blue; on average it is much less
+    # a step of a* or b* is up to some ten steps of a saturated red or blue; on average it is much
+    # less
     assert np.abs(loaded(tiff(tmp_path / "b.tif", lab, t262=8)) - COLOUR).mean() < 3
     entries = np.arange(255, -1, -1) * 257
     path = tiff(tmp_path / "c.tif", 255 - GREY, t262=3, t320=tuple(np.tile(entries, 3).tolist()))
@@ -233,7 +236,8 @@ def test_wide_values_are_scaled_as_bytes_are(tmp_path, order, side):
         sample = {"u": 1, "i": 2, "f": 3}[values.dtype.kind]
         content = values.astype(values.dtype.newbyteorder(order)).tobytes()
         tags = {"t258": 8 * values.itemsize, "t262": 1, "t277": 1, "t339": sample}
-        # bytes are averaged in blocks first where they are scaled down, so edges differ; and each is rounded once more
+        # bytes are averaged in blocks first where they are scaled down, so edges differ; and each
+        # is rounded once more
         difference = np.abs(loaded(write_tiff(tmp_path / "a.tif", content, size, order, **tags)) - narrow)
         assert (difference > 2).mean() < 0.005, values.dtype
 

@@ -78,7 +78,8 @@ def test_the_order_in_which_groups_finished_does_not_matter(tiny_folder: Callabl
     for turn, one in enumerate(streams):
         groups = [scored(one.request(index), [1, 1, 1, 1] if index < 5 else [1, 0.5, 1, 1]) for index in range(8)]
         metrics = one.observe(reversed(groups) if turn else groups)
-        # all five were right in the first epoch; three of them were not all right when they came again
+        # all five were right in the first epoch; three of them were not all right when they came
+        # again
         assert metrics == {"prompts/set_aside": 0.4, "prompts/too_easy": 0.4, "prompts/too_hard": 0.0}
     asked = [[one.request(index).prompt.example.id for index in range(8, 30)] for one in streams]
     assert asked[0] == asked[1]

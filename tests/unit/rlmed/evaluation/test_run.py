@@ -1,4 +1,7 @@
-"""The bookkeeping of an evaluation: controls, figures, files on disk, comparison. A scripted pool answers by the picture."""
+"""The bookkeeping of an evaluation: controls, figures, files on disk, comparison.
+
+A scripted pool answers by the picture.
+"""
 
 import copy
 import dataclasses

@@ -57,7 +57,8 @@ def test_every_token_of_the_row_is_in_the_rectangles_once(groups):
 
 
 def test_padding_cannot_be_seen():
-    # the padded places of the rectangles hold row token 0; what stands there must not matter elsewhere
+    # the padded places of the rectangles hold row token 0; what stands there must not matter
+    # elsewhere
     groups = [(1, [1]), (4, [3, 1])]
     tensors = row_tensors(groups, *SIZES)
     layout = PackedLayout.build(groups)
@@ -84,7 +85,8 @@ def test_the_function_is_registered_under_its_name_and_says_what_it_needs(tiny_f
 
 
 def test_beyond_the_cpu_a_mask_goes_with_a_key_for_every_head(monkeypatch):
-    # CUDA has fused kernels for grouped heads and for masks, not for both; meta tensors take its branches without its numbers
+    # CUDA has fused kernels for grouped heads and for masks, not for both; meta tensors take its
+    # branches without its numbers
     calls = []
 
     def record(query, key, value, *, attn_mask, enable_gqa, **_):

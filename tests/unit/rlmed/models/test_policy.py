@@ -92,7 +92,8 @@ def test_hidden_states_of_one_prompt_are_those_of_transformers(tiny_policy, tran
     with torch.no_grad():
         hidden = policy.hidden(token_ids, policy.prompt_positions(prompt), PackedLayout.build([(9, ())]))
         expected = transformers_model("llama").model(token_ids[None]).last_hidden_state[0]
-    # a norm has brought them to about 1, and the logits that the bound is of are sums of them times weights of about 0.1
+    # a norm has brought them to about 1, and the logits that the bound is of are sums of them times
+    # weights of about 0.1
     torch.testing.assert_close(hidden, expected, atol=LOGPROBS, rtol=0)
 
 

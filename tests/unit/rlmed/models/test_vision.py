@@ -56,7 +56,8 @@ def test_one_call_a_block_gives_the_features_and_gradients_of_a_call_for_every_i
         )
     tower = policy.model.base_model.visual
     assert len(backend.calls) == len(tower.blocks)
-    # where they are one, transformers reads the longest image from the device once, not in every block
+    # where they are one, transformers reads the longest image from the device once, not in every
+    # block
     assert all(block.attn.config is tower.config for block in tower.blocks)
     assert (len(GRIDS), 64) in backend.calls  # all of each image
 

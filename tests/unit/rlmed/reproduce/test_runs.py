@@ -87,7 +87,8 @@ def test_each_figure_is_that_of_the_last_evaluations(runs):
         "sft": (0.5, 0.5),
         "rl": (0.7, 0.75),
     }
-    assert line.accuracy["rl"].text() == "72.5 ± 3.5 [48–85]"  # Wilson for 14 of 20: 14.5 is rounded to even
+    # Wilson for 14 of 20: 14.5 is rounded to even
+    assert line.accuracy["rl"].text() == "72.5 ± 3.5 [48–85]"
     assert line.accuracy["base"].text() == "40.0 [22–61]"
     assert line.reordered["rl"].values == (0.35, 0.35)
     assert (line.chance, line.prior, line.blank["rl"].values, line.shuffled) == (0.5, 0.45, (0.25, 0.25), {})
@@ -148,7 +149,8 @@ def test_the_plan_is_the_base_then_seed_by_seed(tmp_path):
 
 
 def test_each_command_is_given_what_it_reads(tmp_path):
-    experiment = "+experiment=medvqa_600_released"  # with a seed of its own, and lengths for rollouts alone
+    # with a seed of its own, and lengths for rollouts alone
+    experiment = "+experiment=medvqa_600_released"
     shared = ("cluster.threads=1", "eval.max_tokens=9")
     given = [experiment, "algo=dapo", "sft.epochs=3", "cluster=ray", *shared, "data.mix={MRI:1}"]
     base, sft, rl = plan(tmp_path, ["sft", "rl"], [3], given)

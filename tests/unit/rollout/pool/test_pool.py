@@ -236,7 +236,8 @@ def test_weights_that_were_sent_are_not_fetched(make_pool, make_request):
     channel.submit(make_request(0))
     channel.flush()
     time.sleep(0.05)
-    assert not any(worker.held for worker in site.workers)  # nobody samples while weights are on their way
+    # nobody samples while weights are on their way
+    assert not any(worker.held for worker in site.workers)
     update.sending.set_result(PushReport(0.0, 0.5))
     assert reports.result(timeout=60) == [PushReport(0.0, 0.5)] * 2
     wait_for(lambda: any(worker.held for worker in site.workers))
@@ -448,7 +449,8 @@ def test_each_request_is_answered_exactly_once_whatever_dies(seed, count, worker
     stopped = threading.Event()
 
     def life():
-        deaths = 20  # and no more: on a busy machine workers would else die faster than they are seen to finish
+        # and no more: on a busy machine workers would else die faster than they are seen to finish
+        deaths = 20
         while not stopped.is_set():
             for worker in list(site.workers):  # also the oldest, which may outlive all others
                 with worker.lock:

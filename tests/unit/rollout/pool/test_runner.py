@@ -136,7 +136,8 @@ def test_between_held_jobs_the_engine_makes_no_step(make_runner, make_request):
         runner.between_steps(lambda: 1 / 0, hold=True)
     time.sleep(0.05)
     status = runner.status()
-    assert (status.generated_tokens, status.busy) == (sampled, False)  # nor is it taken for one that stands still
+    # nor is it taken for one that stands still
+    assert (status.generated_tokens, status.busy) == (sampled, False)
     runner.between_steps(lambda: None)
     assert sorted(group.index for group in collect(runner, 2)) == [0, 1]
 

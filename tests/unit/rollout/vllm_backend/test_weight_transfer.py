@@ -38,7 +38,8 @@ class Group:
         if self.rank == src:
             for rank, mailbox in self.network.items():
                 mailbox.put(tensor.clone())
-                if rank in self.network.stuck:  # as a rank that waits for a peer does, until its group is aborted
+                # as a rank that waits for a peer does, until its group is aborted
+                if rank in self.network.stuck:
                     self.destroyed.wait(600)
                     raise RuntimeError("NCCL error: aborted")
         else:
@@ -170,7 +171,8 @@ def network(monkeypatch):
         monkeypatch.setattr(weight_transfer, name, lambda *_: None)
     monkeypatch.setattr(weight_transfer, "BUCKET_BYTES", BUFFER)
     yield network
-    for arriving in network.values():  # an engine that still waits for a weight need not wait until its limit
+    # an engine that still waits for a weight need not wait until its limit
+    for arriving in network.values():
         arriving.put(None)
     while Worker.answering:  # before the next test has a network of its own
         Worker.answering.pop().join(timeout=30)

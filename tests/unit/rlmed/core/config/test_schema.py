@@ -143,7 +143,8 @@ def test_impossible_values(override: str, message: str | None) -> None:
 
 
 def test_a_group_that_is_larger_than_what_is_sampled_at_once_is_for_training_alone() -> None:
-    config = composed("rollout.max_completions=2", program="evaluate")  # which cannot be given a smaller group
+    # which cannot be given a smaller group
+    config = composed("rollout.max_completions=2", program="evaluate")
     with pytest.raises(
         ConfigError, match=r"algo\.group_size=4 exceeds .*max_completions=2: .*raise rollout\.max_completions"
     ):

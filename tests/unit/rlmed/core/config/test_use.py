@@ -209,7 +209,8 @@ def test_an_experiment_is_where_changes_count_from() -> None:
 
 def test_what_an_option_brings_may_be_read_by_way_of_another_override() -> None:
     def without_kl(entries: Sequence[str]) -> Any:
-        return composed("train", *entries, "algo.loss.kl_coef=0")  # so that GSPO brings nothing but ratio and bounds
+        # so that GSPO brings nothing but ratio and bounds
+        return composed("train", *entries, "algo.loss.kl_coef=0")
 
     def overrides_refused(*given: str) -> list[str]:
         return [refusal.override for refusal in find_unused("train", given, CONFIG_GROUPS, without_kl)]

@@ -227,7 +227,8 @@ def test_a_number_whose_meaning_nobody_has_said():
     said = reason(list(ORGANS), "2")
     assert "not among its options" in said
     assert "counted from 0 it is 'kidney', counted from 1 it is 'spleen': say which with --answer-index" in said
-    # held as a number, beside options that are texts, it may be a place though it reads like an option
+    # held as a number, beside options that are texts, it may be a place though it reads like an
+    # option
     said = reason(["1", "2", "3", "4"], "2", number=True)
     assert "'2' as a text" in said
     assert "'3' counted from 0" in said

@@ -216,7 +216,8 @@ def test_pictures_are_written_once_and_bare(tmp_path, source):
     assert (len(loaded), layout.splits["train"].images) == (1, 1)
     assert Image.open(path).tobytes() == Image.linear_gradient("L").tobytes()
     with Image.open(path) as image:
-        assert image.info == {}  # an ICC profile is compressed, so a search of the bytes would not find it
+        # an ICC profile is compressed, so a search of the bytes would not find it
+        assert image.info == {}
     assert b"DOE" not in path.read_bytes()
 
 

@@ -86,7 +86,8 @@ def test_grey_of_every_width_and_sign(tmp_path, values, elements, photometric):
     if photometric == "MONOCHROME1":
         wanted = 255 - wanted
     elements = {**elements, "PhotometricInterpretation": photometric}
-    # a window of 4096 values has 4095 steps, and its upper end is half a step too high for a whole number: rounding
+    # a window of 4096 values has 4095 steps, and its upper end is half a step too high for a whole
+    # number: rounding
     for write in (write_dicom, write_big_endian):
         np.testing.assert_allclose(shown(write(tmp_path / "a", values, **elements)), wanted, atol=1)
 
@@ -189,7 +190,8 @@ def test_colour_in_every_arrangement(tmp_path):
     luma, chroma = ybr[..., :1], ybr[:, ::2, 1:]
     halves = np.concatenate([luma.reshape(48, 32, 2), chroma], axis=-1)
     dataset = dataset_of(COLOUR, PhotometricInterpretation="YBR_FULL_422", PixelData=halves.tobytes())
-    assert np.abs(shown(save(tmp_path / "f", dataset)) - COLOUR).mean() < 4  # every other colour is its neighbour's
+    # every other colour is its neighbour's
+    assert np.abs(shown(save(tmp_path / "f", dataset)) - COLOUR).mean() < 4
 
 
 def test_palette_with_16_and_with_8_bits(tmp_path):
@@ -436,7 +438,8 @@ def test_harmless_differences_are_accepted(tmp_path):
 
 def test_transfer_syntax_against_pixel_data(tmp_path):
     plain = write_dicom(tmp_path / "plain", GREY).read_bytes()
-    (tmp_path / "a").write_bytes(plain.replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.5\0"))  # RLE Lossless
+    # RLE Lossless
+    (tmp_path / "a").write_bytes(plain.replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.5\0"))
     refused(tmp_path / "a", "transfer syntax says that its pixels are compressed, but they are not")
     squeezed = write_compressed(tmp_path / "b", [GREY_JPEG], GREY, RLELossless).read_bytes()
     (tmp_path / "b").write_bytes(squeezed.replace(b"1.2.840.10008.1.2.5\0", b"1.2.840.10008.1.2.1\0"))
@@ -467,7 +470,8 @@ def test_transfer_syntax_against_pixel_data(tmp_path):
         (TWELVE, {**OF_TWELVE, "RescaleIntercept": -9000}, "from -9000 to -4905, and its own window"),
         (TWELVE, {"WindowCenter": 9e5, "WindowWidth": 10, "VOILUTFunction": "SIGMOID"}, "its own window"),
         (TWELVE, {"WindowCenter": 9e5, "WindowWidth": 10, "VOILUTFunction": "LINEAR_EXACT"}, "its own window"),
-        (TWELVE, {"WindowCenter": 2000, "WindowWidth": 10**7}, "its own window"),  # so wide that all is one grey
+        # so wide that all is one grey
+        (TWELVE, {"WindowCenter": 2000, "WindowWidth": 10**7}, "its own window"),
         (np.full_like(TWELVE, 7), {}, "all its values are 7"),
         (np.full_like(TWELVE, 7), OF_TWELVE, "all its values are 7"),
         (np.full_like(HOUNSFIELD, -2000), {"PixelPaddingValue": -2000}, "all its values are -2000"),

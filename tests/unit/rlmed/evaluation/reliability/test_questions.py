@@ -93,8 +93,10 @@ def test_samples_give_passes_at_powers_of_two_and_a_vote():
 def test_an_answer_stays_when_its_text_does_and_its_letter_follows():
     turned = ("knee", "chest", "head")
     answers = [
-        answer(0, orders=(OrderAnswer(TEXTS, "A", "A"), OrderAnswer(turned, "C", "C"))),  # head both times
-        answer(1, orders=(OrderAnswer(TEXTS, "A", "A"), OrderAnswer(turned, "C", "A"))),  # letter A both times
+        # head both times
+        answer(0, orders=(OrderAnswer(TEXTS, "A", "A"), OrderAnswer(turned, "C", "C"))),
+        # letter A both times
+        answer(1, orders=(OrderAnswer(TEXTS, "A", "A"), OrderAnswer(turned, "C", "A"))),
         answer(2, orders=(OrderAnswer(TEXTS, "A", "B"), OrderAnswer(turned, "C", "A"))),  # knee both times, wrong
         answer(3, orders=(OrderAnswer(TEXTS, "A", None), OrderAnswer(turned, "C", "J"))),  # no option at all
     ]

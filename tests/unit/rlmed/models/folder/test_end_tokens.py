@@ -24,7 +24,8 @@ TEMPLATE = (
 @pytest.mark.parametrize(
     ("generation", "tokenizer", "tokens_map", "turn", "ends", "said"),
     [
-        # generation_config, tokenizer_config, special_tokens_map, template: what ends a completion, and whether that is said
+        # generation_config, tokenizer_config, special_tokens_map, template: what ends a completion,
+        # and whether that is said
         ([END, PAD], "<|im_end|>", None, "<|im_end|>", {PAD, END}, False),
         (PAD, "<|im_end|>", None, "<|im_end|>", {PAD, END}, True),
         (END, "<|endoftext|>", None, "<|im_end|>", {PAD, END}, True),

@@ -18,7 +18,8 @@ def test_the_embedded_model_is_one_and_so_is_every_checkpoint_of_it(base_copy: P
     assert is_toy(model_folder("embedded:tiny_base"))
     assert is_toy(base_copy)
     folder = base_copy
-    for stage in ("aligned", "sft", "rl"):  # what a run writes beside the weights, of a model that a run wrote
+    # what a run writes beside the weights, of a model that a run wrote
+    for stage in ("aligned", "sft", "rl"):
         renderer = PromptRenderer(*load_processor(folder), max_prompt_tokens=256)
         folder = tmp_path / stage
         folder.mkdir()

@@ -80,11 +80,13 @@ def row_of(folder: Path, texts: list[str], answer: str, label: str = "") -> Sour
     ("texts", "answer", "expected", "right"),
     [
         (["A:x", "B: y", "C.z"], "C", ("x", "y", "z"), "z"),
-        (["A:x", "y"], "B", ("A:x", "y"), "y"),  # not all have their letter: it may be part of the text
+        # not all have their letter: it may be part of the text
+        (["A:x", "y"], "B", ("A:x", "y"), "y"),
         (["A large mass", "B cells"], "A", ("A large mass", "B cells"), "A large mass"),
         (["B:x", "A:y"], "y", ("x", "y"), "y"),
         (["x", "y", "", ""], "B", ("x", "y"), "y"),
-        (["x", "", "z", "w"], "C", ("x", "z", "w"), "z"),  # the column called C, not the third of those that are there
+        # the column called C, not the third of those that are there
+        (["x", "", "z", "w"], "C", ("x", "z", "w"), "z"),
         (["A: x", "", "C: z", "D: w"], "D", ("x", "z", "w"), "w"),
     ],
 )

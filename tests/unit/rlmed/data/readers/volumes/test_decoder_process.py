@@ -57,7 +57,8 @@ def test_a_crash_costs_one_frame(decoder):
 
 def test_a_crash_leaves_no_core_file(decoder):
     before = resource.getrlimit(resource.RLIMIT_CORE)
-    resource.setrlimit(resource.RLIMIT_CORE, (before[1], before[1]))  # as where somebody looks for crashes
+    # as where somebody looks for crashes
+    resource.setrlimit(resource.RLIMIT_CORE, (before[1], before[1]))
     try:
         decoder.stop()
         decoder.decode(shipped("MR_small_RLE.dcm"), RLELossless, 0)
@@ -69,7 +70,8 @@ def test_a_crash_leaves_no_core_file(decoder):
 def test_a_frame_that_takes_too_long_is_given_up(monkeypatch):
     impatient = DecoderProcess()
     impatient.decode(shipped("MR_small_RLE.dcm"), RLELossless, 0)
-    os.kill(impatient._process.pid, signal.SIGSTOP)  # it will never answer, however fast the machine
+    # it will never answer, however fast the machine
+    os.kill(impatient._process.pid, signal.SIGSTOP)
     monkeypatch.setattr(decoder_process, "TIME_LIMIT", 0.05)
     with pytest.raises(BadImageError, match="crash the decoder or hang it"):
         impatient.decode(shipped("MR_small_RLE.dcm"), RLELossless, 0)

@@ -228,4 +228,5 @@ def test_a_picture_that_shows_nothing_costs_its_row_and_the_cause_is_said(tmp_pa
     assert "center 20000 and width 400" in layout.skipped[1].reason
     rows = read_examples(tmp_path / "out" / "questions.jsonl", on_bad_row="error").examples
     good, cured = (np.asarray(Image.open(row.image)) for row in rows)
-    np.testing.assert_array_equal(good, cured)  # the window of the row shows what the file's own does not
+    # the window of the row shows what the file's own does not
+    np.testing.assert_array_equal(good, cured)

@@ -237,7 +237,8 @@ def test_frames_are_numbered_from_1_and_the_middle_one_is_the_default(tmp_path):
 
 def test_an_enhanced_object_says_for_each_frame_how_it_is_shown(tmp_path):
     row = np.arange(0, 48 * 80, 80, dtype=np.int16)
-    frames = np.stack([np.tile(row, (32, 1))] * 2)  # equal rows, so that stretching them changes no value
+    # equal rows, so that stretching them changes no value
+    frames = np.stack([np.tile(row, (32, 1))] * 2)
     ways = ((500, 1), (1500, 2))
     each = [
         item(

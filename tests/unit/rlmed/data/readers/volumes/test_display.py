@@ -50,7 +50,8 @@ def test_square_pixels_come_through_unchanged():
 
 def test_the_coarser_direction_is_stretched():
     pixels = np.zeros((40, 60), dtype=np.uint8)
-    pixels[:10, :15] = 255  # a quarter of each side at the upper left, whatever the shape of the picture
+    # a quarter of each side at the upper left, whatever the shape of the picture
+    pixels[:10, :15] = 255
     for spacing, size in (((2.0, 1.0), (60, 80)), ((1.0, 2.0), (120, 40)), ((0.5, 0.4), (60, 50))):
         picture = to_picture(pixels, *spacing)
         assert picture.size == size
