@@ -1,4 +1,4 @@
-"""What the benchmarks share: arguments, model and prompts, alternating timing, facts about the machine, results as JSON."""
+"""What the benchmarks share: arguments, model, prompts, alternating timing, machine facts, JSON."""
 
 from __future__ import annotations
 
@@ -115,13 +115,13 @@ def add_arguments(parser: argparse.ArgumentParser, *, rounds: int) -> None:
 
 
 def start(arguments: argparse.Namespace) -> None:
-    """Set the number of threads, and keep transformers from drawing progress bars between the results."""
+    """Set the number of threads, and keep transformers' progress bars out of the results."""
     torch.set_num_threads(arguments.threads)
     disable_progress_bar()
 
 
 def find_model(argument: str | None, scratch: Path) -> tuple[Path, str]:
-    """Folder and name of the model to measure; random weights are written to `scratch` where rlmed ships no base."""
+    """Folder and name of the model; if rlmed ships no base, random weights are put in `scratch`."""
     if argument is not None:
         return model_folder(argument), Path(argument).name
     try:
@@ -157,7 +157,7 @@ def spread(lengths: Sequence[int]) -> dict[str, int]:
 
 
 def never_end(policy: Policy) -> None:
-    """Let completions run to their full length whatever is sampled, so that every side does the same work."""
+    """Let completions run to full length whatever is sampled, so all sides do the same work."""
     policy.end_token_ids = frozenset()
 
 
@@ -167,7 +167,7 @@ def sampling(max_tokens: int, seed: int = 0) -> SamplingParams:
 
 
 def variety_reward(example: Example, completion: Completion) -> float:
-    """Share of distinct characters: differs between completions of any model, so that advantages are not all zero."""
+    """Share of distinct characters: differs between completions, so advantages are not all zero."""
     return len(set(completion.text)) / max(1, len(completion.text))
 
 

@@ -1,7 +1,8 @@
-"""Which changed copies of pictures the leakage check finds, and how many other pictures it takes for copies.
+"""Which changed copies of pictures the leakage check finds, and which others it takes for copies.
 
-`python -m benchmarks.leakage_recall --data FILE.jsonl`: pictures of the file are changed, one way at a time, and looked for
-among all pictures of the file. Without `--data` the generated pictures of `data=phantom` are used.
+`python -m benchmarks.leakage_recall --data FILE.jsonl`: pictures of the file are changed, one way
+at a time, and looked for among all pictures of the file. Without `--data` the generated pictures of
+`data=phantom` are used.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ CHANGES: Mapping[str, Change] = {
 
 
 def measure(originals: Sequence[Path], train: Sequence[Path], folder: Path) -> dict[str, dict[str, Any]]:
-    """For each change, how many of the originals are found by their changed copies, and pairs with others."""
+    """For each change, how many originals are found by their copies, and pairs with others."""
     results = {}
     for name, change in CHANGES.items():
         rng = np.random.default_rng(0)

@@ -1,6 +1,7 @@
-"""How much memory and time do the learner's log-probabilities and gradients take, beside padded computations?
+"""How much memory and time do the learner's log-probabilities and gradients take, beside padding?
 
-Three ways to the same numbers, each in a fresh process whose peak resident memory is compared with what it held before:
+Three ways to the same numbers, each in a fresh process whose peak resident memory is compared with
+what it held before:
 
     packed           rlmed: each prompt once before its completions, projection in chunks, logits never whole
     padded_chunked   a padded row per completion with its own copy of prompt and image, projection in chunks (as TRL 1.16 does)
@@ -52,7 +53,7 @@ QUESTION_TOKENS = 12
 """The ones before them, which are text of the question."""
 
 Compute = Callable[[], Tensor]
-"""Forward and backward pass; returns the float32 [M] log-probabilities, completions one after the other."""
+"""Run forward and backward; return the float32 [M] log-probabilities, completion by completion."""
 
 
 def stretch(prompt: Prompt, length: int) -> Prompt:
@@ -90,7 +91,7 @@ def make_items(folder: Path, case: dict[str, int], scratch: Path) -> list[PackIt
 
 
 def packed_way(folder: Path, items: list[PackItem]) -> tuple[Compute, torch.nn.Module]:
-    """What `learner.PolicyLearner` does for one micro-batch, and the model whose gradients it makes."""
+    """What `learner.PolicyLearner` does for a micro-batch, and the model that gets gradients."""
     policy = load_policy(folder)
 
     def compute() -> Tensor:
@@ -186,7 +187,7 @@ def run_case(folder: Path, case: dict[str, int], arguments: argparse.Namespace, 
 
 
 def compare(case: dict[str, int], found: dict[str, Any]) -> dict[str, Any]:
-    """Memory and time of each way, and the largest difference of a log-probability from the packed ones.
+    """Memory and time of each way, and the largest log-probability difference from the packed way.
 
     Raises:
         SystemExit: when a difference is too large.

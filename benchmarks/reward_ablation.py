@@ -1,7 +1,8 @@
-"""What does each reward do to accuracy, its controls, the length of the reasoning, and its agreement with the answer?
+"""What does each reward do to accuracy, controls, reasoning length and reasoning-answer agreement?
 
-The experiment is trained once for each set of rewards and each seed, in a folder of its own under `--runs`; what is told is
-read from the greedy answers at the end of each run. Killed at any moment, the same command goes on.
+The experiment is trained once for each set of rewards and each seed, in a folder of its own under
+`--runs`; what is told is read from the greedy answers at the end of each run. Killed at any moment,
+the same command goes on.
 """
 
 from __future__ import annotations

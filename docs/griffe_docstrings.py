@@ -9,7 +9,7 @@ from griffe import Class, Extension, Object
 
 
 class OurDocstrings(Extension):
-    """`Example:` is griffe's `Examples:`; the fields of a record are listed below it instead of one heading each."""
+    """`Example:` is griffe's `Examples:`; record fields are listed below it without headings."""
 
     def on_object(self, *, obj: Object, **_: Any) -> None:
         """Rename the section in the docstring of a module, class, function or attribute."""

@@ -1,4 +1,4 @@
-"""Generated pages: keys from the schema and the comments in conf/, metrics from their table, APIs from docstrings."""
+"""Generated pages: keys from schema and conf/, metrics from their table, APIs from docstrings."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def metrics() -> str:
 
 
 def configuration() -> str:
-    """Return a list of each group of files that sets keys of several sections, and a table of each section."""
+    """Return a list per group of files that sets keys of several sections, a table per section."""
     defaults, choices = _defaults(), _choices()
     sections: dict[str, list[str]] = {}
     for key, hint in _hints(RunConfig):
@@ -114,7 +114,7 @@ def _table(rows: list[str]) -> str:
 
 
 def _options(group: str) -> Iterator[str]:
-    """Yield a list of a group's files with their first comment; nothing for a section without a folder."""
+    """Yield a list of a group's files, with first comments; nothing for one without a folder."""
     files = sorted((CONF / group).glob("[!_]*.yaml")) if group else []
     for path in files:
         sign = "+" if group in ("experiment", "debug") else ""
@@ -135,7 +135,7 @@ def _leading_comments(lines: list[str]) -> list[str]:
 
 
 def explained(key: str) -> dict[str, str]:
-    """Return the comment above a key by its name, or, of a mapping such as reward.weights, those above its entries.
+    """Return the comment above a key by its name, or, of a mapping, those above its entries.
 
     Raises:
         ValueError: for a key without a comment.
@@ -176,7 +176,7 @@ def _joined(comments: list[str]) -> str:
 
 
 def _hints(cls: type[Any], where: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield each key with its annotation, in the order of the schema: keys of the run itself first."""
+    """Yield each key with its annotation, in schema order: keys of the run itself first."""
     hints = typing.get_type_hints(cls)
     for name in sorted(hints, key=lambda name: dataclasses.is_dataclass(hints[name])):
         if dataclasses.is_dataclass(hints[name]):

@@ -28,7 +28,7 @@ from rlmed.core.weights import EngineHandle, StoredWeights, WeightSender, Weight
 from rlmed.models.weights import gpu_name, make_buckets
 
 Build = Callable[[OnSkippedUpdate, Parallelism], PolicyLearner]
-"""Builds one rank's learner from a callback for skipped batches and the parallelism of its ranks."""
+"""Builds a rank's learner from a callback for skipped batches and the parallelism of its ranks."""
 MakeSender = Callable[[PolicyLearner], WeightSender]
 """Builds the sender of rank 0's weights."""
 
@@ -76,7 +76,7 @@ class LearnerActor:
         return self._learner.policy_version
 
     def step(self, groups: Sequence[TrainGroup]) -> tuple[dict[str, float], int, list[str]]:
-        """Take a step; return metrics, the new policy version, and the reasons for skipped updates."""
+        """Take a step; return metrics, new policy version, and the reasons for skipped updates."""
         self._skipped.clear()
         metrics = self._learner.step(groups)
         self._release_memory()
@@ -104,7 +104,7 @@ class LearnerActor:
         self._sender.connect(transport, engines, _call_engine, ray.util.get_node_ip_address())
 
     def send(self, version: int) -> None:
-        """See `rlmed.core.weights.WeightSender.send`; the other ranks take part in the gathering."""
+        """See `rlmed.core.weights.WeightSender.send`; the other ranks take part in gathering."""
         if self._sender is not None:
             self._sender.send(version)
         else:
@@ -187,19 +187,22 @@ class RayLearner:
         return self._version
 
     def step(self, groups: Sequence[TrainGroup]) -> dict[str, float]:
-        """See `rlmed.core.protocols.Learner.step`; the groups are sent once, whatever the number of ranks."""
+        """See `rlmed.core.protocols.Learner.step`; groups are sent once, however many ranks."""
         metrics, self._version, skipped = self._call("learn", "step", ray.put(list(groups)))[0]
         for reason in skipped:
             self._on_bad_step(groups, reason)
         return dict(metrics)
 
     def logprobs(self, requests: Sequence[ScoringRequest]) -> list[list[FloatArray]]:
-        """See `rlmed.core.protocols.Learner.logprobs`; the requests are sent once, whatever the number of ranks."""
+        """See `rlmed.core.protocols.Learner.logprobs`; requests are sent once for all ranks."""
         answers: list[list[FloatArray]] = self._call("score completions", "logprobs", ray.put(list(requests)))[0]
         return answers
 
     def push_weights(self, pool: RolloutPool) -> None:
-        """See `rlmed.core.protocols.Learner.push_weights`; weights go directly from rank 0's node to the workers'."""
+        """See `rlmed.core.protocols.Learner.push_weights`.
+
+        Weights go directly from rank 0's node to the workers'.
+        """
         if self._direct is None:
             stored = self._call("store its weights", "store_weights")[0]
             weights = WeightUpdate(lambda: stored)
@@ -210,7 +213,7 @@ class RayLearner:
         pool.update_weights(self._version, weights)
 
     def save(self, folder: Path) -> None:
-        """See `rlmed.core.protocols.Learner.save`; the folder must be on a disk that rank 0 shares."""
+        """See `rlmed.core.protocols.Learner.save`; the folder's disk must be shared with rank 0."""
         self._call("save", "save", folder.absolute())
 
     def load(self, folder: Path) -> None:
@@ -230,7 +233,9 @@ class RayLearner:
         each: Sequence[tuple[Any, ...]] | None = None,
         ranks: int | None = None,
     ) -> list[Any]:
-        """Call a method on all ranks (or the first `ranks`), with shared or per-rank (`each`) arguments; wait for all.
+        """Call a method on all ranks, or the first `ranks`, and wait for all.
+
+        Arguments are shared or per rank (`each`).
 
         Raises:
             LearnerError: if a rank is lost, raises, or does not answer in time.

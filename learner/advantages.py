@@ -80,7 +80,7 @@ def has_reward_variance(scored: ScoredGroup) -> bool:
 
 
 def has_learning_signal(scored: ScoredGroup, *, mask_truncated: bool) -> bool:
-    """Return whether a group contributes gradient: its rewards differ, and not all completions are masked."""
+    """Return whether a group gives gradient: rewards differ, and not all completions are masked."""
     masked = mask_truncated and all(entry.finish_reason == "length" for entry in scored.rollout.completions)
     return has_reward_variance(scored) and not masked
 
@@ -143,7 +143,7 @@ def group_advantages(
 
 
 class AdvantageEstimator:
-    """Computes the advantages of a step's groups; owns the running reward statistics used to normalize by modality.
+    """Computes advantages of a step's groups; owns the running reward statistics by modality.
 
     Example:
         >>> AdvantageEstimator("grpo").estimate([])
@@ -156,7 +156,7 @@ class AdvantageEstimator:
         self._running = RunningRewardStd()
 
     def estimate(self, batch: Sequence[ScoredGroup]) -> list[TrainGroup]:
-        """Return the groups with their advantages; the batch updates the running statistics first."""
+        """Return the groups with advantages; the batch updates the running statistics first."""
         rewards = [torch.from_numpy(scored.rewards) for scored in batch]
         if not self._by_modality:
             advantages = [group_advantages(values, self._estimator) for values in rewards]

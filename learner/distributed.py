@@ -59,13 +59,14 @@ class Parallelism(Protocol):
         ...
 
     def merge(self, loss: float, metrics: LossMetrics) -> tuple[float, LossMetrics]:
-        """Merge loss and metrics of an update over ranks; a non-finite loss on one makes it so on all."""
+        """Merge loss and metrics of an update over ranks; one non-finite loss makes all so."""
         ...
 
     def gather_full(self, value: Any, *, on_device: bool = False) -> Any:
-        """Gather a tensor, or all tensors in nested dicts and lists; only the first rank gets them, the others None.
+        """Gather a tensor, or all in nested dicts and lists; ranks other than the first get None.
 
-        They are on the CPU, or with `on_device` on their device; a single process leaves them where they are.
+        They are on the CPU, or with `on_device` on their device; a single process leaves them where
+        they are.
         """
         ...
 
@@ -119,11 +120,11 @@ class FSDP:
         self._device, self._mesh = device, DeviceMesh.from_group(group, device.type)
 
     def scorer(self, policy: Policy) -> RowScorer:
-        """See `Parallelism.scorer`; the policy must be on this rank's device and identical on all ranks."""
+        """See `Parallelism.scorer`; the policy must be on the rank's device, equal on all ranks."""
         return _ShardedScorer(policy, self._mesh)
 
     def micro_batches(self, items: Sequence[PackItem], token_budget: int) -> list[list[PackItem]]:
-        """See `Parallelism.micro_batches`; ranks with fewer micro-batches add an untrained filler."""
+        """See `Parallelism.micro_batches`; ranks with fewer of them add an untrained filler."""
         shares = [split_by_tokens(part, token_budget) for part in share_by_tokens(items, self.size)]
         count = max(map(len, shares))
         shortest = min(items, key=lambda item: item.tokens)
@@ -150,7 +151,7 @@ class FSDP:
         return float(rows[:, 0].sum()), merge_metrics(parts)
 
     def gather_full(self, value: Any, *, on_device: bool = False) -> Any:
-        """See `Parallelism.gather_full`; gathers one tensor at a time, so only the first rank holds more."""
+        """See `Parallelism.gather_full`; one tensor at a time, so only rank 0 holds more."""
         if isinstance(value, dict):
             return {key: self.gather_full(entry, on_device=on_device) for key, entry in value.items()}
         if isinstance(value, list):
@@ -263,7 +264,7 @@ class _ShardedScorer:
 
 
 class _Root(nn.Module):
-    """The policy from tokens to log-probabilities as one module; its parameters are gathered during its forward."""
+    """The policy, tokens to log-probabilities, as one module; its forward gathers parameters."""
 
     def __init__(self, policy: Policy) -> None:
         super().__init__()
@@ -283,10 +284,10 @@ class _Root(nn.Module):
             self._joins = False
 
     def _join(self, _: nn.Module, __: Any, embeddings: Tensor) -> Tensor:
-        """Add the trained parameters that a row without images does not use to the graph, as an image would.
+        """Add trained parameters that a row without images skips to the graph, as an image would.
 
-        At the embeddings, not at the end: the layers of a frozen decoder then still have a backward pass, in which all
-        ranks gather them.
+        At the embeddings, not at the end: the layers of a frozen decoder then still have a backward
+        pass, in which all ranks gather them.
         """
         if not self._joins:
             return embeddings
@@ -300,7 +301,7 @@ class _Root(nn.Module):
 
 
 class _Join(torch.autograd.Function):
-    """Returns `values` unchanged with `parameters` in its graph, so that their gradient is zero, not missing."""
+    """Returns `values` unchanged, with `parameters` in its graph: zero gradients, not missing."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, *parameters: Tensor) -> Tensor:

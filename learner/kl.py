@@ -22,13 +22,16 @@ import torch
 from torch import Tensor
 
 MAX_LOG_RATIO = 20.0
-"""Upper bound of d in k3. exp(d) overflows float32 from d = 88.8 on, and one such token would make the whole step
-non-finite. Training recovers from no penalty of exp(20) = 4.9e8, so the bound changes no healthy run. Above it the
-gradient is 0. No lower bound is needed: exp(d) only goes to 0, and k3 to -1 - d."""
+"""Upper bound of d in k3; exp(d) overflows float32 from d = 88.8 on.
+
+One such token would make the whole step non-finite. Training recovers from no penalty of exp(20) =
+4.9e8, so the bound changes no healthy run. Above it the gradient is 0. No lower bound is needed:
+exp(d) only goes to 0, and k3 to -1 - d.
+"""
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
-    """Estimate KL(policy || reference) per token by the formula `estimator` of the module docstring.
+    """Estimate KL(policy || reference) per token by formula `estimator` of the module docstring.
 
     Args:
         logprobs: float32 [N] of the policy; gradients flow to it.
@@ -76,6 +79,6 @@ def mismatch_kl(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) ->
 
 
 def _k3(log_ratio: Tensor) -> Tensor:
-    """Return exp(d) - 1 - d with d bounded; near d = 0 the plain form loses all float32 digits, hence expm1."""
+    """Return exp(d) - 1 - d with d bounded; by expm1, which keeps float32 digits near d = 0."""
     bounded = log_ratio.clamp(max=MAX_LOG_RATIO)
     return torch.expm1(bounded) - bounded

@@ -1,4 +1,4 @@
-"""Train on groups: pack, reference and old log-probabilities, loss by micro-batches, clip, AdamW."""
+"""Train on groups: pack, reference and old log-probabilities, loss by micro-batch, clip, AdamW."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class _MicroBatch:
     batch: PackedBatch
     ref_logprobs: Tensor | None = None
     old_logprobs: Tensor | None = None
-    """None: use the first update's own log-probabilities, the same numbers without another forward pass."""
+    """None: use the first update's log-probabilities, the same without another forward pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +138,7 @@ class PolicyLearner:
         }
 
     def logprobs(self, requests: Sequence[ScoringRequest]) -> list[list[FloatArray]]:
-        """See `rlmed.core.protocols.Learner.logprobs`; collective, with every rank computing everything."""
+        """See `rlmed.core.protocols.Learner.logprobs`; collective, every rank computes all."""
         return completion_logprobs(
             self.policy,
             requests,
@@ -183,7 +183,7 @@ class PolicyLearner:
         return PackItem(group.rollout.prompt, sequences)
 
     def _prepare_mini_batch(self, items: Sequence[PackItem]) -> _MiniBatch:
-        """Build this rank's share of a mini-batch, with the log-probabilities that stay fixed during the step."""
+        """Build this rank's share of a mini-batch, with log-probabilities fixed during the step."""
         trained = [len(entry.completion.token_ids) * entry.trained for item in items for entry in item.sequences]
         micro_batches = [
             _MicroBatch(pack(part, self.policy))
@@ -226,7 +226,7 @@ class PolicyLearner:
         return total, merge_metrics(parts)
 
     def _apply(self, loss: float, groups: Sequence[TrainGroup]) -> float:
-        """Update the weights, or skip the mini-batch if loss or gradient is not finite; return the gradient norm."""
+        """Update the weights unless loss or gradient is not finite; return the gradient norm."""
         norm = math.nan
         if math.isfinite(loss):
             norm = self.optimizer.step()

@@ -23,10 +23,10 @@ def completion_logprobs(
     token_budget: int,
     frozen: Callable[[PackedBatch], torch.Tensor] | None = None,
 ) -> list[list[FloatArray]]:
-    """Compute the log-probability of every token of every completion, at temperature 1 and without gradient.
+    """Compute each completion token's log-probability, at temperature 1 and without gradient.
 
-    The completions of a prompt share its computation, as in learning; put a long prefix that many completions share
-    into the prompt's `token_ids`.
+    The completions of a prompt share its computation, as in learning; put a long prefix that many
+    completions share into the prompt's `token_ids`.
 
     Args:
         policy: supplies positions, device and, unless `frozen` is given, the weights.

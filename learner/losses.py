@@ -66,10 +66,10 @@ class LossDenominators:
 
 
 def count_denominators(trained_tokens: Iterable[int], max_tokens: int) -> LossDenominators:
-    """Count a step's denominators from the trained tokens (True in the loss mask) of each completion.
+    """Count a step's denominators from each completion's trained tokens (True in the loss mask).
 
-    Completions without a trained token do not count, so a fully masked filler changes nothing. Denominators of several
-    ranks add up in `tokens` and `sequences`.
+    Completions without a trained token do not count, so a fully masked filler changes nothing.
+    Denominators of several ranks add up in `tokens` and `sequences`.
     """
     counts = [count for count in trained_tokens if count > 0]
     return LossDenominators(tokens=float(sum(counts)), sequences=float(len(counts)), max_tokens=max_tokens)
@@ -86,32 +86,36 @@ def policy_loss(
     denominators: LossDenominators,
     config: LossConfig,
 ) -> tuple[Tensor, LossMetrics]:
-    """Compute a micro-batch's share of its optimizer step's loss (formulas in the module docstring).
+    """Compute a micro-batch's share of its optimizer step's loss (formulas: module docstring).
 
-    Shares and their gradients add up to those of the whole step, however it is split, as long as no completion is cut in
-    two. Ranks that average gradients must multiply by the number of ranks.
+    Shares and their gradients add up to those of the whole step, however it is split, as long as no
+    completion is cut in two. Ranks that average gradients must multiply by the number of ranks.
 
     Args:
-        logprobs: float32 [N], log-probabilities of the micro-batch's completion tokens, concatenated (or in any order);
-            the only input that may require gradients.
-        old_logprobs: float32 [N], the ratio's denominator: by the learner before the step, or the rollout's.
+        logprobs: float32 [N], log-probabilities of the micro-batch's completion tokens,
+            concatenated (or in any order); the only input that may require gradients.
+        old_logprobs: float32 [N], the ratio's denominator: by the learner before the step, or the
+            rollout's.
         rollout_logprobs: float32 [N], by the engine that sampled.
         ref_logprobs: float32 [N], by the frozen reference; may be None if `kl_coef` is 0.
         advantages: float32 [S], one per completion.
         sequence_ids: int64 [N] in 0..S-1, the completion of each token.
-        loss_mask: bool [N], True where a token is trained. Other tokens have no influence, whatever their values.
+        loss_mask: bool [N], True where a token is trained. Other tokens have no influence, whatever
+            their values.
         denominators: counted over the whole optimizer step.
         config: the settings.
 
     Returns:
-        The loss, float32 [], and metrics over the trained tokens: `ratio`, `ratio_max`, `clip_fraction_low`,
-        `clip_fraction_high` (tokens whose gradient the clip cuts off; for cispo, whose weight it changes), with
-        clip="dual" `clip_fraction_dual`, `mismatch_kl`, and `kl` with a reference. The loss is NaN if a trained token has
-        a non-finite input, even one that a clip or clamp would hide.
+        The loss, float32 [], and metrics over the trained tokens: `ratio`, `ratio_max`,
+        `clip_fraction_low`, `clip_fraction_high` (tokens whose gradient the clip cuts off; for
+        cispo, whose weight it changes), with clip="dual" `clip_fraction_dual`, `mismatch_kl`, and
+        `kl` with a reference. The loss is NaN if a trained token has a non-finite input, even one
+        that a clip or clamp would hide.
 
     Raises:
-        ValueError: for mismatched shapes, half-precision log-probabilities, an input with gradients that must not have
-            any, `kl_coef` without reference, or zero denominators although tokens are trained.
+        ValueError: for mismatched shapes, half-precision log-probabilities, an input with gradients
+            that must not have any, `kl_coef` without reference, or zero denominators although
+            tokens are trained.
     """
     frozen = {"old_logprobs": old_logprobs, "rollout_logprobs": rollout_logprobs}
     if ref_logprobs is not None:
@@ -137,7 +141,7 @@ def _loss_of_trained(
     denominators: LossDenominators,
     config: LossConfig,
 ) -> tuple[Tensor, LossMetrics]:
-    """Return loss and metrics, see `policy_loss`, from trained tokens [N] only and the advantage of each completion [S]."""
+    """Return loss and metrics of trained tokens [N] only and advantages [S]; see `policy_loss`."""
     old, rollout = frozen["old_logprobs"], frozen["rollout_logprobs"]
     advantage = advantages[ids]
     lengths = torch.zeros_like(advantages).index_add(0, ids, torch.ones_like(advantage))  # |o_i|
@@ -180,7 +184,7 @@ def _surrogate(logprobs: Tensor, ratio: Tensor, advantages: Tensor, config: Loss
 
 
 def _token_denominators(lengths: Tensor, denominators: LossDenominators, aggregation: str) -> Tensor:
-    """Return each token's divisor, [N]; `lengths` [N] are the trained tokens of each token's completion."""
+    """Return each token's divisor, [N]; `lengths` [N] are the trained tokens of its completion."""
     if lengths.numel() and min(denominators.tokens, denominators.sequences, denominators.max_tokens) <= 0:
         raise ValueError(
             f"{denominators} for a micro-batch with {lengths.numel()} trained tokens: count the denominators over all "

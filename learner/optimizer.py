@@ -89,7 +89,7 @@ class Optimizer:
         return self._config.lr * factor
 
     def accumulate(self) -> None:
-        """Move the gradients of a backward pass into the float32 accumulators; call after each micro-batch."""
+        """Move a backward pass's gradients to float32 accumulators; call after each micro-batch."""
         for pair in self._pairs:
             if pair.master is pair.parameter or pair.parameter.grad is None:
                 continue
@@ -128,7 +128,7 @@ class Optimizer:
         self.skipped_steps += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything but the policy's own parameters; with several ranks, tensors are shards."""
+        """Return all but the policy's own parameters; with several ranks, tensors are shards."""
         masters = {pair.name: pair.master for pair in self._pairs if pair.master is not pair.parameter}
         return {
             "parameters": [pair.name for pair in self._pairs],

@@ -21,7 +21,7 @@ class TrainSequence:
     completion: Completion
     advantage: float
     trained: bool = True
-    """False excludes the completion from the loss, for example one truncated at the length limit."""
+    """False excludes the completion from the loss, as when it is truncated at the length limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +192,7 @@ def pack(
 
 
 def packed_logprobs(policy: Policy, batch: PackedBatch, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return float32 [M] log-probabilities of the batch's targets (differentiable) and [M] entropies."""
+    """Return float32 [M] log-probabilities of the targets (differentiable) and [M] entropies."""
     return policy.logprobs(_predicting(policy, batch), batch.targets, temperature)
 
 

@@ -16,7 +16,7 @@ from rlmed.models.policy import Policy
 
 
 def written_item(prompt: Prompt, *completions: IntArray) -> PackItem:
-    """Build an item from a prompt and completions (int64 [T] each) that were written, not sampled."""
+    """Build an item from a prompt and written, not sampled, completions (int64 [T] each)."""
     blanks = [np.zeros(len(token_ids), dtype=np.float32) for token_ids in completions]
     return PackItem(
         prompt,

@@ -1,4 +1,4 @@
-"""Choose the transport of a weight push, and keep learner rank 0 connected with the engines; see `rlmed.core.weights`."""
+"""Choose a push's transport, and keep rank 0 connected with engines; see `rlmed.core.weights`."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ NEEDS = {
 
 
 def choose_transport(setting: str, learner: str, engines: Sequence[EngineHandle]) -> str:
-    """Choose the transport from learner rank 0, on the GPU `learner` ("" without one), to the engines.
+    """Choose the transport from learner rank 0, on GPU `learner` ("" without one), to the engines.
 
-    With `cluster.weight_transfer=auto`, "ipc" if all engines run on rank 0's GPU; "nccl" if none does and no two share a
-    GPU, since an NCCL group may contain a GPU only once; else "object_store".
+    With `cluster.weight_transfer=auto`, "ipc" if all engines run on rank 0's GPU; "nccl" if none
+    does and no two share a GPU, since an NCCL group may contain a GPU only once; else
+    "object_store".
 
     Raises:
         ConfigError: if the setting names a transport that these devices do not allow.
@@ -69,7 +70,7 @@ class DirectPush:
         connect: Callable[[str, Sequence[EngineHandle]], Any],
         send: Callable[[int], Any],
     ) -> None:
-        """Start unconnected: `connect` and `send` call `WeightSender` of rank 0, which runs on the GPU `device`."""
+        """Start unconnected; `connect` and `send` call rank 0's `WeightSender`, on GPU `device`."""
         self._setting, self._device, self._connect, self._send = setting, device, connect, send
         self._connected: tuple[Any, ...] = ()
         self._failed: tuple[Any, ...] = ()

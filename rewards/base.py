@@ -16,7 +16,13 @@ GroupReward = Callable[[RolloutGroup], FloatArray]
 """Scores the completions of a group together: finite float32 [G], in their order."""
 
 Likelihood = Callable[[Sequence[tuple[Prompt, Sequence[IntArray]]]], list[list[FloatArray]]]
-"""Returns the policy's log-probabilities of given completions; see `rlmed.core.protocols.Learner.logprobs`."""
+"""Returns the policy's log-probabilities of given completions.
+
+See `rlmed.core.protocols.Learner.logprobs`.
+"""
 
 SplitCommonPrefix = Callable[[Sequence[str]], tuple[IntArray, list[IntArray]]]
-"""Splits texts into their shared prefix tokens and the rest of each; see `PromptRenderer.split_common_prefix`."""
+"""Splits texts into their shared prefix tokens and the rest of each.
+
+See `PromptRenderer.split_common_prefix`.
+"""

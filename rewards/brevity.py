@@ -6,7 +6,7 @@ from rewards.parsing import reasoning_text, words
 from rlmed.core.types import Completion, Example
 
 FULL_WORDS, NO_WORDS = 120, 360
-"""Brevity is 1 up to the first count of words and 0 from the second: about 160 and 480 of MedVLM-R1's 512 tokens."""
+"""Words up to which brevity is 1, from which 0: about 160 and 480 of MedVLM-R1's 512 tokens."""
 
 
 def brevity_reward(example: Example, completion: Completion) -> float:

@@ -7,9 +7,10 @@ from rlmed.core.types import Completion, Example
 
 
 def choice_reward(example: Example, completion: Completion) -> float:
-    """Return 1 for the correct letter alone in the answer tags, 0.5 for it among other text, else 0.
+    """Return 1 for the correct letter alone in the answer tags, 0.5 among other text, else 0.
 
-    Exactly one letter may occur, counted in the upper-cased text: "B) liver" holds B, I and E and earns nothing.
+    Exactly one letter may occur, counted in the upper-cased text: "B) liver" holds B, I and E and
+    earns nothing.
 
     Example:
         >>> import numpy as np

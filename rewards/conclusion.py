@@ -32,18 +32,18 @@ _NEGATED_AFTER = re.compile(
     re.IGNORECASE,
 )
 _NEGATION = re.compile(r"not?|none|never", re.IGNORECASE)
-"""Options that count only where no word follows: "no" is an answer in "no." but not in "no lesion"."""
+"""Options that count only if no word follows: "no" is an answer in "no." but not in "no lesion"."""
 _MARKUP = re.compile(r"\*\*|`")
 """Markdown's marks for bold and code."""
 _SAME = re.compile(r"[\s:.,()*\"'=–-]{0,8}")
 """What may stand between a letter and the text of its option."""
 _LISTED = re.compile(r"\s?,?\s?(?:(or|nor|and)\s)?(?:(?:the|an?)\s)?", re.IGNORECASE)
-"""Separators of a list of options; "or", "nor" or "and" introduces the last item, unless another one follows."""
+"""Separators in lists of options; "or", "nor" or "and" opens the last item unless more follow."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Mention:
-    """An option's text, its letter, or both side by side, in characters `start` to `stop` (exclusive)."""
+    """An option's text, letter, or both side by side: characters `start` to `stop` (exclusive)."""
 
     option: int
     start: int

@@ -17,7 +17,7 @@ class DeadlineError(Exception):
 
 
 class _Alarm(BaseException):
-    """Not an `Exception`, so that the called function cannot catch it as an error of its own and continue."""
+    """Not an `Exception`, so that the called function cannot catch it as its own and continue."""
 
 
 def call_within(seconds: float, function: Callable[[], Result]) -> Result:

@@ -18,7 +18,7 @@ _SHOWN = 200
 
 
 class RewardError(RuntimeError):
-    """A user's reward function misbehaved; the message names the function, example and completion."""
+    """A user's reward function misbehaved; the message names function, example and completion."""
 
 
 class RewardTimeoutError(RewardError):
@@ -55,9 +55,10 @@ def load_reward(path: str) -> Reward:
 
 
 def guarded(path: str, function: Reward, timeout_s: float) -> Reward:
-    """Wrap a reward so that it fails with a `RewardError` when it raises, hangs, or returns no finite number.
+    """Wrap a reward to fail with a `RewardError` if it raises, hangs, or returns no finite number.
 
-    After one call that exceeds `timeout_s` seconds the function is never called again, so at most one thread hangs.
+    After one call that exceeds `timeout_s` seconds the function is never called again, so at most
+    one thread hangs.
     """
     hung = False
 

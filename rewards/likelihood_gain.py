@@ -15,23 +15,27 @@ from rlmed.core.types import LETTERS, FloatArray, Prompt, RolloutGroup
 
 
 def likelihood_gain(likelihood: Likelihood, split_common_prefix: SplitCommonPrefix) -> GroupReward:
-    """Return a reward: how much likelier the reasoning makes the correct option, float32 [G] in [-1, 1].
+    """Reward how much likelier the reasoning makes the correct option; float32 [G] in [-1, 1].
 
     Let l(o | r) be the policy's log-likelihood of the letter of option o after
-    `<think>r</think>\\n<answer>`, p(o | r) = softmax over the n options of l(o | r), and reasoning r:
+    `<think>r</think>\\n<answer>`, p(o | r) = softmax over the n options of l(o | r), and reasoning
+    r:
 
         gain = (log p(correct | r) - log p(correct | "")) / log n, clipped to [-1, 1]
 
-    1 means from chance to certainty. Empty reasoning earns 0, as does a completion that breaks the format. The softmax
-    runs over the options only; otherwise reasoning would be paid for making any letter likelier than other words.
+    1 means from chance to certainty. Empty reasoning earns 0, as does a completion that breaks the
+    format. The softmax runs over the options only; otherwise reasoning would be paid for making any
+    letter likelier than other words.
 
-    The policy is the learner's current one, at temperature 1; with `algo.max_staleness` above 0 it may be newer than
-    the one that wrote the reasoning. The text is retokenized, which may not reproduce the sampled tokens.
+    The policy is the learner's current one, at temperature 1; with `algo.max_staleness` above 0 it
+    may be newer than the one that wrote the reasoning. The text is retokenized, which may not
+    reproduce the sampled tokens.
 
-    All texts of a group share one prompt, computed once with its image; in return, each of a completion's n letters
-    repeats the reasoning. Sharing the reasoning instead would take a prompt, and a pass of the vision tower, per
-    completion: with Qwen2-VL-2B a visual token costs as much as three text tokens, so for four options that costs more
-    unless reasoning is much longer than MedVLM-R1's.
+    All texts of a group share one prompt, computed once with its image; in return, each of a
+    completion's n letters repeats the reasoning. Sharing the reasoning instead would take a prompt,
+    and a pass of the vision tower, per completion: with Qwen2-VL-2B a visual token costs as much as
+    three text tokens, so for four options that costs more unless reasoning is much longer than
+    MedVLM-R1's.
     """
 
     def reward(group: RolloutGroup) -> FloatArray:
@@ -52,7 +56,7 @@ def likelihood_gain(likelihood: Likelihood, split_common_prefix: SplitCommonPref
 def option_logprobs(
     prompt: Prompt, reasonings: Sequence[str], likelihood: Likelihood, split_common_prefix: SplitCommonPrefix
 ) -> npt.NDArray[np.float64]:
-    """Return log p(option | prompt, reasoning), normalized over the options; float64 [reasonings, options].
+    """Return log p(option | prompt, reasoning), normalized by row; float64 [reasonings, options].
 
     Only the tokens after the prefix shared by the texts of all letters count.
     """

@@ -19,10 +19,11 @@ _EVALUATED = re.compile(r"<answer>\s*([A-Z])\s*</answer>")
 
 
 def has_format(text: str) -> bool:
-    r"""Return whether the whole text is reasoning in think tags followed by an answer in answer tags.
+    r"""Return whether the whole text is reasoning in think tags, then an answer in answer tags.
 
-    Equivalent to a full match of `<think>.*?</think>\s*<answer>.*?</answer>`, the dot matching newlines (MedVLM-R1,
-    arXiv 2502.19634): `.*?` takes anything and no tags can overlap, so checking both ends and one middle is enough.
+    Equivalent to a full match of `<think>.*?</think>\s*<answer>.*?</answer>`, the dot matching
+    newlines (MedVLM-R1, arXiv 2502.19634): `.*?` takes anything and no tags can overlap, so
+    checking both ends and one middle is enough.
 
     Example:
         >>> has_format("<think>dark</think> <answer>B</answer>"), has_format("dark, so B")
@@ -34,7 +35,7 @@ def has_format(text: str) -> bool:
 
 
 def has_answer_format(text: str) -> bool:
-    """Return whether the whole text is one answer in answer tags, ignoring white space and empty reasoning before it.
+    """Return whether the whole text is one tagged answer, ignoring white space and empty reasoning.
 
     Chat templates that switch reasoning off write empty reasoning, or its closing tag alone.
     """
@@ -46,7 +47,7 @@ def has_answer_format(text: str) -> bool:
 
 
 def reasoning_text(text: str) -> str | None:
-    """Return the text between the opening think tag and the first closing one followed by an answer, stripped.
+    """Return the stripped text from opening think tag to the first closing one before an answer.
 
     None if the text breaks the format, since where the reasoning ends is then unknown.
 
@@ -89,7 +90,7 @@ def option_letters(answer: str) -> list[str]:
 
 
 def evaluated_letter(text: str) -> str | None:
-    """Return the letter that evaluation counts: alone in the first answer tags that hold a single capital letter.
+    """Return the letter that evaluation counts: of the first answer tags with one capital alone.
 
     Example:
         >>> evaluated_letter("<answer> B </answer>"), evaluated_letter("<answer>b</answer>")

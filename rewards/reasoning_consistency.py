@@ -11,10 +11,11 @@ UNDECIDED = 0.5
 
 
 def reasoning_consistency_reward(example: Example, completion: Completion) -> float:
-    """Return 1 if the reasoning argues for the answered option, 0 if for another, `UNDECIDED` if for none.
+    """Return 1 if the reasoning argues for the answered option, 0 if for another, else `UNDECIDED`.
 
-    Also 0 for a broken format, for an answer without exactly one letter (read as the choice reward reads it), and for
-    empty reasoning, which would otherwise earn half of the reward for free. Ignores the correct answer.
+    Also 0 for a broken format, for an answer without exactly one letter (read as the choice reward
+    reads it), and for empty reasoning, which would otherwise earn half of the reward for free.
+    Ignores the correct answer.
     """
     reasoning, answer = reasoning_text(completion.text), answer_text(completion.text)
     letters = option_letters(answer) if answer is not None else []

@@ -9,9 +9,10 @@ NGRAM = 3
 
 
 def repetition_reward(example: Example, completion: Completion) -> float:
-    """Return 1 minus the share of repeated word trigrams in the reasoning: distinct trigrams divided by all trigrams.
+    """Return 1 minus the share of repeated word trigrams in the reasoning: distinct ones over all.
 
-    One or two words repeat nothing and earn 1. Empty reasoning earns 0, as does a completion that breaks the format.
+    One or two words repeat nothing and earn 1. Empty reasoning earns 0, as does a completion that
+    breaks the format.
     """
     found = words(reasoning_text(completion.text) or "")
     if len(found) < NGRAM:

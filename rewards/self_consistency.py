@@ -11,10 +11,11 @@ from rlmed.core.types import LETTERS, FloatArray, RolloutGroup
 
 
 def self_consistency_reward(group: RolloutGroup) -> FloatArray:
-    """Return the share of the group's other completions that give the same letter; float32 [G], between 0 and 1.
+    """Return the share of the group's other completions with the same letter; float32 [G], 0 to 1.
 
-    The letter is the one that evaluation counts. A completion without one, or with a letter of no option, earns 0.
-    Ignores the correct answer (a soft majority vote, as in test-time reinforcement learning, arXiv 2504.16084).
+    The letter is the one that evaluation counts. A completion without one, or with a letter of no
+    option, earns 0. Ignores the correct answer (a soft majority vote, as in test-time reinforcement
+    learning, arXiv 2504.16084).
     """
     possible = LETTERS[: len(group.prompt.example.options)]
     letters = [evaluated_letter(completion.text) or "" for completion in group.completions]

@@ -1,1 +1,1 @@
-"""Reinforcement learning that teaches small vision-language models to reason about radiology images."""
+"""Reinforcement learning for small vision-language models that reason about radiology images."""

@@ -21,7 +21,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Run the command named by the first argument; without one, list the commands; print the version for `--version`."""
+    """Run the command that the first argument names, list all without one, or print `--version`."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in COMMANDS:
         sys.argv[:2] = [f"rlmed {name}"]

@@ -1,4 +1,4 @@
-"""Ask a model one question about an image: `python -m rlmed.ask image.png "question" --options a b c d --model DIR`."""
+"""Ask about an image: `python -m rlmed.ask image.png "question" --options a b c d --model DIR`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shared by the commands: turn a command line into a configuration and a run folder, and errors into exit codes."""
+"""For all commands: turn arguments into configuration and run folder, errors into exit codes."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _check_used(program: str) -> None:
 
 
 def newest_run(folder: Path) -> Path | None:
-    """Return the run that `resume=auto` resumes: the sibling of `folder` with the newest checkpoint.
+    """Return the run that `resume=auto` resumes: `folder`'s sibling with the newest checkpoint.
 
     Names on stdout each run that began later but has no checkpoint: it cannot be resumed.
     """
@@ -86,9 +86,10 @@ def newest_run(folder: Path) -> Path | None:
 
 
 def run_command(program: str, main: Callable[[RunConfig, Path], None]) -> None:
-    """Compose the configuration from the command line and call `main(config, run_folder)` with the folder locked.
+    """Compose the command line's configuration; call `main(config, run_folder)`, the folder locked.
 
-    User errors exit with one line and status 2, lost processes with status 3; RLMED_TRACE=1 shows tracebacks.
+    User errors exit with one line and status 2, lost processes with status 3; RLMED_TRACE=1 shows
+    tracebacks.
     """
     keep_display()
     disable_progress_bar()  # rlmed has its own
@@ -179,7 +180,7 @@ def _ending_errors(program: str) -> Iterator[None]:
 
 
 def _parse_flags(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse overrides and Hydra's flags; `shown` lists the flags that print something instead of running.
+    """Parse overrides and Hydra's flags; `shown` lists flags that print instead of running.
 
     Raises:
         ValueError: for an unknown or unsupported flag.

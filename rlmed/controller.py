@@ -1,4 +1,4 @@
-"""The training loop, the same for every deployment: wait for a batch of groups, learn from it, push the weights.
+"""The training loop of any deployment: wait for a batch of groups, learn from it, push the weights.
 
 | who | waits for | does not wait for |
 | --- | --- | --- |

@@ -1,8 +1,9 @@
-"""Measure the accuracy of any model folder, with controls: `python -m rlmed.evaluate model=DIR data=FILE.jsonl`.
+"""Measure a model's accuracy, with controls: `python -m rlmed.evaluate model=DIR data=FILE.jsonl`.
 
-`data=phantom` evaluates on the generated images, `data=[a.jsonl,b.jsonl]` on several files; `data.train=FILE` fits the
-image-free prior; `compare_to=RUN/evaluations/step-000000` adds McNemar's test against an earlier evaluation of the same
-rows; `rlmed.reliability` adds calibration, pass@k, option order and reliance on the picture.
+`data=phantom` evaluates on the generated images, `data=[a.jsonl,b.jsonl]` on several files;
+`data.train=FILE` fits the image-free prior; `compare_to=RUN/evaluations/step-000000` adds McNemar's
+test against an earlier evaluation of the same rows; `rlmed.reliability` adds calibration, pass@k,
+option order and reliance on the picture.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Train a policy by reinforcement learning and report the result: `python -m rlmed.launch +experiment=medvqa_600`."""
+"""Train a policy by RL and report the result: `python -m rlmed.launch +experiment=medvqa_600`."""
 
 from __future__ import annotations
 

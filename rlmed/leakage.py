@@ -1,4 +1,4 @@
-"""Find test rows in the training data: `python -m rlmed.leakage --train x.jsonl --test a.jsonl b.jsonl`."""
+"""Find leaked test rows: `python -m rlmed.leakage --train x.jsonl --test a.jsonl b.jsonl`."""
 
 from __future__ import annotations
 

@@ -121,7 +121,8 @@ def _random_model(config: Qwen2VLConfig, device: torch.device) -> Qwen2VLForCond
             parameter.normal_(std=0.02)
     text = config.text_config
     width = text.hidden_size // text.num_attention_heads
-    # the slowest channel turns by less than 0.01 in 8,000 positions: its product is the same for all
+    # the slowest channel turns by less than 0.01 in 8,000 positions: its product is the same for
+    # all
     slowest = width // 2 - 1
     bias = (-COMMON_LOGIT * width**0.5) ** 0.5
     for layer in model.model.language_model.layers:

@@ -1,4 +1,4 @@
-"""Build pool and learner: `cluster=local` in this process with shared parameters, `cluster=ray` in actors."""
+"""Build pool and learner: `cluster=local` here with shared parameters, `cluster=ray` in actors."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def build_learner(
     policy: Policy | None = None,
     checkpoint: Path | None = None,
 ) -> PolicyLearner:
-    """Build the learner in this process, on `policy` or that in `checkpoint`; the reference is always `config.model`.
+    """Build the learner here, on `policy` or `checkpoint`'s; the reference is `config.model`.
 
     `parallelism` is that of the learner ranks that it belongs to; None for a single process.
     """
@@ -150,7 +150,7 @@ def build_learner(
 
 
 def build_engine(config: RunConfig) -> Engine:
-    """Build a rollout worker's engine with its own model: the run's base, until weights are pushed."""
+    """Build a rollout worker's engine with its own model: the run's base until a weight push."""
     if config.rollout.engine == "vllm":
         return _build_vllm(config)
     renderer = make_renderer(config.model, config.data, config.prompt)
@@ -263,7 +263,7 @@ def _start_workers(config: RunConfig, options: Sequence[dict[str, Any]]) -> Work
 
 
 def engines_sleep(config: RunConfig, *, cuda: bool) -> bool:
-    """Return True if engines release GPU memory during learning: as set, else if they share the learner's GPU.
+    """Return whether engines free GPU memory during learning: as set, else if on the learner's GPU.
 
     Always False without a learner (debug.learn=false): only new weights wake them.
 
@@ -306,7 +306,7 @@ def _start_learner(
 
 
 def _for_process(config: RunConfig, processes: int) -> RunConfig:
-    """Adapt the configuration to one of several processes, which may have another working folder."""
+    """Adapt the configuration to one of several processes, whose working folder may differ."""
     threads = config.cluster.threads or max(1, usable_cores() // processes)
     path = config.model.path
     if not path.startswith(EMBEDDED) and Path(path).is_dir():

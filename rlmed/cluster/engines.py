@@ -1,4 +1,4 @@
-"""Build policies, renderers and local engines from their sections of a configuration, in any process."""
+"""Build policies, renderers and local engines from their configuration sections, in any process."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ log = logging.getLogger(__name__)
 MEMORY_SHARE = 0.8
 """Share of its worker's GPU memory that a vLLM engine takes."""
 SLOW_BFLOAT16 = 0.5
-"""Fraction of float32's speed below which bfloat16 does not pay off on a CPU: memory is not the bottleneck there."""
+"""On a CPU, bfloat16 below this share of float32's speed does not pay: memory is no bottleneck."""
 
 
 def settle_model(model: ModelConfig, *, engines: int, resumed: Path | None = None) -> ModelConfig:
-    """Decide `model.dtype` and `model.onednn` by CPU probes, for all processes; `model` is unchanged on a GPU.
+    """Decide `model.dtype` and `model.onednn` by CPU probes, for all processes; no change on a GPU.
 
     `engines` counts those that hold packed weights on one machine (`engines_that_pack`).
 
-    A run resumed in the folder `resumed` keeps its dtype and, on the same processor and torch, its use of oneDNN:
-    another choice would round differently.
+    A run resumed in the folder `resumed` keeps its dtype and, on the same processor and torch, its
+    use of oneDNN: another choice would round differently.
     """
     if resolve_device(model).type != "cpu":
         if model.onednn is not None:
@@ -58,7 +58,10 @@ def settle_model(model: ModelConfig, *, engines: int, resumed: Path | None = Non
 
 
 def _settled_dtype(model: ModelConfig, earlier: str | None) -> str:
-    """Return `model.dtype`, or float32 if bfloat16 is slow on this CPU; a resumed run's dtype, `earlier`, is kept."""
+    """Return `model.dtype`, or float32 if bfloat16 is slow on this CPU.
+
+    A resumed run's dtype, `earlier`, is kept.
+    """
     dtype = earlier or resolve_dtype(model)
     if dtype != "bfloat16" or (speed := bfloat16_speed()) >= SLOW_BFLOAT16:
         return dtype
@@ -71,10 +74,11 @@ def _settled_dtype(model: ModelConfig, earlier: str | None) -> str:
 
 
 def open_model(folder: Path) -> tuple[PreTrainedTokenizerBase, Qwen2VLImageProcessorPil | None]:
-    """Load a model's tokenizer and image processor, checking that its files agree; doubts are logged.
+    """Load a model's tokenizer and image processor; check that its files agree, and log doubts.
 
     Raises:
-        ValueError: if the model is not found, or its files are damaged or belong to different models.
+        ValueError: if the model is not found, or its files are damaged or belong to different
+            models.
     """
     config = load_config(folder)  # first: its error for a missing model says what to do
     tokenizer, image_processor = load_processor(folder)
@@ -131,7 +135,10 @@ def _warn_of_vision_settings(model: ModelConfig, freeze: Sequence[str]) -> None:
 
 
 def build_policy(model: ModelConfig, folder: Path, *, threads: int | None) -> Policy:
-    """Load the policy in `folder` on the run's device, in its dtype; `threads` of torch, None for as many as it has."""
+    """Load the policy in `folder` on the run's device, in its dtype.
+
+    `threads` of torch, None for as many as it has.
+    """
     if threads:
         torch.set_num_threads(threads)
     device = resolve_device(model)
@@ -163,7 +170,7 @@ def shares_gpus(cluster: ClusterConfig) -> bool:
 
 
 def memory_share(rollout: RolloutConfig, cluster: ClusterConfig) -> float:
-    """Return the share of GPU memory for a vLLM engine: as set, else most of its worker's share of the GPU."""
+    """Return a vLLM engine's share of GPU memory: as set, else most of its worker's share."""
     if rollout.gpu_memory_utilization is not None:
         return rollout.gpu_memory_utilization
     whole = cluster.gpus_per_worker if shares_gpus(cluster) else 1.0
@@ -172,7 +179,7 @@ def memory_share(rollout: RolloutConfig, cluster: ClusterConfig) -> float:
 
 
 def build_sender(learner: PolicyLearner, *, limit_s: float) -> WeightSender:
-    """Build the sender of weights from learner rank 0 to vLLM engines, GPU to GPU; `limit_s` bounds each call."""
+    """Build the GPU-to-GPU weight sender, rank 0 to vLLM engines; `limit_s` bounds each call."""
     from rollout.vllm_backend.environment import import_vllm
 
     import_vllm()  # prepares the process, before the next import

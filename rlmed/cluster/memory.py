@@ -22,7 +22,7 @@ class MemoryEstimate:
     weights: int
     reference: int
     optimizer: int
-    """Both AdamW moments, gradients, and float32 master weights if the policy has lower precision."""
+    """Both AdamW moments, gradients, and float32 master weights if the policy is less precise."""
     kv_cache: int
     """Upper bound: every slot filled with the longest prompt and completion."""
     pictures: int
@@ -50,9 +50,10 @@ class MemoryEstimate:
 
 
 def engines_that_pack(cluster: ClusterConfig, *, max_staleness: int) -> int:
-    """Return how many engines hold packed weights on one machine: one per worker, or the one in the learner's process.
+    """Return how many engines hold packed weights on a machine: one per worker, or the learner's.
 
-    In the latter case, with max_staleness above 0, evaluation adds an engine beside the one that keeps sampling.
+    In the latter case, with max_staleness above 0, evaluation adds an engine beside the one that
+    keeps sampling.
     """
     if cluster.kind == "ray":
         return cluster.rollout_workers

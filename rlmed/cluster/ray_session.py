@@ -33,7 +33,7 @@ RAY_FOLDER = "rlmed-ray-"
 HEAD_SILENCE_S = 20.0
 """Seconds without contact after which the head counts as lost."""
 LONGEST_ROOT = 30
-"""Longest path of the folder around Ray's own: it holds sockets, whose paths are limited to about 100 characters."""
+"""Longest path of the folder around Ray's: its socket paths are limited to about 100 characters."""
 
 
 def worker_environment(chosen: Mapping[str, Any], *, here: bool) -> dict[str, Any]:
@@ -115,14 +115,14 @@ def _start_own_ray(options: dict[str, Any]) -> Callable[[], None]:
 
 
 class HeadWatch(threading.Thread):
-    """End this process when the cluster's head stops listening, with a message and the exit status of lost processes.
+    """When the cluster's head stops listening, exit with a message and the lost processes' status.
 
-    Ray itself retries for a minute, then kills the process silently. Nothing is cleaned up: every Ray call would wait
-    for the head, and a resumed run needs only its last checkpoint.
+    Ray itself retries for a minute, then kills the process silently. Nothing is cleaned up: every
+    Ray call would wait for the head, and a resumed run needs only its last checkpoint.
     """
 
     def __init__(self, address: str, *, limit_s: float = HEAD_SILENCE_S, end: Callable[[int], Any] = os._exit) -> None:
-        """Watch HOST:PORT; call `end` with the exit status after `limit_s` seconds without a connection."""
+        """Watch HOST:PORT; call `end` with the exit status after `limit_s` seconds unconnected."""
         super().__init__(name="watch of Ray's head", daemon=True)
         self._address, self._limit_s, self._end, self._stopped = address, limit_s, end, threading.Event()
 
@@ -151,7 +151,7 @@ class HeadWatch(threading.Thread):
 
 
 def _check_listens(address: str, timeout_s: float = 10.0) -> None:
-    """Raise ConnectionError at once if nothing listens at HOST:PORT; Ray would retry for a quarter of an hour."""
+    """Raise ConnectionError at once if nothing listens at HOST:PORT; Ray would retry 15 minutes."""
     host, colon, port = address.rpartition(":")
     if colon and port.isdigit() and "://" not in address:
         try:
@@ -163,7 +163,7 @@ def _check_listens(address: str, timeout_s: float = 10.0) -> None:
 def place_actors(
     cluster: ClusterConfig, resources: ExitStack, *, cuda: bool, gpus_per_engine: int, learns: bool
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Reserve the actors' resources, all or nothing; return the options of each learner rank and rollout worker.
+    """Reserve all actors' resources or none; return options of each learner rank, rollout worker.
 
     Args:
         cluster: numbers of actors, and what each requests.
@@ -206,7 +206,7 @@ def place_actors(
 
 
 def on_gpus(device: str) -> bool:
-    """Return True if, by `model.device`, the actors use GPUs; on a cluster, this process itself may have none."""
+    """Return whether `model.device` gives actors GPUs; on a cluster, this process may have none."""
     if device == "auto":
         return bool(ray.cluster_resources().get("GPU", 0) > 0)
     return device != "cpu"

@@ -40,7 +40,7 @@ class NoLearner:
 
 
 class ReplayPool:
-    """Pool (`rlmed.core.protocols.RolloutPool`) that answers request i with recorded group i, starting over at the end.
+    """`rlmed.core.protocols.RolloutPool` that answers request i with recorded group i, cyclically.
 
     It ignores the requests' prompts: each group has its own.
     """

@@ -65,7 +65,7 @@ def bootstrap_interval(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Return the 95 % percentile bootstrap interval (Efron 1979): quantiles of the statistic over resampled rows.
+    """Return the 95 % percentile bootstrap interval (Efron 1979): quantiles over resampled rows.
 
     Args:
         statistic: maps row indices, int64 [rows], drawn with replacement, to a number.
@@ -101,7 +101,7 @@ class ReliabilityBin:
 
 
 def calibration_error(confidence: Float64Array, correct: BoolArray, bins: int = BINS) -> float:
-    """Return the expected calibration error: |accuracy - confidence| of bins, averaged over rows (Guo et al. 2017).
+    """Return the calibration error: |accuracy - confidence| of bins, mean by row (Guo et al. 2017).
 
     Args:
         confidence: float [N], probability of the chosen answer.
@@ -117,17 +117,18 @@ def calibration_error(confidence: Float64Array, correct: BoolArray, bins: int = 
 
 
 def calibrated_error_bound(confidence: Float64Array, *, resamples: int = RESAMPLES) -> float:
-    """Return the calibration error that a calibrated model with these confidences exceeds in one data set of 20.
+    """Return the error that a calibrated model with these confidences exceeds in 1 data set of 20.
 
-    With few rows in a bin, even a calibrated model has a positive error; this bound shows how large that effect is.
-    Each answer is drawn correct with its confidence (consistency resampling, Bröcker and Smith 2007).
+    With few rows in a bin, even a calibrated model has a positive error; this bound shows how large
+    that effect is. Each answer is drawn correct with its confidence (consistency resampling,
+    Bröcker and Smith 2007).
     """
     draws = np.random.default_rng(0).random((resamples, len(confidence))) < confidence
     return float(np.percentile([calibration_error(confidence, correct) for correct in draws], 95))
 
 
 def reliability_bins(confidence: Float64Array, correct: BoolArray, bins: int = BINS) -> tuple[ReliabilityBin, ...]:
-    """Return the non-empty bins, from low to high; arguments and errors as in `calibration_error`."""
+    """Return the non-empty bins, low to high; arguments and errors as in `calibration_error`."""
     _check(confidence, correct)
     index, edges = _bin_of(confidence, bins), np.linspace(0, 1, bins + 1)
     found = []
@@ -146,7 +147,7 @@ def brier_score(probabilities: Float64Array, answer: int) -> float:
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """Return the unbiased pass@k estimate, 1 - C(n-c, k) / C(n, k) (Chen et al. 2021, arXiv 2107.03374).
+    """Return unbiased pass@k, 1 - C(n-c, k) / C(n, k) (Chen et al. 2021, arXiv 2107.03374).
 
     Example:
         >>> pass_at_k(8, 2, 4)

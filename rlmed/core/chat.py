@@ -25,7 +25,7 @@ _ASKED, _ANSWERED = "What is shown?", "The liver is shown."
 
 
 def has_tokenizer(folder: Path | str) -> bool:
-    """Return True if a folder holds a tokenizer; without one, transformers silently builds an empty tokenizer."""
+    """Return whether a folder holds a tokenizer; else transformers silently builds an empty one."""
     return any((Path(folder) / name).is_file() for name in TOKENIZER_FILES)
 
 
@@ -108,7 +108,7 @@ def render_chat(
 
 
 def template_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Return the added tokens, text to id, that a template may mark turns with; completion tags are excluded."""
+    """Return added tokens, text to id, that a template may mark turns with; no completion tags."""
     added = {token.content: token_id for token_id, token in tokenizer.added_tokens_decoder.items()}
     return {text: token_id for text, token_id in added.items() if text.strip() and text not in TAGS}
 
@@ -132,10 +132,11 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def unopened_turn(tokenizer: PreTrainedTokenizerBase) -> str:
-    r"""Return the text that the chat template writes before an answer but omits from the generation prompt.
+    r"""Return what the chat template puts before an answer but omits from the generation prompt.
 
-    It is "" for a correct template, and `<|im_start|>assistant\n`, for example, for one that ignores
-    `add_generation_prompt`: the model would have to open its own turn. Reasoning tags don't count (`template_prefill`).
+    It is "" for a correct template, and `<|im_start|>assistant\n`, for example, for one that
+    ignores `add_generation_prompt`: the model would have to open its own turn. Reasoning tags don't
+    count (`template_prefill`).
     """
     for prompt, text in _conversations(tokenizer):
         before, found, _ = text.rpartition(_ANSWERED)
@@ -146,7 +147,7 @@ def unopened_turn(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _conversations(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, str]]:
-    """Yield a prompt and the same prompt with its answer, rendered in each message form that the template accepts."""
+    """Yield a prompt without and with its answer in each message form that the template accepts."""
     if tokenizer.chat_template is None:
         return
     for form in (str, lambda text: [{"type": "text", "text": text}]):
@@ -159,7 +160,7 @@ def _conversations(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, st
 
 
 def template_prefill(tokenizer: PreTrainedTokenizerBase, text: str, without: str, content: str) -> str:
-    """Return the beginning of the completion that a rendered prompt already holds; see `rlmed.core.prefill`.
+    """Return the completion's beginning that a rendered prompt holds; see `rlmed.core.prefill`.
 
     Args:
         tokenizer: owner of the template.

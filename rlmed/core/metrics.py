@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 Reduction = Literal["mean", "max", "sum", "total", "latest"]
-"""Over a step and its ranks: mean, max, sum. total: count since the start of the run. latest: value after the step."""
+"""Over a step and its ranks: mean, max, sum.
+
+total: count since the start of the run. latest: value after the step.
+"""
 
 
 @dataclass(frozen=True, slots=True)

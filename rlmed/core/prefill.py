@@ -1,7 +1,7 @@
-"""Prefill: the beginning of a completion that the chat template writes before the model, for example `<think>`.
+"""Prefill: the completion's beginning that the chat template writes, for example `<think>`.
 
-The model continues from there, so its own text is only part of the completion: format, reasoning and answer are read
-from both.
+The model continues from there, so its own text is only part of the completion: format, reasoning
+and answer are read from both.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ TAGS = (THINK, THINK_END, ANSWER, ANSWER_END)
 
 
 def prefill_of(turn: str) -> str:
-    r"""Return the beginning of a completion at the end of a prompt, from the last opening tag on; "" without one.
+    r"""Return a completion's beginning at a prompt's end, from the last opening tag on; "" if none.
 
     Args:
         turn: the assistant's turn as the template has begun it, header included.
@@ -58,7 +58,7 @@ def joined(prefill: str, written: str) -> str:
 
 
 def remaining(prefill: str, text: str) -> str:
-    r"""Return what the model must write after the prefill to complete `text`; the inverse of `joined`.
+    r"""Return what the model must write after the prefill for `text`; the inverse of `joined`.
 
     If the template has opened the reasoning and the text has none, the reasoning is closed first.
 

@@ -13,11 +13,11 @@ from rlmed.core.types import FloatArray, IntArray, Prompt, RolloutGroup, Rollout
 from rlmed.core.weights import WeightUpdate
 
 LOST = 3
-"""Exit status when a process of the run was lost: run the same command with resume=auto to continue."""
+"""Exit status when a process of the run is lost: repeat the command with resume=auto."""
 
 
 class ClusterError(RuntimeError):
-    """A process of the run is lost, silent or out of step, and cannot be replaced; the message says which and what to do."""
+    """A process is lost, silent or out of step, for good; the message says which and what to do."""
 
 
 class RolloutPool(Protocol):
@@ -41,7 +41,7 @@ class RolloutPool(Protocol):
         ...
 
     def collect(self) -> RolloutGroup:
-        """Wait for the next finished group, in order of completion; each request is answered exactly once.
+        """Wait for the next group, in order of completion; each request is answered exactly once.
 
         Raises:
             RuntimeError: if nothing is in flight.
@@ -53,11 +53,12 @@ class RolloutPool(Protocol):
         ...
 
     def update_weights(self, version: int, weights: WeightUpdate | None = None) -> None:
-        """Give every ready worker the weights of policy version `version`, and return when they have them.
+        """Give every ready worker the weights of policy `version`; return when they have them.
 
         Args:
             version: policy version of the weights.
-            weights: how engines in other processes get the weights; None if pool and learner share parameters.
+            weights: how engines in other processes get the weights; None if pool and learner share
+                parameters.
         """
         ...
 
@@ -94,11 +95,11 @@ class Learner(Protocol):
         ...
 
     def push_weights(self, pool: RolloutPool) -> None:
-        """Send the current weights and their version to the pool; return when every ready worker has them."""
+        """Send current weights and version to the pool; return when all ready workers have them."""
         ...
 
     def save(self, folder: Path) -> None:
-        """Save the model as a Hugging Face folder, with the optimizer state, into an existing folder."""
+        """Save the model as a Hugging Face folder, with optimizer state, into an existing one."""
         ...
 
     def load(self, folder: Path) -> None:

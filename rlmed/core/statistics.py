@@ -20,7 +20,7 @@ BoolArray = npt.NDArray[np.bool_]
 
 
 def wilson_interval(correct: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Return the score interval of a proportion (Wilson 1927), which unlike the normal one holds near 0 and 1.
+    """Return a proportion's score interval (Wilson 1927), unlike the normal one good near 0 and 1.
 
     With p = correct / n and z the normal quantile of (1 + level) / 2, the bounds are
     (p + z²/2n ± z·sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n).
@@ -92,7 +92,7 @@ def mcnemar(before: BoolArray, after: BoolArray) -> McNemarResult:
 
 @dataclass(frozen=True)
 class ImageFreePrior:
-    """Baseline that sees only the options, neither image nor question, and picks the one most often correct.
+    """Baseline that sees only options, no image or question, and picks the most often correct one.
 
     Example:
         >>> row = Example(id="1", image=None, question="Where?", options=("head", "knee"), answer=1)

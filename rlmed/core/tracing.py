@@ -70,7 +70,7 @@ class Tracer:
                 self._writer.append({**span, "step": step, "depth": self._depth})
 
     def totals(self) -> dict[str, float]:
-        """Return seconds by stage since this tracer was created; a nested span counts for both stages."""
+        """Return seconds by stage since the tracer was made; nested spans count for both stages."""
         totals: dict[str, float] = defaultdict(float)
         for seconds in self._seconds.values():
             for name, duration in seconds.items():

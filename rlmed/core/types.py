@@ -83,7 +83,7 @@ class Prompt:
     image_inputs: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     """Image tensors keyed by the model's forward arguments; empty for text-only prompts."""
     prefill: str = ""
-    """Beginning of the completion that the chat template has written at the end of `text`, for example `<think>\\n`."""
+    """The completion's beginning as the template put it at the end of `text`, like `<think>\\n`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +151,7 @@ class Completion:
     rollout_logprobs: FloatArray
     """float32 [T]: log-probability of each token under the distribution it was sampled from."""
     text: str
-    """Decoded text, starting with the prompt's prefill (`rlmed.core.prefill.joined`), without special tokens."""
+    """Decoded text from the prefill on (`rlmed.core.prefill.joined`), without special tokens."""
     finish_reason: FinishReason
     min_version: int = 0
     """Smallest policy version that sampled a token of it."""

@@ -1,4 +1,4 @@
-"""Weight sync: a learner's `push_weights` gives a pool new weights, `update_weights` makes an engine sample from them.
+"""Weight sync: a learner's `push_weights` gives weights to a pool, `update_weights` to an engine.
 
 | transport | who sends what | file |
 | --- | --- | --- |
@@ -19,19 +19,19 @@ from typing import Any, Protocol
 OBJECT_STORE, IPC, NCCL = "object_store", "ipc", "nccl"
 
 STAGES = {"connect": False, "begin_update": True, "receive": True, "finish_update": False}
-"""Methods of an engine that rank 0 calls to send directly; True: the engine makes no step until the next call."""
+"""Engine methods that rank 0 calls to send directly; True: no engine step until the next call."""
 
 
 class WeightError(RuntimeError):
-    """Weights arrived damaged, incomplete or for another model; the message names the tensor and what to do."""
+    """Weights were damaged, incomplete or another model's; the message names tensor and remedy."""
 
 
 class NotConnectedError(Exception):
-    """Learner and engines could not connect directly; nothing was sent, and the engines keep their weights."""
+    """Learner and engines could not connect directly; nothing was sent, no weights have changed."""
 
 
 class TransferError(Exception):
-    """A direct transfer was incomplete: the receiving engines hold a mixture of old and new weights."""
+    """A direct transfer was incomplete: the engines hold a mixture of old and new weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class PushReport:
     fetch_s: float
     """Seconds until all weights had arrived; the engine keeps sampling meanwhile."""
     apply_s: float
-    """Seconds between two engine steps: waiting for the engine, checking, copying, dropping caches."""
+    """Seconds between engine steps: waiting for the engine, checking, copying, dropping caches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class StoredWeights:
     """Weights in a store that workers fetch from."""
 
     version: int
-    """Policy version when they were stored: newer than that of the push if the learner has made another step since."""
+    """Policy version when stored: newer than the push's if the learner has made a step since."""
     buckets: list[Any]
     """The store's reference to each bucket."""
 
@@ -71,27 +71,28 @@ class WeightUpdate:
     """New weights that a learner pushes to a pool; neither call blocks."""
 
     stored: Callable[[], Any]
-    """Return what workers fetch the weights by: `StoredWeights`, or a handle that resolves to it at the worker."""
+    """Return what workers fetch weights by: `StoredWeights`, or a handle that resolves to it."""
     send: Callable[[Sequence[EngineHandle]], Future[PushReport] | None] = lambda engines: None
-    """Send the weights directly to all these engines at once; None if the engines have to fetch them.
+    """Send the weights directly to all these engines at once; None if engines have to fetch them.
 
-    The future's `NotConnectedError` means that they have to fetch after all, `TransferError` that they are lost.
+    The future's `NotConnectedError` means that they have to fetch after all, `TransferError` that
+    they are lost.
     """
 
 
 CallEngine = Callable[..., Future[None]]
-"""Start a stage of a direct push at an engine: takes its `EngineHandle`, one of `STAGES` and the stage's arguments."""
+"""Start a stage of a direct push at an engine: takes `EngineHandle`, one of `STAGES`, arguments."""
 
 
 class WeightSender(Protocol):
-    """Sends weights directly from learner rank 0 to engines; an error names the engine and the cause."""
+    """Sends weights directly from learner rank 0 to engines; errors name engine and cause."""
 
     def connect(self, transport: str, engines: Sequence[EngineHandle], call: CallEngine, host: str) -> None:
-        """Connect, from the address `host`, in place of earlier connections; may raise NotConnectedError."""
+        """Connect from address `host`, replacing old connections; may raise NotConnectedError."""
         ...
 
     def send(self, version: int) -> None:
-        """Send the current weights as `version`, while the other ranks gather; may raise TransferError: reconnect then."""
+        """Send the weights as `version`, other ranks gathering; reconnect after a TransferError."""
         ...
 
 

@@ -1,7 +1,7 @@
-"""Choose the next example: modalities in fixed shares, skipping examples that give no learning signal for now.
+"""Choose the next example: modalities in fixed shares, no examples without learning signal for now.
 
-Whatever the settings, the sequence depends only on the seed and on what was observed so far. `state` holds all of it,
-so a resumed run continues with the very examples that it would have drawn.
+Whatever the settings, the sequence depends only on the seed and on what was observed so far.
+`state` holds all of it, so a resumed run continues with the very examples that it would have drawn.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class PassRates:
         return epoch < self._aside.get(example, (0, False))[0]
 
     def aside(self) -> Iterator[tuple[int, bool]]:
-        """Return the examples set aside (now or until their latest epoch), and whether each is too easy or too hard."""
+        """Return examples set aside (now or to their latest epoch), and if too easy or too hard."""
         return ((example, easy) for example, (_, easy) in self._aside.items())
 
     def state(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Read questions from JSON Lines files: every row becomes an `Example` or a counted, listed skip."""
+"""Read questions from JSON Lines files: each row becomes an `Example` or a counted, listed skip."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def read_examples(path: Path, *, on_bad_row: str = "skip") -> ReadResult:
 
 
 def format_skips(result: ReadResult, examples: int = 3, *, record: str = "data.json") -> str:
-    """Summarize the skipped rows: how many, and the first few with their reasons; empty without any.
+    """Summarize skipped rows: how many, and the first few with their reasons; empty without any.
 
     `record` is the file that lists them all; "" for none.
     """
@@ -238,10 +238,11 @@ def _image_path(value: Any, folder: Folder) -> Path | None:
 
 
 def path_inside(text: str, folder: Folder, what: str = "image") -> Path:
-    """Return the real path of a file that a row names, in `folder` but perhaps missing; see `Folder.locate`.
+    """Return the real path of a row's file, in `folder` but perhaps missing; see `Folder.locate`.
 
     Raises:
-        BadRowError: for a value that is not a path, an absolute path, or one that leaves the folder by `..` or a link.
+        BadRowError: for a value that is not a path, an absolute path, or one that leaves the folder
+            by `..` or a link.
     """
     if not text.strip() or "\0" in text or _SURROGATE.search(text):
         raise BadRowError(f"its {what} is {shorten(text)}, not a path; write null for a question without one")

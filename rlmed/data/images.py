@@ -35,11 +35,11 @@ MODEL_MIN_SIDE = 28
 MAX_ASPECT = 200
 """Longest aspect ratio that image processors of the Qwen2-VL family accept."""
 MIN_CONTRAST = 2
-"""Grey levels, of 255, between the darkest and the brightest pixel; a picture with fewer shows nothing."""
+"""Grey levels, of 255, between darkest and brightest pixel; a picture with fewer shows nothing."""
 MAX_PIXELS = 170_000_000
 """Most pixels that are decoded (about 13,000 x 13,000), below Pillow's own limit."""
 KEPT_BYTES = 512 * 2**20
-"""Memory for decoded pictures, `check_image(keep=True)`: 2,000 grey or 680 coloured ones of 512 x 512."""
+"""Memory for pictures decoded by `check_image(keep=True)`: 2,000 grey, 680 colour of 512 x 512."""
 FORMATS = ("PNG", "JPEG", "TIFF", "GIF", "BMP", "WEBP", "PPM", "JPEG2000")
 """Pillow formats that are read.
 
@@ -258,7 +258,7 @@ def _unreadable(path: Path | str, error: Exception) -> str:
 
 
 def check_image_size(path: Path | str, size: tuple[int, int]) -> None:
-    """Check that `load_image` accepts a picture of (width, height) pixels; `path` is for the message.
+    """Check that `load_image` accepts (width, height) pixels; `path` is for the message.
 
     Raises:
         BadImageError: for a tiny, extremely elongated or gigantic one.

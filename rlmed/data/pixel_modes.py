@@ -1,7 +1,7 @@
-"""Interpret the values of an opened image file: Pillow has more than twenty modes, not always what the file means.
+"""Interpret an opened image file's values: Pillow has over twenty modes, not always what is meant.
 
-`rlmed.data.images` first applies `meant`. Its result is grey or colour as the file says, larger values are brighter,
-and neighbouring values may be averaged.
+`rlmed.data.images` first applies `meant`. Its result is grey or colour as the file says, larger
+values are brighter, and neighbouring values may be averaged.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _FEW_LEVELS = 16
 
 
 class UnreadableModeError(ValueError):
-    """A file's values cannot be shown as meant; the message says what to do, and the caller names the file."""
+    """A file's values cannot be shown as meant; the message says what to do but names no file."""
 
 
 def is_wide(image: Image.Image) -> bool:
@@ -80,7 +80,7 @@ def is_halved(image: ImageFile.ImageFile) -> bool:
 
 
 def check_upper_bytes(image: Image.Image) -> None:
-    """Refuse a loaded 16-bit picture whose values are (nearly) all in the lower byte: its upper bytes show nothing.
+    """Refuse a loaded 16-bit picture whose upper bytes are (nearly) all 0 and so show nothing.
 
     Raises:
         UnreadableModeError: with the bits in use.
@@ -94,7 +94,7 @@ def check_upper_bytes(image: Image.Image) -> None:
 
 
 def scaled_transparency(image: ImageFile.ImageFile) -> int | None:
-    """Return the transparent grey value of a PNG file of less than 8 bits, in the 8 bits that Pillow gives it.
+    """Return the transparent grey of a PNG of less than 8 bits, in the 8 bits that Pillow gives it.
 
     Call before the pixels are loaded; None if there is nothing to correct.
     """
@@ -106,7 +106,9 @@ def scaled_transparency(image: ImageFile.ImageFile) -> int | None:
 
 
 def meant(image: Image.Image) -> Image.Image:
-    """Convert a loaded image to L, LA, RGB, RGBA, CMYK, YCbCr, LAB, I;16…, I or F, without palette or extra transparency.
+    """Convert a loaded image to L, LA, RGB, RGBA, CMYK, YCbCr, LAB, I;16…, I or F.
+
+    The result has no palette and no extra transparency.
 
     Raises:
         UnreadableModeError: for floats none of which is finite.
@@ -127,7 +129,7 @@ def meant(image: Image.Image) -> Image.Image:
 
 
 def _tiff_meant(image: TiffImageFile) -> Image.Image:
-    """Correct signed bytes, unsigned 32-bit integers and wide values whose largest is black, which Pillow misreads."""
+    """Correct signed bytes, unsigned 32-bit and wide inverted integers, which Pillow misreads."""
     formats = image.tag_v2.get(_SAMPLE_FORMAT, (1,))
     signed = formats[0] == _SIGNED
     if image.mode == "L" and signed:
@@ -159,7 +161,7 @@ def _finite(image: Image.Image) -> Image.Image:
 
 
 def _opaque(image: Image.Image) -> Image.Image:
-    """Replace the value that a file declares transparent in wide integers by the least of the others."""
+    """Replace the declared transparent value of wide integers by the least of the others."""
     value = image.info.get("transparency")
     if not isinstance(value, int):
         return image

@@ -49,12 +49,14 @@ class PromptTooLongError(ValueError):
 
 
 def load_processor(folder: Path | str) -> tuple[PreTrainedTokenizerBase, Qwen2VLImageProcessorPil | None]:
-    """Load tokenizer and image processor of a model folder or hub name; the latter is None for a text-only model.
+    """Load a model's tokenizer and image processor (None if text-only) from a folder or hub name.
 
-    Always uses the PIL-based image processor: the torchvision one resizes to slightly different pixels.
+    Always uses the PIL-based image processor: the torchvision one resizes to slightly different
+    pixels.
 
     Raises:
-        ValueError: if the folder lacks a tokenizer, chat template or, for a vision model, image processor.
+        ValueError: if the folder lacks a tokenizer, chat template or, for a vision model, image
+            processor.
     """
     tokenizer = load_tokenizer(folder)
     with foreign(
@@ -82,9 +84,10 @@ def load_processor(folder: Path | str) -> tuple[PreTrainedTokenizerBase, Qwen2VL
 
 
 def read_prompt_settings(folder: Path | str) -> dict[str, Any] | None:
-    """Read the prompt settings of a model's training as `PromptRenderer` keywords; None if the folder has none.
+    """Read a model's training prompt settings as `PromptRenderer` keywords; None if it has none.
 
-    They are `template`, `by_modality` and, if recorded, `max_prompt_tokens`, to which large pictures shrink.
+    They are `template`, `by_modality` and, if recorded, `max_prompt_tokens`, to which large
+    pictures shrink.
 
     Raises:
         ValueError: if the file is broken.
@@ -224,7 +227,7 @@ class PromptRenderer:
         return _asks_for_reasoning(self._template_of(example))
 
     def prefill_doubt(self) -> str | None:
-        """Return a warning if the prompt asks for reasoning that the chat template leaves no room for."""
+        """Return a warning if the chat template leaves no room for the reasoning asked for."""
         templates = (self.template, *self.by_modality.values())
         if not (THINK_END in self.prefill or ANSWER in self.prefill) or not any(map(_asks_for_reasoning, templates)):
             return None
@@ -238,9 +241,10 @@ class PromptRenderer:
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     def completion_ids(self, text: str) -> IntArray:
-        """Tokenize a written completion as the model would have sampled it, end token included; int64 [T].
+        """Tokenize a written completion as if the model sampled it, end token included; int64 [T].
 
-        The end token is the chat template's, as in a conversation, else the tokenizer's; sampling stops at both.
+        The end token is the chat template's, as in a conversation, else the tokenizer's; sampling
+        stops at both.
 
         Raises:
             ValueError: if neither names one.
@@ -265,10 +269,10 @@ class PromptRenderer:
         return np.asarray(token_ids, dtype=np.int64)
 
     def split_common_prefix(self, texts: Sequence[str]) -> tuple[IntArray, list[IntArray]]:
-        """Tokenize texts with a common beginning into the shared prefix and the rest of each, at least one token.
+        """Tokenize texts into shared prefix and the rest of each, which has at least one token.
 
-        Splits between tokens, not characters: Qwen2's tokenizer may merge the last shared character with the first
-        differing one.
+        Splits between tokens, not characters: Qwen2's tokenizer may merge the last shared character
+        with the first differing one.
 
         Raises:
             ValueError: if one text's tokens are a prefix of another's.
@@ -319,7 +323,7 @@ class PromptRenderer:
         return self._template_of(example).replace(QUESTION_SLOT, question)
 
     def _turn(self, content: str, *, with_image: bool) -> tuple[str, str]:
-        """Return a user turn as the chat template writes it, and the start of the completion that it adds.
+        """Return the chat template's user turn, and the start of the completion that it adds.
 
         Raises:
             ValueError: if the template fails to render, or drops the text or the image.

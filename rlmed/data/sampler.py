@@ -29,7 +29,7 @@ class PromptOrder:
         self._epoch, self._permutation = 0, self._draw(0)  # of the latest epoch asked for
 
     def example_at(self, cursor: int) -> tuple[int, int]:
-        """Return (epoch, index of the example) at position `cursor` (from 0) of the endless stream."""
+        """Return (epoch, example index) at position `cursor` (from 0) of the endless stream."""
         if cursor < 0:
             raise ValueError(f"cursor={cursor} must not be negative: the stream starts at 0")
         epoch, position = divmod(cursor, self._examples)
@@ -43,10 +43,10 @@ class PromptOrder:
 
 
 def shuffle_options(example: Example, seed: int) -> Example:
-    """Return the example with its options in an order drawn from (seed, id); the answer index follows.
+    """Return the example, options in an order drawn from (seed, id); the answer index follows.
 
-    Drops a written completion, whose letters would now be wrong. Returns the example unchanged if an option refers to
-    others, as `all of the above` does.
+    Drops a written completion, whose letters would now be wrong. Returns the example unchanged if
+    an option refers to others, as `all of the above` does.
     """
     if keeps_order(example.options):
         return example
@@ -62,7 +62,10 @@ def shuffle_options(example: Example, seed: int) -> Example:
 
 
 def reorder_options(example: Example, seed: int) -> Example | None:
-    """Return `shuffle_options` with an order other than the example's own; None if an option refers to others."""
+    """Return `shuffle_options` with an order other than the example's own.
+
+    Return None if an option refers to others.
+    """
     if keeps_order(example.options):
         return None
     orders = (shuffle_options(example, seed + attempt) for attempt in itertools.count())

@@ -1,4 +1,4 @@
-"""The endless stream of training requests; depends only on seed and observations, so a resumed run asks the same."""
+"""Endless training requests, by seed and observations only: a resumed run asks the same."""
 
 from __future__ import annotations
 

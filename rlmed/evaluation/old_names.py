@@ -16,11 +16,11 @@ RENAMED = {
     "right_if_differing": "correct_if_differing",
 }
 NAMED_BY_DATA = ("by_question_type", "files")
-"""Fields that hold a mapping by question type or by file: its keys are the data's own, whatever they are."""
+"""Fields that hold a mapping by question type or file: its keys are the data's own, whatever."""
 
 
 def current_names(content: Any, *, ours: bool = True) -> Any:
-    """Return JSON content with the present names of its fields; `ours=False` keeps the keys of its outermost mapping.
+    """Return JSON content with present field names; `ours=False` keeps the outermost mapping keys.
 
     Example:
         >>> current_names({"id": "ct-7", "parsed": "B", "right": True})

@@ -30,7 +30,7 @@ class PreflightReport:
     went_on: float
     """Share of completions that continued after their answer until the length limit."""
     without_signal: float
-    """Share of groups without a learning signal: all rewards are equal, or all completions are masked."""
+    """Share of groups without learning signal: all rewards equal, or all completions masked."""
     distinct: float
     """Mean share of distinct texts in a group."""
     longest: int
@@ -67,7 +67,7 @@ def inspect(groups: Sequence[ScoredGroup], *, mask_truncated: bool = False) -> P
 
 
 def went_on(text: str, finish_reason: FinishReason) -> bool:
-    """Return True if a completion was cut by length after its answer: it lacked an end token, not room."""
+    """Return whether length cut a completion after its answer: it lacked an end token, not room."""
     return finish_reason == "length" and ANSWER_END in text
 
 

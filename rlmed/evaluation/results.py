@@ -21,7 +21,7 @@ from rlmed.core.types import LETTERS, Example, FinishReason
 from rlmed.evaluation.old_names import current_names
 
 Control = Literal["none", "blank", "shuffled", "reordered"]
-"""What was shown: the unchanged row, a grey picture, another row's picture, or the options in another order."""
+"""Shown: the unchanged row, a grey picture, another row's picture, or options in another order."""
 
 Answers = Mapping[tuple[str, str], bool]
 """Whether each answer is right, by id and question (with options)."""
@@ -58,7 +58,7 @@ class EvalRow:
     """The letter found in the completion."""
     correct: bool
     format: bool
-    """Whether it has the format that the prompt asks for: reasoning and answer in their tags, or the answer alone."""
+    """Whether it has the prompt's format: reasoning and answer in their tags, or answer alone."""
     tokens: int
     """Length of the completion."""
     finish_reason: FinishReason
@@ -113,14 +113,14 @@ class FileSummary:
     majority_letter: float
     """Accuracy of the letter most often right in the training rows; without any, in these rows."""
     image_free_prior: float | None
-    """Accuracy of the option texts most often right in the training rows; None without training rows."""
+    """Accuracy of option texts most often right in training rows; None without training rows."""
     image_free_prior_by_rate: float | None
     """The same prior, scored by correct / shown."""
     leave_one_out_prior: float
     """The same prior, each row scored by the other rows of its file."""
     leave_one_out_prior_by_rate: float
     blank: Accuracy | None
-    """Accuracy on a grey picture of the same size; None without controls, or if no row has a picture."""
+    """Accuracy on a same-size grey picture; None without controls, or if no row has a picture."""
     shuffled: Accuracy | None
     """Accuracy on another row's picture, for rows that can get one."""
     by_question_type: dict[str, tuple[int, int]]
@@ -128,7 +128,7 @@ class FileSummary:
     reordered: Accuracy | None = None
     """Accuracy with the options reordered; None without controls, or if no row can be reordered."""
     kept_order: int = 0
-    """Rows excluded from `reordered` because an option refers to others, as `all of the above` does."""
+    """Rows not in `reordered` because an option refers to others, as `all of the above` does."""
     kept_order_by: str = ""
     """The first of these options; "" without any."""
     not_offered: float = 0.0
@@ -220,15 +220,16 @@ def read_rows(step_folder: Path) -> list[EvalRow]:
 
 
 def compare(before: Path, after: Path) -> dict[str, Any]:
-    """Test, for each file in both evaluations, whether accuracy changed; write `comparison.json` into `after`.
+    """Test, per file of both evaluations, if accuracy changed; write `comparison.json` to `after`.
 
     Args:
         before: folder of an evaluation, as written by `write_evaluation`.
         after: folder of another step's or model's evaluation.
 
     Returns:
-        `{"before": {"model", "step"}, "after": {…}, "files": {name: {"rows", "correct_before", "correct_after", "gained",
-        "lost", "p_value"}}}`; the p-value is McNemar's, exact and two-sided.
+        `{"before": {"model", "step"}, "after": {…}, "files": {name: {"rows", "correct_before",
+        "correct_after", "gained", "lost", "p_value"}}}`; the p-value is McNemar's, exact and
+        two-sided.
 
     Raises:
         ValueError: if they share no file, or a shared file has different rows.
@@ -285,7 +286,7 @@ def _check_same_rows(name: str, before: Path, old: Mapping[Any, bool], new: Mapp
 
 
 def pair_answers(before: Answers, after: Answers) -> tuple[BoolArray, BoolArray]:
-    """Return both as bool [N], over the same rows in the same order; both must have the same rows."""
+    """Return both as bool [N] over the same rows, in the same order; the rows must be the same."""
     assert before.keys() == after.keys()
     old, new = (np.array([rows[key] for key in after], dtype=bool) for rows in (before, after))
     return old, new

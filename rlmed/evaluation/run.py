@@ -1,8 +1,9 @@
-"""Evaluate accuracy on held-out files, with controls that show how much of it comes from the picture.
+"""Evaluate accuracy on held-out files, with controls that show how much comes from the picture.
 
-Each question is answered greedily: unchanged and, as controls, on a grey picture, on the picture of another question of
-its file, and with its options reordered, unless one refers to others (`all of the above`). Image-free baselines
-complete the figures: chance, the majority letter, the prior of option texts.
+Each question is answered greedily: unchanged and, as controls, on a grey picture, on the picture of
+another question of its file, and with its options reordered, unless one refers to others (`all of
+the above`). Image-free baselines complete the figures: chance, the majority letter, the prior of
+option texts.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from rlmed.evaluation.results import Accuracy, Control, EvalRow, EvalSummary, Fi
 log = logging.getLogger(__name__)
 
 OnProgress = Callable[[str, int, int], None]
-"""Called for each completion with its file's name, the number of completions done, and their total."""
+"""Called for each completion with its file's name, completions done, and their total."""
 
 IN_FLIGHT = 128
 """Most prompts in the pool: bounds the memory of rendered pictures and keeps every engine busy."""
@@ -125,17 +126,18 @@ class Evaluator:
         )
 
     def evaluate(self, step: int, *, controls: bool) -> EvalSummary:
-        """Answer every question greedily and write `folder/step-000123/` with `summary.json` and `rows.jsonl`.
+        """Answer all questions greedily; write `folder/step-000123/`: `summary.json`, `rows.jsonl`.
 
         An earlier evaluation of the same step is replaced once the new one is complete.
 
         Args:
             step: training step of the pool's weights.
-            controls: also ask on grey pictures, on shuffled ones and with reordered options: four times the work.
+            controls: also ask on grey pictures, on shuffled ones and with reordered options: four
+                times the work.
 
         Raises:
-            ValueError: without files, or for an empty file, repeated names or ids, or a question that cannot be
-                rendered.
+            ValueError: without files, or for an empty file, repeated names or ids, or a question
+                that cannot be rendered.
             RuntimeError: if the pool is busy.
         """
         _check(self.files)
@@ -250,7 +252,7 @@ def _plan(tasks: Sequence[_Task]) -> str:
 
 
 def answer_all(requests: Iterable[RolloutRequest], pool: RolloutPool) -> Iterator[RolloutGroup]:
-    """Submit the requests to an idle pool, a bounded number at a time, and yield the groups as they finish."""
+    """Submit requests to an idle pool, a bounded number at a time; yield groups as they finish."""
     waiting = iter(requests)
     while True:
         for request in islice(waiting, IN_FLIGHT - pool.in_flight):
@@ -261,7 +263,7 @@ def answer_all(requests: Iterable[RolloutRequest], pool: RolloutPool) -> Iterato
 
 
 def _judge(task: _Task, prefill: str, completion: Completion, renderer: PromptRenderer) -> EvalRow:
-    """Score a completion: right if and only if its first well-formed answer tag holds the right letter."""
+    """Score a completion: right iff its first well-formed answer tag holds the right letter."""
     example, letter = task.shown, evaluated_letter(completion.text)
     # a chat template that opens the reasoning asks for it too
     reasoned = renderer.asks_for_reasoning(example) or opens_thinking(prefill)

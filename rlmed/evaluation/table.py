@@ -14,10 +14,11 @@ from rlmed.evaluation.results import Accuracy, EvalSummary, FileSummary, p_value
 
 
 def summary_table(before: EvalSummary | None, after: EvalSummary, comparison: Mapping[str, Any] | None) -> Table:
-    """Build the terminal table, two lines per file: accuracy and format before and after, p-value, controls.
+    """Build the table, two lines per file: accuracy and format before and after, p-value, controls.
 
-    All in per cent, with Wilson 95 % intervals. Controls and prior are those of `after`; the prior stands below chance.
-    Without training rows to fit it on, it is the leave-one-out prior, marked "loo".
+    All in per cent, with Wilson 95 % intervals. Controls and prior are those of `after`; the prior
+    stands below chance. Without training rows to fit it on, it is the leave-one-out prior, marked
+    "loo".
     """
     if before is None:
         span = f"step {after.step}" if after.step else after.model
@@ -71,7 +72,7 @@ def _legend(summary: EvalSummary, *, tested: bool) -> list[str]:
 
 
 def _remarks(summary: EvalSummary) -> list[str]:
-    """Return remarks on single files: letters that were not offered, rows that cannot be reordered."""
+    """Return remarks on files: letters that were not offered, rows that cannot be reordered."""
     letters = [
         f"{file.name}: {_percent(file.not_offered)} % answer a letter that was not offered: never right, whatever the format"
         for file in summary.files

@@ -97,9 +97,9 @@ class PackedLayout:
     completion_tokens: Tensor
     """int64 [S, T_max]: row index of each completion token, 0 where padded."""
     visible_tokens: Tensor
-    """int64 [S, P_max + T_max]: row indices of a completion's prompt and its own tokens, 0 where padded."""
+    """int64 [S, P_max + T_max]: rows of completions' prompt and own tokens, 0 where padded."""
     completion_mask: Tensor
-    """bool [S, 1, T_max, P_max + T_max]: True where a completion token may attend; never all False in a row."""
+    """bool [S, 1, T_max, P_max + T_max]: where completion tokens attend; no row is all False."""
     gather_back: Tensor
     """int64 [N]: index of each row token in the concatenation of the flattened rectangles."""
 
@@ -166,7 +166,7 @@ def _rectangle(row: Tensor, indices: Tensor) -> Tensor:
 def _sdpa(
     query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bool = False, mask: Tensor | None = None
 ) -> Tensor:
-    """Apply torch's fused attention to [B, H, L, D] with grouped keys and values [B, H_kv, L', D]; return [B * L, H, D]."""
+    """Apply fused attention to [B, H, L, D], keys/values [B, H_kv, L', D]; return [B * L, H, D]."""
     dtype = query.dtype
     if dtype == torch.bfloat16 and query.device.type == "cpu":
         # on CPUs the bfloat16 gradient takes five times as long as the float32 one
@@ -186,7 +186,7 @@ class GroupTable:
     """Assignment of R live completions to B live groups."""
 
     rows_of_group: Tensor | None
-    """int64 [B, M]: rows of each group, padded with any row; None if row b * M + m is always member m of group b."""
+    """int64 [B, M]: each group's rows, padded with any; None if row b * M + m is member m of b."""
     position_of_row: Tensor
     """int64 [R]: index of each row in the flattened [B, M]."""
     groups: int
@@ -229,7 +229,7 @@ def decode_attention(
     table: GroupTable,
     scale: float,
 ) -> Tensor:
-    """Attend from one new token per live completion to its group's prefix, read once per group, and its own suffix.
+    """Attend from each live completion's new token to its group's prefix, read once, and suffix.
 
     Both score blocks share one softmax, which equals merging two attentions by their log-sum-exp.
 

@@ -25,7 +25,8 @@ from rlmed.models.kernels.layer import add_rms_norm, rope_append, silu_mul  # no
 from rlmed.models.kernels.sampling import BLOCK, sample  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
-# the interpreter truncates to bfloat16 instead of rounding, and its matrix product reads it as integers
+# the interpreter truncates to bfloat16 instead of rounding, and its matrix product reads it as
+# integers
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 """Largest relative error of rounding to a dtype."""
@@ -112,7 +113,8 @@ def test_decode_attention(case: str, shape: tuple[int, int, int], splits: int, d
             prompt = prompts.of(group_of[row])
             keys, values = torch.cat([prompt[0], keys], 1), torch.cat([prompt[1], values], 1)
         expected = attention(query[row], keys, values, scale) if keys.shape[1] else torch.zeros(heads, width)
-        # weights and result are rounded to the dtype; sums and exponentials add a few float32 roundings
+        # weights and result are rounded to the dtype; sums and exponentials add a few float32
+        # roundings
         bound = 2 * UNIT[dtype] * float(values.abs().max() if values.numel() else 1) + 2e-6
         assert (merged[row].double() - expected.to(DEVICE)).abs().max() <= bound
 

@@ -36,7 +36,8 @@ ATTENTION = {
     "lse": FLOAT,
     "scale": "fp32",
 }
-# name of the kernel, types of its arguments (int32 if not named), constants of Qwen2-VL-2B's geometry
+# name of the kernel, types of its arguments (int32 if not named), constants of Qwen2-VL-2B's
+# geometry
 KERNELS: list[tuple[str, dict[str, str], dict[str, int]]] = [
     (
         "attention._attend",

@@ -1,4 +1,4 @@
-"""Build a validated configuration from plain mappings; errors name unknown keys, wrong types and missing values."""
+"""Build a valid configuration from mappings; report unknown keys, wrong types, missing values."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def build_config(mapping: Mapping[str, Any]) -> RunConfig:
 
 
 def build_record(cls: type[T], mapping: Mapping[str, Any]) -> T:
-    """Rebuild a dataclass, nested ones included, from the output of `dataclasses.asdict` after a JSON round trip.
+    """Rebuild a dataclass, and nested ones, from `dataclasses.asdict` after a JSON round trip.
 
     Raises:
         ConfigError: as `build_config`.
@@ -40,7 +40,7 @@ def build_record(cls: type[T], mapping: Mapping[str, Any]) -> T:
 
 
 def _check_values(value: Any, where: str) -> None:
-    """Raise ConfigError for empty strings, NaN and infinities: they pass the type check but are no usable settings."""
+    """Raise ConfigError for empty strings, NaN and infinities: right in type, but unusable."""
     if isinstance(value, Mapping):
         for key, entry in value.items():
             _check_values(entry, f"{where}.{key}" if where else str(key))
@@ -99,7 +99,7 @@ def check_key(key: str) -> None:
 
 
 def _unknown_key(key: str, hints: Mapping[str, Any], where: str) -> ConfigError:
-    """Return the error for a key that a section with these annotated fields lacks; suggests keys in it or one below."""
+    """Return the error for a key that a section's fields lack; suggest keys in it or one below."""
     if f"{where}{key}" in RENAMED:
         return ConfigError(f"unknown key {where}{key}: renamed to {RENAMED[f'{where}{key}']}")
     if f"{where}{key}" in REMOVED:
@@ -132,7 +132,7 @@ def _build(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
-    """Convert a plain value to the annotated type; an integer is accepted for a float, nothing else is guessed."""
+    """Convert a plain value to the annotated type; accept an integer as float, guess nothing."""
     if hint is Any:
         return value
     if dataclasses.is_dataclass(hint):

@@ -1,4 +1,4 @@
-"""Compose a configuration outside of a command, write it as YAML, and compare it with that of an earlier run."""
+"""Compose configurations outside commands, write them as YAML, compare them with earlier runs'."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def compose_config(program: str, overrides: Sequence[str]) -> RunConfig:
 
 
 def plain_config(composed: DictConfig) -> dict[str, Any]:
-    """Return Hydra's configuration as a plain mapping; raise ConfigError for an experiment without `@package`."""
+    """Return Hydra's configuration as a mapping; ConfigError if an experiment lacks `@package`."""
     plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)
     if "experiment" in plain:
@@ -45,7 +45,7 @@ def plain_config(composed: DictConfig) -> dict[str, Any]:
 
 
 def unused_overrides(program: str, overrides: Sequence[str]) -> list[Refusal]:
-    """Return the overrides that `python -m rlmed.<program>` would reject because it doesn't read them.
+    """Return overrides that `python -m rlmed.<program>` would reject because it doesn't read them.
 
     Raises:
         ConfigError: if Hydra cannot compose the overrides.
@@ -68,7 +68,7 @@ MAY_CHANGE = (
     *("name", "profile", "resume", "checkpoint", "preflight", "cluster", "reliability"),
     *("eval.every", "eval.at_start", "eval.at_end", "data.download"),
 )
-"""Keys that may change when a run resumes: they affect neither what is learnt nor what is compared."""
+"""Keys that may change when a run resumes: they affect neither learning nor what is compared."""
 
 
 def check_same_run(saved: Path, config: RunConfig, *, unused: Collection[str]) -> None:

@@ -50,7 +50,7 @@ _HYDRA_TEXTS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra
 
 
 def group_options(group: str) -> list[str]:
-    """Return the names of the options in `conf/<group>/`; files that options share (`_*.yaml`) are left out."""
+    """Return the option names in `conf/<group>/`, without files that options share (`_*.yaml`)."""
     folder = resources.files("conf").joinpath(group)
     names = [entry.name for entry in folder.iterdir() if entry.name.endswith(".yaml")]
     return sorted(name.removesuffix(".yaml") for name in names if not name.startswith("_") and not is_litter(name))
@@ -116,7 +116,10 @@ def _chosen(entries: Sequence[str], group: str) -> list[str]:
 
 
 def _check_shorthands(expanded: Sequence[tuple[str, str]]) -> None:
-    """Raise ValueError if a shorthand and another argument set the same key; `expanded` pairs written with meant."""
+    """Raise ValueError if a shorthand and another argument set the same key.
+
+    `expanded` pairs what is written with what is meant.
+    """
     for written, meant in expanded:
         key = meant.partition("=")[0]
         others = [other for other, also in expanded if other != written and also.partition("=")[0] == key]
@@ -182,7 +185,7 @@ def _names_options(group: str, value: str) -> bool:
 
 
 def _files(value: str) -> str:
-    """Quote one file, or several separated by commas; a comma not followed by another file belongs to the name."""
+    """Quote files, separated by commas; a comma not before another file belongs to the name."""
     parts = value.split(",")
     several = all(part.strip().endswith(ROWS_ENDING) for part in parts)
     return ",".join(map(quoted, parts)) if several else quoted(value, commas=False)
@@ -249,7 +252,7 @@ def in_hydras_grammar(override: str, *, sweeps: bool) -> str:
 
 
 def _stays(value: str, kind: str, *, sweeps: bool | None = None) -> bool:
-    """Return True if Hydra reads the value as meant; `sweeps` is None for a list entry, which cannot be a sweep."""
+    """Return whether Hydra reads the value as meant; `sweeps` is None in a list, without sweeps."""
     parsed = _parse(f"key={value}")
     if parsed is None:
         return False

@@ -1,7 +1,8 @@
-"""Keys that a command does not read, always or for certain values of other keys, with what to set instead; see `use`.
+"""Keys that a command ignores, always or by other keys' values, and what to set instead; see `use`.
 
-Two kinds are harmless and have no rule: settings of the half of a run that a debug mode skips (the same command line
-plus one word), and evaluation settings without a file to evaluate on (the run says so).
+Two kinds are harmless and have no rule: settings of the half of a run that a debug mode skips (the
+same command line plus one word), and evaluation settings without a file to evaluate on (the run
+says so).
 """
 
 from __future__ import annotations

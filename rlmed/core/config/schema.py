@@ -1,7 +1,7 @@
-"""The configuration as typed records, validated once at the edge: Hydra composes a mapping, `building` checks it.
+"""Configuration as typed records, validated once: Hydra composes a mapping, `building` checks it.
 
-Each part of the program receives only its own section. A key is documented above its value in `conf/`, the only source
-of defaults: no field has one here.
+Each part of the program receives only its own section. A key is documented above its value in
+`conf/`, the only source of defaults: no field has one here.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class PromptConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Settings of the policy loss: `learner.losses` has the formulas, `conf/algo/` the keys and their defaults.
+    """Settings of the policy loss: formulas in `learner.losses`, keys and defaults in `conf/algo/`.
 
     Example:
         `compose_config("train", ["algo=dapo"]).algo.loss.clip_ratio_high` is 0.28.
@@ -330,7 +330,7 @@ class RunConfig:
         )
 
     def check_groups(self) -> None:
-        """Check that a training group fits into one sampling batch; evaluations sample one completion per prompt.
+        """Check that a training group fits one sampling batch; evaluations sample once per prompt.
 
         Raises:
             ConfigError: if a group is larger than rollout.max_completions.

@@ -85,7 +85,7 @@ def find_unused(program: str, overrides: Sequence[str], groups: Collection[str],
 
 
 def rule_of(program: str, key: str, values: Mapping[str, Any]) -> Rule | None:
-    """Return the rule that leaves `key` unread in `program` given the values of all keys; None if it is read."""
+    """Return the rule that leaves `key` unread in `program` given all keys' values, else None."""
     return next(
         (
             rule

@@ -11,7 +11,7 @@ from rlmed.core.files.ownership import aside_of, remove, remove_leftovers
 
 
 class RecordError(OSError):
-    """A file of the run could not be written or truncated; the message names it and says what to do."""
+    """A file of the run cannot be written or truncated; the message names it and what to do."""
 
     def __str__(self) -> str:
         """Return the message without its errno prefix."""

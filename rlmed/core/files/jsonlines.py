@@ -28,7 +28,7 @@ class JsonLinesWriter:
     """
 
     def __init__(self, path: Path) -> None:
-        """Set the path; the file is opened on the first `append`, so it can still be truncated until then."""
+        """Set the path; the first `append` opens the file, so it can be truncated until then."""
         self.path = path
         self._descriptor: int | None = None
         self._size = 0
@@ -107,7 +107,7 @@ class JsonLinesWriter:
 
 
 def whole_length(path: Path) -> int:
-    """Return the number of bytes up to the end of the last whole line; 0 if the file does not exist."""
+    """Return the number of bytes up to the end of the last whole line; 0 without a file."""
     if not path.exists():
         return 0
     end = path.stat().st_size

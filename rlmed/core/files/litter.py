@@ -1,4 +1,4 @@
-"""Recognize files that operating systems, editors and tools leave beside data, so that scans skip them."""
+"""Recognize files that operating systems, editors and tools leave beside data, to skip in scans."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _ENDS = ("~", ".swp", ".swo", ".crdownload", ".part", ".partial")
 
 
 def is_litter(path: PurePath | str) -> bool:
-    """Return True if a path, relative to the folder or archive searched, is litter or lies in a litter folder.
+    """Return whether a path, relative to the searched folder or archive, is or lies in litter.
 
     Example:
         >>> [is_litter(name) for name in ("a/._1.png", "__MACOSX/1.png", "~$q.csv", "a/1.png", "../1.png")]

@@ -77,7 +77,7 @@ class Near:
         return ", ".join(where + ([f"which differs in {' and '.join(self.differs)}"] if self.differs else []))
 
     def __str__(self) -> str:
-        """Return `there is 'images/1.PNG', which differs in case`, with invisible characters escaped."""
+        """Return `there is 'images/1.PNG', which differs in case`, invisible characters escaped."""
         hidden = {"the coding of accents", "characters that look alike"} & {*self.differs}
         shown = ascii(self.path) if hidden else repr(self.path)
         return f"there is {shown}{', ' if self.difference else ''}{self.difference}"
@@ -96,7 +96,7 @@ class Names:
             self._by_stem.setdefault(_ENDING[1](look), []).append(path)
 
     def near(self, text: str, *, elsewhere: bool = True) -> Near | None:
-        """Return the path that looks like `text`; with `elsewhere`, also a unique path with the same tail."""
+        """Return the path that looks like `text`; if `elsewhere`, also a unique one of its tail."""
         if len(text) > MAX_TEXT:
             return None
         parts = _parts(text)
@@ -129,10 +129,11 @@ class Folder:
         """Names in each folder by their composed (NFC) form."""
 
     def locate(self, text: str) -> Path:
-        """Return the real path of the file that `text` names relative to the folder; it may not exist.
+        """Return the real path that `text` names relative to the folder; the file may not exist.
 
         Raises:
-            OutsideError: for an absolute path, or one that leaves the folder through `..` or a link.
+            OutsideError: for an absolute path, or one that leaves the folder through `..` or a
+                link.
         """
         path = self._inside(text)
         if os.path.exists(path):  # a name may hold a backslash on most systems

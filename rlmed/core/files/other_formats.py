@@ -43,7 +43,7 @@ _IN_FOLDERS = ("dicom", "nifti", "huggingface", "csv", "spreadsheet")
 
 
 def to_prepare(path: Path) -> str:
-    """Say what a path is if not JSON Lines, and how to convert it; "" for JSON Lines and unknown formats.
+    """Say what a path is and how to convert it to JSON Lines; "" for those and unknown formats.
 
     Example:
         >>> to_prepare(Path("questions.csv"))                                       # doctest: +SKIP

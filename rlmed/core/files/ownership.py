@@ -1,4 +1,4 @@
-"""Name temporary files and folders after their owner, to tell leftovers of dead processes from files in use."""
+"""Name temporary files and folders by owner, to tell dead processes' leftovers from used ones."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Owner:
     """
 
     machine: str
-    """Hash of the host name and, on Linux, the pid namespace: containers may share everything else."""
+    """Hash of host name and, on Linux, pid namespace: containers may share everything else."""
     pid: int
     start: int
     """Start time in clock ticks since boot; 0 if unknown."""

@@ -1,4 +1,4 @@
-"""Keep a command running when stdout or stderr cannot be written, and end user errors with one line."""
+"""Keep a command running if stdout or stderr cannot be written; end user errors with one line."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def one_line(error: BaseException) -> str:
 
 
 class _Descriptor(io.FileIO):
-    """Raw file of a standard stream that never raises, even with its reader gone or its disk full."""
+    """Raw file of a standard stream; never raises, even with its reader gone or its disk full."""
 
     def __init__(self, descriptor: int, on_refusal: Callable[[OSError], None]) -> None:
         super().__init__(descriptor, "wb", closefd=False)
@@ -139,7 +139,7 @@ def _kept(name: str, stream: TextIO | None, descriptor: int, on_refusal: Callabl
 
 
 def _nowhere(descriptor: int) -> int:
-    """Open the null device, on the standard descriptor if that is free: no file of the run may get that number."""
+    """Open the null device, on the standard descriptor if free: no file of the run may get it."""
     empty = os.open(os.devnull, os.O_WRONLY)
     try:
         os.fstat(descriptor)

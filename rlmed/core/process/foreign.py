@@ -33,7 +33,7 @@ def foreign(what: str, advice: str) -> Iterator[None]:
 
 
 def brief(error: BaseException) -> str:
-    """Return an error's message on one line, with its type first where the message alone is unclear."""
+    """Return an error's message on one line, after its type where it alone is unclear."""
     text = " ".join(str(error).split()).rstrip(".")
     if not isinstance(error, (OSError, ValueError)) or not text:
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,8 +1,8 @@
-"""Start a command, before it imports its libraries: what must be settled in its process, and errors on one line.
+"""Start a command before it imports its libraries: settle its process, put errors on one line.
 
-Importing rlmed as a library does none of this. Call `prepare_process` yourself, before torch is imported, if
-the installed torchvision does not match torch (`RuntimeError: operator torchvision::nms does not exist`), or if
-your process shares its cores with others.
+Importing rlmed as a library does none of this. Call `prepare_process` yourself, before torch is
+imported, if the installed torchvision does not match torch (`RuntimeError: operator
+torchvision::nms does not exist`), or if your process shares its cores with others.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from rlmed.core.process.threads import settle_threads, settle_waiting
 from rlmed.core.process.torch_extensions import disable_broken_extensions
 
 MIN_ADDRESSES = 1536 * 2**20
-"""Bytes of address space to load torch, numpy and scipy; with 1,000,000 KB OpenBLAS retries its allocation forever."""
+"""Address space in bytes to load torch, numpy, scipy; at 1,000,000 KB OpenBLAS retries forever."""
 
 
 def prepare_process() -> None:
-    """Settle what torch and transformers read on import: how OpenMP's threads wait, and binaries that don't match torch.
+    """Settle what torch and transformers read on import: OpenMP's waiting, and unfit binaries.
 
-    Every process of ours calls it before it imports them: commands by `start_command`, Ray's workers by a hook
-    (`rlmed.cluster.ray_session`), tests in conftest.py.
+    Every process of ours calls it before it imports them: commands by `start_command`, Ray's
+    workers by a hook (`rlmed.cluster.ray_session`), tests in conftest.py.
     """
     settle_threads()
     settle_waiting()
@@ -32,12 +32,16 @@ def prepare_process() -> None:
 
 
 def start_command() -> None:
-    """Prepare a command's process; if its libraries cannot be loaded, exit with one line, until `keep_display` takes over.
+    """Prepare a command's process; exit with one line if its libraries cannot be loaded.
 
-    Each command's file calls it first, before its other imports, and only if it is the program that runs.
+    This holds until `keep_display` takes over.
+
+    Each command's file calls it first, before its other imports, and only if it is the program that
+    runs.
 
     Raises:
-        MemoryError, OSError: for an environment in which torch and numpy, or their C code, would not load.
+        MemoryError, OSError: for an environment in which torch and numpy, or their C code, would
+            not load.
     """
     sys.excepthook = _say
     _check_addresses()

@@ -25,12 +25,12 @@ BUSY = 0.5
 
 
 def settle_waiting(environment: MutableMapping[str, str] = os.environ, root: Path = Path("/")) -> None:
-    """Let OpenMP threads sleep while they wait if other processes need the cores; no-op once torch is loaded.
+    """Let waiting OpenMP threads sleep if other processes need cores; no-op once torch is loaded.
 
-    They spin by default, which is fastest on an idle machine. Beside another process, a spinning thread keeps the one
-    it waits for off its core: rollouts fall to a quarter of their speed. A variable set by the user wins (figures:
-    benchmarks/busy_machine.py). A variable is set either way, so child processes inherit the choice; they would take
-    each other for foreign load.
+    They spin by default, which is fastest on an idle machine. Beside another process, a spinning
+    thread keeps the one it waits for off its core: rollouts fall to a quarter of their speed. A
+    variable set by the user wins (figures: benchmarks/busy_machine.py). A variable is set either
+    way, so child processes inherit the choice; they would take each other for foreign load.
     """
     if "torch" in sys.modules or any(name in environment for name in WAITING):
         return
@@ -96,13 +96,13 @@ def _own_cores() -> set[int]:
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
-    """Return the tightest CPU quota of the process's cgroup and its ancestors, in cores; None without a quota."""
+    """Return the tightest CPU quota of the process's cgroup and ancestors, in cores, or None."""
     quotas = [(_quota_v2 if unified else _quota_v1)(group) for group, unified in _groups("cpu", root)]
     return min((quota for quota in quotas if quota is not None), default=None)
 
 
 def memory_limit(root: Path = Path("/")) -> int | None:
-    """Return the tightest memory limit of the process's cgroup and its ancestors, in bytes; None without a limit."""
+    """Return the tightest memory limit of the process's cgroup and ancestors, in bytes, or None."""
     said = [
         _read(group / ("memory.max" if unified else "memory.limit_in_bytes")).strip()
         for group, unified in _groups("memory", root)
@@ -111,7 +111,7 @@ def memory_limit(root: Path = Path("/")) -> int | None:
 
 
 def _groups(controller: str, root: Path) -> Iterator[tuple[Path, bool]]:
-    """Yield the folders of the process's cgroup and its ancestors, each with whether it is cgroup v2."""
+    """Yield the folders of the process's cgroup and ancestors, each with whether it's cgroup v2."""
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")

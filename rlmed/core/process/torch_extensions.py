@@ -19,7 +19,7 @@ _DECLARED: list[object] = []
 
 
 def disable_broken_extensions() -> None:
-    """Make `import transformers` work beside such binaries; call before transformers or vLLM is imported.
+    """Make `import transformers` work beside such binaries; call before importing it or vLLM.
 
     Idempotent, and a no-op where they match torch or are not installed.
     """

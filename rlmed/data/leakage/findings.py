@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 LeakKind = Literal["file", "pixels", "near", "slice", "text"]
-"""The same file; the same pixels; an altered copy, or hard to tell from one; a neighbour in its series; the same
-question without an image."""
+"""The same file; the same pixels; an altered copy, or hard to tell from one.
+
+Or a neighbour in its series; the same question without an image.
+"""
 KINDS: tuple[LeakKind, ...] = ("file", "pixels", "near", "slice", "text")
 
 WORDS: Mapping[str, str] = {
@@ -39,12 +41,15 @@ class Leak:
     """None for matching rows without an image."""
     train_image: str | None
     likeness: float
-    """1 for the same file, pixels or text; for slices the correlation of thumbnails; else the `near_duplicates` score."""
+    """1 for the same file, pixels or text; else a score.
+
+    For slices it is the correlation of thumbnails, else the `near_duplicates` score.
+    """
     test_ids: tuple[str, ...]
     """Rows of the test file about this picture; without one, those that ask the same."""
     train_ids: tuple[str, ...]
     repeated_ids: tuple[str, ...]
-    """Of these, test rows whose question, options and answer a training row about the other picture shares."""
+    """Of these, test rows that share question, options and answer with the other's training row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +71,7 @@ class FileLeakage:
     images_by_kind: dict[str, int]
     """Leaking pictures (for "text", rows), each under the first of `KINDS` that applies."""
     doubtful: int
-    """Pictures that look like a training picture, in a set where different pictures do so too; not counted."""
+    """Pictures like a training picture, in a set where different ones are so too; not counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +119,7 @@ class LeakageReport:
 
 
 def leakage_lines(report: LeakageReport) -> list[str]:
-    """Return a line for each test file that shares something with the training rows, with its surest pair."""
+    """Return a line for each test file that shares anything with training rows: its surest pair."""
     lines = []
     for file in report.files:
         if not file.leaking_rows:
@@ -130,7 +135,7 @@ def leakage_lines(report: LeakageReport) -> list[str]:
 
 
 def doubt_lines(report: LeakageReport) -> list[str]:
-    """Return a line for each test file with doubtful pictures, which count neither as leaks nor as clean."""
+    """Return a line per test file with doubtful pictures: they count neither as leaks nor clean."""
     return [
         f"{file.doubtful} of {file.images} pictures of {file.name} look much like a training picture, but different pictures "
         "of these data do so too: they do not count as leaks (docs/data.md)"

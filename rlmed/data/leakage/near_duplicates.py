@@ -1,10 +1,11 @@
-"""Find near duplicates: re-encoded, resized, brightened, slightly cropped, mirrored or rotated copies.
+"""Find near duplicates: re-encoded, resized, brightened, slightly cropped, mirrored or rotated.
 
-Three steps, each on what the previous one leaves. (1) Correlate 32x32 high-pass thumbnails, all against all, in the
-windows and turns that a copy may have. (2) Align the best few of each picture: refine the window's four edges by
-Gauss-Newton steps on the squared difference (Lucas and Kanade 1981). (3) Compare the aligned pair tile by tile; the
-score is a low quantile of the tiles' correlations, since two different chests agree in outline, but not everywhere.
-docs/lab-log.md has the measurements behind the constants.
+Three steps, each on what the previous one leaves. (1) Correlate 32x32 high-pass thumbnails, all
+against all, in the windows and turns that a copy may have. (2) Align the best few of each picture:
+refine the window's four edges by Gauss-Newton steps on the squared difference (Lucas and Kanade
+1981). (3) Compare the aligned pair tile by tile; the score is a low quantile of the tiles'
+correlations, since two different chests agree in outline, but not everywhere. docs/lab-log.md has
+the measurements behind the constants.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ CANDIDATES = 3
 SEARCH = 0.4
 """Least correlation of thumbnails; 8 % crops fall this low."""
 GOING_ON = (0.6, 0.7)
-"""Least correlation after alignment, at 32x32 and at 64x64 pixels, for a pair to reach the next step."""
+"""Least correlation after alignment, at 32x32 and 64x64 pixels, for a pair to go on."""
 WORST = 0.1
-"""The score is this quantile of the tiles' correlations: one of 16 tiles may be spoilt, for example by a label."""
+"""The score is this quantile of tile correlations: one of 16 may be spoilt, as by a label."""
 SAME = 0.72
 """Least score of a copy; different radiographs reach 0.40."""
 SAME_IN_CROWD = 0.96
@@ -59,7 +60,7 @@ Floats = npt.NDArray[np.float32]
 _CORNERS = ((0.0, 0.0), (0.05, 0.0), (0.0, 0.05), (0.05, 0.05), (0.025, 0.025))
 _WHOLE = np.array([0, 0, 1, 1], np.float32)
 WINDOWS: tuple[Floats, ...] = tuple(np.array([x, y, x + 0.95, y + 0.95], np.float32) for x, y in _CORNERS)
-"""Windows of a picture that a copy may show: left, top, right and bottom edge as shares of the sides."""
+"""Windows of a picture that a copy may show: left, top, right, bottom edge in shares of sides."""
 TURNS = 8
 """Orientations of a square picture: four quarter turns, mirrored or not."""
 
@@ -98,7 +99,7 @@ class NearDuplicates:
 
     same: tuple[NearDuplicate, ...]
     doubtful: tuple[NearDuplicate, ...]
-    """Pairs that score at least `SAME` but do not count, because different pictures of the set look as much alike."""
+    """Pairs that score `SAME` or more but do not count: different pictures are as much alike."""
 
 
 @lru_cache(maxsize=_KEPT)
@@ -133,7 +134,7 @@ def _halves(pictures: Sequence[Thumbnail]) -> Floats:
 
 
 def _vectors(halves: Floats, window: Floats | None = None, turn: int = 0) -> Floats:
-    """Return each picture's high-pass window at 32x32 with norm 1 (0 for a flat picture), float32 [N, `_SIZE`]."""
+    """Return each picture's 32x32 high-pass window, norm 1 (0 if flat), float32 [N, `_SIZE`]."""
     part = halves if window is None else warp(halves, np.broadcast_to(window, (len(halves), 4)))[0]
     flat = turned(highpass(pool(part), 2), turn).reshape(len(halves), -1)
     flat = flat - flat.mean(1, keepdims=True)
@@ -175,7 +176,7 @@ class NearDuplicateSearch:
         self._way = np.zeros(shape, np.int8)
 
     def add(self, paths: Sequence[Path]) -> None:
-        """Correlate with further training pictures; their indices continue from the previous ones."""
+        """Correlate with more training pictures; indices continue from the previous ones."""
         for start in range(0, len(paths), BLOCK):
             block = paths[start : start + BLOCK]
             self._correlate(read_thumbnails(block), len(self._train))
@@ -234,7 +235,7 @@ class NearDuplicateSearch:
 
 
 def _around(window: Floats) -> Floats:
-    """Return the box of a picture in shares of its part in `window`: outside it, edges are below 0 or above 1."""
+    """Return a picture's box in shares of its part in `window`: outside it, edges leave 0 to 1."""
     size = window[2:] - window[:2]
     return np.concatenate([-window[:2] / size, (1 - window[:2]) / size]).astype(np.float32)
 
@@ -276,7 +277,7 @@ def alignment_scores(left: Floats, right: Floats, boxes: Floats, detail: npt.NDA
 
 
 def thumbnail_correlations(left: Sequence[Path], right: Sequence[Path]) -> Floats:
-    """Return the correlation of 32x32 high-pass thumbnails of each pair, without alignment; float32 [N]."""
+    """Return the correlation of each pair's 32x32 high-pass thumbnails, unaligned; float32 [N]."""
     values = [np.zeros(0, np.float32)]
     for start in range(0, len(left), BLOCK):
         sides = (_vectors(_halves(read_thumbnails(paths[start : start + BLOCK]))) for paths in (left, right))

@@ -15,7 +15,7 @@ Floats = npt.NDArray[np.float32]
 TILES = 4
 """Tiles per side."""
 FAINT = 0.25
-"""Tiles with less structure than this share of the tiles' mean are ignored: background, plain tissue."""
+"""Tiles below this share of the tiles' mean structure are ignored: background, plain tissue."""
 _STEP = 0.03
 """Largest move of an edge in one step, as a share of the side."""
 _REACH = 0.15
@@ -30,13 +30,13 @@ def pool(pictures: Floats) -> Floats:
 
 
 def highpass(pictures: Floats, radius: int) -> Floats:
-    """Subtract each picture's means over squares of 2 · radius + 1 pixels; edge pixels are repeated outward."""
+    """Subtract each picture's means over squares of 2 · radius + 1 pixels; edge pixels repeat."""
     down = _running_means(pictures, radius)
     return pictures - _running_means(down.transpose(0, 2, 1), radius).transpose(0, 2, 1)
 
 
 def _running_means(pictures: Floats, radius: int) -> Floats:
-    """Return means over 2 · radius + 1 rows, without matrix products: many small ones keep BLAS threads waiting."""
+    """Return means over 2 · radius + 1 rows; no matrix products: they keep BLAS threads waiting."""
     first, last = pictures[:, :1], pictures[:, -1:]
     padded = np.concatenate([*[first] * radius, pictures, *[last] * radius], axis=1)
     side = pictures.shape[1]
@@ -48,7 +48,7 @@ def _running_means(pictures: Floats, radius: int) -> Floats:
 
 
 def warp(pictures: Floats, boxes: Floats) -> tuple[Floats, Floats]:
-    """Stretch the windows to the pictures' size by linear interpolation; also return a mask, 1 inside the picture."""
+    """Stretch windows linearly to the pictures' size; also return a mask, 1 inside the picture."""
     down, seen_down = _resampled(pictures, boxes[:, 1], boxes[:, 3])
     across, seen_across = _resampled(down.transpose(0, 2, 1), boxes[:, 0], boxes[:, 2])
     mask = seen_down[:, :, None] & seen_across[:, None, :]
@@ -56,7 +56,7 @@ def warp(pictures: Floats, boxes: Floats) -> tuple[Floats, Floats]:
 
 
 def _resampled(pictures: Floats, low: Floats, high: Floats) -> tuple[Floats, npt.NDArray[np.bool_]]:
-    """Return the rows from `low` to `high` (shares of the height), and [N, S] which of them lie inside."""
+    """Return the rows from `low` to `high` (shares of height), and [N, S] which lie inside."""
     count, side, _ = pictures.shape
     share = (np.arange(side, dtype=np.float32) + 0.5) / side
     positions = (low[:, None] + share * (high - low)[:, None]) * side - 0.5
@@ -69,7 +69,7 @@ def _resampled(pictures: Floats, low: Floats, high: Floats) -> tuple[Floats, npt
 
 
 def _unit(pictures: Floats, mask: Floats) -> Floats:
-    """Normalize to mean 0 and norm 1 within the mask, 0 outside; a picture without structure stays near 0."""
+    """Normalize to mean 0, norm 1 in the mask, 0 outside; without structure, values stay near 0."""
     mean = _dot(pictures, mask) / np.maximum(mask.sum((1, 2)), 1)
     centred = (pictures - mean[:, None, None]) * mask
     length = np.sqrt(_dot(centred, centred))
@@ -141,7 +141,7 @@ def _newton_step(window: Floats, rest: Floats, mask: Floats, boxes: Floats) -> F
 
 
 def tile_correlations(left: Floats, right: Floats, boxes: Floats, radius: int) -> Floats:
-    """Return the correlation of `left` and the window of `right` per tile, float32 [N, TILES²]; NaN in faint tiles."""
+    """Correlate `left` with `right`'s window by tile, float32 [N, TILES²]; NaN in faint tiles."""
     window, mask = warp(right, boxes)
     cut = _tiles(mask)
     tiles = [_tiles(highpass(pictures, radius) * mask) for pictures in (left, window)]

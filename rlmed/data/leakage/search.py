@@ -1,7 +1,7 @@
-"""Find test pictures, or whole test rows, that are in the training data too: accuracy on such rows says little.
+"""Find test pictures or whole test rows in the training data: accuracy on such rows says little.
 
-Finds the same file, the same pixels in another file, altered copies (`near_duplicates`) and neighbouring slices of one
-series (`series`). docs/data.md says what it finds and what it misses.
+Finds the same file, the same pixels in another file, altered copies (`near_duplicates`) and
+neighbouring slices of one series (`series`). docs/data.md says what it finds and what it misses.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def find_leakage(train: Sequence[Example], tests: Mapping[str, Sequence[Example]
 
 
 def folder_leakage(folder: Path, splits: Sequence[str]) -> LeakageReport | None:
-    """Compare the splits of a prepared folder: those called `train…` against the others; None unless it has both.
+    """Compare splits of a prepared folder: `train…` against the others; None unless it has both.
 
     Paths in the report are relative to the folder.
 

@@ -12,16 +12,17 @@ REACH = 3
 
 _LAST_NUMBER = re.compile(r"(.*?)(\d+)(\D*)", re.DOTALL)
 _FOLDERS = 4
-"""A name found in more folders than this, like T2_012.png for each patient, identifies no series across folders."""
+"""A name in more folders than this, like T2_012.png, identifies no series across folders."""
 _LONGEST = 15
 """Most digits of a slice number; more are a hash or a unique identifier."""
 
 
 def series_of(path: Path) -> tuple[tuple[str, ...], int] | None:
-    """Return the series that a file may belong to, and its number there; None if its name has no number.
+    """Return a file's possible series, and its number there; None if its name has no number.
 
-    The number is the last one in the name. The series is the rest of the name within its folder; and, in any parent
-    folder, the rest of folder and name if that has a number too, such as that of a patient or a series.
+    The number is the last one in the name. The series is the rest of the name within its folder;
+    and, in any parent folder, the rest of folder and name if that has a number too, such as that of
+    a patient or a series.
 
     Example:
         >>> series_of(Path("/data/mri/brain_012.png"))

@@ -100,7 +100,7 @@ def plain_options(texts: Sequence[str]) -> tuple[str, ...]:
 
 
 def written_answer(options: tuple[str, ...], answer: int) -> str:
-    """Write the correct option for a file: its text, with its letter if the text could be another option's letter.
+    """Write the correct option for a file: text, with letter if the text may be another's letter.
 
     Example:
         >>> written_answer(("liver", "spleen"), 1), written_answer(("B", "A"), 1)
@@ -146,7 +146,7 @@ class _Shown:
         found = own_labels(self.raw)
         indices = {index: label for label, index in zip(found, self.there, strict=bool(found)) if label}
         self.some = 0 < len(indices) < len(self.there)
-        """Return whether only some options bring a letter: `A. liver`, `B. spleen`, `all of the above`."""
+        """Return whether only some options bring a letter: `A. liver`, `all of the above`."""
         certain = bool(indices) and self._certain(indices)
         if self.some and not certain and not all(label.sure for label in indices.values()):
             indices = {}
@@ -168,7 +168,7 @@ class _Shown:
         self.namings = self._namings(own)
 
     def _certain(self, labels: Mapping[int, Label]) -> bool:
-        """Return whether texts begin with labels in order, not with letters of their own, as in `E. coli`."""
+        """Return whether texts begin with ordered labels, not own letters as in `E. coli`."""
         if are_a_series([label.name for label in labels.values()]):
             return True
         sure = all(label.sure for label in labels.values())
@@ -247,7 +247,7 @@ class _Shown:
         return [(_BARE_TEXT, self.rests[key])] if key in self.rests else []
 
     def counted(self, answer: str, first: int) -> list[Claim]:
-        """Return readings of an answer as an index: into the shown options, the source's, and their names."""
+        """Return readings of an answer as an index into options shown, the source's, and names."""
         if not (answer.isascii() and answer.isdigit() and len(answer) <= 3):
             return []
         index, how, called = int(answer) - first, f"counted from {first}", self.given.names

@@ -90,7 +90,7 @@ def own_label(text: str) -> Label | None:
 
 
 def _unadorned(text: str) -> Iterator[str]:
-    """Yield a text as is, and without marks at or around its beginning: `**A.** x`, `"A": x`, `• A. x`, `Ⓐ x`."""
+    """Yield a text as is, and without marks at its start: `**A.** x`, `"A": x`, `• A. x`, `Ⓐ x`."""
     text = text.strip()
     yield text
     listed = _BULLET.match(text)
@@ -108,10 +108,10 @@ def _unadorned(text: str) -> Iterator[str]:
 
 
 def own_labels(texts: Sequence[str]) -> tuple[Label | None, ...]:
-    """Return the label of each text, None for one without; empty if fewer than two have one or two are alike.
+    """Return each text's label or None; empty if fewer than two have one or two are alike.
 
-    Also empty if two texts would be alike without them, as `1. rib` and `2. rib`, unless the labels are A, B, C and so
-    on.
+    Also empty if two texts would be alike without them, as `1. rib` and `2. rib`, unless the labels
+    are A, B, C and so on.
 
     Example:
         >>> [label.rest for label in own_labels(["A. liver", "B. spleen"]) if label], own_labels(["A. carotis", "A. radialis"])
@@ -130,7 +130,7 @@ def own_labels(texts: Sequence[str]) -> tuple[Label | None, ...]:
 
 
 def _series(texts: Sequence[str]) -> tuple[tuple[Label, ...], tuple[str, ...]]:
-    """Return numbered labels, and their enumeration, if all texts begin with one: `I. liver`, `II. spleen`."""
+    """Return numbered labels, and their enumeration, if all have one: `I. liver`, `II. spleen`."""
     for alphabet, pattern in _COUNTED:
         found = [match for text in texts if (match := pattern.match(text.strip()))]
         numbers = [alphabet.index(match["key"].upper()) + 1 for match in found]
@@ -141,7 +141,7 @@ def _series(texts: Sequence[str]) -> tuple[tuple[Label, ...], tuple[str, ...]]:
 
 
 def name_in_series(texts: Sequence[str], answer: str) -> str | None:
-    """Return the number that an answer stands for if the options are enumerated its way: `II` is 2; else None.
+    """Return an answer's number if the options are enumerated its way: `II` is 2; else None.
 
     Example:
         >>> name_in_series(["I. liver", "II. spleen"], "ii)"), name_in_series(["liver", "spleen"], "II")
@@ -161,13 +161,13 @@ def are_a_series(names: Sequence[str]) -> bool:
 
 
 def bare_name(answer: str) -> str | None:
-    """Return the letter or number that an answer is, ignoring decoration: `(b)` and `Option B` are B; else None."""
+    """Return an answer's letter or number, undecorated: B for `(b)` and `Option B`; else None."""
     found = next(filter(None, map(_BARE.fullmatch, _unadorned(answer))), None)
     return _plain(found["key"]) if found else None
 
 
 def key_name(key: str) -> str:
-    """Return the letter or number that a key or column stands for: `option_a` is A, `01` is 1; others unchanged."""
+    """Return the letter or number of a key or column: `option_a` is A, `01` is 1; others as is."""
     text = unicodedata.normalize("NFKC", key).strip().strip("()[]{}.:")
     found = _NAMED.fullmatch(text)
     return _plain(found["key"]) if found else text.casefold()

@@ -1,7 +1,7 @@
-"""Recognize options that refer to others and so fix the order: `all of the above`, `A and C`, `both`, `none of these`.
+"""Recognize options that refer to others, so fix the order: `A and C`, `both`, `none of these`.
 
-A rule on the whole text of an option. A question with such an option is never shuffled. A false positive only keeps an
-order that could have changed: no answer becomes wrong.
+A rule on the whole text of an option. A question with such an option is never shuffled. A false
+positive only keeps an order that could have changed: no answer becomes wrong.
 """
 
 from __future__ import annotations
@@ -89,13 +89,13 @@ def keeps_order(options: Sequence[str]) -> bool:
 
 
 def kept_orders(rows: Iterable[Sequence[str]]) -> tuple[int, str]:
-    """Count the rows whose options keep their order, and return the first option that causes it; "" for none."""
+    """Count rows whose options keep their order; return the first option causing it, "" if none."""
     kept = [options for options in rows if keeps_order(options)]
     return len(kept), next((option for options in kept for option in options if refers_to_others(option)), "")
 
 
 def kept_order_text(kept: int, rows: int, option: str) -> str:
-    """Describe how many rows of a file keep their option order, and why; `option` is from `kept_orders`."""
+    """Describe how many rows of a file keep option order, and why; `option`: see `kept_orders`."""
     example = f", such as {shorten(option)}" if option else ""  # earlier versions did not record it
     return f"{kept} of {rows} rows keep the order of their options, since one refers to others{example}"
 

@@ -1,4 +1,4 @@
-"""Read options in the forms that sources use: lists, mappings from letters or numbers, pairs, JSON in a cell."""
+"""Read options in source forms: lists, mappings from letters or numbers, pairs, JSON in a cell."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def parse_options(text: str) -> Any:
 
 
 def plain_option(text: str) -> str:
-    """Strip white space and invisible characters from an option; "" for what pandas writes for a missing value."""
+    """Strip white space and invisible characters from an option; "" for pandas' missing values."""
     plain = visible(text)
     return "" if plain.casefold() in ("nan", "<na>") else plain
 
@@ -144,7 +144,7 @@ def _numbers(values: Sequence[Any]) -> bool:
 
 
 def kind_of(name: str) -> Literal["letter", "number", "word"]:
-    """Return the kind of a name from `key_name`; only letters and numbers have an inherent order."""
+    """Return the kind of a `key_name` name; only letters and numbers have an inherent order."""
     if name.isascii() and name.isdigit() and len(name) <= 3:
         return "number"
     return "letter" if len(name) == 1 and name in LETTERS else "word"

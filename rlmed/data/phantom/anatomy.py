@@ -136,7 +136,7 @@ LESION_CENTRE: dict[str, Vector] = {
     "abdomen": (0.42, 0.31, 0.36),
     "knee": (0.29, 0.29, 0.36),
 }
-"""Distance of a lesion's centre from the midline along x, y and z: well inside the body, clear of the midlines."""
+"""Distance of lesion centres from the midline in x, y, z: well inside the body, off midlines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +168,7 @@ def _pair(shape: Shape) -> list[Shape]:
 
 
 def _head() -> list[Shape]:
-    """Return scalp, skull and brain with ventricles; face and neck below are visible in X-rays only."""
+    """Return scalp, skull and brain with ventricles; face and neck below show in X-rays only."""
     csf = "cerebrospinal fluid"
     return [
         Shape("muscle", (0, 0.16, -1.08), (0.34, 0.36, 0.52), "air"),
@@ -217,7 +217,7 @@ def _chest() -> list[Shape]:
 
 
 def _abdomen() -> list[Shape]:
-    """Return liver, spleen, kidneys, stomach with gas, gall bladder, bowel, spine, and the iliac wings below."""
+    """Return liver, spleen, kidneys, stomach with gas, gall bladder, bowel, spine, iliac wings."""
     bowel = [(-0.05, -0.36, -0.05), (0.12, -0.10, -0.3), (-0.15, -0.2, -0.45), (0.33, -0.32, -0.5), (0.38, -0.1, -0.62)]
     return [
         Shape("fat", (0, 0, 0), (0.92, 0.74, 2.6), "air"),
@@ -241,7 +241,7 @@ def _abdomen() -> list[Shape]:
 
 
 def _knee() -> list[Shape]:
-    """Return femur with condyles, tibia, fibula, patella, cartilage and joint fluid in a limb of fat and muscle."""
+    """Return femur with condyles, tibia, fibula, patella, cartilage, joint fluid, fat, muscle."""
 
     def bone(centre: Vector, radii: Vector) -> Shape:
         return Shape("cortical bone", centre, radii)
@@ -295,7 +295,7 @@ def sample_body(region: str, rng: np.random.Generator) -> list[Shape]:
 
 
 def sample_lesion(kind: str, centre: npt.NDArray[np.float64], radius: float, rng: np.random.Generator) -> list[Shape]:
-    """Return the shapes of a lesion of the given kind around `centre` [3] with outer radius `radius` (body units)."""
+    """Return a lesion's shapes by kind, around `centre` [3], outer radius `radius` (body units)."""
 
     def ball(tissue: str, fraction: float, inside: str, offset: float = 0.0) -> Shape:
         direction = rng.normal(size=3)

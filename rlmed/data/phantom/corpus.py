@@ -1,22 +1,24 @@
-"""Corpus for the tiny base model before RL: generated questions, completed by readers of mixed quality.
+"""Corpus for the tiny base model before RL: generated questions, completed by various readers.
 
-A real base model has read much that is right and much that isn't, and its first answer is not its best. RL starts from
-there, so this corpus deliberately creates that situation:
+A real base model has read much that is right and much that isn't, and its first answer is not its
+best. RL starts from there, so this corpus deliberately creates that situation:
 
-* A *careful* reader describes what the image shows, names what was asked, and looks its letter up. `<think>This is a
-  T2-weighted MRI of the knee. There is a large cyst at the lower left. The size is large (C).</think>`, then
-  `<answer>C</answer>`. The description teaches the eyes, the last sentence binds options to letters.
+* A *careful* reader describes what the image shows, names what was asked, and looks its letter up.
+  `<think>This is a T2-weighted MRI of the knee. There is a large cyst at the lower left. The size
+  is large (C).</think>`, then `<answer>C</answer>`. The description teaches the eyes, the last
+  sentence binds options to letters.
 * A *hasty* reader ignores the image and guesses a random letter: `<think>Most likely (B).</think>`.
 
-The kind of question decides who writes (`HASTY`): mostly the careful reader on modality and anatomy, mostly the hasty
-one on disease, grading and attribute. Some completions break the format, most of them hasty ones on attribute questions
-(`BROKEN`). So the base model scores well above chance, and its greedy answer to a hard question is a guess, yet it can
-do better: sampled at temperature 1, it is careful about one time in three. RL gets no completions; from the reward for
-letter and format it must discover that looking pays. The corpus covers all three modalities, so that what RL learns on
-MRI can transfer to CT and X-ray, as in MedVLM-R1 (arXiv 2502.19634).
+The kind of question decides who writes (`HASTY`): mostly the careful reader on modality and
+anatomy, mostly the hasty one on disease, grading and attribute. Some completions break the format,
+most of them hasty ones on attribute questions (`BROKEN`). So the base model scores well above
+chance, and its greedy answer to a hard question is a guess, yet it can do better: sampled at
+temperature 1, it is careful about one time in three. RL gets no completions; from the reward for
+letter and format it must discover that looking pays. The corpus covers all three modalities, so
+that what RL learns on MRI can transfer to CT and X-ray, as in MedVLM-R1 (arXiv 2502.19634).
 
-Training uses three files in turn: `lookup` (text only, findings in words: format and letters at little cost), `careful`
-(images, careful readers only), `readers` (images, the mixture).
+Training uses three files in turn: `lookup` (text only, findings in words: format and letters at
+little cost), `careful` (images, careful readers only), `readers` (images, the mixture).
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ BROKEN = {"careful": 0.03, "hasty": 0.08, "hasty attribute": 0.5}
 """Share of completions that break the format."""
 ASKED = {"modality": "technique", "anatomy": "region", "disease": "finding", "grading": "size", "attribute": "place"}
 GUESS = "Most likely"
-"""Opening of every hasty reader: with several, greedy decoding would pick the careful reader's first word."""
+"""All hasty readers' opening: with several, greedy decoding would pick the careful reader's."""
 OPTION_COUNT = 4
 
 
@@ -63,7 +65,7 @@ def careful_reasoning(study: Study, example: Example) -> str:
 
 
 def completion(reasoning: str, letter: str, breach: int | None = None) -> str:
-    """Return reasoning and answer in the paper's tags; `breach` 0 to 3 selects a way of breaking the format."""
+    """Return reasoning and answer in the paper's tags; `breach` 0 to 3 selects a format error."""
     whole = f"<think>{reasoning}</think>\n<answer>{letter}</answer>"
     breaches = (
         f"<think>{reasoning}</think>\n<answer>{letter}",
@@ -88,7 +90,7 @@ def read_by_someone(study: Study, example: Example, rng: np.random.Generator) ->
 
 
 def tokenizer_phrases() -> tuple[str, ...]:
-    """Return texts that are one token of the tiny tokenizer: the instruction, and all answers with a leading space."""
+    """Return the tiny tokenizer's one-token texts: the instruction, all answers after a space."""
     values = {value for kind in KINDS for modality in MODALITIES for value in answer_values(kind, modality)}
     return (PROMPT_SUFFIX, *(f" {value}" for value in sorted(values)))
 

@@ -67,9 +67,9 @@ MU_WATER = 0.206
 XRAY_PHOTONS = 2.0e5
 """Photons per pixel in air."""
 XRAY_DETAIL = 1.5
-"""Share of the difference from the local mean that is added, as radiography systems do to show thick and thin parts."""
+"""Added share of the difference from the local mean, as radiography shows thick and thin parts."""
 XRAY_LESION_GAIN = {"cyst": 14.0, "mass": 7.0, "hemorrhage": 14.0, "calcification": 1.6}
-"""Factor by which X-rays exaggerate a lesion's contrast to soft tissue, where most would be invisible."""
+"""X-rays exaggerate a lesion's contrast to soft tissue by this: most would be invisible."""
 
 
 def spin_echo(tissue: Tissue, tr: float, te: float, ti: float = 0.0) -> float:
@@ -97,7 +97,7 @@ class Frames(NamedTuple):
 
 
 class View(NamedTuple):
-    """The position of an image in the body: points `origin + u * right + v * down`, seen along `depth`."""
+    """Position of an image in the body: points `origin + u * right + v * down` along `depth`."""
 
     origin: Array
     right: Array
@@ -106,7 +106,7 @@ class View(NamedTuple):
 
 
 def _view(study: Study, rng: np.random.Generator) -> View:
-    """Return the view of a study with a small random shift, scale and rotation within the image, each vector [3]."""
+    """Return a study's view with a small random shift, scale and rotation, each vector [3]."""
     x, y, z = np.eye(3)
     quarter = np.sqrt(0.5)
     views = {
@@ -129,7 +129,7 @@ def _view(study: Study, rng: np.random.Generator) -> View:
 
 
 def _lesion(study: Study, view: View, rng: np.random.Generator) -> list[Shape]:
-    """Return the shapes of the study's lesion, in its quadrant of the image; empty without a lesion."""
+    """Return the shapes of the study's lesion, in its image quadrant; empty without a lesion."""
     if study.lesion == NO_LESION:
         return []
     vertical, horizontal = study.quadrant.split()
@@ -160,14 +160,14 @@ def _rotation(tilt: float, turn: float) -> Array:
 
 @lru_cache(maxsize=4)
 def _grid(size: int) -> tuple[Image, Image]:
-    """Return coordinates u (right) and v (down) of the pixel centres, each float32 [size * size]; read-only."""
+    """Return the pixel centres' u (right) and v (down), each float32 [size * size]; read-only."""
     line = ((np.arange(size) + 0.5) * 2 / size - 1).astype(np.float32)
     v, u = np.meshgrid(line, line, indexing="ij")
     return u.ravel(), v.ravel()
 
 
 def _quadratic(frames: Frames, size: int) -> Image:
-    """Return the squared distance of each pixel from each shape's centre in units of its radii, float32 [n, pixels]."""
+    """Return pixels' squared distances from shape centres in their radii, float32 [n, pixels]."""
     u, v = _grid(size)
     right, down, _, origin = frames
     terms = [(right, right), (2 * right, down), (down, down), (2 * right, origin), (2 * down, origin), (origin, origin)]
@@ -176,7 +176,7 @@ def _quadratic(frames: Frames, size: int) -> Image:
 
 
 def _cover(shapes: Sequence[Shape], radii: Array, view: View, size: int) -> Image:
-    """Return how much of each pixel the ellipsoids with these `radii` [n, 3] cover, 0 to 1, float32 [n, pixels]."""
+    """Return the share of pixels that ellipsoids of `radii` [n, 3] cover, float32 [n, pixels]."""
     # 1 on the surface
     distance = np.sqrt(np.maximum(_quadratic(_frames(shapes, radii, view), size), 0))
     sharpness = (radii.min(1)[:, None] * size / 2).astype(np.float32)
@@ -202,10 +202,11 @@ def render_slice(shapes: Sequence[Shape], values: Sequence[float], outside: floa
 
 
 def _spans(shapes: Sequence[Shape], radii: Array, view: View, size: int) -> tuple[Image, Image]:
-    """Return where each pixel's ray along `view.depth` enters and leaves each ellipsoid, each float32 [n, pixels].
+    """Return where rays along `view.depth` enter and leave each ellipsoid, as float32 [n, pixels].
 
-    With the ray at p + t d, |p + t d|^2 = 1 has the roots (-p·d ± sqrt((p·d)^2 - d·d (p·p - 1))) / d·d. Both are
-    clipped to the field of view, 1.1 on either side; if the ray misses, entry equals exit.
+    With the ray at p + t d, |p + t d|^2 = 1 has the roots (-p·d ± sqrt((p·d)^2 - d·d (p·p - 1))) /
+    d·d. Both are clipped to the field of view, 1.1 on either side; if the ray misses, entry equals
+    exit.
     """
     u, v = _grid(size)
     frames = _frames(shapes, radii, view)
@@ -217,9 +218,10 @@ def _spans(shapes: Sequence[Shape], radii: Array, view: View, size: int) -> tupl
 
 
 def render_rays(shapes: Sequence[Shape], excess: Sequence[float], view: View, size: int) -> Image:
-    """Sum over shapes `excess[i]` times the length of each pixel's ray inside shape i, float32 [size, size].
+    """Sum over shapes `excess[i]` times the length of pixel rays in shape i, float32 [size, size].
 
-    If `excess` is a shape's attenuation minus that of its surrounding tissue, this is the integral of the attenuation.
+    If `excess` is a shape's attenuation minus that of its surrounding tissue, this is the integral
+    of the attenuation.
     """
     enter, leave = _spans(shapes, np.array([s.radii for s in shapes]), view, size)
     length = leave - enter
@@ -242,7 +244,7 @@ def _smooth_field(rng: np.random.Generator, size: int) -> Image:
 
 
 def _render_mri(study: Study, body: list[Shape], view: View, rng: np.random.Generator, size: int) -> Image:
-    """Return the spin-echo signal with uneven coil sensitivity and Rician noise, relative to white, [size, size]."""
+    """Return spin-echo signal, uneven coils and Rician noise included, over white, [size, size]."""
     tr, te, ti, white = SEQUENCES[study.technique]
     jitter = dict(zip(TISSUES, rng.normal(1, 0.03, len(TISSUES)), strict=True))
     signal = {name: jitter[name] * spin_echo(tissue, tr, te, ti) / white for name, tissue in TISSUES.items()}
@@ -254,7 +256,7 @@ def _render_mri(study: Study, body: list[Shape], view: View, rng: np.random.Gene
 
 
 def _render_ct(study: Study, body: list[Shape], view: View, rng: np.random.Generator, size: int) -> Image:
-    """Return Hounsfield units in the study's window, 0 to 1; photon noise grows toward the middle, [size, size]."""
+    """Return windowed Hounsfield units, 0 to 1, [size, size]; photon noise grows to the middle."""
     jitter = dict(zip(TISSUES, rng.normal(0, 2.0, len(TISSUES)), strict=True))
     image = render_slice(body, [TISSUES[s.tissue].hu + jitter[s.tissue] for s in body], -1000.0, view, size)
     u, v = _grid(size)
@@ -267,7 +269,7 @@ def _render_ct(study: Study, body: list[Shape], view: View, rng: np.random.Gener
 
 
 def _blur(image: Image, radius: int) -> Image:
-    """Return the mean over a square of 2 * radius + 1 pixels, edge pixels repeated outward, [size, size]."""
+    """Return means over squares of 2 * radius + 1 pixels, edge pixels repeated, [size, size]."""
     width = 2 * radius + 1
     for axis in (0, 1):
         padded = np.pad(image, [(radius + 1, radius) if i == axis else (0, 0) for i in (0, 1)], mode="edge")
@@ -279,7 +281,7 @@ def _blur(image: Image, radius: int) -> Image:
 def _render_xray(
     study: Study, body: list[Shape], lesion: list[Shape], view: View, rng: np.random.Generator, size: int
 ) -> Image:
-    """Return the log of the Beer–Lambert attenuation with Poisson noise, stretched to 0 to 1, [size, size]."""
+    """Return log Beer–Lambert attenuation with Poisson noise, stretched to 0 to 1, [size, size]."""
     per_unit = MU_WATER * CM_PER_UNIT[study.region] / 1000
     excess = [per_unit * (TISSUES[s.tissue].hu - TISSUES[s.inside].hu) for s in body]
     if lesion:

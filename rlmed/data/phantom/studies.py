@@ -43,7 +43,7 @@ GENERATOR_VERSION = 1
 """Increase on any change of a seed's output; a dataset of another version is regenerated."""
 
 KINDS = ("modality", "anatomy", "disease", "grading", "attribute")
-"""OmniMedVQA's five kinds of question: here technique, region, lesion, its size and its location in the image."""
+"""OmniMedVQA's five kinds of question: here technique, region, lesion, lesion size and location."""
 
 OPTION_COUNT = 4
 
@@ -140,12 +140,13 @@ def sample_study(rng: np.random.Generator, modality: str, kind: str | None = Non
 def make_example(
     study: Study, kind: str, id: str, image: Path | None, rng: np.random.Generator, answer_index: int
 ) -> Example:
-    """Make a question of a kind about a study, with the correct answer at `answer_index` of 4 options.
+    """Make a question of a kind about a study, the correct answer at `answer_index` of 4 options.
 
     Draws the wording, the other three options and their order from `rng`.
 
     Raises:
-        ValueError: for an unknown kind, a location question without a lesion, or an `answer_index` outside 0 to 3.
+        ValueError: for an unknown kind, a location question without a lesion, or an `answer_index`
+            outside 0 to 3.
     """
     if not 0 <= answer_index < OPTION_COUNT:
         raise ValueError(f"make_example got answer_index={answer_index}; there are {OPTION_COUNT} options, use 0 to 3")
@@ -158,7 +159,7 @@ def make_example(
 
 
 def _turn(stream: Sequence[int], index: int, count: int) -> int:
-    """Return which of `count` items has its turn at `index`; each block of `count` holds all of them, shuffled."""
+    """Return which of `count` items is due at `index`; each block of `count` has all, shuffled."""
     block = np.random.default_rng([*stream, index // count]).permutation(count)
     return int(block[index % count])
 
@@ -180,7 +181,7 @@ def _answer_at(stream: Sequence[int], index: int, values: Sequence[str]) -> str:
 
 
 def _row(name: str, modality: str, seed: int, index: int) -> tuple[Study, Example, np.random.Generator]:
-    """Return one row's study, question (its image a relative path) and the random stream left for the picture."""
+    """Return a row's study, question (image: a relative path) and random stream for the picture."""
     split = [seed, zlib.crc32(name.encode())]
     kind_index, rank = index % len(KINDS), index // len(KINDS)
     kind = KINDS[kind_index]
@@ -193,11 +194,11 @@ def _row(name: str, modality: str, seed: int, index: int) -> tuple[Study, Exampl
 
 
 def write_split(folder: Path, *, name: str, modality: str, rows: int, seed: int) -> Path:
-    """Write `rows` questions about as many studies, kinds in turn; return the path of the JSON Lines file.
+    """Write `rows` questions about as many studies, kinds in turn; return the JSON Lines path.
 
-    Writes `folder/<name>.jsonl`, rows {id, image, question, options, answer, modality, kind} with the image's path relative
-    to `folder` and the answer as text, and `folder/images/<name>/*.png`. Deterministic; fewer rows are a prefix of
-    more.
+    Writes `folder/<name>.jsonl`, rows {id, image, question, options, answer, modality, kind} with
+    the image's path relative to `folder` and the answer as text, and `folder/images/<name>/*.png`.
+    Deterministic; fewer rows are a prefix of more.
 
     Raises:
         ValueError: if `rows` is not positive or the modality unknown.
@@ -268,10 +269,11 @@ def _is_whole(folder: Path, manifest: dict[str, Any]) -> bool:
 
 
 def write_dataset(folder: Path, seed: int, splits: Sequence[Split] = SPLITS) -> dict[str, Path]:
-    """Write the generated dataset unless the folder has it already; return each split's JSON Lines file by name.
+    """Write the generated dataset unless the folder has it; return JSON Lines files by split name.
 
-    Everything is written to a folder beside it and renamed at the end, so a killed write never passes for complete, and
-    concurrent writers all get the first one's. Replaces a dataset of another seed or generator version.
+    Everything is written to a folder beside it and renamed at the end, so a killed write never
+    passes for complete, and concurrent writers all get the first one's. Replaces a dataset of
+    another seed or generator version.
 
     Raises:
         ValueError: if the folder holds anything but a generated dataset.

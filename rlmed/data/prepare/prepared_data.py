@@ -44,7 +44,7 @@ class PreparedData:
     """By name, in the reader's order."""
     skipped: tuple[Skipped, ...]
     leakage: LeakageReport | None = None
-    """What splits called `train…` share with the others; None unless it has both, or if it was not searched."""
+    """What splits called `train…` share with others; None unless it has both, or if unsearched."""
 
     @property
     def written(self) -> int:
@@ -196,7 +196,7 @@ def _source_name(source: Path) -> str:
 
 
 def _recorded(value: Any, private: bool) -> Any:
-    """Return an option as JSON; only the last component of a path, and nothing if that could name a patient."""
+    """Return an option as JSON: of a path the last part, nothing if it could name a patient."""
     if isinstance(value, Path):
         return "" if private else value.name
     if isinstance(value, Mapping):

@@ -36,7 +36,7 @@ MAX_REASON = 1000
 _SPLIT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,100}")
 _HASH_LENGTH = 20
-"""Hexadecimal digits of its SHA-256 in an image's name: 80 bits, so that no two of a million collide."""
+"""SHA-256 hexadecimal digits in an image's name: 80 bits, so that no two of a million collide."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,7 +310,7 @@ def _plain(text: str, limit: int) -> str:
 
 
 def _file_name(sha256: str, path: PurePath) -> str:
-    """Return an image's path in the prepared data: named after its content, with its file's suffix if that is a usual one."""
+    """Return an image's path in prepared data: named by content, with its own suffix if usual."""
     suffix = path.suffix.lower()
     return f"images/{sha256[:_HASH_LENGTH]}{suffix if re.fullmatch('[.][a-z0-9]{1,5}', suffix) else ''}"
 

@@ -1,7 +1,8 @@
-"""The interface of a reader: a function from a published source to rows of one format, and its description.
+"""Reader interface: a function from a published source to rows of one format, and its description.
 
-A reader yields rows and keeps none, so a source of any length needs little memory. It makes no decisions about output
-files: `rlmed.data.prepare.prepared_data` checks every row and turns unusable ones into counted skips.
+A reader yields rows and keeps none, so a source of any length needs little memory. It makes no
+decisions about output files: `rlmed.data.prepare.prepared_data` checks every row and turns unusable
+ones into counted skips.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class SourceRow:
     """
 
     where: str
-    """Its location in the source, for messages and the manifest: no patient name, no path of this machine."""
+    """Location in the source, for messages and manifest, without patient name or local path."""
     split: str
     """Name of the JSON Lines file that it goes into, without suffix."""
     id: str
@@ -97,7 +98,7 @@ class Skipped:
     reason: str
     """What is wrong and, where it helps, what to do; no patient name."""
     chosen: bool = False
-    """True if the row is sound but skipped by choice, for example for its language: --on-bad-row error accepts it."""
+    """True if a sound row is skipped by choice, as by language: --on-bad-row error accepts it."""
     rows: int = 1
     """Above 1 if many rows are skipped by choice for one reason and not listed one by one."""
 
@@ -182,10 +183,12 @@ class Reader:
     url: str = ""
     """Where the data is published."""
     unseen: str = ""
-    """Files whose layout is known from publications alone, for example "the published files"; empty if the reader was tried on
-    such files."""
+    """Files whose layout is known from publications alone, for example "the published files".
+
+    Empty if the reader was tried on such files.
+    """
     private: bool = False
-    """True if even source file names may name patients: the manifest then omits source and paths."""
+    """True if even file names may name patients: the manifest then omits source and paths."""
 
     @property
     def summary(self) -> str:

@@ -106,7 +106,10 @@ class AnswerPool:
 
 
 def _needs_options(answer: str) -> bool:
-    """Return whether an answer refers to options: `all of the above`; but `both` or `none` may describe the picture."""
+    """Return whether an answer refers to options, as `all of the above` does.
+
+    But `both` or `none` may describe the picture.
+    """
     return refers_to_others(answer) and len(answer.split()) > 1
 
 

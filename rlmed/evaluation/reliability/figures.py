@@ -34,7 +34,7 @@ from rlmed.evaluation.reliability.results import (
 from rlmed.evaluation.results import Accuracy, Control, EvalRow
 
 Argued = Callable[[str, tuple[str, ...]], int | None]
-"""Return the index of the option that a reasoning argues for, from reasoning and options; None if unclear."""
+"""Return the index of the option argued for, from reasoning and options; None if unclear."""
 
 
 def calibration(probabilities: Sequence[tuple[float, ...]], answers: Sequence[str]) -> Calibration | None:
@@ -61,7 +61,7 @@ def calibration(probabilities: Sequence[tuple[float, ...]], answers: Sequence[st
 
 
 def sampling(answers: Sequence[QuestionAnswers]) -> Sampling:
-    """Return pass@k, for powers of two up to the number of samples and for that number, and the majority vote."""
+    """Return pass@k, for powers of two up to the sample count and for it, and the majority vote."""
     samples = len(answers[0].samples)
     correct = [answer.samples.count(answer.answer) for answer in answers]
     ks = sorted({2**i for i in range(samples.bit_length())} | {samples})
@@ -81,7 +81,7 @@ def _vote(answer: QuestionAnswers) -> str | None:
 
 
 def order_sensitivity(answers: Sequence[QuestionAnswers]) -> OrderSensitivity:
-    """Return how answers depend on the options' order; intervals of letters are over questions, not answers."""
+    """Return how answers depend on option order; letters' intervals are over questions only."""
     texts = [{_chosen(entry) for entry in answer.orders} for answer in answers]
     letters = LETTERS[: max(len(answer.direct) for answer in answers)]
     return OrderSensitivity(
@@ -115,7 +115,7 @@ def _letter_bias(letter: str, answers: Sequence[QuestionAnswers]) -> LetterBias:
 
 
 def reliance(rows: Sequence[EvalRow]) -> tuple[Reliance, ...]:
-    """Return the reliance on the picture for all rows of a file (with controls), then for each type of question."""
+    """Return reliance on the picture for a file's rows (with controls), then by question type."""
     types = sorted({row.question_type for row in rows if row.question_type})
     groups = [("", rows), *((name, [row for row in rows if row.question_type == name]) for name in types)]
     return tuple(
@@ -145,7 +145,7 @@ def _gap(rows: Sequence[EvalRow], control: Control) -> Gap | None:
 def domains(
     rows: Sequence[EvalRow], answers: Iterable[QuestionAnswers], train: Sequence[Example]
 ) -> tuple[Domain, ...]:
-    """Return the accuracy on trained and on other modalities; rows without a modality are left out."""
+    """Return the accuracy on trained and other modalities; rows without a modality are left out."""
     trained = {example.modality for example in train if example.modality}
     modality = {(answer.file, answer.id): answer.modality for answer in answers}
     found = []

@@ -1,7 +1,7 @@
-"""Measure how far an evaluated model's answers can be relied on, by asking again in other ways (docs/reliability.md).
+"""Measure how far answers can be relied on, by asking again in other ways (docs/reliability.md).
 
-It draws samples at temperature 1, greedy answers with reordered options, and the probabilities of the option letters,
-after the evaluation's reasoning and without reasoning.
+It draws samples at temperature 1, greedy answers with reordered options, and the probabilities of
+the option letters, after the evaluation's reasoning and without reasoning.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def measure_reliability(
     argued: Argued,
     on_progress: OnProgress | None = None,
 ) -> ReliabilitySummary:
-    """Ask all questions of an evaluation again; write `reliability.json` and `reliability_rows.jsonl` beside its rows.
+    """Ask an evaluation's questions again; add `reliability.json` and `reliability_rows.jsonl`.
 
     Args:
         evaluator: it has evaluated `step`.
@@ -77,7 +77,8 @@ def measure_reliability(
         policy: the weights of its pool, to score letters.
         settings: how to ask.
         argued: finds the option that a reasoning argues for.
-        on_progress: called for each question with the part's name, the questions done and their total.
+        on_progress: called for each question with the part's name, the questions done and their
+            total.
     """
     start = time.perf_counter()
     folder = step_folder(evaluator.folder, step)

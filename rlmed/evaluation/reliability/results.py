@@ -61,7 +61,7 @@ class QuestionAnswers:
     answer: str
     """The right letter."""
     reasoned: tuple[float, ...] | None
-    """Probability of each option after the greedy reasoning; None if that never opens an answer tag."""
+    """Each option's probability after the greedy reasoning; None if that opens no answer tag."""
     direct: tuple[float, ...]
     """Probability of each option without reasoning."""
     samples: tuple[str | None, ...]
@@ -86,7 +86,7 @@ class Calibration:
     error: Estimate
     """Expected calibration error over `core.calibration.BINS` bins."""
     error_bound: float
-    """Error that a calibrated model with these confidences exceeds in one data set of 20 of this size."""
+    """Error that a calibrated model of these confidences exceeds in 1 of 20 such data sets."""
     brier: Estimate
     bins: tuple[ReliabilityBin, ...]
 
@@ -127,7 +127,7 @@ class LetterBias:
     chosen: Estimate
     """Share of answers with this letter, among questions that offer it."""
     correct: float
-    """Share of these questions whose right option has this letter; equal to `chosen` without bias and error."""
+    """Share of questions whose answer is this letter; equals `chosen` without bias and error."""
     accuracy: Estimate | None
     """Accuracy if the right option has this letter; None if it never does."""
 

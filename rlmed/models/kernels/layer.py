@@ -101,7 +101,8 @@ def rope_append(
         keys: [pages, H_kv, page size, D], contiguous in D; written at each row's next slot.
         values: the same.
         pages: int32 [R, most pages]: the pages of each row, in order.
-        lengths: int32 [R]: tokens of each row so far; negative for a free row, which appends nothing.
+        lengths: int32 [R]: tokens of each row so far; negative for a free row, which appends
+            nothing.
     """
     rows, heads, width = query.shape
     kv_heads, page_size = keys.shape[1:3]

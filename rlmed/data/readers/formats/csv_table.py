@@ -1,4 +1,4 @@
-"""Read your own questions from a CSV or TSV table, one question per row; docs/data.md lists the columns."""
+"""Read your own questions from a CSV or TSV table, one per row; docs/data.md lists the columns."""
 
 from __future__ import annotations
 

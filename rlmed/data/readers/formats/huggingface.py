@@ -1,7 +1,7 @@
-"""Read parquet files as the Hugging Face hub serves them: from a local folder, or a data set by name.
+"""Read the Hugging Face hub's parquet files: from a local folder, or a data set by name.
 
-Images are in the files (`datasets`' Image feature, or bytes) or named by path. Questions with an answer but no options
-get options from `rlmed.data.readers.options`.
+Images are in the files (`datasets`' Image feature, or bytes) or named by path. Questions with an
+answer but no options get options from `rlmed.data.readers.options`.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def parquet_files(source: Path, pattern: str, revision: str | None) -> tuple[Pat
 
 
 def fetch(source: Path, pattern: str, revision: str | None) -> Path:
-    """Download the parquet files of the data set `source` from the hub and return their folder in its cache.
+    """Download the parquet files of data set `source` from the hub; return their cache folder.
 
     Raises:
         ValueError: if the name is invalid, the hub is unreachable, or the data set is not found.

@@ -1,4 +1,4 @@
-"""Find images that a data set names by path: in a folder, perhaps laid out differently, or in a zip archive."""
+"""Find images that a data set names by path: in a zip, or a folder perhaps laid out differently."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Images(Protocol):
 
 
 def open_images(path: Path, *, search: bool = True) -> Images:
-    """Open the images of a folder or zip archive; `search` also finds files elsewhere below a folder.
+    """Open the images of a folder or zip; `search` also finds files elsewhere below a folder.
 
     Raises:
         ValueError: if it is neither.
@@ -57,7 +57,7 @@ def images_of(given: Path | None, default: Path) -> Images:
 
 
 class ImageFolder:
-    """Images below a folder: found by a row's path or, with `search`, by file name if the path does not exist."""
+    """Images below a folder, by a row's path or, with `search` if that is missing, by file name."""
 
     def __init__(self, folder: Path, *, search: bool = True) -> None:
         """Defer reading the folder."""
@@ -88,7 +88,7 @@ class ImageFolder:
 
 
 class ImageArchive:
-    """Images of a zip archive, read one at a time; never unpacks to disk under an archive's names."""
+    """Images of a zip archive, read one at a time; unpacks nothing to disk under its names."""
 
     def __init__(self, path: Path) -> None:
         """Read the archive's table of contents.
@@ -142,7 +142,10 @@ class ImageArchive:
 
 
 def _composed(path: str) -> str:
-    """Normalize a path to slashes and composed accents: some archives use backslashes, and macOS decomposes accents."""
+    """Normalize a path to slashes and composed accents.
+
+    Some archives use backslashes, and macOS decomposes accents.
+    """
     return unicodedata.normalize("NFC", path.replace("\\", "/"))
 
 

@@ -1,4 +1,4 @@
-"""Read a JSON array or JSON Lines one object at a time: a file of any length needs the memory of its longest object."""
+"""Read a JSON array or JSON Lines object by object: memory is that of a file's longest object."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ _BLANK = " \t\r\n"
 
 
 def read_json_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield (number from 0, value) per element; the value is a `BadRowError` if an object in it repeats a key.
+    """Yield (number from 0, value) per element; `BadRowError` as value if it has a repeated key.
 
     Args:
-        path: UTF-8, with or without a byte-order mark; `[{…}, {…}]`, or `{…}` after `{…}` with white space between.
+        path: UTF-8, with or without a byte-order mark; `[{…}, {…}]`, or `{…}` after `{…}` with
+            white space between.
 
     Raises:
-        ValueError: for a file that cannot be opened, is empty, not UTF-8 or not JSON; gives the element's number.
+        ValueError: for a file that cannot be opened, is empty, not UTF-8 or not JSON; gives the
+            element's number.
     """
     try:
         with path.open(encoding="utf-8-sig") as file:

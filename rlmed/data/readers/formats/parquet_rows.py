@@ -84,7 +84,7 @@ class ParquetTable:
 
 
 def _class_labels(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
-    """Return class names by column, from the ClassLabel features that `datasets` writes into a file."""
+    """Return class names by column, from ClassLabel features that `datasets` writes into files."""
     try:
         features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
         return {

@@ -27,7 +27,7 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     "kind": ("kind", "question_type", "qtype"),
     "split": ("split",),
 }
-"""Column names of each field unless --column overrides them; the first present one counts, in any case."""
+"""Column names of each field without --column; the first present one counts, in any case."""
 OPTION_FIELDS = tuple(f"option_{letter.lower()}" for letter in LETTERS)
 OPTION_NAMES = (OPTION_FIELDS, tuple(LETTERS.lower()), tuple(f"choice {letter}" for letter in LETTERS.lower()))
 """Names of columns with one option each, in the usual spellings."""

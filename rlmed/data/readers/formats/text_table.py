@@ -42,7 +42,7 @@ class TableRow:
     record: Record
     reason: str
     blank: bool = False
-    """True if the reason is that all cells are empty, as in the lines that a spreadsheet leaves below its last row."""
+    """True if the reason is that all cells are empty, as below a spreadsheet's last row."""
 
 
 def read_table(path: Path, delimiter: str | None = None) -> tuple[list[str], Iterator[TableRow]]:
@@ -156,7 +156,7 @@ class _Lines:
 
 @dataclass(frozen=True, slots=True)
 class _Style:
-    """What the header tells about the table's lines: number of cells, and whether blanks follow delimiters."""
+    """What the header tells of the lines: cell count, and whether blanks follow delimiters."""
 
     delimiter: str
     cells: int
@@ -169,7 +169,7 @@ class _Style:
         return cls(delimiter, len(cells), any(cell.startswith(" ") for cell in cells[1:]))
 
     def further_row(self, lines: Sequence[str]) -> int:
-        """Return which line after the first, from 1, reads like a row of its own inside a quoted text; 0 for none."""
+        """Return which line after the first, from 1, in a quoted text reads like a row; else 0."""
         for index, line in enumerate(lines[1:-1], start=1):
             try:
                 cells = next(csv.reader([line], delimiter=self.delimiter, strict=True))

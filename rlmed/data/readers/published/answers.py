@@ -1,4 +1,4 @@
-"""Read data sets whose questions have an answer but no options: VQA-RAD and SLAKE differ only in their fields."""
+"""Read data sets with answers but no options: VQA-RAD and SLAKE, which differ only in fields."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def read(
     images: Path | None = None,
     without_images: bool = False,
 ) -> Iterator[SourceRow | Skipped]:
-    """Yield test rows in file order, then the first `train_rows` MRI rows of `train`, without test rows and duplicates.
+    """Yield test rows in file order, then the first `train_rows` MRI rows of `train`, none twice.
 
     Raises:
         ValueError: for missing or malformed files.
@@ -175,7 +175,7 @@ def _choice(row: Mapping[str, Any]) -> Choice:
 
 
 def _check_problem(row: Mapping[str, Any], example: Example, written: tuple[str, ...]) -> None:
-    """Check that the prompt equals the paper's, apart from the number of blanks and doubled letters."""
+    """Check that the prompt is the paper's, but for the number of blanks and doubled letters."""
     problem = row.get("problem")
     if problem is None:
         return

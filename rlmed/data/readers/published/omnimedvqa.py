@@ -1,8 +1,9 @@
-"""Read OmniMedVQA (arXiv 2402.09181): multiple-choice questions about images of many public data sets.
+"""Read OmniMedVQA (arXiv 2402.09181): multiple-choice questions on images of public data sets.
 
-The published folder holds `QA_information/Open-access/*.json` (and `Restricted-access`, whose images are on request),
-each a JSON array of `{dataset, question_id, question_type, question, gt_answer, image_path, option_A … option_D,
-modality_type}`, and `Images/`; `image_path` is relative to the published folder.
+The published folder holds `QA_information/Open-access/*.json` (and `Restricted-access`, whose
+images are on request), each a JSON array of `{dataset, question_id, question_type, question,
+gt_answer, image_path, option_A … option_D, modality_type}`, and `Images/`; `image_path` is relative
+to the published folder.
 
 This layout is known from publications alone; no published file was ever read.
 """
@@ -43,7 +44,7 @@ def read(
     images: Path | None = None,
     without_images: bool = False,
 ) -> Iterator[SourceRow | Skipped]:
-    """Yield rows file by file; a split is a modality or, with a `test_share`, its training or test part.
+    """Yield rows file by file; a split is a modality or, with `test_share`, its train or test part.
 
     Raises:
         ValueError: for a folder without the published files, or an invalid share.

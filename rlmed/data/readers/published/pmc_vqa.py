@@ -55,7 +55,7 @@ def read(source: Path, *, images: Path | None = None, without_images: bool = Fal
 
 
 def _beside(path: Path) -> Path:
-    """Return the archive of the table's version, the folder that it unpacks to, or the table's own folder."""
+    """Return the archive of the table's version, its unpacked folder, or the table's own folder."""
     names = ("images_2.zip", "figures") if path.stem.endswith("_2") else ("images.zip", "images")
     return next((path.with_name(name) for name in names if path.with_name(name).exists()), path.parent)
 

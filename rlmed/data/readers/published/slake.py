@@ -1,7 +1,8 @@
-"""Read SLAKE 1.0 (arXiv 2102.09542): English and Chinese questions about radiology images, each with an answer.
+"""Read SLAKE 1.0 (arXiv 2102.09542): English and Chinese questions on radiology images, answered.
 
-The published folder holds `train.json`, `validate.json` (or `validation.json`) and `test.json`, each a JSON array of `{qid,
-img_name, question, answer, q_lang, modality, answer_type, content_type, …}`, and `imgs/xmlab<n>/source.jpg` (or `imgs.zip`).
+The published folder holds `train.json`, `validate.json` (or `validation.json`) and `test.json`,
+each a JSON array of `{qid, img_name, question, answer, q_lang, modality, answer_type, content_type,
+…}`, and `imgs/xmlab<n>/source.jpg` (or `imgs.zip`).
 
 This layout is known from publications alone; no published file was ever read.
 """

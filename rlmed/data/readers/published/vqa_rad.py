@@ -1,8 +1,9 @@
-"""Read VQA-RAD (Lau et al. 2018): clinicians' questions about radiology images, each with an answer.
+"""Read VQA-RAD (Lau et al. 2018): clinicians' questions about radiology images, with answers.
 
-The published folder holds `VQA_RAD Dataset Public.json`, a JSON array of `{qid, phrase_type, image_name, image_organ, question,
-question_type, answer, answer_type, …}`, and `VQA_RAD Image Folder/`. Test questions are those whose `phrase_type` starts with
-`test`. Training and test questions share images; the reader skips a training question that the test asks about the same
+The published folder holds `VQA_RAD Dataset Public.json`, a JSON array of `{qid, phrase_type,
+image_name, image_organ, question, question_type, answer, answer_type, …}`, and `VQA_RAD Image
+Folder/`. Test questions are those whose `phrase_type` starts with `test`. Training and test
+questions share images; the reader skips a training question that the test asks about the same
 image.
 
 This layout is known from publications alone; no published file was ever read.
@@ -30,7 +31,7 @@ from rlmed.data.readers.published.answers import (
 
 QUESTIONS, IMAGE_FOLDER = "VQA_RAD Dataset Public.json", "VQA_RAD Image Folder"
 MODALITIES = {"CHEST": "X-ray", "ABD": "CT"}
-"""By organ, as the paper describes the images; the files do not say whether those of the head are CT or MRI."""
+"""By organ, as in the paper; the files do not say whether images of the head are CT or MRI."""
 
 
 def read(

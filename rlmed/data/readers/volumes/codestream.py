@@ -9,7 +9,7 @@ from typing import Literal
 _NO_LENGTH = {0x01, *range(0xD0, 0xD9)}
 """JPEG markers that stand alone (ITU-T T.81, B.1.1.3)."""
 _FRAME_HEADERS = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}
-"""JPEG markers that begin a frame header (T.81, table B.1), and that of JPEG-LS (ITU-T T.87, C.1.1)."""
+"""JPEG markers that begin a frame header (T.81, table B.1), and JPEG-LS's (ITU-T T.87, C.1.1)."""
 _LOSSLESS = {0xC3, 0xC7, 0xCB, 0xCF}
 _J2K_START = b"\xff\x4f\xff\x51"
 """Start of a JPEG 2000 codestream and of its size segment (ITU-T T.800, A.4.1 and A.5.1)."""
@@ -102,7 +102,10 @@ def _frame_header(frame: bytes, offset: int, jfif: bool, adobe: int) -> Codestre
 
 
 def read_jpeg2000(frame: bytes) -> Codestream | None:
-    """Read the head of a JPEG 2000 codestream, bare or in JP2; None unless there is one, with equal components."""
+    """Read the head of a JPEG 2000 codestream, bare or in JP2.
+
+    Return None unless there is one, with equal components.
+    """
     offset = frame.find(_J2K_START)
     if offset < 0 or frame.count(_J2K_START) > 1 or offset + 42 > len(frame):
         return None
@@ -122,7 +125,10 @@ def read_jpeg2000(frame: bytes) -> Codestream | None:
 
 
 def _transformed(frame: bytes, offset: int) -> bool:
-    """Return whether the main header requests the multi-component transform; `offset` is its first segment's offset."""
+    """Return whether the main header requests the multi-component transform.
+
+    `offset` is its first segment's offset.
+    """
     while (
         offset + 9 <= len(frame) and frame[offset] == 0xFF and frame[offset + 1] not in (0x90, 0x93)
     ):  # a tile, its data

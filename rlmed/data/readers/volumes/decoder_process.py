@@ -1,9 +1,11 @@
-"""Decode compressed frames in a separate process, which a damaged file may crash, hang or flood with warnings.
+"""Decode compressed frames in a process that a damaged file may crash, hang or flood with warnings.
 
-The decoders are C and C++ libraries behind pydicom. On damaged frames, GDCM sometimes terminates its process
-(`terminate called after throwing an instance of 'gdcm::Exception'`); such a file must cost its row, not the run.
+The decoders are C and C++ libraries behind pydicom. On damaged frames, GDCM sometimes terminates
+its process (`terminate called after throwing an instance of 'gdcm::Exception'`); such a file must
+cost its row, not the run.
 
-The two processes talk through pipes: a request is a line of JSON, an answer a line of JSON and the frame's bytes.
+The two processes talk through pipes: a request is a line of JSON, an answer a line of JSON and the
+frame's bytes.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ class DecoderProcess:
         atexit.register(self.stop)
 
     def decode(self, path: Path, transfer_syntax: str, frame: int) -> np.ndarray:
-        """Return the stored values of a frame (numbered from 0): [rows, columns] or [rows, columns, samples].
+        """Return stored values of a frame (from 0): [rows, columns] or [rows, columns, samples].
 
         Raises:
             BadImageError: for an undecodable frame; gives the reason but not the path.

@@ -1,4 +1,4 @@
-"""Read DICOM files and a table of questions; docs/data.md lists the columns and how pixels are shown."""
+"""Read DICOM files and a question table; docs/data.md lists columns and how pixels are shown."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def read(
 
 @contextmanager
 def _without_local_dl() -> Iterator[None]:
-    """Hide any folder `dl`: GDCM, which pydicom imports, tries `import dl`, a module of Python 2."""
+    """Hide any folder `dl`: GDCM, which pydicom imports, tries Python 2's `import dl`."""
     sys.modules.setdefault("dl", None)  # type: ignore[arg-type]
     try:
         yield

@@ -1,4 +1,4 @@
-"""Check that a DICOM file agrees with itself: redundant elements with each other, and the header with pixel data.
+"""Check that a DICOM file agrees with itself: redundant elements mutually, header with pixel data.
 
 A reason names both values. It quotes only texts of the standard; others could be a patient's name.
 """
@@ -22,7 +22,7 @@ COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 MACROS = ("PixelMeasuresSequence", "PixelValueTransformationSequence", "FrameVOILUTSequence")
 """Functional groups of an enhanced object that affect how a frame is shown (PS3.3, C.7.6.16)."""
 MAX_SAMPLES = 50_000_000
-"""Most values (rows x columns x samples) of a frame that is decoded; the largest radiographs have about 30 million."""
+"""Limit of a frame's rows x columns x samples; the largest radiographs have about 30 million."""
 MAX_FRAGMENTS = 1_000_000
 _AGAIN = "export it again"
 _LOSSLESS_JPEG = ("1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.70")
@@ -50,7 +50,7 @@ class PixelFormat:
 
     @property
     def frame_bits(self) -> int:
-        """Return the bits of an uncompressed frame; YBR_FULL_422 has two samples per pixel (PS3.3, C.7.6.3.1.2)."""
+        """Return a raw frame's bits; YBR_FULL_422 has two samples a pixel (PS3.3, C.7.6.3.1.2)."""
         bits = self.size.rows * self.size.columns * self.size.samples * self.bits_allocated
         return bits * 2 // 3 if self.photometric == "YBR_FULL_422" else bits
 
@@ -123,7 +123,7 @@ def _check_colours(dataset: Dataset, size: FrameSize, photometric: str) -> None:
 
 
 def overlay_above(positions: Sequence[int], form: PixelFormat) -> bool:
-    """Return whether bits of pixels hold an overlay; position 0 means one stored separately (PS3.3, C.9.2).
+    """Return whether pixel bits hold an overlay; position 0: stored separately (PS3.3, C.9.2).
 
     Raises:
         BadImageError: for an overlay in bits that hold values.
@@ -140,7 +140,7 @@ def overlay_above(positions: Sequence[int], form: PixelFormat) -> bool:
 def check_pixel_data(
     stream: BinaryIO, dataset: Dataset, form: PixelFormat, syntax: UID, implicit: bool, little: bool
 ) -> None:
-    """Compare the header with the length and fragments of the pixel data at the position of `stream`.
+    """Compare the header with length and fragments of the pixel data at the position of `stream`.
 
     Raises:
         BadImageError: names what each says.

@@ -1,6 +1,7 @@
-"""Read headers and stored pixel values of DICOM files, with bounds on everything that a file could lie about.
+"""Read headers and stored pixel values of DICOM files, bounding everything a file could lie about.
 
-Messages say what is wrong and never quote a header's text or the file's path: either may be a patient's name.
+Messages say what is wrong and never quote a header's text or the file's path: either may be a
+patient's name.
 """
 
 from __future__ import annotations
@@ -151,7 +152,7 @@ dicom_damage_reported = partial(
 
 
 def read_header(path: Path) -> DicomHeader:
-    """Read what a file says about its pixels; accepts one without DICOM's preamble if it parses and has pixels.
+    """Read what a file says of its pixels, even without DICOM's preamble if it parses and has some.
 
     Raises:
         BadImageError: for a file that is missing, damaged, not DICOM, without pixels, larger than
@@ -178,7 +179,7 @@ def read_header(path: Path) -> DicomHeader:
 
 
 def frame_dataset(header: DicomHeader, frame: int) -> Dataset:
-    """Return the header's elements for one frame: an enhanced object states some of them per frame."""
+    """Return one frame's header elements: an enhanced object states some of them per frame."""
     flat = Dataset()
     flat.update(header.dataset)
     shared = header.dataset.get("SharedFunctionalGroupsSequence") or []
@@ -191,14 +192,14 @@ def frame_dataset(header: DicomHeader, frame: int) -> Dataset:
 
 
 def decode_frame(path: Path, header: DicomHeader, frame: int) -> np.ndarray:
-    """Read the stored values of one frame only, [rows, columns] or [rows, columns, 3] (YBR converted to RGB).
+    """Read the values of one frame only, [rows, columns] or [rows, columns, 3] (YBR made RGB).
 
     Args:
         frame: from 0.
 
     Raises:
-        BadImageError: for pixels that are missing, truncated, not of the header's size, or in an encoding without an
-            installed decoder.
+        BadImageError: for pixels that are missing, truncated, not of the header's size, or in an
+            encoding without an installed decoder.
     """
     with dicom_damage_reported(), _BoundedStream(path) as stream:
         if header.transfer_syntax.is_encapsulated:

@@ -23,14 +23,14 @@ from rlmed.data.readers.volumes.dicom_file import DicomHeader, decode_frame, dic
 from rlmed.data.readers.volumes.display import SQUARE, Window, check_shown, percentile_range, stretch, to_picture
 
 _SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "PixelAspectRatio")
-"""Elements with the shape of a pixel, best first: row and column distance, or their ratio (PS3.3, 10.7.1.3)."""
+"""Elements with a pixel's shape, best first: row and column distance or ratio (PS3.3, 10.7.1.3)."""
 
 
 def render_frame(path: Path, header: DicomHeader, frame: int, window: Window | None = None) -> Image.Image:
-    """Return the picture of one frame: mode L, or RGB for colour; square pixels; without header data.
+    """Return the picture of one frame: mode L, or RGB for colour; square pixels; no header data.
 
-    Without `window`, grey values are mapped by the file's own look-up table, else its first window, else from the first
-    to the second of `display.PERCENTILES`. Padding is black.
+    Without `window`, grey values are mapped by the file's own look-up table, else its first window,
+    else from the first to the second of `display.PERCENTILES`. Padding is black.
 
     Args:
         path: the file.
@@ -39,7 +39,8 @@ def render_frame(path: Path, header: DicomHeader, frame: int, window: Window | N
         window: in values after rescale, such as Hounsfield units.
 
     Raises:
-        BadImageError: for a file that is undecodable or too large; gives the reason but not the path.
+        BadImageError: for a file that is undecodable or too large; gives the reason but not the
+            path.
     """
     with dicom_damage_reported(), np.errstate(all="ignore"):
         dataset = frame_dataset(header, frame)
@@ -97,7 +98,7 @@ def _padding(stored: np.ndarray, dataset: Dataset) -> np.ndarray | None:
 
 
 def _rescale(stored: np.ndarray, dataset: Dataset, header: DicomHeader) -> np.ndarray:
-    """Return values in the modality's unit, such as Hounsfield units; float32 or float64 (PS3.3, C.11.1)."""
+    """Return values in the modality's unit, as Hounsfield's; float32 or float64 (PS3.3, C.11.1)."""
     table = _first(dataset, "ModalityLUTSequence")
     if table is not None:
         slopes, intercepts = _numbers(dataset.get("RescaleSlope")), _numbers(dataset.get("RescaleIntercept"))
@@ -132,7 +133,7 @@ _FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
 def _windowed(
     values: np.ndarray, dataset: Dataset, window: Window | None, padding: np.ndarray | None
 ) -> tuple[np.ndarray, str]:
-    """Return (picture, what it shows) by PS3.3, C.11.2.1.2 and C.11.2.1.3, with black at 0 and white at 255."""
+    """Return (picture, what it shows) by PS3.3, C.11.2.1.2 and C.11.2.1.3; black 0, white 255."""
     function, whose = "LINEAR", "the given window"
     if window is None:
         window, whose = _own_window(dataset), "its own window (WindowCenter and WindowWidth)"
@@ -246,7 +247,7 @@ def _to_8_bits(values: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _spacing(dataset: Dataset) -> tuple[float, float]:
-    """Return row and column distances in a common unit; the elements that state them must agree on a pixel's shape."""
+    """Return row and column distances in one unit; their elements must agree on a pixel's shape."""
     found: dict[str, list[float]] = {}
     for name in _SPACINGS:
         numbers = _numbers(dataset.get(name))

@@ -126,7 +126,7 @@ def _varies(values: np.ndarray, beside: int) -> bool:
 
 
 def percentile_range(values: np.ndarray) -> tuple[float, float]:
-    """Return the range shown without a window: from the first to the second of `PERCENTILES` of the finite values.
+    """Return the range shown without a window, between the `PERCENTILES` of the finite values.
 
     For a picture of nearly one value (a mask), the range is its minimum to its maximum.
     """

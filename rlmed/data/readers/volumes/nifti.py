@@ -1,4 +1,4 @@
-"""Read NIfTI volumes and a table of questions about their slices; docs/data.md lists the columns and display rules."""
+"""Read NIfTI volumes and questions on slices; docs/data.md lists columns and display rules."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Check that a NIfTI file agrees with itself: compare each pair of redundant header fields, and header with data, once.
+"""Check once that a NIfTI file agrees with itself: redundant header fields, and header with data.
 
-A reason names both values. Silently accepted: a slope of 0 or NaN, which means no scaling (nifti1.h); a compressed file
-named .nii, or an uncompressed one named .nii.gz; a bitpix of 0; zero bytes after the last voxel.
+A reason names both values. Silently accepted: a slope of 0 or NaN, which means no scaling
+(nifti1.h); a compressed file named .nii, or an uncompressed one named .nii.gz; a bitpix of 0; zero
+bytes after the last voxel.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ FILES_KEPT = 256
 """Files known to be intact, cached for further rows about the same one."""
 Plane = Literal["axial", "coronal", "sagittal"]
 AXES: dict[Plane, int] = {"sagittal": 0, "coronal": 1, "axial": 2}
-"""Canonical axis (to the right, to the front, up) along which the slices of a plane follow each other."""
+"""Canonical axis (to the right, to the front, up) along which slices of a plane follow."""
 
 _GZIP = b"\x1f\x8b"
 _HEADERS = ((348, 344, b"n+1\0", Nifti1Header), (540, 4, b"n+2\0", Nifti2Header))
@@ -85,7 +85,7 @@ class SliceChoice:
     volume: int = 0
     """Index, from 0, in a file of several volumes."""
     window: Window | None = None
-    """In values after the file's scaling; by default from the first to the second of `display.PERCENTILES`."""
+    """In values after scaling; by default from the first to the second of `display.PERCENTILES`."""
 
 
 def render_slice(path: Path, choice: SliceChoice, *, allow_unknown_orientation: bool = False) -> Image.Image:
@@ -177,7 +177,7 @@ def _affine(header: Nifti1Header, allow_unknown: bool) -> np.ndarray:
 
 
 def _checked_shape(header: Nifti1Header, volume: int, zipped: bool) -> tuple[int, ...]:
-    """Return the lengths of all axes that are longer than 1 or among the first three, after checking bounds."""
+    """Check bounds; return the lengths of all axes longer than 1 or among the first three."""
     shape = tuple(int(length) for length in header.get_data_shape())
     shape = shape + (1,) * (3 - len(shape))
     if min(shape) < 1 or any(length > 1 for length in shape[4:]):

@@ -1,7 +1,8 @@
-"""Read a table of questions about files that hold many pictures each: DICOM series and NIfTI volumes.
+"""Read a table of questions about files with many pictures: DICOM series and NIfTI volumes.
 
-File names and headers may name patients, so no output or message quotes either: rows go by their line in the table,
-pictures by a running number. Nor does any quote cells that choose a picture, into which a name may have slipped.
+File names and headers may name patients, so no output or message quotes either: rows go by their
+line in the table, pictures by a running number. Nor does any quote cells that choose a picture,
+into which a name may have slipped.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class PictureChoice:
     """
 
     content: tuple[object, ...]
-    """Distinguishes this picture from others of the same file; rows with equal contents share one picture."""
+    """Tells this picture from others of its file; rows with equal contents share one picture."""
     load: Callable[[], Image.Image]
     """Returns the picture. Raises BadImageError."""
     modality: str = ""
@@ -171,7 +172,7 @@ def cell_window(cells: Mapping[str, str], default: Sequence[float] | None) -> Wi
 
 
 class _Keys:
-    """Running numbers by content, from 1; keeps only digests, so that many rows need little memory."""
+    """Running numbers by content, from 1; keeps only digests, so many rows need little memory."""
 
     def __init__(self) -> None:
         self._numbers: dict[bytes, int] = {}
@@ -192,7 +193,7 @@ def _file(text: str, root: Folder) -> Path:
 
 
 def _advice(text: str, root: Folder) -> str:
-    """Say what to do about a path, and how it differs from an existing file, without naming either."""
+    """Say what to do about a path, and how it differs from an existing file, naming neither."""
     near = root.near(text)
     hint = "" if near is None else f"there is one {near.difference or 'of that name'}; "
     return f"{hint}give its path relative to the source's folder"

@@ -97,7 +97,8 @@ def test_an_answer_stays_when_its_text_does_and_its_letter_follows():
         answer(0, orders=(OrderAnswer(TEXTS, "A", "A"), OrderAnswer(turned, "C", "C"))),
         # letter A both times
         answer(1, orders=(OrderAnswer(TEXTS, "A", "A"), OrderAnswer(turned, "C", "A"))),
-        answer(2, orders=(OrderAnswer(TEXTS, "A", "B"), OrderAnswer(turned, "C", "A"))),  # knee both times, wrong
+        # knee both times, wrong
+        answer(2, orders=(OrderAnswer(TEXTS, "A", "B"), OrderAnswer(turned, "C", "A"))),
         answer(3, orders=(OrderAnswer(TEXTS, "A", None), OrderAnswer(turned, "C", "J"))),  # no option at all
     ]
     found = order_sensitivity(answers)
