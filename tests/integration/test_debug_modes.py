@@ -71,7 +71,7 @@ def test_the_fake_engine_stands_in_for_the_model(make_config: Config, tmp_path: 
 
 
 def test_mistakes_are_named(make_config: Config, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"debug\.learn=false and debug\.recorded=x leave nothing to do"):
+    with pytest.raises(ConfigError, match=r"debug\.learn=false .*debug\.recorded=x"):
         make_config("+debug=rollouts_only", "debug.recorded=x")
     with pytest.raises(ValueError, match=r"no recorded batches .*nowhere.*debug\.record=true"):
         Run(make_config("+debug=recorded", f"debug.recorded={tmp_path}/nowhere"), tmp_path / "run")

@@ -195,9 +195,7 @@ def test_a_mix_of_modalities_holds_in_every_command(
         for i in range(10)
     ]
     settings = (f"data.train={write_rows('mixed', rows)}", "data.mix={MRI:0.25,CT:0.75}", "sft.batch_size=4")
-    with pytest.raises(
-        ValueError, match=r"data\.mix names the modality 'PET', which no training row has.*'CT' \(2 rows\)"
-    ):
+    with pytest.raises(ValueError, match=r"data\.mix .*'PET'.*'CT' \(2 rows\)"):
         Run(make_config(*settings[:1], "data.mix={PET:1}"), tmp_path / "refused")
     config = make_config(*settings, "preflight.enabled=false", "steps=4", "eval.at_start=false", "eval.at_end=false")
     run = Run(config, tmp_path / "run")

@@ -162,9 +162,7 @@ def test_a_run_that_asks_for_more_than_there_is_says_so(session, make_config, tm
     config = make_config(
         "cluster=ray", "cluster.rollout_workers=3", "+cluster.worker_resources.scanner=1", "cluster.start_timeout_s=2"
     )
-    with pytest.raises(
-        ClusterError, match=r"did not provide .* 1 learner ranks .*'scanner': 1.* 3 rollout workers within 2 s"
-    ):
+    with pytest.raises(ClusterError, match=r"\b1 learner ranks .*'scanner': 1.*\b3 rollout workers .*\b2 s"):
         Run(config, tmp_path / "run")
 
 

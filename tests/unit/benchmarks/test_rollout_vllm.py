@@ -89,7 +89,7 @@ def test_the_bound_has_the_rows_and_the_layers_of_decoding(tmp_path: Path) -> No
 def test_a_side_in_another_process_answers_with_its_seconds_and_less_work_is_an_error() -> None:
     with served_side(serve, [0.5, 0.25, "vLLM made 3 tokens"]) as side:
         assert [side(), side()] == [0.5, 0.25]
-        with pytest.raises(RuntimeError, match="vLLM made 3 tokens: it did not do the measured work"):
+        with pytest.raises(RuntimeError, match=r"vLLM made 3 tokens"):
             side()
 
 

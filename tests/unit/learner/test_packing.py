@@ -102,7 +102,7 @@ def test_positions_can_come_from_a_memo(tiny_policy):
 
 
 def test_an_empty_completion_is_refused(tiny_policy):
-    with pytest.raises(ValueError, match="completion of prompt 'q1' has no tokens"):
+    with pytest.raises(ValueError, match=r"completion .*'q1' .*no tokens"):
         pack([PackItem(text_prompt(1, 2), (sequence([1]), sequence([])))], tiny_policy("qwen2"))
 
 

@@ -89,7 +89,7 @@ def test_a_successor_of_the_same_name_is_another_process(rank, direct):
 
 def test_engines_that_could_not_be_connected_are_tried_again_when_one_has_changed(rank, direct):
     rank.errors = [NotConnectedError("Traceback: many lines\nno connection by nccl: worker 2 is gone.")]
-    with pytest.raises(NotConnectedError, match=r"^no connection by nccl: worker 2 is gone$"):
+    with pytest.raises(NotConnectedError, match=r"nccl: worker 2 is gone$"):
         direct.start(0, workers(1, 2)).result(timeout=60)
     assert direct.start(1, workers(1, 2)) is None
     assert len(rank.calls) == 1

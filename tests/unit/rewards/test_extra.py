@@ -154,9 +154,7 @@ def swallows() -> None:
 def test_a_hang_is_an_error_and_the_function_is_stopped(hang):
     threads = set(threading.enumerate())
     reward = guarded("m:f", lambda example, completion: hang(), 0.1)
-    with pytest.raises(
-        RewardTimeoutError, match=r"m:f on example 'mri-7', completion '<think>x': no result after 0.1 s"
-    ):
+    with pytest.raises(RewardTimeoutError, match=r"m:f .*'mri-7'.*'<think>x'.*0\.1 s"):
         reward(EXAMPLE, completion())
     assert set(threading.enumerate()) <= threads
 

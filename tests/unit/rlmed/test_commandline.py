@@ -56,9 +56,7 @@ def test_expand_resume_folder(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     assert expand([f"resume={tmp_path}"], cuda=False) == [f"resume={tmp_path}", f"hydra.run.dir={tmp_path}"]
 
-    with pytest.raises(
-        ValueError, match=r"resume=.* and hydra\.run\.dir=other both set hydra\.run\.dir: drop one of them"
-    ):
+    with pytest.raises(ValueError, match=r"resume=.* hydra\.run\.dir=other .*hydra\.run\.dir"):
         expand([f"resume={tmp_path}", "hydra.run.dir=other"], cuda=False)
     assert expand(["resume=auto", "hydra.run.dir=other"], cuda=False) == ["resume=auto", "hydra.run.dir=other"]
 

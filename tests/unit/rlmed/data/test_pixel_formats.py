@@ -59,7 +59,7 @@ def test_png_grey_of_every_depth_with_and_without_a_transparent_value(tmp_path, 
 def test_png_of_16_bits_of_which_12_are_used_is_refused_where_it_would_be_black(tmp_path, kind, channels):
     values = np.stack([in_bits(GREY, 12)] * channels, axis=-1)
     values[..., 3 if channels == 4 else channels - 1] |= 0 if kind == 2 else 0xF000  # opacity
-    with pytest.raises(BadImageError, match="at most the lowest 12 of its 16 bits are in use"):
+    with pytest.raises(BadImageError, match="lowest 12 of its 16 bits"):
         loaded(write_png(tmp_path / "a.png", values, 16, kind))
 
 
@@ -106,7 +106,7 @@ def test_tiff_grey_of_every_depth_and_either_polarity(tmp_path, bits, white_is_z
     tags = {"t258": bits, "t262": 0 if white_is_zero else 1, "t277": 1}
     path = write_tiff(tmp_path / "a.tif", content, SIZE, order, **tags)
     if (bits, white_is_zero, order) == (16, True, ">"):  # Pillow knows the other byte order only
-        with pytest.raises(BadImageError, match="kind of pixels is not read"):
+        with pytest.raises(BadImageError, match="kind of pixels"):
             load_image(path)
     else:
         assert_shows(path, two_levels(bits))
@@ -218,7 +218,7 @@ def test_tiff_that_pillow_does_not_show_rightly_is_refused_by_its_kind(tmp_path,
 def test_grey_that_may_be_the_negative_is_refused(tmp_path, bits):
     pixels = packed(in_bits(GREY, bits), bits) if bits < 16 else in_bits(GREY, bits).astype("<u2").tobytes()
     path = write_tiff(tmp_path / "a.tif", pixels, GREY.shape[::-1], t258=bits)
-    with pytest.raises(BadImageError, match=r"whether 0 is black or white .PhotometricInterpretation is missing"):
+    with pytest.raises(BadImageError, match=r"PhotometricInterpretation is missing"):
         load_image(path)
 
 
@@ -307,7 +307,7 @@ def test_a_cmyk_jpeg_without_adobes_marker_is_refused(tmp_path):
     place = content.index(b"\xff\xeeAdobe"[:2])
     (length,) = struct.unpack_from(">H", content, place + 2)
     (tmp_path / "odd.jpg").write_bytes(content[:place] + content[place + 2 + length :])
-    with pytest.raises(BadImageError, match=r"odd\.jpg .*CMYK without Adobe's marker.*save it as RGB"):
+    with pytest.raises(BadImageError, match=r"odd\.jpg .*CMYK .*RGB"):
         load_image(tmp_path / "odd.jpg")
 
 

@@ -132,7 +132,7 @@ def test_merge_image_inputs_skips_prompts_without_image():
 def test_an_unknown_family_is_refused_with_the_ones_that_work(tmp_path):
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=20))
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"model_type 'gpt2' is not supported; supported: llama, .*families\.py"):
+    with pytest.raises(ValueError, match=r"'gpt2' .*llama, .*families\.py"):
         load_policy(tmp_path)
 
 
@@ -159,7 +159,7 @@ def test_one_end_token_and_several_are_both_understood(tiny_folder):
 def test_a_projection_with_bias_is_refused(tiny_folder):
     model = AutoModelForCausalLM.from_pretrained(tiny_folder("llama"))
     model.lm_head = torch.nn.Linear(64, model.config.vocab_size)
-    with pytest.raises(ValueError, match="projection must be a linear layer without bias"):
+    with pytest.raises(ValueError, match="without bias"):
         Policy(model)
 
 
@@ -183,18 +183,18 @@ def test_a_folder_that_does_not_exist_is_not_looked_for_on_the_hub(tmp_path):
 
 def test_a_folder_whose_name_differs_is_told(tmp_path):
     (tmp_path / "Qwen2-VL").mkdir()
-    with pytest.raises(ValueError, match=r"does not exist.*there is '.*/Qwen2-VL', which differs in case"):
+    with pytest.raises(ValueError, match=r"'.*/Qwen2-VL', .*case"):
         load_config(tmp_path / "qwen2-vl")
 
 
 def test_a_folder_without_config_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"not a Hugging Face model folder: config\.json is missing"):
+    with pytest.raises(ValueError, match=r"config\.json is missing"):
         load_config(tmp_path)
 
 
 def test_a_model_that_is_nowhere_is_named_with_advice(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=r"neither a folder in .* nor .*model\.path=models/absent"):
+    with pytest.raises(ValueError, match=r"neither a folder .*model\.path=models/absent"):
         load_config(Path("owner/absent"))
 
 

@@ -76,7 +76,7 @@ def test_weights_of_another_model_are_refused(name: str, shape: tuple[int, ...],
 
 def test_an_incomplete_push_is_refused() -> None:
     parameters = {"a": torch.zeros(2), "b": torch.zeros(3), "c": torch.zeros(3)}
-    with pytest.raises(WeightError, match="2 weights did not arrive, the first is b"):
+    with pytest.raises(WeightError, match=r"2 weights .*\bb: "):
         copy_weights(parameters, stored({"a": torch.ones(2)}))
     assert parameters["a"].tolist() == [0, 0], "nothing of it was copied"
     copy_weights(

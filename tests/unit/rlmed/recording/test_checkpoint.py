@@ -103,7 +103,7 @@ def test_a_file_is_no_checkpoint(tmp_path: Path) -> None:
 
 def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("mine")
-    with pytest.raises(CheckpointError, match=r"step-000001 could not be written.*File exists"):
+    with pytest.raises(CheckpointError, match=r"step-000001 .*File exists"):
         save_checkpoint(tmp_path / "checkpoints", 1, {}, write, keep_last=1)
     assert (tmp_path / "checkpoints").read_text() == "mine"
 

@@ -209,7 +209,7 @@ def test_what_cannot_be_shared_by_all_runs_is_refused(seeds, overrides, said, tm
 
 
 def test_a_method_given_twice_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="--methods rl rl: a repeated method would count the same run twice"):
+    with pytest.raises(ValueError, match="--methods rl rl: "):
         plan(tmp_path, ["rl", "rl"], [0], [])
 
 

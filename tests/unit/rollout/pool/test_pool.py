@@ -328,7 +328,7 @@ def test_all_workers_are_waited_for_unless_one_cannot_start(make_pool):
         return worker
 
     broken = make_pool(stillborn, workers=1)
-    with pytest.raises(RolloutError, match=r"worker 0 could not be started.*no memory for the cache"):
+    with pytest.raises(RolloutError, match=r"worker 0 .*started.*no memory for the cache"):
         broken.wait_until_ready()
 
 
@@ -341,7 +341,7 @@ def test_a_worker_that_dies_again_and_again_stops_the_run_with_the_cause(make_po
     pool = make_pool(lambda number: Doomed(f"worker {number}"), workers=1)
     channel = pool.channel()
     channel.submit(make_request(0))
-    with pytest.raises(RolloutError, match=r"(?s)worker 0.*(4 times in a row|4 workers).*no memory for the cache"):
+    with pytest.raises(RolloutError, match=r"(?s)worker 0.*(4 times|4 workers).*no memory for the cache"):
         channel.collect()
     with pytest.raises(RolloutError):
         pool.update_weights(Update().weights)
@@ -358,7 +358,7 @@ def test_a_worker_that_cannot_be_built_stops_the_run_at_once(make_pool, make_req
 
     channel = make_pool(start, workers=1).channel()
     channel.submit(make_request(0))
-    with pytest.raises(RolloutError, match="could not be started: ValueError: model folder is missing"):
+    with pytest.raises(RolloutError, match="started: ValueError: model folder is missing"):
         channel.collect()
     assert starts == [0]
 

@@ -80,7 +80,7 @@ def test_after_sleep_all_weights_have_to_come(make_engine):
     engine.sleep()
     with pytest.raises(WeightError, match="mixture"):
         engine.step()
-    with pytest.raises(WeightError, match=r"1 weights did not arrive, the first is model\.b"):
+    with pytest.raises(WeightError, match=r"1 weights .*\bmodel\.b\b"):
         engine.update_weights(1, list(make_buckets([("model.a", WEIGHTS["model.a"])])))
     with pytest.raises(WeightError, match="mixture"):
         engine.step()

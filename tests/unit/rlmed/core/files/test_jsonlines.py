@@ -67,7 +67,7 @@ def test_truncate_cuts_back_and_appending_goes_on_from_there(tmp_path):
 def test_a_shorter_file_than_the_checkpoint_knew_is_an_error(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"step": 1}\n')
-    with pytest.raises(RecordError, match=r"a\.jsonl has 12 bytes, but 30 when the checkpoint was saved"):
+    with pytest.raises(RecordError, match=r"a\.jsonl .*\b12 bytes.*\b30\b"):
         JsonLinesWriter(path).truncate(30)
     assert path.read_text() == '{"step": 1}\n'
     with pytest.raises(RecordError, match="has 0 bytes, but 5"):

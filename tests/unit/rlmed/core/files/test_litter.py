@@ -88,14 +88,14 @@ def test_tables_of_a_folder(folder):
 def test_a_folder_of_litter_alone_is_told(folder):
     put(folder, "._questions.csv", APPLE)
     put(folder, "~$more.csv", APPLE)
-    with pytest.raises(ValueError, match=r"holds no table .*'\._questions\.csv' and 1 more were skipped.*tools leave"):
+    with pytest.raises(ValueError, match=r"no table .*'\._questions\.csv' and 1 more"):
         list(csv_table.read(folder))
 
 
 def test_litter_that_is_named_is_told(folder):
     put(folder, "._questions.csv", APPLE)
     put(folder, "questions.csv", TABLE.encode())
-    with pytest.raises(ValueError, match=r"macOS metadata of questions\.csv, not a table: give that one"):
+    with pytest.raises(ValueError, match=r"metadata of questions\.csv"):
         list(csv_table.read(folder / "._questions.csv"))
 
 
@@ -105,7 +105,7 @@ def test_parquet_files(folder):
 
     for name in ("._train.parquet", "__MACOSX/train.parquet", ".cache/huggingface/train.parquet"):
         put(folder, name, APPLE)
-    with pytest.raises(ValueError, match=r"holds no parquet files .*'\._train\.parquet' and 1 more|and 2 more"):
+    with pytest.raises(ValueError, match=r"parquet.*'\._train\.parquet' and 1 more|and 2 more"):
         list(huggingface.read(folder))
     row = {"image": "1.png", "question": "Which?", "options": ["liver", "lung"], "answer": "lung"}
     parquet.write_table(pyarrow.Table.from_pylist([row]), folder / "train.parquet")

@@ -227,7 +227,7 @@ def test_members_of_an_archive(archive, text, name):
 
 
 def test_near_members_of_an_archive(archive):
-    with pytest.raises(BadRowError, match=r"does not exist: there is 'images/1\.png', which differs in case"):
+    with pytest.raises(BadRowError, match=r"'images/1\.png'.*case"):
         archive.find("images/1.PNG")
     with pytest.raises(BadRowError, match="2 files have its name"):
         archive.find("2.png")
@@ -237,5 +237,5 @@ def test_an_image_to_search_for_by_the_path_of_another_system(root):
     images = open_images(root)
     assert images.find("old\\17.png") == root / "other" / "17.png"
     assert images.find("other\\17.png") == root / "other" / "17.png"
-    with pytest.raises(BadRowError, match=r"leaves the folder .*: there is 'other/17\.png' in it"):
+    with pytest.raises(BadRowError, match=r"leaves the folder .*'other/17\.png'"):
         images.find("C:\\other\\17.png")

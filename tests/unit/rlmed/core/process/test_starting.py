@@ -85,7 +85,7 @@ def test_a_system_without_a_temporary_folder(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr(tempfile, "gettempdir", nowhere)
-    with pytest.raises(FileNotFoundError, match=r"found in \['/x'\]: set TMPDIR to a writable folder"):
+    with pytest.raises(FileNotFoundError, match=r"\['/x'\]: .*TMPDIR"):
         start_command()
 
 

@@ -244,7 +244,7 @@ def test_a_reader_that_breaks_its_promise(tmp_path, source, key, mode):
 
 
 def test_no_usable_row_is_an_error_that_says_why(tmp_path, source):
-    with pytest.raises(ValueError, match=r"no row can be used, of 2\. line 1 \(q1\): it has no answer"):
+    with pytest.raises(ValueError, match=r"\b2\. line 1 \(q1\): .*no answer"):
         write([source_row(1, answer=""), source_row(2, answer="x")], tmp_path / "out", source)
     assert list(tmp_path.iterdir()) == [source]
 
@@ -327,7 +327,7 @@ def test_of_two_at_once_the_first_is_kept(tmp_path, source):
         yield source_row(1)
         write([source_row(2), source_row(3)], tmp_path / "out", source)
 
-    with pytest.raises(ValueError, match="already contains files: choose another folder"):
+    with pytest.raises(ValueError, match="already contains files"):
         write(rows(), tmp_path / "out", source)
     assert len((tmp_path / "out" / "train.jsonl").read_text().splitlines()) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
@@ -346,7 +346,7 @@ def test_a_folder_that_another_process_is_writing_is_refused_before_anything_is_
     start = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
     busy = tmp_path / f".out.partial-{me.machine}-{parent}-{start}-0"
     busy.mkdir()
-    with pytest.raises(ValueError, match=rf"out is being written by process {parent}: wait until it has ended"):
+    with pytest.raises(ValueError, match=rf"out .*process {parent}\b"):
         write(iter(()), tmp_path / "out", source)
     assert busy.is_dir()
 

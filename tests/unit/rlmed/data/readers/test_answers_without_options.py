@@ -163,7 +163,7 @@ def test_an_answer_that_speaks_of_options_has_none_to_speak_of():
     # both sides may be shown in a picture; drawn as it is, its frequency gives nothing away
     assert sorted(pool.options("q1", "side", "both")) == ["both", "left", "right"]
     for text in ("All of the above", "A and C"):
-        with pytest.raises(BadRowError, match="refers to options, and it has none"):
+        with pytest.raises(BadRowError, match="refers to options"):
             pool.options("q1", "side", text)
 
 
@@ -279,7 +279,7 @@ def test_a_bad_row_is_skipped(rad, tmp_path, changes, reason):
 
 
 def test_sources_that_are_something_else(rad, slake_folder, tmp_path):
-    with pytest.raises(ValueError, match=r"Public\.json cannot be read: No such file"):
+    with pytest.raises(ValueError, match=r"Public\.json .*No such file"):
         list(vqa_rad.read(rad))
     with pytest.raises(ValueError, match=r"holds none of train\.json"):
         list(slake.read(slake_folder))

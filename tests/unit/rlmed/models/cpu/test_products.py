@@ -178,7 +178,7 @@ def test_without_onednn_torch_multiplies_and_asking_for_it_is_an_error(monkeypat
     monkeypatch.setattr(products, "has_onednn", lambda: False)
     config = load_config(model_folder("embedded:tiny_base"))
     assert settle_products(config) == ()
-    with pytest.raises(ValueError, match=r"model\.onednn .* this build of torch does not have: use model\.onednn=\[\]"):
+    with pytest.raises(ValueError, match=r"model\.onednn .*model\.onednn=\[\]"):
         settle_products(config, ["few_rows"])
 
 

@@ -563,14 +563,12 @@ def test_the_folder_within_is_named(base_copy, tmp_path, within):
     folder = tmp_path / "given" / within
     folder.parent.mkdir(parents=True)
     base_copy.rename(folder)
-    with pytest.raises(
-        ValueError, match=rf"given is not a Hugging Face model folder: .*; {re.escape(str(folder))} is one"
-    ):
+    with pytest.raises(ValueError, match=rf"given .*; {re.escape(str(folder))} is one"):
         load_config(tmp_path / "given")
 
 
 def test_a_file_is_no_folder(base_copy):
-    with pytest.raises(ValueError, match=r"model\.safetensors' is a file: give the folder"):
+    with pytest.raises(ValueError, match=r"model\.safetensors' is a file"):
         load_config(base_copy / "model.safetensors")
 
 

@@ -82,16 +82,14 @@ def test_a_folder_that_names_no_end_is_refused(base_copy):
         json.dumps({key: config[key] for key in config if key != "eos_token"})
     )
     (base_copy / "chat_template.jinja").write_text(TEMPLATE.replace("END", ""))
-    with pytest.raises(
-        ValueError, match=r"generation_config\.json names no eos_token_id and the tokenizer no eos_token"
-    ):
+    with pytest.raises(ValueError, match=r"generation_config\.json .*eos_token_id .*tokenizer .*eos_token"):
         load_policy(base_copy)
 
 
 def test_an_end_token_that_the_model_has_no_place_for_is_refused(base_copy):
     config = json.loads((base_copy / "tokenizer_config.json").read_text())
     (base_copy / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": "<|never_seen|>"}))
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json: the end token 748 is outside .*\(0 to 747\)"):
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: .*\b748\b.*\(0 to 747\)"):
         load_policy(base_copy)
 
 

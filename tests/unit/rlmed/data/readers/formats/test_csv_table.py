@@ -191,14 +191,14 @@ def test_a_header_with_what_cannot_be_seen(folder):
 def test_a_table_in_utf16_is_told(folder):
     path = folder / "wide.csv"
     path.write_bytes("image,question,A,B,answer\n".encode("utf-16-le"))
-    with pytest.raises(ValueError, match=r"wide\.csv is not UTF-8: save the table as UTF-8"):
+    with pytest.raises(ValueError, match=r"wide\.csv .*UTF-8"):
         rows(path)
 
 
 def test_a_header_that_is_no_utf8_is_told(folder):
     path = folder / "latin.csv"
     path.write_bytes("image,question,A,B,Lösung\n1.png,Size?,a,b,A\n".encode("cp1252"))
-    with pytest.raises(ValueError, match=r"latin\.csv is not UTF-8: save the table as UTF-8"):
+    with pytest.raises(ValueError, match=r"latin\.csv .*UTF-8"):
         rows(path)
 
 
@@ -244,7 +244,7 @@ def test_a_table_without_its_columns(folder, lines, given, message):
 
 
 def test_a_table_that_is_not_there(folder):
-    with pytest.raises(ValueError, match=r"none\.csv cannot be read: No such file"):
+    with pytest.raises(ValueError, match=r"none\.csv .*No such file"):
         rows(folder / "none.csv")
     with pytest.raises(ValueError, match="--delimiter"):
         rows(table(folder, HEADER), delimiter="x")
@@ -256,7 +256,7 @@ def test_a_file_without_ends_of_lines_is_not_read_as_a_whole(folder):
         file.write("image,question,A,B,answer\n")
         file.truncate(500_000_000)  # zeros that take no room on the disk
     tracemalloc.start()
-    with pytest.raises(ValueError, match=r"endless\.csv has a line of more than 16777216 characters"):
+    with pytest.raises(ValueError, match=r"endless\.csv .*\b16777216 characters"):
         rows(path)
     assert tracemalloc.get_traced_memory()[1] < 150_000_000
     tracemalloc.stop()

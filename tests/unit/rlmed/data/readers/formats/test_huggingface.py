@@ -228,7 +228,7 @@ def test_images_are_read_a_few_at_a_time(tmp_path):
 
 def test_a_group_that_unpacks_to_too_much(tmp_path, monkeypatch):
     monkeypatch.setattr(parquet_rows, "MAX_GROUP_BYTES", 100)
-    with pytest.raises(ValueError, match="write it with smaller row groups"):
+    with pytest.raises(ValueError, match="smaller row groups"):
         next(read(put(tmp_path / "a.parquet", [record(0)])))
 
 
@@ -245,9 +245,9 @@ def test_sources_that_cannot_be_read(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"a\.parquet cannot be read"):
         list(read(path))
     for pattern in ("/etc/*", ""):
-        with pytest.raises(ValueError, match=r"--files .*give a pattern relative to the source"):
+        with pytest.raises(ValueError, match=r"--files .*relative"):
             list(read(tmp_path, files=pattern))
-    with pytest.raises(ValueError, match=r"neither a local path nor the name of a data set"):
+    with pytest.raises(ValueError, match=r"neither a local path"):
         next(read(tmp_path / "none"))
     with pytest.raises(ValueError, match="neither a local path"):
         next(read(Path("../up")))
@@ -286,7 +286,7 @@ def test_random_damage_costs_rows_or_says_so(tmp_path):
 
 def test_a_data_set_by_its_name_where_there_is_no_network(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=r"some/data is not a local folder.*hf download some/data --repo-type dataset"):
+    with pytest.raises(ValueError, match=r"some/data .*hf download some/data --repo-type dataset"):
         next(read(Path("some/data")))
 
 

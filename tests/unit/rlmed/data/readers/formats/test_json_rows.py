@@ -85,7 +85,7 @@ def test_a_long_file_is_read_a_piece_at_a_time(tmp_path):
 
 
 def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(ValueError, match=r"none\.json cannot be read: No such file"):
+    with pytest.raises(ValueError, match=r"none\.json .*No such file"):
         next(read_json_rows(tmp_path / "none.json"))
 
 

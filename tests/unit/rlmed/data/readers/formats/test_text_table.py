@@ -135,7 +135,7 @@ def test_what_is_no_line_end_stays_in_its_cell(tmp_path, separator):
 )
 def test_a_mark_that_is_not_closed_in_the_header_is_an_error(tmp_path, header):
     for last in (good(3), good(3).replace("?", '?"'), good(3) + '"'):
-        with pytest.raises(ValueError, match=r"q\.csv: its first line cannot be read \(.*quotation mark"):
+        with pytest.raises(ValueError, match=r"q\.csv: .*first line .*quotation mark"):
             records(tmp_path, "\n".join([header, good(1), good(2), last]))
 
 

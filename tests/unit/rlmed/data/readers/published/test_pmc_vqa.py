@@ -190,7 +190,7 @@ def test_a_version_of_the_format_that_is_not_known(folder):
     content[content.index(b"PK\x01\x02") + 6] = 200
     (folder / "images.zip").write_bytes(content)
     (folder / "train.csv").write_text(f"{FIRST}\nPMC1_F1.jpg,What?,x,A:x,B:y,,,A\n")
-    with pytest.raises(ValueError, match=r"images\.zip cannot be read \(zip file version"):
+    with pytest.raises(ValueError, match=r"images\.zip .*\(zip file version"):
         list(read(folder))
 
 
@@ -208,7 +208,7 @@ def test_sources_that_are_something_else(folder):
     with pytest.raises(ValueError, match="holds no table"):
         list(read(folder))
     (folder / "train.csv").write_text("image,question,answer\n")
-    with pytest.raises(ValueError, match=r"train\.csv has no column Figure_path: it is not a PMC-VQA table"):
+    with pytest.raises(ValueError, match=r"train\.csv .*\bFigure_path\b.*PMC-VQA"):
         list(read(folder))
     (folder / "train.csv").write_text(f"{FIRST}\nPMC1_F1.jpg,What?,x,A:x,B:y,,,A\n")
     (folder / "images.zip").write_bytes(b"PK no archive")

@@ -73,7 +73,7 @@ def test_a_frame_that_takes_too_long_is_given_up(monkeypatch):
     # it will never answer, however fast the machine
     os.kill(impatient._process.pid, signal.SIGSTOP)
     monkeypatch.setattr(decoder_process, "TIME_LIMIT", 0.05)
-    with pytest.raises(BadImageError, match="crash the decoder or hang it"):
+    with pytest.raises(BadImageError, match="crash the decoder"):
         impatient.decode(shipped("MR_small_RLE.dcm"), RLELossless, 0)
     assert impatient._process is None
 

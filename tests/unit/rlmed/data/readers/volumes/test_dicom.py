@@ -206,9 +206,7 @@ def test_nothing_usable_is_an_error_that_says_why(tmp_path):
     source.mkdir()
     (source / "a.dcm").write_bytes(b"no DICOM")
     table(source, "a.dcm,,Which?,a,b,a,,,", "a.dcm,x,Which?,a,b,a,,,")
-    with pytest.raises(
-        ValueError, match=r"no row can be used, of 2\. line 2 of the table \(line-2\): its file cannot be used"
-    ):
+    with pytest.raises(ValueError, match=r"\b2\. line 2 .*\(line-2\): its file "):
         run(source, tmp_path / "out")
 
 

@@ -74,13 +74,13 @@ def test_only_the_frame_asked_for_is_read(tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", [0, 3, 10**6])
 def test_a_frame_out_of_range_is_an_error(tmp_path, number):
     path = write_dicom(tmp_path / "a", np.stack([GREY] * 2), frames=True)
-    with pytest.raises(BadImageError, match=f"no frame {number}: give one from 1 to 2"):
+    with pytest.raises(BadImageError, match=f"frame {number}: .*from 1 to 2"):
         render(path, number)
 
 
 def test_a_frame_that_only_the_header_has_is_an_error(tmp_path):
     path = write_dicom(tmp_path / "a", np.stack([GREY] * 2), frames=True, NumberOfFrames=10**9)
-    with pytest.raises(BadImageError, match=r"1000000000 frames of 48x32 pixels of 16 bits.* its pixel data has 6144"):
+    with pytest.raises(BadImageError, match=r"1000000000 frames .*48x32 .*16 bits.* 6144"):
         render(path)
 
 
@@ -161,9 +161,7 @@ def test_a_compressed_frame_of_another_size_than_the_headers_is_not_decoded(tmp_
     assert len(bomb.getvalue()) < 700_000
     path = write_compressed(tmp_path / "a", [bomb.getvalue()], np.zeros((32, 48), dtype=np.uint8), syntax)
     monkeypatch.setattr(DecoderProcess, "decode", lambda *arguments: pytest.fail("it was decoded"))
-    with pytest.raises(
-        BadImageError, match="compressed pixels say 6000x5000 pixels of 1 samples, but its header says 48x32 of 1"
-    ):
+    with pytest.raises(BadImageError, match=r"6000x5000 pixels of 1 .*header says 48x32 of 1"):
         render(path)
 
 

@@ -54,7 +54,7 @@ def test_each_plane_is_shown_as_radiologists_look_at_it(tmp_path):
         for plane, place in places.items():
             if place is nothing:  # the slab has slices of its own, and others have nothing of it
                 for index, value in ((4, 0), (8, 255)):
-                    with pytest.raises(BadImageError, match=f"shows nothing: all its values are {value}"):
+                    with pytest.raises(BadImageError, match=f"shows nothing: .*{value}"):
                         shown(path, plane, index=index)
                 continue
             picture = np.zeros((9, 9), dtype=np.uint8)
@@ -121,7 +121,7 @@ def test_a_volume_of_several_is_chosen(tmp_path):
         path = write(tmp_path / name, four)
         np.testing.assert_array_equal(shown(path, index=5), VOLUME[::-1, ::-1, 5].T)
         np.testing.assert_array_equal(shown(path, index=5, volume=1), VOLUME[::-1, ::-1, 5].T + 40)
-        with pytest.raises(BadImageError, match="no volume 2: give one from 0 to 1"):
+        with pytest.raises(BadImageError, match=r"volume 2: .*0 to 1"):
             shown(path, volume=2)
 
 
@@ -200,7 +200,7 @@ def test_values_that_writers_leave_unset_are_understood(tmp_path):
 def test_a_slice_out_of_range_is_an_error(tmp_path, plane, count):
     path = write(tmp_path / "a.nii", VOLUME)
     shown(path, plane, index=count - 1)
-    with pytest.raises(BadImageError, match=f"no {plane} slice {count}: give one from 0 to {count - 1}"):
+    with pytest.raises(BadImageError, match=f"{plane} slice {count}: .*0 to {count - 1}"):
         shown(path, plane, index=count)
 
 
@@ -209,7 +209,7 @@ def test_an_unknown_orientation_is_an_error_unless_allowed(tmp_path):
     content = path.read_bytes()
     assert content[252:256] == b"\0\0\2\0"  # qform_code and sform_code
     path.write_bytes(content[:252] + bytes(4) + content[256:])
-    with pytest.raises(BadImageError, match="left cannot be told from right"):
+    with pytest.raises(BadImageError, match=r"left .*from right"):
         shown(path)
     allowed = render_slice(path, SliceChoice("axial", window=WHOLE), allow_unknown_orientation=True)
     assert allowed.size == (10, 12)
@@ -275,7 +275,7 @@ def test_a_bomb_is_refused_before_it_is_inflated(tmp_path, monkeypatch):
         for _ in range(40):
             file.write(bytes(10**6))
     tracemalloc.start()
-    with pytest.raises(BadImageError, match="end at byte 100352; it has 40000352 bytes"):
+    with pytest.raises(BadImageError, match=r"byte 100352; .*40000352 bytes"):
         shown(path)
     assert tracemalloc.get_traced_memory()[1] < 2_000_000
     tracemalloc.stop()

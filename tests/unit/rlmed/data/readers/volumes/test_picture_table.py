@@ -124,7 +124,7 @@ def test_a_near_file_is_hinted_at_and_not_named(folder, file, hint):
 
 def test_a_file_that_breaks_when_it_is_shown_says_that_it_is_the_file(folder):
     (row,) = rows(write(folder, "DOE^JANE/1.dcm,late,Which?,a,b,a,,"))
-    with pytest.raises(BadImageError, match="its file cannot be used: it is broken inside"):
+    with pytest.raises(BadImageError, match=r"its file .*broken inside"):
         row.image.load()
 
 
@@ -168,7 +168,7 @@ def test_numbers_in_cells():
     assert cell_number({"frame": "12"}, "frame") == 12
     assert cell_number({"frame": ""}, "frame") is cell_number({}, "frame") is None
     for text in ("1.5", "-1", "x", "²", "9" * 5000):
-        with pytest.raises(BadRowError, match=r"^its frame must be a whole number, or blank$"):
+        with pytest.raises(BadRowError, match=r"^its frame must be a whole number"):
             cell_number({"frame": text}, "frame")
 
 
@@ -177,9 +177,7 @@ def test_windows_in_cells():
     assert cell_window({"window": ""}, (1, 2)) == cell_window({}, (1, 2)) == Window(1, 2)
     assert cell_window({}, None) is None
     for text in ("DOE JANE", "40", "40 -400", "nan 1"):
-        with pytest.raises(
-            BadRowError, match=r"^its window must be two numbers, center and positive width, like '40 400'"
-        ):
+        with pytest.raises(BadRowError, match=r"^its window .*'40 400'"):
             cell_window({"window": text}, None)
 
 
