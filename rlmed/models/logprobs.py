@@ -1,72 +1,200 @@
-"""Log-probabilities of given tokens without a full [tokens, vocabulary] tensor."""
+"""Log-probabilities of given tokens without a full [tokens, vocabulary] tensor.
+
+Few logits are computed at once. Many are computed in blocks of the vocabulary, with a running
+maximum and sum (Milakov and Gimelshein 2018, arXiv 1805.02867), and again in the backward pass.
+With blocks of the vocabulary, unlike blocks of rows, each pass reads a weight once, and its
+gradient is written once and in its own dtype: no float32 sum [V, d] is needed.
+
+Logits are float32 in every policy: bfloat16's numbers near 120 are 0.5 apart.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlmed.models.cpu.linear import matmul_transposed, weight_gradient
 
-CHUNK_BYTES = 64 * 2**20
-"""Size of one chunk of fp32 logits."""
+CPU_BYTES = 64 * 2**20
+"""Largest float32 logits that are computed at once on a CPU; their softmax is kept for the backward pass."""
+CPU_BLOCK_BYTES = 8 * 2**20
+"""Size of a block on a CPU: its passes find it in the cache, and its memory is reused (glibc returns what is above 32 MiB)."""
+CUDA_BYTES = 512 * 2**20
+"""Both of them on CUDA: 883 rows of Qwen's vocabulary, or blocks of 16,384 tokens for 8,192 rows.
+
+Kernels on so much take 0.1 ms or longer, many times what their launch takes, and products of more
+than some 300 rows and columns are bound by arithmetic, not by memory.
+"""
 
 
-def chunk_rows(vocabulary: int) -> int:
-    """Return the number of rows of fp32 logits that fit in `CHUNK_BYTES`."""
-    return max(1, CHUNK_BYTES // (4 * vocabulary))
+def logits_bytes(device: torch.device) -> tuple[int, int]:
+    """Return the largest float32 logits that are computed at once, and the size of a block of more, in bytes."""
+    return (CPU_BYTES, CPU_BLOCK_BYTES) if device.type == "cpu" else (CUDA_BYTES, CUDA_BYTES)
 
 
-class _ChunkedLogprobs(torch.autograd.Function):
-    """Projection, log-softmax and gather by chunks; the backward pass recomputes each chunk's softmax.
+def _fits(rows: int, weight: Tensor) -> bool:
+    return not _widens(weight) and 4 * rows * len(weight) <= logits_bytes(weight.device)[0]
 
-    If everything fits in one chunk, its softmax is kept instead, which still bounds memory.
+
+def _widens(weight: Tensor) -> bool:
+    """Return whether products need a float32 copy of this weight, which is made block by block."""
+    return weight.dtype != torch.float32 and weight.device.type == "cpu"
+
+
+def _blocks(rows: int, weight: Tensor) -> list[slice]:
+    """Divide the vocabulary so that a block's float32 logits, and its float32 weights, stay within their size."""
+    size = max(1, logits_bytes(weight.device)[1] // (4 * max(rows, weight.shape[1])))
+    return [slice(start, min(start + size, len(weight))) for start in range(0, len(weight), size)]
+
+
+def _operand(tensor: Tensor, weight: Tensor) -> Tensor:
+    """Convert a factor of a product with `weight`: to float32 on a CPU, whose bfloat16 products have rounded results.
+
+    Elsewhere to the weight's dtype, for tensor cores: they sum in float32 and can return the sum.
     """
+    return tensor.float() if weight.device.type == "cpu" else tensor.to(weight.dtype)
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """Return float32 [M, N], x [M, K] @ weight.T [K, N], for two of `_operand`; not rounded to bfloat16."""
+    if x.dtype == torch.float32:
+        return matmul_transposed(x, weight)
+    return torch.mm(x, weight.T, out_dtype=torch.float32)
+
+
+class _AtOnce(torch.autograd.Function):
+    """Projection, log-softmax and gather; keeps softmax minus one-hot [M, V] for the backward pass."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, banned: Tensor
     ) -> tuple[Tensor, Tensor]:
-        logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        entropy = torch.empty_like(logprobs)
-        chunks = _chunks(len(targets), len(weight))
-        for rows in chunks:
-            log_softmax = _log_softmax(hidden[rows], weight, temperature, banned)
-            logprobs[rows] = _picked(log_softmax, targets[rows])
-            softmax = log_softmax.exp()
-            log_softmax.index_fill_(1, banned, 0.0)  # so that 0 * -inf becomes 0
-            entropy[rows] = log_softmax.mul_(softmax).sum(dim=1).neg_()
-        keep = len(chunks) == 1 and any(ctx.needs_input_grad)
-        kept = _minus_one_hot(softmax, targets) if keep else hidden.new_empty(0)
-        ctx.save_for_backward(hidden, weight, targets, banned, kept)
+        log_softmax = _log_softmax(hidden, weight, temperature, banned)
+        logprobs = _picked(log_softmax, targets)
+        softmax = log_softmax.exp()
+        log_softmax.index_fill_(1, banned, 0.0)  # so that 0 * -inf becomes 0
+        entropy = log_softmax.mul_(softmax).sum(dim=1).neg_()
+        if any(ctx.needs_input_grad):
+            softmax.scatter_add_(1, targets.unsqueeze(1), softmax.new_full((len(targets), 1), -1.0))
+            ctx.save_for_backward(hidden, weight, softmax)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, grad_logprobs: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, banned, kept = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        # d logprob / d logit = (one-hot - softmax) / temperature; apply sign and scale on the
-        # narrow side
-        scale = (grad_logprobs / -ctx.temperature).unsqueeze(1)
-        for rows in _chunks(len(targets), len(weight)):
-            if kept.numel():
-                slope = kept
-            else:
-                softmax = _log_softmax(hidden[rows], weight, ctx.temperature, banned).exp_()
-                slope = _minus_one_hot(softmax, targets[rows])
-            slope = slope.to(weight.dtype)
-            grad_hidden[rows] = matmul_transposed(slope, weight.T) * scale[rows]
-            grad_weight += weight_gradient(slope, (hidden[rows] * scale[rows]).to(weight.dtype))
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+        hidden, weight, kept = ctx.saved_tensors
+        slope, scale = _operand(kept, weight), _scale(grad_logprobs, ctx.temperature)
+        grad_hidden = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_hidden = (_product(slope, weight.T) * scale).to(hidden.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_weight = weight_gradient(slope, _operand(hidden * scale, weight))
+        return grad_hidden, grad_weight, None, None, None
 
 
+class _InBlocks(torch.autograd.Function):
+    """The same in blocks of the vocabulary; the backward pass recomputes each block's softmax."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, banned: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.temperature, ctx.banned = temperature, banned.tolist()
+        sums = _sum_blocks(hidden, weight, targets, temperature, ctx.banned, entropy=True)
+        ctx.save_for_backward(hidden, weight, targets, sums.log_mass)
+        ctx.mark_non_differentiable(sums.entropy)
+        return sums.logprobs, sums.entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_logprobs: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, log_mass = ctx.saved_tensors
+        scale = _scale(grad_logprobs, ctx.temperature)
+        rows, scaled = _operand(hidden, weight), _operand(hidden * scale, weight)
+        grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        for block in _blocks(len(hidden), weight):
+            part = _operand(weight[block], weight)
+            slope = _masked_block(rows, part, block, ctx.temperature, ctx.banned)
+            slope.sub_(log_mass.unsqueeze(1)).exp_()
+            column, inside = _columns(targets, block)
+            slope.scatter_add_(1, column, -inside.float())
+            slope = _operand(slope, weight)
+            if ctx.needs_input_grad[0]:
+                grad_hidden += _product(slope, part.T)
+            if grad_weight is not None:
+                grad_weight[block] = weight_gradient(slope, scaled)
+        grad_hidden = grad_hidden.mul_(scale).to(hidden.dtype)
+        return (grad_hidden if ctx.needs_input_grad[0] else None), grad_weight, None, None, None
+
+
+_Differentiable = Callable[[Tensor, Tensor, Tensor, float, Tensor], tuple[Tensor, Tensor]]
 # torch leaves `apply` untyped
-_differentiable: Callable[[Tensor, Tensor, Tensor, float, Tensor], tuple[Tensor, Tensor]] = _ChunkedLogprobs.apply
+_at_once: _Differentiable = _AtOnce.apply
+_in_blocks: _Differentiable = _InBlocks.apply
+
+
+class _Sums(NamedTuple):
+    """What a pass over all blocks knows of each row, float32 [M]."""
+
+    logprobs: Tensor
+    log_mass: Tensor
+    """Log of the sum of exp(logits)."""
+    entropy: Tensor
+    """Zero if it was not asked for."""
+
+
+def _sum_blocks(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, banned: Sequence[int], *, entropy: bool
+) -> _Sums:
+    """Compute log-probabilities and entropies over blocks of the vocabulary.
+
+    With the largest logit m so far, `mass` is the sum of exp(x - m), and `moment` that of exp(x -
+    m) (x - m). A larger m' multiplies both by exp(m - m'), after mass (m - m') was added to the
+    moment. The entropy is log mass - moment / mass, in which nothing large cancels.
+    """
+    rows = _operand(hidden, weight)
+    mass, moment, chosen = torch.zeros(3, len(hidden), dtype=torch.float32, device=hidden.device)
+    largest = torch.full_like(mass, torch.finfo(torch.float32).min)  # -inf - -inf would be nan
+    for block in _blocks(len(hidden), weight):
+        logits = _masked_block(rows, _operand(weight[block], weight), block, temperature, banned)
+        column, inside = _columns(targets, block)
+        chosen = torch.where(inside, logits.gather(1, column), chosen.unsqueeze(1)).squeeze(1)
+        before, largest = largest, torch.maximum(largest, logits.amax(dim=1))
+        logits.sub_(largest.unsqueeze(1))
+        shrink = (before - largest).exp()
+        if entropy:
+            exponentials = logits.exp()
+            _fill(logits, block, banned, 0.0)  # so that 0 * -inf becomes 0
+            moment = (moment + mass * (before - largest)) * shrink + logits.mul_(exponentials).sum(dim=1)
+        else:
+            exponentials = logits.exp_()
+        mass = mass * shrink + exponentials.sum(dim=1)
+    log_mass = mass.log()
+    return _Sums(chosen - largest - log_mass, largest + log_mass, log_mass - moment / mass if entropy else moment)
+
+
+def _masked_block(rows: Tensor, part: Tensor, block: slice, temperature: float, banned: Sequence[int]) -> Tensor:
+    """Return float32 [M, block] logits over temperature, -inf at banned ids."""
+    logits = _product(rows, part)
+    _fill(logits, block, banned, float("-inf"))
+    return logits if temperature == 1 else logits.div_(temperature)
+
+
+def _fill(logits: Tensor, block: slice, banned: Sequence[int], value: float) -> None:
+    """Set the columns of banned ids in a block."""
+    for token in banned:
+        if block.start <= token < block.stop:
+            logits[:, token - block.start] = value
+
+
+def _columns(targets: Tensor, block: slice) -> tuple[Tensor, Tensor]:
+    """Return each target's column in a block, int64 [M, 1], any where it is not inside, and bool [M, 1]: is it inside?"""
+    column = (targets - block.start).unsqueeze(1)
+    return column.clamp(0, block.stop - block.start - 1), (column >= 0) & (column < block.stop - block.start)
 
 
 def _picked(log_softmax: Tensor, targets: Tensor) -> Tensor:
@@ -74,19 +202,21 @@ def _picked(log_softmax: Tensor, targets: Tensor) -> Tensor:
     return log_softmax.gather(1, targets.unsqueeze(1)).squeeze(1)
 
 
-def _minus_one_hot(softmax: Tensor, targets: Tensor) -> Tensor:
-    """Subtract the one-hot rows of int64 [M] from softmax [M, V], in place."""
-    return softmax.scatter_add_(1, targets.unsqueeze(1), softmax.new_full((len(targets), 1), -1.0))
-
-
-def _chunks(rows: int, vocabulary: int) -> list[slice]:
-    size = chunk_rows(vocabulary)
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+def _scale(grad_logprobs: Tensor, temperature: float) -> Tensor:
+    """Return [M, 1] of d logprob / d logit = (one-hot - softmax) / temperature: sign and factor, for the narrow side."""
+    return (grad_logprobs / -temperature).unsqueeze(1)
 
 
 def masked_logits(hidden: Tensor, weight: Tensor, banned: Tensor) -> Tensor:
     """Return float32 [M, V] logits of hidden states [M, d] under projection [V, d]; -inf at `banned` ids (int64 [K])."""
-    return matmul_transposed(hidden, weight).float().index_fill_(1, banned, float("-inf"))
+    rows = _operand(hidden, weight)
+    if _widens(weight):
+        logits = rows.new_empty(len(rows), len(weight))
+        for block in _blocks(len(rows), weight):
+            logits[:, block] = _product(rows, _operand(weight[block], weight))
+    else:
+        logits = _product(rows, weight)
+    return logits.index_fill_(1, banned, float("-inf"))
 
 
 def _log_softmax(hidden: Tensor, weight: Tensor, temperature: float, banned: Tensor) -> Tensor:
@@ -113,12 +243,13 @@ def chunked_logprobs(
         float32 [M] log-probabilities (differentiable) and float32 [M] entropies in nats (not
         differentiable).
     """
-    return _differentiable(hidden, weight, targets, temperature, banned)
+    function = _at_once if _fits(len(hidden), weight) else _in_blocks
+    return function(hidden, weight, targets, temperature, banned)
 
 
 @torch.no_grad()
 def logprobs_no_grad(hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float, banned: Tensor) -> Tensor:
     """Return only the log-probabilities of `chunked_logprobs` [M], without gradient or the cost of entropies."""
-    chunks = _chunks(len(targets), len(weight))
-    parts = [_picked(_log_softmax(hidden[rows], weight, temperature, banned), targets[rows]) for rows in chunks]
-    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
+    if _fits(len(hidden), weight):
+        return _picked(_log_softmax(hidden, weight, temperature, banned), targets)
+    return _sum_blocks(hidden, weight, targets, temperature, banned.tolist(), entropy=False).logprobs

@@ -1,87 +1,164 @@
-"""Chunked log-probabilities against log-softmax and gather with autograd, and the memory that they promise."""
+"""Log-probabilities by blocks against log-softmax and gather in float64, and the memory that they promise."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from rlmed.models import logprobs as module
-from rlmed.models.logprobs import chunk_rows, chunked_logprobs, logprobs_no_grad
+from rlmed.models.logprobs import CPU_BLOCK_BYTES, chunked_logprobs, logprobs_no_grad, masked_logits
 from tests.rounding import rounding
 
 ROWS, WIDTH, VOCABULARY = 37, 12, 50
 BANNED = (3, 49)
+STORED = {torch.float32: 0.0, torch.bfloat16: torch.finfo(torch.bfloat16).eps / 2}
+"""Relative error of storing a gradient in the parameters' dtype, beside what float32 sums cost."""
 
 
-def problem(dtype=torch.float32):
+def problem(dtype=torch.float32, rows=ROWS):
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(ROWS, WIDTH, generator=generator).to(dtype)
+    hidden = torch.randn(rows, WIDTH, generator=generator).to(dtype)
     weight = torch.randn(VOCABULARY, WIDTH, generator=generator).to(dtype)
     allowed = torch.tensor([token for token in range(VOCABULARY) if token not in BANNED])
-    targets = allowed[torch.randint(len(allowed), (ROWS,), generator=generator)]
+    targets = allowed[torch.randint(len(allowed), (rows,), generator=generator)]
     return hidden, weight, targets
 
 
 def plain(hidden, weight, targets, temperature, banned):
     """The definition, with every logit in memory."""
-    logits = (hidden @ weight.T).float() / temperature
+    logits = hidden @ weight.T / temperature
     logits = logits.index_fill(1, banned, -math.inf)
     log_softmax = logits.log_softmax(1)
-    kept = [token for token in range(VOCABULARY) if token not in banned]
+    kept = [token for token in range(len(weight)) if token not in banned]
     entropy = -(log_softmax[:, kept].exp() * log_softmax[:, kept]).sum(1)
     return log_softmax.gather(1, targets[:, None])[:, 0], entropy
 
 
-def with_gradients(function, temperature, banned, dtype=torch.float32):
-    hidden, weight, targets = problem(dtype)
-    hidden.requires_grad_()
-    weight.requires_grad_()
-    logprobs, entropy = function(hidden, weight, targets, temperature=temperature, banned=banned)
-    (logprobs * torch.linspace(-1, 2, ROWS)).sum().backward()
+def upstream(rows=ROWS):
+    return torch.linspace(-1, 2, rows)
+
+
+def with_gradients(function, tensors, temperature=1.0, banned=()):
+    hidden, weight, targets = tensors
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    ids = torch.tensor(banned, dtype=torch.int64)
+    logprobs, entropy = function(hidden, weight, targets, temperature=temperature, banned=ids)
+    (logprobs * upstream(len(targets))).sum().backward()
     return logprobs.detach(), entropy.detach(), hidden.grad, weight.grad
 
 
-@pytest.fixture(params=[None, 1, 5, 36])
-def rows_per_chunk(request, monkeypatch):
-    """Everything at once, or chunks of so many rows; the last one is smaller."""
+def in_float64(tensors, temperature=1.0, banned=()):
+    hidden, weight, targets = tensors
+    return with_gradients(plain, (hidden.double(), weight.double(), targets), temperature, banned)
+
+
+def assert_near(actual, expected, tensors, temperature, dtype):
+    """Float32 sums of exact products whatever the dtype; gradients are then stored in it."""
+    hidden, weight, _ = tensors
+    # logits are sums of WIDTH products, normalized over VOCABULARY; gradients add up over ROWS
+    magnitude = float((hidden.double().abs() @ weight.double().abs().T).max()) / temperature
+    for one, other, length, stored in zip(
+        actual, expected, (WIDTH, WIDTH, VOCABULARY, ROWS), (0, 0, 1, 1), strict=True
+    ):
+        bound = rounding(length, magnitude)
+        torch.testing.assert_close(one.double(), other, atol=bound, rtol=stored * STORED[dtype])
+
+
+@pytest.fixture(params=[None, 1, 5, 36, 49])
+def block(request, monkeypatch):
+    """Everything at once, or blocks of so many tokens of the vocabulary; the last one is smaller."""
     if request.param is not None:
-        monkeypatch.setattr(module, "CHUNK_BYTES", 4 * VOCABULARY * request.param)
-        assert chunk_rows(VOCABULARY) == request.param
+        use_blocks(monkeypatch, request.param)
     return request.param
 
 
+def use_blocks(monkeypatch, tokens, rows=ROWS):
+    monkeypatch.setattr(module, "CPU_BYTES", 0)
+    monkeypatch.setattr(module, "CPU_BLOCK_BYTES", 4 * max(rows, WIDTH) * tokens)
+    assert module._blocks(rows, torch.empty(VOCABULARY, WIDTH))[0] == slice(0, tokens)
+
+
+@pytest.mark.parametrize("dtype", STORED)
 @pytest.mark.parametrize("banned", [(), BANNED])
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
-def test_values_and_gradients_are_those_of_the_definition(rows_per_chunk, temperature, banned):
-    ids = torch.tensor(banned, dtype=torch.int64)
-    actual, expected = with_gradients(chunked_logprobs, temperature, ids), with_gradients(plain, temperature, ids)
-    # logits are sums of WIDTH products, normalized over VOCABULARY; gradients add up over ROWS
-    hidden, weight, _ = problem()
-    magnitude = float((hidden.abs() @ weight.abs().T).max()) / temperature
-    for one, other, length in zip(actual, expected, (WIDTH, WIDTH, VOCABULARY, ROWS), strict=True):
-        torch.testing.assert_close(one, other, atol=rounding(length, magnitude), rtol=0)
+def test_values_and_gradients_are_those_of_the_definition(block, temperature, banned, dtype):
+    tensors = problem(dtype)
+    actual = with_gradients(chunked_logprobs, tensors, temperature, banned)
+    assert [tensor.dtype for tensor in actual] == [torch.float32, torch.float32, dtype, dtype]
+    assert_near(actual, in_float64(tensors, temperature, banned), tensors, temperature, dtype)
 
 
-def test_bfloat16_gradients_have_the_parameters_dtype_and_are_near(rows_per_chunk):
-    ids = torch.tensor(BANNED)
-    actual = with_gradients(chunked_logprobs, 0.8, ids, torch.bfloat16)
-    expected = with_gradients(plain, 0.8, ids, torch.bfloat16)
-    assert [tensor.dtype for tensor in actual] == [torch.float32, torch.float32, torch.bfloat16, torch.bfloat16]
-    for one, other in zip(actual, expected, strict=True):
-        difference = (one.float() - other.float()).norm() / other.float().norm()
-        assert difference < 0.01
+@pytest.mark.parametrize("dtype", STORED)
+def test_the_gradient_of_a_tied_head_is_that_of_both_uses(block, dtype):
+    _, weight, targets = problem(dtype)
+    inputs = targets.roll(1)
+
+    def tied(function, weight):
+        weight = weight.clone().requires_grad_()
+        empty = torch.zeros(0, dtype=torch.int64)
+        logprobs, _ = function(weight[inputs], weight, targets, temperature=1.0, banned=empty)
+        (logprobs * upstream()).sum().backward()
+        return weight.grad.double()
+
+    magnitude = float((weight[inputs].double().abs() @ weight.double().abs().T).max())
+    # two gradients, each rounded, that autograd adds up and rounds
+    largest = float(tied(plain, weight.double()).abs().max())
+    bound = rounding(ROWS + VOCABULARY, magnitude) + (ROWS + 3) * STORED[dtype] * largest
+    torch.testing.assert_close(tied(chunked_logprobs, weight), tied(plain, weight.double()), atol=bound, rtol=0)
 
 
-def test_frozen_ones_are_the_same_numbers(rows_per_chunk):
-    hidden, weight, targets = problem()
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_what_is_frozen_gets_no_gradient_and_costs_none(block, frozen, monkeypatch):
+    tensors = problem()
+    expected = dict(zip(("hidden", "weight"), with_gradients(chunked_logprobs, tensors)[2:], strict=True))
+    products = []
+    for name in ("_product", "weight_gradient"):
+        function = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *x, of=name, function=function: products.append(of) or function(*x)
+        )
+    inputs = {"hidden": tensors[0].clone(), "weight": tensors[1].clone()}
+    for name, tensor in inputs.items():
+        tensor.requires_grad_(name != frozen)
+    empty = torch.zeros(0, dtype=torch.int64)
+    logprobs, _ = chunked_logprobs(*inputs.values(), tensors[2], temperature=1.0, banned=empty)
+    (logprobs * upstream()).sum().backward()
+    trained = "weight" if frozen == "hidden" else "hidden"
+    assert inputs[frozen].grad is None
+    assert torch.equal(inputs[trained].grad, expected[trained])
+    blocks = 1 if block is None else -(-VOCABULARY // block)
+    # at once: logits, then one gradient; in blocks the logits a second time
+    logits = blocks * (1 if block is None else 2)
+    assert products.count("weight_gradient") == (blocks if trained == "weight" else 0)
+    assert products.count("_product") == logits + (blocks if trained == "hidden" else 0)
+
+
+@pytest.mark.parametrize("dtype", STORED)
+@pytest.mark.parametrize("rows", [0, 1])
+def test_no_row_and_one_row(block, rows, dtype):
+    tensors = problem(dtype, rows=rows)
+    actual, expected = with_gradients(chunked_logprobs, tensors, 0.7, BANNED), in_float64(tensors, 0.7, BANNED)
+    assert [tensor.shape for tensor in actual] == [(rows,), (rows,), (rows, WIDTH), (VOCABULARY, WIDTH)]
+    if rows:
+        assert_near(actual, expected, tensors, 0.7, dtype)
+    else:
+        assert not actual[3].any()
+    frozen = logprobs_no_grad(*tensors, temperature=0.7, banned=torch.tensor(BANNED))
+    assert torch.equal(frozen, actual[0])
+
+
+@pytest.mark.parametrize("dtype", STORED)
+def test_frozen_ones_are_the_same_numbers(block, dtype):
+    hidden, weight, targets = problem(dtype)
     settings = {"temperature": 0.7, "banned": torch.tensor(BANNED)}
     expected, _ = chunked_logprobs(hidden, weight, targets, **settings)
     assert torch.equal(logprobs_no_grad(hidden.requires_grad_(), weight, targets, **settings), expected)
-    assert logprobs_no_grad(hidden[:0], weight, targets[:0], **settings).shape == (0,)
 
 
 def test_values_worked_by_hand():
@@ -96,17 +173,37 @@ def test_values_worked_by_hand():
     assert logprobs.item() == pytest.approx(math.log(4 / 30), abs=rounding(8, 3))
 
 
-def test_a_banned_token_has_no_gradient_and_no_probability():
+@pytest.mark.parametrize("common", [120.0, -120.0])
+@pytest.mark.parametrize("dtype", STORED)
+def test_logits_near_120_keep_their_differences(block, common, dtype):
+    # 8 * 15 + step / 32: exact in float32, and all of them 120 in bfloat16, whose numbers are 0.5
+    # apart there
+    steps = torch.arange(8) / 32
+    hidden = torch.tensor([[8.0, 1.0]], dtype=dtype).expand(ROWS, 2)
+    weight = torch.stack([torch.full((8,), common / 8), steps], dim=1).to(dtype)
+    targets = torch.arange(ROWS) % 8
+    empty = torch.zeros(0, dtype=torch.int64)
+    right, entropy = plain(steps.double()[None], torch.eye(8).double(), torch.zeros(1, dtype=torch.int64), 1.0, empty)
+    assert torch.equal(masked_logits(hidden, weight, empty), (common + steps).expand(ROWS, 8))
+    found, spread = chunked_logprobs(hidden, weight, targets, temperature=1.0, banned=empty)
+    # the sums of 8 numbers near 1; that with the largest logit rounds at 120
+    bound = rounding(16) + rounding(1, abs(common))
+    torch.testing.assert_close(found.double(), (right + steps.double())[targets], atol=bound, rtol=0)
+    torch.testing.assert_close(spread.double(), entropy.expand(ROWS), atol=bound, rtol=0)
+
+
+def test_a_banned_token_has_no_gradient_and_no_probability(block):
     hidden, weight, _ = problem()
-    weight.requires_grad_()
     targets = torch.full((ROWS,), 7)
-    logprobs, _ = chunked_logprobs(hidden, weight, targets, temperature=1.0, banned=torch.tensor(BANNED))
-    logprobs.sum().backward()
-    assert not weight.grad[list(BANNED)].any()
-    assert weight.grad.any(dim=1).sum() == VOCABULARY - len(BANNED)
+    gradient = with_gradients(chunked_logprobs, (hidden, weight, targets), banned=BANNED)[3]
+    assert not gradient[list(BANNED)].any()
+    assert gradient.any(dim=1).sum() == VOCABULARY - len(BANNED)
+    banned = torch.tensor(BANNED)
+    logprobs, _ = chunked_logprobs(hidden, weight, torch.full((ROWS,), 3), temperature=1.0, banned=banned)
+    assert (logprobs == -math.inf).all()
 
 
-def test_the_backward_pass_can_run_twice(rows_per_chunk):
+def test_the_backward_pass_can_run_twice(block):
     hidden, weight, targets = problem()
     hidden.requires_grad_()
     logprobs, _ = chunked_logprobs(hidden, weight, targets, temperature=1.0, banned=torch.tensor(BANNED))
@@ -115,33 +212,83 @@ def test_the_backward_pass_can_run_twice(rows_per_chunk):
     assert torch.equal(first, second)
 
 
-def test_no_rows_are_no_error():
-    hidden, weight, _ = problem()
-    empty = torch.zeros(0, dtype=torch.int64)
-    logprobs, entropy = chunked_logprobs(hidden[:0], weight, empty, temperature=1.0, banned=empty)
-    assert logprobs.shape == entropy.shape == (0,)
+@pytest.fixture
+def tensor_cores(monkeypatch):
+    """The products of a GPU on a CPU: bfloat16 factors, float32 sums that are rounded only where nobody asks for them."""
+    multiply = torch.mm
+    monkeypatch.setattr(module, "_operand", lambda tensor, weight: tensor.to(weight.dtype))
+    monkeypatch.setattr(module, "_widens", lambda weight: False)
+    monkeypatch.setattr(torch, "mm", lambda one, other, *, out_dtype: multiply(one.to(out_dtype), other.to(out_dtype)))
 
 
-class LargestTensor(TorchDispatchMode):
-    """Remembers the largest number of elements that any operation returned."""
+@pytest.mark.usefixtures("tensor_cores")
+def test_with_products_of_bfloat16_factors_only_gradients_are_rounded(block):
+    tensors = problem(torch.bfloat16)
+    actual, expected = with_gradients(chunked_logprobs, tensors, 0.7, BANNED), in_float64(tensors, 0.7, BANNED)
+    # at once, the CPU's product rounds the logits of `matmul_transposed`'s place: not used here
+    assert_near((*actual[:2], *expected[2:]), expected, tensors, 0.7, torch.float32)
+    for one, other in zip(actual[2:], expected[2:], strict=True):
+        # both factors are rounded, and the result
+        assert float((one.double() - other).norm() / other.norm()) < 3 * STORED[torch.bfloat16]
 
-    elements = 0
+
+@pytest.mark.parametrize("limit", [2**20, 0])
+def test_beyond_the_cpu_the_products_write_float32(limit, monkeypatch):
+    products = []
+    multiply = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *x, **options: products.append(options) or multiply(*x, **options))
+    monkeypatch.setattr(module, "CUDA_BYTES", limit)
+    monkeypatch.setattr(module, "_fits", lambda rows, weight: limit > 0)
+    monkeypatch.setattr(module, "_blocks", lambda rows, weight: [slice(0, 30), slice(30, VOCABULARY)])
+    hidden, weight, targets = (tensor.to("meta") for tensor in problem(torch.bfloat16))
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    banned = torch.zeros(0, dtype=torch.int64, device="meta" if limit else "cpu")
+    logprobs, _ = chunked_logprobs(hidden, weight, targets, temperature=1.0, banned=banned)
+    logprobs.sum().backward()
+    # logits and the hidden states' gradient; the weight's is written in bfloat16
+    assert [options for options in products if options] == [{"out_dtype": torch.float32}] * (2 if limit else 6)
+    assert (hidden.grad.dtype, weight.grad.dtype) == (torch.bfloat16, torch.bfloat16)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Remembers the most bytes that were alive at once of what operations returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {entry.untyped_storage()._cdata for entry in _tensors((args, kwargs))}
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(result):
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
+        self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
+        for entry in _tensors(result):
+            storage = entry.untyped_storage()
+            if storage._cdata not in given:
+                self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
         return result
 
 
-def test_no_tensor_of_tokens_by_vocabulary_is_ever_made(monkeypatch):
-    rows_at_a_time = 2
-    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * VOCABULARY * rows_at_a_time)
-    with LargestTensor() as chunked:
-        with_gradients(chunked_logprobs, 1.0, torch.tensor(BANNED))
-    with LargestTensor() as whole:
-        with_gradients(plain, 1.0, torch.tensor(BANNED))
-    assert whole.elements == ROWS * VOCABULARY
-    # the projection's gradient [V, d] and the hidden states [M, d] are there anyway
-    assert chunked.elements == max(rows_at_a_time * VOCABULARY, VOCABULARY * WIDTH)
+def _tensors(tree) -> Iterator[torch.Tensor]:
+    return (entry for entry in tree_iter(tree) if isinstance(entry, torch.Tensor))
+
+
+@pytest.mark.parametrize("dtype", STORED)
+def test_the_head_of_a_large_vocabulary_stays_within_two_blocks(dtype):
+    rows, width, vocabulary = 2048, 64, 151_936
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(rows, width, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(vocabulary, width, generator=generator).to(dtype).requires_grad_()
+    targets = torch.randint(vocabulary, (rows,), generator=generator)
+    banned = torch.arange(151_652, 151_657)
+    with LiveBytes() as live:
+        logprobs, entropy = chunked_logprobs(hidden, weight, targets, temperature=1.0, banned=banned)
+        logprobs.sum().backward()
+    gradients = (rows + vocabulary) * width * dtype.itemsize
+    narrow = 8 * rows * width * 4 + 32 * rows * 8  # hidden states and columns
+    parts = 3 * CPU_BLOCK_BYTES // rows * width  # a block's weights and their gradient in float32
+    assert live.peak <= gradients + 2 * CPU_BLOCK_BYTES + narrow + parts
+    assert live.peak < rows * vocabulary * 4 / 10
+    assert 0 < float(entropy.detach().mean()) < math.log(vocabulary)
