@@ -36,7 +36,7 @@ from rlmed.models.folder.end_tokens import find_end_tokens
 from rlmed.models.folder.weight_files import HEAD, check_weight_files, own_head_differs
 from rlmed.models.logprobs import chunked_logprobs, logprobs_no_grad, masked_logits
 from rlmed.models.varlen import VarlenLayout, choose_attention
-from rlmed.models.vision import use_varlen_vision
+from rlmed.models.vision import use_linear_patches, use_varlen_vision
 
 COMPUTED_BUFFERS = (".inv_freq", ".attn.bias", ".attn.masked_bias", ".position_ids")
 """Buffers in weight files of older versions; models compute them."""
@@ -226,6 +226,7 @@ def load_policy(
         # a mask can be NaN
         torch.backends.cuda.enable_cudnn_sdp(False)
     use_fused_layers(model)
+    use_linear_patches(model)
     model.to(device)
     use_varlen_vision(model)
     return Policy(model)

@@ -1,4 +1,4 @@
-"""Attention of the vision tower in one call a block, for all images and windows of a row at once.
+"""The vision tower with one matrix product for all patches, and one attention call a block for all images of a row.
 
 transformers calls an attention function once for every image, or once for every window, unless its
 name says "flash": then it passes the boundaries. Given such a name, it would also look for its own
@@ -7,11 +7,15 @@ kernels while it loads a model, so ours is set later.
 
 from __future__ import annotations
 
+import copy
+import types
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from rlmed.models.cpu.linear import linear
 from rlmed.models.varlen import VarlenLayout, choose_attention
 from rlmed.models.varlen_backends import Spans
 
@@ -63,3 +67,34 @@ def use_varlen_vision(model: PreTrainedModel) -> None:
             weight = attention.qkv.weight
             if choose_attention(weight.device, weight.dtype, attention.head_dim).backend is not None:
                 attention.config._attn_implementation = VISION_ATTENTION_NAME
+
+
+def use_linear_patches(model: nn.Module) -> None:
+    """Let the patch embeddings of `model` compute one matrix product; parameters and their names stay unchanged.
+
+    Each patch is a row already, so a convolution whose stride is its kernel is such a product. As a
+    convolution in bfloat16, it can take seconds on a GPU: cuDNN has no fast kernels for this one.
+    """
+    for module in model.modules():
+        projection = getattr(module, "proj", None)
+        if (
+            isinstance(projection, nn.Conv3d)
+            and projection.kernel_size == projection.stride
+            and _embeds_patches_only(module)
+        ):
+            module.forward = types.MethodType(_embed_patches, module)
+
+
+def _embed_patches(module: Any, patches: Tensor) -> Tensor:
+    """Return [N, D] embeddings of [N, C T P P] patches, by a weight [D, C, T, P, P]; differentiable."""
+    weight, bias = module.proj.weight, module.proj.bias
+    return linear(patches.to(weight.dtype).flatten(1), weight.flatten(1), bias)
+
+
+@torch.no_grad()
+def _embeds_patches_only(module: nn.Module) -> bool:
+    """Return whether `_embed_patches` gives a module's own numbers, up to rounding, for a float32 copy on the CPU."""
+    probed: Any = copy.deepcopy(module).to("cpu", torch.float32)
+    patches = torch.randn(2, probed.proj.weight[0].numel(), generator=torch.Generator().manual_seed(0))
+    expected, actual = type(module).forward(probed, patches), _embed_patches(probed, patches)
+    return expected.shape == actual.shape and torch.allclose(expected, actual, rtol=1e-4, atol=1e-5)

@@ -120,9 +120,7 @@ def test_what_is_frozen_gets_no_gradient_and_costs_none(block, frozen, monkeypat
     products = []
     for name in ("_product", "weight_gradient"):
         function = getattr(module, name)
-        monkeypatch.setattr(
-            module, name, lambda *x, of=name, function=function: products.append(of) or function(*x)
-        )
+        monkeypatch.setattr(module, name, lambda *x, of=name, function=function: products.append(of) or function(*x))
     inputs = {"hidden": tensors[0].clone(), "weight": tensors[1].clone()}
     for name, tensor in inputs.items():
         tensor.requires_grad_(name != frozen)

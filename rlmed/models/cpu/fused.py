@@ -1,4 +1,4 @@
-"""Norms, gated activations, rotary embeddings and patch embeddings with fewer passes over memory, for float32 on CPUs.
+"""Norms, gated activations and rotary embeddings with fewer passes over memory, for float32 on CPUs.
 
 On a CPU these element-wise parts of a small decoder cost as much as its matrix products, because autograd stores and reads
 one tensor per operation. Here the derivative is explicit (each docstring has its formula) and works in place. A part of a
@@ -16,8 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from rlmed.models.cpu.linear import linear
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -132,16 +130,12 @@ def use_fused_layers(model: nn.Module) -> None:
 
 
 def _replacement(module: nn.Module) -> Callable[[Any, Tensor], Tensor] | None:
-    """Return the fused forward of a layer that looks like a norm, a gated MLP or a patch embedding; else None."""
+    """Return the fused forward of a layer that looks like a norm or a gated MLP; else None."""
     parameters = dict(module.named_parameters(recurse=False))
     if list(parameters) == ["weight"] and parameters["weight"].ndim == 1 and hasattr(module, "variance_epsilon"):
         return lambda layer, x: rms_norm(x, layer.weight, layer.variance_epsilon)
     if all(isinstance(getattr(module, name, None), nn.Linear) for name in ("gate_proj", "up_proj", "down_proj")):
         return lambda layer, x: layer.down_proj(swiglu(layer.gate_proj(x), layer.up_proj(x)))
-    projection = getattr(module, "proj", None)
-    if isinstance(projection, nn.Conv3d) and projection.kernel_size == projection.stride and projection.bias is None:
-        # each patch is already a row, so the convolution is one matrix product
-        return lambda layer, x: linear(x.flatten(1), layer.proj.weight.flatten(1))
     return None
 
 
@@ -151,7 +145,7 @@ def _same_function(module: nn.Module, replacement: Callable[[Any, Tensor], Tenso
     weight = next(module.parameters())
     if weight.dtype != torch.float32 or weight.device.type != "cpu":
         return False
-    probe = torch.randn(2, weight[0].numel() if weight.ndim > 1 else len(weight), generator=_generator())
+    probe = torch.randn(2, weight.shape[-1], generator=_generator())
     return _close(module(probe), replacement(module, probe))
 
 
