@@ -223,7 +223,6 @@ def tensor_cores(monkeypatch):
 def test_with_products_of_bfloat16_factors_only_gradients_are_rounded(block):
     tensors = problem(torch.bfloat16)
     actual, expected = with_gradients(chunked_logprobs, tensors, 0.7, BANNED), in_float64(tensors, 0.7, BANNED)
-    # at once, the CPU's product rounds the logits of `matmul_transposed`'s place: not used here
     assert_near((*actual[:2], *expected[2:]), expected, tensors, 0.7, torch.float32)
     for one, other in zip(actual[2:], expected[2:], strict=True):
         # both factors are rounded, and the result
@@ -247,6 +246,33 @@ def test_beyond_the_cpu_the_products_write_float32(limit, monkeypatch):
     # logits and the hidden states' gradient; the weight's is written in bfloat16
     assert [options for options in products if options] == [{"out_dtype": torch.float32}] * (2 if limit else 6)
     assert (hidden.grad.dtype, weight.grad.dtype) == (torch.bfloat16, torch.bfloat16)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_sampling_in_bfloat16_sees_unrounded_logits(family, fresh_policy, mixed_prompts, run_engine, monkeypatch):
+    policy = fresh_policy(family, dtype="bfloat16")  # with a tied head and with a separate one
+    assert (policy.projection.weight is policy.model.get_input_embeddings().weight) == (family == "qwen2")
+    right, bounds = [], []
+    compute = policy.logits
+
+    def logits(hidden):
+        weight = policy.projection.weight.double()
+        products = hidden.double() @ weight.T
+        right.extend(products[:, allowed(policy)].log_softmax(1).max(1).values.tolist())
+        magnitude = float((hidden.double().abs() @ weight.abs().T).max())
+        bounds.append(rounding(hidden.shape[1], magnitude) + rounding(len(weight)))
+        return compute(hidden)
+
+    monkeypatch.setattr(policy, "logits", logits)
+    (group,) = run_engine(policy, mixed_prompts(family, 1), temperature=0.0)
+    found = group.completions[0].rollout_logprobs
+    assert len(found) == len(right) > 1
+    assert max(abs(one - other) for one, other in zip(found, right, strict=True)) < max(bounds)
+    assert max(bounds) < 1e-3, "bfloat16's rounding must show"
+
+
+def allowed(policy):
+    return [token for token in range(policy.projection.out_features) if token not in policy.banned_token_ids]
 
 
 class LiveBytes(TorchDispatchMode):
