@@ -25,8 +25,8 @@ STORED = {torch.float32: 0.0, torch.bfloat16: torch.finfo(torch.bfloat16).eps / 
 
 
 @pytest.fixture(autouse=True)
-def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+def exact_products() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def definition(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
