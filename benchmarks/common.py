@@ -104,11 +104,12 @@ def alternate(
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 
-def add_arguments(parser: argparse.ArgumentParser, *, rounds: int) -> None:
-    """The arguments of every benchmark."""
-    parser.add_argument(
-        "--model", help="model folder; default: the tiny base that ships with rlmed, else random weights"
-    )
+def add_arguments(parser: argparse.ArgumentParser, *, rounds: int, model: bool = True) -> None:
+    """The arguments of every benchmark; `model` for those that measure one."""
+    if model:
+        parser.add_argument(
+            "--model", help="model folder; default: the tiny base that ships with rlmed, else random weights"
+        )
     parser.add_argument("--threads", type=int, default=usable_cores(), help="torch threads (default: all usable cores)")
     parser.add_argument("--rounds", type=int, default=rounds, help=f"counted runs of each side (default {rounds})")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result (default benchmarks/results)")

@@ -36,6 +36,7 @@ def logits_bytes(device: torch.device) -> tuple[int, int]:
 
 
 def _fits(rows: int, weight: Tensor) -> bool:
+    """Return whether logits of so many rows are computed at once."""
     return not _widens(weight) and 4 * rows * len(weight) <= logits_bytes(weight.device)[0]
 
 
@@ -50,19 +51,17 @@ def _blocks(rows: int, weight: Tensor) -> list[slice]:
     return [slice(start, min(start + size, len(weight))) for start in range(0, len(weight), size)]
 
 
-def _operand(tensor: Tensor, weight: Tensor) -> Tensor:
-    """Convert a factor of a product with `weight`: to float32 on a CPU, whose bfloat16 products have rounded results.
+def _product(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Return float32 logits [M, N] of hidden states [M, d] and a part of the projection [N, d], never rounded to bfloat16.
 
-    Elsewhere to the weight's dtype, for tensor cores: they sum in float32 and can return the sum.
+    A CPU's bfloat16 product always rounds, but float32 holds each product of two bfloat16 numbers
+    exactly.
     """
-    return tensor.float() if weight.device.type == "cpu" else tensor.to(weight.dtype)
-
-
-def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """Return float32 [M, N], x [M, K] @ weight.T [K, N], for two of `_operand`; not rounded to bfloat16."""
-    if x.dtype == torch.float32:
-        return matmul_transposed(x, weight)
-    return torch.mm(x, weight.T, out_dtype=torch.float32)
+    if weight.dtype == torch.float32:
+        return matmul_transposed(hidden, weight)
+    if weight.device.type == "cpu":
+        return matmul_transposed(hidden.float(), weight.float())
+    return torch.mm(hidden, weight.T, out_dtype=torch.float32)
 
 
 class _AtOnce(torch.autograd.Function):
@@ -87,12 +86,12 @@ class _AtOnce(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_logprobs: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, kept = ctx.saved_tensors
-        slope, scale = _operand(kept, weight), _scale(grad_logprobs, ctx.temperature)
+        slope, scale = kept.to(weight.dtype), _scale(grad_logprobs, ctx.temperature)
         grad_hidden = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_hidden = (_product(slope, weight.T) * scale).to(hidden.dtype)
+            grad_hidden = (matmul_transposed(slope, weight.T) * scale).to(hidden.dtype)
         if ctx.needs_input_grad[1]:
-            grad_weight = weight_gradient(slope, _operand(hidden * scale, weight))
+            grad_weight = weight_gradient(slope, (hidden * scale).to(weight.dtype))
         return grad_hidden, grad_weight, None, None, None
 
 
@@ -113,22 +112,21 @@ class _InBlocks(torch.autograd.Function):
     def backward(ctx: Any, grad_logprobs: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, log_mass = ctx.saved_tensors
         scale = _scale(grad_logprobs, ctx.temperature)
-        rows, scaled = _operand(hidden, weight), _operand(hidden * scale, weight)
-        grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        scaled = (hidden * scale).to(weight.dtype)
         for block in _blocks(len(hidden), weight):
-            part = _operand(weight[block], weight)
-            slope = _masked_block(rows, part, block, ctx.temperature, ctx.banned)
+            slope = _masked_block(hidden, weight, block, ctx.temperature, ctx.banned)
             slope.sub_(log_mass.unsqueeze(1)).exp_()
             column, inside = _columns(targets, block)
-            slope.scatter_add_(1, column, -inside.float())
-            slope = _operand(slope, weight)
-            if ctx.needs_input_grad[0]:
-                grad_hidden += _product(slope, part.T)
+            slope = slope.scatter_add_(1, column, -inside.float()).to(weight.dtype)
+            if grad_hidden is not None:
+                grad_hidden += matmul_transposed(slope, weight[block].T)
             if grad_weight is not None:
                 grad_weight[block] = weight_gradient(slope, scaled)
-        grad_hidden = grad_hidden.mul_(scale).to(hidden.dtype)
-        return (grad_hidden if ctx.needs_input_grad[0] else None), grad_weight, None, None, None
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden.mul_(scale).to(hidden.dtype)
+        return grad_hidden, grad_weight, None, None, None
 
 
 _Differentiable = Callable[[Tensor, Tensor, Tensor, float, Tensor], tuple[Tensor, Tensor]]
@@ -156,11 +154,10 @@ def _sum_blocks(
     m) (x - m). A larger m' multiplies both by exp(m - m'), after mass (m - m') was added to the
     moment. The entropy is log mass - moment / mass, in which nothing large cancels.
     """
-    rows = _operand(hidden, weight)
     mass, moment, chosen = torch.zeros(3, len(hidden), dtype=torch.float32, device=hidden.device)
     largest = torch.full_like(mass, torch.finfo(torch.float32).min)  # -inf - -inf would be nan
     for block in _blocks(len(hidden), weight):
-        logits = _masked_block(rows, _operand(weight[block], weight), block, temperature, banned)
+        logits = _masked_block(hidden, weight, block, temperature, banned)
         column, inside = _columns(targets, block)
         chosen = torch.where(inside, logits.gather(1, column), chosen.unsqueeze(1)).squeeze(1)
         before, largest = largest, torch.maximum(largest, logits.amax(dim=1))
@@ -177,9 +174,9 @@ def _sum_blocks(
     return _Sums(chosen - largest - log_mass, largest + log_mass, log_mass - moment / mass if entropy else moment)
 
 
-def _masked_block(rows: Tensor, part: Tensor, block: slice, temperature: float, banned: Sequence[int]) -> Tensor:
+def _masked_block(hidden: Tensor, weight: Tensor, block: slice, temperature: float, banned: Sequence[int]) -> Tensor:
     """Return float32 [M, block] logits over temperature, -inf at banned ids."""
-    logits = _product(rows, part)
+    logits = _product(hidden, weight[block])
     _fill(logits, block, banned, float("-inf"))
     return logits if temperature == 1 else logits.div_(temperature)
 
@@ -209,13 +206,12 @@ def _scale(grad_logprobs: Tensor, temperature: float) -> Tensor:
 
 def masked_logits(hidden: Tensor, weight: Tensor, banned: Tensor) -> Tensor:
     """Return float32 [M, V] logits of hidden states [M, d] under projection [V, d]; -inf at `banned` ids (int64 [K])."""
-    rows = _operand(hidden, weight)
     if _widens(weight):
-        logits = rows.new_empty(len(rows), len(weight))
-        for block in _blocks(len(rows), weight):
-            logits[:, block] = _product(rows, _operand(weight[block], weight))
+        logits = torch.empty(len(hidden), len(weight))
+        for block in _blocks(len(hidden), weight):
+            logits[:, block] = _product(hidden, weight[block])
     else:
-        logits = _product(rows, weight)
+        logits = _product(hidden, weight)
     return logits.index_fill_(1, banned, float("-inf"))
 
 
