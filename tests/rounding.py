@@ -118,7 +118,7 @@ def distance_from_edge(policy: Policy, group: RolloutGroup, number: int, step: i
         logprobs = logits.log_softmax(1)[0]
         return float((logprobs[completion.token_ids[step]] - logprobs[other_token]).abs()) / 2
     seed = completion_seeds(sampling.seed, group.request.group_size)[number]
-    rows = BatchSampling.build([sampling], [int(seed)], logits.shape[1], logits.device)
+    rows = BatchSampling.build([sampling], logits.shape[1], logits.device)
     probabilities = rows._filter(logits / sampling.temperature).softmax(1)[0].double()
     upper = float(probabilities[: other_token + 1].sum())
     lower, uniform = upper - float(probabilities[other_token]), float(uniforms(seed, torch.tensor(step)))

@@ -4,7 +4,7 @@ transformers passes each decoder layer's queries, keys and values, rotary embedd
 registered attention function. Ours, `shared_prefix`, passes them on to the *layout* of the forward
 pass, which knows which tokens are prompts and which are completions of which prompt. Learning and
 prompts alone take `PackedLayout` here or, without padding, `rlmed.models.varlen.VarlenLayout`; the
-engine's own layouts, prefill and decode, are in `rollout/native/kv_cache.py`. No model is
+engine's own layouts, prefill and decode, are in `rollout/native/kv_pages.py`. No model is
 re-implemented anywhere.
 """
 

@@ -9,18 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from rlmed.core.prefill import joined
-from rlmed.core.types import RolloutGroup, RolloutRequest
+from rlmed.core.types import RolloutGroup, RolloutRequest, SamplingParams
 from rlmed.models.cpu.linear import PackedWeights
 from rlmed.models.policy import Policy, merge_image_inputs
 from rlmed.models.weights import Buckets, copy_weights
-from rollout.native.batch import DecodeBatch
-from rollout.native.kv_cache import KVCache, PrefillLayout
-from rollout.native.sampler import BatchSampling, completion_seeds
+from rollout.native.kv_pages import PrefillLayout
+from rollout.native.sampler import completion_seeds
 from rollout.native.scheduler import EngineLimits, Scheduler
 from rollout.native.sequence import Sequence, SequenceGroup
+from rollout.native.slots import StepPlan, StepShape
+from rollout.native.step import Decoder, Sampled
 
 Decode = Callable[[list[int]], str]
 """Token ids to text, without special tokens."""
@@ -35,32 +35,41 @@ class NativeEngine:
         >>> while engine.busy: groups += engine.step()                              # doctest: +SKIP
     """
 
-    def __init__(self, policy: Policy, decode: Decode, limits: EngineLimits | None = None) -> None:
-        """Share `policy`'s parameters: the next token sees every optimizer step on them."""
+    def __init__(
+        self, policy: Policy, decode: Decode, limits: EngineLimits | None = None, plan: StepPlan | None = None
+    ) -> None:
+        """Share `policy`'s parameters: the next token sees every optimizer step on them.
+
+        `plan` is the one for the policy's device if not given.
+        """
         self.policy = policy
         self.policy_version = 0
         self.generated_tokens = 0
         self.devices: tuple[str, ...] = ()  # takes no direct sends, whatever its device
         self._decode_text = decode
         self._limits = limits or EngineLimits()
+        self._plan = plan or StepPlan.for_device(policy.device)
         self._scheduler = Scheduler(self._limits)
         self._groups: list[SequenceGroup] = []
         self._rows: list[Sequence] = []
-        self._cache: KVCache | None = None
-        self._batch: DecodeBatch | None = None
+        self._decoder: Decoder | None = None
         self._packs = PackedWeights()
+        self._shape: StepShape | None = None
+        self._finished: list[SequenceGroup] = []
 
     @property
     def busy(self) -> bool:
-        """True while requests wait or run."""
-        return bool(self._rows) or len(self._scheduler) > 0
+        """True while requests wait or run, or finished groups have not been returned."""
+        return bool(self._rows or self._finished) or len(self._scheduler) > 0
 
     def submit(self, request: RolloutRequest) -> None:
         """Queue a request; raises ValueError if it can never run."""
         self._scheduler.submit(request)
 
     def sleep(self) -> None:
-        """No-op."""
+        """Release the pages of keys and values if nothing runs."""
+        if not self._rows:
+            self._decoder = None
 
     def update_weights(self, version: int, buckets: Buckets = ()) -> None:
         """See `rollout.engine.Engine.update_weights`.
@@ -68,87 +77,117 @@ class NativeEngine:
         Running completions continue: their keys and values stay those of the older weights, as
         `min_version` records.
         """
+        self._read(leave=0)
         self._packs.clear()
         if buckets:
             copy_weights(dict(self.policy.model.named_parameters()), buckets)
+        if self._decoder is not None:
+            self._decoder.settle_graphs()
         self.policy_version = version
 
     @torch.inference_mode()
     def step(self) -> list[RolloutGroup]:
-        """Start what fits, sample one token per live completion and return the groups this finished."""
-        admitted = self._scheduler.admit(self._limits.max_completions - len(self._rows))
+        """Start what fits, sample one token per live completion and return the groups this finished.
+
+        On CUDA, the tokens that end a group are those of the step before.
+        """
+        admitted = self._scheduler.admit(self._limits.max_completions - len(self._rows), running=bool(self._rows))
+        leave = self._plan.lag
         if admitted:
             self._prefill(admitted)
-        elif self._rows:
+        elif any(row.sampled < row.group.request.sampling.max_tokens for row in self._rows):
             self._decode()
         else:
-            return []
-        finished = [group for group in self._groups if group.finished]
-        self._retire()
+            leave = 0
+        self._read(leave=leave)
+        finished, self._finished = self._finished, []
         return [group.to_rollout() for group in finished]
 
     def abort(self) -> list[RolloutRequest]:
         """Drop all waiting and running work and return its requests."""
-        requests = [group.request for group in self._groups]
+        requests = [group.request for group in (*self._finished, *self._groups)]
         while len(self._scheduler):
             requests += self._scheduler.admit(self._limits.max_completions)
-        self._groups, self._rows, self._cache, self._batch = [], [], None, None
+        self._groups, self._rows, self._finished, self._decoder = [], [], [], None
         self._packs.clear()
         return requests
 
     def _prefill(self, requests: list[RolloutRequest]) -> None:
         """Compute the prompts in one row, cache their keys and values, and sample each completion's first token."""
         policy = self.policy
-        groups = [SequenceGroup(request, policy.prompt_positions(request.prompt)) for request in requests]
+        groups = [SequenceGroup.of(request, policy.prompt_positions(request.prompt)) for request in requests]
         lengths = [len(request.prompt.token_ids) for request in requests]
-        cache = self._reserve(requests)
-        layout = PrefillLayout.build(lengths, policy, cache, len(self._groups))
+        if self._decoder is None:
+            self._decoder = Decoder(policy, self._limits, self._plan, position_rows=len(groups[0].positions))
+        decoder = self._decoder
+        decoder.reserve(requests)
+        rows = self._start(groups, decoder)
+        layout = PrefillLayout.build(lengths, [group.pages for group in groups], policy, decoder.prefix)
         tokens = torch.cat([torch.as_tensor(request.prompt.token_ids) for request in requests]).to(policy.device)
         positions = torch.cat([group.positions for group in groups], dim=1).to(policy.device)
         images = merge_image_inputs([policy.image_inputs(request.prompt) for request in requests])
         hidden = policy.hidden(tokens, positions, layout, images)
         last = torch.tensor(lengths, device=policy.device).cumsum(0) - 1
         logits = policy.logits(hidden[last])
-        rows: list[Sequence] = []
-        for group in groups:
-            seeds = completion_seeds(group.request.sampling.seed, group.request.group_size).tolist()
-            group.sequences = [Sequence(group, seed, min_version=self.policy_version) for seed in seeds]
-            rows += group.sequences
-        repeats = torch.tensor([group.request.group_size for group in groups], device=policy.device)
+        repeats = torch.tensor([request.group_size for request in requests], device=policy.device)
         self._groups += groups
         self._rows += rows
-        self._batch = None
-        sampling = BatchSampling.build(
-            [row.group.request.sampling for row in rows], [row.seed for row in rows], logits.shape[1], logits.device
-        )
-        first = torch.zeros(len(rows), dtype=torch.int64, device=logits.device)
-        self._append(rows, *sampling.sample(logits.repeat_interleave(repeats, dim=0), first))
+        self._shape = decoder.lay_out(self._rows, self._groups)
+        logits = logits.repeat_interleave(repeats, dim=0, output_size=len(rows))
+        decoder.first(rows, len(self._rows) - len(rows), logits, version=self.policy_version)
+
+    def _start(self, groups: list[SequenceGroup], decoder: Decoder) -> list[Sequence]:
+        """Make the groups' sequences and take pages for prompts and completions; return the sequences."""
+        rows: list[Sequence] = []
+        for group in groups:
+            sampling = group.request.sampling
+            group.pages = decoder.prefix.take(group.positions.shape[1])
+            for seed in completion_seeds(sampling.seed, group.request.group_size).tolist():
+                pages = decoder.suffix.take(sampling.max_tokens)
+                row = Sequence(group, seed, min_version=self.policy_version, sampled=1, pages=pages)
+                group.sequences.append(row)
+            rows += group.sequences
+        return rows
 
     def _decode(self) -> None:
         """Run one forward pass over the newest token of each live completion and sample the next."""
-        if self._batch is None:
-            self._batch = DecodeBatch.build(self._rows, self._groups, self.policy)
-        assert self._cache is not None
-        batch = self._batch
+        decoder = self._decoder
+        assert decoder is not None
+        if self._shape is None:
+            self._shape = decoder.lay_out(self._rows, self._groups)
+        # a row's newest token is not cached yet; rows that the host does not know to have ended stay at
+        # their limits
+        longest = max(min(row.sampled, row.group.request.sampling.max_tokens) for row in self._rows)
         with self._packs.active():
-            hidden = self.policy.hidden(batch.tokens, batch.positions, batch.layout(self._cache))
-            logits = self.policy.logits(hidden)
-        tokens, logprobs = batch.sampling.sample(logits, batch.lengths + 1)
-        batch.advance(tokens)
-        self._append(self._rows, tokens, logprobs)
+            decoder.step(self._shape.widened(self._plan.width(longest)), self._rows, version=self.policy_version)
+        for row in self._rows:
+            row.sampled += 1
 
-    def _append(self, rows: list[Sequence], tokens: Tensor, logprobs: Tensor) -> None:
-        """Append each row's new token."""
-        for sequence, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
+    @torch.inference_mode()
+    def _read(self, *, leave: int) -> None:
+        """Append the tokens of all steps but the last `leave` to their completions, and free what has ended."""
+        if self._decoder is None:
+            return
+        for sampled in self._decoder.read(leave=leave):
+            self._append(sampled)
+        self._retire(self._decoder)
+
+    def _append(self, sampled: Sampled) -> None:
+        """Append each running row's new token."""
+        tokens, logprobs, ends = sampled.tokens.tolist(), sampled.logprobs.tolist(), self.policy.end_token_ids
+        for sequence, token, logprob in zip(sampled.rows, tokens, logprobs, strict=True):
+            if sequence.finish_reason is not None:
+                continue  # sampled before the host knew
             sequence.token_ids.append(token)
             sequence.logprobs.append(logprob)
-            sequence.max_version = self.policy_version
-            self._finish(sequence, token)
-        self.generated_tokens += len(rows)
+            sequence.max_version = sampled.version
+            self.generated_tokens += 1
+            sampling = sequence.group.request.sampling
+            if token in ends or sampling.stop or len(sequence.token_ids) >= sampling.max_tokens:
+                self._finish(sequence, token, sampling)
 
-    def _finish(self, sequence: Sequence, token: int) -> None:
+    def _finish(self, sequence: Sequence, token: int, sampling: SamplingParams) -> None:
         """Set the finish reason and text if the new token ends its completion."""
-        sampling = sequence.group.request.sampling
         stopped = token in self.policy.end_token_ids
         if not stopped and sampling.stop:
             # a stop string ends in the new token, so searching the tail suffices (each token is at
@@ -166,38 +205,30 @@ class NativeEngine:
             prompt = sequence.group.request.prompt
             sequence.text = joined(prompt.prefill, _cut_at_stop(written, sampling.stop))
 
-    def _retire(self) -> None:
-        """Free the rows of finished completions and the slots of finished groups by moving the last ones into them."""
-        cache = self._cache
-        assert cache is not None
-        for row in reversed([i for i, sequence in enumerate(self._rows) if sequence.finish_reason is not None]):
-            last = self._rows.pop()
-            if row < len(self._rows):
-                cache.move_row(len(self._rows), row, len(last.token_ids) - 1)
-                self._rows[row] = last
-            self._batch = None
-        for slot in reversed([i for i, group in enumerate(self._groups) if group.finished]):
-            last_group = self._groups.pop()
-            if slot < len(self._groups):
-                cache.move_group(len(self._groups), slot)
-                self._groups[slot] = last_group
-        if not self._rows:
+    def _retire(self, decoder: Decoder) -> None:
+        """Free the rows and pages of what has ended."""
+        kept = [row for row, sequence in enumerate(self._rows) if sequence.finish_reason is None]
+        if len(kept) == len(self._rows):
+            return
+        for sequence in self._rows:
+            if sequence.finish_reason is not None:
+                decoder.suffix.give_back(sequence.pages)
+        ended = [group for group in self._groups if group.finished]
+        for group in ended:
+            decoder.prefix.give_back(group.pages)
+        self._finished += ended
+        self._groups = [group for group in self._groups if not group.finished]
+        self._rows = [self._rows[row] for row in kept]
+        self._shape = None
+        if self._rows:
+            decoder.slots.keep(kept)
+        elif self._plan.graphs:
+            decoder.clear()
+        else:
             # release memory to the learner, and keep the next batch's arithmetic independent of
             # this one's
-            self._cache = None
+            self._decoder = None
             self._packs.clear()
-
-    def _reserve(self, requests: list[RolloutRequest]) -> KVCache:
-        """Return a cache with room for the requests beside what runs."""
-        if self._cache is None:
-            self._cache = KVCache(self.policy.kv_shape, dtype=self.policy.dtype, device=self.policy.device)
-        self._cache.reserve(
-            groups=len(self._groups) + len(requests),
-            prompt_length=max(len(request.prompt.token_ids) for request in requests),
-            rows=len(self._rows) + sum(request.group_size for request in requests),
-            max_tokens=max(request.sampling.max_tokens for request in requests),
-        )
-        return self._cache
 
 
 def _cut_at_stop(text: str, stops: tuple[str, ...]) -> str:

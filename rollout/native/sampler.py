@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -69,9 +70,36 @@ def _draw(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     return block * BLOCK + torch.searchsorted(inside, rest, right=True), mass
 
 
+class Uses(NamedTuple):
+    """Which settings any row of a batch uses; what none uses is not computed."""
+
+    temperature: bool
+    greedy: bool
+    top_k: bool
+    top_p: bool
+
+    @classmethod
+    def of(cls, params: Collection[SamplingParams]) -> Uses:
+        """Collect what the rows use."""
+        return cls(
+            temperature=any(not entry.greedy and entry.temperature != 1.0 for entry in params),
+            greedy=any(entry.greedy for entry in params),
+            top_k=any(entry.top_k for entry in params),
+            top_p=any(entry.top_p < 1 for entry in params),
+        )
+
+
+def row_settings(params: SamplingParams, vocabulary: int) -> tuple[float, float, int]:
+    """Return a row's temperature, 1 if it is greedy; its top-p, infinite if off; its top-k, all tokens if off."""
+    # a float32 cumulative sum can pass 1 before its end, which must not cut the tail of a row with
+    # top-p off
+    top_p = params.top_p if params.top_p < 1 else math.inf
+    return 1.0 if params.greedy else params.temperature, top_p, params.top_k or vocabulary
+
+
 @dataclass(frozen=True, slots=True)
 class BatchSampling:
-    """Sampling settings of a batch's rows as tensors; rebuilt when the rows change, not at every token."""
+    """Sampling settings of a batch's rows as tensors."""
 
     temperature: Tensor | None
     """float32 [R, 1]; 1 where greedy; None if 1 in every row."""
@@ -81,44 +109,35 @@ class BatchSampling:
     """int64 [R, 1]; None if off in every row."""
     top_p: Tensor | None
     """float32 [R, 1], infinite where off; None if off in every row."""
-    seeds: Tensor
-    """int64 [R]."""
 
     @classmethod
-    def build(
-        cls, params: Sequence[SamplingParams], seeds: Sequence[int], vocabulary: int, device: torch.device
-    ) -> BatchSampling:
+    def build(cls, params: Sequence[SamplingParams], vocabulary: int, device: torch.device) -> BatchSampling:
         """Collect the settings of each row."""
-        top_k = [entry.top_k or vocabulary for entry in params]
-        # a float32 cumulative sum can pass 1 before its end, which must not cut the tail of a row
-        # with top-p off
-        top_p = [entry.top_p if entry.top_p < 1 else math.inf for entry in params]
-        temperatures = [1.0 if entry.greedy else entry.temperature for entry in params]
+        uses = Uses.of(params)
+        temperatures, top_p, top_k = zip(*(row_settings(entry, vocabulary) for entry in params), strict=True)
         greedy = [entry.greedy for entry in params]
         return cls(
-            temperature=torch.tensor(temperatures, device=device).unsqueeze(1) if set(temperatures) != {1.0} else None,
-            greedy=torch.tensor(greedy, device=device) if any(greedy) else None,
-            top_k=torch.tensor(top_k, device=device).unsqueeze(1) if min(top_k) < vocabulary else None,
-            top_p=torch.tensor(top_p, device=device).unsqueeze(1) if min(top_p) < 1 else None,
-            seeds=torch.tensor(seeds, dtype=torch.int64, device=device),
+            temperature=torch.tensor(temperatures, device=device).unsqueeze(1) if uses.temperature else None,
+            greedy=torch.tensor(greedy, device=device) if uses.greedy else None,
+            top_k=torch.tensor(top_k, device=device).unsqueeze(1) if uses.top_k else None,
+            top_p=torch.tensor(top_p, device=device).unsqueeze(1) if uses.top_p else None,
         )
 
-    def sample(self, logits: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+    def sample(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """Draw one token per row.
 
         Args:
             logits: float32 [R, V]; -inf where a token cannot be sampled.
-            steps: int64 [R], index of the token in its completion.
+            uniform: float64 [R] in [0, 1), the number that decides each row's draw.
 
         Returns:
             int64 [R] tokens and float32 [R] log-probabilities under the distribution they were
-            drawn from (for a greedy
-            row: at temperature 1).
+            drawn from (for a greedy row: at temperature 1).
         """
         logits = self._filter(logits if self.temperature is None else logits / self.temperature)
         largest = logits.amax(dim=1, keepdim=True)
         weights = (logits - largest).exp_()
-        tokens, mass = _draw(weights, uniforms(self.seeds, steps).unsqueeze(1))
+        tokens, mass = _draw(weights, uniform.unsqueeze(1))
         if self.greedy is not None:
             tokens = torch.where(self.greedy.unsqueeze(1), logits.argmax(dim=1, keepdim=True), tokens)
         return tokens.squeeze(1), (logits.gather(1, tokens) - largest - mass.log().float()).squeeze(1)

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from rlmed.core.types import RolloutRequest
 
+START_SHARE = 0.25
+"""Share of the rows that must be free before part of a backlog starts beside what runs."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
@@ -53,12 +56,15 @@ class Scheduler:
             raise ValueError(f"max_tokens must be at least 1, got {request.sampling.max_tokens}")
         self._waiting.append(request)
 
-    def admit(self, free_rows: int) -> list[RolloutRequest]:
+    def admit(self, free_rows: int, *, running: bool = False) -> list[RolloutRequest]:
         """Remove and return the requests that start now, first come, first served.
 
-        Small groups never overtake: order of completion already favours short ones.
+        Small groups never overtake: order of completion already favours short ones. While others are
+        `running`, a backlog waits until a share of the rows is free, since each start holds up all that run.
         """
         admitted: list[RolloutRequest] = []
+        if running and free_rows < START_SHARE * self.limits.max_completions and not self._all_fit(free_rows):
+            return admitted
         tokens = 0
         while self._waiting:
             request = self._waiting[0]
@@ -68,3 +74,6 @@ class Scheduler:
             admitted.append(self._waiting.popleft())
             free_rows -= request.group_size
         return admitted
+
+    def _all_fit(self, free_rows: int) -> bool:
+        return sum(request.group_size for request in self._waiting) <= free_rows

@@ -22,21 +22,29 @@ class Sequence:
     min_version: int = 0
     max_version: int = 0
     text: str = ""
+    sampled: int = 0
+    """Tokens sampled, those included that the host has not read yet; may exceed `max_tokens` after the end."""
+    pages: list[int] = field(default_factory=list)
+    """Its pages of keys and values."""
 
 
 @dataclass(slots=True)
 class SequenceGroup:
-    """A request with its sequences and the positions of its prompt."""
+    """A request with its sequences and its prompt's positions."""
 
     request: RolloutRequest
     positions: Tensor
     """int64 [R, P] rotary positions of the prompt."""
+    next_position: int
+    """Position of the first completion token."""
     sequences: list[Sequence] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)
+    """The prompt's pages of keys and values."""
 
-    @property
-    def next_position(self) -> int:
-        """Position of the first completion token."""
-        return int(self.positions.max()) + 1
+    @classmethod
+    def of(cls, request: RolloutRequest, positions: Tensor) -> SequenceGroup:
+        """Make the group of a request, without sequences, from the rotary positions of its prompt."""
+        return cls(request, positions, int(positions.max()) + 1)
 
     @property
     def finished(self) -> bool:

@@ -11,7 +11,16 @@ import torch
 from rlmed.core.types import RolloutRequest, SamplingParams
 from rollout.native.engine import NativeEngine
 from rollout.native.scheduler import EngineLimits
+from rollout.native.slots import StepPlan
+from tests.plans import PLANS
 from tests.rounding import LOGPROBS, distance_from_edge, worst_difference
+
+
+@pytest.fixture(params=PLANS)
+def plan(request, monkeypatch):
+    """Engines of the test run on each of the plans."""
+    monkeypatch.setattr(StepPlan, "for_device", lambda device: PLANS[request.param])
+    return PLANS[request.param]
 
 
 def run_requests(engine, requests):
@@ -28,6 +37,7 @@ def new_engine(policy, **limits):
     return NativeEngine(policy, lambda _: "", EngineLimits(**limits))
 
 
+@pytest.mark.usefixtures("plan")
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3"])
 def test_company_order_and_number_of_slots_change_nothing(
     family, tiny_policy, mixed_prompts, run_engine, record_property
@@ -48,6 +58,7 @@ def test_company_order_and_number_of_slots_change_nothing(
     assert max(differences.values()) <= LOGPROBS
 
 
+@pytest.mark.usefixtures("plan")
 def test_a_completion_alone_is_the_same_as_in_a_full_batch(tiny_policy, mixed_prompts, run_engine):
     policy, prompts = tiny_policy("qwen2_vl"), mixed_prompts("qwen2_vl", 8)
     many = run_engine(policy, prompts, group_size=8)
@@ -74,6 +85,7 @@ def test_an_edge_is_near_the_drawn_token_only(tiny_policy, mixed_prompts, run_en
         assert sum(distance > LOGPROBS for distance in far) > 0.9 * len(far)
 
 
+@pytest.mark.usefixtures("plan")
 def test_neighbours_with_other_settings_change_nothing(tiny_policy, mixed_prompts):
     policy, prompts = tiny_policy("qwen2"), mixed_prompts("qwen2", 4)
     settings = [
@@ -110,6 +122,7 @@ def test_a_prompt_and_its_image_are_computed_once_per_group(tiny_policy, mixed_p
     assert len(patches) <= len(images)
 
 
+@pytest.mark.usefixtures("plan")
 def test_versions_say_which_weights_produced_the_tokens(fresh_policy, make_prompt):
     policy = fresh_policy("qwen2")
     policy.end_token_ids = frozenset()  # completions end at their limits only
@@ -132,6 +145,7 @@ def test_versions_say_which_weights_produced_the_tokens(fresh_policy, make_promp
     assert [groups[i].min_version for i in range(3)] == [0, 0, 7]
 
 
+@pytest.mark.usefixtures("plan")
 def test_the_engine_samples_from_the_parameters_as_they_are_now(fresh_policy, mixed_prompts):
     policy, other = fresh_policy("qwen2"), fresh_policy("qwen2", seed=5)
     request = RolloutRequest(0, mixed_prompts("qwen2", 1)[0], 2, SamplingParams(max_tokens=8))
@@ -147,3 +161,17 @@ def test_the_engine_samples_from_the_parameters_as_they_are_now(fresh_policy, mi
     for one, old in zip(after.completions, before.completions, strict=True):
         assert one.token_ids.tolist() != old.token_ids.tolist()
         assert (one.min_version, one.max_version) == (1, 1)
+
+
+@pytest.mark.parametrize("name", ["static", "behind"])
+def test_every_plan_samples_the_same(name, tiny_policy, mixed_prompts):
+    policy, prompts = tiny_policy("qwen2_vl"), mixed_prompts("qwen2_vl", 9)
+    requests = [
+        RolloutRequest(i, prompts[i], 1 + i % 4, SamplingParams(max_tokens=4 + 3 * i, seed=i, temperature=i % 3 / 2))
+        for i in range(9)
+    ]
+    groups = [
+        run_requests(NativeEngine(policy, lambda _: "", EngineLimits(max_completions=12), PLANS[plan]), requests)
+        for plan in ("exact", name)
+    ]
+    assert worst_difference(*groups, policy) <= LOGPROBS / 0.5

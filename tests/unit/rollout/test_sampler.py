@@ -34,15 +34,18 @@ def unsigned(tensor):
     return [value & MASK for value in tensor.tolist()]
 
 
-def sampling(rows=1, seeds=None, vocabulary=8, **params):
-    seeds = list(range(rows)) if seeds is None else seeds
-    return BatchSampling.build([SamplingParams(**params)] * rows, seeds, vocabulary, CPU)
+def sampling(rows=1, vocabulary=8, **params):
+    return BatchSampling.build([SamplingParams(**params)] * rows, vocabulary, CPU)
+
+
+def numbers(seeds, step=0):
+    return uniforms(torch.as_tensor(seeds), torch.full((len(seeds),), step))
 
 
 def draws(count, logits=LOGITS, **params):
     """Tokens of `count` streams."""
-    batch = sampling(count, completion_seeds(1, count).tolist(), len(logits), **params)
-    return batch.sample(logits.expand(count, -1), torch.zeros(count, dtype=torch.int64))
+    batch = sampling(count, len(logits), **params)
+    return batch.sample(logits.expand(count, -1), numbers(completion_seeds(1, count)))
 
 
 def test_mix64_gives_the_published_splitmix64_sequence():
@@ -119,8 +122,8 @@ def test_draws_follow_the_distribution_and_carry_its_logprobs(params):
 
 def test_draws_along_one_stream_follow_the_distribution():
     steps = 20_000
-    batch = sampling(steps, completion_seeds(5, 1).tolist() * steps, temperature=1.0)
-    tokens, _ = batch.sample(LOGITS.expand(steps, -1), torch.arange(steps))
+    stream = uniforms(completion_seeds(5, 1), torch.arange(steps))
+    tokens, _ = sampling(steps, temperature=1.0).sample(LOGITS.expand(steps, -1), stream)
     possible = LOGITS.isfinite()
     counts = torch.bincount(tokens, minlength=len(LOGITS))[possible]
     assert stats.chisquare(counts, steps * LOGITS[possible].double().softmax(0)).pvalue > 0.01
@@ -155,8 +158,8 @@ def test_filters_agree_with_the_slow_ones(quarters, top_k, top_p, seed):
     if (masses - top_p).abs().min() < rounding(2 * len(logits)) and top_p < 1:
         return
     expected = slow_filter(logits, top_k, top_p).log_softmax(0)
-    batch = sampling(1, [seed], len(logits), top_k=top_k, top_p=top_p)
-    token, logprob = batch.sample(logits[None], torch.zeros(1, dtype=torch.int64))
+    batch = sampling(1, len(logits), top_k=top_k, top_p=top_p)
+    token, logprob = batch.sample(logits[None], numbers([seed]))
     assert expected[token].isfinite()
     # they span 15
     torch.testing.assert_close(logprob, expected[token], atol=rounding(2 * len(logits), 15), rtol=0)
@@ -179,11 +182,11 @@ def test_rows_of_a_batch_have_their_own_settings():
     seeds = completion_seeds(9, 5).tolist()
     for step in range(20):
         logits = torch.randn(5, 30, generator=torch.Generator().manual_seed(step))
-        steps = torch.full((5,), step)
-        tokens, logprobs = BatchSampling.build(params, seeds, 30, CPU).sample(logits, steps)
+        uniform = numbers(seeds, step)
+        tokens, logprobs = BatchSampling.build(params, 30, CPU).sample(logits, uniform)
         for row in range(5):
-            alone = BatchSampling.build(params[row : row + 1], seeds[row : row + 1], 30, CPU)
-            token, logprob = alone.sample(logits[row : row + 1], steps[:1])
+            alone = BatchSampling.build(params[row : row + 1], 30, CPU)
+            token, logprob = alone.sample(logits[row : row + 1], uniform[row : row + 1])
             assert token.item() == tokens[row].item()
             assert logprob.item() == pytest.approx(logprobs[row].item(), abs=rounding(30, 5))
 
@@ -193,11 +196,11 @@ def test_a_neighbour_with_top_p_drops_no_tokens_of_a_row_without_it():
     # all the same
     logits = torch.zeros(2, 200_000)
     logits[:, 0] = 18.0
-    alone = BatchSampling.build([SamplingParams()], [1], 200_000, CPU)
-    beside = BatchSampling.build([SamplingParams(), SamplingParams(top_p=0.5)], [1, 2], 200_000, CPU)
-    steps = torch.zeros(2, dtype=torch.int64)
-    _, expected = alone.sample(logits[:1], steps[:1])
-    _, actual = beside.sample(logits, steps)
+    alone = BatchSampling.build([SamplingParams()], 200_000, CPU)
+    beside = BatchSampling.build([SamplingParams(), SamplingParams(top_p=0.5)], 200_000, CPU)
+    uniform = numbers([1, 2])
+    _, expected = alone.sample(logits[:1], uniform[:1])
+    _, actual = beside.sample(logits, uniform)
     # the tail has a share of 3e-3, which the first token would be given without it
     assert actual[0].item() == pytest.approx(expected[0].item(), abs=1e-4)
 
@@ -220,35 +223,32 @@ def test_greedy_takes_the_most_likely_token_with_its_logprob_at_temperature_one(
 )
 def test_banned_tokens_are_never_drawn(row, temperature, top_k, top_p, seed):
     logits = torch.tensor([-math.inf if value is None else value for value in row])
-    batch = sampling(1, [seed], len(row), temperature=temperature, top_k=top_k, top_p=top_p)
-    token, logprob = batch.sample(logits[None], torch.tensor([3]))
+    batch = sampling(1, len(row), temperature=temperature, top_k=top_k, top_p=top_p)
+    token, logprob = batch.sample(logits[None], numbers([seed], 3))
     assert logits[token].isfinite()
     assert -math.inf < logprob.item() <= rounding(30)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0 - 2.0**-53])
-def test_the_ends_of_the_unit_interval_draw_a_possible_token(value, monkeypatch):
+def test_the_ends_of_the_unit_interval_draw_a_possible_token(value):
     values = torch.full((50,), value, dtype=torch.float64)
-    monkeypatch.setattr("rollout.native.sampler.uniforms", lambda seeds, steps: values)
     logits = torch.randn(50, 1000, generator=torch.Generator().manual_seed(0)) * 5
     logits[:, :3] = logits[:, -3:] = -math.inf
-    tokens, _ = sampling(50, vocabulary=1000).sample(logits, torch.zeros(50, dtype=torch.int64))
+    tokens, _ = sampling(50, vocabulary=1000).sample(logits, values)
     assert logits.gather(1, tokens[:, None]).isfinite().all()
 
 
-def test_a_large_vocabulary_is_drawn_from_evenly(monkeypatch):
+def test_a_large_vocabulary_is_drawn_from_evenly():
     values = torch.linspace(0.0001, 0.9999, 32, dtype=torch.float64)
-    monkeypatch.setattr("rollout.native.sampler.uniforms", lambda seeds, steps: values)
-    tokens, _ = sampling(32, vocabulary=150_000).sample(torch.zeros(32, 150_000), torch.zeros(32, dtype=torch.int64))
+    tokens, _ = sampling(32, vocabulary=150_000).sample(torch.zeros(32, 150_000), values)
     assert (tokens - 150_000 * values).abs().max() < 2
 
 
 @pytest.mark.parametrize(("number", "token"), [(1 - 5e-10, 1), (1 - 2e-9, 0)])
-def test_a_token_too_rare_for_a_float32_sum_can_be_drawn(number, token, monkeypatch):
+def test_a_token_too_rare_for_a_float32_sum_can_be_drawn(number, token):
     # 1 + 1e-9 is 1 in float32: the second token's share of the sum would be empty
-    numbers = torch.tensor([number], dtype=torch.float64)
-    monkeypatch.setattr("rollout.native.sampler.uniforms", lambda seeds, steps: numbers)
-    tokens, logprobs = sampling(1, vocabulary=2).sample(torch.tensor([[0.0, math.log(1e-9)]]), torch.zeros(1).long())
+    uniform = torch.tensor([number], dtype=torch.float64)
+    tokens, logprobs = sampling(1, vocabulary=2).sample(torch.tensor([[0.0, math.log(1e-9)]]), uniform)
     assert tokens.tolist() == [token]
     assert logprobs.item() == pytest.approx((0.0, math.log(1e-9))[token], abs=rounding(4, 21))
 
@@ -256,6 +256,6 @@ def test_a_token_too_rare_for_a_float32_sum_can_be_drawn(number, token, monkeypa
 def test_filters_that_are_off_are_not_computed():
     assert sampling(3).top_k is None
     assert sampling(3).top_p is None
-    mixed = BatchSampling.build([SamplingParams(), SamplingParams(top_k=5)], [1, 2], 100, CPU)
+    mixed = BatchSampling.build([SamplingParams(), SamplingParams(top_k=5)], 100, CPU)
     assert mixed.top_k is not None
     assert mixed.top_k.tolist() == [[100], [5]]

@@ -31,6 +31,20 @@ def test_groups_start_in_order_while_all_their_completions_fit(make_request):
     assert admitted(queue, 10) == []
 
 
+def test_a_backlog_beside_running_groups_waits_for_a_quarter_of_the_rows(make_request):
+    queue = scheduler(*(make_request(i, group_size=2) for i in range(10)), max_completions=16)
+    assert queue.admit(2, running=True) == []
+    assert queue.admit(3, running=True) == []
+    assert [request.index for request in queue.admit(4, running=True)] == [0, 1]
+    # nothing would be gained by waiting if nothing runs
+    assert [request.index for request in queue.admit(3)] == [2]
+
+
+def test_all_that_waits_starts_at_once_where_it_fits(make_request):
+    queue = scheduler(make_request(0, group_size=2), max_completions=16)
+    assert [request.index for request in queue.admit(2, running=True)] == [0]
+
+
 def test_a_small_group_does_not_overtake_a_large_one(make_request):
     queue = scheduler(make_request(0, group_size=8), make_request(1, group_size=1), max_completions=8)
     assert admitted(queue, 7) == []

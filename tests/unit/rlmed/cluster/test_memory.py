@@ -16,7 +16,7 @@ from rlmed.core.types import Prompt, RolloutRequest, SamplingParams
 from rlmed.models.cpu import products
 from rlmed.models.policy import Policy
 from rollout.native.engine import NativeEngine
-from rollout.native.kv_cache import KVCache
+from rollout.native.kv_pages import PagePool
 from tests.root import ROOT
 
 
@@ -66,10 +66,14 @@ def test_counts(
     assert found.pictures == 7 * 2**20
     assert found.total > sum((found.weights, found.reference, found.optimizer, found.kv_cache))
 
-    cache = KVCache(policy.kv_shape, dtype=policy.dtype, device=policy.device)
-    cache.reserve(groups=groups, prompt_length=32, rows=8, max_tokens=longest)
-    tensors = [*cache.prefix_keys, *cache.prefix_values, *cache.suffix_keys, *cache.suffix_values]
-    assert found.kv_cache == sum(tensor.nbytes for tensor in tensors)
+    prefix, suffix = (
+        PagePool(policy.kv_shape, page_tokens=None, dtype=policy.dtype, device=policy.device) for _ in range(2)
+    )
+    prefix.reserve(sequences=groups, tokens=32)
+    suffix.reserve(sequences=8, tokens=longest)
+    tensors = [*prefix.keys, *prefix.values, *suffix.keys, *suffix.values]
+    # one page of each pool is nobody's
+    assert found.kv_cache == sum(tensor[1:].nbytes for tensor in tensors)
     assert f"{found.total / 2**30:.2f}" in found.line()
 
 

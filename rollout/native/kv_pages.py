@@ -1,0 +1,224 @@
+"""Keys and values in pages: prompts and completions take pages of a pool and give them back when they end.
+
+Tables on the device name the pages of each group and of each row, as in PagedAttention (Kwon et al.
+2023, arXiv 2309.06180). A pool with `page_tokens=None` has pages that hold a whole prompt or a whole
+completion, so that products read a CPU's cache as it lies.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from rlmed.models.attention import AttentionLayout, GroupTable, decode_attention
+from rlmed.models.policy import Policy
+
+SCRATCH = 0
+"""Page that belongs to nobody: rows of a step that stand for no completion write to it."""
+
+
+class PagePool:
+    """Pages of all layers, and which of them are free.
+
+    Example:
+        >>> pool = PagePool((28, 2, 128), page_tokens=64, dtype=torch.bfloat16, device=torch.device("cpu"))
+        >>> pool.reserve(sequences=1, tokens=130)
+        >>> pool.take(130), pool.keys[0].shape
+        ([1, 2, 3], torch.Size([4, 2, 64, 128]))
+    """
+
+    def __init__(
+        self, kv_shape: tuple[int, int, int], *, page_tokens: int | None, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Start without pages, for a model with (layers, key-value heads, head width)."""
+        self._layers, self.heads, self._head_width = kv_shape
+        self._whole = page_tokens is None
+        self.page_tokens = page_tokens or 0
+        """Tokens in a page."""
+        self._dtype, self._device = dtype, device
+        self._each_head = torch.arange(self.heads, device=device)
+        self._free: list[int] = []
+        self.keys, self.values = self._allocate(0), self._allocate(0)
+        """Per layer [pages, H_kv, page_tokens, D]."""
+
+    @property
+    def pages(self) -> int:
+        """Number of pages."""
+        return len(self.keys[0])
+
+    @property
+    def free_pages(self) -> int:
+        """Number of pages that can be taken."""
+        return len(self._free)
+
+    def pages_for(self, tokens: int) -> int:
+        """Return how many pages hold `tokens` tokens."""
+        return 1 if self._whole else -(-tokens // self.page_tokens)
+
+    def reserve(self, *, sequences: int, tokens: int, most: int = 0) -> None:
+        """Make room for `sequences` more sequences of `tokens` tokens, and for `most` in all; what is in pages stays."""
+        page_tokens = max(self.page_tokens, tokens) if self._whole else self.page_tokens
+        each, old_pages = self.pages_for(tokens), max(1, self.pages)
+        missing = max(sequences * each - self.free_pages, most * each + 1 - old_pages)
+        if missing <= 0 and page_tokens == self.page_tokens:
+            return
+        # grow by at least half, so that requests trickling in don't copy the pages each time
+        grown = old_pages if missing <= 0 else old_pages + max(missing, self.pages // 2)
+        old_tokens, self.page_tokens = self.page_tokens, page_tokens
+        old = (*self.keys, *self.values)
+        self.keys, self.values = self._allocate(grown), self._allocate(grown)
+        for fresh, source in zip((*self.keys, *self.values), old, strict=True):
+            fresh[: len(source), :, :old_tokens] = source
+        for page in range(old_pages, grown):
+            heapq.heappush(self._free, page)
+
+    def take(self, tokens: int) -> list[int]:
+        """Return the lowest free pages that hold `tokens` tokens; `reserve` has made sure of them."""
+        return [heapq.heappop(self._free) for _ in range(self.pages_for(tokens))]
+
+    def give_back(self, pages: Sequence[int]) -> None:
+        """Free pages."""
+        for page in pages:
+            heapq.heappush(self._free, page)
+
+    def clear(self) -> None:
+        """Write zeros to all pages."""
+        for pages in (*self.keys, *self.values):
+            pages.zero_()
+
+    def head_rows(self, table: Tensor) -> Tensor:
+        """Return int64 [S, H_kv, n]: rows of `keys[layer].flatten(0, 1)` with the pages in `table`, int64 [S, n]."""
+        return table.unsqueeze(1) * self.heads + self._each_head.unsqueeze(1)
+
+    def addresses(self, head_rows: Tensor, places: Tensor) -> Tensor:
+        """Return int64 [N, H_kv], where the keys of N tokens stand in `keys[layer].view(-1, D)`.
+
+        Args:
+            head_rows: int64 [N, H_kv, n], of the sequence of each token.
+            places: int64 [N], places of the tokens in their sequences.
+        """
+        if head_rows.shape[2] == 1:
+            own = head_rows
+        else:
+            pages = (places // self.page_tokens).view(-1, 1, 1).expand(-1, self.heads, 1)
+            own, places = head_rows.gather(2, pages), places % self.page_tokens
+        return own.squeeze(2) * self.page_tokens + places.unsqueeze(1)
+
+    def write(self, layer: int, addresses: Tensor | int, key: Tensor, value: Tensor) -> None:
+        """Write key and value [N, H_kv, D] to `addresses` [N, H_kv], or to one place in the first N pages in order."""
+        for pages, fresh in ((self.keys[layer], key), (self.values[layer], value)):
+            if isinstance(addresses, int):
+                pages.narrow(0, SCRATCH + 1, len(fresh)).select(2, addresses).copy_(fresh)
+            else:
+                pages.view(-1, self._head_width).index_put_((addresses,), fresh)
+
+    def _allocate(self, pages: int) -> list[Tensor]:
+        shape = (pages, self.heads, self.page_tokens, self._head_width)
+        # zeros, not empty: a masked NaN from uninitialised memory would still poison a weighted sum
+        return [torch.zeros(shape, dtype=self._dtype, device=self._device) for _ in range(self._layers)]
+
+
+@dataclass(frozen=True, slots=True)
+class PageView:
+    """The first `width` tokens of S sequences of a pool."""
+
+    pool: PagePool
+    sequences: int
+    width: int
+    """A multiple of the page's tokens, or at most a page."""
+    index: Tensor | None
+    """int64 [S * H_kv * pages of a sequence]: rows of `keys[layer].flatten(0, 1)`; None: the S pages after the
+    scratch page, in order."""
+
+    @classmethod
+    def build(cls, pool: PagePool, head_rows: Tensor, width: int, *, in_order: bool) -> PageView:
+        """View sequences, given as int64 [S, H_kv, n] by `PagePool.head_rows`; `in_order` if `index` can be None."""
+        index = None if in_order else head_rows[:, :, : pool.pages_for(width)].flatten()
+        return cls(pool, len(head_rows), width, index)
+
+    def of(self, pages: Tensor) -> Tensor:
+        """Return [S, H_kv, width, D] of one layer's keys or values: a view if the pages are in order, else a copy."""
+        if self.index is None:
+            return pages.narrow(0, SCRATCH + 1, self.sequences).narrow(2, 0, self.width)
+        heads, page_tokens, head_width = pages.shape[1:]
+        parts = pages.flatten(0, 1).narrow(1, 0, min(self.width, page_tokens)).index_select(0, self.index)
+        return parts.view(self.sequences, heads, self.width, head_width)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillLayout:
+    """Prompts packed in one row: attends as `packed` does and keeps keys and values in pages."""
+
+    packed: AttentionLayout
+    pool: PagePool
+    addresses: Tensor
+    """int64 [N, H_kv], see `PagePool.addresses`."""
+
+    @classmethod
+    def build(
+        cls, lengths: Sequence[int], pages: Sequence[Sequence[int]], policy: Policy, pool: PagePool
+    ) -> PrefillLayout:
+        """Lay out prompts of these lengths for the policy, each in its pages of the pool."""
+        table = pad_sequence([torch.tensor(own) for own in pages], batch_first=True)
+        table = table.repeat_interleave(torch.tensor(lengths), dim=0).to(policy.device)
+        places = torch.cat([torch.arange(length) for length in lengths]).to(policy.device)
+        addresses = pool.addresses(pool.head_rows(table), places)
+        return cls(policy.packed_layout([(length, ()) for length in lengths]), pool, addresses)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """See `rlmed.models.attention.AttentionLayout.attend`."""
+        self.pool.write(layer, self.addresses, key, value)
+        return self.packed.attend(layer, query, key, value, scale)
+
+
+@dataclass(frozen=True, slots=True)
+class FixedPart:
+    """The part of a decode layout that stays until rows come or go."""
+
+    prefix: PageView
+    prefix_mask: Tensor
+    """[B * H_kv, 1, P]: 0 or -inf."""
+    table: GroupTable
+    """Rows of each group."""
+    completions: Tensor
+    """int64 [R, H_kv, n], see `PagePool.head_rows`."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeLayout:
+    """One new token for each of R rows, members of B groups."""
+
+    fixed: FixedPart
+    suffix: PageView
+    addresses: Tensor | int
+    """int64 [R, H_kv]: where each row's new token goes, see `PagePool.write`."""
+    suffix_mask: Tensor | None
+    """[R * H_kv, 1, T]: 0 or -inf; None if all of it is 0."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """See `rlmed.models.attention.AttentionLayout.attend`."""
+        fixed, prefix, suffix = self.fixed, self.fixed.prefix.pool, self.suffix.pool
+        suffix.write(layer, self.addresses, key, value)
+        return decode_attention(
+            query,
+            fixed.prefix.of(prefix.keys[layer]),
+            fixed.prefix.of(prefix.values[layer]),
+            fixed.prefix_mask,
+            self.suffix.of(suffix.keys[layer]),
+            self.suffix.of(suffix.values[layer]),
+            self.suffix_mask,
+            fixed.table,
+            scale,
+        )
+
+
+def visible(lengths: Tensor, width: int, pool: PagePool) -> Tensor:
+    """[N * H_kv, 1, width] score offsets: 0 below each length, -inf from there on; lengths are int64 [N]."""
+    hidden = torch.arange(width, device=lengths.device) >= lengths.unsqueeze(1)
+    mask = pool.keys[0].new_zeros(len(lengths), width).masked_fill_(hidden, float("-inf"))
+    return mask.unsqueeze(1).expand(-1, pool.heads, -1).reshape(-1, 1, width)

@@ -1,0 +1,12 @@
+"""Plans of decode steps that a CPU can run, those of a GPU without its graphs among them."""
+
+from __future__ import annotations
+
+from rollout.native.slots import StepPlan
+
+PLANS = {
+    "exact": StepPlan(page_tokens=None, buckets=False, lag=0, graphs=False),
+    "static": StepPlan(page_tokens=4, buckets=True, lag=0, graphs=False),
+    "behind": StepPlan(page_tokens=4, buckets=True, lag=1, graphs=False),
+}
+"""`exact` is that of a CPU; `behind` is that of a GPU with smaller pages."""
