@@ -41,11 +41,15 @@ about sqrt(n) * 6e-8 of their terms, 1e-5 for the widest layers; another norm, a
 class _Norm:
     """Root-mean-square norm."""
 
-    weight: nn.Parameter
+    module: Any
     epsilon: float
 
+    @classmethod
+    def of(cls, module: Any) -> _Norm:
+        return cls(module, module.variance_epsilon)
+
     def __call__(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
+        return F.rms_norm(x, x.shape[-1:], self.module.weight, self.epsilon)
 
 
 def _norms(layer: Any) -> tuple[Any, Any]:
@@ -132,7 +136,7 @@ class _Layer:
         """
         attention, mlp = layer.self_attn, layer.mlp
         width = attention.head_dim
-        norms = [_Norm(norm.weight, norm.variance_epsilon) for norm in _norms(layer)]
+        norms = [_Norm.of(norm) for norm in _norms(layer)]
         found = cls(
             index=attention.layer_idx,
             input_norm=norms[0],
@@ -201,7 +205,7 @@ class Decoder:
         self._embed: nn.Module = decoder.embed_tokens
         self._rotary: nn.Module = decoder.rotary_emb
         self._layers = [_Layer.of(layer) for layer in decoder.layers]
-        self._norm = _Norm(decoder.norm.weight, decoder.norm.variance_epsilon)
+        self._norm = _Norm.of(decoder.norm)
         sizes = {(layer.heads, layer.kv_heads, layer.head_width, layer.scale) for layer in self._layers}
         if len(sizes) != 1:
             raise ValueError("its layers differ in their heads")
@@ -241,6 +245,8 @@ def accept_decoder(model: PreTrainedModel, *, position_rows: int) -> Decoder | N
         position_rows: 3 for M-RoPE, else 1.
     """
     decoder = model.get_decoder()
+    if decoder.norm.weight.is_meta:
+        return None  # it has no numbers to compare
     try:
         own = Decoder(decoder)
         difference = _probe(decoder, position_rows)
@@ -259,16 +265,17 @@ def accept_decoder(model: PreTrainedModel, *, position_rows: int) -> Decoder | N
 def _probe(decoder: Any, position_rows: int) -> float:
     """Return the largest difference between transformers' decoder and ours, relative to the largest number.
 
-    Both run with one layer of each kind, in float32 whatever the model's dtype: there rounding is
-    small.
+    Both run with one layer of each kind and random weights, in float32 whatever the model's dtype:
+    so rounding is small, and nothing hides behind weights near zero (where all activations are
+    alike).
     """
     kinds = {repr(layer): layer for layer in reversed(decoder.layers)}
     probed = copy.copy(decoder)
     probed._modules = dict(decoder._modules)  # so that the model keeps its layers
-    probed._modules["layers"] = nn.ModuleList(_exact(layer) for layer in kinds.values())
-    probed._modules["norm"] = _exact(decoder.norm)
+    probed._modules["layers"] = nn.ModuleList(_random_copy(layer) for layer in kinds.values())
+    probed._modules["norm"] = _random_copy(decoder.norm)
     device = decoder.norm.weight.device
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)  # on the CPU, so that all devices have the same numbers
     embeddings = torch.randn(PROBE_TOKENS, len(decoder.norm.weight), generator=generator).to(device)
     positions = torch.randint(0, 50, (position_rows, 1, PROBE_TOKENS), generator=generator).to(device)
     positions = positions if position_rows > 1 else positions[0]
@@ -294,6 +301,13 @@ def _forward(own: Decoder) -> Callable[..., Any]:
     return forward
 
 
-def _exact(module: nn.Module) -> nn.Module:
-    """Return a copy in float32."""
-    return copy.deepcopy(module).float()
+def _random_copy(module: nn.Module) -> nn.Module:
+    """Return a copy in float32 with random weights: products of numbers around 1 are again around 1, factors are around 1."""
+    copied = copy.deepcopy(module).float()
+    for parameter in copied.parameters():
+        generator = torch.Generator(parameter.device).manual_seed(parameter.numel())
+        if parameter.ndim > 1:
+            parameter.uniform_(-2.0, 2.0, generator=generator).div_(parameter.shape[1] ** 0.5)
+        else:
+            parameter.uniform_(0.5, 1.5, generator=generator)
+    return copied
