@@ -130,24 +130,28 @@ def matmul_joined(x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor, 
 def matmul_silu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return silu(x @ weight.T + bias), see `matmul_transposed`."""
     operand = _onednn_operand(x, weight)
-    if operand is None:
-        return F.silu(F.linear(x, weight, bias), inplace=True)
+    # with many rows, oneDNN's product takes longer with another operation than both one after the
+    # other
+    if operand is None or len(x) >= MIN_ROWS:
+        return F.silu(matmul_transposed(x, weight, bias), inplace=True)
     return onednn(x, operand, bias, then="swish")
 
 
 def matmul_times(x: Tensor, weight: Tensor, bias: Tensor | None, factor: Tensor) -> Tensor:
     """Return (x @ weight.T + bias) * factor, see `matmul_transposed`; `factor` [M, N] may be overwritten with it."""
     operand = _onednn_operand(x, weight)
-    if operand is None:
-        return factor.mul_(F.linear(x, weight, bias))
+    if operand is None or len(x) >= MIN_ROWS:
+        return factor.mul_(matmul_transposed(x, weight, bias))
     return onednn_with(x, operand, bias, factor, "mul")
 
 
 def matmul_plus(x: Tensor, weight: Tensor, bias: Tensor | None, term: Tensor) -> Tensor:
     """Return x @ weight.T + bias + term, see `matmul_transposed`; `term` [M, N] may be overwritten with it."""
     operand = _onednn_operand(x, weight)
-    if operand is None:
-        return term.addmm_(x, weight.T) if bias is None else term.add_(F.linear(x, weight, bias))
+    if operand is None and bias is None:
+        return term.addmm_(x, weight.T)
+    if operand is None or len(x) >= MIN_ROWS:
+        return term.add_(matmul_transposed(x, weight, bias))
     return onednn_with(x, operand, bias, term, "add")
 
 
