@@ -295,8 +295,8 @@ def _forward(own: Decoder) -> Callable[..., Any]:
         embeddings, layout = named.get("inputs_embeds"), named.get("layout")
         if not torch.is_inference_mode_enabled() or embeddings is None or layout is None:
             return type(decoder).forward(decoder, *arguments, **named)
-        states = own(embeddings[0], named["position_ids"], layout)
-        return BaseModelOutputWithPast(last_hidden_state=states.unsqueeze(0))
+        states: Any = own(embeddings[0], named["position_ids"], layout)  # Any: transformers' types want a FloatTensor
+        return BaseModelOutputWithPast(last_hidden_state=states[None])
 
     return forward
 
