@@ -248,24 +248,33 @@ def decode_attention(
         [R, H, D].
     """
     rows, heads, width = query.shape
-    kv_heads, prefix_length, suffix_length = prefix_key.shape[1], prefix_key.shape[2], suffix_key.shape[2]
-    groups = len(prefix_key)
-    repeats = heads // kv_heads
-    query = query.reshape(rows, kv_heads, repeats, width)
+    groups, kv_heads, prefix_length = prefix_key.shape[:3]
+    split = (kv_heads, heads // kv_heads)
+    query = query.reshape(rows, *split, width)
     # [B * H_kv, M * repeats, D] against [B * H_kv, D, P]: the M rows of a group share one matrix
-    # product
-    grouped = table.to_groups(query).transpose(1, 2).reshape(groups * kv_heads, -1, width)
+    # product, and scores stay in this order, since there are more of the prefix than of the suffix
+    grouped = _by_head(table.to_groups(query))
     prefix_scores = _scores(grouped, prefix_key.flatten(0, 1), scale, prefix_mask)
-    prefix_scores = prefix_scores.view(groups, kv_heads, -1, repeats, prefix_length).transpose(1, 2)
     suffix_scores = _scores(query.flatten(0, 1), suffix_key.flatten(0, 1), scale, suffix_mask)
-    suffix_scores = suffix_scores.view(rows, kv_heads, repeats, suffix_length)
-    weights = torch.cat([table.to_rows(prefix_scores), suffix_scores], dim=-1).softmax(dim=-1, dtype=torch.float32)
-    prefix_weights, suffix_weights = weights.to(query.dtype).split([prefix_length, suffix_length], dim=-1)
-    grouped_weights = table.to_groups(prefix_weights).transpose(1, 2).reshape(groups * kv_heads, -1, prefix_length)
-    prefix_output = torch.bmm(grouped_weights, prefix_value.flatten(0, 1))
-    prefix_output = table.to_rows(prefix_output.view(groups, kv_heads, -1, repeats, width).transpose(1, 2))
-    suffix_output = torch.bmm(suffix_weights.flatten(0, 1), suffix_value.flatten(0, 1))
-    return (suffix_output.view(rows, kv_heads, repeats, width) + prefix_output).reshape(rows, heads, width)
+    suffix_scores = _by_head(table.to_groups(suffix_scores.view(rows, *split, -1)))
+    weights = torch.cat([prefix_scores, suffix_scores], dim=-1).softmax(dim=-1).to(query.dtype)
+    prefix_weights, suffix_weights = weights.split([prefix_length, suffix_key.shape[2]], dim=-1)
+    prefix_output = torch.bmm(prefix_weights, prefix_value.flatten(0, 1))
+    suffix_weights = table.to_rows(_by_member(suffix_weights, groups, split))
+    suffix_output = torch.bmm(suffix_weights.reshape(rows * kv_heads, split[1], -1), suffix_value.flatten(0, 1))
+    output = suffix_output.view(rows, *split, width) + table.to_rows(_by_member(prefix_output, groups, split))
+    return output.view(rows, heads, width)
+
+
+def _by_head(grouped: Tensor) -> Tensor:
+    """Rearrange [B, M, H_kv, repeats, W] to [B * H_kv, M * repeats, W]."""
+    groups, _, kv_heads, _, width = grouped.shape
+    return grouped.transpose(1, 2).reshape(groups * kv_heads, -1, width)
+
+
+def _by_member(by_head: Tensor, groups: int, split: tuple[int, int]) -> Tensor:
+    """Rearrange [B * H_kv, M * repeats, W] to [B, M, H_kv, repeats, W], where `split` is (H_kv, repeats)."""
+    return by_head.view(groups, split[0], -1, split[1], by_head.shape[-1]).transpose(1, 2)
 
 
 def _scores(query: Tensor, key: Tensor, scale: float, mask: Tensor | None) -> Tensor:
@@ -275,7 +284,8 @@ def _scores(query: Tensor, key: Tensor, scale: float, mask: Tensor | None) -> Te
     """
     if query.dtype not in HALF:
         if mask is None:
-            return torch.bmm(query, key.transpose(1, 2)).mul_(scale)
+            scores = torch.bmm(query, key.transpose(1, 2))
+            return scores if scale == 1 else scores.mul_(scale)
         return torch.baddbmm(mask, query, key.transpose(1, 2), alpha=scale)
     if query.device.type == "cpu":
         scores = torch.bmm(query.float(), key.transpose(1, 2).float())

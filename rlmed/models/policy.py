@@ -30,6 +30,7 @@ from rlmed.models.attention import ATTENTION_NAME, AttentionLayout, PackedLayout
 from rlmed.models.cpu.fused import use_fused_layers
 from rlmed.models.cpu.linear import use_fast_linears
 from rlmed.models.cpu.products import settle_products
+from rlmed.models.decoder import Decoder, accept_decoder
 from rlmed.models.families import family_of, unsampleable_token_ids
 from rlmed.models.folder.contents import CONFIG_FILE, check_folder
 from rlmed.models.folder.end_tokens import find_end_tokens
@@ -53,10 +54,11 @@ class Policy:
         >>> hidden = policy.hidden(token_ids, positions, layout, image_inputs)     # doctest: +SKIP
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        """Wrap a model loaded with shared-prefix attention (see `load_policy`)."""
+    def __init__(self, model: PreTrainedModel, decoder: Decoder | None = None) -> None:
+        """Wrap a model loaded with shared-prefix attention (see `load_policy`), and its decoder for sampling if it has one."""
         # no supported family has dropout; eval also keeps transformers from warning
         self.model: PreTrainedModel = model.eval()
+        self.decoder = decoder
         self.family = family_of(model.config)
         projection = model.get_output_embeddings()
         if not isinstance(projection, nn.Linear) or projection.bias is not None:
@@ -121,7 +123,7 @@ class Policy:
         layout: AttentionLayout,
         image_inputs: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """Compute the final hidden states of a packed row.
+        """Compute the final hidden states of a packed row; in inference mode by `decoder`, which agrees to rounding.
 
         Args:
             token_ids: int64 [N].
@@ -134,6 +136,8 @@ class Policy:
         """
         # M-RoPE models take [3, batch, N], text models [batch, N]
         position_ids = positions.unsqueeze(1) if self.family.vision else positions
+        if self.decoder is not None and not image_inputs and torch.is_inference_mode_enabled():
+            return self.decoder(self.decoder.embeddings(token_ids), position_ids, layout)
         output = self.model.base_model(
             input_ids=token_ids.unsqueeze(0),
             position_ids=position_ids,
@@ -229,7 +233,7 @@ def load_policy(
     use_linear_patches(model)
     model.to(device)
     use_varlen_vision(model)
-    return Policy(model)
+    return Policy(model, accept_decoder(model, position_rows=3 if family.vision else 1))
 
 
 def _check_loaded(folder: Path, found: Mapping[str, Collection[Any]], *, tied: bool) -> None:

@@ -1,7 +1,7 @@
 """Native rollout engine: one prefill per prompt, grouped decode, continuous batching, groups returned as they finish.
 
-It runs the learner's own modules through shared-prefix attention, so it needs no model code of its own, and its
-log-probabilities agree with the learner's to rounding.
+It computes with the learner's own parameters through shared-prefix attention, so its log-probabilities agree with the
+learner's to rounding; which modules compute, `Policy.hidden` decides.
 """
 
 from __future__ import annotations

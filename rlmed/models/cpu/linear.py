@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from rlmed.models.cpu.products import MIN_ROWS, onednn, pack, uses_onednn
+from rlmed.models.cpu.products import MIN_ROWS, onednn, onednn_with, pack, uses_onednn
 
 
 @dataclass(slots=True)
@@ -45,7 +46,7 @@ class PackedWeights:
 
     def __init__(self) -> None:
         """Start empty."""
-        self._packs: dict[int, tuple[Tensor, tuple[int, int, int], Tensor]] = {}
+        self._packs: dict[tuple[int, ...], tuple[tuple[Tensor, ...], tuple[tuple[int, int, int], ...], Tensor]] = {}
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -68,13 +69,25 @@ class PackedWeights:
 
     def of(self, weight: Tensor) -> Tensor:
         """Return the packed weight, or the weight itself if a change of it would go unnoticed."""
-        if type(weight) is not nn.Parameter or weight.is_inference():
-            return weight
-        state = (weight.data_ptr(), weight._version, _steps.taken)
-        found = self._packs.get(id(weight))
-        if found is None or found[0] is not weight or found[1] != state:
-            found = self._packs[id(weight)] = (weight, state, pack(weight.detach()))
-        return found[2]
+        packed = self.joined(weight)
+        return weight if packed is None else packed
+
+    def joined(self, *parameters: Tensor) -> Tensor | None:
+        """Return the weights [N_i, K] packed as one [sum of N_i, K], or the biases [N_i] joined.
+
+        None if a change of one would go unnoticed.
+        """
+        if any(type(one) is not nn.Parameter or one.is_inference() for one in parameters):
+            return None
+        key = tuple(map(id, parameters))
+        states = tuple((one.data_ptr(), one._version, _steps.taken) for one in parameters)
+        found = self._packs.get(key)
+        if found is not None and found[1] == states and all(map(operator.is_, found[0], parameters)):
+            return found[2]
+        joined = torch.cat([one.detach() for one in parameters]) if len(parameters) > 1 else parameters[0].detach()
+        joined = pack(joined) if joined.ndim > 1 else joined
+        self._packs[key] = (parameters, states, joined)
+        return joined
 
 
 _active: ContextVar[PackedWeights | None] = ContextVar("packed weights", default=None)
@@ -84,16 +97,62 @@ def _plain(tensor: Tensor) -> bool:
     return tensor.dtype == torch.float32 and tensor.device.type == "cpu"
 
 
+def _onednn_operand(x: Tensor, weight: Tensor) -> Tensor | None:
+    """Return the weight as oneDNN is to take it for x [M, K], packed or as it is; None: torch's product."""
+    if not _plain(x) or not _plain(weight) or not x.numel():
+        return None
+    few = len(x) < MIN_ROWS
+    if few and (packs := _active.get()) is not None:
+        packed = packs.of(weight)
+        if packed.is_mkldnn:
+            return packed
+    return weight if uses_onednn("few_rows" if few else "many_rows") else None
+
+
 def matmul_transposed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x @ weight.T + bias for x [M, K], weight [N, K] and bias [N]; not differentiable, any strides."""
-    few = len(x) < MIN_ROWS
-    if few and x.numel() and (packs := _active.get()) is not None and _plain(x) and _plain(weight):
-        weight = packs.of(weight)
-        if weight.is_mkldnn:
-            return onednn(x, weight, bias)
-    if uses_onednn("few_rows" if few else "many_rows") and _plain(x) and _plain(weight) and x.numel():
-        return onednn(x, weight, bias)
-    return F.linear(x, weight, bias)
+    operand = _onednn_operand(x, weight)
+    return F.linear(x, weight, bias) if operand is None else onednn(x, operand, bias)
+
+
+def matmul_joined(x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor, ...]) -> Tensor | None:
+    """Return x @ weight.T + bias of several layers as one product [M, sum of N_i]; None if it needs copies nobody keeps.
+
+    `biases` may be empty. Not differentiable.
+    """
+    packs = _active.get()
+    if packs is None or len(x) >= MIN_ROWS or not _plain(x) or not all(map(_plain, weights)):
+        return None
+    weight, bias = packs.joined(*weights), packs.joined(*biases) if biases else None
+    return None if weight is None or (biases and bias is None) else onednn(x, weight, bias)
+
+
+def matmul_silu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return silu(x @ weight.T + bias), see `matmul_transposed`."""
+    operand = _onednn_operand(x, weight)
+    # with many rows, oneDNN's product takes longer with another operation than both one after the
+    # other
+    if operand is None or len(x) >= MIN_ROWS:
+        return F.silu(matmul_transposed(x, weight, bias), inplace=True)
+    return onednn(x, operand, bias, then="swish")
+
+
+def matmul_times(x: Tensor, weight: Tensor, bias: Tensor | None, factor: Tensor) -> Tensor:
+    """Return (x @ weight.T + bias) * factor, see `matmul_transposed`; `factor` [M, N] may be overwritten with it."""
+    operand = _onednn_operand(x, weight)
+    if operand is None or len(x) >= MIN_ROWS:
+        return factor.mul_(matmul_transposed(x, weight, bias))
+    return onednn_with(x, operand, bias, factor, "mul")
+
+
+def matmul_plus(x: Tensor, weight: Tensor, bias: Tensor | None, term: Tensor) -> Tensor:
+    """Return x @ weight.T + bias + term, see `matmul_transposed`; `term` [M, N] may be overwritten with it."""
+    operand = _onednn_operand(x, weight)
+    if operand is None and bias is None:
+        return term.addmm_(x, weight.T)
+    if operand is None or len(x) >= MIN_ROWS:
+        return term.add_(matmul_transposed(x, weight, bias))
+    return onednn_with(x, operand, bias, term, "add")
 
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:

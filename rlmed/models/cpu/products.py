@@ -64,14 +64,29 @@ def has_onednn() -> bool:
         return False
     x, weight = torch.ones(2, 16), torch.ones(32, 16)  # sums of ones are exact
     try:
-        return all(torch.equal(onednn(x, one), x @ weight.T) for one in (weight, pack(weight)))
+        product = x @ weight.T
+        return all(
+            torch.equal(onednn(x, one), product)
+            and torch.equal(onednn_with(x, one, None, product, "add"), product + product)
+            and torch.equal(onednn_with(x, one, None, product, "mul"), product * product)
+            for one in (weight, pack(weight))
+        )
     except RuntimeError:
         return False
 
 
-def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x @ weight.T + bias by oneDNN for float32 x [M, K], weight [N, K] and bias [N]; any strides."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None, then: str = "none") -> Tensor:
+    """Return x @ weight.T + bias by oneDNN for float32 x [M, K], weight [N, K] and bias [N]; any strides.
+
+    `then` names a function of each number: "swish" is x * sigmoid(x).
+    """
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, then, [], "")
+    return product
+
+
+def onednn_with(x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor, how: str) -> Tensor:
+    """Return the product of `onednn` plus ("add") or times ("mul") `other` [M, N]."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, bias, how)
     return product
 
 
