@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -198,6 +199,8 @@ def _build_ray(
         engines = engines_that_pack(config.cluster, max_staleness=config.algo.max_staleness)
         model = dataclasses.replace(config.model, device="cpu")
         on_cpus = dataclasses.replace(config, model=settle_model(model, engines=engines, resumed=resumed))
+    for line in idle_processes(config):
+        log.warning("%s", line)
     with ExitStack() as resources:  # released on failure, else handed to the cluster
         resources.callback(start_ray(config.cluster))
         cuda = on_gpus(config.model.device)
@@ -230,6 +233,31 @@ def _build_ray(
             pool = ReplayPool(Path(config.debug.recorded), pool)
         learner = learner or start_learner()
         return _cluster(config.model, resources.pop_all(), pool, learner, workers.channel())
+
+
+def idle_processes(config: RunConfig) -> list[str]:
+    """Say which rollout workers or learner ranks can have no work in a training step, and what to set.
+
+    A group is sampled by one worker; ranks share a step's completions.
+    """
+    algo, cluster = config.algo, config.cluster
+    groups, said = algo.groups_per_step * (1 + algo.max_staleness), []
+    if (idle := cluster.rollout_workers - groups) > 0:
+        said.append(
+            f"cluster.rollout_workers={cluster.rollout_workers} exceeds the {groups} groups sampled at a time "
+            f"(algo.groups_per_step={algo.groups_per_step}, algo.max_staleness={algo.max_staleness}), so {idle} will be "
+            f"idle in training: set cluster.rollout_workers={groups} or less, or algo.groups_per_step="
+            f"{math.ceil(cluster.rollout_workers / (1 + algo.max_staleness))}"
+        )
+    completions = algo.groups_per_step * algo.group_size // config.learner.mini_batches
+    if config.debug.learn and (idle := cluster.learner_ranks - completions) > 0:
+        said.append(
+            f"cluster.learner_ranks={cluster.learner_ranks} exceeds the {completions} completions of an update "
+            f"(algo.groups_per_step={algo.groups_per_step}, algo.group_size={algo.group_size}, "
+            f"learner.mini_batches={config.learner.mini_batches}), so {idle} will be idle: set "
+            f"cluster.learner_ranks={completions} or less"
+        )
+    return said
 
 
 def _start_workers(config: RunConfig, options: Sequence[dict[str, Any]]) -> WorkerPool:
