@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +46,7 @@ from rollout.pool.state import PoolSettings
 from rollout.pool.worker import Worker
 
 if TYPE_CHECKING:
-    from learner.actor import RayLearner
+    from learner.actor import LocalLearner, RayLearner
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def build_cluster(
     """
     resumed = folder if checkpoint else None
     if config.cluster.kind == "ray":
-        return _build_ray(config, resumed, checkpoint, on_bad_step)
+        return build_ray(config, resumed, checkpoint, on_bad_step)
     engines = engines_that_pack(config.cluster, max_staleness=config.algo.max_staleness)
     config = dataclasses.replace(config, model=settle_model(config.model, engines=engines, resumed=resumed))
     policy = build_policy(config.model, checkpoint or model_folder(config.model.path), threads=config.cluster.threads)
@@ -185,9 +185,17 @@ def _build_vllm(config: RunConfig) -> Engine:
     return VllmEngine(model_folder(config.model.path), settings)
 
 
-def _build_ray(
-    config: RunConfig, resumed: Path | None, checkpoint: Path | None, on_bad_step: OnSkippedUpdate
+def build_ray(
+    config: RunConfig,
+    resumed: Path | None,
+    checkpoint: Path | None,
+    on_bad_step: OnSkippedUpdate,
+    build: Callable[..., LocalLearner] = build_learner,
 ) -> Cluster:
+    """Build pool and learner in Ray actors; `resumed` is the run's folder if a run goes on in it.
+
+    Other arguments as in `build_cluster`; `build` builds one rank's learner.
+    """
     try:
         from rlmed.cluster.ray_session import on_gpus, place_actors, start_ray
     except ImportError as error:
@@ -216,7 +224,7 @@ def _build_ray(
         def start_learner() -> Learner:
             if not config.debug.learn:
                 return NoLearner()
-            learner = _start_learner(config, checkpoint, on_bad_step, rank_options)
+            learner = _start_learner(config, checkpoint, on_bad_step, rank_options, build)
             resources.callback(learner.close)
             return learner
 
@@ -308,7 +316,11 @@ def engines_sleep(config: RunConfig, *, cuda: bool) -> bool:
 
 
 def _start_learner(
-    config: RunConfig, checkpoint: Path | None, on_bad_step: OnSkippedUpdate, options: Sequence[dict[str, Any]]
+    config: RunConfig,
+    checkpoint: Path | None,
+    on_bad_step: OnSkippedUpdate,
+    options: Sequence[dict[str, Any]],
+    build: Callable[..., LocalLearner],
 ) -> RayLearner:
     from learner.actor import RayLearner
     from rlmed.cluster.ray_session import on_gpus
@@ -321,7 +333,7 @@ def _start_learner(
     )
     direct = cuda and config.rollout.engine == "vllm" and cluster.weight_transfer != "object_store"
     return RayLearner(
-        functools.partial(build_learner, rank_config, checkpoint=checkpoint and checkpoint.absolute()),
+        functools.partial(build, rank_config, checkpoint=checkpoint and checkpoint.absolute()),
         on_bad_step=on_bad_step,
         step_s=cluster.learner_timeout_s,
         device="cuda" if cuda else "cpu",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from learner.learner import PolicyLearner
+from learner.supervised import SupervisedLearner
 from rlmed.cluster.memory import keep_freed_memory
 from rlmed.core.config.running import ClusterConfig, RolloutConfig
 from rlmed.core.config.schema import DataConfig, ModelConfig, PromptConfig
@@ -178,8 +179,8 @@ def memory_share(rollout: RolloutConfig, cluster: ClusterConfig) -> float:
     return MEMORY_SHARE * whole
 
 
-def build_sender(learner: PolicyLearner, *, limit_s: float) -> WeightSender:
-    """Build the GPU-to-GPU weight sender, rank 0 to vLLM engines; `limit_s` bounds each call."""
+def build_sender(learner: PolicyLearner | SupervisedLearner, *, limit_s: float) -> WeightSender:
+    """Build the sender of weights from learner rank 0 to vLLM engines, GPU to GPU; `limit_s` bounds each call."""
     from rollout.vllm_backend.environment import import_vllm
 
     import_vllm()  # prepares the process, before the next import

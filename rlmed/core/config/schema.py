@@ -288,7 +288,7 @@ class RunConfig:
         require(0 <= self.seed <= MAX_SEED, f"seed={self.seed} must be between 0 and {MAX_SEED}")
         require(
             self.rollout.engine != "vllm" or self.cluster.kind == "ray",
-            f"rollout.engine={self.rollout.engine} runs in its own worker process: use rlmed.launch with cluster=ray",
+            f"rollout.engine={self.rollout.engine} runs in its own worker process: use cluster=ray",
         )
         require(
             self.cluster.kind == "local" or ":" not in self.model.device,

@@ -88,7 +88,7 @@ def test_on_one_gpu_learner_and_engine_do_not_allocate_at_the_same_time(
     monkeypatch.setattr(ray_session, "place_actors", lambda *_, **__: ([{}], [{}]))
     monkeypatch.setattr(cluster, "_start_workers", Workers)
     monkeypatch.setattr(cluster, "_start_learner", learner)
-    built = cluster._build_ray(make_config(f"cluster={preset}", "rollout=vllm"), None, None, lambda *_: None)
+    built = cluster.build_ray(make_config(f"cluster={preset}", "rollout=vllm"), None, None, lambda *_: None)
     assert events == expected
     events.clear()
     built.close()
