@@ -134,7 +134,8 @@ def _train(
     )
     done = _restore(checkpoint, config, folder, data, parts, recorder)
     if checkpoint:
-        progress.message(f"resuming after step {done} of {batches.steps} from {checkpoint}")
+        evaluates = bool(data.evals) and config.eval.at_end
+        progress.resuming(done, batches.steps, checkpoint, evaluates=evaluates)
     write_inputs(
         folder, to_yaml(config), parts.model, data.files, data.leakage, toy=is_toy(model_folder(config.model.path))
     )

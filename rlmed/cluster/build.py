@@ -331,7 +331,11 @@ def _start_learner(
         cuda or cluster.weight_transfer in ("auto", "object_store"),
         f"cluster.weight_transfer={cluster.weight_transfer} needs GPUs, and none were found: use auto",
     )
-    direct = cuda and config.rollout.engine == "vllm" and cluster.weight_transfer != "object_store"
+    # on a GPU that they share, vLLM alone takes weights without a copy
+    takes = config.rollout.engine == "vllm" or (config.rollout.engine == "native" and not shares_gpus(cluster))
+    direct = cuda and takes and cluster.weight_transfer != "object_store"
+    # connecting plus sending must stay within the pool's push timeout
+    send = functools.partial(build_sender, engine=config.rollout.engine, limit_s=cluster.push_timeout_s / 2)
     return RayLearner(
         functools.partial(build, rank_config, checkpoint=checkpoint and checkpoint.absolute()),
         on_bad_step=on_bad_step,
@@ -339,8 +343,7 @@ def _start_learner(
         device="cuda" if cuda else "cpu",
         options=options,
         weight_transfer=cluster.weight_transfer,
-        # connecting plus sending must stay within the pool's push timeout
-        make_sender=functools.partial(build_sender, limit_s=cluster.push_timeout_s / 2) if direct else None,
+        make_sender=send if direct else None,
         shares_gpu=shares_gpus(config.cluster),
     )
 

@@ -296,7 +296,7 @@ class RunConfig:
             "use model.device=cuda, and CUDA_VISIBLE_DEVICES to hide GPUs from Ray",
         )
         require(
-            self.rollout.engine == "vllm" or self.cluster.weight_transfer in ("auto", "object_store"),
+            self.rollout.engine == "vllm" or self.cluster.weight_transfer != "ipc",
             f"cluster.weight_transfer={self.cluster.weight_transfer} works with vLLM only: use rollout=vllm, or auto",
         )
         require(
