@@ -120,8 +120,8 @@ def _train(
     renderer: PromptRenderer,
 ) -> None:
     """Train with evaluations before and after."""
-    learner = parts.learner
-    recorder, tracer, progress = RunRecorder(folder), Tracer(folder / "timeline.jsonl"), Progress()
+    learner, recorder = parts.learner, RunRecorder(folder)
+    tracer, progress = Tracer(folder / "timeline.jsonl"), Progress()
     evaluator = Evaluator.of_run(
         config.eval,
         folder,
@@ -133,12 +133,11 @@ def _train(
         on_progress=progress.answers,
     )
     done = _restore(checkpoint, config, folder, data, parts, recorder)
+    evaluates = bool(data.evals) and config.eval.at_end
     if checkpoint:
-        evaluates = bool(data.evals) and config.eval.at_end
         progress.resuming(done, batches.steps, checkpoint, evaluates=evaluates)
-    write_inputs(
-        folder, to_yaml(config), parts.model, data.files, data.leakage, toy=is_toy(model_folder(config.model.path))
-    )
+    toy = is_toy(model_folder(config.model.path))
+    write_inputs(folder, to_yaml(config), parts.model, data.files, data.leakage, toy=toy)
 
     def measure(step: int) -> None:
         with tracer.span("evaluate", step=step):
@@ -166,7 +165,7 @@ def _train(
             if (config.checkpoint.every and step % config.checkpoint.every == 0) or step == batches.steps:
                 state = {"step": step, "offsets": recorder.offsets()}
                 save_checkpoint(folder / "checkpoints", step, state, write_model, keep_last=config.checkpoint.keep_last)
-        if data.evals and config.eval.at_end:
+        if evaluates:
             measure(batches.steps)
     recorder.close()
     tracer.close()
