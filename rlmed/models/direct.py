@@ -127,7 +127,8 @@ class DirectSender:
 
         self._thread = threading.Thread(target=run, name="weight transfer", daemon=True)
         self._thread.start()
-        ended, _ = wait([own, *calls], self._limit_s, return_when=FIRST_EXCEPTION)
+        # shorter than the group's own limit, to name a silent engine first
+        ended, _ = wait([own, *calls], 0.9 * self._limit_s, return_when=FIRST_EXCEPTION)
         for engine, each in zip(engines, calls, strict=True):  # an engine's error explains rank 0's
             if each in ended and (cause := each.exception()) is not None:
                 raise RuntimeError(f"{engine.name} could not {action}: {last_line(cause)}") from cause
