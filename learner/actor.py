@@ -21,15 +21,18 @@ import torch
 from learner.distributed import Parallelism, SingleProcess, free_init_method, init_distributed
 from learner.learner import OnSkippedUpdate, PolicyLearner
 from learner.likelihood import ScoringRequest
+from learner.supervised import SupervisedLearner
 from learner.weight_push import DirectPush
 from rlmed.core.protocols import ClusterError, RolloutPool
-from rlmed.core.types import FloatArray, TrainGroup
+from rlmed.core.types import FloatArray
 from rlmed.core.weights import EngineHandle, StoredWeights, WeightSender, WeightUpdate
 from rlmed.models.weights import gpu_name, make_buckets
 
-Build = Callable[[OnSkippedUpdate, Parallelism], PolicyLearner]
-"""Builds a rank's learner from a callback for skipped batches and the parallelism of its ranks."""
-MakeSender = Callable[[PolicyLearner], WeightSender]
+LocalLearner = PolicyLearner | SupervisedLearner
+"""What learns in a rank's process: from groups, or from written completions."""
+Build = Callable[[OnSkippedUpdate, Parallelism], LocalLearner]
+"""Builds one rank's learner from a callback for skipped batches and the parallelism of its ranks."""
+MakeSender = Callable[[LocalLearner], WeightSender]
 """Builds the sender of rank 0's weights."""
 
 LOSS_KNOWN_S = 30.0
@@ -47,7 +50,7 @@ class LearnerActor:
     def __init__(self) -> None:
         """Start empty; `build` creates the learner."""
         self._skipped: list[str] = []
-        self._learner: PolicyLearner
+        self._learner: LocalLearner
         self._sender: WeightSender | None = None
         self._shares_gpu = False
 
@@ -75,15 +78,16 @@ class LearnerActor:
         self._learner = build(lambda _, reason: self._skipped.append(reason), parallelism)
         return self._learner.policy_version
 
-    def step(self, groups: Sequence[TrainGroup]) -> tuple[dict[str, float], int, list[str]]:
-        """Take a step; return metrics, new policy version, and the reasons for skipped updates."""
+    def step(self, batch: Sequence[Any]) -> tuple[dict[str, float], int, list[str]]:
+        """Take a step; return metrics, the new policy version, and the reasons for skipped updates."""
         self._skipped.clear()
-        metrics = self._learner.step(groups)
+        metrics = self._learner.step(batch)
         self._release_memory()
         return metrics, self._learner.policy_version, list(self._skipped)
 
     def logprobs(self, requests: Sequence[ScoringRequest]) -> list[list[FloatArray]]:
         """See `rlmed.core.protocols.Learner.logprobs`."""
+        assert not isinstance(self._learner, SupervisedLearner), "only a learner of groups scores completions"
         answers = self._learner.logprobs(requests)
         self._release_memory()
         return answers
@@ -186,11 +190,11 @@ class RayLearner:
         """See `rlmed.core.protocols.Learner.policy_version`."""
         return self._version
 
-    def step(self, groups: Sequence[TrainGroup]) -> dict[str, float]:
-        """See `rlmed.core.protocols.Learner.step`; groups are sent once, however many ranks."""
-        metrics, self._version, skipped = self._call("learn", "step", ray.put(list(groups)))[0]
+    def step(self, batch: Sequence[Any]) -> dict[str, float]:
+        """See `rlmed.core.protocols.Learner.step`; the batch is sent once, whatever the number of ranks."""
+        metrics, self._version, skipped = self._call("learn", "step", ray.put(list(batch)))[0]
         for reason in skipped:
-            self._on_bad_step(groups, reason)
+            self._on_bad_step(batch, reason)
         return dict(metrics)
 
     def logprobs(self, requests: Sequence[ScoringRequest]) -> list[list[FloatArray]]:

@@ -12,7 +12,7 @@ A collective is a call that all ranks must make, in the same order: a learner's 
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any, Protocol
@@ -178,6 +178,18 @@ class FSDP:
     def leave(self) -> None:
         """Destroy the process group; no collective works afterwards."""
         dist.destroy_process_group()
+
+
+def full_weights(policy: Policy, parallelism: Parallelism, *, on_device: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Yield names and full tensors of all parameters, as in the unsharded model.
+
+    Collective: all ranks must exhaust it, and only the first receives tensors. Gathered ones
+    are on the CPU, or with `on_device` on the policy's device.
+    """
+    for name, parameter in policy.model.named_parameters():
+        full = parallelism.gather_full(parameter.detach(), on_device=on_device)
+        if parallelism.first:
+            yield name, full
 
 
 def init_distributed(

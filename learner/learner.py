@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from learner.distributed import Parallelism, SingleProcess
+from learner.distributed import Parallelism, SingleProcess, full_weights
 from learner.likelihood import ScoringRequest, completion_logprobs
 from learner.losses import LossDenominators, count_denominators, policy_loss
 from learner.metrics import LossMetrics, mean_metric, merge_metrics
@@ -151,15 +151,8 @@ class PolicyLearner:
         pool.update_weights(self.policy_version)
 
     def full_weights(self, *, on_device: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """Yield names and full tensors of all parameters, as in the unsharded model.
-
-        Collective: all ranks must exhaust it, and only the first receives tensors. Gathered ones
-        are on the CPU, or with `on_device` on the policy's device.
-        """
-        for name, parameter in self.policy.model.named_parameters():
-            full = self._parallelism.gather_full(parameter.detach(), on_device=on_device)
-            if self._parallelism.first:
-                yield name, full
+        """See `learner.distributed.full_weights`."""
+        return full_weights(self.policy, self._parallelism, on_device=on_device)
 
     def save(self, folder: Path) -> None:
         """See `rlmed.core.protocols.Learner.save`; collective, with the first rank writing."""

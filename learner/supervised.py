@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
+from learner.distributed import Parallelism, SingleProcess, full_weights
+from learner.metrics import LossMetrics, mean_metric, merge_metrics
 from learner.optimizer import Optimizer
-from learner.packing import PackItem, TrainSequence, pack, packed_logprobs, split_by_tokens
+from learner.packing import PackItem, TrainSequence, pack
 from rlmed.core.config.schema import LearnerConfig
+from rlmed.core.protocols import RolloutPool
 from rlmed.core.types import Completion, IntArray, Prompt
 from rlmed.models.policy import Policy
 
@@ -36,42 +40,68 @@ class SupervisedLearner:
         1.31
     """
 
-    def __init__(self, policy: Policy, config: LearnerConfig, *, total_steps: int) -> None:
-        """Train `policy` in place, except for the parts in `learner.freeze`."""
-        self.policy, self._config = policy, config
+    def __init__(
+        self, policy: Policy, config: LearnerConfig, *, total_steps: int, parallelism: Parallelism | None = None
+    ) -> None:
+        """Train `policy` in place, except for the parts in `learner.freeze`.
+
+        `parallelism` as in `learner.learner.PolicyLearner`: every rank receives the same batches.
+        """
+        self.policy, self._config, self._parallelism = policy, config, parallelism or SingleProcess()
         policy.freeze(config.freeze)
         if config.gradient_checkpointing:
             policy.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.optimizer = Optimizer(policy.model.named_parameters(), config, total_steps)
+        self._scorer = self._parallelism.scorer(policy)
+        self.optimizer = Optimizer(policy.model.named_parameters(), config, total_steps, self._parallelism)
+
+    @property
+    def policy_version(self) -> int:
+        """Number of optimizer steps behind the current weights."""
+        return self.optimizer.steps_taken
 
     def step(self, items: Sequence[PackItem]) -> dict[str, float]:
         """Take one optimizer step on a batch and return its metrics."""
         tokens = sum(len(entry.completion.token_ids) for item in items for entry in item.sequences)
-        total, above_half, lr = 0.0, 0.0, self.optimizer.lr
+        images = any(item.prompt.image_inputs for item in items)
+        total, lr, parts = 0.0, self.optimizer.lr, list[LossMetrics]()
         self.policy.model.train(self._config.gradient_checkpointing)
-        for part in split_by_tokens(items, self._config.token_budget):
-            logprobs, _ = packed_logprobs(self.policy, pack(part, self.policy), temperature=1.0)
-            loss = -logprobs.sum() / tokens
+        for part in self._parallelism.micro_batches(items, self._config.token_budget):
+            batch = pack(part, self.policy)
+            logprobs, _ = self._scorer.logprobs(batch, 1.0, images=images)
+            written = logprobs[batch.loss_mask]  # a rank's filler is not trained on
+            loss = -written.sum() / tokens
             loss.backward()
             self.optimizer.accumulate()
             total += float(loss.detach())
-            above_half += float((logprobs.detach() > math.log(0.5)).sum())
+            parts.append({"tokens_above_half": mean_metric((written > math.log(0.5)).float())})
+        total, merged = self._parallelism.merge(total, merge_metrics(parts))
         self.policy.model.eval()
         norm = self.optimizer.step() if math.isfinite(total) else math.nan
         if not math.isfinite(norm):
             self.optimizer.skip()
         return {
             "loss": total,
-            "tokens_above_half": above_half / tokens,
+            "tokens_above_half": merged["tokens_above_half"].value(),
             "grad_norm": norm,
             "lr": lr,
             "tokens": float(tokens),
             "skipped_steps": float(self.optimizer.skipped_steps),
         }
 
+    def push_weights(self, pool: RolloutPool) -> None:
+        """Push the new version; the pool's engine shares the parameters."""
+        pool.update_weights(self.policy_version)
+
+    def full_weights(self, *, on_device: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """See `learner.distributed.full_weights`."""
+        return full_weights(self.policy, self._parallelism, on_device=on_device)
+
     def save(self, folder: Path) -> None:
-        """Save the model as a Hugging Face folder with the optimizer's state in it."""
-        self.policy.model.save_pretrained(folder)
+        """Save the model as a Hugging Face folder with the optimizer's state in it; collective."""
+        weights = dict(self.full_weights())
+        if self._parallelism.first:
+            self.policy.model.save_pretrained(folder, state_dict=weights)
+        del weights
         self.optimizer.save(folder)
 
     def load(self, folder: Path) -> None:

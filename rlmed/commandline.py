@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -28,7 +29,7 @@ from rlmed.core.config.composing import plain_config
 from rlmed.core.config.overrides import CONFIG_GROUPS, expand, explain, quoted
 from rlmed.core.config.rules import TRAINING
 from rlmed.core.config.schema import RunConfig
-from rlmed.core.config.use import check_used
+from rlmed.core.config.use import check_used, schema_keys
 from rlmed.core.files.atomic import refusal
 from rlmed.core.files.exclusive import hold
 from rlmed.core.files.ownership import remove_leftovers
@@ -121,7 +122,11 @@ def run_command(program: str, main: Callable[[RunConfig, Path], None]) -> None:
                     f"{str(folder)!r}: no checkpoint can be written there, since the name cannot be decoded in this "
                     f"terminal's locale: set LC_ALL=C.UTF-8, or choose another with {FOLDER_KEY}FOLDER"
                 )
-            with hold(folder, advice=f"wait until it has ended, or choose another folder with {FOLDER_KEY}FOLDER"):
+            new = not any(folder.iterdir())
+            with (
+                _removing(folder if new else None),
+                hold(folder, advice=f"wait until it has ended, or choose another folder with {FOLDER_KEY}FOLDER"),
+            ):
                 for path in (folder, folder / "checkpoints", folder / "evaluations"):
                     if path.exists():
                         check_writable(path)
@@ -186,6 +191,7 @@ def _parse_flags(arguments: Sequence[str]) -> argparse.Namespace:
         ValueError: for an unknown or unsupported flag.
     """
     parser = get_args_parser()
+    _check_spelling(arguments)
 
     def refuse(message: str) -> NoReturn:
         raise ValueError(f"{message}: --hydra-help lists the flags; settings are written key=value")
@@ -202,6 +208,38 @@ def _parse_flags(arguments: Sequence[str]) -> argparse.Namespace:
             shown += [f"--{flag}", vars(flags)[flag]]
     flags.shown = [*shown, *(["--resolve"] if flags.resolve else [])]
     return flags
+
+
+def _check_spelling(arguments: Sequence[str]) -> None:
+    """Check for settings written as flags (`--steps 2`, `--steps=2`) or with spaces around = (`steps = 2`).
+
+    Raises:
+        ValueError: with the spelling that was meant.
+    """
+    known = set(schema_keys()) | set(CONFIG_GROUPS)
+    for index, entry in enumerate(arguments):
+        name, equals, value = entry.removeprefix("--").partition("=")
+        following = arguments[index + 1 : index + 3]
+        if entry.startswith("--") and name in known:
+            meant = value if equals else following[0] if following else "VALUE"
+            raise ValueError(f"{entry}: settings are written key=value: did you mean {name}={meant}?")
+        if name in known and (following[:1] == ["="] or (equals and not value and index + 1 < len(arguments))):
+            meant = following[-1] if following[:1] == ["="] and len(following) > 1 else following[0]
+            said = " ".join([entry, *following[: 2 if following[:1] == ["="] else 1]])
+            raise ValueError(f"{said}: no spaces around =: did you mean {name}={meant}?")
+        if name in known and not equals and following and following[0].startswith("="):
+            raise ValueError(f"{entry} {following[0]}: no spaces around =: did you mean {name}{following[0]}?")
+
+
+@contextmanager
+def _removing(new: Path | None) -> Iterator[None]:
+    """Remove a new run folder if the command fails and it holds nothing but Hydra's record of the settings and its log."""
+    try:
+        yield
+    except BaseException:
+        if new is not None and all(entry.name == ".hydra" or entry.suffix == ".log" for entry in new.iterdir()):
+            shutil.rmtree(new, ignore_errors=True)
+        raise
 
 
 def _check_folder_key(overrides: Sequence[str], *, sweeps: bool) -> None:

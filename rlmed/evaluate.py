@@ -13,11 +13,13 @@ from rlmed.core.process.starting import start_command
 if __name__ == "__main__":
     start_command()  # before torch is imported
 
+import dataclasses
 from pathlib import Path
 
 from rich.table import Table
 
-from rlmed.cluster.engines import build_local_pool, build_policy, make_renderer, settle_model
+from rlmed.cluster.commands import Sampling, build_sampling
+from rlmed.cluster.engines import make_renderer
 from rlmed.commandline import run_command
 from rlmed.core.config.composing import to_yaml
 from rlmed.core.config.schema import RunConfig
@@ -25,7 +27,6 @@ from rlmed.data.loading import load_run_data
 from rlmed.evaluation.results import ROWS_FILE, check_comparable
 from rlmed.evaluation.run import Evaluator
 from rlmed.models.loading import check_positions, model_folder
-from rlmed.models.policy import Policy
 from rlmed.models.tiny.toy import is_toy, toy_note
 from rlmed.recording.checkpoint import starting_point
 from rlmed.recording.inputs import write_inputs
@@ -36,14 +37,15 @@ from rlmed.report.terminal import show_results
 def main(config: RunConfig, folder: Path) -> None:
     """Evaluate `config.model` on `config.data.eval`."""
     progress = Progress()
-    evaluator, _ = open_evaluation(config, folder, progress)
-    with progress:
+    evaluator, sampling = open_evaluation(config, folder, progress)
+    with sampling.resources, progress:
         evaluator.evaluate(step=0, controls=config.eval.controls)
     show_evaluation(config, folder)
 
 
-def open_evaluation(config: RunConfig, folder: Path, progress: Progress) -> tuple[Evaluator, Policy]:
-    """Load model and data, write the run's first files, and return what evaluates, with its policy.
+def open_evaluation(config: RunConfig, folder: Path, progress: Progress) -> tuple[Evaluator, Sampling]:
+    """Load model and data, write the run's first files, and return what evaluates, and what it samples
+    from.
 
     Raises:
         ValueError: for unusable data or model, a folder that holds a training run, or another
@@ -58,20 +60,22 @@ def open_evaluation(config: RunConfig, folder: Path, progress: Progress) -> tupl
     data = load_run_data(config.data, config.prompt, renderer, training=False)
     if before:
         check_comparable(before, {file.name: file.examples for file in data.eval_files(config.eval.limit)})
-    model = settle_model(config.model, engines=1)
-    policy = build_policy(model, model_folder(model.path), threads=config.cluster.threads)
-    write_inputs(folder, to_yaml(config), model, data.files, data.leakage, toy=is_toy(model_folder(model.path)))
-    pool = build_local_pool(config.rollout, policy, renderer)
-    return Evaluator.of_run(
+    # the longest completion is an evaluation's
+    rollout = dataclasses.replace(config.rollout, max_tokens=config.eval.max_tokens)
+    sampling = build_sampling(dataclasses.replace(config, rollout=rollout), renderer)
+    toy = is_toy(model_folder(config.model.path))
+    write_inputs(folder, to_yaml(config), sampling.model, data.files, data.leakage, toy=toy)
+    evaluator = Evaluator.of_run(
         config.eval,
         folder,
         data,
-        pool,
+        sampling.pool,
         renderer,
         stop=config.rollout.stop,
         model=config.model.path,
         on_progress=progress.answers,
-    ), policy
+    )
+    return evaluator, sampling
 
 
 def show_evaluation(config: RunConfig, folder: Path, *more: Table) -> None:

@@ -28,15 +28,16 @@ def main(config: RunConfig, folder: Path) -> None:
     """Evaluate `config.model` on `config.data.eval`, then ask the same questions again."""
     config.check_samples()
     progress = Progress()
-    evaluator, policy = open_evaluation(config, folder, progress)
+    evaluator, sampling = open_evaluation(config, folder, progress)
+    assert sampling.policy is not None, "it runs in one process"
     settings = ReliabilitySettings(
         samples=config.reliability.samples,
         seed=config.seed * SEED_STRIDE,
         token_budget=config.learner.token_budget,
     )
-    with progress:
+    with sampling.resources, progress:
         evaluator.evaluate(step=0, controls=config.eval.controls)
-        measured = measure_reliability(evaluator, 0, policy, settings, argued_option, progress.stage)
+        measured = measure_reliability(evaluator, 0, sampling.policy, settings, argued_option, progress.stage)
     show_evaluation(config, folder, reliability_table(measured))
 
 

@@ -174,7 +174,8 @@ class Run:
         self.recorder.truncate(saved["offsets"])
         self.cluster.learner.load(checkpoint)
         self.cluster.learner.push_weights(self.cluster.pool)
-        self.progress.message(f"resuming after step {self.done} of {self.config.steps} from {checkpoint}")
+        evaluates = bool(self.data.evals) and self.config.eval.at_end
+        self.progress.resuming(self.done, self.config.steps, checkpoint, evaluates=evaluates)
         if loop["pending"]:
             self.progress.message(
                 f"{len(loop['pending'])} groups were in flight and are sampled again with the current weights: with "

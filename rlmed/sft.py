@@ -17,8 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from learner.packing import PackItem
-from learner.supervised import SupervisedLearner, written_item
-from rlmed.cluster.engines import build_local_pool, build_policy, make_renderer, settle_model
+from learner.supervised import written_item
+from rlmed.cluster.commands import Finetuning, build_finetuning
+from rlmed.cluster.engines import make_renderer
 from rlmed.commandline import run_command
 from rlmed.core.config.composing import check_same_run, to_yaml
 from rlmed.core.config.schema import RunConfig
@@ -101,28 +102,47 @@ def main(config: RunConfig, folder: Path) -> None:
     renderer = make_renderer(config.model, config.data, config.prompt, freeze=config.learner.freeze)
     check_positions(config.model, config.data, max_tokens=config.eval.max_tokens)
     data = load_run_data(config.data, config.prompt, renderer, training=True)
-    model = settle_model(config.model, engines=1, resumed=folder if checkpoint else None)
-    policy = build_policy(model, checkpoint or model_folder(model.path), threads=config.cluster.threads)
     batches = Batches(data.train_examples, renderer, config)
-    learner = SupervisedLearner(policy, config.learner, total_steps=batches.steps)
-    recorder, tracer, progress = RunRecorder(folder), Tracer(folder / "timeline.jsonl"), Progress()
+    parts = build_finetuning(config, renderer, folder, checkpoint=checkpoint, steps=batches.steps)
+    with parts.resources:
+        _train(config, folder, checkpoint, parts, batches, data, renderer)
+    note = "" if config.data.source == "phantom" else toy_note(model_folder(config.model.path))
+    show_results(folder, batches.steps, before=step_folder(folder / "evaluations", 0), note=note)
+
+
+def _train(
+    config: RunConfig,
+    folder: Path,
+    checkpoint: Path | None,
+    parts: Finetuning,
+    batches: Batches,
+    data: Dataset,
+    renderer: PromptRenderer,
+) -> None:
+    """Train with evaluations before and after."""
+    learner, recorder = parts.learner, RunRecorder(folder)
+    tracer, progress = Tracer(folder / "timeline.jsonl"), Progress()
     evaluator = Evaluator.of_run(
         config.eval,
         folder,
         data,
-        build_local_pool(config.rollout, policy, renderer),
+        parts.pool,
         renderer,
         stop=config.rollout.stop,
         model=config.model.path,
         on_progress=progress.answers,
     )
-    done = _restore(checkpoint, config, folder, data, learner, recorder)
+    done = _restore(checkpoint, config, folder, data, parts, recorder)
+    evaluates = bool(data.evals) and config.eval.at_end
     if checkpoint:
-        progress.message(f"resuming after step {done} of {batches.steps} from {checkpoint}")
-    write_inputs(folder, to_yaml(config), model, data.files, data.leakage, toy=is_toy(model_folder(model.path)))
+        progress.resuming(done, batches.steps, checkpoint, evaluates=evaluates)
+    toy = is_toy(model_folder(config.model.path))
+    write_inputs(folder, to_yaml(config), parts.model, data.files, data.leakage, toy=toy)
 
     def measure(step: int) -> None:
         with tracer.span("evaluate", step=step):
+            if step:
+                learner.push_weights(parts.pool)
             summary = evaluator.evaluate(step, controls=config.eval.controls)
         progress.evaluated(summary.accuracies, step)
 
@@ -145,12 +165,10 @@ def main(config: RunConfig, folder: Path) -> None:
             if (config.checkpoint.every and step % config.checkpoint.every == 0) or step == batches.steps:
                 state = {"step": step, "offsets": recorder.offsets()}
                 save_checkpoint(folder / "checkpoints", step, state, write_model, keep_last=config.checkpoint.keep_last)
-        if data.evals and config.eval.at_end:
+        if evaluates:
             measure(batches.steps)
     recorder.close()
     tracer.close()
-    note = "" if config.data.source == "phantom" else toy_note(model_folder(config.model.path))
-    show_results(folder, batches.steps, before=step_folder(evaluator.folder, 0), note=note)
 
 
 def _restore(
@@ -158,7 +176,7 @@ def _restore(
     config: RunConfig,
     folder: Path,
     data: Dataset,
-    learner: SupervisedLearner,
+    parts: Finetuning,
     recorder: RunRecorder,
 ) -> int:
     """Restore the state of a checkpoint, or clear the records without one; return the number of steps done."""
@@ -171,7 +189,7 @@ def _restore(
     check_same_run(folder / CONFIG_FILE, config, unused=("steps", "algo", "reward", "rollout"))
     check_same_data(folder, data.files)
     recorder.truncate(saved["offsets"])
-    learner.load(checkpoint)
+    parts.learner.load(checkpoint)
     return int(saved["step"])
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ from rollout.pool.state import PoolSettings
 from rollout.pool.worker import Worker
 
 if TYPE_CHECKING:
-    from learner.actor import RayLearner
+    from learner.actor import LocalLearner, RayLearner
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ def build_cluster(
     """
     resumed = folder if checkpoint else None
     if config.cluster.kind == "ray":
-        return _build_ray(config, resumed, checkpoint, on_bad_step)
+        return build_ray(config, resumed, checkpoint, on_bad_step)
     engines = engines_that_pack(config.cluster, max_staleness=config.algo.max_staleness)
     config = dataclasses.replace(config, model=settle_model(config.model, engines=engines, resumed=resumed))
     policy = build_policy(config.model, checkpoint or model_folder(config.model.path), threads=config.cluster.threads)
@@ -184,9 +185,17 @@ def _build_vllm(config: RunConfig) -> Engine:
     return VllmEngine(model_folder(config.model.path), settings)
 
 
-def _build_ray(
-    config: RunConfig, resumed: Path | None, checkpoint: Path | None, on_bad_step: OnSkippedUpdate
+def build_ray(
+    config: RunConfig,
+    resumed: Path | None,
+    checkpoint: Path | None,
+    on_bad_step: OnSkippedUpdate,
+    build: Callable[..., LocalLearner] = build_learner,
 ) -> Cluster:
+    """Build pool and learner in Ray actors; `resumed` is the run's folder if a run goes on in it.
+
+    Other arguments as in `build_cluster`; `build` builds one rank's learner.
+    """
     try:
         from rlmed.cluster.ray_session import on_gpus, place_actors, start_ray
     except ImportError as error:
@@ -198,6 +207,8 @@ def _build_ray(
         engines = engines_that_pack(config.cluster, max_staleness=config.algo.max_staleness)
         model = dataclasses.replace(config.model, device="cpu")
         on_cpus = dataclasses.replace(config, model=settle_model(model, engines=engines, resumed=resumed))
+    for line in idle_processes(config):
+        log.warning("%s", line)
     with ExitStack() as resources:  # released on failure, else handed to the cluster
         resources.callback(start_ray(config.cluster))
         cuda = on_gpus(config.model.device)
@@ -213,7 +224,7 @@ def _build_ray(
         def start_learner() -> Learner:
             if not config.debug.learn:
                 return NoLearner()
-            learner = _start_learner(config, checkpoint, on_bad_step, rank_options)
+            learner = _start_learner(config, checkpoint, on_bad_step, rank_options, build)
             resources.callback(learner.close)
             return learner
 
@@ -230,6 +241,31 @@ def _build_ray(
             pool = ReplayPool(Path(config.debug.recorded), pool)
         learner = learner or start_learner()
         return _cluster(config.model, resources.pop_all(), pool, learner, workers.channel())
+
+
+def idle_processes(config: RunConfig) -> list[str]:
+    """Say which rollout workers or learner ranks can have no work in a training step, and what to set.
+
+    A group is sampled by one worker; ranks share a step's completions.
+    """
+    algo, cluster = config.algo, config.cluster
+    groups, said = algo.groups_per_step * (1 + algo.max_staleness), []
+    if (idle := cluster.rollout_workers - groups) > 0:
+        said.append(
+            f"cluster.rollout_workers={cluster.rollout_workers} exceeds the {groups} groups sampled at a time "
+            f"(algo.groups_per_step={algo.groups_per_step}, algo.max_staleness={algo.max_staleness}), so {idle} will be "
+            f"idle in training: set cluster.rollout_workers={groups} or less, or algo.groups_per_step="
+            f"{math.ceil(cluster.rollout_workers / (1 + algo.max_staleness))}"
+        )
+    completions = algo.groups_per_step * algo.group_size // config.learner.mini_batches
+    if config.debug.learn and (idle := cluster.learner_ranks - completions) > 0:
+        said.append(
+            f"cluster.learner_ranks={cluster.learner_ranks} exceeds the {completions} completions of an update "
+            f"(algo.groups_per_step={algo.groups_per_step}, algo.group_size={algo.group_size}, "
+            f"learner.mini_batches={config.learner.mini_batches}), so {idle} will be idle: set "
+            f"cluster.learner_ranks={completions} or less"
+        )
+    return said
 
 
 def _start_workers(config: RunConfig, options: Sequence[dict[str, Any]]) -> WorkerPool:
@@ -280,7 +316,11 @@ def engines_sleep(config: RunConfig, *, cuda: bool) -> bool:
 
 
 def _start_learner(
-    config: RunConfig, checkpoint: Path | None, on_bad_step: OnSkippedUpdate, options: Sequence[dict[str, Any]]
+    config: RunConfig,
+    checkpoint: Path | None,
+    on_bad_step: OnSkippedUpdate,
+    options: Sequence[dict[str, Any]],
+    build: Callable[..., LocalLearner],
 ) -> RayLearner:
     from learner.actor import RayLearner
     from rlmed.cluster.ray_session import on_gpus
@@ -291,16 +331,19 @@ def _start_learner(
         cuda or cluster.weight_transfer in ("auto", "object_store"),
         f"cluster.weight_transfer={cluster.weight_transfer} needs GPUs, and none were found: use auto",
     )
-    direct = cuda and config.rollout.engine == "vllm" and cluster.weight_transfer != "object_store"
+    # on a GPU that they share, vLLM alone takes weights without a copy
+    takes = config.rollout.engine == "vllm" or (config.rollout.engine == "native" and not shares_gpus(cluster))
+    direct = cuda and takes and cluster.weight_transfer != "object_store"
+    # connecting plus sending must stay within the pool's push timeout
+    send = functools.partial(build_sender, engine=config.rollout.engine, limit_s=cluster.push_timeout_s / 2)
     return RayLearner(
-        functools.partial(build_learner, rank_config, checkpoint=checkpoint and checkpoint.absolute()),
+        functools.partial(build, rank_config, checkpoint=checkpoint and checkpoint.absolute()),
         on_bad_step=on_bad_step,
         step_s=cluster.learner_timeout_s,
         device="cuda" if cuda else "cpu",
         options=options,
         weight_transfer=cluster.weight_transfer,
-        # connecting plus sending must stay within the pool's push timeout
-        make_sender=functools.partial(build_sender, limit_s=cluster.push_timeout_s / 2) if direct else None,
+        make_sender=send if direct else None,
         shares_gpu=shares_gpus(config.cluster),
     )
 

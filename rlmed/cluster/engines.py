@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from learner.learner import PolicyLearner
+from learner.supervised import SupervisedLearner
 from rlmed.cluster.memory import keep_freed_memory
 from rlmed.core.config.running import ClusterConfig, RolloutConfig
 from rlmed.core.config.schema import DataConfig, ModelConfig, PromptConfig
 from rlmed.core.weights import WeightSender
 from rlmed.data.prompts import PROMPT_FILE, PromptRenderer, load_processor, read_prompt_settings
 from rlmed.models.cpu.products import bfloat16_speed, settle_products
+from rlmed.models.direct import DirectSender
 from rlmed.models.folder.agreement import check_agreement
 from rlmed.models.loading import model_folder, resolve_device, resolve_dtype
 from rlmed.models.policy import Policy, load_config, load_policy
@@ -178,13 +180,16 @@ def memory_share(rollout: RolloutConfig, cluster: ClusterConfig) -> float:
     return MEMORY_SHARE * whole
 
 
-def build_sender(learner: PolicyLearner, *, limit_s: float) -> WeightSender:
-    """Build the GPU-to-GPU weight sender, rank 0 to vLLM engines; `limit_s` bounds each call."""
+def build_sender(learner: PolicyLearner | SupervisedLearner, *, engine: str, limit_s: float) -> WeightSender:
+    """Build the sender of weights from learner rank 0 to `engine`s, GPU to GPU; `limit_s` bounds each call."""
+    policy = learner.policy
+    weights = functools.partial(learner.full_weights, on_device=True)
+    if engine == "native":
+        return DirectSender(weights, policy.device, limit_s)
     from rollout.vllm_backend.environment import import_vllm
 
     import_vllm()  # prepares the process, before the next import
     from rollout.vllm_backend.weight_transfer import WeightTransferSender
 
-    policy = learner.policy
     shapes = {name: (parameter.dtype, tuple(parameter.shape)) for name, parameter in policy.model.named_parameters()}
-    return WeightTransferSender(shapes, functools.partial(learner.full_weights, on_device=True), policy.device, limit_s)
+    return WeightTransferSender(shapes, weights, policy.device, limit_s)

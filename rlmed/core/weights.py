@@ -5,6 +5,7 @@
 | none | one process: the engine reads the learner's parameters | |
 | `object_store` | rank 0 puts buckets into Ray's object store, each worker fetches them | `rlmed.models.weights` |
 | `ipc`, `nccl` | rank 0 sends to all engines at once, from GPU to GPU | `rollout.vllm_backend.weight_transfer` |
+| `nccl` | the same to native engines; gloo between CPUs | `rlmed.models.direct` |
 
 `learner.weight_push` chooses one for each push; `rollout.pool.pushes` delivers.
 """

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import get_session
+from huggingface_hub.constants import ENDPOINT
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -43,6 +45,8 @@ COMPUTED_BUFFERS = (".inv_freq", ".attn.bias", ".attn.masked_bias", ".position_i
 """Buffers in weight files of older versions; models compute them."""
 MODEL_FOLDERS = frozenset(("model", "models", "checkpoints", "weights", "llm", "llms", "hf"))
 """Usual names of folders that hold models."""
+HUB_S = 5.0
+"""Seconds for the hub's first answer."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -321,7 +325,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
         advice = near_path(folder) or "check model.path"
         raise ValueError(f"model folder {str(folder)!r} does not exist (relative to {Path.cwd()}); {advice}")
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, local_files_only=not _hub_answers())
     except (OSError, ValueError) as error:
         near = near_path(folder)
         raise ValueError(
@@ -329,6 +333,16 @@ def load_config(folder: Path) -> PreTrainedConfig:
             f"{str(error).splitlines()[0]} If it is a folder, {near or 'correct the path'}{_to_download(folder)}"
         ) from error
     return config
+
+
+def _hub_answers() -> bool:
+    """Return False if the hub cannot be reached; asked once, since its library tries for half a minute."""
+    try:
+        with foreign(f"{ENDPOINT} does not answer", "Check the network"):
+            get_session().head(ENDPOINT, timeout=HUB_S)
+    except ValueError:
+        return False
+    return True
 
 
 def _to_download(folder: Path) -> str:

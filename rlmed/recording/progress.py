@@ -11,6 +11,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -119,6 +120,13 @@ class Progress:
     def answers(self, file: str, done: int, total: int) -> None:
         """Show that `done` of `total` answers of an evaluation are finished, the latest for a row of `file`."""
         self.stage(f"evaluate {file}", done, total, "answers")
+
+    def resuming(self, done: int, steps: int, checkpoint: Path, *, evaluates: bool) -> None:
+        """Say where a resumed run goes on, and what is left if all its steps were done."""
+        self.message(f"resuming after step {done} of {steps} from {checkpoint}")
+        if done >= steps:
+            left = "only the evaluation at the end is repeated" if evaluates else "nothing is left to do"
+            self.message(f"all {steps} steps were done already: {left}; for more of them, start a new run")
 
     def message(self, text: str) -> None:
         """Print a permanent message."""

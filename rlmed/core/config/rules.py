@@ -70,8 +70,14 @@ def _keys(section: str, cls: type[Any], *, but: tuple[str, ...]) -> tuple[str, .
 
 
 TRAINING, EVALUATE = ("train", "sft"), ("evaluate", "reliability")
-ONE_PROCESS = ("sft", *EVALUATE)
+WITHOUT_ROLLOUTS = ("sft", *EVALUATE)
 RAY = _keys("cluster", ClusterConfig, but=("kind", "threads"))
+LEARNER_RANKS = tuple(
+    f"cluster.{name}"
+    for name in (
+        "learner_ranks", "gpus_per_rank", "learner_resources", "weight_transfer", "push_timeout_s", "learner_timeout_s"
+    )
+)  # fmt: skip
 VLLM = tuple(
     f"rollout.{name}"
     for name in ("tensor_parallel_size", "gpu_memory_utilization", "kv_cache_gib", "enforce_eager", "sleep")
@@ -85,8 +91,10 @@ RULES = (
     # what other commands are for
     Rule(keys=("steps",), programs=("sft",), advice="Set sft.epochs and sft.batch_size"),
     Rule(keys=("steps", "checkpoint", "resume"), programs=EVALUATE, advice="It learns nothing: leave it out"),
-    Rule(keys=("algo", "reward"), programs=ONE_PROCESS, advice="Only rlmed.launch learns from rewards: leave it out"),
-    Rule(keys=("preflight", "debug"), programs=ONE_PROCESS, advice="It is for rlmed.launch alone: leave it out"),
+    Rule(
+        keys=("algo", "reward"), programs=WITHOUT_ROLLOUTS, advice="Only rlmed.launch learns from rewards: leave it out"
+    ),
+    Rule(keys=("preflight", "debug"), programs=WITHOUT_ROLLOUTS, advice="It is for rlmed.launch alone: leave it out"),
     Rule(keys=("sft",), programs=("train", *EVALUATE), advice="It is for rlmed.sft alone: leave it out"),
     Rule(
         keys=("reliability",),
@@ -102,20 +110,25 @@ RULES = (
     Rule(
         keys=("rollout.engine",),
         values=("vllm",),
-        programs=ONE_PROCESS,
+        programs=("reliability",),
         advice="It samples in its own process, with the native engine: leave rollout=vllm out",
     ),
-    Rule(keys=VLLM, programs=ONE_PROCESS, advice="vLLM samples for rlmed.launch alone: leave it out"),
-    Rule(keys=("cluster.kind", *RAY), programs=ONE_PROCESS, advice="It runs in one process: leave it out"),
+    Rule(keys=("cluster.kind", *RAY, *VLLM), programs=("reliability",), advice="It runs in one process: leave it out"),
+    Rule(keys=LEARNER_RANKS, programs=("evaluate",), advice="It has no learner: leave it out"),
+    Rule(
+        keys=("rollout.sleep",),
+        programs=("sft", "evaluate"),
+        advice="No engine sleeps between evaluations: leave it out",
+    ),
     Rule(
         keys=("rollout.temperature", "rollout.top_p", "rollout.top_k"),
-        programs=ONE_PROCESS,
+        programs=WITHOUT_ROLLOUTS,
         advice="Evaluation is greedy, and rlmed.reliability samples at temperature 1: leave it out",
     ),
-    Rule(keys=("rollout.max_tokens",), programs=ONE_PROCESS, advice="Set eval.max_tokens"),
+    Rule(keys=("rollout.max_tokens",), programs=WITHOUT_ROLLOUTS, advice="Set eval.max_tokens"),
     Rule(
         keys=("rollout.on_push", "rollout.max_mismatch_kl"),
-        programs=ONE_PROCESS,
+        programs=WITHOUT_ROLLOUTS,
         advice="Only rlmed.launch pushes weights: leave it out",
     ),
     # supervised fine-tuning
@@ -129,7 +142,7 @@ RULES = (
     ),
     Rule(
         keys=("data.selection",),
-        programs=ONE_PROCESS,
+        programs=WITHOUT_ROLLOUTS,
         advice="Only rlmed.launch samples and so knows pass rates: leave it out",
     ),
     # evaluation

@@ -288,7 +288,7 @@ class RunConfig:
         require(0 <= self.seed <= MAX_SEED, f"seed={self.seed} must be between 0 and {MAX_SEED}")
         require(
             self.rollout.engine != "vllm" or self.cluster.kind == "ray",
-            f"rollout.engine={self.rollout.engine} runs in its own worker process: use rlmed.launch with cluster=ray",
+            f"rollout.engine={self.rollout.engine} runs in its own worker process: use cluster=ray",
         )
         require(
             self.cluster.kind == "local" or ":" not in self.model.device,
@@ -296,7 +296,7 @@ class RunConfig:
             "use model.device=cuda, and CUDA_VISIBLE_DEVICES to hide GPUs from Ray",
         )
         require(
-            self.rollout.engine == "vllm" or self.cluster.weight_transfer in ("auto", "object_store"),
+            self.rollout.engine == "vllm" or self.cluster.weight_transfer != "ipc",
             f"cluster.weight_transfer={self.cluster.weight_transfer} works with vLLM only: use rollout=vllm, or auto",
         )
         require(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from rlmed.commandline import check_writable, expand, new_folder, newest_run, run_command
+from rlmed.commandline import _parse_flags, _removing, check_writable, expand, new_folder, newest_run, run_command
 from rlmed.core.config.checks import ConfigError
 from rlmed.core.config.composing import check_same_run, compose_config, to_yaml
 from rlmed.core.config.schema import RunConfig
@@ -129,6 +129,45 @@ def test_expand_says_which_key_was_meant(argument: str, message: str) -> None:
 def test_expand_says_what_a_table_is_read_with() -> None:
     with pytest.raises(ValueError, match=r"data=a/questions\.csv: .*python -m rlmed\.prepare"):
         expand(["data=a/questions.csv"], cuda=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "2"], "--steps: settings are written key=value: did you mean steps=2?"),
+        (["--steps=2"], "--steps=2: settings are written key=value: did you mean steps=2?"),
+        (["--cluster", "ray"], "did you mean cluster=ray?"),
+        (["--learner.lr"], "did you mean learner.lr=VALUE?"),
+        (["steps", "=", "2"], "steps = 2: no spaces around =: did you mean steps=2?"),
+        (["steps=", "2"], "steps= 2: no spaces around =: did you mean steps=2?"),
+        (["steps", "=2"], "steps =2: no spaces around =: did you mean steps=2?"),
+    ],
+)
+def test_a_setting_in_another_spelling_is_corrected(arguments: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        _parse_flags(arguments)
+
+
+def test_hydras_flags_and_empty_values_are_left_alone() -> None:
+    assert _parse_flags(["steps=2", "--multirun", "seed=1,2", "--config-dir", "here"]).config_dir == "here"
+    assert _parse_flags(["name=x", "resume="]).overrides == ["name=x", "resume="]
+
+
+@pytest.mark.parametrize(("written", "kept"), [((".hydra", "rlmed.log"), False), ((".hydra", "metrics.jsonl"), True)])
+def test_a_failed_command_leaves_no_folder_without_results(
+    tmp_path: Path, written: tuple[str, ...], kept: bool
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in written:
+        (folder / name).touch()
+    with pytest.raises(ValueError, match="no model"), _removing(folder):
+        raise ValueError("no model")
+    assert folder.exists() == kept
+    (tmp_path / "earlier").mkdir()
+    with pytest.raises(ValueError, match="no model"), _removing(None):
+        raise ValueError("no model")
+    assert (tmp_path / "earlier").exists()
 
 
 def test_expand_leaves_what_is_hydras_alone() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import pytest
 
 from rlmed.cluster import build as cluster
-from rlmed.cluster.build import engines_sleep
+from rlmed.cluster.build import engines_sleep, idle_processes
 from rlmed.cluster.engines import memory_share
 from rlmed.core.config.checks import ConfigError
 from rlmed.core.config.composing import compose_config
@@ -87,11 +88,36 @@ def test_on_one_gpu_learner_and_engine_do_not_allocate_at_the_same_time(
     monkeypatch.setattr(ray_session, "place_actors", lambda *_, **__: ([{}], [{}]))
     monkeypatch.setattr(cluster, "_start_workers", Workers)
     monkeypatch.setattr(cluster, "_start_learner", learner)
-    built = cluster._build_ray(make_config(f"cluster={preset}", "rollout=vllm"), None, None, lambda *_: None)
+    built = cluster.build_ray(make_config(f"cluster={preset}", "rollout=vllm"), None, None, lambda *_: None)
     assert events == expected
     events.clear()
     built.close()
     assert sorted(events) == ["learner ends", "workers end"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("+experiment=medvqa_600", "profile=paper", "cluster=ray_8gpu"), []),
+        (("cluster=ray_8gpu",), []),
+        (("cluster=ray", "cluster.rollout_workers=6"), [r"rollout_workers=6 exceeds the 4 groups .* 2 will be idle"]),
+        (("cluster=ray", "cluster.rollout_workers=6", "algo.max_staleness=1"), []),
+        (
+            ("cluster=ray", "cluster.rollout_workers=12", "algo.max_staleness=1"),
+            [r"exceeds the 8 groups .* 4 will be idle .*=8 or less, or algo\.groups_per_step=6"],
+        ),
+        (
+            ("cluster=ray", "cluster.learner_ranks=20"),
+            [r"learner_ranks=20 exceeds the 16 completions .* 4 will be idle: set cluster\.learner_ranks=16"],
+        ),
+        (("cluster=ray", "cluster.learner_ranks=20", "+debug=rollouts_only"), []),
+    ],
+)
+def test_processes_without_work_are_named(overrides: tuple[str, ...], said: list[str]) -> None:
+    lines = idle_processes(make_config(*overrides))
+    assert len(lines) == len(said)
+    for line, pattern in zip(lines, said, strict=True):
+        assert re.search(pattern, line)
 
 
 def test_an_engine_over_several_gpus_needs_all_of_them() -> None:
@@ -121,7 +147,8 @@ def test_a_share_of_a_gpu_that_is_not_there_says_so(monkeypatch: pytest.MonkeyPa
 def test_a_way_for_weights_has_to_fit_the_engine() -> None:
     assert make_config(*SHARED).cluster.weight_transfer == "auto"
     assert make_config(*SHARED, "cluster.weight_transfer=ipc").cluster.weight_transfer == "ipc"
-    with pytest.raises(ConfigError, match=r"cluster\.weight_transfer=nccl works with vLLM only"):
-        make_config("cluster=ray", "cluster.weight_transfer=nccl")
+    assert make_config("cluster=ray", "cluster.weight_transfer=nccl").cluster.weight_transfer == "nccl"
+    with pytest.raises(ConfigError, match=r"cluster\.weight_transfer=ipc works with vLLM only"):
+        make_config("cluster=ray", "cluster.weight_transfer=ipc")
     with pytest.raises(ConfigError, match=r"cluster\.weight_transfer='smoke'.*auto, object_store"):
         make_config("cluster=ray", "cluster.weight_transfer=smoke")

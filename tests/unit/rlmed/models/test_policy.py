@@ -230,3 +230,20 @@ def test_the_kv_geometry_follows_a_head_width_that_is_not_the_quotient(tiny_fold
     model = AutoModelForCausalLM.from_config(load_config(folder), attn_implementation="eager")
     model.generation_config.eos_token_id = 1
     assert Policy(model).kv_shape == (2, 2, 32)
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_hub_that_does_not_answer_is_asked_once(answers, monkeypatch):
+    """Its library would try five times more, for half a minute; what is in its cache is found all the same."""
+    asked = []
+
+    class Session:
+        def head(self, url, timeout):
+            asked.append(url)
+            if not answers:
+                raise OSError("no network")
+
+    monkeypatch.setattr(policy_module, "get_session", Session)
+    monkeypatch.setattr(policy_module.AutoConfig, "from_pretrained", lambda name, local_files_only: local_files_only)
+    assert load_config(Path("owner/name")) is not answers
+    assert len(asked) == 1

@@ -1,6 +1,7 @@
 import io
 import logging
 import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -174,3 +175,19 @@ def test_the_display_ends_when_the_run_raises():
 )
 def test_duration(seconds, text):
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("done", "evaluates", "said"),
+    [
+        (4, True, None),
+        (6, True, "all 6 steps were done already: only the evaluation at the end is repeated"),
+        (6, False, "all 6 steps were done already: nothing is left to do"),
+    ],
+)
+def test_a_run_resumed_after_its_last_step_says_what_is_left(done, evaluates, said, capsys):
+    Progress().resuming(done, 6, Path("run/checkpoints/x"), evaluates=evaluates)
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"resuming after step {done} of 6 from run/checkpoints/x" in out
+    assert ("done already" in out) == (said is not None)
+    assert said is None or said in out

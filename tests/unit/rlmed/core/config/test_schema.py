@@ -113,7 +113,7 @@ def test_unknown_key_is_refused_by_the_command_line() -> None:
         ("cluster.kind=moon", r"cluster\.kind"),
         ("model.min_pixels=10000", None),
         ("name=''", "name=''"),
-        ("rollout=vllm", "use rlmed.launch with cluster=ray"),
+        ("rollout=vllm", "use cluster=ray"),
         ("seed=99999999999999999999", r"seed=9+ must be between 0 and"),
         ("data.phantom_seed=-1", r"data\.phantom_seed=-1"),
         ("model.device=gpu", r"model\.device='gpu'.* auto, cpu, cuda"),

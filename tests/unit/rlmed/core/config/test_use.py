@@ -47,16 +47,18 @@ def refused(program: str, *overrides: str) -> list[str]:
         ("sft", "+experiment=medvqa_600 profile=tiny rollout.max_tokens=512", "does not read rollout.max_tokens. Set eval"),
         ("sft", "algo.loss.kl_coef=0.04", "rlmed.sft does not read algo.loss.kl_coef. Only rlmed.launch learns"),
         ("sft", "reward.weights.format=1.0", "rlmed.sft does not read reward.weights. Only rlmed.launch learns"),
-        ("sft", "cluster.rollout_workers=1", "rlmed.sft does not read cluster.rollout_workers. It runs in one process"),
+        ("reliability", "cluster.rollout_workers=1", "does not read cluster.rollout_workers. It runs in one process"),
         ("evaluate", "eval.at_end=true", "rlmed.evaluate does not read eval.at_end. It evaluates once"),
         ("evaluate", "resume=null", "rlmed.evaluate does not read resume. It learns nothing: leave it out"),
         ("train", "sft.epochs=2.0", "rlmed.launch does not read sft.epochs. It is for rlmed.sft alone"),
         # an experiment's value, put back to the default
         ("sft", "+experiment=medvqa_600 profile=tiny algo=grpo", "rlmed.sft does not read algo.dynamic_sampling. Only"),
         ("train", "+experiment=medvqa_600 profile=tiny algo=grpo algo.max_refills=4", "while algo.dynamic_sampling=false"),
-        ("sft", "cluster=ray", "rlmed.sft does not read cluster.kind. It runs in one process: leave it out"),
-        ("evaluate", "rollout=vllm", "rlmed.evaluate does not read rollout.engine=vllm. It samples in its own process"),
-        ("evaluate", "cluster=ray_1gpu", "does not read cluster.kind, cluster.gpus_per_worker, cluster.gpus_per_rank. It"),
+        ("reliability", "cluster=ray", "does not read cluster.kind. It runs in one process: leave it out"),
+        ("evaluate", "cluster=ray cluster.learner_ranks=2", "does not read cluster.learner_ranks. It has no learner"),
+        ("sft", "cluster=ray rollout=vllm rollout.sleep=true", "does not read rollout.sleep. No engine sleeps between"),
+        ("reliability", "rollout=vllm", "rlmed.reliability does not read rollout.engine=vllm. It samples in its own process"),
+        ("reliability", "cluster=ray_1gpu", "does not read cluster.kind, cluster.gpus_per_worker, cluster.gpus_per_rank. It"),
         ("evaluate", "algo=dapo", "does not read algo.dynamic_sampling, algo.loss.clip_ratio_high, algo.loss.kl_coef, "),
         ("sft", "steps=9", "rlmed.sft does not read steps. Set sft.epochs and sft.batch_size"),
         ("sft", "eval.every=5", "rlmed.sft does not read eval.every. It evaluates before and after"),
@@ -124,9 +126,9 @@ def test_an_override_that_does_nothing_is_refused(program: str, overrides: str, 
     "key", ["cluster.silence_timeout_s=9", "+cluster.runtime_env.pip=[rlmed]", "+cluster.worker_resources.a=1"]
 )
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_rays_keys_do_something_for_training_with_ray_alone(program: str, key: str) -> None:
+def test_rays_keys_do_something_with_ray_alone(program: str, key: str) -> None:
     assert refused(program, key) == [key]
-    assert refused(program, *RAY, key) == ([] if program == "train" else [*RAY, key])
+    assert refused(program, *RAY, key) == ([*RAY, key] if program == "reliability" else [])
 
 
 @pytest.mark.parametrize(
@@ -171,6 +173,8 @@ def test_rays_keys_do_something_for_training_with_ray_alone(program: str, key: s
             "preflight.enabled=false eval.at_start=false eval.at_end=false algo.loss.kl_coef=0 algo.loss.clip=none",
         ),
         ("train", "cluster=ray rollout=native data=jsonl data.train=x"),
+        ("evaluate", "cluster=ray_8gpu rollout=vllm rollout.tensor_parallel_size=2"),
+        ("sft", "cluster=ray_8gpu rollout=vllm cluster.weight_transfer=nccl"),
         # an option is a set: some of it may be for other cases
         ("train", "data=jsonl"),
         # half a run is the same command line with one word more
@@ -233,7 +237,7 @@ def test_all_that_does_nothing_is_said_at_once() -> None:
         "steps=3",
         "sft.epochs=1",
     )
-    assert refused("sft", *given) == [entry for entry in given if entry not in ("cluster.threads=1", "sft.epochs=1")]
+    assert refused("reliability", *given) == [entry for entry in given if entry != "cluster.threads=1"]
 
 
 def test_every_key_named_by_a_rule_exists() -> None:

@@ -1,0 +1,112 @@
+"""Build pools and learners of the commands beside `rlmed.launch`, which take neither rewards nor groups.
+
+Evaluation samples only; supervised fine-tuning learns from written completions and samples to evaluate. Both run in
+this process or, with `cluster=ray`, in the same workers and ranks as training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from learner.distributed import Parallelism
+from learner.learner import OnSkippedUpdate
+from learner.supervised import SupervisedLearner
+from rlmed.cluster.build import build_ray
+from rlmed.cluster.engines import build_local_pool, build_policy, settle_model
+from rlmed.core.config.schema import ModelConfig, RunConfig
+from rlmed.core.protocols import RolloutPool
+from rlmed.data.prompts import PromptRenderer
+from rlmed.models.loading import model_folder
+from rlmed.models.policy import Policy
+
+if TYPE_CHECKING:
+    from learner.actor import RayLearner
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """What an evaluation samples from."""
+
+    pool: RolloutPool
+    model: ModelConfig
+    """Model settings as decided for all processes."""
+    policy: Policy | None
+    """The policy in this process; None with Ray."""
+    resources: ExitStack
+    """Released by the caller at the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finetuning:
+    """What supervised fine-tuning drives."""
+
+    learner: SupervisedLearner | RayLearner
+    pool: RolloutPool
+    """Samples from the weights last pushed, in evaluations."""
+    model: ModelConfig
+    """Model settings as decided for all processes."""
+    resources: ExitStack
+    """Released by the caller at the end."""
+
+
+def build_sampling(config: RunConfig, renderer: PromptRenderer) -> Sampling:
+    """Build what samples from `config.model`.
+
+    Raises:
+        ValueError: if Ray is requested but not installed.
+        ConnectionError: if no Ray cluster answers at `config.cluster.address`.
+    """
+    if config.cluster.kind == "ray":
+        debug = dataclasses.replace(config.debug, learn=False)
+        cluster = build_ray(dataclasses.replace(config, debug=debug), None, None, _unreported)
+        return Sampling(cluster.evaluation_pool, cluster.model, None, cluster.resources)
+    model = settle_model(config.model, engines=1)
+    policy = build_policy(model, model_folder(model.path), threads=config.cluster.threads)
+    return Sampling(build_local_pool(config.rollout, policy, renderer), model, policy, ExitStack())
+
+
+def build_finetuning(
+    config: RunConfig, renderer: PromptRenderer, folder: Path, *, checkpoint: Path | None, steps: int
+) -> Finetuning:
+    """Build the learner of `steps` batches of written completions, from `checkpoint` or `config.model`, and a pool.
+
+    Raises:
+        ValueError: if Ray is requested but not installed.
+        ConnectionError: if no Ray cluster answers at `config.cluster.address`.
+    """
+    if config.cluster.kind == "ray":
+        resumed, build = folder if checkpoint else None, functools.partial(build_supervised, steps=steps)
+        # nothing would wake the engines between two evaluations
+        rollout = dataclasses.replace(config.rollout, sleep=False)
+        cluster = build_ray(dataclasses.replace(config, rollout=rollout), resumed, checkpoint, _unreported, build)
+        from learner.actor import RayLearner
+
+        assert isinstance(cluster.learner, RayLearner)
+        return Finetuning(cluster.learner, cluster.evaluation_pool, cluster.model, cluster.resources)
+    model = settle_model(config.model, engines=1, resumed=folder if checkpoint else None)
+    policy = build_policy(model, checkpoint or model_folder(model.path), threads=config.cluster.threads)
+    learner = SupervisedLearner(policy, config.learner, total_steps=steps)
+    return Finetuning(learner, build_local_pool(config.rollout, policy, renderer), model, ExitStack())
+
+
+def build_supervised(
+    config: RunConfig,
+    on_bad_step: OnSkippedUpdate,
+    parallelism: Parallelism | None = None,
+    *,
+    checkpoint: Path | None = None,
+    steps: int,
+) -> SupervisedLearner:
+    """Build one rank's learner, as `rlmed.cluster.build.build_learner` does for groups; its metrics count skipped steps."""
+    policy = build_policy(config.model, checkpoint or model_folder(config.model.path), threads=config.cluster.threads)
+    return SupervisedLearner(policy, config.learner, total_steps=steps, parallelism=parallelism)
+
+
+def _unreported(batch: Sequence[object], reason: str) -> None:
+    """Drop the report of a skipped batch: the metrics count it."""
