@@ -29,8 +29,7 @@ from benchmarks.common import (
     write_examples,
     write_result,
 )
-from benchmarks.rollout_speed import native_side
-from benchmarks.rollout_vllm import busy_process
+from benchmarks.rollout_sides import busy_process, native_side
 from rlmed.core.process.threads import WAITING
 from rlmed.models.policy import load_policy
 

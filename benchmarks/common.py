@@ -8,6 +8,7 @@ import gc
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -17,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.utils.logging import disable_progress_bar
 
@@ -34,6 +36,8 @@ RESULTS = Path(__file__).resolve().parent / "results"
 DEFAULT_MODEL = "embedded:tiny_base"
 MAX_PROMPT_TOKENS = 1024
 SETTLE_SECONDS = 0.3
+VISUAL_TOKEN_SIDE = 28
+"""Pixels of an image that make one visual token, along each side."""
 
 Side = Callable[[], float]
 """Does the measured work once and returns its seconds."""
@@ -141,6 +145,18 @@ def write_examples(folder: Path, count: int) -> tuple[Example, ...]:
     return tuple(read_examples(path).examples)
 
 
+def with_visual_tokens(model: Path, count: int, folder: Path) -> Path:
+    """Copy a model folder so that every image has `count` visual tokens, or a few more: its sides are whole tokens."""
+    shutil.copytree(model, folder)
+    path = folder / "preprocessor_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    pixels = count * VISUAL_TOKEN_SIDE**2
+    # older folders have the first two names, newer ones "edges", which are numbers of pixels too
+    settings |= {"min_pixels": pixels, "max_pixels": pixels, "size": {"shortest_edge": pixels, "longest_edge": pixels}}
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    return folder
+
+
 def make_renderer(model: Path) -> PromptRenderer:
     """The renderer of the paper's prompt for a model folder."""
     tokenizer, image_processor = load_processor(model)
@@ -186,6 +202,25 @@ def model_facts(policy: Policy, name: str) -> dict[str, Any]:
         "head_width": width,
         "dtype": str(policy.dtype).removeprefix("torch."),
     }
+
+
+def fit(columns: Mapping[str, Sequence[float]], values: Sequence[float]) -> dict[str, float]:
+    """Fit values as a sum of columns, each times a coefficient, by least squares.
+
+    Returns:
+        The coefficient of each column; "residual", the root mean square of the differences as a
+        share of the values' mean; "r2", the explained share of their variance.
+
+    Example:
+        >>> fit({"fixed": [1, 1, 1], "a_token": [10, 20, 30]}, [3.0, 5.0, 7.0])
+        {'fixed': 1.0, 'a_token': 0.2, 'residual': 0.0, 'r2': 1.0}
+    """
+    table, measured = np.array(list(columns.values()), dtype=float).T, np.array(values)
+    coefficients = np.linalg.lstsq(table, measured, rcond=None)[0]
+    squares = ((measured - table @ coefficients) ** 2).mean()
+    found = dict(zip(columns, coefficients.tolist(), strict=True))
+    found |= {"residual": squares**0.5 / measured.mean(), "r2": 1 - squares / measured.var()}
+    return {name: float(f"{value:.4g}") if abs(value) > 1e-12 else 0.0 for name, value in found.items()}
 
 
 def machine_facts() -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """How long does one whole GRPO step take, beside TRL's GRPOTrainer?
 
 A step is: 8 prompts with images rendered, 8 completions x 64 tokens sampled for each, rewards,
-reference log-probabilities, loss with kl_coef 0.04, gradient, AdamW. Both sides learn from the same
-questions with the same rewards in float32; TRL runs in a process of its own
+reference log-probabilities, loss with kl_coef 0.04, gradient, AdamW. The images have the tiny
+model's 16 visual tokens (prompts of about 54) and 512, as the paper's have. Both sides learn from
+the same questions with the same rewards in float32; TRL runs in a process of its own
 (`benchmarks/trl_step.py`), and the two take their steps in turn.
 """
 
@@ -38,6 +39,7 @@ from benchmarks.common import (
     start,
     timed,
     variety_reward,
+    with_visual_tokens,
     write_examples,
     write_result,
 )
@@ -60,6 +62,10 @@ from rollout.native.scheduler import EngineLimits
 
 KL_COEF = 0.04
 LEARNING_RATE = 1e-6
+WARMUP = 2
+"""Steps of each side that do not count."""
+SETTING = ("prompts", "group_size", "max_tokens", "rounds")
+"""Arguments that the result keeps."""
 
 
 class OurTrainer:
@@ -215,7 +221,7 @@ def measure(folder: Path, name: str, arguments: argparse.Namespace, scratch: Pat
             raise RuntimeError(
                 f"the prompts differ: {ours.prompt_tokens} tokens here, {theirs.facts['prompt_tokens']} in TRL"
             )
-        timings = alternate({"rlmed": timed(ours.step), "trl": theirs.step}, rounds=arguments.rounds, warmup=2)
+        timings = alternate({"rlmed": timed(ours.step), "trl": theirs.step}, rounds=arguments.rounds, warmup=WARMUP)
     finally:
         theirs.close()
     stages = {"rlmed_stages_s": ours.stages(arguments.rounds)}
@@ -234,6 +240,23 @@ def summarise(timings: dict[str, Timing]) -> dict[str, Any]:
     return {"steps": {name: one.summary() for name, one in timings.items()}, "ratio": round(ratio, 3)}
 
 
+def measure_all(arguments: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
+    """Measure with each number of visual tokens."""
+    folder, name = find_model(arguments.model, scratch)
+    cases = []
+    for count in arguments.visual_tokens:
+        model = with_visual_tokens(folder, count, scratch / f"model_{count}")
+        measured = measure(model, name, arguments, scratch / str(count))
+        cases.append({"visual_tokens": count, **measured})
+        ours, theirs = (measured["steps"][side]["median_s"] for side in ("rlmed", "trl"))
+        report(f"stages of a step of rlmed in seconds: {measured['rlmed_stages_s']}")
+        report(
+            f"prompts of {measured['prompt_tokens']['max']} tokens: a step of rlmed {ours:.2f} s, of TRL {theirs:.2f} s; "
+            f"TRL / rlmed = {measured['ratio']:.2f}"
+        )
+    return cases
+
+
 def main() -> None:
     """Measure and write `grpo_step.json`."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -242,19 +265,14 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--visual-tokens", type=int, nargs="+", default=[16, 512], help="of an image (default 16 512)")
     arguments = parser.parse_args()
     start(arguments)
     with tempfile.TemporaryDirectory() as scratch:
-        folder, name = find_model(arguments.model, Path(scratch))
-        measured = measure(folder, name, arguments, Path(scratch))
-    setting = {
-        key: value for key, value in vars(arguments).items() if key in ("prompts", "group_size", "max_tokens", "rounds")
-    }
-    setting |= {"kl_coef": KL_COEF, "warmup_steps": 2}
-    ours, theirs = (measured["steps"][name]["median_s"] for name in ("rlmed", "trl"))
-    report(f"stages of a step of rlmed in seconds: {measured['rlmed_stages_s']}")
-    report(f"a step of rlmed {ours:.2f} s, of TRL {theirs:.2f} s; TRL / rlmed = {measured['ratio']:.2f}")
-    report(f"written to {write_result('grpo_step', {'setting': setting, **measured}, arguments.out)}")
+        cases = measure_all(arguments, Path(scratch))
+    setting = {key: value for key, value in vars(arguments).items() if key in SETTING}
+    setting |= {"kl_coef": KL_COEF, "warmup_steps": WARMUP}
+    report(f"written to {write_result('grpo_step', {'setting': setting, 'cases': cases}, arguments.out)}")
 
 
 if __name__ == "__main__":

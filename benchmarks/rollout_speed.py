@@ -1,24 +1,33 @@
-"""How many tokens a second does the native engine sample, beside transformers `generate`?
+"""How many tokens a second does the native engine sample, beside transformers `generate` and vLLM?
 
-8 prompts x 8 completions x 64 tokens, sampled at temperature 1; the end token ends nothing on
-either side. `generate` runs with each cache it offers, and the fastest of them is what the engine
-is compared with. It need not return log-probabilities and may sample vision tokens; the engine
-returns the one and bans the other.
+One workload is a model, a prompt length and a group size, 64 completions at a time; temperature 1,
+and nobody's completions end early. The sides take turns. `generate` need not return
+log-probabilities and may sample vision tokens; the engine returns the one and bans the other. vLLM,
+where it is installed, runs behind rlmed's adapter, with prefix caching, each engine in a process of
+its own with as many threads as the others.
+
+    python -m benchmarks.rollout_speed                     # the embedded model, with its images
+    python -m benchmarks.rollout_speed --model FOLDER --completions 32 --max-tokens 32
+    python -m benchmarks.rollout_speed --sweep             # what one group costs, see group_cost.py
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import importlib.util
+import multiprocessing
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
-from transformers import AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from benchmarks import group_cost
 from benchmarks.common import (
     Side,
     Timing,
@@ -28,146 +37,128 @@ from benchmarks.common import (
     make_renderer,
     model_facts,
     never_end,
-    render_prompts,
     report,
-    sampling,
-    spread,
     start,
     timed,
-    write_examples,
     write_result,
 )
-from rlmed.core.types import Prompt, RolloutRequest
-from rlmed.models.policy import Policy, load_policy
-from rollout.native.engine import NativeEngine
-from rollout.native.scheduler import EngineLimits
+from benchmarks.rollout_sides import (
+    Workload,
+    busy_process,
+    generate_side,
+    linear_layers_side,
+    make_prompts,
+    native_side,
+    serve_vllm,
+    served_side,
+)
+from rlmed.models.cpu.products import settle_products
+from rlmed.models.policy import load_policy
 
+OURS = ("native", "linear_layers")
+"""Sides that are not another engine."""
 CACHES = ("dynamic", "static")
+ENGINES = ("compiled", "eager")
+LENGTHS, GROUP_SIZES = (54, 300), (8, 16)
 
 
-def padded_inputs(model: PreTrainedModel, prompts: Sequence[Prompt], pad: int) -> dict[str, Tensor]:
-    """Forward arguments of left-padded prompts, as transformers' own processor makes them."""
-    longest = max(len(prompt.token_ids) for prompt in prompts)
-    ids = torch.full((len(prompts), longest), pad)
-    attended = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        length = len(prompt.token_ids)
-        ids[row, longest - length :] = torch.as_tensor(prompt.token_ids)
-        attended[row, longest - length :] = 1
-    inputs = {"input_ids": ids, "attention_mask": attended}
-    if prompts[0].image_inputs:
-        names = prompts[0].image_inputs
-        inputs |= {
-            name: torch.from_numpy(np.concatenate([entry.image_inputs[name] for entry in prompts])) for name in names
-        }
-        inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).long()
-    return inputs
+def summarise(timings: Mapping[str, Timing], tokens: int) -> dict[str, Any]:
+    """Tokens a second of each side (by its median), and the native engine's lead on the fastest of the others.
 
-
-def generate_side(
-    model: PreTrainedModel, prompts: Sequence[Prompt], pad: int, group_size: int, max_tokens: int, cache: str
-) -> Callable[[], Tensor]:
-    """A call of `generate` that returns int64 [prompts * group_size, max_tokens]."""
-    settings: dict[str, Any] = {
-        "do_sample": True,
-        "temperature": 1.0,
-        "top_k": 0,
-        "top_p": 1.0,
-        "max_new_tokens": max_tokens,
-        "num_return_sequences": group_size,
-        "pad_token_id": pad,
-        "eos_token_id": None,
-        "cache_implementation": cache,
-    }
-    # what a call leaves unset is taken from the model's own settings, the end token for one
-    model.generation_config = GenerationConfig(pad_token_id=pad)
-    config = GenerationConfig(**settings)
-    inputs = padded_inputs(model, prompts, pad)
-    length = inputs["input_ids"].shape[1]
-
-    @torch.inference_mode()
-    def run() -> Tensor:
-        tokens = model.generate(**inputs, generation_config=config)[:, length:]
-        if tokens.shape != (len(prompts) * group_size, max_tokens):
-            raise RuntimeError(f"generate made {tuple(tokens.shape)} tokens: it did not do the measured work")
-        return tokens
-
-    return run
-
-
-def native_side(
-    policy: Policy, prompts: Sequence[Prompt], decode: Any, group_size: int, max_tokens: int
-) -> Callable[[], None]:
-    """A call of the native engine for the same work."""
-    limits = EngineLimits(max_completions=len(prompts) * group_size)
-
-    def run() -> None:
-        engine = NativeEngine(policy, decode, limits)
-        for index, prompt in enumerate(prompts):
-            engine.submit(RolloutRequest(index, prompt, group_size, sampling(max_tokens, seed=index)))
-        while engine.busy:
-            engine.step()
-        if engine.generated_tokens != len(prompts) * group_size * max_tokens:
-            raise RuntimeError(f"the engine made {engine.generated_tokens} tokens: it did not do the measured work")
-
-    return run
-
-
-def measure(folder: Path, name: str, arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """Both workloads: prompts with their images, and the same prompts as text."""
-    policy = load_policy(folder)
-    never_end(policy)
-    facts = model_facts(policy, name)
-    renderer = make_renderer(folder)
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
-    examples = write_examples(scratch / "questions", arguments.prompts)
-    tokens = arguments.prompts * arguments.group_size * arguments.max_tokens
-    work = (arguments.group_size, arguments.max_tokens)
-    pad = renderer.tokenizer.pad_token_id
-    workloads = {}
-    for label, images in (("image", True), ("text", False)):
-        prompts = render_prompts(renderer, examples, images=images)
-        sides: dict[str, Side] = {"native": timed(native_side(policy, prompts, renderer.decode, *work))}
-        for cache in CACHES:
-            sides[f"generate_{cache}"] = timed(generate_side(model, prompts, pad, *work, cache))
-        timings = alternate(sides, rounds=arguments.rounds)
-        workloads[label] = summarise(timings, tokens, [len(prompt.token_ids) for prompt in prompts])
-        line = ", ".join(
-            f"{side} {entry['tokens_per_s']:.0f} tokens/s" for side, entry in workloads[label]["sides"].items()
-        )
-        report(f"{label}: {line}; native / best generate = {workloads[label]['ratio']:.2f}")
-    return {"model": facts, "workloads": workloads}
-
-
-def summarise(timings: dict[str, Timing], tokens: int, prompt_lengths: Sequence[int]) -> dict[str, Any]:
-    """Tokens a second of each side (by median), and the engine's lead on the best `generate`."""
-    best = min((name for name in timings if name != "native"), key=lambda name: timings[name].median)
+    `bound` is the lead that an engine would have that does nothing but the decode steps' linear
+    layers.
+    """
+    best = min((name for name in timings if name not in OURS), key=lambda name: timings[name].median)
     return {
-        "prompt_tokens": spread(prompt_lengths),
-        "sides": {
-            name: {"tokens_per_s": round(tokens / one.median, 1), **one.summary()} for name, one in timings.items()
-        },
-        "best_generate": best,
+        "tokens_per_s": {name: round(tokens / one.median, 1) for name, one in timings.items()},
+        "seconds": {name: one.summary() for name, one in timings.items()},
+        "best_other": best,
         "ratio": round(timings[best].median / timings["native"].median, 3),
+        "bound": round(timings[best].median / timings["linear_layers"].median, 3),
     }
+
+
+def compare(folder: Path, work: Workload, label: str, arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Tokens a second of each side in this process and its children; `label` is what the machine does besides."""
+    policy, renderer = load_policy(folder), make_renderer(folder)
+    never_end(policy)
+    vision = policy.family.vision
+    prompts = make_prompts(renderer, scratch, work, images=vision and not arguments.text)
+    auto = AutoModelForImageTextToText if vision else AutoModelForCausalLM
+    model = auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    pad = renderer.tokenizer.pad_token_id
+    with ExitStack() as stack:
+        sides: dict[str, Side] = {
+            "native": timed(native_side(policy, prompts, renderer.decode, work.group_size, work.max_tokens)),
+            "linear_layers": timed(linear_layers_side(policy, work)),
+        }
+        for cache in arguments.caches:
+            side = generate_side(model, prompts, pad, work.group_size, work.max_tokens, cache)
+            sides[f"generate_{cache}"] = timed(side)
+        for name in arguments.vllm:
+            engine = served_side(serve_vllm, folder, prompts, work, name == "eager", arguments.threads)
+            sides[f"vllm_{name}"] = stack.enter_context(engine)
+        timings = alternate(sides, rounds=arguments.rounds)
+    found = summarise(timings, work.prompts * work.group_size * work.max_tokens)
+    speeds = ", ".join(f"{name} {speed:.0f}" for name, speed in found["tokens_per_s"].items())
+    report(
+        f"{work.prompts} prompts of {work.length} tokens, G = {work.group_size}, {label}: {speeds} tokens/s; "
+        f"native / best other = {found['ratio']:.2f} (at most {found['bound']:.2f})"
+    )
+    return found
+
+
+def measure(folder: Path, work: Workload, arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Tokens a second of each side, alone and with --busy beside a process that was busy before them."""
+    found: dict[str, Any] = dataclasses.asdict(work)
+    # OpenMP reads how its threads shall wait when torch is loaded, so each has a process of its own
+    context = multiprocessing.get_context("spawn")
+    for label, busy in (("alone", False), ("beside_one_busy_process", True))[: 1 + arguments.busy]:
+        with busy_process(busy), ProcessPoolExecutor(1, context, initializer=start, initargs=(arguments,)) as process:
+            found[label] = process.submit(compare, folder, work, label, arguments, scratch / label).result()
+    return found
+
+
+def run(folder: Path, name: str, arguments: argparse.Namespace, scratch: Path) -> None:
+    """Measure every workload and write `rollout_speed_MODEL.json`."""
+    policy = load_policy(folder)
+    facts = model_facts(policy, name) | {"onednn": settle_products(policy.model.config)}
+    del policy
+    found: list[dict[str, Any]] = []
+    for length in arguments.lengths or LENGTHS:
+        for size in arguments.group_sizes or GROUP_SIZES:
+            work = Workload(length, size, arguments.completions // size, arguments.max_tokens)
+            found.append(measure(folder, work, arguments, scratch / str(len(found))))
+            # after each workload, so that a sweep that is cut short leaves what it has measured
+            result = {"rounds": arguments.rounds, "images": not arguments.text, "model": facts, "workloads": found}
+            path = write_result(f"rollout_speed_{name.rpartition(':')[2]}", result, arguments.out)
+            report(f"written to {path}")
 
 
 def main() -> None:
-    """Measure and write `rollout_speed.json`."""
+    """Compare the engines or, with --sweep, fit what a group costs."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add_arguments(parser, rounds=5)
-    parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--group-size", type=int, default=8)
+    add_arguments(parser, rounds=3)
+    parser.add_argument("--lengths", type=int, nargs="+", help="prompt tokens (default 54 300; sweep: 54 300 800)")
+    parser.add_argument("--group-sizes", type=int, nargs="+", help="default 8 16; sweep: 2 4 8 16 32")
+    parser.add_argument("--completions", type=int, default=64, help="sampled at a time: prompts x group size")
     parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--text", action="store_true", help="the same questions without their images")
+    parser.add_argument("--caches", nargs="*", choices=CACHES, default=["dynamic"], help="of generate")
+    installed = list(ENGINES) if importlib.util.find_spec("vllm") else []
+    parser.add_argument("--vllm", nargs="*", choices=ENGINES, default=installed, help="default: both where installed")
+    parser.add_argument("--busy", action="store_true", help="once more, beside a process that wants a core")
+    parser.add_argument("--sweep", action="store_true", help="what a group costs instead of the comparison")
     arguments = parser.parse_args()
+    if not arguments.sweep and not arguments.caches and not arguments.vllm:
+        parser.error("--caches and --vllm leave nothing to compare with")
     start(arguments)
     with tempfile.TemporaryDirectory() as scratch:
-        folder, name = find_model(arguments.model, Path(scratch))
-        measured = measure(folder, name, arguments, Path(scratch))
-    setting = {
-        key: value for key, value in vars(arguments).items() if key in ("prompts", "group_size", "max_tokens", "rounds")
-    }
-    report(f"written to {write_result('rollout_speed', {'setting': setting, **measured}, arguments.out)}")
+        if arguments.sweep:
+            group_cost.run(arguments, Path(scratch))
+        else:
+            folder, name = find_model(arguments.model, Path(scratch))
+            run(folder, name, arguments, Path(scratch))
 
 
 if __name__ == "__main__":

@@ -22,11 +22,12 @@ from benchmarks.common import (
     make_renderer,
     never_end,
     render_prompts,
+    with_visual_tokens,
     write_examples,
     write_result,
 )
 from benchmarks.learner_memory import compare, make_items, packed_way, padded_way, stretch
-from benchmarks.rollout_speed import generate_side, native_side, padded_inputs, summarise
+from benchmarks.rollout_sides import generate_side, native_side, padded_inputs
 from rlmed.models.policy import load_policy
 from rlmed.models.tiny.build import build_tiny_vl
 from tests.rounding import GRADIENTS, LOGPROBS
@@ -62,15 +63,6 @@ def test_nothing_measured_is_an_error():
 
 def test_timing_summary_is_minimum_and_median():
     assert Timing((4.0, 1.0, 2.0)).summary() == {"min_s": 1.0, "median_s": 2.0, "runs_s": [4.0, 1.0, 2.0]}
-
-
-def test_speed_is_compared_with_the_fastest_generate():
-    timings = {"native": Timing((2.0,)), "generate_dynamic": Timing((6.0,)), "generate_static": Timing((5.0,))}
-    result = summarise(timings, tokens=100, prompt_lengths=[7, 9])
-    assert result["best_generate"] == "generate_static"
-    assert result["ratio"] == 2.5
-    assert result["sides"]["native"]["tokens_per_s"] == 50.0
-    assert result["prompt_tokens"] == {"min": 7, "max": 9}
 
 
 def test_results_name_versions_but_neither_host_nor_paths(tmp_path: Path):
@@ -113,6 +105,17 @@ def test_stretched_prompts_keep_image_and_ends(tiny: Path, tmp_path: Path):
     assert longer.token_ids[-8:].tolist() == prompt.token_ids[-8:].tolist()
     with pytest.raises(ValueError, match="raise --prompt-lengths"):
         stretch(prompt, length - 1)
+
+
+def test_a_model_shows_as_many_visual_tokens_as_wanted_and_keeps_its_weights(tiny: Path, tmp_path: Path):
+    folder = with_visual_tokens(tiny, 256, tmp_path / "large")
+    examples = write_examples(tmp_path / "questions", 1)
+    image = load_policy(folder).model.config.image_token_id
+    counts = [
+        int((render_prompts(make_renderer(path), examples)[0].token_ids == image).sum()) for path in (tiny, folder)
+    ]
+    assert counts == [16, 256]
+    assert (folder / "model.safetensors").read_bytes() == (tiny / "model.safetensors").read_bytes()
 
 
 def test_all_ways_of_the_memory_benchmark_give_the_same_logprobs_and_gradients(tiny: Path, tmp_path: Path):

@@ -1,64 +1,33 @@
-"""Tokens a second of the native engine beside vLLM (compiled, eager) and transformers `generate`.
-
-All are measured alone and on a busy machine.
-
-One workload is a model, a prompt length and a group size; 64 completions at a time for the embedded
-model (with images), 32 for a text model. The sides take turns. vLLM runs behind rlmed's adapter,
-with prefix caching, each engine in a process of its own with as many threads as the others;
-nobody's completions end early.
-
-    python -m benchmarks.rollout_vllm                                      # the embedded model
-    python -m benchmarks.rollout_vllm --model FOLDER --max-tokens 32       # benchmarks/smollm2_folder.py writes one
-"""
+"""What samples beside the native engine in the benchmarks of rollouts, on the same work: `generate` and vLLM."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import multiprocessing
 import os
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
 
-from benchmarks.common import (
-    Side,
-    Timing,
-    add_arguments,
-    alternate,
-    find_model,
-    make_renderer,
-    model_facts,
-    never_end,
-    render_prompts,
-    report,
-    sampling,
-    start,
-    timed,
-    write_examples,
-    write_result,
-)
+from benchmarks.common import Side, render_prompts, sampling, write_examples
 from benchmarks.learner_memory import QUESTION_TOKENS, TURN_TOKENS, stretch
-from benchmarks.rollout_speed import generate_side, native_side
 from rlmed.core.types import Prompt, RolloutRequest
 from rlmed.data.prompts import PromptRenderer
 from rlmed.models.cpu.linear import PackedWeights
-from rlmed.models.cpu.products import settle_products
-from rlmed.models.policy import Policy, load_policy
+from rlmed.models.policy import Policy
+from rollout.native.engine import NativeEngine
+from rollout.native.scheduler import EngineLimits
 
-OURS = ("native", "linear_layers")
-"""Sides that are not another engine."""
 ANSWER_SECONDS = 600
 """How long an engine may take to start, or to do its work once."""
 
@@ -102,6 +71,74 @@ def make_prompts(renderer: PromptRenderer, scratch: Path, work: Workload, *, ima
     """Different prompts of the workload's length."""
     rendered = render_prompts(renderer, write_examples(scratch / "questions", work.prompts), images=images)
     return [of_length(prompt, work.length, seed) for seed, prompt in enumerate(rendered)]
+
+
+def padded_inputs(model: PreTrainedModel, prompts: Sequence[Prompt], pad: int) -> dict[str, Tensor]:
+    """Forward arguments of left-padded prompts, as transformers' own processor makes them."""
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    ids = torch.full((len(prompts), longest), pad)
+    attended = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        length = len(prompt.token_ids)
+        ids[row, longest - length :] = torch.as_tensor(prompt.token_ids)
+        attended[row, longest - length :] = 1
+    inputs = {"input_ids": ids, "attention_mask": attended}
+    if prompts[0].image_inputs:
+        names = prompts[0].image_inputs
+        inputs |= {
+            name: torch.from_numpy(np.concatenate([entry.image_inputs[name] for entry in prompts])) for name in names
+        }
+        inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).long()
+    return inputs
+
+
+def generate_side(
+    model: PreTrainedModel, prompts: Sequence[Prompt], pad: int, group_size: int, max_tokens: int, cache: str
+) -> Callable[[], Tensor]:
+    """A call of `generate` that returns int64 [prompts * group_size, max_tokens]."""
+    settings: dict[str, Any] = {
+        "do_sample": True,
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "max_new_tokens": max_tokens,
+        "num_return_sequences": group_size,
+        "pad_token_id": pad,
+        "eos_token_id": None,
+        "cache_implementation": cache,
+    }
+    # what a call leaves unset is taken from the model's own settings, the end token for one
+    model.generation_config = GenerationConfig(pad_token_id=pad)
+    config = GenerationConfig(**settings)
+    inputs = padded_inputs(model, prompts, pad)
+    length = inputs["input_ids"].shape[1]
+
+    @torch.inference_mode()
+    def run() -> Tensor:
+        tokens = model.generate(**inputs, generation_config=config)[:, length:]
+        if tokens.shape != (len(prompts) * group_size, max_tokens):
+            raise RuntimeError(f"generate made {tuple(tokens.shape)} tokens: it did not do the measured work")
+        return tokens
+
+    return run
+
+
+def native_side(
+    policy: Policy, prompts: Sequence[Prompt], decode: Any, group_size: int, max_tokens: int
+) -> Callable[[], None]:
+    """A call of the native engine for the same work."""
+    limits = EngineLimits(max_completions=len(prompts) * group_size)
+
+    def run() -> None:
+        engine = NativeEngine(policy, decode, limits)
+        for index, prompt in enumerate(prompts):
+            engine.submit(RolloutRequest(index, prompt, group_size, sampling(max_tokens, seed=index)))
+        while engine.busy:
+            engine.step()
+        if engine.generated_tokens != len(prompts) * group_size * max_tokens:
+            raise RuntimeError(f"the engine made {engine.generated_tokens} tokens: it did not do the measured work")
+
+    return run
 
 
 def serve_vllm(
@@ -221,92 +258,3 @@ def linear_layers_side(policy: Policy, work: Workload) -> Callable[[], None]:
                     layer(inputs[layer.in_features])
 
     return run
-
-
-def summarise(timings: Mapping[str, Timing], tokens: int) -> dict[str, Any]:
-    """Tokens a second of each side (by median), and the native engine's lead on the fastest other.
-
-    `bound` is the lead that an engine would have that does nothing but the decode steps' linear
-    layers.
-    """
-    best = min((name for name in timings if name not in OURS), key=lambda name: timings[name].median)
-    return {
-        "tokens_per_s": {name: round(tokens / one.median, 1) for name, one in timings.items()},
-        "seconds": {name: one.summary() for name, one in timings.items()},
-        "best_other": best,
-        "ratio": round(timings[best].median / timings["native"].median, 3),
-        "bound": round(timings[best].median / timings["linear_layers"].median, 3),
-    }
-
-
-def compare(folder: Path, work: Workload, label: str, arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """Tokens a second of each side in this process and its children; `label` says what else ran."""
-    policy, renderer = load_policy(folder), make_renderer(folder)
-    never_end(policy)
-    images = policy.family.vision
-    prompts = make_prompts(renderer, scratch, work, images=images)
-    auto = AutoModelForImageTextToText if images else AutoModelForCausalLM
-    model = auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
-    pad = renderer.tokenizer.pad_token_id
-    with ExitStack() as stack:
-        sides: dict[str, Side] = {
-            "native": timed(native_side(policy, prompts, renderer.decode, work.group_size, work.max_tokens)),
-            "linear_layers": timed(linear_layers_side(policy, work)),
-            "generate": timed(generate_side(model, prompts, pad, work.group_size, work.max_tokens, "dynamic")),
-        }
-        for name in arguments.vllm:
-            engine = served_side(serve_vllm, folder, prompts, work, name == "eager", arguments.threads)
-            sides[f"vllm_{name}"] = stack.enter_context(engine)
-        timings = alternate(sides, rounds=arguments.rounds)
-    found = summarise(timings, work.prompts * work.group_size * work.max_tokens)
-    speeds = ", ".join(f"{name} {speed:.0f}" for name, speed in found["tokens_per_s"].items())
-    report(
-        f"{work.prompts} prompts of {work.length} tokens, G = {work.group_size}, {label}: {speeds} tokens/s; "
-        f"native / best other = {found['ratio']:.2f} (at most {found['bound']:.2f})"
-    )
-    return found
-
-
-def measure(folder: Path, work: Workload, arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """Tokens a second of each side, alone and beside a process that was busy before them."""
-    found: dict[str, Any] = dataclasses.asdict(work)
-    # OpenMP reads how its threads shall wait when torch is loaded, so each has a process of its own
-    context = multiprocessing.get_context("spawn")
-    for label, busy in (("alone", False), ("beside_one_busy_process", True)):
-        with busy_process(busy), ProcessPoolExecutor(1, context, initializer=start, initargs=(arguments,)) as process:
-            found[label] = process.submit(compare, folder, work, label, arguments, scratch / label).result()
-    return found
-
-
-def main() -> None:
-    """Measure and write `rollout_vllm_MODEL.json`."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add_arguments(parser, rounds=3)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[54, 300], help="prompt tokens")
-    parser.add_argument("--group-sizes", type=int, nargs="+", default=[8, 16])
-    parser.add_argument("--completions", type=int, default=64, help="sampled at a time: prompts x group size")
-    parser.add_argument("--max-tokens", type=int, default=64)
-    parser.add_argument("--vllm", nargs="*", choices=["compiled", "eager"], default=["compiled", "eager"])
-    arguments = parser.parse_args()
-    start(arguments)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder, name = find_model(arguments.model, Path(scratch))
-        policy = load_policy(folder)
-        facts = model_facts(policy, name) | {"onednn": settle_products(policy.model.config)}
-        del policy
-        workloads = [
-            Workload(length, size, arguments.completions // size, arguments.max_tokens)
-            for length in arguments.lengths
-            for size in arguments.group_sizes
-        ]
-        stem = f"rollout_vllm_{name.rpartition(':')[2]}"
-        found: list[dict[str, Any]] = []
-        for number, work in enumerate(workloads):
-            found.append(measure(folder, work, arguments, Path(scratch) / str(number)))
-            # after each workload, so that a sweep that is cut short leaves what it has measured
-            result = {"rounds": arguments.rounds, "model": facts, "workloads": found}
-            report(f"written to {write_result(stem, result, arguments.out)}")
-
-
-if __name__ == "__main__":
-    main()

@@ -17,18 +17,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import rollout_vllm, smollm2_folder
+from benchmarks import rollout_sides, smollm2_folder
 from benchmarks.common import Timing, find_model, make_renderer, never_end
-from benchmarks.rollout_speed import native_side
-from benchmarks.rollout_vllm import (
+from benchmarks.rollout_sides import (
     BUSY,
     Workload,
     busy_process,
     linear_layers_side,
     make_prompts,
+    native_side,
     served_side,
-    summarise,
 )
+from benchmarks.rollout_speed import summarise
 from rlmed.models.policy import load_policy
 from rlmed.models.tiny.build import build_tiny_text
 from tests.unit.benchmarks.sides import die, serve
@@ -102,12 +102,12 @@ def test_a_process_that_ends_early_is_an_error_at_once() -> None:
 def test_the_busy_process_lives_as_long_as_the_context(monkeypatch: pytest.MonkeyPatch, wanted: bool) -> None:
     started = []
 
-    class Noted(rollout_vllm.subprocess.Popen):  # type: ignore[name-defined,type-arg]
+    class Noted(rollout_sides.subprocess.Popen):  # type: ignore[name-defined,type-arg]
         def __init__(self, *arguments: object) -> None:
             super().__init__(*arguments)
             started.append(self)
 
-    monkeypatch.setattr(rollout_vllm.subprocess, "Popen", Noted)
+    monkeypatch.setattr(rollout_sides.subprocess, "Popen", Noted)
     with busy_process(wanted):
         assert [process.poll() for process in started] == [None] * wanted
     for process in started:
