@@ -154,8 +154,8 @@ def test_each_command_is_given_what_it_reads(tmp_path):
     shared = ("cluster.threads=1", "eval.max_tokens=9")
     given = [experiment, "algo=dapo", "sft.epochs=3", "cluster=ray", *shared, "data.mix={MRI:1}"]
     base, sft, rl = plan(tmp_path, ["sft", "rl"], [3], given)
-    assert base.overrides == (experiment, *shared)
-    assert sft.overrides == (experiment, "sft.epochs=3", *shared, "data.mix={MRI:1}")
+    assert base.overrides == (experiment, "cluster=ray", *shared)
+    assert sft.overrides == (experiment, "sft.epochs=3", "cluster=ray", *shared, "data.mix={MRI:1}")
     assert rl.overrides == (experiment, "algo=dapo", "cluster=ray", *shared, "data.mix={MRI:1}")
     for run, program in ((base, "evaluate"), (sft, "sft"), (rl, "train")):
         assert unused_overrides(program, run.arguments[2:]) == []

@@ -119,7 +119,7 @@ def own_yaml(tmp_path: Path) -> Path:
     ("arguments", "said"),
     [
         (["seed="], "seed='' is empty: give a value, or leave it out"),
-        (["steps=", "5"], "'5' is not of the form key=value: no spaces around ="),
+        (["steps=", "5"], "steps= 5: no spaces around =: did you mean steps=5?"),
         (["seed=5=5"], "seed='5=5' has the wrong type: expected an integer"),
         (["learner.lrr=1"], "unknown key learner.lrr: did you mean learner.lr?"),
         (["++learner.lrr=1"], "unknown key learner.lrr: did you mean learner.lr?"),
