@@ -9,8 +9,8 @@ step of B groups over N workers should take
     max(rollout(B / N), learner + push)      above 0: the slower of the two is the pace
 
 where rollout(n) = n * prompt + tokens * (step + n * G * row) on a worker. `efficiency` is the law's
-seconds over those of the loop. It is below 1 where workers wait for the longest completion or groups
-cannot be divided evenly, and may be above 1 where two batches share an engine's steps.
+seconds over those of the loop. It is below 1 where workers wait for the longest completion or
+groups cannot be divided evenly, and may be above 1 where two batches share an engine's steps.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def simulate(costs: Costs, load: Load, *, workers: int, max_staleness: int, step
 def measure_costs(
     folder: Path, name: str, arguments: argparse.Namespace, scratch: Path
 ) -> tuple[Costs, dict[str, Any]]:
-    """Measure engine and learner on this machine; return their costs and, for the result, how they were found."""
+    """Measure engine and learner here; return their costs and how they were found."""
     policy, renderer = load_policy(folder), make_renderer(folder)
     never_end(policy)
     facts = model_facts(policy, name)

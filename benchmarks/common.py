@@ -146,7 +146,7 @@ def write_examples(folder: Path, count: int) -> tuple[Example, ...]:
 
 
 def with_visual_tokens(model: Path, count: int, folder: Path) -> Path:
-    """Copy a model folder so that every image has `count` visual tokens, or a few more: its sides are whole tokens."""
+    """Copy a model folder so that images have `count` visual tokens or a few more."""
     shutil.copytree(model, folder)
     path = folder / "preprocessor_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""What a half hour with a GPU should decide: ceilings, decode, learner, kernels and whole runs, each in its own process.
+"""What a half hour with a GPU should decide: each part in a process of its own.
 
 `python -m benchmarks.gpu_day` runs every part and prints a short table of each; name some to run
 only these. A part that fails or runs out of time is reported, and the others go on. `--smoke` runs

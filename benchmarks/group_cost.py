@@ -44,7 +44,7 @@ ONCE, EACH = "prompt_paid_once", "prompt_paid_by_each_completion"
 
 
 def load(name: str | None, scratch: Path) -> tuple[Path, str, Policy]:
-    """Load the model to measure: a folder, the embedded one, or a real geometry with random bfloat16 weights."""
+    """Load a folder, the embedded model, or a real geometry with random bfloat16 weights."""
     if name in GEOMETRIES:
         folder = model_folder_of(name, scratch / name, torch.device("cpu"), VISUAL_TOKENS)
         return folder, name, load_policy(folder, dtype="bfloat16")
@@ -55,7 +55,7 @@ def load(name: str | None, scratch: Path) -> tuple[Path, str, Policy]:
 def sweep(
     folder: Path, policy: Policy, works: Sequence[Workload], caches: Sequence[str], rounds: int, scratch: Path
 ) -> dict[str, list[dict[str, Any]]]:
-    """Measure every workload on each side; return by side the points {length, group_size, max_tokens, seconds}."""
+    """Measure every workload on each side; return each side's points."""
     never_end(policy)
     renderer, images = make_renderer(folder), policy.family.vision
     pad = renderer.tokenizer.pad_token_id
@@ -76,7 +76,7 @@ def sweep(
 
 
 def fit_laws(points: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Fit both laws to the seconds of one side; return by law its coefficients and residual, see `common.fit`."""
+    """Fit both laws to the seconds of a side; return coefficients and residuals by law."""
     prompt = [point["length"] for point in points]
     sampled = [point["group_size"] * point["max_tokens"] for point in points]
     padded = [point["group_size"] * point["length"] for point in points]

@@ -1,8 +1,9 @@
-"""How long do log-probabilities, entropies and gradients of the vocabulary projection take, and how much memory?
+"""Time and memory of the vocabulary projection's log-probabilities and gradients.
 
-Beside torch's `log_softmax` of a linear layer with autograd, at the sizes of Qwen2-VL-2B's head and of the tiny model's, and
-beside what arithmetic and memory allow on this machine: the products at the speed of the fastest one measured, and each
-weight and gradient moved once in each pass at the speed of a copy. Logits for sampling as well, which memory alone limits.
+Beside torch's `log_softmax` of a linear layer with autograd, at the sizes of Qwen2-VL-2B's head and
+of the tiny model's, and beside what arithmetic and memory allow on this machine: the products at
+the speed of the fastest one measured, and each weight and gradient moved once in each pass at the
+speed of a copy. Logits for sampling as well, which memory alone limits.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Case:
         return self.vocabulary * self.width * DTYPES[self.dtype].itemsize
 
     def limit(self, gflops: float, gigabytes_per_s: float) -> dict[str, float]:
-        """Seconds of three products (one to sample) and of moving the weights in each pass and their gradient once."""
+        """Seconds of three products (one to sample) and of moving weights and gradient."""
         products, moves = (3, 3) if self.learns else (1, 1)
         return {
             "arithmetic_s": products * self.product_flops / gflops / 1e9,
@@ -113,7 +114,7 @@ def make_side(case: Case, side: str) -> Callable[[], Tensor]:
 
 
 def ceilings() -> tuple[float, float]:
-    """Return the fastest float32 product of this process in GFLOP/s, and GB/s of a copy, read and written bytes together."""
+    """Return this process's fastest float32 product in GFLOP/s, and a copy in GB/s."""
     with torch.inference_mode():
         x, weight, many = torch.ones(512, 1536), torch.ones(4096, 1536), torch.ones(2**26)
         other = torch.empty_like(many)
@@ -150,7 +151,7 @@ def run_times(case: Case, rounds: int) -> dict[str, Any]:
 
 
 def run_memory(case: Case, side: str, onednn: Sequence[str]) -> dict[str, Any]:
-    """Return by how many bytes the first run of a side raises this process's peak; gradients included."""
+    """Return the bytes by which a side's first run raises the process's peak."""
     settle_products(PreTrainedConfig(), onednn)
     run = make_side(case, side)
     before = peak_bytes()

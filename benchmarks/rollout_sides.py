@@ -1,4 +1,4 @@
-"""What samples beside the native engine in the benchmarks of rollouts, on the same work: `generate` and vLLM."""
+"""What samples beside the native engine in rollout benchmarks: `generate` and vLLM."""
 
 from __future__ import annotations
 

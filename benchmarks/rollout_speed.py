@@ -63,7 +63,7 @@ LENGTHS, GROUP_SIZES = (54, 300), (8, 16)
 
 
 def summarise(timings: Mapping[str, Timing], tokens: int) -> dict[str, Any]:
-    """Tokens a second of each side (by its median), and the native engine's lead on the fastest of the others.
+    """Tokens a second of each side (by median), and the native engine's lead on the others.
 
     `bound` is the lead that an engine would have that does nothing but the decode steps' linear
     layers.
@@ -79,7 +79,7 @@ def summarise(timings: Mapping[str, Timing], tokens: int) -> dict[str, Any]:
 
 
 def compare(folder: Path, work: Workload, label: str, arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """Tokens a second of each side in this process and its children; `label` is what the machine does besides."""
+    """Tokens a second of each side; `label` says what else the machine does."""
     policy, renderer = load_policy(folder), make_renderer(folder)
     never_end(policy)
     vision = policy.family.vision
@@ -109,7 +109,7 @@ def compare(folder: Path, work: Workload, label: str, arguments: argparse.Namesp
 
 
 def measure(folder: Path, work: Workload, arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """Tokens a second of each side, alone and with --busy beside a process that was busy before them."""
+    """Tokens a second of each side, alone and with --busy beside a busy process."""
     found: dict[str, Any] = dataclasses.asdict(work)
     # OpenMP reads how its threads shall wait when torch is loaded, so each has a process of its own
     context = multiprocessing.get_context("spawn")

@@ -1,4 +1,4 @@
-"""A cluster on a simulated clock: the loop, the buffer and the worker pool are real, workers and learner only take time.
+"""A cluster on a simulated clock: real loop, buffer and pool, simulated workers and learner.
 
 A worker samples as an engine does: whole groups start while rows are free, every step gives each
 running completion one token, and a step takes `Costs.step_s` and for each row `Costs.row_s`. Nobody
@@ -173,7 +173,7 @@ class SimulatedWorker:
         return _done(None)
 
     def status(self) -> Future[WorkerStatus]:
-        """See `Worker.status`; every answer is progress, since no real time may count against it."""
+        """See `Worker.status`; every answer is progress: no real time may count against it."""
         self._steps += 1
         return _done(WorkerStatus(self._steps, self._stepping, self.version, 0, "simulated"))
 
@@ -306,7 +306,7 @@ class SimulatedLearner:
 
 
 def start_pool(clock: Clock, costs: Costs, load: Load, workers: int) -> tuple[SteppedPool, list[SimulatedWorker]]:
-    """Start a pool of simulated workers, each with room for a step's groups, and wait until it is ready."""
+    """Start a pool of simulated workers with room for a step's groups, and wait for it."""
     rows = load.groups * load.group_size
     simulated = [SimulatedWorker(f"worker {number}", clock, costs, load, rows) for number in range(workers)]
     limits = dict.fromkeys(("silence_s", "stall_s", "start_s", "push_s"), PATIENCE_S)

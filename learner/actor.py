@@ -31,7 +31,7 @@ from rlmed.models.weights import gpu_name, make_buckets
 LocalLearner = PolicyLearner | SupervisedLearner
 """What learns in a rank's process: from groups, or from written completions."""
 Build = Callable[[OnSkippedUpdate, Parallelism], LocalLearner]
-"""Builds one rank's learner from a callback for skipped batches and the parallelism of its ranks."""
+"""Builds a rank's learner from a callback for skipped batches and the parallelism of its ranks."""
 MakeSender = Callable[[LocalLearner], WeightSender]
 """Builds the sender of rank 0's weights."""
 
@@ -79,7 +79,7 @@ class LearnerActor:
         return self._learner.policy_version
 
     def step(self, batch: Sequence[Any]) -> tuple[dict[str, float], int, list[str]]:
-        """Take a step; return metrics, the new policy version, and the reasons for skipped updates."""
+        """Take a step; return metrics, new policy version, and the reasons for skipped updates."""
         self._skipped.clear()
         metrics = self._learner.step(batch)
         self._release_memory()
@@ -191,7 +191,7 @@ class RayLearner:
         return self._version
 
     def step(self, batch: Sequence[Any]) -> dict[str, float]:
-        """See `rlmed.core.protocols.Learner.step`; the batch is sent once, whatever the number of ranks."""
+        """See `rlmed.core.protocols.Learner.step`; a batch is sent once, however many ranks."""
         metrics, self._version, skipped = self._call("learn", "step", ray.put(list(batch)))[0]
         for reason in skipped:
             self._on_bad_step(batch, reason)

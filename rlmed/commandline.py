@@ -211,7 +211,7 @@ def _parse_flags(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _check_spelling(arguments: Sequence[str]) -> None:
-    """Check for settings written as flags (`--steps 2`, `--steps=2`) or with spaces around = (`steps = 2`).
+    """Check for settings written as flags (`--steps 2`) or with spaces around =.
 
     Raises:
         ValueError: with the spelling that was meant.
@@ -233,7 +233,7 @@ def _check_spelling(arguments: Sequence[str]) -> None:
 
 @contextmanager
 def _removing(new: Path | None) -> Iterator[None]:
-    """Remove a new run folder if the command fails and it holds nothing but Hydra's record of the settings and its log."""
+    """Remove a failed command's new run folder if it holds only settings and log."""
     try:
         yield
     except BaseException:

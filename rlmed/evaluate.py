@@ -44,8 +44,7 @@ def main(config: RunConfig, folder: Path) -> None:
 
 
 def open_evaluation(config: RunConfig, folder: Path, progress: Progress) -> tuple[Evaluator, Sampling]:
-    """Load model and data, write the run's first files, and return what evaluates, and what it samples
-    from.
+    """Load model and data, write the first files, return the evaluator and its sampler.
 
     Raises:
         ValueError: for unusable data or model, a folder that holds a training run, or another

@@ -1,4 +1,4 @@
-"""Convert published data, or your own, to rlmed's format: `python -m rlmed.prepare READER --source PATH --out DIR`."""
+"""Convert published or own data to rlmed's format: `python -m rlmed.prepare READER …`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Measure how far a model's answers can be relied on: `python -m rlmed.reliability model=DIR data=FILE.jsonl`.
+"""Measure how reliable a model's answers are: `python -m rlmed.reliability model=DIR …`.
 
-It evaluates as `rlmed.evaluate` does, with the same settings, and then asks every question again: for calibration,
-pass@k, other orders of the options, and whether the answer follows from picture and reasoning (docs/reliability.md).
-`data.train=FILE` separates the modalities of the training rows from others.
+It evaluates as `rlmed.evaluate` does, with the same settings, and then asks every question again:
+for calibration, pass@k, other orders of the options, and whether the answer follows from picture
+and reasoning (docs/reliability.md). `data.train=FILE` separates the modalities of the training rows
+from others.
 """
 
 from __future__ import annotations

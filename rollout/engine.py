@@ -9,14 +9,14 @@ from rlmed.models.weights import Buckets
 
 
 class Engine(Protocol):
-    """Samples groups of completions in the calling thread; one contract test suite runs against every engine."""
+    """Samples groups of completions in the calling thread; one contract suite for all engines."""
 
     policy_version: int
     """Version of the weights that sample the next token."""
     generated_tokens: int
     """Completion tokens sampled so far."""
     devices: tuple[str, ...]
-    """See `rlmed.core.weights.EngineHandle.devices`; if not empty, it has the methods of `rlmed.core.weights.STAGES`."""
+    """See `rlmed.core.weights.EngineHandle.devices`; not empty: it has `STAGES`' methods."""
 
     @property
     def busy(self) -> bool:

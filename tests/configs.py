@@ -1,4 +1,6 @@
-"""Sections of a run's configuration as `conf/` has them, with changes: the defaults live there and nowhere else."""
+"""Sections of a run's configuration as `conf/` has them, with changes: the defaults live there and
+nowhere else.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Attention of a packed row by its definition: a mask that is written token by token, and one softmax over all of the row."""
+"""Attention of a packed row by its definition: a mask that is written token by token, and one
+softmax over all of the row.
+"""
 
 from __future__ import annotations
 

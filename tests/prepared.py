@@ -1,4 +1,6 @@
-"""Prepares a process that tests start, as conftest.py does theirs; to be imported before all others."""
+"""Prepares a process that tests start, as conftest.py does theirs; to be imported before all
+others.
+"""
 
 from rlmed.core.process.starting import prepare_process
 

@@ -27,7 +27,7 @@ from rollout.native.scheduler import EngineLimits
 
 
 def rollout(engine: NativeEngine, prompts: list[Prompt], group_size: int, max_tokens: int) -> tuple[float, list[float]]:
-    """Return the seconds of the prompts and their first tokens, and of each decode step but the last ones in flight."""
+    """Return the seconds of the prompts and of each decode step but the last ones in flight."""
     earlier = engine.generated_tokens
     for index, prompt in enumerate(prompts):
         engine.submit(RolloutRequest(index, prompt, group_size, sampling(max_tokens, seed=index)))
@@ -44,7 +44,7 @@ def rollout(engine: NativeEngine, prompts: list[Prompt], group_size: int, max_to
 
 
 def bytes_a_step(policy: Policy, prompts: list[Prompt], group_size: int, completion: int) -> int:
-    """Return what a step must read: the language model's weights, each prompt's keys and values, each completion's."""
+    """Return what a step must read: weights of the language model, keys and values of all."""
     weights = sum(
         parameter.nbytes for name, parameter in policy.model.named_parameters() if ".visual." not in f".{name}"
     )

@@ -56,7 +56,7 @@ def element_wise(rows: int, hidden: int, intermediate: int, device: torch.device
 def attention(
     groups: int, members: int, lengths: tuple[int, int], heads: tuple[int, int, int], device: torch.device, dtype: Any
 ) -> Iterator[Case]:
-    """Yield the attention of a step over prompts, and over completions; a page is a sequence's whole extent."""
+    """Yield the attention of a step over prompts, and over completions, in one page each."""
     from rlmed.models.kernels.attention import Parts, attend, merge
 
     query_heads, kv_heads, width = heads

@@ -1,4 +1,4 @@
-"""The learner's forward and backward pass: with and without padding, with and without checkpointing."""
+"""The learner's forward and backward pass, with and without padding and checkpointing."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def one_pass(policy: Policy, items: list[PackItem]) -> None:
 
 
 def flops(policy: Policy, items: list[PackItem], *, vision: bool) -> float:
-    """Return the useful floating-point operations of one pass: 6 a parameter and token (arXiv 2001.08361), no attention.
+    """Return the useful operations of a pass: 6 a parameter and token (arXiv 2001.08361).
 
     Completion tokens alone go through the vocabulary projection; a patch goes through the vision
     tower once, and the weights of its gradients are counted.

@@ -1,4 +1,4 @@
-"""Whole runs of the launcher on the device: the embedded experiment, then three steps of the real geometry."""
+"""Whole runs of the launcher: the embedded experiment, then three steps of real geometry."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def _milliseconds(
 
 
 def cudnn_plans(device: torch.device) -> dict[str, Any] | None:
-    """Return the first call's time on shapes never seen, and on one seen; None where cuDNN does not run."""
+    """Return the first call's time on new shapes and on a known one; None without cuDNN."""
 
     def call(length: int) -> None:
         row = torch.randn(1, 12, length, 128, device=device, dtype=torch.bfloat16)
@@ -116,7 +116,7 @@ def cudnn_plans(device: torch.device) -> dict[str, Any] | None:
 
 
 def masked_gradient_is_finite(device: torch.device, length: int) -> dict[str, bool | None]:
-    """Return for each backend whether dQ under a mask is finite at a key length of 64 modulo 128 and large scores."""
+    """Return by backend whether dQ under a mask is finite, with a key length of 64 modulo 128."""
     found: dict[str, bool | None] = {}
     for name in ("CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
         query, key, value = (

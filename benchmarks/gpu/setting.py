@@ -1,4 +1,4 @@
-"""Models of real geometry with random weights, prompts of the paper's shape, and timing on a device."""
+"""Models of real geometry with random weights, the paper's prompts, timing on a device."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rlmed.models.loading import model_folder
 PATCH = 28
 """Pixels along one side of what becomes a visual token."""
 COMMON_LOGIT = -120.0
-"""What the heads' scores have in common, as in trained models of Qwen: rounding must not spoil their differences."""
+"""What the heads' scores have in common, as in Qwen: it must not spoil their differences."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ GEOMETRIES = {
 
 
 def model_folder_of(name: str, folder: Path, device: torch.device, visual_tokens: int) -> Path:
-    """Write a model folder of this geometry, or copy the tiny one, whose images have `visual_tokens` tokens or a few more.
+    """Write a model folder of this geometry, or a copy of the tiny one, with larger images.
 
     Args:
         name: of `GEOMETRIES`, or "tiny".
@@ -143,7 +143,7 @@ def make_prompts(folder: Path, count: int, length: int, scratch: Path) -> tuple[
 
 
 def _stretch(prompt: Prompt, length: int) -> Prompt:
-    """Repeat words at the end of a prompt, before the turn of the assistant, until it has `length` tokens."""
+    """Repeat words at the end of a prompt's question until it has `length` tokens."""
     missing = length - len(prompt.token_ids)
     if missing < 0:
         raise ValueError(f"a prompt has {len(prompt.token_ids)} tokens already: it cannot be cut to {length}")
@@ -178,7 +178,7 @@ def seconds(work: Callable[[], object], device: torch.device, *, rounds: int, wa
 
 
 def batched_seconds(work: Callable[[], object], device: torch.device, *, calls: int) -> float:
-    """Return the time of one call among many without waiting in between: that of the device where it is the slower."""
+    """Return the time of one call among many without waiting in between."""
 
     def many() -> None:
         for _ in range(calls):

@@ -244,7 +244,7 @@ def build_ray(
 
 
 def idle_processes(config: RunConfig) -> list[str]:
-    """Say which rollout workers or learner ranks can have no work in a training step, and what to set.
+    """Warn of rollout workers or learner ranks that a step cannot use, and say what to set.
 
     A group is sampled by one worker; ranks share a step's completions.
     """

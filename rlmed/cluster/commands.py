@@ -1,7 +1,8 @@
-"""Build pools and learners of the commands beside `rlmed.launch`, which take neither rewards nor groups.
+"""Build pools and learners of the commands beside `rlmed.launch`.
 
-Evaluation samples only; supervised fine-tuning learns from written completions and samples to evaluate. Both run in
-this process or, with `cluster=ray`, in the same workers and ranks as training.
+Evaluation samples only; supervised fine-tuning learns from written completions and samples to
+evaluate. Both run in this process or, with `cluster=ray`, in the same workers and ranks as
+training.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def build_sampling(config: RunConfig, renderer: PromptRenderer) -> Sampling:
 def build_finetuning(
     config: RunConfig, renderer: PromptRenderer, folder: Path, *, checkpoint: Path | None, steps: int
 ) -> Finetuning:
-    """Build the learner of `steps` batches of written completions, from `checkpoint` or `config.model`, and a pool.
+    """Build the learner of `steps` batches of written completions, and a pool.
 
     Raises:
         ValueError: if Ray is requested but not installed.
@@ -103,7 +104,7 @@ def build_supervised(
     checkpoint: Path | None = None,
     steps: int,
 ) -> SupervisedLearner:
-    """Build one rank's learner, as `rlmed.cluster.build.build_learner` does for groups; its metrics count skipped steps."""
+    """Build one rank's learner of written completions; its metrics count skipped steps."""
     policy = build_policy(config.model, checkpoint or model_folder(config.model.path), threads=config.cluster.threads)
     return SupervisedLearner(policy, config.learner, total_steps=steps, parallelism=parallelism)
 

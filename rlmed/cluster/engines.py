@@ -181,7 +181,7 @@ def memory_share(rollout: RolloutConfig, cluster: ClusterConfig) -> float:
 
 
 def build_sender(learner: PolicyLearner | SupervisedLearner, *, engine: str, limit_s: float) -> WeightSender:
-    """Build the sender of weights from learner rank 0 to `engine`s, GPU to GPU; `limit_s` bounds each call."""
+    """Build the sender of weights from rank 0 to engines; `limit_s` bounds each call."""
     policy = learner.policy
     weights = functools.partial(learner.full_weights, on_device=True)
     if engine == "native":

@@ -273,14 +273,16 @@ def _by_head(grouped: Tensor) -> Tensor:
 
 
 def _by_member(by_head: Tensor, groups: int, split: tuple[int, int]) -> Tensor:
-    """Rearrange [B * H_kv, M * repeats, W] to [B, M, H_kv, repeats, W], where `split` is (H_kv, repeats)."""
+    """Rearrange [B * H_kv, M * repeats, W] to [B, M, H_kv, repeats, W]; split = (H_kv, repeats)."""
     return by_head.view(groups, split[0], -1, split[1], by_head.shape[-1]).transpose(1, 2)
 
 
 def _scores(query: Tensor, key: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-    """Return scale * query @ key.T + mask for query [B, L, D], key [B, L', D] and mask [B, 1, L']; never in half precision.
+    """Return float32 scale * query @ key.T + mask; query [B, L, D], key [B, L', D], mask [B, 1,
+    L'].
 
-    Rounded to bfloat16, the scores of 120 that heads of real models have would be off by up to 0.25, their weights by 28 %.
+    Rounded to bfloat16, the scores of 120 that heads of real models have would be off by up to
+    0.25, their weights by 28 %.
     """
     if query.dtype not in HALF:
         if mask is None:

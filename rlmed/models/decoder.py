@@ -1,4 +1,4 @@
-"""A decoder's forward pass for sampling, with a tenth of the operators that transformers' modules dispatch.
+"""A decoder's forward pass for sampling, with fewer operators than its modules.
 
 A decode step computes one token per completion: so little that dispatching operators and calling
 modules takes as long as the numbers. `Decoder` reads the same parameters and computes the same
@@ -6,9 +6,9 @@ function, without gradients: norm; queries, keys and values; rotary embedding; a
 layout; output product plus residual; norm; gated products; down product plus residual. It makes no
 decision that depends on a tensor's numbers, so a CUDA graph can capture it.
 
-No list of model names decides where it is used. `accept_decoder` runs one layer of every kind in the
-model through transformers' modules and through `Decoder`, and takes it only if the results agree to
-rounding.
+No list of model names decides where it is used. `accept_decoder` runs one layer of every kind in
+the model through transformers' modules and through `Decoder`, and takes it only if the results
+agree to rounding.
 """
 
 from __future__ import annotations
@@ -33,8 +33,11 @@ log = logging.getLogger(__name__)
 
 PROBE_TOKENS = 5
 PROBE_TOLERANCE = 1e-4
-"""Largest difference in the probe, relative to the largest number. Sums of n float32 products in other orders differ by
-about sqrt(n) * 6e-8 of their terms, 1e-5 for the widest layers; another norm, activation or scale by 1e-2 and more."""
+"""Largest difference in the probe, relative to the largest number.
+
+Sums of n float32 products in other orders differ by about sqrt(n) * 6e-8 of their terms, 1e-5 for
+the widest layers; another norm, activation or scale by 1e-2 and more.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +56,13 @@ class _Norm:
 
 
 def _norms(layer: Any) -> tuple[Any, Any]:
-    """Return the norms before attention and before the gated products of a layer of transformers."""
+    """Return the norms before attention and before the gated products of a layer."""
     return layer.input_layernorm, layer.post_attention_layernorm
 
 
 @dataclass(frozen=True, slots=True)
 class _Rotation:
-    """Rotary embedding of one pass: x cos + rotate_half(x) sin, where rotate_half turns [a, b] into [-b, a]."""
+    """Rotary embedding: x cos + rotate_half(x) sin; rotate_half: [a, b] to [-b, a]."""
 
     cos: Tensor
     """[N, heads or 1, D]."""
@@ -235,7 +238,7 @@ class Decoder:
 
 
 def accept_decoder(model: PreTrainedModel, *, position_rows: int) -> Decoder | None:
-    """Return a `Decoder` of the model if it computes what transformers' modules do, else None and say so in the log.
+    """Return a `Decoder` if it computes what the model's modules do, else None and log why.
 
     Where a model computes embeddings with images first, its own decoder then uses it in inference
     mode.
@@ -263,7 +266,7 @@ def accept_decoder(model: PreTrainedModel, *, position_rows: int) -> Decoder | N
 
 @torch.inference_mode()
 def _probe(decoder: Any, position_rows: int) -> float:
-    """Return the largest difference between transformers' decoder and ours, relative to the largest number.
+    """Return the largest difference of the two decoders, relative to the largest number.
 
     Both run with one layer of each kind and random weights, in float32 whatever the model's dtype:
     so rounding is small, and nothing hides behind weights near zero (where all activations are
@@ -275,7 +278,8 @@ def _probe(decoder: Any, position_rows: int) -> float:
     probed._modules["layers"] = nn.ModuleList(_random_copy(layer) for layer in kinds.values())
     probed._modules["norm"] = _random_copy(decoder.norm)
     device = decoder.norm.weight.device
-    generator = torch.Generator().manual_seed(0)  # on the CPU, so that all devices have the same numbers
+    # on the CPU, so that all devices have the same numbers
+    generator = torch.Generator().manual_seed(0)
     embeddings = torch.randn(PROBE_TOKENS, len(decoder.norm.weight), generator=generator).to(device)
     positions = torch.randint(0, 50, (position_rows, 1, PROBE_TOKENS), generator=generator).to(device)
     positions = positions if position_rows > 1 else positions[0]
@@ -295,14 +299,15 @@ def _forward(own: Decoder) -> Callable[..., Any]:
         embeddings, layout = named.get("inputs_embeds"), named.get("layout")
         if not torch.is_inference_mode_enabled() or embeddings is None or layout is None:
             return type(decoder).forward(decoder, *arguments, **named)
-        states: Any = own(embeddings[0], named["position_ids"], layout)  # Any: transformers' types want a FloatTensor
+        # Any: transformers' types want a FloatTensor
+        states: Any = own(embeddings[0], named["position_ids"], layout)
         return BaseModelOutputWithPast(last_hidden_state=states[None])
 
     return forward
 
 
 def _random_copy(module: nn.Module) -> nn.Module:
-    """Return a copy in float32 with random weights: products of numbers around 1 are again around 1, factors are around 1."""
+    """Return a float32 copy with random weights that keep numbers around 1."""
     copied = copy.deepcopy(module).float()
     for parameter in copied.parameters():
         generator = torch.Generator(parameter.device).manual_seed(parameter.numel())

@@ -1,8 +1,9 @@
-"""Weights sent from learner rank 0 to all native engines at once, over a process group of their own.
+"""Weights sent from learner rank 0 to all native engines at once, by a process group.
 
-The group is apart from the learner's: gloo between CPUs, NCCL between GPUs. Rank 0 names each bucket in a call to
-every engine and broadcasts its bytes, which go from device to device. Every wait has a limit: an engine that dies or
-stays silent costs this push (`TransferError`), never the learner.
+The group is apart from the learner's: gloo between CPUs, NCCL between GPUs. Rank 0 names each
+bucket in a call to every engine and broadcasts its bytes, which go from device to device. Every
+wait has a limit: an engine that dies or stays silent costs this push (`TransferError`), never the
+learner.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class DirectSender:
     def __init__(
         self, weights: Callable[[], Iterator[tuple[str, Tensor]]], device: torch.device, limit_s: float
     ) -> None:
-        """Send what `weights` yields, names and full tensors on `device`; `limit_s` bounds connecting and each bucket."""
+        """Send what `weights` yields; `limit_s` bounds connecting and each bucket."""
         self._weights, self._device, self._limit_s = weights, device, limit_s
         self._connection: tuple[_Group, Sequence[EngineHandle], CallEngine] | None = None
 
@@ -114,7 +115,7 @@ class DirectSender:
     def _together(
         self, work: Callable[[], Any], engines: Sequence[EngineHandle], calls: Sequence[Future[None]], action: str
     ) -> Any:
-        """Do rank 0's part of a collective in a thread, which may hang, while the engines' calls run."""
+        """Do rank 0's part of a collective in a thread while the engines' calls run."""
         own: Future[Any] = Future()
 
         def run() -> None:

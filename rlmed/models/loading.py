@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def model_folder(path: str) -> Path:
-    """Return the model's path: `embedded:NAME` ships with rlmed, anything else is a folder or a hub name.
+    """Return the model's path: `embedded:NAME` ships with rlmed, else a folder or hub name.
 
     Raises:
         ValueError: for an unknown embedded model.

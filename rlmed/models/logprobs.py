@@ -19,9 +19,9 @@ from torch import Tensor
 from rlmed.models.cpu.linear import matmul_transposed, weight_gradient
 
 CPU_BYTES = 64 * 2**20
-"""Largest float32 logits that are computed at once on a CPU; their softmax is kept for the backward pass."""
+"""Largest float32 logits computed at once on a CPU; their softmax is kept for backward."""
 CPU_BLOCK_BYTES = 8 * 2**20
-"""Size of a block on a CPU: its passes find it in the cache, and its memory is reused (glibc returns what is above 32 MiB)."""
+"""Size of a block on a CPU: it fits the cache, and its memory is reused (glibc: below 32 MiB)."""
 CUDA_BYTES = 512 * 2**20
 """Both of them on CUDA: 883 rows of Qwen's vocabulary, or blocks of 16,384 tokens for 8,192 rows.
 
@@ -31,7 +31,7 @@ than some 300 rows and columns are bound by arithmetic, not by memory.
 
 
 def logits_bytes(device: torch.device) -> tuple[int, int]:
-    """Return the largest float32 logits that are computed at once, and the size of a block of more, in bytes."""
+    """Return the most bytes of float32 logits computed at once, and those of a block."""
     return (CPU_BYTES, CPU_BLOCK_BYTES) if device.type == "cpu" else (CUDA_BYTES, CUDA_BYTES)
 
 
@@ -46,13 +46,13 @@ def _widens(weight: Tensor) -> bool:
 
 
 def _blocks(rows: int, weight: Tensor) -> list[slice]:
-    """Divide the vocabulary so that a block's float32 logits, and its float32 weights, stay within their size."""
+    """Divide the vocabulary so that a block's logits and float32 weights keep its size."""
     size = max(1, logits_bytes(weight.device)[1] // (4 * max(rows, weight.shape[1])))
     return [slice(start, min(start + size, len(weight))) for start in range(0, len(weight), size)]
 
 
 def _product(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Return float32 logits [M, N] of hidden states [M, d] and a part of the projection [N, d], never rounded to bfloat16.
+    """Return float32 logits [M, N], never rounded, of hidden [M, d] and a part [N, d].
 
     A CPU's bfloat16 product always rounds, but float32 holds each product of two bfloat16 numbers
     exactly.
@@ -65,7 +65,7 @@ def _product(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 class _AtOnce(torch.autograd.Function):
-    """Projection, log-softmax and gather; keeps softmax minus one-hot [M, V] for the backward pass."""
+    """Projection, log-softmax, gather; keeps softmax minus one-hot [M, V] for backward."""
 
     @staticmethod
     def forward(
@@ -189,7 +189,7 @@ def _fill(logits: Tensor, block: slice, banned: Sequence[int], value: float) -> 
 
 
 def _columns(targets: Tensor, block: slice) -> tuple[Tensor, Tensor]:
-    """Return each target's column in a block, int64 [M, 1], any where it is not inside, and bool [M, 1]: is it inside?"""
+    """Return each target's column in a block, int64 [M, 1], and whether it is inside, bool."""
     column = (targets - block.start).unsqueeze(1)
     return column.clamp(0, block.stop - block.start - 1), (column >= 0) & (column < block.stop - block.start)
 
@@ -200,12 +200,12 @@ def _picked(log_softmax: Tensor, targets: Tensor) -> Tensor:
 
 
 def _scale(grad_logprobs: Tensor, temperature: float) -> Tensor:
-    """Return [M, 1] of d logprob / d logit = (one-hot - softmax) / temperature: sign and factor, for the narrow side."""
+    """Return [M, 1] the sign and factor of d logprob / d logit, for the narrow side."""
     return (grad_logprobs / -temperature).unsqueeze(1)
 
 
 def masked_logits(hidden: Tensor, weight: Tensor, banned: Tensor) -> Tensor:
-    """Return float32 [M, V] logits of hidden states [M, d] under projection [V, d]; -inf at `banned` ids (int64 [K])."""
+    """Return float32 logits [M, V] of hidden states [M, d]; -inf at `banned` (int64 [K])."""
     if _widens(weight):
         logits = torch.empty(len(hidden), len(weight))
         for block in _blocks(len(hidden), weight):
@@ -245,7 +245,7 @@ def chunked_logprobs(
 
 @torch.no_grad()
 def logprobs_no_grad(hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float, banned: Tensor) -> Tensor:
-    """Return only the log-probabilities of `chunked_logprobs` [M], without gradient or the cost of entropies."""
+    """Return only the log-probabilities of `chunked_logprobs` [M], without gradient."""
     if _fits(len(hidden), weight):
         return _picked(_log_softmax(hidden, weight, temperature, banned), targets)
     return _sum_blocks(hidden, weight, targets, temperature, banned.tolist(), entropy=False).logprobs

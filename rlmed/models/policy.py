@@ -59,7 +59,7 @@ class Policy:
     """
 
     def __init__(self, model: PreTrainedModel, decoder: Decoder | None = None) -> None:
-        """Wrap a model loaded with shared-prefix attention (see `load_policy`), and its decoder for sampling if it has one."""
+        """Wrap a model loaded with shared-prefix attention, and its decoder for sampling."""
         # no supported family has dropout; eval also keeps transformers from warning
         self.model: PreTrainedModel = model.eval()
         self.decoder = decoder
@@ -97,7 +97,7 @@ class Policy:
         return config.num_hidden_layers, config.num_key_value_heads, width
 
     def freeze(self, parts: Collection[str]) -> None:
-        """Exclude the given parts (see `rlmed.models.families.PARTS`) from training and include all others."""
+        """Exclude the given parts (`rlmed.models.families.PARTS`) from training, only these."""
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self.family.part_of(name) not in parts)
 
@@ -106,7 +106,7 @@ class Policy:
         return {name: torch.as_tensor(array).to(self.device) for name, array in prompt.image_inputs.items()}
 
     def prompt_positions(self, prompt: Prompt) -> Tensor:
-        """Return a prompt's rotary positions on the CPU, int64 [R, P]: R is 3 for M-RoPE families and 1 for text families.
+        """Return a prompt's rotary positions on the CPU, int64 [R, P]: R is 3 for M-RoPE, else 1.
 
         Completion token t has position `positions.max() + 1 + t` in every row.
         """
@@ -114,7 +114,7 @@ class Policy:
         return self.family.positions(self.model, torch.as_tensor(prompt.token_ids), grids).cpu()
 
     def packed_layout(self, groups: Sequence[tuple[int, Sequence[int]]]) -> PackedLayout | VarlenLayout:
-        """Lay out a row of groups, given as (prompt length, completion lengths), for the attention that suits this policy."""
+        """Lay out a row of groups, given as (prompt length, completion lengths)."""
         backend = choose_attention(self.device, self.dtype, self.kv_shape[2]).backend
         if backend is None:
             return PackedLayout.build(groups, self.device)
@@ -127,7 +127,7 @@ class Policy:
         layout: AttentionLayout,
         image_inputs: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """Compute the final hidden states of a packed row; in inference mode by `decoder`, which agrees to rounding.
+        """Compute the final hidden states of a packed row; in inference mode by `decoder`.
 
         Args:
             token_ids: int64 [N].
@@ -153,7 +153,7 @@ class Policy:
         return states
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return float32 [M, V] logits of [M, d] hidden states; -inf at tokens that cannot be sampled."""
+        """Return float32 logits [M, V] of [M, d]; -inf at tokens that cannot be sampled."""
         return masked_logits(hidden, self.projection.weight, self._banned)
 
     def logprobs(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -161,7 +161,7 @@ class Policy:
         return chunked_logprobs(hidden, self.projection.weight, targets, temperature=temperature, banned=self._banned)
 
     def logprobs_no_grad(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-        """Return the targets' log-probabilities only, without gradient, see `logprobs.logprobs_no_grad`."""
+        """Return only the targets' log-probabilities, see `logprobs.logprobs_no_grad`."""
         return logprobs_no_grad(hidden, self.projection.weight, targets, temperature=temperature, banned=self._banned)
 
 
@@ -173,7 +173,7 @@ def merge_image_inputs(inputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 @contextmanager
 def _quiet_loading() -> Iterator[None]:
-    """Suppress transformers' table of missing and unexpected weights: our own error says it in one line."""
+    """Suppress transformers' table of missing and unexpected weights: our error says it."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -241,7 +241,7 @@ def load_policy(
 
 
 def _check_loaded(folder: Path, found: Mapping[str, Collection[Any]], *, tied: bool) -> None:
-    """Check that weights and config.json belong together: transformers fills missing weights randomly and drops others.
+    """Check that weights and config.json belong together, which transformers does not.
 
     Args:
         folder: source of the model.
@@ -289,10 +289,10 @@ def _check_loaded(folder: Path, found: Mapping[str, Collection[Any]], *, tied: b
 
 
 def _settle_generation(model: PreTrainedModel, end_token_ids: tuple[int, ...]) -> None:
-    """Name every end token in the generation settings, for checkpoints too, and make sure they can be saved.
+    """Name every end token in the generation settings, and make sure they can be saved.
 
-    rlmed uses nothing else of them. transformers loads contradictory ones with a warning but refuses to save them, which
-    would show only at the first checkpoint.
+    rlmed uses nothing else of them. transformers loads contradictory ones with a warning but
+    refuses to save them, which would show only at the first checkpoint.
     """
     settings = model.generation_config
     settings.eos_token_id = list(end_token_ids)
@@ -336,7 +336,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
 
 
 def _hub_answers() -> bool:
-    """Return False if the hub cannot be reached; asked once, since its library tries for half a minute."""
+    """Return False if the hub cannot be reached; asked once, for it tries long."""
     try:
         with foreign(f"{ENDPOINT} does not answer", "Check the network"):
             get_session().head(ENDPOINT, timeout=HUB_S)

@@ -1,14 +1,16 @@
-"""Shared-prefix attention of a packed row without padding: the prompt's keys and values are read once for its group.
+"""Shared-prefix attention of a packed row without padding: a prompt is read once a group.
 
-Two attentions over sequences of different lengths are merged. The first is causal, over all prompts and completions of the
-row, each a sequence of its own. In the second, which is not causal, all completions of a group attend to their prompt. With
-outputs o₁, o₂ and log-sum-exps l₁, l₂ of their scores, the attention of a completion's token to prompt and completion is
+Two attentions over sequences of different lengths are merged. The first is causal, over all prompts
+and completions of the row, each a sequence of its own. In the second, which is not causal, all
+completions of a group attend to their prompt. With outputs o₁, o₂ and log-sum-exps l₁, l₂ of their
+scores, the attention of a completion's token to prompt and completion is
 
     l = log(exp l₁ + exp l₂),  o = exp(l₁ - l) o₁ + exp(l₂ - l) o₂.
 
-Kernels drop the gradient of the log-sum-exp, so this sum must not be left to autograd: the gradient would be wrong without an
-error. It isn't needed either. A weight of the merged attention is exp(score - l), whichever part its key is in; hence each
-part's own backward pass, given the merged o and l, returns its share of the exact gradients, and the shares add up.
+Kernels drop the gradient of the log-sum-exp, so this sum must not be left to autograd: the gradient
+would be wrong without an error. It isn't needed either. A weight of the merged attention is
+exp(score - l), whichever part its key is in; hence each part's own backward pass, given the merged
+o and l, returns its share of the exact gradients, and the shares add up.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ class Suffixes:
 
     @classmethod
     def build(cls, groups: Iterable[tuple[int, int, int]], device: torch.device | str) -> Suffixes | None:
-        """Build from the row indices (prompt, completions, end) where each group's parts start; None without completions."""
+        """Build from the row indices where each group's parts start; None without completions."""
         some = [group for group in groups if group[1] < group[2]]
         if not some:
             return None
@@ -64,7 +66,7 @@ class Suffixes:
 
 @dataclass(frozen=True, slots=True)
 class VarlenLayout:
-    """A row of groups, each `[prompt | completion 1 | ... | completion G]`: `PackedLayout` without padding.
+    """A row of groups `[prompt | completion 1 | ... | completion G]`, without padding.
 
     Example:
         >>> layout = VarlenLayout.build([(49, (12, 30)), (51, ())], Reference())  # a group with two completions, and a prompt
@@ -212,7 +214,7 @@ def first_that_works(
 
 @torch.no_grad()
 def probe(backend: Backend, device: torch.device, dtype: torch.dtype, width: int) -> float:
-    """Return the largest error of outputs and gradients on a small row, relative to the largest entry; inf if not finite.
+    """Return the largest relative error of outputs and gradients on a small row.
 
     Raises:
         RuntimeError: if the device cannot run the backend.

@@ -1,4 +1,4 @@
-"""The vision tower with one matrix product for all patches, and one attention call a block for all images of a row.
+"""The vision tower: one product for all patches, one attention call a block for all images.
 
 transformers calls an attention function once for every image, or once for every window, unless its
 name says "flash": then it passes the boundaries. Given such a name, it would also look for its own
@@ -59,7 +59,7 @@ AttentionInterface.register(VISION_ATTENTION_NAME, vision_attention)
 
 
 def use_varlen_vision(model: PreTrainedModel) -> None:
-    """Let the vision tower of a loaded model use `vision_attention` where its device and dtype have a backend."""
+    """Let a vision tower use `vision_attention` if its device and dtype have a backend."""
     for module in model.modules():
         # the attention modules of Qwen2-VL and Qwen2.5-VL; others keep their own attention
         attention: Any = module
@@ -70,7 +70,7 @@ def use_varlen_vision(model: PreTrainedModel) -> None:
 
 
 def use_linear_patches(model: nn.Module) -> None:
-    """Let the patch embeddings of `model` compute one matrix product; parameters and their names stay unchanged.
+    """Let the patch embeddings compute one matrix product; parameters stay unchanged.
 
     Each patch is a row already, so a convolution whose stride is its kernel is such a product. As a
     convolution in bfloat16, it can take seconds on a GPU: cuDNN has no fast kernels for this one.
@@ -86,14 +86,14 @@ def use_linear_patches(model: nn.Module) -> None:
 
 
 def _embed_patches(module: Any, patches: Tensor) -> Tensor:
-    """Return [N, D] embeddings of [N, C T P P] patches, by a weight [D, C, T, P, P]; differentiable."""
+    """Return [N, D] embeddings of [N, C T P P] patches by [D, C, T, P, P]; differentiable."""
     weight, bias = module.proj.weight, module.proj.bias
     return linear(patches.to(weight.dtype).flatten(1), weight.flatten(1), bias)
 
 
 @torch.no_grad()
 def _embeds_patches_only(module: nn.Module) -> bool:
-    """Return whether `_embed_patches` gives a module's own numbers, up to rounding, for a float32 copy on the CPU."""
+    """Return whether `_embed_patches` gives a module's own numbers up to rounding."""
     probed: Any = copy.deepcopy(module).to("cpu", torch.float32)
     patches = torch.randn(2, probed.proj.weight[0].numel(), generator=torch.Generator().manual_seed(0))
     expected, actual = type(module).forward(probed, patches), _embed_patches(probed, patches)

@@ -1,4 +1,4 @@
-"""Weights as buckets of bytes, for a store that several processes read (Ray's); see `rlmed.core.weights`."""
+"""Weights as buckets of bytes for a store that several processes read (Ray's)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from rlmed.core.weights import WeightError
 
 BUCKET_BYTES = 256 * 2**20
-"""Size of one bucket: bounds the copies in flight, and large enough to make per-message cost negligible."""
+"""Size of one bucket: bounds the copies in flight; messages' own cost is negligible."""
 ALIGNMENT = 64
 """Bytes; every tensor in a bucket starts at a multiple of it."""
 SAME_MODEL = "learner and engine need the same model (model.path)"
@@ -24,7 +24,7 @@ SAME_MODEL = "learner and engine need the same model (model.path)"
 
 @dataclass(frozen=True, slots=True)
 class WeightBucket:
-    """Several tensors packed into one byte array: numpy has no bfloat16, and one array transfers fastest."""
+    """Tensors packed into one byte array: numpy has no bfloat16; one array is fastest."""
 
     shapes: dict[str, tuple[int, ...]]
     """By name as in the learner's `named_parameters()`, in the order of the bytes."""
@@ -65,16 +65,16 @@ Buckets = Sequence[WeightBucket]
 
 
 def make_buckets(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int = BUCKET_BYTES) -> Iterator[WeightBucket]:
-    """Copy named tensors, in order, into buckets of at most `bucket_bytes` (a larger tensor gets its own).
+    """Copy named tensors, in order, into buckets of at most `bucket_bytes`.
 
     Args:
-        tensors: names and tensors of any shape on any device; consumed one at a time. If gathered from many ranks, all
-            ranks iterate.
+        tensors: names and tensors of any shape on any device; consumed one at a time. If gathered
+            from many ranks, all ranks iterate.
         bucket_bytes: bound on a bucket, and so on the memory needed besides the store's.
 
     Yields:
-        Buckets whose bytes are valid until the next one is requested: they share one buffer, because first touching fresh
-        memory costs several times as much as copying into it.
+        Buckets whose bytes are valid until the next one is requested: they share one buffer,
+        because first touching fresh memory costs several times as much as copying into it.
     """
     memory = torch.empty(bucket_bytes, dtype=torch.uint8)
     packed: dict[str, Tensor] = {}

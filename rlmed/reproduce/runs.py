@@ -1,4 +1,4 @@
-"""Reproduce the paper's table, base, SFT and RL over seeds: `python -m rlmed.reproduce +experiment=medvqa_600`.
+"""Reproduce the paper's table over seeds: `python -m rlmed.reproduce +experiment=medvqa_600`.
 
 It runs, one after the other and each in its own folder under `--out`,
 
@@ -6,9 +6,9 @@ It runs, one after the other and each in its own folder under `--out`,
     python -m rlmed.sft      … seed=S    supervised fine-tuning on the same rows
     python -m rlmed.launch   … seed=S    reinforcement learning
 
-passing each the overrides that it reads, and writes `reproduce.md`, `.tex`, `.json` and `.html`. After an interruption,
-run the same command to continue: finished runs are not repeated, and an interrupted one resumes from its last
-checkpoint.
+passing each the overrides that it reads, and writes `reproduce.md`, `.tex`, `.json` and `.html`.
+After an interruption, run the same command to continue: finished runs are not repeated, and an
+interrupted one resumes from its last checkpoint.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Native rollout engine: one prefill per prompt, grouped decode, continuous batching, groups returned as they finish.
+"""Native engine: one prefill per prompt, grouped decode, continuous batching.
 
-It computes with the learner's own parameters through shared-prefix attention, so its log-probabilities agree with the
-learner's to rounding; which modules compute, `Policy.hidden` decides.
+It computes with the learner's own parameters through shared-prefix attention, so its
+log-probabilities agree with the learner's to rounding; which modules compute, `Policy.hidden`
+decides.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ class NativeEngine:
 
     @torch.inference_mode()
     def step(self) -> list[RolloutGroup]:
-        """Start what fits, sample one token per live completion and return the groups this finished.
+        """Start what fits, sample a token per live completion, return the groups this finished.
 
         On CUDA, the tokens that end a group are those of the step before.
         """
@@ -139,7 +140,7 @@ class NativeEngine:
         return requests
 
     def _prefill(self, requests: list[RolloutRequest]) -> None:
-        """Compute the prompts in one row, cache their keys and values, and sample each completion's first token."""
+        """Compute the prompts in one row, cache keys and values, sample first tokens."""
         policy = self.policy
         groups = [SequenceGroup.of(request, policy.prompt_positions(request.prompt)) for request in requests]
         lengths = [len(request.prompt.token_ids) for request in requests]
@@ -163,7 +164,7 @@ class NativeEngine:
         decoder.first(rows, len(self._rows) - len(rows), logits, version=self.policy_version)
 
     def _start(self, groups: list[SequenceGroup], decoder: Decoder) -> list[Sequence]:
-        """Make the groups' sequences and take pages for prompts and completions; return the sequences."""
+        """Make the groups' sequences and take pages for them; return the sequences."""
         rows: list[Sequence] = []
         for group in groups:
             sampling = group.request.sampling
@@ -176,13 +177,13 @@ class NativeEngine:
         return rows
 
     def _decode(self) -> None:
-        """Run one forward pass over the newest token of each live completion and sample the next."""
+        """Run a forward pass over each live completion's newest token; sample the next."""
         decoder = self._decoder
         assert decoder is not None
         if self._shape is None:
             self._shape = decoder.lay_out(self._rows, self._groups)
-        # a row's newest token is not cached yet; rows that the host does not know to have ended stay at
-        # their limits
+        # a row's newest token is not cached yet; rows that the host does not know to have ended
+        # stay at their limits
         longest = max(min(row.sampled, row.group.request.sampling.max_tokens) for row in self._rows)
         with self._packs.active():
             decoder.step(self._shape.widened(self._plan.width(longest)), self._rows, version=self.policy_version)
@@ -191,7 +192,7 @@ class NativeEngine:
 
     @torch.inference_mode()
     def _read(self, *, leave: int) -> None:
-        """Append the tokens of all steps but the last `leave` to their completions, and free what has ended."""
+        """Append the tokens of all steps but the last `leave`; free what has ended."""
         if self._decoder is None:
             return
         for sampled in self._decoder.read(leave=leave):

@@ -1,8 +1,8 @@
-"""Keys and values in pages: prompts and completions take pages of a pool and give them back when they end.
+"""Keys and values in pages of a pool, which prompts and completions take and give back.
 
 Tables on the device name the pages of each group and of each row, as in PagedAttention (Kwon et al.
-2023, arXiv 2309.06180). A pool with `page_tokens=None` has pages that hold a whole prompt or a whole
-completion, so that products read a CPU's cache as it lies.
+2023, arXiv 2309.06180). A pool with `page_tokens=None` has pages that hold a whole prompt or a
+whole completion, so that products read a CPU's cache as it lies.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class PagePool:
         return 1 if self._whole else -(-tokens // self.page_tokens)
 
     def reserve(self, *, sequences: int, tokens: int, most: int = 0) -> None:
-        """Make room for `sequences` more sequences of `tokens` tokens, and for `most` in all; what is in pages stays."""
+        """Make room for more sequences of `tokens` tokens, and for `most` in all."""
         page_tokens = max(self.page_tokens, tokens) if self._whole else self.page_tokens
         each, old_pages = self.pages_for(tokens), max(1, self.pages)
         missing = max(sequences * each - self.free_pages, most * each + 1 - old_pages)
@@ -78,7 +78,7 @@ class PagePool:
             heapq.heappush(self._free, page)
 
     def take(self, tokens: int) -> list[int]:
-        """Return the lowest free pages that hold `tokens` tokens; `reserve` has made sure of them."""
+        """Return the lowest free pages for `tokens` tokens, which `reserve` has provided."""
         return [heapq.heappop(self._free) for _ in range(self.pages_for(tokens))]
 
     def give_back(self, pages: Sequence[int]) -> None:
@@ -92,7 +92,7 @@ class PagePool:
             pages.zero_()
 
     def head_rows(self, table: Tensor) -> Tensor:
-        """Return int64 [S, H_kv, n]: rows of `keys[layer].flatten(0, 1)` with the pages in `table`, int64 [S, n]."""
+        """Return int64 [S, H_kv, n]: rows of `keys[layer].flatten(0, 1)`; `table`: int64 [S, n]."""
         return table.unsqueeze(1) * self.heads + self._each_head.unsqueeze(1)
 
     def addresses(self, head_rows: Tensor, places: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ class PagePool:
         return own.squeeze(2) * self.page_tokens + places.unsqueeze(1)
 
     def write(self, layer: int, addresses: Tensor | int, key: Tensor, value: Tensor) -> None:
-        """Write key and value [N, H_kv, D] to `addresses` [N, H_kv], or to one place in the first N pages in order."""
+        """Write key and value [N, H_kv, D] to `addresses` [N, H_kv], or in the pages' order."""
         for pages, fresh in ((self.keys[layer], key), (self.values[layer], value)):
             if isinstance(addresses, int):
                 pages.narrow(0, SCRATCH + 1, len(fresh)).select(2, addresses).copy_(fresh)
@@ -132,17 +132,17 @@ class PageView:
     width: int
     """A multiple of the page's tokens, or at most a page."""
     index: Tensor | None
-    """int64 [S * H_kv * pages of a sequence]: rows of `keys[layer].flatten(0, 1)`; None: the S pages after the
-    scratch page, in order."""
+    """int64 [S * H_kv * pages]: rows of `keys[layer].flatten(0, 1)`; None: pages in order.
+    """
 
     @classmethod
     def build(cls, pool: PagePool, head_rows: Tensor, width: int, *, in_order: bool) -> PageView:
-        """View sequences, given as int64 [S, H_kv, n] by `PagePool.head_rows`; `in_order` if `index` can be None."""
+        """View sequences, int64 [S, H_kv, n] of `PagePool.head_rows`; `in_order`: no index."""
         index = None if in_order else head_rows[:, :, : pool.pages_for(width)].flatten()
         return cls(pool, len(head_rows), width, index)
 
     def of(self, pages: Tensor) -> Tensor:
-        """Return [S, H_kv, width, D] of one layer's keys or values: a view if the pages are in order, else a copy."""
+        """Return [S, H_kv, width, D] of one layer's keys or values; a view if in order."""
         if self.index is None:
             return pages.narrow(0, SCRATCH + 1, self.sequences).narrow(2, 0, self.width)
         heads, page_tokens, head_width = pages.shape[1:]
@@ -218,7 +218,7 @@ class DecodeLayout:
 
 
 def visible(lengths: Tensor, width: int, pool: PagePool) -> Tensor:
-    """[N * H_kv, 1, width] score offsets: 0 below each length, -inf from there on; lengths are int64 [N]."""
+    """[N * H_kv, 1, width] score offsets: 0 below each length (int64 [N]), then -inf."""
     hidden = torch.arange(width, device=lengths.device) >= lengths.unsqueeze(1)
     mask = pool.keys[0].new_zeros(len(lengths), width).masked_fill_(hidden, float("-inf"))
     return mask.unsqueeze(1).expand(-1, pool.heads, -1).reshape(-1, 1, width)

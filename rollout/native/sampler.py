@@ -1,4 +1,4 @@
-"""Sample the next token: temperature, top-k, top-p, and an independent random stream per completion."""
+"""Sample the next token: temperature, top-k, top-p, one random stream per completion."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 
 def mix64(x: Tensor) -> Tensor:
-    """Apply the splitmix64 finalizer (Steele, Lea and Flood, OOPSLA 2014) to int64 values, wrapping."""
+    """Apply the splitmix64 finalizer (Steele, Lea and Flood, OOPSLA 2014) to int64 values."""
     x = x + _GOLDEN
     x = (x ^ _shift_right(x, 30)) * _MIX_1
     x = (x ^ _shift_right(x, 27)) * _MIX_2
@@ -90,7 +90,7 @@ class Uses(NamedTuple):
 
 
 def row_settings(params: SamplingParams, vocabulary: int) -> tuple[float, float, int]:
-    """Return a row's temperature, 1 if it is greedy; its top-p, infinite if off; its top-k, all tokens if off."""
+    """Return a row's temperature (1 if greedy), top-p (infinite if off), top-k (all if off)."""
     # a float32 cumulative sum can pass 1 before its end, which must not cut the tail of a row with
     # top-p off
     top_p = params.top_p if params.top_p < 1 else math.inf

@@ -59,8 +59,9 @@ class Scheduler:
     def admit(self, free_rows: int, *, running: bool = False) -> list[RolloutRequest]:
         """Remove and return the requests that start now, first come, first served.
 
-        Small groups never overtake: order of completion already favours short ones. While others are
-        `running`, a backlog waits until a share of the rows is free, since each start holds up all that run.
+        Small groups never overtake: order of completion already favours short ones. While others
+        are `running`, a backlog waits until a share of the rows is free, since each start holds up
+        all that run.
         """
         admitted: list[RolloutRequest] = []
         if running and free_rows < START_SHARE * self.limits.max_completions and not self._all_fit(free_rows):

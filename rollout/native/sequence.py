@@ -23,7 +23,7 @@ class Sequence:
     max_version: int = 0
     text: str = ""
     sampled: int = 0
-    """Tokens sampled, those included that the host has not read yet; may exceed `max_tokens` after the end."""
+    """Tokens sampled, unread ones included; may exceed `max_tokens` after the end."""
     pages: list[int] = field(default_factory=list)
     """Its pages of keys and values."""
 
@@ -43,7 +43,7 @@ class SequenceGroup:
 
     @classmethod
     def of(cls, request: RolloutRequest, positions: Tensor) -> SequenceGroup:
-        """Make the group of a request, without sequences, from the rotary positions of its prompt."""
+        """Make the group of a request, without sequences, from its prompt's positions."""
         return cls(request, positions, int(positions.max()) + 1)
 
     @property

@@ -29,8 +29,8 @@ class StepPlan:
     page_tokens: int | None
     """Tokens in a page; None: a page holds a whole prompt or completion."""
     buckets: bool
-    """Round sizes up to powers of two, so that few different steps occur; else they are exact and tensors that lie
-    in order are not copied."""
+    """Round sizes up to powers of two, so that few different steps occur; else they are exact.
+    """
     lag: int
     """Steps that the host is behind: it reads the tokens of one while the next runs."""
     graphs: bool
@@ -44,20 +44,20 @@ class StepPlan:
         return cls(page_tokens=None, buckets=False, lag=0, graphs=False)
 
     def bucket(self, size: int, *, smallest: int = 1, largest: int | None = None) -> int:
-        """Return the number that stands for `size` in a step's shape: not smaller, and `largest` at most."""
+        """Return what stands for `size` in a step's shape: not smaller, `largest` at most."""
         if not self.buckets:
             return size
         bucket = max(smallest, 1 << (size - 1).bit_length())
         return bucket if largest is None else min(bucket, largest)
 
     def width(self, tokens: int) -> int:
-        """Return the width of keys that stands for `tokens` of them: a multiple of a page if pages have a size."""
+        """Return the width of keys for `tokens` of them: a multiple of a page's size."""
         return self.bucket(tokens, smallest=self.page_tokens or 1)
 
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
-    """All that the host decides about a step: sizes and branches; steps of one shape make the same calls."""
+    """All that the host decides about a step; steps of one shape make the same calls."""
 
     rows: int
     """R."""
@@ -85,8 +85,8 @@ class StepShape:
 class Slots:
     """The tensors.
 
-    Row r is the completion `rows[r]` of the last `lay_out`; rows beyond stand for none, sample nothing that counts
-    and write to the scratch page.
+    Row r is the completion `rows[r]` of the last `lay_out`; rows beyond stand for none, sample
+    nothing that counts and write to the scratch page.
     """
 
     def __init__(self, policy: Policy, plan: StepPlan, size: int, position_rows: int) -> None:
@@ -115,7 +115,7 @@ class Slots:
         self.widen(0, 0, 0)
 
     def widen(self, prefix_pages: int, suffix_pages: int, max_tokens: int) -> None:
-        """Make page tables with so many columns, and room for the numbers that decide the draws of `max_tokens`."""
+        """Make page tables with so many columns, and room for the numbers of the draws."""
         # a row that has ended reads one number more
         uniforms = self.uniforms.new_zeros(self._size, max_tokens + 1)
         uniforms[:, : self.uniforms.shape[1]] = self.uniforms
@@ -131,7 +131,7 @@ class Slots:
         return [value for value in vars(self).values() if isinstance(value, Tensor)]
 
     def lay_out(self, rows: Rows[Sequence], groups: Rows[SequenceGroup]) -> StepShape:
-        """Write what the host knows of live rows and their groups; return the shape of steps, with no suffix width.
+        """Write what the host knows of live rows and groups; return the shape of steps.
 
         Tokens, counts and `alive` are the device's own: `keep` and `begin` change them.
         """
@@ -193,7 +193,7 @@ class Slots:
         _write(self._floats, floats)
 
     def keep(self, kept: Rows[int]) -> None:
-        """Keep these rows of the device's own state, in this order, as the first ones; free all others."""
+        """Keep these rows of the device's own state as the first ones; free all others."""
         index = _to_device(np.array(kept, dtype=np.int64), self.tokens.device)
         for state, free in ((self.tokens, 0), (self.counts, 1), (self.alive, False), (self.uniforms, 0.0)):
             rows = state.index_select(0, index)
@@ -213,7 +213,7 @@ class Slots:
         return self.uniforms[rows, 0]
 
     def record(self, rows: slice, tokens: Tensor, logprobs: Tensor) -> None:
-        """Write each row's new token, int64 [R], and its log-probability, float32 [R]; find which rows end."""
+        """Write each row's new token, int64 [R], and its log-probability; find which rows end."""
         alive, counts = self.alive[rows], self.counts[rows]
         # a row that has ended goes on with token 0, whatever its company makes of it
         torch.mul(tokens, alive, out=self.tokens[rows])

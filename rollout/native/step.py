@@ -1,7 +1,7 @@
 """The decode step: one forward pass over the newest token of each row, and the next token of each.
 
-`decode_step` needs nothing from the host, so that on CUDA it is captured once per shape and replayed
-as one graph, while the host reads the tokens of the step before.
+`decode_step` needs nothing from the host, so that on CUDA it is captured once per shape and
+replayed as one graph, while the host reads the tokens of the step before.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ class Decoder:
         self.suffix.clear()
 
     def first(self, rows: Rows[Sequence], start: int, logits: Tensor, version: int) -> None:
-        """Sample the first tokens of new rows, from row `start` on, once they are laid out; send them to the host.
+        """Sample the first tokens of new rows, from row `start` on; send them to the host.
 
         `logits` are float32 [R, V].
         """
@@ -210,13 +210,13 @@ class StepGraphs:
         self._pool: Any = None
 
     def keep_if(self, addresses: tuple[int, ...]) -> None:
-        """Keep the graphs if they were captured with tensors at these addresses, else forget them."""
+        """Keep the graphs if captured with tensors at these addresses, else forget them."""
         if addresses != self._addresses:
             self._graphs.clear()
             self._pool, self._addresses = None, addresses
 
     def run(self, shape: StepShape, step: Callable[[StepShape], None]) -> None:
-        """Take a step of this shape: as it is, which also warms it up for capture, or as a graph."""
+        """Take a step of this shape: as it is, which warms it up, or as a graph."""
         if shape not in self._seen:
             self._seen.add(shape)
             step(shape)

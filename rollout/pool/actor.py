@@ -25,7 +25,7 @@ from rollout.pool.runner import EngineRunner
 from rollout.pool.worker import FinishedGroup, WorkerStatus
 
 COLLECT_S = 5.0
-"""Seconds after which `collect` returns without a group, so that no call waits forever on a dead process."""
+"""Seconds after which `collect` returns without a group: no call waits forever."""
 CALLS_AT_A_TIME = 8
 
 

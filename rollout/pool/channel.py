@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Channel:
-    """`rlmed.core.protocols.RolloutPool` on shared workers: training and evaluation each have one."""
+    """`rlmed.core.protocols.RolloutPool` on shared workers; training and evaluation have one."""
 
     def __init__(self, pool: WorkerPool) -> None:
         """Use `WorkerPool.channel` to create one."""

@@ -1,9 +1,11 @@
-"""Worker pool: sends prompts to the least busy worker, returns groups as they finish, replaces dead and silent workers.
+"""Worker pool: prompts to the least busy worker, groups as they finish, dead ones replaced.
 
-Each request is *leased* to one worker. If the worker dies, its leases go to others, and anything it still sends is
-dropped. So every request is answered exactly once, whatever happens to the processes.
+Each request is *leased* to one worker. If the worker dies, its leases go to others, and anything it
+still sends is dropped. So every request is answered exactly once, whatever happens to the
+processes.
 
-One thread owns all state and runs events; callers and futures only add events, so nothing else needs a lock.
+One thread owns all state and runs events; callers and futures only add events, so nothing else
+needs a lock.
 """
 
 from __future__ import annotations
@@ -90,7 +92,7 @@ class WorkerPool:
             time.sleep(READY_S)
 
     def sleep(self) -> None:
-        """Put the engines to sleep until the next push and wait until they are; no-op without `PoolSettings.sleeps`.
+        """Put the engines to sleep until the next push; no-op without `PoolSettings.sleeps`.
 
         Requests submitted before the push wait for it.
 
@@ -106,9 +108,10 @@ class WorkerPool:
         wait(sleeping.result(), timeout=self._settings.push_s)  # one that fails is replaced
 
     def update_weights(self, weights: WeightUpdate) -> list[PushReport]:
-        """Push new weights to all workers and wait; a worker that fails is replaced by one that has them.
+        """Push new weights to all workers and wait; one that fails is replaced.
 
-        The learner sends them directly to the ready workers if it can; workers that start later fetch them.
+        The learner sends them directly to the ready workers if it can; workers that start later
+        fetch them.
 
         Requests submitted afterwards are sampled with these weights or newer ones.
 
@@ -200,7 +203,7 @@ class WorkerPool:
         self._waiting = deque(lease for lease in self._waiting if lease.receiver is not channel)
 
     def _dispatch(self) -> None:
-        """Lease waiting requests, oldest first, to the worker with the fewest completions that has room."""
+        """Lease waiting requests, oldest first, to the worker with fewest completions."""
         batches: dict[Slot, list[Lease]] = {}
         while self._waiting:
             slot = min((slot for slot in self._slots if slot.ready), key=lambda slot: slot.completions, default=None)
@@ -280,7 +283,7 @@ class WorkerPool:
             slot.ready = True
 
     def _lost_if_failed(self, slot: Slot, worker: Worker, done: Future[Any]) -> bool:
-        """Return True if a future failed, after replacing its worker unless that was done already."""
+        """Return True if a future failed, after replacing its worker unless already done."""
         error = done.exception()
         if error is not None and slot.worker is worker and not self._closed:
             self._lose(slot, error)

@@ -1,1 +1,1 @@
-"""vLLM rollout engine; only this package imports vLLM, and the rest of rlmed runs without it installed."""
+"""vLLM rollout engine; only this package imports vLLM, which may be missing."""

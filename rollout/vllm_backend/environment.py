@@ -19,7 +19,7 @@ VARIABLES = {
     "DO_NOT_TRACK": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
-"""Defaults for variables that the caller has not set; vLLM reads them on use, worker processes inherit them."""
+"""Defaults for variables that are not set; vLLM reads them on use, workers inherit them."""
 PRELOAD = "LD_PRELOAD"
 
 
@@ -73,7 +73,7 @@ def preload_kept() -> Iterator[None]:
 
 
 def _hide_broken_torchcodec() -> None:
-    """Hide a torchcodec that fails to import: beside a CPU torch, the registry's CUDA build fails as vLLM doesn't expect."""
+    """Hide a torchcodec that fails to import, such as a CUDA build beside a CPU torch."""
     if "torchcodec" in sys.modules or importlib.util.find_spec("torchcodec") is None:
         return
     try:

@@ -36,10 +36,11 @@ class ModelFacts:
 
 
 def sampling_params(sampling: SamplingParams, group_size: int, facts: ModelFacts) -> vllm.SamplingParams:
-    """Return vLLM's settings for a group, all of them: an omitted one would come from the model folder.
+    """Return all of vLLM's settings for a group: an omitted one would come from the model.
 
-    For n > 1, vLLM draws completion i from the stream of seed + i; group seeds are scattered first, so that neighbouring
-    groups share no stream. Greedy completions of a group are identical, so only one is requested.
+    For n > 1, vLLM draws completion i from the stream of seed + i; group seeds are scattered first,
+    so that neighbouring groups share no stream. Greedy completions of a group are identical, so
+    only one is requested.
 
     Raises:
         ValueError: for settings that vLLM does not support.
@@ -84,10 +85,10 @@ def sampling_params(sampling: SamplingParams, group_size: int, facts: ModelFacts
 
 
 def engine_input(prompt: Prompt, facts: ModelFacts, epoch: int) -> EngineInput:
-    """Build the input that vLLM's processors would pass to its core, from the learner's ids and pixels.
+    """Build what vLLM's processors would pass to its core, from the learner's ids and pixels.
 
-    Nothing is tokenized, expanded or resized again. vLLM's cache keys for the prompt (keys and values, visual
-    embeddings) contain `epoch`, so it never reuses results of other weights.
+    Nothing is tokenized, expanded or resized again. vLLM's cache keys for the prompt (keys and
+    values, visual embeddings) contain `epoch`, so it never reuses results of other weights.
 
     Args:
         prompt: with Qwen2-VL image inputs, or none.

@@ -1,10 +1,12 @@
-"""Direct transfer of weights, by vLLM's weight-transfer API: NCCL or CUDA IPC; see `rlmed.core.weights`.
+"""Direct transfer of weights by vLLM's API: NCCL or CUDA IPC; see `rlmed.core.weights`.
 
-The learner's half, `WeightTransferSender`, runs in learner rank 0's process. vLLM drives the exchange; this adds what it
-lacks: NCCL ranks for several engines, a timeout for every wait, and the name of the engine that did not answer.
+The learner's half, `WeightTransferSender`, runs in learner rank 0's process. vLLM drives the
+exchange; this adds what it lacks: NCCL ranks for several engines, a timeout for every wait, and the
+name of the engine that did not answer.
 
-The engine's half, `WeightTransfer`, runs in every worker process of vLLM, which imports this module through
-`WorkerExtension`. It also accepts tensors passed in a call: a replacement worker fetches the weights while the learner works.
+The engine's half, `WeightTransfer`, runs in every worker process of vLLM, which imports this module
+through `WorkerExtension`. It also accepts tensors passed in a call: a replacement worker fetches
+the weights while the learner works.
 """
 
 from __future__ import annotations
@@ -70,7 +72,7 @@ def check_group(connection: Any) -> None:
 
 
 class OneRankIpc(IPCTrainerWeightTransferEngine):
-    """vLLM's IPC engine for a learner whose rank 0 alone shares a GPU; vLLM's exchanges memory handles between all ranks."""
+    """vLLM's IPC engine for a learner whose rank 0 alone shares a GPU."""
 
     def _all_gather_and_merge_handles(
         self, handles: list[dict[str, tuple[Any, ...]]]
@@ -101,13 +103,13 @@ def init_info(transport: str, engines: Sequence[EngineHandle], host: str, larges
 
 
 class EngineClients:
-    """vLLM's `VLLMWeightSyncClient` for several engines: each call goes to all of them and waits for all answers."""
+    """vLLM's `VLLMWeightSyncClient` for several engines: calls all and waits for all."""
 
     def __init__(self, transport: str, engines: Sequence[EngineHandle], call: CallEngine, limit_s: float) -> None:
         """Call `engines`, each of which has `limit_s` seconds to answer."""
         self._transport, self._engines, self._call, self._limit_s = transport, engines, call, limit_s
         self.failed: Future[None] = Future()
-        """Fails with an engine's first error: vLLM's own thread may hang in a call that the engine will never join."""
+        """Fails with an engine's first error: vLLM's thread may hang in a call never joined."""
         self.version = 0
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
@@ -151,7 +153,7 @@ class EngineClients:
 
 
 class WeightTransferSender(WeightSource):
-    """`rlmed.core.weights.WeightSender`, and vLLM's source: each parameter is gathered from all ranks when its turn comes."""
+    """`rlmed.core.weights.WeightSender` and vLLM's source: parameters gathered one by one."""
 
     def __init__(
         self,
@@ -270,7 +272,7 @@ class UpdateInfo(WeightTransferUpdateInfo):
 
 
 class WeightTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
-    """Loads weights through vLLM's layerwise reload, which also repeats the processing after loading."""
+    """Loads weights through vLLM's layerwise reload, which repeats its processing."""
 
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
@@ -335,7 +337,7 @@ def repack_projections(transfer: WeightTransfer) -> None:
 
 
 class WorkerExtension:
-    """Methods that vLLM adds to its workers; naming this class also makes each worker import this module."""
+    """Methods that vLLM adds to its workers, in each of which this module is imported."""
 
     device: torch.device
 

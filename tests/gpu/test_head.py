@@ -1,4 +1,6 @@
-"""The vocabulary projection and the patch embedding on a CUDA device against float64; skipped without one."""
+"""The vocabulary projection and the patch embedding on a CUDA device against float64; skipped
+without one.
+"""
 
 from __future__ import annotations
 

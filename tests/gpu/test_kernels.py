@@ -72,7 +72,9 @@ def table_of(rows: Sequence[Sequence[int]]) -> Tensor:
 
 
 def attention(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    """Return the float64 attention [H, D] of one row's query [H, D] over its tokens [H_kv, T, D]."""
+    """Return the float64 attention [H, D] of one row's query [H, D] over its tokens [H_kv, T,
+    D].
+    """
     repeats = len(query) // len(keys)
     keys, values = keys.repeat_interleave(repeats, 0), values.repeat_interleave(repeats, 0)
     scores = torch.einsum("hd,htd->ht", query.double(), keys) * scale
@@ -120,7 +122,9 @@ def test_decode_attention(case: str, shape: tuple[int, int, int], splits: int, d
 
 
 def test_attention_of_scores_as_large_as_in_real_models() -> None:
-    """Scores near -120, as real heads have: with the scores rounded to half precision this is off by percents."""
+    """Scores near -120, as real heads have: with the scores rounded to half precision this is off
+    by percents.
+    """
     dtype = torch.float16
     query, pages = draws(2, 2, 64, dtype=dtype), Pages.build([90], 1, 16, 64, dtype)
     pages.keys -= 4 * query[0, 0].sign()
@@ -228,7 +232,9 @@ def test_sampled_tokens_are_those_of_inversion(vocabulary: int) -> None:
 
 
 def test_rare_tokens_are_sampled() -> None:
-    """A token of probability 1e-9 at the end of a large vocabulary, whose interval float32 sums would swallow."""
+    """A token of probability 1e-9 at the end of a large vocabulary, whose interval float32 sums
+    would swallow.
+    """
     logits = torch.zeros(2, 8 * BLOCK, device=DEVICE)
     logits[:, -1] = -11.7
     probability = float(logits[0].double().softmax(0)[-1])

@@ -1,4 +1,6 @@
-"""Decode steps as CUDA graphs, beside the same steps taken one operator at a time; skipped without a CUDA device."""
+"""Decode steps as CUDA graphs, beside the same steps taken one operator at a time; skipped without
+a CUDA device.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Flash attention's kernels on a CUDA device against the reference in float64; skipped without one."""
+"""Flash attention's kernels on a CUDA device against the reference in float64; skipped without
+one.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A small run on disk: a random vision model, ten questions with images, and the configuration of a run on them."""
+"""A small run on disk: a random vision model, ten questions with images, and the configuration of a
+run on them.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def generated_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def with_images(generated_images: Path) -> Callable[[Path], Path]:
-    """`with_images(folder)`: the folder, where a run with `data=phantom` finds its generated images."""
+    """`with_images(folder)`: the folder, where a run with `data=phantom` finds its generated
+    images.
+    """
 
     def link(folder: Path) -> Path:
         (folder / "outputs").mkdir()

@@ -1,4 +1,6 @@
-"""Commands in processes of their own that need not import torch again: each is forked from one process that has."""
+"""Commands in processes of their own that need not import torch again: each is forked from one
+process that has.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ class Finished:
 
 
 def run_forked(main: Callable[[], object], arguments: Sequence[str], folder: Path) -> Finished:
-    """Call `main()` with these command-line arguments in a process whose working directory is `folder`.
+    """Call `main()` with these command-line arguments in a process whose working directory is
+    `folder`.
 
     Args:
         main: a function that can be imported by its name.

@@ -1,9 +1,11 @@
-"""Starts a run that kills its own process, without any clean-up, at a chosen place: `launch_and_die.py PLACE [override ...]`.
+"""Starts a run that kills its own process, without any clean-up, at a chosen place:
+`launch_and_die.py PLACE [override ...]`.
 
-PLACE is one of: nowhere, rollout:N (at group N), backward:N (at gradient N), optimizer:N (at update N), checkpoint:N (while
-writing the checkpoint of step N), metrics:N (before step N is written down), report:1 (before the report is written),
-images:N (after the N-th file of generated rows). With wait:M,N it doesn't die but stands still before steps M and N are
-written down, each time until somebody has removed the file `waits` that it makes in its folder.
+PLACE is one of: nowhere, rollout:N (at group N), backward:N (at gradient N), optimizer:N (at update
+N), checkpoint:N (while writing the checkpoint of step N), metrics:N (before step N is written
+down), report:1 (before the report is written), images:N (after the N-th file of generated rows).
+With wait:M,N it doesn't die but stands still before steps M and N are written down, each time until
+somebody has removed the file `waits` that it makes in its folder.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ from rollout.local import LocalPool
 
 
 def die_at_call(owner: Any, name: str, number: int, *, after: bool) -> None:
-    """Kill the process at the `number`-th call of `owner.name`, before or after it has done its work."""
+    """Kill the process at the `number`-th call of `owner.name`, before or after it has done its
+    work.
+    """
     original: Callable[..., Any] = vars(owner)[name]
     calls = 0
 
@@ -65,7 +69,9 @@ def die_in_checkpoint(step: int) -> None:
 
 
 def wait_before(steps: set[int]) -> None:
-    """Stand still in the main thread before these steps are written down; all other threads and processes go on."""
+    """Stand still in the main thread before these steps are written down; all other threads and
+    processes go on.
+    """
     original = RunRecorder.record_groups
 
     def waiting(self: RunRecorder, step: int, *args: Any, **kwargs: Any) -> None:

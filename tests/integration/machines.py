@@ -1,4 +1,6 @@
-"""Several machines on this one: Ray nodes in network namespaces, or on loopback addresses, that can be cut off and killed."""
+"""Several machines on this one: Ray nodes in network namespaces, or on loopback addresses, that can
+be cut off and killed.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def why_no_namespaces() -> str | None:
 
 
 class Network:
-    """Namespaces joined by a bridge that is in one more namespace, so this machine's own network is not touched."""
+    """Namespaces joined by a bridge that is in one more namespace, so this machine's own network is
+    not touched.
+    """
 
     def __init__(self, machines: int) -> None:
         self.name = f"rlmed-{uuid.uuid4().hex[:6]}"
@@ -81,7 +85,9 @@ class Network:
         return ("ip", "netns", "exec", self.space(number))
 
     def cut(self, number: int) -> None:
-        """Nothing reaches this machine any more, and it reaches nothing; no connection is closed."""
+        """Nothing reaches this machine any more, and it reaches nothing; no connection is
+        closed.
+        """
         command("ip", "-n", f"{self.name}-switch", "link", "set", f"port{number}", "down")
 
     def close(self) -> None:
@@ -101,7 +107,8 @@ class Loopback:
 
 
 class Machines:
-    """Ray nodes: number 0 is the head, where runs are started, with a resource `learning`; each other has one `sampling`.
+    """Ray nodes: number 0 is the head, where runs are started, with a resource `learning`; each
+    other has one `sampling`.
 
     A context manager; whatever happens in it, no process, file or namespace is left.
     """

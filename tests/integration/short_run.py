@@ -1,4 +1,6 @@
-"""Overrides of a run of six steps on the embedded model that takes seconds, the same for all who kill and compare runs."""
+"""Overrides of a run of six steps on the embedded model that takes seconds, the same for all who
+kill and compare runs.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Evaluation and supervised fine-tuning in Ray's workers and ranks: the answers and losses of one process."""
+"""Evaluation and supervised fine-tuning in Ray's workers and ranks: the answers and losses of one
+process.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ RAY = ("cluster=ray", "cluster.rollout_workers=2", "cluster.threads=1")
 
 
 def run(folder: Path, name: str, module: str, *overrides: str) -> Path:
-    """Run a command in a process of its own, of which nothing may be left running; return its folder."""
+    """Run a command in a process of its own, of which nothing may be left running; return its
+    folder.
+    """
     mark = new_mark()
     done = subprocess.run(
         [sys.executable, "-m", module, *overrides, f"hydra.run.dir={folder / name}"],

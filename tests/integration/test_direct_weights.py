@@ -1,4 +1,6 @@
-"""Native engines in Ray's workers get weights from rank 0 over a process group, and one that dies costs nothing."""
+"""Native engines in Ray's workers get weights from rank 0 over a process group, and one that dies
+costs nothing.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The benchmark of a GPU half hour: all of it runs without a GPU, and its models are what they claim to be."""
+"""The benchmark of a GPU half hour: all of it runs without a GPU, and its models are what they
+claim to be.
+"""
 
 from __future__ import annotations
 

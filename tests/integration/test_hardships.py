@@ -1,4 +1,6 @@
-"""Short runs where something is against them: docs/troubleshooting.md has a table of what each does."""
+"""Short runs where something is against them: docs/troubleshooting.md has a table of what each
+does.
+"""
 
 from __future__ import annotations
 

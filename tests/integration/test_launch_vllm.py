@@ -1,4 +1,6 @@
-"""`python -m rlmed.launch cluster=ray rollout=vllm`: a whole run with vLLM's CPU build, evaluated at both ends."""
+"""`python -m rlmed.launch cluster=ray rollout=vllm`: a whole run with vLLM's CPU build, evaluated
+at both ends.
+"""
 
 from __future__ import annotations
 

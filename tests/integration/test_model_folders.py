@@ -1,4 +1,6 @@
-"""Model folders that disagree with themselves, in whole commands: one line and exit status 2, or the right result."""
+"""Model folders that disagree with themselves, in whole commands: one line and exit status 2, or
+the right result.
+"""
 
 from __future__ import annotations
 

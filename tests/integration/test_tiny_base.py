@@ -1,4 +1,6 @@
-"""The embedded base: it is what it should be, and the command that rebuilds it works from end to end on a few images."""
+"""The embedded base: it is what it should be, and the command that rebuilds it works from end to
+end on a few images.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def test_the_shipped_base_is_small_and_really_qwen2_vl() -> None:
 
 
 def test_the_shipped_base_knows_the_format_and_sees_what_is_easy(tmp_path: Path) -> None:
-    """Far above chance on anatomy, where the careful reader writes; the measured accuracies are in the README."""
+    """Far above chance on anatomy, where the careful reader writes; the measured accuracies are in
+    the README.
+    """
     examples: list[Example] = []
     for index in range(40):
         rng = np.random.default_rng([7, index])

@@ -1,4 +1,6 @@
-"""The decoder for sampling against transformers' modules: the same numbers, refused where they would not be, few operators."""
+"""The decoder for sampling against transformers' modules: the same numbers, refused where they
+would not be, few operators.
+"""
 
 from __future__ import annotations
 

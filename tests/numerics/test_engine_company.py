@@ -1,4 +1,6 @@
-"""The native engine against itself: order, company and slots change nothing; each prompt is computed once."""
+"""The native engine against itself: order, company and slots change nothing; each prompt is
+computed once.
+"""
 
 from __future__ import annotations
 

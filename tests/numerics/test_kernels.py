@@ -1,4 +1,6 @@
-"""Triton kernels without a GPU: their results under Triton's interpreter, and their compilation for one."""
+"""Triton kernels without a GPU: their results under Triton's interpreter, and their compilation for
+one.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +84,9 @@ KERNELS: list[tuple[str, dict[str, str], dict[str, int]]] = [
     ),
 ]
 SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
-"""Bytes of shared memory that a program may use, by compute capability (CUDA C++ Programming Guide, table of limits)."""
+"""Bytes of shared memory that a program may use, by compute capability (CUDA C++ Programming Guide,
+table of limits).
+"""
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")

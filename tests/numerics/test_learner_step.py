@@ -1,4 +1,6 @@
-"""`PolicyLearner.step` as a whole: first ratio 1, master weights, frozen parts, broken numbers, resuming, many updates."""
+"""`PolicyLearner.step` as a whole: first ratio 1, master weights, frozen parts, broken numbers,
+resuming, many updates.
+"""
 
 from __future__ import annotations
 

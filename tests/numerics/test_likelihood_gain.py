@@ -1,4 +1,6 @@
-"""What reasoning is worth, against a padded transformers computation with the real tokenizer, one row at a time."""
+"""What reasoning is worth, against a padded transformers computation with the real tokenizer, one
+row at a time.
+"""
 
 from __future__ import annotations
 

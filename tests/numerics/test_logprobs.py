@@ -1,4 +1,6 @@
-"""Log-probabilities by blocks against log-softmax and gather in float64, and the memory that they promise."""
+"""Log-probabilities by blocks against log-softmax and gather in float64, and the memory that they
+promise.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,9 @@ def in_float64(tensors, temperature=1.0, banned=()):
 
 
 def assert_near(actual, expected, tensors, temperature):
-    """Values to the rounding of float32 sums, whatever the dtype; gradients too, or to that of their factors in bfloat16."""
+    """Values to the rounding of float32 sums, whatever the dtype; gradients too, or to that of
+    their factors in bfloat16.
+    """
     hidden, weight, targets = tensors
     # logits are sums of WIDTH products, normalized over VOCABULARY; gradients add up over ROWS
     magnitude = float((hidden.double().abs() @ weight.double().abs().T).max()) / temperature
@@ -75,7 +79,9 @@ def assert_near(actual, expected, tensors, temperature):
 
 @pytest.fixture(params=[None, 1, 5, 36, 49])
 def block(request, monkeypatch):
-    """Everything at once, or blocks of so many tokens of the vocabulary; the last one is smaller."""
+    """Everything at once, or blocks of so many tokens of the vocabulary; the last one is
+    smaller.
+    """
     if request.param is not None:
         use_blocks(monkeypatch, request.param)
     return request.param

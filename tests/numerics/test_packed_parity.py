@@ -1,4 +1,6 @@
-"""The packed computation against a padded transformers computation: log-probabilities and every parameter's gradient."""
+"""The packed computation against a padded transformers computation: log-probabilities and every
+parameter's gradient.
+"""
 
 from __future__ import annotations
 

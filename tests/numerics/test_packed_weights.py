@@ -1,4 +1,6 @@
-"""Decoding with packed weights, also while the weights change in the middle of completions: none is ever computed stale."""
+"""Decoding with packed weights, also while the weights change in the middle of completions: none is
+ever computed stale.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def unchanged(engine):
 
 
 def completions(policy, prompts, change, uses, monkeypatch):
-    """Tokens and log-probabilities of an engine whose weights change when `STEPS` tokens of each completion are there."""
+    """Tokens and log-probabilities of an engine whose weights change when `STEPS` tokens of each
+    completion are there.
+    """
     monkeypatch.setattr(products._Choice, "uses", frozenset(uses))
     engine = NativeEngine(policy, lambda _: "")
     policy.end_token_ids = frozenset()

@@ -1,4 +1,6 @@
-"""Our loss and gradient against those of TRL's GRPO on the same tensors (golden/trl_grpo.json, by make_trl_golden.py).
+"""Our loss and gradient against those of TRL's GRPO on the same tensors.
+
+They are in golden/trl_grpo.json, made by make_trl_golden.py.
 
 Where TRL's conventions differ, our settings or denominators are chosen to fit:
 

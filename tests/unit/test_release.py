@@ -1,4 +1,6 @@
-"""What a release holds and says: one version, a dated changelog, and every file that the packages read."""
+"""What a release holds and says: one version, a dated changelog, and every file that the packages
+read.
+"""
 
 from __future__ import annotations
 

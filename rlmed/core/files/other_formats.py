@@ -47,8 +47,8 @@ def to_prepare(path: Path) -> str:
 
     Example:
         >>> to_prepare(Path("questions.csv"))                                       # doctest: +SKIP
-        'questions.csv is a table, not JSON Lines: `python -m rlmed.prepare csv --source questions.csv --out DIR` converts
-        it (docs/data.md)'
+        'questions.csv is a table, not JSON Lines: `python -m rlmed.prepare csv
+        --source questions.csv --out DIR` converts it (docs/data.md)'
     """
     if path.is_dir():
         return _folder(path)

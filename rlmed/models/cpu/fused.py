@@ -1,8 +1,9 @@
-"""Norms, gated activations and rotary embeddings with fewer passes over memory, for float32 on CPUs.
+"""Norms, gates and rotary embeddings with fewer passes over memory, float32 on CPUs.
 
-On a CPU these element-wise parts of a small decoder cost as much as its matrix products, because autograd stores and reads
-one tensor per operation. Here the derivative is explicit (each docstring has its formula) and works in place. A part of a
-model is replaced only if a probe shows that it computes the same function; no list of model names decides.
+On a CPU these element-wise parts of a small decoder cost as much as its matrix products, because
+autograd stores and reads one tensor per operation. Here the derivative is explicit (each docstring
+has its formula) and works in place. A part of a model is replaced only if a probe shows that it
+computes the same function; no list of model names decides.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 
 class _RMSNorm(torch.autograd.Function):
-    """y = w * x̂ with x̂ = x / rms(x) (Zhang and Sennrich 2019); dx = (w g - x̂ mean(w g x̂)) / rms, dw = sum over rows of g x̂."""
+    """y = w x̂, x̂ = x / rms(x); dx = (w g - x̂ mean(w g x̂)) / rms, dw = sum of g x̂ over rows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -57,7 +58,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 class _Rotation(torch.autograd.Function):
-    """Rotation of rotary position embeddings (Su et al. 2021); its derivative is the inverse rotation."""
+    """Rotary embedding (Su et al. 2021); its derivative is the inverse rotation."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -86,7 +87,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
 
 
 def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-    """Rotate [B, heads, L, D] queries and keys by cos and sin [B, L, D] whose halves are equal; differentiable."""
+    """Rotate [B, heads, L, D] by cos and sin [B, L, D] of equal halves; differentiable."""
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     if torch.is_grad_enabled():
         return _rotate(query, cos, sin), _rotate(key, cos, sin)
@@ -116,10 +117,10 @@ def _plain(x: Tensor) -> bool:
 
 
 def use_fused_layers(model: nn.Module) -> None:
-    """Replace the parts of `model` that this module implements; parameters and their names stay unchanged.
+    """Replace the parts of `model` that this module implements; parameters stay unchanged.
 
-    Layers are replaced in this model only; the rotary embedding is a function in transformers' modelling module and is
-    replaced there, for all models of the architecture.
+    Layers are replaced in this model only; the rotary embedding is a function in transformers'
+    modelling module and is replaced there, for all models of the architecture.
     """
     for module in model.modules():
         replacement = _replacement(module)
@@ -150,7 +151,7 @@ def _same_function(module: nn.Module, replacement: Callable[[Any, Tensor], Tenso
 
 
 def _use_fused_rotary(modelling: types.ModuleType) -> None:
-    """Replace `apply_rotary_pos_emb` in one of transformers' modelling modules, if it is the usual rotation."""
+    """Replace `apply_rotary_pos_emb` in a modelling module if it is the usual rotation."""
     original = getattr(modelling, "apply_rotary_pos_emb", None)
     usual = ["q", "k", "cos", "sin", "unsqueeze_dim"]
     if original is None or original.__module__ == __name__ or list(inspect.signature(original).parameters) != usual:
@@ -180,7 +181,7 @@ def _close(expected: Tensor, actual: Tensor) -> bool:
 
 
 def _where_plain(fused: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
-    """Use the fused forward for float32 on a CPU, else the layer's own (the model may be moved or run under autocast)."""
+    """Use the fused forward for float32 on a CPU, else the layer's own."""
 
     def forward(layer: Any, x: Tensor) -> Tensor:
         return fused(layer, x) if _plain(x) else type(layer).forward(layer, x)

@@ -98,7 +98,7 @@ def _plain(tensor: Tensor) -> bool:
 
 
 def _onednn_operand(x: Tensor, weight: Tensor) -> Tensor | None:
-    """Return the weight as oneDNN is to take it for x [M, K], packed or as it is; None: torch's product."""
+    """Return the weight as oneDNN takes it for x [M, K]; None: torch's product."""
     if not _plain(x) or not _plain(weight) or not x.numel():
         return None
     few = len(x) < MIN_ROWS
@@ -110,13 +110,13 @@ def _onednn_operand(x: Tensor, weight: Tensor) -> Tensor | None:
 
 
 def matmul_transposed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x @ weight.T + bias for x [M, K], weight [N, K] and bias [N]; not differentiable, any strides."""
+    """Return x @ weight.T + bias; x [M, K], weight [N, K], bias [N]; not differentiable."""
     operand = _onednn_operand(x, weight)
     return F.linear(x, weight, bias) if operand is None else onednn(x, operand, bias)
 
 
 def matmul_joined(x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor, ...]) -> Tensor | None:
-    """Return x @ weight.T + bias of several layers as one product [M, sum of N_i]; None if it needs copies nobody keeps.
+    """Return several layers' x @ weight.T + bias as one product [M, sum of N_i], or None.
 
     `biases` may be empty. Not differentiable.
     """
@@ -138,7 +138,7 @@ def matmul_silu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 def matmul_times(x: Tensor, weight: Tensor, bias: Tensor | None, factor: Tensor) -> Tensor:
-    """Return (x @ weight.T + bias) * factor, see `matmul_transposed`; `factor` [M, N] may be overwritten with it."""
+    """Return (x @ weight.T + bias) * factor; may overwrite `factor` [M, N] with it."""
     operand = _onednn_operand(x, weight)
     if operand is None or len(x) >= MIN_ROWS:
         return factor.mul_(matmul_transposed(x, weight, bias))
@@ -146,7 +146,7 @@ def matmul_times(x: Tensor, weight: Tensor, bias: Tensor | None, factor: Tensor)
 
 
 def matmul_plus(x: Tensor, weight: Tensor, bias: Tensor | None, term: Tensor) -> Tensor:
-    """Return x @ weight.T + bias + term, see `matmul_transposed`; `term` [M, N] may be overwritten with it."""
+    """Return x @ weight.T + bias + term; may overwrite `term` [M, N] with it."""
     operand = _onednn_operand(x, weight)
     if operand is None and bias is None:
         return term.addmm_(x, weight.T)
@@ -181,7 +181,7 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x @ weight.T + bias, [..., N], for x [..., K], weight [N, K] and bias [N]; differentiable."""
+    """Return x @ weight.T + bias; x [..., K], weight [N, K], bias [N]; differentiable."""
     few = x.numel() < MIN_ROWS * x.shape[-1]
     chosen = uses_onednn("few_rows" if few else "many_rows") or uses_onednn("weight_gradients")
     chosen = chosen or (few and _active.get() is not None)
@@ -198,7 +198,7 @@ def _forward(module: nn.Linear, x: Tensor) -> Tensor:
 
 
 def use_fast_linears(model: nn.Module) -> None:
-    """Make all linear layers of `model` compute with `linear`; parameters and their names stay unchanged."""
+    """Make all linear layers of `model` compute with `linear`; parameters stay unchanged."""
     for module in model.modules():
         if type(module) is nn.Linear:
             module.forward = types.MethodType(_forward, module)  # type: ignore[method-assign]

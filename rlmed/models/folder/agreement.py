@@ -82,7 +82,7 @@ def check_agreement(
 
 
 def position_doubt(config: PreTrainedConfig, *, tokens: int, what: str, advice: str) -> str | None:
-    """Return a warning if prompt and completion together may exceed the model's positions, else None.
+    """Return a warning if prompt and completion may exceed the model's positions, else None.
 
     Args:
         config: the model's.
@@ -166,7 +166,7 @@ def _check_grid(where: str, config: PreTrainedConfig, image_processor: BaseImage
 
 
 def _processor_settings(folder: Path, image_processor: BaseImageProcessor) -> Iterator[str]:
-    """Yield contradictions between the image processor's files; transformers prefers processor_config.json."""
+    """Yield contradictions between the files of the image processor."""
     files = {}
     if (folder / PROCESSOR).is_file() and isinstance(
         inner := read_json(folder / PROCESSOR).get("image_processor"), dict
@@ -245,7 +245,7 @@ def _templates(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[str
 
 
 def _default(template: Any) -> Any:
-    """Return the default of one or several named templates, without the white space that transformers drops."""
+    """Return the default of one or several named templates, stripped as transformers does."""
     if isinstance(template, list):
         template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
     if isinstance(template, dict):

@@ -31,7 +31,7 @@ JSON_FILES = (
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse what transformers would ignore or crash on: adapters, quantized weights, custom code, damaged files.
+    """Refuse what transformers ignores or crashes on: adapters, quantized, custom or damaged.
 
     Raises:
         ValueError: naming the file and what to do.

@@ -1,9 +1,11 @@
-"""Build models that need no download: a real Qwen2-VL of a few million parameters, and smaller ones for tests.
+"""Build models that need no download: a small real Qwen2-VL, smaller ones for tests.
 
-`build_tiny` writes a Hugging Face folder that transformers and vLLM load like the 2-billion-parameter original: same
-architecture, special tokens, chat template and image processor, with a byte-level BPE trained on the spot. Its weights
-are random; alignment (`rlmed.data.phantom.corpus`, `rlmed.sft`) turns it into a base model. `build_tiny_text` and
-`build_tiny_vl` write even smaller random models of the supported families in well under two seconds.
+`build_tiny` writes a Hugging Face folder that transformers and vLLM load like the
+2-billion-parameter original: same architecture, special tokens, chat template and image processor,
+with a byte-level BPE trained on the spot. Its weights are random; alignment
+(`rlmed.data.phantom.corpus`, `rlmed.sft`) turns it into a base model. `build_tiny_text` and
+`build_tiny_vl` write even smaller random models of the supported families in well under two
+seconds.
 """
 
 from __future__ import annotations
@@ -285,7 +287,7 @@ def _write(
     seed: int,
     initialise: Callable[[Any], None] | None = None,
 ) -> None:
-    """Save weights drawn from `seed`, tokenizer, generation settings and, for vision models, processor files."""
+    """Save weights drawn from `seed`, tokenizer, generation settings and processor files."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         model = model_class(config)

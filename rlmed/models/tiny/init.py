@@ -34,11 +34,11 @@ PREVIOUS_GAP = 4.0
 SELF_PENALTY = 6.0
 """Margin of distant tokens' scores over the token's own."""
 MATCH_SCALE = 1.5
-"""Factor on the projections that compare tokens; the score of an equal token grows with its square."""
+"""Factor on the projections that compare tokens; equal tokens score with its square."""
 EMBEDDING_STD = 1 / 16
 """With 256 dimensions, tied logits then have a standard deviation of about 1."""
 BRANCH_GAIN = 0.1
-"""Gain of the last projection in each residual branch of the decoder, and in the vision tower's merger."""
+"""Gain of the last projection in each residual branch of decoder, and in the merger."""
 VISION_BRANCH_GAIN = 0.3
 """Gain of the last projection in each residual branch of the vision tower."""
 
@@ -60,7 +60,7 @@ def initialise_for_lookup(model: Qwen2VLForConditionalGeneration) -> None:
 
 
 def _std(name: str, weight: Tensor) -> float:
-    """Return the standard deviation that keeps activations at unit scale, times the layer's gain."""
+    """Return the standard deviation that keeps activations at unit scale, times the gain."""
     if "embed_tokens" in name:
         return EMBEDDING_STD
     if name.endswith(("o_proj.weight", "down_proj.weight", "merger.mlp.2.weight")):

@@ -24,9 +24,10 @@ def toy_note(folder: Path) -> str:
 
 
 def is_toy(folder: Path) -> bool:
-    """Return whether a folder contains the embedded model or one trained from it, over any number of stages.
+    """Return whether a folder contains the embedded model or one trained from it.
 
-    Training changes all weights but keeps the vocabulary, which is unique: it was built from the generated questions.
+    Training changes all weights but keeps the vocabulary, which is unique: it was built from the
+    generated questions.
     """
     vocabulary = _vocabulary(folder / _TOKENIZER)
     return vocabulary is not None and vocabulary == _shipped()
@@ -38,7 +39,7 @@ def _shipped() -> Any:
 
 
 def _vocabulary(path: Path) -> Any:
-    """Read the vocabulary from a tokenizer file; None without one, or if the file is not a tokenizer."""
+    """Read the vocabulary of a tokenizer file; None if there is none to read."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # a hub name, or a tokenizer in other files; loading it reports any error

@@ -1,4 +1,6 @@
-"""Sides that run in a process of their own, in a module that imports nothing: a spawned process is there at once."""
+"""Sides that run in a process of their own, in a module that imports nothing: a spawned process is
+there at once.
+"""
 
 from __future__ import annotations
 

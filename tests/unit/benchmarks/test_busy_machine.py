@@ -1,4 +1,6 @@
-"""The comparison of ways to wait: each process is given one way and no other, and shares are of OpenMP's own, alone."""
+"""The comparison of ways to wait: each process is given one way and no other, and shares are of
+OpenMP's own, alone.
+"""
 
 from __future__ import annotations
 

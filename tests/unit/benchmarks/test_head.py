@@ -1,4 +1,6 @@
-"""The sides of the head's benchmark do the same work, and its limits are what products and moves take."""
+"""The sides of the head's benchmark do the same work, and its limits are what products and moves
+take.
+"""
 
 from __future__ import annotations
 

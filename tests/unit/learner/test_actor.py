@@ -1,4 +1,6 @@
-"""What a learner rank's actor adds to its learner; actors on Ray are in tests/integration/test_ray_workers.py."""
+"""What a learner rank's actor adds to its learner; actors on Ray are in
+tests/integration/test_ray_workers.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Settings and inputs of the policy loss that must be refused, denominators, and how metrics reduce."""
+"""Settings and inputs of the policy loss that must be refused, denominators, and how metrics
+reduce.
+"""
 
 import math
 

@@ -1,4 +1,6 @@
-"""Supervised fine-tuning: the loss is the mean negative log-likelihood over all tokens, however the batch is split."""
+"""Supervised fine-tuning: the loss is the mean negative log-likelihood over all tokens, however the
+batch is split.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Calls with a deadline: results and errors pass, alarms leave no trace, one call never hears of another."""
+"""Calls with a deadline: results and errors pass, alarms leave no trace, one call never hears of
+another.
+"""
 
 import signal
 import threading

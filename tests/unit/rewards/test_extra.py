@@ -1,4 +1,6 @@
-"""A user's reward function: found by name, and stopped with an error that names everything when it misbehaves."""
+"""A user's reward function: found by name, and stopped with an error that names everything when it
+misbehaves.
+"""
 
 import re
 import sys

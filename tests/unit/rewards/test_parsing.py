@@ -1,4 +1,6 @@
-"""Parsing equals the patterns of the paper, and stays fast on the longest and strangest completions."""
+"""Parsing equals the patterns of the paper, and stays fast on the longest and strangest
+completions.
+"""
 
 import re
 

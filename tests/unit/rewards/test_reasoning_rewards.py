@@ -1,4 +1,6 @@
-"""Guards, consistency and likelihood gain: values worked by hand, and finite numbers for any text."""
+"""Guards, consistency and likelihood gain: values worked by hand, and finite numbers for any
+text.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,9 @@ def token_ids(text: str) -> IntArray:
 
 
 class Policy:
-    """Gives the merged letters these probabilities after reasoning that holds "rib", and equal ones elsewhere."""
+    """Gives the merged letters these probabilities after reasoning that holds "rib", and equal ones
+    elsewhere.
+    """
 
     def __init__(self, chances: Sequence[float]) -> None:
         self.chances, self.questions = chances, []

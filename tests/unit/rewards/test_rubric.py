@@ -1,4 +1,6 @@
-"""Rubrics: the weighted sum per completion, each part kept unweighted, impossible settings refused."""
+"""Rubrics: the weighted sum per completion, each part kept unweighted, impossible settings
+refused.
+"""
 
 import sys
 from types import ModuleType

@@ -1,4 +1,6 @@
-"""What probes of the CPU decide is decided once, for all processes of a run, and kept when the run is resumed."""
+"""What probes of the CPU decide is decided once, for all processes of a run, and kept when the run
+is resumed.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Pages of keys and values, and the engine's layouts against plain attention over each row's own tokens."""
+"""Pages of keys and values, and the engine's layouts against plain attention over each row's own
+tokens.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from tests.rounding import rounding
 LAYERS, KV_HEADS, WIDTH, HEADS = 2, 2, 4, 6
 SCALE = 0.37
 ROUNDING = rounding(30, 4)
-"""Scores of WIDTH products, their exp, and weighted sums over ten tokens at most, of values that are seldom above 3."""
+"""Scores of WIDTH products, their exp, and weighted sums over ten tokens at most, of values that
+are seldom above 3.
+"""
 
 
 def new_pool(page_tokens, sequences=0, tokens=1):
@@ -109,7 +113,9 @@ def random_row(generator, length):
 
 @pytest.fixture
 def history():
-    """Prompts and suffixes of two groups with 2 and 1 completions, as they were given to the pools: [layer][group or row]."""
+    """Prompts and suffixes of two groups with 2 and 1 completions, as they were given to the pools:
+    [layer][group or row].
+    """
     generator = torch.Generator().manual_seed(0)
     prompts = [[random_row(generator, length) for length in (3, 5)] for _ in range(LAYERS)]
     suffixes = [[random_row(generator, length) for length in (2, 1, 4)] for _ in range(LAYERS)]
@@ -146,8 +152,8 @@ def test_prefill_attends_causally_and_keeps_keys_and_values_in_its_pages(page_to
 def test_decode_attends_to_the_groups_prompt_and_the_rows_own_suffix(
     history, group_of_row, lengths, page_tokens, in_order
 ):
-    # the pages hold other numbers wherever no token stands; (0, 1) is the case of groups of one size
-    # in order
+    # the pages hold other numbers wherever no token stands; (0, 1) is the case of groups of one
+    # size in order
     prompts, suffixes = history
     rows = len(group_of_row)
     lengths = lengths[:rows]

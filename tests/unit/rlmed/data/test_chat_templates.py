@@ -1,4 +1,6 @@
-"""Chat templates as people change them: some cannot be rendered, some have written a part of the completion already."""
+"""Chat templates as people change them: some cannot be rendered, some have written a part of the
+completion already.
+"""
 
 from __future__ import annotations
 

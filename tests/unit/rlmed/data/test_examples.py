@@ -1,4 +1,6 @@
-"""JSON Lines files: good rows become examples, bad rows counted skips, broken files errors that name the line."""
+"""JSON Lines files: good rows become examples, bad rows counted skips, broken files errors that
+name the line.
+"""
 
 import hashlib
 import json

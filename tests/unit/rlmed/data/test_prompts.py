@@ -1,4 +1,6 @@
-"""Prompts: image token counts equal the model's own, limits, control tokens in user text, text-only models."""
+"""Prompts: image token counts equal the model's own, limits, control tokens in user text, text-only
+models.
+"""
 
 import json
 import shutil

@@ -1,4 +1,6 @@
-"""Folders as they lie on the hub and as other trainers leave them: loaded without a word, as the same model."""
+"""Folders as they lie on the hub and as other trainers leave them: loaded without a word, as the
+same model.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ TEXT_ALONE = (
     "{{ '<|im_start|>user\n' + message['content'] + '<|im_end|>\n<|im_start|>assistant\n' }}"
     "{% else %}{{ message['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
 )
-"""As tools for language models write it into tokenizer_config.json: it can't take a list with an image."""
+"""As tools for language models write it into tokenizer_config.json: it can't take a list with an
+image.
+"""
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -43,7 +47,9 @@ def old_name(name: str) -> str:
 
 
 def flat(config: dict[str, Any]) -> dict[str, Any]:
-    """config.json as Qwen2-VL and Qwen2.5-VL have it on the hub: the text model's keys at the top."""
+    """config.json as Qwen2-VL and Qwen2.5-VL have it on the hub: the text model's keys at the
+    top.
+    """
     text, vision = config.pop("text_config"), config.pop("vision_config")
     rope = text.pop("rope_parameters")
     for key in ("layer_types", "dtype", "model_type"):

@@ -234,7 +234,9 @@ def test_the_kv_geometry_follows_a_head_width_that_is_not_the_quotient(tiny_fold
 
 @pytest.mark.parametrize("answers", [True, False])
 def test_a_hub_that_does_not_answer_is_asked_once(answers, monkeypatch):
-    """Its library would try five times more, for half a minute; what is in its cache is found all the same."""
+    """Its library would try five times more, for half a minute; what is in its cache is found all
+    the same.
+    """
     asked = []
 
     class Session:

@@ -1,4 +1,6 @@
-"""What the layout without padding hands to its backends, in what order and shape; and how one of them is chosen."""
+"""What the layout without padding hands to its backends, in what order and shape; and how one of
+them is chosen.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def check_rows(*rows):
 
 
 class FlashOperators(TorchDispatchMode):
-    """torch's flash operators on a CPU: arguments by the names in their schema, numbers by the reference."""
+    """torch's flash operators on a CPU: arguments by the names in their schema, numbers by the
+    reference.
+    """
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,6 @@
-"""The vision tower's attention in one call a block, and its patches in one product: the same numbers as in transformers."""
+"""The vision tower's attention in one call a block, and its patches in one product: the same
+numbers as in transformers.
+"""
 
 from __future__ import annotations
 

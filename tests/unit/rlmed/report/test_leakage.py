@@ -1,4 +1,6 @@
-"""What the page is given of leaking rows: accuracy without them by hand, and a bounded choice of pairs."""
+"""What the page is given of leaking rows: accuracy without them by hand, and a bounded choice of
+pairs.
+"""
 
 from __future__ import annotations
 

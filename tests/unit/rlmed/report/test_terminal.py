@@ -1,4 +1,6 @@
-"""What a command prints at its end: results, compared where there is something to compare with, and paths."""
+"""What a command prints at its end: results, compared where there is something to compare with, and
+paths.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,6 @@
-"""Both sides of vLLM's weight transfer, its own code and messages, with memory of this process in the place of NCCL and IPC."""
+"""Both sides of vLLM's weight transfer, its own code and messages, with memory of this process in
+the place of NCCL and IPC.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,9 @@ class Toy(torch.nn.Module):
 
 
 class Worker:
-    """An engine in another process, and its `EngineHandle`: vLLM's half with a toy model, a thread for each GPU."""
+    """An engine in another process, and its `EngineHandle`: vLLM's half with a toy model, a thread
+    for each GPU.
+    """
 
     answering: ClassVar[list[threading.Thread]] = []
 

@@ -1,4 +1,6 @@
-"""What people write on the command line: any name of a file gets through, and an error is one line with place and advice."""
+"""What people write on the command line: any name of a file gets through, and an error is one line
+with place and advice.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What somebody sets and nothing reads is refused, with key, command and advice; what an experiment brings along is not."""
+"""What somebody sets and nothing reads is refused, with key, command and advice; what an experiment
+brings along is not.
+"""
 
 from __future__ import annotations
 

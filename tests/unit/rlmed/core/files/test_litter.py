@@ -1,4 +1,6 @@
-"""What systems, editors and tools leave beside data is told from data, wherever a folder or an archive is searched."""
+"""What systems, editors and tools leave beside data is told from data, wherever a folder or an
+archive is searched.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A path that is written in another way finds its file, or an error shows the difference; none leaves its folder."""
+"""A path that is written in another way finds its file, or an error shows the difference; none
+leaves its folder.
+"""
 
 from __future__ import annotations
 

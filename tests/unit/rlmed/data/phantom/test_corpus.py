@@ -1,4 +1,6 @@
-"""The alignment corpus says what is true, binds it to the right letter, and mixes its readers as documented."""
+"""The alignment corpus says what is true, binds it to the right letter, and mixes its readers as
+documented.
+"""
 
 import json
 import re

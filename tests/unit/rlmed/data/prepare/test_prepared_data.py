@@ -1,4 +1,6 @@
-"""The layout: what is written is what `read_examples` takes, and what it would not take is a listed skip."""
+"""The layout: what is written is what `read_examples` takes, and what it would not take is a listed
+skip.
+"""
 
 from __future__ import annotations
 

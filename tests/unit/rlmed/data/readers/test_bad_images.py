@@ -1,4 +1,6 @@
-"""What may be wrong with an image costs its row, whichever reader of image files comes across it."""
+"""What may be wrong with an image costs its row, whichever reader of image files comes across
+it.
+"""
 
 from __future__ import annotations
 

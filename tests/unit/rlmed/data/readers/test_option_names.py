@@ -1,4 +1,6 @@
-"""Each way in keeps the answer with the letter, key or column that it names, and takes letters of options' own away."""
+"""Each way in keeps the answer with the letter, key or column that it names, and takes letters of
+options' own away.
+"""
 
 from __future__ import annotations
 

@@ -99,7 +99,8 @@ def test_an_answer_stays_when_its_text_does_and_its_letter_follows():
         answer(1, orders=(OrderAnswer(TEXTS, "A", "A"), OrderAnswer(turned, "C", "A"))),
         # knee both times, wrong
         answer(2, orders=(OrderAnswer(TEXTS, "A", "B"), OrderAnswer(turned, "C", "A"))),
-        answer(3, orders=(OrderAnswer(TEXTS, "A", None), OrderAnswer(turned, "C", "J"))),  # no option at all
+        # no option at all
+        answer(3, orders=(OrderAnswer(TEXTS, "A", None), OrderAnswer(turned, "C", "J"))),
     ]
     found = order_sensitivity(answers)
     assert (found.stays.correct, found.stays.rows) == (2, 4)

@@ -1,4 +1,6 @@
-"""What a model folder says twice, or holds and cannot be used: an error or a warning that names both values and the advice."""
+"""What a model folder says twice, or holds and cannot be used: an error or a warning that names
+both values and the advice.
+"""
 
 from __future__ import annotations
 

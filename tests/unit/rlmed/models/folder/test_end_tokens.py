@@ -1,4 +1,6 @@
-"""A completion ends with any token that a file of the folder names as its end, in every engine, and in what is learnt."""
+"""A completion ends with any token that a file of the folder names as its end, in every engine, and
+in what is learnt.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""MedVLM-R1's data, in small files of its layout: the paper's splits, its prompt texts, and no test row in training."""
+"""MedVLM-R1's data, in small files of its layout: the paper's splits, its prompt texts, and no test
+row in training.
+"""
 
 from __future__ import annotations
 

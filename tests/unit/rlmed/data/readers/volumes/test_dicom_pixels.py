@@ -1,4 +1,6 @@
-"""What is made of DICOM's pixels, against the standard's formulas, pydicom's own processing, Pillow, and files it ships."""
+"""What is made of DICOM's pixels, against the standard's formulas, pydicom's own processing,
+Pillow, and files it ships.
+"""
 
 import io
 

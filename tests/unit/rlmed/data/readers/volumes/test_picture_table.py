@@ -1,4 +1,6 @@
-"""Tables about files of many pictures: what a row becomes, and that neither table nor messages give a file's name away."""
+"""Tables about files of many pictures: what a row becomes, and that neither table nor messages give
+a file's name away.
+"""
 
 import os
 import re
