@@ -143,7 +143,9 @@ def fresh_policy(tiny_folder: Callable[..., Path]) -> Callable[..., Policy]:
     """
 
     def load(family: str, seed: int = 0, dtype: str = "float32") -> Policy:
-        return load_policy(tiny_folder(family, seed), dtype=dtype)
+        # a test in inference mode must not leave a shared policy with tensors of that mode
+        with torch.inference_mode(False):
+            return load_policy(tiny_folder(family, seed), dtype=dtype)
 
     return load
 
