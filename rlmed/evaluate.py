@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from rlmed.cluster.commands import Sampling, build_sampling
+from rlmed.cluster.commands import BuildSampling, Sampling, build_sampling
 from rlmed.cluster.engines import make_renderer
 from rlmed.commandline import run_command
 from rlmed.core.config.composing import to_yaml
@@ -43,7 +43,9 @@ def main(config: RunConfig, folder: Path) -> None:
     show_evaluation(config, folder)
 
 
-def open_evaluation(config: RunConfig, folder: Path, progress: Progress) -> tuple[Evaluator, Sampling]:
+def open_evaluation(
+    config: RunConfig, folder: Path, progress: Progress, build: BuildSampling = build_sampling
+) -> tuple[Evaluator, Sampling]:
     """Load model and data, write the first files, return the evaluator and its sampler.
 
     Raises:
@@ -61,7 +63,7 @@ def open_evaluation(config: RunConfig, folder: Path, progress: Progress) -> tupl
         check_comparable(before, {file.name: file.examples for file in data.eval_files(config.eval.limit)})
     # the longest completion is an evaluation's
     rollout = dataclasses.replace(config.rollout, max_tokens=config.eval.max_tokens)
-    sampling = build_sampling(dataclasses.replace(config, rollout=rollout), renderer)
+    sampling = build(dataclasses.replace(config, rollout=rollout), renderer)
     toy = is_toy(model_folder(config.model.path))
     write_inputs(folder, to_yaml(config), sampling.model, data.files, data.leakage, toy=toy)
     evaluator = Evaluator.of_run(

@@ -16,6 +16,7 @@ if __name__ == "__main__":
 from pathlib import Path
 
 from rewards.conclusion import argued_option
+from rlmed.cluster.commands import build_local_sampling
 from rlmed.commandline import run_command
 from rlmed.core.config.schema import RunConfig
 from rlmed.data.stream import SEED_STRIDE
@@ -29,7 +30,7 @@ def main(config: RunConfig, folder: Path) -> None:
     """Evaluate `config.model` on `config.data.eval`, then ask the same questions again."""
     config.check_samples()
     progress = Progress()
-    evaluator, sampling = open_evaluation(config, folder, progress)
+    evaluator, sampling = open_evaluation(config, folder, progress, build_local_sampling)
     assert sampling.policy is not None, "it runs in one process"
     settings = ReliabilitySettings(
         samples=config.reliability.samples,

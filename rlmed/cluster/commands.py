@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +56,10 @@ class Finetuning:
     """Released by the caller at the end."""
 
 
+BuildSampling = Callable[[RunConfig, PromptRenderer], Sampling]
+"""Builds what samples from `config.model`: `build_sampling` or `build_local_sampling`."""
+
+
 def build_sampling(config: RunConfig, renderer: PromptRenderer) -> Sampling:
     """Build what samples from `config.model`.
 
@@ -67,6 +71,11 @@ def build_sampling(config: RunConfig, renderer: PromptRenderer) -> Sampling:
         debug = dataclasses.replace(config.debug, learn=False)
         cluster = build_ray(dataclasses.replace(config, debug=debug), None, None, _unreported)
         return Sampling(cluster.evaluation_pool, cluster.model, None, cluster.resources)
+    return build_local_sampling(config, renderer)
+
+
+def build_local_sampling(config: RunConfig, renderer: PromptRenderer) -> Sampling:
+    """Build what samples from `config.model` in this process."""
     model = settle_model(config.model, engines=1)
     policy = build_policy(model, model_folder(model.path), threads=config.cluster.threads)
     return Sampling(build_local_pool(config.rollout, policy, renderer), model, policy, ExitStack())
