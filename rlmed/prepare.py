@@ -1,4 +1,4 @@
-"""Convert published or own data to rlmed's format: `python -m rlmed.prepare READER …`."""
+"""Convert data to rlmed's format: `python -m rlmed.prepare READER --source PATH --out DIR`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measure how reliable a model's answers are: `python -m rlmed.reliability model=DIR …`.
+"""Measure how reliable answers are: `python -m rlmed.reliability model=DIR data=FILE.jsonl`.
 
 It evaluates as `rlmed.evaluate` does, with the same settings, and then asks every question again:
 for calibration, pass@k, other orders of the options, and whether the answer follows from picture

@@ -75,7 +75,7 @@ class Run:
             raise
 
     def _prepare(self) -> None:
-        """Build prompt stream and buffer, restore their state, and write the first files."""
+        """Build prompt stream and buffer, restore an earlier state, write the run's first files."""
         config, folder = self.config, self.folder
         sampling = SamplingParams(
             temperature=config.rollout.temperature,

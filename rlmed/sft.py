@@ -179,7 +179,7 @@ def _restore(
     parts: Finetuning,
     recorder: RunRecorder,
 ) -> int:
-    """Restore a checkpoint's state, or clear the records; return the number of steps done."""
+    """Restore a checkpoint's state or, without one, clear the records; return the steps done."""
     if checkpoint is None:
         recorder.truncate({})
         return 0

@@ -79,7 +79,7 @@ def build(target: Path, work: Path, *, lookup_rows: int, studies: int, reader_st
 
 
 def _corpus(folder: Path, *, lookup_rows: int, studies: int, reader_studies: int) -> dict[str, Path]:
-    """Write the stages' files; careful readings are mixed with lookup rows to keep binding."""
+    """Write the stages' files; lookup rows among the careful readings preserve the binding."""
     done = folder / "done"
     names = ("lookup", "careful", "readers")
     if not done.is_file():

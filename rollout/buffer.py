@@ -63,7 +63,7 @@ class GroupBuffer:
         return [*self._interrupted, *self._admitted]
 
     def state(self) -> dict[str, Any]:
-        """Return the state for a checkpoint, as JSON: next index, indices to request again."""
+        """Return the state as JSON for a checkpoint: next index, and indices to request again."""
         return {"cursor": self._cursor, "pending": self.pending}
 
     def restore(self, cursor: int, pending: list[int]) -> None:

@@ -9,14 +9,14 @@ from rlmed.models.weights import Buckets
 
 
 class Engine(Protocol):
-    """Samples groups of completions in the calling thread; one contract suite for all engines."""
+    """Samples groups of completions in the calling thread; all engines pass one contract suite."""
 
     policy_version: int
     """Version of the weights that sample the next token."""
     generated_tokens: int
     """Completion tokens sampled so far."""
     devices: tuple[str, ...]
-    """See `rlmed.core.weights.EngineHandle.devices`; not empty: it has `STAGES`' methods."""
+    """See `rlmed.core.weights.EngineHandle.devices`; if not empty, it has `STAGES`' methods."""
 
     @property
     def busy(self) -> bool:

@@ -15,7 +15,7 @@ LOGPROB = -1.0
 
 
 class FakeEngine:
-    """`rollout.engine.Engine` that answers with a random letter, one group per step."""
+    """`rollout.engine.Engine` that writes well-formed answers, random letters, one group a step."""
 
     def __init__(self, encode: Callable[[str], IntArray]) -> None:
         """Encode completions with `encode`: text to token ids, end token included."""

@@ -1,6 +1,4 @@
-"""Sections of a run's configuration as `conf/` has them, with changes: the defaults live there and
-nowhere else.
-"""
+"""Sections of a run's configuration as in `conf/`, with changes: defaults live there alone."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Shared fixtures: small random models of every family, built offline once a session, and prompts
-for them.
-"""
+"""Shared fixtures: small random models of every family, built offline once a session; prompts."""
 
 from __future__ import annotations
 
@@ -50,18 +48,14 @@ PATCH_WIDTH = 3 * 2 * 14 * 14
 PLAIN_TOKENS = range(20, 300)
 """Ids of ordinary text; the control tokens are the last of the vocabulary."""
 EXTRA_ENDS = (31, 32, 33, 34, 35, 36, 37, 38)
-"""Ordinary tokens that end a completion of the test models too, so that random completions are
-ragged.
-"""
+"""Ordinary tokens that also end a test model's completion, so random completions are ragged."""
 OWN_PACKAGES = ("rlmed", "rollout", "learner", "rewards")
 Grid = tuple[int, int]
 
 
 @pytest.fixture(autouse=True)
 def no_module_is_loaded_twice() -> Iterator[None]:
-    """Fail a test that leaves two copies of a module: what a later test patches in one, the code
-    reads in the other.
-    """
+    """Fail a test that leaves two copies of a module: a later patch and the code may differ."""
     yield
     for name, module in list(sys.modules.items()):
         package, _, child = name.rpartition(".")
@@ -70,9 +64,7 @@ def no_module_is_loaded_twice() -> Iterator[None]:
 
 
 def _remember_config_files() -> None:
-    """Read each YAML file of a package once: tests compose hundreds of configurations, and parsing
-    is a third of that.
-    """
+    """Read each YAML file of a package once: parsing is a third of composing the many configs."""
     Plugins.instance()  # registers the sources
     source = SourcesRegistry.instance().resolve("pkg")
     read, known = source.load_config, dict[tuple[str, ...], bytes]()
@@ -113,9 +105,7 @@ def _sharpen(model: PreTrainedModel) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`tiny_folder("qwen2_vl", seed=0)`: the folder of a small random model with peaked
-    distributions.
-    """
+    """`tiny_folder("qwen2_vl", seed=0)`: a small random model's folder; peaked distributions."""
 
     @functools.cache
     def build(family: str, seed: int = 0) -> Path:
@@ -138,9 +128,7 @@ def base_copy(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def fresh_policy(tiny_folder: Callable[..., Path]) -> Callable[..., Policy]:
-    """`fresh_policy("qwen2_vl", seed=0, dtype="float32")`: a policy of the test's own, to be
-    trained.
-    """
+    """`fresh_policy("qwen2_vl", seed=0, dtype="float32")`: the test's own policy, to be trained."""
 
     def load(family: str, seed: int = 0, dtype: str = "float32") -> Policy:
         # a test in inference mode must not leave a shared policy with tensors of that mode
@@ -158,9 +146,7 @@ def tiny_policy(fresh_policy: Callable[..., Policy]) -> Callable[[str], Policy]:
 
 @pytest.fixture(scope="session")
 def transformers_model(tiny_folder: Callable[..., Path]) -> Callable[[str], PreTrainedModel]:
-    """`transformers_model("qwen2_vl")`: the same weights with transformers' own attention, a copy
-    of the test's own.
-    """
+    """`transformers_model("qwen2_vl")`: the test's copy of the weights, transformers' attention."""
 
     def load(family: str, seed: int = 0) -> PreTrainedModel:
         return _auto_class(family).from_pretrained(tiny_folder(family, seed), attn_implementation="eager").eval()
@@ -170,9 +156,7 @@ def transformers_model(tiny_folder: Callable[..., Path]) -> Callable[[str], PreT
 
 @pytest.fixture(scope="session")
 def make_prompt(tiny_policy: Callable[[str], Policy]) -> Callable[..., Prompt]:
-    """`make_prompt("qwen2_vl", 5, length=12, grid=(8, 4))`: random text of 12 tokens, with an image
-    where a grid is given.
-    """
+    """`make_prompt("qwen2_vl", 5, length=12, grid=(8, 4))`: 12 random tokens, image if a grid."""
 
     def make(family: str, index: int, *, length: int, grid: Grid | None = None) -> Prompt:
         rng = np.random.default_rng(index)
@@ -195,9 +179,7 @@ def make_prompt(tiny_policy: Callable[[str], Policy]) -> Callable[..., Prompt]:
 
 @pytest.fixture(scope="session")
 def mixed_prompts(make_prompt: Callable[..., Prompt]) -> Callable[[str, int], list[Prompt]]:
-    """`mixed_prompts("qwen2_vl", 64)`: prompts of many lengths; for vision families two of three
-    have an image.
-    """
+    """`mixed_prompts("qwen2_vl", 64)`: prompts of many lengths; vision: two of three with image."""
     grids: tuple[Grid | None, ...] = ((8, 8), None, (4, 6), (2, 10), None, (6, 4))
 
     def make(family: str, count: int) -> list[Prompt]:
@@ -211,9 +193,7 @@ def mixed_prompts(make_prompt: Callable[..., Prompt]) -> Callable[[str, int], li
 
 @pytest.fixture(scope="session")
 def make_group() -> Callable[..., RolloutGroup]:
-    """`make_group(prompt, [1, 7, 20])`: a rollout group of random completions with these
-    lengths.
-    """
+    """`make_group(prompt, [1, 7, 20])`: a rollout group of random completions of these lengths."""
 
     def make(prompt: Prompt, lengths: list[int], *, seed: int = 0, finish_reason: str = "stop") -> RolloutGroup:
         rng = np.random.default_rng([seed, len(prompt.token_ids)])
@@ -235,8 +215,7 @@ def make_group() -> Callable[..., RolloutGroup]:
 def make_train_groups(
     make_prompt: Callable[..., Prompt], make_group: Callable[..., RolloutGroup]
 ) -> Callable[..., list[TrainGroup]]:
-    """`make_train_groups("qwen2_vl", 4)`: random groups with and without image, ragged, with
-    advantages of both signs.
+    """`make_train_groups("qwen2_vl", 4)`: random ragged groups, some with image, advantages ±.
 
     One prompt has completions of a single token only.
     """

@@ -1,6 +1,4 @@
-"""Attention of a packed row by its definition: a mask that is written token by token, and one
-softmax over all of the row.
-"""
+"""Packed-row attention by definition: a mask written token by token, one softmax over the row."""
 
 from __future__ import annotations
 

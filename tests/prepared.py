@@ -1,6 +1,4 @@
-"""Prepares a process that tests start, as conftest.py does theirs; to be imported before all
-others.
-"""
+"""Prepares a process that tests start, as conftest.py does theirs; to be imported first."""
 
 from rlmed.core.process.starting import prepare_process
 

@@ -21,13 +21,9 @@ from rlmed.models.policy import Policy
 from rollout.native.sampler import BatchSampling, completion_seeds, uniforms
 
 LOGPROBS = 1e-4
-"""Between two float32 computations of a log-probability at temperature 1;
-`numerics/test_rounding.py` derives it.
-"""
+"""Between two float32 log-probabilities at temperature 1; see `numerics/test_rounding.py`."""
 GRADIENTS = 1e-4
-"""The same between two gradients of a parameter, relative to the parameter's largest entry; derived
-there too.
-"""
+"""The same between two gradients of a parameter, relative to its largest entry; derived there."""
 LARGEST_WEIGHT = 2.0
 """Of the test models; the largest are the norms', around 1."""
 ADAM_EPS = 0.1
@@ -35,8 +31,9 @@ ADAM_EPS = 0.1
 
 
 def rounding(operations: float, magnitude: float = 1.0, dtype: torch.dtype = torch.float32) -> float:
-    """How far apart two results of so many roundings may be: each is off by operations · eps/2 ·
-    magnitude at most.
+    """How far apart two results of so many roundings may be.
+
+    Each is off by operations · eps/2 · magnitude at most.
 
     A sum of n products, in whatever order, takes n operations; its magnitude is the sum of the
     products' absolute values (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section
@@ -58,8 +55,9 @@ def smooth_updates(optimizer: Optimizer) -> None:
 
 
 def updates_apart(lr: float, updates: int) -> float:
-    """How far apart a weight may be after so many smooth updates: 0.2 % of what it can have moved,
-    and what storing adds.
+    """How far apart a weight may be after so many smooth updates.
+
+    It is 0.2 % of what the weight can have moved, and what storing adds.
 
     An update is lr · m / (√v + eps), where m and √v are off by no more than the gradients that they
     are means of: by GRADIENTS · 1, as clipping leaves no entry above 1. So it is off by 2 · lr ·
@@ -73,8 +71,7 @@ def updates_apart(lr: float, updates: int) -> float:
 def worst_difference(
     expected: Sequence[RolloutGroup], actual: Sequence[RolloutGroup], policy: Policy | None = None
 ) -> float:
-    """Largest difference of the log-probabilities of two rollouts whose tokens must be the same but
-    for rounding.
+    """Largest log-probability difference of two rollouts whose tokens match but for rounding.
 
     A draw on the very edge between two tokens, or two tokens that are equally likely, may be
     decided either way. Such a completion is compared up to there. With a policy each of them must
@@ -116,8 +113,7 @@ def first_difference(one: Completion, other: Completion) -> int | None:
 
 @torch.no_grad()
 def distance_from_edge(policy: Policy, group: RolloutGroup, number: int, step: int, other_token: int) -> float:
-    """How far the log-probabilities would have to be off for the native engine to draw
-    `other_token` here.
+    """How far off the log-probabilities must be for the native engine to draw `other_token` here.
 
     A token is drawn where the cumulative sum passes a uniform number; log-probabilities that are
     off by d move no sum by more.

@@ -278,8 +278,9 @@ def _by_member(by_head: Tensor, groups: int, split: tuple[int, int]) -> Tensor:
 
 
 def _scores(query: Tensor, key: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-    """Return float32 scale * query @ key.T + mask; query [B, L, D], key [B, L', D], mask [B, 1,
-    L'].
+    """Return scale * query @ key.T + mask, never in half precision.
+
+    The shapes are query [B, L, D], key [B, L', D] and mask [B, 1, L'].
 
     Rounded to bfloat16, the scores of 120 that heads of real models have would be off by up to
     0.25, their weights by 28 %.

@@ -22,7 +22,10 @@ def _text_positions(model: PreTrainedModel, token_ids: Tensor, image_inputs: Map
 
 
 def _mrope_positions(model: PreTrainedModel, token_ids: Tensor, image_inputs: Mapping[str, Tensor]) -> Tensor:
-    """Return temporal, height and width positions (M-RoPE, arXiv 2409.12191), [3, P]."""
+    """Return temporal, height and width positions as in transformers, [3, P].
+
+    They are those of M-RoPE, arXiv 2409.12191.
+    """
     if not image_inputs:
         return _text_positions(model, token_ids, image_inputs).expand(3, -1)
     is_image = (token_ids == model.config.image_token_id).to(torch.int32)
@@ -84,7 +87,7 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 
 def unsampleable_token_ids(config: PreTrainedConfig) -> tuple[int, ...]:
-    """Return the ids that stand for image content; a sampled one would be taken for an image."""
+    """Return the ids of image content; a forward pass would take a sampled one for an image."""
     names = ("image_token_id", "video_token_id", "vision_token_id", "vision_start_token_id", "vision_end_token_id")
     values = config.to_dict()
     return tuple(sorted({int(values[name]) for name in names if values.get(name) is not None}))

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def model_folder(path: str) -> Path:
-    """Return the model's path: `embedded:NAME` ships with rlmed, else a folder or hub name.
+    """Return the model's path: `embedded:NAME` is rlmed's own, others are folders or hub names.
 
     Raises:
         ValueError: for an unknown embedded model.

@@ -205,7 +205,7 @@ def _scale(grad_logprobs: Tensor, temperature: float) -> Tensor:
 
 
 def masked_logits(hidden: Tensor, weight: Tensor, banned: Tensor) -> Tensor:
-    """Return float32 logits [M, V] of hidden states [M, d]; -inf at `banned` (int64 [K])."""
+    """Return float32 [M, V] logits of [M, d] by projection [V, d]; -inf at `banned` (int64 [K])."""
     if _widens(weight):
         logits = torch.empty(len(hidden), len(weight))
         for block in _blocks(len(hidden), weight):
@@ -245,7 +245,7 @@ def chunked_logprobs(
 
 @torch.no_grad()
 def logprobs_no_grad(hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float, banned: Tensor) -> Tensor:
-    """Return only the log-probabilities of `chunked_logprobs` [M], without gradient."""
+    """Return only `chunked_logprobs`' log-probabilities [M], without gradient or entropies."""
     if _fits(len(hidden), weight):
         return _picked(_log_softmax(hidden, weight, temperature, banned), targets)
     return _sum_blocks(hidden, weight, targets, temperature, banned.tolist(), entropy=False).logprobs

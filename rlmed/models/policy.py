@@ -97,7 +97,7 @@ class Policy:
         return config.num_hidden_layers, config.num_key_value_heads, width
 
     def freeze(self, parts: Collection[str]) -> None:
-        """Exclude the given parts (`rlmed.models.families.PARTS`) from training, only these."""
+        """Train all parts but the given ones (see `rlmed.models.families.PARTS`)."""
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self.family.part_of(name) not in parts)
 
@@ -106,7 +106,7 @@ class Policy:
         return {name: torch.as_tensor(array).to(self.device) for name, array in prompt.image_inputs.items()}
 
     def prompt_positions(self, prompt: Prompt) -> Tensor:
-        """Return a prompt's rotary positions on the CPU, int64 [R, P]: R is 3 for M-RoPE, else 1.
+        """Return a prompt's CPU rotary positions, int64 [R, P]: R is 3 for M-RoPE and 1 for text.
 
         Completion token t has position `positions.max() + 1 + t` in every row.
         """
@@ -114,7 +114,10 @@ class Policy:
         return self.family.positions(self.model, torch.as_tensor(prompt.token_ids), grids).cpu()
 
     def packed_layout(self, groups: Sequence[tuple[int, Sequence[int]]]) -> PackedLayout | VarlenLayout:
-        """Lay out a row of groups, given as (prompt length, completion lengths)."""
+        """Lay out a row of groups for the attention that suits this policy.
+
+        Each group is given as (prompt length, completion lengths).
+        """
         backend = choose_attention(self.device, self.dtype, self.kv_shape[2]).backend
         if backend is None:
             return PackedLayout.build(groups, self.device)
@@ -153,7 +156,7 @@ class Policy:
         return states
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return float32 logits [M, V] of [M, d]; -inf at tokens that cannot be sampled."""
+        """Return float32 [M, V] logits of [M, d] hidden states; -inf at unsampleable tokens."""
         return masked_logits(hidden, self.projection.weight, self._banned)
 
     def logprobs(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -161,7 +164,7 @@ class Policy:
         return chunked_logprobs(hidden, self.projection.weight, targets, temperature=temperature, banned=self._banned)
 
     def logprobs_no_grad(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-        """Return only the targets' log-probabilities, see `logprobs.logprobs_no_grad`."""
+        """Return the targets' log-probabilities, no gradient; see `logprobs.logprobs_no_grad`."""
         return logprobs_no_grad(hidden, self.projection.weight, targets, temperature=temperature, banned=self._banned)
 
 
@@ -173,7 +176,7 @@ def merge_image_inputs(inputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 @contextmanager
 def _quiet_loading() -> Iterator[None]:
-    """Suppress transformers' table of missing and unexpected weights: our error says it."""
+    """Suppress transformers' table of missing and unexpected weights: our error is one line."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -241,7 +244,7 @@ def load_policy(
 
 
 def _check_loaded(folder: Path, found: Mapping[str, Collection[Any]], *, tied: bool) -> None:
-    """Check that weights and config.json belong together, which transformers does not.
+    """Check that weights fit config.json: transformers fills missing ones randomly, drops others.
 
     Args:
         folder: source of the model.
@@ -289,7 +292,7 @@ def _check_loaded(folder: Path, found: Mapping[str, Collection[Any]], *, tied: b
 
 
 def _settle_generation(model: PreTrainedModel, end_token_ids: tuple[int, ...]) -> None:
-    """Name every end token in the generation settings, and make sure they can be saved.
+    """Name every end token in the generation settings, also for checkpoints; make sure they save.
 
     rlmed uses nothing else of them. transformers loads contradictory ones with a warning but
     refuses to save them, which would show only at the first checkpoint.

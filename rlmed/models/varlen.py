@@ -1,4 +1,4 @@
-"""Shared-prefix attention of a packed row without padding: a prompt is read once a group.
+"""Shared-prefix attention of a packed row, unpadded: a prompt's keys and values are read once.
 
 Two attentions over sequences of different lengths are merged. The first is causal, over all prompts
 and completions of the row, each a sequence of its own. In the second, which is not causal, all
@@ -51,7 +51,7 @@ class Suffixes:
 
     @classmethod
     def build(cls, groups: Iterable[tuple[int, int, int]], device: torch.device | str) -> Suffixes | None:
-        """Build from the row indices where each group's parts start; None without completions."""
+        """Build from row indices (prompt, completions, end) by group; None without completions."""
         some = [group for group in groups if group[1] < group[2]]
         if not some:
             return None
@@ -66,7 +66,7 @@ class Suffixes:
 
 @dataclass(frozen=True, slots=True)
 class VarlenLayout:
-    """A row of groups `[prompt | completion 1 | ... | completion G]`, without padding.
+    """A row of groups `[prompt | completion 1 | ... | completion G]`: an unpadded `PackedLayout`.
 
     Example:
         >>> layout = VarlenLayout.build([(49, (12, 30)), (51, ())], Reference())  # a group with two completions, and a prompt
@@ -214,7 +214,9 @@ def first_that_works(
 
 @torch.no_grad()
 def probe(backend: Backend, device: torch.device, dtype: torch.dtype, width: int) -> float:
-    """Return the largest relative error of outputs and gradients on a small row.
+    """Return the largest error of outputs and gradients on a small row; inf if not finite.
+
+    It is relative to the largest entry.
 
     Raises:
         RuntimeError: if the device cannot run the backend.

@@ -1,4 +1,4 @@
-"""Attention over sequences of different lengths that lie end to end, in three ways.
+"""Attention over sequences of different lengths, end to end without padding: three ways.
 
 Each returns the log-sum-exp of the scores beside the output. Its backward pass takes output and
 log-sum-exp as arguments, for they need not be its own: where several attentions were merged, they
@@ -48,7 +48,7 @@ class Spans:
     key_starts: Tensor
     """int32 [S + 1]: the same of its keys."""
     longest_query: int
-    """At least 2: with 1, FlashAttention takes its decoding kernels, which regroup heads."""
+    """At least 2: with 1, FlashAttention takes its decoding kernels, which regroup the heads."""
     longest_key: int
     causal: bool = False
     """True: query i attends to keys 0..i of its sequence. False: to all of them."""
@@ -62,7 +62,7 @@ class Spans:
         *,
         causal: bool = False,
     ) -> Spans:
-        """Build from the lengths (at least 1) of the sequences of queries and of keys."""
+        """Build from the lengths (at least 1) of sequences of queries and of keys, in row order."""
         query_starts, key_starts = (
             torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
             for lengths in (query_lengths, key_lengths)
@@ -78,7 +78,10 @@ class Backend(Protocol):
     """D must be a multiple of it."""
 
     def forward(self, row: Row, spans: Spans, scale: float) -> tuple[Tensor, Tensor]:
-        """Return the output [N, H, D] and the log-sum-exp [H, N] of the scaled scores."""
+        """Return the output [N, H, D] and the log-sum-exp [H, N] of the scaled scores.
+
+        The log-sum-exp is float32 for half precision.
+        """
         ...
 
     def backward(self, grad: Tensor, row: Row, output: Tensor, logsumexp: Tensor, spans: Spans, scale: float) -> Row:
@@ -168,7 +171,7 @@ class FlashAttn:
 
 
 class Reference:
-    """The definition, one sequence after the other; half precision is computed in float32."""
+    """The definition, a sequence at a time, any device, any dtype; half precision uses float32."""
 
     name = "reference"
     width_multiple = 1
@@ -204,7 +207,7 @@ class Reference:
 
 
 def _exact(row: Row) -> Row:
-    """Return the row in float32 or float64, keys and values repeated for every head."""
+    """Return the row in float32, or float64 if it is, keys and values repeated for every head."""
     dtype = torch.float64 if row.query.dtype == torch.float64 else torch.float32
     repeats = row.query.shape[1] // row.key.shape[1]
     key, value = (tensor.to(dtype).repeat_interleave(repeats, dim=1) for tensor in (row.key, row.value))

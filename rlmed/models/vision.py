@@ -59,7 +59,7 @@ AttentionInterface.register(VISION_ATTENTION_NAME, vision_attention)
 
 
 def use_varlen_vision(model: PreTrainedModel) -> None:
-    """Let a vision tower use `vision_attention` if its device and dtype have a backend."""
+    """Let a loaded model's vision tower use `vision_attention` where device and dtype allow."""
     for module in model.modules():
         # the attention modules of Qwen2-VL and Qwen2.5-VL; others keep their own attention
         attention: Any = module

@@ -1,4 +1,4 @@
-"""Weights as buckets of bytes for a store that several processes read (Ray's)."""
+"""Weights in byte buckets for a store of several readers (Ray's); see `rlmed.core.weights`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from rlmed.core.weights import WeightError
 
 BUCKET_BYTES = 256 * 2**20
-"""Size of one bucket: bounds the copies in flight; messages' own cost is negligible."""
+"""Size of one bucket: it bounds copies in flight and makes the cost per message negligible."""
 ALIGNMENT = 64
 """Bytes; every tensor in a bucket starts at a multiple of it."""
 SAME_MODEL = "learner and engine need the same model (model.path)"
@@ -24,7 +24,7 @@ SAME_MODEL = "learner and engine need the same model (model.path)"
 
 @dataclass(frozen=True, slots=True)
 class WeightBucket:
-    """Tensors packed into one byte array: numpy has no bfloat16; one array is fastest."""
+    """Several tensors in one byte array: numpy has no bfloat16, and one array transfers fastest."""
 
     shapes: dict[str, tuple[int, ...]]
     """By name as in the learner's `named_parameters()`, in the order of the bytes."""
@@ -65,7 +65,7 @@ Buckets = Sequence[WeightBucket]
 
 
 def make_buckets(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int = BUCKET_BYTES) -> Iterator[WeightBucket]:
-    """Copy named tensors, in order, into buckets of at most `bucket_bytes`.
+    """Copy named tensors, in order, into buckets of at most `bucket_bytes`, larger ones alone.
 
     Args:
         tensors: names and tensors of any shape on any device; consumed one at a time. If gathered

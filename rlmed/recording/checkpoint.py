@@ -21,7 +21,7 @@ _NAME = re.compile(r"step-(\d{6,})")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or read; the message names folder and remedy."""
+    """A checkpoint could not be written or read; the message names the folder and the remedy."""
 
 
 def save_checkpoint(
@@ -71,7 +71,7 @@ def save_checkpoint(
 
 
 def _remove(checkpoint: Path) -> None:
-    """Rename, then remove: a kill must not leave a partial checkpoint under a valid name."""
+    """Rename, then remove: a kill midway must not leave a partial checkpoint with a valid name."""
     doomed = aside_of(checkpoint, "removed")
     checkpoint.rename(doomed)
     remove(doomed)

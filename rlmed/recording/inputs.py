@@ -55,7 +55,7 @@ def chosen_onednn(folder: Path) -> tuple[str, ...] | None:
 
 
 def chosen_dtype(folder: Path) -> str | None:
-    """Return the dtype the run was started with; None if it was not decided."""
+    """Return the dtype that the run started with, for its checkpoints; None if undecided."""
     if not (folder / VERSIONS_FILE).is_file():
         return None
     dtype = read_json(folder / VERSIONS_FILE).get("dtype")  # earlier versions did not write it
@@ -141,7 +141,7 @@ def write_data(folder: Path, files: Sequence[DataFile], leakage: LeakageReport |
 
 
 def check_same_data(folder: Path, files: Sequence[DataFile]) -> None:
-    """Check that a run resumes with its own rows: any change would reorder all others.
+    """Check that a run resumes with the rows it started with: a change would reorder all others.
 
     Raises:
         ValueError: if they differ; names the file and the difference.
@@ -195,7 +195,7 @@ def _version(package: str) -> str | None:
 
 
 def _cpu_capability() -> str:
-    """Return torch's instruction set, such as "AVX512": processor names span generations."""
+    """Return torch's instruction set, such as "AVX512": generations share processor names."""
     import torch
 
     return torch.backends.cpu.get_cpu_capability()
@@ -209,7 +209,7 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str | None:
-    """Return the source's git commit, "-dirty" if changed; None outside a checkout."""
+    """Return this source's git commit, plus "-dirty" for local changes; None outside a checkout."""
     root = Path(__file__).resolve().parents[2]
     # an installed copy may lie inside a checkout of something else
     if not (root / ".git").exists():

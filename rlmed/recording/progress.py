@@ -112,13 +112,13 @@ class Progress:
         self.message(f"accuracy after {step} steps: {', '.join(shown)}")
 
     def stage(self, text: str, done: int, total: int, what: str = "") -> None:
-        """Show that `done` of `total` parts of a stage are finished; `what` is their plural."""
+        """Show that `done` of `total` parts of a stage are finished; `what` names them, plural."""
         count = f"{done}/{total} {what}".rstrip()
         self._stage = (text, done, total, count) if done < total else None
         self._plain("stage", f"{text} {count}", always=done >= total)
 
     def answers(self, file: str, done: int, total: int) -> None:
-        """Show that `done` of `total` answers are finished, the latest for a row of `file`."""
+        """Show that `done` of `total` evaluation answers are finished, the latest for `file`."""
         self.stage(f"evaluate {file}", done, total, "answers")
 
     def resuming(self, done: int, steps: int, checkpoint: Path, *, evaluates: bool) -> None:
@@ -149,7 +149,7 @@ class Progress:
         return " ".join([f"step {self._done}/{self._total}", *(f"{name} {value}" for name, value in facts.items())])
 
     def _seconds_left(self) -> float | None:
-        """Estimate the time left from recent steps and evaluations; None before the first."""
+        """Estimate time left from recent steps, with evaluations; None before the first step."""
         if len(self._times) < 2:
             return None
         (first, begin), (last, end) = self._times[0], self._times[-1]
@@ -173,7 +173,7 @@ class Progress:
         return Group(*lines)
 
     def _move_log_handlers(self) -> None:
-        """Route log lines through the live display, which they would break."""
+        """Route log lines through the live display: handlers still hold the earlier stream."""
         plain = {sys.__stdout__: sys.stdout, sys.__stderr__: sys.stderr}
         for handler in logging.getLogger().handlers:
             if type(handler) is logging.StreamHandler and handler.stream in plain:

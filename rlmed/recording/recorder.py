@@ -1,4 +1,4 @@
-"""Record a run: metrics, every rollout, and batches with a non-finite loss or gradient."""
+"""Record what a run does: metrics, every rollout, batches with a non-finite loss or gradient."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BAD_STEPS_FOLDER = "bad_steps"
 BATCHES_FOLDER = "batches"
 
 BAD_STEPS_KEPT = 5
-"""Most batches to dump: one takes tens of megabytes, and the first ones tell enough."""
+"""Most batches to dump: one with images takes tens of megabytes; the first ones show the fault."""
 
 
 class RunRecorder:
@@ -82,7 +82,7 @@ class RunRecorder:
         self._scalars(step, metrics)
 
     def record_evaluation(self, step: int, accuracy: Mapping[str, float]) -> None:
-        """Add accuracies by file after `step` steps to TensorBoard."""
+        """Add accuracies by file after `step` steps to TensorBoard; details: evaluation folder."""
         self._scalars(step, {f"accuracy/{name}": value for name, value in accuracy.items()})
 
     def record_groups(self, step: int, groups: Sequence[TrainGroup], discarded: Sequence[ScoredGroup]) -> None:
@@ -132,11 +132,11 @@ class RunRecorder:
             raise refusal(folder, error, advice="start again, or leave debug.record out") from error
 
     def offsets(self) -> dict[str, int]:
-        """Sync each file and return its length in bytes, for `truncate` after a resume."""
+        """Sync each file and return its length in bytes, for a checkpoint's later `truncate`."""
         return {writer.path.name: writer.offset() for writer in self._writers}
 
     def truncate(self, offsets: Mapping[str, int]) -> None:
-        """Truncate the files to a checkpoint, so that a resumed run has each step exactly once.
+        """Truncate the files to a checkpoint, so a killed and resumed run has each step just once.
 
         Args:
             offsets: from `offsets()`; a file not listed is emptied, so `{}` starts anew.

@@ -304,7 +304,7 @@ def _table_line(
 
 
 def _paired(evaluations: _Evaluations, name: str) -> tuple[Any, Any] | None:
-    """Return bool [N] before and after over a file's rows; None if the rows differ."""
+    """Return bool [N] before and after for a file's rows; None if the evaluations' rows differ."""
     sides = [
         {(row.id, row.question): row.correct for row in rows if row.file == name and row.control == "none"}
         for rows in (evaluations.first_rows, evaluations.last_rows)

@@ -1,4 +1,4 @@
-"""Draw the report's curves as inline SVG with CSS colours for light and dark mode."""
+"""Draw the report's curves as inline SVG; CSS variables make colours follow light and dark mode."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def draw_metrics(lines: Sequence[Mapping[str, Any]]) -> list[Plot]:
 
 
 def draw_accuracy(summaries: Sequence[EvalSummary]) -> Plot | None:
-    """Draw each file's accuracy over a run, with intervals; None below two evaluations."""
+    """Draw each file's accuracy over evaluations, with intervals; None for fewer than two."""
     if len(summaries) < 2:
         return None
     with mpl.rc_context(STYLE):
@@ -221,7 +221,7 @@ def new_figure(x_label: str = "step") -> tuple[Figure, Axes]:
 
 
 def to_svg(figure: Figure) -> Markup:
-    """Render a figure as an SVG element without metadata, fixed colours or fonts."""
+    """Render a figure as an SVG element without metadata, namespaces, fixed colours or fonts."""
     target = io.StringIO()
     figure.savefig(target, format="svg", metadata={"Date": None})
     svg = target.getvalue()

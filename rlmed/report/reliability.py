@@ -22,7 +22,7 @@ from rlmed.report.plots import FAINT, SERIES, STYLE, TEXT, Plot, new_figure, to_
 
 
 def show_reliability(summary: ReliabilitySummary) -> dict[str, Any]:
-    """Return the template's data: figures by file, plots, reliance, and the two domains."""
+    """Return the template's data: figures by file, plots, reliance by question type, domains."""
     return {
         "files": summary.files,
         "domains": summary.domains,

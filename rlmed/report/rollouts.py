@@ -1,4 +1,4 @@
-"""Choose the rollouts and evaluated rows that the report shows; split completions."""
+"""Choose the rollouts and evaluated rows that the report shows; split completions into parts."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Pictures:
     _embedded: dict[str, Mapping[str, Any] | None] = field(default_factory=dict)
 
     def add(self, path: str | None) -> Mapping[str, Any] | None:
-        """Embed a picture; return its index in `uris`, width and height, or None if missing."""
+        """Embed a picture; return its index in `uris`, width, height in pixels; None if missing."""
         if path is None:
             return None
         if path not in self._embedded:
@@ -56,7 +56,7 @@ class Pictures:
 
 
 def show_groups(rollouts: Path, pictures: Pictures) -> list[dict[str, Any]]:
-    """Return groups for the template: best and worst alternating, then some of the run.
+    """Return groups for the template: best and worst alternating, then some from the whole run.
 
     Args:
         rollouts: rollouts.jsonl, which may exceed memory.
@@ -96,7 +96,7 @@ def _mean_reward(group: Mapping[str, Any]) -> float:
 
 
 def _choose(entries: Sequence[_Entry]) -> list[tuple[str, _Entry]]:
-    """Choose a third each of the best, the worst (late ones first) and evenly; none twice.
+    """Choose a third each: best, worst (late ties first) and evenly over the run; none twice.
 
     Best and worst alternate, so that the first page shows both.
     """

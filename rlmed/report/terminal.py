@@ -19,7 +19,7 @@ WIDTH = len("checkpoint: ")
 def show_results(
     run_folder: Path, step: int, *, before: Path | None, more: Sequence[Table] = (), note: str = ""
 ) -> None:
-    """Write the report; print accuracy after `step`, tables and the paths of what was written.
+    """Write the report; print the accuracy after `step`, further tables and the paths written.
 
     Args:
         run_folder: run folder of any command.

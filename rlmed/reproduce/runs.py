@@ -1,4 +1,6 @@
-"""Reproduce the paper's table over seeds: `python -m rlmed.reproduce +experiment=medvqa_600`.
+"""Reproduce the paper's table: base, SFT and RL over seeds.
+
+The command is `python -m rlmed.reproduce +experiment=medvqa_600`.
 
 It runs, one after the other and each in its own folder under `--out`,
 

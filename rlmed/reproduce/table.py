@@ -1,4 +1,4 @@
-"""Table of base, SFT and RL over several runs: terminal, Markdown, LaTeX, JSON, HTML."""
+"""Table of base, SFT and RL over several runs: terminal, Markdown, LaTeX, JSON and HTML."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Cell:
         return None if self.rows is None else wilson_interval(round(self.mean * self.rows), self.rows)
 
     def text(self) -> str:
-        """Format in per cent, with deviation for several seeds and interval if rows are known."""
+        """Format in per cent, plus standard deviation (several seeds) and interval (known rows)."""
         parts = [f"{100 * self.mean:.1f}"]
         if len(self.values) > 1:
             parts.append(f"± {100 * self.spread:.1f}")
@@ -166,7 +166,7 @@ class Reproduction:
         return Cell(tuple(statistics.fmean(values) for values in by_seed), None)
 
     def table(self) -> Table:
-        """Build a table of 80 characters: figure, deviation and interval on separate lines."""
+        """Build an 80-character table: figure, deviation, interval per line; no rows, no format."""
         table = Table(
             title="Held-out accuracy in %",
             caption=self.note,
@@ -223,7 +223,7 @@ def collect(runs: Sequence[tuple[str, int, Path]]) -> Reproduction:
 
 
 def write_reproduction(root: Path, found: Reproduction) -> list[Path]:
-    """Write the table in every format into `root`; return the paths, the HTML page last.
+    """Write the table in every format into `root`; return the paths, the HTML page with links last.
 
     Raises:
         RecordError: if a write fails.

@@ -1,4 +1,4 @@
-"""Native engine: one prefill per prompt, grouped decode, continuous batching.
+"""Native rollout engine: one prefill per prompt, grouped decode, continuous batching, early return.
 
 It computes with the learner's own parameters through shared-prefix attention, so its
 log-probabilities agree with the learner's to rounding; which modules compute, `Policy.hidden`
@@ -114,7 +114,7 @@ class NativeEngine:
 
     @torch.inference_mode()
     def step(self) -> list[RolloutGroup]:
-        """Start what fits, sample a token per live completion, return the groups this finished.
+        """Start what fits, sample a token per live completion; return the groups this finished.
 
         On CUDA, the tokens that end a group are those of the step before.
         """
@@ -140,7 +140,7 @@ class NativeEngine:
         return requests
 
     def _prefill(self, requests: list[RolloutRequest]) -> None:
-        """Compute the prompts in one row, cache keys and values, sample first tokens."""
+        """Compute prompts in one row, cache keys and values, sample completions' first tokens."""
         policy = self.policy
         groups = [SequenceGroup.of(request, policy.prompt_positions(request.prompt)) for request in requests]
         lengths = [len(request.prompt.token_ids) for request in requests]
@@ -177,7 +177,7 @@ class NativeEngine:
         return rows
 
     def _decode(self) -> None:
-        """Run a forward pass over each live completion's newest token; sample the next."""
+        """Run one forward pass over each live completion's newest token and sample the next."""
         decoder = self._decoder
         assert decoder is not None
         if self._shape is None:

@@ -1,4 +1,4 @@
-"""Sample the next token: temperature, top-k, top-p, one random stream per completion."""
+"""Sample the next token: temperature, top-k, top-p, independent random stream per completion."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 
 def mix64(x: Tensor) -> Tensor:
-    """Apply the splitmix64 finalizer (Steele, Lea and Flood, OOPSLA 2014) to int64 values."""
+    """Apply splitmix64's finalizer (Steele, Lea, Flood, OOPSLA 2014) to int64, wrapping."""
     x = x + _GOLDEN
     x = (x ^ _shift_right(x, 30)) * _MIX_1
     x = (x ^ _shift_right(x, 27)) * _MIX_2

@@ -25,7 +25,7 @@ from rollout.pool.runner import EngineRunner
 from rollout.pool.worker import FinishedGroup, WorkerStatus
 
 COLLECT_S = 5.0
-"""Seconds after which `collect` returns without a group: no call waits forever."""
+"""Seconds until `collect` returns without a group, so no call waits forever on a dead process."""
 CALLS_AT_A_TIME = 8
 
 

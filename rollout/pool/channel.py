@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Channel:
-    """`rlmed.core.protocols.RolloutPool` on shared workers; training and evaluation have one."""
+    """`rlmed.core.protocols.RolloutPool` on shared workers; training, evaluation have one each."""
 
     def __init__(self, pool: WorkerPool) -> None:
         """Use `WorkerPool.channel` to create one."""

@@ -9,7 +9,7 @@ from rollout.pool.state import Slot
 
 
 class PoolMetrics:
-    """Worker losses since the start, idle time, duration of the last push."""
+    """Worker losses since the start, idle time since the last reading, last push's duration."""
 
     def __init__(self, now: float) -> None:
         """Start at time `now`, in seconds."""
@@ -32,7 +32,7 @@ class PoolMetrics:
             }
 
     def read(self, slots: Sequence[Slot], now: float) -> dict[str, float]:
-        """Return the metrics; `rollout/idle_share` is time without work since the last reading."""
+        """Return the metrics; `rollout/idle_share` is workers' idle share since last reading."""
         idle = sum(slot.idle(now) for slot in slots) + self._idle_of_lost_s
         span = (now - self._measured) * len(slots)
         share = (idle - self._idle_s) / span if span > 0 else 0.0

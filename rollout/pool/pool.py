@@ -1,4 +1,4 @@
-"""Worker pool: prompts to the least busy worker, groups as they finish, dead ones replaced.
+"""Worker pool: serves the least busy worker, returns finished groups, replaces dead, silent ones.
 
 Each request is *leased* to one worker. If the worker dies, its leases go to others, and anything it
 still sends is dropped. So every request is answered exactly once, whatever happens to the
@@ -92,7 +92,7 @@ class WorkerPool:
             time.sleep(READY_S)
 
     def sleep(self) -> None:
-        """Put the engines to sleep until the next push; no-op without `PoolSettings.sleeps`.
+        """Put the engines to sleep until the next push, wait; no-op without `PoolSettings.sleeps`.
 
         Requests submitted before the push wait for it.
 
@@ -108,7 +108,7 @@ class WorkerPool:
         wait(sleeping.result(), timeout=self._settings.push_s)  # one that fails is replaced
 
     def update_weights(self, weights: WeightUpdate) -> list[PushReport]:
-        """Push new weights to all workers and wait; one that fails is replaced.
+        """Push new weights to all workers and wait; a failed one is replaced by one that has them.
 
         The learner sends them directly to the ready workers if it can; workers that start later
         fetch them.
@@ -203,7 +203,7 @@ class WorkerPool:
         self._waiting = deque(lease for lease in self._waiting if lease.receiver is not channel)
 
     def _dispatch(self) -> None:
-        """Lease waiting requests, oldest first, to the worker with fewest completions."""
+        """Lease waiting requests, oldest first, to the worker with room and fewest completions."""
         batches: dict[Slot, list[Lease]] = {}
         while self._waiting:
             slot = min((slot for slot in self._slots if slot.ready), key=lambda slot: slot.completions, default=None)

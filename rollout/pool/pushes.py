@@ -39,7 +39,7 @@ class Pushes:
         return self._newest is not None
 
     def begin(self, push: Push, slots: Sequence[Slot]) -> None:
-        """Start a push to ready slots; a starting worker gets it after its first answer."""
+        """Start a push to ready slots; starting workers get the weights after a first answer."""
         self._newest, push.outstanding = push, {slot.number for slot in slots}
         sending = push.weights.send([slot.handle() for slot in slots]) if slots else None
         if sending is None:

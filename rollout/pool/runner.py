@@ -1,4 +1,4 @@
-"""Run an engine in its own thread: submit and collect at any time, update between steps."""
+"""Run an engine in its thread: submit and collect anytime, update weights between steps."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class EngineRunner:
             self._changed.notify_all()
 
     def collect(self, timeout: float) -> list[FinishedGroup]:
-        """Wait for finished groups; return them, or none after `timeout` seconds."""
+        """Wait for finished groups, return them; an empty list after `timeout` seconds of none."""
         with self._changed:
             self._changed.wait_for(lambda: self._finished or self._error or self._closed, timeout)
             groups = list(self._finished)

@@ -27,7 +27,7 @@ class PoolSettings:
     """Limits of a pool; names in _s are seconds."""
 
     capacity: int
-    """Completions per worker, queued ones included; further requests wait in the pool."""
+    """Completions per worker, queued ones included; further requests wait for a free worker."""
     heartbeat_s: float = 2.0
     """Interval between status requests."""
     silence_s: float = 60.0
@@ -41,7 +41,7 @@ class PoolSettings:
     sleeps: bool = False
     """Engines release GPU memory while the learner works."""
     max_failures: int = 3
-    """Losses of a worker without a finished group, and leases of a request, before the run ends."""
+    """Losses of a worker without a finished group, and re-leases of a request, before the end."""
 
 
 @dataclass(slots=True)
@@ -122,7 +122,7 @@ class Push:
 
 
 def cause_of(error: BaseException) -> str:
-    """Return an error's last line, its message, cut to `LINE_LENGTH` characters."""
+    """Return an error's last line (a traceback's message), cut to `LINE_LENGTH` characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__

@@ -60,7 +60,7 @@ class Worker(Protocol):
         ...
 
     def update_weights(self, weights: Any) -> Future[PushReport]:
-        """Fetch what `WeightUpdate.stored` returned, and sample from these weights from now on."""
+        """Fetch what `rlmed.core.weights.WeightUpdate.stored` returned and sample from it now."""
         ...
 
     def sleep(self) -> Future[None]:

@@ -1,1 +1,1 @@
-"""vLLM rollout engine; only this package imports vLLM, which may be missing."""
+"""vLLM rollout engine; only this package imports vLLM, and rlmed runs without it."""

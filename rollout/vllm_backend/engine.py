@@ -1,4 +1,4 @@
-"""vLLM rollout engine: the core runs in this process and gets the learner's ids and pixels.
+"""vLLM rollout engine: the core runs in this process on the learner's token ids and pixels.
 
 Nothing that vLLM caches survives a push. While completions run, vLLM refuses its own cache resets
 or becomes inconsistent, so each version of the weights gets its own cache keys (see
@@ -115,7 +115,7 @@ class VllmEngine:
         self._scheduler.submit(request)
 
     def step(self) -> list[RolloutGroup]:
-        """Submit what fits, sample a token per running completion, return finished groups."""
+        """Submit what fits, sample a token per running completion, return the finished groups."""
         assert self._missing is None, "step() was called between begin_update() and finish_update()"
         if self._damaged:
             raise WeightError("the last push ended early and left a mixture of weights: push all of them again")
@@ -164,7 +164,7 @@ class VllmEngine:
         self.finish_update(version)
 
     def connect(self, transport: str, info: Mapping[str, Any]) -> None:
-        """Connect to the learner by "nccl" or "ipc", with vLLM's init info.
+        """Connect to the learner by "nccl" or "ipc" with vLLM's init info, replacing the last one.
 
         Raises:
             ValueError: if the transport does not support this connection.
@@ -174,7 +174,7 @@ class VllmEngine:
         self._core.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": init_info})
 
     def begin_update(self) -> None:
-        """Prepare for new weights; nothing is sampled until `finish_update` checks them.
+        """Prepare for new weights; nothing is sampled until `finish_update` has checked them.
 
         Wakes a sleeping engine's weight memory; `finish_update` wakes its key-value cache.
         """
@@ -183,7 +183,7 @@ class VllmEngine:
         self._missing = set(self._shapes)
 
     def receive(self, info: Mapping[str, Any]) -> None:
-        """Receive some of the new weights, which vLLM's update info names.
+        """Receive some new weights as the learner sends them; vLLM's update info names them.
 
         Raises:
             WeightError: for an unknown name or another shape. This ends the push.
@@ -191,7 +191,7 @@ class VllmEngine:
         self._load(dict(zip(info["names"], info["shapes"], strict=True)), {"direct": dict(info)})
 
     def finish_update(self, version: int) -> None:
-        """Complete the update to `version`; running completions keep their keys and values.
+        """Complete the update to `version`; running completions continue with their keys, values.
 
         Raises:
             WeightError: if not all weights have arrived.
@@ -263,7 +263,7 @@ class VllmEngine:
         )
 
     def _restart_groups_without_tokens(self) -> None:
-        """Restart groups without tokens: vLLM's state of their prompts has old weights."""
+        """Restart groups without tokens: vLLM's prompt state for them is of the old weights."""
         started = {
             state.external_req_id
             for state in self._core.output_processor.request_states.values()

@@ -19,7 +19,7 @@ VARIABLES = {
     "DO_NOT_TRACK": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
-"""Defaults for variables that are not set; vLLM reads them on use, workers inherit them."""
+"""Defaults for unset variables; vLLM reads them on use, and worker processes inherit them."""
 PRELOAD = "LD_PRELOAD"
 
 
@@ -73,7 +73,7 @@ def preload_kept() -> Iterator[None]:
 
 
 def _hide_broken_torchcodec() -> None:
-    """Hide a torchcodec that fails to import, such as a CUDA build beside a CPU torch."""
+    """Hide a torchcodec that fails to import, as the registry's CUDA build does by a CPU torch."""
     if "torchcodec" in sys.modules or importlib.util.find_spec("torchcodec") is None:
         return
     try:

@@ -36,7 +36,7 @@ class ModelFacts:
 
 
 def sampling_params(sampling: SamplingParams, group_size: int, facts: ModelFacts) -> vllm.SamplingParams:
-    """Return all of vLLM's settings for a group: an omitted one would come from the model.
+    """Return all vLLM settings for a group: an omitted one would come from the model folder.
 
     For n > 1, vLLM draws completion i from the stream of seed + i; group seeds are scattered first,
     so that neighbouring groups share no stream. Greedy completions of a group are identical, so

@@ -43,7 +43,7 @@ class VllmSettings:
     None: what `gpu_memory_utilization` leaves; on a CPU, the most all completions need.
     """
     enforce_eager: bool = False
-    """Skip compilation and CUDA graphs: starts in seconds, samples slower."""
+    """Skip compilation and CUDA graphs: starts in seconds, not most of a minute; samples slower."""
     sleep: bool = False
     """Allow releasing GPU memory between a batch and the next push; GPUs only."""
     seed: int = 0

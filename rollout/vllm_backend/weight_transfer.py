@@ -1,4 +1,4 @@
-"""Direct transfer of weights by vLLM's API: NCCL or CUDA IPC; see `rlmed.core.weights`.
+"""Direct transfer by vLLM's weight-transfer API: NCCL or CUDA IPC; see `rlmed.core.weights`.
 
 The learner's half, `WeightTransferSender`, runs in learner rank 0's process. vLLM drives the
 exchange; this adds what it lacks: NCCL ranks for several engines, a timeout for every wait, and the
@@ -72,7 +72,7 @@ def check_group(connection: Any) -> None:
 
 
 class OneRankIpc(IPCTrainerWeightTransferEngine):
-    """vLLM's IPC engine for a learner whose rank 0 alone shares a GPU."""
+    """vLLM's IPC engine for a learner whose rank 0 alone shares a GPU; vLLM's own asks all."""
 
     def _all_gather_and_merge_handles(
         self, handles: list[dict[str, tuple[Any, ...]]]
@@ -103,7 +103,7 @@ def init_info(transport: str, engines: Sequence[EngineHandle], host: str, larges
 
 
 class EngineClients:
-    """vLLM's `VLLMWeightSyncClient` for several engines: calls all and waits for all."""
+    """vLLM's `VLLMWeightSyncClient` for several engines: each call asks all and waits for all."""
 
     def __init__(self, transport: str, engines: Sequence[EngineHandle], call: CallEngine, limit_s: float) -> None:
         """Call `engines`, each of which has `limit_s` seconds to answer."""
@@ -153,7 +153,7 @@ class EngineClients:
 
 
 class WeightTransferSender(WeightSource):
-    """`rlmed.core.weights.WeightSender` and vLLM's source: parameters gathered one by one."""
+    """`rlmed.core.weights.WeightSender` and vLLM's source; gathers each parameter at its turn."""
 
     def __init__(
         self,
@@ -272,7 +272,7 @@ class UpdateInfo(WeightTransferUpdateInfo):
 
 
 class WeightTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
-    """Loads weights through vLLM's layerwise reload, which repeats its processing."""
+    """Loads weights through vLLM's layerwise reload, which repeats the processing after loading."""
 
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
@@ -337,7 +337,7 @@ def repack_projections(transfer: WeightTransfer) -> None:
 
 
 class WorkerExtension:
-    """Methods that vLLM adds to its workers, in each of which this module is imported."""
+    """Methods that vLLM adds to its workers; naming this class makes each import this module."""
 
     device: torch.device
 

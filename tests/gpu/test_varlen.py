@@ -1,6 +1,4 @@
-"""Flash attention's kernels on a CUDA device against the reference in float64; skipped without
-one.
-"""
+"""Flash attention's kernels on a CUDA device against the float64 reference; else skipped."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Weights from GPU to GPU into vLLM, and an engine that sleeps: after a push its log-probabilities
-are the learner's.
+"""Weights from GPU to GPU into vLLM, and sleep: after a push log-probabilities match the learner's.
 
 Real Ray actors, as in a run. One GPU: IPC, and sleep; two: NCCL, and a worker that is lost. Skipped
 without them.
@@ -143,9 +142,7 @@ class Company:
         return metrics
 
     def difference(self, prompts: list[Prompt], dtype: str) -> float:
-        """Between the engines' log-probabilities and the learner's; every worker has a part of the
-        prompts.
-        """
+        """Between the engines' log-probabilities and the learner's; each worker gets prompts."""
         for index, prompt in enumerate(prompts):
             self.channel.submit(RolloutRequest(index, prompt, 4, SamplingParams(max_tokens=MAX_TOKENS, seed=index)))
         groups: list[RolloutGroup] = [self.channel.collect() for _ in prompts]
@@ -211,9 +208,7 @@ def test_weights_go_to_engines_on_other_gpus(
     mixed_prompts: Callable[..., list[Prompt]],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """And to the successor of a lost one: fetched at first, with a group of its own at the next
-    push.
-    """
+    """And to a lost one's successor: fetched first, with its own group at the next push."""
     caplog.set_level("INFO", "learner.weight_push")
     workers, prompts = min(torch.cuda.device_count() - 1, 2), mixed_prompts("qwen2_vl", 8)
     company = make_company(dtype, transport="nccl", workers=workers, share=False, sleep=False)

@@ -1,6 +1,4 @@
-"""A small run on disk: a random vision model, ten questions with images, and the configuration of a
-run on them.
-"""
+"""A small run on disk: a random vision model, ten image questions, and their configuration."""
 
 from __future__ import annotations
 
@@ -36,9 +34,7 @@ def generated_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def with_images(generated_images: Path) -> Callable[[Path], Path]:
-    """`with_images(folder)`: the folder, where a run with `data=phantom` finds its generated
-    images.
-    """
+    """`with_images(folder)`: the folder, where `data=phantom` runs find their generated images."""
 
     def link(folder: Path) -> Path:
         (folder / "outputs").mkdir()

@@ -1,6 +1,4 @@
-"""Commands in processes of their own that need not import torch again: each is forked from one
-process that has.
-"""
+"""Commands in processes of their own, each forked from one process that has imported torch."""
 
 from __future__ import annotations
 
@@ -29,8 +27,7 @@ class Finished:
 
 
 def run_forked(main: Callable[[], object], arguments: Sequence[str], folder: Path) -> Finished:
-    """Call `main()` with these command-line arguments in a process whose working directory is
-    `folder`.
+    """Call `main()` with these command-line arguments in a process that works in `folder`.
 
     Args:
         main: a function that can be imported by its name.

@@ -1,5 +1,4 @@
-"""Starts a run that kills its own process, without any clean-up, at a chosen place:
-`launch_and_die.py PLACE [override ...]`.
+"""Starts a run that kills itself uncleanly at a place: `launch_and_die.py PLACE [override ...]`.
 
 PLACE is one of: nowhere, rollout:N (at group N), backward:N (at gradient N), optimizer:N (at update
 N), checkpoint:N (while writing the checkpoint of step N), metrics:N (before step N is written
@@ -37,9 +36,7 @@ from rollout.local import LocalPool
 
 
 def die_at_call(owner: Any, name: str, number: int, *, after: bool) -> None:
-    """Kill the process at the `number`-th call of `owner.name`, before or after it has done its
-    work.
-    """
+    """Kill the process at the `number`-th call of `owner.name`, before or after its work."""
     original: Callable[..., Any] = vars(owner)[name]
     calls = 0
 
@@ -69,9 +66,7 @@ def die_in_checkpoint(step: int) -> None:
 
 
 def wait_before(steps: set[int]) -> None:
-    """Stand still in the main thread before these steps are written down; all other threads and
-    processes go on.
-    """
+    """Stand still in the main thread before these steps are written down; all else goes on."""
     original = RunRecorder.record_groups
 
     def waiting(self: RunRecorder, step: int, *args: Any, **kwargs: Any) -> None:

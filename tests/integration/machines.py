@@ -1,6 +1,4 @@
-"""Several machines on this one: Ray nodes in network namespaces, or on loopback addresses, that can
-be cut off and killed.
-"""
+"""Several machines on one: Ray nodes in network namespaces or on loopback, cut off and killed."""
 
 from __future__ import annotations
 
@@ -51,9 +49,7 @@ def why_no_namespaces() -> str | None:
 
 
 class Network:
-    """Namespaces joined by a bridge that is in one more namespace, so this machine's own network is
-    not touched.
-    """
+    """Namespaces joined by a bridge in one more, so this machine's own network is not touched."""
 
     def __init__(self, machines: int) -> None:
         self.name = f"rlmed-{uuid.uuid4().hex[:6]}"
@@ -85,9 +81,7 @@ class Network:
         return ("ip", "netns", "exec", self.space(number))
 
     def cut(self, number: int) -> None:
-        """Nothing reaches this machine any more, and it reaches nothing; no connection is
-        closed.
-        """
+        """Nothing reaches this machine or is reached by it; no connection is closed."""
         command("ip", "-n", f"{self.name}-switch", "link", "set", f"port{number}", "down")
 
     def close(self) -> None:
@@ -107,8 +101,7 @@ class Loopback:
 
 
 class Machines:
-    """Ray nodes: number 0 is the head, where runs are started, with a resource `learning`; each
-    other has one `sampling`.
+    """Ray nodes: 0 is the head, where runs start, with a resource `learning`; others `sampling`.
 
     A context manager; whatever happens in it, no process, file or namespace is left.
     """

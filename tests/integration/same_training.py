@@ -62,9 +62,7 @@ def assert_same_training(ours: Path, theirs: Path, *, last: int, before: int) ->
 
 
 def learnt(folder: Path) -> list[dict[str, float]]:
-    """The metrics of each step that do not depend on how long something took, or on who computed
-    it.
-    """
+    """The metrics of each step that do not depend on time taken or on who computed them."""
     return [
         {name: value for name, value in line.items() if not name.startswith(MEASURED) and "per_second" not in name}
         for line in read_lines(folder / "metrics.jsonl")

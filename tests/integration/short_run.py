@@ -1,6 +1,4 @@
-"""Overrides of a run of six steps on the embedded model that takes seconds, the same for all who
-kill and compare runs.
-"""
+"""Overrides of a six-step run on the embedded model that takes seconds, to kill and compare."""
 
 from __future__ import annotations
 

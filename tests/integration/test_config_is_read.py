@@ -1,6 +1,4 @@
-"""The rules of `rlmed.core.config.rules` against the keys that a run of each command really
-reads.
-"""
+"""The rules of `rlmed.core.config.rules` against the keys that each command's run reads."""
 
 from __future__ import annotations
 
@@ -33,9 +31,7 @@ ELSEWHERE = {
 }
 """Keys that do something without being read in a run that goes well."""
 PASSED_ON = {"rollout.on_push"}
-"""Keys that a pool is given wherever it is built, though nothing is pushed to it but by
-rlmed.launch.
-"""
+"""Keys that every pool is given, though nothing is pushed to it but by rlmed.launch."""
 SPREAD = """
 def first_token(example, completion):
     return float(completion.token_ids[0] % 7)
@@ -59,9 +55,7 @@ RUNS = {
     "evaluate": ((),),
     "reliability": (("reliability.samples=2",),),
 }
-"""Overrides of the runs, which between them make every key do something that needs neither Ray nor
-vLLM.
-"""
+"""Overrides of runs that together make every key do something that needs neither Ray nor vLLM."""
 
 
 @pytest.fixture
@@ -101,9 +95,7 @@ def active(program: str, config: RunConfig) -> set[str]:
 def test_a_command_reads_what_the_rules_say_and_nothing_else(
     program: str, make_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys_read: set[str]
 ) -> None:
-    """A new key that nobody reads fails here until a rule refuses it, and a rule about a key that
-    is read fails too.
-    """
+    """A new key that nobody reads fails until a rule refuses it; so does a rule on a read key."""
     (tmp_path / "spread.py").write_text(SPREAD)
     monkeypatch.chdir(tmp_path)
     for number, overrides in enumerate(RUNS[program]):

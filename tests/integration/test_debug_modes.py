@@ -1,6 +1,4 @@
-"""The debug modes of `conf/debug/`: sampling alone, learning from what was sampled, and an engine
-without a model.
-"""
+"""The debug modes of `conf/debug/`: sampling alone, learning from samples, a model-free engine."""
 
 from __future__ import annotations
 
@@ -19,9 +17,7 @@ pytestmark = pytest.mark.slow
 
 Config = Callable[..., RunConfig]
 ROUNDING = LOGPROBS
-"""Of metrics that are about 1, or below: the gradient's norm is clipped, and the loss is a mean of
-advantages.
-"""
+"""Of metrics up to about 1: the gradient's norm is clipped, the loss is a mean of advantages."""
 QUIET = ("preflight.enabled=false", "eval.at_start=false", "eval.at_end=false", "rollout.max_tokens=20")
 
 

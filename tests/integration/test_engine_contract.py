@@ -34,9 +34,7 @@ MAX_TOKENS = 32
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A random Qwen2-VL with heads of 32, the smallest that vLLM has a CPU kernel for; many tokens
-    end a completion.
-    """
+    """A random Qwen2-VL with heads of 32, vLLM's least on CPUs; many tokens end a completion."""
     folder = tmp_path_factory.mktemp("contract_model")
     build_tiny_vl(folder)
     config = AutoConfig.from_pretrained(folder)

@@ -1,6 +1,4 @@
-"""Short runs where something is against them: docs/troubleshooting.md has a table of what each
-does.
-"""
+"""Short runs under adverse conditions: docs/troubleshooting.md has a table of what each does."""
 
 from __future__ import annotations
 

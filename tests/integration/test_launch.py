@@ -91,9 +91,7 @@ def test_a_run_leaves_everything_behind(make_config: Config, tmp_path: Path, own
 def test_each_picture_is_decoded_once(
     make_config: Config, tmp_path: Path, own_reward: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Reading checks it; leakage, lengths, evaluation with its controls, preflight and training
-    take it from memory.
-    """
+    """Reading checks it; leakage, lengths, evaluation, preflight, training take it from memory."""
     decoded: list[str] = []
     decode = images._decode
     monkeypatch.setattr(images, "_decode", lambda stream, *rest: decoded.append(stream.name) or decode(stream, *rest))
@@ -161,9 +159,7 @@ def test_a_model_asked_otherwise_than_in_training_is_warned_of(
 def test_rewards_without_a_written_reasoning(
     make_config: Config, tmp_path: Path, reward: str, parts: set[str], varied: str
 ) -> None:
-    """On the embedded model, which has the format: the parts are measured, add up, and give
-    something to learn from.
-    """
+    """On the embedded model, which has the format: parts are measured, add up, and can teach."""
     config = make_config(
         "model.path=embedded:tiny_base", f"reward={reward}", "rollout.max_tokens=64", "algo.group_size=4", "learner.lr=1e-4",
         "algo.groups_per_step=3", "eval.at_start=false", "eval.at_end=false",

@@ -1,6 +1,4 @@
-"""`python -m rlmed.launch cluster=ray` as a person runs it: the same numbers as in one process, and
-lost processes.
-"""
+"""`python -m rlmed.launch cluster=ray` as users run it: one process's numbers, lost processes."""
 
 from __future__ import annotations
 
@@ -42,9 +40,7 @@ class Launch:
         temporary: Path | None = None,
         omp_threads: str | None = "1",
     ) -> None:
-        """`waits`: steps before which it stands still until `go_on`, as "2,4"; so no machine is too
-        fast for a test.
-        """
+        """`waits`: steps before which it stands still until `go_on`, as "2,4", on any machine."""
         self.folder, self.sign, self.mark = folder, folder / "waits", new_mark()
         environment = os.environ | self.mark
         environment.pop("OMP_NUM_THREADS", None)
@@ -88,9 +84,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, with_images: Callable[[Path],
 
 @pytest.fixture(scope="module")
 def temporary() -> Iterator[Path]:
-    """Where runs put their temporary files; pytest's own folders have names too long for Ray's
-    sockets.
-    """
+    """Where runs put temporary files: pytest's folder names are too long for Ray's sockets."""
     with tempfile.TemporaryDirectory(prefix="rt-") as folder:
         yield Path(folder)
 

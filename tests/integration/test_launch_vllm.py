@@ -1,6 +1,4 @@
-"""`python -m rlmed.launch cluster=ray rollout=vllm`: a whole run with vLLM's CPU build, evaluated
-at both ends.
-"""
+"""`python -m rlmed.launch cluster=ray rollout=vllm` on vLLM's CPU build, evaluated at both ends."""
 
 from __future__ import annotations
 

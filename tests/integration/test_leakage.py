@@ -17,9 +17,7 @@ from tests.unit.rlmed.data.pictures import picture, save
 
 @pytest.fixture
 def settings(random_model: Path, tmp_path: Path) -> Callable[..., list[str]]:
-    """Overrides of an evaluation of six rows, of which the first is over a re-encoded training
-    picture.
-    """
+    """Overrides of an evaluation of six rows, the first over a re-encoded training picture."""
 
     def rows(name: str, seeds: range, kind: str) -> Path:
         lines = []

@@ -1,6 +1,4 @@
-"""Model folders that disagree with themselves, in whole commands: one line and exit status 2, or
-the right result.
-"""
+"""Model folders that contradict themselves, in commands: one line and exit status 2, or right."""
 
 from __future__ import annotations
 

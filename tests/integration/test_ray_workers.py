@@ -49,9 +49,7 @@ def build_engine(folder):
 
 @pytest.fixture(scope="module")
 def session():
-    """A Ray of our own in a short-named folder (its sockets have long names); nothing of it is left
-    afterwards.
-    """
+    """Our own Ray in a short-named folder (its sockets' names are long); nothing of it remains."""
     mark = new_mark()
     with tempfile.TemporaryDirectory(prefix="rt-") as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv(*next(iter(mark.items())))
@@ -248,9 +246,7 @@ def build_told_engine(folder, numbers):
 
 
 class TellingSender:
-    """Stands in for vLLM's transfer in learner rank 0's process; no group can be made with the
-    third GPU.
-    """
+    """Stands in for vLLM's transfer in learner rank 0; no group can be made with the third GPU."""
 
     def __init__(self, learner):
         self.learner = learner
@@ -295,9 +291,7 @@ class Drifting:
 
 
 def sampled(pool, *versions):
-    """The groups of two workers that were asked the same, oldest weights first; each was sampled
-    from one version.
-    """
+    """Two workers' groups for the same request, oldest weights first, each from one version."""
     channel = pool.channel()
     evaluation = pool.channel()  # a pool ends with its last channel
     for _ in range(2):

@@ -1,6 +1,4 @@
-"""A run that is killed at any moment and resumed ends with the same weights as one that is not, bit
-for bit.
-"""
+"""A run killed at any moment and resumed ends with the weights of one that is not, bit for bit."""
 
 from __future__ import annotations
 
@@ -71,9 +69,9 @@ def test_killed_and_resumed_equals_uninterrupted(place: str, workplace: Path, un
 
 @pytest.mark.slow
 def test_a_resumed_curriculum_asks_the_same_prompts(workplace: Path) -> None:
-    """Rows are set aside by what came of them, so the order hangs on the run's history, which the
-    checkpoint has to hold; and so do the running standard deviations by which advantages are
-    divided.
+    """Rows are set aside by their results, so the order depends on the run's history.
+
+    The checkpoint has to hold it, and the running standard deviations that divide advantages.
     """
     settings = (
         "data.limit=9",

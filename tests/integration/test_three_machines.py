@@ -30,9 +30,7 @@ pytestmark = [
 ]
 STEPS, GROUPS_PER_STEP = 8, 4
 LAST = STEPS - 1
-"""Runs stand still before the steps 3 and `LAST`, so no machine is too fast for what happens to
-them then.
-"""
+"""Runs stand still before the steps 3 and `LAST`, so no machine is too fast for the events."""
 DIE = Path(__file__).with_name("launch_and_die.py")
 TRAINING = (
     "+experiment=medvqa_600",
@@ -158,9 +156,7 @@ def test_a_machine_that_is_cut_off_costs_no_group(three_machines: Machines, work
 def test_a_killed_node_costs_no_group_and_after_a_lost_head_the_same_command_goes_on(
     three_nodes: Machines, workplace: Path
 ) -> None:
-    """The head's own process is killed; its node goes on for a minute, as one on another machine
-    would.
-    """
+    """The head's own process is killed; its node goes on for a minute, as on another machine."""
     run = Run(three_nodes, workplace / "run", *SETTINGS, "checkpoint.every=1", waits=f"3,{LAST}")
     run.until_it_waits()
     assert both_sample(three_nodes)

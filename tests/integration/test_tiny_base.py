@@ -1,6 +1,4 @@
-"""The embedded base: it is what it should be, and the command that rebuilds it works from end to
-end on a few images.
-"""
+"""The embedded base is as it should be, and its rebuilding command works whole on a few images."""
 
 from __future__ import annotations
 
@@ -34,9 +32,7 @@ def test_the_shipped_base_is_small_and_really_qwen2_vl() -> None:
 
 
 def test_the_shipped_base_knows_the_format_and_sees_what_is_easy(tmp_path: Path) -> None:
-    """Far above chance on anatomy, where the careful reader writes; the measured accuracies are in
-    the README.
-    """
+    """Far above chance on anatomy, the careful reader's field; the README has the accuracies."""
     examples: list[Example] = []
     for index in range(40):
         rng = np.random.default_rng([7, index])

@@ -1,6 +1,4 @@
-"""vLLM's engine against the learner and the native engine: the same tokens, log-probabilities, and
-weights after a push.
-"""
+"""vLLM's engine against learner and native engine: same tokens, log-probabilities, new weights."""
 
 from __future__ import annotations
 
@@ -52,9 +50,7 @@ PARTS = {
 
 
 def build_model(folder, family="qwen2_vl"):
-    """A random model with peaked distributions and heads of 32, the smallest that vLLM has a CPU
-    kernel for.
-    """
+    """A random model, peaked distributions, heads of 32: the least that vLLM's CPU kernels take."""
     vision = "vl" in family
     (build_tiny_vl if vision else build_tiny_text)(folder, family)
     config = AutoConfig.from_pretrained(folder)
@@ -143,9 +139,7 @@ def renderer(folder):
 
 
 def render(renderer, *, images=True):
-    """With pictures of three sizes, without one, and longer than several blocks of vLLM's prefix
-    cache.
-    """
+    """With pictures of three sizes, without one, and longer than several prefix-cache blocks."""
     rendered = []
     for i, size in enumerate(((112, 112), None, (56, 84), None, (84, 56))):
         rng = np.random.default_rng(i)
@@ -193,9 +187,7 @@ def tokens(groups):
 
 @torch.no_grad()
 def learner_logprobs(policy, groups):
-    """Of all sampled tokens, one after the other, under the distribution that each group's settings
-    name.
-    """
+    """Of all sampled tokens in order, under the distribution that each group's settings name."""
     result = []
     for group in groups:
         sampling = group.request.sampling
@@ -488,9 +480,7 @@ def test_long_prompts_that_come_at_once_are_computed_whole(open_engine, folder, 
 
 
 def with_picture(prompt, image_token_id, seed, question_token=20):
-    """The prompt with another, larger picture, 420 visual tokens of it, and `question_token` right
-    after them.
-    """
+    """The prompt with another, larger picture, 420 visual tokens, then `question_token`."""
     rows, columns = 20, 21
     (places,) = np.nonzero(prompt.token_ids == image_token_id)
     before, after = prompt.token_ids[: places[0]], prompt.token_ids[places[-1] + 1 :].copy()
@@ -538,9 +528,7 @@ def test_children_of_this_process_do_not_inherit_what_vllm_preloads(open_engine,
 
 
 def test_weights_arrive_through_a_connection_of_vllms_own_backends(engine, policy, prompts, tmp_path, monkeypatch):
-    """A file stands in for the GPU memory that NCCL and IPC need; the reload, and what follows it,
-    is the same.
-    """
+    """A file stands in for the GPU memory of NCCL and IPC; the reload and the rest are the same."""
     from safetensors.torch import load_file, save_file
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
     from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine, NCCLWeightTransferUpdateInfo

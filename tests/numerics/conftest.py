@@ -1,6 +1,4 @@
-"""The slow reference: what transformers computes for a padded batch in which every completion
-repeats its prompt.
-"""
+"""The slow reference: transformers on a padded batch where every completion repeats its prompt."""
 
 from __future__ import annotations
 
@@ -20,9 +18,7 @@ from rollout.native.scheduler import EngineLimits
 
 
 def _padded_inputs(model: PreTrainedModel, rows: Sequence[tuple[Prompt, IntArray]], side: str) -> dict[str, Tensor]:
-    """Forward arguments of a batch of (prompt, completion tokens), padded on the left or on the
-    right.
-    """
+    """Forward arguments of a batch of (prompt, completion tokens), left- or right-padded."""
     texts = [np.concatenate([prompt.token_ids, tokens]) for prompt, tokens in rows]
     width = max(map(len, texts))
     token_ids = torch.full((len(rows), width), model.generation_config.pad_token_id)
@@ -49,9 +45,7 @@ def _padded_logprobs(
     warpers: LogitsProcessorList | None = None,
     side: str = "right",
 ) -> list[Tensor]:
-    """The log-probability of each completion's tokens [T], vision tokens excluded;
-    differentiable.
-    """
+    """The log-probability of each completion's tokens [T], no vision tokens; differentiable."""
     logits = model(**_padded_inputs(model, rows, side)).logits
     logits = logits.index_fill(2, torch.tensor(unsampleable_token_ids(model.config), dtype=torch.int64), -torch.inf)
     result = []
@@ -74,9 +68,7 @@ def _run_engine(
     order: Sequence[int] | None = None,
     **sampling: float,
 ) -> list[RolloutGroup]:
-    """The groups of all prompts, in the prompts' order; a prompt's seed is its index whatever the
-    order of submission.
-    """
+    """The groups of all prompts, in order; a prompt's seed is its index in any submission order."""
     engine = NativeEngine(policy, lambda _: "", limits)
     settings = {"max_tokens": 24, **sampling}
     for i in order if order is not None else range(len(prompts)):
@@ -107,9 +99,7 @@ def run_engine() -> Callable[..., list[RolloutGroup]]:
 
 @pytest.fixture(scope="session")
 def worst_relative() -> Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], tuple[float, str]]:
-    """Largest difference of a gradient relative to the largest entry of its parameter's gradient,
-    and where it is.
-    """
+    """Largest gradient difference, relative to its parameter's largest entry, and its place."""
 
     def compute(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[float, str]:
         assert actual.keys() == expected.keys()

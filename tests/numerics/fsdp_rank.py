@@ -1,6 +1,4 @@
-"""The learner processes of `test_fsdp.py` and what they do; a module of its own, so that they can
-import it.
-"""
+"""The learner processes of `test_fsdp.py` and their jobs; a module that they can import."""
 
 from __future__ import annotations
 
@@ -108,9 +106,7 @@ def _infinite(_: Any, gradients: tuple[Tensor, ...], __: Any) -> tuple[Tensor, .
 
 
 def serve(rank: int, size: int, init_method: str, device: str, test: Connection) -> None:
-    """Do jobs until None arrives or the test is gone; the answer to a job that fails is the error's
-    text.
-    """
+    """Do jobs until None arrives or the test is gone; a failing job's answer is its error text."""
     torch.set_num_threads(1)
     if device == "cuda":  # as Ray does: a rank sees its own GPU only, and calls it "cuda"
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(size)))

@@ -48,8 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def random_tensors(completions: int = 8, length: int = 7, seed: int = 5) -> dict[str, Tensor]:
-    """Padded [B, T] float64 tensors, rounded so that the file stays small, and the mask of ragged
-    completions.
+    """Padded [B, T] float64 tensors, rounded for a small file; the mask of ragged completions.
 
     The seed is one where every clip of CASES is active; the test checks that.
     """
@@ -74,9 +73,7 @@ def random_tensors(completions: int = 8, length: int = 7, seed: int = 5) -> dict
 
 
 def stand_in(case: dict[str, Any], logps: Tensor) -> SimpleNamespace:
-    """What `_compute_loss` reads from the trainer, for one process, one micro-batch and a dense
-    model.
-    """
+    """What `_compute_loss` reads from the trainer: one process, one micro-batch, a dense model."""
     weighted = "vllm_importance_sampling_clip_max" in case
     settings = {name: value for name, value in case.items() if name != "on_policy"}
     args = GRPOConfig(

@@ -1,6 +1,4 @@
-"""The native engine against itself: order, company and slots change nothing; each prompt is
-computed once.
-"""
+"""The native engine against itself: order, company, slots change nothing; one prefill a prompt."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The native engine against transformers: greedy tokens, and log-probabilities of sampled
-tokens.
-"""
+"""Native engine against transformers: greedy tokens, and log-probabilities of sampled tokens."""
 
 from __future__ import annotations
 
@@ -38,9 +36,7 @@ def rendered_prompts(folder, count):
 
 
 def generated(model, inputs, max_tokens):
-    """Greedy tokens of transformers without vision tokens, each row cut after its first end
-    token.
-    """
+    """Greedy tokens of transformers, no vision tokens, each row cut after its first end token."""
     config = model.config.to_dict()
     names = ("image_token_id", "video_token_id", "vision_token_id", "vision_start_token_id", "vision_end_token_id")
     suppressed = [config[name] for name in names if name in config] or None

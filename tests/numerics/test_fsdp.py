@@ -142,9 +142,7 @@ def test_other_families_and_settings(ranks, family, loss, tiny_folder, make_trai
 
 @pytest.mark.parametrize("freeze", [(), ("language_model",), ("vision", "merger")], ids=str)
 def test_images_on_one_rank_only(ranks, freeze, tiny_folder, make_train_groups, record_property):
-    """First on one rank, then on none (the vision tower's momentum must rest), then on one
-    again.
-    """
+    """First on one rank, then none (the vision tower's momentum must rest), then one again."""
     groups = make_train_groups("qwen2_vl", 2)
     one, none = cut(groups, (2, 2), (1, 2)), cut(groups, (1, 2), (3, 2))
     items = [
@@ -184,9 +182,7 @@ def test_a_broken_number_on_one_rank_skips_the_step_on_all(ranks, broken, tiny_f
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_checkpoint_fits_any_number_of_ranks(ranks, dtype, new_folder, tiny_folder, make_train_groups):
-    """Two ranks, then one, then two again: bit for bit on the way, and the same steps as one rank
-    without a break.
-    """
+    """Two ranks, one, two again: bit for bit, and the same steps as one rank without a break."""
     batches = [make_train_groups("qwen2_vl", 2, seed=seed) for seed in range(3)]
     settings = {"lr": 1e-4, "lr_schedule": "cosine", "weight_decay": 0.01, "token_budget": 150}
     whole = Job(tiny_folder("qwen2_vl"), batches, dtype=dtype, config=settings, save=new_folder("whole"))

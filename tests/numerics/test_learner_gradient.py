@@ -1,6 +1,4 @@
-"""A whole optimizer step's gradient: equal to a slow padded GRPO, and the same however the step is
-cut into pieces.
-"""
+"""A whole step's gradient: equals a slow padded GRPO's, however the step is cut into pieces."""
 
 from __future__ import annotations
 
@@ -18,9 +16,7 @@ TEMPERATURE = 0.9
 
 
 def nudged(model):
-    """The model with each parameter moved a little, as a reference is that training has left
-    behind.
-    """
+    """The model with each parameter moved a little, like a reference that training left behind."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -30,9 +26,7 @@ def nudged(model):
 
 @pytest.fixture(scope="module")
 def step_gradient(fresh_policy):
-    """The gradient that one `PolicyLearner.step` hands to its optimizer, by parameter name, and the
-    step's metrics.
-    """
+    """The gradient that `PolicyLearner.step` hands its optimizer, by parameter, and metrics."""
 
     def compute(family, groups, loss=None, policy=None, **config):
         policy, loss = policy or fresh_policy(family), loss or loss_config()

@@ -1,6 +1,4 @@
-"""`PolicyLearner.step` as a whole: first ratio 1, master weights, frozen parts, broken numbers,
-resuming, many updates.
-"""
+"""`PolicyLearner.step`: ratio 1 first, master weights, frozen parts, broken numbers, resuming."""
 
 from __future__ import annotations
 

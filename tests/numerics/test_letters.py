@@ -18,9 +18,7 @@ TEXTS = ("<think>the chest, it is bright</think><answer>", "<answer>", "<think>\
 
 
 def joined_tokenizer(**special):
-    """Qwen2 joins ">" with a letter after it; this small tokenizer has such tokens for A and C but
-    not for B and D.
-    """
+    """Qwen2 joins ">" with a letter after it; this tokenizer does so for A and C, not B and D."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([*letters, ">A", ">C", "an"])}
     core = Tokenizer(models.BPE(vocabulary, [(">", "A"), (">", "C"), ("a", "n")]))

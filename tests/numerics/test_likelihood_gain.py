@@ -1,6 +1,4 @@
-"""What reasoning is worth, against a padded transformers computation with the real tokenizer, one
-row at a time.
-"""
+"""What reasoning is worth, against padded transformers, the real tokenizer, one row at a time."""
 
 from __future__ import annotations
 

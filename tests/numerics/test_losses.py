@@ -1,6 +1,4 @@
-"""The policy loss against values worked by hand, against a slow reference in plain Python, and its
-invariances.
-"""
+"""The policy loss: values worked by hand, a slow reference in plain Python, invariances."""
 
 import itertools
 import math
@@ -169,9 +167,7 @@ def test_loss_as_released_with_medvlm_r1():
 # --- a slow reference
 # -----------------------------------------------------------------------------------------------
 def random_batch(seed=0, lengths=(5, 1, 7, 3, 4)):
-    """Completions of these lengths as flat float64 tensors; about a fifth of the tokens is masked,
-    never the first.
-    """
+    """Completions of these lengths as flat float64; about a fifth is masked, never the first."""
     generator = torch.Generator().manual_seed(seed)
     total = sum(lengths)
 
@@ -246,9 +242,7 @@ DIFFERENCE = 1e-5
 
 
 def slow_gradient(batch, config, step=DIFFERENCE):
-    """Central differences of the slow loss: off by its rounding over the step, and by the step's
-    square.
-    """
+    """Central differences of the slow loss: off by rounding over the step and the step's square."""
     point = batch["logprobs"].tolist()
     gradient = []
     for n in range(len(point)):

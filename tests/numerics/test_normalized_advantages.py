@@ -1,6 +1,4 @@
-"""Advantages divided by the running running of a modality: values worked by hand, invariances,
-equal weight in the long run.
-"""
+"""Advantages over a modality's running deviation: values by hand, invariances, long-run weight."""
 
 from __future__ import annotations
 
@@ -102,9 +100,7 @@ def test_scale_and_shift_of_one_modality_change_nothing(estimator: str) -> None:
 
 
 def test_in_the_long_run_each_modality_weighs_the_same() -> None:
-    """Mean squares of advantages at scales 0.1, 1 and 10, of which the last is seldom drawn;
-    unscaled they are 10⁴ apart.
-    """
+    """Mean squares of advantages at scales 0.1, 1 and 10 (seldom drawn); unscaled, 10⁴ apart."""
     scales, rng, running = {"MRI": 0.1, "CT": 1.0, "X-ray": 10.0}, np.random.default_rng(1), RunningRewardStd()
     squares: dict[str, dict[str, list[float]]] = {"normalized": defaultdict(list), "plain": defaultdict(list)}
     for step in range(400):

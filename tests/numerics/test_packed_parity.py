@@ -1,6 +1,4 @@
-"""The packed computation against a padded transformers computation: log-probabilities and every
-parameter's gradient.
-"""
+"""Packed against padded transformers computation: log-probabilities, every parameter's gradient."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Decoding with packed weights, also while the weights change in the middle of completions: none is
-ever computed stale.
-"""
+"""Decoding with packed weights that may change in mid-completion: none is computed stale."""
 
 from __future__ import annotations
 
@@ -49,9 +47,7 @@ def unchanged(engine):
 
 
 def completions(policy, prompts, change, uses, monkeypatch):
-    """Tokens and log-probabilities of an engine whose weights change when `STEPS` tokens of each
-    completion are there.
-    """
+    """Tokens and log-probabilities of an engine whose weights change after `STEPS` tokens each."""
     monkeypatch.setattr(products._Choice, "uses", frozenset(uses))
     engine = NativeEngine(policy, lambda _: "")
     policy.end_token_ids = frozenset()

@@ -1,5 +1,4 @@
-"""Where the bounds of `tests/rounding.py` come from: what float32's rounding does to the test
-models, computed in float64.
+"""Where `tests/rounding.py`'s bounds come from: float32's rounding on test models, in float64.
 
 Every product of matrices is off by a random number of the size that its partial sums' rounding has
 (for sums of numbers of both signs, eps/2 times the sum of absolute values whatever the length:
@@ -114,9 +113,7 @@ def test_float32_moves_logprobs_and_gradients_by_less_than_the_bounds(
 def test_float32_moves_weights_by_less_than_the_bound_of_smooth_updates(
     family, transformers_model, make_train_groups, padded_logprobs, record_property
 ):
-    """Updates start at weights that are apart already, which the formula of the bound leaves out:
-    here it is in.
-    """
+    """Updates start at weights already apart; the bound's formula leaves that out, not so here."""
     groups = [group.rollout for group in make_train_groups(family, 2)]
     rows = [(group.prompt, completion.token_ids) for group in groups for completion in group.completions]
     signals = torch.randn(

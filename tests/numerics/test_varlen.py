@@ -1,6 +1,4 @@
-"""Shared-prefix attention without padding: outputs and gradients against the definition, and why
-backward is explicit.
-"""
+"""Unpadded shared-prefix attention against definition, gradients too; why backward is explicit."""
 
 from __future__ import annotations
 
@@ -20,9 +18,7 @@ from tests.rounding import GRADIENTS, LOGPROBS, worst_difference
 
 WIDTH, SCALE = 5, 0.6
 EXACT = 1e-10
-"""In float64: a thousand times the rounding of sums over 100 tokens, and no other fault is as
-small.
-"""
+"""In float64: a thousand times the rounding of sums over 100 tokens; any other fault is larger."""
 HALF_UNIT = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
 """Largest relative error of rounding to the dtype."""
 GROUPS = st.lists(st.tuples(st.integers(1, 7), st.lists(st.integers(0, 6), max_size=5)), min_size=1, max_size=5)
@@ -110,9 +106,7 @@ def test_prompts_without_padding_give_the_engine_the_same_rollouts(
 
 
 class Kernel(torch.autograd.Function):
-    """One attention as flash kernels offer it to autograd; they drop the gradient of the
-    log-sum-exp.
-    """
+    """One attention as flash kernels offer it to autograd, without the log-sum-exp's gradient."""
 
     @staticmethod
     def forward(ctx, query, key, value, spans, keep):

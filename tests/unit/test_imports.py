@@ -1,6 +1,4 @@
-"""Who may import whom (ARCHITECTURE.md), read from the source with `ast`; and what must not be
-imported at all.
-"""
+"""Who may import whom (ARCHITECTURE.md), read by `ast`; and what must not be imported at all."""
 
 from __future__ import annotations
 
@@ -212,9 +210,7 @@ def changed():
     operators = [name for name in ("nms", "qnms") if torch and hasattr(torch.ops.torchvision, name)]
     return [*planted, *operators, *sorted({{*{WAITING}, *{COUNTS}}} & os.environ.keys())]
 """
-"""Defines `changed()`: what `rlmed.core.process.starting.prepare_process` has changed in the
-process.
-"""
+"""Defines `changed()`: what `rlmed.core.process.starting.prepare_process` has changed."""
 
 
 HIDDEN = """
@@ -228,9 +224,7 @@ utils.is_torchvision_available = utils.is_torchaudio_available = lambda: False
 
 @pytest.fixture
 def broken_extensions(tmp_path):
-    """A folder with packages torchvision and torchaudio whose binaries do not load, as beside a
-    torch of another build.
-    """
+    """A folder whose packages torchvision, torchaudio do not load, as beside another torch."""
     for name, binary in (("torchvision", "_C.so"), ("torchaudio", "lib/_torchaudio.so")):
         (tmp_path / name / "lib").mkdir(parents=True)
         (tmp_path / name / binary).write_bytes(b"no library")
@@ -303,9 +297,7 @@ def test_a_command_disables_extensions_that_do_not_load(broken_extensions):
 
 
 def test_a_folder_that_holds_the_checkout_is_not_taken_for_the_package(tmp_path):
-    """Python takes any folder for a package without contents, before it asks the hook of an
-    editable installation.
-    """
+    """Python takes any folder for an empty package, before it asks an editable install's hook."""
     pytest.importorskip("setuptools", minversion="77")
     checkout, site = tmp_path / "rlmed", tmp_path / "site"
     for package in ("rlmed", "rollout", "learner", "rewards", "conf"):

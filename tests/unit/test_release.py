@@ -1,6 +1,4 @@
-"""What a release holds and says: one version, a dated changelog, and every file that the packages
-read.
-"""
+"""What a release holds and says: one version, a dated changelog, every file packages read."""
 
 from __future__ import annotations
 

@@ -12,9 +12,7 @@ WIRING = ("rlmed/cluster/build.py", "rlmed/cluster/commands.py")
 
 
 def takers(source: str) -> Iterator[str]:
-    """Yield the functions with a parameter annotated as RunConfig, alone or as a part of another
-    type.
-    """
+    """Yield the functions with a RunConfig parameter, alone or as part of another type."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             given = node.args

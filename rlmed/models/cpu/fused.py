@@ -20,7 +20,10 @@ from torch import Tensor, nn
 
 
 class _RMSNorm(torch.autograd.Function):
-    """y = w x̂, x̂ = x / rms(x); dx = (w g - x̂ mean(w g x̂)) / rms, dw = sum of g x̂ over rows."""
+    """y = w * x̂, x̂ = x / rms(x) (Zhang and Sennrich 2019).
+
+    Then dx = (w g - x̂ mean(w g x̂)) / rms, and dw = sum over rows of g x̂.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -58,7 +61,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 class _Rotation(torch.autograd.Function):
-    """Rotary embedding (Su et al. 2021); its derivative is the inverse rotation."""
+    """Rotation of rotary embeddings (Su et al. 2021); its derivative is the inverse rotation."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -87,7 +90,10 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
 
 
 def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-    """Rotate [B, heads, L, D] by cos and sin [B, L, D] of equal halves; differentiable."""
+    """Rotate queries and keys by cos and sin whose halves are equal; differentiable.
+
+    The shapes are [B, heads, L, D] and, of cos and sin, [B, L, D].
+    """
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     if torch.is_grad_enabled():
         return _rotate(query, cos, sin), _rotate(key, cos, sin)
@@ -117,7 +123,7 @@ def _plain(x: Tensor) -> bool:
 
 
 def use_fused_layers(model: nn.Module) -> None:
-    """Replace the parts of `model` that this module implements; parameters stay unchanged.
+    """Replace the parts of `model` that this module implements; parameters and names stay as is.
 
     Layers are replaced in this model only; the rotary embedding is a function in transformers'
     modelling module and is replaced there, for all models of the architecture.
@@ -151,7 +157,7 @@ def _same_function(module: nn.Module, replacement: Callable[[Any, Tensor], Tenso
 
 
 def _use_fused_rotary(modelling: types.ModuleType) -> None:
-    """Replace `apply_rotary_pos_emb` in a modelling module if it is the usual rotation."""
+    """Replace `apply_rotary_pos_emb` in a transformers modelling module if it is the usual one."""
     original = getattr(modelling, "apply_rotary_pos_emb", None)
     usual = ["q", "k", "cos", "sin", "unsqueeze_dim"]
     if original is None or original.__module__ == __name__ or list(inspect.signature(original).parameters) != usual:
@@ -181,7 +187,7 @@ def _close(expected: Tensor, actual: Tensor) -> bool:
 
 
 def _where_plain(fused: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
-    """Use the fused forward for float32 on a CPU, else the layer's own."""
+    """Use the fused forward for float32 on a CPU, else the layer's own (moved model, autocast)."""
 
     def forward(layer: Any, x: Tensor) -> Tensor:
         return fused(layer, x) if _plain(x) else type(layer).forward(layer, x)

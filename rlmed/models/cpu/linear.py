@@ -110,7 +110,7 @@ def _onednn_operand(x: Tensor, weight: Tensor) -> Tensor | None:
 
 
 def matmul_transposed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x @ weight.T + bias; x [M, K], weight [N, K], bias [N]; not differentiable."""
+    """Return x @ weight.T + bias: x [M, K], weight [N, K], bias [N], any strides; no gradient."""
     operand = _onednn_operand(x, weight)
     return F.linear(x, weight, bias) if operand is None else onednn(x, operand, bias)
 
@@ -181,7 +181,7 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x @ weight.T + bias; x [..., K], weight [N, K], bias [N]; differentiable."""
+    """Return differentiable x @ weight.T + bias, [..., N]: x [..., K], weight [N, K], bias [N]."""
     few = x.numel() < MIN_ROWS * x.shape[-1]
     chosen = uses_onednn("few_rows" if few else "many_rows") or uses_onednn("weight_gradients")
     chosen = chosen or (few and _active.get() is not None)
@@ -198,7 +198,7 @@ def _forward(module: nn.Linear, x: Tensor) -> Tensor:
 
 
 def use_fast_linears(model: nn.Module) -> None:
-    """Make all linear layers of `model` compute with `linear`; parameters stay unchanged."""
+    """Make all linear layers of `model` compute with `linear`; parameters and names stay as is."""
     for module in model.modules():
         if type(module) is nn.Linear:
             module.forward = types.MethodType(_forward, module)  # type: ignore[method-assign]

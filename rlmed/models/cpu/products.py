@@ -1,4 +1,4 @@
-"""Choose the library for float32 matrix products on this CPU: torch's own or oneDNN.
+"""Choose the library for float32 products on this CPU: torch's own (usually MKL) or its oneDNN.
 
 Neither is faster everywhere: on some processors oneDNN takes half the time, on others just as long.
 So a short probe with the model's own shapes decides, separately for each use. The results agree to
@@ -28,20 +28,21 @@ MIN_ROWS = 128
 MARGIN = 0.9
 """Choose oneDNN only if it takes at most this share of torch's time: noise must not decide."""
 PACKED_FOR_ROWS = 64
-"""Rows for which weights are packed; constant, since a result's bits may depend on it."""
+"""Rows for which weights are packed; constant, since a result's bits may depend on the layout."""
 PACKED_STEPS = 64
 """Decode steps within which packing must pay off."""
 PACKED_SHARE = 0.25
 """Largest share of the machine's memory for the packed weights of all engines."""
 STEP_BYTES = 256 * 2**20
-"""Weights in the decoding probe: too many for caches, as a model's are."""
+"""Weights in the decoding probe: too many for caches, so they come from memory as a model's do."""
 STEP_SHARE = 1 / 32
-"""Largest share of the machine's memory for them; packed copies take as much again."""
+"""Largest share of the machine's memory for these weights; packed copies take as much again."""
 STEP_ROWS, STEP_SECONDS = 16, 0.1
-"""Completions in that probe, and its time per side; at least two steps."""
+"""Completions in that probe (few, so packing matters); its time per side, at least two steps."""
 _ROWS, _NUMBERS, _SECONDS = 256, 2**19, 0.008
-"""Other probes: rows, numbers per weight (the first outputs of larger ones), time per shape and
-side. With this many rows per weight, it does not matter where the weight comes from.
+"""Other probes: rows, numbers per weight (first outputs of larger ones), time per shape and side.
+
+With this many rows per weight, it does not matter where the weight comes from.
 """
 
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -60,7 +61,7 @@ class Shape:
 
 @functools.cache
 def has_onednn() -> bool:
-    """Return whether this torch has oneDNN's product, packed too, and it is right here."""
+    """Return whether torch's oneDNN product exists and is correct here, also for packed weights."""
     operators = ("_linear_pointwise", "_reorder_linear_weight")
     if not torch.backends.mkldnn.is_available() or not all(hasattr(torch.ops.mkldnn, name) for name in operators):
         return False
@@ -78,7 +79,7 @@ def has_onednn() -> bool:
 
 
 def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None, then: str = "none") -> Tensor:
-    """Return x @ weight.T + bias by oneDNN; x [M, K], weight [N, K], bias [N]; any strides.
+    """Return oneDNN's x @ weight.T + bias for float32 [M, K], [N, K] and [N] of any strides.
 
     `then` names a function of each number: "swish" is x * sigmoid(x).
     """
@@ -105,14 +106,14 @@ class _Choice:
 
 
 def uses_onednn(use: str) -> bool:
-    """Return whether this process uses oneDNN for this use (one of `PRODUCT_USES`)."""
+    """Return whether this process uses oneDNN for this use (one of `PRODUCT_USES`) of products."""
     return use in (_Choice.uses or ())
 
 
 def settle_products(
     config: PreTrainedConfig, uses: Iterable[str] | None = None, *, engines: int = 1
 ) -> tuple[str, ...]:
-    """Decide once for this process, by `uses` or by a probe; return the uses of oneDNN in order.
+    """Decide once per process, by `uses` or else the first probe; return oneDNN's uses in order.
 
     `engines` is the number of engines that hold packed weights on one machine at a time.
 
@@ -153,7 +154,7 @@ def packed_bytes(shapes: Iterable[Shape]) -> int:
 
 
 def probe_products(shapes: Sequence[Shape], *, engines: int = 1) -> tuple[str, ...]:
-    """Return the uses for which oneDNN beats torch here by `MARGIN`, over all layers."""
+    """Return the uses for which oneDNN beats torch by `MARGIN`, over all of a model's layers."""
     if not has_onednn():
         return ()
     sides: dict[str, tuple[_Side, _Side]] = {
@@ -178,7 +179,7 @@ def probe_products(shapes: Sequence[Shape], *, engines: int = 1) -> tuple[str, .
 
 
 def _sample(shapes: Sequence[Shape]) -> list[Tensor]:
-    """Create a model's weights [N, K], or an equal share of each within `STEP_BYTES`."""
+    """Create a model's separate weights [N, K]: all, or equal shares per shape in `STEP_BYTES`."""
     room = min(STEP_BYTES, max(STEP_BYTES / 16, STEP_SHARE * _memory_bytes()))
     share = min(1.0, room / packed_bytes(shapes))
     weights = []
@@ -190,7 +191,7 @@ def _sample(shapes: Sequence[Shape]) -> list[Tensor]:
 
 
 def _probe_decoding(weights: Sequence[Tensor], *, may_pack: bool) -> list[str]:
-    """Return which of few_rows and packed_weights speed up decoding, packing included."""
+    """Return which of few_rows and packed_weights speed up a decode step, packing included."""
     rows = {weight.shape[1]: torch.ones(STEP_ROWS, weight.shape[1]) for weight in weights}
 
     def step(product: Product, weights: Sequence[Tensor]) -> None:
@@ -213,13 +214,13 @@ def _probe_decoding(weights: Sequence[Tensor], *, may_pack: bool) -> list[str]:
 
 
 def _memory_bytes() -> int:
-    """Return this machine's memory, or the container's limit; 0 if unknown."""
+    """Return this machine's memory, or its container's or `ulimit`'s limit; 0 if unknown."""
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_PHYS_PAGES" in os.sysconf_names else 0
     return min([machine, *(limit for limit in (memory_limit(), address_limit()) if limit is not None)])
 
 
 def _there_and_back(product: Product) -> _Side:
-    """Return a layer's product plus its input gradient, which follows the same choice."""
+    """Return a layer's product plus input gradient, chosen alike for the weight's other side."""
 
     def run(x: Tensor, weight: Tensor, grad: Tensor) -> None:
         product(x, weight)
@@ -237,7 +238,7 @@ def _onednn_gradient(grad: Tensor, x: Tensor) -> Tensor:
 
 
 def _fastest(seconds: float, *calls: Callable[[], object]) -> tuple[float, ...]:
-    """Return each call's least seconds, which other load disturbs least; they take turns.
+    """Return each call's least seconds, the least disturbed by other load; the calls take turns.
 
     Each call gets about `seconds` in total, but at least two turns: the first includes setup.
     """
@@ -256,7 +257,7 @@ def _fastest(seconds: float, *calls: Callable[[], object]) -> tuple[float, ...]:
 
 @functools.cache
 def bfloat16_speed() -> float:
-    """Return the speed of a bfloat16 product relative to float32 on this processor."""
+    """Return bfloat16's speed relative to float32 here; below 0.01 on CPUs without AVX-512."""
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(rows, 256, generator=generator) for rows in (64, 256))
     half = x.bfloat16(), weight.bfloat16()

@@ -166,7 +166,7 @@ def _check_grid(where: str, config: PreTrainedConfig, image_processor: BaseImage
 
 
 def _processor_settings(folder: Path, image_processor: BaseImageProcessor) -> Iterator[str]:
-    """Yield contradictions between the files of the image processor."""
+    """Yield contradictions in image processor files; transformers prefers processor_config.json."""
     files = {}
     if (folder / PROCESSOR).is_file() and isinstance(
         inner := read_json(folder / PROCESSOR).get("image_processor"), dict

@@ -31,7 +31,7 @@ JSON_FILES = (
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse what transformers ignores or crashes on: adapters, quantized, custom or damaged.
+    """Refuse what transformers ignores or crashes on: adapters, quantization, custom code, damage.
 
     Raises:
         ValueError: naming the file and what to do.

@@ -37,7 +37,7 @@ class EndTokens:
         return tuple(sorted({token_id for ids in self.sources.values() for token_id in ids}))
 
     def doubts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-        """Return warnings: missing end tokens, and end tokens that are ordinary words."""
+        """Return warnings: end tokens absent in generation_config.json, or that are plain words."""
 
         def shown(ids: Iterable[int]) -> str:
             return ", ".join(f"{tokenizer.convert_ids_to_tokens(i)} ({i})" for i in ids) or "none"
@@ -59,7 +59,7 @@ class EndTokens:
 def find_end_tokens(
     folder: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> EndTokens:
-    """Collect the end tokens of generation settings, tokenizer files and chat template.
+    """Collect the end tokens of generation_config.json, tokenizer files and the chat template.
 
     Args:
         folder: model folder or hub name.

@@ -111,7 +111,7 @@ def read_header(path: Path) -> Header:
 
 
 def _pickled_files(folder: Path) -> list[Path]:
-    """Return the pickled files if weights come from them: safetensors come first."""
+    """Return the pickled PyTorch files if they hold the weights; safetensors come first."""
     if (folder / WHOLE).is_file() or (folder / INDEX).is_file():
         return []
     return sorted(folder.glob(PICKLED))
@@ -156,7 +156,7 @@ def _complain_of_no_weights(folder: Path) -> NoReturn:
 
 
 def _files_by_index(folder: Path, shards: list[str], doubts: list[str]) -> list[str]:
-    """Return the files to read beside an index: transformers looks for a single file first."""
+    """Return the files to read with an index present: transformers prefers the single file."""
     files = read_json(folder / INDEX).get("weight_map")
     if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
         raise ValueError(f"{folder / INDEX} is damaged: it has no weight_map; copy or download it again")

@@ -1,4 +1,4 @@
-"""Build models that need no download: a small real Qwen2-VL, smaller ones for tests.
+"""Build models without download: a real Qwen2-VL of a few million parameters, smaller for tests.
 
 `build_tiny` writes a Hugging Face folder that transformers and vLLM load like the
 2-billion-parameter original: same architecture, special tokens, chat template and image processor,
@@ -287,7 +287,7 @@ def _write(
     seed: int,
     initialise: Callable[[Any], None] | None = None,
 ) -> None:
-    """Save weights drawn from `seed`, tokenizer, generation settings and processor files."""
+    """Save weights from `seed`, tokenizer, generation settings and a vision model's processor."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         model = model_class(config)

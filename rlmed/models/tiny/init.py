@@ -34,11 +34,11 @@ PREVIOUS_GAP = 4.0
 SELF_PENALTY = 6.0
 """Margin of distant tokens' scores over the token's own."""
 MATCH_SCALE = 1.5
-"""Factor on the projections that compare tokens; equal tokens score with its square."""
+"""Factor on the projections that compare tokens; an equal token's score grows by its square."""
 EMBEDDING_STD = 1 / 16
 """With 256 dimensions, tied logits then have a standard deviation of about 1."""
 BRANCH_GAIN = 0.1
-"""Gain of the last projection in each residual branch of decoder, and in the merger."""
+"""Gain of the last projection in each decoder residual branch, and in the vision tower's merger."""
 VISION_BRANCH_GAIN = 0.3
 """Gain of the last projection in each residual branch of the vision tower."""
 

@@ -24,7 +24,7 @@ def toy_note(folder: Path) -> str:
 
 
 def is_toy(folder: Path) -> bool:
-    """Return whether a folder contains the embedded model or one trained from it.
+    """Return if a folder holds the embedded model or one trained from it over any number of stages.
 
     Training changes all weights but keeps the vocabulary, which is unique: it was built from the
     generated questions.
@@ -39,7 +39,7 @@ def _shipped() -> Any:
 
 
 def _vocabulary(path: Path) -> Any:
-    """Read the vocabulary of a tokenizer file; None if there is none to read."""
+    """Read the vocabulary from a tokenizer file; None if it is missing or not a tokenizer."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # a hub name, or a tokenizer in other files; loading it reports any error

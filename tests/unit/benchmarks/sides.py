@@ -1,6 +1,4 @@
-"""Sides that run in a process of their own, in a module that imports nothing: a spawned process is
-there at once.
-"""
+"""Sides that run in their own process; this module imports nothing, so spawning is instant."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The comparison of ways to wait: each process is given one way and no other, and shares are of
-OpenMP's own, alone.
-"""
+"""Comparing ways to wait: each process gets one way and no other; shares are of OpenMP's alone."""
 
 from __future__ import annotations
 

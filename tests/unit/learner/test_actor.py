@@ -1,6 +1,4 @@
-"""What a learner rank's actor adds to its learner; actors on Ray are in
-tests/integration/test_ray_workers.py.
-"""
+"""What a learner rank's actor adds; Ray actors are in tests/integration/test_ray_workers.py."""
 
 from __future__ import annotations
 

@@ -11,9 +11,7 @@ from learner import distributed
 
 @pytest.mark.parametrize(("asked", "expected"), [("cuda", 3), ("cuda:1", 1)])
 def test_a_rank_takes_its_gpu_by_number(asked, expected, monkeypatch):
-    """Ray shows each rank its own GPUs, so its device is "cuda"; torch refuses to make one without
-    a number the current one.
-    """
+    """Ray shows a rank its own GPUs as "cuda"; torch needs a number to make it the current one."""
     chosen, joined = [], []
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(_get_device_index(device)))

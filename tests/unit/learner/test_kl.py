@@ -1,6 +1,4 @@
-"""KL estimators: values worked by hand, what they estimate, what their gradients pull towards, and
-extreme inputs.
-"""
+"""KL estimators: values by hand, what they estimate, where gradients pull, and extreme inputs."""
 
 import math
 
@@ -57,9 +55,7 @@ def gradient(loss_of_logprobs):
     ],
 )
 def test_expected_gradient_as_a_penalty(estimator, exact_loss):
-    """The claims of the module docstring: zero, KL(p || ref) and KL(ref || p), by summing over all
-    tokens.
-    """
+    """The module docstring's claims: zero, KL(p || ref), KL(ref || p), by sums over all tokens."""
     sampled = gradient(lambda lp: (lp.detach().exp() * kl_estimate(lp, REF_LOGPROBS, estimator)).sum())
     torch.testing.assert_close(sampled, gradient(exact_loss), atol=ROUNDING, rtol=0)
 
@@ -112,9 +108,7 @@ def test_mismatch_kl_worked_by_hand():
 
 
 def test_mismatch_kl_is_the_divergence_of_the_engine_from_the_learner():
-    """Tokens come from the engine, so the mean over its distribution must be KL(rollout || old),
-    not the reverse.
-    """
+    """Tokens come from the engine, so the mean must be KL(rollout || old), not the reverse."""
     old = torch.log_softmax(LOGITS, 0)
     mean = (REF_LOGPROBS.exp() * mismatch_kl(old, REF_LOGPROBS, torch.ones(5, dtype=torch.bool))).sum()
     torch.testing.assert_close(mean, (REF_LOGPROBS.exp() * (REF_LOGPROBS - old)).sum(), atol=ROUNDING, rtol=0)

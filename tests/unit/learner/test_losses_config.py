@@ -1,6 +1,4 @@
-"""Settings and inputs of the policy loss that must be refused, denominators, and how metrics
-reduce.
-"""
+"""Policy-loss settings and inputs to refuse, denominators, and how metrics are reduced."""
 
 import math
 

@@ -1,6 +1,4 @@
-"""Supervised fine-tuning: the loss is the mean negative log-likelihood over all tokens, however the
-batch is split.
-"""
+"""Supervised fine-tuning: loss is the mean negative log-likelihood over tokens, however split."""
 
 from __future__ import annotations
 

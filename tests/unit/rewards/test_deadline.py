@@ -1,6 +1,4 @@
-"""Calls with a deadline: results and errors pass, alarms leave no trace, one call never hears of
-another.
-"""
+"""Calls with a deadline: results and errors pass, alarms leave no trace, calls stay apart."""
 
 import signal
 import threading

@@ -1,6 +1,4 @@
-"""A user's reward function: found by name, and stopped with an error that names everything when it
-misbehaves.
-"""
+"""A user's reward function: found by name; if it misbehaves, stopped with an error naming all."""
 
 import re
 import sys

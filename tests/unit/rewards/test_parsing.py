@@ -1,6 +1,4 @@
-"""Parsing equals the patterns of the paper, and stays fast on the longest and strangest
-completions.
-"""
+"""Parsing equals the paper's patterns and stays fast on the longest, strangest completions."""
 
 import re
 

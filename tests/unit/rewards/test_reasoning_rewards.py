@@ -1,6 +1,4 @@
-"""Guards, consistency and likelihood gain: values worked by hand, and finite numbers for any
-text.
-"""
+"""Guards, consistency, likelihood gain: values worked by hand, finite numbers for any text."""
 
 from __future__ import annotations
 
@@ -75,9 +73,7 @@ def token_ids(text: str) -> IntArray:
 
 
 class Policy:
-    """Gives the merged letters these probabilities after reasoning that holds "rib", and equal ones
-    elsewhere.
-    """
+    """Gives merged letters these probabilities after reasoning with "rib", equal ones elsewhere."""
 
     def __init__(self, chances: Sequence[float]) -> None:
         self.chances, self.questions = chances, []

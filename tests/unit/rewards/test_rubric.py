@@ -1,6 +1,4 @@
-"""Rubrics: the weighted sum per completion, each part kept unweighted, impossible settings
-refused.
-"""
+"""Rubrics: weighted sum per completion, parts kept unweighted, impossible settings refused."""
 
 import sys
 from types import ModuleType

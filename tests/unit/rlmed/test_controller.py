@@ -149,9 +149,7 @@ def test_workers_rest_before_learning_where_nothing_is_under_way(max_staleness: 
 
 
 class SelectingStream(PlainStream):
-    """Draws from seven rows, of which two are always wrong, by pass rate; notes which row each
-    request was given.
-    """
+    """Draws from seven rows, two always wrong, by pass rate; notes which row each request got."""
 
     def __init__(self, state: dict[str, Any] | None = None) -> None:
         self.curriculum = Curriculum(["CT"] * 7, 0, selection=selection_config("pass_rate", cooldown_epochs=1))
@@ -221,9 +219,9 @@ def test_advantages_are_normalized_by_modality_and_the_standard_deviation_is_rep
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 3), st.integers(1, 4), st.integers(0, 5), st.integers(0, 10_000))
 def test_admission_rule(max_staleness: int, groups_per_step: int, stop: int, seed: int) -> None:
-    """What is admitted never exceeds the groups that the next 1 + max_staleness steps consume;
-    nothing is lost or repeated, also when the run is stopped after some step and goes on from its
-    state.
+    """Admitted groups never exceed what the next 1 + max_staleness steps consume.
+
+    Nothing is lost or repeated, also when the run stops after some step and goes on from its state.
     """
     algo = algo_config(groups_per_step=groups_per_step, max_staleness=max_staleness)
     _, first, _, state = run(algo, stop, seed=seed)
@@ -241,9 +239,9 @@ def test_admission_rule(max_staleness: int, groups_per_step: int, stop: int, see
 def test_prompts_under_way_are_asked_again_after_a_resume(
     max_staleness: int, stop: int, dynamic_sampling: bool, seed: int
 ) -> None:
-    """On-policy the whole sequence of prompts is that of a run that goes on, in whatever order
-    groups finish; with groups under way at the stop, each of these asks for the row that it asked
-    for before.
+    """On-policy, the prompts are those of a run that goes on, in whatever order groups finish.
+
+    With groups under way at the stop, each of these asks for the row that it asked for before.
     """
     algo = algo_config(groups_per_step=3, max_staleness=max_staleness, dynamic_sampling=dynamic_sampling)
     differ = lambda index: index % 4 != 0  # noqa: E731

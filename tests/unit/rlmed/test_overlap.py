@@ -34,9 +34,7 @@ class Clock:
 
 
 class Workers:
-    """A pool of `workers` that sample one group each at a time, first come first served, in
-    simulated seconds.
-    """
+    """A pool of `workers`, one group each at a time, first come first served, simulated seconds."""
 
     def __init__(self, clock: Clock, workers: int, seconds: Sequence[float], stale: bool = False) -> None:
         self.clock, self.seconds, self.stale = clock, seconds, stale
@@ -150,9 +148,7 @@ def test_groups_of_very_different_length_are_hidden_too() -> None:
 
 
 def test_a_straggler_does_not_hold_back_the_next_requests() -> None:
-    """After it, finished groups lie waiting; what is admitted meanwhile must start at once and not
-    after the learner's step.
-    """
+    """After it, finished groups wait; what is admitted must start at once, not after the step."""
     seconds = [1.0] * 7 + [15.0]
     on_policy, _ = run(0, learn_s=10, seconds=seconds, workers=4)
     overlapped, _ = run(1, learn_s=10, seconds=seconds, workers=4)

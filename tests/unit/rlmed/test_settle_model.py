@@ -1,6 +1,4 @@
-"""What probes of the CPU decide is decided once, for all processes of a run, and kept when the run
-is resumed.
-"""
+"""What CPU probes decide is decided once for all processes of a run, and kept on resuming."""
 
 from __future__ import annotations
 

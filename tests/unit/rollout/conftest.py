@@ -1,6 +1,4 @@
-"""A policy without a model, for tests of what the engine does around one: each token names its
-possible successors.
-"""
+"""A policy without a model, to test the engine around it: each token names its successors."""
 
 from __future__ import annotations
 
@@ -18,9 +16,7 @@ END = 0
 
 
 class ChainPolicy:
-    """Stands in for `rlmed.models.policy.Policy`: after token t comes any of `successors[t]`,
-    equally likely.
-    """
+    """Stands in for `rlmed.models.policy.Policy`: after t come `successors[t]`, equally likely."""
 
     def __init__(self, successors: Mapping[int, Sequence[int]]) -> None:
         """Tokens without an entry are followed by the next number."""
@@ -57,9 +53,7 @@ def chain() -> Callable[..., ChainPolicy]:
 
 @pytest.fixture
 def make_request() -> Callable[..., RolloutRequest]:
-    """`make_request(3, start=7, length=4)`: a request whose prompt of 4 tokens ends with token
-    7.
-    """
+    """`make_request(3, start=7, length=4)`: a request; its prompt of 4 tokens ends with token 7."""
 
     def make(
         index: int = 0, *, start: int = 1, length: int = 2, group_size: int = 1, **sampling: object

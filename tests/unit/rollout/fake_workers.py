@@ -1,6 +1,4 @@
-"""Workers that are threads and obey a test: they finish groups, die, fall silent or stand still
-when told to.
-"""
+"""Workers that are threads and obey a test: they finish groups, die, fall silent or stand still."""
 
 from __future__ import annotations
 
@@ -17,9 +15,7 @@ from rollout.pool.worker import FinishedGroup, WorkerStatus
 
 
 class Update:
-    """Makes a `rlmed.core.weights.WeightUpdate`: fetched, or sent where the test has given a future
-    of that.
-    """
+    """Makes a `rlmed.core.weights.WeightUpdate`: fetched, or sent if the test gave a future."""
 
     def __init__(self, version: int = 1, sending: Future[PushReport] | None = None) -> None:
         self.sending = sending
@@ -32,9 +28,7 @@ class Update:
 
 
 class FakeWorker:
-    """A `rollout.pool.worker.Worker`: its groups finish when `finish` is called, or by themselves
-    where `auto` is set.
-    """
+    """A `rollout.pool.worker.Worker`: its groups finish on `finish`, or by themselves if `auto`."""
 
     def __init__(self, name: str, *, auto: bool = True, answers: bool = True) -> None:
         self.name, self.auto, self.answers = name, auto, answers

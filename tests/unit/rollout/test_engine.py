@@ -27,9 +27,7 @@ def letters(token_ids):
 
 
 def pieces(*texts):
-    """A decoder in which token i + 2 is the i-th piece of bytes; a prompt that ends with token 1
-    starts it off.
-    """
+    """A decoder where token i + 2 is the i-th bytes piece; a prompt ending in token 1 starts it."""
     table = [text if isinstance(text, bytes) else text.encode() for text in texts]
     table += [b"."] * (64 - len(table))
     return lambda token_ids: b"".join(table[token - 2] for token in token_ids).decode(errors="replace")

@@ -130,9 +130,7 @@ def test_draws_along_one_stream_follow_the_distribution():
 
 
 def slow_filter(logits, top_k, top_p):
-    """One row, token by token: keep the k most likely, then of these the fewest whose mass reaches
-    top_p.
-    """
+    """One row, by token: keep the k most likely, then the fewest whose mass reaches top_p."""
     order = sorted(range(len(logits)), key=lambda token: (-logits[token].item(), token))
     kept = order[:top_k] if top_k else order
     exps = {token: math.exp(logits[token].item() - logits[order[0]].item()) for token in kept}

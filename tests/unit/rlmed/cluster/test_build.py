@@ -62,9 +62,7 @@ def test_an_engine_on_a_part_of_a_gpu_leaves_the_rest_to_the_learner(overrides: 
 def test_on_one_gpu_learner_and_engine_do_not_allocate_at_the_same_time(
     preset: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """vLLM measures the free memory while it starts, and takes what is gone meanwhile for its
-    own.
-    """
+    """vLLM measures free memory at its start, and takes what is gone meanwhile for its own."""
     ray_session = pytest.importorskip("rlmed.cluster.ray_session")
     events: list[str] = []
 

@@ -1,6 +1,4 @@
-"""Each default stands in one place, a YAML file of `conf/`; and the algorithms are those of their
-papers.
-"""
+"""Each default stands once, in a YAML file of `conf/`; algorithms are those of their papers."""
 
 from __future__ import annotations
 
@@ -50,9 +48,7 @@ def content(path: Path) -> dict[str, Any]:
 
 
 def parents(path: Path) -> list[str]:
-    """What it builds upon: options of its group, or what an experiment takes instead of the
-    usual.
-    """
+    """What it builds upon: options of its group, or an experiment's replacements for the usual."""
     listed = OmegaConf.to_container(OmegaConf.load(path)).get("defaults", [])  # type: ignore[union-attr]
     assert isinstance(listed, list)
     return [entry for entry in listed if isinstance(entry, str) and entry != "_self_"]

@@ -9,9 +9,7 @@ from PIL import Image, ImageFilter
 
 
 def picture(seed: int, width: int = 200, height: int = 160) -> Image.Image:
-    """Smooth grey structures of several sizes on a dark ground; each seed gives a picture of its
-    own.
-    """
+    """Smooth grey structures of several sizes on dark ground; each seed gives its own picture."""
     rng = np.random.default_rng(seed)
     total = np.zeros((height, width))
     for blur in (3, 8, 20):
@@ -31,9 +29,7 @@ def save(folder: Path, name: str, image: Image.Image, **options: int) -> Path:
 
 
 def cropped(image: Image.Image, share: float, left: float = 0.5, top: float = 0.5) -> Image.Image:
-    """Without `share` of the width and of the height; `left` of what is cut off across is cut on
-    the left.
-    """
+    """Without `share` of width and height; `left` of what is cut off across is cut on the left."""
     width, height = image.size
     cut = round(width * share), round(height * share)
     x, y = round(cut[0] * left), round(cut[1] * top)
@@ -41,9 +37,7 @@ def cropped(image: Image.Image, share: float, left: float = 0.5, top: float = 0.
 
 
 def marked(grey: int = 0, size: tuple[int, int] = (40, 40)) -> Image.Image:
-    """One grey value, mode L, with a mark at the lower right: a picture of one colour is taken for
-    a defect.
-    """
+    """One grey value, mode L, marked at the lower right: one colour alone counts as a defect."""
     image = Image.new("L", size, grey)
     image.paste((grey + 128) % 256, (size[0] * 3 // 4, size[1] * 3 // 4, *size))
     return image

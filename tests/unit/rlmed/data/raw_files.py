@@ -1,6 +1,4 @@
-"""PNG and TIFF files byte by byte, in kinds that Pillow reads and does not write; and the picture
-that they all show.
-"""
+"""PNG and TIFF by byte, in kinds that Pillow reads but doesn't write, and the picture they show."""
 
 from __future__ import annotations
 
@@ -13,9 +11,7 @@ import numpy as np
 
 
 def known_grey() -> np.ndarray:
-    """uint8, [48, 64]: brighter to the right, a white bar at the upper left, a black one at the
-    lower right.
-    """
+    """uint8, [48, 64]: brighter to the right, a white bar upper left, a black one lower right."""
     grey = np.tile(np.linspace(10, 245, 64).round().astype(np.uint8), (48, 1))
     grey[4:12, 6:26] = 255
     grey[36:44, 46:58] = 0
@@ -23,9 +19,7 @@ def known_grey() -> np.ndarray:
 
 
 def known_colour() -> np.ndarray:
-    """uint8, [48, 64, 3]: the grey picture in red, its mirror image in green, upside down in
-    blue.
-    """
+    """uint8, [48, 64, 3]: the grey picture in red, mirrored in green, upside down in blue."""
     grey = known_grey()
     return np.stack([grey, grey[:, ::-1], grey[::-1]], axis=-1)
 
@@ -36,18 +30,14 @@ def in_bits(grey: np.ndarray, bits: int) -> np.ndarray:
 
 
 def packed(values: np.ndarray, bits: int) -> bytes:
-    """Rows of values of 1, 2, 4, 12 or … bits, the highest bit first; each row ends with a whole
-    byte.
-    """
+    """Rows of values of 1, 2, 4, 12 or … bits, highest first; each row ends with a whole byte."""
     rows = values.reshape(len(values), -1).astype(np.uint64)
     each = (rows[..., None] >> np.arange(bits - 1, -1, -1, dtype=np.uint64)) & np.uint64(1)
     return np.packbits(each.reshape(len(rows), -1).astype(np.uint8), axis=1).tobytes()
 
 
 def write_png(path: Path, values: np.ndarray, bits: int, colour_type: int, **chunks: bytes) -> Path:
-    """Values [height, width] or [height, width, samples], with further chunks (PLTE, tRNS, …)
-    before the pixels.
-    """
+    """Values [height, width] or [height, width, samples]; more chunks (PLTE, tRNS, …) before."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))

@@ -1,6 +1,4 @@
-"""Chat templates as people change them: some cannot be rendered, some have written a part of the
-completion already.
-"""
+"""Chat templates as people change them: some fail to render, some have begun the completion."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Which example comes next: shares of modalities, what is passed over and for how long, and the
-same again after a resume.
-"""
+"""Which example comes next: modality shares, what is passed over, how long; same after a resume."""
 
 from __future__ import annotations
 
@@ -22,9 +20,7 @@ PASS_RATE = selection_config("pass_rate")
 
 
 def draw(curriculum: Curriculum, first: int, count: int, right: Callable[[int], int]) -> list[tuple[int, int]]:
-    """Epoch and example of `count` requests, each of which is observed with `right(example)` of 4
-    right.
-    """
+    """Epoch and example of `count` requests, each observed with `right(example)` of 4 right."""
     places = []
     for index in range(first, first + count):
         visit = curriculum.visit(index)
@@ -89,9 +85,7 @@ def test_an_unknown_modality_is_refused_with_those_there_are() -> None:
 
 @given(st.integers(0, 1000), st.integers(1, 4), st.integers(1, 3), st.lists(st.integers(0, 4), min_size=6, max_size=6))
 def test_what_is_passed_over_and_for_how_long(seed: int, cooldown_epochs: int, window: int, right: list[int]) -> None:
-    """Rows with 0 or 4 of 4 right are asked `window` times and then once in `cooldown_epochs + 1`
-    epochs, others always.
-    """
+    """Rows 0 or 4 of 4 right: `window` times, then once in `cooldown_epochs + 1`; others always."""
     selection = selection_config("pass_rate", window=window, cooldown_epochs=cooldown_epochs)
     places = draw(Curriculum(["CT"] * 6, seed, selection=selection), 0, 150, right.__getitem__)
     assert places == sorted(places, key=lambda visit: visit[0])
@@ -138,9 +132,7 @@ def test_what_is_learnt_comes_back() -> None:
 def test_a_restored_curriculum_goes_on_as_the_first_would_have(
     seed: int, mix: dict[str, float] | None, window: int, done: int, ahead: int, right: Sequence[int]
 ) -> None:
-    """Also with requests under way, of which some may be observed late; the state goes through
-    JSON.
-    """
+    """Also with requests under way, some perhaps observed late; the state goes through JSON."""
 
     def build() -> Curriculum:
         selection = selection_config("pass_rate", window=window)

@@ -1,6 +1,4 @@
-"""JSON Lines files: good rows become examples, bad rows counted skips, broken files errors that
-name the line.
-"""
+"""JSON Lines: good rows become examples, bad ones counted skips, broken files errors with line."""
 
 import hashlib
 import json

@@ -1,6 +1,4 @@
-"""One known picture in every kind of pixels that Pillow can open: it comes out as that, or is
-refused with the reason.
-"""
+"""One known picture in each pixel kind Pillow opens: it comes out, or is refused with reason."""
 
 from __future__ import annotations
 
@@ -126,9 +124,7 @@ def test_tiff_white_is_zero_when_compressed(tmp_path, compression, dtype):
 
 @pytest.mark.parametrize("kind", ["i1", "u2", "i2", "u4", "i4", "f4", ">u2", ">i2", ">i4", ">f4"])
 def test_tiff_of_wide_and_signed_values_is_stretched_from_its_own_range(tmp_path, kind):
-    """The whole range of the type, a narrow one high up in it, and for those with a sign one around
-    zero.
-    """
+    """The type's whole range, a narrow one high up, and for signed ones one around zero."""
     dtype = np.dtype(kind)
     order = ">" if kind[0] == ">" else "<"
     sample = {"u": 1, "i": 2, "f": 3}[dtype.kind]
@@ -229,9 +225,7 @@ def test_grey_that_may_be_the_negative_is_refused(tmp_path, bits):
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("side", [20, 2100])
 def test_wide_values_are_scaled_as_bytes_are(tmp_path, order, side):
-    """A sharp edge overshoots where it is scaled: that must not change the range, nor wrap
-    around.
-    """
+    """A sharp edge overshoots when scaled: that must not change the range, nor wrap around."""
     picture = np.zeros((side, side), dtype=np.uint8)
     picture[: side // 2, side // 3 :] = 255
     picture[side // 2 :] = np.linspace(0, 255, side).round()
@@ -286,9 +280,7 @@ def test_a_value_that_is_no_number_is_black_and_does_not_spread(tmp_path):
     ],
 )
 def test_other_formats(tmp_path, suffix, mode, wanted, tolerance, options):
-    """JPEG rounds blocks of frequencies: at a quality of 98 a sharp edge is off by some grey
-    levels.
-    """
+    """JPEG rounds blocks of frequencies: at quality 98 a sharp edge is off by some grey levels."""
     sources = {
         **dict.fromkeys(("L", "I", "F"), GREY),
         "RGBA": WITH_OPACITY,
@@ -309,9 +301,7 @@ def test_jpeg_2000_with_a_sign(tmp_path):
 
 
 def test_a_cmyk_jpeg_without_adobes_marker_is_refused(tmp_path):
-    """Adobe's hold the negative, others the positive or the negative: nothing in the file says
-    which.
-    """
+    """Adobe's hold the negative, others that or the positive: nothing in the file says which."""
     Image.fromarray(COLOUR).convert("CMYK").save(tmp_path / "odd.jpg")
     content = (tmp_path / "odd.jpg").read_bytes()
     place = content.index(b"\xff\xeeAdobe"[:2])

@@ -1,6 +1,4 @@
-"""Prompts: image token counts equal the model's own, limits, control tokens in user text, text-only
-models.
-"""
+"""Prompts: the model's image token counts, limits, control tokens from users, text-only models."""
 
 import json
 import shutil

@@ -30,8 +30,7 @@ from rlmed.models.tiny.build import build_tiny_vl
 
 BODY_PARTS = ("head", "chest", "abdomen", "knee")
 LEVELS = (20, 60, 180, 240)
-"""Grey level of the picture in which each body part is shown; the blank picture's is none of them.
-"""
+"""Grey level of the picture that shows each body part; the blank picture's is none of them."""
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +42,7 @@ def renderer(tmp_path_factory: pytest.TempPathFactory) -> PromptRenderer:
 
 @pytest.fixture
 def files(tmp_path: Path) -> list[EvalFile]:
-    """Two files of 8 and 6 rows; the picture alone gives the answer, and option order turns from
-    row to row.
-    """
+    """Two files of 8 and 6 rows; only the picture gives the answer; option order turns by row."""
     return [EvalFile(name, tuple(make_rows(tmp_path, name, count))) for name, count in (("mri", 8), ("ct", 6))]
 
 
@@ -69,9 +66,7 @@ def grey_level(request: RolloutRequest, renderer: PromptRenderer) -> int:
 
 
 def looks(request: RolloutRequest, renderer: PromptRenderer) -> str:
-    """What a model that reads pictures well would say; over a picture that it cannot read, always
-    A.
-    """
+    """What a model that reads pictures well would say; over an unreadable picture, always A."""
     level = grey_level(request, renderer)
     options = request.prompt.example.options
     letter = LETTERS[options.index(BODY_PARTS[LEVELS.index(level)])] if level in LEVELS else "A"
@@ -136,9 +131,7 @@ def test_controls_change_the_picture_and_nothing_else(files, renderer, tmp_path)
 
 
 def test_another_order_of_the_options_and_nothing_else(files, renderer, tmp_path):
-    """Each row has another order, the right letter follows, and so does a model that reads; the
-    same order again next time.
-    """
+    """Each row has another order, which letter and reading model follow; the same next time."""
     written = dataclasses.replace(files[0].examples[0], completion="<think>head</think><answer>A</answer>")
     rows = (written, *files[0].examples[1:])
     pools = [ScriptedPool(renderer), ScriptedPool(renderer, lambda *_: "<think>x</think><answer>A</answer>")]

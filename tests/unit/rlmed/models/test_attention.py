@@ -1,6 +1,4 @@
-"""The packed layout against dense attention under a mask that is written token by token, gradients
-included.
-"""
+"""The packed layout against dense attention, mask written token by token; gradients included."""
 
 from __future__ import annotations
 
@@ -106,9 +104,7 @@ def test_beyond_the_cpu_a_mask_goes_with_a_key_for_every_head(monkeypatch):
 
 
 def decode(common_logit, dtype, device="cpu"):
-    """Output [R, H, D] of three rows in two groups whose scores are all near `common_logit`; inputs
-    are bfloat16 numbers.
-    """
+    """Output [R, H, D] of three rows, two groups, scores near `common_logit`; inputs bfloat16."""
     generator = torch.Generator().manual_seed(0)
     shapes = (3, HEADS), (2, KV_HEADS, 40), (2, KV_HEADS, 40), (3, KV_HEADS, 9), (3, KV_HEADS, 9)
     tensors = [torch.randn(*shape, 64, generator=generator) for shape in shapes]

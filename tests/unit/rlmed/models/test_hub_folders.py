@@ -1,6 +1,4 @@
-"""Folders as they lie on the hub and as other trainers leave them: loaded without a word, as the
-same model.
-"""
+"""Folders as the hub or other trainers leave them: loaded without a word, as the same model."""
 
 from __future__ import annotations
 
@@ -26,9 +24,7 @@ TEXT_ALONE = (
     "{{ '<|im_start|>user\n' + message['content'] + '<|im_end|>\n<|im_start|>assistant\n' }}"
     "{% else %}{{ message['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
 )
-"""As tools for language models write it into tokenizer_config.json: it can't take a list with an
-image.
-"""
+"""As language-model tools write it into tokenizer_config.json: it can't take lists with images."""
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -47,9 +43,7 @@ def old_name(name: str) -> str:
 
 
 def flat(config: dict[str, Any]) -> dict[str, Any]:
-    """config.json as Qwen2-VL and Qwen2.5-VL have it on the hub: the text model's keys at the
-    top.
-    """
+    """config.json as on the hub for Qwen2-VL and Qwen2.5-VL: the text model's keys at the top."""
     text, vision = config.pop("text_config"), config.pop("vision_config")
     rope = text.pop("rope_parameters")
     for key in ("layer_types", "dtype", "model_type"):

@@ -23,8 +23,9 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def bound(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """How far two float32 sums of K products may be apart: each is off by at most K eps sum |a b|
-    (Higham 2002, 3.1).
+    """How far apart two float32 sums of K products may be.
+
+    Each is off by at most K eps sum |a b| (Higham 2002, 3.1).
     """
     return 2 * left.shape[1] * EPSILON * (left.abs() @ right.abs())
 

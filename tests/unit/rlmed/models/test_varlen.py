@@ -1,6 +1,4 @@
-"""What the layout without padding hands to its backends, in what order and shape; and how one of
-them is chosen.
-"""
+"""What the unpadded layout hands its backends, in which order and shape, and how one is chosen."""
 
 from __future__ import annotations
 
@@ -50,9 +48,7 @@ def check_rows(*rows):
 
 
 class FlashOperators(TorchDispatchMode):
-    """torch's flash operators on a CPU: arguments by the names in their schema, numbers by the
-    reference.
-    """
+    """torch's flash operators on a CPU: arguments by schema names, numbers by the reference."""
 
     def __init__(self):
         super().__init__()

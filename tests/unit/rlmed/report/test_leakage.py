@@ -1,6 +1,4 @@
-"""What the page is given of leaking rows: accuracy without them by hand, and a bounded choice of
-pairs.
-"""
+"""What the page has on leaking rows: accuracy without them by hand, a bounded choice of pairs."""
 
 from __future__ import annotations
 

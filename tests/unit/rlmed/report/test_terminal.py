@@ -1,6 +1,4 @@
-"""What a command prints at its end: results, compared where there is something to compare with, and
-paths.
-"""
+"""What a command prints at its end: results, compared if there is anything to, and paths."""
 
 from pathlib import Path
 

@@ -23,9 +23,7 @@ from tests.unit.rollout.fake_workers import FakeWorker, Update
 PATIENT = PoolSettings(
     capacity=4, heartbeat_s=0.01, silence_s=600, stall_s=600, start_s=600, push_s=600, max_failures=3
 )
-"""No worker is given up because this machine stands still for a while; a test of a limit shortens
-that one alone.
-"""
+"""No worker is given up if this machine stalls for a while; a limit's test shortens it alone."""
 SHORT_S = 0.1
 
 

@@ -1,6 +1,4 @@
-"""In which order the engine sleeps, wakes and takes weights; vLLM's engine is a stand-in that notes
-what it is told.
-"""
+"""In which order the engine sleeps, wakes and takes weights; vLLM's engine is a stand-in."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Both sides of vLLM's weight transfer, its own code and messages, with memory of this process in
-the place of NCCL and IPC.
-"""
+"""Both sides of vLLM's weight transfer, its own code and messages; own memory for NCCL and IPC."""
 
 from __future__ import annotations
 
@@ -72,9 +70,7 @@ class Toy(torch.nn.Module):
 
 
 class Worker:
-    """An engine in another process, and its `EngineHandle`: vLLM's half with a toy model, a thread
-    for each GPU.
-    """
+    """An engine in another process, its `EngineHandle`: vLLM's half, a toy, a thread per GPU."""
 
     answering: ClassVar[list[threading.Thread]] = []
 

@@ -1,6 +1,4 @@
-"""What people write on the command line: any name of a file gets through, and an error is one line
-with place and advice.
-"""
+"""Command lines as people write them: any file name passes; an error is one line with advice."""
 
 from __future__ import annotations
 

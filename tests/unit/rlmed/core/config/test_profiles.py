@@ -1,6 +1,4 @@
-"""What each experiment sets with each profile: all keys that differ from the defaults, and no
-other.
-"""
+"""What each experiment sets with each profile: all keys that differ from defaults, no other."""
 
 from __future__ import annotations
 

@@ -57,9 +57,7 @@ def unexplained(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_a_comment_stands_above_each_key(group: str) -> None:
-    """In one file of the group at least: the others overrule values and say in their first lines
-    why.
-    """
+    """In at least one file of the group: the others overrule values and say why at their top."""
     files = [Path(str(entry)) for entry in CONF.joinpath(group).iterdir() if entry.name.endswith(".yaml")]
     assert all(path.read_text().startswith("#") for path in files)
     explained = [set(re.findall(r"^ *[a-z_]+(?=:)", path.read_text(), re.M)) - unexplained(path) for path in files]

@@ -1,6 +1,4 @@
-"""What somebody sets and nothing reads is refused, with key, command and advice; what an experiment
-brings along is not.
-"""
+"""What a user sets and nothing reads is refused (key, command, advice); an experiment's is not."""
 
 from __future__ import annotations
 

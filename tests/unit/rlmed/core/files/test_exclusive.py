@@ -149,9 +149,7 @@ def test_what_was_put_away_for_another_that_never_came_is_put_back(tmp_path: Pat
 
 
 def test_two_writers_of_one_file_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second writes all of it while the first is in the middle: both are whole, and the last
-    one stays.
-    """
+    """The second writes it all while the first is midway: both are whole, and the last stays."""
     original = Path.write_text
 
     def overtaken(path: Path, text: str, *args: object, **kwargs: object) -> int:

@@ -1,6 +1,4 @@
-"""What systems, editors and tools leave beside data is told from data, wherever a folder or an
-archive is searched.
-"""
+"""What systems, editors and tools leave beside data is told from it, in any folder or archive."""
 
 from __future__ import annotations
 

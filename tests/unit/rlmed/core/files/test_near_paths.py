@@ -1,6 +1,4 @@
-"""A path that is written in another way finds its file, or an error shows the difference; none
-leaves its folder.
-"""
+"""A path written another way finds its file or shows the difference; none leaves its folder."""
 
 from __future__ import annotations
 

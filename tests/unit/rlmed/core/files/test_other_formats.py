@@ -1,6 +1,4 @@
-"""What is given for JSON Lines and is something else is named, with the command that makes rows of
-it.
-"""
+"""What is given for JSON Lines but is not is named, with the command that makes rows of it."""
 
 from __future__ import annotations
 

@@ -15,9 +15,7 @@ from tests.root import ROOT
 
 
 def start(folder: Path, line: str = "", *, torch: str = "", **environment: str) -> tuple[int, list[str]]:
-    """Exit status and lines on stderr of `python -m rlmed.ask` in `folder`, with a library `torch`
-    of this text.
-    """
+    """Exit status and stderr lines of `python -m rlmed.ask` in `folder`, `torch` of this text."""
     libraries = [str(ROOT)]
     if torch:
         (folder / "libraries").mkdir()

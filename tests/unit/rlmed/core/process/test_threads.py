@@ -64,9 +64,7 @@ Machine = Callable[..., Path]
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """`machine(1.0, 0.25)`: the root of a machine with two cores, of which the second idles three
-    quarters of the time.
-    """
+    """`machine(1.0, 0.25)`: the root of two cores, the second idle three quarters of the time."""
 
     def make(*busy: float, ticks: int = 20) -> Path:
         def stat(passed: int) -> dict[str, str]:

@@ -1,6 +1,4 @@
-"""Letters, keys, places and texts of options: they agree, or the row is left out and both readings
-are named.
-"""
+"""Letters, keys, places and texts of options agree, or the row is left out, both readings named."""
 
 from __future__ import annotations
 
@@ -297,9 +295,7 @@ texts = st.permutations(
 
 @given(names, texts, st.booleans(), st.data())
 def test_a_letter_is_never_taken_for_another(names, texts, blanks, data):
-    """Whatever keys are there, in whatever order: the answer is the text of its key, or there is
-    none.
-    """
+    """Any keys in any order: the answer is the text of its key, or there is none."""
     options = dict(zip(names, texts, strict=False))
     if blanks:
         options = {letter: options.get(letter) for letter in LETTERS[:6]}
@@ -329,9 +325,7 @@ def test_letters_written_a_thousand_times():
 
 @given(st.permutations(LETTERS[:5]), st.integers(2, 5), st.sampled_from(["{}. {}", "{}) {}", "{} - {}"]), st.data())
 def test_own_letters_with_gaps_in_any_order(letters, count, form, data):
-    """Whichever letters are left, wherever they stand: the answer is the option that brings its
-    letter, or there is none.
-    """
+    """Any letters, anywhere: the answer is the option that brings its letter, or there is none."""
     meant = {letter: f"finding {letter}" for letter in letters[:count]}
     answer = data.draw(st.sampled_from(letters[:count]))
     try:

@@ -1,6 +1,4 @@
-"""The alignment corpus says what is true, binds it to the right letter, and mixes its readers as
-documented.
-"""
+"""The alignment corpus says what is true, binds it to its letter, mixes readers as documented."""
 
 import json
 import re

@@ -1,6 +1,4 @@
-"""Generated data: physics against values worked by hand, geometry against brute force, balance and
-determinism of rows.
-"""
+"""Generated data: physics by hand, geometry by brute force, balance and determinism of rows."""
 
 from __future__ import annotations
 
@@ -212,9 +210,7 @@ def test_questions_have_the_correct_answer_once_and_wordings_that_tell_nothing()
 
 
 def prior_accuracy(fit: list[dict], rows: list[dict], leave_out: bool) -> float:
-    """Accuracy in percent of choosing the option that was most often right in `fit`, in the other
-    rows with `leave_out`.
-    """
+    """Percent accuracy of the option most often right in `fit`, in other rows with `leave_out`."""
     right = Counter(row["answer"] for row in fit)
     score = 0.0
     for row in rows:

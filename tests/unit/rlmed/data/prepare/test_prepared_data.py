@@ -1,6 +1,4 @@
-"""The layout: what is written is what `read_examples` takes, and what it would not take is a listed
-skip.
-"""
+"""The layout: what is written is what `read_examples` takes; what it won't is a listed skip."""
 
 from __future__ import annotations
 

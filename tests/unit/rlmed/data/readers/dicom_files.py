@@ -22,9 +22,7 @@ def shipped(name: str) -> Path:
 
 
 def dataset_of(pixels: np.ndarray, *, frames: bool = False, **elements: object) -> Dataset:
-    """A data set of [rows, columns] or [rows, columns, 3], one axis more with `frames`; None
-    removes an element.
-    """
+    """A data set of [rows, columns] or [rows, columns, 3], plus axis `frames`; None drops one."""
     dataset = Dataset()
     dataset.preamble = b"\0" * 128
     dataset.file_meta = FileMetaDataset()

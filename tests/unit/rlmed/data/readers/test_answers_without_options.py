@@ -1,6 +1,4 @@
-"""VQA-RAD and SLAKE, in small files of their layouts: options for questions that come with an
-answer alone.
-"""
+"""VQA-RAD and SLAKE in small files: options for questions that come with an answer alone."""
 
 from __future__ import annotations
 
@@ -148,9 +146,7 @@ def test_open_questions_can_be_left_out(rad):
 
 
 def test_distractors_are_drawn_as_often_as_they_are_right():
-    """20,000 draws of one: 3 : 1 as in the pool, not 1 : 1 as among its texts (10 standard
-    deviations apart).
-    """
+    """20,000 draws: 3 : 1 as in the pool, not 1 : 1 as its texts (10 standard deviations apart)."""
     pool = AnswerPool(seed=0, distractors=1)
     for answer in ("CT", "CT", "CT", "MRI", "Ultrasound"):
         pool.add("modality", answer)

@@ -1,6 +1,4 @@
-"""What may be wrong with an image costs its row, whichever reader of image files comes across
-it.
-"""
+"""Whatever is wrong with an image costs its row, whichever reader of images meets it."""
 
 from __future__ import annotations
 

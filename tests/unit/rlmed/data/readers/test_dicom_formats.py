@@ -1,6 +1,4 @@
-"""One known picture in every way of storing pixels in DICOM: it comes out as that; and facts that
-differ are found.
-"""
+"""One known picture in each way DICOM stores pixels: it comes out; differing facts are found."""
 
 from __future__ import annotations
 
@@ -297,9 +295,7 @@ def test_jpeg_colours_are_what_header_and_stream_say_alike(tmp_path, stream, pho
 
 
 def test_jpeg_2000_colours(tmp_path):
-    """A header that says RGB over the stream's own transform is wrong by the standard, and the
-    picture is the same.
-    """
+    """A header that says RGB over a stream's transform is wrong by the standard; same picture."""
     plain = encoded(Image.fromarray(COLOUR), "JPEG2000", no_jp2=True, mct=0)
     transformed = encoded(Image.fromarray(COLOUR), "JPEG2000", no_jp2=True, mct=1)
     for stream, photometric in ((plain, "RGB"), (plain, "YBR_RCT"), (transformed, "YBR_RCT"), (transformed, "RGB")):
@@ -520,9 +516,7 @@ def test_a_look_up_table_with_other_bits_than_it_says_is_refused(tmp_path, bits)
 
 
 def test_a_modality_table_for_negative_values(tmp_path):
-    """Its first value is -2048, which is written as 63488 where its representation is that of
-    unsigned values.
-    """
+    """Its first value, -2048, is written as 63488 where its representation is unsigned."""
     entries = np.arange(4096, dtype="<u2")
     table = item(LUTDescriptor=[4096, 63488, 16], LUTData=entries.tobytes(), ModalityLUTType="US")
     table["LUTDescriptor"].VR, table["LUTData"].VR = "US", "OW"

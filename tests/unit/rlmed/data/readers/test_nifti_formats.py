@@ -1,6 +1,4 @@
-"""One known slice in every type of NIfTI: it comes out as that picture; and facts that differ are
-found.
-"""
+"""One known slice in every type of NIfTI comes out as that picture; differing facts are found."""
 
 from __future__ import annotations
 
@@ -135,9 +133,7 @@ def test_header_against_itself_and_the_data(tmp_path, values, fields, reason, su
 @pytest.mark.parametrize("level", [0, 1, 9])
 @pytest.mark.parametrize("place", [0.2, 0.5, 0.9])
 def test_a_damaged_byte_of_a_compressed_file_is_found_wherever_it_is(tmp_path, level, place):
-    """Of a byte that was copied as it is, or of a length that became another one, only the sum at
-    the end tells.
-    """
+    """Of a byte copied as it is, or a length turned into another, only the final sum tells."""
     volume = np.random.default_rng(0).integers(0, 200, (40, 40, 20)).astype(np.uint8)
     path = write(tmp_path / "a.nii.gz", volume)
     whole = gzip.compress(gzip.decompress(path.read_bytes()), level, mtime=0)
@@ -152,9 +148,7 @@ def test_a_damaged_byte_of_a_compressed_file_is_found_wherever_it_is(tmp_path, l
 
 
 def test_harmless_differences_are_accepted(tmp_path):
-    """A name that does not fit, a bitpix of 0, zeros behind the data, and compression in several
-    parts, padded with zeros.
-    """
+    """A wrong name, a bitpix of 0, zeros behind the data, compression in zero-padded parts."""
     plain = write(tmp_path / "a.nii", VOLUME, bitpix=0)
     np.testing.assert_array_equal(shown(plain), GREY)
     content = plain.read_bytes()

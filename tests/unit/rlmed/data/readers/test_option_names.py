@@ -1,6 +1,4 @@
-"""Each way in keeps the answer with the letter, key or column that it names, and takes letters of
-options' own away.
-"""
+"""Each way in keeps the answer by letter, key or column, and removes options' own letters."""
 
 from __future__ import annotations
 

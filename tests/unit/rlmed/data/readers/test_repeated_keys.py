@@ -1,6 +1,4 @@
-"""An object of a source with one key twice says two things: it is a bad row, counted, and the rows
-around it are read.
-"""
+"""A source object with one key twice says two things: a bad row, counted; others are read."""
 
 from __future__ import annotations
 
@@ -61,9 +59,7 @@ def test_every_reader_of_json_skips_it(tmp_path, reader: Any, name, rows):
 
 
 def test_training_rows_of_the_paper(tmp_path):
-    """There, rows of other data sets are counted and not listed; one that cannot be read is none of
-    these.
-    """
+    """There, rows of other data sets are counted, not listed; unreadable ones are none of these."""
     (tmp_path / "test.json").write_text(f"[{R1 % (0, SOUND)}]")
     (tmp_path / "train.json").write_text(f"[{R1 % (1, TWICE)}, {R1 % (2, SOUND)}]")
     test, bad, train = medvlm_r1.read(tmp_path / "test.json", train=tmp_path / "train.json", without_images=True)

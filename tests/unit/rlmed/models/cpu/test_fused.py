@@ -17,9 +17,7 @@ from rlmed.models.tiny.toy import SHIPPED
 from tests.rounding import rounding
 
 ROUNDING = rounding(24, 10)
-"""Two dozen operations forwards and backwards, sums of eight or fifteen among them, on values that
-are seldom above 10.
-"""
+"""Two dozen operations forwards, backwards, sums of 8 or 15 among them; values seldom above 10."""
 BASE = SHIPPED / "tiny_base"
 
 

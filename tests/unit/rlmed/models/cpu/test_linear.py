@@ -40,9 +40,7 @@ def test_only_what_needs_a_gradient_gets_one() -> None:
 
 @pytest.fixture(params=[(), PRODUCT_USES, *((use,) for use in PRODUCT_USES)], ids="+".join, autouse=True)
 def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
-    """What oneDNN computes: every choice is possible on some processor, so all are tested on
-    each.
-    """
+    """What oneDNN computes: each choice may occur on some processor, so all are tested on each."""
     if request.param and not has_onednn():
         pytest.skip("this torch has no oneDNN")
     monkeypatch.setattr(products._Choice, "uses", frozenset(request.param))

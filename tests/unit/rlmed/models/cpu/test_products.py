@@ -17,9 +17,7 @@ needs_onednn = pytest.mark.skipif(not has_onednn(), reason="this torch has no on
 
 
 class Clock:
-    """In the place of `time` in the probe: a product takes a millisecond, a slow one twenty more,
-    on every machine.
-    """
+    """In place of `time` in the probe: a product takes a millisecond, a slow one twenty more."""
 
     now = 0.0
 

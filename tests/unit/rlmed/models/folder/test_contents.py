@@ -1,6 +1,4 @@
-"""What a model folder says twice, or holds and cannot be used: an error or a warning that names
-both values and the advice.
-"""
+"""What a model folder contradicts or cannot use: an error or warning with both values, advice."""
 
 from __future__ import annotations
 

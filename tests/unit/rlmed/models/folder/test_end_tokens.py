@@ -1,6 +1,4 @@
-"""A completion ends with any token that a file of the folder names as its end, in every engine, and
-in what is learnt.
-"""
+"""A completion ends with any token its folder's files call its end, in each engine and learning."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Parquet files as the hub serves them, from local folders: columns, images inside of the files,
-options for bare answers.
-"""
+"""Parquet files as the hub's, in local folders: columns, inner images, options for bare answers."""
 
 from __future__ import annotations
 

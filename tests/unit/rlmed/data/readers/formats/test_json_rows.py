@@ -1,6 +1,4 @@
-"""JSON arrays read object by object give what json.loads gives, whatever the size of what is read
-at a time.
-"""
+"""JSON arrays read object by object equal json.loads, whatever the size that is read at a time."""
 
 from __future__ import annotations
 
@@ -99,9 +97,7 @@ def test_a_file_that_is_not_there(tmp_path):
     st.sampled_from(["", ",", "]", "[", "{", '"', "1", "}"]),
 )
 def test_a_file_is_read_to_its_end_or_refused(tmp_path_factory, values, array, place, change):
-    """One character is lost, or another one instead of it: whatever is read, the file holds nothing
-    else.
-    """
+    """One character lost or changed: whatever is read, the file holds nothing else."""
     text = json.dumps(values) if array else "".join(f"{json.dumps(value)}\n" for value in values)
     place %= len(text)
     text = text[:place] + change + text[place + 1 :]

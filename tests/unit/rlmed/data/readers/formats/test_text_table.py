@@ -1,6 +1,4 @@
-"""Every line of a table is in one row or one skip, whatever is wrong with it; a mark that is not
-closed costs its line.
-"""
+"""Every table line is one row or one skip, whatever is wrong; an unclosed mark costs its line."""
 
 from __future__ import annotations
 
@@ -219,9 +217,7 @@ def test_a_sound_table_comes_back_row_by_row(tmp_path_factory, delimiter, table,
 @settings(max_examples=100, deadline=None)
 @given(lost=st.sets(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=4), count=st.integers(1, 10))
 def test_marks_that_got_lost_cost_at_most_their_lines(tmp_path_factory, lost, count):
-    """Every cell is quoted; each lost mark makes the line that it was in bad, or does no harm, and
-    no other.
-    """
+    """Every cell is quoted; a lost mark makes its own line bad, or does no harm, and no other."""
     lines = [[f'"{number}.png"', f'"Question {number}?"', '"liver"', '"lung"', '"lung"'] for number in range(count)]
     hit = set()
     for number, mark in lost:

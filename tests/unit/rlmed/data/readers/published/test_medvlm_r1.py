@@ -1,6 +1,4 @@
-"""MedVLM-R1's data, in small files of its layout: the paper's splits, its prompt texts, and no test
-row in training.
-"""
+"""MedVLM-R1's data in small files: the paper's splits and prompt texts, no test row in training."""
 
 from __future__ import annotations
 

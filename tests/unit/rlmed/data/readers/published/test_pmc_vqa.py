@@ -146,9 +146,7 @@ def test_a_bomb_is_not_unpacked_beyond_the_bound(folder, monkeypatch):
 
 
 def test_a_member_that_lies_about_its_size(folder, tmp_path, monkeypatch):
-    """A header may say 10 bytes where ten million come out; what is read is bounded all the
-    same.
-    """
+    """A header may say 10 bytes where ten million come out; what is read is bounded even so."""
     monkeypatch.setattr(image_files, "MAX_MEMBER_BYTES", 100_000)
     archive_of(folder, good=jpeg(1), bomb=bytes(10**7))
     content = (folder / "images.zip").read_bytes()

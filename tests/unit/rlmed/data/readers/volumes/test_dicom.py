@@ -1,6 +1,4 @@
-"""The reader of DICOM files from the command line: what is written, what is skipped, and that no
-patient is in either.
-"""
+"""The DICOM reader on the command line: what is written and skipped, and no patient in either."""
 
 import json
 import subprocess
@@ -103,9 +101,7 @@ def test_burnt_in_text_is_left_out_unless_allowed(tmp_path):
 
 @pytest.fixture
 def clinic(tmp_path) -> Path:
-    """A folder in which everything is called after a patient, and most files are bad in some
-    way.
-    """
+    """A folder in which everything is named after a patient, and most files are bad somehow."""
     source = tmp_path / "clinic"
     folder = source / "DOE^JANE"
     folder.mkdir(parents=True)

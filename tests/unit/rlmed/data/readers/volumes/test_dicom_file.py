@@ -228,9 +228,7 @@ def save_bytes(folder: Path, pixels: np.ndarray) -> bytes:
 
 
 def test_pydicoms_log_records_stay_quiet(tmp_path, caplog):
-    """They quote what they complain about; so do its warnings, which test_dicom.py looks for in a
-    process of its own.
-    """
+    """They quote what they complain about; so do warnings, see test_dicom.py's own process."""
     syntax = b"1.2.840.10008.1.2.1\0"
     content = write_dicom(tmp_path / "a", GREY).read_bytes()
     (tmp_path / "a").write_bytes(content.replace(syntax, NAME.encode().ljust(len(syntax), b"\0")))

@@ -1,6 +1,4 @@
-"""What is made of DICOM's pixels, against the standard's formulas, pydicom's own processing,
-Pillow, and files it ships.
-"""
+"""What is made of DICOM's pixels: the standard's formulas, pydicom's own, Pillow, shipped files."""
 
 import io
 

@@ -1,6 +1,4 @@
-"""Slices of NIfTI volumes: which way up, which voxels, and everything a damaged or hostile file can
-get wrong.
-"""
+"""NIfTI slices: which way up, which voxels, and all that a damaged or hostile file gets wrong."""
 
 import gzip
 import itertools
@@ -41,9 +39,7 @@ def shown(path: Path, plane: str = "axial", window: Window | None = WHOLE, **cho
 
 
 def test_each_plane_is_shown_as_radiologists_look_at_it(tmp_path):
-    """A slab at the right, the front or the top of the patient lies where the convention has it in
-    each picture.
-    """
+    """A slab at the patient's right, front or top lies by convention in each picture."""
     nothing = None
     left_third, upper_third = np.s_[:, :3], np.s_[:3]
     wanted = {
@@ -188,9 +184,7 @@ def test_one_slice_of_an_uncompressed_file_is_read(tmp_path):
 
 
 def test_values_that_writers_leave_unset_are_understood(tmp_path):
-    """No offset, no sign of the third axis, a negative voxel size; the orientation is in the qform
-    alone.
-    """
+    """No offset, no sign of the third axis, a negative voxel size; orientation in qform alone."""
     image = nibabel.Nifti1Image(VOLUME, None)
     image.header.set_qform(np.diag([1.0, 2.0, 1.0, 1.0]), 1)
     image.header["pixdim"][0] = 0

@@ -1,6 +1,4 @@
-"""Tables about files of many pictures: what a row becomes, and that neither table nor messages give
-a file's name away.
-"""
+"""Tables about files of many pictures: what rows become; no table or message tells a file name."""
 
 import os
 import re
