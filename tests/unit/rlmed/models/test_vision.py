@@ -144,9 +144,11 @@ def test_the_product_is_as_near_to_the_definition_as_the_convolution(dtype, bias
     for one, other, exact, length in zip(ours, theirs, right, (size, len(patches)), strict=True):
         bound = rounding(length, magnitude) + STORED[dtype] * exact.abs()
         assert ((one - exact).abs() <= bound).all()
+        if dtype == "bfloat16":
+            # without instructions for bfloat16, torch's convolution rounds partial sums of the gradient: by
+            # STORED for each image at most
+            bound = bound + STORED[dtype] * length * magnitude
         assert ((other - exact).abs() <= bound).all()
-        if dtype == "bfloat16":  # a sum on the edge between two numbers may be stored as either
-            assert float((one != other).double().mean()) < 0.01
 
 
 @pytest.mark.parametrize("dtype", STORED)
