@@ -145,8 +145,7 @@ def test_the_product_is_as_near_to_the_definition_as_the_convolution(dtype, bias
         bound = rounding(length, magnitude) + STORED[dtype] * exact.abs()
         assert ((one - exact).abs() <= bound).all()
         if dtype == "bfloat16":
-            # without instructions for bfloat16, torch's convolution rounds partial sums of the gradient: by
-            # STORED for each image at most
+            # without instructions for bfloat16, torch's convolution rounds each partial sum
             bound = bound + STORED[dtype] * length * magnitude
         assert ((other - exact).abs() <= bound).all()
 
