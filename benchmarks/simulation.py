@@ -14,7 +14,6 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,6 @@ from rlmed.core.protocols import RolloutPool
 from rlmed.core.types import (
     Completion,
     Example,
-    FloatArray,
     IntArray,
     Prompt,
     RolloutGroup,
@@ -273,7 +271,7 @@ class ClockedChannel(Channel):
 
 
 class SimulatedLearner:
-    """A `rlmed.core.protocols.Learner` that only takes time."""
+    """The part of a `rlmed.core.protocols.Learner` that the loop calls; it only takes time."""
 
     def __init__(self, clock: Clock, costs: Costs) -> None:
         """Start at policy version 0."""
@@ -291,18 +289,6 @@ class SimulatedLearner:
         self._clock.wait(self._costs.push_s)
         version = self.policy_version
         pool.update_weights(version, WeightUpdate(lambda: StoredWeights(version, [])))
-
-    def logprobs(self, requests: Sequence[tuple[Prompt, Sequence[IntArray]]]) -> list[list[FloatArray]]:
-        """Not simulated."""
-        raise NotImplementedError
-
-    def save(self, folder: Path) -> None:
-        """Not simulated."""
-        raise NotImplementedError
-
-    def load(self, folder: Path) -> None:
-        """Not simulated."""
-        raise NotImplementedError
 
 
 def start_pool(clock: Clock, costs: Costs, load: Load, workers: int) -> tuple[SteppedPool, list[SimulatedWorker]]:

@@ -88,6 +88,8 @@ def build_cluster(
     """
     resumed = folder if checkpoint else None
     if config.cluster.kind == "ray":
+        for line in idle_processes(config):
+            log.warning("%s", line)
         return build_ray(config, resumed, checkpoint, on_bad_step)
     engines = engines_that_pack(config.cluster, max_staleness=config.algo.max_staleness)
     config = dataclasses.replace(config, model=settle_model(config.model, engines=engines, resumed=resumed))
@@ -207,8 +209,6 @@ def build_ray(
         engines = engines_that_pack(config.cluster, max_staleness=config.algo.max_staleness)
         model = dataclasses.replace(config.model, device="cpu")
         on_cpus = dataclasses.replace(config, model=settle_model(model, engines=engines, resumed=resumed))
-    for line in idle_processes(config):
-        log.warning("%s", line)
     with ExitStack() as resources:  # released on failure, else handed to the cluster
         resources.callback(start_ray(config.cluster))
         cuda = on_gpus(config.model.device)

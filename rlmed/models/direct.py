@@ -21,14 +21,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-from rlmed.core.protocols import ClusterError
-from rlmed.core.weights import NCCL, CallEngine, EngineHandle, NotConnectedError, TransferError, last_line
-from rlmed.models.weights import ALIGNMENT, BUCKET_BYTES, check_complete, check_shapes
+from rlmed.core.weights import NCCL, CallEngine, EngineHandle, NotConnectedError, last_line
+from rlmed.models.weights import BUCKET_BYTES, aligned, check_complete, check_shapes, end_transfer
 
 GLOO = "gloo"
 """Transport between CPUs."""
-ABORT_S = 30.0
-"""Seconds in which a broken transfer must release its thread."""
 DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
 
@@ -97,15 +94,7 @@ class DirectSender:
             tell("take the new weights", "finish_update", version)
         except Exception as error:
             self._disconnect()  # ends the group's calls, and so the thread
-            self._thread.join(ABORT_S)
-            if self._thread.is_alive():
-                raise ClusterError(
-                    "learner rank 0 hangs in a weight transfer that an engine did not finish. Resume from the last "
-                    "checkpoint with resume=auto"
-                ) from error
-            for _ in weights:  # the other ranks gather the rest, too
-                pass
-            raise TransferError(f"policy version {version} did not reach the engines: {error}") from error
+            end_transfer(self._thread, weights, version, error)
 
     def _disconnect(self) -> None:
         if self._connection is not None:
@@ -200,7 +189,7 @@ def _buckets(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[dict[str, 
             yield _bucket(waiting)
             waiting, size = [], 0
         waiting.append((name, tensor.detach()))
-        size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        size += aligned(tensor.nbytes)
     if waiting:
         yield _bucket(waiting)
 
@@ -209,7 +198,7 @@ def _bucket(tensors: Sequence[tuple[str, Tensor]]) -> tuple[dict[str, Any], Tens
     starts, end = [], 0
     for _, tensor in tensors:
         starts.append(end)
-        end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        end += aligned(tensor.nbytes)
     values = torch.zeros(end, dtype=torch.uint8, device=tensors[0][1].device)
     for (_, tensor), start in zip(tensors, starts, strict=True):
         values[start : start + tensor.nbytes] = tensor.contiguous().view(-1).view(torch.uint8)

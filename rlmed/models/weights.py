@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import math
+import threading
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rlmed.core.weights import WeightError
+from rlmed.core.protocols import ClusterError
+from rlmed.core.weights import TransferError, WeightError
 
 BUCKET_BYTES = 256 * 2**20
 """Size of one bucket: it bounds copies in flight and makes the cost per message negligible."""
 ALIGNMENT = 64
 """Bytes; every tensor in a bucket starts at a multiple of it."""
+ABORT_S = 30.0
+"""Seconds in which a broken direct push must release its thread."""
 SAME_MODEL = "learner and engine need the same model (model.path)"
 
 
@@ -56,7 +61,7 @@ class WeightBucket:
         for (name, shape), dtype in zip(self.shapes.items(), self.dtypes, strict=True):
             end = start + dtype.itemsize * math.prod(shape)
             tensors.append((name, flat[start:end].view(dtype).view(shape)))
-            start = _aligned(end)
+            start = aligned(end)
         return tensors
 
 
@@ -80,11 +85,11 @@ def make_buckets(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int = BUCK
     packed: dict[str, Tensor] = {}
     start = 0
     for name, tensor in tensors:
-        if packed and start + _aligned(tensor.nbytes) > bucket_bytes:
+        if packed and start + aligned(tensor.nbytes) > bucket_bytes:
             yield _seal(packed, memory[:start])
             packed, start = {}, 0
         end = start + tensor.nbytes
-        following = _aligned(end)
+        following = aligned(end)
         if following > len(memory):
             memory = torch.empty(following, dtype=torch.uint8)
         packed[name] = memory[start:end].view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
@@ -100,7 +105,8 @@ def _seal(packed: Mapping[str, Tensor], memory: Tensor) -> WeightBucket:
     return WeightBucket(shapes, tuple(tensor.dtype for tensor in packed.values()), data, zlib.crc32(data.data))
 
 
-def _aligned(size: int) -> int:
+def aligned(size: int) -> int:
+    """Return where the next tensor of a bucket may start, `size` bytes being taken."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
@@ -143,3 +149,27 @@ def check_complete(missing: Set[str]) -> None:
 def gpu_name(device: torch.device) -> str:
     """Return a GPU's UUID, or "" for a CPU; see `rlmed.core.weights.EngineHandle.devices`."""
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+
+
+def end_transfer(thread: threading.Thread, weights: Iterable[object], version: int, error: Exception) -> NoReturn:
+    """Give up a direct push after its connection was ended, so that no rank stays behind.
+
+    Args:
+        thread: rank 0's part of the push, which ends with the connection.
+        weights: what it has not sent yet; the other ranks gather that, too.
+        version: of the weights.
+        error: why the push failed.
+
+    Raises:
+        ClusterError: if the thread does not end.
+        TransferError: otherwise.
+    """
+    thread.join(ABORT_S)
+    if thread.is_alive():
+        raise ClusterError(
+            "learner rank 0 hangs in a weight transfer that an engine did not finish. Resume from the last "
+            "checkpoint with resume=auto"
+        ) from error
+    for _ in weights:
+        pass
+    raise TransferError(f"policy version {version} did not reach the engines: {error}") from error

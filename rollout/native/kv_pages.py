@@ -132,8 +132,7 @@ class PageView:
     width: int
     """A multiple of the page's tokens, or at most a page."""
     index: Tensor | None
-    """int64 [S * H_kv * pages]: rows of `keys[layer].flatten(0, 1)`; None: pages in order.
-    """
+    """int64 [S * H_kv * pages]: rows of `keys[layer].flatten(0, 1)`; None: pages in order."""
 
     @classmethod
     def build(cls, pool: PagePool, head_rows: Tensor, width: int, *, in_order: bool) -> PageView:

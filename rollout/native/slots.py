@@ -29,8 +29,7 @@ class StepPlan:
     page_tokens: int | None
     """Tokens in a page; None: a page holds a whole prompt or completion."""
     buckets: bool
-    """Round sizes up to powers of two, so that few different steps occur; else they are exact.
-    """
+    """Round sizes up to powers of two, so that few different steps occur; else they are exact."""
     lag: int
     """Steps that the host is behind: it reads the tokens of one while the next runs."""
     graphs: bool
@@ -136,6 +135,7 @@ class Slots:
         Tokens, counts and `alive` are the device's own: `keep` and `begin` change them.
         """
         plan, size = self._plan, self._size
+        rows_in_order = self._in_order([row.pages for row in rows])
         entry_of = {id(group): entry for entry, group in enumerate(groups)}
         entry_of_row = [entry_of[id(row.group)] for row in rows]
         member_of_row, members = [], [0] * len(groups)
@@ -144,9 +144,9 @@ class Slots:
             members[entry] += 1
         shape = StepShape(
             rows=plan.bucket(len(rows), smallest=SMALLEST_BUCKET, largest=size),
-            rows_in_order=self._in_order([row.pages for row in rows]),
+            rows_in_order=rows_in_order,
             suffix_width=0,
-            level=self._in_order([row.pages for row in rows]) and len({row.sampled for row in rows}) == 1,
+            level=rows_in_order and len({row.sampled for row in rows}) == 1,
             groups=plan.bucket(len(groups), largest=size),
             groups_in_order=self._in_order([group.pages for group in groups]),
             prefix_width=plan.width(max(group.positions.shape[1] for group in groups)),

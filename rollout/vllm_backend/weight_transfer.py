@@ -41,13 +41,10 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.utils.network_utils import get_open_port
 
-from rlmed.core.protocols import ClusterError
-from rlmed.core.weights import IPC, CallEngine, EngineHandle, NotConnectedError, TransferError, last_line
-from rlmed.models.weights import BUCKET_BYTES, gpu_name
+from rlmed.core.weights import IPC, CallEngine, EngineHandle, NotConnectedError, last_line
+from rlmed.models.weights import BUCKET_BYTES, end_transfer, gpu_name
 
 BACKEND = "rlmed"
-ABORT_S = 30.0
-"""Seconds in which a broken transfer must release its thread."""
 
 # It warns about every layer without weights in a push, rotary embeddings included; the engine knows
 # what is really missing. A filter, since vLLM resets its loggers' levels whenever an engine starts.
@@ -208,15 +205,7 @@ class WeightTransferSender(WeightSource):
             self._watch(engine.send_weights, client)
         except Exception as error:
             self._disconnect()  # ends NCCL's calls, and so the thread
-            self._thread.join(ABORT_S)
-            if self._thread.is_alive():
-                raise ClusterError(
-                    "learner rank 0 hangs in a weight transfer that an engine did not finish. Resume from the last "
-                    "checkpoint with resume=auto"
-                ) from error
-            for _ in self._round:  # the other ranks gather the rest, too
-                pass
-            raise TransferError(f"policy version {version} did not reach the engines: {error}") from error
+            end_transfer(self._thread, self._round, version, error)
 
     def _disconnect(self) -> None:
         if self._connection is not None:
