@@ -54,15 +54,15 @@ def test_a_module_in_the_working_directory_is_found(folder):
         (":f", "write module:function"),
         ("broken.py:f", "write module:function"),
         ("usable:a.b", "write module:function"),
-        ("absent:f", "module 'absent' cannot be imported from .*: ModuleNotFoundError: No module named 'absent'"),
-        ("syntax:f", r"module 'syntax' cannot be imported.*SyntaxError.*syntax\.py, line 1"),
-        ("raising:f", "module 'raising' cannot be imported.*ZeroDivisionError"),
-        ("leaving:f", "module 'leaving' cannot be imported.*SystemExit: 3"),
+        ("absent:f", "'absent' cannot be imported from .*: ModuleNotFoundError: .*'absent'"),
+        ("syntax:f", r"'syntax' cannot be imported.*SyntaxError.*syntax\.py, line 1"),
+        ("raising:f", "'raising' cannot be imported.*ZeroDivisionError"),
+        ("leaving:f", "'leaving' cannot be imported.*SystemExit: 3"),
         ("dependent:f", "No module named 'not_installed'"),
         ("usable:absent", r"'absent' does not exist in .*usable\.py"),
-        ("usable:number", r"'number' is not a function in .*usable\.py"),
-        ("usable:trl_style", r"called as f\(example, completion\), but is defined as f\(completions, \*\*kwargs\)"),
-        ("usable:one", r"called as f\(example, completion\), but is defined as f\(completion\)"),
+        ("usable:number", r"'number' is not a function .*usable\.py"),
+        ("usable:trl_style", r"f\(example, completion\), .* as f\(completions, \*\*kwargs\)"),
+        ("usable:one", r"f\(example, completion\), .* as f\(completion\)"),
     ],
 )
 def test_what_cannot_be_loaded_is_an_error_that_says_why(folder, path, reason):
@@ -90,17 +90,17 @@ def test_numbers_of_any_kind_pass(value):
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        (None, "it returned None; return a number"),
-        (float("nan"), "it returned nan; return a finite number"),
+        (None, "returned None; return a number"),
+        (float("nan"), "returned nan; .* finite number"),
         (float("-inf"), "it returned -inf"),
         (np.float32("nan"), "it returned .*nan"),
         (1e39, r"it returned 1e\+39"),  # infinite in float32
         (10**400, "which is not a number"),
-        ("1.0", "it returned '1.0', which is not a number"),
-        ([1.0], r"it returned \[1.0\], which is not a number"),
-        (1j, "it returned 1j, which is not a number"),
+        ("1.0", r"returned '1\.0', .*not a number"),
+        ([1.0], r"returned \[1\.0\], .*not a number"),
+        (1j, "returned 1j, .*not a number"),
         (np.array([0.5, 0.5]), "which is not a number"),
-        ("x" * 9000, r"characters\), which is not a number"),
+        ("x" * 9000, r"\(9002 characters\), .*not a number"),
     ],
 )
 def test_anything_else_is_an_error_that_names_everything(value, reason):
@@ -115,7 +115,7 @@ def test_a_function_that_raises_is_named_with_its_error(raised):
     def function(example: Example, completion: Completion) -> float:
         raise raised
 
-    with pytest.raises(RewardError, match=rf"m:f on example 'mri-7'.*it raised {type(raised).__name__}") as error:
+    with pytest.raises(RewardError, match=rf"m:f .*'mri-7'.* raised {type(raised).__name__}") as error:
         guarded("m:f", function, PATIENT)(EXAMPLE, completion())
     assert error.value.__cause__ is raised
 

@@ -94,28 +94,28 @@ BAD_ROWS = {
     "NUL in the path": (row(image="images/1\0.png"), "not a path"),
     "empty path": (row(image=""), "not a path.*write null"),
     "too long path": (row(image="x" * 5000), "too long"),
-    "image is a number": (row(image=3), "its image is 3, not a text"),
+    "image is a number": (row(image=3), "image is 3, not a text"),
     "two images": (row(image=["images/1.png", "images/1.png"]), "2 images; only one"),
     "no image in the list": (row(image=[]), "0 images; only one"),
-    "answer not an option": (row(answer="foot"), r"its answer 'foot' is not among its options \['head'"),
+    "answer not an option": (row(answer="foot"), r"its answer 'foot' is not among .*\['head'"),
     "letter beyond the options": (row(answer="E"), "'E' is not among"),
     "answer missing": (row(answer=...), "it has no answer"),
     "answer is an index": (
         row(answer=3),
-        "answer '3' is not among.* from 0 it is 'knee'.* from 1 it is 'abdomen'",
+        "answer '3' is not .* 0 it is 'knee'.* 1 it is 'abdomen'",
     ),
     "repeated option": (row(options=["head", "knee", "Knee "]), "option 'knee' occurs more than once"),
     "one option": (row(options=["knee"]), "it has 1 option; 2 to 10"),
     "no options": (row(options=[]), "it has 0 options"),
     "options missing": (row(options=...), "it has no options"),
     "options as a text": (row(options="head, knee"), "'head, knee', not a list"),
-    "an option is a number": (row(options=["knee", 2]), "its option is 2, not a text"),
+    "an option is a number": (row(options=["knee", 2]), "option is 2, not a text"),
     "a blank option": (row(options=["knee", " "]), "it has 1 option; 2 to 10"),
     "eleven options": (row(options=[*OPTIONS, *"abcdefg"]), "it has 11 options"),
     "no question": (row(question=...), "it has no question"),
     "null question": (row(question=None), "it has no question"),
     "blank question": (row(question=" \n"), "it has no question"),
-    "question is a list": (row(question=["a"]), r"its question is \['a'\], not a text"),
+    "question is a list": (row(question=["a"]), r"question is \['a'\], not a text"),
     "half a character": (row(question="\ud83d?"), "lone surrogate"),
     "half a character in an option": (row(options=["knee", "\udc00"]), "lone surrogate"),
     "modality is a number": (row(modality=7), "its modality is 7"),
@@ -123,7 +123,7 @@ BAD_ROWS = {
     "id is a list": (row(id=[1]), r"its id is \[1\]"),
     "id is true": (row(id=True), "its id is True"),
     "not an object": ([1, 2], r"not a JSON object but \[1, 2\]"),
-    "null": (None, "not a JSON object but None"),
+    "null": (None, "JSON object but None"),
 }
 
 
@@ -212,14 +212,14 @@ def test_a_unicode_line_separator_is_no_end_of_line(folder):
         (b"", "is empty"),
         (b"\n \r\n", "is empty"),
         (b"\xef\xbb\xbf", "is empty"),
-        (b'{"a": 1}\n{"a": }\n', r"line 2, column 7: not valid JSON \(Expecting value\)"),
+        (b'{"a": 1}\n{"a": }\n', r"line 2, column 7: .*Expecting value"),
         (b'\n\n{"a": 1', "line 3, column 8"),
-        (b'[\n{"a": 1}\n]', "is a JSON array.*one object per line"),
-        (b'{\n"a": 1}', "line 1, column 2.*each line must be one JSON object"),
+        (b'[\n{"a": 1}\n]', "JSON array.*one object per line"),
+        (b'{\n"a": 1}', "line 1, column 2.*each line .*one JSON object"),
         ('{"question": "Größe"}'.encode("latin-1"), r"is not UTF-8 \(line 1\)"),
         ('{}\n{"question": "é"}'.encode("utf-16"), "is not UTF-8"),
-        (b'{"a": 1}\n{"a": ' + b"9" * 5000 + b"}", "line 2: JSON that cannot be read"),
-        (b"{}\n" + b"[" * 100_000, "line 2: JSON that cannot be read"),
+        (b'{"a": 1}\n{"a": ' + b"9" * 5000 + b"}", "line 2: .*cannot be read"),
+        (b"{}\n" + b"[" * 100_000, "line 2: .*cannot be read"),
     ],
 )
 def test_a_broken_file_is_an_error_that_names_the_place(folder, content, reason):
@@ -278,22 +278,19 @@ def test_image_paths_of_other_systems_are_followed(folder, path):
 @pytest.mark.parametrize(
     ("path", "reason"),
     [
-        ("Images/1.PNG", "does not exist: there is 'images/1.png', which differs in case; write"),
-        ("images/1.jpg", "does not exist: there is 'images/1.png', which differs in its ending"),
-        (
-            "images/1\u200b.png",
-            "does not exist: there is 'images/1.png', which differs in characters that cannot be seen",
-        ),
+        ("Images/1.PNG", "not exist: .*'images/1.png', .*differs in case; write"),
+        ("images/1.jpg", "not exist: .*'images/1.png', .*differs in its ending"),
+        ("images/1\u200b.png", "not exist: .*'images/1.png', .*differs in characters"),
         ("images%2f1.png", "does not exist"),
-        ("C:\\data\\images\\1.png", "leaves the folder of the data file: there is 'images/1.png' in it; write"),
-        ("/home/x/images/1.png", "leaves the folder of the data file: there is 'images/1.png' in it; write"),
-        ("..\\outside.png", "leaves the folder of the data file: copy it there"),
-        ("images\\..\\..\\outside.png", "leaves the folder of the data file: copy it there"),
+        ("C:\\data\\images\\1.png", "leaves the folder .*'images/1.png' in it; write"),
+        ("/home/x/images/1.png", "leaves the folder .*'images/1.png' in it; write"),
+        ("..\\outside.png", "leaves the folder [^:]*: copy it"),
+        ("images\\..\\..\\outside.png", "leaves the folder [^:]*: copy it"),
     ],
 )
 def test_a_near_miss_is_shown(folder, path, reason):
     (skip,) = read_examples(write(folder, row(), row(image=path))).skipped
-    assert reason in skip.reason
+    assert re.search(reason, skip.reason)
 
 
 def test_a_data_file_whose_name_differs_is_told(folder):

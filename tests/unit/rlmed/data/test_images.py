@@ -187,12 +187,12 @@ def png_bytes() -> bytes:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "empty file: copy it again"),
+        (b"", "empty file: copy"),
         (b"this is no image", "is not an image.*DICOM"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n", "is not an image"),
-        (png_bytes()[:20], "not an image|truncated or damaged"),
+        (png_bytes()[:20], "not an image|truncated"),
         (png_bytes()[:3000], "truncated or damaged"),
-        (bytes(128) + b"DICM" + bytes(100), "DICOM and NIfTI are read by python -m rlmed.prepare"),
+        (bytes(128) + b"DICM" + bytes(100), r"DICOM .* rlmed\.prepare"),
     ],
 )
 def test_defects_name_file_and_advice(tmp_path, content, reason):
@@ -211,7 +211,7 @@ def test_a_truncated_jpeg_is_an_error_and_not_a_grey_half(tmp_path):
 def test_missing_files_and_folders_are_errors(tmp_path):
     with pytest.raises(BadImageError, match=r"none\.png does not exist"):
         load_image(tmp_path / "none.png")
-    with pytest.raises(BadImageError, match="cannot be read: Is a directory"):
+    with pytest.raises(BadImageError, match="read: Is a directory"):
         load_image(tmp_path)
     with pytest.raises(BadImageError, match="File name too long"):
         load_image(tmp_path / ("x" * 5000))

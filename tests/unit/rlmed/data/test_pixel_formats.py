@@ -196,11 +196,11 @@ def test_tiff_of_several_pages_shows_its_first_and_a_fax_is_no_negative(tmp_path
 @pytest.mark.parametrize(
     ("tags", "values", "reason"),
     [
-        ({"t262": 0, "t339": 2}, GREY.astype(np.int16), "kind of pixels is not read"),
-        ({"t339": 3}, GREY.astype(np.float64), "kind of pixels is not read"),
-        ({"t339": 3}, GREY.astype(np.float16), "kind of pixels is not read"),
-        ({}, GREY.astype(np.uint64), "kind of pixels is not read"),
-        ({"t262": 2, "t339": (2, 2, 2)}, COLOUR, "kind of pixels is not read"),
+        ({"t262": 0, "t339": 2}, GREY.astype(np.int16), "kind of pixels .*not read"),
+        ({"t339": 3}, GREY.astype(np.float64), "kind of pixels .*not read"),
+        ({"t339": 3}, GREY.astype(np.float16), "kind of pixels .*not read"),
+        ({}, GREY.astype(np.uint64), "kind of pixels .*not read"),
+        ({"t262": 2, "t339": (2, 2, 2)}, COLOUR, "kind of pixels .*not read"),
         ({"t262": 6}, COLOUR, "YCbCrSubSampling 2 2"),
         ({"t262": 2, "t284": 2}, in_bits(COLOUR, 16).astype(np.uint16), "colours of 16 bits in planes"),
     ],

@@ -85,9 +85,9 @@ def test_unknown_key_is_refused_by_the_command_line() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("+algo.group_sise=8", r"unknown key algo\.group_sise: did you mean algo\.group_size\?"),
+        ("+algo.group_sise=8", r"unknown .*algo\.group_sise: .* algo\.group_size\?"),
         ("+eval.trust=true", r"unknown key eval\.trust: python -m rlmed\.reliability"),
-        ("+eval.samples=4", r"unknown key eval\.samples: set reliability\.samples of python -m rlmed\.reliability"),
+        ("+eval.samples=4", r"eval\.samples: set reliability\.samples .*rlmed\.reliability"),
         ("reliability.samples=0", r"reliability\.samples=0 must be at least 1"),
         ("algo.group_size=1", r"algo\.group_size=1 must be at least 2"),
         ("algo.advantage=best", r"algo\.advantage='best'.* grpo, dr_grpo, rloo"),
@@ -96,19 +96,16 @@ def test_unknown_key_is_refused_by_the_command_line() -> None:
         ("+algo.kl_coef=1", r"algo\.kl_coef: renamed to algo\.loss\.kl_coef"),
         ("rollout.temperature=0", r"rollout\.temperature=0\.0 must be positive"),
         ("rollout.top_p=0", r"rollout\.top_p"),
-        ("learner.lr=fast", r"learner\.lr='fast' has the wrong type: expected a number"),
+        ("learner.lr=fast", r"learner\.lr='fast' .*expected a number"),
         ("learner.lr=-1", r"learner\.lr"),
         ("learner.freeze=[eyes]", r"learner\.freeze='eyes'"),
         ("learner.freeze=[vision,merger,language_model]", "nothing would be trained"),
         ("steps=0", "steps=0"),
-        ("steps=1.5", r"steps=1\.5 has the wrong type: expected an integer"),
-        ("data.mix=MRI", r"data\.mix='MRI' has the wrong type: expected a mapping such as \{KEY: VALUE\}"),
-        (
-            "data.selection=pass_rate",
-            r"data\.selection='pass_rate' must be a mapping with the keys cooldown_epochs, max_pass_rate, min_pass_rate, ",
-        ),
-        ("data.leakage=false", r"data\.leakage=False must be a string: YAML reads on, off"),
-        ("eval.controls=maybe", r"eval\.controls='maybe' has the wrong type: expected true or false"),
+        ("steps=1.5", r"steps=1\.5 .*expected an integer"),
+        ("data.mix=MRI", r"data\.mix='MRI' .*expected a mapping .*\{KEY: VALUE\}"),
+        ("data.selection=pass_rate", r"data\.selection='pass_rate' .*mapping .* cooldown_epochs, max_pass_rate, "),
+        ("data.leakage=false", r"data\.leakage=False must be a string: .*quote"),
+        ("eval.controls=maybe", r"eval\.controls='maybe' .*expected true or false"),
         ("reward.weights=null", r"reward\.weights"),
         ("cluster.kind=moon", r"cluster\.kind"),
         ("model.min_pixels=10000", None),
@@ -124,7 +121,7 @@ def test_unknown_key_is_refused_by_the_command_line() -> None:
         ("learner.mini_batches=50", r"learner\.mini_batches=50 exceeds algo\.groups_per_step"),
         ("rollout.stop=['']", r"rollout\.stop\[0\]='' is empty"),
         ("rollout.stop=[' ']", None),
-        ("data.mix={MRI:0.5,CT:0}", r"data\.mix\.CT=0\.0 must be a positive number"),
+        ("data.mix={MRI:0.5,CT:0}", r"data\.mix\.CT=0\.0 .*positive number: omit"),
         ("data.mix={}", r"data\.mix=\{\} names no modality"),
         ("data.mix={MRI:0.7,CT:0.3}", None),
         ("data.selection.mode=sometimes", r"data\.selection\.mode='sometimes'.* all, pass_rate"),
@@ -179,9 +176,9 @@ def test_the_papers_prompt_is_the_default_and_each_other_one_asks_for_an_answer(
 
 
 def test_a_template_without_a_place_for_the_question_names_its_key() -> None:
-    with pytest.raises(ConfigError, match=r"prompt\.template=.* must contain \{question\} exactly once"):
+    with pytest.raises(ConfigError, match=r"prompt\.template='no slot' .*\{question\} exactly once"):
         composed("prompt.template='no slot'")
-    with pytest.raises(ConfigError, match=r"prompt\.by_modality\.CT"):
+    with pytest.raises(ConfigError, match=r"prompt\.by_modality\.CT='no slot' .*\{question\} exactly once"):
         composed("+prompt.by_modality.CT='no slot'")
 
 

@@ -21,25 +21,25 @@ def refused(path: Path) -> str:
 def test_a_file_where_a_folder_is_to_be(tmp_path: Path, deeper: str) -> None:
     (tmp_path / "file").write_text("mine")
     said = refused(tmp_path / "file" / deeper)
-    assert f"cannot be written: {tmp_path}/file is a file where a folder must go. Rename it and start again" in said
+    assert f": {tmp_path}/file is a file where a folder must go. Rename" in said
     assert (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.parametrize("target", ["nowhere", "link"])
 def test_a_link_that_leads_nowhere(tmp_path: Path, target: str) -> None:
     (tmp_path / "link").symlink_to(target)
-    assert f"{tmp_path}/link is a broken link to {target}. Remove it and" in refused(tmp_path / "link" / "x")
+    assert f"{tmp_path}/link is a broken link to {target}. Remove" in refused(tmp_path / "link" / "x")
 
 
 def test_a_folder_where_a_file_is_to_be(tmp_path: Path) -> None:
     (tmp_path / "report.html").mkdir()
     said = refused(tmp_path / "report.html")
-    assert f"{tmp_path}/report.html is a folder where a file must go. Rename it and" in said
+    assert f"{tmp_path}/report.html is a folder where a file must go. Rename" in said
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
 def test_a_name_that_is_too_long(tmp_path: Path) -> None:
-    assert "the name is too long. Shorten it and" in refused(tmp_path / ("ü" * 200) / "x")
+    assert "name is too long. Shorten" in refused(tmp_path / ("ü" * 200) / "x")
 
 
 @pytest.mark.parametrize("number", [1, 5, 13, 30])

@@ -86,7 +86,7 @@ def test_a_full_disk_names_the_file_and_leaves_no_half_line(tmp_path, monkeypatc
         return write(descriptor, bytes(content[:7]))
 
     monkeypatch.setattr(os, "write", nearly_full)
-    with pytest.raises(RecordError, match=r"disk is full.*a\.jsonl.*Free some space.*resume=auto") as caught:
+    with pytest.raises(RecordError, match=r"disk is full.*a\.jsonl.*Free .*resume=auto") as caught:
         writer.append({"step": 2, "text": "long enough"})
     assert caught.value.errno == errno.ENOSPC
     assert path.read_text() == '{"step": 1}\n'
@@ -107,7 +107,7 @@ def test_a_broken_line_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"a\.jsonl, line 2 is not JSON"):
         list(read_json_lines(path))
     path.write_text("[1]\n")
-    with pytest.raises(ValueError, match="line 1 is not a JSON object"):
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1 is not .* object"):
         list(read_json_lines(path))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -143,9 +144,9 @@ def test_by_name(options, answer, right):
         (["B. lung", "C. spleen"], "B", "'B. lung' by the options' own letters", "'C. spleen' by its position"),
         ({"A": "B. spleen", "B": "A. liver"}, "A", "'spleen' by its key", "'liver' by the options' own letters"),
         ({"1": "liver", "3": "spleen", "4": "kidney"}, "C", "'kidney' by its position", "'spleen' by its position in the"),
-        (["2. spleen", "1. liver"], "B", "'spleen' by its position", "'liver' by its position in the source"),
-        ({"1": "liver", "3": "spleen", "4": "kidney"}, "B", "'spleen' by its position", "missing by its position in the"),
-        (["liver", "\u200b", "spleen", "kidney"], "C", "'kidney' by its position", "'spleen' by its position in the source"),
+        (["2. spleen", "1. liver"], "B", "'spleen' by its position", "'liver' by its position in the"),
+        ({"1": "liver", "3": "spleen", "4": "kidney"}, "B", "'spleen' by its position", "missing by its position in"),
+        (["liver", "\u200b", "spleen", "kidney"], "C", "'kidney' by its position", "'spleen' by its position in the"),
         (["none of these", "A. liver", "B. spleen"], "C", "'none of these' by its position", "'spleen' by its position in"),
         (["C) kidney", "spleen", "A) liver"], "A", "'A) liver' by the options' own", "'C) kidney' by its position"),
         ({"A": "B. spleen", "B": "A. liver", "C": "x"}, "A", "'spleen' by its key", "'liver' by the options' own letters"),
@@ -217,7 +218,7 @@ def test_letters_that_some_options_bring_are_not_shown(texts, shown):
 
 
 @pytest.mark.parametrize(
-    ("answer", "said"), [("В", r"it is written '\u0412', which only looks like 'B'"), ("sрleen", "looks like 'spleen'")]
+    ("answer", "said"), [("В", r"'\u0412', which only looks like 'B'"), ("sрleen", "looks like 'spleen'")]
 )
 def test_an_answer_in_letters_that_only_look_latin(answer, said):
     assert said in reason(list(ORGANS), answer)
@@ -226,7 +227,7 @@ def test_an_answer_in_letters_that_only_look_latin(answer, said):
 def test_a_number_whose_meaning_nobody_has_said():
     said = reason(list(ORGANS), "2")
     assert "not among its options" in said
-    assert "counted from 0 it is 'kidney', counted from 1 it is 'spleen': say which with --answer-index" in said
+    assert re.search("from 0 it is 'kidney', .*from 1 it is 'spleen': .*--answer-index", said)
     # held as a number, beside options that are texts, it may be a place though it reads like an
     # option
     said = reason(["1", "2", "3", "4"], "2", number=True)
@@ -240,13 +241,13 @@ def test_a_number_whose_meaning_nobody_has_said():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"A": "liver", "a": "spleen"}, "the key A twice, for 'liver' and 'spleen'"),
+        ({"A": "liver", "a": "spleen"}, "key A twice, for 'liver' and 'spleen'"),
         ({"A": "liver", "A.": "spleen"}, "the key A twice"),
         ([("A", "liver"), ("A", "spleen")], "the key A twice"),
         ({"label": ["A", "A"], "text": ["liver", "spleen"]}, "the key A twice"),
         ({"label": ["A"], "text": ["liver", "spleen"]}, "1 names and 2 texts"),
-        ({"A": "liver", "1": "spleen"}, "call all by letters A to J"),
-        ({"A": "liver", "B": "spleen", "note": "x"}, "call all by letters A to J"),
+        ({"A": "liver", "1": "spleen"}, "all by letters A to J"),
+        ({"A": "liver", "B": "spleen", "note": "x"}, "all by letters A to J"),
         ({"A": "liver", "B": "Liver"}, "'liver' occurs more than once"),
         (["A. liver", "B. Liver"], "'liver' occurs more than once"),
         (["A. liver", "B. spleen", "C. liver"], "'liver' occurs more than once"),
@@ -257,9 +258,9 @@ def test_a_number_whose_meaning_nobody_has_said():
         ([["liver"], "spleen"], "not a text"),
         ("liver", "not a list"),
         (7, "not a list"),
-        ({"A": "liver", "C": "spleen", "D": "A and C"}, "its option 'A and C' refers to other options"),
-        ({"1": "liver", "2": "spleen", "3": "1 and 2"}, "its option '1 and 2' refers to other options"),
-        (["liver", "", "spleen", "A and B"], "its option 'A and B' refers to other options"),
+        ({"A": "liver", "C": "spleen", "D": "A and C"}, "'A and C' refers to other"),
+        ({"1": "liver", "2": "spleen", "3": "1 and 2"}, "'1 and 2' refers to other"),
+        (["liver", "", "spleen", "A and B"], "'A and B' refers to other"),
     ],
 )
 def test_options_that_cannot_be_used(options, message):

@@ -253,7 +253,7 @@ def test_slake_images_in_the_archive(slake_folder):
     ("changes", "reason"),
     [
         ({"answer": ...}, "it has no answer"),
-        ({"answer": ["yes"]}, "its answer is ['yes'], not a text"),
+        ({"answer": ["yes"]}, "answer is ['yes'], not a text"),
         ({"question": " "}, "it has no question"),
         ({"image_name": ...}, "it has no image_name"),
         ({"image_name": "../x.jpg"}, "leaves the folder"),

@@ -110,7 +110,7 @@ def test_one_bit_and_floats_and_doubles(tmp_path):
 def test_an_overlay_in_the_bits_above_is_masked_and_other_values_there_are_refused(tmp_path):
     above = TWELVE | np.where(GREY > 127, 0x8000, 0).astype(np.uint16)
     dataset = dataset_of(above, **OF_TWELVE)
-    refused(save(tmp_path / "a", dataset), "BitsStored 12 and HighBit 11, its values reach 36863")
+    refused(save(tmp_path / "a", dataset), "BitsStored 12 and HighBit 11, .*values reach 36863")
     dataset.add_new(0x60000102, "US", 15)
     np.testing.assert_allclose(shown(save(tmp_path / "b", dataset)), GREY, atol=1)
     signed = dataset_of(((HOUNSFIELD & 0xFFF) | 0x7000).astype(np.int16), **OF_HOUNSFIELD)
@@ -121,22 +121,20 @@ def test_an_overlay_in_the_bits_above_is_masked_and_other_values_there_are_refus
 def test_an_overlay_that_is_stored_apart_or_in_the_bits_of_values_masks_nothing(tmp_path):
     above = dataset_of(TWELVE | np.where(GREY > 127, 0x8000, 0).astype(np.uint16), **OF_TWELVE)
     above.add_new(0x60000102, "US", 0)
-    refused(save(tmp_path / "a", above), "BitsStored 12 and HighBit 11, its values reach 36863")
+    refused(save(tmp_path / "a", above), "BitsStored 12 and HighBit 11, .*values reach 36863")
     apart = dataset_of(TWELVE, **OF_TWELVE)
     apart.add_new(0x60000102, "US", 0)
     np.testing.assert_allclose(shown(save(tmp_path / "b", apart)), GREY, atol=1)
     for bits, position in ((12, 11), (12, 1), (16, 15)):
         inside = dataset_of(TWELVE, BitsStored=bits, HighBit=bits - 1)
         inside.add_new(0x60020102, "US", position)
-        refused(
-            save(tmp_path / "c", inside), f"BitsStored {bits} and HighBit {bits - 1}, and an overlay in bit {position}"
-        )
+        refused(save(tmp_path / "c", inside), f"BitsStored {bits} and HighBit {bits - 1}, .*overlay in bit {position} ")
 
 
 @pytest.mark.parametrize(("stored", "high"), [(12, 7), (16, 11), (12, 10)])
 def test_values_above_the_high_bit_are_refused(tmp_path, stored, high):
     values = TWELVE * 16 if stored == 16 else TWELVE
-    reason = f"BitsStored {stored} and HighBit {high}, its values reach {values.max()}"
+    reason = f"BitsStored {stored} and HighBit {high}, .*values reach {values.max()}"
     refused(write_dicom(tmp_path / "a", values, BitsStored=stored, HighBit=high), reason)
     few = {"BitsStored": stored, "HighBit": high, "WindowCenter": 64.5, "WindowWidth": 128}
     np.testing.assert_allclose(shown(write_dicom(tmp_path / "b", TWELVE // 32, **few)), GREY, atol=2)
@@ -165,7 +163,7 @@ def test_a_slope_beyond_single_precision_is_one(tmp_path, slope):
 @pytest.mark.parametrize(("planar", "said"), [(None, "no"), (2, "2 as")])
 def test_colours_need_their_arrangement(tmp_path, planar, said):
     path = write_dicom(tmp_path / "a", COLOUR, PlanarConfiguration=planar)
-    refused(path, f"3 samples a pixel and {said} PlanarConfiguration, which must be 0 or 1")
+    refused(path, f"3 samples .* {said} PlanarConfiguration, .* 0 or 1")
 
 
 def test_padding_may_need_more_bits_than_are_stored(tmp_path):
@@ -262,7 +260,7 @@ def test_rle_with_values_of_more_bits_than_are_stored_is_refused(tmp_path):
     path = transcoded(tmp_path / "a", dataset_of(TWELVE), "RLELossless")
     changed = dcmread(path)
     changed.BitsStored, changed.HighBit = 8, 7
-    refused(save(tmp_path / "b", changed), "BitsStored 8 and HighBit 7, its values reach 4095")
+    refused(save(tmp_path / "b", changed), "BitsStored 8 and HighBit 7, .*values reach 4095")
 
 
 def encoded(image: Image.Image, form: str, **options: object) -> bytes:
@@ -324,36 +322,36 @@ J2K_COLOUR = {mct: encoded(Image.fromarray(COLOUR), "JPEG2000", no_jp2=True, mct
             COLOUR,
             JPEGBaseline8Bit,
             {"PhotometricInterpretation": "YBR_FULL_422"},
-            "say RGB, but its header says YBR_FULL_422",
+            "RGB, .*header says YBR_FULL_422",
         ),
-        (YCBCR, COLOUR, JPEGBaseline8Bit, {}, "say YCbCr, but its header says RGB"),
-        (YCBCR, GREY, JPEGBaseline8Bit, {}, "64x48 pixels of 3 samples, but its header says 64x48 of 1"),
-        (GREY_JPEG, COLOUR, JPEGBaseline8Bit, {}, "64x48 pixels of 1 samples, but its header says 64x48 of 3"),
-        (GREY_JPEG, GREY, JPEGBaseline8Bit, {"Rows": 24}, "64x48 pixels of 1 samples, but its header says 64x24 of 1"),
+        (YCBCR, COLOUR, JPEGBaseline8Bit, {}, "YCbCr, .*header says RGB"),
+        (YCBCR, GREY, JPEGBaseline8Bit, {}, "64x48 .* 3 samples, .*header says 64x48 of 1"),
+        (GREY_JPEG, COLOUR, JPEGBaseline8Bit, {}, "64x48 .* 1 samples, .*header says 64x48 of 3"),
+        (GREY_JPEG, GREY, JPEGBaseline8Bit, {"Rows": 24}, "64x48 .* 1 samples, .*header says 64x24 of 1"),
         (
             GREY_JPEG,
             TWELVE,
             JPEGBaseline8Bit,
             OF_TWELVE,
-            "say 8 bits, but its header says BitsStored 12 and BitsAllocated 16",
+            "8 bits, .*header .*BitsStored 12 and BitsAllocated 16",
         ),
-        (GREY_JPEG, GREY, JPEG2000Lossless, {}, "transfer syntax says JPEG 2000, its compressed pixels are JPEG"),
-        (GREY_J2K, GREY, JPEGBaseline8Bit, {}, "transfer syntax says JPEG, its compressed pixels are JPEG 2000"),
-        (GREY_JPEG, GREY, JPEGLSLossless, {}, "transfer syntax says JPEG-LS, its compressed pixels are JPEG"),
-        (GREY_JPEG, GREY, JPEGLosslessSV1, {}, "transfer syntax says lossless JPEG, its compressed pixels are JPEG"),
+        (GREY_JPEG, GREY, JPEG2000Lossless, {}, "syntax says JPEG 2000, .*pixels are JPEG:"),
+        (GREY_J2K, GREY, JPEGBaseline8Bit, {}, "syntax says JPEG, .*pixels are JPEG 2000:"),
+        (GREY_JPEG, GREY, JPEGLSLossless, {}, "syntax says JPEG-LS, .*pixels are JPEG:"),
+        (GREY_JPEG, GREY, JPEGLosslessSV1, {}, "says lossless JPEG, .*pixels are JPEG:"),
         (
             GREY_J2K,
             GREY,
             JPEG2000,
             {"PixelRepresentation": 1},
-            "values have none, but its header .PixelRepresentation 1. says that",
+            "values have none, .*PixelRepresentation 1. .*sign",
         ),
         (
             encoded(Image.fromarray(in_bits(GREY, 16).astype(np.uint16)), "JPEG2000", no_jp2=True),
             GREY,
             JPEG2000,
             {},
-            "say 16 bits, but its header says BitsStored 8 and BitsAllocated 8",
+            "16 bits, .*header .*BitsStored 8 and BitsAllocated 8",
         ),
         (J2K_COLOUR[1], COLOUR, JPEG2000, {"PhotometricInterpretation": "YBR_FULL"}, "RGB after their own transform"),
         (
@@ -361,16 +359,16 @@ J2K_COLOUR = {mct: encoded(Image.fromarray(COLOUR), "JPEG2000", no_jp2=True, mct
             COLOUR,
             JPEG2000,
             {"PhotometricInterpretation": "YBR_ICT"},
-            "without a transform, but its header says YBR_ICT",
+            "without a transform, .*header says YBR_ICT",
         ),
         (
             YCBCR,
             COLOUR,
             JPEGBaseline8Bit,
             {"PhotometricInterpretation": "YBR_RCT"},
-            "say JPEG, but its header says YBR_RCT",
+            "say JPEG, .*header says YBR_RCT",
         ),
-        (GREY_JPEG, GREY, JPEGBaseline8Bit, TWO_FRAMES, "NumberOfFrames 2, its compressed pixels are 1 frames"),
+        (GREY_JPEG, GREY, JPEGBaseline8Bit, TWO_FRAMES, "NumberOfFrames 2, .*pixels are 1 frames"),
     ],
 )
 def test_header_against_codestream(tmp_path, stream, like, syntax, elements, reason):
@@ -384,7 +382,7 @@ def test_frames_against_fragments(tmp_path, said, has_table):
     dataset.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
     dataset.PixelData = encapsulate([GREY_JPEG] * 3, has_bot=has_table)
     dataset["PixelData"].is_undefined_length = True
-    refused(save(tmp_path / "a", dataset), f"NumberOfFrames {said}, its compressed pixels are 3 frames")
+    refused(save(tmp_path / "a", dataset), f"NumberOfFrames {said}, .*pixels are 3 frames")
     dataset.NumberOfFrames = 3
     assert shown(save(tmp_path / "b", dataset), 3).shape == GREY.shape
     whole = dataset_of(GREY)
@@ -397,18 +395,18 @@ def test_frames_against_fragments(tmp_path, said, has_table):
 @pytest.mark.parametrize(
     ("elements", "reason"),
     [
-        ({"Rows": 24}, "64x24 pixels of 16 bits, that is 3072 bytes; its pixel data has 6144"),
-        ({"Rows": 47}, "that is 6016 bytes; its pixel data has 6144"),
-        ({"Columns": 32}, "1 frame of 32x48 pixels of 16 bits, that is 3072 bytes; its pixel data has 6144"),
-        ({"Columns": 128}, "that is 12288 bytes; its pixel data has 6144"),
-        ({"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7}, "of 8 bits, that is 3072 bytes; its pixel data has 6144"),
-        ({"BitsAllocated": 32}, "of 32 bits, that is 12288 bytes; its pixel data has 6144"),
-        ({"NumberOfFrames": 3}, "3 frames of 64x48 pixels of 16 bits, that is 18432 bytes"),
+        ({"Rows": 24}, "64x24 .* 16 bits, .*3072 bytes; .*has 6144"),
+        ({"Rows": 47}, "64x47 .*6016 bytes; .*has 6144"),
+        ({"Columns": 32}, "1 frame of 32x48 .* 16 bits, .*3072 bytes; .*has 6144"),
+        ({"Columns": 128}, "128x48 .*12288 bytes; .*has 6144"),
+        ({"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7}, " 8 bits, .*3072 bytes; .*has 6144"),
+        ({"BitsAllocated": 32}, " 32 bits, .*12288 bytes; .*has 6144"),
+        ({"NumberOfFrames": 3}, "3 frames of 64x48 .* 16 bits, .*18432 bytes"),
         ({"BitsStored": 20}, "BitsStored 20 and BitsAllocated 16"),
-        ({"BitsStored": 8, "HighBit": 7}, "BitsStored 8 and HighBit 7, its values reach 4095"),
+        ({"BitsStored": 8, "HighBit": 7}, "BitsStored 8 and HighBit 7, .*values reach 4095"),
         (
             {"PhotometricInterpretation": "YBR_RCT", "SamplesPerPixel": 1},
-            "1 samples a pixel, but its colours need 3 .YBR_RCT",
+            "1 samples a pixel, .*colours need 3 .YBR_RCT",
         ),
         ({"PixelRepresentation": 3}, "PixelRepresentation 3"),
         ({"PresentationLUTShape": "INVERSE"}, "MONOCHROME2 and PresentationLUTShape INVERSE"),
@@ -440,11 +438,11 @@ def test_transfer_syntax_against_pixel_data(tmp_path):
     plain = write_dicom(tmp_path / "plain", GREY).read_bytes()
     # RLE Lossless
     (tmp_path / "a").write_bytes(plain.replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.5\0"))
-    refused(tmp_path / "a", "transfer syntax says that its pixels are compressed, but they are not")
+    refused(tmp_path / "a", "syntax .*pixels are compressed, .*not")
     squeezed = write_compressed(tmp_path / "b", [GREY_JPEG], GREY, RLELossless).read_bytes()
     (tmp_path / "b").write_bytes(squeezed.replace(b"1.2.840.10008.1.2.5\0", b"1.2.840.10008.1.2.1\0"))
-    refused(tmp_path / "b", "transfer syntax says that its pixels are uncompressed, but they are compressed")
-    refused(write_compressed(tmp_path / "c", [GREY_JPEG], GREY, RLELossless), "bytes a pixel, but its header says 1")
+    refused(tmp_path / "b", "syntax .*pixels are uncompressed, .*are compressed")
+    refused(write_compressed(tmp_path / "c", [GREY_JPEG], GREY, RLELossless), r"\d{5,} bytes a pixel, .*header says 1 ")
     implicit = dataset_of(TWELVE, **OF_TWELVE)
     implicit.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
     np.testing.assert_allclose(shown(save(tmp_path / "d", implicit)), GREY, atol=1)
@@ -459,15 +457,15 @@ def test_transfer_syntax_against_pixel_data(tmp_path):
         (
             TWELVE,
             {"RescaleSlope": 0, "RescaleIntercept": 5},
-            "RescaleSlope 0 and RescaleIntercept 5, which make every value 5",
+            "RescaleSlope 0 and RescaleIntercept 5, .*every value 5",
         ),
         (
             TWELVE,
             {"WindowCenter": 30000, "WindowWidth": 100},
-            "from 0 to 4095, and its own window .*center 30000 and width 100",
+            "from 0 to 4095, .* own window .*center 30000 and width 100",
         ),
-        (HOUNSFIELD, {"WindowCenter": -9000, "WindowWidth": 100}, "from -2048 to 2047, and its own window"),
-        (TWELVE, {**OF_TWELVE, "RescaleIntercept": -9000}, "from -9000 to -4905, and its own window"),
+        (HOUNSFIELD, {"WindowCenter": -9000, "WindowWidth": 100}, "from -2048 to 2047, .* own window"),
+        (TWELVE, {**OF_TWELVE, "RescaleIntercept": -9000}, "from -9000 to -4905, .* own window"),
         (TWELVE, {"WindowCenter": 9e5, "WindowWidth": 10, "VOILUTFunction": "SIGMOID"}, "its own window"),
         (TWELVE, {"WindowCenter": 9e5, "WindowWidth": 10, "VOILUTFunction": "LINEAR_EXACT"}, "its own window"),
         # so wide that all is one grey
@@ -478,7 +476,7 @@ def test_transfer_syntax_against_pixel_data(tmp_path):
         (
             np.where(GREY > 127, 9, 0).astype(np.uint16),
             {"PixelPaddingValue": 0},
-            "all its values are 9 .beside its padding",
+            "all .*values are 9 .beside its padding",
         ),
         (np.full_like(COLOUR, 80), {}, r"one colour \(80 of 255\)"),
     ],
@@ -491,16 +489,14 @@ def test_a_picture_that_shows_nothing_is_refused_with_the_cause(tmp_path, values
 
 def test_the_window_asked_for_is_named_and_the_files_own_is_no_way_out(tmp_path):
     path = write_dicom(tmp_path / "a", TWELVE, **OF_TWELVE)
-    reason = "values go from 0 to 4095, and the given window, center -600 and width 10, has none of them.*--window"
+    reason = "from 0 to 4095, .*given window, center -600 and width 10, .*--window"
     refused(path, reason, Window(-600, 10))
 
 
 def test_one_hot_pixel_inside_the_window_does_not_make_a_picture_but_a_mask_is_one(tmp_path):
     hot = TWELVE.copy()
     hot[0, 0] = 65535
-    refused(
-        write_dicom(tmp_path / "a", hot, WindowCenter=60000, WindowWidth=1000), "from 0 to 65535, and its own window"
-    )
+    refused(write_dicom(tmp_path / "a", hot, WindowCenter=60000, WindowWidth=1000), "from 0 to 65535, .* own window")
     mask = np.zeros_like(GREY)
     mask[3, 3] = 1
     assert np.argwhere(shown(write_dicom(tmp_path / "b", mask))).tolist() == [[3, 3]]
@@ -511,7 +507,7 @@ def test_a_look_up_table_with_other_bits_than_it_says_is_refused(tmp_path, bits)
     table = item(LUTDescriptor=[4096, 0, bits], LUTData=np.arange(4096, dtype="<u2").tobytes())
     table["LUTDescriptor"].VR, table["LUTData"].VR = "US", "OW"
     path = write_dicom(tmp_path / "a", TWELVE, VOILUTSequence=[table], BitsStored=12, HighBit=11)
-    refused(path, f"says {bits} bits an entry, its largest entry is 4095")
+    refused(path, f"VOI .* {bits} bits an entry, .*largest entry is 4095")
     np.testing.assert_allclose(shown(path, window=Window(2048, 4096)), GREY, atol=1)
 
 
@@ -530,14 +526,14 @@ def test_two_rescalings_are_refused(tmp_path):
     table = item(LUTDescriptor=[2, 0, 16], LUTData=[0, 1], ModalityLUTType="US")
     table["LUTDescriptor"].VR = table["LUTData"].VR = "US"
     path = write_dicom(tmp_path / "a", TWELVE, ModalityLUTSequence=[table], RescaleSlope=2, RescaleIntercept=0)
-    refused(path, "a modality look-up table and RescaleSlope 2")
+    refused(path, "modality look-up table and RescaleSlope 2")
 
 
 def test_a_palette_of_other_bits_or_entries_than_it_says_is_refused(tmp_path):
     changes = [
-        ("Descriptor", [256, 0, 16], "palette says 16 bits an entry, its largest entry is 255"),
-        ("Descriptor", [200, 0, 8], "says 200 entries of 8 bits and holds 256"),
-        ("Data", bytes(100), "says 256 entries of 8 bits and holds 100"),
+        ("Descriptor", [256, 0, 16], "palette .*16 bits an entry, .*largest entry is 255"),
+        ("Descriptor", [200, 0, 8], "200 entries of 8 bits and holds 256"),
+        ("Data", bytes(100), "256 entries of 8 bits and holds 100"),
     ]
     for part, value, reason in changes:
         dataset = dataset_of(GREY, PhotometricInterpretation="PALETTE COLOR")

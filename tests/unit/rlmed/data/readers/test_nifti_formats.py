@@ -164,10 +164,10 @@ def test_harmless_differences_are_accepted(tmp_path):
 @pytest.mark.parametrize(
     ("qform", "sform", "reason"),
     [
-        (np.diag([-1.0, 1, 1, 1]), np.eye(4), "its qform says that its axes go to LAS, its sform to RAS"),
+        (np.diag([-1.0, 1, 1, 1]), np.eye(4), "qform .* LAS, its sform to RAS"),
         (np.eye(4), np.diag([-1.0, -1, 1, 1]), "RAS, its sform to LPS"),
         (np.eye(4), np.eye(4)[[0, 2, 1, 3]], "RAS, its sform to RSA"),
-        (np.eye(4), np.diag([1.0, 1, 2, 1]), r"voxels of 1 x 1 x 1, its sform of 1 x 1 x 2"),
+        (np.eye(4), np.diag([1.0, 1, 2, 1]), r"voxels of 1 x 1 x 1, .*sform of 1 x 1 x 2"),
         (np.eye(4), np.diag([1.1, 0.95, 1, 1]), ""),
     ],
 )
@@ -189,12 +189,12 @@ def test_qform_against_sform(tmp_path, qform, sform, reason):
 @pytest.mark.parametrize(
     ("values", "window", "reason"),
     [
-        (np.full(VOLUME.shape, np.nan, np.float32), None, "none of its values is a finite number"),
-        (np.full(VOLUME.shape, np.inf, np.float32), WHOLE, "none of its values is a finite number"),
+        (np.full(VOLUME.shape, np.nan, np.float32), None, "none .*finite number"),
+        (np.full(VOLUME.shape, np.inf, np.float32), WHOLE, "none .*finite number"),
         (np.full(VOLUME.shape, 3, np.int16), None, "all its values are 3"),
         (np.full(VOLUME.shape, 3, np.int16), WHOLE, "all its values are 3"),
-        (VOLUME, Window(5000, 10), "its values go from 0 to 255, and 4995 to 5005 is shown.*--window"),
-        (VOLUME, Window(0, 1e6), "its values go from 0 to 255, and -500000 to 500000 is shown"),
+        (VOLUME, Window(5000, 10), "values .*from 0 to 255, .*4995 to 5005 .*--window"),
+        (VOLUME, Window(0, 1e6), "values .*from 0 to 255, .*-500000 to 500000 "),
     ],
 )
 def test_a_slice_that_shows_nothing_is_refused_with_the_cause(tmp_path, values, window, reason):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tracemalloc
 from itertools import islice
 from pathlib import Path
@@ -85,7 +86,7 @@ def test_an_answer_that_is_a_place(folder, first, cell, expected):
 @pytest.mark.parametrize("cell", ["2", "-1", "B", "1.5", "99999"])
 def test_a_place_that_there_is_not(folder, cell):
     (skip,) = rows(table(folder, "image,question,A,B,answer", f"1.png,Which?,liver,spleen,{cell}"), answer_index=0)
-    assert "not the index of one of its 2 options" in skip.reason
+    assert re.search(f"'{cell}' is not the index .* 2 options", skip.reason)
 
 
 def test_images_of_another_folder_and_no_images_at_all(folder, tmp_path):
@@ -117,8 +118,8 @@ def test_a_folder_of_tables(folder):
         (",Which?,liver,spleen,A", "it has no image"),
         (f"{'long' * 100}.png,Which?,liver,spleen,A", "does not exist"),
         (f"{'1.png/' * 1000},Which?,liver,spleen,A", "does not exist"),
-        ("1.png,Which?,liver,spleen", "it has 4 cells, and the header has 5"),
-        ("1.png,Which?,liver,spleen,A,B", "it has 6 cells, and the header has 5"),
+        ("1.png,Which?,liver,spleen", "4 cells, and the header has 5"),
+        ("1.png,Which?,liver,spleen,A,B", "6 cells, and the header has 5"),
     ],
 )
 def test_a_bad_line_is_skipped(folder, line, reason):
@@ -143,16 +144,13 @@ def test_options_that_are_no_list(folder, cell):
     [
         ("images\\1.png", "images/1.png"),
         ("images/gr\u00f6\u00dfe.png", "images/gro\u0308\u00dfe.png"),
-        ("Images/1.png", "does not exist: there is 'images/1.png', which differs in case"),
-        (
-            "images/1.png\u200b",
-            "'images/1.png\\u200b' does not exist: there is 'images/1.png', which differs in characters",
-        ),
-        ("C:\\data\\images\\1.png", "leaves the folder of the data file: there is 'images/1.png' in it"),
-        ("/home/x/images/1.png", "leaves the folder of the data file: there is 'images/1.png' in it"),
+        ("Images/1.png", "there is 'images/1.png', which differs in case"),
+        ("images/1.png\u200b", "'images/1.png\\u200b' does not exist: there is 'images/1.png', which"),
+        ("C:\\data\\images\\1.png", "data file: there is 'images/1.png' in it"),
+        ("/home/x/images/1.png", "data file: there is 'images/1.png' in it"),
         ("..\\outside.png", "leaves the folder"),
         ("images\\..\\..\\outside.png", "leaves the folder"),
-        ("images/2.png", "does not exist: copy it there"),
+        ("images/2.png", "not exist: copy it there"),
     ],
 )
 def test_image_paths_as_other_systems_write_them(folder, cell, found):
@@ -210,7 +208,7 @@ def test_a_byte_order_mark_is_no_part_of_the_header(folder):
 def test_a_quotation_mark_that_is_not_closed(folder):
     first, second = rows(table(folder, "image,question,A,B,answer", '1.png,"Which?,a,b,A', "1.png,Size?,a,b,A"))
     assert (first.where, first.id) == ("line 2 of questions.csv", "questions-2")
-    assert "the quotation mark that opens in line 2 is not closed" in first.reason
+    assert "opens in line 2 is not" in first.reason
     assert (second.where, second.question) == ("line 3 of questions.csv", "Size?")
     path = table(folder, "image,question,A,B,answer", '1.png,"' + "x" * 200_000 + '",a,b,A', "1.png,Size?,a,b,A")
     first, second = rows(path)
@@ -223,16 +221,15 @@ def test_a_quotation_mark_that_is_not_closed(folder):
     [
         ((" ",), (), "is empty"),
         (("image,question,A,answer",), (), "no column for options"),
-        (("image,A,B,answer",), (), r"no column for question: name it with --column question=NAME\."),
+        (("image,A,B,answer",), (), r"no column for question: .*--column question=NAME\."),
         (
             ("picture,text,A,B,truth",),
             (),
-            r"no column for image, question, answer: name them with --column image=NAME --column question=NAME --column "
-            r"answer=NAME\.",
+            r"no column for image, .*--column image=NAME --column question=NAME --column answer=NAME\.",
         ),
         ((HEADER,), ("question=Frage", "answer=Antwort"), "no column for --column question=Frage, answer=Antwort; its"),
         (("image,image,question,A,B,answer",), (), "more than one column 'image'"),
-        ((HEADER,), ("question=Frage",), "no column for --column question=Frage; its columns: image"),
+        ((HEADER,), ("question=Frage",), "no column for --column question=Frage; .*columns: image"),
         ((HEADER,), ("frage=question",), "write FIELD=NAME"),
         ((HEADER,), ("question",), "write FIELD=NAME"),
         ((HEADER,), ("question=id", "question=kind"), "given twice"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -41,10 +42,7 @@ def test_a_mark_that_is_not_closed_costs_its_own_line(tmp_path, place):
     rows = records(tmp_path, "\n".join([HEADER, *lines]) + "\n")
     assert len(rows) == 6
     assert [row.line for row in rows if row.reason] == [place + 2]
-    assert (
-        f"the quotation mark that opens in line {place + 2} is not closed up to the end of the table"
-        in rows[place].reason
-    )
+    assert re.search(f"opens in line {place + 2} is .* end of the table", str(rows[place].reason))
 
 
 @pytest.mark.parametrize(
@@ -67,7 +65,7 @@ def test_a_mark_that_another_one_closes_takes_no_rows_along(tmp_path, faults):
     sound = [number for number in range(6) if number not in faults]
     assert [questions(rows)[number] for number in sound] == [f"Question {number}?" for number in sound]
     first = min(faults)
-    assert f"opens in line {first + 2} is not closed" in rows[first].reason
+    assert f"opens in line {first + 2} is not" in rows[first].reason
 
 
 @pytest.mark.parametrize(
@@ -107,7 +105,7 @@ def test_marks_within_a_cell(tmp_path, cell):
 @pytest.mark.parametrize("cell", ['"5" disc"', '"a" b', '"a"b"'])
 def test_text_behind_a_closing_mark_costs_its_line(tmp_path, cell):
     first, second = records(tmp_path, f"{HEADER}\n1.png,{cell},liver,lung,lung\n{good(2)}\n")
-    assert "text follows a closing quotation mark" in first.reason
+    assert "text follows a closing" in first.reason
     assert second.record["question"] == "Question 2?"
 
 
@@ -258,7 +256,11 @@ def test_a_mark_that_is_not_closed_is_not_searched_for_through_a_huge_file(tmp_p
         ("q.csv", "image|question|A|B|answer\n1.png|q|liver|spleen|A\n", r"--delimiter '\|'"),
         ("q.tsv", "image,question,A,B,answer\n1.png,q,liver,spleen,A\n", "--delimiter ','"),
         ("q.csv", "sep=;\nimage;question;A;B;answer\n1.png;q;liver;spleen;A\n", "remove the first line"),
-        ("q.csv", "image,question,A,B,Answer,answer \n1.png,q,liver,spleen,A,B\n", "more than one column of answer"),
+        (
+            "q.csv",
+            "image,question,A,B,Answer,answer \n1.png,q,liver,spleen,A,B\n",
+            "more than .*'Answer', 'answer'",
+        ),
     ],
 )
 def test_a_header_that_is_parted_or_named_in_two_ways(tmp_path, name, text, said):

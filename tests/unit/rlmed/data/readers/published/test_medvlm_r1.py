@@ -100,12 +100,12 @@ def test_odd_options_keep_their_letter(folder, tmp_path, options):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"solution": "C", "place": 1}, "its answer 'Acute infarct' is not its solution 'C'"),
+        ({"solution": "C", "place": 1}, "'Acute infarct' is not its solution 'C'"),
         ({"answer": "Tumor"}, "'Tumor' is not among its options"),
-        ({"options": "liver", "answer": "l", "place": 0}, "its options are 'liver', not a list"),
-        ({"problem": "Something else?\nA) x"}, "is not its question and options"),
-        ({"subset": "Dermoscopy"}, "its subset 'Dermoscopy' is none of MRI, CT, X-ray"),
-        ({"subset": ...}, "its subset None is none of"),
+        ({"options": "liver", "answer": "l", "place": 0}, "options are 'liver', not a list"),
+        ({"problem": "Something else?\nA) x"}, "is not its question and"),
+        ({"subset": "Dermoscopy"}, "subset 'Dermoscopy' is none of MRI, CT, X-ray"),
+        ({"subset": ...}, "subset None is none of"),
         ({"image": ["a.png", "b.png"]}, "it has 2 images"),
         ({"image": []}, "it has 0 images"),
         ({"image": ...}, "it has no image"),
@@ -116,7 +116,7 @@ def test_odd_options_keep_their_letter(folder, tmp_path, options):
         ({"image": [7]}, "'7' does not exist"),
         ({"image": ["half \ud800.png"]}, "not a path"),
         ({"image": ["x" * 300]}, "does not exist"),
-        ({"question": {"a": 1}, "problem": None}, "its question is {'a': 1}, not a text"),
+        ({"question": {"a": 1}, "problem": None}, "question is {'a': 1}, not a text"),
     ],
 )
 def test_a_row_whose_parts_disagree_is_skipped(folder, changes, reason):
@@ -146,9 +146,9 @@ def test_training_rows_are_the_first_mri_rows_that_are_no_test_rows(folder, tmp_
     assert [row.where for row in left] == [f"row {n} of train.{ending}" for n in (0, 3, 4, 5)]
     assert (behind.rows, behind.chosen, behind.reason) == (1, True, "it comes after the 3 training rows")
     assert sum(row.rows if isinstance(row, Skipped) else 1 for row in rows) == 2 + 8
-    assert all(row.chosen and "it is a test row too" in row.reason for row in left[:2])
+    assert all(row.chosen and "is a test row too" in row.reason for row in left[:2])
     assert (left[2].chosen, left[3].chosen) == (True, False)
-    assert "a training row before it asks the same" in left[2].reason
+    assert "training row before it" in left[2].reason
     assert rows[-2].options == ("Hemorrhage", "Acute infarct", "Abscess")
 
 

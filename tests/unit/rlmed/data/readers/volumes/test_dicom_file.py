@@ -128,12 +128,12 @@ def test_a_missing_file_or_a_folder_is_an_error_that_does_not_name_it(tmp_path):
     ("elements", "reason"),
     [
         ({"Rows": 65535, "Columns": 65535}, "more than 50000000 values"),
-        ({"Rows": 64}, "48x64 pixels of 16 bits, that is 6144 bytes; its pixel data has 3072"),
+        ({"Rows": 64}, "48x64 .* 16 bits, .*6144 bytes; .*has 3072"),
         ({"Rows": 0}, "48x0 pixels"),
         ({"PhotometricInterpretation": NAME}, "photometric interpretation is none of"),
-        ({"PhotometricInterpretation": "RGB"}, "1 samples a pixel, but its colours need 3"),
-        ({"SamplesPerPixel": 3}, "3 samples a pixel, but its colours need 1"),
-        ({"BitsAllocated": 64}, "pixels of 64 bits, that is 12288 bytes; its pixel data has 3072"),
+        ({"PhotometricInterpretation": "RGB"}, "1 samples a pixel, .*colours need 3"),
+        ({"SamplesPerPixel": 3}, "3 samples a pixel, .*colours need 1"),
+        ({"BitsAllocated": 64}, "48x32 .* 64 bits, .*12288 bytes; .*has 3072"),
         ({"BitsAllocated": 12}, "BitsStored 16 and BitsAllocated 12"),
         ({"PixelSpacing": [1.0, 1000.0]}, "more than 20 times"),
         ({"PhotometricInterpretation": "PALETTE COLOR"}, "palette is missing"),
@@ -161,7 +161,7 @@ def test_a_compressed_frame_of_another_size_than_the_headers_is_not_decoded(tmp_
     assert len(bomb.getvalue()) < 700_000
     path = write_compressed(tmp_path / "a", [bomb.getvalue()], np.zeros((32, 48), dtype=np.uint8), syntax)
     monkeypatch.setattr(DecoderProcess, "decode", lambda *arguments: pytest.fail("it was decoded"))
-    with pytest.raises(BadImageError, match=r"6000x5000 pixels of 1 .*header says 48x32 of 1"):
+    with pytest.raises(BadImageError, match=r"6000x5000 .* 1 samples.*header says 48x32 of 1"):
         render(path)
 
 

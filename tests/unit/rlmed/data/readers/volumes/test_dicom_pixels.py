@@ -70,7 +70,7 @@ def test_every_window_function_is_pydicoms(tmp_path, function):
 
 def test_a_window_function_of_another_name_is_refused_unless_a_window_is_given(tmp_path):
     path = write_dicom(tmp_path / "a", GREY, WindowCenter=1800, WindowWidth=2500, VOILUTFunction="CUBIC")
-    with pytest.raises(BadImageError, match="its VOILUTFunction 'CUBIC' is none of LINEAR, LINEAR_EXACT, SIGMOID"):
+    with pytest.raises(BadImageError, match=r"VOILUTFunction 'CUBIC' .* LINEAR, LINEAR_EXACT, SIGMOID: "):
         shown(path)
     assert shown(path, window=Window(2000, 3000)).any()
 
@@ -304,7 +304,7 @@ def test_big_endian_and_1_bit_and_32_bits_and_floats_are_read(tmp_path):
 def test_pixels_that_are_there_twice_are_refused(tmp_path):
     dataset = dataset_of(CT.astype(np.int32))
     dataset.FloatPixelData = np.linspace(0, 1, CT.size, dtype=np.float32).tobytes()
-    with pytest.raises(BadImageError, match="twice, as PixelData and as floats"):
+    with pytest.raises(BadImageError, match=r"twice, as PixelData and .*floats"):
         shown(save(tmp_path / "a", dataset))
 
 

@@ -223,7 +223,7 @@ def test_an_unknown_orientation_is_an_error_unless_allowed(tmp_path):
         ({"dim": [3, -5, 12, 14, 1, 1, 1, 1]}, "shape|damaged"),
         ({"dim": [5, 10, 12, 7, 1, 2, 1, 1]}, "volumes of 3 axes"),
         ({"dim": [99, 10, 12, 14, 1, 1, 1, 1]}, "magic stands for 348"),
-        ({"dim": [3, 10, 12, 15, 1, 1, 1, 1]}, "10x12x15 voxels of 2 bytes, which end at byte 3952; it has 3712"),
+        ({"dim": [3, 10, 12, 15, 1, 1, 1, 1]}, "10x12x15 voxels of 2 bytes, .* 3952; it has 3712"),
         ({"datatype": 32, "bitpix": 64}, "not single real numbers"),
         ({"datatype": 128, "bitpix": 24}, "not single real numbers"),
         ({"datatype": 12345}, "damaged"),

@@ -107,18 +107,18 @@ def test_a_path_of_another_system_finds_its_file(folder, file):
 @pytest.mark.parametrize(
     ("file", "hint"),
     [
-        ("Doe^Jane/1.DCM", "missing, or is a folder: there is one which differs in case; give its path"),
-        ("DOE^JANE/1", "there is one which differs in its ending; give"),
-        ("DOE^JANE/1.dcm\u200b", "there is one which differs in characters that cannot be seen; give"),
-        ("C:\\studies\\DOE^JANE\\1.dcm", "not a path inside the source's folder: there is one of that name; give"),
-        ("1.dcm", "there is one in another folder; give"),
-        ("..\\outside.dcm", "not a path inside the source's folder: give"),
-        ("DOE^JANE/9.dcm", "missing, or is a folder: give"),
+        ("Doe^Jane/1.DCM", "folder: there .* in case; give"),
+        ("DOE^JANE/1", "folder: there .* in its ending; give"),
+        ("DOE^JANE/1.dcm\u200b", "folder: there .* in characters .*; give"),
+        ("C:\\studies\\DOE^JANE\\1.dcm", "not a path .*: there .* of that name; give"),
+        ("1.dcm", "folder: there .* in another folder; give"),
+        ("..\\outside.dcm", "not a path [^:]*: give"),
+        ("DOE^JANE/9.dcm", "missing, [^:]*: give"),
     ],
 )
 def test_a_near_file_is_hinted_at_and_not_named(folder, file, hint):
     (row,) = rows(write(folder, f"{file},1,Which?,a,b,a,,"))
-    assert hint in row.reason
+    assert re.search(hint, row.reason)
     assert "doe" not in row.reason.lower()
 
 
@@ -168,7 +168,7 @@ def test_numbers_in_cells():
     assert cell_number({"frame": "12"}, "frame") == 12
     assert cell_number({"frame": ""}, "frame") is cell_number({}, "frame") is None
     for text in ("1.5", "-1", "x", "²", "9" * 5000):
-        with pytest.raises(BadRowError, match=r"^its frame must be a whole number"):
+        with pytest.raises(BadRowError, match=r"^its frame .*whole number"):
             cell_number({"frame": text}, "frame")
 
 
