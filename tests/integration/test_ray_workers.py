@@ -189,8 +189,8 @@ class Doomed:
     ("ways", "error", "message"),
     [
         # rank 0 fails at once because its fellow goes; who went is what should be told
-        (("fails", "lost"), LearnerError, "lost learner rank 1 while waiting for it to learn.*resume=auto"),
-        (("fails", "learns"), LearnerError, "rank 0 could not learn with the other ranks: .*gloo.*resume=auto"),
+        (("fails", "lost"), LearnerError, "lost learner rank 1 .*resume=auto"),
+        (("fails", "learns"), LearnerError, "rank 0 could not .*gloo.*resume=auto"),
         (("refuses",), ValueError, "a batch of nothing"),
     ],
     ids=["lost", "failed", "refused"],
@@ -349,10 +349,7 @@ def test_weights_are_sent_from_actor_to_actor_and_fetched_by_later_workers(sessi
         # with it no group can be made, so both fetch
         learn()
         learner.push_weights(channel)
-        assert (
-            "no connection by nccl: NCCL does not load here. Sending these weights through the object store"
-            in caplog.text
-        )
+        assert "nccl: NCCL does not load here. Sending" in caplog.text
         assert worst_difference(expected(), sampled(pool, 3), local.policy) <= LOGPROBS
     finally:
         pool.close()

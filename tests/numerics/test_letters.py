@@ -81,7 +81,7 @@ def test_texts_part_where_their_tokens_do():
 
 def test_a_text_that_begins_another_is_refused():
     renderer = PromptRenderer(joined_tokenizer(), None, max_prompt_tokens=64)
-    with pytest.raises(ValueError, match="'<answer>B', '<answer>BB' cannot be told apart"):
+    with pytest.raises(ValueError, match="'<answer>B', '<answer>BB' cannot be told"):
         renderer.split_common_prefix(["<answer>B", "<answer>BB"])
 
 

@@ -32,14 +32,14 @@ from tests.unit.rlmed.data.pictures import marked
         (["a", " A"], "good.png", "2 to 10 different texts"),
         (["a", " "], "good.png", "one is blank"),
         (["a", "b"], "absent.png", r"absent\.png does not exist"),
-        (["a", "b"], "black.png", r"black\.png shows nothing: it is all of one colour \(0 of 255\)"),
-        (["a", "b"], "transparent.png", r"transparent\.png shows nothing: it is transparent all over"),
-        (["a", "b"], "same.tif", r"same\.tif shows nothing: all its values are 4000"),
+        (["a", "b"], "black.png", r"black\.png .*one colour \(0 of 255\)"),
+        (["a", "b"], "transparent.png", r"transparent\.png .*: it is transparent"),
+        (["a", "b"], "same.tif", r"same\.tif .*: all its values are 4000"),
         (["a", "b", "--temperature", "-1"], "good.png", r"Invalid temperature=-1\.0"),
         (["a", "b", "--temperature", "nan"], "good.png", "Invalid temperature=nan"),
-        (["a", "b", "--seed", "5"], "good.png", "--seed 5 has no effect without sampling: add --temperature"),
+        (["a", "b", "--seed", "5"], "good.png", "--seed 5 has .*without sampling: add --temperature"),
         (["a", "b", "--seed", "0"], "good.png", "--seed 0 has no effect without sampling"),
-        (["a", "b", "--modality", "CT"], "good.png", "--modality CT has no effect: model .* has one prompt for all"),
+        (["a", "b", "--modality", "CT"], "good.png", "--modality CT has no effect: .* one prompt"),
     ],
 )
 def test_ask_refuses_in_one_line(
@@ -102,7 +102,7 @@ def test_ask_asks_as_the_model_was_asked_in_training(
     ask.main([*arguments, "--modality", "CT"])
     assert "no prompt of its own" not in caplog.text
     ask.main([*arguments, "--modality", "MR"])
-    assert "--modality MR has no prompt of its own (available: CT); using the general one" in caplog.text
+    assert "--modality MR has no prompt of its own (available: CT)" in caplog.text
     texts = [prompt.text for prompt in prompts]
     assert "Say: What?" in texts[1]
     assert "CT: What?" in texts[2]
@@ -174,8 +174,8 @@ def test_ask_warns_where_prompt_and_completion_pass_the_models_positions(
 
     assert "positions" not in warned(1)
     assert "positions" not in warned(limit - lengths[0])
-    said = f"{lengths[0]} tokens of the prompt and --max-tokens {limit - lengths[0] + 1} are more than the {limit} positions"
-    assert said in warned(limit - lengths[0] + 1)
+    said = rf"\b{lengths[0]} tokens .*--max-tokens {limit - lengths[0] + 1} .* {limit} positions"
+    assert re.search(said, warned(limit - lengths[0] + 1))
 
 
 def test_doctor_finds_what_is_installed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,15 +66,15 @@ def test_expand_resume_folder(tmp_path: Path) -> None:
     [
         (
             ["data=a.jsonl", "data.eval=[b.jsonl]"],
-            r"data=a\.jsonl and data\.eval=\[b\.jsonl\] both set data\.eval: drop one",
+            r"data=a\.jsonl and data\.eval=\[b\.jsonl\] both .*data\.eval: ",
         ),
         (
             ["data.eval=[b.jsonl]", "data=[a.jsonl]"],
-            r"data=\[a\.jsonl\] and data\.eval=\[b\.jsonl\] both set data\.eval",
+            r"data=\[a\.jsonl\] and data\.eval=\[b\.jsonl\] both .*data\.eval: ",
         ),
         (
             ["model.path=x", "model=models/y"],
-            r"model=models/y and model\.path=x both set model\.path: drop one of them",
+            r"model=models/y and model\.path=x both .*model\.path: ",
         ),
     ],
 )
@@ -97,7 +97,7 @@ def test_a_shorthand_and_what_it_stands_for_are_not_taken_together(arguments: li
             ": renamed to +experiment=medvqa_600,medvqa_600_dapo profile=tiny",
         ),
         (["+experiment=medvqa_600", "profile=embedded"], "profile=embedded: renamed to profile=tiny"),
-        (["profile=auto"], "profile=auto: this is the default, leave it out"),
+        (["profile=auto"], "profile=auto: this is the default"),
     ],
 )
 @pytest.mark.parametrize("cuda", [True, False])
@@ -114,11 +114,11 @@ def test_an_experiment_of_ones_own_has_the_profile_that_it_names() -> None:
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("learner.lrr=1", r"unknown key learner\.lrr: did you mean learner\.lr\?"),
-        ("rolout.max_tokens=64", r"unknown key rolout: did you mean rollout\?"),
-        ("epochs=2", r"unknown key epochs: did you mean learner\.epochs or sft\.epochs\?"),
-        ("max_tokens=64", r"unknown key max_tokens: did you mean rollout\.max_tokens or eval\.max_tokens\?"),
-        ("zzz=1", "unknown key zzz: known keys: .*steps"),
+        ("learner.lrr=1", r"unknown .*learner\.lrr: .*learner\.lr\?"),
+        ("rolout.max_tokens=64", r"unknown .*rolout: .*mean rollout\?"),
+        ("epochs=2", r"unknown .*epochs: .*learner\.epochs or sft\.epochs\?"),
+        ("max_tokens=64", r"unknown .*max_tokens: .*rollout\.max_tokens or eval\.max_tokens\?"),
+        ("zzz=1", "unknown .*zzz: known .*steps"),
     ],
 )
 def test_expand_says_which_key_was_meant(argument: str, message: str) -> None:
@@ -134,17 +134,17 @@ def test_expand_says_what_a_table_is_read_with() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--steps", "2"], "--steps: settings are written key=value: did you mean steps=2?"),
-        (["--steps=2"], "--steps=2: settings are written key=value: did you mean steps=2?"),
-        (["--cluster", "ray"], "did you mean cluster=ray?"),
-        (["--learner.lr"], "did you mean learner.lr=VALUE?"),
-        (["steps", "=", "2"], "steps = 2: no spaces around =: did you mean steps=2?"),
-        (["steps=", "2"], "steps= 2: no spaces around =: did you mean steps=2?"),
-        (["steps", "=2"], "steps =2: no spaces around =: did you mean steps=2?"),
+        (["--steps", "2"], "--steps: .*key=value: .*steps=2[?]"),
+        (["--steps=2"], "--steps=2: .*key=value: .*steps=2[?]"),
+        (["--cluster", "ray"], "did you mean cluster=ray[?]"),
+        (["--learner.lr"], r"did you mean learner\.lr=VALUE[?]"),
+        (["steps", "=", "2"], "steps = 2: no spaces .*steps=2[?]"),
+        (["steps=", "2"], "steps= 2: no spaces .*steps=2[?]"),
+        (["steps", "=2"], "steps =2: no spaces .*steps=2[?]"),
     ],
 )
 def test_a_setting_in_another_spelling_is_corrected(arguments: list[str], message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=message):
         _parse_flags(arguments)
 
 
@@ -207,7 +207,8 @@ def test_newest_run_has_the_newest_checkpoint_and_later_ones_without_are_named(
     (runs / "old" / "report.html").touch()  # a report written later makes no run newer
     assert newest_run(runs / "next") == runs / "newer"
     said = capsys.readouterr().out
-    assert f"{runs / 'killed'} ended before its first checkpoint, so {runs / 'newer'} is resumed" in said
+    assert f"first checkpoint, so {runs / 'newer'} is resumed" in said
+    assert f" {runs / 'killed'} ended" in said
     assert "killed-long-ago" not in said
 
 
@@ -320,9 +321,9 @@ def test_resume_auto_makes_no_folder_beside_the_run(
     monkeypatch.chdir(tmp_path)
     first = run(monkeypatch, "resume=auto", "name=mine")
     place = tmp_path / "outputs" / "mine"
-    assert capsys.readouterr().out == f"resume=auto: nothing to resume in {place}, starting from step 1\n"
+    assert capsys.readouterr().out.startswith(f"resume=auto: nothing to resume in {place}, ")
     run(monkeypatch, "resume=auto", "hydra.run.dir=named")
-    assert f"nothing to resume in {tmp_path / 'named'}, starting from step 1" in capsys.readouterr().out
+    assert f"nothing to resume in {tmp_path / 'named'}, " in capsys.readouterr().out
     (first / "checkpoints" / "step-000002").mkdir(parents=True)
     leftovers = [
         first / "checkpoints" / ".step-000004.partial",
@@ -351,7 +352,7 @@ def test_a_refused_run_leaves_no_trace_in_the_folder_of_another(
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     status, said = failed(monkeypatch, capsys, "hydra.run.dir=mine", "seed=2")
     assert status == 2
-    assert f"{folder} already contains a run (step-000002): choose another folder" in said
+    assert f"{folder} already contains a run (step-000002): choose" in said
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
@@ -364,7 +365,7 @@ def test_a_file_where_results_go_is_found_before_the_run(
     (tmp_path / "mine" / name).write_text("")
     status, said = failed(monkeypatch, capsys, "hydra.run.dir=mine")
     assert status == 2
-    assert f"{tmp_path}/mine/{name} is a file where a folder must go. Rename it and" in said
+    assert f"{tmp_path}/mine/{name} is a file where a folder must go." in said
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def test_a_slow_bfloat16_becomes_float32_and_it_is_said(
     speeds.append(speed)
     with caplog.at_level(logging.WARNING):
         assert settle_model(make_config(BFLOAT16).model, engines=1).dtype == dtype
-    assert (f"at {speed} of float32's speed, so float32 is used" in caplog.text) == (dtype == "float32")
+    assert (f"at {speed} of float32's speed, so float32" in caplog.text) == (dtype == "float32")
 
 
 @pytest.mark.parametrize("asked", ["auto", "float32"])
@@ -70,7 +70,7 @@ def test_a_resumed_run_keeps_its_dtype(
     path = write_versions(tmp_path, settled)
     caplog.clear()
     assert settle_model(make_config(BFLOAT16).model, engines=1, resumed=tmp_path) == settled
-    assert ("the resumed run stays in bfloat16" in caplog.text) == (now < 0.5)
+    assert ("resumed run stays in bfloat16" in caplog.text) == (now < 0.5)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"cpu": "another"}))
     assert settle_model(make_config(BFLOAT16).model, engines=1, resumed=tmp_path).dtype == settled.dtype
     # what lies in a folder whose run begins anew does not count

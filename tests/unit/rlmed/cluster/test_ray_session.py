@@ -34,7 +34,7 @@ def test_a_head_that_stops_listening_ends_the_process_with_the_command_that_goes
     watch.join(timeout=60)
     assert ended == [3]
     said = capsys.readouterr().err
-    assert f"lost the Ray head node at {address}" in said
+    assert f"the Ray head node at {address}" in said
     assert "the same command with resume=auto" in said
 
 

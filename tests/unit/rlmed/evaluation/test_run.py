@@ -165,9 +165,9 @@ def test_rows_whose_options_refer_to_others_have_no_other_order_and_it_is_said(f
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(summary_table(None, summary, None))
     shown = " ".join(console.export_text().split())
-    said = "mri: 2 of 8 rows keep the order of their options, since one refers to others, such as 'all of the above'"
-    assert said in shown
-    assert "fixed: 8 of 8 rows keep the order of their options, since one refers to others, such as 'both'" in shown
+    said = r"mri: 2 of 8 rows keep the order .*'all of the above'"
+    assert re.search(said, shown)
+    assert re.search(r"fixed: 8 of 8 rows keep the order .*'both'", shown)
     assert "ct: " not in shown
 
 
@@ -488,7 +488,7 @@ def test_only_files_that_both_have_are_compared(files, renderer, tmp_path):
 def test_other_rows_are_not_compared(files, renderer, tmp_path):
     run(files[:1], renderer, tmp_path, step=0)
     run([EvalFile("mri", files[0].examples[:-1])], renderer, tmp_path, step=1)
-    with pytest.raises(ValueError, match=r"file mri has other rows.*'7'.*eval\.limit"):
+    with pytest.raises(ValueError, match=r"mri has other rows.*'7'.*eval\.limit"):
         compare(tmp_path / "step-000000", tmp_path / "step-000001")
     reworded = (dataclasses.replace(files[0].examples[0], question="Who?"), *files[0].examples[1:])
     run([EvalFile("mri", reworded)], renderer, tmp_path, step=2)
@@ -538,7 +538,7 @@ def test_every_column_of_the_table_is_explained_below_it(files, renderer, tmp_pa
     assert "blank, shuffled: on a grey picture, on another row's" in caption(summary)
     assert "other order: with the options in another order" in caption(summary)
     assert "in the other rows of the file (loo, leave one out)" in caption(summary)
-    assert "evaluation needs 56 answers: 14 on the unchanged rows, 14 on a grey picture, 14 on another" in caplog.text
+    assert re.search(r"needs 56 answers: 14 .*unchanged .* 14 .*grey .* 14 .*another", caplog.text)
     caplog.clear()
     with caplog.at_level("INFO"):
         fewer = run(files, renderer, tmp_path, controls=False, train_examples=files[1].examples, step=4)

@@ -78,7 +78,7 @@ def test_an_engine_that_dies_or_says_nothing_ends_the_push(engines, stage, how):
     sender = DirectSender(gather, CPU, 2.0)
     sender.connect(GLOO, ENGINES, engines, "127.0.0.1")
     engines.fails = (1, stage, *how)
-    with pytest.raises(TransferError, match=r"version 3 did not reach the engines: .*worker 1"):
+    with pytest.raises(TransferError, match=r"version 3 .*not reach .*worker 1 "):
         sender.send(3)
     assert gathered == list(weights(1))  # the other ranks wait for each
     engines.fails = None
@@ -88,14 +88,14 @@ def test_an_engine_that_dies_or_says_nothing_ends_the_push(engines, stage, how):
 
 def test_an_engine_that_cannot_connect_is_named(engines):
     engines.fails = (0, "connect")
-    with pytest.raises(NotConnectedError, match=r"by gloo: worker 0 could not connect: the actor died"):
+    with pytest.raises(NotConnectedError, match=r"gloo: worker 0 .*not connect: .*actor died"):
         sender_of(weights(1), limit_s=2.0).connect(GLOO, ENGINES, engines, "127.0.0.1")
 
 
 def test_weights_of_another_model_end_the_push(engines):
     sender = sender_of({"other": torch.ones(3)}, limit_s=2.0)
     sender.connect(GLOO, ENGINES, engines, "127.0.0.1")
-    with pytest.raises(TransferError, match="other, which this model does not have"):
+    with pytest.raises(TransferError, match=r"weights of other, .*not have"):
         sender.send(1)
     sender = sender_of({"a": torch.ones(3, 5)}, limit_s=2.0)
     sender.connect(GLOO, ENGINES, engines, "127.0.0.1")

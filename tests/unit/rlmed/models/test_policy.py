@@ -205,7 +205,7 @@ def test_a_model_that_is_nowhere_is_named_with_advice(tmp_path, monkeypatch):
             "models/Qwen2-VL-2B-Instruct",
             "`hf download Qwen/Qwen2-VL-2B-Instruct --local-dir models/Qwen2-VL-2B-Instruct`",
         ),
-        ("./models/mine", "`hf download OWNER/mine --local-dir models/mine`, OWNER being its publisher"),
+        ("./models/mine", "`hf download OWNER/mine --local-dir models/mine`, OWNER"),
         ("Weights/x", "`hf download OWNER/x --local-dir Weights/x`"),
         ("owner/absent", "`hf download owner/absent --local-dir models/absent`"),
         ("gpt2-absent", "`hf download gpt2-absent --local-dir models/gpt2-absent`"),

@@ -65,7 +65,7 @@ def test_bytes_in_a_readonly_store_are_not_copied(tensors: dict[str, torch.Tenso
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("z", (2, 2), "received weights of z, which this model does not have"),
+        ("z", (2, 2), "weights of z, .*not have"),
         ("a", (3,), r"received a with shape \(3,\), expected \(2, 2\)"),
     ],
 )

@@ -181,8 +181,8 @@ def test_duration(seconds, text):
     ("done", "evaluates", "said"),
     [
         (4, True, None),
-        (6, True, "all 6 steps were done already: only the evaluation at the end is repeated"),
-        (6, False, "all 6 steps were done already: nothing is left to do"),
+        (6, True, "6 steps were done already: only"),
+        (6, False, "6 steps were done already: nothing"),
     ],
 )
 def test_a_run_resumed_after_its_last_step_says_what_is_left(done, evaluates, said, capsys):

@@ -178,14 +178,14 @@ def test_shorthands_are_shared_as_they_were_given(models, tmp_path):
         (
             ["sft", "rl"],
             "algo.loss.dual_clip=2",
-            r"dual_clip=2: rlmed\.launch does not read .* Set algo\.loss\.clip=dual",
+            r"dual_clip=2: rlmed\.launch .* Set algo\.loss\.clip=dual",
         ),
-        (["sft", "rl"], "reliability.samples=3", r"reliability\.samples=3: rlmed\.launch does not read reliab"),
-        (["sft"], "algo.group_size=3", r"algo\.group_size=3: rlmed\.sft does not read algo\.group_size\."),
-        (["rl"], "algo=grpoo", "algo=grpoo: option not found; did you mean grpo"),
-        (["rl"], "+experiment=medvqa", "experiment=medvqa: option not found; did you mean medvqa_600"),
+        (["sft", "rl"], "reliability.samples=3", r"reliability\.samples=3: rlmed\.launch .*read reliability\.samples"),
+        (["sft"], "algo.group_size=3", r"algo\.group_size=3: rlmed\.sft .*read algo\.group_size\."),
+        (["rl"], "algo=grpoo", r"algo=grpoo: .*not found; .*mean grpo\?"),
+        (["rl"], "+experiment=medvqa", r"experiment=medvqa: .*not found; .*mean medvqa_600\?"),
         (["rl"], "data.mix={MRI:0.5", "data.mix={MRI:0.5: not a mapping"),
-        (["rl"], "algo.kl_coeff=0", r"unknown key algo\.kl_coeff: did you mean algo\.loss\.kl_coef\?"),
+        (["rl"], "algo.kl_coeff=0", r"unknown .*algo\.kl_coeff: .*algo\.loss\.kl_coef\?"),
     ],
 )
 def test_what_none_of_the_runs_reads_is_refused(methods, override, said, tmp_path):

@@ -269,7 +269,7 @@ def test_workers_that_cannot_be_connected_fetch_the_weights_and_the_log_says_why
     update.sending.set_exception(NotConnectedError("no connection by nccl: worker 0 could not connect"))
     assert len(reports.result(timeout=60)) == 2  # its successor, and the one that was there
     assert [worker.fetched for worker in site.workers] == [[], [1], [1]]
-    assert "worker 0 could not connect. Sending these weights through the object store" in caplog.text
+    assert "worker 0 could not connect. Sending" in caplog.text
     assert pool.metrics()["rollout/workers_lost"] == 1
 
 
@@ -328,7 +328,7 @@ def test_all_workers_are_waited_for_unless_one_cannot_start(make_pool):
         return worker
 
     broken = make_pool(stillborn, workers=1)
-    with pytest.raises(RolloutError, match=r"worker 0 .*started.*no memory for the cache"):
+    with pytest.raises(RolloutError, match=r"worker 0 .*started: MemoryError: no memory"):
         broken.wait_until_ready()
 
 
@@ -341,7 +341,7 @@ def test_a_worker_that_dies_again_and_again_stops_the_run_with_the_cause(make_po
     pool = make_pool(lambda number: Doomed(f"worker {number}"), workers=1)
     channel = pool.channel()
     channel.submit(make_request(0))
-    with pytest.raises(RolloutError, match=r"(?s)worker 0.*(4 times|4 workers).*no memory for the cache"):
+    with pytest.raises(RolloutError, match=r"(?s)worker 0.*(4 times|4 workers).*no memory"):
         channel.collect()
     with pytest.raises(RolloutError):
         pool.update_weights(Update().weights)
@@ -358,7 +358,7 @@ def test_a_worker_that_cannot_be_built_stops_the_run_at_once(make_pool, make_req
 
     channel = make_pool(start, workers=1).channel()
     channel.submit(make_request(0))
-    with pytest.raises(RolloutError, match="started: ValueError: model folder is missing"):
+    with pytest.raises(RolloutError, match="started: ValueError: model folder"):
         channel.collect()
     assert starts == [0]
 

@@ -295,7 +295,7 @@ def test_an_engine_that_dies_while_it_connects_ends_the_wait_for_it(network, lea
     monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", lambda info: ever.wait())
     one, two = Worker("one"), Worker("rollout worker 2 (there, process 7)")
     two.answers["connect"] = failed(OSError("Traceback ...\nthe actor died"))
-    with pytest.raises(NotConnectedError, match=r"nccl.*worker 2 \(there, process 7\) .*: the actor died"):
+    with pytest.raises(NotConnectedError, match=r"nccl.*worker 2 \(there, process 7\) .*: .*died"):
         learner.sender(limit_s=600).connect("nccl", [one, two], call, "10.0.0.1")
     ever.set()
 
@@ -305,7 +305,7 @@ def test_an_engine_that_does_not_connect_is_named_after_the_limit(network, learn
     one.answers["connect"] = done = Future()
     done.set_result(None)
     two.answers["connect"] = Future()
-    with pytest.raises(NotConnectedError, match=r"two did not connect within 2 s"):
+    with pytest.raises(NotConnectedError, match=r"two .*not connect within 2 s"):
         learner.sender(limit_s=2.0).connect("nccl", [one, two], call, "10.0.0.1")
 
 
