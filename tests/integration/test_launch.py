@@ -267,7 +267,7 @@ def test_sft_shuffles_options_where_no_written_text_names_a_letter(
         Example("fixed", None, "?", ("a", "b", "c", "d"), 1, completion=written),
     ]
     batches = sft.Batches(examples, renderer, config)
-    said = "data.shuffle_options: 1 of 2 training rows keep the order"
+    said = "data.shuffle_options: 1 of 2 training rows keep"
     assert (said in caplog.text) == (target == "auto")
     seen: dict[str, set[tuple[str, ...]]] = {"free": set(), "fixed": set()}
     for step in range(batches.steps):

@@ -365,7 +365,7 @@ def test_a_file_where_results_go_is_found_before_the_run(
     (tmp_path / "mine" / name).write_text("")
     status, said = failed(monkeypatch, capsys, "hydra.run.dir=mine")
     assert status == 2
-    assert f"{tmp_path}/mine/{name} is a file where a folder must go." in said
+    assert f"{tmp_path}/mine/{name} is a file where" in said
 
 
 @pytest.mark.parametrize(

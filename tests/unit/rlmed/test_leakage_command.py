@@ -37,7 +37,7 @@ def files(tmp_path: Path) -> list[str]:
 def test_table_pairs_and_json(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     leakage.main(["--train", files[0], "--test", *files[1:], "--json", str(tmp_path / "out.json")])
     shown = capsys.readouterr()
-    assert "ct: row ct-1 (copy.jpg) and training row train-1 (b.png): near" in shown.out
+    assert "ct-1 (copy.jpg) and training row train-1 (b.png): near" in shown.out
     assert "missing.png does not exist" in shown.err
     report = LeakageReport.from_json(json.loads((tmp_path / "out.json").read_text()))
     assert [(file.name, file.rows, file.leaking_rows) for file in report.files] == [("ct", 2, 1), ("mri", 1, 0)]

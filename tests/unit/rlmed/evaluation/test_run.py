@@ -165,9 +165,9 @@ def test_rows_whose_options_refer_to_others_have_no_other_order_and_it_is_said(f
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(summary_table(None, summary, None))
     shown = " ".join(console.export_text().split())
-    said = r"mri: 2 of 8 rows keep the order .*'all of the above'"
+    said = r"mri: 2 of 8 rows .* order .*'all of the above'"
     assert re.search(said, shown)
-    assert re.search(r"fixed: 8 of 8 rows keep the order .*'both'", shown)
+    assert re.search(r"fixed: 8 of 8 rows .* order .*'both'", shown)
     assert "ct: " not in shown
 
 

@@ -106,7 +106,7 @@ def refused(program: str, *overrides: str) -> list[str]:
         ("train", "rollout.on_push=finish", "rollout.on_push while algo.max_staleness=0. Set algo.max_stale"),
         ("train", "cluster.worker_logs=true", "cluster.worker_logs while cluster.kind=local. Set cluster=ra"),
         ("train", "cluster.rollout_workers=2", "cluster.rollout_workers while cluster.kind=local. Set clu"),
-        ("train", "reward.timeout_s=2", "reward.timeout_s while reward.extra=[]. It bounds your own functio"),
+        ("train", "reward.timeout_s=2", "reward.timeout_s while reward.extra=[]. It bounds your own"),
         ("train", "preflight.enabled=false preflight.groups=2", "preflight.groups while preflight.enabled=f"),
         ("train", "eval.at_start=false eval.at_end=false eval.controls=false", "eval.controls while eval.at"),
         ("train", "eval.at_start=false eval.at_end=false eval.limit=3", "eval.at_end=false and eval.every=0. Nothing is e"),

@@ -227,7 +227,7 @@ def test_an_answer_in_letters_that_only_look_latin(answer, said):
 def test_a_number_whose_meaning_nobody_has_said():
     said = reason(list(ORGANS), "2")
     assert "not among its options" in said
-    assert re.search("from 0 it is 'kidney', .*from 1 it is 'spleen': .*--answer-index", said)
+    assert re.search("from 0 .* 'kidney', .*from 1 .* 'spleen': .*--answer-index", said)
     # held as a number, beside options that are texts, it may be a place though it reads like an
     # option
     said = reason(["1", "2", "3", "4"], "2", number=True)

@@ -441,7 +441,7 @@ def test_transfer_syntax_against_pixel_data(tmp_path):
     refused(tmp_path / "a", "syntax .*pixels are compressed, .*not")
     squeezed = write_compressed(tmp_path / "b", [GREY_JPEG], GREY, RLELossless).read_bytes()
     (tmp_path / "b").write_bytes(squeezed.replace(b"1.2.840.10008.1.2.5\0", b"1.2.840.10008.1.2.1\0"))
-    refused(tmp_path / "b", "syntax .*pixels are uncompressed, .*are compressed")
+    refused(tmp_path / "b", "syntax .*pixels are uncompressed, .* compressed")
     refused(write_compressed(tmp_path / "c", [GREY_JPEG], GREY, RLELossless), r"\d{5,} bytes a pixel, .*header says 1 ")
     implicit = dataset_of(TWELVE, **OF_TWELVE)
     implicit.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian

@@ -95,10 +95,10 @@ def test_two_columns_of_one_letter(tmp_path):
 @pytest.mark.parametrize(
     ("cell", "answer", "reason"),
     [
-        ('["liver", null, "spleen", "kidney"]', "C", "'kidney' by .* and 'spleen' by .* in the source"),
+        ('["liver", null, "spleen", "kidney"]', "C", "'kidney' by .* and 'spleen' .* in the source"),
         ('["B", "A", "C"]', "B", "'B' as a text and 'A' by .*position"),
-        ('["liver", "spleen", "kidney"]', "2", "from 0 it is 'kidney', .*from 1 it is 'spleen': "),
-        ('{"A": "B. spleen", "B": "A. liver"}', "A", "'spleen' by its key and 'liver' by .*own letters"),
+        ('["liver", "spleen", "kidney"]', "2", "from 0 .* 'kidney', .*from 1 .* 'spleen': "),
+        ('{"A": "B. spleen", "B": "A. liver"}', "A", "'spleen' by its key .*'liver' .*own letters"),
     ],
 )
 def test_a_doubtful_row_is_left_out_with_both_readings(tmp_path, cell, answer, reason):
@@ -231,7 +231,7 @@ def test_medvlm_r1(tmp_path):
         medvlm_r1.READER, medvlm_r1.read(tmp_path / "test.json", without_images=True), tmp_path / "out"
     )
     assert texts == ["spleen"] * 3
-    assert "its position and 'spleen' by its position" in reasons[0]
+    assert "'spleen' by its position in" in reasons[0]
 
 
 def test_tables_of_volumes(tmp_path):

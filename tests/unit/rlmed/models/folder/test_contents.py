@@ -555,7 +555,7 @@ def test_a_head_of_its_own_is_the_one_that_is_used(base_copy):
 def test_more_tokens_than_positions_are_said(base_copy, tokens, said):
     doubt = position_doubt(load_config(base_copy), tokens=tokens, what=f"limit={tokens}", advice="limit")
     assert (doubt is not None) is said
-    assert not said or re.match(r"limit=4097 .*more than the 4096 positions .*lower limit$", doubt)
+    assert not said or re.match(r"limit=4097 .*more than .*4096 positions .*lower limit$", doubt)
 
 
 @pytest.mark.parametrize("within", ["checkpoints/step-000300", "snapshots/895c3a49", "Qwen2-VL-2B-Instruct"])

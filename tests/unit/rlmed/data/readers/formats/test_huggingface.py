@@ -146,7 +146,7 @@ def test_images_as_bytes_or_by_path(tmp_path, image):
         ({"bytes": None, "path": None}, "it has no image"),
         ({"bytes": None, "path": "../outside.png"}, "leaves the folder"),
         ({"bytes": None, "path": "none.png"}, "does not exist"),
-        ({"bytes": b"no image", "path": "a.png"}, "not an image, or its header"),
+        ({"bytes": b"no image", "path": "a.png"}, "a.png is not an image"),
         ({"bytes": b"", "path": "a.png"}, "is an empty file"),
         ({"bytes": picture(1)[:60], "path": "a.png"}, "truncated or damaged"),
         ([picture(1), picture(2)], "it has 2 images"),

@@ -98,7 +98,7 @@ def test_letters_before_choices(folder, texts, answer, expected, right):
 @pytest.mark.parametrize(
     ("texts", "answer", "label", "reason"),
     [
-        (["B:x", "A:y"], "A", "", "'x' by its column and 'y' by the options"),
+        (["B:x", "A:y"], "A", "", "'x' by its column and 'y' by the"),
         (["x", "y"], "x", "B", "its Answer 'x' is not its Answer_label 'B'"),
         (["x", "", "z"], "B", "", "'B' is missing by its column"),
     ],
@@ -127,7 +127,7 @@ def test_what_an_archive_may_hold(folder, tmp_path, monkeypatch):
     reasons = [skip.reason for skip in layout.skipped]
     assert layout.splits["train"].rows == 1
     assert "unpacks to more than 100000 bytes" in reasons[0]
-    assert "not an image, or its header" in reasons[1]
+    assert "text.jpg is not an image" in reasons[1]
     assert "is an empty file" in reasons[2]
     assert all("does not exist" in reason for reason in reasons[3:6])
     assert "no Figure_path" in reasons[6]
