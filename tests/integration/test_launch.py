@@ -237,7 +237,7 @@ def test_settings_for_vision_are_told_of_a_model_that_reads_text(
 ) -> None:
     given = ("model.max_pixels=5000", "learner.freeze=[vision]")
     renderer_of(make_config(f"model.path={tiny_folder('qwen2')}", *given))
-    assert "is text-only, so these have no effect: model.max_pixels, learner.freeze=vision" in caplog.text
+    assert "these have no effect: model.max_pixels, learner.freeze=vision" in caplog.text
     caplog.clear()
     renderer_of(make_config(f"model.path={tiny_folder('qwen2')}"))
     renderer_of(make_config(f"model.path={random_model}", *given))

@@ -42,7 +42,7 @@ def test_a_mark_that_is_not_closed_costs_its_own_line(tmp_path, place):
     rows = records(tmp_path, "\n".join([HEADER, *lines]) + "\n")
     assert len(rows) == 6
     assert [row.line for row in rows if row.reason] == [place + 2]
-    assert re.search(f"opens in line {place + 2} is .* end of .*table", str(rows[place].reason))
+    assert re.search(f"in line {place + 2} is .* end of .*table", str(rows[place].reason))
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_letters_before_choices(folder, texts, answer, expected, right):
 @pytest.mark.parametrize(
     ("texts", "answer", "label", "reason"),
     [
-        (["B:x", "A:y"], "A", "", "'x' by its column and 'y' by the"),
+        (["B:x", "A:y"], "A", "", "'x' by its column and 'y' by"),
         (["x", "y"], "x", "B", "its Answer 'x' is not its Answer_label 'B'"),
         (["x", "", "z"], "B", "", "'B' is missing by its column"),
     ],
