@@ -231,7 +231,7 @@ def test_medvlm_r1(tmp_path):
         medvlm_r1.READER, medvlm_r1.read(tmp_path / "test.json", without_images=True), tmp_path / "out"
     )
     assert texts == ["spleen"] * 3
-    assert "'spleen' by its position in" in reasons[0]
+    assert "'kidney' by its position and 'spleen' by" in reasons[0]
 
 
 def test_tables_of_volumes(tmp_path):

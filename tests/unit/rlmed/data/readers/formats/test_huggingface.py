@@ -239,7 +239,7 @@ def test_sources_that_cannot_be_read(tmp_path, monkeypatch):
     content = bytearray(path.read_bytes())
     content[4 : len(content) // 2] = bytes(len(content) // 2 - 4)
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"a\.parquet (is damaged|.*read)"):
+    with pytest.raises(ValueError, match=r"a\.parquet (is damaged|cannot be read)"):
         list(read(path))
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"a\.parquet cannot be read"):
