@@ -24,7 +24,6 @@ from rollout.native.scheduler import EngineLimits
 from rollout.native.sequence import Sequence, SequenceGroup
 from rollout.native.slots import Slots, StepPlan, StepShape
 
-
 TORCH = DecodeKernels()
 """No kernels: all of a step in torch's operators."""
 
