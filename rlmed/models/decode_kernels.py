@@ -71,6 +71,9 @@ def choose_kernels(modules: Any, own: Decoder | None, vocabulary: int, *, positi
     device = modules.norm.weight.device
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return DecodeKernels(reason="no CUDA")
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        # Triton launches there, whatever its arguments' device
+        return DecodeKernels(reason=f"the model is on {device}, which is not the current device")
     if importlib.util.find_spec("triton") is None:
         return DecodeKernels(reason="triton is not installed")
     from rlmed.models.kernels.decoder import KernelDecoder
