@@ -55,7 +55,7 @@ def start_part(name: str, arguments: argparse.Namespace, scratch: Path) -> str:
     """Run one part in a process of its own; return how it ended."""
     command = [sys.executable, "-m", "benchmarks.gpu_day", name, "--here", "--model", arguments.model]
     command += ["--out", str(arguments.out), "--scratch", str(scratch), *(["--smoke"] if arguments.smoke else [])]
-    interpret = {"TRITON_INTERPRET": "1"} if arguments.smoke and name == "kernels" else {}
+    interpret = {"TRITON_INTERPRET": "1"} if arguments.smoke and name in ("decode", "kernels") else {}
     start = time.perf_counter()
     report(f"\n== {name}")
     try:

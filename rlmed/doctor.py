@@ -100,14 +100,14 @@ def _hardware() -> list[Finding]:
         "ok",
         f"by oneDNN instead of torch: {uses} (embedded model); bfloat16 at {bfloat16_speed():.2g} of float32's speed",
     )
-    attention = _attention()
+    attention, decode = _attention(), _decode()
     if not torch.cuda.is_available():
         none = "none: +experiment=… runs with profile=tiny here"
-        return [cpu, products, attention, Finding("CUDA device", "optional", none)]
+        return [cpu, products, attention, decode, Finding("CUDA device", "optional", none)]
     free, total = torch.cuda.mem_get_info()
     name = torch.cuda.get_device_name()
     found = Finding("CUDA device", "ok", f"{name}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free")
-    return [cpu, products, attention, found]
+    return [cpu, products, attention, decode, found]
 
 
 def _attention() -> Finding:
@@ -120,6 +120,20 @@ def _attention() -> Finding:
     choice = choose_attention(device, torch.bfloat16, 128)
     wanting = choice.backend is None and device.type == "cuda"
     return Finding("attention", "optional" if wanting else "ok", str(choice))
+
+
+def _decode() -> Finding:
+    """Name what computes the decode steps of the native engine, with the embedded model."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return Finding("decode", "ok", "torch operators (no CUDA)")
+    from rlmed.models.loading import model_folder
+    from rlmed.models.policy import load_policy
+
+    policy = load_policy(model_folder("embedded:tiny_base"), dtype="bfloat16", device="cuda")
+    kernels = policy.decode_kernels()
+    return Finding("decode", "optional" if kernels.reason else "ok", f"{kernels} (embedded model)")
 
 
 def _embedded_model() -> Finding:

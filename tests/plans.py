@@ -5,8 +5,8 @@ from __future__ import annotations
 from rollout.native.slots import StepPlan
 
 PLANS = {
-    "exact": StepPlan(page_tokens=None, buckets=False, lag=0, graphs=False),
-    "static": StepPlan(page_tokens=4, buckets=True, lag=0, graphs=False),
-    "behind": StepPlan(page_tokens=4, buckets=True, lag=1, graphs=False),
+    "exact": StepPlan(page_tokens=None, buckets=False, lag=0, graphs=False, kernels=False),
+    "static": StepPlan(page_tokens=4, buckets=True, lag=0, graphs=False, kernels=False),
+    "behind": StepPlan(page_tokens=4, buckets=True, lag=1, graphs=False, kernels=False),
 }
 """`exact` is that of a CPU; `behind` is that of a GPU with smaller pages."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from rlmed.core.types import Prompt, RolloutRequest
 from rlmed.models.policy import Policy, load_policy
 from rollout.native.engine import NativeEngine
 from rollout.native.scheduler import EngineLimits
+from rollout.native.slots import StepPlan
 
 
 def rollout(engine: NativeEngine, prompts: list[Prompt], group_size: int, max_tokens: int) -> tuple[float, list[float]]:
@@ -66,14 +69,15 @@ def run(arguments: argparse.Namespace, scratch: Path) -> tuple[dict[str, Any], l
     loaded = time.perf_counter() - start
     never_end(policy)
     bandwidth = copy_gb_per_s(device, 2**20 if smoke else 2**30) * 1e9
-    max_tokens = 6 if smoke else 128
+    max_tokens = 4 if smoke else 128
     rows = []
-    for groups in (1, 2) if smoke else (2, 8, 16):
+    for groups, (variant, plan) in product((1,) if smoke else (2, 8, 16), variants(device).items()):
         prompts, _ = make_prompts(folder, groups, 80 if smoke else 640, scratch)
-        engine = NativeEngine(policy, lambda ids: "", EngineLimits(max_completions=groups * 8, prefill_tokens=8192))
+        limits = EngineLimits(max_completions=groups * 8, prefill_tokens=8192)
+        engine = NativeEngine(policy, lambda ids: "", limits, plan)
         peak = PeakMemory(device)
         # kernels, then graphs are made: each shape of step is captured when it comes again
-        for _ in range(2):
+        for _ in range(0 if smoke else 2):
             rollout(engine, prompts, 8, max_tokens)
         peak.start()
         prefill, steps = rollout(engine, prompts, 8, max_tokens)
@@ -83,6 +87,7 @@ def run(arguments: argparse.Namespace, scratch: Path) -> tuple[dict[str, Any], l
             rounded(
                 {
                     "rows": groups * 8,
+                    "variant": variant,
                     "prefill_ms": 1e3 * prefill,
                     "step_ms": 1e3 * step,
                     "bytes_ms": 1e3 * least,
@@ -92,15 +97,32 @@ def run(arguments: argparse.Namespace, scratch: Path) -> tuple[dict[str, Any], l
                 }
             )
         )
-    trace = None if smoke else kernels_a_step(policy, folder, scratch)
-    results = {"model": arguments.model, "load_s": round(loaded, 2), "decode": rows, "kernels_a_step": trace}
-    return results, [f"loaded in {loaded:.1f} s; kernels a step: {trace}", *lines(rows, list(rows[0]))]
+    plans = {} if smoke else variants(device)
+    trace = {variant: kernels_a_step(policy, plan, folder, scratch) for variant, plan in plans.items()}
+    kernels = str(policy.decode_kernels())
+    results = {"model": arguments.model, "load_s": round(loaded, 2), "kernels": kernels, "decode": rows}
+    head = f"loaded in {loaded:.1f} s; fused: {kernels}; kernels a step: {trace}"
+    return {**results, "kernels_a_step": trace}, [head, *lines(rows, list(rows[0]))]
 
 
-def kernels_a_step(policy: Policy, folder: Path, scratch: Path) -> int:
+def variants(device: torch.device) -> dict[str, StepPlan]:
+    """Return the ways to take a step; on a CPU no graph, and kernels under Triton's interpreter."""
+    plan = StepPlan.for_device(device)
+    torchs = replace(plan, graphs=False, kernels=False)
+    if device.type != "cuda":
+        return {"eager": torchs, "fused": replace(plan, page_tokens=64, buckets=True, kernels=True)}
+    return {
+        "eager": torchs,
+        "graph": replace(torchs, graphs=True),
+        "fused eager": replace(torchs, kernels=True),
+        "fused": plan,
+    }
+
+
+def kernels_a_step(policy: Policy, plan: StepPlan, folder: Path, scratch: Path) -> int:
     """Return how many kernels one decode step starts, from a profile of eight."""
     prompts, _ = make_prompts(folder, 2, 640, scratch)
-    engine = NativeEngine(policy, lambda ids: "", EngineLimits(max_completions=16))
+    engine = NativeEngine(policy, lambda ids: "", EngineLimits(max_completions=16), plan)
     for index, prompt in enumerate(prompts):
         engine.submit(RolloutRequest(index, prompt, 8, sampling(64, seed=index)))
     for _ in range(10):

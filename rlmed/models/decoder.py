@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import logging
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -207,9 +207,9 @@ class Decoder:
         """
         self._embed: nn.Module = decoder.embed_tokens
         self._rotary: nn.Module = decoder.rotary_emb
-        self._layers = [_Layer.of(layer) for layer in decoder.layers]
-        self._norm = _Norm.of(decoder.norm)
-        sizes = {(layer.heads, layer.kv_heads, layer.head_width, layer.scale) for layer in self._layers}
+        self.layers = [_Layer.of(layer) for layer in decoder.layers]
+        self.norm = _Norm.of(decoder.norm)
+        sizes = {(layer.heads, layer.kv_heads, layer.head_width, layer.scale) for layer in self.layers}
         if len(sizes) != 1:
             raise ValueError("its layers differ in their heads")
 
@@ -226,15 +226,22 @@ class Decoder:
             position_ids: as transformers' decoder takes them: int64 [3, 1, N] or [1, N].
             layout: who attends to whom.
         """
-        cos, sin = self._rotary(embeddings, position_ids)
-        first = self._layers[0]
-        if cos.shape != (1, len(embeddings), first.head_width):
-            raise ValueError("its rotary embedding has another shape")
-        rotations = _Rotations.build(cos[0], sin[0], first)
+        rotations = _Rotations.build(*self.angles(embeddings, position_ids), self.layers[0])
         x = embeddings
-        for layer in self._layers:
+        for layer in self.layers:
             x = layer(x, rotations, layout)
-        return self._norm(x)
+        return self.norm(x)
+
+    def angles(self, embeddings: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosine and sine of the rotary embedding, each [N, D].
+
+        Raises:
+            ValueError: if the model's has another shape.
+        """
+        cos, sin = self._rotary(embeddings, position_ids)
+        if cos.shape != (1, len(embeddings), self.layers[0].head_width):
+            raise ValueError("its rotary embedding has another shape")
+        return cos[0], sin[0]
 
 
 def accept_decoder(model: PreTrainedModel, *, position_rows: int) -> Decoder | None:
@@ -264,6 +271,14 @@ def accept_decoder(model: PreTrainedModel, *, position_rows: int) -> Decoder | N
     return None
 
 
+def probe_copy(decoder: Any, layers: Iterable[nn.Module], norm: nn.Module) -> Any:
+    """Return a decoder of transformers like this one, but with these layers and last norm."""
+    probed = copy.copy(decoder)
+    probed._modules = dict(decoder._modules)  # so that the model keeps its layers
+    probed._modules |= {"layers": nn.ModuleList(layers), "norm": norm}
+    return probed
+
+
 @torch.inference_mode()
 def _probe(decoder: Any, position_rows: int) -> float:
     """Return the largest difference of the two decoders, relative to the largest number.
@@ -273,10 +288,7 @@ def _probe(decoder: Any, position_rows: int) -> float:
     alike).
     """
     kinds = {repr(layer): layer for layer in reversed(decoder.layers)}
-    probed = copy.copy(decoder)
-    probed._modules = dict(decoder._modules)  # so that the model keeps its layers
-    probed._modules["layers"] = nn.ModuleList(_random_copy(layer) for layer in kinds.values())
-    probed._modules["norm"] = _random_copy(decoder.norm)
+    probed = probe_copy(decoder, [_random_copy(layer) for layer in kinds.values()], _random_copy(decoder.norm))
     device = decoder.norm.weight.device
     # on the CPU, so that all devices have the same numbers
     generator = torch.Generator().manual_seed(0)

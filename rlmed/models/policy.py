@@ -32,6 +32,7 @@ from rlmed.models.attention import ATTENTION_NAME, AttentionLayout, PackedLayout
 from rlmed.models.cpu.fused import use_fused_layers
 from rlmed.models.cpu.linear import use_fast_linears
 from rlmed.models.cpu.products import settle_products
+from rlmed.models.decode_kernels import DecodeKernels, choose_kernels
 from rlmed.models.decoder import Decoder, accept_decoder
 from rlmed.models.families import family_of, unsampleable_token_ids
 from rlmed.models.folder.contents import CONFIG_FILE, check_folder
@@ -63,6 +64,7 @@ class Policy:
         # no supported family has dropout; eval also keeps transformers from warning
         self.model: PreTrainedModel = model.eval()
         self.decoder = decoder
+        self._decode_kernels: DecodeKernels | None = None
         self.family = family_of(model.config)
         projection = model.get_output_embeddings()
         if not isinstance(projection, nn.Linear) or projection.bias is not None:
@@ -122,6 +124,15 @@ class Policy:
         if backend is None:
             return PackedLayout.build(groups, self.device)
         return VarlenLayout.build(groups, backend, self.device)
+
+    def decode_kernels(self) -> DecodeKernels:
+        """Return the Triton kernels that decode steps can use; probed when first asked for."""
+        if self._decode_kernels is None:
+            rows = 3 if self.family.vision else 1
+            self._decode_kernels = choose_kernels(
+                self.model.get_decoder(), self.decoder, self.projection.out_features, position_rows=rows
+            )
+        return self._decode_kernels
 
     def hidden(
         self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,9 +16,12 @@ from torch import Tensor
 
 from rlmed.models.attention import GroupTable
 from rlmed.models.policy import Policy
-from rollout.native.kv_pages import SCRATCH
+from rollout.native.kv_pages import SCRATCH, PagePool
 from rollout.native.sampler import BatchSampling, Uses, row_settings, uniforms
 from rollout.native.sequence import Sequence, SequenceGroup
+
+if TYPE_CHECKING:
+    from rlmed.models.kernels.decoder import StepPages
 
 SMALLEST_BUCKET = 8
 
@@ -34,13 +38,15 @@ class StepPlan:
     """Steps that the host is behind: it reads the tokens of one while the next runs."""
     graphs: bool
     """Replay steps as CUDA graphs."""
+    kernels: bool
+    """Compute steps with the Triton kernels that the policy's probes have accepted."""
 
     @classmethod
     def for_device(cls, device: torch.device) -> StepPlan:
         """Return the plan for a device."""
         if device.type == "cuda":
-            return cls(page_tokens=64, buckets=True, lag=1, graphs=True)
-        return cls(page_tokens=None, buckets=False, lag=0, graphs=False)
+            return cls(page_tokens=64, buckets=True, lag=1, graphs=True, kernels=True)
+        return cls(page_tokens=None, buckets=False, lag=0, graphs=False, kernels=False)
 
     def bucket(self, size: int, *, smallest: int = 1, largest: int | None = None) -> int:
         """Return what stands for `size` in a step's shape: not smaller, `largest` at most."""
@@ -226,6 +232,27 @@ class Slots:
         """Return the rotary positions of the newest tokens, int64 [position rows, R]."""
         positions: Tensor = self._first_positions[rows] + self.counts[rows] - 1
         return positions.expand(self._position_rows, -1)
+
+    def step_pages(self, prefix: PagePool, suffix: PagePool, shape: StepShape) -> StepPages:
+        """Return the tables for the kernels, which read them as int32."""
+        from rlmed.models.kernels.decoder import StepPages  # where Triton is installed
+
+        rows, groups = slice(shape.rows), slice(shape.groups)
+        table = self._table[: shape.groups * shape.members].view(shape.groups, shape.members)
+        return StepPages(
+            prefix=(prefix.keys, prefix.values),
+            suffix=(suffix.keys, suffix.values),
+            prefix_pages=self.prefix_pages[groups].to(torch.int32),
+            prefix_lengths=self.prefix_lengths[groups].to(torch.int32),
+            members=table.to(torch.int32),
+            suffix_pages=self.suffix_pages[rows].to(torch.int32),
+            counts=self.counts[rows].to(torch.int32),
+            widths=(shape.prefix_width, shape.suffix_width),
+        )
+
+    def draws(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Return float64 numbers of the next draws, temperatures, and which rows are greedy."""
+        return self.next_uniforms(rows), self._temperature[rows], self._greedy[rows] != 0
 
     def group_table(self, shape: StepShape) -> GroupTable:
         """Return which rows belong to which group."""

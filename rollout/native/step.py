@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rlmed.core.types import RolloutRequest
+from rlmed.models.decode_kernels import DecodeKernels
 from rlmed.models.policy import Policy
 from rollout.native.kv_pages import DecodeLayout, FixedPart, PagePool, PageView, visible
 from rollout.native.sampler import BatchSampling
@@ -23,19 +24,35 @@ from rollout.native.scheduler import EngineLimits
 from rollout.native.sequence import Sequence, SequenceGroup
 from rollout.native.slots import Slots, StepPlan, StepShape
 
+TORCH = DecodeKernels()
+"""No kernels: all of a step in torch's operators."""
+
 
 def decode_step(
-    policy: Policy, slots: Slots, prefix: PagePool, suffix: PagePool, shape: StepShape, fixed: FixedPart | None = None
+    policy: Policy,
+    slots: Slots,
+    prefix: PagePool,
+    suffix: PagePool,
+    shape: StepShape,
+    fixed: FixedPart | None = None,
+    kernels: DecodeKernels = TORCH,
 ) -> None:
     """Sample the next token of each row; all that it reads and writes is in `slots` and the pages.
 
     `fixed` is that part of the layout, if an earlier step has made it since `Slots.lay_out`.
     """
     rows = slice(shape.rows)
-    layout = _layout(slots, suffix, shape, fixed or fixed_part(slots, prefix, suffix, shape))
-    hidden = policy.hidden(slots.tokens[rows], slots.positions(rows), layout)
+    if kernels.decoder is not None and policy.decoder is not None:
+        embeddings = policy.decoder.embeddings(slots.tokens[rows])
+        hidden = kernels.decoder(embeddings, slots.positions(rows), slots.step_pages(prefix, suffix, shape))
+    else:
+        layout = _layout(slots, suffix, shape, fixed or fixed_part(slots, prefix, suffix, shape))
+        hidden = policy.hidden(slots.tokens[rows], slots.positions(rows), layout)
     logits = policy.logits(hidden)
-    tokens, logprobs = slots.sampling(shape).sample(logits, slots.next_uniforms(rows))
+    if kernels.sample is not None and not (shape.uses.top_k or shape.uses.top_p):
+        tokens, logprobs = kernels.sample(logits, *slots.draws(rows))
+    else:
+        tokens, logprobs = slots.sampling(shape).sample(logits, slots.next_uniforms(rows))
     slots.record(rows, tokens, logprobs)
 
 
@@ -98,6 +115,7 @@ class Decoder:
             PagePool(policy.kv_shape, page_tokens=plan.page_tokens, dtype=policy.dtype, device=device) for _ in range(2)
         )
         self._prompt_tokens = self._completion_tokens = 0
+        self._kernels = policy.decode_kernels() if plan.kernels else TORCH
         self._graphs = StepGraphs() if plan.graphs else None
         pinned = device.type == "cuda"
         self._ring = [
@@ -159,12 +177,13 @@ class Decoder:
         if self._graphs is not None:
             self._graphs.run(shape, self._decode)
         else:
-            self._fixed = self._fixed or fixed_part(self.slots, self.prefix, self.suffix, shape)
+            if self._kernels.decoder is None:
+                self._fixed = self._fixed or fixed_part(self.slots, self.prefix, self.suffix, shape)
             self._decode(shape, self._fixed)
         self._send(rows, 0, version)
 
     def _decode(self, shape: StepShape, fixed: FixedPart | None = None) -> None:
-        decode_step(self._policy, self.slots, self.prefix, self.suffix, shape, fixed)
+        decode_step(self._policy, self.slots, self.prefix, self.suffix, shape, fixed, self._kernels)
 
     def lay_out(self, rows: Rows[Sequence], groups: Rows[SequenceGroup]) -> StepShape:
         """See `Slots.lay_out`."""
@@ -213,6 +232,8 @@ class StepGraphs:
         """Keep the graphs if captured with tensors at these addresses, else forget them."""
         if addresses != self._addresses:
             self._graphs.clear()
+            # other tables may need other variants of the kernels, and a capture cannot compile them
+            self._seen.clear()
             self._pool, self._addresses = None, addresses
 
     def run(self, shape: StepShape, step: Callable[[StepShape], None]) -> None:

@@ -13,21 +13,35 @@ from typing import Any
 
 import pytest
 
-CASES = Path(__file__).parents[1] / "gpu" / "test_kernels.py"
+GPU_TESTS = Path(__file__).parents[1] / "gpu"
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
-def test_kernels_under_the_interpreter() -> None:
-    """In a process of its own: Triton reads the variable when it is imported."""
+def interpret(cases: str) -> str:
+    """Run a file of tests in a process of its own: Triton reads the variable when it is imported.
+
+    Returns what pytest printed.
+    """
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-rs", "-p", "no:cacheprovider", "-p", "no:xdist", str(CASES)],
+        [sys.executable, "-m", "pytest", "-rs", "-p", "no:cacheprovider", "-p", "no:xdist", str(GPU_TESTS / cases)],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "SKIPPED" not in result.stdout
+    return result.stdout
+
+
+def test_kernels_under_the_interpreter() -> None:
+    assert "SKIPPED" not in interpret("test_kernels.py")
+
+
+def test_decode_steps_under_the_interpreter() -> None:
+    printed = interpret("test_decode_kernels.py")
+    reasons = {line.rpartition(": ")[2] for line in printed.splitlines() if line.startswith("SKIPPED")}
+    # what only a device can do
+    assert reasons == {"the interpreter does not round to bfloat16", "graphs need a CUDA device"}
 
 
 HALF, TABLE, FLOAT, DOUBLE = "*bf16", "*i32", "*fp32", "*fp64"

@@ -184,6 +184,7 @@ def test_doctor_finds_what_is_installed(capsys: pytest.CaptureFixture[str], monk
     assert findings["python"].status == "ok"
     if not torch.cuda.is_available():
         assert findings["attention"].detail == "padded (faster without CUDA)"
+        assert findings["decode"].detail == "torch operators (no CUDA)"
     monkeypatch.setattr(doctor, "REQUIRED", ("torch", "a-package-that-nobody-has"))
     with pytest.raises(SystemExit) as stopped:
         doctor.main([])
