@@ -6,6 +6,8 @@ import tests.prepared  # noqa: F401
 
 # isort: split
 
+import dataclasses
+import functools
 import multiprocessing
 import os
 import traceback
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from learner.distributed import Parallelism, free_init_method, init_distributed
 from learner.learner import PolicyLearner
+from learner.sharing import BatchShare, split_groups
 from rlmed.core.types import TrainGroup
 from rlmed.models.policy import load_policy
 from tests.configs import learner_config, loss_config
@@ -35,7 +38,8 @@ class Job:
     """Learn from some batches."""
 
     base: Path
-    batches: list[list[TrainGroup]]
+    batches: list[list[TrainGroup]] | list[BatchShare]
+    """Groups for a single process; a rank gets its shares of them."""
     start: Path | None = None
     """A checkpoint to go on from."""
     save: Path | None = None
@@ -90,7 +94,7 @@ def do(job: Job, parallelism: Parallelism | None = None, *, last: bool = True) -
         hook = None
         if last and job.spoil == number:
             hook = policy.model.get_decoder().layers[0].mlp.register_full_backward_hook(_infinite)
-        metrics.append(learner.step(batch))
+        metrics.append(learner.learn(batch) if parallelism else learner.step(batch))
         if hook:
             hook.remove()
     if job.save:
@@ -147,8 +151,17 @@ class Processes:
         """The job's result on each rank."""
         if not all(process.is_alive() for process in self._processes):
             pytest.fail("the ranks are gone since an earlier test")
-        for rank in self._ranks:
-            rank.send(job)
+        config, loss = learner_config(**job.config), loss_config(**job.loss)
+        split = functools.partial(
+            split_groups,
+            ranks=len(self._ranks),
+            token_budget=config.token_budget,
+            mini_batches=config.mini_batches,
+            mask_truncated=loss.mask_truncated,
+        )
+        shares = [split(batch) for batch in job.batches]
+        for number, rank in enumerate(self._ranks):
+            rank.send(dataclasses.replace(job, batches=[share[number] for share in shares]))
         try:
             results = [self._answer(number) for number in range(len(self._ranks))]
             errors = [result for result in results if isinstance(result, str)]
