@@ -6,8 +6,6 @@ import tests.prepared  # noqa: F401
 
 # isort: split
 
-import dataclasses
-import functools
 import multiprocessing
 import os
 import traceback
@@ -20,9 +18,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from learner.distributed import Parallelism, free_init_method, init_distributed
+from learner.distributed import FSDP, free_init_method, init_distributed
 from learner.learner import PolicyLearner
-from learner.sharing import BatchShare, split_groups
 from rlmed.core.types import TrainGroup
 from rlmed.models.policy import load_policy
 from tests.configs import learner_config, loss_config
@@ -38,8 +35,7 @@ class Job:
     """Learn from some batches."""
 
     base: Path
-    batches: list[list[TrainGroup]] | list[BatchShare]
-    """Groups for a single process; a rank gets its shares of them."""
+    batches: list[list[TrainGroup]]
     start: Path | None = None
     """A checkpoint to go on from."""
     save: Path | None = None
@@ -66,7 +62,7 @@ class Result:
     """The optimizer's, whole; its tensors are None but on the first rank."""
 
 
-def do(job: Job, parallelism: Parallelism | None = None, *, last: bool = True) -> Result:
+def do(job: Job, parallelism: FSDP | None = None, *, last: bool = True) -> Result:
     """Load, learn, save; `last` is True on the last rank."""
     policy = load_policy(job.start or job.base, dtype=job.dtype, device=job.device)
     loss = loss_config(**job.loss)
@@ -94,7 +90,7 @@ def do(job: Job, parallelism: Parallelism | None = None, *, last: bool = True) -
         hook = None
         if last and job.spoil == number:
             hook = policy.model.get_decoder().layers[0].mlp.register_full_backward_hook(_infinite)
-        metrics.append(learner.learn(batch) if parallelism else learner.step(batch))
+        metrics.append(step(learner, batch))
         if hook:
             hook.remove()
     if job.save:
@@ -103,6 +99,14 @@ def do(job: Job, parallelism: Parallelism | None = None, *, last: bool = True) -
     state = learner._parallelism.gather_full(learner.optimizer.state_dict())
     names = [name for name, _ in policy.model.named_parameters()]
     return Result(metrics, reports, learner.policy_version, names, weights, state)
+
+
+def step(learner: PolicyLearner, batch: list[TrainGroup]) -> dict[str, float]:
+    """Learn from a batch; of several ranks, each from its share."""
+    ranks = learner._parallelism
+    if isinstance(ranks, FSDP):
+        return learner.learn(learner.split(batch, ranks.size)[ranks.rank])
+    return learner.step(batch)
 
 
 def _infinite(_: Any, gradients: tuple[Tensor, ...], __: Any) -> tuple[Tensor, ...]:
@@ -151,17 +155,8 @@ class Processes:
         """The job's result on each rank."""
         if not all(process.is_alive() for process in self._processes):
             pytest.fail("the ranks are gone since an earlier test")
-        config, loss = learner_config(**job.config), loss_config(**job.loss)
-        split = functools.partial(
-            split_groups,
-            ranks=len(self._ranks),
-            token_budget=config.token_budget,
-            mini_batches=config.mini_batches,
-            mask_truncated=loss.mask_truncated,
-        )
-        shares = [split(batch) for batch in job.batches]
-        for number, rank in enumerate(self._ranks):
-            rank.send(dataclasses.replace(job, batches=[share[number] for share in shares]))
+        for rank in self._ranks:
+            rank.send(job)
         try:
             results = [self._answer(number) for number in range(len(self._ranks))]
             errors = [result for result in results if isinstance(result, str)]

@@ -109,3 +109,11 @@ def test_shares_lose_nothing_and_are_balanced(make_train_groups):
             assert shares == [items]
         if count in (2, 3):
             assert max(loads) < 1.25 * sum(loads) / count
+
+
+def test_visual_tokens_count_in_the_balance(make_prompt):
+    """40 of them and 14 others against 60 tokens of text on the other rank."""
+    items = [written_item(make_prompt("qwen2_vl", 0, length=12, grid=(10, 16)), np.arange(1, 2))]
+    items += [written_item(make_prompt("qwen2_vl", index, length=12), np.arange(1, 2)) for index in range(1, 6)]
+    assert [item.tokens for item in items] == [54, 12, 12, 12, 12, 12]
+    assert [len(share) for share in share_by_tokens(items, 2)] == [1, 5]
