@@ -21,6 +21,7 @@ import torch
 from learner.distributed import Parallelism, SingleProcess, free_init_method, init_distributed
 from learner.learner import OnSkippedUpdate, PolicyLearner
 from learner.likelihood import ScoringRequest
+from learner.sharing import BatchShare, Split
 from learner.supervised import SupervisedLearner
 from learner.weight_push import DirectPush
 from rlmed.core.protocols import ClusterError, RolloutPool
@@ -67,8 +68,8 @@ class LearnerActor:
         device: str,
         timeout_s: float,
         shares_gpu: bool,
-    ) -> int:
-        """Build the learner, together with any other ranks; return its policy version."""
+    ) -> tuple[int, Split]:
+        """Build the learner, with any other ranks; return its policy version and its split."""
         self._shares_gpu = shares_gpu
         parallelism = (
             init_distributed(rank, size, init_method, device=device, timeout_s=timeout_s)
@@ -76,12 +77,12 @@ class LearnerActor:
             else SingleProcess()
         )
         self._learner = build(lambda _, reason: self._skipped.append(reason), parallelism)
-        return self._learner.policy_version
+        return self._learner.policy_version, self._learner.split
 
-    def step(self, batch: Sequence[Any]) -> tuple[dict[str, float], int, list[str]]:
+    def learn(self, share: BatchShare) -> tuple[dict[str, float], int, list[str]]:
         """Take a step; return metrics, new policy version, and the reasons for skipped updates."""
         self._skipped.clear()
-        metrics = self._learner.step(batch)
+        metrics = self._learner.learn(share)
         self._release_memory()
         return metrics, self._learner.policy_version, list(self._skipped)
 
@@ -174,7 +175,9 @@ class RayLearner:
         size = len(self._actors)
         init_method = None if size == 1 else self._call("start", "init_method", ranks=1)[0]
         each = [(build, rank, size, init_method, device, step_s, shares_gpu) for rank in range(size)]
-        self._version: int = self._call("load its model", "build", each=each)[0]
+        self._version: int
+        self._split: Split
+        self._version, self._split = self._call("load its model", "build", each=each)[0]
         self._direct: DirectPush | None = None
         if make_sender is not None:
             gpu = self._call("name its GPU", "device", ranks=1)[0]
@@ -191,8 +194,9 @@ class RayLearner:
         return self._version
 
     def step(self, batch: Sequence[Any]) -> dict[str, float]:
-        """See `rlmed.core.protocols.Learner.step`; a batch is sent once, however many ranks."""
-        metrics, self._version, skipped = self._call("learn", "step", ray.put(list(batch)))[0]
+        """See `rlmed.core.protocols.Learner.step`; each rank is sent its share of the batch."""
+        shares = self._split(batch, len(self._actors))
+        metrics, self._version, skipped = self._call("learn", "learn", each=[(ray.put(share),) for share in shares])[0]
         for reason in skipped:
             self._on_bad_step(batch, reason)
         return dict(metrics)

@@ -1,8 +1,8 @@
 """Parallelism of a learner: a single process, or several ranks that shard the policy (FSDP2).
 
-`PolicyLearner` uses both through one interface. Every rank receives the whole batch, so all ranks
-know each other's share, the number of micro-batches and the loss denominators without
-communicating. They exchange shards before use, gradients (summed, never averaged), one vector of
+`PolicyLearner` uses both through one interface. The driver splits each batch (`learner.sharing`):
+a rank receives its own micro-batches, as many as every other rank, with the loss denominators of
+the whole. Ranks exchange shards before use, gradients (summed, never averaged), one vector of
 numbers per update, and the norm.
 
 A collective is a call that all ranks must make, in the same order: a learner's `step`,
@@ -12,8 +12,7 @@ A collective is a call that all ranks must make, in the same order: a learner's 
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -25,7 +24,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from learner.metrics import LossMetrics, merge_metrics
-from learner.packing import PackedBatch, PackItem, logprobs_no_grad, packed_logprobs, share_by_tokens, split_by_tokens
+from learner.packing import PackedBatch, logprobs_no_grad, packed_logprobs
 from rlmed.models.policy import Policy
 
 
@@ -47,15 +46,13 @@ class RowScorer(Protocol):
 class Parallelism(Protocol):
     """How a learner's ranks share work."""
 
+    size: int
+    """Number of ranks."""
     first: bool
     """True on the one rank that writes files and receives full tensors."""
 
     def scorer(self, policy: Policy) -> RowScorer:
         """Return a scorer for the policy, which several ranks shard in place."""
-        ...
-
-    def micro_batches(self, items: Sequence[PackItem], token_budget: int) -> list[list[PackItem]]:
-        """Return this rank's share of `items`, in as many micro-batches as on every other rank."""
         ...
 
     def merge(self, loss: float, metrics: LossMetrics) -> tuple[float, LossMetrics]:
@@ -82,15 +79,11 @@ class Parallelism(Protocol):
 class SingleProcess:
     """`Parallelism` of one process: nothing is sharded, copied or sent."""
 
-    first = True
+    size, first = 1, True
 
     def scorer(self, policy: Policy) -> RowScorer:
         """See `Parallelism.scorer`."""
         return _FullScorer(policy)
-
-    def micro_batches(self, items: Sequence[PackItem], token_budget: int) -> list[list[PackItem]]:
-        """See `Parallelism.micro_batches`."""
-        return split_by_tokens(items, token_budget)
 
     def merge(self, loss: float, metrics: LossMetrics) -> tuple[float, LossMetrics]:
         """See `Parallelism.merge`."""
@@ -122,15 +115,6 @@ class FSDP:
     def scorer(self, policy: Policy) -> RowScorer:
         """See `Parallelism.scorer`; the policy must be on the rank's device, equal on all ranks."""
         return _ShardedScorer(policy, self._mesh)
-
-    def micro_batches(self, items: Sequence[PackItem], token_budget: int) -> list[list[PackItem]]:
-        """See `Parallelism.micro_batches`; ranks with fewer of them add an untrained filler."""
-        shares = [split_by_tokens(part, token_budget) for part in share_by_tokens(items, self.size)]
-        count = max(map(len, shares))
-        shortest = min(items, key=lambda item: item.tokens)
-        filler = PackItem(shortest.prompt, (replace(shortest.sequences[0], trained=False),))
-        own = shares[self.rank]
-        return own + [[filler]] * (count - len(own))
 
     def merge(self, loss: float, metrics: LossMetrics) -> tuple[float, LossMetrics]:
         """See `Parallelism.merge`.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 from torch import Tensor
@@ -15,7 +15,8 @@ from learner.likelihood import ScoringRequest, completion_logprobs
 from learner.losses import LossDenominators, count_denominators, policy_loss
 from learner.metrics import LossMetrics, mean_metric, merge_metrics
 from learner.optimizer import Optimizer
-from learner.packing import PackedBatch, PackItem, TrainSequence, pack
+from learner.packing import PackedBatch, pack
+from learner.sharing import BatchShare, MiniBatchShare, Split, split_groups
 from rlmed.core.config.schema import LearnerConfig, LossConfig
 from rlmed.core.protocols import RolloutPool
 from rlmed.core.types import FloatArray, TrainGroup
@@ -82,8 +83,8 @@ class PolicyLearner:
             temperature: of the sampling distribution, under which log-probabilities are computed.
             on_bad_step: called for each batch skipped because loss or gradient was not finite.
             parallelism: of the ranks this learner belongs to
-                (`learner.distributed.init_distributed`), which shard policy and reference in place;
-                every rank receives the same batches. None: a single process.
+                (`learner.distributed.init_distributed`), which shard policy and reference in place,
+                and call `learn`. None: a single process.
         """
         if (reference is None) != (loss.kl_coef == 0):
             raise ValueError(f"kl_coef={loss.kl_coef} and {'no' if reference is None else 'a'} reference policy")
@@ -94,6 +95,13 @@ class PolicyLearner:
         policy.freeze(config.freeze)
         if config.gradient_checkpointing:
             policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.split: Split = functools.partial(
+            split_groups,
+            token_budget=config.token_budget,
+            mini_batches=config.mini_batches,
+            mask_truncated=loss.mask_truncated,
+        )
+        """Splits a batch into the ranks' shares."""
         self._scorer = self._parallelism.scorer(policy)
         self._reference_scorer = None if reference is None else self._parallelism.scorer(reference)
         updates = total_steps * config.epochs * config.mini_batches
@@ -110,9 +118,16 @@ class PolicyLearner:
         return self.optimizer.skipped_steps
 
     def step(self, groups: Sequence[TrainGroup]) -> dict[str, float]:
-        """Train on one batch; see `rlmed.core.protocols.Learner.step`."""
-        items = [self._item(group) for group in groups]
-        mini_batches = [self._prepare_mini_batch(part) for part in _split_evenly(items, self._config.mini_batches)]
+        """Train on one batch in a single process; see `rlmed.core.protocols.Learner.step`."""
+        assert self._parallelism.size == 1, "each of several ranks learns from its share"
+        return self.learn(self.split(groups, 1)[0], groups)
+
+    def learn(self, share: BatchShare, groups: Sequence[TrainGroup] = ()) -> dict[str, float]:
+        """Train on this rank's share of a batch and return the metrics of the whole; collective.
+
+        `groups` are those that `on_bad_step` gets.
+        """
+        mini_batches = [self._prepare_mini_batch(part) for part in share]
         parts: list[LossMetrics] = []
         losses, norms, lr = [], [], self.optimizer.lr
         # gradient checkpointing needs training mode; no supported model has dropout
@@ -166,22 +181,9 @@ class PolicyLearner:
         """See `rlmed.core.protocols.Learner.load`; load the policy from the same folder first."""
         self.optimizer.load(folder)
 
-    def _item(self, group: TrainGroup) -> PackItem:
-        sequences = tuple(
-            TrainSequence(
-                completion, float(advantage), not (self._loss.mask_truncated and completion.finish_reason == "length")
-            )
-            for completion, advantage in zip(group.rollout.completions, group.advantages, strict=True)
-        )
-        return PackItem(group.rollout.prompt, sequences)
-
-    def _prepare_mini_batch(self, items: Sequence[PackItem]) -> _MiniBatch:
-        """Build this rank's share of a mini-batch, with log-probabilities fixed during the step."""
-        trained = [len(entry.completion.token_ids) * entry.trained for item in items for entry in item.sequences]
-        micro_batches = [
-            _MicroBatch(pack(part, self.policy))
-            for part in self._parallelism.micro_batches(items, self._config.token_budget)
-        ]
+    def _prepare_mini_batch(self, share: MiniBatchShare) -> _MiniBatch:
+        """Pack this rank's share of a mini-batch; add log-probabilities fixed during the step."""
+        micro_batches = [_MicroBatch(pack(part, self.policy)) for part in share.micro_batches]
         repeated = self._config.epochs * self._config.mini_batches > 1
         for micro in micro_batches:
             if self._reference_scorer is not None:
@@ -190,8 +192,7 @@ class PolicyLearner:
                 micro.old_logprobs = micro.batch.rollout_logprobs
             elif repeated:
                 micro.old_logprobs = self._scorer.logprobs_no_grad(micro.batch, self._temperature)
-        images = any(item.prompt.image_inputs for item in items)
-        return _MiniBatch(micro_batches, count_denominators(trained, self._max_tokens), images)
+        return _MiniBatch(micro_batches, count_denominators(share.trained_tokens, self._max_tokens), share.images)
 
     def _update(self, plan: _MiniBatch) -> tuple[float, LossMetrics]:
         """Compute the loss and accumulate the gradient of this rank's share of a mini-batch."""
@@ -228,10 +229,3 @@ class PolicyLearner:
             if self._on_bad_step:
                 self._on_bad_step(groups, f"loss {loss}, gradient norm {norm}")
         return norm
-
-
-def _split_evenly(items: Sequence[PackItem], parts: int) -> list[Sequence[PackItem]]:
-    """Split into consecutive parts whose sizes differ by at most one; at most one part per item."""
-    parts = min(parts, len(items))
-    bounds = [len(items) * i // parts for i in range(parts + 1)]
-    return [items[start:stop] for start, stop in pairwise(bounds)]

@@ -1,4 +1,4 @@
-"""Pack prompts with their completions into rows; split them under a token budget and over ranks."""
+"""Pack prompts with their completions into rows; split them under a token budget."""
 
 from __future__ import annotations
 
@@ -90,46 +90,13 @@ def split_by_tokens(items: Iterable[PackItem], token_budget: int) -> list[list[P
 def _split_group(item: PackItem, token_budget: int) -> list[PackItem]:
     if item.tokens <= token_budget or len(item.sequences) == 1:
         return [item]
-    return [part for half in _halves(item) for part in _split_group(half, token_budget)]
+    return [part for half in halves(item) for part in _split_group(half, token_budget)]
 
 
-def _halves(item: PackItem) -> tuple[PackItem, PackItem]:
+def halves(item: PackItem) -> tuple[PackItem, PackItem]:
+    """Split a group's completions into two items with the same prompt."""
     half = len(item.sequences) // 2
     return PackItem(item.prompt, item.sequences[:half]), PackItem(item.prompt, item.sequences[half:])
-
-
-def share_by_tokens(items: Sequence[PackItem], ranks: int) -> list[list[PackItem]]:
-    """Balance items over ranks, in order, to keep the largest share small.
-
-    Assigns the longest items first, each to the rank with the fewest tokens; then halves the
-    largest item of the fullest rank, at the price of a second prompt, as long as that helps. With
-    fewer completions than ranks, some shares are empty.
-    """
-    pieces = list(items)
-    shares = _assign(pieces, ranks)
-    while True:
-        largest = max(max(shares, key=_tokens), key=lambda item: item.tokens)
-        if len(largest.sequences) == 1:
-            return shares
-        index = next(i for i, piece in enumerate(pieces) if piece is largest)
-        halved = [*pieces[:index], *_halves(largest), *pieces[index + 1 :]]
-        candidate = _assign(halved, ranks)
-        if max(map(_tokens, candidate)) >= max(map(_tokens, shares)):
-            return shares
-        pieces, shares = halved, candidate
-
-
-def _assign(pieces: Sequence[PackItem], ranks: int) -> list[list[PackItem]]:
-    loads, indices = [0] * ranks, [list[int]() for _ in range(ranks)]
-    for index in sorted(range(len(pieces)), key=lambda i: -pieces[i].tokens):
-        rank = loads.index(min(loads))
-        loads[rank] += pieces[index].tokens
-        indices[rank].append(index)
-    return [[pieces[index] for index in sorted(entry)] for entry in indices]
-
-
-def _tokens(items: Iterable[PackItem]) -> int:
-    return sum(item.tokens for item in items)
 
 
 def pack(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from learner.distributed import Parallelism, SingleProcess, full_weights
 from learner.metrics import LossMetrics, mean_metric, merge_metrics
 from learner.optimizer import Optimizer
 from learner.packing import PackItem, TrainSequence, pack
+from learner.sharing import BatchShare, Split, split_items
 from rlmed.core.config.schema import LearnerConfig
 from rlmed.core.protocols import RolloutPool
 from rlmed.core.types import Completion, IntArray, Prompt
@@ -45,12 +47,14 @@ class SupervisedLearner:
     ) -> None:
         """Train `policy` in place, except for the parts in `learner.freeze`.
 
-        `parallelism` as in `learner.learner.PolicyLearner`: every rank receives the same batches.
+        `parallelism` as in `learner.learner.PolicyLearner`.
         """
         self.policy, self._config, self._parallelism = policy, config, parallelism or SingleProcess()
         policy.freeze(config.freeze)
         if config.gradient_checkpointing:
             policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.split: Split = functools.partial(split_items, token_budget=config.token_budget)
+        """Splits a batch into the ranks' shares."""
         self._scorer = self._parallelism.scorer(policy)
         self.optimizer = Optimizer(policy.model.named_parameters(), config, total_steps, self._parallelism)
 
@@ -60,14 +64,19 @@ class SupervisedLearner:
         return self.optimizer.steps_taken
 
     def step(self, items: Sequence[PackItem]) -> dict[str, float]:
-        """Take one optimizer step on a batch and return its metrics."""
-        tokens = sum(len(entry.completion.token_ids) for item in items for entry in item.sequences)
-        images = any(item.prompt.image_inputs for item in items)
+        """Take one optimizer step on a batch in a single process and return its metrics."""
+        assert self._parallelism.size == 1, "each of several ranks learns from its share"
+        return self.learn(self.split(items, 1)[0])
+
+    def learn(self, share: BatchShare) -> dict[str, float]:
+        """Take one optimizer step; see `learner.learner.PolicyLearner.learn`."""
+        (mini_batch,) = share
+        tokens = sum(mini_batch.trained_tokens)
         total, lr, parts = 0.0, self.optimizer.lr, list[LossMetrics]()
         self.policy.model.train(self._config.gradient_checkpointing)
-        for part in self._parallelism.micro_batches(items, self._config.token_budget):
+        for part in mini_batch.micro_batches:
             batch = pack(part, self.policy)
-            logprobs, _ = self._scorer.logprobs(batch, 1.0, images=images)
+            logprobs, _ = self._scorer.logprobs(batch, 1.0, images=mini_batch.images)
             written = logprobs[batch.loss_mask]  # a rank's filler is not trained on
             loss = -written.sum() / tokens
             loss.backward()

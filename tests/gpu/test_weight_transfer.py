@@ -70,8 +70,12 @@ class Changing:
     def full_weights(self, *, on_device: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
         return ((name, parameter.detach()) for name, parameter in self.policy.model.named_parameters())
 
+    @staticmethod
+    def split(groups: Any, ranks: int) -> list[Any]:
+        return [groups] * ranks
+
     @torch.no_grad()
-    def step(self, groups: Any) -> dict[str, float]:
+    def learn(self, share: Any) -> dict[str, float]:
         self.policy_version += 1
         generator = torch.Generator("cuda").manual_seed(self.policy_version)
         for parameter in self.policy.model.parameters():

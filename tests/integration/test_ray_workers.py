@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import pickle
 import signal
 import tempfile
 import time
@@ -19,6 +20,8 @@ import ray
 import torch
 
 from learner.actor import LearnerError, RayLearner
+from learner.sharing import split_items
+from learner.supervised import written_item
 from rlmed.cluster.ray_session import worker_environment
 from rlmed.core.protocols import ClusterError
 from rlmed.core.types import Example, Prompt, RolloutRequest, SamplingParams
@@ -170,11 +173,12 @@ class Doomed:
     """Stands in for a learner rank that ends in a given way."""
 
     policy_version = 0
+    split = staticmethod(lambda batch, ranks: [batch] * ranks)
 
     def __init__(self, parallelism, ways):
         self.way = ways[getattr(parallelism, "rank", 0)]
 
-    def step(self, groups):
+    def learn(self, share):
         if self.way == "lost":
             time.sleep(1)
             os._exit(1)
@@ -203,6 +207,39 @@ def test_what_became_of_the_learner_ranks_is_told(session, ways, error, message)
     try:
         with pytest.raises(error, match=message):
             learner.step([])
+    finally:
+        learner.close()
+
+
+class Weighing:
+    """Stands in for a learner rank; its metrics are the bytes of what every rank was sent."""
+
+    policy_version = 0
+    split = functools.partial(split_items, token_budget=64)
+
+    def learn(self, share):
+        sizes = [None] * 3
+        torch.distributed.all_gather_object(sizes, len(pickle.dumps(share)))
+        return dict(zip("abc", sizes, strict=True))
+
+
+def test_a_rank_is_sent_only_what_it_works_on(session):
+    """Six images of 1 MB over three ranks; then one, where two ranks have nothing to do."""
+    items = [
+        written_item(
+            dataclasses.replace(request(index).prompt, image_inputs={"pixel_values": np.zeros(250_000, np.float32)}),
+            np.arange(4),
+        )
+        for index in range(6)
+    ]
+    learner = RayLearner(
+        lambda report, parallelism: Weighing(), on_bad_step=lambda *_: None, step_s=60, options=[{}] * 3
+    )
+    try:
+        assert list(learner.step(items).values()) == pytest.approx([2e6] * 3, rel=0.01)
+        first, *idle = sorted(learner.step(items[:1]).values(), reverse=True)
+        assert first == pytest.approx(1e6, rel=0.01)
+        assert max(idle) < 5_000
     finally:
         learner.close()
 
@@ -274,6 +311,7 @@ class Drifting:
     """Stands in for a learner: each step makes the weights larger."""
 
     policy_version = 0
+    split = staticmethod(lambda batch, ranks: [batch] * ranks)
 
     def __init__(self, folder):
         self.policy = load_policy(folder)
@@ -283,7 +321,7 @@ class Drifting:
         return ((name, parameter.detach()) for name, parameter in self.policy.model.named_parameters())
 
     @torch.no_grad()
-    def step(self, groups):
+    def learn(self, share):
         self.policy_version += 1
         for parameter in self.policy.model.parameters():
             parameter.mul_(1.25)
@@ -327,8 +365,8 @@ def test_weights_are_sent_from_actor_to_actor_and_fetched_by_later_workers(sessi
         return groups * 2
 
     def learn():
-        for each in (learner, local):
-            each.step([])
+        learner.step([])
+        local.learn([])
 
     try:
         ready(pool)

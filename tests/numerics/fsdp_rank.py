@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from learner.distributed import Parallelism, free_init_method, init_distributed
+from learner.distributed import FSDP, free_init_method, init_distributed
 from learner.learner import PolicyLearner
 from rlmed.core.types import TrainGroup
 from rlmed.models.policy import load_policy
@@ -62,7 +62,7 @@ class Result:
     """The optimizer's, whole; its tensors are None but on the first rank."""
 
 
-def do(job: Job, parallelism: Parallelism | None = None, *, last: bool = True) -> Result:
+def do(job: Job, parallelism: FSDP | None = None, *, last: bool = True) -> Result:
     """Load, learn, save; `last` is True on the last rank."""
     policy = load_policy(job.start or job.base, dtype=job.dtype, device=job.device)
     loss = loss_config(**job.loss)
@@ -90,7 +90,7 @@ def do(job: Job, parallelism: Parallelism | None = None, *, last: bool = True) -
         hook = None
         if last and job.spoil == number:
             hook = policy.model.get_decoder().layers[0].mlp.register_full_backward_hook(_infinite)
-        metrics.append(learner.step(batch))
+        metrics.append(step(learner, batch))
         if hook:
             hook.remove()
     if job.save:
@@ -99,6 +99,14 @@ def do(job: Job, parallelism: Parallelism | None = None, *, last: bool = True) -
     state = learner._parallelism.gather_full(learner.optimizer.state_dict())
     names = [name for name, _ in policy.model.named_parameters()]
     return Result(metrics, reports, learner.policy_version, names, weights, state)
+
+
+def step(learner: PolicyLearner, batch: list[TrainGroup]) -> dict[str, float]:
+    """Learn from a batch; of several ranks, each from its share."""
+    ranks = learner._parallelism
+    if isinstance(ranks, FSDP):
+        return learner.learn(learner.split(batch, ranks.size)[ranks.rank])
+    return learner.step(batch)
 
 
 def _infinite(_: Any, gradients: tuple[Tensor, ...], __: Any) -> tuple[Tensor, ...]:

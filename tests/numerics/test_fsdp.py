@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from learner.packing import PackItem, TrainSequence, share_by_tokens
+from learner.packing import PackItem, TrainSequence
+from learner.sharing import share_by_tokens
 from rlmed.core.types import ScoredGroup, TrainGroup
 from tests.rounding import GRADIENTS, LOGPROBS, updates_apart
 
@@ -160,9 +161,14 @@ def test_images_on_one_rank_only(ranks, freeze, tiny_folder, make_train_groups, 
     assert_moved(job, expected)
 
 
-def test_a_rank_without_any_completion(ranks, tiny_folder, make_train_groups):
+@pytest.mark.parametrize("freeze", [(), ("language_model",)], ids=str)
+def test_a_rank_without_any_completion(ranks, freeze, tiny_folder, make_train_groups):
+    """It has no image either, and still takes part: in the vision tower's gradient, too."""
     groups = make_train_groups("qwen2_vl", 2)
-    agree(ranks, Job(tiny_folder("qwen2_vl"), [cut(groups, (0, 1)), cut(groups, (1, 1))]))
+    job = Job(tiny_folder("qwen2_vl"), [cut(groups, (0, 1)), cut(groups, (2, 1))], config={"freeze": freeze})
+    _, expected = agree(ranks, job)
+    assert_moved(job, expected)
+    agree(ranks, dataclasses.replace(job, batches=[cut(groups, (1, 1))], config={}))
 
 
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
@@ -246,23 +252,6 @@ def test_bfloat16_ranks_keep_float32_masters(ranks, tiny_folder, make_train_grou
     assert masters.keys() == result.weights.keys()
     assert {master.dtype for master in masters.values()} == {torch.float32}
     assert all(torch.equal(result.weights[name], master.bfloat16()) for name, master in masters.items())
-
-
-def test_shares_lose_nothing_and_are_balanced(make_train_groups):
-    items = [
-        PackItem(group.rollout.prompt, tuple(TrainSequence(entry, 1.0) for entry in group.rollout.completions))
-        for group in make_train_groups("qwen2_vl", 8)
-    ]
-    wanted = sorted(id(entry) for item in items for entry in item.sequences)
-    for count in (1, 2, 3, 8, 100):
-        shares = share_by_tokens(items, count)
-        assert len(shares) == count
-        assert sorted(id(entry) for share in shares for item in share for entry in item.sequences) == wanted
-        loads = [sum(item.tokens for item in share) for share in shares]
-        if count == 1:
-            assert shares == [items]
-        if count in (2, 3):
-            assert max(loads) < 1.25 * sum(loads) / count
 
 
 @pytest.mark.gpu

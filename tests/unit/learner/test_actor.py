@@ -16,12 +16,13 @@ class Learner:
     """Stands in for a `PolicyLearner`; it notes what it is asked for among what the actor does."""
 
     policy_version = 3
+    split = None
 
     def __init__(self, device, events):
         self.policy, self.events = SimpleNamespace(device=torch.device(device)), events
 
-    def step(self, groups):
-        self.events.append("step")
+    def learn(self, share):
+        self.events.append("learn")
         return {}
 
     def logprobs(self, questions):
@@ -43,7 +44,7 @@ def test_memory_that_is_free_is_left_to_the_engine_on_the_same_gpu(shares, devic
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: events.append("release"))
     actor = LearnerActor.__ray_metadata__.modified_class()
     actor.build(lambda report, parallelism: Learner(device, events), 0, 1, None, device, 1.0, shares)
-    calls = {"step": [[]], "logprobs": [[]], "load": [Path("checkpoint")]}
+    calls = {"learn": [[]], "logprobs": [[]], "load": [Path("checkpoint")]}
     for name, arguments in calls.items():
         events.clear()
         getattr(actor, name)(*arguments)
