@@ -23,7 +23,7 @@ from rlmed.core.weights import CallEngine, EngineHandle, NotConnectedError, Tran
 ABORT_S = 30.0
 """Seconds in which a broken direct push must release its thread."""
 CAUSE_S = 5.0
-"""Seconds to learn who broke a transfer: others notice a broken connection before Ray a death."""
+"""Seconds to learn who broke a transfer: its peers notice that before Ray reports its death."""
 
 
 class Engines:
@@ -62,17 +62,22 @@ class Engines:
             with contextlib.suppress(InvalidStateError):  # not the first one
                 self.failed.set_exception(error)
 
-    def explain(self, patience_s: float) -> str:
-        """Return which engines failed, after up to `patience_s` for others, or are silent."""
-        ended, silent = wait(self._calls, patience_s)
-        called = list(zip(self.handles, self._calls, strict=False))  # not all, if a call could not start
-        failures = [
+    def explain(self, own: BaseException | None, patience_s: float) -> str:
+        """Return which engines failed, or `own`, rank 0's error, and which are silent.
+
+        An engine has `patience_s` to end: who notices a broken connection first did not break it.
+        """
+        ended, _ = wait(self._calls, patience_s)
+        called = list(zip(self.handles, self._calls, strict=False))  # no calls before the first stage
+        reasons = [
             f"{engine.name} could not {self._action}: {last_line(cause)}"
             for engine, call in called
             if call in ended and (cause := call.exception()) is not None
         ]
-        names = ", ".join(engine.name for engine, call in called if call in silent)
-        return "; ".join(failures) or (f"{names} did not {self._action}" if names else "")
+        if own is not None and not reasons:
+            reasons = [last_line(own)]
+        silent = ", ".join(engine.name for engine, call in called if call not in ended)
+        return "; ".join(reasons + [f"{silent} did not {self._action}"] * bool(silent)) or "rank 0 did not finish"
 
 
 class WeightSender(ABC):
@@ -163,11 +168,8 @@ class WeightSender(ABC):
         if result in ended and result.exception() is None:
             return result.result()
         own = result.exception() if result in ended else None
-        reason = engines.explain(max(0.0, min(CAUSE_S, end - time.monotonic())))
-        if not ended:
-            reason = (
-                f"{reason or 'rank 0 did not finish'} within {self._limit_s:.0f} s (half of cluster.push_timeout_s)"
-            )
-        error = RuntimeError(reason or last_line(own or RuntimeError("unknown cause")))
+        reason = engines.explain(own, max(0.0, min(CAUSE_S, end - time.monotonic())))
+        within = "" if ended else f" within {self._limit_s:.0f} s (half of cluster.push_timeout_s)"
+        error = RuntimeError(reason + within)
         engines.give_up(error)
         raise error from own
