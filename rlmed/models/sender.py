@@ -33,7 +33,7 @@ class Engines:
         """Call the engines of `handles` by `call`."""
         self.handles, self._call = handles, call
         self.failed: Future[None] = Future()
-        """Fails with the first error of an engine, or when rank 0 gives up; it ends every `wait`."""
+        """Fails with an engine's first error, or when rank 0 gives up; this ends every `wait`."""
         self._action, self._calls = "", list[Future[None]]()
 
     def start(self, action: str, stage: str, each: Sequence[tuple[Any, ...]]) -> None:
