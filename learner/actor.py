@@ -26,7 +26,8 @@ from learner.supervised import SupervisedLearner
 from learner.weight_push import DirectPush
 from rlmed.core.protocols import ClusterError, RolloutPool
 from rlmed.core.types import FloatArray
-from rlmed.core.weights import EngineHandle, StoredWeights, WeightSender, WeightUpdate
+from rlmed.core.weights import EngineHandle, StoredWeights, WeightUpdate
+from rlmed.models.sender import WeightSender
 from rlmed.models.weights import gpu_name, make_buckets
 
 LocalLearner = PolicyLearner | SupervisedLearner
@@ -103,13 +104,13 @@ class LearnerActor:
         return gpu_name(self._learner.policy.device)
 
     def connect(self, make_sender: MakeSender, transport: str, engines: Sequence[EngineHandle]) -> None:
-        """See `rlmed.core.weights.WeightSender.connect`; called on the first rank only."""
+        """See `rlmed.models.sender.WeightSender.connect`; called on the first rank only."""
         if self._sender is None:
             self._sender = make_sender(self._learner)
         self._sender.connect(transport, engines, _call_engine, ray.util.get_node_ip_address())
 
     def send(self, version: int) -> None:
-        """See `rlmed.core.weights.WeightSender.send`; the other ranks take part in gathering."""
+        """See `rlmed.models.sender.WeightSender.send`; the other ranks take part in gathering."""
         if self._sender is not None:
             self._sender.send(version)
         else:

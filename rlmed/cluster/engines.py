@@ -16,13 +16,13 @@ from learner.supervised import SupervisedLearner
 from rlmed.cluster.memory import keep_freed_memory
 from rlmed.core.config.running import ClusterConfig, RolloutConfig
 from rlmed.core.config.schema import DataConfig, ModelConfig, PromptConfig
-from rlmed.core.weights import WeightSender
 from rlmed.data.prompts import PROMPT_FILE, PromptRenderer, load_processor, read_prompt_settings
 from rlmed.models.cpu.products import bfloat16_speed, settle_products
 from rlmed.models.direct import DirectSender
 from rlmed.models.folder.agreement import check_agreement
 from rlmed.models.loading import model_folder, resolve_device, resolve_dtype
 from rlmed.models.policy import Policy, load_config, load_policy
+from rlmed.models.sender import WeightSender
 from rlmed.recording.inputs import chosen_dtype, chosen_onednn
 from rollout.fake import FakeEngine
 from rollout.local import LocalPool

@@ -7,7 +7,8 @@
 | `ipc`, `nccl` | rank 0 sends to all engines at once, from GPU to GPU | `rollout.vllm_backend.weight_transfer` |
 | `nccl` | the same to native engines; gloo between CPUs | `rlmed.models.direct` |
 
-`learner.weight_push` chooses one for each push; `rollout.pool.pushes` delivers.
+`learner.weight_push` chooses one for each push; `rlmed.models.sender` is what rank 0 does in every
+direct one; `rollout.pool.pushes` delivers.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 OBJECT_STORE, IPC, NCCL = "object_store", "ipc", "nccl"
 
@@ -83,18 +84,6 @@ class WeightUpdate:
 
 CallEngine = Callable[..., Future[None]]
 """Start a stage of a direct push at an engine: takes `EngineHandle`, one of `STAGES`, arguments."""
-
-
-class WeightSender(Protocol):
-    """Sends weights directly from learner rank 0 to engines; errors name engine and cause."""
-
-    def connect(self, transport: str, engines: Sequence[EngineHandle], call: CallEngine, host: str) -> None:
-        """Connect from address `host`, replacing old connections; may raise NotConnectedError."""
-        ...
-
-    def send(self, version: int) -> None:
-        """Send the weights as `version`, other ranks gathering; reconnect after a TransferError."""
-        ...
 
 
 def last_line(error: BaseException) -> str:

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import math
-import threading
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rlmed.core.protocols import ClusterError
-from rlmed.core.weights import TransferError, WeightError
+from rlmed.core.weights import WeightError
 
 BUCKET_BYTES = 256 * 2**20
 """Size of one bucket: it bounds copies in flight and makes the cost per message negligible."""
 ALIGNMENT = 64
 """Bytes; every tensor in a bucket starts at a multiple of it."""
-ABORT_S = 30.0
-"""Seconds in which a broken direct push must release its thread."""
 SAME_MODEL = "learner and engine need the same model (model.path)"
 
 
@@ -57,12 +52,7 @@ class WeightBucket:
         interface = self.data.__array_interface__
         interface["data"] = (interface["data"][0], False)
         flat = torch.from_numpy(np.asarray(SimpleNamespace(__array_interface__=interface, owner=self.data)))
-        tensors, start = [], 0
-        for (name, shape), dtype in zip(self.shapes.items(), self.dtypes, strict=True):
-            end = start + dtype.itemsize * math.prod(shape)
-            tensors.append((name, flat[start:end].view(dtype).view(shape)))
-            start = aligned(end)
-        return tensors
+        return unpack(flat, self.shapes, self.dtypes)
 
 
 Buckets = Sequence[WeightBucket]
@@ -70,39 +60,60 @@ Buckets = Sequence[WeightBucket]
 
 
 def make_buckets(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int = BUCKET_BYTES) -> Iterator[WeightBucket]:
+    """Yield buckets for a store; see `pack`."""
+    for shapes, dtypes, values in pack(tensors, bucket_bytes, torch.device("cpu")):
+        data = values.numpy()
+        yield WeightBucket(shapes, dtypes, data, zlib.crc32(data.data))
+
+
+Packed = tuple[dict[str, tuple[int, ...]], tuple[torch.dtype, ...], Tensor]
+"""Shapes by name, dtypes, and all bytes of some tensors, uint8 [bytes]."""
+
+
+def pack(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int, device: torch.device) -> Iterator[Packed]:
     """Copy named tensors, in order, into buckets of at most `bucket_bytes`, larger ones alone.
 
     Args:
         tensors: names and tensors of any shape on any device; consumed one at a time. If gathered
             from many ranks, all ranks iterate.
-        bucket_bytes: bound on a bucket, and so on the memory needed besides the store's.
+        bucket_bytes: bound on a bucket, and so on the memory needed besides the tensors'.
+        device: where the buckets lie.
 
     Yields:
         Buckets whose bytes are valid until the next one is requested: they share one buffer,
         because first touching fresh memory costs several times as much as copying into it.
     """
-    memory = torch.empty(bucket_bytes, dtype=torch.uint8)
-    packed: dict[str, Tensor] = {}
+    memory = torch.empty(bucket_bytes, dtype=torch.uint8, device=device)
+    shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: list[torch.dtype] = []
     start = 0
     for name, tensor in tensors:
-        if packed and start + aligned(tensor.nbytes) > bucket_bytes:
-            yield _seal(packed, memory[:start])
-            packed, start = {}, 0
+        if shapes and start + aligned(tensor.nbytes) > bucket_bytes:
+            yield shapes, tuple(dtypes), memory[:start]
+            shapes, dtypes, start = {}, [], 0
         end = start + tensor.nbytes
         following = aligned(end)
         if following > len(memory):
-            memory = torch.empty(following, dtype=torch.uint8)
-        packed[name] = memory[start:end].view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
-        memory[end:following] = 0  # the checksum covers the padding
+            memory = torch.empty(following, dtype=torch.uint8, device=device)
+        memory[start:end].view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
+        memory[end:following] = 0  # a checksum covers the padding
+        shapes[name] = tuple(tensor.shape)
+        dtypes.append(tensor.dtype)
         start = following
-    if packed:
-        yield _seal(packed, memory[:start])
+    if shapes:
+        yield shapes, tuple(dtypes), memory[:start]
 
 
-def _seal(packed: Mapping[str, Tensor], memory: Tensor) -> WeightBucket:
-    shapes = {name: tuple(tensor.shape) for name, tensor in packed.items()}
-    data = memory.numpy()
-    return WeightBucket(shapes, tuple(tensor.dtype for tensor in packed.values()), data, zlib.crc32(data.data))
+def unpack(
+    values: Tensor, shapes: Mapping[str, tuple[int, ...]], dtypes: Iterable[torch.dtype]
+) -> list[tuple[str, Tensor]]:
+    """Return the names and tensors of a bucket, views of its bytes."""
+    tensors, start = [], 0
+    for (name, shape), dtype in zip(shapes.items(), dtypes, strict=True):
+        end = start + dtype.itemsize * math.prod(shape)
+        tensors.append((name, values[start:end].view(dtype).view(shape)))
+        start = aligned(end)
+    return tensors
 
 
 def aligned(size: int) -> int:
@@ -149,27 +160,3 @@ def check_complete(missing: Set[str]) -> None:
 def gpu_name(device: torch.device) -> str:
     """Return a GPU's UUID, or "" for a CPU; see `rlmed.core.weights.EngineHandle.devices`."""
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
-
-
-def end_transfer(thread: threading.Thread, weights: Iterable[object], version: int, error: Exception) -> NoReturn:
-    """Give up a direct push after its connection was ended, so that no rank stays behind.
-
-    Args:
-        thread: rank 0's part of the push, which ends with the connection.
-        weights: what it has not sent yet; the other ranks gather that, too.
-        version: of the weights.
-        error: why the push failed.
-
-    Raises:
-        ClusterError: if the thread does not end.
-        TransferError: otherwise.
-    """
-    thread.join(ABORT_S)
-    if thread.is_alive():
-        raise ClusterError(
-            "learner rank 0 hangs in a weight transfer that an engine did not finish. Resume from the last "
-            "checkpoint with resume=auto"
-        ) from error
-    for _ in weights:
-        pass
-    raise TransferError(f"policy version {version} did not reach the engines: {error}") from error

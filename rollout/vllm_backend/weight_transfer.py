@@ -1,8 +1,8 @@
 """Direct transfer by vLLM's weight-transfer API: NCCL or CUDA IPC; see `rlmed.core.weights`.
 
 The learner's half, `WeightTransferSender`, runs in learner rank 0's process. vLLM drives the
-exchange; this adds what it lacks: NCCL ranks for several engines, a timeout for every wait, and the
-name of the engine that did not answer.
+exchange; this adds what it lacks: NCCL ranks for several engines, and what
+`rlmed.models.sender` does for all transports.
 
 The engine's half, `WeightTransfer`, runs in every worker process of vLLM, which imports this module
 through `WorkerExtension`. It also accepts tensors passed in a call: a replacement worker fetches
@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,8 +39,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.utils.network_utils import get_open_port
 
-from rlmed.core.weights import IPC, CallEngine, EngineHandle, NotConnectedError, last_line
-from rlmed.models.weights import BUCKET_BYTES, end_transfer, gpu_name
+from rlmed.core.weights import IPC, EngineHandle
+from rlmed.models.sender import Engines, WeightSender
+from rlmed.models.weights import BUCKET_BYTES, gpu_name
 
 BACKEND = "rlmed"
 
@@ -102,55 +101,36 @@ def init_info(transport: str, engines: Sequence[EngineHandle], host: str, larges
 class EngineClients:
     """vLLM's `VLLMWeightSyncClient` for several engines: each call asks all and waits for all."""
 
-    def __init__(self, transport: str, engines: Sequence[EngineHandle], call: CallEngine, limit_s: float) -> None:
-        """Call `engines`, each of which has `limit_s` seconds to answer."""
-        self._transport, self._engines, self._call, self._limit_s = transport, engines, call, limit_s
-        self.failed: Future[None] = Future()
-        """Fails with an engine's first error: vLLM's thread may hang in a call never joined."""
+    def __init__(self, transport: str, engines: Engines) -> None:
+        """Call `engines`."""
+        self._transport, self._engines = transport, engines
         self.version = 0
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Connect all engines; an engine's NCCL ranks follow those of the previous engine."""
-        calls, rank = [], init_info.get("rank_offset", 0)
-        for engine in self._engines:
+        each, rank = [], init_info.get("rank_offset", 0)
+        for engine in self._engines.handles:
             own = {"rank_offset": rank} if "rank_offset" in init_info else {}
-            calls.append(self._call(engine, "connect", self._transport, init_info | own))
+            each.append((self._transport, init_info | own))
             rank += len(engine.devices)
-        self._wait("connect", calls)
+        self._engines.start("connect", "connect", each)
+        self._engines.wait()
 
     def start_weight_update(self) -> None:
         """Hold all engines."""
-        self._call_all("stop for new weights", "begin_update")
+        self._engines.run("stop for new weights", "begin_update")
 
     def update_weights(self, update_info: Any) -> None:
         """Have all engines receive while the learner sends."""
-        self._call_all("receive weights", "receive", update_info)
+        self._engines.run("receive weights", "receive", update_info)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """Resume all engines under the new weights."""
-        self._call_all("take the new weights", "finish_update", self.version)
-
-    def _call_all(self, action: str, stage: str, *arguments: Any) -> None:
-        self._wait(action, [self._call(engine, stage, *arguments) for engine in self._engines])
-
-    def _wait(self, action: str, calls: Sequence[Future[None]]) -> None:
-        ended, silent = wait(calls, self._limit_s, return_when=FIRST_EXCEPTION)
-        called = list(zip(self._engines, calls, strict=True))
-        try:
-            for engine, call in called:
-                if call in ended and (cause := call.exception()) is not None:
-                    raise RuntimeError(f"{engine.name} could not {action}: {last_line(cause)}") from cause
-            if silent:
-                names = ", ".join(engine.name for engine, call in called if call in silent)
-                raise RuntimeError(f"{names} did not {action} within {self._limit_s:.0f} s")
-        except RuntimeError as error:
-            if not self.failed.done():
-                self.failed.set_exception(error)
-            raise
+        self._engines.run("take the new weights", "finish_update", self.version)
 
 
-class WeightTransferSender(WeightSource):
-    """`rlmed.core.weights.WeightSender` and vLLM's source; gathers each parameter at its turn."""
+class WeightTransferSender(WeightSender, WeightSource):
+    """Sends by vLLM's trainer engines, whose source of weights it is, too."""
 
     def __init__(
         self,
@@ -159,17 +139,10 @@ class WeightTransferSender(WeightSource):
         device: torch.device,
         limit_s: float,
     ) -> None:
-        """Send what `weights` yields, names and full tensors on the GPU `device`.
-
-        Args:
-            shapes: dtype and full shape of each, in the same order.
-            weights: starts gathering.
-            device: rank 0's GPU.
-            limit_s: timeout of connecting and of sending, in seconds.
-        """
-        self._shapes, self._weights, self._device, self._limit_s = shapes, weights, device, limit_s
+        """See `WeightSender`; `shapes` are dtype and full shape of each weight, in their order."""
+        super().__init__(weights, device, limit_s)
+        self._shapes = shapes
         self._round: Iterator[tuple[str, Tensor]] = iter(())
-        self._connection: tuple[TrainerWeightTransferEngine[Any], EngineClients] | None = None
 
     def metadata(self) -> list[ParamMeta]:
         """See `WeightSource`."""
@@ -179,62 +152,25 @@ class WeightTransferSender(WeightSource):
         """Return the weights of this `send`; vLLM iterates once in each."""
         return self._round
 
-    def connect(self, transport: str, engines: Sequence[EngineHandle], call: CallEngine, host: str) -> None:
-        """See `WeightSender.connect`."""
-        self._disconnect()
+    def _open(
+        self, transport: str, engines: Engines, host: str
+    ) -> tuple[TrainerWeightTransferEngine[Any], EngineClients]:
         largest = max(dtype.itemsize * math.prod(shape) for dtype, shape in self._shapes.values())
-        info = init_info(transport, engines, host, largest)
-        # its limit is shorter than ours, to name a silent engine first
-        client = EngineClients(transport, engines, call, 0.9 * self._limit_s)
         trainer: type[TrainerWeightTransferEngine[Any]] = (
             OneRankIpc if transport == IPC else NCCLTrainerWeightTransferEngine
         )
-        try:
-            engine = self._watch(lambda: trainer.trainer_init(info, client=client, source=self), client)
-            check_group(engine)
-        except Exception as error:
-            raise NotConnectedError(f"cannot connect learner and engines by {transport}: {error}") from error
-        self._connection = engine, client
+        clients = EngineClients(transport, engines)
+        engine = trainer.trainer_init(init_info(transport, engines.handles, host, largest), client=clients, source=self)
+        check_group(engine)
+        return engine, clients
 
-    def send(self, version: int) -> None:
-        """See `WeightSender.send`."""
-        assert self._connection is not None, "connect first"
-        engine, client = self._connection
-        client.version, self._round = version, self._weights()
-        try:
-            self._watch(engine.send_weights, client)
-        except Exception as error:
-            self._disconnect()  # ends NCCL's calls, and so the thread
-            end_transfer(self._thread, self._round, version, error)
+    def _send(self, connection: Any, engines: Engines, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
+        engine, clients = connection
+        clients.version, self._round = version, weights
+        engine.send_weights()
 
-    def _disconnect(self) -> None:
-        if self._connection is not None:
-            self._connection[0].shutdown()
-        self._connection = None
-
-    def _watch(self, work: Callable[[], Any], client: EngineClients) -> Any:
-        """Run work that may never return in its own thread; an engine's error ends the wait."""
-        result: Future[Any] = Future()
-
-        def run() -> None:
-            try:
-                with torch.no_grad():
-                    if self._device.type == "cuda":
-                        torch.cuda.set_device(self._device)
-                        # vLLM copies on its own streams, which don't wait for the optimizer's
-                        torch.cuda.synchronize()
-                    result.set_result(work())
-            except BaseException as error:  # raised below, in the thread that waits
-                result.set_exception(error)
-
-        self._thread = threading.Thread(target=run, name="weight transfer", daemon=True)
-        self._thread.start()
-        wait([result, client.failed], self._limit_s, return_when=FIRST_COMPLETED)
-        if client.failed.done():
-            client.failed.result()
-        if not result.done():
-            raise TimeoutError(f"timed out after {self._limit_s:.0f} s (half of cluster.push_timeout_s)")
-        return result.result()
+    def _close(self, connection: Any) -> None:
+        connection[0].shutdown()
 
 
 # The engine's half.

@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
@@ -17,6 +18,7 @@ import ray
 import torch
 
 from rlmed.core.weights import PushReport, StoredWeights, TransferError, WeightUpdate
+from rlmed.models import direct
 from rlmed.models.direct import GLOO, DirectSender
 from rlmed.models.policy import load_policy
 from rlmed.models.weights import make_buckets
@@ -103,3 +105,43 @@ def test_weights_reach_all_workers_and_a_worker_that_dies_meanwhile_costs_no_sam
     assert failed
     assert pool.metrics()["rollout/workers_lost"] > lost
     assert sorted(group.request.index for group in groups) == [4, 5, 6, 7]
+
+
+def test_a_worker_killed_in_a_broadcast_is_named_and_its_successor_has_the_weights(pool, session, model, monkeypatch):  # noqa: F811
+    ready(pool)
+    policy = changed(model, 1.2)
+    sender = DirectSender(lambda: iter(policy.model.named_parameters()), torch.device("cpu"), LIMIT_S)
+    thread, victim, failed = ThreadPoolExecutor(1), marked(session, "ray::RolloutActor")[0], []
+    broadcast = direct._Group.broadcast
+
+    def kill_first(group, values):
+        # the engines have been called, and wait for the bytes
+        time.sleep(1.0)
+        os.kill(victim, signal.SIGKILL)
+        broadcast(group, values)
+
+    monkeypatch.setattr(direct._Group, "broadcast", kill_first)
+
+    def push(engines):
+        sender.connect(GLOO, engines, call, "127.0.0.1")
+        try:
+            sender.send(9)
+        except TransferError as error:
+            failed.append(str(error))
+            raise
+        return PushReport(0.0, 0.0)
+
+    stored = StoredWeights(9, [ray.put(bucket) for bucket in make_buckets(policy.model.named_parameters())])
+    lost = pool.metrics()["rollout/workers_lost"]
+    pool.update_weights(WeightUpdate(lambda: stored, functools.partial(thread.submit, push)))
+    (message,) = failed
+    assert f"process {victim})" in message
+    assert "version 9 did not reach" in message
+    assert "within" not in message, "it was noticed, not waited for until the limit"
+    channel = pool.channel()
+    for index in range(8, 12):
+        channel.submit(request(index, max_tokens=12))
+    for group in (channel.collect() for _ in range(4)):
+        assert all(entry.min_version == 9 for entry in group.completions)
+        assert worst_difference([sample(policy, group.request.index)], [group], policy) <= LOGPROBS
+    assert pool.metrics()["rollout/workers_lost"] > lost

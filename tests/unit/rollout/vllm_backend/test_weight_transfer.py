@@ -337,7 +337,7 @@ def test_an_engine_that_refuses_an_update_leaves_no_rank_behind(network, learner
 
 
 def test_a_transfer_that_cannot_be_ended_ends_the_run(network, learner, monkeypatch):
-    monkeypatch.setattr("rlmed.models.weights.ABORT_S", 0.1)
+    monkeypatch.setattr("rlmed.models.sender.ABORT_S", 0.1)
     monkeypatch.setattr(Group, "destroy", lambda self: None)
     one, sender = Worker("one"), learner.sender()
     sender.connect("nccl", [one], call, "10.0.0.1")
