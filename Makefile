@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_ALL := $(VENV)/.installed-all
 
-# What takes long, or starts processes that use several cores; all other tests share the cores.
+# What takes long, or starts Ray or vLLM. One test with Ray runs at a time, beside the others: see tests/conftest.py.
 SLOW := slow or ray or vllm
 
 .PHONY: demo test test-fast test-slow coverage lint types check docs docs-serve tiny-base clean
@@ -30,7 +30,7 @@ types: $(INSTALLED)
 check: lint types test
 
 test-slow:
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest -m "$(SLOW)"
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "$(SLOW)" --numprocesses=auto --maxprocesses=4 --dist=loadgroup
 
 # The site in site/, and while you write at http://localhost:8000. A broken link or an unknown reference fails.
 docs: $(INSTALLED_ALL)

@@ -53,6 +53,16 @@ OWN_PACKAGES = ("rlmed", "rollout", "learner", "rewards")
 Grid = tuple[int, int]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With --dist=loadgroup a file's tests share a process, and so do all that start Ray.
+
+    Ray's processes have limits of time to answer in, so those of two tests must not run at once.
+    """
+    for item in items:
+        ray = item.get_closest_marker("ray") is not None
+        item.add_marker(pytest.mark.xdist_group("ray" if ray else item.nodeid.partition("::")[0]))
+
+
 @pytest.fixture(autouse=True)
 def no_module_is_loaded_twice() -> Iterator[None]:
     """Fail a test that leaves two copies of a module: a later patch and the code may differ."""

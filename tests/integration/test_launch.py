@@ -408,8 +408,10 @@ def test_an_output_folder_that_cannot_be_written(command: str, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_a_command_works_in_the_folder_that_holds_a_checkout(tmp_path: Path) -> None:
-    (tmp_path / "rlmed").symlink_to(ROOT)
+def test_a_command_works_in_the_folder_that_holds_a_checkout(
+    tmp_path: Path, with_images: Callable[[Path], Path]
+) -> None:
+    (with_images(tmp_path) / "rlmed").symlink_to(ROOT)
     done = subprocess.run(
         [sys.executable, "-m", "rlmed.evaluate", "eval.limit=1"],
         cwd=tmp_path,
