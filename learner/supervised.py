@@ -64,7 +64,7 @@ class SupervisedLearner:
         tokens = sum(len(entry.completion.token_ids) for item in items for entry in item.sequences)
         images = any(item.prompt.image_inputs for item in items)
         total, lr, parts = 0.0, self.optimizer.lr, list[LossMetrics]()
-        self.policy.model.train(self._config.gradient_checkpointing)
+        self.policy.model.train(bool(self._config.gradient_checkpointing))
         for part in self._parallelism.micro_batches(items, self._config.token_budget):
             batch = pack(part, self.policy)
             logprobs, _ = self._scorer.logprobs(batch, 1.0, images=images)

@@ -97,7 +97,7 @@ def model_folder_of(name: str, folder: Path, device: torch.device, visual_tokens
     if name != "tiny":
         small = json.loads((tiny / "config.json").read_text())
         tokens = {key: value for key, value in small.items() if key.endswith("_token_id") and value is not None}
-        _random_model(GEOMETRIES[name].config(tokens), device).save_pretrained(aside)
+        random_model(GEOMETRIES[name].config(tokens), device).save_pretrained(aside)
     processor = aside / "preprocessor_config.json"
     settings = json.loads(processor.read_text())
     pixels = visual_tokens * PATCH**2
@@ -108,7 +108,7 @@ def model_folder_of(name: str, folder: Path, device: torch.device, visual_tokens
 
 
 @torch.no_grad()
-def _random_model(config: Qwen2VLConfig, device: torch.device) -> Qwen2VLForConditionalGeneration:
+def random_model(config: Qwen2VLConfig, device: torch.device) -> Qwen2VLForConditionalGeneration:
     """Build a model with random bfloat16 weights and scores near `COMMON_LOGIT`."""
     with torch.device("meta"):
         model = Qwen2VLForConditionalGeneration(config).to(torch.bfloat16)

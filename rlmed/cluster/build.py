@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from learner.distributed import Parallelism
+from learner.distributed import Parallelism, SingleProcess
 from learner.learner import OnSkippedUpdate, PolicyLearner
+from rlmed.cluster.capacity import free_memory, local_estimate, model_size, rank_estimate, settle_memory
 from rlmed.cluster.engines import (
     build_local_pool,
     build_policy,
@@ -27,7 +28,7 @@ from rlmed.cluster.engines import (
     settle_model,
     shares_gpus,
 )
-from rlmed.cluster.memory import engines_that_pack, estimate
+from rlmed.cluster.memory import engines_that_pack
 from rlmed.cluster.replay import NoLearner, ReplayPool
 from rlmed.core.config.checks import require
 from rlmed.core.config.schema import ModelConfig, RunConfig
@@ -93,23 +94,43 @@ def build_cluster(
         return build_ray(config, resumed, checkpoint, on_bad_step)
     engines = engines_that_pack(config.cluster, max_staleness=config.algo.max_staleness)
     config = dataclasses.replace(config, model=settle_model(config.model, engines=engines, resumed=resumed))
+    if config.debug.learn:
+        device = resolve_device(config.model)
+        in_one = local_estimate(model_size(config), engines=engines, pictures=kept_bytes(), on_cpu=device.type == "cpu")
+        config = settle_memory(config, in_one, where=_place(device), available=free_memory(device))
     policy = build_policy(config.model, checkpoint or model_folder(config.model.path), threads=config.cluster.threads)
     learner = build_learner(config, on_bad_step, policy=policy) if config.debug.learn else NoLearner()
-    memory = estimate(
-        policy,
-        config.rollout,
-        config.algo,
-        prompt_tokens=config.data.max_prompt_tokens,
-        eval_tokens=config.eval.max_tokens,
-        packing_engines=engines if "packed_weights" in (config.model.onednn or ()) else 0,
-        pictures=kept_bytes(),
-    )
-    log.info("%s", memory.line())
     pool: RolloutPool = build_local_pool(config.rollout, policy, renderer)
     if config.debug.recorded:
         pool = ReplayPool(Path(config.debug.recorded), pool)
     evaluation_pool = build_local_pool(config.rollout, policy, renderer)
     return _cluster(config.model, ExitStack(), pool, learner, evaluation_pool)
+
+
+def _place(device: torch.device) -> str:
+    return "this machine" if device.type == "cpu" else f"GPU {device}"
+
+
+def _settle_rank(config: RunConfig, parallelism: Parallelism | None) -> RunConfig:
+    """Settle the memory of this learner rank beside the others and an engine on its device."""
+    device, ranks = resolve_device(config.model), config.cluster.learner_ranks
+    on_cpu, size = device.type == "cpu", model_size(config)
+    beside = 0
+    vllm = config.rollout.engine == "vllm" and not on_cpu
+    if vllm and shares_gpus(config.cluster) and not engines_sleep(config, cuda=True):
+        total = torch.cuda.mem_get_info(device)[1]
+        beside = int(memory_share(config.rollout, config.cluster) * total)
+    settled = settle_memory(
+        config,
+        rank_estimate(size, on_cpu=on_cpu, engine_bytes=beside),
+        where=_place(device),
+        available=free_memory(device),
+        processes=ranks if on_cpu and config.cluster.address is None else 1,
+    )
+    # the ranks gather weights together, again where activations are recomputed: one decision for all
+    own = float(bool(settled.learner.gradient_checkpointing))
+    recomputed = (parallelism or SingleProcess()).merge(own, {})[0] > 0
+    return dataclasses.replace(config, learner=dataclasses.replace(config.learner, gradient_checkpointing=recomputed))
 
 
 def _cluster(
@@ -132,6 +153,8 @@ def build_learner(
 
     `parallelism` is that of the learner ranks that it belongs to; None for a single process.
     """
+    if policy is None:
+        config = _settle_rank(config, parallelism)
     base = model_folder(config.model.path)
     load = functools.partial(build_policy, config.model, threads=config.cluster.threads)
     policy = policy or load(checkpoint or base)
