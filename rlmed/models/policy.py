@@ -245,7 +245,7 @@ def load_policy(
     return Policy(model, accept_decoder(model, position_rows=3 if family.vision else 1))
 
 
-def _move(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
+def _move(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Copy parameters from their files to the device one at a time, converted to `dtype`; buffers keep theirs."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(device, dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -91,7 +92,8 @@ class ModelSize:
         text = model.config.get_text_config()
         vision, merged, patch_values = None, 1, 0
         if family.vision:
-            tower = model.base_model.visual
+            base: Any = model.base_model  # the families share no class that has a tower
+            tower = base.visual
             settings = model.config.vision_config
             patch = tower.patch_embed.proj.weight
             vision, merged = BlockSize.of(tower.blocks, patch.shape[0]), settings.spatial_merge_size**2
@@ -123,7 +125,7 @@ class ModelSize:
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     """Build a model of this configuration without memory for its parameters."""
-    auto = AutoModelForImageTextToText if family_of(config).vision else AutoModelForCausalLM
+    auto: Any = AutoModelForImageTextToText if family_of(config).vision else AutoModelForCausalLM
     with torch.device("meta"):
         model: PreTrainedModel = auto.from_config(config)
     return model
