@@ -187,7 +187,8 @@ def learner_memory(
     head = 0 if "language_model" in learner.freeze else size.head
     # rounded to the policy's dtype only once all chunks are added
     predicted = batch.row()[1] * batch.max_tokens
-    logits = CHUNKS * min(CPU_BYTES if on_cpu else CUDA_BYTES, 4 * size.vocabulary * predicted) + (4 + (width if half else 0)) * head
+    chunk = min(CPU_BYTES if on_cpu else CUDA_BYTES, 4 * size.vocabulary * predicted)
+    logits = CHUNKS * chunk + (4 + (width if half else 0)) * head
     activations = _activations(size, learner, batch, width, on_cpu=on_cpu, checkpointing=checkpointing)
     gradients = (4 + (width if half else 0)) * trained // ranks
     # when a backward pass begins all activations are there, when it ends all gradients
