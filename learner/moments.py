@@ -118,4 +118,4 @@ def round_stochastically(values: Tensor, target: Tensor, seed: int) -> None:
 
 def local_of(tensor: Tensor) -> Tensor:
     """Return a rank's shard of a distributed tensor, or the tensor itself."""
-    return tensor.tolocal_of() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
