@@ -1,4 +1,4 @@
-"""AdamW by the dtype of its moments (`learner.moments`): float32, bfloat16, or 8 bits by another library."""
+"""AdamW by the dtype of its moments (`learner.moments`): float32, bfloat16, 8 bits."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def _eight_bit() -> Any:
 
 
 class HalfMoments(torch.optim.Optimizer):
-    """AdamW (arXiv 1711.05101) whose moments are stored in bfloat16 and updated in float32, one parameter at a time.
+    """AdamW (arXiv 1711.05101) with moments stored in bfloat16 and updated in float32.
 
     They are rounded stochastically, up or down by chance so that the mean is right (Gupta et al.
     2015, arXiv 1502.02551): with a decay of 0.999, most steps change the second moment by less than
-    half of bfloat16's last bit, and rounding to nearest would never change it at all. Chance depends
-    on the step and the parameter alone, so that a resumed run draws the same.
+    half of bfloat16's last bit, and rounding to nearest would never change it at all. Chance
+    depends on the step and the parameter alone, so that a resumed run draws the same.
     """
 
     def __init__(
@@ -71,7 +71,8 @@ class HalfMoments(torch.optim.Optimizer):
                     self._update(group, number, parameter)
 
     def _update(self, group: dict[str, Any], number: int, parameter: Tensor) -> None:
-        state = self.state[parameter]
+        state, gradient = self.state[parameter], parameter.grad
+        assert gradient is not None
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
             for name in ("exp_avg", "exp_avg_sq"):
@@ -79,7 +80,7 @@ class HalfMoments(torch.optim.Optimizer):
         first, second = state["exp_avg"].float(), state["exp_avg_sq"].float()
         adamw(
             [parameter],
-            [parameter.grad],
+            [gradient],
             [first],
             [second],
             [],
@@ -98,7 +99,7 @@ class HalfMoments(torch.optim.Optimizer):
         round_stochastically(second, state["exp_avg_sq"], seed + 1)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume from `state_dict()`; the moments keep their dtype, which torch's version would not let them."""
+        """Resume from `state_dict()`; moments keep their dtype, unlike in torch's version."""
         moments = state_dict["state"]
         super().load_state_dict({**state_dict, "state": {}})
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
@@ -107,11 +108,11 @@ class HalfMoments(torch.optim.Optimizer):
 
 
 def round_stochastically(values: Tensor, target: Tensor, seed: int) -> None:
-    """Write finite float32 `values` into bfloat16 `target`, each rounded up or down with a chance by its distance."""
+    """Write finite float32 `values` into bfloat16 `target`, up or down by chance and distance."""
     own, into = (local_of(tensor) for tensor in (values, target))
     generator = torch.Generator(own.device).manual_seed(seed)
     noise = torch.randint(0, 2**16, own.shape, dtype=torch.int32, device=own.device, generator=generator)
-    # bfloat16 is the upper half of a float32: what is added to the lower half carries over by chance
+    # bfloat16 is the upper half of a float32: noise in the lower half carries over by chance
     bits = own.contiguous().view(torch.int32).add_(noise).bitwise_and_(-(2**16))
     into.copy_(bits.view(torch.float32))
 

@@ -15,9 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from learner.distributed import Parallelism, SingleProcess
+from learner.distributed import Parallelism
 from learner.learner import OnSkippedUpdate, PolicyLearner
-from rlmed.cluster.capacity import free_memory, local_estimate, model_size, rank_estimate, settle_memory
+from rlmed.cluster.capacity import (
+    check_memory,
+    engine_estimate,
+    engines_sleep,
+    free_memory,
+    model_size,
+    place,
+    settle_local,
+    settle_machine,
+    settle_rank,
+)
 from rlmed.cluster.engines import (
     build_local_pool,
     build_policy,
@@ -34,7 +44,6 @@ from rlmed.core.config.checks import require
 from rlmed.core.config.schema import ModelConfig, RunConfig
 from rlmed.core.process.threads import usable_cores
 from rlmed.core.protocols import Learner, RolloutPool
-from rlmed.data.images import kept_bytes
 from rlmed.data.prompts import PromptRenderer
 from rlmed.models.loading import model_folder, resolve_device, resolve_dtype
 from rlmed.models.policy import Policy
@@ -94,10 +103,7 @@ def build_cluster(
         return build_ray(config, resumed, checkpoint, on_bad_step)
     engines = engines_that_pack(config.cluster, max_staleness=config.algo.max_staleness)
     config = dataclasses.replace(config, model=settle_model(config.model, engines=engines, resumed=resumed))
-    if config.debug.learn:
-        device = resolve_device(config.model)
-        in_one = local_estimate(model_size(config), engines=engines, pictures=kept_bytes(), on_cpu=device.type == "cpu")
-        config = settle_memory(config, in_one, where=_place(device), available=free_memory(device))
+    config = settle_local(config, engines=engines, learns=config.debug.learn)
     policy = build_policy(config.model, checkpoint or model_folder(config.model.path), threads=config.cluster.threads)
     learner = build_learner(config, on_bad_step, policy=policy) if config.debug.learn else NoLearner()
     pool: RolloutPool = build_local_pool(config.rollout, policy, renderer)
@@ -105,32 +111,6 @@ def build_cluster(
         pool = ReplayPool(Path(config.debug.recorded), pool)
     evaluation_pool = build_local_pool(config.rollout, policy, renderer)
     return _cluster(config.model, ExitStack(), pool, learner, evaluation_pool)
-
-
-def _place(device: torch.device) -> str:
-    return "this machine" if device.type == "cpu" else f"GPU {device}"
-
-
-def _settle_rank(config: RunConfig, parallelism: Parallelism | None) -> RunConfig:
-    """Settle the memory of this learner rank beside the others and an engine on its device."""
-    device, ranks = resolve_device(config.model), config.cluster.learner_ranks
-    on_cpu, size = device.type == "cpu", model_size(config)
-    beside = 0
-    vllm = config.rollout.engine == "vllm" and not on_cpu
-    if vllm and shares_gpus(config.cluster) and not engines_sleep(config, cuda=True):
-        total = torch.cuda.mem_get_info(device)[1]
-        beside = int(memory_share(config.rollout, config.cluster) * total)
-    settled = settle_memory(
-        config,
-        rank_estimate(size, on_cpu=on_cpu, engine_bytes=beside),
-        where=_place(device),
-        available=free_memory(device),
-        processes=ranks if on_cpu and config.cluster.address is None else 1,
-    )
-    # the ranks gather weights together, again where activations are recomputed: one decision for all
-    own = float(bool(settled.learner.gradient_checkpointing))
-    recomputed = (parallelism or SingleProcess()).merge(own, {})[0] > 0
-    return dataclasses.replace(config, learner=dataclasses.replace(config.learner, gradient_checkpointing=recomputed))
 
 
 def _cluster(
@@ -154,7 +134,7 @@ def build_learner(
     `parallelism` is that of the learner ranks that it belongs to; None for a single process.
     """
     if policy is None:
-        config = _settle_rank(config, parallelism)
+        config = settle_rank(config, parallelism)
     base = model_folder(config.model.path)
     load = functools.partial(build_policy, config.model, threads=config.cluster.threads)
     policy = policy or load(checkpoint or base)
@@ -182,6 +162,10 @@ def build_engine(config: RunConfig) -> Engine:
     renderer = make_renderer(config.model, config.data, config.prompt)
     if config.rollout.engine == "fake":
         return FakeEngine(renderer.completion_ids)
+    device = resolve_device(config.model)
+    if device.type == "cuda" and not shares_gpus(config.cluster):  # else the learner has counted it, see `settle_rank`
+        estimate = engine_estimate(model_size(config))
+        check_memory(config, estimate, where=place(device), available=free_memory(device))
     policy = build_policy(config.model, model_folder(config.model.path), threads=config.cluster.threads)
     policy.model.requires_grad_(False)
     return NativeEngine(policy, renderer.decode, engine_limits(config.rollout, config.data.max_prompt_tokens))
@@ -216,10 +200,13 @@ def build_ray(
     checkpoint: Path | None,
     on_bad_step: OnSkippedUpdate,
     build: Callable[..., LocalLearner] = build_learner,
+    *,
+    sampled: bool = True,
 ) -> Cluster:
     """Build pool and learner in Ray actors; `resumed` is the run's folder if a run goes on in it.
 
-    Other arguments as in `build_cluster`; `build` builds one rank's learner.
+    Other arguments as in `build_cluster`; `build` builds one rank's learner, which learns from
+    completions that are `sampled` or written.
     """
     try:
         from rlmed.cluster.ray_session import on_gpus, place_actors, start_ray
@@ -236,6 +223,8 @@ def build_ray(
         resources.callback(start_ray(config.cluster))
         cuda = on_gpus(config.model.device)
         config = config if cuda else on_cpus
+        if not cuda and config.cluster.address is None:
+            config = settle_machine(config, sampled=sampled)
         rank_options, worker_options = place_actors(
             config.cluster,
             resources,
@@ -319,23 +308,6 @@ def _start_workers(config: RunConfig, options: Sequence[dict[str, Any]]) -> Work
         max_failures=cluster.max_worker_failures,
     )
     return WorkerPool(start, cluster.rollout_workers, settings)
-
-
-def engines_sleep(config: RunConfig, *, cuda: bool) -> bool:
-    """Return whether engines free GPU memory during learning: as set, else if on the learner's GPU.
-
-    Always False without a learner (debug.learn=false): only new weights wake them.
-
-    Raises:
-        ConfigError: if it is set without GPUs.
-    """
-    sleep = config.rollout.sleep
-    require(cuda or not sleep, "rollout.sleep=true needs a GPU to release memory on: use rollout.sleep=null")
-    if not config.debug.learn:
-        return False
-    if sleep is not None:
-        return sleep
-    return cuda and shares_gpus(config.cluster) and config.rollout.engine == "vllm" and config.algo.max_staleness == 0
 
 
 def _start_learner(

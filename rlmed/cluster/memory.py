@@ -5,14 +5,15 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 from transformers import PreTrainedConfig
 
-from rlmed.core.config.running import ClusterConfig, RolloutConfig
-from rlmed.core.config.schema import LearnerConfig, ModelConfig, RunConfig
+from rlmed.core.config.running import ClusterConfig
+from rlmed.core.config.schema import LearnerConfig, ModelConfig
 from rlmed.models.cpu.products import linear_shapes, packed_bytes
-from rlmed.models.logprobs import CPU_BYTES, CUDA_BYTES
+from rlmed.models.logprobs import CPU_BLOCK_BYTES, CPU_BYTES, CUDA_BYTES
 from rlmed.models.policy import DTYPES
 from rlmed.models.size import ModelSize
 
@@ -21,10 +22,18 @@ PROCESS_BYTES = 200 * 2**20
 """What a process takes besides: buffers of libraries, and freed memory that the C library keeps."""
 MOMENT_BYTES = {"float32": 8, "bfloat16": 4, "8bit": 2}
 """Both AdamW moments of a parameter by `learner.moments`; 8bit adds a scale per block, 1.6 %."""
-CHUNKS = 3
-"""Chunks of logits alive at once: the logits, their log-softmax, its exponential."""
+LOGITS_AT_ONCE = 2
+"""Tensors [M, V] that the head makes of few rows (`rlmed.models.logprobs`): two softmaxes."""
+LOGITS_IN_BLOCKS = 3
+"""Tensors as large as a block that it makes of many: logits, exponentials, converted weights."""
+SAMPLED = 3
+"""Float32 tensors [R, V] of a decoding step: logits, those of the temperature, probabilities."""
+SORTED = 9
+"""The same with top-k or top-p: those, sorted ones, int64 order, sums, differences, a mask."""
+STEPPED = 4
+"""Float32 copies of one parameter while rounded moments are updated: both, noise, its sum."""
 WORKSPACE = 4
-"""Tensors as wide as a block's widest layer alive at once beside those kept for the backward pass."""
+"""Tensors as wide as a block's widest layer alive at once, beside those kept for backward."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,21 +54,8 @@ class Batch:
     max_tokens: int
     token_budget: int
 
-    @classmethod
-    def of_run(cls, config: RunConfig, size: ModelSize) -> Batch:
-        """Return the batch of one learner rank: every prompt and completion as long as the settings allow."""
-        share = config.cluster.learner_ranks * config.learner.mini_batches
-        return cls(
-            groups=math.ceil(config.algo.groups_per_step / share),
-            group_size=config.algo.group_size,
-            prompt_tokens=config.data.max_prompt_tokens,
-            visual_tokens=most_visual_tokens(size, config.model, config.data.max_prompt_tokens),
-            max_tokens=config.rollout.max_tokens,
-            token_budget=config.learner.token_budget,
-        )
-
     def row(self) -> tuple[int, int]:
-        """Return (prompts, completions) of the largest micro-batch, see `learner.packing.split_by_tokens`."""
+        """Return (prompts, completions) of the largest micro-batch of `split_by_tokens`."""
         whole = self.prompt_tokens + self.group_size * self.fed
         if whole <= self.token_budget:
             prompts = min(self.groups, self.token_budget // whole)
@@ -86,13 +82,18 @@ class Batch:
         return self.row()[1] < self.groups * self.group_size
 
 
-def most_visual_tokens(size: ModelSize, model: ModelConfig, prompt_tokens: int) -> int:
-    """Return the largest number of visual tokens in a prompt of `prompt_tokens`."""
-    if size.vision is None:
-        return 0
-    # a patch has three colours and two frames
-    pixels = size.patches_per_token * size.patch_values // 6
-    return min(prompt_tokens, math.ceil((model.max_pixels or prompt_tokens * pixels) / pixels))
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Most that an engine samples at a time."""
+
+    rows: int
+    """Completions."""
+    tokens: int
+    """Their tokens and those of their prompts."""
+    prefill_tokens: int
+    """Prompt tokens computed at once."""
+    filtered: bool
+    """Whether top-k or top-p cut the distributions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +109,7 @@ class MemoryEstimate:
     activations: int = 0
     """What a micro-batch keeps for its backward pass, its pixels included."""
     logits: int = 0
-    """A chunk of logits, and the float32 gradient of the vocabulary projection."""
+    """Logits computed at once, and the gradient of the vocabulary projection."""
     kv_cache: int = 0
     """Upper bound: every slot filled with the longest prompt and completion."""
     pictures: int = 0
@@ -116,9 +117,9 @@ class MemoryEstimate:
     packed: int = 0
     """Copies of weights for decoding on a CPU, see `rlmed.models.cpu.linear.PackedWeights`."""
     engine: int = 0
-    """Share of a GPU that belongs to a vLLM engine beside this process."""
+    """Bytes of the same device that belong to an engine in another process."""
     passing: int = 0
-    """Largest sum of what comes and goes in a step: all activations and all gradients are never there at once."""
+    """Largest sum of what comes and goes in a step: never all activations and all gradients."""
 
     @property
     def held(self) -> int:
@@ -143,9 +144,10 @@ class MemoryEstimate:
 
 
 def engines_that_pack(cluster: ClusterConfig, *, max_staleness: int) -> int:
-    """Return how many engines hold packed weights on one machine: one per worker, or the one in the learner's process.
+    """Return how many engines hold packed weights on a machine: one per worker, or the learner's.
 
-    In the latter case, with max_staleness above 0, evaluation adds an engine beside the one that keeps sampling.
+    In the latter case, with max_staleness above 0, evaluation adds an engine beside the one that
+    keeps sampling.
     """
     if cluster.kind == "ray":
         return cluster.rollout_workers
@@ -180,29 +182,40 @@ def learner_memory(
         checkpointing: whether activations are computed again in the backward pass.
         ranks: processes that shard the policy.
     """
-    width, trained = DTYPES[dtype].itemsize, size.trained(learner.freeze)
-    half, decoder = width < 4, size.decoder
-    in_full = decoder.parameters * (decoder.depth - 2)
-    gathered = width * (size.parameters - in_full) if ranks > 1 else 0
-    head = 0 if "language_model" in learner.freeze else size.head
-    # rounded to the policy's dtype only once all chunks are added
-    predicted = batch.row()[1] * batch.max_tokens
-    chunk = min(CPU_BYTES if on_cpu else CUDA_BYTES, 4 * size.vocabulary * predicted)
-    logits = CHUNKS * chunk + (4 + (width if half else 0)) * head
+    width, trained, decoder = DTYPES[dtype].itemsize, size.trained(learner.freeze), size.decoder
+    own = 4 + width if width < 4 else 4
+    gradients, gathered = own * trained // ranks, 0
+    if ranks > 1:
+        root = size.parameters - decoder.depth * decoder.parameters
+        gathered = width * (root + 2 * decoder.parameters)
+        # in full, once more in float32 to be summed over the ranks
+        gradients += (width + 4) * min(root, trained)
+    logits = _logits(size, learner, batch, width, on_cpu=on_cpu)
     activations = _activations(size, learner, batch, width, on_cpu=on_cpu, checkpointing=checkpointing)
-    gradients = (4 + (width if half else 0)) * trained // ranks
-    # when a backward pass begins all activations are there, when it ends all gradients
+    # as a backward pass goes on, activations leave and gradients come: the sum is largest at an end
     begin = activations + logits + (4 * trained // ranks if batch.several else 0)
     end = gradients + WORKSPACE * batch.tokens * decoder.widest * width
+    if size.tied and "language_model" not in learner.freeze:
+        end += width * size.head  # the head's part and the embedding's, before they are added
+    update = 4 * trained // ranks + (0 if learner.moments == "float32" else STEPPED * 4 * size.largest // ranks)
     return MemoryEstimate(
         weights=width * size.parameters // ranks + gathered,
         reference=width * size.parameters // ranks if reference else 0,
-        optimizer=trained * (MOMENT_BYTES[learner.moments] + (4 if half else 0)) // ranks,
+        optimizer=trained * (MOMENT_BYTES[learner.moments] + (4 if width < 4 else 0)) // ranks,
         gradients=gradients,
         activations=activations,
         logits=logits,
-        passing=max(begin, end),
+        passing=max(begin, end, update),
     )
+
+
+def _logits(size: ModelSize, learner: LearnerConfig, batch: Batch, width: int, *, on_cpu: bool) -> int:
+    """Return the bytes of the head when a backward pass begins, see `rlmed.models.logprobs`."""
+    needed = 4 * size.vocabulary * batch.row()[1] * batch.max_tokens
+    most, block = (CPU_BYTES, CPU_BLOCK_BYTES) if on_cpu else (CUDA_BYTES, CUDA_BYTES)
+    at_once = needed <= most and not (on_cpu and width < 4)
+    logits = LOGITS_AT_ONCE * needed if at_once else LOGITS_IN_BLOCKS * min(block, needed)
+    return logits + (0 if "language_model" in learner.freeze else width * size.head)
 
 
 def _activations(
@@ -236,7 +249,7 @@ def _activations(
 def _vision_activations(
     size: ModelSize, learner: LearnerConfig, visual_tokens: int, width: int, *, checkpointing: bool
 ) -> int:
-    """Return the bytes that the vision tower keeps: pixels always, a block's values where it is trained."""
+    """Return the bytes that the vision tower keeps: pixels, a block's values if it is trained."""
     if size.vision is None:
         return 0
     tower, patches = size.vision, visual_tokens * size.patches_per_token
@@ -250,51 +263,42 @@ def _vision_activations(
     return pixels + tower.depth * block
 
 
-def engine_memory(
-    size: ModelSize,
-    rollout: RolloutConfig,
-    *,
-    dtype: str,
-    group_size: int,
-    prompt_tokens: int,
-    eval_tokens: int,
-    overlapped: bool,
-    packed: int = 0,
-) -> MemoryEstimate:
+def engine_memory(size: ModelSize, sampling: Sampling, *, dtype: str, packed: int = 0) -> MemoryEstimate:
     """Estimate what a native engine adds to the weights that it samples with.
 
     Args:
         size: of the model.
-        rollout: sampling of training completions.
+        sampling: the most that it does.
         dtype: of the policy.
-        group_size: completions of a prompt in training.
-        prompt_tokens: longest prompt.
-        eval_tokens: longest completion in evaluation, where each completion has its own prompt.
-        overlapped: whether training completions are in flight during evaluation.
         packed: bytes of packed weights.
     """
-    width, rows = DTYPES[dtype].itemsize, rollout.max_completions
-    training = rows * rollout.max_tokens + max(1, rows // group_size) * prompt_tokens
-    evaluation = rows * (eval_tokens + prompt_tokens)
-    tokens = training + evaluation if overlapped else max(training, evaluation)
-    row = max(rollout.prefill_tokens, prompt_tokens)
-    patch_bytes = size.patches_per_token * size.patch_values * 4
-    prefill = row * (WORKSPACE * size.decoder.widest * width + (patch_bytes if size.vision else 0))
+    width = DTYPES[dtype].itemsize
+    patch_bytes = 4 * size.patches_per_token * size.patch_values if size.vision else 0
+    prefill = sampling.prefill_tokens * (WORKSPACE * size.decoder.widest * width + patch_bytes)
+    logits = 4 * sampling.rows * size.vocabulary
     return MemoryEstimate(
-        kv_cache=size.decoder.depth * size.decoder.key_values * width * tokens,
+        kv_cache=size.decoder.depth * size.decoder.key_values * width * sampling.tokens,
         packed=packed,
-        passing=max(prefill, CHUNKS * 4 * rows * size.vocabulary),
+        passing=max(prefill, logits * (SORTED if sampling.filtered else SAMPLED)),
     )
 
 
 def together(learner: MemoryEstimate, engine: MemoryEstimate, pictures: int) -> MemoryEstimate:
-    """Return the sum in a process that learns and samples in turn, with `pictures` bytes of decoded images."""
+    """Return the sum in a process that learns and samples in turn; `pictures`: decoded images."""
     return dataclasses.replace(
         learner,
         kv_cache=engine.kv_cache,
         packed=engine.packed,
         pictures=pictures,
         passing=max(learner.passing, engine.passing),
+    )
+
+
+def added(estimates: Iterable[MemoryEstimate]) -> MemoryEstimate:
+    """Return the sum over processes on one machine, which may all be at their fullest at once."""
+    listed = list(estimates)
+    return MemoryEstimate(
+        **{entry.name: sum(getattr(one, entry.name) for one in listed) for entry in fields(MemoryEstimate)}
     )
 
 

@@ -246,7 +246,7 @@ def load_policy(
 
 
 def _move(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Copy parameters from their files to the device one at a time, converted to `dtype`; buffers keep theirs."""
+    """Copy parameters from their files to the device one by one; buffers keep their dtype."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(device, dtype)
     model.to(device)

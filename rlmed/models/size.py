@@ -26,7 +26,7 @@ class BlockSize:
     widest: int
     """Features inside the multi-layer perceptron."""
     linear_values: int
-    """Inputs and outputs of a block's linear layers, counted once, per token: what autograd keeps of them."""
+    """Inputs and outputs of a block's linear layers per token, each once, as autograd does."""
     key_values: int
     """Features of a token's keys and values in one block."""
     query_values: int
@@ -74,6 +74,8 @@ class ModelSize:
     largest: int
     """Elements of the largest parameter."""
     vocabulary: int
+    tied: bool
+    """Whether the vocabulary projection is the token embedding."""
     decoder: BlockSize
     vision: BlockSize | None
     patches_per_token: int
@@ -102,6 +104,7 @@ class ModelSize:
             parts=dict(parts),
             largest=largest,
             vocabulary=text.vocab_size,
+            tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
             decoder=BlockSize.of(model.get_decoder().layers, text.hidden_size),
             vision=vision,
             patches_per_token=merged,

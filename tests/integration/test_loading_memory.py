@@ -39,7 +39,7 @@ try:
 except Loaded:
     pass
 """
-"""Prints the memory that is taken when the parameters start for their device, and the bytes of the stored weights."""
+"""Prints the memory taken when the parameters start for their device, and the weights' bytes."""
 
 
 @pytest.fixture(scope="module")

@@ -111,7 +111,7 @@ def memory_limit(root: Path = Path("/")) -> int | None:
 
 
 def available_memory(root: Path = Path("/")) -> int | None:
-    """Return the bytes that processes here can still take: of the machine, and of each cgroup's limit; None if unknown.
+    """Return the bytes that processes here can still take, of machine and cgroups; None if unknown.
 
     A cgroup's file pages that nobody reads are given back before its limit counts.
     """

@@ -27,7 +27,7 @@ from tests.configs import learner_config, loss_config
 
 
 def memory(name: str) -> int:
-    """Return a figure of this process's memory in bytes: VmRSS now, or VmHWM, the most since `forget_peak`."""
+    """This process's memory in bytes: VmRSS now, or VmHWM, the most since `forget_peak`."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from benchmarks.gpu.setting import GEOMETRIES
-from rlmed.cluster import build
-from rlmed.cluster.capacity import Estimate, local_estimate, model_size, rank_estimate, settle_memory
+from rlmed.cluster import build, capacity, commands
+from rlmed.cluster.capacity import (
+    Estimate,
+    check_memory,
+    engine_estimate,
+    machine_estimate,
+    model_size,
+    rank_estimate,
+    settle_memory,
+)
 from rlmed.cluster.memory import GIB, PROCESS_BYTES
 from rlmed.core.config.composing import compose_config
 from rlmed.core.config.schema import RunConfig
@@ -79,19 +89,47 @@ def test_what_fits_nowhere_is_said_to_fit_nowhere(size_2b: ModelSize) -> None:
     assert "use a smaller model" in refusal(config("model.dtype=bfloat16"), rank(size_2b), 8)
 
 
-def test_equal_processes_share_the_machine() -> None:
-    settings = config("learner.gradient_checkpointing=false")
+def test_processes_on_one_machine_are_added() -> None:
+    settings = config("cluster=ray", "cluster.learner_ranks=2", "cluster.rollout_workers=3")
     size = model_size(settings)
-    estimate = local_estimate(size, engines=1, pictures=0, on_cpu=True)
-    one = estimate(settings).peak + PROCESS_BYTES
-    assert settle_memory(settings, estimate, where="here", available=one, processes=1)
+    rank, engine = rank_estimate(size, on_cpu=True)(settings), engine_estimate(size)(settings)
+    assert engine.weights > 0
+    everything = machine_estimate(size, learns=True, sampled=True)
+    assert everything(settings).peak == 2 * rank.peak + 3 * engine.peak
+    assert machine_estimate(size, learns=False, sampled=True)(settings).peak == 3 * engine.peak
+    enough = everything(settings).peak + 5 * PROCESS_BYTES
+    check_memory(settings, everything, where="here", available=enough, processes=5)
     with pytest.raises(ValueError, match="this run needs"):
-        settle_memory(settings, estimate, where="here", available=one, processes=2)
+        check_memory(settings, everything, where="here", available=enough - 1, processes=5)
 
 
-def test_nothing_is_loaded_for_a_run_that_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
-    settings = config()
-    monkeypatch.setattr(build, "free_memory", lambda _: 10 * 2**20)
-    monkeypatch.setattr(build, "build_policy", lambda *_, **__: pytest.fail("the policy was loaded"))
+def test_evaluation_and_fine_tuning_need_no_reference_and_no_groups() -> None:
+    settings = config("rollout.max_tokens=4096", "eval.max_tokens=64")
+    size = model_size(settings)
+    trained, tuned = (rank_estimate(size, on_cpu=True, sampled=sampled)(settings) for sampled in (True, False))
+    assert tuned.reference == 0 < trained.reference
+    sampled, evaluated = (engine_estimate(size, sampled=sampled)(settings) for sampled in (True, False))
+    assert evaluated.kv_cache < sampled.kv_cache
+
+
+def start(settings: RunConfig, folder: Path) -> object:
+    return build.build_cluster(settings, None, folder, checkpoint=None, on_bad_step=lambda *_: None)  # type: ignore[arg-type]
+
+
+def fine_tune(settings: RunConfig, folder: Path) -> object:
+    return commands.build_finetuning(settings, None, folder, checkpoint=None, steps=1)  # type: ignore[arg-type]
+
+
+def evaluate(settings: RunConfig, _: Path) -> object:
+    return commands.build_sampling(settings, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("command", [start, fine_tune, evaluate])
+def test_nothing_is_loaded_for_a_run_that_is_refused(
+    command: Callable[[RunConfig, Path], object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(capacity, "free_memory", lambda _: 10 * 2**20)
+    for module in (build, commands):
+        monkeypatch.setattr(module, "build_policy", lambda *_, **__: pytest.fail("the policy was loaded"))
     with pytest.raises(ValueError, match=r"this machine has 0\.0"):
-        build.build_cluster(settings, None, tmp_path, checkpoint=None, on_bad_step=lambda *_: None)  # type: ignore[arg-type]
+        command(config(), tmp_path)

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from benchmarks.gpu.setting import GEOMETRIES, Geometry, random_model
+from rlmed.cluster.capacity import most_sampled, sampled_batch
 from rlmed.cluster.memory import (
     PROCESS_BYTES,
     Batch,
@@ -34,6 +35,7 @@ from rlmed.models.loading import model_folder
 from rlmed.models.policy import Policy
 from rlmed.models.size import ModelSize, meta_model
 from rollout.native.engine import NativeEngine
+from rollout.native.kv_pages import PagePool
 from tests.root import ROOT
 
 
@@ -47,7 +49,7 @@ def sized(policy: Policy) -> ModelSize:
 
 def learner_estimate(size: ModelSize, settings: RunConfig, **given: Any) -> MemoryEstimate:
     options = {"dtype": "float32", "on_cpu": True, "reference": True, "checkpointing": False, **given}
-    return learner_memory(size, settings.learner, Batch.of_run(settings, size), **options)
+    return learner_memory(size, settings.learner, sampled_batch(settings, size), **options)
 
 
 @pytest.mark.parametrize(("dtype", "optimizer", "gradients"), [("float32", 8, 4), ("bfloat16", 12, 6)])
@@ -83,8 +85,11 @@ def test_real_models_by_their_configuration_alone(name: str, held: int, peak: in
 def test_ranks_share_everything_but_what_is_gathered(tiny_policy: Callable[..., Policy]) -> None:
     size, settings = sized(tiny_policy("qwen2")), config("cluster=ray", "cluster.learner_ranks=2")
     alone, shared = (learner_estimate(size, settings, ranks=ranks) for ranks in (1, 2))
-    for name in ("reference", "optimizer", "gradients"):
+    for name in ("reference", "optimizer"):
         assert getattr(shared, name) == getattr(alone, name) // 2
+    # the root's gradient is there in full, in the policy's dtype and in float32 for the sum
+    root = size.parameters - size.decoder.depth * size.decoder.parameters
+    assert shared.gradients == alone.gradients // 2 + 8 * root
     assert alone.weights // 2 < shared.weights <= alone.weights // 2 + alone.weights
 
 
@@ -124,18 +129,23 @@ def test_keys_and_values(
     max_tokens: int, eval_tokens: int, groups: int, longest: int, tiny_policy: Callable[..., Policy]
 ) -> None:
     policy = tiny_policy("qwen2_vl")
-    rollout = config("rollout.max_completions=8", f"rollout.max_tokens={max_tokens}", "algo.group_size=4").rollout
-    found = engine_memory(
-        sized(policy),
-        rollout,
-        dtype="float32",
-        group_size=4,
-        prompt_tokens=32,
-        eval_tokens=eval_tokens,
-        overlapped=False,
+    settings = config(
+        "algo.group_size=4",
+        "rollout.max_completions=8",
+        f"rollout.max_tokens={max_tokens}",
+        "data.max_prompt_tokens=32",
+        f"eval.max_tokens={eval_tokens}",
     )
-    layers, heads, width = policy.kv_shape
-    assert found.kv_cache == layers * 2 * heads * width * 4 * (groups * 32 + 8 * longest)
+    found = engine_memory(sized(policy), most_sampled(settings, training=True), dtype="float32")
+    prefix, suffix = (
+        PagePool(policy.kv_shape, page_tokens=None, dtype=policy.dtype, device=policy.device) for _ in range(2)
+    )
+    prefix.reserve(sequences=groups, tokens=32)
+    suffix.reserve(sequences=8, tokens=longest)
+    # one page of each pool is nobody's
+    assert found.kv_cache == sum(
+        pages[1:].nbytes for pages in (*prefix.keys, *prefix.values, *suffix.keys, *suffix.values)
+    )
 
 
 @pytest.mark.skipif(not products.has_onednn(), reason="this torch has no oneDNN")
@@ -195,7 +205,7 @@ CASES = {
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("case", CASES)
 def test_a_real_step_takes_what_is_estimated(case: str, tmp_path: Path) -> None:
-    """Within 10 % of the most resident memory, above that before loading, of a process with 100 million parameters."""
+    """Within 10 % of the most resident memory above that before loading, 100 million parameters."""
     tiny, folder = model_folder("embedded:tiny_base"), tmp_path / "random"
     shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     small = json.loads((tiny / "config.json").read_text())
