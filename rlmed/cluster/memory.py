@@ -109,7 +109,7 @@ class MemoryEstimate:
     activations: int = 0
     """What a micro-batch keeps for its backward pass, its pixels included."""
     logits: int = 0
-    """Logits computed at once, and the gradient of the vocabulary projection."""
+    """Logits computed at once, see `rlmed.models.logprobs`."""
     kv_cache: int = 0
     """Upper bound: every slot filled with the longest prompt and completion."""
     pictures: int = 0
@@ -190,13 +190,13 @@ def learner_memory(
         gathered = width * (root + 2 * decoder.parameters)
         # in full, once more in float32 to be summed over the ranks
         gradients += (width + 4) * min(root, trained)
-    logits = _logits(size, learner, batch, width, on_cpu=on_cpu)
+    logits = _logits(size, batch, width, on_cpu=on_cpu)
+    # the vocabulary projection's gradient comes first; a tied embedding's is added to it at the end
+    head = 0 if "language_model" in learner.freeze else width * size.head
     activations = _activations(size, learner, batch, width, on_cpu=on_cpu, checkpointing=checkpointing)
     # as a backward pass goes on, activations leave and gradients come: the sum is largest at an end
-    begin = activations + logits + (4 * trained // ranks if batch.several else 0)
-    end = gradients + WORKSPACE * batch.tokens * decoder.widest * width
-    if size.tied and "language_model" not in learner.freeze:
-        end += width * size.head  # the head's part and the embedding's, before they are added
+    begin = activations + logits + head + (4 * trained // ranks if batch.several else 0)
+    end = gradients + (head if size.tied else 0) + WORKSPACE * batch.tokens * decoder.widest * width
     update = 4 * trained // ranks + (0 if learner.moments == "float32" else STEPPED * 4 * size.largest // ranks)
     return MemoryEstimate(
         weights=width * size.parameters // ranks + gathered,
@@ -209,13 +209,12 @@ def learner_memory(
     )
 
 
-def _logits(size: ModelSize, learner: LearnerConfig, batch: Batch, width: int, *, on_cpu: bool) -> int:
-    """Return the bytes of the head when a backward pass begins, see `rlmed.models.logprobs`."""
+def _logits(size: ModelSize, batch: Batch, width: int, *, on_cpu: bool) -> int:
+    """Return the bytes of the logits that are there at once, see `rlmed.models.logprobs`."""
     needed = 4 * size.vocabulary * batch.row()[1] * batch.max_tokens
     most, block = (CPU_BYTES, CPU_BLOCK_BYTES) if on_cpu else (CUDA_BYTES, CUDA_BYTES)
     at_once = needed <= most and not (on_cpu and width < 4)
-    logits = LOGITS_AT_ONCE * needed if at_once else LOGITS_IN_BLOCKS * min(block, needed)
-    return logits + (0 if "language_model" in learner.freeze else width * size.head)
+    return LOGITS_AT_ONCE * needed if at_once else LOGITS_IN_BLOCKS * min(block, needed)
 
 
 def _activations(
