@@ -193,8 +193,9 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
         # forty times as much, on both sides
         making = (arguments.geometry, folder, torch.device("cpu"), arguments.visual_tokens, 0.0)
         # in a process of its own, whose memory is not measured
-        with multiprocessing.get_context("spawn").Pool(1) as maker:
-            maker.apply(model_folder_of, making)
+        maker = multiprocessing.get_context("spawn").Process(target=model_folder_of, args=making)
+        maker.start()
+        maker.join()
         visual = math.ceil(math.sqrt(arguments.visual_tokens)) ** 2
         result = measure(
             folder, arguments.dtype, arguments.group_size, arguments.steps, visual, arguments.prompt_tokens

@@ -22,12 +22,17 @@ def make_adamw(parameters: Sequence[Tensor], config: LearnerConfig) -> torch.opt
     """Return AdamW over float32 parameters.
 
     Raises:
-        ValueError: for 8-bit moments without a library for them.
+        ValueError: for 8-bit moments without a library for them, or of sharded parameters.
     """
     settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
     if config.moments == "bfloat16":
         return HalfMoments(parameters, **settings)
     if config.moments == "8bit":
+        if any(isinstance(parameter, DTensor) for parameter in parameters):
+            raise ValueError(
+                "learner.moments=8bit works in one learner rank only: set cluster.learner_ranks=1 or "
+                "learner.moments=bfloat16"
+            )
         adamw_8bit: Any = _eight_bit()
         optimizer: torch.optim.Optimizer = adamw_8bit(parameters, **settings)
         return optimizer

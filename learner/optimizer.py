@@ -109,7 +109,10 @@ class Optimizer:
         if torch.isfinite(norm):
             torch.nn.utils.clip_grads_with_norm_(masters, self._config.max_grad_norm, norm)
             for group in self._adamw.param_groups:
-                group["lr"] = self.lr
+                if isinstance(group["lr"], Tensor):  # torchao's compiled update reads it from there
+                    group["lr"].fill_(self.lr)
+                else:
+                    group["lr"] = self.lr
             self._adamw.step()
             self._write_back()
             self.steps_taken += 1

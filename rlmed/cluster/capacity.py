@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -309,18 +309,32 @@ def _advice(config: RunConfig, fits: Callable[[RunConfig], bool], needed: Callab
     alone = [text for text, changed in _changes(config) if fits(changed)]
     if alone:
         return f"set {' or '.join(alone[:3])}"
-    changed, taken = config, list[str]()
-    for name in dict.fromkeys(text.partition("=")[0] for text, _ in _changes(config)):
-        options = [entry for entry in _changes(changed) if entry[0].startswith(f"{name}=")]
-        if not options:
-            continue
-        text, smaller = min(options, key=lambda entry: needed(entry[1]))
-        if needed(smaller) < needed(changed):
-            changed = smaller
+    names = list(dict.fromkeys(text.partition("=")[0] for text, _ in _changes(config)))
+    taken, changed = _together(config, names, needed)
+    if not fits(changed):
+        return (
+            f"even {' '.join(taken)} would need {needed(changed) / GIB:.1f}: use a smaller model or a device with more "
+            "memory"
+        )
+    for name in reversed(names):  # the most harmful first
+        fewer = [other for other in names if other != name]
+        if fits(_together(config, fewer, needed)[1]):
+            names = fewer
+    return f"set {' '.join(_together(config, names, needed)[0])}"
+
+
+def _together(
+    config: RunConfig, names: Sequence[str], needed: Callable[[RunConfig], int]
+) -> tuple[list[str], RunConfig]:
+    """Return the settings of these keys that take the least memory, and the run with them."""
+    taken = []
+    for name in names:
+        options = [entry for entry in _changes(config) if entry[0].startswith(f"{name}=")]
+        text, smaller = min(options, key=lambda entry: needed(entry[1]), default=("", config))
+        if needed(smaller) < needed(config):
+            config = smaller
             taken.append(text)
-        if fits(changed):
-            return f"set {' '.join(taken)}"
-    return f"even {' '.join(taken)} would need {needed(changed) / GIB:.1f}: use a smaller model or a device with more memory"
+    return taken, config
 
 
 def _changes(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
@@ -339,9 +353,9 @@ def _changes(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
         rows //= 2
     if learner.moments == "float32":
         yield "learner.moments=bfloat16", _learner(config, moments="bfloat16")
-    if learner.moments != "8bit":
+    if learner.moments != "8bit" and config.cluster.learner_ranks == 1:
         yield "learner.moments=8bit", _learner(config, moments="8bit")
-    if config.cluster.kind == "ray":
+    if config.cluster.kind == "ray" and learner.moments != "8bit":
         for ranks in (2, 4, 8):
             if ranks > config.cluster.learner_ranks:
                 cluster = dataclasses.replace(config.cluster, learner_ranks=ranks)

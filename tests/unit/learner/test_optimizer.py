@@ -234,6 +234,56 @@ def test_moments_of_another_dtype_are_an_error_that_names_the_key(tmp_path):
         optimizer(parameter([1.0]), moments="bfloat16").load(tmp_path)
 
 
+@pytest.mark.slow
+def test_8bit_moments_follow_the_schedule_and_go_on_after_a_checkpoint(tmp_path):
+    """Bit for bit; torchao stores what has fewer than 4,096 numbers as it is."""
+    pytest.importorskip("torchao")
+    torch.manual_seed(0)
+    weight = parameter(torch.randn(64, 128).tolist())
+    entry = optimizer(weight, moments="8bit", lr=1e-2, lr_schedule="linear", total_steps=4)
+    changes = []
+
+    def step(weight, entry, scale):
+        backward((weight**2 * scale).sum(), entry)
+        entry.step()
+
+    for scale in (1.0, 1.0):
+        before = weight.detach().clone()
+        step(weight, entry, scale)
+        changes.append(float((weight - before).detach().abs().mean()))
+    # AdamW's first steps are the learning rate's size
+    assert changes == pytest.approx([1e-2, 0.75e-2], rel=0.1)
+    assert entry.state_dict()["adamw"]["state"][0]["exp_avg"].codes.dtype == torch.uint8
+    entry.save(tmp_path)
+    twin = parameter(weight.tolist())
+    resumed = optimizer(twin, moments="8bit", lr=1e-2, lr_schedule="linear", total_steps=4)
+    resumed.load(tmp_path)
+    for scale in (3.0, 0.5):
+        step(weight, entry, scale)
+        step(twin, resumed, scale)
+    assert torch.equal(weight, twin)
+
+
+def test_8bit_moments_of_several_ranks_are_refused(monkeypatch):
+    monkeypatch.setattr("learner.moments.DTensor", torch.nn.Parameter)  # a shard stands for itself
+    with pytest.raises(ValueError, match=r"one learner rank only: set cluster\.learner_ranks=1"):
+        optimizer(parameter([1.0]), moments="8bit")
+
+
+def test_the_state_of_an_earlier_version_is_read(tmp_path):
+    """It did not name its moments, and they were float32."""
+    weight, twin = parameter([1.0, -2.0]), parameter([1.0, -2.0])
+    entry, resumed = optimizer(weight), optimizer(twin)
+    backward((weight**2).sum(), entry)
+    entry.step()
+    state = entry.state_dict()
+    del state["moments"]
+    torch.save(state, tmp_path / "optimizer.pt")
+    resumed.load(tmp_path)
+    assert torch.equal(resumed.state_dict()["adamw"]["state"][0]["exp_avg"], state["adamw"]["state"][0]["exp_avg"])
+    assert resumed.steps_taken == 1
+
+
 def test_8bit_moments_without_a_library_say_what_to_install(monkeypatch):
     monkeypatch.setattr("learner.moments.LIBRARIES", ("no_such_library.optim",))
     with pytest.raises(ValueError, match=r"learner\.moments=8bit needs torchao or bitsandbytes"):
