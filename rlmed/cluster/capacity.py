@@ -233,7 +233,8 @@ def settle_local(config: RunConfig, *, engines: int, learns: bool, sampled: bool
         sampled: whether it samples training completions, else it only evaluates.
     """
     device, size = resolve_device(config.model), model_size(config)
-    where, available, pictures = place(device), free_memory(device), kept_bytes()
+    where, available = place(device), free_memory(device)
+    pictures = kept_bytes() if device.type == "cpu" else 0  # they stay in the host's memory
     if not learns:
         check_memory(
             config,
