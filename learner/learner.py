@@ -131,7 +131,7 @@ class PolicyLearner:
         parts: list[LossMetrics] = []
         losses, norms, lr = [], [], self.optimizer.lr
         # gradient checkpointing needs training mode; no supported model has dropout
-        self.policy.model.train(self._config.gradient_checkpointing)
+        self.policy.model.train(bool(self._config.gradient_checkpointing))
         for _ in range(self._config.epochs):
             for mini_batch in mini_batches:
                 if mini_batch.denominators.tokens == 0:  # momentum alone would move the weights

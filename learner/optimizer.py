@@ -8,7 +8,7 @@ rounds back after each step. A float32 parameter is its own master, without a co
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from learner.distributed import Parallelism, SingleProcess
+from learner.moments import local_of, make_adamw
 from rlmed.core.config.schema import LearnerConfig
 
 OPTIMIZER_FILE = "optimizer.pt"
@@ -74,13 +75,7 @@ class Optimizer:
             raise ValueError("no parameter requires gradients: learner.freeze leaves nothing to train")
         self.steps_taken = 0
         self.skipped_steps = 0
-        self._adamw = torch.optim.AdamW(
-            [pair.master for pair in self._pairs],
-            lr=config.lr,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        self._adamw = make_adamw([pair.master for pair in self._pairs], config)
 
     @property
     def lr(self) -> float:
@@ -90,11 +85,16 @@ class Optimizer:
 
     def accumulate(self) -> None:
         """Move a backward pass's gradients to float32 accumulators; call after each micro-batch."""
-        for pair in self._pairs:
-            if pair.master is pair.parameter or pair.parameter.grad is None:
-                continue
-            gradient = pair.parameter.grad.float()
-            pair.master.grad = gradient if pair.master.grad is None else pair.master.grad.add_(gradient)
+        pairs = [p for p in self._pairs if p.master is not p.parameter and p.parameter.grad is not None]
+        started = [pair for pair in pairs if pair.master.grad is not None]
+        fresh = [pair for pair in pairs if pair.master.grad is None]
+        for pair in fresh:
+            pair.master.grad = torch.empty_like(pair.master)
+        if fresh:
+            torch._foreach_copy_(*_gradients(fresh))
+        if started:
+            torch._foreach_add_(*_gradients(started))
+        for pair in pairs:
             pair.parameter.grad = None
 
     def step(self) -> float:
@@ -109,7 +109,10 @@ class Optimizer:
         if torch.isfinite(norm):
             torch.nn.utils.clip_grads_with_norm_(masters, self._config.max_grad_norm, norm)
             for group in self._adamw.param_groups:
-                group["lr"] = self.lr
+                if isinstance(group["lr"], Tensor):  # torchao's compiled update reads it from there
+                    group["lr"].fill_(self.lr)
+                else:
+                    group["lr"] = self.lr
             self._adamw.step()
             self._write_back()
             self.steps_taken += 1
@@ -132,6 +135,7 @@ class Optimizer:
         masters = {pair.name: pair.master for pair in self._pairs if pair.master is not pair.parameter}
         return {
             "parameters": [pair.name for pair in self._pairs],
+            "moments": self._config.moments,
             "adamw": self._adamw.state_dict(),
             "steps_taken": self.steps_taken,
             "skipped_steps": self.skipped_steps,
@@ -149,6 +153,11 @@ class Optimizer:
         if state["parameters"] != [pair.name for pair in self._pairs] or own != set(masters):
             raise ValueError(
                 "the optimizer's state holds other parameters: resume with the same model.dtype and learner.freeze"
+            )
+        saved = state.get("moments", "float32")  # absent from files of earlier versions
+        if saved != self._config.moments:
+            raise ValueError(
+                f"the optimizer's state has {saved} moments: resume with learner.moments={saved}, not {self._config.moments}"
             )
         with torch.no_grad():
             for pair in self._pairs:
@@ -182,9 +191,17 @@ class Optimizer:
 
     @torch.no_grad()
     def _write_back(self) -> None:
-        for pair in self._pairs:
-            if pair.master is not pair.parameter:
-                pair.parameter.copy_(pair.master)
+        pairs = [pair for pair in self._pairs if pair.master is not pair.parameter]
+        if pairs:
+            torch._foreach_copy_([local_of(p.parameter) for p in pairs], [local_of(p.master) for p in pairs])
+
+
+def _gradients(pairs: Sequence[_Pair]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the float32 accumulators of pairs, and the gradients to put into them."""
+    found = [(pair.master.grad, pair.parameter.grad) for pair in pairs]
+    return [local_of(into) for into, _ in found if into is not None], [
+        local_of(new) for _, new in found if new is not None
+    ]
 
 
 def _master(parameter: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ class SupervisedLearner:
         (mini_batch,) = share
         tokens = sum(mini_batch.trained_tokens)
         total, lr, parts = 0.0, self.optimizer.lr, list[LossMetrics]()
-        self.policy.model.train(self._config.gradient_checkpointing)
+        self.policy.model.train(bool(self._config.gradient_checkpointing))
         for part in mini_batch.micro_batches:
             batch = pack(part, self.policy)
             logprobs, _ = self._scorer.logprobs(batch, 1.0, images=mini_batch.images)

@@ -73,12 +73,15 @@ class Geometry:
 
 
 GEOMETRIES = {
+    "small": Geometry(256, 2, 4, 2, 512, True, 2, 160),  # proves that everything runs
     "2b": Geometry(1536, 28, 12, 2, 8960, True, 32, 1280),  # Qwen2-VL-2B-Instruct
     "7b": Geometry(3584, 28, 28, 4, 18944, False, 32, 1280, vocabulary=152064),  # Qwen2-VL-7B-Instruct
 }
 
 
-def model_folder_of(name: str, folder: Path, device: torch.device, visual_tokens: int) -> Path:
+def model_folder_of(
+    name: str, folder: Path, device: torch.device, visual_tokens: int, common_logit: float = COMMON_LOGIT
+) -> Path:
     """Write a model folder of this geometry, or a copy of the tiny one, with larger images.
 
     Args:
@@ -86,6 +89,7 @@ def model_folder_of(name: str, folder: Path, device: torch.device, visual_tokens
         folder: written if it does not exist.
         device: makes the random weights.
         visual_tokens: of every image, rounded up to a square: 512 become 23 x 23.
+        common_logit: of random weights' heads.
     """
     if folder.exists():
         return folder
@@ -97,7 +101,7 @@ def model_folder_of(name: str, folder: Path, device: torch.device, visual_tokens
     if name != "tiny":
         small = json.loads((tiny / "config.json").read_text())
         tokens = {key: value for key, value in small.items() if key.endswith("_token_id") and value is not None}
-        _random_model(GEOMETRIES[name].config(tokens), device).save_pretrained(aside)
+        random_model(GEOMETRIES[name].config(tokens), device, common_logit).save_pretrained(aside)
     processor = aside / "preprocessor_config.json"
     settings = json.loads(processor.read_text())
     pixels = visual_tokens * PATCH**2
@@ -108,8 +112,10 @@ def model_folder_of(name: str, folder: Path, device: torch.device, visual_tokens
 
 
 @torch.no_grad()
-def _random_model(config: Qwen2VLConfig, device: torch.device) -> Qwen2VLForConditionalGeneration:
-    """Build a model with random bfloat16 weights and scores near `COMMON_LOGIT`."""
+def random_model(
+    config: Qwen2VLConfig, device: torch.device, common_logit: float = COMMON_LOGIT
+) -> Qwen2VLForConditionalGeneration:
+    """Build a model with random bfloat16 weights and scores near `common_logit`."""
     with torch.device("meta"):
         model = Qwen2VLForConditionalGeneration(config).to(torch.bfloat16)
     model = model.to_empty(device=device)
@@ -124,7 +130,7 @@ def _random_model(config: Qwen2VLConfig, device: torch.device) -> Qwen2VLForCond
     # the slowest channel turns by less than 0.01 in 8,000 positions: its product is the same for
     # all
     slowest = width // 2 - 1
-    bias = (-COMMON_LOGIT * width**0.5) ** 0.5
+    bias = (-common_logit * width**0.5) ** 0.5
     for layer in model.model.language_model.layers:
         layer.self_attn.q_proj.bias.view(-1, width)[:, slowest] = bias
         layer.self_attn.k_proj.bias.view(-1, width)[:, slowest] = -bias

@@ -17,6 +17,17 @@ import torch
 
 from learner.distributed import Parallelism
 from learner.learner import OnSkippedUpdate, PolicyLearner
+from rlmed.cluster.capacity import (
+    check_memory,
+    engine_estimate,
+    engines_sleep,
+    free_memory,
+    model_size,
+    place,
+    settle_local,
+    settle_machine,
+    settle_rank,
+)
 from rlmed.cluster.engines import (
     build_local_pool,
     build_policy,
@@ -27,13 +38,12 @@ from rlmed.cluster.engines import (
     settle_model,
     shares_gpus,
 )
-from rlmed.cluster.memory import engines_that_pack, estimate
+from rlmed.cluster.memory import engines_that_pack
 from rlmed.cluster.replay import NoLearner, ReplayPool
 from rlmed.core.config.checks import require
 from rlmed.core.config.schema import ModelConfig, RunConfig
 from rlmed.core.process.threads import usable_cores
 from rlmed.core.protocols import Learner, RolloutPool
-from rlmed.data.images import kept_bytes
 from rlmed.data.prompts import PromptRenderer
 from rlmed.models.loading import model_folder, resolve_device, resolve_dtype
 from rlmed.models.policy import Policy
@@ -93,18 +103,9 @@ def build_cluster(
         return build_ray(config, resumed, checkpoint, on_bad_step)
     engines = engines_that_pack(config.cluster, max_staleness=config.algo.max_staleness)
     config = dataclasses.replace(config, model=settle_model(config.model, engines=engines, resumed=resumed))
+    config = settle_local(config, engines=engines, learns=config.debug.learn)
     policy = build_policy(config.model, checkpoint or model_folder(config.model.path), threads=config.cluster.threads)
     learner = build_learner(config, on_bad_step, policy=policy) if config.debug.learn else NoLearner()
-    memory = estimate(
-        policy,
-        config.rollout,
-        config.algo,
-        prompt_tokens=config.data.max_prompt_tokens,
-        eval_tokens=config.eval.max_tokens,
-        packing_engines=engines if "packed_weights" in (config.model.onednn or ()) else 0,
-        pictures=kept_bytes(),
-    )
-    log.info("%s", memory.line())
     pool: RolloutPool = build_local_pool(config.rollout, policy, renderer)
     if config.debug.recorded:
         pool = ReplayPool(Path(config.debug.recorded), pool)
@@ -132,6 +133,8 @@ def build_learner(
 
     `parallelism` is that of the learner ranks that it belongs to; None for a single process.
     """
+    if policy is None:
+        config = settle_rank(config, parallelism)
     base = model_folder(config.model.path)
     load = functools.partial(build_policy, config.model, threads=config.cluster.threads)
     policy = policy or load(checkpoint or base)
@@ -159,6 +162,10 @@ def build_engine(config: RunConfig) -> Engine:
     renderer = make_renderer(config.model, config.data, config.prompt)
     if config.rollout.engine == "fake":
         return FakeEngine(renderer.completion_ids)
+    device = resolve_device(config.model)
+    if device.type == "cuda" and not shares_gpus(config.cluster):  # else the learner has counted it, see `settle_rank`
+        estimate = engine_estimate(model_size(config))
+        check_memory(config, estimate, where=place(device), available=free_memory(device))
     policy = build_policy(config.model, model_folder(config.model.path), threads=config.cluster.threads)
     policy.model.requires_grad_(False)
     return NativeEngine(policy, renderer.decode, engine_limits(config.rollout, config.data.max_prompt_tokens))
@@ -193,10 +200,13 @@ def build_ray(
     checkpoint: Path | None,
     on_bad_step: OnSkippedUpdate,
     build: Callable[..., LocalLearner] = build_learner,
+    *,
+    sampled: bool = True,
 ) -> Cluster:
     """Build pool and learner in Ray actors; `resumed` is the run's folder if a run goes on in it.
 
-    Other arguments as in `build_cluster`; `build` builds one rank's learner.
+    Other arguments as in `build_cluster`; `build` builds one rank's learner, which learns from
+    completions that are `sampled` or written.
     """
     try:
         from rlmed.cluster.ray_session import on_gpus, place_actors, start_ray
@@ -213,6 +223,8 @@ def build_ray(
         resources.callback(start_ray(config.cluster))
         cuda = on_gpus(config.model.device)
         config = config if cuda else on_cpus
+        if not cuda and config.cluster.address is None:
+            config = settle_machine(config, sampled=sampled)
         rank_options, worker_options = place_actors(
             config.cluster,
             resources,
@@ -296,23 +308,6 @@ def _start_workers(config: RunConfig, options: Sequence[dict[str, Any]]) -> Work
         max_failures=cluster.max_worker_failures,
     )
     return WorkerPool(start, cluster.rollout_workers, settings)
-
-
-def engines_sleep(config: RunConfig, *, cuda: bool) -> bool:
-    """Return whether engines free GPU memory during learning: as set, else if on the learner's GPU.
-
-    Always False without a learner (debug.learn=false): only new weights wake them.
-
-    Raises:
-        ConfigError: if it is set without GPUs.
-    """
-    sleep = config.rollout.sleep
-    require(cuda or not sleep, "rollout.sleep=true needs a GPU to release memory on: use rollout.sleep=null")
-    if not config.debug.learn:
-        return False
-    if sleep is not None:
-        return sleep
-    return cuda and shares_gpus(config.cluster) and config.rollout.engine == "vllm" and config.algo.max_staleness == 0
 
 
 def _start_learner(

@@ -19,6 +19,7 @@ from learner.distributed import Parallelism
 from learner.learner import OnSkippedUpdate
 from learner.supervised import SupervisedLearner
 from rlmed.cluster.build import build_ray
+from rlmed.cluster.capacity import settle_local, settle_rank
 from rlmed.cluster.engines import build_local_pool, build_policy, settle_model
 from rlmed.core.config.schema import ModelConfig, RunConfig
 from rlmed.core.protocols import RolloutPool
@@ -69,7 +70,7 @@ def build_sampling(config: RunConfig, renderer: PromptRenderer) -> Sampling:
     """
     if config.cluster.kind == "ray":
         debug = dataclasses.replace(config.debug, learn=False)
-        cluster = build_ray(dataclasses.replace(config, debug=debug), None, None, _unreported)
+        cluster = build_ray(dataclasses.replace(config, debug=debug), None, None, _unreported, sampled=False)
         return Sampling(cluster.evaluation_pool, cluster.model, None, cluster.resources)
     return build_local_sampling(config, renderer)
 
@@ -77,6 +78,7 @@ def build_sampling(config: RunConfig, renderer: PromptRenderer) -> Sampling:
 def build_local_sampling(config: RunConfig, renderer: PromptRenderer) -> Sampling:
     """Build what samples from `config.model` in this process."""
     model = settle_model(config.model, engines=1)
+    settle_local(dataclasses.replace(config, model=model), engines=1, learns=False, sampled=False)
     policy = build_policy(model, model_folder(model.path), threads=config.cluster.threads)
     return Sampling(build_local_pool(config.rollout, policy, renderer), model, policy, ExitStack())
 
@@ -94,12 +96,15 @@ def build_finetuning(
         resumed, build = folder if checkpoint else None, functools.partial(build_supervised, steps=steps)
         # nothing would wake the engines between two evaluations
         rollout = dataclasses.replace(config.rollout, sleep=False)
-        cluster = build_ray(dataclasses.replace(config, rollout=rollout), resumed, checkpoint, _unreported, build)
+        cluster = build_ray(
+            dataclasses.replace(config, rollout=rollout), resumed, checkpoint, _unreported, build, sampled=False
+        )
         from learner.actor import RayLearner
 
         assert isinstance(cluster.learner, RayLearner)
         return Finetuning(cluster.learner, cluster.evaluation_pool, cluster.model, cluster.resources)
     model = settle_model(config.model, engines=1, resumed=folder if checkpoint else None)
+    config = settle_local(dataclasses.replace(config, model=model), engines=1, learns=True, sampled=False)
     policy = build_policy(model, checkpoint or model_folder(model.path), threads=config.cluster.threads)
     learner = SupervisedLearner(policy, config.learner, total_steps=steps)
     return Finetuning(learner, build_local_pool(config.rollout, policy, renderer), model, ExitStack())
@@ -114,6 +119,7 @@ def build_supervised(
     steps: int,
 ) -> SupervisedLearner:
     """Build one rank's learner of written completions; its metrics count skipped steps."""
+    config = settle_rank(config, parallelism, sampled=False)
     policy = build_policy(config.model, checkpoint or model_folder(config.model.path), threads=config.cluster.threads)
     return SupervisedLearner(policy, config.learner, total_steps=steps, parallelism=parallelism)
 

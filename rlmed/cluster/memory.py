@@ -1,52 +1,146 @@
-"""Estimate a run's memory before it starts, and tune the C library's allocator."""
+"""Estimate the memory of a run from its configuration alone, and tune the C library's allocator."""
 
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+import dataclasses
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 
-import torch
+from transformers import PreTrainedConfig
 
-from rlmed.core.config.running import ClusterConfig, RolloutConfig
-from rlmed.core.config.schema import AlgoConfig
+from rlmed.core.config.running import ClusterConfig
+from rlmed.core.config.schema import LearnerConfig, ModelConfig
 from rlmed.models.cpu.products import linear_shapes, packed_bytes
-from rlmed.models.policy import Policy
+from rlmed.models.logprobs import CPU_BLOCK_BYTES, CPU_BYTES, CUDA_BYTES
+from rlmed.models.policy import DTYPES
+from rlmed.models.size import ModelSize
 
 GIB = 2**30
+PROCESS_BYTES = 200 * 2**20
+"""What a process takes besides: buffers of libraries, and freed memory that the C library keeps."""
+MOMENT_BYTES = {"float32": 8, "bfloat16": 4, "8bit": 2}
+"""Both AdamW moments of a parameter by `learner.moments`; 8bit adds a scale per block, 1.6 %."""
+LOGITS_AT_ONCE = 2
+"""Tensors [M, V] that the head makes of few rows (`rlmed.models.logprobs`): two softmaxes."""
+LOGITS_IN_BLOCKS = 3
+"""Tensors as large as a block that it makes of many: logits, exponentials, converted weights."""
+SAMPLED = 3
+"""Float32 tensors [R, V] of a decoding step: logits, those of the temperature, probabilities."""
+SORTED = 9
+"""The same with top-k or top-p: those, sorted ones, int64 order, sums, differences, a mask."""
+STEPPED = 4
+"""Float32 copies of one parameter while rounded moments are updated: both, noise, its sum."""
+WORKSPACE = 4
+"""Tensors as wide as a block's widest layer alive at once, beside those kept for backward."""
 
 
 @dataclass(frozen=True, slots=True)
-class MemoryEstimate:
-    """Long-lived memory in bytes; activations, bounded by `learner.token_budget`, come on top."""
+class Batch:
+    """Largest optimizer step that the settings allow, as one process computes it.
 
-    weights: int
-    reference: int
-    optimizer: int
-    """Both AdamW moments, gradients, and float32 master weights if the policy is less precise."""
-    kv_cache: int
-    """Upper bound: every slot filled with the longest prompt and completion."""
-    pictures: int
-    """Decoded images in memory, see `rlmed.data.images.kept_bytes`."""
-    packed: int
-    """Copies of weights for decoding on a CPU, see `rlmed.models.cpu.linear.PackedWeights`."""
+    Example:
+        >>> Batch(groups=4, group_size=4, prompt_tokens=1024, visual_tokens=512, max_tokens=512,
+        ...       token_budget=16384).row()
+        (4, 16)
+    """
+
+    groups: int
+    group_size: int
+    prompt_tokens: int
+    visual_tokens: int
+    """Of a prompt, each made of several patches."""
+    max_tokens: int
+    token_budget: int
+
+    def row(self) -> tuple[int, int]:
+        """Return (prompts, completions) of the largest micro-batch of `split_by_tokens`."""
+        whole = self.prompt_tokens + self.group_size * self.fed
+        if whole <= self.token_budget:
+            prompts = min(self.groups, self.token_budget // whole)
+            return prompts, prompts * self.group_size
+        completions = self.group_size
+        while completions > 1 and self.prompt_tokens + completions * self.fed > self.token_budget:
+            completions = math.ceil(completions / 2)
+        return 1, completions
 
     @property
-    def total(self) -> int:
-        """Sum of all fields."""
-        return self.weights + self.reference + self.optimizer + self.kv_cache + self.pictures + self.packed
+    def fed(self) -> int:
+        """Tokens of a completion that the model sees: not the last one."""
+        return self.max_tokens - 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the largest micro-batch."""
+        prompts, completions = self.row()
+        return prompts * self.prompt_tokens + completions * self.fed
+
+    @property
+    def several(self) -> bool:
+        """Whether gradients of several micro-batches are added."""
+        return self.row()[1] < self.groups * self.group_size
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Most that an engine samples at a time."""
+
+    rows: int
+    """Completions."""
+    tokens: int
+    """Their tokens and those of their prompts."""
+    prefill_tokens: int
+    """Prompt tokens computed at once."""
+    filtered: bool
+    """Whether top-k or top-p cut the distributions."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryEstimate:
+    """Bytes of one process at most."""
+
+    weights: int = 0
+    reference: int = 0
+    optimizer: int = 0
+    """AdamW moments, and float32 master weights if the policy has lower precision."""
+    gradients: int = 0
+    """Float32 gradients, and those in the policy's dtype before they are added up."""
+    activations: int = 0
+    """What a micro-batch keeps for its backward pass, its pixels included."""
+    logits: int = 0
+    """Logits computed at once, see `rlmed.models.logprobs`."""
+    kv_cache: int = 0
+    """Upper bound: every slot filled with the longest prompt and completion."""
+    pictures: int = 0
+    """Decoded images in memory, see `rlmed.data.images.kept_bytes`."""
+    packed: int = 0
+    """Copies of weights for decoding on a CPU, see `rlmed.models.cpu.linear.PackedWeights`."""
+    engine: int = 0
+    """Bytes of the same device that belong to an engine in another process."""
+    passing: int = 0
+    """Largest sum of what comes and goes in a step: never all activations and all gradients."""
+
+    @property
+    def held(self) -> int:
+        """Bytes between two steps."""
+        passing = self.gradients + self.activations + self.logits
+        return sum(self.parts().values()) - passing
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the fullest moment."""
+        return self.held + self.passing
+
+    def parts(self) -> dict[str, int]:
+        """Return the terms by name, but for their largest sum."""
+        names = {"kv_cache": "key-value cache", "pictures": "images", "packed": "packed weights"}
+        return {names.get(entry.name, entry.name): getattr(self, entry.name) for entry in fields(self)[:-1]}
 
     def line(self) -> str:
         """Return the figures on one line."""
-        parts = {
-            "weights": self.weights,
-            "reference": self.reference,
-            "optimizer and gradients": self.optimizer,
-            "key-value cache at most": self.kv_cache,
-            "images": self.pictures,
-            "packed weights": self.packed,
-        }
-        listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
-        return f"memory in GiB: {self.total / GIB:.2f} ({listed}), and activations"
+        listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in self.parts().items() if size)
+        return f"memory in GiB: at most {self.peak / GIB:.2f}, {self.held / GIB:.2f} between steps ({listed})"
 
 
 def engines_that_pack(cluster: ClusterConfig, *, max_staleness: int) -> int:
@@ -60,46 +154,157 @@ def engines_that_pack(cluster: ClusterConfig, *, max_staleness: int) -> int:
     return 2 if max_staleness else 1
 
 
-def estimate(
-    policy: Policy,
-    rollout: RolloutConfig,
-    algo: AlgoConfig,
+def learner_memory(
+    size: ModelSize,
+    learner: LearnerConfig,
+    batch: Batch,
     *,
-    prompt_tokens: int,
-    eval_tokens: int,
-    packing_engines: int,
-    pictures: int,
+    dtype: str,
+    on_cpu: bool,
+    reference: bool,
+    checkpointing: bool,
+    ranks: int = 1,
 ) -> MemoryEstimate:
-    """Estimate the bytes of a run in one process.
+    """Estimate the bytes of one learner rank.
+
+    Per trained parameter: 4 of a float32 master (none where the policy is float32), 8 or fewer of
+    moments, 4 of a float32 gradient, and the policy's own bytes of a micro-batch's gradient. FSDP2
+    divides them by the ranks and adds the root unit and two layers in full. With 2.2e9 parameters
+    in bfloat16 and a reference that is 35 GB between steps, and 49 GB when all gradients are there.
 
     Args:
-        policy: the one to train.
-        rollout: sampling of training completions.
-        algo: size of a group, staleness, and whether there is a reference.
-        prompt_tokens: longest prompt.
-        eval_tokens: longest completion in evaluation.
-        packing_engines: engines that hold packed weights, if the policy is float32.
-        pictures: bytes of decoded images.
+        size: of the model.
+        learner: frozen parts and dtype of the moments.
+        batch: of this rank.
+        dtype: of the policy, a key of `rlmed.models.policy.DTYPES`.
+        on_cpu: float32 layers are fused and attention is dense there.
+        reference: whether there is a frozen copy of the policy.
+        checkpointing: whether activations are computed again in the backward pass.
+        ranks: processes that shard the policy.
     """
-    width = policy.dtype.itemsize
-    counts = [(parameter.numel(), parameter.requires_grad) for parameter in policy.model.parameters()]
-    weights = width * sum(count for count, _ in counts)
-    trained = sum(count for count, is_trained in counts if is_trained)
-    layers, heads, head_width = policy.kv_shape
-    rows = rollout.max_completions
-    training = rows * rollout.max_tokens + max(1, rows // algo.group_size) * prompt_tokens
-    evaluation = rows * (eval_tokens + prompt_tokens)  # each completion has its own prompt
-    # on-policy, nothing is in flight during evaluation
-    tokens = training + evaluation if algo.max_staleness else max(training, evaluation)
-    packs = packing_engines if policy.dtype == torch.float32 else 0
+    width, trained, decoder = DTYPES[dtype].itemsize, size.trained(learner.freeze), size.decoder
+    own = 4 + width if width < 4 else 4
+    gradients, gathered = own * trained // ranks, 0
+    if ranks > 1:
+        root = size.parameters - decoder.depth * decoder.parameters
+        gathered = width * (root + 2 * decoder.parameters)
+        # in full, once more in float32 to be summed over the ranks
+        gradients += (width + 4) * min(root, trained)
+    logits = _logits(size, batch, width, on_cpu=on_cpu)
+    # the vocabulary projection's gradient comes first; a tied embedding's is added to it at the end
+    head = 0 if "language_model" in learner.freeze else width * size.head
+    activations = _activations(size, learner, batch, width, on_cpu=on_cpu, checkpointing=checkpointing)
+    # as a backward pass goes on, activations leave and gradients come: the sum is largest at an end
+    begin = activations + logits + head + (4 * trained // ranks if batch.several else 0)
+    end = gradients + (head if size.tied else 0) + WORKSPACE * batch.tokens * decoder.widest * width
+    update = 4 * trained // ranks + (0 if learner.moments == "float32" else STEPPED * 4 * size.largest // ranks)
     return MemoryEstimate(
-        weights=weights,
-        reference=weights if algo.loss.kl_coef > 0 else 0,
-        optimizer=trained * (8 + 4 + (4 if width < 4 else 0)),
-        kv_cache=layers * 2 * heads * head_width * width * tokens,
-        pictures=pictures,
-        packed=packs * packed_bytes(linear_shapes(policy.model.config)),
+        weights=width * size.parameters // ranks + gathered,
+        reference=width * size.parameters // ranks if reference else 0,
+        optimizer=trained * (MOMENT_BYTES[learner.moments] + (4 if width < 4 else 0)) // ranks,
+        gradients=gradients,
+        activations=activations,
+        logits=logits,
+        passing=max(begin, end, update),
     )
+
+
+def _logits(size: ModelSize, batch: Batch, width: int, *, on_cpu: bool) -> int:
+    """Return the bytes of the logits that are there at once, see `rlmed.models.logprobs`."""
+    needed = 4 * size.vocabulary * batch.row()[1] * batch.max_tokens
+    most, block = (CPU_BYTES, CPU_BLOCK_BYTES) if on_cpu else (CUDA_BYTES, CUDA_BYTES)
+    at_once = needed <= most and not (on_cpu and width < 4)
+    return LOGITS_AT_ONCE * needed if at_once else LOGITS_IN_BLOCKS * min(block, needed)
+
+
+def _activations(
+    size: ModelSize, learner: LearnerConfig, batch: Batch, width: int, *, on_cpu: bool, checkpointing: bool
+) -> int:
+    """Return the bytes that the forward pass of the largest micro-batch keeps.
+
+    Autograd keeps inputs and outputs of linear layers, each once (`BlockSize.linear_values`). Fused
+    layers (`rlmed.models.cpu.fused`) keep nothing else; others keep a float32 copy of what a norm
+    reads and the activation of the gate. Dense attention keeps gathered keys and values, its output
+    and its mask.
+    """
+    decoder, tokens = size.decoder, batch.tokens
+    prompts, completions = batch.row()
+    fused = on_cpu and width == 4
+    layer = tokens * (width * decoder.linear_values + (0 if fused else 8 * decoder.hidden + width * decoder.widest))
+    if on_cpu:
+        visible = batch.prompt_tokens + batch.fed
+        gathered = prompts * batch.prompt_tokens + completions * visible - (tokens if width == 4 else 0)
+        queries = tokens * decoder.query_values * (1 if width == 4 else 2)
+        layer += 4 * (gathered * decoder.key_values + queries + completions * batch.fed * visible)
+    ends = tokens * decoder.hidden * (4 * width + (0 if fused else 4))
+    kept = decoder.depth * tokens * decoder.hidden * width + layer if checkpointing else decoder.depth * layer
+    return (
+        kept
+        + ends
+        + _vision_activations(size, learner, prompts * batch.visual_tokens, width, checkpointing=checkpointing)
+    )
+
+
+def _vision_activations(
+    size: ModelSize, learner: LearnerConfig, visual_tokens: int, width: int, *, checkpointing: bool
+) -> int:
+    """Return the bytes that the vision tower keeps: pixels, a block's values if it is trained."""
+    if size.vision is None:
+        return 0
+    tower, patches = size.vision, visual_tokens * size.patches_per_token
+    pixels = patches * size.patch_values * (4 if width == 4 else 4 + width)
+    # beside the linear layers: rotated queries and keys, the attention's output, the activation
+    block = patches * width * (tower.linear_values + 3 * tower.hidden + tower.widest)
+    if "vision" in learner.freeze:
+        return pixels + WORKSPACE * patches * tower.widest * width
+    if checkpointing:
+        return pixels + tower.depth * patches * tower.hidden * width + block
+    return pixels + tower.depth * block
+
+
+def engine_memory(size: ModelSize, sampling: Sampling, *, dtype: str, packed: int = 0) -> MemoryEstimate:
+    """Estimate what a native engine adds to the weights that it samples with.
+
+    Args:
+        size: of the model.
+        sampling: the most that it does.
+        dtype: of the policy.
+        packed: bytes of packed weights.
+    """
+    width = DTYPES[dtype].itemsize
+    patch_bytes = 4 * size.patches_per_token * size.patch_values if size.vision else 0
+    prefill = sampling.prefill_tokens * (WORKSPACE * size.decoder.widest * width + patch_bytes)
+    logits = 4 * sampling.rows * size.vocabulary
+    return MemoryEstimate(
+        kv_cache=size.decoder.depth * size.decoder.key_values * width * sampling.tokens,
+        packed=packed,
+        passing=max(prefill, logits * (SORTED if sampling.filtered else SAMPLED)),
+    )
+
+
+def together(learner: MemoryEstimate, engine: MemoryEstimate, pictures: int) -> MemoryEstimate:
+    """Return the sum in a process that learns and samples in turn; `pictures`: decoded images."""
+    return dataclasses.replace(
+        learner,
+        kv_cache=engine.kv_cache,
+        packed=engine.packed,
+        pictures=pictures,
+        passing=max(learner.passing, engine.passing),
+    )
+
+
+def added(estimates: Iterable[MemoryEstimate]) -> MemoryEstimate:
+    """Return the sum over processes on one machine, which may all be at their fullest at once."""
+    listed = list(estimates)
+    return MemoryEstimate(
+        **{entry.name: sum(getattr(one, entry.name) for one in listed) for entry in fields(MemoryEstimate)}
+    )
+
+
+def packed_weights(config: PreTrainedConfig, model: ModelConfig, *, dtype: str, engines: int) -> int:
+    """Return the bytes of the packed weights of `engines`, of a settled `model`."""
+    packs = engines if dtype == "float32" and "packed_weights" in (model.onednn or ()) else 0
+    return packs * packed_bytes(linear_shapes(config))
 
 
 def keep_freed_memory() -> bool:

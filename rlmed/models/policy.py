@@ -223,6 +223,7 @@ def load_policy(
         check_weight_files(Path(folder))
     ends = find_end_tokens(folder, config)
     tied = bool(config.tie_word_embeddings)  # transformers changes it if the weights disagree
+    target, on_cpu = DTYPES[dtype], torch.device(device).type == "cpu"
     with (
         _quiet_loading(),
         foreign(
@@ -232,7 +233,8 @@ def load_policy(
     ):
         loaded: Any = auto.from_pretrained(
             folder,
-            dtype=DTYPES[dtype],
+            # as stored they stay mapped from the file: no process holds a copy in the host's memory
+            dtype=target if on_cpu else "auto",
             attn_implementation=attention,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
@@ -240,18 +242,25 @@ def load_policy(
     model, found = loaded  # a pair, because of output_loading_info
     _check_loaded(Path(folder), found, tied=tied)
     _settle_generation(model, ends.ids)
-    if torch.device(device).type == "cpu":
+    if on_cpu:
         settle_products(config, onednn)
         use_fast_linears(model)
     else:
         # cuDNN's attention makes a plan for every new shape (0.5 s, never freed), and its dQ under
         # a mask can be NaN
         torch.backends.cuda.enable_cudnn_sdp(False)
+        _move(model, torch.device(device), target)
     use_fused_layers(model)
     use_linear_patches(model)
-    model.to(device)
     use_varlen_vision(model)
     return Policy(model, accept_decoder(model, position_rows=3 if family.vision else 1))
+
+
+def _move(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Copy parameters from their files to the device one by one; buffers keep their dtype."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(device, dtype)
+    model.to(device)
 
 
 def _check_loaded(folder: Path, found: Mapping[str, Collection[Any]], *, tied: bool) -> None:

@@ -66,6 +66,15 @@ def test_the_gpu_computes_what_the_cpu_does(
     torch.testing.assert_close(learner_logprobs(on_cpu, groups), learner_logprobs(on_gpu, groups), atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_arrives_whole_on_the_gpu(tiny_folder: Callable[..., Path], dtype: str) -> None:
+    here, there = (load_policy(tiny_folder("qwen2_vl"), dtype=dtype, device=device).model for device in ("cpu", "cuda"))
+    tensors = {**dict(there.named_parameters()), **dict(there.named_buffers())}
+    for name, value in (*here.named_parameters(), *here.named_buffers()):
+        assert tensors[name].device.type == "cuda", name
+        assert torch.equal(tensors[name].cpu(), value), name
+
+
 def test_a_bfloat16_step_moves_every_master_weight(
     tiny_folder: Callable[..., Path], mixed_prompts: Callable[..., list[Prompt]]
 ) -> None:

@@ -43,7 +43,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_geometries_are_those_of_the_published_models() -> None:
     """2.2 and 8.3 billion parameters, as Qwen2-VL's model cards say."""
     counts = {}
-    for name, geometry in setting.GEOMETRIES.items():
+    for name in ("2b", "7b"):
+        geometry = setting.GEOMETRIES[name]
         with torch.device("meta"):
             model = setting.Qwen2VLForConditionalGeneration(geometry.config({}))
         counts[name] = round(sum(parameter.numel() for parameter in model.parameters()) / 1e9, 1)

@@ -236,11 +236,13 @@ class LearnerConfig:
     token_budget: int
     epochs: int
     mini_batches: int
-    gradient_checkpointing: bool
+    gradient_checkpointing: bool | None
+    moments: str
     freeze: tuple[str, ...]
 
     def __post_init__(self) -> None:
         require_one_of("learner.lr_schedule", self.lr_schedule, ("constant", "linear", "cosine"))
+        require_one_of("learner.moments", self.moments, ("float32", "bfloat16", "8bit"))
         require(self.lr > 0, f"learner.lr={self.lr} must be positive")
         require(self.warmup_steps >= 0, f"learner.warmup_steps={self.warmup_steps} must not be negative")
         require(

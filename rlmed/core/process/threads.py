@@ -110,6 +110,26 @@ def memory_limit(root: Path = Path("/")) -> int | None:
     return min((int(limit) for limit in said if limit.isdecimal()), default=None)
 
 
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Return the bytes that processes here can still take, of machine and cgroups; None if unknown.
+
+    A cgroup's file pages that nobody reads are given back before its limit counts.
+    """
+    left = [
+        int(line.split()[1]) * 1024
+        for line in _read(root / "proc/meminfo").splitlines()
+        if line.startswith("MemAvailable:")
+    ]
+    for group, unified in _groups("memory", root):
+        limit = _read(group / ("memory.max" if unified else "memory.limit_in_bytes")).strip()
+        used = _read(group / ("memory.current" if unified else "memory.usage_in_bytes")).strip()
+        if limit.isdecimal() and used.isdecimal():
+            counts = dict(line.split() for line in _read(group / "memory.stat").splitlines())
+            unread = int(counts.get("inactive_file" if unified else "total_inactive_file", 0))
+            left.append(max(0, int(limit) - int(used) + unread))
+    return min(left, default=None)
+
+
 def _groups(controller: str, root: Path) -> Iterator[tuple[Path, bool]]:
     """Yield the folders of the process's cgroup and ancestors, each with whether it's cgroup v2."""
     for line in _read(root / "proc/self/cgroup").splitlines():

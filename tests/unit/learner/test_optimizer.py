@@ -182,3 +182,126 @@ def test_a_parameter_without_gradient_is_left_alone():
 def test_nothing_to_train_is_an_error():
     with pytest.raises(ValueError, match=r"learner\.freeze leaves nothing to train"):
         optimizer(parameter([1.0]).requires_grad_(False))
+
+
+def test_half_precision_moments_follow_float32_ones_and_decay():
+    torch.manual_seed(0)
+    start = torch.randn(2000).tolist()
+    half, full = parameter(start), parameter(start)
+    entries = optimizer(half, moments="bfloat16", lr=1e-3), optimizer(full, lr=1e-3)
+    for step in range(60):
+        scale = 1.0 if step < 5 else 1e-3  # the second moment must forget the first steps
+        for weight, entry in zip((half, full), entries, strict=True):
+            backward((weight * torch.arange(2000).sin() * scale).sum(), entry)
+            entry.step()
+    ours, theirs = (entry.state_dict()["adamw"]["state"][0] for entry in entries)
+    assert ours["exp_avg"].dtype == ours["exp_avg_sq"].dtype == torch.bfloat16
+    # rounded by chance, the mean of many is that of float32; to nearest, it would not decay
+    assert float(ours["exp_avg_sq"].float().mean() / theirs["exp_avg_sq"].mean()) == pytest.approx(1, abs=2e-3)
+    assert float((half - full).detach().abs().mean()) < 0.02 * float((full.detach() - torch.tensor(start)).abs().mean())
+
+
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_resumed_optimizer_goes_on_bit_for_bit(moments, dtype, tmp_path):
+    def step(weight, entry, scale):
+        backward((weight * torch.tensor([0.3, 0.2, -0.1], dtype=dtype) * scale).sum(), entry)
+        entry.step()
+
+    weight = parameter([1.0, -2.0, 3.0], dtype)
+    entry = optimizer(weight, moments=moments, lr=1e-2)
+    for scale in (1.0, 2.0):
+        step(weight, entry, scale)
+    entry.save(tmp_path)
+    twin = parameter(weight.tolist(), dtype)
+    resumed = optimizer(twin, moments=moments, lr=1e-2)
+    resumed.load(tmp_path)
+    for scale in (3.0, 0.5):
+        step(weight, entry, scale)
+        step(twin, resumed, scale)
+    assert torch.equal(weight, twin)
+    mine, theirs = (each.state_dict()["adamw"]["state"][0] for each in (entry, resumed))
+    assert all(mine[name].dtype == theirs[name].dtype and torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_moments_of_another_dtype_are_an_error_that_names_the_key(tmp_path):
+    weight = parameter([1.0])
+    entry = optimizer(weight)
+    backward(weight.sum(), entry)
+    entry.step()
+    entry.save(tmp_path)
+    with pytest.raises(ValueError, match=r"learner\.moments"):
+        optimizer(parameter([1.0]), moments="bfloat16").load(tmp_path)
+
+
+@pytest.mark.slow
+def test_8bit_moments_follow_the_schedule_and_go_on_after_a_checkpoint(tmp_path):
+    """Bit for bit; torchao stores what has fewer than 4,096 numbers as it is."""
+    pytest.importorskip("torchao")
+    torch.manual_seed(0)
+    weight = parameter(torch.randn(64, 128).tolist())
+    entry = optimizer(weight, moments="8bit", lr=1e-2, lr_schedule="linear", total_steps=4)
+    changes = []
+
+    def step(weight, entry, scale):
+        backward((weight**2 * scale).sum(), entry)
+        entry.step()
+
+    for scale in (1.0, 1.0):
+        before = weight.detach().clone()
+        step(weight, entry, scale)
+        changes.append(float((weight - before).detach().abs().mean()))
+    # AdamW's first steps are the learning rate's size
+    assert changes == pytest.approx([1e-2, 0.75e-2], rel=0.1)
+    assert entry.state_dict()["adamw"]["state"][0]["exp_avg"].codes.dtype == torch.uint8
+    entry.save(tmp_path)
+    twin = parameter(weight.tolist())
+    resumed = optimizer(twin, moments="8bit", lr=1e-2, lr_schedule="linear", total_steps=4)
+    resumed.load(tmp_path)
+    for scale in (3.0, 0.5):
+        step(weight, entry, scale)
+        step(twin, resumed, scale)
+    assert torch.equal(weight, twin)
+
+
+def test_8bit_moments_of_several_ranks_are_refused(monkeypatch):
+    monkeypatch.setattr("learner.moments.DTensor", torch.nn.Parameter)  # a shard stands for itself
+    with pytest.raises(ValueError, match=r"one learner rank only: set cluster\.learner_ranks=1"):
+        optimizer(parameter([1.0]), moments="8bit")
+
+
+def test_the_state_of_an_earlier_version_is_read(tmp_path):
+    """It did not name its moments, and they were float32."""
+    weight, twin = parameter([1.0, -2.0]), parameter([1.0, -2.0])
+    entry, resumed = optimizer(weight), optimizer(twin)
+    backward((weight**2).sum(), entry)
+    entry.step()
+    state = entry.state_dict()
+    del state["moments"]
+    torch.save(state, tmp_path / "optimizer.pt")
+    resumed.load(tmp_path)
+    assert torch.equal(resumed.state_dict()["adamw"]["state"][0]["exp_avg"], state["adamw"]["state"][0]["exp_avg"])
+    assert resumed.steps_taken == 1
+
+
+def test_8bit_moments_without_a_library_say_what_to_install(monkeypatch):
+    monkeypatch.setattr("learner.moments.LIBRARIES", ("no_such_library.optim",))
+    with pytest.raises(ValueError, match=r"learner\.moments=8bit needs torchao or bitsandbytes"):
+        optimizer(parameter([1.0]), moments="8bit")
+
+
+def test_many_tensors_are_accumulated_and_written_back_as_one_by_one():
+    torch.manual_seed(0)
+    weights = [parameter(torch.randn(5).tolist(), torch.bfloat16) for _ in range(3)]
+    entry = optimizer(*weights, lr=1e-2)
+    expected = [torch.zeros(5) for _ in weights]
+    for scale in (1.0, 0.37, 2.0):
+        for used, (weight, total) in enumerate(zip(weights, expected, strict=True)):
+            if scale != 0.37 or used != 1:  # one is left out once
+                (weight * torch.arange(5) * scale).sum().backward()
+                total += weight.grad.float()
+        entry.accumulate()
+    assert all(torch.equal(pair.master.grad, total) for pair, total in zip(entry._pairs, expected, strict=True))
+    entry.step()
+    masters = entry.state_dict()["masters"].values()
+    assert all(torch.equal(weight, master.bfloat16()) for weight, master in zip(weights, masters, strict=True))

@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from rlmed.cluster.memory import MemoryEstimate, engines_that_pack, estimate
+from benchmarks.gpu.setting import GEOMETRIES, Geometry, random_model
+from rlmed.cluster.capacity import most_sampled, sampled_batch
+from rlmed.cluster.memory import (
+    PROCESS_BYTES,
+    Batch,
+    MemoryEstimate,
+    engine_memory,
+    engines_that_pack,
+    learner_memory,
+    packed_weights,
+    together,
+)
 from rlmed.core.config.composing import compose_config
 from rlmed.core.config.schema import RunConfig
 from rlmed.core.types import Prompt, RolloutRequest, SamplingParams
 from rlmed.models.cpu import products
+from rlmed.models.loading import model_folder
 from rlmed.models.policy import Policy
+from rlmed.models.size import ModelSize, meta_model
 from rollout.native.engine import NativeEngine
 from rollout.native.kv_pages import PagePool
 from tests.root import ROOT
@@ -24,34 +43,92 @@ def config(*overrides: str) -> RunConfig:
     return compose_config("train", overrides)
 
 
-def estimated(policy: Policy, settings: RunConfig, packing_engines: int = 0) -> MemoryEstimate:
-    return estimate(
-        policy,
-        settings.rollout,
-        settings.algo,
-        prompt_tokens=settings.data.max_prompt_tokens,
-        eval_tokens=settings.eval.max_tokens,
-        packing_engines=packing_engines,
-        pictures=7 * 2**20,
-    )
+def sized(policy: Policy) -> ModelSize:
+    return ModelSize.of(policy.model)
 
 
-@pytest.mark.parametrize(("dtype", "optimizer_bytes"), [("float32", 12), ("bfloat16", 16)])
+def learner_estimate(size: ModelSize, settings: RunConfig, **given: Any) -> MemoryEstimate:
+    options = {"dtype": "float32", "on_cpu": True, "reference": True, "checkpointing": False, **given}
+    return learner_memory(size, settings.learner, sampled_batch(settings, size), **options)
+
+
+@pytest.mark.parametrize(("dtype", "optimizer", "gradients"), [("float32", 8, 4), ("bfloat16", 12, 6)])
+def test_what_depends_on_the_number_of_parameters(
+    dtype: str, optimizer: int, gradients: int, fresh_policy: Callable[..., Policy]
+) -> None:
+    policy = fresh_policy("qwen2_vl", dtype=dtype)
+    found = learner_estimate(sized(policy), config(), dtype=dtype)
+    parameters = sum(parameter.numel() for parameter in policy.model.parameters())
+    assert found.weights == found.reference == parameters * policy.dtype.itemsize
+    assert (found.optimizer, found.gradients) == (optimizer * parameters, gradients * parameters)
+    assert found.held == (2 * policy.dtype.itemsize + optimizer) * parameters
+    assert f"{found.peak / 2**30:.2f}" in found.line()
+
+
+@pytest.mark.parametrize(("moments", "bytes_each"), [("float32", 8), ("bfloat16", 4), ("8bit", 2)])
+def test_moments(moments: str, bytes_each: int, tiny_policy: Callable[..., Policy]) -> None:
+    size = sized(tiny_policy("qwen2"))
+    found = learner_estimate(size, config(f"learner.moments={moments}"))
+    assert found.optimizer == bytes_each * size.parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "held", "peak"), [("2b", 35, 49), ("7b", 133, 182)], ids=["Qwen2-VL-2B", "Qwen2-VL-7B"]
+)
+def test_real_models_by_their_configuration_alone(name: str, held: int, peak: int) -> None:
+    size = ModelSize.of(meta_model(GEOMETRIES[name].config({"image_token_id": 5})))
+    found = learner_estimate(size, config(), dtype="bfloat16", on_cpu=False)
+    assert round(found.held / 1e9) == held
+    assert round((found.held + found.gradients) / 1e9) == peak
+
+
+def test_ranks_share_everything_but_what_is_gathered(tiny_policy: Callable[..., Policy]) -> None:
+    size, settings = sized(tiny_policy("qwen2")), config("cluster=ray", "cluster.learner_ranks=2")
+    alone, shared = (learner_estimate(size, settings, ranks=ranks) for ranks in (1, 2))
+    for name in ("reference", "optimizer"):
+        assert getattr(shared, name) == getattr(alone, name) // 2
+    # the root's gradient is there in full, in the policy's dtype and in float32 for the sum
+    root = size.parameters - size.decoder.depth * size.decoder.parameters
+    assert shared.gradients == alone.gradients // 2 + 8 * root
+    assert alone.weights // 2 < shared.weights <= alone.weights // 2 + alone.weights
+
+
+def test_what_is_frozen_or_left_out_costs_nothing(tiny_policy: Callable[..., Policy]) -> None:
+    size = sized(tiny_policy("qwen2_vl"))
+    full = learner_estimate(size, config())
+    frozen = learner_estimate(size, config("learner.freeze=[vision,merger]"), reference=False)
+    assert frozen.reference == 0
+    assert 0 < frozen.optimizer < full.optimizer
+    assert 0 < frozen.activations < full.activations
+    assert learner_estimate(size, config("learner.freeze=[language_model]")).gradients < full.gradients
+
+
+def test_activations_follow_the_tokens_of_a_micro_batch(tiny_policy: Callable[..., Policy]) -> None:
+    size = sized(tiny_policy("qwen2"))
+    few, many = (learner_estimate(size, config(f"learner.token_budget={budget}")) for budget in (300, 3000))
+    assert few.activations < many.activations / 3
+    recomputed = learner_estimate(size, config("learner.token_budget=3000"), checkpointing=True)
+    assert recomputed.activations < many.activations
+
+
+@pytest.mark.parametrize(
+    ("budget", "row"), [(16384, (4, 16)), (6200, (2, 8)), (3068, (1, 4)), (3067, (1, 2)), (2045, (1, 1)), (9, (1, 1))]
+)
+def test_the_largest_micro_batch_is_that_of_the_packing(budget: int, row: tuple[int, int]) -> None:
+    batch = Batch(groups=4, group_size=4, prompt_tokens=1024, visual_tokens=0, max_tokens=512, token_budget=budget)
+    assert batch.row() == row
+    assert batch.several == (row != (4, 16))
+
+
 @pytest.mark.parametrize(
     # evaluation has a prompt for each completion, training one for each group
     ("max_tokens", "eval_tokens", "groups", "longest"),
     [(16, 24, 8, 24), (512, 8, 2, 512)],
 )
-def test_counts(
-    max_tokens: int,
-    eval_tokens: int,
-    groups: int,
-    longest: int,
-    dtype: str,
-    optimizer_bytes: int,
-    fresh_policy: Callable[..., Policy],
+def test_keys_and_values(
+    max_tokens: int, eval_tokens: int, groups: int, longest: int, tiny_policy: Callable[..., Policy]
 ) -> None:
-    policy = fresh_policy("qwen2_vl", dtype=dtype)
+    policy = tiny_policy("qwen2_vl")
     settings = config(
         "algo.group_size=4",
         "rollout.max_completions=8",
@@ -59,31 +136,16 @@ def test_counts(
         "data.max_prompt_tokens=32",
         f"eval.max_tokens={eval_tokens}",
     )
-    found = estimated(policy, settings)
-    parameters = sum(parameter.numel() for parameter in policy.model.parameters())
-    assert found.weights == found.reference == parameters * policy.dtype.itemsize
-    assert found.optimizer == parameters * optimizer_bytes
-    assert found.pictures == 7 * 2**20
-    assert found.total > sum((found.weights, found.reference, found.optimizer, found.kv_cache))
-
+    found = engine_memory(sized(policy), most_sampled(settings, training=True), dtype="float32")
     prefix, suffix = (
         PagePool(policy.kv_shape, page_tokens=None, dtype=policy.dtype, device=policy.device) for _ in range(2)
     )
     prefix.reserve(sequences=groups, tokens=32)
     suffix.reserve(sequences=8, tokens=longest)
-    tensors = [*prefix.keys, *prefix.values, *suffix.keys, *suffix.values]
     # one page of each pool is nobody's
-    assert found.kv_cache == sum(tensor[1:].nbytes for tensor in tensors)
-    assert f"{found.total / 2**30:.2f}" in found.line()
-
-
-def test_what_is_frozen_or_left_out_costs_nothing(fresh_policy: Callable[..., Policy]) -> None:
-    policy = fresh_policy("qwen2_vl")
-    full = estimated(policy, config())
-    policy.freeze(["vision", "merger"])
-    frozen = estimated(policy, config("algo.loss.kl_coef=0"))
-    assert frozen.reference == 0
-    assert 0 < frozen.optimizer < full.optimizer
+    assert found.kv_cache == sum(
+        pages[1:].nbytes for pages in (*prefix.keys, *prefix.values, *suffix.keys, *suffix.values)
+    )
 
 
 @pytest.mark.skipif(not products.has_onednn(), reason="this torch has no oneDNN")
@@ -103,11 +165,67 @@ def test_packed_weights_are_counted(
         engine.step()
     joined = [parameters for parameters, *_ in engine._packs._packs.values()]
     held = sum(one.nbytes for parameters in joined for one in parameters if one.ndim > 1)
-    assert estimated(policy, config(), packing_engines=1).packed == held > 0
-    overlapped = estimated(policy, config("algo.max_staleness=1"), packing_engines=2)
-    assert overlapped.packed == 2 * held
-    assert overlapped.total > overlapped.weights + overlapped.reference + overlapped.optimizer + overlapped.kv_cache
-    assert estimated(fresh_policy(family, dtype="bfloat16"), config(), packing_engines=1).packed == 0
+    packing = dataclasses.replace(config().model, onednn=("packed_weights",))
+    for dtype, engines, expected in (("float32", 1, held), ("float32", 2, 2 * held), ("bfloat16", 1, 0)):
+        assert packed_weights(policy.model.config, packing, dtype=dtype, engines=engines) == expected
+    assert held > 0
+
+
+def test_a_process_that_learns_and_samples_needs_both(tiny_policy: Callable[..., Policy]) -> None:
+    size = sized(tiny_policy("qwen2"))
+    learner, engine = learner_estimate(size, config()), MemoryEstimate(kv_cache=3, packed=5, passing=2**60)
+    both = together(learner, engine, pictures=7)
+    assert both.held == learner.held + 3 + 5 + 7
+    assert both.peak == both.held + 2**60
+
+
+MEASURE = "import tests.prepared, sys; from tests.unit.rlmed.cluster.measured_step import main; main(sys.argv[1])"
+BATCH = {"groups": 4, "group_size": 4, "prompt_tokens": 300, "visual_tokens": 196, "max_tokens": 64}
+CASES = {
+    "several micro-batches": {"batch": {**BATCH, "token_budget": 1200}},
+    "checkpointing, a reference": {
+        "batch": {**BATCH, "token_budget": 1200},
+        "reference": True,
+        "learner": {"gradient_checkpointing": True},
+    },
+    "long completions": {
+        "batch": {
+            **BATCH,
+            "groups": 2,
+            "prompt_tokens": 100,
+            "visual_tokens": 0,
+            "max_tokens": 200,
+            "token_budget": 2000,
+        }
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("case", CASES)
+def test_a_real_step_takes_what_is_estimated(case: str, tmp_path: Path) -> None:
+    """Within 10 % of the most resident memory above that before loading, 100 million parameters."""
+    tiny, folder = model_folder("embedded:tiny_base"), tmp_path / "random"
+    shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    small = json.loads((tiny / "config.json").read_text())
+    tokens = {key: value for key, value in small.items() if key.endswith("_token_id") and value is not None}
+    tokens |= {"bos_token_id": 3, "eos_token_id": 3}
+    shape = Geometry(768, 8, 12, 2, 3072, True, 4, 320, vocabulary=32000)
+    random_model(shape.config(tokens), torch.device("cpu")).save_pretrained(folder)
+    shutil.copy(tiny / "generation_config.json", folder)
+    given = {
+        "dtype": "float32",
+        "learner": {},
+        "reference": False,
+        "tiny": str(tiny),
+        "folder": str(folder),
+        **CASES[case],
+    }
+    command = [sys.executable, "-c", MEASURE, json.dumps(given)]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["estimate"] + PROCESS_BYTES == pytest.approx(found["peak"], rel=0.1)
 
 
 @pytest.mark.parametrize(

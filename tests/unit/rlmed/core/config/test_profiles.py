@@ -48,7 +48,6 @@ PROFILES = {
         "eval.max_tokens": 64,
         "learner.lr": 6e-5,
         "learner.warmup_steps": 5,
-        "learner.gradient_checkpointing": False,
         "sft.batch_size": 16,
     },
 }

@@ -215,3 +215,22 @@ def test_a_system_that_does_not_say_is_taken_for_quiet(tmp_path: Path, four_core
 @pytest.mark.parametrize(("ticks", "share"), [(1, 1.0), (7, 1.0), (20, 0.5)])
 def test_busy_cores_are_counted_in_parts(machine: Machine, four_cores: None, ticks: int, share: float) -> None:
     assert threads.busy_cores(machine(share, 0, share, 0, ticks=ticks)) == pytest.approx(2 * share)
+
+
+@pytest.mark.parametrize(("limit", "left"), [("max", 7_000), ("6144000", 3_000), ("1024", 0)])
+def test_memory_that_is_left_is_the_machines_or_the_containers(tmp_path: Path, limit: str, left: int) -> None:
+    group = tmp_path / "sys/fs/cgroup/box"
+    for path, text in {
+        tmp_path / "proc/meminfo": "MemTotal: 9000 kB\nMemAvailable: 7000 kB\n",
+        tmp_path / "proc/self/cgroup": "0::/box\n",
+        group / "memory.max": f"{limit}\n",
+        group / "memory.current": "4096000\n",
+        group / "memory.stat": "anon 5\ninactive_file 1024000\n",
+    }.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert threads.available_memory(tmp_path) == left * 1024
+
+
+def test_memory_is_unknown_where_the_system_does_not_say(tmp_path: Path) -> None:
+    assert threads.available_memory(tmp_path) is None
