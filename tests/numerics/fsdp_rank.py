@@ -9,6 +9,7 @@ import tests.prepared  # noqa: F401
 import multiprocessing
 import os
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from learner import checkpoint as learner_checkpoint
 from learner.distributed import Parallelism, free_init_method, init_distributed
 from learner.learner import PolicyLearner
 from rlmed.core.types import TrainGroup
@@ -40,6 +42,10 @@ class Job:
     """A checkpoint to go on from."""
     save: Path | None = None
     """An existing folder for a checkpoint at the end."""
+    room: bool = True
+    """Whether the host's memory can hold copies of what is saved."""
+    after: list[list[TrainGroup]] = field(default_factory=list)
+    """Batches to learn from while the checkpoint is written."""
     dtype: str = "float32"
     device: str = "cpu"
     loss: dict[str, Any] = field(default_factory=dict)
@@ -94,11 +100,23 @@ def do(job: Job, parallelism: Parallelism | None = None, *, last: bool = True) -
         if hook:
             hook.remove()
     if job.save:
-        learner.save(job.save)
+        save(learner, job)
     weights = {name: whole.clone() for name, whole in learner.full_weights()}
     state = learner._parallelism.gather_full(learner.optimizer.state_dict())
     names = [name for name, _ in policy.model.named_parameters()]
     return Result(metrics, reports, learner.policy_version, names, weights, state)
+
+
+def save(learner: PolicyLearner, job: Job) -> None:
+    """Begin to save, go on learning, and write in another thread meanwhile, as a run does."""
+    assert job.save
+    learner_checkpoint.ROOM = 2 if job.room else 10**9
+    write = learner.save(job.save)
+    with ThreadPoolExecutor(1) as aside:
+        written = aside.submit(write)
+        for batch in job.after:
+            learner.step(batch)
+        written.result()
 
 
 def _infinite(_: Any, gradients: tuple[Tensor, ...], __: Any) -> tuple[Tensor, ...]:
