@@ -27,9 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -78,16 +81,15 @@ def _host_copy(value: Any) -> Any:
     """Copy a tensor, or all in nested dicts, into the host's memory."""
     if isinstance(value, dict):
         return {key: _host_copy(entry) for key, entry in value.items()}
-    if not isinstance(value, Tensor):
-        return value
-    if _is_foreign(value):  # their conversion from CPU to CPU may not copy
-        value = value.detach().clone()
-    return value.detach().to("cpu", copy=True)
+    if _is_foreign(value):  # what it calls a copy need not be one
+        own = local_of(value)
+        names, context = own.__tensor_flatten__()
+        inner = {name: _host_copy(getattr(own, name)) for name in names}
+        return own.__tensor_unflatten__(inner, context, own.shape, own.stride())
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
 
 
-def _gather_own(
-    policy: Policy, shares: Sequence[Sequence[StoredWeight]], parallelism: Parallelism
-) -> Iterator[Tensor]:
+def _gather_own(policy: Policy, shares: Sequence[Sequence[StoredWeight]], parallelism: Parallelism) -> Iterator[Tensor]:
     """Yield the whole parameters of this rank's file; collective, all ranks must exhaust it."""
     parameters = dict(policy.model.named_parameters())
     for turn in zip_longest(*shares):
@@ -137,8 +139,8 @@ def write_optimizer(state: Mapping[str, Any], parallelism: Parallelism, folder: 
         if foreign:
             torch.save(foreign, own / _foreign_file(parallelism.rank))
         # without `per_thread_copy_ahead` it leaves the default GPU alone, which may not be ours
-        writer = dcp.FileSystemWriter(own, per_thread_copy_ahead=0)
-        dcp.save({STATE: tensors}, storage_writer=writer, process_group=parallelism.files, no_dist=parallelism.size == 1)
+        writer = FileSystemWriter(own, per_thread_copy_ahead=0)
+        save({STATE: tensors}, storage_writer=writer, process_group=parallelism.files, no_dist=parallelism.size == 1)
     except CheckpointException as error:  # torch's is no Exception
         raise _cause(error) from error
 
@@ -155,10 +157,11 @@ def read_optimizer(optimizer: Optimizer, parallelism: Parallelism, folder: Path)
     own = folder / OPTIMIZER_FOLDER
     facts = json.loads((own / NUMBERS_FILE).read_text())
     optimizer.check(facts)
-    reader = dcp.FileSystemReader(own)
+    reader = FileSystemReader(own)
     masters = optimizer.masters
     tensors: dict[str, Tensor] = {}
     for key, stored in reader.read_metadata().state_dict_metadata.items():
+        assert isinstance(stored, TensorStorageMetadata)
         key = key.removeprefix(f"{STATE}.")
         name, _, kind = key.partition("/")
         if kind == "master":
@@ -169,7 +172,7 @@ def read_optimizer(optimizer: Optimizer, parallelism: Parallelism, folder: Path)
             tensors[key] = torch.empty(stored.size, dtype=stored.properties.dtype)
     _ignore_advice()
     try:
-        dcp.load({STATE: tensors}, storage_reader=reader, no_dist=True)
+        load({STATE: tensors}, storage_reader=reader, no_dist=True)
     except CheckpointException as error:
         raise _cause(error) from error
     entries = _nested(tensors | facts["numbers"] | _read_foreign(own, facts["ranks"], masters, parallelism))
@@ -186,9 +189,7 @@ def _read_earlier(optimizer: Optimizer, parallelism: Parallelism, path: Path) ->
     optimizer.check(state)
     masters = optimizer.masters
     names = state["parameters"]
-    state["masters"] = {
-        name: parallelism.shard_like(whole, masters[name]) for name, whole in state["masters"].items()
-    }
+    state["masters"] = {name: parallelism.shard_like(whole, masters[name]) for name, whole in state["masters"].items()}
     state["adamw"]["state"] = {
         number: {key: parallelism.shard_like(value, masters[names[number]]) for key, value in entry.items()}
         for number, entry in state["adamw"]["state"].items()

@@ -98,7 +98,8 @@ class Parallelism(Protocol):
 class SingleProcess:
     """`Parallelism` of one process: nothing is sharded, copied or sent."""
 
-    rank, size, first, files = 0, 1, True, None
+    rank, size, first = 0, 1, True
+    files: dist.ProcessGroup | None = None
 
     def scorer(self, policy: Policy) -> RowScorer:
         """See `Parallelism.scorer`."""

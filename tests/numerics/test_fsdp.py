@@ -251,9 +251,9 @@ def assert_identical(actual, expected):
 
 
 def described(state):
-    """A nest with each tensor replaced by its kind."""
+    """A nest with each tensor replaced by its kind; each step sets the groups' learning rate anew."""
     if isinstance(state, dict):
-        return {key: described(value) for key, value in state.items()}
+        return {key: described(value) for key, value in state.items() if key != "param_groups"}
     if isinstance(state, torch.Tensor):
         return state.dtype, state.shape, type(state), state.device
     return state

@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.testing._internal.two_tensor import TwoTensor
 
 from learner import checkpoint
 from learner.checkpoint import begin_save, read_optimizer, write_optimizer
@@ -19,7 +20,9 @@ from tests.configs import learner_config
 
 def trained(policy, **config):
     """An optimizer that has made two steps, except for parameters of vision, which had no gradient."""
-    optimizer = Optimizer(policy.model.named_parameters(), learner_config(**{"lr": 1e-2, "lr_schedule": "constant", **config}), 10)
+    optimizer = Optimizer(
+        policy.model.named_parameters(), learner_config(**{"lr": 1e-2, "lr_schedule": "constant", **config}), 10
+    )
     step(policy, optimizer)
     step(policy, optimizer)
     return optimizer
@@ -61,7 +64,9 @@ def test_a_resumed_learner_goes_on_bit_for_bit(moments, dtype, room, tiny_folder
     optimizer = trained(policy, moments=moments)
     folder = save(policy, optimizer)
     twin = load_policy(folder, dtype=dtype)
-    resumed = Optimizer(twin.model.named_parameters(), learner_config(lr=1e-2, lr_schedule="constant", moments=moments), 10)
+    resumed = Optimizer(
+        twin.model.named_parameters(), learner_config(lr=1e-2, lr_schedule="constant", moments=moments), 10
+    )
     read_optimizer(resumed, SingleProcess(), folder)
     assert identical(resumed.state_dict(), optimizer.state_dict())
     assert 0 < len(resumed.state_dict()["adamw"]["state"]) < len(resumed.masters)  # vision has none
@@ -106,9 +111,53 @@ def test_a_checkpoint_of_an_earlier_version_is_resumed(tiny_folder, tmp_path):
     state = optimizer.state_dict()
     earlier = {key: value for key, value in state.items() if key not in ("moments", "skipped_steps")}
     torch.save(earlier, tmp_path / "optimizer.pt")
-    resumed = Optimizer(load_policy(tiny_folder("qwen2_vl"), dtype="bfloat16").model.named_parameters(), learner_config(lr=1e-2, lr_schedule="constant"), 10)
+    resumed = Optimizer(
+        load_policy(tiny_folder("qwen2_vl"), dtype="bfloat16").model.named_parameters(),
+        learner_config(lr=1e-2, lr_schedule="constant"),
+        10,
+    )
     read_optimizer(resumed, SingleProcess(), tmp_path)
     assert identical(resumed.state_dict(), state)
+
+
+def test_moments_of_a_librarys_own_type_are_resumed_by_as_many_ranks(tmp_path):
+    """Torch's stand-in for 8-bit moments, which hold codes and scales in one tensor."""
+
+    def make():
+        weight = torch.nn.Parameter(torch.ones(3))
+        optimizer = Optimizer([("w", weight)], learner_config(lr=1e-2), 10)
+        weight.grad = torch.ones(3)
+        optimizer.step()
+        return optimizer, optimizer._adamw.state[weight]
+
+    optimizer, entry = make()
+    entry["exp_avg"] = TwoTensor(torch.arange(3.0), torch.arange(3.0) + 1)
+    copied = checkpoint._host_copy(optimizer.state_dict())
+    entry["exp_avg"].a.add_(5.0)
+    write_optimizer(copied, SingleProcess(), tmp_path)
+    resumed, _ = make()
+    with torch.serialization.safe_globals([TwoTensor]):
+        read_optimizer(resumed, SingleProcess(), tmp_path)
+        got = resumed.state_dict()["adamw"]["state"][0]
+        assert isinstance(got["exp_avg"], TwoTensor)
+        assert (got["exp_avg"].a.tolist(), got["exp_avg"].b.tolist()) == ([0, 1, 2], [1, 2, 3])
+        assert torch.equal(got["exp_avg_sq"], copied["adamw"]["state"][0]["exp_avg_sq"])
+        two = SingleProcess()
+        two.size = 2
+        with pytest.raises(ValueError, match=r"8-bit moments of 1 learner ranks, and there are 2: .*learner_ranks=1"):
+            read_optimizer(resumed, two, tmp_path)
+
+
+def test_the_learning_rate_may_be_a_tensor():
+    """As in torchao's 8-bit AdamW, which refuses a number."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = Optimizer([("w", weight)], learner_config(lr=1e-2, lr_schedule="linear"), 10)
+    rate = optimizer._adamw.param_groups[0]["lr"] = torch.tensor(1.0)
+    for expected in (1e-2, 0.9e-2):
+        weight.grad = torch.ones(3)
+        optimizer.step()
+        assert optimizer._adamw.param_groups[0]["lr"] is rate
+        assert float(rate) == pytest.approx(expected)
 
 
 def test_another_selection_of_parameters_is_an_error(tiny_folder, save):

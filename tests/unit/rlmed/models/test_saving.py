@@ -45,7 +45,9 @@ def test_one_file_is_transformers_own(family, dtype, tiny_folder, tmp_path):
         assert torch.equal(ours[name], tensor)
 
 
-@pytest.mark.parametrize(("family", "auto"), [("qwen2_vl", AutoModelForImageTextToText), ("llama", AutoModelForCausalLM)])
+@pytest.mark.parametrize(
+    ("family", "auto"), [("qwen2_vl", AutoModelForImageTextToText), ("llama", AutoModelForCausalLM)]
+)
 def test_several_files_load_in_transformers_and_are_of_one_size(family, auto, tiny_folder, tmp_path):
     model = load_policy(tiny_folder(family)).model
     with torch.no_grad():

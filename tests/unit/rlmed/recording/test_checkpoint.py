@@ -86,19 +86,20 @@ def test_a_write_that_has_failed_is_told_once_at_the_next_occasion(how: str, tmp
     save_checkpoint(tmp_path, 1, {}, write, keep_last=1)
     disk, healthy = Disk(OSError(28, "No space left on device")), Disk()
     healthy.allowed.set()
-    with (
-        pytest.raises(CheckpointError, match=r"step-000002 could not be written: .*No space.*resume=auto"),
-        Checkpoints(tmp_path, 1) as checkpoints,
-    ):
-        checkpoints.save(2, {}, disk.secure)
-        thread = checkpoints._thread
-        disk.allowed.set()
-        if how == "check":
-            assert thread is not None
-            thread.join()
-            checkpoints.check()
-        if how == "save":
-            checkpoints.save(3, {}, healthy.secure)
+    checkpoints = Checkpoints(tmp_path, 1)
+    checkpoints.save(2, {}, disk.secure)
+    checkpoints.check()
+    disk.allowed.set()
+    thread = checkpoints._thread
+    assert thread is not None
+    occasions = {
+        "check": lambda: (thread.join(), checkpoints.check()),
+        "save": lambda: checkpoints.save(3, {}, healthy.secure),
+        "end": lambda: checkpoints.__exit__(None),
+    }
+    with pytest.raises(CheckpointError, match=r"step-000002 could not be written: .*No space.*resume=auto"):
+        occasions[how]()
+    checkpoints.check()
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
 
 
@@ -107,10 +108,15 @@ def test_a_run_that_ends_by_another_error_or_ctrl_c_still_gets_its_checkpoint(
     fails: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     disk = Disk(OSError(28, "No space left on device") if fails else None)
-    with pytest.raises(KeyboardInterrupt), Checkpoints(tmp_path, 2) as checkpoints:
-        checkpoints.save(1, {}, disk.secure)
-        threading.Timer(0.2, disk.allowed.set).start()
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with Checkpoints(tmp_path, 2) as checkpoints:
+            checkpoints.save(1, {}, disk.secure)
+            threading.Timer(0.2, disk.allowed.set).start()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert len(list_checkpoints(tmp_path)) == (not fails)
     assert "waiting until a checkpoint is written" in caplog.text
     assert ("No space left" in caplog.text) == fails
