@@ -100,7 +100,10 @@ def do(job: Job, parallelism: Parallelism | None = None, *, last: bool = True) -
         if hook:
             hook.remove()
     if job.save:
-        save(learner, job)
+        try:
+            save(learner, job)
+        except OSError as error:
+            reports.append(str(error))
     weights = {name: whole.clone() for name, whole in learner.full_weights()}
     state = learner._parallelism.gather_full(learner.optimizer.state_dict())
     names = [name for name, _ in policy.model.named_parameters()]

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from learner.packing import PackItem, TrainSequence, share_by_tokens
 from rlmed.core.types import ScoredGroup, TrainGroup
+from tests.integration.same_training import stored_weights
 from tests.rounding import GRADIENTS, LOGPROBS, updates_apart
 
 # the other processes are given the path and find the module by its name
@@ -237,8 +237,20 @@ def test_a_rank_writes_its_share_alone(ranks, new_folder, tiny_folder, make_trai
     assert not (job.save / "optimizer.pt").exists()
 
 
-def stored_weights(folder):
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+@pytest.mark.parametrize(
+    ("full", "told"), [("optimizer/__1_0.distcp", [0, 1]), ("model-00002-of-00002.safetensors", [1])]
+)
+@pytest.mark.parametrize("room", [True, False])
+def test_a_rank_whose_disk_is_full_says_so_and_lets_no_other_wait(
+    full, told, room, ranks, new_folder, tiny_folder, make_train_groups
+):
+    job = Job(tiny_folder("qwen2"), [make_train_groups("qwen2", 2)], loss={"kl_coef": 0.0}, room=room)
+    job.save = new_folder("saved")
+    (job.save / "optimizer").mkdir()
+    (job.save / full).symlink_to("/dev/full")
+    reports = [result.reports for result in ranks.do(job)]
+    assert [rank for rank, said in enumerate(reports) if said] == told
+    assert all("No space left on device" in said[0] for said in reports if said)
 
 
 def assert_identical(actual, expected):
