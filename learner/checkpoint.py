@@ -129,20 +129,21 @@ def write_optimizer(state: Mapping[str, Any], parallelism: Parallelism, folder: 
     own.mkdir(exist_ok=True)
     foreign = {name: local_of(value) for name, value in values.items() if _is_foreign(value)}
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor) and name not in foreign}
+    # without `per_thread_copy_ahead` it leaves the default GPU alone, which may not be ours
+    writer = FileSystemWriter(own, per_thread_copy_ahead=0)
+    _ignore_advice()
+    try:
+        save({STATE: tensors}, storage_writer=writer, process_group=parallelism.files, no_dist=parallelism.size == 1)
+    except CheckpointException as error:  # torch's is no Exception
+        raise _cause(error) from error
+    # last, since the other ranks wait for none of it
+    if foreign:
+        torch.save(foreign, own / _foreign_file(parallelism.rank))
     if parallelism.first:
         facts = {key: value for key, value in state.items() if key not in ("adamw", "masters")}
         numbers = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
         facts |= {"masters": list(state["masters"]), "ranks": parallelism.size, "numbers": numbers}
         (own / NUMBERS_FILE).write_text(json.dumps(facts, indent=1))
-    _ignore_advice()
-    try:
-        if foreign:
-            torch.save(foreign, own / _foreign_file(parallelism.rank))
-        # without `per_thread_copy_ahead` it leaves the default GPU alone, which may not be ours
-        writer = FileSystemWriter(own, per_thread_copy_ahead=0)
-        save({STATE: tensors}, storage_writer=writer, process_group=parallelism.files, no_dist=parallelism.size == 1)
-    except CheckpointException as error:  # torch's is no Exception
-        raise _cause(error) from error
 
 
 def read_optimizer(optimizer: Optimizer, parallelism: Parallelism, folder: Path) -> None:
