@@ -133,11 +133,12 @@ def _train(
         on_progress=progress.answers,
     )
     done = _restore(checkpoint, config, folder, data, parts, recorder)
-    evaluates = bool(data.evals) and config.eval.at_end
+    evaluates, saves = bool(data.evals) and config.eval.at_end, config.checkpoint
     if checkpoint:
         progress.resuming(done, batches.steps, checkpoint, evaluates=evaluates)
-    toy = is_toy(model_folder(config.model.path))
-    write_inputs(folder, to_yaml(config), parts.model, data.files, data.leakage, toy=toy)
+    write_inputs(
+        folder, to_yaml(config), parts.model, data.files, data.leakage, toy=is_toy(model_folder(config.model.path))
+    )
 
     def measure(step: int) -> None:
         with tracer.span("evaluate", step=step):
@@ -150,7 +151,7 @@ def _train(
         renderer.save(target)
         return learner.save(target)
 
-    with progress, Checkpoints(folder / "checkpoints", config.checkpoint.keep_last) as checkpoints:
+    with progress, Checkpoints(folder / "checkpoints", saves.keep_last) as checkpoints:
         if not data.evals:
             progress.message("data.eval is empty: skipping evaluation")
         if data.evals and config.eval.at_start and done == 0:
@@ -163,9 +164,8 @@ def _train(
             recorder.record_step(step, metrics)
             progress.step(step, metrics)
             checkpoints.check()
-            if (config.checkpoint.every and step % config.checkpoint.every == 0) or step == batches.steps:
-                state = {"step": step, "offsets": recorder.offsets()}
-                checkpoints.save(step, state, secure_model)
+            if (saves.every and step % saves.every == 0) or step == batches.steps:
+                checkpoints.save(step, {"step": step, "offsets": recorder.offsets()}, secure_model)
         if evaluates:
             measure(batches.steps)
     recorder.close()

@@ -30,7 +30,7 @@ class StoredWeight:
     """A parameter and its place in the weight files.
 
     Example:
-        StoredWeight("model.language_model.norm.weight", "model.norm.weight", (1536,), torch.bfloat16)
+        StoredWeight("model.visual.merger.ln_q.weight", "visual.merger.ln_q.weight", (1280,), bfloat16)
     """
 
     parameter: str

@@ -263,7 +263,7 @@ def assert_identical(actual, expected):
 
 
 def described(state):
-    """A nest with each tensor replaced by its kind; each step sets the groups' learning rate anew."""
+    """A nest with each tensor replaced by its kind, without what each step sets anew."""
     if isinstance(state, dict):
         return {key: described(value) for key, value in state.items() if key != "param_groups"}
     if isinstance(state, torch.Tensor):

@@ -1,4 +1,4 @@
-"""What a learner of one process saves and resumes from; several ranks are in tests/numerics/test_fsdp.py."""
+"""What a learner of one process saves and resumes from; for ranks see numerics/test_fsdp.py."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.configs import learner_config
 
 
 def trained(policy, **config):
-    """An optimizer that has made two steps, except for parameters of vision, which had no gradient."""
+    """An optimizer that has made two steps, without gradients of vision."""
     optimizer = Optimizer(
         policy.model.named_parameters(), learner_config(**{"lr": 1e-2, "lr_schedule": "constant", **config}), 10
     )
@@ -105,7 +105,7 @@ def test_without_room_for_a_copy_it_is_written_at_once(free, tiny_folder, tmp_pa
 
 
 def test_a_checkpoint_of_an_earlier_version_is_resumed(tiny_folder, tmp_path):
-    """One file with all of the state, and at first without the count of skipped steps and the moments' dtype."""
+    """One file, and at first without the count of skipped steps and the moments' dtype."""
     policy = load_policy(tiny_folder("qwen2_vl"), dtype="bfloat16")
     optimizer = trained(policy)
     state = optimizer.state_dict()
