@@ -120,8 +120,8 @@ def _train(
     renderer: PromptRenderer,
 ) -> None:
     """Train with evaluations before and after."""
-    learner, recorder = parts.learner, RunRecorder(folder)
-    tracer, progress = Tracer(folder / "timeline.jsonl"), Progress()
+    learner, recorder, progress = parts.learner, RunRecorder(folder), Progress()
+    tracer = Tracer(folder / "timeline.jsonl")
     evaluator = Evaluator.of_run(
         config.eval,
         folder,
@@ -136,9 +136,8 @@ def _train(
     evaluates, saves = bool(data.evals) and config.eval.at_end, config.checkpoint
     if checkpoint:
         progress.resuming(done, batches.steps, checkpoint, evaluates=evaluates)
-    write_inputs(
-        folder, to_yaml(config), parts.model, data.files, data.leakage, toy=is_toy(model_folder(config.model.path))
-    )
+    toy = is_toy(model_folder(config.model.path))
+    write_inputs(folder, to_yaml(config), parts.model, data.files, data.leakage, toy=toy)
 
     def measure(step: int) -> None:
         with tracer.span("evaluate", step=step):
