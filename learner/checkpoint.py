@@ -82,7 +82,7 @@ def _host_copy(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _host_copy(entry) for key, entry in value.items()}
     if _is_foreign(value):  # what it calls a copy need not be one
-        own = local_of(value)
+        own: Any = local_of(value)  # torch leaves the protocol of such types untyped
         names, context = own.__tensor_flatten__()
         inner = {name: _host_copy(getattr(own, name)) for name in names}
         return own.__tensor_unflatten__(inner, context, own.shape, own.stride())

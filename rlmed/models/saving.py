@@ -30,7 +30,7 @@ class StoredWeight:
     """A parameter and its place in the weight files.
 
     Example:
-        StoredWeight("model.visual.merger.ln_q.weight", "visual.merger.ln_q.weight", (1280,), bfloat16)
+        StoredWeight("model.visual.merger.ln_q.weight", "visual.merger.ln_q.weight", (1280,), dtype)
     """
 
     parameter: str
