@@ -45,7 +45,7 @@ class LearnerError(ClusterError):
     """A learner rank is lost or silent; the message names it, the cause and what to do."""
 
 
-@ray.remote(num_cpus=0, max_restarts=0)
+@ray.remote(num_cpus=0, max_restarts=0, concurrency_groups={"files": 1})
 class LearnerActor:
     """Process that hosts one learner rank."""
 
@@ -55,6 +55,7 @@ class LearnerActor:
         self._learner: LocalLearner
         self._sender: WeightSender | None = None
         self._shares_gpu = False
+        self._write: Callable[[], None]
 
     def init_method(self) -> str:
         """Return the address at which the other ranks reach this one."""
@@ -118,8 +119,15 @@ class LearnerActor:
                 pass
 
     def save(self, folder: Path) -> None:
-        """See `rlmed.core.protocols.Learner.save`."""
-        self._learner.save(folder)
+        """See `rlmed.core.protocols.Learner.save`; `write` calls the writer."""
+        self._write = self._learner.save(folder)
+        self._release_memory()
+
+    @ray.method(concurrency_group="files")
+    def write(self) -> None:
+        """Write what `save` has secured, in a thread beside the calls of other methods."""
+        self._write()
+        del self._write  # and the copies in it
 
     def load(self, folder: Path) -> int:
         """See `rlmed.core.protocols.Learner.load`; returns the policy version."""
@@ -221,9 +229,14 @@ class RayLearner:
             weights = WeightUpdate(store, functools.partial(self._direct.start, self._version))
         pool.update_weights(self._version, weights)
 
-    def save(self, folder: Path) -> None:
-        """See `rlmed.core.protocols.Learner.save`; the folder's disk must be shared with rank 0."""
+    def save(self, folder: Path) -> Callable[[], None]:
+        """See `rlmed.core.protocols.Learner.save`; all ranks write on the folder's disk."""
         self._call("save", "save", folder.absolute())
+
+        def write() -> None:
+            self._call("write a checkpoint", "write")
+
+        return write
 
     def load(self, folder: Path) -> None:
         """See `rlmed.core.protocols.Learner.load`."""

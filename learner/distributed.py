@@ -14,7 +14,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from learner.metrics import LossMetrics, merge_metrics
 from learner.packing import PackedBatch, logprobs_no_grad, packed_logprobs
 from rlmed.models.policy import Policy
+
+T = TypeVar("T")
 
 
 class RowScorer(Protocol):
@@ -46,10 +48,14 @@ class RowScorer(Protocol):
 class Parallelism(Protocol):
     """How a learner's ranks share work."""
 
+    rank: int
+    """This process's, from 0."""
     size: int
     """Number of ranks."""
     first: bool
-    """True on the one rank that writes files and receives full tensors."""
+    """True on the one rank that receives full tensors."""
+    files: dist.ProcessGroup | None
+    """Group that connects the ranks' hosts, for checkpoints; None for a single process."""
 
     def scorer(self, policy: Policy) -> RowScorer:
         """Return a scorer for the policy, which several ranks shard in place."""
@@ -67,6 +73,14 @@ class Parallelism(Protocol):
         """
         ...
 
+    def everywhere(self, fact: bool) -> bool:
+        """Return whether `fact` is true on all ranks; collective."""
+        ...
+
+    def from_first(self, value: T) -> T:
+        """Return the first rank's `value`, small enough to be pickled; collective."""
+        ...
+
     def full_scalar(self, value: Tensor) -> Tensor:
         """Reduce a number computed from sharded tensors, such as a norm, for every rank."""
         ...
@@ -79,7 +93,8 @@ class Parallelism(Protocol):
 class SingleProcess:
     """`Parallelism` of one process: nothing is sharded, copied or sent."""
 
-    size, first = 1, True
+    rank, size, first = 0, 1, True
+    files: dist.ProcessGroup | None = None
 
     def scorer(self, policy: Policy) -> RowScorer:
         """See `Parallelism.scorer`."""
@@ -91,6 +106,14 @@ class SingleProcess:
 
     def gather_full(self, value: Any, *, on_device: bool = False) -> Any:
         """See `Parallelism.gather_full`."""
+        return value
+
+    def everywhere(self, fact: bool) -> bool:
+        """See `Parallelism.everywhere`."""
+        return fact
+
+    def from_first(self, value: T) -> T:
+        """See `Parallelism.from_first`."""
         return value
 
     def full_scalar(self, value: Tensor) -> Tensor:
@@ -105,12 +128,14 @@ class SingleProcess:
 class FSDP:
     """`Parallelism` of several processes connected by `init_distributed`."""
 
-    def __init__(self, device: torch.device) -> None:
-        """Use this process's default group, for tensors on `device`."""
+    def __init__(self, device: torch.device, timeout: timedelta) -> None:
+        """Use this process's default group, for tensors on `device`; `timeout` as in that group."""
         group = dist.group.WORLD
         assert group is not None, "call init_distributed first"
         self.rank, self.size, self.first = group.rank(), group.size(), group.rank() == 0
         self._device, self._mesh = device, DeviceMesh.from_group(group, device.type)
+        # of its own: a thread's collectives must not come between those of the main thread
+        self.files: dist.ProcessGroup | None = dist.new_group(backend="gloo", timeout=timeout)
 
     def scorer(self, policy: Policy) -> RowScorer:
         """See `Parallelism.scorer`; the policy must be on the rank's device, equal on all ranks."""
@@ -147,6 +172,18 @@ class FSDP:
                 return None
             return value.detach() if on_device else value.detach().cpu()
         return value
+
+    def everywhere(self, fact: bool) -> bool:
+        """See `Parallelism.everywhere`."""
+        count = torch.tensor(int(fact))
+        dist.all_reduce(count, group=self.files)
+        return int(count) == self.size
+
+    def from_first(self, value: T) -> T:
+        """See `Parallelism.from_first`."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.files)
+        return values[0]
 
     def full_scalar(self, value: Tensor) -> Tensor:
         """See `Parallelism.full_scalar`."""
@@ -198,14 +235,15 @@ def init_distributed(
         # torch needs an index here; Ray shows each rank its own GPUs, so "cuda" means its first
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)
+    timeout = timedelta(seconds=timeout_s)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         init_method=init_method,
         rank=rank,
         world_size=size,
-        timeout=timedelta(seconds=timeout_s),
+        timeout=timeout,
     )
-    return FSDP(device)
+    return FSDP(device, timeout)
 
 
 def free_init_method(host: str = "127.0.0.1") -> str:

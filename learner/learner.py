@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from learner.checkpoint import begin_save, read_optimizer
 from learner.distributed import Parallelism, SingleProcess, full_weights
 from learner.likelihood import ScoringRequest, completion_logprobs
 from learner.losses import LossDenominators, count_denominators, policy_loss
@@ -169,17 +170,13 @@ class PolicyLearner:
         """See `learner.distributed.full_weights`."""
         return full_weights(self.policy, self._parallelism, on_device=on_device)
 
-    def save(self, folder: Path) -> None:
-        """See `rlmed.core.protocols.Learner.save`; collective, with the first rank writing."""
-        weights = dict(self.full_weights())
-        if self._parallelism.first:
-            self.policy.model.save_pretrained(folder, state_dict=weights)
-        del weights
-        self.optimizer.save(folder)
+    def save(self, folder: Path) -> Callable[[], None]:
+        """See `rlmed.core.protocols.Learner.save`; collective."""
+        return begin_save(self.policy, self.optimizer, self._parallelism, folder)
 
     def load(self, folder: Path) -> None:
         """See `rlmed.core.protocols.Learner.load`; load the policy from the same folder first."""
-        self.optimizer.load(folder)
+        read_optimizer(self.optimizer, self._parallelism, folder)
 
     def _prepare_mini_batch(self, share: MiniBatchShare) -> _MiniBatch:
         """Pack this rank's share of a mini-batch; add log-probabilities fixed during the step."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +18,6 @@ from torch import Tensor
 from learner.distributed import Parallelism, SingleProcess
 from learner.moments import local_of, make_adamw
 from rlmed.core.config.schema import LearnerConfig
-
-OPTIMIZER_FILE = "optimizer.pt"
-"""File in a checkpoint's folder; the same for any number of ranks."""
 
 
 def lr_factor(step: int, total: int, warmup: int, schedule: str) -> float:
@@ -142,15 +138,19 @@ class Optimizer:
             "masters": masters,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from `state_dict()` with full tensors; the caller loads the policy's parameters.
+    @property
+    def masters(self) -> dict[str, Tensor]:
+        """Float32 masters by parameter; with several ranks, shards."""
+        return {pair.name: pair.master for pair in self._pairs}
+
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Check that a `state_dict()`, of which tensors may be absent, fits this optimizer.
 
         Raises:
-            ValueError: if the state belongs to other parameters.
+            ValueError: naming the settings to resume with.
         """
-        masters = state["masters"]
         own = {pair.name for pair in self._pairs if pair.master is not pair.parameter}
-        if state["parameters"] != [pair.name for pair in self._pairs] or own != set(masters):
+        if state["parameters"] != [pair.name for pair in self._pairs] or own != set(state["masters"]):
             raise ValueError(
                 "the optimizer's state holds other parameters: resume with the same model.dtype and learner.freeze"
             )
@@ -159,35 +159,20 @@ class Optimizer:
             raise ValueError(
                 f"the optimizer's state has {saved} moments: resume with learner.moments={saved}, not {self._config.moments}"
             )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume from a `state_dict()` that fits (see `check`), with tensors sharded as here.
+
+        The caller loads the policy's parameters.
+        """
         with torch.no_grad():
             for pair in self._pairs:
-                if pair.name in masters:
-                    pair.master.copy_(self._parallelism.shard_like(masters[pair.name], pair.master))
-        moments = {
-            number: {
-                name: self._parallelism.shard_like(value, self._pairs[number].master) for name, value in entry.items()
-            }
-            for number, entry in state["adamw"]["state"].items()
-        }
-        self._adamw.load_state_dict({**state["adamw"], "state": moments})
+                if pair.name in state["masters"]:
+                    pair.master.copy_(state["masters"][pair.name])
+        self._adamw.load_state_dict(state["adamw"])
         self.steps_taken = int(state["steps_taken"])
         # absent from files of earlier versions
         self.skipped_steps = int(state.get("skipped_steps", 0))
-
-    def save(self, folder: Path) -> None:
-        """Write the state into `folder`; collective."""
-        state = self._parallelism.gather_full(self.state_dict())
-        if self._parallelism.first:
-            torch.save(state, folder / OPTIMIZER_FILE)
-
-    def load(self, folder: Path) -> None:
-        """Resume from what `save` wrote, on any number of ranks.
-
-        Raises:
-            ValueError: see `load_state_dict`.
-        """
-        # memory-mapped: each rank reads its share, and none holds a full copy
-        self.load_state_dict(torch.load(folder / OPTIMIZER_FILE, map_location="cpu", mmap=True, weights_only=True))
 
     @torch.no_grad()
     def _write_back(self) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
+from learner.checkpoint import begin_save, read_optimizer
 from learner.distributed import Parallelism, SingleProcess, full_weights
 from learner.metrics import LossMetrics, mean_metric, merge_metrics
 from learner.optimizer import Optimizer
@@ -105,14 +106,10 @@ class SupervisedLearner:
         """See `learner.distributed.full_weights`."""
         return full_weights(self.policy, self._parallelism, on_device=on_device)
 
-    def save(self, folder: Path) -> None:
-        """Save the model as a Hugging Face folder with the optimizer's state in it; collective."""
-        weights = dict(self.full_weights())
-        if self._parallelism.first:
-            self.policy.model.save_pretrained(folder, state_dict=weights)
-        del weights
-        self.optimizer.save(folder)
+    def save(self, folder: Path) -> Callable[[], None]:
+        """See `rlmed.core.protocols.Learner.save`; collective."""
+        return begin_save(self.policy, self.optimizer, self._parallelism, folder)
 
     def load(self, folder: Path) -> None:
-        """Resume from what `save` wrote; load the policy from the same folder first."""
-        self.optimizer.load(folder)
+        """See `rlmed.core.protocols.Learner.load`; load the policy from the same folder first."""
+        read_optimizer(self.optimizer, self._parallelism, folder)

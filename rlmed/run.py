@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from learner.advantages import AdvantageEstimator, has_learning_signal
@@ -22,7 +22,7 @@ from rlmed.evaluation.results import EvalSummary, step_folder
 from rlmed.evaluation.run import Evaluator
 from rlmed.models.loading import check_positions, model_folder
 from rlmed.models.tiny.toy import is_toy, toy_note
-from rlmed.recording.checkpoint import CheckpointError, read_state, save_checkpoint, starting_point
+from rlmed.recording.checkpoint import CheckpointError, Checkpoints, read_state, starting_point
 from rlmed.recording.inputs import CONFIG_FILE, check_same_data, write_inputs
 from rlmed.recording.progress import Progress
 from rlmed.recording.recorder import RunRecorder
@@ -47,6 +47,7 @@ class Run:
         self.config, self.folder = config, folder
         config.check_groups()
         self.checkpoint = starting_point(folder, resume=config.resume is not None)
+        self.checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep_last)
         self.progress = Progress()
         self.rubric = Rubric.from_config(
             config.reward.weights,
@@ -138,7 +139,7 @@ class Run:
 
     def _train(self) -> None:
         config = self.config
-        with self.progress:
+        with self.progress, self.checkpoints:
             if not self.data.evals:
                 self.progress.message("data.eval is empty: skipping evaluation")
             if self.done == 0:
@@ -208,6 +209,7 @@ class Run:
         if config.debug.record and result.groups:
             self.recorder.record_batch(step, result.groups)
         self.progress.step(step, metrics)
+        self.checkpoints.check()
         self._check_agreement(step, metrics)
         if self.data.evals and config.eval.every and step % config.eval.every == 0 and step < config.steps:
             self._evaluate(step, controls=False)
@@ -234,13 +236,11 @@ class Run:
                 "offsets": self.recorder.offsets(),
                 "seed": self.config.seed,
             }
-            save_checkpoint(
-                self.folder / "checkpoints", step, state, self._write_model, keep_last=self.config.checkpoint.keep_last
-            )
+            self.checkpoints.save(step, state, self._secure_model)
 
-    def _write_model(self, folder: Path) -> None:
-        self.cluster.learner.save(folder)
+    def _secure_model(self, folder: Path) -> Callable[[], None]:
         self.renderer.save(folder)
+        return self.cluster.learner.save(folder)
 
     def _evaluate(self, step: int, *, controls: bool) -> EvalSummary:
         with self.tracer.span("evaluate", step=step):

@@ -13,7 +13,7 @@ if __name__ == "__main__":
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from learner.packing import PackItem
@@ -35,7 +35,7 @@ from rlmed.evaluation.results import step_folder
 from rlmed.evaluation.run import Evaluator
 from rlmed.models.loading import check_positions, model_folder
 from rlmed.models.tiny.toy import is_toy, toy_note
-from rlmed.recording.checkpoint import CheckpointError, read_state, save_checkpoint, starting_point
+from rlmed.recording.checkpoint import CheckpointError, Checkpoints, read_state, starting_point
 from rlmed.recording.inputs import CONFIG_FILE, check_same_data, write_inputs
 from rlmed.recording.progress import Progress
 from rlmed.recording.recorder import RunRecorder
@@ -120,8 +120,8 @@ def _train(
     renderer: PromptRenderer,
 ) -> None:
     """Train with evaluations before and after."""
-    learner, recorder = parts.learner, RunRecorder(folder)
-    tracer, progress = Tracer(folder / "timeline.jsonl"), Progress()
+    learner, recorder, progress = parts.learner, RunRecorder(folder), Progress()
+    tracer = Tracer(folder / "timeline.jsonl")
     evaluator = Evaluator.of_run(
         config.eval,
         folder,
@@ -133,7 +133,7 @@ def _train(
         on_progress=progress.answers,
     )
     done = _restore(checkpoint, config, folder, data, parts, recorder)
-    evaluates = bool(data.evals) and config.eval.at_end
+    evaluates, saves = bool(data.evals) and config.eval.at_end, config.checkpoint
     if checkpoint:
         progress.resuming(done, batches.steps, checkpoint, evaluates=evaluates)
     toy = is_toy(model_folder(config.model.path))
@@ -146,11 +146,11 @@ def _train(
             summary = evaluator.evaluate(step, controls=config.eval.controls)
         progress.evaluated(summary.accuracies, step)
 
-    def write_model(target: Path) -> None:
-        learner.save(target)
+    def secure_model(target: Path) -> Callable[[], None]:
         renderer.save(target)
+        return learner.save(target)
 
-    with progress:
+    with progress, Checkpoints(folder / "checkpoints", saves.keep_last) as checkpoints:
         if not data.evals:
             progress.message("data.eval is empty: skipping evaluation")
         if data.evals and config.eval.at_start and done == 0:
@@ -162,9 +162,9 @@ def _train(
             metrics["tokens_per_second"] = metrics["tokens"] / max(tracer.step_seconds(step)["learn"], 1e-9)
             recorder.record_step(step, metrics)
             progress.step(step, metrics)
-            if (config.checkpoint.every and step % config.checkpoint.every == 0) or step == batches.steps:
-                state = {"step": step, "offsets": recorder.offsets()}
-                save_checkpoint(folder / "checkpoints", step, state, write_model, keep_last=config.checkpoint.keep_last)
+            checkpoints.check()
+            if (saves.every and step % saves.every == 0) or step == batches.steps:
+                checkpoints.save(step, {"step": step, "offsets": recorder.offsets()}, secure_model)
         if evaluates:
             measure(batches.steps)
     recorder.close()

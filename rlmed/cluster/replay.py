@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rlmed.core.protocols import RolloutPool
@@ -32,8 +32,9 @@ class NoLearner:
     def push_weights(self, pool: RolloutPool) -> None:
         """No-op: there are no new weights."""
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> Callable[[], None]:
         """No-op: there is nothing to save."""
+        return lambda: None
 
     def load(self, folder: Path) -> None:
         """No-op: there is nothing to load."""

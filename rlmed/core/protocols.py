@@ -5,7 +5,7 @@ Neither knows the loop.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -98,8 +98,12 @@ class Learner(Protocol):
         """Send current weights and version to the pool; return when all ready workers have them."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Save the model as a Hugging Face folder, with optimizer state, into an existing one."""
+    def save(self, folder: Path) -> Callable[[], None]:
+        """Secure the model, as a Hugging Face folder, and the optimizer's state; return the writer.
+
+        The state is that of this moment: the learner may go on while another thread calls the
+        writer, which fills `folder`, an existing one. One is called before the next `save`.
+        """
         ...
 
     def load(self, folder: Path) -> None:

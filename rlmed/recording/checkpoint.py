@@ -1,4 +1,4 @@
-"""Atomic checkpoints: written to a temporary folder, synced, renamed.
+"""Atomic checkpoints: written to a temporary folder in a thread, synced, renamed.
 
 A folder `step-000050` is always complete.
 """
@@ -6,15 +6,20 @@ A folder `step-000050` is always complete.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from rlmed.core.files.atomic import rename_into_place
 from rlmed.core.files.ownership import aside_of, remove, remove_leftovers
 from rlmed.core.protocols import ClusterError
+
+log = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"
 _NAME = re.compile(r"step-(\d{6,})")
@@ -24,36 +29,111 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read; the message names the folder and the remedy."""
 
 
-def save_checkpoint(
-    root: Path, step: int, state: dict[str, Any], write: Callable[[Path], None], *, keep_last: int
-) -> Path:
-    """Write `root/step-XXXXXX` and remove all but the newest `keep_last`.
+class Checkpoints:
+    """A run's checkpoints, each written while the run goes on; at most one at a time.
 
-    Args:
-        root: folder of the run's checkpoints.
-        step: number of steps done.
-        state: JSON state that the loop needs to resume.
-        write: fills the new folder.
-        keep_last: number of checkpoints kept.
-
-    Raises:
-        CheckpointError: if writing fails; earlier checkpoints are untouched.
-        ClusterError: raised by `write` if a process of the run was lost meanwhile.
+    Example:
+        >>> with Checkpoints(folder / "checkpoints", keep_last=2) as checkpoints:   # doctest: +SKIP
+        ...     checkpoints.save(50, state, secure)
+        ...     checkpoints.check()
     """
-    target = root / f"step-{step:06d}"
-    aside = aside_of(target)
+
+    def __init__(self, root: Path, keep_last: int) -> None:
+        """Write into `root`, where all but the newest `keep_last` are removed."""
+        self._root, self._keep_last = root, keep_last
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Wait until the last checkpoint is written, also if the run ends by an error or Ctrl-C.
+
+        Raises:
+            CheckpointError: see `check`; only logged if there is another error.
+        """
+        if kind is None:
+            self.wait()
+            return
+        if self._thread is not None and self._thread.is_alive():
+            log.warning("waiting until a checkpoint is written; Ctrl-C gives it up, and leaves the one before")
+        try:
+            self.wait()
+        except (CheckpointError, ClusterError) as error:
+            log.error("%s", error)
+
+    def save(self, step: int, state: dict[str, Any], secure: Callable[[Path], Callable[[], None]]) -> None:
+        """Write `step-XXXXXX`; return when everything in it is secured.
+
+        The folder appears when all of it is on the disk.
+
+        Args:
+            step: number of steps done.
+            state: JSON state that the loop needs to resume.
+            secure: given the new folder, secures what goes into it; returns the function that fills
+                it, which another thread calls.
+
+        Raises:
+            CheckpointError: if this checkpoint, or the one before, cannot be written; earlier ones
+                are untouched.
+            ClusterError: if a process of the run was lost meanwhile.
+        """
+        self.wait()
+        target = self._root / f"step-{step:06d}"
+        aside = aside_of(target)
+        with _refusing(target, aside):
+            self._root.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self._root, "step-*")
+            aside.mkdir()
+            fill = secure(aside)
+            text = json.dumps(state, indent=1)
+        # a daemon: a second Ctrl-C ends the process, whatever the disk does
+        self._thread = threading.Thread(target=self._finish, args=(target, aside, fill, text), daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise the error of a checkpoint that could not be written; don't wait for one.
+
+        Raises:
+            CheckpointError: see `save`.
+            ClusterError: see `save`.
+        """
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def wait(self) -> None:
+        """Wait until the checkpoint is written, if one is in flight; see `check`."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def _finish(self, target: Path, aside: Path, fill: Callable[[], None], state: str) -> None:
+        """Fill the folder and give it its name, in another thread."""
+        try:
+            with _refusing(target, aside):
+                fill()
+                (aside / STATE_FILE).write_text(state)
+                for path in sorted(aside.rglob("*")):
+                    _flush(path)
+                _flush(aside)
+                # a resumed run may write a step that it already wrote before it was killed
+                rename_into_place(aside, target, may_replace=lambda: True)
+                _flush(self._root)
+            for old in list_checkpoints(self._root)[: -self._keep_last]:
+                _remove(old)
+        except BaseException as error:  # whatever it is, the main thread raises it
+            self._failure = error
+
+
+@contextmanager
+def _refusing(target: Path, aside: Path) -> Iterator[None]:
+    """Turn an error while `target` is written into a CheckpointError, and remove `aside`."""
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(root, "step-*")
-        aside.mkdir()
-        write(aside)
-        (aside / STATE_FILE).write_text(json.dumps(state, indent=1))
-        for path in sorted(aside.rglob("*")):
-            _flush(path)
-        _flush(aside)
-        # a resumed run may write a step that it already wrote before it was killed
-        rename_into_place(aside, target, may_replace=lambda: True)
-        _flush(root)
+        yield
     except ClusterError:  # not a disk error, and its message says what to do
         remove(aside)
         raise
@@ -65,9 +145,6 @@ def save_checkpoint(
             f"checkpoint {target} could not be written: {error}. Free some space (or make the folder writable) and start "
             "again with resume=auto; earlier checkpoints are intact"
         ) from error
-    for old in list_checkpoints(root)[:-keep_last]:
-        _remove(old)
-    return target
 
 
 def _remove(checkpoint: Path) -> None:
@@ -104,7 +181,7 @@ def list_checkpoints(root: Path) -> list[Path]:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Return the `state` that `save_checkpoint` wrote.
+    """Return the `state` given to `Checkpoints.save`.
 
     Raises:
         CheckpointError: if the folder is not a run's checkpoint.

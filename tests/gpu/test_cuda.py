@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,3 +90,33 @@ def test_a_bfloat16_step_moves_every_master_weight(
     assert metrics["skipped_steps"] == 0
     after = learner.optimizer.state_dict()["masters"]
     assert [name for name, tensor in before.items() if tensor.equal(after[name])] == []  # type: ignore[index]
+
+
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+def test_a_checkpoint_is_resumed_bit_for_bit(
+    moments: str, tmp_path: Path, tiny_folder: Callable[..., Path], make_train_groups: Callable[..., list[TrainGroup]]
+) -> None:
+    """Written from the host's copies, while the learner goes on."""
+
+    def learner(folder: Path) -> PolicyLearner:
+        policy = load_policy(folder, dtype="bfloat16", device="cuda")
+        settings = learner_config(lr=1e-3, moments=moments)
+        loss = loss_config(kl_coef=0.0)
+        return PolicyLearner(policy, None, loss, settings, total_steps=10, max_tokens=32, temperature=1.0)
+
+    trained, groups = learner(tiny_folder("qwen2_vl")), make_train_groups("qwen2_vl", 2)
+    trained.step(groups)
+    expected = {name: weight.detach().clone() for name, weight in trained.policy.model.named_parameters()}
+    state = copy.deepcopy(trained.optimizer.state_dict())
+    write = trained.save(tmp_path)
+    trained.step(groups)
+    write()
+    resumed = learner(tmp_path)
+    resumed.load(tmp_path)
+    for name, weight in resumed.policy.model.named_parameters():
+        assert torch.equal(weight, expected[name]), name
+    got = resumed.optimizer.state_dict()
+    assert all(torch.equal(got["masters"][name], master) for name, master in state["masters"].items())
+    for number, entry in state["adamw"]["state"].items():
+        for key, value in entry.items():
+            assert torch.equal(got["adamw"]["state"][number][key].cpu(), value.cpu()), (number, key)

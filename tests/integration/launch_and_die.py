@@ -54,13 +54,23 @@ def die_at_call(owner: Any, name: str, number: int, *, after: bool) -> None:
 
 
 def die_in_checkpoint(step: int) -> None:
-    """Kill the process when the weights of checkpoint `step` are written and its state is not."""
+    """Kill the process when the weights of checkpoint `step` are written and its state is not.
+
+    The run goes on meanwhile, until the next step is learnt from.
+    """
     original = PolicyLearner.save
 
-    def deadly(self: PolicyLearner, folder: Path) -> None:
-        original(self, folder)
-        if f"{step:06d}" in folder.name:
+    def deadly(self: PolicyLearner, folder: Path) -> Callable[[], None]:
+        write = original(self, folder)
+        version = self.policy_version
+
+        def write_and_die() -> None:
+            write()
+            while self.policy_version == version:
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
+
+        return write_and_die if f"{step:06d}" in folder.name else write
 
     PolicyLearner.save = deadly  # type: ignore[method-assign]
 

@@ -72,8 +72,13 @@ def learnt(folder: Path) -> list[dict[str, float]]:
 def apart(one: Path, step: int, other: Path, other_step: int) -> float:
     """Distance of the weights of two checkpoints."""
     first, second = (
-        load_file(folder / "checkpoints" / f"step-{number:06d}" / "model.safetensors")
+        stored_weights(folder / "checkpoints" / f"step-{number:06d}")
         for folder, number in ((one, step), (other, other_step))
     )
     assert first.keys() == second.keys()
     return float(torch.stack([(first[name] - second[name]).norm() for name in first]).norm())
+
+
+def stored_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All weights of a model folder, of as many files as learner ranks have written it."""
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}

@@ -9,6 +9,7 @@ import tests.prepared  # noqa: F401
 import multiprocessing
 import os
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from learner import checkpoint as learner_checkpoint
 from learner.distributed import FSDP, free_init_method, init_distributed
 from learner.learner import PolicyLearner
 from rlmed.core.types import TrainGroup
@@ -40,6 +42,10 @@ class Job:
     """A checkpoint to go on from."""
     save: Path | None = None
     """An existing folder for a checkpoint at the end."""
+    room: bool = True
+    """Whether the host's memory can hold copies of what is saved."""
+    after: list[list[TrainGroup]] = field(default_factory=list)
+    """Batches to learn from while the checkpoint is written."""
     dtype: str = "float32"
     device: str = "cpu"
     loss: dict[str, Any] = field(default_factory=dict)
@@ -94,7 +100,10 @@ def do(job: Job, parallelism: FSDP | None = None, *, last: bool = True) -> Resul
         if hook:
             hook.remove()
     if job.save:
-        learner.save(job.save)
+        try:
+            save(learner, job)
+        except OSError as error:
+            reports.append(str(error))
     weights = {name: whole.clone() for name, whole in learner.full_weights()}
     state = learner._parallelism.gather_full(learner.optimizer.state_dict())
     names = [name for name, _ in policy.model.named_parameters()]
@@ -107,6 +116,18 @@ def step(learner: PolicyLearner, batch: list[TrainGroup]) -> dict[str, float]:
     if isinstance(ranks, FSDP):
         return learner.learn(learner.split(batch, ranks.size)[ranks.rank])
     return learner.step(batch)
+
+
+def save(learner: PolicyLearner, job: Job) -> None:
+    """Begin to save, go on learning, and write in another thread meanwhile, as a run does."""
+    assert job.save
+    learner_checkpoint.ROOM = 2 if job.room else 10**9
+    write = learner.save(job.save)
+    with ThreadPoolExecutor(1) as aside:
+        written = aside.submit(write)
+        for batch in job.after:
+            step(learner, batch)
+        written.result()
 
 
 def _infinite(_: Any, gradients: tuple[Tensor, ...], __: Any) -> tuple[Tensor, ...]:

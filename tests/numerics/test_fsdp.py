@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from learner.packing import PackItem, TrainSequence
 from learner.sharing import share_by_tokens
 from rlmed.core.types import ScoredGroup, TrainGroup
+from tests.integration.same_training import stored_weights
 from tests.rounding import GRADIENTS, LOGPROBS, updates_apart
 
 # the other processes are given the path and find the module by its name
@@ -186,12 +186,15 @@ def test_a_broken_number_on_one_rank_skips_the_step_on_all(ranks, broken, tiny_f
     assert [result.version for result in results] == [1] * RANKS
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_checkpoint_fits_any_number_of_ranks(ranks, dtype, new_folder, tiny_folder, make_train_groups):
+@pytest.mark.parametrize(
+    ("dtype", "moments", "room"),
+    [("float32", "float32", True), ("bfloat16", "float32", False), ("bfloat16", "bfloat16", True)],
+)
+def test_a_checkpoint_fits_any_number_of_ranks(dtype, moments, room, ranks, new_folder, tiny_folder, make_train_groups):
     """Two ranks, one, two again: bit for bit, and the same steps as one rank without a break."""
     batches = [make_train_groups("qwen2_vl", 2, seed=seed) for seed in range(3)]
-    settings = {"lr": 1e-4, "lr_schedule": "cosine", "weight_decay": 0.01, "token_budget": 150}
-    whole = Job(tiny_folder("qwen2_vl"), batches, dtype=dtype, config=settings, save=new_folder("whole"))
+    settings = {"lr": 1e-4, "lr_schedule": "cosine", "weight_decay": 0.01, "token_budget": 150, "moments": moments}
+    whole = Job(tiny_folder("qwen2_vl"), batches, dtype=dtype, config=settings, save=new_folder("whole"), room=room)
     uninterrupted = fsdp_rank.do(whole)
 
     two = ranks.do(dataclasses.replace(whole, batches=batches[:1], save=new_folder("two")))[0]
@@ -209,13 +212,51 @@ def test_a_checkpoint_fits_any_number_of_ranks(ranks, dtype, new_folder, tiny_fo
     if dtype == "float32":
         assert worst_difference(last.weights, uninterrupted.weights)[0] <= tolerance(whole, uninterrupted)
         assert_same_metrics(last.metrics, uninterrupted.metrics[2:], first_step=3)
-    files = {path.name for path in whole.save.iterdir()}
-    assert files == {path.name for path in (whole.save.parent / "last").iterdir()}
-    saved = [load_file(whole.save.parent / name / "model.safetensors") for name in ("last", "whole")]
+    saved = [stored_weights(whole.save.parent / name) for name in ("last", "whole")]
     assert saved[0].keys() == saved[1].keys()
     assert all(saved[0][name].dtype == value.dtype for name, value in saved[1].items())
-    states = [torch.load(whole.save.parent / name / "optimizer.pt", weights_only=True) for name in ("last", "whole")]
-    assert described(states[0]) == described(states[1])
+    assert described(last.state) == described(uninterrupted.state)
+
+
+def test_what_is_learnt_while_a_checkpoint_is_written_is_not_in_it(ranks, new_folder, tiny_folder, make_train_groups):
+    """The write's own collectives do not disturb those of the steps either."""
+    batches = [make_train_groups("qwen2", 2, seed=seed) for seed in range(3)]
+    plain = Job(tiny_folder("qwen2"), batches[:1], loss={"kl_coef": 0.0}, save=new_folder("plain"))
+    expected = ranks.do(plain)[0]
+    busy = ranks.do(dataclasses.replace(plain, save=new_folder("busy"), after=batches[1:]))[0]
+    assert busy.version == 3
+    loaded = ranks.do(dataclasses.replace(plain, batches=[], start=plain.save.parent / "busy", save=None))[0]
+    assert_identical(loaded, expected)
+    through = ranks.do(dataclasses.replace(plain, batches=batches, save=None))[0]
+    assert_identical(busy, through)
+
+
+def test_a_rank_writes_its_share_alone(ranks, new_folder, tiny_folder, make_train_groups):
+    job = Job(tiny_folder("qwen2_vl"), [make_train_groups("qwen2_vl", 2)], dtype="bfloat16", save=new_folder("saved"))
+    ranks.do(job)
+    weights = [path.stat().st_size for path in sorted(job.save.glob("model-*.safetensors"))]
+    shards = [path.stat().st_size for path in sorted((job.save / "optimizer").glob("*.distcp"))]
+    for sizes in (weights, shards):
+        assert len(sizes) == RANKS
+        assert max(sizes) < 1.2 * min(sizes)
+    assert not (job.save / "model.safetensors").exists()
+    assert not (job.save / "optimizer.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("full", "told"), [("optimizer/__1_0.distcp", [0, 1]), ("model-00002-of-00002.safetensors", [1])]
+)
+@pytest.mark.parametrize("room", [True, False])
+def test_a_rank_whose_disk_is_full_says_so_and_lets_no_other_wait(
+    full, told, room, ranks, new_folder, tiny_folder, make_train_groups
+):
+    job = Job(tiny_folder("qwen2"), [make_train_groups("qwen2", 2)], loss={"kl_coef": 0.0}, room=room)
+    job.save = new_folder("saved")
+    (job.save / "optimizer").mkdir()
+    (job.save / full).symlink_to("/dev/full")
+    reports = [result.reports for result in ranks.do(job)]
+    assert [rank for rank, said in enumerate(reports) if said] == told
+    assert all("No space left on device" in said[0] for said in reports if said)
 
 
 def assert_identical(actual, expected):
@@ -228,9 +269,9 @@ def assert_identical(actual, expected):
 
 
 def described(state):
-    """A nest with each tensor replaced by its kind."""
+    """A nest with each tensor replaced by its kind, without what each step sets anew."""
     if isinstance(state, dict):
-        return {key: described(value) for key, value in state.items()}
+        return {key: described(value) for key, value in state.items() if key != "param_groups"}
     if isinstance(state, torch.Tensor):
         return state.dtype, state.shape, type(state), state.device
     return state
@@ -238,7 +279,7 @@ def described(state):
 
 def tensors(state):
     if isinstance(state, dict):
-        return [tensor for value in state.values() for tensor in tensors(value)]
+        return [tensor for key in sorted(state, key=str) for tensor in tensors(state[key])]
     return [state] if isinstance(state, torch.Tensor) else []
 
 

@@ -9,6 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from learner.checkpoint import read_optimizer, write_optimizer
+from learner.distributed import SingleProcess
 from learner.optimizer import Optimizer, lr_factor
 from tests.configs import learner_config
 from tests.rounding import rounding
@@ -212,10 +214,10 @@ def test_a_resumed_optimizer_goes_on_bit_for_bit(moments, dtype, tmp_path):
     entry = optimizer(weight, moments=moments, lr=1e-2)
     for scale in (1.0, 2.0):
         step(weight, entry, scale)
-    entry.save(tmp_path)
+    write_optimizer(entry.state_dict(), SingleProcess(), tmp_path)
     twin = parameter(weight.tolist(), dtype)
     resumed = optimizer(twin, moments=moments, lr=1e-2)
-    resumed.load(tmp_path)
+    read_optimizer(resumed, SingleProcess(), tmp_path)
     for scale in (3.0, 0.5):
         step(weight, entry, scale)
         step(twin, resumed, scale)
@@ -229,9 +231,9 @@ def test_moments_of_another_dtype_are_an_error_that_names_the_key(tmp_path):
     entry = optimizer(weight)
     backward(weight.sum(), entry)
     entry.step()
-    entry.save(tmp_path)
+    write_optimizer(entry.state_dict(), SingleProcess(), tmp_path)
     with pytest.raises(ValueError, match=r"learner\.moments"):
-        optimizer(parameter([1.0]), moments="bfloat16").load(tmp_path)
+        read_optimizer(optimizer(parameter([1.0]), moments="bfloat16"), SingleProcess(), tmp_path)
 
 
 @pytest.mark.slow
@@ -279,7 +281,7 @@ def test_the_state_of_an_earlier_version_is_read(tmp_path):
     state = entry.state_dict()
     del state["moments"]
     torch.save(state, tmp_path / "optimizer.pt")
-    resumed.load(tmp_path)
+    read_optimizer(resumed, SingleProcess(), tmp_path)
     assert torch.equal(resumed.state_dict()["adamw"]["state"][0]["exp_avg"], state["adamw"]["state"][0]["exp_avg"])
     assert resumed.steps_taken == 1
 

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,15 +17,135 @@ from rlmed.core.protocols import ClusterError
 from rlmed.recording.checkpoint import (
     STATE_FILE,
     CheckpointError,
+    Checkpoints,
     list_checkpoints,
     read_state,
-    save_checkpoint,
     starting_point,
 )
 
 
 def write(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"weights")
+
+
+def save_checkpoint(
+    root: Path, step: int, state: dict[str, object], fill: Callable[[Path], None], *, keep_last: int
+) -> Path:
+    """Save one and wait for it."""
+    with Checkpoints(root, keep_last) as checkpoints:
+        checkpoints.save(step, state, lambda folder: lambda: fill(folder))
+    return root / f"step-{step:06d}"
+
+
+class Disk:
+    """Fills a checkpoint when the test allows it, or fails."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.allowed, self.error = threading.Event(), error
+
+    def secure(self, folder: Path) -> Callable[[], None]:
+        def fill() -> None:
+            assert self.allowed.wait(30)
+            write(folder)
+            if self.error:
+                raise self.error
+
+        return fill
+
+
+def test_the_run_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    disk = Disk()
+    state = {"step": 1}
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        checkpoints.save(1, state, disk.secure)
+        state["step"] = 2  # what it was when it was saved counts
+        checkpoints.check()
+        assert list_checkpoints(tmp_path) == []
+        disk.allowed.set()
+        checkpoints.wait()
+        assert read_state(tmp_path / "step-000001") == {"step": 1}
+
+
+def test_one_is_written_at_a_time_and_the_end_waits_for_the_last(tmp_path: Path) -> None:
+    first, second = Disk(), Disk()
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        checkpoints.save(1, {}, first.secure)
+        threading.Timer(0.2, first.allowed.set).start()
+
+        def secure(folder: Path) -> Callable[[], None]:
+            assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000001"]
+            threading.Timer(0.2, second.allowed.set).start()
+            return second.secure(folder)
+
+        checkpoints.save(2, {}, secure)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000001", "step-000002"]
+
+
+@pytest.mark.parametrize("how", ["check", "save", "end"])
+def test_a_write_that_has_failed_is_told_once_at_the_next_occasion(how: str, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, 1, {}, write, keep_last=1)
+    disk, healthy = Disk(OSError(28, "No space left on device")), Disk()
+    healthy.allowed.set()
+    checkpoints = Checkpoints(tmp_path, 1)
+    checkpoints.save(2, {}, disk.secure)
+    checkpoints.check()
+    disk.allowed.set()
+    thread = checkpoints._thread
+    assert thread is not None
+    occasions = {
+        "check": lambda: (thread.join(), checkpoints.check()),
+        "save": lambda: checkpoints.save(3, {}, healthy.secure),
+        "end": lambda: checkpoints.__exit__(None),
+    }
+    with pytest.raises(CheckpointError, match=r"step-000002 could not be written: .*No space.*resume=auto"):
+        occasions[how]()
+    checkpoints.check()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_that_ends_by_another_error_or_ctrl_c_still_gets_its_checkpoint(
+    fails: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk = Disk(OSError(28, "No space left on device") if fails else None)
+
+    def interrupted() -> None:
+        with Checkpoints(tmp_path, 2) as checkpoints:
+            checkpoints.save(1, {}, disk.secure)
+            threading.Timer(0.2, disk.allowed.set).start()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert len(list_checkpoints(tmp_path)) == (not fails)
+    assert "waiting until a checkpoint is written" in caplog.text
+    assert ("No space left" in caplog.text) == fails
+
+
+def test_a_kill_while_one_is_written_leaves_the_one_before(tmp_path: Path) -> None:
+    program = """
+import os, signal, sys
+from pathlib import Path
+from rlmed.recording.checkpoint import Checkpoints
+
+def secure(folder):
+    def fill():
+        (folder / "model.safetensors").write_bytes(b"half")
+        if folder.name.startswith(".step-000002"):
+            os.kill(os.getpid(), signal.SIGKILL)
+    return fill
+
+with Checkpoints(Path(sys.argv[1]), 2) as checkpoints:
+    for step in (1, 2):
+        checkpoints.save(step, {"step": step}, secure)
+"""
+    killed = subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False, timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    (found,) = list_checkpoints(tmp_path)
+    assert read_state(found) == {"step": 1}
+    assert len(os.listdir(tmp_path)) == 2  # half of the second is there, under another name
+    save_checkpoint(tmp_path, 2, {"step": 2}, write, keep_last=2)
+    assert sorted(os.listdir(tmp_path)) == ["step-000001", "step-000002"]
 
 
 def test_save_and_read(tmp_path: Path) -> None:
