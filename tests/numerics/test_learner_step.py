@@ -11,7 +11,7 @@ import torch
 
 from learner.advantages import group_advantages
 from learner.learner import PolicyLearner
-from learner.optimizer import OPTIMIZER_FILE
+from learner.checkpoint import OPTIMIZER_FOLDER
 from rlmed.core.types import ScoredGroup, TrainGroup
 from rlmed.models.families import PARTS
 from rlmed.models.policy import load_policy
@@ -186,7 +186,7 @@ def test_a_saved_and_loaded_learner_goes_on_bit_for_bit(dtype, tmp_path, fresh_p
     learner = new_learner(policy, **settings)
     for batch in batches[:2]:
         learner.step(batch)
-    learner.save(tmp_path)
+    learner.save(tmp_path)()
     resumed_policy = load_policy(tmp_path, dtype=dtype)
     assert not moved(resumed_policy, weights(policy))
     resumed = new_learner(resumed_policy, **settings)
@@ -212,8 +212,8 @@ def test_the_state_of_other_parameters_is_refused(
 ):
     learner = new_learner(fresh_policy("qwen2_vl", dtype=dtype), freeze=("vision",))
     learner.step(make_train_groups("qwen2_vl", 2))
-    learner.save(tmp_path)
-    assert (tmp_path / OPTIMIZER_FILE).is_file()
+    learner.save(tmp_path)()
+    assert (tmp_path / OPTIMIZER_FOLDER).is_dir()
     other = new_learner(load_policy(tmp_path, dtype=other_dtype), freeze=freeze)
     with pytest.raises(ValueError, match=r"model\.dtype and learner\.freeze"):
         other.load(tmp_path)
