@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from learner.advantages import group_advantages
-from learner.learner import PolicyLearner
 from learner.checkpoint import OPTIMIZER_FOLDER
+from learner.learner import PolicyLearner
 from rlmed.core.types import ScoredGroup, TrainGroup
 from rlmed.models.families import PARTS
 from rlmed.models.policy import load_policy
