@@ -37,8 +37,11 @@ STEP_BYTES = 256 * 2**20
 """Weights in the decoding probe: too many for caches, so they come from memory as a model's do."""
 STEP_SHARE = 1 / 32
 """Largest share of the machine's memory for these weights; packed copies take as much again."""
-STEP_ROWS, STEP_SECONDS = 16, 0.1
-"""Completions in that probe (few, so packing matters); its time per side, at least two steps."""
+STEP_ROWS, STEP_SECONDS = 32, 0.1
+"""Completions in that probe, between a batch's start and its stragglers; its time per side.
+
+At 16 rows the sides can be closer than `MARGIN`, and noise decides for the 64 of most steps.
+"""
 _ROWS, _NUMBERS, _SECONDS = 256, 2**19, 0.008
 """Other probes: rows, numbers per weight (first outputs of larger ones), time per shape and side.
 
@@ -201,6 +204,7 @@ def _probe_decoding(weights: Sequence[Tensor], *, may_pack: bool) -> list[str]:
     calls = [lambda: step(F.linear, weights), lambda: step(onednn, weights)]
     packing = 0.0
     if may_pack:
+        packed = [pack(weight) for weight in weights]  # the first time includes setup
         start = time.perf_counter()
         packed = [pack(weight) for weight in weights]
         packing = time.perf_counter() - start
