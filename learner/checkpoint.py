@@ -50,7 +50,7 @@ STATE = "state"
 EARLIER_FILE = "optimizer.pt"
 """The optimizer's whole state in a checkpoint of an earlier version."""
 ROOM = 2
-"""Free host memory that a copy needs, as a multiple of its size."""
+"""Free host memory that a copy needs, as a multiple of its size, beside the next step's."""
 
 
 def begin_save(policy: Policy, optimizer: Optimizer, parallelism: Parallelism, folder: Path) -> Callable[[], None]:
@@ -64,17 +64,32 @@ def begin_save(policy: Policy, optimizer: Optimizer, parallelism: Parallelism, f
     state, weights = optimizer.state_dict(), _gather_own(policy, shares, parallelism)
     size = sum(weight.nbytes for weight in shares[parallelism.rank])
     size += sum(local_of(value).nbytes for value in _flat(state).values() if isinstance(value, Tensor))
-    if parallelism.everywhere(_has_room(size * parallelism.size)):
+    if parallelism.everywhere(_has_room(size * parallelism.size, _step_bytes() * parallelism.size)):
         copies = iter([_host_copy(weight) for weight in weights])
         return partial(_write, folder, shares, parallelism, _host_copy(state), copies)
     _write(folder, shares, parallelism, state, weights)
     return lambda: None
 
 
-def _has_room(size: int) -> bool:
-    """Return whether the host can hold copies of `size` bytes: of all ranks, if all are on it."""
+def _has_room(size: int, step_bytes: int) -> bool:
+    """Return whether the host can hold copies of `size` bytes while a step takes `step_bytes`.
+
+    Both are sums over all ranks, as if all were on it.
+    """
     free = available_memory()
-    return free is not None and free >= ROOM * size
+    return free is not None and free >= ROOM * size + step_bytes
+
+
+def _step_bytes() -> int:
+    """Return what earlier steps took of the host's memory for a while; 0 without Linux's /proc."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    sizes = {
+        name: 1024 * int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines) if "kB" in rest
+    }
+    return sizes["VmHWM"] - sizes["VmRSS"]
 
 
 def _host_copy(value: Any) -> Any:

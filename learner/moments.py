@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,8 +14,8 @@ from torch.optim.adamw import adamw
 
 from rlmed.core.config.schema import LearnerConfig
 
-LIBRARIES = ("torchao.optim", "bitsandbytes.optim")
-"""Modules with an `AdamW8bit`, the first one installed is taken."""
+LIBRARY = "torchao"
+"""Has an `AdamW8bit`; bitsandbytes' has a state of its own kind, which checkpoints do not know."""
 SEED_STRIDE = 1_000_003
 
 
@@ -39,16 +40,18 @@ def make_adamw(parameters: Sequence[Tensor], config: LearnerConfig) -> torch.opt
     return torch.optim.AdamW(parameters, fused=True, **settings)
 
 
+def has_eight_bits() -> bool:
+    """Return whether `learner.moments=8bit` can be had here."""
+    return importlib.util.find_spec(LIBRARY) is not None
+
+
 def _eight_bit() -> Any:
-    for name in LIBRARIES:
-        try:
-            return importlib.import_module(name).AdamW8bit
-        except ImportError:
-            continue
-    raise ValueError(
-        "learner.moments=8bit needs torchao or bitsandbytes, and neither is installed: pip install torchao, or use "
-        "learner.moments=bfloat16"
-    )
+    if not has_eight_bits():
+        raise ValueError(
+            "learner.moments=8bit needs torchao, which is not installed: pip install torchao, or use "
+            "learner.moments=bfloat16"
+        )
+    return importlib.import_module(f"{LIBRARY}.optim").AdamW8bit
 
 
 class HalfMoments(torch.optim.Optimizer):

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from learner.distributed import Parallelism, SingleProcess
-from rlmed.cluster.engines import memory_share, shares_gpus
+from learner.moments import has_eight_bits
+from rlmed.cluster.engines import SLOW_BFLOAT16, memory_share, shares_gpus
 from rlmed.cluster.memory import (
     GIB,
     PROCESS_BYTES,
@@ -27,6 +28,7 @@ from rlmed.core.config.checks import require
 from rlmed.core.config.schema import ModelConfig, RunConfig
 from rlmed.core.process.threads import available_memory
 from rlmed.data.images import kept_bytes
+from rlmed.models.cpu.products import bfloat16_speed
 from rlmed.models.loading import model_folder, resolve_device, resolve_dtype
 from rlmed.models.policy import DTYPES, load_config
 from rlmed.models.size import ModelSize, meta_model
@@ -313,10 +315,8 @@ def _advice(config: RunConfig, fits: Callable[[RunConfig], bool], needed: Callab
     names = list(dict.fromkeys(text.partition("=")[0] for text, _ in _changes(config)))
     taken, changed = _together(config, names, needed)
     if not fits(changed):
-        return (
-            f"even {' '.join(taken)} would need {needed(changed) / GIB:.1f}: use a smaller model or a device with more "
-            "memory"
-        )
+        even = f"even {' '.join(taken)} would need {needed(changed) / GIB:.1f}: " if taken else ""
+        return f"{even}use a smaller model or a device with more memory"
     for name in reversed(names):  # the most harmful first
         fewer = [other for other in names if other != name]
         if fits(_together(config, fewer, needed)[1]):
@@ -354,18 +354,20 @@ def _changes(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
         rows //= 2
     if learner.moments == "float32":
         yield "learner.moments=bfloat16", _learner(config, moments="bfloat16")
-    if learner.moments != "8bit" and config.cluster.learner_ranks == 1:
+    if learner.moments != "8bit" and config.cluster.learner_ranks == 1 and has_eight_bits():
         yield "learner.moments=8bit", _learner(config, moments="8bit")
     if config.cluster.kind == "ray" and learner.moments != "8bit":
         for ranks in (2, 4, 8):
             if ranks > config.cluster.learner_ranks:
                 cluster = dataclasses.replace(config.cluster, learner_ranks=ranks)
                 yield f"cluster.learner_ranks={ranks}", dataclasses.replace(config, cluster=cluster)
-    if resolve_dtype(config.model) == "float32":
+    slow = resolve_device(config.model).type == "cpu" and bfloat16_speed() < SLOW_BFLOAT16
+    if resolve_dtype(config.model) == "float32" and not slow:
         model = dataclasses.replace(config.model, dtype="bfloat16")
         yield "model.dtype=bfloat16", dataclasses.replace(config, model=model)
     if "vision" not in learner.freeze:
-        yield "learner.freeze=[vision]", _learner(config, freeze=(*learner.freeze, "vision"))
+        frozen = (*learner.freeze, "vision")
+        yield f"learner.freeze=[{','.join(frozen)}]", _learner(config, freeze=frozen)
     if config.algo.loss.kl_coef > 0:
         loss = dataclasses.replace(config.algo.loss, kl_coef=0.0)
         yield "algo.loss.kl_coef=0", dataclasses.replace(config, algo=dataclasses.replace(config.algo, loss=loss))

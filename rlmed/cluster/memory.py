@@ -140,7 +140,7 @@ class MemoryEstimate:
     def line(self) -> str:
         """Return the figures on one line."""
         listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in self.parts().items() if size)
-        return f"memory in GiB: at most {self.peak / GIB:.2f}, {self.held / GIB:.2f} between steps ({listed})"
+        return f"memory in GiB: about {self.peak / GIB:.2f} at most, {self.held / GIB:.2f} between steps ({listed})"
 
 
 def engines_that_pack(cluster: ClusterConfig, *, max_staleness: int) -> int:

@@ -37,7 +37,7 @@ from rlmed.models.decoder import Decoder, accept_decoder
 from rlmed.models.families import family_of, unsampleable_token_ids
 from rlmed.models.folder.contents import CONFIG_FILE, check_folder
 from rlmed.models.folder.end_tokens import find_end_tokens
-from rlmed.models.folder.weight_files import HEAD, check_weight_files, own_head_differs
+from rlmed.models.folder.weight_files import HEAD, check_weight_files, own_head_differs, stored_dtype
 from rlmed.models.logprobs import chunked_logprobs, logprobs_no_grad, masked_logits
 from rlmed.models.varlen import VarlenLayout, choose_attention
 from rlmed.models.vision import use_linear_patches, use_varlen_vision
@@ -233,8 +233,8 @@ def load_policy(
     ):
         loaded: Any = auto.from_pretrained(
             folder,
-            # as stored they stay mapped from the file: no process holds a copy in the host's memory
-            dtype=target if on_cpu else "auto",
+            # unconverted they stay mapped from the file: the host holds no copy
+            dtype=target if on_cpu else stored_dtype(Path(folder)) or target,
             attn_implementation=attention,
             output_loading_info=True,
             ignore_mismatched_sizes=True,

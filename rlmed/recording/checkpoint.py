@@ -124,7 +124,10 @@ class Checkpoints:
                 rename_into_place(aside, target, may_replace=lambda: True)
                 _flush(self._root)
             for old in list_checkpoints(self._root)[: -self._keep_last]:
-                _remove(old)
+                try:
+                    _remove(old)
+                except OSError as error:  # the new one is complete
+                    log.warning("%s: an old checkpoint could not be removed: %s", old, error)
         except BaseException as error:  # whatever it is, the main thread raises it
             self._failure = error
 

@@ -66,9 +66,11 @@ def to_yaml(config: RunConfig) -> str:
 
 MAY_CHANGE = (
     *("name", "profile", "resume", "checkpoint", "preflight", "cluster", "reliability"),
-    *("eval.every", "eval.at_start", "eval.at_end", "data.download"),
+    *("eval.every", "eval.at_start", "eval.at_end", "data.download", "learner.gradient_checkpointing"),
 )
 """Keys that may change when a run resumes: they affect neither learning nor what is compared."""
+ADDED = {"learner.moments": "float32"}
+"""Keys that runs of earlier versions do not have, with the value that describes them."""
 
 
 def check_same_run(saved: Path, config: RunConfig, *, unused: Collection[str]) -> None:
@@ -84,7 +86,7 @@ def check_same_run(saved: Path, config: RunConfig, *, unused: Collection[str]) -
     """
     content = OmegaConf.to_container(OmegaConf.load(saved))
     assert isinstance(content, dict)
-    before = {RENAMED.get(key, key): value for key, value in _flat(content).items() if key not in REMOVED}
+    before = ADDED | {RENAMED.get(key, key): value for key, value in _flat(content).items() if key not in REMOVED}
     after = _flat(_plain(dataclasses.asdict(config)))
     different = [
         f"{key}: {before.get(key)!r} then, {after.get(key)!r} now"

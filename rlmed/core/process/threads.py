@@ -113,7 +113,7 @@ def memory_limit(root: Path = Path("/")) -> int | None:
 def available_memory(root: Path = Path("/")) -> int | None:
     """Return the bytes that processes here can still take, of machine and cgroups; None if unknown.
 
-    A cgroup's file pages that nobody reads are given back before its limit counts.
+    A cgroup's file pages are given back before its limit counts.
     """
     left = [
         int(line.split()[1]) * 1024
@@ -125,8 +125,9 @@ def available_memory(root: Path = Path("/")) -> int | None:
         used = _read(group / ("memory.current" if unified else "memory.usage_in_bytes")).strip()
         if limit.isdecimal() and used.isdecimal():
             counts = dict(line.split() for line in _read(group / "memory.stat").splitlines())
-            unread = int(counts.get("inactive_file" if unified else "total_inactive_file", 0))
-            left.append(max(0, int(limit) - int(used) + unread))
+            prefix = "" if unified else "total_"
+            files = sum(int(counts.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+            left.append(max(0, int(limit) - int(used) + files))
     return min(left, default=None)
 
 

@@ -21,6 +21,7 @@ NOT_QUANTIZED = frozenset({"F64", "F32", "F16", "BF16", "I64", "BOOL"})
 """Dtypes of float weights and of buffers, in safetensors' names."""
 UNQUANTIZED = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool})
 """The same dtypes in torch."""
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 HEAD = "lm_head.weight"
 _MAX_HEADER = 100 * 2**20
 
@@ -82,6 +83,13 @@ def own_head_differs(folder: Path) -> bool:
 
 def _is_of_vocabulary(name: str) -> bool:
     return name == HEAD or name.endswith("embed_tokens.weight")
+
+
+def stored_dtype(folder: Path) -> torch.dtype | None:
+    """Return the dtype of the weights in safetensors files; None if they have several, or none."""
+    named = {entry["dtype"] for path in folder.glob("*.safetensors") for entry in read_header(path).values()}
+    found = [dtype for name, dtype in FLOATS.items() if name in named]
+    return found[0] if len(found) == 1 else None
 
 
 def read_header(path: Path) -> Header:

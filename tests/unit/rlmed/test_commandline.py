@@ -229,6 +229,16 @@ def test_a_run_that_knew_keys_by_their_old_names_is_the_same_run(tmp_path: Path)
         check_same_run(tmp_path / "config.yaml", config("data.selection.cooldown_epochs=4"), unused=())
 
 
+def test_a_run_from_before_a_key_existed_is_the_same_run(tmp_path: Path) -> None:
+    now = config("learner.gradient_checkpointing=null")
+    text = to_yaml(now).replace("  moments: float32\n", "")
+    assert "moments" not in text
+    (tmp_path / "config.yaml").write_text(text.replace("gradient_checkpointing: null", "gradient_checkpointing: false"))
+    check_same_run(tmp_path / "config.yaml", now, unused=())
+    with pytest.raises(ValueError, match=r"learner\.moments: 'float32' then, 'bfloat16' now"):
+        check_same_run(tmp_path / "config.yaml", config("learner.moments=bfloat16"), unused=())
+
+
 def test_check_same_run(tmp_path: Path) -> None:
     before = config("learner.betas=[0.9,0.95]")
     saved = tmp_path / "config.yaml"

@@ -35,6 +35,12 @@ def size_2b() -> ModelSize:
     return ModelSize.of(meta_model(GEOMETRIES["2b"].config({"image_token_id": 5})))
 
 
+@pytest.fixture(autouse=True)
+def eight_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where torchao is installed."""
+    monkeypatch.setattr(capacity, "has_eight_bits", lambda: True)
+
+
 def rank(size: ModelSize) -> Estimate:
     return rank_estimate(size, on_cpu=False)
 
@@ -87,6 +93,17 @@ def test_several_settings_where_one_alone_does_not_suffice(size_2b: ModelSize) -
 
 def test_what_fits_nowhere_is_said_to_fit_nowhere(size_2b: ModelSize) -> None:
     assert "use a smaller model" in refusal(config("model.dtype=bfloat16"), rank(size_2b), 8)
+
+
+def test_advice_names_only_what_can_be_had_and_is_complete(size_2b: ModelSize, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config("model.dtype=bfloat16", "learner.freeze=[merger]")
+    text = refusal(settings, rank(size_2b), 20)
+    assert "learner.moments=8bit" in text
+    assert "learner.freeze=[merger,vision]" in text
+    monkeypatch.setattr(capacity, "has_eight_bits", lambda: False)
+    assert "8bit" not in refusal(settings, rank(size_2b), 20)
+    monkeypatch.setattr(capacity, "bfloat16_speed", lambda: 0.01)
+    assert "bfloat16" not in refusal(config("model.dtype=float32", "learner.moments=bfloat16"), rank(size_2b), 20)
 
 
 def test_processes_on_one_machine_are_added() -> None:

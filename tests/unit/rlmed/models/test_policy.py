@@ -97,6 +97,18 @@ def test_hidden_states_of_one_prompt_are_those_of_transformers(tiny_policy, tran
     torch.testing.assert_close(hidden, expected, atol=LOGPROBS, rtol=0)
 
 
+def test_weights_are_not_rounded_to_the_dtype_that_config_json_names(tiny_folder, tmp_path, monkeypatch):
+    """On their way to another device they keep the dtype of their files."""
+    folder = shutil.copytree(tiny_folder("qwen2"), tmp_path / "model")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"dtype": "bfloat16"}))
+    moved = []
+    monkeypatch.setattr(policy_module, "_move", lambda model, *_: moved.extend(model.parameters()))
+    load_policy(folder, device="meta")
+    expected = load_policy(tiny_folder("qwen2")).model.parameters()
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(moved, expected, strict=True))
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_policy_beyond_the_cpu_keeps_cudnn_out_of_attention(device, tiny_folder, request, monkeypatch):
     # data of a parameter cannot move to the meta device

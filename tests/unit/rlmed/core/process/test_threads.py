@@ -225,7 +225,7 @@ def test_memory_that_is_left_is_the_machines_or_the_containers(tmp_path: Path, l
         tmp_path / "proc/self/cgroup": "0::/box\n",
         group / "memory.max": f"{limit}\n",
         group / "memory.current": "4096000\n",
-        group / "memory.stat": "anon 5\ninactive_file 1024000\n",
+        group / "memory.stat": "anon 5\ninactive_file 1000000\nactive_file 24000\n",
     }.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
