@@ -1,4 +1,4 @@
-"""A decode step's forward pass in Triton kernels and matrix products, about 14 kernels per layer."""
+"""A decode step's forward pass in Triton kernels and matrix products, about 14 per layer."""
 
 from __future__ import annotations
 
