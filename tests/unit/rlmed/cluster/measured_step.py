@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.geometry_2b import forget_peak, memory
 from learner.learner import PolicyLearner
 from rlmed.cluster.memory import Batch, keep_freed_memory, learner_memory
 from rlmed.core.types import (
@@ -24,17 +25,6 @@ from rlmed.core.types import (
 from rlmed.models.policy import load_policy
 from rlmed.models.size import ModelSize
 from tests.configs import learner_config, loss_config
-
-
-def memory(name: str) -> int:
-    """This process's memory in bytes: VmRSS now, or VmHWM, the most since `forget_peak`."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
-
-
-def forget_peak() -> None:
-    """Start to measure the peak from what is there now."""
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def groups_of(config: Any, batch: Batch) -> list[TrainGroup]:
