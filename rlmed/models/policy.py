@@ -126,11 +126,11 @@ class Policy:
         return VarlenLayout.build(groups, backend, self.device)
 
     def decode_kernels(self) -> DecodeKernels:
-        """Return the Triton kernels that decode steps can use; probed when first asked for."""
+        """Return the kernels that decode steps can use; probed when first asked for."""
         if self._decode_kernels is None:
             rows = 3 if self.family.vision else 1
             self._decode_kernels = choose_kernels(
-                self.model.get_decoder(), self.decoder, self.projection.out_features, position_rows=rows
+                self.model.get_decoder(), self.decoder, self.projection, self._banned, position_rows=rows
             )
         return self._decode_kernels
 

@@ -48,7 +48,7 @@ def decode_step(
     else:
         layout = _layout(slots, suffix, shape, fixed or fixed_part(slots, prefix, suffix, shape))
         hidden = policy.hidden(slots.tokens[rows], slots.positions(rows), layout)
-    logits = policy.logits(hidden)
+    logits = (kernels.project or policy.logits)(hidden)
     if kernels.sample is not None and not (shape.uses.top_k or shape.uses.top_p):
         tokens, logprobs = kernels.sample(logits, *slots.draws(rows))
     else:
@@ -111,11 +111,18 @@ class Decoder:
         self._policy, self._limits = policy, limits
         size, device = limits.max_completions, policy.device
         self.slots = Slots(policy, plan, size, position_rows)
+        self._kernels = policy.decode_kernels() if plan.kernels else TORCH
         self.prefix, self.suffix = (
-            PagePool(policy.kv_shape, page_tokens=plan.page_tokens, dtype=policy.dtype, device=device) for _ in range(2)
+            PagePool(
+                policy.kv_shape,
+                page_tokens=plan.page_tokens,
+                dtype=policy.dtype,
+                device=device,
+                transposed_keys=self._kernels.transposed_keys,
+            )
+            for _ in range(2)
         )
         self._prompt_tokens = self._completion_tokens = 0
-        self._kernels = policy.decode_kernels() if plan.kernels else TORCH
         self._graphs = StepGraphs() if plan.graphs else None
         pinned = device.type == "cuda"
         self._ring = [
