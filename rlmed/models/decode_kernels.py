@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -69,8 +69,25 @@ class StepPages:
     """Most tokens of a prompt and of a completion."""
 
 
-StepDecoder = Callable[[Tensor, Tensor, StepPages], Tensor]
-"""See `KernelDecoder.__call__` of `rlmed.models.kernels.decoder`."""
+class StepDecoder(Protocol):
+    """Computes what an accepted `Decoder` does, for decode steps; reads the same parameters."""
+
+    def lay_out(self, pages: StepPages) -> Step:
+        """Return the step of rows in these pages."""
+        ...
+
+
+class Step(Protocol):
+    """Forward pass over one token of each row."""
+
+    def __call__(self, embeddings: Tensor, positions: Tensor) -> Tensor:
+        """Append the rows' keys and values to their pages; return final hidden states [R, d].
+
+        Args:
+            embeddings: [R, d], contiguous; overwritten.
+            positions: int64 [3, R] or [1, R].
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +99,17 @@ class DecodeKernels:
     sample: Sample | None = None
     project: Callable[[Tensor], Tensor] | None = None
     """Logits of hidden states; None: `Policy.logits`."""
-    transposed_keys: bool = False
-    """The layers read keys as [pages, H_kv, page size / KEY_LINE, D, KEY_LINE]."""
     reason: str = ""
     """Why not all of them."""
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the layers are compiled C++.
+
+        They read keys as [pages, H_kv, page size / KEY_LINE, D, KEY_LINE], and what their `lay_out`
+        returns stays right while the tables of its pages do; their `counts` may change.
+        """
+        return self.name == COMPILED and self.decoder is not None
 
     def __str__(self) -> str:
         """Name the path and, where it is not all kernels, why."""
@@ -106,7 +130,11 @@ class KernelKind:
     name: str
     decoder: Callable[[Decoder], StepDecoder]
     sample: Sample
-    transposed_keys: bool = False
+
+    @property
+    def compiled(self) -> bool:
+        """See `DecodeKernels.compiled`."""
+        return self.name == COMPILED
 
 
 def choose_kernels(
@@ -138,8 +166,7 @@ def choose_kernels(
         kind.name,
         None if reason else decoder,
         None if no_sampler else kind.sample,
-        CompiledProjection(projection.weight, banned) if kind.name == COMPILED and not reason else None,
-        kind.transposed_keys and not reason,
+        CompiledProjection(projection.weight, banned) if kind.compiled and not reason else None,
         "; ".join(reasons),
     )
     log.info("decode steps run %s", chosen)
@@ -157,7 +184,7 @@ def _compiled(dtype: torch.dtype) -> KernelKind:
         load_library()
     except CompilerError as error:
         raise _NoKernelsError(str(error)) from error
-    return KernelKind(COMPILED, CompiledDecoder, compiled_sample, transposed_keys=True)
+    return KernelKind(COMPILED, CompiledDecoder, compiled_sample)
 
 
 def _triton(device: torch.device) -> KernelKind:
@@ -174,15 +201,12 @@ def _triton(device: torch.device) -> KernelKind:
 
 def _refusal(probe: Callable[[], str]) -> str:
     """Return why a probe refuses; a kernel that cannot be compiled or launched is a reason, too."""
+    triton: Any = sys.modules.get("triton.errors")
+    own: tuple[type[Exception], ...] = () if triton is None else (triton.TritonError,)
     try:
         return probe()
-    except (*_triton_errors(), RuntimeError, ValueError, OSError, subprocess.CalledProcessError) as error:
+    except (*own, RuntimeError, ValueError, OSError, subprocess.CalledProcessError) as error:
         return f"a kernel failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
-
-
-def _triton_errors() -> tuple[type[Exception], ...]:
-    errors = sys.modules.get("triton.errors")
-    return () if errors is None else (errors.TritonError,)
 
 
 @torch.inference_mode()
@@ -229,7 +253,7 @@ def _layer_errors(
     found = _run_modules(probed, states, positions, recorder)
     last = _newest_tokens()
     pages = _pages(recorder, int(layer.self_attn.layer_idx), kind)  # type: ignore[union-attr, arg-type]
-    actual = kind.decoder(build(probed))(states[last].contiguous(), positions[:, last], pages)
+    actual = kind.decoder(build(probed)).lay_out(pages)(states[last].contiguous(), positions[:, last])
     exact_modules = probe_copy(modules, [copy.deepcopy(layer).float()], copy.deepcopy(modules.norm).float())
     exact = _run_modules(exact_modules, states.float(), positions, packed)[last]
     size = exact.abs().amax(dim=1, keepdim=True)
@@ -298,9 +322,7 @@ def _pages(recorded: _Recorder, layer: int, kind: KernelKind) -> StepPages:
         return [pages] * (layer + 1)  # the layer finds them at its own index
 
     def keys(pages: Tensor) -> list[Tensor]:
-        return of_layers(
-            pages.unflatten(2, (-1, KEY_LINE)).transpose(3, 4).contiguous() if kind.transposed_keys else pages
-        )
+        return of_layers(pages.unflatten(2, (-1, KEY_LINE)).transpose(3, 4).contiguous() if kind.compiled else pages)
 
     return StepPages(
         prefix=(keys(prefix_keys), of_layers(_paged(recorded.value, prompts)[0])),

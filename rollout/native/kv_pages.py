@@ -44,7 +44,7 @@ class PagePool:
     ) -> None:
         """Start without pages, for a model with (layers, key-value heads, head width).
 
-        `transposed_keys`: see `rlmed.models.decode_kernels.DecodeKernels`.
+        `transposed_keys`: see `rlmed.models.decode_kernels.DecodeKernels.compiled`.
         """
         self._layers, self.heads, self._head_width = kv_shape
         self._whole = page_tokens is None

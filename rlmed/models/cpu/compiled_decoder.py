@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlmed.models.cpu.compiler import load_library
-from rlmed.models.cpu.linear import current_packs
+from rlmed.models.cpu.linear import current_packs, notices_changes
 from rlmed.models.decoder import Decoder
 
 if TYPE_CHECKING:
@@ -95,8 +95,9 @@ class _Packed:
 
 def _joined(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
     """Return the layers' weights and biases one after the other."""
-    biases = [linear.bias for linear in linears if linear.bias is not None]
-    return torch.cat([linear.weight for linear in linears]), torch.cat(biases) if biases else None
+    biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
+    weights: list[Tensor] = [linear.weight for linear in linears]
+    return torch.cat(weights), torch.cat(biases) if biases else None
 
 
 def _interleaved(first: Tensor, second: Tensor, lanes: int) -> Tensor:
@@ -130,6 +131,15 @@ class _Weights:
             ]
             entry.heads, entry.output, entry.gate_up, entry.down = (one.structure for one in packed)
             self._keep += packed
+        self.pages: StepPages | None = None
+        """Where the layers find keys and values."""
+
+    def use(self, pages: StepPages, own: Decoder) -> None:
+        """Let the layers find keys and values there."""
+        for layer, entry in zip(own.layers, self.layers, strict=True):
+            entry.prefix_keys, entry.prefix_values = (_address(store[layer.index]) for store in pages.prefix)
+            entry.suffix_keys, entry.suffix_values = (_address(store[layer.index]) for store in pages.suffix)
+        self.pages = pages
 
 
 def _norm(norm: Any) -> _Norm:
@@ -140,35 +150,74 @@ class CompiledDecoder:
     """Computes what an accepted `Decoder` does, for decode steps; reads the same parameters."""
 
     def __init__(self, own: Decoder) -> None:
-        """Share the decoder's parameters."""
-        self._own, self._library = own, load_library()
+        """Share the decoder's parameters.
+
+        Raises:
+            CompilerError: without a library.
+            ValueError: if a change of a parameter would go unnoticed.
+        """
+        self.own, self._library = own, load_library()
         linears = [
             linear
             for layer in own.layers
             for linear in (*layer.projections, layer.output, layer.gate, layer.up, layer.down)
         ]
         self._parameters = tuple(parameter for linear in linears for parameter in linear.parameters())
+        if not all(map(notices_changes, self._parameters)):
+            raise ValueError("a change of its weights would go unnoticed")
+        self.angles = _AngleTable(own)
 
-    def __call__(self, embeddings: Tensor, positions: Tensor, pages: StepPages) -> Tensor:
-        """Append the rows' keys and values to their pages; return final hidden states [R, d].
+    def lay_out(self, pages: StepPages) -> _Steps:
+        """See `StepDecoder`."""
+        return _Steps(self, pages)
 
-        Args:
-            embeddings: [R, d], contiguous; overwritten.
-            positions: int64 [3, R] or [1, R].
-            pages: of the rows.
-        """
-        own, rows = self._own, len(embeddings)
+    def weights(self) -> _Weights:
+        """Return the packed weights as they are now."""
+        return current_packs().made(self._parameters, lambda: _Weights(self._library, self.own))
+
+    def run(self, step: _Step) -> None:
+        """Run all layers."""
+        self._library.rlmed_decode(byref(step), c_int(torch.get_num_threads()))
+
+
+class _AngleTable:
+    """Cosines and sines of rotary embeddings by position.
+
+    Completions have the same position in all rows of M-RoPE, and looking an angle up takes a tenth
+    of computing it.
+    """
+
+    def __init__(self, own: Decoder) -> None:
+        self._own = own
+        self._cosine = self._sine = torch.empty(0, 0)
+
+    def of(self, embeddings: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return contiguous cosine and sine [R, D] of positions, int64 [3, R] or [1, R]."""
+        if not self._own.fixed_angles or (len(positions) > 1 and positions.stride(0) != 0):
+            return self._computed(embeddings, positions)
+        most = int(positions[0].max())
+        if most >= len(self._cosine):
+            every = torch.arange(2 * (most + 1)).expand(len(positions), -1)
+            self._cosine, self._sine = self._computed(embeddings.new_empty(every.shape[1], embeddings.shape[1]), every)
+        return self._cosine.index_select(0, positions[0]), self._sine.index_select(0, positions[0])
+
+    def _computed(self, embeddings: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        cosine, sine = self._own.angles(embeddings, positions.unsqueeze(1) if len(positions) > 1 else positions)
+        return cosine.contiguous(), sine.contiguous()
+
+
+class _Steps:
+    """Steps of rows in pages that stay; see `StepDecoder`."""
+
+    def __init__(self, decoder: CompiledDecoder, pages: StepPages) -> None:
+        self._decoder, self._pages = decoder, pages
+        own, rows = decoder.own, len(pages.counts)
         first = own.layers[0]
-        weights: _Weights = current_packs().made(self._parameters, lambda: _Weights(self._library, own))
-        cosine, sine = own.angles(embeddings, positions.unsqueeze(1) if len(positions) > 1 else positions)
-        cosine, sine = cosine.contiguous(), sine.contiguous()
-        for layer, entry in zip(own.layers, weights.layers, strict=True):
-            entry.prefix_keys, entry.prefix_values = (_address(store[layer.index]) for store in pages.prefix)
-            entry.suffix_keys, entry.suffix_values = (_address(store[layer.index]) for store in pages.suffix)
-        width, heads = embeddings.shape[1], first.heads * first.head_width
+        width, heads = len(own.norm.module.weight), first.heads * first.head_width
         sizes = (width, heads + 2 * first.kv_heads * first.head_width, heads, first.gate.out_features)
-        normal, projected, attended, gated = (embeddings.new_zeros(rows, size) for size in sizes)
-        step = _Step(
+        self._buffers = [torch.zeros(rows, size) for size in sizes]
+        normal, projected, attended, gated = map(_address, self._buffers)
+        self._step = _Step(
             rows=rows,
             groups=len(pages.prefix_lengths),
             members=pages.members.shape[1],
@@ -179,7 +228,6 @@ class CompiledDecoder:
             layers=len(own.layers),
             scale=first.scale,
             norm=_norm(own.norm),
-            layer=weights.layers,
             prefix_pages=_address(pages.prefix_pages, _ints),
             prefix_lengths=_address(pages.prefix_lengths, _ints),
             member_rows=_address(pages.members, _ints),
@@ -189,23 +237,29 @@ class CompiledDecoder:
             suffix_columns=pages.suffix_pages.shape[1],
             prefix_tokens=pages.prefix[1][0].shape[2],
             suffix_tokens=pages.suffix[1][0].shape[2],
-            cosine=_address(cosine),
-            sine=_address(sine),
-            states=_address(embeddings),
-            normal=_address(normal),
-            projected=_address(projected),
-            attended=_address(attended),
-            gated=_address(gated),
+            normal=normal,
+            projected=projected,
+            attended=attended,
+            gated=gated,
         )
-        self._library.rlmed_decode(byref(step), c_int(torch.get_num_threads()))
-        return normal
+
+    def __call__(self, embeddings: Tensor, positions: Tensor) -> Tensor:
+        """Take a step; the result is overwritten by the next one."""
+        weights, step = self._decoder.weights(), self._step
+        if weights.pages is not self._pages:
+            weights.use(self._pages, self._decoder.own)
+        step.layer = weights.layers
+        cosine, sine = self._decoder.angles.of(embeddings, positions)
+        step.cosine, step.sine, step.states = _address(cosine), _address(sine), _address(embeddings)
+        self._decoder.run(step)
+        return self._buffers[0]
 
 
 @dataclass(frozen=True, slots=True)
 class CompiledProjection:
     """Logits of hidden states by the packed vocabulary projection."""
 
-    weight: nn.Parameter
+    weight: Tensor
     """[V, d]."""
     banned: Tensor
     """int64, unsampleable tokens."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -35,14 +36,12 @@ class KernelDecoder:
         """Share the decoder's parameters."""
         self._own = own
 
-    def __call__(self, embeddings: Tensor, positions: Tensor, pages: StepPages) -> Tensor:
-        """Append the rows' keys and values to their pages; return final hidden states [R, d].
+    def lay_out(self, pages: StepPages) -> functools.partial[Tensor]:
+        """See `rlmed.models.decode_kernels.StepDecoder`."""
+        return functools.partial(self, pages=pages)
 
-        Args:
-            embeddings: [R, d], contiguous; overwritten.
-            positions: int64 [3, R] or [1, R].
-            pages: of the rows.
-        """
+    def __call__(self, embeddings: Tensor, positions: Tensor, pages: StepPages) -> Tensor:
+        """See `rlmed.models.decode_kernels.Step`; `pages` are the rows'."""
         own, rows = self._own, len(embeddings)
         first = own.layers[0]
         cos, sin = own.angles(embeddings, positions.unsqueeze(1) if len(positions) > 1 else positions)
