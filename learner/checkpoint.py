@@ -3,6 +3,7 @@
 | in the folder | holds |
 | --- | --- |
 | `model.safetensors`; of N ranks `model-0000I-of-0000N.safetensors` and an index | weights, a Hugging Face model |
+| `adapter_model.safetensors` instead, if adapters are trained | the adapters, an adapter of peft |
 | `optimizer/` | float32 masters and AdamW's moments, each rank's shards, by torch.distributed.checkpoint |
 | `optimizer/numbers.json` | everything else of the optimizer |
 
@@ -40,6 +41,7 @@ from learner.distributed import Parallelism
 from learner.moments import local_of
 from learner.optimizer import Optimizer
 from rlmed.core.process.threads import available_memory
+from rlmed.models.folder.adapter import WEIGHTS_FILE
 from rlmed.models.policy import Policy
 from rlmed.models.saving import StoredWeight, file_name, save_settings, share_weights, write_index, write_weights
 
@@ -59,16 +61,30 @@ def begin_save(policy: Policy, optimizer: Optimizer, parallelism: Parallelism, f
     Both are collective: every rank calls them, with a folder on a disk that all share.
     """
     # transformers saves on the first rank only
-    names = parallelism.from_first(save_settings(policy.model, folder) if parallelism.first else {})
-    shares = share_weights(policy.model.named_parameters(), names, parallelism.size)
+    names = parallelism.from_first(_save_settings(policy, folder) if parallelism.first else {})
+    shares = _share(policy, names, parallelism.size)
+    adapters = policy.adapters is not None
     state, weights = optimizer.state_dict(), _gather_own(policy, shares, parallelism)
     size = sum(weight.nbytes for weight in shares[parallelism.rank])
     size += sum(local_of(value).nbytes for value in _flat(state).values() if isinstance(value, Tensor))
     if parallelism.everywhere(_has_room(size * parallelism.size, _step_bytes() * parallelism.size)):
         copies = iter([_host_copy(weight) for weight in weights])
-        return partial(_write, folder, shares, parallelism, _host_copy(state), copies)
-    _write(folder, shares, parallelism, state, weights)
+        return partial(_write, folder, shares, parallelism, _host_copy(state), copies, adapters=adapters)
+    _write(folder, shares, parallelism, state, weights, adapters=adapters)
     return lambda: None
+
+
+def _save_settings(policy: Policy, folder: Path) -> dict[str, str]:
+    """Write settings; return the name in weight files of each parameter that goes there."""
+    return save_settings(policy.model, folder) if policy.adapters is None else policy.adapters.save_settings(folder)
+
+
+def _share(policy: Policy, names: Mapping[str, str], ranks: int) -> list[list[StoredWeight]]:
+    """Divide what goes into weight files among the ranks; adapters are one rank's."""
+    stored = [(name, parameter) for name, parameter in policy.model.named_parameters() if name in names]
+    if policy.adapters is None:
+        return share_weights(stored, names, ranks)
+    return [*share_weights(stored, names, 1), *[[]] * (ranks - 1)]
 
 
 def _has_room(size: int, step_bytes: int) -> bool:
@@ -123,11 +139,17 @@ def _write(
     parallelism: Parallelism,
     state: Mapping[str, Any],
     weights: Iterator[Tensor],
+    *,
+    adapters: bool,
 ) -> None:
     try:
-        write_weights(folder / file_name(parallelism.rank, parallelism.size), shares[parallelism.rank], weights)
-        if parallelism.first and parallelism.size > 1:
-            write_index(folder, shares)
+        if adapters:
+            if parallelism.first:
+                write_weights(folder / WEIGHTS_FILE, shares[0], weights)
+        else:
+            write_weights(folder / file_name(parallelism.rank, parallelism.size), shares[parallelism.rank], weights)
+            if parallelism.first and parallelism.size > 1:
+                write_index(folder, shares)
     finally:  # the other ranks wait for this one, even if it has failed
         for _ in weights:
             pass

@@ -25,6 +25,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from learner.metrics import LossMetrics, merge_metrics
 from learner.packing import PackedBatch, logprobs_no_grad, packed_logprobs
+from rlmed.models.adapters import Adapters
+from rlmed.models.merging import merge
 from rlmed.models.policy import Policy
 
 T = TypeVar("T")
@@ -202,15 +204,17 @@ class FSDP:
 
 
 def full_weights(policy: Policy, parallelism: Parallelism, *, on_device: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """Yield names and full tensors of all parameters, as in the unsharded model.
+    """Yield names and full tensors of all weights, as in the unsharded model without adapters.
 
-    Collective: all ranks must exhaust it, and only the first receives tensors. Gathered ones
-    are on the CPU, or with `on_device` on the policy's device.
+    Those that have an adapter come merged with it. Collective: all ranks must exhaust it, and only
+    the first receives tensors. Gathered ones are on the CPU, or with `on_device` on the policy's
+    device.
     """
-    for name, parameter in policy.model.named_parameters():
-        full = parallelism.gather_full(parameter.detach(), on_device=on_device)
+    for weight in policy.weights():
+        full = parallelism.gather_full(weight.value.detach(), on_device=on_device)
+        factors = parallelism.gather_full([factor.detach() for factor in weight.factors or ()], on_device=on_device)
         if parallelism.first:
-            yield name, full
+            yield weight.name, merge(weight.name, full, factors, weight.scale) if factors else full
 
 
 def init_distributed(
@@ -264,6 +268,19 @@ class _FullScorer:
 
     def logprobs_no_grad(self, batch: PackedBatch, temperature: float) -> Tensor:
         return logprobs_no_grad(self._policy, batch, temperature)
+
+
+class WithoutAdapters:
+    """Scores rows under the reference of a policy with adapters: the same weights without them."""
+
+    def __init__(self, scorer: RowScorer, adapters: Adapters) -> None:
+        """Use the policy's `scorer`."""
+        self._scorer, self._adapters = scorer, adapters
+
+    def logprobs_no_grad(self, batch: PackedBatch, temperature: float) -> Tensor:
+        """See `RowScorer.logprobs_no_grad`."""
+        with self._adapters.off():
+            return self._scorer.logprobs_no_grad(batch, temperature)
 
 
 class _ShardedScorer:

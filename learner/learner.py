@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from learner.checkpoint import begin_save, read_optimizer
-from learner.distributed import Parallelism, SingleProcess, full_weights
+from learner.distributed import Parallelism, RowScorer, SingleProcess, WithoutAdapters, full_weights
 from learner.likelihood import ScoringRequest, completion_logprobs
 from learner.losses import LossDenominators, count_denominators, policy_loss
 from learner.metrics import LossMetrics, mean_metric, merge_metrics
@@ -21,6 +21,7 @@ from learner.sharing import BatchShare, MiniBatchShare, Split, split_groups
 from rlmed.core.config.schema import LearnerConfig, LossConfig
 from rlmed.core.protocols import RolloutPool
 from rlmed.core.types import FloatArray, TrainGroup
+from rlmed.models.adapters import training
 from rlmed.models.policy import Policy
 
 OnSkippedUpdate = Callable[[Sequence[TrainGroup], str], None]
@@ -76,7 +77,8 @@ class PolicyLearner:
 
         Args:
             policy: trained in place.
-            reference: frozen policy of the KL term; None if `kl_coef` is 0.
+            reference: frozen policy of the KL term; None if `kl_coef` is 0, or if the policy has
+                adapters, without which it is its own reference.
             loss: loss settings.
             config: optimizer and memory settings.
             total_steps: batches until the learning-rate schedule ends.
@@ -87,7 +89,7 @@ class PolicyLearner:
                 (`learner.distributed.init_distributed`), which shard policy and reference in place,
                 and call `learn`. None: a single process.
         """
-        if (reference is None) != (loss.kl_coef == 0):
+        if (reference is None) != (loss.kl_coef == 0 or policy.adapters is not None):
             raise ValueError(f"kl_coef={loss.kl_coef} and {'no' if reference is None else 'a'} reference policy")
         self.policy, self.reference = policy, reference
         self._loss, self._config = loss, config
@@ -104,7 +106,11 @@ class PolicyLearner:
         )
         """Splits a batch into the ranks' shares."""
         self._scorer = self._parallelism.scorer(policy)
-        self._reference_scorer = None if reference is None else self._parallelism.scorer(reference)
+        self._reference_scorer: RowScorer | WithoutAdapters | None = None
+        if reference is not None:
+            self._reference_scorer = self._parallelism.scorer(reference)
+        elif loss.kl_coef > 0 and policy.adapters is not None:
+            self._reference_scorer = WithoutAdapters(self._scorer, policy.adapters)
         updates = total_steps * config.epochs * config.mini_batches
         self.optimizer = Optimizer(policy.model.named_parameters(), config, updates, self._parallelism)
 
@@ -131,18 +137,17 @@ class PolicyLearner:
         mini_batches = [self._prepare_mini_batch(part) for part in share]
         parts: list[LossMetrics] = []
         losses, norms, lr = [], [], self.optimizer.lr
-        # gradient checkpointing needs training mode; no supported model has dropout
-        self.policy.model.train(bool(self._config.gradient_checkpointing))
         for _ in range(self._config.epochs):
             for mini_batch in mini_batches:
                 if mini_batch.denominators.tokens == 0:  # momentum alone would move the weights
                     continue
-                loss, metrics = self._parallelism.merge(*self._update(mini_batch))
+                with training(self.policy, self._config, self.policy_version, self._parallelism.rank):
+                    update = self._update(mini_batch)
+                loss, metrics = self._parallelism.merge(*update)
                 norm = self._apply(loss, groups)
                 parts.append(metrics)
                 losses.append(loss)
                 norms.append(norm)
-        self.policy.model.eval()
         if not losses:
             return {"lr": lr, "skipped_steps": float(self.skipped_steps)}
         merged = {name: metric.value() for name, metric in merge_metrics(parts).items()}
@@ -163,7 +168,8 @@ class PolicyLearner:
         )
 
     def push_weights(self, pool: RolloutPool) -> None:
-        """Push the new version; the pool's engine shares the parameters."""
+        """Push the new version; the pool's engine shares the parameters or has merged copies."""
+        self.policy.publish()
         pool.update_weights(self.policy_version)
 
     def full_weights(self, *, on_device: bool = False) -> Iterator[tuple[str, Tensor]]:

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from rlmed.core.config.schema import LearnerConfig
+from rlmed.models.merging import round_stochastically
 
 LIBRARY = "torchao"
 """Has an `AdamW8bit`; bitsandbytes' has a state of its own kind, which checkpoints do not know."""
@@ -103,8 +104,8 @@ class HalfMoments(torch.optim.Optimizer):
             maximize=False,
         )
         seed = int(state["step"]) * SEED_STRIDE + 2 * number
-        round_stochastically(first, state["exp_avg"], seed)
-        round_stochastically(second, state["exp_avg_sq"], seed + 1)
+        round_stochastically(local_of(first), local_of(state["exp_avg"]), seed)
+        round_stochastically(local_of(second), local_of(state["exp_avg_sq"]), seed + 1)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume from `state_dict()`; moments keep their dtype, unlike in torch's version."""
@@ -113,16 +114,6 @@ class HalfMoments(torch.optim.Optimizer):
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for number, entry in moments.items():
             self.state[parameters[number]] = dict(entry)
-
-
-def round_stochastically(values: Tensor, target: Tensor, seed: int) -> None:
-    """Write finite float32 `values` into bfloat16 `target`, up or down by chance and distance."""
-    own, into = (local_of(tensor) for tensor in (values, target))
-    generator = torch.Generator(own.device).manual_seed(seed)
-    noise = torch.randint(0, 2**16, own.shape, dtype=torch.int32, device=own.device, generator=generator)
-    # bfloat16 is the upper half of a float32: noise in the lower half carries over by chance
-    bits = own.contiguous().view(torch.int32).add_(noise).bitwise_and_(-(2**16))
-    into.copy_(bits.view(torch.float32))
 
 
 def local_of(tensor: Tensor) -> Tensor:

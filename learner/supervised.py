@@ -19,6 +19,7 @@ from learner.sharing import BatchShare, Split, split_items
 from rlmed.core.config.schema import LearnerConfig
 from rlmed.core.protocols import RolloutPool
 from rlmed.core.types import Completion, IntArray, Prompt
+from rlmed.models.adapters import training
 from rlmed.models.policy import Policy
 
 
@@ -74,18 +75,17 @@ class SupervisedLearner:
         (mini_batch,) = share
         tokens = sum(mini_batch.trained_tokens)
         total, lr, parts = 0.0, self.optimizer.lr, list[LossMetrics]()
-        self.policy.model.train(bool(self._config.gradient_checkpointing))
-        for part in mini_batch.micro_batches:
-            batch = pack(part, self.policy)
-            logprobs, _ = self._scorer.logprobs(batch, 1.0, images=mini_batch.images)
-            written = logprobs[batch.loss_mask]  # a rank's filler is not trained on
-            loss = -written.sum() / tokens
-            loss.backward()
-            self.optimizer.accumulate()
-            total += float(loss.detach())
-            parts.append({"tokens_above_half": mean_metric((written > math.log(0.5)).float())})
+        with training(self.policy, self._config, self.policy_version, self._parallelism.rank):
+            for part in mini_batch.micro_batches:
+                batch = pack(part, self.policy)
+                logprobs, _ = self._scorer.logprobs(batch, 1.0, images=mini_batch.images)
+                written = logprobs[batch.loss_mask]  # a rank's filler is not trained on
+                loss = -written.sum() / tokens
+                loss.backward()
+                self.optimizer.accumulate()
+                total += float(loss.detach())
+                parts.append({"tokens_above_half": mean_metric((written > math.log(0.5)).float())})
         total, merged = self._parallelism.merge(total, merge_metrics(parts))
-        self.policy.model.eval()
         norm = self.optimizer.step() if math.isfinite(total) else math.nan
         if not math.isfinite(norm):
             self.optimizer.skip()
@@ -99,7 +99,8 @@ class SupervisedLearner:
         }
 
     def push_weights(self, pool: RolloutPool) -> None:
-        """Push the new version; the pool's engine shares the parameters."""
+        """Push the new version; the pool's engine shares the parameters or has merged copies."""
+        self.policy.publish()
         pool.update_weights(self.policy_version)
 
     def full_weights(self, *, on_device: bool = False) -> Iterator[tuple[str, Tensor]]:

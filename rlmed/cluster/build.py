@@ -30,6 +30,7 @@ from rlmed.cluster.capacity import (
 )
 from rlmed.cluster.engines import (
     build_local_pool,
+    build_policies,
     build_policy,
     build_sender,
     engine_limits,
@@ -104,8 +105,12 @@ def build_cluster(
     engines = engines_that_pack(config.cluster, max_staleness=config.algo.max_staleness)
     config = dataclasses.replace(config, model=settle_model(config.model, engines=engines, resumed=resumed))
     config = settle_local(config, engines=engines, learns=config.debug.learn)
-    policy = build_policy(config.model, checkpoint or model_folder(config.model.path), threads=config.cluster.threads)
-    learner = build_learner(config, on_bad_step, policy=policy) if config.debug.learn else NoLearner()
+    if config.debug.learn:
+        trained, policy = load_policies(config, checkpoint)
+        learner: Learner = build_learner(config, on_bad_step, policy=trained)
+    else:
+        policy = build_policy(config.model, model_folder(config.model.path), threads=config.cluster.threads)
+        learner = NoLearner()
     pool: RolloutPool = build_local_pool(config.rollout, policy, renderer)
     if config.debug.recorded:
         pool = ReplayPool(Path(config.debug.recorded), pool)
@@ -135,12 +140,10 @@ def build_learner(
     """
     if policy is None:
         config = settle_rank(config, parallelism)
-    base = model_folder(config.model.path)
-    load = functools.partial(build_policy, config.model, threads=config.cluster.threads)
-    policy = policy or load(checkpoint or base)
+    policy = policy or load_policies(config, checkpoint)[0]
     reference = None
-    if config.algo.loss.kl_coef > 0:
-        reference = load(base)
+    if config.algo.loss.kl_coef > 0 and policy.adapters is None:
+        reference = build_policy(config.model, model_folder(config.model.path), threads=config.cluster.threads)
         reference.model.requires_grad_(False)
     return PolicyLearner(
         policy,
@@ -152,6 +155,13 @@ def build_learner(
         temperature=config.rollout.temperature,
         on_bad_step=on_bad_step,
         parallelism=parallelism,
+    )
+
+
+def load_policies(config: RunConfig, checkpoint: Path | None) -> tuple[Policy, Policy]:
+    """Load the policy to train and the one to sample from, see `build_policies`."""
+    return build_policies(
+        config.model, config.learner.lora, checkpoint=checkpoint, seed=config.seed, threads=config.cluster.threads
     )
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from learner.distributed import Parallelism
 from learner.learner import OnSkippedUpdate
 from learner.supervised import SupervisedLearner
-from rlmed.cluster.build import build_ray
+from rlmed.cluster.build import build_ray, load_policies
 from rlmed.cluster.capacity import settle_local, settle_rank
 from rlmed.cluster.engines import build_local_pool, build_policy, settle_model
 from rlmed.core.config.schema import ModelConfig, RunConfig
@@ -105,8 +105,8 @@ def build_finetuning(
         return Finetuning(cluster.learner, cluster.evaluation_pool, cluster.model, cluster.resources)
     model = settle_model(config.model, engines=1, resumed=folder if checkpoint else None)
     config = settle_local(dataclasses.replace(config, model=model), engines=1, learns=True, sampled=False)
-    policy = build_policy(model, checkpoint or model_folder(model.path), threads=config.cluster.threads)
-    learner = SupervisedLearner(policy, config.learner, total_steps=steps)
+    trained, policy = load_policies(config, checkpoint)
+    learner = SupervisedLearner(trained, config.learner, total_steps=steps)
     return Finetuning(learner, build_local_pool(config.rollout, policy, renderer), model, ExitStack())
 
 
@@ -120,7 +120,7 @@ def build_supervised(
 ) -> SupervisedLearner:
     """Build one rank's learner of written completions; its metrics count skipped steps."""
     config = settle_rank(config, parallelism, sampled=False)
-    policy = build_policy(config.model, checkpoint or model_folder(config.model.path), threads=config.cluster.threads)
+    policy, _ = load_policies(config, checkpoint)
     return SupervisedLearner(policy, config.learner, total_steps=steps, parallelism=parallelism)
 
 

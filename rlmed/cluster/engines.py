@@ -15,8 +15,9 @@ from learner.learner import PolicyLearner
 from learner.supervised import SupervisedLearner
 from rlmed.cluster.memory import keep_freed_memory
 from rlmed.core.config.running import ClusterConfig, RolloutConfig
-from rlmed.core.config.schema import DataConfig, ModelConfig, PromptConfig
+from rlmed.core.config.schema import DataConfig, LoraConfig, ModelConfig, PromptConfig
 from rlmed.data.prompts import PROMPT_FILE, PromptRenderer, load_processor, read_prompt_settings
+from rlmed.models.adapters import add_adapters
 from rlmed.models.cpu.products import bfloat16_speed, settle_products
 from rlmed.models.direct import DirectSender
 from rlmed.models.folder.agreement import check_agreement
@@ -136,17 +137,52 @@ def _warn_of_vision_settings(model: ModelConfig, freeze: Sequence[str]) -> None:
         log.warning("model %s is text-only, so these have no effect: %s", model.path, ", ".join(idle))
 
 
-def build_policy(model: ModelConfig, folder: Path, *, threads: int | None) -> Policy:
+def build_policy(model: ModelConfig, folder: Path, *, threads: int | None, quantize: Sequence[str] = ()) -> Policy:
     """Load the policy in `folder` on the run's device, in its dtype.
 
-    `threads` of torch, None for as many as it has.
+    `threads` of torch, None for as many as it has; `quantize` as in `load_policy`.
     """
     if threads:
         torch.set_num_threads(threads)
     device = resolve_device(model)
     if device.type == "cpu":
         keep_freed_memory()
-    return load_policy(folder, dtype=resolve_dtype(model), device=device, onednn=model.onednn)
+    return load_policy(folder, dtype=resolve_dtype(model), device=device, onednn=model.onednn, quantize=quantize)
+
+
+def build_policies(
+    model: ModelConfig, lora: LoraConfig, *, checkpoint: Path | None, seed: int, threads: int | None
+) -> tuple[Policy, Policy]:
+    """Load the policy to train, and the one to sample from in this process.
+
+    Without adapters they are one. With them, they share all weights but the adapted ones; of these
+    the second has merged copies, unless the first keeps them in 4 bits: then it samples itself.
+
+    Args:
+        model: its settings.
+        lora: its adapters.
+        checkpoint: of the trained policy; None for the model as it is.
+        seed: of new adapters.
+        threads: of torch, see `build_policy`.
+    """
+    base = model_folder(model.path)
+    if lora.rank is None:
+        policy = build_policy(model, checkpoint or base, threads=threads)
+        return policy, policy
+    sampling = build_policy(model, base, threads=threads, quantize=lora.target if lora.quantize else ())
+    trained = add_adapters(sampling, lora, base=_lasting_name(model.path), seed=seed)
+    assert trained.adapters is not None
+    if checkpoint is not None:
+        trained.adapters.load(checkpoint)
+    if lora.quantize:
+        return trained, trained
+    trained.adapters.give_to(sampling)
+    return trained, sampling
+
+
+def _lasting_name(path: str) -> str:
+    """Return a model's name as an adapter's settings keep it, for any working folder."""
+    return str(Path(path).absolute()) if Path(path).is_dir() else path
 
 
 def engine_limits(rollout: RolloutConfig, max_prompt_tokens: int) -> EngineLimits:
@@ -191,5 +227,5 @@ def build_sender(learner: PolicyLearner | SupervisedLearner, *, engine: str, lim
     import_vllm()  # prepares the process, before the next import
     from rollout.vllm_backend.weight_transfer import WeightTransferSender
 
-    shapes = {name: (parameter.dtype, tuple(parameter.shape)) for name, parameter in policy.model.named_parameters()}
+    shapes = {weight.name: (weight.value.dtype, tuple(weight.value.shape)) for weight in policy.weights()}
     return WeightTransferSender(shapes, weights, policy.device, limit_s)

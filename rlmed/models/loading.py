@@ -10,7 +10,7 @@ import torch
 from rlmed.core.config.schema import DataConfig, ModelConfig
 from rlmed.models.folder.agreement import position_doubt
 from rlmed.models.policy import load_config
-from rlmed.models.tiny.toy import EMBEDDED, SHIPPED
+from rlmed.models.tiny.toy import EMBEDDED, shipped_folder
 
 log = logging.getLogger(__name__)
 
@@ -21,12 +21,7 @@ def model_folder(path: str) -> Path:
     Raises:
         ValueError: for an unknown embedded model.
     """
-    if not path.startswith(EMBEDDED):
-        return Path(path)
-    folder = SHIPPED / path.removeprefix(EMBEDDED)
-    if not folder.is_dir():
-        raise ValueError(f"model.path={path} does not ship with rlmed; `make tiny-base` builds tiny_base")
-    return folder
+    return shipped_folder(path) if path.startswith(EMBEDDED) else Path(path)
 
 
 def resolve_device(config: ModelConfig) -> torch.device:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import get_session
@@ -24,7 +24,6 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from rlmed.core.files.damage import read_json
 from rlmed.core.files.near_paths import near_path
 from rlmed.core.process.foreign import foreign
 from rlmed.core.types import Prompt
@@ -34,16 +33,21 @@ from rlmed.models.cpu.linear import use_fast_linears
 from rlmed.models.cpu.products import settle_products
 from rlmed.models.decode_kernels import DecodeKernels, choose_kernels
 from rlmed.models.decoder import Decoder, accept_decoder
-from rlmed.models.families import family_of, unsampleable_token_ids
-from rlmed.models.folder.contents import CONFIG_FILE, check_folder
+from rlmed.models.families import Family, family_of, unsampleable_token_ids
+from rlmed.models.folder.adapter import adapter_base, is_adapter, merge_adapter
+from rlmed.models.folder.contents import check_folder
 from rlmed.models.folder.end_tokens import find_end_tokens
-from rlmed.models.folder.weight_files import HEAD, check_weight_files, own_head_differs, stored_dtype
+from rlmed.models.folder.loaded import check_loaded
+from rlmed.models.folder.weight_files import check_weight_files, stored_dtype
 from rlmed.models.logprobs import chunked_logprobs, logprobs_no_grad, masked_logits
+from rlmed.models.merging import Weight
+from rlmed.models.quantized import check_not_quantized, four_bits
 from rlmed.models.varlen import VarlenLayout, choose_attention
 from rlmed.models.vision import use_linear_patches, use_varlen_vision
 
-COMPUTED_BUFFERS = (".inv_freq", ".attn.bias", ".attn.masked_bias", ".position_ids")
-"""Buffers in weight files of older versions; models compute them."""
+if TYPE_CHECKING:
+    from rlmed.models.adapters import Adapters
+
 MODEL_FOLDERS = frozenset(("model", "models", "checkpoints", "weights", "llm", "llms", "hf"))
 """Usual names of folders that hold models."""
 HUB_S = 5.0
@@ -59,11 +63,15 @@ class Policy:
         >>> hidden = policy.hidden(token_ids, positions, layout, image_inputs)     # doctest: +SKIP
     """
 
-    def __init__(self, model: PreTrainedModel, decoder: Decoder | None = None) -> None:
-        """Wrap a model loaded with shared-prefix attention, and its decoder for sampling."""
+    def __init__(
+        self, model: PreTrainedModel, decoder: Decoder | None = None, adapters: Adapters | None = None
+    ) -> None:
+        """Wrap a model with shared-prefix attention, its decoder for sampling, its adapters."""
         # no supported family has dropout; eval also keeps transformers from warning
         self.model: PreTrainedModel = model.eval()
         self.decoder = decoder
+        self.adapters = adapters
+        """Adapters in the model, if there are any: they alone are trained."""
         self._decode_kernels: DecodeKernels | None = None
         self.family = family_of(model.config)
         projection = model.get_output_embeddings()
@@ -99,9 +107,23 @@ class Policy:
         return config.num_hidden_layers, config.num_key_value_heads, width
 
     def freeze(self, parts: Collection[str]) -> None:
-        """Train all parts but the given ones (see `rlmed.models.families.PARTS`)."""
+        """Train all parts but these (see `rlmed.models.families.PARTS`); adapters alone if any."""
+        trained = None if self.adapters is None else self.adapters.parameters()
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(self.family.part_of(name) not in parts)
+            parameter.requires_grad_(self.family.part_of(name) not in parts if trained is None else name in trained)
+
+    def weights(self) -> Iterator[Weight]:
+        """Yield the weights by their names without adapters."""
+        if self.adapters is not None:
+            yield from self.adapters.weights()
+            return
+        for name, parameter in self.model.named_parameters():
+            yield Weight(name, parameter)
+
+    def publish(self) -> None:
+        """Renew what an engine in this process computes with, where that is not the parameters."""
+        if self.adapters is not None:
+            self.adapters.publish()
 
     def image_inputs(self, prompt: Prompt) -> dict[str, Tensor]:
         """Return a prompt's image tensors on the policy's device; empty for text."""
@@ -202,8 +224,9 @@ def load_policy(
     dtype: str = "float32",
     device: str | torch.device = "cpu",
     onednn: Collection[str] | None = None,
+    quantize: Collection[str] = (),
 ) -> Policy:
-    """Load a Hugging Face folder (or hub name) as a policy.
+    """Load a Hugging Face folder (or hub name) as a policy; merge an adapter into its base.
 
     Args:
         folder: model folder or hub name.
@@ -211,19 +234,48 @@ def load_policy(
         device: of the parameters.
         onednn: uses of oneDNN in this process from now on, see
             `rlmed.models.cpu.products.settle_products`.
+        quantize: parts whose linear layers are kept in 4 bits, see `rlmed.models.quantized`.
 
     Raises:
         ValueError: if it is not a model folder, lacks weights, or its family is not supported.
     """
     config = load_config(folder)
-    family = family_of(config)
-    auto = AutoModelForImageTextToText if family.vision else AutoModelForCausalLM
-    attention = {"text_config": ATTENTION_NAME, "vision_config": "sdpa"} if family.vision else ATTENTION_NAME
+    if is_adapter(Path(folder)):
+        check_not_quantized(folder, quantize)
+        policy = load_policy(adapter_base(Path(folder)), dtype=dtype, device=device, onednn=onednn)
+        merge_adapter(policy.model, Path(folder))
+        return policy
+    family, on_cpu = family_of(config), torch.device(device).type == "cpu"
     if Path(folder).is_dir():
         check_weight_files(Path(folder))
     ends = find_end_tokens(folder, config)
     tied = bool(config.tie_word_embeddings)  # transformers changes it if the weights disagree
-    target, on_cpu = DTYPES[dtype], torch.device(device).type == "cpu"
+    target = DTYPES[dtype]
+    quantized = four_bits(config, quantize, target, torch.device(device)) if quantize else {}
+    # unconverted, weights stay mapped from the file: the host holds no copy
+    read_as = target if on_cpu or quantized else stored_dtype(Path(folder)) or target
+    model, found = _read_model(folder, family, dtype=read_as, **quantized)
+    check_loaded(Path(folder), found, tied=tied)
+    _settle_generation(model, ends.ids)
+    if on_cpu:
+        settle_products(config, onednn)
+        use_fast_linears(model)
+    else:
+        # cuDNN's attention makes a plan for every new shape (0.5 s, never freed), and its dQ under
+        # a mask can be NaN
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        if not quantized:  # else it is there
+            _move(model, torch.device(device), target)
+    use_fused_layers(model)
+    use_linear_patches(model)
+    use_varlen_vision(model)
+    return Policy(model, accept_decoder(model, position_rows=3 if family.vision else 1))
+
+
+def _read_model(folder: Path, family: Family, **arguments: Any) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    """Load a model with shared-prefix attention; also return transformers' loading info."""
+    auto = AutoModelForImageTextToText if family.vision else AutoModelForCausalLM
+    attention = {"text_config": ATTENTION_NAME, "vision_config": "sdpa"} if family.vision else ATTENTION_NAME
     with (
         _quiet_loading(),
         foreign(
@@ -233,27 +285,13 @@ def load_policy(
     ):
         loaded: Any = auto.from_pretrained(
             folder,
-            # unconverted they stay mapped from the file: the host holds no copy
-            dtype=target if on_cpu else stored_dtype(Path(folder)) or target,
             attn_implementation=attention,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            **arguments,
         )
     model, found = loaded  # a pair, because of output_loading_info
-    _check_loaded(Path(folder), found, tied=tied)
-    _settle_generation(model, ends.ids)
-    if on_cpu:
-        settle_products(config, onednn)
-        use_fast_linears(model)
-    else:
-        # cuDNN's attention makes a plan for every new shape (0.5 s, never freed), and its dQ under
-        # a mask can be NaN
-        torch.backends.cuda.enable_cudnn_sdp(False)
-        _move(model, torch.device(device), target)
-    use_fused_layers(model)
-    use_linear_patches(model)
-    use_varlen_vision(model)
-    return Policy(model, accept_decoder(model, position_rows=3 if family.vision else 1))
+    return model, found
 
 
 def _move(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
@@ -261,54 +299,6 @@ def _move(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(device, dtype)
     model.to(device)
-
-
-def _check_loaded(folder: Path, found: Mapping[str, Collection[Any]], *, tied: bool) -> None:
-    """Check that weights fit config.json: transformers fills missing ones randomly, drops others.
-
-    Args:
-        folder: source of the model.
-        found: transformers' loading info.
-        tied: whether config.json ties token embeddings and vocabulary projection.
-
-    Raises:
-        ValueError: naming the first parameter that differs or that only one of them has.
-    """
-    advice = "its files do not match its config.json; copy or download the folder again"
-    if reshaped := sorted(found["mismatched_keys"]):
-        name, stored, expected = reshaped[0]
-        raise ValueError(
-            f"model {str(folder)!r}: {name} is {list(stored)} in the weights and {list(expected)} by config.json "
-            f"({len(reshaped)} parameters differ): {advice}"
-        )
-    if absent := sorted(found["missing_keys"]):
-        if absent == [HEAD]:
-            advice = (
-                "config.json does not tie the vocabulary projection to the token embeddings: set tie_word_embeddings to true "
-                "if they are tied, else copy or download the folder again"
-            )
-        raise ValueError(
-            f"model {str(folder)!r} has no weights for {len(absent)} parameters of its config.json, the first is {absent[0]}: "
-            f"{advice}"
-        )
-    unknown = sorted(name for name in found["unexpected_keys"] if not name.endswith(COMPUTED_BUFFERS))
-    if adapted := [name for name in unknown if "lora_" in name or ".base_layer." in name]:
-        raise ValueError(
-            f"model {str(folder)!r} contains an adapter that was not merged into its weights ({adapted[0]}): merge it first "
-            "(peft's merge_and_unload()) and save the model again"
-        )
-    if unknown:
-        raise ValueError(
-            f"model {str(folder)!r} has weights for {len(unknown)} parameters unknown to its config.json, the first is "
-            f"{unknown[0]}: {advice}"
-        )
-    if tied and folder.is_dir() and own_head_differs(folder):
-        text = read_json(folder / CONFIG_FILE).get("text_config")
-        within = "text_config." if isinstance(text, dict) and text.get("tie_word_embeddings") else ""
-        raise ValueError(
-            f"model {str(folder)!r}: config.json says {within}tie_word_embeddings=true, but the weights have an lm_head.weight "
-            "that differs from the token embeddings: set it to false if it was trained separately, else remove lm_head.weight"
-        )
 
 
 def _settle_generation(model: PreTrainedModel, end_token_ids: tuple[int, ...]) -> None:

@@ -69,7 +69,15 @@ MAY_CHANGE = (
     *("eval.every", "eval.at_start", "eval.at_end", "data.download", "learner.gradient_checkpointing"),
 )
 """Keys that may change when a run resumes: they affect neither learning nor what is compared."""
-ADDED = {"learner.moments": "float32"}
+ADDED = {
+    "learner.moments": "float32",
+    **{
+        f"learner.lora.{name}": value
+        for name, value in {
+            "rank": None, "alpha": 32.0, "target": ["language_model"], "dropout": 0.0, "quantize": None
+        }.items()
+    },
+}  # fmt: skip
 """Keys that runs of earlier versions do not have, with the value that describes them."""
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlmed.core.config.running import ClusterConfig
-from rlmed.core.config.schema import LearnerConfig
+from rlmed.core.config.schema import LearnerConfig, LoraConfig
 
 MODULES = {
     "train": "rlmed.launch",
@@ -130,6 +130,17 @@ RULES = (
         keys=("rollout.on_push", "rollout.max_mismatch_kl"),
         programs=WITHOUT_ROLLOUTS,
         advice="Only rlmed.launch pushes weights: leave it out",
+    ),
+    # adapters
+    Rule(
+        keys=tuple(f"learner.lora.{entry.name}" for entry in dataclasses.fields(LoraConfig) if entry.name != "rank"),
+        when={"learner.lora.rank": (None,)},
+        advice="Set learner=lora",
+    ),
+    Rule(
+        keys=("learner.freeze",),
+        unless={"learner.lora.rank": (None,)},
+        advice="All weights are frozen below adapters: set learner.lora.target",
     ),
     # supervised fine-tuning
     Rule(

@@ -224,8 +224,30 @@ class RewardConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters; see `rlmed.models.adapters`."""
+
+    rank: int | None
+    alpha: float
+    target: tuple[str, ...]
+    dropout: float
+    quantize: str | None
+
+    def __post_init__(self) -> None:
+        require(self.rank is None or self.rank >= 1, f"learner.lora.rank={self.rank} must be at least 1, or null")
+        require(self.alpha > 0, f"learner.lora.alpha={self.alpha} must be positive")
+        for part in self.target:
+            require_one_of("learner.lora.target", part, ("vision", "merger", "language_model"))
+        require(bool(self.target), "learner.lora.target=[] names no part of the model: nothing would be trained")
+        require(0 <= self.dropout < 1, f"learner.lora.dropout={self.dropout} must be in [0, 1)")
+        require(
+            self.quantize in (None, "nf4"), f"Invalid learner.lora.quantize={self.quantize!r}; expected nf4 or null"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class LearnerConfig:
-    """Optimizer, batching and freezing."""
+    """Optimizer, batching, freezing and adapters."""
 
     lr: float
     lr_schedule: str
@@ -239,6 +261,7 @@ class LearnerConfig:
     gradient_checkpointing: bool | None
     moments: str
     freeze: tuple[str, ...]
+    lora: LoraConfig
 
     def __post_init__(self) -> None:
         require_one_of("learner.lr_schedule", self.lr_schedule, ("constant", "linear", "cosine"))
@@ -324,6 +347,11 @@ class RunConfig:
             self.data.selection.mode != "pass_rate" or "choice" in self.reward.weights,
             f"data.selection.mode={self.data.selection.mode} needs the reward part choice, which reward.weights lacks: add "
             "reward.weights.choice, with weight 0 if it should not count (+reward.weights.choice=0)",
+        )
+        require(
+            self.learner.lora.quantize is None or self.cluster.learner_ranks == 1,
+            f"learner.lora.quantize={self.learner.lora.quantize} works in one learner rank only: set "
+            "cluster.learner_ranks=1, or learner.lora.quantize=null",
         )
         require(
             self.learner.mini_batches <= self.algo.groups_per_step,

@@ -16,6 +16,7 @@ from rlmed.core.chat import OLD_TEMPLATE_FILE, PROCESSOR, TEMPLATE_FILE, templat
 from rlmed.core.files.damage import read_json
 from rlmed.core.process.foreign import foreign
 from rlmed.models.families import family_of
+from rlmed.models.folder.adapter import is_adapter
 from rlmed.models.folder.contents import CONFIG_FILE
 from rlmed.models.folder.end_tokens import TOKENIZER_CONFIG, find_end_tokens
 from rlmed.models.folder.weight_files import check_weight_files
@@ -64,7 +65,7 @@ def check_agreement(
         _check_grid(where, config, image_processor)
     doubts = find_end_tokens(folder, config, tokenizer).doubts(tokenizer)
     if Path(folder).is_dir():
-        doubts += check_weight_files(folder)
+        doubts += [] if is_adapter(Path(folder)) else check_weight_files(folder)
         doubts += _told_twice(folder, config, tokenizer)
         if image_processor is not None:
             doubts += _processor_settings(folder, image_processor)

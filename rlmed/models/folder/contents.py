@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlmed.core.files.damage import read_json
+from rlmed.models.folder.adapter import SETTINGS_FILE, WEIGHTS_FILE, adapter_base, is_adapter
 
 ADAPTER_FILES = (
     "adapter_config.json",
@@ -36,7 +37,10 @@ def check_folder(folder: Path) -> None:
     Raises:
         ValueError: naming the file and what to do.
     """
-    _refuse_adapter(folder)
+    if is_adapter(folder):
+        _check_adapter(folder)
+    else:
+        _refuse_adapter(folder)
     if not (folder / CONFIG_FILE).is_file():
         # a run's folder, the hub's cache, an archive unpacked into a folder of its name
         inner = sorted({path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{CONFIG_FILE}")})
@@ -52,6 +56,16 @@ def check_folder(folder: Path) -> None:
             )
 
 
+def _check_adapter(folder: Path) -> None:
+    """Check that an adapter is a model: see `rlmed.models.folder.adapter`."""
+    base = adapter_base(folder)
+    if not (folder / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"{folder} is an adapter of {base} without {CONFIG_FILE}: copy that model's small files into it ({CONFIG_FILE}, "
+            "generation_config.json, tokenizer and image processor; no weights)"
+        )
+
+
 def _refuse_adapter(folder: Path) -> None:
     found = sorted(path.name for pattern in ADAPTER_FILES for path in folder.glob(pattern))
     if not found:
@@ -60,7 +74,7 @@ def _refuse_adapter(folder: Path) -> None:
     base = read_json(described).get("base_model_name_or_path") if described.is_file() else None
     trained = f" of {base}" if base else ""
     raise ValueError(
-        f"{folder / found[0]} is an adapter{trained}, but rlmed trains and evaluates full models: merge it first "
+        f"{folder / found[0]} is an adapter{trained}, but not with {SETTINGS_FILE} and {WEIGHTS_FILE} alone: merge it first "
         "(PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder), in Python with peft) and give "
         "the merged folder, or remove the adapter's files to use the weights beside it"
     )

@@ -18,6 +18,18 @@ TOY_NOTE = (
 _TOKENIZER = "tokenizer.json"
 
 
+def shipped_folder(name: str) -> Path:
+    """Return the folder of a model that ships with rlmed, `embedded:NAME`.
+
+    Raises:
+        ValueError: if there is no such model.
+    """
+    folder = SHIPPED / name.removeprefix(EMBEDDED)
+    if not folder.is_dir():
+        raise ValueError(f"model.path={name} does not ship with rlmed; `make tiny-base` builds tiny_base")
+    return folder
+
+
 def toy_note(folder: Path) -> str:
     """Return `TOY_NOTE` if a folder holds such a model, else ""."""
     return TOY_NOTE if is_toy(folder) else ""

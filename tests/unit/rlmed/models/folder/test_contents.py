@@ -112,7 +112,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
             lambda folder: (folder / "model.safetensors").rename(folder / "adapter_model.safetensors"),
             lambda folder: (folder / "config.json").unlink(),
         ),
-        r"is an adapter of Qwen/Qwen2-VL-2B-Instruct.*merge it first",
+        r"is an adapter of Qwen/Qwen2-VL-2B-Instruct without config\.json: copy that model's small files",
     ),
     "adapter without its settings": (
         write("adapter_model.bin", b"x"),
