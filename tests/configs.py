@@ -8,7 +8,15 @@ from typing import Any
 
 from rlmed.cluster.engines import make_renderer
 from rlmed.core.config.composing import compose_config
-from rlmed.core.config.schema import AlgoConfig, DataConfig, LearnerConfig, LossConfig, RunConfig, SelectionConfig
+from rlmed.core.config.schema import (
+    AlgoConfig,
+    DataConfig,
+    LearnerConfig,
+    LoraConfig,
+    LossConfig,
+    RunConfig,
+    SelectionConfig,
+)
 from rlmed.data.prompts import PromptRenderer
 
 
@@ -30,6 +38,11 @@ def loss_config(**changes: Any) -> LossConfig:
 def learner_config(**changes: Any) -> LearnerConfig:
     """`learner_config(lr=1e-3)`."""
     return dataclasses.replace(_defaults().learner, **changes)
+
+
+def lora_config(**changes: Any) -> LoraConfig:
+    """`lora_config(rank=4)`: adapters of the language model, without dropout."""
+    return dataclasses.replace(_defaults().learner.lora, **changes)
 
 
 def data_config(**changes: Any) -> DataConfig:

@@ -21,6 +21,7 @@ from rlmed.cluster.memory import (
     added,
     engine_memory,
     learner_memory,
+    merged_weights,
     packed_weights,
     together,
 )
@@ -116,7 +117,12 @@ def local_estimate(size: ModelSize, *, engines: int, pictures: int, on_cpu: bool
         rank_estimate(size, on_cpu=on_cpu, sampled=sampled),
         engine_estimate(size, engines=engines, sampled=sampled),
     )
-    return lambda config: together(rank(config), engine(config), pictures)
+
+    def estimate(config: RunConfig) -> MemoryEstimate:
+        merged = merged_weights(size, config.learner, dtype=resolve_dtype(config.model))
+        return dataclasses.replace(together(rank(config), engine(config), pictures), merged=merged)
+
+    return estimate
 
 
 def engine_estimate(size: ModelSize, *, engines: int = 1, pictures: int = 0, sampled: bool = True) -> Estimate:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, fields
 
 from transformers import PreTrainedConfig
@@ -13,9 +13,10 @@ from transformers import PreTrainedConfig
 from rlmed.core.config.running import ClusterConfig
 from rlmed.core.config.schema import LearnerConfig, ModelConfig
 from rlmed.models.cpu.products import linear_shapes, packed_bytes
+from rlmed.models.families import PARTS
 from rlmed.models.logprobs import CPU_BLOCK_BYTES, CPU_BYTES, CUDA_BYTES
 from rlmed.models.policy import DTYPES
-from rlmed.models.size import ModelSize
+from rlmed.models.size import BlockSize, ModelSize
 
 GIB = 2**30
 PROCESS_BYTES = 200 * 2**20
@@ -32,6 +33,8 @@ SORTED = 9
 """The same with top-k or top-p: those, sorted ones, int64 order, sums, differences, a mask."""
 STEPPED = 4
 """Float32 copies of one parameter while rounded moments are updated: both, noise, its sum."""
+NF4_BYTES = 0.52
+"""Of a weight in 4 bits with its share of scales, which are quantized, too (arXiv 2305.14314)."""
 WORKSPACE = 4
 """Tensors as wide as a block's widest layer alive at once, beside those kept for backward."""
 
@@ -114,6 +117,8 @@ class MemoryEstimate:
     """Upper bound: every slot filled with the longest prompt and completion."""
     pictures: int = 0
     """Decoded images in memory, see `rlmed.data.images.kept_bytes`."""
+    merged: int = 0
+    """Weights of the engine in the learner's process that adapters are merged into."""
     packed: int = 0
     """Copies of weights for decoding on a CPU, see `rlmed.models.cpu.linear.PackedWeights`."""
     engine: int = 0
@@ -135,6 +140,7 @@ class MemoryEstimate:
     def parts(self) -> dict[str, int]:
         """Return the terms by name, but for their largest sum."""
         names = {"kv_cache": "key-value cache", "pictures": "images", "packed": "packed weights"}
+        names["merged"] = "merged weights"
         return {names.get(entry.name, entry.name): getattr(self, entry.name) for entry in fields(self)[:-1]}
 
     def line(self) -> str:
@@ -182,7 +188,8 @@ def learner_memory(
         checkpointing: whether activations are computed again in the backward pass.
         ranks: processes that shard the policy.
     """
-    width, trained, decoder = DTYPES[dtype].itemsize, size.trained(learner.freeze), size.decoder
+    width, lora, decoder = DTYPES[dtype].itemsize, learner.lora, size.decoder
+    trained = size.trained(learner.freeze) if lora.rank is None else size.adapters(lora.target, lora.rank)
     own = 4 + width if width < 4 else 4
     gradients, gathered = own * trained // ranks, 0
     if ranks > 1:
@@ -192,21 +199,52 @@ def learner_memory(
         gradients += (width + 4) * min(root, trained)
     logits = _logits(size, batch, width, on_cpu=on_cpu)
     # the vocabulary projection's gradient comes first; a tied embedding's is added to it at the end
-    head = 0 if "language_model" in learner.freeze else width * size.head
+    head = 0 if "language_model" in _frozen(learner) or lora.rank is not None else width * size.head
     activations = _activations(size, learner, batch, width, on_cpu=on_cpu, checkpointing=checkpointing)
     # as a backward pass goes on, activations leave and gradients come: the sum is largest at an end
     begin = activations + logits + head + (4 * trained // ranks if batch.several else 0)
     end = gradients + (head if size.tied else 0) + WORKSPACE * batch.tokens * decoder.widest * width
-    update = 4 * trained // ranks + (0 if learner.moments == "float32" else STEPPED * 4 * size.largest // ranks)
+    largest = min(size.largest, trained)
+    update = 4 * trained // ranks + (0 if learner.moments == "float32" else STEPPED * 4 * largest // ranks)
     return MemoryEstimate(
-        weights=width * size.parameters // ranks + gathered,
-        reference=width * size.parameters // ranks if reference else 0,
+        weights=learner_weights(size, learner, width) // ranks + gathered,
+        # adapters that are switched off leave the reference
+        reference=width * size.parameters // ranks if reference and lora.rank is None else 0,
         optimizer=trained * (MOMENT_BYTES[learner.moments] + (4 if width < 4 else 0)) // ranks,
         gradients=gradients,
         activations=activations,
         logits=logits,
         passing=max(begin, end, update),
     )
+
+
+def learner_weights(size: ModelSize, learner: LearnerConfig, width: int) -> int:
+    """Return the bytes of the policy's weights and adapters, of `width` each."""
+    lora = learner.lora
+    if lora.rank is None:
+        return width * size.parameters
+    small = size.adapted(lora.target) if lora.quantize else 0
+    return int(width * (size.parameters - small + size.adapters(lora.target, lora.rank)) + NF4_BYTES * small)
+
+
+def merged_weights(size: ModelSize, learner: LearnerConfig, *, dtype: str) -> int:
+    """Return the bytes of the weights that an engine in the learner's process has of its own."""
+    lora = learner.lora
+    return 0 if lora.rank is None or lora.quantize else DTYPES[dtype].itemsize * size.adapted(lora.target)
+
+
+def _frozen(learner: LearnerConfig) -> Collection[str]:
+    """Return the parts in which nothing is trained."""
+    lora = learner.lora
+    return learner.freeze if lora.rank is None else [part for part in PARTS if part not in lora.target]
+
+
+def _of_adapters(block: BlockSize, learner: LearnerConfig, part: str, width: int) -> int:
+    """Return the bytes per token that a block's adapters keep: A x, and what dropout has left."""
+    lora = learner.lora
+    if lora.rank is None or part not in lora.target:
+        return 0
+    return width * lora.rank * block.linears + ((width + 1) * block.inputs if lora.dropout else 0)
 
 
 def _logits(size: ModelSize, batch: Batch, width: int, *, on_cpu: bool) -> int:
@@ -231,6 +269,7 @@ def _activations(
     prompts, completions = batch.row()
     fused = on_cpu and width == 4
     layer = tokens * (width * decoder.linear_values + (0 if fused else 8 * decoder.hidden + width * decoder.widest))
+    layer += tokens * _of_adapters(decoder, learner, "language_model", width)
     if on_cpu:
         visible = batch.prompt_tokens + batch.fed
         gathered = prompts * batch.prompt_tokens + completions * visible - (tokens if width == 4 else 0)
@@ -255,7 +294,8 @@ def _vision_activations(
     pixels = patches * size.patch_values * (4 if width == 4 else 4 + width)
     # beside the linear layers: rotated queries and keys, the attention's output, the activation
     block = patches * width * (tower.linear_values + 3 * tower.hidden + tower.widest)
-    if "vision" in learner.freeze:
+    block += patches * _of_adapters(tower, learner, "vision", width)
+    if "vision" in _frozen(learner):
         return pixels + WORKSPACE * patches * tower.widest * width
     if checkpointing:
         return pixels + tower.depth * patches * tower.hidden * width + block

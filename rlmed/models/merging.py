@@ -1,7 +1,7 @@
 """Merge low-rank adapters into the weights below them: W + s B A, computed in float32.
 
 A bfloat16 weight has 8 significant bits, so rounding the sum to nearest would drop every change
-that is smaller than half of W's last bit: in the first steps of training, nearly all of B A. So the sum
+that is smaller than half of W's last bit: in the first steps of training, nearly all of B A. So it
 is rounded stochastically, up or down by distance, and the change is right in the mean over a row's
 weights. Chance depends on the weight's name alone: the same adapters always give the same merged
 weights, in a rollout, in a checkpoint's evaluation and in a merged export.

@@ -33,6 +33,10 @@ class BlockSize:
     """Features of a token's queries."""
     parameters: int
     """Of one block."""
+    linears: int
+    """Linear layers of a block."""
+    inputs: int
+    """Inputs of a block's linear layers per token, each layer's own."""
 
     @classmethod
     def of(cls, blocks: nn.ModuleList, hidden: int) -> BlockSize:
@@ -56,6 +60,8 @@ class BlockSize:
             key_values=key_values,
             query_values=query,
             parameters=sum(parameter.numel() for parameter in blocks[0].parameters()),
+            linears=len(linears),
+            inputs=sum(layer.in_features for layer in linears.values()),
         )
 
 
@@ -71,6 +77,10 @@ class ModelSize:
 
     parts: Mapping[str, int]
     """Parameters by part (`rlmed.models.families.PARTS`)."""
+    linear_weights: Mapping[str, int]
+    """Those of linear layers that can have an adapter: all but the vocabulary projection."""
+    linear_sides: Mapping[str, int]
+    """Inputs plus outputs of these layers: the parameters of adapters of rank 1."""
     largest: int
     """Elements of the largest parameter."""
     vocabulary: int
@@ -87,6 +97,12 @@ class ModelSize:
     def of(cls, model: PreTrainedModel) -> ModelSize:
         """Measure a model, which may be on the meta device."""
         family, parts = family_of(model.config), Counter[str](dict.fromkeys(PARTS, 0))
+        linear_weights, linear_sides, head = Counter[str](), Counter[str](), model.get_output_embeddings()
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear) and module is not head:
+                part = family.part_of(f"{name}.weight")
+                linear_weights[part] += module.weight.numel()
+                linear_sides[part] += module.in_features + module.out_features
         largest = 0
         for name, parameter in model.named_parameters():
             parts[family.part_of(name)] += parameter.numel()
@@ -102,6 +118,8 @@ class ModelSize:
             patch_values = patch[0].numel()
         return cls(
             parts=dict(parts),
+            linear_weights=dict(linear_weights),
+            linear_sides=dict(linear_sides),
             largest=largest,
             vocabulary=text.vocab_size,
             tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
@@ -124,6 +142,14 @@ class ModelSize:
     def trained(self, freeze: Collection[str]) -> int:
         """Return the number of parameters outside the parts `freeze`."""
         return sum(count for part, count in self.parts.items() if part not in freeze)
+
+    def adapted(self, target: Collection[str]) -> int:
+        """Return the number of weights that adapters of the parts `target` are added to."""
+        return sum(count for part, count in self.linear_weights.items() if part in target)
+
+    def adapters(self, target: Collection[str], rank: int) -> int:
+        """Return the number of parameters of these adapters."""
+        return rank * sum(count for part, count in self.linear_sides.items() if part in target)
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:

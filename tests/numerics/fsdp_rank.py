@@ -23,8 +23,9 @@ from learner import checkpoint as learner_checkpoint
 from learner.distributed import FSDP, free_init_method, init_distributed
 from learner.learner import PolicyLearner
 from rlmed.core.types import TrainGroup
+from rlmed.models.adapters import add_adapters
 from rlmed.models.policy import load_policy
-from tests.configs import learner_config, loss_config
+from tests.configs import learner_config, lora_config, loss_config
 from tests.rounding import smooth_updates
 
 COLLECTIVE_S = 30.0
@@ -50,6 +51,8 @@ class Job:
     device: str = "cpu"
     loss: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] | None = None
+    """Adapters to train, see `tests.configs.lora_config`; None: the weights."""
     spoil: int | None = None
     """Of this batch, make the gradient infinite on the last rank alone."""
 
@@ -70,10 +73,15 @@ class Result:
 
 def do(job: Job, parallelism: FSDP | None = None, *, last: bool = True) -> Result:
     """Load, learn, save; `last` is True on the last rank."""
-    policy = load_policy(job.start or job.base, dtype=job.dtype, device=job.device)
+    policy = load_policy(job.base if job.lora else job.start or job.base, dtype=job.dtype, device=job.device)
+    if job.lora:
+        policy = add_adapters(policy, lora_config(**job.lora), base=str(job.base), seed=0)
+        assert policy.adapters
+        if job.start:
+            policy.adapters.load(job.start)
     loss = loss_config(**job.loss)
     reference = None
-    if loss.kl_coef:
+    if loss.kl_coef and not job.lora:
         reference = load_policy(job.base, dtype=job.dtype, device=job.device)
         reference.model.requires_grad_(False)
     reports: list[str] = []

@@ -231,6 +231,43 @@ def test_what_is_learnt_while_a_checkpoint_is_written_is_not_in_it(ranks, new_fo
     assert_identical(busy, through)
 
 
+LORA = {"rank": 4, "target": ("vision", "language_model"), "dropout": 0.0}
+
+
+@pytest.mark.parametrize("target", [("language_model",), ("vision", "merger", "language_model")], ids=str)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_adapters_are_those_of_one_rank(target, checkpointing, ranks, tiny_folder, make_train_groups):
+    """Their reference is the sharded policy itself; the first pass over it is without adapters."""
+    pytest.importorskip("peft", reason="needs the extra lora")
+    batches = [make_train_groups("qwen2_vl", 4, seed=seed) for seed in range(3)]
+    config = {"token_budget": 90, "mini_batches": 2, "lr": 1e-2, "gradient_checkpointing": checkpointing}
+    job = Job(tiny_folder("qwen2_vl"), batches, config=config, lora=LORA | {"target": target})
+    results, expected = agree(ranks, job)
+    assert worst_moment(results[0], expected) <= 10 * GRADIENTS
+    start = fsdp_rank.do(Job(job.base, [])).weights
+    assert list(start) == list(expected.weights)
+    assert worst_difference(expected.weights, start)[0] > 20 * tolerance(job, expected)
+    names = [name for name in expected.names if "lora_" in name]
+    assert len(expected.state["adamw"]["state"]) == len(names) > 0
+    assert expected.metrics[-1]["kl"] > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_checkpoint_of_adapters_fits_any_number_of_ranks(dtype, ranks, new_folder, tiny_folder, make_train_groups):
+    pytest.importorskip("peft", reason="needs the extra lora")
+    batches = [make_train_groups("qwen2_vl", 2, seed=seed) for seed in range(2)]
+    job = Job(tiny_folder("qwen2_vl"), batches[:1], dtype=dtype, lora=LORA, save=new_folder("two"))
+    two = ranks.do(job)[0]
+    folder = job.save
+    assert sorted(path.name for path in folder.glob("*.safetensors")) == ["adapter_model.safetensors"]
+    after = dataclasses.replace(job, batches=[], start=folder, save=None)
+    assert_identical(fsdp_rank.do(after), two)
+    assert_identical(ranks.do(after)[0], two)
+    through = ranks.do(dataclasses.replace(job, batches=batches, save=None))[0]
+    resumed = ranks.do(dataclasses.replace(after, batches=batches[1:]))[0]
+    assert_identical(resumed, through)
+
+
 def test_a_rank_writes_its_share_alone(ranks, new_folder, tiny_folder, make_train_groups):
     job = Job(tiny_folder("qwen2_vl"), [make_train_groups("qwen2_vl", 2)], dtype="bfloat16", save=new_folder("saved"))
     ranks.do(job)

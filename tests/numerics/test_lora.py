@@ -14,7 +14,6 @@ from learner.advantages import group_advantages
 from learner.learner import PolicyLearner
 from learner.packing import pack, packed_logprobs
 from learner.supervised import SupervisedLearner, written_item
-from rlmed.core.config.schema import LoraConfig
 from rlmed.core.types import ScoredGroup, TrainGroup
 from rlmed.models.adapters import add_adapters
 from rlmed.models.families import PARTS
@@ -22,7 +21,7 @@ from rlmed.models.merging import merge
 from rlmed.models.policy import load_policy
 from rlmed.models.weights import make_buckets
 from rollout.native.engine import NativeEngine
-from tests.configs import learner_config, loss_config
+from tests.configs import learner_config, lora_config, loss_config
 from tests.rounding import GRADIENTS, LOGPROBS, rounding
 
 peft = pytest.importorskip("peft", reason="needs the extra lora")
@@ -31,14 +30,12 @@ ALL = ("vision", "merger", "language_model")
 TEMPERATURE = 0.9
 
 
-def lora_config(**changes):
-    given = {"rank": 4, "alpha": 8.0, "target": ("language_model",), "dropout": 0.0, "quantize": None}
-    return LoraConfig(**given | changes)
+SMALL = {"rank": 4, "alpha": 8.0}
 
 
 def adapted(sampling, seed=0, **changes):
     """The policy with adapters, whose B are not zero, so that they have a say."""
-    policy = add_adapters(sampling, lora_config(**changes), base=str(sampling.model.name_or_path), seed=seed)
+    policy = add_adapters(sampling, lora_config(**SMALL, **changes), base=str(sampling.model.name_or_path), seed=seed)
     randomize(policy, seed=seed)
     return policy
 
@@ -116,7 +113,7 @@ def test_the_gradient_is_that_of_a_padded_peft_model(
 def test_training_moves_every_adapter_and_no_weight(target, dtype, fresh_policy, make_train_groups):
     sampling = fresh_policy("qwen2_vl", dtype=dtype)
     before = weights(sampling.model)
-    policy = add_adapters(sampling, lora_config(target=target), base="x", seed=0)
+    policy = add_adapters(sampling, lora_config(**SMALL, target=target), base="x", seed=0)
     first = factors(policy)
     parts = {policy.family.part_of(name) for name in first}
     assert parts == set(target)
@@ -129,7 +126,7 @@ def test_training_moves_every_adapter_and_no_weight(target, dtype, fresh_policy,
 
 
 def test_another_seed_draws_other_adapters(fresh_policy):
-    policies = [add_adapters(fresh_policy("qwen2"), lora_config(), base="x", seed=seed) for seed in (0, 0, 1)]
+    policies = [add_adapters(fresh_policy("qwen2"), lora_config(**SMALL), base="x", seed=seed) for seed in (0, 0, 1)]
     own = [factors(policy) for policy in policies]
     assert identical(own[0], own[1])
     assert not identical(own[0], own[2])
@@ -230,7 +227,7 @@ def test_merged_weights_are_w_plus_s_b_a(fresh_policy):
 def test_a_resumed_learner_goes_on_bit_for_bit(dtype, dropout, fresh_policy, make_train_groups, tmp_path):
     def fresh(folder=None):
         sampling = fresh_policy("qwen2_vl", dtype=dtype)
-        policy = add_adapters(sampling, lora_config(dropout=dropout, target=ALL), base="x", seed=0)
+        policy = add_adapters(sampling, lora_config(**SMALL, dropout=dropout, target=ALL), base="x", seed=0)
         if folder:
             policy.adapters.load(folder)
         learner = new_learner(policy, loss_config(kl_coef=0.04), mini_batches=2)
@@ -259,7 +256,7 @@ def test_a_resumed_learner_goes_on_bit_for_bit(dtype, dropout, fresh_policy, mak
 def test_supervised_training_moves_adapters_alone(fresh_policy, make_prompt, tmp_path):
     sampling = fresh_policy("qwen2_vl")
     before = weights(sampling.model)
-    policy = add_adapters(sampling, lora_config(target=ALL), base="x", seed=0)
+    policy = add_adapters(sampling, lora_config(**SMALL, target=ALL), base="x", seed=0)
     learner = SupervisedLearner(policy, learner_config(lr=1e-2, lr_schedule="constant"), total_steps=8)
     items = [
         written_item(make_prompt("qwen2_vl", 3, length=9, grid=(4, 4)), np.array([40, 41, 42])),
@@ -274,7 +271,7 @@ def test_supervised_training_moves_adapters_alone(fresh_policy, make_prompt, tmp
 def test_a_checkpoint_is_a_model(dtype, tiny_folder, fresh_policy, make_train_groups, tmp_path):
     """Loaded as one, it has the very weights that the engine had."""
     sampling = fresh_policy("qwen2_vl", dtype=dtype)
-    policy = add_adapters(sampling, lora_config(target=ALL), base=str(tiny_folder("qwen2_vl")), seed=0)
+    policy = add_adapters(sampling, lora_config(**SMALL, target=ALL), base=str(tiny_folder("qwen2_vl")), seed=0)
     policy.adapters.give_to(sampling)
     learner = new_learner(policy, lr=1e-2)
     learner.step(make_train_groups("qwen2_vl", 4))
@@ -296,14 +293,14 @@ def test_a_checkpoint_is_a_model(dtype, tiny_folder, fresh_policy, make_train_gr
 
 def test_a_model_without_layers_in_the_target_is_refused(fresh_policy):
     with pytest.raises(ValueError, match=r"learner\.lora\.target=\['vision'\]: model tiny has no linear layers"):
-        add_adapters(fresh_policy("qwen2"), lora_config(target=("vision",)), base="tiny", seed=0)
+        add_adapters(fresh_policy("qwen2"), lora_config(**SMALL, target=("vision",)), base="tiny", seed=0)
 
 
 def test_the_first_ratio_is_one_and_the_first_reference_the_policy(
     fresh_policy, mixed_prompts, run_engine, make_train_groups
 ):
     sampling = fresh_policy("qwen2_vl")
-    policy = add_adapters(sampling, lora_config(), base="x", seed=0)
+    policy = add_adapters(sampling, lora_config(**SMALL), base="x", seed=0)
     policy.adapters.give_to(sampling)
     groups = run_engine(sampling, mixed_prompts("qwen2_vl", 4), group_size=4, temperature=TEMPERATURE)
     rewards = np.arange(4, dtype=np.float32)

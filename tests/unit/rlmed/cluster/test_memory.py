@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from benchmarks.gpu.setting import GEOMETRIES, Geometry, random_model
-from rlmed.cluster.capacity import most_sampled, sampled_batch
+from rlmed.cluster.capacity import local_estimate, most_sampled, sampled_batch
 from rlmed.cluster.memory import (
     PROCESS_BYTES,
     Batch,
@@ -24,12 +24,14 @@ from rlmed.cluster.memory import (
     engine_memory,
     engines_that_pack,
     learner_memory,
+    merged_weights,
     packed_weights,
     together,
 )
 from rlmed.core.config.composing import compose_config
 from rlmed.core.config.schema import RunConfig
 from rlmed.core.types import Prompt, RolloutRequest, SamplingParams
+from rlmed.models.adapters import add_adapters
 from rlmed.models.cpu import products
 from rlmed.models.loading import model_folder
 from rlmed.models.policy import Policy
@@ -101,6 +103,37 @@ def test_what_is_frozen_or_left_out_costs_nothing(tiny_policy: Callable[..., Pol
     assert 0 < frozen.optimizer < full.optimizer
     assert 0 < frozen.activations < full.activations
     assert learner_estimate(size, config("learner.freeze=[language_model]")).gradients < full.gradients
+
+
+def test_adapters_cost_little_and_merged_weights_their_own_size(fresh_policy: Callable[..., Policy]) -> None:
+    pytest.importorskip("peft", reason="needs the extra lora")
+    policy = fresh_policy("qwen2_vl", dtype="bfloat16")
+    size, settings = sized(policy), config("learner=lora", "learner.lora.target=[vision,language_model]")
+    adapted = add_adapters(policy, settings.learner.lora, base="x", seed=0)
+    assert adapted.adapters is not None
+    count = sum(parameter.numel() for parameter in adapted.adapters.parameters().values())
+    found = learner_estimate(size, settings, dtype="bfloat16")
+    assert (found.reference, found.optimizer, found.gradients) == (0, 12 * count, 6 * count)
+    assert found.weights == sum(parameter.nbytes for parameter in adapted.model.parameters())
+    merged = sum(weight.value.nbytes for weight in adapted.weights() if weight.factors)
+    assert merged_weights(size, settings.learner, dtype="bfloat16") == merged
+    dropping = learner_estimate(size, config("learner=lora", "learner.lora.dropout=0.1"))
+    assert dropping.activations > learner_estimate(size, config("learner=lora")).activations
+    small = config("learner=lora", "learner.lora.quantize=nf4")
+    assert learner_estimate(size, small, dtype="bfloat16").weights < found.weights
+    assert merged_weights(size, small.learner, dtype="bfloat16") == 0
+    assert merged_weights(size, config().learner, dtype="bfloat16") == 0
+
+
+def test_the_papers_run_with_adapters_fits_a_card_of_24_gb() -> None:
+    size = ModelSize.of(meta_model(GEOMETRIES["2b"].config({"image_token_id": 5})))
+    # the hub cannot be asked for the configuration, of which only packed weights need more than the size
+    settings = config("+profile=paper", "learner=lora", "model.dtype=bfloat16", "model.path=embedded:tiny_base")
+    estimate = local_estimate(size, engines=1, pictures=0, on_cpu=False)(settings)
+    assert estimate.peak + PROCESS_BYTES < 20e9
+    assert estimate.merged > 2e9
+    assert estimate.reference == 0
+    assert settings.learner.lr == 1e-5
 
 
 def test_activations_follow_the_tokens_of_a_micro_batch(tiny_policy: Callable[..., Policy]) -> None:
@@ -198,6 +231,11 @@ CASES = {
             "token_budget": 2000,
         }
     },
+    "adapters": {
+        "batch": {**BATCH, "token_budget": 1200},
+        "reference": True,
+        "lora": {"rank": 16, "target": ["vision", "language_model"]},
+    },
 }
 
 
@@ -217,11 +255,14 @@ def test_a_real_step_takes_what_is_estimated(case: str, tmp_path: Path) -> None:
     given = {
         "dtype": "float32",
         "learner": {},
+        "lora": {},
         "reference": False,
         "tiny": str(tiny),
         "folder": str(folder),
         **CASES[case],
     }
+    if given["lora"]:
+        pytest.importorskip("peft", reason="needs the extra lora")
     command = [sys.executable, "-c", MEASURE, json.dumps(given)]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     found = json.loads(done.stdout.splitlines()[-1])
