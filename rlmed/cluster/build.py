@@ -46,6 +46,7 @@ from rlmed.core.config.schema import ModelConfig, RunConfig
 from rlmed.core.process.threads import usable_cores
 from rlmed.core.protocols import Learner, RolloutPool
 from rlmed.data.prompts import PromptRenderer
+from rlmed.models.folder.adapter import is_adapter
 from rlmed.models.loading import model_folder, resolve_device, resolve_dtype
 from rlmed.models.policy import Policy
 from rlmed.models.tiny.toy import EMBEDDED
@@ -186,6 +187,12 @@ def _build_vllm(config: RunConfig) -> Engine:
         torch.set_num_threads(config.cluster.threads)
         os.environ["OMP_NUM_THREADS"] = str(config.cluster.threads)
     rollout, on_cpu = config.rollout, resolve_device(config.model).type == "cpu"
+    folder = model_folder(config.model.path)
+    require(
+        not is_adapter(folder),
+        f"rollout=vllm loads full models, and {folder} is an adapter: use rollout=native, or merge it first (peft's "
+        "merge_and_unload()) and give the merged folder",
+    )
     from rollout.vllm_backend.engine import VllmEngine
     from rollout.vllm_backend.settings import VllmSettings
 
@@ -201,7 +208,7 @@ def _build_vllm(config: RunConfig) -> Engine:
         sleep=bool(rollout.sleep),
         seed=config.seed,
     )
-    return VllmEngine(model_folder(config.model.path), settings)
+    return VllmEngine(folder, settings)
 
 
 def build_ray(

@@ -67,6 +67,6 @@ def check_not_quantized(folder: Path, parts: Collection[str]) -> None:
     """
     if parts:
         raise ValueError(
-            f"learner.lora.quantize=nf4 and model {str(folder)!r}, an adapter: export it first (python -m rlmed.export), "
-            "and give the exported folder"
+            f"learner.lora.quantize=nf4 and model {str(folder)!r}, an adapter: merge it first (peft's "
+            "merge_and_unload()), and give the merged folder"
         )

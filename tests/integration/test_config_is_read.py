@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib.util
 import sys
 import typing
 from collections.abc import Callable, Collection, Iterator
@@ -36,6 +37,7 @@ SPREAD = """
 def first_token(example, completion):
     return float(completion.token_ids[0] % 7)
 """
+ADAPTERS = [("learner=lora",)] if importlib.util.find_spec("peft") else []
 RUNS = {
     "train": (
         ("reward.extra=[spread:first_token]", "eval.every=1"),
@@ -50,8 +52,9 @@ RUNS = {
             "eval.at_end=false",
             "eval.every=1",
         ),
+        *ADAPTERS,
     ),
-    "sft": (("sft.epochs=1", "sft.batch_size=5"),),
+    "sft": (("sft.epochs=1", "sft.batch_size=5"), *ADAPTERS),
     "evaluate": ((),),
     "reliability": (("reliability.samples=2",),),
 }

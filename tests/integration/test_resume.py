@@ -68,6 +68,23 @@ def test_killed_and_resumed_equals_uninterrupted(place: str, workplace: Path, un
 
 
 @pytest.mark.slow
+def test_adapters_killed_and_resumed_equal_uninterrupted(workplace: Path) -> None:
+    pytest.importorskip("peft", reason="needs the extra lora")
+    settings = ("learner=lora", "learner.lora.dropout=0.1", "learner.lora.target=[vision,language_model]")
+    whole, folder = workplace / "lora", workplace / "lora_killed"
+    assert launch("nowhere", workplace, *settings, f"hydra.run.dir={whole}").returncode == 0
+    killed = launch("checkpoint:4", workplace, *settings, f"hydra.run.dir={folder}")
+    assert killed.returncode == -signal.SIGKILL, killed.output
+    resumed = launch("nowhere", workplace, *settings, f"resume={folder}")
+    assert resumed.returncode == 0, resumed.output
+    expected, got = (
+        load_file(run / "checkpoints" / f"step-{STEPS:06d}" / "adapter_model.safetensors") for run in (whole, folder)
+    )
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(tensor, got[name]) for name, tensor in expected.items())
+
+
+@pytest.mark.slow
 def test_a_resumed_curriculum_asks_the_same_prompts(workplace: Path) -> None:
     """Rows are set aside by their results, so the order depends on the run's history.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 
 from benchmarks.geometry_2b import forget_peak, memory
 from learner.learner import PolicyLearner
-from rlmed.cluster.memory import Batch, keep_freed_memory, learner_memory, merged_weights
+from rlmed.cluster.memory import Batch, keep_freed_memory, learner_memory
 from rlmed.core.types import (
     Completion,
     Example,
@@ -23,7 +22,6 @@ from rlmed.core.types import (
     ScoredGroup,
     TrainGroup,
 )
-from rlmed.models.adapters import add_adapters
 from rlmed.models.policy import load_policy
 from rlmed.models.size import ModelSize
 from tests.configs import learner_config, loss_config
@@ -62,19 +60,12 @@ def main(argument: str) -> None:
     given = json.loads(argument)
     batch, dtype = Batch(**given["batch"]), given["dtype"]
     config = learner_config(token_budget=batch.token_budget, **given["learner"])
-    config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, **given["lora"]))
     loss = loss_config(kl_coef=0.04 if given["reference"] else 0.0)
     load_policy(Path(given["tiny"]))  # the modules that loading imports
     keep_freed_memory()
     before = memory("VmRSS")
-    sampling, reference = load_policy(Path(given["folder"]), dtype=dtype), None
-    policy = sampling
-    if config.lora.rank:
-        policy = add_adapters(sampling, config.lora, base=given["folder"], seed=0)
-        assert policy.adapters
-        policy.adapters.give_to(sampling)
-    elif given["reference"]:
-        reference = load_policy(Path(given["folder"]), dtype=dtype)
+    policy = load_policy(Path(given["folder"]), dtype=dtype)
+    reference = load_policy(Path(given["folder"]), dtype=dtype) if given["reference"] else None
     groups = groups_of(policy.model.config, batch)
     learner = PolicyLearner(
         policy, reference, loss, config, total_steps=9, max_tokens=batch.max_tokens, temperature=1.0
@@ -82,16 +73,13 @@ def main(argument: str) -> None:
     forget_peak()
     for _ in range(2):
         learner.step(groups)
-        policy.publish()
-    size = ModelSize.of(sampling.model)
     estimate = learner_memory(
-        size,
+        ModelSize.of(policy.model),
         config,
         batch,
         dtype=dtype,
         on_cpu=True,
-        reference=given["reference"],
+        reference=reference is not None,
         checkpointing=bool(config.gradient_checkpointing),
     )
-    needed = estimate.peak + merged_weights(size, config, dtype=dtype)
-    sys.stdout.write(json.dumps({"peak": memory("VmHWM") - before, "estimate": needed}))
+    sys.stdout.write(json.dumps({"peak": memory("VmHWM") - before, "estimate": estimate.peak}))

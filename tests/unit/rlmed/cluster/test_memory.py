@@ -231,11 +231,6 @@ CASES = {
             "token_budget": 2000,
         }
     },
-    "adapters": {
-        "batch": {**BATCH, "token_budget": 1200},
-        "reference": True,
-        "lora": {"rank": 16, "target": ["vision", "language_model"]},
-    },
 }
 
 
@@ -255,14 +250,11 @@ def test_a_real_step_takes_what_is_estimated(case: str, tmp_path: Path) -> None:
     given = {
         "dtype": "float32",
         "learner": {},
-        "lora": {},
         "reference": False,
         "tiny": str(tiny),
         "folder": str(folder),
         **CASES[case],
     }
-    if given["lora"]:
-        pytest.importorskip("peft", reason="needs the extra lora")
     command = [sys.executable, "-c", MEASURE, json.dumps(given)]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     found = json.loads(done.stdout.splitlines()[-1])
