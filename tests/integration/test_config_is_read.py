@@ -52,9 +52,9 @@ RUNS = {
             "eval.at_end=false",
             "eval.every=1",
         ),
-        *ADAPTERS,
+        *(("reward.extra=[spread:first_token]", *run) for run in ADAPTERS),
     ),
-    "sft": (("sft.epochs=1", "sft.batch_size=5"), *ADAPTERS),
+    "sft": (("sft.epochs=1", "sft.batch_size=5"), *(("sft.epochs=1", "sft.batch_size=5", *run) for run in ADAPTERS)),
     "evaluate": ((),),
     "reliability": (("reliability.samples=2",),),
 }
