@@ -107,7 +107,7 @@ def build_cluster(
     config = dataclasses.replace(config, model=settle_model(config.model, engines=engines, resumed=resumed))
     config = settle_local(config, engines=engines, learns=config.debug.learn)
     if config.debug.learn:
-        trained, policy = load_policies(config, checkpoint)
+        trained, policy = load_policies(config, checkpoint, samples=True)
         learner: Learner = build_learner(config, on_bad_step, policy=trained)
     else:
         policy = build_policy(config.model, model_folder(config.model.path), threads=config.cluster.threads)
@@ -141,7 +141,7 @@ def build_learner(
     """
     if policy is None:
         config = settle_rank(config, parallelism)
-    policy = policy or load_policies(config, checkpoint)[0]
+    policy = policy or load_policies(config, checkpoint, samples=False)[0]
     reference = None
     if config.algo.loss.kl_coef > 0 and policy.adapters is None:
         reference = build_policy(config.model, model_folder(config.model.path), threads=config.cluster.threads)
@@ -159,10 +159,15 @@ def build_learner(
     )
 
 
-def load_policies(config: RunConfig, checkpoint: Path | None) -> tuple[Policy, Policy]:
+def load_policies(config: RunConfig, checkpoint: Path | None, *, samples: bool) -> tuple[Policy, Policy]:
     """Load the policy to train and the one to sample from, see `build_policies`."""
     return build_policies(
-        config.model, config.learner.lora, checkpoint=checkpoint, seed=config.seed, threads=config.cluster.threads
+        config.model,
+        config.learner.lora,
+        checkpoint=checkpoint,
+        seed=config.seed,
+        threads=config.cluster.threads,
+        samples=samples,
     )
 
 

@@ -105,7 +105,7 @@ def build_finetuning(
         return Finetuning(cluster.learner, cluster.evaluation_pool, cluster.model, cluster.resources)
     model = settle_model(config.model, engines=1, resumed=folder if checkpoint else None)
     config = settle_local(dataclasses.replace(config, model=model), engines=1, learns=True, sampled=False)
-    trained, policy = load_policies(config, checkpoint)
+    trained, policy = load_policies(config, checkpoint, samples=True)
     learner = SupervisedLearner(trained, config.learner, total_steps=steps)
     return Finetuning(learner, build_local_pool(config.rollout, policy, renderer), model, ExitStack())
 
@@ -120,7 +120,7 @@ def build_supervised(
 ) -> SupervisedLearner:
     """Build one rank's learner of written completions; its metrics count skipped steps."""
     config = settle_rank(config, parallelism, sampled=False)
-    policy, _ = load_policies(config, checkpoint)
+    policy, _ = load_policies(config, checkpoint, samples=False)
     return SupervisedLearner(policy, config.learner, total_steps=steps, parallelism=parallelism)
 
 

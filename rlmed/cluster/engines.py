@@ -151,12 +151,13 @@ def build_policy(model: ModelConfig, folder: Path, *, threads: int | None, quant
 
 
 def build_policies(
-    model: ModelConfig, lora: LoraConfig, *, checkpoint: Path | None, seed: int, threads: int | None
+    model: ModelConfig, lora: LoraConfig, *, checkpoint: Path | None, seed: int, threads: int | None, samples: bool
 ) -> tuple[Policy, Policy]:
-    """Load the policy to train, and the one to sample from in this process.
+    """Load the policy to train, and the one that an engine in this process samples from.
 
-    Without adapters they are one. With them, they share all weights but the adapted ones; of these
-    the second has merged copies, unless the first keeps them in 4 bits: then it samples itself.
+    Without adapters, or such an engine, they are one. With both, they share all weights but the
+    adapted ones; of these the second has merged copies, unless the first keeps them in 4 bits: then
+    it samples itself.
 
     Args:
         model: its settings.
@@ -164,6 +165,7 @@ def build_policies(
         checkpoint: of the trained policy; None for the model as it is.
         seed: of new adapters.
         threads: of torch, see `build_policy`.
+        samples: whether there is an engine in this process.
     """
     base = model_folder(model.path)
     if lora.rank is None:
@@ -174,7 +176,7 @@ def build_policies(
     assert trained.adapters is not None
     if checkpoint is not None:
         trained.adapters.load(checkpoint)
-    if lora.quantize:
+    if lora.quantize or not samples:
         return trained, trained
     trained.adapters.give_to(sampling)
     return trained, sampling

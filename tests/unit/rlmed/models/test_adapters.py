@@ -82,7 +82,7 @@ def test_half_of_a_pair(adapter: Path) -> None:
 def test_four_bits_need_a_gpu() -> None:
     config = compose_config("train", ["learner=lora", "learner.lora.quantize=nf4", "model.device=cpu"])
     with pytest.raises(ValueError, match=r"learner\.lora\.quantize=nf4 needs a CUDA device"):
-        build_policies(config.model, config.learner.lora, checkpoint=None, seed=0, threads=None)
+        build_policies(config.model, config.learner.lora, checkpoint=None, seed=0, threads=None, samples=True)
 
 
 def test_only_adapters_are_trained(fresh_policy: Callable[..., Policy]) -> None:
@@ -91,3 +91,14 @@ def test_only_adapters_are_trained(fresh_policy: Callable[..., Policy]) -> None:
     assert policy.adapters is not None
     trained = {name for name, parameter in policy.model.named_parameters() if parameter.requires_grad}
     assert trained == policy.adapters.parameters().keys()
+
+
+@pytest.mark.parametrize("samples", [True, False])
+def test_merged_copies_are_made_where_an_engine_samples(samples: bool) -> None:
+    config = compose_config("train", ["learner=lora", "model.device=cpu"])
+    trained, sampling = build_policies(
+        config.model, config.learner.lora, checkpoint=None, seed=0, threads=None, samples=samples
+    )
+    assert trained.adapters is not None
+    assert (trained is sampling) == (not samples)
+    assert bool(trained.adapters._given) == samples
