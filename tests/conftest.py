@@ -140,10 +140,10 @@ def base_copy(tmp_path: Path) -> Path:
 def fresh_policy(tiny_folder: Callable[..., Path]) -> Callable[..., Policy]:
     """`fresh_policy("qwen2_vl", seed=0, dtype="float32")`: the test's own policy, to be trained."""
 
-    def load(family: str, seed: int = 0, dtype: str = "float32") -> Policy:
+    def load(family: str, seed: int = 0, dtype: str = "float32", compiled_decode: bool = True) -> Policy:
         # a test in inference mode must not leave a shared policy with tensors of that mode
         with torch.inference_mode(False):
-            return load_policy(tiny_folder(family, seed), dtype=dtype)
+            return load_policy(tiny_folder(family, seed), dtype=dtype, compiled_decode=compiled_decode)
 
     return load
 

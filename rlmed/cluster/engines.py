@@ -17,20 +17,21 @@ from rlmed.cluster.memory import keep_freed_memory
 from rlmed.core.config.running import ClusterConfig, RolloutConfig
 from rlmed.core.config.schema import DataConfig, ModelConfig, PromptConfig
 from rlmed.data.prompts import PROMPT_FILE, PromptRenderer, load_processor, read_prompt_settings
-from rlmed.models.cpu.products import bfloat16_speed, settle_products
+from rlmed.models.cpu.compiler import missing_library
+from rlmed.models.cpu.products import bfloat16_speed, linear_shapes, may_pack, settle_products
 from rlmed.models.direct import DirectSender
 from rlmed.models.folder.agreement import check_agreement
 from rlmed.models.loading import model_folder, resolve_device, resolve_dtype
 from rlmed.models.policy import Policy, load_config, load_policy
 from rlmed.models.sender import WeightSender
-from rlmed.recording.inputs import chosen_dtype, chosen_onednn
+from rlmed.recording.inputs import chosen_compiled, chosen_dtype, chosen_onednn
 from rollout.fake import FakeEngine
 from rollout.local import LocalPool
 from rollout.native.engine import NativeEngine
 from rollout.native.scheduler import EngineLimits
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, Qwen2VLImageProcessorPil
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase, Qwen2VLImageProcessorPil
 
 log = logging.getLogger(__name__)
 
@@ -41,22 +42,31 @@ SLOW_BFLOAT16 = 0.5
 
 
 def settle_model(model: ModelConfig, *, engines: int, resumed: Path | None = None) -> ModelConfig:
-    """Decide `model.dtype` and `model.onednn` by CPU probes, for all processes; no change on a GPU.
+    """Decide `model.dtype`, `onednn` and `compiled_decode` on a CPU for all processes.
 
     `engines` counts those that hold packed weights on one machine (`engines_that_pack`).
 
-    A run resumed in the folder `resumed` keeps its dtype and, on the same processor and torch, its
-    use of oneDNN: another choice would round differently.
+    A run resumed in the folder `resumed` keeps its dtype and, on the same processor and torch, the
+    other choices: another one would round differently. No change on a GPU.
     """
     if resolve_device(model).type != "cpu":
-        if model.onednn is not None:
-            log.warning("model.onednn=%s has no effect on a GPU", list(model.onednn))
+        for name, value in (("onednn", model.onednn), ("compiled_decode", model.compiled_decode)):
+            if value is not None:
+                log.warning("model.%s=%s has no effect on a GPU", name, value)
         return model
     dtype = _settled_dtype(model, chosen_dtype(resumed) if resumed else None)
     uses = chosen_onednn(resumed) if resumed and model.onednn is None else model.onednn
-    if uses is None:
-        uses = settle_products(load_config(model_folder(model.path)), engines=engines)
-    return dataclasses.replace(model, dtype=dtype, onednn=uses)
+    compiled = chosen_compiled(resumed) if resumed and model.compiled_decode is None else model.compiled_decode
+    if uses is None or compiled is None:
+        config = load_config(model_folder(model.path))
+        uses = settle_products(config, engines=engines) if uses is None else uses
+        compiled = may_compile(config, dtype, engines) if compiled is None else compiled
+    return dataclasses.replace(model, dtype=dtype, onednn=uses, compiled_decode=compiled)
+
+
+def may_compile(config: PreTrainedConfig, dtype: str, engines: int) -> bool:
+    """Return whether decode steps can be compiled here, and packed weights have room."""
+    return dtype == "float32" and may_pack(linear_shapes(config), engines=engines) and not missing_library()
 
 
 def _settled_dtype(model: ModelConfig, earlier: str | None) -> str:
@@ -146,7 +156,9 @@ def build_policy(model: ModelConfig, folder: Path, *, threads: int | None) -> Po
     device = resolve_device(model)
     if device.type == "cpu":
         keep_freed_memory()
-    return load_policy(folder, dtype=resolve_dtype(model), device=device, onednn=model.onednn)
+    return load_policy(
+        folder, dtype=resolve_dtype(model), device=device, onednn=model.onednn, compiled_decode=model.compiled_decode
+    )
 
 
 def engine_limits(rollout: RolloutConfig, max_prompt_tokens: int) -> EngineLimits:

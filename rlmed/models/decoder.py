@@ -18,7 +18,7 @@ import logging
 import types
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,15 @@ PROBE_TOLERANCE = 1e-4
 Sums of n float32 products in other orders differ by about sqrt(n) * 6e-8 of their terms, 1e-5 for
 the widest layers; another norm, activation or scale by 1e-2 and more.
 """
+
+
+@runtime_checkable
+class LayersLayout(Protocol):
+    """A layout that computes all layers itself."""
+
+    def layers(self, embeddings: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        """Return final hidden states [N, d] of embeddings [N, d], for angles [N, D]."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +232,7 @@ class Decoder:
         embedded: Tensor = self._embed(token_ids)
         return embedded
 
-    def __call__(self, embeddings: Tensor, position_ids: Tensor, layout: AttentionLayout) -> Tensor:
+    def __call__(self, embeddings: Tensor, position_ids: Tensor, layout: AttentionLayout | LayersLayout) -> Tensor:
         """Return final hidden states [N, d].
 
         Args:
@@ -231,7 +240,10 @@ class Decoder:
             position_ids: as transformers' decoder takes them: int64 [3, 1, N] or [1, N].
             layout: who attends to whom.
         """
-        rotations = _Rotations.build(*self.angles(embeddings, position_ids), self.layers[0])
+        angles = self.angles(embeddings, position_ids)
+        if isinstance(layout, LayersLayout):
+            return layout.layers(embeddings, *angles)
+        rotations = _Rotations.build(*angles, self.layers[0])
         x = embeddings
         for layer in self.layers:
             x = layer(x, rotations, layout)

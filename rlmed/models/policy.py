@@ -33,7 +33,7 @@ from rlmed.models.cpu.fused import use_fused_layers
 from rlmed.models.cpu.linear import use_fast_linears
 from rlmed.models.cpu.products import settle_products
 from rlmed.models.decode_kernels import DecodeKernels, choose_kernels
-from rlmed.models.decoder import Decoder, accept_decoder
+from rlmed.models.decoder import Decoder, LayersLayout, accept_decoder
 from rlmed.models.families import family_of, unsampleable_token_ids
 from rlmed.models.folder.contents import CONFIG_FILE, check_folder
 from rlmed.models.folder.end_tokens import find_end_tokens
@@ -59,12 +59,15 @@ class Policy:
         >>> hidden = policy.hidden(token_ids, positions, layout, image_inputs)     # doctest: +SKIP
     """
 
-    def __init__(self, model: PreTrainedModel, decoder: Decoder | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, decoder: Decoder | None = None, *, compiled_decode: bool | None = None
+    ) -> None:
         """Wrap a model loaded with shared-prefix attention, and its decoder for sampling."""
         # no supported family has dropout; eval also keeps transformers from warning
         self.model: PreTrainedModel = model.eval()
         self.decoder = decoder
         self._decode_kernels: DecodeKernels | None = None
+        self._compiled_decode = compiled_decode
         self.family = family_of(model.config)
         projection = model.get_output_embeddings()
         if not isinstance(projection, nn.Linear) or projection.bias is not None:
@@ -128,9 +131,13 @@ class Policy:
     def decode_kernels(self) -> DecodeKernels:
         """Return the kernels that decode steps can use; probed when first asked for."""
         if self._decode_kernels is None:
-            rows = 3 if self.family.vision else 1
             self._decode_kernels = choose_kernels(
-                self.model.get_decoder(), self.decoder, self.projection, self._banned, position_rows=rows
+                self.model.get_decoder(),
+                self.decoder,
+                self.projection,
+                self._banned,
+                position_rows=3 if self.family.vision else 1,
+                compiled=self._compiled_decode is not False,
             )
         return self._decode_kernels
 
@@ -138,7 +145,7 @@ class Policy:
         self,
         token_ids: Tensor,
         positions: Tensor,
-        layout: AttentionLayout,
+        layout: AttentionLayout | LayersLayout,
         image_inputs: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Compute the final hidden states of a packed row; in inference mode by `decoder`.
@@ -202,6 +209,7 @@ def load_policy(
     dtype: str = "float32",
     device: str | torch.device = "cpu",
     onednn: Collection[str] | None = None,
+    compiled_decode: bool | None = None,
 ) -> Policy:
     """Load a Hugging Face folder (or hub name) as a policy.
 
@@ -209,8 +217,8 @@ def load_policy(
         folder: model folder or hub name.
         dtype: of the parameters, a key of `DTYPES`.
         device: of the parameters.
-        onednn: uses of oneDNN in this process from now on, see
-            `rlmed.models.cpu.products.settle_products`.
+        onednn: uses of oneDNN from now on, see `rlmed.models.cpu.products.settle_products`.
+        compiled_decode: False: decode steps on a CPU are not compiled.
 
     Raises:
         ValueError: if it is not a model folder, lacks weights, or its family is not supported.
@@ -253,7 +261,8 @@ def load_policy(
     use_fused_layers(model)
     use_linear_patches(model)
     use_varlen_vision(model)
-    return Policy(model, accept_decoder(model, position_rows=3 if family.vision else 1))
+    decoder = accept_decoder(model, position_rows=3 if family.vision else 1)
+    return Policy(model, decoder, compiled_decode=compiled_decode)
 
 
 def _move(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:

@@ -18,7 +18,6 @@ from rlmed.models.cpu.linear import PackedWeights
 from rlmed.models.direct import DirectReceiver
 from rlmed.models.policy import Policy, merge_image_inputs
 from rlmed.models.weights import Buckets, copy_weights, gpu_name
-from rollout.native.kv_pages import PrefillLayout
 from rollout.native.sampler import completion_seeds
 from rollout.native.scheduler import EngineLimits, Scheduler
 from rollout.native.sequence import Sequence, SequenceGroup
@@ -149,11 +148,12 @@ class NativeEngine:
         decoder = self._decoder
         decoder.reserve(requests)
         rows = self._start(groups, decoder)
-        layout = PrefillLayout.build(lengths, [group.pages for group in groups], policy, decoder.prefix)
+        layout = decoder.prompt_layout(lengths, [group.pages for group in groups])
         tokens = torch.cat([torch.as_tensor(request.prompt.token_ids) for request in requests]).to(policy.device)
         positions = torch.cat([group.positions for group in groups], dim=1).to(policy.device)
         images = merge_image_inputs([policy.image_inputs(request.prompt) for request in requests])
-        hidden = policy.hidden(tokens, positions, layout, images)
+        with self._packs.active():
+            hidden = policy.hidden(tokens, positions, layout, images)
         last = torch.tensor(lengths, device=policy.device).cumsum(0) - 1
         logits = policy.logits(hidden[last])
         repeats = torch.tensor([request.group_size for request in requests], device=policy.device)

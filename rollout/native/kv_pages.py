@@ -54,7 +54,7 @@ class PagePool:
         self._each_head = torch.arange(self.heads, device=device)
         self._free: list[int] = []
         self.keys, self.values = self._allocate(0)
-        """Per layer [pages, H_kv, page_tokens, D]; keys may be transposed in lines, see `KEY_LINE`."""
+        """Per layer [pages, H_kv, page_tokens, D]; keys may be transposed, see `KEY_LINE`."""
 
     @property
     def pages(self) -> int:

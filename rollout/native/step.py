@@ -6,6 +6,7 @@ replayed as one graph, while the host reads the tokens of the step before.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Rows
@@ -14,11 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from rlmed.core.types import RolloutRequest
+from rlmed.models.attention import AttentionLayout
 from rlmed.models.decode_kernels import DecodeKernels, Step, StepPages
+from rlmed.models.decoder import LayersLayout
 from rlmed.models.policy import Policy
-from rollout.native.kv_pages import DecodeLayout, FixedPart, PagePool, PageView, visible
+from rollout.native.kv_pages import DecodeLayout, FixedPart, PagePool, PageView, PrefillLayout, visible
 from rollout.native.sampler import BatchSampling
 from rollout.native.scheduler import EngineLimits
 from rollout.native.sequence import Sequence, SequenceGroup
@@ -126,14 +130,14 @@ class Decoder:
         self._policy, self._limits = policy, limits
         size, device = limits.max_completions, policy.device
         self.slots = Slots(policy, plan, size, position_rows)
-        self._kernels = policy.decode_kernels() if plan.kernels else TORCH
+        self.kernels = policy.decode_kernels() if plan.kernels else TORCH
         self.prefix, self.suffix = (
             PagePool(
                 policy.kv_shape,
                 page_tokens=plan.page_tokens,
                 dtype=policy.dtype,
                 device=device,
-                transposed_keys=self._kernels.compiled,
+                transposed_keys=self.kernels.compiled,
             )
             for _ in range(2)
         )
@@ -199,13 +203,31 @@ class Decoder:
         if self._graphs is not None:
             self._graphs.run(shape, self._decode)
         else:
-            if self._kernels.decoder is None or self._kernels.compiled:
-                self._fixed = self._fixed or fixed_part(self.slots, self.prefix, self.suffix, shape, self._kernels)
+            if self.kernels.decoder is None or self.kernels.compiled:
+                self._fixed = self._fixed or fixed_part(self.slots, self.prefix, self.suffix, shape, self.kernels)
             self._decode(shape, self._fixed)
         self._send(rows, 0, version)
 
     def _decode(self, shape: StepShape, fixed: FixedPart | KernelPart | None = None) -> None:
-        decode_step(self._policy, self.slots, self.prefix, self.suffix, shape, fixed, self._kernels)
+        decode_step(self._policy, self.slots, self.prefix, self.suffix, shape, fixed, self.kernels)
+
+    def prompt_layout(self, lengths: Rows[int], pages: Rows[Rows[int]]) -> AttentionLayout | LayersLayout:
+        """Lay out prompts of these lengths one after the other, each in its pages of `prefix`."""
+        if self.kernels.prompts is None:
+            return PrefillLayout.build(lengths, pages, self._policy, self.prefix)
+        firsts = list(itertools.accumulate(lengths, initial=0))[:-1]
+        return self.kernels.prompts.lay_out_prompts(
+            StepPages(
+                prefix=(self.prefix.keys, self.prefix.values),
+                suffix=(self.suffix.keys, self.suffix.values),
+                prefix_pages=pad_sequence([torch.tensor(own, dtype=torch.int32) for own in pages], batch_first=True),
+                prefix_lengths=torch.tensor(lengths, dtype=torch.int32),
+                members=torch.tensor(firsts, dtype=torch.int32).unsqueeze(1),
+                suffix_pages=torch.zeros(1, 1, dtype=torch.int32),
+                counts=torch.zeros(sum(lengths), dtype=torch.int32),
+                widths=(max(lengths), 0),
+            )
+        )
 
     def lay_out(self, rows: Rows[Sequence], groups: Rows[SequenceGroup]) -> StepShape:
         """See `Slots.lay_out`."""

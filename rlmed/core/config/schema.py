@@ -37,6 +37,7 @@ class ModelConfig:
     min_pixels: int | None
     max_pixels: int | None
     onednn: tuple[str, ...] | None
+    compiled_decode: bool | None
 
     def __post_init__(self) -> None:
         for use in self.onednn or ():

@@ -10,6 +10,7 @@ import torch
 
 from rlmed.core.types import Example, Prompt, RolloutRequest, SamplingParams
 from rlmed.models.attention import PackedLayout
+from rlmed.models.decode_kernels import DecodeKernels
 
 VOCABULARY = 64
 END = 0
@@ -30,6 +31,9 @@ class ChainPolicy:
 
     def prompt_positions(self, prompt: Prompt) -> torch.Tensor:
         return torch.arange(len(prompt.token_ids))[None]
+
+    def decode_kernels(self) -> DecodeKernels:
+        return DecodeKernels()
 
     def packed_layout(self, groups: Sequence[tuple[int, Sequence[int]]]) -> PackedLayout:
         return PackedLayout.build(groups)
