@@ -64,20 +64,20 @@ def begin_save(policy: Policy, optimizer: Optimizer, parallelism: Parallelism, f
     state, weights = optimizer.state_dict(), _gather_own(policy, shares, parallelism)
     size = sum(weight.nbytes for weight in shares[parallelism.rank])
     size += sum(local_of(value).nbytes for value in _flat(state).values() if isinstance(value, Tensor))
-    if parallelism.everywhere(_has_room(size * parallelism.size, _step_bytes() * parallelism.size)):
+    if parallelism.everywhere(_has_room(size, _step_bytes(), ranks=parallelism.size)):
         copies = iter([_host_copy(weight) for weight in weights])
         return partial(_write, folder, shares, parallelism, _host_copy(state), copies)
     _write(folder, shares, parallelism, state, weights)
     return lambda: None
 
 
-def _has_room(size: int, step_bytes: int) -> bool:
+def _has_room(size: int, step_bytes: int, *, ranks: int) -> bool:
     """Return whether the host can hold copies of `size` bytes while a step takes `step_bytes`.
 
-    Both are sums over all ranks, as if all were on it.
+    Both are of one of the `ranks`, which are taken to be all on this host.
     """
-    free = available_memory()
-    return free is not None and free >= ROOM * size + step_bytes
+    free = available_memory(processes=ranks)
+    return free is not None and free >= ranks * (ROOM * size + step_bytes)
 
 
 def _step_bytes() -> int:
