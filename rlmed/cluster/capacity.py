@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -32,7 +33,9 @@ from rlmed.data.images import kept_bytes
 from rlmed.models.loading import model_folder, resolve_device, resolve_dtype
 from rlmed.models.policy import DTYPES, load_config
 from rlmed.models.size import ModelSize, meta_model
-from rollout.vllm_backend.settings import VllmSettings
+
+if TYPE_CHECKING:
+    from rollout.vllm_backend.settings import VllmSettings
 
 log = logging.getLogger(__name__)
 
@@ -158,6 +161,8 @@ def engine_estimate(size: ModelSize, *, engines: int = 1, pictures: int = 0, sam
 
 def vllm_settings(config: RunConfig, *, on_cpu: bool) -> VllmSettings:
     """Return sizes and precision of a vLLM engine."""
+    from rollout.vllm_backend.settings import VllmSettings
+
     rollout = config.rollout
     return VllmSettings(
         dtype=resolve_dtype(config.model),
@@ -261,12 +266,12 @@ def check_memory(
     parts = sorted(found.parts().items(), key=lambda part: -part[1])[:4]
     terms = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts if size)
     said = (
-        f"this run needs up to {needed(config) / GIB:.1f} GiB of memory and {where} has {available / GIB:.1f} ({terms}): "
-        f"{advise(config, needed, available)}"
+        f"this run needs up to {needed(config) / GIB:.1f} GiB of memory and {where} has {available / GIB:.1f} ({terms})"
     )
+    advice = advise(config, needed, available)
     if config.cluster.check_memory and needed(config) > MARGIN * available:
-        raise ValueError(f"{said}; cluster.check_memory=false starts it nevertheless")
-    log.warning("%s, if it ends for lack of memory", said)
+        raise ValueError(f"{said}: {advice} (cluster.check_memory=false starts it nevertheless)")
+    log.warning("%s; if it ends for lack of memory, %s", said, advice)
 
 
 def settle_local(config: RunConfig, *, engines: int, learns: bool, written: int | None = None) -> RunConfig:
