@@ -17,6 +17,7 @@ from rlmed.models.loading import resolve_device, resolve_dtype
 MIN_BUDGET = 1024
 """Smallest `learner.token_budget` that is proposed."""
 RANKS = (2, 4, 8)
+"""Numbers of `cluster.learner_ranks` that are proposed."""
 
 
 def _halves(value: int, least: int) -> Iterator[int]:
@@ -61,7 +62,7 @@ values that change least.
 
 
 def sparing_keys(program: str) -> str:
-    """Return what reduces the memory of `program`, apart what a resumed run may not change."""
+    """Return the keys that spare memory in `program`; last those that only a new run may change."""
     keys = [key for key in SPARING if reads(program, key)]
     always = [key for key in keys if may_change(key)]
     fresh = ", ".join(key for key in keys if key not in always)

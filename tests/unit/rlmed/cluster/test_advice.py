@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 
 import pytest
 
@@ -89,10 +88,3 @@ def test_commands_that_run_out_of_memory_name_the_keys_that_they_read() -> None:
         "learner.token_budget, rollout.max_completions, rollout.prefill_tokens, model.dtype"
     )
     assert all(sparing_keys(program) for program in MODULES)
-
-
-@pytest.mark.parametrize("values", SPARING.values(), ids=SPARING)
-def test_values_are_named_the_least_change_first(values: Callable[[RunConfig], object]) -> None:
-    runs = list(values(compose_config("train", ["cluster=ray", "model.dtype=float32", "learner.moments=float32"])))  # type: ignore[call-overload]
-    numbers = [value for value in runs if isinstance(value, int) and not isinstance(value, bool)]
-    assert numbers in (sorted(numbers), sorted(numbers, reverse=True))

@@ -170,11 +170,6 @@ def test_only_a_run_that_goes_on_is_kept_from_changing_its_settings(
     with pytest.raises(ValueError, match="this run needs") as caught:
         cluster.build_cluster(config, None, tmp_path, checkpoint=checkpoint, on_bad_step=lambda *_: None)  # type: ignore[arg-type]
     assert ("learner.token_budget=" not in str(caught.value)) == resumed
-    assert (
-        "learner.gradient_checkpointing=true" in str(caught.value)
-        or not resumed
-        or "device with more" in str(caught.value)
-    )
 
 
 def test_a_way_for_weights_has_to_fit_the_engine() -> None:
