@@ -65,11 +65,10 @@ class Parallelism(Protocol):
         """Merge loss and metrics of an update over ranks; one non-finite loss makes all so."""
         ...
 
-    def gather_full(self, value: Any, *, on_device: bool = False) -> Any:
-        """Gather a tensor, or all in nested dicts and lists; ranks other than the first get None.
+    def gather_full(self, shard: Tensor, *, on_device: bool = False) -> Tensor | None:
+        """Gather a tensor; ranks other than the first get None.
 
-        They are on the CPU, or with `on_device` on their device; a single process leaves them where
-        they are.
+        It is on the CPU, or with `on_device` on its device; a single process leaves it where it is.
         """
         ...
 
@@ -104,9 +103,9 @@ class SingleProcess:
         """See `Parallelism.merge`."""
         return loss, metrics
 
-    def gather_full(self, value: Any, *, on_device: bool = False) -> Any:
+    def gather_full(self, shard: Tensor, *, on_device: bool = False) -> Tensor | None:
         """See `Parallelism.gather_full`."""
-        return value
+        return shard
 
     def everywhere(self, fact: bool) -> bool:
         """See `Parallelism.everywhere`."""
@@ -159,19 +158,12 @@ class FSDP:
             )
         return float(rows[:, 0].sum()), merge_metrics(parts)
 
-    def gather_full(self, value: Any, *, on_device: bool = False) -> Any:
-        """See `Parallelism.gather_full`; one tensor at a time, so only rank 0 holds more."""
-        if isinstance(value, dict):
-            return {key: self.gather_full(entry, on_device=on_device) for key, entry in value.items()}
-        if isinstance(value, list):
-            return [self.gather_full(entry, on_device=on_device) for entry in value]
-        if isinstance(value, DTensor):
-            value = value.full_tensor()
-        if isinstance(value, Tensor):
-            if not self.first:
-                return None
-            return value.detach() if on_device else value.detach().cpu()
-        return value
+    def gather_full(self, shard: Tensor, *, on_device: bool = False) -> Tensor | None:
+        """See `Parallelism.gather_full`."""
+        full = shard.full_tensor() if isinstance(shard, DTensor) else shard
+        if not self.first:
+            return None
+        return full if on_device else full.cpu()
 
     def everywhere(self, fact: bool) -> bool:
         """See `Parallelism.everywhere`."""
@@ -209,7 +201,7 @@ def full_weights(policy: Policy, parallelism: Parallelism, *, on_device: bool = 
     """
     for name, parameter in policy.model.named_parameters():
         full = parallelism.gather_full(parameter.detach(), on_device=on_device)
-        if parallelism.first:
+        if full is not None:
             yield name, full
 
 

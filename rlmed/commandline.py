@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers.utils.logging import disable_progress_bar
 
 from rewards.extra import RewardError
+from rlmed.cluster.advice import sparing_keys
 from rlmed.core.config.building import build_config
 from rlmed.core.config.composing import plain_config
 from rlmed.core.config.overrides import CONFIG_GROUPS, expand, explain, quoted
@@ -42,15 +43,6 @@ FOLDER_KEY = "hydra.run.dir="
 SEARCH_KEY = "hydra.searchpath="
 PROBE = b"." * 2**16
 """Test data for `check_writable`; more than the few bytes that a full disk may still accept."""
-
-
-SPARING = {
-    "train": "learner.token_budget, rollout.max_completions, learner.gradient_checkpointing=true",
-    "sft": "learner.token_budget, learner.gradient_checkpointing=true",
-    "evaluate": "rollout.max_completions, rollout.prefill_tokens",
-    "reliability": "rollout.max_completions, rollout.prefill_tokens, learner.token_budget",
-}
-"""Settings that reduce each program's memory use."""
 
 
 def _check_used(program: str) -> None:
@@ -181,7 +173,7 @@ def _ending_errors(program: str) -> Iterator[None]:
         except (MemoryError, RuntimeError) as error:
             if not lacks_memory(error):
                 raise
-            raise ValueError(f"{one_line(error)} ({SPARING[program]}){goes_on}") from error
+            raise ValueError(f"{one_line(error)} ({sparing_keys(program)}){goes_on}") from error
 
 
 def _parse_flags(arguments: Sequence[str]) -> argparse.Namespace:

@@ -11,4 +11,6 @@ PLANS = {
     "compiled_pages": StepPlan(page_tokens=32, buckets=True, lag=0, graphs=False, kernels=True),
     "behind": StepPlan(page_tokens=4, buckets=True, lag=1, graphs=False, kernels=False),
 }
-"""`compiled` is that of a CPU, which without a compiler is `exact`; `behind` is that of a GPU with smaller pages."""
+"""`compiled` is that of a CPU, which without a compiler is `exact`; `behind` that of a GPU with
+smaller pages.
+"""

@@ -6,8 +6,11 @@ TRITON_INTERPRET=1.
 
 from __future__ import annotations
 
+from tests.gpu.triton_device import DEVICE, INTERPRETED, MARKS
+
+# isort: split
+
 import dataclasses
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,23 +22,15 @@ import torch
 from rlmed.core.types import Completion, Prompt, RolloutRequest, SamplingParams
 from rlmed.models.decode_kernels import KernelKind, probe_layers, probe_sampler
 from rlmed.models.decoder import Decoder
+from rlmed.models.kernels import decoder as kernel_decoder
+from rlmed.models.kernels.sampling import sample
 from rlmed.models.policy import Policy, load_policy
 from rollout.native.engine import NativeEngine
 from rollout.native.scheduler import EngineLimits
 from rollout.native.slots import StepPlan
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="no CUDA device"),
-]
-pytest.importorskip("triton", reason="triton is not installed")
-
-from rlmed.models.kernels import decoder as kernel_decoder  # noqa: E402
-from rlmed.models.kernels.sampling import sample  # noqa: E402
-
+pytestmark = MARKS
 TRITON = KernelKind("Triton", kernel_decoder.KernelDecoder, sample)
-DEVICE = "cpu" if INTERPRETED else "cuda"
 # a page holds a few tokens only, so that sequences have several
 PLAN = StepPlan(page_tokens=8, buckets=True, lag=0, graphs=False, kernels=True)
 LIMITS = EngineLimits(max_completions=8)

@@ -410,7 +410,7 @@ def test_an_evaluation_that_fails_leaves_the_earlier_one(files, renderer, tmp_pa
 
     with monkeypatch.context() as patch:
         patch.setattr("rlmed.evaluation.results.json.dumps", full_disk)
-        with pytest.raises(RecordError, match=r"disk is full: .*rows\.jsonl"):
+        with pytest.raises(RecordError, match=r"rows\.jsonl cannot be written: the disk is full"):
             run(files, renderer, tmp_path, controls=False)
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["step-000003"]
     assert EvalSummary.read(tmp_path / "step-000003") == first
