@@ -184,7 +184,6 @@ class WorkerPool:
 
     def _fail(self, error: Exception) -> None:
         self._error = error
-        self._pushes.abandon()
         for channel in self._channels:
             channel.wake()
 
@@ -277,10 +276,8 @@ class WorkerPool:
         first = slot.answered is None
         self._ever_answered = True
         slot.asked, slot.status, slot.answered = False, status, now
-        if first and self._pushes.any:
-            self._pushes.give(slot)
-        elif first:
-            slot.ready = True
+        if first:
+            self._pushes.welcome(slot)
 
     def _lost_if_failed(self, slot: Slot, worker: Worker, done: Future[Any]) -> bool:
         """Return True if a future failed, after replacing its worker unless already done."""
