@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from rlmed.core.config.checks import require
-from rlmed.core.weights import IPC, NCCL, OBJECT_STORE, EngineHandle, NotConnectedError, PushReport, last_line
+from rlmed.core.weights import IPC, NCCL, OBJECT_STORE, EngineHandle, PushReport, TransferError, last_line
 
 log = logging.getLogger(__name__)
 
@@ -47,16 +47,13 @@ def choose_transport(setting: str, learner: str, engines: Sequence[EngineHandle]
 
 
 class DirectPush:
-    """Sends weights to the ready engines; those that cannot be connected fetch them from then on.
-
-    They are tried again when one of them has changed.
-    """
+    """Sends weights to the ready engines; after a failure they fetch them until one has changed."""
 
     def __init__(self, setting: str, device: str, send: Callable[[str, Sequence[EngineHandle]], Any]) -> None:
         """Send by `send`, which calls all learner ranks; rank 0 is on GPU `device`."""
         self._setting, self._device, self._send = setting, device, send
         self._members: tuple[Any, ...] = ()
-        self._connects = True
+        self._works = True
         self._thread = ThreadPoolExecutor(1, "direct push")
 
     def start(self, engines: Sequence[EngineHandle]) -> Future[PushReport | None] | None:
@@ -69,15 +66,15 @@ class DirectPush:
         members = (transport, *(engine.address for engine in engines))
         if members != self._members:
             log.info("Sending weights to %d engines by %s", len(engines), transport)
-            self._members, self._connects = members, transport != OBJECT_STORE
-        return self._thread.submit(self._run, transport, engines) if self._connects else None
+            self._members, self._works = members, transport != OBJECT_STORE
+        return self._thread.submit(self._run, transport, engines) if self._works else None
 
     def _run(self, transport: str, engines: Sequence[EngineHandle]) -> PushReport | None:
         start = time.perf_counter()
         try:
             self._send(transport, engines)
-        except NotConnectedError as error:
-            self._connects = False
+        except TransferError as error:
+            self._works = False
             log.warning("%s. Sending weights through the object store until a worker has changed", last_line(error))
             return None
         return PushReport(0.0, time.perf_counter() - start)

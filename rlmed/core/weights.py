@@ -4,11 +4,10 @@
 | --- | --- | --- |
 | none | one process: the engine reads the learner's parameters | |
 | `object_store` | rank 0 puts buckets into Ray's object store, each worker fetches them | `rlmed.models.weights` |
-| `nccl` | rank 0 broadcasts to all engines at once; gloo between CPUs | `rlmed.models.broadcast` |
+| `nccl` | rank 0 broadcasts to all engines at once; gloo between CPUs | `rlmed.models.direct` |
 | `ipc` | rank 0 and all engines share memory of one GPU | `rlmed.models.shared_memory` |
 
-`learner.weight_push` chooses one for each push, `rollout.pool.pushes` delivers; `rlmed.models.direct`
-is what `nccl` and `ipc` have in common.
+`learner.weight_push` chooses one for each push, `rollout.pool.pushes` delivers.
 """
 
 from __future__ import annotations
@@ -25,12 +24,8 @@ class WeightError(RuntimeError):
     """Weights were damaged, incomplete or another model's; the message names tensor and remedy."""
 
 
-class NotConnectedError(Exception):
-    """Learner and engines could not connect directly; no weights have changed."""
-
-
 class TransferError(Exception):
-    """A direct push was incomplete: engines may hold a mixture of old and new weights."""
+    """A direct push failed, and the engines have to fetch all weights; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +67,7 @@ class WeightUpdate:
     stored: Callable[[], Any]
     """Return what workers fetch weights by: `StoredWeights`, or a handle that resolves to it."""
     send: Callable[[Sequence[EngineHandle]], Future[PushReport | None] | None] = lambda engines: None
-    """Send the weights directly to all these engines at once; None if engines have to fetch them.
-
-    So does the future's None; its `TransferError` means that the engines are lost.
-    """
+    """Send the weights directly to all these engines at once; None, or a future of None: it cannot."""
 
 
 def last_line(error: BaseException) -> str:

@@ -1,15 +1,16 @@
-"""Transport `nccl`, gloo between CPUs, and what it shares with `ipc`; see `rlmed.core.weights`.
+"""Transport `nccl`, gloo between CPUs, and what `ipc` shares with them; see `rlmed.core.weights`.
 
 Rank 0 calls each engine's `update_weights` once in a push, with `DirectWeights` in place of buckets
-from a store, and sends the tensors while the engine iterates them.
+from a store, and broadcasts the tensors while the engines iterate them.
 """
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -18,25 +19,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store, TCPStore
+from torch.multiprocessing.reductions import reduce_tensor
 
-from rlmed.core.weights import IPC, NCCL, EngineHandle, NotConnectedError, TransferError, last_line
-from rlmed.models.shared_memory import SharedMemory, open_shared, share
+from rlmed.core.weights import IPC, NCCL, EngineHandle, TransferError, last_line
+from rlmed.models.shared_memory import SharedMemory, open_shared
 from rlmed.models.weights import BUCKET_BYTES, Packed, pack, unpack
 
-JOINED = "joined"
-"""Key of the number of processes that have come to a store."""
+JOINED, ENDED = "joined", "ended"
+"""Keys of a store: number of engines' processes that have come; set when rank 0 closes the group."""
+POLL_S = 0.001
 REACH_S = 10.0
 """Seconds to reach rank 0's store, which is open before an engine is called."""
-POLL_S = 0.001
-"""Interval at which rank 0 looks whether a bucket was sent."""
 CAUSE_S = 5.0
 """Seconds to learn who broke a transfer: its peers notice that before Ray reports its death."""
 
 
 class _Kept(threading.local):
-    """An engine's process group, which lasts from push to push; its thread has no other."""
+    """A thread's process group, which lasts from push to push; an engine has one thread."""
 
     address: tuple[str, int] | None = None
+    store: Store
     group: Any = None
 
 
@@ -59,22 +61,34 @@ class DirectWeights:
     """Handle to shared memory, for `ipc`."""
 
     def tensors(self, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-        """See `WeightPart.tensors`."""
-        limit = timedelta(seconds=self.limit_s)
+        """Yield names and tensors; raises RuntimeError if rank 0 ends the push."""
+        store: Store
+
+        def check() -> None:
+            if store.check([ENDED]):
+                raise RuntimeError("learner rank 0 has ended the push")
+
         if _kept.address != self.address:
             if _kept.group is not None:
                 _kept.group.abort()
-            store = TCPStore(*self.address, is_master=False, timeout=timedelta(seconds=REACH_S))
-            store.set_timeout(limit)
-            memory = None if self.memory is None else open_shared(self.memory, device)
-            _kept.address, _kept.group = self.address, self.join(store, store.add(JOINED, 1), memory)
-            _kept.group.broadcast(torch.empty(1, dtype=torch.uint8, device=device), 0).wait(limit)
-        for shapes, dtypes, like in self.buckets():
-            values = torch.empty(like.nbytes, dtype=torch.uint8, device=device)
-            _kept.group.broadcast(values, 0).wait(limit)
-            yield from unpack(values, shapes, dtypes)
+            socket.create_connection(self.address, REACH_S).close()  # else TCPStore tries again and again
+            store = TCPStore(*self.address, is_master=False, timeout=timedelta(seconds=self.limit_s))
+            _kept.address, _kept.store, _kept.group = (
+                self.address,
+                store,
+                self.join(store, store.add(JOINED, 1), device, check),
+            )
+        store, group = _kept.store, _kept.group
+        try:
+            for shapes, dtypes, like in self.buckets():
+                values = torch.empty(like.nbytes, dtype=torch.uint8, device=device)
+                _broadcast(group, values, check)
+                yield from unpack(values, shapes, dtypes)
+        except RuntimeError:
+            group.abort()
+            raise
         if self.memory is not None:
-            _kept.group.abort()
+            group.abort()
 
     def buckets(self) -> Iterator[Packed]:
         """Yield the buckets that these weights make, without values."""
@@ -82,10 +96,14 @@ class DirectWeights:
         like = ((name, torch.empty(shape, dtype=dtype, device="meta")) for (name, shape), dtype in pairs)
         return pack(like, BUCKET_BYTES, torch.device("meta"))
 
-    def join(self, store: Store, rank: int, memory: Tensor | None) -> Any:
-        """Return the process group, which is apart from the learner's, or `memory` in place of it."""
-        if memory is not None:
-            return SharedMemory(store, rank, self.size, memory)
+    def join(self, store: Store, rank: int, device: torch.device, check: Callable[[], object]) -> Any:
+        """Return the process group, which is apart from the learner's, or shared memory.
+
+        Waits for all engines, unless `check` raises: to form a group without one may never end.
+        """
+        _until(lambda: store.add(JOINED, 0) == self.size - 1, check)
+        if self.memory is not None:
+            return SharedMemory(store, rank, self.size, open_shared(self.memory, device))
         limit = timedelta(seconds=self.limit_s)
         if self.transport != NCCL:
             return dist.ProcessGroupGloo(store, rank, self.size, limit)
@@ -105,6 +123,7 @@ class DirectSender:
         self._device, self._host = device, host
         self._members: tuple[Any, ...] = ()
         self._weights: DirectWeights
+        self._store: Any = None
         self._group: Any = None
 
     def send(
@@ -115,73 +134,73 @@ class DirectSender:
         tensors: Iterator[tuple[str, Tensor]],
         limit_s: float,
     ) -> None:
-        """Send `tensors` in at most `limit_s`; `call` starts `update_weights` at an engine.
+        """Send `tensors`; `call` starts `update_weights` at an engine.
 
         Exhausts `tensors` in any case: the other ranks gather them, too.
 
         Raises:
-            NotConnectedError: if none could be sent.
-            TransferError: if not all could.
+            TransferError: if an engine fails, or not all is done within `limit_s`.
         """
         end, calls = time.monotonic() + limit_s, list[Future[Any]]()
         members = (transport, *(engine.address for engine in engines))
 
-        def until(done: Callable[[], bool]) -> None:
-            pause = 0.0
-            while not any(call.exception() for call in wait(calls, pause, FIRST_EXCEPTION).done):
-                if done():
-                    return
-                if time.monotonic() > end:
-                    raise RuntimeError(f"not done within {limit_s:.0f} s (half of cluster.push_timeout_s)")
-                pause = POLL_S
-            raise RuntimeError("an engine failed")
+        def check() -> None:
+            if any(call.done() and call.exception() for call in calls):
+                raise RuntimeError("an engine failed")
+            if time.monotonic() > end:
+                raise RuntimeError(f"not done within {limit_s:.0f} s (half of cluster.push_timeout_s)")
 
-        def broadcast(values: Tensor) -> None:
-            work = self._group.broadcast(values, 0)
-            until(work.is_completed)
-            work.wait()  # raises its error
-
-        store: TCPStore | None = None
         try:
             if members != self._members:
-                store, memory = self._offer(transport, engines, limit_s)
+                self._open(transport, engines, limit_s)
             calls += [call(engine, self._weights) for engine in engines]
-            if store is not None:
-                until(lambda: store.add(JOINED, 0) == self._weights.size - 1)
-                self._group = self._weights.join(store, 0, memory)
-                broadcast(torch.zeros(1, dtype=torch.uint8, device=self._device))
-                self._members = members
+            self._group = self._group or self._weights.join(self._store, 0, self._device, check)
             for _, _, values in pack(tensors, BUCKET_BYTES, self._device):
-                broadcast(values)
-            until(lambda: all(call.done() for call in calls))
+                _broadcast(self._group, values, check)
+            _until(lambda: all(call.done() for call in calls), check)
+            self._members = members
             if transport == IPC:  # memory that the engines need
                 self._close()
         except RuntimeError as error:
-            connected, store = self._members == members, None
-            self._close()  # without group and store, engines that wait fail
+            self._close()
             reason = _explain(error, engines, calls)
             for _ in tensors:
                 pass
-            if connected:
-                raise TransferError(f"not all engines have the new weights: {reason}") from error
-            raise NotConnectedError(f"cannot connect learner and engines by {transport}: {reason}") from error
+            raise TransferError(f"weights sent by {transport} did not reach all engines: {reason}") from error
 
-    def _offer(self, transport: str, engines: Sequence[EngineHandle], limit_s: float) -> tuple[TCPStore, Tensor | None]:
-        """Set what engines are told in order to join a new group; return its store and memory."""
+    def _open(self, transport: str, engines: Sequence[EngineHandle], limit_s: float) -> None:
+        """Prepare a new group."""
         self._close()
-        store = TCPStore(self._host, 0, is_master=True, timeout=timedelta(seconds=limit_s), wait_for_workers=False)
-        size, memory = 1 + sum(max(1, len(engine.devices)) for engine in engines), None
-        told = DirectWeights(transport, (self._host, store.port), size, limit_s, self._shapes, self._dtypes)
+        limit, size = timedelta(seconds=limit_s), 1 + sum(max(1, len(engine.devices)) for engine in engines)
+        self._store = TCPStore(self._host, 0, is_master=True, timeout=limit, wait_for_workers=False)
+        address = (self._host, self._store.port)
+        self._weights = DirectWeights(transport, address, size, limit_s, self._shapes, self._dtypes)
         if transport == IPC:
-            largest = max(like.nbytes for _, _, like in told.buckets())
+            largest = max(like.nbytes for _, _, like in self._weights.buckets())
             memory = torch.empty(largest, dtype=torch.uint8, device=self._device)
-        self._weights = told if memory is None else replace(told, memory=share(memory))
-        return store, memory
+            self._weights = replace(self._weights, memory=reduce_tensor(memory))
+            self._group = SharedMemory(self._store, 0, size, memory)
 
     def _close(self) -> None:
+        """End the group; engines that wait for it fail."""
+        if self._store is not None:
+            self._store.set(ENDED, "")
         if self._group is not None:
             self._group.abort()
-        self._members, self._group = (), None
+        self._members, self._group, self._store = (), None, None
+
+
+def _broadcast(group: Any, values: Tensor, check: Callable[[], object]) -> None:
+    """Send values, or receive them, unless `check` raises."""
+    work = group.broadcast(values, 0)
+    _until(work.is_completed, check)
+    work.wait()  # raises its error
+
+
+def _until(done: Callable[[], bool], check: Callable[[], object]) -> None:
+    while not done():
+        check()
+        time.sleep(POLL_S)
 
 
 def _explain(own: RuntimeError, engines: Sequence[EngineHandle], calls: Sequence[Future[Any]]) -> str:

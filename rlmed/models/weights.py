@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Protocol
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,9 @@ from torch import Tensor
 
 from rlmed.core.weights import WeightError
 
+if TYPE_CHECKING:
+    from rlmed.models.direct import DirectWeights
+
 BUCKET_BYTES = 256 * 2**20
 """Size of one bucket: it bounds copies in flight and makes the cost per message negligible."""
 ALIGNMENT = 64
@@ -23,34 +26,12 @@ ALIGNMENT = 64
 SAME_MODEL = "learner and engine need the same model (model.path)"
 
 
-class WeightPart(Protocol):
-    """Weights of a push, all or some of them."""
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Shapes by name as in the learner's `named_parameters()`."""
-        ...
-
-    def tensors(self, device: torch.device) -> Iterable[tuple[str, Tensor]]:
-        """Return names and tensors on `device`, to be read only, and before the next is requested.
-
-        Raises:
-            WeightError: if they were damaged.
-            RuntimeError: if they do not arrive.
-        """
-        ...
-
-
-Weights = Sequence[WeightPart]
-"""All weights of a push."""
-
-
 @dataclass(frozen=True, slots=True)
 class WeightBucket:
     """A `WeightPart` in a store: numpy has no bfloat16, and one array transfers fastest."""
 
     shapes: dict[str, tuple[int, ...]]
-    """In the order of the bytes."""
+    """By name as in the learner's `named_parameters()`, in the order of the bytes."""
     dtypes: tuple[torch.dtype, ...]
     data: npt.NDArray[np.uint8]
     """[bytes]."""
@@ -58,7 +39,11 @@ class WeightBucket:
     """CRC-32 of `data` at the sender."""
 
     def tensors(self, device: torch.device) -> list[tuple[str, Tensor]]:
-        """See `WeightPart.tensors`; on a CPU they are views of `data`."""
+        """Return names and tensors, on a CPU views of `data`: read them only.
+
+        Raises:
+            WeightError: if the bytes were damaged.
+        """
         if zlib.crc32(self.data.data) != self.checksum:
             names = list(self.shapes)
             raise WeightError(
@@ -69,6 +54,12 @@ class WeightBucket:
         interface["data"] = (interface["data"][0], False)
         flat = torch.from_numpy(np.asarray(SimpleNamespace(__array_interface__=interface, owner=self.data)))
         return unpack(flat.to(device), self.shapes, self.dtypes)
+
+
+WeightPart: TypeAlias = "WeightBucket | DirectWeights"
+"""Weights, to be read one by one: each is valid until the next is requested."""
+Weights = Sequence[WeightPart]
+"""All weights of a push."""
 
 
 def make_buckets(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int = BUCKET_BYTES) -> Iterator[WeightBucket]:
@@ -137,7 +128,7 @@ def copy_weights(parameters: Mapping[str, Tensor], weights: Weights, device: tor
     """Copy weights into the parameters of the same names on `device`, converted to their dtypes.
 
     Raises:
-        WeightError: see `check_weights` and `WeightPart.tensors`.
+        WeightError: if they were damaged, and see `check_weights`.
     """
     check_weights({name: tuple(parameter.shape) for name, parameter in parameters.items()}, weights)
     with torch.no_grad():

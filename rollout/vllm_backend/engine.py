@@ -22,7 +22,7 @@ from rlmed.core.weights import WeightError
 from rlmed.models.families import family_of, unsampleable_token_ids
 from rlmed.models.folder.end_tokens import find_end_tokens
 from rlmed.models.policy import load_config
-from rlmed.models.weights import Weights, check_weights
+from rlmed.models.weights import Weights, check_weights, gpu_name
 from rollout.native.scheduler import EngineLimits, Scheduler
 from rollout.vllm_backend.environment import import_vllm, preload_kept, register_model_classes
 from rollout.vllm_backend.requests import (
@@ -69,8 +69,6 @@ class VllmEngine:
         Raises:
             ValueError: if `folder` is not a model folder, or vLLM cannot run the model.
         """
-        from rollout.vllm_backend.weight_transfer import name_gpu
-
         config = load_config(folder)
         self.settings = settings
         self.policy_version = 0
@@ -90,7 +88,8 @@ class VllmEngine:
         self._ended_tokens = 0
         self._core = _start(folder, config, settings)
         self._core.set_weight_version("0")
-        self.devices: tuple[str, ...] = tuple(filter(None, self._core.collective_rpc(name_gpu)))
+        names = self._core.collective_rpc(lambda worker: gpu_name(worker.device))
+        self.devices: tuple[str, ...] = tuple(filter(None, names))
         self._tokenizer = self._core.get_tokenizer()
 
     @property

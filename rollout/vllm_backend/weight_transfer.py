@@ -1,4 +1,4 @@
-"""How vLLM's worker processes load new weights; `VllmEngine` has all of them call these functions.
+"""How a worker of vLLM loads new weights; `VllmEngine` has all of them call these functions.
 
 vLLM's layerwise reload repeats the processing after loading; layers without weights keep theirs.
 """
@@ -14,10 +14,7 @@ from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from rlmed.models.weights import WeightPart, gpu_name
-
-Worker = Any
-"""vLLM's, of one GPU or CPU."""
+from rlmed.models.weights import WeightPart
 
 # It warns about every layer without weights in a push, rotary embeddings included; the engine knows
 # what is really missing. A filter, since vLLM resets its loggers' levels whenever an engine starts.
@@ -26,19 +23,19 @@ logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").addFilter
 )
 
 
-def begin_load(worker: Worker) -> None:
+def begin_load(worker: Any) -> None:
     """Prepare for weights."""
     with set_current_vllm_config(worker.vllm_config):
         initialize_layerwise_reload(worker.get_model())
 
 
-def load(worker: Worker, weights: WeightPart) -> None:
+def load(worker: Any, weights: WeightPart) -> None:
     """Load some weights; they are copied, since an incomplete layer keeps them until it is whole."""
     with set_current_vllm_config(worker.vllm_config):
         worker.get_model().load_weights((name, tensor.clone()) for name, tensor in weights.tensors(worker.device))
 
 
-def end_load(worker: Worker) -> None:
+def end_load(worker: Any) -> None:
     """Process what has been loaded."""
     with set_current_vllm_config(worker.vllm_config):
         finalize_layerwise_reload(worker.get_model(), worker.model_config)
@@ -46,7 +43,7 @@ def end_load(worker: Worker) -> None:
     torch.accelerator.synchronize()
 
 
-def repack_projections(worker: Worker) -> None:
+def repack_projections(worker: Any) -> None:
     """Refresh the packed copies of vocabulary projections on a CPU.
 
     A projection tied to the embeddings receives no weights, so the layerwise reload leaves its copy
@@ -56,8 +53,3 @@ def repack_projections(worker: Worker) -> None:
         for layer in worker.get_model().modules():
             if isinstance(layer, VocabParallelEmbedding) and "cpu_linear" in vars(layer):
                 dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
-
-
-def name_gpu(worker: Worker) -> str:
-    """See `rlmed.models.weights.gpu_name`."""
-    return gpu_name(worker.device)

@@ -110,7 +110,6 @@ class Company:
 
     def __init__(self, folder: Path, dtype: str, *, transport: str, workers: int, share: bool, sleep: bool) -> None:
         from learner.actor import RayLearner
-        from rlmed.cluster.engines import build_sender
         from rollout.pool.actor import RayWorker
         from rollout.pool.pool import WorkerPool
         from rollout.pool.state import PoolSettings
@@ -124,7 +123,7 @@ class Company:
             device="cuda",
             options=[{"num_gpus": gpus}],
             weight_transfer=transport,
-            make_sender=functools.partial(build_sender, limit_s=60),
+            push_s=120,
             shares_gpu=share,
         )
         settings = PoolSettings(capacity=32, silence_s=60, start_s=600, push_s=120, sleeps=sleep)
