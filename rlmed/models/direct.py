@@ -41,6 +41,11 @@ class _Kept(threading.local):
     store: Store
     group: Any = None
 
+    def leave(self) -> None:
+        if self.group is not None:
+            self.group.abort()
+        self.address = self.group = None
+
 
 _kept = _Kept()
 
@@ -69,8 +74,7 @@ class DirectWeights:
                 raise RuntimeError("learner rank 0 has ended the push")
 
         if _kept.address != self.address:
-            if _kept.group is not None:
-                _kept.group.abort()
+            _kept.leave()
             socket.create_connection(self.address, REACH_S).close()  # else TCPStore tries again and again
             store = TCPStore(*self.address, is_master=False, timeout=timedelta(seconds=self.limit_s))
             _kept.address, _kept.store, _kept.group = (
@@ -78,17 +82,17 @@ class DirectWeights:
                 store,
                 self.join(store, store.add(JOINED, 1), device, check),
             )
-        store, group = _kept.store, _kept.group
+        store = _kept.store
         try:
             for shapes, dtypes, like in self.buckets():
                 values = torch.empty(like.nbytes, dtype=torch.uint8, device=device)
-                _broadcast(group, values, check)
+                _broadcast(_kept.group, values, check)
                 yield from unpack(values, shapes, dtypes)
         except RuntimeError:
-            group.abort()
+            _kept.leave()
             raise
         if self.memory is not None:
-            group.abort()
+            _kept.leave()
 
     def buckets(self) -> Iterator[Packed]:
         """Yield the buckets that these weights make, without values."""
@@ -158,6 +162,7 @@ class DirectSender:
             for _, _, values in pack(tensors, BUCKET_BYTES, self._device):
                 _broadcast(self._group, values, check)
             _until(lambda: all(call.done() for call in calls), check)
+            check()
             self._members = members
             if transport == IPC:  # memory that the engines need
                 self._close()
@@ -194,7 +199,7 @@ def _broadcast(group: Any, values: Tensor, check: Callable[[], object]) -> None:
     """Send values, or receive them, unless `check` raises."""
     work = group.broadcast(values, 0)
     _until(work.is_completed, check)
-    work.wait()  # raises its error
+    work.wait(timedelta(seconds=1))  # it is over; with a limit, NCCL's raises its error
 
 
 def _until(done: Callable[[], bool], check: Callable[[], object]) -> None:

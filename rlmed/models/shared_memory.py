@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -43,8 +44,8 @@ class SharedMemory:
             return self._store.check([f"written {self._number}"])
         return self._store.add(f"read {self._number}", 0) == self._readers
 
-    def wait(self) -> None:
-        """Read what was written."""
+    def wait(self, timeout: timedelta) -> None:
+        """Read what was written; never longer than that takes."""
         if self._rank > 0:
             self._copy(self._values, self._memory[: len(self._values)])
             self._store.add(f"read {self._number}", 1)

@@ -69,8 +69,8 @@ def sample(engine_policy, index):
     return groups[0]
 
 
-def check_groups(pool, policy, version, indices):
-    channel = pool.channel()
+def check_groups(workers, policy, version, indices):
+    channel = workers.channel()
     for index in indices:
         channel.submit(request(index, max_tokens=12))
     for group in (channel.collect() for _ in indices):

@@ -26,9 +26,9 @@ from transformers import (
 from learner.packing import PackItem, TrainSequence, pack
 from rlmed.core.types import Example, RolloutRequest, SamplingParams
 from rlmed.core.weights import EngineHandle, WeightError
+from rlmed.data.prompts import PromptRenderer, load_processor
 from rlmed.models import direct
 from rlmed.models.direct import DirectSender
-from rlmed.data.prompts import PromptRenderer, load_processor
 from rlmed.models.policy import load_policy
 from rlmed.models.tiny.build import build_tiny_text, build_tiny_vl
 from rlmed.models.weights import make_buckets

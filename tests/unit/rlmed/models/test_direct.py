@@ -121,7 +121,7 @@ def test_a_group_lasts_until_other_engines_come_and_shared_memory_for_one_push(e
     rank.send("ipc", engines)
     assert rank.sender._group is None
     for engine in engines:
-        assert engine.thread.submit(lambda: direct._kept.group._memory).result().numel() == 0
+        assert engine.thread.submit(lambda: direct._kept.group).result() is None
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -166,13 +166,25 @@ def test_an_engine_that_hangs_in_a_transfer_is_named_after_the_limit(engines, tr
     def hang(sent):
         next(iter(sent.tensors(CPU)))
         ever.wait(60)
-        direct._kept.group.abort()
+        direct._kept.leave()
 
     engines[1].load = hang
     with pytest.raises(TransferError, match=r"not done within 1 s .*worker 1 did not answer"):
         rank.send(transport, engines, limit_s=1.0)
     ever.set()
     assert rank.gathered == list(rank.values)
+
+
+def test_an_engine_that_fails_after_it_has_received_all_ends_the_push(engines):
+    rank, load = Rank(weights(1)), engines[1].load
+
+    def late(sent):
+        load(sent)
+        raise MemoryError("no room for the cache")
+
+    engines[1].load = late
+    with pytest.raises(TransferError, match=r"worker 1: no room for the cache"):
+        rank.send("gloo", engines)
 
 
 def test_weights_that_cannot_be_gathered_end_the_push_of_all(engines):
