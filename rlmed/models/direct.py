@@ -41,6 +41,10 @@ class _Kept(threading.local):
     store: Store
     group: Any = None
 
+    def check(self) -> None:
+        if self.store.check([ENDED]):
+            raise RuntimeError("learner rank 0 has ended the push")
+
     def leave(self) -> None:
         if self.group is not None:
             self.group.abort()
@@ -67,26 +71,16 @@ class DirectWeights:
 
     def tensors(self, device: torch.device) -> Iterator[tuple[str, Tensor]]:
         """Yield names and tensors; raises RuntimeError if rank 0 ends the push."""
-        store: Store
-
-        def check() -> None:
-            if store.check([ENDED]):
-                raise RuntimeError("learner rank 0 has ended the push")
-
         if _kept.address != self.address:
             _kept.leave()
             socket.create_connection(self.address, REACH_S).close()  # else TCPStore tries again and again
-            store = TCPStore(*self.address, is_master=False, timeout=timedelta(seconds=self.limit_s))
-            _kept.address, _kept.store, _kept.group = (
-                self.address,
-                store,
-                self.join(store, store.add(JOINED, 1), device, check),
-            )
-        store = _kept.store
+            _kept.store = TCPStore(*self.address, is_master=False, timeout=timedelta(seconds=self.limit_s))
+            _kept.group = self.join(_kept.store, _kept.store.add(JOINED, 1), device, _kept.check)
+            _kept.address = self.address
         try:
             for shapes, dtypes, like in self.buckets():
                 values = torch.empty(like.nbytes, dtype=torch.uint8, device=device)
-                _broadcast(_kept.group, values, check)
+                _broadcast(_kept.group, values, _kept.check)
                 yield from unpack(values, shapes, dtypes)
         except RuntimeError:
             _kept.leave()
