@@ -32,7 +32,6 @@ from rlmed.cluster.capacity import (
 from rlmed.cluster.engines import (
     build_local_pool,
     build_policy,
-    build_sender,
     engine_limits,
     make_renderer,
     settle_model,
@@ -317,19 +316,15 @@ def _start_learner(
         cuda or cluster.weight_transfer in ("auto", "object_store"),
         f"cluster.weight_transfer={cluster.weight_transfer} needs GPUs, and none were found: use auto",
     )
-    # on a GPU that they share, vLLM alone takes weights without a copy
-    takes = config.rollout.engine == "vllm" or (config.rollout.engine == "native" and not shares_gpus(cluster))
-    direct = cuda and takes and cluster.weight_transfer != "object_store"
-    # connecting plus sending must stay within the pool's push timeout
-    send = functools.partial(build_sender, engine=config.rollout.engine, limit_s=cluster.push_timeout_s / 2)
+    direct = cuda and config.rollout.engine != "fake"
     return RayLearner(
         functools.partial(build, rank_config, checkpoint=checkpoint and checkpoint.absolute()),
         on_bad_step=on_bad_step,
         step_s=cluster.learner_timeout_s,
         device="cuda" if cuda else "cpu",
         options=options,
-        weight_transfer=cluster.weight_transfer,
-        make_sender=send if direct else None,
+        weight_transfer=cluster.weight_transfer if direct else "object_store",
+        push_s=cluster.push_timeout_s,
         shares_gpu=shares_gpus(config.cluster),
     )
 

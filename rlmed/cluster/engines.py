@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,19 +10,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from learner.learner import PolicyLearner
-from learner.supervised import SupervisedLearner
 from rlmed.cluster.memory import keep_freed_memory
 from rlmed.core.config.running import ClusterConfig, RolloutConfig
 from rlmed.core.config.schema import DataConfig, ModelConfig, PromptConfig
 from rlmed.data.prompts import PROMPT_FILE, PromptRenderer, load_processor, read_prompt_settings
 from rlmed.models.cpu.compiler import missing_library
 from rlmed.models.cpu.products import bfloat16_speed, linear_shapes, may_pack, settle_products
-from rlmed.models.direct import DirectSender
 from rlmed.models.folder.agreement import check_agreement
 from rlmed.models.loading import model_folder, resolve_device, resolve_dtype
 from rlmed.models.policy import Policy, load_config, load_policy
-from rlmed.models.sender import WeightSender
 from rlmed.recording.inputs import chosen_compiled, chosen_dtype, chosen_onednn
 from rollout.fake import FakeEngine
 from rollout.local import LocalPool
@@ -190,18 +185,3 @@ def memory_share(rollout: RolloutConfig, cluster: ClusterConfig) -> float:
     whole = cluster.gpus_per_worker if shares_gpus(cluster) else 1.0
     assert whole is not None
     return MEMORY_SHARE * whole
-
-
-def build_sender(learner: PolicyLearner | SupervisedLearner, *, engine: str, limit_s: float) -> WeightSender:
-    """Build the sender of weights from rank 0 to engines; `limit_s` bounds each call."""
-    policy = learner.policy
-    weights = functools.partial(learner.full_weights, on_device=True)
-    if engine == "native":
-        return DirectSender(weights, policy.device, limit_s)
-    from rollout.vllm_backend.environment import import_vllm
-
-    import_vllm()  # prepares the process, before the next import
-    from rollout.vllm_backend.weight_transfer import WeightTransferSender
-
-    shapes = {name: (parameter.dtype, tuple(parameter.shape)) for name, parameter in policy.model.named_parameters()}
-    return WeightTransferSender(shapes, weights, policy.device, limit_s)

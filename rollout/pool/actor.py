@@ -54,16 +54,12 @@ class RolloutActor:
         return self._runner.collect(COLLECT_S)
 
     def update_weights(self, weights: StoredWeights) -> PushReport:
-        """Fetch the buckets while the engine keeps sampling, then apply them between two steps."""
+        """Fetch weights while the engine keeps sampling, then apply them between two steps."""
         start = time.perf_counter()
-        fetched = ray.get(weights.buckets)
+        fetched = ray.get(weights.parts)
         middle = time.perf_counter()
         self._runner.update_weights(weights.version, fetched)
         return PushReport(middle - start, time.perf_counter() - middle)
-
-    def call_stage(self, stage: str, *arguments: Any) -> None:
-        """See `EngineRunner.call_stage`; called by learner rank 0."""
-        self._runner.call_stage(stage, *arguments)
 
     def sleep(self) -> None:
         """Put the engine to sleep until the next weights arrive."""

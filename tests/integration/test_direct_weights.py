@@ -4,11 +4,11 @@ costs nothing.
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import os
 import signal
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 import pytest
 
@@ -17,9 +17,11 @@ pytest.importorskip("ray", reason="needs ray")
 import ray
 import torch
 
-from rlmed.core.weights import PushReport, StoredWeights, TransferError, WeightUpdate
+from learner import weight_push
+from learner.weight_push import DirectPush
+from rlmed.core.weights import PushReport, StoredWeights, WeightUpdate
 from rlmed.models import direct
-from rlmed.models.direct import GLOO, DirectSender
+from rlmed.models.direct import DirectSender
 from rlmed.models.policy import load_policy
 from rlmed.models.weights import make_buckets
 from rollout.native.engine import NativeEngine
@@ -32,8 +34,21 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 LIMIT_S = 20.0
 
 
-def call(engine, stage, *arguments) -> Future[None]:
-    return engine.address.call_stage.remote(stage, *arguments).future()
+def direct_push(policy, version, monkeypatch):
+    """Stands in for a learner of one rank: its sender, by gloo, and weights in the store."""
+    sender = DirectSender(policy.model.named_parameters(), torch.device("cpu"), "127.0.0.1")
+
+    def call(engine, sent) -> Future[PushReport]:
+        return engine.address.update_weights.remote(StoredWeights(version, [ray.put(sent)])).future()
+
+    monkeypatch.setattr(weight_push, "choose_transport", lambda *_: "gloo")
+    push = DirectPush(
+        "auto",
+        "",
+        lambda transport, engines: sender.send(transport, engines, call, policy.model.named_parameters(), LIMIT_S),
+    )
+    stored = StoredWeights(version, [ray.put(bucket) for bucket in make_buckets(policy.model.named_parameters())])
+    return WeightUpdate(lambda: stored, push.start)
 
 
 def changed(folder, factor):
@@ -54,94 +69,60 @@ def sample(engine_policy, index):
     return groups[0]
 
 
-def test_weights_reach_all_workers_and_a_worker_that_dies_meanwhile_costs_no_sample(pool, session, model):  # noqa: F811
+def check_groups(workers, policy, version, indices):
+    channel = workers.channel()
+    for index in indices:
+        channel.submit(request(index, max_tokens=12))
+    for group in (channel.collect() for _ in indices):
+        assert all(entry.min_version == version for entry in group.completions)
+        assert worst_difference([sample(policy, group.request.index)], [group], policy) <= LOGPROBS
+
+
+def test_weights_reach_all_workers_and_nobody_fetches_them(pool, model, monkeypatch):  # noqa: F811
     ready(pool)
-    first, second = changed(model, 1.5), changed(model, 0.7)
-    sender = DirectSender(lambda: iter(first.model.named_parameters()), torch.device("cpu"), LIMIT_S)
-    thread = ThreadPoolExecutor(1)
     torch.set_num_threads(1)
-
-    def push(engines):
-        sender.connect(GLOO, engines, call, "127.0.0.1")
-        sender.send(7)
-        return PushReport(0.0, 0.0)
-
-    def never():
-        raise AssertionError("no worker may fetch")
-
-    reports = pool.update_weights(WeightUpdate(never, functools.partial(thread.submit, push)))
-    assert len(reports) == 2
-    channel = pool.channel()
-    for index in range(4):
-        channel.submit(request(index, max_tokens=12))
-    for group in (channel.collect() for _ in range(4)):
-        expected = sample(first, group.request.index)
-        assert worst_difference([expected], [group], first) <= LOGPROBS
-        assert all(entry.min_version == 7 for entry in group.completions)
-
-    # rank 0 still gathers when a worker dies; the others' connections break with it
-    def dying():
-        for number, entry in enumerate(second.model.named_parameters()):
-            if number == 3:
-                os.kill(marked(session, "ray::RolloutActor")[0], signal.SIGKILL)
-            yield entry
-
-    stored = StoredWeights(8, [ray.put(bucket) for bucket in make_buckets(second.model.named_parameters())])
-    sender._weights, lost = dying, pool.metrics()["rollout/workers_lost"]
-    failed: list[BaseException] = []
-
-    def push_again(engines):
-        try:
-            sender.send(8)
-        except TransferError as error:
-            failed.append(error)
-            raise
-        return PushReport(0.0, 0.0)
-
-    for index in range(4, 8):
-        channel.submit(request(index, max_tokens=12))
-    pool.update_weights(WeightUpdate(lambda: stored, functools.partial(thread.submit, push_again)))
-    groups = [channel.collect() for _ in range(4)]
-    assert failed
-    assert pool.metrics()["rollout/workers_lost"] > lost
-    assert sorted(group.request.index for group in groups) == [4, 5, 6, 7]
+    for version, factor in ((7, 1.5), (8, 0.7)):
+        policy = changed(model, factor)
+        update = dataclasses.replace(direct_push(policy, version, monkeypatch), stored=lambda: 1 / 0)
+        assert len(pool.update_weights(update)) == 2
+        check_groups(pool, policy, version, range(4))
 
 
-def test_a_worker_killed_in_a_broadcast_is_named_and_its_successor_has_the_weights(pool, session, model, monkeypatch):  # noqa: F811
+def test_a_worker_killed_in_a_broadcast_is_named_and_costs_no_sample(pool, session, model, monkeypatch, caplog):  # noqa: F811
+    """The other one lives on, and has the new weights as the successor has."""
     ready(pool)
-    policy = changed(model, 1.2)
-    sender = DirectSender(lambda: iter(policy.model.named_parameters()), torch.device("cpu"), LIMIT_S)
-    thread, victim, failed = ThreadPoolExecutor(1), marked(session, "ray::RolloutActor")[0], []
-    broadcast = direct._Group.broadcast
+    policy, victim = changed(model, 1.2), marked(session, "ray::RolloutActor")[0]
+    broadcast = direct._broadcast
 
-    def kill_first(group, values):
+    def kill_first(*arguments):
         # the engines have been called, and wait for the bytes
         time.sleep(1.0)
         os.kill(victim, signal.SIGKILL)
-        broadcast(group, values)
+        broadcast(*arguments)
 
-    monkeypatch.setattr(direct._Group, "broadcast", kill_first)
-
-    def push(engines):
-        sender.connect(GLOO, engines, call, "127.0.0.1")
-        try:
-            sender.send(9)
-        except TransferError as error:
-            failed.append(str(error))
-            raise
-        return PushReport(0.0, 0.0)
-
-    stored = StoredWeights(9, [ray.put(bucket) for bucket in make_buckets(policy.model.named_parameters())])
-    lost = pool.metrics()["rollout/workers_lost"]
-    pool.update_weights(WeightUpdate(lambda: stored, functools.partial(thread.submit, push)))
-    (message,) = failed
+    monkeypatch.setattr(direct, "_broadcast", kill_first)
+    lost, channel = pool.metrics()["rollout/workers_lost"], pool.channel()
+    for index in range(20, 24):
+        channel.submit(request(index, max_tokens=300))
+    channel.flush()
+    pool.update_weights(direct_push(policy, 9, monkeypatch))
+    (message,) = [message for message in caplog.messages if "Sending weights through the object store" in message]
     assert f"process {victim})" in message
-    assert "version 9 did not reach" in message
+    assert "did not reach" in message
     assert "within" not in message, "it was noticed, not waited for until the limit"
-    channel = pool.channel()
-    for index in range(8, 12):
-        channel.submit(request(index, max_tokens=12))
-    for group in (channel.collect() for _ in range(4)):
-        assert all(entry.min_version == 9 for entry in group.completions)
-        assert worst_difference([sample(policy, group.request.index)], [group], policy) <= LOGPROBS
-    assert pool.metrics()["rollout/workers_lost"] > lost
+    assert sorted(channel.collect().request.index for _ in range(4)) == [20, 21, 22, 23]
+    check_groups(pool, policy, 9, range(8, 12))
+    assert pool.metrics()["rollout/workers_lost"] == lost + 1
+
+
+def test_a_frozen_worker_ends_the_push_within_its_limit(pool, session, model, monkeypatch, caplog):  # noqa: F811
+    ready(pool)
+    monkeypatch.setattr("tests.integration.test_direct_weights.LIMIT_S", 3.0)
+    monkeypatch.setattr(pool, "_settings", dataclasses.replace(pool._settings, push_s=12.0))
+    policy, victim = changed(model, 0.9), marked(session, "ray::RolloutActor")[0]
+    os.kill(victim, signal.SIGSTOP)
+    pool.update_weights(direct_push(policy, 10, monkeypatch))
+    (message,) = [message for message in caplog.messages if "Sending weights through the object store" in message]
+    assert "not done within 3 s" in message
+    assert f"process {victim}) did not answer" in message
+    check_groups(pool, policy, 10, range(12, 16))

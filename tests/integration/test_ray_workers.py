@@ -25,7 +25,8 @@ from learner.supervised import written_item
 from rlmed.cluster.ray_session import worker_environment
 from rlmed.core.protocols import ClusterError
 from rlmed.core.types import Example, Prompt, RolloutRequest, SamplingParams
-from rlmed.core.weights import NotConnectedError, StoredWeights, WeightUpdate
+from rlmed.core.weights import StoredWeights, WeightUpdate
+from rlmed.models.direct import DirectWeights
 from rlmed.models.policy import load_policy
 from rlmed.models.tiny.build import build_tiny_text
 from rlmed.models.weights import make_buckets
@@ -140,7 +141,7 @@ def test_pushed_weights_reach_all_workers_and_the_successor_of_a_lost_one(pool, 
         for parameter in policy.model.parameters():
             parameter.mul_(1.5)
     stored = StoredWeights(7, [ray.put(bucket) for bucket in make_buckets(policy.model.named_parameters(), 2**16)])
-    assert len(stored.buckets) > 2
+    assert len(stored.parts) > 2
     assert len(pool.update_weights(WeightUpdate(lambda: stored))) == 2
     policy.end_token_ids = frozenset()
     local = NativeEngine(policy, lambda ids: "", EngineLimits(max_completions=16))
@@ -244,23 +245,13 @@ def test_a_rank_is_sent_only_what_it_works_on(session):
         learner.close()
 
 
-class ToldEngine(NativeEngine):
-    """Takes weights from its calls, in the place of a GPU that receives them."""
+class RefusingEngine(NativeEngine):
+    """The third one cannot be sent weights."""
 
-    def connect(self, transport, info):
-        if info["refuse"]:
+    def update_weights(self, version, weights=()):
+        if self.devices == ("gpu-3",) and any(isinstance(part, DirectWeights) for part in weights):
             raise RuntimeError("NCCL does not load here")
-        self.transport = transport
-
-    def begin_update(self):
-        self.received = []
-
-    def receive(self, info):
-        assert self.transport == "nccl"
-        self.received += info["buckets"]
-
-    def finish_update(self, version):
-        self.update_weights(version, self.received)
+        super().update_weights(version, weights)
 
 
 @ray.remote(num_cpus=0)
@@ -275,50 +266,28 @@ class Numbers:
         return self.last
 
 
-def build_told_engine(folder, numbers):
-    engine = ToldEngine(load_policy(folder), lambda ids: "", EngineLimits(max_completions=16))
+def build_refusing_engine(folder, numbers):
+    engine = RefusingEngine(load_policy(folder), lambda ids: "", EngineLimits(max_completions=16))
     engine.policy.end_token_ids = frozenset()
     engine.devices = (f"gpu-{ray.get(numbers.next.remote())}",)
     return engine
 
 
-class TellingSender:
-    """Stands in for vLLM's transfer in learner rank 0; no group can be made with the third GPU."""
-
-    def __init__(self, learner):
-        self.learner = learner
-
-    def connect(self, transport, engines, call, host):
-        assert host.count(".") == 3
-        self.engines, self.call = engines, call
-        refuse = any(engine.devices == ("gpu-3",) for engine in engines)
-        try:
-            self.tell("connect", transport, {"refuse": refuse})
-        except RuntimeError as error:
-            raise NotConnectedError(f"no connection by nccl: {error.cause}") from error
-
-    def send(self, version):
-        self.tell("begin_update")
-        self.tell("receive", {"buckets": list(make_buckets(self.learner.full_weights(on_device=True)))})
-        self.tell("finish_update", version)
-
-    def tell(self, stage, *arguments):
-        for call in [self.call(engine, stage, *arguments) for engine in self.engines]:
-            call.result(timeout=60)
-
-
 class Drifting:
-    """Stands in for a learner: each step makes the weights larger."""
+    """Stands in for a learner's rank: each step makes the weights larger; all gather together."""
 
     policy_version = 0
     split = staticmethod(lambda batch, ranks: [batch] * ranks)
 
-    def __init__(self, folder):
-        self.policy = load_policy(folder)
+    def __init__(self, folder, parallelism=None):
+        self.policy, self.parallelism = load_policy(folder), parallelism
         self.policy.end_token_ids = frozenset()
 
     def full_weights(self, *, on_device=False):
-        return ((name, parameter.detach()) for name, parameter in self.policy.model.named_parameters())
+        for name, parameter in self.policy.model.named_parameters():
+            torch.distributed.barrier()
+            if self.parallelism.first:
+                yield name, parameter.detach()
 
     @torch.no_grad()
     def learn(self, share):
@@ -341,19 +310,20 @@ def sampled(pool, *versions):
     return sorted(groups, key=lambda group: group.min_version)
 
 
-def test_weights_are_sent_from_actor_to_actor_and_fetched_by_later_workers(session, model, caplog):
+def test_weights_are_sent_from_actor_to_actor_and_fetched_by_later_workers(session, model, caplog, monkeypatch):
     settings = PoolSettings(capacity=4, heartbeat_s=0.5, silence_s=120.0)
-    build = functools.partial(build_told_engine, model, Numbers.remote())
+    build = functools.partial(build_refusing_engine, model, Numbers.remote())
     pool = WorkerPool(lambda i: RayWorker(f"worker {i}", build), 2, settings)
     channel = pool.channel()
     learner = RayLearner(
-        lambda report, parallelism: Drifting(model),
+        lambda report, parallelism: Drifting(model, parallelism),
         on_bad_step=lambda *_: None,
         step_s=120,
+        options=[{}, {}],
         weight_transfer="nccl",
-        make_sender=TellingSender,
+        push_s=120.0,
     )
-    learner._direct._device = "gpu-0"  # the rank's, which runs on a CPU here
+    monkeypatch.setattr("learner.weight_push.choose_transport", lambda *_: "gloo")
     local = Drifting(model)
     engine = NativeEngine(local.policy, lambda ids: "", EngineLimits(max_completions=16))
 
@@ -387,7 +357,8 @@ def test_weights_are_sent_from_actor_to_actor_and_fetched_by_later_workers(sessi
         # with it no group can be made, so both fetch
         learn()
         learner.push_weights(channel)
-        assert "nccl: NCCL does not load here." in caplog.text
+        assert "RuntimeError: NCCL does not load here" in caplog.text
+        assert "Sending weights through the object store" in caplog.text
         assert worst_difference(expected(), sampled(pool, 3), local.policy) <= LOGPROBS
     finally:
         pool.close()

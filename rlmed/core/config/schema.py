@@ -299,10 +299,6 @@ class RunConfig:
             "use model.device=cuda, and CUDA_VISIBLE_DEVICES to hide GPUs from Ray",
         )
         require(
-            self.rollout.engine == "vllm" or self.cluster.weight_transfer != "ipc",
-            f"cluster.weight_transfer={self.cluster.weight_transfer} works with vLLM only: use rollout=vllm, or auto",
-        )
-        require(
             self.rollout.tensor_parallel_size == 1
             or self.cluster.gpus_per_worker is None
             or self.cluster.gpus_per_worker >= self.rollout.tensor_parallel_size,
