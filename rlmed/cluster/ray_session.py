@@ -64,6 +64,8 @@ def start_ray(cluster: ClusterConfig) -> Callable[[], None]:
     if ray.is_initialized():
         return lambda: None
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # no process per core in advance: ours have an environment of their own and could not use them
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "false")
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {
         "log_to_driver": cluster.worker_logs,
