@@ -36,7 +36,7 @@ class Forked:
         """Start it; the arguments are those of `run_forked`."""
         with pytest.MonkeyPatch.context() as patch:  # the process that is forked from has one thread
             patch.setenv("OMP_NUM_THREADS", "1")
-            FORKED.set_forkserver_preload(["tests.prepared", "rlmed.launch"])
+            FORKED.set_forkserver_preload(["tests.prepared", "rlmed.launch", "rlmed.run"])
             forkserver.ensure_running()
         file, name = tempfile.mkstemp(prefix=f"{folder.name}-", suffix=".log", dir=folder.parent)
         os.close(file)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rlmed.core.process.display import TRACE, address_limit, lacks_memory, one_line
@@ -18,6 +20,7 @@ from rlmed.core.process.torch_extensions import disable_broken_extensions
 
 MIN_ADDRESSES = 1536 * 2**20
 """Address space in bytes to load torch, numpy, scipy; at 1,000,000 KB OpenBLAS retries forever."""
+_DOCTOR = ": python -m rlmed.doctor says what is missing"
 
 
 def prepare_process() -> None:
@@ -31,13 +34,16 @@ def prepare_process() -> None:
     disable_broken_extensions()
 
 
-def start_command() -> None:
+def start_command(*, loads: bool = True) -> None:
     """Prepare a command's process; exit with one line if its libraries cannot be loaded.
 
     This holds until `keep_display` takes over.
 
     Each command's file calls it first, before its other imports, and only if it is the program that
     runs.
+
+    Args:
+        loads: whether these imports load torch; otherwise `loading_libraries` prepares for them.
 
     Raises:
         MemoryError, OSError: for an environment in which torch and numpy, or their C code, would
@@ -53,7 +59,27 @@ def start_command() -> None:
         tempfile.gettempdir()
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error.strerror}: set TMPDIR to a writable folder") from error
-    prepare_process()
+    if loads:
+        prepare_process()
+    else:
+        settle_threads()
+        settle_waiting()
+
+
+@contextmanager
+def loading_libraries() -> Iterator[None]:
+    """Prepare for the libraries that a command loads later; turn their ImportError into one line.
+
+    Raises:
+        ValueError: names the library and the command that says what is missing.
+    """
+    try:
+        prepare_process()
+        yield
+    except ImportError as error:
+        if lacks_memory(error):
+            raise
+        raise ValueError(f"{one_line(error)}{_DOCTOR}") from error
 
 
 def _check_addresses() -> None:
@@ -73,7 +99,7 @@ def _say(kind: type[BaseException], error: BaseException, trace: TracebackType |
     if issubclass(kind, KeyboardInterrupt):
         said = "interrupted"
     elif issubclass(kind, ImportError) and not lacks_memory(error):
-        said = f"error: {one_line(error)}: python -m rlmed.doctor says what is missing"
+        said = f"error: {one_line(error)}{_DOCTOR}"
     else:
         said = f"error: {one_line(error)}"
     if sys.stderr is not None:
