@@ -45,7 +45,7 @@ def worker_environment(chosen: Mapping[str, Any], *, here: bool) -> dict[str, An
             `chosen` says otherwise.
     """
     # called in each worker before it imports torch
-    environment = {"worker_process_setup_hook": "rlmed.core.process.starting.prepare_process"}
+    environment = {"worker_process_setup_hook": "rlmed.core.process.starting.prepare_worker"}
     # for these keys Ray makes an interpreter of its own, which ours would replace
     if here and not chosen.keys() & {"conda", "pip", "uv"}:
         # Ray gives it to a shell, by default without quotes: with a space in its path, workers

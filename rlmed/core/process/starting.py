@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
+from rlmed.core.process.collection import put_off, resume
 from rlmed.core.process.display import TRACE, address_limit, lacks_memory, one_line
 from rlmed.core.process.threads import settle_threads, settle_waiting
 from rlmed.core.process.torch_extensions import disable_broken_extensions
@@ -27,11 +28,17 @@ def prepare_process() -> None:
     """Settle what torch and transformers read on import: OpenMP's waiting, and unfit binaries.
 
     Every process of ours calls it before it imports them: commands by `start_command`, Ray's
-    workers by a hook (`rlmed.cluster.ray_session`), tests in conftest.py.
+    workers by `prepare_worker` (`rlmed.cluster.ray_session`), tests in conftest.py.
     """
     settle_threads()
     settle_waiting()
     disable_broken_extensions()
+
+
+def prepare_worker() -> None:
+    """Prepare a process that Ray starts; its actor calls `rlmed.core.process.collection.resume`."""
+    prepare_process()
+    put_off()
 
 
 def start_command(*, loads: bool = True) -> None:
@@ -60,6 +67,7 @@ def start_command(*, loads: bool = True) -> None:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error.strerror}: set TMPDIR to a writable folder") from error
     if loads:
+        put_off()  # until `keep_display`
         prepare_process()
     else:
         settle_threads()
@@ -73,6 +81,7 @@ def loading_libraries() -> Iterator[None]:
     Raises:
         ValueError: names the library and the command that says what is missing.
     """
+    put_off()
     try:
         prepare_process()
         yield
@@ -80,6 +89,8 @@ def loading_libraries() -> Iterator[None]:
         if lacks_memory(error):
             raise
         raise ValueError(f"{one_line(error)}{_DOCTOR}") from error
+    finally:
+        resume()
 
 
 def _check_addresses() -> None:
