@@ -24,6 +24,7 @@ from learner.likelihood import ScoringRequest
 from learner.sharing import BatchShare, Split
 from learner.supervised import SupervisedLearner
 from learner.weight_push import DirectPush
+from rlmed.core.process.collection import resume
 from rlmed.core.protocols import ClusterError, RolloutPool
 from rlmed.core.types import FloatArray
 from rlmed.core.weights import OBJECT_STORE, EngineHandle, PushReport, StoredWeights, WeightUpdate
@@ -49,6 +50,7 @@ class LearnerActor:
 
     def __init__(self) -> None:
         """Start empty; `build` creates the learner."""
+        resume()  # its libraries have been loaded
         self._skipped: list[str] = []
         self._learner: LocalLearner
         self._rank = 0

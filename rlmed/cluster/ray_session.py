@@ -48,7 +48,7 @@ def worker_environment(chosen: Mapping[str, Any], *, here: bool) -> dict[str, An
             `chosen` says otherwise.
     """
     # called in each worker before it imports torch
-    environment = {"worker_process_setup_hook": "rlmed.core.process.starting.prepare_process"}
+    environment = {"worker_process_setup_hook": "rlmed.core.process.starting.prepare_worker"}
     # for these keys Ray makes an interpreter of its own, which ours would replace
     if here and not chosen.keys() & {"conda", "pip", "uv"}:
         # Ray gives it to a shell, by default without quotes: with a space in its path, workers
@@ -67,6 +67,8 @@ def start_ray(cluster: ClusterConfig) -> Callable[[], None]:
     if ray.is_initialized():
         return lambda: None
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # no process per core in advance: ours have an environment of their own and could not use them
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "false")
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {
         "log_to_driver": cluster.worker_logs,

@@ -18,6 +18,7 @@ import numpy as np
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from rlmed.core.process.collection import resume
 from rlmed.core.types import Prompt, RolloutRequest
 from rlmed.core.weights import PushReport, StoredWeights
 from rollout.engine import Engine
@@ -35,6 +36,7 @@ class RolloutActor:
 
     def __init__(self, build: Callable[[], Engine], on_push: str) -> None:
         """Build the engine in this process, which will run it."""
+        resume()  # its libraries have been loaded
         self._engine = engine = build()
         self._runner = EngineRunner(engine, on_push=on_push, where=f"{socket.gethostname()}, process {os.getpid()}")
 

@@ -24,9 +24,9 @@ SMALL = setting.Geometry(
     hidden=256, layers=2, heads=4, kv_heads=2, intermediate=64, tied=True, vision_depth=1, vision_width=160
 )
 CPU = torch.device("cpu")
-IN_ONE_PROCESS = ("decode", "learner")
+IN_ONE_PROCESS = ("decode", "learner", "loop")
 """Parts that are run without the process that each has otherwise: `kernels` needs the interpreter's
-variable before triton is imported, `loop` starts a run, and `probe` tells what a failed one does.
+variable before triton is imported, and `probe` tells what a failed one does.
 """
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from rlmed.cluster.capacity import Machine
 from rlmed.core.config.composing import compose_config
-from rlmed.core.process.starting import prepare_process
+from rlmed.core.process.starting import prepare_worker
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray")
 
@@ -80,7 +80,7 @@ def test_each_worker_is_prepared_and_runs_this_processs_interpreter_or_the_chose
 
     monkeypatch.setattr(sys, "executable", "/my environment/python")
     given = worker_environment(chosen, here=here)
-    assert pkgutil.resolve_name(given.pop("worker_process_setup_hook")) is prepare_process
+    assert pkgutil.resolve_name(given.pop("worker_process_setup_hook")) is prepare_worker
     assert given == {**interpreter, **chosen}
 
 
