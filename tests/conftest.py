@@ -43,8 +43,7 @@ products._Choice.uses = frozenset(os.environ["RLMED_ONEDNN"].strip("[]").split("
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(1)  # the models are so small that threads only wait for each other
 
-VISION_FAMILIES = ("qwen2_vl", "qwen2_5_vl")
-PATCH_WIDTH = 3 * 2 * 14 * 14
+VISION_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 PLAIN_TOKENS = range(20, 300)
 """Ids of ordinary text; the control tokens are the last of the vocabulary."""
 EXTRA_ENDS = (31, 32, 33, 34, 35, 36, 37, 38)
@@ -178,7 +177,7 @@ def make_prompt(tiny_policy: Callable[[str], Policy]) -> Callable[..., Prompt]:
             marked = [config.vision_start_token_id, *visual, config.vision_end_token_id]
             token_ids = [*token_ids[: length // 2], *marked, *token_ids[length // 2 :]]
             image_inputs = {
-                "pixel_values": rng.standard_normal((grid[0] * grid[1], PATCH_WIDTH)).astype(np.float32),
+                "pixel_values": rng.standard_normal((grid[0] * grid[1], 6 * config.vision_config.patch_size**2)).astype(np.float32),
                 "image_grid_thw": np.array([[1, *grid]], dtype=np.int64),
             }
         example = Example(id=f"p{index}", image=None, question="?", options=("a", "b"), answer=0)

@@ -42,6 +42,8 @@ class Family:
 
     vision: bool
     positions: PositionFn
+    position_rows: int = 1
+    """Rows of positions: 3 for M-RoPE, else 1."""
     part_prefixes: tuple[tuple[str, str], ...] = ()
     """(parameter name prefix, part); the first match wins, everything else is "language_model"."""
 
@@ -57,12 +59,18 @@ _TEXT = Family(vision=False, positions=_text_positions)
 _QWEN_VL = Family(
     vision=True,
     positions=_mrope_positions,
-    part_prefixes=(("model.visual.merger.", "merger"), ("model.visual.", "vision")),
+    position_rows=3,
+    part_prefixes=(
+        ("model.visual.merger.", "merger"),
+        ("model.visual.deepstack_merger_list.", "merger"),  # of Qwen3-VL
+        ("model.visual.", "vision"),
+    ),
 )
 
 FAMILIES: dict[str, Family] = {
     "qwen2_vl": _QWEN_VL,
     "qwen2_5_vl": _QWEN_VL,
+    "qwen3_vl": _QWEN_VL,
     "qwen2": _TEXT,
     "qwen3": _TEXT,
     "llama": _TEXT,

@@ -128,9 +128,8 @@ class Policy:
     def decode_kernels(self) -> DecodeKernels:
         """Return the Triton kernels that decode steps can use; probed when first asked for."""
         if self._decode_kernels is None:
-            rows = 3 if self.family.vision else 1
             self._decode_kernels = choose_kernels(
-                self.model.get_decoder(), self.decoder, self.projection.out_features, position_rows=rows
+                self.model.get_decoder(), self.decoder, self.projection.out_features, position_rows=self.family.position_rows
             )
         return self._decode_kernels
 
@@ -153,7 +152,7 @@ class Policy:
             [N, d] in the policy's dtype.
         """
         # M-RoPE models take [3, batch, N], text models [batch, N]
-        position_ids = positions.unsqueeze(1) if self.family.vision else positions
+        position_ids = positions.unsqueeze(1) if self.family.position_rows > 1 else positions
         if self.decoder is not None and not image_inputs and torch.is_inference_mode_enabled():
             return self.decoder(self.decoder.embeddings(token_ids), position_ids, layout)
         output = self.model.base_model(
@@ -253,7 +252,7 @@ def load_policy(
     use_fused_layers(model)
     use_linear_patches(model)
     use_varlen_vision(model)
-    return Policy(model, accept_decoder(model, position_rows=3 if family.vision else 1))
+    return Policy(model, accept_decoder(model, position_rows=family.position_rows))
 
 
 def _move(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:

@@ -15,7 +15,7 @@ from rlmed.core.types import Example
 from rlmed.data.prompts import PromptRenderer, load_processor
 from tests.rounding import LOGPROBS, worst_difference
 
-VISION = ("qwen2_vl", "qwen2_5_vl")
+VISION = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 FAMILIES = (*VISION, "qwen2", "qwen3", "llama")
 WORDS = ("which", "part", "of", "the", "body", "is", "shown", "in", "this", "scan", "what", "does", "it", "tell")
 SIZES = ((112, 112), None, (56, 84), (300, 40), None, (64, 128), (57, 61))

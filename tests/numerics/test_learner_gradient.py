@@ -55,7 +55,7 @@ def step_gradient(fresh_policy):
     return compute
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "llama"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llama"])
 def test_the_gradient_is_that_of_a_slow_padded_grpo(
     family, step_gradient, worst_relative, make_train_groups, transformers_model, padded_logprobs, record_property
 ):

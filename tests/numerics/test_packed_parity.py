@@ -8,7 +8,7 @@ import torch
 from learner.packing import PackItem, TrainSequence, pack, packed_logprobs
 from tests.rounding import GRADIENTS, LOGPROBS
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen2", "qwen3", "llama")
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen2", "qwen3", "llama")
 
 
 def packed_items(groups):

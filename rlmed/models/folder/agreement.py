@@ -144,7 +144,7 @@ def _check_positions(where: str, config: PreTrainedConfig) -> None:
     width = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
     with foreign(f"model {where}: mrope_section in config.json cannot be read", "Copy config.json again"):
         rotation = text.get("rope_parameters") or {}
-        sections = rotation.get("mrope_section", DEFAULT_SECTIONS if family_of(config).vision else None)
+        sections = rotation.get("mrope_section", DEFAULT_SECTIONS if family_of(config).position_rows > 1 else None)
         said = "says" if "mrope_section" in rotation else "leaves it at"
         rotated = width if sections is None else 2 * sum(sections)
     if rotated != width:

@@ -33,6 +33,8 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 
 from rlmed.models.tiny.init import initialise_for_lookup
@@ -181,7 +183,7 @@ def build_tiny_vl(folder: Path, family: str = "qwen2_vl", *, seed: int = 0) -> N
 
     Args:
         folder: where to write; made if missing.
-        family: "qwen2_vl" or "qwen2_5_vl".
+        family: "qwen2_vl", "qwen2_5_vl" or "qwen3_vl".
         seed: of the weights.
 
     Raises:
@@ -214,8 +216,17 @@ def build_tiny_vl(folder: Path, family: str = "qwen2_vl", *, seed: int = 0) -> N
         vision_config |= {"window_size": 56, "fullatt_block_indexes": [1]}
         config = Qwen2_5_VLConfig(text_config=text_config, vision_config=vision_config, **shared)
         _write(folder, Qwen2_5_VLForConditionalGeneration, config, tokenizer, seed)
+    elif family == "qwen3_vl":
+        text_config["head_dim"] = 16
+        vision_config |= {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 64, "patch_size": 16}
+        # the first block's features join the decoder after its first layer; 4 x 4 learnt positions are
+        # resampled to each picture's grid
+        vision_config |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+        shared.pop("vision_token_id")
+        config = Qwen3VLConfig(text_config=text_config, vision_config=vision_config, **shared)
+        _write(folder, Qwen3VLForConditionalGeneration, config, tokenizer, seed)
     else:
-        raise ValueError(f"family={family!r} is not a vision-language family; use qwen2_vl or qwen2_5_vl")
+        raise ValueError(f"family={family!r} is not a vision-language family; use qwen2_vl, qwen2_5_vl or qwen3_vl")
 
 
 def train_tokenizer(corpus: Iterable[str], *, vocabulary: int, phrases: Sequence[str] = ()) -> PreTrainedTokenizerFast:
@@ -297,13 +308,14 @@ def _write(
     model.generation_config = GenerationConfig(bos_token_id=pad, pad_token_id=pad, eos_token_id=[end, pad])
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    if "vision_config" in config.to_dict():
+    vision, names = config.to_dict().get("vision_config"), {"qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}
+    if vision is not None:
         image_processor = {
             "image_processor_type": "Qwen2VLImageProcessor",
-            "processor_class": f"{'Qwen2_5_VL' if config.model_type == 'qwen2_5_vl' else 'Qwen2VL'}Processor",
+            "processor_class": f"{names.get(config.model_type, 'Qwen2VL')}Processor",
             "min_pixels": MIN_PIXELS,
             "max_pixels": MAX_PIXELS,
-            "patch_size": PATCH,
+            "patch_size": vision["patch_size"],
             "temporal_patch_size": 2,
             "merge_size": MERGE,
             "do_convert_rgb": True,

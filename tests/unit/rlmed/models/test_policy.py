@@ -33,15 +33,15 @@ def test_every_family_loads_and_knows_its_geometry(family, tiny_policy):
     assert (config.model_type, vision) == (family, "vl" in family)
     banned = unsampleable_token_ids(config)
     assert policy.banned_token_ids == banned
-    # <|vision_start|>, <|vision_end|>, <|vision_pad|>, <|image_pad|> and <|video_pad|>
-    assert len(banned) == (5 if vision else 0)
+    # <|vision_start|>, <|vision_end|>, <|image_pad|>, <|video_pad|> and, but for Qwen3-VL, <|vision_pad|>
+    assert len(banned) == ((4 if family == "qwen3_vl" else 5) if vision else 0)
     assert (config.image_token_id in banned) if vision else True
     hidden = torch.randn(3, 64)
     logits = policy.logits(hidden)
     assert logits.isinf().sum() == 3 * len(banned)
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_mrope_positions_of_two_images_are_those_of_transformers(family, tiny_policy, transformers_model, make_prompt):
     first, second = (make_prompt(family, i, length=5, grid=grid) for i, grid in enumerate([(4, 8), (6, 4)]))
     token_ids = np.concatenate([first.token_ids, second.token_ids])
