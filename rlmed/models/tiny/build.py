@@ -218,6 +218,7 @@ def build_tiny_vl(folder: Path, family: str = "qwen2_vl", *, seed: int = 0) -> N
         _write(folder, Qwen2_5_VLForConditionalGeneration, config, tokenizer, seed)
     elif family == "qwen3_vl":
         text_config["head_dim"] = 16
+        text_config["rope_parameters"]["mrope_interleaved"] = True  # vLLM reads it, transformers takes it for granted
         vision_config |= {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 64, "patch_size": 16}
         # the first block's features join the decoder after its first layer; 4 x 4 learnt positions are
         # resampled to each picture's grid
