@@ -177,7 +177,9 @@ def make_prompt(tiny_policy: Callable[[str], Policy]) -> Callable[..., Prompt]:
             marked = [config.vision_start_token_id, *visual, config.vision_end_token_id]
             token_ids = [*token_ids[: length // 2], *marked, *token_ids[length // 2 :]]
             image_inputs = {
-                "pixel_values": rng.standard_normal((grid[0] * grid[1], 6 * config.vision_config.patch_size**2)).astype(np.float32),
+                "pixel_values": rng.standard_normal((grid[0] * grid[1], 6 * config.vision_config.patch_size**2)).astype(
+                    np.float32
+                ),
                 "image_grid_thw": np.array([[1, *grid]], dtype=np.int64),
             }
         example = Example(id=f"p{index}", image=None, question="?", options=("a", "b"), answer=0)

@@ -129,7 +129,10 @@ class Policy:
         """Return the Triton kernels that decode steps can use; probed when first asked for."""
         if self._decode_kernels is None:
             self._decode_kernels = choose_kernels(
-                self.model.get_decoder(), self.decoder, self.projection.out_features, position_rows=self.family.position_rows
+                self.model.get_decoder(),
+                self.decoder,
+                self.projection.out_features,
+                position_rows=self.family.position_rows,
             )
         return self._decode_kernels
 
