@@ -10,9 +10,12 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -190,7 +193,24 @@ def _rules(
     parts = {*whole.get_attributes(), "chat_template"}
     own = {name: value for name, value in written.items() if name in parameters and name not in parts}
     absent = dict.fromkeys([name for name in whole.get_attributes() if name in parameters and name not in attributes])
-    return kind(image_processor=image_processor, tokenizer=tokenizer, **absent, **own), own
+    with _without_videos(sys.modules[whole.__module__]):
+        return kind(image_processor=image_processor, tokenizer=tokenizer, **absent, **own), own
+
+
+@contextmanager
+def _without_videos(module: ModuleType) -> Iterator[None]:
+    """Let a module of transformers make a processor without the library that only videos need.
+
+    One of them refuses to start without num2words, which spells the number of a video's frames.
+    """
+    missing = [name for name, value in vars(module).items() if name == "num2words" and value is None]
+    for name in missing:
+        setattr(module, name, str)
+    try:
+        yield
+    finally:
+        for name in missing:
+            setattr(module, name, None)
 
 
 def _whole(size: Mapping[str, Any]) -> bool:

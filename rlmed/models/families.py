@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+Images = Mapping[str, Tensor]
+"""A row's image tensors, see `Prompt.image_inputs`."""
 PositionFn = Callable[[PreTrainedModel, Tensor, Mapping[str, Tensor]], Tensor]
 
 PARTS = ("vision", "merger", "language_model")
@@ -36,6 +38,15 @@ def _mrope_positions(model: PreTrainedModel, token_ids: Tensor, image_inputs: Ma
     return positions[:, 0]
 
 
+def _as_they_are(images: Images) -> Images:
+    return images
+
+
+def _as_one_sample(images: Images) -> Images:
+    """Return the tiles [tiles, ...] as those of one sample, [1, tiles, ...]."""
+    return {name: tensor.unsqueeze(0) for name, tensor in images.items()}
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """Properties of a transformers `model_type` that rlmed depends on."""
@@ -44,6 +55,12 @@ class Family:
     positions: PositionFn
     position_rows: int = 1
     """Rows of positions: 3 for M-RoPE, else 1."""
+    arguments: Callable[[Images], Images] = _as_they_are
+    """Turns a row's image tensors into forward arguments."""
+    patches_per_token: Callable[[PreTrainedConfig], int] = lambda _: 1
+    """Patches of the vision tower that become one visual token."""
+    grids: bool = False
+    """Pictures are patches along one axis, with `image_grid_thw`; else tiles of one size."""
     part_prefixes: tuple[tuple[str, str], ...] = ()
     """(parameter name prefix, part); the first match wins, everything else is "language_model"."""
 
@@ -60,17 +77,28 @@ _QWEN_VL = Family(
     vision=True,
     positions=_mrope_positions,
     position_rows=3,
+    patches_per_token=lambda config: config.vision_config.spatial_merge_size**2,
+    grids=True,
     part_prefixes=(
         ("model.visual.merger.", "merger"),
         ("model.visual.deepstack_merger_list.", "merger"),  # of Qwen3-VL
         ("model.visual.", "vision"),
     ),
 )
+_IDEFICS3 = Family(
+    vision=True,
+    positions=_text_positions,
+    arguments=_as_one_sample,
+    patches_per_token=lambda config: config.scale_factor**2,
+    part_prefixes=(("model.vision_model.", "vision"), ("model.connector.", "merger")),
+)
 
 FAMILIES: dict[str, Family] = {
     "qwen2_vl": _QWEN_VL,
     "qwen2_5_vl": _QWEN_VL,
     "qwen3_vl": _QWEN_VL,
+    "idefics3": _IDEFICS3,
+    "smolvlm": _IDEFICS3,
     "qwen2": _TEXT,
     "qwen3": _TEXT,
     "llama": _TEXT,
@@ -96,6 +124,16 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 def unsampleable_token_ids(config: PreTrainedConfig) -> tuple[int, ...]:
     """Return the ids of image content; a forward pass would take a sampled one for an image."""
-    names = ("image_token_id", "video_token_id", "vision_token_id", "vision_start_token_id", "vision_end_token_id")
+    names = (
+        "image_token",
+        "video_token",
+        "vision_token",
+        "vision_start_token",
+        "vision_end_token",
+        "boi_token",
+        "eoi_token",
+    )
     values = config.to_dict()
-    return tuple(sorted({int(values[name]) for name in names if values.get(name) is not None}))
+    # older families say "index"
+    found = (values.get(f"{name}_{suffix}") for name in names for suffix in ("id", "index"))
+    return tuple(sorted({int(value) for value in found if value is not None}))

@@ -163,7 +163,7 @@ class Policy:
             position_ids=position_ids,
             use_cache=False,
             layout=layout,
-            **(image_inputs or {}),
+            **(self.family.arguments(image_inputs) if image_inputs else {}),
         )
         states: Tensor = output.last_hidden_state[0]
         return states

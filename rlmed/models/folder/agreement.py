@@ -27,7 +27,7 @@ CONTROL_TOKENS = {
     "vision_start_token_id": "<|vision_start|>",
     "vision_end_token_id": "<|vision_end|>",
 }
-"""Qwen2-VL's token for each key of config.json."""
+"""The Qwen-VL families' token for each key of config.json."""
 GRID = {"patch_size": "patch_size", "merge_size": "spatial_merge_size", "temporal_patch_size": "temporal_patch_size"}
 """Keys of preprocessor_config.json and their counterparts in config.json's vision_config."""
 PREPROCESSOR = "preprocessor_config.json"
@@ -60,7 +60,7 @@ def check_agreement(
     _check_architecture(where, config)
     _check_vocabulary(where, config, tokenizer)
     _check_positions(where, config)
-    if image_processor is not None:
+    if image_processor is not None and family_of(config).grids:
         _check_grid(where, config, image_processor)
     doubts = find_end_tokens(folder, config, tokenizer).doubts(tokenizer)
     if Path(folder).is_dir():
@@ -131,7 +131,7 @@ def _check_vocabulary(where: str, config: PreTrainedConfig, tokenizer: PreTraine
             f"{rows}: the tokenizer belongs to another model; copy the one that this model was trained with"
         )
     values = config.to_dict()
-    for key, token in CONTROL_TOKENS.items():
+    for key, token in CONTROL_TOKENS.items() if family_of(config).grids else ():
         if values.get(key) is not None and token in vocabulary and values[key] != vocabulary[token]:
             raise ValueError(
                 f"model {where}: config.json says {key}={values[key]}, and {token} is {vocabulary[token]} in the tokenizer: "
