@@ -23,13 +23,14 @@ from transformers import (
 )
 
 from rlmed.core.types import Prompt
-from rlmed.models.tiny.build import _TEST_SENTENCES, train_tokenizer
+from rlmed.models.tiny.build import _TEST_SENTENCES, WINDOWED, train_tokenizer
 
 TILE, PATCH = 28, 7
 SIGLIP = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIGLIP |= {"image_size": TILE, "patch_size": PATCH}
 TEXT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 TEXT |= {"intermediate_size": 96, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "head_dim": 16}
+PINPOINTS = [[TILE * rows, TILE * columns] for rows in (1, 2) for columns in (1, 2)]
 IDEFICS_TOKENS = ("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", "<video>")
 IDEFICS_TOKENS += tuple(f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5))
 IDEFICS = {
@@ -46,6 +47,60 @@ IDEFICS = {
 FAMILIES: dict[str, dict[str, Any]] = {
     "idefics3": {**IDEFICS, "class": "Idefics3"},
     "smolvlm": {**IDEFICS, "class": "SmolVLM", "config": {"scale_factor": 2, "tie_word_embeddings": True}},
+    "gemma3": {
+        "class": "Gemma3",
+        "picture": "<start_of_image>",
+        "tokens": ("<start_of_image>", "<end_of_image>", "<image_soft_token>"),
+        "named_tokens": {
+            "boi_token": "<start_of_image>",
+            "eoi_token": "<end_of_image>",
+            "image_token": "<image_soft_token>",
+        },
+        "image_token": "<image_soft_token>",
+        "config_tokens": {"boi_token_index": "<start_of_image>", "eoi_token_index": "<end_of_image>"},
+        "image_key": "image_token_index",
+        "text": "gemma3_text",
+        "text_config": WINDOWED,
+        "vision": {**SIGLIP, "vision_use_head": False},
+        "config": {"mm_tokens_per_image": 4, "tie_word_embeddings": True},
+        "image_processor": {"size": {"height": TILE, "width": TILE}},
+        "processor": {"image_seq_length": 4},
+    },
+    "internvl": {
+        "class": "InternVL",
+        "image_class": "GotOcr2",
+        "picture": "<IMG_CONTEXT>",
+        "tokens": ("<img>", "</img>", "<IMG_CONTEXT>", "<video>"),
+        "named_tokens": {
+            "start_image_token": "<img>",
+            "end_image_token": "</img>",
+            "context_image_token": "<IMG_CONTEXT>",
+            "video_token": "<video>",
+        },
+        "image_token": "<IMG_CONTEXT>",
+        "text": "qwen3",  # of version 3.5; that of version 3 is qwen2, as in LLaVA-OneVision
+        "vision": {**SIGLIP, "image_size": [TILE, TILE], "patch_size": [PATCH, PATCH]},
+        "config": {"downsample_ratio": 0.5, "image_seq_length": 4, "tie_word_embeddings": False},
+        "image_processor": {"size": {"height": TILE, "width": TILE}, "max_patches": 4},
+        "processor": {"image_seq_length": 4},
+    },
+    "llava_onevision": {
+        "class": "LlavaOnevision",
+        "picture": "<image>",
+        "tokens": ("<image>", "<video>"),
+        "image_token": "<image>",
+        "config_tokens": {"video_token_index": "<video>"},
+        "image_key": "image_token_index",
+        "text": "qwen2",
+        "vision": {**SIGLIP, "model_type": "siglip_vision_model", "vision_use_head": False},
+        "config": {
+            "image_grid_pinpoints": PINPOINTS,
+            "vision_aspect_ratio": "anyres_max_9",
+            "tie_word_embeddings": True,
+        },
+        "image_processor": {"size": {"height": TILE, "width": TILE}, "image_grid_pinpoints": PINPOINTS},
+        "processor": {"num_image_tokens": 16, "vision_feature_select_strategy": "full"},
+    },
 }
 TILE_FAMILIES = tuple(FAMILIES)
 
@@ -103,7 +158,7 @@ def _config(family: str, rules: Mapping[str, Any], tokenizer: PreTrainedTokenize
     text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
     text |= {"bos_token_id": pad, "eos_token_id": end, "pad_token_id": pad, **rules.get("text_config", {})}
     named = {key: tokenizer.convert_tokens_to_ids(token) for key, token in rules.get("config_tokens", {}).items()}
-    ids = {"pad_token_id": pad, "image_token_id": image, **named}
+    ids = {"pad_token_id": pad, rules.get("image_key", "image_token_id"): image, **named}
     return AutoConfig.for_model(family, text_config=text, vision_config=dict(rules["vision"]), **ids, **rules["config"])
 
 

@@ -162,6 +162,8 @@ class _Layer:
         used = {id(p) for part in (*linears, *_norms(layer)) for p in part.parameters()}
         if other := [name for name, parameter in layer.named_parameters() if id(parameter) not in used]:
             raise ValueError(f"it has another part, {other[0].rpartition('.')[0]}")
+        if vars(attention).get("sliding_window"):
+            raise ValueError("it attends within a window")
         if len({linear.bias is None for linear in found.projections}) > 1:
             raise ValueError("some of its queries, keys and values have a bias and others none")
         return found

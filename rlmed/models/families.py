@@ -61,6 +61,8 @@ class Family:
     """Patches of the vision tower that become one visual token."""
     grids: bool = False
     """Pictures are patches along one axis, with `image_grid_thw`; else tiles of one size."""
+    both_ways: bool = False
+    """Visual tokens of an image also attend to its later ones."""
     part_prefixes: tuple[tuple[str, str], ...] = ()
     """(parameter name prefix, part); the first match wins, everything else is "language_model"."""
 
@@ -92,6 +94,27 @@ _IDEFICS3 = Family(
     patches_per_token=lambda config: config.scale_factor**2,
     part_prefixes=(("model.vision_model.", "vision"), ("model.connector.", "merger")),
 )
+_TOWER_AND_PROJECTOR = (
+    ("model.vision_tower.", "vision"),
+    ("model.multi_modal_projector.", "merger"),
+    ("model.image_newline", "merger"),
+)
+_INTERNVL = Family(
+    vision=True,
+    positions=_text_positions,
+    patches_per_token=lambda config: round(1 / config.downsample_ratio) ** 2,
+    part_prefixes=_TOWER_AND_PROJECTOR,
+)
+_LLAVA_ONEVISION = Family(vision=True, positions=_text_positions, part_prefixes=_TOWER_AND_PROJECTOR)
+_GEMMA3 = Family(
+    vision=True,
+    positions=_text_positions,
+    patches_per_token=lambda config: (
+        (config.vision_config.image_size // config.vision_config.patch_size) ** 2 // config.mm_tokens_per_image
+    ),
+    both_ways=True,
+    part_prefixes=_TOWER_AND_PROJECTOR,
+)
 
 FAMILIES: dict[str, Family] = {
     "qwen2_vl": _QWEN_VL,
@@ -99,9 +122,13 @@ FAMILIES: dict[str, Family] = {
     "qwen3_vl": _QWEN_VL,
     "idefics3": _IDEFICS3,
     "smolvlm": _IDEFICS3,
+    "gemma3": _GEMMA3,
+    "internvl": _INTERNVL,
+    "llava_onevision": _LLAVA_ONEVISION,
     "qwen2": _TEXT,
     "qwen3": _TEXT,
     "llama": _TEXT,
+    "gemma3_text": _TEXT,
 }
 
 
@@ -109,17 +136,38 @@ def family_of(config: PreTrainedConfig) -> Family:
     """Return the family of a model's configuration.
 
     Raises:
-        ValueError: for an unregistered `model_type`, or a decoder with sliding-window attention.
+        ValueError: for an unregistered `model_type`, or a decoder that cannot run here.
     """
+    _refuse(config)
     if config.model_type not in FAMILIES:
         raise ValueError(
             f"model_type {config.model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}. "
             "To add a family, add an entry in rlmed/models/families.py"
         )
-    text_config = config.get_text_config()
-    if "sliding_attention" in (text_config.to_dict().get("layer_types") or ()):
-        raise ValueError(f"{config.model_type} with sliding-window attention layers is not supported")
     return FAMILIES[config.model_type]
+
+
+def _refuse(config: PreTrainedConfig) -> None:
+    """Raise a ValueError for a decoder that no registration could make run."""
+    text = config.get_text_config().to_dict()
+    name = f"model_type {config.model_type!r}"
+    others = sorted({*(text.get("layer_types") or ())} - {"full_attention", "sliding_attention"})
+    if others:
+        raise ValueError(
+            f"{name} has layers of {', '.join(others)}: rlmed computes a prompt once for all its completions by the keys and "
+            "values that it leaves, so use a model whose layers all have attention, full or within a sliding window"
+        )
+    if shared := text.get("num_kv_shared_layers"):
+        raise ValueError(
+            f"{name}: its last {shared} layers read the keys and values of earlier ones and have none of their own, which "
+            "rlmed's caches and packed rows need in every layer: use a model with num_kv_shared_layers=0"
+        )
+    if text.get("use_bidirectional_attention") is True:
+        raise ValueError(f"{name}: its tokens attend to later tokens, so it cannot write: use a model that does")
+    if cap := text.get("final_logit_softcapping") or text.get("attn_logit_softcapping"):
+        raise ValueError(
+            f"{name}: rlmed does not compute the soft caps on logits or scores that its config.json sets ({cap:g})"
+        )
 
 
 def unsampleable_token_ids(config: PreTrainedConfig) -> tuple[int, ...]:
@@ -136,4 +184,6 @@ def unsampleable_token_ids(config: PreTrainedConfig) -> tuple[int, ...]:
     values = config.to_dict()
     # older families say "index"
     found = (values.get(f"{name}_{suffix}") for name in names for suffix in ("id", "index"))
-    return tuple(sorted({int(value) for value in found if value is not None}))
+    # a placeholder beyond the vocabulary cannot be sampled anyway
+    sampled = config.get_text_config().vocab_size
+    return tuple(sorted({int(value) for value in found if value is not None and value < sampled}))

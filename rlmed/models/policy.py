@@ -73,6 +73,8 @@ class Policy:
             )
         self.projection: nn.Linear = projection
         self.banned_token_ids = unsampleable_token_ids(model.config)
+        self.windows: tuple[int, ...] = sliding_windows(model)
+        """Widths of sliding windows in its attention, each once."""
         self._banned: Tensor = torch.tensor(self.banned_token_ids, dtype=torch.int64, device=self.device)
         ends = model.generation_config.eos_token_id
         self.end_token_ids: frozenset[int] = frozenset([ends] if isinstance(ends, int) else ends or ())
@@ -115,14 +117,24 @@ class Policy:
         grids = {name: torch.as_tensor(array) for name, array in prompt.image_inputs.items() if name != "pixel_values"}
         return self.family.positions(self.model, torch.as_tensor(prompt.token_ids), grids).cpu()
 
-    def packed_layout(self, groups: Sequence[tuple[int, Sequence[int]]]) -> PackedLayout | VarlenLayout:
+    def packed_layout(
+        self, groups: Sequence[tuple[int, Sequence[int]]], token_ids: Tensor | None = None
+    ) -> PackedLayout | VarlenLayout:
         """Lay out a row of groups for the attention that suits this policy.
 
-        Each group is given as (prompt length, completion lengths).
+        Args:
+            groups: (prompt length, completion lengths) of each.
+            token_ids: int64 [N], the row; only needed if it may have images.
         """
+        both_ways = None
+        if self.family.both_ways and token_ids is not None:
+            marked = token_ids == self.model.config.image_token_id
+            both_ways = marked if marked.any() else None
         backend = choose_attention(self.device, self.dtype, self.kv_shape[2]).backend
-        if backend is None:
-            return PackedLayout.build(groups, self.device)
+        longest = max(prompt + max(lengths, default=0) for prompt, lengths in groups)
+        # kernels without padding know neither blocks nor windows that reach from completion to prompt
+        if backend is None or both_ways is not None or any(window < longest for window in self.windows):
+            return PackedLayout.build(groups, self.device, both_ways)
         return VarlenLayout.build(groups, backend, self.device)
 
     def decode_kernels(self) -> DecodeKernels:
@@ -179,6 +191,12 @@ class Policy:
     def logprobs_no_grad(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
         """Return the targets' log-probabilities, no gradient; see `logprobs.logprobs_no_grad`."""
         return logprobs_no_grad(hidden, self.projection.weight, targets, temperature=temperature, banned=self._banned)
+
+
+def sliding_windows(model: nn.Module) -> tuple[int, ...]:
+    """Return the widths of sliding windows in a model's attention, each once, in order."""
+    found = {vars(module).get("sliding_window") for module in model.modules() if hasattr(module, "q_proj")}
+    return tuple(sorted(int(width) for width in found if width))
 
 
 def merge_image_inputs(inputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from rlmed.core.types import RolloutRequest
 from rlmed.models.decode_kernels import DecodeKernels
 from rlmed.models.policy import Policy
-from rollout.native.kv_pages import DecodeLayout, FixedPart, PagePool, PageView, visible
+from rollout.native.kv_pages import DecodeLayout, FixedPart, PagePool, PageView, visible, within
 from rollout.native.sampler import BatchSampling
 from rollout.native.scheduler import EngineLimits
 from rollout.native.sequence import Sequence, SequenceGroup
@@ -46,7 +46,8 @@ def decode_step(
         embeddings = policy.decoder.embeddings(slots.tokens[rows])
         hidden = kernels.decoder(embeddings, slots.positions(rows), slots.step_pages(prefix, suffix, shape))
     else:
-        layout = _layout(slots, suffix, shape, fixed or fixed_part(slots, prefix, suffix, shape))
+        fixed = fixed or fixed_part(slots, prefix, suffix, shape)
+        layout = _layout(slots, suffix, shape, fixed, policy.windows)
         hidden = policy.hidden(slots.tokens[rows], slots.positions(rows), layout)
     logits = policy.logits(hidden)
     if kernels.sample is not None and not (shape.uses.top_k or shape.uses.top_p):
@@ -68,7 +69,9 @@ def fixed_part(slots: Slots, prefix: PagePool, suffix: PagePool, shape: StepShap
     )
 
 
-def _layout(slots: Slots, suffix: PagePool, shape: StepShape, fixed: FixedPart) -> DecodeLayout:
+def _layout(
+    slots: Slots, suffix: PagePool, shape: StepShape, fixed: FixedPart, windows: Rows[int] = ()
+) -> DecodeLayout:
     addresses: Tensor | int = shape.suffix_width - 1
     mask = None
     if not shape.level:
@@ -76,7 +79,12 @@ def _layout(slots: Slots, suffix: PagePool, shape: StepShape, fixed: FixedPart) 
         addresses = suffix.addresses(fixed.completions, counts - 1)
         mask = visible(counts, shape.suffix_width, suffix)
     view = PageView.build(suffix, fixed.completions, shape.suffix_width, in_order=shape.rows_in_order)
-    return DecodeLayout(fixed, view, addresses, mask)
+    masks = {
+        width: within(width, slots.prompt_lengths(shape), slots.counts[: shape.rows], fixed.table, fixed.prefix, view)
+        for width in windows
+        if width < shape.prefix_width + shape.suffix_width
+    }
+    return DecodeLayout(fixed, view, addresses, mask, masks)
 
 
 @dataclass(frozen=True, slots=True)

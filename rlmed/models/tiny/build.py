@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -100,6 +102,17 @@ MAX_PIXELS = 112 * 112
 VOCABULARY = 2000
 """Largest vocabulary of `build_tiny`, special tokens included."""
 
+WINDOWED: dict[str, Any] = {
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 9,  # fewer tokens than prompts have
+    "query_pre_attn_scalar": 12,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+        "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    },
+}
+"""Gemma 3's kinds of layers, one of each, for test models."""
+
 _TEST_SENTENCES = (
     "Which body part is shown? A) head B) chest C) abdomen D) knee",
     "<think>This is a scan of the knee, option D.</think><answer>D</answer>",
@@ -150,7 +163,7 @@ def build_tiny_text(folder: Path, family: str = "qwen2", *, seed: int = 0) -> No
 
     Args:
         folder: where to write; made if missing.
-        family: "qwen2", "llama" or "qwen3".
+        family: "qwen2", "llama", "qwen3" or "gemma3_text".
         seed: of the weights.
 
     Raises:
@@ -160,16 +173,18 @@ def build_tiny_text(folder: Path, family: str = "qwen2", *, seed: int = 0) -> No
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),
         "llama": (LlamaConfig, LlamaForCausalLM),
         "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+        "gemma3_text": (Gemma3TextConfig, Gemma3ForCausalLM),
     }
     if family not in classes:
         raise ValueError(f"family={family!r} is not a text family; use one of {', '.join(classes)}")
     config_class, model_class = classes[family]
     tokenizer = train_tokenizer(_TEST_SENTENCES, vocabulary=400)
+    rotation: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
     config = config_class(
         **_decoder_shape(hidden=64, layers=2, heads=4, kv_heads=2, intermediate=96),
         head_dim=16,
         max_position_embeddings=2048,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        **(WINDOWED if family == "gemma3_text" else rotation),
         vocab_size=len(tokenizer),
         # one family has an untied projection, so that tests cover both cases
         tie_word_embeddings=family != "llama",

@@ -76,7 +76,7 @@ def test_a_system_turn_replaces_the_default_one(tiny):
     )
 
 
-@pytest.mark.parametrize("family", ["qwen2", "llama", "qwen3"])
+@pytest.mark.parametrize("family", ["qwen2", "llama", "qwen3", "gemma3_text"])
 def test_text_families_load_and_compute(tmp_path, family):
     build_tiny_text(tmp_path, family)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
