@@ -163,7 +163,10 @@ class PackedLayout:
         visible_tokens = torch.cat([prompt_tokens[group_of_completion], completion_tokens], dim=1)
         tensors = (prompt_tokens, completion_tokens, visible_tokens, mask, gather_back, prompt_length_of)
         longest = max(prompt + max(lengths, default=0) for prompt, lengths in groups)
-        blocks = None if both_ways is None else _numbered(both_ways.cpu()[prompt_tokens]).to(device)
+        blocks = None
+        if both_ways is not None:
+            inside = torch.arange(p_max) < torch.tensor(prompt_lengths).unsqueeze(1)
+            blocks = _numbered(both_ways.cpu()[prompt_tokens] & inside).to(device)
         return cls(*(tensor.to(device) for tensor in tensors), longest, blocks)
 
     def attend(

@@ -49,9 +49,9 @@ def test_packed_attention_and_its_gradients_are_those_of_dense_attention(groups,
     tensors = row_tensors(groups, *SIZES)
     marked = None
     if seed is not None:  # images in prompts; a completion has none
-        of_prompt = [[True] * prompt + [False] * sum(lengths) for prompt, lengths in groups]
+        of_prompt = [part for prompt, lengths in groups for part in ([True] * prompt, [False] * sum(lengths))]
         drawn = torch.rand(len(tensors[0]), generator=torch.Generator().manual_seed(seed)) < 0.6
-        marked = torch.tensor(sum(of_prompt, [])) & drawn
+        marked = torch.tensor([own for part in of_prompt for own in part]) & drawn
     actual = PackedLayout.build(groups, both_ways=marked).attend(0, *tensors, SCALE, window)
     expected = dense_attention(*tensors, allowed(groups, window=window, both_ways=marked), SCALE)
     torch.testing.assert_close(actual, expected, atol=ROUNDING, rtol=0)
