@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from PIL import Image
 
 from learner.learner import PolicyLearner
 from learner.supervised import SupervisedLearner
@@ -21,7 +23,7 @@ from rlmed.data.prompts import PROMPT_FILE, PromptRenderer, load_processor, read
 from rlmed.models.cpu.products import bfloat16_speed, settle_products
 from rlmed.models.direct import DirectSender
 from rlmed.models.families import family_of
-from rlmed.models.folder.agreement import check_agreement
+from rlmed.models.folder.agreement import check_agreement, check_visual_tokens
 from rlmed.models.loading import model_folder, resolve_device, resolve_dtype
 from rlmed.models.policy import Policy, load_config, load_policy
 from rlmed.models.sender import WeightSender
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+PROBE_SIZE = (96, 64)
+"""Of a picture with which a model's processor is compared with its configuration."""
 
 MEMORY_SHARE = 0.8
 """Share of its worker's GPU memory that a vLLM engine takes."""
@@ -89,6 +93,10 @@ def open_model(folder: Path) -> tuple[PreTrainedTokenizerBase, Pictures | None]:
     tokenizer, pictures = load_processor(folder)
     for doubt in check_agreement(folder, config, tokenizer, pictures.image_processor if pictures else None):
         log.warning("%s", doubt)
+    if pictures is not None:
+        shown = pictures.prepare(Image.new("RGB", PROBE_SIZE, "grey"))
+        token_ids = tokenizer(shown.text, add_special_tokens=False)["input_ids"]
+        check_visual_tokens(folder, config, np.asarray(token_ids), shown.inputs)
     return tokenizer, pictures
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy.typing as npt
 from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -15,6 +16,7 @@ from transformers.models.auto.modeling_auto import (
 from rlmed.core.chat import OLD_TEMPLATE_FILE, PROCESSOR, TEMPLATE_FILE, template_source, unopened_turn
 from rlmed.core.files.damage import read_json
 from rlmed.core.process.foreign import foreign
+from rlmed.core.types import IntArray
 from rlmed.models.families import family_of
 from rlmed.models.folder.contents import CONFIG_FILE
 from rlmed.models.folder.end_tokens import TOKENIZER_CONFIG, find_end_tokens
@@ -79,6 +81,36 @@ def check_agreement(
             "date to make runs repeatable"
         )
     return doubts
+
+
+def check_visual_tokens(
+    folder: Path, config: PreTrainedConfig, token_ids: IntArray, image_inputs: Mapping[str, npt.NDArray[Any]]
+) -> None:
+    """Check that a picture has as many tokens in a prompt as the model makes of its tiles.
+
+    Args:
+        folder: model folder or hub name.
+        config: its `load_config`.
+        token_ids: int64 [P], of a prompt with one picture.
+        image_inputs: of the same.
+
+    Raises:
+        ValueError: naming both numbers.
+    """
+    family, seen = family_of(config), config.to_dict()["vision_config"]
+    if family.grids or "image_sizes" in image_inputs:  # counted by the grid; tiles are cut and rows end with a token
+        return
+    tiles, _, height, width = image_inputs["pixel_values"].shape
+    patch = seen["patch_size"]
+    side = patch if isinstance(patch, int) else patch[0]
+    made = tiles * (height // side) * (width // side) // family.patches_per_token(config)
+    written = int((token_ids == config.image_token_id).sum())
+    if written != made:
+        raise ValueError(
+            f"model {str(folder)!r}: its processor writes {written} visual tokens (image_token_id={config.image_token_id}) for "
+            f"{tiles} tiles of {height} x {width} pixels, where the model makes {made}: copy {PREPROCESSOR}, {PROCESSOR} and "
+            "config.json from the model that this one was trained from"
+        )
 
 
 def position_doubt(config: PreTrainedConfig, *, tokens: int, what: str, advice: str) -> str | None:

@@ -103,7 +103,7 @@ def test_an_image_processor_of_another_kind_is_refused(tiny_folder, tmp_path):
     for file in tiny_folder("internvl").glob("*.json"):
         text = file.read_text().replace("GotOcr2ImageProcessor", "LlavaOnevisionImageProcessor")
         (tmp_path / file.name).write_text(text)
-    with pytest.raises(ValueError, match="of a LlavaOnevisionImageProcessor .* not of a GotOcr2ImageProcessor: copy"):
+    with pytest.raises(ValueError, match=r"of a LlavaOnevisionImageProcessor .* not of a GotOcr2ImageProcessor: copy"):
         load_processor(tmp_path)
 
 
