@@ -18,6 +18,7 @@ from learner.supervised import SupervisedLearner
 from rlmed.cluster.memory import keep_freed_memory
 from rlmed.core.config.running import ClusterConfig, RolloutConfig
 from rlmed.core.config.schema import DataConfig, ModelConfig, PromptConfig
+from rlmed.core.process.foreign import foreign
 from rlmed.data.pictures import Pictures
 from rlmed.data.prompts import PROMPT_FILE, PromptRenderer, load_processor, read_prompt_settings
 from rlmed.models.cpu.products import bfloat16_speed, settle_products
@@ -94,8 +95,12 @@ def open_model(folder: Path) -> tuple[PreTrainedTokenizerBase, Pictures | None]:
     for doubt in check_agreement(folder, config, tokenizer, pictures.image_processor if pictures else None):
         log.warning("%s", doubt)
     if pictures is not None:
-        shown = pictures.prepare(Image.new("RGB", PROBE_SIZE, "grey"))
-        token_ids = tokenizer(shown.text, add_special_tokens=False)["input_ids"]
+        with foreign(
+            f"model {str(folder)!r} cannot prepare pictures",
+            "Copy tokenizer.json, tokenizer_config.json and preprocessor_config.json again",
+        ):
+            shown = pictures.prepare(Image.new("RGB", PROBE_SIZE, "grey"))
+            token_ids = tokenizer(shown.text, add_special_tokens=False, verbose=False)["input_ids"]
         check_visual_tokens(folder, config, np.asarray(token_ids), shown.inputs)
     return tokenizer, pictures
 

@@ -28,9 +28,9 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
-from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES  # type: ignore[attr-defined]
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from rlmed.core.chat import PROCESSOR
 from rlmed.core.files.damage import read_json
@@ -91,7 +91,7 @@ class Pictures:
         if self.limits is None:
             raise ValueError(
                 f"min_pixels={min_pixels} and max_pixels={max_pixels}: the model's {kind_of(self.image_processor)} has no such "
-                "limits; leave both null, and bound its tiles by data.max_prompt_tokens"
+                "limits; set model.min_pixels=null model.max_pixels=null, and bound its tiles by data.max_prompt_tokens"
             )
         low, high = self.limits
         changed = copy.copy(self)
@@ -105,7 +105,7 @@ class Pictures:
         """Prepare an RGB picture as large as the model takes it."""
         if self.limits is not None:
             settings = {"size": dict(zip(EDGES, self.limits, strict=True))} | settings
-        features = self.image_processor(images=[image], return_tensors="np", **(self._settings | settings))
+        features: Any = self.image_processor(images=[image], return_tensors="np", **(self._settings | settings))
         inputs = {name: np.asarray(features[name]) for name in FORWARD if name in features}
         if inputs["pixel_values"].ndim == 5:  # [pictures, tiles, colours, height, width]
             inputs["pixel_values"] = inputs["pixel_values"].reshape(-1, *inputs["pixel_values"].shape[2:])
@@ -141,7 +141,7 @@ class Pictures:
 
     def save(self, folder: Path) -> None:
         """Save the image processor, with these limits, and the text's settings beside a model."""
-        processor = copy.deepcopy(self.image_processor)
+        processor: Any = copy.deepcopy(self.image_processor)
         if self.limits is not None:
             processor.size = dict(zip(EDGES, self.limits, strict=True))
         processor.save_pretrained(folder)
@@ -166,7 +166,7 @@ def load_pictures(folder: Path | str, config: PreTrainedConfig, tokenizer: PreTr
         rules, own = _rules(folder, config, image_processor, tokenizer)
         expected = IMAGE_PROCESSOR_MAPPING_NAMES[config.model_type]["pil"].removesuffix("Pil")
     pictures = Pictures(rules, own)
-    size = dict(image_processor.size)
+    size = image_processor.to_dict().get("size") or {}
     if kind_of(image_processor) != expected or (expected == PIXEL_LIMITS and not _whole(size)):
         limits = " with pixel limits" if expected == PIXEL_LIMITS else ""
         raise ValueError(

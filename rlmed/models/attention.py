@@ -103,6 +103,10 @@ class PackedLayout:
         (torch.Size([142]), torch.Size([2, 81]))
     """
 
+    longest: int
+    """Tokens of the longest sequence: a prompt with a completion."""
+    blocks: Tensor | None
+    """int64 [B, P_max]: number of the block of each prompt token, -1 outside; None: no blocks."""
     prompt_tokens: Tensor
     """int64 [B, P_max]: row index of each prompt token, 0 where padded."""
     completion_tokens: Tensor
@@ -115,11 +119,7 @@ class PackedLayout:
     """int64 [N]: index of each row token in the concatenation of the flattened rectangles."""
     prompt_length_of: Tensor
     """int64 [S]: tokens of each completion's prompt."""
-    longest: int
-    """Tokens of the longest sequence: a prompt with a completion."""
-    blocks: Tensor | None = None
-    """int64 [B, P_max]: number of the block of each prompt token, below 0 for none; None: no block."""
-    made: dict[int | None, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
+    made: dict[int | None, tuple[Tensor | None, Tensor]] = field(default_factory=dict, init=False)
     """Masks of prompts (None: causal) and completions by window, which layers share."""
 
     @classmethod
@@ -167,7 +167,7 @@ class PackedLayout:
         if both_ways is not None:
             inside = torch.arange(p_max) < torch.tensor(prompt_lengths).unsqueeze(1)
             blocks = _numbered(both_ways.cpu()[prompt_tokens] & inside).to(device)
-        return cls(*(tensor.to(device) for tensor in tensors), longest, blocks)
+        return cls(longest, blocks, *(tensor.to(device) for tensor in tensors))
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None

@@ -209,7 +209,7 @@ class DecodeLayout:
     ) -> Tensor:
         """See `rlmed.models.attention.AttentionLayout.attend`."""
         prefix_mask, suffix_mask = self.fixed.prefix_mask, self.suffix_mask
-        if window in self.windows:
+        if window is not None and window in self.windows:
             by_member, suffix_mask = self.windows[window]
             prefix_mask = by_member.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         fixed, prefix, suffix = self.fixed, self.fixed.prefix.pool, self.suffix.pool
@@ -254,7 +254,8 @@ def within(
     on_prompt, on_own = (
         like.new_zeros(seen.shape).masked_fill_(~seen, float("-inf")) for seen in (seen_of_prompt, seen_of_own)
     )
-    by_member = table.to_groups(on_prompt)
-    return tuple(
-        mask.unsqueeze(1).expand(-1, like.shape[1], -1, -1).flatten(0, 1) for mask in (by_member, on_own.unsqueeze(1))
-    )
+    by_head = [
+        mask.unsqueeze(1).expand(-1, like.shape[1], -1, -1).flatten(0, 1)
+        for mask in (table.to_groups(on_prompt), on_own.unsqueeze(1))
+    ]
+    return by_head[0], by_head[1]

@@ -257,7 +257,8 @@ class Slots:
     def prompt_lengths(self, shape: StepShape) -> Tensor:
         """Return the tokens of each row's prompt, int64 [R]."""
         groups = self._place_in_table[: shape.rows] // shape.members
-        return self.prefix_lengths.index_select(0, groups)
+        lengths: Tensor = self.prefix_lengths.index_select(0, groups)
+        return lengths
 
     def group_table(self, shape: StepShape) -> GroupTable:
         """Return which rows belong to which group."""
