@@ -170,7 +170,7 @@ def transformers_model(tiny_folder: Callable[..., Path]) -> Callable[[str], PreT
 
 @pytest.fixture(scope="session")
 def tiled_picture(tiny_folder: Callable[..., Path]) -> Callable[..., tuple[list[int], dict[str, Any]]]:
-    """`tiled_picture("idefics3", rng, (8, 4))`: token ids and inputs of a picture of 8 x 4 patches."""
+    """`tiled_picture("idefics3", rng, (8, 4))`: ids and inputs of a picture of 8 x 4 patches."""
     processors = functools.cache(lambda family: load_processor(tiny_folder(family)))
 
     def make(family: str, rng: np.random.Generator, grid: Grid) -> tuple[list[int], dict[str, Any]]:

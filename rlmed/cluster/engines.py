@@ -95,11 +95,11 @@ def open_model(folder: Path) -> tuple[PreTrainedTokenizerBase, Pictures | None]:
     for doubt in check_agreement(folder, config, tokenizer, pictures.image_processor if pictures else None):
         log.warning("%s", doubt)
     if pictures is not None:
+        shown = pictures.prepare(Image.new("RGB", PROBE_SIZE, "grey"))
         with foreign(
-            f"model {str(folder)!r} cannot prepare pictures",
-            "Copy tokenizer.json, tokenizer_config.json and preprocessor_config.json again",
+            f"the tokenizer of model {str(folder)!r} cannot be used",
+            "Copy tokenizer.json and tokenizer_config.json again",
         ):
-            shown = pictures.prepare(Image.new("RGB", PROBE_SIZE, "grey"))
             token_ids = tokenizer(shown.text, add_special_tokens=False, verbose=False)["input_ids"]
         check_visual_tokens(folder, config, np.asarray(token_ids), shown.inputs)
     return tokenizer, pictures

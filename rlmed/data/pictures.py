@@ -1,8 +1,8 @@
-"""A model's own rules for pictures: pixels or tiles, and the tokens that stand for them in a prompt.
+"""A model's own rules for pictures: pixels or tiles, and the tokens that stand for them.
 
 transformers has both for every model: an image processor, and a processor class that writes a
-picture's tokens (visual tokens, marks of rows and tiles). They are asked here, so no rule of a model
-is written down a second time.
+picture's tokens (visual tokens, marks of rows and tiles). They are asked here, so no rule of a
+model is written down a second time.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
@@ -86,6 +86,12 @@ def shared_prefix(
 
 
 AttentionInterface.register(ATTENTION_NAME, shared_prefix)
+
+
+def sliding_windows(model: nn.Module) -> tuple[int, ...]:
+    """Return the widths of sliding windows in a model's attention, each once, in order."""
+    found = {vars(module).get("sliding_window") for module in model.modules() if hasattr(module, "q_proj")}
+    return tuple(sorted(int(width) for width in found if width))
 
 
 @dataclass(frozen=True, slots=True)

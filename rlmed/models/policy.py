@@ -28,7 +28,7 @@ from rlmed.core.files.damage import read_json
 from rlmed.core.files.near_paths import near_path
 from rlmed.core.process.foreign import foreign
 from rlmed.core.types import Prompt
-from rlmed.models.attention import ATTENTION_NAME, AttentionLayout, PackedLayout
+from rlmed.models.attention import ATTENTION_NAME, AttentionLayout, PackedLayout, sliding_windows
 from rlmed.models.cpu.fused import use_fused_layers
 from rlmed.models.cpu.linear import use_fast_linears
 from rlmed.models.cpu.products import settle_products
@@ -120,21 +120,19 @@ class Policy:
     def packed_layout(
         self, groups: Sequence[tuple[int, Sequence[int]]], token_ids: Tensor | None = None
     ) -> PackedLayout | VarlenLayout:
-        """Lay out a row of groups for the attention that suits this policy.
+        """Lay out groups of (prompt length, completion lengths) for the attention that suits this policy.
 
-        Args:
-            groups: (prompt length, completion lengths) of each.
-            token_ids: int64 [N], the row; only needed if it may have images.
+        `token_ids`, int64 [N], are the row's; only needed if it may have images.
         """
         both_ways = None
         if self.family.both_ways and token_ids is not None:
-            marked = token_ids == self.model.config.image_token_id
-            both_ways = marked if marked.any() else None
+            both_ways = token_ids == self.model.config.image_token_id
         backend = choose_attention(self.device, self.dtype, self.kv_shape[2]).backend
         longest = max(prompt + max(lengths, default=0) for prompt, lengths in groups)
-        # kernels without padding know neither blocks nor windows that reach from completion to prompt
-        if backend is None or both_ways is not None or any(window < longest for window in self.windows):
-            return PackedLayout.build(groups, self.device, both_ways)
+        # kernels without padding know neither images seen both ways nor windows across sequences
+        images = both_ways is not None and bool(both_ways.any())
+        if backend is None or images or any(window < longest for window in self.windows):
+            return PackedLayout.build(groups, self.device, both_ways if images else None)
         return VarlenLayout.build(groups, backend, self.device)
 
     def decode_kernels(self) -> DecodeKernels:
@@ -191,12 +189,6 @@ class Policy:
     def logprobs_no_grad(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
         """Return the targets' log-probabilities, no gradient; see `logprobs.logprobs_no_grad`."""
         return logprobs_no_grad(hidden, self.projection.weight, targets, temperature=temperature, banned=self._banned)
-
-
-def sliding_windows(model: nn.Module) -> tuple[int, ...]:
-    """Return the widths of sliding windows in a model's attention, each once, in order."""
-    found = {vars(module).get("sliding_window") for module in model.modules() if hasattr(module, "q_proj")}
-    return tuple(sorted(int(width) for width in found if width))
 
 
 def merge_image_inputs(inputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -161,7 +161,7 @@ class PrefillLayout:
     def build(
         cls, lengths: Sequence[int], pages: Sequence[Sequence[int]], packed: AttentionLayout, pool: PagePool
     ) -> PrefillLayout:
-        """Lay out prompts of these lengths, which attend as `packed`, each in its pages of the pool."""
+        """Lay out prompts of these lengths, which attend as `packed`, each in its own pages."""
         table = pad_sequence([torch.tensor(own) for own in pages], batch_first=True)
         table = table.repeat_interleave(torch.tensor(lengths), dim=0).to(pool.device)
         places = torch.cat([torch.arange(length) for length in lengths]).to(pool.device)

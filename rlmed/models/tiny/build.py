@@ -235,8 +235,8 @@ def build_tiny_vl(folder: Path, family: str = "qwen2_vl", *, seed: int = 0) -> N
         text_config["head_dim"] = 16
         text_config["rope_parameters"]["mrope_interleaved"] = True  # vLLM reads it, transformers takes it for granted
         vision_config |= {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 64, "patch_size": 16}
-        # the first block's features join the decoder after its first layer; 4 x 4 learnt positions are
-        # resampled to each picture's grid
+        # the first block's features join the decoder after its first layer; 4 x 4 learnt positions
+        # are resampled to each picture's grid
         vision_config |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
         shared.pop("vision_token_id")
         config = Qwen3VLConfig(text_config=text_config, vision_config=vision_config, **shared)

@@ -36,7 +36,7 @@ def test_every_family_loads_and_knows_its_geometry(family, tiny_policy):
     assert (config.model_type, vision) == (family, "vision_config" in config.to_dict())
     banned = unsampleable_token_ids(config)
     assert policy.banned_token_ids == banned
-    # those of Qwen2-VL: <|vision_start|>, <|vision_end|>, <|vision_pad|>, <|image_pad|> and <|video_pad|>
+    # Qwen2-VL's: <|vision_start|>, <|vision_end|>, <|vision_pad|>, <|image_pad|>, <|video_pad|>
     assert len(banned) == BANNED.get(family, 0)
     assert (config.image_token_id in banned) if vision else True
     hidden = torch.randn(3, 64)
