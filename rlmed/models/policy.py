@@ -120,9 +120,10 @@ class Policy:
     def packed_layout(
         self, groups: Sequence[tuple[int, Sequence[int]]], token_ids: Tensor | None = None
     ) -> PackedLayout | VarlenLayout:
-        """Lay out groups of (prompt length, completion lengths) for the attention that suits this policy.
+        """Lay out a row for the attention that suits this policy.
 
-        `token_ids`, int64 [N], are the row's; only needed if it may have images.
+        Groups are (prompt length, completion lengths); the row's `token_ids`, int64 [N], tell
+        where images are, and are only needed if there may be some.
         """
         both_ways = None
         if self.family.both_ways and token_ids is not None:

@@ -131,7 +131,7 @@ def backwards(group):
     return dataclasses.replace(group, scored=scored, advantages=group.advantages[::-1].copy())
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3", "qwen3_vl", *TILE_FAMILIES])
 def test_gradient_checkpointing_gives_the_same_gradient(
     family, fresh_policy, step_gradient, worst_relative, make_train_groups
 ):
