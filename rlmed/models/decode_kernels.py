@@ -1,4 +1,5 @@
-"""Whether decode steps run in Triton kernels: only if they compute what the model's modules do.
+"""Whether decode steps run in kernels (Triton's on CUDA, compiled C++ on a CPU): only if they
+compute what the model's modules do.
 
 The layer is compared with transformers' modules on the loaded weights, the sampler with the
 definition; each is used or not by itself.
@@ -11,18 +12,19 @@ import importlib.util
 import logging
 import os
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from rlmed.models.attention import PackedLayout
+from rlmed.models.cpu.compiled_decoder import CompiledDecoder, CompiledProjection
+from rlmed.models.cpu.compiled_decoder import sample as compiled_sample
+from rlmed.models.cpu.compiler import CompilerError, load_library
 from rlmed.models.decoder import Decoder, probe_copy
-
-if TYPE_CHECKING:
-    from rlmed.models.kernels.decoder import KernelDecoder, StepPages
 
 log = logging.getLogger(__name__)
 
@@ -31,77 +33,189 @@ Sample = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 GROUPS = ((70, (3, 1, 9)), (5, (2,)))
 """Prompt and completion lengths of the probe: ragged, a first token, a group of one."""
-PAGE_TOKENS = 16
+KEY_LINE = 32
+"""Tokens whose keys are transposed together for compiled kernels; `LINE` of `cpu/decode.cpp`."""
+PAGE_TOKENS = 32
 SCALES = (1e-3, 1.0, 30.0)
 """Of the probe's hidden states: with the smallest a norm's epsilon counts, if it is the usual
 1e-6.
 """
 FLOOR = 1e-5
 """Error, relative to a row's largest number, that float32 sums in another order may have."""
+COMPILED = "compiled"
 SAMPLER_ERROR = 1e-5
 """Of log-probabilities around 10: some ten float32 roundings."""
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeKernels:
-    """What decode steps use of the Triton kernels."""
+class StepPages:
+    """Keys and values of a step's R rows, members of B groups; tables and lengths are int32."""
 
-    decoder: KernelDecoder | None = None
+    prefix: tuple[Sequence[Tensor], Sequence[Tensor]]
+    """Keys and values of prompts by layer, each [pages, H_kv, page size, D]."""
+    suffix: tuple[Sequence[Tensor], Sequence[Tensor]]
+    """The same of completions."""
+    prefix_pages: Tensor
+    """[B, n]."""
+    prefix_lengths: Tensor
+    """[B], 0 for a free group."""
+    members: Tensor
+    """[B, M] rows; -1 where there are fewer."""
+    suffix_pages: Tensor
+    """[R, m]."""
+    counts: Tensor
+    """[R] tokens of the completions; the last is the step's input, and not in its page yet."""
+    widths: tuple[int, int]
+    """Most tokens of a prompt and of a completion."""
+
+
+class StepDecoder(Protocol):
+    """Computes what an accepted `Decoder` does, for decode steps; reads the same parameters."""
+
+    def lay_out(self, pages: StepPages) -> Step:
+        """Return the step of rows in these pages."""
+        ...
+
+
+class Step(Protocol):
+    """Forward pass over one token of each row."""
+
+    def __call__(self, embeddings: Tensor, positions: Tensor) -> Tensor:
+        """Append the rows' keys and values to their pages; return final hidden states [R, d].
+
+        Args:
+            embeddings: [R, d], contiguous; overwritten.
+            positions: int64 [3, R] or [1, R].
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeKernels:
+    """What decode steps use of kernels: Triton's on CUDA, compiled C++ on a CPU."""
+
+    name: str = ""
+    decoder: StepDecoder | None = None
     sample: Sample | None = None
+    project: Callable[[Tensor], Tensor] | None = None
+    """Logits of hidden states; None: `Policy.logits`."""
     reason: str = ""
     """Why not all of them."""
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the layers are compiled C++.
+
+        They read keys as [pages, H_kv, page size / KEY_LINE, D, KEY_LINE], and what their `lay_out`
+        returns stays right while the tables of its pages do; their `counts` may change.
+        """
+        return self.name == COMPILED and self.decoder is not None
 
     def __str__(self) -> str:
         """Name the path and, where it is not all kernels, why."""
         used = [name for name, part in (("layers", self.decoder), ("sampler", self.sample)) if part is not None]
         if len(used) == 2:
-            return "Triton kernels"
-        return f"Triton {used[0]}, else torch operators ({self.reason})" if used else f"torch operators ({self.reason})"
+            return f"{self.name} kernels"
+        return (
+            f"{self.name} {used[0]}, else torch operators ({self.reason})"
+            if used
+            else f"torch operators ({self.reason})"
+        )
 
 
-def choose_kernels(modules: Any, own: Decoder | None, vocabulary: int, *, position_rows: int) -> DecodeKernels:
+@dataclass(frozen=True, slots=True)
+class KernelKind:
+    """One implementation of the kernels."""
+
+    name: str
+    decoder: Callable[[Decoder], StepDecoder]
+    sample: Sample
+
+    @property
+    def compiled(self) -> bool:
+        """See `DecodeKernels.compiled`."""
+        return self.name == COMPILED
+
+
+def choose_kernels(
+    modules: Any, own: Decoder | None, projection: nn.Linear, banned: Tensor, *, position_rows: int
+) -> DecodeKernels:
     """Return the kernels that a loaded model's decode steps can use.
 
     Args:
         modules: transformers' decoder.
         own: ours, see `accept_decoder`; without it no kernel computes the layers.
-        vocabulary: V.
+        projection: vocabulary projection [V, d].
+        banned: int64, unsampleable tokens.
         position_rows: 3 for M-RoPE, else 1.
     """
-    device = modules.norm.weight.device
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return DecodeKernels(reason="no CUDA")
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        # Triton launches there, whatever its arguments' device
-        return DecodeKernels(reason=f"the model is on {device}, which is not the current device")
-    if importlib.util.find_spec("triton") is None:
-        return DecodeKernels(reason="triton is not installed")
-    from rlmed.models.kernels.decoder import KernelDecoder
-    from rlmed.models.kernels.sampling import sample
-
+    device, dtype = modules.norm.weight.device, modules.norm.weight.dtype
+    try:
+        kind = (
+            _compiled(dtype) if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1" else _triton(device)
+        )
+    except _NoKernelsError as error:
+        return DecodeKernels(reason=str(error))
     decoder, reason = None, "the layers have other parts than the kernels compute"
     if own is not None:
-        decoder = KernelDecoder(own)
-        reason = _refusal(lambda: probe_layers(modules, position_rows))
-    no_sampler = _refusal(lambda: probe_sampler(sample, vocabulary, device))
+        decoder = kind.decoder(own)
+        reason = _refusal(lambda: probe_layers(modules, position_rows, kind))
+    no_sampler = _refusal(lambda: probe_sampler(kind.sample, projection.out_features, device))
     reasons = [text for text in (reason, no_sampler) if text]
-    chosen = DecodeKernels(None if reason else decoder, None if no_sampler else sample, "; ".join(reasons))
+    chosen = DecodeKernels(
+        kind.name,
+        None if reason else decoder,
+        None if no_sampler else kind.sample,
+        CompiledProjection(projection.weight, banned) if kind.compiled and not reason else None,
+        "; ".join(reasons),
+    )
     log.info("decode steps run %s", chosen)
     return chosen
 
 
+class _NoKernelsError(Exception):
+    """There are none here; the message says why."""
+
+
+def _compiled(dtype: torch.dtype) -> KernelKind:
+    if dtype != torch.float32:
+        raise _NoKernelsError(f"compiled kernels compute float32, and the model is {str(dtype).removeprefix('torch.')}")
+    try:
+        load_library()
+    except CompilerError as error:
+        raise _NoKernelsError(str(error)) from error
+    return KernelKind(COMPILED, CompiledDecoder, compiled_sample)
+
+
+def _triton(device: torch.device) -> KernelKind:
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        # Triton launches there, whatever its arguments' device
+        raise _NoKernelsError(f"the model is on {device}, which is not the current device")
+    if importlib.util.find_spec("triton") is None:
+        raise _NoKernelsError("triton is not installed")
+    from rlmed.models.kernels.decoder import KernelDecoder
+    from rlmed.models.kernels.sampling import sample
+
+    return KernelKind("Triton", KernelDecoder, sample)
+
+
 def _refusal(probe: Callable[[], str]) -> str:
     """Return why a probe refuses; a kernel that cannot be compiled or launched is a reason, too."""
-    from triton.errors import TritonError
-
+    triton: Any = sys.modules.get("triton.errors")
+    own: tuple[type[Exception], ...] = () if triton is None else (triton.TritonError,)
     try:
         return probe()
-    except (TritonError, RuntimeError, ValueError, OSError, subprocess.CalledProcessError) as error:
+    except (*own, RuntimeError, ValueError, OSError, subprocess.CalledProcessError) as error:
         return f"a kernel failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
 
 
 @torch.inference_mode()
-def probe_layers(modules: Any, position_rows: int, build: Callable[[Any], Decoder] = Decoder) -> str:
+def probe_layers(
+    modules: Any,
+    position_rows: int,
+    kind: KernelKind,
+    build: Callable[[Any], Decoder] = Decoder,
+) -> str:
     """Compare first and last layer with transformers' modules; return what differs, "" if nothing.
 
     Both run on the model's own weights in its own dtype, and both round as often. So the kernels'
@@ -111,22 +225,21 @@ def probe_layers(modules: Any, position_rows: int, build: Callable[[Any], Decode
     Args:
         modules: transformers' decoder.
         position_rows: 3 for M-RoPE, else 1.
+        kind: of the kernels.
         build: makes our decoder of one of transformers'.
     """
     for layer in {id(layer): layer for layer in (modules.layers[0], modules.layers[-1])}.values():
-        own, kernels = _layer_errors(modules, layer, position_rows, build)
+        own, error = _layer_errors(modules, layer, position_rows, kind, build)
         # written so that a NaN refuses
-        if not kernels <= 2 * own + FLOOR:
-            return f"a probe of layer {layer.self_attn.layer_idx} is off by {kernels:.1g}, transformers by {own:.1g}"
+        if not error <= 2 * own + FLOOR:
+            return f"a probe of layer {layer.self_attn.layer_idx} is off by {error:.1g}, transformers by {own:.1g}"
     return ""
 
 
 def _layer_errors(
-    modules: Any, layer: nn.Module, position_rows: int, build: Callable[[Any], Decoder]
+    modules: Any, layer: nn.Module, position_rows: int, kind: KernelKind, build: Callable[[Any], Decoder]
 ) -> tuple[float, float]:
     """Return the errors of transformers' modules and of the kernels, both with one layer only."""
-    from rlmed.models.kernels.decoder import KernelDecoder
-
     weight = modules.norm.weight
     packed = PackedLayout.build(GROUPS, weight.device)
     tokens = len(packed.gather_back)
@@ -139,13 +252,13 @@ def _layer_errors(
     probed = probe_copy(modules, [layer], modules.norm)
     found = _run_modules(probed, states, positions, recorder)
     last = _newest_tokens()
-    pages = _pages(recorder, int(layer.self_attn.layer_idx))  # type: ignore[union-attr, arg-type]
-    actual = KernelDecoder(build(probed))(states[last].contiguous(), positions[:, last], pages)
+    pages = _pages(recorder, int(layer.self_attn.layer_idx), kind)  # type: ignore[union-attr, arg-type]
+    actual = kind.decoder(build(probed)).lay_out(pages)(states[last].contiguous(), positions[:, last])
     exact_modules = probe_copy(modules, [copy.deepcopy(layer).float()], copy.deepcopy(modules.norm).float())
     exact = _run_modules(exact_modules, states.float(), positions, packed)[last]
     size = exact.abs().amax(dim=1, keepdim=True)
-    own, kernels = (float(((x.float() - exact) / size).abs().max()) for x in (found[last], actual))
-    return own, kernels
+    own, error = (float(((x.float() - exact) / size).abs().max()) for x in (found[last], actual))
+    return own, error
 
 
 def _run_modules(modules: Any, states: Tensor, positions: Tensor, layout: Any) -> Tensor:
@@ -191,10 +304,8 @@ def _newest_tokens() -> list[int]:
     return [span.stop - 1 for span in _spans()[1]]
 
 
-def _pages(recorded: _Recorder, layer: int) -> StepPages:
+def _pages(recorded: _Recorder, layer: int, kind: KernelKind) -> StepPages:
     """Lay the probe's keys and values out in pages, those of the newest tokens left out."""
-    from rlmed.models.kernels.decoder import StepPages
-
     prompts, completions = _spans()
     device = recorded.key.device
     cached = [slice(span.start, span.stop - 1) for span in completions]
@@ -212,9 +323,12 @@ def _pages(recorded: _Recorder, layer: int) -> StepPages:
     def of_layers(pages: Tensor) -> list[Tensor]:
         return [pages] * (layer + 1)  # the layer finds them at its own index
 
+    def keys(pages: Tensor) -> list[Tensor]:
+        return of_layers(pages.unflatten(2, (-1, KEY_LINE)).transpose(3, 4).contiguous() if kind.compiled else pages)
+
     return StepPages(
-        prefix=(of_layers(prefix_keys), of_layers(_paged(recorded.value, prompts)[0])),
-        suffix=(of_layers(suffix_keys), of_layers(_paged(recorded.value, cached)[0])),
+        prefix=(keys(prefix_keys), of_layers(_paged(recorded.value, prompts)[0])),
+        suffix=(keys(suffix_keys), of_layers(_paged(recorded.value, cached)[0])),
         prefix_pages=prefix_pages,
         prefix_lengths=table([span.stop - span.start for span in prompts]),
         members=table(members),

@@ -217,6 +217,11 @@ class Decoder:
         if len(sizes) != 1:
             raise ValueError("its layers differ in their heads")
 
+    @property
+    def fixed_angles(self) -> bool:
+        """Whether a position's rotary embedding is the same whatever the other positions."""
+        return self._rotary.rope_type not in ("dynamic", "longrope")
+
     def embeddings(self, token_ids: Tensor) -> Tensor:
         """Return [N, d] for int64 [N]."""
         embedded: Tensor = self._embed(token_ids)

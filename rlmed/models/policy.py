@@ -122,27 +122,27 @@ class Policy:
     ) -> PackedLayout | VarlenLayout:
         """Lay out a row for the attention that suits this policy.
 
-        Groups are (prompt length, completion lengths); the row's `token_ids`, int64 [N], tell
-        where images are, and are only needed if there may be some.
+        Groups are (prompt length, completion lengths); `token_ids`, int64 [N], tell where images
+        are.
         """
-        both_ways = None
-        if self.family.both_ways and token_ids is not None:
-            both_ways = token_ids == self.model.config.image_token_id
+        known = self.family.both_ways and token_ids is not None
+        both_ways = token_ids == self.model.config.image_token_id if known else None
         backend = choose_attention(self.device, self.dtype, self.kv_shape[2]).backend
-        longest = max(prompt + max(lengths, default=0) for prompt, lengths in groups)
         # kernels without padding know neither images seen both ways nor windows across sequences
         images = both_ways is not None and bool(both_ways.any())
+        longest = max(prompt + max(lengths, default=0) for prompt, lengths in groups)
         if backend is None or images or any(window < longest for window in self.windows):
             return PackedLayout.build(groups, self.device, both_ways if images else None)
         return VarlenLayout.build(groups, backend, self.device)
 
     def decode_kernels(self) -> DecodeKernels:
-        """Return the Triton kernels that decode steps can use; probed when first asked for."""
+        """Return the kernels that decode steps can use; probed when first asked for."""
         if self._decode_kernels is None:
             self._decode_kernels = choose_kernels(
                 self.model.get_decoder(),
                 self.decoder,
-                self.projection.out_features,
+                self.projection,
+                self._banned,
                 position_rows=self.family.position_rows,
             )
         return self._decode_kernels

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rlmed.models.attention import AttentionLayout, GroupTable, decode_attention
+from rlmed.models.decode_kernels import KEY_LINE
 
 SCRATCH = 0
 """Page that belongs to nobody: rows of a step that stand for no completion write to it."""
@@ -32,18 +33,27 @@ class PagePool:
     """
 
     def __init__(
-        self, kv_shape: tuple[int, int, int], *, page_tokens: int | None, dtype: torch.dtype, device: torch.device
+        self,
+        kv_shape: tuple[int, int, int],
+        *,
+        page_tokens: int | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        transposed_keys: bool = False,
     ) -> None:
-        """Start without pages, for a model with (layers, key-value heads, head width)."""
+        """Start without pages, for a model with (layers, key-value heads, head width).
+
+        `transposed_keys`: see `rlmed.models.decode_kernels.DecodeKernels.compiled`.
+        """
         self._layers, self.heads, self._head_width = kv_shape
         self._whole = page_tokens is None
         self.page_tokens = page_tokens or 0
         """Tokens in a page."""
-        self._dtype, self.device = dtype, device
+        self._dtype, self.device, self._transposed_keys = dtype, device, transposed_keys
         self._each_head = torch.arange(self.heads, device=device)
         self._free: list[int] = []
-        self.keys, self.values = self._allocate(0), self._allocate(0)
-        """Per layer [pages, H_kv, page_tokens, D]."""
+        self.keys, self.values = self._allocate(0)
+        """Per layer [pages, H_kv, page_tokens, D]; keys may be transposed in lines, see `KEY_LINE`."""
 
     @property
     def pages(self) -> int:
@@ -61,18 +71,19 @@ class PagePool:
 
     def reserve(self, *, sequences: int, tokens: int, most: int = 0) -> None:
         """Make room for more sequences of `tokens` tokens, and for `most` in all."""
-        page_tokens = max(self.page_tokens, tokens) if self._whole else self.page_tokens
+        whole = -(-tokens // KEY_LINE) * KEY_LINE if self._transposed_keys else tokens
+        page_tokens = max(self.page_tokens, whole) if self._whole else self.page_tokens
         each, old_pages = self.pages_for(tokens), max(1, self.pages)
         missing = max(sequences * each - self.free_pages, most * each + 1 - old_pages)
         if missing <= 0 and page_tokens == self.page_tokens:
             return
         # grow by at least half, so that requests trickling in don't copy the pages each time
         grown = old_pages if missing <= 0 else old_pages + max(missing, self.pages // 2)
-        old_tokens, self.page_tokens = self.page_tokens, page_tokens
-        old = (*self.keys, *self.values)
-        self.keys, self.values = self._allocate(grown), self._allocate(grown)
-        for fresh, source in zip((*self.keys, *self.values), old, strict=True):
-            fresh[: len(source), :, :old_tokens] = source
+        self.page_tokens = page_tokens
+        old_keys, old_values = self.keys, self.values
+        self.keys, self.values = self._allocate(grown)
+        for fresh, source in zip((*self.keys, *self.values), (*old_keys, *old_values), strict=True):
+            fresh[: len(source), :, : source.shape[2]] = source
         for page in range(old_pages, grown):
             heapq.heappush(self._free, page)
 
@@ -110,16 +121,26 @@ class PagePool:
 
     def write(self, layer: int, addresses: Tensor | int, key: Tensor, value: Tensor) -> None:
         """Write key and value [N, H_kv, D] to `addresses` [N, H_kv], or in the pages' order."""
-        for pages, fresh in ((self.keys[layer], key), (self.values[layer], value)):
-            if isinstance(addresses, int):
+        if isinstance(addresses, int):
+            for pages, fresh in ((self.keys[layer], key), (self.values[layer], value)):
                 pages.narrow(0, SCRATCH + 1, len(fresh)).select(2, addresses).copy_(fresh)
-            else:
-                pages.view(-1, self._head_width).index_put_((addresses,), fresh)
+            return
+        self.values[layer].view(-1, self._head_width).index_put_((addresses,), value)
+        if self._transposed_keys:
+            lines = self.keys[layer].view(-1, self._head_width, KEY_LINE).transpose(1, 2)
+            lines.index_put_((addresses // KEY_LINE, addresses % KEY_LINE), key)
+        else:
+            self.keys[layer].view(-1, self._head_width).index_put_((addresses,), key)
 
-    def _allocate(self, pages: int) -> list[Tensor]:
+    def _allocate(self, pages: int) -> tuple[list[Tensor], list[Tensor]]:
         shape = (pages, self.heads, self.page_tokens, self._head_width)
+        lines = (pages, self.heads, self.page_tokens // KEY_LINE, self._head_width, KEY_LINE)
         # zeros, not empty: a masked NaN from uninitialised memory would still poison a weighted sum
-        return [torch.zeros(shape, dtype=self._dtype, device=self.device) for _ in range(self._layers)]
+        keys, values = (
+            [torch.zeros(one, dtype=self._dtype, device=self.device) for _ in range(self._layers)]
+            for one in (lines if self._transposed_keys else shape, shape)
+        )
+        return keys, values
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,20 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rlmed.models.attention import GroupTable
+from rlmed.models.decode_kernels import StepPages
 from rlmed.models.policy import Policy
 from rollout.native.kv_pages import SCRATCH, PagePool
 from rollout.native.sampler import BatchSampling, Uses, row_settings, uniforms
 from rollout.native.sequence import Sequence, SequenceGroup
-
-if TYPE_CHECKING:
-    from rlmed.models.kernels.decoder import StepPages
 
 SMALLEST_BUCKET = 8
 
@@ -39,14 +36,14 @@ class StepPlan:
     graphs: bool
     """Replay steps as CUDA graphs."""
     kernels: bool
-    """Compute steps with the Triton kernels that the policy's probes have accepted."""
+    """Compute steps with the kernels that the policy's probes have accepted."""
 
     @classmethod
     def for_device(cls, device: torch.device) -> StepPlan:
         """Return the plan for a device."""
         if device.type == "cuda":
             return cls(page_tokens=64, buckets=True, lag=1, graphs=True, kernels=True)
-        return cls(page_tokens=None, buckets=False, lag=0, graphs=False, kernels=False)
+        return cls(page_tokens=None, buckets=False, lag=0, graphs=False, kernels=True)
 
     def bucket(self, size: int, *, smallest: int = 1, largest: int | None = None) -> int:
         """Return what stands for `size` in a step's shape: not smaller, `largest` at most."""
@@ -235,8 +232,6 @@ class Slots:
 
     def step_pages(self, prefix: PagePool, suffix: PagePool, shape: StepShape) -> StepPages:
         """Return the tables for the kernels, which read them as int32."""
-        from rlmed.models.kernels.decoder import StepPages  # where Triton is installed
-
         rows, groups = slice(shape.rows), slice(shape.groups)
         table = self._table[: shape.groups * shape.members].view(shape.groups, shape.members)
         return StepPages(

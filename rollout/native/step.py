@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rlmed.core.types import RolloutRequest
-from rlmed.models.decode_kernels import DecodeKernels
+from rlmed.models.decode_kernels import DecodeKernels, Step, StepPages
 from rlmed.models.policy import Policy
 from rollout.native.kv_pages import DecodeLayout, FixedPart, PagePool, PageView, visible, within
 from rollout.native.sampler import BatchSampling
@@ -34,7 +34,7 @@ def decode_step(
     prefix: PagePool,
     suffix: PagePool,
     shape: StepShape,
-    fixed: FixedPart | None = None,
+    fixed: FixedPart | KernelPart | None = None,
     kernels: DecodeKernels = TORCH,
 ) -> None:
     """Sample the next token of each row; all that it reads and writes is in `slots` and the pages.
@@ -42,14 +42,15 @@ def decode_step(
     `fixed` is that part of the layout, if an earlier step has made it since `Slots.lay_out`.
     """
     rows = slice(shape.rows)
-    if kernels.decoder is not None and policy.decoder is not None:
-        embeddings = policy.decoder.embeddings(slots.tokens[rows])
-        hidden = kernels.decoder(embeddings, slots.positions(rows), slots.step_pages(prefix, suffix, shape))
+    fixed = fixed or fixed_part(slots, prefix, suffix, shape, kernels)
+    if isinstance(fixed, KernelPart):
+        assert policy.decoder is not None, "kernels compute what it does"
+        fixed.pages.counts.copy_(slots.counts[rows])
+        hidden = fixed.step(policy.decoder.embeddings(slots.tokens[rows]), slots.positions(rows))
     else:
-        fixed = fixed or fixed_part(slots, prefix, suffix, shape)
         layout = _layout(slots, suffix, shape, fixed, policy.windows)
         hidden = policy.hidden(slots.tokens[rows], slots.positions(rows), layout)
-    logits = policy.logits(hidden)
+    logits = (kernels.project or policy.logits)(hidden)
     if kernels.sample is not None and not (shape.uses.top_k or shape.uses.top_p):
         tokens, logprobs = kernels.sample(logits, *slots.draws(rows))
     else:
@@ -57,8 +58,21 @@ def decode_step(
     slots.record(rows, tokens, logprobs)
 
 
-def fixed_part(slots: Slots, prefix: PagePool, suffix: PagePool, shape: StepShape) -> FixedPart:
+@dataclass(frozen=True, slots=True)
+class KernelPart:
+    """The part of a kernels' step that stays until rows come or go."""
+
+    pages: StepPages
+    step: Step
+
+
+def fixed_part(
+    slots: Slots, prefix: PagePool, suffix: PagePool, shape: StepShape, kernels: DecodeKernels
+) -> FixedPart | KernelPart:
     """Lay out what stays until rows come or go."""
+    if kernels.decoder is not None:
+        pages = slots.step_pages(prefix, suffix, shape)
+        return KernelPart(pages, kernels.decoder.lay_out(pages))
     groups, width = slice(shape.groups), shape.prefix_width
     prompts = prefix.head_rows(slots.prefix_pages[groups])
     return FixedPart(
@@ -119,11 +133,18 @@ class Decoder:
         self._policy, self._limits = policy, limits
         size, device = limits.max_completions, policy.device
         self.slots = Slots(policy, plan, size, position_rows)
+        self._kernels = policy.decode_kernels() if plan.kernels else TORCH
         self.prefix, self.suffix = (
-            PagePool(policy.kv_shape, page_tokens=plan.page_tokens, dtype=policy.dtype, device=device) for _ in range(2)
+            PagePool(
+                policy.kv_shape,
+                page_tokens=plan.page_tokens,
+                dtype=policy.dtype,
+                device=device,
+                transposed_keys=self._kernels.compiled,
+            )
+            for _ in range(2)
         )
         self._prompt_tokens = self._completion_tokens = 0
-        self._kernels = policy.decode_kernels() if plan.kernels else TORCH
         self._graphs = StepGraphs() if plan.graphs else None
         pinned = device.type == "cuda"
         self._ring = [
@@ -132,7 +153,7 @@ class Decoder:
         ]
         self._sent: deque[Sampled] = deque()
         self._turn = 0
-        self._fixed: FixedPart | None = None
+        self._fixed: FixedPart | KernelPart | None = None
 
     def reserve(self, requests: Rows[RolloutRequest]) -> None:
         """Make room for these requests beside what runs; `lay_out` comes next."""
@@ -185,12 +206,12 @@ class Decoder:
         if self._graphs is not None:
             self._graphs.run(shape, self._decode)
         else:
-            if self._kernels.decoder is None:
-                self._fixed = self._fixed or fixed_part(self.slots, self.prefix, self.suffix, shape)
+            if self._kernels.decoder is None or self._kernels.compiled:
+                self._fixed = self._fixed or fixed_part(self.slots, self.prefix, self.suffix, shape, self._kernels)
             self._decode(shape, self._fixed)
         self._send(rows, 0, version)
 
-    def _decode(self, shape: StepShape, fixed: FixedPart | None = None) -> None:
+    def _decode(self, shape: StepShape, fixed: FixedPart | KernelPart | None = None) -> None:
         decode_step(self._policy, self.slots, self.prefix, self.suffix, shape, fixed, self._kernels)
 
     def lay_out(self, rows: Rows[Sequence], groups: Rows[SequenceGroup]) -> StepShape:

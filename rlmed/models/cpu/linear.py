@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import operator
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from rlmed.models.cpu.products import MIN_ROWS, onednn, onednn_with, pack, uses_onednn
+
+Made = TypeVar("Made")
 
 
 @dataclass(slots=True)
@@ -46,14 +48,11 @@ class PackedWeights:
 
     def __init__(self) -> None:
         """Start empty."""
-        self._packs: dict[tuple[int, ...], tuple[tuple[Tensor, ...], tuple[tuple[int, int, int], ...], Tensor]] = {}
+        self._packs: dict[tuple[int, ...], tuple[tuple[Tensor, ...], tuple[tuple[int, int, int], ...], Any]] = {}
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Use the copies for products of few rows in this thread, if packed weights were chosen."""
-        if not uses_onednn("packed_weights"):
-            yield
-            return
+        """Use the copies for products of few rows in this thread."""
         token = _active.set(self)
         try:
             yield
@@ -77,20 +76,48 @@ class PackedWeights:
 
         None if a change of one would go unnoticed.
         """
-        if any(type(one) is not nn.Parameter or one.is_inference() for one in parameters):
+        if not all(map(notices_changes, parameters)):
             return None
+
+        def make() -> Tensor:
+            joined = torch.cat([one.detach() for one in parameters]) if len(parameters) > 1 else parameters[0].detach()
+            return pack(joined) if joined.ndim > 1 else joined
+
+        return self.made(parameters, make)
+
+    def made(self, parameters: tuple[Tensor, ...], make: Callable[[], Made]) -> Made:
+        """Return what `make` returned for these parameters; call it again after any change of them.
+
+        The parameters are such that `notices_changes`.
+        """
         key = tuple(map(id, parameters))
         states = tuple((one.data_ptr(), one._version, _steps.taken) for one in parameters)
         found = self._packs.get(key)
         if found is not None and found[1] == states and all(map(operator.is_, found[0], parameters)):
-            return found[2]
-        joined = torch.cat([one.detach() for one in parameters]) if len(parameters) > 1 else parameters[0].detach()
-        joined = pack(joined) if joined.ndim > 1 else joined
-        self._packs[key] = (parameters, states, joined)
-        return joined
+            made: Made = found[2]
+            return made
+        made = make()
+        self._packs[key] = (parameters, states, made)
+        return made
+
+
+def notices_changes(tensor: Tensor) -> bool:
+    """Return whether a change of its numbers shows in its version or in an optimizer's steps."""
+    return type(tensor) is nn.Parameter and not tensor.is_inference()
 
 
 _active: ContextVar[PackedWeights | None] = ContextVar("packed weights", default=None)
+
+
+def current_packs() -> PackedWeights:
+    """Return the copies that are active in this thread, or new ones."""
+    active = _active.get()
+    return PackedWeights() if active is None else active
+
+
+def _packs() -> PackedWeights | None:
+    """Return the active copies for oneDNN, if it was chosen for packed weights."""
+    return _active.get() if uses_onednn("packed_weights") else None
 
 
 def _plain(tensor: Tensor) -> bool:
@@ -102,7 +129,7 @@ def _onednn_operand(x: Tensor, weight: Tensor) -> Tensor | None:
     if not _plain(x) or not _plain(weight) or not x.numel():
         return None
     few = len(x) < MIN_ROWS
-    if few and (packs := _active.get()) is not None:
+    if few and (packs := _packs()) is not None:
         packed = packs.of(weight)
         if packed.is_mkldnn:
             return packed
@@ -120,7 +147,7 @@ def matmul_joined(x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor, 
 
     `biases` may be empty. Not differentiable.
     """
-    packs = _active.get()
+    packs = _packs()
     if packs is None or len(x) >= MIN_ROWS or not _plain(x) or not all(map(_plain, weights)):
         return None
     weight, bias = packs.joined(*weights), packs.joined(*biases) if biases else None
@@ -184,7 +211,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return differentiable x @ weight.T + bias, [..., N]: x [..., K], weight [N, K], bias [N]."""
     few = x.numel() < MIN_ROWS * x.shape[-1]
     chosen = uses_onednn("few_rows" if few else "many_rows") or uses_onednn("weight_gradients")
-    chosen = chosen or (few and _active.get() is not None)
+    chosen = chosen or (few and _packs() is not None)
     if not chosen or not _plain(x) or not _plain(weight) or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rlmed.models.decode_kernels import StepPages
 from rlmed.models.decoder import Decoder
 from rlmed.models.kernels.attention import Parts, attend, merge
 from rlmed.models.kernels.layer import add_rms_norm, rope_append, silu_mul
@@ -28,28 +29,6 @@ def splits(programs: int, tokens: int) -> int:
     return 1 << (max(1, wanted).bit_length() - 1)
 
 
-@dataclass(frozen=True, slots=True)
-class StepPages:
-    """Keys and values of a step's R rows, members of B groups; tables and lengths are int32."""
-
-    prefix: tuple[Sequence[Tensor], Sequence[Tensor]]
-    """Keys and values of prompts by layer, each [pages, H_kv, page size, D]."""
-    suffix: tuple[Sequence[Tensor], Sequence[Tensor]]
-    """The same of completions."""
-    prefix_pages: Tensor
-    """[B, n]."""
-    prefix_lengths: Tensor
-    """[B], 0 for a free group."""
-    members: Tensor
-    """[B, M] rows; -1 where there are fewer."""
-    suffix_pages: Tensor
-    """[R, m]."""
-    counts: Tensor
-    """[R] tokens of the completions; the last is the step's input, and not in its page yet."""
-    widths: tuple[int, int]
-    """Most tokens of a prompt and of a completion."""
-
-
 class KernelDecoder:
     """Computes what an accepted `Decoder` does, for decode steps; reads the same parameters."""
 
@@ -57,14 +36,12 @@ class KernelDecoder:
         """Share the decoder's parameters."""
         self._own = own
 
-    def __call__(self, embeddings: Tensor, positions: Tensor, pages: StepPages) -> Tensor:
-        """Append the rows' keys and values to their pages; return final hidden states [R, d].
+    def lay_out(self, pages: StepPages) -> functools.partial[Tensor]:
+        """See `rlmed.models.decode_kernels.StepDecoder`."""
+        return functools.partial(self, pages=pages)
 
-        Args:
-            embeddings: [R, d], contiguous; overwritten.
-            positions: int64 [3, R] or [1, R].
-            pages: of the rows.
-        """
+    def __call__(self, embeddings: Tensor, positions: Tensor, pages: StepPages) -> Tensor:
+        """See `rlmed.models.decode_kernels.Step`; `pages` are the rows'."""
         own, rows = self._own, len(embeddings)
         first = own.layers[0]
         cos, sin = own.angles(embeddings, positions.unsqueeze(1) if len(positions) > 1 else positions)

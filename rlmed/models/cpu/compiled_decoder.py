@@ -1,0 +1,313 @@
+"""Decode steps in compiled C++ (`decode.cpp`): float32 on a CPU."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, byref, c_bool, c_double, c_float, c_int, c_int32, c_int64
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rlmed.models.cpu.compiler import load_library
+from rlmed.models.cpu.linear import current_packs, notices_changes
+from rlmed.models.decoder import Decoder
+
+if TYPE_CHECKING:
+    from rlmed.models.decode_kernels import StepPages
+
+_floats, _ints = POINTER(c_float), POINTER(c_int32)
+
+
+class _Product(Structure):
+    _fields_ = [
+        ("weight", _floats),
+        ("bias", _floats),
+        ("panels", c_int64),
+        ("inputs", c_int64),
+        ("outputs", c_int64),
+    ]
+
+
+class _Norm(Structure):
+    _fields_ = [("weight", _floats), ("epsilon", c_float)]
+
+
+class _Layer(Structure):
+    _fields_ = [
+        ("input_norm", _Norm),
+        ("mlp_norm", _Norm),
+        ("heads", _Product),
+        ("output", _Product),
+        ("gate_up", _Product),
+        ("down", _Product),
+        *((f"{part}_{what}", _floats) for part in ("prefix", "suffix") for what in ("keys", "values")),
+    ]
+
+
+class _Step(Structure):
+    _fields_ = [
+        *(
+            (name, c_int64)
+            for name in ("rows", "groups", "members", "width", "heads", "kv_heads", "head_width", "layers")
+        ),
+        ("scale", c_float),
+        ("norm", _Norm),
+        ("layer", POINTER(_Layer)),
+        *((name, _ints) for name in ("prefix_pages", "prefix_lengths", "member_rows", "suffix_pages", "counts")),
+        *((name, c_int64) for name in ("prefix_columns", "suffix_columns", "prefix_tokens", "suffix_tokens")),
+        *((name, _floats) for name in ("cosine", "sine", "states", "normal", "projected", "attended", "gated")),
+    ]
+
+
+def _address(tensor: Tensor, kind: Any = _floats) -> Any:
+    return ctypes.cast(tensor.data_ptr(), kind)
+
+
+class _Packed:
+    """A weight [N, K] in panels, and its bias."""
+
+    def __init__(self, library: ctypes.CDLL, weight: Tensor, bias: Tensor | None, outputs: int | None = None) -> None:
+        """Pack; `outputs` counts the results if two numbers make one."""
+        panel = 2 * library.rlmed_lanes()
+        panels, inputs = -(-len(weight) // panel), weight.shape[1]
+        self._weight = torch.empty(panels * panel * inputs)
+        source = weight.contiguous()
+        library.rlmed_pack(
+            _address(source),
+            c_int64(len(source)),
+            c_int64(inputs),
+            _address(self._weight),
+            c_int(torch.get_num_threads()),
+        )
+        self._bias = None if bias is None else F.pad(bias, (0, panels * panel - len(bias)))
+        self.structure = _Product(
+            weight=_address(self._weight),
+            bias=None if self._bias is None else _address(self._bias),
+            panels=panels,
+            inputs=inputs,
+            outputs=len(weight) if outputs is None else outputs,
+        )
+
+
+def _joined(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+    """Return the layers' weights and biases one after the other."""
+    biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
+    weights: list[Tensor] = [linear.weight for linear in linears]
+    return torch.cat(weights), torch.cat(biases) if biases else None
+
+
+def _interleaved(first: Tensor, second: Tensor, lanes: int) -> Tensor:
+    """Return `lanes` rows of one, `lanes` of the other, and so on; zeros after the last rows."""
+    rows = -(-len(first) // lanes) * lanes
+    padded = [F.pad(one, (0, 0) * (one.ndim - 1) + (0, rows - len(one))) for one in (first, second)]
+    return torch.stack([one.unflatten(0, (-1, lanes)) for one in padded], dim=1).flatten(0, 2)
+
+
+class _Weights:
+    """All layers' packed weights."""
+
+    def __init__(self, library: ctypes.CDLL, own: Decoder) -> None:
+        self._keep: list[_Packed] = []
+        self.layers = (_Layer * len(own.layers))()
+        for entry, layer in zip(self.layers, own.layers, strict=True):
+            entry.input_norm = _norm(layer.input_norm)
+            entry.mlp_norm = _norm(layer.mlp_norm)
+            lanes = library.rlmed_lanes()
+            biases = (layer.gate.bias, layer.up.bias)
+            packed = [
+                _Packed(library, *_joined(layer.projections)),
+                _Packed(library, layer.output.weight, layer.output.bias),
+                _Packed(
+                    library,
+                    _interleaved(layer.gate.weight, layer.up.weight, lanes),
+                    None if biases[0] is None else _interleaved(*biases, lanes),
+                    outputs=layer.gate.out_features,
+                ),
+                _Packed(library, layer.down.weight, layer.down.bias),
+            ]
+            entry.heads, entry.output, entry.gate_up, entry.down = (one.structure for one in packed)
+            self._keep += packed
+        self.pages: StepPages | None = None
+        """Where the layers find keys and values."""
+
+    def use(self, pages: StepPages, own: Decoder) -> None:
+        """Let the layers find keys and values there."""
+        for layer, entry in zip(own.layers, self.layers, strict=True):
+            entry.prefix_keys, entry.prefix_values = (_address(store[layer.index]) for store in pages.prefix)
+            entry.suffix_keys, entry.suffix_values = (_address(store[layer.index]) for store in pages.suffix)
+        self.pages = pages
+
+
+def _norm(norm: Any) -> _Norm:
+    return _Norm(weight=_address(norm.module.weight), epsilon=norm.epsilon)
+
+
+class CompiledDecoder:
+    """Computes what an accepted `Decoder` does, for decode steps; reads the same parameters."""
+
+    def __init__(self, own: Decoder) -> None:
+        """Share the decoder's parameters.
+
+        Raises:
+            CompilerError: without a library.
+            ValueError: if a change of a parameter would go unnoticed.
+        """
+        self.own, self._library = own, load_library()
+        linears = [
+            linear
+            for layer in own.layers
+            for linear in (*layer.projections, layer.output, layer.gate, layer.up, layer.down)
+        ]
+        self._parameters = tuple(parameter for linear in linears for parameter in linear.parameters())
+        if not all(map(notices_changes, self._parameters)):
+            raise ValueError("a change of its weights would go unnoticed")
+        self.angles = _AngleTable(own)
+
+    def lay_out(self, pages: StepPages) -> _Steps:
+        """See `StepDecoder`."""
+        return _Steps(self, pages)
+
+    def weights(self) -> _Weights:
+        """Return the packed weights as they are now."""
+        return current_packs().made(self._parameters, lambda: _Weights(self._library, self.own))
+
+    def run(self, step: _Step) -> None:
+        """Run all layers."""
+        self._library.rlmed_decode(byref(step), c_int(torch.get_num_threads()))
+
+
+class _AngleTable:
+    """Cosines and sines of rotary embeddings by position.
+
+    Completions have the same position in all rows of M-RoPE, and looking an angle up takes a tenth
+    of computing it.
+    """
+
+    def __init__(self, own: Decoder) -> None:
+        self._own = own
+        self._cosine = self._sine = torch.empty(0, 0)
+
+    def of(self, embeddings: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return contiguous cosine and sine [R, D] of positions, int64 [3, R] or [1, R]."""
+        if not self._own.fixed_angles or (len(positions) > 1 and positions.stride(0) != 0):
+            return self._computed(embeddings, positions)
+        most = int(positions[0].max())
+        if most >= len(self._cosine):
+            every = torch.arange(2 * (most + 1)).expand(len(positions), -1)
+            self._cosine, self._sine = self._computed(embeddings.new_empty(every.shape[1], embeddings.shape[1]), every)
+        return self._cosine.index_select(0, positions[0]), self._sine.index_select(0, positions[0])
+
+    def _computed(self, embeddings: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        cosine, sine = self._own.angles(embeddings, positions.unsqueeze(1) if len(positions) > 1 else positions)
+        return cosine.contiguous(), sine.contiguous()
+
+
+class _Steps:
+    """Steps of rows in pages that stay; see `StepDecoder`."""
+
+    def __init__(self, decoder: CompiledDecoder, pages: StepPages) -> None:
+        self._decoder, self._pages = decoder, pages
+        own, rows = decoder.own, len(pages.counts)
+        first = own.layers[0]
+        width, heads = len(own.norm.module.weight), first.heads * first.head_width
+        sizes = (width, heads + 2 * first.kv_heads * first.head_width, heads, first.gate.out_features)
+        self._buffers = [torch.zeros(rows, size) for size in sizes]
+        normal, projected, attended, gated = map(_address, self._buffers)
+        self._step = _Step(
+            rows=rows,
+            groups=len(pages.prefix_lengths),
+            members=pages.members.shape[1],
+            width=width,
+            heads=first.heads,
+            kv_heads=first.kv_heads,
+            head_width=first.head_width,
+            layers=len(own.layers),
+            scale=first.scale,
+            norm=_norm(own.norm),
+            prefix_pages=_address(pages.prefix_pages, _ints),
+            prefix_lengths=_address(pages.prefix_lengths, _ints),
+            member_rows=_address(pages.members, _ints),
+            suffix_pages=_address(pages.suffix_pages, _ints),
+            counts=_address(pages.counts, _ints),
+            prefix_columns=pages.prefix_pages.shape[1],
+            suffix_columns=pages.suffix_pages.shape[1],
+            prefix_tokens=pages.prefix[1][0].shape[2],
+            suffix_tokens=pages.suffix[1][0].shape[2],
+            normal=normal,
+            projected=projected,
+            attended=attended,
+            gated=gated,
+        )
+
+    def __call__(self, embeddings: Tensor, positions: Tensor) -> Tensor:
+        """Take a step; the result is overwritten by the next one."""
+        weights, step = self._decoder.weights(), self._step
+        if weights.pages is not self._pages:
+            weights.use(self._pages, self._decoder.own)
+        step.layer = weights.layers
+        cosine, sine = self._decoder.angles.of(embeddings, positions)
+        step.cosine, step.sine, step.states = _address(cosine), _address(sine), _address(embeddings)
+        self._decoder.run(step)
+        return self._buffers[0]
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledProjection:
+    """Logits of hidden states by the packed vocabulary projection."""
+
+    weight: Tensor
+    """[V, d]."""
+    banned: Tensor
+    """int64, unsampleable tokens."""
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Return [R, V] for [R, d]; -inf at unsampleable tokens."""
+        library = load_library()
+        packed: _Packed = current_packs().made((self.weight,), lambda: _Packed(library, self.weight, self._bias()))
+        logits = hidden.new_empty(len(hidden), len(self.weight))
+        library.rlmed_multiply(
+            byref(packed.structure),
+            _address(hidden),
+            c_int64(len(hidden)),
+            _address(logits),
+            c_int(torch.get_num_threads()),
+        )
+        return logits
+
+    def _bias(self) -> Tensor | None:
+        if not len(self.banned):
+            return None
+        return torch.zeros(len(self.weight)).index_fill_(0, self.banned, float("-inf"))
+
+
+def sample(logits: Tensor, uniform: Tensor, temperature: Tensor, greedy: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw one token per row, see `rollout.native.sampler.BatchSampling.sample`.
+
+    Args:
+        logits: float32 [R, V].
+        uniform: float64 [R].
+        temperature: float32 [R].
+        greedy: bool [R].
+
+    Returns:
+        int64 [R] tokens and float32 [R] log-probabilities.
+    """
+    logits, uniform, temperature, greedy = (one.contiguous() for one in (logits, uniform, temperature, greedy))
+    rows, count = logits.shape
+    tokens, logprobs = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
+    load_library().rlmed_sample(
+        _address(logits),
+        c_int64(rows),
+        c_int64(count),
+        _address(uniform, POINTER(c_double)),
+        _address(temperature),
+        _address(greedy, POINTER(c_bool)),
+        _address(tokens, POINTER(c_int64)),
+        _address(logprobs),
+        c_int(torch.get_num_threads()),
+    )
+    return tokens, logprobs

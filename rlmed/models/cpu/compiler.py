@@ -1,0 +1,80 @@
+"""Compile `decode.cpp` for this processor, once, and load it; where there is no compiler, say so."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("decode.cpp")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-Wno-psabi")
+"""`-fopenmp` is not given to the linker: the threads are those of torch's own OpenMP, already loaded."""
+COMPILE_S = 120.0
+"""Most seconds that compiling may take; it takes 3."""
+
+
+class CompilerError(RuntimeError):
+    """There is no library of compiled decode steps; the message says why, on one line."""
+
+
+@functools.cache
+def load_library(flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL:
+    """Return the compiled `decode.cpp`, from the cache if it is there.
+
+    Raises:
+        CompilerError: if it cannot be compiled or loaded.
+    """
+    compiler = shutil.which(os.environ.get("CXX") or "g++")
+    if platform.system() != "Linux" or compiler is None:
+        raise CompilerError("no C++ compiler g++ on this machine" if compiler is None else "not on Linux")
+    path = _cached(compiler, flags)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise CompilerError(f"{path} cannot be loaded: {error}") from error
+
+
+def _cached(compiler: str, flags: tuple[str, ...]) -> Path:
+    """Return the library for this source, compiler, flags and processor; compile it if missing."""
+    version = _run([compiler, *flags, "-E", "-dM", "-x", "c++", os.devnull])  # names all that -march found
+    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), " ".join(flags).encode(), version])).hexdigest()[:16]
+    for folder in (_cache_folder(), Path(tempfile.gettempdir()) / f"rlmed-{os.getuid()}"):
+        path = folder / f"decode-{key}.so"
+        if path.is_file():
+            return path
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                unlinked, library = Path(scratch) / "decode.o", Path(scratch) / "decode.so"
+                _run([compiler, *flags, "-c", str(SOURCE), "-o", str(unlinked)])
+                _run([compiler, "-shared", str(unlinked), "-o", str(library)])
+                library.replace(path)  # another process may do the same
+        except OSError as error:
+            reason = error
+            continue
+        log.info("compiled the decode steps for this processor: %s", path)
+        return path
+    raise CompilerError(f"no folder to compile in: {reason}")
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlmed"
+
+
+def _run(command: list[str]) -> bytes:
+    try:
+        return subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_S).stdout
+    except subprocess.TimeoutExpired as error:
+        raise CompilerError(f"{command[0]} took more than {COMPILE_S:.0f} s") from error
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
+        raise CompilerError(f"{command[0]} failed: {lines[0]}") from error
