@@ -104,8 +104,7 @@ def most_visual_tokens(size: ModelSize, model: ModelConfig, prompt_tokens: int) 
     """Return the largest number of visual tokens in a prompt of `prompt_tokens`."""
     if size.vision is None:
         return 0
-    # a patch has three colours and two frames
-    pixels = size.patches_per_token * size.patch_values // 6
+    pixels = size.patches_per_token * size.patch_pixels
     return min(prompt_tokens, math.ceil((model.max_pixels or prompt_tokens * pixels) / pixels))
 
 

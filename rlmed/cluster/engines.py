@@ -8,15 +8,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from PIL import Image
 
 from rlmed.cluster.memory import keep_freed_memory
 from rlmed.core.config.running import ClusterConfig, RolloutConfig
 from rlmed.core.config.schema import DataConfig, ModelConfig, PromptConfig
+from rlmed.core.process.foreign import foreign
+from rlmed.data.pictures import Pictures
 from rlmed.data.prompts import PROMPT_FILE, PromptRenderer, load_processor, read_prompt_settings
 from rlmed.models.cpu.compiler import missing_library
 from rlmed.models.cpu.products import bfloat16_speed, linear_shapes, may_pack, settle_products
-from rlmed.models.folder.agreement import check_agreement
+from rlmed.models.families import family_of
+from rlmed.models.folder.agreement import check_agreement, check_visual_tokens
 from rlmed.models.loading import model_folder, resolve_device, resolve_dtype
 from rlmed.models.policy import Policy, load_config, load_policy
 from rlmed.recording.inputs import chosen_compiled, chosen_dtype, chosen_onednn
@@ -26,9 +31,11 @@ from rollout.native.engine import NativeEngine
 from rollout.native.scheduler import EngineLimits
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase, Qwen2VLImageProcessorPil
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+PROBE_SIZE = (96, 64)
+"""Of a picture with which a model's processor is compared with its configuration."""
 
 MEMORY_SHARE = 0.8
 """Share of its worker's GPU memory that a vLLM engine takes."""
@@ -80,18 +87,27 @@ def _settled_dtype(model: ModelConfig, earlier: str | None) -> str:
     return "float32"
 
 
-def open_model(folder: Path) -> tuple[PreTrainedTokenizerBase, Qwen2VLImageProcessorPil | None]:
-    """Load a model's tokenizer and image processor; check that its files agree, and log doubts.
+def open_model(folder: Path) -> tuple[PreTrainedTokenizerBase, Pictures | None]:
+    """Load a model's tokenizer and rules for pictures; check that its files agree, and log doubts.
 
     Raises:
         ValueError: if the model is not found, or its files are damaged or belong to different
             models.
     """
     config = load_config(folder)  # first: its error for a missing model says what to do
-    tokenizer, image_processor = load_processor(folder)
-    for doubt in check_agreement(folder, config, tokenizer, image_processor):
+    family_of(config)  # a family that cannot run says so before its files are compared
+    tokenizer, pictures = load_processor(folder)
+    for doubt in check_agreement(folder, config, tokenizer, pictures.image_processor if pictures else None):
         log.warning("%s", doubt)
-    return tokenizer, image_processor
+    if pictures is not None:
+        shown = pictures.prepare(Image.new("RGB", PROBE_SIZE, "grey"))
+        with foreign(
+            f"the tokenizer of model {str(folder)!r} cannot be used",
+            "Copy tokenizer.json and tokenizer_config.json again",
+        ):
+            token_ids = tokenizer(shown.text, add_special_tokens=False, verbose=False)["input_ids"]
+        check_visual_tokens(folder, config, np.asarray(token_ids), shown.inputs)
+    return tokenizer, pictures
 
 
 def make_renderer(
@@ -105,12 +121,12 @@ def make_renderer(
     folder = model_folder(model.path)
     if not folder.is_dir() and not folder.is_absolute():
         log.info("model %s is not a local folder: looking for it in the hub's cache and on the hub", folder)
-    tokenizer, image_processor = open_model(folder)
-    if image_processor is None:
+    tokenizer, pictures = open_model(folder)
+    if pictures is None:
         _warn_of_vision_settings(model, freeze)
     renderer = PromptRenderer(
         tokenizer,
-        image_processor,
+        pictures,
         max_prompt_tokens=data.max_prompt_tokens,
         min_pixels=model.min_pixels,
         max_pixels=model.max_pixels,

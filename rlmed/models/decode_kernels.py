@@ -298,9 +298,11 @@ class _Recorder:
         self._packed = packed
         self.key, self.value = torch.empty(0), torch.empty(0)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None
+    ) -> Tensor:
         self.key, self.value = key, value
-        return self._packed.attend(layer, query, key, value, scale)
+        return self._packed.attend(layer, query, key, value, scale, window)
 
 
 def _spans() -> tuple[list[slice], list[slice]]:

@@ -31,6 +31,8 @@ from rlmed.models.cpu.linear import matmul_joined, matmul_plus, matmul_silu, mat
 
 log = logging.getLogger(__name__)
 
+READ = ("inputs_embeds", "position_ids", "layout")
+"""Arguments of transformers' decoders that `Decoder` reads."""
 PROBE_TOKENS = 5
 PROBE_TOLERANCE = 1e-4
 """Largest difference in the probe, relative to the largest number.
@@ -169,6 +171,8 @@ class _Layer:
         used = {id(p) for part in (*linears, *_norms(layer)) for p in part.parameters()}
         if other := [name for name, parameter in layer.named_parameters() if id(parameter) not in used]:
             raise ValueError(f"it has another part, {other[0].rpartition('.')[0]}")
+        if vars(attention).get("sliding_window"):
+            raise ValueError("it attends within a window")
         if len({linear.bias is None for linear in found.projections}) > 1:
             raise ValueError("some of its queries, keys and values have a bias and others none")
         return found
@@ -326,7 +330,9 @@ def _forward(own: Decoder) -> Callable[..., Any]:
 
     def forward(decoder: Any, *arguments: Any, **named: Any) -> Any:
         embeddings, layout = named.get("inputs_embeds"), named.get("layout")
-        if not torch.is_inference_mode_enabled() or embeddings is None or layout is None:
+        # some models add more features of the images between their layers
+        more = any(isinstance(value, (Tensor, list)) for name, value in named.items() if name not in READ)
+        if not torch.is_inference_mode_enabled() or embeddings is None or layout is None or more:
             return type(decoder).forward(decoder, *arguments, **named)
         # Any: transformers' types want a FloatTensor
         states: Any = own(embeddings[0], named["position_ids"], layout)

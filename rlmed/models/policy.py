@@ -28,7 +28,7 @@ from rlmed.core.files.damage import read_json
 from rlmed.core.files.near_paths import near_path
 from rlmed.core.process.foreign import foreign
 from rlmed.core.types import Prompt
-from rlmed.models.attention import ATTENTION_NAME, AttentionLayout, PackedLayout
+from rlmed.models.attention import ATTENTION_NAME, AttentionLayout, PackedLayout, sliding_windows
 from rlmed.models.cpu.fused import use_fused_layers
 from rlmed.models.cpu.linear import use_fast_linears
 from rlmed.models.cpu.products import settle_products
@@ -76,6 +76,8 @@ class Policy:
             )
         self.projection: nn.Linear = projection
         self.banned_token_ids = unsampleable_token_ids(model.config)
+        self.windows: tuple[int, ...] = sliding_windows(model)
+        """Widths of sliding windows in its attention, each once."""
         self._banned: Tensor = torch.tensor(self.banned_token_ids, dtype=torch.int64, device=self.device)
         ends = model.generation_config.eos_token_id
         self.end_token_ids: frozenset[int] = frozenset([ends] if isinstance(ends, int) else ends or ())
@@ -118,14 +120,22 @@ class Policy:
         grids = {name: torch.as_tensor(array) for name, array in prompt.image_inputs.items() if name != "pixel_values"}
         return self.family.positions(self.model, torch.as_tensor(prompt.token_ids), grids).cpu()
 
-    def packed_layout(self, groups: Sequence[tuple[int, Sequence[int]]]) -> PackedLayout | VarlenLayout:
-        """Lay out a row of groups for the attention that suits this policy.
+    def packed_layout(
+        self, groups: Sequence[tuple[int, Sequence[int]]], token_ids: Tensor | None = None
+    ) -> PackedLayout | VarlenLayout:
+        """Lay out a row for the attention that suits this policy.
 
-        Each group is given as (prompt length, completion lengths).
+        Groups are (prompt length, completion lengths); `token_ids`, int64 [N], tell where images
+        are.
         """
+        known = self.family.both_ways and token_ids is not None
+        both_ways = token_ids == self.model.config.image_token_id if known else None
         backend = choose_attention(self.device, self.dtype, self.kv_shape[2]).backend
-        if backend is None:
-            return PackedLayout.build(groups, self.device)
+        # kernels without padding know neither images seen both ways nor windows across sequences
+        images = both_ways is not None and bool(both_ways.any())
+        longest = max(prompt + max(lengths, default=0) for prompt, lengths in groups)
+        if backend is None or images or any(window < longest for window in self.windows):
+            return PackedLayout.build(groups, self.device, both_ways if images else None)
         return VarlenLayout.build(groups, backend, self.device)
 
     def decode_kernels(self) -> DecodeKernels:
@@ -136,7 +146,7 @@ class Policy:
                 self.decoder,
                 self.projection,
                 self._banned,
-                position_rows=3 if self.family.vision else 1,
+                position_rows=self.family.position_rows,
                 compiled=self._compiled_decode is not False,
             )
         return self._decode_kernels
@@ -160,7 +170,7 @@ class Policy:
             [N, d] in the policy's dtype.
         """
         # M-RoPE models take [3, batch, N], text models [batch, N]
-        position_ids = positions.unsqueeze(1) if self.family.vision else positions
+        position_ids = positions.unsqueeze(1) if self.family.position_rows > 1 else positions
         if self.decoder is not None and not image_inputs and torch.is_inference_mode_enabled():
             return self.decoder(self.decoder.embeddings(token_ids), position_ids, layout)
         output = self.model.base_model(
@@ -168,7 +178,7 @@ class Policy:
             position_ids=position_ids,
             use_cache=False,
             layout=layout,
-            **(image_inputs or {}),
+            **(self.family.arguments(image_inputs) if image_inputs else {}),
         )
         states: Tensor = output.last_hidden_state[0]
         return states
@@ -261,7 +271,7 @@ def load_policy(
     use_fused_layers(model)
     use_linear_patches(model)
     use_varlen_vision(model)
-    decoder = accept_decoder(model, position_rows=3 if family.vision else 1)
+    decoder = accept_decoder(model, position_rows=family.position_rows)
     return Policy(model, decoder, compiled_decode=compiled_decode)
 
 

@@ -122,12 +122,12 @@ class NativeEngine:
         decoder = self._decoder
         decoder.reserve(requests)
         rows = self._start(groups, decoder)
-        layout = decoder.prompt_layout(lengths, [group.pages for group in groups])
-        tokens = torch.cat([torch.as_tensor(request.prompt.token_ids) for request in requests]).to(policy.device)
+        tokens = torch.cat([torch.as_tensor(request.prompt.token_ids) for request in requests])
+        layout = decoder.prompt_layout(lengths, [group.pages for group in groups], tokens)
         positions = torch.cat([group.positions for group in groups], dim=1).to(policy.device)
         images = merge_image_inputs([policy.image_inputs(request.prompt) for request in requests])
         with self._packs.active():
-            hidden = policy.hidden(tokens, positions, layout, images)
+            hidden = policy.hidden(tokens.to(policy.device), positions, layout, images)
         last = torch.tensor(lengths, device=policy.device).cumsum(0) - 1
         logits = policy.logits(hidden[last])
         repeats = torch.tensor([request.group_size for request in requests], device=policy.device)

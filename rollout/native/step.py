@@ -22,7 +22,7 @@ from rlmed.models.attention import AttentionLayout
 from rlmed.models.decode_kernels import DecodeKernels, Step, StepPages
 from rlmed.models.decoder import LayersLayout
 from rlmed.models.policy import Policy
-from rollout.native.kv_pages import DecodeLayout, FixedPart, PagePool, PageView, PrefillLayout, visible
+from rollout.native.kv_pages import DecodeLayout, FixedPart, PagePool, PageView, PrefillLayout, visible, within
 from rollout.native.sampler import BatchSampling
 from rollout.native.scheduler import EngineLimits
 from rollout.native.sequence import Sequence, SequenceGroup
@@ -52,7 +52,7 @@ def decode_step(
         fixed.pages.counts.copy_(slots.counts[rows])
         hidden = fixed.step(policy.decoder.embeddings(slots.tokens[rows]), slots.positions(rows))
     else:
-        layout = _layout(slots, suffix, shape, fixed)
+        layout = _layout(slots, suffix, shape, fixed, policy.windows)
         hidden = policy.hidden(slots.tokens[rows], slots.positions(rows), layout)
     logits = (kernels.project or policy.logits)(hidden)
     if kernels.sample is not None and not (shape.uses.top_k or shape.uses.top_p):
@@ -87,7 +87,9 @@ def fixed_part(
     )
 
 
-def _layout(slots: Slots, suffix: PagePool, shape: StepShape, fixed: FixedPart) -> DecodeLayout:
+def _layout(
+    slots: Slots, suffix: PagePool, shape: StepShape, fixed: FixedPart, windows: Rows[int] = ()
+) -> DecodeLayout:
     addresses: Tensor | int = shape.suffix_width - 1
     mask = None
     if not shape.level:
@@ -95,7 +97,12 @@ def _layout(slots: Slots, suffix: PagePool, shape: StepShape, fixed: FixedPart) 
         addresses = suffix.addresses(fixed.completions, counts - 1)
         mask = visible(counts, shape.suffix_width, suffix)
     view = PageView.build(suffix, fixed.completions, shape.suffix_width, in_order=shape.rows_in_order)
-    return DecodeLayout(fixed, view, addresses, mask)
+    masks = {
+        width: within(width, slots.prompt_lengths(shape), slots.counts[: shape.rows], fixed.table, fixed.prefix, view)
+        for width in windows
+        if width < shape.prefix_width + shape.suffix_width
+    }
+    return DecodeLayout(fixed, view, addresses, mask, masks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,10 +218,16 @@ class Decoder:
     def _decode(self, shape: StepShape, fixed: FixedPart | KernelPart | None = None) -> None:
         decode_step(self._policy, self.slots, self.prefix, self.suffix, shape, fixed, self.kernels)
 
-    def prompt_layout(self, lengths: Rows[int], pages: Rows[Rows[int]]) -> AttentionLayout | LayersLayout:
-        """Lay out prompts of these lengths one after the other, each in its pages of `prefix`."""
-        if self.kernels.prompts is None:
-            return PrefillLayout.build(lengths, pages, self._policy, self.prefix)
+    def prompt_layout(
+        self, lengths: Rows[int], pages: Rows[Rows[int]], token_ids: Tensor
+    ) -> AttentionLayout | LayersLayout:
+        """Lay out prompts of these lengths one after the other, each in its pages of `prefix`.
+
+        `token_ids` are all of them, int64 [N] on the CPU.
+        """
+        if self.kernels.prompts is None or self._policy.family.both_ways:
+            packed = self._policy.packed_layout([(length, ()) for length in lengths], token_ids)
+            return PrefillLayout.build(lengths, pages, packed, self.prefix)
         firsts = list(itertools.accumulate(lengths, initial=0))[:-1]
         return self.kernels.prompts.lay_out_prompts(
             StepPages(

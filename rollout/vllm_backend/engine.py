@@ -254,8 +254,13 @@ class VllmEngine:
 
 
 def _model_facts(folder: Path, config: PreTrainedConfig) -> ModelFacts:
-    values = config.to_dict()
-    vision = family_of(config).vision
+    values, family = config.to_dict(), family_of(config)
+    vision = family.vision
+    if vision and not family.grids:
+        raise ValueError(
+            f"rollout=vllm: pictures of model_type {config.model_type!r} cannot be handed over to vLLM as this run prepared "
+            "them; use rollout=native"
+        )
     return ModelFacts(
         end_token_ids=find_end_tokens(folder, config).ids,
         banned_token_ids=unsampleable_token_ids(config),

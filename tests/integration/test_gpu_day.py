@@ -63,10 +63,16 @@ def test_scores_are_as_large_as_in_real_models(small: Path, tmp_path: Path, monk
         layout: PackedLayout
 
         def attend(
-            self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+            self,
+            layer: int,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            scale: float,
+            window: int | None,
         ) -> torch.Tensor:
             scores.append(torch.einsum("nd,md->nm", query[:, 0], key[:, 0]) * scale)
-            return self.layout.attend(layer, query, key, value, scale)
+            return self.layout.attend(layer, query, key, value, scale, window)
 
     layout: AttentionLayout = Recorder(PackedLayout.build([(600, ())]))
     with torch.no_grad():

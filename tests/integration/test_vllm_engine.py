@@ -63,7 +63,7 @@ def build_model(folder, family="qwen2_vl"):
     if vision:
         text.rope_parameters["mrope_section"] = [4, 6, 6]
         setattr(config.vision_config, "hidden_size" if family == "qwen2_vl" else "out_hidden_size", 128)
-    elif text.to_dict().get("head_dim"):
+    if text.to_dict().get("head_dim"):
         text.head_dim = 32
     generator = torch.Generator().manual_seed(1)
     with torch.random.fork_rng(devices=()), torch.no_grad():
@@ -521,7 +521,7 @@ def test_a_new_picture_beside_many_new_questions_about_known_ones_is_computed_wh
     assert disagreement(policy, groups) < TOLERANCE
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen2", "qwen3", "llama"])
 def test_every_family_agrees_with_the_learner_before_and_after_a_push(open_engine, tmp_path, family):
     folder = build_model(tmp_path, family)
     engine, policy = open_engine(folder), load_policy(folder)

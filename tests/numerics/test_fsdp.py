@@ -134,6 +134,8 @@ def test_several_steps_are_those_of_one_rank(ranks, steps, config, tiny_folder, 
     [
         ("llama", {"kl_coef": 0.0, "aggregation": "token_mean", "old_logprobs": "rollout", "importance_cap": 2.0}),
         ("qwen2_5_vl", {"clip": "dual", "aggregation": "sequence_sum", "ratio_level": "sequence"}),
+        ("gemma3", {"kl_coef": 0.0}),
+        ("smolvlm", {"kl_coef": 0.0}),
     ],
 )
 def test_other_families_and_settings(ranks, family, loss, tiny_folder, make_train_groups):

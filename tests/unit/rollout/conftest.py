@@ -23,7 +23,7 @@ class ChainPolicy:
         """Tokens without an entry are followed by the next number."""
         self.successors = successors
         self.device, self.dtype, self.kv_shape = torch.device("cpu"), torch.float32, (1, 1, 2)
-        self.end_token_ids = frozenset([END])
+        self.end_token_ids, self.windows = frozenset([END]), ()
         self.projection = torch.nn.Linear(1, VOCABULARY, bias=False)
 
     def image_inputs(self, prompt: Prompt) -> dict[str, torch.Tensor]:
@@ -35,7 +35,7 @@ class ChainPolicy:
     def decode_kernels(self) -> DecodeKernels:
         return DecodeKernels()
 
-    def packed_layout(self, groups: Sequence[tuple[int, Sequence[int]]]) -> PackedLayout:
+    def packed_layout(self, groups: Sequence[tuple[int, Sequence[int]]], token_ids: torch.Tensor) -> PackedLayout:
         return PackedLayout.build(groups)
 
     def hidden(self, token_ids, positions, layout, image_inputs=None) -> torch.Tensor:

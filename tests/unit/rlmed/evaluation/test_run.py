@@ -60,7 +60,7 @@ def make_rows(folder: Path, name: str, count: int) -> list[Example]:
 
 def grey_level(request: RolloutRequest, renderer: PromptRenderer) -> int:
     """Grey level of the picture in the prompt, from its normalised pixels."""
-    processor = renderer._image_processor
+    processor = renderer.pictures.image_processor
     value = float(request.prompt.image_inputs["pixel_values"][0, 0])
     return round(255 * (value * processor.image_std[0] + processor.image_mean[0]))
 
@@ -245,7 +245,7 @@ def test_the_figures_of_a_file(files, renderer, tmp_path):
 
 def test_the_format_is_the_one_that_the_prompt_asks_for(files, renderer, tmp_path):
     brief = PromptRenderer(
-        renderer.tokenizer, renderer._image_processor, max_prompt_tokens=512, template="{question} <answer>...</answer>"
+        renderer.tokenizer, renderer.pictures, max_prompt_tokens=512, template="{question} <answer>...</answer>"
     )
 
     def answer(request, _):
