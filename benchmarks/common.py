@@ -159,8 +159,7 @@ def with_visual_tokens(model: Path, count: int, folder: Path) -> Path:
 
 def make_renderer(model: Path) -> PromptRenderer:
     """The renderer of the paper's prompt for a model folder."""
-    tokenizer, image_processor = load_processor(model)
-    return PromptRenderer(tokenizer, image_processor, max_prompt_tokens=MAX_PROMPT_TOKENS)
+    return PromptRenderer(*load_processor(model), max_prompt_tokens=MAX_PROMPT_TOKENS)
 
 
 def render_prompts(renderer: PromptRenderer, examples: Sequence[Example], *, images: bool = True) -> list[Prompt]:

@@ -135,7 +135,7 @@ def build(setting: dict[str, Any], output: str) -> GRPOTrainer:
         disable_tqdm=True,
         model_init_kwargs={"dtype": "float32", "attn_implementation": "sdpa"},
     )
-    tokenizer, image_processor = load_processor(setting["model"])
+    tokenizer, pictures = load_processor(setting["model"])
     examples = read_examples(Path(setting["questions"])).examples
     turns = Turns(setting["max_tokens"])
     trainer = GRPOTrainer(
@@ -143,7 +143,7 @@ def build(setting: dict[str, Any], output: str) -> GRPOTrainer:
         reward_funcs=reward_functions(examples),
         args=args,
         train_dataset=datasets.Dataset.from_list([as_row(example) for example in examples]),
-        processing_class=ImageProcessor(image_processor, tokenizer, chat_template=tokenizer.chat_template),
+        processing_class=ImageProcessor(pictures.image_processor, tokenizer, chat_template=tokenizer.chat_template),
         callbacks=[turns],
     )
     turns.trainer = trainer

@@ -24,18 +24,17 @@ from learner.likelihood import ScoringRequest
 from learner.sharing import BatchShare, Split
 from learner.supervised import SupervisedLearner
 from learner.weight_push import DirectPush
+from rlmed.core.process.collection import resume
 from rlmed.core.protocols import ClusterError, RolloutPool
 from rlmed.core.types import FloatArray
-from rlmed.core.weights import EngineHandle, StoredWeights, WeightUpdate
-from rlmed.models.sender import WeightSender
+from rlmed.core.weights import OBJECT_STORE, EngineHandle, PushReport, StoredWeights, WeightUpdate
+from rlmed.models.direct import DirectSender, DirectWeights
 from rlmed.models.weights import gpu_name, make_buckets
 
 LocalLearner = PolicyLearner | SupervisedLearner
 """What learns in a rank's process: from groups, or from written completions."""
 Build = Callable[[OnSkippedUpdate, Parallelism], LocalLearner]
 """Builds a rank's learner from a callback for skipped batches and the parallelism of its ranks."""
-MakeSender = Callable[[LocalLearner], WeightSender]
-"""Builds the sender of rank 0's weights."""
 
 LOSS_KNOWN_S = 30.0
 """Seconds to wait, after a rank fails, for the loss of another rank as its cause."""
@@ -51,9 +50,11 @@ class LearnerActor:
 
     def __init__(self) -> None:
         """Start empty; `build` creates the learner."""
+        resume()  # its libraries have been loaded
         self._skipped: list[str] = []
         self._learner: LocalLearner
-        self._sender: WeightSender | None = None
+        self._rank = 0
+        self._sender: DirectSender | None = None
         self._shares_gpu = False
         self._write: Callable[[], None]
 
@@ -72,7 +73,7 @@ class LearnerActor:
         shares_gpu: bool,
     ) -> tuple[int, Split]:
         """Build the learner, with any other ranks; return its policy version and its split."""
-        self._shares_gpu = shares_gpu
+        self._rank, self._shares_gpu = rank, shares_gpu
         parallelism = (
             init_distributed(rank, size, init_method, device=device, timeout_s=timeout_s)
             if init_method
@@ -104,19 +105,25 @@ class LearnerActor:
         """See `rlmed.core.weights.EngineHandle.devices`."""
         return gpu_name(self._learner.policy.device)
 
-    def connect(self, make_sender: MakeSender, transport: str, engines: Sequence[EngineHandle]) -> None:
-        """See `rlmed.models.sender.WeightSender.connect`; called on the first rank only."""
-        if self._sender is None:
-            self._sender = make_sender(self._learner)
-        self._sender.connect(transport, engines, _call_engine, ray.util.get_node_ip_address())
-
-    def send(self, version: int) -> None:
-        """See `rlmed.models.sender.WeightSender.send`; the other ranks take part in gathering."""
-        if self._sender is not None:
-            self._sender.send(version)
-        else:
-            for _ in self._learner.full_weights(on_device=True):
+    def send(self, transport: str, engines: Sequence[EngineHandle], limit_s: float) -> None:
+        """See `rlmed.models.direct.DirectSender.send`; the other ranks take part in gathering."""
+        learner = self._learner
+        weights, policy = learner.full_weights(on_device=True), learner.policy
+        if self._rank > 0:
+            for _ in weights:
                 pass
+            return
+        if self._sender is None:
+            parameters = ((weight.name, weight.value) for weight in policy.weights())
+            self._sender = DirectSender(parameters, policy.device, ray.util.get_node_ip_address())
+
+        def call(engine: EngineHandle, sent: DirectWeights) -> Future[PushReport]:
+            told = StoredWeights(learner.policy_version, [ray.put(sent)])
+            future: Future[PushReport] = engine.address.update_weights.remote(told).future()
+            return future
+
+        self._sender.send(transport, engines, call, weights, limit_s)
+        self._release_memory()
 
     def save(self, folder: Path) -> None:
         """See `rlmed.core.protocols.Learner.save`; `write` calls the writer."""
@@ -141,12 +148,6 @@ class LearnerActor:
             torch.cuda.empty_cache()
 
 
-def _call_engine(engine: EngineHandle, stage: str, *arguments: Any) -> Future[None]:
-    """Call a `rollout.pool.actor.RolloutActor`; a `rlmed.core.weights.CallEngine`."""
-    future: Future[None] = engine.address.call_stage.remote(stage, *arguments).future()
-    return future
-
-
 class RayLearner:
     """`rlmed.core.protocols.Learner` whose ranks are Ray actors, driven together."""
 
@@ -158,8 +159,8 @@ class RayLearner:
         step_s: float,
         device: str = "cpu",
         options: Sequence[Mapping[str, Any]] = ({},),
-        weight_transfer: str = "object_store",
-        make_sender: MakeSender | None = None,
+        weight_transfer: str = OBJECT_STORE,
+        push_s: float = 600.0,
         shares_gpu: bool = False,
     ) -> None:
         """Start the ranks and wait until they have loaded.
@@ -171,14 +172,14 @@ class RayLearner:
             device: "cpu" or "cuda", for all ranks.
             options: Ray options of each rank's actor: resources, placement; one entry per rank.
             weight_transfer: `cluster.weight_transfer`.
-            make_sender: builds the sender for direct sends; None if all workers fetch from the
-                store.
+            push_s: timeout of a push; half of it remains to fetch weights that cannot be sent.
             shares_gpu: release unused GPU memory after each call.
 
         Raises:
             LearnerError: if a rank cannot be built.
         """
-        self._on_bad_step, self._step_s, self._order = on_bad_step, step_s, threading.Lock()
+        self._on_bad_step, self._order = on_bad_step, threading.Lock()
+        self._limit = (step_s, "cluster.learner_timeout_s")
         actor: Any = LearnerActor  # type checkers see the class, not what `ray.remote` makes of it
         self._actors = [actor.options(**entry).remote() for entry in options]
         size = len(self._actors)
@@ -188,14 +189,15 @@ class RayLearner:
         self._split: Split
         self._version, self._split = self._call("load its model", "build", each=each)[0]
         self._direct: DirectPush | None = None
-        if make_sender is not None:
+        if weight_transfer != OBJECT_STORE:
             gpu = self._call("name its GPU", "device", ranks=1)[0]
-            self._direct = DirectPush(
-                weight_transfer,
-                gpu,
-                lambda *arguments: self._call("connect with the engines", "connect", make_sender, *arguments, ranks=1),
-                lambda version: self._call("send its weights", "send", version),
-            )
+
+            def send(transport: str, engines: Sequence[EngineHandle]) -> None:
+                self._call(
+                    "send its weights", "send", transport, engines, push_s / 2, limit=(push_s, "cluster.push_timeout_s")
+                )
+
+            self._direct = DirectPush(weight_transfer, gpu, send)
 
     @property
     def policy_version(self) -> int:
@@ -226,7 +228,7 @@ class RayLearner:
         else:
             # a reference: a worker that fetches waits until rank 0 has stored the weights
             store = functools.cache(lambda: self._submit(self._actors, "store_weights")[0])
-            weights = WeightUpdate(store, functools.partial(self._direct.start, self._version))
+            weights = WeightUpdate(store, self._direct.start)
         pool.update_weights(self._version, weights)
 
     def save(self, folder: Path) -> Callable[[], None]:
@@ -254,17 +256,19 @@ class RayLearner:
         *arguments: Any,
         each: Sequence[tuple[Any, ...]] | None = None,
         ranks: int | None = None,
+        limit: tuple[float, str] | None = None,
     ) -> list[Any]:
         """Call a method on all ranks, or the first `ranks`, and wait for all.
 
-        Arguments are shared or per rank (`each`).
+        Arguments are shared or per rank (`each`). `limit` is a timeout in seconds and its key,
+        that of a step if not given.
 
         Raises:
             LearnerError: if a rank is lost, raises, or does not answer in time.
         """
         actors = self._actors[:ranks]
         calls = self._submit(actors, method, each or [arguments] * len(actors))
-        self._wait(action, calls)
+        self._wait(action, calls, limit or self._limit)
         return list(ray.get(calls))
 
     def _submit(self, actors: Sequence[Any], method: str, each: Sequence[tuple[Any, ...]] | None = None) -> list[Any]:
@@ -276,10 +280,10 @@ class RayLearner:
             each = each or [()] * len(actors)
             return [getattr(actor, method).remote(*own) for actor, own in zip(actors, each, strict=True)]
 
-    def _wait(self, action: str, calls: Sequence[Any]) -> None:
+    def _wait(self, action: str, calls: Sequence[Any], limit: tuple[float, str]) -> None:
         """Wait until all calls have succeeded; see `_call`."""
         rank_of = {call: rank for rank, call in enumerate(calls)}
-        waiting, end = list(calls), time.monotonic() + self._step_s
+        waiting, end = list(calls), time.monotonic() + limit[0]
         failure: tuple[int, Exception] | None = None
         while waiting:
             # notice a failed rank at once, although the others wait for it
@@ -311,6 +315,6 @@ class RayLearner:
         if waiting:
             silent = ", ".join(str(rank_of[call]) for call in waiting)
             raise LearnerError(
-                f"learner rank {silent} did not {action} within {self._step_s:.0f} s (cluster.learner_timeout_s). Check "
+                f"learner rank {silent} did not {action} within {limit[0]:.0f} s ({limit[1]}). Check "
                 "its process, then resume from the last checkpoint with resume=auto"
             )

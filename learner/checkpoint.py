@@ -5,6 +5,7 @@
 | `model.safetensors`; of N ranks `model-0000I-of-0000N.safetensors` and an index | weights, a Hugging Face model |
 | `adapter_model.safetensors` instead, if adapters are trained | the adapters, an adapter of peft |
 | `optimizer/` | float32 masters and AdamW's moments, each rank's shards, by torch.distributed.checkpoint |
+| `optimizer/foreign-0.pt` | moments of a library's own type, which have one rank (`learner.moments=8bit`) |
 | `optimizer/numbers.json` | everything else of the optimizer |
 
 No rank ever holds more than its share and one whole parameter: parameters are gathered one by one,
@@ -47,6 +48,7 @@ from rlmed.models.saving import StoredWeight, file_name, save_settings, share_we
 
 OPTIMIZER_FOLDER = "optimizer"
 NUMBERS_FILE = "numbers.json"
+FOREIGN_FILE = "foreign-0.pt"
 STATE = "state"
 """Prefix of the tensors' names in `OPTIMIZER_FOLDER`."""
 EARLIER_FILE = "optimizer.pt"
@@ -60,14 +62,20 @@ def begin_save(policy: Policy, optimizer: Optimizer, parallelism: Parallelism, f
 
     Both are collective: every rank calls them, with a folder on a disk that all share.
     """
-    # transformers saves on the first rank only
-    names = parallelism.from_first(_save_settings(policy, folder) if parallelism.first else {})
+    names = None
+    try:
+        if parallelism.first:  # transformers saves there only
+            names = _save_settings(policy, folder)
+    finally:  # the other ranks wait for the first, even if it has failed
+        names = parallelism.from_first(names)
+    if names is None:
+        return lambda: None
     shares = _share(policy, names, parallelism.size)
     adapters = policy.adapters is not None
     state, weights = optimizer.state_dict(), _gather_own(policy, shares, parallelism)
     size = sum(weight.nbytes for weight in shares[parallelism.rank])
     size += sum(local_of(value).nbytes for value in _flat(state).values() if isinstance(value, Tensor))
-    if parallelism.everywhere(_has_room(size * parallelism.size, _step_bytes() * parallelism.size)):
+    if parallelism.everywhere(_has_room(size, _step_bytes(), ranks=parallelism.size)):
         copies = iter([_host_copy(weight) for weight in weights])
         return partial(_write, folder, shares, parallelism, _host_copy(state), copies, adapters=adapters)
     _write(folder, shares, parallelism, state, weights, adapters=adapters)
@@ -87,13 +95,13 @@ def _share(policy: Policy, names: Mapping[str, str], ranks: int) -> list[list[St
     return [*share_weights(stored, names, 1), *[[]] * (ranks - 1)]
 
 
-def _has_room(size: int, step_bytes: int) -> bool:
+def _has_room(size: int, step_bytes: int, *, ranks: int) -> bool:
     """Return whether the host can hold copies of `size` bytes while a step takes `step_bytes`.
 
-    Both are sums over all ranks, as if all were on it.
+    Both are of one of the `ranks`, which are taken to be all on this host.
     """
-    free = available_memory()
-    return free is not None and free >= ROOM * size + step_bytes
+    free = available_memory(processes=ranks)
+    return free is not None and free >= ranks * (ROOM * size + step_bytes)
 
 
 def _step_bytes() -> int:
@@ -113,7 +121,7 @@ def _host_copy(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _host_copy(entry) for key, entry in value.items()}
     if _is_foreign(value):  # what it calls a copy need not be one
-        own: Any = local_of(value)  # torch leaves the protocol of such types untyped
+        own: Any = value  # torch leaves the protocol of such types untyped
         names, context = own.__tensor_flatten__()
         inner = {name: _host_copy(getattr(own, name)) for name in names}
         return own.__tensor_unflatten__(inner, context, own.shape, own.stride())
@@ -142,6 +150,7 @@ def _write(
     *,
     adapters: bool,
 ) -> None:
+    written = False
     try:
         if adapters:
             if parallelism.first:
@@ -150,9 +159,12 @@ def _write(
             write_weights(folder / file_name(parallelism.rank, parallelism.size), shares[parallelism.rank], weights)
             if parallelism.first and parallelism.size > 1:
                 write_index(folder, shares)
+        written = True
     finally:  # the other ranks wait for this one, even if it has failed
         for _ in weights:
             pass
+        whole = parallelism.everywhere(written)
+    if whole:  # else the failed rank says why, and the folder is about to be removed
         write_optimizer(state, parallelism, folder)
 
 
@@ -163,8 +175,7 @@ def write_optimizer(state: Mapping[str, Any], parallelism: Parallelism, folder: 
         OSError: if a rank cannot write.
     """
     own, values = folder / OPTIMIZER_FOLDER, _flat(state)
-    own.mkdir(exist_ok=True)
-    foreign = {name: local_of(value) for name, value in values.items() if _is_foreign(value)}
+    foreign = {name: value for name, value in values.items() if _is_foreign(value)}
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor) and name not in foreign}
     # without `per_thread_copy_ahead` it leaves the default GPU alone, which may not be ours
     writer = FileSystemWriter(own, per_thread_copy_ahead=0)
@@ -175,11 +186,11 @@ def write_optimizer(state: Mapping[str, Any], parallelism: Parallelism, folder: 
         raise _cause(error) from error
     # last, since the other ranks wait for none of it
     if foreign:
-        torch.save(foreign, own / _foreign_file(parallelism.rank))
+        torch.save(foreign, own / FOREIGN_FILE)
     if parallelism.first:
         facts = {key: value for key, value in state.items() if key not in ("adamw", "masters")}
         numbers = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
-        facts |= {"masters": list(state["masters"]), "ranks": parallelism.size, "numbers": numbers}
+        facts |= {"masters": list(state["masters"]), "numbers": numbers}
         (own / NUMBERS_FILE).write_text(json.dumps(facts, indent=1))
 
 
@@ -187,7 +198,7 @@ def read_optimizer(optimizer: Optimizer, parallelism: Parallelism, folder: Path)
     """Resume from what any number of ranks, or an earlier version, wrote into `folder`.
 
     Raises:
-        ValueError: if the state belongs to other parameters, or cannot be resumed on these ranks.
+        ValueError: if the state belongs to other parameters, or has other moments.
     """
     if (folder / EARLIER_FILE).is_file():
         _read_earlier(optimizer, parallelism, folder / EARLIER_FILE)
@@ -213,7 +224,7 @@ def read_optimizer(optimizer: Optimizer, parallelism: Parallelism, folder: Path)
         load({STATE: tensors}, storage_reader=reader, no_dist=True)
     except CheckpointException as error:
         raise _cause(error) from error
-    entries = _nested(tensors | facts["numbers"] | _read_foreign(own, facts["ranks"], masters, parallelism))
+    entries = _nested(tensors | facts["numbers"] | _read_foreign(own, masters))
     state = {i: entries[name] for i, name in enumerate(facts["parameters"]) if name in entries}
     kept = {name: entry.pop("master") for name, entry in entries.items() if "master" in entry}
     groups = optimizer.state_dict()["adamw"]["param_groups"]
@@ -254,32 +265,15 @@ def _nested(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _is_foreign(value: Any) -> bool:
-    """Return whether it, or a rank's shard, is of a library's own type, such as 8-bit moments."""
-    return isinstance(value, Tensor) and is_traceable_wrapper_subclass(local_of(value))
+    """Return whether it is of a library's own type, such as 8-bit moments."""
+    return isinstance(value, Tensor) and is_traceable_wrapper_subclass(value) and not isinstance(value, DTensor)
 
 
-def _foreign_file(rank: int) -> str:
-    return f"foreign-{rank}.pt"
-
-
-def _read_foreign(own: Path, ranks: int, masters: Mapping[str, Tensor], parallelism: Parallelism) -> dict[str, Tensor]:
-    """Return a rank's tensors of a library's own type; their blocks cannot be divided anew."""
-    if not (own / _foreign_file(0)).is_file():
+def _read_foreign(own: Path, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if not (own / FOREIGN_FILE).is_file():
         return {}
-    if ranks != parallelism.size:
-        raise ValueError(
-            f"{own} has 8-bit moments of {ranks} learner ranks, and there are {parallelism.size}: resume with "
-            f"cluster.learner_ranks={ranks}"
-        )
-    found = {}
-    for key, value in torch.load(own / _foreign_file(parallelism.rank), map_location="cpu", weights_only=True).items():
-        like = masters[key.partition("/")[0]]
-        found[key] = value.to(like.device)
-        if isinstance(like, DTensor):
-            found[key] = DTensor.from_local(
-                found[key], like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-            )
-    return found
+    stored: dict[str, Tensor] = torch.load(own / FOREIGN_FILE, map_location="cpu", weights_only=True)
+    return {key: value.to(masters[key.partition("/")[0]].device) for key, value in stored.items()}
 
 
 def _ignore_advice() -> None:

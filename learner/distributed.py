@@ -67,11 +67,10 @@ class Parallelism(Protocol):
         """Merge loss and metrics of an update over ranks; one non-finite loss makes all so."""
         ...
 
-    def gather_full(self, value: Any, *, on_device: bool = False) -> Any:
-        """Gather a tensor, or all in nested dicts and lists; ranks other than the first get None.
+    def gather_full(self, shard: Tensor, *, on_device: bool = False) -> Tensor | None:
+        """Gather a tensor; ranks other than the first get None.
 
-        They are on the CPU, or with `on_device` on their device; a single process leaves them where
-        they are.
+        It is on the CPU, or with `on_device` on its device; a single process leaves it where it is.
         """
         ...
 
@@ -106,9 +105,9 @@ class SingleProcess:
         """See `Parallelism.merge`."""
         return loss, metrics
 
-    def gather_full(self, value: Any, *, on_device: bool = False) -> Any:
+    def gather_full(self, shard: Tensor, *, on_device: bool = False) -> Tensor | None:
         """See `Parallelism.gather_full`."""
-        return value
+        return shard
 
     def everywhere(self, fact: bool) -> bool:
         """See `Parallelism.everywhere`."""
@@ -161,19 +160,12 @@ class FSDP:
             )
         return float(rows[:, 0].sum()), merge_metrics(parts)
 
-    def gather_full(self, value: Any, *, on_device: bool = False) -> Any:
-        """See `Parallelism.gather_full`; one tensor at a time, so only rank 0 holds more."""
-        if isinstance(value, dict):
-            return {key: self.gather_full(entry, on_device=on_device) for key, entry in value.items()}
-        if isinstance(value, list):
-            return [self.gather_full(entry, on_device=on_device) for entry in value]
-        if isinstance(value, DTensor):
-            value = value.full_tensor()
-        if isinstance(value, Tensor):
-            if not self.first:
-                return None
-            return value.detach() if on_device else value.detach().cpu()
-        return value
+    def gather_full(self, shard: Tensor, *, on_device: bool = False) -> Tensor | None:
+        """See `Parallelism.gather_full`."""
+        full = shard.full_tensor() if isinstance(shard, DTensor) else shard
+        if not self.first:
+            return None
+        return full if on_device else full.cpu()
 
     def everywhere(self, fact: bool) -> bool:
         """See `Parallelism.everywhere`."""
@@ -212,9 +204,12 @@ def full_weights(policy: Policy, parallelism: Parallelism, *, on_device: bool = 
     """
     for weight in policy.weights():
         full = parallelism.gather_full(weight.value.detach(), on_device=on_device)
-        factors = parallelism.gather_full([factor.detach() for factor in weight.factors or ()], on_device=on_device)
-        if parallelism.first:
-            yield weight.name, merge(weight.name, full, factors, weight.scale) if factors else full
+        if weight.factors is not None:
+            b, a = (parallelism.gather_full(factor.detach(), on_device=on_device) for factor in weight.factors)
+            if full is not None and b is not None and a is not None:
+                full = merge(weight.name, full, (b, a), weight.scale)
+        if full is not None:
+            yield weight.name, full
 
 
 def init_distributed(

@@ -141,13 +141,13 @@ def pack(
                 lengths.append(fed)
             row, number = row + fed, number + 1
         shapes.append((prompt_length, lengths))
-    device = policy.device
+    device, row_ids = policy.device, torch.cat(token_ids)
     masks = [np.full(len(sequence.completion.token_ids), sequence.trained) for sequence in sequences]
     rollout_logprobs = np.concatenate([sequence.completion.rollout_logprobs for sequence in sequences])
     return PackedBatch(
-        token_ids=torch.cat(token_ids).to(device),
+        token_ids=row_ids.to(device),
         positions=torch.cat(positions, dim=1).to(device),
-        layout=policy.packed_layout(shapes),
+        layout=policy.packed_layout(shapes, row_ids),
         image_inputs=merge_image_inputs([policy.image_inputs(item.prompt) for item in items]),
         predictors=torch.cat(predictors).to(device),
         targets=torch.cat(targets).to(device),

@@ -1,4 +1,4 @@
-"""Choose a push's transport, and keep rank 0 connected with engines; see `rlmed.core.weights`."""
+"""Choose how new weights go to the engines; see `rlmed.core.weights`."""
 
 from __future__ import annotations
 
@@ -9,22 +9,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from rlmed.core.config.checks import require
-from rlmed.core.weights import (
-    IPC,
-    NCCL,
-    OBJECT_STORE,
-    EngineHandle,
-    NotConnectedError,
-    PushReport,
-    TransferError,
-    last_line,
-)
+from rlmed.core.weights import IPC, NCCL, OBJECT_STORE, EngineHandle, PushReport, TransferError, last_line
 
 log = logging.getLogger(__name__)
 
 NEEDS = {
-    IPC: "learner rank 0 and all vLLM engines on one GPU",
-    NCCL: "a GPU for learner rank 0 and others, each used once, for vLLM engines",
+    IPC: "learner rank 0 and all engines on one GPU",
+    NCCL: "a GPU for learner rank 0 and others, each used once, for the engines",
 }
 
 
@@ -56,27 +47,16 @@ def choose_transport(setting: str, learner: str, engines: Sequence[EngineHandle]
 
 
 class DirectPush:
-    """Sends weights to the ready engines, reconnecting whenever they have changed.
+    """Sends weights to the ready engines; after a failure they fetch them until one has changed."""
 
-    No member can join or leave an NCCL group. So after a worker was replaced, all ready engines
-    reconnect to the learner at the next push; until then the new one fetches weights from the
-    store. After a failure to connect, the same engines are not tried again.
-    """
-
-    def __init__(
-        self,
-        setting: str,
-        device: str,
-        connect: Callable[[str, Sequence[EngineHandle]], Any],
-        send: Callable[[int], Any],
-    ) -> None:
-        """Start unconnected; `connect` and `send` call rank 0's `WeightSender`, on GPU `device`."""
-        self._setting, self._device, self._connect, self._send = setting, device, connect, send
-        self._connected: tuple[Any, ...] = ()
-        self._failed: tuple[Any, ...] = ()
+    def __init__(self, setting: str, device: str, send: Callable[[str, Sequence[EngineHandle]], Any]) -> None:
+        """Send by `send`, which calls all learner ranks; rank 0 is on GPU `device`."""
+        self._setting, self._device, self._send = setting, device, send
+        self._members: tuple[Any, ...] = ()
+        self._works = True
         self._thread = ThreadPoolExecutor(1, "direct push")
 
-    def start(self, version: int, engines: Sequence[EngineHandle]) -> Future[PushReport] | None:
+    def start(self, engines: Sequence[EngineHandle]) -> Future[PushReport | None] | None:
         """See `rlmed.core.weights.WeightUpdate.send`.
 
         Raises:
@@ -84,23 +64,17 @@ class DirectPush:
         """
         transport = choose_transport(self._setting, self._device, engines)
         members = (transport, *(engine.address for engine in engines))
-        if transport == OBJECT_STORE or members == self._failed:
-            return None
-        return self._thread.submit(self._run, version, engines, transport, members)
+        if members != self._members:
+            log.info("Sending weights to %d engines by %s", len(engines), transport)
+            self._members, self._works = members, transport != OBJECT_STORE
+        return self._thread.submit(self._run, transport, engines) if self._works else None
 
-    def _run(
-        self, version: int, engines: Sequence[EngineHandle], transport: str, members: tuple[Any, ...]
-    ) -> PushReport:
-        start, connected, self._connected = time.perf_counter(), self._connected, ()
+    def _run(self, transport: str, engines: Sequence[EngineHandle]) -> PushReport | None:
+        start = time.perf_counter()
         try:
-            if members != connected:
-                self._connect(transport, engines)
-                log.info("Sending weights to %d engines by %s", len(engines), transport)
-            self._send(version)
-        except NotConnectedError as error:
-            self._failed = members
-            raise NotConnectedError(last_line(error)) from error
+            self._send(transport, engines)
         except TransferError as error:
-            raise TransferError(last_line(error)) from error
-        self._connected = members
+            self._works = False
+            log.warning("%s. Sending weights through the object store until a worker has changed", last_line(error))
+            return None
         return PushReport(0.0, time.perf_counter() - start)

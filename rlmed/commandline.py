@@ -14,16 +14,15 @@ from pathlib import Path
 from typing import NoReturn
 
 import hydra
-import torch
 import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
-from transformers.utils.logging import disable_progress_bar
 
 from rewards.extra import RewardError
+from rlmed.cluster.advice import sparing_keys
 from rlmed.core.config.building import build_config
 from rlmed.core.config.composing import plain_config
 from rlmed.core.config.overrides import CONFIG_GROUPS, expand, explain, quoted
@@ -34,6 +33,7 @@ from rlmed.core.files.atomic import refusal
 from rlmed.core.files.exclusive import hold
 from rlmed.core.files.ownership import remove_leftovers
 from rlmed.core.process.display import ERRORS, TRACE, ending_errors, keep_display, lacks_memory, one_line
+from rlmed.core.process.starting import loading_libraries
 from rlmed.core.protocols import LOST, ClusterError
 from rlmed.recording.checkpoint import CheckpointError, list_checkpoints, starting_point
 from rlmed.recording.inputs import CONFIG_FILE
@@ -42,15 +42,6 @@ FOLDER_KEY = "hydra.run.dir="
 SEARCH_KEY = "hydra.searchpath="
 PROBE = b"." * 2**16
 """Test data for `check_writable`; more than the few bytes that a full disk may still accept."""
-
-
-SPARING = {
-    "train": "learner.token_budget, rollout.max_completions, learner.gradient_checkpointing=true",
-    "sft": "learner.token_budget, learner.gradient_checkpointing=true",
-    "evaluate": "rollout.max_completions, rollout.prefill_tokens",
-    "reliability": "rollout.max_completions, rollout.prefill_tokens, learner.token_budget",
-}
-"""Settings that reduce each program's memory use."""
 
 
 def _check_used(program: str) -> None:
@@ -93,7 +84,6 @@ def run_command(program: str, main: Callable[[RunConfig, Path], None]) -> None:
     tracebacks.
     """
     keep_display()
-    disable_progress_bar()  # rlmed has its own
     # it warns of each retry; load_config reports the outcome
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     logging.raiseExceptions = False  # the run continues if a log cannot be written
@@ -101,7 +91,7 @@ def run_command(program: str, main: Callable[[RunConfig, Path], None]) -> None:
 
     with _ending_errors(program):
         flags = _parse_flags(sys.argv[1:])
-        overrides = expand(flags.overrides, cuda=torch.cuda.is_available(), sweeps=flags.multirun)
+        overrides = expand(flags.overrides, cuda=_has_cuda(flags.overrides), sweeps=flags.multirun)
         _check_folder_key(overrides, sweeps=flags.multirun)
         if flags.config_dir is not None:
             overrides.append(_search_path(flags.config_dir))
@@ -147,6 +137,7 @@ class _Job:
 
     def __call__(self, composed: DictConfig) -> None:
         with _ending_errors(self.program):
+            _hide_progress_bars()
             folder = Path(HydraConfig.get().runtime.output_dir)
             config = build_config(plain_config(composed))
             for handler in logging.getLogger().handlers:
@@ -165,6 +156,25 @@ class _Job:
                 self.main(config, folder)
 
 
+def _hide_progress_bars() -> None:
+    """Hide those of transformers: rlmed has its own."""
+    with loading_libraries():
+        from transformers.utils.logging import disable_progress_bar
+    disable_progress_bar()
+
+
+def _has_cuda(overrides: Sequence[str]) -> bool:
+    """Return whether a CUDA device is available; False without an experiment, whose profile it decides.
+
+    Loading torch takes longer than everything else that `--help` or an error in the settings needs.
+    """
+    if not any(entry.lstrip("+").startswith("experiment=") for entry in overrides):
+        return False
+    with loading_libraries():
+        import torch
+    return torch.cuda.is_available()
+
+
 @contextmanager
 def _ending_errors(program: str) -> Iterator[None]:
     goes_on = "; resume=auto continues from the last checkpoint, if there is one" if program in TRAINING else ""
@@ -181,7 +191,7 @@ def _ending_errors(program: str) -> Iterator[None]:
         except (MemoryError, RuntimeError) as error:
             if not lacks_memory(error):
                 raise
-            raise ValueError(f"{one_line(error)} ({SPARING[program]}){goes_on}") from error
+            raise ValueError(f"{one_line(error)} ({sparing_keys(program)}){goes_on}") from error
 
 
 def _parse_flags(arguments: Sequence[str]) -> argparse.Namespace:

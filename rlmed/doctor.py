@@ -126,12 +126,11 @@ def _decode() -> Finding:
     """Name what computes the decode steps of the native engine, with the embedded model."""
     import torch
 
-    if not torch.cuda.is_available():
-        return Finding("decode", "ok", "torch operators (no CUDA)")
     from rlmed.models.loading import model_folder
     from rlmed.models.policy import load_policy
 
-    policy = load_policy(model_folder("embedded:tiny_base"), dtype="bfloat16", device="cuda")
+    device, dtype = ("cuda", "bfloat16") if torch.cuda.is_available() else ("cpu", "float32")
+    policy = load_policy(model_folder("embedded:tiny_base"), dtype=dtype, device=device)
     kernels = policy.decode_kernels()
     return Finding("decode", "optional" if kernels.reason else "ok", f"{kernels} (embedded model)")
 

@@ -68,6 +68,9 @@ class Batches:
         self._curriculum = Curriculum([example.modality for example in examples], config.seed, mix=config.data.mix)
         self._seed, self._shuffle = config.seed, config.data.shuffle_options
         self.steps = math.ceil(config.sft.epochs * len(examples) / config.sft.batch_size)
+        texts = {remaining(renderer.prefill, target_text(example, config.sft.target)) for example in examples}
+        self.longest = max(len(renderer.completion_ids(text)) for text in texts)
+        """Tokens of the longest target."""
 
         written = sum(map(self._written, examples))
         if self._shuffle and written:
@@ -103,7 +106,9 @@ def main(config: RunConfig, folder: Path) -> None:
     check_positions(config.model, config.data, max_tokens=config.eval.max_tokens)
     data = load_run_data(config.data, config.prompt, renderer, training=True)
     batches = Batches(data.train_examples, renderer, config)
-    parts = build_finetuning(config, renderer, folder, checkpoint=checkpoint, steps=batches.steps)
+    parts = build_finetuning(
+        config, renderer, folder, checkpoint=checkpoint, steps=batches.steps, longest=batches.longest
+    )
     with parts.resources:
         _train(config, folder, checkpoint, parts, batches, data, renderer)
     note = "" if config.data.source == "phantom" else toy_note(model_folder(config.model.path))

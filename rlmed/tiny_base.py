@@ -120,10 +120,10 @@ def _export(model: Path, target: Path) -> None:
     target = target.resolve()
     aside = partial_folder(target)
     AutoModelForImageTextToText.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(aside)
-    tokenizer, image_processor = load_processor(model)
+    tokenizer, pictures = load_processor(model)
     tokenizer.save_pretrained(aside)
-    assert image_processor is not None
-    image_processor.save_pretrained(aside)
+    assert pictures is not None
+    pictures.image_processor.save_pretrained(aside)
     rename_into_place(aside, target, may_replace=lambda: True)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from rlmed.core.types import RolloutGroup, RolloutRequest
-from rlmed.models.weights import Buckets
+from rlmed.models.weights import Weights
 
 
 class Engine(Protocol):
@@ -16,7 +16,7 @@ class Engine(Protocol):
     generated_tokens: int
     """Completion tokens sampled so far."""
     devices: tuple[str, ...]
-    """See `rlmed.core.weights.EngineHandle.devices`; if not empty, it has `STAGES`' methods."""
+    """See `rlmed.core.weights.EngineHandle.devices`."""
 
     @property
     def busy(self) -> bool:
@@ -43,16 +43,17 @@ class Engine(Protocol):
         """Release memory until the next weights; the caller makes no `step` in between."""
         ...
 
-    def update_weights(self, version: int, buckets: Buckets = ()) -> None:
+    def update_weights(self, version: int, weights: Weights = ()) -> None:
         """Sample from policy version `version` from now on, and drop caches of older weights.
 
         Args:
             version: label of the tokens sampled from now on.
-            buckets: all weights, named as in the learner's `named_parameters()`; none if the engine
-                shares the learner's parameters.
+            weights: all weights; none if the engine shares the learner's parameters.
 
         Raises:
-            WeightError: for weights of another model, or only some of this one's; none of them is
-                sampled from.
+            WeightError: for weights of another model, or only some of this one's; nothing has
+                changed.
+            RuntimeError: if they were damaged or did not arrive. The caller makes no `step` until
+                others have.
         """
         ...

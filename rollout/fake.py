@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from rlmed.core.types import LETTERS, Completion, IntArray, RolloutGroup, RolloutRequest
-from rlmed.models.weights import Buckets
+from rlmed.models.weights import Weights
 
 LOGPROB = -1.0
 """Log-probability of every token; metrics that compare it with the learner's are meaningless."""
@@ -56,7 +56,7 @@ class FakeEngine:
     def sleep(self) -> None:
         """No-op."""
 
-    def update_weights(self, version: int, buckets: Buckets = ()) -> None:
+    def update_weights(self, version: int, weights: Weights = ()) -> None:
         """Set the policy version."""
         self.policy_version = version
 

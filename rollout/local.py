@@ -42,7 +42,7 @@ class LocalPool:
         return self._finished.popleft()
 
     def sleep(self) -> None:
-        """No-op: the engine holds no memory of its own."""
+        """No-op: on a CPU the engine has freed its pages; on a GPU graphs know their addresses."""
 
     def update_weights(self, version: int, weights: WeightUpdate | None = None) -> None:
         """Set the policy version; the engine reads the learner's parameters."""

@@ -17,6 +17,7 @@ import torch
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult, ConfigSource
+from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from rlmed.core.config.checks import PRODUCT_USES
@@ -30,11 +31,13 @@ from rlmed.core.types import (
     ScoredGroup,
     TrainGroup,
 )
+from rlmed.data.prompts import load_processor
 from rlmed.models.cpu import products
 from rlmed.models.cpu.products import has_onednn
 from rlmed.models.loading import model_folder
 from rlmed.models.policy import Policy, load_policy
 from rlmed.models.tiny.build import build_tiny_text, build_tiny_vl
+from tests.tiny_vision import TILE_FAMILIES, build_tiny_tiles
 
 # one choice for all processes of the tests: those that compare runs bit by bit would else hang on a
 # probe's noise
@@ -43,8 +46,8 @@ products._Choice.uses = frozenset(os.environ["RLMED_ONEDNN"].strip("[]").split("
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(1)  # the models are so small that threads only wait for each other
 
-VISION_FAMILIES = ("qwen2_vl", "qwen2_5_vl")
-PATCH_WIDTH = 3 * 2 * 14 * 14
+GRID_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+VISION_FAMILIES = (*GRID_FAMILIES, *TILE_FAMILIES)
 PLAIN_TOKENS = range(20, 300)
 """Ids of ordinary text; the control tokens are the last of the vocabulary."""
 EXTRA_ENDS = (31, 32, 33, 34, 35, 36, 37, 38)
@@ -120,7 +123,8 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
     @functools.cache
     def build(family: str, seed: int = 0) -> Path:
         folder = tmp_path_factory.mktemp(f"{family}-{seed}-")
-        (build_tiny_vl if family in VISION_FAMILIES else build_tiny_text)(folder, family, seed=seed)
+        build = build_tiny_vl if family in GRID_FAMILIES else build_tiny_text
+        (build_tiny_tiles if family in TILE_FAMILIES else build)(folder, family, seed=seed)
         model = _auto_class(family).from_pretrained(folder)
         _sharpen(model)
         model.generation_config.eos_token_id = [*model.generation_config.eos_token_id, *EXTRA_ENDS]
@@ -140,10 +144,10 @@ def base_copy(tmp_path: Path) -> Path:
 def fresh_policy(tiny_folder: Callable[..., Path]) -> Callable[..., Policy]:
     """`fresh_policy("qwen2_vl", seed=0, dtype="float32")`: the test's own policy, to be trained."""
 
-    def load(family: str, seed: int = 0, dtype: str = "float32") -> Policy:
+    def load(family: str, seed: int = 0, dtype: str = "float32", compiled_decode: bool = True) -> Policy:
         # a test in inference mode must not leave a shared policy with tensors of that mode
         with torch.inference_mode(False):
-            return load_policy(tiny_folder(family, seed), dtype=dtype)
+            return load_policy(tiny_folder(family, seed), dtype=dtype, compiled_decode=compiled_decode)
 
     return load
 
@@ -165,20 +169,41 @@ def transformers_model(tiny_folder: Callable[..., Path]) -> Callable[[str], PreT
 
 
 @pytest.fixture(scope="session")
-def make_prompt(tiny_policy: Callable[[str], Policy]) -> Callable[..., Prompt]:
+def tiled_picture(tiny_folder: Callable[..., Path]) -> Callable[..., tuple[list[int], dict[str, Any]]]:
+    """`tiled_picture("idefics3", rng, (8, 4))`: ids and inputs of a picture of 8 x 4 patches."""
+    processors = functools.cache(lambda family: load_processor(tiny_folder(family)))
+
+    def make(family: str, rng: np.random.Generator, grid: Grid) -> tuple[list[int], dict[str, Any]]:
+        tokenizer, pictures = processors(family)
+        noise = rng.integers(0, 256, (grid[0] * 14, grid[1] * 14, 3), dtype=np.uint8)
+        picture = pictures.prepare(Image.fromarray(noise))
+        return tokenizer(picture.text, add_special_tokens=False)["input_ids"], dict(picture.inputs)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_prompt(
+    tiny_policy: Callable[[str], Policy], tiled_picture: Callable[..., tuple[list[int], dict[str, Any]]]
+) -> Callable[..., Prompt]:
     """`make_prompt("qwen2_vl", 5, length=12, grid=(8, 4))`: 12 random tokens, image if a grid."""
 
     def make(family: str, index: int, *, length: int, grid: Grid | None = None) -> Prompt:
         rng = np.random.default_rng(index)
         token_ids = rng.integers(PLAIN_TOKENS.start, PLAIN_TOKENS.stop, length).tolist()
         image_inputs: dict[str, Any] = {}
-        if grid is not None:
+        if grid is not None and family in TILE_FAMILIES:
+            shown, image_inputs = tiled_picture(family, rng, grid)
+            token_ids = [*token_ids[: length // 2], *shown, *token_ids[length // 2 :]]
+        elif grid is not None:
             config = tiny_policy(family).model.config
             visual = [config.image_token_id] * (grid[0] * grid[1] // 4)
             marked = [config.vision_start_token_id, *visual, config.vision_end_token_id]
             token_ids = [*token_ids[: length // 2], *marked, *token_ids[length // 2 :]]
             image_inputs = {
-                "pixel_values": rng.standard_normal((grid[0] * grid[1], PATCH_WIDTH)).astype(np.float32),
+                "pixel_values": rng.standard_normal((grid[0] * grid[1], 6 * config.vision_config.patch_size**2)).astype(
+                    np.float32
+                ),
                 "image_grid_thw": np.array([[1, *grid]], dtype=np.int64),
             }
         example = Example(id=f"p{index}", image=None, question="?", options=("a", "b"), answer=0)

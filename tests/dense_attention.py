@@ -12,8 +12,12 @@ Groups = Sequence[tuple[int, Sequence[int]]]
 """(prompt length, completion lengths) of each group, in row order."""
 
 
-def allowed(groups: Groups) -> Tensor:
-    """bool [N, N]: may row token i attend to row token j."""
+def allowed(groups: Groups, *, window: int | None = None, both_ways: Tensor | None = None) -> Tensor:
+    """bool [N, N]: may row token i attend to row token j.
+
+    With a window: to the last `window` tokens of its sequence, prompt and completion, itself
+    included. Tokens of a prompt that `both_ways` [N] marks also attend to later ones of their run.
+    """
     owners: list[tuple[int, int]] = []  # (group, completion or -1) of each token
     for group, (prompt, completions) in enumerate(groups):
         owners += [(group, -1)] * prompt
@@ -22,8 +26,12 @@ def allowed(groups: Groups) -> Tensor:
     n = len(owners)
     mask = torch.zeros(n, n, dtype=torch.bool)
     for i in range(n):
-        for j in range(i + 1):
-            mask[i, j] = owners[j] in (owners[i], (owners[i][0], -1))
+        sequence = [j for j in range(n) if owners[j] in (owners[i], (owners[i][0], -1))]
+        place = {j: number for number, j in enumerate(sequence)}
+        for j in sequence:
+            run = both_ways is not None and owners[i] == owners[j] and bool(both_ways[min(i, j) : max(i, j) + 1].all())
+            near = window is None or place[i] - place[j] < window
+            mask[i, j] = near and (j <= i or run)
     return mask
 
 

@@ -25,17 +25,16 @@ from rlmed.cluster.capacity import (
     model_size,
     place,
     settle_local,
-    settle_machine,
+    settle_machines,
     settle_rank,
+    vllm_settings,
 )
 from rlmed.cluster.engines import (
     build_local_pool,
     build_policies,
     build_policy,
-    build_sender,
     engine_limits,
     make_renderer,
-    memory_share,
     settle_model,
     shares_gpus,
 )
@@ -47,7 +46,7 @@ from rlmed.core.process.threads import usable_cores
 from rlmed.core.protocols import Learner, RolloutPool
 from rlmed.data.prompts import PromptRenderer
 from rlmed.models.folder.adapter import is_adapter
-from rlmed.models.loading import model_folder, resolve_device, resolve_dtype
+from rlmed.models.loading import model_folder, resolve_device
 from rlmed.models.policy import Policy
 from rlmed.models.tiny.toy import EMBEDDED
 from rollout.engine import Engine
@@ -99,6 +98,8 @@ def build_cluster(
         ConnectionError: if no Ray cluster answers at `config.cluster.address`.
     """
     resumed = folder if checkpoint else None
+    if checkpoint is None:  # resume=auto may have found nothing
+        config = dataclasses.replace(config, resume=None)
     if config.cluster.kind == "ray":
         for line in idle_processes(config):
             log.warning("%s", line)
@@ -112,10 +113,12 @@ def build_cluster(
     else:
         policy = build_policy(config.model, model_folder(config.model.path), threads=config.cluster.threads)
         learner = NoLearner()
-    pool: RolloutPool = build_local_pool(config.rollout, policy, renderer)
+    evaluation_pool: RolloutPool = build_local_pool(config.rollout, policy, renderer)
+    pool = evaluation_pool  # with the same memory: on-policy, nothing is in flight during an evaluation
     if config.debug.recorded:
-        pool = ReplayPool(Path(config.debug.recorded), pool)
-    evaluation_pool = build_local_pool(config.rollout, policy, renderer)
+        pool = ReplayPool(Path(config.debug.recorded), evaluation_pool)
+    elif config.algo.max_staleness:
+        pool = build_local_pool(config.rollout, policy, renderer)
     return _cluster(config.model, ExitStack(), pool, learner, evaluation_pool)
 
 
@@ -191,7 +194,6 @@ def _build_vllm(config: RunConfig) -> Engine:
     if config.cluster.threads:  # vLLM reads the thread counts of torch and OpenMP on import
         torch.set_num_threads(config.cluster.threads)
         os.environ["OMP_NUM_THREADS"] = str(config.cluster.threads)
-    rollout, on_cpu = config.rollout, resolve_device(config.model).type == "cpu"
     folder = model_folder(config.model.path)
     require(
         not is_adapter(folder),
@@ -199,20 +201,8 @@ def _build_vllm(config: RunConfig) -> Engine:
         "merge_and_unload()) and give the merged folder",
     )
     from rollout.vllm_backend.engine import VllmEngine
-    from rollout.vllm_backend.settings import VllmSettings
 
-    settings = VllmSettings(
-        dtype=resolve_dtype(config.model),
-        max_completions=rollout.max_completions,
-        max_prompt_tokens=config.data.max_prompt_tokens,
-        max_tokens=max(rollout.max_tokens, config.eval.max_tokens),
-        gpu_memory_utilization=memory_share(rollout, config.cluster),
-        tensor_parallel_size=rollout.tensor_parallel_size,
-        kv_cache_gib=rollout.kv_cache_gib,
-        enforce_eager=on_cpu if rollout.enforce_eager is None else rollout.enforce_eager,
-        sleep=bool(rollout.sleep),
-        seed=config.seed,
-    )
+    settings = vllm_settings(config, on_cpu=resolve_device(config.model).type == "cpu")
     return VllmEngine(folder, settings)
 
 
@@ -223,15 +213,15 @@ def build_ray(
     on_bad_step: OnSkippedUpdate,
     build: Callable[..., LocalLearner] = build_learner,
     *,
-    sampled: bool = True,
+    written: int | None = None,
 ) -> Cluster:
     """Build pool and learner in Ray actors; `resumed` is the run's folder if a run goes on in it.
 
-    Other arguments as in `build_cluster`; `build` builds one rank's learner, which learns from
-    completions that are `sampled` or written.
+    Other arguments as in `build_cluster`; `build` builds one rank's learner. `written`: see
+    `rlmed.cluster.capacity.local_estimate`.
     """
     try:
-        from rlmed.cluster.ray_session import on_gpus, place_actors, start_ray
+        from rlmed.cluster.ray_session import machines_of, on_gpus, place_actors, start_ray
     except ImportError as error:
         raise ValueError(
             "cluster=ray needs Ray: pip install -c requirements.lock -e '.[ray]' in rlmed's checkout"
@@ -245,8 +235,6 @@ def build_ray(
         resources.callback(start_ray(config.cluster))
         cuda = on_gpus(config.model.device)
         config = config if cuda else on_cpus
-        if not cuda and config.cluster.address is None:
-            config = settle_machine(config, sampled=sampled)
         rank_options, worker_options = place_actors(
             config.cluster,
             resources,
@@ -254,6 +242,8 @@ def build_ray(
             gpus_per_engine=config.rollout.tensor_parallel_size,
             learns=config.debug.learn,
         )
+        if not cuda:
+            config = settle_machines(config, machines_of(rank_options, worker_options), written=written)
 
         def start_learner() -> Learner:
             if not config.debug.learn:
@@ -348,19 +338,15 @@ def _start_learner(
         cuda or cluster.weight_transfer in ("auto", "object_store"),
         f"cluster.weight_transfer={cluster.weight_transfer} needs GPUs, and none were found: use auto",
     )
-    # on a GPU that they share, vLLM alone takes weights without a copy
-    takes = config.rollout.engine == "vllm" or (config.rollout.engine == "native" and not shares_gpus(cluster))
-    direct = cuda and takes and cluster.weight_transfer != "object_store"
-    # connecting plus sending must stay within the pool's push timeout
-    send = functools.partial(build_sender, engine=config.rollout.engine, limit_s=cluster.push_timeout_s / 2)
+    direct = cuda and config.rollout.engine != "fake"
     return RayLearner(
         functools.partial(build, rank_config, checkpoint=checkpoint and checkpoint.absolute()),
         on_bad_step=on_bad_step,
         step_s=cluster.learner_timeout_s,
         device="cuda" if cuda else "cpu",
         options=options,
-        weight_transfer=cluster.weight_transfer,
-        make_sender=send if direct else None,
+        weight_transfer=cluster.weight_transfer if direct else "object_store",
+        push_s=cluster.push_timeout_s,
         shares_gpu=shares_gpus(config.cluster),
     )
 

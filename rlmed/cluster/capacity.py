@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from learner.distributed import Parallelism, SingleProcess
-from learner.moments import has_eight_bits
-from rlmed.cluster.engines import SLOW_BFLOAT16, memory_share, shares_gpus
+from rlmed.cluster.advice import advise
+from rlmed.cluster.engines import memory_share, shares_gpus
 from rlmed.cluster.memory import (
     GIB,
     PROCESS_BYTES,
@@ -29,15 +31,19 @@ from rlmed.core.config.checks import require
 from rlmed.core.config.schema import ModelConfig, RunConfig
 from rlmed.core.process.threads import available_memory
 from rlmed.data.images import kept_bytes
-from rlmed.models.cpu.products import bfloat16_speed
 from rlmed.models.loading import model_folder, resolve_device, resolve_dtype
 from rlmed.models.policy import DTYPES, load_config
 from rlmed.models.size import ModelSize, meta_model
 
+if TYPE_CHECKING:
+    from rollout.vllm_backend.settings import VllmSettings
+
 log = logging.getLogger(__name__)
 
-MIN_BUDGET = 1024
-"""Smallest `learner.token_budget` that is proposed."""
+MARGIN = 1.1
+"""Excess over what is available, as a factor, from which a run is refused: estimates are as far
+off.
+"""
 Estimate = Callable[[RunConfig], MemoryEstimate]
 """Estimates the memory of a process under changed settings."""
 
@@ -54,6 +60,20 @@ def free_memory(device: torch.device) -> int | None:
     return available_memory()
 
 
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """CPUs of a machine that several actors share."""
+
+    where: str
+    """Its name in messages."""
+    ranks: int
+    """Learner ranks there."""
+    workers: int
+    """Rollout workers there."""
+    available: int | None
+    """Bytes that they can take; None if unknown."""
+
+
 def model_size(config: RunConfig) -> ModelSize:
     """Return the sizes of the run's model, which is not loaded."""
     return ModelSize.of(meta_model(load_config(model_folder(config.model.path))))
@@ -65,9 +85,9 @@ def sampled_batch(config: RunConfig, size: ModelSize) -> Batch:
     return _batch(config, size, config.algo.groups_per_step / share, config.algo.group_size, config.rollout.max_tokens)
 
 
-def written_batch(config: RunConfig, size: ModelSize) -> Batch:
-    """Return the same for supervised fine-tuning, with completions as long as in evaluation."""
-    return _batch(config, size, config.sft.batch_size / config.cluster.learner_ranks, 1, config.eval.max_tokens)
+def written_batch(config: RunConfig, size: ModelSize, max_tokens: int) -> Batch:
+    """Return the same for supervised fine-tuning, with written completions of `max_tokens`."""
+    return _batch(config, size, config.sft.batch_size / config.cluster.learner_ranks, 1, max_tokens)
 
 
 def _batch(config: RunConfig, size: ModelSize, groups: float, group_size: int, max_tokens: int) -> Batch:
@@ -85,8 +105,7 @@ def most_visual_tokens(size: ModelSize, model: ModelConfig, prompt_tokens: int) 
     """Return the largest number of visual tokens in a prompt of `prompt_tokens`."""
     if size.vision is None:
         return 0
-    # a patch has three colours and two frames
-    pixels = size.patches_per_token * size.patch_values // 6
+    pixels = size.patches_per_token * size.patch_pixels
     return min(prompt_tokens, math.ceil((model.max_pixels or prompt_tokens * pixels) / pixels))
 
 
@@ -103,7 +122,9 @@ def most_sampled(config: RunConfig, *, training: bool) -> Sampling:
     return Sampling(rows, tokens, prefill, filtered=rollout.top_p < 1 or rollout.top_k > 0)
 
 
-def local_estimate(size: ModelSize, *, engines: int, pictures: int, on_cpu: bool, sampled: bool = True) -> Estimate:
+def local_estimate(
+    size: ModelSize, *, engines: int, pictures: int, on_cpu: bool, written: int | None = None
+) -> Estimate:
     """Return the estimate of a process that learns and samples.
 
     Args:
@@ -111,12 +132,11 @@ def local_estimate(size: ModelSize, *, engines: int, pictures: int, on_cpu: bool
         engines: those that may hold packed weights.
         pictures: bytes of decoded images.
         on_cpu: where it computes.
-        sampled: whether it samples what it learns from, else it only evaluates.
+        written: tokens of the longest written completion that it learns from, where sampling is for
+            evaluations alone; None where it learns from what it samples.
     """
-    rank, engine = (
-        rank_estimate(size, on_cpu=on_cpu, sampled=sampled),
-        engine_estimate(size, engines=engines, sampled=sampled),
-    )
+    rank = rank_estimate(size, on_cpu=on_cpu, written=written)
+    engine = engine_estimate(size, engines=engines, sampled=written is None)
 
     def estimate(config: RunConfig) -> MemoryEstimate:
         merged = merged_weights(size, config.learner, dtype=resolve_dtype(config.model))
@@ -133,10 +153,10 @@ def engine_estimate(size: ModelSize, *, engines: int = 1, pictures: int = 0, sam
         weights = DTYPES[dtype].itemsize * size.parameters
         if config.rollout.engine == "fake":
             return MemoryEstimate(weights=weights, pictures=pictures)
-        if config.rollout.engine == "vllm":
-            return MemoryEstimate(
-                weights=weights, kv_cache=int((config.rollout.kv_cache_gib or 0) * GIB), pictures=pictures
-            )
+        if config.rollout.engine == "vllm":  # on a CPU: of a GPU it takes a share, see `settle_rank`
+            cache = vllm_settings(config, on_cpu=True).kv_cache_bytes(model, on_cpu=True)
+            assert cache is not None
+            return MemoryEstimate(weights=weights, kv_cache=cache, pictures=pictures)
         packed = packed_weights(model, config.model, dtype=dtype, engines=engines)
         engine = engine_memory(size, most_sampled(config, training=sampled), dtype=dtype, packed=packed)
         return dataclasses.replace(engine, weights=weights, pictures=pictures)
@@ -144,48 +164,73 @@ def engine_estimate(size: ModelSize, *, engines: int = 1, pictures: int = 0, sam
     return estimate
 
 
-def rank_estimate(size: ModelSize, *, on_cpu: bool, engine_bytes: int = 0, sampled: bool = True) -> Estimate:
-    """Return the estimate of a learner rank beside an engine that takes `engine_bytes` of its GPU.
+def vllm_settings(config: RunConfig, *, on_cpu: bool) -> VllmSettings:
+    """Return sizes and precision of a vLLM engine."""
+    from rollout.vllm_backend.settings import VllmSettings
 
-    `sampled`: see `local_estimate`.
+    rollout = config.rollout
+    return VllmSettings(
+        dtype=resolve_dtype(config.model),
+        max_completions=rollout.max_completions,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        max_tokens=max(rollout.max_tokens, config.eval.max_tokens),
+        gpu_memory_utilization=memory_share(rollout, config.cluster),
+        tensor_parallel_size=rollout.tensor_parallel_size,
+        kv_cache_gib=rollout.kv_cache_gib,
+        enforce_eager=on_cpu if rollout.enforce_eager is None else rollout.enforce_eager,
+        sleep=bool(rollout.sleep),
+        seed=config.seed,
+    )
+
+
+def rank_estimate(
+    size: ModelSize, *, on_cpu: bool, beside: Callable[[RunConfig], int] = lambda _: 0, written: int | None = None
+) -> Estimate:
+    """Return the estimate of a learner rank; an engine `beside` takes so many bytes of its GPU.
+
+    `written`: see `local_estimate`.
     """
 
     def estimate(config: RunConfig) -> MemoryEstimate:
         memory = learner_memory(
             size,
             config.learner,
-            sampled_batch(config, size) if sampled else written_batch(config, size),
+            sampled_batch(config, size) if written is None else written_batch(config, size, written),
             dtype=resolve_dtype(config.model),
             on_cpu=on_cpu,
-            reference=sampled and config.algo.loss.kl_coef > 0,
+            reference=written is None and config.algo.loss.kl_coef > 0,
             checkpointing=bool(config.learner.gradient_checkpointing),
             ranks=config.cluster.learner_ranks,
         )
-        return dataclasses.replace(memory, engine=engine_bytes)
+        return dataclasses.replace(memory, engine=beside(config))
 
     return estimate
 
 
-def machine_estimate(size: ModelSize, *, learns: bool, sampled: bool) -> Estimate:
-    """Return the estimate of all learner ranks and rollout workers on one machine's CPUs."""
-    rank, engine = rank_estimate(size, on_cpu=True, sampled=sampled), engine_estimate(size, sampled=sampled)
+def machine_estimate(size: ModelSize, machine: Machine, *, ranks: int, written: int | None = None) -> Estimate:
+    """Return the estimate of all actors on a machine, which has its share of the run's `ranks`."""
+    rank = rank_estimate(size, on_cpu=True, written=written)
+    engine = engine_estimate(size, sampled=written is None)
 
     def estimate(config: RunConfig) -> MemoryEstimate:
-        ranks, workers = config.cluster.learner_ranks if learns else 0, config.cluster.rollout_workers
-        return added([rank(config)] * ranks + [engine(config)] * workers)
+        own = math.ceil(machine.ranks * config.cluster.learner_ranks / ranks)
+        return added([rank(config)] * own + [engine(config)] * machine.workers)
 
     return estimate
 
 
 def settle_memory(
-    config: RunConfig, estimate: Estimate, *, where: str, available: int | None, processes: int = 1
+    config: RunConfig, estimate: Estimate, where: str, available: int | None, *, processes: int = 1
 ) -> RunConfig:
     """Decide `learner.gradient_checkpointing`, and refuse a run that would not fit.
 
     Arguments and error as of `check_memory`.
     """
     if config.learner.gradient_checkpointing is None:
-        without, recomputed = (_learner(config, gradient_checkpointing=value) for value in (False, True))
+        without, recomputed = (
+            dataclasses.replace(config, learner=dataclasses.replace(config.learner, gradient_checkpointing=value))
+            for value in (False, True)
+        )
         need = estimate(without).peak + processes * PROCESS_BYTES
         config = without
         if available is not None and need > available:
@@ -201,9 +246,9 @@ def settle_memory(
 
 
 def check_memory(
-    config: RunConfig, estimate: Estimate, *, where: str, available: int | None, processes: int = 1
+    config: RunConfig, estimate: Estimate, where: str, available: int | None, *, processes: int = 1
 ) -> None:
-    """Log what a run needs, and refuse it if it would not fit.
+    """Log what a run needs, and refuse it if it would not fit; warn where that is not certain.
 
     Args:
         config: the run.
@@ -225,53 +270,55 @@ def check_memory(
         return
     parts = sorted(found.parts().items(), key=lambda part: -part[1])[:4]
     terms = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts if size)
-    raise ValueError(
-        f"this run needs up to {needed(config) / GIB:.1f} GiB of memory and {where} has {available / GIB:.1f} "
-        f"({terms}): {_advice(config, lambda changed: needed(changed) <= available, needed)}"
+    said = (
+        f"this run needs up to {needed(config) / GIB:.1f} GiB of memory and {where} has {available / GIB:.1f} ({terms})"
     )
+    advice = advise(config, needed, available)
+    if config.cluster.check_memory and needed(config) > MARGIN * available:
+        raise ValueError(f"{said}: {advice} (cluster.check_memory=false starts it nevertheless)")
+    log.warning("%s; if it ends for lack of memory, %s", said, advice)
 
 
-def settle_local(config: RunConfig, *, engines: int, learns: bool, sampled: bool = True) -> RunConfig:
+def settle_local(config: RunConfig, *, engines: int, learns: bool, written: int | None = None) -> RunConfig:
     """Settle the memory of a run in this process, see `settle_memory`.
 
     Args:
         config: the run.
         engines: those that may hold packed weights.
         learns: whether it learns, or only samples.
-        sampled: whether it samples training completions, else it only evaluates.
+        written: see `local_estimate`; 0 for a process that only evaluates.
     """
     device, size = resolve_device(config.model), model_size(config)
     where, available = place(device), free_memory(device)
     pictures = kept_bytes() if device.type == "cpu" else 0  # they stay in the host's memory
     if not learns:
-        check_memory(
-            config,
-            engine_estimate(size, engines=engines, pictures=pictures, sampled=sampled),
-            where=where,
-            available=available,
-        )
+        engine = engine_estimate(size, engines=engines, pictures=pictures, sampled=written is None)
+        check_memory(config, engine, where=where, available=available)
         return config
-    both = local_estimate(size, engines=engines, pictures=pictures, on_cpu=device.type == "cpu", sampled=sampled)
+    both = local_estimate(size, engines=engines, pictures=pictures, on_cpu=device.type == "cpu", written=written)
     return settle_memory(config, both, where=where, available=available)
 
 
-def settle_rank(config: RunConfig, parallelism: Parallelism | None, *, sampled: bool = True) -> RunConfig:
-    """Settle the memory of this learner rank beside an engine on its device, see `settle_memory`.
+def settle_rank(config: RunConfig, parallelism: Parallelism | None, *, written: int | None = None) -> RunConfig:
+    """Settle the memory of this learner rank beside an engine on its GPU, see `settle_memory`.
 
-    Nothing is left to settle on a CPU of a session of its own, see `build_ray`.
+    Nothing is left to settle for a Ray actor on a CPU, see `settle_machines`.
     """
     device, size = resolve_device(config.model), model_size(config)
-    on_cpu, beside = device.type == "cpu", 0
-    if on_cpu and config.cluster.kind == "ray" and config.cluster.address is None:
+    on_cpu = device.type == "cpu"
+    if on_cpu and config.cluster.kind == "ray":
         return config
-    if not on_cpu and shares_gpus(config.cluster) and not engines_sleep(config, cuda=True):
-        if config.rollout.engine == "vllm":
-            beside = int(memory_share(config.rollout, config.cluster) * torch.cuda.mem_get_info(device)[1])
-        else:
-            beside = engine_estimate(size, sampled=sampled)(config).peak
+
+    def beside(changed: RunConfig) -> int:
+        if on_cpu or not shares_gpus(changed.cluster) or engines_sleep(changed, cuda=True):
+            return 0
+        if changed.rollout.engine == "vllm":
+            return int(memory_share(changed.rollout, changed.cluster) * torch.cuda.mem_get_info(device)[1])
+        return engine_estimate(size, sampled=written is None)(changed).peak
+
     settled = settle_memory(
         config,
-        rank_estimate(size, on_cpu=on_cpu, engine_bytes=beside, sampled=sampled),
+        rank_estimate(size, on_cpu=on_cpu, beside=beside, written=written),
         where=place(device),
         available=free_memory(device),
     )
@@ -281,15 +328,19 @@ def settle_rank(config: RunConfig, parallelism: Parallelism | None, *, sampled: 
     return dataclasses.replace(config, learner=dataclasses.replace(config.learner, gradient_checkpointing=recomputed))
 
 
-def settle_machine(config: RunConfig, *, sampled: bool) -> RunConfig:
-    """Settle the memory of all actors on this machine's CPUs, before any of them starts."""
-    learns, cpu = config.debug.learn, torch.device("cpu")
-    processes = config.cluster.rollout_workers + (config.cluster.learner_ranks if learns else 0)
-    estimate, available = machine_estimate(model_size(config), learns=learns, sampled=sampled), free_memory(cpu)
-    if not learns:
-        check_memory(config, estimate, where=place(cpu), available=available, processes=processes)
-        return config
-    return settle_memory(config, estimate, where=place(cpu), available=available, processes=processes)
+def settle_machines(config: RunConfig, machines: Sequence[Machine], *, written: int | None = None) -> RunConfig:
+    """Settle the memory of all actors on CPUs, before any of them starts, see `settle_memory`."""
+    size, recomputed = model_size(config), False
+    for machine in machines:
+        estimate = machine_estimate(size, machine, ranks=config.cluster.learner_ranks, written=written)
+        there, processes = (machine.where, machine.available), machine.ranks + machine.workers
+        if machine.ranks:
+            settled = settle_memory(config, estimate, *there, processes=processes)
+            recomputed |= bool(settled.learner.gradient_checkpointing)
+        else:
+            check_memory(config, estimate, *there, processes=processes)
+    # one decision for all ranks, see `settle_rank`
+    return dataclasses.replace(config, learner=dataclasses.replace(config.learner, gradient_checkpointing=recomputed))
 
 
 def engines_sleep(config: RunConfig, *, cuda: bool) -> bool:
@@ -307,73 +358,3 @@ def engines_sleep(config: RunConfig, *, cuda: bool) -> bool:
     if sleep is not None:
         return sleep
     return cuda and shares_gpus(config.cluster) and config.rollout.engine == "vllm" and config.algo.max_staleness == 0
-
-
-def _learner(config: RunConfig, **changes: object) -> RunConfig:
-    return dataclasses.replace(config, learner=dataclasses.replace(config.learner, **changes))  # type: ignore[arg-type]
-
-
-def _advice(config: RunConfig, fits: Callable[[RunConfig], bool], needed: Callable[[RunConfig], int]) -> str:
-    """Return the settings that would fit: alone, else as many together as it takes."""
-    alone = [text for text, changed in _changes(config) if fits(changed)]
-    if alone:
-        return f"set {' or '.join(alone[:3])}"
-    names = list(dict.fromkeys(text.partition("=")[0] for text, _ in _changes(config)))
-    taken, changed = _together(config, names, needed)
-    if not fits(changed):
-        even = f"even {' '.join(taken)} would need {needed(changed) / GIB:.1f}: " if taken else ""
-        return f"{even}use a smaller model or a device with more memory"
-    for name in reversed(names):  # the most harmful first
-        fewer = [other for other in names if other != name]
-        if fits(_together(config, fewer, needed)[1]):
-            names = fewer
-    return f"set {' '.join(_together(config, names, needed)[0])}"
-
-
-def _together(
-    config: RunConfig, names: Sequence[str], needed: Callable[[RunConfig], int]
-) -> tuple[list[str], RunConfig]:
-    """Return the settings of these keys that take the least memory, and the run with them."""
-    taken = []
-    for name in names:
-        options = [entry for entry in _changes(config) if entry[0].startswith(f"{name}=")]
-        text, smaller = min(options, key=lambda entry: needed(entry[1]), default=("", config))
-        if needed(smaller) < needed(config):
-            config = smaller
-            taken.append(text)
-    return taken, config
-
-
-def _changes(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
-    """Yield settings that take less memory, the least harmful first."""
-    learner = config.learner
-    if not learner.gradient_checkpointing:
-        yield "learner.gradient_checkpointing=true", _learner(config, gradient_checkpointing=True)
-    budget = learner.token_budget // 2
-    while budget >= MIN_BUDGET:
-        yield f"learner.token_budget={budget}", _learner(config, token_budget=budget)
-        budget //= 2
-    rows = config.rollout.max_completions // 2
-    while rows >= config.algo.group_size:
-        rollout = dataclasses.replace(config.rollout, max_completions=rows)
-        yield f"rollout.max_completions={rows}", dataclasses.replace(config, rollout=rollout)
-        rows //= 2
-    if learner.moments == "float32":
-        yield "learner.moments=bfloat16", _learner(config, moments="bfloat16")
-    if learner.moments != "8bit" and config.cluster.learner_ranks == 1 and has_eight_bits():
-        yield "learner.moments=8bit", _learner(config, moments="8bit")
-    if config.cluster.kind == "ray" and learner.moments != "8bit":
-        for ranks in (2, 4, 8):
-            if ranks > config.cluster.learner_ranks:
-                cluster = dataclasses.replace(config.cluster, learner_ranks=ranks)
-                yield f"cluster.learner_ranks={ranks}", dataclasses.replace(config, cluster=cluster)
-    slow = resolve_device(config.model).type == "cpu" and bfloat16_speed() < SLOW_BFLOAT16
-    if resolve_dtype(config.model) == "float32" and not slow:
-        model = dataclasses.replace(config.model, dtype="bfloat16")
-        yield "model.dtype=bfloat16", dataclasses.replace(config, model=model)
-    if "vision" not in learner.freeze:
-        frozen = (*learner.freeze, "vision")
-        yield f"learner.freeze=[{','.join(frozen)}]", _learner(config, freeze=frozen)
-    if config.algo.loss.kl_coef > 0:
-        loss = dataclasses.replace(config.algo.loss, kl_coef=0.0)
-        yield "algo.loss.kl_coef=0", dataclasses.replace(config, algo=dataclasses.replace(config.algo, loss=loss))

@@ -70,7 +70,7 @@ def build_sampling(config: RunConfig, renderer: PromptRenderer) -> Sampling:
     """
     if config.cluster.kind == "ray":
         debug = dataclasses.replace(config.debug, learn=False)
-        cluster = build_ray(dataclasses.replace(config, debug=debug), None, None, _unreported, sampled=False)
+        cluster = build_ray(dataclasses.replace(config, debug=debug), None, None, _unreported, written=0)
         return Sampling(cluster.evaluation_pool, cluster.model, None, cluster.resources)
     return build_local_sampling(config, renderer)
 
@@ -78,33 +78,40 @@ def build_sampling(config: RunConfig, renderer: PromptRenderer) -> Sampling:
 def build_local_sampling(config: RunConfig, renderer: PromptRenderer) -> Sampling:
     """Build what samples from `config.model` in this process."""
     model = settle_model(config.model, engines=1)
-    settle_local(dataclasses.replace(config, model=model), engines=1, learns=False, sampled=False)
+    settle_local(dataclasses.replace(config, model=model), engines=1, learns=False, written=0)
     policy = build_policy(model, model_folder(model.path), threads=config.cluster.threads)
     return Sampling(build_local_pool(config.rollout, policy, renderer), model, policy, ExitStack())
 
 
 def build_finetuning(
-    config: RunConfig, renderer: PromptRenderer, folder: Path, *, checkpoint: Path | None, steps: int
+    config: RunConfig, renderer: PromptRenderer, folder: Path, *, checkpoint: Path | None, steps: int, longest: int
 ) -> Finetuning:
     """Build the learner of `steps` batches of written completions, and a pool.
+
+    The `longest` completion has so many tokens.
 
     Raises:
         ValueError: if Ray is requested but not installed.
         ConnectionError: if no Ray cluster answers at `config.cluster.address`.
     """
+    if checkpoint is None:  # resume=auto may have found nothing
+        config = dataclasses.replace(config, resume=None)
     if config.cluster.kind == "ray":
-        resumed, build = folder if checkpoint else None, functools.partial(build_supervised, steps=steps)
+        resumed, build = (
+            folder if checkpoint else None,
+            functools.partial(build_supervised, steps=steps, longest=longest),
+        )
         # nothing would wake the engines between two evaluations
         rollout = dataclasses.replace(config.rollout, sleep=False)
         cluster = build_ray(
-            dataclasses.replace(config, rollout=rollout), resumed, checkpoint, _unreported, build, sampled=False
+            dataclasses.replace(config, rollout=rollout), resumed, checkpoint, _unreported, build, written=longest
         )
         from learner.actor import RayLearner
 
         assert isinstance(cluster.learner, RayLearner)
         return Finetuning(cluster.learner, cluster.evaluation_pool, cluster.model, cluster.resources)
     model = settle_model(config.model, engines=1, resumed=folder if checkpoint else None)
-    config = settle_local(dataclasses.replace(config, model=model), engines=1, learns=True, sampled=False)
+    config = settle_local(dataclasses.replace(config, model=model), engines=1, learns=True, written=longest)
     trained, policy = load_policies(config, checkpoint, samples=True)
     learner = SupervisedLearner(trained, config.learner, total_steps=steps)
     return Finetuning(learner, build_local_pool(config.rollout, policy, renderer), model, ExitStack())
@@ -117,9 +124,10 @@ def build_supervised(
     *,
     checkpoint: Path | None = None,
     steps: int,
+    longest: int,
 ) -> SupervisedLearner:
     """Build one rank's learner of written completions; its metrics count skipped steps."""
-    config = settle_rank(config, parallelism, sampled=False)
+    config = settle_rank(config, parallelism, written=longest)
     policy, _ = load_policies(config, checkpoint, samples=False)
     return SupervisedLearner(policy, config.learner, total_steps=steps, parallelism=parallelism)
 

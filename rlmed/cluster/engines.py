@@ -3,37 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from PIL import Image
 
-from learner.learner import PolicyLearner
-from learner.supervised import SupervisedLearner
 from rlmed.cluster.memory import keep_freed_memory
 from rlmed.core.config.running import ClusterConfig, RolloutConfig
 from rlmed.core.config.schema import DataConfig, LoraConfig, ModelConfig, PromptConfig
+from rlmed.core.process.foreign import foreign
+from rlmed.data.pictures import Pictures
 from rlmed.data.prompts import PROMPT_FILE, PromptRenderer, load_processor, read_prompt_settings
 from rlmed.models.adapters import add_adapters
-from rlmed.models.cpu.products import bfloat16_speed, settle_products
-from rlmed.models.direct import DirectSender
-from rlmed.models.folder.agreement import check_agreement
+from rlmed.models.cpu.compiler import missing_library
+from rlmed.models.cpu.products import bfloat16_speed, linear_shapes, may_pack, settle_products
+from rlmed.models.families import family_of
+from rlmed.models.folder.agreement import check_agreement, check_visual_tokens
 from rlmed.models.loading import model_folder, resolve_device, resolve_dtype
 from rlmed.models.policy import Policy, load_config, load_policy
-from rlmed.models.sender import WeightSender
-from rlmed.recording.inputs import chosen_dtype, chosen_onednn
+from rlmed.recording.inputs import chosen_compiled, chosen_dtype, chosen_onednn
 from rollout.fake import FakeEngine
 from rollout.local import LocalPool
 from rollout.native.engine import NativeEngine
 from rollout.native.scheduler import EngineLimits
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, Qwen2VLImageProcessorPil
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+PROBE_SIZE = (96, 64)
+"""Of a picture with which a model's processor is compared with its configuration."""
 
 MEMORY_SHARE = 0.8
 """Share of its worker's GPU memory that a vLLM engine takes."""
@@ -42,22 +45,31 @@ SLOW_BFLOAT16 = 0.5
 
 
 def settle_model(model: ModelConfig, *, engines: int, resumed: Path | None = None) -> ModelConfig:
-    """Decide `model.dtype` and `model.onednn` by CPU probes, for all processes; no change on a GPU.
+    """Decide `model.dtype`, `onednn` and `compiled_decode` on a CPU for all processes.
 
     `engines` counts those that hold packed weights on one machine (`engines_that_pack`).
 
-    A run resumed in the folder `resumed` keeps its dtype and, on the same processor and torch, its
-    use of oneDNN: another choice would round differently.
+    A run resumed in the folder `resumed` keeps its dtype and, on the same processor and torch, the
+    other choices: another one would round differently. No change on a GPU.
     """
     if resolve_device(model).type != "cpu":
-        if model.onednn is not None:
-            log.warning("model.onednn=%s has no effect on a GPU", list(model.onednn))
+        for name, value in (("onednn", model.onednn), ("compiled_decode", model.compiled_decode)):
+            if value is not None:
+                log.warning("model.%s=%s has no effect on a GPU", name, value)
         return model
     dtype = _settled_dtype(model, chosen_dtype(resumed) if resumed else None)
     uses = chosen_onednn(resumed) if resumed and model.onednn is None else model.onednn
-    if uses is None:
-        uses = settle_products(load_config(model_folder(model.path)), engines=engines)
-    return dataclasses.replace(model, dtype=dtype, onednn=uses)
+    compiled = chosen_compiled(resumed) if resumed and model.compiled_decode is None else model.compiled_decode
+    if uses is None or compiled is None:
+        config = load_config(model_folder(model.path))
+        uses = settle_products(config, engines=engines) if uses is None else uses
+        compiled = may_compile(config, dtype, engines) if compiled is None else compiled
+    return dataclasses.replace(model, dtype=dtype, onednn=uses, compiled_decode=compiled)
+
+
+def may_compile(config: PreTrainedConfig, dtype: str, engines: int) -> bool:
+    """Return whether decode steps can be compiled here, and packed weights have room."""
+    return dtype == "float32" and may_pack(linear_shapes(config), engines=engines) and not missing_library()
 
 
 def _settled_dtype(model: ModelConfig, earlier: str | None) -> str:
@@ -76,18 +88,27 @@ def _settled_dtype(model: ModelConfig, earlier: str | None) -> str:
     return "float32"
 
 
-def open_model(folder: Path) -> tuple[PreTrainedTokenizerBase, Qwen2VLImageProcessorPil | None]:
-    """Load a model's tokenizer and image processor; check that its files agree, and log doubts.
+def open_model(folder: Path) -> tuple[PreTrainedTokenizerBase, Pictures | None]:
+    """Load a model's tokenizer and rules for pictures; check that its files agree, and log doubts.
 
     Raises:
         ValueError: if the model is not found, or its files are damaged or belong to different
             models.
     """
     config = load_config(folder)  # first: its error for a missing model says what to do
-    tokenizer, image_processor = load_processor(folder)
-    for doubt in check_agreement(folder, config, tokenizer, image_processor):
+    family_of(config)  # a family that cannot run says so before its files are compared
+    tokenizer, pictures = load_processor(folder)
+    for doubt in check_agreement(folder, config, tokenizer, pictures.image_processor if pictures else None):
         log.warning("%s", doubt)
-    return tokenizer, image_processor
+    if pictures is not None:
+        shown = pictures.prepare(Image.new("RGB", PROBE_SIZE, "grey"))
+        with foreign(
+            f"the tokenizer of model {str(folder)!r} cannot be used",
+            "Copy tokenizer.json and tokenizer_config.json again",
+        ):
+            token_ids = tokenizer(shown.text, add_special_tokens=False, verbose=False)["input_ids"]
+        check_visual_tokens(folder, config, np.asarray(token_ids), shown.inputs)
+    return tokenizer, pictures
 
 
 def make_renderer(
@@ -101,12 +122,12 @@ def make_renderer(
     folder = model_folder(model.path)
     if not folder.is_dir() and not folder.is_absolute():
         log.info("model %s is not a local folder: looking for it in the hub's cache and on the hub", folder)
-    tokenizer, image_processor = open_model(folder)
-    if image_processor is None:
+    tokenizer, pictures = open_model(folder)
+    if pictures is None:
         _warn_of_vision_settings(model, freeze)
     renderer = PromptRenderer(
         tokenizer,
-        image_processor,
+        pictures,
         max_prompt_tokens=data.max_prompt_tokens,
         min_pixels=model.min_pixels,
         max_pixels=model.max_pixels,
@@ -147,7 +168,14 @@ def build_policy(model: ModelConfig, folder: Path, *, threads: int | None, quant
     device = resolve_device(model)
     if device.type == "cpu":
         keep_freed_memory()
-    return load_policy(folder, dtype=resolve_dtype(model), device=device, onednn=model.onednn, quantize=quantize)
+    return load_policy(
+        folder,
+        dtype=resolve_dtype(model),
+        device=device,
+        onednn=model.onednn,
+        compiled_decode=model.compiled_decode,
+        quantize=quantize,
+    )
 
 
 def build_policies(
@@ -216,18 +244,3 @@ def memory_share(rollout: RolloutConfig, cluster: ClusterConfig) -> float:
     whole = cluster.gpus_per_worker if shares_gpus(cluster) else 1.0
     assert whole is not None
     return MEMORY_SHARE * whole
-
-
-def build_sender(learner: PolicyLearner | SupervisedLearner, *, engine: str, limit_s: float) -> WeightSender:
-    """Build the sender of weights from rank 0 to engines; `limit_s` bounds each call."""
-    policy = learner.policy
-    weights = functools.partial(learner.full_weights, on_device=True)
-    if engine == "native":
-        return DirectSender(weights, policy.device, limit_s)
-    from rollout.vllm_backend.environment import import_vllm
-
-    import_vllm()  # prepares the process, before the next import
-    from rollout.vllm_backend.weight_transfer import WeightTransferSender
-
-    shapes = {weight.name: (weight.value.dtype, tuple(weight.value.shape)) for weight in policy.weights()}
-    return WeightTransferSender(shapes, weights, policy.device, limit_s)

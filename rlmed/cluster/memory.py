@@ -343,7 +343,8 @@ def added(estimates: Iterable[MemoryEstimate]) -> MemoryEstimate:
 
 def packed_weights(config: PreTrainedConfig, model: ModelConfig, *, dtype: str, engines: int) -> int:
     """Return the bytes of the packed weights of `engines`, of a settled `model`."""
-    packs = engines if dtype == "float32" and "packed_weights" in (model.onednn or ()) else 0
+    packed = model.compiled_decode or "packed_weights" in (model.onednn or ())
+    packs = engines if dtype == "float32" and packed else 0
     return packs * packed_bytes(linear_shapes(config))
 
 

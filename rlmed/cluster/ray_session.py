@@ -15,17 +15,20 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from rlmed.cluster.capacity import Machine
 from rlmed.core.config.running import ClusterConfig
 from rlmed.core.files.exclusive import OWNER_FILE, FolderInUseError, hold
+from rlmed.core.process.threads import available_memory
 from rlmed.core.protocols import LOST, ClusterError
 
 RAY_FOLDER = "rlmed-ray-"
@@ -45,7 +48,7 @@ def worker_environment(chosen: Mapping[str, Any], *, here: bool) -> dict[str, An
             `chosen` says otherwise.
     """
     # called in each worker before it imports torch
-    environment = {"worker_process_setup_hook": "rlmed.core.process.starting.prepare_process"}
+    environment = {"worker_process_setup_hook": "rlmed.core.process.starting.prepare_worker"}
     # for these keys Ray makes an interpreter of its own, which ours would replace
     if here and not chosen.keys() & {"conda", "pip", "uv"}:
         # Ray gives it to a shell, by default without quotes: with a space in its path, workers
@@ -64,6 +67,8 @@ def start_ray(cluster: ClusterConfig) -> Callable[[], None]:
     if ray.is_initialized():
         return lambda: None
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # no process per core in advance: ours have an environment of their own and could not use them
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "false")
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {
         "log_to_driver": cluster.worker_logs,
@@ -183,13 +188,14 @@ def place_actors(
         {"num_gpus": count, "resources": names} for count, names in zip(gpus, custom, strict=True)
     ]
     ranks, workers = cluster.learner_ranks if learns else 0, cluster.rollout_workers
-    if not any(gpus) and not any(custom):  # nothing scarce to reserve
+    scarce = any(gpus) or any(custom)
+    if not scarce and sum(node["Alive"] for node in ray.nodes()) == 1:
         return [options[0]] * ranks, [options[1]] * workers
     needs = [options[0]] * ranks + [options[1]] * workers
     bundles = [
         {"CPU": 0.001, **({"GPU": need["num_gpus"]} if need["num_gpus"] else {}), **need["resources"]} for need in needs
     ]
-    group = placement_group(bundles, strategy="PACK")
+    group = placement_group(bundles, strategy="PACK" if scarce else "SPREAD")
     resources.callback(remove_placement_group, group)
     if not ray.wait([group.ready()], timeout=cluster.start_timeout_s)[0]:
         raise ClusterError(
@@ -203,6 +209,33 @@ def place_actors(
         for index, need in enumerate(needs)
     ]
     return placed[:ranks], placed[ranks:]
+
+
+def machines_of(ranks: Sequence[Mapping[str, Any]], workers: Sequence[Mapping[str, Any]]) -> list[Machine]:
+    """Return the machines of learner ranks and rollout workers with these `place_actors` options."""
+    learning, sampling = (Counter(map(_node_of, options)) for options in (ranks, workers))
+    nodes = list(learning | sampling)
+    names = {node["NodeID"]: f"node {node['NodeManagerAddress']}" for node in ray.nodes()} if any(nodes) else {}
+    probe = ray.remote(num_cpus=0)(available_memory)
+    machines = []
+    for node in nodes:
+        count = learning[node] + sampling[node]
+        if node is None:
+            available = available_memory(processes=count)
+        else:
+            there = probe.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
+            available = ray.get(there.remote(processes=count))
+        machines.append(Machine(names[node] if node else "this machine", learning[node], sampling[node], available))
+    return machines
+
+
+def _node_of(options: Mapping[str, Any]) -> str | None:
+    """Return the id of the node where an actor is placed; None for the only one."""
+    placed = options.get("scheduling_strategy")
+    if placed is None:
+        return None
+    nodes = placement_group_table(placed.placement_group)["bundles_to_node_id"]
+    return str(nodes[placed.placement_group_bundle_index])
 
 
 def on_gpus(device: str) -> bool:

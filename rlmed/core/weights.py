@@ -4,11 +4,10 @@
 | --- | --- | --- |
 | none | one process: the engine reads the learner's parameters | |
 | `object_store` | rank 0 puts buckets into Ray's object store, each worker fetches them | `rlmed.models.weights` |
-| `ipc`, `nccl` | rank 0 sends to all engines at once, from GPU to GPU | `rollout.vllm_backend.weight_transfer` |
-| `nccl` | the same to native engines; gloo between CPUs | `rlmed.models.direct` |
+| `nccl` | rank 0 broadcasts to all engines at once; gloo between CPUs | `rlmed.models.direct` |
+| `ipc` | rank 0 and all engines share memory of one GPU | `rlmed.models.shared_memory` |
 
-`learner.weight_push` chooses one for each push; `rlmed.models.sender` is what rank 0 does in every
-direct one; `rollout.pool.pushes` delivers.
+`learner.weight_push` chooses one for each push, `rollout.pool.pushes` delivers.
 """
 
 from __future__ import annotations
@@ -20,20 +19,13 @@ from typing import Any
 
 OBJECT_STORE, IPC, NCCL = "object_store", "ipc", "nccl"
 
-STAGES = {"connect": False, "begin_update": True, "receive": True, "finish_update": False}
-"""Engine methods that rank 0 calls to send directly; True: no engine step until the next call."""
-
 
 class WeightError(RuntimeError):
     """Weights were damaged, incomplete or another model's; the message names tensor and remedy."""
 
 
-class NotConnectedError(Exception):
-    """Learner and engines could not connect directly; nothing was sent, no weights have changed."""
-
-
 class TransferError(Exception):
-    """A direct transfer was incomplete: the engines hold a mixture of old and new weights."""
+    """A direct push failed, and the engines have to fetch all weights; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +52,12 @@ class EngineHandle:
 
 @dataclass(frozen=True, slots=True)
 class StoredWeights:
-    """Weights in a store that workers fetch from."""
+    """What a worker gets in a push."""
 
     version: int
     """Policy version when stored: newer than the push's if the learner has made a step since."""
-    buckets: list[Any]
-    """The store's reference to each bucket."""
+    parts: list[Any]
+    """The store's references to them; see `rlmed.models.weights.WeightPart`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,16 +66,8 @@ class WeightUpdate:
 
     stored: Callable[[], Any]
     """Return what workers fetch weights by: `StoredWeights`, or a handle that resolves to it."""
-    send: Callable[[Sequence[EngineHandle]], Future[PushReport] | None] = lambda engines: None
-    """Send the weights directly to all these engines at once; None if engines have to fetch them.
-
-    The future's `NotConnectedError` means that they have to fetch after all, `TransferError` that
-    they are lost.
-    """
-
-
-CallEngine = Callable[..., Future[None]]
-"""Start a stage of a direct push at an engine: takes `EngineHandle`, one of `STAGES`, arguments."""
+    send: Callable[[Sequence[EngineHandle]], Future[PushReport | None] | None] = lambda engines: None
+    """Send the weights directly to all these engines at once; None, or a future of None: it cannot."""
 
 
 def last_line(error: BaseException) -> str:

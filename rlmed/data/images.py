@@ -27,7 +27,7 @@ from rlmed.data.pixel_modes import (
 )
 
 MAX_SIDE = 2048
-"""Reading scales longer sides down to this; every supported model sees fewer pixels."""
+"""Reading scales longer sides down to this; most models see fewer pixels."""
 MIN_SIDE = 4
 """Pixels; a smaller image counts as a defect of the file."""
 MODEL_MIN_SIDE = 28

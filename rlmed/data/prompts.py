@@ -7,25 +7,22 @@ options and the instruction.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from rlmed.core.chat import TEMPLATE_FILE, load_tokenizer, render_chat, template_prefill, template_source, turn_end
 from rlmed.core.prefill import ANSWER, TAGS, THINK, THINK_END
 from rlmed.core.process.foreign import foreign
 from rlmed.core.types import Example, IntArray, Prompt
 from rlmed.data.images import load_image
-
-if TYPE_CHECKING:
-    from transformers import Qwen2VLImageProcessorPil
+from rlmed.data.pictures import Picture, Pictures, load_pictures
 
 PROMPT_SUFFIX = (
     "Your task: 1. Think through the question step by step, enclose your reasoning process in <think>...</think> tags. "
@@ -35,8 +32,6 @@ PROMPT_SUFFIX = (
 """The instruction of MedVLM-R1 (arXiv 2502.19634)."""
 
 QUESTION_SLOT = "{question}"
-_IMAGE = "<|image_pad|>"
-_PROCESSOR = "Qwen2VLImageProcessor"
 _PROBE = "Which organ is shown?\nA) liver\nB) spleen"
 PAPER_TEMPLATE = f"{QUESTION_SLOT}\n{PROMPT_SUFFIX}"
 """A template is the text of the user turn with one `{question}`, the only placeholder."""
@@ -48,11 +43,8 @@ class PromptTooLongError(ValueError):
     """A prompt exceeds its limit even with the smallest image. Prompts are never truncated."""
 
 
-def load_processor(folder: Path | str) -> tuple[PreTrainedTokenizerBase, Qwen2VLImageProcessorPil | None]:
-    """Load a model's tokenizer and image processor (None if text-only) from a folder or hub name.
-
-    Always uses the PIL-based image processor: the torchvision one resizes to slightly different
-    pixels.
+def load_processor(folder: Path | str) -> tuple[PreTrainedTokenizerBase, Pictures | None]:
+    """Load a model's tokenizer and its rules for pictures (None if text-only); folder or hub name.
 
     Raises:
         ValueError: if the folder lacks a tokenizer, chat template or, for a vision model, image
@@ -61,26 +53,15 @@ def load_processor(folder: Path | str) -> tuple[PreTrainedTokenizerBase, Qwen2VL
     tokenizer = load_tokenizer(folder)
     with foreign(
         f"model {str(folder)!r} cannot prepare prompts",
-        "A model folder needs config.json and, for a vision model, preprocessor_config.json: copy them from the model that it "
-        "was trained from",
+        "A model folder needs config.json: copy it from the model that it was trained from",
     ):
-        vision = "vision_config" in AutoConfig.from_pretrained(folder).to_dict()
-        image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil") if vision else None
-    if image_processor is not None:
-        size = dict(image_processor.size)
-        edges = [size.get(edge) for edge in ("shortest_edge", "longest_edge")]
-        if not type(image_processor).__name__.startswith(_PROCESSOR) or not all(
-            isinstance(edge, int) for edge in edges
-        ):
-            raise ValueError(
-                f"{Path(folder) / 'preprocessor_config.json'} is of a {type(image_processor).__name__} with size {size}, "
-                f"not of a {_PROCESSOR} with pixel limits: copy it from the model that this one was trained from"
-            )
+        config = AutoConfig.from_pretrained(folder)
+    pictures = load_pictures(folder, config, tokenizer) if "vision_config" in config.to_dict() else None
     if tokenizer.chat_template is None:
         raise ValueError(
             f"model {str(folder)!r} has no chat template: add {TEMPLATE_FILE} or use an instruction-tuned model"
         )
-    return tokenizer, image_processor
+    return tokenizer, pictures
 
 
 def read_prompt_settings(folder: Path | str) -> dict[str, Any] | None:
@@ -114,8 +95,8 @@ class PromptRenderer:
     """Renders examples for one model.
 
     Example:
-        >>> tokenizer, image_processor = load_processor("models/Qwen2-VL-2B-Instruct")      # doctest: +SKIP
-        >>> renderer = PromptRenderer(tokenizer, image_processor, max_prompt_tokens=512)    # doctest: +SKIP
+        >>> tokenizer, pictures = load_processor("models/Qwen2-VL-2B-Instruct")             # doctest: +SKIP
+        >>> renderer = PromptRenderer(tokenizer, pictures, max_prompt_tokens=512)           # doctest: +SKIP
         >>> renderer.render(example).token_ids.shape                                        # doctest: +SKIP
         (177,)
     """
@@ -123,7 +104,7 @@ class PromptRenderer:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        image_processor: Qwen2VLImageProcessorPil | None,
+        pictures: Pictures | None,
         *,
         max_prompt_tokens: int,
         min_pixels: int | None = None,
@@ -131,11 +112,11 @@ class PromptRenderer:
         template: str = PAPER_TEMPLATE,
         by_modality: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """Bind a tokenizer and an image processor.
+        """Bind a tokenizer and a model's rules for pictures.
 
         Args:
             tokenizer: with a chat template.
-            image_processor: of the Qwen2-VL kind, or None for a text-only model.
+            pictures: the rules, or None for a text-only model.
             max_prompt_tokens: longest prompt, visual tokens included.
             min_pixels: smallest image area in pixels; None keeps the model folder's.
             max_pixels: largest image area in pixels; None keeps the model folder's.
@@ -156,7 +137,8 @@ class PromptRenderer:
         self.template, self.by_modality = template, dict(by_modality)
         self.prefill = ""
         """Start of each completion that the chat template writes; see `Prompt.prefill`."""
-        self._image_processor = image_processor
+        self.pictures: Pictures | None = None
+        """Rules for pictures, with this renderer's limits; None for a text-only model."""
         added = tokenizer.added_tokens_decoder.items()
         control = {token.content: token_id for token_id, token in added if token.special}
         self._control_ids = frozenset(control.values())
@@ -165,19 +147,16 @@ class PromptRenderer:
                 f"the tokenizer of model {tokenizer.name_or_path!r} marks {', '.join(unreadable)} as control tokens, which "
                 'decoding drops: set "special": false for them in tokenizer.json and tokenizer_config.json'
             )
-        if image_processor is not None:
-            if _IMAGE not in control:
-                raise ValueError(f"the tokenizer has no {_IMAGE} token: it is not one of a Qwen2-VL family model")
-            self._image_token_id = control[_IMAGE]
-            size = image_processor.size
-            self._min_pixels = size["shortest_edge"] if min_pixels is None else min_pixels
-            self._max_pixels = size["longest_edge"] if max_pixels is None else max_pixels
-            if not 0 < self._min_pixels <= self._max_pixels:
-                limits = f"min_pixels={self._min_pixels} and max_pixels={self._max_pixels}"
-                raise ValueError(f"{limits}: pixel limits must satisfy 0 < min_pixels <= max_pixels")
+        if pictures is not None:
+            if pictures.placeholder not in control:
+                raise ValueError(
+                    f"the tokenizer of model {tokenizer.name_or_path!r} has no control token {pictures.placeholder}, which "
+                    "stands for a picture: copy tokenizer.json from the model that this one was trained from"
+                )
+            self.pictures = pictures.limited(min_pixels, max_pixels)
         # a template that fails to render is not the rows' fault
         if tokenizer.chat_template is not None:
-            text, self.prefill = self._turn(_PROBE, with_image=image_processor is not None)
+            text, self.prefill = self._turn(_PROBE, with_image=pictures is not None)
             self._tokenize(text)
 
     def render(self, example: Example, image: Image.Image | None = None) -> Prompt:
@@ -196,26 +175,33 @@ class PromptRenderer:
         if image is None and example.image is not None:
             image = load_image(example.image)
         text, prefill = self._turn(self._content(example, with_image=image is not None), with_image=image is not None)
-        token_ids = self._tokenize(text)
         if image is None:
-            return self._checked(Prompt(example, text, token_ids, prefill=prefill))
-        (slots,) = np.nonzero(token_ids == self._image_token_id)
-        pixel_values, grid = self._pixels(example, image, self._max_pixels)
-        room = self.max_prompt_tokens - (len(token_ids) - 1)
-        if self._visual_tokens(grid) > room:
-            # shrinking the image loses detail; cutting the prompt would lose the question
-            assert self._image_processor is not None
-            side = self._image_processor.patch_size * self._image_processor.merge_size
-            pixel_values, grid = self._pixels(example, image, max(self._min_pixels, room * side**2))
-        expanded = np.concatenate(
-            [
-                token_ids[: slots[0]],
-                np.full(self._visual_tokens(grid), self._image_token_id, dtype=np.int64),
-                token_ids[slots[0] + 1 :],
-            ]
-        )
-        images = {"pixel_values": pixel_values, "image_grid_thw": grid}
-        return self._checked(Prompt(example, text, expanded, images, prefill))
+            return self._checked(Prompt(example, text, self._tokenize(text), prefill=prefill))
+        return self._checked(self._with_picture(example, text, image, prefill))
+
+    def _with_picture(self, example: Example, text: str, image: Image.Image, prefill: str) -> Prompt:
+        """Return the prompt with the picture as large as fits, or as small as can be."""
+        pictures = self.pictures
+        assert pictures is not None
+        with foreign(
+            f"example {example.id}: the image {image.size} cannot be prepared",
+            "Check the image and preprocessor_config.json",
+        ):
+            picture = pictures.prepare(image)
+            token_ids = self._expanded(text, picture)
+            if len(token_ids) > self.max_prompt_tokens:
+                # shrinking the image loses detail; cutting the prompt would lose the question
+                others = len(token_ids) - len(self._tokenize(picture.text))
+                for picture in pictures.smaller(image, self.max_prompt_tokens - others):
+                    token_ids = self._expanded(text, picture)
+                    if len(token_ids) <= self.max_prompt_tokens:
+                        break
+        return Prompt(example, text, token_ids, picture.inputs, prefill)
+
+    def _expanded(self, text: str, picture: Picture) -> IntArray:
+        """Tokenize a prompt with a picture's tokens in place of its placeholder."""
+        assert self.pictures is not None
+        return self._tokenize(text.replace(self.pictures.placeholder, picture.text))
 
     @property
     def end_tokens(self) -> tuple[str, ...]:
@@ -298,17 +284,15 @@ class PromptRenderer:
         }
         (folder / PROMPT_FILE).write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         self.tokenizer.save_pretrained(folder)
-        if self._image_processor is not None:
-            processor = copy.deepcopy(self._image_processor)
-            processor.size = {"shortest_edge": self._min_pixels, "longest_edge": self._max_pixels}
-            processor.save_pretrained(folder)
+        if self.pictures is not None:
+            self.pictures.save(folder)
 
     def _template_of(self, example: Example) -> str:
         return self.by_modality.get(example.modality, self.template)
 
     def _content(self, example: Example, *, with_image: bool) -> str:
         """Return the text of the user turn."""
-        if with_image and self._image_processor is None:
+        if with_image and self.pictures is None:
             raise ValueError(f"example {example.id}: it has an image, but the model reads text only")
         question = example.question_text
         found = self._control_ids.intersection(
@@ -351,13 +335,14 @@ class PromptRenderer:
         )
 
     def _check_placeholders(self, text: str, content: str, *, with_image: bool) -> None:
-        if self._image_processor is None:
+        if self.pictures is None:
             return
-        found, needed = text.count(_IMAGE) - content.count(_IMAGE), int(with_image)
+        placeholder = self.pictures.placeholder
+        found, needed = text.count(placeholder) - content.count(placeholder), int(with_image)
         if found != needed:
             raise ValueError(
-                f"{template_source(self.tokenizer)} writes {found} image placeholders ({_IMAGE}) where {needed} belong: copy "
-                "the one of the model that this one was trained from"
+                f"{template_source(self.tokenizer)} writes {found} image placeholders ({placeholder}) where {needed} belong: "
+                "copy the one of the model that this one was trained from"
             )
 
     def _tokenize(self, text: str) -> IntArray:
@@ -368,21 +353,6 @@ class PromptRenderer:
         ):
             token_ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return np.asarray(token_ids, dtype=np.int64)
-
-    def _pixels(self, example: Example, image: Image.Image, max_pixels: int) -> tuple[np.ndarray, IntArray]:
-        """Return pixel values, float32 [patches, patch width], and the grid, int64 [1, 3]."""
-        assert self._image_processor is not None
-        size = {"shortest_edge": self._min_pixels, "longest_edge": max_pixels}
-        with foreign(
-            f"example {example.id}: the image {image.size} cannot be prepared",
-            "Check the image and preprocessor_config.json",
-        ):
-            features = self._image_processor(images=[image], size=size, return_tensors="np")
-        return features["pixel_values"].astype(np.float32), features["image_grid_thw"].astype(np.int64)
-
-    def _visual_tokens(self, grid: IntArray) -> int:
-        assert self._image_processor is not None
-        return int(grid.prod()) // self._image_processor.merge_size**2
 
     def _checked(self, prompt: Prompt) -> Prompt:
         length = len(prompt.token_ids)

@@ -11,11 +11,11 @@ re-implemented anywhere.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
@@ -26,7 +26,9 @@ HALF = (torch.bfloat16, torch.float16)
 class AttentionLayout(Protocol):
     """Who may attend to whom in one forward pass over a row of N tokens."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None
+    ) -> Tensor:
         """Compute the attention of one layer.
 
         Args:
@@ -35,6 +37,8 @@ class AttentionLayout(Protocol):
             key: [N, H_kv, D]; H is a multiple of H_kv.
             value: [N, H_kv, D].
             scale: factor on the scores, usually D**-0.5.
+            window: a token attends to so many of its sequence (prompt and completion), itself
+                included; None: to all.
 
         Returns:
             [N, H, D].
@@ -56,6 +60,7 @@ def shared_prefix(
     attention_mask: Tensor | None,
     scaling: float,
     layout: AttentionLayout | None = None,
+    sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attend as the layout says; registered with transformers.
@@ -70,7 +75,12 @@ def shared_prefix(
     if query.shape[0] != 1 or attention_mask is not None:
         raise ValueError("shared_prefix attention takes one packed row and no attention mask")
     output = layout.attend(
-        module.layer_idx, query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), scaling
+        module.layer_idx,
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        scaling,
+        sliding_window,
     )
     return output.unsqueeze(0), None
 
@@ -78,13 +88,20 @@ def shared_prefix(
 AttentionInterface.register(ATTENTION_NAME, shared_prefix)
 
 
+def sliding_windows(model: nn.Module) -> tuple[int, ...]:
+    """Return the widths of sliding windows in a model's attention, each once, in order."""
+    found = {vars(module).get("sliding_window") for module in model.modules() if hasattr(module, "q_proj")}
+    return tuple(sorted(int(width) for width in found if width))
+
+
 @dataclass(frozen=True, slots=True)
 class PackedLayout:
     """A row of groups, each `[prompt | completion 1 | ... | completion G]`, for learning.
 
     Each completion attends to its prompt and, causally, to itself; a prompt attends causally to
-    itself. Gradients flow. Tokens are gathered into right-padded rectangles for the dense kernels
-    and scattered back, so padding costs only attention, never one of the model's matrix products.
+    itself, but in both directions within a block. Gradients flow. Tokens are gathered into
+    right-padded rectangles for the dense kernels and scattered back, so padding costs only
+    attention, never one of the model's matrix products.
 
     Example:
         >>> layout = PackedLayout.build([(49, (12, 30)), (51, ())])  # a group of two completions, then a prompt alone
@@ -92,6 +109,10 @@ class PackedLayout:
         (torch.Size([142]), torch.Size([2, 81]))
     """
 
+    longest: int
+    """Tokens of the longest sequence: a prompt with a completion."""
+    blocks: Tensor | None
+    """int64 [B, P_max]: number of the block of each prompt token, -1 outside; None: no blocks."""
     prompt_tokens: Tensor
     """int64 [B, P_max]: row index of each prompt token, 0 where padded."""
     completion_tokens: Tensor
@@ -102,10 +123,23 @@ class PackedLayout:
     """bool [S, 1, T_max, P_max + T_max]: where completion tokens attend; no row is all False."""
     gather_back: Tensor
     """int64 [N]: index of each row token in the concatenation of the flattened rectangles."""
+    prompt_length_of: Tensor
+    """int64 [S]: tokens of each completion's prompt."""
+    made: dict[int | None, tuple[Tensor | None, Tensor]] = field(default_factory=dict, init=False)
+    """Masks of prompts (None: causal) and completions by window, which layers share."""
 
     @classmethod
-    def build(cls, groups: Sequence[tuple[int, Sequence[int]]], device: torch.device | str = "cpu") -> PackedLayout:
-        """Lay out groups given as (prompt length >= 1, completion lengths >= 1) in row order."""
+    def build(
+        cls,
+        groups: Sequence[tuple[int, Sequence[int]]],
+        device: torch.device | str = "cpu",
+        both_ways: Tensor | None = None,
+    ) -> PackedLayout:
+        """Lay out groups given as (prompt length >= 1, completion lengths >= 1) in row order.
+
+        `both_ways`, bool [N], marks tokens that also attend to later ones of their uninterrupted
+        run.
+        """
         prompt_lengths = [prompt for prompt, _ in groups]
         completion_lengths = [length for _, lengths in groups for length in lengths]
         p_max, t_max = max(prompt_lengths), max(completion_lengths, default=0)
@@ -133,17 +167,31 @@ class PackedLayout:
             [on_prompt[:, None, :].expand(-1, t_max, -1), causal.expand(n_completions, -1, -1)], dim=-1
         ).unsqueeze(1)
         visible_tokens = torch.cat([prompt_tokens[group_of_completion], completion_tokens], dim=1)
-        tensors = (prompt_tokens, completion_tokens, visible_tokens, mask, gather_back)
-        return cls(*(tensor.to(device) for tensor in tensors))
+        tensors = (prompt_tokens, completion_tokens, visible_tokens, mask, gather_back, prompt_length_of)
+        longest = max(prompt + max(lengths, default=0) for prompt, lengths in groups)
+        blocks = None
+        if both_ways is not None:
+            inside = torch.arange(p_max) < torch.tensor(prompt_lengths).unsqueeze(1)
+            blocks = _numbered(both_ways.cpu()[prompt_tokens] & inside).to(device)
+        return cls(longest, blocks, *(tensor.to(device) for tensor in tensors))
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None
+    ) -> Tensor:
         """See `AttentionLayout.attend`."""
+        if window is not None and window >= self.longest:
+            window = None
+        if window not in self.made:
+            near = self.completion_mask if window is None else self.completion_mask & self._near(window)
+            self.made[window] = (self._prompt_mask(window), near)
+        prompt_mask, completion_mask = self.made[window]
         flat = _sdpa(
             _rectangle(query, self.prompt_tokens),
             _rectangle(key, self.prompt_tokens),
             _rectangle(value, self.prompt_tokens),
             scale,
-            causal=True,
+            causal=prompt_mask is None,
+            mask=prompt_mask,
         )
         if self.completion_tokens.numel():
             completions = _sdpa(
@@ -151,10 +199,39 @@ class PackedLayout:
                 _rectangle(key, self.visible_tokens),
                 _rectangle(value, self.visible_tokens),
                 scale,
-                mask=self.completion_mask,
+                mask=completion_mask,
             )
             flat = torch.cat([flat, completions])
         return flat.index_select(0, self.gather_back)
+
+    def _prompt_mask(self, window: int | None) -> Tensor | None:
+        """Return bool [B or 1, 1, P_max, P_max], where prompt tokens attend; None: causal."""
+        if window is None and self.blocks is None:
+            return None
+        places = torch.arange(self.prompt_tokens.shape[1], device=self.prompt_tokens.device)
+        behind = places.unsqueeze(1) - places
+        mask = (behind >= 0).unsqueeze(0)
+        if self.blocks is not None:
+            mask = mask | ((self.blocks.unsqueeze(2) == self.blocks.unsqueeze(1)) & (self.blocks >= 0).unsqueeze(2))
+        if window is not None:
+            mask = mask & (behind < window)
+        return mask.unsqueeze(1)
+
+    def _near(self, window: int) -> Tensor:
+        """Return bool [S, 1, T_max, P_max + T_max]: keys within the window of completion tokens."""
+        p_max, t_max = self.prompt_tokens.shape[1], self.completion_tokens.shape[1]
+        device = self.prompt_tokens.device
+        places, own = torch.arange(p_max, device=device), torch.arange(t_max, device=device)
+        query = self.prompt_length_of.unsqueeze(1) + own
+        behind = torch.cat([query.unsqueeze(2) - places, (own.unsqueeze(1) - own).expand(len(query), -1, -1)], dim=-1)
+        return (behind < window).unsqueeze(1)
+
+
+def _numbered(marked: Tensor) -> Tensor:
+    """Number the uninterrupted runs of marked tokens, bool [B, P]; -1 elsewhere."""
+    begins = marked.clone()
+    begins[:, 1:] &= ~marked[:, :-1]
+    return torch.where(marked, begins.cumsum(1), -1)
 
 
 def _rectangle(row: Tensor, indices: Tensor) -> Tensor:

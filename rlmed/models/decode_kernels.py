@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from rlmed.models.attention import PackedLayout
 from rlmed.models.cpu.compiled_decoder import CompiledDecoder, CompiledProjection
 from rlmed.models.cpu.compiled_decoder import sample as compiled_sample
-from rlmed.models.cpu.compiler import CompilerError, load_library
-from rlmed.models.decoder import Decoder, probe_copy
+from rlmed.models.cpu.compiler import missing_library
+from rlmed.models.decoder import Decoder, LayersLayout, probe_copy
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +77,14 @@ class StepDecoder(Protocol):
         ...
 
 
+class PromptDecoder(Protocol):
+    """Computes prompts, too."""
+
+    def lay_out_prompts(self, pages: StepPages) -> LayersLayout:
+        """See `rlmed.models.cpu.compiled_decoder.CompiledDecoder.lay_out_prompts`."""
+        ...
+
+
 class Step(Protocol):
     """Forward pass over one token of each row."""
 
@@ -99,6 +107,8 @@ class DecodeKernels:
     sample: Sample | None = None
     project: Callable[[Tensor], Tensor] | None = None
     """Logits of hidden states; None: `Policy.logits`."""
+    prompts: PromptDecoder | None = None
+    """Computes prompts; None: `Policy.hidden` by its modules."""
     reason: str = ""
     """Why not all of them."""
 
@@ -138,7 +148,13 @@ class KernelKind:
 
 
 def choose_kernels(
-    modules: Any, own: Decoder | None, projection: nn.Linear, banned: Tensor, *, position_rows: int
+    modules: Any,
+    own: Decoder | None,
+    projection: nn.Linear,
+    banned: Tensor,
+    *,
+    position_rows: int,
+    compiled: bool = True,
 ) -> DecodeKernels:
     """Return the kernels that a loaded model's decode steps can use.
 
@@ -148,12 +164,12 @@ def choose_kernels(
         projection: vocabulary projection [V, d].
         banned: int64, unsampleable tokens.
         position_rows: 3 for M-RoPE, else 1.
+        compiled: on a CPU, whether compiled C++ may be used.
     """
     device, dtype = modules.norm.weight.device, modules.norm.weight.dtype
     try:
-        kind = (
-            _compiled(dtype) if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1" else _triton(device)
-        )
+        on_cpu = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1"
+        kind = _compiled(dtype, compiled) if on_cpu else _triton(device)
     except _NoKernelsError as error:
         return DecodeKernels(reason=str(error))
     decoder, reason = None, "the layers have other parts than the kernels compute"
@@ -167,6 +183,7 @@ def choose_kernels(
         None if reason else decoder,
         None if no_sampler else kind.sample,
         CompiledProjection(projection.weight, banned) if kind.compiled and not reason else None,
+        decoder if isinstance(decoder, CompiledDecoder) and not reason else None,
         "; ".join(reasons),
     )
     log.info("decode steps run %s", chosen)
@@ -177,13 +194,13 @@ class _NoKernelsError(Exception):
     """There are none here; the message says why."""
 
 
-def _compiled(dtype: torch.dtype) -> KernelKind:
+def _compiled(dtype: torch.dtype, wanted: bool) -> KernelKind:
+    if not wanted:
+        raise _NoKernelsError("model.compiled_decode is false")
     if dtype != torch.float32:
         raise _NoKernelsError(f"compiled kernels compute float32, and the model is {str(dtype).removeprefix('torch.')}")
-    try:
-        load_library()
-    except CompilerError as error:
-        raise _NoKernelsError(str(error)) from error
+    if reason := missing_library():
+        raise _NoKernelsError(reason)
     return KernelKind(COMPILED, CompiledDecoder, compiled_sample)
 
 
@@ -202,10 +219,10 @@ def _triton(device: torch.device) -> KernelKind:
 def _refusal(probe: Callable[[], str]) -> str:
     """Return why a probe refuses; a kernel that cannot be compiled or launched is a reason, too."""
     triton: Any = sys.modules.get("triton.errors")
-    own: tuple[type[Exception], ...] = () if triton is None else (triton.TritonError,)
+    expected: list[type[Exception]] = [RuntimeError, ValueError, OSError, subprocess.CalledProcessError]
     try:
         return probe()
-    except (*own, RuntimeError, ValueError, OSError, subprocess.CalledProcessError) as error:
+    except tuple(expected if triton is None else [*expected, triton.TritonError]) as error:
         return f"a kernel failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
 
 
@@ -281,9 +298,11 @@ class _Recorder:
         self._packed = packed
         self.key, self.value = torch.empty(0), torch.empty(0)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None
+    ) -> Tensor:
         self.key, self.value = key, value
-        return self._packed.attend(layer, query, key, value, scale)
+        return self._packed.attend(layer, query, key, value, scale, window)
 
 
 def _spans() -> tuple[list[slice], list[slice]]:

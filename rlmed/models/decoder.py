@@ -18,7 +18,7 @@ import logging
 import types
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,8 @@ from rlmed.models.cpu.linear import matmul_joined, matmul_plus, matmul_silu, mat
 
 log = logging.getLogger(__name__)
 
+READ = ("inputs_embeds", "position_ids", "layout")
+"""Arguments of transformers' decoders that `Decoder` reads."""
 PROBE_TOKENS = 5
 PROBE_TOLERANCE = 1e-4
 """Largest difference in the probe, relative to the largest number.
@@ -38,6 +40,15 @@ PROBE_TOLERANCE = 1e-4
 Sums of n float32 products in other orders differ by about sqrt(n) * 6e-8 of their terms, 1e-5 for
 the widest layers; another norm, activation or scale by 1e-2 and more.
 """
+
+
+@runtime_checkable
+class LayersLayout(Protocol):
+    """A layout that computes all layers itself."""
+
+    def layers(self, embeddings: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        """Return final hidden states [N, d] of embeddings [N, d], for angles [N, D]."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +171,8 @@ class _Layer:
         used = {id(p) for part in (*linears, *_norms(layer)) for p in part.parameters()}
         if other := [name for name, parameter in layer.named_parameters() if id(parameter) not in used]:
             raise ValueError(f"it has another part, {other[0].rpartition('.')[0]}")
+        if vars(attention).get("sliding_window"):
+            raise ValueError("it attends within a window")
         if len({linear.bias is None for linear in found.projections}) > 1:
             raise ValueError("some of its queries, keys and values have a bias and others none")
         return found
@@ -223,7 +236,7 @@ class Decoder:
         embedded: Tensor = self._embed(token_ids)
         return embedded
 
-    def __call__(self, embeddings: Tensor, position_ids: Tensor, layout: AttentionLayout) -> Tensor:
+    def __call__(self, embeddings: Tensor, position_ids: Tensor, layout: AttentionLayout | LayersLayout) -> Tensor:
         """Return final hidden states [N, d].
 
         Args:
@@ -231,7 +244,10 @@ class Decoder:
             position_ids: as transformers' decoder takes them: int64 [3, 1, N] or [1, N].
             layout: who attends to whom.
         """
-        rotations = _Rotations.build(*self.angles(embeddings, position_ids), self.layers[0])
+        angles = self.angles(embeddings, position_ids)
+        if isinstance(layout, LayersLayout):
+            return layout.layers(embeddings, *angles)
+        rotations = _Rotations.build(*angles, self.layers[0])
         x = embeddings
         for layer in self.layers:
             x = layer(x, rotations, layout)
@@ -314,7 +330,9 @@ def _forward(own: Decoder) -> Callable[..., Any]:
 
     def forward(decoder: Any, *arguments: Any, **named: Any) -> Any:
         embeddings, layout = named.get("inputs_embeds"), named.get("layout")
-        if not torch.is_inference_mode_enabled() or embeddings is None or layout is None:
+        # some models add more features of the images between their layers
+        more = any(isinstance(value, (Tensor, list)) for name, value in named.items() if name not in READ)
+        if not torch.is_inference_mode_enabled() or embeddings is None or layout is None or more:
             return type(decoder).forward(decoder, *arguments, **named)
         # Any: transformers' types want a FloatTensor
         states: Any = own(embeddings[0], named["position_ids"], layout)

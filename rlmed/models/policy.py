@@ -27,12 +27,12 @@ from transformers.utils import logging
 from rlmed.core.files.near_paths import near_path
 from rlmed.core.process.foreign import foreign
 from rlmed.core.types import Prompt
-from rlmed.models.attention import ATTENTION_NAME, AttentionLayout, PackedLayout
+from rlmed.models.attention import ATTENTION_NAME, AttentionLayout, PackedLayout, sliding_windows
 from rlmed.models.cpu.fused import use_fused_layers
 from rlmed.models.cpu.linear import use_fast_linears
 from rlmed.models.cpu.products import settle_products
 from rlmed.models.decode_kernels import DecodeKernels, choose_kernels
-from rlmed.models.decoder import Decoder, accept_decoder
+from rlmed.models.decoder import Decoder, LayersLayout, accept_decoder
 from rlmed.models.families import Family, family_of, unsampleable_token_ids
 from rlmed.models.folder.adapter import adapter_base, is_adapter, merge_adapter
 from rlmed.models.folder.contents import check_folder
@@ -64,7 +64,12 @@ class Policy:
     """
 
     def __init__(
-        self, model: PreTrainedModel, decoder: Decoder | None = None, adapters: Adapters | None = None
+        self,
+        model: PreTrainedModel,
+        decoder: Decoder | None = None,
+        *,
+        adapters: Adapters | None = None,
+        compiled_decode: bool | None = None,
     ) -> None:
         """Wrap a model with shared-prefix attention, its decoder for sampling, its adapters."""
         # no supported family has dropout; eval also keeps transformers from warning
@@ -73,6 +78,7 @@ class Policy:
         self.adapters = adapters
         """Adapters in the model, if there are any: they alone are trained."""
         self._decode_kernels: DecodeKernels | None = None
+        self._compiled_decode = compiled_decode
         self.family = family_of(model.config)
         projection = model.get_output_embeddings()
         if not isinstance(projection, nn.Linear) or projection.bias is not None:
@@ -81,6 +87,8 @@ class Policy:
             )
         self.projection: nn.Linear = projection
         self.banned_token_ids = unsampleable_token_ids(model.config)
+        self.windows: tuple[int, ...] = sliding_windows(model)
+        """Widths of sliding windows in its attention, each once."""
         self._banned: Tensor = torch.tensor(self.banned_token_ids, dtype=torch.int64, device=self.device)
         ends = model.generation_config.eos_token_id
         self.end_token_ids: frozenset[int] = frozenset([ends] if isinstance(ends, int) else ends or ())
@@ -137,22 +145,34 @@ class Policy:
         grids = {name: torch.as_tensor(array) for name, array in prompt.image_inputs.items() if name != "pixel_values"}
         return self.family.positions(self.model, torch.as_tensor(prompt.token_ids), grids).cpu()
 
-    def packed_layout(self, groups: Sequence[tuple[int, Sequence[int]]]) -> PackedLayout | VarlenLayout:
-        """Lay out a row of groups for the attention that suits this policy.
+    def packed_layout(
+        self, groups: Sequence[tuple[int, Sequence[int]]], token_ids: Tensor | None = None
+    ) -> PackedLayout | VarlenLayout:
+        """Lay out a row for the attention that suits this policy.
 
-        Each group is given as (prompt length, completion lengths).
+        Groups are (prompt length, completion lengths); `token_ids`, int64 [N], tell where images
+        are.
         """
+        known = self.family.both_ways and token_ids is not None
+        both_ways = token_ids == self.model.config.image_token_id if known else None
         backend = choose_attention(self.device, self.dtype, self.kv_shape[2]).backend
-        if backend is None:
-            return PackedLayout.build(groups, self.device)
+        # kernels without padding know neither images seen both ways nor windows across sequences
+        images = both_ways is not None and bool(both_ways.any())
+        longest = max(prompt + max(lengths, default=0) for prompt, lengths in groups)
+        if backend is None or images or any(window < longest for window in self.windows):
+            return PackedLayout.build(groups, self.device, both_ways if images else None)
         return VarlenLayout.build(groups, backend, self.device)
 
     def decode_kernels(self) -> DecodeKernels:
         """Return the kernels that decode steps can use; probed when first asked for."""
         if self._decode_kernels is None:
-            rows = 3 if self.family.vision else 1
             self._decode_kernels = choose_kernels(
-                self.model.get_decoder(), self.decoder, self.projection, self._banned, position_rows=rows
+                self.model.get_decoder(),
+                self.decoder,
+                self.projection,
+                self._banned,
+                position_rows=self.family.position_rows,
+                compiled=self._compiled_decode is not False,
             )
         return self._decode_kernels
 
@@ -160,7 +180,7 @@ class Policy:
         self,
         token_ids: Tensor,
         positions: Tensor,
-        layout: AttentionLayout,
+        layout: AttentionLayout | LayersLayout,
         image_inputs: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Compute the final hidden states of a packed row; in inference mode by `decoder`.
@@ -175,7 +195,7 @@ class Policy:
             [N, d] in the policy's dtype.
         """
         # M-RoPE models take [3, batch, N], text models [batch, N]
-        position_ids = positions.unsqueeze(1) if self.family.vision else positions
+        position_ids = positions.unsqueeze(1) if self.family.position_rows > 1 else positions
         if self.decoder is not None and not image_inputs and torch.is_inference_mode_enabled():
             return self.decoder(self.decoder.embeddings(token_ids), position_ids, layout)
         output = self.model.base_model(
@@ -183,7 +203,7 @@ class Policy:
             position_ids=position_ids,
             use_cache=False,
             layout=layout,
-            **(image_inputs or {}),
+            **(self.family.arguments(image_inputs) if image_inputs else {}),
         )
         states: Tensor = output.last_hidden_state[0]
         return states
@@ -224,6 +244,7 @@ def load_policy(
     dtype: str = "float32",
     device: str | torch.device = "cpu",
     onednn: Collection[str] | None = None,
+    compiled_decode: bool | None = None,
     quantize: Collection[str] = (),
 ) -> Policy:
     """Load a Hugging Face folder (or hub name) as a policy; merge an adapter into its base.
@@ -232,8 +253,8 @@ def load_policy(
         folder: model folder or hub name.
         dtype: of the parameters, a key of `DTYPES`.
         device: of the parameters.
-        onednn: uses of oneDNN in this process from now on, see
-            `rlmed.models.cpu.products.settle_products`.
+        onednn: uses of oneDNN from now on, see `rlmed.models.cpu.products.settle_products`.
+        compiled_decode: False: decode steps on a CPU are not compiled.
         quantize: parts whose linear layers are kept in 4 bits, see `rlmed.models.quantized`.
 
     Raises:
@@ -242,7 +263,8 @@ def load_policy(
     config = load_config(folder)
     if is_adapter(Path(folder)):
         check_not_quantized(folder, quantize)
-        policy = load_policy(adapter_base(Path(folder)), dtype=dtype, device=device, onednn=onednn)
+        base = adapter_base(Path(folder))
+        policy = load_policy(base, dtype=dtype, device=device, onednn=onednn, compiled_decode=compiled_decode)
         merge_adapter(policy.model, Path(folder))
         return policy
     family, on_cpu = family_of(config), torch.device(device).type == "cpu"
@@ -269,7 +291,8 @@ def load_policy(
     use_fused_layers(model)
     use_linear_patches(model)
     use_varlen_vision(model)
-    return Policy(model, accept_decoder(model, position_rows=3 if family.vision else 1))
+    decoder = accept_decoder(model, position_rows=family.position_rows)
+    return Policy(model, decoder, compiled_decode=compiled_decode)
 
 
 def _read_model(folder: Path, family: Family, **arguments: Any) -> tuple[PreTrainedModel, Mapping[str, Any]]:

@@ -92,6 +92,8 @@ class ModelSize:
     """Patches of the vision tower that become one visual token."""
     patch_values: int
     """Numbers of a patch, as the image processor returns it."""
+    patch_pixels: int
+    """Pixels of the picture that a patch covers."""
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> ModelSize:
@@ -108,14 +110,13 @@ class ModelSize:
             parts[family.part_of(name)] += parameter.numel()
             largest = max(largest, parameter.numel())
         text = model.config.get_text_config()
-        vision, merged, patch_values = None, 1, 0
+        vision, merged, patch_values, patch_pixels = None, 1, 0, 0
         if family.vision:
-            base: Any = model.base_model  # the families share no class that has a tower
-            tower = base.visual
-            settings = model.config.vision_config
-            patch = tower.patch_embed.proj.weight
-            vision, merged = BlockSize.of(tower.blocks, patch.shape[0]), settings.spatial_merge_size**2
-            patch_values = patch[0].numel()
+            tower = [module for name, module in model.named_modules() if family.part_of(f"{name}.") == "vision"]
+            blocks = max((module for module in tower if isinstance(module, nn.ModuleList)), key=len)
+            patch = next(module.weight for module in tower if isinstance(module, nn.Conv2d | nn.Conv3d))
+            vision, merged = BlockSize.of(blocks, patch.shape[0]), family.patches_per_token(model.config)
+            patch_values, patch_pixels = patch[0].numel(), patch.shape[-1] * patch.shape[-2]
         return cls(
             parts=dict(parts),
             linear_weights=dict(linear_weights),
@@ -127,6 +128,7 @@ class ModelSize:
             vision=vision,
             patches_per_token=merged,
             patch_values=patch_values,
+            patch_pixels=patch_pixels,
         )
 
     @property

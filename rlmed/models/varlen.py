@@ -93,8 +93,13 @@ class VarlenLayout:
         )
         return cls(backend, Spans.build(segments, segments, device, causal=True), Suffixes.build(parts, device))
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """See `rlmed.models.attention.AttentionLayout.attend`."""
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None
+    ) -> Tensor:
+        """See `rlmed.models.attention.AttentionLayout.attend`.
+
+        Windows must be wider than the sequences: `Policy.packed_layout` sees to that.
+        """
         width = query.shape[-1]
         if missing := -width % self.backend.width_multiple:
             query, key, value = (F.pad(tensor, (0, missing)) for tensor in (query, key, value))

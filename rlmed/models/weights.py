@@ -1,12 +1,13 @@
-"""Weights in byte buckets for a store of several readers (Ray's); see `rlmed.core.weights`."""
+"""Weights in byte buckets, and transport `object_store`; see `rlmed.core.weights`."""
 
 from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,9 @@ import torch
 from torch import Tensor
 
 from rlmed.core.weights import WeightError
+
+if TYPE_CHECKING:
+    from rlmed.models.direct import DirectWeights
 
 BUCKET_BYTES = 256 * 2**20
 """Size of one bucket: it bounds copies in flight and makes the cost per message negligible."""
@@ -24,7 +28,7 @@ SAME_MODEL = "learner and engine need the same model (model.path)"
 
 @dataclass(frozen=True, slots=True)
 class WeightBucket:
-    """Several tensors in one byte array: numpy has no bfloat16, and one array transfers fastest."""
+    """A `WeightPart` in a store: numpy has no bfloat16, and one array transfers fastest."""
 
     shapes: dict[str, tuple[int, ...]]
     """By name as in the learner's `named_parameters()`, in the order of the bytes."""
@@ -34,29 +38,28 @@ class WeightBucket:
     checksum: int
     """CRC-32 of `data` at the sender."""
 
-    def verify(self) -> None:
-        """Check the bytes against the checksum.
+    def tensors(self, device: torch.device) -> list[tuple[str, Tensor]]:
+        """Return names and tensors, on a CPU views of `data`: read them only.
 
         Raises:
-            WeightError: if they differ from those sent.
+            WeightError: if the bytes were damaged.
         """
         if zlib.crc32(self.data.data) != self.checksum:
             names = list(self.shapes)
             raise WeightError(
                 f"the weights {names[0]} … {names[-1]} were damaged in transfer (checksum mismatch); push them again"
             )
-
-    def tensors(self) -> list[tuple[str, Tensor]]:
-        """Return names and CPU tensors, which are views of the bytes: read them only."""
         # without the read-only flag of Ray's arrays, about which torch warns
         interface = self.data.__array_interface__
         interface["data"] = (interface["data"][0], False)
         flat = torch.from_numpy(np.asarray(SimpleNamespace(__array_interface__=interface, owner=self.data)))
-        return unpack(flat, self.shapes, self.dtypes)
+        return unpack(flat.to(device), self.shapes, self.dtypes)
 
 
-Buckets = Sequence[WeightBucket]
-"""A model's weights."""
+WeightPart: TypeAlias = "WeightBucket | DirectWeights"
+"""Weights, to be read one by one: each is valid until the next is requested."""
+Weights = Sequence[WeightPart]
+"""All weights of a push."""
 
 
 def make_buckets(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int = BUCKET_BYTES) -> Iterator[WeightBucket]:
@@ -121,39 +124,32 @@ def aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def copy_weights(parameters: Mapping[str, Tensor], buckets: Buckets) -> None:
-    """Copy weights into the parameters of the same names, converted to their dtypes.
+def copy_weights(parameters: Mapping[str, Tensor], weights: Weights, device: torch.device) -> None:
+    """Copy weights into the parameters of the same names on `device`, converted to their dtypes.
 
     Raises:
-        WeightError: if names or shapes differ from the parameters'; nothing was copied.
+        WeightError: if they were damaged, and see `check_weights`.
     """
-    received = {name: shape for bucket in buckets for name, shape in bucket.shapes.items()}
-    check_shapes({name: tuple(parameter.shape) for name, parameter in parameters.items()}, received)
-    check_complete(parameters.keys() - received.keys())
+    check_weights({name: tuple(parameter.shape) for name, parameter in parameters.items()}, weights)
     with torch.no_grad():
-        for bucket in buckets:
-            for name, tensor in bucket.tensors():
+        for part in weights:
+            for name, tensor in part.tensors(device):
                 parameters[name].copy_(tensor)
 
 
-def check_shapes(expected: Mapping[str, Sequence[int]], received: Mapping[str, Sequence[int]]) -> None:
-    """Check that each of the received weights, shapes by name, is expected.
+def check_weights(expected: Mapping[str, tuple[int, ...]], weights: Weights) -> None:
+    """Check, before anything is loaded, that weights are complete and of the expected shapes.
 
     Raises:
-        WeightError: naming the first one that is not.
+        WeightError: naming the first that is not.
     """
+    received = {name: shape for part in weights for name, shape in part.shapes.items()}
     for name, shape in received.items():
         if name not in expected:
             raise WeightError(f"received weights of {name}, which this model does not have: {SAME_MODEL}")
-        if tuple(shape) != tuple(expected[name]):
-            raise WeightError(
-                f"received {name} with shape {tuple(shape)}, expected {tuple(expected[name])}: {SAME_MODEL}"
-            )
-
-
-def check_complete(missing: Set[str]) -> None:
-    """Raise WeightError, naming the first, if any weights of a push are missing."""
-    if missing:
+        if shape != expected[name]:
+            raise WeightError(f"received {name} with shape {shape}, expected {expected[name]}: {SAME_MODEL}")
+    if missing := expected.keys() - received.keys():
         raise WeightError(f"{len(missing)} weights did not arrive, the first is {min(missing)}: {SAME_MODEL}")
 
 

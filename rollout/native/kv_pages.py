@@ -8,8 +8,8 @@ whole completion, so that products read a CPU's cache as it lies.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rlmed.models.attention import AttentionLayout, GroupTable, decode_attention
 from rlmed.models.decode_kernels import KEY_LINE
-from rlmed.models.policy import Policy
 
 SCRATCH = 0
 """Page that belongs to nobody: rows of a step that stand for no completion write to it."""
@@ -50,11 +49,11 @@ class PagePool:
         self._whole = page_tokens is None
         self.page_tokens = page_tokens or 0
         """Tokens in a page."""
-        self._dtype, self._device, self._transposed_keys = dtype, device, transposed_keys
+        self._dtype, self.device, self._transposed_keys = dtype, device, transposed_keys
         self._each_head = torch.arange(self.heads, device=device)
         self._free: list[int] = []
         self.keys, self.values = self._allocate(0)
-        """Per layer [pages, H_kv, page_tokens, D]; keys may be transposed in lines, see `KEY_LINE`."""
+        """Per layer [pages, H_kv, page_tokens, D]; keys may be transposed, see `KEY_LINE`."""
 
     @property
     def pages(self) -> int:
@@ -138,7 +137,7 @@ class PagePool:
         lines = (pages, self.heads, self.page_tokens // KEY_LINE, self._head_width, KEY_LINE)
         # zeros, not empty: a masked NaN from uninitialised memory would still poison a weighted sum
         keys, values = (
-            [torch.zeros(one, dtype=self._dtype, device=self._device) for _ in range(self._layers)]
+            [torch.zeros(one, dtype=self._dtype, device=self.device) for _ in range(self._layers)]
             for one in (lines if self._transposed_keys else shape, shape)
         )
         return keys, values
@@ -181,19 +180,20 @@ class PrefillLayout:
 
     @classmethod
     def build(
-        cls, lengths: Sequence[int], pages: Sequence[Sequence[int]], policy: Policy, pool: PagePool
+        cls, lengths: Sequence[int], pages: Sequence[Sequence[int]], packed: AttentionLayout, pool: PagePool
     ) -> PrefillLayout:
-        """Lay out prompts of these lengths for the policy, each in its pages of the pool."""
+        """Lay out prompts of these lengths, which attend as `packed`, each in its own pages."""
         table = pad_sequence([torch.tensor(own) for own in pages], batch_first=True)
-        table = table.repeat_interleave(torch.tensor(lengths), dim=0).to(policy.device)
-        places = torch.cat([torch.arange(length) for length in lengths]).to(policy.device)
-        addresses = pool.addresses(pool.head_rows(table), places)
-        return cls(policy.packed_layout([(length, ()) for length in lengths]), pool, addresses)
+        table = table.repeat_interleave(torch.tensor(lengths), dim=0).to(pool.device)
+        places = torch.cat([torch.arange(length) for length in lengths]).to(pool.device)
+        return cls(packed, pool, pool.addresses(pool.head_rows(table), places))
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None
+    ) -> Tensor:
         """See `rlmed.models.attention.AttentionLayout.attend`."""
         self.pool.write(layer, self.addresses, key, value)
-        return self.packed.attend(layer, query, key, value, scale)
+        return self.packed.attend(layer, query, key, value, scale, window)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,19 +219,30 @@ class DecodeLayout:
     """int64 [R, H_kv]: where each row's new token goes, see `PagePool.write`."""
     suffix_mask: Tensor | None
     """[R * H_kv, 1, T]: 0 or -inf; None if all of it is 0."""
+    windows: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Masks [B * H_kv, M, P] on prompts, [R * H_kv, 1, T] on completions, by the widths of windows.
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    Those only that hide a token.
+    """
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None
+    ) -> Tensor:
         """See `rlmed.models.attention.AttentionLayout.attend`."""
+        prefix_mask, suffix_mask = self.fixed.prefix_mask, self.suffix_mask
+        if window is not None and window in self.windows:
+            by_member, suffix_mask = self.windows[window]
+            prefix_mask = by_member.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         fixed, prefix, suffix = self.fixed, self.fixed.prefix.pool, self.suffix.pool
         suffix.write(layer, self.addresses, key, value)
         return decode_attention(
             query,
             fixed.prefix.of(prefix.keys[layer]),
             fixed.prefix.of(prefix.values[layer]),
-            fixed.prefix_mask,
+            prefix_mask,
             self.suffix.of(suffix.keys[layer]),
             self.suffix.of(suffix.values[layer]),
-            self.suffix_mask,
+            suffix_mask,
             fixed.table,
             scale,
         )
@@ -242,3 +253,30 @@ def visible(lengths: Tensor, width: int, pool: PagePool) -> Tensor:
     hidden = torch.arange(width, device=lengths.device) >= lengths.unsqueeze(1)
     mask = pool.keys[0].new_zeros(len(lengths), width).masked_fill_(hidden, float("-inf"))
     return mask.unsqueeze(1).expand(-1, pool.heads, -1).reshape(-1, 1, width)
+
+
+def within(
+    window: int, prompts: Tensor, counts: Tensor, table: GroupTable, prefix: PageView, suffix: PageView
+) -> tuple[Tensor, Tensor]:
+    """Return the masks of `DecodeLayout.windows` for one width.
+
+    Args:
+        window: the width.
+        prompts: int64 [R], tokens of each row's prompt.
+        counts: int64 [R], tokens of each row's completion, the new one included.
+        table: assignment of rows to groups.
+        prefix: keys of the prompts.
+        suffix: keys of the completions.
+    """
+    places, own = (torch.arange(view.width, device=counts.device) for view in (prefix, suffix))
+    prompts, counts, like = prompts.unsqueeze(1), counts.unsqueeze(1), prefix.pool.keys[0]
+    seen_of_prompt = (places < prompts) & (places > prompts + counts - 1 - window)
+    seen_of_own = (own < counts) & (own > counts - 1 - window)
+    on_prompt, on_own = (
+        like.new_zeros(seen.shape).masked_fill_(~seen, float("-inf")) for seen in (seen_of_prompt, seen_of_own)
+    )
+    by_head = [
+        mask.unsqueeze(1).expand(-1, like.shape[1], -1, -1).flatten(0, 1)
+        for mask in (table.to_groups(on_prompt), on_own.unsqueeze(1))
+    ]
+    return by_head[0], by_head[1]

@@ -61,7 +61,8 @@ def _draw(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     blocks = weights.unflatten(1, (-1, BLOCK))
     sums = blocks.sum(dim=2, dtype=torch.float64).cumsum(dim=1)
     mass = sums[:, -1:]
-    threshold = uniform * mass
+    # the largest number below 1, times the mass, may round to the mass, beyond every token
+    threshold = torch.minimum(uniform * mass, torch.nextafter(mass, torch.zeros_like(mass)))
     block = torch.searchsorted(sums, threshold, right=True)
     before = sums.gather(1, (block - 1).clamp_(min=0)).masked_fill_(block == 0, 0.0)
     inside = blocks[torch.arange(len(blocks), device=block.device), block.squeeze(1)].double().cumsum(dim=1)

@@ -249,6 +249,12 @@ class Slots:
         """Return float64 numbers of the next draws, temperatures, and which rows are greedy."""
         return self.next_uniforms(rows), self._temperature[rows], self._greedy[rows] != 0
 
+    def prompt_lengths(self, shape: StepShape) -> Tensor:
+        """Return the tokens of each row's prompt, int64 [R]."""
+        groups = self._place_in_table[: shape.rows] // shape.members
+        lengths: Tensor = self.prefix_lengths.index_select(0, groups)
+        return lengths
+
     def group_table(self, shape: StepShape) -> GroupTable:
         """Return which rows belong to which group."""
         table = self._table[: shape.groups * shape.members].view(shape.groups, shape.members)

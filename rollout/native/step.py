@@ -6,6 +6,7 @@ replayed as one graph, while the host reads the tokens of the step before.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Rows
@@ -14,11 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from rlmed.core.types import RolloutRequest
+from rlmed.models.attention import AttentionLayout
 from rlmed.models.decode_kernels import DecodeKernels, Step, StepPages
+from rlmed.models.decoder import LayersLayout
 from rlmed.models.policy import Policy
-from rollout.native.kv_pages import DecodeLayout, FixedPart, PagePool, PageView, visible
+from rollout.native.kv_pages import DecodeLayout, FixedPart, PagePool, PageView, PrefillLayout, visible, within
 from rollout.native.sampler import BatchSampling
 from rollout.native.scheduler import EngineLimits
 from rollout.native.sequence import Sequence, SequenceGroup
@@ -48,7 +52,7 @@ def decode_step(
         fixed.pages.counts.copy_(slots.counts[rows])
         hidden = fixed.step(policy.decoder.embeddings(slots.tokens[rows]), slots.positions(rows))
     else:
-        layout = _layout(slots, suffix, shape, fixed)
+        layout = _layout(slots, suffix, shape, fixed, policy.windows)
         hidden = policy.hidden(slots.tokens[rows], slots.positions(rows), layout)
     logits = (kernels.project or policy.logits)(hidden)
     if kernels.sample is not None and not (shape.uses.top_k or shape.uses.top_p):
@@ -83,7 +87,9 @@ def fixed_part(
     )
 
 
-def _layout(slots: Slots, suffix: PagePool, shape: StepShape, fixed: FixedPart) -> DecodeLayout:
+def _layout(
+    slots: Slots, suffix: PagePool, shape: StepShape, fixed: FixedPart, windows: Rows[int] = ()
+) -> DecodeLayout:
     addresses: Tensor | int = shape.suffix_width - 1
     mask = None
     if not shape.level:
@@ -91,7 +97,12 @@ def _layout(slots: Slots, suffix: PagePool, shape: StepShape, fixed: FixedPart) 
         addresses = suffix.addresses(fixed.completions, counts - 1)
         mask = visible(counts, shape.suffix_width, suffix)
     view = PageView.build(suffix, fixed.completions, shape.suffix_width, in_order=shape.rows_in_order)
-    return DecodeLayout(fixed, view, addresses, mask)
+    masks = {
+        width: within(width, slots.prompt_lengths(shape), slots.counts[: shape.rows], fixed.table, fixed.prefix, view)
+        for width in windows
+        if width < shape.prefix_width + shape.suffix_width
+    }
+    return DecodeLayout(fixed, view, addresses, mask, masks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,14 +137,14 @@ class Decoder:
         self._policy, self._limits = policy, limits
         size, device = limits.max_completions, policy.device
         self.slots = Slots(policy, plan, size, position_rows)
-        self._kernels = policy.decode_kernels() if plan.kernels else TORCH
+        self.kernels = policy.decode_kernels() if plan.kernels else TORCH
         self.prefix, self.suffix = (
             PagePool(
                 policy.kv_shape,
                 page_tokens=plan.page_tokens,
                 dtype=policy.dtype,
                 device=device,
-                transposed_keys=self._kernels.compiled,
+                transposed_keys=self.kernels.compiled,
             )
             for _ in range(2)
         )
@@ -199,13 +210,37 @@ class Decoder:
         if self._graphs is not None:
             self._graphs.run(shape, self._decode)
         else:
-            if self._kernels.decoder is None or self._kernels.compiled:
-                self._fixed = self._fixed or fixed_part(self.slots, self.prefix, self.suffix, shape, self._kernels)
+            if self.kernels.decoder is None or self.kernels.compiled:
+                self._fixed = self._fixed or fixed_part(self.slots, self.prefix, self.suffix, shape, self.kernels)
             self._decode(shape, self._fixed)
         self._send(rows, 0, version)
 
     def _decode(self, shape: StepShape, fixed: FixedPart | KernelPart | None = None) -> None:
-        decode_step(self._policy, self.slots, self.prefix, self.suffix, shape, fixed, self._kernels)
+        decode_step(self._policy, self.slots, self.prefix, self.suffix, shape, fixed, self.kernels)
+
+    def prompt_layout(
+        self, lengths: Rows[int], pages: Rows[Rows[int]], token_ids: Tensor
+    ) -> AttentionLayout | LayersLayout:
+        """Lay out prompts of these lengths one after the other, each in its pages of `prefix`.
+
+        `token_ids` are all of them, int64 [N] on the CPU.
+        """
+        if self.kernels.prompts is None or self._policy.family.both_ways:
+            packed = self._policy.packed_layout([(length, ()) for length in lengths], token_ids)
+            return PrefillLayout.build(lengths, pages, packed, self.prefix)
+        firsts = list(itertools.accumulate(lengths, initial=0))[:-1]
+        return self.kernels.prompts.lay_out_prompts(
+            StepPages(
+                prefix=(self.prefix.keys, self.prefix.values),
+                suffix=(self.suffix.keys, self.suffix.values),
+                prefix_pages=pad_sequence([torch.tensor(own, dtype=torch.int32) for own in pages], batch_first=True),
+                prefix_lengths=torch.tensor(lengths, dtype=torch.int32),
+                members=torch.tensor(firsts, dtype=torch.int32).unsqueeze(1),
+                suffix_pages=torch.zeros(1, 1, dtype=torch.int32),
+                counts=torch.zeros(sum(lengths), dtype=torch.int32),
+                widths=(max(lengths), 0),
+            )
+        )
 
     def lay_out(self, rows: Rows[Sequence], groups: Rows[SequenceGroup]) -> StepShape:
         """See `Slots.lay_out`."""

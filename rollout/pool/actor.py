@@ -18,6 +18,7 @@ import numpy as np
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from rlmed.core.process.collection import resume
 from rlmed.core.types import Prompt, RolloutRequest
 from rlmed.core.weights import PushReport, StoredWeights
 from rollout.engine import Engine
@@ -35,6 +36,7 @@ class RolloutActor:
 
     def __init__(self, build: Callable[[], Engine], on_push: str) -> None:
         """Build the engine in this process, which will run it."""
+        resume()  # its libraries have been loaded
         self._engine = engine = build()
         self._runner = EngineRunner(engine, on_push=on_push, where=f"{socket.gethostname()}, process {os.getpid()}")
 
@@ -54,16 +56,12 @@ class RolloutActor:
         return self._runner.collect(COLLECT_S)
 
     def update_weights(self, weights: StoredWeights) -> PushReport:
-        """Fetch the buckets while the engine keeps sampling, then apply them between two steps."""
+        """Fetch weights while the engine keeps sampling, then apply them between two steps."""
         start = time.perf_counter()
-        fetched = ray.get(weights.buckets)
+        fetched = ray.get(weights.parts)
         middle = time.perf_counter()
         self._runner.update_weights(weights.version, fetched)
         return PushReport(middle - start, time.perf_counter() - middle)
-
-    def call_stage(self, stage: str, *arguments: Any) -> None:
-        """See `EngineRunner.call_stage`; called by learner rank 0."""
-        self._runner.call_stage(stage, *arguments)
 
     def sleep(self) -> None:
         """Put the engine to sleep until the next weights arrive."""

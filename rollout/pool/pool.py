@@ -28,7 +28,6 @@ from rlmed.core.types import RolloutGroup, RolloutRequest
 from rlmed.core.weights import PushReport, WeightUpdate
 from rollout.pool.channel import Channel
 from rollout.pool.metrics import PoolMetrics
-from rollout.pool.pushes import Pushes
 from rollout.pool.state import Lease, PoolSettings, Push, RolloutError, Slot, cause_of
 from rollout.pool.worker import FinishedGroup, Worker, WorkerStatus
 
@@ -60,7 +59,7 @@ class WorkerPool:
         self._numbers = itertools.count()
         self._waiting: deque[Lease] = deque()
         self._leases: dict[int, Lease] = {}
-        self._pushes = Pushes(self._then, self._lost_if_failed)
+        self._push: Push | None = None  # the newest
         self._error: Exception | None = None
         self._channels: list[Channel] = []
         self._closed = self._ever_answered = False
@@ -119,7 +118,7 @@ class WorkerPool:
             RolloutError: if rollouts cannot continue.
         """
         push = Push(weights)
-        self._events.put(lambda: self._pushes.begin(push, [slot for slot in self._slots if slot.ready]))
+        self._events.put(lambda: self._begin(push, [slot for slot in self._slots if slot.ready]))
         while not push.done.wait(timeout=1.0):
             self.raise_error()
         self.raise_error()
@@ -184,7 +183,6 @@ class WorkerPool:
 
     def _fail(self, error: Exception) -> None:
         self._error = error
-        self._pushes.abandon()
         for channel in self._channels:
             channel.wake()
 
@@ -249,6 +247,45 @@ class WorkerPool:
         self._then(future, partial(self._lost_if_failed, slot, worker))
         return future
 
+    def _begin(self, push: Push, slots: list[Slot]) -> None:
+        """Start a push to ready slots; starting workers get the weights after a first answer."""
+        self._push, push.outstanding = push, {slot.number for slot in slots}
+        sending = push.weights.send([slot.handle() for slot in slots]) if slots else None
+        for slot in slots:
+            self._welcome(slot, sending)
+        if not slots:
+            push.done.set()
+
+    def _welcome(self, slot: Slot, sending: Future[Any] | None = None) -> None:
+        """Make a slot ready once its worker has the newest weights; it fetches them if not sent."""
+        push, worker = self._push, slot.worker
+        if push is None:
+            slot.ready = True
+            return
+        slot.ready, slot.push_started = False, time.monotonic()
+
+        def updated(done: Future[Any]) -> None:
+            if sending is not None:
+                done.result()  # raises the learner's error, or the user's
+            if self._lost_if_failed(slot, worker, done) or slot.worker is not worker:
+                return
+            if push is not self._push or done.result() is None:  # superseded, or could not be sent
+                self._welcome(slot)
+                return
+            slot.ready, slot.push_started = True, None
+            if not push.done.is_set():
+                push.reports.append(done.result())
+            self._leave_out(slot)
+
+        self._then(sending or worker.update_weights(push.weights.stored()), updated)
+
+    def _leave_out(self, slot: Slot) -> None:
+        """Stop waiting for a slot: it has the weights, or its worker was lost."""
+        if self._push is not None:
+            self._push.outstanding.discard(slot.number)
+            if not self._push.outstanding:
+                self._push.done.set()
+
     def _check_workers(self) -> None:
         """Ask every worker for its status and replace those that are silent or stalled."""
         now, settings = time.monotonic(), self._settings
@@ -277,10 +314,8 @@ class WorkerPool:
         first = slot.answered is None
         self._ever_answered = True
         slot.asked, slot.status, slot.answered = False, status, now
-        if first and self._pushes.any:
-            self._pushes.give(slot)
-        elif first:
-            slot.ready = True
+        if first:
+            self._welcome(slot)
 
     def _lost_if_failed(self, slot: Slot, worker: Worker, done: Future[Any]) -> bool:
         """Return True if a future failed, after replacing its worker unless already done."""
@@ -319,4 +354,4 @@ class WorkerPool:
             slot.number, self._start(slot.number), now, progressed=now, failures=slot.failures
         )
         slot.worker = fresh.worker  # anything the lost one still sends counts as late
-        self._pushes.leave_out(slot)
+        self._leave_out(slot)

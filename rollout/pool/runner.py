@@ -8,11 +8,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
 
 from rlmed.core.types import RolloutGroup, RolloutRequest
-from rlmed.core.weights import STAGES
-from rlmed.models.weights import Buckets
+from rlmed.models.weights import Weights
 from rollout.engine import Engine
 from rollout.pool.worker import FinishedGroup, WorkerStatus
 
@@ -73,34 +71,20 @@ class EngineRunner:
                 self._raise_error()
             return groups
 
-    def update_weights(self, version: int, buckets: Buckets) -> None:
+    def update_weights(self, version: int, weights: Weights) -> None:
         """Load new weights into the engine and wait until it has them.
 
         Raises:
-            WeightError: if the bytes are damaged, and as in `rollout.engine.Engine.update_weights`.
+            RuntimeError: as in `rollout.engine.Engine.update_weights`.
         """
-
-        def update() -> None:
-            for bucket in buckets:
-                bucket.verify()
-            self._engine.update_weights(version, buckets)
-
-        self.between_steps(update)
-
-    def call_stage(self, stage: str, *arguments: Any) -> None:
-        """Call one of `rlmed.core.weights.STAGES` of the engine and wait until it is done.
-
-        From "begin_update" to "finish_update" the engine makes no step. An abandoned push leaves it
-        so: the worker is replaced, or fetches all weights from the store.
-        """
-        self.between_steps(functools.partial(getattr(self._engine, stage), *arguments), hold=STAGES[stage])
+        self.between_steps(functools.partial(self._engine.update_weights, version, weights))
 
     def between_steps(self, job: Callable[[], None], *, hold: bool = False) -> None:
         """Run a job in the engine's thread between two steps and wait for it.
 
         Args:
-            job: its error is raised here, and the engine continues.
-            hold: make no step before the next job; requests wait.
+            job: its error is raised here, and no step made before the next job.
+            hold: make none in any case; requests wait.
         """
         done: Future[None] = Future()
         with self._changed:
@@ -183,11 +167,11 @@ class EngineRunner:
             return FinishedGroup(request.index, (), str(error))
         return None
 
-    @staticmethod
-    def _apply(job: _Job) -> None:
+    def _apply(self, job: _Job) -> None:
         try:
             job.run()
         except Exception as error:
+            self._held = True
             job.done.set_exception(error)
         else:
             job.done.set_result(None)

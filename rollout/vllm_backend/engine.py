@@ -8,7 +8,7 @@ or becomes inconsistent, so each version of the weights gets its own cache keys 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from rlmed.core.weights import WeightError
 from rlmed.models.families import family_of, unsampleable_token_ids
 from rlmed.models.folder.end_tokens import find_end_tokens
 from rlmed.models.policy import load_config
-from rlmed.models.weights import Buckets, check_complete, check_shapes
+from rlmed.models.weights import Weights, check_weights, gpu_name
 from rollout.native.scheduler import EngineLimits, Scheduler
 from rollout.vllm_backend.environment import import_vllm, preload_kept, register_model_classes
 from rollout.vllm_backend.requests import (
@@ -39,8 +39,6 @@ vllm = import_vllm()
 
 if TYPE_CHECKING:
     from vllm import LLMEngine, RequestOutput
-
-WORKER_EXTENSION = "rollout.vllm_backend.weight_transfer.WorkerExtension"
 
 
 @dataclass(slots=True)
@@ -77,11 +75,8 @@ class VllmEngine:
         self.generated_tokens = 0
         self._facts = _model_facts(folder, config)
         self._shapes = _parameter_shapes(config)
-        # weights that the current push has yet to bring; None between pushes
-        self._missing: set[str] | None = None
         # True from a push's first weights, or sleep, until a push is complete
         self._damaged = False
-        self._loading = False
         self._asleep: set[str] = set()
         self._epoch = 0
         self._scheduler = Scheduler(
@@ -93,7 +88,8 @@ class VllmEngine:
         self._ended_tokens = 0
         self._core = _start(folder, config, settings)
         self._core.set_weight_version("0")
-        self.devices: tuple[str, ...] = tuple(filter(None, self._core.collective_rpc("gpu_name")))
+        names = self._core.collective_rpc(lambda worker: gpu_name(worker.device))
+        self.devices: tuple[str, ...] = tuple(filter(None, names))
         self._tokenizer = self._core.get_tokenizer()
 
     @property
@@ -116,7 +112,6 @@ class VllmEngine:
 
     def step(self) -> list[RolloutGroup]:
         """Submit what fits, sample a token per running completion, return the finished groups."""
-        assert self._missing is None, "step() was called between begin_update() and finish_update()"
         if self._damaged:
             raise WeightError("the last push ended early and left a mixture of weights: push all of them again")
         # torch sets OpenMP's thread count when a thread first queries it, and vLLM's CPU build
@@ -151,55 +146,25 @@ class VllmEngine:
             # level 2 keeps no copy of the weights: the push brings new ones
             self._core.sleep(level=2)
             self._asleep = {"weights", "kv_cache"}
-            self._missing, self._damaged = None, True
+            self._damaged = True
 
-    def update_weights(self, version: int, buckets: Buckets = ()) -> None:
+    def update_weights(self, version: int, weights: Weights = ()) -> None:
         """See `rollout.engine.Engine.update_weights`.
 
-        If it fails after some weights were loaded, `step` raises until a complete push has arrived.
+        Wakes a sleeping engine. Running completions continue with their keys and values. If this
+        fails after some weights were loaded, `step` raises until a complete push has arrived.
         """
-        self.begin_update()
-        for bucket in buckets:
-            self._load(bucket.shapes, {"tensors": bucket.tensors()})
-        self.finish_update(version)
+        from rollout.vllm_backend.weight_transfer import begin_load, end_load, load
 
-    def connect(self, transport: str, info: Mapping[str, Any]) -> None:
-        """Connect to the learner by "nccl" or "ipc" with vLLM's init info, replacing the last one.
-
-        Raises:
-            ValueError: if the transport does not support this connection.
-            RuntimeError: if connecting fails.
-        """
-        init_info = {"transport": transport, "info": dict(info)}
-        self._core.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": init_info})
-
-    def begin_update(self) -> None:
-        """Prepare for new weights; nothing is sampled until `finish_update` has checked them.
-
-        Wakes a sleeping engine's weight memory; `finish_update` wakes its key-value cache.
-        """
+        check_weights(self._shapes, weights)
         self._wake("weights")
-        self._end_loading()  # left by an abandoned push
-        self._missing = set(self._shapes)
-
-    def receive(self, info: Mapping[str, Any]) -> None:
-        """Receive some new weights as the learner sends them; vLLM's update info names them.
-
-        Raises:
-            WeightError: for an unknown name or another shape. This ends the push.
-        """
-        self._load(dict(zip(info["names"], info["shapes"], strict=True)), {"direct": dict(info)})
-
-    def finish_update(self, version: int) -> None:
-        """Complete the update to `version`; running completions continue with their keys, values.
-
-        Raises:
-            WeightError: if not all weights have arrived.
-        """
-        assert self._missing is not None, "call begin_update() first"
-        missing, self._missing = self._missing, None
-        self._end_loading()
-        check_complete(missing)
+        self._damaged = True
+        self._core.collective_rpc(begin_load)
+        try:
+            for part in weights:
+                self._core.collective_rpc(load, args=(part,))
+        finally:  # or vLLM would run what it has half loaded
+            self._core.collective_rpc(end_load)
         self._damaged = False
         self._wake("kv_cache")
         self.policy_version = version
@@ -220,36 +185,6 @@ class VllmEngine:
         if tag in self._asleep:
             self._core.wake_up(tags=[tag])
             self._asleep.remove(tag)
-
-    def _end_loading(self) -> None:
-        if self._loading:
-            self._loading = False
-            self._core.collective_rpc("finish_weight_update")
-
-    def _load(self, shapes: Mapping[str, Sequence[int]], update_info: dict[str, Any]) -> None:
-        """Have vLLM load some of the new weights.
-
-        Args:
-            shapes: shapes of these weights.
-            update_info: see `rollout.vllm_backend.weight_transfer.UpdateInfo`.
-        """
-        assert self._missing is not None, "call begin_update() first"
-        try:
-            check_shapes(self._shapes, shapes)
-        except WeightError:
-            self._missing = None
-            self._end_loading()
-            raise
-        self._missing -= shapes.keys()
-        self._damaged = True
-        if not self._loading:
-            self._core.collective_rpc("start_weight_update")
-            self._loading = True
-        try:
-            self._core.collective_rpc("update_weights", kwargs={"update_info": update_info})
-        except BaseException:
-            self._loading = False  # vLLM ended it too
-            raise
 
     def _start_group(self, request: RolloutRequest) -> None:
         """Submit a group to vLLM."""
@@ -319,8 +254,13 @@ class VllmEngine:
 
 
 def _model_facts(folder: Path, config: PreTrainedConfig) -> ModelFacts:
-    values = config.to_dict()
-    vision = family_of(config).vision
+    values, family = config.to_dict(), family_of(config)
+    vision = family.vision
+    if vision and not family.grids:
+        raise ValueError(
+            f"rollout=vllm: pictures of model_type {config.model_type!r} cannot be handed over to vLLM as this run prepared "
+            "them; use rollout=native"
+        )
     return ModelFacts(
         end_token_ids=find_end_tokens(folder, config).ids,
         banned_token_ids=unsampleable_token_ids(config),
@@ -340,10 +280,7 @@ def _parameter_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
 
 def _start(folder: Path, config: PreTrainedConfig, settings: VllmSettings) -> LLMEngine:
     """Start vLLM's engine."""
-    from vllm.config import WeightTransferConfig
     from vllm.platforms import current_platform
-
-    from rollout.vllm_backend.weight_transfer import BACKEND
 
     on_cpu = current_platform.is_cpu()
     if on_cpu:
@@ -353,8 +290,6 @@ def _start(folder: Path, config: PreTrainedConfig, settings: VllmSettings) -> LL
         register_model_classes(list(config.architectures or ()))
     arguments = vllm.EngineArgs(
         **settings.engine_args(folder, config, on_cpu=on_cpu),
-        weight_transfer_config=WeightTransferConfig(backend=BACKEND),
-        worker_extension_cls=WORKER_EXTENSION,
     )
     with preload_kept():
         vllm_config = arguments.create_engine_config()

@@ -16,10 +16,11 @@ from rlmed.core.types import Prompt, RolloutGroup, RolloutRequest, SamplingParam
 from rlmed.models.policy import Policy, load_policy
 from rollout.native.engine import NativeEngine
 from tests.configs import learner_config, loss_config
+from tests.tiny_vision import TILE_FAMILIES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen2")
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", *TILE_FAMILIES, "qwen2", "gemma3_text")
 
 
 def sample(policy: Policy, prompts: list[Prompt], group_size: int) -> list[RolloutGroup]:

@@ -6,8 +6,11 @@ TRITON_INTERPRET=1.
 
 from __future__ import annotations
 
+from tests.gpu.triton_device import DEVICE, INTERPRETED, MARKS
+
+# isort: split
+
 import dataclasses
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,24 +20,17 @@ import pytest
 import torch
 
 from rlmed.core.types import Completion, Prompt, RolloutRequest, SamplingParams
-from rlmed.models.decode_kernels import probe_layers, probe_sampler
+from rlmed.models.decode_kernels import KernelKind, probe_layers, probe_sampler
 from rlmed.models.decoder import Decoder
+from rlmed.models.kernels import decoder as kernel_decoder
+from rlmed.models.kernels.sampling import sample
 from rlmed.models.policy import Policy, load_policy
 from rollout.native.engine import NativeEngine
 from rollout.native.scheduler import EngineLimits
 from rollout.native.slots import StepPlan
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="no CUDA device"),
-]
-pytest.importorskip("triton", reason="triton is not installed")
-
-from rlmed.models.kernels import decoder as kernel_decoder  # noqa: E402
-from rlmed.models.kernels.sampling import sample  # noqa: E402
-
-DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = MARKS
+TRITON = KernelKind("Triton", kernel_decoder.KernelDecoder, sample)
 # a page holds a few tokens only, so that sequences have several
 PLAN = StepPlan(page_tokens=8, buckets=True, lag=0, graphs=False, kernels=True)
 LIMITS = EngineLimits(max_completions=8)
@@ -83,7 +79,9 @@ def test_kernels_sample_what_torch_does(
     monkeypatch.setattr(
         kernel_decoder.KernelDecoder,
         "__call__",
-        lambda decoder, embeddings, *rest: calls.append(len(embeddings)) or computed(decoder, embeddings, *rest),
+        lambda decoder, embeddings, *rest, **named: (
+            calls.append(len(embeddings)) or computed(decoder, embeddings, *rest, **named)
+        ),
     )
     actual = finish(policy, PLAN, work)
     assert len(calls) > 10
@@ -131,12 +129,12 @@ def test_probe_rejects_another_epsilon_and_activation(tiny_folder: Callable[...,
         ]
         return decoder
 
-    assert probe_layers(modules, 3) == ""
-    assert "off by" in probe_layers(modules, 3, other_epsilon)
+    assert probe_layers(modules, 3, TRITON) == ""
+    assert "off by" in probe_layers(modules, 3, TRITON, other_epsilon)
     mlp = modules.layers[-1].mlp
     mlp.__dict__.pop("forward", None)  # on a CPU, a fused one that was accepted for SiLU
     mlp.act_fn = torch.nn.GELU()
-    assert f"layer {len(modules.layers) - 1} is off by" in probe_layers(modules, 3)
+    assert f"layer {len(modules.layers) - 1} is off by" in probe_layers(modules, 3, TRITON)
 
 
 def test_a_kernel_that_fails_is_not_used(tiny_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:

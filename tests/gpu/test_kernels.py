@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
-import os
+from tests.gpu.triton_device import DEVICE, INTERPRETED, MARKS
+
+# isort: split
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,18 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="no CUDA device"),
-]
-pytest.importorskip("triton", reason="triton is not installed")
+from rlmed.models.kernels.attention import Parts, attend, merge
+from rlmed.models.kernels.layer import add_rms_norm, rope_append, silu_mul
+from rlmed.models.kernels.sampling import BLOCK, sample
 
-from rlmed.models.kernels.attention import Parts, attend, merge  # noqa: E402
-from rlmed.models.kernels.layer import add_rms_norm, rope_append, silu_mul  # noqa: E402
-from rlmed.models.kernels.sampling import BLOCK, sample  # noqa: E402
-
-DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = MARKS
 # the interpreter truncates to bfloat16 instead of rounding, and its matrix product reads it as
 # integers
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)

@@ -16,10 +16,11 @@ from rlmed.models.policy import Policy, load_policy
 from rollout.native.engine import NativeEngine
 from rollout.native.scheduler import EngineLimits
 from rollout.native.slots import StepPlan
+from tests.tiny_vision import TILE_FAMILIES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen2", "qwen3", "llama")
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", *TILE_FAMILIES, "qwen2", "qwen3", "llama", "gemma3_text")
 LIMITS = EngineLimits(max_completions=24)
 
 

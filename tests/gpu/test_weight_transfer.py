@@ -1,4 +1,4 @@
-"""Weights from GPU to GPU into vLLM, and sleep: after a push log-probabilities match the learner's.
+"""Weights from GPU to GPU, and sleep: after a push log-probabilities match the learner's.
 
 Real Ray actors, as in a run. One GPU: IPC, and sleep; two: NCCL, and a worker that is lost. Skipped
 without them.
@@ -57,6 +57,16 @@ def build_engine(folder: Path, dtype: str, sleep: bool) -> Any:
     )
 
 
+def build_native(folder: Path, dtype: str) -> Any:
+    from rlmed.models.policy import load_policy
+    from rollout.native.engine import NativeEngine
+    from rollout.native.scheduler import EngineLimits
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    policy = load_policy(folder, dtype=dtype, device="cuda")
+    return NativeEngine(policy, lambda ids: "", EngineLimits(max_completions=16))
+
+
 class Changing:
     """Stands in for a learner, with its policy: each step changes all weights."""
 
@@ -108,15 +118,28 @@ def session() -> Iterator[None]:
 class Company:
     """A learner and workers on GPUs."""
 
-    def __init__(self, folder: Path, dtype: str, *, transport: str, workers: int, share: bool, sleep: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        dtype: str,
+        *,
+        transport: str,
+        workers: int = 1,
+        share: bool = False,
+        sleep: bool = False,
+        native: bool = False,
+    ) -> None:
         from learner.actor import RayLearner
-        from rlmed.cluster.engines import build_sender
         from rollout.pool.actor import RayWorker
         from rollout.pool.pool import WorkerPool
         from rollout.pool.state import PoolSettings
 
         gpus = 0.5 if share else 1.0
-        build = functools.partial(build_engine, folder, dtype, sleep)
+        build = (
+            functools.partial(build_native, folder, dtype)
+            if native
+            else functools.partial(build_engine, folder, dtype, sleep)
+        )
         self.learner = RayLearner(
             lambda report, parallelism: Changing(folder, dtype),  # type: ignore[arg-type, return-value]
             on_bad_step=lambda *_: None,
@@ -124,7 +147,7 @@ class Company:
             device="cuda",
             options=[{"num_gpus": gpus}],
             weight_transfer=transport,
-            make_sender=functools.partial(build_sender, limit_s=60),
+            push_s=120,
             shares_gpu=share,
         )
         settings = PoolSettings(capacity=32, silence_s=60, start_s=600, push_s=120, sleeps=sleep)
@@ -187,7 +210,7 @@ def test_weights_go_to_an_engine_on_the_same_gpu_that_sleeps_meanwhile(
 ) -> None:
     caplog.set_level("INFO", "learner.weight_push")
     company, prompts = (
-        make_company(dtype, transport="ipc", workers=1, share=True, sleep=True),
+        make_company(dtype, transport="ipc", share=True, sleep=True),
         mixed_prompts("qwen2_vl", 8),
     )
     company.wait()
@@ -204,10 +227,27 @@ def test_weights_go_to_an_engine_on_the_same_gpu_that_sleeps_meanwhile(
     assert "object store" not in caplog.text
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_weights_go_to_a_native_engine_on_the_same_gpu(
+    dtype: str,
+    make_company: Callable[..., Company],
+    mixed_prompts: Callable[..., list[Prompt]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    company, prompts = make_company(dtype, transport="ipc", share=True, native=True), mixed_prompts("qwen2_vl", 8)
+    company.wait()
+    for _ in range(3):
+        company.train()
+        assert company.difference(prompts, dtype) < TOLERANCE[dtype]
+    assert "object store" not in caplog.text
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("native", [False, True], ids=["vllm", "native"])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_weights_go_to_engines_on_other_gpus(
     dtype: str,
+    native: bool,
     make_company: Callable[..., Company],
     mixed_prompts: Callable[..., list[Prompt]],
     caplog: pytest.LogCaptureFixture,
@@ -215,7 +255,7 @@ def test_weights_go_to_engines_on_other_gpus(
     """And to a lost one's successor: fetched first, with its own group at the next push."""
     caplog.set_level("INFO", "learner.weight_push")
     workers, prompts = min(torch.cuda.device_count() - 1, 2), mixed_prompts("qwen2_vl", 8)
-    company = make_company(dtype, transport="nccl", workers=workers, share=False, sleep=False)
+    company = make_company(dtype, transport="nccl", workers=workers, native=native)
     company.wait()
     for _ in range(3):
         company.train()

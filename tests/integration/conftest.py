@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,10 @@ from PIL import Image
 from rlmed.core.config.composing import compose_config
 from rlmed.core.config.schema import RunConfig
 from rlmed.data.phantom.studies import write_dataset
-from rlmed.models.tiny.build import build_tiny_vl
+from rlmed.models.tiny.build import build_tiny_text, build_tiny_vl
+from rollout.pool.pool import WorkerPool
+from rollout.pool.state import PoolSettings
+from tests.integration.processes import marked, new_mark, wait_until
 
 Rows = list[dict[str, object]]
 
@@ -90,3 +95,56 @@ def make_config(random_model: Path, write_rows: Callable[..., Path]) -> Callable
         return compose_config("train", settings)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[dict[str, str]]:
+    """The mark of our own Ray in a short-named folder (its sockets' names are long).
+
+    Nothing of it remains.
+    """
+    import ray
+
+    from rlmed.cluster.ray_session import worker_environment
+
+    mark = new_mark()
+    with tempfile.TemporaryDirectory(prefix="rt-") as folder, pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            **mark,
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_prestart_worker_first_driver": "false",
+        }.items():
+            patch.setenv(name, value)
+        ray.init(
+            num_cpus=2,
+            include_dashboard=False,
+            _temp_dir=folder,
+            log_to_driver=False,
+            object_store_memory=128 * 2**20,
+            resources={"scanner": 2},
+            runtime_env=worker_environment({}, here=True),
+        )
+        yield mark
+        ray.shutdown()
+        wait_until(lambda: not marked(mark), 120, "Ray's processes end")
+
+
+@pytest.fixture(scope="session")
+def ray_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text model's folder, for the workers of `ray_pool`."""
+    folder = tmp_path_factory.mktemp("text")
+    build_tiny_text(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ray_pool(ray_session: dict[str, str], ray_model: Path) -> Iterator[WorkerPool]:
+    """Two workers, which tests may kill: they are replaced."""
+    from rollout.pool.actor import RayWorker
+    from tests.integration.test_ray_workers import build_engine
+
+    build = functools.partial(build_engine, ray_model)
+    settings = PoolSettings(capacity=16, heartbeat_s=0.5)
+    pool = WorkerPool(lambda i: RayWorker(f"worker {i}", build), 2, settings)
+    yield pool
+    pool.close()

@@ -4,7 +4,8 @@ PLACE is one of: nowhere, rollout:N (at group N), backward:N (at gradient N), op
 N), checkpoint:N (while writing the checkpoint of step N), metrics:N (before step N is written
 down), report:1 (before the report is written), images:N (after the N-th file of generated rows).
 With wait:M,N it doesn't die but stands still before steps M and N are written down, each time until
-somebody has removed the file `waits` that it makes in its folder.
+somebody has removed the file `waits` that it makes in its folder; it notices a lost head of Ray
+sooner than others do.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ prepare_process()
 # isort: split
 # ruff: noqa: E402
 
+import functools
 import os
 import signal
 import sys
@@ -33,6 +35,8 @@ from learner.optimizer import Optimizer
 from rlmed.commandline import run_command
 from rlmed.recording.recorder import RunRecorder
 from rollout.local import LocalPool
+
+HEAD_SILENCE_S = 6.0
 
 
 def die_at_call(owner: Any, name: str, number: int, *, after: bool) -> None:
@@ -90,6 +94,14 @@ def wait_before(steps: set[int]) -> None:
     RunRecorder.record_groups = waiting  # type: ignore[method-assign]
 
 
+def notice_a_lost_head_soon() -> None:
+    """Wait `HEAD_SILENCE_S` for an answer of Ray's head, not as long as users' runs do."""
+    from rlmed.cluster import ray_session
+
+    watch: Any = functools.partial(ray_session.HeadWatch, limit_s=HEAD_SILENCE_S)
+    ray_session.HeadWatch = watch  # type: ignore[misc]
+
+
 def main() -> None:
     place, _, number = sys.argv.pop(1).partition(":")
     match place:
@@ -111,6 +123,7 @@ def main() -> None:
             die_at_call(RunRecorder, "record_groups", int(number), after=False)
         case "wait":
             wait_before({int(step) for step in number.split(",")})
+            notice_a_lost_head_soon()
         case _:
             raise SystemExit(f"unknown place {place!r}")
     run_command("train", rlmed.launch.main)

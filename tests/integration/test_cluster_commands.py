@@ -4,16 +4,16 @@ process.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
-import os
-import subprocess
-import sys
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.integration.forked import run_forked
 from tests.integration.processes import marked, new_mark, wait_until
 from tests.integration.same_training import read_lines
 from tests.rounding import GRADIENTS
@@ -36,12 +36,9 @@ def run(folder: Path, name: str, module: str, *overrides: str) -> Path:
     """Run a command in a process of its own, of which nothing may be left running; return its
     folder.
     """
-    mark = new_mark()
-    done = subprocess.run(
-        [sys.executable, "-m", module, *overrides, f"hydra.run.dir={folder / name}"],
-        cwd=folder, env=os.environ | mark, capture_output=True, text=True, check=False, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    mark, main = new_mark(), functools.partial(runpy.run_module, module, run_name="__main__")
+    done = run_forked(main, [*overrides, f"hydra.run.dir={folder / name}"], folder, mark)
+    assert done.returncode == 0, done.output
     wait_until(lambda: not marked(mark), 120, "all processes of the command end")
     return folder / name
 

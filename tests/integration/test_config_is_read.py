@@ -29,6 +29,7 @@ ELSEWHERE = {
     "name": "the run's folder, by interpolation",
     "profile": "the name, by interpolation",
     "data.download": "an error's text",
+    "cluster.check_memory": "a run that lacks memory",
 }
 """Keys that do something without being read in a run that goes well."""
 PASSED_ON = {"rollout.on_push"}
@@ -118,7 +119,7 @@ def test_a_command_reads_what_the_rules_say_and_nothing_else(
         assert read & never <= PASSED_ON, overrides
 
 
-NAMED_IN = ("cluster/build", "cluster/ray_session", "cluster/engines", "models/loading", "data/loading")
+NAMED_IN = ("cluster/build", "cluster/capacity", "cluster/ray_session", "models/loading", "data/loading")
 
 
 def test_what_these_runs_leave_idle_is_read_where_processes_and_engines_are_built(make_config: Config) -> None:

@@ -24,9 +24,9 @@ SMALL = setting.Geometry(
     hidden=256, layers=2, heads=4, kv_heads=2, intermediate=64, tied=True, vision_depth=1, vision_width=160
 )
 CPU = torch.device("cpu")
-IN_ONE_PROCESS = ("decode", "learner")
+IN_ONE_PROCESS = ("decode", "learner", "loop")
 """Parts that are run without the process that each has otherwise: `kernels` needs the interpreter's
-variable before triton is imported, `loop` starts a run, and `probe` tells what a failed one does.
+variable before triton is imported, and `probe` tells what a failed one does.
 """
 
 
@@ -63,10 +63,16 @@ def test_scores_are_as_large_as_in_real_models(small: Path, tmp_path: Path, monk
         layout: PackedLayout
 
         def attend(
-            self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+            self,
+            layer: int,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            scale: float,
+            window: int | None,
         ) -> torch.Tensor:
             scores.append(torch.einsum("nd,md->nm", query[:, 0], key[:, 0]) * scale)
-            return self.layout.attend(layer, query, key, value, scale)
+            return self.layout.attend(layer, query, key, value, scale, window)
 
     layout: AttentionLayout = Recorder(PackedLayout.build([(600, ())]))
     with torch.no_grad():

@@ -24,6 +24,7 @@ PROGRAM = f"""
 import os, sys, ray
 from rlmed.cluster.ray_session import start_ray
 from rlmed.core.config.composing import compose_config
+from tests.integration.processes import MARK, marked
 
 @ray.remote(num_cpus=0)
 class Actor:
@@ -32,12 +33,14 @@ class Actor:
 
 stop = start_ray(compose_config("train", ["cluster=ray"]).cluster)
 executable, prepared = ray.get(Actor.remote().tell.remote(), timeout=120)
-print(prepared, executable)
+idle = marked({{MARK: os.environ[MARK]}}, "ray::IDLE")
+print(prepared, len(idle), executable)
 stop()
 """
 
 
 def test_an_actor_starts_where_the_interpreters_path_contains_a_space(tmp_path: Path) -> None:
+    """It alone: processes that Ray would start in advance could not be used."""
     environment = tmp_path / "my 'new' environment"
     subprocess.run([sys.executable, "-m", "venv", "--symlinks", "--without-pip", environment], check=True)
     python, version = environment / "bin" / "python", f"python{sys.version_info.major}.{sys.version_info.minor}"
@@ -59,4 +62,4 @@ def test_an_actor_starts_where_the_interpreters_path_contains_a_space(tmp_path: 
     finally:
         wait_until(lambda: not marked(mark), 120, "Ray's processes end")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == f"True {python}"
+    assert done.stdout.splitlines()[-1] == f"True 0 {python}"

@@ -270,6 +270,8 @@ def test_sft_shuffles_options_where_no_written_text_names_a_letter(
     said = "data.shuffle_options: 1 of 2 training rows keep"
     assert (said in caplog.text) == (target == "auto")
     seen: dict[str, set[tuple[str, ...]]] = {"free": set(), "fixed": set()}
+    items = [item for step in range(batches.steps) for item in batches.batch(step)]
+    assert batches.longest == max(len(item.sequences[0].completion.token_ids) for item in items)
     for step in range(batches.steps):
         for item in batches.batch(step):
             example = item.prompt.example

@@ -1,4 +1,4 @@
-"""`python -m rlmed.launch cluster=ray` as users run it: one process's numbers, lost processes."""
+"""`rlmed.launch` with cluster=ray: one process's numbers, lost processes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import importlib.util
 import os
 import re
 import signal
-import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration import launch_and_die
+from tests.integration.forked import Forked
 from tests.integration.processes import marked, new_mark, wait_until
 from tests.integration.same_training import assert_same_training, read_lines
 from tests.integration.short_run import SHORT_RUN, STEPS
@@ -24,7 +24,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray"),
 ]
-DIE = Path(__file__).with_name("launch_and_die.py")
 # at a small learning rate a completion that rounding decides does not change most of those after it
 SETTINGS = (*SHORT_RUN, "algo.dynamic_sampling=false", "reward=reasoning", "learner.lr=1e-4")
 
@@ -32,42 +31,27 @@ SETTINGS = (*SHORT_RUN, "algo.dynamic_sampling=false", "reward=reasoning", "lear
 class Launch:
     """A run in a process of its own whose descendants can be found."""
 
-    def __init__(
-        self,
-        folder: Path,
-        *overrides: str,
-        waits: str | None = None,
-        temporary: Path | None = None,
-        omp_threads: str | None = "1",
-    ) -> None:
+    def __init__(self, folder: Path, *overrides: str, waits: str | None = None, temporary: Path | None = None) -> None:
         """`waits`: steps before which it stands still until `go_on`, as "2,4", on any machine."""
         self.folder, self.sign, self.mark = folder, folder / "waits", new_mark()
-        environment = os.environ | self.mark
-        environment.pop("OMP_NUM_THREADS", None)
-        if omp_threads is not None:
-            environment["OMP_NUM_THREADS"] = omp_threads
-        if temporary is not None:
-            environment["TMPDIR"] = str(temporary)
-        start = ["-m", "rlmed.launch"] if waits is None else [str(DIE), f"wait:{waits}"]
-        command = [sys.executable, *start, *SETTINGS, f"hydra.run.dir={folder}", *overrides]
-        self.process = subprocess.Popen(
-            command, cwd=folder.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        self.output = ""
+        environment = self.mark | ({} if temporary is None else {"TMPDIR": str(temporary)})
+        place = "nowhere" if waits is None else f"wait:{waits}"
+        arguments = [place, *SETTINGS, f"hydra.run.dir={folder}", *overrides]
+        self.process = Forked(launch_and_die.main, arguments, folder.parent, environment)
 
     def finish(self, status: int = 0) -> str:
         """Wait for its end, which must have this exit status; nothing of it may be left running."""
-        self.output, _ = self.process.communicate(timeout=240)
-        assert self.process.returncode == status, self.output
+        done = self.process.finish()
+        assert done.returncode == status, done.output
         wait_until(lambda: not marked(self.mark), 120, "all processes of the run end")
-        return self.output
+        return done.output
 
     def victims(self, title: str) -> list[int]:
         return marked(self.mark, title)
 
     def until_it_waits(self) -> None:
-        wait_until(lambda: self.sign.exists() or self.process.poll() is not None, 240, "the next step to wait at")
-        assert self.process.poll() is None, self.process.communicate()
+        wait_until(lambda: self.sign.exists() or self.process.returncode is not None, 240, "the next step to wait at")
+        assert self.process.returncode is None, self.process.output
 
     def go_on(self) -> None:
         self.sign.unlink()
@@ -104,7 +88,6 @@ def test_a_killed_run_leaves_no_actors_and_goes_on_as_a_single_process_would(
     run.until_it_waits()
     assert len(run.victims("Actor")) == 2
     run.process.kill()
-    run.process.communicate()
     run.go_on()
     wait_until(lambda: not run.victims("Actor"), 120, "the actors of the killed run end")
     assert len(list(temporary.glob("rlmed-ray-*"))) == 1
@@ -115,9 +98,10 @@ def test_a_killed_run_leaves_no_actors_and_goes_on_as_a_single_process_would(
 
 
 def test_a_killed_worker_costs_no_group_and_a_killed_rank_is_resumed_with_one_command(runs: Path, local: Path) -> None:
-    """Two ranks, of which one dies; the run goes on with one."""
-    settings = ("cluster=ray", "cluster.rollout_workers=2", "cluster.threads=1")
-    run = Launch(runs / "killed", *settings, "cluster.learner_ranks=2", waits="2,4")
+    """Two workers and two ranks, one of each dies; the run goes on with one of each."""
+    settings = ("cluster=ray", "cluster.threads=1")
+    several = ("cluster.rollout_workers=2", "cluster.learner_ranks=2")
+    run = Launch(runs / "killed", *settings, *several, waits="2,4")
     run.until_it_waits()
     os.kill(run.victims("ray::RolloutActor")[0], signal.SIGKILL)
     run.go_on()

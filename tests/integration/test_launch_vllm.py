@@ -1,15 +1,19 @@
-"""`python -m rlmed.launch cluster=ray rollout=vllm` on vLLM's CPU build, evaluated at both ends."""
+"""`python -m rlmed.launch cluster=ray rollout=vllm` on vLLM's CPU build, as users run it."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.integration.processes import marked, new_mark, wait_until
 from tests.integration.same_training import read_lines
-from tests.integration.test_launch_ray import Launch, metrics
+from tests.integration.test_launch_ray import SETTINGS, metrics
 from tests.rounding import LOGPROBS
 
 pytestmark = [
@@ -23,8 +27,11 @@ pytestmark = [
 
 
 def test_vllm_samples_learns_and_is_pushed_to(tmp_path: Path, with_images: Callable[[Path], Path]) -> None:
-    run = Launch(
-        with_images(tmp_path) / "run",
+    mark = new_mark()
+    # as in a shell that says nothing: Ray then tells its actors 1, and vLLM minds the difference
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    settings = (
+        *SETTINGS,
         "cluster=ray",
         "rollout=vllm",
         "steps=4",
@@ -37,11 +44,20 @@ def test_vllm_samples_learns_and_is_pushed_to(tmp_path: Path, with_images: Calla
         "eval.limit=8",
         "checkpoint.every=0",
         "cluster.threads=2",
-        # as in a shell that says nothing: Ray then tells its actors 1, and vLLM minds the
-        # difference
-        omp_threads=None,
+        f"hydra.run.dir={tmp_path / 'run'}",
     )
-    said = run.finish()
+    done = subprocess.run(
+        [sys.executable, "-m", "rlmed.launch", *settings],
+        cwd=with_images(tmp_path),
+        env=environment | mark,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    wait_until(lambda: not marked(mark), 120, "all processes of the run end")
+    said = done.stdout
     assert "Held-out accuracy in %, step 0 → 4" in said
     steps = metrics(tmp_path / "run")
     assert [line["policy_version"] for line in steps] == [1, 2, 3, 4]

@@ -46,7 +46,7 @@ def test_a_leak_is_logged_and_written_down(
     folder.mkdir()
     with caplog.at_level(logging.WARNING):
         evaluate.main(compose_config("evaluate", settings()), folder)
-    assert re.search(r"1 of 6 rows of test .* 1 .*question and", caplog.text)
+    assert re.search(r"\b1 of 6 .*\btest\b.*, 1 .*\btest-5\b.*\btrain-5\b", caplog.text)
     content = json.loads((folder / "data.json").read_text())
     report = LeakageReport.from_json(content["leakage"])
     assert report.leaking_ids("test") == {"test-5"}

@@ -7,7 +7,6 @@ import functools
 import os
 import pickle
 import signal
-import tempfile
 import time
 from pathlib import Path
 
@@ -22,12 +21,11 @@ import torch
 from learner.actor import LearnerError, RayLearner
 from learner.sharing import split_items
 from learner.supervised import written_item
-from rlmed.cluster.ray_session import worker_environment
 from rlmed.core.protocols import ClusterError
 from rlmed.core.types import Example, Prompt, RolloutRequest, SamplingParams
-from rlmed.core.weights import NotConnectedError, StoredWeights, WeightUpdate
+from rlmed.core.weights import StoredWeights, WeightUpdate
+from rlmed.models.direct import DirectWeights
 from rlmed.models.policy import load_policy
-from rlmed.models.tiny.build import build_tiny_text
 from rlmed.models.weights import make_buckets
 from rlmed.run import Run
 from rollout.native.engine import NativeEngine
@@ -35,7 +33,7 @@ from rollout.native.scheduler import EngineLimits
 from rollout.pool.actor import RayWorker
 from rollout.pool.pool import WorkerPool
 from rollout.pool.state import PoolSettings
-from tests.integration.processes import marked, new_mark, wait_until
+from tests.integration.processes import marked, wait_until
 from tests.rounding import LOGPROBS, worst_difference
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -50,40 +48,19 @@ def build_engine(folder):
     return NativeEngine(policy, lambda ids: "", EngineLimits(max_completions=16))
 
 
-@pytest.fixture(scope="module")
-def session():
-    """Our own Ray in a short-named folder (its sockets' names are long); nothing of it remains."""
-    mark = new_mark()
-    with tempfile.TemporaryDirectory(prefix="rt-") as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setenv(*next(iter(mark.items())))
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(
-            num_cpus=2,
-            include_dashboard=False,
-            _temp_dir=folder,
-            log_to_driver=False,
-            object_store_memory=128 * 2**20,
-            resources={"scanner": 2},
-            runtime_env=worker_environment({}, here=True),
-        )
-        yield mark
-        ray.shutdown()
-        wait_until(lambda: not marked(mark), 120, "Ray's processes end")
+@pytest.fixture
+def session(ray_session):
+    return ray_session
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    build_tiny_text(folder)
-    return folder
+@pytest.fixture
+def model(ray_model):
+    return ray_model
 
 
-@pytest.fixture(scope="module")
-def pool(session, model):
-    settings = PoolSettings(capacity=16, heartbeat_s=0.5)
-    pool = WorkerPool(lambda i: RayWorker(f"worker {i}", functools.partial(build_engine, model)), 2, settings)
-    yield pool
-    pool.close()
+@pytest.fixture
+def pool(ray_pool):
+    return ray_pool
 
 
 def request(index, max_tokens=300):
@@ -140,7 +117,7 @@ def test_pushed_weights_reach_all_workers_and_the_successor_of_a_lost_one(pool, 
         for parameter in policy.model.parameters():
             parameter.mul_(1.5)
     stored = StoredWeights(7, [ray.put(bucket) for bucket in make_buckets(policy.model.named_parameters(), 2**16)])
-    assert len(stored.buckets) > 2
+    assert len(stored.parts) > 2
     assert len(pool.update_weights(WeightUpdate(lambda: stored))) == 2
     policy.end_token_ids = frozenset()
     local = NativeEngine(policy, lambda ids: "", EngineLimits(max_completions=16))
@@ -218,13 +195,13 @@ class Weighing:
     split = functools.partial(split_items, token_budget=64)
 
     def learn(self, share):
-        sizes = [None] * 3
+        sizes = [None] * 2
         torch.distributed.all_gather_object(sizes, len(pickle.dumps(share)))
-        return dict(zip("abc", sizes, strict=True))
+        return dict(zip("ab", sizes, strict=True))
 
 
 def test_a_rank_is_sent_only_what_it_works_on(session):
-    """Six images of 1 MB over three ranks; then one, where two ranks have nothing to do."""
+    """Six images of 1 MB over two ranks; then one, where a rank has nothing to do."""
     items = [
         written_item(
             dataclasses.replace(request(index).prompt, image_inputs={"pixel_values": np.zeros(250_000, np.float32)}),
@@ -233,34 +210,24 @@ def test_a_rank_is_sent_only_what_it_works_on(session):
         for index in range(6)
     ]
     learner = RayLearner(
-        lambda report, parallelism: Weighing(), on_bad_step=lambda *_: None, step_s=60, options=[{}] * 3
+        lambda report, parallelism: Weighing(), on_bad_step=lambda *_: None, step_s=60, options=[{}] * 2
     )
     try:
-        assert list(learner.step(items).values()) == pytest.approx([2e6] * 3, rel=0.01)
-        first, *idle = sorted(learner.step(items[:1]).values(), reverse=True)
+        assert list(learner.step(items).values()) == pytest.approx([3e6] * 2, rel=0.01)
+        first, idle = sorted(learner.step(items[:1]).values(), reverse=True)
         assert first == pytest.approx(1e6, rel=0.01)
-        assert max(idle) < 5_000
+        assert idle < 5_000
     finally:
         learner.close()
 
 
-class ToldEngine(NativeEngine):
-    """Takes weights from its calls, in the place of a GPU that receives them."""
+class RefusingEngine(NativeEngine):
+    """The third one cannot be sent weights."""
 
-    def connect(self, transport, info):
-        if info["refuse"]:
+    def update_weights(self, version, weights=()):
+        if self.devices == ("gpu-3",) and any(isinstance(part, DirectWeights) for part in weights):
             raise RuntimeError("NCCL does not load here")
-        self.transport = transport
-
-    def begin_update(self):
-        self.received = []
-
-    def receive(self, info):
-        assert self.transport == "nccl"
-        self.received += info["buckets"]
-
-    def finish_update(self, version):
-        self.update_weights(version, self.received)
+        super().update_weights(version, weights)
 
 
 @ray.remote(num_cpus=0)
@@ -275,50 +242,28 @@ class Numbers:
         return self.last
 
 
-def build_told_engine(folder, numbers):
-    engine = ToldEngine(load_policy(folder), lambda ids: "", EngineLimits(max_completions=16))
+def build_refusing_engine(folder, numbers):
+    engine = RefusingEngine(load_policy(folder), lambda ids: "", EngineLimits(max_completions=16))
     engine.policy.end_token_ids = frozenset()
     engine.devices = (f"gpu-{ray.get(numbers.next.remote())}",)
     return engine
 
 
-class TellingSender:
-    """Stands in for vLLM's transfer in learner rank 0; no group can be made with the third GPU."""
-
-    def __init__(self, learner):
-        self.learner = learner
-
-    def connect(self, transport, engines, call, host):
-        assert host.count(".") == 3
-        self.engines, self.call = engines, call
-        refuse = any(engine.devices == ("gpu-3",) for engine in engines)
-        try:
-            self.tell("connect", transport, {"refuse": refuse})
-        except RuntimeError as error:
-            raise NotConnectedError(f"no connection by nccl: {error.cause}") from error
-
-    def send(self, version):
-        self.tell("begin_update")
-        self.tell("receive", {"buckets": list(make_buckets(self.learner.full_weights(on_device=True)))})
-        self.tell("finish_update", version)
-
-    def tell(self, stage, *arguments):
-        for call in [self.call(engine, stage, *arguments) for engine in self.engines]:
-            call.result(timeout=60)
-
-
 class Drifting:
-    """Stands in for a learner: each step makes the weights larger."""
+    """Stands in for a learner's rank: each step makes the weights larger; all gather together."""
 
     policy_version = 0
     split = staticmethod(lambda batch, ranks: [batch] * ranks)
 
-    def __init__(self, folder):
-        self.policy = load_policy(folder)
+    def __init__(self, folder, parallelism=None):
+        self.policy, self.parallelism = load_policy(folder), parallelism
         self.policy.end_token_ids = frozenset()
 
     def full_weights(self, *, on_device=False):
-        return ((name, parameter.detach()) for name, parameter in self.policy.model.named_parameters())
+        for name, parameter in self.policy.model.named_parameters():
+            torch.distributed.barrier()
+            if self.parallelism.first:
+                yield name, parameter.detach()
 
     @torch.no_grad()
     def learn(self, share):
@@ -341,19 +286,20 @@ def sampled(pool, *versions):
     return sorted(groups, key=lambda group: group.min_version)
 
 
-def test_weights_are_sent_from_actor_to_actor_and_fetched_by_later_workers(session, model, caplog):
+def test_weights_are_sent_from_actor_to_actor_and_fetched_by_later_workers(session, model, caplog, monkeypatch):
     settings = PoolSettings(capacity=4, heartbeat_s=0.5, silence_s=120.0)
-    build = functools.partial(build_told_engine, model, Numbers.remote())
+    build = functools.partial(build_refusing_engine, model, Numbers.remote())
     pool = WorkerPool(lambda i: RayWorker(f"worker {i}", build), 2, settings)
     channel = pool.channel()
     learner = RayLearner(
-        lambda report, parallelism: Drifting(model),
+        lambda report, parallelism: Drifting(model, parallelism),
         on_bad_step=lambda *_: None,
         step_s=120,
+        options=[{}, {}],
         weight_transfer="nccl",
-        make_sender=TellingSender,
+        push_s=120.0,
     )
-    learner._direct._device = "gpu-0"  # the rank's, which runs on a CPU here
+    monkeypatch.setattr("learner.weight_push.choose_transport", lambda *_: "gloo")
     local = Drifting(model)
     engine = NativeEngine(local.policy, lambda ids: "", EngineLimits(max_completions=16))
 
@@ -387,7 +333,8 @@ def test_weights_are_sent_from_actor_to_actor_and_fetched_by_later_workers(sessi
         # with it no group can be made, so both fetch
         learn()
         learner.push_weights(channel)
-        assert "nccl: NCCL does not load here." in caplog.text
+        assert "RuntimeError: NCCL does not load here" in caplog.text
+        assert "Sending weights through the object store" in caplog.text
         assert worst_difference(expected(), sampled(pool, 3), local.policy) <= LOGPROBS
     finally:
         pool.close()

@@ -28,7 +28,7 @@ pytestmark = [
         " " in sys.executable, reason="`ray start` does not work from a folder with a space in its name"
     ),
 ]
-STEPS, GROUPS_PER_STEP = 8, 4
+STEPS, GROUPS_PER_STEP = 6, 4
 LAST = STEPS - 1
 """Runs stand still before the steps 3 and `LAST`, so no machine is too fast for the events."""
 DIE = Path(__file__).with_name("launch_and_die.py")
@@ -174,7 +174,7 @@ def test_a_killed_node_costs_no_group_and_after_a_lost_head_the_same_command_goe
     run.go_on()
     assert re.search(r"error: lost the Ray head .* resume=auto", run.output)
     assert "Traceback" not in run.output
-    alone = (*TRAINING, "checkpoint.every=1", "cluster.address=null", "resume=auto")
+    alone = (*TRAINING, "checkpoint.every=1", "cluster.address=null", "cluster.rollout_workers=1", "resume=auto")
     resumed = Run(three_nodes, workplace / "run", *alone)
     resumed.finish()
     assert "resuming after step" in resumed.output

@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import importlib.util
 import os
+import queue
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -23,8 +25,10 @@ from transformers import (
 
 from learner.packing import PackItem, TrainSequence, pack
 from rlmed.core.types import Example, RolloutRequest, SamplingParams
-from rlmed.core.weights import WeightError
+from rlmed.core.weights import EngineHandle, WeightError
 from rlmed.data.prompts import PromptRenderer, load_processor
+from rlmed.models import direct
+from rlmed.models.direct import DirectSender
 from rlmed.models.policy import load_policy
 from rlmed.models.tiny.build import build_tiny_text, build_tiny_vl
 from rlmed.models.weights import make_buckets
@@ -59,7 +63,7 @@ def build_model(folder, family="qwen2_vl"):
     if vision:
         text.rope_parameters["mrope_section"] = [4, 6, 6]
         setattr(config.vision_config, "hidden_size" if family == "qwen2_vl" else "out_hidden_size", 128)
-    elif text.to_dict().get("head_dim"):
+    if text.to_dict().get("head_dim"):
         text.head_dim = 32
     generator = torch.Generator().manual_seed(1)
     with torch.random.fork_rng(devices=()), torch.no_grad():
@@ -423,13 +427,21 @@ def test_weights_of_another_model_are_refused_and_nothing_changes(engine, policy
         assert tokens(rollout(engine, prompts)) == tokens(before)
 
 
-def test_an_incomplete_push_is_an_error_until_a_complete_one_comes(engine, policy, prompts):
+def test_an_incomplete_push_is_refused_and_a_damaged_one_is_an_error_until_a_complete_one_comes(
+    engine, policy, prompts
+):
+    before = tokens(rollout(engine, prompts))
     change(policy, "language")
     entries = list(policy.model.named_parameters())
     names = [name for name, _ in entries]
     dropped = next(name for name in names if name.endswith("k_proj.weight"))
     with pytest.raises(WeightError, match=dropped):
         engine.update_weights(1, buckets(entry for entry in entries if entry[0] != dropped))
+    assert tokens(rollout(engine, prompts)) == before
+    damaged = buckets(entries)
+    damaged[names.index(dropped)].data[0] ^= 1
+    with pytest.raises(WeightError, match=rf"{dropped} were damaged"):
+        engine.update_weights(1, damaged)
     engine.submit(request(prompts[0]))
     with pytest.raises(WeightError, match="push all of them again"):
         engine.step()
@@ -509,7 +521,7 @@ def test_a_new_picture_beside_many_new_questions_about_known_ones_is_computed_wh
     assert disagreement(policy, groups) < TOLERANCE
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen2", "qwen3", "llama"])
 def test_every_family_agrees_with_the_learner_before_and_after_a_push(open_engine, tmp_path, family):
     folder = build_model(tmp_path, family)
     engine, policy = open_engine(folder), load_policy(folder)
@@ -527,57 +539,27 @@ def test_children_of_this_process_do_not_inherit_what_vllm_preloads(open_engine,
     assert "torch" not in os.environ.get("LD_PRELOAD", "")
 
 
-def test_weights_arrive_through_a_connection_of_vllms_own_backends(engine, policy, prompts, tmp_path, monkeypatch):
-    """A file stands in for the GPU memory of NCCL and IPC; the reload and the rest are the same."""
-    from safetensors.torch import load_file, save_file
-    from vllm.distributed.weight_transfer import WeightTransferEngineFactory
-    from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine, NCCLWeightTransferUpdateInfo
-
-    class FileTransfer(NCCLWeightTransferEngine):
-        def init_transfer_engine(self, init_info):
-            assert init_info.rank_offset == 3
-            self.model_update_group = dataclasses.make_dataclass("Group", [("disabled", bool)])(False)
-
-        def receive_weights(self, update_info):
-            assert isinstance(update_info, NCCLWeightTransferUpdateInfo)
-            weights = load_file(tmp_path / "weights.safetensors")
-            self.model.load_weights((name, weights[name]) for name in update_info.names)
-
-        def shutdown(self):
-            self.model_update_group = None
-
-    monkeypatch.setitem(WeightTransferEngineFactory._registry, "file", lambda: FileTransfer)
-    engine.connect("file", {"master_address": "h", "master_port": 1, "rank_offset": 3, "world_size": 4})
-    before = rollout(engine, prompts, group_size=2)
+@pytest.mark.parametrize("transport", ["gloo", "ipc"])
+def test_weights_arrive_as_learner_rank_0_sends_them(engine, policy, prompts, transport, monkeypatch):
+    """By `ipc` this process's memory stands in for a GPU's."""
+    monkeypatch.setattr(direct, "BUCKET_BYTES", 50_000)
+    sender = DirectSender(policy.model.named_parameters(), torch.device("cpu"), "127.0.0.1")
+    handle, before = EngineHandle("engine", 0, engine.devices), rollout(engine, prompts, group_size=2)
     for version in (1, 2):
         change(policy)
-        weights = {name: parameter.detach() for name, parameter in policy.model.named_parameters()}
-        save_file(weights, tmp_path / "weights.safetensors")
-        engine.begin_update()
-        for names in (list(weights)[:5], list(weights)[5:]):
-            shapes = [list(weights[name].shape) for name in names]
-            engine.receive({"names": names, "shapes": shapes, "dtype_names": ["float32"] * len(names)})
-        engine.finish_update(version)
+        offers, done = queue.SimpleQueue(), Future()
+
+        def call(_, sent, offers=offers, done=done):
+            offers.put(sent)
+            return done
+
+        with ThreadPoolExecutor(1) as thread:
+            tensors = policy.model.named_parameters()
+            sending = thread.submit(sender.send, transport, [handle], call, tensors, 60.0)
+            engine.update_weights(version, [offers.get(timeout=60)])
+            done.set_result(None)
+            sending.result(timeout=60)
         groups = rollout(engine, prompts, group_size=2)
         assert disagreement(policy, groups) < TOLERANCE
         assert disagreement(policy, before) > 100 * TOLERANCE
         assert {completion.max_version for group in groups for completion in group.completions} == {version}
-    engine.begin_update()
-    with pytest.raises(WeightError, match=r"weights of unknown, .*not have"):
-        engine.receive({"names": ["unknown"], "shapes": [[1]], "dtype_names": ["float32"]})
-
-
-def test_an_engine_that_cannot_be_connected_still_takes_weights_that_it_is_given(engine, policy, prompts):
-    assert engine.devices == ()  # on a CPU
-    with pytest.raises(Exception, match=r"(?i)accelerator|cuda|nccl"):
-        engine.connect(
-            "nccl", {"master_address": "127.0.0.1", "master_port": 1, "rank_offset": 1, "world_size": 1, "packed": True}
-        )
-    shapes = {name: list(parameter.shape) for name, parameter in policy.model.named_parameters()}
-    update = {"names": list(shapes), "shapes": list(shapes.values()), "dtype_names": ["float32"] * len(shapes)}
-    engine.begin_update()
-    with pytest.raises(RuntimeError, match="without connecting first"):
-        engine.receive(update)
-    change(policy)
-    push(engine, policy, 2)
-    assert disagreement(policy, rollout(engine, prompts, group_size=2)) < TOLERANCE

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from learner import checkpoint as learner_checkpoint
 from learner.distributed import FSDP, free_init_method, init_distributed
@@ -113,9 +114,21 @@ def do(job: Job, parallelism: FSDP | None = None, *, last: bool = True) -> Resul
         except OSError as error:
             reports.append(str(error))
     weights = {name: whole.clone() for name, whole in learner.full_weights()}
-    state = learner._parallelism.gather_full(learner.optimizer.state_dict())
+    state = whole_state(learner.optimizer.state_dict(), first=not parallelism or parallelism.first)
     names = [name for name, _ in policy.model.named_parameters()]
     return Result(metrics, reports, learner.policy_version, names, weights, state)
+
+
+def whole_state(value: Any, *, first: bool) -> Any:
+    """Gather all tensors in nested dicts and lists, one after the other; None but on the `first`."""
+    if isinstance(value, dict):
+        return {key: whole_state(entry, first=first) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [whole_state(entry, first=first) for entry in value]
+    if isinstance(value, Tensor):
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        return whole.detach().clone().cpu() if first else None
+    return value
 
 
 def step(learner: PolicyLearner, batch: list[TrainGroup]) -> dict[str, float]:

@@ -158,7 +158,7 @@ def run(policy, prompts):
 
 @pytest.mark.parametrize("family", ACCEPTED)
 def test_tokens_are_those_without_it(family, fresh_policy, mixed_prompts):
-    policy = fresh_policy(family)
+    policy = fresh_policy(family, compiled_decode=False)
     actual = run(policy, mixed_prompts(family, 7))
     policy.decoder = None
     vars(policy.model.get_decoder()).pop("forward")
@@ -201,7 +201,7 @@ class Dispatched(TorchDispatchMode):
 @pytest.mark.parametrize("uses", [PRODUCT_USES[:2], PRODUCT_USES], ids=["as it is", "packed"])
 def test_a_step_dispatches_few_operators_and_none_that_waits_for_the_device(uses, monkeypatch, make_request_of):
     monkeypatch.setattr(products._Choice, "uses", frozenset(uses))
-    policy = load_policy(model_folder("embedded:tiny_base"), onednn=uses)
+    policy = load_policy(model_folder("embedded:tiny_base"), onednn=uses, compiled_decode=False)
     policy.end_token_ids = frozenset()
     engine = NativeEngine(policy, lambda _: "")
     for index in range(3):

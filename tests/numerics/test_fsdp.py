@@ -134,6 +134,8 @@ def test_several_steps_are_those_of_one_rank(ranks, steps, config, tiny_folder, 
     [
         ("llama", {"kl_coef": 0.0, "aggregation": "token_mean", "old_logprobs": "rollout", "importance_cap": 2.0}),
         ("qwen2_5_vl", {"clip": "dual", "aggregation": "sequence_sum", "ratio_level": "sequence"}),
+        ("gemma3", {"kl_coef": 0.0}),
+        ("smolvlm", {"kl_coef": 0.0}),
     ],
 )
 def test_other_families_and_settings(ranks, family, loss, tiny_folder, make_train_groups):
@@ -294,6 +296,20 @@ def test_a_rank_whose_disk_is_full_says_so_and_lets_no_other_wait(
     reports = [result.reports for result in ranks.do(job)]
     assert [rank for rank, said in enumerate(reports) if said] == told
     assert all("No space left on device" in said[0] for said in reports if said)
+    # a rank whose weights are written adds nothing to a folder that is about to be removed
+    written = sorted(path.name for path in (job.save / "optimizer").iterdir())
+    assert written == [] or told == [0, 1]
+
+
+def test_a_first_rank_that_cannot_write_settings_says_so_and_lets_no_other_wait(
+    ranks, new_folder, tiny_folder, make_train_groups
+):
+    job = Job(tiny_folder("qwen2"), [make_train_groups("qwen2", 2)], loss={"kl_coef": 0.0}, save=new_folder("saved"))
+    (job.save / "config.json").mkdir()
+    reports = [result.reports for result in ranks.do(job)]
+    assert [len(said) for said in reports] == [1, 0]
+    assert "Is a directory" in reports[0][0]
+    assert [path.name for path in job.save.iterdir()] == ["config.json"]
 
 
 def assert_identical(actual, expected):

@@ -11,6 +11,7 @@ from learner.learner import PolicyLearner
 from learner.packing import PackItem, TrainSequence, split_by_tokens
 from tests.configs import learner_config, loss_config
 from tests.rounding import GRADIENTS, LOGPROBS
+from tests.tiny_vision import TILE_FAMILIES
 
 TEMPERATURE = 0.9
 
@@ -55,7 +56,7 @@ def step_gradient(fresh_policy):
     return compute
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "llama"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", *TILE_FAMILIES, "llama"])
 def test_the_gradient_is_that_of_a_slow_padded_grpo(
     family, step_gradient, worst_relative, make_train_groups, transformers_model, padded_logprobs, record_property
 ):
@@ -130,7 +131,7 @@ def backwards(group):
     return dataclasses.replace(group, scored=scored, advantages=group.advantages[::-1].copy())
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3", "qwen3_vl", *TILE_FAMILIES])
 def test_gradient_checkpointing_gives_the_same_gradient(
     family, fresh_policy, step_gradient, worst_relative, make_train_groups
 ):

@@ -7,8 +7,9 @@ import torch
 
 from learner.packing import PackItem, TrainSequence, pack, packed_logprobs
 from tests.rounding import GRADIENTS, LOGPROBS
+from tests.tiny_vision import TILE_FAMILIES
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen2", "qwen3", "llama")
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", *TILE_FAMILIES, "qwen2", "qwen3", "llama", "gemma3_text")
 
 
 def packed_items(groups):
@@ -23,7 +24,7 @@ def gradients(model, loss):
     """Gradients by parameter name."""
     model.zero_grad()
     loss.backward()
-    result = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    result = {name: p.grad if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     return result
 

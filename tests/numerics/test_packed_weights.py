@@ -8,9 +8,11 @@ import torch
 from rlmed.core.config.checks import PRODUCT_USES
 from rlmed.core.types import RolloutRequest, SamplingParams
 from rlmed.models.cpu import products
+from rlmed.models.cpu.compiler import missing_library
 from rlmed.models.weights import make_buckets
 from rollout.native.engine import NativeEngine
 
+COMPILED = ("compiled",)
 STEPS = 4
 """Tokens before the change and after it."""
 
@@ -56,6 +58,8 @@ def completions(policy, prompts, change, uses, monkeypatch):
     for _ in range(STEPS):
         engine.step()
     assert len(engine._packs) > 10 or "packed_weights" not in uses
+    compiled = policy.decode_kernels().compiled
+    assert len(engine._packs) == 2 or not compiled
     change(engine)
     groups = []
     while engine.busy:
@@ -69,17 +73,19 @@ def completions(policy, prompts, change, uses, monkeypatch):
 
 
 @pytest.mark.parametrize("change", [unchanged, fused_step, loaded, state_dict_loaded], ids=lambda one: one.__name__)
-@pytest.mark.parametrize("uses", [("packed_weights",), PRODUCT_USES], ids=["alone", "all"])
+@pytest.mark.parametrize("uses", [("packed_weights",), PRODUCT_USES, COMPILED], ids=["alone", "all", "compiled"])
 @pytest.mark.parametrize("family", ["qwen2", "qwen2_vl"])
 def test_a_change_of_weights_is_seen_by_the_next_token(change, family, uses, fresh_policy, mixed_prompts, monkeypatch):
     prompts = mixed_prompts(family, 3)
-    plain = completions(fresh_policy(family), prompts, change, (), monkeypatch)
-    packed = completions(fresh_policy(family), prompts, change, uses, monkeypatch)
+    if uses == COMPILED and (reason := missing_library()):
+        pytest.skip(reason)
+    plain = completions(fresh_policy(family, compiled_decode=False), prompts, change, (), monkeypatch)
+    packed = completions(fresh_policy(family, compiled_decode=uses == COMPILED), prompts, change, uses, monkeypatch)
     assert torch.equal(plain[0], packed[0])
     # sums of some hundred float32 products in each of a few layers: far below what a stale weight
     # makes
     torch.testing.assert_close(packed[1], plain[1], atol=1e-4, rtol=0)
     if change is not unchanged:
-        still = completions(fresh_policy(family), prompts, unchanged, (), monkeypatch)
+        still = completions(fresh_policy(family, compiled_decode=False), prompts, unchanged, (), monkeypatch)
         assert torch.equal(still[1][:, :STEPS], plain[1][:, :STEPS])
         assert float((still[1][:, STEPS] - plain[1][:, STEPS]).abs().max()) > 1e-2

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from tests.root import ROOT
 
-WIRING = ("rlmed/cluster/build.py", "rlmed/cluster/capacity.py", "rlmed/cluster/commands.py")
+WIRING = ("rlmed/cluster/advice.py", "rlmed/cluster/build.py", "rlmed/cluster/capacity.py", "rlmed/cluster/commands.py")
 """Beside the files directly in `rlmed/`; `rlmed.core.config` makes the whole and checks it."""
 
 

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rlmed.core.config.building import REMOVED, RENAMED, build_config
 from rlmed.core.config.checks import ConfigError
 from rlmed.core.config.overrides import CONFIG_GROUPS, explain
+from rlmed.core.config.rules import may_change
 from rlmed.core.config.schema import RunConfig
 from rlmed.core.config.use import Refusal, find_unused
 
@@ -64,11 +65,6 @@ def to_yaml(config: RunConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(_plain(dataclasses.asdict(config))))
 
 
-MAY_CHANGE = (
-    *("name", "profile", "resume", "checkpoint", "preflight", "cluster", "reliability"),
-    *("eval.every", "eval.at_start", "eval.at_end", "data.download", "learner.gradient_checkpointing"),
-)
-"""Keys that may change when a run resumes: they affect neither learning nor what is compared."""
 ADDED = {
     "learner.moments": "float32",
     **{
@@ -99,7 +95,7 @@ def check_same_run(saved: Path, config: RunConfig, *, unused: Collection[str]) -
     different = [
         f"{key}: {before.get(key)!r} then, {after.get(key)!r} now"
         for key in after | before  # a mapping, such as data.mix, may have had other entries then
-        if not {key, key.split(".")[0]} & {*MAY_CHANGE, *unused} and before.get(key) != after.get(key)
+        if not may_change(key) and not {key, key.split(".")[0]} & {*unused} and before.get(key) != after.get(key)
     ]
     if different:
         raise ValueError(

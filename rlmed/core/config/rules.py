@@ -71,7 +71,7 @@ def _keys(section: str, cls: type[Any], *, but: tuple[str, ...]) -> tuple[str, .
 
 TRAINING, EVALUATE = ("train", "sft"), ("evaluate", "reliability")
 WITHOUT_ROLLOUTS = ("sft", *EVALUATE)
-RAY = _keys("cluster", ClusterConfig, but=("kind", "threads"))
+RAY = _keys("cluster", ClusterConfig, but=("kind", "threads", "check_memory"))
 LEARNER_RANKS = tuple(
     f"cluster.{name}"
     for name in (
@@ -270,3 +270,21 @@ RULES = (
     Rule(keys=("rollout.on_push",), when={"algo.max_staleness": (0,)}, advice="Set algo.max_staleness above 0"),
     Rule(keys=RAY, when={"cluster.kind": ("local",)}, advice="Set cluster=ray"),
 )
+
+MAY_CHANGE = (
+    *("name", "profile", "resume", "checkpoint", "preflight", "cluster", "reliability"),
+    *("eval.every", "eval.at_start", "eval.at_end", "data.download", "learner.gradient_checkpointing"),
+)
+"""Keys and sections that may change when a run resumes: they affect neither learning nor what is
+compared.
+"""
+
+
+def may_change(key: str) -> bool:
+    """Return whether a run may resume with another value of `key`."""
+    return not {key, key.partition(".")[0]}.isdisjoint(MAY_CHANGE)
+
+
+def reads(program: str, key: str) -> bool:
+    """Return whether `program` reads `key`, at least with some values of others."""
+    return not any(program in rule.programs and rule.covers(key, None) and not rule.conditional for rule in RULES)

@@ -66,6 +66,7 @@ class ClusterConfig:
 
     kind: str
     threads: int | None
+    check_memory: bool
     address: str | None
     rollout_workers: int
     learner_ranks: int

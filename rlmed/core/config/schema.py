@@ -37,6 +37,7 @@ class ModelConfig:
     min_pixels: int | None
     max_pixels: int | None
     onednn: tuple[str, ...] | None
+    compiled_decode: bool | None
 
     def __post_init__(self) -> None:
         for use in self.onednn or ():
@@ -319,10 +320,6 @@ class RunConfig:
             self.cluster.kind == "local" or ":" not in self.model.device,
             f"model.device={self.model.device} is not supported with cluster=ray, where Ray assigns GPUs to each process: "
             "use model.device=cuda, and CUDA_VISIBLE_DEVICES to hide GPUs from Ray",
-        )
-        require(
-            self.rollout.engine == "vllm" or self.cluster.weight_transfer != "ipc",
-            f"cluster.weight_transfer={self.cluster.weight_transfer} works with vLLM only: use rollout=vllm, or auto",
         )
         require(
             self.rollout.tensor_parallel_size == 1

@@ -9,6 +9,15 @@ from pathlib import Path
 
 from rlmed.core.files.ownership import aside_of, remove, remove_leftovers
 
+FREE_SPACE = "Free some space"
+REMEDIES: dict[int | None, str] = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Make its folder writable"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "Raise the limit of open files (ulimit -n)"),
+    errno.EFBIG: "Raise the limit of a file's size (ulimit -f)",
+    errno.EIO: "Check the disk",
+}
+"""What to do about errors of the system."""
+
 
 class RecordError(OSError):
     """A file of the run cannot be written or truncated; the message names it and what to do."""
@@ -20,16 +29,14 @@ class RecordError(OSError):
 
 def refusal(path: Path, error: OSError, *, advice: str = "start again with resume=auto to continue") -> RecordError:
     """Return a RecordError that says why `path` could not be written and what to do."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        message = f"the disk is full: {path} cannot be written. Free some space and {advice}"
-    else:
-        reason, remedy = _in_the_way(path, error)
-        message = f"{path} cannot be written: {reason}. {remedy} and {advice}"
-    return RecordError(error.errno, message)
+    reason, remedy = in_the_way(path, error)
+    return RecordError(error.errno, f"{path} cannot be written: {reason}. {remedy} and {advice}")
 
 
-def _in_the_way(path: Path, error: OSError) -> tuple[str, str]:
+def in_the_way(path: Path, error: OSError) -> tuple[str, str]:
     """Return why the system rejected `path`, and what to do."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full", FREE_SPACE
     if error.errno == errno.ENAMETOOLONG:
         return "the name is too long", "Shorten it"
     if error.errno == errno.EISDIR:
@@ -41,7 +48,7 @@ def _in_the_way(path: Path, error: OSError) -> tuple[str, str]:
                 return f"{found} is a broken link to {found.readlink()}", "Remove it"
             if found.is_file():
                 return f"{found} is a file where a folder must go", "Rename it"
-    return error.strerror or str(error), "Make its folder writable"
+    return error.strerror or str(error), REMEDIES.get(error.errno, "Mend this")
 
 
 def replace_text(path: Path, text: str) -> Path:

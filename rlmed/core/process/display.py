@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
+from rlmed.core.process.collection import resume
+
 if sys.platform != "win32":
     import resource
 
@@ -92,7 +94,9 @@ def keep_display() -> None:
 
     Replaced streams, such as a test's, are left alone.
     """
-    sys.excepthook = sys.__excepthook__  # the command has begun (rlmed.core.process.starting)
+    # the command has begun (rlmed.core.process.starting)
+    sys.excepthook = sys.__excepthook__
+    resume()
     if os.environ.get("COLUMNS") == "0":  # set by a fake terminal; tables of width 0 would be empty
         del os.environ["COLUMNS"]
     sys.stderr = _kept("stderr", sys.stderr, 2, lambda error: None)

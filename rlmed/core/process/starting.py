@@ -10,34 +10,47 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
+from rlmed.core.process.collection import put_off, resume
 from rlmed.core.process.display import TRACE, address_limit, lacks_memory, one_line
 from rlmed.core.process.threads import settle_threads, settle_waiting
 from rlmed.core.process.torch_extensions import disable_broken_extensions
 
 MIN_ADDRESSES = 1536 * 2**20
 """Address space in bytes to load torch, numpy, scipy; at 1,000,000 KB OpenBLAS retries forever."""
+_DOCTOR = ": python -m rlmed.doctor says what is missing"
 
 
 def prepare_process() -> None:
     """Settle what torch and transformers read on import: OpenMP's waiting, and unfit binaries.
 
     Every process of ours calls it before it imports them: commands by `start_command`, Ray's
-    workers by a hook (`rlmed.cluster.ray_session`), tests in conftest.py.
+    workers by `prepare_worker` (`rlmed.cluster.ray_session`), tests in conftest.py.
     """
     settle_threads()
     settle_waiting()
     disable_broken_extensions()
 
 
-def start_command() -> None:
+def prepare_worker() -> None:
+    """Prepare a process that Ray starts; its actor calls `rlmed.core.process.collection.resume`."""
+    prepare_process()
+    put_off()
+
+
+def start_command(*, loads: bool = True) -> None:
     """Prepare a command's process; exit with one line if its libraries cannot be loaded.
 
     This holds until `keep_display` takes over.
 
     Each command's file calls it first, before its other imports, and only if it is the program that
     runs.
+
+    Args:
+        loads: whether these imports load torch; otherwise `loading_libraries` prepares for them.
 
     Raises:
         MemoryError, OSError: for an environment in which torch and numpy, or their C code, would
@@ -53,7 +66,31 @@ def start_command() -> None:
         tempfile.gettempdir()
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error.strerror}: set TMPDIR to a writable folder") from error
-    prepare_process()
+    if loads:
+        put_off()  # until `keep_display`
+        prepare_process()
+    else:
+        settle_threads()
+        settle_waiting()
+
+
+@contextmanager
+def loading_libraries() -> Iterator[None]:
+    """Prepare for the libraries that a command loads later; turn their ImportError into one line.
+
+    Raises:
+        ValueError: names the library and the command that says what is missing.
+    """
+    put_off()
+    try:
+        prepare_process()
+        yield
+    except ImportError as error:
+        if lacks_memory(error):
+            raise
+        raise ValueError(f"{one_line(error)}{_DOCTOR}") from error
+    finally:
+        resume()
 
 
 def _check_addresses() -> None:
@@ -73,7 +110,7 @@ def _say(kind: type[BaseException], error: BaseException, trace: TracebackType |
     if issubclass(kind, KeyboardInterrupt):
         said = "interrupted"
     elif issubclass(kind, ImportError) and not lacks_memory(error):
-        said = f"error: {one_line(error)}: python -m rlmed.doctor says what is missing"
+        said = f"error: {one_line(error)}{_DOCTOR}"
     else:
         said = f"error: {one_line(error)}"
     if sys.stderr is not None:

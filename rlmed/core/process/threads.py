@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
+from rlmed.core.process.display import address_limit
+
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """Environment variables that set how OpenMP threads wait for each other."""
 COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -110,10 +112,11 @@ def memory_limit(root: Path = Path("/")) -> int | None:
     return min((int(limit) for limit in said if limit.isdecimal()), default=None)
 
 
-def available_memory(root: Path = Path("/")) -> int | None:
-    """Return the bytes that processes here can still take, of machine and cgroups; None if unknown.
+def available_memory(root: Path = Path("/"), *, processes: int = 1) -> int | None:
+    """Return the bytes that `processes` can still take; None if unknown.
 
-    A cgroup's file pages are given back before its limit counts.
+    That is what machine and cgroups have left, of which a cgroup's file pages are given back before
+    its limit counts, and what `ulimit -v` leaves to each, as to this one.
     """
     left = [
         int(line.split()[1]) * 1024
@@ -128,6 +131,9 @@ def available_memory(root: Path = Path("/")) -> int | None:
             prefix = "" if unified else "total_"
             files = sum(int(counts.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
             left.append(max(0, int(limit) - int(used) + files))
+    own, size = address_limit(), _read(root / "proc/self/statm").split()
+    if own is not None and size:
+        left.append(processes * max(0, own - int(size[0]) * os.sysconf("SC_PAGE_SIZE")))
     return min(left, default=None)
 
 

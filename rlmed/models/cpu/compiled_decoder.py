@@ -171,13 +171,21 @@ class CompiledDecoder:
         """See `StepDecoder`."""
         return _Steps(self, pages)
 
+    def lay_out_prompts(self, pages: StepPages) -> PromptLayout:
+        """Return a layout of prompts one after the other.
+
+        `pages` are those of their groups; `members` [B, 1] are the prompts' first rows, and
+        `counts` has an entry for each of their tokens.
+        """
+        return PromptLayout(self, pages)
+
     def weights(self) -> _Weights:
         """Return the packed weights as they are now."""
         return current_packs().made(self._parameters, lambda: _Weights(self._library, self.own))
 
-    def run(self, step: _Step) -> None:
+    def run(self, step: _Step, *, prompts: bool) -> None:
         """Run all layers."""
-        self._library.rlmed_decode(byref(step), c_int(torch.get_num_threads()))
+        self._library.rlmed_decode(byref(step), c_bool(prompts), c_int(torch.get_num_threads()))
 
 
 class _AngleTable:
@@ -206,8 +214,8 @@ class _AngleTable:
         return cosine.contiguous(), sine.contiguous()
 
 
-class _Steps:
-    """Steps of rows in pages that stay; see `StepDecoder`."""
+class _Layers:
+    """All layers for rows in pages that stay."""
 
     def __init__(self, decoder: CompiledDecoder, pages: StepPages) -> None:
         self._decoder, self._pages = decoder, pages
@@ -243,16 +251,31 @@ class _Steps:
             gated=gated,
         )
 
-    def __call__(self, embeddings: Tensor, positions: Tensor) -> Tensor:
-        """Take a step; the result is overwritten by the next one."""
+    def _run(self, embeddings: Tensor, cosine: Tensor, sine: Tensor, *, prompts: bool) -> Tensor:
         weights, step = self._decoder.weights(), self._step
         if weights.pages is not self._pages:
             weights.use(self._pages, self._decoder.own)
         step.layer = weights.layers
-        cosine, sine = self._decoder.angles.of(embeddings, positions)
-        step.cosine, step.sine, step.states = _address(cosine), _address(sine), _address(embeddings)
-        self._decoder.run(step)
+        step.cosine, step.sine, step.states = map(_address, (cosine, sine, embeddings))
+        self._decoder.run(step, prompts=prompts)
         return self._buffers[0]
+
+
+class _Steps(_Layers):
+    """Decode steps; see `StepDecoder`."""
+
+    def __call__(self, embeddings: Tensor, positions: Tensor) -> Tensor:
+        """Take a step; the result is overwritten by the next one."""
+        return self._run(embeddings, *self._decoder.angles.of(embeddings, positions), prompts=False)
+
+
+class PromptLayout(_Layers):
+    """Prompts one after the other: computes all layers itself, see `LayersLayout`."""
+
+    def layers(self, embeddings: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        """See `rlmed.models.decoder.LayersLayout`."""
+        # the embeddings may be a parameter's rows that others read
+        return self._run(embeddings.clone(), cosine.contiguous(), sine.contiguous(), prompts=True)
 
 
 @dataclass(frozen=True, slots=True)

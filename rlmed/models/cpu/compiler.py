@@ -1,4 +1,4 @@
-"""Compile `decode.cpp` for this processor, once, and load it; where there is no compiler, say so."""
+"""Compile `decode.cpp` for this processor, once, and load it; without a compiler, say so."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("decode.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-Wno-psabi")
-"""`-fopenmp` is not given to the linker: the threads are those of torch's own OpenMP, already loaded."""
+"""The linker gets no `-fopenmp`: the threads are those of torch's own OpenMP, already loaded."""
 COMPILE_S = 120.0
 """Most seconds that compiling may take; it takes 3."""
 
@@ -26,16 +26,30 @@ class CompilerError(RuntimeError):
     """There is no library of compiled decode steps; the message says why, on one line."""
 
 
-@functools.cache
-def load_library(flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL:
+def load_library() -> ctypes.CDLL:
     """Return the compiled `decode.cpp`, from the cache if it is there.
 
     Raises:
         CompilerError: if it cannot be compiled or loaded.
     """
-    compiler = shutil.which(os.environ.get("CXX") or "g++")
+    return _load(FLAGS)
+
+
+def missing_library() -> str:
+    """Return why there is no library; "" if there is one."""
+    try:
+        load_library()
+    except CompilerError as error:
+        return str(error)
+    return ""
+
+
+@functools.cache
+def _load(flags: tuple[str, ...]) -> ctypes.CDLL:
+    name = os.environ.get("CXX") or "g++"
+    compiler = shutil.which(name)
     if platform.system() != "Linux" or compiler is None:
-        raise CompilerError("no C++ compiler g++ on this machine" if compiler is None else "not on Linux")
+        raise CompilerError(f"no C++ compiler {name} on this machine" if compiler is None else "not on Linux")
     path = _cached(compiler, flags)
     try:
         return ctypes.CDLL(str(path))

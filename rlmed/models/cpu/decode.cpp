@@ -24,7 +24,8 @@ constexpr int LANES = 4, TILE = 6;
 #endif
 constexpr int PANEL = 2 * LANES;
 constexpr int LINE = 32;         // tokens whose keys are transposed together; KEY_LINE of decode_kernels.py
-constexpr int UNIT_ROWS = 8;     // of one group, whose attention is one piece of work
+constexpr int UNIT_ROWS = 8;     // completions of a group whose attention is one piece of work
+constexpr int PROMPT_ROWS = 16;  // tokens of a prompt, likewise
 constexpr int VALUE_BLOCK = 64;  // tokens whose values stay in the first cache while all queries read them
 constexpr int DRAW_BLOCK = 128;  // tokens of the vocabulary with a sum of their own
 
@@ -168,7 +169,7 @@ struct Layer {
     Product gate_up;  // each panel: LANES gates, then their LANES factors
     Product down;
     // keys [pages][kv_heads][page tokens / LINE][head width][LINE], values [pages][kv_heads][page tokens][head width]
-    const float *prefix_keys, *prefix_values;
+    float *prefix_keys, *prefix_values;
     float *suffix_keys, *suffix_values;
 };
 
@@ -307,6 +308,15 @@ struct Unit {
     int64_t group, first, count, head;
 };
 
+std::vector<Unit> prompt_units_of(const Step& step) {
+    std::vector<Unit> units;
+    for (int64_t group = 0; group < step.groups; ++group)
+        for (int64_t first = 0; first < step.prefix_lengths[group]; first += PROMPT_ROWS)
+            for (int64_t head = 0; head < step.kv_heads; ++head)
+                units.push_back({group, first, std::min<int64_t>(PROMPT_ROWS, step.prefix_lengths[group] - first), head});
+    return units;
+}
+
 std::vector<Unit> units_of(const Step& step) {
     std::vector<Unit> units;
     for (int64_t group = 0; group < step.groups; ++group) {
@@ -352,10 +362,64 @@ void add_values(const float* weights, int64_t count, int64_t stride, const Cache
     });
 }
 
+// Write the key and value of a row's token to its place.
+void append(const Step& step, int64_t row, int64_t head, const Cached& at, int64_t token, float* keys, float* values, float* turned) {
+    const int64_t width = at.width, place = token % at.page_tokens;
+    const int64_t page = (at.pages[token / at.page_tokens] * at.heads + head) * at.page_tokens;
+    const float* own = step.projected + row * (step.heads + 2 * step.kv_heads) * width;
+    rotate(own + (step.heads + head) * width, step.cosine + row * width, step.sine + row * width, width, 1.0f, turned);
+    float* key = keys + (page + place / LINE * LINE) * width + place % LINE;
+    for (int64_t k = 0; k < width; ++k) key[k * LINE] = turned[k];
+    std::memcpy(values + (page + place) * width, own + (step.heads + step.kv_heads + head) * width, width * sizeof(float));
+}
+
+// The queries of a row that share a head of keys, rotated and scaled.
+void read_queries(const Step& step, int64_t row, int64_t head, float* queries) {
+    const int64_t width = step.head_width, share = step.heads / step.kv_heads;
+    const float* own = step.projected + (row * (step.heads + 2 * step.kv_heads) + head * share) * width;
+    for (int64_t one = 0; one < share; ++one)
+        rotate(own + one * width, step.cosine + row * width, step.sine + row * width, width, step.scale, queries + one * width);
+}
+
+// What a row attends to, from the weighted sums of its queries.
+void write_attended(const Step& step, int64_t row, int64_t head, const float* result, const float* sums) {
+    const int64_t width = step.head_width, share = step.heads / step.kv_heads;
+    float* to = step.attended + (row * step.heads + head * share) * width;
+    for (int64_t one = 0; one < share; ++one)
+        for (int64_t k = 0; k < width; ++k) to[one * width + k] = result[one * width + k] / sums[one];
+}
+
+Cached prompt_of(const Step& step, int64_t group, int64_t head, const float* numbers, int64_t tokens) {
+    return {numbers, step.prefix_pages + group * step.prefix_columns, tokens, step.prefix_tokens, step.kv_heads, head, step.head_width};
+}
+
+Cached completion_of(const Step& step, int64_t row, int64_t head, const float* numbers) {
+    return {numbers, step.suffix_pages + row * step.suffix_columns, step.counts[row], step.suffix_tokens, step.kv_heads, head, step.head_width};
+}
+
+// Attend from some tokens of a prompt, whose keys and values are in their pages, to all up to each.
+void attend_prompt(const Step& step, const Layer& layer, const Unit& unit, Scratch& scratch) {
+    const int64_t width = step.head_width, share = step.heads / step.kv_heads, count = unit.count * share;
+    const int64_t tokens = unit.first + unit.count, stride = (tokens + LANES - 1) / LANES * LANES;
+    const int64_t row = step.member_rows[unit.group] + unit.first;
+    scratch.numbers.resize(std::max<size_t>(scratch.numbers.size(), count * (2 * width + stride + 1)));
+    float *queries = scratch.numbers.data(), *result = queries + count * width, *sums = result + count * width, *scores = sums + count;
+    std::memset(result, 0, count * width * sizeof(float));
+    for (int64_t one = 0; one < unit.count; ++one) read_queries(step, row + one, unit.head, queries + one * share * width);
+    score(queries, count, prompt_of(step, unit.group, unit.head, layer.prefix_keys, tokens), scores, stride, scratch);
+    for (int64_t query = 0; query < count; ++query) {
+        const int64_t seen = unit.first + query / share + 1;
+        sums[query] = exponentials(scores + query * stride, seen);
+        std::fill(scores + query * stride + seen, scores + query * stride + tokens, 0.0f);
+    }
+    add_values(scores, count, stride, prompt_of(step, unit.group, unit.head, layer.prefix_values, tokens), result, scratch);
+    for (int64_t one = 0; one < unit.count; ++one)
+        write_attended(step, row + one, unit.head, result + one * share * width, sums + one * share);
+}
+
 // Append a unit's keys and values to their pages, and attend to prompt and completions.
 void attend(const Step& step, const Layer& layer, const Unit& unit, Scratch& scratch) {
     const int64_t width = step.head_width, share = step.heads / step.kv_heads, count = unit.count * share;
-    const int64_t line = (step.heads + 2 * step.kv_heads) * width;
     const int32_t* rows = step.member_rows + unit.group * step.members + unit.first;
     const int64_t prompt = step.prefix_lengths[unit.group];
     int64_t longest = 0;
@@ -365,43 +429,23 @@ void attend(const Step& step, const Layer& layer, const Unit& unit, Scratch& scr
     float *queries = scratch.numbers.data(), *result = queries + count * width, *sums = result + count * width, *scores = sums + count;
     std::memset(result, 0, count * width * sizeof(float));
     for (int64_t member = 0; member < unit.count; ++member) {
-        const int64_t row = rows[member], last = step.counts[row] - 1;
-        const float *cosine = step.cosine + row * width, *sine = step.sine + row * width;
-        const float* own = step.projected + row * line;
-        const int64_t page = step.suffix_pages[row * step.suffix_columns + last / step.suffix_tokens] * step.kv_heads + unit.head;
-        const int64_t place = last % step.suffix_tokens;
-        rotate(own + (step.heads + unit.head) * width, cosine, sine, width, 1.0f, queries);
-        float* key = layer.suffix_keys + (page * step.suffix_tokens + place / LINE * LINE) * width + place % LINE;
-        for (int64_t k = 0; k < width; ++k) key[k * LINE] = queries[k];
-        const float* value = own + (step.heads + step.kv_heads + unit.head) * width;
-        std::memcpy(layer.suffix_values + (page * step.suffix_tokens + place) * width, value, width * sizeof(float));
-    }
-    for (int64_t member = 0; member < unit.count; ++member) {
         const int64_t row = rows[member];
-        const float* own = step.projected + row * line + unit.head * share * width;
-        for (int64_t one = 0; one < share; ++one)
-            rotate(own + one * width, step.cosine + row * width, step.sine + row * width, width, step.scale, queries + (member * share + one) * width);
+        const Cached own = completion_of(step, row, unit.head, nullptr);
+        float* mine = queries + member * share * width;
+        append(step, row, unit.head, own, own.tokens - 1, layer.suffix_keys, layer.suffix_values, mine);
+        read_queries(step, row, unit.head, mine);
     }
-    Cached keys{layer.prefix_keys, step.prefix_pages + unit.group * step.prefix_columns, prompt, step.prefix_tokens, step.kv_heads, unit.head, width};
-    Cached values = keys;
-    values.numbers = layer.prefix_values;
-    score(queries, count, keys, scores, stride, scratch);
+    score(queries, count, prompt_of(step, unit.group, unit.head, layer.prefix_keys, prompt), scores, stride, scratch);
     for (int64_t member = 0; member < unit.count; ++member) {
         const int64_t row = rows[member], first = member * share;
-        Cached own_keys{layer.suffix_keys, step.suffix_pages + row * step.suffix_columns, step.counts[row], step.suffix_tokens, step.kv_heads, unit.head, width};
-        Cached own_values = own_keys;
-        own_values.numbers = layer.suffix_values;
         float* own = scores + first * stride;
-        score(queries + first * width, share, own_keys, own + prompt, stride, scratch);
+        score(queries + first * width, share, completion_of(step, row, unit.head, layer.suffix_keys), own + prompt, stride, scratch);
         for (int64_t one = 0; one < share; ++one) sums[first + one] = exponentials(own + one * stride, prompt + step.counts[row]);
-        add_values(own + prompt, share, stride, own_values, result + first * width, scratch);
+        add_values(own + prompt, share, stride, completion_of(step, row, unit.head, layer.suffix_values), result + first * width, scratch);
     }
-    add_values(scores, count, stride, values, result, scratch);
-    for (int64_t query = 0; query < count; ++query) {
-        float* to = step.attended + (rows[query / share] * step.heads + unit.head * share + query % share) * width;
-        const float factor = 1.0f / sums[query];
-        for (int64_t k = 0; k < width; ++k) to[k] = result[query * width + k] * factor;
-    }
+    add_values(scores, count, stride, prompt_of(step, unit.group, unit.head, layer.prefix_values, prompt), result, scratch);
+    for (int64_t member = 0; member < unit.count; ++member)
+        write_attended(step, rows[member], unit.head, result + member * share * width, sums + member * share);
 }
 
 // The token whose part of the weights' cumulative sum holds `uniform`: first its block, then itself.
@@ -425,19 +469,33 @@ int64_t draw(const float* weights, int64_t count, const std::vector<double>& end
 
 extern "C" {
 
-// Run all layers and the last norm, whose result is in `step->normal`.
-void rlmed_decode(const Step* given, int threads) {
+// Run all layers and the last norm, whose result is in `step->normal`: a token of each completion
+// or, with `prompts`, all tokens of all prompts, whose first rows are in `member_rows` [groups].
+void rlmed_decode(const Step* given, bool prompts, int threads) {
     const Step& step = *given;
-    const std::vector<Unit> units = units_of(step);
+    const std::vector<Unit> units = prompts ? prompt_units_of(step) : units_of(step);
 #pragma omp parallel num_threads(threads)
     {
         Scratch scratch;
+        std::vector<float> turned(step.head_width);
         for (int64_t index = 0; index < step.layers; ++index) {
             const Layer& layer = step.layer[index];
             normalise(layer.input_norm, step.states, step.rows, step.width, step.normal);
             multiply_into(layer.heads, step.normal, step.rows, step.projected);
+            if (prompts) {
+#pragma omp for schedule(static)
+                for (size_t index = 0; index < units.size(); ++index) {
+                    const Unit& unit = units[index];
+                    const Cached prompt = prompt_of(step, unit.group, unit.head, nullptr, 0);
+                    for (int64_t token = unit.first; token < unit.first + unit.count; ++token)
+                        append(step, step.member_rows[unit.group] + token, unit.head, prompt, token, layer.prefix_keys, layer.prefix_values, turned.data());
+                }
 #pragma omp for schedule(dynamic)
-            for (size_t unit = 0; unit < units.size(); ++unit) attend(step, layer, units[unit], scratch);
+                for (size_t unit = 0; unit < units.size(); ++unit) attend_prompt(step, layer, units[unit], scratch);
+            } else {
+#pragma omp for schedule(dynamic)
+                for (size_t unit = 0; unit < units.size(); ++unit) attend(step, layer, units[unit], scratch);
+            }
             multiply_add(layer.output, step.attended, step.rows, step.states);
             normalise(layer.mlp_norm, step.states, step.rows, step.width, step.normal);
             multiply_gated(layer.gate_up, step.normal, step.rows, step.gated);

@@ -165,8 +165,7 @@ def probe_products(shapes: Sequence[Shape], *, engines: int = 1) -> tuple[str, .
         "weight_gradients": (lambda x, _, grad: _torch_gradient(grad, x), lambda x, _, grad: _onednn_gradient(grad, x)),
     }
     with torch.inference_mode():
-        may_pack = engines * packed_bytes(shapes) <= PACKED_SHARE * _memory_bytes()
-        chosen = _probe_decoding(_sample(shapes), may_pack=may_pack)
+        chosen = _probe_decoding(_sample(shapes), may_pack=may_pack(shapes, engines=engines))
         for use, pair in sides.items():
             ours = theirs = 0.0
             for shape in shapes:
@@ -215,6 +214,11 @@ def _probe_decoding(weights: Sequence[Tensor], *, may_pack: bool) -> list[str]:
     if packed_s and packed_s[0] + packing / PACKED_STEPS < MARGIN * unpacked_s:
         chosen.append("packed_weights")
     return chosen
+
+
+def may_pack(shapes: Iterable[Shape], *, engines: int) -> bool:
+    """Return whether packed weights of all engines take at most `PACKED_SHARE` of the memory."""
+    return engines * packed_bytes(shapes) <= PACKED_SHARE * _memory_bytes()
 
 
 def _memory_bytes() -> int:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy.typing as npt
 from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -15,6 +16,7 @@ from transformers.models.auto.modeling_auto import (
 from rlmed.core.chat import OLD_TEMPLATE_FILE, PROCESSOR, TEMPLATE_FILE, template_source, unopened_turn
 from rlmed.core.files.damage import read_json
 from rlmed.core.process.foreign import foreign
+from rlmed.core.types import IntArray
 from rlmed.models.families import family_of
 from rlmed.models.folder.adapter import is_adapter
 from rlmed.models.folder.contents import CONFIG_FILE
@@ -28,7 +30,7 @@ CONTROL_TOKENS = {
     "vision_start_token_id": "<|vision_start|>",
     "vision_end_token_id": "<|vision_end|>",
 }
-"""Qwen2-VL's token for each key of config.json."""
+"""The Qwen-VL families' token for each key of config.json."""
 GRID = {"patch_size": "patch_size", "merge_size": "spatial_merge_size", "temporal_patch_size": "temporal_patch_size"}
 """Keys of preprocessor_config.json and their counterparts in config.json's vision_config."""
 PREPROCESSOR = "preprocessor_config.json"
@@ -61,7 +63,7 @@ def check_agreement(
     _check_architecture(where, config)
     _check_vocabulary(where, config, tokenizer)
     _check_positions(where, config)
-    if image_processor is not None:
+    if image_processor is not None and family_of(config).grids:
         _check_grid(where, config, image_processor)
     doubts = find_end_tokens(folder, config, tokenizer).doubts(tokenizer)
     if Path(folder).is_dir():
@@ -80,6 +82,36 @@ def check_agreement(
             "date to make runs repeatable"
         )
     return doubts
+
+
+def check_visual_tokens(
+    folder: Path, config: PreTrainedConfig, token_ids: IntArray, image_inputs: Mapping[str, npt.NDArray[Any]]
+) -> None:
+    """Check that a picture has as many tokens in a prompt as the model makes of its tiles.
+
+    Args:
+        folder: model folder or hub name.
+        config: its `load_config`.
+        token_ids: int64 [P], of a prompt with one picture.
+        image_inputs: of the same.
+
+    Raises:
+        ValueError: naming both numbers.
+    """
+    family, seen = family_of(config), config.to_dict()["vision_config"]
+    if family.grids or "image_sizes" in image_inputs:  # counted by the grid; tiles are cut and rows end with a token
+        return
+    tiles, _, height, width = image_inputs["pixel_values"].shape
+    patch = seen["patch_size"]
+    side = patch if isinstance(patch, int) else patch[0]
+    made = tiles * (height // side) * (width // side) // family.patches_per_token(config)
+    written = int((token_ids == config.image_token_id).sum())
+    if written != made:
+        raise ValueError(
+            f"model {str(folder)!r}: its processor writes {written} visual tokens (image_token_id={config.image_token_id}) for "
+            f"{tiles} tiles of {height} x {width} pixels, where the model makes {made}: copy {PREPROCESSOR}, {PROCESSOR} and "
+            "config.json from the model that this one was trained from"
+        )
 
 
 def position_doubt(config: PreTrainedConfig, *, tokens: int, what: str, advice: str) -> str | None:
@@ -132,7 +164,7 @@ def _check_vocabulary(where: str, config: PreTrainedConfig, tokenizer: PreTraine
             f"{rows}: the tokenizer belongs to another model; copy the one that this model was trained with"
         )
     values = config.to_dict()
-    for key, token in CONTROL_TOKENS.items():
+    for key, token in CONTROL_TOKENS.items() if family_of(config).grids else ():
         if values.get(key) is not None and token in vocabulary and values[key] != vocabulary[token]:
             raise ValueError(
                 f"model {where}: config.json says {key}={values[key]}, and {token} is {vocabulary[token]} in the tokenizer: "
@@ -145,7 +177,7 @@ def _check_positions(where: str, config: PreTrainedConfig) -> None:
     width = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
     with foreign(f"model {where}: mrope_section in config.json cannot be read", "Copy config.json again"):
         rotation = text.get("rope_parameters") or {}
-        sections = rotation.get("mrope_section", DEFAULT_SECTIONS if family_of(config).vision else None)
+        sections = rotation.get("mrope_section", DEFAULT_SECTIONS if family_of(config).position_rows > 1 else None)
         said = "says" if "mrope_section" in rotation else "leaves it at"
         rotated = width if sections is None else 2 * sum(sections)
     if rotated != width:

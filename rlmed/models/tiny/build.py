@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -33,6 +35,8 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 
 from rlmed.models.tiny.init import initialise_for_lookup
@@ -98,6 +102,17 @@ MAX_PIXELS = 112 * 112
 VOCABULARY = 2000
 """Largest vocabulary of `build_tiny`, special tokens included."""
 
+WINDOWED: dict[str, Any] = {
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 9,  # fewer tokens than prompts have
+    "query_pre_attn_scalar": 12,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+        "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    },
+}
+"""Gemma 3's kinds of layers, one of each, for test models."""
+
 _TEST_SENTENCES = (
     "Which body part is shown? A) head B) chest C) abdomen D) knee",
     "<think>This is a scan of the knee, option D.</think><answer>D</answer>",
@@ -148,7 +163,7 @@ def build_tiny_text(folder: Path, family: str = "qwen2", *, seed: int = 0) -> No
 
     Args:
         folder: where to write; made if missing.
-        family: "qwen2", "llama" or "qwen3".
+        family: "qwen2", "llama", "qwen3" or "gemma3_text".
         seed: of the weights.
 
     Raises:
@@ -158,16 +173,18 @@ def build_tiny_text(folder: Path, family: str = "qwen2", *, seed: int = 0) -> No
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),
         "llama": (LlamaConfig, LlamaForCausalLM),
         "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+        "gemma3_text": (Gemma3TextConfig, Gemma3ForCausalLM),
     }
     if family not in classes:
         raise ValueError(f"family={family!r} is not a text family; use one of {', '.join(classes)}")
     config_class, model_class = classes[family]
     tokenizer = train_tokenizer(_TEST_SENTENCES, vocabulary=400)
+    rotation: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
     config = config_class(
         **_decoder_shape(hidden=64, layers=2, heads=4, kv_heads=2, intermediate=96),
         head_dim=16,
         max_position_embeddings=2048,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        **(WINDOWED if family == "gemma3_text" else rotation),
         vocab_size=len(tokenizer),
         # one family has an untied projection, so that tests cover both cases
         tie_word_embeddings=family != "llama",
@@ -181,7 +198,7 @@ def build_tiny_vl(folder: Path, family: str = "qwen2_vl", *, seed: int = 0) -> N
 
     Args:
         folder: where to write; made if missing.
-        family: "qwen2_vl" or "qwen2_5_vl".
+        family: "qwen2_vl", "qwen2_5_vl" or "qwen3_vl".
         seed: of the weights.
 
     Raises:
@@ -214,8 +231,18 @@ def build_tiny_vl(folder: Path, family: str = "qwen2_vl", *, seed: int = 0) -> N
         vision_config |= {"window_size": 56, "fullatt_block_indexes": [1]}
         config = Qwen2_5_VLConfig(text_config=text_config, vision_config=vision_config, **shared)
         _write(folder, Qwen2_5_VLForConditionalGeneration, config, tokenizer, seed)
+    elif family == "qwen3_vl":
+        text_config["head_dim"] = 16
+        text_config["rope_parameters"]["mrope_interleaved"] = True  # vLLM reads it, transformers takes it for granted
+        vision_config |= {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 64, "patch_size": 16}
+        # the first block's features join the decoder after its first layer; 4 x 4 learnt positions
+        # are resampled to each picture's grid
+        vision_config |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+        shared.pop("vision_token_id")
+        config = Qwen3VLConfig(text_config=text_config, vision_config=vision_config, **shared)
+        _write(folder, Qwen3VLForConditionalGeneration, config, tokenizer, seed)
     else:
-        raise ValueError(f"family={family!r} is not a vision-language family; use qwen2_vl or qwen2_5_vl")
+        raise ValueError(f"family={family!r} is not a vision-language family; use qwen2_vl, qwen2_5_vl or qwen3_vl")
 
 
 def train_tokenizer(corpus: Iterable[str], *, vocabulary: int, phrases: Sequence[str] = ()) -> PreTrainedTokenizerFast:
@@ -297,13 +324,14 @@ def _write(
     model.generation_config = GenerationConfig(bos_token_id=pad, pad_token_id=pad, eos_token_id=[end, pad])
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    if "vision_config" in config.to_dict():
+    vision, names = config.to_dict().get("vision_config"), {"qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}
+    if vision is not None:
         image_processor = {
             "image_processor_type": "Qwen2VLImageProcessor",
-            "processor_class": f"{'Qwen2_5_VL' if config.model_type == 'qwen2_5_vl' else 'Qwen2VL'}Processor",
+            "processor_class": f"{names.get(config.model_type, 'Qwen2VL')}Processor",
             "min_pixels": MIN_PIXELS,
             "max_pixels": MAX_PIXELS,
-            "patch_size": PATCH,
+            "patch_size": vision["patch_size"],
             "temporal_patch_size": 2,
             "merge_size": MERGE,
             "do_convert_rgb": True,

@@ -95,7 +95,7 @@ def test_the_state_is_that_of_the_moment_of_saving(tiny_folder, tmp_path):
 
 @pytest.mark.parametrize("free", [None, 0, 10**15])
 def test_without_room_for_a_copy_it_is_written_at_once(free, tiny_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "available_memory", lambda: free)
+    monkeypatch.setattr(checkpoint, "available_memory", lambda **_: free)
     policy = load_policy(tiny_folder("qwen2"))
     write = begin_save(policy, trained(policy), SingleProcess(), tmp_path)
     at_once = (tmp_path / "model.safetensors").exists()
@@ -120,7 +120,7 @@ def test_a_checkpoint_of_an_earlier_version_is_resumed(tiny_folder, tmp_path):
     assert identical(resumed.state_dict(), state)
 
 
-def test_moments_of_a_librarys_own_type_are_resumed_by_as_many_ranks(tmp_path):
+def test_moments_of_a_librarys_own_type_are_resumed(tmp_path):
     """Torch's stand-in for 8-bit moments, which hold codes and scales in one tensor."""
 
     def make():
@@ -142,10 +142,6 @@ def test_moments_of_a_librarys_own_type_are_resumed_by_as_many_ranks(tmp_path):
         assert isinstance(got["exp_avg"], TwoTensor)
         assert (got["exp_avg"].a.tolist(), got["exp_avg"].b.tolist()) == ([0, 1, 2], [1, 2, 3])
         assert torch.equal(got["exp_avg_sq"], copied["adamw"]["state"][0]["exp_avg_sq"])
-        two = SingleProcess()
-        two.size = 2
-        with pytest.raises(ValueError, match=r"8-bit moments of 1 learner ranks, and there are 2: .*learner_ranks=1"):
-            read_optimizer(resumed, two, tmp_path)
 
 
 def test_the_learning_rate_may_be_a_tensor():

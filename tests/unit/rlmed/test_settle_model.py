@@ -23,7 +23,7 @@ BFLOAT16 = "model.dtype=bfloat16"
 
 
 def make_config(*overrides: str) -> RunConfig:
-    return compose_config("train", ["model.onednn=[few_rows]", *overrides])
+    return compose_config("train", ["model.onednn=[few_rows]", "model.compiled_decode=false", *overrides])
 
 
 @pytest.fixture

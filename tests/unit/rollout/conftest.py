@@ -10,6 +10,7 @@ import torch
 
 from rlmed.core.types import Example, Prompt, RolloutRequest, SamplingParams
 from rlmed.models.attention import PackedLayout
+from rlmed.models.decode_kernels import DecodeKernels
 
 VOCABULARY = 64
 END = 0
@@ -22,7 +23,7 @@ class ChainPolicy:
         """Tokens without an entry are followed by the next number."""
         self.successors = successors
         self.device, self.dtype, self.kv_shape = torch.device("cpu"), torch.float32, (1, 1, 2)
-        self.end_token_ids = frozenset([END])
+        self.end_token_ids, self.windows = frozenset([END]), ()
         self.projection = torch.nn.Linear(1, VOCABULARY, bias=False)
 
     def image_inputs(self, prompt: Prompt) -> dict[str, torch.Tensor]:
@@ -31,7 +32,10 @@ class ChainPolicy:
     def prompt_positions(self, prompt: Prompt) -> torch.Tensor:
         return torch.arange(len(prompt.token_ids))[None]
 
-    def packed_layout(self, groups: Sequence[tuple[int, Sequence[int]]]) -> PackedLayout:
+    def decode_kernels(self) -> DecodeKernels:
+        return DecodeKernels()
+
+    def packed_layout(self, groups: Sequence[tuple[int, Sequence[int]]], token_ids: torch.Tensor) -> PackedLayout:
         return PackedLayout.build(groups)
 
     def hidden(self, token_ids, positions, layout, image_inputs=None) -> torch.Tensor:

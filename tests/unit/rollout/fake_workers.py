@@ -17,12 +17,12 @@ from rollout.pool.worker import FinishedGroup, WorkerStatus
 class Update:
     """Makes a `rlmed.core.weights.WeightUpdate`: fetched, or sent if the test gave a future."""
 
-    def __init__(self, version: int = 1, sending: Future[PushReport] | None = None) -> None:
+    def __init__(self, version: int = 1, sending: Future[PushReport | None] | None = None) -> None:
         self.sending = sending
         self.engines: list[EngineHandle] = []
         self.weights = WeightUpdate(lambda: StoredWeights(version, []), self._send)
 
-    def _send(self, engines: Sequence[EngineHandle]) -> Future[PushReport] | None:
+    def _send(self, engines: Sequence[EngineHandle]) -> Future[PushReport | None] | None:
         self.engines = list(engines)
         return self.sending
 

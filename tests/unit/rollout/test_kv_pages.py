@@ -7,8 +7,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlmed.models.attention import GroupTable
-from rollout.native.kv_pages import DecodeLayout, FixedPart, PagePool, PageView, PrefillLayout, visible
+from rlmed.models.attention import GroupTable, PackedLayout
+from rollout.native.kv_pages import DecodeLayout, FixedPart, PagePool, PageView, PrefillLayout, visible, within
 from tests.rounding import rounding
 
 LAYERS, KV_HEADS, WIDTH, HEADS = 2, 2, 4, 6
@@ -123,12 +123,12 @@ def history():
 
 
 @pytest.mark.parametrize("page_tokens", [None, 2])
-def test_prefill_attends_causally_and_keeps_keys_and_values_in_its_pages(page_tokens, history, tiny_policy):
+def test_prefill_attends_causally_and_keeps_keys_and_values_in_its_pages(page_tokens, history):
     prompts, _ = history
     pool = new_pool(page_tokens, 4, 6)
     fill(pool)
     taken = [pool.take(6), pool.take(3), pool.take(5), pool.take(1)]
-    layout = PrefillLayout.build([3, 5], taken[1:3], tiny_policy("qwen2"), pool)
+    layout = PrefillLayout.build([3, 5], taken[1:3], PackedLayout.build([(3, ()), (5, ())]), pool)
     others = [[tensor.clone() for tensor in got(pool, layer, taken[0], 6)] for layer in range(LAYERS)]
     for layer in range(LAYERS):
         query, key, value = (torch.cat([row[i] for row in prompts[layer]]) for i in range(3))
@@ -149,8 +149,9 @@ def test_prefill_attends_causally_and_keeps_keys_and_values_in_its_pages(page_to
 @pytest.mark.parametrize(("page_tokens", "in_order"), [(None, True), (None, False), (2, False)])
 @pytest.mark.parametrize("lengths", [(2, 1, 4), (1, 1, 1)], ids=["ragged", "level"])
 @pytest.mark.parametrize("group_of_row", [(0, 1, 0), (1, 0, 0), (0, 0, 1), (0, 1)])
+@pytest.mark.parametrize("window", [None, 1, 3, 5, 100])
 def test_decode_attends_to_the_groups_prompt_and_the_rows_own_suffix(
-    history, group_of_row, lengths, page_tokens, in_order
+    history, window, group_of_row, lengths, page_tokens, in_order
 ):
     # the pages hold other numbers wherever no token stands; (0, 1) is the case of groups of one
     # size in order
@@ -173,11 +174,14 @@ def test_decode_attends_to_the_groups_prompt_and_the_rows_own_suffix(
         GroupTable.build(group_of_row, 2),
         completions,
     )
+    view = PageView.build(suffix, completions, width, in_order=in_order)
+    prompts_of_row = torch.tensor([3, 5])[list(group_of_row)]
     layout = DecodeLayout(
         fixed,
-        PageView.build(suffix, completions, width, in_order=in_order),
+        view,
         lengths[0] if level else suffix.addresses(completions, counts - 1),
         None if level else visible(counts, width, suffix),
+        {window: within(window, prompts_of_row, counts, fixed.table, fixed.prefix, view)} if window else {},
     )
     generator = torch.Generator().manual_seed(1)
     for layer in range(LAYERS):
@@ -186,13 +190,15 @@ def test_decode_attends_to_the_groups_prompt_and_the_rows_own_suffix(
         for pages, length, (_, key, value) in zip(pages_of_row, lengths, suffixes[layer], strict=False):
             put(suffix, layer, pages, key[:length], value[:length])
         query, key, value = random_row(generator, rows)
-        output = layout.attend(layer, query, key, value, SCALE)
+        output = layout.attend(layer, query, key, value, SCALE, window)
         for row, group in enumerate(group_of_row):
             length = lengths[row]
             own = suffixes[layer][row]
             keys = torch.cat([prompts[layer][group][1], own[1][:length], key[row : row + 1]])
             values = torch.cat([prompts[layer][group][2], own[2][:length], value[row : row + 1]])
-            torch.testing.assert_close(output[row], plain_attention(query[row], keys, values), atol=ROUNDING, rtol=0)
+            near = slice(-window if window else None, None)
+            expected = plain_attention(query[row], keys[near], values[near])
+            torch.testing.assert_close(output[row], expected, atol=ROUNDING, rtol=0)
             # the new token is in the pages for the next step
             kept = got(suffix, layer, pages_of_row[row], length + 1)
             assert torch.equal(kept[0][-1], key[row])

@@ -56,7 +56,7 @@ def groups_of(config: Any, batch: Batch) -> list[TrainGroup]:
 
 
 def main(argument: str) -> None:
-    """Print measured and estimated bytes of two learner steps with the settings in `argument`."""
+    """Print measured and estimated bytes of a learner step with the settings in `argument`."""
     given = json.loads(argument)
     batch, dtype = Batch(**given["batch"]), given["dtype"]
     config = learner_config(token_budget=batch.token_budget, **given["learner"])
@@ -70,9 +70,9 @@ def main(argument: str) -> None:
     learner = PolicyLearner(
         policy, reference, loss, config, total_steps=9, max_tokens=batch.max_tokens, temperature=1.0
     )
+    learner.step(groups[:1])  # the optimizer has its state from now on
     forget_peak()
-    for _ in range(2):
-        learner.step(groups)
+    learner.step(groups)
     estimate = learner_memory(
         ModelSize.of(policy.model),
         config,

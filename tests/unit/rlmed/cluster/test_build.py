@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from rlmed.cluster import build as cluster
+from rlmed.cluster import capacity
 from rlmed.cluster.build import engines_sleep, idle_processes
 from rlmed.cluster.engines import memory_share
 from rlmed.core.config.checks import ConfigError
 from rlmed.core.config.composing import compose_config
 from rlmed.core.config.schema import RunConfig
+from tests.configs import renderer_of
 
 
 def make_config(*overrides: str) -> RunConfig:
@@ -144,11 +147,35 @@ def test_a_share_of_a_gpu_that_is_not_there_says_so(monkeypatch: pytest.MonkeyPa
         cluster._start_workers(make_config(*SHARED, "rollout.gpu_memory_utilization=0.3"), [{}])
 
 
+@pytest.mark.parametrize(("staleness", "shared"), [(0, True), (1, False)])
+def test_on_policy_one_engine_trains_and_evaluates(staleness: int, shared: bool, tmp_path: Path) -> None:
+    """Its pages and graphs are there once; nothing of training is in flight in an evaluation."""
+    config = make_config(f"algo.max_staleness={staleness}", "model.dtype=float32", "model.onednn=[]")
+    built = cluster.build_cluster(
+        config, renderer_of(config), tmp_path, checkpoint=None, on_bad_step=lambda *_: pytest.fail("a bad step")
+    )
+    assert (built.evaluation_pool is built.pool) == shared
+    built.close()
+
+
+@pytest.mark.parametrize(
+    ("resume", "checkpoint", "resumed"), [(None, None, False), ("auto", None, False), ("auto", Path("step-1"), True)]
+)
+def test_only_a_run_that_goes_on_is_kept_from_changing_its_settings(
+    resume: str | None, checkpoint: Path | None, resumed: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(capacity, "free_memory", lambda _: 100 * 2**20)
+    monkeypatch.setattr(cluster, "build_policy", lambda *_, **__: pytest.fail("the policy was loaded"))
+    config = make_config(f"resume={resume or 'null'}", "model.dtype=float32", "model.onednn=[]")
+    with pytest.raises(ValueError, match="this run needs") as caught:
+        cluster.build_cluster(config, None, tmp_path, checkpoint=checkpoint, on_bad_step=lambda *_: None)  # type: ignore[arg-type]
+    assert ("learner.token_budget=" not in str(caught.value)) == resumed
+
+
 def test_a_way_for_weights_has_to_fit_the_engine() -> None:
     assert make_config(*SHARED).cluster.weight_transfer == "auto"
     assert make_config(*SHARED, "cluster.weight_transfer=ipc").cluster.weight_transfer == "ipc"
     assert make_config("cluster=ray", "cluster.weight_transfer=nccl").cluster.weight_transfer == "nccl"
-    with pytest.raises(ConfigError, match=r"cluster\.weight_transfer=ipc works with vLLM only"):
-        make_config("cluster=ray", "cluster.weight_transfer=ipc")
+    assert make_config("cluster=ray", "cluster.weight_transfer=ipc").cluster.weight_transfer == "ipc"
     with pytest.raises(ConfigError, match=r"cluster\.weight_transfer='smoke'.*auto, object_store"):
         make_config("cluster=ray", "cluster.weight_transfer=smoke")

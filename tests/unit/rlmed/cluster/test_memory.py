@@ -234,12 +234,10 @@ CASES = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("case", CASES)
-def test_a_real_step_takes_what_is_estimated(case: str, tmp_path: Path) -> None:
-    """Within 10 % of the most resident memory above that before loading, 100 million parameters."""
-    tiny, folder = model_folder("embedded:tiny_base"), tmp_path / "random"
+@pytest.fixture(scope="module")
+def random_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A vision model of 100 million parameters."""
+    tiny, folder = model_folder("embedded:tiny_base"), tmp_path_factory.mktemp("memory") / "random"
     shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     small = json.loads((tiny / "config.json").read_text())
     tokens = {key: value for key, value in small.items() if key.endswith("_token_id") and value is not None}
@@ -247,12 +245,20 @@ def test_a_real_step_takes_what_is_estimated(case: str, tmp_path: Path) -> None:
     shape = Geometry(768, 8, 12, 2, 3072, True, 4, 320, vocabulary=32000)
     random_model(shape.config(tokens), torch.device("cpu")).save_pretrained(folder)
     shutil.copy(tiny / "generation_config.json", folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("case", CASES)
+def test_a_real_step_takes_what_is_estimated(case: str, random_folder: Path) -> None:
+    """Within 10 % of the most resident memory above that before loading."""
     given = {
         "dtype": "float32",
         "learner": {},
         "reference": False,
-        "tiny": str(tiny),
-        "folder": str(folder),
+        "tiny": str(model_folder("embedded:tiny_base")),
+        "folder": str(random_folder),
         **CASES[case],
     }
     command = [sys.executable, "-c", MEASURE, json.dumps(given)]

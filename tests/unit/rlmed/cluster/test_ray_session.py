@@ -6,12 +6,15 @@ import importlib.util
 import pkgutil
 import socket
 import sys
-from typing import Any
+from contextlib import ExitStack
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 
+from rlmed.cluster.capacity import Machine
 from rlmed.core.config.composing import compose_config
-from rlmed.core.process.starting import prepare_process
+from rlmed.core.process.starting import prepare_worker
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray")
 
@@ -77,7 +80,7 @@ def test_each_worker_is_prepared_and_runs_this_processs_interpreter_or_the_chose
 
     monkeypatch.setattr(sys, "executable", "/my environment/python")
     given = worker_environment(chosen, here=here)
-    assert pkgutil.resolve_name(given.pop("worker_process_setup_hook")) is prepare_process
+    assert pkgutil.resolve_name(given.pop("worker_process_setup_hook")) is prepare_worker
     assert given == {**interpreter, **chosen}
 
 
@@ -105,3 +108,76 @@ def test_a_cluster_that_already_runs_keeps_its_own_interpreters(
 def test_a_setup_hook_of_the_users_is_refused() -> None:
     with pytest.raises(ValueError, match=r"cluster\.runtime_env\.worker_process_setup_hook .*remove it"):
         compose_config("train", ["cluster=ray", "+cluster.runtime_env.worker_process_setup_hook=a.b"])
+
+
+class Nodes:
+    """A cluster of two nodes, of which the second has less memory; placed in turn."""
+
+    strategies: ClassVar[list[str]] = []
+
+    @classmethod
+    def place(cls, monkeypatch: pytest.MonkeyPatch, alive: int) -> None:
+        from rlmed.cluster import ray_session
+
+        def group(bundles: list[Any], strategy: str) -> Any:
+            cls.strategies.append(strategy)
+            return SimpleNamespace(ready=lambda: "ready", bundles=len(bundles))
+
+        def remote(**_: Any) -> Any:
+            return lambda function: SimpleNamespace(
+                options=lambda scheduling_strategy: SimpleNamespace(
+                    remote=lambda processes: (scheduling_strategy.node_id, processes)
+                )
+            )
+
+        cls.strategies = []
+        nodes = [{"NodeID": f"{i:056x}", "NodeManagerAddress": f"10.0.0.{i}", "Alive": i < alive} for i in range(3)]
+        for name, value in {
+            "nodes": lambda: nodes,
+            "wait": lambda refs, timeout: (refs, []),
+            "remote": remote,
+            "get": lambda asked: 1000 * (1 + int(asked[0], 16)) + asked[1],
+        }.items():
+            monkeypatch.setattr(ray_session.ray, name, value)
+        monkeypatch.setattr(ray_session, "placement_group", group)
+        monkeypatch.setattr(
+            ray_session,
+            "PlacementGroupSchedulingStrategy",
+            lambda group, placement_group_bundle_index: SimpleNamespace(
+                placement_group=group, placement_group_bundle_index=placement_group_bundle_index
+            ),
+        )
+        monkeypatch.setattr(
+            ray_session,
+            "placement_group_table",
+            lambda group: {"bundles_to_node_id": {i: nodes[i % alive]["NodeID"] for i in range(group.bundles)}},
+        )
+        monkeypatch.setattr(ray_session, "available_memory", lambda processes: 77 + processes)
+
+
+def placed(*overrides: str) -> list[Machine]:
+    from rlmed.cluster.ray_session import machines_of, place_actors
+
+    settings = compose_config("train", ["cluster=ray", "cluster.learner_ranks=2", *overrides]).cluster
+    return machines_of(*place_actors(settings, ExitStack(), cuda=False, gpus_per_engine=1, learns=True))
+
+
+def test_on_one_machine_all_processes_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether this run has started Ray or joins it; lost nodes do not count."""
+    Nodes.place(monkeypatch, alive=1)
+    assert placed("cluster.rollout_workers=3") == [Machine("this machine", 2, 3, 82)]
+    assert Nodes.strategies == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "strategy"), [((), "SPREAD"), (("+cluster.worker_resources.sampling=1",), "PACK")]
+)
+def test_on_a_cluster_each_node_has_its_processes(
+    overrides: tuple[str, ...], strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Nodes.place(monkeypatch, alive=2)
+    assert placed("cluster.rollout_workers=3", *overrides) == [
+        Machine("node 10.0.0.0", 1, 2, 1003),
+        Machine("node 10.0.0.1", 1, 1, 2002),
+    ]
+    assert Nodes.strategies == [strategy]

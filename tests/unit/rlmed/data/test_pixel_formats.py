@@ -399,8 +399,8 @@ NOTHING: dict[str, tuple[Callable[[], Image.Image], str, str]] = {
     "a palette of one colour": (lambda: Image.new("P", (40, 40), 3), "gif", "one colour"),
     "16 bits": (lambda: wide(40000, "u2"), "png", "all its values are 40000"),
     "floats": (lambda: wide(-1.5, "f4"), "tif", r"all its values are -1\.5"),
-    "NaN": (lambda: wide(np.nan, "f4"), "tif", "none of its values is a finite number"),
-    "infinite": (lambda: wide(-np.inf, "f4"), "tif", "none of its values is a finite number"),
+    "NaN": (lambda: wide(np.nan, "f4"), "tif", "finite"),
+    "infinite": (lambda: wide(-np.inf, "f4"), "tif", "finite"),
     "transparent": (
         lambda: Image.fromarray(np.concatenate([COLOUR, np.zeros_like(COLOUR[..., :1])], axis=-1)),
         "png",

@@ -60,7 +60,7 @@ def make_rows(folder: Path, name: str, count: int) -> list[Example]:
 
 def grey_level(request: RolloutRequest, renderer: PromptRenderer) -> int:
     """Grey level of the picture in the prompt, from its normalised pixels."""
-    processor = renderer._image_processor
+    processor = renderer.pictures.image_processor
     value = float(request.prompt.image_inputs["pixel_values"][0, 0])
     return round(255 * (value * processor.image_std[0] + processor.image_mean[0]))
 
@@ -245,7 +245,7 @@ def test_the_figures_of_a_file(files, renderer, tmp_path):
 
 def test_the_format_is_the_one_that_the_prompt_asks_for(files, renderer, tmp_path):
     brief = PromptRenderer(
-        renderer.tokenizer, renderer._image_processor, max_prompt_tokens=512, template="{question} <answer>...</answer>"
+        renderer.tokenizer, renderer.pictures, max_prompt_tokens=512, template="{question} <answer>...</answer>"
     )
 
     def answer(request, _):
@@ -410,7 +410,7 @@ def test_an_evaluation_that_fails_leaves_the_earlier_one(files, renderer, tmp_pa
 
     with monkeypatch.context() as patch:
         patch.setattr("rlmed.evaluation.results.json.dumps", full_disk)
-        with pytest.raises(RecordError, match=r"disk is full: .*rows\.jsonl"):
+        with pytest.raises(RecordError, match=r"rows\.jsonl cannot be written: the disk is full"):
             run(files, renderer, tmp_path, controls=False)
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["step-000003"]
     assert EvalSummary.read(tmp_path / "step-000003") == first

@@ -31,12 +31,29 @@ def test_the_mask_of_a_small_row_by_hand():
     ]
 
 
+def test_the_mask_of_a_window_and_a_block_by_hand():
+    # prompt a B C d, completion e: B and C are an image; nobody sees beyond two tokens behind
+    marked = torch.tensor([0, 1, 1, 0, 0], dtype=torch.bool)
+    assert allowed([(4, [1])], window=3, both_ways=marked).int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 0, 0],
+        [0, 1, 1, 1, 0],
+        [0, 0, 1, 1, 1],
+    ]
+
+
 @settings(deadline=None, max_examples=60)
-@given(GROUPS)
-def test_packed_attention_and_its_gradients_are_those_of_dense_attention(groups):
+@given(GROUPS, st.none() | st.integers(1, 10), st.none() | st.integers(0, 2**32))
+def test_packed_attention_and_its_gradients_are_those_of_dense_attention(groups, window, seed):
     tensors = row_tensors(groups, *SIZES)
-    actual = PackedLayout.build(groups).attend(0, *tensors, SCALE)
-    expected = dense_attention(*tensors, allowed(groups), SCALE)
+    marked = None
+    if seed is not None:  # images in prompts; a completion has none
+        of_prompt = [part for prompt, lengths in groups for part in ([True] * prompt, [False] * sum(lengths))]
+        drawn = torch.rand(len(tensors[0]), generator=torch.Generator().manual_seed(seed)) < 0.6
+        marked = torch.tensor([own for part in of_prompt for own in part]) & drawn
+    actual = PackedLayout.build(groups, both_ways=marked).attend(0, *tensors, SCALE, window)
+    expected = dense_attention(*tensors, allowed(groups, window=window, both_ways=marked), SCALE)
     torch.testing.assert_close(actual, expected, atol=ROUNDING, rtol=0)
     weights = torch.randn(actual.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for one, other in zip(

@@ -76,7 +76,7 @@ def through_a_view(weight):
 
 
 def loaded(weight):
-    copy_weights({"weight": weight}, list(make_buckets([("weight", torch.randn_like(weight))])))
+    copy_weights({"weight": weight}, list(make_buckets([("weight", torch.randn_like(weight))])), weight.device)
 
 
 def state_dict_loaded(weight):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from rlmed.core.types import Example, Prompt
 from rlmed.models import policy as policy_module
@@ -21,6 +21,9 @@ from rlmed.models.varlen import AttentionChoice, VarlenLayout
 from rlmed.models.varlen_backends import Reference
 from tests.rounding import LOGPROBS
 
+BANNED = {"qwen2_vl": 5, "qwen2_5_vl": 5, "qwen3_vl": 4, "gemma3": 3, "llava_onevision": 2}
+BANNED |= {"idefics3": 1, "smolvlm": 1, "internvl": 1}
+
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_family_loads_and_knows_its_geometry(family, tiny_policy):
@@ -30,18 +33,19 @@ def test_every_family_loads_and_knows_its_geometry(family, tiny_policy):
     assert not policy.model.training
     config = policy.model.config
     vision = FAMILIES[family].vision
-    assert (config.model_type, vision) == (family, "vl" in family)
+    assert (config.model_type, vision) == (family, "vision_config" in config.to_dict())
     banned = unsampleable_token_ids(config)
     assert policy.banned_token_ids == banned
-    # <|vision_start|>, <|vision_end|>, <|vision_pad|>, <|image_pad|> and <|video_pad|>
-    assert len(banned) == (5 if vision else 0)
+    # Qwen2-VL's: <|vision_start|>, <|vision_end|>, <|vision_pad|>, <|image_pad|>, <|video_pad|>
+    assert len(banned) == BANNED.get(family, 0)
     assert (config.image_token_id in banned) if vision else True
     hidden = torch.randn(3, 64)
     logits = policy.logits(hidden)
     assert logits.isinf().sum() == 3 * len(banned)
+    assert policy.windows == ((9,) if "gemma3" in family else ())
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_mrope_positions_of_two_images_are_those_of_transformers(family, tiny_policy, transformers_model, make_prompt):
     first, second = (make_prompt(family, i, length=5, grid=grid) for i, grid in enumerate([(4, 8), (6, 4)]))
     token_ids = np.concatenate([first.token_ids, second.token_ids])
@@ -150,10 +154,21 @@ def test_an_unknown_family_is_refused_with_the_ones_that_work(tmp_path):
         load_policy(tmp_path)
 
 
-def test_sliding_window_attention_is_refused():
-    config = Qwen2Config(num_hidden_layers=2, use_sliding_window=True, sliding_window=4, max_window_layers=1)
-    with pytest.raises(ValueError, match="sliding-window"):
-        family_of(config)
+@pytest.mark.parametrize(
+    ("model_type", "settings", "message"),
+    [
+        ("qwen3_5", {}, r"'qwen3_5' has layers of linear_attention.*keys and values"),
+        ("llama4", {}, "layers of chunked_attention"),
+        ("gemma3n", {}, r"its last 15 layers .*none of their own.*num_kv_shared_layers=0"),
+        ("gemma4", {"text_config": {"num_kv_shared_layers": 2}}, r"'gemma4': its last 2 layers"),
+        ("gemma2", {}, r"soft caps .* \(30\)"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "later tokens"),
+    ],
+)
+def test_decoders_that_cannot_run_say_why_at_once(model_type, settings, message):
+    with pytest.raises(ValueError, match=message) as error:
+        family_of(AutoConfig.for_model(model_type, **settings))
+    assert "\n" not in str(error.value)
 
 
 def test_a_model_whose_completions_could_not_end_is_refused(tiny_folder):

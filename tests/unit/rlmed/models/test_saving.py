@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from rlmed.models.folder.weight_files import check_weight_files
 from rlmed.models.policy import load_policy
 from rlmed.models.saving import StoredWeight, file_name, save_settings, share_weights, write_index, write_weights
+from tests.tiny_vision import TILE_FAMILIES
 
 
 def save(model, folder, files):
@@ -28,7 +29,7 @@ def save(model, folder, files):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen2", "llama"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", *TILE_FAMILIES, "qwen2", "llama"])
 def test_one_file_is_transformers_own(family, dtype, tiny_folder, tmp_path):
     model = load_policy(tiny_folder(family), dtype=dtype).model
     save(model, tmp_path / "ours", 1)

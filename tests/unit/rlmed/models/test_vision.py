@@ -19,7 +19,7 @@ from rlmed.models.vision import VISION_ATTENTION_NAME, use_linear_patches, use_v
 from tests.rounding import GRADIENTS, rounding
 
 GRIDS = ((8, 8), (4, 6), (2, 10))
-VISION = ("qwen2_vl", "qwen2_5_vl")
+VISION = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 STORED = {"float32": 0.0, "bfloat16": torch.finfo(torch.bfloat16).eps / 2}
 """Relative error of storing a result in this dtype, beside what float32 sums cost."""
 
@@ -41,7 +41,8 @@ def features_and_gradients(policy, images):
     """The tower's output for the images, and the gradient of each of its parameters."""
     tower = policy.model.base_model.visual
     tower.zero_grad()
-    features = tower(images["pixel_values"], grid_thw=images["image_grid_thw"]).pooler_output
+    output = tower(images["pixel_values"], grid_thw=images["image_grid_thw"])
+    features = torch.cat([output.pooler_output, *output.get("deepstack_features", ())])
     (features * torch.linspace(-1, 1, features.shape[1])).sum().backward()
     return features.detach(), {name: parameter.grad.clone() for name, parameter in tower.named_parameters()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -97,7 +98,7 @@ def test_a_write_that_has_failed_is_told_once_at_the_next_occasion(how: str, tmp
         "save": lambda: checkpoints.save(3, {}, healthy.secure),
         "end": lambda: checkpoints.__exit__(None),
     }
-    with pytest.raises(CheckpointError, match=r"step-000002 could not be written: .*No space.*resume=auto"):
+    with pytest.raises(CheckpointError, match=r"/step-000002 .*No space left on device.* resume=auto\b"):
         occasions[how]()
     checkpoints.check()
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
@@ -192,15 +193,37 @@ def test_a_new_run_is_refused_where_another_lives(tmp_path: Path) -> None:
         starting_point(tmp_path, resume=False)
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])
-def test_a_failed_write_leaves_the_earlier_checkpoint(tmp_path: Path, error: Exception) -> None:
+FULL, QUOTA = os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, FULL), "device. Free some space and start again with"),
+        (OSError(errno.EDQUOT, QUOTA), "Free some space and start"),
+        (RuntimeError(f"in a library: {FULL} (os error 28)"), "Free some space and start"),
+        (OSError(errno.EACCES, "Permission denied"), "denied. Make its folder writable and start"),
+        (OSError(errno.EFBIG, "File too large"), "(ulimit -f) and start"),
+        (OSError(errno.EIO, "Input/output error"), "Check the disk and start"),
+        (RuntimeError("PytorchStreamWriter failed"), "failed. Start again with"),
+        (
+            MemoryError(),
+            "out of memory (in Python): close other programs, raise the limit, or reduce memory use. Start",
+        ),
+    ],
+)
+def test_a_failed_write_names_its_own_cure_and_leaves_the_earlier_checkpoint(
+    tmp_path: Path, error: Exception, said: str
+) -> None:
     def fail(folder: Path) -> None:
         write(folder)
         raise error
 
     save_checkpoint(tmp_path, 5, {}, write, keep_last=1)
-    with pytest.raises(CheckpointError, match=r"step-000006 could not be written.*resume=auto"):
+    with pytest.raises(CheckpointError, match=r"step-000006 could not be written.*resume=auto") as caught:
         save_checkpoint(tmp_path, 6, {}, fail, keep_last=1)
+    assert said in str(caught.value)
+    assert ("Free some space" in said) == ("Free some space" in str(caught.value))
     assert [path.name for path in tmp_path.iterdir()] == ["step-000005"]
 
 

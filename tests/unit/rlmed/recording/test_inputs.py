@@ -11,7 +11,7 @@ from rlmed.core.config.composing import compose_config
 from rlmed.core.types import Example
 from rlmed.data.examples import ReadResult, SkippedRow
 from rlmed.data.loading import DataFile
-from rlmed.recording.inputs import chosen_dtype, chosen_onednn, write_data, write_versions
+from rlmed.recording.inputs import chosen_compiled, chosen_dtype, chosen_onednn, write_data, write_versions
 
 EXAMPLE = Example("mri-7", Path("/data/7.png"), "Which part?", ("head", "knee"), answer=1, modality="MRI")
 
@@ -29,6 +29,7 @@ def test_versions_name_what_ran_and_nothing_private(tmp_path):
         *threads,
         "dtype",
         "onednn",
+        "compiled_decode",
         "cuda_device",
         "packages",
         "commit",
@@ -44,20 +45,25 @@ def test_versions_name_what_ran_and_nothing_private(tmp_path):
     assert str(Path.home()) not in text
 
 
-def test_a_resumed_run_multiplies_as_before_on_the_same_processor_alone(tmp_path, caplog):
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_resumed_run_multiplies_as_before_on_the_same_processor_alone(tmp_path, caplog, compiled):
     assert chosen_onednn(tmp_path) is None
-    path = write_versions(tmp_path, compose_config("train", ["model.onednn=[few_rows]"]).model)
+    assert chosen_compiled(tmp_path) is None
+    settings = ["model.onednn=[few_rows]", f"model.compiled_decode={compiled}"]
+    path = write_versions(tmp_path, compose_config("train", settings).model)
     assert chosen_onednn(tmp_path) == ("few_rows",)
+    assert chosen_compiled(tmp_path) is compiled
     versions = json.loads(path.read_text())
     for changed in (
         versions | {"cpu": "another"},
         versions | {"cpu_capability": "NONE"},
         versions | {"packages": versions["packages"] | {"torch": "2.0"}},
-        {key: value for key, value in versions.items() if key != "onednn"},
+        {key: value for key, value in versions.items() if key not in ("onednn", "compiled_decode")},
     ):
         path.write_text(json.dumps(changed))
         caplog.clear()
         assert chosen_onednn(tmp_path) is None
+        assert chosen_compiled(tmp_path) is None
         assert ("chosen anew" in caplog.text) == ("onednn" in changed)
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from rlmed.core.config.checks import ConfigError
 from rlmed.core.protocols import ClusterError
-from rlmed.core.weights import NotConnectedError, PushReport, TransferError
+from rlmed.core.weights import PushReport
 from rollout.pool.pool import WorkerPool
 from rollout.pool.state import PoolSettings, RolloutError
 from rollout.pool.worker import FinishedGroup
@@ -258,7 +258,7 @@ def test_who_comes_after_weights_were_sent_fetches_them(make_pool):
     assert site.workers[1].fetched == []
 
 
-def test_workers_that_cannot_be_connected_fetch_the_weights_and_the_log_says_why(make_pool, caplog):
+def test_workers_that_weights_could_not_be_sent_to_fetch_them_and_a_dead_one_is_replaced(make_pool):
     site = Site()
     pool = make_pool(site)
     wait_for(lambda: pool.metrics()["rollout/workers_ready"] == 2)
@@ -266,24 +266,10 @@ def test_workers_that_cannot_be_connected_fetch_the_weights_and_the_log_says_why
     reports = push_in_thread(pool, update)
     site.workers[0].die(OSError("gone"))  # which is why they cannot
     wait_for(lambda: len(site.workers) == 3 and site.workers[2].fetched)
-    update.sending.set_exception(NotConnectedError("no connection by nccl: worker 0 could not connect"))
+    update.sending.set_result(None)
     assert len(reports.result(timeout=60)) == 2  # its successor, and the one that was there
     assert [worker.fetched for worker in site.workers] == [[], [1], [1]]
-    assert "worker 0 could not connect. Sending" in caplog.text
     assert pool.metrics()["rollout/workers_lost"] == 1
-
-
-def test_workers_that_hold_a_part_of_the_weights_are_replaced(make_pool):
-    site = Site()
-    pool = make_pool(site)
-    wait_for(lambda: pool.metrics()["rollout/workers_ready"] == 2)
-    update = Update(sending=Future())
-    reports = push_in_thread(pool, update)
-    update.sending.set_exception(TransferError("worker 1 did not receive weights within 3 s"))
-    assert reports.result(timeout=60) == []
-    wait_for(lambda: pool.metrics()["rollout/workers_ready"] == 2)
-    assert [worker.killed for worker in site.workers] == [True, True, False, False]
-    assert [worker.fetched for worker in site.workers] == [[], [], [1], [1]]
 
 
 @pytest.mark.parametrize("error", [ClusterError("learner rank 0 was lost"), ConfigError("no such way")])

@@ -25,6 +25,7 @@ class Core:
 
     def __init__(self):
         self.calls = []
+        self.fails = None
 
     def sleep(self, level):
         self.calls.append(f"sleep {level}")
@@ -32,8 +33,10 @@ class Core:
     def wake_up(self, tags):
         self.calls.append(f"wake {' '.join(tags)}")
 
-    def collective_rpc(self, method, kwargs=None):
-        self.calls.append(method)
+    def collective_rpc(self, method, args=()):
+        self.calls.append(method.__name__)
+        if self.fails == method.__name__:
+            raise RuntimeError("they do not arrive")
 
     def set_weight_version(self, version):
         self.calls.append(f"version {version}")
@@ -52,9 +55,9 @@ def make_engine():
         engine.settings = VllmSettings(sleep=sleep)
         engine.policy_version = engine._epoch = 0
         engine._core, engine._running, engine._scheduler = Core(), {}, []
-        engine._asleep, engine._loading = set(), False
+        engine._asleep = set()
         engine._shapes = {name: tuple(tensor.shape) for name, tensor in WEIGHTS.items()}
-        engine._missing, engine._damaged = None, False
+        engine._damaged = False
         engine._restart_groups_without_tokens = lambda: None
         return engine
 
@@ -66,12 +69,10 @@ def test_weights_wake_before_they_come_and_the_cache_after_that(make_engine):
     engine.sleep()
     engine.sleep()  # as told twice
     engine.update_weights(4, list(make_buckets(WEIGHTS.items())))
-    received = ["start_weight_update", "update_weights", "finish_weight_update"]
+    received = ["begin_load", "load", "end_load"]
     assert engine._core.calls == ["sleep 2", "wake weights", *received, "wake kv_cache", "version 4"]
     engine._core.calls.clear()
-    engine.begin_update()
-    engine.receive({"names": list(WEIGHTS), "shapes": [[2], [3]]})
-    engine.finish_update(5)
+    engine.update_weights(5, list(make_buckets(WEIGHTS.items())))
     assert engine._core.calls == [*received, "version 5"]  # awake already
 
 
@@ -85,6 +86,19 @@ def test_after_sleep_all_weights_have_to_come(make_engine):
     with pytest.raises(WeightError, match="mixture"):
         engine.step()
     assert "wake kv_cache" not in engine._core.calls
+
+
+def test_weights_that_do_not_arrive_leave_vllm_whole_and_the_engine_waiting_for_others(make_engine):
+    engine, weights = make_engine(), list(make_buckets(WEIGHTS.items()))
+    engine._core.fails = "load"
+    with pytest.raises(RuntimeError, match="they do not arrive"):
+        engine.update_weights(4, weights)
+    assert engine._core.calls == ["begin_load", "load", "end_load"]
+    with pytest.raises(WeightError, match="mixture"):
+        engine.step()
+    engine._core.fails = None
+    engine.update_weights(4, weights)
+    assert (engine.policy_version, engine._damaged) == (4, False)
 
 
 def test_an_engine_with_work_or_made_without_sleep_stays_awake(make_engine):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -42,12 +43,21 @@ def test_a_name_that_is_too_long(tmp_path: Path) -> None:
     assert "name is too long. Shorten" in refused(tmp_path / ("ü" * 200) / "x")
 
 
-@pytest.mark.parametrize("number", [1, 5, 13, 30])
-def test_other_errors_are_said_in_the_systems_words(tmp_path: Path, number: int) -> None:
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.EPERM, "Make its folder writable"),
+        (errno.EACCES, "Make its folder writable"),
+        (errno.EROFS, "Make its folder writable"),
+        (errno.EIO, "Check the disk"),
+        (errno.EFBIG, "Raise the limit of a file's size (ulimit -f)"),
+        (errno.EMFILE, "Raise the limit of open files (ulimit -n)"),
+        (errno.ENXIO, "Mend this"),
+    ],
+)
+def test_other_errors_are_said_in_the_systems_words(tmp_path: Path, number: int, remedy: str) -> None:
     error = OSError(number, "so it is")
-    assert str(refusal(tmp_path, error)).startswith(
-        f"{tmp_path} cannot be written: so it is. Make its folder writable and "
-    )
+    assert str(refusal(tmp_path, error)).startswith(f"{tmp_path} cannot be written: so it is. {remedy} and ")
 
 
 def test_what_cannot_be_there_is_removed_already(tmp_path: Path) -> None:

@@ -86,7 +86,9 @@ def test_a_full_disk_names_the_file_and_leaves_no_half_line(tmp_path, monkeypatc
         return write(descriptor, bytes(content[:7]))
 
     monkeypatch.setattr(os, "write", nearly_full)
-    with pytest.raises(RecordError, match=r"disk is full.*a\.jsonl.*Free .*resume=auto") as caught:
+    with pytest.raises(
+        RecordError, match=r"a\.jsonl cannot be written: the disk is full.*Free .*resume=auto"
+    ) as caught:
         writer.append({"step": 2, "text": "long enough"})
     assert caught.value.errno == errno.ENOSPC
     assert path.read_text() == '{"step": 1}\n'

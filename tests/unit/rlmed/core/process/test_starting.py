@@ -14,15 +14,17 @@ from rlmed.core.process.starting import start_command
 from tests.root import ROOT
 
 
-def start(folder: Path, line: str = "", *, torch: str = "", **environment: str) -> tuple[int, list[str]]:
-    """Exit status and stderr lines of `python -m rlmed.ask` in `folder`, `torch` of this text."""
+def start(
+    folder: Path, line: str = "", *, torch: str = "", command: str = "ask x.png q --options a b", **environment: str
+) -> tuple[int, list[str]]:
+    """Exit status and stderr lines of `python -m rlmed.COMMAND` in `folder`, `torch` of this text."""
     libraries = [str(ROOT)]
     if torch:
         (folder / "libraries").mkdir()
         (folder / "libraries" / "torch.py").write_text(torch)
         libraries.insert(0, str(folder / "libraries"))
     done = subprocess.run(
-        ["bash", "-c", f'{line} exec "{sys.executable}" -m rlmed.ask x.png q --options a b'],
+        ["bash", "-c", f'{line} exec "{sys.executable}" -m rlmed.{command}'],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(libraries)} | environment,
         capture_output=True,
@@ -58,6 +60,20 @@ def test_what_a_library_raises(tmp_path: Path, torch: str, status: int, said: st
     assert len(lines) == 1
     assert lines[0].startswith(said)
     assert lines[0].endswith("missing") == ("missing" in said or "says what is miss" in said)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [("--help", 0, ""), ("steps=x", 2, "error: steps='x' "), ("debug=fake_engine", 2, "error: libx.so: not there: ")],
+)
+def test_training_needs_no_torch_for_its_help_and_for_errors_in_the_settings(
+    tmp_path: Path, arguments: str, status: int, said: str
+) -> None:
+    found, lines = start(tmp_path, torch="raise ImportError('libx.so: not there')", command=f"launch {arguments}")
+    assert found == status, lines
+    assert len(lines) == (said != "")
+    assert not said or lines[0].startswith(said)
+    assert not list(tmp_path.glob("outputs/*/*"))
 
 
 def test_faults_keep_their_traceback(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The number of usable cores, from made-up cgroup files."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -230,6 +231,19 @@ def test_memory_that_is_left_is_the_machines_or_the_containers(tmp_path: Path, l
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     assert threads.available_memory(tmp_path) == left * 1024
+
+
+@pytest.mark.parametrize(("processes", "left"), [(1, 3_000), (2, 6_000), (3, 7_000)])
+def test_each_process_has_what_its_limit_of_address_space_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int, left: int
+) -> None:
+    pages = 4096 * 1024 // os.sysconf("SC_PAGE_SIZE")
+    write(tmp_path, {"proc/meminfo": "MemAvailable: 7000 kB\n", "proc/self/statm": f"{pages} 5 5 1 0 9 0\n"})
+    assert threads.available_memory(tmp_path, processes=processes) == 7_000 * 1024
+    monkeypatch.setattr(threads, "address_limit", lambda: 7_096 * 1024)
+    assert threads.available_memory(tmp_path, processes=processes) == left * 1024
+    monkeypatch.setattr(threads, "address_limit", lambda: 1024)
+    assert threads.available_memory(tmp_path) == 0
 
 
 def test_memory_is_unknown_where_the_system_does_not_say(tmp_path: Path) -> None:

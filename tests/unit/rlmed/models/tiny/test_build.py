@@ -76,7 +76,7 @@ def test_a_system_turn_replaces_the_default_one(tiny):
     )
 
 
-@pytest.mark.parametrize("family", ["qwen2", "llama", "qwen3"])
+@pytest.mark.parametrize("family", ["qwen2", "llama", "qwen3", "gemma3_text"])
 def test_text_families_load_and_compute(tmp_path, family):
     build_tiny_text(tmp_path, family)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -84,7 +84,7 @@ def test_text_families_load_and_compute(tmp_path, family):
     assert torch.isfinite(model(torch.arange(9).unsqueeze(0)).logits).all()
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_vision_families_load_and_see(tmp_path, family):
     build_tiny_vl(tmp_path, family)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path)
@@ -96,7 +96,7 @@ def test_vision_families_load_and_see(tmp_path, family):
             model(
                 input_ids=token_ids,
                 mm_token_type_ids=(token_ids == model.config.image_token_id).int(),
-                pixel_values=torch.full((64, 1176), value),
+                pixel_values=torch.full((64, 6 * model.config.vision_config.patch_size**2), value),
                 image_grid_thw=grid,
             ).logits[0, -1]
             for value in (0.0, 1.0)
