@@ -74,7 +74,8 @@ class Result:
 
 def do(job: Job, parallelism: FSDP | None = None, *, last: bool = True) -> Result:
     """Load, learn, save; `last` is True on the last rank."""
-    policy = load_policy(job.base if job.lora else job.start or job.base, dtype=job.dtype, device=job.device)
+    folder = job.base if job.lora else job.start or job.base
+    policy = load_policy(folder, dtype=job.dtype, device=job.device)
     if job.lora:
         policy = add_adapters(policy, lora_config(**job.lora), base=str(job.base), seed=0)
         assert policy.adapters
