@@ -22,7 +22,6 @@ from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from rewards.extra import RewardError
-from rlmed.cluster.advice import sparing_keys
 from rlmed.core.config.building import build_config
 from rlmed.core.config.composing import plain_config
 from rlmed.core.config.overrides import CONFIG_GROUPS, expand, explain, quoted
@@ -164,7 +163,7 @@ def _hide_progress_bars() -> None:
 
 
 def _has_cuda(overrides: Sequence[str]) -> bool:
-    """Return whether a CUDA device is available; False without an experiment, whose profile it decides.
+    """Return whether there is a CUDA device; False without an experiment, whose profile it decides.
 
     Loading torch takes longer than everything else that `--help` or an error in the settings needs.
     """
@@ -191,6 +190,8 @@ def _ending_errors(program: str) -> Iterator[None]:
         except (MemoryError, RuntimeError) as error:
             if not lacks_memory(error):
                 raise
+            from rlmed.cluster.advice import sparing_keys  # after the libraries' set-up, which it loads
+
             raise ValueError(f"{one_line(error)} ({sparing_keys(program)}){goes_on}") from error
 
 

@@ -70,7 +70,7 @@ def sparing_keys(program: str) -> str:
 
 
 def advise(config: RunConfig, needed: Callable[[RunConfig], int], available: int) -> str:
-    """Return the settings that would fit: one alone, else as few, and as little changed, as it takes.
+    """Return the settings that would fit: one alone, else as few and as little changed as needed.
 
     Args:
         config: the run; with `resume`, only what a resumed run may change is named.

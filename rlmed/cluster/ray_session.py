@@ -212,7 +212,7 @@ def place_actors(
 
 
 def machines_of(ranks: Sequence[Mapping[str, Any]], workers: Sequence[Mapping[str, Any]]) -> list[Machine]:
-    """Return the machines of learner ranks and rollout workers with these `place_actors` options."""
+    """Return the machines of ranks and workers with these options of `place_actors`."""
     learning, sampling = (Counter(map(_node_of, options)) for options in (ranks, workers))
     nodes = list(learning | sampling)
     names = {node["NodeID"]: f"node {node['NodeManagerAddress']}" for node in ray.nodes()} if any(nodes) else {}

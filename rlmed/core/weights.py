@@ -67,7 +67,7 @@ class WeightUpdate:
     stored: Callable[[], Any]
     """Return what workers fetch weights by: `StoredWeights`, or a handle that resolves to it."""
     send: Callable[[Sequence[EngineHandle]], Future[PushReport | None] | None] = lambda engines: None
-    """Send the weights directly to all these engines at once; None, or a future of None: it cannot."""
+    """Send the weights directly to all these engines; None, or a future of None: it cannot."""
 
 
 def last_line(error: BaseException) -> str:

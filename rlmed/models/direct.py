@@ -26,7 +26,7 @@ from rlmed.models.shared_memory import SharedMemory, open_shared
 from rlmed.models.weights import BUCKET_BYTES, Packed, pack, unpack
 
 JOINED, ENDED = "joined", "ended"
-"""Keys of a store: number of engines' processes that have come; set when rank 0 closes the group."""
+"""Keys of a store: number of engines' processes that have come; set when rank 0 closes it."""
 POLL_S = 0.001
 REACH_S = 10.0
 """Seconds to reach rank 0's store, which is open before an engine is called."""
@@ -114,7 +114,7 @@ class DirectSender:
     """Learner rank 0's half; forms a new group with other engines, and after a failure."""
 
     def __init__(self, parameters: Iterable[tuple[str, Tensor]], device: torch.device, host: str) -> None:
-        """Send full tensors like `parameters`, names and tensors, from `device` at address `host`."""
+        """Send full tensors like `parameters`, by name, from `device` at address `host`."""
         like = dict(parameters)
         self._shapes = {name: tuple(tensor.shape) for name, tensor in like.items()}
         self._dtypes = tuple(tensor.dtype for tensor in like.values())

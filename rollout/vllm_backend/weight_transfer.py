@@ -30,7 +30,7 @@ def begin_load(worker: Any) -> None:
 
 
 def load(worker: Any, weights: WeightPart) -> None:
-    """Load some weights; they are copied, since an incomplete layer keeps them until it is whole."""
+    """Load some weights, copied, since an incomplete layer keeps them until it is whole."""
     with set_current_vllm_config(worker.vllm_config):
         worker.get_model().load_weights((name, tensor.clone()) for name, tensor in weights.tensors(worker.device))
 

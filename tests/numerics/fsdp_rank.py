@@ -121,7 +121,7 @@ def do(job: Job, parallelism: FSDP | None = None, *, last: bool = True) -> Resul
 
 
 def whole_state(value: Any, *, first: bool) -> Any:
-    """Gather all tensors in nested dicts and lists, one after the other; None but on the `first`."""
+    """Gather all tensors in dicts and lists, one after the other; None but on the `first`."""
     if isinstance(value, dict):
         return {key: whole_state(entry, first=first) for key, entry in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Weights sent from rank 0 to engines: the same bits by every transport, and an end for every wait."""
+"""Weights sent from rank 0 to engines: the same bits by every transport; every wait ends."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def weights(seed):
 
 
 class Engine:
-    """Called as Ray's actors are, in a thread of its own; what it has received is in `parameters`."""
+    """Called as Ray's actors are, in its own thread; what it has received is in `parameters`."""
 
     def __init__(self, number):
         self.handle = EngineHandle(f"worker {number}", number, ())

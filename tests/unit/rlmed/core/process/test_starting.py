@@ -17,7 +17,7 @@ from tests.root import ROOT
 def start(
     folder: Path, line: str = "", *, torch: str = "", command: str = "ask x.png q --options a b", **environment: str
 ) -> tuple[int, list[str]]:
-    """Exit status and stderr lines of `python -m rlmed.COMMAND` in `folder`, `torch` of this text."""
+    """Exit status and stderr lines of `python -m rlmed.COMMAND` in `folder`, with this `torch`."""
     libraries = [str(ROOT)]
     if torch:
         (folder / "libraries").mkdir()
