@@ -236,10 +236,9 @@ def busy_process(wanted: bool) -> Iterator[None]:
 
 
 def linear_layers_side(policy: Policy, work: Workload) -> Callable[[], None]:
-    """Only the language model's linear layers, on decoding's rows and steps: no engine takes less.
+    """Only the language model's linear layers, on decoding's rows and steps, by torch's libraries.
 
-    They run as in the native engine's decode steps, by the product that its probe has chosen, each
-    with weights of its own.
+    They run by the product that `model.onednn`'s probe has chosen, each with weights of its own.
     """
     rows = work.prompts * work.group_size
     layers = [

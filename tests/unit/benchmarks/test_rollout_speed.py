@@ -61,10 +61,10 @@ def test_the_lead_is_the_one_on_the_fastest_of_the_others() -> None:
     seconds = {"native": 2.0, "linear_layers": 1.0, "generate": 6.0, "vllm_eager": 3.0}
     result = summarise({name: Timing((value,)) for name, value in seconds.items()}, tokens=600)
     assert result["tokens_per_s"] == {"native": 300.0, "linear_layers": 600.0, "generate": 100.0, "vllm_eager": 200.0}
-    assert (result["best_other"], result["ratio"], result["bound"]) == ("vllm_eager", 1.5, 3.0)
+    assert (result["best_other"], result["ratio"], result["products"]) == ("vllm_eager", 1.5, 3.0)
 
 
-def test_the_bound_has_the_rows_and_the_layers_of_decoding(tmp_path: Path) -> None:
+def test_the_products_have_the_rows_and_the_layers_of_decoding(tmp_path: Path) -> None:
     build_tiny_text(tmp_path)
     policy, work = load_policy(tmp_path), Workload(54, group_size=8, prompts=2, max_tokens=4)
     prompts = make_prompts(make_renderer(tmp_path), tmp_path, work, images=False)

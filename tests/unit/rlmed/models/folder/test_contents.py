@@ -292,7 +292,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     ),
     "an unknown image processor": (
         edit("preprocessor_config.json", image_processor_type="Nobodys"),
-        r"\bimage_processor_type\b.* config\.json .* preprocessor_config\.json\b",
+        r"\bimage_processor_type\b.* preprocessor_config\.json .*\bprocessor_config\.json\b",
     ),
     "another kind of size": (
         edit("preprocessor_config.json", size={"height": 56, "width": 56}),
