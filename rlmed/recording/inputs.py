@@ -40,7 +40,13 @@ def chosen_onednn(folder: Path) -> tuple[str, ...] | None:
 
 
 def chosen_compiled(folder: Path) -> bool | None:
-    """Return whether the run compiled its decode steps if processor and torch are the same."""
+    """Return whether the run compiled its decode steps if processor and torch are the same.
+
+    Earlier versions did not.
+    """
+    file = folder / VERSIONS_FILE
+    if file.is_file() and "compiled_decode" not in read_json(file):
+        return False
     compiled = _chosen(folder, "compiled_decode")
     return None if compiled is None else bool(compiled)
 
