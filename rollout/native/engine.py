@@ -126,7 +126,7 @@ class NativeEngine:
         layout = decoder.prompt_layout(lengths, [group.pages for group in groups], tokens)
         positions = torch.cat([group.positions for group in groups], dim=1).to(policy.device)
         images = merge_image_inputs([policy.image_inputs(request.prompt) for request in requests])
-        with self._packs.active():
+        with self._packs.active(products=False):
             hidden = policy.hidden(tokens.to(policy.device), positions, layout, images)
         last = torch.tensor(lengths, device=policy.device).cumsum(0) - 1
         logits = policy.logits(hidden[last])

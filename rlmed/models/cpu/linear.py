@@ -51,9 +51,12 @@ class PackedWeights:
         self._packs: dict[tuple[int, ...], tuple[tuple[Tensor, ...], tuple[tuple[int, int, int], ...], Any]] = {}
 
     @contextmanager
-    def active(self) -> Iterator[None]:
-        """Use the copies for products of few rows in this thread."""
-        token = _active.set(self)
+    def active(self, *, products: bool = True) -> Iterator[None]:
+        """Use the copies in this thread: those of compiled steps and, with `products`, oneDNN's.
+
+        oneDNN's are for products of few rows.
+        """
+        token = _active.set((self, products))
         try:
             yield
         finally:
@@ -106,18 +109,19 @@ def notices_changes(tensor: Tensor) -> bool:
     return type(tensor) is nn.Parameter and not tensor.is_inference()
 
 
-_active: ContextVar[PackedWeights | None] = ContextVar("packed weights", default=None)
+_active: ContextVar[tuple[PackedWeights, bool] | None] = ContextVar("packed weights", default=None)
 
 
 def current_packs() -> PackedWeights:
     """Return the copies that are active in this thread, or new ones."""
     active = _active.get()
-    return PackedWeights() if active is None else active
+    return PackedWeights() if active is None else active[0]
 
 
 def _packs() -> PackedWeights | None:
     """Return the active copies for oneDNN, if it was chosen for packed weights."""
-    return _active.get() if uses_onednn("packed_weights") else None
+    active = _active.get()
+    return active[0] if active is not None and active[1] and uses_onednn("packed_weights") else None
 
 
 def _plain(tensor: Tensor) -> bool:
