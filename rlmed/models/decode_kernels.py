@@ -174,16 +174,16 @@ def choose_kernels(
         return DecodeKernels(reason=str(error))
     decoder, reason = None, "the layers have other parts than the kernels compute"
     if own is not None:
-        decoder = kind.decoder(own)
         reason = _refusal(lambda: probe_layers(modules, position_rows, kind))
+        decoder = None if reason else kind.decoder(own)
     no_sampler = _refusal(lambda: probe_sampler(kind.sample, projection.out_features, device))
     reasons = [text for text in (reason, no_sampler) if text]
     chosen = DecodeKernels(
         kind.name,
-        None if reason else decoder,
+        decoder,
         None if no_sampler else kind.sample,
-        CompiledProjection(projection.weight, banned) if kind.compiled and not reason else None,
-        decoder if isinstance(decoder, CompiledDecoder) and not reason else None,
+        CompiledProjection(projection, banned) if kind.compiled and not reason else None,
+        decoder if isinstance(decoder, CompiledDecoder) else None,
         "; ".join(reasons),
     )
     log.info("decode steps run %s", chosen)

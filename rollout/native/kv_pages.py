@@ -46,6 +46,8 @@ class PagePool:
         `transposed_keys`: see `rlmed.models.decode_kernels.DecodeKernels.compiled`.
         """
         self._layers, self.heads, self._head_width = kv_shape
+        if transposed_keys and (page_tokens or 0) % KEY_LINE:
+            raise ValueError(f"pages of {page_tokens} tokens: compiled decode steps need a multiple of {KEY_LINE}")
         self._whole = page_tokens is None
         self.page_tokens = page_tokens or 0
         """Tokens in a page."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pwd
 import stat
 
 import pytest
@@ -57,9 +58,10 @@ def test_vectors_are_as_wide_as_the_processors(isa):
 @pytest.mark.parametrize("banned", [(), (0,)])
 def test_products_are_those_of_float64(isa, rows, inputs, outputs, banned):
     generator = torch.Generator().manual_seed(rows)
-    weight = torch.nn.Parameter(torch.randn(outputs, inputs, generator=generator))
+    projection = torch.nn.Linear(inputs, outputs, bias=False)
+    projection.weight = weight = torch.nn.Parameter(torch.randn(outputs, inputs, generator=generator))
     x = torch.randn(rows, inputs, generator=generator)
-    found = CompiledProjection(weight, torch.tensor(banned, dtype=torch.int64))(x)
+    found = CompiledProjection(projection, torch.tensor(banned, dtype=torch.int64))(x)
     exact = x.double() @ weight.detach().double().T
     exact[:, list(banned)] = float("-inf")
     # each of n products and sums rounds by at most 2^-24 of what is summed up
@@ -184,6 +186,49 @@ def test_a_cache_that_cannot_be_written_is_not_needed(empty_cache):
     (empty_cache / "cache").write_text("a file, not a folder", encoding="utf-8")
     assert missing_library() == ""
     assert len(list((empty_cache / "temporary").glob("*/*.so"))) == 1
+
+
+@pytest.mark.parametrize("home", ["no home", "no access"])
+def test_a_process_without_a_home_compiles_too(empty_cache, monkeypatch, home):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    if home == "no home":
+        monkeypatch.delenv("HOME", raising=False)
+        monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    else:
+        monkeypatch.setenv("HOME", f"/{'x' * 300}")  # too long, so that even root cannot look into it
+    assert missing_library() == ""
+    assert len(list((empty_cache / "temporary").glob("*/*.so"))) == 1
+
+
+def test_no_library_is_loaded_from_where_others_can_write(empty_cache):
+    theirs = empty_cache / "cache" / "rlmed"
+    assert missing_library() == ""
+    theirs.chmod(0o777)
+    next(theirs.iterdir()).write_text("not a library", encoding="utf-8")
+    compiler._load.cache_clear()
+    assert missing_library() == ""
+    own = next((empty_cache / "temporary").iterdir())
+    own.chmod(0o770)
+    compiler._load.cache_clear()
+    assert missing_library() == f"no folder to compile in: others can write to {own}"
+
+
+def test_weights_whose_change_would_go_unnoticed_are_left_to_torch(fresh_policy):
+    policy = fresh_policy("qwen2")
+    with torch.inference_mode():
+        copied = {name: tensor.clone() for name, tensor in policy.model.state_dict().items()}
+        policy.model.load_state_dict(copied, assign=True)
+    kernels = policy.decode_kernels()
+    assert not kernels.compiled
+    assert "unnoticed" in str(kernels)
+
+
+@pytest.mark.parametrize("part", ["mlp.down_proj", "input_layernorm"])
+def test_weights_in_another_dtype_are_not_read(part, fresh_policy):
+    decoder = fresh_policy("qwen2").model.get_decoder()
+    decoder.layers[1].get_submodule(part).to(torch.bfloat16)
+    with pytest.raises(ValueError, match="float32"):
+        CompiledDecoder(Decoder(decoder))
 
 
 @pytest.mark.parametrize(

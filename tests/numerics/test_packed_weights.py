@@ -44,6 +44,24 @@ def state_dict_loaded(engine):
     )
 
 
+def replaced(engine):
+    """Other parameters in the modules."""
+    generator = torch.Generator().manual_seed(1)
+    state = engine.policy.model.state_dict()
+    engine.policy.model.load_state_dict(
+        {name: tensor + 0.02 * torch.randn(tensor.shape, generator=generator) for name, tensor in state.items()},
+        assign=True,
+    )
+
+
+def norms_moved(engine):
+    """Other memory, for norms alone."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in engine.policy.model.named_parameters():
+        if "norm" in name:
+            parameter.data = parameter.data + 0.2 * torch.randn(parameter.shape, generator=generator)
+
+
 def unchanged(engine):
     pass
 
@@ -72,7 +90,10 @@ def completions(policy, prompts, change, uses, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("change", [unchanged, fused_step, loaded, state_dict_loaded], ids=lambda one: one.__name__)
+CHANGES = (unchanged, fused_step, loaded, state_dict_loaded, replaced, norms_moved)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda one: one.__name__)
 @pytest.mark.parametrize("uses", [("packed_weights",), PRODUCT_USES, COMPILED], ids=["alone", "all", "compiled"])
 @pytest.mark.parametrize("family", ["qwen2", "qwen2_vl"])
 def test_a_change_of_weights_is_seen_by_the_next_token(change, family, uses, fresh_policy, mixed_prompts, monkeypatch):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from ctypes import POINTER, Structure, byref, c_bool, c_double, c_float, c_int, c_int32, c_int64
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -74,7 +74,7 @@ class _Packed:
         """Pack; `outputs` counts the results if two numbers make one."""
         panel = 2 * library.rlmed_lanes()
         panels, inputs = -(-len(weight) // panel), weight.shape[1]
-        self._weight = torch.empty(panels * panel * inputs)
+        self._weight = weight.new_empty(panels * panel * inputs)
         source = weight.contiguous()
         library.rlmed_pack(
             _address(source),
@@ -108,7 +108,7 @@ def _interleaved(first: Tensor, second: Tensor, lanes: int) -> Tensor:
 
 
 class _Weights:
-    """All layers' packed weights."""
+    """All layers' packed weights, and where their norms' weights are."""
 
     def __init__(self, library: ctypes.CDLL, own: Decoder) -> None:
         self._keep: list[_Packed] = []
@@ -131,6 +131,7 @@ class _Weights:
             ]
             entry.heads, entry.output, entry.gate_up, entry.down = (one.structure for one in packed)
             self._keep += packed
+        self.norm = _norm(own.norm)
         self.pages: StepPages | None = None
         """Where the layers find keys and values."""
 
@@ -140,6 +141,15 @@ class _Weights:
             entry.prefix_keys, entry.prefix_values = (_address(store[layer.index]) for store in pages.prefix)
             entry.suffix_keys, entry.suffix_values = (_address(store[layer.index]) for store in pages.suffix)
         self.pages = pages
+
+
+def _check(parameters: Iterable[Tensor]) -> None:
+    """Raise ValueError if some cannot be read, or a change of them would go unnoticed."""
+    for one in parameters:
+        if one.dtype != torch.float32 or one.device.type != "cpu" or not one.is_contiguous():
+            raise ValueError("its weights are not all contiguous float32 on the CPU")
+        if not notices_changes(one):
+            raise ValueError("a change of its weights would go unnoticed")
 
 
 def _norm(norm: Any) -> _Norm:
@@ -154,7 +164,7 @@ class CompiledDecoder:
 
         Raises:
             CompilerError: without a library.
-            ValueError: if a change of a parameter would go unnoticed.
+            ValueError: if a parameter cannot be read, or its change would go unnoticed.
         """
         self.own, self._library = own, load_library()
         linears = [
@@ -162,9 +172,10 @@ class CompiledDecoder:
             for layer in own.layers
             for linear in (*layer.projections, layer.output, layer.gate, layer.up, layer.down)
         ]
-        self._parameters = tuple(parameter for linear in linears for parameter in linear.parameters())
-        if not all(map(notices_changes, self._parameters)):
-            raise ValueError("a change of its weights would go unnoticed")
+        norms = [own.norm, *(norm for layer in own.layers for norm in (layer.input_norm, layer.mlp_norm))]
+        # not the parameters: others may take their place
+        self._holders = [module._parameters for module in (*linears, *(norm.module for norm in norms))]
+        _check(self._parameters())
         self.angles = _AngleTable(own)
 
     def lay_out(self, pages: StepPages) -> _Steps:
@@ -181,7 +192,16 @@ class CompiledDecoder:
 
     def weights(self) -> _Weights:
         """Return the packed weights as they are now."""
-        return current_packs().made(self._parameters, lambda: _Weights(self._library, self.own))
+        parameters = self._parameters()
+
+        def make() -> _Weights:
+            _check(parameters)
+            return _Weights(self._library, self.own)
+
+        return current_packs().made(parameters, make)
+
+    def _parameters(self) -> tuple[nn.Parameter, ...]:
+        return tuple(one for holder in self._holders for one in holder.values() if one is not None)
 
     def run(self, step: _Step, *, prompts: bool) -> None:
         """Run all layers."""
@@ -197,17 +217,18 @@ class _AngleTable:
 
     def __init__(self, own: Decoder) -> None:
         self._own = own
-        self._cosine = self._sine = torch.empty(0, 0)
+        self._table = (torch.empty(0, 0), torch.empty(0, 0))
 
     def of(self, embeddings: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return contiguous cosine and sine [R, D] of positions, int64 [3, R] or [1, R]."""
         if not self._own.fixed_angles or (len(positions) > 1 and positions.stride(0) != 0):
             return self._computed(embeddings, positions)
-        most = int(positions[0].max())
-        if most >= len(self._cosine):
+        most, table = int(positions[0].max()), self._table
+        if most >= len(table[0]):
             every = torch.arange(2 * (most + 1)).expand(len(positions), -1)
-            self._cosine, self._sine = self._computed(embeddings.new_empty(every.shape[1], embeddings.shape[1]), every)
-        return self._cosine.index_select(0, positions[0]), self._sine.index_select(0, positions[0])
+            table = self._computed(embeddings.new_empty(every.shape[1], embeddings.shape[1]), every)
+            self._table = table  # of engines in other threads, too
+        return table[0].index_select(0, positions[0]), table[1].index_select(0, positions[0])
 
     def _computed(self, embeddings: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         cosine, sine = self._own.angles(embeddings, positions.unsqueeze(1) if len(positions) > 1 else positions)
@@ -222,9 +243,10 @@ class _Layers:
         own, rows = decoder.own, len(pages.counts)
         first = own.layers[0]
         width, heads = len(own.norm.module.weight), first.heads * first.head_width
-        sizes = (width, heads + 2 * first.kv_heads * first.head_width, heads, first.gate.out_features)
-        self._buffers = [torch.zeros(rows, size) for size in sizes]
-        normal, projected, attended, gated = map(_address, self._buffers)
+        gated = max(layer.gate.out_features for layer in own.layers)
+        sizes = (width, heads + 2 * first.kv_heads * first.head_width, heads, gated)
+        self._buffers = [torch.zeros(rows, size, dtype=torch.float32) for size in sizes]
+        names = ("normal", "projected", "attended", "gated")
         self._step = _Step(
             rows=rows,
             groups=len(pages.prefix_lengths),
@@ -235,7 +257,6 @@ class _Layers:
             head_width=first.head_width,
             layers=len(own.layers),
             scale=first.scale,
-            norm=_norm(own.norm),
             prefix_pages=_address(pages.prefix_pages, _ints),
             prefix_lengths=_address(pages.prefix_lengths, _ints),
             member_rows=_address(pages.members, _ints),
@@ -245,17 +266,14 @@ class _Layers:
             suffix_columns=pages.suffix_pages.shape[1],
             prefix_tokens=pages.prefix[1][0].shape[2],
             suffix_tokens=pages.suffix[1][0].shape[2],
-            normal=normal,
-            projected=projected,
-            attended=attended,
-            gated=gated,
+            **dict(zip(names, map(_address, self._buffers), strict=True)),
         )
 
     def _run(self, embeddings: Tensor, cosine: Tensor, sine: Tensor, *, prompts: bool) -> Tensor:
         weights, step = self._decoder.weights(), self._step
         if weights.pages is not self._pages:
             weights.use(self._pages, self._decoder.own)
-        step.layer = weights.layers
+        step.layer, step.norm = weights.layers, weights.norm
         step.cosine, step.sine, step.states = map(_address, (cosine, sine, embeddings))
         self._decoder.run(step, prompts=prompts)
         return self._buffers[0]
@@ -275,23 +293,29 @@ class PromptLayout(_Layers):
     def layers(self, embeddings: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         """See `rlmed.models.decoder.LayersLayout`."""
         # the embeddings may be a parameter's rows that others read
-        return self._run(embeddings.clone(), cosine.contiguous(), sine.contiguous(), prompts=True)
+        own = embeddings.clone(memory_format=torch.contiguous_format)
+        return self._run(own, cosine.contiguous(), sine.contiguous(), prompts=True)
 
 
 @dataclass(frozen=True, slots=True)
 class CompiledProjection:
     """Logits of hidden states by the packed vocabulary projection."""
 
-    weight: Tensor
-    """[V, d]."""
+    projection: nn.Linear
+    """Its weight: [V, d]."""
     banned: Tensor
     """int64, unsampleable tokens."""
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Return [R, V] for [R, d]; -inf at unsampleable tokens."""
-        library = load_library()
-        packed: _Packed = current_packs().made((self.weight,), lambda: _Packed(library, self.weight, self._bias()))
-        logits = hidden.new_empty(len(hidden), len(self.weight))
+        library, weight = load_library(), self.projection.weight
+
+        def make() -> _Packed:
+            _check((weight,))
+            return _Packed(library, weight, self._bias(weight))
+
+        packed = current_packs().made((weight,), make)
+        logits = hidden.new_empty(len(hidden), len(weight))
         library.rlmed_multiply(
             byref(packed.structure),
             _address(hidden),
@@ -301,10 +325,10 @@ class CompiledProjection:
         )
         return logits
 
-    def _bias(self) -> Tensor | None:
+    def _bias(self, weight: Tensor) -> Tensor | None:
         if not len(self.banned):
             return None
-        return torch.zeros(len(self.weight)).index_fill_(0, self.banned, float("-inf"))
+        return weight.new_zeros(len(weight)).index_fill_(0, self.banned, float("-inf"))
 
 
 def sample(logits: Tensor, uniform: Tensor, temperature: Tensor, greedy: Tensor) -> tuple[Tensor, Tensor]:
@@ -321,7 +345,7 @@ def sample(logits: Tensor, uniform: Tensor, temperature: Tensor, greedy: Tensor)
     """
     logits, uniform, temperature, greedy = (one.contiguous() for one in (logits, uniform, temperature, greedy))
     rows, count = logits.shape
-    tokens, logprobs = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
+    tokens, logprobs = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.float32)
     load_library().rlmed_sample(
         _address(logits),
         c_int64(rows),

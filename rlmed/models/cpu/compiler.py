@@ -9,8 +9,10 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -61,12 +63,13 @@ def _cached(compiler: str, flags: tuple[str, ...]) -> Path:
     """Return the library for this source, compiler, flags and processor; compile it if missing."""
     version = _run([compiler, *flags, "-E", "-dM", "-x", "c++", os.devnull])  # names all that -march found
     key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), " ".join(flags).encode(), version])).hexdigest()[:16]
-    for folder in (_cache_folder(), Path(tempfile.gettempdir()) / f"rlmed-{os.getuid()}"):
+    for folder in _folders():
         path = folder / f"decode-{key}.so"
-        if path.is_file():
-            return path
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _check_owner(folder)
+            if path.is_file():
+                return path
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 unlinked, library = Path(scratch) / "decode.o", Path(scratch) / "decode.so"
                 _run([compiler, *flags, "-c", str(SOURCE), "-o", str(unlinked)])
@@ -80,8 +83,21 @@ def _cached(compiler: str, flags: tuple[str, ...]) -> Path:
     raise CompilerError(f"no folder to compile in: {reason}")
 
 
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlmed"
+def _folders() -> Iterator[Path]:
+    """Yield where the library may be kept, best first."""
+    # without HOME, "~" stays as it is
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not cache.startswith("~"):
+        yield Path(cache) / "rlmed"
+    yield Path(tempfile.gettempdir()) / f"rlmed-{os.getuid()}"
+
+
+def _check_owner(folder: Path) -> None:
+    """Raise PermissionError if others could put a library there, which this process would run."""
+    found = folder.stat()
+    owners = {folder.lstat().st_uid, found.st_uid}  # of a link, too
+    if not owners <= {0, os.getuid()} or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"others can write to {folder}")
 
 
 def _run(command: list[str]) -> bytes:

@@ -72,7 +72,7 @@ inline float largest(V value) {
     return found;
 }
 
-// e^x to about 2 units in the last place for x <= 0 and below 88; 0 below -87.
+// e^x to about 2 units in the last place, for -87 < x < 88; 0 for smaller x and for NaN.
 inline V exponential(V x) {
     const V bounded = larger(x, fill(-87.0f));
     const V shift = fill(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
@@ -107,7 +107,8 @@ inline void tile(const float* x, int64_t x_stride, int64_t count, const float* p
     std::memcpy(result, sums, sizeof(sums));
 }
 
-inline void tile(int64_t rows, const float* x, int64_t x_stride, int64_t count, const float* panel, int64_t stride, V (*result)[2]) {
+inline void tile(int64_t rows, const float* x, int64_t x_stride, int64_t count, const float* panel, int64_t stride,
+                 V (*result)[2]) {
     switch (rows) {
         case 1: return tile<1>(x, x_stride, count, panel, stride, result);
         case 2: return tile<2>(x, x_stride, count, panel, stride, result);
@@ -131,7 +132,8 @@ void times_matrix(const float* x, int64_t rows, int64_t x_stride, int64_t count,
         int64_t lines = stride;
         if (column + PANEL > stride) {  // beyond the last line may be the end of the memory
             copied.resize(count * PANEL);
-            for (int64_t k = 0; k < count; ++k) std::memcpy(copied.data() + k * PANEL, panel + k * stride, width * sizeof(float));
+            for (int64_t k = 0; k < count; ++k)
+                std::memcpy(copied.data() + k * PANEL, panel + k * stride, width * sizeof(float));
             panel = copied.data();
             lines = PANEL;
         }
@@ -217,13 +219,15 @@ void multiply(const Product& product, const float* x, int64_t rows, const Put& p
         for (int64_t block = 0; block < blocks; ++block) {
             const int64_t first = block * TILE, count = std::min<int64_t>(TILE, rows - first);
             V found[8][2];
-            tile(count, x + first * product.inputs, product.inputs, product.inputs, product.weight + panel * product.inputs * PANEL, PANEL, found);
+            const float* weight = product.weight + panel * product.inputs * PANEL;
+            tile(count, x + first * product.inputs, product.inputs, product.inputs, weight, PANEL, found);
             V bias[2] = {};
             if (product.bias != nullptr) {
                 bias[0] = load(product.bias + panel * PANEL);
                 bias[1] = load(product.bias + panel * PANEL + LANES);
             }
-            for (int64_t row = 0; row < count; ++row) put(first + row, panel, found[row][0] + bias[0], found[row][1] + bias[1]);
+            for (int64_t row = 0; row < count; ++row)
+                put(first + row, panel, found[row][0] + bias[0], found[row][1] + bias[1]);
         }
     }
 }
@@ -265,7 +269,8 @@ void normalise(const Norm& norm, const float* x, int64_t rows, int64_t width, fl
         const float factor = 1.0f / std::sqrt(sum(squares) / width + norm.epsilon);
         for (int64_t k = 0; k < width; k += LANES) {
             const int64_t left = width - k;
-            store(result + row * width + k, load_first(from + k, left, 0.0f) * factor * load_first(norm.weight + k, left, 0.0f), left);
+            const V value = load_first(from + k, left, 0.0f) * factor;
+            store(result + row * width + k, value * load_first(norm.weight + k, left, 0.0f), left);
         }
     }
 }
@@ -283,7 +288,8 @@ void rotate(const float* x, const float* cosine, const float* sine, int64_t widt
 float exponentials(float* scores, int64_t count) {
     const float lowest = -std::numeric_limits<float>::infinity();
     V most = fill(lowest), sums = {};
-    for (int64_t token = 0; token < count; token += LANES) most = larger(most, load_first(scores + token, count - token, lowest));
+    for (int64_t token = 0; token < count; token += LANES)
+        most = larger(most, load_first(scores + token, count - token, lowest));
     const V shift = fill(largest(most));
     for (int64_t token = 0; token < count; token += LANES) {
         const V value = exponential(load_first(scores + token, count - token, lowest) - shift);
@@ -293,13 +299,21 @@ float exponentials(float* scores, int64_t count) {
     return sum(sums);
 }
 
-// Call `use(start, tokens, page and head, place in it)` for the parts of a sequence in each page, of
-// `most` tokens.
+// Keys or values of one head in a sequence's pages.
+struct Cached {
+    const float* numbers;
+    const int32_t* pages;
+    int64_t tokens, page_tokens, heads, head, width;
+};
+
+// Call `use(start, tokens, index, place)` for each part of a sequence: `most` tokens at most, of one
+// page, from its token `place` on; index = page * heads + head.
 template <class Use>
-void each_part(const int32_t* pages, int64_t tokens, int64_t page_tokens, int64_t heads, int64_t head, int64_t most, const Use& use) {
-    for (int64_t start = 0; start < tokens;) {
-        const int64_t place = start % page_tokens, count = std::min({tokens - start, page_tokens - place, most});
-        use(start, count, pages[start / page_tokens] * heads + head, place);
+void each_part(const Cached& cached, int64_t most, const Use& use) {
+    for (int64_t start = 0; start < cached.tokens;) {
+        const int64_t place = start % cached.page_tokens;
+        const int64_t count = std::min({cached.tokens - start, cached.page_tokens - place, most});
+        use(start, count, cached.pages[start / cached.page_tokens] * cached.heads + cached.head, place);
         start += count;
     }
 }
@@ -310,10 +324,12 @@ struct Unit {
 
 std::vector<Unit> prompt_units_of(const Step& step) {
     std::vector<Unit> units;
-    for (int64_t group = 0; group < step.groups; ++group)
-        for (int64_t first = 0; first < step.prefix_lengths[group]; first += PROMPT_ROWS)
+    for (int64_t group = 0; group < step.groups; ++group) {
+        const int64_t length = step.prefix_lengths[group];
+        for (int64_t first = 0; first < length; first += PROMPT_ROWS)
             for (int64_t head = 0; head < step.kv_heads; ++head)
-                units.push_back({group, first, std::min<int64_t>(PROMPT_ROWS, step.prefix_lengths[group] - first), head});
+                units.push_back({group, first, std::min<int64_t>(PROMPT_ROWS, length - first), head});
+    }
     return units;
 }
 
@@ -334,26 +350,22 @@ struct Scratch {
     std::vector<float> numbers, panel;
 };
 
-// Keys or values of one head in a sequence's pages.
-struct Cached {
-    const float* numbers;
-    const int32_t* pages;
-    int64_t tokens, page_tokens, heads, head, width;
-};
-
 // scores[query][token] = queries[query] . keys[token].
 void score(const float* queries, int64_t count, const Cached& keys, float* scores, int64_t stride, Scratch& scratch) {
-    each_part(keys.pages, keys.tokens, keys.page_tokens, keys.heads, keys.head, LINE, [&](int64_t start, int64_t tokens, int64_t page, int64_t place) {
-        const float* matrix = keys.numbers + (page * keys.page_tokens + place) * keys.width;
+    each_part(keys, LINE, [&](int64_t start, int64_t tokens, int64_t index, int64_t place) {
+        const float* matrix = keys.numbers + (index * keys.page_tokens + place) * keys.width;
         times_matrix(queries, count, keys.width, keys.width, matrix, tokens, LINE, scratch.panel,
-                     [&](int64_t query, int64_t token, V value, int64_t left) { store(scores + query * stride + start + token, value, left); });
+                     [&](int64_t query, int64_t token, V value, int64_t left) {
+                         store(scores + query * stride + start + token, value, left);
+                     });
     });
 }
 
 // result[query] += sum over tokens of weights[query][token] values[token].
-void add_values(const float* weights, int64_t count, int64_t stride, const Cached& values, float* result, Scratch& scratch) {
-    each_part(values.pages, values.tokens, values.page_tokens, values.heads, values.head, VALUE_BLOCK, [&](int64_t start, int64_t tokens, int64_t page, int64_t place) {
-        const float* matrix = values.numbers + (page * values.page_tokens + place) * values.width;
+void add_values(const float* weights, int64_t count, int64_t stride, const Cached& values, float* result,
+                Scratch& scratch) {
+    each_part(values, VALUE_BLOCK, [&](int64_t start, int64_t tokens, int64_t index, int64_t place) {
+        const float* matrix = values.numbers + (index * values.page_tokens + place) * values.width;
         times_matrix(weights + start, count, stride, tokens, matrix, values.width, values.width, scratch.panel,
                      [&](int64_t query, int64_t column, V value, int64_t left) {
                          float* to = result + query * values.width + column;
@@ -363,22 +375,25 @@ void add_values(const float* weights, int64_t count, int64_t stride, const Cache
 }
 
 // Write the key and value of a row's token to its place.
-void append(const Step& step, int64_t row, int64_t head, const Cached& at, int64_t token, float* keys, float* values, float* turned) {
+void append(const Step& step, int64_t row, int64_t head, const Cached& at, int64_t token, float* keys, float* values,
+            float* turned) {
     const int64_t width = at.width, place = token % at.page_tokens;
     const int64_t page = (at.pages[token / at.page_tokens] * at.heads + head) * at.page_tokens;
     const float* own = step.projected + row * (step.heads + 2 * step.kv_heads) * width;
     rotate(own + (step.heads + head) * width, step.cosine + row * width, step.sine + row * width, width, 1.0f, turned);
     float* key = keys + (page + place / LINE * LINE) * width + place % LINE;
     for (int64_t k = 0; k < width; ++k) key[k * LINE] = turned[k];
-    std::memcpy(values + (page + place) * width, own + (step.heads + step.kv_heads + head) * width, width * sizeof(float));
+    const float* value = own + (step.heads + step.kv_heads + head) * width;
+    std::memcpy(values + (page + place) * width, value, width * sizeof(float));
 }
 
 // The queries of a row that share a head of keys, rotated and scaled.
 void read_queries(const Step& step, int64_t row, int64_t head, float* queries) {
     const int64_t width = step.head_width, share = step.heads / step.kv_heads;
     const float* own = step.projected + (row * (step.heads + 2 * step.kv_heads) + head * share) * width;
+    const float *cosine = step.cosine + row * width, *sine = step.sine + row * width;
     for (int64_t one = 0; one < share; ++one)
-        rotate(own + one * width, step.cosine + row * width, step.sine + row * width, width, step.scale, queries + one * width);
+        rotate(own + one * width, cosine, sine, width, step.scale, queries + one * width);
 }
 
 // What a row attends to, from the weighted sums of its queries.
@@ -390,29 +405,35 @@ void write_attended(const Step& step, int64_t row, int64_t head, const float* re
 }
 
 Cached prompt_of(const Step& step, int64_t group, int64_t head, const float* numbers, int64_t tokens) {
-    return {numbers, step.prefix_pages + group * step.prefix_columns, tokens, step.prefix_tokens, step.kv_heads, head, step.head_width};
+    const int32_t* pages = step.prefix_pages + group * step.prefix_columns;
+    return {numbers, pages, tokens, step.prefix_tokens, step.kv_heads, head, step.head_width};
 }
 
 Cached completion_of(const Step& step, int64_t row, int64_t head, const float* numbers) {
-    return {numbers, step.suffix_pages + row * step.suffix_columns, step.counts[row], step.suffix_tokens, step.kv_heads, head, step.head_width};
+    const int32_t* pages = step.suffix_pages + row * step.suffix_columns;
+    return {numbers, pages, step.counts[row], step.suffix_tokens, step.kv_heads, head, step.head_width};
 }
 
-// Attend from some tokens of a prompt, whose keys and values are in their pages, to all up to each.
+// Attend from each of some tokens of a prompt to itself and all before it; their keys and values are in
+// its pages.
 void attend_prompt(const Step& step, const Layer& layer, const Unit& unit, Scratch& scratch) {
     const int64_t width = step.head_width, share = step.heads / step.kv_heads, count = unit.count * share;
     const int64_t tokens = unit.first + unit.count, stride = (tokens + LANES - 1) / LANES * LANES;
     const int64_t row = step.member_rows[unit.group] + unit.first;
     scratch.numbers.resize(std::max<size_t>(scratch.numbers.size(), count * (2 * width + stride + 1)));
-    float *queries = scratch.numbers.data(), *result = queries + count * width, *sums = result + count * width, *scores = sums + count;
+    float *queries = scratch.numbers.data(), *result = queries + count * width;
+    float *sums = result + count * width, *scores = sums + count;
     std::memset(result, 0, count * width * sizeof(float));
-    for (int64_t one = 0; one < unit.count; ++one) read_queries(step, row + one, unit.head, queries + one * share * width);
+    for (int64_t one = 0; one < unit.count; ++one)
+        read_queries(step, row + one, unit.head, queries + one * share * width);
     score(queries, count, prompt_of(step, unit.group, unit.head, layer.prefix_keys, tokens), scores, stride, scratch);
     for (int64_t query = 0; query < count; ++query) {
         const int64_t seen = unit.first + query / share + 1;
         sums[query] = exponentials(scores + query * stride, seen);
         std::fill(scores + query * stride + seen, scores + query * stride + tokens, 0.0f);
     }
-    add_values(scores, count, stride, prompt_of(step, unit.group, unit.head, layer.prefix_values, tokens), result, scratch);
+    const Cached values = prompt_of(step, unit.group, unit.head, layer.prefix_values, tokens);
+    add_values(scores, count, stride, values, result, scratch);
     for (int64_t one = 0; one < unit.count; ++one)
         write_attended(step, row + one, unit.head, result + one * share * width, sums + one * share);
 }
@@ -423,10 +444,12 @@ void attend(const Step& step, const Layer& layer, const Unit& unit, Scratch& scr
     const int32_t* rows = step.member_rows + unit.group * step.members + unit.first;
     const int64_t prompt = step.prefix_lengths[unit.group];
     int64_t longest = 0;
-    for (int64_t member = 0; member < unit.count; ++member) longest = std::max<int64_t>(longest, step.counts[rows[member]]);
+    for (int64_t member = 0; member < unit.count; ++member)
+        longest = std::max<int64_t>(longest, step.counts[rows[member]]);
     const int64_t stride = (prompt + longest + LANES - 1) / LANES * LANES;
     scratch.numbers.resize(std::max<size_t>(scratch.numbers.size(), count * (2 * width + stride + 1)));
-    float *queries = scratch.numbers.data(), *result = queries + count * width, *sums = result + count * width, *scores = sums + count;
+    float *queries = scratch.numbers.data(), *result = queries + count * width;
+    float *sums = result + count * width, *scores = sums + count;
     std::memset(result, 0, count * width * sizeof(float));
     for (int64_t member = 0; member < unit.count; ++member) {
         const int64_t row = rows[member];
@@ -435,15 +458,20 @@ void attend(const Step& step, const Layer& layer, const Unit& unit, Scratch& scr
         append(step, row, unit.head, own, own.tokens - 1, layer.suffix_keys, layer.suffix_values, mine);
         read_queries(step, row, unit.head, mine);
     }
-    score(queries, count, prompt_of(step, unit.group, unit.head, layer.prefix_keys, prompt), scores, stride, scratch);
+    const Cached prompt_keys = prompt_of(step, unit.group, unit.head, layer.prefix_keys, prompt);
+    score(queries, count, prompt_keys, scores, stride, scratch);
     for (int64_t member = 0; member < unit.count; ++member) {
         const int64_t row = rows[member], first = member * share;
         float* own = scores + first * stride;
-        score(queries + first * width, share, completion_of(step, row, unit.head, layer.suffix_keys), own + prompt, stride, scratch);
-        for (int64_t one = 0; one < share; ++one) sums[first + one] = exponentials(own + one * stride, prompt + step.counts[row]);
-        add_values(own + prompt, share, stride, completion_of(step, row, unit.head, layer.suffix_values), result + first * width, scratch);
+        const Cached keys = completion_of(step, row, unit.head, layer.suffix_keys);
+        const Cached values = completion_of(step, row, unit.head, layer.suffix_values);
+        score(queries + first * width, share, keys, own + prompt, stride, scratch);
+        for (int64_t one = 0; one < share; ++one)
+            sums[first + one] = exponentials(own + one * stride, prompt + step.counts[row]);
+        add_values(own + prompt, share, stride, values, result + first * width, scratch);
     }
-    add_values(scores, count, stride, prompt_of(step, unit.group, unit.head, layer.prefix_values, prompt), result, scratch);
+    const Cached prompt_values = prompt_of(step, unit.group, unit.head, layer.prefix_values, prompt);
+    add_values(scores, count, stride, prompt_values, result, scratch);
     for (int64_t member = 0; member < unit.count; ++member)
         write_attended(step, rows[member], unit.head, result + member * share * width, sums + member * share);
 }
@@ -488,7 +516,8 @@ void rlmed_decode(const Step* given, bool prompts, int threads) {
                     const Unit& unit = units[index];
                     const Cached prompt = prompt_of(step, unit.group, unit.head, nullptr, 0);
                     for (int64_t token = unit.first; token < unit.first + unit.count; ++token)
-                        append(step, step.member_rows[unit.group] + token, unit.head, prompt, token, layer.prefix_keys, layer.prefix_values, turned.data());
+                        append(step, step.member_rows[unit.group] + token, unit.head, prompt, token, layer.prefix_keys,
+                               layer.prefix_values, turned.data());
                 }
 #pragma omp for schedule(dynamic)
                 for (size_t unit = 0; unit < units.size(); ++unit) attend_prompt(step, layer, units[unit], scratch);
@@ -538,7 +567,8 @@ void rlmed_sample(const float* logits, int64_t rows, int64_t count, const double
                 for (int lane = 0; lane < LANES; ++lane) mass += sums[lane];
                 ends[block] = mass;
             }
-            const int64_t token = greedy[row] ? std::max_element(from, from + count) - from : draw(weights.data(), count, ends, uniform[row]);
+            const int64_t token = greedy[row] ? std::max_element(from, from + count) - from
+                                              : draw(weights.data(), count, ends, uniform[row]);
             tokens[row] = token;
             logprobs[row] = static_cast<float>(std::log(weights[token] / mass));
         }

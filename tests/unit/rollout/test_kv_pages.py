@@ -48,6 +48,11 @@ def got(pool, layer, pages, length):
     return [torch.stack([kept[layer][page, :, offset] for page, offset in places]) for kept in (pool.keys, pool.values)]
 
 
+def test_pages_that_split_a_line_of_transposed_keys_are_refused():
+    with pytest.raises(ValueError, match="multiple of 32"):
+        PagePool((1, 1, 4), page_tokens=48, dtype=torch.float32, device=torch.device("cpu"), transposed_keys=True)
+
+
 @pytest.mark.parametrize(("page_tokens", "tokens", "pages"), [(None, 7, 1), (4, 7, 2), (4, 8, 2), (4, 9, 3)])
 def test_a_sequence_takes_the_lowest_free_pages_and_gives_them_back(page_tokens, tokens, pages):
     pool = new_pool(page_tokens, 3, tokens)
