@@ -204,7 +204,9 @@ def test_no_library_is_loaded_from_where_others_can_write(empty_cache):
     theirs = empty_cache / "cache" / "rlmed"
     assert missing_library() == ""
     theirs.chmod(0o777)
-    next(theirs.iterdir()).write_text("not a library", encoding="utf-8")
+    planted = next(theirs.iterdir())
+    planted.unlink()  # this process has loaded it: writing to it would crash it
+    planted.write_text("not a library", encoding="utf-8")
     compiler._load.cache_clear()
     assert missing_library() == ""
     own = next((empty_cache / "temporary").iterdir())
