@@ -22,6 +22,9 @@ pytestmark = [
 ]
 PROGRAM = f"""
 import os, sys, ray
+from rlmed.core.process.torch_extensions import disable_broken_extensions
+
+disable_broken_extensions()
 from rlmed.cluster.ray_session import start_ray
 from rlmed.core.config.composing import compose_config
 from tests.integration.processes import MARK, marked

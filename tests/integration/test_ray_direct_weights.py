@@ -117,7 +117,7 @@ def test_a_worker_killed_in_a_broadcast_is_named_and_costs_no_sample(pool, sessi
 
 def test_a_frozen_worker_ends_the_push_within_its_limit(pool, session, model, monkeypatch, caplog):  # noqa: F811
     ready(pool)
-    monkeypatch.setattr("tests.integration.test_direct_weights.LIMIT_S", 3.0)
+    monkeypatch.setattr("tests.integration.test_ray_direct_weights.LIMIT_S", 3.0)
     monkeypatch.setattr(pool, "_settings", dataclasses.replace(pool._settings, push_s=12.0))
     policy, victim = changed(model, 0.9), marked(session, "ray::RolloutActor")[0]
     os.kill(victim, signal.SIGSTOP)
