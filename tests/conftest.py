@@ -21,6 +21,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from rlmed.core.config.checks import PRODUCT_USES
+from rlmed.core.process.collection import resume
 from rlmed.core.types import (
     Completion,
     Example,
@@ -64,6 +65,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         ray = item.get_closest_marker("ray") is not None
         item.add_marker(pytest.mark.xdist_group("ray" if ray else item.nodeid.partition("::")[0]))
+
+
+@pytest.fixture(autouse=True)
+def garbage_is_collected() -> Iterator[None]:
+    """Resume what a command or a worker that a test began in this process has put off."""
+    yield
+    resume()
 
 
 @pytest.fixture(autouse=True)

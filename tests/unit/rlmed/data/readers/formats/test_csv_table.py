@@ -277,7 +277,8 @@ def test_a_hundred_thousand_rows_in_little_memory(folder, tmp_path):
         pass
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 2**20
+    # the rows would take over 10 MiB; other threads of the tests' process, as Ray's, take some too
+    assert peak < 2 * 2**20
     layout = write_prepared_data(
         read(path, without_images=True), tmp_path / "out", reader=READER, source=path, options={}
     )
