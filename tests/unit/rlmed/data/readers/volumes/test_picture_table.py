@@ -141,7 +141,7 @@ def test_many_rows_in_little_memory(folder):
     assert len({row.image.key for row in islice(found, 1000)}) == 7
     tracemalloc.start()
     assert sum(1 for _ in found) == 5000
-    # the rows would take over 5 MiB; other threads of the tests' process, as Ray's, take some too
+    # the rows would take over 4 MiB; other threads of the tests' process, as Ray's, take some too
     assert tracemalloc.get_traced_memory()[1] < 2 * 2**20
     tracemalloc.stop()
 
