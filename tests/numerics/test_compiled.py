@@ -188,15 +188,18 @@ def test_a_cache_that_cannot_be_written_is_not_needed(empty_cache):
     assert len(list((empty_cache / "temporary").glob("*/*.so"))) == 1
 
 
-@pytest.mark.parametrize("home", ["no home", "no access"])
+@pytest.mark.parametrize("home", ["no home", "no access", "not there"])
 def test_a_process_without_a_home_compiles_too(empty_cache, monkeypatch, home):
     monkeypatch.delenv("XDG_CACHE_HOME")
     if home == "no home":
         monkeypatch.delenv("HOME", raising=False)
         monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
-    else:
+    elif home == "no access":
         monkeypatch.setenv("HOME", f"/{'x' * 300}")  # too long, so that even root cannot look into it
+    else:
+        monkeypatch.setenv("HOME", str(empty_cache / "nobody"))
     assert missing_library() == ""
+    assert not (empty_cache / "nobody").exists()
     assert len(list((empty_cache / "temporary").glob("*/*.so"))) == 1
 
 

@@ -85,10 +85,11 @@ def _cached(compiler: str, flags: tuple[str, ...]) -> Path:
 
 def _folders() -> Iterator[Path]:
     """Yield where the library may be kept, best first."""
-    # without HOME, "~" stays as it is
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if not cache.startswith("~"):
+    home = Path(os.path.expanduser("~"))  # which stays as it is without HOME
+    if cache := os.environ.get("XDG_CACHE_HOME"):
         yield Path(cache) / "rlmed"
+    elif home.is_absolute() and os.path.isdir(home):  # Path.is_dir raises for names that are too long
+        yield home / ".cache" / "rlmed"
     yield Path(tempfile.gettempdir()) / f"rlmed-{os.getuid()}"
 
 
