@@ -52,7 +52,10 @@ class StepPages:
     """Keys and values of a step's R rows, members of B groups; tables and lengths are int32."""
 
     prefix: tuple[Sequence[Tensor], Sequence[Tensor]]
-    """Keys and values of prompts by layer, each [pages, H_kv, page size, D]."""
+    """Keys and values of prompts by layer, each [pages, H_kv, page size, D].
+
+    Compiled kernels' keys are transposed, see `DecodeKernels.compiled`.
+    """
     suffix: tuple[Sequence[Tensor], Sequence[Tensor]]
     """The same of completions."""
     prefix_pages: Tensor

@@ -6,6 +6,7 @@ TRITON_INTERPRET=1.
 
 from __future__ import annotations
 
+from tests.engine_runs import completions_of
 from tests.gpu.triton_device import DEVICE, INTERPRETED, MARKS
 
 # isort: split
@@ -19,38 +20,23 @@ import numpy as np
 import pytest
 import torch
 
-from rlmed.core.types import Completion, Prompt, RolloutRequest, SamplingParams
+from rlmed.core.types import Prompt, RolloutRequest, SamplingParams
 from rlmed.models.decode_kernels import KernelKind, probe_layers, probe_sampler
 from rlmed.models.decoder import Decoder
 from rlmed.models.kernels import decoder as kernel_decoder
 from rlmed.models.kernels.sampling import sample
 from rlmed.models.policy import Policy, load_policy
-from rollout.native.engine import NativeEngine
-from rollout.native.scheduler import EngineLimits
 from rollout.native.slots import StepPlan
 
 pytestmark = MARKS
 TRITON = KernelKind("Triton", kernel_decoder.KernelDecoder, sample)
 # a page holds a few tokens only, so that sequences have several
 PLAN = StepPlan(page_tokens=8, buckets=True, lag=0, graphs=False, kernels=True)
-LIMITS = EngineLimits(max_completions=8)
 
 
 def load(family: str, tiny_folder: Callable[..., Path], dtype: str = "float32") -> Policy:
     torch.backends.cuda.matmul.allow_tf32 = False
     return load_policy(tiny_folder(family), dtype=dtype, device=DEVICE)
-
-
-def finish(policy: Policy, plan: StepPlan, requests: list[RolloutRequest]) -> list[Completion]:
-    """Submit some requests while others run, so that groups come in batches."""
-    engine = NativeEngine(policy, lambda ids: "", LIMITS, plan)
-    waiting, groups = list(requests), []
-    while engine.busy or waiting:
-        if waiting:
-            engine.submit(waiting.pop(0))
-        groups += engine.step()
-    groups.sort(key=lambda group: group.request.index)
-    return [completion for group in groups for completion in group.completions]
 
 
 def requests_of(prompts: list[Prompt], most_tokens: int) -> list[RolloutRequest]:
@@ -73,7 +59,7 @@ def test_kernels_sample_what_torch_does(
     kernels = policy.decode_kernels()
     assert str(kernels) == "Triton kernels"
     work = requests_of(mixed_prompts(family, 3), 17)
-    expected = finish(policy, dataclasses.replace(PLAN, kernels=False), work)
+    expected = completions_of(policy, dataclasses.replace(PLAN, kernels=False), work)
     calls = []
     computed = kernel_decoder.KernelDecoder.__call__
     monkeypatch.setattr(
@@ -83,7 +69,7 @@ def test_kernels_sample_what_torch_does(
             calls.append(len(embeddings)) or computed(decoder, embeddings, *rest, **named)
         ),
     )
-    actual = finish(policy, PLAN, work)
+    actual = completions_of(policy, PLAN, work)
     assert len(calls) > 10
     assert [c.token_ids.tolist() for c in actual] == [c.token_ids.tolist() for c in expected]
     assert max(len(c.token_ids) for c in actual) > PLAN.page_tokens  # type: ignore[operator]
@@ -114,8 +100,10 @@ def test_other_layers_keep_torchs_operators(
     assert kernels.sample is not None
     assert "other parts" in str(kernels)
     work = requests_of(mixed_prompts("qwen3", 3), 12)[:2]
-    expected = finish(policy, dataclasses.replace(PLAN, kernels=False), work)
-    assert [c.token_ids.tolist() for c in finish(policy, PLAN, work)] == [c.token_ids.tolist() for c in expected]
+    expected = completions_of(policy, dataclasses.replace(PLAN, kernels=False), work)
+    assert [c.token_ids.tolist() for c in completions_of(policy, PLAN, work)] == [
+        c.token_ids.tolist() for c in expected
+    ]
 
 
 def test_probe_rejects_another_epsilon_and_activation(tiny_folder: Callable[..., Path]) -> None:
@@ -164,9 +152,11 @@ def test_graphs_of_kernels_sample_what_single_ones_do(
     assert plan.kernels
     assert plan.graphs
     work = requests_of(mixed_prompts("qwen2_vl", 3), 40)
-    expected = finish(policy, dataclasses.replace(plan, graphs=False), work)
+    expected = completions_of(policy, dataclasses.replace(plan, graphs=False), work)
     for _ in range(3):
-        assert [c.token_ids.tolist() for c in finish(policy, plan, work)] == [c.token_ids.tolist() for c in expected]
+        assert [c.token_ids.tolist() for c in completions_of(policy, plan, work)] == [
+            c.token_ids.tolist() for c in expected
+        ]
 
 
 def test_splits_fill_the_device_and_leave_short_sequences_whole() -> None:

@@ -15,9 +15,8 @@ from rlmed.models.cpu.compiled_decoder import CompiledDecoder, CompiledProjectio
 from rlmed.models.cpu.compiler import CompilerError, load_library, missing_library
 from rlmed.models.decode_kernels import COMPILED, KernelKind, probe_layers, probe_sampler
 from rlmed.models.decoder import Decoder
-from rollout.native.engine import NativeEngine
 from rollout.native.sampler import BatchSampling
-from rollout.native.scheduler import EngineLimits
+from tests.engine_runs import completions_of
 from tests.plans import PLANS
 from tests.rounding import LOGPROBS
 
@@ -89,18 +88,6 @@ def test_the_probe_rejects_another_epsilon(tiny_policy):
     assert "off by" in probe_layers(tiny_policy("qwen2_vl").model.get_decoder(), 3, KIND, other)
 
 
-def completions(policy, plan, requests):
-    """Submit some requests while others run, so that groups come in batches."""
-    engine = NativeEngine(policy, lambda ids: "", EngineLimits(max_completions=8), PLANS[plan])
-    waiting, groups = list(requests), []
-    while engine.busy or waiting:
-        if waiting:
-            engine.submit(waiting.pop(0))
-        groups += engine.step()
-    groups.sort(key=lambda group: group.request.index)
-    return [completion for group in groups for completion in group.completions]
-
-
 @pytest.mark.parametrize("plan", ["compiled", "compiled_pages"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_are_those_of_torchs_operators(isa, family, plan, fresh_policy, mixed_prompts):
@@ -113,7 +100,7 @@ def test_tokens_are_those_of_torchs_operators(isa, family, plan, fresh_policy, m
     policy, torchs = fresh_policy(family), fresh_policy(family, compiled_decode=False)
     policy.end_token_ids = torchs.end_token_ids = frozenset()
     assert str(policy.decode_kernels()) == "compiled kernels"
-    expected, actual = (completions(one, plan, requests) for one in (torchs, policy))
+    expected, actual = (completions_of(one, PLANS[plan], requests) for one in (torchs, policy))
     assert [one.token_ids.tolist() for one in actual] == [one.token_ids.tolist() for one in expected]
     assert max(len(one.token_ids) for one in actual) > 32  # more than one page
     for one, other in zip(actual, expected, strict=True):
@@ -148,8 +135,8 @@ def test_a_row_has_the_same_bits_in_any_company(fresh_policy, mixed_prompts):
         RolloutRequest(i, prompt, 5, SamplingParams(max_tokens=20, seed=i))
         for i, prompt in enumerate(mixed_prompts("qwen2_vl", 3))
     ]
-    together = completions(policy, "compiled", requests)
-    alone = [one for request in requests for one in completions(policy, "compiled", [request])]
+    together = completions_of(policy, PLANS["compiled"], requests)
+    alone = [one for request in requests for one in completions_of(policy, PLANS["compiled"], [request])]
     assert [one.rollout_logprobs.tolist() for one in together] == [one.rollout_logprobs.tolist() for one in alone]
 
 

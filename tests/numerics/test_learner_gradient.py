@@ -10,6 +10,7 @@ import torch
 from learner.learner import PolicyLearner
 from learner.packing import PackItem, TrainSequence, split_by_tokens
 from tests.configs import learner_config, loss_config
+from tests.padded_grpo import padded_loss
 from tests.rounding import GRADIENTS, LOGPROBS
 from tests.tiny_vision import TILE_FAMILIES
 
@@ -66,14 +67,7 @@ def test_the_gradient_is_that_of_a_slow_padded_grpo(
     model = transformers_model(family)
     with torch.no_grad():
         references = padded_logprobs(nudged(transformers_model(family)), rows, temperature=TEMPERATURE)
-    # GRPO (arXiv 2402.03300) on-policy: mean over completions of the mean over tokens, with the k3
-    # penalty
-    loss = torch.zeros(())
-    for logprobs, ref, advantage in zip(
-        padded_logprobs(model, rows, temperature=TEMPERATURE), references, advantages, strict=True
-    ):
-        kl = (ref - logprobs).exp() - (ref - logprobs) - 1
-        loss = loss + (-advantage * (logprobs - logprobs.detach()).exp() + 0.04 * kl).mean() / len(rows)
+    loss = padded_loss(padded_logprobs(model, rows, temperature=TEMPERATURE), references, advantages)
     loss.backward()
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
     actual, metrics = step_gradient(family, groups, loss_config(kl_coef=0.04))

@@ -22,6 +22,7 @@ from rlmed.models.policy import load_policy
 from rlmed.models.weights import make_buckets
 from rollout.native.engine import NativeEngine
 from tests.configs import learner_config, lora_config, loss_config
+from tests.padded_grpo import padded_loss
 from tests.rounding import GRADIENTS, LOGPROBS, rounding
 
 peft = pytest.importorskip("peft", reason="needs the extra lora")
@@ -88,12 +89,7 @@ def test_the_gradient_is_that_of_a_padded_peft_model(
     advantages = [advantage for group in groups for advantage in group.advantages.tolist()]
     with model.disable_adapter(), torch.no_grad():
         references = padded_logprobs(model, rows, temperature=TEMPERATURE)
-    loss = torch.zeros(())
-    for logprobs, ref, advantage in zip(
-        padded_logprobs(model, rows, temperature=TEMPERATURE), references, advantages, strict=True
-    ):
-        kl = (ref - logprobs).exp() - (ref - logprobs) - 1
-        loss = loss + (-advantage * (logprobs - logprobs.detach()).exp() + 0.04 * kl).mean() / len(rows)
+    loss = padded_loss(padded_logprobs(model, rows, temperature=TEMPERATURE), references, advantages)
     loss.backward()
     prefix = "base_model.model."
     expected = {name.removeprefix(prefix): p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -1,4 +1,4 @@
-"""Decode steps in compiled C++ (`decode.cpp`): float32 on a CPU."""
+"""Prompts and decode steps in compiled C++ (`decode.cpp`): float32 on a CPU."""
 
 from __future__ import annotations
 
