@@ -36,7 +36,7 @@ class Example:
 
     id: str
     image: Path | None
-    """Absolute path of the image file; None for a question without an image."""
+    """Absolute path of the first image file; None for a question without an image."""
     question: str
     options: tuple[str, ...]
     """2 to 10 distinct option texts, in letter order."""
@@ -48,6 +48,18 @@ class Example:
     """Kind of question, for example "anatomy"; empty where unknown."""
     completion: str | None = None
     """A reference completion, for supervised fine-tuning only."""
+    more_images: tuple[Path, ...] = ()
+    """Absolute paths of the images after the first, in the order in which the model sees them."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for more images without a first one."""
+        if self.more_images and self.image is None:
+            raise ValueError(f"Example {self.id} has more_images={self.more_images} but no image; put the first in `image`")
+
+    @property
+    def images(self) -> tuple[Path, ...]:
+        """All images in order: none, one or several."""
+        return () if self.image is None else (self.image, *self.more_images)
 
     @property
     def letter(self) -> str:

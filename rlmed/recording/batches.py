@@ -91,7 +91,11 @@ def _pack(group: TrainGroup, prefix: str, arrays: dict[str, npt.NDArray[Any]]) -
         completions.append({name: value for name, value in _shallow(completion).items() if name in scalars})
     example = request.prompt.example
     return {
-        "example": {**_shallow(example), "image": None if example.image is None else str(example.image)},
+        "example": {
+            **_shallow(example),
+            "image": None if example.image is None else str(example.image),
+            "more_images": [str(image) for image in example.more_images],
+        },
         "text": request.prompt.text,
         "prefill": request.prompt.prefill,
         "index": request.index,
@@ -109,7 +113,9 @@ def _shallow(record: Any) -> dict[str, Any]:
 def _unpack(facts: dict[str, Any], prefix: str, arrays: Any) -> TrainGroup:
     stored = facts["example"]
     image = None if stored["image"] is None else Path(stored["image"])
-    example = Example(**{**stored, "image": image, "options": tuple(stored["options"])})
+    # earlier versions knew one image a question
+    more = tuple(Path(path) for path in stored.get("more_images", ()))
+    example = Example(**{**stored, "image": image, "more_images": more, "options": tuple(stored["options"])})
     images = {name: arrays[f"{prefix}image/{name}"] for name in facts["image_inputs"]}
     # earlier versions did not write it
     prompt = Prompt(example, facts["text"], arrays[f"{prefix}token_ids"], images, facts.get("prefill", ""))
