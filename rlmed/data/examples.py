@@ -15,7 +15,7 @@ from typing import Any
 from rlmed.core.files.near_paths import Folder, OutsideError, near_path
 from rlmed.core.files.other_formats import to_prepare
 from rlmed.core.types import Example
-from rlmed.data.images import BadImageError, check_image
+from rlmed.data.images import MAX_IMAGES, BadImageError, check_image
 from rlmed.data.options.choices import Choice, choose
 from rlmed.data.options.sources import is_nothing, plain_option, read_options, unique_keys
 from rlmed.data.rows import BadRowError as BadRowError
@@ -61,9 +61,10 @@ def read_examples(path: Path, *, on_bad_row: str = "skip") -> ReadResult:
 
     `options` is a list, or a mapping from letters or numbers; `answer` is an option's text, its
     letter or number, or both: see `rlmed.data.options.choices`. `image` is a path relative to the
-    file, inside its folder, or null; `qtype` is another name for `kind`. Strips texts; ignores
-    blank lines and a byte-order mark. Decodes every image once, so that a damaged one shows up here
-    and not in the middle of a run.
+    file, inside its folder, or null; `images`, in its place, is a list of 1 to `MAX_IMAGES` paths,
+    in the order in which the model sees them; `qtype` is another name for `kind`. Strips texts;
+    ignores blank lines and a byte-order mark. Decodes every image once, so that a damaged one shows
+    up here and not in the middle of a run.
 
     Args:
         path: the file.
@@ -88,15 +89,15 @@ def read_examples(path: Path, *, on_bad_row: str = "skip") -> ReadResult:
     # the folder of a symlinked file is the one that holds the link
     folder = Folder(path.parent)
     entries = [(line, *parse_row(row, f"{path.stem}-{line}", folder)) for line, row in rows]
-    broken = _broken_images({entry.image for _, _, entry in entries if isinstance(entry, Example) and entry.image})
+    broken = _broken_images({image for _, _, entry in entries if isinstance(entry, Example) for image in entry.images})
     examples: list[Example] = []
     skipped: list[SkippedRow] = []
     lines: dict[str, int] = {}
     for line, name, entry in entries:
         if isinstance(entry, str):
             skipped.append(SkippedRow(line, name, entry))
-        elif entry.image in broken:
-            skipped.append(SkippedRow(line, name, broken[entry.image]))
+        elif (reason := _broken_image(entry.images, broken)) is not None:
+            skipped.append(SkippedRow(line, name, reason))
         elif name in lines:
             skipped.append(SkippedRow(line, name, f"its id was used in line {lines[name]} already"))
         else:
@@ -164,15 +165,17 @@ def parse_row(row: Any, default: str, folder: Folder) -> tuple[str, Example | st
         completion = None if row.get("completion") is None else _text(row, "completion")
         if completion is not None and not choice.same_letters:
             raise BadRowError("the letters in its completion have a gap: name the options A, B, C and so on")
+        images = _image_paths(row, folder)
         return name, Example(
             id=name,
-            image=_image_path(row.get("image"), folder),
+            image=images[0] if images else None,
             question=_text(row, "question").strip(),
             options=choice.options,
             answer=choice.answer,
             modality=_optional_text(row, "modality"),
             kind=_optional_text(row, "kind") or _optional_text(row, "qtype"),
             completion=completion,
+            more_images=images[1:],
         )
     except BadRowError as error:
         return name, str(error)
@@ -222,15 +225,46 @@ def _option_text(value: object) -> str:
     return "" if is_nothing(value) else plain_option(_checked_text(value, "option"))
 
 
-def _image_path(value: Any, folder: Folder) -> Path | None:
-    if isinstance(value, list):
-        if len(value) != 1:
-            raise BadRowError(f"it has {len(value)} images; only one is supported")
-        (value,) = value
-    if value is None:
-        return None
-    text = _checked_text(value, "image")
-    path = path_inside(text, folder)
+def _image_paths(row: Mapping[str, Any], folder: Folder) -> tuple[Path, ...]:
+    """Return the paths in a row's `image`, which may also be a list, or in its `images`."""
+    one, several = row.get("image"), row.get("images")
+    if one is not None and several is not None:
+        raise BadRowError(
+            f"it has both image {shorten(one)} and images {shorten(several)}: write one of them, all images in `images`"
+        )
+    if several is not None and not isinstance(several, list):
+        raise BadRowError(f'its images is {shorten(several)}, not a list: write {{"images": [path, …]}}, or `image`')
+    values = several if several is not None else one if isinstance(one, list) else [] if one is None else [one]
+    if not values and (one, several) != (None, None):
+        raise BadRowError("its list of images is empty: write null for a question without one")
+    if values == [None]:
+        return ()
+    check_image_count(len(values))
+    return tuple(
+        _image_path(value, folder, image_name(number, len(values))) for number, value in enumerate(values, start=1)
+    )
+
+
+def check_image_count(count: int) -> None:
+    """Check how many images a row has.
+
+    Raises:
+        BadRowError: for more than `MAX_IMAGES`.
+    """
+    if count > MAX_IMAGES:
+        raise BadRowError(
+            f"it has {count} images, more than {MAX_IMAGES}: choose among them (of a volume, prepare --slices takes some)"
+        )
+
+
+def image_name(number: int, count: int) -> str:
+    """Return what messages call a row's image: `image`, or `image 2 of 3` if there are several."""
+    return "image" if count == 1 else f"image {number} of {count}"
+
+
+def _image_path(value: Any, folder: Folder, name: str) -> Path:
+    text = _checked_text(value, name)
+    path = path_inside(text, folder, name)
     # without a hint, the decoder reports the image as missing
     if not os.path.lexists(path) and (near := folder.near(text)):
         raise BadRowError(f"image {path} does not exist: {near}; {NEAR_ADVICE}")
@@ -254,7 +288,7 @@ def path_inside(text: str, folder: Folder, what: str = "image") -> Path:
         raise BadRowError(f"its {what} {shorten(text)} leaves the folder of the data file: {advice}") from error
 
 
-def _broken_images(paths: set[Path]) -> dict[Path | None, str]:
+def _broken_images(paths: set[Path]) -> dict[Path, str]:
     """Return why an image cannot be used, for those that cannot; decodes each file once."""
 
     def check(path: Path) -> str | None:
@@ -267,3 +301,11 @@ def _broken_images(paths: set[Path]) -> dict[Path | None, str]:
     ordered = sorted(paths)
     with ThreadPoolExecutor(max_workers=4) as pool:  # Pillow releases the GIL while it decodes
         return {path: reason for path, reason in zip(ordered, pool.map(check, ordered), strict=True) if reason}
+
+
+def _broken_image(images: tuple[Path, ...], broken: Mapping[Path, str]) -> str | None:
+    """Return why the first unusable image of a row cannot be used; None if all can."""
+    for number, image in enumerate(images, start=1):
+        if image in broken:
+            return broken[image] if len(images) == 1 else f"its {image_name(number, len(images))}: {broken[image]}"
+    return None

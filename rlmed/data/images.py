@@ -38,6 +38,8 @@ MIN_CONTRAST = 2
 """Grey levels, of 255, between darkest and brightest pixel; a picture with fewer shows nothing."""
 MAX_PIXELS = 170_000_000
 """Most pixels that are decoded (about 13,000 x 13,000), below Pillow's own limit."""
+MAX_IMAGES = 64
+"""Most images of one question; a prompt's length in tokens usually allows fewer."""
 KEPT_BYTES = 512 * 2**20
 """Memory for pictures decoded by `check_image(keep=True)`: 2,000 grey, 680 colour of 512 x 512."""
 FORMATS = ("PNG", "JPEG", "TIFF", "GIF", "BMP", "WEBP", "PPM", "JPEG2000")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from rlmed.data import examples as jsonl
 from rlmed.data.examples import SkippedRow, format_skips, read_examples
+from rlmed.data.images import MAX_IMAGES
 from tests.unit.rlmed.data.pictures import marked
 
 OPTIONS = ["head", "chest", "abdomen", "knee"]
@@ -80,6 +81,30 @@ def test_optional_fields_and_images(folder):
     assert (examples[0].modality, examples[0].completion) == ("", None)
 
 
+def test_several_images_in_the_order_of_the_row(folder):
+    marked(40).save(folder / "images" / "2.png")
+    marked(80, (30, 60)).save(folder / "3.png")
+    paths = ["3.png", "images/1.png", "images/2.png"]
+    rows = [
+        row(image=..., images=paths),
+        row(image=None, images=paths[:2]),
+        row(image=paths[::-1]),  # as MedVLM-R1's and LLaVA's files have it
+        row(image=..., images=paths[:1]),
+        row(images=None),
+        row(image=..., images=["3.png"] * MAX_IMAGES),
+    ]
+    examples = read_examples(write(folder, *rows), on_bad_row="error").examples
+    expected = [folder / path for path in paths]
+    assert [list(example.images) for example in examples] == [
+        expected,
+        expected[:2],
+        expected[::-1],
+        expected[:1],
+        [folder / "images/1.png"],
+        [folder / "3.png"] * MAX_IMAGES,
+    ]
+
+
 BAD_ROWS = {
     "missing image": (row(image="images/none.png"), r"images/none\.png does not exist"),
     "damaged image": (row(image="train.jsonl"), "is not an image"),
@@ -95,8 +120,31 @@ BAD_ROWS = {
     "empty path": (row(image=""), "not a path.*write null"),
     "too long path": (row(image="x" * 5000), "too long"),
     "image is a number": (row(image=3), "image is 3, not a text"),
-    "two images": (row(image=["images/1.png", "images/1.png"]), "2 images; only one"),
-    "no image in the list": (row(image=[]), "0 images; only one"),
+    "no image in the list": (row(image=[]), "its list of images is empty.*null"),
+    "no image among several": (row(image=..., images=[]), "its list of images is empty.*null"),
+    "image and images": (row(images=["images/1.png"]), r"both image 'images/1\.png' and images \['images/1"),
+    "images are no list": (row(image=..., images="images/1.png"), r"images is 'images/1\.png', not a list"),
+    "missing image of two": (
+        row(image=..., images=["images/1.png", "images/none.png"]),
+        r"image 2 of 2: image .*images/none\.png does not exist",
+    ),
+    "misspelt image of two": (
+        row(image=..., images=["images/1.PNG", "images/1.png"]),
+        r"images/1\.PNG does not exist: .*'images/1\.png'",
+    ),
+    "damaged image of three": (
+        row(image=["images/1.png", "images/1.png", "train.jsonl"]),
+        r"image 3 of 3: image .*train\.jsonl is not an image",
+    ),
+    "image of two above the folder": (
+        row(image=..., images=["../outside.png", "images/1.png"]),
+        r"image 1 of 2 '\.\./outside\.png' leaves the folder",
+    ),
+    "null among several": (row(image=..., images=["images/1.png", None]), "image 2 of 2 is None, not a text"),
+    "too many images": (
+        row(image=..., images=["images/1.png"] * (MAX_IMAGES + 1)),
+        f"{MAX_IMAGES + 1} images, more than {MAX_IMAGES}: .*--slices",
+    ),
     "answer not an option": (row(answer="foot"), r"its answer 'foot' is not among .*\['head'"),
     "letter beyond the options": (row(answer="E"), "'E' is not among"),
     "answer missing": (row(answer=...), "it has no answer"),
