@@ -54,7 +54,9 @@ class Example:
     def __post_init__(self) -> None:
         """Raise ValueError for more images without a first one."""
         if self.more_images and self.image is None:
-            raise ValueError(f"Example {self.id} has more_images={self.more_images} but no image; put the first in `image`")
+            raise ValueError(
+                f"Example {self.id} has more_images={self.more_images} but no image; put the first in `image`"
+            )
 
     @property
     def images(self) -> tuple[Path, ...]:

@@ -62,6 +62,24 @@ class EvalRow:
     tokens: int
     """Length of the completion."""
     finish_reason: FinishReason
+    more_images: tuple[str, ...] = ()
+    """The pictures shown after `image`, in order; written for a question about several only."""
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """All pictures in order: none, one or several."""
+        return () if self.image is None else (self.image, *self.more_images)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of its line."""
+        content = dataclasses.asdict(self)
+        return content if self.more_images else {key: value for key, value in content.items() if key != "more_images"}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> EvalRow:
+        """Read back the result of `to_json`; earlier versions knew one picture a question."""
+        texts = {name: tuple(content[name]) for name in ("options", "more_images") if name in content}
+        return cls(**{**content, **texts})
 
     @property
     def not_offered(self) -> bool:
@@ -201,7 +219,7 @@ def write_evaluation(folder: Path, summary: EvalSummary, rows: Iterable[EvalRow]
             # file names that are not UTF-8 contain surrogates, written as JSON escapes
             with (aside / ROWS_FILE).open("w", encoding="utf-8", errors="backslashreplace") as lines:
                 for row in rows:
-                    lines.write(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n")
+                    lines.write(json.dumps(row.to_json(), ensure_ascii=False) + "\n")
             _write_json(aside / SUMMARY_FILE, dataclasses.asdict(summary))
             rename_into_place(aside, target, may_replace=lambda: True)
         finally:
@@ -216,7 +234,7 @@ def read_rows(step_folder: Path) -> list[EvalRow]:
     path = step_folder / ROWS_FILE
     with path.open("rb") as lines:
         contents = [current_names(parse_line(line, path, number)) for number, line in enumerate(lines, 1)]
-    return [EvalRow(**{**content, "options": tuple(content["options"])}) for content in contents]
+    return [EvalRow.from_json(content) for content in contents]
 
 
 def compare(before: Path, after: Path) -> dict[str, Any]:

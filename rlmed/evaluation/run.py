@@ -283,6 +283,7 @@ def _judge(task: _Task, prefill: str, completion: Completion, renderer: PromptRe
         format=in_format(completion.text),
         tokens=len(completion.token_ids),
         finish_reason=completion.finish_reason,
+        more_images=tuple(map(str, example.more_images)),
     )
 
 

@@ -195,11 +195,14 @@ def _group_line(step: int, scored: ScoredGroup, advantages: Sequence[float | Non
         }
         for index, completion in enumerate(scored.rollout.completions)
     ]
+    # absent, as in earlier versions, for a question about one image
+    more = {"more_images": [str(image) for image in example.more_images]} if example.more_images else {}
     return {
         "step": step,
         "index": request.index,
         "example_id": example.id,
         "image": None if example.image is None else str(example.image),
+        **more,
         "question": example.question,
         "options": list(example.options),
         "answer": example.letter,

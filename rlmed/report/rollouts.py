@@ -25,6 +25,8 @@ CHARACTERS = 3000
 """Longest completion in the report, in characters; the recorded one is not cut."""
 GAINED = "wrong → right"
 PICTURE_SIDE = 224
+FULL_SIZE = 8
+"""Most pictures of a question that are shown in full size; of more, each has half the side."""
 JPEG_QUALITY = 85
 
 
@@ -34,19 +36,25 @@ class Pictures:
 
     uris: list[str] = field(default_factory=list)
     """JPEG as data URI, at most `PICTURE_SIDE` on a side."""
-    _embedded: dict[str, Mapping[str, Any] | None] = field(default_factory=dict)
+    _embedded: dict[tuple[str, int], Mapping[str, Any] | None] = field(default_factory=dict)
 
-    def add(self, path: str | None) -> Mapping[str, Any] | None:
+    def add(self, path: str | None, side: int = PICTURE_SIDE) -> Mapping[str, Any] | None:
         """Embed a picture; return its index in `uris`, width, height in pixels; None if missing."""
         if path is None:
             return None
-        if path not in self._embedded:
-            self._embedded[path] = self._embed(Path(path))
-        return self._embedded[path]
+        if (path, side) not in self._embedded:
+            self._embedded[path, side] = self._embed(Path(path), side)
+        return self._embedded[path, side]
 
-    def _embed(self, path: Path) -> Mapping[str, Any] | None:
+    def add_all(self, paths: Sequence[str | None]) -> list[Mapping[str, Any] | None]:
+        """Embed the pictures of a question, in order; as `add`, but small if there are many."""
+        given = [path for path in paths if path is not None]
+        side = PICTURE_SIDE if len(given) <= FULL_SIZE else PICTURE_SIDE // 2
+        return [self.add(path, side) for path in given]
+
+    def _embed(self, path: Path, side: int) -> Mapping[str, Any] | None:
         try:
-            image = load_image(path, max_side=PICTURE_SIDE)
+            image = load_image(path, max_side=side)
         except BadImageError:
             return None
         target = io.BytesIO()
@@ -124,7 +132,8 @@ def _show_group(group: Mapping[str, Any], pick: str, pictures: Pictures) -> dict
         "question_type": group["question_type" if "question_type" in group else "kind"],
         "pick": pick,
         "options": _options(group["options"], group["answer"]),
-        "picture": pictures.add(group["image"]),
+        # earlier versions knew one picture a question
+        "pictures": pictures.add_all([group["image"], *group.get("more_images", ())]),
         "reward": _mean_reward(group),
         "correct": correct,
         "total": total,
@@ -214,7 +223,7 @@ def show_rows(before: Sequence[EvalRow], after: Sequence[EvalRow], pictures: Pic
             "question_type": row.question_type,
             "question": row.question,
             "options": _options(row.options, row.answer),
-            "picture": pictures.add(row.image),
+            "pictures": pictures.add_all(row.images),
             "answers": [_show_answer(one) for one in (old, row) if one is not None],
         }
         for (file, outcome), pile in sorted(

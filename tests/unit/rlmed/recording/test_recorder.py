@@ -25,8 +25,17 @@ from rlmed.recording.recorder import RunRecorder
 TEXTS = ("<think>dark</think><answer>B</answer>", "no tags </script>")
 
 
-def make_group(index=5, rewards=(2.0, 0.0), image=Path("/data/7.png")):
-    example = Example("mri-7", image, "Which part?", ("head", "knee"), answer=1, modality="MRI", kind="anatomy")
+def make_group(index=5, rewards=(2.0, 0.0), image=Path("/data/7.png"), more_images=()):
+    example = Example(
+        "mri-7",
+        image,
+        "Which part?",
+        ("head", "knee"),
+        answer=1,
+        modality="MRI",
+        kind="anatomy",
+        more_images=more_images,
+    )
     prompt = Prompt(example, "text", np.arange(4), {"pixel_values": np.ones((2, 3), dtype=np.float32)})
     completions = (
         Completion(np.arange(3), np.array([-0.1, -0.2, -0.3], dtype=np.float32), TEXTS[0], "stop", 3, 4),
@@ -88,6 +97,13 @@ def test_groups_are_written_with_everything_a_reader_needs(tmp_path):
     assert discarded["image"] is None
     assert [entry["advantage"] for entry in discarded["completions"]] == [None, None]
     assert [entry["reward"] for entry in discarded["completions"]] == [None, 1.0]
+
+
+def test_a_group_about_several_images_names_them_in_order(tmp_path):
+    with RunRecorder(tmp_path) as recorder:
+        recorder.record_groups(1, [make_group(more_images=(Path("/data/9.png"), Path("/data/8.png")))], [])
+    (group,) = read_json_lines(tmp_path / "rollouts.jsonl")
+    assert [group["image"], *group["more_images"]] == ["/data/7.png", "/data/9.png", "/data/8.png"]
 
 
 def test_killed_and_resumed_run_has_each_step_once(tmp_path):
@@ -155,13 +171,15 @@ def test_tensorboard_shows_metrics_and_accuracy_and_forgets_what_a_resume_repeat
 def test_a_bad_step_is_kept_whole_for_replay(tmp_path):
     recorder = RunRecorder(tmp_path)
     group = make_group()
-    recorder.dump_bad_step([group, make_group(6, image=None)], "loss nan, gradient norm inf")
+    several = make_group(7, more_images=(Path("/data/9.png"), Path("/data/8.png")))
+    recorder.dump_bad_step([group, make_group(6, image=None), several], "loss nan, gradient norm inf")
     groups, reason = read_batch(tmp_path / "bad_steps" / "001.npz")
     assert reason == "loss nan, gradient norm inf"
     first = groups[0]
     assert first.rollout.request.sampling == group.rollout.request.sampling
     assert first.rollout.prompt.example == group.rollout.prompt.example
     assert groups[1].rollout.prompt.example.image is None
+    assert groups[2].rollout.prompt.example == several.rollout.prompt.example
     np.testing.assert_array_equal(first.rollout.prompt.token_ids, group.rollout.prompt.token_ids)
     np.testing.assert_array_equal(first.rollout.prompt.image_inputs["pixel_values"], np.ones((2, 3)))
     np.testing.assert_array_equal(first.advantages, group.advantages)

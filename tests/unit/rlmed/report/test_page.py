@@ -18,7 +18,16 @@ from rlmed.evaluation.results import Accuracy, EvalRow, EvalSummary, FileSummary
 from rlmed.report import plots as report_plots
 from rlmed.report.page import write_report
 from rlmed.report.plots import MAX_POINTS, draw_accuracy, draw_metrics, running_mean
-from rlmed.report.rollouts import CHARACTERS, GROUPS, Pictures, show_groups, show_rows, take_apart
+from rlmed.report.rollouts import (
+    CHARACTERS,
+    FULL_SIZE,
+    GROUPS,
+    PICTURE_SIDE,
+    Pictures,
+    show_groups,
+    show_rows,
+    take_apart,
+)
 from tests.unit.rlmed.evaluation.test_old_names import TRUST
 
 EVIL = "<script>alert('owned')</script><img src=x onerror=alert(1)>"
@@ -477,6 +486,49 @@ def test_missing_and_damaged_pictures_are_left_out(tmp_path):
     assert pictures.add(str(tmp_path / "gone.png")) is None
     assert pictures.add(str(tmp_path / "broken.png")) is None
     assert pictures.uris == []
+
+
+def numbered(folder, count):
+    """Pictures that all differ, each twice as wide as high."""
+    paths = [folder / f"{i}.png" for i in range(count)]
+    for i, path in enumerate(paths):
+        Image.fromarray(np.full((200, 400), 9 * i + 1, dtype=np.uint8)).save(path)
+    return list(map(str, paths))
+
+
+def test_all_images_of_a_question_are_shown_in_order_with_their_number(tmp_path):
+    first, *more = numbered(tmp_path, 4)
+    write_lines(tmp_path / "metrics.jsonl", [{"step": 1}])
+    # the third one is gone
+    write_lines(
+        tmp_path / "rollouts.jsonl",
+        [line(1, 0, image=first, more_images=[*more[:1], "/gone.png", *more[1:]]), line(1, 1, image=more[0])],
+    )
+    rows = [row(0, True, image=more[0], more_images=(first,)), row(1, True, image=first), row(2, True)]
+    write_evaluation(tmp_path / "evaluations", summary(0, rows), rows)
+    page = Page(write_report(tmp_path).read_text())
+    shown = [(a["class"], a.get("aria-label")) for tag, a in page.tags if "picture" in a.get("class", "")]
+    assert shown == [
+        ("picture p0", "image 1 of 5 of the question"),
+        ("picture p1", "image 2 of 5 of the question"),
+        ("no-picture", None),
+        ("picture p2", "image 4 of 5 of the question"),
+        ("picture p3", "image 5 of 5 of the question"),
+        ("picture p1", "image of the question"),
+        ("picture p1", "image 1 of 2 of the question"),
+        ("picture p0", "image 2 of 2 of the question"),
+        ("picture p0", "image of the question"),
+        ("no-picture", None),
+    ]
+
+
+def test_many_images_of_a_question_are_small(tmp_path):
+    paths = numbered(tmp_path, FULL_SIZE + 1)
+    pictures = Pictures()
+    sizes = [(entry["width"], entry["height"]) for entry in pictures.add_all(paths[:-1])]
+    assert sizes == [(PICTURE_SIDE, PICTURE_SIDE // 2)] * FULL_SIZE
+    sizes = [(entry["width"], entry["height"]) for entry in pictures.add_all(paths)]
+    assert sizes == [(PICTURE_SIDE // 2, PICTURE_SIDE // 4)] * (FULL_SIZE + 1)
 
 
 def test_the_report_of_a_large_run_stays_small(tmp_path):
