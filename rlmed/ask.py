@@ -1,4 +1,4 @@
-"""Ask about an image: `python -m rlmed.ask image.png "question" --options a b c d --model DIR`."""
+"""Ask about images: `python -m rlmed.ask a.png [b.png …] "question" --options a b --model DIR`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ if __name__ == "__main__":
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from rlmed.core.files.near_paths import near_path
 from rlmed.core.prefill import THINK, THINK_END
 from rlmed.core.process.display import ending_errors, keep_display
 from rlmed.core.types import LETTERS, Example, RolloutRequest, SamplingParams
-from rlmed.data.images import check_image
+from rlmed.data.images import MAX_IMAGES, check_image
 from rlmed.data.options.choices import plain_options
 from rlmed.data.prompts import PromptRenderer, read_prompt_settings
 from rlmed.data.rows import BadRowError
@@ -41,8 +42,14 @@ MAX_PROMPT_TOKENS = 4096
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(prog="python -m rlmed.ask", description="Ask a model about one image.")
-    parser.add_argument("image", type=Path, help="PNG, JPEG or any other picture file")
+    parser = argparse.ArgumentParser(prog="python -m rlmed.ask", description="Ask a model about one image or several.")
+    parser.add_argument(
+        "images",
+        type=Path,
+        nargs="+",
+        metavar="image",
+        help="PNG, JPEG or any other picture file; several in the order in which the model is to see them",
+    )
     parser.add_argument("question")
     parser.add_argument("--options", nargs="+", required=True, metavar="TEXT", help="2 to 10 answers to choose from")
     parser.add_argument("--modality", default="", help="MRI, CT, …: for models trained with one prompt per modality")
@@ -74,22 +81,29 @@ def ask(arguments: argparse.Namespace) -> str:
     """Return the model's completion for one question.
 
     Raises:
-        ValueError: for invalid options, an unreadable image or model, a blank image, or an argument
-            without effect.
+        ValueError: for invalid options, an unreadable image or model, a blank image, too many
+            images, or an argument without effect.
     """
     options = asked_options(arguments.options)
     if arguments.seed is not None and arguments.temperature == 0:
         raise ValueError(f"--seed {arguments.seed} has no effect without sampling: add --temperature, or leave it out")
-    if near := near_path(arguments.image):
-        raise ValueError(f"image {arguments.image} does not exist: {near}")
-    check_image(arguments.image, keep=True)
+    _check_images(arguments.images, arguments.question)
     folder = model_folder(arguments.model)
     # default to the paper's template if the folder does not record one
     settings = {"max_prompt_tokens": MAX_PROMPT_TOKENS, **(read_prompt_settings(folder) or {})}
     renderer = PromptRenderer(*open_model(folder), **settings)
     if arguments.modality:
         _check_modality(arguments, renderer.by_modality)
-    example = Example("question", arguments.image, arguments.question, options, answer=0, modality=arguments.modality)
+    first, *more = arguments.images
+    example = Example(
+        "question",
+        first,
+        arguments.question,
+        options,
+        answer=0,
+        modality=arguments.modality,
+        more_images=tuple(more),
+    )
     prompt = renderer.render(example)
     sampling = SamplingParams(arguments.temperature, max_tokens=arguments.max_tokens, seed=arguments.seed or 0)
     doubt = position_doubt(
@@ -106,6 +120,22 @@ def ask(arguments: argparse.Namespace) -> str:
     while engine.busy:
         groups += engine.step()
     return groups[0].completions[0].text
+
+
+def _check_images(images: Sequence[Path], question: str) -> None:
+    """Check each image, and that the question is none.
+
+    Raises:
+        ValueError: for a missing, unreadable or blank image, too many of them, or no question.
+    """
+    if os.path.isfile(question):  # not Path.is_file, which raises for an overlong name
+        raise ValueError(f"the question {question!r} is a file: write the question after the last image, in quotes")
+    if len(images) > MAX_IMAGES:
+        raise ValueError(f"{len(images)} images are more than {MAX_IMAGES}: choose among them")
+    for image in images:
+        if near := near_path(image):
+            raise ValueError(f"image {image} does not exist: {near}")
+        check_image(image, keep=True)
 
 
 def _check_modality(arguments: argparse.Namespace, prompts: Collection[str]) -> None:

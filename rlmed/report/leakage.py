@@ -73,10 +73,14 @@ def _pair(leak: Leak, pictures: Pictures) -> dict[str, Any]:
         "likeness": leak.likeness,
         "repeated": len(leak.repeated_ids),
         "sides": [
-            {"name": name, "picture": pictures.add(image), "ids": _shortened(ids)}
-            for name, image, ids in (
-                ("test", leak.test_image, leak.test_ids),
-                ("training", leak.train_image, leak.train_ids),
+            {
+                "name": f"image {place} of {name}" if place else name,
+                "picture": pictures.add(image),
+                "ids": _shortened(ids),
+            }
+            for name, image, ids, place in (
+                ("test", leak.test_image, leak.test_ids, leak.test_place),
+                ("training", leak.train_image, leak.train_ids, leak.train_place),
             )
         ],
     }

@@ -50,6 +50,9 @@ class Leak:
     train_ids: tuple[str, ...]
     repeated_ids: tuple[str, ...]
     """Of these, test rows that share question, options and answer with the other's training row."""
+    test_place: str = ""
+    """Which image of the first test row it is, as "2 of 3"; "" if the row has one."""
+    train_place: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +109,13 @@ class LeakageReport:
         return dataclasses.replace(self, leaks=tuple(leaks))
 
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON for `data.json` and `manifest.json`."""
-        return dataclasses.asdict(self)
+        """Return the JSON for `data.json` and `manifest.json`; places only of rows with several images."""
+        content = dataclasses.asdict(self)
+        places = ("test_place", "train_place")
+        content["leaks"] = [
+            {name: value for name, value in leak.items() if value or name not in places} for leak in content["leaks"]
+        ]
+        return content
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> LeakageReport:
@@ -149,8 +157,11 @@ def describe(leak: Leak) -> str:
     row, other = leak.test_ids[0], leak.train_ids[0]
     if leak.test_image is None or leak.train_image is None:
         return f"row {row} asks what training row {other} asks"
-    names = Path(leak.test_image).name, Path(leak.train_image).name
-    return f"row {row} ({names[0]}) and training row {other} ({names[1]}): {WORDS[leak.kind]}, likeness {leak.likeness:.2f}"
+    test, train = (
+        f"image {place}, {Path(image).name}" if place else Path(image).name
+        for image, place in ((leak.test_image, leak.test_place), (leak.train_image, leak.train_place))
+    )
+    return f"row {row} ({test}) and training row {other} ({train}): {WORDS[leak.kind]}, likeness {leak.likeness:.2f}"
 
 
 def check_no_leakage(report: LeakageReport) -> None:

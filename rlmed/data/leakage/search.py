@@ -28,7 +28,7 @@ _SAME_PIXELS = 0.99
 
 
 def find_leakage(train: Sequence[Example], tests: Mapping[str, Sequence[Example]]) -> LeakageReport:
-    """Compare every test picture with every training picture.
+    """Compare every test picture with every training picture, all of rows that have several.
 
     Holds test pictures in memory, at 70 KB each; reads training pictures in blocks.
 
@@ -47,11 +47,15 @@ def find_leakage(train: Sequence[Example], tests: Mapping[str, Sequence[Example]
     leaks: list[Leak] = []
     for name, examples in tests.items():
         rows = _by_picture(examples, mine)
-        found = [_leak(name, pair, rows[pair.test], train_rows[pair.train]) for pair in pairs if pair.test in rows]
+        found = [
+            _leak(name, pair, mine[pair.test], rows[pair.test], theirs[pair.train], train_rows[pair.train])
+            for pair in pairs
+            if pair.test in rows
+        ]
         found += _same_texts(name, rows[None], train_rows[None])
         found.sort(key=lambda leak: (KINDS.index(leak.kind), -leak.likeness, leak.test_ids, leak.train_ids))
         leaks += found
-        files.append(_summary(name, rows, found, doubtful))
+        files.append(_summary(name, len(examples), rows, found, doubtful))
     return LeakageReport(len(train), len(theirs), tuple(files), tuple(leaks))
 
 
@@ -80,6 +84,11 @@ class _Picture:
     digest: str
     paths: tuple[Path, ...]
 
+    def image(self, example: Example) -> tuple[str, str]:
+        """Return the row's path of it, and which image that is, as `Leak` has them."""
+        number, path = next((number, path) for number, path in enumerate(example.images, 1) if path in self.paths)
+        return str(path), f"{number} of {len(example.images)}" if example.more_images else ""
+
 
 @dataclass(frozen=True, slots=True)
 class _Pair:
@@ -92,7 +101,7 @@ class _Pair:
 
 
 def _pictures(examples: Sequence[Example]) -> list[_Picture]:
-    paths = sorted({example.image for example in examples if example.image is not None})
+    paths = sorted({image for example in examples for image in example.images})
     with ThreadPoolExecutor(max_workers=4) as threads:
         digests = list(threads.map(image_sha256, paths))
     by_digest: dict[str, list[Path]] = {}
@@ -102,12 +111,13 @@ def _pictures(examples: Sequence[Example]) -> list[_Picture]:
 
 
 def _by_picture(examples: Sequence[Example], pictures: Sequence[_Picture]) -> dict[int | None, list[Example]]:
-    """Group rows by the index of their picture; None for those without one."""
+    """Group rows by the index of each of their pictures; None for those without one."""
     index_of = {path: index for index, picture in enumerate(pictures) for path in picture.paths}
     rows: dict[int | None, list[Example]] = {None: []}
     for example in examples:
-        index = None if example.image is None else index_of[example.image]
-        rows.setdefault(index, []).append(example)
+        # one picture may be several of a row's images
+        for index in dict.fromkeys(index_of[image] for image in example.images) or (None,):
+            rows.setdefault(index, []).append(example)
     return rows
 
 
@@ -160,17 +170,27 @@ def _question(example: Example) -> _Question:
     return " ".join(example.question.casefold().split()), frozenset(options), options[example.answer]
 
 
-def _leak(file: str, pair: _Pair, rows: Sequence[Example], train_rows: Sequence[Example]) -> Leak:
+def _leak(
+    file: str,
+    pair: _Pair,
+    test: _Picture,
+    rows: Sequence[Example],
+    train: _Picture,
+    train_rows: Sequence[Example],
+) -> Leak:
+    (test_image, test_place), (train_image, train_place) = test.image(rows[0]), train.image(train_rows[0])
     asked = {_question(example) for example in train_rows}
     return Leak(
         file=file,
         kind=pair.kind,
-        test_image=str(rows[0].image),
-        train_image=str(train_rows[0].image),
+        test_image=test_image,
+        train_image=train_image,
         likeness=pair.likeness,
         test_ids=tuple(example.id for example in rows),
         train_ids=tuple(example.id for example in train_rows),
         repeated_ids=tuple(example.id for example in rows if _question(example) in asked),
+        test_place=test_place,
+        train_place=train_place,
     )
 
 
@@ -192,7 +212,7 @@ def _ids_by_question(examples: Sequence[Example]) -> dict[_Question, tuple[str, 
 
 
 def _summary(
-    name: str, rows: Mapping[int | None, Sequence[Example]], leaks: Sequence[Leak], doubtful: set[int]
+    name: str, count: int, rows: Mapping[int | None, Sequence[Example]], leaks: Sequence[Leak], doubtful: set[int]
 ) -> FileLeakage:
     kinds: dict[str, LeakKind] = {}
     for leak in leaks:
@@ -201,7 +221,7 @@ def _summary(
     counts = Counter(kinds.values())
     return FileLeakage(
         name=name,
-        rows=sum(len(examples) for examples in rows.values()),
+        rows=count,
         images=len(rows.keys() - {None}),
         leaking_rows=len({one for leak in leaks for one in leak.test_ids}),
         repeated_rows=len({one for leak in leaks for one in leak.repeated_ids}),

@@ -17,12 +17,16 @@ from PIL import Image
 
 from rlmed import ask, doctor
 from rlmed.core.types import Example, Prompt
+from rlmed.data.images import MAX_IMAGES
 from rlmed.data.prompts import PromptRenderer, load_processor
 from rlmed.models.cpu.compiler import missing_library
 from rlmed.models.policy import load_config
 from rollout.native.engine import NativeEngine
 from tests.root import ROOT
 from tests.unit.rlmed.data.pictures import marked
+
+QUESTION = f"Which {'very ' * 60}large organ?"
+"""Longer than a file's name may be."""
 
 
 @pytest.mark.parametrize(
@@ -113,6 +117,60 @@ def test_ask_asks_as_the_model_was_asked_in_training(
     # a picture shrinks as it did then
     assert 64 < len(prompts[1].token_ids) <= 100
     np.testing.assert_array_equal(prompts[1].token_ids, render(renderer, prompts[1].example).token_ids)
+
+
+@pytest.mark.parametrize(
+    ("images", "question", "message"),
+    [
+        (["good.png", "absent.png"], "What?", r"absent\.png does not exist"),
+        (["good.png", "black.png", "good.png"], "What?", r"black\.png .*one colour \(0 of 255\)"),
+        (["good.png", "GOOD.png"], "What?", r"GOOD\.png does not exist: .*good\.png"),
+        (["good.png"] * (MAX_IMAGES + 1), "What?", f"{MAX_IMAGES + 1} images are more than {MAX_IMAGES}"),
+        (["good.png"], "good.png", r"question 'good\.png' is a file"),
+    ],
+)
+def test_ask_checks_each_of_several_images(
+    images: list[str],
+    question: str,
+    message: str,
+    tmp_path: Path,
+    tiny_folder: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = str(tiny_folder("qwen2_vl"))
+    monkeypatch.chdir(tmp_path)
+    marked(size=(56, 56)).save("good.png")
+    Image.new("L", (56, 56)).save("black.png")
+    capsys.readouterr()  # what building the model printed
+    with pytest.raises(SystemExit) as stopped:
+        ask.main([*images, question, "--options", "a", "b", "--model", model])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert re.search(message, error)
+
+
+@pytest.mark.parametrize("names", [["a.png"], ["c.png", "a.png", "b.png"]])
+def test_ask_shows_all_images_in_the_order_of_the_command_line(
+    names: list[str], tmp_path: Path, tiny_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [tmp_path / name for name in names]
+    for level, path in enumerate(paths):
+        marked(20 * level, (56, 56)).save(path)
+    shown: list[Example] = []
+    render = PromptRenderer.render
+
+    def watched(self: PromptRenderer, example: Example) -> Prompt:
+        shown.append(example)
+        return render(self, example)
+
+    monkeypatch.setattr(PromptRenderer, "render", watched)
+    model = ["--model", str(tiny_folder("qwen2_vl")), "--max-tokens", "1"]
+    for arguments in (["--options", "a", "b"], ["--options", "a", "b", "--seed", "1", "--temperature", "1"]):
+        ask.main([*map(str, paths), QUESTION, *arguments, *model])
+    assert [list(example.images) for example in shown] == [paths] * 2
+    assert [example.question for example in shown] == [QUESTION] * 2
 
 
 @pytest.mark.parametrize("options", [["A. liver", "B. spleen"], ["(b) spleen", "(a) liver"], ["1) liver", "2) spleen"]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from rlmed.data.leakage.findings import FileLeakage, Leak, LeakageReport
@@ -56,6 +57,14 @@ def test_files_that_leak_with_their_pairs(tmp_path: Path) -> None:
     assert [side["ids"] for side in pair["sides"]] == ["ct-0", "t0, t1, t2, t3 and 2 more"]
     assert pair["sides"][0]["picture"]["index"] == 0
     assert len(pictures.uris) == 1
+
+
+def test_a_pair_says_which_of_several_images_it_shows(tmp_path: Path) -> None:
+    image = save(tmp_path, "a.png", picture(0))
+    found = dataclasses.replace(leak("ct", 0, image), test_place="2 of 3")
+    shown = show_leakage(LeakageReport(1, 1, (summary("ct", 1),), (found,)).to_json(), [], Pictures())
+    assert shown is not None
+    assert [side["name"] for side in shown["pairs"][0]["sides"]] == ["image 2 of 3 of test", "training"]
 
 
 def test_pairs_are_bounded_and_every_file_has_its_share(tmp_path: Path) -> None:

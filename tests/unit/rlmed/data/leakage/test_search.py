@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -27,9 +28,14 @@ from tests.unit.rlmed.data.pictures import picture, save
 
 
 def row(
-    name: str, image: Path | None, question: str = "Which?", options: tuple[str, ...] = ("a", "b"), answer: int = 0
+    name: str,
+    image: Path | None,
+    question: str = "Which?",
+    options: tuple[str, ...] = ("a", "b"),
+    answer: int = 0,
+    more: tuple[Path, ...] = (),
 ):
-    return Example(id=name, image=image, question=question, options=options, answer=answer)
+    return Example(id=name, image=image, question=question, options=options, answer=answer, more_images=more)
 
 
 @pytest.fixture
@@ -107,6 +113,42 @@ def test_a_question_that_is_in_training_is_named(train: list[Example]) -> None:
     assert (file.images, file.images_by_kind) == (2, {"file": 1})
     assert report.leaking_ids("ct") == set(leak.test_ids)
     assert report.leaking_ids("mri") == set()
+
+
+def test_any_image_of_a_test_row_against_any_of_a_training_row(tmp_path: Path) -> None:
+    a, b, c, d, e, f, g = (save(tmp_path, f"train/{name}.png", picture(i)) for i, name in enumerate("abcdefg"))
+    new = [save(tmp_path, f"test/new{seed}.png", picture(seed)) for seed in range(70, 75)]
+    near = save(tmp_path, "test/near.jpg", picture(6).resize((100, 80)), quality=60)  # of g
+    train = [row("train-0", a, more=(b,)), row("train-1", c, more=(d, e)), row("train-2", f, "Where?", more=(g, g))]
+    tests = [
+        row("last", new[0], more=(new[1], e)),
+        row("middle", new[2], "Where?", more=(near, new[3])),
+        row("clean", new[4], more=(new[0],)),
+        row("text", None),
+    ]
+    report = find_leakage(train, {"ct": tests})
+    assert [(leak.kind, leak.test_ids, leak.train_ids, leak.repeated_ids) for leak in report.leaks] == [
+        ("file", ("last",), ("train-1",), ("last",)),
+        ("near", ("middle",), ("train-2",), ("middle",)),
+    ]
+    assert [(leak.test_image, leak.train_image) for leak in report.leaks] == [(str(e), str(e)), (str(near), str(g))]
+    (file,) = report.files
+    assert (file.rows, file.images, file.leaking_rows, file.repeated_rows) == (4, 7, 2, 2)
+    assert file.images_by_kind == {"file": 1, "near": 1}
+    texts = [describe(leak) for leak in report.leaks]
+    assert re.match(r"row last \(image 3 of 3, e\.png\) and training row train-1 \(image 3 of 3, e\.png\)", texts[0])
+    assert re.match(r"row middle \(image 2 of 3, near\.jpg\) .* \(image 2 of 3, g\.png\)", texts[1])
+    assert LeakageReport.from_json(json.loads(json.dumps(report.to_json()))) == report
+
+
+def test_one_image_of_several_that_is_all_of_a_training_row(train: list[Example], tmp_path: Path) -> None:
+    new = save(tmp_path, "test/new.png", picture(70))
+    assert train[3].image is not None
+    report = find_leakage(train, {"ct": [row("t", new, more=(train[3].image, train[3].image))]})
+    leak = only(report)
+    assert describe(leak).startswith("row t (image 2 of 3, d.png) and training row train-3 (d.png): same file")
+    assert report.to_json()["leaks"][0].get("train_place") is None
+    assert report.files[0].rows == 1
 
 
 def test_rows_without_an_image() -> None:
