@@ -1,6 +1,7 @@
 """Write any reader's rows as prepared data: JSON Lines, images beside them, and a manifest of both.
 
-    DIR/train.jsonl       {"id", "image", "question", "options", "answer", "modality", "kind"}, one file a split
+    DIR/train.jsonl       {"id", "image", "question", "options", "answer", "modality", "kind"}, one file a split;
+                          "images", a list, in place of "image" for a question about several
     DIR/images/…          copies of the source's images, or PNG files of the reader's pictures
     DIR/manifest.json     source, contents, a SHA-256 of each file, and every skipped row with its reason
 

@@ -8,7 +8,7 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -20,7 +20,7 @@ from rlmed.core.files.atomic import refusal
 from rlmed.core.files.near_paths import Folder
 from rlmed.core.statistics import chance, leave_one_out_prior, majority_letter
 from rlmed.core.types import Example
-from rlmed.data.examples import BadRowError, parse_row, shorten
+from rlmed.data.examples import BadRowError, check_image_count, image_name, parse_row, shorten
 from rlmed.data.images import BadImageError, check_contrast, check_encoded, check_image, check_image_size, image_sha256
 from rlmed.data.options.choices import written_answer
 from rlmed.data.options.order import kept_orders
@@ -112,6 +112,38 @@ class ImageWriter:
             raise found
         return found
 
+    def add_all(self, images: Sequence[SourceImage]) -> list[str]:
+        """Copy a row's images and return their paths in the prepared data, in order.
+
+        Raises:
+            BadImageError: for the first that cannot be used, which it names among several; none of
+                the row's own images stays then.
+        """
+        names: list[str] = []
+        new: set[str] = set()
+        for number, image in enumerate(images, start=1):
+            before = len(self.hashes)
+            try:
+                names.append(self.add(image))
+            except BadImageError as error:
+                self._remove(new)
+                if len(images) == 1:
+                    raise
+                raise BadImageError(f"its {image_name(number, len(images))}: {error}") from None
+            if len(self.hashes) > before:
+                new.add(names[-1])
+        return names
+
+    def _remove(self, names: Collection[str]) -> None:
+        """Remove images that no row shows."""
+        if not names:
+            return
+        self._seen = {key: found for key, found in self._seen.items() if found not in names}
+        for name in names:
+            del self.hashes[name]
+            with writing(self._folder / name):
+                (self._folder / name).unlink()
+
     def _write(self, image: SourceImage) -> str:
         if isinstance(image, Picture):
             return self._save(image)
@@ -176,10 +208,11 @@ class _Split:
         self._answers: list[Example] = []
         """The rows, reduced to what the priors need."""
 
-    def append(self, example: Example, image: str | None) -> None:
+    def append(self, example: Example, images: Sequence[str]) -> None:
+        shown = {"images": list(images)} if len(images) > 1 else {"image": images[0] if images else None}
         row = {
             "id": example.id,
-            "image": image,
+            **shown,
             "question": example.question,
             "options": list(example.options),
             "answer": written_answer(example.options, example.answer),
@@ -190,7 +223,7 @@ class _Split:
         with writing(self.path):
             self._file.write(line)
         self._digest.update(line.encode("utf-8"))
-        self._images.update([image] if image else [])
+        self._images.update(images)
         self._by_modality[example.modality] += 1
         self._by_kind[example.kind] += 1
         self._answers.append(dataclasses.replace(example, id="", image=None, question=""))
@@ -230,12 +263,13 @@ class PreparedDataWriter:
         try:
             split = self._split(row.split)
             example = self._checked(row, split)
-            image = None if row.image is None else self.images.add(row.image)
+            check_image_count(len(row.images))
+            images = self.images.add_all(row.images)
         except (BadRowError, BadImageError) as error:
             self._skip(Skipped(row.where, row.id, str(error)))
             return
         split.sources[example.id] = row.where
-        split.append(example, image)
+        split.append(example, images)
 
     def finish(self) -> dict[str, SplitSummary]:
         used = {name: split for name, split in self._splits.items() if split.sources}

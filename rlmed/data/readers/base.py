@@ -79,9 +79,16 @@ class SourceRow:
     answer: str
     """As `written_answer` writes it, or as in the source if options are a list without letters."""
     image: SourceImage | None
-    """None for a question without an image."""
+    """The first one; None for a question without an image."""
     modality: str = ""
     kind: str = ""
+    more_images: tuple[SourceImage, ...] = ()
+    """The images after the first, in the order in which the model sees them."""
+
+    @property
+    def images(self) -> tuple[SourceImage, ...]:
+        """All images in order: none, one or several."""
+        return () if self.image is None else (self.image, *self.more_images)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,8 @@ from rlmed.data.readers.formats.table import (
     WITHOUT_IMAGES,
     Columns,
     file_split,
-    named_image,
-    no_image,
+    named_images,
+    no_images,
     parse_columns,
 )
 from rlmed.data.readers.formats.text_table import DELIMITERS, read_table
@@ -45,7 +45,7 @@ def read(
     for path in table_files(source):
         header, rows = read_table(path, delimiter)
         columns = Columns.find(path.name, header, given, required=required, answer_index=answer_index)
-        found = no_image if without_images else named_image(columns, open_images(images or path.parent, search=False))
+        found = no_images if without_images else named_images(columns, open_images(images or path.parent, search=False))
         for row in rows:
             where, default_id = f"line {row.line} of {path.name}", f"{file_split(path)}-{row.line}"
             if row.reason:
@@ -56,7 +56,7 @@ def read(
                     where=where,
                     default_id=default_id,
                     default_split=split or file_split(path),
-                    image=found,
+                    images=found,
                 )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from rlmed.core.files.litter import litter_clause, sift
 from rlmed.core.files.near_paths import near_path
-from rlmed.data.examples import BadRowError, shorten
+from rlmed.data.examples import BadRowError, image_name, shorten
 from rlmed.data.images import BadImageError
 from rlmed.data.options.choices import written_answer
 from rlmed.data.readers.base import Encoded, Option, Reader, Skipped, SourceImage, SourceRow
@@ -25,13 +25,14 @@ from rlmed.data.readers.formats.table import (
     ANSWER_INDEX,
     COLUMN,
     IMAGES,
+    NO_IMAGE,
     SPLIT,
     WITHOUT_IMAGES,
     Columns,
-    ImageOf,
+    ImagesOf,
     Record,
     file_split,
-    no_image,
+    no_images,
     parse_columns,
 )
 from rlmed.data.readers.options import (
@@ -95,12 +96,12 @@ def read(
     numbers: Counter[str] = Counter()
     for (path, table), columns in zip(tables, found, strict=True):
         name = split or split_name(path.relative_to(root))
-        image = no_image if folder is None else _image_of(columns, folder)
+        found_images = no_images if folder is None else _images_of(columns, folder)
         for number, record in table.rows(columns.used(images=not without_images)):
             where = f"row {number} of {path.relative_to(root).as_posix()}"
             default_id = f"{name}-{numbers[name]}"
             numbers[name] += 1
-            row = columns.row(record, where=where, default_id=default_id, default_split=name, image=image)
+            row = columns.row(record, where=where, default_id=default_id, default_split=name, images=found_images)
             if isinstance(row, SourceRow) and not columns.has_options:
                 row = _with_options(row, pool, open)
             yield row
@@ -190,28 +191,30 @@ def _with_options(row: SourceRow, pool: AnswerPool, open_answers: str) -> Source
         return Skipped(row.where, row.id, str(error))
 
 
-def _image_of(columns: Columns, folder: Images) -> ImageOf:
-    """Return an `ImageOf` for a column that stores images or their paths."""
+def _images_of(columns: Columns, folder: Images) -> ImagesOf:
+    """Return an `ImagesOf` for columns that store images or their paths."""
 
-    def find(record: Record) -> SourceImage:
-        value = record.get(columns.names["image"])
-        if isinstance(value, list):
-            if len(value) != 1:
-                raise BadRowError(f"it has {len(value)} images; only one is supported")
-            (value,) = value
-        content, name = (value.get("bytes"), value.get("path")) if isinstance(value, Mapping) else (value, None)
-        if isinstance(content, bytes):
-            return _encoded(content, name)
-        text = name if content is None else content
-        if not isinstance(text, str) or not text:
-            raise BadRowError(
-                "it has no image: add it, or read all questions as text with --without-images"
-                if text in (None, "")
-                else f"its image is {shorten(text)}, neither bytes nor a path"
-            )
-        return folder.find(text)
+    def find(record: Record) -> list[SourceImage]:
+        values = columns.image_values(record)
+        if not values:
+            raise BadRowError(NO_IMAGE)
+        names = [image_name(number, len(values)) for number in range(1, len(values) + 1)]
+        return [_image(value, name, folder) for value, name in zip(values, names, strict=True)]
 
     return find
+
+
+def _image(value: Any, name: str, folder: Images) -> SourceImage:
+    """Return an image that a column stores, or names by its path; `name` is for messages."""
+    content, path = (value.get("bytes"), value.get("path")) if isinstance(value, Mapping) else (value, None)
+    if isinstance(content, bytes):
+        return _encoded(content, path)
+    text = path if content is None else content
+    if text in (None, ""):
+        raise BadRowError(NO_IMAGE if name == "image" else f"its {name} is missing")
+    if not isinstance(text, str):
+        raise BadRowError(f"its {name} is {shorten(text)}, neither bytes nor a path")
+    return folder.find(text)
 
 
 def _encoded(content: bytes, name: Any) -> Encoded:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlmed.core.types import LETTERS
-from rlmed.data.examples import BadRowError, shorten
+from rlmed.data.examples import BadRowError, image_name, shorten
 from rlmed.data.images import BadImageError
 from rlmed.data.options.choices import choose, written_answer
 from rlmed.data.options.sources import Options, is_nothing, parse_options, plain_option, read_options
@@ -20,6 +22,7 @@ from rlmed.data.readers.formats.image_files import Images
 FIELDS: Mapping[str, tuple[str, ...]] = {
     "id": ("id",),
     "image": ("image", "image_path", "file"),
+    "images": ("images", "image_paths", "files"),
     "question": ("question",),
     "options": ("options", "choices"),
     "answer": ("answer",),
@@ -28,6 +31,8 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     "split": ("split",),
 }
 """Column names of each field without --column; the first present one counts, in any case."""
+BETWEEN_IMAGES = "|"
+"""Parts the paths in a cell of several images: neither Windows' names nor tables' delimiters."""
 OPTION_FIELDS = tuple(f"option_{letter.lower()}" for letter in LETTERS)
 OPTION_NAMES = (OPTION_FIELDS, tuple(LETTERS.lower()), tuple(f"choice {letter}" for letter in LETTERS.lower()))
 """Names of columns with one option each, in the usual spellings."""
@@ -59,8 +64,8 @@ WITHOUT_IMAGES = Option(
 )
 
 Record = Mapping[str, Any]
-ImageOf = Callable[[Record], SourceImage | None]
-"""Returns a record's image. Raises BadRowError or BadImageError."""
+ImagesOf = Callable[[Record], Sequence[SourceImage]]
+"""Returns a record's images: none, one or several. Raises BadRowError or BadImageError."""
 
 
 def parse_columns(given: Sequence[str]) -> dict[str, str]:
@@ -117,7 +122,7 @@ class Columns:
             table: its name, for messages.
             header: names of all columns.
             given: column by field, as the user says; matched exactly.
-            required: fields that must exist.
+            required: fields that must exist; `images` will do for `image`.
             answer_index: the first option's index, if the answer is an index.
             options_required: False for tables that may have only answers.
 
@@ -138,12 +143,15 @@ class Columns:
                 raise ValueError(
                     f"{table} has more than one column of {field}, {shorten(alike)}: name it with --column"
                 )
+        for field, other in (("image", "images"), ("images", "image")):
+            if field in given and other not in given:
+                found.pop(other, None)  # a table may have both, and the user has chosen
         names = {**found, **{field: name for field, name in given.items() if field in FIELDS}}
         named = {letter: given[field] for letter, field in zip(LETTERS, OPTION_FIELDS, strict=True) if field in given}
         if not named and "options" not in names:
             named = _option_columns(table, header)
         options, letters = tuple(named.values()), tuple(named)
-        missing = [field for field in required if field not in names]
+        missing = [field for field in required if field not in names and not (field == "image" and "images" in names)]
         if options_required and not options and "options" not in names:
             missing.append("options")
         if missing:
@@ -160,17 +168,19 @@ class Columns:
         return bool(self.options) or "options" in self.names
 
     def used(self, *, images: bool) -> list[str]:
-        """Return the columns that rows need, with or without the image column."""
-        return [*(name for field, name in self.names.items() if images or field != "image"), *self.options]
+        """Return the columns that rows need, with or without those of images."""
+        names = (name for field, name in self.names.items() if images or field not in ("image", "images"))
+        return [*names, *self.options]
 
     def row(
-        self, record: Record, *, where: str, default_id: str, default_split: str, image: ImageOf
+        self, record: Record, *, where: str, default_id: str, default_split: str, images: ImagesOf
     ) -> SourceRow | Skipped:
         """Convert a record to a row to write, or a skip that says why not."""
         row_id = default_id
         try:
             row_id = self.text(record, "id") or default_id
             options, answer = self._choice(record)
+            shown = tuple(images(record))
             return SourceRow(
                 where=where,
                 split=self.text(record, "split") or default_split,
@@ -178,9 +188,10 @@ class Columns:
                 question=self.text(record, "question"),
                 options=options,
                 answer=answer,
-                image=image(record),
+                image=shown[0] if shown else None,
                 modality=self.text(record, "modality"),
                 kind=self.text(record, "kind"),
+                more_images=shown[1:],
             )
         except (BadRowError, BadImageError) as error:
             return Skipped(where, row_id, str(error))
@@ -193,6 +204,26 @@ class Columns:
         """
         name = self.names.get(field)
         return "" if name is None else as_text(record.get(name), field)
+
+    def image_values(self, record: Record) -> list[Any]:
+        """Return what the record holds as its images, in order; empty for none.
+
+        That is the value of `image`, which may be a list, or those of `images`: a list, also as
+        JSON, or texts parted by `BETWEEN_IMAGES`.
+
+        Raises:
+            BadRowError: for a record with both.
+        """
+        one, several = (record.get(self.names[field]) if field in self.names else None for field in ("image", "images"))
+        if not (_is_blank(one) or _is_blank(several)):
+            raise BadRowError(
+                "it has both an image and images: leave one blank, or name the column to read with --column image=NAME or "
+                "--column images=NAME"
+            )
+        if isinstance(several, str) and not _is_blank(several):
+            return _listed_paths(several)
+        value = one if _is_blank(several) else several
+        return value if isinstance(value, list) else [] if _is_blank(value) else [value]
 
     def _choice(self, record: Record) -> tuple[tuple[str, ...], str]:
         """Return options and answer as written."""
@@ -243,20 +274,44 @@ def option_text(value: Any, what: str = "option") -> str:
     return plain_option(as_text(value, what))
 
 
-def named_image(columns: Columns, images: Images) -> ImageOf:
-    """Return an `ImageOf` for a column of image paths."""
+NO_IMAGE = "it has no image: add it, or read all questions as text with --without-images"
 
-    def find(record: Record) -> SourceImage:
-        text = columns.text(record, "image")
-        if not text:
-            raise BadRowError("it has no image: add it, or read all questions as text with --without-images")
-        return images.find(text)
+
+def named_images(columns: Columns, images: Images) -> ImagesOf:
+    """Return an `ImagesOf` for columns of image paths."""
+
+    def find(record: Record) -> list[SourceImage]:
+        values = columns.image_values(record)
+        if not values:
+            raise BadRowError(NO_IMAGE)
+        names = [image_name(number, len(values)) for number in range(1, len(values) + 1)]
+        return [images.find(as_text(value, name)) for value, name in zip(values, names, strict=True)]
 
     return find
 
 
-def no_image(record: Record) -> None:
-    """Return None: the `ImageOf` of questions without an image."""
+def no_images(record: Record) -> tuple[()]:
+    """Return no image: the `ImagesOf` of questions without one."""
+    return ()
+
+
+def _is_blank(value: Any) -> bool:
+    return is_nothing(value) or value == [] or (isinstance(value, str) and not value.strip())
+
+
+def _listed_paths(text: str) -> list[Any]:
+    """Return the paths in a cell of several: a JSON list, or texts parted by `BETWEEN_IMAGES`."""
+    if text.lstrip().startswith("["):
+        with suppress(ValueError, RecursionError):
+            values = json.loads(text)
+            assert isinstance(values, list)
+            return values
+    paths = text.split(BETWEEN_IMAGES)
+    if not all(path.strip() for path in paths):
+        raise BadRowError(
+            f"of its {len(paths)} images, parted by {BETWEEN_IMAGES}, one is blank: take out the {BETWEEN_IMAGES} beside it"
+        )
+    return paths
 
 
 def file_split(path: Path) -> str:

@@ -34,8 +34,8 @@ TRAIN_SPLIT, TRAIN_MODALITY = "train_mri", "MRI"
 TRAIN_ROWS = 600
 DATA_ENDINGS = (".parquet", ".json", ".jsonl")
 
-_Key = tuple[str, str]
-"""Image file name and question, which identify a training row with a test row."""
+_Key = tuple[str, ...]
+"""Image file names and question, which identify a training row with a test row."""
 
 
 def read(
@@ -136,8 +136,8 @@ def _count(path: Path) -> int:
 
 def _key(row: Mapping[str, Any]) -> _Key:
     image = row.get("image")
-    path = image[0] if isinstance(image, list) and image else image
-    return Path(str(path)).name, str(row.get("question")).strip()
+    paths = image if isinstance(image, list) and image else [image]
+    return (*(Path(str(path)).name for path in paths), str(row.get("question")).strip())
 
 
 def _question(row: Any, where: str, row_id: str, root: Images | None, splits: Mapping[str, str]) -> SourceRow | Skipped:
@@ -150,6 +150,7 @@ def _question(row: Any, where: str, row_id: str, root: Images | None, splits: Ma
         question, choice = as_text(row.get("question"), "question"), _choice(row)
         written = tuple(option_text(option) for option in row["options"])
         _check_problem(row, Example(row_id, None, question, choice.options, choice.answer), written)
+        images = () if root is None else tuple(map(root.find, _images(row)))
         return SourceRow(
             where=where,
             split=splits[modality],
@@ -157,8 +158,9 @@ def _question(row: Any, where: str, row_id: str, root: Images | None, splits: Ma
             question=question,
             options=choice.options,
             answer=written_answer(choice.options, choice.answer),
-            image=None if root is None else root.find(_image(row)),
+            image=images[0] if images else None,
             modality=modality,
+            more_images=images[1:],
         )
     except (BadRowError, BadImageError) as error:
         return Skipped(where, row_id, str(error))
@@ -184,16 +186,13 @@ def _check_problem(row: Mapping[str, Any], example: Example, written: tuple[str,
         raise BadRowError(f"its problem {shorten(problem)} is not its question and options")
 
 
-def _image(row: Mapping[str, Any]) -> str:
+def _images(row: Mapping[str, Any]) -> list[str]:
+    """Return the paths of a row's images, in order."""
     image = row.get("image")
-    if isinstance(image, list):
-        if len(image) != 1:
-            raise BadRowError(f"it has {len(image)} images; only one is supported")
-        (image,) = image
-    text = as_text(image, "image")
-    if not text:
-        raise BadRowError("it has no image")
-    return text
+    texts = [as_text(path, "image") for path in (image if isinstance(image, list) else [image])]
+    if not texts or not all(texts):
+        raise BadRowError("it has no image" if len(texts) < 2 else f"one of its {len(texts)} images is blank")
+    return texts
 
 
 READER = Reader(

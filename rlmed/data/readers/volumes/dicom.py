@@ -11,6 +11,7 @@ from typing import Unpack
 
 from rlmed.data.images import BadImageError
 from rlmed.data.readers.base import INSTALL, Option, Reader, Skipped, SourceRow
+from rlmed.data.readers.volumes.display import Window
 from rlmed.data.readers.volumes.picture_table import (
     TABLE_OPTIONS,
     PictureChoice,
@@ -19,52 +20,78 @@ from rlmed.data.readers.volumes.picture_table import (
     cell_window,
     read_picture_table,
 )
+from rlmed.data.readers.volumes.slices import Slices, cell_slices, given_slices
 
 HEADERS_KEPT = 8
 """Headers cached for further rows about the same file."""
+SERIES_KEPT = 64
+"""Orders of a folder's files cached for further rows about the same series."""
 
 
 def read(
     source: Path,
     *,
     window: Sequence[float] | None = None,
+    slices: str | None = None,
     allow_burned_in: bool = False,
     **table: Unpack[TableOptions],
 ) -> Iterator[SourceRow | Skipped]:
-    """Yield the rows of the table, each with the frame that it asks about.
+    """Yield the rows of the table, each with the frames or slices that it asks about.
 
     Args:
         source: folder of the files.
         window: centre and width for rows that state none; None leaves it to the file.
+        slices: for rows that state none, as `parse_slices` takes them; None shows one.
         allow_burned_in: read files that state that text is burnt into their pixels.
-        table: see `read_picture_table`; columns are file, question, options and answer, and
-            optionally frame (from 1; blank for the middle one) and window ("CENTER WIDTH").
+        table: see `read_picture_table`; columns are file (or the folder of a series), question,
+            options and answer, and optionally frame (or slice of a series, from 1; blank for the
+            middle one), slices in its place, and window ("CENTER WIDTH").
 
     Raises:
-        ValueError: for an unreadable source or table, an invalid window, or if pydicom is not
-            installed.
+        ValueError: for an unreadable source or table, an invalid window or invalid slices, or if
+            pydicom is not installed.
     """
     try:
         with _without_local_dl():
             from rlmed.data.readers.volumes.dicom_file import read_header
             from rlmed.data.readers.volumes.dicom_pixels import render_frame
+            from rlmed.data.readers.volumes.dicom_series import series_files
     except ImportError as error:
         raise ValueError(f"the reader dicom needs pydicom: {INSTALL}") from error
     cell_window({}, window)  # fail before reading anything
+    default = given_slices(slices)
     cached_header = lru_cache(maxsize=HEADERS_KEPT)(read_header)
+    cached_series = lru_cache(maxsize=SERIES_KEPT)(series_files)
 
-    def choose(path: Path, cells: Mapping[str, str]) -> PictureChoice:
-        header = cached_header(path)
+    def picture(file: Path, frame: int, shown: Window | None, name: str = "") -> PictureChoice:
+        header = cached_header(file)
         if header.burned_in and not allow_burned_in:
             raise BadImageError(
                 "it states that text is burnt into its pixels (BurnedInAnnotation), which may be a patient's name: look at "
                 "it, and allow such files with --allow-burned-in"
             )
-        frame = header.frame_index(cell_number(cells, "frame"))
-        shown = cell_window(cells, window)
-        return PictureChoice((frame, shown), partial(render_frame, path, header, frame, shown), header.modality)
+        load = partial(render_frame, file, header, frame, shown)
+        return PictureChoice((frame, shown), load, header.modality, file, name)
 
-    yield from read_picture_table(source, choose, ("frame", "window"), **table)
+    def choose(path: Path, cells: Mapping[str, str]) -> list[PictureChoice]:
+        shown, number = cell_window(cells, window), cell_number(cells, "frame")
+        wanted = cell_slices(cells, default, ("frame",))
+        if not path.is_dir():
+            header = cached_header(path)
+            if wanted is None:
+                return [picture(path, header.frame_index(number), shown)]
+            chosen = wanted.indices(header.pixels.frames, first=1, kind="frame")
+            return [picture(path, frame, shown, f"frame {frame + 1}") for frame in chosen]
+        files = cached_series(path, source)
+        if wanted is None:
+            wanted = Slices(1) if number is None else Slices(1, (number,))
+        chosen = wanted.indices(len(files), first=1, kind="slice")
+        for index in chosen:
+            if (frames := cached_header(files[index]).pixels.frames) > 1:
+                raise BadImageError(f"slice {index + 1} of its folder has {frames} frames: name its file in the table")
+        return [picture(files[index], 0, shown, f"slice {index + 1}") for index in chosen]
+
+    yield from read_picture_table(source, choose, ("frame", "slices", "window"), folders=True, **table)
 
 
 @contextmanager

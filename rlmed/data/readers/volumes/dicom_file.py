@@ -158,7 +158,7 @@ def read_header(path: Path) -> DicomHeader:
         BadImageError: for a file that is missing, damaged, not DICOM, without pixels, larger than
             `dicom_agreement.MAX_SAMPLES`, or that contradicts itself.
     """
-    with dicom_damage_reported(), _BoundedStream(path) as stream:
+    with dicom_damage_reported(), BoundedStream(path) as stream:
         dataset = dcmread(stream, force=True, stop_before_pixels=True, specific_tags=_WANTED)
         if any(dataset.get(name) is None for name in ("Rows", "Columns", "BitsAllocated", "PhotometricInterpretation")):
             raise BadImageError("it is not a DICOM file, or has no pixels: give the file of an image")
@@ -201,7 +201,7 @@ def decode_frame(path: Path, header: DicomHeader, frame: int) -> np.ndarray:
         BadImageError: for pixels that are missing, truncated, not of the header's size, or in an
             encoding without an installed decoder.
     """
-    with dicom_damage_reported(), _BoundedStream(path) as stream:
+    with dicom_damage_reported(), BoundedStream(path) as stream:
         if header.transfer_syntax.is_encapsulated:
             _check_compressed(stream, header, frame)
             values = _DECODER.decode(path, header.transfer_syntax, frame)
@@ -218,7 +218,7 @@ def decode_frame(path: Path, header: DicomHeader, frame: int) -> np.ndarray:
     return values
 
 
-class _BoundedStream(io.BufferedReader):
+class BoundedStream(io.BufferedReader):
     """A file that limits reading to `MAX_READ` bytes.
 
     pydicom requests all the rest of a file only to inflate a deflated data set, without a bound. It
@@ -238,7 +238,7 @@ class _BoundedStream(io.BufferedReader):
         return super().read(size)
 
 
-def _check_compressed(stream: _BoundedStream, header: DicomHeader, frame: int) -> None:
+def _check_compressed(stream: BoundedStream, header: DicomHeader, frame: int) -> None:
     """Check a compressed frame's size against the header before a decoder allocates it."""
     dcmread(stream, force=True, stop_before_pixels=True, specific_tags=["Rows"])
     # tag, representation, two bytes, length: always explicit and little-endian (PS3.5, A.4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -18,36 +19,40 @@ from rlmed.data.readers.volumes.picture_table import (
     cell_window,
     read_picture_table,
 )
+from rlmed.data.readers.volumes.slices import cell_slices, given_slices
 
 
 def read(
     source: Path,
     *,
     window: Sequence[float] | None = None,
+    slices: str | None = None,
     allow_unknown_orientation: bool = False,
     **table: Unpack[TableOptions],
 ) -> Iterator[SourceRow | Skipped]:
-    """Yield the rows of the table, each with the slice that it asks about.
+    """Yield the rows of the table, each with the slices that it asks about.
 
     Args:
         source: folder of the files.
         window: centre and width for rows that state none; None takes percentiles of the slice.
+        slices: for rows that state none, as `parse_slices` takes them; None shows one.
         allow_unknown_orientation: read files that do not state their orientation.
         table: see `read_picture_table`; columns are file, plane, question, options and answer, and
-            optionally slice (from 0) or fraction (0 to 1; blank both for the middle), volume (from
-            0) and window ("CENTER WIDTH").
+            optionally slice (from 0) or fraction (0 to 1; blank both for the middle), slices in
+            their place, volume (from 0) and window ("CENTER WIDTH").
 
     Raises:
-        ValueError: for an unreadable source or table, an invalid window, or if nibabel is not
-            installed.
+        ValueError: for an unreadable source or table, an invalid window or invalid slices, or if
+            nibabel is not installed.
     """
     try:
-        from rlmed.data.readers.volumes.nifti_slices import AXES, SliceChoice, render_slice
+        from rlmed.data.readers.volumes.nifti_slices import AXES, SliceChoice, render_slice, slice_count
     except ImportError as error:
         raise ValueError(f"the reader nifti needs nibabel: {INSTALL}") from error
     cell_window({}, window)  # fail before reading anything
+    default = given_slices(slices)
 
-    def choose(path: Path, cells: Mapping[str, str]) -> PictureChoice:
+    def choose(path: Path, cells: Mapping[str, str]) -> list[PictureChoice]:
         plane = cells.get("plane", "").lower()
         if plane not in AXES:
             raise BadRowError(f"its plane must be one of {', '.join(AXES)}")
@@ -61,10 +66,19 @@ def read(
             volume=cell_number(cells, "volume") or 0,
             window=cell_window(cells, window),
         )
-        load = partial(render_slice, path, choice, allow_unknown_orientation=allow_unknown_orientation)
-        return PictureChoice((choice,), load)
+        wanted = cell_slices(cells, default, ("slice", "fraction"))
+        load = partial(render_slice, path, allow_unknown_orientation=allow_unknown_orientation)
+        if wanted is None:
+            return [PictureChoice((choice,), partial(load, choice))]
+        count = slice_count(path, choice.plane, allow_unknown_orientation=allow_unknown_orientation)
+        chosen = [
+            dataclasses.replace(choice, index=index)
+            for index in wanted.indices(count, first=0, kind=f"{choice.plane} slice")
+        ]
+        return [PictureChoice((one,), partial(load, one), name=f"{one.plane} slice {one.index}") for one in chosen]
 
-    yield from read_picture_table(source, choose, ("plane", "slice", "fraction", "volume", "window"), **table)
+    columns = ("plane", "slice", "fraction", "slices", "volume", "window")
+    yield from read_picture_table(source, choose, columns, **table)
 
 
 def _fraction(cells: Mapping[str, str]) -> float | None:

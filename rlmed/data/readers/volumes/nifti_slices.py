@@ -124,6 +124,21 @@ def render_slice(path: Path, choice: SliceChoice, *, allow_unknown_orientation: 
     return to_picture(pixels, *spacing)
 
 
+def slice_count(path: Path, plane: Plane, *, allow_unknown_orientation: bool = False) -> int:
+    """Return how many slices of a plane a file has, by its header.
+
+    Raises:
+        BadImageError: as `render_slice`.
+    """
+    with _nifti_damage_reported(), path.open("rb") as file:
+        zipped = file.read(2) == _GZIP
+        file.seek(0)
+        header = _read_header(cast(BinaryIO, gzip.GzipFile(fileobj=file)) if zipped else file)
+        check_header(header)
+        affine = _affine(header, allow_unknown_orientation)
+        return _checked_shape(header, 0, zipped)[_axis_through(affine, plane)]
+
+
 @lru_cache(maxsize=FILES_KEPT)
 def _check_sum(path: Path, end: int, changed: int, size: int) -> None:
     """Verify the checksum at the end of a compressed file: deflate itself detects little damage.
@@ -205,7 +220,7 @@ def _oriented_slice(
     """Return the slice's values as shown, rows from the top, and its row and column distances."""
     orientation = io_orientation(affine)
     canonical = [int(axis) for axis in orientation[:, 0]]
-    through = canonical.index(AXES[choice.plane])
+    through = _axis_through(affine, choice.plane)
     index = _slice_index(choice, shape[through])
     stored = index if orientation[through, 1] > 0 else shape[through] - 1 - index
     selection: list[int | slice] = [slice(None)] * 3
@@ -221,6 +236,11 @@ def _oriented_slice(
     # now [first canonical axis, second one], both increasing: to the right or to the front, and to
     # the front or up
     return values[::-1, ::-1].T, (float(sizes[rest[1]]), float(sizes[rest[0]]))
+
+
+def _axis_through(affine: np.ndarray, plane: Plane) -> int:
+    """Return the stored axis along which the slices of a plane follow."""
+    return [int(axis) for axis in io_orientation(affine)[:, 0]].index(AXES[plane])
 
 
 def _slice_index(choice: SliceChoice, count: int) -> int:

@@ -1,5 +1,7 @@
 """Read a table of questions about files with many pictures: DICOM series and NIfTI volumes.
 
+A row may ask about several: slices of its file, or several files in one cell.
+
 File names and headers may name patients, so no output or message quotes either: rows go by their
 line in the table, pictures by a running number. Nor does any quote cells that choose a picture,
 into which a name may have slipped.
@@ -23,6 +25,7 @@ from rlmed.data.readers.base import Option, Picture, Skipped, SourceRow
 from rlmed.data.readers.formats.table import ANSWER_INDEX, COLUMN, SPLIT, Columns, Record, as_text, parse_columns
 from rlmed.data.readers.formats.text_table import read_table
 from rlmed.data.readers.volumes.display import Window, parse_window
+from rlmed.data.readers.volumes.slices import SLICES
 
 TABLE = "questions.csv"
 """Default table in the source's folder; --questions overrides it."""
@@ -43,7 +46,7 @@ WINDOW = Option(
 )
 
 
-TABLE_OPTIONS = (QUESTIONS, COLUMN, ANSWER_INDEX, SPLIT, WINDOW)
+TABLE_OPTIONS = (QUESTIONS, COLUMN, ANSWER_INDEX, SPLIT, WINDOW, SLICES)
 
 
 class TableOptions(TypedDict, total=False):
@@ -57,7 +60,7 @@ class TableOptions(TypedDict, total=False):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PictureChoice:
-    """The picture of a file that a row of the table asks for.
+    """A picture of a file that a row of the table asks for.
 
     Example:
         PictureChoice(content=("17", "40 400"), load=…, modality="CT")
@@ -69,10 +72,17 @@ class PictureChoice:
     """Returns the picture. Raises BadImageError."""
     modality: str = ""
     """For rows whose table does not say."""
+    file: Path | None = None
+    """Where the row names a folder, the file in it."""
+    name: str = ""
+    """Which of several it is, for messages: "slice 17"."""
 
 
-Choose = Callable[[Path, Mapping[str, str]], PictureChoice]
-"""`choose(file, cells)`, with a cell per extra column. Raises BadRowError, BadImageError."""
+Choose = Callable[[Path, Mapping[str, str]], Sequence[PictureChoice]]
+"""`choose(file, cells)`, with a cell per extra column; one picture or more, in order.
+
+Raises BadRowError, BadImageError.
+"""
 
 
 def read_picture_table(
@@ -84,6 +94,7 @@ def read_picture_table(
     column: Sequence[str] = (),
     answer_index: int | None = None,
     split: str | None = None,
+    folders: bool = False,
 ) -> Iterator[SourceRow | Skipped]:
     """Yield a row or a skip for each line of the table.
 
@@ -95,6 +106,7 @@ def read_picture_table(
         column: as `table.parse_columns` takes them.
         answer_index: as `table.Columns.find` takes it.
         split: of rows whose table has no split column; None takes `SPLIT_NAME`.
+        folders: rows may name folders too.
 
     Raises:
         ValueError: for a source that is not a folder, or a table that lacks columns.
@@ -114,10 +126,15 @@ def read_picture_table(
         if row.reason:
             yield Skipped(where, row_id, row.reason, chosen=row.blank)
             continue
+        pictures: list[Picture] = []
+        modality = ""
         try:
-            path = _file(columns.text(row.record, "image"), root)
-            choice = choose(path, {name: as_text(row.record.get(cell), name) for name, cell in cells.items()})
-            picture = Picture(keys.number(path, *choice.content), _of_the_file(choice.load))
+            chosen = {name: as_text(row.record.get(cell), name) for name, cell in cells.items()}
+            for text in columns.image_values(row.record) or [""]:
+                path = _file(as_text(text, "file"), root, folders)
+                choices = choose(path, chosen)
+                pictures += [_picture(keys, path, choice) for choice in choices]
+                modality = modality or choices[0].modality
         except BadRowError as error:
             yield Skipped(where, row_id, str(error))
             continue
@@ -129,10 +146,10 @@ def read_picture_table(
             where=where,
             default_id=row_id,
             default_split=split or SPLIT_NAME,
-            image=_always(picture),
+            images=_always(pictures),
         )
         if isinstance(entry, SourceRow) and not entry.modality:
-            entry = dataclasses.replace(entry, modality=choice.modality)
+            entry = dataclasses.replace(entry, modality=modality)
         yield entry
 
 
@@ -182,14 +199,16 @@ class _Keys:
         return f"{self._numbers.setdefault(digest, len(self._numbers) + 1):06d}"
 
 
-def _file(text: str, root: Folder) -> Path:
+def _file(text: str, root: Folder, folders: bool) -> Path:
     try:
         path = path_inside(text, root, "file")
     except BadRowError:
         raise BadRowError(f"its file is not a path inside the source's folder: {_advice(text, root)}") from None
-    if not os.path.isfile(path):  # a named pipe would block the reader
-        raise BadRowError(f"its file is missing, or is a folder: {_advice(text, root)}")
-    return path
+    if os.path.isfile(path) or (folders and text and os.path.isdir(path)):
+        return path
+    # a named pipe would block the reader
+    what = "is missing" if folders else "is missing, or is a folder"
+    raise BadRowError(f"its file {what}: {_advice(text, root)}")
 
 
 def _advice(text: str, root: Folder) -> str:
@@ -199,15 +218,16 @@ def _advice(text: str, root: Folder) -> str:
     return f"{hint}give its path relative to the source's folder"
 
 
-def _of_the_file(load: Callable[[], Image.Image]) -> Callable[[], Image.Image]:
-    def named() -> Image.Image:
+def _picture(keys: _Keys, path: Path, choice: PictureChoice) -> Picture:
+    def load() -> Image.Image:
         try:
-            return load()
+            return choice.load()
         except BadImageError as error:
-            raise BadImageError(f"its file cannot be used: {error}") from None
+            which = f"{choice.name} of its file" if choice.name else "its file"
+            raise BadImageError(f"{which} cannot be used: {error}") from None
 
-    return named
+    return Picture(keys.number(choice.file or path, *choice.content), load)
 
 
-def _always(picture: Picture) -> Callable[[Record], Picture]:
-    return lambda record: picture
+def _always(pictures: Sequence[Picture]) -> Callable[[Record], Sequence[Picture]]:
+    return lambda record: pictures

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image, PngImagePlugin
 from rlmed.core.files.atomic import RecordError
 from rlmed.core.files.ownership import Owner
 from rlmed.data.examples import read_examples
-from rlmed.data.images import BadImageError
+from rlmed.data.images import MAX_IMAGES, BadImageError
 from rlmed.data.prepare import writer as layout_writer
 from rlmed.data.prepare.prepared_data import write_prepared_data
 from rlmed.data.readers.base import Picture, Reader, Skipped, SourceRow
@@ -86,6 +87,43 @@ def test_what_is_written_is_what_a_run_reads(tmp_path, source):
     assert json.loads((tmp_path / "out" / "train.jsonl").read_text().splitlines()[0])["answer"] == "spleen"
     assert list(layout.splits) == ["train", "test_mri"]
     assert layout.skipped == ()
+
+
+def test_rows_about_several_images_keep_their_order_and_others_their_bytes(tmp_path, source):
+    paths = [source / name for name in ("2.png", "1.png", "copy of 1.PNG")]
+    rows = [
+        source_row(1, image=paths[0], more_images=tuple(paths[1:])),
+        source_row(2, image=paths[1]),
+        source_row(3),
+    ]
+    layout = write(rows, tmp_path / "out", source)
+    assert layout.skipped == ()
+    examples = read_examples(tmp_path / "out" / "train.jsonl", on_bad_row="error").examples
+    assert [image.read_bytes() for image in examples[0].images] == [path.read_bytes() for path in paths]
+    assert [len(example.images) for example in examples] == [3, 1, 0]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "train.jsonl").read_text().splitlines()]
+    assert [sorted(line.keys() & {"image", "images"}) for line in lines] == [["images"], ["image"], ["image"]]
+    assert layout.splits["train"].images == 2  # equal bytes are one image
+
+
+def test_a_bad_image_among_several_costs_its_row_and_leaves_none_of_its_images(tmp_path, source):
+    first, second, broken = (source / name for name in ("1.png", "2.png", "broken.png"))
+    rows = [
+        source_row(1, image=first),
+        source_row(2, image=first, more_images=(second, broken)),
+        source_row(3, image=second, more_images=(first,) * MAX_IMAGES),
+    ]
+    layout = write(rows, tmp_path / "out", source)
+    reasons = [row.reason for row in layout.skipped]
+    assert re.match(r"its image 3 of 3: image broken\.png is truncated", reasons[0])
+    assert f"it has {MAX_IMAGES + 1} images, more than {MAX_IMAGES}" in reasons[1]
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    kept = [path.name for path in (tmp_path / "out" / "images").iterdir()]
+    assert [f"images/{name}" for name in kept] == list(manifest["images"])
+    assert len(kept) == 1
+    # an image that was taken back is there for the next row
+    rows[2] = source_row(3, image=second)
+    assert len(list((write(rows, tmp_path / "other", source).folder / "images").iterdir())) == 2
 
 
 def test_the_manifest_says_what_there_is(tmp_path, source):

@@ -243,7 +243,7 @@ def test_tables_of_volumes(tmp_path):
     choice = picture_table.PictureChoice((1,), lambda: Image.new("L", (40, 40)))
     rows = list(
         picture_table.read_picture_table(
-            tmp_path, lambda *_: choice, (), questions=None, column=(), answer_index=None, split=None
+            tmp_path, lambda *_: [choice], (), questions=None, column=(), answer_index=None, split=None
         )
     )
     assert [row.answer for row in rows] == ["spleen", "lung"]

@@ -77,6 +77,53 @@ def test_columns_of_other_names(folder):
     assert (row.question, row.options, row.answer, row.split) == ("Was?", ("Leber", "Milz"), "Milz", "train")
 
 
+@pytest.mark.parametrize(
+    ("header", "cells", "expected"),
+    [
+        ("images", "b/2.png|1.png", ["b/2.png", "1.png"]),
+        ("image_paths", " 1.png | b/2.png | 1.png ", ["1.png", "b/2.png", "1.png"]),
+        ("images", '"[""1.png"", ""b/2.png""]"', ["1.png", "b/2.png"]),
+        ("images", "1.png", ["1.png"]),
+        ("image,images", "1.png,", ["1.png"]),
+        ("image,images", ",1.png|b/2.png", ["1.png", "b/2.png"]),
+        ("image", "a|b.png", ["a|b.png"]),  # a column of one path
+    ],
+)
+def test_a_cell_of_several_images(folder, header, cells, expected):
+    (folder / "b").mkdir()
+    for name in ("b/2.png", "a|b.png"):
+        marked(9).save(folder / name)
+    (row,) = rows(table(folder, f"{header},question,A,B,answer", f"{cells},Which?,liver,spleen,liver"))
+    assert isinstance(row, SourceRow)
+    assert list(row.images) == [folder / name for name in expected]
+
+
+@pytest.mark.parametrize(
+    ("image", "images", "reason"),
+    [
+        ("1.png", "1.png|1.png", "both an image and images: .*--column image=NAME"),
+        ("", "1.png||1.png", r"of its 3 images, parted by \|, one is blank"),
+        ("", "1.png|", "of its 2 images"),
+        ("", "1.png|none.png", "image 'none.png' does not exist"),
+        ("", "../outside.png|1.png", r"'\.\./outside\.png' leaves the folder"),
+        ("", "", "it has no image"),
+    ],
+)
+def test_a_bad_cell_of_several_images_costs_its_row(folder, image, images, reason):
+    lines = ["image,images,question,A,B,answer", f"{image},{images},Which?,liver,spleen,liver"]
+    (row,) = rows(table(folder, *lines))
+    assert isinstance(row, Skipped)
+    assert re.search(reason, row.reason)
+
+
+def test_of_two_columns_of_images_one_can_be_named(folder):
+    marked(9).save(folder / "2.png")
+    path = table(folder, "image,images,question,A,B,answer", "1.png,2.png|1.png,Which?,liver,spleen,liver")
+    (one,), (several,) = rows(path, column=["image=image"]), rows(path, column=["images=images"])
+    assert [image.name for image in one.images] == ["1.png"]
+    assert [image.name for image in several.images] == ["2.png", "1.png"]
+
+
 @pytest.mark.parametrize(("first", "cell", "expected"), [(0, "1", "spleen"), (1, "1", "liver"), (0, "0", "liver")])
 def test_an_answer_that_is_a_place(folder, first, cell, expected):
     (row,) = rows(table(folder, "image,question,A,B,answer", f"1.png,Which?,liver,spleen,{cell}"), answer_index=first)

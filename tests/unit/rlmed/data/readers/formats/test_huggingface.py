@@ -7,12 +7,14 @@ import json
 import sys
 import tracemalloc
 from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from rlmed.data.examples import read_examples
+from rlmed.data.images import MAX_IMAGES
 from rlmed.data.prepare.prepared_data import write_prepared_data
 from rlmed.data.readers.base import Encoded, Skipped, SourceRow
 from rlmed.data.readers.formats import huggingface, parquet_rows
@@ -149,7 +151,11 @@ def test_images_as_bytes_or_by_path(tmp_path, image):
         ({"bytes": b"no image", "path": "a.png"}, "a.png is not an image"),
         ({"bytes": b"", "path": "a.png"}, "is an empty file"),
         ({"bytes": picture(1)[:60], "path": "a.png"}, "truncated or damaged"),
-        ([picture(1), picture(2)], "it has 2 images"),
+        ([picture(1), picture(2)[:60]], "its image 2 of 2: image in the table"),
+        ([], "it has no image"),
+        ([{"bytes": picture(1), "path": None}, None], "its image 2 of 2 is missing"),
+        ([{"bytes": None, "path": "none.png"}] * 2, "image 'none.png' does not exist"),
+        ([picture(1)] * (MAX_IMAGES + 1), f"{MAX_IMAGES + 1} images, more than {MAX_IMAGES}"),
         (7, "neither bytes nor a path"),
     ],
 )
@@ -204,6 +210,30 @@ def test_answers_without_options(tmp_path):
     left = list(read(path, open="skip"))
     assert sum(isinstance(row, SourceRow) for row in left) == 8
     assert all(row.chosen for row in left if isinstance(row, Skipped))
+
+
+@pytest.mark.parametrize(
+    ("column", "kind"),
+    [*product(("image", "images", "views"), ("features", "bytes", "paths")), ("images", "JSON"), ("views", "JSON")],
+)
+def test_lists_of_images_are_read_in_order(tmp_path, column, kind):
+    folder, numbers = tmp_path / "mine", [5, 2, 9]
+    folder.mkdir()
+    for number in numbers:
+        (folder / f"{number}.png").write_bytes(picture(number))
+    value = {
+        "features": [{"bytes": picture(number), "path": f"{number}.png"} for number in numbers],
+        "bytes": [picture(number) for number in numbers],
+        "paths": [f"{number}.png" for number in numbers],
+        "JSON": json.dumps([f"{number}.png" for number in numbers]),
+    }[kind]
+    put(folder / "a.parquet", [record(0, **{"image": ..., column: value})])
+    given = ["images=views"] if column == "views" else []
+    rows = read(folder, column=given)
+    layout = write_prepared_data(rows, tmp_path / "out", reader=READER, source=folder, options={})
+    assert layout.skipped == ()
+    (row,) = read_examples(tmp_path / "out" / "a.jsonl").examples
+    assert [path.read_bytes() for path in row.images] == [picture(number) for number in numbers]
 
 
 def test_only_some_files_and_no_images(tmp_path):

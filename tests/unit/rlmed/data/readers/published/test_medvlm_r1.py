@@ -106,8 +106,9 @@ def test_odd_options_keep_their_letter(folder, tmp_path, options):
         ({"problem": "Something else?\nA) x"}, "is not its question and"),
         ({"subset": "Dermoscopy"}, "subset 'Dermoscopy' is none of MRI, CT, X-ray"),
         ({"subset": ...}, "subset None is none of"),
-        ({"image": ["a.png", "b.png"]}, "it has 2 images"),
-        ({"image": []}, "it has 0 images"),
+        ({"image": ["images/1.png", "b.png"]}, "'b.png' does not exist"),
+        ({"image": ["images/1.png", None]}, "one of its 2 images is blank"),
+        ({"image": []}, "it has no image"),
         ({"image": ...}, "it has no image"),
         ({"image": ["images/99.png"]}, "'images/99.png' does not exist"),
         ({"image": ["../outside.png"]}, "leaves the folder"),
@@ -128,6 +129,18 @@ def test_a_row_whose_parts_disagree_is_skipped(folder, changes, reason):
     assert (skip.where, skip.id) == ("row 1 of test.json", "test-001")
     assert reason in skip.reason
     assert "not a JSON object but 'no object'" in nothing.reason
+
+
+def test_rows_about_several_images(folder, tmp_path):
+    """Rows ask the same only if all their images are."""
+    names = [[f"images/{number}.png" for number in numbers] for numbers in ((3, 0, 1), (3, 0), (3, 0, 1))]
+    write(folder / "test.json", [question_row(0, image=names[0])])
+    rows = [question_row(0, image=image) for image in names[1:]]
+    write(tmp_path / "train.json", rows)
+    test, train, repeated = read(folder, train=tmp_path / "train.json")
+    assert [path.name for path in test.images] == ["3.png", "0.png", "1.png"]
+    assert [path.name for path in train.images] == ["3.png", "0.png"]
+    assert "it is a test row too" in repeated.reason
 
 
 @pytest.mark.parametrize("ending", ["parquet", "json"])

@@ -62,9 +62,9 @@ def test_only_the_frame_asked_for_is_read(tmp_path, monkeypatch):
     frames[150] = 7
     path = write_dicom(tmp_path / "a", frames, frames=True)
     read = []
-    original = dicom_file._BoundedStream.read
+    original = dicom_file.BoundedStream.read
     monkeypatch.setattr(
-        dicom_file._BoundedStream, "read", lambda self, size=-1, /: read.append(size) or original(self, size)
+        dicom_file.BoundedStream, "read", lambda self, size=-1, /: read.append(size) or original(self, size)
     )
     values = decode_frame(path, read_header(path), 150)
     assert (values == 7).all()

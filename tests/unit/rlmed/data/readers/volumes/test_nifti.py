@@ -65,6 +65,89 @@ def test_each_row_has_its_slice(tmp_path, source):
     assert set(np.unique(picture(out, 4))) <= {0, 128, 255}
 
 
+@pytest.mark.parametrize(
+    ("line", "option", "expected"),
+    [
+        ("axial,,,,", "5", [1, 4, 7, 9, 12]),  # of 14
+        ("axial,,,,", "3", [2, 7, 11]),
+        ("axial,,,,", "14", list(range(14))),
+        ("axial,,,,", "9,3,13", [9, 3, 13]),
+        ("axial,,,,", "0 1", [0, 1]),
+        ("axial,5,,,", "3", [5]),  # the row's own
+        ("axial,,1.0,,", "3", [13]),
+    ],
+)
+def test_several_slices_are_the_images_of_a_row(tmp_path, source, line, option, expected):
+    table(source, f"{line}100 200")
+    out = tmp_path / "out"
+    assert not run(source, out, "--slices", option).skipped
+    (row,) = read_examples(out / "questions.jsonl", on_bad_row="error").examples
+    assert len(row.images) == len(expected)
+    for path, index in zip(row.images, expected, strict=True):
+        shown = np.rint(np.clip(VOLUME[::-1, ::-1, index].T / 200, 0, 1) * 255)
+        np.testing.assert_array_equal(np.asarray(Image.open(path)), shown)
+
+
+def test_a_column_of_slices_and_shared_pictures(tmp_path, source):
+    lines = ('coronal,,,"1,3"', 'coronal,,,"3;1"', "coronal,3,,", "sagittal,,,2", "coronal,,,", "axial,,,2")
+    content = [f"DOE_JANE.nii.gz,{line},Which?,lung,liver,lung" for line in lines]
+    header = "file,plane,slice,fraction,slices,question,option_a,option_b,answer"
+    (source / "questions.csv").write_text("\n".join([header, *content]) + "\n", encoding="utf-8")
+    out = tmp_path / "out"
+    assert not run(source, out, "--slices", "4").skipped
+    rows = read_examples(out / "questions.jsonl", on_bad_row="error").examples
+    # of 12 coronal, 10 sagittal and 14 axial slices
+    names = [[int(path.stem) for path in row.images] for row in rows]
+    assert names == [[1, 2], [2, 1], [2], [3, 4], [1, 5, 6, 7], [8, 9]]
+    for number, pixels in (
+        (1, VOLUME[:, 1]),
+        (2, VOLUME[:, 3]),
+        (3, VOLUME[2]),
+        (4, VOLUME[7]),
+        (5, VOLUME[:, 4]),
+        (6, VOLUME[:, 7]),
+        (7, VOLUME[:, 10]),
+    ):
+        ranks = np.argsort(pixels[::-1, ::-1].T, axis=None, kind="stable")
+        assert (np.diff(picture(out, number).ravel()[ranks].astype(int)) >= 0).all(), "the same slice, however windowed"
+
+
+@pytest.mark.parametrize(
+    ("cell", "reason"),
+    [
+        ("15", "it has 14 axial slices, and 15 are asked for"),
+        ("3 14", "no axial slice 14: give some from 0 to 13"),
+        ("3 3", "its slices must not name a slice twice"),
+        ("0", "its slices must be 1 to 64 slices, not 0"),
+        ("65", "its slices must be 1 to 64 slices, not 65"),
+        ("DOE", "its slices must be how many, like 5, or which"),
+        ("3 -1", "its slices must be how many"),
+    ],
+)
+def test_slices_that_cannot_be_shown_cost_their_row(tmp_path, source, cell, reason):
+    header = "file,plane,slices,question,option_a,option_b,answer"
+    lines = [f"DOE_JANE.nii.gz,axial,{text},Which?,lung,liver,lung" for text in ("2", cell)]
+    (source / "questions.csv").write_text("\n".join([header, *lines]) + "\n", encoding="utf-8")
+    (skipped,) = run(source, tmp_path / "out").skipped
+    assert reason in skipped.reason
+    assert "DOE" not in skipped.reason
+
+
+def test_slices_beside_a_slice_and_a_slice_that_shows_nothing(tmp_path, source):
+    values = VOLUME.astype(np.float32)
+    values[:, :, 7] = 3
+    nibabel.Nifti1Image(values, np.eye(4)).to_filename(source / "DOE_JANE.nii.gz")
+    header = "file,plane,slice,slices,question,option_a,option_b,answer"
+    lines = [f"DOE_JANE.nii.gz,axial,{cells},Which?,lung,liver,lung" for cells in ("1,3 4", ",3", ",3 4")]
+    (source / "questions.csv").write_text("\n".join([header, *lines]) + "\n", encoding="utf-8")
+    both, empty = run(source, tmp_path / "out").skipped
+    assert "it has both slices and a slice" in both.reason
+    assert "its image 2 of 3: axial slice 7 of its file cannot be used: it shows nothing" in empty.reason
+    assert len(list((tmp_path / "out" / "images").iterdir())) == 2
+    with pytest.raises(ValueError, match="--slices five must be how many"):
+        run(source, tmp_path / "other", "--slices", "five")
+
+
 def test_bad_rows_are_skips_that_say_why(tmp_path, source):
     bad = (
         "oblique,3,,,",

@@ -26,15 +26,15 @@ def write(folder: Path, *lines: str, header: str = HEADER, name: str = "question
     return folder
 
 
-def choose(path: Path, cells) -> PictureChoice:
+def choose(path: Path, cells) -> list[PictureChoice]:
     assert path.is_file()
     if cells["page"] == "late":
 
         def fail() -> Image.Image:
             raise BadImageError("it is broken inside")
 
-        return PictureChoice((cells["page"],), fail)
-    return PictureChoice((cells["page"],), lambda: Image.new("L", (8, 8)), "CT")
+        return [PictureChoice((cells["page"],), fail)]
+    return [PictureChoice((cells["page"],), lambda: Image.new("L", (8, 8)), "CT")]
 
 
 def rows(folder: Path, **changes) -> list:
@@ -66,6 +66,15 @@ def test_a_row_has_its_picture_and_names_neither_file_nor_id(folder):
     assert row.image.key == "000001"
     assert row.image.load().size == (8, 8)
     assert "DOE" not in repr(row).replace(repr(row.image), "")
+
+
+def test_several_files_of_a_row_are_its_images_in_order(folder):
+    lines = ["DOE^JANE/2.dcm|DOE^JANE/1.dcm,1,Which?,a,b,a,,", "DOE^JANE/1.dcm,1,Which?,a,b,a,,"]
+    header = HEADER.replace("file", "files")
+    found = rows(write(folder, *lines, "DOE^JANE/1.dcm|DOE^JANE/9.dcm,1,Which?,a,b,a,,", header=header))
+    assert [[image.key for image in row.images] for row in found[:2]] == [["000001", "000002"], ["000002"]]
+    assert "its file is missing" in found[2].reason
+    assert "DOE" not in found[2].reason
 
 
 def test_rows_about_the_same_picture_share_one(folder):
