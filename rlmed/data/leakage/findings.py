@@ -109,7 +109,7 @@ class LeakageReport:
         return dataclasses.replace(self, leaks=tuple(leaks))
 
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON for `data.json` and `manifest.json`; places only of rows with several images."""
+        """Return the JSON for `data.json` and `manifest.json`; a place only where there is one."""
         content = dataclasses.asdict(self)
         places = ("test_place", "train_place")
         content["leaks"] = [

@@ -24,6 +24,10 @@ from rlmed.data.readers.volumes.slices import Slices, cell_slices, given_slices
 
 HEADERS_KEPT = 8
 """Headers cached for further rows about the same file."""
+BURNED_IN = (
+    "it states that text is burnt into its pixels (BurnedInAnnotation), which may be a patient's name: look at it, and "
+    "allow such files with --allow-burned-in"
+)
 SERIES_KEPT = 64
 """Orders of a folder's files cached for further rows about the same series."""
 
@@ -63,15 +67,14 @@ def read(
     cached_header = lru_cache(maxsize=HEADERS_KEPT)(read_header)
     cached_series = lru_cache(maxsize=SERIES_KEPT)(series_files)
 
-    def picture(file: Path, frame: int, shown: Window | None, name: str = "") -> PictureChoice:
+    def picture(file: Path, frame: int | None, shown: Window | None, name: str = "") -> PictureChoice:
         header = cached_header(file)
+        if frame is None and header.pixels.frames > 1:
+            raise BadImageError(f"{name} of its folder has {header.pixels.frames} frames: name its file in the table")
         if header.burned_in and not allow_burned_in:
-            raise BadImageError(
-                "it states that text is burnt into its pixels (BurnedInAnnotation), which may be a patient's name: look at "
-                "it, and allow such files with --allow-burned-in"
-            )
-        load = partial(render_frame, file, header, frame, shown)
-        return PictureChoice((frame, shown), load, header.modality, file, name)
+            raise BadImageError(BURNED_IN)
+        load = partial(render_frame, file, header, frame or 0, shown)
+        return PictureChoice((frame or 0, shown), load, header.modality, file, name)
 
     def choose(path: Path, cells: Mapping[str, str]) -> list[PictureChoice]:
         shown, number = cell_window(cells, window), cell_number(cells, "frame")
@@ -83,13 +86,9 @@ def read(
             chosen = wanted.indices(header.pixels.frames, first=1, kind="frame")
             return [picture(path, frame, shown, f"frame {frame + 1}") for frame in chosen]
         files = cached_series(path, source)
-        if wanted is None:
-            wanted = Slices(1) if number is None else Slices(1, (number,))
+        wanted = wanted or Slices(1, () if number is None else (number,))
         chosen = wanted.indices(len(files), first=1, kind="slice")
-        for index in chosen:
-            if (frames := cached_header(files[index]).pixels.frames) > 1:
-                raise BadImageError(f"slice {index + 1} of its folder has {frames} frames: name its file in the table")
-        return [picture(files[index], 0, shown, f"slice {index + 1}") for index in chosen]
+        return [picture(files[index], None, shown, f"slice {index + 1}") for index in chosen]
 
     yield from read_picture_table(source, choose, ("frame", "slices", "window"), folders=True, **table)
 

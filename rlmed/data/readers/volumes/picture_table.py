@@ -120,21 +120,14 @@ def read_picture_table(
     columns = _columns_but_id(header, column, answer_index)
     lowered = {name.lower(): name for name in header}
     cells = {name: lowered[name] for name in extra if name in lowered}
-    root, keys = Folder(source), _Keys()
+    finder = _Finder(columns, cells, Folder(source), folders, choose)
     for row in rows:
         where, row_id = f"line {row.line} of the table", f"line-{row.line}"
         if row.reason:
             yield Skipped(where, row_id, row.reason, chosen=row.blank)
             continue
-        pictures: list[Picture] = []
-        modality = ""
         try:
-            chosen = {name: as_text(row.record.get(cell), name) for name, cell in cells.items()}
-            for text in columns.image_values(row.record) or [""]:
-                path = _file(as_text(text, "file"), root, folders)
-                choices = choose(path, chosen)
-                pictures += [_picture(keys, path, choice) for choice in choices]
-                modality = modality or choices[0].modality
+            pictures, modality = finder.pictures(row.record)
         except BadRowError as error:
             yield Skipped(where, row_id, str(error))
             continue
@@ -197,6 +190,31 @@ class _Keys:
     def number(self, *content: object) -> str:
         digest = hashlib.sha256(repr(content).encode("utf-8", "surrogateescape")).digest()[:16]
         return f"{self._numbers.setdefault(digest, len(self._numbers) + 1):06d}"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Finder:
+    """Finds the pictures of a record."""
+
+    columns: Columns
+    cells: Mapping[str, str]
+    """Column by name, of those that `choose` needs."""
+    root: Folder
+    folders: bool
+    choose: Choose
+    keys: _Keys = dataclasses.field(default_factory=_Keys)
+
+    def pictures(self, record: Record) -> tuple[list[Picture], str]:
+        """Return a record's pictures in order, and their modality by the first file that says."""
+        chosen = {name: as_text(record.get(cell), name) for name, cell in self.cells.items()}
+        pictures: list[Picture] = []
+        modality = ""
+        for text in self.columns.image_values(record) or [""]:
+            path = _file(as_text(text, "file"), self.root, self.folders)
+            choices = self.choose(path, chosen)
+            pictures += [_picture(self.keys, path, choice) for choice in choices]
+            modality = modality or choices[0].modality
+        return pictures, modality
 
 
 def _file(text: str, root: Folder, folders: bool) -> Path:
