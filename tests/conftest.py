@@ -184,8 +184,8 @@ def tiled_picture(tiny_folder: Callable[..., Path]) -> Callable[..., tuple[list[
     def make(family: str, rng: np.random.Generator, grid: Grid) -> tuple[list[int], dict[str, Any]]:
         tokenizer, pictures = processors(family)
         noise = rng.integers(0, 256, (grid[0] * 14, grid[1] * 14, 3), dtype=np.uint8)
-        picture = pictures.prepare(Image.fromarray(noise))
-        return tokenizer(picture.text, add_special_tokens=False)["input_ids"], dict(picture.inputs)
+        picture = pictures.prepare([Image.fromarray(noise)])
+        return tokenizer(picture.texts[0], add_special_tokens=False)["input_ids"], dict(picture.inputs)
 
     return make
 

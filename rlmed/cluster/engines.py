@@ -101,12 +101,12 @@ def open_model(folder: Path) -> tuple[PreTrainedTokenizerBase, Pictures | None]:
     for doubt in check_agreement(folder, config, tokenizer, pictures.image_processor if pictures else None):
         log.warning("%s", doubt)
     if pictures is not None:
-        shown = pictures.prepare(Image.new("RGB", PROBE_SIZE, "grey"))
+        shown = pictures.prepare([Image.new("RGB", PROBE_SIZE, "grey")])
         with foreign(
             f"the tokenizer of model {str(folder)!r} cannot be used",
             "Copy tokenizer.json and tokenizer_config.json again",
         ):
-            token_ids = tokenizer(shown.text, add_special_tokens=False, verbose=False)["input_ids"]
+            token_ids = tokenizer(shown.texts[0], add_special_tokens=False, verbose=False)["input_ids"]
         check_visual_tokens(folder, config, np.asarray(token_ids), shown.inputs)
     return tokenizer, pictures
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ from rlmed.core.chat import PROCESSOR
 from rlmed.core.files.damage import read_json
 from rlmed.core.process.foreign import foreign
 
-FORWARD = ("pixel_values", "image_grid_thw", "image_sizes")
+FORWARD = ("pixel_values", "image_grid_thw", "image_sizes", "batch_num_images")
 """What image processors return for the model; the rest describes tiles for the text."""
 EDGES = ("shortest_edge", "longest_edge")
 """Keys of `size` in image processors of the Qwen-VL families: areas in pixels."""
@@ -48,13 +49,13 @@ STEP = 0.8
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """A picture as the model takes it."""
+class Prepared:
+    """The pictures of a prompt as the model takes them."""
 
-    text: str
-    """What stands in the prompt for the placeholder."""
+    texts: tuple[str, ...]
+    """What stands in the prompt for each picture's placeholder."""
     inputs: Mapping[str, npt.NDArray[Any]]
-    """The model's forward arguments; tiles and patches along the first axis."""
+    """The model's forward arguments; pictures, tiles and patches along the first axis."""
 
 
 class Pictures:
@@ -62,7 +63,7 @@ class Pictures:
 
     Example:
         >>> pictures = load_pictures(Path("models/Qwen2-VL-2B-Instruct"), config, tokenizer)    # doctest: +SKIP
-        >>> pictures.prepare(Image.new("RGB", (112, 112))).inputs["image_grid_thw"]              # doctest: +SKIP
+        >>> pictures.prepare([Image.new("RGB", (112, 112))]).inputs["image_grid_thw"]            # doctest: +SKIP
         array([[1, 8, 8]])
     """
 
@@ -79,6 +80,10 @@ class Pictures:
         """Smallest and largest area in pixels; None if the model has another rule than areas."""
         if kind_of(self.image_processor) == PIXEL_LIMITS and _whole(size):
             self.limits = (size[EDGES[0]], size[EDGES[1]])
+        self.unmarked = kind_of(self.image_processor) == PIXEL_LIMITS
+        """Whether a picture's own text is visual tokens alone: without others between them, the
+        model would take two pictures for one.
+        """
 
     def limited(self, min_pixels: int | None, max_pixels: int | None) -> Pictures:
         """Return pictures with other limits; None keeps the model's.
@@ -101,43 +106,61 @@ class Pictures:
             raise ValueError(f"{limits}: pixel limits must satisfy 0 < min_pixels <= max_pixels")
         return changed
 
-    def prepare(self, image: Image.Image, **settings: Any) -> Picture:
-        """Prepare an RGB picture as large as the model takes it."""
+    def prepare(self, images: Sequence[Image.Image], **settings: Any) -> Prepared:
+        """Prepare the RGB pictures of a prompt, each as large as the model takes it."""
         if self.limits is not None:
             settings = {"size": dict(zip(EDGES, self.limits, strict=True))} | settings
-        features: Any = self.image_processor(images=[image], return_tensors="np", **(self._settings | settings))
+        # nested: a model may treat the pictures of one prompt otherwise than one alone
+        features: Any = self.image_processor(images=[list(images)], return_tensors="np", **(self._settings | settings))
         inputs = {name: np.asarray(features[name]) for name in FORWARD if name in features}
         if inputs["pixel_values"].ndim == 5:  # [pictures, tiles, colours, height, width]
             inputs["pixel_values"] = inputs["pixel_values"].reshape(-1, *inputs["pixel_values"].shape[2:])
         typed = {
             name: array.astype(np.float32 if name == "pixel_values" else np.int64) for name, array in inputs.items()
         }
-        return Picture(self._rules.replace_image_token(features, 0), typed)
+        return Prepared(tuple(self._rules.replace_image_token(features, i) for i in range(len(images))), typed)
 
-    def smaller(self, image: Image.Image, room: int) -> Iterator[Picture]:
-        """Prepare a picture again and again with fewer tokens.
+    def smaller(self, images: Sequence[Image.Image], prepared: Prepared, room: int) -> Iterator[Prepared]:
+        """Prepare pictures again and again with fewer tokens, the largest ones first.
 
         Args:
-            image: the picture.
-            room: tokens that it may have, where the model lets them be chosen.
+            images: the pictures.
+            prepared: what `prepare` has made of them.
+            room: tokens that they may have together, where the model lets them be chosen.
         """
         known = self.image_processor.to_dict() | self._settings
         if self.limits is not None:
-            low = self.limits[0]
-            area = max(low, room * (known["patch_size"] * known["merge_size"]) ** 2)
-            yield self.prepare(image, size={EDGES[0]: low, EDGES[1]: area})
+            yield from self._in_room(images, prepared, room, known["patch_size"], known["merge_size"])
         elif known.get("do_image_splitting"):
             tile = known["max_image_size"]["longest_edge"]
             for tiles in range((known["size"]["longest_edge"] - 1) // tile, 0, -1):
-                yield self.prepare(image, size={"longest_edge": tiles * tile})
+                yield self.prepare(images, size={"longest_edge": tiles * tile})
         elif known.get("crop_to_patches"):
             for tiles in range(known["max_patches"] - 1, 0, -1):
-                yield self.prepare(image, max_patches=tiles)
-        elif known.get("image_grid_pinpoints"):
-            smallest = min(min(pair) for pair in known["image_grid_pinpoints"])
+                yield self.prepare(images, max_patches=tiles)
+        elif known.get("image_grid_pinpoints") and len(images) == 1:  # each of several is one tile, whatever its size
+            smallest, (image,) = min(min(pair) for pair in known["image_grid_pinpoints"]), images
             while max(image.size) > smallest:
                 image = image.resize((max(1, round(image.width * STEP)), max(1, round(image.height * STEP))))
-                yield self.prepare(image)
+                yield self.prepare([image])
+
+    def _in_room(
+        self, images: Sequence[Image.Image], prepared: Prepared, room: int, patch: int, merge: int
+    ) -> Iterator[Prepared]:
+        """Prepare pictures with one limit of their areas, by which they have `room` tokens or fewer."""
+        assert self.limits is not None
+        low = self.limits[0]
+        tokens = prepared.inputs["image_grid_thw"].prod(axis=1) // merge**2
+        share = common_limit(tokens.tolist(), room)
+        while True:
+            area = max(low, share * (patch * merge) ** 2)
+            fewer = self.prepare(images, size={EDGES[0]: low, EDGES[1]: area})
+            yield fewer
+            if area == low:
+                return
+            # a long and narrow picture takes more than its share
+            excess = int(fewer.inputs["image_grid_thw"].prod(axis=1).sum()) // merge**2 - room
+            share -= max(1, math.ceil(excess / len(images)))
 
     def save(self, folder: Path) -> None:
         """Save the image processor, with these limits, and the text's settings beside a model."""
@@ -211,6 +234,19 @@ def _without_videos(module: ModuleType) -> Iterator[None]:
     finally:
         for name in missing:
             setattr(module, name, None)
+
+
+def common_limit(counts: Sequence[int], total: int) -> int:
+    """Return the largest limit of each count by which they add up to `total` at most.
+
+    Example:
+        >>> common_limit([100, 16, 60], 100)
+        42
+    """
+    rest = sorted(counts)
+    while len(rest) > 1 and rest[0] * len(rest) <= total:
+        total -= rest.pop(0)
+    return total // len(rest)
 
 
 def _whole(size: Mapping[str, Any]) -> bool:

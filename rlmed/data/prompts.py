@@ -1,8 +1,8 @@
 """Turn examples into model inputs: the only module that tokenizes.
 
 Training, evaluation and `ask` all render through `PromptRenderer`, so text, white space and pixels
-are the same everywhere. The prompt is one user turn: the image, then the question, its lettered
-options and the instruction.
+are the same everywhere. The prompt is one user turn: the images in order, then the question, its
+lettered options and the instruction.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rlmed.core.prefill import ANSWER, TAGS, THINK, THINK_END
 from rlmed.core.process.foreign import foreign
 from rlmed.core.types import Example, IntArray, Prompt
 from rlmed.data.images import load_image
-from rlmed.data.pictures import Picture, Pictures, load_pictures
+from rlmed.data.pictures import Pictures, Prepared, load_pictures
 
 PROMPT_SUFFIX = (
     "Your task: 1. Think through the question step by step, enclose your reasoning process in <think>...</think> tags. "
@@ -40,7 +40,7 @@ PROMPT_FILE = "rlmed_prompt.json"
 
 
 class PromptTooLongError(ValueError):
-    """A prompt exceeds its limit even with the smallest image. Prompts are never truncated."""
+    """A prompt exceeds its limit even with the smallest images. Prompts are never truncated."""
 
 
 def load_processor(folder: Path | str) -> tuple[PreTrainedTokenizerBase, Pictures | None]:
@@ -111,6 +111,7 @@ class PromptRenderer:
         max_pixels: int | None = None,
         template: str = PAPER_TEMPLATE,
         by_modality: Mapping[str, str] = MappingProxyType({}),
+        max_images: int | None = None,
     ) -> None:
         """Bind a tokenizer and a model's rules for pictures.
 
@@ -122,6 +123,7 @@ class PromptRenderer:
             max_pixels: largest image area in pixels; None keeps the model folder's.
             template: text of the user turn, see `PAPER_TEMPLATE`.
             by_modality: templates for individual modalities, by name.
+            max_images: most images of a prompt; None: any number.
 
         Raises:
             ValueError: for a template without exactly one `{question}`, or a tokenizer without an
@@ -133,7 +135,7 @@ class PromptRenderer:
         self.tokenizer = tokenizer
         self.turn_end = turn_end(tokenizer)
         """Token with which the chat template ends an answer; None if it uses none."""
-        self.max_prompt_tokens = max_prompt_tokens
+        self.max_prompt_tokens, self.max_images = max_prompt_tokens, max_images
         self.template, self.by_modality = template, dict(by_modality)
         self.prefill = ""
         """Start of each completion that the chat template writes; see `Prompt.prefill`."""
@@ -156,52 +158,66 @@ class PromptRenderer:
             self.pictures = pictures.limited(min_pixels, max_pixels)
         # a template that fails to render is not the rows' fault
         if tokenizer.chat_template is not None:
-            text, self.prefill = self._turn(_PROBE, with_image=pictures is not None)
+            text, self.prefill = self._turn(_PROBE, images=int(pictures is not None))
             self._tokenize(text)
 
-    def render(self, example: Example, image: Image.Image | None = None) -> Prompt:
+    def render(self, example: Example, images: Sequence[Image.Image] | None = None) -> Prompt:
         """Render the prompt of an example.
 
         Args:
             example: the question.
-            image: RGB picture to show instead of the example's own (a control in evaluation); None
-                loads the latter.
+            images: RGB pictures to show instead of the example's own (a control in evaluation);
+                None loads the latter.
 
         Raises:
             PromptTooLongError: names id, length, limit and what to do.
-            ValueError: for an image given to a text-only model, an unreadable image, or control
-                tokens in the text.
+            ValueError: for images given to a text-only model, more than `max_images`, an unreadable
+                image, or control tokens in the text.
         """
-        if image is None and example.image is not None:
-            image = load_image(example.image)
-        text, prefill = self._turn(self._content(example, with_image=image is not None), with_image=image is not None)
-        if image is None:
+        count = len(example.images if images is None else images)
+        if count > (self.max_images or count):
+            raise ValueError(
+                f"example {example.id}: it has {count} images, and data.max_images={self.max_images}: raise it, or leave "
+                "images out"
+            )
+        text, prefill = self._turn(self._content(example, images=count), images=count)
+        if images is None:
+            images = [load_image(path) for path in example.images]
+        if not images:
             return self._checked(Prompt(example, text, self._tokenize(text), prefill=prefill))
-        return self._checked(self._with_picture(example, text, image, prefill))
+        prepared, token_ids = self._with_pictures(example, text, images)
+        return self._checked(Prompt(example, text, token_ids, prepared.inputs, prefill), prepared.texts)
 
-    def _with_picture(self, example: Example, text: str, image: Image.Image, prefill: str) -> Prompt:
-        """Return the prompt with the picture as large as fits, or as small as can be."""
+    def _with_pictures(self, example: Example, text: str, images: Sequence[Image.Image]) -> tuple[Prepared, IntArray]:
+        """Return the pictures, as large as fit or as small as can be, and the prompt's tokens."""
         pictures = self.pictures
         assert pictures is not None
+        pieces = text.split(pictures.placeholder)
+        if pictures.unmarked and "" in pieces[1:-1]:
+            raise ValueError(
+                f"example {example.id}: {template_source(self.tokenizer)} writes its {len(images)} images without a token "
+                "between them, and the model would take them for one: copy the one of the model that this one was trained from"
+            )
+        sizes = ", ".join(f"{image.width}x{image.height}" for image in images)
         with foreign(
-            f"example {example.id}: the image {image.size} cannot be prepared",
+            f"example {example.id}: the image{'s' if len(images) > 1 else ''} ({sizes} pixels) cannot be prepared",
             "Check the image and preprocessor_config.json",
         ):
-            picture = pictures.prepare(image)
-            token_ids = self._expanded(text, picture)
+            prepared = pictures.prepare(images)
+            token_ids = self._expanded(pieces, prepared)
             if len(token_ids) > self.max_prompt_tokens:
-                # shrinking the image loses detail; cutting the prompt would lose the question
-                others = len(token_ids) - len(self._tokenize(picture.text))
-                for picture in pictures.smaller(image, self.max_prompt_tokens - others):
-                    token_ids = self._expanded(text, picture)
+                # shrinking images loses detail; cutting the prompt would lose the question
+                others = len(token_ids) - sum(len(self._tokenize(one)) for one in prepared.texts)
+                for prepared in pictures.smaller(images, prepared, self.max_prompt_tokens - others):
+                    token_ids = self._expanded(pieces, prepared)
                     if len(token_ids) <= self.max_prompt_tokens:
                         break
-        return Prompt(example, text, token_ids, picture.inputs, prefill)
+        return prepared, token_ids
 
-    def _expanded(self, text: str, picture: Picture) -> IntArray:
-        """Tokenize a prompt with a picture's tokens in place of its placeholder."""
-        assert self.pictures is not None
-        return self._tokenize(text.replace(self.pictures.placeholder, picture.text))
+    def _expanded(self, pieces: Sequence[str], prepared: Prepared) -> IntArray:
+        """Tokenize a prompt with the pictures' tokens between its pieces."""
+        shown = zip(pieces, (*prepared.texts, ""), strict=True)
+        return self._tokenize("".join(piece + picture for piece, picture in shown))
 
     @property
     def end_tokens(self) -> tuple[str, ...]:
@@ -290,10 +306,11 @@ class PromptRenderer:
     def _template_of(self, example: Example) -> str:
         return self.by_modality.get(example.modality, self.template)
 
-    def _content(self, example: Example, *, with_image: bool) -> str:
+    def _content(self, example: Example, *, images: int) -> str:
         """Return the text of the user turn."""
-        if with_image and self.pictures is None:
-            raise ValueError(f"example {example.id}: it has an image, but the model reads text only")
+        if images and self.pictures is None:
+            shown = "an image" if images == 1 else f"{images} images"
+            raise ValueError(f"example {example.id}: it has {shown}, but the model reads text only")
         question = example.question_text
         found = self._control_ids.intersection(
             self.tokenizer(question, add_special_tokens=False, verbose=False)["input_ids"]
@@ -306,15 +323,15 @@ class PromptRenderer:
             )
         return self._template_of(example).replace(QUESTION_SLOT, question)
 
-    def _turn(self, content: str, *, with_image: bool) -> tuple[str, str]:
+    def _turn(self, content: str, *, images: int) -> tuple[str, str]:
         """Return the chat template's user turn, and the start of the completion that it adds.
 
         Raises:
-            ValueError: if the template fails to render, or drops the text or the image.
+            ValueError: if the template fails to render, or drops the text or an image.
         """
         text_part = {"type": "text", "text": content}
         # some templates accept only a list
-        forms: list[Any] = [[{"type": "image"}, text_part]] if with_image else [content, [text_part]]
+        forms: list[Any] = [[{"type": "image"}] * images + [text_part]] if images else [content, [text_part]]
         errors: list[ValueError] = []
         for form in forms:
             messages = [{"role": "user", "content": form}]
@@ -325,7 +342,7 @@ class PromptRenderer:
                 errors.append(error)
                 continue
             if " ".join(content.split()) in " ".join(text.split()):
-                self._check_placeholders(text, content, with_image=with_image)
+                self._check_placeholders(text, images)
                 return text, template_prefill(self.tokenizer, text, without, content)
         if errors:
             raise errors[0]
@@ -334,11 +351,11 @@ class PromptRenderer:
             "model that this one was trained from"
         )
 
-    def _check_placeholders(self, text: str, content: str, *, with_image: bool) -> None:
+    def _check_placeholders(self, text: str, needed: int) -> None:
         if self.pictures is None:
             return
         placeholder = self.pictures.placeholder
-        found, needed = text.count(placeholder) - content.count(placeholder), int(with_image)
+        found = text.count(placeholder)
         if found != needed:
             raise ValueError(
                 f"{template_source(self.tokenizer)} writes {found} image placeholders ({placeholder}) where {needed} belong: "
@@ -354,8 +371,17 @@ class PromptRenderer:
             token_ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return np.asarray(token_ids, dtype=np.int64)
 
-    def _checked(self, prompt: Prompt) -> Prompt:
+    def _checked(self, prompt: Prompt, pictures: Sequence[str] = ()) -> Prompt:
+        """Return a prompt that has no more tokens than it may; `pictures` are those of its images."""
         length = len(prompt.token_ids)
+        if length > self.max_prompt_tokens and len(pictures) > 1:
+            each = [len(self._tokenize(text)) for text in pictures]
+            least = f"{min(each)}" if min(each) == max(each) else f"{min(each)} to {max(each)}"
+            raise PromptTooLongError(
+                f"example {prompt.example.id}: its prompt has {length} tokens, {sum(each)} of them for {len(each)} images, "
+                f"which have at least {least} each, and the limit is {self.max_prompt_tokens}: raise data.max_prompt_tokens or "
+                "leave images out"
+            )
         if length > self.max_prompt_tokens:
             raise PromptTooLongError(
                 f"example {prompt.example.id}: its prompt has {length} tokens, even with the smallest image, and the "

@@ -149,7 +149,7 @@ def render(renderer, *, images=True):
         rng = np.random.default_rng(i)
         image = Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)) if size and images else None
         question = QUESTION * (1 + i % 2) + str(i)
-        rendered.append(renderer.render(Example(str(i), None, question, ("a", "b"), answer=0), image))
+        rendered.append(renderer.render(Example(str(i), None, question, ("a", "b"), answer=0), image and [image]))
     assert max(len(prompt.token_ids) for prompt in rendered) > 100
     return rendered
 

@@ -35,7 +35,7 @@ def rendered_prompts(folder, count):
         example = Example(str(i), None, " ".join(rng.choice(WORDS, 2 + 5 * i % 23)), options[: 2 + i % 3], answer=0)
         size = SIZES[i % len(SIZES)]
         image = Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)) if size else None
-        prompts.append(renderer.render(example, image))
+        prompts.append(renderer.render(example, image and [image]))
     return prompts
 
 

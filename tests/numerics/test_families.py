@@ -40,7 +40,7 @@ def rendered(renderer):
         rng = np.random.default_rng(number)
         image = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) if size else None
         example = Example(str(number), None, f"Which part of the body is shown in scan {number}?", ("a", "b"), answer=0)
-        prompts.append(renderer.render(example, image))
+        prompts.append(renderer.render(example, image and [image]))
     return prompts
 
 

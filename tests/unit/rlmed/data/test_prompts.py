@@ -160,7 +160,7 @@ def test_a_vision_model_takes_questions_without_image(model_folder, tmp_path):
 
 def test_another_image_replaces_the_examples_own(model_folder, tmp_path):
     renderer, example = make_renderer(model_folder), make_example(tmp_path)
-    blank = renderer.render(example, Image.new("RGB", (112, 112), (128, 128, 128)))
+    blank = renderer.render(example, [Image.new("RGB", (112, 112), (128, 128, 128))])
     assert np.ptp(blank.image_inputs["pixel_values"].reshape(-1, 3, 392), axis=(0, 2)).max() == 0
     assert blank.token_ids.tolist() == renderer.render(example).token_ids.tolist()
 
