@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import pickle
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,8 @@ EXTRA_ENDS = (31, 32, 33, 34, 35, 36, 37, 38)
 """Ordinary tokens that also end a test model's completion, so random completions are ragged."""
 OWN_PACKAGES = ("rlmed", "rollout", "learner", "rewards")
 Grid = tuple[int, int]
+FIVE: tuple[Grid, ...] = ((4, 6), (6, 4), (2, 4), (4, 4), (2, 2))
+"""Patches of five images of a prompt."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -177,43 +180,49 @@ def transformers_model(tiny_folder: Callable[..., Path]) -> Callable[[str], PreT
 
 
 @pytest.fixture(scope="session")
-def tiled_picture(tiny_folder: Callable[..., Path]) -> Callable[..., tuple[list[int], dict[str, Any]]]:
-    """`tiled_picture("idefics3", rng, (8, 4))`: ids and inputs of a picture of 8 x 4 patches."""
+def tiled_pictures(tiny_folder: Callable[..., Path]) -> Callable[..., tuple[list[list[int]], dict[str, Any]]]:
+    """`tiled_pictures("idefics3", rng, [(8, 4)])`: each's ids, all inputs; one of 8 x 4 patches."""
     processors = functools.cache(lambda family: load_processor(tiny_folder(family)))
 
-    def make(family: str, rng: np.random.Generator, grid: Grid) -> tuple[list[int], dict[str, Any]]:
+    def make(
+        family: str, rng: np.random.Generator, grids: Sequence[Grid]
+    ) -> tuple[list[list[int]], dict[str, Any]]:
         tokenizer, pictures = processors(family)
-        noise = rng.integers(0, 256, (grid[0] * 14, grid[1] * 14, 3), dtype=np.uint8)
-        picture = pictures.prepare([Image.fromarray(noise)])
-        return tokenizer(picture.texts[0], add_special_tokens=False)["input_ids"], dict(picture.inputs)
+        noise = [rng.integers(0, 256, (rows * 14, columns * 14, 3), dtype=np.uint8) for rows, columns in grids]
+        prepared = pictures.prepare([Image.fromarray(pixels) for pixels in noise])
+        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in prepared.texts]
+        return ids, dict(prepared.inputs)
 
     return make
 
 
 @pytest.fixture(scope="session")
 def make_prompt(
-    tiny_policy: Callable[[str], Policy], tiled_picture: Callable[..., tuple[list[int], dict[str, Any]]]
+    tiny_policy: Callable[[str], Policy], tiled_pictures: Callable[..., tuple[list[list[int]], dict[str, Any]]]
 ) -> Callable[..., Prompt]:
-    """`make_prompt("qwen2_vl", 5, length=12, grid=(8, 4))`: 12 random tokens, image if a grid."""
+    """`make_prompt("qwen2_vl", 5, length=12, grid=(8, 4))`: 12 random tokens, image if a grid.
 
-    def make(family: str, index: int, *, length: int, grid: Grid | None = None) -> Prompt:
+    Several grids make as many images, one after the other.
+    """
+
+    def make(family: str, index: int, *, length: int, grid: Grid | tuple[Grid, ...] | None = None) -> Prompt:
         rng = np.random.default_rng(index)
         token_ids = rng.integers(PLAIN_TOKENS.start, PLAIN_TOKENS.stop, length).tolist()
         image_inputs: dict[str, Any] = {}
-        if grid is not None and family in TILE_FAMILIES:
-            shown, image_inputs = tiled_picture(family, rng, grid)
-            token_ids = [*token_ids[: length // 2], *shown, *token_ids[length // 2 :]]
-        elif grid is not None:
-            config = tiny_policy(family).model.config
-            visual = [config.image_token_id] * (grid[0] * grid[1] // 4)
-            marked = [config.vision_start_token_id, *visual, config.vision_end_token_id]
-            token_ids = [*token_ids[: length // 2], *marked, *token_ids[length // 2 :]]
-            image_inputs = {
-                "pixel_values": rng.standard_normal((grid[0] * grid[1], 6 * config.vision_config.patch_size**2)).astype(
-                    np.float32
-                ),
-                "image_grid_thw": np.array([[1, *grid]], dtype=np.int64),
-            }
+        if grid is not None:
+            grids = [grid] if isinstance(grid[0], int) else list(grid)
+            if family in TILE_FAMILIES:
+                shown, image_inputs = tiled_pictures(family, rng, grids)
+            else:
+                config = tiny_policy(family).model.config
+                marks = config.vision_start_token_id, config.vision_end_token_id
+                shown = [[marks[0], *[config.image_token_id] * (h * w // 4), marks[1]] for h, w in grids]
+                patches = (sum(h * w for h, w in grids), 6 * config.vision_config.patch_size**2)
+                image_inputs = {
+                    "pixel_values": rng.standard_normal(patches).astype(np.float32),
+                    "image_grid_thw": np.array([[1, h, w] for h, w in grids], dtype=np.int64),
+                }
+            token_ids = [*token_ids[: length // 2], *itertools.chain(*shown), *token_ids[length // 2 :]]
         example = Example(id=f"p{index}", image=None, question="?", options=("a", "b"), answer=0)
         return Prompt(example, "", np.array(token_ids, dtype=np.int64), image_inputs)
 
@@ -222,8 +231,8 @@ def make_prompt(
 
 @pytest.fixture(scope="session")
 def mixed_prompts(make_prompt: Callable[..., Prompt]) -> Callable[[str, int], list[Prompt]]:
-    """`mixed_prompts("qwen2_vl", 64)`: prompts of many lengths; vision: two of three with image."""
-    grids: tuple[Grid | None, ...] = ((8, 8), None, (4, 6), (2, 10), None, (6, 4))
+    """`mixed_prompts("qwen2_vl", 64)`: prompts of many lengths; vision: two of three with images."""
+    grids = ((8, 8), None, ((4, 6), (2, 4)), (2, 10), None, FIVE)
 
     def make(family: str, count: int) -> list[Prompt]:
         return [
@@ -258,11 +267,11 @@ def make_group() -> Callable[..., RolloutGroup]:
 def make_train_groups(
     make_prompt: Callable[..., Prompt], make_group: Callable[..., RolloutGroup]
 ) -> Callable[..., list[TrainGroup]]:
-    """`make_train_groups("qwen2_vl", 4)`: random ragged groups, some with image, advantages ±.
+    """`make_train_groups("qwen2_vl", 4)`: random ragged groups, with 1, 0, 5, 0, 2 images, advantages ±.
 
     One prompt has completions of a single token only.
     """
-    grids: tuple[Grid | None, ...] = ((8, 8), None, (4, 6), None, (2, 10))
+    grids = ((8, 8), None, FIVE, None, ((2, 10), (4, 4)))
 
     def make(family: str, group_size: int, *, seed: int = 0) -> list[TrainGroup]:
         groups = []

@@ -22,20 +22,22 @@ FAMILIES = (*VISION, "qwen2", "qwen3", "llama", "gemma3_text")
 WORDS = ("which", "part", "of", "the", "body", "is", "shown", "in", "this", "scan", "what", "does", "it", "tell")
 FEWEST_LENGTHS = {"gemma3": 1, "internvl": 2, "llava_onevision": 2, "idefics3": 3, "smolvlm": 3}
 """Numbers of tiles that pictures have, at least; patches of the others differ more."""
-SIZES = ((112, 112), None, (56, 84), (300, 40), None, (64, 128), (57, 61))
+PLAIN, LONG, LAST = (112, 112), (300, 40), (57, 61)
+SIZES = ((PLAIN,), (), ((56, 84), PLAIN), (LONG,), (), ((64, 128), LAST, (28, 56), PLAIN, LAST), (LAST,))
+"""Of the pictures of a prompt: one, none, two, five."""
 
 
 def rendered_prompts(folder, count):
-    """Questions of many lengths through the real renderer, most with a picture of another size."""
+    """Questions of many lengths through the real renderer, most with pictures of other sizes."""
     renderer = PromptRenderer(*load_processor(folder), max_prompt_tokens=1024, template="{question}")
     prompts = []
     for i in range(count):
         rng = np.random.default_rng(i)
         options = tuple(f"{letter} {word}" for letter, word in zip("wxyz", rng.choice(WORDS, 4), strict=True))
         example = Example(str(i), None, " ".join(rng.choice(WORDS, 2 + 5 * i % 23)), options[: 2 + i % 3], answer=0)
-        size = SIZES[i % len(SIZES)]
-        image = Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)) if size else None
-        prompts.append(renderer.render(example, image and [image]))
+        sizes = SIZES[i % len(SIZES)]
+        images = [Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)) for size in sizes]
+        prompts.append(renderer.render(example, images))
     return prompts
 
 

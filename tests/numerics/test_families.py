@@ -27,7 +27,8 @@ from tests.tiny_vision import TILE_FAMILIES
 
 UNREAD = {"llava_onevision": {"model.vision_tower.post_layernorm.weight", "model.vision_tower.post_layernorm.bias"}}
 """Parameters that the model's output does not depend on."""
-SIZES = ((112, 112), None, (64, 128))
+SIZES = (((112, 112),), (), ((64, 128), (57, 61)))
+"""Of the pictures of a prompt: one, none, two."""
 
 
 def renderer_of(folder):
@@ -36,11 +37,11 @@ def renderer_of(folder):
 
 def rendered(renderer):
     prompts = []
-    for number, size in enumerate(SIZES):
+    for number, sizes in enumerate(SIZES):
         rng = np.random.default_rng(number)
-        image = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) if size else None
+        images = [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
         example = Example(str(number), None, f"Which part of the body is shown in scan {number}?", ("a", "b"), answer=0)
-        prompts.append(renderer.render(example, image and [image]))
+        prompts.append(renderer.render(example, images))
     return prompts
 
 

@@ -19,6 +19,7 @@ from rlmed.models.families import FAMILIES, PARTS, family_of, unsampleable_token
 from rlmed.models.policy import Policy, load_config, load_policy, merge_image_inputs
 from rlmed.models.varlen import AttentionChoice, VarlenLayout
 from rlmed.models.varlen_backends import Reference
+from tests.conftest import FIVE, GRID_FAMILIES
 from tests.rounding import LOGPROBS
 
 BANNED = {"qwen2_vl": 5, "qwen2_5_vl": 5, "qwen3_vl": 4, "gemma3": 3, "llava_onevision": 2}
@@ -45,24 +46,35 @@ def test_every_family_loads_and_knows_its_geometry(family, tiny_policy):
     assert policy.windows == ((9,) if "gemma3" in family else ())
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
-def test_mrope_positions_of_two_images_are_those_of_transformers(family, tiny_policy, transformers_model, make_prompt):
-    first, second = (make_prompt(family, i, length=5, grid=grid) for i, grid in enumerate([(4, 8), (6, 4)]))
-    token_ids = np.concatenate([first.token_ids, second.token_ids])
-    inputs = {
-        name: np.concatenate([first.image_inputs[name], second.image_inputs[name]]) for name in first.image_inputs
-    }
-    positions = tiny_policy(family).prompt_positions(Prompt(first.example, "", token_ids, inputs))
-    ids = torch.from_numpy(token_ids)[None]
+@pytest.mark.parametrize("family", GRID_FAMILIES)
+def test_mrope_positions_of_two_images_are_those_worked_by_hand(family, tiny_policy, make_prompt):
+    # two words, mark, 2 x 3 visual tokens, mark, mark, 1 x 2 visual tokens, mark, two words
+    prompt = make_prompt(family, 0, length=4, grid=((4, 6), (2, 4)))
+    positions = tiny_policy(family).prompt_positions(prompt)
+    # an image counts as many positions as its longer side has tokens
+    assert positions.tolist() == [
+        [0, 1, 2, 3, 3, 3, 3, 3, 3, 6, 7, 8, 8, 10, 11, 12],
+        [0, 1, 2, 3, 3, 3, 4, 4, 4, 6, 7, 8, 8, 10, 11, 12],
+        [0, 1, 2, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12],
+    ]
+
+
+@pytest.mark.parametrize("grids", [((4, 8), (6, 4)), FIVE])
+@pytest.mark.parametrize("family", GRID_FAMILIES)
+def test_mrope_positions_of_several_images_are_those_of_transformers(
+    family, grids, tiny_policy, transformers_model, make_prompt
+):
+    prompt = make_prompt(family, 1, length=7, grid=grids)
+    positions = tiny_policy(family).prompt_positions(prompt)
+    ids = torch.from_numpy(prompt.token_ids)[None]
     expected, _ = transformers_model(family).model.get_rope_index(
         ids,
         (ids == tiny_policy(family).model.config.image_token_id).int(),
-        image_grid_thw=torch.from_numpy(inputs["image_grid_thw"]),
+        image_grid_thw=torch.from_numpy(prompt.image_inputs["image_grid_thw"]),
         attention_mask=torch.ones_like(ids),
     )
     assert torch.equal(positions, expected[:, 0])
-    assert positions.shape == (3, len(token_ids))
-    assert positions.max() < len(token_ids) - 1
+    assert positions.max() < len(prompt.token_ids) - 1
 
 
 def test_positions_without_image_count_up(tiny_policy):
