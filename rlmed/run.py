@@ -15,7 +15,7 @@ from rlmed.core.config.composing import check_same_run, to_yaml
 from rlmed.core.config.schema import RunConfig
 from rlmed.core.tracing import Tracer
 from rlmed.core.types import SamplingParams
-from rlmed.data.loading import Dataset, load_run_data
+from rlmed.data.loading import Dataset, load_run_data, settle_images
 from rlmed.data.stream import PromptStream
 from rlmed.evaluation.preflight import check, inspect
 from rlmed.evaluation.results import EvalSummary, step_folder
@@ -67,7 +67,11 @@ class Run:
         self.recorder = RunRecorder(folder)
         self.done = 0
         self.cluster: Cluster = build_cluster(
-            config, self.renderer, folder, checkpoint=self.checkpoint, on_bad_step=self.recorder.dump_bad_step
+            settle_images(config, self.data),
+            self.renderer,
+            folder,
+            checkpoint=self.checkpoint,
+            on_bad_step=self.recorder.dump_bad_step,
         )
         try:
             self._prepare()

@@ -27,7 +27,7 @@ from rlmed.core.prefill import remaining
 from rlmed.core.tracing import Tracer
 from rlmed.core.types import Example
 from rlmed.data.curriculum import Curriculum, Visit
-from rlmed.data.loading import Dataset, load_run_data
+from rlmed.data.loading import Dataset, load_run_data, settle_images
 from rlmed.data.prompts import PromptRenderer
 from rlmed.data.sampler import shuffle_options
 from rlmed.data.stream import SEED_STRIDE
@@ -107,7 +107,7 @@ def main(config: RunConfig, folder: Path) -> None:
     data = load_run_data(config.data, config.prompt, renderer, training=True)
     batches = Batches(data.train_examples, renderer, config)
     parts = build_finetuning(
-        config, renderer, folder, checkpoint=checkpoint, steps=batches.steps, longest=batches.longest
+        settle_images(config, data), renderer, folder, checkpoint=checkpoint, steps=batches.steps, longest=batches.longest
     )
     with parts.resources:
         _train(config, folder, checkpoint, parts, batches, data, renderer)

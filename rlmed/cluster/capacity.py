@@ -95,18 +95,20 @@ def _batch(config: RunConfig, size: ModelSize, groups: float, group_size: int, m
         groups=math.ceil(groups),
         group_size=group_size,
         prompt_tokens=config.data.max_prompt_tokens,
-        visual_tokens=most_visual_tokens(size, config.model, config.data.max_prompt_tokens),
+        visual_tokens=most_visual_tokens(
+            size, config.model, config.data.max_prompt_tokens, images=config.data.max_images or 1
+        ),
         max_tokens=max_tokens,
         token_budget=config.learner.token_budget,
     )
 
 
-def most_visual_tokens(size: ModelSize, model: ModelConfig, prompt_tokens: int) -> int:
-    """Return the largest number of visual tokens in a prompt of `prompt_tokens`."""
+def most_visual_tokens(size: ModelSize, model: ModelConfig, prompt_tokens: int, *, images: int) -> int:
+    """Return the largest number of visual tokens in a prompt of `prompt_tokens` and `images`."""
     if size.vision is None:
         return 0
     pixels = size.patches_per_token * size.patch_pixels
-    return min(prompt_tokens, math.ceil((model.max_pixels or prompt_tokens * pixels) / pixels))
+    return min(prompt_tokens, images * math.ceil((model.max_pixels or prompt_tokens * pixels) / pixels))
 
 
 def most_sampled(config: RunConfig, *, training: bool) -> Sampling:
@@ -173,6 +175,7 @@ def vllm_settings(config: RunConfig, *, on_cpu: bool) -> VllmSettings:
         dtype=resolve_dtype(config.model),
         max_completions=rollout.max_completions,
         max_prompt_tokens=config.data.max_prompt_tokens,
+        max_images=config.data.max_images or 1,
         max_tokens=max(rollout.max_tokens, config.eval.max_tokens),
         gpu_memory_utilization=memory_share(rollout, config.cluster),
         tensor_parallel_size=rollout.tensor_parallel_size,

@@ -129,6 +129,7 @@ def make_renderer(
         tokenizer,
         pictures,
         max_prompt_tokens=data.max_prompt_tokens,
+        max_images=data.max_images,
         min_pixels=model.min_pixels,
         max_pixels=model.max_pixels,
         template=prompt.template,

@@ -20,8 +20,10 @@ from rlmed.core.statistics import BoolArray, mcnemar, wilson_interval
 from rlmed.core.types import LETTERS, Example, FinishReason
 from rlmed.evaluation.old_names import current_names
 
-Control = Literal["none", "blank", "shuffled", "reordered"]
-"""Shown: the unchanged row, a grey picture, another row's picture, or options in another order."""
+Control = Literal["none", "blank", "shuffled", "blank_one", "image_order", "reordered"]
+"""Shown: the unchanged row, grey pictures, another row's pictures, one of several pictures grey,
+several pictures in another order, or options in another order.
+"""
 
 Answers = Mapping[tuple[str, str], bool]
 """Whether each answer is right, by id and question (with options)."""
@@ -154,6 +156,10 @@ class FileSummary:
 
     Their format may still be right: the paper's format reward checks only the tags.
     """
+    blank_one: Accuracy | None = None
+    """Accuracy with one picture grey, for rows with several; None without controls or such rows."""
+    image_order: Accuracy | None = None
+    """Accuracy with the pictures in another order, for rows with several."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,35 +2,33 @@
 
 Each question is answered greedily: unchanged and, as controls, on a grey picture, on the picture of
 another question of its file, and with its options reordered, unless one refers to others (`all of
-the above`). Image-free baselines complete the figures: chance, the majority letter, the prior of
-option texts.
+the above`); a question about several pictures also with one of them grey, and with all in another
+order. Image-free baselines complete the figures: chance, the majority letter, the prior of option
+texts.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from rewards.parsing import evaluated_letter, has_answer_format, has_format
 from rlmed.core.config.running import EvalConfig
 from rlmed.core.prefill import opens_thinking
 from rlmed.core.protocols import RolloutPool
 from rlmed.core.statistics import ImageFreePrior, chance, leave_one_out_prior, majority_letter
-from rlmed.core.types import Completion, Example, Prompt, RolloutGroup, RolloutRequest, SamplingParams
-from rlmed.data.images import load_image
+from rlmed.core.types import Completion, Example, RolloutGroup, RolloutRequest, SamplingParams
 from rlmed.data.loading import Dataset, EvalFile
 from rlmed.data.options.order import kept_orders
 from rlmed.data.prompts import PromptRenderer
-from rlmed.data.sampler import reorder_options
+from rlmed.evaluation.controls import Task, plan_line, tasks_of
 from rlmed.evaluation.preflight import went_on, why_cut
 from rlmed.evaluation.results import Accuracy, Control, EvalRow, EvalSummary, FileSummary, write_evaluation
 
@@ -41,32 +39,8 @@ OnProgress = Callable[[str, int, int], None]
 
 IN_FLIGHT = 128
 """Most prompts in the pool: bounds the memory of rendered pictures and keeps every engine busy."""
-SHOWN: Mapping[Control, str] = {
-    "none": "on the unchanged rows",
-    "blank": "on a grey picture",
-    "shuffled": "on another row's picture",
-    "reordered": "with the options in another order",
-}
-"""What each control shows."""
-GREY = (128, 128, 128)
-SHUFFLE_SEED = 0
 CUT = 0.5
 """Share of completions cut by length above which to warn."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Task:
-    """One question to ask; `shown` has the picture and option order to use."""
-
-    file: str
-    control: Control
-    shown: Example
-
-    def render(self, renderer: PromptRenderer) -> Prompt:
-        if self.control != "blank":
-            return renderer.render(self.shown)
-        assert self.shown.image is not None
-        return renderer.render(self.shown, image=Image.new("RGB", load_image(self.shown.image).size, GREY))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +107,7 @@ class Evaluator:
         Args:
             step: training step of the pool's weights.
             controls: also ask on grey pictures, on shuffled ones and with reordered options: four
-                times the work.
+                times the work; of questions about several pictures six times.
 
         Raises:
             ValueError: without files, or for an empty file, repeated names or ids, or a question
@@ -144,9 +118,9 @@ class Evaluator:
         if self.pool.in_flight:
             raise RuntimeError(f"evaluation needs an idle pool, but {self.pool.in_flight} requests are in flight")
         start = time.perf_counter()
-        tasks = [task for file in self.files for task in _tasks(file, controls)]
+        tasks = [task for file in self.files for task in tasks_of(file, controls=controls)]
         if controls:
-            log.info("%s", _plan(tasks))
+            log.info("%s", plan_line(tasks))
         rows = self._answer(tasks)
         by_file: dict[str, list[EvalRow]] = defaultdict(list)
         for row in rows:
@@ -164,7 +138,7 @@ class Evaluator:
             _warn_of_cuts(file, by_file[file.name], self.max_tokens, self.renderer)
         return summary
 
-    def _answer(self, tasks: Sequence[_Task]) -> list[EvalRow]:
+    def _answer(self, tasks: Sequence[Task]) -> list[EvalRow]:
         """Return the judged answers, in the order of the tasks."""
         sampling = SamplingParams(temperature=0.0, max_tokens=self.max_tokens, stop=self.stop)
         requests = (
@@ -179,32 +153,6 @@ class Evaluator:
                 self.on_progress(task.file, done, len(tasks))
         assert len(rows) == len(tasks), "the pool answered a request twice and another never"
         return [rows[index] for index in range(len(tasks))]
-
-
-def shuffled_images(examples: Sequence[Example], seed: int = SHUFFLE_SEED) -> list[Example]:
-    """Permute the pictures so that each example gets another's.
-
-    Rows are sorted by picture, in an order drawn from `seed`, and each takes the picture m rows
-    further on, where m is the number of rows of the most frequent picture. So no row keeps its own,
-    unless one picture belongs to more than half of the rows: rows that would keep it are left out,
-    as are rows without a picture.
-    """
-    rows: dict[Path, list[int]] = defaultdict(list)
-    for index, example in enumerate(examples):
-        if example.image is not None:
-            rows[example.image].append(index)
-    if not rows:
-        return []
-    images = sorted(rows)
-    order = np.random.default_rng(seed).permutation(len(images))
-    line = [(index, images[i]) for i in order for index in rows[images[i]]]
-    shift = max(map(len, rows.values()))
-    given = {index: line[(i + shift) % len(line)][1] for i, (index, _) in enumerate(line)}
-    return [
-        dataclasses.replace(example, image=given[index])
-        for index, example in enumerate(examples)
-        if index in given and given[index] != example.image
-    ]
 
 
 def _check(files: Sequence[EvalFile]) -> None:
@@ -228,29 +176,6 @@ def _check(files: Sequence[EvalFile]) -> None:
             seen.add(example.id)
 
 
-def _tasks(file: EvalFile, controls: bool) -> Iterator[_Task]:
-    for example in file.examples:
-        yield _Task(file.name, "none", example)
-    if not controls:
-        return
-    for example in file.examples:
-        if example.image is not None:
-            yield _Task(file.name, "blank", example)
-    for example in shuffled_images(file.examples):
-        yield _Task(file.name, "shuffled", example)
-    for example in file.examples:
-        reordered = reorder_options(example, SHUFFLE_SEED)
-        if reordered is not None:
-            yield _Task(file.name, "reordered", reordered)
-
-
-def _plan(tasks: Sequence[_Task]) -> str:
-    """Say how many answers an evaluation needs, by control."""
-    counts = Counter(task.control for task in tasks)
-    parts = [f"{counts[control]} {what}" for control, what in SHOWN.items() if counts[control]]
-    return f"evaluation needs {len(tasks)} answers: {', '.join(parts)}"
-
-
 def answer_all(requests: Iterable[RolloutRequest], pool: RolloutPool) -> Iterator[RolloutGroup]:
     """Submit requests to an idle pool, a bounded number at a time; yield groups as they finish."""
     waiting = iter(requests)
@@ -262,7 +187,7 @@ def answer_all(requests: Iterable[RolloutRequest], pool: RolloutPool) -> Iterato
         yield pool.collect()
 
 
-def _judge(task: _Task, prefill: str, completion: Completion, renderer: PromptRenderer) -> EvalRow:
+def _judge(task: Task, prefill: str, completion: Completion, renderer: PromptRenderer) -> EvalRow:
     """Score a completion: right iff its first well-formed answer tag holds the right letter."""
     example, letter = task.shown, evaluated_letter(completion.text)
     # a chat template that opens the reasoning asks for it too
@@ -317,6 +242,8 @@ def _summarise(file: EvalFile, rows: Sequence[EvalRow], train: Sequence[Example]
         shuffled=_under(rows, "shuffled"),
         by_question_type={name: (sum(correct), len(correct)) for name, correct in by_type.items()},
         reordered=_under(rows, "reordered"),
+        blank_one=_under(rows, "blank_one"),
+        image_order=_under(rows, "image_order"),
         kept_order=kept,
         kept_order_by=option,
         not_offered=float(np.mean([row.not_offered for row in plain])),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -72,7 +72,12 @@ def _legend(summary: EvalSummary, *, tested: bool) -> list[str]:
 
 
 def _remarks(summary: EvalSummary) -> list[str]:
-    """Return remarks on files: letters that were not offered, rows that cannot be reordered."""
+    """Return remarks on files: several pictures, letters not offered, rows not reordered."""
+    several = [
+        f"{file.name}, {file.blank_one.rows} rows with several pictures: {', '.join(_several(file))}"
+        for file in summary.files
+        if file.blank_one
+    ]
     letters = [
         f"{file.name}: {_percent(file.not_offered)} % answer a letter that was not offered: never right, whatever the format"
         for file in summary.files
@@ -83,7 +88,14 @@ def _remarks(summary: EvalSummary) -> list[str]:
         for file in summary.files
         if file.kept_order
     ]
-    return letters + orders
+    return several + letters + orders
+
+
+def _several(file: FileSummary) -> Iterator[str]:
+    """Yield the figures of the controls that are for questions about several pictures."""
+    for accuracy, shown in ((file.blank_one, "one of them grey"), (file.image_order, "in another order")):
+        if accuracy:
+            yield f"{shown} {_percent(accuracy.value)} ({_interval(accuracy)})"
 
 
 def _prior(file: FileSummary) -> str:

@@ -104,6 +104,12 @@ class VllmEngine:
                 f"max_tokens={request.sampling.max_tokens} exceeds the engine's {self.settings.max_tokens}: "
                 "raise rollout.max_tokens"
             )
+        images = len(request.prompt.image_inputs.get("image_grid_thw", ()))
+        if images > self.settings.max_images:
+            raise ValueError(
+                f"prompt {request.prompt.example.id!r} has {images} images, and the engine takes {self.settings.max_images}, "
+                "the most in the run's rows: start the engine with all of them"
+            )
         # else the scheduler reports the error
         if request.group_size >= 1 and request.sampling.max_tokens >= 1:
             sampling_params(request.sampling, request.group_size, self._facts)

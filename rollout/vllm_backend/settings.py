@@ -31,6 +31,8 @@ class VllmSettings:
     """Completions sampled at the same time."""
     max_prompt_tokens: int = 1024
     """Longest prompt accepted, visual tokens included."""
+    max_images: int = 1
+    """Most images of a prompt."""
     max_tokens: int = 512
     """Longest completion a request may ask for."""
     gpu_memory_utilization: float = 0.8
@@ -108,7 +110,7 @@ class VllmSettings:
         if vision is not None:
             token_pixels = (vision["patch_size"] * vision["spatial_merge_size"]) ** 2
             arguments |= {
-                "limit_mm_per_prompt": {"image": 1, "video": 0},
+                "limit_mm_per_prompt": {"image": self.max_images, "video": 0},
                 # pixels arrive preprocessed; vLLM only needs the largest image that fits a prompt
                 "mm_processor_kwargs": {
                     "min_pixels": token_pixels,

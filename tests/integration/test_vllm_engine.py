@@ -44,6 +44,7 @@ pytestmark = [
 
 TOLERANCE = LOGPROBS
 MAX_COMPLETIONS = 12
+MAX_IMAGES = 2
 QUESTION = "which part of the body is shown in this scan, and what does it tell about the patient "
 PARTS = {
     "vision": lambda name: name.startswith("model.visual.") and ".merger." not in name,
@@ -111,6 +112,7 @@ def open_engine():
                 dtype="float32",
                 max_completions=MAX_COMPLETIONS,
                 max_prompt_tokens=max_prompt_tokens,
+                max_images=MAX_IMAGES,
                 max_tokens=32,
                 enforce_eager=True,
             )
@@ -143,13 +145,15 @@ def renderer(folder):
 
 
 def render(renderer, *, images=True):
-    """With pictures of three sizes, without one, and longer than several prefix-cache blocks."""
+    """With one picture, none and two of other sizes, and longer than several prefix-cache blocks."""
     rendered = []
-    for i, size in enumerate(((112, 112), None, (56, 84), None, (84, 56))):
+    for i, sizes in enumerate((((112, 112),), (), ((56, 84),), (), ((84, 56), (112, 84)))):
         rng = np.random.default_rng(i)
-        image = Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)) if size and images else None
+        # one of each model that cuts pictures into tiles
+        most = MAX_IMAGES if images and renderer.pictures.unmarked else int(images)
+        shown = [Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)) for size in sizes[:most]]
         question = QUESTION * (1 + i % 2) + str(i)
-        rendered.append(renderer.render(Example(str(i), None, question, ("a", "b"), answer=0), image and [image]))
+        rendered.append(renderer.render(Example(str(i), None, question, ("a", "b"), answer=0), shown))
     assert max(len(prompt.token_ids) for prompt in rendered) > 100
     return rendered
 
@@ -476,6 +480,29 @@ def test_placeholders_that_do_not_fit_the_image_are_refused(engine, prompts):
     ):
         with pytest.raises(ValueError, match="image placeholders"):
             engine.submit(request(broken))
+    assert not engine.busy
+
+
+def test_several_images_are_seen_each_and_in_their_order(engine, policy, prompts):
+    prompt = prompts[-1]
+    grids, pixels = prompt.image_inputs["image_grid_thw"], prompt.image_inputs["pixel_values"]
+    assert len(grids) == MAX_IMAGES
+    changed = [prompt]
+    for patches in (slice(0, grids[0].prod()), slice(grids[0].prod(), None)):
+        blank = pixels.copy()
+        blank[patches] = 0
+        changed.append(dataclasses.replace(prompt, image_inputs={**prompt.image_inputs, "pixel_values": blank}))
+    groups = rollout(engine, changed, group_size=2, temperature=0.0)
+    assert disagreement(policy, groups) < TOLERANCE
+    logprobs = {tuple(group.completions[0].rollout_logprobs[:1].tolist()) for group in groups}
+    assert len(logprobs) == 3
+
+
+def test_more_images_than_the_engine_was_made_for_are_refused_with_numbers(engine, prompts):
+    prompt = prompts[-1]
+    doubled = {name: np.concatenate([array, array]) for name, array in prompt.image_inputs.items()}
+    with pytest.raises(ValueError, match=rf"'4' has {2 * MAX_IMAGES} images, and the engine takes {MAX_IMAGES}"):
+        engine.submit(request(dataclasses.replace(prompt, image_inputs=doubled)))
     assert not engine.busy
 
 

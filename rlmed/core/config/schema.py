@@ -88,6 +88,7 @@ class DataConfig:
     phantom_seed: int
     phantom_folder: str | None
     max_prompt_tokens: int
+    max_images: int | None
     shuffle_options: bool
     mix: Mapping[str, float] | None
     selection: SelectionConfig
@@ -102,6 +103,9 @@ class DataConfig:
         require_one_of("data.leakage", self.leakage, ("report", "strict", "off"))
         require(self.phantom_seed >= 0, f"data.phantom_seed={self.phantom_seed} must not be negative")
         require(self.max_prompt_tokens > 0, f"data.max_prompt_tokens={self.max_prompt_tokens} must be positive")
+        require(
+            self.max_images is None or self.max_images > 0, f"data.max_images={self.max_images} must be positive or null"
+        )
         require(self.limit is None or self.limit > 0, f"data.limit={self.limit} must be positive or null")
         require(
             self.mix is None or len(self.mix) > 0, "data.mix={} names no modality: give shares, or null for all rows"

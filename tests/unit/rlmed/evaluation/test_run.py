@@ -23,8 +23,9 @@ from rlmed.core.types import LETTERS, Completion, Example, RolloutGroup, Rollout
 from rlmed.data.loading import EvalFile
 from rlmed.data.prompts import PromptRenderer, load_processor
 from rlmed.evaluation import run as evaluation
+from rlmed.evaluation.controls import shuffled_images
 from rlmed.evaluation.results import EvalSummary, compare, read_rows
-from rlmed.evaluation.run import Evaluator, shuffled_images
+from rlmed.evaluation.run import Evaluator
 from rlmed.evaluation.table import summary_table
 from rlmed.models.tiny.build import build_tiny_vl
 
