@@ -75,7 +75,8 @@ def _filler(item: PackItem) -> PackItem:
     completion = item.sequences[0].completion
     token = completion.token_ids[:1]
     blank = Completion(token, completion.rollout_logprobs[:1], "", "stop")
-    return PackItem(Prompt(replace(item.prompt.example, image=None), "", token), (TrainSequence(blank, 0.0, False),))
+    example = replace(item.prompt.example, image=None, more_images=())
+    return PackItem(Prompt(example, "", token), (TrainSequence(blank, 0.0, False),))
 
 
 def _split_evenly(items: Sequence[PackItem], parts: int) -> list[Sequence[PackItem]]:

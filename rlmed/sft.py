@@ -107,7 +107,12 @@ def main(config: RunConfig, folder: Path) -> None:
     data = load_run_data(config.data, config.prompt, renderer, training=True)
     batches = Batches(data.train_examples, renderer, config)
     parts = build_finetuning(
-        settle_images(config, data), renderer, folder, checkpoint=checkpoint, steps=batches.steps, longest=batches.longest
+        settle_images(config, data),
+        renderer,
+        folder,
+        checkpoint=checkpoint,
+        steps=batches.steps,
+        longest=batches.longest,
     )
     with parts.resources:
         _train(config, folder, checkpoint, parts, batches, data, renderer)

@@ -184,9 +184,7 @@ def tiled_pictures(tiny_folder: Callable[..., Path]) -> Callable[..., tuple[list
     """`tiled_pictures("idefics3", rng, [(8, 4)])`: each's ids, all inputs; one of 8 x 4 patches."""
     processors = functools.cache(lambda family: load_processor(tiny_folder(family)))
 
-    def make(
-        family: str, rng: np.random.Generator, grids: Sequence[Grid]
-    ) -> tuple[list[list[int]], dict[str, Any]]:
+    def make(family: str, rng: np.random.Generator, grids: Sequence[Grid]) -> tuple[list[list[int]], dict[str, Any]]:
         tokenizer, pictures = processors(family)
         noise = [rng.integers(0, 256, (rows * 14, columns * 14, 3), dtype=np.uint8) for rows, columns in grids]
         prepared = pictures.prepare([Image.fromarray(pixels) for pixels in noise])

@@ -111,7 +111,8 @@ class Pictures:
         if self.limits is not None:
             settings = {"size": dict(zip(EDGES, self.limits, strict=True))} | settings
         # nested: a model may treat the pictures of one prompt otherwise than one alone
-        features: Any = self.image_processor(images=[list(images)], return_tensors="np", **(self._settings | settings))
+        nested: Any = [list(images)]
+        features: Any = self.image_processor(images=nested, return_tensors="np", **(self._settings | settings))
         inputs = {name: np.asarray(features[name]) for name in FORWARD if name in features}
         if inputs["pixel_values"].ndim == 5:  # [pictures, tiles, colours, height, width]
             inputs["pixel_values"] = inputs["pixel_values"].reshape(-1, *inputs["pixel_values"].shape[2:])

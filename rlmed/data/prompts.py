@@ -208,8 +208,8 @@ class PromptRenderer:
             if len(token_ids) > self.max_prompt_tokens:
                 # shrinking images loses detail; cutting the prompt would lose the question
                 others = len(token_ids) - sum(len(self._tokenize(one)) for one in prepared.texts)
-                for prepared in pictures.smaller(images, prepared, self.max_prompt_tokens - others):
-                    token_ids = self._expanded(pieces, prepared)
+                for smaller in pictures.smaller(images, prepared, self.max_prompt_tokens - others):
+                    prepared, token_ids = smaller, self._expanded(pieces, smaller)
                     if len(token_ids) <= self.max_prompt_tokens:
                         break
         return prepared, token_ids

@@ -111,7 +111,9 @@ def prompts(renderer):
     for i in range(4):
         rng = np.random.default_rng(i)
         image = Image.fromarray(rng.integers(0, 255, (56 + 28 * i, 84, 3), dtype=np.uint8)) if i % 2 else None
-        rendered.append(renderer.render(Example(str(i), None, "Which?" * (1 + i), ("a", "b"), answer=0), image and [image]))
+        rendered.append(
+            renderer.render(Example(str(i), None, "Which?" * (1 + i), ("a", "b"), answer=0), image and [image])
+        )
     return rendered
 
 

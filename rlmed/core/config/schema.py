@@ -104,7 +104,8 @@ class DataConfig:
         require(self.phantom_seed >= 0, f"data.phantom_seed={self.phantom_seed} must not be negative")
         require(self.max_prompt_tokens > 0, f"data.max_prompt_tokens={self.max_prompt_tokens} must be positive")
         require(
-            self.max_images is None or self.max_images > 0, f"data.max_images={self.max_images} must be positive or null"
+            self.max_images is None or self.max_images > 0,
+            f"data.max_images={self.max_images} must be positive or null",
         )
         require(self.limit is None or self.limit > 0, f"data.limit={self.limit} must be positive or null")
         require(

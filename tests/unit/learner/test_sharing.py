@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ def pictured(count, completions=1):
     return [
         written_item(
             Prompt(
-                Example(str(index), None, "?", ("a", "b"), 0),
+                Example(str(index), Path("1.png"), "?", ("a", "b"), 0, more_images=(Path("2.png"),)),
                 "",
                 np.arange(30),
                 {"pixel_values": np.zeros(25_000, np.float32)},
@@ -89,6 +90,7 @@ def test_ranks_without_work_go_through_as_many_rows_without_pixels(ranks):
     for share in idle:
         (filler,) = held(share)
         assert not filler.prompt.image_inputs
+        assert not filler.prompt.example.images
         assert filler.tokens == 1
         assert [entry.trained for entry in filler.sequences] == [False]
         assert share[0].images

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from rlmed.cluster.capacity import (
     machine_estimate,
     model_size,
     rank_estimate,
+    sampled_batch,
     settle_machines,
     settle_memory,
     vllm_settings,
@@ -27,6 +29,9 @@ from rlmed.cluster.capacity import (
 from rlmed.cluster.memory import GIB, PROCESS_BYTES
 from rlmed.core.config.composing import compose_config
 from rlmed.core.config.schema import RunConfig
+from rlmed.core.types import Example
+from rlmed.data.examples import ReadResult
+from rlmed.data.loading import DataFile, Dataset, settle_images
 from rlmed.models.loading import model_folder, resolve_dtype
 from rlmed.models.policy import DTYPES, load_config
 from rlmed.models.size import ModelSize, meta_model
@@ -186,6 +191,40 @@ def test_vllms_cache_on_a_cpu_counts_also_where_its_size_is_not_set() -> None:
         load_config(model_folder(settings.model.path)), on_cpu=True
     )
     assert engine_estimate(size)(config("cluster=ray", "rollout=vllm", "rollout.kv_cache_gib=3")).kv_cache == 3 * GIB
+
+
+def test_visual_tokens_of_all_images_are_counted() -> None:
+    one, three, many = (
+        config("model.max_pixels=12544", "data.max_prompt_tokens=100", f"data.max_images={images}")
+        for images in ("null", "3", "20")
+    )
+    size = model_size(one)
+    # 112 x 112 pixels, 28 x 28 of them a token; never more than a prompt may have
+    found = [sampled_batch(settings, size).visual_tokens for settings in (one, three, many)]
+    assert found == [16, 48, 100]
+    activations = [rank_estimate(size, on_cpu=True)(settings).activations for settings in (one, three, many)]
+    assert activations == sorted(set(activations))
+    without = config("model.max_pixels=null", "data.max_prompt_tokens=100")
+    assert sampled_batch(without, size).visual_tokens == 100
+
+
+def test_vllm_takes_as_many_images_as_the_rows_have() -> None:
+    settings = config("cluster=ray", "rollout=vllm", "model.device=cpu")
+    rows = [Example(str(i), Path("a"), "?", ("x", "y"), 0, more_images=(Path("b"),) * i) for i in range(3)]
+    files = [
+        DataFile(name, Path(name), ReadResult(Path(name), (), (), "", {}), tuple(examples), ())
+        for name, examples in (("train", rows[:1]), ("test", rows[1:]), ("text", [replace(rows[0], image=None)]))
+    ]
+    folder = model_folder(settings.model.path)
+
+    def limit(*read: DataFile) -> dict[str, int]:
+        settled = settle_images(settings, Dataset(files[0], read))
+        arguments = vllm_settings(settled, on_cpu=True).engine_args(folder, load_config(folder), on_cpu=True)
+        return arguments["limit_mm_per_prompt"]
+
+    assert limit(files[1]) == {"image": 3, "video": 0}
+    assert limit(files[2]) == {"image": 1, "video": 0}
+    assert settle_images(settings, Dataset(None, (files[2],))).data.max_images == 1
 
 
 def test_evaluation_and_fine_tuning_need_no_reference_and_no_groups() -> None:

@@ -69,9 +69,7 @@ def processor_of(folder, family):
 
 @pytest.mark.parametrize("family", VISION_FAMILIES)
 @pytest.mark.parametrize("sizes", [((112, 112), (300, 40)), ((57, 61),) * 2, SIZES])
-def test_several_pictures_are_those_of_transformers_own_processor_in_their_order(
-    family, sizes, tiny_folder, num2words
-):
+def test_several_pictures_are_those_of_transformers_own_processor_in_their_order(family, sizes, tiny_folder, num2words):
     folder, shown = tiny_folder(family), [picture(size, seed) for seed, size in enumerate(sizes)]
     prompt = renderer(folder).render(EXAMPLE, shown)
     whole = processor_of(folder, family)

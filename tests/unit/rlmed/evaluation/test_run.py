@@ -23,7 +23,6 @@ from rlmed.core.types import LETTERS, Completion, Example, RolloutGroup, Rollout
 from rlmed.data.loading import EvalFile
 from rlmed.data.prompts import PromptRenderer, load_processor
 from rlmed.evaluation import run as evaluation
-from rlmed.evaluation.controls import shuffled_images
 from rlmed.evaluation.results import EvalSummary, compare, read_rows
 from rlmed.evaluation.run import Evaluator
 from rlmed.evaluation.table import summary_table
@@ -322,41 +321,6 @@ def test_rows_without_a_picture_have_no_controls_of_pictures(files, renderer, tm
     assert (summary.files[1].blank.rows, summary.files[1].shuffled.rows) == (6, 6)
     assert [file.reordered.rows for file in summary.files] == [8, 8]
     assert len(pool.requests) == 8 + 8 + 6 + 6 + 8 + 8
-
-
-@pytest.mark.parametrize("images", ["abcdefgh", "aabbccdd", "aaaabcde", "aaaabbbb", "abababac", "ab"])
-def test_no_row_keeps_its_own_picture(images):
-    rows = pictured(images)
-    shuffled = shuffled_images(rows)
-    assert [row.id for row in shuffled] == [row.id for row in rows]
-    assert all(new.image != old.image for new, old in zip(shuffled, rows, strict=True))
-    assert Counter(row.image for row in shuffled) == Counter(row.image for row in rows)
-    assert shuffled == shuffled_images(rows)
-    assert [dataclasses.replace(new, image=old.image) for new, old in zip(shuffled, rows, strict=True)] == rows
-
-
-def test_the_shuffle_depends_on_the_seed():
-    rows = pictured("abcdefgh")
-    assert len({tuple(row.image for row in shuffled_images(rows, seed)) for seed in range(5)}) == 5
-
-
-@pytest.mark.parametrize(("images", "kept"), [("aaaaab", 2), ("aaa", 0), ("a", 0), ("", 0), ("ab-c", 3)])
-def test_rows_that_must_keep_their_picture_are_left_out(images, kept):
-    rows = pictured(images)
-    shuffled = shuffled_images(rows)
-    own = {row.id: row.image for row in rows}
-    assert len(shuffled) == kept
-    assert all(row.image not in (None, own[row.id]) for row in shuffled)
-
-
-def pictured(images: str) -> list[Example]:
-    """One row a letter, with the picture of that name; "-" is a row without one."""
-    return [
-        Example(
-            id=str(i), image=None if name == "-" else Path(f"/{name}.png"), question="?", options=("x", "y"), answer=0
-        )
-        for i, name in enumerate(images)
-    ]
 
 
 def test_a_bounded_number_of_prompts_is_rendered_ahead(files, renderer, tmp_path, monkeypatch):

@@ -180,6 +180,22 @@ def test_the_table_has_before_and_after_with_controls(run):
     assert "This run stopped" not in html
 
 
+def test_questions_about_several_pictures_have_columns_of_their_own(run):
+    assert "image order" not in write_report(run).read_text()
+    rows = [row(i, right=i > 0) for i in range(10)]
+    (file,) = summary(3, rows).files
+    one, order = Accuracy.of(3, 6), Accuracy.of(5, 6)
+    files = (dataclasses.replace(file, blank_one=one, image_order=order), dataclasses.replace(file, name="mri"))
+    write_evaluation(run / "evaluations", dataclasses.replace(summary(3, rows), files=files), rows)
+    html = write_report(run).read_text()
+    head, *lines = table_cells(html)
+    assert {len(line) for line in lines} == {len(head)}
+    cells = [dict(zip([" ".join(words) for words in head], line, strict=True)) for line in lines]
+    assert [line["one blank"][:1] for line in cells] == [["50.0"], ["–"], []]
+    assert cells[0]["image order"] == ["83.3", "43.6–97.0", "6", "rows"]
+    assert "One blank, image order:" in html
+
+
 def test_nothing_that_a_model_wrote_becomes_markup(run):
     html = write_report(run).read_text()
     page = Page(html)
