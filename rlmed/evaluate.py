@@ -23,7 +23,7 @@ from rlmed.cluster.engines import make_renderer
 from rlmed.commandline import run_command
 from rlmed.core.config.composing import to_yaml
 from rlmed.core.config.schema import RunConfig
-from rlmed.data.loading import load_run_data, settle_images
+from rlmed.data.loading import load_run_data
 from rlmed.evaluation.results import ROWS_FILE, check_comparable
 from rlmed.evaluation.run import Evaluator
 from rlmed.models.loading import check_positions, model_folder
@@ -63,7 +63,7 @@ def open_evaluation(
         check_comparable(before, {file.name: file.examples for file in data.eval_files(config.eval.limit)})
     # the longest completion is an evaluation's
     rollout = dataclasses.replace(config.rollout, max_tokens=config.eval.max_tokens)
-    sampling = build(dataclasses.replace(settle_images(config, data), rollout=rollout), renderer)
+    sampling = build(dataclasses.replace(config, data=data.settle_images(config.data), rollout=rollout), renderer)
     toy = is_toy(model_folder(config.model.path))
     write_inputs(folder, to_yaml(config), sampling.model, data.files, data.leakage, toy=toy)
     evaluator = Evaluator.of_run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from rlmed.core.config.composing import check_same_run, to_yaml
 from rlmed.core.config.schema import RunConfig
 from rlmed.core.tracing import Tracer
 from rlmed.core.types import SamplingParams
-from rlmed.data.loading import Dataset, load_run_data, settle_images
+from rlmed.data.loading import Dataset, load_run_data
 from rlmed.data.stream import PromptStream
 from rlmed.evaluation.preflight import check, inspect
 from rlmed.evaluation.results import EvalSummary, step_folder
@@ -67,7 +68,7 @@ class Run:
         self.recorder = RunRecorder(folder)
         self.done = 0
         self.cluster: Cluster = build_cluster(
-            settle_images(config, self.data),
+            dataclasses.replace(config, data=self.data.settle_images(config.data)),
             self.renderer,
             folder,
             checkpoint=self.checkpoint,

@@ -11,6 +11,7 @@ from rlmed.core.process.starting import start_command
 if __name__ == "__main__":
     start_command()  # before torch is imported
 
+import dataclasses
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ from rlmed.core.prefill import remaining
 from rlmed.core.tracing import Tracer
 from rlmed.core.types import Example
 from rlmed.data.curriculum import Curriculum, Visit
-from rlmed.data.loading import Dataset, load_run_data, settle_images
+from rlmed.data.loading import Dataset, load_run_data
 from rlmed.data.prompts import PromptRenderer
 from rlmed.data.sampler import shuffle_options
 from rlmed.data.stream import SEED_STRIDE
@@ -107,7 +108,7 @@ def main(config: RunConfig, folder: Path) -> None:
     data = load_run_data(config.data, config.prompt, renderer, training=True)
     batches = Batches(data.train_examples, renderer, config)
     parts = build_finetuning(
-        settle_images(config, data),
+        dataclasses.replace(config, data=data.settle_images(config.data)),
         renderer,
         folder,
         checkpoint=checkpoint,

@@ -229,7 +229,7 @@ def make_prompt(
 
 @pytest.fixture(scope="session")
 def mixed_prompts(make_prompt: Callable[..., Prompt]) -> Callable[[str, int], list[Prompt]]:
-    """`mixed_prompts("qwen2_vl", 64)`: prompts of many lengths; vision: two of three with images."""
+    """`mixed_prompts("qwen2_vl", 64)`: many lengths; vision: two of three with images."""
     grids = ((8, 8), None, ((4, 6), (2, 4)), (2, 10), None, FIVE)
 
     def make(family: str, count: int) -> list[Prompt]:
@@ -265,7 +265,7 @@ def make_group() -> Callable[..., RolloutGroup]:
 def make_train_groups(
     make_prompt: Callable[..., Prompt], make_group: Callable[..., RolloutGroup]
 ) -> Callable[..., list[TrainGroup]]:
-    """`make_train_groups("qwen2_vl", 4)`: random ragged groups, with 1, 0, 5, 0, 2 images, advantages ±.
+    """`make_train_groups("qwen2_vl", 4)`: ragged groups of 1, 0, 5, 0, 2 images, advantages ±.
 
     One prompt has completions of a single token only.
     """

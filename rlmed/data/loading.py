@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlmed.core.config.schema import DataConfig, PromptConfig, RunConfig
+from rlmed.core.config.schema import DataConfig, PromptConfig
 from rlmed.core.files.near_paths import near_path
 from rlmed.core.types import Example
 from rlmed.data.examples import ReadResult, SkippedRow, format_skips, read_examples
@@ -66,10 +66,10 @@ class Dataset:
         """Return the rows to learn from; empty without a training file."""
         return self.train.examples if self.train else ()
 
-    @property
-    def most_images(self) -> int:
-        """Return the largest number of images of a row."""
-        return max((len(example.images) for file in self.files for example in file.examples), default=0)
+    def settle_images(self, config: DataConfig) -> DataConfig:
+        """Set `max_images` to the most that a row has, or 1: engines and estimates go by it."""
+        most = max((len(example.images) for file in self.files for example in file.examples), default=1)
+        return dataclasses.replace(config, max_images=max(1, most))
 
     def eval_files(self, limit: int | None = None) -> list[EvalFile]:
         """Return the evaluation files, at most `limit` rows of each."""
@@ -101,11 +101,6 @@ def load_run_data(config: DataConfig, prompt: PromptConfig, renderer: PromptRend
             ", ".join(repr(name) if name else "none" for name in sorted(shown)),
         )
     return data
-
-
-def settle_images(config: RunConfig, data: Dataset) -> RunConfig:
-    """Set `data.max_images` to the most that a row has, or 1: what engines are to expect."""
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, max_images=max(1, data.most_images)))
 
 
 def load_data(config: DataConfig, renderer: PromptRenderer, *, training: bool) -> Dataset:

@@ -148,7 +148,7 @@ class Pictures:
     def _in_room(
         self, images: Sequence[Image.Image], prepared: Prepared, room: int, patch: int, merge: int
     ) -> Iterator[Prepared]:
-        """Prepare pictures with one limit of their areas, by which they have `room` tokens or fewer."""
+        """Prepare pictures with one limit of their areas: at most `room` tokens together."""
         assert self.limits is not None
         low = self.limits[0]
         tokens = prepared.inputs["image_grid_thw"].prod(axis=1) // merge**2

@@ -372,7 +372,7 @@ class PromptRenderer:
         return np.asarray(token_ids, dtype=np.int64)
 
     def _checked(self, prompt: Prompt, pictures: Sequence[str] = ()) -> Prompt:
-        """Return a prompt that has no more tokens than it may; `pictures` are those of its images."""
+        """Return a prompt within its limit; `pictures` are the texts of its images."""
         length = len(prompt.token_ids)
         if length > self.max_prompt_tokens and len(pictures) > 1:
             each = [len(self._tokenize(text)) for text in pictures]

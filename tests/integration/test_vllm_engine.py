@@ -145,7 +145,7 @@ def renderer(folder):
 
 
 def render(renderer, *, images=True):
-    """With one picture, none and two of other sizes, and longer than several prefix-cache blocks."""
+    """With one picture, none, two of other sizes; longer than several prefix-cache blocks."""
     rendered = []
     for i, sizes in enumerate((((112, 112),), (), ((56, 84),), (), ((84, 56), (112, 84)))):
         rng = np.random.default_rng(i)

@@ -31,7 +31,7 @@ from rlmed.core.config.composing import compose_config
 from rlmed.core.config.schema import RunConfig
 from rlmed.core.types import Example
 from rlmed.data.examples import ReadResult
-from rlmed.data.loading import DataFile, Dataset, settle_images
+from rlmed.data.loading import DataFile, Dataset
 from rlmed.models.loading import model_folder, resolve_dtype
 from rlmed.models.policy import DTYPES, load_config
 from rlmed.models.size import ModelSize, meta_model
@@ -218,13 +218,13 @@ def test_vllm_takes_as_many_images_as_the_rows_have() -> None:
     folder = model_folder(settings.model.path)
 
     def limit(*read: DataFile) -> dict[str, int]:
-        settled = settle_images(settings, Dataset(files[0], read))
+        settled = replace(settings, data=Dataset(files[0], read).settle_images(settings.data))
         arguments = vllm_settings(settled, on_cpu=True).engine_args(folder, load_config(folder), on_cpu=True)
         return arguments["limit_mm_per_prompt"]
 
     assert limit(files[1]) == {"image": 3, "video": 0}
     assert limit(files[2]) == {"image": 1, "video": 0}
-    assert settle_images(settings, Dataset(None, (files[2],))).data.max_images == 1
+    assert Dataset(None, (files[2],)).settle_images(settings.data).max_images == 1
 
 
 def test_evaluation_and_fine_tuning_need_no_reference_and_no_groups() -> None:
