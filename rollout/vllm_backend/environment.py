@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 
@@ -42,17 +43,22 @@ def import_vllm() -> ModuleType:
     return importlib.import_module("vllm")
 
 
-def register_model_classes(architectures: list[str]) -> None:
+def register_model_classes(architectures: list[str], names: Sequence[tuple[str, str | None]]) -> None:
     """Have vLLM inspect these model classes in this process.
 
     Its own subprocess would lack our torchvision workaround. For CPUs only: nothing may touch a GPU
     before vLLM's worker processes start.
     """
     from vllm.model_executor.models import ModelRegistry
+    from vllm.model_executor.models.utils import WeightsMapper
 
     for name in architectures:
         if name in ModelRegistry.models:
-            ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+            kind = ModelRegistry.models[name].load_model_cls()
+            if names:
+                own = WeightsMapper(orig_to_new_regex={re.compile(pattern): new for pattern, new in names})
+                kind = type(kind.__name__, (kind,), {"hf_to_vllm_mapper": own | kind.hf_to_vllm_mapper})
+            ModelRegistry.register_model(name, kind)
 
 
 @contextmanager
@@ -70,6 +76,23 @@ def preload_kept() -> Iterator[None]:
             os.environ.pop(PRELOAD, None)
         else:
             os.environ[PRELOAD] = before
+
+
+@contextmanager
+def no_number_words() -> Iterator[None]:
+    """Let SmolVLM's processor start without num2words, which writes a video's numbers in words.
+
+    vLLM starts a model's processor although pictures arrive prepared.
+    """
+    from transformers.models.smolvlm import processing_smolvlm as module
+
+    before = module.num2words
+    if before is None:
+        module.num2words = str
+    try:
+        yield
+    finally:
+        module.num2words = before
 
 
 def _hide_broken_torchcodec() -> None:

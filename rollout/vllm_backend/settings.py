@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from rlmed.models.families import family_of
+
 CPU_BLOCK = 32
 """Tokens per key-value cache block on a CPU.
 
@@ -106,15 +108,21 @@ class VllmSettings:
         }
         vision = config.to_dict().get("vision_config")
         if vision is not None:
-            token_pixels = (vision["patch_size"] * vision["spatial_merge_size"]) ** 2
             arguments |= {
                 "limit_mm_per_prompt": {"image": 1, "video": 0},
-                # pixels arrive preprocessed; vLLM only needs the largest image that fits a prompt
-                "mm_processor_kwargs": {
-                    "min_pixels": token_pixels,
-                    "max_pixels": self.max_prompt_tokens * token_pixels,
-                },
                 "mm_device_do_normalize": False,  # already normalised
                 "mm_processor_cache_gb": 0,  # never hit: images arrive preprocessed
             }
+            if family_of(config).grids:
+                token_pixels = (vision["patch_size"] * vision["spatial_merge_size"]) ** 2
+                # pixels arrive preprocessed; vLLM only needs the largest image that fits a prompt
+                arguments["mm_processor_kwargs"] = {
+                    "min_pixels": token_pixels,
+                    "max_pixels": self.max_prompt_tokens * token_pixels,
+                }
+            else:
+                # transformers ties by the whole model's setting, some of vLLM's classes by the
+                # language model's own
+                tied = {"tie_word_embeddings": config.tie_word_embeddings}
+                arguments["hf_overrides"] = {"text_config": tied}
         return arguments
