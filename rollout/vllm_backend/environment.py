@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 from rlmed.core.process.torch_extensions import disable_broken_extensions
 
@@ -46,8 +47,12 @@ def import_vllm() -> ModuleType:
 def register_model_classes(architectures: list[str], names: Sequence[tuple[str, str | None]]) -> None:
     """Have vLLM inspect these model classes in this process.
 
-    Its own subprocess would lack our torchvision workaround. For CPUs only: nothing may touch a GPU
-    before vLLM's worker processes start.
+    Its own subprocess would lack our torchvision workaround. On a GPU only to change names: nothing
+    should touch it before vLLM's worker processes start.
+
+    Args:
+        architectures: names of vLLM's classes.
+        names: `rlmed.models.families.Family.vllm_names`.
     """
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.utils import WeightsMapper
@@ -80,12 +85,8 @@ def preload_kept() -> Iterator[None]:
 
 @contextmanager
 def no_number_words() -> Iterator[None]:
-    """Let SmolVLM's processor start without num2words, which writes a video's numbers in words.
-
-    vLLM starts a model's processor although pictures arrive prepared.
-    """
-    from transformers.models.smolvlm import processing_smolvlm as module
-
+    """Let vLLM load SmolVLM's processor without num2words, which only videos need."""
+    module: Any = importlib.import_module("transformers.models.smolvlm.processing_smolvlm")
     before = module.num2words
     if before is None:
         module.num2words = str

@@ -12,7 +12,7 @@ import torch
 
 from rlmed.core.types import Completion, Prompt, SamplingParams
 from rollout.native.sampler import mix64
-from rollout.vllm_backend.tiles import TileFacts, tile_items, tile_range
+from rollout.vllm_backend.tiles import TileFacts, tile_items, tile_ranges
 
 if TYPE_CHECKING:
     import vllm
@@ -109,13 +109,10 @@ def engine_input(prompt: Prompt, facts: ModelFacts, epoch: int) -> EngineInput:
         return tokens_input(token_ids, cache_salt=salt)
     if facts.tiles is not None:
         content = _digest(*(torch.as_tensor(value) for _, value in sorted(prompt.image_inputs.items())))
-        return mm_input(
-            token_ids,
-            tile_items(prompt, facts.tiles),
-            {"image": [f"{salt}-{content}"]},
-            {"image": [tile_range(prompt, facts.tiles)]},
-            cache_salt=salt,
-        )
+        ranges = tile_ranges(prompt, facts.tiles)
+        names = [f"{salt}-{number}-{content}" for number in range(len(ranges))]
+        items = tile_items(prompt, facts.tiles)
+        return mm_input(token_ids, items, {"image": names}, {"image": ranges}, cache_salt=salt)
     grids = torch.as_tensor(prompt.image_inputs["image_grid_thw"])
     pixels = torch.as_tensor(prompt.image_inputs["pixel_values"])
     patches = grids.prod(dim=1)

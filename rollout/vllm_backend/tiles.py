@@ -1,7 +1,7 @@
 """Pictures in tiles, as vLLM's models take them.
 
-All tiles of a prompt are one image to vLLM: its span runs from the first visual token to the last,
-and a mask says which tokens in between are visual.
+vLLM is told where an image's tokens begin and end, and by a mask which of them are visual. All
+tiles of a prompt, of whatever pictures, are one such image, unless the model cuts tiles again.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def check_tiles(prompt: Prompt, facts: TileFacts, rules: Any) -> None:
     """Check that vLLM makes as many visual tokens of a prompt's tiles as the prompt has.
 
     Args:
-        prompt: with or without a picture.
+        prompt: with pictures, or none.
         facts: see `tile_facts`.
         rules: vLLM's `ProcessingInfo` of the model.
 
@@ -63,11 +63,13 @@ def check_tiles(prompt: Prompt, facts: TileFacts, rules: Any) -> None:
     """
     written = int((prompt.token_ids == facts.image_token_id).sum())
     tiles = prompt.image_inputs.get("pixel_values", np.zeros((0, 3, 0, 0), dtype=np.float32))
-    if facts.arguments.count is not None or len(tiles) == 0:
-        made = tiles[:, 0].size // facts.pixels_per_token
-    else:
+    made = tiles[:, 0].size // facts.pixels_per_token
+    if facts.arguments.count is None and len(tiles) > 0:
         sizes = prompt.image_inputs["image_sizes"].tolist()
-        made = sum(rules.get_num_image_tokens(image_height=height, image_width=width) for height, width in sizes)
+        if len(sizes) == 1:
+            made = rules.get_num_image_tokens(image_height=sizes[0][0], image_width=sizes[0][1])
+        else:  # each of several is one tile, closed by one token
+            made += len(sizes)
     if written != made:
         raise ValueError(
             f"prompt {prompt.example.id!r} has {written} image placeholders, but vLLM makes {made} visual tokens of its "
@@ -75,14 +77,17 @@ def check_tiles(prompt: Prompt, facts: TileFacts, rules: Any) -> None:
         )
 
 
-def tile_range(prompt: Prompt, facts: TileFacts) -> PlaceholderRange:
-    """Return where a prompt's visual tokens are."""
+def tile_ranges(prompt: Prompt, facts: TileFacts) -> list[PlaceholderRange]:
+    """Return where the visual tokens of each of vLLM's images are."""
     from vllm.multimodal.inputs import PlaceholderRange
 
     visual = prompt.token_ids == facts.image_token_id
     (indices,) = np.nonzero(visual)
-    first, end = int(indices[0]), int(indices[-1]) + 1
-    return PlaceholderRange(offset=first, length=end - first, is_embed=torch.from_numpy(visual[first:end]))
+    spans = [(int(own[0]), int(own[-1]) + 1) for own in np.split(indices, _vllm_images(prompt, facts))]
+    return [
+        PlaceholderRange(offset=first, length=end - first, is_embed=torch.from_numpy(visual[first:end]))
+        for first, end in spans
+    ]
 
 
 def tile_items(prompt: Prompt, facts: TileFacts) -> MultiModalKwargsItems:
@@ -90,19 +95,25 @@ def tile_items(prompt: Prompt, facts: TileFacts) -> MultiModalKwargsItems:
     from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
 
     names, tiles = facts.arguments, torch.as_tensor(prompt.image_inputs["pixel_values"])
-    whole = MultiModalFieldConfig.batched("image")  # one entry for the one image
-    apart = MultiModalFieldConfig.batched("image", keep_on_cpu=True)
-    flat = MultiModalFieldConfig.flat_from_sizes("image", torch.tensor([len(tiles)]))
-    inputs: dict[str, tuple[Tensor, MultiModalFieldConfig]] = {
-        name: (torch.as_tensor(value), apart) for name, value in prompt.image_inputs.items()
-    }
-    inputs["pixel_values"] = (tiles, flat) if names.count else (tiles.unsqueeze(0), whole)
-    if names.count:
-        inputs[names.count] = (torch.tensor([len(tiles)]), apart)
-    if names.mask:
-        inputs[names.mask] = (torch.ones_like(tiles[:, 0], dtype=torch.bool), flat)
-    if names.token_id:
-        inputs[names.token_id] = (torch.tensor([facts.image_token_id]), apart)
+    single = MultiModalFieldConfig.batched("image", keep_on_cpu=True)
+    inputs: dict[str, tuple[Tensor, MultiModalFieldConfig]] = {}
+    if names.count is None:
+        images = _vllm_images(prompt, facts)
+        inputs["pixel_values"] = (tiles.unflatten(0, (images, -1)), MultiModalFieldConfig.batched("image"))
+        inputs["image_sizes"] = (torch.as_tensor(prompt.image_inputs["image_sizes"]), single)
+    else:
+        count = torch.tensor([len(tiles)])
+        all_of_them = MultiModalFieldConfig.flat_from_sizes("image", count)
+        inputs["pixel_values"], inputs[names.count] = (tiles, all_of_them), (count, single)
+        if names.mask:
+            inputs[names.mask] = (torch.ones_like(tiles[:, 0], dtype=torch.bool), all_of_them)
+        if names.token_id:
+            inputs[names.token_id] = (torch.tensor([facts.image_token_id]), single)
     return MultiModalKwargsItems.from_hf_inputs(
         {name: tensor for name, (tensor, _) in inputs.items()}, {name: field for name, (_, field) in inputs.items()}
     )
+
+
+def _vllm_images(prompt: Prompt, facts: TileFacts) -> int:
+    """Return the number of images that a prompt with pictures has for vLLM."""
+    return 1 if facts.arguments.count else len(prompt.image_inputs["image_sizes"])

@@ -63,7 +63,9 @@ def test_tiles_are_taken_with_as_many_placeholders_as_vllm_makes_of_them(family,
     for broken in ({"token_ids": fewer}, {"image_inputs": {}}):
         made = 0 if "image_inputs" in broken else placeholders
         changed = dataclasses.replace(prompt, **broken)
-        message = f"'q1' has {int((changed.token_ids == facts.image_token_id).sum())} image placeholders, .* {made} visual"
+        message = (
+            f"'q1' has {int((changed.token_ids == facts.image_token_id).sum())} image placeholders, .* {made} visual"
+        )
         with pytest.raises(ValueError, match=message):
             check_tiles(changed, facts, rules(placeholders))
 
@@ -73,6 +75,27 @@ def test_a_picture_that_vllm_cuts_otherwise_is_refused(shown):
     written = int((prompt.token_ids == facts.image_token_id).sum())
     with pytest.raises(ValueError, match=f"{written} image placeholders, but vLLM makes {written + 2} "):
         check_tiles(prompt, facts, rules(written + 2))
+
+
+def test_several_pictures_are_several_images_only_if_vllm_cuts_tiles_again(shown):
+    pytest.importorskip("vllm")
+    from rollout.vllm_backend.tiles import tile_items, tile_ranges
+
+    for family, images in (("internvl", 1), ("llava_onevision", 2)):
+        prompt, facts = shown(family)
+        (places,) = np.nonzero(prompt.token_ids == facts.image_token_id)
+        first, made = int(places[0]), 2 * 17 if images == 2 else 2 * 4  # 16 patches and one token to close; 4 tokens
+        token_ids = np.full(first + made + 3, 5)
+        token_ids[first : first + made] = facts.image_token_id
+        pixels = np.stack([np.full((3, 28, 28), value, dtype=np.float32) for value in (1, 2)])
+        inputs = {"pixel_values": pixels, "image_sizes": np.array([[64, 40], [30, 30]])}
+        prompt = dataclasses.replace(prompt, token_ids=token_ids, image_inputs=inputs)
+        check_tiles(prompt, facts, None)
+        ranges, items = tile_ranges(prompt, facts), tile_items(prompt, facts)["image"]
+        length = made // images
+        assert [(own.offset, own.length) for own in ranges] == [(first + i * length, length) for i in range(images)]
+        parts = [item["pixel_values"].data.flatten().unique().tolist() for item in items]
+        assert parts == ([[1.0], [2.0]] if images == 2 else [[1.0, 2.0]])
 
 
 def test_names_of_the_learner_become_vllms(tiny_folder):
