@@ -106,23 +106,26 @@ class VllmSettings:
             "async_scheduling": False,
             "disable_log_stats": True,
         }
-        vision = config.to_dict().get("vision_config")
-        if vision is not None:
+        family = family_of(config)
+        if family.grids:
+            vision = config.to_dict()["vision_config"]
+            token_pixels = (vision["patch_size"] * vision["spatial_merge_size"]) ** 2
             arguments |= {
                 "limit_mm_per_prompt": {"image": 1, "video": 0},
+                # pixels arrive preprocessed; vLLM only needs the largest image that fits a prompt
+                "mm_processor_kwargs": {
+                    "min_pixels": token_pixels,
+                    "max_pixels": self.max_prompt_tokens * token_pixels,
+                },
                 "mm_device_do_normalize": False,  # already normalised
                 "mm_processor_cache_gb": 0,  # never hit: images arrive preprocessed
             }
-            if family_of(config).grids:
-                token_pixels = (vision["patch_size"] * vision["spatial_merge_size"]) ** 2
-                # pixels arrive preprocessed; vLLM only needs the largest image that fits a prompt
-                arguments["mm_processor_kwargs"] = {
-                    "min_pixels": token_pixels,
-                    "max_pixels": self.max_prompt_tokens * token_pixels,
-                }
-            else:
-                # transformers ties by the whole model's setting, some of vLLM's classes by the
-                # language model's own
-                tied = {"tie_word_embeddings": config.tie_word_embeddings}
-                arguments["hf_overrides"] = {"text_config": tied}
+        elif family.vision:
+            arguments |= {
+                "limit_mm_per_prompt": {"video": 0},
+                # vLLM would look for a tied projection in the language model's own settings
+                "hf_overrides": {"text_config": {"tie_word_embeddings": config.tie_word_embeddings}},
+                "mm_device_do_normalize": False,  # as above
+                "mm_processor_cache_gb": 0,
+            }
         return arguments
