@@ -13,15 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    GenerationConfig,
-    LogitsProcessorList,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
 from learner.packing import PackItem, TrainSequence, pack
 from rlmed.core.types import Example, RolloutRequest, SamplingParams
@@ -32,12 +24,11 @@ from rlmed.models.direct import DirectSender
 from rlmed.models.families import PARTS as MODEL_PARTS
 from rlmed.models.families import family_of
 from rlmed.models.policy import load_policy
-from rlmed.models.tiny.build import build_tiny_text, build_tiny_vl
 from rlmed.models.weights import make_buckets
 from rollout.native.engine import NativeEngine
-from tests.conftest import GRID_FAMILIES, VISION_FAMILIES
+from tests.conftest import VISION_FAMILIES
+from tests.integration.vllm_models import build_model
 from tests.rounding import LOGPROBS, worst_difference
-from tests.tiny_vision import build_tiny_tiles
 
 pytestmark = [
     pytest.mark.vllm,
@@ -55,37 +46,6 @@ PARTS = {
     "language": lambda name: ".language_model.layers." in name,
     "embeddings": lambda name: "embed_tokens" in name,
 }
-
-
-def build_model(folder, family="qwen2_vl"):
-    """A random model, peaked distributions, heads of 32: the least that vLLM's CPU kernels take."""
-    grids, vision = family in GRID_FAMILIES, family in VISION_FAMILIES
-    (build_tiny_vl if grids else build_tiny_tiles if vision else build_tiny_text)(folder, family)
-    config = AutoConfig.from_pretrained(folder)
-    text = config.get_text_config()
-    text.hidden_size = 128
-    if grids:
-        text.rope_parameters["mrope_section"] = [4, 6, 6]
-        setattr(config.vision_config, "hidden_size" if family == "qwen2_vl" else "out_hidden_size", 128)
-    if text.to_dict().get("head_dim"):
-        text.head_dim = 32
-    generator = torch.Generator().manual_seed(1)
-    with torch.random.fork_rng(devices=()), torch.no_grad():
-        torch.manual_seed(0)
-        model = (AutoModelForImageTextToText if vision else AutoModelForCausalLM).from_config(config)
-        vocabulary = model.get_input_embeddings().num_embeddings
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                # LLaVA-OneVision norms nothing between tower and decoder, so rounding there grows
-                plain = 4 if family == "llava_onevision" else 8
-                parameter.mul_(6 if len(parameter) == vocabulary else plain)
-            else:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    model.generation_config = GenerationConfig.from_pretrained(folder)
-    # ordinary tokens end completions too, so that random ones are ragged
-    model.generation_config.eos_token_id = [*model.generation_config.eos_token_id, *range(31, 39)]
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
