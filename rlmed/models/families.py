@@ -48,6 +48,18 @@ def _as_one_sample(images: Images) -> Images:
 
 
 @dataclass(frozen=True, slots=True)
+class VllmTiles:
+    """Names of the arguments that vLLM's class of a family takes beside tiles."""
+
+    count: str | None = None
+    """Number of tiles; None: it cuts tiles again by `image_sizes`."""
+    mask: str | None = None
+    """Pixels of each tile that are not padding."""
+    token_id: str | None = None
+    """Id of the placeholder."""
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
     """Properties of a transformers `model_type` that rlmed depends on."""
 
@@ -63,6 +75,10 @@ class Family:
     """Pictures are patches along one axis, with `image_grid_thw`; else tiles of one size."""
     both_ways: bool = False
     """Visual tokens of an image also attend to its later ones."""
+    vllm_tiles: VllmTiles | None = None
+    """How vLLM takes tiles; None if it takes none."""
+    vllm_names: tuple[tuple[str, str | None], ...] = ()
+    """(pattern in a parameter's name, replacement) before vLLM's own; None drops the parameter."""
     part_prefixes: tuple[tuple[str, str], ...] = ()
     """(parameter name prefix, part); the first match wins, everything else is "language_model"."""
 
@@ -92,6 +108,7 @@ _IDEFICS3 = Family(
     positions=_text_positions,
     arguments=_as_one_sample,
     patches_per_token=lambda config: config.scale_factor**2,
+    vllm_tiles=VllmTiles(count="num_patches", mask="pixel_attention_mask"),
     part_prefixes=(("model.vision_model.", "vision"), ("model.connector.", "merger")),
 )
 _TOWER_AND_PROJECTOR = (
@@ -103,9 +120,19 @@ _INTERNVL = Family(
     vision=True,
     positions=_text_positions,
     patches_per_token=lambda config: round(1 / config.downsample_ratio) ** 2,
+    vllm_tiles=VllmTiles(count="image_num_patches", token_id="image_token_id"),
     part_prefixes=_TOWER_AND_PROJECTOR,
 )
-_LLAVA_ONEVISION = Family(vision=True, positions=_text_positions, part_prefixes=_TOWER_AND_PROJECTOR)
+_LLAVA_ONEVISION = Family(
+    vision=True,
+    positions=_text_positions,
+    vllm_tiles=VllmTiles(),
+    vllm_names=(
+        (r"^(model\.)?vision_tower\.(?!vision_model\.)", r"\1vision_tower.vision_model."),
+        (r"\.vision_model\.post_layernorm\.", None),  # its output is not used
+    ),
+    part_prefixes=_TOWER_AND_PROJECTOR,
+)
 _GEMMA3 = Family(
     vision=True,
     positions=_text_positions,

@@ -17,14 +17,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
 from rlmed.core.prefill import joined
-from rlmed.core.types import RolloutGroup, RolloutRequest
+from rlmed.core.types import Prompt, RolloutGroup, RolloutRequest
 from rlmed.core.weights import WeightError
 from rlmed.models.families import family_of, unsampleable_token_ids
 from rlmed.models.folder.end_tokens import find_end_tokens
 from rlmed.models.policy import load_config
 from rlmed.models.weights import Weights, check_weights, gpu_name
 from rollout.native.scheduler import EngineLimits, Scheduler
-from rollout.vllm_backend.environment import import_vllm, preload_kept, register_model_classes
+from rollout.vllm_backend.environment import import_vllm, no_number_words, preload_kept, register_model_classes
 from rollout.vllm_backend.requests import (
     ModelFacts,
     completion_of,
@@ -34,6 +34,7 @@ from rollout.vllm_backend.requests import (
     sampling_params,
 )
 from rollout.vllm_backend.settings import VllmSettings
+from rollout.vllm_backend.tiles import check_tiles, tile_facts
 
 vllm = import_vllm()
 
@@ -113,7 +114,7 @@ class VllmEngine:
         # else the scheduler reports the error
         if request.group_size >= 1 and request.sampling.max_tokens >= 1:
             sampling_params(request.sampling, request.group_size, self._facts)
-            image_spans(request.prompt, self._facts)
+            self._check_images(request.prompt)
         self._scheduler.submit(request)
 
     def step(self) -> list[RolloutGroup]:
@@ -165,12 +166,18 @@ class VllmEngine:
         check_weights(self._shapes, weights)
         self._wake("weights")
         self._damaged = True
-        self._core.collective_rpc(begin_load)
+        loaded: set[str] = set()
+        expected = set().union(*self._core.collective_rpc(begin_load))
         try:
             for part in weights:
-                self._core.collective_rpc(load, args=(part,))
+                loaded.update(*self._core.collective_rpc(load, args=(part,)))
         finally:  # or vLLM would run what it has half loaded
             self._core.collective_rpc(end_load)
+        if kept := expected - loaded:
+            raise WeightError(
+                f"vLLM kept {len(kept)} old weights, the first is {min(kept)}: its names for this model are others than the "
+                "learner's; use rollout=native"
+            )
         self._damaged = False
         self._wake("kv_cache")
         self.policy_version = version
@@ -185,6 +192,13 @@ class VllmEngine:
         """
         self.abort()
         self._core.engine_core.shutdown()
+
+    def _check_images(self, prompt: Prompt) -> None:
+        """Raise ValueError if a prompt's placeholders do not match its images."""
+        if self._facts.tiles is None:
+            image_spans(prompt, self._facts)
+        else:
+            check_tiles(prompt, self._facts.tiles, self._core.renderer.get_mm_processor().info)
 
     def _wake(self, tag: str) -> None:
         """Reallocate one of vLLM's memory pools: "weights" or "kv_cache"."""
@@ -260,18 +274,13 @@ class VllmEngine:
 
 
 def _model_facts(folder: Path, config: PreTrainedConfig) -> ModelFacts:
-    values, family = config.to_dict(), family_of(config)
-    vision = family.vision
-    if vision and not family.grids:
-        raise ValueError(
-            f"rollout=vllm: pictures of model_type {config.model_type!r} cannot be handed over to vLLM as this run prepared "
-            "them; use rollout=native"
-        )
+    family = family_of(config)
     return ModelFacts(
         end_token_ids=find_end_tokens(folder, config).ids,
         banned_token_ids=unsampleable_token_ids(config),
-        image_token_id=values["image_token_id"] if vision else None,
-        merge_size=values["vision_config"]["spatial_merge_size"] if vision else 1,
+        image_token_id=config.image_token_id if family.vision else None,
+        merge_size=config.vision_config.spatial_merge_size if family.grids else 1,
+        tiles=tile_facts(config),
     )
 
 
@@ -289,15 +298,17 @@ def _start(folder: Path, config: PreTrainedConfig, settings: VllmSettings) -> LL
     from vllm.platforms import current_platform
 
     on_cpu = current_platform.is_cpu()
+    names = family_of(config).vllm_names
     if on_cpu:
         # compiling the sampler's one compiled function, a comparison, would cost the first step
         # twenty seconds
         current_platform.simple_compile_backend = "eager"
-        register_model_classes(list(config.architectures or ()))
+    if on_cpu or names:
+        register_model_classes(list(config.architectures or ()), names)
     arguments = vllm.EngineArgs(
         **settings.engine_args(folder, config, on_cpu=on_cpu),
     )
-    with preload_kept():
+    with preload_kept(), no_number_words():
         vllm_config = arguments.create_engine_config()
         if on_cpu:
             # vLLM splits a prompt before an image that exceeds its encoder budget, chunked prefill

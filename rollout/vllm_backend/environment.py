@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 from rlmed.core.process.torch_extensions import disable_broken_extensions
 
@@ -42,17 +44,26 @@ def import_vllm() -> ModuleType:
     return importlib.import_module("vllm")
 
 
-def register_model_classes(architectures: list[str]) -> None:
+def register_model_classes(architectures: list[str], names: Sequence[tuple[str, str | None]]) -> None:
     """Have vLLM inspect these model classes in this process.
 
-    Its own subprocess would lack our torchvision workaround. For CPUs only: nothing may touch a GPU
-    before vLLM's worker processes start.
+    Its own subprocess would lack our torchvision workaround. On a GPU only to change names: nothing
+    should touch it before vLLM's worker processes start.
+
+    Args:
+        architectures: names of vLLM's classes.
+        names: `rlmed.models.families.Family.vllm_names`.
     """
     from vllm.model_executor.models import ModelRegistry
+    from vllm.model_executor.models.utils import WeightsMapper
 
     for name in architectures:
         if name in ModelRegistry.models:
-            ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+            kind = ModelRegistry.models[name].load_model_cls()
+            if names:
+                own = WeightsMapper(orig_to_new_regex={re.compile(pattern): new for pattern, new in names})
+                kind = type(kind.__name__, (kind,), {"hf_to_vllm_mapper": own | kind.hf_to_vllm_mapper})
+            ModelRegistry.register_model(name, kind)
 
 
 @contextmanager
@@ -70,6 +81,19 @@ def preload_kept() -> Iterator[None]:
             os.environ.pop(PRELOAD, None)
         else:
             os.environ[PRELOAD] = before
+
+
+@contextmanager
+def no_number_words() -> Iterator[None]:
+    """Let vLLM load SmolVLM's processor without num2words, which only videos need."""
+    module: Any = importlib.import_module("transformers.models.smolvlm.processing_smolvlm")
+    before = module.num2words
+    if before is None:
+        module.num2words = str
+    try:
+        yield
+    finally:
+        module.num2words = before
 
 
 def _hide_broken_torchcodec() -> None:

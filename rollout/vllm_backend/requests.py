@@ -12,6 +12,7 @@ import torch
 
 from rlmed.core.types import Completion, Prompt, SamplingParams
 from rollout.native.sampler import mix64
+from rollout.vllm_backend.tiles import TileFacts, tile_items, tile_ranges
 
 if TYPE_CHECKING:
     import vllm
@@ -33,6 +34,8 @@ class ModelFacts:
     """Placeholder of a visual token; None for a text model."""
     merge_size: int = 1
     """Patches per visual token along one side."""
+    tiles: TileFacts | None = None
+    """None for a text model, or one whose pictures are patches with grids."""
 
 
 def sampling_params(sampling: SamplingParams, group_size: int, facts: ModelFacts) -> vllm.SamplingParams:
@@ -91,7 +94,7 @@ def engine_input(prompt: Prompt, facts: ModelFacts, epoch: int) -> EngineInput:
     values, visual embeddings) contain `epoch`, so it never reuses results of other weights.
 
     Args:
-        prompt: with Qwen2-VL image inputs, or none.
+        prompt: with the model's image inputs, or none.
         facts: model properties.
         epoch: number of the weights.
 
@@ -104,6 +107,12 @@ def engine_input(prompt: Prompt, facts: ModelFacts, epoch: int) -> EngineInput:
     token_ids, salt = prompt.token_ids.tolist(), f"weights-{epoch}"
     if not prompt.image_inputs:
         return tokens_input(token_ids, cache_salt=salt)
+    if facts.tiles is not None:
+        content = _digest(*(torch.as_tensor(value) for _, value in sorted(prompt.image_inputs.items())))
+        ranges = tile_ranges(prompt, facts.tiles)
+        names = [f"{salt}-{number}-{content}" for number in range(len(ranges))]
+        items = tile_items(prompt, facts.tiles)
+        return mm_input(token_ids, items, {"image": names}, {"image": ranges}, cache_salt=salt)
     grids = torch.as_tensor(prompt.image_inputs["image_grid_thw"])
     pixels = torch.as_tensor(prompt.image_inputs["pixel_values"])
     patches = grids.prod(dim=1)
@@ -178,7 +187,8 @@ def cut_at_stop(text: str, stops: Sequence[str]) -> str:
     return text[: min(ends)] if ends else text
 
 
-def _digest(pixels: torch.Tensor, grid: torch.Tensor) -> str:
-    content = hashlib.sha256(pixels.contiguous().numpy().data)
-    content.update(grid.contiguous().numpy().data)
+def _digest(*tensors: torch.Tensor) -> str:
+    content = hashlib.sha256()
+    for tensor in tensors:
+        content.update(tensor.contiguous().numpy().data)
     return content.hexdigest()

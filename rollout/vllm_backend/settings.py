@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from rlmed.models.families import family_of
+
 CPU_BLOCK = 32
 """Tokens per key-value cache block on a CPU.
 
@@ -106,8 +108,9 @@ class VllmSettings:
             "async_scheduling": False,
             "disable_log_stats": True,
         }
-        vision = config.to_dict().get("vision_config")
-        if vision is not None:
+        family = family_of(config)
+        if family.grids:
+            vision = config.to_dict()["vision_config"]
             token_pixels = (vision["patch_size"] * vision["spatial_merge_size"]) ** 2
             arguments |= {
                 "limit_mm_per_prompt": {"image": self.max_images, "video": 0},
@@ -118,5 +121,13 @@ class VllmSettings:
                 },
                 "mm_device_do_normalize": False,  # already normalised
                 "mm_processor_cache_gb": 0,  # never hit: images arrive preprocessed
+            }
+        elif family.vision:
+            arguments |= {
+                "limit_mm_per_prompt": {"video": 0},
+                # vLLM would look for a tied projection in the language model's own settings
+                "hf_overrides": {"text_config": {"tie_word_embeddings": config.tie_word_embeddings}},
+                "mm_device_do_normalize": False,  # as above
+                "mm_processor_cache_gb": 0,
             }
         return arguments

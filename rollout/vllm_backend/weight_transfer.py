@@ -23,16 +23,23 @@ logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").addFilter
 )
 
 
-def begin_load(worker: Any) -> None:
-    """Prepare for weights."""
+def begin_load(worker: Any) -> set[str]:
+    """Prepare for weights; return the names of all that this worker has."""
+    names = {name for name, _ in worker.get_model().named_parameters()}  # tied ones once
     with set_current_vllm_config(worker.vllm_config):
         initialize_layerwise_reload(worker.get_model())
+    return names
 
 
-def load(worker: Any, weights: WeightPart) -> None:
-    """Load some weights, copied, since an incomplete layer keeps them until it is whole."""
+def load(worker: Any, weights: WeightPart) -> set[str]:
+    """Load some weights, copied, since an incomplete layer keeps them until it is whole.
+
+    Returns:
+        vLLM's names of what they went into.
+    """
     with set_current_vllm_config(worker.vllm_config):
-        worker.get_model().load_weights((name, tensor.clone()) for name, tensor in weights.tensors(worker.device))
+        tensors = ((name, tensor.clone()) for name, tensor in weights.tensors(worker.device))
+        return set(worker.get_model().load_weights(tensors))
 
 
 def end_load(worker: Any) -> None:

@@ -13,15 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    GenerationConfig,
-    LogitsProcessorList,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
 from learner.packing import PackItem, TrainSequence, pack
 from rlmed.core.types import Example, RolloutRequest, SamplingParams
@@ -29,10 +21,13 @@ from rlmed.core.weights import EngineHandle, WeightError
 from rlmed.data.prompts import PromptRenderer, load_processor
 from rlmed.models import direct
 from rlmed.models.direct import DirectSender
+from rlmed.models.families import PARTS as MODEL_PARTS
+from rlmed.models.families import family_of
 from rlmed.models.policy import load_policy
-from rlmed.models.tiny.build import build_tiny_text, build_tiny_vl
 from rlmed.models.weights import make_buckets
 from rollout.native.engine import NativeEngine
+from tests.conftest import VISION_FAMILIES
+from tests.integration.vllm_models import build_model
 from tests.rounding import LOGPROBS, worst_difference
 
 pytestmark = [
@@ -46,41 +41,12 @@ TOLERANCE = LOGPROBS
 MAX_COMPLETIONS = 12
 MAX_IMAGES = 2
 QUESTION = "which part of the body is shown in this scan, and what does it tell about the patient "
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm", "internvl", "llava_onevision")
+FAMILIES += ("qwen2", "qwen3", "llama", "gemma3_text")
 PARTS = {
-    "vision": lambda name: name.startswith("model.visual.") and ".merger." not in name,
-    "merger": lambda name: ".visual.merger." in name,
     "language": lambda name: ".language_model.layers." in name,
     "embeddings": lambda name: "embed_tokens" in name,
 }
-
-
-def build_model(folder, family="qwen2_vl"):
-    """A random model, peaked distributions, heads of 32: the least that vLLM's CPU kernels take."""
-    vision = "vl" in family
-    (build_tiny_vl if vision else build_tiny_text)(folder, family)
-    config = AutoConfig.from_pretrained(folder)
-    text = config.get_text_config()
-    text.hidden_size = 128
-    if vision:
-        text.rope_parameters["mrope_section"] = [4, 6, 6]
-        setattr(config.vision_config, "hidden_size" if family == "qwen2_vl" else "out_hidden_size", 128)
-    if text.to_dict().get("head_dim"):
-        text.head_dim = 32
-    generator = torch.Generator().manual_seed(1)
-    with torch.random.fork_rng(devices=()), torch.no_grad():
-        torch.manual_seed(0)
-        model = (AutoModelForImageTextToText if vision else AutoModelForCausalLM).from_config(config)
-        vocabulary = model.get_input_embeddings().num_embeddings
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(6 if len(parameter) == vocabulary else 8)
-            else:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    model.generation_config = GenerationConfig.from_pretrained(folder)
-    # ordinary tokens end completions too, so that random ones are ragged
-    model.generation_config.eos_token_id = [*model.generation_config.eos_token_id, *range(31, 39)]
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +184,12 @@ def disagreement(policy, groups):
 def change(policy, part=None):
     """Change the weights of one part, or of all, by a third or so."""
     generator = torch.Generator().manual_seed(0)
-    chosen = [parameter for name, parameter in policy.model.named_parameters() if part is None or PARTS[part](name)]
+    part_of = family_of(policy.model.config).part_of
+    chosen = [
+        parameter
+        for name, parameter in policy.model.named_parameters()
+        if part is None or (PARTS[part](name) if part in PARTS else part_of(name) == part)
+    ]
     assert chosen
     with torch.no_grad():
         for parameter in chosen:
@@ -306,7 +277,7 @@ def test_a_seed_fixes_a_completion_whatever_runs_beside_it(engine, prompts):
     assert not {tuple(ids) for ids in tokens([other_seed])} & {tuple(ids) for ids in tokens(alone)}
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", ["vision", "merger", *PARTS])
 def test_after_a_push_logprobs_are_those_of_the_new_weights(engine, policy, prompts, part):
     before = rollout(engine, prompts, group_size=2)
     change(policy, part)
@@ -548,17 +519,33 @@ def test_a_new_picture_beside_many_new_questions_about_known_ones_is_computed_wh
     assert disagreement(policy, groups) < TOLERANCE
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen2", "qwen3", "llama"])
+def with_both(prompt, other, image_token_id):
+    """The prompt with the tiles of another behind its own."""
+    (places,), (others,) = (np.nonzero(each.token_ids == image_token_id) for each in (prompt, other))
+    middle, added = places[-1] + 2, other.token_ids[others[0] - 1 : others[-1] + 2]
+    token_ids = np.concatenate([prompt.token_ids[:middle], added, prompt.token_ids[middle:]])
+    pixels = np.concatenate([each.image_inputs["pixel_values"] for each in (prompt, other)])
+    return dataclasses.replace(prompt, token_ids=token_ids, image_inputs={"pixel_values": pixels})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_agrees_with_the_learner_before_and_after_a_push(open_engine, tmp_path, family):
     folder = build_model(tmp_path, family)
     engine, policy = open_engine(folder), load_policy(folder)
     renderer = PromptRenderer(*load_processor(folder), max_prompt_tokens=256, template="{question}")
-    prompts = render(renderer, images="vl" in family)
-    assert disagreement(policy, rollout(engine, prompts, group_size=2)) < TOLERANCE
-    change(policy)
-    assert disagreement(policy, rollout(engine, prompts, group_size=2)) > 100 * TOLERANCE
+    prompts = render(renderer, images=family in VISION_FAMILIES)
+    if family in ("idefics3", "internvl"):
+        prompts.append(with_both(prompts[2], prompts[4], policy.model.config.image_token_id))
+    groups = rollout(engine, prompts, group_size=2)
+    assert disagreement(policy, groups) < TOLERANCE
+    for part in MODEL_PARTS if family in VISION_FAMILIES else MODEL_PARTS[-1:]:
+        before = learner_logprobs(policy, groups)
+        change(policy, part)
+        assert np.abs(learner_logprobs(policy, groups) - before).max() > 100 * TOLERANCE
     push(engine, policy, 1)
     assert disagreement(policy, rollout(engine, prompts, group_size=2)) < TOLERANCE
+    native = rollout(NativeEngine(policy, renderer.decode), prompts, temperature=0.0)
+    assert worst_difference(native, rollout(engine, prompts, temperature=0.0), policy) < TOLERANCE
 
 
 def test_children_of_this_process_do_not_inherit_what_vllm_preloads(open_engine, folder):

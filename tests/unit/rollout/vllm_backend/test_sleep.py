@@ -21,11 +21,12 @@ WEIGHTS = {"model.a": torch.ones(2), "model.b": torch.ones(3)}
 
 
 class Core:
-    """Stands in for `vllm.LLMEngine`."""
+    """Stands in for `vllm.LLMEngine`; loads what it is given under the same names."""
 
     def __init__(self):
         self.calls = []
         self.fails = None
+        self.ignores = None
 
     def sleep(self, level):
         self.calls.append(f"sleep {level}")
@@ -37,6 +38,8 @@ class Core:
         self.calls.append(method.__name__)
         if self.fails == method.__name__:
             raise RuntimeError("they do not arrive")
+        names = {name for part in args for name in part.shapes} if args else set(WEIGHTS)
+        return [names - {self.ignores} if args else names]
 
     def set_weight_version(self, version):
         self.calls.append(f"version {version}")
@@ -99,6 +102,19 @@ def test_weights_that_do_not_arrive_leave_vllm_whole_and_the_engine_waiting_for_
     engine._core.fails = None
     engine.update_weights(4, weights)
     assert (engine.policy_version, engine._damaged) == (4, False)
+
+
+def test_weights_that_vllm_drops_are_named_and_nothing_is_sampled(make_engine):
+    engine, weights = make_engine(), list(make_buckets(WEIGHTS.items()))
+    engine._core.ignores = "model.b"
+    with pytest.raises(WeightError, match=r"kept 1 old .*\bmodel\.b\b"):
+        engine.update_weights(4, weights)
+    assert engine.policy_version == 0
+    with pytest.raises(WeightError, match="mixture"):
+        engine.step()
+    engine._core.ignores = None
+    engine.update_weights(4, weights)
+    assert engine.policy_version == 4
 
 
 def test_an_engine_with_work_or_made_without_sleep_stays_awake(make_engine):
