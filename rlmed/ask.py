@@ -5,7 +5,7 @@ from __future__ import annotations
 from rlmed.core.process.starting import start_command
 
 if __name__ == "__main__":
-    start_command()  # before torch is imported
+    start_command(loads=False)  # before torch is imported
 
 import argparse
 import logging
@@ -16,23 +16,17 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
-from transformers.utils.logging import disable_progress_bar
 
 from rewards.parsing import evaluated_letter
-from rlmed.cluster.engines import open_model
 from rlmed.core.files.near_paths import near_path
 from rlmed.core.prefill import THINK, THINK_END
 from rlmed.core.process.display import ending_errors, keep_display
+from rlmed.core.process.starting import loading_libraries
 from rlmed.core.types import LETTERS, Example, RolloutRequest, SamplingParams
 from rlmed.data.images import MAX_IMAGES, check_image
 from rlmed.data.options.choices import plain_options
-from rlmed.data.prompts import PromptRenderer, read_prompt_settings
 from rlmed.data.rows import BadRowError
-from rlmed.models.folder.agreement import position_doubt
-from rlmed.models.loading import model_folder
-from rlmed.models.policy import load_config, load_policy
 from rlmed.models.tiny.toy import TOY_NOTE, is_toy
-from rollout.native.engine import NativeEngine
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +82,16 @@ def ask(arguments: argparse.Namespace) -> str:
     if arguments.seed is not None and arguments.temperature == 0:
         raise ValueError(f"--seed {arguments.seed} has no effect without sampling: add --temperature, or leave it out")
     _check_images(arguments.images, arguments.question)
+    with loading_libraries():  # only now: `--help` and errors in the arguments need none
+        from transformers.utils.logging import disable_progress_bar
+
+        from rlmed.cluster.engines import open_model
+        from rlmed.data.prompts import PromptRenderer, read_prompt_settings
+        from rlmed.models.folder.agreement import position_doubt
+        from rlmed.models.loading import model_folder
+        from rlmed.models.policy import load_config, load_policy
+        from rollout.native.engine import NativeEngine
+    disable_progress_bar()  # rlmed has its own
     folder = model_folder(arguments.model)
     # default to the paper's template if the folder does not record one
     settings = {"max_prompt_tokens": MAX_PROMPT_TOKENS, **(read_prompt_settings(folder) or {})}
@@ -157,9 +161,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print reasoning and answer; on an error, print one line and exit with status 2."""
     keep_display()
     parsed = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-    disable_progress_bar()  # rlmed has its own
     with ending_errors():
         completion = ask(parsed)
+        from rlmed.models.loading import model_folder
+
         toy = is_toy(model_folder(parsed.model))
     console = Console(highlight=False)
     reasoning, closed, _ = completion.partition(THINK)[2].partition(THINK_END)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from rlmed.core.process.starting import start_command
 
 if __name__ == "__main__":
-    start_command()  # before torch is imported
+    start_command(loads=False)  # before torch is imported
 
 import argparse
 import importlib.metadata
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlmed.core.process.display import ending_errors, keep_display
+from rlmed.core.process.starting import loading_libraries
 from rlmed.core.process.threads import cpu_quota, usable_cores
 
 Status = Literal["ok", "optional", "missing"]
@@ -87,17 +88,18 @@ def examine() -> list[Finding]:
 
 
 def _hardware() -> list[Finding]:
-    import torch
+    with loading_libraries():
+        import torch
+
+        from rlmed.models.cpu.products import bfloat16_speed, settle_products
+        from rlmed.models.loading import model_folder
+        from rlmed.models.policy import load_config
 
     quota = cpu_quota()
     limit = "no quota" if quota is None else f"a quota of {quota:g}"
     policy = os.environ.get("OMP_WAIT_POLICY", "not set")
     cores = f"{usable_cores()} of {os.cpu_count()} cores usable ({limit})"
     cpu = Finding("CPU", "ok", f"{cores}, {torch.get_num_threads()} torch threads, OMP_WAIT_POLICY {policy}")
-    from rlmed.models.cpu.products import bfloat16_speed, settle_products
-    from rlmed.models.loading import model_folder
-    from rlmed.models.policy import load_config
-
     uses = ", ".join(settle_products(load_config(model_folder("embedded:tiny_base")))) or "none"
     products = Finding(
         "CPU products",

@@ -25,7 +25,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from rlmed.core.config.composing import unused_overrides
@@ -33,6 +32,7 @@ from rlmed.core.config.overrides import expand, quoted
 from rlmed.core.files.atomic import replace_text
 from rlmed.core.files.exclusive import hold
 from rlmed.core.process.display import ending_errors, keep_display
+from rlmed.core.process.starting import loading_libraries
 from rlmed.core.protocols import LOST
 from rlmed.reproduce.table import Reproduction, collect, write_reproduction
 
@@ -140,6 +140,8 @@ def _share_out(methods: Sequence[str], overrides: Sequence[str]) -> dict[str, tu
     Raises:
         ValueError: for an override that no command reads.
     """
+    with loading_libraries():
+        import torch
     cuda = torch.cuda.is_available()
     expanded = expand(overrides, cuda=cuda)
     unused = {

@@ -18,7 +18,6 @@ already in quotes are left to Hydra.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import re
 import typing
@@ -38,6 +37,7 @@ from rlmed.core.config.schema import RunConfig
 from rlmed.core.files.litter import is_litter
 from rlmed.core.files.other_formats import to_prepare
 from rlmed.core.process.display import one_line
+from rlmed.core.spelling import closest
 
 CONFIG_GROUPS = tuple(sorted(entry.name for entry in resources.files("conf").iterdir() if entry.is_dir()))
 OLD_SUFFIX = "_embedded"
@@ -321,9 +321,10 @@ def explain(error: Exception) -> str:
         return _explain_override(error)
     if isinstance(error, MissingConfigException) and error.options:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
-        near = difflib.get_close_matches(name, error.options, n=1)
-        meant = f"did you mean {near[0]}? " if near else ""
-        return f"{group}={name}: option not found; {meant}choose one of {', '.join(error.options)}"
+        options = [option for option in error.options if not option.startswith("_")]
+        near = closest(name, options)
+        meant = f"did you mean {near}? " if near else ""
+        return f"{group}={name}: option not found; {meant}choose one of {', '.join(options)}"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return f"{error.missing_cfg_file}: YAML file not found in rlmed's conf/ or a folder given with --config-dir"
     if isinstance(error, UnicodeDecodeError):
