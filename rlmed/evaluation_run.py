@@ -10,6 +10,7 @@ from rich.table import Table
 from rewards.conclusion import argued_option
 from rlmed.cluster.commands import BuildSampling, Sampling, build_local_sampling, build_sampling
 from rlmed.cluster.engines import make_renderer
+from rlmed.cluster.requirements import check_machine
 from rlmed.core.config.composing import to_yaml
 from rlmed.core.config.schema import RunConfig
 from rlmed.data.loading import load_run_data
@@ -60,6 +61,7 @@ def open_evaluation(
         ValueError: for unusable data or model, a folder that holds a training run, or another
             evaluation of other rows.
     """
+    check_machine(config, learns=False)
     starting_point(folder, resume=False)  # never overwrite the evaluation of a training run
     before = _compared(config)
     if before and not (before / ROWS_FILE).is_file():

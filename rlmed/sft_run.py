@@ -11,6 +11,7 @@ from learner.packing import PackItem
 from learner.supervised import written_item
 from rlmed.cluster.commands import Finetuning, build_finetuning
 from rlmed.cluster.engines import make_renderer
+from rlmed.cluster.requirements import check_machine
 from rlmed.core.config.composing import check_same_run, to_yaml
 from rlmed.core.config.schema import RunConfig
 from rlmed.core.prefill import remaining
@@ -91,6 +92,7 @@ class Batches:
 
 def finetune(config: RunConfig, folder: Path) -> None:
     """Run the fine-tuning described by `config` in `folder`."""
+    check_machine(config, learns=True)
     checkpoint = starting_point(folder, resume=config.resume is not None)
     renderer = make_renderer(config.model, config.data, config.prompt, freeze=config.learner.freeze)
     check_positions(config.model, config.data, max_tokens=config.eval.max_tokens)

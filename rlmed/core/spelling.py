@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Iterable
 
 
@@ -19,12 +18,15 @@ def closest(word: str, names: Iterable[str]) -> str | None:
         'grpo'
     """
     names = list(names)
-    ranked = sorted(
-        ((_edits(word.lower(), name.lower()), -len(os.path.commonprefix([word, name])), name) for name in names)
-    )
+    ranked = sorted((_edits(word.lower(), name.lower()), -_alike(word, name), name) for name in names)
     if ranked and ranked[0][0] <= max(1, len(word) // 3):
         return ranked[0][2]
     return next(iter(difflib.get_close_matches(word, names, n=1)), None)
+
+
+def _alike(one: str, other: str) -> int:
+    """Return how many letters two words begin with together."""
+    return next((at for at, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), len(one))
 
 
 def _edits(one: str, other: str) -> int:

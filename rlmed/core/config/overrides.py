@@ -4,6 +4,7 @@
 | --- | --- |
 | `+experiment=X` without a CUDA device | `+experiment=X profile=tiny`, if rlmed ships X (`profile=paper` overrides it) |
 | `profile=X` without an experiment | `+profile=X` |
+| neither profile nor experiment, to train the embedded model | `+profile=tiny` |
 | `experiment=X`, `debug=X` | `+experiment=X`, `+debug=X` |
 | `model=DIR` | `model.path=DIR` |
 | `data=a.jsonl` | `data=jsonl data.eval=[a.jsonl]` |
@@ -45,6 +46,8 @@ OLD_PROFILES = {"embedded": "renamed to profile=tiny", "auto": "this is the defa
 """Names of rlmed 0.1: profiles, and what its small experiments ended in."""
 ADDED_GROUPS = ("experiment", "debug")
 """Groups without a default option."""
+TINY_MODELS = {"tiny", "embedded:tiny_base"}
+"""Names of the embedded model: the option of `conf/model/`, and its path there."""
 ROWS_ENDING = ".jsonl"
 _HYDRA_TEXTS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.job.name")
 
@@ -56,7 +59,7 @@ def group_options(group: str) -> list[str]:
     return sorted(name.removesuffix(".yaml") for name in names if not name.startswith("_") and not is_litter(name))
 
 
-def expand(arguments: Sequence[str], *, cuda: bool, sweeps: bool = False) -> list[str]:
+def expand(arguments: Sequence[str], *, cuda: bool, sweeps: bool = False, trains: bool = False) -> list[str]:
     """Expand the shorthands of the module docstring and quote values.
 
     Args:
@@ -64,6 +67,7 @@ def expand(arguments: Sequence[str], *, cuda: bool, sweeps: bool = False) -> lis
             unchanged.
         cuda: whether a CUDA device is available.
         sweeps: commas separate several values, as with `--multirun`.
+        trains: whether the program does, in whose settings the embedded model wants its profile.
 
     Raises:
         ValueError: for an unknown key, the old name of an option, a resume folder without a
@@ -80,7 +84,7 @@ def expand(arguments: Sequence[str], *, cuda: bool, sweeps: bool = False) -> lis
         if equals and key[:1].isalpha() and not known:
             check_key(key)
     _check_old_options(entries)
-    entries = _with_profile(entries, cuda=cuda)
+    entries = _with_profile(entries, cuda=cuda, trains=trains)
     sweeps = sweeps or "--multirun" in entries
     expanded = [(entry, new) for entry in entries for new in _expand_one(entry)]
     _check_shorthands(expanded)
@@ -99,14 +103,27 @@ def _check_old_options(entries: Sequence[str]) -> None:
             raise ValueError(f"{entry}: {OLD_PROFILES[value]}")
 
 
-def _with_profile(entries: Sequence[str], *, cuda: bool) -> list[str]:
-    """Add the profile that a shipped experiment has on this machine, unless one is given."""
+def _with_profile(entries: Sequence[str], *, cuda: bool, trains: bool) -> list[str]:
+    """Add the profile that a shipped experiment has on this machine, unless one is given.
+
+    Without an experiment, add the embedded model's: at other settings' learning rate, the paper's,
+    it would learn nothing.
+    """
     experiments, profiles = _chosen(entries, "experiment"), _chosen(entries, "profile")
     if profiles and not experiments:  # then there is none to override
         return [f"+{entry}" if entry.startswith("profile=") else entry for entry in entries]
+    if trains and not profiles and not experiments and _trains_tiny(entries):
+        return [*entries, "+profile=tiny"]
     if profiles or cuda or set(experiments).isdisjoint(group_options("experiment")):
         return list(entries)
     return [*entries, "profile=tiny"]
+
+
+def _trains_tiny(entries: Sequence[str]) -> bool:
+    """Return whether the model is the embedded one, or the default, which it is too."""
+    pairs = (entry.partition("=") for entry in entries)
+    models = {value for key, _, value in pairs if key.lstrip("+") in ("model", "model.path")}
+    return models <= TINY_MODELS
 
 
 def _chosen(entries: Sequence[str], group: str) -> list[str]:
