@@ -78,7 +78,8 @@ def _compiler() -> list[str]:
 def _cached(compiler: list[str], flags: tuple[str, ...]) -> Path:
     """Return the library for this source, compiler, flags and processor; compile it if missing."""
     version = _run([*compiler, *flags, "-E", "-dM", "-x", "c++", os.devnull])  # names all that -march found
-    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), " ".join([*compiler[1:], *flags]).encode(), version])).hexdigest()[:16]
+    arguments = " ".join([*compiler[1:], *flags]).encode()
+    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), arguments, version])).hexdigest()[:16]
     for folder in _folders():
         path = folder / f"decode-{key}.so"
         try:
