@@ -44,13 +44,25 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="image",
         help="PNG, JPEG or any other picture file; several in the order in which the model is to see them",
     )
-    parser.add_argument("question")
+    parser.add_argument("question", help="its text, in quotes")
     parser.add_argument("--options", nargs="+", required=True, metavar="TEXT", help="2 to 10 answers to choose from")
-    parser.add_argument("--modality", default="", help="MRI, CT, …: for models trained with one prompt per modality")
-    parser.add_argument("--model", default="embedded:tiny_base", help="model folder, for example a run's checkpoint")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the most likely tokens")
-    parser.add_argument("--seed", type=int, help="sampling seed, with a temperature above 0 (default: 0)")
-    parser.add_argument("--max-tokens", type=int, default=512)
+    parser.add_argument(
+        "--modality", default="", metavar="NAME", help="MRI, CT, …: for models trained with one prompt per modality"
+    )
+    parser.add_argument(
+        "--model",
+        default="embedded:tiny_base",
+        metavar="DIR",
+        help="model folder, for example outputs/run/DATE/checkpoints/step-000300 (default: the embedded model, which "
+        "knows generated images only)",
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 (default) takes the most likely tokens"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="sampling seed, with a temperature above 0 (default: 0)")
+    parser.add_argument(
+        "--max-tokens", type=int, default=512, metavar="N", help="longest reasoning and answer (default: 512)"
+    )
     return parser.parse_args(arguments)
 
 

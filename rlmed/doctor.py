@@ -70,10 +70,8 @@ def _package(name: str) -> str | None:
 
 def examine() -> list[Finding]:
     """Check the interpreter, the packages, the hardware and the embedded model."""
-    version = platform.python_version()
-    findings = [
-        Finding("python", "ok" if sys.version_info >= (3, 11) else "missing", f"{version} (3.11 or newer needed)")
-    ]
+    version, new = platform.python_version(), sys.version_info >= (3, 11)
+    findings = [Finding("python", "ok" if new else "missing", version if new else f"{version}: install 3.11 or newer")]
     for name in REQUIRED:
         found = _package(name)
         findings.append(Finding(name, "ok" if found else "missing", found or f"pip install {name}"))
@@ -108,7 +106,7 @@ def _hardware() -> list[Finding]:
     )
     attention, decode = _attention(), _decode()
     if not torch.cuda.is_available():
-        none = "none: +experiment=… runs with profile=tiny here"
+        none = "none: rlmed.launch +experiment=medvqa_600 has profile=tiny here"
         return [cpu, products, attention, decode, Finding("CUDA device", "optional", none)]
     free, total = torch.cuda.mem_get_info()
     name = torch.cuda.get_device_name()

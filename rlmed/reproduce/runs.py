@@ -183,10 +183,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m rlmed.reproduce", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("overrides", nargs="*", help="+experiment=NAME and key=value, as for rlmed.launch")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", choices=["sft", "rl"], default=["sft", "rl"])
-    parser.add_argument("--out", type=Path, help="folder of all runs (default: outputs/reproduce/EXPERIMENT)")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="+experiment=NAME and settings, as for rlmed.launch; each run gets those that its command reads",
+    )
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="one SFT and one RL run each (0 1 2)"
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=["sft", "rl"],
+        default=["sft", "rl"],
+        help="what to compare with the untrained model (both)",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder of all runs and of the table (outputs/reproduce/EXPERIMENT)"
+    )
     keep_display()
     # intermixed: --seeds may stand between overrides
     given = parser.parse_intermixed_args(arguments)

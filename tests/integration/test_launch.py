@@ -182,9 +182,9 @@ def test_sft_targets() -> None:
     from rlmed.core.types import Example
 
     example = Example("x", None, "?", ("a", "b"), 1, completion="<think>b</think><answer>B</answer>")
-    assert sft.target_text(example, "auto") == example.completion
-    assert sft.target_text(example, "answer") == "<answer>B</answer>"
-    assert sft.target_text(example, "option") == "<think>b (B).</think>\n<answer>B</answer>"
+    assert sft_run.target_text(example, "auto") == example.completion
+    assert sft_run.target_text(example, "answer") == "<answer>B</answer>"
+    assert sft_run.target_text(example, "option") == "<think>b (B).</think>\n<answer>B</answer>"
 
 
 def test_a_mix_of_modalities_holds_in_every_command(
