@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import logging
 import os
 import shutil
@@ -109,7 +110,7 @@ def run_command(program: str, main: Callable[[RunConfig, Path], None]) -> None:
             overrides.append("hydra.output_subdir=null")
         name = flags.config_name or program
         if flags.help:
-            _show_help(program, name, overrides)
+            _show_help(program, inspect.getdoc(inspect.getmodule(main)) or "", name, overrides)
         elif flags.multirun:
             sweep_dir = f"hydra.sweep.dir=outputs/${{name}}/sweep_${{now:%Y-%m-%d_%H-%M-%S}}_{os.getpid()}"
             _call_hydra(name, _Job(program, main, notice, held=False), [sweep_dir, *overrides], "--multirun")
@@ -279,12 +280,11 @@ def _is_unicode(texts: Sequence[str]) -> bool:
     return not any(0xD800 <= ord(character) <= 0xDFFF for text in texts for character in text)
 
 
-def _show_help(program: str, name: str, overrides: Sequence[str]) -> None:
+def _show_help(program: str, purpose: str, name: str, overrides: Sequence[str]) -> None:
     with hydra.initialize_config_module("conf", version_base="1.3"):
         composed = hydra.compose(name, overrides=list(overrides))
         values = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(values, dict)
-    purpose = sys.modules["__main__"].__doc__ or ""
     sys.stdout.write(help_text(program, purpose, {str(key): value for key, value in values.items()}))
 
 
