@@ -10,6 +10,7 @@ if __name__ == "__main__":
 import argparse
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -78,8 +79,10 @@ def asked_options(texts: Sequence[str]) -> tuple[str, ...]:
         return plain_options(texts)
     except BadRowError as error:
         shown = ", ".join(texts)
+        parts = shown.split(",") if len(texts) == 1 else []
+        meant = f"; separate them by spaces: --options {shlex.join(map(str.strip, parts))}" if len(parts) > 1 else ""
         raise ValueError(
-            f"--options needs 2 to {len(LETTERS)} different texts, got {len(texts)}: {shown} ({error})"
+            f"--options needs 2 to {len(LETTERS)} different texts, got {len(texts)}: {shown} ({error}){meant}"
         ) from error
 
 

@@ -190,7 +190,9 @@ def _expand_one(argument: str) -> list[str]:
         folder = Path(_unquoted(value))
         if not (folder / "checkpoints").is_dir():
             missing = "no checkpoints in that folder" if folder.is_dir() else "no such folder"
-            raise ValueError(f"resume={value}: {missing}; give a run folder with a checkpoint, or resume=auto")
+            inner = sorted(path.parent for path in folder.glob("*/checkpoints"))
+            near = f" (did you mean resume={inner[-1]}?)" if inner else ""
+            raise ValueError(f"resume={value}: {missing}; give a run folder with a checkpoint{near}, or resume=auto")
         return [f"resume={quoted(value)}", f"hydra.run.dir={quoted(value)}"]
     return [argument]
 

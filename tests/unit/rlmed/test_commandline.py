@@ -103,6 +103,10 @@ def test_fine_tuning_has_a_folder_beside_that_of_rl(arguments: list[str], folder
 def test_expand_resume_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no checkpoints"):
         expand([f"resume={tmp_path}"], cuda=False)
+    for name in ("2026-01-01", "2026-01-02"):  # a name's runs
+        (tmp_path / "runs" / name / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match=re.escape(f"resume={tmp_path}/runs/2026-01-02?")):
+        expand([f"resume={tmp_path}/runs"], cuda=False)
     (tmp_path / "checkpoints").mkdir()
     assert expand([f"resume={tmp_path}"], cuda=False) == [f"resume={tmp_path}", f"hydra.run.dir={tmp_path}"]
 

@@ -13,7 +13,6 @@ import pytest
 from rlmed.core.process.starting import start_command
 from tests.root import ROOT
 
-
 ASK = f"ask '{ROOT}/docs/figures/report.png' q --options a b"
 
 
