@@ -161,7 +161,9 @@ class _Job:
                 if isinstance(handler, logging.FileHandler):
                     handler.stream.reconfigure(encoding="utf-8", errors=ERRORS)  # type: ignore[union-attr]
             if self.notice:
-                data = "generated images" if config.data.source == "phantom" else config.data.train
+                data = (
+                    "generated images" if config.data.source == "phantom" else config.data.train or "no training rows"
+                )
                 log.info("%s (here %s on %s)", self.notice, config.model.path, data)
             if self.held:
                 self.main(config, folder)

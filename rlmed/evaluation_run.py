@@ -10,7 +10,7 @@ from rich.table import Table
 from rewards.conclusion import argued_option
 from rlmed.cluster.commands import BuildSampling, Sampling, build_local_sampling, build_sampling
 from rlmed.cluster.engines import make_renderer
-from rlmed.cluster.requirements import check_machine
+from rlmed.cluster.requirements import check_device, check_machine
 from rlmed.core.config.composing import to_yaml
 from rlmed.core.config.schema import RunConfig
 from rlmed.data.loading import load_run_data
@@ -29,6 +29,7 @@ from rlmed.report.terminal import show_results
 
 def evaluate(config: RunConfig, folder: Path) -> None:
     """Evaluate `config.model` on `config.data.eval`."""
+    check_machine(config, learns=False)
     progress = Progress()
     evaluator, sampling = open_evaluation(config, folder, progress)
     with sampling.resources, progress:
@@ -38,6 +39,7 @@ def evaluate(config: RunConfig, folder: Path) -> None:
 
 def evaluate_reliability(config: RunConfig, folder: Path) -> None:
     """Evaluate `config.model` on `config.data.eval`, then ask the same questions again."""
+    check_device(config.model)
     progress = Progress()
     evaluator, sampling = open_evaluation(config, folder, progress, build_local_sampling)
     assert sampling.policy is not None, "it runs in one process"
@@ -61,7 +63,6 @@ def open_evaluation(
         ValueError: for unusable data or model, a folder that holds a training run, or another
             evaluation of other rows.
     """
-    check_machine(config, learns=False)
     starting_point(folder, resume=False)  # never overwrite the evaluation of a training run
     before = _compared(config)
     if before and not (before / ROWS_FILE).is_file():

@@ -5,13 +5,21 @@ from __future__ import annotations
 import importlib.util
 import os
 
+import torch
+
 from learner.moments import check_eight_bits
-from rlmed.core.config.schema import RunConfig
+from rlmed.core.config.schema import ModelConfig, RunConfig
 from rlmed.models.adapters import check_peft
 from rlmed.models.loading import check_dtype, resolve_device
 from rlmed.models.quantized import check_four_bits
 
 NO_RAY = "cluster=ray needs Ray: pip install -c requirements.lock -e '.[ray]' in rlmed's checkout"
+
+
+def check_device(model: ModelConfig) -> torch.device:
+    """Return the model's device; ValueError if it is not there, or lacks the dtype."""
+    check_dtype(model)
+    return resolve_device(model)
 
 
 def check_machine(config: RunConfig, *, learns: bool) -> None:
@@ -33,8 +41,7 @@ def check_machine(config: RunConfig, *, learns: bool) -> None:
     elsewhere = cluster.kind == "ray" and bool(cluster.address or os.environ.get("RAY_ADDRESS") or cluster.runtime_env)
     if elsewhere:
         return
-    device = resolve_device(config.model)
-    check_dtype(config.model)
+    device = check_device(config.model)
     if config.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         from rollout.vllm_backend.environment import NOT_INSTALLED
 
