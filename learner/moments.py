@@ -46,12 +46,17 @@ def has_eight_bits() -> bool:
     return importlib.util.find_spec(LIBRARY) is not None
 
 
-def _eight_bit() -> Any:
+def check_eight_bits() -> None:
+    """Raise ValueError if `learner.moments=8bit` cannot be had here."""
     if not has_eight_bits():
         raise ValueError(
             "learner.moments=8bit needs torchao, which is not installed: pip install torchao, or use "
             "learner.moments=bfloat16"
         )
+
+
+def _eight_bit() -> Any:
+    check_eight_bits()
     return importlib.import_module(f"{LIBRARY}.optim").AdamW8bit
 
 

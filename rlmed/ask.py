@@ -5,34 +5,29 @@ from __future__ import annotations
 from rlmed.core.process.starting import start_command
 
 if __name__ == "__main__":
-    start_command()  # before torch is imported
+    start_command(loads=False)  # before torch is imported
 
 import argparse
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
-from transformers.utils.logging import disable_progress_bar
 
 from rewards.parsing import evaluated_letter
-from rlmed.cluster.engines import open_model
 from rlmed.core.files.near_paths import near_path
 from rlmed.core.prefill import THINK, THINK_END
 from rlmed.core.process.display import ending_errors, keep_display
+from rlmed.core.process.starting import loading_libraries
 from rlmed.core.types import LETTERS, Example, RolloutRequest, SamplingParams
 from rlmed.data.images import MAX_IMAGES, check_image
 from rlmed.data.options.choices import plain_options
-from rlmed.data.prompts import PromptRenderer, read_prompt_settings
 from rlmed.data.rows import BadRowError
-from rlmed.models.folder.agreement import position_doubt
-from rlmed.models.loading import model_folder
-from rlmed.models.policy import load_config, load_policy
 from rlmed.models.tiny.toy import TOY_NOTE, is_toy
-from rollout.native.engine import NativeEngine
 
 log = logging.getLogger(__name__)
 
@@ -50,13 +45,25 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="image",
         help="PNG, JPEG or any other picture file; several in the order in which the model is to see them",
     )
-    parser.add_argument("question")
+    parser.add_argument("question", help="its text, in quotes")
     parser.add_argument("--options", nargs="+", required=True, metavar="TEXT", help="2 to 10 answers to choose from")
-    parser.add_argument("--modality", default="", help="MRI, CT, …: for models trained with one prompt per modality")
-    parser.add_argument("--model", default="embedded:tiny_base", help="model folder, for example a run's checkpoint")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the most likely tokens")
-    parser.add_argument("--seed", type=int, help="sampling seed, with a temperature above 0 (default: 0)")
-    parser.add_argument("--max-tokens", type=int, default=512)
+    parser.add_argument(
+        "--modality", default="", metavar="NAME", help="MRI, CT, …: for models trained with one prompt per modality"
+    )
+    parser.add_argument(
+        "--model",
+        default="embedded:tiny_base",
+        metavar="DIR",
+        help="model folder, for example outputs/run/DATE/checkpoints/step-000300 (default: the embedded model, which "
+        "knows generated images only)",
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 (default) takes the most likely tokens"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="sampling seed, with a temperature above 0 (default: 0)")
+    parser.add_argument(
+        "--max-tokens", type=int, default=512, metavar="N", help="longest reasoning and answer (default: 512)"
+    )
     return parser.parse_args(arguments)
 
 
@@ -72,8 +79,10 @@ def asked_options(texts: Sequence[str]) -> tuple[str, ...]:
         return plain_options(texts)
     except BadRowError as error:
         shown = ", ".join(texts)
+        parts = shown.split(",") if len(texts) == 1 else []
+        meant = f"; separate them by spaces: --options {shlex.join(map(str.strip, parts))}" if len(parts) > 1 else ""
         raise ValueError(
-            f"--options needs 2 to {len(LETTERS)} different texts, got {len(texts)}: {shown} ({error})"
+            f"--options needs 2 to {len(LETTERS)} different texts, got {len(texts)}: {shown} ({error}){meant}"
         ) from error
 
 
@@ -88,6 +97,16 @@ def ask(arguments: argparse.Namespace) -> str:
     if arguments.seed is not None and arguments.temperature == 0:
         raise ValueError(f"--seed {arguments.seed} has no effect without sampling: add --temperature, or leave it out")
     _check_images(arguments.images, arguments.question)
+    with loading_libraries():  # only now: `--help` and errors in the arguments need none
+        from transformers.utils.logging import disable_progress_bar
+
+        from rlmed.cluster.engines import open_model
+        from rlmed.data.prompts import PromptRenderer, read_prompt_settings
+        from rlmed.models.folder.agreement import position_doubt
+        from rlmed.models.loading import model_folder
+        from rlmed.models.policy import load_config, load_policy
+        from rollout.native.engine import NativeEngine
+    disable_progress_bar()  # rlmed has its own
     folder = model_folder(arguments.model)
     # default to the paper's template if the folder does not record one
     settings = {"max_prompt_tokens": MAX_PROMPT_TOKENS, **(read_prompt_settings(folder) or {})}
@@ -157,9 +176,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print reasoning and answer; on an error, print one line and exit with status 2."""
     keep_display()
     parsed = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-    disable_progress_bar()  # rlmed has its own
     with ending_errors():
         completion = ask(parsed)
+        from rlmed.models.loading import model_folder
+
         toy = is_toy(model_folder(parsed.model))
     console = Console(highlight=False)
     reasoning, closed, _ = completion.partition(THINK)[2].partition(THINK_END)

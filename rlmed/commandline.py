@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import logging
 import os
 import shutil
@@ -18,16 +19,18 @@ import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from rewards.extra import RewardError
+from rlmed.core.config.arguments import check_spelling, profile_notice
 from rlmed.core.config.building import build_config
 from rlmed.core.config.composing import plain_config
+from rlmed.core.config.help import help_text
 from rlmed.core.config.overrides import CONFIG_GROUPS, expand, explain, quoted
 from rlmed.core.config.rules import TRAINING
 from rlmed.core.config.schema import RunConfig
-from rlmed.core.config.use import check_used, schema_keys
+from rlmed.core.config.use import check_used
 from rlmed.core.files.atomic import refusal
 from rlmed.core.files.exclusive import hold
 from rlmed.core.files.ownership import remove_leftovers
@@ -36,6 +39,8 @@ from rlmed.core.process.starting import loading_libraries
 from rlmed.core.protocols import LOST, ClusterError
 from rlmed.recording.checkpoint import CheckpointError, list_checkpoints, starting_point
 from rlmed.recording.inputs import CONFIG_FILE
+
+log = logging.getLogger(__name__)
 
 FOLDER_KEY = "hydra.run.dir="
 SEARCH_KEY = "hydra.searchpath="
@@ -90,7 +95,13 @@ def run_command(program: str, main: Callable[[RunConfig, Path], None]) -> None:
 
     with _ending_errors(program):
         flags = _parse_flags(sys.argv[1:])
-        overrides = expand(flags.overrides, cuda=_has_cuda(flags.overrides), sweeps=flags.multirun)
+        overrides = expand(
+            flags.overrides,
+            cuda=_has_cuda(flags.overrides),
+            sweeps=flags.multirun,
+            trains=program in TRAINING and flags.config_name is None and not flags.hydra_help,
+        )
+        notice = profile_notice(flags.overrides, overrides)
         _check_folder_key(overrides, sweeps=flags.multirun)
         if flags.config_dir is not None:
             overrides.append(_search_path(flags.config_dir))
@@ -98,11 +109,13 @@ def run_command(program: str, main: Callable[[RunConfig, Path], None]) -> None:
             # Hydra's files of the overrides must be UTF-8
             overrides.append("hydra.output_subdir=null")
         name = flags.config_name or program
-        if flags.multirun:
+        if flags.help:
+            _show_help(program, inspect.getdoc(inspect.getmodule(main)) or "", name, overrides)
+        elif flags.multirun:
             sweep_dir = f"hydra.sweep.dir=outputs/${{name}}/sweep_${{now:%Y-%m-%d_%H-%M-%S}}_{os.getpid()}"
-            _call_hydra(name, _Job(program, main, held=False), [sweep_dir, *overrides], "--multirun")
+            _call_hydra(name, _Job(program, main, notice, held=False), [sweep_dir, *overrides], "--multirun")
         elif flags.shown:
-            _call_hydra(name, _Job(program, main, held=False), overrides, *flags.shown)
+            _call_hydra(name, _Job(program, main, notice, held=False), overrides, *flags.shown)
         else:
             folder = _choose_folder(program, name, overrides)
             # the libraries that save models accept only valid Unicode paths
@@ -121,7 +134,9 @@ def run_command(program: str, main: Callable[[RunConfig, Path], None]) -> None:
                         check_writable(path)
                     remove_leftovers(path, "*", held=True)
                 _call_hydra(
-                    name, _Job(program, main, held=True), [*overrides, FOLDER_KEY + quoted(str(folder), commas=False)]
+                    name,
+                    _Job(program, main, notice, held=True),
+                    [*overrides, FOLDER_KEY + quoted(str(folder), commas=False)],
                 )
 
 
@@ -131,6 +146,8 @@ class _Job:
 
     program: str
     main: Callable[[RunConfig, Path], None]
+    notice: str
+    """Why the profile is `tiny` although none was given; "" if one was, or it is not."""
     held: bool
     """Whether this process already holds the folder; each job of a sweep has its own."""
 
@@ -143,6 +160,11 @@ class _Job:
                 # created by Hydra in the locale's encoding
                 if isinstance(handler, logging.FileHandler):
                     handler.stream.reconfigure(encoding="utf-8", errors=ERRORS)  # type: ignore[union-attr]
+            if self.notice:
+                data = (
+                    "generated images" if config.data.source == "phantom" else config.data.train or "no training rows"
+                )
+                log.info("%s (here %s on %s)", self.notice, config.model.path, data)
             if self.held:
                 self.main(config, folder)
                 return
@@ -202,7 +224,7 @@ def _parse_flags(arguments: Sequence[str]) -> argparse.Namespace:
         ValueError: for an unknown or unsupported flag.
     """
     parser = get_args_parser()
-    _check_spelling(arguments)
+    check_spelling(arguments)
 
     def refuse(message: str) -> NoReturn:
         raise ValueError(f"{message}: --hydra-help lists the flags; settings are written key=value")
@@ -219,27 +241,6 @@ def _parse_flags(arguments: Sequence[str]) -> argparse.Namespace:
             shown += [f"--{flag}", vars(flags)[flag]]
     flags.shown = [*shown, *(["--resolve"] if flags.resolve else [])]
     return flags
-
-
-def _check_spelling(arguments: Sequence[str]) -> None:
-    """Check for settings written as flags (`--steps 2`) or with spaces around =.
-
-    Raises:
-        ValueError: with the spelling that was meant.
-    """
-    known = set(schema_keys()) | set(CONFIG_GROUPS)
-    for index, entry in enumerate(arguments):
-        name, equals, value = entry.removeprefix("--").partition("=")
-        following = arguments[index + 1 : index + 3]
-        if entry.startswith("--") and name in known:
-            meant = value if equals else following[0] if following else "VALUE"
-            raise ValueError(f"{entry}: settings are written key=value: did you mean {name}={meant}?")
-        if name in known and (following[:1] == ["="] or (equals and not value and index + 1 < len(arguments))):
-            meant = following[-1] if following[:1] == ["="] and len(following) > 1 else following[0]
-            said = " ".join([entry, *following[: 2 if following[:1] == ["="] else 1]])
-            raise ValueError(f"{said}: no spaces around =: did you mean {name}={meant}?")
-        if name in known and not equals and following and following[0].startswith("="):
-            raise ValueError(f"{entry} {following[0]}: no spaces around =: did you mean {name}{following[0]}?")
 
 
 @contextmanager
@@ -279,6 +280,14 @@ def _search_path(folder: str) -> str:
 def _is_unicode(texts: Sequence[str]) -> bool:
     """Return False if a file name from the system cannot be decoded in the locale's encoding."""
     return not any(0xD800 <= ord(character) <= 0xDFFF for text in texts for character in text)
+
+
+def _show_help(program: str, purpose: str, name: str, overrides: Sequence[str]) -> None:
+    with hydra.initialize_config_module("conf", version_base="1.3"):
+        composed = hydra.compose(name, overrides=list(overrides))
+        values = OmegaConf.to_container(composed, resolve=True)
+    assert isinstance(values, dict)
+    sys.stdout.write(help_text(program, purpose, {str(key): value for key, value in values.items()}))
 
 
 def _call_hydra(name: str, job: _Job, overrides: Sequence[str], *flags: str) -> None:

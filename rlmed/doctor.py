@@ -8,7 +8,7 @@ from __future__ import annotations
 from rlmed.core.process.starting import start_command
 
 if __name__ == "__main__":
-    start_command()  # before torch is imported
+    start_command(loads=False)  # before torch is imported
 
 import argparse
 import importlib.metadata
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlmed.core.process.display import ending_errors, keep_display
+from rlmed.core.process.starting import loading_libraries
 from rlmed.core.process.threads import cpu_quota, usable_cores
 
 Status = Literal["ok", "optional", "missing"]
@@ -69,10 +70,8 @@ def _package(name: str) -> str | None:
 
 def examine() -> list[Finding]:
     """Check the interpreter, the packages, the hardware and the embedded model."""
-    version = platform.python_version()
-    findings = [
-        Finding("python", "ok" if sys.version_info >= (3, 11) else "missing", f"{version} (3.11 or newer needed)")
-    ]
+    version, new = platform.python_version(), sys.version_info >= (3, 11)
+    findings = [Finding("python", "ok" if new else "missing", version if new else f"{version}: install 3.11 or newer")]
     for name in REQUIRED:
         found = _package(name)
         findings.append(Finding(name, "ok" if found else "missing", found or f"pip install {name}"))
@@ -87,17 +86,18 @@ def examine() -> list[Finding]:
 
 
 def _hardware() -> list[Finding]:
-    import torch
+    with loading_libraries():
+        import torch
+
+        from rlmed.models.cpu.products import bfloat16_speed, settle_products
+        from rlmed.models.loading import model_folder
+        from rlmed.models.policy import load_config
 
     quota = cpu_quota()
     limit = "no quota" if quota is None else f"a quota of {quota:g}"
     policy = os.environ.get("OMP_WAIT_POLICY", "not set")
     cores = f"{usable_cores()} of {os.cpu_count()} cores usable ({limit})"
     cpu = Finding("CPU", "ok", f"{cores}, {torch.get_num_threads()} torch threads, OMP_WAIT_POLICY {policy}")
-    from rlmed.models.cpu.products import bfloat16_speed, settle_products
-    from rlmed.models.loading import model_folder
-    from rlmed.models.policy import load_config
-
     uses = ", ".join(settle_products(load_config(model_folder("embedded:tiny_base")))) or "none"
     products = Finding(
         "CPU products",
@@ -106,7 +106,7 @@ def _hardware() -> list[Finding]:
     )
     attention, decode = _attention(), _decode()
     if not torch.cuda.is_available():
-        none = "none: +experiment=… runs with profile=tiny here"
+        none = "none: rlmed.launch +experiment=medvqa_600 has profile=tiny here"
         return [cpu, products, attention, decode, Finding("CUDA device", "optional", none)]
     free, total = torch.cuda.mem_get_info()
     name = torch.cuda.get_device_name()

@@ -11,6 +11,7 @@ from learner.advantages import AdvantageEstimator, has_learning_signal
 from rewards.rubric import Rubric
 from rlmed.cluster.build import Cluster, build_cluster
 from rlmed.cluster.engines import make_renderer
+from rlmed.cluster.requirements import check_machine
 from rlmed.controller import StepResult, train
 from rlmed.core.config.composing import check_same_run, to_yaml
 from rlmed.core.config.schema import RunConfig
@@ -47,6 +48,7 @@ class Run:
         """
         self.config, self.folder = config, folder
         config.check_groups()
+        check_machine(config, learns=config.debug.learn)
         self.checkpoint = starting_point(folder, resume=config.resume is not None)
         self.checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep_last)
         self.progress = Progress()

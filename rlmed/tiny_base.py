@@ -11,7 +11,7 @@ from __future__ import annotations
 from rlmed.core.process.starting import start_command
 
 if __name__ == "__main__":
-    start_command()  # before torch is imported
+    start_command(loads=False)  # before torch is imported
 
 import argparse
 import shutil
@@ -20,18 +20,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from transformers.utils.logging import disable_progress_bar
-
 from rlmed import sft
 from rlmed.core.config.composing import compose_config
 from rlmed.core.config.schema import RunConfig
 from rlmed.core.files.atomic import partial_folder, rename_into_place
 from rlmed.core.files.exclusive import hold
 from rlmed.core.process.display import ending_errors, keep_display
-from rlmed.data.phantom.corpus import tokenizer_corpus, tokenizer_phrases, write_alignment
-from rlmed.data.prompts import load_processor
-from rlmed.models.tiny.build import build_tiny
+from rlmed.core.process.starting import loading_libraries
 from rlmed.models.tiny.toy import SHIPPED
 from rlmed.recording.checkpoint import CheckpointError, list_checkpoints
 
@@ -67,6 +62,12 @@ def build(target: Path, work: Path, *, lookup_rows: int, studies: int, reader_st
         studies: images with careful readings.
         reader_studies: images with readings of mixed quality.
     """
+    with loading_libraries():  # only now: `--help` needs none
+        from transformers.utils.logging import disable_progress_bar
+
+        from rlmed.data.phantom.corpus import tokenizer_corpus, tokenizer_phrases
+        from rlmed.models.tiny.build import build_tiny
+    disable_progress_bar()  # rlmed has its own
     files = _corpus(work / "data", lookup_rows=lookup_rows, studies=studies, reader_studies=reader_studies)
     model = work / "start"
     build_tiny(model, corpus=tokenizer_corpus(0), phrases=tokenizer_phrases())
@@ -83,6 +84,8 @@ def _corpus(folder: Path, *, lookup_rows: int, studies: int, reader_studies: int
     done = folder / "done"
     names = ("lookup", "careful", "readers")
     if not done.is_file():
+        from rlmed.data.phantom.corpus import write_alignment
+
         shutil.rmtree(folder, ignore_errors=True)
         files = write_alignment(
             folder, CORPUS_SEED, lookup_rows=lookup_rows, studies=studies, reader_studies=reader_studies
@@ -114,8 +117,10 @@ def _config(stage: Stage, train: Path, model: Path) -> RunConfig:
 
 def _export(model: Path, target: Path) -> None:
     """Save the model in bfloat16: half the size, and precise enough for a base."""
-    # after rlmed.models, which makes this import safe
+    import torch
     from transformers import AutoModelForImageTextToText
+
+    from rlmed.data.prompts import load_processor
 
     target = target.resolve()
     aside = partial_folder(target)
@@ -137,7 +142,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--reader-studies", type=int, default=3000)
     parsed = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
     keep_display()
-    disable_progress_bar()  # rlmed has its own
     with ending_errors(CheckpointError, interrupted="interrupted; run the same command to continue"):
         parsed.work.mkdir(parents=True, exist_ok=True)
         with hold(parsed.work, advice="wait until it has ended, or choose another folder with --work"):

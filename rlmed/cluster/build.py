@@ -40,6 +40,7 @@ from rlmed.cluster.engines import (
 )
 from rlmed.cluster.memory import engines_that_pack
 from rlmed.cluster.replay import NoLearner, ReplayPool
+from rlmed.cluster.requirements import NO_RAY
 from rlmed.core.config.checks import require
 from rlmed.core.config.schema import ModelConfig, RunConfig
 from rlmed.core.process.threads import usable_cores
@@ -223,9 +224,7 @@ def build_ray(
     try:
         from rlmed.cluster.ray_session import machines_of, on_gpus, place_actors, start_ray
     except ImportError as error:
-        raise ValueError(
-            "cluster=ray needs Ray: pip install -c requirements.lock -e '.[ray]' in rlmed's checkout"
-        ) from error
+        raise ValueError(NO_RAY) from error
     on_cpus = config
     if not config.model.device.startswith("cuda"):  # before Ray's own processes disturb the probes
         engines = engines_that_pack(config.cluster, max_staleness=config.algo.max_staleness)

@@ -132,8 +132,8 @@ def load_data(config: DataConfig, renderer: PromptRenderer, *, training: bool) -
         evals = evals or [str(folder / f"test_{name}.jsonl") for name in ("mri", "ct", "xray")]
     if training and not train:
         raise ValueError(
-            "data.train is not set: give a file of training rows, for example data.train=train.jsonl (data=FILE.jsonl "
-            "names the evaluation rows)"
+            "data.train is not set: give a file of training rows, for example data=jsonl data.train="
+            f"{evals[0] if len(evals) == 1 else 'train.jsonl'} (data=FILE.jsonl names rows to evaluate on)"
         )
     if not training and not evals:
         raise ValueError("data.eval is empty: give files to evaluate on, for example data=test.jsonl")

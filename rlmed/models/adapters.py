@@ -37,6 +37,12 @@ NAME = "default"
 INSTALL = "pip install -c requirements.lock -e '.[lora]' in rlmed's checkout"
 
 
+def check_peft() -> None:
+    """Raise ValueError if peft is not installed."""
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError(f"learner.lora needs peft: {INSTALL}")
+
+
 def add_adapters(policy: Policy, settings: LoraConfig, *, base: str, seed: int) -> Policy:
     """Return a policy with adapters on the weights of `policy`, which itself computes as before.
 
@@ -51,8 +57,7 @@ def add_adapters(policy: Policy, settings: LoraConfig, *, base: str, seed: int) 
     Raises:
         ValueError: if peft is not installed, or no layer is to be adapted.
     """
-    if importlib.util.find_spec("peft") is None:
-        raise ValueError(f"learner.lora needs peft: {INSTALL}")
+    check_peft()
     import peft
 
     model = policy.model if settings.quantize else _same_modules(policy.model)

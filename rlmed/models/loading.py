@@ -13,6 +13,8 @@ from rlmed.models.policy import load_config
 from rlmed.models.tiny.toy import EMBEDDED, shipped_folder
 
 log = logging.getLogger(__name__)
+NATIVE = (8, 0)
+"""Lowest compute capability of GPUs that compute in bfloat16 themselves (Ampere)."""
 
 
 def model_folder(path: str) -> Path:
@@ -42,13 +44,23 @@ def resolve_device(config: ModelConfig) -> torch.device:
     return device
 
 
+def check_dtype(config: ModelConfig) -> None:
+    """Raise ValueError for `model.dtype=bfloat16` on a CUDA device that only emulates it."""
+    device = resolve_device(config)
+    if config.dtype == "bfloat16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < NATIVE:
+        raise ValueError(
+            f"model.dtype=bfloat16: {torch.cuda.get_device_name(device)} has no bfloat16 of its own; use "
+            "model.dtype=float32 or auto"
+        )
+
+
 def resolve_dtype(config: ModelConfig) -> str:
     """Resolve `model.dtype` on this machine."""
     if config.dtype != "auto":
         return config.dtype
     device = resolve_device(config)
     # on CPUs float32 is exact and fused; bfloat16 is opt-in
-    native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= NATIVE
     return "bfloat16" if native else "float32"
 
 

@@ -358,7 +358,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
         raise ValueError(f"model {str(folder)!r} is a file: give the folder that contains it and its config.json")
     if folder.is_absolute() or len(folder.parts) > 2 or ".." in folder.parts:
         # a hub name is NAME or OWNER/NAME
-        advice = near_path(folder) or "check model.path"
+        advice = near_path(folder) or "correct the path"
         raise ValueError(f"model folder {str(folder)!r} does not exist (relative to {Path.cwd()}); {advice}")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=not _hub_answers())

@@ -17,6 +17,20 @@ from rlmed.models.size import meta_model
 LIBRARIES = ("bitsandbytes", "accelerate")
 
 
+def check_four_bits(device: torch.device) -> None:
+    """Raise ValueError if weights on this device cannot be kept in 4 bits."""
+    if device.type != "cuda":
+        raise ValueError(
+            f"learner.lora.quantize=nf4 needs a CUDA device, and the model is on {device}: use learner.lora.quantize=null"
+        )
+    absent = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
+    if absent:
+        raise ValueError(
+            f"learner.lora.quantize=nf4 needs {' and '.join(absent)}: pip install -c requirements.lock -e '.[qlora]' in "
+            "rlmed's checkout, or use learner.lora.quantize=null"
+        )
+
+
 def four_bits(
     config: PreTrainedConfig, parts: Collection[str], dtype: torch.dtype, device: torch.device
 ) -> dict[str, Any]:
@@ -31,16 +45,7 @@ def four_bits(
     Raises:
         ValueError: without a GPU or the libraries.
     """
-    if device.type != "cuda":
-        raise ValueError(
-            f"learner.lora.quantize=nf4 needs a CUDA device, and the model is on {device}: use learner.lora.quantize=null"
-        )
-    absent = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
-    if absent:
-        raise ValueError(
-            f"learner.lora.quantize=nf4 needs {' and '.join(absent)}: pip install -c requirements.lock -e '.[qlora]' in "
-            "rlmed's checkout, or use learner.lora.quantize=null"
-        )
+    check_four_bits(device)
     model, family = meta_model(config), family_of(config)
     head = model.get_output_embeddings()
     kept = [

@@ -104,7 +104,11 @@ def write_report(run_folder: Path, *, sft: Path | None = None) -> Path:
         OSError: if a file cannot be read or the report cannot be written.
     """
     if not any((run_folder / name).exists() for name in (CONFIG_FILE, METRICS_FILE, "evaluations")):
-        raise ValueError(f"{run_folder} is not a run folder: it has no config.yaml, {METRICS_FILE} or evaluations")
+        inner = sorted(path.parent for path in run_folder.glob(f"*/{CONFIG_FILE}"))
+        near = f"; {inner[-1]} is one" if inner else ""
+        raise ValueError(
+            f"{run_folder} is not a run folder: it has no config.yaml, {METRICS_FILE} or evaluations{near}"
+        )
     environment = page_environment()
     page = environment.get_template(TEMPLATE).render(_context(run_folder, environment, sft))
     return replace_text(run_folder / REPORT_FILE, page)

@@ -25,7 +25,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from rlmed.core.config.composing import unused_overrides
@@ -33,6 +32,7 @@ from rlmed.core.config.overrides import expand, quoted
 from rlmed.core.files.atomic import replace_text
 from rlmed.core.files.exclusive import hold
 from rlmed.core.process.display import ending_errors, keep_display
+from rlmed.core.process.starting import loading_libraries
 from rlmed.core.protocols import LOST
 from rlmed.reproduce.table import Reproduction, collect, write_reproduction
 
@@ -140,6 +140,8 @@ def _share_out(methods: Sequence[str], overrides: Sequence[str]) -> dict[str, tu
     Raises:
         ValueError: for an override that no command reads.
     """
+    with loading_libraries():
+        import torch
     cuda = torch.cuda.is_available()
     expanded = expand(overrides, cuda=cuda)
     unused = {
@@ -181,10 +183,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m rlmed.reproduce", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("overrides", nargs="*", help="+experiment=NAME and key=value, as for rlmed.launch")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", choices=["sft", "rl"], default=["sft", "rl"])
-    parser.add_argument("--out", type=Path, help="folder of all runs (default: outputs/reproduce/EXPERIMENT)")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="+experiment=NAME and settings, as for rlmed.launch; each run gets those that its command reads",
+    )
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="one SFT and one RL run each (0 1 2)"
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=["sft", "rl"],
+        default=["sft", "rl"],
+        help="what to compare with the untrained model (both)",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder of all runs and of the table (outputs/reproduce/EXPERIMENT)"
+    )
     keep_display()
     # intermixed: --seeds may stand between overrides
     given = parser.parse_intermixed_args(arguments)

@@ -116,11 +116,18 @@ class NativeEngine:
         """Compute prompts in one row, cache keys and values, sample completions' first tokens."""
         policy = self.policy
         groups = [SequenceGroup.of(request, policy.prompt_positions(request.prompt)) for request in requests]
-        lengths = [len(request.prompt.token_ids) for request in requests]
         if self._decoder is None:
             self._decoder = Decoder(policy, self._limits, self._plan, position_rows=len(groups[0].positions))
         decoder = self._decoder
         decoder.reserve(requests)
+        try:
+            self._compute_prompts(requests, groups, decoder)
+        except BaseException:
+            self._forget(groups, decoder)
+            raise
+
+    def _compute_prompts(self, requests: list[RolloutRequest], groups: list[SequenceGroup], decoder: Decoder) -> None:
+        policy, lengths = self.policy, [len(request.prompt.token_ids) for request in requests]
         rows = self._start(groups, decoder)
         tokens = torch.cat([torch.as_tensor(request.prompt.token_ids) for request in requests])
         layout = decoder.prompt_layout(lengths, [group.pages for group in groups], tokens)
@@ -136,6 +143,17 @@ class NativeEngine:
         self._shape = decoder.lay_out(self._rows, self._groups)
         logits = logits.repeat_interleave(repeats, dim=0, output_size=len(rows))
         decoder.first(rows, len(self._rows) - len(rows), logits, version=self.policy_version)
+
+    def _forget(self, groups: list[SequenceGroup], decoder: Decoder) -> None:
+        """Free what groups have taken whose prompts could not be computed, as without memory."""
+        failed = {id(group) for group in groups}
+        for group in groups:
+            decoder.prefix.give_back(group.pages)
+            for sequence in group.sequences:
+                decoder.suffix.give_back(sequence.pages)
+        self._groups = [group for group in self._groups if id(group) not in failed]
+        self._rows = [row for row in self._rows if id(row.group) not in failed]
+        self._shape = None
 
     def _start(self, groups: list[SequenceGroup], decoder: Decoder) -> list[Sequence]:
         """Make the groups' sequences and take pages for them; return the sequences."""

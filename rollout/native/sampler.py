@@ -54,21 +54,23 @@ def _draw(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
         uniform: float64 [R, 1] in [0, 1).
 
     Returns:
-        int64 [R, 1] tokens, and float64 [R, 1] sums of the weights.
+        int64 [R, 1] tokens, and float64 [R, 1] sums of the weights, which are NaN in a row of them.
     """
-    if short := weights.shape[1] % BLOCK:
+    count = weights.shape[1]
+    if short := count % BLOCK:
         weights = F.pad(weights, (0, BLOCK - short))
     blocks = weights.unflatten(1, (-1, BLOCK))
     sums = blocks.sum(dim=2, dtype=torch.float64).cumsum(dim=1)
     mass = sums[:, -1:]
     # the largest number below 1, times the mass, may round to the mass, beyond every token
     threshold = torch.minimum(uniform * mass, torch.nextafter(mass, torch.zeros_like(mass)))
-    block = torch.searchsorted(sums, threshold, right=True)
+    # NaN lies beyond every number
+    block = torch.searchsorted(sums, threshold, right=True).clamp_(max=blocks.shape[1] - 1)
     before = sums.gather(1, (block - 1).clamp_(min=0)).masked_fill_(block == 0, 0.0)
     inside = blocks[torch.arange(len(blocks), device=block.device), block.squeeze(1)].double().cumsum(dim=1)
     # a block's sum may round above the end of its cumulative sum, where there is no token
     rest = torch.minimum(threshold - before, torch.nextafter(inside[:, -1:], torch.zeros_like(mass)))
-    return block * BLOCK + torch.searchsorted(inside, rest, right=True), mass
+    return (block * BLOCK + torch.searchsorted(inside, rest, right=True)).clamp_(max=count - 1), mass
 
 
 class Uses(NamedTuple):

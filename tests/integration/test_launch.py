@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from rlmed import ask, evaluate, sft
+from rlmed import ask, evaluate, sft, sft_run
 from rlmed.core.config.schema import RunConfig
 from rlmed.core.files.atomic import RecordError
 from rlmed.data import images
@@ -182,9 +182,9 @@ def test_sft_targets() -> None:
     from rlmed.core.types import Example
 
     example = Example("x", None, "?", ("a", "b"), 1, completion="<think>b</think><answer>B</answer>")
-    assert sft.target_text(example, "auto") == example.completion
-    assert sft.target_text(example, "answer") == "<answer>B</answer>"
-    assert sft.target_text(example, "option") == "<think>b (B).</think>\n<answer>B</answer>"
+    assert sft_run.target_text(example, "auto") == example.completion
+    assert sft_run.target_text(example, "answer") == "<answer>B</answer>"
+    assert sft_run.target_text(example, "option") == "<think>b (B).</think>\n<answer>B</answer>"
 
 
 def test_a_mix_of_modalities_holds_in_every_command(
@@ -202,7 +202,7 @@ def test_a_mix_of_modalities_holds_in_every_command(
     run.execute()
     groups = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
     assert sorted(group["modality"] for group in groups) == ["CT"] * 6 + ["MRI"] * 2
-    batches = sft.Batches(run.data.train_examples, run.renderer, config)
+    batches = sft_run.Batches(run.data.train_examples, run.renderer, config)
     for step in range(batches.steps):
         asked = [item.prompt.example.modality for item in batches.batch(step)]
         assert sorted(asked) == ["CT", "CT", "CT", "MRI"]
@@ -266,7 +266,7 @@ def test_sft_shuffles_options_where_no_written_text_names_a_letter(
         Example("free", None, "?", ("a", "b", "c", "d"), 1),
         Example("fixed", None, "?", ("a", "b", "c", "d"), 1, completion=written),
     ]
-    batches = sft.Batches(examples, renderer, config)
+    batches = sft_run.Batches(examples, renderer, config)
     said = "data.shuffle_options: 1 of 2 training rows keep"
     assert (said in caplog.text) == (target == "auto")
     seen: dict[str, set[tuple[str, ...]]] = {"free": set(), "fixed": set()}

@@ -12,7 +12,7 @@ import pytest
 
 from rewards.likelihood_gain import option_logprobs
 from rewards.parsing import has_format
-from rlmed import ask, evaluate, sft
+from rlmed import ask, evaluate, sft, sft_run
 from rlmed.cluster.engines import open_model
 from rlmed.core.config.schema import RunConfig
 from rlmed.data.loading import load_run_data
@@ -117,7 +117,7 @@ def test_written_texts_are_scored_and_learnt_as_they_would_be_sampled(
     renderer = PromptRenderer(*open_model(base_copy), max_prompt_tokens=256)
     config = make_config(f"model.path={base_copy}", "sft.target=option", "sft.batch_size=1")
     examples = load_run_data(config.data, config.prompt, renderer, training=True).train_examples
-    (item,) = sft.Batches(examples, renderer, config).batch(0)
+    (item,) = sft_run.Batches(examples, renderer, config).batch(0)
     prompt, written = item.prompt, item.sequences[0].completion.token_ids
     assert prompt.prefill == text.replace("\\n", "\n")
     asked: list[str] = []

@@ -129,6 +129,23 @@ def test_the_sampler_draws_what_torchs_does(isa, vocabulary):
     assert probe_sampler(sample, max(vocabulary, 8), torch.device("cpu")) == ""
 
 
+@pytest.mark.parametrize("strange", [float("nan"), float("inf")])
+@pytest.mark.parametrize("greedy", [False, True])
+def test_a_row_of_logits_that_are_no_numbers_is_seen(strange, greedy):
+    """By its log-probability, as with torch's sampler; the other rows are as they were."""
+    logits = torch.randn(3, 300, generator=torch.Generator().manual_seed(0))
+    uniform, temperature = torch.tensor([0.3, 0.5, 0.7], dtype=torch.float64), torch.ones(3)
+    asked = torch.full((3,), greedy)
+    before = sample(logits, uniform, temperature, asked)
+    logits[1, 200] = strange
+    tokens, logprobs = sample(logits, uniform, temperature, asked)
+    expected, expected_logprobs = BatchSampling(None, asked, None, None).sample(logits, uniform)
+    assert logprobs.isnan().tolist() == expected_logprobs.isnan().tolist() == [False, True, False]
+    assert not greedy or tokens[1] == expected[1] == 200
+    assert 0 <= tokens[1] < 300 > expected[1] >= 0
+    assert [entry[::2].tolist() for entry in (tokens, logprobs)] == [entry[::2].tolist() for entry in before]
+
+
 def test_a_row_has_the_same_bits_in_any_company(fresh_policy, mixed_prompts):
     policy = fresh_policy("qwen2_vl")
     requests = [
@@ -167,6 +184,30 @@ def test_a_library_is_compiled_once_for_each_processor(empty_cache, monkeypatch)
 def _copied(source, target):
     target.write_bytes(source.read_bytes())
     return target
+
+
+def test_a_library_that_was_cut_off_is_compiled_again(empty_cache, caplog):
+    path = compiler._cached(compiler._compiler(), compiler.FLAGS)  # not loaded: the loader knows files by name
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100])
+    assert missing_library() == ""
+    assert str(path) in caplog.text
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("given", ["{wrapper} g++", "'{wrapper}' g++ -DUNUSED='a b'"])
+def test_the_compiler_may_be_called_through_another_program(empty_cache, monkeypatch, given):
+    wrapper = empty_cache / "wrapper"
+    wrapper.write_text(f'#!/bin/sh\necho "$1" >> {empty_cache}/calls\nexec "$@"\n', encoding="utf-8")
+    wrapper.chmod(wrapper.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("CXX", given.format(wrapper=wrapper))
+    assert missing_library() == ""
+    assert (empty_cache / "calls").read_text().split() == ["g++"] * 3
+
+
+def test_a_compiler_that_is_no_command_is_named(empty_cache, monkeypatch):
+    monkeypatch.setenv("CXX", "'g++")
+    assert "CXX" in missing_library()
 
 
 def test_a_cache_that_cannot_be_written_is_not_needed(empty_cache):

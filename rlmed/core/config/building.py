@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import types
 import typing
@@ -12,6 +11,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 
 from rlmed.core.config.checks import ConfigError
 from rlmed.core.config.schema import RunConfig
+from rlmed.core.spelling import closest
 
 T = TypeVar("T")
 
@@ -108,8 +108,8 @@ def _unknown_key(key: str, hints: Mapping[str, Any], where: str) -> ConfigError:
     for section, of in hints.items():
         for name in typing.get_type_hints(of) if dataclasses.is_dataclass(of) else ():
             keys.setdefault(name, []).append(f"{where}{section}.{name}")
-    near = difflib.get_close_matches(key, keys, n=1)
-    hint = f"did you mean {' or '.join(keys[near[0]])}?" if near else f"known keys: {', '.join(sorted(hints))}"
+    near = closest(key, keys)
+    hint = f"did you mean {' or '.join(keys[near])}?" if near else f"known keys: {', '.join(sorted(hints))}"
     return ConfigError(f"unknown key {where}{key}: {hint}")
 
 
@@ -131,7 +131,7 @@ def _build(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
     return cls(**values)
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
+def _convert(hint: Any, value: Any, where: str, *, optional: bool = False) -> Any:
     """Convert a plain value to the annotated type; accept an integer as float, guess nothing."""
     if hint is Any:
         return value
@@ -141,7 +141,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return _convert(next(arg for arg in args if arg is not type(None)), value, where)
+        (of,) = (arg for arg in args if arg is not type(None))
+        return _convert(of, value, where, optional=True)
     if origin is tuple and isinstance(value, (list, tuple)):
         if args[-1] is Ellipsis:
             return tuple(_convert(args[0], entry, f"{where}[{i}]") for i, entry in enumerate(value))
@@ -163,10 +164,13 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         raise ConfigError(
             f"{where}={value!r} must be a string: YAML reads on, off, yes and no as booleans, so quote them"
         )
-    raise ConfigError(f"{where}={value!r} has the wrong type: expected {_type_name(hint)}")
+    raise ConfigError(f"{where}={value!r} has the wrong type: expected {_type_name(hint, optional=optional)}")
 
 
-def _type_name(hint: Any) -> str:
+def _type_name(hint: Any, *, optional: bool) -> str:
+    if optional:
+        either = _type_name(hint, optional=False)
+        return f"{either.replace(' or ', ', ')} or null"
     names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
     if get_origin(hint) is tuple:
         return "a list"

@@ -4,6 +4,7 @@
 | --- | --- |
 | `+experiment=X` without a CUDA device | `+experiment=X profile=tiny`, if rlmed ships X (`profile=paper` overrides it) |
 | `profile=X` without an experiment | `+profile=X` |
+| neither profile nor experiment, to train the embedded model | `+profile=tiny` |
 | `experiment=X`, `debug=X` | `+experiment=X`, `+debug=X` |
 | `model=DIR` | `model.path=DIR` |
 | `data=a.jsonl` | `data=jsonl data.eval=[a.jsonl]` |
@@ -18,7 +19,6 @@ already in quotes are left to Hydra.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import re
 import typing
@@ -38,6 +38,7 @@ from rlmed.core.config.schema import RunConfig
 from rlmed.core.files.litter import is_litter
 from rlmed.core.files.other_formats import to_prepare
 from rlmed.core.process.display import one_line
+from rlmed.core.spelling import closest
 
 CONFIG_GROUPS = tuple(sorted(entry.name for entry in resources.files("conf").iterdir() if entry.is_dir()))
 OLD_SUFFIX = "_embedded"
@@ -45,6 +46,8 @@ OLD_PROFILES = {"embedded": "renamed to profile=tiny", "auto": "this is the defa
 """Names of rlmed 0.1: profiles, and what its small experiments ended in."""
 ADDED_GROUPS = ("experiment", "debug")
 """Groups without a default option."""
+TINY_MODELS = {"tiny", "embedded:tiny_base"}
+"""Names of the embedded model: the option of `conf/model/`, and its path there."""
 ROWS_ENDING = ".jsonl"
 _HYDRA_TEXTS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.job.name")
 
@@ -56,7 +59,7 @@ def group_options(group: str) -> list[str]:
     return sorted(name.removesuffix(".yaml") for name in names if not name.startswith("_") and not is_litter(name))
 
 
-def expand(arguments: Sequence[str], *, cuda: bool, sweeps: bool = False) -> list[str]:
+def expand(arguments: Sequence[str], *, cuda: bool, sweeps: bool = False, trains: bool = False) -> list[str]:
     """Expand the shorthands of the module docstring and quote values.
 
     Args:
@@ -64,6 +67,7 @@ def expand(arguments: Sequence[str], *, cuda: bool, sweeps: bool = False) -> lis
             unchanged.
         cuda: whether a CUDA device is available.
         sweeps: commas separate several values, as with `--multirun`.
+        trains: whether the program does, in whose settings the embedded model wants its profile.
 
     Raises:
         ValueError: for an unknown key, the old name of an option, a resume folder without a
@@ -80,7 +84,7 @@ def expand(arguments: Sequence[str], *, cuda: bool, sweeps: bool = False) -> lis
         if equals and key[:1].isalpha() and not known:
             check_key(key)
     _check_old_options(entries)
-    entries = _with_profile(entries, cuda=cuda)
+    entries = _with_profile(entries, cuda=cuda, trains=trains)
     sweeps = sweeps or "--multirun" in entries
     expanded = [(entry, new) for entry in entries for new in _expand_one(entry)]
     _check_shorthands(expanded)
@@ -99,14 +103,27 @@ def _check_old_options(entries: Sequence[str]) -> None:
             raise ValueError(f"{entry}: {OLD_PROFILES[value]}")
 
 
-def _with_profile(entries: Sequence[str], *, cuda: bool) -> list[str]:
-    """Add the profile that a shipped experiment has on this machine, unless one is given."""
+def _with_profile(entries: Sequence[str], *, cuda: bool, trains: bool) -> list[str]:
+    """Add the profile that a shipped experiment has on this machine, unless one is given.
+
+    Without an experiment, add the embedded model's: at other settings' learning rate, the paper's,
+    it would learn nothing.
+    """
     experiments, profiles = _chosen(entries, "experiment"), _chosen(entries, "profile")
     if profiles and not experiments:  # then there is none to override
         return [f"+{entry}" if entry.startswith("profile=") else entry for entry in entries]
+    if trains and not profiles and not experiments and _trains_tiny(entries):
+        return [*entries, "+profile=tiny"]
     if profiles or cuda or set(experiments).isdisjoint(group_options("experiment")):
         return list(entries)
     return [*entries, "profile=tiny"]
+
+
+def _trains_tiny(entries: Sequence[str]) -> bool:
+    """Return whether the model is the embedded one, or the default, which it is too."""
+    pairs = (entry.partition("=") for entry in entries)
+    models = {value for key, _, value in pairs if key.lstrip("+") in ("model", "model.path")}
+    return models <= TINY_MODELS
 
 
 def _chosen(entries: Sequence[str], group: str) -> list[str]:
@@ -173,7 +190,9 @@ def _expand_one(argument: str) -> list[str]:
         folder = Path(_unquoted(value))
         if not (folder / "checkpoints").is_dir():
             missing = "no checkpoints in that folder" if folder.is_dir() else "no such folder"
-            raise ValueError(f"resume={value}: {missing}; give a run folder with a checkpoint, or resume=auto")
+            inner = sorted(path.parent for path in folder.glob("*/checkpoints"))
+            near = f" (did you mean resume={inner[-1]}?)" if inner else ""
+            raise ValueError(f"resume={value}: {missing}; give a run folder with a checkpoint{near}, or resume=auto")
         return [f"resume={quoted(value)}", f"hydra.run.dir={quoted(value)}"]
     return [argument]
 
@@ -321,9 +340,10 @@ def explain(error: Exception) -> str:
         return _explain_override(error)
     if isinstance(error, MissingConfigException) and error.options:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
-        near = difflib.get_close_matches(name, error.options, n=1)
-        meant = f"did you mean {near[0]}? " if near else ""
-        return f"{group}={name}: option not found; {meant}choose one of {', '.join(error.options)}"
+        options = [option for option in error.options if not option.startswith("_")]
+        near = closest(name, options)
+        meant = f"did you mean {near}? " if near else ""
+        return f"{group}={name}: option not found; {meant}choose one of {', '.join(options)}"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return f"{error.missing_cfg_file}: YAML file not found in rlmed's conf/ or a folder given with --config-dir"
     if isinstance(error, UnicodeDecodeError):

@@ -285,6 +285,6 @@ def may_change(key: str) -> bool:
     return not {key, key.partition(".")[0]}.isdisjoint(MAY_CHANGE)
 
 
-def reads(program: str, key: str) -> bool:
-    """Return whether `program` reads `key`, at least with some values of others."""
-    return not any(program in rule.programs and rule.covers(key, None) and not rule.conditional for rule in RULES)
+def reads(program: str, key: str, value: Any = None) -> bool:
+    """Return whether `program` reads `key`, set to `value`, at least with some values of others."""
+    return not any(program in rule.programs and rule.covers(key, value) and not rule.conditional for rule in RULES)

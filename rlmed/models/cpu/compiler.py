@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import stat
 import subprocess
@@ -48,21 +49,37 @@ def missing_library() -> str:
 
 @functools.cache
 def _load(flags: tuple[str, ...]) -> ctypes.CDLL:
-    name = os.environ.get("CXX") or "g++"
-    compiler = shutil.which(name)
-    if platform.system() != "Linux" or compiler is None:
-        raise CompilerError(f"no C++ compiler {name} on this machine" if compiler is None else "not on Linux")
+    compiler = _compiler()
     path = _cached(compiler, flags)
     try:
         return ctypes.CDLL(str(path))
+    except OSError as error:  # a file that was cut off, or of another system
+        log.warning("%s cannot be loaded (%s): compiling it again", path, error)
+    try:
+        path.unlink(missing_ok=True)
+        return ctypes.CDLL(str(_cached(compiler, flags)))
     except OSError as error:
         raise CompilerError(f"{path} cannot be loaded: {error}") from error
 
 
-def _cached(compiler: str, flags: tuple[str, ...]) -> Path:
+def _compiler() -> list[str]:
+    """Return the compiler's path, and its first arguments if CXX has some, as `ccache g++`."""
+    given = os.environ.get("CXX", "")
+    try:
+        name, *arguments = shlex.split(given) or ["g++"]
+    except ValueError as error:
+        raise CompilerError(f"CXX={given!r} is no command: {error}") from error
+    compiler = shutil.which(name)
+    if platform.system() != "Linux" or compiler is None:
+        raise CompilerError(f"no C++ compiler {name} on this machine" if compiler is None else "not on Linux")
+    return [compiler, *arguments]
+
+
+def _cached(compiler: list[str], flags: tuple[str, ...]) -> Path:
     """Return the library for this source, compiler, flags and processor; compile it if missing."""
-    version = _run([compiler, *flags, "-E", "-dM", "-x", "c++", os.devnull])  # names all that -march found
-    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), " ".join(flags).encode(), version])).hexdigest()[:16]
+    version = _run([*compiler, *flags, "-E", "-dM", "-x", "c++", os.devnull])  # names all that -march found
+    arguments = " ".join([*compiler[1:], *flags]).encode()
+    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), arguments, version])).hexdigest()[:16]
     for folder in _folders():
         path = folder / f"decode-{key}.so"
         try:
@@ -72,8 +89,8 @@ def _cached(compiler: str, flags: tuple[str, ...]) -> Path:
                 return path
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 unlinked, library = Path(scratch) / "decode.o", Path(scratch) / "decode.so"
-                _run([compiler, *flags, "-c", str(SOURCE), "-o", str(unlinked)])
-                _run([compiler, "-shared", str(unlinked), "-o", str(library)])
+                _run([*compiler, *flags, "-c", str(SOURCE), "-o", str(unlinked)])
+                _run([*compiler, "-shared", str(unlinked), "-o", str(library)])
                 library.replace(path)  # another process may do the same
         except OSError as error:
             reason = error

@@ -552,8 +552,19 @@ void rlmed_sample(const float* logits, int64_t rows, int64_t count, const double
             const float* from = logits + row * count;
             const V divisor = fill(temperature[row]);
             V most = fill(lowest);
-            for (int64_t token = 0; token < count; token += LANES)
-                most = larger(most, load_first(from + token, count - token, lowest) / divisor);
+            I strange = {};
+            for (int64_t token = 0; token < count; token += LANES) {
+                const V found = load_first(from + token, count - token, lowest) / divisor;
+                strange |= found != found;
+                most = larger(most, found);
+            }
+            bool number = true;
+            for (int lane = 0; lane < LANES; ++lane) number = number && !strange[lane];
+            if (!number) {  // as torch's softmax has it; whoever reads the log-probability notices
+                tokens[row] = std::find_if(from, from + count, [](float x) { return x != x; }) - from;
+                logprobs[row] = std::numeric_limits<float>::quiet_NaN();
+                continue;
+            }
             const V shift = fill(largest(most));
             double mass = 0.0;
             for (int64_t start = 0, block = 0; start < count; start += DRAW_BLOCK, ++block) {

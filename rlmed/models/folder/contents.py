@@ -43,7 +43,8 @@ def check_folder(folder: Path) -> None:
         _refuse_adapter(folder)
     if not (folder / CONFIG_FILE).is_file():
         # a run's folder, the hub's cache, an archive unpacked into a folder of its name
-        inner = sorted({path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{CONFIG_FILE}")})
+        depths = ("*", "*/*", "*/*/*")  # and that of a name's runs
+        inner = sorted({path.parent for depth in depths for path in folder.glob(f"{depth}/{CONFIG_FILE}")})
         near = f"; {inner[-1]} is one" if inner else ""
         raise ValueError(f"{folder} is not a Hugging Face model folder: config.json is missing{near}")
     contents = {name: read_json(folder / name) for name in JSON_FILES if (folder / name).is_file()}

@@ -34,6 +34,7 @@ QUESTION = f"Which {'very ' * 60}large organ?"
     [
         (["only"], "good.png", "2 to 10 different texts"),
         (["a", "a"], "good.png", "2 to 10 different texts"),
+        (["a,b c, d"], "good.png", "--options a 'b c' d"),
         (["a", " A"], "good.png", "2 to 10 different texts"),
         (["a", " "], "good.png", "one is blank"),
         (["a", "b"], "absent.png", r"absent\.png does not exist"),

@@ -10,10 +10,12 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import hydra
 import pytest
 
 from rlmed.cluster.advice import sparing_keys
 from rlmed.commandline import _parse_flags, _removing, check_writable, expand, new_folder, newest_run, run_command
+from rlmed.core.config.arguments import profile_notice
 from rlmed.core.config.checks import ConfigError
 from rlmed.core.config.composing import check_same_run, compose_config, to_yaml
 from rlmed.core.config.schema import RunConfig
@@ -51,9 +53,60 @@ def test_expand(arguments: list[str], cuda: bool, expanded: list[str]) -> None:
     assert expand(arguments, cuda=cuda) == expanded
 
 
+@pytest.mark.parametrize(
+    ("arguments", "profile"),
+    [
+        ([], ["+profile=tiny"]),
+        (["steps=3"], ["+profile=tiny"]),
+        (["model=tiny"], ["+profile=tiny"]),
+        (["model=embedded:tiny_base"], ["+profile=tiny"]),
+        (["data.train=a.jsonl"], ["+profile=tiny"]),
+        (["model=models/mine"], []),
+        (["model.path=models/mine"], []),
+        (["model=qwen2_vl_2b"], []),
+        (["+experiment=mine"], []),
+    ],
+)
+@pytest.mark.parametrize("cuda", [False, True])
+def test_the_embedded_model_is_trained_with_its_profile(arguments: list[str], profile: list[str], cuda: bool) -> None:
+    assert [entry for entry in expand(arguments, cuda=cuda, trains=True) if "profile" in entry] == profile
+    assert [entry for entry in expand(arguments, cuda=cuda) if "profile" in entry] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "notice"),
+    [
+        (["+experiment=medvqa_600"], "no CUDA device"),
+        (["+experiment=medvqa_600", "profile=tiny"], ""),
+        (["+experiment=medvqa_600", "profile=paper"], ""),
+        (["profile=tiny"], ""),
+        (["steps=3"], "no experiment, profile or model"),
+        (["model=models/mine"], ""),
+    ],
+)
+def test_a_profile_that_was_not_given_is_said(arguments: list[str], notice: str) -> None:
+    said = profile_notice(arguments, expand(arguments, cuda=False, trains=True))
+    assert said.startswith(notice)
+    assert bool(said) == bool(notice)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "folder"),
+    [([], "run"), (["+experiment=medvqa_600_sft", "profile=tiny"], "medvqa_600_sft_tiny"), (["name=x"], "x")],
+)
+def test_fine_tuning_has_a_folder_beside_that_of_rl(arguments: list[str], folder: str) -> None:
+    with hydra.initialize_config_module("conf", version_base="1.3"):
+        composed = hydra.compose("sft", arguments, return_hydra_config=True)
+        assert Path(composed.hydra.run.dir).parent == Path("outputs/sft") / folder
+
+
 def test_expand_resume_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no checkpoints"):
         expand([f"resume={tmp_path}"], cuda=False)
+    for name in ("2026-01-01", "2026-01-02"):  # a name's runs
+        (tmp_path / "runs" / name / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match=re.escape(f"resume={tmp_path}/runs/2026-01-02?")):
+        expand([f"resume={tmp_path}/runs"], cuda=False)
     (tmp_path / "checkpoints").mkdir()
     assert expand([f"resume={tmp_path}"], cuda=False) == [f"resume={tmp_path}", f"hydra.run.dir={tmp_path}"]
 
@@ -142,6 +195,10 @@ def test_expand_says_what_a_table_is_read_with() -> None:
         (["steps", "=", "2"], "steps = 2: no spaces .*steps=2[?]"),
         (["steps=", "2"], "steps= 2: no spaces .*steps=2[?]"),
         (["steps", "=2"], "steps =2: no spaces .*steps=2[?]"),
+        (["steps", "2"], "steps 2: .*key=value: .*steps=2[?]"),
+        (["seed=1", "learner.lr", "1e-5", "steps=2"], r"learner\.lr 1e-5: .*learner\.lr=1e-5[?]"),
+        (["learner.lr", "steps=2"], r"learner\.lr: .*key=value"),
+        (["steps"], "steps: .*key=value"),
     ],
 )
 def test_a_setting_in_another_spelling_is_corrected(arguments: list[str], message: str) -> None:
@@ -332,7 +389,7 @@ def test_resume_auto_makes_no_folder_beside_the_run(
     monkeypatch.chdir(tmp_path)
     first = run(monkeypatch, "resume=auto", "name=mine")
     place = tmp_path / "outputs" / "mine"
-    assert re.fullmatch(rf"resume=auto: nothing to resume in {re.escape(str(place))}, .*\n", capsys.readouterr().out)
+    assert re.match(rf"resume=auto: nothing to resume in {re.escape(str(place))}, ", capsys.readouterr().out)
     run(monkeypatch, "resume=auto", "hydra.run.dir=named")
     assert f"nothing to resume in {tmp_path / 'named'}, " in capsys.readouterr().out
     (first / "checkpoints" / "step-000002").mkdir(parents=True)

@@ -230,6 +230,32 @@ def test_abort_returns_the_unfinished_requests_and_leaves_a_usable_engine(chain,
     assert only_completion(engine, make_request(7, max_tokens=3)).token_ids.tolist() == [2, 3, 4]
 
 
+@pytest.mark.parametrize("where", ["forward", "lay_out", "sample"])
+def test_a_prompt_that_cannot_be_computed_leaves_nothing_behind(where, chain, make_request, monkeypatch):
+    policy = chain()
+    engine = new_engine(policy)
+    engine.submit(make_request(1, max_tokens=9))
+    engine.step()
+    decoder = engine._decoder
+    taken = [pool.pages - pool.free_pages for pool in (decoder.prefix, decoder.suffix)]
+    target, name = {
+        "forward": (type(policy), "hidden"), "lay_out": (type(decoder), "lay_out"), "sample": (type(decoder), "first"),
+    }[where]  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(target, name, fails)
+        engine.submit(make_request(2, group_size=3, max_tokens=9))
+        with pytest.raises(RuntimeError, match="out of memory"):
+            engine.step()
+    assert [pool.pages - pool.free_pages for pool in (decoder.prefix, decoder.suffix)] == taken
+    engine.submit(make_request(3, max_tokens=3))
+    done = {group.request.index: group.completions[0].token_ids.tolist() for group in finish(engine)}
+    assert done == {1: list(range(2, 11)), 3: [2, 3, 4]}
+
+
+def fails(*_, **__):
+    raise RuntimeError("out of memory")
+
+
 def test_an_idle_engine_has_nothing_to_do(chain, make_request):
     engine = new_engine(chain())
     assert not engine.busy

@@ -409,6 +409,14 @@ def test_a_folder_of_something_else_is_an_error(tmp_path):
         write_report(tmp_path)
 
 
+def test_the_folder_of_a_names_runs_names_the_newest(tmp_path):
+    for name in ("2026-01-01", "2026-01-02"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").touch()
+    with pytest.raises(ValueError, match=r"2026-01-02 is one"):
+        write_report(tmp_path)
+
+
 @pytest.mark.slow
 def test_command_line(run):
     command = [sys.executable, "-m", "rlmed.report"]

@@ -13,9 +13,11 @@ import pytest
 from rlmed.core.process.starting import start_command
 from tests.root import ROOT
 
+ASK = f"ask '{ROOT}/docs/figures/report.png' q --options a b"
+
 
 def start(
-    folder: Path, line: str = "", *, torch: str = "", command: str = "ask x.png q --options a b", **environment: str
+    folder: Path, line: str = "", *, torch: str = "", command: str = ASK, **environment: str
 ) -> tuple[int, list[str]]:
     """Exit status and stderr lines of `python -m rlmed.COMMAND` in `folder`, with this `torch`."""
     libraries = [str(ROOT)]

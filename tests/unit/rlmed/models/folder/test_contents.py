@@ -522,7 +522,10 @@ def test_more_tokens_than_positions_are_said(base_copy, tokens, said):
     assert not said or re.match(r"limit=4097 .*\b4096 .*\bmax_position_embeddings\b.* limit$", doubt)
 
 
-@pytest.mark.parametrize("within", ["checkpoints/step-000300", "snapshots/895c3a49", "Qwen2-VL-2B-Instruct"])
+@pytest.mark.parametrize(
+    "within",
+    ["2026-01-01/checkpoints/step-000300", "checkpoints/step-000300", "snapshots/895c3a49", "Qwen2-VL-2B-Instruct"],
+)
 def test_the_folder_within_is_named(base_copy, tmp_path, within):
     folder = tmp_path / "given" / within
     folder.parent.mkdir(parents=True)
