@@ -1,9 +1,9 @@
 """A linear layer with a low-rank adapter as one function of autograd: y = x W' + bias + s x A' B'.
 
 peft computes the same by five operations, of which four make a tensor as wide as the output. Three
-of them are freed at once, between tensors that the backward pass needs; on a CPU the C library finds
-no use for many of these gaps, and a step took twice the memory of its tensors (docs/memory.md). Here
-the adapter's product is added to the layer's own in place.
+of them are freed at once, between tensors that the backward pass needs; on a CPU the C library
+finds no use for many of these gaps, and a step took twice the memory of its tensors
+(docs/memory.md). Here the adapter's product is added to the layer's own in place.
 """
 
 from __future__ import annotations
