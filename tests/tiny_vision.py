@@ -78,7 +78,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "video_token": "<video>",
         },
         "image_token": "<IMG_CONTEXT>",
-        "text": "qwen3",  # of version 3.5; that of version 3 is qwen2, as in LLaVA-OneVision
+        "text": "qwen3",  # of version 3.5; version 3 is `internvl_qwen2`
         "vision": {**SIGLIP, "image_size": [TILE, TILE], "patch_size": [PATCH, PATCH]},
         "config": {"downsample_ratio": 0.5, "image_seq_length": 4, "tie_word_embeddings": False},
         "image_processor": {"size": {"height": TILE, "width": TILE}, "max_patches": 4},
@@ -102,6 +102,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "processor": {"num_image_tokens": 16, "vision_feature_select_strategy": "full"},
     },
 }
+FAMILIES["internvl_qwen2"] = {**FAMILIES["internvl"], "model_type": "internvl", "text": "qwen2"}
 TILE_FAMILIES = tuple(FAMILIES)
 
 
@@ -159,7 +160,8 @@ def _config(family: str, rules: Mapping[str, Any], tokenizer: PreTrainedTokenize
     text |= {"bos_token_id": pad, "eos_token_id": end, "pad_token_id": pad, **rules.get("text_config", {})}
     named = {key: tokenizer.convert_tokens_to_ids(token) for key, token in rules.get("config_tokens", {}).items()}
     ids = {"pad_token_id": pad, rules.get("image_key", "image_token_id"): image, **named}
-    return AutoConfig.for_model(family, text_config=text, vision_config=dict(rules["vision"]), **ids, **rules["config"])
+    kind = rules.get("model_type", family)
+    return AutoConfig.for_model(kind, text_config=text, vision_config=dict(rules["vision"]), **ids, **rules["config"])
 
 
 def padded_images(family: str, prompts: Sequence[Prompt], token_ids: Tensor, image_token_id: int) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 from learner.moments import has_eight_bits
 from rlmed.cluster.engines import SLOW_BFLOAT16
 from rlmed.cluster.memory import GIB
+from rlmed.core.config.composing import compose_config
 from rlmed.core.config.rules import may_change, reads
 from rlmed.core.config.schema import RunConfig
 from rlmed.models.cpu.products import bfloat16_speed
@@ -72,6 +73,8 @@ def sparing_keys(program: str) -> str:
 def advise(config: RunConfig, needed: Callable[[RunConfig], int], available: int) -> str:
     """Return the settings that would fit: one alone, else as few and as little changed as needed.
 
+    Where the weights themselves are trained, also `learner=lora` with what it needs, if that fits.
+
     Args:
         config: the run; with `resume`, only what a resumed run may change is named.
         needed: returns the bytes that a run needs.
@@ -86,13 +89,16 @@ def advise(config: RunConfig, needed: Callable[[RunConfig], int], available: int
 
     keys = [key for key in SPARING if config.resume is None or may_change(key)]
     alone = [_written(key, values[0]) for key in keys if (values := fitting(key, config))]
+    adapters = _adapters(config)
+    lora = [f"learner=lora (needs {needed(run) / GIB:.1f} GiB)" for run in adapters if fits(run)]
     if alone:
-        return f"set {' or '.join(alone[:3])}"
+        return f"set {' or '.join(alone[:3] + lora)}"
     most = _smallest(config, keys, needed)
     if not fits(_changed(config, most)):
         even = " ".join(_written(*entry) for entry in most.items())
         even = f"even {even} would need {needed(_changed(config, most)) / GIB:.1f}: " if most else ""
-        return f"{even}use {'' if config.resume else 'a smaller model or '}a device with more memory"
+        other = f"set {lora[0]}, or " if lora else ""
+        return f"{even}{other}use {'' if config.resume else 'a smaller model or '}a device with more memory"
     for key in reversed(keys):  # the most harmful first
         fewer = [other for other in keys if other != key]
         if fits(_changed(config, _smallest(config, fewer, needed))):
@@ -101,7 +107,15 @@ def advise(config: RunConfig, needed: Callable[[RunConfig], int], available: int
     for key in reversed(chosen):
         others = {other: value for other, value in chosen.items() if other != key}
         chosen[key] = fitting(key, _changed(config, others))[0]
-    return f"set {' '.join(_written(*entry) for entry in chosen.items())}"
+    together = " ".join(_written(*entry) for entry in chosen.items())
+    return f"set {' or '.join([together, *lora])}"
+
+
+def _adapters(config: RunConfig) -> list[RunConfig]:
+    """Return the run with the adapters of `learner=lora`, unless it has some or is resumed."""
+    if config.learner.lora.rank is not None or config.resume is not None:
+        return []
+    return [_changed(config, {"learner.lora": compose_config("train", ["learner=lora"]).learner.lora})]
 
 
 def _smallest(config: RunConfig, keys: Sequence[str], needed: Callable[[RunConfig], int]) -> dict[str, Any]:

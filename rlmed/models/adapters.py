@@ -6,7 +6,7 @@ of the KL penalty, so there is no second model.
 
 | who | computes with |
 | --- | --- |
-| learner | peft's layers, on the loaded weights |
+| learner | peft's layers (each one function, see `rlmed.models.lowrank`), on the loaded weights |
 | native engine in the same process | merged copies of the adapted weights, all others shared (`Adapters.give_to`) |
 | engines in other processes | merged weights, which a push brings (`Policy.weights`) |
 """
@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 
 from rlmed.core.config.schema import LearnerConfig, LoraConfig
 from rlmed.models.folder.adapter import FACTORS, PREFIX, WEIGHTS_FILE
+from rlmed.models.lowrank import use_one_function
 from rlmed.models.merging import Weight, merge
 from rlmed.models.policy import Policy
 
@@ -101,6 +102,8 @@ class Adapters:
             name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)
         }
         self._given: dict[str, Tensor] = {}
+        for layer in self._layers.values():
+            use_one_function(layer, NAME)
 
     @property
     def dropout(self) -> bool:

@@ -189,6 +189,13 @@ def _refuse(config: PreTrainedConfig) -> None:
             f"{name}: its last {shared} layers read the keys and values of earlier ones and have none of their own, which "
             "rlmed's caches and packed rows need in every layer: use a model with num_kv_shared_layers=0"
         )
+    per_layer = (text.get("per_layer_config") or {}).values()
+    widths = {layer.get("head_dim") for layer in per_layer} | {text.get("head_dim")}
+    if len(found := sorted(width for width in widths if width)) > 1:
+        raise ValueError(
+            f"{name}: its layers have heads of {' and '.join(map(str, found))} features, and rlmed's caches have one width: "
+            "use a model whose layers are alike"
+        )
     if text.get("use_bidirectional_attention") is True:
         raise ValueError(f"{name}: its tokens attend to later tokens, so it cannot write: use a model that does")
     if cap := text.get("final_logit_softcapping") or text.get("attn_logit_softcapping"):

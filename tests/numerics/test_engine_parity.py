@@ -20,7 +20,7 @@ from tests.tiny_vision import TILE_FAMILIES
 VISION = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", *TILE_FAMILIES)
 FAMILIES = (*VISION, "qwen2", "qwen3", "llama", "gemma3_text")
 WORDS = ("which", "part", "of", "the", "body", "is", "shown", "in", "this", "scan", "what", "does", "it", "tell")
-FEWEST_LENGTHS = {"gemma3": 1, "internvl": 2, "llava_onevision": 2, "idefics3": 3, "smolvlm": 3}
+FEWEST_LENGTHS = {"gemma3": 1, "internvl": 2, "internvl_qwen2": 2, "llava_onevision": 2, "idefics3": 3, "smolvlm": 3}
 """Numbers of tiles that pictures have, at least; patches of the others differ more."""
 PLAIN, LONG, LAST = (112, 112), (300, 40), (57, 61)
 SIZES = ((PLAIN,), (), ((56, 84), PLAIN), (LONG,), (), ((64, 128), LAST, (28, 56), PLAIN, LAST), (LAST,))

@@ -22,6 +22,7 @@ from rlmed.models.policy import load_policy
 from rlmed.models.weights import make_buckets
 from rollout.native.engine import NativeEngine
 from tests.configs import learner_config, lora_config, loss_config
+from tests.numerics.test_packed_parity import FAMILIES
 from tests.padded_grpo import padded_loss
 from tests.rounding import GRADIENTS, LOGPROBS, rounding
 
@@ -73,7 +74,7 @@ def identical(one, other):
     return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "llama"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_gradient_is_that_of_a_padded_peft_model(
     family, tiny_folder, fresh_policy, make_train_groups, transformers_model, padded_logprobs, worst_relative, tmp_path
 ):
@@ -128,7 +129,7 @@ def test_another_seed_draws_other_adapters(fresh_policy):
     assert not identical(own[0], own[2])
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_engine_of_the_same_process_samples_from_merged_weights(
     family, fresh_policy, mixed_prompts, run_engine, make_train_groups
 ):

@@ -76,6 +76,16 @@ def test_a_resumed_run_is_told_only_what_it_may_change() -> None:
     assert "learner.token_budget=1024" in advise(config(), needed, 10)
 
 
+def test_adapters_are_named_unless_there_are_some_or_the_run_is_resumed() -> None:
+    def lora(run: RunConfig) -> int:
+        return 2**40 if run.learner.lora.rank is None else 5 * 2**29
+
+    assert "learner=lora (needs 2.5 GiB)" in advise(config(), lora, 5 * 2**29)
+    assert "lora" not in advise(config(), lora, 5 * 2**29 - 1)
+    assert "lora" not in advise(config("resume=auto"), lora, 5 * 2**29)
+    assert "lora" not in advise(config("learner=lora"), lora, 2**29)
+
+
 def test_commands_that_run_out_of_memory_name_the_keys_that_they_read() -> None:
     first, _, fresh = sparing_keys("train").partition("; in a new run also ")
     assert first == "learner.gradient_checkpointing, cluster.learner_ranks"

@@ -102,6 +102,19 @@ def test_several_settings_where_one_alone_does_not_suffice(size_2b: ModelSize) -
     assert settle_memory(changed, rank(size_2b), where="GPU", available=26 * GIB)
 
 
+@pytest.mark.parametrize("available", [42, 26, 10])
+def test_where_all_weights_do_not_fit_adapters_are_named_with_what_they_need(
+    available: int, size_2b: ModelSize
+) -> None:
+    """Beside one setting that fits, beside several, and where nothing else does."""
+    text = refusal(config("model.dtype=bfloat16"), rank(size_2b), available)
+    adapted = config("model.dtype=bfloat16", "learner=lora", "learner.gradient_checkpointing=true")
+    needed = (rank(size_2b)(adapted).peak + PROCESS_BYTES) / GIB
+    assert f"learner=lora (needs {needed:.1f} GiB)" in text
+    assert ("would need" in text) is (available == 10)
+    assert "learner=lora" not in refusal(config("model.dtype=bfloat16"), rank(size_2b), needed - 0.1)
+
+
 def test_what_fits_nowhere_is_said_to_fit_nowhere(size_2b: ModelSize) -> None:
     assert "use a smaller model" in refusal(config("model.dtype=bfloat16"), rank(size_2b), 8)
 

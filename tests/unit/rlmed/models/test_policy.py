@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHea
 from rlmed.core.types import Example, Prompt
 from rlmed.models import policy as policy_module
 from rlmed.models.attention import PackedLayout
-from rlmed.models.families import FAMILIES, PARTS, family_of, unsampleable_token_ids
+from rlmed.models.families import FAMILIES, PARTS, unsampleable_token_ids
 from rlmed.models.policy import Policy, load_config, load_policy, merge_image_inputs
 from rlmed.models.varlen import AttentionChoice, VarlenLayout
 from rlmed.models.varlen_backends import Reference
@@ -169,17 +169,26 @@ def test_an_unknown_family_is_refused_with_the_ones_that_work(tmp_path):
 @pytest.mark.parametrize(
     ("model_type", "settings", "message"),
     [
-        ("qwen3_5", {}, r"'qwen3_5' has layers of linear_attention.*keys and values"),
+        *(
+            (kind, {}, rf"'{kind}' has layers of linear_attention.*keys and values")
+            for kind in ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next")
+        ),
         ("llama4", {}, "layers of chunked_attention"),
         ("gemma3n", {}, r"its last 15 layers .*none of their own.*num_kv_shared_layers=0"),
         ("gemma4", {"text_config": {"num_kv_shared_layers": 2}}, r"'gemma4': its last 2 layers"),
+        *(
+            (kind, {}, rf"'{kind}': its layers have heads of 256 and 512 features")
+            for kind in ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
+        ),
+        *((kind, {}, rf"'{kind}'") for kind in ("gemma4_assistant", "gemma4_unified_assistant")),
         ("gemma2", {}, r"soft caps .* \(30\)"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "later tokens"),
     ],
 )
-def test_decoders_that_cannot_run_say_why_at_once(model_type, settings, message):
+def test_decoders_that_cannot_run_say_why_when_they_are_loaded(model_type, settings, message, tmp_path):
+    AutoConfig.for_model(model_type, **settings).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message) as error:
-        family_of(AutoConfig.for_model(model_type, **settings))
+        load_policy(tmp_path)
     assert "\n" not in str(error.value)
 
 
