@@ -72,7 +72,9 @@ def test_packing_changes_no_number(
     policy, model = fresh_policy(family), transformers_model(family).double()
     policy.model.double()
     batch = pack(packed_items(groups), policy)
-    images = {name: value.double() if value.is_floating_point() else value for name, value in batch.image_inputs.items()}
+    images = {
+        name: value.double() if value.is_floating_point() else value for name, value in batch.image_inputs.items()
+    }
     hidden = policy.hidden(batch.token_ids, batch.positions, batch.layout, images)
     logits = policy.projection(hidden[batch.predictors]).index_fill(1, policy._banned, float("-inf"))
     logprobs = logits.log_softmax(1).gather(1, batch.targets.unsqueeze(1)).squeeze(1)

@@ -18,17 +18,9 @@ from rlmed.evaluation.results import Accuracy, EvalRow, EvalSummary, FileSummary
 from rlmed.report import plots as report_plots
 from rlmed.report.page import write_report
 from rlmed.report.plots import MAX_POINTS, draw_accuracy, draw_metrics, running_mean
-from rlmed.report.rollouts import (
-    CHARACTERS,
-    FULL_SIZE,
-    GROUPS,
-    PICTURE_SIDE,
-    Pictures,
-    show_groups,
-    show_rows,
-    take_apart,
-)
+from rlmed.report.rollouts import CHARACTERS, GROUPS, Pictures, show_groups, show_rows, take_apart
 from tests.unit.rlmed.evaluation.test_old_names import TRUST
+from tests.unit.rlmed.report.test_pictures import numbered
 
 EVIL = "<script>alert('owned')</script><img src=x onerror=alert(1)>"
 GOOD = "<think>The bone is bright.</think>\n<answer>B</answer>"
@@ -503,23 +495,6 @@ def test_with_one_evaluation_right_and_wrong_rows_are_shown():
     assert all(len(entry["answers"]) == 1 for entry in shown)
 
 
-def test_missing_and_damaged_pictures_are_left_out(tmp_path):
-    (tmp_path / "broken.png").write_bytes(b"no image")
-    pictures = Pictures()
-    assert pictures.add(None) is None
-    assert pictures.add(str(tmp_path / "gone.png")) is None
-    assert pictures.add(str(tmp_path / "broken.png")) is None
-    assert pictures.uris == []
-
-
-def numbered(folder, count):
-    """Pictures that all differ, each twice as wide as high."""
-    paths = [folder / f"{i}.png" for i in range(count)]
-    for i, path in enumerate(paths):
-        Image.fromarray(np.full((200, 400), 9 * i + 1, dtype=np.uint8)).save(path)
-    return list(map(str, paths))
-
-
 def test_all_images_of_a_question_are_shown_in_order_with_their_number(tmp_path):
     first, *more = numbered(tmp_path, 4)
     write_lines(tmp_path / "metrics.jsonl", [{"step": 1}])
@@ -544,15 +519,6 @@ def test_all_images_of_a_question_are_shown_in_order_with_their_number(tmp_path)
         ("picture p0", "image of the question"),
         ("no-picture", None),
     ]
-
-
-def test_many_images_of_a_question_are_small(tmp_path):
-    paths = numbered(tmp_path, FULL_SIZE + 1)
-    pictures = Pictures()
-    sizes = [(entry["width"], entry["height"]) for entry in pictures.add_all(paths[:-1])]
-    assert sizes == [(PICTURE_SIDE, PICTURE_SIDE // 2)] * FULL_SIZE
-    sizes = [(entry["width"], entry["height"]) for entry in pictures.add_all(paths)]
-    assert sizes == [(PICTURE_SIDE // 2, PICTURE_SIDE // 4)] * (FULL_SIZE + 1)
 
 
 def test_the_report_of_a_large_run_stays_small(tmp_path):
