@@ -19,14 +19,13 @@ from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
 
 from rewards.parsing import evaluated_letter
-from rlmed.cluster.engines import open_model
+from rlmed.cluster.engines import recorded_renderer
 from rlmed.core.files.near_paths import near_path
 from rlmed.core.prefill import THINK, THINK_END
 from rlmed.core.process.display import ending_errors, keep_display
 from rlmed.core.types import LETTERS, Example, RolloutRequest, SamplingParams
 from rlmed.data.images import MAX_IMAGES, check_image
 from rlmed.data.options.choices import plain_options
-from rlmed.data.prompts import PromptRenderer, read_prompt_settings
 from rlmed.data.rows import BadRowError
 from rlmed.models.folder.agreement import position_doubt
 from rlmed.models.loading import model_folder
@@ -36,9 +35,6 @@ from rollout.native.engine import NativeEngine
 
 log = logging.getLogger(__name__)
 
-MAX_PROMPT_TOKENS = 4096
-"""Default if the model folder does not record the prompt length of training."""
-
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
@@ -46,9 +42,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "images",
         type=Path,
-        nargs="+",
+        nargs="*",
         metavar="image",
-        help="PNG, JPEG or any other picture file; several in the order in which the model is to see them",
+        help="PNG, JPEG or any other picture file; several in the order in which the model is to see them; none for a "
+        "text model",
     )
     parser.add_argument("question")
     parser.add_argument("--options", nargs="+", required=True, metavar="TEXT", help="2 to 10 answers to choose from")
@@ -89,12 +86,10 @@ def ask(arguments: argparse.Namespace) -> str:
         raise ValueError(f"--seed {arguments.seed} has no effect without sampling: add --temperature, or leave it out")
     _check_images(arguments.images, arguments.question)
     folder = model_folder(arguments.model)
-    # default to the paper's template if the folder does not record one
-    settings = {"max_prompt_tokens": MAX_PROMPT_TOKENS, **(read_prompt_settings(folder) or {})}
-    renderer = PromptRenderer(*open_model(folder), **settings)
+    renderer = recorded_renderer(folder)
     if arguments.modality:
         _check_modality(arguments, renderer.by_modality)
-    first, *more = arguments.images
+    first, *more = arguments.images or [None]
     example = Example(
         "question",
         first,
