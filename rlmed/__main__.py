@@ -16,6 +16,7 @@ COMMANDS = {
     "prepare": "convert published data, or your own, to rlmed's format",
     "leakage": "find test rows that are in the training data too",
     "report": "write the HTML report of a run folder",
+    "export": "write a run's model as a folder for transformers and vLLM, with its card",
     "doctor": "check what this machine can run",
 }
 

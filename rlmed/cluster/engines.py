@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+MAX_PROMPT_TOKENS = 4096
+"""Default if a model folder does not record the prompt length of training."""
 PROBE_SIZE = (96, 64)
 """Of a picture with which a model's processor is compared with its configuration."""
 
@@ -148,6 +150,18 @@ def make_renderer(
             PROMPT_FILE,
         )
     return renderer
+
+
+def recorded_renderer(folder: Path) -> PromptRenderer:
+    """Build the renderer of a model folder with the prompt of its training.
+
+    Without a record of it, that is the paper's, of at most `MAX_PROMPT_TOKENS`.
+
+    Raises:
+        ValueError: see `open_model` and `read_prompt_settings`.
+    """
+    settings = {"max_prompt_tokens": MAX_PROMPT_TOKENS, **(read_prompt_settings(folder) or {})}
+    return PromptRenderer(*open_model(folder), **settings)
 
 
 def _warn_of_vision_settings(model: ModelConfig, freeze: Sequence[str]) -> None:

@@ -20,6 +20,8 @@ OLD_TEMPLATE_FILE = "chat_template.json"
 PROCESSOR = "processor_config.json"
 """Where some processors keep the template."""
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+SWITCH = "training_prompt"
+"""Variable of an exported chat template: false keeps it from adding the prompt of training."""
 _ASKED, _ANSWERED = "What is shown?", "The liver is shown."
 """Turns of a sample conversation, rendered to inspect the template."""
 
@@ -92,18 +94,24 @@ def template_source(tokenizer: PreTrainedTokenizerBase) -> str:
 def render_chat(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool
 ) -> str:
-    """Render messages with the chat template.
+    """Render messages with the chat template, as they are.
+
+    An exported folder's template would put the prompt of training around the question
+    (`rlmed.export.template`): here it is asked not to.
 
     Raises:
         ValueError: if the template cannot be rendered.
     """
     parts = ", a list of image and text" if isinstance(messages[0]["content"], list) else ""
+    variables: dict[str, Any] = {SWITCH: False}
     with foreign(
         f"{template_source(tokenizer)} cannot be rendered",
         f"Correct it, or copy the one of the model that this one was trained from; it receives one user turn{parts}",
     ):
         return str(
-            tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
+            tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **variables
+            )
         )
 
 

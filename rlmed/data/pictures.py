@@ -85,6 +85,11 @@ class Pictures:
         model would take two pictures for one.
         """
 
+    @property
+    def processor(self) -> ProcessorMixin:
+        """transformers' processor of the model, but for videos; without this object's limits."""
+        return self._rules
+
     def limited(self, min_pixels: int | None, max_pixels: int | None) -> Pictures:
         """Return pictures with other limits; None keeps the model's.
 

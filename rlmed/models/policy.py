@@ -86,7 +86,7 @@ class Policy:
                 f"{model.config.model_type}: the vocabulary projection must be a linear layer without bias"
             )
         self.projection: nn.Linear = projection
-        self.banned_token_ids = unsampleable_token_ids(model.config)
+        self.banned_token_ids: tuple[int, ...] = unsampleable_token_ids(model.config)
         self.windows: tuple[int, ...] = sliding_windows(model)
         """Widths of sliding windows in its attention, each once."""
         self._banned: Tensor = torch.tensor(self.banned_token_ids, dtype=torch.int64, device=self.device)

@@ -15,7 +15,7 @@ from tests.rounding import GRADIENTS, LOGPROBS
 from tests.tiny_vision import TILE_FAMILIES
 
 EXACT = 1e-5
-"""In float64: transformers computes some norms and all rotary embeddings in float32 nevertheless."""
+"""In float64; transformers computes some norms and all rotary embeddings in float32 even then."""
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", *TILE_FAMILIES, "qwen2", "qwen3", "llama", "gemma3_text")
 
 

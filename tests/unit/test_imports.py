@@ -29,6 +29,7 @@ BORROWED = {
     "rlmed.cluster": {*BELOW, "rlmed.recording", "rlmed.cluster"},
     "rlmed.evaluation": {*BELOW, "rlmed.recording", "rlmed.evaluation"},
     "rlmed.report": {*BELOW, "rlmed.recording", "rlmed.evaluation", "rlmed.report"},
+    "rlmed.export": {*BELOW, "rlmed.recording", "rlmed.cluster", "rlmed.evaluation", "rlmed.export"},
     "rlmed.reproduce": {*BELOW, "rlmed.recording", "rlmed.evaluation", "rlmed.report", "rlmed.reproduce"},
     "conf": set(),
 }

@@ -200,6 +200,13 @@ def test_ask_shows_options_with_one_letter(
     assert "embedded toy" not in said
 
 
+def test_ask_asks_a_text_model_without_an_image(
+    tiny_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask.main(["Which?", "--options", "liver", "spleen", "--model", str(tiny_folder("llama")), "--max-tokens", "1"])
+    assert "answer " in capsys.readouterr().out
+
+
 def test_ask_says_of_the_embedded_model_and_its_copies_that_they_are_a_toy(
     tmp_path: Path, base_copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
