@@ -3,7 +3,7 @@
 from rlmed.core.process.starting import start_command
 
 if __name__ == "__main__":
-    start_command()  # before torch is imported
+    start_command(loads=False)  # before torch is imported
 
 from rlmed.export.command import main
 

@@ -8,37 +8,17 @@ answers as the run's checkpoint does, whoever computes (`rlmed.export.check`).
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from transformers.utils.logging import disable_progress_bar
 
-from rlmed.core.files.atomic import replace_text
 from rlmed.core.process.display import ending_errors, keep_display
-from rlmed.core.types import Example
-from rlmed.export.card import CARD, model_card
-from rlmed.export.check import (
-    MAX_TOKENS,
-    Answer,
-    Difference,
-    Reference,
-    ask_answers,
-    choose_questions,
-    compare,
-    transformers_answers,
-)
-from rlmed.export.folder import Exported, check_target, exported_dtype, new_folder, write_folder
-from rlmed.export.hub import check_access, push
-from rlmed.export.server import check_installed, vllm_answers
-from rlmed.export.source import Source, evaluated_files, find_source
-from rlmed.models.policy import DTYPES
+from rlmed.core.process.starting import loading_libraries
 
 CHECKED = 20
 """Questions of the check, unless `--check` says otherwise."""
-log = logging.getLogger(__name__)
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -50,7 +30,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("run", type=Path, help="run folder (outputs/NAME/DATE), or a checkpoint")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
     parser.add_argument("--checkpoint", metavar="STEP", help="step, last (default) or best, by mean accuracy")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the weights (default: that of training)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the weights (default: that of training)")
     parser.add_argument("--check", type=int, metavar="N", help=f"questions to check answers on (default: {CHECKED})")
     parser.add_argument("--check-vllm", type=int, default=0, metavar="N", help="the same by `vllm serve` (default: 0)")
     parser.add_argument("--questions", type=Path, nargs="+", metavar="FILE", help="for the check, instead of the run's")
@@ -59,114 +39,13 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def export(arguments: argparse.Namespace, console: Console) -> bool:
-    """Export, check and upload; return whether all answers were the same.
-
-    Raises:
-        ValueError: for a run, target or questions that cannot be used.
-        OSError: if the folder cannot be written.
-    """
-    check_target(arguments.out)
-    source = find_source(arguments.run, arguments.checkpoint)
-    if arguments.public and not arguments.push_to_hub:
-        raise ValueError("--public has no effect without --push-to-hub: leave it out")
-    repository = check_access(arguments.push_to_hub) if arguments.push_to_hub else None
-    checked, served = _counts(arguments, source)
-    if served:
-        check_installed()
-    examples = _questions(arguments, source, max(checked, served))
-    dtype = arguments.dtype or exported_dtype(source.checkpoint)
-    with new_folder(arguments.out) as folder:
-        exported = write_folder(folder, source, dtype)
-        name = arguments.out.absolute().name
-        images = max((len(example.images) for example in examples), default=1) or 1
-        replace_text(folder / CARD, model_card(source, exported, name, images=images))
-    console.print(f"exported:   {arguments.out} ({source.checkpoint.name}, {dtype})", soft_wrap=True, highlight=False)
-    same = True
-    if examples:
-        report = _check(arguments.out, source, exported, (examples[:checked], examples[:served]), console)
-        same = not any(not difference.tie for found in report.values() for difference in found)
-        if same:
-            said = {
-                who: (min(len(examples), served if "vllm" in who else checked), found) for who, found in report.items()
-            }
-            replace_text(arguments.out / CARD, model_card(source, exported, name, images=images, checked=said))
-    if repository and same:
-        console.print(f"uploaded:   {push(arguments.out, repository, public=arguments.public)}", soft_wrap=True)
-    elif repository:
-        console.print("not uploaded: its answers differ")
-    return same
-
-
-def _counts(arguments: argparse.Namespace, source: Source) -> tuple[int, int]:
-    """Return the number of questions to ask here, and by `vllm serve`."""
-    for option, count in (("--check", arguments.check), ("--check-vllm", arguments.check_vllm)):
-        if count is not None and count < 0:
-            raise ValueError(f"{option} {count}: give a number of questions, 0 for none")
-    if arguments.check is not None:
-        return arguments.check, arguments.check_vllm
-    known = source.run is not None or arguments.questions
-    if not known:
-        log.warning("no run says which questions to check the answers on: give --questions FILE.jsonl; not checked")
-    return (CHECKED if known else 0), arguments.check_vllm
-
-
-def _questions(arguments: argparse.Namespace, source: Source, count: int) -> list[Example]:
-    if not count:
-        return []
-    if arguments.questions is None and source.run is None:
-        raise ValueError("--check and --check-vllm need questions, and no run names any: give --questions FILE.jsonl")
-    examples = choose_questions(arguments.questions or list(evaluated_files(source)), count)
-    if not examples and arguments.check is None and not arguments.check_vllm:
-        log.warning("the run was not evaluated on any file: its answers are not checked; give --questions FILE.jsonl")
-    elif not examples:
-        raise ValueError("the run was not evaluated on any file: give --questions FILE.jsonl, or --check 0")
-    return examples
-
-
-def _check(
-    folder: Path,
-    source: Source,
-    exported: Exported,
-    examples: tuple[list[Example], list[Example]],
-    console: Console,
-) -> dict[str, list[Difference]]:
-    """Answer the questions and print what differs; return the differences by who answered."""
-    asked, served = examples
-    limit = exported.max_new_tokens or MAX_TOKENS
-    longest = max(examples, key=len)
-    reference = Reference(source.checkpoint, exported.dtype, longest, limit)
-    sides: list[tuple[str, Sequence[Example], Callable[[], list[Answer]]]] = []
-    if asked:
-        sides += [
-            ("rlmed.ask", asked, lambda: ask_answers(folder, asked, limit)),
-            ("transformers", asked, lambda: transformers_answers(folder, reference, asked, limit)),
-        ]
-    if served:
-        sides.append(("vllm serve", served, lambda: vllm_answers(folder, reference, served, limit)))
-    report = {}
-    for who, questions, answer in sides:
-        found = report[who] = compare(reference, who, answer)
-        equal = len(questions) - len(found)
-        ties = sum(difference.tie for difference in found)
-        console.print(
-            f"{who + ':':14}{equal} of {len(questions)} answers are the checkpoint's, character by character"
-            + (f"; {ties} part at a tie" if ties else ""),
-            soft_wrap=True,
-            highlight=False,
-        )
-        for difference in found:
-            for line in difference.lines():
-                console.print(f"  {line}", soft_wrap=True, highlight=False, markup=False)
-    return report
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Export; exit with status 1 if answers differ, with one line and status 2 on an error."""
     keep_display()
     parsed = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-    disable_progress_bar()  # rlmed has its own
     with ending_errors():
+        with loading_libraries():  # only now: `--help` and errors in the arguments need none
+            from rlmed.export.exporting import export
         same = export(parsed, Console())
     if not same:
         raise SystemExit(1)

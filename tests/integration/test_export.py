@@ -190,7 +190,7 @@ def test_a_folder_that_answers_otherwise_is_an_error(
         template.write_text(template.read_text().replace("Look.", "See."))
         return answers(folder, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("rlmed.export.command.ask_answers", spoilt)
+    monkeypatch.setattr("rlmed.export.exporting.ask_answers", spoilt)
     with pytest.raises(SystemExit) as stopped:
         export(run, out)
     assert stopped.value.code == 1

@@ -295,6 +295,8 @@ WITH_TORCH = {
     "rlmed": ASKING.replace("rlmed.ask", "rlmed ask"),
     "rlmed.doctor": "rlmed.doctor",
     "rlmed.tiny_base": "rlmed.tiny_base --work {folder}",
+    "rlmed.export": "rlmed.export {folder} --out {folder}",
+    "rollout.vllm_backend.serve": "rollout.vllm_backend.serve {folder}",
 }
 """Arguments with which the commands that load torch come to do so."""
 WITHOUT_TORCH = {"rlmed.prepare", "rlmed.leakage", "rlmed.report"}
