@@ -6,6 +6,8 @@ import runpy
 import sys
 from importlib.metadata import version
 
+from rlmed.core.spelling import closest
+
 COMMANDS = {
     "launch": "train a policy by reinforcement learning",
     "sft": "fine-tune on answers, for alignment or as a baseline",
@@ -36,7 +38,9 @@ def main() -> None:
     if name in ("-h", "--help"):
         sys.stdout.write(usage)
         return
-    sys.stderr.write(f"error: rlmed {name}: unknown command; choose one of {', '.join(COMMANDS)}\n")
+    near = closest(name, COMMANDS)
+    meant = f"did you mean {near}? " if near else ""
+    sys.stderr.write(f"error: rlmed {name}: unknown command; {meant}choose one of {', '.join(COMMANDS)}\n")
     sys.exit(2)
 
 

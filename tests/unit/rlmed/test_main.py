@@ -39,7 +39,7 @@ def test_a_command_that_does_not_exist(monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setattr(sys, "argv", ["rlmed", "lunch"])
     with pytest.raises(SystemExit, match="2"):
         main()
-    assert "lunch" in capsys.readouterr().err
+    assert "lunch: unknown command; did you mean launch?" in capsys.readouterr().err
 
 
 def test_the_version_is_that_of_the_installed_package(
