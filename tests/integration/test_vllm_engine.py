@@ -41,7 +41,7 @@ TOLERANCE = LOGPROBS
 MAX_COMPLETIONS = 12
 MAX_IMAGES = 2
 QUESTION = "which part of the body is shown in this scan, and what does it tell about the patient "
-FAMILIES = ("qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm", "internvl", "llava_onevision")
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm", "internvl", "internvl_qwen2", "llava_onevision")
 FAMILIES += ("qwen2", "qwen3", "llama", "gemma3_text")
 PARTS = {
     "language": lambda name: ".language_model.layers." in name,
