@@ -29,7 +29,7 @@ def shown(tiny_folder):
         folder = tiny_folder(family)
         renderer = PromptRenderer(*load_processor(folder), max_prompt_tokens=512, template="{question}")
         picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 40, 3), dtype=np.uint8))
-        prompt = renderer.render(Example("q1", None, "Which?", ("head", "chest"), answer=0), picture)
+        prompt = renderer.render(Example("q1", None, "Which?", ("head", "chest"), answer=0), [picture])
         return prompt, tile_facts(load_config(folder))
 
     return show
