@@ -18,7 +18,7 @@ from rewards.conclusion import argued_option
 from rewards.parsing import reasoning_text, words
 from rlmed.evaluation.reliability.figures import reasoning_agreement
 from rlmed.evaluation.results import EvalSummary, compare, last_evaluation, read_rows
-from rlmed.reproduce.runs import Run
+from rlmed.reproduce.runs import RunCommand
 
 REWARDS: Mapping[str, tuple[str, ...]] = {
     "format + choice": (),
@@ -89,12 +89,19 @@ def markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def measure(runs: Path, seeds: Sequence[int], overrides: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Train what has not been trained, seed by seed, and read all of it, by name of the rewards."""
-    plan = {
-        name: [Run("rl", seed, runs / str(place), (*overrides, *own)) for seed in seeds]
+def plan_runs(
+    runs: Path, seeds: Sequence[int], overrides: Sequence[str], rewards: Sequence[str]
+) -> dict[str, list[RunCommand]]:
+    """The runs of each of the `rewards` by name; the first of `REWARDS` is always among them."""
+    return {
+        name: [RunCommand("rl", seed, runs / str(place), (*overrides, *own)) for seed in seeds]
         for place, (name, own) in enumerate(REWARDS.items())
+        if place == 0 or name in rewards
     }
+
+
+def measure(plan: Mapping[str, Sequence[RunCommand]]) -> dict[str, dict[str, Any]]:
+    """Train what has not been trained, seed by seed, and read all of it, by name of the rewards."""
     for of_one_seed in zip(*plan.values(), strict=True):
         for name, run in zip(plan, of_one_seed, strict=True):
             if not run.done:
@@ -121,14 +128,16 @@ def main() -> None:
     )
     parser.add_argument("overrides", nargs="*", default=[], help="key=value, for all runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rewards", nargs="+", default=list(REWARDS), choices=list(REWARDS), help="all by default")
+    parser.add_argument("--name", default="reward_ablation", help="of the result file")
     parser.add_argument("--runs", type=Path, default=Path("outputs/reward_ablation"), help="folder of all runs")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_intermixed_args()
     overrides = ["+experiment=medvqa_600", *arguments.overrides]
-    results = measure(arguments.runs, arguments.seeds, overrides)
+    results = measure(plan_runs(arguments.runs, arguments.seeds, overrides, arguments.rewards))
     report(markdown(results))
     payload = {"seeds": arguments.seeds, "overrides": overrides, "rewards": results}
-    report(f"written: {write_result('reward_ablation', payload, arguments.out)}")
+    report(f"written: {write_result(arguments.name, payload, arguments.out)}")
 
 
 if __name__ == "__main__":

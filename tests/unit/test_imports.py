@@ -294,6 +294,7 @@ WITH_TORCH = {
     "rlmed.ask": ASKING,
     "rlmed": ASKING.replace("rlmed.ask", "rlmed ask"),
     "rlmed.doctor": "rlmed.doctor",
+    "rlmed.smol_base": "rlmed.smol_base --vlm --out {folder} --work {folder}/work",
     "rlmed.tiny_base": "rlmed.tiny_base --work {folder}",
 }
 """Arguments with which the commands that load torch come to do so."""

