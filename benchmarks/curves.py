@@ -1,4 +1,7 @@
-"""Learning curves of two sides over several seeds: final reward, time to a level, a test, a picture."""
+"""Learning curves of two sides over several seeds.
+
+Final rewards and a test of their difference, the time to a level that all reach, a picture.
+"""
 
 from __future__ import annotations
 

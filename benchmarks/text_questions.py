@@ -1,4 +1,4 @@
-"""Write multiple-choice questions without images, on words of radiology, for a small language model.
+"""Write multiple-choice questions on words of radiology, without images, for a language model.
 
     python -m benchmarks.text_questions FOLDER
 
@@ -74,7 +74,7 @@ def written(row: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
 
 def write_questions(folder: Path, *, written_rows: int, test_share: float = 0.3, seed: int = 0) -> dict[str, int]:
-    """Write the three files; the number of rows of each.
+    """Write the three files, and return the number of rows of each.
 
     Args:
         folder: where they go.

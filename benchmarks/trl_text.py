@@ -119,7 +119,7 @@ def build(setting: dict[str, Any], output: str) -> GRPOTrainer:
 
 
 def main() -> None:
-    """Build the trainer, say so, take steps until the input ends or all are done, and save the model."""
+    """Build the trainer, say so, take the steps, and save the model."""
     setting = json.loads(sys.argv[1])
     torch.set_num_threads(setting["threads"])
     with tempfile.TemporaryDirectory() as output:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
@@ -43,7 +44,7 @@ def write_folder(weights: Path, folder: Path) -> None:
         weights: the file, with a tokenizer in ChatML (`<|im_end|>`).
         folder: gets a float32 model, the tokenizer with its chat template, and the end tokens.
     """
-    source = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
+    source: dict[str, Any] = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
     loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     config = LlamaConfig(
