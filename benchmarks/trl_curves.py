@@ -241,7 +241,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=6)
     parser.add_argument("--group-size", type=int, default=4)
     parser.add_argument("--max-tokens", type=int, default=28)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--lr", type=float, default=2e-5)
     parser.add_argument("--kl-coef", type=float, default=0.04)
     arguments = parser.parse_args()
@@ -254,7 +254,7 @@ def main() -> None:
         report(summary_line(name, compared[name]))
     report(f"final reward, {compared['difference']}; mean reward of all steps, {compared['difference_of_means']}")
     setting = {key: value for key, value in vars(arguments).items() if key in KEPT}
-    payload = {"setting": setting, "base": results[0].get("base"), "compared": compared, "runs": results}
+    payload = {"setting": setting, "compared": compared, "runs": results}
     report(f"written to {write_result('trl_curves', payload, arguments.out)} and {arguments.figure}")
 
 
