@@ -1,4 +1,4 @@
-"""Build and align a vision-language model around a text model, in three stages; see `rlmed.smol_base`."""
+"""Build and align a vision-language model around a text model; see `rlmed.smol_base`."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def _seeing(folder: Path) -> str:
 
 
 def _as_seen(folder: Path, drawn: Sequence[tuple[Study, Image.Image]]) -> list[tuple[Study, Image.Image]]:
-    """Return the study that the visual tokens of each picture tell: the one of the nearest words."""
+    """Return for each picture the study that its visual tokens tell: that of the nearest words."""
     tokenizer, pictures = load_processor(folder)
     assert pictures is not None
     model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
@@ -159,7 +159,7 @@ def _as_seen(folder: Path, drawn: Sequence[tuple[Study, Image.Image]]) -> list[t
 
 def _pixels(pictures: Pictures, drawn: Sequence[Any]) -> tuple[Tensor, Tensor]:
     """Return pixel values [P, D] and grids [B, 3] of drawn pictures."""
-    inputs = [pictures.prepare(picture).inputs for picture in drawn]
+    inputs = [pictures.prepare([picture]).inputs for picture in drawn]
     return tuple(
         torch.from_numpy(np.concatenate([of_one[name] for of_one in inputs]))
         for name in ("pixel_values", "image_grid_thw")

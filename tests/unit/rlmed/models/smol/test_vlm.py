@@ -84,7 +84,7 @@ def test_greedy_answers_about_pictures_are_those_of_generate(folders: tuple[Path
     prompts = [
         renderer.render(
             Example(str(i), None, f"Which part {i}?", ("knee", "head"), answer=0),
-            Image.fromarray(rng.integers(0, 255, (112, 112, 3), dtype=np.uint8)),
+            [Image.fromarray(rng.integers(0, 255, (112, 112, 3), dtype=np.uint8))],
         )
         for i in range(4)
     ]
@@ -114,7 +114,7 @@ def test_visual_tokens_learn_to_be_words(folders: tuple[Path, Path]) -> None:
     _, pictures = load_processor(folders[1])
     model = AutoModelForImageTextToText.from_pretrained(folders[1], dtype=torch.float32)
     assert pictures is not None
-    inputs = [pictures.prepare(picture).inputs for _, picture in studies_of(0, 0, 4)]
+    inputs = [pictures.prepare([picture]).inputs for _, picture in studies_of(0, 0, 4)]
     pixels, grids = (
         torch.from_numpy(np.concatenate([one[name] for one in inputs])) for name in ("pixel_values", "image_grid_thw")
     )
