@@ -18,13 +18,14 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import (
     MAX_PROMPT_TOKENS,
     ROOT,
+    Side,
     Timing,
     add_arguments,
     alternate,
@@ -164,20 +165,10 @@ class OurTrainer:
 class TrlTrainer:
     """TRL in a process of its own that takes a step when told to."""
 
-    def __init__(self, python: str, folder: Path, questions: Path, arguments: argparse.Namespace) -> None:
-        """Start it; returns when it is ready for the first step."""
-        setting = {
-            "model": str(folder),
-            "questions": str(questions),
-            "prompts": arguments.prompts,
-            "group_size": arguments.group_size,
-            "max_tokens": arguments.max_tokens,
-            "threads": arguments.threads,
-            "kl_coef": KL_COEF,
-            "learning_rate": LEARNING_RATE,
-        }
+    def __init__(self, python: str, module: str, setting: Mapping[str, Any]) -> None:
+        """Start `module` with its setting; returns when it is ready for the first step."""
         self._process = subprocess.Popen(
-            [python, "-m", "benchmarks.trl_step", json.dumps(setting)],
+            [python, "-m", module, json.dumps(setting)],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdin=subprocess.PIPE,
@@ -186,12 +177,16 @@ class TrlTrainer:
         )
         self.facts: dict[str, Any] = self._answer()
 
-    def step(self) -> float:
-        """Seconds of its next step, measured there."""
+    def step(self) -> dict[str, Any]:
+        """What it says of its next step; `seconds` are measured there."""
         assert self._process.stdin is not None
         self._process.stdin.write("step\n")
         self._process.stdin.flush()
-        return float(self._answer()["seconds"])
+        return self._answer()
+
+    def finish(self) -> None:
+        """Wait until it has said that its model is saved."""
+        self._answer()
 
     def close(self) -> None:
         """End the process."""
@@ -211,17 +206,33 @@ class TrlTrainer:
         )
 
 
+def trl_setting(folder: Path, questions: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `benchmarks/trl_step.py` is told."""
+    return {
+        "model": str(folder),
+        "questions": str(questions),
+        "prompts": arguments.prompts,
+        "group_size": arguments.group_size,
+        "max_tokens": arguments.max_tokens,
+        "threads": arguments.threads,
+        "kl_coef": KL_COEF,
+        "learning_rate": LEARNING_RATE,
+    }
+
+
 def measure(folder: Path, name: str, arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Steps of both in turn."""
     examples = write_examples(scratch / "questions", arguments.prompts)
     ours = OurTrainer(folder, name, examples, arguments)
-    theirs = TrlTrainer(arguments.trl_python, folder, scratch / "questions" / "benchmark.jsonl", arguments)
+    setting = trl_setting(folder, scratch / "questions" / "benchmark.jsonl", arguments)
+    theirs = TrlTrainer(arguments.trl_python, "benchmarks.trl_step", setting)
     try:
         if theirs.facts["prompt_tokens"] != ours.prompt_tokens:
             raise RuntimeError(
                 f"the prompts differ: {ours.prompt_tokens} tokens here, {theirs.facts['prompt_tokens']} in TRL"
             )
-        timings = alternate({"rlmed": timed(ours.step), "trl": theirs.step}, rounds=arguments.rounds, warmup=WARMUP)
+        sides: dict[str, Side] = {"rlmed": timed(ours.step), "trl": lambda: float(theirs.step()["seconds"])}
+        timings = alternate(sides, rounds=arguments.rounds, warmup=WARMUP)
     finally:
         theirs.close()
     stages = {"rlmed_stages_s": ours.stages(arguments.rounds)}

@@ -10,6 +10,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers import Qwen2VLProcessor, TrainerCallback, TrainerControl, Trai
 from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.common import spread, variety_reward
+from rewards.base import Reward
 from rewards.rubric import REWARDS
 from rlmed.core.types import Completion, Example
 from rlmed.data.examples import read_examples
@@ -89,10 +91,10 @@ def as_row(example: Example) -> dict[str, Any]:
     return {"prompt": [{"role": "user", "content": content}], "image": image, "place": int(example.id[-5:])}
 
 
-def reward_functions(examples: tuple[Example, ...]) -> list[Any]:
-    """Our rewards in TRL's signature."""
+def reward_functions(examples: Sequence[Example], rewards: Mapping[str, Reward]) -> list[Any]:
+    """Our rewards in TRL's signature; `place` is a row's index in `examples`."""
 
-    def wrap(name: str, reward: Any) -> Any:
+    def wrap(name: str, reward: Reward) -> Any:
         def score(completions: list[Any], place: list[int], **kwargs: Any) -> list[float]:
             texts = [messages[0]["content"] for messages in completions]
             return [reward(examples[at], _completion(text)) for at, text in zip(place, texts, strict=True)]
@@ -100,7 +102,7 @@ def reward_functions(examples: tuple[Example, ...]) -> list[Any]:
         score.__name__ = name
         return score
 
-    return [wrap(name, reward) for name, reward in {**REWARDS, "variety": variety_reward}.items()]
+    return [wrap(name, reward) for name, reward in rewards.items()]
 
 
 def _completion(text: str) -> Completion:
@@ -140,7 +142,7 @@ def build(setting: dict[str, Any], output: str) -> GRPOTrainer:
     turns = Turns(setting["max_tokens"])
     trainer = GRPOTrainer(
         model=setting["model"],
-        reward_funcs=reward_functions(examples),
+        reward_funcs=reward_functions(examples, {**REWARDS, "variety": variety_reward}),
         args=args,
         train_dataset=datasets.Dataset.from_list([as_row(example) for example in examples]),
         processing_class=ImageProcessor(pictures.image_processor, tokenizer, chat_template=tokenizer.chat_template),

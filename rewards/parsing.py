@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from rlmed.core.prefill import ANSWER, ANSWER_END
+from rlmed.core.prefill import ANSWER, ANSWER_END, TAGS
 from rlmed.core.prefill import THINK as _OPENING
 from rlmed.core.types import LETTERS
 
@@ -32,6 +32,25 @@ def has_format(text: str) -> bool:
     if not (text.startswith(_OPENING) and text.endswith(ANSWER_END)):
         return False
     return _MIDDLE.search(text) is not None
+
+
+def format_parts(text: str) -> int:
+    r"""Count, from 0 to 5, the parts of the format that a text has, see `has_format`.
+
+    One for each tag that follows the tags counted before it, which are those that occur exactly
+    once; five for the whole format.
+
+    Example:
+        >>> [format_parts(text) for text in ("<think>dark</think><answer>B</answer>", "<think>dark", "dark, so B")]
+        [5, 1, 0]
+    """
+    if has_format(text):
+        return 5
+    found, place = 0, 0
+    for tag in TAGS:
+        if text.count(tag) == 1 and (at := text.find(tag, place)) >= 0:
+            found, place = found + 1, at + len(tag)
+    return found
 
 
 def has_answer_format(text: str) -> bool:

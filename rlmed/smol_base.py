@@ -49,10 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parsed = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
     keep_display()
     with loading_libraries():  # only now: `--help` needs none
-        from rlmed.models.smol.text import find_weights, write_folder
+        from rlmed.models.smol.text import write_text_model
         from rlmed.smol_build import build
     if not parsed.vlm:
-        write_folder(find_weights(), parsed.out)
+        with ending_errors():
+            write_text_model(parsed.out)
+        sys.stdout.write(f"written to {parsed.out}\n")
         return
     with ending_errors(CheckpointError, interrupted="interrupted; run the same command to continue"):
         parsed.work.mkdir(parents=True, exist_ok=True)

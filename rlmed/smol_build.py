@@ -23,7 +23,7 @@ from rlmed.data.phantom.anatomy import Study
 from rlmed.data.phantom.reports import LINE, all_lines, all_studies, studies_of, visual_lines, write_readings
 from rlmed.data.pictures import Pictures
 from rlmed.data.prompts import load_processor
-from rlmed.models.smol.text import find_weights, write_folder
+from rlmed.models.smol.text import write_text_model
 from rlmed.models.smol.vlm import build_vlm
 from rlmed.models.smol.words import teach_words
 from rlmed.models.tiny.toy import SHIPPED
@@ -78,9 +78,7 @@ def build(
     if text is None:
         text = work / "text"
         if not text.is_dir():
-            aside = partial_folder(text)
-            write_folder(find_weights(), aside)
-            rename_into_place(aside, text, may_replace=lambda: False)
+            write_text_model(text)
     model = work / "words"
     if not model.is_dir():
         aside = partial_folder(model)

@@ -115,7 +115,7 @@ def check(report: PreflightReport, max_tokens: int, end_tokens: Sequence[str] = 
     elif report.reward_mean <= 0:
         cause = (
             "no completion earned any reward: the model does not know the format or the task yet, so first align it "
-            "with python -m rlmed.sft, or reward partial success (reward.extra)"
+            "with python -m rlmed.sft, or reward parts of the format (reward=format_parts)"
         )
     else:
         cause = (

