@@ -27,7 +27,7 @@ DATA = ("data.eval=[outputs/phantom-0/test_mri.jsonl]", "data.leakage=off", "eva
 EVALUATE = ("rlmed.evaluate", *DATA, "eval.controls=false")
 SFT = (
     "rlmed.sft", *DATA, "eval.controls=false", "data.limit=48", "sft.epochs=1", "sft.batch_size=8",
-    "sft.target=option", "learner.lr=1e-3", "cluster.threads=1",
+    "sft.target=option", "learner.lr=1e-3", "learner.warmup_steps=0", "cluster.threads=1",
 )  # fmt: skip
 RAY = ("cluster=ray", "cluster.rollout_workers=2", "cluster.threads=1")
 
