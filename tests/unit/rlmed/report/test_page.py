@@ -174,13 +174,11 @@ def test_the_table_has_before_and_after_with_controls(run):
 
 def test_questions_about_several_pictures_have_columns_of_their_own(run):
     assert "image order" not in write_report(run).read_text()
-    rows = [row(i, right=i > 0) for i in range(10)]
-    (file,) = summary(3, rows).files
-    one, order = Accuracy.of(3, 6), Accuracy.of(5, 6)
-    files = (dataclasses.replace(file, blank_one=one, image_order=order), dataclasses.replace(file, name="mri"))
+    (file,) = summary(3, rows := [row(i, right=i > 0) for i in range(10)]).files
+    several = dataclasses.replace(file, blank_one=Accuracy.of(3, 6), image_order=Accuracy.of(5, 6))
+    files = (several, dataclasses.replace(file, name="mri"))
     write_evaluation(run / "evaluations", dataclasses.replace(summary(3, rows), files=files), rows)
-    html = write_report(run).read_text()
-    head, *lines = table_cells(html)
+    head, *lines = table_cells(html := write_report(run).read_text())
     assert {len(line) for line in lines} == {len(head)}
     cells = [dict(zip([" ".join(words) for words in head], line, strict=True)) for line in lines]
     assert [line["one blank"][:1] for line in cells] == [["50.0"], ["–"], []]
