@@ -94,7 +94,9 @@ def test_float32_moves_logprobs_and_gradients_by_less_than_the_bounds(
         model.zero_grad()
         logprobs = torch.cat(padded_logprobs(model, rows))
         (logprobs * weights).sum().backward()
-        return logprobs.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+        # some towers have a last norm that nothing reads
+        found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+        return logprobs.detach(), {name: gradient.clone() for name, gradient in found.items()}
 
     logprobs, gradients = compute()
     assert logprobs.dtype == torch.float64
