@@ -56,7 +56,7 @@ EXTRA_ENDS = (31, 32, 33, 34, 35, 36, 37, 38)
 """Ordinary tokens that also end a test model's completion, so random completions are ragged."""
 OWN_PACKAGES = ("rlmed", "rollout", "learner", "rewards")
 Grid = tuple[int, int]
-FIVE: tuple[Grid, ...] = ((6, 6), (4, 8), (4, 4), (6, 4), (4, 6))
+FIVE: tuple[Grid, ...] = ((4, 6), (8, 4), (4, 4), (6, 4), (4, 8))
 """Patches of five images of a prompt."""
 
 
@@ -269,7 +269,7 @@ def make_train_groups(
 
     One prompt has completions of a single token only.
     """
-    grids = ((8, 8), None, FIVE, None, ((8, 4), (4, 6)))
+    grids = ((8, 8), None, FIVE, None, ((8, 6), (4, 8)))
 
     def make(family: str, group_size: int, *, seed: int = 0) -> list[TrainGroup]:
         groups = []
