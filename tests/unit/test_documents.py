@@ -131,6 +131,8 @@ def test_keys_and_options_exist(page: str) -> None:
             key, equals, value = word.lstrip("+").partition("=")
             if key in CONFIG_GROUPS and equals and re.fullmatch(r"[a-z]\w+", value):
                 assert value in group_options(key) or key in ("model", "data"), f"{page}: {word}"
+            elif (ROOT / f"{key.replace('.', '/')}.py").is_file():
+                continue  # a program behind `python -m`
             elif key.partition(".")[0] in SECTIONS and "." in key and not FILE_NAME.search(word):
                 check_key(key.rstrip(".*").removesuffix("_") if "*" in key else key)
 
