@@ -226,7 +226,7 @@ class _Split:
         self._images.update(images)
         self._by_modality[example.modality] += 1
         self._by_kind[example.kind] += 1
-        self._answers.append(dataclasses.replace(example, id="", image=None, question=""))
+        self._answers.append(dataclasses.replace(example, id="", image=None, more_images=(), question=""))
 
     def finish(self) -> SplitSummary:
         with writing(self.path):
