@@ -42,9 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--work", type=Path, default=Path("outputs/smol_base"), help="an interrupted build resumes here"
     )
-    parser.add_argument("--word-steps", type=int, default=1600)
-    parser.add_argument("--careful", type=int, default=2000, help="rows")
-    parser.add_argument("--readers", type=int, default=400, help="rows")
+    parser.add_argument("--word-steps", type=int, default=6000)
+    parser.add_argument("--careful", type=int, default=800, help="rows")
+    parser.add_argument("--readers", type=int, default=160, help="rows")
     parser.add_argument("--dtype", default="bfloat16", help="of fine-tuning")
     parsed = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
     keep_display()

@@ -56,7 +56,7 @@ STAGES = (
         0.0,
         ("learner.freeze=[vision,merger]", "learner.lr=4e-4", "learner.lr_schedule=linear", "learner.warmup_steps=10"),
     ),
-    Stage("readers", 0.5, ("learner.lr=1e-4", "learner.lr_schedule=linear", "learner.warmup_steps=3")),
+    Stage("readers", 0.5, ("learner.lr=2e-4", "learner.lr_schedule=linear", "learner.warmup_steps=2")),
 )
 
 
