@@ -22,7 +22,7 @@ from transformers import AutoModelForImageTextToText
 from rlmed import ask
 from rlmed.core.config.composing import compose_config
 from rlmed.evaluation.results import EvalSummary
-from rlmed.export import check, command
+from rlmed.export import check, exporting
 from rlmed.export.card import SHOWN
 from rlmed.export.command import main
 from rlmed.models.policy import load_policy
@@ -164,7 +164,7 @@ def test_other_families_answer_the_same(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(command, "MAX_TOKENS", 24)
+    monkeypatch.setattr(exporting, "MAX_TOKENS", 24)
     questions = rows / "test.jsonl"
     if family in ("qwen3", "llama"):
         questions = tmp_path / "text.jsonl"
