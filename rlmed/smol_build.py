@@ -23,7 +23,7 @@ from rlmed.data.phantom.anatomy import Study
 from rlmed.data.phantom.reports import LINE, all_lines, all_studies, studies_of, visual_lines, write_readings
 from rlmed.data.pictures import Pictures
 from rlmed.data.prompts import load_processor
-from rlmed.models.smol.text import write_text_model
+from rlmed.models.smol.text import check_target, is_model, write_text_model
 from rlmed.models.smol.vlm import build_vlm
 from rlmed.models.smol.words import teach_words
 from rlmed.models.tiny.toy import SHIPPED
@@ -73,7 +73,11 @@ def build(
         careful: rows of the second stage.
         readers: rows of the third.
         dtype: of fine-tuning.
+
+    Raises:
+        ValueError: without the packages, or if `target` holds anything but a model.
     """
+    check_target(target)  # before hours of training
     disable_progress_bar()  # rlmed has its own
     if text is None:
         text = work / "text"
@@ -207,4 +211,5 @@ def _export(model: Path, target: Path) -> None:
     for file in model.iterdir():
         if file.suffix in (".json", ".jinja") and not (aside / file.name).exists():
             shutil.copyfile(file, aside / file.name)
-    rename_into_place(aside, target, may_replace=lambda: True)
+    if not rename_into_place(aside, target, may_replace=lambda: is_model(target)):
+        raise ValueError(f"{target} exists and is no model folder: the new one is {aside}")

@@ -54,12 +54,13 @@ def test_a_missing_package_is_one_line_with_the_cure(
     assert not (tmp_path / "text").exists()
 
 
+@pytest.mark.parametrize("vlm", [(), ("--vlm",)], ids=["text", "vlm"])
 def test_a_folder_with_other_content_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    vlm: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("rlmed.models.smol.text.find_weights", lambda: tmp_path / "unread.gguf")
     (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(SystemExit):
-        smol_base.main(["--out", str(tmp_path)])
+        smol_base.main([*vlm, "--out", str(tmp_path), "--work", str(tmp_path.parent / f"{tmp_path.name}-work")])
     assert f"{tmp_path} exists and is no model folder" in capsys.readouterr().err
     assert (tmp_path / "notes.txt").read_text(encoding="utf-8") == "mine"

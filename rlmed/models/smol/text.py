@@ -63,6 +63,17 @@ def write_folder(weights: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def check_target(target: Path) -> None:
+    """Raise ValueError if `target` holds anything but a model, which a new one may replace."""
+    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not is_model(target)):
+        raise ValueError(f"{target} exists and is no model folder: name another with --out")
+
+
+def is_model(folder: Path) -> bool:
+    """Return whether a folder holds a model."""
+    return (folder / "config.json").is_file()
+
+
 def write_text_model(target: Path) -> None:
     """Write SmolLM2 to `target`, where an earlier model may be.
 
@@ -70,13 +81,8 @@ def write_text_model(target: Path) -> None:
         ValueError: without the packages, or if `target` holds anything but a model.
     """
     target = target.resolve()
-
-    def is_model() -> bool:
-        return (target / "config.json").is_file()
-
     weights = find_weights()
-    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not is_model()):
-        raise ValueError(f"{target} exists and is no model folder: name another with --out")
+    check_target(target)
     aside = partial_folder(target)
     write_folder(weights, aside)
-    rename_into_place(aside, target, may_replace=is_model)
+    rename_into_place(aside, target, may_replace=lambda: is_model(target))
