@@ -20,6 +20,8 @@ from matplotlib import pyplot as plt
 
 SMOOTHED = 5
 """Steps of a moving average."""
+ROUNDING = 1e-9
+"""More than sums of rewards round by."""
 LAST = 10
 """Steps whose mean reward is a run's final one."""
 COLOURS = {"rlmed": "#1b6ca8", "trl": "#d1732b"}
@@ -63,20 +65,20 @@ def reached(steps: Sequence[Mapping[str, float]], level: float) -> int | None:
     Counts from the `SMOOTHED`th step on: before it, there is no average of as many.
     """
     rewards = smooth([step["reward"] for step in steps])
-    return next((at + 1 for at in range(SMOOTHED - 1, len(rewards)) if rewards[at] >= level), None)
+    return next((at + 1 for at in range(SMOOTHED - 1, len(rewards)) if rewards[at] >= level - ROUNDING), None)
 
 
 def common_level(runs: Sequence[Sequence[Mapping[str, float]]]) -> float:
     """The highest smoothed reward, in steps of 0.05, that every run reaches."""
     highest = [smooth([step["reward"] for step in steps])[SMOOTHED - 1 :].max() for steps in runs]
-    return math.floor(min(highest) / 0.05 + 1e-9) * 0.05
+    return round(math.floor(min(highest) / 0.05 + ROUNDING) * 0.05, 2)
 
 
 def compare(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Figures of both sides, and whether their final and mean rewards differ."""
     sides = {name: [result["steps"][name] for result in results] for name in NAMES}
     level = common_level([steps for runs in sides.values() for steps in runs])
-    found: dict[str, Any] = {"level": round(level, 2)}
+    found: dict[str, Any] = {"level": level}
     for name, runs in sides.items():
         ends = [reached(steps, level) for steps in runs]
         spent = {

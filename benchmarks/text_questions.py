@@ -81,7 +81,13 @@ def write_questions(folder: Path, *, written_rows: int, test_share: float = 0.3,
         written_rows: rows with a completion, as many of each kind as can be.
         test_share: of each kind's words.
         seed: of the words' order.
+
+    Raises:
+        ValueError: if no words are left to train on.
     """
+    most = sum(len(words) - round(test_share * len(words)) - 1 for words in TERMS.values())
+    if not 0 <= written_rows <= most:
+        raise ValueError(f"{written_rows} rows with a completion: give 0 to {most}, so that rows to train on are left")
     rng = random.Random(seed)
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in FILES}
     for place, (kind, words) in enumerate(TERMS.items()):
@@ -109,7 +115,10 @@ def main() -> None:
     parser.add_argument("--written", type=int, default=20, help="rows with a completion (default 20)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    rows = write_questions(arguments.folder, written_rows=arguments.written, seed=arguments.seed)
+    try:
+        rows = write_questions(arguments.folder, written_rows=arguments.written, seed=arguments.seed)
+    except ValueError as error:
+        parser.error(str(error))
     report(f"written to {arguments.folder}: {', '.join(f'{count} rows {name}' for name, count in rows.items())}")
 
 

@@ -33,6 +33,7 @@ from benchmarks.grpo_step import TrlTrainer
 from rlmed.controller import StepResult, train
 from rlmed.core.config.composing import compose_config
 from rlmed.core.config.schema import RunConfig
+from rlmed.core.files.atomic import replace_text
 from rlmed.core.process.threads import usable_cores
 from rlmed.data.curriculum import Curriculum
 from rlmed.evaluation.results import EvalSummary, last_evaluation
@@ -41,6 +42,8 @@ from rlmed.run import Run
 REWARDS = ("format", "choice")
 KEPT = ("prompts", "group_size", "max_tokens", "steps", "seeds", "lr", "kl_coef")
 """Arguments that the result keeps."""
+TRAINED = ("model", "questions", "threads", "prompts", "group_size", "max_tokens", "steps", "lr", "kl_coef")
+"""Arguments that a seed's result depends on."""
 
 
 def settings(arguments: argparse.Namespace, seed: int) -> list[str]:
@@ -201,24 +204,33 @@ def run_seed(arguments: argparse.Namespace, seed: int, folder: Path) -> dict[str
 
 
 def finished(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """The result of each seed, trained now if it was not before."""
+    """The result of each seed, trained now if it was not before.
+
+    Raises:
+        SystemExit: if a seed was trained with other settings.
+    """
     results = []
+    setting = json.loads(json.dumps({name: vars(arguments)[name] for name in TRAINED}, default=str))
     for seed in arguments.seeds:
         folder = arguments.runs / f"seed_{seed}"
         path = folder / "result.json"
         if not path.is_file():
             shutil.rmtree(folder, ignore_errors=True)
-            path.write_text(json.dumps(run_seed(arguments, seed, folder)), encoding="utf-8")
-        results.append(json.loads(path.read_text(encoding="utf-8")))
+            replace_text(path, json.dumps({"setting": setting, **run_seed(arguments, seed, folder)}))
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if result.pop("setting") != setting:
+            raise SystemExit(f"{path} has other settings: name another folder with --runs, or remove {folder}")
+        results.append(result)
     return results
 
 
 def summary_line(name: str, figures: Mapping[str, Any]) -> str:
     """One side in words."""
     tested = ", ".join(f"{100 * value:.1f}" for value in figures["test_accuracy"])
-    reached = figures["to_level"]
+    reached, final = figures["to_level"], figures["final"]
+    noise = f" ± {statistics.stdev(final):.3f}" if len(final) > 1 else ""
     return (
-        f"{name}: final reward {statistics.fmean(figures['final']):.3f} ± {statistics.stdev(figures['final']):.3f}, test "
+        f"{name}: final reward {statistics.fmean(final):.3f}{noise}, test "
         f"{tested} %, to the level in steps {reached['steps']}, s {reached['seconds']}, CPU s {reached['cpu_seconds']}"
     )
 
@@ -252,7 +264,8 @@ def main() -> None:
     draw(results, arguments.figure)
     for name in ("rlmed", "trl"):
         report(summary_line(name, compared[name]))
-    report(f"final reward, {compared['difference']}; mean reward of all steps, {compared['difference_of_means']}")
+    if "difference" in compared:
+        report(f"final reward, {compared['difference']}; mean reward of all steps, {compared['difference_of_means']}")
     setting = {key: value for key, value in vars(arguments).items() if key in KEPT}
     payload = {"setting": setting, "compared": compared, "runs": results}
     report(f"written to {write_result('trl_curves', payload, arguments.out)} and {arguments.figure}")

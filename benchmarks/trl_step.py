@@ -110,16 +110,13 @@ def _completion(text: str) -> Completion:
     return Completion(nothing.astype("int64"), nothing, text, "length")
 
 
-def build(setting: dict[str, Any], output: str) -> GRPOTrainer:
-    """The trainer with the settings of our step; what they leave open is TRL's default."""
-    completions = setting["prompts"] * setting["group_size"]
-    args = GRPOConfig(
+def grpo_config(setting: dict[str, Any], output: str, **more: Any) -> GRPOConfig:
+    """What all our comparisons with TRL have in common, and `more`."""
+    return GRPOConfig(
         output_dir=output,
         use_cpu=True,
         bf16=False,
         gradient_checkpointing=False,
-        per_device_train_batch_size=completions,
-        gradient_accumulation_steps=1,
         num_generations=setting["group_size"],
         max_completion_length=setting["max_tokens"],
         temperature=1.0,
@@ -130,12 +127,24 @@ def build(setting: dict[str, Any], output: str) -> GRPOTrainer:
         loss_type="grpo",
         learning_rate=setting["learning_rate"],
         lr_scheduler_type="constant",
-        max_steps=MAX_STEPS,
         save_strategy="no",
         logging_strategy="no",
         report_to="none",
         disable_tqdm=True,
         model_init_kwargs={"dtype": "float32", "attn_implementation": "sdpa"},
+        **more,
+    )
+
+
+def build(setting: dict[str, Any], output: str) -> GRPOTrainer:
+    """The trainer with the settings of our step; what they leave open is TRL's default."""
+    completions = setting["prompts"] * setting["group_size"]
+    args = grpo_config(
+        setting,
+        output,
+        per_device_train_batch_size=completions,
+        gradient_accumulation_steps=1,
+        max_steps=MAX_STEPS,
     )
     tokenizer, pictures = load_processor(setting["model"])
     examples = read_examples(Path(setting["questions"])).examples

@@ -18,9 +18,9 @@ import torch
 import transformers
 import trl
 from transformers import AutoTokenizer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
-from benchmarks.trl_step import answer, reward_functions
+from benchmarks.trl_step import answer, grpo_config, reward_functions
 from rewards.rubric import REWARDS
 from rlmed.data.examples import read_examples
 
@@ -60,26 +60,14 @@ class Turns(TrainerCallback):
 
 def build(setting: dict[str, Any], output: str) -> GRPOTrainer:
     """The trainer with our settings; what they leave open is TRL's default."""
-    args = GRPOConfig(
-        output_dir=output,
+    args = grpo_config(
+        setting,
+        output,
         seed=setting["seed"],
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
         # a group at a time, which bounds TRL's memory: the gradient is that of the whole batch
         per_device_train_batch_size=setting["group_size"],
         gradient_accumulation_steps=setting["prompts"],
-        num_generations=setting["group_size"],
-        max_completion_length=setting["max_tokens"],
-        temperature=1.0,
-        top_p=1.0,
-        top_k=0,
-        beta=setting["kl_coef"],
-        use_bias_correction_kl=False,
-        loss_type="grpo",
         epsilon=setting["clip_ratio"],
-        learning_rate=setting["learning_rate"],
-        lr_scheduler_type="constant",
         adam_beta1=setting["betas"][0],
         adam_beta2=setting["betas"][1],
         weight_decay=setting["weight_decay"],
@@ -87,11 +75,6 @@ def build(setting: dict[str, Any], output: str) -> GRPOTrainer:
         max_steps=setting["steps"],
         # the rows come in our order already
         shuffle_dataset=False,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        model_init_kwargs={"dtype": "float32", "attn_implementation": "sdpa"},
     )
     examples = read_examples(Path(setting["questions"])).examples
     rows = [

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from rlmed import sft
 from rlmed.core.config.composing import compose_config
+from rlmed.core.config.overrides import quoted
 from rlmed.core.config.schema import RunConfig
-from rlmed.core.files.atomic import partial_folder, rename_into_place
+from rlmed.core.files.atomic import partial_folder, rename_into_place, replace_text
+from rlmed.core.files.damage import read_json
 from rlmed.data.phantom.anatomy import Study
 from rlmed.data.phantom.reports import LINE, all_lines, all_studies, studies_of, visual_lines, write_readings
 from rlmed.data.pictures import Pictures
@@ -37,6 +40,8 @@ READERS_SEED = 2
 TEST_SEED, TEST = 99, 300
 """New pictures, on which the words are tested."""
 BATCH = 32
+SETTINGS_FILE = "settings.json"
+"""In the folder of the work: the settings with which it was begun."""
 FILLER = "\n"
 """What visual tokens say behind the end of a text."""
 
@@ -75,9 +80,13 @@ def build(
         dtype: of fine-tuning.
 
     Raises:
-        ValueError: without the packages, or if `target` holds anything but a model.
+        ValueError: without the packages, for settings that cannot be used or with which `work` was
+            not begun, or if `target` holds anything but a model.
     """
-    check_target(target)  # before hours of training
+    # before hours of training
+    check_target(target)
+    numbers = {"--word-steps": word_steps, "--careful": careful, "--readers": readers}
+    _check(work, {"--text": text, **numbers, "--dtype": dtype})
     disable_progress_bar()  # rlmed has its own
     if text is None:
         text = work / "text"
@@ -101,6 +110,25 @@ def build(
         sft.main(_config(stage, file, model, dtype), folder)
         model = list_checkpoints(folder / "checkpoints")[-1]
     _export(model, target)
+
+
+def _check(work: Path, settings: Mapping[str, Any]) -> None:
+    """Check the settings of a build; record them in `work`, or compare them with what is there."""
+    text = settings["--text"]
+    if text is not None and not is_model(text):
+        raise ValueError(f"--text {text} is no model folder (it has no config.json): give that of a Llama model")
+    for name, value in settings.items():
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"{name} {value}: give a positive number")
+    for stage in STAGES:
+        _config(stage, work, work, settings["--dtype"])
+    recorded = {name: value if isinstance(value, int) else str(value) for name, value in settings.items()}
+    path = work / SETTINGS_FILE
+    begun = read_json(path) if path.is_file() else recorded
+    if begun != recorded:
+        other = ", ".join(f"{name} {begun.get(name)}" for name in recorded if begun.get(name) != recorded[name])
+        raise ValueError(f"{work} was begun with {other}: build with that, or in another folder with --work")
+    replace_text(path, json.dumps(recorded, indent=2) + "\n")
 
 
 def _say_words(folder: Path, steps: int) -> None:
@@ -184,10 +212,10 @@ def _words(study: Study, spoken: dict[str, list[int]]) -> list[int]:
 def _config(stage: Stage, train: Path, model: Path, dtype: str) -> RunConfig:
     settings = [
         "data=jsonl",
-        f"data.train={train}",
+        f"data.train={quoted(str(train), commas=False)}",
         "data.max_prompt_tokens=256",
         "prompt=short",
-        f"model.path={model}",
+        f"model.path={quoted(str(model), commas=False)}",
         f"model.dtype={dtype}",
         f"name=smol_base_{stage.name}",
         "resume=auto",

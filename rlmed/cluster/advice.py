@@ -90,7 +90,9 @@ def advise(config: RunConfig, needed: Callable[[RunConfig], int], available: int
     keys = [key for key in SPARING if config.resume is None or may_change(key)]
     alone = [_written(key, values[0]) for key in keys if (values := fitting(key, config))]
     adapters = _adapters(config)
-    lora = [f"learner=lora (needs {needed(run) / GIB:.1f} GiB)" for run in adapters if fits(run)]
+    # adapters leave the rest as it is, and refuse to be told what to freeze
+    lora_settings = "learner=lora learner.freeze=[]" if config.learner.freeze else "learner=lora"
+    lora = [f"{lora_settings} (needs {needed(run) / GIB:.1f} GiB)" for run in adapters if fits(run)]
     if alone:
         return f"set {' or '.join(alone[:3] + lora)}"
     most = _smallest(config, keys, needed)
@@ -115,7 +117,8 @@ def _adapters(config: RunConfig) -> list[RunConfig]:
     """Return the run with the adapters of `learner=lora`, unless it has some or is resumed."""
     if config.learner.lora.rank is not None or config.resume is not None:
         return []
-    return [_changed(config, {"learner.lora": compose_config("train", ["learner=lora"]).learner.lora})]
+    lora = compose_config("train", ["learner=lora"]).learner.lora
+    return [_changed(config, {"learner.lora": lora, "learner.freeze": ()})]
 
 
 def _smallest(config: RunConfig, keys: Sequence[str], needed: Callable[[RunConfig], int]) -> dict[str, Any]:

@@ -89,8 +89,8 @@ def shuffled_images(examples: Sequence[Example], seed: int = SHUFFLE_SEED) -> li
     Rows with the same number of pictures are sorted by them, in an order drawn from `seed`, and
     each takes the pictures m rows further on, where m is the number of rows of the most frequent
     ones. So no row keeps its own, unless the same pictures belong to more than half of these rows:
-    rows that would keep theirs are left out, as are rows without a picture, and a row that alone
-    has so many.
+    rows that would keep theirs, or any of them (rows of one series), are left out, as are rows
+    without a picture, and a row that alone has so many.
     """
     rows: dict[int, dict[tuple[Path, ...], list[int]]] = defaultdict(lambda: defaultdict(list))
     for index, example in enumerate(examples):
@@ -107,7 +107,7 @@ def shuffled_images(examples: Sequence[Example], seed: int = SHUFFLE_SEED) -> li
     return [
         _with_images(example, given[index])
         for index, example in enumerate(examples)
-        if index in given and sorted(given[index]) != sorted(example.images)
+        if index in given and set(given[index]).isdisjoint(example.images)
     ]
 
 

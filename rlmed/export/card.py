@@ -143,6 +143,7 @@ def _accuracy(
 ) -> list[dict[str, Any]]:
     before = {file.name: file for file in summaries[0].files} if len(summaries) > 1 else {}
     tests = comparison["files"] if comparison is not None else {}
+    several = any(file.blank_one or file.image_order for file in after.files)
     return [
         {
             "name": file.name,
@@ -154,6 +155,9 @@ def _accuracy(
             "blank": _measured(file.blank),
             "shuffled": _measured(file.shuffled),
             "reordered": _measured(file.reordered),
+            "several": several,
+            "blank_one": _measured(file.blank_one),
+            "image_order": _measured(file.image_order),
             "chance": _percent(file.chance),
             "prior": _percent(_prior(file)),
         }
@@ -176,15 +180,10 @@ def _percent(share: float) -> str:
 
 
 def _data(source: Source) -> list[dict[str, Any]]:
-    files = source.data.get("files", [])
     return [
-        {
-            "use": "training" if index == 0 and len(files) > 1 else "evaluation",
-            "name": file["name"],
-            "rows": file["rows"],
-            "sha256": file["sha256"],
-        }
-        for index, file in enumerate(files)
+        {"use": use, **{key: file[key] for key in ("name", "rows", "sha256")}}
+        for use, files in (("training", source.trained_on), ("evaluation", source.evaluated_on))
+        for file in files
     ]
 
 

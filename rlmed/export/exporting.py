@@ -53,7 +53,8 @@ def export(arguments: argparse.Namespace, console: Console) -> bool:
     with new_folder(arguments.out) as folder:
         exported = write_folder(folder, source, dtype)
         name = arguments.out.absolute().name
-        images = max((len(example.images) for example in examples), default=1) or 1
+        recorded = (file.get("most_images", 1) for file in (*source.trained_on, *source.evaluated_on))
+        images = max(1, *recorded, *(len(example.images) for example in examples))
         replace_text(folder / CARD, model_card(source, exported, name, images=images))
     console.print(f"exported:   {arguments.out} ({source.checkpoint.name}, {dtype})", soft_wrap=True, highlight=False)
     same = True

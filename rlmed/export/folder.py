@@ -24,8 +24,6 @@ from rlmed.data.prompts import PromptRenderer
 from rlmed.export.source import Source
 from rlmed.export.template import with_training_prompt
 from rlmed.models.folder.adapter import is_adapter
-from rlmed.models.folder.contents import CONFIG_FILE
-from rlmed.models.folder.end_tokens import TOKENIZER_CONFIG
 from rlmed.models.folder.weight_files import stored_dtype
 from rlmed.models.policy import DTYPES, Policy, load_config, load_policy
 
@@ -33,8 +31,6 @@ SHARD = "5GB"
 """Largest weight file."""
 OF_THIS_MACHINE = ("_name_or_path", "_model_name_or_path", "name_or_path", "is_local", "local_files_only")
 """Keys of small files that say where a model was loaded from, not what it is."""
-SETTLED = (CONFIG_FILE, TOKENIZER_CONFIG)
-"""Files that have such keys."""
 SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 """Errors that libraries name in words of their own."""
 
@@ -131,8 +127,8 @@ def write_folder(folder: Path, source: Source, dtype: str) -> Exported:
     policy.model.save_pretrained(folder, max_shard_size=SHARD)
     generation.save_pretrained(folder)
     _write_tokenizer(folder, renderer, template)
-    for name in SETTLED:
-        _settle(folder / name)
+    for path in folder.glob("*config.json"):
+        _settle(path)
     return Exported(
         dtype=dtype,
         parameters=sum(parameter.numel() for parameter in policy.model.parameters()),
@@ -178,9 +174,13 @@ def _write_tokenizer(folder: Path, renderer: PromptRenderer, template: str) -> N
 
 def _settle(path: Path) -> None:
     """Remove what a small file says of the machine that wrote it."""
-    content = read_json(path)
-    kept: dict[str, Any] = {key: value for key, value in content.items() if key not in OF_THIS_MACHINE}
-    path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(_settled(read_json(path)), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _settled(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _settled(inner) for key, inner in value.items() if key not in OF_THIS_MACHINE}
+    return [_settled(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _sync(folder: Path) -> None:

@@ -14,6 +14,8 @@ from rlmed.core.process.foreign import brief
 
 TRANSPORT = tuple(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
 """What the library that carries the hub's requests raises."""
+OUTDATED = ("*.safetensors", "*.bin", "*.index.json", "adapter_config.json", "processor_config.json", "chat_template.*")
+"""Files of an earlier upload that would be read beside the new ones, or in their place."""
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
@@ -45,7 +47,11 @@ def push(folder: Path, name: str, *, public: bool) -> str:
         api = HfApi()
         url = api.create_repo(name, private=not public, exist_ok=True)
         api.upload_folder(
-            repo_id=url.repo_id, folder_path=folder, commit_message="Export of an rlmed run", repo_type="model"
+            repo_id=url.repo_id,
+            folder_path=folder,
+            commit_message="Export of an rlmed run",
+            repo_type="model",
+            delete_patterns=list(OUTDATED),
         )
         return str(url)
 

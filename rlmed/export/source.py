@@ -69,6 +69,21 @@ class Source:
         folders = [step_folder(self.run / "evaluations", step) for step in sorted({0, self.step})]
         return [folder for folder in folders if (folder / SUMMARY_FILE).is_file()]
 
+    @property
+    def trained_on(self) -> list[dict[str, Any]]:
+        """The file that a run was trained on, as recorded: the first, since it has a checkpoint."""
+        return list(self.data.get("files", [])[:1])
+
+    @property
+    def evaluated_on(self) -> list[dict[str, Any]]:
+        """The files that a run was evaluated on, as recorded."""
+        return list(self.data.get("files", [])[1:])
+
+    @property
+    def places(self) -> list[Path]:
+        """Folders from which a path that the run recorded may lead on."""
+        return [Path(), *(self.run.absolute().parents if self.run is not None else ())]
+
     def _recorded(self, name: str) -> dict[str, Any]:
         path = None if self.run is None else self.run / name
         return read_json(path) if path is not None and path.is_file() else {}
@@ -144,7 +159,10 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 def earlier_models(source: Source) -> list[str]:
-    """Return what the model was trained from, as its runs name it: the run's own first."""
+    """Return what the model was trained from: the run's own first.
+
+    As its runs name it, or where that is found from here.
+    """
     found: list[str] = []
     folder = source.run or source.checkpoint
     while len(found) < STAGES:
@@ -152,25 +170,26 @@ def earlier_models(source: Source) -> list[str]:
         path = (config.get("model") or {}).get("path")
         if path is None and (folder / SETTINGS_FILE).is_file():
             path = read_json(folder / SETTINGS_FILE).get("base_model_name_or_path")
-        if not path or path in found:
+        if not path:
             break
-        found.append(str(path))
-        folder = _run_of(Path(path)) or Path(path)
+        folder = next((there for place in source.places if (there := place / path).is_dir()), Path(path))
+        if str(folder) in found:
+            break
+        found.append(str(folder))
+        folder = _run_of(folder) or folder
     return found
 
 
 def public_name(model: str) -> str:
-    """Return the name of a model for others: a hub's, or a folder's own name, without its path.
+    """Return the name of a model for others: that of its folder, without the path.
 
     Example:
-        >>> public_name("/data/models/Qwen2-VL-2B-Instruct"), public_name("Qwen/Qwen2-VL-2B-Instruct")
-        ('Qwen2-VL-2B-Instruct', 'Qwen/Qwen2-VL-2B-Instruct')
+        >>> public_name("/data/models/Qwen2-VL-2B-Instruct"), public_name("embedded:tiny_base")
+        ('Qwen2-VL-2B-Instruct', 'rlmed/tiny_base')
     """
     if model.startswith(EMBEDDED):
         return f"rlmed/{model.removeprefix(EMBEDDED)}"
-    path = Path(model)
-    is_folder = path.is_absolute() or len(path.parts) != 2 or path.is_dir()
-    return path.name if is_folder else model
+    return Path(model).name
 
 
 def licence_of(model: str) -> str | None:
@@ -197,11 +216,8 @@ def evaluated_files(source: Source) -> Iterator[Path]:
     Raises:
         ValueError: for a file that is gone.
     """
-    entries = source.data.get("files", [])
-    trained = "train" in source.config.get("data", {}) and len(entries) > 1
-    places = [Path(), *(source.run.absolute().parents if source.run is not None else ())]
-    for entry in entries[1:] if trained else entries:
-        found = next((place / entry["path"] for place in places if (place / entry["path"]).is_file()), None)
+    for entry in source.evaluated_on:
+        found = next((path for place in source.places if (path := place / entry["path"]).is_file()), None)
         if found is None:
             raise ValueError(
                 f"{entry['path']}, on which the run was evaluated, is not found from {Path.cwd()} or the run's folder: give "

@@ -12,6 +12,7 @@ import pytest
 
 from rlmed import ask
 from rlmed.core.config.schema import RunConfig
+from rlmed.export import command as export
 from rlmed.run import Run
 from tests.rounding import LOGPROBS
 from tests.unit.rlmed.data.pictures import marked
@@ -91,6 +92,14 @@ def test_a_run_learns_from_shows_and_controls_all_images(
     pictures = [str(tmp_path / name) for name in own["q1"]]
     ask.main([*pictures, "Which?", "--options", "a", "b", "--model", str(checkpoint), "--max-tokens", "4"])
     assert capsys.readouterr().out.strip()
+
+    export.main([str(folder), "--out", str(tmp_path / "mine")])
+    assert "4 of 4 answers" in capsys.readouterr().out
+    card = (tmp_path / "mine" / "README.md").read_text(encoding="utf-8")
+    header = next(line for line in card.splitlines() if "image-free prior" in line)
+    assert "| options reordered | one of several images blank | images in another order | chance |" in header
+    assert '{"image": 5, "video": 0}' in card
+    assert "Give the images first, in order, at most 5, as 8-bit" in card
 
 
 def test_questions_with_too_many_images_are_left_out_with_numbers(

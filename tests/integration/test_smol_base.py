@@ -15,7 +15,7 @@ from tests.smol_text import write_llama
 
 
 @pytest.mark.slow
-def test_the_build_command_from_a_text_model(tmp_path: Path) -> None:
+def test_the_build_command_from_a_text_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = write_llama(tmp_path / "text")
     target, work = tmp_path / "base", tmp_path / "work"
     arguments = ["--vlm", "--out", str(target), "--text", str(text), "--work", str(work), "--dtype", "float32"]
@@ -38,6 +38,28 @@ def test_the_build_command_from_a_text_model(tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in work.rglob("*.safetensors")}
     smol_base.main(arguments)
     assert {path: path.stat().st_mtime_ns for path in work.rglob("*.safetensors")} == before
+    # nor taken for one of other settings
+    with pytest.raises(SystemExit):
+        smol_base.main([*arguments, "--careful", "21"])
+    assert f"{work} was begun with --careful 20" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (("--text", "nowhere"), "--text nowhere is no model folder"),
+        (("--careful", "0"), "--careful 0"),
+        (("--dtype", "float9"), "model.dtype='float9'"),
+    ],
+)
+def test_wrong_settings_show_before_the_work(
+    wrong: tuple[str, str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = tmp_path / "a, b=c"
+    with pytest.raises(SystemExit):
+        smol_base.main(["--vlm", "--out", str(tmp_path / "out"), "--work", str(work), *wrong])
+    assert said in capsys.readouterr().err
+    assert not (work / "settings.json").exists()
 
 
 @pytest.mark.parametrize("vlm", [(), ("--vlm",)], ids=["text", "vlm"])

@@ -48,6 +48,7 @@ ADDED_GROUPS = ("experiment", "debug")
 """Groups without a default option."""
 TINY_MODELS = {"tiny", "embedded:tiny_base"}
 """Names of the embedded model: the option of `conf/model/`, and its path there."""
+OWN_CONFIGURATION = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "hydra.searchpath")
 ROWS_ENDING = ".jsonl"
 _HYDRA_TEXTS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.job.name")
 
@@ -120,10 +121,13 @@ def _with_profile(entries: Sequence[str], *, cuda: bool, trains: bool) -> list[s
 
 
 def _trains_tiny(entries: Sequence[str]) -> bool:
-    """Return whether the model is the embedded one, or the default, which it is too."""
-    pairs = (entry.partition("=") for entry in entries)
+    """Return whether the model is the embedded one: by name, or by default.
+
+    Configuration of one's own may name another one.
+    """
+    pairs = [entry.partition("=") for entry in entries]
     models = {value for key, _, value in pairs if key.lstrip("+") in ("model", "model.path")}
-    return models <= TINY_MODELS
+    return models <= TINY_MODELS and not any(key in OWN_CONFIGURATION for key, _, _ in pairs)
 
 
 def _chosen(entries: Sequence[str], group: str) -> list[str]:

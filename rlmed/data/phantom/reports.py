@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from rlmed.core.files.atomic import replace_text
 from rlmed.core.types import LETTERS, Example
 from rlmed.data.phantom.anatomy import LESIONS, NO_LESION, QUADRANTS, REGIONS, SIZES, TECHNIQUES, Study
 from rlmed.data.phantom.corpus import completion
@@ -154,8 +155,7 @@ def write_readings(
             }
         )
     path = folder / f"{name}.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+    return replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _question(study: Study, id: str, image: Path, rng: np.random.Generator) -> Example:

@@ -27,6 +27,8 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
 )
 
+from rlmed.models.tiny.build import TURNS
+
 VISION_TOKENS = {
     "vision_start_token_id": "<|vision_start|>",
     "vision_end_token_id": "<|vision_end|>",
@@ -36,23 +38,6 @@ VISION_TOKENS = {
 }
 """Qwen2-VL's tokens for images, by their name in its configuration."""
 TURN_END = "<|im_end|>"
-CHAT_TEMPLATE = (
-    "{%- for message in messages %}"
-    "{{- '<|im_start|>' + message['role'] + '\\n' }}"
-    "{%- if message['content'] is string %}{{- message['content'] }}"
-    "{%- else %}"
-    "{%- for part in message['content'] %}"
-    "{%- if part['type'] == 'image' %}{{- '<|vision_start|><|image_pad|><|vision_end|>' }}"
-    "{%- elif part['type'] == 'video' %}{{- '<|vision_start|><|video_pad|><|vision_end|>' }}"
-    "{%- elif part['type'] == 'text' %}{{- part['text'] }}"
-    "{%- endif %}"
-    "{%- endfor %}"
-    "{%- endif %}"
-    "{{- '<|im_end|>\\n' }}"
-    "{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
-)
-"""SmolLM2's turns without its system turn, images as Qwen2-VL writes them."""
 PREPROCESSOR = "preprocessor_config.json"
 
 
@@ -102,7 +87,7 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f"the tokenizer of {str(folder)!r} has no {TURN_END}: give a chat model in ChatML, such as SmolLM2"
         )
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in VISION_TOKENS.values()], True)
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = TURNS  # SmolLM2 without its system turn
     tokenizer.eos_token = TURN_END
     return tokenizer
 

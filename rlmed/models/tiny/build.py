@@ -61,10 +61,7 @@ SPECIAL_TOKENS = (
 
 SYSTEM_MESSAGE = "You are a helpful assistant."
 
-CHAT_TEMPLATE = (
-    "{%- if messages[0]['role'] != 'system' %}"
-    f"{{{{- '<|im_start|>system\\n{SYSTEM_MESSAGE}<|im_end|>\\n' }}}}"
-    "{%- endif %}"
+TURNS = (
     "{%- for message in messages %}"
     "{{- '<|im_start|>' + message['role'] + '\\n' }}"
     "{%- if message['content'] is string %}{{- message['content'] }}"
@@ -80,7 +77,13 @@ CHAT_TEMPLATE = (
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
-"""Qwen2-VL's turns: a default system turn, each image as one placeholder between vision marks."""
+"""A template of turns in ChatML, each image as one placeholder between vision marks."""
+CHAT_TEMPLATE = (
+    "{%- if messages[0]['role'] != 'system' %}"
+    f"{{{{- '<|im_start|>system\\n{SYSTEM_MESSAGE}<|im_end|>\\n' }}}}"
+    "{%- endif %}"
+) + TURNS
+"""Qwen2-VL's: a default system turn before the others."""
 
 # A tag is one word, so that no letter merges with the ">" before it; digits and hyphens stay inside
 # a word, so that "T2-weighted" is one word too; standalone digits are separate words.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 from benchmarks.text_questions import FILES, KINDS, TERMS, write_questions
 from rewards.parsing import evaluated_letter, has_format, reasoning_text
 from rlmed.data.examples import read_examples
@@ -30,6 +32,12 @@ def test_files_share_no_word_and_right_answers_are_right(tmp_path: Path) -> None
             f"The {row.id} is {article} {of_word[row.id]}." for article in ("a", "an")
         )
     assert all(row.completion is None for name in ("train", "test") for row in files[name])
+
+
+def test_some_rows_are_left_to_train_on(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^200 rows .*0 to 95"):
+        write_questions(tmp_path, written_rows=200)
+    assert write_questions(tmp_path, written_rows=95)["train"] > 0
 
 
 def test_another_seed_gives_other_rows(tmp_path: Path) -> None:

@@ -41,6 +41,13 @@ def test_a_level_is_reached_by_the_mean_of_the_last_steps() -> None:
     assert common_level([steps(FAST, 1.0), steps(SLOW[:12], 1.0)]) == pytest.approx(1.8)
 
 
+@pytest.mark.parametrize("reward", [0.15, 0.3, 0.35, 0.6, 0.7, 0.85, 1.15, 1.2, 1.4, 1.7])
+def test_a_constant_reward_is_at_its_level_at_once(reward: float) -> None:
+    run = steps([reward] * 10, 1.0)
+    assert common_level([run]) == reward
+    assert reached(run, reward) == 5
+
+
 def test_sides_are_compared_at_the_level_that_all_reach() -> None:
     found = compare([result(0), result(1, shift=0.1)])
     assert found["level"] == 1.8

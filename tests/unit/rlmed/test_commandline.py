@@ -65,6 +65,10 @@ def test_expand(arguments: list[str], cuda: bool, expanded: list[str]) -> None:
         (["model.path=models/mine"], []),
         (["model=qwen2_vl_2b"], []),
         (["+experiment=mine"], []),
+        # these may name a model
+        (["--config-dir", "conf", "+site=ours"], []),
+        (["--config-name=ours"], []),
+        (["hydra.searchpath=[conf]", "+site=ours"], []),
     ],
 )
 @pytest.mark.parametrize("cuda", [False, True])

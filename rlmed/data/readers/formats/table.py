@@ -285,7 +285,12 @@ def named_images(columns: Columns, images: Images) -> ImagesOf:
         if not values:
             raise BadRowError(NO_IMAGE)
         names = [image_name(number, len(values)) for number in range(1, len(values) + 1)]
-        return [images.find(as_text(value, name)) for value, name in zip(values, names, strict=True)]
+        return [images.find(_path(value, name)) for value, name in zip(values, names, strict=True)]
+
+    def _path(value: Any, name: str) -> str:
+        if _is_blank(value):
+            raise BadRowError(f"its {name} is missing: give its path, or take it out of the list")
+        return as_text(value, name)
 
     return find
 

@@ -81,6 +81,9 @@ def test_adapters_are_named_unless_there_are_some_or_the_run_is_resumed() -> Non
         return 2**40 if run.learner.lora.rank is None else 5 * 2**29
 
     assert "learner=lora (needs 2.5 GiB)" in advise(config(), lora, 5 * 2**29)
+    frozen = advise(config("learner.freeze=[vision]"), lora, 5 * 2**29)
+    assert "learner=lora learner.freeze=[] (needs 2.5 GiB)" in frozen
+    compose_config("train", ["data=jsonl", "learner.freeze=[vision]", "learner=lora", "learner.freeze=[]"])
     assert "lora" not in advise(config(), lora, 5 * 2**29 - 1)
     assert "lora" not in advise(config("resume=auto"), lora, 5 * 2**29)
     assert "lora" not in advise(config("learner=lora"), lora, 2**29)

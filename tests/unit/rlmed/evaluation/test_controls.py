@@ -144,6 +144,20 @@ def test_the_same_pictures_in_another_order_are_not_anothers():
     assert sorted(shuffled.values()) in ([(a, b), (c, d)], [(b, a), (c, d)])
 
 
+def test_rows_that_would_keep_one_of_their_pictures_are_left_out():
+    prior, *current = (Path(f"{name}.png") for name in "pabc")
+    rows = [Example(str(i), prior, "?", ("x", "y"), 0, more_images=(own,)) for i, own in enumerate(current)]
+    assert shuffled_images(rows) == []
+    slices = [(0, 1), (1, 2), (3, 4), (4, 5), (6, 7), (7, 8)]
+    rows = [
+        Example(str(i), Path(f"{one}.png"), "?", ("x", "y"), 0, more_images=(Path(f"{two}.png"),))
+        for i, (one, two) in enumerate(slices)
+    ]
+    shuffled = {row.id: row for row in shuffled_images(rows)}
+    assert shuffled
+    assert all(set(shuffled[row.id].images).isdisjoint(row.images) for row in rows if row.id in shuffled)
+
+
 @pytest.mark.parametrize("images", ["abcdefgh", "aabbccdd", "aaaabcde", "aaaabbbb", "abababac", "ab"])
 def test_no_row_keeps_its_own_picture(images):
     rows = pictured(images)

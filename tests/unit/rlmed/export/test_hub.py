@@ -34,7 +34,9 @@ class Hub:
     address: str = ""
     status: int = 200
     created: list[dict[str, Any]] = field(default_factory=list)
+    stored: tuple[str, ...] = ()
     committed: dict[str, str] = field(default_factory=dict)
+    deleted: list[str] = field(default_factory=list)
     tokens: set[str | None] = field(default_factory=set)
 
 
@@ -57,7 +59,10 @@ def hub() -> Iterator[Hub]:
             told.tokens.add(self.headers.get("Authorization"))
             if self.path == "/api/whoami-v2":
                 return self.answer({"name": "lab", "type": "user"})
-            return self.answer({"id": "lab/model", "sha": "0" * 40, "siblings": []})
+            if "/tree/" in self.path:
+                return self.answer([{"type": "file", "path": name, "size": 1, "oid": "2" * 40} for name in told.stored])
+            siblings = [{"rfilename": name} for name in told.stored]
+            return self.answer({"id": "lab/model", "sha": "0" * 40, "siblings": siblings})
 
         def do_POST(self) -> None:
             told.tokens.add(self.headers.get("Authorization"))
@@ -78,6 +83,8 @@ def hub() -> Iterator[Hub]:
                 for line in map(json.loads, body.splitlines()):
                     if line["key"] == "file":
                         told.committed[line["value"]["path"]] = line["value"]["content"]
+                    elif line["key"] == "deletedFile":
+                        told.deleted.append(line["value"]["path"])
                 return self.answer({"commitUrl": f"{told.address}/lab/model/commit/1", "commitOid": "1" * 40})
             return self.answer({})
 
@@ -130,7 +137,18 @@ def test_a_folder_is_uploaded_whole_and_private_unless_told(
     assert (created["name"], created.get("organization", "lab")) == ("model", "lab")
     assert created["visibility"] == ("public" if public else "private")
     assert hub.committed.keys() == {"README.md", "config.json"}
+    assert hub.deleted == []
     assert hub.tokens == {"Bearer hf_secret"}
+
+
+def test_weights_of_an_earlier_upload_are_removed(hub: Hub, folder: Path, tmp_path: Path) -> None:
+    """transformers would read a whole file rather than new shards beside it."""
+    hub.stored = ("model.safetensors", "adapter_config.json", "config.json", "figure.png")
+    (folder / "model-00001-of-00002.safetensors").write_bytes(b"shard")
+    done = upload(folder, tmp_path / "home", hub.address, "model", token="hf_secret")
+    assert done.returncode == 0, done.stderr
+    assert sorted(hub.deleted) == ["adapter_config.json", "model.safetensors"]
+    assert "model-00001-of-00002.safetensors" in hub.committed
 
 
 @pytest.mark.parametrize(

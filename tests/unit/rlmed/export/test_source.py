@@ -96,6 +96,29 @@ def test_a_chain_of_runs_leads_to_the_base(make_run: Callable[..., Path], tmp_pa
     assert licence_of(str(base)) is None
 
 
+def test_a_relative_base_is_found_from_the_runs_folder(
+    make_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, run = tmp_path / "models" / "Base-2B", make_run("rl", "models/Base-2B", 5)
+    base.mkdir(parents=True)
+    (base / "README.md").write_text("---\nlicense: mit\n---\n")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (model,) = earlier_models(find_source(run, None))
+    assert (public_name(model), licence_of(model)) == ("Base-2B", "mit")
+    # no part of a path that leads nowhere passes for an owner on the hub
+    (lost,) = earlier_models(find_source(make_run("lost", "models/gone", 5), None))
+    assert (public_name(lost), licence_of(lost)) == ("gone", None)
+
+
+def test_the_rows_of_training_are_no_evaluation(make_run: Callable[..., Path]) -> None:
+    run = make_run("rl", "models/base", 5)
+    (run / "data.json").write_text(json.dumps({"files": [{"name": "train", "path": "train.jsonl"}]}))
+    source = find_source(run, None)
+    assert [file["name"] for file in source.trained_on] == ["train"]
+    assert list(evaluated_files(source)) == []
+
+
 def test_evaluation_files_are_found_from_another_folder(
     make_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

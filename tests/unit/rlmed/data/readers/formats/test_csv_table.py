@@ -104,6 +104,7 @@ def test_a_cell_of_several_images(folder, header, cells, expected):
         ("1.png", "1.png|1.png", "both an image and images: .*--column image=NAME"),
         ("", "1.png||1.png", r"of its 3 images, parted by \|, one is blank"),
         ("", "1.png|", "of its 2 images"),
+        ("", '"[""1.png"", null]"', "its image 2 of 2 is missing"),
         ("", "1.png|none.png", "image 'none.png' does not exist"),
         ("", "../outside.png|1.png", r"'\.\./outside\.png' leaves the folder"),
         ("", "", "it has no image"),
