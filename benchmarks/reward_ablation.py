@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.common import RESULTS, report, write_result
 from rewards.conclusion import argued_option
-from rewards.parsing import reasoning_text, words
+from rlmed.core.parsing import reasoning_text, words
 from rlmed.evaluation.reliability.figures import reasoning_agreement
 from rlmed.evaluation.results import EvalSummary, compare, last_evaluation, read_rows
 from rlmed.reproduce.runs import RunCommand

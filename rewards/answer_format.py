@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rewards.parsing import has_answer_format
+from rlmed.core.parsing import has_answer_format
 from rlmed.core.types import Completion, Example
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rewards.parsing import answer_text, option_letters
+from rlmed.core.parsing import answer_text, option_letters
 from rlmed.core.types import Completion, Example
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rewards.parsing import format_parts
+from rlmed.core.parsing import format_parts
 from rlmed.core.types import Completion, Example
 
 

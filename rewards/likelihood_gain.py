@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rewards.base import GroupReward, Likelihood, SplitCommonPrefix
-from rewards.parsing import reasoning_text
+from rlmed.core.parsing import reasoning_text
 from rlmed.core.prefill import remaining
 from rlmed.core.types import LETTERS, FloatArray, Prompt, RolloutGroup
 

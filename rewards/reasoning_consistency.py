@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rewards.conclusion import argued_option
-from rewards.parsing import answer_text, option_letters, reasoning_text
+from rlmed.core.parsing import answer_text, option_letters, reasoning_text
 from rlmed.core.types import LETTERS, Completion, Example
 
 UNDECIDED = 0.5

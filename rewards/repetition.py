@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rewards.parsing import reasoning_text, words
+from rlmed.core.parsing import reasoning_text, words
 from rlmed.core.types import Completion, Example
 
 NGRAM = 3

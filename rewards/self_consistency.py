@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 
-from rewards.parsing import evaluated_letter
+from rlmed.core.parsing import evaluated_letter
 from rlmed.core.types import LETTERS, FloatArray, RolloutGroup
 
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from rewards.parsing import evaluated_letter
 from rlmed.core.files.near_paths import near_path
+from rlmed.core.parsing import evaluated_letter
 from rlmed.core.prefill import THINK, THINK_END
 from rlmed.core.process.display import ending_errors, keep_display
 from rlmed.core.process.starting import loading_libraries

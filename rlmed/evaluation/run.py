@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from rewards.parsing import evaluated_letter, has_answer_format, has_format
 from rlmed.core.config.running import EvalConfig
+from rlmed.core.parsing import evaluated_letter, has_answer_format, has_format
 from rlmed.core.prefill import opens_thinking
 from rlmed.core.protocols import RolloutPool
 from rlmed.core.statistics import ImageFreePrior, chance, leave_one_out_prior, majority_letter

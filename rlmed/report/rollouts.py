@@ -11,8 +11,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from rewards.parsing import answer_text, evaluated_letter, reasoning_text
 from rlmed.core.files.jsonlines import parse_line
+from rlmed.core.parsing import answer_text, evaluated_letter, reasoning_text
 from rlmed.core.types import LETTERS
 from rlmed.data.images import BadImageError, load_image
 from rlmed.evaluation.results import EvalRow

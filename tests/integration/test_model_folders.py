@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from rewards.likelihood_gain import option_logprobs
-from rewards.parsing import has_format
 from rlmed import ask, evaluate, sft, sft_run
 from rlmed.cluster.engines import open_model
 from rlmed.core.config.schema import RunConfig
+from rlmed.core.parsing import has_format
 from rlmed.data.loading import load_run_data
 from rlmed.data.prompts import PromptRenderer
 from rlmed.evaluation.option_likelihood import letter_probabilities

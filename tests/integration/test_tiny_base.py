@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from rewards.parsing import evaluated_letter, has_format
 from rlmed import tiny_base
+from rlmed.core.parsing import evaluated_letter, has_format
 from rlmed.core.types import Example, RolloutRequest, SamplingParams
 from rlmed.data.phantom.studies import make_example, render, sample_study
 from rlmed.data.prompts import PromptRenderer, load_processor

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from rewards.parsing import evaluated_letter
+from rlmed.core.parsing import evaluated_letter
 from rlmed.core.prefill import ANSWER
 from rlmed.core.types import Example, Prompt, RolloutGroup, RolloutRequest, SamplingParams
 from rlmed.data.options.order import keeps_order

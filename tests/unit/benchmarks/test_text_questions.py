@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.text_questions import FILES, KINDS, TERMS, write_questions
-from rewards.parsing import evaluated_letter, has_format, reasoning_text
+from rlmed.core.parsing import evaluated_letter, has_format, reasoning_text
 from rlmed.data.examples import read_examples
 
 

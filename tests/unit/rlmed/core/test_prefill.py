@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rewards.parsing import evaluated_letter, has_answer_format, has_format, reasoning_text
+from rlmed.core.parsing import evaluated_letter, has_answer_format, has_format, reasoning_text
 from rlmed.core.prefill import joined, opens_thinking, prefill_of, remaining
 
 

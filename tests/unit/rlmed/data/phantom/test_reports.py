@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rewards.conclusion import argued_option
-from rewards.parsing import evaluated_letter, has_format, reasoning_text
+from rlmed.core.parsing import evaluated_letter, has_format, reasoning_text
 from rlmed.core.types import LETTERS
 from rlmed.data.phantom.anatomy import Study
 from rlmed.data.phantom.reports import LINE, all_lines, describe_freely, studies_of, visual_lines, write_readings

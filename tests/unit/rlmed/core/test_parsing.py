@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rewards.deadline import call_within
-from rewards.parsing import (
+from rlmed.core.parsing import (
     answer_text,
     evaluated_letter,
     format_parts,
