@@ -26,7 +26,8 @@ from rlmed.core.process.threads import usable_cores
 from rlmed.core.types import Completion, Example, Prompt, SamplingParams
 from rlmed.data.examples import read_examples
 from rlmed.data.phantom.studies import write_split
-from rlmed.data.prompts import PROMPT_SUFFIX, PromptRenderer, load_processor
+from rlmed.data.prompts import PromptRenderer, load_processor
+from rlmed.data.templates import PROMPT_SUFFIX
 from rlmed.models.loading import model_folder
 from rlmed.models.policy import Policy
 from rlmed.models.tiny.build import build_tiny

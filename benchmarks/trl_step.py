@@ -27,7 +27,8 @@ from rewards.base import Reward
 from rewards.rubric import REWARDS
 from rlmed.core.types import Completion, Example
 from rlmed.data.examples import read_examples
-from rlmed.data.prompts import PROMPT_SUFFIX, load_processor
+from rlmed.data.prompts import load_processor
+from rlmed.data.templates import PROMPT_SUFFIX
 
 MAX_STEPS = 10_000
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,8 @@ from rewards.likelihood_gain import likelihood_gain
 from rewards.reasoning_consistency import reasoning_consistency_reward
 from rewards.repetition import repetition_reward
 from rewards.self_consistency import self_consistency_reward
-from rlmed.core.types import FloatArray, RolloutGroup, ScoredGroup
+from rewards.task import task_reward
+from rlmed.core.types import Example, FloatArray, RolloutGroup, ScoredGroup
 
 REWARDS: dict[str, Reward] = {
     "format": format_reward,
@@ -29,6 +31,7 @@ REWARDS: dict[str, Reward] = {
     "reasoning_consistency": reasoning_consistency_reward,
     "brevity": brevity_reward,
     "repetition": repetition_reward,
+    "task": task_reward,
 }
 """Rewards of one completion, by their name in `reward.weights`."""
 GROUP_REWARDS: dict[str, GroupReward] = {"self_consistency": self_consistency_reward}
@@ -37,6 +40,8 @@ LIKELIHOOD_REWARDS: dict[str, Callable[[Likelihood, SplitCommonPrefix], GroupRew
     "likelihood_gain": likelihood_gain
 }
 """Rewards of a group that query the policy for likelihoods."""
+CHOICE_ONLY = ("choice", "self_consistency", "reasoning_consistency", "likelihood_gain")
+"""Rewards that mean nothing for other tasks than multiple choice."""
 NAMES = tuple(sorted([*REWARDS, *GROUP_REWARDS, *LIKELIHOOD_REWARDS]))
 """Names that `reward.weights` may use without `reward.extra`."""
 
@@ -127,6 +132,20 @@ class Rubric:
             reward = per_completion(guarded(path, load_reward(path), timeout_s))
             parts.append(WeightedReward(name, reward, weights.get(name, 1.0)))
         return cls(parts)
+
+    def check_tasks(self, examples: Iterable[Example]) -> None:
+        """Check that every reward means something for the rows to learn from.
+
+        Raises:
+            ValueError: for a reward of multiple choice, and rows of another task.
+        """
+        others = Counter(example.task for example in examples if not example.is_choice)
+        wrong = [part.name for part in self.parts if part.name in CHOICE_ONLY]
+        if others and wrong:
+            raise ValueError(
+                f"reward.weights names {', '.join(wrong)}, for multiple choice alone, and training rows have other tasks ("
+                f"{', '.join(f'{count} {name}' for name, count in others.most_common())}): set reward=task"
+            )
 
     def score(self, group: RolloutGroup) -> ScoredGroup:
         """Score every completion of a group.

@@ -14,20 +14,22 @@ import shlex
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
 from rlmed.core.files.near_paths import near_path
-from rlmed.core.parsing import evaluated_letter
+from rlmed.core.parsing import answer_text, evaluated_letter
 from rlmed.core.prefill import THINK, THINK_END
 from rlmed.core.process.display import ending_errors, keep_display
 from rlmed.core.process.starting import loading_libraries
 from rlmed.core.types import LETTERS, Example, RolloutRequest, SamplingParams
-from rlmed.data.images import MAX_IMAGES, check_image
+from rlmed.data.images import MAX_IMAGES, check_image, image_size
 from rlmed.data.options.choices import plain_options
 from rlmed.data.rows import BadRowError
 from rlmed.models.tiny.toy import TOY_NOTE, is_toy
+from rlmed.tasks.registry import task_named
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +46,19 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "text model",
     )
     parser.add_argument("question", help="its text, in quotes")
-    parser.add_argument("--options", nargs="+", required=True, metavar="TEXT", help="2 to 10 answers to choose from")
+    parser.add_argument(
+        "--options",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="2 to 10 answers to choose from; of labels, all possible",
+    )
+    parser.add_argument(
+        "--task",
+        default="choice",
+        metavar="NAME",
+        help="choice (default, with --options), open, grounding, labels or report: for models trained on it",
+    )
     parser.add_argument(
         "--modality", default="", metavar="NAME", help="MRI, CT, …: for models trained with one prompt per modality"
     )
@@ -91,7 +105,7 @@ def ask(arguments: argparse.Namespace) -> str:
         ValueError: for invalid options, an unreadable image or model, a blank image, too many
             images, or an argument without effect.
     """
-    options = asked_options(arguments.options)
+    asked = _asked(arguments)
     if arguments.seed is not None and arguments.temperature == 0:
         raise ValueError(f"--seed {arguments.seed} has no effect without sampling: add --temperature, or leave it out")
     _check_images(arguments.images, arguments.question)
@@ -107,16 +121,10 @@ def ask(arguments: argparse.Namespace) -> str:
     folder = model_folder(arguments.model)
     renderer = recorded_renderer(folder)
     if arguments.modality:
-        _check_modality(arguments, renderer.by_modality)
+        _check_modality(arguments, renderer.templates.by_modality)
     first, *more = arguments.images or [None]
     example = Example(
-        "question",
-        first,
-        arguments.question,
-        options,
-        answer=0,
-        modality=arguments.modality,
-        more_images=tuple(more),
+        "question", first, arguments.question, modality=arguments.modality, more_images=tuple(more), **asked
     )
     prompt = renderer.render(example)
     sampling = SamplingParams(arguments.temperature, max_tokens=arguments.max_tokens, seed=arguments.seed or 0)
@@ -134,6 +142,37 @@ def ask(arguments: argparse.Namespace) -> str:
     while engine.busy:
         groups += engine.step()
     return groups[0].completions[0].text
+
+
+def _asked(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields of an example that its task needs.
+
+    Raises:
+        ValueError: for an unknown task, or options that it does not take.
+    """
+    if arguments.task == "choice":
+        return {"options": asked_options(arguments.options), "answer": 0}
+
+    def size() -> tuple[int, int]:
+        if not arguments.images:
+            raise ValueError(f"the task {arguments.task} needs an image: name it before the question")
+        return image_size(arguments.images[0])
+
+    try:
+        task = task_named(arguments.task)
+        return {"task": task.name, "truth": task.read(task.placeholder, arguments.options, size)}
+    except ValueError as error:
+        raise ValueError(f"--task {arguments.task}: {error}") from error
+
+
+def _answer(parsed: argparse.Namespace, completion: str) -> str:
+    """Return the answer in words."""
+    if parsed.task != "choice":
+        return answer_text(completion) or f"(none; the model wrote: {completion!r})"
+    letter = evaluated_letter(completion)
+    if letter is None or letter not in LETTERS[: len(parsed.options)]:
+        return f"(no option; the model wrote: {completion!r})"
+    return f"{letter}) {asked_options(parsed.options)[LETTERS.index(letter)]}"
 
 
 def _check_images(images: Sequence[Path], question: str) -> None:
@@ -178,13 +217,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         toy = is_toy(model_folder(parsed.model))
     console = Console(highlight=False)
     reasoning, closed, _ = completion.partition(THINK)[2].partition(THINK_END)
-    letter = evaluated_letter(completion)
     console.print(Text.assemble(("reasoning  ", "bold"), (reasoning.strip() if closed else "") or "(none)"))
-    if letter is not None and letter in LETTERS[: len(parsed.options)]:
-        answer = f"{letter}) {asked_options(parsed.options)[LETTERS.index(letter)]}"
-    else:
-        answer = f"(no option; the model wrote: {completion!r})"
-    console.print(Text.assemble(("answer     ", "bold"), answer))
+    console.print(Text.assemble(("answer     ", "bold"), _answer(parsed, completion)))
     if toy:
         console.print(Text.assemble(("note       ", "bold"), TOY_NOTE), soft_wrap=True)
     console.print(Text("For research only, not for clinical use.", style="dim"))

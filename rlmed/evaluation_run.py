@@ -48,6 +48,11 @@ def evaluate_reliability(config: RunConfig, folder: Path) -> None:
         seed=config.seed * SEED_STRIDE,
         token_budget=config.learner.token_budget,
     )
+    if others := sorted({one.task for file in evaluator.files for one in file.examples if not one.is_choice}):
+        raise ValueError(
+            f"rlmed.reliability asks for the probabilities of letters, and data.eval has other tasks ({', '.join(others)}): "
+            "give files of multiple choice, or use rlmed.evaluate"
+        )
     with sampling.resources, progress:
         evaluator.evaluate(step=0, controls=config.eval.controls)
         measured = measure_reliability(evaluator, 0, sampling.policy, settings, argued_option, progress.stage)

@@ -32,6 +32,7 @@ from rlmed.recording.inputs import CONFIG_FILE, check_same_data, write_inputs
 from rlmed.recording.progress import Progress
 from rlmed.recording.recorder import RunRecorder
 from rlmed.report.terminal import show_results
+from rlmed.tasks.registry import task_of
 
 log = logging.getLogger(__name__)
 
@@ -39,16 +40,16 @@ log = logging.getLogger(__name__)
 def target_text(example: Example, target: str) -> str:
     """Return the target text of an example.
 
-    "auto" is the row's own completion or, without one, its letter in answer tags; "answer" is
-    always the latter; "option" names the right option before its letter, in the format of the
-    prompt, to teach format and letters.
+    "auto" is the row's own completion or, without one, its answer in answer tags (the letter of
+    multiple choice); "answer" is always the latter; "option" names the right option before its
+    letter, in the format of the prompt, to teach format and letters.
     """
     if target == "auto" and example.completion is not None:
         return example.completion
-    if target == "option":
+    if target == "option" and example.is_choice:
         option = example.options[example.answer]
         return f"<think>{option} ({example.letter}).</think>\n<answer>{example.letter}</answer>"
-    return f"<answer>{example.letter}</answer>"
+    return f"<answer>{task_of(example).right_answer(example)}</answer>"
 
 
 class Batches:

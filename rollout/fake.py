@@ -40,7 +40,8 @@ class FakeEngine:
             return []
         request = self._waiting.popleft()
         random = np.random.default_rng(request.sampling.seed)
-        options = request.prompt.example.options
+        # an example of another task has no options, and is never answered rightly
+        options = request.prompt.example.options or ("nothing",)
         completions = tuple(
             self._completion(int(random.integers(len(options))), options, request) for _ in range(request.group_size)
         )

@@ -17,7 +17,8 @@ from rlmed.core.config.running import ClusterConfig, RolloutConfig
 from rlmed.core.config.schema import DataConfig, LoraConfig, ModelConfig, PromptConfig
 from rlmed.core.process.foreign import foreign
 from rlmed.data.pictures import Pictures
-from rlmed.data.prompts import PROMPT_FILE, PromptRenderer, load_processor, read_prompt_settings
+from rlmed.data.prompts import PromptRenderer, load_processor
+from rlmed.data.templates import PROMPT_FILE, read_prompt_settings
 from rlmed.models.adapters import add_adapters
 from rlmed.models.cpu.compiler import missing_library
 from rlmed.models.cpu.products import bfloat16_speed, linear_shapes, may_pack, settle_products
@@ -26,6 +27,7 @@ from rlmed.models.folder.agreement import check_agreement, check_visual_tokens
 from rlmed.models.loading import model_folder, resolve_device, resolve_dtype
 from rlmed.models.policy import Policy, load_config, load_policy
 from rlmed.recording.inputs import chosen_compiled, chosen_dtype, chosen_onednn
+from rlmed.tasks.registry import add_tasks
 from rollout.fake import FakeEngine
 from rollout.local import LocalPool
 from rollout.native.engine import NativeEngine
@@ -121,6 +123,7 @@ def make_renderer(
     Warns of settings that a text-only model ignores, frozen parts of the model in training among
     them.
     """
+    add_tasks(data.extra_tasks)
     folder = model_folder(model.path)
     if not folder.is_dir() and not folder.is_absolute():
         log.info("model %s is not a local folder: looking for it in the hub's cache and on the hub", folder)
@@ -136,14 +139,15 @@ def make_renderer(
         max_pixels=model.max_pixels,
         template=prompt.template,
         by_modality=prompt.by_modality,
+        by_task=prompt.by_task,
     )
     if doubt := renderer.prefill_doubt():
         log.warning("%s", doubt)
     trained = read_prompt_settings(folder)
-    if trained is not None and (trained["template"], trained["by_modality"]) != (
-        renderer.template,
-        renderer.by_modality,
-    ):
+    if trained is not None and {**trained, "max_prompt_tokens": 0} != {
+        **renderer.templates.to_json(),
+        "max_prompt_tokens": 0,
+    }:
         log.warning(
             "model %s was trained with another prompt than this run's: set prompt=NAME as in its training (text in its %s)",
             model.path,

@@ -26,7 +26,9 @@ LETTERS = "ABCDEFGHIJ"
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One multiple-choice question about one image, as read from a data file.
+    """One question about no, one or several images, as read from a data file.
+
+    Multiple choice has `options` and `answer`; other tasks (`rlmed.tasks`) have `truth`.
 
     Example:
         >>> Example(id="mri-7", image=Path("images/7.png"), question="Which body part is shown?",
@@ -38,10 +40,10 @@ class Example:
     image: Path | None
     """Absolute path of the first image file; None for a question without an image."""
     question: str
-    options: tuple[str, ...]
-    """2 to 10 distinct option texts, in letter order."""
-    answer: int
-    """Index of the right option in `options`."""
+    options: tuple[str, ...] = ()
+    """2 to 10 distinct option texts, in letter order; empty for other tasks."""
+    answer: int = -1
+    """Index of the right option in `options`; -1 for other tasks."""
     modality: str = ""
     """"MRI", "CT", "X-ray" or another name; empty where unknown."""
     kind: str = ""
@@ -50,9 +52,17 @@ class Example:
     """A reference completion, for supervised fine-tuning only."""
     more_images: tuple[Path, ...] = ()
     """Absolute paths of the images after the first, in the order in which the model sees them."""
+    task: str = "choice"
+    """Name of its task, see `rlmed.tasks.registry`."""
+    truth: Any = None
+    """What is right, as the task's `read` returned it, in JSON's types; None for choice."""
 
     def __post_init__(self) -> None:
-        """Raise ValueError for more images without a first one."""
+        """Raise ValueError for more images without a first one, or options where none belong."""
+        if (self.task == "choice") != bool(self.options):
+            raise ValueError(
+                f"Example {self.id} has task={self.task!r} and options={self.options}; only and all of choice have options"
+            )
         if self.more_images and self.image is None:
             raise ValueError(
                 f"Example {self.id} has more_images={self.more_images} but no image; put the first in `image`"
@@ -64,13 +74,20 @@ class Example:
         return () if self.image is None else (self.image, *self.more_images)
 
     @property
+    def is_choice(self) -> bool:
+        """Whether it is multiple choice."""
+        return self.task == "choice"
+
+    @property
     def letter(self) -> str:
-        """The letter of the right option."""
+        """The letter of the right option; raises ValueError for other tasks."""
+        if not self.is_choice:
+            raise ValueError(f"example {self.id} has task={self.task} and no letters: use rlmed.tasks.registry.task_of")
         return LETTERS[self.answer]
 
     @property
     def question_text(self) -> str:
-        r"""The question, then one line per option.
+        r"""The question, then one line per option, if there are any.
 
         Example:
             >>> Example(id="1", image=None, question="Which?", options=("head", "knee"), answer=0).question_text

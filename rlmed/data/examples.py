@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +15,13 @@ from typing import Any
 from rlmed.core.files.near_paths import Folder, OutsideError, near_path
 from rlmed.core.files.other_formats import to_prepare
 from rlmed.core.types import Example
-from rlmed.data.images import MAX_IMAGES, BadImageError, check_image
+from rlmed.data.images import MAX_IMAGES, BadImageError, check_image, image_size
 from rlmed.data.options.choices import Choice, choose
 from rlmed.data.options.sources import is_nothing, plain_option, read_options, unique_keys
 from rlmed.data.rows import BadRowError as BadRowError
 from rlmed.data.rows import as_object
 from rlmed.data.rows import shorten as shorten
+from rlmed.tasks.registry import task_named
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 NEAR_ADVICE = "write the path relative to the folder, with the file's exact name"
@@ -57,10 +58,11 @@ class ReadResult:
 
 
 def read_examples(path: Path, *, on_bad_row: str = "skip") -> ReadResult:
-    """Read rows `{image, question, options, answer[, modality, kind, id, completion]}`.
+    """Read rows `{image, question, options, answer[, task, modality, kind, id, completion]}`.
 
     `options` is a list, or a mapping from letters or numbers; `answer` is an option's text, its
-    letter or number, or both: see `rlmed.data.options.choices`. `image` is a path relative to the
+    letter or number, or both: see `rlmed.data.options.choices`. What `answer` is to another `task`
+    than choice says its `read`, see `rlmed.tasks`. `image` is a path relative to the
     file, inside its folder, or null; `images`, in its place, is a list of 1 to `MAX_IMAGES` paths,
     in the order in which the model sees them; `qtype` is another name for `kind`. Strips texts;
     ignores blank lines and a byte-order mark. Decodes every image once, so that a damaged one shows
@@ -161,24 +163,55 @@ def parse_row(row: Any, default: str, folder: Folder) -> tuple[str, Example | st
     try:
         row = as_object(row)
         name = _row_id(row, default)
-        choice = _choice(row)
-        completion = None if row.get("completion") is None else _text(row, "completion")
-        if completion is not None and not choice.same_letters:
-            raise BadRowError("the letters in its completion have a gap: name the options A, B, C and so on")
         images = _image_paths(row, folder)
         return name, Example(
             id=name,
             image=images[0] if images else None,
             question=_text(row, "question").strip(),
-            options=choice.options,
-            answer=choice.answer,
             modality=_optional_text(row, "modality"),
             kind=_optional_text(row, "kind") or _optional_text(row, "qtype"),
-            completion=completion,
+            completion=None if row.get("completion") is None else _text(row, "completion"),
             more_images=images[1:],
+            **_truth(row, images),
         )
     except BadRowError as error:
         return name, str(error)
+
+
+def _truth(row: Mapping[str, Any], images: Sequence[Path]) -> dict[str, Any]:
+    """Return the fields of an example that say what is right."""
+    name = _optional_text(row, "task") or "choice"
+    if name == "choice":
+        choice = _choice(row)
+        if row.get("completion") is not None and not choice.same_letters:
+            raise BadRowError("the letters in its completion have a gap: name the options A, B, C and so on")
+        return {"options": choice.options, "answer": choice.answer}
+    if row.get("answer") is None:
+        raise BadRowError("it has no answer")
+    _check_texts(row["answer"])
+
+    def size() -> tuple[int, int]:
+        if not images:
+            raise BadRowError(f"it has no image, and its task {name} needs one")
+        return image_size(images[0])
+
+    options = () if row.get("options") is None else row["options"]
+    if not isinstance(options, list | tuple):
+        raise BadRowError(f"its options is {shorten(options)}, not a list of texts")
+    try:
+        truth = task_named(name).read(row["answer"], [_option_text(option) for option in options], size)
+    except ValueError as error:
+        raise BadRowError(str(error)) from error
+    return {"task": name, "truth": truth}
+
+
+def _check_texts(value: Any) -> None:
+    """Check the texts in an answer, however deep, for what no file or tokenizer can hold."""
+    if isinstance(value, str):
+        _checked_text(value, "answer")
+    elif isinstance(value, list | Mapping):
+        for entry in value if isinstance(value, list) else value.values():
+            _check_texts(entry)
 
 
 def _row_id(row: Mapping[str, Any], default: str) -> str:

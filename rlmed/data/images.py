@@ -57,6 +57,8 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SWAPPED = {_TURNS[orientation] for orientation in (5, 6, 7, 8)}
+"""Turns after which width and height have changed places."""
 """The transpose that undoes each EXIF orientation; 1 is upright."""
 
 _DAMAGE = (
@@ -227,6 +229,23 @@ def _decode(stream: BinaryIO, name: Path | str, max_side: int) -> tuple[Image.Im
         raise BadImageError(f"image {name} does not fit in memory: scale it down") from error
     except _DAMAGE as error:
         raise BadImageError(_unreadable(name, error)) from error
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Return a picture's width and height in pixels as shown, that is, turned as its EXIF data say.
+
+    Raises:
+        BadImageError: for a file that is missing or no image.
+    """
+    try:
+        with path.open("rb") as stream, Image.open(stream, formats=FORMATS) as image:
+            width, height = image.size
+            turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except UnidentifiedImageError as error:
+        raise BadImageError(f"image {path} is not an image, or its header is damaged") from error
+    except _DAMAGE as error:
+        raise BadImageError(_unreadable(path, error)) from error
+    return (height, width) if turn in _SWAPPED else (width, height)
 
 
 def image_sha256(path: Path) -> str:

@@ -80,7 +80,7 @@ def load_run_data(config: DataConfig, prompt: PromptConfig, renderer: PromptRend
     """Call `load_data`, and warn of settings that have no effect on some rows or on all."""
     data = load_data(config, renderer, training=training)
     if data.train and training and config.shuffle_options:
-        kept, option = kept_orders(example.options for example in data.train_examples)
+        kept, option = kept_orders(example.options for example in data.train_examples if example.is_choice)
         if kept:  # for evaluated files, the results table says so
             log.info("%s: %s", data.train.path, kept_order_text(kept, len(data.train_examples), option))
     mix = config.mix if training else None

@@ -7,7 +7,6 @@ lettered options and the instruction.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -18,25 +17,15 @@ from PIL import Image
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from rlmed.core.chat import TEMPLATE_FILE, load_tokenizer, render_chat, template_prefill, template_source, turn_end
-from rlmed.core.prefill import ANSWER, TAGS, THINK, THINK_END
+from rlmed.core.prefill import ANSWER, TAGS, THINK_END
 from rlmed.core.process.foreign import foreign
 from rlmed.core.types import Example, IntArray, Prompt
 from rlmed.data.images import load_image
 from rlmed.data.pictures import Pictures, Prepared, load_pictures
+from rlmed.data.templates import PAPER_TEMPLATE, Templates, asks_for_reasoning, write_prompt_settings
+from rlmed.tasks.registry import task_of
 
-PROMPT_SUFFIX = (
-    "Your task: 1. Think through the question step by step, enclose your reasoning process in <think>...</think> tags. "
-    "2. Then provide the correct single-letter choice (A, B, C, D,...) inside <answer>...</answer> tags. "
-    "3. No extra information or text outside of these tags."
-)
-"""The instruction of MedVLM-R1 (arXiv 2502.19634)."""
-
-QUESTION_SLOT = "{question}"
 _PROBE = "Which organ is shown?\nA) liver\nB) spleen"
-PAPER_TEMPLATE = f"{QUESTION_SLOT}\n{PROMPT_SUFFIX}"
-"""A template is the text of the user turn with one `{question}`, the only placeholder."""
-PROMPT_FILE = "rlmed_prompt.json"
-"""In a model folder: the prompt settings of its training."""
 
 
 class PromptTooLongError(ValueError):
@@ -64,33 +53,6 @@ def load_processor(folder: Path | str) -> tuple[PreTrainedTokenizerBase, Picture
     return tokenizer, pictures
 
 
-def read_prompt_settings(folder: Path | str) -> dict[str, Any] | None:
-    """Read a model's training prompt settings as `PromptRenderer` keywords; None if it has none.
-
-    They are `template`, `by_modality` and, if recorded, `max_prompt_tokens`, to which large
-    pictures shrink.
-
-    Raises:
-        ValueError: if the file is broken.
-    """
-    path = Path(folder) / PROMPT_FILE
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        template, by_modality = content["template"], dict(content["by_modality"])
-        limit = {key: int(content[key]) for key in ("max_prompt_tokens",) if key in content}
-        for text in (template, *by_modality.values()):
-            if not isinstance(text, str):
-                raise TypeError(f"{text!r} is not a text")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} does not hold a template and by_modality, or a wrong max_prompt_tokens ({error}): remove it to ask as "
-            "MedVLM-R1 does"
-        ) from error
-    return {"template": template, "by_modality": by_modality, **limit}
-
-
 class PromptRenderer:
     """Renders examples for one model.
 
@@ -111,6 +73,7 @@ class PromptRenderer:
         max_pixels: int | None = None,
         template: str = PAPER_TEMPLATE,
         by_modality: Mapping[str, str] = MappingProxyType({}),
+        by_task: Mapping[str, str] = MappingProxyType({}),
         max_images: int | None = None,
     ) -> None:
         """Bind a tokenizer and a model's rules for pictures.
@@ -121,22 +84,20 @@ class PromptRenderer:
             max_prompt_tokens: longest prompt, visual tokens included.
             min_pixels: smallest image area in pixels; None keeps the model folder's.
             max_pixels: largest image area in pixels; None keeps the model folder's.
-            template: text of the user turn, see `PAPER_TEMPLATE`.
+            template: text of the user turn of multiple choice, see `PAPER_TEMPLATE`.
             by_modality: templates for individual modalities, by name.
+            by_task: templates for other tasks, by name; others have their own.
             max_images: most images of a prompt; None: any number.
 
         Raises:
             ValueError: for a template without exactly one `{question}`, or a tokenizer without an
                 image placeholder.
         """
-        for text in (template, *by_modality.values()):
-            if text.count(QUESTION_SLOT) != 1:
-                raise ValueError(f"template {text!r} must contain {QUESTION_SLOT} exactly once")
+        self.templates = Templates(template, dict(by_modality), dict(by_task))
         self.tokenizer = tokenizer
         self.turn_end = turn_end(tokenizer)
         """Token with which the chat template ends an answer; None if it uses none."""
         self.max_prompt_tokens, self.max_images = max_prompt_tokens, max_images
-        self.template, self.by_modality = template, dict(by_modality)
         self.prefill = ""
         """Start of each completion that the chat template writes; see `Prompt.prefill`."""
         self.pictures: Pictures | None = None
@@ -226,12 +187,12 @@ class PromptRenderer:
 
     def asks_for_reasoning(self, example: Example) -> bool:
         """Return whether an example's template asks for reasoning before the answer."""
-        return _asks_for_reasoning(self._template_of(example))
+        return asks_for_reasoning(self.templates.of(example))
 
     def prefill_doubt(self) -> str | None:
         """Return a warning if the chat template leaves no room for the reasoning asked for."""
-        templates = (self.template, *self.by_modality.values())
-        if not (THINK_END in self.prefill or ANSWER in self.prefill) or not any(map(_asks_for_reasoning, templates)):
+        asked = any(map(asks_for_reasoning, self.templates.given))
+        if not (THINK_END in self.prefill or ANSWER in self.prefill) or not asked:
             return None
         return (
             f"{template_source(self.tokenizer)} has written {self.prefill!r} before the model writes anything, and the prompt "
@@ -293,25 +254,17 @@ class PromptRenderer:
         Also saves this renderer's pixel limits, so that pictures keep their size for whatever loads
         the folder, and its templates and longest prompt (`read_prompt_settings`).
         """
-        settings = {
-            "template": self.template,
-            "by_modality": self.by_modality,
-            "max_prompt_tokens": self.max_prompt_tokens,
-        }
-        (folder / PROMPT_FILE).write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_prompt_settings(folder, self.templates, self.max_prompt_tokens)
         self.tokenizer.save_pretrained(folder)
         if self.pictures is not None:
             self.pictures.save(folder)
-
-    def _template_of(self, example: Example) -> str:
-        return self.by_modality.get(example.modality, self.template)
 
     def _content(self, example: Example, *, images: int) -> str:
         """Return the text of the user turn."""
         if images and self.pictures is None:
             shown = "an image" if images == 1 else f"{images} images"
             raise ValueError(f"example {example.id}: it has {shown}, but the model reads text only")
-        question = example.question_text
+        question = task_of(example).question_text(example)
         found = self._control_ids.intersection(
             self.tokenizer(question, add_special_tokens=False, verbose=False)["input_ids"]
         )
@@ -321,7 +274,7 @@ class PromptRenderer:
                 f"example {example.id}: its question or options contain the control token {names}, which would be "
                 "taken for a turn or an image: remove it from the text"
             )
-        return self._template_of(example).replace(QUESTION_SLOT, question)
+        return self.templates.content(example)
 
     def _turn(self, content: str, *, images: int) -> tuple[str, str]:
         """Return the chat template's user turn, and the start of the completion that it adds.
@@ -388,7 +341,3 @@ class PromptRenderer:
                 f"limit is {self.max_prompt_tokens}: raise data.max_prompt_tokens or shorten the question"
             )
         return prompt
-
-
-def _asks_for_reasoning(template: str) -> bool:
-    return THINK in template or ANSWER not in template

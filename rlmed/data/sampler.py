@@ -46,9 +46,9 @@ def shuffle_options(example: Example, seed: int) -> Example:
     """Return the example, options in an order drawn from (seed, id); the answer index follows.
 
     Drops a written completion, whose letters would now be wrong. Returns the example unchanged if
-    an option refers to others, as `all of the above` does.
+    it has none, or an option refers to others, as `all of the above` does.
     """
-    if keeps_order(example.options):
+    if not example.is_choice or keeps_order(example.options):
         return example
     # a digest, since Python's own string hash differs between processes
     digest = hashlib.sha256(example.id.encode()).digest()
@@ -64,9 +64,9 @@ def shuffle_options(example: Example, seed: int) -> Example:
 def reorder_options(example: Example, seed: int) -> Example | None:
     """Return `shuffle_options` with an order other than the example's own.
 
-    Return None if an option refers to others.
+    Return None if it has no options, or one refers to others.
     """
-    if keeps_order(example.options):
+    if not example.is_choice or keeps_order(example.options):
         return None
     orders = (shuffle_options(example, seed + attempt) for attempt in itertools.count())
     # option texts are distinct

@@ -11,6 +11,7 @@ from rlmed.core.types import Example, RolloutRequest, SamplingParams, ScoredGrou
 from rlmed.data.curriculum import Curriculum
 from rlmed.data.prompts import PromptRenderer
 from rlmed.data.sampler import shuffle_options
+from rlmed.tasks.registry import task_of
 
 SEED_STRIDE = 1_000_003
 """Keeps the random streams of runs with neighbouring seeds apart."""
@@ -61,8 +62,10 @@ class PromptStream:
         matter.
         """
         for group in sorted(groups, key=lambda group: group.rollout.request.index):
-            choice = group.reward_parts.get("choice")
-            correct = 0 if choice is None else int((choice == 1).sum())
+            example = group.rollout.prompt.example
+            scores = group.reward_parts.get("choice", group.reward_parts.get("task"))
+            passes = task_of(example).passes
+            correct = 0 if scores is None else sum(map(passes, scores.tolist()))
             self._curriculum.observe(group.rollout.request.index, correct, len(group.rewards))
         return self._curriculum.metrics()
 

@@ -18,7 +18,7 @@ from rlmed.data.images import load_image
 from rlmed.data.loading import EvalFile
 from rlmed.data.prompts import PromptRenderer
 from rlmed.data.sampler import reorder_options
-from rlmed.evaluation.results import Control
+from rlmed.evaluation.records import Control
 
 SHOWN: Mapping[Control, str] = {
     "none": "on the unchanged rows",
@@ -34,7 +34,7 @@ SHUFFLE_SEED = 0
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class Query:
     """One question to ask."""
 
     file: str
@@ -58,29 +58,29 @@ class Task:
         )
 
 
-def tasks_of(file: EvalFile, *, controls: bool) -> Iterator[Task]:
+def queries_of(file: EvalFile, *, controls: bool) -> Iterator[Query]:
     """Yield the questions of a file, then those of each control if asked for."""
     for example in file.examples:
-        yield Task(file.name, "none", example)
+        yield Query(file.name, "none", example)
     if not controls:
         return
     for example in file.examples:
         if example.images:
-            yield Task(file.name, "blank", example, frozenset(range(len(example.images))))
+            yield Query(file.name, "blank", example, frozenset(range(len(example.images))))
     for example in shuffled_images(file.examples):
-        yield Task(file.name, "shuffled", example)
+        yield Query(file.name, "shuffled", example)
     for example in file.examples:
         if len(example.images) > 1:
             chosen = _random(example, SHUFFLE_SEED).integers(len(example.images))
-            yield Task(file.name, "blank_one", example, frozenset({int(chosen)}))
+            yield Query(file.name, "blank_one", example, frozenset({int(chosen)}))
     for example in file.examples:
         turned = reorder_images(example, SHUFFLE_SEED)
         if turned is not None:
-            yield Task(file.name, "image_order", turned)
+            yield Query(file.name, "image_order", turned)
     for example in file.examples:
         reordered = reorder_options(example, SHUFFLE_SEED)
         if reordered is not None:
-            yield Task(file.name, "reordered", reordered)
+            yield Query(file.name, "reordered", reordered)
 
 
 def shuffled_images(examples: Sequence[Example], seed: int = SHUFFLE_SEED) -> list[Example]:
@@ -134,8 +134,8 @@ def _random(example: Example, seed: int) -> np.random.Generator:
     return np.random.default_rng([seed, int.from_bytes(digest[:8], "little")])
 
 
-def plan_line(tasks: Sequence[Task]) -> str:
+def plan_line(queries: Sequence[Query]) -> str:
     """Say how many answers an evaluation needs, by control."""
-    counts = Counter(task.control for task in tasks)
+    counts = Counter(query.control for query in queries)
     parts = [f"{counts[control]} {what}" for control, what in SHOWN.items() if counts[control]]
-    return f"evaluation needs {len(tasks)} answers: {', '.join(parts)}"
+    return f"evaluation needs {len(queries)} answers: {', '.join(parts)}"

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -16,14 +16,12 @@ from rlmed.core.files.atomic import partial_folder, refusal, rename_into_place, 
 from rlmed.core.files.damage import read_json
 from rlmed.core.files.jsonlines import parse_line
 from rlmed.core.files.ownership import remove
-from rlmed.core.statistics import BoolArray, mcnemar, wilson_interval
-from rlmed.core.types import LETTERS, Example, FinishReason
+from rlmed.core.statistics import BoolArray, mcnemar, sign_flip_test
+from rlmed.core.types import Example
 from rlmed.evaluation.old_names import current_names
-
-Control = Literal["none", "blank", "shuffled", "blank_one", "image_order", "reordered"]
-"""Shown: the unchanged row, grey pictures, another row's pictures, one of several pictures grey,
-several pictures in another order, or options in another order.
-"""
+from rlmed.evaluation.records import Accuracy, EvalRow
+from rlmed.evaluation.scores import TaskSummary
+from rlmed.tasks.registry import task_named
 
 Answers = Mapping[tuple[str, str], bool]
 """Whether each answer is right, by id and question (with options)."""
@@ -31,85 +29,6 @@ Answers = Mapping[tuple[str, str], bool]
 SUMMARY_FILE = "summary.json"
 ROWS_FILE = "rows.jsonl"
 COMPARISON_FILE = "comparison.json"
-
-
-@dataclass(frozen=True, slots=True)
-class EvalRow:
-    """One answered question: a line of `rows.jsonl`.
-
-    Example:
-        EvalRow(file="ct", id="ct-7", control="none", image="/data/images/7.png",
-                question_type="anatomy", question="Which organ?", options=("liver", "lung"),
-                answer="B", completion="<think>…</think><answer>B</answer>", predicted_letter="B",
-                correct=True, format=True, tokens=31, finish_reason="stop")
-    """
-
-    file: str
-    id: str
-    control: Control
-    image: str | None
-    """The picture shown; for "blank", the one whose size the grey picture has."""
-    question_type: str
-    question: str
-    options: tuple[str, ...]
-    answer: str
-    """The right letter."""
-    completion: str
-    """Including the chat template's prefill."""
-    predicted_letter: str | None
-    """The letter found in the completion."""
-    correct: bool
-    format: bool
-    """Whether it has the prompt's format: reasoning and answer in their tags, or answer alone."""
-    tokens: int
-    """Length of the completion."""
-    finish_reason: FinishReason
-    more_images: tuple[str, ...] = ()
-    """The pictures shown after `image`, in order; written for a question about several only."""
-
-    @property
-    def images(self) -> tuple[str, ...]:
-        """All pictures in order: none, one or several."""
-        return () if self.image is None else (self.image, *self.more_images)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the content of its line."""
-        content = dataclasses.asdict(self)
-        return content if self.more_images else {key: value for key, value in content.items() if key != "more_images"}
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> EvalRow:
-        """Read back the result of `to_json`; earlier versions knew one picture a question."""
-        texts = {name: tuple(content[name]) for name in ("options", "more_images") if name in content}
-        return cls(**{**content, **texts})
-
-    @property
-    def not_offered(self) -> bool:
-        """Whether the letter found belongs to none of the options."""
-        return self.predicted_letter is not None and self.predicted_letter not in LETTERS[: len(self.options)]
-
-
-@dataclass(frozen=True, slots=True)
-class Accuracy:
-    """Share of right answers with its Wilson 95 % interval.
-
-    Example:
-        >>> accuracy = Accuracy.of(6, 8)
-        >>> accuracy.value, round(accuracy.low, 3), round(accuracy.high, 3)
-        (0.75, 0.409, 0.929)
-    """
-
-    correct: int
-    rows: int
-    value: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, correct: int, rows: int) -> Accuracy:
-        """Compute share and interval; raise ValueError without rows."""
-        low, high = wilson_interval(correct, rows)
-        return cls(correct, rows, correct / rows, low, high)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +49,17 @@ class FileSummary:
     cut_by_length: float
     """Share of completions cut at `max_tokens`."""
     chance: float
-    majority_letter: float
-    """Accuracy of the letter most often right in the training rows; without any, in these rows."""
+    majority_letter: float | None
+    """Accuracy of the letter most often right in the training rows; without any, in these rows.
+
+    None if no row is multiple choice.
+    """
     image_free_prior: float | None
-    """Accuracy of option texts most often right in training rows; None without training rows."""
+    """Accuracy of option texts most often right in training rows; None without training rows.
+
+    Of rows of other tasks, the share that their best constant answer gets right; `chance` and
+    `leave_one_out_prior` likewise, see `rlmed.evaluation.scores.TaskSummary`.
+    """
     image_free_prior_by_rate: float | None
     """The same prior, scored by correct / shown."""
     leave_one_out_prior: float
@@ -160,6 +86,8 @@ class FileSummary:
     """Accuracy with one picture grey, for rows with several; None without controls or such rows."""
     image_order: Accuracy | None = None
     """Accuracy with the pictures in another order, for rows with several."""
+    tasks: tuple[TaskSummary, ...] = ()
+    """Scores of the rows of each task other than multiple choice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,12 +181,15 @@ def compare(before: Path, after: Path) -> dict[str, Any]:
     Returns:
         `{"before": {"model", "step"}, "after": {…}, "files": {name: {"rows", "correct_before",
         "correct_after", "gained", "lost", "p_value"}}}`; the p-value is McNemar's, exact and
-        two-sided.
+        two-sided. A file with other tasks than multiple choice also has
+        `"scores": {task: {"before", "after", "p_value"}}`: means of the main score, and
+        `sign_flip_test`.
 
     Raises:
         ValueError: if they share no file, or a shared file has different rows.
     """
-    first, second = read_answers(before), read_answers(after)
+    rows = read_rows(before), read_rows(after)
+    first, second = map(_answers, rows)
     files: dict[str, dict[str, Any]] = {}
     for name in second:
         if name not in first:
@@ -271,6 +202,8 @@ def compare(before: Path, after: Path) -> dict[str, Any]:
             "correct_after": int(answers[1].sum()),
             **dataclasses.asdict(mcnemar(*answers)),
         }
+        if scores := _compare_scores(*([row for row in side if row.file == name] for side in rows)):
+            files[name]["scores"] = scores
     if not files:
         raise ValueError(f"{before} (files {', '.join(first)}) and {after} (files {', '.join(second)}) share no file")
     sides = {side: EvalSummary.read(path) for side, path in (("before", before), ("after", after))}
@@ -323,17 +256,35 @@ def _key(row: EvalRow | Example) -> tuple[str, str]:
 
 def read_answers(folder: Path) -> Mapping[str, Answers]:
     """Read whether each answer is right, by file, for the unchanged rows of an evaluation."""
+    return _answers(read_rows(folder))
+
+
+def _answers(rows: Iterable[EvalRow]) -> Mapping[str, Answers]:
     answers: dict[str, dict[tuple[str, str], bool]] = {}
-    for row in read_rows(folder):
+    for row in rows:
         if row.control == "none":
             answers.setdefault(row.file, {})[_key(row)] = row.correct
     return answers
 
 
+def _compare_scores(before: Sequence[EvalRow], after: Sequence[EvalRow]) -> dict[str, dict[str, float]]:
+    """Compare the main scores of the unchanged rows of one file, by task other than choice."""
+    pairs: dict[str, list[tuple[float, float]]] = {}
+    old = {_key(row): row for row in before if row.control == "none"}
+    for row in after:
+        if row.control == "none" and row.task != "choice":
+            main = task_named(row.task).main
+            pairs.setdefault(row.task, []).append((old[_key(row)].scores[main], row.scores[main]))
+    found = {}
+    for task, scores in pairs.items():
+        first, second = np.array(scores).T
+        found[task] = {
+            "before": float(first.mean()),
+            "after": float(second.mean()),
+            "p_value": sign_flip_test(first, second),
+        }
+    return found
+
+
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     replace_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
-
-def p_value_text(p_value: float) -> str:
-    """Format a p-value to three digits."""
-    return "<0.001" if p_value < 0.001 else f"{p_value:.3f}"

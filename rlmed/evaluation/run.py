@@ -20,17 +20,18 @@ from pathlib import Path
 import numpy as np
 
 from rlmed.core.config.running import EvalConfig
-from rlmed.core.parsing import evaluated_letter, has_answer_format, has_format
+from rlmed.core.parsing import has_answer_format, has_format
 from rlmed.core.prefill import opens_thinking
 from rlmed.core.protocols import RolloutPool
-from rlmed.core.statistics import ImageFreePrior, chance, leave_one_out_prior, majority_letter
 from rlmed.core.types import Completion, Example, RolloutGroup, RolloutRequest, SamplingParams
 from rlmed.data.loading import Dataset, EvalFile
-from rlmed.data.options.order import kept_orders
 from rlmed.data.prompts import PromptRenderer
-from rlmed.evaluation.controls import Task, plan_line, tasks_of
+from rlmed.evaluation.controls import Query, plan_line, queries_of
 from rlmed.evaluation.preflight import went_on, why_cut
-from rlmed.evaluation.results import Accuracy, Control, EvalRow, EvalSummary, FileSummary, write_evaluation
+from rlmed.evaluation.records import EvalRow
+from rlmed.evaluation.results import EvalSummary, FileSummary, write_evaluation
+from rlmed.evaluation.summary import summarise
+from rlmed.tasks.registry import task_of
 
 log = logging.getLogger(__name__)
 
@@ -118,10 +119,10 @@ class Evaluator:
         if self.pool.in_flight:
             raise RuntimeError(f"evaluation needs an idle pool, but {self.pool.in_flight} requests are in flight")
         start = time.perf_counter()
-        tasks = [task for file in self.files for task in tasks_of(file, controls=controls)]
+        queries = [query for file in self.files for query in queries_of(file, controls=controls)]
         if controls:
-            log.info("%s", plan_line(tasks))
-        rows = self._answer(tasks)
+            log.info("%s", plan_line(queries))
+        rows = self._answer(queries)
         by_file: dict[str, list[EvalRow]] = defaultdict(list)
         for row in rows:
             by_file[row.file].append(row)
@@ -131,28 +132,28 @@ class Evaluator:
             seconds=time.perf_counter() - start,
             max_tokens=self.max_tokens,
             train_rows=len(self.train_examples),
-            files=tuple(_summarise(file, by_file[file.name], self.train_examples) for file in self.files),
+            files=tuple(summarise(file, by_file[file.name], self.train_examples) for file in self.files),
         )
         write_evaluation(self.folder, summary, rows)
         for file in summary.files:
             _warn_of_cuts(file, by_file[file.name], self.max_tokens, self.renderer)
         return summary
 
-    def _answer(self, tasks: Sequence[Task]) -> list[EvalRow]:
-        """Return the judged answers, in the order of the tasks."""
+    def _answer(self, queries: Sequence[Query]) -> list[EvalRow]:
+        """Return the judged answers, in the order of the queries."""
         sampling = SamplingParams(temperature=0.0, max_tokens=self.max_tokens, stop=self.stop)
         requests = (
-            RolloutRequest(index=index, prompt=task.render(self.renderer), group_size=1, sampling=sampling)
-            for index, task in enumerate(tasks)
+            RolloutRequest(index=index, prompt=query.render(self.renderer), group_size=1, sampling=sampling)
+            for index, query in enumerate(queries)
         )
         rows: dict[int, EvalRow] = {}
         for done, group in enumerate(answer_all(requests, self.pool), 1):
-            task = tasks[group.request.index]
-            rows[group.request.index] = _judge(task, group.prompt.prefill, group.completions[0], self.renderer)
+            query = queries[group.request.index]
+            rows[group.request.index] = _judge(query, group.prompt.prefill, group.completions[0], self.renderer)
             if self.on_progress is not None:
-                self.on_progress(task.file, done, len(tasks))
-        assert len(rows) == len(tasks), "the pool answered a request twice and another never"
-        return [rows[index] for index in range(len(tasks))]
+                self.on_progress(query.file, done, len(queries))
+        assert len(rows) == len(queries), "the pool answered a request twice and another never"
+        return [rows[index] for index in range(len(queries))]
 
 
 def _check(files: Sequence[EvalFile]) -> None:
@@ -187,28 +188,34 @@ def answer_all(requests: Iterable[RolloutRequest], pool: RolloutPool) -> Iterato
         yield pool.collect()
 
 
-def _judge(task: Task, prefill: str, completion: Completion, renderer: PromptRenderer) -> EvalRow:
-    """Score a completion: right iff its first well-formed answer tag holds the right letter."""
-    example, letter = task.shown, evaluated_letter(completion.text)
+def _judge(query: Query, prefill: str, completion: Completion, renderer: PromptRenderer) -> EvalRow:
+    """Return a completion as the task of its question judges it."""
+    example = query.shown
+    task = task_of(example)
+    judgement = task.judge(example, completion.text)
     # a chat template that opens the reasoning asks for it too
     reasoned = renderer.asks_for_reasoning(example) or opens_thinking(prefill)
     in_format = has_format if reasoned else has_answer_format
     return EvalRow(
-        file=task.file,
+        file=query.file,
         id=example.id,
-        control=task.control,
+        control=query.control,
         image=None if example.image is None else str(example.image),
         question_type=example.kind,
         question=example.question,
         options=example.options,
-        answer=example.letter,
+        answer=task.right_answer(example),
         completion=completion.text,
-        predicted_letter=letter,
-        correct=letter == example.letter,
+        predicted_letter=judgement.answer if example.is_choice else None,
+        correct=judgement.correct,
         format=in_format(completion.text),
         tokens=len(completion.token_ids),
         finish_reason=completion.finish_reason,
         more_images=tuple(map(str, example.more_images)),
+        task=example.task,
+        truth=example.truth,
+        predicted=judgement.answer,
+        scores=judgement.scores,
     )
 
 
@@ -217,39 +224,3 @@ def _warn_of_cuts(file: FileSummary, rows: Sequence[EvalRow], max_tokens: int, r
         share = float(np.mean([went_on(row.completion, row.finish_reason) for row in rows if row.control == "none"]))
         cause = why_cut(file.cut_by_length, share, f"eval.max_tokens={max_tokens}", renderer.end_tokens)
         log.warning("%s: %s", file.name, cause)
-
-
-def _summarise(file: EvalFile, rows: Sequence[EvalRow], train: Sequence[Example]) -> FileSummary:
-    plain = [row for row in rows if row.control == "none"]
-    prior = ImageFreePrior.fit(train) if train else None
-    types = sorted({row.question_type for row in plain if row.question_type})
-    by_type = {name: [row.correct for row in plain if row.question_type == name] for name in types}
-    kept, option = kept_orders(example.options for example in file.examples)
-    return FileSummary(
-        name=file.name,
-        rows=len(plain),
-        accuracy=Accuracy.of(sum(row.correct for row in plain), len(plain)),
-        format_rate=float(np.mean([row.format for row in plain])),
-        mean_tokens=float(np.mean([row.tokens for row in plain])),
-        cut_by_length=float(np.mean([row.finish_reason == "length" for row in plain])),
-        chance=chance(file.examples),
-        majority_letter=majority_letter(file.examples, train),
-        image_free_prior=None if prior is None else prior.accuracy(file.examples),
-        image_free_prior_by_rate=None if prior is None else prior.accuracy(file.examples, by_rate=True),
-        leave_one_out_prior=leave_one_out_prior(file.examples),
-        leave_one_out_prior_by_rate=leave_one_out_prior(file.examples, by_rate=True),
-        blank=_under(rows, "blank"),
-        shuffled=_under(rows, "shuffled"),
-        by_question_type={name: (sum(correct), len(correct)) for name, correct in by_type.items()},
-        reordered=_under(rows, "reordered"),
-        blank_one=_under(rows, "blank_one"),
-        image_order=_under(rows, "image_order"),
-        kept_order=kept,
-        kept_order_by=option,
-        not_offered=float(np.mean([row.not_offered for row in plain])),
-    )
-
-
-def _under(rows: Sequence[EvalRow], control: Control) -> Accuracy | None:
-    correct = [row.correct for row in rows if row.control == control]
-    return Accuracy.of(sum(correct), len(correct)) if correct else None

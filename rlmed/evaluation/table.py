@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from rlmed.data.options.order import kept_order_text
-from rlmed.evaluation.results import Accuracy, EvalSummary, FileSummary, p_value_text
+from rlmed.evaluation.records import Accuracy, p_value_text
+from rlmed.evaluation.results import EvalSummary, FileSummary
 
 
 def summary_table(before: EvalSummary | None, after: EvalSummary, comparison: Mapping[str, Any] | None) -> Table:

@@ -18,7 +18,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rlmed.core.chat import SWITCH
 from rlmed.core.types import Example
 from rlmed.data.leakage.findings import WORDS, LeakageReport
-from rlmed.evaluation.results import Accuracy, EvalSummary, FileSummary, p_value_text, read_comparison
+from rlmed.evaluation.records import Accuracy, p_value_text
+from rlmed.evaluation.results import EvalSummary, FileSummary, read_comparison
 from rlmed.export.check import MAX_TOKENS, Difference
 from rlmed.export.folder import Exported
 from rlmed.export.server import BANNED
@@ -75,7 +76,7 @@ def model_card(
         "leakage": _leakage(source),
         "recipe": _recipe(source, exported),
         "switch": SWITCH,
-        "modalities": ", ".join(renderer.by_modality),
+        "modalities": ", ".join(renderer.templates.by_modality),
         "vision": vision,
         "images": images,
         "stop": _Ready(", ".join(f"`{stop}`" for stop in (config.get("rollout") or {}).get("stop") or ())),

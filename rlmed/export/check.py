@@ -217,7 +217,7 @@ def question_turn(example: Example, pictures: Sequence[dict[str, Any]]) -> list[
 
 def modality_of(renderer: PromptRenderer, example: Example) -> dict[str, Any]:
     """Return the chat template's `modality`, where there are prompts by modality."""
-    return {"modality": example.modality} if renderer.by_modality and example.modality else {}
+    return {"modality": example.modality} if renderer.templates.by_modality and example.modality else {}
 
 
 def compare(reference: Reference, who: str, answer: Callable[[], list[Answer]]) -> list[Difference]:

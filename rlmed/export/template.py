@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rlmed.core.chat import SWITCH
 from rlmed.core.process.foreign import foreign
-from rlmed.data.prompts import QUESTION_SLOT, PromptRenderer
+from rlmed.data.prompts import PromptRenderer
+from rlmed.data.templates import QUESTION_SLOT
 
 BEGIN, END = "{#- rlmed: the prompt of training -#}", "{#- rlmed: the template of the model -#}\n"
 _FILLED = "{%- if not (rlmed_text.startswith(rlmed_around[0]) and rlmed_text.endswith(rlmed_around[1])) -%}"
@@ -86,8 +87,8 @@ def with_training_prompt(renderer: PromptRenderer) -> str:
     turn = _STRING.replace("REST\n", _LIST if parts else _AS_IT_IS)
     filled = {
         "SWITCH": SWITCH,
-        "AROUND": _literal({name: _around(text) for name, text in renderer.by_modality.items()}),
-        "GENERAL": _literal(_around(renderer.template)),
+        "AROUND": _literal({name: _around(text) for name, text in renderer.templates.by_modality.items()}),
+        "GENERAL": _literal(_around(renderer.templates.general)),
         "TURN\n": turn,
     }
     # in one pass: a prompt may hold one of these words
@@ -108,7 +109,7 @@ def own_template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def question_of(renderer: PromptRenderer, text: str, modality: str = "") -> str:
     """Return the text of a training prompt's user turn around a question."""
-    return renderer.by_modality.get(modality, renderer.template).replace(QUESTION_SLOT, text)
+    return renderer.templates.by_modality.get(modality, renderer.templates.general).replace(QUESTION_SLOT, text)
 
 
 def _around(template: str) -> list[str]:
@@ -149,7 +150,9 @@ def _check(renderer: PromptRenderer, whole: str, template: str, *, parts: bool) 
     def content(text: str) -> Any:
         return [*picture, {"type": "text", "text": text}] if parts else text
 
-    cases: Mapping[str, dict[str, Any]] = {"": {}} | {name: {"modality": name} for name in renderer.by_modality}
+    cases: Mapping[str, dict[str, Any]] = {"": {}} | {
+        name: {"modality": name} for name in renderer.templates.by_modality
+    }
     for name, variables in cases.items():
         full = question_of(renderer, question, name)
         with foreign(f"the chat template of model {renderer.tokenizer.name_or_path!r}", "Correct it"):

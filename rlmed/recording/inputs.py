@@ -196,7 +196,7 @@ def _data_entries(files: Sequence[DataFile]) -> list[dict[str, Any]]:
                 "read": usable + len(file.read.skipped),
                 "rows": len(file.examples),
                 "beyond_limit": usable - len(file.examples) - len(file.dropped),
-                "kept_order": sum(keeps_order(example.options) for example in file.examples),
+                "kept_order": sum(example.is_choice and keeps_order(example.options) for example in file.examples),
                 "most_images": max((len(example.images) for example in file.examples), default=0),
                 "skipped": skipped,
             }

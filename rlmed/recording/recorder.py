@@ -15,6 +15,7 @@ from rlmed.core.metrics import find_metric
 from rlmed.core.tracing import TIMELINE_LINES
 from rlmed.core.types import ScoredGroup, TrainGroup
 from rlmed.recording.batches import write_batch
+from rlmed.tasks.registry import task_of
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -205,7 +206,8 @@ def _group_line(step: int, scored: ScoredGroup, advantages: Sequence[float | Non
         **more,
         "question": example.question,
         "options": list(example.options),
-        "answer": example.letter,
+        "answer": task_of(example).right_answer(example),
+        **({} if example.is_choice else {"task": example.task, "truth": example.truth}),
         "modality": example.modality,
         "question_type": example.kind,
         "completions": completions,

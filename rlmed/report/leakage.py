@@ -7,7 +7,7 @@ from itertools import zip_longest
 from typing import Any
 
 from rlmed.data.leakage.findings import WORDS, FileLeakage, Leak, LeakageReport
-from rlmed.evaluation.results import Accuracy, EvalRow
+from rlmed.evaluation.records import Accuracy, EvalRow
 from rlmed.report.rollouts import Pictures
 
 PAIRS = 24

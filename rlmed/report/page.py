@@ -29,18 +29,9 @@ from rlmed.core.files.jsonlines import read_json_lines
 from rlmed.core.process.display import ending_errors, keep_display, one_line
 from rlmed.core.statistics import mcnemar
 from rlmed.core.tracing import TIMELINE_LINES
+from rlmed.evaluation.records import Accuracy, EvalRow, p_value_text
 from rlmed.evaluation.reliability.results import ReliabilitySummary
-from rlmed.evaluation.results import (
-    SUMMARY_FILE,
-    Accuracy,
-    EvalRow,
-    EvalSummary,
-    FileSummary,
-    last_evaluation,
-    p_value_text,
-    read_comparison,
-    read_rows,
-)
+from rlmed.evaluation.results import SUMMARY_FILE, EvalSummary, FileSummary, last_evaluation, read_comparison, read_rows
 from rlmed.models.tiny.toy import EMBEDDED, TOY_NOTE
 from rlmed.recording.inputs import CONFIG_FILE, DATA_FILE, VERSIONS_FILE
 from rlmed.recording.progress import duration

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from rlmed.core.calibration import Estimate
+from rlmed.evaluation.records import Accuracy
 from rlmed.evaluation.reliability.results import (
     Calibration,
     FileReliability,
@@ -17,7 +18,6 @@ from rlmed.evaluation.reliability.results import (
     ReliabilitySummary,
     Sampling,
 )
-from rlmed.evaluation.results import Accuracy
 from rlmed.report.plots import FAINT, SERIES, STYLE, TEXT, Plot, new_figure, to_svg
 
 

@@ -15,7 +15,7 @@ from rlmed.core.files.jsonlines import parse_line
 from rlmed.core.parsing import answer_text, evaluated_letter, reasoning_text
 from rlmed.core.types import LETTERS
 from rlmed.data.images import BadImageError, load_image
-from rlmed.evaluation.results import EvalRow
+from rlmed.evaluation.records import EvalRow
 
 GROUPS = 60
 ROWS = 60

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlmed.evaluation.results import ROWS_FILE, EvalSummary, compare, step_folder
+from rlmed.evaluation.score_table import score_table
 from rlmed.evaluation.table import summary_table
 from rlmed.recording.checkpoint import list_checkpoints
 from rlmed.report.page import write_report
@@ -34,7 +35,9 @@ def show_results(
         earlier, comparison = None, None
         if before is not None and before.is_dir():
             earlier, comparison = EvalSummary.read(before), compare(before, after)
-        tables.insert(0, summary_table(earlier, EvalSummary.read(after), comparison))
+        summary = EvalSummary.read(after)
+        scores = score_table(earlier, summary, comparison)
+        tables = [summary_table(earlier, summary, comparison), *([scores] if scores else []), *tables]
         paths["rows"] = after / ROWS_FILE
     paths["report"] = write_report(run_folder)
     if checkpoints := list_checkpoints(run_folder / "checkpoints"):

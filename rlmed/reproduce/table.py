@@ -15,16 +15,8 @@ from rich.table import Table
 
 from rlmed.core.files.atomic import replace_text
 from rlmed.core.statistics import mcnemar, wilson_interval
-from rlmed.evaluation.results import (
-    Accuracy,
-    Answers,
-    EvalSummary,
-    FileSummary,
-    last_evaluation,
-    p_value_text,
-    pair_answers,
-    read_answers,
-)
+from rlmed.evaluation.records import Accuracy, p_value_text
+from rlmed.evaluation.results import Answers, EvalSummary, FileSummary, last_evaluation, pair_answers, read_answers
 from rlmed.report.page import page_environment
 
 LABELS = {"base": "base", "sft": "SFT", "rl": "RL"}

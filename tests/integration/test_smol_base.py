@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from rlmed import smol_base
-from rlmed.data.prompts import PromptRenderer, load_processor, read_prompt_settings
+from rlmed.data.prompts import PromptRenderer, load_processor
+from rlmed.data.templates import read_prompt_settings
 from rlmed.models.policy import load_policy
 from tests.smol_text import write_llama
 

@@ -17,15 +17,16 @@ from rlmed.core.process.threads import COUNTS, WAITING
 from tests.root import ROOT
 
 PACKAGES = ("rlmed", "rollout", "learner", "rewards", "conf")
-BELOW = ("rlmed.core", "rlmed.models", "rlmed.data", "rewards", "rollout", "learner")
+BELOW = ("rlmed.core", "rlmed.tasks", "rlmed.models", "rlmed.data", "rewards", "rollout", "learner")
 BORROWED = {
     "rlmed.core": {"rlmed.core"},
     "rlmed.models": {"rlmed.core", "rlmed.models"},
-    "rlmed.data": {"rlmed.core", "rlmed.data"},
-    "rewards": {"rlmed.core", "rewards"},
+    "rlmed.tasks": {"rlmed.core", "rlmed.tasks"},
+    "rlmed.data": {"rlmed.core", "rlmed.tasks", "rlmed.data"},
+    "rewards": {"rlmed.core", "rlmed.tasks", "rewards"},
     "rollout": {"rlmed.core", "rlmed.models", "rollout"},
     "learner": {"rlmed.core", "rlmed.models", "learner"},
-    "rlmed.recording": {"rlmed.core", "rlmed.data", "rlmed.recording"},
+    "rlmed.recording": {"rlmed.core", "rlmed.tasks", "rlmed.data", "rlmed.recording"},
     "rlmed.cluster": {*BELOW, "rlmed.recording", "rlmed.cluster"},
     "rlmed.evaluation": {*BELOW, "rlmed.recording", "rlmed.evaluation"},
     "rlmed.report": {*BELOW, "rlmed.recording", "rlmed.evaluation", "rlmed.report"},

@@ -67,6 +67,7 @@ def to_yaml(config: RunConfig) -> str:
 
 ADDED = {
     "learner.moments": "float32",
+    "data.extra_tasks": [],
     **{
         f"learner.lora.{name}": value
         for name, value in {

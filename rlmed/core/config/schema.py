@@ -96,6 +96,7 @@ class DataConfig:
     leakage: str
     limit: int | None
     download: str | None
+    extra_tasks: tuple[str, ...]
 
     def __post_init__(self) -> None:
         require_one_of("data.source", self.source, ("jsonl", "phantom"))
@@ -124,9 +125,11 @@ class PromptConfig:
 
     template: str
     by_modality: Mapping[str, str]
+    by_task: Mapping[str, str]
 
     def __post_init__(self) -> None:
-        for key, text in (("template", self.template), *((f"by_modality.{k}", v) for k, v in self.by_modality.items())):
+        named = {f"{key}.{k}": v for key in ("by_modality", "by_task") for k, v in getattr(self, key).items()}
+        for key, text in {"template": self.template, **named}.items():
             require(
                 text.count("{question}") == 1,
                 f"prompt.{key}={text!r} must contain {{question}} exactly once, where question and options go",
@@ -346,9 +349,9 @@ class RunConfig:
             "algo.max_staleness=0 and algo.loss.old_logprobs=learner",
         )
         require(
-            self.data.selection.mode != "pass_rate" or "choice" in self.reward.weights,
-            f"data.selection.mode={self.data.selection.mode} needs the reward part choice, which reward.weights lacks: add "
-            "reward.weights.choice, with weight 0 if it should not count (+reward.weights.choice=0)",
+            self.data.selection.mode != "pass_rate" or not {"choice", "task"}.isdisjoint(self.reward.weights),
+            f"data.selection.mode={self.data.selection.mode} needs the reward part choice or task, which reward.weights lacks: "
+            "add reward.weights.choice, with weight 0 if it should not count (+reward.weights.choice=0)",
         )
         require(
             self.learner.lora.quantize is None or self.cluster.learner_ranks == 1,

@@ -6,6 +6,7 @@ neighbouring slices of one series (`series`). docs/data.md says what it finds an
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -167,7 +168,8 @@ _Question = tuple[str, frozenset[str], str]
 def _question(example: Example) -> _Question:
     """Return what is asked and answered, regardless of order and case."""
     options = [option.casefold() for option in example.options]
-    return " ".join(example.question.casefold().split()), frozenset(options), options[example.answer]
+    right = options[example.answer] if example.is_choice else json.dumps(example.truth, sort_keys=True).casefold()
+    return " ".join(example.question.casefold().split()), frozenset(options), right
 
 
 def _leak(

@@ -34,7 +34,7 @@ from PIL import Image
 from rlmed.core.types import LETTERS, Example
 from rlmed.data.phantom.anatomy import NO_LESION
 from rlmed.data.phantom.studies import KINDS, MODALITIES, Study, answer_values, make_example, render, sample_study
-from rlmed.data.prompts import PROMPT_SUFFIX
+from rlmed.data.templates import PROMPT_SUFFIX
 
 HASTY = {"modality": 0.1, "anatomy": 0.1, "disease": 0.65, "grading": 0.65, "attribute": 0.65}
 """Share of hasty readers by kind of question."""

@@ -18,6 +18,7 @@ from rlmed.core.calibration import (
 from rlmed.core.prefill import ANSWER
 from rlmed.core.statistics import mcnemar
 from rlmed.core.types import LETTERS, Example
+from rlmed.evaluation.records import Accuracy, Control, EvalRow
 from rlmed.evaluation.reliability.results import (
     Agreement,
     Calibration,
@@ -31,7 +32,6 @@ from rlmed.evaluation.reliability.results import (
     Reliance,
     Sampling,
 )
-from rlmed.evaluation.results import Accuracy, Control, EvalRow
 
 Argued = Callable[[str, tuple[str, ...]], int | None]
 """Return the index of the option argued for, from reasoning and options; None if unclear."""

@@ -18,6 +18,7 @@ from rlmed.core.types import Example, Prompt, RolloutGroup, RolloutRequest, Samp
 from rlmed.data.options.order import keeps_order
 from rlmed.data.sampler import shuffle_options
 from rlmed.evaluation.option_likelihood import letter_probabilities
+from rlmed.evaluation.records import EvalRow
 from rlmed.evaluation.reliability.figures import (
     Argued,
     calibration,
@@ -34,7 +35,7 @@ from rlmed.evaluation.reliability.results import (
     ReliabilitySummary,
     write_reliability,
 )
-from rlmed.evaluation.results import EvalRow, read_rows, step_folder
+from rlmed.evaluation.results import read_rows, step_folder
 from rlmed.evaluation.run import Evaluator, OnProgress, answer_all
 from rlmed.models.policy import Policy
 

@@ -17,7 +17,7 @@ from rlmed.core.config.building import build_record
 from rlmed.core.files.atomic import replace_text
 from rlmed.core.files.damage import read_json
 from rlmed.evaluation.old_names import current_names
-from rlmed.evaluation.results import Accuracy
+from rlmed.evaluation.records import Accuracy
 
 RELIABILITY_FILE = "reliability.json"
 RELIABILITY_ROWS_FILE = "reliability_rows.jsonl"

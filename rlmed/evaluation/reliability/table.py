@@ -7,8 +7,8 @@ from rich.table import Table
 from rich.text import Text
 
 from rlmed.core.calibration import Estimate
+from rlmed.evaluation.records import Accuracy, p_value_text
 from rlmed.evaluation.reliability.results import FileReliability, Gap, ReliabilitySummary
-from rlmed.evaluation.results import Accuracy, p_value_text
 
 
 def reliability_table(summary: ReliabilitySummary) -> Table:

@@ -12,7 +12,8 @@ from PIL import Image
 from rlmed.cluster.engines import open_model
 from rlmed.core.prefill import remaining
 from rlmed.core.types import Example
-from rlmed.data.prompts import PAPER_TEMPLATE, PromptRenderer, load_processor
+from rlmed.data.prompts import PromptRenderer, load_processor
+from rlmed.data.templates import PAPER_TEMPLATE
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 TURNS = (

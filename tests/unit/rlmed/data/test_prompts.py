@@ -12,14 +12,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from rlmed.core.types import Example
 from rlmed.data.images import load_image
-from rlmed.data.prompts import (
-    PROMPT_FILE,
-    PROMPT_SUFFIX,
-    PromptRenderer,
-    PromptTooLongError,
-    load_processor,
-    read_prompt_settings,
-)
+from rlmed.data.prompts import PromptRenderer, PromptTooLongError, load_processor
+from rlmed.data.templates import PROMPT_FILE, PROMPT_SUFFIX, read_prompt_settings
 from rlmed.models.tiny.build import build_tiny_text, build_tiny_vl
 from tests.rounding import rounding
 

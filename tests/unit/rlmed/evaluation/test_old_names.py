@@ -4,8 +4,9 @@ import dataclasses
 import json
 from pathlib import Path
 
+from rlmed.evaluation.records import Accuracy
 from rlmed.evaluation.reliability.results import ReliabilitySummary, write_reliability
-from rlmed.evaluation.results import Accuracy, EvalSummary, compare, read_comparison, read_rows
+from rlmed.evaluation.results import EvalSummary, compare, read_comparison, read_rows
 
 ROW = (
     '{"file": "right", "id": "0", "control": "none", "image": null, "kind": "parsed", "question": "Which?", "options": '

@@ -22,6 +22,7 @@ from rlmed.core.prefill import joined
 from rlmed.core.types import LETTERS, Completion, Example, RolloutGroup, RolloutRequest
 from rlmed.data.loading import EvalFile
 from rlmed.data.prompts import PromptRenderer, load_processor
+from rlmed.data.templates import Templates
 from rlmed.evaluation import run as evaluation
 from rlmed.evaluation.results import EvalSummary, compare, read_rows
 from rlmed.evaluation.run import Evaluator
@@ -277,7 +278,7 @@ def test_what_the_template_has_written_belongs_to_the_completion(files, renderer
         "<think>\nlevel 60</think><answer>A</answer>"
     }
     # a prompt that asks for an answer alone, and a template that opens a reasoning all the same
-    renderer.template = "{question} <answer>...</answer>"
+    renderer.templates = Templates("{question} <answer>...</answer>")
     assert run(files[:1], renderer, tmp_path, pool, controls=False).files[0].format_rate == 1
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rlmed.evaluation.results import Accuracy, EvalSummary, FileSummary, write_evaluation
+from rlmed.evaluation.records import Accuracy
+from rlmed.evaluation.results import EvalSummary, FileSummary, write_evaluation
 from rlmed.export.source import earlier_models, evaluated_files, find_source, licence_of, public_name
 
 

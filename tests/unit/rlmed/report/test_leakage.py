@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from rlmed.data.leakage.findings import FileLeakage, Leak, LeakageReport
-from rlmed.evaluation.results import EvalRow
+from rlmed.evaluation.records import EvalRow
 from rlmed.report.leakage import PAIRS, accuracy, show_leakage
 from rlmed.report.rollouts import Pictures
 from tests.unit.rlmed.data.pictures import picture, save

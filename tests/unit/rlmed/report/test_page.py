@@ -14,7 +14,8 @@ from markupsafe import Markup
 from PIL import Image
 
 from rlmed.core.tracing import Tracer
-from rlmed.evaluation.results import Accuracy, EvalRow, EvalSummary, FileSummary, compare, write_evaluation
+from rlmed.evaluation.records import Accuracy, EvalRow
+from rlmed.evaluation.results import EvalSummary, FileSummary, compare, write_evaluation
 from rlmed.report import plots as report_plots
 from rlmed.report.page import write_report
 from rlmed.report.plots import MAX_POINTS, draw_accuracy, draw_metrics, running_mean

@@ -13,7 +13,8 @@ from rich.console import Console
 
 from rlmed.core.config.composing import unused_overrides
 from rlmed.core.statistics import mcnemar
-from rlmed.evaluation.results import Accuracy, EvalRow, EvalSummary, FileSummary, write_evaluation
+from rlmed.evaluation.records import Accuracy, EvalRow
+from rlmed.evaluation.results import EvalSummary, FileSummary, write_evaluation
 from rlmed.reproduce.runs import DONE_FILE, RunCommand, default_folder, main, plan, reproduce
 from rlmed.reproduce.table import Cell, collect, write_reproduction
 

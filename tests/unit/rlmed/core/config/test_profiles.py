@@ -84,7 +84,7 @@ BOTH = {
     ("_released", "paper"): {"steps": 250},
 }
 """What an experiment needs in one profile."""
-TEXTS = ("data.download", "prompt.template")
+TEXTS = ("data.download", "prompt.template", "prompt.by_task")
 
 
 @functools.cache
@@ -106,7 +106,8 @@ def test_an_experiment_sets_these_keys_and_no_other(suffix: str, profile: str) -
     expected = default | given | names | {key: found[key] for key in TEXTS}
     assert found == expected
     prompt = "answer_only" if suffix == "_answer_only" else "paper"
-    assert found["prompt.template"] == values(f"prompt={prompt}")["prompt.template"]
+    for key in ("prompt.template", "prompt.by_task"):
+        assert found[key] == values(f"prompt={prompt}")[key]
 
 
 @pytest.mark.parametrize("profile", PROFILES)

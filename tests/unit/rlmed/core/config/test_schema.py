@@ -14,7 +14,7 @@ from rlmed.core.config.checks import ConfigError
 from rlmed.core.config.composing import compose_config
 from rlmed.core.config.overrides import group_options
 from rlmed.core.config.schema import RunConfig
-from rlmed.data.prompts import PAPER_TEMPLATE
+from rlmed.data.templates import PAPER_TEMPLATE
 
 CONF = resources.files("conf")
 GROUPS = ("model", "data", "prompt", "algo", "reward", "rollout", "learner", "cluster")

@@ -13,6 +13,7 @@ from rlmed.core.statistics import mcnemar
 from rlmed.core.types import Example
 from rlmed.data.loading import EvalFile
 from rlmed.data.prompts import PromptRenderer, load_processor
+from rlmed.evaluation.records import EvalRow
 from rlmed.evaluation.reliability.figures import (
     calibration,
     domains,
@@ -30,7 +31,6 @@ from rlmed.evaluation.reliability.results import (
     write_reliability,
 )
 from rlmed.evaluation.reliability.table import reliability_table
-from rlmed.evaluation.results import EvalRow
 from rlmed.evaluation.run import Evaluator
 from rlmed.report.reliability import show_reliability
 from tests.unit.rlmed.evaluation.test_run import ScriptedPool, make_rows

@@ -1,0 +1,86 @@
+"""The scores of tasks other than multiple choice as a terminal table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from rlmed.evaluation.records import p_value_text
+from rlmed.evaluation.results import EvalSummary
+from rlmed.evaluation.scores import Estimate, TaskSummary
+
+_LEGEND = (
+    "small figures: bootstrap 95 % intervals over rows; p: sign flips, paired; *: the reward `task`",
+    "blank, shuffled: on a grey picture, on another row's",
+    "chance: another row's right answer; prior: the one best answer to a question without its image",
+)
+
+
+def score_table(before: EvalSummary | None, after: EvalSummary, comparison: Mapping[str, Any] | None) -> Table | None:
+    """Build the table, two lines per score: value, controls, baselines; None without such tasks.
+
+    All in per cent. Controls and baselines are those of `after`. The prior is fitted on training
+    rows, or else on the other half of the file, marked "own".
+    """
+    if not any(file.tasks for file in after.files):
+        return None
+    table = Table(
+        title=Text("Scores by task in %"),
+        caption=Text("\n".join(_LEGEND), justify="left"),
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    table.add_column("file, task", overflow="fold")
+    for heading in ("score", "value", "p", "blank", "shuffled", "chance\nprior"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    earlier = {(file.name, task.name): task for file in before.files for task in file.tasks} if before else {}
+    tests = comparison["files"] if comparison is not None else {}
+    for file in after.files:
+        for task in file.tasks:
+            test = tests.get(file.name, {}).get("scores", {}).get(task.name)
+            label = f"{file.name}, {task.name}\n{task.rows} rows"
+            for score, cells in _lines(earlier.get((file.name, task.name)), task):
+                p_value = p_value_text(test["p_value"]) if test and score == task.main else "–"
+                marked = f"{score}*" if score == task.main else score
+                table.add_row(label, marked, cells[0], p_value, *cells[1:])
+                label = ""
+    return table
+
+
+def _lines(before: TaskSummary | None, task: TaskSummary) -> Iterator[tuple[str, list[str]]]:
+    """Yield each score's name and its cells: value, blank, shuffled, chance and prior."""
+    for name, now in {**task.scores, **task.over_file}.items():
+        then = None if before is None else {**before.scores, **before.over_file}.get(name)
+        controls = [_cell(task.controls.get(control, {}).get(name)) for control in ("blank", "shuffled")]
+        yield name, [_change(then, now), *controls, _baselines(task, name)]
+
+
+def _baselines(task: TaskSummary, name: str) -> str:
+    if name not in task.chance:
+        return "–"
+    prior = f"{_percent(task.own_prior[name])} own" if task.prior is None else _percent(task.prior[name])
+    return f"{_percent(task.chance[name])}\n{prior}"
+
+
+def _change(before: Estimate | None, now: Estimate) -> str:
+    value, interval = _cell(now).split("\n")
+    if before is None:
+        return f"{value}\n{interval}"
+    old, old_interval = _cell(before).split("\n")
+    return f"{old} → {value}\n{old_interval} → {interval}"
+
+
+def _cell(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return "–"
+    return f"{_percent(estimate.value)}\n{100 * estimate.low:.0f}–{100 * estimate.high:.0f}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"

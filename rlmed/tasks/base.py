@@ -1,0 +1,132 @@
+"""The interface of a task: what is asked, how an answer is read and judged.
+
+A task is one file. It needs a `name`, a prompt `template`, how a data file's `answer` is read
+(`read`), how it would be written by a model (`write`) and how an answer is scored (`score`).
+Rewards, evaluation with its controls and baselines, and the report need nothing more.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from rlmed.core.parsing import answer_text
+from rlmed.core.types import Example
+
+ImageSize = Callable[[], tuple[int, int]]
+"""Returns width and height of a row's first image in pixels; raises ValueError without one."""
+
+TEMPLATE = (
+    "{{question}}\n\nYour task: 1. Think through the question step by step, enclose your reasoning process in "
+    "<think>...</think> tags. 2. Then {instruction} inside <answer>...</answer> tags. "
+    "3. No extra information or text outside of these tags."
+)
+"""MedVLM-R1's prompt (arXiv 2502.19634) with another `{instruction}` for the answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """A judged completion.
+
+    Example:
+        >>> Judgement(answer="left lung", correct=False, scores={"exact": 0.0, "f1": 0.67}).scores["f1"]
+        0.67
+    """
+
+    answer: str | None
+    """The answer that was found, as text; None if there is none that can be read."""
+    correct: bool
+    scores: Mapping[str, float]
+    """Each in [0, 1], 1 for the right answer; always the same names for a task."""
+
+
+class Task(ABC):
+    """A kind of question; see the module.
+
+    Truth is made of JSON's types alone, since it travels between processes.
+    """
+
+    name: ClassVar[str]
+    """In the `task` of a row."""
+    template: ClassVar[str]
+    """Text of the user turn with one `{question}`; `prompt.by_task` replaces it."""
+    main: ClassVar[str]
+    """Name of the score that the reward `task` pays and tables show."""
+    threshold: ClassVar[float] = 1.0
+    """An answer counts as right from this main score on."""
+    score_names: ClassVar[tuple[str, ...]]
+    """All names that `score` returns, in the order of tables."""
+    placeholder: ClassVar[Any] = "?"
+    """An `answer` that `read` accepts, for a question whose answer nobody knows (`rlmed.ask`)."""
+
+    @abstractmethod
+    def read(self, answer: Any, options: Sequence[str], size: ImageSize) -> Any:
+        """Return the truth of a row.
+
+        Args:
+            answer: the row's `answer`, of JSON's types.
+            options: the row's `options`; empty without any.
+            size: of the row's first image.
+
+        Raises:
+            ValueError: with what is wrong with the row, as the end of a sentence about it.
+        """
+
+    @abstractmethod
+    def write(self, truth: Any) -> str:
+        """Return the right answer as a completion has it between the answer tags."""
+
+    @abstractmethod
+    def score(self, answer: str, truth: Any) -> Mapping[str, float] | None:
+        """Return the scores of an answer by name, each in [0, 1]; None if it cannot be read.
+
+        Takes linear time and never raises, whatever a model writes.
+        """
+
+    def question_text(self, example: Example) -> str:
+        """Return what stands in the place of `{question}`."""
+        return example.question
+
+    def over_file(self, answers: Sequence[tuple[str | None, Any]]) -> Mapping[str, float]:
+        """Return figures that are no mean over rows, such as a mean average precision.
+
+        Args:
+            answers: each row's answer (None if there is none) and truth.
+        """
+        return {}
+
+    def judge(self, example: Example, text: str) -> Judgement:
+        """Judge a completion by the answer in its first pair of answer tags."""
+        answer = answer_text(text)
+        scores = None if answer is None else self.score(answer, example.truth)
+        if scores is None:
+            return Judgement(None, False, dict.fromkeys(self.score_names, 0.0))
+        return Judgement(answer, self.passes(scores[self.main]), scores)
+
+    def passes(self, score: float) -> bool:
+        """Return whether a main score counts as right, rounding aside."""
+        return score >= self.threshold - 1e-6
+
+    def right_answer(self, example: Example) -> str:
+        """Return what a completion has between its answer tags if it is right."""
+        return self.write(example.truth)
+
+
+def texts_of(answer: Any) -> list[str]:
+    """Return a row's `answer`, a text or a list of texts, as a list of stripped texts.
+
+    Raises:
+        ValueError: for anything else, an empty list, or a blank text.
+    """
+    texts = [answer] if isinstance(answer, str) else answer
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError(f"its answer is {shown(answer)}: write a text, or a list of accepted texts")
+    return [text.strip() for text in texts]
+
+
+def shown(value: Any) -> str:
+    """Format an offending value, at most 120 characters of it."""
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:120]}…"

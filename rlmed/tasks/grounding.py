@@ -1,0 +1,85 @@
+"""Grounding: where something lies, as boxes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from rlmed.tasks.base import TEMPLATE, ImageSize, Task, shown
+from rlmed.tasks.metrics.boxes import average_precision, match, parse_boxes, recall_at
+
+THOUSANDTHS = (1000, 1000)
+"""Frame in which models write boxes: thousandths of the image's width and height."""
+THRESHOLDS = tuple(0.5 + 0.05 * step for step in range(10))
+"""COCO's (Lin et al. 2014, arXiv 1405.0312)."""
+
+
+class Grounding(Task):
+    """Boxes; truth: `{"boxes": [[x0, y0, x1, y1], …], "frame": [width, height]}`.
+
+    Truth's boxes are fractions of the image, answers numbers in the frame. An answer is right if
+    its boxes overlap the true ones with a mean intersection over union of at least 0.5, missing and
+    superfluous boxes counting 0.
+    """
+
+    name = "grounding"
+    template = TEMPLATE.format(
+        instruction="provide the boxes as [[x0, y0, x1, y1], ...] in thousandths of the image's width and height "
+        "([] if there is nothing to find)"
+    )
+    main = "iou"
+    threshold = 0.5
+    score_names = ("iou",)
+    placeholder: ClassVar[list[Any]] = []
+
+    def read(self, answer: Any, options: Sequence[str], size: ImageSize) -> Any:
+        """Return boxes in pixels of the image file as fractions of it."""
+        if options:
+            raise ValueError("it has options, and its task is grounding: leave them out, or the task")
+        if not isinstance(answer, list):
+            raise ValueError(f"its answer is {shown(answer)}: write a list of boxes [x0, y0, x1, y1] in pixels")
+        width, height = size()
+        return {"boxes": [_fractions(box, width, height) for box in answer], "frame": list(THOUSANDTHS)}
+
+    def write(self, truth: Any) -> str:
+        """Return the boxes as integers in the frame."""
+        width, height = truth["frame"]
+        boxes = [
+            [round(x * scale) for x, scale in zip(box, (width, height) * 2, strict=True)] for box in truth["boxes"]
+        ]
+        return str(boxes)
+
+    def score(self, answer: str, truth: Any) -> Mapping[str, float] | None:
+        """Return the mean intersection over union of the best one-to-one matching."""
+        boxes = parse_boxes(answer, truth["frame"])
+        return None if boxes is None else {"iou": match(boxes, truth["boxes"])}
+
+    def over_file(self, answers: Sequence[tuple[str | None, Any]]) -> Mapping[str, float]:
+        """Return mean average precision (also at 0.5) and recall at 0.5, as COCO defines them."""
+        rows = [
+            ((parse_boxes(answer, truth["frame"]) or []) if answer is not None else [], truth["boxes"])
+            for answer, truth in answers
+        ]
+        if not any(right for _, right in rows):
+            return {}
+        return {
+            "mAP": average_precision(rows, THRESHOLDS),
+            "AP50": average_precision(rows, (0.5,)),
+            "recall50": recall_at(rows, (0.5,)),
+        }
+
+
+def _fractions(box: Any, width: int, height: int) -> list[float]:
+    """Return a box in pixels as fractions.
+
+    Raises:
+        ValueError: for anything but four numbers with x0 < x1 and y0 < y1 inside the image.
+    """
+    good = isinstance(box, list) and len(box) == 4 and all(type(x) in (int, float) and math.isfinite(x) for x in box)
+    if not good or not (0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height):
+        raise ValueError(
+            f"its box {shown(box)} is not [x0, y0, x1, y1] with 0 <= x0 < x1 <= {width} and 0 <= y0 < y1 <= {height}, "
+            "the pixels of its first image"
+        )
+    return [x / scale for x, scale in zip(box, (width, height) * 2, strict=True)]

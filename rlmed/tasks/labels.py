@@ -1,0 +1,56 @@
+"""Labels: which of several findings are there, none to all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from rlmed.core.types import Example
+from rlmed.tasks.base import TEMPLATE, ImageSize, Task, shown
+from rlmed.tasks.metrics.sets import parse_set, set_f1
+
+NONE = "none"
+"""The answer if no label applies."""
+
+
+class Labels(Task):
+    """Several labels; truth: `{"labels": [right one, …], "known": [possible one, …]}`.
+
+    `known` is empty where the question does not list what is possible. An answer is right if it
+    names exactly the right labels.
+    """
+
+    name = "labels"
+    template = TEMPLATE.format(
+        instruction="provide all findings that apply, separated by commas ('none' if none does),"
+    )
+    main = "f1"
+    score_names = ("f1", "exact")
+    placeholder: ClassVar[list[Any]] = []
+
+    def read(self, answer: Any, options: Sequence[str], size: ImageSize) -> Any:
+        """Return right and possible labels."""
+        if not isinstance(answer, list) or not all(isinstance(label, str) and label.strip() for label in answer):
+            raise ValueError(f"its answer is {shown(answer)}: write a list of the labels that apply, [] for none")
+        labels = [label.strip() for label in answer]
+        if len({label.casefold() for label in labels}) < len(labels):
+            raise ValueError(f"its answer {shown(answer)} names a label twice")
+        possible = {option.casefold() for option in options}
+        if unknown := [label for label in labels if possible and label.casefold() not in possible]:
+            raise ValueError(f"its answer has {shown(unknown[0])}, which is none of its options")
+        return {"labels": labels, "known": list(options)}
+
+    def write(self, truth: Any) -> str:
+        """Return the right labels, in their order."""
+        return ", ".join(truth["labels"]) or NONE
+
+    def score(self, answer: str, truth: Any) -> Mapping[str, float] | None:
+        """Return F1 of the named labels, and whether they are exactly the right ones."""
+        named = parse_set(answer, truth["known"])
+        right = parse_set(", ".join(truth["labels"]), truth["known"])
+        return {"f1": set_f1(named, right), "exact": float({*named} == {*right})}
+
+    def question_text(self, example: Example) -> str:
+        """Return the question, then the possible labels in a line."""
+        known = example.truth["known"]
+        return f"{example.question}\n{', '.join(known)}" if known else example.question

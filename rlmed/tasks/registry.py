@@ -1,0 +1,71 @@
+"""Tasks by name: rlmed's own, and those that a user adds as `module:Class`."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterable
+
+from rlmed.core.types import Example
+from rlmed.tasks.base import Task
+from rlmed.tasks.choice import Choice
+from rlmed.tasks.grounding import Grounding
+from rlmed.tasks.labels import Labels
+from rlmed.tasks.open import Open
+from rlmed.tasks.report import Report
+
+OWN: tuple[Task, ...] = (Choice(), Open(), Grounding(), Labels(), Report())
+_TASKS: dict[str, Task] = {task.name: task for task in OWN}
+
+
+def task_named(name: str) -> Task:
+    """Return a task by its name.
+
+    Raises:
+        ValueError: for an unknown one.
+    """
+    if name not in _TASKS:
+        raise ValueError(
+            f"its task {name!r} is unknown: choose from {', '.join(_TASKS)}, or add your own with data.extra_tasks"
+        )
+    return _TASKS[name]
+
+
+def task_of(example: Example) -> Task:
+    """Return the task of an example."""
+    return task_named(example.task)
+
+
+def add_tasks(paths: Iterable[str]) -> None:
+    """Add a user's tasks, each given as "module:Class"; the working directory is searched too.
+
+    Raises:
+        ValueError: if one cannot be imported, is no `Task`, or has the name of a task of rlmed.
+    """
+    for path in paths:
+        task = _load(path)
+        if any(own.name == task.name for own in OWN):
+            raise ValueError(f"data.extra_tasks={path}: {task.name!r} is a task of rlmed: choose another name")
+        _TASKS[task.name] = task
+
+
+def _load(path: str) -> Task:
+    module_name, colon, class_name = path.partition(":")
+    if not (module_name and colon and class_name.isidentifier()):
+        raise ValueError(f"data.extra_tasks has {path!r}: write module:Class, for example my_tasks:Staging")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        made = getattr(importlib.import_module(module_name), class_name)()
+    except (Exception, SystemExit) as error:  # importing a user's module may raise anything
+        raise ValueError(f"data.extra_tasks={path}: it cannot be made: {type(error).__name__}: {error}") from error
+    missing = [name for name in ("name", "template", "main", "score_names") if not hasattr(made, name)]
+    if not isinstance(made, Task) or missing:
+        what = f"has no {missing[0]}" if isinstance(made, Task) else "is no rlmed.tasks.base.Task"
+        raise ValueError(f"data.extra_tasks={path}: it {what}")
+    if made.template.count("{question}") != 1 or made.main not in made.score_names:
+        raise ValueError(
+            f"data.extra_tasks={path}: its template needs {{question}} once, and its main score must be among score_names"
+        )
+    return made

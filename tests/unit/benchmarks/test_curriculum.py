@@ -1,0 +1,36 @@
+"""Completions sampled until an accuracy, from a run's folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks.curriculum import compare, completions_to, markdown
+
+
+def curve(*accuracies: float) -> list[dict[str, float]]:
+    return [
+        {"step": 10 * i, "completions": 100.0 * i, "accuracy": accuracy} for i, accuracy in enumerate(accuracies, 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("level", "completions"), [(0.5, 100), (0.4, 100), (0.55, 150), (0.6, 200), (0.7, 300), (0.71, None)]
+)
+def test_completions_to_a_level_lie_between_two_evaluations(level: float, completions: float | None) -> None:
+    found = completions_to(curve(0.5, 0.6, 0.7, 0.65), level)
+    assert found == (completions if completions is None else pytest.approx(completions))
+
+
+def test_the_level_is_one_that_every_run_has_reached_and_each_way_has_a_line() -> None:
+    runs: dict[str, list[dict[str, Any]]] = {
+        "neither": [{"curve": curve(0.5, 0.6), "taught": 0.4}, {"curve": curve(0.5, 0.7), "taught": 0.5}],
+        "both": [{"curve": curve(0.6, 0.9), "taught": 0.9}, {"curve": curve(0.4, 0.8), "taught": 0.8}],
+    }
+    compared = compare(runs)
+    assert compared["level"] == 0.6
+    assert compared["completions"]["neither"] == pytest.approx([200, 150])
+    assert compared["completions"]["both"] == pytest.approx([100, 150])
+    lines = markdown(compared).splitlines()
+    assert lines[2:] == ["| neither | 45 | 200, 150 | 175 | 65.0 |", "| both | 85 | 100, 150 | 125 | 85.0 |"]

@@ -1,0 +1,267 @@
+"""Tasks: how rows are read, answers written and judged; the same for all, and what each adds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rewards.rubric import REWARDS, Rubric
+from rewards.task import task_reward
+from rlmed.core.types import Completion, Example
+from rlmed.data.examples import read_examples
+from rlmed.data.sampler import reorder_options, shuffle_options
+from rlmed.data.templates import Templates
+from rlmed.tasks import registry
+from rlmed.tasks.registry import OWN, add_tasks, task_named, task_of
+
+ROWS: dict[str, dict[str, Any]] = {
+    "choice": {"question": "Which organ?", "options": ["liver", "spleen"], "answer": "spleen"},
+    "open": {"question": "Which organ?", "answer": ["the spleen", "spleen tissue"]},
+    "grounding": {"question": "Where is the cyst?", "answer": [[10, 20, 50, 40]]},
+    "labels": {"question": "What is there?", "options": ["cyst", "mass", "edema"], "answer": ["cyst", "edema"]},
+    "report": {"question": "Report.", "answer": ["There is a cyst.", "A cyst is seen."]},
+}
+WRONG = {"choice": "A", "open": "liver", "grounding": "[[900, 900, 950, 950]]", "labels": "mass", "report": "normal"}
+
+
+def read(tmp_path: Path, *rows: dict[str, Any]) -> tuple[Example, ...]:
+    Image.fromarray(np.arange(100 * 200, dtype=np.uint8).reshape(100, 200)).save(tmp_path / "a.png")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"image": "a.png", **row}) + "\n" for row in rows))
+    return read_examples(tmp_path / "rows.jsonl", on_bad_row="error").examples
+
+
+def refused(tmp_path: Path, row: dict[str, Any]) -> str:
+    with pytest.raises(ValueError, match="no row can be used") as caught:
+        read(tmp_path, row)
+    return str(caught.value)
+
+
+def row_of(name: str) -> dict[str, Any]:
+    return {**ROWS[name], **({} if name == "choice" else {"task": name})}
+
+
+def completion(answer: str) -> Completion:
+    text = f"<think>I look.</think><answer>{answer}</answer>"
+    return Completion(np.arange(3), np.zeros(3, np.float32), text, "stop")
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_right_answer_of_each_task_earns_all_and_a_wrong_one_less(tmp_path: Path, name: str) -> None:
+    (example,) = read(tmp_path, row_of(name))
+    task = task_of(example)
+    assert (example.task, task.name) == (name, name)
+    json.dumps(example.truth)  # it travels between processes
+    right = completion(task.right_answer(example))
+    judged = task.judge(example, right.text)
+    assert judged.correct
+    assert list(judged.scores) == list(task.score_names)
+    assert judged.scores[task.main] == pytest.approx(1.0, abs=0.02)  # boxes are rounded to thousandths
+    assert task_reward(example, right) == judged.scores[task.main]
+    wrong = task.judge(example, completion(WRONG[name]).text)
+    assert not wrong.correct
+    assert wrong.scores[task.main] < 0.5
+    for text in ("", "no tags", "<answer></answer>", "<answer>" + "[" * 5000):
+        nothing = task.judge(example, text)
+        assert not nothing.correct
+        assert set(nothing.scores) == set(task.score_names)
+        assert all(score == 0 for score in nothing.scores.values())
+
+
+@pytest.mark.parametrize("task", OWN, ids=lambda task: task.name)
+def test_each_task_has_a_whole_prompt_and_names(task: Any) -> None:
+    assert task.template.count("{question}") == 1
+    assert "<think>...</think>" in task.template
+    assert "<answer>...</answer>" in task.template
+    assert task.main in task.score_names
+    assert task_named(task.name) is task
+
+
+def test_boxes_are_fractions_of_the_picture_and_written_in_thousandths(tmp_path: Path) -> None:
+    (example,) = read(tmp_path, row_of("grounding"))
+    assert example.truth == {"boxes": [[0.05, 0.2, 0.25, 0.4]], "frame": [1000, 1000]}
+    assert task_of(example).right_answer(example) == "[[50, 200, 250, 400]]"
+    half = task_of(example).judge(example, completion("[[50, 200, 150, 400]]").text)
+    assert half.scores["iou"] == pytest.approx(0.5)
+    assert half.correct
+    (nothing,) = read(tmp_path, {**row_of("grounding"), "answer": []})
+    assert task_of(nothing).judge(nothing, completion("[]").text).correct
+    assert not task_of(nothing).judge(nothing, completion("[[0, 0, 10, 10]]").text).correct
+
+
+def test_boxes_of_a_picture_that_its_exif_data_turn_are_read_as_it_is_shown(tmp_path: Path) -> None:
+    turned = Image.fromarray(np.arange(100 * 200, dtype=np.uint8).reshape(100, 200))
+    exif = turned.getexif()
+    exif[274] = 6  # shown with width 100 and height 200
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    row = {**row_of("grounding"), "image": "turned.jpg", "answer": [[10, 20, 50, 40]]}
+    assert read(tmp_path, row)[0].truth["boxes"] == [[0.1, 0.1, 0.5, 0.2]]
+
+
+def test_labels_are_shown_with_the_question_and_an_empty_list_is_none(tmp_path: Path) -> None:
+    one, none = read(tmp_path, row_of("labels"), {**row_of("labels"), "id": "2", "answer": []})
+    task = task_of(one)
+    assert Templates("{question}").content(one).startswith("What is there?\ncyst, mass, edema\n")
+    assert task.judge(one, completion("cyst").text).scores["f1"] == pytest.approx(2 / 3)
+    assert task.judge(one, completion("edema, cyst").text).correct
+    assert task.right_answer(none) == "none"
+    assert task.judge(none, completion("none").text).correct
+    assert not task.judge(none, completion("cyst").text).correct
+
+
+def test_an_open_answer_is_right_in_any_accepted_wording_or_unit(tmp_path: Path) -> None:
+    organ, size = read(tmp_path, row_of("open"), {**row_of("open"), "id": "2", "answer": "1.5 cm"})
+    judge = task_of(organ).judge
+    assert [judge(organ, completion(text).text).correct for text in ("Spleen tissue.", "spleen", "liver")] == [
+        True, True, False,
+    ]  # fmt: skip
+    assert [judge(size, completion(text).text).correct for text in ("15 mm", "15.5 mm", "15 cm", "1.5")] == [
+        True, True, False, False,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"task": "opne", "answer": "x"}, "task 'opne' is unknown: choose from choice, open"),
+        ({"task": "open"}, "it has no answer"),
+        ({"task": "open", "answer": []}, "its answer is"),
+        ({"task": "open", "answer": ["a", " "]}, "its answer is"),
+        ({"task": "open", "answer": 3}, "its answer is 3"),
+        ({"task": "open", "answer": "x", "options": ["x", "y"]}, "it has options"),
+        ({"task": "open", "answer": "\ud800"}, "lone surrogate"),
+        ({"task": "grounding", "answer": [[0, 0, 300, 10]]}, "x1 <= 200 and 0 <= y0 < y1 <= 100"),
+        ({"task": "grounding", "answer": [[10, 0, 5, 10]]}, r"its box [10, 0, 5, 10]"),
+        ({"task": "grounding", "answer": [[0, 0, 1]]}, "its box [0, 0, 1]"),
+        ({"task": "grounding", "answer": [[0, 0, True, 5]]}, "its box [0, 0, True, 5]"),
+        ({"task": "grounding", "answer": "left"}, "its answer is 'left'"),
+        ({"task": "grounding", "answer": [], "image": None}, "it has no image"),
+        ({"task": "labels", "answer": "cyst"}, "its answer is 'cyst'"),
+        ({"task": "labels", "answer": ["Cyst", "cyst"]}, "names a label twice"),
+        ({"task": "labels", "answer": ["cyst"], "options": ["mass", "edema"]}, "'cyst', which is none of its options"),
+        ({"task": "report", "answer": ""}, "its answer is ''"),
+    ],
+)
+def test_a_row_that_its_task_cannot_use_says_why(tmp_path: Path, row: dict[str, Any], said: str) -> None:
+    assert said in refused(tmp_path, {"question": "Which?", **row})
+
+
+def test_options_of_other_tasks_are_never_reordered(tmp_path: Path) -> None:
+    (example,) = read(tmp_path, row_of("labels"))
+    assert shuffle_options(example, 1) is example
+    assert reorder_options(example, 1) is None
+
+
+def test_an_example_has_options_if_and_only_if_it_is_choice() -> None:
+    with pytest.raises(ValueError, match="task='open' and options="):
+        Example("1", None, "Which?", ("a", "b"), 0, task="open")
+    with pytest.raises(ValueError, match=r"task='choice' and options=\(\)"):
+        Example("1", None, "Which?")
+    with pytest.raises(ValueError, match="task=open"):
+        _ = Example("1", None, "Which?", task="open", truth={"answers": ["a"]}).letter
+
+
+def test_a_template_is_chosen_by_task_and_that_of_a_modality_is_for_choice_alone(tmp_path: Path) -> None:
+    templates = Templates("all {question}", {"CT": "CT {question}"}, {"open": "open {question}"})
+    choice, other, report = read(
+        tmp_path,
+        {**row_of("choice"), "id": "1", "modality": "CT"},
+        {**row_of("open"), "id": "2", "modality": "CT"},
+        {**row_of("report"), "id": "3", "modality": "CT"},
+    )
+    assert templates.of(choice) == "CT {question}"
+    assert templates.of(other) == "open {question}"
+    assert templates.of(report) == task_named("report").template
+    assert templates.content(other) == "open Which organ?"
+    with pytest.raises(ValueError, match="exactly once"):
+        Templates("{question}", by_task={"open": "none"})
+
+
+def test_a_reward_of_choice_is_refused_for_other_tasks(tmp_path: Path) -> None:
+    examples = read(tmp_path, {**row_of("choice"), "id": "1"}, {**row_of("open"), "id": "2"})
+    assert "task" in REWARDS
+    with pytest.raises(ValueError, match=r"choice.*1 open.*reward=task"):
+        Rubric.from_config({"format": 1.0, "choice": 1.0}).check_tasks(examples)
+    Rubric.from_config({"format": 1.0, "task": 1.0}).check_tasks(examples)
+    Rubric.from_config({"format": 1.0, "choice": 1.0}).check_tasks(examples[:1])
+
+
+STAGING = """
+from rlmed.tasks.base import Task
+
+
+class Staging(Task):
+    name = "staging"
+    template = "{question} A stage inside <answer>...</answer>."
+    main = "near"
+    score_names = ("near",)
+
+    def read(self, answer, options, size):
+        if answer not in (1, 2, 3, 4):
+            raise ValueError(f"its answer is {answer}: a stage is 1 to 4")
+        return {"stage": answer}
+
+    def write(self, truth):
+        return str(truth["stage"])
+
+    def score(self, answer, truth):
+        return {"near": 1 - abs(int(answer) - truth["stage"]) / 3} if answer in ("1", "2", "3", "4") else None
+
+
+class Choice(Staging):
+    name = "choice"
+
+
+class Unfinished(Staging):
+    template = "no slot"
+
+
+NOT = 3
+"""
+
+
+@pytest.fixture
+def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "my_stages.py").write_text(STAGING)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    monkeypatch.setattr(registry, "_TASKS", dict(registry._TASKS))
+    monkeypatch.delitem(sys.modules, "my_stages", raising=False)
+    return "my_stages"
+
+
+def test_a_task_of_the_user_is_read_prompted_and_judged(tmp_path: Path, own_module: str) -> None:
+    add_tasks([f"{own_module}:Staging"])
+    (example,) = read(tmp_path, {"task": "staging", "question": "Which stage?", "answer": 2})
+    assert Templates("{question}").content(example) == "Which stage? A stage inside <answer>...</answer>."
+    assert task_reward(example, completion("2")) == 1
+    assert task_reward(example, completion("3")) == pytest.approx(2 / 3)
+    assert task_reward(example, completion("five")) == 0
+    assert "a stage is 1 to 4" in refused(tmp_path, {"task": "staging", "question": "Which stage?", "answer": 9})
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("my_stages", "write module:Class"),
+        ("my_stages:Missing", "AttributeError"),
+        ("no_such_module:Task", "ModuleNotFoundError"),
+        ("my_stages:NOT", "TypeError"),
+        ("my_stages:Choice", "'choice' is a task of rlmed"),
+        ("my_stages:Unfinished", "its template needs"),
+    ],
+)
+def test_a_task_that_cannot_be_added_says_why(own_module: str, path: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        add_tasks([path])
+
+
+def test_a_frozen_example_of_any_task_can_be_changed_for_a_control(tmp_path: Path) -> None:
+    (example,) = read(tmp_path, row_of("grounding"))
+    other = dataclasses.replace(example, image=Path("/b.png"))
+    assert (other.truth, other.task) == (example.truth, "grounding")
