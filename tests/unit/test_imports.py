@@ -200,7 +200,7 @@ def test_ray_and_vllm_and_what_needs_them_are_imported_lazily():
 
 
 def test_only_tests_import_test_tools():
-    tools = {"pytest", "hypothesis", "scipy", "statsmodels", "tests"}
+    tools = {"pytest", "hypothesis", "pycocotools", "scipy", "sklearn", "statsmodels", "tests"}
     assert shown(entry for entry in IMPORTS if entry.imported.split(".")[0] in tools) == []
 
 

@@ -95,10 +95,10 @@ def iou(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def match(predicted: Sequence[Sequence[float]], truth: Sequence[Sequence[float]]) -> float:
-    """Return the mean IoU of the best one-to-one matching, missing and superfluous boxes counting 0.
+    """Return the mean IoU of the best one-to-one matching; missing and superfluous boxes count 0.
 
-    The largest sum of IoU over pairs, divided by the larger number of boxes; 1.0 without any box on
-    either side. With m the smaller and n the larger number, it takes O(m² n) time.
+    That is the largest sum of IoU over pairs, divided by the larger number of boxes; 1.0 without
+    any box on either side. With m the smaller and n the larger number, it takes O(m² n) time.
 
     Example:
         >>> match([(0.0, 0.0, 0.5, 0.5), (0.5, 0.5, 1.0, 1.0)], [(0.5, 0.5, 1.0, 1.0)])
@@ -301,7 +301,7 @@ def _largest_sum(gains: npt.NDArray[np.float64]) -> float:
 
 
 def _hits(rows: Iterable[Row], thresholds: Sequence[float]) -> tuple[npt.NDArray[np.bool_], int]:
-    """Return which predicted boxes are right, [thresholds, boxes in order], and count true boxes."""
+    """Return which predicted boxes are right, [thresholds, boxes], and the number of true ones."""
     if not thresholds:
         raise ValueError("thresholds=() leaves nothing to average: give at least one, for example (0.5,)")
     found, boxes = [np.zeros((len(thresholds), 0), dtype=np.bool_)], 0

@@ -2,7 +2,7 @@
 
 BLEU is Post 2018 (arXiv 1804.08771), ROUGE-L Lin 2004 (ACL workshop Text Summarization Branches
 Out). Both count words alike, not whether findings are right. Where a reference has Chinese or
-Japanese, BLEU takes sacrebleu's tokenizer "zh" and ROUGE-L `tokens`, to which each character is one;
+Japanese, each character is a word: BLEU takes sacrebleu's tokenizer "zh", ROUGE-L `tokens`;
 otherwise the libraries' own. Both libraries are in the extra `metrics`, imported when first needed.
 """
 

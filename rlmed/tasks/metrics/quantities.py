@@ -73,7 +73,7 @@ _QUANTITY = re.compile(
     rf"(?P<low>{_NUMBER}) ?(?P<low_unit>{_UNIT}) ?(?:(?P<separator>{_SEPARATOR}) ?(?P<high>{_NUMBER}) ?(?P<unit>{_UNIT}))?"
 )
 _TAG = re.compile(r"<[a-z/|][^<>]*>|```[a-z]*")
-_LATEX = {r"\pm": "±", r"\%": "%", r"^\circ": "°", r"\circ": "°", r"\,": " ", r"\;": " ", r"\ ": " "}
+_LATEX = {r"\pm": "±", r"\%": "%", r"^\circ": "°", r"\circ": "°", "{,}": ",", r"\,": " ", r"\;": " ", r"\ ": " "}
 _LATEX_SIGN = re.compile("|".join(re.escape(sign) for sign in sorted(_LATEX, key=len, reverse=True)))
 _AROUND = re.compile(r"[{}$*`'\"()\[\]]")
 _FILLERS = re.compile(
@@ -158,7 +158,7 @@ def _plain(text: str) -> str:
     """Return the text in lower case without markup and fillers, number words as digits."""
     text = _TAG.sub(" ", ascii_forms(text).lower())
     text = _LATEX_SIGN.sub(lambda found: _LATEX[found[0]], without_latex(text))
-    text = " ".join(_FILLERS.sub(" ", _AROUND.sub("", text)).split()).lstrip(" ,;:~≈").rstrip(" .,;:。")
+    text = " ".join(_FILLERS.sub(" ", _AROUND.sub(" ", text)).split()).lstrip(" ,;:~≈").rstrip(" .,;:。")
     text = _BETWEEN.sub(r"\1–", text).replace(" to ", "–", 1)
     first, space, rest = text.partition(" ")
     return f"{NUMBER_WORDS.get(first, first)}{space}{rest}"

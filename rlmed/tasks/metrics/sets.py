@@ -6,6 +6,7 @@ A set is a tuple of distinct labels. Reading takes linear time in the length of 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 from collections import Counter
@@ -40,11 +41,12 @@ class Scores(NamedTuple):
 
 
 def parse_set(text: str, known: Sequence[str] = (), synonyms: Mapping[str, str] = NO_SYNONYMS) -> tuple[str, ...]:
-    """Return the labels that a text names, distinct and in order; () for `none` and for a blank text.
+    """Return the labels that a text names, distinct and in order; () for `none` or a blank text.
 
-    Labels stand between commas, semicolons, "and" or line ends, perhaps with bullets, in quotes, in a
-    JSON list, or after a heading and a colon. Compared is as `normalise` writes it. A label that is
-    not known is returned so written, too: it was named, and is wrong. "none" beside labels is one.
+    Labels stand between commas, semicolons, "and" or line ends, perhaps with bullets, in quotes, in
+    a JSON list, or after a heading and a colon. They are compared as `normalise` writes them. A
+    label that is not known is returned so written: it was named, and is wrong. "none" beside labels
+    is one.
 
     Args:
         known: possible labels; they are returned as written here, and may contain separators.
@@ -62,12 +64,18 @@ def parse_set(text: str, known: Sequence[str] = (), synonyms: Mapping[str, str] 
 
 
 def precision(predicted: Collection[str], truth: Collection[str]) -> float:
-    """Return the share of predicted labels that are right; without any, 1.0 if none is right, else 0.0."""
+    """Return the share of predicted labels that are true.
+
+    Without a predicted one: 1.0 if there is no true one, else 0.0.
+    """
     return _scores(*_counts(predicted, truth)).precision
 
 
 def recall(predicted: Collection[str], truth: Collection[str]) -> float:
-    """Return the share of true labels that are predicted; without any, 1.0 if none is predicted, else 0.0."""
+    """Return the share of true labels that are predicted.
+
+    Without a true one: 1.0 if none is predicted, else 0.0.
+    """
     return _scores(*_counts(predicted, truth)).recall
 
 
@@ -137,11 +145,11 @@ def read_synonyms(path: Path) -> Mapping[str, str]:
     """Return a file's canonical label by spelling.
 
     Args:
-        path: a JSON object (suffix .json) or a CSV file of two columns, without a heading: spelling,
-            then canonical label; UTF-8.
+        path: a JSON object (suffix .json) or a CSV file of two columns without a heading, spelling
+            and canonical label; UTF-8.
 
     Raises:
-        ValueError: if it cannot be read, is neither, or gives a spelling two labels; names the file.
+        ValueError: if it cannot be read, is neither, or gives a spelling two labels.
     """
     path = Path(path)
     try:
@@ -170,7 +178,7 @@ def _json_pairs(text: str, path: Path) -> Iterator[tuple[str, object, object]]:
 
 
 def _csv_pairs(text: str, path: Path) -> Iterator[tuple[str, object, object]]:
-    reader = csv.reader(text.splitlines(), skipinitialspace=True)
+    reader = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True)
     try:
         for row in reader:
             if row and len(row) != 2:
