@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--word-steps", type=int, default=6000)
     parser.add_argument("--careful", type=int, default=800, help="rows")
-    parser.add_argument("--readers", type=int, default=160, help="rows")
+    parser.add_argument("--readers", type=int, default=320, help="rows")
     parser.add_argument("--dtype", default="bfloat16", help="of fine-tuning")
     parsed = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
     keep_display()

@@ -30,7 +30,7 @@ from rlmed.models.smol.text import check_target, is_model, write_text_model
 from rlmed.models.smol.vlm import build_vlm
 from rlmed.models.smol.words import teach_words
 from rlmed.models.tiny.toy import SHIPPED
-from rlmed.recording.checkpoint import list_checkpoints
+from rlmed.recording.checkpoint import STATE_FILE, list_checkpoints
 from rlmed.recording.progress import Progress
 
 SEED = 1
@@ -61,7 +61,7 @@ STAGES = (
         0.0,
         ("learner.freeze=[vision,merger]", "learner.lr=4e-4", "learner.lr_schedule=linear", "learner.warmup_steps=10"),
     ),
-    Stage("readers", 0.5, ("learner.lr=2e-4", "learner.lr_schedule=linear", "learner.warmup_steps=2")),
+    Stage("readers", 0.65, ("learner.lr=2e-4", "learner.lr_schedule=linear", "learner.warmup_steps=2")),
 )
 
 
@@ -237,7 +237,8 @@ def _export(model: Path, target: Path) -> None:
     aside = partial_folder(target)
     AutoModelForImageTextToText.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(aside)
     for file in model.iterdir():
-        if file.suffix in (".json", ".jinja") and not (aside / file.name).exists():
+        wanted = file.suffix in (".json", ".jinja") and file.name != STATE_FILE
+        if wanted and not (aside / file.name).exists():
             shutil.copyfile(file, aside / file.name)
     if not rename_into_place(aside, target, may_replace=lambda: is_model(target)):
         raise ValueError(f"{target} exists and is no model folder: the new one is {aside}")

@@ -21,7 +21,7 @@ FILE_RESAMPLES = 200
 CANDIDATES, FITTED = 20, 60
 """Most answers and rows that are compared for the best constant answer to a question."""
 OTHERS = 5
-"""Answers of other rows whose mean score is chance."""
+"""Answers of other rows, drawn for each row, whose mean score is chance."""
 _SEED = 0
 
 Scores = Mapping[str, float]
@@ -124,7 +124,7 @@ def _interval(value: float, resampled: Any) -> Estimate:
 
 
 def chance_scores(task: Task, examples: Sequence[Example]) -> list[Scores]:
-    """Return for each row the mean scores of up to `OTHERS` other rows' right answers."""
+    """Return the scores of right answers of other rows of its kind, `OTHERS` drawn for each row."""
     random = np.random.default_rng(_SEED)
     kinds: dict[str, list[int]] = defaultdict(list)
     for index, example in enumerate(examples):
@@ -135,9 +135,8 @@ def chance_scores(task: Task, examples: Sequence[Example]) -> list[Scores]:
         others = others or [other for other in range(len(examples)) if other != index]
         if not others:
             return [_score(task, task.write(example.truth), example)]  # the only row
-        drawn = random.permutation(len(others))[:OTHERS]
-        scores = [_score(task, task.right_answer(examples[others[i]]), example) for i in drawn]
-        found.append({name: float(np.mean([one[name] for one in scores])) for name in task.score_names})
+        drawn = random.integers(len(others), size=OTHERS)
+        found += [_score(task, task.right_answer(examples[others[i]]), example) for i in drawn]
     return found
 
 

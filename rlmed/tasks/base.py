@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from rlmed.core.parsing import answer_text
 from rlmed.core.types import Example
+from rlmed.tasks.metrics.sets import NO_SYNONYMS
 
 ImageSize = Callable[[], tuple[int, int]]
 """Returns width and height of a row's first image in pixels; raises ValueError without one."""
@@ -60,6 +61,9 @@ class Task(ABC):
     """All names that `score` returns, in the order of tables."""
     placeholder: ClassVar[Any] = "?"
     """An `answer` that `read` accepts, for a question whose answer nobody knows (`rlmed.ask`)."""
+
+    synonyms: Mapping[str, str] = NO_SYNONYMS
+    """Canonical text by spelling, from the file `data.synonyms`."""
 
     @abstractmethod
     def read(self, answer: Any, options: Sequence[str], size: ImageSize) -> Any:

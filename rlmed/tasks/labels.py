@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from rlmed.core.types import Example
 from rlmed.tasks.base import TEMPLATE, ImageSize, Task, shown
-from rlmed.tasks.metrics.sets import parse_set, set_f1
+from rlmed.tasks.metrics.sets import macro_scores, micro_scores, parse_set, set_f1
 
 NONE = "none"
 """The answer if no label applies."""
@@ -45,10 +45,26 @@ class Labels(Task):
         return ", ".join(truth["labels"]) or NONE
 
     def score(self, answer: str, truth: Any) -> Mapping[str, float] | None:
-        """Return F1 of the named labels, and whether they are exactly the right ones."""
-        named = parse_set(answer, truth["known"])
-        right = parse_set(", ".join(truth["labels"]), truth["known"])
+        """Return F1 of the named labels, and whether they are exactly the right ones; None if blank."""
+        if not answer.strip():  # to say nothing is not to say that there is nothing
+            return None
+        named, right = self._sets(answer, truth)
         return {"f1": set_f1(named, right), "exact": float({*named} == {*right})}
+
+    def over_file(self, answers: Sequence[tuple[str | None, Any]]) -> Mapping[str, float]:
+        """Return F1 over all labels of all rows (micro), and the mean over labels (macro)."""
+        rows = [self._sets(answer or "", truth) for answer, truth in answers]
+        possible = {label for _, truth in answers for label in truth["known"]} or None
+        found = {"micro_f1": micro_scores(rows).f1}
+        if any(named or right for named, right in rows):
+            found["macro_f1"] = macro_scores(rows, possible).f1
+        return found
+
+    def _sets(self, answer: str, truth: Any) -> tuple[Sequence[str], Sequence[str]]:
+        """Return the labels that an answer names, and the right ones, in the same spelling."""
+        known = truth["known"] or truth["labels"]
+        right = parse_set("\n".join(truth["labels"]), known, self.synonyms) if truth["labels"] else ()
+        return parse_set(answer, known, self.synonyms), right
 
     def question_text(self, example: Example) -> str:
         """Return the question, then the possible labels in a line."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from rlmed.tasks.base import TEMPLATE, ImageSize, Task, texts_of
 from rlmed.tasks.metrics.quantities import close, parse_quantity
-from rlmed.tasks.metrics.text import exact_match, recall, token_f1
+from rlmed.tasks.metrics.text import exact_match, normalise, recall, token_f1
 
 TOLERANCE = 0.05
 """Relative difference up to which a quantity is right."""
@@ -38,12 +39,28 @@ class Open(Task):
     def score(self, answer: str, truth: Any) -> Mapping[str, float] | None:
         """Return exact match, F1 and recall of tokens, the best over the accepted answers."""
         accepted = truth["answers"]
+        if meant := self._meant(answer):
+            accepted, answer = [*accepted, *map(self._meant, accepted)], meant
+            accepted = [text for text in accepted if text]
         exact = max(exact_match(answer, accepted), *(_same_quantity(answer, reference) for reference in accepted))
         return {
             "exact": exact,
             "f1": max(exact, token_f1(answer, accepted)),
             "recall": max(exact, recall(answer, accepted)),
         }
+
+    def _meant(self, text: str) -> str | None:
+        """Return the canonical text of a spelling in the file of synonyms; None without one."""
+        if not self.synonyms:
+            return None
+        return _normalised(tuple(self.synonyms.items())).get(normalise(text))
+
+
+@lru_cache(maxsize=4)
+def _normalised(synonyms: tuple[tuple[str, str], ...]) -> Mapping[str, str]:
+    """Return canonical texts by normalised spelling; a canonical text is a spelling of itself."""
+    labels = {normalise(label): label for _, label in synonyms}
+    return labels | {normalise(spelling): label for spelling, label in synonyms}
 
 
 def _same_quantity(answer: str, reference: str) -> float:

@@ -6,12 +6,14 @@ import importlib
 import os
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 from rlmed.core.types import Example
 from rlmed.tasks.base import Task
 from rlmed.tasks.choice import Choice
 from rlmed.tasks.grounding import Grounding
 from rlmed.tasks.labels import Labels
+from rlmed.tasks.metrics.sets import NO_SYNONYMS, read_synonyms
 from rlmed.tasks.open import Open
 from rlmed.tasks.report import Report
 
@@ -37,17 +39,25 @@ def task_of(example: Example) -> Task:
     return task_named(example.task)
 
 
-def add_tasks(paths: Iterable[str]) -> None:
-    """Add a user's tasks, each given as "module:Class"; the working directory is searched too.
+def settle_tasks(paths: Iterable[str], synonyms: str | None) -> None:
+    """Add a user's tasks, and give all tasks a file of synonyms.
+
+    Args:
+        paths: "module:Class" each; the working directory is searched too.
+        synonyms: see `rlmed.tasks.metrics.sets.read_synonyms`; None for none.
 
     Raises:
-        ValueError: if one cannot be imported, is no `Task`, or has the name of a task of rlmed.
+        ValueError: if a task cannot be imported, is no `Task`, or has the name of a task of rlmed,
+            or for a file that cannot be used.
     """
+    meant = read_synonyms(Path(synonyms)) if synonyms else NO_SYNONYMS
     for path in paths:
         task = _load(path)
         if any(own.name == task.name for own in OWN):
             raise ValueError(f"data.extra_tasks={path}: {task.name!r} is a task of rlmed: choose another name")
         _TASKS[task.name] = task
+    for task in _TASKS.values():
+        task.synonyms = meant
 
 
 def _load(path: str) -> Task:

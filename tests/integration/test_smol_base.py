@@ -12,6 +12,7 @@ from rlmed import smol_base
 from rlmed.data.prompts import PromptRenderer, load_processor
 from rlmed.data.templates import read_prompt_settings
 from rlmed.models.policy import load_policy
+from rlmed.recording.checkpoint import STATE_FILE
 from tests.smol_text import write_llama
 
 
@@ -35,6 +36,7 @@ def test_the_build_command_from_a_text_model(tmp_path: Path, capsys: pytest.Capt
     assert "<think>" in settings["template"]
     PromptRenderer(*load_processor(target), **settings)
     load_policy(target)
+    assert not (target / STATE_FILE).exists()  # it is a model, not a checkpoint to resume from
     # a finished build is not repeated: its work is there
     before = {path: path.stat().st_mtime_ns for path in work.rglob("*.safetensors")}
     smol_base.main(arguments)

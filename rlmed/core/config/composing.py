@@ -68,6 +68,7 @@ def to_yaml(config: RunConfig) -> str:
 ADDED = {
     "learner.moments": "float32",
     "data.extra_tasks": [],
+    "data.synonyms": None,
     **{
         f"learner.lora.{name}": value
         for name, value in {

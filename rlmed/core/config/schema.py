@@ -97,6 +97,7 @@ class DataConfig:
     limit: int | None
     download: str | None
     extra_tasks: tuple[str, ...]
+    synonyms: str | None
 
     def __post_init__(self) -> None:
         require_one_of("data.source", self.source, ("jsonl", "phantom"))

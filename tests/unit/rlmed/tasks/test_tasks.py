@@ -19,7 +19,7 @@ from rlmed.data.examples import read_examples
 from rlmed.data.sampler import reorder_options, shuffle_options
 from rlmed.data.templates import Templates
 from rlmed.tasks import registry
-from rlmed.tasks.registry import OWN, add_tasks, task_named, task_of
+from rlmed.tasks.registry import OWN, settle_tasks, task_named, task_of
 
 ROWS: dict[str, dict[str, Any]] = {
     "choice": {"question": "Which organ?", "options": ["liver", "spleen"], "answer": "spleen"},
@@ -113,6 +113,7 @@ def test_labels_are_shown_with_the_question_and_an_empty_list_is_none(tmp_path: 
     assert task.right_answer(none) == "none"
     assert task.judge(none, completion("none").text).correct
     assert not task.judge(none, completion("cyst").text).correct
+    assert not task.judge(none, completion(" ").text).correct
 
 
 def test_an_open_answer_is_right_in_any_accepted_wording_or_unit(tmp_path: Path) -> None:
@@ -124,6 +125,41 @@ def test_an_open_answer_is_right_in_any_accepted_wording_or_unit(tmp_path: Path)
     assert [judge(size, completion(text).text).correct for text in ("15 mm", "15.5 mm", "15 cm", "1.5")] == [
         True, True, False, False,
     ]  # fmt: skip
+
+
+def test_a_file_of_synonyms_gives_answers_and_labels_other_spellings(tmp_path: Path) -> None:
+    organ, labels = read(
+        tmp_path, {"task": "open", "question": "Which?", "answer": "hemorrhage"}, {**row_of("labels"), "id": "2"}
+    )
+    (tmp_path / "synonyms.csv").write_text("bleeding,hemorrhage\nHaemorrhage,hemorrhage\noedema,edema\ncysts,cyst\n")
+
+    def right() -> list[bool]:
+        answers = [
+            (organ, "The bleeding."),
+            (organ, "haemorrhage"),
+            (organ, "hemorrhage"),
+            (labels, "Oedema and cysts"),
+        ]
+        return [task_of(row).judge(row, completion(text).text).correct for row, text in answers]
+
+    assert right() == [False, False, True, False]
+    try:
+        settle_tasks([], str(tmp_path / "synonyms.csv"))
+        assert right() == [True, True, True, True]
+        assert not task_of(organ).judge(organ, completion("edema").text).correct
+    finally:
+        settle_tasks([], None)
+    with pytest.raises(ValueError, match=r"none\.csv"):
+        settle_tasks([], str(tmp_path / "none.csv"))
+
+
+def test_labels_over_a_file_are_scored_by_row_and_by_label(tmp_path: Path) -> None:
+    (example,) = read(tmp_path, row_of("labels"))
+    truth = example.truth  # cyst and edema of cyst, mass, edema
+    figures = task_of(example).over_file([("cyst, edema", truth), ("cyst, mass", truth), (None, truth)])
+    # 3 of 6 right labels named, and one that is wrong; cyst 4/5, edema 2/4, mass 0
+    assert figures["micro_f1"] == pytest.approx(2 * 3 / (4 + 6))
+    assert figures["macro_f1"] == pytest.approx((0.8 + 0.5 + 0) / 3)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +272,7 @@ def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_a_task_of_the_user_is_read_prompted_and_judged(tmp_path: Path, own_module: str) -> None:
-    add_tasks([f"{own_module}:Staging"])
+    settle_tasks([f"{own_module}:Staging"], None)
     (example,) = read(tmp_path, {"task": "staging", "question": "Which stage?", "answer": 2})
     assert Templates("{question}").content(example) == "Which stage? A stage inside <answer>...</answer>."
     assert task_reward(example, completion("2")) == 1
@@ -258,7 +294,7 @@ def test_a_task_of_the_user_is_read_prompted_and_judged(tmp_path: Path, own_modu
 )
 def test_a_task_that_cannot_be_added_says_why(own_module: str, path: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        add_tasks([path])
+        settle_tasks([path], None)
 
 
 def test_a_frozen_example_of_any_task_can_be_changed_for_a_control(tmp_path: Path) -> None:
