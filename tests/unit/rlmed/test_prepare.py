@@ -164,6 +164,9 @@ def test_every_reader_has_help_and_takes_its_own_options(name, capsys):
         (["omnimedvqa", "--seed", "3"], "--seed does nothing without --test-share: give both"),
         (["vqa_rad", "--open", "skip", "--seed", "3"], "--seed does nothing beside --open skip: "),
         (["slake", "--distractors", "2", "--open", "skip"], "--distractors does nothing beside --open skip"),
+        (["slake", "--distractors", "2", "--open", "keep"], "--distractors does nothing beside --open keep"),
+        (["slake", "--boxes", "--without-images"], "--boxes does nothing beside --without-images: leave"),
+        (["coco", "--seed", "2"], "--seed does nothing without --absent: give both"),
         (["huggingface", "--revision", "main"], "--revision main is for data "),
     ],
 )
