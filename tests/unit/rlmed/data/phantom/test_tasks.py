@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rlmed.core.config.composing import compose_config
+from rlmed.core.types import Example
+from rlmed.data.examples import read_examples
 from rlmed.data.phantom import render as drawing
 from rlmed.data.phantom import tasks
 from rlmed.data.phantom.anatomy import LESIONS, NO_LESION, QUADRANTS, REGIONS, SIZES, TECHNIQUES, TISSUES, Study
@@ -19,6 +22,8 @@ from rlmed.data.phantom.render import XRAY_LESION_GAIN, render, render_rays, ren
 from rlmed.data.phantom.studies import KINDS, MODALITIES, Split, sample_study, write_dataset
 from rlmed.data.phantom.task_texts import QUESTIONS, SYNONYMS, accepted, reports
 from rlmed.data.phantom.tasks import CATEGORIES, FILES, IMAGE_SIZE, TASKS, make_row, write_task_dataset
+from rlmed.tasks.registry import task_of
+from tests.configs import renderer_of
 
 SCENE = re.compile(
     r"This is an? (.+) (MRI|CT|X-ray) of the (\w+)\. There is (?:a (\w+) (\w+) at the (\w+ \w+)|no lesion)\."
@@ -92,8 +97,12 @@ def test_asking_for_the_box_changes_no_pixel(modality: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
-    folder = tmp_path_factory.mktemp("tasks") / "data"
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tasks") / "data"
+
+
+@pytest.fixture(scope="module")
+def written(folder: Path) -> dict[str, list[dict]]:
     paths = write_task_dataset(folder, 3, train_rows=30, test_rows=5)
     return {name: [json.loads(line) for line in path.read_text().splitlines()] for name, path in paths.items()}
 
@@ -174,6 +183,35 @@ def test_reports_say_everything_twice(written: dict[str, list[dict]]) -> None:
         shown = [study.technique, study.region, study.lesion, study.size, study.quadrant]
         assert all(value in row["answer"][1] for value in shown), row
         assert all(f" is {value}." in row["completion"] for value in shown[:3])
+
+
+@pytest.fixture(scope="module")
+def examples(written: dict[str, list[dict]], folder: Path) -> list[Example]:
+    return [
+        example for name in written for example in read_examples(folder / f"{name}.jsonl", on_bad_row="error").examples
+    ]
+
+
+def test_a_run_reads_all_rows_and_judges_their_completions_right(examples: list[Example]) -> None:
+    pytest.importorskip("rouge_score")
+    pytest.importorskip("sacrebleu")
+    assert Counter(example.task for example in examples) == {
+        "choice": 7, "open": 42, "grounding": 42, "labels": 42, "report": 42,
+    }  # fmt: skip
+    for example in examples:
+        assert example.completion is not None
+        judged = task_of(example).judge(example, example.completion)
+        assert judged.correct, example
+        assert judged.answer == task_of(example).right_answer(example)
+
+
+def test_prompts_fit_the_embedded_model(examples: list[Example]) -> None:
+    config = compose_config("train", ["data=phantom_tasks", "+profile=tiny"])
+    renderer = renderer_of(config)
+    assert max(len(renderer.render(example).token_ids) for example in examples) <= config.data.max_prompt_tokens
+    completions = [example.completion or "" for example in examples]
+    longest = max(len(renderer.tokenizer.encode(text, add_special_tokens=False)) for text in completions)
+    assert longest < config.rollout.max_tokens  # and one that ends the turn
 
 
 @pytest.fixture
