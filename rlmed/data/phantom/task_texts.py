@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from rlmed.data.phantom.anatomy import NO_LESION, QUADRANTS, Study
-from rlmed.data.phantom.corpus import describe
 
 QUESTIONS: Mapping[str, tuple[str, ...]] = {
     "modality": ("Which technique was used for this image?", "How was this image acquired or displayed?"),
@@ -70,15 +69,25 @@ def accepted(value: str) -> list[str]:
 def reports(study: Study) -> list[str]:
     """Return what a report of the study says, in two wordings.
 
+    Terse, as reports are: in whole sentences, overlap with a reference would mostly be of words
+    that all reports share.
+
     Example:
-        >>> reports(Study("MRI", "FLAIR", "head", "cyst", "small", "upper left"))[1]
-        'A small cyst lies at the upper left of this FLAIR MRI of the head.'
+        >>> reports(Study("MRI", "FLAIR", "head", "cyst", "small", "upper left"))
+        ['FLAIR MRI, head: small cyst, upper left.', 'Small cyst, upper left; FLAIR MRI of the head.']
     """
-    description = describe(study).replace(" a oblique ", " an oblique ")
-    scan = f"this {study.technique} {study.modality} of the {study.region}"
+    scan = f"{study.technique} {study.modality}"
+    scan = scan[0].upper() + scan[1:]
     if study.lesion == NO_LESION:
-        return [description, f"There is {NO_LESION} in {scan}."]
-    return [description, f"A {study.size} {study.lesion} lies at the {study.quadrant} of {scan}."]
+        return [
+            f"{scan}, {study.region}: {NO_LESION}.",
+            f"No lesion; {study.technique} {study.modality} of the {study.region}.",
+        ]
+    found = f"{study.size} {study.lesion}, {study.quadrant}"
+    return [
+        f"{scan}, {study.region}: {found}.",
+        f"{found.capitalize()}; {study.technique} {study.modality} of the {study.region}.",
+    ]
 
 
 def written(reasoning: str, answer: str) -> str:

@@ -10,7 +10,7 @@ wording nor the frequency of an answer gives it away:
   equally often, and one image in five shows nothing that was asked for.
 * `labels` shows two words each of region, lesion, size and quadrant. Of these eight, 0 to 3 are
   true, equally often, and each word is as likely to be true as any other of its category.
-* `report` asks for a sentence or two, with two wordings as references.
+* `report` asks for a short report, with two wordings as references.
 * `mixed` has all of them and multiple choice, in turn.
 
 Each row has a `completion` for supervised learning, in the embedded model's words. Boxes in it are
@@ -211,16 +211,12 @@ def _labels(plan: Plan, box: Box | None, turns: Turns, rng: np.random.Generator)
 
 def _report(plan: Plan, box: Box | None, turns: Turns, rng: np.random.Generator) -> Row:
     """Return a request for a report, with its references."""
-    study = plan.study
-    facts = {"technique": study.technique, "region": study.region, "finding": study.lesion}
-    if study.lesion != NO_LESION:
-        facts |= {"size": study.size, "place": study.quadrant}
-    references = reports(study)
+    references = reports(plan.study)
     return {
         "question": _one_of(QUESTIONS["report"], rng),
         "answer": references,
         "kind": "report",
-        "completion": written(" ".join(f"The {name} is {value}." for name, value in facts.items()), references[0]),
+        "completion": written(describe(plan.study), references[0]),
     }
 
 
