@@ -73,8 +73,8 @@ def reports(study: Study) -> list[str]:
     that all reports share.
 
     Example:
-        >>> reports(Study("MRI", "FLAIR", "head", "cyst", "small", "upper left"))
-        ['FLAIR MRI, head: small cyst, upper left.', 'Small cyst, upper left; FLAIR MRI of the head.']
+        >>> reports(Study("MRI", "FLAIR", "head", "cyst", "small", "upper left"))[0]
+        'FLAIR MRI, head: small cyst, upper left.'
     """
     scan = f"{study.technique} {study.modality}"
     scan = scan[0].upper() + scan[1:]
