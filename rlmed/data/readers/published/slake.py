@@ -53,7 +53,7 @@ def read(
     without_images: bool = False,
     **answers: Unpack[AnswerOptions],
 ) -> Iterator[SourceRow | Skipped]:
-    """Yield the rows of `train`, `validate`, `test`; then, with `boxes`, of `train_boxes` and so on.
+    """Yield the rows of `train`, `validate`, `test`; with `boxes` then those of `train_boxes`, …
 
     Raises:
         ValueError: for a folder without the published files.
