@@ -90,9 +90,23 @@ def summary(prepared: PreparedData) -> Table:
         table.add_column(heading, justify="left" if column == 0 else "right")
     for name, split in prepared.splits.items():
         priors = split.priors
-        shares = (priors.chance, priors.majority_letter, priors.leave_one_out, priors.leave_one_out_by_rate)
-        table.add_row(name, str(split.rows), str(split.images), *(f"{100 * share:.1f}" for share in shares))
+        shares = (
+            (priors.chance, priors.majority_letter, priors.leave_one_out, priors.leave_one_out_by_rate)
+            if priors
+            else ()
+        )
+        shown = [f"{100 * share:.1f}" for share in shares] or ["-"] * 4
+        table.add_row(name, str(split.rows), str(split.images), *shown)
     return table
+
+
+def tasks(prepared: PreparedData) -> list[str]:
+    """Return, by split, how many rows each task has, where not all are multiple choice."""
+    return [
+        f"tasks:      {name}: {', '.join(f'{count:,} {task}' for task, count in split.by_task.items())}"
+        for name, split in prepared.splits.items()
+        if set(split.by_task) != {"choice"}
+    ]
 
 
 def counts(prepared: PreparedData) -> str:
@@ -141,6 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     lines = [
         counts(prepared),
         skips(prepared),
+        *tasks(prepared),
         *kept_orders(prepared),
         *leaks,
         f"written:    {prepared.folder / MANIFEST}",

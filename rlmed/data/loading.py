@@ -16,6 +16,7 @@ from rlmed.data.leakage.findings import LeakageReport, check_no_leakage, doubt_l
 from rlmed.data.leakage.search import find_leakage
 from rlmed.data.options.order import kept_order_text, kept_orders
 from rlmed.data.phantom.studies import write_dataset
+from rlmed.data.phantom.tasks import write_task_dataset
 from rlmed.data.prompts import PromptRenderer
 
 log = logging.getLogger(__name__)
@@ -120,16 +121,12 @@ def load_data(config: DataConfig, renderer: PromptRenderer, *, training: bool) -
     elif config.source == "phantom":
         if train and training:
             log.info("data.eval names no file: evaluating on generated images (data=phantom)")
-        folder = Path(config.phantom_folder or f"outputs/phantom-{config.phantom_seed}")
-        log.info("generated questions and pictures (data.phantom_seed=%d) are in %s", config.phantom_seed, folder)
-        write_dataset(folder, config.phantom_seed)
+        generated = _generate(config)
         if bool(train) != bool(evals):
-            yours, generated = ("data.train", "evaluated") if train else ("data.eval", "training")
-            log.warning(
-                "%s is yours, and the %s rows are generated: add data=jsonl to use yours alone", yours, generated
-            )
-        train = train or str(folder / "train_mri.jsonl")
-        evals = evals or [str(folder / f"test_{name}.jsonl") for name in ("mri", "ct", "xray")]
+            yours, others = ("data.train", "evaluated") if train else ("data.eval", "training")
+            log.warning("%s is yours, and the %s rows are generated: add data=jsonl to use yours alone", yours, others)
+        train = train or str(generated[0])
+        evals = evals or [str(path) for path in generated[1:]]
     if training and not train:
         raise ValueError(
             "data.train is not set: give a file of training rows, for example data=jsonl data.train="
@@ -161,6 +158,19 @@ def load_data(config: DataConfig, renderer: PromptRenderer, *, training: bool) -
     for line in doubt_lines(report):
         log.info("%s", line)
     return dataclasses.replace(data, leakage=report)
+
+
+def _generate(config: DataConfig) -> list[Path]:
+    """Write the generated rows unless they are there; return the training file, then the others."""
+    task = config.task
+    folder = Path(config.phantom_folder or f"outputs/phantom-{config.phantom_seed}" + (f"-{task}" if task else ""))
+    log.info("generated questions and pictures (data.phantom_seed=%d) are in %s", config.phantom_seed, folder)
+    if task:
+        write_task_dataset(folder, config.phantom_seed, [task])
+    else:
+        write_dataset(folder, config.phantom_seed)
+    names = (f"train_{task}", f"test_{task}") if task else ("train_mri", "test_mri", "test_ct", "test_xray")
+    return [folder / f"{name}.jsonl" for name in names]
 
 
 def _load_file(path: str, config: DataConfig, renderer: PromptRenderer, limit: int | None) -> DataFile:

@@ -215,8 +215,9 @@ RULES = (
     ),
     # data
     Rule(keys=("data.phantom_seed", "data.phantom_folder"), when=FROM_FILES, advice="Set data=phantom"),
+    Rule(keys=("data.task",), when=FROM_FILES, advice="It is for generated data: set data=phantom_tasks"),
     Rule(
-        keys=("data.phantom_seed", "data.phantom_folder"),
+        keys=("data.phantom_seed", "data.phantom_folder", "data.task"),
         unless={"data.train": (None,), "data.eval": ([],)},
         advice="With both files given nothing is generated: drop it, or one of the files",
     ),

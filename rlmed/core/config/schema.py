@@ -87,6 +87,7 @@ class DataConfig:
     eval: tuple[str, ...]
     phantom_seed: int
     phantom_folder: str | None
+    task: str | None
     max_prompt_tokens: int
     max_images: int | None
     shuffle_options: bool
@@ -103,6 +104,8 @@ class DataConfig:
         require_one_of("data.source", self.source, ("jsonl", "phantom"))
         require_one_of("data.on_bad_row", self.on_bad_row, ("skip", "error"))
         require_one_of("data.leakage", self.leakage, ("report", "strict", "off"))
+        if self.task is not None:
+            require_one_of("data.task", self.task, ("open", "grounding", "labels", "report", "mixed"))
         require(self.phantom_seed >= 0, f"data.phantom_seed={self.phantom_seed} must not be negative")
         require(self.max_prompt_tokens > 0, f"data.max_prompt_tokens={self.max_prompt_tokens} must be positive")
         require(

@@ -308,6 +308,45 @@ def render(study: Study, rng: np.random.Generator, size: int = 112) -> npt.NDArr
     Raises:
         ValueError: if `size` is below 28, where a small lesion is less than 3 pixels wide.
     """
+    return _render(study, rng, size)[0]
+
+
+Box = tuple[int, int, int, int]
+"""Left, top, right and bottom edge in pixels: (0, 0, 1, 1) is the first pixel."""
+
+
+def render_with_box(
+    study: Study, rng: np.random.Generator, size: int = 112
+) -> tuple[npt.NDArray[np.uint8], Box | None]:
+    """Render the image as `render` does, and return it with its lesion's box; None without one.
+
+    The box is the smallest that holds every pixel in which the lesion was drawn: those that it
+    covers in part in a slice, those whose ray meets it in an X-ray.
+
+    Raises:
+        ValueError: as `render` does.
+    """
+    image, view, lesion = _render(study, rng, size)
+    if not lesion:
+        return image, None
+    drawn = _drawn(lesion, view, size, through=study.modality == "X-ray")
+    columns, rows = np.flatnonzero(drawn.any(0)), np.flatnonzero(drawn.any(1))
+    return image, (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+
+
+def _drawn(lesion: Sequence[Shape], view: View, size: int, *, through: bool) -> npt.NDArray[np.bool_]:
+    """Return which pixels the shapes touch, in the plane or `through` the body, [size, size]."""
+    radii = np.array([shape.radii for shape in lesion])
+    if through:
+        enter, leave = _spans(lesion, radii, view, size)
+        touched = leave > enter
+    else:
+        touched = _cover(lesion, radii, view, size) > 0
+    return touched.any(0).reshape(size, size)
+
+
+def _render(study: Study, rng: np.random.Generator, size: int) -> tuple[npt.NDArray[np.uint8], View, list[Shape]]:
+    """Return a study's image, its view and the shapes of its lesion."""
     if size < 28:
         raise ValueError(f"render got size={size}; lesions cannot be seen below 28 pixels, use 112 or more")
     view = _view(study, rng)
@@ -319,4 +358,4 @@ def render(study: Study, rng: np.random.Generator, size: int = 112) -> npt.NDArr
         image = _render_ct(study, [*body, *lesion], view, rng, size)
     else:
         image = _render_mri(study, [*body, *lesion], view, rng, size)
-    return np.clip(np.rint(image * 255), 0, 255).astype(np.uint8)
+    return np.clip(np.rint(image * 255), 0, 255).astype(np.uint8), view, lesion

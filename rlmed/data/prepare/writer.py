@@ -8,11 +8,11 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import TextIO
+from typing import Any, TextIO
 
 from PIL import Image
 
@@ -81,11 +81,14 @@ class SplitSummary:
     by_modality: dict[str, int]
     by_kind: dict[str, int]
     sha256: str
-    priors: Priors
+    priors: Priors | None
+    """Of its multiple-choice rows; None without any."""
     kept_order: int = 0
     """Rows whose options have a fixed order, since one refers to others: `all of the above`."""
     kept_order_by: str = ""
     """The first of these options; "" for none."""
+    by_task: dict[str, int] = field(default_factory=dict)
+    """Rows by task."""
 
 
 class ImageWriter:
@@ -96,6 +99,8 @@ class ImageWriter:
         """SHA-256 by path in the prepared data."""
         self._folder, self._source = folder, source
         self._seen: dict[object, str | BadImageError] = {}
+        self._new: set[str] = set()
+        """Images that the last row brought."""
 
     def add(self, image: SourceImage) -> str:
         """Copy the image and return its path in the prepared data. Raises BadImageError."""
@@ -120,29 +125,30 @@ class ImageWriter:
                 the row's own images stays then.
         """
         names: list[str] = []
-        new: set[str] = set()
+        self._new = set()
         for number, image in enumerate(images, start=1):
             before = len(self.hashes)
             try:
                 names.append(self.add(image))
             except BadImageError as error:
-                self._remove(new)
+                self.take_back()
                 if len(images) == 1:
                     raise
                 raise BadImageError(f"its {image_name(number, len(images))}: {error}") from None
             if len(self.hashes) > before:
-                new.add(names[-1])
+                self._new.add(names[-1])
         return names
 
-    def _remove(self, names: Collection[str]) -> None:
-        """Remove images that no row shows."""
-        if not names:
+    def take_back(self) -> None:
+        """Remove the images that the last row brought, which no other row shows."""
+        if not self._new:
             return
-        self._seen = {key: found for key, found in self._seen.items() if found not in names}
-        for name in names:
+        self._seen = {key: found for key, found in self._seen.items() if found not in self._new}
+        for name in self._new:
             del self.hashes[name]
             with writing(self._folder / name):
                 (self._folder / name).unlink()
+        self._new = set()
 
     def _write(self, image: SourceImage) -> str:
         if isinstance(image, Picture):
@@ -205,28 +211,30 @@ class _Split:
         self._images: set[str] = set()
         self._by_modality: Counter[str] = Counter()
         self._by_kind: Counter[str] = Counter()
+        self._by_task: Counter[str] = Counter()
         self._answers: list[Example] = []
-        """The rows, reduced to what the priors need."""
+        """The multiple-choice rows, reduced to what the priors need."""
 
-    def append(self, example: Example, images: Sequence[str]) -> None:
+    def append(self, row: SourceRow, example: Example, images: Sequence[str]) -> None:
         shown = {"images": list(images)} if len(images) > 1 else {"image": images[0] if images else None}
-        row = {
+        content = {
             "id": example.id,
             **shown,
             "question": example.question,
-            "options": list(example.options),
-            "answer": written_answer(example.options, example.answer),
+            **_task_fields(row, example),
             "modality": example.modality,
             "kind": example.kind,
         }
-        line = json.dumps(row, ensure_ascii=False) + "\n"
+        line = json.dumps(content, ensure_ascii=False) + "\n"
         with writing(self.path):
             self._file.write(line)
         self._digest.update(line.encode("utf-8"))
         self._images.update(images)
         self._by_modality[example.modality] += 1
         self._by_kind[example.kind] += 1
-        self._answers.append(dataclasses.replace(example, id="", image=None, more_images=(), question=""))
+        self._by_task[row.task] += 1
+        if row.task == "choice":
+            self._answers.append(dataclasses.replace(example, id="", image=None, more_images=(), question=""))
 
     def finish(self) -> SplitSummary:
         with writing(self.path):
@@ -234,14 +242,15 @@ class _Split:
         kept, option = kept_orders(example.options for example in self._answers)
         return SplitSummary(
             file=self.path.name,
-            rows=len(self._answers),
+            rows=self._by_task.total(),
             images=len(self._images),
             by_modality=dict(sorted(self._by_modality.items())),
             by_kind=dict(sorted(self._by_kind.items())),
             sha256=self._digest.hexdigest(),
-            priors=Priors.of(self._answers),
+            priors=Priors.of(self._answers) if self._answers else None,
             kept_order=kept,
             kept_order_by=option,
+            by_task=dict(sorted(self._by_task.items())),
         )
 
 
@@ -262,14 +271,16 @@ class PreparedDataWriter:
             return
         try:
             split = self._split(row.split)
-            example = self._checked(row, split)
+            example = self._checked(row, split) if row.task == "choice" else None
             check_image_count(len(row.images))
             images = self.images.add_all(row.images)
+            if example is None:
+                example = self._checked_with(row, split, images)
         except (BadRowError, BadImageError) as error:
             self._skip(Skipped(row.where, row.id, str(error)))
             return
         split.sources[example.id] = row.where
-        split.append(example, images)
+        split.append(row, example, images)
 
     def finish(self) -> dict[str, SplitSummary]:
         used = {name: split for name, split in self._splits.items() if split.sources}
@@ -302,29 +313,52 @@ class PreparedDataWriter:
                 self._splits[name] = _Split(self._folder / f"{name}.jsonl")
         return self._splits[name]
 
-    def _checked(self, row: SourceRow, split: _Split) -> Example:
-        """Return the row as it will be read back, apart from its image."""
+    def _checked_with(self, row: SourceRow, split: _Split, images: Sequence[str]) -> Example:
+        """Return a row of another task than choice as it will be read back: boxes need the image.
+
+        Raises:
+            BadRowError: if it will not; images that it brought are gone then.
+        """
+        try:
+            return self._checked(row, split, images)
+        except BadRowError:
+            self.images.take_back()
+            raise
+
+    def _checked(self, row: SourceRow, split: _Split, images: Sequence[str] = ()) -> Example:
+        """Return the row as it will be read back, apart from images that are not given."""
         if not row.id.strip() or len(row.id) > MAX_ID or not row.id.isprintable():
             raise BadRowError(
                 f"its id {shorten(row.id)} must be 1 to {MAX_ID} characters, none of them a control character"
             )
-        content: dict[str, str | list[str]] = {
+        content: dict[str, Any] = {
             "id": row.id,
             "question": row.question,
-            "options": list(row.options),
+            **({"options": list(row.options)} if row.options or row.task == "choice" else {}),
             "answer": row.answer,
             "modality": row.modality,
             "kind": row.kind,
+            **({} if row.task == "choice" else {"task": row.task}),
         }
         for key, value in content.items():
-            if "\0" in (value if isinstance(value, str) else "".join(value)):
+            if "\0" in (value if isinstance(value, str) else "".join(map(str, value))):
                 raise BadRowError(f"its {key} holds a NUL byte: save the source as text again")
+        if images:
+            content["images"] = list(images)
         name, example = parse_row(content, "", self._rows_folder)
         if isinstance(example, str):
             raise BadRowError(example)
         if name in split.sources:
             raise BadRowError(f"its id was used by {split.sources[name]} already")
         return example
+
+
+def _task_fields(row: SourceRow, example: Example) -> dict[str, Any]:
+    """Return what a row's line says of its task: options, answer and, but of choice, its name."""
+    if row.task == "choice":
+        return {"options": list(example.options), "answer": written_answer(example.options, example.answer)}
+    options = {"options": list(row.options)} if row.options else {}
+    return {"task": row.task, **options, "answer": row.answer}
 
 
 @contextmanager

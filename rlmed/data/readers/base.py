@@ -58,6 +58,10 @@ SourceImage = Path | Picture | Encoded
 """A file to copy unchanged, a picture that the reader makes, or a file inside another."""
 
 
+Answer = str | list[str] | list[list[float]]
+"""A text, several, or boxes [x0, y0, x1, y1] in pixels of the first image file."""
+
+
 @dataclass(frozen=True, slots=True)
 class SourceRow:
     """One question as in its source, still unchecked.
@@ -76,14 +80,17 @@ class SourceRow:
     """Unique within its split."""
     question: str
     options: tuple[str, ...]
-    answer: str
-    """As `written_answer` writes it, or as in the source if options are a list without letters."""
+    answer: Answer
+    """As `written_answer` writes it, or as in the source if options are a list without letters; of
+    other tasks, what the row's `answer` will be."""
     image: SourceImage | None
     """The first one; None for a question without an image."""
     modality: str = ""
     kind: str = ""
     more_images: tuple[SourceImage, ...] = ()
     """The images after the first, in the order in which the model sees them."""
+    task: str = "choice"
+    """`choice`, `open`, `grounding`, `labels` or `report`."""
 
     @property
     def images(self) -> tuple[SourceImage, ...]:
@@ -126,7 +133,7 @@ class Option:
     needs: str = ""
     """The option that it requires to have an effect, for example "--train"."""
     beside: str = ""
-    """The option that makes it a no-op, perhaps with its value, for example "--open skip"."""
+    """The option that makes it a no-op, perhaps with its values, for example "--open skip|keep"."""
 
     @property
     def keyword(self) -> str:
@@ -146,9 +153,11 @@ class Option:
             return
         if self.needs and _keyword(self.needs) not in given:
             raise ValueError(f"{self.flag} does nothing without {self.needs}: give both, or leave it out")
-        flag, _, value = self.beside.partition(" ")
-        if self.beside and str(given.get(_keyword(flag), "")) == (value or "True"):
-            raise ValueError(f"{self.flag} does nothing beside {self.beside}: leave one of them out")
+        flag, _, values = self.beside.partition(" ")
+        value = str(given.get(_keyword(flag), ""))
+        if self.beside and value in (values or "True").split("|"):
+            shown = f"{flag} {value}" if values else flag
+            raise ValueError(f"{self.flag} does nothing beside {shown}: leave one of them out")
 
 
 UNSEEN = (

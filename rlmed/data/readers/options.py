@@ -23,20 +23,26 @@ from rlmed.data.readers.base import Option
 YES_NO = ("yes", "no")
 DISTRACTORS = 3
 
+WITHOUT_OPTIONS = "skip|keep|all"
+"""Values of --open that make no options."""
+
 OPEN = Option(
     "--open",
     {
-        "choices": ("distractors", "skip"),
-        "help": "questions whose answer is not yes or no get other answers of their kind as options (default), or are left out",
+        "choices": ("distractors", "keep", "all", "skip"),
+        "help": "questions whose answer is not yes or no get other answers of their kind as options (default), are kept as "
+        "open questions, or are left out; all keeps those of yes and no as open questions, too",
     },
 )
 SEED = Option(
-    "--seed", {"type": int, "help": "of the distractors and the order of options (default: 0)"}, beside="--open skip"
+    "--seed",
+    {"type": int, "help": "of the distractors and the order of options (default: 0)"},
+    beside=f"--open {WITHOUT_OPTIONS}",
 )
 DISTRACTOR_COUNT = Option(
     "--distractors",
     {"type": int, "metavar": "N", "help": f"wrong options of such a question (default: {DISTRACTORS})"},
-    beside="--open skip",
+    beside=f"--open {WITHOUT_OPTIONS}",
 )
 LEFT_OUT = "its answer is not yes or no, and --open skip was given"
 
@@ -81,10 +87,7 @@ class AnswerPool:
         Raises:
             BadRowError: if its kind has no other answer, or the answer refers to options.
         """
-        if not answer:
-            raise BadRowError("it has no answer")
-        if _needs_options(answer):
-            raise BadRowError(f"its answer {shorten(answer)} refers to options, and it has none")
+        _check_answer(answer)
         if answer.casefold() in YES_NO:
             return YES_NO
         key = answer.casefold()
@@ -103,6 +106,25 @@ class AnswerPool:
         )
         texts = [answer, *(self._texts[str(other)] for other in drawn)]
         return tuple(texts[index] for index in rng.permutation(len(texts)))
+
+
+def open_answer(answer: str, open: str) -> bool:
+    """Return whether the question of an answer stays an open one, as --open says.
+
+    Raises:
+        BadRowError: if it should, but there is no answer, or the answer refers to options.
+    """
+    if open == "all" or (open == "keep" and answer.casefold() not in YES_NO):
+        _check_answer(answer)
+        return True
+    return False
+
+
+def _check_answer(answer: str) -> None:
+    if not answer:
+        raise BadRowError("it has no answer")
+    if _needs_options(answer):
+        raise BadRowError(f"its answer {shorten(answer)} refers to options, and it has none")
 
 
 def _needs_options(answer: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from rlmed.data.readers.base import Reader
-from rlmed.data.readers.formats import csv_table, huggingface
+from rlmed.data.readers.formats import coco, csv_table, huggingface, reports
 from rlmed.data.readers.published import medvlm_r1, omnimedvqa, pmc_vqa, slake, vqa_rad
 from rlmed.data.readers.volumes import dicom, nifti
 
@@ -14,6 +14,8 @@ READERS: Mapping[str, Reader] = {
     for reader in (
         csv_table.READER,
         huggingface.READER,
+        coco.READER,
+        reports.READER,
         medvlm_r1.READER,
         omnimedvqa.READER,
         vqa_rad.READER,

@@ -72,6 +72,17 @@ def test_it_says_how_many_rows_keep_the_order_of_their_options(source, tmp_path,
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["splits"]["train"]["kept_order"] == 2
 
 
+def test_it_counts_rows_by_task_where_not_all_are_multiple_choice(source, tmp_path, capsys):
+    (source / "reports.csv").write_text("image,report\n0.png,Clear.\n1.png,Mass.\n")
+    main(["reports", "--source", str(source / "reports.csv"), "--out", str(tmp_path / "out")])
+    shown = capsys.readouterr().out
+    assert "tasks:      reports: 2 report\n" in shown
+    (cells,) = (line.split() for line in shown.splitlines() if line.split()[:1] == ["reports"])
+    assert cells == ["reports", "2", "2", "-", "-", "-", "-"]
+    main(command(source / "questions.csv", tmp_path / "choice"))
+    assert "tasks:" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("data", ["jsonl", "phantom"])
 def test_what_it_writes_is_what_a_run_reads(source, tmp_path, tiny_folder, data, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
@@ -164,6 +175,9 @@ def test_every_reader_has_help_and_takes_its_own_options(name, capsys):
         (["omnimedvqa", "--seed", "3"], "--seed does nothing without --test-share: give both"),
         (["vqa_rad", "--open", "skip", "--seed", "3"], "--seed does nothing beside --open skip: "),
         (["slake", "--distractors", "2", "--open", "skip"], "--distractors does nothing beside --open skip"),
+        (["slake", "--distractors", "2", "--open", "keep"], "--distractors does nothing beside --open keep"),
+        (["slake", "--boxes", "--without-images"], "--boxes does nothing beside --without-images: leave"),
+        (["coco", "--seed", "2"], "--seed does nothing without --absent: give both"),
         (["huggingface", "--revision", "main"], "--revision main is for data "),
     ],
 )

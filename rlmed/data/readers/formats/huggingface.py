@@ -43,6 +43,7 @@ from rlmed.data.readers.options import (
     SEED,
     YES_NO,
     AnswerPool,
+    open_answer,
     plain_answer,
 )
 
@@ -96,7 +97,7 @@ def read(
     numbers: Counter[str] = Counter()
     for (path, table), columns in zip(tables, found, strict=True):
         name = split or split_name(path.relative_to(root))
-        found_images = no_images if folder is None else _images_of(columns, folder)
+        found_images = no_images if folder is None else stored_images(columns, folder)
         for number, record in table.rows(columns.used(images=not without_images)):
             where = f"row {number} of {path.relative_to(root).as_posix()}"
             default_id = f"{name}-{numbers[name]}"
@@ -181,17 +182,20 @@ def _fill(pool: AnswerPool, table: ParquetTable, columns: Columns) -> None:
 
 
 def _with_options(row: SourceRow, pool: AnswerPool, open_answers: str) -> SourceRow | Skipped:
+    assert isinstance(row.answer, str)
     answer = plain_answer(row.answer)
     if answer not in YES_NO and open_answers == "skip":
         return Skipped(row.where, row.id, LEFT_OUT, chosen=True)
     try:
+        if open_answer(answer, open_answers):
+            return dataclasses.replace(row, answer=answer, task="open")
         options = pool.options(row.id, row.kind, answer)
         return dataclasses.replace(row, options=options, answer=written_answer(options, options.index(answer)))
     except BadRowError as error:
         return Skipped(row.where, row.id, str(error))
 
 
-def _images_of(columns: Columns, folder: Images) -> ImagesOf:
+def stored_images(columns: Columns, folder: Images) -> ImagesOf:
     """Return an `ImagesOf` for columns that store images or their paths."""
 
     def find(record: Record) -> list[SourceImage]:

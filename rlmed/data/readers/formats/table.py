@@ -37,14 +37,15 @@ OPTION_FIELDS = tuple(f"option_{letter.lower()}" for letter in LETTERS)
 OPTION_NAMES = (OPTION_FIELDS, tuple(LETTERS.lower()), tuple(f"choice {letter}" for letter in LETTERS.lower()))
 """Names of columns with one option each, in the usual spellings."""
 
-COLUMN = Option(
-    "--column",
-    {
-        "action": "append",
-        "metavar": "FIELD=NAME",
-        "help": f"the column that holds a field; fields: {', '.join(FIELDS)}, option_a to option_j. May be repeated",
-    },
-)
+
+def column_option(fields: str) -> Option:
+    """Return the option --column of a reader whose tables have these fields."""
+    text = f"the column that holds a field; fields: {fields}. May be repeated"
+    return Option("--column", {"action": "append", "metavar": "FIELD=NAME", "help": text})
+
+
+ALL_FIELDS = f"{', '.join(FIELDS)}, option_a to option_j"
+COLUMN = column_option(ALL_FIELDS)
 ANSWER_INDEX = Option(
     "--answer-index",
     {
@@ -68,7 +69,7 @@ ImagesOf = Callable[[Record], Sequence[SourceImage]]
 """Returns a record's images: none, one or several. Raises BadRowError or BadImageError."""
 
 
-def parse_columns(given: Sequence[str]) -> dict[str, str]:
+def parse_columns(given: Sequence[str], fields: Sequence[str] = (*FIELDS, *OPTION_FIELDS)) -> dict[str, str]:
     """Parse `["question=Frage"]` to `{"question": "Frage"}`.
 
     Raises:
@@ -77,10 +78,11 @@ def parse_columns(given: Sequence[str]) -> dict[str, str]:
     columns: dict[str, str] = {}
     for entry in given:
         field, equals, name = entry.partition("=")
-        if not equals or not name or field not in (*FIELDS, *OPTION_FIELDS):
+        if not equals or not name or field not in fields:
+            listed = ", ".join(field for field in fields if field not in OPTION_FIELDS)
+            options = " or option_a to option_j" if OPTION_FIELDS[0] in fields else ""
             raise ValueError(
-                f"--column {entry}: write FIELD=NAME, for example question=Frage, with a field of {', '.join(FIELDS)} "
-                "or option_a to option_j"
+                f"--column {entry}: write FIELD=NAME, for example question=Frage, with a field of {listed}{options}"
             )
         if field in columns:
             raise ValueError(f"--column {entry}: {field} is given twice")

@@ -20,6 +20,7 @@ from rlmed.data.readers.options import (
     SEED,
     YES_NO,
     AnswerPool,
+    open_answer,
     plain_answer,
 )
 from rlmed.data.rows import as_object
@@ -72,7 +73,7 @@ def read_answered(
     distractors: int = DISTRACTORS,
     seed: int = 0,
 ) -> Iterator[SourceRow | Skipped]:
-    """Yield rows with options; calls `elements` twice, since distractors come from all answers.
+    """Yield rows with options, or open ones; calls `elements` twice for the distractors.
 
     Skips a question outside the test split that the test asks about the same image.
 
@@ -95,7 +96,7 @@ def read_answered(
         elif entry.answer not in YES_NO and open == "skip":
             yield Skipped(where, entry.id, LEFT_OUT, chosen=True)
         else:
-            yield _row(entry, where, pool, images)
+            yield _row(entry, where, pool, images, open)
 
 
 def field(element: Mapping[str, Any], name: str) -> str:
@@ -118,19 +119,21 @@ def _key(entry: Answered) -> tuple[str, str]:
     return entry.image, entry.question.casefold()
 
 
-def _row(entry: Answered, where: str, pool: AnswerPool, images: Images | None) -> SourceRow | Skipped:
+def _row(entry: Answered, where: str, pool: AnswerPool, images: Images | None, open: str) -> SourceRow | Skipped:
     try:
-        options = pool.options(entry.id, entry.kind, entry.answer)
+        is_open = open_answer(entry.answer, open)
+        options = () if is_open else pool.options(entry.id, entry.kind, entry.answer)
         return SourceRow(
             where=where,
             split=entry.split,
             id=entry.id,
             question=entry.question,
             options=options,
-            answer=written_answer(options, options.index(entry.answer)),
+            answer=entry.answer if is_open else written_answer(options, options.index(entry.answer)),
             image=None if images is None else images.find(entry.image),
             modality=entry.modality,
             kind=entry.kind,
+            task="open" if is_open else "choice",
         )
     except (BadRowError, BadImageError) as error:
         return Skipped(where, entry.id, str(error))

@@ -112,6 +112,7 @@ def test_unknown_key_is_refused_by_the_command_line() -> None:
         ("name=''", "name=''"),
         ("rollout=vllm", "use cluster=ray"),
         ("seed=99999999999999999999", r"seed=9+ must be between 0 and"),
+        ("data.task=boxes", r"data\.task='boxes'"),
         ("data.phantom_seed=-1", r"data\.phantom_seed=-1"),
         ("model.device=gpu", r"model\.device='gpu'.* auto, cpu, cuda"),
         ("model.max_pixels=-5", r"model\.max_pixels=-5 must be positive"),

@@ -101,6 +101,8 @@ def refused(program: str, *overrides: str) -> list[str]:
         ("train", "data.train=x data.eval=[y] data.phantom_folder=z", "data.phantom_folder while data.train"),
         ("train", "data.selection.min_pass_rate=0.1", "while data.selection.mode=all. Set data.sel"),
         ("train", "data=jsonl data.phantom_seed=3", "data.phantom_seed while data.source=jsonl. Set data=ph"),
+        ("train", "data=jsonl data.task=open", "data.task while data.source=jsonl. It is for generated data: set data=ph"),
+        ("train", "data.train=x data.eval=[y] data.task=open", "data.task while data.train=x and data.eval=['y']. W"),
         ("train", "data=jsonl data.leakage=strict", "data.leakage=strict while data.source=jsonl and data.e"),
         ("train", "rollout.enforce_eager=true", "rollout.enforce_eager while rollout.engine=native. Set rol"),
         ("train", "rollout.on_push=finish", "rollout.on_push while algo.max_staleness=0. Set algo.max_stale"),
@@ -160,6 +162,7 @@ def test_rays_keys_do_something_with_ray_alone(program: str, key: str) -> None:
         ("train", "algo=gspo"),
         ("train", "checkpoint.every=7 checkpoint.keep_last=5"),
         ("train", "data.train=x data.phantom_seed=3"),
+        ("train", "data=phantom_tasks data.task=open data.phantom_seed=3"),
         ("evaluate", "data.eval=[x] data.phantom_seed=3"),
         (
             "train",

@@ -155,3 +155,33 @@ def test_generated_rows_are_not_mixed_with_ones_own_in_silence(
     with caplog.at_level("INFO"):
         load_data(compose_config("train", ["data=phantom"]).data, _NoRenderer(), training=True)  # type: ignore[arg-type]
     assert "(data.phantom_seed=0) are in outputs/phantom-0" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "folder"),
+    [
+        (["data=phantom_tasks"], "phantom-0-mixed"),
+        (["data=phantom_tasks", "data.task=open", "data.phantom_seed=3"], "phantom-3-open"),
+        (["+profile=tiny", "data=phantom_tasks", "data.task=grounding"], "phantom-0-grounding"),
+    ],
+)
+def test_a_task_of_generated_data_has_files_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], folder: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def write(where: Path, seed: int, names: list[str]) -> None:
+        asked.append((where, seed, names))
+        where.mkdir(parents=True)
+        for part in ("train", "test"):
+            (where / f"{part}_{names[0]}.jsonl").write_text(json.dumps(ROW))
+
+    monkeypatch.setattr("rlmed.data.loading.write_task_dataset", write)
+    config = compose_config("train", overrides)
+    data = load_data(config.data, _NoRenderer(), training=True)  # type: ignore[arg-type]
+    _, seed, task = folder.split("-")
+    assert asked == [(Path("outputs") / folder, int(seed), [task])]
+    assert [file.path for file in data.files] == [
+        Path("outputs", folder, f"{part}_{task}.jsonl") for part in ("train", "test")
+    ]

@@ -106,6 +106,70 @@ def test_rows_about_several_images_keep_their_order_and_others_their_bytes(tmp_p
     assert layout.splits["train"].images == 2  # equal bytes are one image
 
 
+def task_row(number: int, task: str, answer: object, **changes) -> SourceRow:
+    return source_row(number, **{"task": task, "answer": answer, "options": (), **changes})
+
+
+def test_rows_of_other_tasks_are_written_as_a_run_reads_them(tmp_path, source):
+    image = source / "1.png"
+    rows = [
+        task_row(1, "open", ["liver", "the liver"]),
+        task_row(2, "grounding", [[1, 2, 20, 40.0]], image=image),
+        task_row(3, "grounding", [], image=image, split="test"),
+        task_row(4, "labels", ["cyst"], options=("mass", "cyst")),
+        task_row(5, "report", "Clear.", image=image, more_images=(source / "2.png",)),
+        source_row(6),
+    ]
+    layout = write(rows, tmp_path / "out", source)
+    assert layout.skipped == ()
+    assert layout.splits["train"].by_task == {"choice": 1, "grounding": 1, "labels": 1, "open": 1, "report": 1}
+    assert layout.splits["train"].priors is not None
+    assert layout.splits["train"].priors.chance == 0.5  # of the multiple-choice row alone
+    assert (layout.splits["test"].rows, layout.splits["test"].priors) == (1, None)
+    examples = read_examples(tmp_path / "out" / "train.jsonl", on_bad_row="error").examples
+    assert [(example.id, example.task) for example in examples] == [
+        ("q1", "open"), ("q2", "grounding"), ("q4", "labels"), ("q5", "report"), ("q6", "choice"),
+    ]  # fmt: skip
+    open_, box, labels, report, _ = examples
+    assert open_.truth == {"answers": ["liver", "the liver"]}
+    assert box.truth["boxes"] == [[1 / 40, 2 / 40, 20 / 40, 40 / 40]]
+    assert labels.truth == {"labels": ["cyst"], "known": ["mass", "cyst"]}
+    assert (report.truth, len(report.images)) == ({"references": ["Clear."]}, 2)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["splits"]["test"]["priors"] is None
+    assert manifest["splits"]["test"]["by_task"] == {"grounding": 1}
+
+
+def test_a_bad_row_of_another_task_is_skipped_and_leaves_no_image_of_its_own(tmp_path, source):
+    first, second = source / "1.png", source / "2.png"
+    rows = [
+        task_row(1, "grounding", [[1, 2, 3, 4]], image=first),
+        task_row(2, "grounding", [[1, 2, 41, 4]], image=second),
+        task_row(3, "grounding", [[1, 2, 41, 4]], image=first),
+        task_row(4, "grounding", [[1, 2, 3, 4]]),
+        task_row(5, "labels", ["edema"], options=("mass", "cyst"), image=second),
+        task_row(6, "open", "  "),
+        task_row(7, "open", ["a", "b\0"]),
+        task_row(1, "open", "liver", image=second),
+        task_row(8, "grounding", [], image=source / "broken.png"),
+    ]
+    layout = write(rows, tmp_path / "out", source)
+    reasons = [row.reason for row in layout.skipped]
+    for reason, said in zip(
+        reasons,
+        ("41", "41", "no image", "'edema'", "answer", "answer holds a NUL", "used by line 1", "truncated"),
+        strict=True,
+    ):
+        assert said in reason
+    assert len(list((tmp_path / "out" / "images").iterdir())) == 1
+    assert layout.splits["train"].rows == 1
+    # an image of a bad row serves a good one
+    again = write([rows[1], task_row(9, "grounding", [[1, 2, 3, 4]], image=second)], tmp_path / "again", source)
+    assert again.splits["train"].images == 1
+    (example,) = read_examples(tmp_path / "again" / "train.jsonl").examples
+    assert example.images[0].read_bytes() == second.read_bytes()
+
+
 def test_a_bad_image_among_several_costs_its_row_and_leaves_none_of_its_images(tmp_path, source):
     first, second, broken = (source / name for name in ("1.png", "2.png", "broken.png"))
     rows = [

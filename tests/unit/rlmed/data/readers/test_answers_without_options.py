@@ -145,6 +145,18 @@ def test_open_questions_can_be_left_out(rad):
     assert all(row.chosen and "--open skip" in row.reason for row in rows[1:])
 
 
+@pytest.mark.parametrize(("open", "tasks"), [("keep", "choice open open"), ("all", "open open open")])
+def test_open_questions_can_be_kept(rad, open, tasks):
+    answers = ["Yes", "Left  lung ", "All of the above", "Spleen"]
+    put(rad / vqa_rad.QUESTIONS, *(rad_row(n, answer=answer) for n, answer in enumerate(answers)))
+    rows = list(vqa_rad.read(rad, open=open))
+    assert [row.task for row in usable(rows)] == tasks.split()
+    assert [row.answer for row in usable(rows)] == ["yes", "Left lung", "Spleen"]
+    assert [row.options for row in usable(rows)[1:]] == [(), ()]
+    assert "refers to options" in rows[2].reason
+    assert not rows[2].chosen
+
+
 def test_distractors_are_drawn_as_often_as_they_are_right():
     """20,000 draws: 3 : 1 as in the pool, not 1 : 1 as its texts (10 standard deviations apart)."""
     pool = AnswerPool(seed=0, distractors=1)
@@ -247,6 +259,71 @@ def test_slake_images_in_the_archive(slake_folder):
     (row,) = slake.read(slake_folder)
     assert isinstance(row.image, Encoded)
     assert row.image.load() == content
+
+
+def detected(folder: Path, number: int, content: object) -> None:
+    place = folder / "imgs" / f"xmlab{number}"
+    place.mkdir(exist_ok=True)
+    marked(number).save(place / "source.jpg")
+    (place / slake.DETECTION).write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+def test_slake_boxes_become_corners_in_files_of_their_own(slake_folder):
+    detected(slake_folder, 1, [{"Liver": [4, 6, 10.5, 20]}, {"Left  Lung": [0, 0, 5, 5]}, {"liver": [20, 2, 3, 4]}])
+    detected(slake_folder, 2, {"Brain Edema": [[1, 2, 3, 4], [5, 6, 7, 8]]})
+    others = [slake_row(2), slake_row(3, img_name="xmlab2/source.jpg", q_lang="zh")]
+    put(slake_folder / "train.json", slake_row(1), *others)
+    put(slake_folder / "test.json", slake_row(4, modality="CT"))
+    rows = usable(slake.read(slake_folder, boxes=True))
+    assert not [row for row in usable(slake.read(slake_folder)) if row.task == "grounding"]
+    found = {row.id: row for row in rows if row.task == "grounding"}
+    assert {key: (row.split, row.answer, row.modality) for key, row in found.items()} == {
+        # the test asks about the image, too
+        "xmlab1-liver": ("test_boxes", [[4, 6, 14.5, 26], [20, 2, 23, 6]], "CT"),
+        "xmlab1-left lung": ("test_boxes", [[0, 0, 5, 5]], "CT"),
+        "xmlab2-brain edema": ("train_boxes", [[1, 2, 4, 6], [5, 6, 12, 14]], "MRI"),
+    }
+    row = found["xmlab2-brain edema"]
+    assert (row.question, row.options) == ("Where in the image is the brain edema?", ())
+    assert row.image == slake_folder / "imgs" / "xmlab2" / "source.jpg"
+
+
+def test_slake_boxes_in_the_archive(slake_folder):
+    detected(slake_folder, 1, [{"Liver": [1, 1, 2, 2]}])
+    put(slake_folder / "train.json", slake_row(1, answer="Yes"))
+    with zipfile.ZipFile(slake_folder / "imgs.zip", "w") as archive:
+        for path in (slake_folder / "imgs" / "xmlab1").iterdir():
+            archive.write(path, f"imgs/xmlab1/{path.name}")
+            path.unlink()
+    (slake_folder / "imgs" / "xmlab1").rmdir()
+    (slake_folder / "imgs").rmdir()
+    _, row = slake.read(slake_folder, boxes=True)
+    assert (row.answer, row.id) == ([[1, 1, 3, 3]], "xmlab1-liver")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ([{"Liver": [1, 2, 0, 4]}], "[1, 2, 0, 4] has no area"),
+        ([{"Liver": [1, 2, 3]}], "[1, 2, 3] is not four numbers"),
+        ([{"Liver": [1, 2, "3", 4]}], "'3', 4] is not four numbers"),
+        ([{"Liver": [-9, 2, 3, 4]}], "[-9, 2, 3, 4] leaves its image"),
+        ([{"Liver": None}], "None is not four numbers"),
+        ('{"Liver": [1, 2, NaN, 4]}', "nan, 4] is not four numbers"),
+        ('{"Liver": [1, 2, 3, 4], "Liver": [5, 6, 7, 8]}', "Liver"),
+        ("[7]", "not a JSON object but 7"),
+        ("[{", "cannot be read"),
+    ],
+)
+def test_bad_boxes_are_skipped(slake_folder, content, reason):
+    detected(slake_folder, 1, content)
+    put(slake_folder / "train.json", slake_row(1, answer="Yes"))
+    _, bad = slake.read(slake_folder, boxes=True)
+    assert reason in bad.reason
+    assert bad.where == "detection.json of xmlab1"
+    (slake_folder / "imgs" / "xmlab1" / slake.DETECTION).unlink()
+    _, missing = slake.read(slake_folder, boxes=True)
+    assert "detection.json' does not exist" in missing.reason
 
 
 @pytest.mark.parametrize(
