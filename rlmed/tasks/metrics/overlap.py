@@ -9,6 +9,7 @@ otherwise the libraries' own. Both libraries are in the extra `metrics`, importe
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import zip_longest
@@ -114,9 +115,12 @@ def _bleu(tokenizer: str, sentence: bool) -> Any:
 @lru_cache
 def _rouge(by_character: bool) -> Any:
     try:
+        from absl.logging import get_absl_handler
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
         raise ValueError(f"ROUGE needs rouge-score: {INSTALL}") from error
+    # its handler closes the stream that was sys.stderr now, if it no longer is when logging ends
+    get_absl_handler().python_handler.setStream(sys.__stderr__)
     return RougeScorer(["rougeL"], tokenizer=_Characters() if by_character else None)
 
 

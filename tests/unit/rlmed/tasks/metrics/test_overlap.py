@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import random
+import subprocess
 import sys
+from typing import Any
 
 import pytest
-from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics.bleu import BLEU
 
 from rlmed.tasks.metrics import overlap
@@ -12,6 +13,14 @@ from rlmed.tasks.metrics.overlap import bleu, corpus_bleu, rouge_l
 
 REPORT = "no acute fracture is seen in the left lower lobe, Small effusion ; heart size normal. 2.5 cm"
 WORDS = REPORT.split()
+
+
+def rouge_scorer(names: list[str]) -> Any:
+    """rouge-score's own; imported by ours first, which takes its handler of logs off the tests' streams."""
+    rouge_l("a", ["a"])
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(names)
 
 
 def texts(count: int, seed: int) -> list[str]:
@@ -55,7 +64,7 @@ def test_rows_of_a_corpus_may_have_other_numbers_of_references(rows: list[tuple[
 
 
 def test_rouge_is_the_best_f1_of_rouge_score(rows: list[tuple[str, list[str]]]) -> None:
-    scorer = RougeScorer(["rougeL"])
+    scorer = rouge_scorer(["rougeL"])
     best_first = 0
     for answer, references in rows:
         expected = [scorer.score(reference, answer)["rougeL"].fmeasure for reference in references]
@@ -103,3 +112,18 @@ def test_a_missing_library_is_named(score, library: str, monkeypatch: pytest.Mon
         cached.cache_clear()
     with pytest.raises(ValueError, match=rf"{library.replace('_', '-')}: pip install .*\[metrics\]"):
         score("no fracture", ["no fracture"])
+
+
+def test_the_library_of_rouge_never_closes_a_stream_of_the_program() -> None:
+    # a stream in the place of stderr while it is imported, as pytest's or a notebook's
+    code = (
+        "import io, logging, sys\n"
+        "from rlmed.tasks.metrics.overlap import rouge_l\n"
+        "stream, sys.stderr = io.StringIO(), sys.stderr\n"
+        "shown, sys.stderr = sys.stderr, stream\n"
+        "assert rouge_l('a cyst', ['a cyst']) == 1\n"
+        "sys.stderr = shown\n"
+        "logging.shutdown()\n"
+        "assert not stream.closed\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
