@@ -42,7 +42,7 @@ def _execute(run: RunCommand) -> None:
 
 
 def figures(before: Path, after: Path) -> dict[str, Any]:
-    """Main score of one seed: both sides with intervals, p-value, controls and baselines of RL's."""
+    """Main score of one seed: both sides with intervals, p-value; controls and baselines."""
     sides = [last_evaluation(folder) for folder in (before, after)]
     ((tested,),) = [file["scores"].values() for file in compare(*sides)["files"].values()]
     (first,), (second,) = (EvalSummary.read(side).files[0].tasks for side in sides)

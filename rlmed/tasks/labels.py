@@ -45,7 +45,7 @@ class Labels(Task):
         return ", ".join(truth["labels"]) or NONE
 
     def score(self, answer: str, truth: Any) -> Mapping[str, float] | None:
-        """Return F1 of the named labels, and whether they are exactly the right ones; None if blank."""
+        """Return F1 of the named labels, and whether they are exactly the right; None if blank."""
         if not answer.strip():  # to say nothing is not to say that there is nothing
             return None
         named, right = self._sets(answer, truth)
