@@ -16,7 +16,7 @@ WORDS = REPORT.split()
 
 
 def rouge_scorer(names: list[str]) -> Any:
-    """rouge-score's own, imported by ours first, which takes its log handler off the tests' streams."""
+    """Return rouge-score's own, with its log handler off the tests' streams."""
     rouge_l("a", ["a"])
     from rouge_score.rouge_scorer import RougeScorer
 
