@@ -1,36 +1,70 @@
 """Does the embedded model learn each task by RL? Scores before and after, over seeds.
 
-The embedded model knows multiple choice alone. For each task it first sees written answers to the
-generated training questions (supervised fine-tuning, two passes), then learns by RL on the same
-questions with `reward=task`. Both are evaluated on 300 other questions with the controls. Killed at
-any moment, the same command goes on.
+The embedded model knows multiple choice alone. For each task it first imitates readers of other
+generated studies (supervised fine-tuning): careful ones, who say what the image shows and answer, and
+hasty ones, who give the answer to another question of the kind unseen. Then RL on the training
+questions with `reward=task` has to find out that it pays to look. Both are evaluated on 300 further
+questions with the controls. Killed at any moment, the same command goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.common import RESULTS, report, write_result
+from rlmed.core.files.atomic import replace_text
+from rlmed.core.parsing import answer_text
+from rlmed.data.phantom.corpus import GUESS
+from rlmed.data.phantom.task_texts import written
+from rlmed.data.phantom.tasks import write_task_dataset
 from rlmed.evaluation.results import EvalSummary, compare, last_evaluation
 from rlmed.recording.checkpoint import list_checkpoints
 from rlmed.reproduce.runs import RunCommand
 
 TASKS = ("open", "grounding", "labels", "report")
-SFT = ("sft.epochs=2", "learner.lr=1e-3")
+WARM_ROWS, WARM_SEED = 1200, 1
+"""Readings to imitate; the seed is another than that of the training and test questions."""
+HASTY = 0.6
+"""Share of hasty readers."""
+SFT = ("sft.epochs=3", "learner.lr=1e-3", "learner.lr_schedule=linear")
 RL = ("reward=task", "learner.lr=1e-4")
+
+
+def warm_start(folder: Path, task: str) -> Path:
+    """Write the readings that a model first imitates, and return their file."""
+    file = write_task_dataset(folder, WARM_SEED, (task,), train_rows=WARM_ROWS, test_rows=1)[f"train_{task}"]
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    answers: dict[str, list[str]] = {}
+    for row in rows:
+        answers.setdefault(row["kind"], []).append(str(answer_text(row["completion"])))
+    for index, row in enumerate(rows):
+        random = np.random.default_rng([WARM_SEED, index])
+        if random.random() < HASTY:
+            guess = answers[row["kind"]][int(random.integers(len(answers[row["kind"]])))]
+            row["completion"] = written(f"{GUESS} {guess}.", guess)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    return replace_text(folder / f"warm_{task}.jsonl", text)
 
 
 def runs_of(root: Path, task: str, seed: int, overrides: Sequence[str], rl: Sequence[str]) -> Sequence[Path]:
     """Train what has not been trained; the folders of fine-tuning and of RL."""
-    shared = ("profile=tiny", "data=phantom_tasks", f"data.task={task}", *overrides)
-    sft = RunCommand("sft", seed, root / task, (*shared, *SFT))
+    readings = warm_start(root / "readings" / task, task)
+    test = write_task_dataset(root / "questions" / task, 0, (task,))[f"test_{task}"]
+    of_readings = ("data=jsonl", f"data.train={readings}", f"data.eval=[{test}]", "data.max_prompt_tokens=384")
+    sft = RunCommand("sft", seed, root / task, ("profile=tiny", *of_readings, *overrides, *SFT))
     _execute(sft)
     model = list_checkpoints(sft.folder / "checkpoints")[-1]
-    learnt = RunCommand("rl", seed, root / task, (*shared, *RL, *rl, f"model={model}"))
+    files = (f"data.train={test.parent / f'train_{task}.jsonl'}", *of_readings[2:])
+    learnt = RunCommand(
+        "rl", seed, root / task, ("profile=tiny", "data=jsonl", *files, *overrides, *RL, *rl, f"model={model}")
+    )
     _execute(learnt)
     return sft.folder, learnt.folder
 
