@@ -2,7 +2,8 @@
 
 PLACE is one of: nowhere, rollout:N (at group N), backward:N (at gradient N), optimizer:N (at update
 N), checkpoint:N (while writing the checkpoint of step N), metrics:N (before step N is written
-down), report:1 (before the report is written), images:N (after the N-th file of generated rows).
+down), report:1 (before the report is written), images:N (after the N-th file of generated rows),
+reward:N (in the middle of the N-th line of the slow rewards' cache).
 With wait:M,N it doesn't die but stands still before steps M and N are written down, each time until
 somebody has removed the file `waits` that it makes in its folder; it notices a lost head of Ray
 sooner than others do.

@@ -16,11 +16,13 @@ from safetensors.torch import load_file
 
 from tests.integration import launch_and_die
 from tests.integration.forked import Finished, run_forked
-from tests.integration.short_run import SHORT_RUN, STEPS
+from tests.integration.short_run import SHORT_RUN
 from tests.judge_server import JudgeServer, Reply, judging
 
 pytest.importorskip("openai", reason="needs the extra serve")
 pytestmark = pytest.mark.slow
+
+STEPS = 4
 
 
 def opinion(prompt: str, number: int) -> Reply:
@@ -34,6 +36,7 @@ def launch(place: str, outputs: Path, server: JudgeServer, *overrides: str) -> F
         f"reward.judge.url={server.url}",
         "reward.judge.model=m",
         "reward.slow.wait_s=0.01",
+        f"steps={STEPS}",
     )
     return run_forked(launch_and_die.main, [place, *SHORT_RUN, *judge, *overrides], outputs)
 
@@ -66,7 +69,7 @@ def test_killed_in_a_reward_and_resumed_equals_uninterrupted_and_asks_nothing_tw
         again = len(server.bodies) - before
 
     assert len(kept) == 59
-    with pytest.raises(ValueError, match="Expecting|Unterminated"):
+    with pytest.raises(ValueError, match=r"Expecting|Unterminated"):
         json.loads(half)
     assert again == asked - len(kept) > 0
     assert "rewards.jsonl: 1 damaged lines (60)" in resumed.output
