@@ -21,6 +21,7 @@ from rewards.verdict import read_mark
 from rlmed.core.config.rewarding import JudgeConfig
 from rlmed.core.parsing import answer_text
 from rlmed.core.types import Completion, Example
+from rlmed.tasks.registry import task_of
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -99,7 +100,7 @@ class Judge:
     def _question(self, example: Example, completion: Completion) -> list[dict[str, Any]]:
         low, high = self._config.scale
         values = {
-            "question": example.question_text,
+            "question": task_of(example).question_text(example),
             "truth": truth_text(example),
             "answer": (answer_text(completion.text) or "").strip(),
             "low": f"{low:g}",
@@ -167,8 +168,15 @@ def without_answer(example: Example, completion: Completion) -> float | None:
 
 
 def truth_text(example: Example) -> str:
-    """Return what is right, as the judge reads it."""
-    return f"{example.letter}) {example.options[example.answer]}"
+    """Return what is right, as the judge reads it: an option, or a task's truth.
+
+    Of several accepted answers or references, each is a line.
+    """
+    if example.is_choice:
+        return f"{example.letter}) {example.options[example.answer]}"
+    truth = example.truth if isinstance(example.truth, dict) else {}
+    accepted = truth.get("answers") or truth.get("references")
+    return "\nor\n".join(accepted) if accepted else task_of(example).right_answer(example)
 
 
 def retry_after(headers: Mapping[str, str]) -> float:

@@ -300,5 +300,23 @@ def test_settings_that_cannot_be_are_refused() -> None:
             compose_config("train", [f"reward.judge.url='{wrong}'", "reward.judge.model=m"])
 
 
-def test_the_example_of_a_task_without_options_is_asked_with_its_truth(make_rubric: Callable[..., Rubric]) -> None:
-    assert isinstance(EXAMPLE, Example)
+@pytest.mark.parametrize(
+    ("task", "truth", "expected"),
+    [
+        ("open", {"answers": ["liver"]}, "Q?|liver"),
+        ("open", {"answers": ["liver", "the {liver}"]}, "Q?|liver\nor\nthe {liver}"),
+        ("report", {"references": ["A cyst."]}, "Q?|A cyst."),
+        ("labels", {"labels": [], "known": ["cyst", "mass"]}, "none"),
+        ("labels", {"labels": ["cyst"], "known": ["cyst", "mass"]}, "|cyst"),
+        ("grounding", {"boxes": [], "frame": [1000, 1000]}, "Q?|[]"),
+    ],
+)
+def test_other_tasks_are_judged_by_their_truth(
+    task: str, truth: Any, expected: str, make_rubric: Callable[..., Rubric]
+) -> None:
+    example = Example(id="x", image=None, question="Q?", task=task, truth=truth)
+    with judging(lambda prompt, number: GOOD) as server:
+        make_rubric(server.url, template="{question}|{truth}{answer}").score(group_of(answered("."), example=example))
+    content = server.bodies[0]["messages"][0]["content"]
+    assert content.startswith("Q?")
+    assert content.endswith(f"{expected}.")
