@@ -36,7 +36,7 @@ def read_mark(reply: str, low: float, high: float) -> float | None:
         >>> [read_mark(reply, 0, 10) for reply in ('{"score": 7}', "Score: 7/10", "Incorrect.", "70", "good")]
         [7.0, 7.0, 0.0, None, None]
     """
-    text = reply.rpartition("</think>")[2][-LONGEST:]
+    text = reply.rpartition("</think>")[2].partition("<think>")[0][-LONGEST:]
     for value in _from_json(text):
         return _in_scale(value, low, high)
     for pattern in (_LABELLED, _MARKED):

@@ -67,6 +67,7 @@ def test_a_mark_is_found(reply: str, mark: float) -> None:
         "3 or 4",
         "It is correct, and it is wrong.",
         "<think>7</think>",
+        "<think>There is no lesion, so 7",  # cut off
         "{" * 5000,
         '{"a":' * 5000,
         "score " * 5000,
