@@ -207,6 +207,7 @@ class Run:
             for group in groups:
                 self.rubric.begin(group)
             scored = [self.rubric.score(group) for group in groups]
+            self.rubric.metrics()  # of no step
         report = inspect(scored, mask_truncated=self.config.algo.loss.mask_truncated)
         self.progress.message(report.line())
         check(report, self.config.rollout.max_tokens, self.renderer.end_tokens)
