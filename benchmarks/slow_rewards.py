@@ -3,8 +3,8 @@
 The real loop, engine and learner in one process learn from the same questions with a reward that
 takes no time, and with one that waits `--seconds` for each completion, as a judge on another
 machine does: in threads, all of a step's calls at a time. Of each side, the seconds of a step, and
-those in which the loop waited for rewards. One side runs after the other: in turns, rewards would
-come while the other side works.
+those in which the loop waited for rewards. The sides take turns by several steps, of which the
+first do not count: their rewards have come while other sides worked.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks.common import (
     MAX_PROMPT_TOKENS,
+    Timing,
     add_arguments,
     alternate,
     find_model,
@@ -51,10 +52,10 @@ from rollout.native.engine import NativeEngine
 from rollout.native.scheduler import EngineLimits
 
 WARMUP = 2
-"""Steps of each side that do not count: the first ones have no step before them to hide behind."""
+"""Steps of each turn that do not count."""
 LONG = 1000
 """Steps that a run still has."""
-SETTING = ("seconds", "prompts", "group_size", "max_tokens", "rounds")
+SETTING = ("seconds", "prompts", "group_size", "max_tokens", "turns", "rounds")
 """Arguments that the result keeps."""
 
 
@@ -128,7 +129,7 @@ class Endless(GroupBuffer):
 
 
 def slow_reward(seconds: float, concurrency: int) -> GroupReward:
-    """The variety of a text, known after some seconds; nothing is cached, so that each call waits."""
+    """The variety of a text, known after some seconds; nothing is cached, so each call waits."""
 
     def variety(examples: Any, completions: Any) -> list[float]:
         time.sleep(seconds)
@@ -154,17 +155,24 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             for ahead in (0, 1)
             for slow in (False, True)
         }
-        # no pause between steps, in which rewards would come for nothing
-        sides = {side: timed(trainer.step) for side, trainer in trainers.items()}
-        timings = {}
-        for side, step in sides.items():
-            timings |= alternate({side: step}, rounds=arguments.rounds, warmup=WARMUP, settle_s=0.0)
-            trainers[side].rubric.close()
+        seconds: dict[str, list[float]] = {side: [] for side in trainers}
+        waited: dict[str, list[float]] = {side: [] for side in trainers}
+        for _ in range(arguments.turns):
+            for side, trainer in trainers.items():
+                # no pause between steps, in which rewards would come for nothing
+                (timing,) = alternate(
+                    {side: timed(trainer.step)}, rounds=arguments.rounds, warmup=WARMUP, settle_s=0.0
+                ).values()
+                seconds[side] += timing.seconds
+                waited[side] += trainer.waited[-arguments.rounds :]
+        for trainer in trainers.values():
+            trainer.rubric.close()
+    timings = {side: Timing(tuple(values)) for side, values in seconds.items()}
     result: dict[str, Any] = {
         "setting": {key: getattr(arguments, key) for key in SETTING},
         "model": trainers["max_staleness=1, slow"].facts,
         "sides": {
-            side: timing.summary() | {"waited_median_s": round(statistics.median(trainers[side].waited[WARMUP:]), 4)}
+            side: timing.summary() | {"waited_median_s": round(statistics.median(waited[side]), 4)}
             for side, timing in timings.items()
         },
     }
@@ -176,7 +184,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, rounds=8)
+    add_arguments(parser, rounds=4)
+    parser.add_argument(
+        "--turns", type=int, default=3, help="turns of each side, of --rounds counted steps (default 3)"
+    )
     parser.add_argument("--seconds", type=float, default=2.0, help="that a reward takes (default 2)")
     parser.add_argument("--prompts", type=int, default=16, help="groups of a step (default 16)")
     parser.add_argument("--group-size", type=int, default=8, help="completions of a group (default 8)")

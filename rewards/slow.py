@@ -24,7 +24,7 @@ from rlmed.core.types import Completion, Example, FloatArray, RolloutGroup
 log = logging.getLogger(__name__)
 
 BatchCall = Callable[[Sequence[Example], Sequence[Completion]], Sequence[object]]
-"""Scores several completions in one call; entry i of each argument and of the result go together."""
+"""Scores several completions in one call; entries i of arguments and result go together."""
 ON_FAILURE = ("stop", "missing")
 LONGEST_WAIT_S = 300.0
 """Longest pause before a retry, whatever a server asks for."""

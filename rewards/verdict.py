@@ -25,7 +25,7 @@ _GOOD = ("correct", "right", "true", "yes")
 
 
 def read_mark(reply: str, low: float, high: float) -> float | None:
-    r"""Return the mark in a reply, between `low` and `high`; None if there is none, or no clear one.
+    r"""Return the mark in a reply, between `low` and `high`; None without a clear one.
 
     The first of these that is there: the last JSON object with a score; the last number behind a
     word such as "score" or in `\boxed{}`; one number alone ("7", "7/10"); words such as "correct"
@@ -63,7 +63,7 @@ def _from_json(text: str) -> Iterator[Any]:
 def _in_scale(value: Any, low: float, high: float) -> float | None:
     """Return a value of JSON as a mark."""
     if isinstance(value, bool):
-        return high if value else low
+        return float(high if value else low)
     if isinstance(value, str):
         numbers = list(_ANY_NUMBER.finditer(value))
         if len(numbers) == 1:
@@ -83,4 +83,4 @@ def _number(found: re.Match[str], low: float, high: float) -> float | None:
 
 def _from_words(text: str, low: float, high: float) -> float | None:
     said = {(word.lower() in _GOOD) != bool(negation) for negation, word in _WORD.findall(text)}
-    return (high if said.pop() else low) if len(said) == 1 else None
+    return float(high if said.pop() else low) if len(said) == 1 else None

@@ -1,4 +1,4 @@
-"""The judge asks a real `vllm serve`, with pictures; what the tiny model says is no mark, and not 0."""
+"""The judge asks a real `vllm serve`, with pictures; what the tiny model says is no mark."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def test_marks_count_on_a_scale_from_zero_to_one_and_go_on_side_by_side(make_rub
         scored = make_rubric(server.url, scale=(1.0, 5.0)).score(
             group_of([*answered("head", "B", "chest", "none", "  ", "B"), "no tags at all"])
         )
-    # a completion without an answer is worth nothing, and nobody is asked; equal texts are asked for once
+    # without an answer nobody is asked; equal texts are asked for once
     assert scored.reward_parts["judge"].tolist() == [0.5, 0.25, 0.0, 0.75, 0.0, 0.25, 0.0]
     assert scored.rewards.tolist() == [2.0, 1.5, 1.0, 2.5, 1.0, 1.5, 0.0]
     assert server.most_at_a_time == len(server.bodies) == 4

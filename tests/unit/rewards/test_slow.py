@@ -1,4 +1,4 @@
-"""Functions of users that take time: batches, threads, retries, limits; fast ones stay as they are."""
+"""Functions of users that take time: batches, threads, retries, limits; fast ones stay."""
 
 from __future__ import annotations
 

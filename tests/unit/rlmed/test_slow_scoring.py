@@ -1,4 +1,4 @@
-"""The loop with rewards that take time: what goes on beside what, and that numbers stay the same."""
+"""The loop with rewards that take time: what goes on beside what, and numbers stay the same."""
 
 from __future__ import annotations
 
@@ -260,7 +260,7 @@ def test_in_one_process_the_next_step_s_rewards_come_while_the_learner_works() -
 
 
 def test_a_group_that_arrives_while_the_learner_works_is_scored_then() -> None:
-    """Its worker finishes it during the step, and the step goes on until its reward is asked for."""
+    """Its worker finishes it during the step, and the step lasts until its reward is asked for."""
     worker = FakeWorker("worker", auto=False)
     pool = WorkerPool(lambda slot: worker, 1, PoolSettings(capacity=100))
     channel = pool.channel()
