@@ -15,6 +15,11 @@ Result = TypeVar("Result")
 class DeadlineError(Exception):
     """The call did not return in time."""
 
+    def __init__(self, thread: threading.Thread | None = None) -> None:
+        """`thread` is the abandoned one that still runs it, if there is one."""
+        super().__init__("the call did not return in time")
+        self.thread = thread
+
 
 class _Alarm(BaseException):
     """Not an `Exception`, so that the called function cannot catch it as its own and continue."""
@@ -68,7 +73,8 @@ def _in_thread(seconds: float, function: Callable[[], Result]) -> Result:
         except BaseException as error:  # re-raised in the caller
             outcome.set_exception(error)
 
-    threading.Thread(target=work, name="call with a deadline", daemon=True).start()
+    thread = threading.Thread(target=work, name="call with a deadline", daemon=True)
+    thread.start()
     if not wait([outcome], timeout=seconds).done:
-        raise DeadlineError
+        raise DeadlineError(thread)
     return outcome.result()

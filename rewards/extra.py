@@ -76,7 +76,7 @@ def guarded(path: str, function: Reward, timeout_s: float) -> Reward:
             ) from None
         except (Exception, SystemExit) as error:  # a user's function may raise anything
             raise RewardError(f"{where}: it raised {type(error).__name__}: {error}") from error
-        return _finite(value, where)
+        return finite_number(value, where)
 
     return reward
 
@@ -94,7 +94,12 @@ def _check_arguments(path: str, function: Reward) -> None:
         ) from error
 
 
-def _finite(value: object, where: str) -> float:
+def finite_number(value: object, where: str) -> float:
+    """Return what a reward function returned as a number.
+
+    Raises:
+        RewardError: for anything but a number that is finite in float32; begins with `where`.
+    """
     if value is None:
         raise RewardError(f"{where}: it returned None; return a number at its end, for example 0.0")
     try:

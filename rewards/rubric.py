@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from rewards.likelihood_gain import likelihood_gain
 from rewards.reasoning_consistency import reasoning_consistency_reward
 from rewards.repetition import repetition_reward
 from rewards.self_consistency import self_consistency_reward
+from rewards.slow import SlowReward
+from rewards.slow_parts import JUDGE, SLOW_NAMES, SlowRewards
 from rewards.task import task_reward
 from rlmed.core.types import Example, FloatArray, RolloutGroup, ScoredGroup
 
@@ -43,6 +46,8 @@ LIKELIHOOD_REWARDS: dict[str, Callable[[Likelihood, SplitCommonPrefix], GroupRew
 CHOICE_ONLY = ("choice", "self_consistency", "reasoning_consistency", "likelihood_gain")
 """Rewards that mean nothing for other tasks than multiple choice."""
 NAMES = tuple(sorted([*REWARDS, *GROUP_REWARDS, *LIKELIHOOD_REWARDS]))
+"""Names that `reward.weights` may use without `reward.extra` or a server."""
+KNOWN = tuple(sorted([*NAMES, *SLOW_NAMES]))
 """Names that `reward.weights` may use without `reward.extra`."""
 
 
@@ -83,6 +88,14 @@ class Rubric:
             if not math.isfinite(part.weight):
                 raise ValueError(f"the weight of reward {part.name!r} is {part.weight}: give a finite number")
         self.parts = tuple(parts)
+        self._slow = {part.name: part.reward for part in parts if isinstance(part.reward, SlowReward)}
+        self._seconds = 0.0
+        self._missing: Counter[str] = Counter()
+
+    @property
+    def is_slow(self) -> bool:
+        """True if rewards take time, so that `begin` before `score` saves some."""
+        return bool(self._slow)
 
     @classmethod
     def from_config(
@@ -93,6 +106,7 @@ class Rubric:
         timeout_s: float = 30.0,
         likelihood: Likelihood | None = None,
         split_common_prefix: SplitCommonPrefix | None = None,
+        slow: SlowRewards | None = None,
     ) -> Rubric:
         """Build a rubric.
 
@@ -103,33 +117,40 @@ class Rubric:
             timeout_s: time limit in seconds for one call of a user's function.
             likelihood: serves the rewards that query the policy; None without a learner.
             split_common_prefix: makes the tokens that `likelihood` scores.
+            slow: makes the rewards that take time; None refuses them.
 
         Raises:
             ValueError: for a reward that is unknown, cannot be loaded, or needs a likelihood where
                 there is none.
         """
         own = {path.rpartition(":")[2]: path for path in extra}
+        slow = slow or SlowRewards()
+        slow.check(weights)
         for name in weights:
             if name == "agreement" and name not in own:
                 raise ValueError("reward.weights.agreement: renamed to reward.weights.reasoning_consistency")
-            if name not in NAMES and name not in own:
+            if name not in (*NAMES, *SLOW_NAMES, *own):
                 raise ValueError(
-                    f"reward.weights names {name!r}, which does not exist: choose from {', '.join(NAMES)}, "
+                    f"reward.weights names {name!r}, which does not exist: choose from {', '.join(KNOWN)}, "
                     "or give your own function by reward.extra=[module:function]"
                 )
-        clash = sorted(set(own) & set(NAMES))
+        clash = sorted(set(own) & set(KNOWN))
         if clash or len(own) < len(extra):
             why = f"{', '.join(clash)} is a reward of rlmed" if clash else "two of these have the same one"
             raise ValueError(
                 f"reward.extra={list(extra)}: rewards go by the name of their function, and {why}: rename the function"
             )
         parts = [
-            WeightedReward(name, _built_in(name, likelihood, split_common_prefix), weight)
+            WeightedReward(
+                name, slow.judge() if name == JUDGE else _built_in(name, likelihood, split_common_prefix), weight
+            )
             for name, weight in weights.items()
-            if name in NAMES
+            if name in KNOWN
         ]
         for name, path in own.items():
-            reward = per_completion(guarded(path, load_reward(path), timeout_s))
+            function = load_reward(path)
+            taking_time = slow.of_user(name, path, function, timeout_s)
+            reward = taking_time or per_completion(guarded(path, function, timeout_s))
             parts.append(WeightedReward(name, reward, weights.get(name, 1.0)))
         return cls(parts)
 
@@ -147,16 +168,54 @@ class Rubric:
                 f"{', '.join(f'{count} {name}' for name, count in others.most_common())}): set reward=task"
             )
 
+    def begin(self, group: RolloutGroup) -> None:
+        """Ask for a group's slow rewards without waiting; from any thread, and raises nothing."""
+        for reward in self._slow.values():
+            reward.begin(group)
+
     def score(self, group: RolloutGroup) -> ScoredGroup:
-        """Score every completion of a group.
+        """Score every completion of a group, in the loop's thread; waits for slow rewards.
+
+        A reward that is missing for one of them is NaN there, and left out of the whole group's
+        sum: a completion must not be better or worse than others for it.
 
         Raises:
             RewardError: if a user's function raises, hangs, or returns anything but a finite
-                number.
+                number, or a slow reward cannot be had.
         """
-        parts = {part.name: part.reward(group) for part in self.parts}
-        total = sum(part.weight * parts[part.name] for part in self.parts)
+        start = time.perf_counter()
+        self.begin(group)
+        values = {part.name: part.reward(group) for part in self.parts if part.name not in self._slow}
+        self._seconds += time.perf_counter() - start
+        values |= {name: reward(group) for name, reward in self._slow.items()}
+        total = np.zeros(len(group.completions), dtype=np.float32)
+        for part in self.parts:
+            missing = int(np.isnan(values[part.name]).sum()) if part.name in self._slow else 0
+            if missing:
+                self._missing[part.name] += missing
+            else:
+                total = total + part.weight * values[part.name]
+        parts = {part.name: values[part.name] for part in self.parts}
         return ScoredGroup(group, np.asarray(total, dtype=np.float32), parts)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the seconds that rewards took, and how many are missing, since the last reading.
+
+        Calls that go on at a time are added up.
+        """
+        seconds = self._seconds + sum(reward.read_seconds() for reward in self._slow.values())
+        missing = {
+            f"reward/{name}_missing": float(self._missing[name])
+            for name, reward in self._slow.items()
+            if reward.limits.on_failure == "missing"
+        }
+        self._seconds, self._missing = 0.0, Counter()
+        return {"seconds/reward_calls": seconds, **missing}
+
+    def close(self) -> None:
+        """Drop what slow rewards have not been asked for yet."""
+        for reward in self._slow.values():
+            reward.close()
 
 
 def _built_in(name: str, likelihood: Likelihood | None, split_common_prefix: SplitCommonPrefix | None) -> GroupReward:

@@ -2,7 +2,7 @@
 
 | who | waits for | does not wait for |
 | --- | --- | --- |
-| this loop | the oldest admitted groups; the learner; the push | a slow group of a later step |
+| this loop | the oldest admitted groups, their rewards; the learner; the push | a slow group of a later step, its rewards |
 | a rollout worker | requests; a push | other workers; with `max_staleness` above 0, rewards and the learner |
 | the learner | its next batch; the other ranks | a particular worker |
 | a push | every ready worker | starting workers: they fetch the weights themselves |
@@ -50,7 +50,7 @@ def train(
         with tracer.span("rollout", step=step):
             # admits prompts, waits for their groups and scores them
             batch, discarded = buffer.next_batch(step, steps=steps, version=learner.policy_version)
-        metrics = _rollout_metrics(batch, discarded, learner.policy_version)
+        metrics = _rollout_metrics(batch, discarded, learner.policy_version) | buffer.metrics()
         groups = advantages.estimate(batch)
         metrics |= advantages.metrics()
         if groups:
@@ -70,7 +70,10 @@ def _rollout_metrics(batch: Sequence[ScoredGroup], discarded: Sequence[ScoredGro
     completions = [completion for group in groups for completion in group.rollout.completions]
     metrics = {"reward/mean": float(np.concatenate([group.rewards for group in groups]).mean())}
     for name in groups[0].reward_parts:
-        metrics[f"reward/{name}"] = float(np.concatenate([group.reward_parts[name] for group in groups]).mean())
+        values = np.concatenate([group.reward_parts[name] for group in groups])
+        present = values[~np.isnan(values)]  # a slow reward may be missing
+        if present.size:
+            metrics[f"reward/{name}"] = float(present.mean())
     lengths = [len(completion.token_ids) for completion in completions]
     return metrics | {
         "completion/length": float(np.mean(lengths)),

@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from learner.advantages import AdvantageEstimator, has_learning_signal
+from rewards.cache import CACHE_FILE, RewardCache
 from rewards.rubric import Rubric
+from rewards.slow_parts import SlowRewards
 from rlmed.cluster.build import Cluster, build_cluster
 from rlmed.cluster.engines import make_renderer
 from rlmed.cluster.requirements import check_machine
@@ -17,6 +19,7 @@ from rlmed.core.config.composing import check_same_run, to_yaml
 from rlmed.core.config.schema import RunConfig
 from rlmed.core.tracing import Tracer
 from rlmed.core.types import SamplingParams
+from rlmed.data.images import load_image
 from rlmed.data.loading import Dataset, load_run_data
 from rlmed.data.stream import PromptStream
 from rlmed.evaluation.preflight import check, inspect
@@ -60,6 +63,7 @@ class Run:
             # loaded
             likelihood=(lambda requests: self.cluster.learner.logprobs(requests)) if config.debug.learn else None,
             split_common_prefix=lambda texts: self.renderer.split_common_prefix(texts),
+            slow=SlowRewards(config.reward.slow, config.reward.judge, RewardCache(folder / CACHE_FILE), load_image),
         )
         self.renderer = make_renderer(config.model, config.data, config.prompt, freeze=config.learner.freeze)
         check_positions(config.model, config.data, max_tokens=max(config.rollout.max_tokens, config.eval.max_tokens))
@@ -123,6 +127,7 @@ class Run:
             is_kept=lambda scored: (
                 not algo.dynamic_sampling or has_learning_signal(scored, mask_truncated=algo.loss.mask_truncated)
             ),
+            begin=self.rubric.begin if self.rubric.is_slow else None,
         )
         if self.checkpoint:
             self._restore(self.checkpoint)
@@ -142,6 +147,7 @@ class Run:
         try:
             self._train()
         finally:
+            self.rubric.close()
             self.cluster.close()
         self._finish()
 
@@ -197,8 +203,12 @@ class Run:
         with self.tracer.span("preflight", step=0):
             for index in range(self.config.preflight.groups):
                 self.cluster.pool.submit(self.stream.request(index))
-            groups = [self.rubric.score(self.cluster.pool.collect()) for _ in range(self.config.preflight.groups)]
-        report = inspect(groups, mask_truncated=self.config.algo.loss.mask_truncated)
+            groups = [self.cluster.pool.collect() for _ in range(self.config.preflight.groups)]
+            for group in groups:
+                self.rubric.begin(group)
+            scored = [self.rubric.score(group) for group in groups]
+            self.rubric.metrics()  # of no step
+        report = inspect(scored, mask_truncated=self.config.algo.loss.mask_truncated)
         self.progress.message(report.line())
         check(report, self.config.rollout.max_tokens, self.renderer.end_tokens)
 
@@ -207,10 +217,11 @@ class Run:
         seconds = self.tracer.step_seconds(step)
         scored = [*(group.scored for group in result.groups), *result.discarded]
         metrics = result.metrics | self.stream.observe(scored)
-        metrics |= {f"seconds/{name}": value for name, value in seconds.items()}
+        metrics |= {f"seconds/{name}": value for name, value in seconds.items()} | self.rubric.metrics()
         # if rollouts overlap learning, the time spent waiting for them does not measure their speed
         stages = OVERLAPPED if config.cluster.kind == "ray" and config.algo.max_staleness else ("rollout",)
         sampling = sum(seconds.get(name, 0.0) for name in stages)
+        sampling -= metrics["seconds/reward"] if self.rubric.is_slow else 0.0  # waiting for a server, say
         metrics["tokens_per_second"] = metrics["completion/tokens"] / max(sampling, 1e-9)
         self.recorder.record_step(step, metrics)
         self.recorder.record_groups(step, result.groups, result.discarded)

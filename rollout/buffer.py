@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,7 @@ class GroupBuffer:
         max_staleness: int = 0,
         max_discarded: int = 0,
         is_kept: Callable[[ScoredGroup], bool] = lambda _: True,
+        begin: Callable[[RolloutGroup], None] | None = None,
     ) -> None:
         """Start empty; `next_batch` admits the first requests.
 
@@ -43,6 +45,10 @@ class GroupBuffer:
             max_staleness: steps between admission and consumption; 0 is on-policy.
             max_discarded: a step that has discarded more groups than this admits no replacements.
             is_kept: False to discard a group and replace it.
+            begin: starts to score a group, without waiting; called when one is sampled, in whatever
+                thread sees it first. With it, `score` is called for the groups of a batch together,
+                when all of them are sampled, and waits for what was begun. None where scores take
+                no time.
         """
         self._pool, self._request, self._score, self._is_kept = pool, request, score, is_kept
         self._groups_per_step, self._max_staleness, self._max_discarded = groups_per_step, max_staleness, max_discarded
@@ -51,6 +57,10 @@ class GroupBuffer:
         # step and policy version at admission, by index
         self._admitted: dict[int, tuple[int, int]] = {}
         self._finished: dict[int, RolloutGroup] = {}  # in order of completion
+        self._begin = begin
+        self._scoring_s = 0.0
+        if begin is not None:
+            pool.on_sampled(self._begin_admitted)
 
     @property
     def on_policy(self) -> bool:
@@ -100,13 +110,39 @@ class GroupBuffer:
             self._pool.flush()
             if not self._admitted:  # replacement limit reached: train on what there is
                 break
-            scored = self._score(self._collect(step))
-            (batch if self._is_kept(scored) else discarded).append(scored)
+            for group in self._take(step, self._groups_per_step - len(batch)):
+                start = time.perf_counter()
+                scored = self._score(group)
+                self._scoring_s += time.perf_counter() - start
+                (batch if self._is_kept(scored) else discarded).append(scored)
         return batch, discarded
 
+    def metrics(self) -> dict[str, float]:
+        """Return the seconds for which `next_batch` waited for scores since the last reading."""
+        waited, self._scoring_s = self._scoring_s, 0.0
+        return {"seconds/reward": waited}
+
     def _submit(self, index: int, step: int, version: int) -> None:
-        self._pool.submit(self._request(index))
+        request = self._request(index)
         self._admitted[index] = (step, version)
+        self._pool.submit(request)
+
+    def _begin_admitted(self, group: RolloutGroup) -> None:
+        """Start to score a group of this buffer; others may share its pool."""
+        if self._begin is not None and group.request.index in self._admitted:
+            self._begin(group)
+
+    def _take(self, step: int, wanted: int) -> list[RolloutGroup]:
+        """Wait for the next groups to consume: one, or all that are `wanted` if scores take time.
+
+        Which groups these are, and in which order, does not depend on how long scores take.
+        """
+        if self._begin is None:
+            return [self._collect(step)]
+        groups = [self._collect(step) for _ in range(min(wanted, len(self._admitted)))]
+        if not self.on_policy:
+            self._pool.sample_ahead()  # so that the next step's scores come while this one is learnt
+        return groups
 
     def _collect(self, step: int) -> RolloutGroup:
         """Wait for the next group to consume and return it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 from rlmed.core.types import RolloutGroup, RolloutRequest
 from rlmed.core.weights import WeightUpdate
@@ -18,6 +19,7 @@ class LocalPool:
         self.engine = engine
         self._finished: deque[RolloutGroup] = deque()
         self._in_flight = 0
+        self._seen: Callable[[RolloutGroup], None] = lambda group: None
 
     @property
     def in_flight(self) -> int:
@@ -37,9 +39,18 @@ class LocalPool:
         if self._in_flight == 0:
             raise RuntimeError("collect() was called with no request in flight")
         while not self._finished:
-            self._finished.extend(self.engine.step())
+            self._step()
         self._in_flight -= 1
         return self._finished.popleft()
+
+    def on_sampled(self, seen: Callable[[RolloutGroup], None]) -> None:
+        """Call `seen` with each group when its last completion has ended, in this thread."""
+        self._seen = seen
+
+    def sample_ahead(self) -> None:
+        """Sample all that is in flight; `collect` then returns it at once."""
+        while self.engine.busy:
+            self._step()
 
     def sleep(self) -> None:
         """No-op: on a CPU the engine has freed its pages; on a GPU graphs know their addresses."""
@@ -48,8 +59,8 @@ class LocalPool:
         """Set the policy version; the engine reads the learner's parameters."""
         if weights is not None:
             raise ValueError("the local pool shares the learner's parameters and takes no others")
-        while self._on_push == "finish" and self.engine.busy:
-            self._finished.extend(self.engine.step())
+        if self._on_push == "finish":
+            self.sample_ahead()
         self.engine.update_weights(version)
 
     def metrics(self) -> dict[str, float]:
@@ -61,3 +72,9 @@ class LocalPool:
         self.engine.abort()
         self._finished.clear()
         self._in_flight = 0
+
+    def _step(self) -> None:
+        groups = self.engine.step()
+        for group in groups:
+            self._seen(group)
+        self._finished.extend(groups)

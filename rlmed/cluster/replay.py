@@ -64,6 +64,7 @@ class ReplayPool:
         self._loaded: tuple[Path, list[TrainGroup]] | None = None
         self._waiting: deque[RolloutRequest] = deque()
         self._version = 0
+        self._seen: Callable[[RolloutGroup], None] = lambda group: None
 
     @property
     def in_flight(self) -> int:
@@ -87,7 +88,16 @@ class ReplayPool:
             dataclasses.replace(entry, min_version=self._version, max_version=self._version)
             for entry in group.completions
         )
-        return RolloutGroup(dataclasses.replace(group.request, index=index), tuple(completions))
+        replayed = RolloutGroup(dataclasses.replace(group.request, index=index), tuple(completions))
+        self._seen(replayed)
+        return replayed
+
+    def on_sampled(self, seen: Callable[[RolloutGroup], None]) -> None:
+        """Call `seen` with each group when it is read, in this thread."""
+        self._seen = seen
+
+    def sample_ahead(self) -> None:
+        """No-op: nothing is sampled."""
 
     def sleep(self) -> None:
         """Pass on to the evaluating pool."""

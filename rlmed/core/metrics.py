@@ -34,6 +34,7 @@ METRICS = {
     "policy_version": Metric("latest", "updates", "optimizer steps behind the weights"),
     "reward/mean": Metric("mean", "", "weighted reward, over all completions sampled for the step"),
     "reward/*": Metric("mean", "", "one part of the reward before weighting, over the same completions"),
+    "reward/*_missing": Metric("sum", "completions", "completions without this slow reward (on_failure=missing)"),
     "reward_std/*": Metric(
         "latest", "", "running standard deviation of rewards within the groups of a modality (algo.normalize_by)"
     ),
@@ -64,6 +65,10 @@ METRICS = {
     ),
     "tokens_per_second": Metric("mean", "tokens/s", "tokens sampled, or trained on in supervised fine-tuning"),
     "seconds/*": Metric("sum", "s", "time of a stage: rollout, learn, push_weights"),
+    "seconds/reward": Metric("sum", "s", "of the stage rollout, the time spent on rewards or waiting for them"),
+    "seconds/reward_calls": Metric(
+        "sum", "s", "time that rewards took since the step before, calls of slow ones at the same time added up"
+    ),
     "rollout/workers_ready": Metric("latest", "workers", "rollout workers that can sample"),
     "rollout/idle_share": Metric("mean", "share", "the workers' time without work"),
     "rollout/workers_lost": Metric("total", "workers", "rollout workers replaced"),
@@ -87,4 +92,6 @@ def find_metric(name: str) -> Metric:
         's'
     """
     family, slash, _ = name.partition("/")
+    if family == "reward" and name.endswith("_missing"):
+        return METRICS["reward/*_missing"]
     return METRICS[name if name in METRICS or not slash else f"{family}/*"]

@@ -48,6 +48,17 @@ class RolloutPool(Protocol):
         """
         ...
 
+    def on_sampled(self, seen: Callable[[RolloutGroup], None]) -> None:
+        """Call `seen` with each group as soon as it is sampled, before `collect` returns it.
+
+        It may run in another thread, while the learner works, and must return soon.
+        """
+        ...
+
+    def sample_ahead(self) -> None:
+        """Finish what is in flight, if nobody samples it while the learner works; else no-op."""
+        ...
+
     def sleep(self) -> None:
         """Release GPU memory for the learner until the next `update_weights`."""
         ...

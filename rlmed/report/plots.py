@@ -121,7 +121,8 @@ def draw_metrics(lines: Sequence[Mapping[str, Any]]) -> list[Plot]:
         lines: lines of metrics.jsonl: "step", and values by name; null means missing.
     """
     lines = [{_current_name(name): value for name, value in line.items()} for line in lines]
-    rewards = sorted({name for line in lines for name in line if name.startswith("reward/")} - {"reward/mean"})
+    named = {name for line in lines for name in line if name.startswith("reward/") and not name.endswith("_missing")}
+    rewards = sorted(named - {"reward/mean"})
     names = {"reward/mean": "total", **{name: name.removeprefix("reward/") for name in rewards}}
     deviations = sorted({name for line in lines for name in line if name.startswith("reward_std/")})
     panels = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from rlmed.core.types import RolloutGroup, RolloutRequest
@@ -22,6 +23,7 @@ class Channel:
         self._submitted: list[RolloutRequest] = []
         self._groups: queue.SimpleQueue[RolloutGroup | str | None] = queue.SimpleQueue()
         self._in_flight = 0
+        self._seen: Callable[[RolloutGroup], None] = lambda group: None
 
     @property
     def in_flight(self) -> int:
@@ -60,6 +62,13 @@ class Channel:
             raise ValueError(group)
         return group
 
+    def on_sampled(self, seen: Callable[[RolloutGroup], None]) -> None:
+        """Call `seen` with each group when it arrives, in the pool's thread."""
+        self._seen = seen
+
+    def sample_ahead(self) -> None:
+        """No-op: workers sample while the learner works."""
+
     def sleep(self) -> None:
         """See `WorkerPool.sleep`."""
         self._pool.sleep()
@@ -80,6 +89,7 @@ class Channel:
 
     def deliver(self, group: RolloutGroup) -> None:
         """Hand over a finished group; called by the pool."""
+        self._seen(group)
         self._groups.put(group)
 
     def refuse(self, reason: str) -> None:

@@ -2,7 +2,8 @@
 
 PLACE is one of: nowhere, rollout:N (at group N), backward:N (at gradient N), optimizer:N (at update
 N), checkpoint:N (while writing the checkpoint of step N), metrics:N (before step N is written
-down), report:1 (before the report is written), images:N (after the N-th file of generated rows).
+down), report:1 (before the report is written), images:N (after the N-th file of generated rows),
+reward:N (in the middle of the N-th line of the slow rewards' cache).
 With wait:M,N it doesn't die but stands still before steps M and N are written down, each time until
 somebody has removed the file `waits` that it makes in its folder; it notices a lost head of Ray
 sooner than others do.
@@ -32,6 +33,7 @@ import rlmed.launch
 import rlmed.report.terminal
 from learner.learner import PolicyLearner
 from learner.optimizer import Optimizer
+from rewards.cache import RewardCache
 from rlmed.commandline import run_command
 from rlmed.recording.recorder import RunRecorder
 from rollout.local import LocalPool
@@ -79,6 +81,22 @@ def die_in_checkpoint(step: int) -> None:
     PolicyLearner.save = deadly  # type: ignore[method-assign]
 
 
+def die_in_reward(number: int) -> None:
+    """Kill the process when half of the `number`-th line of rewards is written."""
+    original, lines = RewardCache._append, 0
+
+    def deadly(self: RewardCache, path: Path, line: bytes) -> None:
+        nonlocal lines
+        lines += 1
+        if lines < number:
+            original(self, path, line)
+        elif lines == number:
+            original(self, path, line[: len(line) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    RewardCache._append = deadly  # type: ignore[method-assign]
+
+
 def wait_before(steps: set[int]) -> None:
     """Stand still in the main thread before these steps are written down; all else goes on."""
     original = RunRecorder.record_groups
@@ -121,6 +139,8 @@ def main() -> None:
             die_at_call(rlmed.data.phantom.studies, "write_split", int(number), after=True)
         case "metrics":
             die_at_call(RunRecorder, "record_groups", int(number), after=False)
+        case "reward":
+            die_in_reward(int(number))
         case "wait":
             wait_before({int(step) for step in number.split(",")})
             notice_a_lost_head_soon()

@@ -94,10 +94,12 @@ def check_same_run(saved: Path, config: RunConfig, *, unused: Collection[str]) -
     assert isinstance(content, dict)
     before = ADDED | {RENAMED.get(key, key): value for key, value in _flat(content).items() if key not in REMOVED}
     after = _flat(_plain(dataclasses.asdict(config)))
+    without = () if "judge" in config.reward.weights else ("reward.judge.",)
     different = [
         f"{key}: {before.get(key)!r} then, {after.get(key)!r} now"
         for key in after | before  # a mapping, such as data.mix, may have had other entries then
-        if not may_change(key) and not {key, key.split(".")[0]} & {*unused} and before.get(key) != after.get(key)
+        if not (may_change(key) or key.startswith(without) or {key, key.split(".")[0]} & {*unused})
+        and before.get(key) != after.get(key)
     ]
     if different:
         raise ValueError(

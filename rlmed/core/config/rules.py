@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from rlmed.core.config.rewarding import JudgeConfig
 from rlmed.core.config.running import ClusterConfig
 from rlmed.core.config.schema import LearnerConfig, LoraConfig
 
@@ -261,6 +262,21 @@ RULES = (
         when={"reward.extra": ([],)},
         advice="It bounds your own functions: give reward.extra",
     ),
+    Rule(
+        keys=tuple(f"reward.slow.{name}" for name in ("names", "concurrency", "retries", "on_failure")),
+        when={"reward.extra": ([],)},
+        advice="It is for your own functions, and a judge has its own: give reward.extra",
+    ),
+    Rule(
+        keys=("reward.slow",),
+        when={"reward.extra": ([],), "reward.judge.url": (None,)},
+        advice="It is for rewards that take time: give reward.extra or reward.judge.url",
+    ),
+    Rule(
+        keys=_keys("reward.judge", JudgeConfig, but=("url",)),
+        when={"reward.judge.url": (None,)},
+        advice="Set reward.judge.url",
+    ),
     # engines and processes
     Rule(keys=VLLM, when={"rollout.engine": ("native", "fake")}, advice="Set rollout=vllm (with cluster=ray)"),
     Rule(
@@ -275,6 +291,10 @@ RULES = (
 MAY_CHANGE = (
     *("name", "profile", "resume", "checkpoint", "preflight", "cluster", "reliability"),
     *("eval.every", "eval.at_start", "eval.at_end", "data.download", "learner.gradient_checkpointing"),
+    *(
+        "reward.slow",
+        *(f"reward.judge.{name}" for name in ("url", "timeout_s", "retries", "concurrency", "on_failure")),
+    ),
 )
 """Keys and sections that may change when a run resumes: they affect neither learning nor what is
 compared.
@@ -283,7 +303,7 @@ compared.
 
 def may_change(key: str) -> bool:
     """Return whether a run may resume with another value of `key`."""
-    return not {key, key.partition(".")[0]}.isdisjoint(MAY_CHANGE)
+    return any(f"{key}.".startswith(f"{name}.") for name in MAY_CHANGE)
 
 
 def reads(program: str, key: str, value: Any = None) -> bool:

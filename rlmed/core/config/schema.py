@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rlmed.core.config.checks import PRODUCT_USES, require, require_one_of
+from rlmed.core.config.rewarding import RewardConfig
 from rlmed.core.config.running import (
     CheckpointConfig,
     ClusterConfig,
@@ -218,22 +219,6 @@ class AlgoConfig:
         require(self.groups_per_step >= 1, f"algo.groups_per_step={self.groups_per_step} must be at least 1")
         require(self.max_staleness >= 0, f"algo.max_staleness={self.max_staleness} must not be negative")
         require(self.max_refills >= 0, f"algo.max_refills={self.max_refills} must not be negative")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewardConfig:
-    """Rewards and their weights."""
-
-    weights: Mapping[str, float]
-    extra: tuple[str, ...]
-    timeout_s: float
-
-    def __post_init__(self) -> None:
-        require(
-            any(self.weights.values()) or bool(self.extra),
-            f"reward.weights={dict(self.weights)} rewards nothing: give at least one reward a non-zero weight",
-        )
-        require(self.timeout_s > 0, f"reward.timeout_s={self.timeout_s} must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,356 @@
+"""Rewards that take time: asked for in threads while the run goes on, in batches, within limits."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import random
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+
+from rewards.cache import RewardCache, key_of
+from rewards.deadline import DeadlineError, call_within
+from rewards.extra import RewardError, finite_number
+from rewards.workers import Workers
+from rlmed.core.types import Completion, Example, FloatArray, RolloutGroup
+
+log = logging.getLogger(__name__)
+
+BatchCall = Callable[[Sequence[Example], Sequence[Completion]], Sequence[object]]
+"""Scores several completions in one call; entries i of arguments and result go together."""
+ON_FAILURE = ("stop", "missing")
+LONGEST_WAIT_S = 300.0
+"""Longest pause before a retry, whatever a server asks for."""
+HUNG_CALLS = 4
+"""Calls that may hang, for each of those that go on at a time, before the run stops."""
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+_DECLARED: dict[Callable[..., Any], dict[str, Any]] = {}
+
+
+class RewardUnavailableError(Exception):
+    """A slow reward could not be had this time: raised by its function, for a retry."""
+
+    def __init__(self, message: str, *, again: bool = True, after_s: float = 0.0) -> None:
+        """Say why; `again` is False where a retry is useless, `after_s` the shortest pause."""
+        super().__init__(message)
+        self.again, self.after_s = again, after_s
+
+
+class Noted(float):
+    """A reward with a text that the cache keeps beside it, as a judge's words."""
+
+    note: str
+
+    def __new__(cls, value: float, note: str) -> Noted:
+        """Return `value` with its note."""
+        noted = super().__new__(cls, value)
+        noted.note = note
+        return noted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """How a slow reward is called; see `reward.slow` in `conf/`."""
+
+    batch_size: int | None
+    """Most completions of a call; None for a function of one."""
+    concurrency: int
+    timeout_s: float
+    retries: int
+    wait_s: float
+    """Pause before the first retry, about doubled each time."""
+    max_calls: int | None
+    max_seconds: float | None
+    on_failure: str
+
+
+def slow(
+    *,
+    batch_size: int | None = None,
+    concurrency: int | None = None,
+    timeout_s: float | None = None,
+    retries: int | None = None,
+    max_calls: int | None = None,
+    max_seconds: float | None = None,
+    on_failure: str | None = None,
+) -> Callable[[Function], Function]:
+    """Mark a function of `reward.extra` as slow: it is called in threads, its results are cached.
+
+    Args:
+        batch_size: most completions of a call. With it the function is called as
+            f(examples, completions) and returns a number for each; without, as
+            f(example, completion).
+        concurrency: most calls at a time.
+        timeout_s: time limit of a call, in seconds.
+        retries: calls after one that raised or took too long.
+        max_calls: most calls of a run.
+        max_seconds: most seconds that the calls of a run may take together.
+        on_failure: "stop" or "missing", when all attempts have failed.
+
+    What is left out is as in `reward.slow` and `reward.timeout_s`.
+
+    Example:
+        >>> @slow(batch_size=8)
+        ... def lengths(examples, completions):
+        ...     return [len(completion.text) for completion in completions]
+    """
+    given = {name: value for name, value in locals().items() if value is not None}
+    for name in ("batch_size", "concurrency", "timeout_s", "max_calls", "max_seconds"):
+        if name in given and not given[name] > 0:
+            raise ValueError(f"slow({name}={given[name]}): give a positive number")
+    if on_failure not in (None, *ON_FAILURE):
+        raise ValueError(f"slow(on_failure={on_failure!r}): give one of {', '.join(ON_FAILURE)}")
+
+    def mark(function: Function) -> Function:
+        _DECLARED[function] = given
+        return function
+
+    return mark
+
+
+def declared(function: Callable[..., Any]) -> Mapping[str, Any] | None:
+    """Return the arguments of the `slow` that marks a function; None if none does."""
+    return _DECLARED.get(function)
+
+
+class _FailedError(Exception):
+    """All attempts of a call have failed."""
+
+
+@dataclass(slots=True)
+class _Asked:
+    """A completion whose reward is being asked for."""
+
+    key: str
+    completion: Completion
+    result: Future[float] = field(default_factory=Future)
+
+
+class SlowReward:
+    """A `rewards.base.GroupReward` whose calls go on in threads from `begin` on.
+
+    Results are those of the cache where it has them, and one call serves equal texts. What calls
+    return does not depend on when they return, so a run's numbers don't either.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        call: BatchCall,
+        limits: Limits,
+        cache: RewardCache | None,
+        *,
+        settings: Mapping[str, Any],
+        keys: Mapping[str, str],
+        known: Callable[[Example, Completion], float | None] = lambda example, completion: None,
+    ) -> None:
+        """Start nothing yet.
+
+        Args:
+            name: of the reward.
+            call: called with up to `limits.batch_size` completions of a group.
+            limits: how.
+            cache: of the run; None calls again each time.
+            settings: what its values depend on, besides example and text, of JSON's types.
+            keys: the configuration key of each field of `limits`, for messages.
+            known: the reward of a completion that needs no call, else None.
+        """
+        self.name, self.limits = name, limits
+        self._call, self._cache, self._settings, self._keys, self._known = call, cache, settings, keys, known
+        self._workers = Workers(limits.concurrency, f"reward {name}")
+        self._lock = threading.RLock()
+        self._begun: dict[int, list[Future[float]]] = {}
+        self._asked: dict[str, Future[float]] = {}
+        self._calls, self._seconds = (0, 0.0) if cache is None else cache.spent(name)
+        self._read_seconds = self._seconds
+        self._hung: list[threading.Thread] = []
+        self._down = False
+        """True after a call failed for good: the next ones get one attempt."""
+        self._error: Exception | None = None
+        self._random = random.Random()
+
+    def begin(self, group: RolloutGroup) -> None:
+        """Ask for a group's rewards without waiting; from any thread, and raises nothing."""
+        with self._lock:
+            index = group.request.index
+            if index not in self._begun:
+                try:
+                    self._begun[index] = self._ask(group)
+                except Exception as error:  # raised where the group is scored
+                    self._begun[index] = [_failed(error)]
+
+    def __call__(self, group: RolloutGroup) -> FloatArray:
+        """Wait for a group's rewards; float32 [G], NaN where one is missing.
+
+        Raises:
+            RewardError: if a call failed and `on_failure` is "stop", or returned no finite numbers.
+        """
+        self.begin(group)
+        with self._lock:
+            results = self._begun.pop(group.request.index)
+        return np.array([result.result() for result in results], dtype=np.float32)
+
+    def read_seconds(self) -> float:
+        """Return the seconds that calls took since the last reading, those at one time added up."""
+        with self._lock:
+            taken, self._read_seconds = self._seconds - self._read_seconds, self._seconds
+        return taken
+
+    def close(self) -> None:
+        """Drop what is not asked for yet."""
+        self._workers.close()
+
+    def _ask(self, group: RolloutGroup) -> list[Future[float]]:
+        """Queue the calls that a group needs; return its results in order."""
+        example = group.prompt.example
+        known = [self._known(example, completion) for completion in group.completions]
+        keys = [
+            key_of(self.name, self._settings, example, completion.text) if value is None else ""
+            for completion, value in zip(group.completions, known, strict=True)
+        ]
+        results, fresh = [], []
+        for completion, value, key in zip(group.completions, known, keys, strict=True):
+            value = self._cache.get(key) if value is None and self._cache is not None else value
+            if value is not None:
+                results.append(_done(value))
+                continue
+            if key not in self._asked:
+                fresh.append(_Asked(key, completion))
+                self._asked[key] = fresh[-1].result
+            results.append(self._asked[key])
+        for batch in _batches(fresh, self.limits):
+            self._workers.add(group.request.index, functools.partial(self._serve, example, batch))
+        return results
+
+    # Everything below runs in the workers.
+
+    def _serve(self, example: Example, batch: Sequence[_Asked]) -> None:
+        try:
+            values = self._values(example, batch)
+        except Exception as error:  # raised where the group is scored
+            self._error = self._error or error
+            self._forget(batch)
+            for entry in batch:
+                entry.result.set_exception(error)
+        else:
+            self._forget(batch)
+            for entry, value in zip(batch, values, strict=True):
+                entry.result.set_result(value)
+
+    def _forget(self, batch: Sequence[_Asked]) -> None:
+        with self._lock:
+            for entry in batch:
+                del self._asked[entry.key]
+
+    def _values(self, example: Example, batch: Sequence[_Asked]) -> list[float]:
+        """Return a batch's rewards, NaN if they are missing."""
+        if self._error is not None:
+            raise self._error
+        try:
+            return self._attempts(example, batch)
+        except _FailedError as failed:
+            what = f"reward {self.name} on example {example.id!r}: {failed}"
+            if self.limits.on_failure == "stop":
+                raise RewardError(
+                    f"{what}. Mend this and continue with resume=auto; {self._keys['on_failure']}=missing would leave the "
+                    "reward out of the groups that lack it"
+                ) from failed
+            log.warning("%s: it counts as missing", what)
+            return [math.nan] * len(batch)
+
+    def _attempts(self, example: Example, batch: Sequence[_Asked]) -> list[float]:
+        last = 0 if self._down else self.limits.retries
+        why, spent = "", 0.0
+        for attempt in range(last + 1):
+            self._take_from_budget()
+            start, pause, again = time.perf_counter(), 0.0, True
+            try:
+                values = self._checked(call_within(self.limits.timeout_s, lambda: self._called(example, batch)), batch)
+            except DeadlineError as error:
+                why = f"no result after {self.limits.timeout_s:g} s ({self._keys['timeout_s']})"
+                self._count_hung(error.thread)
+            except RewardError:
+                raise
+            except RewardUnavailableError as error:
+                why, pause, again = str(error), error.after_s, error.again
+            except (Exception, SystemExit) as error:  # a user's function may raise anything
+                why = f"it raised {type(error).__name__}: {error}"
+            else:
+                self._down = False
+                spent += self._spend(start)
+                self._keep(batch, values, attempt + 1, spent)
+                return [float(value) for value in values]
+            spent += self._spend(start)
+            if not again or attempt == last:
+                break
+            doubled = self.limits.wait_s * 2**attempt * self._random.uniform(0.5, 1.0)
+            if self._workers.closing.wait(min(max(doubled, pause), LONGEST_WAIT_S)):
+                raise _FailedError(f"{why}, and the run ends")
+        self._down = self._down or again
+        raise _FailedError(why if attempt == 0 else f"{why}, the last of {attempt + 1} attempts")
+
+    def _called(self, example: Example, batch: Sequence[_Asked]) -> list[object]:
+        return list(self._call([example] * len(batch), [entry.completion for entry in batch]))
+
+    def _checked(self, returned: list[object], batch: Sequence[_Asked]) -> list[float]:
+        if len(returned) != len(batch):
+            raise RewardError(f"reward {self.name}: it returned {len(returned)} numbers for {len(batch)} completions")
+        where = f"reward {self.name}"
+        return [value if isinstance(value, Noted) else finite_number(value, where) for value in returned]
+
+    def _keep(self, batch: Sequence[_Asked], values: Sequence[float], calls: int, seconds: float) -> None:
+        if self._cache is not None:
+            pairs = list(zip([entry.key for entry in batch], values, strict=True))
+            notes = {key: value.note for key, value in pairs if isinstance(value, Noted)}
+            own = {key: float(value) for key, value in pairs}
+            self._cache.add(self.name, own, calls=calls, seconds=seconds, notes=notes)
+
+    def _take_from_budget(self) -> None:
+        limits = self.limits
+        with self._lock:
+            if limits.max_calls is not None and self._calls >= limits.max_calls:
+                raise _FailedError(f"the run's {limits.max_calls} calls are spent ({self._keys['max_calls']})")
+            if limits.max_seconds is not None and self._seconds >= limits.max_seconds:
+                raise _FailedError(f"the run's {limits.max_seconds:g} s are spent ({self._keys['max_seconds']})")
+            self._calls += 1
+
+    def _spend(self, start: float) -> float:
+        taken = time.perf_counter() - start
+        with self._lock:
+            self._seconds += taken
+        return taken
+
+    def _count_hung(self, thread: threading.Thread | None) -> None:
+        """Note a call that was given up; raise RewardError if too many of them never end."""
+        with self._lock:
+            self._hung = [entry for entry in (*self._hung, thread) if entry is not None and entry.is_alive()]
+            if len(self._hung) > HUNG_CALLS * self.limits.concurrency:
+                raise RewardError(
+                    f"reward {self.name}: {len(self._hung)} calls that took longer than {self.limits.timeout_s:g} s still "
+                    f"hang: give its own calls a time limit, or raise {self._keys['timeout_s']}"
+                )
+
+
+def _batches(asked: Sequence[_Asked], limits: Limits) -> list[Sequence[_Asked]]:
+    size = limits.batch_size or 1
+    return [asked[start : start + size] for start in range(0, len(asked), size)]
+
+
+def _done(value: float) -> Future[float]:
+    result: Future[float] = Future()
+    result.set_result(value)
+    return result
+
+
+def _failed(error: Exception) -> Future[float]:
+    result: Future[float] = Future()
+    result.set_exception(error)
+    return result
