@@ -73,7 +73,7 @@ def take_apart(text: str, answer: str) -> dict[str, Any]:
 
 
 def show_judged(text: str, judged: Judged, truth: Any) -> dict[str, Any]:
-    """Return a completion of another task as `take_apart` does; "judged" says what to show of it."""
+    """Return a completion of another task as `take_apart` does; "judged" is what to show."""
     answer = judged.answer
     shown: dict[str, Any] = {
         "scores": judged.scores,

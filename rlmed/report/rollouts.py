@@ -1,4 +1,4 @@
-"""Choose the rollouts and evaluated rows that the report shows, and prepare them for the template."""
+"""Choose the rollouts and evaluated rows that the report shows, and prepare them to be shown."""
 
 from __future__ import annotations
 

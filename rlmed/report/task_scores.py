@@ -67,7 +67,7 @@ def _by_name(summary: EvalSummary | None) -> Mapping[tuple[str, str], TaskSummar
 def _line(
     task: TaskSummary, name: str, before: TaskSummary | None, sft: TaskSummary | None, test: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return a score's line; a comparison knows main scores only, and of the earlier no interval."""
+    """Return a score's line; a comparison knows main scores only, and no intervals."""
     is_main = name == task.main
     now, old = _figures(task)[name], None if before is None else _figures(before).get(name)
     earlier = old.value if old is not None else test.get("before") if is_main else None
@@ -92,7 +92,7 @@ def _figures(task: TaskSummary) -> Mapping[str, Estimate]:
 
 
 def _p_value(file: str, task: TaskSummary, before: Sequence[EvalRow], after: Sequence[EvalRow]) -> float | None:
-    """Return the paired test of the main scores; None unless both evaluations have the same rows."""
+    """Return the paired test of the main scores; None if the evaluations have other rows."""
     sides = [
         {
             (row.id, row.question): row.scores.get(task.main)

@@ -193,7 +193,10 @@ def test_without_a_picture_nothing_is_drawn(tmp_path):
 
 
 def test_words_that_differ_are_marked(tmp_path):
-    record(tmp_path, [(example("report", ["Normal study.", "A cyst in the left lung."]), (f"cyst in the right lung {EVIL}",))])
+    record(
+        tmp_path,
+        [(example("report", ["Normal study.", "A cyst in the left lung."]), (f"cyst in the right lung {EVIL}",))],
+    )
     html = write_report(tmp_path).read_text()
     marked = re.search(r'<p class="answer">(.*?)</p>', html)[1]
     assert marked.startswith("cyst in <del>the left</del> <ins>the right</ins> lung")
