@@ -40,6 +40,8 @@ from rlmed.report.leakage import show_leakage
 from rlmed.report.plots import draw_accuracy, draw_metrics
 from rlmed.report.reliability import show_reliability
 from rlmed.report.rollouts import Pictures, show_groups, show_rows
+from rlmed.report.task_scores import show_scores
+from rlmed.tasks.registry import add_tasks
 
 REPORT_FILE = "report.html"
 TEMPLATE, SCRIPT, SHEET = "report.html.j2", "report.js", "report.css"
@@ -146,6 +148,7 @@ def _context(folder: Path, environment: Environment, sft: Path | None) -> dict[s
             "questions": _names([file["name"] for file in data["files"]]),
         },
         "table": _accuracy_table(evaluations),
+        "scores": _scores(evaluations),
         "reliability": None if evaluations.reliability is None else show_reliability(evaluations.reliability),
         "plots": ([accuracy] if accuracy else []) + draw_metrics(metrics),
         "timeline": _timeline(folder / TIMELINE_LINES),
@@ -274,6 +277,19 @@ def _accuracy_table(evaluations: _Evaluations) -> dict[str, Any] | None:
     }
 
 
+def _scores(evaluations: _Evaluations) -> dict[str, Any] | None:
+    if not evaluations.summaries:
+        return None
+    first, last = evaluations.summaries[0], evaluations.summaries[-1]
+    return show_scores(
+        None if first is last else first,
+        last,
+        (evaluations.first_rows, evaluations.last_rows),
+        evaluations.comparison,
+        evaluations.sft,
+    )
+
+
 def _table_line(
     file: FileSummary, before: FileSummary | None, sft: FileSummary | None, evaluations: _Evaluations
 ) -> dict[str, Any]:
@@ -360,8 +376,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m rlmed.report", description="Write a run folder's report.html.")
     parser.add_argument("run_folder", type=Path)
     parser.add_argument("--sft", type=Path, metavar="FOLDER", help="run of rlmed.sft to show in the same table")
+    parser.add_argument("--extra-tasks", nargs="+", default=[], metavar="MODULE:CLASS", help="as data.extra_tasks")
     keep_display()
     arguments = parser.parse_args()
     with ending_errors():
+        add_tasks(arguments.extra_tasks)  # not those in config.yaml: a folder from elsewhere would run its code
         report = write_report(arguments.run_folder, sft=arguments.sft)
     sys.stdout.write(f"report: {report}\n")

@@ -1,28 +1,25 @@
-"""Choose the rollouts and evaluated rows that the report shows; split completions into parts."""
+"""Choose the rollouts and evaluated rows that the report shows, and prepare them to be shown."""
 
 from __future__ import annotations
 
 import base64
 import io
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from rlmed.core.files.jsonlines import parse_line
-from rlmed.core.parsing import answer_text, evaluated_letter, reasoning_text
-from rlmed.core.types import LETTERS
 from rlmed.data.images import BadImageError, load_image
 from rlmed.evaluation.records import EvalRow
+from rlmed.report.answers import CHOICE, Judged, judge_of, show_judged, show_notes, show_question, take_apart
 
 GROUPS = 60
 ROWS = 60
 COMPLETIONS = 8
 """Most distinct completions to show by group."""
-CHARACTERS = 3000
-"""Longest completion in the report, in characters; the recorded one is not cut."""
 GAINED = "wrong → right"
 PICTURE_SIDE = 224
 FULL_SIZE = 8
@@ -66,6 +63,8 @@ class Pictures:
 def show_groups(rollouts: Path, pictures: Pictures) -> list[dict[str, Any]]:
     """Return groups for the template: best and worst alternating, then some from the whole run.
 
+    Each task has its share, since rewards of two tasks do not compare.
+
     Args:
         rollouts: rollouts.jsonl, which may exceed memory.
         pictures: collects the pictures.
@@ -73,7 +72,7 @@ def show_groups(rollouts: Path, pictures: Pictures) -> list[dict[str, Any]]:
     entries = _entries(rollouts)
     shown = []
     with rollouts.open("rb") if entries else io.BytesIO() as file:
-        for pick, (_, _, offset, number) in _choose(entries):
+        for pick, (_, _, offset, number) in _choose_of_each(entries):
             file.seek(offset)
             shown.append(_show_group(parse_line(file.readline(), rollouts, number), pick, pictures))
     return shown
@@ -83,8 +82,9 @@ _Entry = tuple[float, int, int, int]
 """Mean reward, step, byte offset and line number of a group."""
 
 
-def _entries(rollouts: Path) -> list[_Entry]:
-    entries: list[_Entry] = []
+def _entries(rollouts: Path) -> Mapping[str, list[_Entry]]:
+    """Return all groups by task."""
+    entries: dict[str, list[_Entry]] = defaultdict(list)
     if not rollouts.exists():
         return entries
     offset = 0
@@ -93,7 +93,7 @@ def _entries(rollouts: Path) -> list[_Entry]:
             if not line.endswith(b"\n"):  # still being written
                 break
             group = parse_line(line, rollouts, number)
-            entries.append((_mean_reward(group), group["step"], offset, number))
+            entries[str(group.get("task", CHOICE))].append((_mean_reward(group), group["step"], offset, number))
             offset += len(line)
     return entries
 
@@ -103,16 +103,23 @@ def _mean_reward(group: Mapping[str, Any]) -> float:
     return sum(rewards) / len(rewards) if rewards else 0.0
 
 
-def _choose(entries: Sequence[_Entry]) -> list[tuple[str, _Entry]]:
+def _choose_of_each(entries: Mapping[str, Sequence[_Entry]]) -> list[tuple[str, _Entry]]:
+    """Choose at most `GROUPS`, as many of each task, taking turns."""
+    most = max(1, GROUPS // max(1, len(entries)))
+    turns = zip_longest(*(_choose(of_task, most) for of_task in entries.values()))
+    return [chosen for turn in turns for chosen in turn if chosen is not None][:GROUPS]
+
+
+def _choose(entries: Sequence[_Entry], most: int) -> list[tuple[str, _Entry]]:
     """Choose a third each: best, worst (late ties first) and evenly over the run; none twice.
 
     Best and worst alternate, so that the first page shows both.
     """
-    third = -(-min(GROUPS, len(entries)) // 3)
+    third = -(-min(most, len(entries)) // 3)
     best = sorted(entries, key=lambda entry: (-entry[0], -entry[1], entry[2]))[:third]
     rest = sorted(set(entries) - set(best), key=lambda entry: (entry[0], -entry[1], entry[2]))
     worst, rest = rest[:third], sorted(rest[third:], key=lambda entry: entry[2])
-    count = min(len(rest), GROUPS - len(best) - len(worst))
+    count = min(len(rest), most - len(best) - len(worst))
     spread = [rest[i * len(rest) // count] for i in range(count)]
     turns = [
         entry for pair in zip_longest([("best", p) for p in best], [("worst", p) for p in worst]) for entry in pair
@@ -121,74 +128,49 @@ def _choose(entries: Sequence[_Entry]) -> list[tuple[str, _Entry]]:
 
 
 def _show_group(group: Mapping[str, Any], pick: str, pictures: Pictures) -> dict[str, Any]:
-    completions = _merge(group["completions"], group["answer"])
+    task = str(group.get("task", CHOICE))
+    completions = _merge(group, task)
     # the template folds completions after the third, so move the worst forward
     ordered = [*completions[:2], *completions[-1:], *completions[2:-1]] if len(completions) > 3 else completions
     correct = sum(entry["count"] for entry in completions if entry["correct"])
+    judged = all(entry["correct"] is not None for entry in completions)
     total = len(group["completions"])
+    outcome = "all right" if correct == total else "some right" if correct else "none right"
     return {
         **{key: group[key] for key in ("step", "index", "example_id", "question", "modality")},
         # 0.1 wrote kind
         "question_type": group["question_type" if "question_type" in group else "kind"],
         "pick": pick,
-        "options": _options(group["options"], group["answer"]),
+        **show_question(task, group["options"], group["answer"], group.get("truth")),
         # earlier versions knew one picture a question
         "pictures": pictures.add_all([group["image"], *group.get("more_images", ())]),
         "reward": _mean_reward(group),
         "correct": correct,
         "total": total,
-        "outcome": "all right" if correct == total else "some right" if correct else "none right",
+        "outcome": outcome if judged else "not judged",
         "completions": ordered[:COMPLETIONS],
         "hidden": len(ordered[COMPLETIONS:]),
     }
 
 
-def _merge(completions: Iterable[Mapping[str, Any]], answer: str) -> list[dict[str, Any]]:
+def _merge(group: Mapping[str, Any], task: str) -> list[dict[str, Any]]:
     """Sort completions best first, merging equal texts with equal rewards into one with a count."""
     counts: Counter[str] = Counter()
     merged: dict[str, dict[str, Any]] = {}
-    for entry in completions:
-        key = repr((entry["text"], entry["reward"], entry["reward_parts"], entry["finish_reason"]))
+    judge = None if task == CHOICE else judge_of(group)
+    for entry in group["completions"]:
+        notes = show_notes(entry)
+        key = repr((entry["text"], entry["reward"], entry["reward_parts"], entry["finish_reason"], notes))
         counts[key] += 1
-        merged.setdefault(key, {**entry, **take_apart(entry["text"], answer)})
+        if key in merged:
+            continue
+        if judge is None:
+            taken = take_apart(entry["text"], group["answer"])
+        else:
+            taken = show_judged(entry["text"], judge(entry["text"]), group.get("truth"))
+        merged[key] = {**entry, **taken, "notes": notes}
     shown = [{**entry, "count": counts[key]} for key, entry in merged.items()]
     return sorted(shown, key=lambda entry: -(entry["reward"] if entry["reward"] is not None else float("-inf")))
-
-
-def take_apart(text: str, answer: str) -> dict[str, Any]:
-    """Split a well-formatted completion into reasoning and answer; keep any other text whole.
-
-    Args:
-        text: the completion.
-        answer: the right letter.
-
-    Returns:
-        "reasoning" and "answer" (None if not in the format), "raw" (None if it is), "letter" (or
-        None), "correct", and "cut": the number of characters left out.
-    """
-    letter = evaluated_letter(text)
-    parts: dict[str, Any] = {
-        "letter": letter,
-        "correct": letter == answer,
-        "reasoning": None,
-        "answer": None,
-        "raw": None,
-    }
-    reasoning = reasoning_text(text)
-    if reasoning is not None:
-        return parts | {
-            "reasoning": reasoning[:CHARACTERS],
-            "answer": (answer_text(text) or "")[:CHARACTERS],
-            "cut": len(reasoning[CHARACTERS:]),
-        }
-    return parts | {"raw": text[:CHARACTERS], "cut": len(text[CHARACTERS:])}
-
-
-def _options(options: Sequence[str], answer: str) -> list[dict[str, Any]]:
-    return [
-        {"letter": letter, "text": text, "correct": letter == answer}
-        for letter, text in zip(LETTERS, options, strict=False)
-    ]
 
 
 def show_rows(before: Sequence[EvalRow], after: Sequence[EvalRow], pictures: Pictures) -> list[dict[str, Any]]:
@@ -201,18 +183,17 @@ def show_rows(before: Sequence[EvalRow], after: Sequence[EvalRow], pictures: Pic
 
     Returns:
         Rows whose answer changed from wrong to right or back; with one evaluation, right and wrong
-        rows. Every file and outcome has its share of at most `ROWS` rows.
+        rows. Every file, task and outcome has its share of at most `ROWS` rows.
     """
     earlier = {(row.file, row.id): row for row in before if row.control == "none"}
-    piles: dict[tuple[str, str], list[tuple[EvalRow | None, EvalRow]]] = defaultdict(list)
+    piles: dict[tuple[str, str, str], list[tuple[EvalRow | None, EvalRow]]] = defaultdict(list)
     for row in after:
         old = earlier.get((row.file, row.id))
         if row.control != "none" or (before and (old is None or old.correct == row.correct)):
             continue
         outcome = "right" if row.correct else "wrong"
-        piles[row.file, outcome if old is None else f"{'right' if old.correct else 'wrong'} → {outcome}"].append(
-            (old, row)
-        )
+        change = outcome if old is None else f"{'right' if old.correct else 'wrong'} → {outcome}"
+        piles[row.file, change, row.task].append((old, row))
     share = ROWS // max(1, len(piles))
     return [
         {
@@ -222,16 +203,20 @@ def show_rows(before: Sequence[EvalRow], after: Sequence[EvalRow], pictures: Pic
             "id": row.id,
             "question_type": row.question_type,
             "question": row.question,
-            "options": _options(row.options, row.answer),
+            **show_question(row.task, row.options, row.answer, row.truth),
             "pictures": pictures.add_all(row.images),
             "answers": [_show_answer(one) for one in (old, row) if one is not None],
         }
-        for (file, outcome), pile in sorted(
-            piles.items(), key=lambda item: (item[0][1] != GAINED, item[0][1], item[0][0])
+        for (file, outcome, _), pile in sorted(
+            piles.items(), key=lambda item: (item[0][1] != GAINED, item[0][1], item[0][0], item[0][2])
         )
         for old, row in pile[: max(1, share)]
     ]
 
 
 def _show_answer(row: EvalRow) -> dict[str, Any]:
-    return {**take_apart(row.completion, row.answer), "tokens": row.tokens, "finish_reason": row.finish_reason}
+    if row.task == CHOICE:
+        taken = take_apart(row.completion, row.answer)
+    else:
+        taken = show_judged(row.completion, Judged(row.predicted, row.correct, row.scores), row.truth)
+    return {**taken, "notes": {}, "tokens": row.tokens, "finish_reason": row.finish_reason}

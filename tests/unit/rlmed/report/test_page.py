@@ -17,9 +17,10 @@ from rlmed.core.tracing import Tracer
 from rlmed.evaluation.records import Accuracy, EvalRow
 from rlmed.evaluation.results import EvalSummary, FileSummary, compare, write_evaluation
 from rlmed.report import plots as report_plots
+from rlmed.report.answers import CHARACTERS, take_apart
 from rlmed.report.page import write_report
 from rlmed.report.plots import MAX_POINTS, draw_accuracy, draw_metrics, running_mean
-from rlmed.report.rollouts import CHARACTERS, GROUPS, Pictures, show_groups, show_rows, take_apart
+from rlmed.report.rollouts import GROUPS, Pictures, show_groups, show_rows
 from tests.unit.rlmed.evaluation.test_old_names import TRUST
 from tests.unit.rlmed.report.test_pictures import numbered
 
