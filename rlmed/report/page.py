@@ -41,7 +41,7 @@ from rlmed.report.plots import draw_accuracy, draw_metrics
 from rlmed.report.reliability import show_reliability
 from rlmed.report.rollouts import Pictures, show_groups, show_rows
 from rlmed.report.task_scores import show_scores
-from rlmed.tasks.registry import add_tasks
+from rlmed.tasks.registry import settle_tasks
 
 REPORT_FILE = "report.html"
 TEMPLATE, SCRIPT, SHEET = "report.html.j2", "report.js", "report.css"
@@ -380,6 +380,8 @@ def main() -> None:
     keep_display()
     arguments = parser.parse_args()
     with ending_errors():
-        add_tasks(arguments.extra_tasks)  # not those in config.yaml: a folder from elsewhere would run its code
+        settle_tasks(
+            arguments.extra_tasks, None
+        )  # not those in config.yaml: a folder from elsewhere would run its code
         report = write_report(arguments.run_folder, sft=arguments.sft)
     sys.stdout.write(f"report: {report}\n")
