@@ -1,10 +1,11 @@
 """Measure whether answers depend on the picture, by the names of a published evaluation.
 
-Zafar, Murali and Vashist 2026 (arXiv 2603.03437) ask each question on its own picture, on a grey one
-and on another question's. Of that paper we have the abstract and its authors' summary in words, no
-formulas: visual reliance, image sensitivity and hallucinated reasoning are that summary written as
-formulas. How their "visual claims" were found is not known to us; the rule here is ours
-(`rlmed.tasks.metrics.claims`), and so is whatever is over the grey picture.
+Zafar, Murali and Vashist 2026 (arXiv 2603.03437) ask each question on its own picture, on a grey
+one and on another question's. Of that paper we have the abstract and its authors' summary in words
+(labscommunity.cohere.com/blog/2026/visual-grounding-medical-vlms), no formulas: visual reliance,
+image sensitivity and hallucinated reasoning are that summary written as formulas. How their "visual
+claims" were found is not known to us; the rule here is ours (`rlmed.tasks.metrics.claims`), and so
+is whatever is over the grey picture.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ SHOWN = {
 
 
 def faithfulness_table(found: Sequence[Faithfulness]) -> Table | None:
-    """Build a table with a column per file and task and a line per figure, in per cent."""
+    """Build a table with a column per file and task, two lines per figure, in per cent."""
     if not found:
         return None
     table = Table(
@@ -43,7 +43,7 @@ def faithfulness_table(found: Sequence[Faithfulness]) -> Table | None:
     )
     table.add_column("", overflow="fold")
     for one in found:
-        table.add_column(f"{one.file}, {one.task}\n{one.rows} rows", justify="right", overflow="fold")
+        table.add_column(f"{one.file}\n{one.task}\n{one.rows} rows", justify="right", overflow="fold")
     for name, label in SHOWN.items():
         figures = [getattr(one, name) for one in found]
         if any(figure is not None for figure in figures):
@@ -55,4 +55,4 @@ def _cell(figure: Accuracy | Estimate | None) -> str:
     if figure is None:
         return "–"
     value, low, high = (100 * x + 0.0 for x in (figure.value, figure.low, figure.high))
-    return f"{value:.1f} ({low:.0f} to {high:.0f})"
+    return f"{value:.1f}\n{low:.0f} to {high:.0f}"

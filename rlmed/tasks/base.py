@@ -104,7 +104,7 @@ class Task(ABC):
         return {}
 
     def same(self, first: str, second: str, truth: Any) -> bool:
-        """Return whether two answers to one question say the same: by default, after normalisation."""
+        """Return whether two answers to one question say the same, by default when normalised."""
         return (normalise(first) or first) == (normalise(second) or second)
 
     def asserts(self, answer: str, truth: Any, options: Sequence[str]) -> bool | None:

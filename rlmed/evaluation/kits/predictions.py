@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -72,11 +73,12 @@ def write_predictions(step_folder: Path, names: Sequence[str], model: str) -> Pr
     Args:
         step_folder: folder of the evaluation.
         names: of the kits.
-        model: name or folder of the model; its last part names files.
+        model: name or folder of the model; its last part names files, with "_" for odd characters.
 
     Raises:
         OSError: if a write fails.
     """
+    name_of_model = re.sub(r"[^\w.-]", "_", Path(model).name) or "model"
     by_file: dict[str, list[EvalRow]] = {}
     for row in read_rows(step_folder):
         if row.control == "none":
@@ -86,16 +88,16 @@ def write_predictions(step_folder: Path, names: Sequence[str], model: str) -> Pr
     for name in names:
         kit = KITS[name]
         for file, rows in by_file.items():
-            paths += kit.write(step_folder / FOLDER / name, file, Path(model).name or "model", rows)
+            paths += kit.write(step_folder / FOLDER / name, file, name_of_model, rows)
             others = Counter(row.task for row in rows if row.task not in kit.tasks)
-            left_out += [f"{kit.title} takes no {task}: {n} rows of {file} left out" for task, n in others.items()]
+            left_out += [f"{kit.title} takes no {task}: left out of {file}, rows: {n}" for task, n in others.items()]
     scores = tuple(score for file, rows in by_file.items() for score in _scores(file, names, rows))
     write_json(step_folder / FOLDER / SCORES_FILE, {"scores": [dataclasses.asdict(one) for one in scores]})
     return Predictions(tuple(paths), scores, tuple(left_out))
 
 
 def _scores(file: str, names: Sequence[str], rows: Sequence[EvalRow]) -> Iterator[RuleScore]:
-    """Yield the scores by the rules of the kits, then by LLaVA-Med's if there are open questions."""
+    """Yield the scores by the kits' rules, then by LLaVA-Med's if there are open questions."""
     choices = [row for row in rows if row.task == "choice"]
     closed = [row for row in rows if row.task == "open" and medevalkit.is_closed(row)]
     others = [row for row in rows if row.task == "open" and not medevalkit.is_closed(row)]
@@ -123,7 +125,7 @@ def _rule_score(file: str, rule: str, score: Accuracy | Estimate, rows: Sequence
 
 
 def predictions_table(written: Predictions) -> Table:
-    """Build a table of scores by the kits' rules, with the paths that the kits read below it."""
+    """Build a table of scores by the kits' rules."""
     table = Table(
         title=Text("Scores by published rules in %"),
         caption=Text("\n".join(_legend(written)), justify="left", overflow="fold"),
@@ -144,5 +146,3 @@ def predictions_table(written: Predictions) -> Table:
 def _legend(written: Predictions) -> Iterable[str]:
     yield "small figures: 95 % intervals, bootstrap for recall, else Wilson; rules: docs/tasks.md"
     yield from written.left_out
-    yield "predictions:"
-    yield from map(str, written.paths)

@@ -2,7 +2,7 @@
 
 The rule reads sentences: one with a word such as "cannot" or "not" states nothing; of one with "no"
 or "without", what stands before that word is stated. It knows no irony, double negation, other
-languages, or questions. So its figures compare models with each other; they are no measure of truth.
+languages, or questions. So its figures compare models with each other and are no measure of truth.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def test_medevalkit_finds_what_its_sets_read(folder: Path) -> None:
         [CLOSED.completion, "yes", "这是肝脏吗？", "zh", "CLOSED"],
     ]
     assert [one["correct"] for one in opened] == [False, True]  # "The liver." is not "liver" there
-    # utils/Metrics_Compute/cal_report_metrics.py, compute_basic_metrics (blackkiring/MedEvalKit c65c345)
+    # utils/Metrics_Compute/cal_report_metrics.py (blackkiring/MedEvalKit c65c345)
     golden = [f"Findings: {one['findings']} Impression: {one['impression']}." for one in reports]
     assert golden == ["Findings: A cyst. Impression: Benign.."]
     assert [one["response"] for one in reports] == ["A cyst."]
@@ -83,7 +83,7 @@ def test_vlmevalkit_reads_its_tables_with_pandas(folder: Path) -> None:
     assert dict(zip(choices["index"], choices["question"], strict=True)) == {0: "Which\torgan?", 2: "Which\torgan?"}
     assert list(meta["index"]) == list(choices["index"])
     assert list(meta["question"]) == list(choices["question"])
-    # vlmeval/dataset/utils/multiple_choice.py, build_choices (028a6e7): options are letters that are not missing
+    # vlmeval/dataset/utils/multiple_choice.py, build_choices (028a6e7)
     item = meta.iloc[0]
     options = {one: item[one] for one in string.ascii_uppercase if one in item and not pandas.isna(item[one])}
     assert options == {"A": "liver", "B": "None ", "C": 'the "left" lung'}
@@ -103,12 +103,13 @@ def test_rows_with_whole_numbers_as_ids_keep_them_as_index(tmp_path: Path) -> No
     summary = EvalSummary(model="x", step=0, seconds=1.0, max_tokens=8, train_rows=0, files=())
     rows = [dataclasses.replace(CHOICE, id=name) for name in ("31", "4")]
     folder = write_evaluation(tmp_path, summary, rows)
-    (path,) = write_predictions(folder, ["vlmevalkit"], "m").paths
+    (path,) = write_predictions(folder, ["vlmevalkit"], "runs/m:1 b").paths
+    assert path.name == "m_1_b_mixed_choice.tsv"
     assert [line.split("\t")[0] for line in path.read_text().splitlines()] == ['"index"', '"31"', '"4"']
 
 
 def logged_answers(folder: Path, task: str) -> dict[int, str]:
-    """Answers by question, as lmms_eval/models/simple/from_log.py reads them (lmms-eval 19085f3)."""
+    """Return answers by question, read as by lmms_eval/models/simple/from_log.py (19085f3)."""
     found: dict[str, dict[int, list[str]]] = {}
     for root, _, files in os.walk(folder):
         for name in files:
@@ -147,10 +148,10 @@ def test_scores_by_the_kits_rules_stand_beside_ours(folder: Path) -> None:
     saved = json.loads((folder / "predictions/scores.json").read_text())["scores"]
     assert saved == [dataclasses.asdict(one) for one in written.scores]
     assert set(written.left_out) == {
-        "MedEvalKit takes no grounding: 1 rows of mixed left out",
-        "VLMEvalKit takes no grounding: 1 rows of mixed left out",
-        "VLMEvalKit takes no report: 1 rows of mixed left out",
-        "lmms-eval takes no grounding: 1 rows of mixed left out",
+        "MedEvalKit takes no grounding: left out of mixed, rows: 1",
+        "VLMEvalKit takes no grounding: left out of mixed, rows: 1",
+        "VLMEvalKit takes no report: left out of mixed, rows: 1",
+        "lmms-eval takes no grounding: left out of mixed, rows: 1",
     }
     assert predictions_table(written).row_count == 8
 
