@@ -3,7 +3,8 @@
 The log is `{"args": {"model", "model_args", "limit"}, "model_configs": {"task"}, "logs":
 [{"doc_id", "resps": [[text]], …}]}`; `doc_id` is a question's place in the kit's set, and the task
 must have the name that the kit is asked for. `FILE_samples.jsonl` has the keys of its option
-`--log_samples`, for viewers. Read in EvolvingLMMs-Lab/lmms-eval: lmms_eval/models/simple/from_log.py (commit 19085f3),
+`--log_samples`, for viewers. Read in EvolvingLMMs-Lab/lmms-eval:
+lmms_eval/models/simple/from_log.py (commit 19085f3),
 lmms_eval/evaluator.py (03cbb1f), lmms_eval/loggers/evaluation_tracker.py (0716c69).
 """
 

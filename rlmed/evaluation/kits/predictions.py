@@ -60,7 +60,7 @@ def check_kits(names: Sequence[str], files: Sequence[EvalFile]) -> None:
     """
     tasks = sorted({example.task for file in files for example in file.examples})
     for name in names:
-        if not {*KITS[name].tasks} & {*tasks}:
+        if tasks and not {*KITS[name].tasks} & {*tasks}:
             raise ValueError(
                 f"eval.predictions={name}: {KITS[name].title} takes {', '.join(KITS[name].tasks)}, "
                 f"and data.eval has {', '.join(tasks)}: leave it out"

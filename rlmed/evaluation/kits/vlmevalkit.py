@@ -4,9 +4,9 @@ Columns: `index`, `question`, `answer`, `prediction`, of choices `A`, `B`, …, 
 `image_path`. The kit reads them with pandas and takes a missing letter for an option that is not
 there; predictions hold the answer alone, since it looks for letters everywhere in them. A set that
 it doesn't know it reads from the folder in the environment variable LMUData, and `index` and
-`question` must be the set's. Read in open-compass/VLMEvalKit: vlmeval/dataset/image_mcq.py (commit 01424f9),
+`question` must be the set's. Read in open-compass/VLMEvalKit: image_mcq.py (commit 01424f9),
 image_vqa.py (00b1c8d), image_base.py (0507265), __init__.py (0044c57), utils/multiple_choice.py
-(028a6e7), vlmeval/smp/file.py (00fff54).
+(028a6e7) of vlmeval/dataset, and vlmeval/smp/file.py (00fff54).
 """
 
 from __future__ import annotations
