@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from rich.console import Console
 from rich.table import Table
 
 from rewards.conclusion import argued_option
@@ -15,16 +16,19 @@ from rlmed.core.config.composing import to_yaml
 from rlmed.core.config.schema import RunConfig
 from rlmed.data.loading import load_run_data
 from rlmed.data.stream import SEED_STRIDE
+from rlmed.evaluation.faithfulness import read_faithfulness
+from rlmed.evaluation.faithfulness_table import faithfulness_table
+from rlmed.evaluation.kits.predictions import FOLDER, check_kits, predictions_table, write_predictions
 from rlmed.evaluation.reliability.questions import ReliabilitySettings, measure_reliability
 from rlmed.evaluation.reliability.table import reliability_table
-from rlmed.evaluation.results import ROWS_FILE, check_comparable
+from rlmed.evaluation.results import ROWS_FILE, check_comparable, step_folder
 from rlmed.evaluation.run import Evaluator
 from rlmed.models.loading import check_positions, model_folder
 from rlmed.models.tiny.toy import is_toy, toy_note
 from rlmed.recording.checkpoint import starting_point
 from rlmed.recording.inputs import write_inputs
 from rlmed.recording.progress import Progress
-from rlmed.report.terminal import show_results
+from rlmed.report.terminal import WIDTH, show_results
 
 
 def evaluate(config: RunConfig, folder: Path) -> None:
@@ -77,6 +81,7 @@ def open_evaluation(
     data = load_run_data(config.data, config.prompt, renderer, training=False)
     if before:
         check_comparable(before, {file.name: file.examples for file in data.eval_files(config.eval.limit)})
+    check_kits(config.eval.predictions, data.eval_files(config.eval.limit))
     # the longest completion is an evaluation's
     rollout = dataclasses.replace(config.rollout, max_tokens=config.eval.max_tokens)
     sampling = build(dataclasses.replace(config, data=data.settle_images(config.data), rollout=rollout), renderer)
@@ -96,9 +101,18 @@ def open_evaluation(
 
 
 def show_evaluation(config: RunConfig, folder: Path, *more: Table) -> None:
-    """Write the report; print the accuracy, further tables and the paths."""
+    """Write predictions and the report; print accuracy, faithfulness, further tables, the paths."""
+    evaluation = step_folder(folder / "evaluations", 0)
+    faithfulness = faithfulness_table(read_faithfulness(evaluation))
+    more = (*([faithfulness] if faithfulness else []), *more)
+    kits = config.eval.predictions
+    if kits:
+        more = (*more, predictions_table(write_predictions(evaluation, kits, config.model.path)))
     note = toy_note(model_folder(config.model.path))
     show_results(folder, step=0, before=_compared(config), more=more, note=note)
+    for kit in kits:
+        label = f"{kit}:"
+        Console().print(f"{label:{WIDTH}}{evaluation / FOLDER / kit}", soft_wrap=True, markup=False)
 
 
 def _compared(config: RunConfig) -> Path | None:

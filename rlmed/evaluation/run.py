@@ -27,6 +27,7 @@ from rlmed.core.types import Completion, Example, RolloutGroup, RolloutRequest, 
 from rlmed.data.loading import Dataset, EvalFile
 from rlmed.data.prompts import PromptRenderer
 from rlmed.evaluation.controls import Query, plan_line, queries_of
+from rlmed.evaluation.faithfulness import measure_faithfulness, write_faithfulness
 from rlmed.evaluation.preflight import went_on, why_cut
 from rlmed.evaluation.records import EvalRow
 from rlmed.evaluation.results import EvalSummary, FileSummary, write_evaluation
@@ -103,7 +104,8 @@ class Evaluator:
     def evaluate(self, step: int, *, controls: bool) -> EvalSummary:
         """Answer all questions greedily; write `folder/step-000123/`: `summary.json`, `rows.jsonl`.
 
-        An earlier evaluation of the same step is replaced once the new one is complete.
+        With controls `faithfulness.json`, too. An earlier evaluation of the same step is replaced
+        once the new one is complete.
 
         Args:
             step: training step of the pool's weights.
@@ -134,7 +136,7 @@ class Evaluator:
             train_rows=len(self.train_examples),
             files=tuple(summarise(file, by_file[file.name], self.train_examples) for file in self.files),
         )
-        write_evaluation(self.folder, summary, rows)
+        write_faithfulness(write_evaluation(self.folder, summary, rows), measure_faithfulness(rows))
         for file in summary.files:
             _warn_of_cuts(file, by_file[file.name], self.max_tokens, self.renderer)
         return summary

@@ -14,7 +14,9 @@ from typing import Any, ClassVar
 
 from rlmed.core.parsing import answer_text
 from rlmed.core.types import Example
+from rlmed.tasks.metrics.claims import asserts_finding
 from rlmed.tasks.metrics.sets import NO_SYNONYMS
+from rlmed.tasks.metrics.text import normalise
 
 ImageSize = Callable[[], tuple[int, int]]
 """Returns width and height of a row's first image in pixels; raises ValueError without one."""
@@ -100,6 +102,17 @@ class Task(ABC):
             answers: each row's answer (None if there is none) and truth.
         """
         return {}
+
+    def same(self, first: str, second: str, truth: Any) -> bool:
+        """Return whether two answers to one question say the same, by default when normalised."""
+        return (normalise(first) or first) == (normalise(second) or second)
+
+    def asserts(self, answer: str, truth: Any, options: Sequence[str]) -> bool | None:
+        """Return whether an answer asserts a finding, which nobody can over a grey picture.
+
+        None if the question leaves no way not to. By default `asserts_finding` of the answer.
+        """
+        return asserts_finding(answer)
 
     def judge(self, example: Example, text: str) -> Judgement:
         """Judge a completion by the answer in its first pair of answer tags."""

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlmed.core.parsing import evaluated_letter
-from rlmed.core.types import Example
+from rlmed.core.types import LETTERS, Example
 from rlmed.tasks.base import TEMPLATE, ImageSize, Judgement, Task
+from rlmed.tasks.metrics.claims import asserts_finding
 
 
 class Choice(Task):
@@ -39,6 +40,11 @@ class Choice(Task):
         letter = evaluated_letter(text)
         correct = letter == example.letter
         return Judgement(letter, correct, {"accuracy": float(correct)})
+
+    def asserts(self, answer: str, truth: Any, options: Sequence[str]) -> bool | None:
+        """Return whether the option chosen asserts a finding; None if every option does."""
+        found = [asserts_finding(option) for option in options]
+        return None if all(found) else answer in LETTERS[: len(options)] and found[LETTERS.index(answer)]
 
     def right_answer(self, example: Example) -> str:
         """Return the right letter."""

@@ -55,6 +55,15 @@ class Grounding(Task):
         boxes = parse_boxes(answer, truth["frame"])
         return None if boxes is None else {"iou": match(boxes, truth["boxes"])}
 
+    def same(self, first: str, second: str, truth: Any) -> bool:
+        """Return whether the boxes of both overlap as those of a right answer and the truth do."""
+        boxes = [parse_boxes(answer, truth["frame"]) or [] for answer in (first, second)]
+        return self.passes(match(*boxes))
+
+    def asserts(self, answer: str, truth: Any, options: Sequence[str]) -> bool | None:
+        """Return whether the answer has any box."""
+        return bool(parse_boxes(answer, truth["frame"]))
+
     def over_file(self, answers: Sequence[tuple[str | None, Any]]) -> Mapping[str, float]:
         """Return mean average precision (also at 0.5) and recall at 0.5, as COCO defines them."""
         rows = [

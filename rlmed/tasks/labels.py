@@ -66,6 +66,14 @@ class Labels(Task):
         right = parse_set("\n".join(truth["labels"]), known, self.synonyms) if truth["labels"] else ()
         return parse_set(answer, known, self.synonyms), right
 
+    def same(self, first: str, second: str, truth: Any) -> bool:
+        """Return whether both name the same labels."""
+        return {*self._sets(first, truth)[0]} == {*self._sets(second, truth)[0]}
+
+    def asserts(self, answer: str, truth: Any, options: Sequence[str]) -> bool | None:
+        """Return whether the answer names any label."""
+        return bool(self._sets(answer, truth)[0])
+
     def question_text(self, example: Example) -> str:
         """Return the question, then the possible labels in a line."""
         known = example.truth["known"]

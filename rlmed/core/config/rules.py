@@ -103,7 +103,7 @@ RULES = (
         advice="It is for rlmed.reliability alone: leave it out",
     ),
     Rule(
-        keys=("compare_to",),
+        keys=("compare_to", "eval.predictions"),
         programs=TRAINING,
         advice="Train without it, then run python -m rlmed.evaluate model=RUN/checkpoints/step-N with it",
     ),

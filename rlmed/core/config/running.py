@@ -120,6 +120,10 @@ class ClusterConfig:
         )
 
 
+PREDICTION_KITS = ("medevalkit", "vlmevalkit", "lmms_eval")
+"""Evaluation kits that `rlmed.evaluation.kits` writes predictions for."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """When and how to evaluate accuracy."""
@@ -130,8 +134,11 @@ class EvalConfig:
     limit: int | None
     max_tokens: int
     controls: bool
+    predictions: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        for kit in self.predictions:
+            require_one_of("eval.predictions", kit, PREDICTION_KITS)
         require(self.every >= 0, f"eval.every={self.every} must be 0 (never) or a number of steps")
         require(self.limit is None or self.limit > 0, f"eval.limit={self.limit} must be positive or null")
         require(self.max_tokens >= 1, f"eval.max_tokens={self.max_tokens} must be at least 1")

@@ -355,7 +355,11 @@ def test_an_evaluation_is_replaced_as_a_whole(files, renderer, tmp_path):
     second = run(files, renderer, tmp_path)
     assert EvalSummary.read(tmp_path / "step-000003") == second
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["step-000003"]
-    assert sorted(path.name for path in (tmp_path / "step-000003").iterdir()) == ["rows.jsonl", "summary.json"]
+    assert sorted(path.name for path in (tmp_path / "step-000003").iterdir()) == [
+        "faithfulness.json",
+        "rows.jsonl",
+        "summary.json",
+    ]
 
 
 def test_a_half_removed_evaluation_never_stands_under_its_name(files, renderer, tmp_path, monkeypatch):

@@ -81,6 +81,7 @@ def refused(program: str, *overrides: str) -> list[str]:
         ("reliability", "learner.lr=1", "learner.lr. It learns nothing"),
         ("reliability", "rollout.temperature=1", "rollout.temperature. Evaluation is greedy"),
         ("train", "compare_to=x", "compare_to. Train without it, then"),
+        ("sft", "eval.predictions=vlmevalkit", "eval.predictions. Train without it, then"),
         ("train", "algo.loss.dual_clip=2", "algo.loss.dual_clip while algo.loss.clip=ppo. Set algo.loss.clip=dual"),
         ("train", "algo.max_refills=1", "algo.max_refills while algo.dynamic_sampling=false. Set algo.dynamic"),
         ("train", "algo.loss.kl_coef=0 algo.loss.kl_estimator=k1", "while algo.loss.kl_coef=0. Set algo.loss.kl_coef above 0"),
