@@ -1,8 +1,8 @@
 """Does the embedded model learn each task by RL? Scores before and after, over seeds.
 
 The embedded model knows multiple choice alone. For each task it first imitates readers of other
-generated studies (supervised fine-tuning): careful ones, who say what the image shows and answer, and
-hasty ones, who give the answer to another question of the kind unseen. Then RL on the training
+generated studies (supervised fine-tuning): careful ones, who say what the image shows and answer,
+and hasty ones, who give the answer to another question of the kind unseen. Then RL on the training
 questions with `reward=task` has to find out that it pays to look. Both are evaluated on 300 further
 questions with the controls. Killed at any moment, the same command goes on.
 """
