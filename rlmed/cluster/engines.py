@@ -144,10 +144,9 @@ def make_renderer(
     if doubt := renderer.prefill_doubt():
         log.warning("%s", doubt)
     trained = read_prompt_settings(folder)
-    if trained is not None and {**trained, "max_prompt_tokens": 0} != {
-        **renderer.templates.to_json(),
-        "max_prompt_tokens": 0,
-    }:
+    # an earlier version knew one task, and recorded no templates of others
+    ours = {key: value for key, value in renderer.templates.to_json().items() if key in (trained or {})}
+    if trained is not None and {key: value for key, value in trained.items() if key != "max_prompt_tokens"} != ours:
         log.warning(
             "model %s was trained with another prompt than this run's: set prompt=NAME as in its training (text in its %s)",
             model.path,

@@ -62,10 +62,10 @@ def _lines(before: TaskSummary | None, task: TaskSummary) -> Iterator[tuple[str,
 
 
 def _baselines(task: TaskSummary, name: str) -> str:
-    if name not in task.chance:
-        return "–"
-    prior = f"{_percent(task.own_prior[name])} own" if task.prior is None else _percent(task.prior[name])
-    return f"{_percent(task.chance[name])}\n{prior}"
+    own = task.prior is None
+    prior = task.own_prior if own else task.prior
+    shown = [_percent(scores[name]) if scores and name in scores else "–" for scores in (task.chance, prior)]
+    return f"{shown[0]}\n{shown[1]}{' own' if own and shown[1] != '–' else ''}"
 
 
 def _change(before: Estimate | None, now: Estimate) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +16,10 @@ from rlmed.tasks.registry import task_named
 
 RESAMPLES = 1000
 """Of rows, for the interval of a mean."""
-FILE_RESAMPLES = 200
-"""Of rows, for the interval of a figure over a file, which takes longer."""
+FILE_RESAMPLES, RESAMPLED_ROWS = 200, 20_000
+"""Most resamples, and most rows in all of them (but at least 50), for the interval of a figure over
+a file, which takes longer.
+"""
 CANDIDATES, FITTED = 20, 60
 """Most answers and rows that are compared for the best constant answer to a question."""
 OTHERS = 5
@@ -54,44 +56,71 @@ class TaskSummary:
     """Figures that are no mean over rows, such as mAP."""
     controls: dict[str, dict[str, Estimate]]
     """Scores by control and name."""
-    chance: dict[str, float]
-    """Mean scores of the right answers of other rows of the same kind."""
-    own_prior: dict[str, float]
-    """As `prior`, each half of the file answered by what is best on the other half."""
+    chance: dict[str, float] | None
+    """Mean scores of the right answers of other rows of the same kind; None for a single row."""
+    own_prior: dict[str, float] | None
+    """As `prior`, each half of the rows answered by what is best on the other; None for one row."""
     prior: dict[str, float] | None
     """Scores of the answer that is best on training rows with the same question, else of the same
     kind, else of all: an image-free baseline; None without training rows of the task.
     """
 
 
-def summarise_task(
-    name: str, rows: Sequence[EvalRow], examples: Sequence[Example], train: Sequence[Example]
-) -> TaskSummary:
+@dataclass(frozen=True)
+class Baselines:
+    """Scores of one task's rows without their images, row by row; None where there are none."""
+
+    task: Task
+    chance: Sequence[Scores] | None
+    own_prior: Sequence[Scores] | None
+    prior: Sequence[Scores] | None
+
+    @classmethod
+    def of(cls, name: str, examples: Sequence[Example], train: Sequence[Example]) -> Baselines:
+        """Compute them.
+
+        Args:
+            name: of the task.
+            examples: a file's rows of the task.
+            train: training rows, of any task.
+        """
+        task = task_named(name)
+        fitted = [example for example in train if example.task == name]
+        return cls(
+            task=task,
+            chance=chance_scores(task, examples),
+            own_prior=own_prior_scores(task, examples),
+            prior=prior_scores(task, examples, fitted) if fitted else None,
+        )
+
+    def share_right(self, scores: Sequence[Scores] | None) -> float:
+        """Return the share of scores whose main one counts as right; 0 without any."""
+        return float(np.mean([self.task.passes(one[self.task.main]) for one in scores])) if scores else 0.0
+
+
+def summarise_task(rows: Sequence[EvalRow], baselines: Baselines) -> TaskSummary:
     """Summarise the answers to one task in one file.
 
     Args:
-        name: of the task.
         rows: the file's judged answers, controls included.
-        examples: the file's rows of the task.
-        train: training rows, of any task.
+        baselines: of the file's rows of the task.
     """
-    task = task_named(name)
+    task = baselines.task
     by_control: dict[Control, list[EvalRow]] = defaultdict(list)
     for row in rows:
-        if row.task == name:
+        if row.task == task.name:
             by_control[row.control].append(row)
     plain = by_control.pop("none")
-    fitted = [example for example in train if example.task == name]
     return TaskSummary(
-        name=name,
+        name=task.name,
         rows=len(plain),
         main=task.main,
         scores=_means(task, plain),
         over_file=_over_file(task, plain),
         controls={control: _means(task, answers) for control, answers in by_control.items()},
-        chance=_mean_scores(chance_scores(task, examples)),
-        own_prior=_mean_scores(own_prior_scores(task, examples)),
-        prior=_mean_scores(prior_scores(task, examples, fitted)) if fitted else None,
+        chance=_mean_scores(baselines.chance),
+        own_prior=_mean_scores(baselines.own_prior),
+        prior=_mean_scores(baselines.prior),
     )
 
 
@@ -111,10 +140,10 @@ def _over_file(task: Task, rows: Sequence[EvalRow]) -> dict[str, Estimate]:
         return {}
     random = np.random.default_rng(_SEED)
     drawn = [
-        task.over_file([answers[i] for i in random.integers(len(answers), size=len(answers))])
-        for _ in range(FILE_RESAMPLES)
+        task.over_file([answers[i] for i in np.sort(random.integers(len(answers), size=len(answers)))])
+        for _ in range(max(50, min(FILE_RESAMPLES, RESAMPLED_ROWS // len(answers))))
     ]
-    # a resample without anything to find has no figures
+    # a resample without anything to find has no figures; order matters to mAP, so it is kept
     return {name: _interval(value, [one[name] for one in drawn if name in one]) for name, value in values.items()}
 
 
@@ -123,8 +152,13 @@ def _interval(value: float, resampled: Any) -> Estimate:
     return Estimate(value, float(low), float(high))
 
 
-def chance_scores(task: Task, examples: Sequence[Example]) -> list[Scores]:
-    """Return the scores of right answers of other rows of its kind, `OTHERS` drawn for each row."""
+def chance_scores(task: Task, examples: Sequence[Example]) -> list[Scores] | None:
+    """Return the scores of right answers of other rows of its kind, `OTHERS` drawn for each row.
+
+    None for a single row. A row that is alone of its kind gets answers of other kinds.
+    """
+    if len(examples) < 2:
+        return None
     random = np.random.default_rng(_SEED)
     kinds: dict[str, list[int]] = defaultdict(list)
     for index, example in enumerate(examples):
@@ -133,8 +167,6 @@ def chance_scores(task: Task, examples: Sequence[Example]) -> list[Scores]:
     for index, example in enumerate(examples):
         others = [other for other in kinds[example.kind] if other != index]
         others = others or [other for other in range(len(examples)) if other != index]
-        if not others:
-            return [_score(task, task.write(example.truth), example)]  # the only row
         drawn = random.integers(len(others), size=OTHERS)
         found += [_score(task, task.right_answer(examples[others[i]]), example) for i in drawn]
     return found
@@ -146,11 +178,16 @@ def prior_scores(task: Task, examples: Sequence[Example], train: Sequence[Exampl
     return [_score(task, answer(example), example) for example in examples]
 
 
-def own_prior_scores(task: Task, examples: Sequence[Example]) -> list[Scores]:
-    """Return `prior_scores`, each half of the rows (every other one) by the other half."""
+def own_prior_scores(task: Task, examples: Sequence[Example]) -> list[Scores] | None:
+    """Return `prior_scores`, each half of the rows by the other half; None for a single row.
+
+    The halves are drawn, each with half of the rows of a kind: rows may come in turns.
+    """
     if len(examples) < 2:
-        return chance_scores(task, examples)
-    halves = examples[::2], examples[1::2]
+        return None
+    drawn = np.random.default_rng(_SEED).permutation(len(examples))
+    ordered = sorted((examples[i] for i in drawn), key=lambda example: example.kind)
+    halves = ordered[::2], ordered[1::2]
     return [*prior_scores(task, halves[0], halves[1]), *prior_scores(task, halves[1], halves[0])]
 
 
@@ -176,21 +213,19 @@ def _keys(example: Example) -> tuple[tuple[str, str], ...]:
 
 
 def _best(task: Task, rows: Sequence[Example]) -> str:
-    """Return the right answer of a row that scores highest over all rows; ties: the first."""
+    """Return the right answer, of the most frequent ones, that scores highest; ties: the first."""
     random = np.random.default_rng(_SEED)
     fitted = [rows[i] for i in sorted(random.permutation(len(rows))[:FITTED])]
-    candidates = list(dict.fromkeys(task.right_answer(row) for row in fitted))[:CANDIDATES]
-    return max(candidates, key=lambda text: float(np.mean([_score(task, text, row)[task.main] for row in fitted])))
+    frequent = Counter(task.right_answer(row) for row in rows).most_common(CANDIDATES)
+    return max(
+        (text for text, _ in frequent),
+        key=lambda text: float(np.mean([_score(task, text, row)[task.main] for row in fitted])),
+    )
 
 
 def _score(task: Task, answer: str, example: Example) -> Scores:
     return task.score(answer, example.truth) or dict.fromkeys(task.score_names, 0.0)
 
 
-def _mean_scores(scores: Sequence[Scores]) -> dict[str, float]:
-    return {name: float(np.mean([one[name] for one in scores])) for name in scores[0]}
-
-
-def share_right(task: Task, scores: Sequence[Scores]) -> float:
-    """Return the share of rows whose main score counts as right."""
-    return float(np.mean([task.passes(one[task.main]) for one in scores]))
+def _mean_scores(scores: Sequence[Scores] | None) -> dict[str, float] | None:
+    return {name: float(np.mean([one[name] for one in scores])) for name in scores[0]} if scores else None

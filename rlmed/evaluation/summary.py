@@ -13,16 +13,7 @@ from rlmed.data.loading import EvalFile
 from rlmed.data.options.order import kept_orders
 from rlmed.evaluation.records import Accuracy, Control, EvalRow
 from rlmed.evaluation.results import FileSummary
-from rlmed.evaluation.scores import (
-    Scores,
-    chance_scores,
-    own_prior_scores,
-    prior_scores,
-    share_right,
-    summarise_task,
-)
-from rlmed.tasks.base import Task
-from rlmed.tasks.registry import task_named
+from rlmed.evaluation.scores import Baselines, Scores, summarise_task
 
 
 def summarise(file: EvalFile, rows: Sequence[EvalRow], train: Sequence[Example]) -> FileSummary:
@@ -41,7 +32,8 @@ def summarise(file: EvalFile, rows: Sequence[EvalRow], train: Sequence[Example])
     fitted = [example for example in train if example.is_choice]
     prior = ImageFreePrior.fit(fitted) if fitted else None
 
-    baselines = _Baselines(choices, others, train, prior)
+    baselines = [Baselines.of(name, examples, train) for name, examples in others.items()]
+    shares = _Shares(choices, others, baselines)
     return FileSummary(
         name=file.name,
         rows=len(plain),
@@ -49,13 +41,13 @@ def summarise(file: EvalFile, rows: Sequence[EvalRow], train: Sequence[Example])
         format_rate=float(np.mean([row.format for row in plain])),
         mean_tokens=float(np.mean([row.tokens for row in plain])),
         cut_by_length=float(np.mean([row.finish_reason == "length" for row in plain])),
-        chance=baselines.share(chance, chance_scores),
+        chance=shares.over_all(chance, lambda one: one.chance),
         majority_letter=majority_letter(choices, fitted) if choices else None,
-        image_free_prior=baselines.image_free(by_rate=False),
-        image_free_prior_by_rate=baselines.image_free(by_rate=True),
-        leave_one_out_prior=baselines.share(leave_one_out_prior, own_prior_scores),
-        leave_one_out_prior_by_rate=baselines.share(
-            lambda rows: leave_one_out_prior(rows, by_rate=True), own_prior_scores
+        image_free_prior=shares.image_free(prior, by_rate=False),
+        image_free_prior_by_rate=shares.image_free(prior, by_rate=True),
+        leave_one_out_prior=shares.over_all(leave_one_out_prior, lambda one: one.own_prior),
+        leave_one_out_prior_by_rate=shares.over_all(
+            lambda rows: leave_one_out_prior(rows, by_rate=True), lambda one: one.own_prior
         ),
         blank=_under(rows, "blank"),
         shuffled=_under(rows, "shuffled"),
@@ -66,40 +58,32 @@ def summarise(file: EvalFile, rows: Sequence[EvalRow], train: Sequence[Example])
         kept_order=kept,
         kept_order_by=option,
         not_offered=float(np.mean([row.not_offered for row in plain])),
-        tasks=tuple(summarise_task(name, rows, examples, train) for name, examples in others.items()),
+        tasks=tuple(summarise_task(rows, one) for one in baselines),
     )
 
 
 @dataclass(frozen=True)
-class _Baselines:
+class _Shares:
     """Shares of right answers without an image, over a file's rows of all tasks."""
 
     choices: Sequence[Example]
     others: Mapping[str, Sequence[Example]]
-    train: Sequence[Example]
-    prior: ImageFreePrior | None
+    baselines: Sequence[Baselines]
 
-    def share(
-        self,
-        of_choices: Callable[[Sequence[Example]], float],
-        scores: Callable[[Task, Sequence[Example]], Sequence[Scores]],
+    def over_all(
+        self, of_choices: Callable[[Sequence[Example]], float], scores: Callable[[Baselines], Sequence[Scores] | None]
     ) -> float:
         """Return the share, from that of the choices and the other rows' scores."""
         parts = [(of_choices(self.choices), len(self.choices))] if self.choices else []
-        for name, examples in self.others.items():
-            task = task_named(name)
-            parts.append((share_right(task, scores(task, examples)), len(examples)))
+        parts += [(one.share_right(scores(one)), len(self.others[one.task.name])) for one in self.baselines]
         return sum(share * rows for share, rows in parts) / sum(rows for _, rows in parts)
 
-    def image_free(self, *, by_rate: bool) -> float | None:
+    def image_free(self, prior: ImageFreePrior | None, *, by_rate: bool) -> float | None:
         """Return the share of the prior; None unless every task has training rows."""
-        tasks = {*self.others, *(["choice"] if self.choices else [])}
-        if not tasks <= {example.task for example in self.train}:
+        if (self.choices and prior is None) or any(one.prior is None for one in self.baselines):
             return None
-        prior = self.prior
-        return self.share(
-            lambda rows: 0.0 if prior is None else prior.accuracy(rows, by_rate=by_rate),
-            lambda task, rows: prior_scores(task, rows, [one for one in self.train if one.task == task.name]),
+        return self.over_all(
+            lambda rows: 0.0 if prior is None else prior.accuracy(rows, by_rate=by_rate), lambda one: one.prior
         )
 
 

@@ -81,8 +81,8 @@ def _line(
         "p_value": test["p_value"] if is_main else None,
         "sft": None if sft is None else _figures(sft).get(name),
         "controls": {control: task.controls.get(control, {}).get(name) for control in CONTROLS},
-        "chance": task.chance.get(name),
-        "prior": (task.own_prior if task.prior is None else task.prior).get(name),
+        "chance": (task.chance or {}).get(name),
+        "prior": ((task.own_prior if task.prior is None else task.prior) or {}).get(name),
         "own": task.prior is None,
     }
 

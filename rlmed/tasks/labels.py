@@ -56,7 +56,8 @@ class Labels(Task):
         rows = [self._sets(answer or "", truth) for answer, truth in answers]
         possible = {label for _, truth in answers for label in truth["known"]} or None
         found = {"micro_f1": micro_scores(rows).f1}
-        if any(named or right for named, right in rows):
+        seen = {label for named, right in rows for label in (*named, *right)}
+        if seen & (possible or seen):  # else no label has a figure
             found["macro_f1"] = macro_scores(rows, possible).f1
         return found
 

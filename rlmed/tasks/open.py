@@ -18,7 +18,7 @@ class Open(Task):
     """An answer in words or a quantity; truth: `{"answers": [accepted text, …]}`.
 
     It is right if it equals an accepted answer after normalisation, or is the same quantity within
-    5 %, in whatever unit.
+    5 %, in whatever unit; a number without a unit must be the same.
     """
 
     name = "open"
@@ -64,8 +64,8 @@ def _normalised(synonyms: tuple[tuple[str, str], ...]) -> Mapping[str, str]:
 
 
 def _same_quantity(answer: str, reference: str) -> float:
-    """Return 1 if both are a number with a unit and close to each other, else 0."""
+    """Return 1 if both are the same quantity, else 0; a bare number may be a count, and is exact."""
     right = parse_quantity(reference)
     if right is None or parse_quantity(answer) is None:
         return 0.0
-    return close(answer, reference, TOLERANCE)
+    return close(answer, reference, TOLERANCE if right.unit or right.spread else 0.0)

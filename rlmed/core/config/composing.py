@@ -94,6 +94,8 @@ def check_same_run(saved: Path, config: RunConfig, *, unused: Collection[str]) -
     assert isinstance(content, dict)
     before = ADDED | {RENAMED.get(key, key): value for key, value in _flat(content).items() if key not in REMOVED}
     after = _flat(_plain(dataclasses.asdict(config)))
+    if "by_task" not in content.get("prompt", {}):  # of an earlier version, which knew one task
+        after = {key: value for key, value in after.items() if not key.startswith("prompt.by_task.")}
     without = () if "judge" in config.reward.weights else ("reward.judge.",)
     different = [
         f"{key}: {before.get(key)!r} then, {after.get(key)!r} now"

@@ -290,7 +290,8 @@ RULES = (
 
 MAY_CHANGE = (
     *("name", "profile", "resume", "checkpoint", "preflight", "cluster", "reliability"),
-    *("eval.every", "eval.at_start", "eval.at_end", "data.download", "learner.gradient_checkpointing"),
+    *("eval.every", "eval.at_start", "eval.at_end", "eval.predictions"),
+    *("data.download", "learner.gradient_checkpointing"),
     *(
         "reward.slow",
         *(f"reward.judge.{name}" for name in ("url", "timeout_s", "retries", "concurrency", "on_failure")),

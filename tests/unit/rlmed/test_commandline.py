@@ -12,6 +12,7 @@ from pathlib import Path
 
 import hydra
 import pytest
+import yaml
 
 from rlmed.cluster.advice import sparing_keys
 from rlmed.commandline import _parse_flags, _removing, check_writable, expand, new_folder, newest_run, run_command
@@ -299,6 +300,21 @@ def test_a_run_from_before_a_key_existed_is_the_same_run(tmp_path: Path) -> None
     check_same_run(tmp_path / "config.yaml", now, unused=())
     with pytest.raises(ValueError, match=r"learner\.moments: 'float32' then, 'bfloat16' now"):
         check_same_run(tmp_path / "config.yaml", config("learner.moments=bfloat16"), unused=())
+
+
+@pytest.mark.parametrize("prompt", ["paper", "answer_only", "short", "by_modality"])
+def test_a_run_of_a_version_that_knew_multiple_choice_alone_resumes(tmp_path: Path, prompt: str) -> None:
+    now = config(f"prompt={prompt}")
+    old = yaml.safe_load(to_yaml(now))
+    later = ["data.extra_tasks", "data.synonyms", "data.task", "prompt.by_task", "eval.predictions"]
+    for key in [*later, "reward.slow", "reward.judge"]:
+        section, _, name = key.partition(".")
+        del old[section][name]
+    saved = tmp_path / "config.yaml"
+    saved.write_text(yaml.safe_dump(old))
+    check_same_run(saved, now, unused=())
+    with pytest.raises(ValueError, match=r"data\.synonyms: None then, 'x\.csv' now"):
+        check_same_run(saved, config(f"prompt={prompt}", "data.synonyms=x.csv"), unused=())
 
 
 def test_check_same_run(tmp_path: Path) -> None:
