@@ -31,9 +31,10 @@ from rlmed.reproduce.runs import RunCommand
 TASKS = ("open", "grounding", "labels", "report")
 WARM_ROWS, WARM_SEED = 1200, 1
 """Readings to imitate; the seed is another than that of the training and test questions."""
-HASTY = 0.6
-"""Share of hasty readers."""
-SFT = ("sft.epochs=3", "learner.lr=1e-3", "learner.lr_schedule=linear")
+HASTY = {"open": 0.6, "report": 0.6, "grounding": 0.3, "labels": 0.3}
+"""Share of hasty readers: boxes and labels take more careful ones to be written at all."""
+EPOCHS = {"open": 3, "report": 3, "grounding": 5, "labels": 5}
+SFT = ("learner.lr=1e-3", "learner.lr_schedule=linear")
 RL = ("reward=task", "learner.lr=1e-4")
 
 
@@ -46,7 +47,7 @@ def warm_start(folder: Path, task: str) -> Path:
         answers.setdefault(row["kind"], []).append(str(answer_text(row["completion"])))
     for index, row in enumerate(rows):
         random = np.random.default_rng([WARM_SEED, index])
-        if random.random() < HASTY:
+        if random.random() < HASTY[task]:
             guess = answers[row["kind"]][int(random.integers(len(answers[row["kind"]])))]
             row["completion"] = written(f"{GUESS} {guess}.", guess)
     text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -58,7 +59,9 @@ def runs_of(root: Path, task: str, seed: int, overrides: Sequence[str], rl: Sequ
     readings = warm_start(root / "readings" / task, task)
     test = write_task_dataset(root / "questions" / task, 0, (task,))[f"test_{task}"]
     of_readings = ("data=jsonl", f"data.train={readings}", f"data.eval=[{test}]", "data.max_prompt_tokens=384")
-    sft = RunCommand("sft", seed, root / task, ("profile=tiny", *of_readings, *overrides, *SFT))
+    sft = RunCommand(
+        "sft", seed, root / task, ("profile=tiny", *of_readings, *overrides, *SFT, f"sft.epochs={EPOCHS[task]}")
+    )
     _execute(sft)
     model = list_checkpoints(sft.folder / "checkpoints")[-1]
     files = (f"data.train={test.parent / f'train_{task}.jsonl'}", *of_readings[2:])
@@ -132,7 +135,14 @@ def main() -> None:
             folders = runs_of(arguments.runs, task, seed, tuple(arguments.overrides), rl)
             results[task].append(figures(*folders))
     report(markdown(results))
-    payload = {"seeds": arguments.seeds, "sft": SFT, "rl": [*RL, *rl, *arguments.overrides], "tasks": results}
+    payload = {
+        "seeds": arguments.seeds,
+        "sft": SFT,
+        "hasty": HASTY,
+        "epochs": EPOCHS,
+        "rl": [*RL, *rl, *arguments.overrides],
+        "tasks": results,
+    }
     report(f"written: {write_result('task_learning', payload, arguments.out)}")
 
 

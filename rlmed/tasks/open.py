@@ -64,7 +64,7 @@ def _normalised(synonyms: tuple[tuple[str, str], ...]) -> Mapping[str, str]:
 
 
 def _same_quantity(answer: str, reference: str) -> float:
-    """Return 1 if both are the same quantity, else 0; a bare number may be a count, and is exact."""
+    """Return 1 if both are the same quantity, else 0; a bare number may be a count: exact."""
     right = parse_quantity(reference)
     if right is None or parse_quantity(answer) is None:
         return 0.0
