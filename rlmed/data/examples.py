@@ -246,7 +246,7 @@ def _checked_text(value: object, key: str) -> str:
 
 def _choice(row: Mapping[str, Any]) -> Choice:
     if row.get("options") is None:
-        raise BadRowError("it has no options")
+        raise BadRowError("it has no options: give some, or a task that needs none, such as open")
     options = read_options(row["options"], _option_text)
     answer = row.get("answer")
     if type(answer) is int:  # True is an int to Python

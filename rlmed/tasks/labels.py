@@ -36,6 +36,10 @@ class Labels(Task):
         if len({label.casefold() for label in labels}) < len(labels):
             raise ValueError(f"its answer {shown(answer)} names a label twice")
         possible = {option.casefold() for option in options}
+        if len(possible) < len(options):
+            raise ValueError(f"its options {shown(list(options))} name a label twice")
+        if NONE in possible:
+            raise ValueError(f"one of its options is {NONE!r}, which means that no label applies: leave it out")
         if unknown := [label for label in labels if possible and label.casefold() not in possible]:
             raise ValueError(f"its answer has {shown(unknown[0])}, which is none of its options")
         return {"labels": labels, "known": list(options)}

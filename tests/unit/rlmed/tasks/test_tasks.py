@@ -181,6 +181,9 @@ def test_labels_over_a_file_are_scored_by_row_and_by_label(tmp_path: Path) -> No
         ({"task": "labels", "answer": "cyst"}, "its answer is 'cyst'"),
         ({"task": "labels", "answer": ["Cyst", "cyst"]}, "names a label twice"),
         ({"task": "labels", "answer": ["cyst"], "options": ["mass", "edema"]}, "'cyst', which is none of its options"),
+        ({"task": "labels", "answer": [], "options": ["None", "cyst"]}, "'none', which means that no label applies"),
+        ({"task": "labels", "answer": [], "options": ["cyst", "Cyst"]}, "name a label twice"),
+        ({"answer": "liver"}, "such as open"),
         ({"task": "report", "answer": ""}, "its answer is ''"),
     ],
 )
