@@ -27,7 +27,7 @@ from rlmed.export.command import CHECKED
 from rlmed.export.folder import Exported, check_target, exported_dtype, new_folder, write_folder
 from rlmed.export.hub import check_access, push
 from rlmed.export.server import check_installed, vllm_answers
-from rlmed.export.source import Source, evaluated_files, find_source
+from rlmed.export.source import CHOICE, Source, evaluated_files, find_source
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,11 @@ def export(arguments: argparse.Namespace, console: Console) -> bool:
     disable_progress_bar()  # rlmed has its own
     check_target(arguments.out)
     source = find_source(arguments.run, arguments.checkpoint)
+    if others := [task for task in source.tasks if task != CHOICE]:
+        raise ValueError(
+            f"{arguments.run} has rows of other tasks than multiple choice ({', '.join(others)}), whose prompts an export "
+            "cannot hold yet: use the checkpoint itself with python -m rlmed.ask --task"
+        )
     if arguments.public and not arguments.push_to_hub:
         raise ValueError("--public has no effect without --push-to-hub: leave it out")
     repository = check_access(arguments.push_to_hub) if arguments.push_to_hub else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,8 @@ from rlmed.models.tiny.toy import EMBEDDED
 from rlmed.recording.checkpoint import STATE_FILE, list_checkpoints, read_state
 from rlmed.recording.inputs import CONFIG_FILE, DATA_FILE, VERSIONS_FILE
 
+CHOICE = "choice"
+"""The task of rows without a `task`."""
 STAGES = 8
 """Most runs to go back to the model that the first was trained from."""
 _FENCE = "---\n"
@@ -78,6 +82,12 @@ class Source:
     def evaluated_on(self) -> list[dict[str, Any]]:
         """The files that a run was evaluated on, as recorded."""
         return list(self.data.get("files", [])[1:])
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks of the rows that a run was trained and evaluated on; empty if not known."""
+        files = (*self.trained_on, *self.evaluated_on)
+        return tuple(sorted({task for entry in files for task in _tasks(self, entry)}))
 
     @property
     def places(self) -> list[Path]:
@@ -210,6 +220,29 @@ def licence_of(model: str) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def _tasks(source: Source, entry: Mapping[str, Any]) -> set[str]:
+    """Return the tasks of the rows of a data file; if they were not recorded, those of the file."""
+    if "tasks" in entry:
+        return {*entry["tasks"]}
+    path = _found(source, entry)
+    if path is None:
+        return {CHOICE}  # the first versions had no other
+    return {_task_of(line) for line in path.read_bytes().splitlines() if line.strip()}
+
+
+def _task_of(line: bytes) -> str:
+    """Return the task of a row; one that is no row was skipped."""
+    try:
+        row = json.loads(line.removeprefix(BOM_UTF8))
+    except ValueError:
+        return CHOICE
+    return str(isinstance(row, dict) and row.get("task") or CHOICE)
+
+
+def _found(source: Source, entry: Mapping[str, Any]) -> Path | None:
+    return next((path for place in source.places if (path := place / entry["path"]).is_file()), None)
+
+
 def evaluated_files(source: Source) -> Iterator[Path]:
     """Yield the run's evaluation files, wherever its paths lead from here.
 
@@ -217,7 +250,7 @@ def evaluated_files(source: Source) -> Iterator[Path]:
         ValueError: for a file that is gone.
     """
     for entry in source.evaluated_on:
-        found = next((path for place in source.places if (path := place / entry["path"]).is_file()), None)
+        found = _found(source, entry)
         if found is None:
             raise ValueError(
                 f"{entry['path']}, on which the run was evaluated, is not found from {Path.cwd()} or the run's folder: give "

@@ -147,8 +147,9 @@ def write_data(folder: Path, files: Sequence[DataFile], leakage: LeakageReport |
     """Write `data.json`: each data file with its hash and unused rows, and leakage between files.
 
     The file holds `{"files": [{"name", "path", "sha256", "read", "rows", "kept_order",
-    "most_images", "beyond_limit", "skipped"}]}` with `{"line", "id", "reason"}` for each skipped
-    row; `most_images` is the largest number of images of a used one. Of the rows
+    "most_images", "tasks", "beyond_limit", "skipped"}]}` with `{"line", "id", "reason"}` for each
+    skipped row; `most_images` is the largest number of images of a used one, `tasks` are the tasks
+    of the used ones. Of the rows
     `read`, `rows` are used, `beyond_limit` are left out by data.limit, and the others are skipped;
     `kept_order` of the used rows have options that cannot be reordered. `"leakage"` is present if
     it was searched for; see `LeakageReport`.
@@ -198,6 +199,7 @@ def _data_entries(files: Sequence[DataFile]) -> list[dict[str, Any]]:
                 "beyond_limit": usable - len(file.examples) - len(file.dropped),
                 "kept_order": sum(example.is_choice and keeps_order(example.options) for example in file.examples),
                 "most_images": max((len(example.images) for example in file.examples), default=0),
+                "tasks": sorted({example.task for example in file.examples}),
                 "skipped": skipped,
             }
         )

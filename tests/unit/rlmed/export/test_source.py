@@ -133,3 +133,18 @@ def test_evaluation_files_are_found_from_another_folder(
         list(evaluated_files(find_source(run, None)))
     (tmp_path / "data" / "test.jsonl").write_text("")
     assert list(evaluated_files(find_source(run, None))) == [tmp_path / "data" / "test.jsonl"]
+
+
+def test_the_tasks_of_a_run_are_those_of_its_rows(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    run = make_run("rl", "models/base", 5)
+    names = ("train", "test", "gone")
+    entries: list[dict[str, object]] = [{"name": name, "path": f"data/{name}.jsonl"} for name in names]
+    entries[0]["tasks"] = ["open"]
+    (run / "data.json").write_text(json.dumps({"files": entries}))
+    assert find_source(run, None).tasks == ("choice", "open")  # without a record, a run had no other
+    (tmp_path / "data").mkdir()
+    lines = ['\ufeff{"task": "grounding"}', '{"task": null}', "no row", "[]", ""]
+    (tmp_path / "data" / "test.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    assert find_source(run, None).tasks == ("choice", "grounding", "open")
+    (run / "data.json").unlink()
+    assert find_source(run, None).tasks == ()

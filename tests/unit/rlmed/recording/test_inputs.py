@@ -114,6 +114,7 @@ def test_data_lists_each_file_with_its_skipped_rows(tmp_path):
                 "kept_order": 0,
                 "beyond_limit": 0,
                 "most_images": 1,
+                "tasks": ["choice"],
                 "skipped": [
                     {"line": 2, "id": "b", "reason": "no question"},
                     {"line": 9, "id": "c", "reason": "prompt too long"},

@@ -1,0 +1,74 @@
+"""The model card: of multiple choice, of another task, and of several."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlmed.data.prompts import PromptRenderer, load_processor
+from rlmed.evaluation.records import Accuracy
+from rlmed.evaluation.results import EvalSummary, FileSummary, write_evaluation
+from rlmed.evaluation.scores import TaskSummary
+from rlmed.export.card import model_card
+from rlmed.export.folder import Exported
+from rlmed.export.source import Source
+from rlmed.export.template import BEGIN, END, with_training_prompt
+
+GOLDEN = Path(__file__).parent / "choice"
+"""What multiple choice had before there were other tasks."""
+PROMPTS = {"template": "Look.\n{question}\nA letter.", "by_modality": {"CT": "CT: {question}"}}
+
+
+@pytest.fixture
+def make_card(tiny_folder: Callable[..., Path], tmp_path: Path) -> Callable[..., str]:
+    """`make_card("llama", ("choice",), tasks=summaries)`: the card of an SFT run."""
+
+    def make(family: str, names: tuple[str, ...], tasks: tuple[TaskSummary, ...] = (), **prompts: Any) -> str:
+        run = tmp_path / "run"
+        checkpoint = run / "checkpoints" / "step-000005"
+        checkpoint.mkdir(parents=True)
+        for step, correct in ((0, 3), (5, 6)):
+            file = FileSummary(
+                name="ct",
+                rows=10,
+                accuracy=Accuracy.of(correct, 10),
+                format_rate=1.0,
+                mean_tokens=9.0,
+                cut_by_length=0.0,
+                chance=0.25,
+                majority_letter=0.3 if "choice" in names else None,
+                image_free_prior=0.3,
+                image_free_prior_by_rate=0.3,
+                leave_one_out_prior=0.3,
+                leave_one_out_prior_by_rate=0.3,
+                blank=Accuracy.of(2, 10),
+                shuffled=Accuracy.of(1, 10),
+                by_question_type={},
+                tasks=tasks,
+            )
+            write_evaluation(run / "evaluations", EvalSummary("x", step, 1.0, 64, 0, (file,)), [])
+        entry = {"rows": 10, "sha256": "0a", "tasks": list(names)}
+        files = [{"name": "train", "path": "train.jsonl", **entry}, {"name": "ct", "path": "ct.jsonl", **entry}]
+        (run / "data.json").write_text(json.dumps({"files": files}))
+        (run / "versions.json").write_text(json.dumps({"packages": {"rlmed": "1.2.3"}}))
+        (run / "config.yaml").write_text("model:\n  path: models/Base\nsft:\n  epochs: 2\n")
+        renderer = PromptRenderer(*load_processor(tiny_folder(family)), max_prompt_tokens=512, **prompts)
+        exported = Exported("float32", 1000, ("<end>",), (7,), renderer, 64)
+        return model_card(Source(checkpoint, run, 5), exported, "mine", images=1)
+
+    return make
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "llama"])
+def test_multiple_choice_keeps_its_card_and_template_byte_for_byte(
+    make_card: Callable[..., str], tiny_folder: Callable[..., Path], family: str
+) -> None:
+    assert make_card(family, ("choice",), **PROMPTS) == (GOLDEN / f"{family}_card.txt").read_text()
+    renderer = PromptRenderer(*load_processor(tiny_folder(family)), max_prompt_tokens=512, **PROMPTS)
+    whole = with_training_prompt(renderer)
+    assert whole.startswith(BEGIN)
+    assert whole[: whole.index(END)] == (GOLDEN / f"{family}_template.txt").read_text()
