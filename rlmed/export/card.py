@@ -16,21 +16,19 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from rlmed.core.chat import SWITCH
-from rlmed.core.types import Example
 from rlmed.data.leakage.findings import WORDS, LeakageReport
 from rlmed.evaluation.records import Accuracy, p_value_text
 from rlmed.evaluation.results import EvalSummary, FileSummary, read_comparison
+from rlmed.export.card_tasks import GIVE, asked, described, prior_meaning, right_from, score_lines
 from rlmed.export.check import MAX_TOKENS, Difference
 from rlmed.export.folder import Exported
 from rlmed.export.server import BANNED
 from rlmed.export.source import Source, earlier_models, licence_of, public_name
-from rlmed.export.template import question_of
+from rlmed.export.template import CHOICE
 from rlmed.models.tiny.toy import toy_note
 
 CARD = "README.md"
 ASSETS = Path(__file__).parent / "assets"
-SHOWN = Example("shown", None, "Which body part is shown?", ("head", "chest", "abdomen", "knee"), answer=0)
-"""The question of the examples."""
 NONE = "–"
 
 Checked = Mapping[str, tuple[int, Sequence[Difference]]]
@@ -65,8 +63,10 @@ def model_card(
         "name": _Ready(name),
         "served": _Ready(shlex.quote(name)),
         "named": _Ready(json.dumps(name)),
-        "what": _what(source, earlier),
+        "what": _what(source, earlier, exported.tasks),
         "toy": toy_note(source.checkpoint),
+        **_tasks(exported),
+        "scores": [] if after is None else score_lines(summaries, after, comparison),
         "files": [] if after is None else _accuracy(summaries, after, comparison),
         "tested": comparison is not None,
         "loo": after is not None and any(file.image_free_prior is None for file in after.files),
@@ -76,14 +76,10 @@ def model_card(
         "leakage": _leakage(source),
         "recipe": _recipe(source, exported),
         "switch": SWITCH,
-        "modalities": ", ".join(renderer.templates.by_modality),
+        "modalities": ", ".join(renderer.templates.by_modality) if CHOICE in exported.tasks else "",
         "vision": vision,
         "images": images,
         "stop": _Ready(", ".join(f"`{stop}`" for stop in (config.get("rollout") or {}).get("stop") or ())),
-        "turn": _Ready(question_of(renderer, SHOWN.question_text)),
-        "question": _Ready(shlex.quote(SHOWN.question)),
-        "options": _Ready(shlex.join(SHOWN.options)),
-        "asked": _Ready(json.dumps(SHOWN.question_text)),
         "model_len": renderer.max_prompt_tokens + limit,
         "max_tokens": limit,
         "bias": _Ready(json.dumps({str(token): BANNED for token in exported.suppressed}))
@@ -96,6 +92,22 @@ def model_card(
         "base": public_name(earlier[-1]) if earlier else "",
     }
     return str(environment.get_template("card.md.j2").render(**values)).rstrip() + "\n"
+
+
+def _tasks(exported: Exported) -> dict[str, Any]:
+    """Return what the card says of the model's tasks."""
+    shown = asked(exported.renderer, exported.tasks)
+    return {
+        "choice": CHOICE in exported.tasks,
+        "wrapped": exported.wrapped,
+        "shown": [{key: _Ready(text) for key, text in task.items()} for task in shown],
+        "asked": _Ready(json.dumps(shown[0]["bare" if exported.wrapped else "turn"])),
+        "give": _Ready(
+            GIVE.get(exported.tasks[0], "Give the question.") if exported.wrapped else "Send the whole turn."
+        ),
+        "prior_is": prior_meaning(exported.tasks),
+        "right_from": right_from(exported.tasks),
+    }
 
 
 class _Ready(str):
@@ -130,13 +142,13 @@ def _kind_tags(source: Source) -> list[str]:
     return ["reinforcement-learning", "grpo"] if "loop" in source.state else ["sft"]
 
 
-def _what(source: Source, earlier: Sequence[str]) -> str:
+def _what(source: Source, earlier: Sequence[str], tasks: Sequence[str]) -> str:
     bases = " ← ".join(public_name(model) for model in earlier)
     how = "trained"
     if source.run is not None:
         how = "trained by reinforcement learning" if "loop" in source.state else "fine-tuned on answers"
     step = "" if source.step is None else f" for {source.step} steps"
-    return f"A model that answers multiple-choice questions, {how} with rlmed{step}{f' from {bases}' if bases else ''}."
+    return f"A model that {described(tasks)}, {how} with rlmed{step}{f' from {bases}' if bases else ''}."
 
 
 def _accuracy(

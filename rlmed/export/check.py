@@ -33,6 +33,7 @@ from rlmed.data.images import load_image
 from rlmed.data.prompts import PromptRenderer
 from rlmed.models.families import family_of
 from rlmed.models.policy import Policy, load_config, load_policy
+from rlmed.tasks.registry import task_of
 from rollout.native.engine import NativeEngine
 
 TIE = 1e-3
@@ -90,8 +91,14 @@ def choose_questions(files: Sequence[Path], count: int) -> list[Example]:
 class Reference:
     """The checkpoint's own answers, and its log-probabilities where others part from them."""
 
-    def __init__(self, checkpoint: Path, dtype: str, examples: Sequence[Example], max_tokens: int) -> None:
-        """Load the checkpoint as it was exported, in `dtype`, and answer in float32."""
+    def __init__(
+        self, checkpoint: Path, dtype: str, examples: Sequence[Example], max_tokens: int, *, wrapped: bool = True
+    ) -> None:
+        """Load the checkpoint as it was exported, in `dtype`, and answer in float32.
+
+        `wrapped`: whether the exported chat template has the prompt of training.
+        """
+        self.wrapped = wrapped
         self.policy = load_policy(checkpoint)
         if dtype != "float32":  # rounding is part of the export
             rounded = dict(load_policy(checkpoint, dtype=dtype).model.named_parameters())
@@ -182,7 +189,7 @@ def transformers_answers(folder: Path, reference: Reference, examples: Sequence[
     model.to(reference.policy.device)
     answers = []
     for example, prompt in zip(examples, reference.prompts, strict=False):
-        inputs = _inputs(renderer, example)
+        inputs = _inputs(renderer, example, wrapped=reference.wrapped)
         given = inputs["input_ids"].shape[1]
         output = model.generate(**inputs.to(reference.policy.device), max_new_tokens=limit)
         written = output[0, given:].tolist()
@@ -192,11 +199,11 @@ def transformers_answers(folder: Path, reference: Reference, examples: Sequence[
     return answers
 
 
-def _inputs(renderer: PromptRenderer, example: Example) -> Any:
+def _inputs(renderer: PromptRenderer, example: Example, *, wrapped: bool) -> Any:
     """Return what the folder's chat template and transformers' processor make of a question."""
     images = [load_image(path) for path in example.images]
     text = renderer.tokenizer.apply_chat_template(
-        question_turn(example, [{"type": "image"} for _ in images]),
+        question_turn(renderer, example, [{"type": "image"} for _ in images], wrapped=wrapped),
         tokenize=False,
         add_generation_prompt=True,
         **modality_of(renderer, example),
@@ -208,16 +215,23 @@ def _inputs(renderer: PromptRenderer, example: Example) -> Any:
     return processor(text=[text], images=[images], return_tensors="pt")
 
 
-def question_turn(example: Example, pictures: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the messages of a bare question with its options, as users send them."""
-    question = example.question_text
+def question_turn(
+    renderer: PromptRenderer, example: Example, pictures: Sequence[dict[str, Any]], *, wrapped: bool
+) -> list[dict[str, Any]]:
+    """Return the messages that users send.
+
+    They are a bare question with its options or labels, or, if the chat template has not the prompt
+    of training (`wrapped`), the whole user turn.
+    """
+    question = task_of(example).question_text(example) if wrapped else renderer.templates.content(example)
     content: Any = [*pictures, {"type": "text", "text": question}] if pictures else question
     return [{"role": "user", "content": content}]
 
 
 def modality_of(renderer: PromptRenderer, example: Example) -> dict[str, Any]:
     """Return the chat template's `modality`, where there are prompts by modality."""
-    return {"modality": example.modality} if renderer.templates.by_modality and example.modality else {}
+    known = example.is_choice and renderer.templates.by_modality and example.modality
+    return {"modality": example.modality} if known else {}
 
 
 def compare(reference: Reference, who: str, answer: Callable[[], list[Answer]]) -> list[Difference]:

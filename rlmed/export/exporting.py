@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -27,7 +28,9 @@ from rlmed.export.command import CHECKED
 from rlmed.export.folder import Exported, check_target, exported_dtype, new_folder, write_folder
 from rlmed.export.hub import check_access, push
 from rlmed.export.server import check_installed, vllm_answers
-from rlmed.export.source import CHOICE, Source, evaluated_files, find_source
+from rlmed.export.source import Source, evaluated_files, find_source
+from rlmed.export.template import CHOICE
+from rlmed.tasks.registry import settle_tasks, task_named
 
 log = logging.getLogger(__name__)
 
@@ -42,11 +45,9 @@ def export(arguments: argparse.Namespace, console: Console) -> bool:
     disable_progress_bar()  # rlmed has its own
     check_target(arguments.out)
     source = find_source(arguments.run, arguments.checkpoint)
-    if others := [task for task in source.tasks if task != CHOICE]:
-        raise ValueError(
-            f"{arguments.run} has rows of other tasks than multiple choice ({', '.join(others)}), whose prompts an export "
-            "cannot hold yet: use the checkpoint itself with python -m rlmed.ask --task"
-        )
+    # not those in config.yaml: a folder from elsewhere would run its code; prompts need no synonyms
+    settle_tasks(arguments.extra_tasks, None)
+    _check_tasks(source)
     if arguments.public and not arguments.push_to_hub:
         raise ValueError("--public has no effect without --push-to-hub: leave it out")
     repository = check_access(arguments.push_to_hub) if arguments.push_to_hub else None
@@ -54,9 +55,10 @@ def export(arguments: argparse.Namespace, console: Console) -> bool:
     if served:
         check_installed()
     examples = _questions(arguments, source, max(checked, served))
+    tasks = _tasks(source, examples)
     dtype = arguments.dtype or exported_dtype(source.checkpoint)
     with new_folder(arguments.out) as folder:
-        exported = write_folder(folder, source, dtype)
+        exported = write_folder(folder, source, dtype, tasks)
         name = arguments.out.absolute().name
         recorded = (file.get("most_images", 1) for file in (*source.trained_on, *source.evaluated_on))
         images = max(1, *recorded, *(len(example.images) for example in examples))
@@ -76,6 +78,34 @@ def export(arguments: argparse.Namespace, console: Console) -> bool:
     elif repository:
         console.print("not uploaded: its answers differ")
     return same
+
+
+def _check_tasks(source: Source) -> None:
+    """Raise ValueError for a run with rows of a user's task whose code was not given."""
+    try:
+        for name in source.tasks:
+            task_named(name)
+    except ValueError as error:
+        needed = (source.config.get("data") or {}).get("extra_tasks") or ["MODULE:CLASS"]
+        raise ValueError(
+            f"{source.run} has rows of the task {name!r}, whose code is not rlmed's: add --extra-tasks "
+            f"{shlex.join(map(str, needed))}, if you trust that code"
+        ) from error
+
+
+def _tasks(source: Source, examples: Sequence[Example]) -> tuple[str, ...]:
+    """Return the tasks of the run; those of the questions if it is not known.
+
+    Raises:
+        ValueError: for questions of other tasks than the run's.
+    """
+    asked = tuple(sorted({example.task for example in examples}))
+    known = source.tasks or asked or (CHOICE,)
+    if others := [task for task in asked if task not in known]:
+        raise ValueError(
+            f"--questions has rows of the task {others[0]}, and the run's are of {', '.join(known)}: leave these rows out"
+        )
+    return known
 
 
 def _counts(arguments: argparse.Namespace, source: Source) -> tuple[int, int]:
@@ -115,7 +145,7 @@ def _check(
     asked, served = examples
     limit = exported.max_new_tokens or MAX_TOKENS
     longest = max(examples, key=len)
-    reference = Reference(source.checkpoint, exported.dtype, longest, limit)
+    reference = Reference(source.checkpoint, exported.dtype, longest, limit, wrapped=exported.wrapped)
     sides: list[tuple[str, Sequence[Example], Callable[[], list[Answer]]]] = []
     if asked:
         sides += [

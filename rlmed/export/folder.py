@@ -22,7 +22,7 @@ from rlmed.core.files.ownership import remove
 from rlmed.core.process.display import one_line
 from rlmed.data.prompts import PromptRenderer
 from rlmed.export.source import Source
-from rlmed.export.template import with_training_prompt
+from rlmed.export.template import CHOICE, with_training_prompt
 from rlmed.models.folder.adapter import is_adapter
 from rlmed.models.folder.weight_files import stored_dtype
 from rlmed.models.policy import DTYPES, Policy, load_config, load_policy
@@ -47,6 +47,13 @@ class Exported:
     renderer: PromptRenderer
     """Of the checkpoint."""
     max_new_tokens: int | None
+    tasks: tuple[str, ...] = (CHOICE,)
+    """Tasks that the model answers; the chat template has the prompt of a single one."""
+
+    @property
+    def wrapped(self) -> bool:
+        """Whether the chat template has the prompt of training."""
+        return len(self.tasks) == 1
 
 
 def check_target(out: Path) -> None:
@@ -104,15 +111,17 @@ def new_folder(out: Path) -> Iterator[Path]:
         remove(aside)
 
 
-def write_folder(folder: Path, source: Source, dtype: str) -> Exported:
+def write_folder(folder: Path, source: Source, dtype: str, tasks: tuple[str, ...] = (CHOICE,)) -> Exported:
     """Write all but the card into an empty folder; adapters are merged in float32.
+
+    `tasks` are those that the model answers.
 
     Raises:
         ValueError: if the checkpoint cannot be used, or the disk has no room.
     """
     checkpoint = source.checkpoint
     renderer = recorded_renderer(checkpoint)
-    template = with_training_prompt(renderer)
+    template = with_training_prompt(renderer, tasks[0] if len(tasks) == 1 else None)
     policy: Policy = load_policy(checkpoint, dtype=dtype)
     size = sum(parameter.nbytes for parameter in policy.model.parameters())
     free = shutil.disk_usage(folder).free
@@ -136,6 +145,7 @@ def write_folder(folder: Path, source: Source, dtype: str) -> Exported:
         suppressed=policy.banned_token_ids,
         renderer=renderer,
         max_new_tokens=limit,
+        tasks=tasks,
     )
 
 

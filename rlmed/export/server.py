@@ -67,7 +67,7 @@ def _ask(client: OpenAI, folder: Path, reference: Reference, index: int, example
         more["chat_template_kwargs"] = variables
     response = client.chat.completions.create(
         model=served_name(folder),
-        messages=question_turn(example, pictures),
+        messages=question_turn(reference.renderer, example, pictures, wrapped=reference.wrapped),
         temperature=0,
         max_tokens=limit,
         logit_bias=logit_bias(folder),

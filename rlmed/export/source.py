@@ -14,14 +14,13 @@ import yaml
 from rlmed.core.files.damage import read_json
 from rlmed.core.files.near_paths import near_path
 from rlmed.evaluation.results import SUMMARY_FILE, EvalSummary, step_folder
+from rlmed.export.template import CHOICE
 from rlmed.models.folder.adapter import SETTINGS_FILE
 from rlmed.models.folder.contents import CONFIG_FILE as MODEL_CONFIG
 from rlmed.models.tiny.toy import EMBEDDED
 from rlmed.recording.checkpoint import STATE_FILE, list_checkpoints, read_state
 from rlmed.recording.inputs import CONFIG_FILE, DATA_FILE, VERSIONS_FILE
 
-CHOICE = "choice"
-"""The task of rows without a `task`."""
 STAGES = 8
 """Most runs to go back to the model that the first was trained from."""
 _FENCE = "---\n"
@@ -236,7 +235,7 @@ def _task_of(line: bytes) -> str:
         row = json.loads(line.removeprefix(BOM_UTF8))
     except ValueError:
         return CHOICE
-    return str(isinstance(row, dict) and row.get("task") or CHOICE)
+    return str((isinstance(row, dict) and row.get("task")) or CHOICE)
 
 
 def _found(source: Source, entry: Mapping[str, Any]) -> Path | None:

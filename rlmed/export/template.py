@@ -5,6 +5,9 @@ around the first user turn of a conversation. It is added once: not to a text th
 and not where the template's variable `training_prompt` is false, as in rlmed's own renderer, which
 writes it itself and may be asked for another one. `modality` chooses among several.
 
+The prompt is that of one task. A chat template cannot know the task of a question, so that of a
+model of several tasks adds nothing, and users send the whole user turn.
+
 The template of the model follows unchanged.
 """
 
@@ -19,9 +22,12 @@ from transformers import PreTrainedTokenizerBase
 
 from rlmed.core.chat import SWITCH
 from rlmed.core.process.foreign import foreign
+from rlmed.core.types import Example
 from rlmed.data.prompts import PromptRenderer
 from rlmed.data.templates import QUESTION_SLOT
 
+CHOICE = "choice"
+"""The task of rows without a `task`."""
 BEGIN, END = "{#- rlmed: the prompt of training -#}", "{#- rlmed: the template of the model -#}\n"
 _FILLED = "{%- if not (rlmed_text.startswith(rlmed_around[0]) and rlmed_text.endswith(rlmed_around[1])) -%}"
 _STRING = """\
@@ -75,26 +81,33 @@ TURN
 """.replace("SWITCH", SWITCH)
 
 
-def with_training_prompt(renderer: PromptRenderer) -> str:
+def with_training_prompt(renderer: PromptRenderer, task: str | None = CHOICE) -> str:
     """Return the model's chat template with the prompt of training around a question.
+
+    Args:
+        renderer: of the checkpoint.
+        task: its name; None for several tasks, whose template is the model's own.
 
     Raises:
         ValueError: if the template does not then write what the renderer writes.
     """
     template = own_template(renderer.tokenizer)
+    if task is None:
+        return template
+    general, by_modality = _prompts(renderer, task)
     # a loop over the parts tells vLLM to send a list, which text models' templates may not take
     parts = renderer.pictures is not None or _takes_lists(renderer.tokenizer, template)
     turn = _STRING.replace("REST\n", _LIST if parts else _AS_IT_IS)
     filled = {
         "SWITCH": SWITCH,
-        "AROUND": _literal({name: _around(text) for name, text in renderer.templates.by_modality.items()}),
-        "GENERAL": _literal(_around(renderer.templates.general)),
+        "AROUND": _literal({name: _around(text) for name, text in by_modality.items()}),
+        "GENERAL": _literal(_around(general)),
         "TURN\n": turn,
     }
     # in one pass: a prompt may hold one of these words
     before = re.sub("|".join(filled), lambda found: filled[found[0]], _WHOLE)
     whole = f"{BEGIN}\n{before}{END}{template}"
-    _check(renderer, whole, template, parts=parts)
+    _check(renderer, whole, template, {"": general, **by_modality}, parts=parts)
     return whole
 
 
@@ -107,9 +120,11 @@ def own_template(tokenizer: PreTrainedTokenizerBase) -> str:
     return template.partition(END)[2] if template.startswith(BEGIN) and END in template else template
 
 
-def question_of(renderer: PromptRenderer, text: str, modality: str = "") -> str:
-    """Return the text of a training prompt's user turn around a question."""
-    return renderer.templates.by_modality.get(modality, renderer.templates.general).replace(QUESTION_SLOT, text)
+def _prompts(renderer: PromptRenderer, task: str) -> tuple[str, Mapping[str, str]]:
+    """Return the template of a task's user turn, and those by modality."""
+    if task == CHOICE:
+        return renderer.templates.general, renderer.templates.by_modality
+    return renderer.templates.of(Example("", None, "", task=task)), {}
 
 
 def _around(template: str) -> list[str]:
@@ -142,7 +157,7 @@ def _takes_lists(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
         return False
 
 
-def _check(renderer: PromptRenderer, whole: str, template: str, *, parts: bool) -> None:
+def _check(renderer: PromptRenderer, whole: str, template: str, prompts: Mapping[str, str], *, parts: bool) -> None:
     """Check the template on a question: with the prompt, without, and where it is there already."""
     picture = [] if renderer.pictures is None else [{"type": "image"}]
     question = "Which organ is shown?\nA) liver\nB) spleen"
@@ -150,11 +165,9 @@ def _check(renderer: PromptRenderer, whole: str, template: str, *, parts: bool) 
     def content(text: str) -> Any:
         return [*picture, {"type": "text", "text": text}] if parts else text
 
-    cases: Mapping[str, dict[str, Any]] = {"": {}} | {
-        name: {"modality": name} for name in renderer.templates.by_modality
-    }
-    for name, variables in cases.items():
-        full = question_of(renderer, question, name)
+    for name, prompt in prompts.items():
+        variables: dict[str, Any] = {"modality": name} if name else {}
+        full = prompt.replace(QUESTION_SLOT, question)
         with foreign(f"the chat template of model {renderer.tokenizer.name_or_path!r}", "Correct it"):
             expected = _render(renderer.tokenizer, template, content(full))
             found = [

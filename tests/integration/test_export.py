@@ -23,7 +23,7 @@ from rlmed import ask
 from rlmed.core.config.composing import compose_config
 from rlmed.evaluation.results import EvalSummary
 from rlmed.export import check, exporting
-from rlmed.export.card import SHOWN
+from rlmed.export.card_tasks import SHOWN
 from rlmed.export.command import main
 from rlmed.models.policy import load_policy
 from rlmed.run import Run

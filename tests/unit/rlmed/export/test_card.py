@@ -12,7 +12,7 @@ import pytest
 from rlmed.data.prompts import PromptRenderer, load_processor
 from rlmed.evaluation.records import Accuracy
 from rlmed.evaluation.results import EvalSummary, FileSummary, write_evaluation
-from rlmed.evaluation.scores import TaskSummary
+from rlmed.evaluation.scores import Estimate, TaskSummary
 from rlmed.export.card import model_card
 from rlmed.export.folder import Exported
 from rlmed.export.source import Source
@@ -20,7 +20,7 @@ from rlmed.export.template import BEGIN, END, with_training_prompt
 
 GOLDEN = Path(__file__).parent / "choice"
 """What multiple choice had before there were other tasks."""
-PROMPTS = {"template": "Look.\n{question}\nA letter.", "by_modality": {"CT": "CT: {question}"}}
+PROMPTS: dict[str, Any] = {"template": "Look.\n{question}\nA letter.", "by_modality": {"CT": "CT: {question}"}}
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def make_card(tiny_folder: Callable[..., Path], tmp_path: Path) -> Callable[...,
         (run / "versions.json").write_text(json.dumps({"packages": {"rlmed": "1.2.3"}}))
         (run / "config.yaml").write_text("model:\n  path: models/Base\nsft:\n  epochs: 2\n")
         renderer = PromptRenderer(*load_processor(tiny_folder(family)), max_prompt_tokens=512, **prompts)
-        exported = Exported("float32", 1000, ("<end>",), (7,), renderer, 64)
+        exported = Exported("float32", 1000, ("<end>",), (7,), renderer, 64, tasks=names)
         return model_card(Source(checkpoint, run, 5), exported, "mine", images=1)
 
     return make
@@ -72,3 +72,47 @@ def test_multiple_choice_keeps_its_card_and_template_byte_for_byte(
     whole = with_training_prompt(renderer)
     assert whole.startswith(BEGIN)
     assert whole[: whole.index(END)] == (GOLDEN / f"{family}_template.txt").read_text()
+
+
+IOU = TaskSummary(
+    name="grounding",
+    rows=10,
+    main="iou",
+    scores={"iou": Estimate(0.612, 0.55, 0.67)},
+    over_file={"mAP": Estimate(0.333, 0.25, 0.41)},
+    controls={"blank": {"iou": Estimate(0.211, 0.18, 0.24)}, "shuffled": {"iou": Estimate(0.201, 0.17, 0.23)}},
+    chance={"iou": 0.171},
+    own_prior={"iou": 0.222},
+    prior=None,
+)
+
+
+def test_the_card_of_another_task_asks_its_question_and_has_its_scores(make_card: Callable[..., str]) -> None:
+    prompt = "Look.\n{question}\nBoxes."
+    card = make_card("qwen2_vl", ("grounding",), (IOU,), by_task={"grounding": prompt}, **PROMPTS)
+    assert "the task `grounding`" in card
+    assert "```text\nLook.\nWhere is the nodule?\nBoxes.\n```" in card
+    assert "rlmed.ask image.png 'Where is the nodule?' --task grounding --model ." in card
+    assert 'question = "Where is the nodule?"' in card
+    assert "of the task grounding, from iou 0.5 on" in card
+    values = ["iou", "61.2 (55–67)", "**61.2 (55–67)**", "21.1 (18–24)", "20.1 (17–23)", "17.1", "22.2 own"]
+    assert f"| ct | grounding | 10 | {' | '.join(values)} |" in card
+    assert "| mAP | 33.3 (25–41) | 33.3 (25–41) | – | – | – | – |" in card
+    assert [word for word in ("--options", "option texts", "multiple", "A letter", "`modality`") if word in card] == []
+
+
+def test_the_card_of_labels_gives_their_list(make_card: Callable[..., str]) -> None:
+    card = make_card("llama", ("labels",), by_task={"labels": "{question}\nAll."})
+    assert "```text\nWhich findings are shown?\neffusion, fracture, nodule\nAll.\n```" in card
+    assert "--task labels --options effusion fracture nodule --model ." in card
+    assert r'question = "Which findings are shown?\neffusion, fracture, nodule"' in card
+
+
+def test_the_card_of_several_tasks_gives_each_whole_turn(make_card: Callable[..., str]) -> None:
+    card = make_card("qwen2_vl", ("choice", "grounding"), (IOU,), by_task={"grounding": "{question} Boxes."}, **PROMPTS)
+    turn = "Look.\nWhich body part is shown?\nA) head\nB) chest\nC) abdomen\nD) knee\nA letter."
+    assert f"of the task choice:\n\n```text\n{turn}\n```" in card
+    assert "of the task grounding:\n\n```text\nWhere is the nodule? Boxes.\n```" in card
+    assert f"question = {json.dumps(turn)}" in card
+    assert "training_prompt" not in card
+    assert card.count("python -m rlmed.ask") == 2

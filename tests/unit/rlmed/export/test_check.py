@@ -113,6 +113,22 @@ def test_transformers_keeps_to_the_tokens_of_training_by_the_generation_settings
     assert {token for answer in free for token in answer.token_ids} & {*banned}
 
 
+@pytest.mark.parametrize("tasks", [("labels",), ("choice", "labels")])
+def test_other_tasks_are_asked_as_in_training(
+    changed: Callable[..., Path], tmp_path: Path, tasks: tuple[str, ...]
+) -> None:
+    """By the chat template around a question with its labels; of several tasks, by the whole turn."""
+    folder, out = changed("llama", lambda rows: None), tmp_path / "out"
+    out.mkdir()
+    truth = {"labels": ["cyst"], "known": ["cyst", "mass"]}
+    labels = Example("labels", None, "Which findings?", task="labels", truth=truth)
+    examples = [labels, *EXAMPLES[:1]][: len(tasks)]
+    exported = write_folder(out, Source(folder, None, None), "float32", tasks)
+    reference = Reference(folder, "float32", examples, LIMIT, wrapped=exported.wrapped)
+    assert "cyst, mass" in reference.prompts[0].text
+    assert reference.differences("transformers", transformers_answers(out, reference, examples, LIMIT)) == []
+
+
 def test_questions_come_from_each_file_in_turn(tmp_path: Path) -> None:
     for name, count in (("a", 4), ("b", 1)):
         rows = [{"id": f"{name}{i}", "question": "?", "options": ["x", "y"], "answer": "x"} for i in range(count)]

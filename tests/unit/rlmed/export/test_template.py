@@ -123,3 +123,13 @@ def test_a_template_that_cannot_be_written_before_is_refused(base_copy: Path) ->
     )
     with pytest.raises(ValueError, match="changes what it is given"):
         with_training_prompt(renderer)
+
+
+def test_another_task_has_its_own_prompt_and_several_have_none(folder: Path) -> None:
+    prompts: dict[str, Any] = {"template": "{question} A letter.", "by_modality": {"CT": "CT: {question}"}}
+    renderer = renderer_of(folder, **prompts, by_task={"open": "{question} A word."})
+    one = with_training_prompt(renderer, "open")
+    assert f"{BARE} A word." in rendered(renderer, one, BARE, modality="CT")
+    assert "single-letter" not in with_training_prompt(renderer, "grounding")
+    assert "[[x0, y0, x1, y1], ...]" in rendered(renderer, with_training_prompt(renderer, "grounding"), BARE)
+    assert with_training_prompt(renderer, None) == own_template(renderer.tokenizer)

@@ -1,0 +1,142 @@
+"""What a model card says of the model's tasks: what is asked, and the scores besides accuracy."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rlmed.core.types import Example
+from rlmed.data.prompts import PromptRenderer
+from rlmed.evaluation.records import p_value_text
+from rlmed.evaluation.results import EvalSummary
+from rlmed.evaluation.scores import Estimate, TaskSummary
+from rlmed.export.template import CHOICE
+from rlmed.tasks.registry import task_named, task_of
+
+SHOWN = Example("shown", None, "Which body part is shown?", ("head", "chest", "abdomen", "knee"), answer=0)
+"""The question of the examples, of multiple choice."""
+LABELS = ("effusion", "fracture", "nodule")
+QUESTIONS = {
+    "grounding": "Where is the nodule?",
+    "labels": "Which findings are shown?",
+    "report": "What does the image show?",
+}
+OTHER_QUESTION = "What is shown?"
+"""The question of the examples, of any other task."""
+GIVE = {
+    CHOICE: "Give the question, then one line for each option with its letter.",
+    "labels": "Give the question, then the possible labels in one line, with commas between them.",
+}
+SIZE = (1000, 1000)
+"""Pixels of the image that an example asks about."""
+NONE = "–"
+
+
+def shown_example(name: str) -> Example:
+    """Return the card's question of a task.
+
+    Raises:
+        ValueError: for a task that does not read its own placeholder.
+    """
+    if name == CHOICE:
+        return SHOWN
+    task, options = task_named(name), LABELS if name == "labels" else ()
+    try:
+        truth = task.read(task.placeholder, options, lambda: SIZE)
+    except ValueError as error:
+        raise ValueError(
+            f"the task {name} does not read its placeholder {task.placeholder!r} ({error}): set its `placeholder` to an "
+            "answer that it reads, which rlmed.ask needs, too"
+        ) from error
+    return Example("shown", None, QUESTIONS.get(name, OTHER_QUESTION), task=name, truth=truth)
+
+
+def described(tasks: Sequence[str]) -> str:
+    """Return what a model is for."""
+    if tasks == (CHOICE,):
+        return "answers multiple-choice questions"
+    names = [f"`{name}`" if name != CHOICE else "`choice` (multiple choice)" for name in tasks]
+    listed = " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+    return f"answers questions of the task{'s' if len(names) > 1 else ''} {listed}"
+
+
+def asked(renderer: PromptRenderer, tasks: Sequence[str]) -> list[dict[str, str]]:
+    """Return each task's example: the user's turn, and the arguments of `rlmed.ask`."""
+    found = []
+    for name in tasks:
+        example = shown_example(name)
+        options = SHOWN.options if name == CHOICE else LABELS if name == "labels" else ()
+        flags = [*(() if name == CHOICE else ("--task", name)), *(("--options", *options) if options else ())]
+        found.append(
+            {
+                "name": name,
+                "turn": renderer.templates.content(example),
+                "bare": task_of(example).question_text(example),
+                "question": shlex.quote(example.question),
+                "flags": shlex.join(flags),
+            }
+        )
+    return found
+
+
+def prior_meaning(tasks: Sequence[str]) -> str:
+    """Return what the prior in the table of accuracy is."""
+    options, constant = "what the option texts alone give away", "what the best constant answer gets right"
+    if tasks == (CHOICE,):
+        return options
+    return f"{options} (of other tasks, {constant})" if CHOICE in tasks else constant
+
+
+def right_from(tasks: Sequence[str]) -> str:
+    """Return from which score on an answer counts as right."""
+    others = [task_named(name) for name in tasks if name != CHOICE]
+    return "; ".join(f"of the task {task.name}, from {task.main} {task.threshold:g} on" for task in others)
+
+
+def score_lines(
+    summaries: Sequence[EvalSummary], after: EvalSummary, comparison: Mapping[str, Any] | None
+) -> list[dict[str, str]]:
+    """Return the table of scores, a line for each; controls and baselines are those of `after`."""
+    first = summaries[0].files if len(summaries) > 1 else ()
+    earlier = {(file.name, task.name): task for file in first for task in file.tasks}
+    tests = comparison["files"] if comparison is not None else {}
+    lines = []
+    for file in after.files:
+        for task in file.tasks:
+            test = tests.get(file.name, {}).get("scores", {}).get(task.name)
+            before = _figures(earlier.get((file.name, task.name)))
+            prior = task.own_prior if task.prior is None else task.prior
+            for name, value in _figures(task).items():
+                lines.append(
+                    {
+                        "file": file.name,
+                        "task": task.name,
+                        "rows": str(task.rows),
+                        "score": name,
+                        "before": _measured(before.get(name)),
+                        "value": f"**{_measured(value)}**" if name == task.main else _measured(value),
+                        "p": p_value_text(test["p_value"]) if test and name == task.main else NONE,
+                        **{
+                            control: _measured(task.controls.get(control, {}).get(name))
+                            for control in ("blank", "shuffled", "blank_one", "image_order")
+                        },
+                        "chance": _percent(task.chance.get(name)),
+                        "prior": _percent(prior.get(name)) + (" own" if task.prior is None and name in prior else ""),
+                    }
+                )
+    return lines
+
+
+def _figures(task: TaskSummary | None) -> Mapping[str, Estimate]:
+    return {} if task is None else {**task.scores, **task.over_file}
+
+
+def _measured(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return NONE
+    return f"{_percent(estimate.value)} ({100 * estimate.low:.0f}–{100 * estimate.high:.0f})"
+
+
+def _percent(share: float | None) -> str:
+    return NONE if share is None else f"{100 * share:.1f}"
