@@ -106,7 +106,7 @@ def score_lines(
         for task in file.tasks:
             test = tests.get(file.name, {}).get("scores", {}).get(task.name)
             before = _figures(earlier.get((file.name, task.name)))
-            prior = task.own_prior if task.prior is None else task.prior
+            prior = (task.own_prior if task.prior is None else task.prior) or {}
             for name, value in _figures(task).items():
                 lines.append(
                     {
@@ -121,7 +121,7 @@ def score_lines(
                             control: _measured(task.controls.get(control, {}).get(name))
                             for control in ("blank", "shuffled", "blank_one", "image_order")
                         },
-                        "chance": _percent(task.chance.get(name)),
+                        "chance": _percent((task.chance or {}).get(name)),
                         "prior": _percent(prior.get(name)) + (" own" if task.prior is None and name in prior else ""),
                     }
                 )

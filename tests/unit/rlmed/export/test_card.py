@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -99,6 +100,12 @@ def test_the_card_of_another_task_asks_its_question_and_has_its_scores(make_card
     assert f"| ct | grounding | 10 | {' | '.join(values)} |" in card
     assert "| mAP | 33.3 (25–41) | 33.3 (25–41) | – | – | – | – |" in card
     assert [word for word in ("--options", "option texts", "multiple", "A letter", "`modality`") if word in card] == []
+
+
+def test_a_single_row_has_no_chance_and_no_prior(make_card: Callable[..., str]) -> None:
+    alone = dataclasses.replace(IOU, chance=None, own_prior=None)
+    card = make_card("llama", ("grounding",), (alone,))
+    assert "| 21.1 (18–24) | 20.1 (17–23) | – | – |" in card
 
 
 def test_the_card_of_labels_gives_their_list(make_card: Callable[..., str]) -> None:

@@ -117,7 +117,7 @@ def test_transformers_keeps_to_the_tokens_of_training_by_the_generation_settings
 def test_other_tasks_are_asked_as_in_training(
     changed: Callable[..., Path], tmp_path: Path, tasks: tuple[str, ...]
 ) -> None:
-    """By the chat template around a question with its labels; of several tasks, by the whole turn."""
+    """By the chat template around a question with its list; of several tasks, by the whole turn."""
     folder, out = changed("llama", lambda rows: None), tmp_path / "out"
     out.mkdir()
     truth = {"labels": ["cyst"], "known": ["cyst", "mass"]}
