@@ -222,6 +222,8 @@ class ScoredGroup:
     """float32 [G], the weighted sum of the parts."""
     reward_parts: Mapping[str, FloatArray]
     """float32 [G] each, before weighting."""
+    missing: tuple[str, ...] = ()
+    """Weighted rewards that a completion lacks, left out of `rewards` for all of them."""
 
 
 @dataclass(frozen=True, slots=True)
