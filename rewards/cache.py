@@ -101,12 +101,12 @@ class RewardCache:
         seconds: float,
         notes: Mapping[str, str] | None = None,
     ) -> None:
-        """Keep what a call returned.
+        """Keep what a call returned, or nothing but what it took if it failed.
 
         Args:
             name: of the reward.
             values: finite numbers by key.
-            calls: calls that it took, with those that failed.
+            calls: number of calls.
             seconds: that they took.
             notes: texts to keep with the values, by key.
 
