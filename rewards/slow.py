@@ -196,10 +196,16 @@ class SlowReward:
         Raises:
             RewardError: if a call failed and `on_failure` is "stop", or returned no finite numbers.
         """
+        return self.with_notes(group)[0]
+
+    def with_notes(self, group: RolloutGroup) -> tuple[FloatArray, tuple[str, ...]]:
+        """Wait as a call does; return also the text beside each reward, "" where there is none."""
         self.begin(group)
         with self._lock:
             results = self._begun.pop(group.request.index)
-        return np.array([result.result() for result in results], dtype=np.float32)
+        values = [result.result() for result in results]
+        notes = tuple(value.note if isinstance(value, Noted) else "" for value in values)
+        return np.array(values, dtype=np.float32), notes
 
     def read_seconds(self) -> float:
         """Return the seconds that calls took since the last reading, those at one time added up."""
@@ -221,7 +227,8 @@ class SlowReward:
         ]
         results, fresh = [], []
         for completion, value, key in zip(group.completions, known, keys, strict=True):
-            value = self._cache.get(key) if value is None and self._cache is not None else value
+            if value is None and self._cache is not None and (value := self._cache.get(key)) is not None:
+                value = Noted(value, self._cache.note(key))
             if value is not None:
                 results.append(_done(value))
                 continue
@@ -288,7 +295,7 @@ class SlowReward:
                 why = f"it raised {type(error).__name__}: {error}"
             else:
                 self._down = False
-                return [float(value) for value in values]
+                return values
             if not again or attempt == last:
                 break
             doubled = self.limits.wait_s * 2**attempt * self._random.uniform(0.5, 1.0)

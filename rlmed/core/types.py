@@ -224,6 +224,8 @@ class ScoredGroup:
     """float32 [G] each, before weighting."""
     missing: tuple[str, ...] = ()
     """Weighted rewards that a completion lacks, left out of `rewards` for all of them."""
+    notes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """What rewards wrote about each completion, G texts by reward; "" for none."""
 
 
 @dataclass(frozen=True, slots=True)
