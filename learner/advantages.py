@@ -164,10 +164,15 @@ class AdvantageEstimator:
             names = [scored.rollout.prompt.example.modality for scored in batch]
             # in order of the requests: the order of completion must not matter
             for index in sorted(range(len(batch)), key=lambda index: batch[index].rollout.request.index):
-                if has_reward_variance(batch[index]):
+                if has_reward_variance(batch[index]) and not batch[index].missing:
                     self._running.add(names[index], rewards[index])
             advantages = [
-                group_advantages(values, self._estimator, running_std=self._running.of(name))
+                # before a modality's first whole group there is no deviation to divide by
+                group_advantages(
+                    values,
+                    self._estimator,
+                    running_std=self._running.of(name) if name in self._running.moments else None,
+                )
                 for values, name in zip(rewards, names, strict=True)
             ]
         return [TrainGroup(scored, values.numpy()) for scored, values in zip(batch, advantages, strict=True)]

@@ -77,6 +77,7 @@ class RewardCache:
         self._lock = threading.Lock()
         self._descriptor: int | None = None
         self._values: dict[str, float] = {}
+        self._notes: dict[str, str] = {}
         self._spent: dict[str, tuple[int, float]] = {}
         if path is not None and path.exists():
             try:
@@ -87,6 +88,10 @@ class RewardCache:
     def get(self, key: str) -> float | None:
         """Return the value of a key; None if there is none."""
         return self._values.get(key)
+
+    def note(self, key: str) -> str:
+        """Return the text kept with a key's value; "" if there is none."""
+        return self._notes.get(key, "")
 
     def spent(self, name: str) -> tuple[int, float]:
         """Return how many calls a reward made, and their seconds, according to the file."""
@@ -101,12 +106,12 @@ class RewardCache:
         seconds: float,
         notes: Mapping[str, str] | None = None,
     ) -> None:
-        """Keep what a call returned.
+        """Keep what a call returned, or nothing but what it took if it failed.
 
         Args:
             name: of the reward.
             values: finite numbers by key.
-            calls: calls that it took, with those that failed.
+            calls: number of calls.
             seconds: that they took.
             notes: texts to keep with the values, by key.
 
@@ -117,8 +122,7 @@ class RewardCache:
         if notes:
             line["notes"] = dict(notes)
         with self._lock:
-            for key, value in values.items():
-                self._values.setdefault(key, value)
+            self._take(values, notes or {})
             if self._path is not None:
                 try:
                     self._append(self._path, json.dumps(line).encode() + b"\n")
@@ -131,6 +135,13 @@ class RewardCache:
             if self._descriptor is not None:
                 os.close(self._descriptor)
                 self._descriptor = None
+
+    def _take(self, values: Mapping[str, float], notes: Mapping[str, str]) -> None:
+        for key, value in values.items():
+            if key not in self._values:
+                self._values[key] = value
+                if key in notes:
+                    self._notes[key] = notes[key]
 
     def _append(self, path: Path, line: bytes) -> None:
         if self._descriptor is None:
@@ -152,12 +163,11 @@ class RewardCache:
                 if not line.strip():
                     continue
                 try:
-                    name, values, calls, seconds = _parsed(line)
+                    name, values, calls, seconds, notes = _parsed(line)
                 except (ValueError, TypeError, KeyError, AttributeError):
                     damaged.append(number)
                     continue
-                for key, value in values.items():
-                    self._values.setdefault(key, value)
+                self._take(values, notes)
                 before = self.spent(name)
                 self._spent[name] = (before[0] + calls, before[1] + seconds)
         if damaged:
@@ -167,13 +177,14 @@ class RewardCache:
             )
 
 
-def _parsed(line: bytes) -> tuple[str, dict[str, float], int, float]:
-    """Return a line's reward, values, calls and seconds; raises various errors if damaged."""
+def _parsed(line: bytes) -> tuple[str, dict[str, float], int, float, dict[str, str]]:
+    """Return a line's reward, values, calls, seconds and notes; raises various errors if damaged."""
     content = json.loads(line)
     values = {str(key): float(value) for key, value in content["values"].items()}
     if not all(math.isfinite(value) for value in values.values()):
         raise ValueError("a value is not finite")
-    return str(content["reward"]), values, int(content["calls"]), float(content["seconds"])
+    notes = {str(key): str(note) for key, note in content.get("notes", {}).items()}
+    return str(content["reward"]), values, int(content["calls"]), float(content["seconds"]), notes
 
 
 @contextlib.contextmanager

@@ -187,16 +187,20 @@ class Rubric:
         self.begin(group)
         values = {part.name: part.reward(group) for part in self.parts if part.name not in self._slow}
         self._seconds += time.perf_counter() - start
-        values |= {name: reward(group) for name, reward in self._slow.items()}
+        slow = {name: reward.with_notes(group) for name, reward in self._slow.items()}
+        values |= {name: found for name, (found, _) in slow.items()}
+        notes = {name: texts for name, (_, texts) in slow.items() if any(texts)}
         total = np.zeros(len(group.completions), dtype=np.float32)
+        lacking = []
         for part in self.parts:
             missing = int(np.isnan(values[part.name]).sum()) if part.name in self._slow else 0
             if missing:
                 self._missing[part.name] += missing
+                lacking += [part.name] if part.weight else []
             else:
                 total = total + part.weight * values[part.name]
         parts = {part.name: values[part.name] for part in self.parts}
-        return ScoredGroup(group, np.asarray(total, dtype=np.float32), parts)
+        return ScoredGroup(group, np.asarray(total, dtype=np.float32), parts, tuple(lacking), notes)
 
     def metrics(self) -> dict[str, float]:
         """Return the seconds that rewards took, and how many are missing, since the last reading.

@@ -19,6 +19,7 @@ from rewards.cache import RewardCache, key_of
 from rewards.deadline import DeadlineError, call_within
 from rewards.extra import RewardError, finite_number
 from rewards.workers import Workers
+from rlmed.core.files.atomic import RecordError
 from rlmed.core.types import Completion, Example, FloatArray, RolloutGroup
 
 log = logging.getLogger(__name__)
@@ -106,6 +107,8 @@ def slow(
     for name in ("batch_size", "concurrency", "timeout_s", "max_calls", "max_seconds"):
         if name in given and not given[name] > 0:
             raise ValueError(f"slow({name}={given[name]}): give a positive number")
+    if given.get("retries", 0) < 0:
+        raise ValueError(f"slow(retries={retries}): give 0 or more")
     if on_failure not in (None, *ON_FAILURE):
         raise ValueError(f"slow(on_failure={on_failure!r}): give one of {', '.join(ON_FAILURE)}")
 
@@ -193,10 +196,16 @@ class SlowReward:
         Raises:
             RewardError: if a call failed and `on_failure` is "stop", or returned no finite numbers.
         """
+        return self.with_notes(group)[0]
+
+    def with_notes(self, group: RolloutGroup) -> tuple[FloatArray, tuple[str, ...]]:
+        """Wait as a call does; return also the text beside each reward, "" where there is none."""
         self.begin(group)
         with self._lock:
             results = self._begun.pop(group.request.index)
-        return np.array([result.result() for result in results], dtype=np.float32)
+        values = [result.result() for result in results]
+        notes = tuple(value.note if isinstance(value, Noted) else "" for value in values)
+        return np.array(values, dtype=np.float32), notes
 
     def read_seconds(self) -> float:
         """Return the seconds that calls took since the last reading, those at one time added up."""
@@ -218,7 +227,8 @@ class SlowReward:
         ]
         results, fresh = [], []
         for completion, value, key in zip(group.completions, known, keys, strict=True):
-            value = self._cache.get(key) if value is None and self._cache is not None else value
+            if value is None and self._cache is not None and (value := self._cache.get(key)) is not None:
+                value = Noted(value, self._cache.note(key))
             if value is not None:
                 results.append(_done(value))
                 continue
@@ -268,16 +278,16 @@ class SlowReward:
 
     def _attempts(self, example: Example, batch: Sequence[_Asked]) -> list[float]:
         last = 0 if self._down else self.limits.retries
-        why, spent = "", 0.0
+        why = ""
         for attempt in range(last + 1):
             self._take_from_budget()
-            start, pause, again = time.perf_counter(), 0.0, True
+            pause, again = 0.0, True
             try:
-                values = self._checked(call_within(self.limits.timeout_s, lambda: self._called(example, batch)), batch)
+                values = self._attempt(example, batch)
             except DeadlineError as error:
                 why = f"no result after {self.limits.timeout_s:g} s ({self._keys['timeout_s']})"
                 self._count_hung(error.thread)
-            except RewardError:
+            except (RewardError, RecordError):
                 raise
             except RewardUnavailableError as error:
                 why, pause, again = str(error), error.after_s, error.again
@@ -285,10 +295,7 @@ class SlowReward:
                 why = f"it raised {type(error).__name__}: {error}"
             else:
                 self._down = False
-                spent += self._spend(start)
-                self._keep(batch, values, attempt + 1, spent)
-                return [float(value) for value in values]
-            spent += self._spend(start)
+                return values
             if not again or attempt == last:
                 break
             doubled = self.limits.wait_s * 2**attempt * self._random.uniform(0.5, 1.0)
@@ -296,6 +303,15 @@ class SlowReward:
                 raise _FailedError(f"{why}, and the run ends")
         self._down = self._down or again
         raise _FailedError(why if attempt == 0 else f"{why}, the last of {attempt + 1} attempts")
+
+    def _attempt(self, example: Example, batch: Sequence[_Asked]) -> list[float]:
+        """Call once; what that took is kept whether it fails or not, so that a resume knows it."""
+        start, values = time.perf_counter(), []
+        try:
+            values = self._checked(call_within(self.limits.timeout_s, lambda: self._called(example, batch)), batch)
+        finally:
+            self._keep(batch if values else (), values, self._spend(start))
+        return values
 
     def _called(self, example: Example, batch: Sequence[_Asked]) -> list[object]:
         return list(self._call([example] * len(batch), [entry.completion for entry in batch]))
@@ -306,12 +322,12 @@ class SlowReward:
         where = f"reward {self.name}"
         return [value if isinstance(value, Noted) else finite_number(value, where) for value in returned]
 
-    def _keep(self, batch: Sequence[_Asked], values: Sequence[float], calls: int, seconds: float) -> None:
+    def _keep(self, batch: Sequence[_Asked], values: Sequence[float], seconds: float) -> None:
         if self._cache is not None:
             pairs = list(zip([entry.key for entry in batch], values, strict=True))
             notes = {key: value.note for key, value in pairs if isinstance(value, Noted)}
             own = {key: float(value) for key, value in pairs}
-            self._cache.add(self.name, own, calls=calls, seconds=seconds, notes=notes)
+            self._cache.add(self.name, own, calls=1, seconds=seconds, notes=notes)
 
     def _take_from_budget(self) -> None:
         limits = self.limits

@@ -68,7 +68,9 @@ def _rollout_metrics(batch: Sequence[ScoredGroup], discarded: Sequence[ScoredGro
     """Return means over all completions sampled for a step, including discarded ones."""
     groups = [*batch, *discarded]
     completions = [completion for group in groups for completion in group.rollout.completions]
-    metrics = {"reward/mean": float(np.concatenate([group.rewards for group in groups]).mean())}
+    # a group that lacks a reward has another scale
+    complete = [group.rewards for group in groups if not group.missing]
+    metrics = {"reward/mean": float(np.concatenate(complete).mean())} if complete else {}
     for name in groups[0].reward_parts:
         values = np.concatenate([group.reward_parts[name] for group in groups])
         present = values[~np.isnan(values)]  # a slow reward may be missing

@@ -32,7 +32,9 @@ class Metric:
 
 METRICS = {
     "policy_version": Metric("latest", "updates", "optimizer steps behind the weights"),
-    "reward/mean": Metric("mean", "", "weighted reward, over all completions sampled for the step"),
+    "reward/mean": Metric(
+        "mean", "", "weighted reward, over all completions sampled for the step in groups that lack none"
+    ),
     "reward/*": Metric("mean", "", "one part of the reward before weighting, over the same completions"),
     "reward/*_missing": Metric("sum", "completions", "completions without this slow reward (on_failure=missing)"),
     "reward_std/*": Metric(

@@ -222,6 +222,10 @@ class ScoredGroup:
     """float32 [G], the weighted sum of the parts."""
     reward_parts: Mapping[str, FloatArray]
     """float32 [G] each, before weighting."""
+    missing: tuple[str, ...] = ()
+    """Weighted rewards that a completion lacks, left out of `rewards` for all of them."""
+    notes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """What rewards wrote about each completion, G texts by reward; "" for none."""
 
 
 @dataclass(frozen=True, slots=True)

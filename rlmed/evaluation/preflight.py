@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,6 +25,7 @@ class PreflightReport:
     groups: int
     completions: int
     reward_mean: float
+    """Over groups that lack no reward; NaN without any."""
     format_rate: float | None
     """None without a reward named "format"."""
     truncated: float
@@ -35,15 +38,23 @@ class PreflightReport:
     """Mean share of distinct texts in a group."""
     longest: int
     """Tokens of the longest completion."""
+    missing: dict[str, int]
+    """Groups that lack a reward which could not be had, by reward."""
+    incomplete: float
+    """Share of groups that lack any."""
 
     def line(self) -> str:
         """Return the statistics on one line."""
         cut = f"{self.truncated:.0%}" + (f" ({self.went_on:.0%} after their answer)" if self.went_on else "")
         form = "" if self.format_rate is None else f"format {self.format_rate:.0%}, "
         return (
-            f"preflight: {self.groups} groups, reward {self.reward_mean:.2f}, {form}cut by length {cut}, "
+            f"preflight: {self.groups} groups, {self._reward()}, {form}cut by length {cut}, "
             f"groups without learning signal {self.without_signal:.0%}, distinct completions {self.distinct:.0%}"
         )
+
+    def _reward(self) -> str:
+        lacking = [f"reward {name} missing in {count} of them" for name, count in self.missing.items()]
+        return ", ".join([f"reward {self.reward_mean:.2f}"] * (self.incomplete < 1) + lacking)
 
 
 def inspect(groups: Sequence[ScoredGroup], *, mask_truncated: bool = False) -> PreflightReport:
@@ -51,10 +62,11 @@ def inspect(groups: Sequence[ScoredGroup], *, mask_truncated: bool = False) -> P
     completions = [completion for group in groups for completion in group.rollout.completions]
     formats = [group.reward_parts["format"] for group in groups if "format" in group.reward_parts]
     texts = [[completion.text for completion in group.rollout.completions] for group in groups]
+    complete = [group.rewards for group in groups if not group.missing]
     return PreflightReport(
         groups=len(groups),
         completions=len(completions),
-        reward_mean=float(np.concatenate([group.rewards for group in groups]).mean()),
+        reward_mean=float(np.concatenate(complete).mean()) if complete else math.nan,
         format_rate=float(np.concatenate(formats).mean()) if formats else None,
         truncated=float(np.mean([completion.finish_reason == "length" for completion in completions])),
         went_on=float(np.mean([went_on(completion.text, completion.finish_reason) for completion in completions])),
@@ -63,6 +75,8 @@ def inspect(groups: Sequence[ScoredGroup], *, mask_truncated: bool = False) -> P
         ),
         distinct=float(np.mean([len(set(entry)) / len(entry) for entry in texts])),
         longest=max(len(completion.token_ids) for completion in completions),
+        missing=dict(Counter(name for group in groups for name in group.missing)),
+        incomplete=float(np.mean([bool(group.missing) for group in groups])),
     )
 
 
@@ -106,7 +120,12 @@ def check(report: PreflightReport, max_tokens: int, end_tokens: Sequence[str] = 
     """
     if report.without_signal < 1:
         return
-    if report.distinct <= 1 / max(2, report.completions // report.groups):
+    if report.incomplete >= 0.5:
+        names = ", ".join(report.missing)
+        cause = (
+            f"{names} could not be had in {report.incomplete:.0%} of the groups: see the warnings above, and mend this"
+        )
+    elif report.distinct <= 1 / max(2, report.completions // report.groups):
         cause = (
             "all completions of a group are identical: raise rollout.temperature, or check that top_k and top_p are off"
         )

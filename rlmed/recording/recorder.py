@@ -29,6 +29,8 @@ TENSORBOARD_FOLDER = "tensorboard"
 BAD_STEPS_FOLDER = "bad_steps"
 BATCHES_FOLDER = "batches"
 
+NOTE_CHARACTERS = 2000
+"""Most characters of what a reward wrote about a completion."""
 BAD_STEPS_KEPT = 5
 """Most batches to dump: one with images takes tens of megabytes; the first ones show the fault."""
 
@@ -181,6 +183,15 @@ def _open_board(folder: Path, step: int) -> SummaryWriter:
     return SummaryWriter(str(folder), purge_step=step if folder.exists() else None)
 
 
+def _notes(scored: ScoredGroup, index: int) -> dict[str, Any]:
+    """Return the entry of what rewards wrote about a completion; empty if nothing."""
+    notes = {name: texts[index] for name, texts in scored.notes.items() if texts[index]}
+    short = {
+        name: text if len(text) <= NOTE_CHARACTERS else f"{text[:NOTE_CHARACTERS]}…" for name, text in notes.items()
+    }
+    return {"notes": short} if short else {}
+
+
 def _group_line(step: int, scored: ScoredGroup, advantages: Sequence[float | None]) -> dict[str, Any]:
     request, example = scored.rollout.request, scored.rollout.prompt.example
     completions = [
@@ -193,6 +204,7 @@ def _group_line(step: int, scored: ScoredGroup, advantages: Sequence[float | Non
             "finish_reason": completion.finish_reason,
             "min_version": completion.min_version,
             "max_version": completion.max_version,
+            **_notes(scored, index),
         }
         for index, completion in enumerate(scored.rollout.completions)
     ]

@@ -43,6 +43,16 @@ def draw(rng: np.random.Generator, modality: str, scale: float, index: int) -> S
     return scored(modality, (correct * scale).tolist(), index)
 
 
+def test_a_group_that_lacks_a_reward_does_not_change_the_scale() -> None:
+    running = RunningRewardStd()
+    lacking = dataclasses.replace(scored("CT", [0.0, 8.0]), missing=("judge",))
+    (first,) = advantages([lacking], running)
+    assert running.moments == {}
+    assert first.tolist() == [-4.0, 4.0]  # no deviation to divide by yet
+    advantages([scored("CT", [0.0, 2.0]), lacking], running)
+    assert running.of("CT") == math.sqrt(2)
+
+
 def test_values_worked_by_hand() -> None:
     running = RunningRewardStd()
     # variances 2 (of 0, 2) and 0.5 (of 1, 2); the running one is then (0.99·2 + 0.5) / (0.99 + 1)

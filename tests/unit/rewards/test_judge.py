@@ -268,10 +268,12 @@ def test_what_the_cache_holds_is_not_asked_again(make_rubric: Callable[..., Rubr
     path, group = tmp_path / "rewards.jsonl", group_of(answered("A", "B"))
     with judging(lambda prompt, number: Reply(f'{{"score": {number / 3}}}')) as server:
         first = make_rubric(server.url, path=path).score(group)
+        assert sorted(first.notes["judge"]) == [f'{{"score": {number / 3}}}' for number in (1, 2)]
         # another server of the same model, another time limit
         again = make_rubric(closed_port(), path=path, timeout_s=1.0).score(group)
         make_rubric(server.url, path=path, template="{question} {truth} {answer}").score(group)
     assert again.reward_parts["judge"].tolist() == first.reward_parts["judge"].tolist()
+    assert again.notes == first.notes
     assert len(server.bodies) == 4
 
 

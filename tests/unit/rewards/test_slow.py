@@ -278,6 +278,32 @@ def test_seconds_are_a_budget_too(make_rubric: Callable[..., Rubric], tmp_path: 
     assert make_rubric(own, path=path, max_seconds=31.0).score(group_of(["a"])).rewards.tolist() == [1.0]
 
 
+@pytest.mark.parametrize("failure", ["raises", "hangs", "returns None"])
+def test_calls_that_failed_before_a_resume_are_spent(
+    failure: str, make_rubric: Callable[..., Rubric], tmp_path: Path
+) -> None:
+    path, released, calls = tmp_path / "rewards.jsonl", threading.Event(), []
+
+    @slow(retries=1, timeout_s=0.05 if failure == "hangs" else 60.0)
+    def own(example: Any, completion: Any) -> float:
+        calls.append(1)
+        if failure == "hangs":
+            released.wait()
+        if failure == "returns None":
+            return None  # type: ignore[return-value]
+        raise RuntimeError
+
+    with pytest.raises(RewardError):
+        make_rubric(own, path=path).score(group_of(["a"]))
+    spent, seconds = RewardCache(path).spent("own")
+    assert spent == len(calls) > 0
+    assert seconds > 0 or failure != "hangs"
+    with pytest.raises(RewardError, match=f"{spent} calls are spent"):
+        make_rubric(own, path=path, max_calls=spent).score(group_of(["a"]))
+    assert len(calls) == spent
+    released.set()
+
+
 def test_a_changed_file_is_asked_again(make_rubric: Callable[..., Rubric], module: ModuleType, tmp_path: Path) -> None:
     source, path, calls = tmp_path / "slow_rewards.py", tmp_path / "rewards.jsonl", []
 
@@ -303,7 +329,9 @@ def test_an_example_whose_picture_is_gone_is_an_error_where_it_is_scored(make_ru
         rubric.score(group)
 
 
-@pytest.mark.parametrize("given", [{"batch_size": 0}, {"timeout_s": -1}, {"max_calls": 0}, {"on_failure": "zero"}])
+@pytest.mark.parametrize(
+    "given", [{"batch_size": 0}, {"timeout_s": -1}, {"max_calls": 0}, {"retries": -1}, {"on_failure": "zero"}]
+)
 def test_a_mark_with_impossible_arguments_is_refused(given: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=rf"slow\({next(iter(given))}="):
         slow(**given)

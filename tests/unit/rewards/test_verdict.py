@@ -40,6 +40,15 @@ from rewards.verdict import read_mark
         ('{"score": 7', 7),  # cut off
         ("{'score': 7}", 7),  # Python's quotes
         ("评分:score:6分", 6),
+        ('{"score": 8, "parts": {"answer": 2}}', 8),
+        ('{"score": 8, "parts": {"answer": 2}', 8),  # cut off
+        ('{"mark": {"score": 8, "parts": {"score": 2}}}', 8),
+        ("Final score: 9. A score of 10 would name the side.", 9),
+        ("Score: 7. Again, the score is 7/10.", 7),
+        ("Score (0-10): 7", 7),
+        ("A score of 8 out of 10.", 8),
+        ("The answer is correct.", 10),
+        ("**Verdict:** it isn't correct", 0),
     ],
 )
 def test_a_mark_is_found(reply: str, mark: float) -> None:
@@ -66,6 +75,21 @@ def test_a_mark_is_found(reply: str, mark: float) -> None:
         "Score: 80%",
         "3 or 4",
         "It is correct, and it is wrong.",
+        "Yes, that is wrong.",
+        "The answer is not the correct one.",
+        "not entirely correct.",
+        "It is partially correct.",
+        "Not a correct answer",
+        "The answer says left lung, the truth says right lung.",
+        "Right",
+        "The answer is yes.",
+        "It is not yet clear whether the answer is correct.",
+        '{"verdict": "not entirely correct"}',
+        "The score is 3. For a score of 10 it would have to name the side.",
+        "It gets 3. For a score of 10 it would have to name the side.",
+        r"Score: 3, or rather \boxed{8}",
+        "Score: 7-8",
+        '{"left": {"score": 3}, "right": {"score": 8}}',
         "<think>7</think>",
         "<think>There is no lesion, so 7",  # cut off
         "{" * 5000,

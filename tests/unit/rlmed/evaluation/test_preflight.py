@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -79,6 +81,15 @@ def test_completions_kept_out_of_the_loss_teach_nothing() -> None:
 def test_verdicts(groups: list[ScoredGroup], advice: str) -> None:
     with pytest.raises(PreflightError, match=advice):
         check(inspect(groups), 64, ["<|im_end|>"])
+
+
+def test_a_missing_reward_is_named_and_not_the_model() -> None:
+    lacking = dataclasses.replace(group(["a", "b"], [0, 0]), missing=("judge",))
+    with pytest.raises(PreflightError, match=r"groups, reward judge missing in 2 .*judge could not be had in 100%"):
+        check(inspect([lacking, lacking]), 512)
+    report = inspect([lacking, group(["a", "b"], [1, 2])])
+    assert report.reward_mean == 1.5
+    check(report, 512)
 
 
 def test_how_completions_are_cut_is_a_fact() -> None:

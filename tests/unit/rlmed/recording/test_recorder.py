@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 
@@ -97,6 +98,16 @@ def test_groups_are_written_with_everything_a_reader_needs(tmp_path):
     assert discarded["image"] is None
     assert [entry["advantage"] for entry in discarded["completions"]] == [None, None]
     assert [entry["reward"] for entry in discarded["completions"]] == [None, 1.0]
+
+
+def test_what_rewards_wrote_stands_beside_the_completion(tmp_path):
+    scored = dataclasses.replace(make_group().scored, notes={"judge": ("x" * 3000, ""), "other": ("short", "")})
+    with RunRecorder(tmp_path) as recorder:
+        recorder.record_groups(1, [], [scored])
+    (group,) = read_json_lines(tmp_path / "rollouts.jsonl")
+    first, second = group["completions"]
+    assert first["notes"] == {"judge": "x" * 2000 + "…", "other": "short"}
+    assert "notes" not in second
 
 
 def test_a_group_about_several_images_names_them_in_order(tmp_path):
