@@ -7,6 +7,7 @@ Rewards, evaluation with its controls and baselines, and the report need nothing
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -115,12 +116,39 @@ class Task(ABC):
         return asserts_finding(answer)
 
     def judge(self, example: Example, text: str) -> Judgement:
-        """Judge a completion by the answer in its first pair of answer tags."""
+        """Judge a completion by the answer in its first pair of answer tags.
+
+        Raises:
+            ValueError: if `score` raises, or returns other than finite numbers in [0, 1] by the
+                names in `score_names`; it names task, example and answer.
+        """
         answer = answer_text(text)
-        scores = None if answer is None else self.score(answer, example.truth)
+        if answer is None:
+            return self._unread()
+        try:
+            scores = self.score(answer, example.truth)
+        except Exception as error:  # a user's task may raise anything
+            raise ValueError(f"{self._place(example, answer)} raised {type(error).__name__}: {error}") from error
         if scores is None:
-            return Judgement(None, False, dict.fromkeys(self.score_names, 0.0))
-        return Judgement(answer, self.passes(scores[self.main]), scores)
+            return self._unread()
+        if not isinstance(scores, Mapping) or scores.keys() != {*self.score_names}:
+            raise ValueError(
+                f"{self._place(example, answer)} returned {shown(scores)}: return a number for each of "
+                f"{', '.join(self.score_names)}"
+            )
+        found = {name: _share(scores[name]) for name in self.score_names}
+        for name, value in found.items():
+            if math.isnan(value):
+                raise ValueError(
+                    f"{self._place(example, answer)} returned {name}={shown(scores[name])}: return a number in [0, 1]"
+                )
+        return Judgement(answer, self.passes(found[self.main]), found)
+
+    def _unread(self) -> Judgement:
+        return Judgement(None, False, dict.fromkeys(self.score_names, 0.0))
+
+    def _place(self, example: Example, answer: str) -> str:
+        return f"task {self.name}, example {example.id}: the score of answer {shown(answer)}"
 
     def passes(self, score: float) -> bool:
         """Return whether a main score counts as right, rounding aside."""
@@ -129,6 +157,16 @@ class Task(ABC):
     def right_answer(self, example: Example) -> str:
         """Return what a completion has between its answer tags if it is right."""
         return self.write(example.truth)
+
+
+def _share(value: Any) -> float:
+    """Return a number in [0, 1], rounding aside, as a float; NaN for anything else."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return math.nan
+    # text is no number, though `float` reads it
+    return number if -1e-6 <= number <= 1 + 1e-6 and not isinstance(value, str) else math.nan
 
 
 def texts_of(answer: Any) -> list[str]:

@@ -232,6 +232,8 @@ def test_a_reward_of_choice_is_refused_for_other_tasks(tmp_path: Path) -> None:
 
 
 STAGING = """
+import numpy as np
+
 from rlmed.tasks.base import Task
 
 
@@ -261,6 +263,14 @@ class Unfinished(Staging):
     template = "no slot"
 
 
+class Broken(Staging):
+    name = "broken"
+    score_names = ("near", "exact")
+
+    def score(self, answer, truth):
+        return eval(answer)
+
+
 NOT = 3
 """
 
@@ -282,6 +292,37 @@ def test_a_task_of_the_user_is_read_prompted_and_judged(tmp_path: Path, own_modu
     assert task_reward(example, completion("3")) == pytest.approx(2 / 3)
     assert task_reward(example, completion("five")) == 0
     assert "a stage is 1 to 4" in refused(tmp_path, {"task": "staging", "question": "Which stage?", "answer": 9})
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        ("1 / 0", "raised ZeroDivisionError: division by zero"),
+        ("{'near': float('nan'), 'exact': 1}", "near=nan"),
+        ("{'near': 1, 'exact': 5.0}", r"exact=5\.0: .* \[0, 1\]"),
+        ("{'near': -0.1, 'exact': 1}", r"near=-0\.1"),
+        ("{'near': 10 ** 400, 'exact': 1}", "near=1000"),
+        ("{'near': '1', 'exact': 1}", "near='1'"),
+        ("{'near': None, 'exact': 1}", "near=None"),
+        ("{'near': 1}", "near, exact"),
+        ("{'near': 1, 'exact': 1, 'far': 0}", "'far': 0"),
+        ("0.5", r"returned 0\.5: .* near, exact"),
+    ],
+)
+def test_a_task_of_the_user_that_misbehaves_is_named_with_example_and_answer(
+    tmp_path: Path, own_module: str, returned: str, said: str
+) -> None:
+    settle_tasks([f"{own_module}:Broken"], None)
+    (example,) = read(tmp_path, {"task": "broken", "id": "ct-7", "question": "Which stage?", "answer": 2})
+    with pytest.raises(ValueError, match=said) as caught:
+        task_reward(example, completion(returned))
+    assert f"task broken, example ct-7: the score of answer {returned!r}" in str(caught.value)
+    assert isinstance(caught.value.__cause__, ZeroDivisionError) == ("/" in returned)
+    with pytest.raises(ValueError, match="…") as caught:  # a long answer is shortened
+        task_of(example).judge(example, completion(returned + " " * 9 + "#" * 5000).text)
+    assert len(str(caught.value)) < 450
+    right = task_of(example).judge(example, completion("{'exact': True, 'near': np.float32(1)}").text)
+    assert json.dumps(right.scores) == '{"near": 1.0, "exact": 1.0}'
 
 
 @pytest.mark.parametrize(
