@@ -29,7 +29,8 @@ from rlmed.data.images import MAX_IMAGES, check_image, image_size
 from rlmed.data.options.choices import plain_options
 from rlmed.data.rows import BadRowError
 from rlmed.models.tiny.toy import TOY_NOTE, is_toy
-from rlmed.tasks.registry import task_named
+from rlmed.tasks.metrics.sets import parse_set
+from rlmed.tasks.registry import settle_tasks, task_named
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +58,11 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "--task",
         default="choice",
         metavar="NAME",
-        help="choice (default, with --options), open, grounding, labels or report: for models trained on it",
+        help="choice (default, with --options), open, grounding, labels or report, or one of --extra-tasks: for models "
+        "trained on it",
     )
+    parser.add_argument("--extra-tasks", nargs="+", default=[], metavar="MODULE:CLASS", help="as data.extra_tasks")
+    parser.add_argument("--synonyms", metavar="FILE", help="as data.synonyms: also says which of its terms is meant")
     parser.add_argument(
         "--modality", default="", metavar="NAME", help="MRI, CT, …: for models trained with one prompt per modality"
     )
@@ -105,6 +109,9 @@ def ask(arguments: argparse.Namespace) -> str:
         ValueError: for invalid options, an unreadable image or model, a blank image, too many
             images, or an argument without effect.
     """
+    if arguments.synonyms and arguments.task == "choice":
+        raise ValueError(f"--synonyms {arguments.synonyms} has no effect on --task choice: leave it out")
+    settle_tasks(arguments.extra_tasks, arguments.synonyms, key="--extra-tasks")
     asked = _asked(arguments)
     if arguments.seed is not None and arguments.temperature == 0:
         raise ValueError(f"--seed {arguments.seed} has no effect without sampling: add --temperature, or leave it out")
@@ -175,6 +182,13 @@ def _answer(parsed: argparse.Namespace, completion: str) -> str:
     return f"{letter}) {asked_options(parsed.options)[LETTERS.index(letter)]}"
 
 
+def _meant(parsed: argparse.Namespace, completion: str) -> str:
+    """Return the answer in the terms of the file of synonyms; "" without one, or if none occurs."""
+    synonyms = task_named(parsed.task).synonyms
+    terms = parse_set(answer_text(completion) or "", parsed.options, synonyms)
+    return ", ".join(terms) if {*terms} & {*synonyms.values()} else ""
+
+
 def _check_images(images: Sequence[Path], question: str) -> None:
     """Check each image, and that the question is none.
 
@@ -219,6 +233,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     reasoning, closed, _ = completion.partition(THINK)[2].partition(THINK_END)
     console.print(Text.assemble(("reasoning  ", "bold"), (reasoning.strip() if closed else "") or "(none)"))
     console.print(Text.assemble(("answer     ", "bold"), _answer(parsed, completion)))
+    if meant := _meant(parsed, completion):
+        console.print(Text.assemble(("means      ", "bold"), meant))
     if toy:
         console.print(Text.assemble(("note       ", "bold"), TOY_NOTE), soft_wrap=True)
     console.print(Text("For research only, not for clinical use.", style="dim"))

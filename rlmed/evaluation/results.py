@@ -24,7 +24,7 @@ from rlmed.evaluation.scores import TaskSummary
 from rlmed.tasks.registry import task_named
 
 Answers = Mapping[tuple[str, str], bool]
-"""Whether each answer is right, by id and question (with options)."""
+"""Whether each answer is right, by id and question (with task and options)."""
 
 SUMMARY_FILE = "summary.json"
 ROWS_FILE = "rows.jsonl"
@@ -250,8 +250,8 @@ def pair_answers(before: Answers, after: Answers) -> tuple[BoolArray, BoolArray]
 
 
 def _key(row: EvalRow | Example) -> tuple[str, str]:
-    """Return id and question: equal ids with different questions must not be paired."""
-    return row.id, json.dumps([row.question, sorted(row.options)])
+    """Return id and question: equal ids with different questions or tasks must not be paired."""
+    return row.id, json.dumps([row.task, row.question, sorted(row.options)])
 
 
 def read_answers(folder: Path) -> Mapping[str, Answers]:

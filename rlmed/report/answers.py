@@ -17,8 +17,7 @@ from rlmed.core.process.display import one_line
 from rlmed.core.types import LETTERS, Example
 from rlmed.report.differences import differences
 from rlmed.tasks.metrics.boxes import MOST_BOXES, parse_boxes
-from rlmed.tasks.metrics.sets import parse_set
-from rlmed.tasks.registry import task_named
+from rlmed.tasks.registry import LABELS, task_named
 
 CHARACTERS = 3000
 """Longest text of a completion in the report, in characters; the recorded one is not cut."""
@@ -89,7 +88,7 @@ def show_judged(text: str, judged: Judged, truth: Any) -> dict[str, Any]:
             alike = judged.correct and "answers" in truth
             shown["parts"] = None if alike else differences(answer[:CHARACTERS], texts)
         elif labels := _labels(truth):
-            shown["labels"] = _compare_labels(answer, *labels)
+            shown["labels"] = _compare_labels(answer, {"labels": labels[0], "known": labels[1]})
         elif (frame := _frame(truth)) is not None:
             shown["boxes"] = rectangles(parse_boxes(answer, frame) or ())
     return {"letter": None, "correct": judged.correct, "judged": shown, **split(text)}
@@ -191,9 +190,9 @@ def _labels(truth: Any) -> tuple[list[str], list[str]] | None:
     return list(truth["labels"]), list(truth["known"])
 
 
-def _compare_labels(answer: str, right: Sequence[str], known: Sequence[str]) -> list[dict[str, str]]:
-    """Return labels with what they are: right, missing or superfluous."""
-    named, truth = parse_set(answer, known), parse_set(", ".join(right), known)
+def _compare_labels(answer: str, right: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
+    """Return labels with what they are by the task: right, missing or superfluous."""
+    named, truth = LABELS.sets(answer, right)
     return [
         {"kind": kind, "text": label[:CHARACTERS]}
         for kind, labels in (

@@ -6,10 +6,8 @@ as markup.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import hashlib
-import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rlmed.core.files.atomic import replace_text
 from rlmed.core.files.damage import read_json
 from rlmed.core.files.jsonlines import read_json_lines
-from rlmed.core.process.display import ending_errors, keep_display, one_line
+from rlmed.core.process.display import one_line
 from rlmed.core.statistics import mcnemar
 from rlmed.core.tracing import TIMELINE_LINES
 from rlmed.evaluation.records import Accuracy, EvalRow, p_value_text
@@ -41,7 +39,6 @@ from rlmed.report.plots import draw_accuracy, draw_metrics
 from rlmed.report.reliability import show_reliability
 from rlmed.report.rollouts import Pictures, show_groups, show_rows
 from rlmed.report.task_scores import show_scores
-from rlmed.tasks.registry import settle_tasks
 
 REPORT_FILE = "report.html"
 TEMPLATE, SCRIPT, SHEET = "report.html.j2", "report.js", "report.css"
@@ -128,7 +125,7 @@ def page_environment() -> Environment:
 
 def _context(folder: Path, environment: Environment, sft: Path | None) -> dict[str, Any]:
     config_file = folder / CONFIG_FILE
-    config_text, config = _read_config(config_file)
+    config_text, config = read_config(config_file)
     metrics = list(read_json_lines(folder / METRICS_FILE))
     evaluations = _Evaluations.read(folder / "evaluations", sft)
     if evaluations.sft is not None:
@@ -172,8 +169,12 @@ def _asset(environment: Environment, name: str) -> Markup:
     return Markup(environment.loader.get_source(environment, name)[0].strip())
 
 
-def _read_config(path: Path) -> tuple[str, dict[Any, Any]]:
-    """Return a run's configuration as text and as a mapping; empty without the file."""
+def read_config(path: Path) -> tuple[str, dict[Any, Any]]:
+    """Return a run's configuration as text and as a mapping; empty without the file.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
     try:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         config = OmegaConf.to_container(OmegaConf.create(text))
@@ -369,19 +370,3 @@ def _seconds(seconds: float) -> str:
 
 def _number(value: float | None, digits: int = 2) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
-
-
-def main() -> None:
-    """Write the report of the run folder given on the command line."""
-    parser = argparse.ArgumentParser(prog="python -m rlmed.report", description="Write a run folder's report.html.")
-    parser.add_argument("run_folder", type=Path)
-    parser.add_argument("--sft", type=Path, metavar="FOLDER", help="run of rlmed.sft to show in the same table")
-    parser.add_argument("--extra-tasks", nargs="+", default=[], metavar="MODULE:CLASS", help="as data.extra_tasks")
-    keep_display()
-    arguments = parser.parse_args()
-    with ending_errors():
-        settle_tasks(
-            arguments.extra_tasks, None
-        )  # not those in config.yaml: a folder from elsewhere would run its code
-        report = write_report(arguments.run_folder, sft=arguments.sft)
-    sys.stdout.write(f"report: {report}\n")

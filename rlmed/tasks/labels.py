@@ -65,6 +65,10 @@ class Labels(Task):
             found["macro_f1"] = macro_scores(rows, possible).f1
         return found
 
+    def sets(self, answer: str, truth: Any) -> tuple[Sequence[str], Sequence[str]]:
+        """Return the labels that an answer names, and the right ones, in the same spelling."""
+        return self._sets(answer, truth)
+
     def _sets(self, answer: str, truth: Any) -> tuple[Sequence[str], Sequence[str]]:
         """Return the labels that an answer names, and the right ones, in the same spelling."""
         known = truth["known"] or truth["labels"]

@@ -17,7 +17,8 @@ from rlmed.tasks.metrics.sets import NO_SYNONYMS, read_synonyms
 from rlmed.tasks.open import Open
 from rlmed.tasks.report import Report
 
-OWN: tuple[Task, ...] = (Choice(), Open(), Grounding(), Labels(), Report())
+LABELS = Labels()
+OWN: tuple[Task, ...] = (Choice(), Open(), Grounding(), LABELS, Report())
 _TASKS: dict[str, Task] = {task.name: task for task in OWN}
 
 
@@ -29,7 +30,8 @@ def task_named(name: str) -> Task:
     """
     if name not in _TASKS:
         raise ValueError(
-            f"its task {name!r} is unknown: choose from {', '.join(_TASKS)}, or add your own with data.extra_tasks"
+            f"its task {name!r} is unknown: choose from {', '.join(_TASKS)}, or add your own with data.extra_tasks "
+            "(rlmed.ask, rlmed.report: --extra-tasks)"
         )
     return _TASKS[name]
 
@@ -39,12 +41,13 @@ def task_of(example: Example) -> Task:
     return task_named(example.task)
 
 
-def settle_tasks(paths: Iterable[str], synonyms: str | None) -> None:
+def settle_tasks(paths: Iterable[str], synonyms: str | None, *, key: str = "data.extra_tasks") -> None:
     """Add a user's tasks, and give all tasks a file of synonyms.
 
     Args:
         paths: "module:Class" each; the working directory is searched too.
         synonyms: see `rlmed.tasks.metrics.sets.read_synonyms`; None for none.
+        key: what errors call the place of `paths`.
 
     Raises:
         ValueError: if a task cannot be imported, is no `Task`, or has the name of a task of rlmed,
@@ -52,30 +55,30 @@ def settle_tasks(paths: Iterable[str], synonyms: str | None) -> None:
     """
     meant = read_synonyms(Path(synonyms)) if synonyms else NO_SYNONYMS
     for path in paths:
-        task = _load(path)
+        task = _load(path, key)
         if any(own.name == task.name for own in OWN):
-            raise ValueError(f"data.extra_tasks={path}: {task.name!r} is a task of rlmed: choose another name")
+            raise ValueError(f"{key}={path}: {task.name!r} is a task of rlmed: choose another name")
         _TASKS[task.name] = task
     for task in _TASKS.values():
         task.synonyms = meant
 
 
-def _load(path: str) -> Task:
+def _load(path: str, key: str) -> Task:
     module_name, colon, class_name = path.partition(":")
     if not (module_name and colon and class_name.isidentifier()):
-        raise ValueError(f"data.extra_tasks has {path!r}: write module:Class, for example my_tasks:Staging")
+        raise ValueError(f"{key} has {path!r}: write module:Class, for example my_tasks:Staging")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
         made = getattr(importlib.import_module(module_name), class_name)()
     except (Exception, SystemExit) as error:  # importing a user's module may raise anything
-        raise ValueError(f"data.extra_tasks={path}: it cannot be made: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{key}={path}: it cannot be made: {type(error).__name__}: {error}") from error
     missing = [name for name in ("name", "template", "main", "score_names") if not hasattr(made, name)]
     if not isinstance(made, Task) or missing:
         what = f"has no {missing[0]}" if isinstance(made, Task) else "is no rlmed.tasks.base.Task"
-        raise ValueError(f"data.extra_tasks={path}: it {what}")
+        raise ValueError(f"{key}={path}: it {what}")
     if made.template.count("{question}") != 1 or made.main not in made.score_names:
         raise ValueError(
-            f"data.extra_tasks={path}: its template needs {{question}} once, and its main score must be among score_names"
+            f"{key}={path}: its template needs {{question}} once, and its main score must be among score_names"
         )
     return made

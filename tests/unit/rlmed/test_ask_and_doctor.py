@@ -21,6 +21,8 @@ from rlmed.data.images import MAX_IMAGES
 from rlmed.data.prompts import PromptRenderer, load_processor
 from rlmed.models.cpu.compiler import missing_library
 from rlmed.models.policy import load_config
+from rlmed.tasks import registry
+from rlmed.tasks.registry import settle_tasks
 from rollout.native.engine import NativeEngine
 from tests.root import ROOT
 from tests.unit.rlmed.data.pictures import marked
@@ -198,6 +200,48 @@ def test_ask_shows_options_with_one_letter(
     said = capsys.readouterr().out
     assert "B) spleen" in said
     assert "embedded toy" not in said
+
+
+def test_ask_asks_a_task_of_the_user_and_says_what_synonyms_mean(
+    tmp_path: Path,
+    tiny_folder: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "my_sides.py").write_text(
+        "from rlmed.tasks.open import Open\n\n\nclass Side(Open):\n    name = 'side'\n    template = 'Side: {question}'\n"
+    )
+    (tmp_path / "spellings.csv").write_text("oedema,edema\n")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    monkeypatch.setattr(registry, "_TASKS", dict(registry._TASKS))
+    prompts: list[Prompt] = []
+    render = PromptRenderer.render
+
+    def watched(self: PromptRenderer, example: Example) -> Prompt:
+        prompts.append(render(self, example))
+        return prompts[-1]
+
+    monkeypatch.setattr(PromptRenderer, "render", watched)
+    monkeypatch.setattr(PromptRenderer, "decode", lambda *_: "<think>x</think><answer>Oedema and mass</answer>")
+    model = ["--model", str(tiny_folder("llama")), "--max-tokens", "1"]
+    synonyms = ["--synonyms", str(tmp_path / "spellings.csv")]
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        ask.main(["Which?", "--task", "side", *model])
+    assert re.search(r"'side' is unknown.*--extra-tasks", capsys.readouterr().err)
+    try:
+        ask.main(["Which?", "--task", "side", "--extra-tasks", "my_sides:Side", *synonyms, *model])
+    finally:
+        settle_tasks([], None)
+    assert "Side: Which?" in prompts[0].text
+    said = capsys.readouterr().out
+    assert re.search(r"answer +Oedema and mass\nmeans +edema, mass\n", said)
+    with pytest.raises(SystemExit):
+        ask.main(["Which?", "--options", "a", "b", *synonyms, *model])
+    assert "has no effect on --task choice" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        ask.main(["Which?", "--task", "side", "--extra-tasks", "my_sides", *model])
+    assert "--extra-tasks has 'my_sides': write module:Class" in capsys.readouterr().err
 
 
 def test_ask_asks_a_text_model_without_an_image(

@@ -22,9 +22,10 @@ from rlmed.evaluation.records import Accuracy, EvalRow
 from rlmed.evaluation.results import EvalSummary, FileSummary, compare, write_evaluation
 from rlmed.evaluation.scores import summarise_task
 from rlmed.recording.recorder import RunRecorder
+from rlmed.report.command import main
 from rlmed.report.page import write_report
 from rlmed.report.rollouts import GROUPS, Pictures, show_groups
-from rlmed.tasks.registry import task_named
+from rlmed.tasks.registry import settle_tasks, task_named
 from tests.unit.rlmed.report.test_page import EVIL, Page, line, run, write_lines  # noqa: F401
 from tests.unit.rlmed.report.test_pictures import numbered
 
@@ -213,6 +214,30 @@ def test_labels_are_told_apart(tmp_path):
     assert re.findall(r'<li class="correct">(\w+)</li>', html) == ["cyst", "mass"]
 
 
+def test_the_runs_own_synonyms_judge_its_rollouts_and_compare_its_labels(tmp_path, caplog):
+    record(tmp_path, [(example("labels", ["cyst", "edema"], ("cyst", "mass", "edema")), ("Oedema and cysts",))])
+    spellings = tmp_path / "spellings.csv"
+    (tmp_path / "config.yaml").write_text(f"data:\n  synonyms: {spellings}\n")
+
+    def labels(*arguments):
+        try:
+            main([str(tmp_path), *arguments])
+        finally:
+            settle_tasks([], None)
+        html = (tmp_path / "report.html").read_text()
+        return re.findall(r'<li class="(\w+)">\w+: <b>(\w+)', html), "f1 1.00" in html
+
+    apart = [("missing", "cyst"), ("missing", "edema"), ("superfluous", "oedema"), ("superfluous", "cysts")]
+    together = [("right", "edema"), ("right", "cyst")]
+    assert labels() == (apart, False)  # the file is gone
+    assert f"data.synonyms={spellings}" in caplog.text
+    spellings.write_text("oedema,edema\ncysts,cyst\n")
+    assert labels() == (together, True)
+    other = tmp_path / "other.csv"
+    other.write_text("cysts,cyst\n")
+    assert labels("--synonyms", str(other))[0] == [("right", "cyst"), ("missing", "edema"), ("superfluous", "oedema")]
+
+
 @pytest.mark.parametrize(
     ("notes", "expected"),
     [
@@ -273,6 +298,17 @@ def test_scores_stand_beside_controls_and_baselines(tmp_path):
     assert [(line["score"], line["p"], line["chance"]) for line in over_file] == [
         (name, "–", "–") for name in ("mAP", "AP50", "recall50")
     ]
+
+
+def test_a_file_whose_task_changed_is_not_compared(tmp_path):
+    def one(task):
+        truth = task_named(task).read("liver", (), lambda: SIZE)
+        return Example("1", None, "What is there?", task=task, truth=truth, kind="finding")
+
+    first = evaluate(tmp_path / "a", 0, [(one("open"), "liver")])
+    second = evaluate(tmp_path / "b", 0, [(one("report"), "liver")])
+    with pytest.raises(ValueError, match="mixed has other rows"):
+        compare(first, second)
 
 
 def test_scores_compared_with_another_run(tmp_path):
