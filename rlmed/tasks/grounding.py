@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from rlmed.tasks.base import TEMPLATE, ImageSize, Task, shown
-from rlmed.tasks.metrics.boxes import average_precision, match, parse_boxes, recall_at
+from rlmed.tasks.metrics.boxes import are_fractions, average_precision, match, parse_boxes, recall_at
 
 THOUSANDTHS = (1000, 1000)
 """Frame in which models write boxes: thousandths of the image's width and height."""
+LEAST_SIDE = 20
+"""Thousandths: sides below are written with decimals."""
 THRESHOLDS = tuple(0.5 + 0.05 * step for step in range(10))
 """COCO's (Lin et al. 2014, arXiv 1405.0312)."""
 
@@ -43,12 +45,13 @@ class Grounding(Task):
         return {"boxes": [_fractions(box, width, height) for box in answer], "frame": list(THOUSANDTHS)}
 
     def write(self, truth: Any) -> str:
-        """Return the boxes as integers in the frame."""
+        """Return the boxes in the frame: integers, or as many decimals as a small box needs."""
         width, height = truth["frame"]
-        boxes = [
-            [round(x * scale) for x, scale in zip(box, (width, height) * 2, strict=True)] for box in truth["boxes"]
-        ]
-        return str(boxes)
+        boxes = [[x * scale for x, scale in zip(box, (width, height) * 2, strict=True)] for box in truth["boxes"]]
+        written = [_rounded(box) for box in boxes]
+        if are_fractions(written):  # boxes in the first thousandth would be read as fractions: they are written so
+            written = [_rounded(box) for box in truth["boxes"]]
+        return str(written)
 
     def score(self, answer: str, truth: Any) -> Mapping[str, float] | None:
         """Return the mean intersection over union of the best one-to-one matching."""
@@ -79,13 +82,24 @@ class Grounding(Task):
         }
 
 
+def _rounded(box: Sequence[float]) -> list[float]:
+    """Return a box's coordinates rounded to integers, or to decimals if a side is below 20.
+
+    A side keeps at least two digits, so rounding changes it by 5 % at most.
+    """
+    side = min(box[2] - box[0], box[3] - box[1])
+    digits = max(0, math.ceil(math.log10(LEAST_SIDE / side) - 1e-9)) if side > 0 else 0
+    return [round(x, digits) if digits else round(x) for x in box]
+
+
 def _fractions(box: Any, width: int, height: int) -> list[float]:
     """Return a box in pixels as fractions.
 
     Raises:
         ValueError: for anything but four numbers with x0 < x1 and y0 < y1 inside the image.
     """
-    good = isinstance(box, list) and len(box) == 4 and all(type(x) in (int, float) and math.isfinite(x) for x in box)
+    # NaN and infinity fail the comparisons; `math.isfinite` cannot take a long integer
+    good = isinstance(box, list) and len(box) == 4 and all(type(x) in (int, float) for x in box)
     if not good or not (0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height):
         raise ValueError(
             f"its box {shown(box)} is not [x0, y0, x1, y1] with 0 <= x0 < x1 <= {width} and 0 <= y0 < y1 <= {height}, "

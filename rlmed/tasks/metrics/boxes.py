@@ -58,7 +58,8 @@ def parse_boxes(text: str, frame: Sequence[float]) -> list[Box] | None:
     unreadable, so no box is guessed.
 
     Corners in the wrong order are put right, what lies outside of the frame is cut off, and boxes
-    without area, also after that, are dropped.
+    without area, also after that, are dropped. A text whose numbers are `are_fractions` is read as
+    fractions of the image, whatever the frame.
 
     Args:
         frame: width and height of the coordinates in which the text is written.
@@ -80,8 +81,21 @@ def parse_boxes(text: str, frame: Sequence[float]) -> list[Box] | None:
         return None
     if not reading.found and not _NONE.fullmatch(text):
         return None
+    if are_fractions(reading.boxes):
+        width = height = 1.0
     boxes = (_placed(corners, width, height) for corners in reading.boxes)
     return [(x0, y0, x1, y1) for x0, y0, x1, y1 in boxes if x0 < x1 and y0 < y1]
+
+
+def are_fractions(boxes: Sequence[Sequence[float]]) -> bool:
+    """Return whether all coordinates are in [0, 1], and one of them is no integer.
+
+    Example:
+        >>> are_fractions([(0.1, 0.2, 0.5, 1.0)]), are_fractions([(0, 0, 1, 1)]), are_fractions([(0.1, 0, 2, 1)])
+        (True, False, False)
+    """
+    numbers = [number for box in boxes for number in box]
+    return all(0 <= number <= 1 for number in numbers) and not all(float(number).is_integer() for number in numbers)
 
 
 def iou(a: Sequence[float], b: Sequence[float]) -> float:

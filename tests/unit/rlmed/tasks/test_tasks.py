@@ -95,6 +95,47 @@ def test_boxes_are_fractions_of_the_picture_and_written_in_thousandths(tmp_path:
     assert not task_of(nothing).judge(nothing, completion("[[0, 0, 10, 10]]").text).correct
 
 
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        [[100, 100, 101, 104]],
+        [[3999, 0, 4000, 4000]],
+        [[0, 0, 1, 1]],
+        [[0, 0, 2, 4]],
+        [[0, 0, 4, 4], [1, 2, 3, 4]],
+        [[0, 0, 4, 4]],
+        [[0, 0, 1, 4], [2000, 7, 2079, 3001]],
+        [[17, 1234, 18.5, 1235.25]],
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("scale", [1, 25])
+def test_the_right_answer_is_right_for_small_boxes_in_large_pictures(boxes: list[list[float]], scale: int) -> None:
+    task = task_named("grounding")
+    truth = task.read(boxes, (), lambda: (4000 * scale, 4000 * scale))
+    example = Example("1", None, "Where?", task="grounding", truth=truth)
+    written = task.right_answer(example)
+    # a corner is off by half of the last digit, 2.5 % of a side; a side by 5 %, the IoU by 10 %
+    assert task.judge(example, completion(written).text).scores["iou"] > 0.9
+    if boxes == [[100, 100, 101, 104]] and scale == 1:
+        assert written == "[[25.0, 25.0, 25.25, 26.0]]"
+
+
+def test_boxes_in_fractions_are_read_as_fractions(tmp_path: Path) -> None:
+    (example,) = read(tmp_path, row_of("grounding"))  # 0.05, 0.2, 0.25, 0.4
+
+    def score(answer: str) -> float:
+        return task_of(example).judge(example, completion(answer).text).scores["iou"]
+
+    assert score("[[0.05, 0.2, 0.25, 0.4]]") == pytest.approx(1)
+    assert score('{"bbox_2d": [0.05, 0.2, 0.15, 0.4]}') == pytest.approx(0.5)
+    assert score("[[0.05, 0.2, 0.25, 0.4], [0, 0, 1, 1]]") == pytest.approx(0.5)
+    assert score("[[0.05, 0.2, 0.25, 1.5]]") == 0  # thousandths, since one is above 1
+    assert score("[[0, 0, 1, 1]]") == pytest.approx(0, abs=1e-9)  # a speck: no fraction among them
+    whole = task_named("grounding").read([[0, 0, 200, 100]], (), lambda: (200, 100))
+    assert task_named("grounding").score("[[0, 0, 1, 1]]", whole) == {"iou": pytest.approx(1e-6)}
+
+
 def test_boxes_of_a_picture_that_its_exif_data_turn_are_read_as_it_is_shown(tmp_path: Path) -> None:
     turned = Image.fromarray(np.arange(100 * 200, dtype=np.uint8).reshape(100, 200))
     exif = turned.getexif()
@@ -176,6 +217,9 @@ def test_labels_over_a_file_are_scored_by_row_and_by_label(tmp_path: Path) -> No
         ({"task": "grounding", "answer": [[10, 0, 5, 10]]}, r"its box [10, 0, 5, 10]"),
         ({"task": "grounding", "answer": [[0, 0, 1]]}, "its box [0, 0, 1]"),
         ({"task": "grounding", "answer": [[0, 0, True, 5]]}, "its box [0, 0, True, 5]"),
+        ({"task": "grounding", "answer": [[0, 0, 10**400, 5]]}, "its box [0, 0, 1000"),
+        ({"task": "grounding", "answer": [[0, 0, float("nan"), 5]]}, "its box [0, 0, nan, 5]"),
+        ({"task": "grounding", "answer": [[0, float("-inf"), 5, 5]]}, "its box [0, -inf, 5, 5]"),
         ({"task": "grounding", "answer": "left"}, "its answer is 'left'"),
         ({"task": "grounding", "answer": [], "image": None}, "it has no image"),
         ({"task": "labels", "answer": "cyst"}, "its answer is 'cyst'"),
