@@ -178,7 +178,7 @@ class RewardCache:
 
 
 def _parsed(line: bytes) -> tuple[str, dict[str, float], int, float, dict[str, str]]:
-    """Return a line's reward, values, calls, seconds and notes; raises various errors if damaged."""
+    """Return a line's reward, values, calls, seconds, notes; raises various errors if damaged."""
     content = json.loads(line)
     values = {str(key): float(value) for key, value in content["values"].items()}
     if not all(math.isfinite(value) for value in values.values()):

@@ -67,7 +67,7 @@ def read_mark(reply: str, low: float, high: float) -> float | None:
 
 
 def _outermost(text: str) -> list[dict[str, Any]]:
-    """Return the JSON objects in a text that are in no other, in order; none if the last is cut off."""
+    """Return a text's JSON objects that are in no other, in order; none if the last is cut off."""
     decoder, objects, start = json.JSONDecoder(), [], text.find("{")
     while start >= 0:
         end = start + 1

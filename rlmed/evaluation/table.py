@@ -64,6 +64,12 @@ def _legend(summary: EvalSummary, *, tested: bool) -> list[str]:
         lines.append("blank, shuffled: on a grey picture, on another row's")
     if any(file.reordered for file in summary.files):
         lines.append("other order: with the options in another order")
+    if any(file.tasks for file in summary.files):
+        lines.append(
+            "prior of other tasks: the one best answer to a question without its image (loo: of half the file)"
+        )
+    if all(file.majority_letter is None for file in summary.files):
+        return lines  # no multiple choice
     if any(file.image_free_prior is None for file in summary.files):
         where = "in the other rows of the file (loo, leave one out), without training rows"
         lines.append(f"prior: the option text most often right {where}")

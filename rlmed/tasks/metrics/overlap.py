@@ -8,6 +8,7 @@ otherwise the libraries' own. Both libraries are in the extra `metrics`, importe
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -121,6 +122,7 @@ def _rouge(by_character: bool) -> Any:
         raise ValueError(f"ROUGE needs rouge-score: {INSTALL}") from error
     # its handler closes the stream that was sys.stderr now, if it no longer is when logging ends
     get_absl_handler().python_handler.setStream(sys.__stderr__)
+    logging.getLogger("absl").setLevel(logging.WARNING)  # it says which tokenizer it uses
     return RougeScorer(["rougeL"], tokenizer=_Characters() if by_character else None)
 
 

@@ -10,8 +10,10 @@ import pytest
 from rlmed.core.types import Example
 from rlmed.data.loading import EvalFile
 from rlmed.evaluation.records import EvalRow
+from rlmed.evaluation.results import EvalSummary
 from rlmed.evaluation.scores import Baselines, TaskSummary, summarise_task
 from rlmed.evaluation.summary import summarise
+from rlmed.evaluation.table import summary_table
 from rlmed.tasks.registry import task_of
 
 
@@ -118,3 +120,20 @@ def test_a_mixed_file_has_shares_over_all_rows_and_scores_by_task() -> None:
 def test_a_bare_number_is_exact_and_a_quantity_has_a_tolerance(reference: str, answer: str, right: bool) -> None:
     example = question(0, reference)
     assert task_of(example).judge(example, f"<answer>{answer}</answer>").correct == right
+
+
+def test_the_legend_speaks_of_options_only_where_there_are_some() -> None:
+    choice = [Example(f"c{i}", None, "Which?", ("liver", "lung"), i % 2) for i in range(4)]
+    opened = [question(i, "liver") for i in range(4)]
+
+    def legend(*examples: Example) -> str:
+        file = summarise(EvalFile("f", examples), [row(example, "A") for example in examples], [])
+        whole = EvalSummary(model="m", step=0, seconds=1, max_tokens=8, train_rows=0, files=(file,))
+        return str(summary_table(None, whole, None).caption)
+
+    assert "option text" in legend(*choice)
+    assert "without its image" not in legend(*choice)
+    assert "option text" not in legend(*opened)
+    assert "without its image" in legend(*opened)
+    assert "option text" in legend(*choice, *opened)
+    assert "without its image" in legend(*choice, *opened)

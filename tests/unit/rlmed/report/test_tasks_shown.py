@@ -20,7 +20,7 @@ from rlmed.core.types import (
 )
 from rlmed.evaluation.records import Accuracy, EvalRow
 from rlmed.evaluation.results import EvalSummary, FileSummary, compare, write_evaluation
-from rlmed.evaluation.scores import summarise_task
+from rlmed.evaluation.scores import Baselines, summarise_task
 from rlmed.recording.recorder import RunRecorder
 from rlmed.report.command import main
 from rlmed.report.page import write_report
@@ -92,7 +92,7 @@ def evaluate(folder, step, answered):
     rows = [judged(shown, answer) for shown, answer in answered]
     examples = [shown for shown, _ in answered]
     tasks = tuple(
-        summarise_task(name, rows, [one for one in examples if one.task == name], [])
+        summarise_task(rows, Baselines.of(name, [one for one in examples if one.task == name], []))
         for name in dict.fromkeys(one.task for one in examples)
     )
     share = Accuracy.of(sum(row.correct for row in rows), len(rows))
