@@ -1,9 +1,12 @@
-"""Find the name that a misspelled one was meant to be."""
+"""Texts of messages: the name that a misspelled one was meant to be, a value cut short."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+
+SHOWN = 120
+"""Most characters of an offending value that a message shows."""
 
 
 def closest(word: str, names: Iterable[str]) -> str | None:
@@ -41,3 +44,9 @@ def _edits(one: str, other: str) -> int:
                 row[j] = min(row[j], before[j - 2] + 1)
         before, last = last, row
     return last[-1]
+
+
+def shorten(value: object) -> str:
+    """Format an offending value for a message: its `repr`, at most 120 characters of it."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"

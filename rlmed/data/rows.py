@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-_SHOWN = 120
-"""Most characters of an offending value that a reason shows."""
+from rlmed.core.spelling import shorten as shorten
 
 
 class BadRowError(ValueError):
@@ -27,9 +26,3 @@ def as_object(row: Any) -> Mapping[str, Any]:
     if not isinstance(row, Mapping):
         raise BadRowError(f"it is not a JSON object but {shorten(row)}")
     return row
-
-
-def shorten(value: object) -> str:
-    """Format an offending value for a message: its `repr`, at most 120 characters of it."""
-    text = repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

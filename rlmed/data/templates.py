@@ -11,13 +11,11 @@ from typing import Any
 from rlmed.core.files.atomic import replace_text
 from rlmed.core.prefill import ANSWER, THINK
 from rlmed.core.types import Example
+from rlmed.tasks.base import SUFFIX
+from rlmed.tasks.choice import INSTRUCTION
 from rlmed.tasks.registry import task_of
 
-PROMPT_SUFFIX = (
-    "Your task: 1. Think through the question step by step, enclose your reasoning process in <think>...</think> tags. "
-    "2. Then provide the correct single-letter choice (A, B, C, D,...) inside <answer>...</answer> tags. "
-    "3. No extra information or text outside of these tags."
-)
+PROMPT_SUFFIX = SUFFIX.format(instruction=INSTRUCTION)
 """The instruction of MedVLM-R1 (arXiv 2502.19634)."""
 
 QUESTION_SLOT = "{question}"

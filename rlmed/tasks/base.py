@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from rlmed.core.parsing import answer_text
+from rlmed.core.spelling import shorten
 from rlmed.core.types import Example
 from rlmed.tasks.metrics.claims import asserts_finding
 from rlmed.tasks.metrics.sets import NO_SYNONYMS
@@ -22,11 +23,12 @@ from rlmed.tasks.metrics.text import normalise
 ImageSize = Callable[[], tuple[int, int]]
 """Returns width and height of a row's first image in pixels; raises ValueError without one."""
 
-TEMPLATE = (
-    "{{question}}\n\nYour task: 1. Think through the question step by step, enclose your reasoning process in "
-    "<think>...</think> tags. 2. Then {instruction} inside <answer>...</answer> tags. "
+SUFFIX = (
+    "Your task: 1. Think through the question step by step, enclose your reasoning process in <think>...</think> tags. "
+    "2. Then {instruction} inside <answer>...</answer> tags. "
     "3. No extra information or text outside of these tags."
 )
+TEMPLATE = f"{{{{question}}}}\n\n{SUFFIX}"
 """MedVLM-R1's prompt (arXiv 2502.19634) with another `{instruction}` for the answer."""
 
 
@@ -133,14 +135,14 @@ class Task(ABC):
             return self._unread()
         if not isinstance(scores, Mapping) or scores.keys() != {*self.score_names}:
             raise ValueError(
-                f"{self._place(example, answer)} returned {shown(scores)}: return a number for each of "
+                f"{self._place(example, answer)} returned {shorten(scores)}: return a number for each of "
                 f"{', '.join(self.score_names)}"
             )
         found = {name: _share(scores[name]) for name in self.score_names}
         for name, value in found.items():
             if math.isnan(value):
                 raise ValueError(
-                    f"{self._place(example, answer)} returned {name}={shown(scores[name])}: return a number in [0, 1]"
+                    f"{self._place(example, answer)} returned {name}={shorten(scores[name])}: return a number in [0, 1]"
                 )
         return Judgement(answer, self.passes(found[self.main]), found)
 
@@ -148,7 +150,7 @@ class Task(ABC):
         return Judgement(None, False, dict.fromkeys(self.score_names, 0.0))
 
     def _place(self, example: Example, answer: str) -> str:
-        return f"task {self.name}, example {example.id}: the score of answer {shown(answer)}"
+        return f"task {self.name}, example {example.id}: the score of answer {shorten(answer)}"
 
     def passes(self, score: float) -> bool:
         """Return whether a main score counts as right, rounding aside."""
@@ -177,11 +179,5 @@ def texts_of(answer: Any) -> list[str]:
     """
     texts = [answer] if isinstance(answer, str) else answer
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise ValueError(f"its answer is {shown(answer)}: write a text, or a list of accepted texts")
+        raise ValueError(f"its answer is {shorten(answer)}: write a text, or a list of accepted texts")
     return [text.strip() for text in texts]
-
-
-def shown(value: Any) -> str:
-    """Format an offending value, at most 120 characters of it."""
-    text = repr(value)
-    return text if len(text) <= 120 else f"{text[:120]}…"

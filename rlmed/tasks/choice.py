@@ -10,12 +10,14 @@ from rlmed.core.types import LETTERS, Example
 from rlmed.tasks.base import TEMPLATE, ImageSize, Judgement, Task
 from rlmed.tasks.metrics.claims import asserts_finding
 
+INSTRUCTION = "provide the correct single-letter choice (A, B, C, D,...)"
+
 
 class Choice(Task):
     """The task of rows without a `task`; its truth is `Example.options` and `Example.answer`."""
 
     name = "choice"
-    template = TEMPLATE.format(instruction="provide the correct single-letter choice (A, B, C, D,...)")
+    template = TEMPLATE.format(instruction=INSTRUCTION)
     main = "accuracy"
     score_names = ("accuracy",)
 

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from rlmed.tasks.base import TEMPLATE, ImageSize, Task, shown
+from rlmed.core.spelling import shorten
+from rlmed.tasks.base import TEMPLATE, ImageSize, Task
 from rlmed.tasks.metrics.boxes import are_fractions, average_precision, match, parse_boxes, recall_at
 
 THOUSANDTHS = (1000, 1000)
@@ -40,7 +41,7 @@ class Grounding(Task):
         if options:
             raise ValueError("it has options, and its task is grounding: leave them out, or the task")
         if not isinstance(answer, list):
-            raise ValueError(f"its answer is {shown(answer)}: write a list of boxes [x0, y0, x1, y1] in pixels")
+            raise ValueError(f"its answer is {shorten(answer)}: write a list of boxes [x0, y0, x1, y1] in pixels")
         width, height = size()
         return {"boxes": [_fractions(box, width, height) for box in answer], "frame": list(THOUSANDTHS)}
 
@@ -102,7 +103,7 @@ def _fractions(box: Any, width: int, height: int) -> list[float]:
     good = isinstance(box, list) and len(box) == 4 and all(type(x) in (int, float) for x in box)
     if not good or not (0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height):
         raise ValueError(
-            f"its box {shown(box)} is not [x0, y0, x1, y1] with 0 <= x0 < x1 <= {width} and 0 <= y0 < y1 <= {height}, "
+            f"its box {shorten(box)} is not [x0, y0, x1, y1] with 0 <= x0 < x1 <= {width} and 0 <= y0 < y1 <= {height}, "
             "the pixels of its first image"
         )
     return [x / scale for x, scale in zip(box, (width, height) * 2, strict=True)]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from rlmed.core.spelling import shorten
 from rlmed.core.types import Example
-from rlmed.tasks.base import TEMPLATE, ImageSize, Task, shown
+from rlmed.tasks.base import TEMPLATE, ImageSize, Task
 from rlmed.tasks.metrics.sets import macro_scores, micro_scores, parse_set, set_f1
 
 NONE = "none"
@@ -31,17 +32,17 @@ class Labels(Task):
     def read(self, answer: Any, options: Sequence[str], size: ImageSize) -> Any:
         """Return right and possible labels."""
         if not isinstance(answer, list) or not all(isinstance(label, str) and label.strip() for label in answer):
-            raise ValueError(f"its answer is {shown(answer)}: write a list of the labels that apply, [] for none")
+            raise ValueError(f"its answer is {shorten(answer)}: write a list of the labels that apply, [] for none")
         labels = [label.strip() for label in answer]
         if len({label.casefold() for label in labels}) < len(labels):
-            raise ValueError(f"its answer {shown(answer)} names a label twice")
+            raise ValueError(f"its answer {shorten(answer)} names a label twice")
         possible = {option.casefold() for option in options}
         if len(possible) < len(options):
-            raise ValueError(f"its options {shown(list(options))} name a label twice")
+            raise ValueError(f"its options {shorten(list(options))} name a label twice")
         if NONE in possible:
             raise ValueError(f"one of its options is {NONE!r}, which means that no label applies: leave it out")
         if unknown := [label for label in labels if possible and label.casefold() not in possible]:
-            raise ValueError(f"its answer has {shown(unknown[0])}, which is none of its options")
+            raise ValueError(f"its answer has {shorten(unknown[0])}, which is none of its options")
         return {"labels": labels, "known": list(options)}
 
     def write(self, truth: Any) -> str:
