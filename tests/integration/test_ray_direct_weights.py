@@ -83,9 +83,16 @@ def test_weights_reach_all_workers_and_nobody_fetches_them(pool, model, monkeypa
     torch.set_num_threads(1)
     for version, factor in ((7, 1.5), (8, 0.7)):
         policy = changed(model, factor)
-        update = dataclasses.replace(direct_push(policy, version, monkeypatch), stored=lambda: 1 / 0)
-        assert len(pool.update_weights(update)) == 2
+        push, fetched = direct_push(policy, version, monkeypatch), []
+
+        # a worker that joins later, in another test, gets these weights: they have to be there
+        def stored(of=push):
+            fetched.append(version)
+            return of.stored()
+
+        assert len(pool.update_weights(dataclasses.replace(push, stored=stored))) == 2
         check_groups(pool, policy, version, range(4))
+        assert not fetched
 
 
 def test_a_worker_killed_in_a_broadcast_is_named_and_costs_no_sample(pool, session, model, monkeypatch, caplog):  # noqa: F811
