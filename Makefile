@@ -8,13 +8,17 @@ INSTALLED_ALL := $(VENV)/.installed-all
 # What takes long, or starts Ray or vLLM. One test with Ray runs at a time, beside the others: see tests/conftest.py.
 SLOW := slow or ray or vllm
 
-.PHONY: demo test test-fast test-slow coverage lint types check docs docs-serve tiny-base clean
+.PHONY: demo tasks test test-fast test-slow coverage lint types check docs docs-serve tiny-base clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m rlmed.launch +experiment=medvqa_600 profile=tiny
 
 test: $(INSTALLED_ALL)
 	@$(MAKE) --no-print-directory --keep-going test-fast test-slow
+
+# Lets the embedded model learn each task by RL, over three seeds; killed, it goes on where it was.
+tasks: $(INSTALLED)
+	$(BIN)/python -m benchmarks.task_learning
 
 # The readers' tests of DICOM, NIfTI and parquet skip themselves where only `make demo` was run before.
 test-fast: $(INSTALLED)

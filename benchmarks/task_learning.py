@@ -2,9 +2,10 @@
 
 The embedded model knows multiple choice alone. For each task it first imitates readers of other
 generated studies (supervised fine-tuning): careful ones, who say what the image shows and answer,
-and hasty ones, who give the answer to another question of the kind unseen. Then RL on the training
-questions with `reward=task` has to find out that it pays to look. Both are evaluated on 300 further
-questions with the controls. Killed at any moment, the same command goes on.
+and hasty ones, who give the answer to another question of the kind unseen. From this one model, RL
+on the training questions with `reward=task` has to find out that it pays to look, once a seed. All
+are evaluated on 300 further questions with the controls. Killed at any moment, the same command
+goes on.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,53 +30,69 @@ from rlmed.recording.checkpoint import list_checkpoints
 from rlmed.reproduce.runs import RunCommand
 
 TASKS = ("open", "grounding", "labels", "report")
-WARM_ROWS, WARM_SEED = 1200, 1
-"""Readings to imitate; the seed is another than that of the training and test questions."""
-HASTY = {"open": 0.6, "report": 0.6, "grounding": 0.3, "labels": 0.3}
-"""Share of hasty readers: boxes and labels take more careful ones to be written at all."""
-EPOCHS = {"open": 3, "report": 3, "grounding": 5, "labels": 5}
+WARM_SEED = 1
+"""Of the readings; another than that of the training and test questions."""
+
+
+class Start(NamedTuple):
+    """How a task's readings are imitated before RL."""
+
+    rows: int
+    epochs: int
+    hasty: float = 0.6
+    """Share of hasty readers."""
+
+
+STARTS = {
+    "open": Start(1200, 3),
+    "grounding": Start(4800, 2),
+    "labels": Start(2400, 3),
+    "report": Start(1200, 3),
+}
+COMMON = ("profile=tiny", "data=jsonl", "data.max_prompt_tokens=384")
 SFT = ("learner.lr=1e-3", "learner.lr_schedule=linear")
 RL = ("reward=task", "learner.lr=1e-4")
 
 
 def warm_start(folder: Path, task: str) -> Path:
     """Write the readings that a model first imitates, and return their file."""
-    file = write_task_dataset(folder, WARM_SEED, (task,), train_rows=WARM_ROWS, test_rows=1)[f"train_{task}"]
+    file = write_task_dataset(folder, WARM_SEED, (task,), train_rows=STARTS[task].rows, test_rows=1)[f"train_{task}"]
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     answers: dict[str, list[str]] = {}
     for row in rows:
         answers.setdefault(row["kind"], []).append(str(answer_text(row["completion"])))
     for index, row in enumerate(rows):
         random = np.random.default_rng([WARM_SEED, index])
-        if random.random() < HASTY[task]:
+        if random.random() < STARTS[task].hasty:
             guess = answers[row["kind"]][int(random.integers(len(answers[row["kind"]])))]
             row["completion"] = written(f"{GUESS} {guess}.", guess)
     text = "".join(json.dumps(row) + "\n" for row in rows)
     return replace_text(folder / f"warm_{task}.jsonl", text)
 
 
-def runs_of(root: Path, task: str, seed: int, overrides: Sequence[str], rl: Sequence[str]) -> Sequence[Path]:
-    """Train what has not been trained; the folders of fine-tuning and of RL."""
-    readings = warm_start(root / "readings" / task, task)
+def imitate(root: Path, task: str, overrides: Sequence[str]) -> Path:
+    """Let the embedded model imitate the readings, unless it has; the folder of the run."""
+    own = (f"data.train={warm_start(root / 'readings' / task, task)}", f"sft.epochs={STARTS[task].epochs}")
+    return _trained(RunCommand("sft", 0, root / task, (*COMMON, *_tested(root, task), *own, *SFT, *overrides)))
+
+
+def learn(root: Path, task: str, seed: int, start: Path, overrides: Sequence[str]) -> Path:
+    """Train the last checkpoint of `start` by RL, unless that was done; the folder of the run."""
+    files = (f"data.train={root / 'questions' / task / f'train_{task}.jsonl'}", *_tested(root, task))
+    model = list_checkpoints(start / "checkpoints")[-1]
+    return _trained(RunCommand("rl", seed, root / task, (*COMMON, *files, *RL, *overrides, f"model={model}")))
+
+
+def _tested(root: Path, task: str) -> tuple[str, ...]:
     test = write_task_dataset(root / "questions" / task, 0, (task,))[f"test_{task}"]
-    of_readings = ("data=jsonl", f"data.train={readings}", f"data.eval=[{test}]", "data.max_prompt_tokens=384")
-    sft = RunCommand(
-        "sft", seed, root / task, ("profile=tiny", *of_readings, *overrides, *SFT, f"sft.epochs={EPOCHS[task]}")
-    )
-    _execute(sft)
-    model = list_checkpoints(sft.folder / "checkpoints")[-1]
-    files = (f"data.train={test.parent / f'train_{task}.jsonl'}", *of_readings[2:])
-    learnt = RunCommand(
-        "rl", seed, root / task, ("profile=tiny", "data=jsonl", *files, *overrides, *RL, *rl, f"model={model}")
-    )
-    _execute(learnt)
-    return sft.folder, learnt.folder
+    return (f"data.eval=[{test}]",)
 
 
-def _execute(run: RunCommand) -> None:
+def _trained(run: RunCommand) -> Path:
     if not run.done:
         report(f"{run.folder}")
         run.execute()
+    return run.folder
 
 
 def figures(before: Path, after: Path) -> dict[str, Any]:
@@ -124,23 +141,21 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", default=[], help="key=value, for all runs")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=60, help="of RL")
+    parser.add_argument("--steps", type=int, default=80, help="of RL")
     parser.add_argument("--runs", type=Path, default=Path("outputs/task_learning"), help="folder of all runs")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_intermixed_args()
-    rl = (f"steps={arguments.steps}",)
-    results: dict[str, list[dict[str, Any]]] = {task: [] for task in arguments.tasks}
-    for seed in arguments.seeds:
-        for task in arguments.tasks:
-            folders = runs_of(arguments.runs, task, seed, tuple(arguments.overrides), rl)
-            results[task].append(figures(*folders))
+    root, rl = arguments.runs, (f"steps={arguments.steps}", *arguments.overrides)
+    results: dict[str, list[dict[str, Any]]] = {}
+    for task in arguments.tasks:
+        before = imitate(root, task, arguments.overrides)
+        results[task] = [figures(before, learn(root, task, seed, before, rl)) for seed in arguments.seeds]
     report(markdown(results))
     payload = {
         "seeds": arguments.seeds,
-        "sft": SFT,
-        "hasty": HASTY,
-        "epochs": EPOCHS,
-        "rl": [*RL, *rl, *arguments.overrides],
+        "starts": {task: STARTS[task]._asdict() for task in arguments.tasks},
+        "sft": [*SFT, *arguments.overrides],
+        "rl": [*RL, *rl],
         "tasks": results,
     }
     report(f"written: {write_result('task_learning', payload, arguments.out)}")

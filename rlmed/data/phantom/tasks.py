@@ -8,17 +8,18 @@ wording nor the frequency of an answer gives it away:
   often, and other usual words for it are accepted.
 * `grounding` asks for the box of the lesion, whatever it is or by its kind. Each quadrant is due
   equally often, and one image in five shows nothing that was asked for.
-* `labels` shows two words each of region, lesion, size and quadrant. Of these eight, 0 to 3 are
-  true, equally often, and each word is as likely to be true as any other of its category.
+* `labels` shows all words of two or three of region, size, lesion and quadrant, so 0 to 3 are true.
+  Every such choice is due equally often, and so is each kind of lesion and none.
 * `report` asks for a short report, with two wordings as references.
 * `mixed` has all of them and multiple choice, in turn.
 
 Each row has a `completion` for supervised learning, in the embedded model's words. Boxes in it are
-in thousandths of width and height, as Qwen2-VL writes them.
+in thousandths of width and height, as Qwen2-VL writes them, rounded to tens.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -47,7 +48,7 @@ from rlmed.data.phantom.studies import (
 )
 from rlmed.data.phantom.task_texts import QUESTIONS, accepted, reports, written
 
-TASKS_VERSION = 1
+TASKS_VERSION = 2
 """Increase on any change of a seed's output; data of another version is regenerated."""
 TASKS = ("choice", "open", "grounding", "labels", "report")
 """In the order in which `mixed` has them."""
@@ -62,12 +63,13 @@ FRAME = 1000
 
 CATEGORIES: Mapping[str, tuple[str, ...]] = {
     "region": REGIONS,
-    "lesion": LESIONS[1:],
     "size": SIZES[1:],
+    "lesion": LESIONS[1:],
     "quadrant": QUADRANTS,
 }
-"""Labels by the field of a study that they are true of."""
-MOST_LABELS = 3
+"""Labels by the field of a study that they are true of, in the order of a description."""
+SHOWN = (*itertools.combinations(CATEGORIES, 2), *itertools.combinations(CATEGORIES, 3))
+"""Which of them a question of `labels` can show."""
 
 Row = dict[str, Any]
 
@@ -82,7 +84,7 @@ class Plan(NamedTuple):
     study: Study
     asked: str
     """Open, report and choice: a kind of question; grounding: "lesion" or a kind of lesion; labels:
-    the categories of which the true word is shown, with blanks between."""
+    the categories whose words are shown, with blanks between."""
 
 
 class Turns(NamedTuple):
@@ -142,13 +144,9 @@ def _plan_grounding(turns: Turns, rng: np.random.Generator) -> Plan:
 
 
 def _plan_labels(turns: Turns, rng: np.random.Generator) -> Plan:
-    """Plan a question with as many true labels as are due; a study may be healthy if none says."""
-    count = turns.due(range(MOST_LABELS + 1), among=1)
-    names = list(CATEGORIES)
-    true = sorted(names[index] for index in rng.permutation(len(names))[:count])
-    healthy = set(true) <= {"region"} and rng.random() < 0.5
-    lesion = NO_LESION if healthy else _one_of(LESIONS[1:], rng)
-    return Plan(sample_study(rng, turns.modality, "disease", lesion), " ".join(true))
+    """Plan a question that shows the categories that are due; so is the lesion."""
+    lesion = turns.due(LESIONS, among=1, stream=1)
+    return Plan(sample_study(rng, turns.modality, "disease", lesion), " ".join(turns.due(SHOWN, among=1)))
 
 
 def _choice(plan: Plan, box: Box | None, turns: Turns, rng: np.random.Generator) -> Row:
@@ -180,7 +178,7 @@ def _grounding(plan: Plan, box: Box | None, turns: Turns, rng: np.random.Generat
     """Return a question for boxes; none if the study lacks what it asks for."""
     sought = box is not None and plan.asked in ("lesion", plan.study.lesion)
     boxes = [list(box)] if box is not None and sought else []
-    scaled = [[round(edge * FRAME / IMAGE_SIZE) for edge in edges] for edges in boxes]
+    scaled = [[10 * round(edge * FRAME / IMAGE_SIZE / 10) for edge in edges] for edges in boxes]
     return {
         "question": _one_of(QUESTIONS["grounding"], rng).format(what=plan.asked),
         "answer": boxes,
@@ -190,19 +188,14 @@ def _grounding(plan: Plan, box: Box | None, turns: Turns, rng: np.random.Generat
 
 
 def _labels(plan: Plan, box: Box | None, turns: Turns, rng: np.random.Generator) -> Row:
-    """Return a question for all labels that are true, among two of each category."""
-    shown: list[str] = []
-    for name, values in CATEGORIES.items():
-        truth = getattr(plan.study, name)
-        others = [value for value in values if value != truth]
-        drawn = [others[index] for index in rng.permutation(len(others))[:2]]
-        shown += [truth, drawn[0]] if name in plan.asked.split() else drawn
-    options = [shown[index] for index in rng.permutation(len(shown))]
-    true = {getattr(plan.study, name) for name in plan.asked.split()}
-    answer = [option for option in options if option in true]
+    """Return a question for all labels that are true, among the words of the planned categories."""
+    categories = plan.asked.split()
+    shown = [value for name in categories for value in CATEGORIES[name]]
+    true = [getattr(plan.study, name) for name in categories]
+    answer = [value for value in true if value != NO_LESION]
     return {
         "question": _one_of(QUESTIONS["labels"], rng),
-        "options": options,
+        "options": [shown[index] for index in rng.permutation(len(shown))],
         "answer": answer,
         "kind": "findings",
         "completion": written(describe(plan.study), ", ".join(answer) or "none"),
