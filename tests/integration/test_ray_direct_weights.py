@@ -51,6 +51,16 @@ def direct_push(policy, version, monkeypatch):
     return WeightUpdate(lambda: stored, push.start)
 
 
+def noting(push, fetched):
+    """The same push, which notes in `fetched` when weights are taken from the store."""
+
+    def stored():
+        fetched.append(push)
+        return push.stored()
+
+    return dataclasses.replace(push, stored=stored)
+
+
 def changed(folder, factor):
     policy = load_policy(folder)
     with torch.no_grad():
@@ -83,14 +93,9 @@ def test_weights_reach_all_workers_and_nobody_fetches_them(pool, model, monkeypa
     torch.set_num_threads(1)
     for version, factor in ((7, 1.5), (8, 0.7)):
         policy = changed(model, factor)
+        # a worker that joins later, in another test, fetches these weights: they have to be there
         push, fetched = direct_push(policy, version, monkeypatch), []
-
-        # a worker that joins later, in another test, gets these weights: they have to be there
-        def stored(of=push):
-            fetched.append(version)
-            return of.stored()
-
-        assert len(pool.update_weights(dataclasses.replace(push, stored=stored))) == 2
+        assert len(pool.update_weights(noting(push, fetched))) == 2
         check_groups(pool, policy, version, range(4))
         assert not fetched
 
