@@ -23,14 +23,14 @@ def test_completions_to_a_level_lie_between_two_evaluations(level: float, comple
     assert found == (completions if completions is None else pytest.approx(completions))
 
 
-def test_the_level_is_one_that_every_run_has_reached_and_each_way_has_a_line() -> None:
+def test_each_way_has_a_line_and_a_level_that_was_never_reached_is_said() -> None:
     runs: dict[str, list[dict[str, Any]]] = {
         "neither": [{"curve": curve(0.5, 0.6), "taught": 0.4}, {"curve": curve(0.5, 0.7), "taught": 0.5}],
-        "both": [{"curve": curve(0.6, 0.9), "taught": 0.9}, {"curve": curve(0.4, 0.8), "taught": 0.8}],
+        "both": [{"curve": curve(0.6, 0.9), "taught": 0.9}, {"curve": curve(0.4, 0.5), "taught": 0.8}],
     }
-    compared = compare(runs)
-    assert compared["level"] == 0.6
-    assert compared["completions"]["neither"] == pytest.approx([200, 150])
-    assert compared["completions"]["both"] == pytest.approx([100, 150])
-    lines = markdown(compared).splitlines()
-    assert lines[2:] == ["| neither | 45 | 200, 150 | 175 | 65.0 |", "| both | 85 | 100, 150 | 125 | 85.0 |"]
+    compared = compare(runs, 0.6)
+    assert compared["completions"] == {"neither": [200, pytest.approx(150)], "both": [100, None]}
+    assert markdown(compared).splitlines()[2:] == [
+        "| neither | 45 | 200, 150 | 175 | 200 | 65.0 |",
+        "| both | 85 | 100, not reached |  | 200 | 70.0 |",
+    ]
