@@ -7,15 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from rlmed.core.spelling import shorten
-from rlmed.tasks.base import TEMPLATE, ImageSize, Task
-from rlmed.tasks.metrics.boxes import are_fractions, average_precision, match, parse_boxes, recall_at
+from rlmed.core.types import IntArray
+from rlmed.tasks.base import TEMPLATE, ImageSize, Task, columns
+from rlmed.tasks.metrics.boxes import THRESHOLDS, Matches, are_fractions, match, parse_boxes
 
 THOUSANDTHS = (1000, 1000)
 """Frame in which models write boxes: thousandths of the image's width and height."""
 LEAST_SIDE = 20
 """Thousandths: sides below are written with decimals."""
-THRESHOLDS = tuple(0.5 + 0.05 * step for step in range(10))
-"""COCO's (Lin et al. 2014, arXiv 1405.0312)."""
 
 
 class Grounding(Task):
@@ -70,17 +69,32 @@ class Grounding(Task):
 
     def over_file(self, answers: Sequence[tuple[str | None, Any]]) -> Mapping[str, float]:
         """Return mean average precision (also at 0.5) and recall at 0.5, as COCO defines them."""
-        rows = [
+        return _figures(_matches(answers))
+
+    def over_resamples(
+        self, answers: Sequence[tuple[str | None, Any]], draws: IntArray
+    ) -> Mapping[str, Sequence[float]]:
+        """Return `over_file` of each draw of rows; boxes are matched once."""
+        matches = _matches(answers)
+        return columns(_figures(matches.drawn(rows)) for rows in draws)
+
+
+def _matches(answers: Sequence[tuple[str | None, Any]]) -> Matches:
+    return Matches.of(
+        (
             ((parse_boxes(answer, truth["frame"]) or []) if answer is not None else [], truth["boxes"])
             for answer, truth in answers
-        ]
-        if not any(right for _, right in rows):
-            return {}
-        return {
-            "mAP": average_precision(rows, THRESHOLDS),
-            "AP50": average_precision(rows, (0.5,)),
-            "recall50": recall_at(rows, (0.5,)),
-        }
+        ),
+        THRESHOLDS,
+    )
+
+
+def _figures(matches: Matches) -> dict[str, float]:
+    """Return mean average precision, that at 0.5, and recall at 0.5; nothing without a true box."""
+    if not matches.truths.any():
+        return {}
+    precision, recall = matches.precision(), matches.recall()
+    return {"mAP": float(precision.mean()), "AP50": float(precision[0]), "recall50": float(recall[0])}
 
 
 def _rounded(box: Sequence[float]) -> list[float]:

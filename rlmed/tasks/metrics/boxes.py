@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -145,8 +146,7 @@ def average_precision(rows: Iterable[Row], thresholds: Sequence[float] = THRESHO
     Raises:
         ValueError: without any true box, for which it is not defined, or without thresholds.
     """
-    hits, boxes = _hits(rows, thresholds)
-    return float(np.mean([_precision(right, boxes) for right in hits]))
+    return float(Matches.of(rows, thresholds).precision().mean())
 
 
 def recall_at(rows: Iterable[Row], thresholds: Sequence[float] = THRESHOLDS) -> float:
@@ -161,8 +161,73 @@ def recall_at(rows: Iterable[Row], thresholds: Sequence[float] = THRESHOLDS) -> 
     Raises:
         ValueError: without any true box, or without thresholds.
     """
-    hits, boxes = _hits(rows, thresholds)
-    return float(np.mean(hits.sum(axis=1) / boxes))
+    return float(Matches.of(rows, thresholds).recall().mean())
+
+
+@dataclass(frozen=True, slots=True)
+class Matches:
+    """Boxes matched once, row by row, for figures over all rows or over resamples of them.
+
+    Example:
+        >>> box, other = (0.0, 0.0, 0.5, 0.5), (0.5, 0.5, 1.0, 1.0)
+        >>> matches = Matches.of([([box], [box]), ([box], [other])], (0.5,))
+        >>> matches.recall(), matches.drawn(np.array([0, 0])).recall()
+        (array([0.5]), array([1.]))
+    """
+
+    hits: npt.NDArray[np.bool_]
+    """[thresholds, predicted boxes]: which are right, in the order of rows and as written."""
+    ends: npt.NDArray[np.int64]
+    """[rows]: number of predicted boxes up to and including each row."""
+    truths: npt.NDArray[np.int64]
+    """[rows]: number of true boxes."""
+
+    @classmethod
+    def of(cls, rows: Iterable[Row], thresholds: Sequence[float] = THRESHOLDS) -> Matches:
+        """Match the boxes of each row at each threshold of IoU.
+
+        Raises:
+            ValueError: without thresholds.
+        """
+        if not thresholds:
+            raise ValueError("thresholds=() leaves nothing to average: give at least one, for example (0.5,)")
+        found, truths = [np.zeros((len(thresholds), 0), dtype=np.bool_)], []
+        for predicted, truth in rows:
+            pairs = _ious(predicted[:MOST_BOXES], truth)
+            found.append(np.array([_taken(pairs, threshold) for threshold in thresholds], dtype=np.bool_))
+            truths.append(len(truth))
+        ends = np.cumsum([hits.shape[1] for hits in found[1:]], dtype=np.int64)
+        return cls(np.concatenate(found, axis=1), ends, np.array(truths, dtype=np.int64))
+
+    def drawn(self, rows: npt.NDArray[np.int64]) -> Matches:
+        """Return those of some rows, by index, in this order; a row may come several times."""
+        counts = np.diff(self.ends, prepend=0)[rows]
+        ends = np.cumsum(counts)
+        places = np.repeat(self.ends[rows] - ends, counts) + np.arange(counts.sum())
+        return Matches(self.hits[:, places], ends, self.truths[rows])
+
+    def precision(self) -> npt.NDArray[np.float64]:
+        """Return average precision at each threshold.
+
+        Raises:
+            ValueError: without any true box.
+        """
+        boxes = self._boxes()
+        return np.array([_precision(right, boxes) for right in self.hits])
+
+    def recall(self) -> npt.NDArray[np.float64]:
+        """Return the share of true boxes that are reached at each threshold.
+
+        Raises:
+            ValueError: without any true box.
+        """
+        shares: npt.NDArray[np.float64] = self.hits.sum(axis=1) / self._boxes()
+        return shares
+
+    def _boxes(self) -> int:
+        if not (boxes := int(self.truths.sum())):
+            raise ValueError("rows have no true box, so precision and recall of boxes are not defined: leave them out")
+        return boxes
 
 
 class _Reading:
@@ -312,20 +377,6 @@ def _largest_sum(gains: npt.NDArray[np.float64]) -> float:
             column = int(previous[column])
     taken = np.flatnonzero(owner[:columns] != rows)
     return float(gains[owner[taken], taken].sum())
-
-
-def _hits(rows: Iterable[Row], thresholds: Sequence[float]) -> tuple[npt.NDArray[np.bool_], int]:
-    """Return which predicted boxes are right, [thresholds, boxes], and the number of true ones."""
-    if not thresholds:
-        raise ValueError("thresholds=() leaves nothing to average: give at least one, for example (0.5,)")
-    found, boxes = [np.zeros((len(thresholds), 0), dtype=np.bool_)], 0
-    for predicted, truth in rows:
-        pairs = _ious(predicted[:MOST_BOXES], truth)
-        found.append(np.array([_taken(pairs, threshold) for threshold in thresholds], dtype=np.bool_))
-        boxes += len(truth)
-    if not boxes:
-        raise ValueError("rows have no true box, so precision and recall of boxes are not defined: leave them out")
-    return np.concatenate(found, axis=1), boxes
 
 
 def _taken(pairs: npt.NDArray[np.float64], threshold: float) -> list[bool]:
