@@ -65,7 +65,9 @@ class Run:
             split_common_prefix=lambda texts: self.renderer.split_common_prefix(texts),
             slow=SlowRewards(config.reward.slow, config.reward.judge, RewardCache(folder / CACHE_FILE), load_image),
         )
-        self.renderer = make_renderer(config.model, config.data, config.prompt, freeze=config.learner.freeze)
+        self.renderer = make_renderer(
+            config.model, config.data, config.prompt, freeze=config.learner.freeze, checkpoint=self.checkpoint
+        )
         check_positions(config.model, config.data, max_tokens=max(config.rollout.max_tokens, config.eval.max_tokens))
         self.data: Dataset = load_run_data(config.data, config.prompt, self.renderer, training=True)
         self.rubric.check_tasks(self.data.train_examples)

@@ -88,7 +88,7 @@ class Batches:
         if self._shuffle and not self._written(example):
             example = shuffle_options(example, self._seed * SEED_STRIDE + visit.epoch)
         prompt = self._renderer.render(example)
-        written = remaining(prompt.prefill, target_text(example, self._config.target))
+        written = remaining(prompt.prefill, target_text(prompt.example, self._config.target))
         return written_item(prompt, self._renderer.completion_ids(written))
 
 
@@ -96,7 +96,9 @@ def finetune(config: RunConfig, folder: Path) -> None:
     """Run the fine-tuning described by `config` in `folder`."""
     check_machine(config, learns=True)
     checkpoint = starting_point(folder, resume=config.resume is not None)
-    renderer = make_renderer(config.model, config.data, config.prompt, freeze=config.learner.freeze)
+    renderer = make_renderer(
+        config.model, config.data, config.prompt, freeze=config.learner.freeze, checkpoint=checkpoint
+    )
     check_positions(config.model, config.data, max_tokens=config.eval.max_tokens)
     data = load_run_data(config.data, config.prompt, renderer, training=True)
     batches = Batches(data.train_examples, renderer, config)

@@ -104,6 +104,19 @@ class Task(ABC):
         """Return what stands in the place of `{question}`."""
         return example.question
 
+    def in_pixels(self, template: str) -> str:
+        """Return a template that asks for what lies in the picture in pixels; by default unchanged."""
+        return template
+
+    def framed(self, truth: Any, size: tuple[int, int]) -> Any:
+        """Return the truth of an answer in pixels of a picture of this size; by default unchanged.
+
+        Args:
+            truth: as `read` returned it.
+            size: width and height of the row's first picture as the model is given it.
+        """
+        return truth
+
     def over_file(self, answers: Sequence[tuple[str | None, Any]]) -> Mapping[str, float]:
         """Return figures that are no mean over rows, such as a mean average precision.
 
@@ -127,8 +140,15 @@ class Task(ABC):
         most = max(50, min(SLOW_RESAMPLES, SLOW_ROWS // len(answers)))
         return columns(self.over_file([answers[i] for i in rows]) for rows in draws[:most])
 
-    def same(self, first: str, second: str, truth: Any) -> bool:
-        """Return whether two answers to one question say the same, by default when normalised."""
+    def same(self, first: str, second: str, truth: Any, second_truth: Any = None) -> bool:
+        """Return whether two answers to one question say the same, by default when normalised.
+
+        Args:
+            first: an answer.
+            second: another.
+            truth: of the first.
+            second_truth: of the second, if it is another (`framed`, of a picture of another size).
+        """
         return (normalise(first) or first) == (normalise(second) or second)
 
     def asserts(self, answer: str, truth: Any, options: Sequence[str]) -> bool | None:

@@ -12,23 +12,25 @@ from rlmed.tasks.base import TEMPLATE, ImageSize, Task, columns
 from rlmed.tasks.metrics.boxes import THRESHOLDS, Matches, are_fractions, match, parse_boxes
 
 THOUSANDTHS = (1000, 1000)
-"""Frame in which models write boxes: thousandths of the image's width and height."""
+"""Frame in which most models write boxes: thousandths of the image's width and height."""
 LEAST_SIDE = 20
-"""Thousandths: sides below are written with decimals."""
+"""Thousandths or pixels: sides below are written with decimals."""
+IN_THOUSANDTHS, IN_PIXELS = "thousandths of the image's width and height", "pixels of the image"
+"""What templates say of the frame."""
 
 
 class Grounding(Task):
     """Boxes; truth: `{"boxes": [[x0, y0, x1, y1], …], "frame": [width, height]}`.
 
-    Truth's boxes are fractions of the image, answers numbers in the frame. An answer is right if
+    Truth's boxes are fractions of the image, answers numbers in the frame: thousandths, or pixels
+    of the picture as the model is given it, whose size is known when its prompt is made. An answer is right if
     its boxes overlap the true ones with a mean intersection over union of at least 0.5, missing and
     superfluous boxes counting 0.
     """
 
     name = "grounding"
     template = TEMPLATE.format(
-        instruction="provide the boxes as [[x0, y0, x1, y1], ...] in thousandths of the image's width and height "
-        "([] if there is nothing to find)"
+        instruction=f"provide the boxes as [[x0, y0, x1, y1], ...] in {IN_THOUSANDTHS} ([] if there is nothing to find)"
     )
     main = "iou"
     threshold = 0.5
@@ -44,6 +46,14 @@ class Grounding(Task):
         width, height = size()
         return {"boxes": [_fractions(box, width, height) for box in answer], "frame": list(THOUSANDTHS)}
 
+    def in_pixels(self, template: str) -> str:
+        """Return the template with pixels in the place of thousandths."""
+        return template.replace(IN_THOUSANDTHS, IN_PIXELS).replace("thousandths", "pixels")
+
+    def framed(self, truth: Any, size: tuple[int, int]) -> Any:
+        """Return the truth with pixels of a picture of this size as its frame."""
+        return {**truth, "frame": list(size)}
+
     def write(self, truth: Any) -> str:
         """Return the boxes in the frame: integers, or as many decimals as a small box needs."""
         width, height = truth["frame"]
@@ -58,9 +68,10 @@ class Grounding(Task):
         boxes = parse_boxes(answer, truth["frame"])
         return None if boxes is None else {"iou": match(boxes, truth["boxes"])}
 
-    def same(self, first: str, second: str, truth: Any) -> bool:
+    def same(self, first: str, second: str, truth: Any, second_truth: Any = None) -> bool:
         """Return whether the boxes of both overlap as those of a right answer and the truth do."""
-        boxes = [parse_boxes(answer, truth["frame"]) or [] for answer in (first, second)]
+        written = ((first, truth), (second, second_truth or truth))
+        boxes = [parse_boxes(answer, given["frame"]) or [] for answer, given in written]
         return self.passes(match(*boxes))
 
     def asserts(self, answer: str, truth: Any, options: Sequence[str]) -> bool | None:

@@ -82,7 +82,7 @@ class Labels(Task):
         right = parse_set("\n".join(truth["labels"]), known, self.synonyms) if truth["labels"] else ()
         return parse_set(answer, known, self.synonyms), right
 
-    def same(self, first: str, second: str, truth: Any) -> bool:
+    def same(self, first: str, second: str, truth: Any, second_truth: Any = None) -> bool:
         """Return whether both name the same labels."""
         return {*self._sets(first, truth)[0]} == {*self._sets(second, truth)[0]}
 

@@ -69,6 +69,7 @@ ADDED = {
     "learner.moments": "float32",
     "data.extra_tasks": [],
     "data.synonyms": None,
+    "data.box_frame": "auto",
     **{
         f"learner.lora.{name}": value
         for name, value in {

@@ -306,7 +306,7 @@ def test_a_run_from_before_a_key_existed_is_the_same_run(tmp_path: Path) -> None
 def test_a_run_of_a_version_that_knew_multiple_choice_alone_resumes(tmp_path: Path, prompt: str) -> None:
     now = config(f"prompt={prompt}")
     old = yaml.safe_load(to_yaml(now))
-    later = ["data.extra_tasks", "data.synonyms", "data.task", "prompt.by_task", "eval.predictions"]
+    later = ["data.extra_tasks", "data.synonyms", "data.box_frame", "data.task", "prompt.by_task", "eval.predictions"]
     for key in [*later, "reward.slow", "reward.judge"]:
         section, _, name = key.partition(".")
         del old[section][name]

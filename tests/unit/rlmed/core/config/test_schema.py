@@ -104,6 +104,7 @@ def test_unknown_key_is_refused_by_the_command_line() -> None:
         ("steps=1.5", r"steps=1\.5 .*expected an integer"),
         ("data.mix=MRI", r"data\.mix='MRI' .*expected a mapping .*\{KEY: VALUE\}"),
         ("data.selection=pass_rate", r"data\.selection='pass_rate' .*mapping .* cooldown_epochs, max_pass_rate, "),
+        ("data.box_frame=percent", r"data\.box_frame='percent'.*thousandths"),
         ("data.leakage=false", r"data\.leakage=False must be a string: .*quote"),
         ("eval.controls=maybe", r"eval\.controls='maybe' .*expected true or false"),
         ("reward.weights=null", r"reward\.weights"),
