@@ -105,8 +105,8 @@ def read_prompt_settings(folder: Path | str) -> dict[str, Any] | None:
                 raise TypeError(f"{text!r} is not a text")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} does not hold a template and by_modality, or a wrong max_prompt_tokens or box_frame ({error}): remove it to ask as "
-            "MedVLM-R1 does"
+            f"{path} does not hold a template and by_modality, or a wrong max_prompt_tokens or box_frame ({error}): remove "
+            "it to ask as MedVLM-R1 does"
         ) from error
     return {"template": template, "by_modality": by_modality, **tasks, **frame, **limit}
 

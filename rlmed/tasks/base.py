@@ -100,6 +100,14 @@ class Task(ABC):
         Takes linear time and never raises, whatever a model writes.
         """
 
+    def reads(self, answer: str, truth: Any) -> bool:
+        """Return whether an answer can be read, whatever is right; by default whether it scores."""
+        return self.score(answer, truth) is not None
+
+    def explain(self, answer: str, truth: Any, size: ImageSize) -> str:
+        """Return what to say of a readable answer to who asked, such as its units; by default ""."""
+        return ""
+
     def question_text(self, example: Example) -> str:
         """Return what stands in the place of `{question}`."""
         return example.question

@@ -43,6 +43,10 @@ class Grounding(Task):
             raise ValueError("it has options, and its task is grounding: leave them out, or the task")
         if not isinstance(answer, list):
             raise ValueError(f"its answer is {shorten(answer)}: write a list of boxes [x0, y0, x1, y1] in pixels")
+        if len(answer) == 4 and all(type(x) in (int, float) for x in answer):
+            raise ValueError(
+                f"its answer {shorten(answer)} is a box, and belongs into a list of boxes: write {shorten([answer])}"
+            )
         width, height = size()
         return {"boxes": [_fractions(box, width, height) for box in answer], "frame": list(THOUSANDTHS)}
 
@@ -57,8 +61,7 @@ class Grounding(Task):
     def write(self, truth: Any) -> str:
         """Return the boxes in the frame: integers, or as many decimals as a small box needs."""
         width, height = truth["frame"]
-        boxes = [[x * scale for x, scale in zip(box, (width, height) * 2, strict=True)] for box in truth["boxes"]]
-        written = [_rounded(box) for box in boxes]
+        written = [_rounded(_scaled(box, width, height)) for box in truth["boxes"]]
         if are_fractions(written):  # boxes in the first thousandth would be read as fractions: they are written so
             written = [_rounded(box) for box in truth["boxes"]]
         return str(written)
@@ -67,6 +70,16 @@ class Grounding(Task):
         """Return the mean intersection over union of the best one-to-one matching."""
         boxes = parse_boxes(answer, truth["frame"])
         return None if boxes is None else {"iou": match(boxes, truth["boxes"])}
+
+    def explain(self, answer: str, truth: Any, size: ImageSize) -> str:
+        """Return the units of the answer's boxes, and the boxes in pixels of the image file."""
+        width, height = size()
+        boxes = [_scaled(box, width, height) for box in parse_boxes(answer, truth["frame"]) or []]
+        if truth["frame"] == list(THOUSANDTHS):
+            units = IN_THOUSANDTHS
+        else:
+            units = f"pixels of the image as the model saw it, {truth['frame'][0]}x{truth['frame'][1]}"
+        return f"in {units}; in pixels of the file, {width}x{height}: {[_rounded(box) for box in boxes]}"
 
     def same(self, first: str, second: str, truth: Any, second_truth: Any = None) -> bool:
         """Return whether the boxes of both overlap as those of a right answer and the truth do."""
@@ -108,6 +121,10 @@ def _figures(matches: Matches) -> dict[str, float]:
     return {"mAP": float(precision.mean()), "AP50": float(precision[0]), "recall50": float(recall[0])}
 
 
+def _scaled(box: Sequence[float], width: float, height: float) -> list[float]:
+    return [x * scale for x, scale in zip(box, (width, height) * 2, strict=True)]
+
+
 def _rounded(box: Sequence[float]) -> list[float]:
     """Return a box's coordinates rounded to integers, or to decimals if a side is below 20.
 
@@ -122,7 +139,8 @@ def _fractions(box: Any, width: int, height: int) -> list[float]:
     """Return a box in pixels as fractions.
 
     Raises:
-        ValueError: for anything but four numbers with x0 < x1 and y0 < y1 inside the image.
+        ValueError: for anything but four numbers with x0 < x1 and y0 < y1 inside the image, and for
+            fractions: nothing to find lies in the first pixel.
     """
     # NaN and infinity fail the comparisons; `math.isfinite` cannot take a long integer
     good = isinstance(box, list) and len(box) == 4 and all(type(x) in (int, float) for x in box)
@@ -130,5 +148,10 @@ def _fractions(box: Any, width: int, height: int) -> list[float]:
         raise ValueError(
             f"its box {shorten(box)} is not [x0, y0, x1, y1] with 0 <= x0 < x1 <= {width} and 0 <= y0 < y1 <= {height}, "
             "the pixels of its first image"
+        )
+    if max(box) <= 1 < max(width, height):
+        raise ValueError(
+            f"its box {shorten(box)} lies within the first pixel of its first image, of {width}x{height}: write pixels; "
+            "multiply fractions by the image's width and height"
         )
     return [x / scale for x, scale in zip(box, (width, height) * 2, strict=True)]

@@ -43,6 +43,10 @@ class Report(Task):
             "f1": token_f1(answer, references),
         }
 
+    def reads(self, answer: str, truth: Any) -> bool:
+        """Return True: a report is any text."""
+        return True
+
     def over_file(self, answers: Sequence[tuple[str | None, Any]]) -> Mapping[str, float]:
         """Return BLEU over the file."""
         return {"corpus_bleu": bleu_of(_counts(answers).sum(axis=0))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -195,11 +196,17 @@ def test_an_evaluation_judges_each_answer_in_pixels_of_the_picture_that_was_show
     assert found.image_sensitivity.correct == 0
 
 
-def test_the_target_of_fine_tuning_is_in_pixels(tiny_folder: Callable[..., Path], rows: tuple[Example, ...]) -> None:
+def test_the_target_of_fine_tuning_is_in_pixels(
+    tiny_folder: Callable[..., Path], rows: tuple[Example, ...], caplog: pytest.LogCaptureFixture
+) -> None:
     renderer = renderer_of(tiny_folder("qwen2_5_vl"))
     batches = Batches(rows, renderer, compose_config("sft", ["sft.batch_size=2", "sft.epochs=1"]))
     texts = {renderer.decode(item.sequences[0].completion.token_ids.tolist()) for item in batches.batch(0)}
     assert f"<answer>[[{', '.join(str(round(x)) for x in in_frame((392, 308)))}]]</answer>" in texts
+    assert "data.box_frame" not in caplog.text
+    written = (dataclasses.replace(rows[0], completion=said([[250, 200, 750, 600]])), rows[1])
+    Batches(written, renderer, compose_config("sft", ["sft.batch_size=2", "sft.epochs=1"]))
+    assert "1 of 2 training rows have boxes in a completion of their own" in caplog.text
 
 
 def test_an_exported_chat_template_asks_for_pixels(tiny_folder: Callable[..., Path]) -> None:

@@ -102,7 +102,7 @@ def test_boxes_are_fractions_of_the_picture_and_written_in_thousandths(tmp_path:
     [
         [[100, 100, 101, 104]],
         [[3999, 0, 4000, 4000]],
-        [[0, 0, 1, 1]],
+        [[0, 0, 2, 2]],
         [[0, 0, 2, 4]],
         [[0, 0, 4, 4], [1, 2, 3, 4]],
         [[0, 0, 4, 4]],
@@ -246,6 +246,15 @@ def test_figures_of_resamples_are_those_of_the_drawn_rows(tmp_path: Path, name: 
         ({"task": "grounding", "answer": [[0, 0, 10**400, 5]]}, "its box [0, 0, 1000"),
         ({"task": "grounding", "answer": [[0, 0, float("nan"), 5]]}, "its box [0, 0, nan, 5]"),
         ({"task": "grounding", "answer": [[0, float("-inf"), 5, 5]]}, "its box [0, -inf, 5, 5]"),
+        (
+            {"task": "grounding", "answer": [[0.1, 0.2, 0.3, 0.4]]},
+            "first image, of 200x100: write pixels; multiply fractions",
+        ),
+        ({"task": "grounding", "answer": [[10, 20, 30, 40], [0, 0, 1, 1.0]]}, "its box [0, 0, 1, 1.0] lies within"),
+        (
+            {"task": "grounding", "answer": [31, 40, 58, 66]},
+            "is a box, and belongs into a list of boxes: write [[31, 40, 58, 66]]",
+        ),
         ({"task": "grounding", "answer": "left"}, "its answer is 'left'"),
         ({"task": "grounding", "answer": [], "image": None}, "it has no image"),
         ({"task": "labels", "answer": "cyst"}, "its answer is 'cyst'"),
