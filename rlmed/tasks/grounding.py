@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 from rlmed.core.spelling import shorten
 from rlmed.core.types import IntArray
 from rlmed.tasks.base import TEMPLATE, ImageSize, Task, columns
-from rlmed.tasks.metrics.boxes import THRESHOLDS, Matches, are_fractions, match, parse_boxes
+from rlmed.tasks.metrics.boxes import are_fractions, match, parse_boxes
+from rlmed.tasks.metrics.coco import THRESHOLDS, Matches
 
 THOUSANDTHS = (1000, 1000)
 """Frame in which most models write boxes: thousandths of the image's width and height."""

@@ -12,7 +12,8 @@ from pycocotools.cocoeval import COCOeval
 from scipy.optimize import linear_sum_assignment
 
 from rewards.deadline import call_within
-from rlmed.tasks.metrics.boxes import THRESHOLDS, Matches, average_precision, iou, match, parse_boxes, recall_at
+from rlmed.tasks.metrics.boxes import iou, match, parse_boxes
+from rlmed.tasks.metrics.coco import THRESHOLDS, Matches, average_precision, recall_at
 from tests.unit.rlmed.tasks.metrics.hostile import LONG, mixed, repeated
 
 FRAME = (100, 50)
