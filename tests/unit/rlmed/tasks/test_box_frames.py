@@ -26,6 +26,7 @@ from rlmed.data.templates import PROMPT_FILE, read_prompt_settings
 from rlmed.evaluation.faithfulness import measure_faithfulness
 from rlmed.evaluation.results import read_rows
 from rlmed.evaluation.run import Evaluator
+from rlmed.export.card_tasks import box_units
 from rlmed.export.template import with_training_prompt
 from rlmed.sft_run import Batches
 from rlmed.tasks.registry import task_of
@@ -209,6 +210,9 @@ def test_the_target_of_fine_tuning_is_in_pixels(
     assert "1 of 2 training rows have boxes in a completion of their own" in caplog.text
 
 
-def test_an_exported_chat_template_asks_for_pixels(tiny_folder: Callable[..., Path]) -> None:
+def test_an_exported_chat_template_asks_for_pixels_and_the_card_says_which(tiny_folder: Callable[..., Path]) -> None:
     renderer = renderer_of(tiny_folder("qwen2_5_vl"))
     assert "in pixels of the image" in with_training_prompt(renderer, "grounding")
+    assert "pixels of the image as the image processor resizes it" in box_units(renderer, ("open", "grounding"))
+    assert box_units(renderer, ("open",)) == ""
+    assert box_units(renderer_of(tiny_folder("qwen2_5_vl"), box_frame="thousandths"), ("grounding",)) == ""
