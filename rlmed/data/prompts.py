@@ -119,14 +119,8 @@ class PromptRenderer:
                     f"the tokenizer of model {tokenizer.name_or_path!r} has no control token {pictures.placeholder}, which "
                     "stands for a picture: copy tokenizer.json from the model that this one was trained from"
                 )
-            if box_frame == "pixels" and pictures.limits is None:
-                raise ValueError(
-                    f"data.box_frame=pixels: the model's {kind_of(pictures.image_processor)} gives it no whole picture of one "
-                    "size, but tiles or a square: set data.box_frame=thousandths"
-                )
-            self.pictures = pictures.limited(min_pixels, max_pixels)
-        # a template that fails to render is not the rows' fault
-        if tokenizer.chat_template is not None:
+            self.pictures = _with_frame(pictures, box_frame).limited(min_pixels, max_pixels)
+        if tokenizer.chat_template is not None:  # one that fails to render is not the rows' fault
             text, self.prefill = self._turn(_PROBE, images=int(pictures is not None))
             self._tokenize(text)
 
@@ -356,3 +350,13 @@ class PromptRenderer:
                 f"limit is {self.max_prompt_tokens}: raise data.max_prompt_tokens or shorten the question"
             )
         return prompt
+
+
+def _with_frame(pictures: Pictures, box_frame: BoxFrame) -> Pictures:
+    """Return the pictures, in whose units boxes can be; raise ValueError if they cannot."""
+    if box_frame == "pixels" and pictures.limits is None:
+        raise ValueError(
+            f"data.box_frame=pixels: the model's {kind_of(pictures.image_processor)} gives it no whole picture of one size, "
+            "but tiles or a square: set data.box_frame=thousandths"
+        )
+    return pictures

@@ -76,7 +76,7 @@ class Family:
     grids: bool = False
     """Pictures are patches along one axis, with `image_grid_thw`; else tiles of one size."""
     box_frame: BoxFrame = "thousandths"
-    """Frame in which its models were trained to write boxes; thousandths for those that were not."""
+    """Units of the boxes that its models were trained to write; thousandths if they were not."""
     both_ways: bool = False
     """Visual tokens of an image also attend to its later ones."""
     vllm_tiles: VllmTiles | None = None

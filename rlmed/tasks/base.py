@@ -105,7 +105,7 @@ class Task(ABC):
         return self.score(answer, truth) is not None
 
     def explain(self, answer: str, truth: Any, size: ImageSize) -> str:
-        """Return what to say of a readable answer to who asked, such as its units; by default ""."""
+        """Return what to say of a readable answer, such as its units; by default ""."""
         return ""
 
     def question_text(self, example: Example) -> str:
@@ -113,7 +113,7 @@ class Task(ABC):
         return example.question
 
     def in_pixels(self, template: str) -> str:
-        """Return a template that asks for what lies in the picture in pixels; by default unchanged."""
+        """Return a template that asks for places in pixels; by default unchanged."""
         return template
 
     def framed(self, truth: Any, size: tuple[int, int]) -> Any:

@@ -24,9 +24,9 @@ class Grounding(Task):
     """Boxes; truth: `{"boxes": [[x0, y0, x1, y1], …], "frame": [width, height]}`.
 
     Truth's boxes are fractions of the image, answers numbers in the frame: thousandths, or pixels
-    of the picture as the model is given it, whose size is known when its prompt is made. An answer is right if
-    its boxes overlap the true ones with a mean intersection over union of at least 0.5, missing and
-    superfluous boxes counting 0.
+    of the picture as the model is given it, whose size is known when its prompt is made. An answer
+    is right if its boxes overlap the true ones with a mean intersection over union of at least 0.5,
+    missing and superfluous boxes counting 0.
     """
 
     name = "grounding"
