@@ -23,7 +23,7 @@ from rewards.repetition import repetition_reward
 from rewards.self_consistency import self_consistency_reward
 from rewards.slow import SlowReward
 from rewards.slow_parts import JUDGE, SLOW_NAMES, SlowRewards
-from rewards.task import task_reward
+from rewards.task import IouSchedule, ThresholdReward, task_reward
 from rlmed.core.types import Example, FloatArray, RolloutGroup, ScoredGroup
 
 REWARDS: dict[str, Reward] = {
@@ -107,6 +107,7 @@ class Rubric:
         likelihood: Likelihood | None = None,
         split_common_prefix: SplitCommonPrefix | None = None,
         slow: SlowRewards | None = None,
+        iou: IouSchedule | None = None,
     ) -> Rubric:
         """Build a rubric.
 
@@ -118,6 +119,7 @@ class Rubric:
             likelihood: serves the rewards that query the policy; None without a learner.
             split_common_prefix: makes the tokens that `likelihood` scores.
             slow: makes the rewards that take time; None refuses them.
+            iou: pays boxes by this threshold in the reward `task`; None pays their overlap.
 
         Raises:
             ValueError: for a reward that is unknown, cannot be loaded, or needs a likelihood where
@@ -142,7 +144,7 @@ class Rubric:
             )
         parts = [
             WeightedReward(
-                name, slow.judge() if name == JUDGE else _built_in(name, likelihood, split_common_prefix), weight
+                name, slow.judge() if name == JUDGE else _built_in(name, likelihood, split_common_prefix, iou), weight
             )
             for name, weight in weights.items()
             if name in KNOWN
@@ -205,7 +207,7 @@ class Rubric:
     def metrics(self) -> dict[str, float]:
         """Return the seconds that rewards took, and how many are missing, since the last reading.
 
-        Calls that go on at a time are added up.
+        Calls that go on at a time are added up. With a threshold for boxes, also that.
         """
         seconds = self._seconds + sum(reward.read_seconds() for reward in self._slow.values())
         missing = {
@@ -214,7 +216,10 @@ class Rubric:
             if reward.limits.on_failure == "missing"
         }
         self._seconds, self._missing = 0.0, Counter()
-        return {"seconds/reward_calls": seconds, **missing}
+        by_threshold = (part.reward for part in self.parts if isinstance(part.reward, ThresholdReward))
+        thresholds = [found for reward in by_threshold if (found := reward.read_threshold()) is not None]
+        applied = {"iou_threshold": max(thresholds)} if thresholds else {}
+        return {"seconds/reward_calls": seconds, **missing, **applied}
 
     def close(self) -> None:
         """Drop what slow rewards have not been asked for yet."""
@@ -222,7 +227,14 @@ class Rubric:
             reward.close()
 
 
-def _built_in(name: str, likelihood: Likelihood | None, split_common_prefix: SplitCommonPrefix | None) -> GroupReward:
+def _built_in(
+    name: str,
+    likelihood: Likelihood | None,
+    split_common_prefix: SplitCommonPrefix | None,
+    iou: IouSchedule | None,
+) -> GroupReward:
+    if REWARDS.get(name) is task_reward and iou is not None:
+        return ThresholdReward(iou)
     if name in REWARDS:
         return per_completion(REWARDS[name])
     if name in GROUP_REWARDS:

@@ -30,7 +30,7 @@ from rlmed.data.options.choices import plain_options
 from rlmed.data.rows import BadRowError
 from rlmed.models.tiny.toy import TOY_NOTE, is_toy
 from rlmed.tasks.metrics.sets import parse_set
-from rlmed.tasks.registry import settle_tasks, task_named
+from rlmed.tasks.registry import settle_tasks, task_named, task_of
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         default="choice",
         metavar="NAME",
         help="choice (default, with --options), open, grounding, labels or report, or one of --extra-tasks: for models "
-        "trained on it",
+        "trained on it; boxes are printed as the model writes them, and in pixels of the first image file",
     )
     parser.add_argument("--extra-tasks", nargs="+", default=[], metavar="MODULE:CLASS", help="as data.extra_tasks")
     parser.add_argument("--synonyms", metavar="FILE", help="as data.synonyms: also says which of its terms is meant")
@@ -102,8 +102,8 @@ def asked_options(texts: Sequence[str]) -> tuple[str, ...]:
         ) from error
 
 
-def ask(arguments: argparse.Namespace) -> str:
-    """Return the model's completion for one question.
+def ask(arguments: argparse.Namespace) -> tuple[Example, str]:
+    """Return the question as the model saw it, and its completion.
 
     Raises:
         ValueError: for invalid options, an unreadable image or model, a blank image, too many
@@ -148,7 +148,7 @@ def ask(arguments: argparse.Namespace) -> str:
     groups = []
     while engine.busy:
         groups += engine.step()
-    return groups[0].completions[0].text
+    return prompt.example, groups[0].completions[0].text
 
 
 def _asked(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -172,14 +172,25 @@ def _asked(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--task {arguments.task}: {error}") from error
 
 
-def _answer(parsed: argparse.Namespace, completion: str) -> str:
+def _answer(parsed: argparse.Namespace, example: Example, completion: str) -> str:
     """Return the answer in words."""
     if parsed.task != "choice":
-        return answer_text(completion) or f"(none; the model wrote: {completion!r})"
+        answer = answer_text(completion)
+        if answer and not task_of(example).reads(answer, example.truth):
+            return f"(unreadable for the task {example.task}: {answer!r})"
+        return answer or f"(none; the model wrote: {completion!r})"
     letter = evaluated_letter(completion)
     if letter is None or letter not in LETTERS[: len(parsed.options)]:
         return f"(no option; the model wrote: {completion!r})"
     return f"{letter}) {asked_options(parsed.options)[LETTERS.index(letter)]}"
+
+
+def _explained(example: Example, completion: str) -> str:
+    """Return what the task says of the answer, such as the units of boxes; mostly ""."""
+    answer = answer_text(completion)
+    if example.is_choice or not example.images or not answer or not task_of(example).reads(answer, example.truth):
+        return ""
+    return task_of(example).explain(answer, example.truth, lambda: image_size(example.images[0]))
 
 
 def _meant(parsed: argparse.Namespace, completion: str) -> str:
@@ -225,14 +236,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     keep_display()
     parsed = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     with ending_errors():
-        completion = ask(parsed)
+        example, completion = ask(parsed)
+        answer, explained = _answer(parsed, example, completion), _explained(example, completion)
         from rlmed.models.loading import model_folder
 
         toy = is_toy(model_folder(parsed.model))
     console = Console(highlight=False)
     reasoning, closed, _ = completion.partition(THINK)[2].partition(THINK_END)
     console.print(Text.assemble(("reasoning  ", "bold"), (reasoning.strip() if closed else "") or "(none)"))
-    console.print(Text.assemble(("answer     ", "bold"), _answer(parsed, completion)))
+    console.print(Text.assemble(("answer     ", "bold"), answer))
+    if explained:
+        console.print(Text.assemble(("that is    ", "bold"), explained))
     if meant := _meant(parsed, completion):
         console.print(Text.assemble(("means      ", "bold"), meant))
     if toy:

@@ -11,6 +11,7 @@ from learner.advantages import AdvantageEstimator, has_learning_signal
 from rewards.cache import CACHE_FILE, RewardCache
 from rewards.rubric import Rubric
 from rewards.slow_parts import SlowRewards
+from rewards.task import IouSchedule
 from rlmed.cluster.build import Cluster, build_cluster
 from rlmed.cluster.engines import make_renderer
 from rlmed.cluster.requirements import check_machine
@@ -55,6 +56,7 @@ class Run:
         self.checkpoint = starting_point(folder, resume=config.resume is not None)
         self.checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep_last)
         self.progress = Progress()
+        iou = config.reward.iou
         self.rubric = Rubric.from_config(
             config.reward.weights,
             config.reward.extra,
@@ -64,8 +66,11 @@ class Run:
             likelihood=(lambda requests: self.cluster.learner.logprobs(requests)) if config.debug.learn else None,
             split_common_prefix=lambda texts: self.renderer.split_common_prefix(texts),
             slow=SlowRewards(config.reward.slow, config.reward.judge, RewardCache(folder / CACHE_FILE), load_image),
+            iou=IouSchedule(iou.start, iou.end, iou.steps) if iou.kind == "threshold" else None,
         )
-        self.renderer = make_renderer(config.model, config.data, config.prompt, freeze=config.learner.freeze)
+        self.renderer = make_renderer(
+            config.model, config.data, config.prompt, freeze=config.learner.freeze, checkpoint=self.checkpoint
+        )
         check_positions(config.model, config.data, max_tokens=max(config.rollout.max_tokens, config.eval.max_tokens))
         self.data: Dataset = load_run_data(config.data, config.prompt, self.renderer, training=True)
         self.rubric.check_tasks(self.data.train_examples)

@@ -32,6 +32,7 @@ from rlmed.recording.inputs import CONFIG_FILE, check_same_data, write_inputs
 from rlmed.recording.progress import Progress
 from rlmed.recording.recorder import RunRecorder
 from rlmed.report.terminal import show_results
+from rlmed.tasks.grounding import Grounding
 from rlmed.tasks.registry import task_of
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,14 @@ class Batches:
         self.longest = max(len(renderer.completion_ids(text)) for text in texts)
         """Tokens of the longest target."""
 
+        boxes = sum(self._written(example) and example.task == Grounding.name for example in examples)
+        if boxes and renderer.templates.box_frame == "pixels":
+            log.warning(
+                "data.box_frame=pixels: %d of %d training rows have boxes in a completion of their own, which is learnt as it "
+                "is; if it is in thousandths, as in generated data, set data.box_frame=thousandths",
+                boxes,
+                len(examples),
+            )
         written = sum(map(self._written, examples))
         if self._shuffle and written:
             log.warning(
@@ -88,7 +97,7 @@ class Batches:
         if self._shuffle and not self._written(example):
             example = shuffle_options(example, self._seed * SEED_STRIDE + visit.epoch)
         prompt = self._renderer.render(example)
-        written = remaining(prompt.prefill, target_text(example, self._config.target))
+        written = remaining(prompt.prefill, target_text(prompt.example, self._config.target))
         return written_item(prompt, self._renderer.completion_ids(written))
 
 
@@ -96,7 +105,9 @@ def finetune(config: RunConfig, folder: Path) -> None:
     """Run the fine-tuning described by `config` in `folder`."""
     check_machine(config, learns=True)
     checkpoint = starting_point(folder, resume=config.resume is not None)
-    renderer = make_renderer(config.model, config.data, config.prompt, freeze=config.learner.freeze)
+    renderer = make_renderer(
+        config.model, config.data, config.prompt, freeze=config.learner.freeze, checkpoint=checkpoint
+    )
     check_positions(config.model, config.data, max_tokens=config.eval.max_tokens)
     data = load_run_data(config.data, config.prompt, renderer, training=True)
     batches = Batches(data.train_examples, renderer, config)

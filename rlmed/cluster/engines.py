@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from rlmed.cluster.memory import keep_freed_memory
 from rlmed.core.config.running import ClusterConfig, RolloutConfig
 from rlmed.core.config.schema import DataConfig, LoraConfig, ModelConfig, PromptConfig
 from rlmed.core.process.foreign import foreign
+from rlmed.core.types import BoxFrame
 from rlmed.data.pictures import Pictures
 from rlmed.data.prompts import PromptRenderer, load_processor
 from rlmed.data.templates import PROMPT_FILE, read_prompt_settings
@@ -116,12 +117,17 @@ def open_model(folder: Path) -> tuple[PreTrainedTokenizerBase, Pictures | None]:
 
 
 def make_renderer(
-    model: ModelConfig, data: DataConfig, prompt: PromptConfig, *, freeze: Sequence[str] = ()
+    model: ModelConfig,
+    data: DataConfig,
+    prompt: PromptConfig,
+    *,
+    freeze: Sequence[str] = (),
+    checkpoint: Path | None = None,
 ) -> PromptRenderer:
     """Build the prompt renderer of the run's model.
 
     Warns of settings that a text-only model ignores, frozen parts of the model in training among
-    them.
+    them. A run resumed from `checkpoint` keeps its units of boxes.
     """
     settle_tasks(data.extra_tasks, data.synonyms)
     folder = model_folder(model.path)
@@ -140,31 +146,50 @@ def make_renderer(
         template=prompt.template,
         by_modality=prompt.by_modality,
         by_task=prompt.by_task,
+        box_frame=_box_frame(data, checkpoint or folder),
     )
     if doubt := renderer.prefill_doubt():
         log.warning("%s", doubt)
     trained = read_prompt_settings(folder)
     # an earlier version knew one task, and recorded no templates of others
-    ours = {key: value for key, value in renderer.templates.to_json().items() if key in (trained or {})}
-    if trained is not None and {key: value for key, value in trained.items() if key != "max_prompt_tokens"} != ours:
+    known = (trained or {}).keys() - {"max_prompt_tokens", "box_frame"}
+    ours = {key: value for key, value in renderer.templates.to_json().items() if key in known}
+    if trained is not None and {key: trained[key] for key in known} != ours:
         log.warning(
             "model %s was trained with another prompt than this run's: set prompt=NAME as in its training (text in its %s)",
             model.path,
             PROMPT_FILE,
         )
+    if trained is not None and (frame := trained.get("box_frame", "thousandths")) != renderer.templates.box_frame:
+        log.warning("model %s was trained with data.box_frame=%s, not %s", model.path, frame, data.box_frame)
     return renderer
+
+
+def _box_frame(data: DataConfig, folder: Path) -> BoxFrame:
+    """Return the units of boxes: as set or, for auto, as the model in `folder` writes them."""
+    return model_box_frame(folder) if data.box_frame == "auto" else cast(BoxFrame, data.box_frame)
+
+
+def model_box_frame(folder: Path) -> BoxFrame:
+    """Return the units in which a model writes boxes: of its training by rlmed, or its family's."""
+    trained = read_prompt_settings(folder)
+    if trained is None:
+        return family_of(load_config(folder)).box_frame
+    frame: BoxFrame = trained.get("box_frame", "thousandths")  # earlier versions had no others
+    return frame
 
 
 def recorded_renderer(folder: Path) -> PromptRenderer:
     """Build the renderer of a model folder with the prompt of its training.
 
-    Without a record of it, that is the paper's, of at most `MAX_PROMPT_TOKENS`.
+    Without a record of it, that is the paper's, of at most `MAX_PROMPT_TOKENS`, with boxes as its
+    family writes them.
 
     Raises:
         ValueError: see `open_model` and `read_prompt_settings`.
     """
     settings = {"max_prompt_tokens": MAX_PROMPT_TOKENS, **(read_prompt_settings(folder) or {})}
-    return PromptRenderer(*open_model(folder), **settings)
+    return PromptRenderer(*open_model(folder), **settings | {"box_frame": model_box_frame(folder)})
 
 
 def _warn_of_vision_settings(model: ModelConfig, freeze: Sequence[str]) -> None:

@@ -37,6 +37,7 @@ METRICS = {
     ),
     "reward/*": Metric("mean", "", "one part of the reward before weighting, over the same completions"),
     "reward/*_missing": Metric("sum", "completions", "completions without this slow reward (on_failure=missing)"),
+    "iou_threshold": Metric("max", "", "overlap from which the step's boxes were paid (reward.iou.kind=threshold)"),
     "reward_std/*": Metric(
         "latest", "", "running standard deviation of rewards within the groups of a modality (algo.normalize_by)"
     ),

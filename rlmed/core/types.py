@@ -17,6 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 FinishReason = Literal["stop", "length", "abort"]
+BoxFrame = Literal["thousandths", "pixels"]
+"""Units in which a model writes boxes: thousandths of its picture's width and height, or pixels of
+the picture as the model is given it, after its image processor's resizing.
+"""
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 

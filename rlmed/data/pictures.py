@@ -126,6 +126,15 @@ class Pictures:
         }
         return Prepared(tuple(self._rules.replace_image_token(features, i) for i in range(len(images))), typed)
 
+    def given_size(self, prepared: Prepared) -> tuple[int, int]:
+        """Return width and height of a prompt's first picture in pixels, as the model is given it.
+
+        Only for models whose pictures are not cut into tiles (`limits`).
+        """
+        patch = (self.image_processor.to_dict() | self._settings)["patch_size"]
+        _, rows, columns = prepared.inputs["image_grid_thw"][0].tolist()
+        return columns * patch, rows * patch
+
     def smaller(self, images: Sequence[Image.Image], prepared: Prepared, room: int) -> Iterator[Prepared]:
         """Prepare pictures again and again with fewer tokens, the largest ones first.
 

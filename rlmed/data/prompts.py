@@ -7,6 +7,7 @@ lettered options and the instruction.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -19,9 +20,9 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from rlmed.core.chat import TEMPLATE_FILE, load_tokenizer, render_chat, template_prefill, template_source, turn_end
 from rlmed.core.prefill import ANSWER, TAGS, THINK_END
 from rlmed.core.process.foreign import foreign
-from rlmed.core.types import Example, IntArray, Prompt
+from rlmed.core.types import BoxFrame, Example, IntArray, Prompt
 from rlmed.data.images import load_image
-from rlmed.data.pictures import Pictures, Prepared, load_pictures
+from rlmed.data.pictures import Pictures, Prepared, kind_of, load_pictures
 from rlmed.data.templates import PAPER_TEMPLATE, Templates, asks_for_reasoning, write_prompt_settings
 from rlmed.tasks.registry import task_of
 
@@ -75,6 +76,7 @@ class PromptRenderer:
         by_modality: Mapping[str, str] = MappingProxyType({}),
         by_task: Mapping[str, str] = MappingProxyType({}),
         max_images: int | None = None,
+        box_frame: BoxFrame = "thousandths",
     ) -> None:
         """Bind a tokenizer and a model's rules for pictures.
 
@@ -88,12 +90,13 @@ class PromptRenderer:
             by_modality: templates for individual modalities, by name.
             by_task: templates for other tasks, by name; others have their own.
             max_images: most images of a prompt; None: any number.
+            box_frame: units of boxes in prompts and completions.
 
         Raises:
-            ValueError: for a template without exactly one `{question}`, or a tokenizer without an
-                image placeholder.
+            ValueError: for a template without exactly one `{question}`, a tokenizer without an
+                image placeholder, or boxes in pixels of pictures that a model cuts into tiles.
         """
-        self.templates = Templates(template, dict(by_modality), dict(by_task))
+        self.templates = Templates(template, dict(by_modality), dict(by_task), box_frame)
         self.tokenizer = tokenizer
         self.turn_end = turn_end(tokenizer)
         """Token with which the chat template ends an answer; None if it uses none."""
@@ -116,14 +119,16 @@ class PromptRenderer:
                     f"the tokenizer of model {tokenizer.name_or_path!r} has no control token {pictures.placeholder}, which "
                     "stands for a picture: copy tokenizer.json from the model that this one was trained from"
                 )
-            self.pictures = pictures.limited(min_pixels, max_pixels)
-        # a template that fails to render is not the rows' fault
-        if tokenizer.chat_template is not None:
+            self.pictures = _with_frame(pictures, box_frame).limited(min_pixels, max_pixels)
+        if tokenizer.chat_template is not None:  # one that fails to render is not the rows' fault
             text, self.prefill = self._turn(_PROBE, images=int(pictures is not None))
             self._tokenize(text)
 
     def render(self, example: Example, images: Sequence[Image.Image] | None = None) -> Prompt:
         """Render the prompt of an example.
+
+        With boxes in pixels, the truth of the prompt's example has the size in which its picture is
+        shown: judge completions by it, not by `example`.
 
         Args:
             example: the question.
@@ -147,6 +152,10 @@ class PromptRenderer:
         if not images:
             return self._checked(Prompt(example, text, self._tokenize(text), prefill=prefill))
         prepared, token_ids = self._with_pictures(example, text, images)
+        if self.templates.box_frame == "pixels":
+            assert self.pictures is not None
+            truth = task_of(example).framed(example.truth, self.pictures.given_size(prepared))
+            example = dataclasses.replace(example, truth=truth)
         return self._checked(Prompt(example, text, token_ids, prepared.inputs, prefill), prepared.texts)
 
     def _with_pictures(self, example: Example, text: str, images: Sequence[Image.Image]) -> tuple[Prepared, IntArray]:
@@ -341,3 +350,13 @@ class PromptRenderer:
                 f"limit is {self.max_prompt_tokens}: raise data.max_prompt_tokens or shorten the question"
             )
         return prompt
+
+
+def _with_frame(pictures: Pictures, box_frame: BoxFrame) -> Pictures:
+    """Return the pictures, in whose units boxes can be; raise ValueError if they cannot."""
+    if box_frame == "pixels" and pictures.limits is None:
+        raise ValueError(
+            f"data.box_frame=pixels: the model's {kind_of(pictures.image_processor)} gives it no whole picture of one size, "
+            "but tiles or a square: set data.box_frame=thousandths"
+        )
+    return pictures

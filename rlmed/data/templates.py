@@ -6,11 +6,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rlmed.core.files.atomic import replace_text
 from rlmed.core.prefill import ANSWER, THINK
-from rlmed.core.types import Example
+from rlmed.core.types import BoxFrame, Example
 from rlmed.tasks.base import SUFFIX
 from rlmed.tasks.choice import INSTRUCTION
 from rlmed.tasks.registry import task_of
@@ -41,6 +41,8 @@ class Templates:
     """For multiple choice about these modalities."""
     by_task: Mapping[str, str] = field(default_factory=dict)
     """For other tasks; those that are not here have their own `template`."""
+    box_frame: BoxFrame = "thousandths"
+    """Of boxes; templates are given as for thousandths (`rlmed.tasks.base.Task.in_pixels`)."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for a template without exactly one `{question}`."""
@@ -57,7 +59,9 @@ class Templates:
         """Return the template of an example."""
         if example.is_choice:
             return self.by_modality.get(example.modality, self.general)
-        return self.by_task.get(example.task, task_of(example).template)
+        task = task_of(example)
+        template = self.by_task.get(example.task, task.template)
+        return task.in_pixels(template) if self.box_frame == "pixels" else template
 
     def content(self, example: Example) -> str:
         """Return the text of an example's user turn."""
@@ -66,7 +70,9 @@ class Templates:
     def to_json(self) -> dict[str, Any]:
         """Return what `read_prompt_settings` reads."""
         tasks = {"by_task": dict(self.by_task)} if self.by_task else {}
-        return {"template": self.general, "by_modality": dict(self.by_modality), **tasks}
+        # without a mark for thousandths, as in all earlier files
+        frame = {"box_frame": self.box_frame} if self.box_frame != "thousandths" else {}
+        return {"template": self.general, "by_modality": dict(self.by_modality), **tasks, **frame}
 
 
 def asks_for_reasoning(template: str) -> bool:
@@ -77,8 +83,8 @@ def asks_for_reasoning(template: str) -> bool:
 def read_prompt_settings(folder: Path | str) -> dict[str, Any] | None:
     """Read a model's training prompt settings as `PromptRenderer` keywords; None if it has none.
 
-    They are `template`, `by_modality` and, if recorded, `by_task` and `max_prompt_tokens`, to which
-    large pictures shrink.
+    They are `template`, `by_modality` and, if recorded, `by_task`, `box_frame` (pixels; without it,
+    training was in thousandths) and `max_prompt_tokens`, to which large pictures shrink.
 
     Raises:
         ValueError: if the file is broken.
@@ -91,15 +97,18 @@ def read_prompt_settings(folder: Path | str) -> dict[str, Any] | None:
         template, by_modality = content["template"], dict(content["by_modality"])
         tasks = {"by_task": dict(content["by_task"])} if "by_task" in content else {}
         limit = {key: int(content[key]) for key in ("max_prompt_tokens",) if key in content}
+        frame = {"box_frame": content["box_frame"]} if "box_frame" in content else {}
+        if not {*frame.values()} <= {*get_args(BoxFrame)}:
+            raise ValueError(f"box_frame is {frame['box_frame']!r}")
         for text in (template, *by_modality.values(), *tasks.get("by_task", {}).values()):
             if not isinstance(text, str):
                 raise TypeError(f"{text!r} is not a text")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} does not hold a template and by_modality, or a wrong max_prompt_tokens ({error}): remove it to ask as "
-            "MedVLM-R1 does"
+            f"{path} does not hold a template and by_modality, or a wrong max_prompt_tokens or box_frame ({error}): remove "
+            "it to ask as MedVLM-R1 does"
         ) from error
-    return {"template": template, "by_modality": by_modality, **tasks, **limit}
+    return {"template": template, "by_modality": by_modality, **tasks, **frame, **limit}
 
 
 def write_prompt_settings(folder: Path, templates: Templates, max_prompt_tokens: int) -> None:

@@ -127,7 +127,8 @@ def _differs(own: EvalRow, other: EvalRow) -> bool:
     first, second = _answer(own), _answer(other)
     if first is None or second is None:
         return first is not second
-    return not task_named(own.task).same(first, second, own.truth)
+    truths = (own.truth,) if own.truth == other.truth else (own.truth, other.truth)
+    return not task_named(own.task).same(first, second, *truths)
 
 
 def _asserts(row: EvalRow) -> bool | None:

@@ -23,7 +23,7 @@ from rlmed.core.config.running import EvalConfig
 from rlmed.core.parsing import has_answer_format, has_format
 from rlmed.core.prefill import opens_thinking
 from rlmed.core.protocols import RolloutPool
-from rlmed.core.types import Completion, Example, RolloutGroup, RolloutRequest, SamplingParams
+from rlmed.core.types import Completion, Example, Prompt, RolloutGroup, RolloutRequest, SamplingParams
 from rlmed.data.loading import Dataset, EvalFile
 from rlmed.data.prompts import PromptRenderer
 from rlmed.evaluation.controls import Query, plan_line, queries_of
@@ -151,7 +151,7 @@ class Evaluator:
         rows: dict[int, EvalRow] = {}
         for done, group in enumerate(answer_all(requests, self.pool), 1):
             query = queries[group.request.index]
-            rows[group.request.index] = _judge(query, group.prompt.prefill, group.completions[0], self.renderer)
+            rows[group.request.index] = _judge(query, group.prompt, group.completions[0], self.renderer)
             if self.on_progress is not None:
                 self.on_progress(query.file, done, len(queries))
         assert len(rows) == len(queries), "the pool answered a request twice and another never"
@@ -190,13 +190,13 @@ def answer_all(requests: Iterable[RolloutRequest], pool: RolloutPool) -> Iterato
         yield pool.collect()
 
 
-def _judge(query: Query, prefill: str, completion: Completion, renderer: PromptRenderer) -> EvalRow:
+def _judge(query: Query, prompt: Prompt, completion: Completion, renderer: PromptRenderer) -> EvalRow:
     """Return a completion as the task of its question judges it."""
-    example = query.shown
+    example = prompt.example
     task = task_of(example)
     judgement = task.judge(example, completion.text)
     # a chat template that opens the reasoning asks for it too
-    reasoned = renderer.asks_for_reasoning(example) or opens_thinking(prefill)
+    reasoned = renderer.asks_for_reasoning(example) or opens_thinking(prompt.prefill)
     in_format = has_format if reasoned else has_answer_format
     return EvalRow(
         file=query.file,

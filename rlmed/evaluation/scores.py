@@ -15,11 +15,7 @@ from rlmed.tasks.base import Task
 from rlmed.tasks.registry import task_named
 
 RESAMPLES = 1000
-"""Of rows, for the interval of a mean."""
-FILE_RESAMPLES, RESAMPLED_ROWS = 200, 20_000
-"""Most resamples, and most rows in all of them (but at least 50), for the interval of a figure over
-a file, which takes longer.
-"""
+"""Of rows, for intervals."""
 CANDIDATES, FITTED = 20, 60
 """Most answers and rows that are compared for the best constant answer to a question."""
 OTHERS = 5
@@ -138,13 +134,10 @@ def _over_file(task: Task, rows: Sequence[EvalRow]) -> dict[str, Estimate]:
     values = task.over_file(answers)
     if not values:
         return {}
-    random = np.random.default_rng(_SEED)
-    drawn = [
-        task.over_file([answers[i] for i in np.sort(random.integers(len(answers), size=len(answers)))])
-        for _ in range(max(50, min(FILE_RESAMPLES, RESAMPLED_ROWS // len(answers))))
-    ]
-    # a resample without anything to find has no figures; order matters to mAP, so it is kept
-    return {name: _interval(value, [one[name] for one in drawn if name in one]) for name, value in values.items()}
+    draws = np.random.default_rng(_SEED).integers(len(answers), size=(RESAMPLES, len(answers)))
+    # order matters to mAP, so it is kept; a resample without anything to find has no figures
+    drawn = task.over_resamples(answers, np.sort(draws, axis=1))
+    return {name: _interval(value, drawn[name]) for name, value in values.items()}
 
 
 def _interval(value: float, resampled: Any) -> Estimate:

@@ -19,7 +19,7 @@ from rlmed.core.chat import SWITCH
 from rlmed.data.leakage.findings import WORDS, LeakageReport
 from rlmed.evaluation.records import Accuracy, p_value_text
 from rlmed.evaluation.results import EvalSummary, FileSummary, read_comparison
-from rlmed.export.card_tasks import GIVE, asked, described, prior_meaning, right_from, score_lines
+from rlmed.export.card_tasks import GIVE, asked, box_units, described, prior_meaning, right_from, score_lines
 from rlmed.export.check import MAX_TOKENS, Difference
 from rlmed.export.folder import Exported
 from rlmed.export.server import BANNED
@@ -103,7 +103,8 @@ def _tasks(exported: Exported) -> dict[str, Any]:
         "shown": [{key: _Ready(text) for key, text in task.items()} for task in shown],
         "asked": _Ready(json.dumps(shown[0]["bare" if exported.wrapped else "turn"])),
         "give": _Ready(
-            GIVE.get(exported.tasks[0], "Give the question.") if exported.wrapped else "Send the whole turn."
+            (GIVE.get(exported.tasks[0], "Give the question.") if exported.wrapped else "Send the whole turn.")
+            + box_units(exported.renderer, exported.tasks)
         ),
         "prior_is": prior_meaning(exported.tasks),
         "right_from": right_from(exported.tasks),

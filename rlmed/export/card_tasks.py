@@ -12,6 +12,7 @@ from rlmed.evaluation.records import p_value_text
 from rlmed.evaluation.results import EvalSummary
 from rlmed.evaluation.scores import Estimate, TaskSummary
 from rlmed.export.template import CHOICE
+from rlmed.tasks.grounding import Grounding
 from rlmed.tasks.registry import task_named, task_of
 
 SHOWN = Example("shown", None, "Which body part is shown?", ("head", "chest", "abdomen", "knee"), answer=0)
@@ -78,6 +79,13 @@ def asked(renderer: PromptRenderer, tasks: Sequence[str]) -> list[dict[str, str]
             }
         )
     return found
+
+
+def box_units(renderer: PromptRenderer, tasks: Sequence[str]) -> str:
+    """Return a sentence on boxes in pixels, which are not those of the image file; else ""."""
+    if renderer.templates.box_frame != "pixels" or Grounding.name not in tasks:
+        return ""
+    return " Boxes in answers are in pixels of the image as the image processor resizes it, not of the file."
 
 
 def prior_meaning(tasks: Sequence[str]) -> str:

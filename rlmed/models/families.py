@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from rlmed.core.types import BoxFrame
 
 Images = Mapping[str, Tensor]
 """A row's image tensors, see `Prompt.image_inputs`."""
@@ -73,6 +75,8 @@ class Family:
     """Patches of the vision tower that become one visual token."""
     grids: bool = False
     """Pictures are patches along one axis, with `image_grid_thw`; else tiles of one size."""
+    box_frame: BoxFrame = "thousandths"
+    """Units of the boxes that its models were trained to write; thousandths if they were not."""
     both_ways: bool = False
     """Visual tokens of an image also attend to its later ones."""
     vllm_tiles: VllmTiles | None = None
@@ -145,7 +149,9 @@ _GEMMA3 = Family(
 
 FAMILIES: dict[str, Family] = {
     "qwen2_vl": _QWEN_VL,
-    "qwen2_5_vl": _QWEN_VL,
+    "qwen2_5_vl": replace(
+        _QWEN_VL, box_frame="pixels"
+    ),  # between two of thousandths, github.com/QwenLM/Qwen3-VL/issues/676
     "qwen3_vl": _QWEN_VL,
     "idefics3": _IDEFICS3,
     "smolvlm": _IDEFICS3,

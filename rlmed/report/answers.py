@@ -16,7 +16,8 @@ from rlmed.core.parsing import answer_text, evaluated_letter, reasoning_text
 from rlmed.core.process.display import one_line
 from rlmed.core.types import LETTERS, Example
 from rlmed.report.differences import differences
-from rlmed.tasks.metrics.boxes import MOST_BOXES, parse_boxes
+from rlmed.tasks.metrics.boxes import parse_boxes
+from rlmed.tasks.metrics.coco import MOST_BOXES
 from rlmed.tasks.registry import LABELS, task_named
 
 CHARACTERS = 3000

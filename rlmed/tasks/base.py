@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from rlmed.core.parsing import answer_text
 from rlmed.core.spelling import shorten
-from rlmed.core.types import Example
+from rlmed.core.types import Example, IntArray
 from rlmed.tasks.metrics.claims import asserts_finding
 from rlmed.tasks.metrics.sets import NO_SYNONYMS
 from rlmed.tasks.metrics.text import normalise
@@ -30,6 +31,11 @@ SUFFIX = (
 )
 TEMPLATE = f"{{{{question}}}}\n\n{SUFFIX}"
 """MedVLM-R1's prompt (arXiv 2502.19634) with another `{instruction}` for the answer."""
+
+SLOW_RESAMPLES, SLOW_ROWS = 200, 20_000
+"""Most resamples, and most rows in all of them (but at least 50), of a task that takes each
+resample for a file of its own.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +100,30 @@ class Task(ABC):
         Takes linear time and never raises, whatever a model writes.
         """
 
+    def reads(self, answer: str, truth: Any) -> bool:
+        """Return whether an answer can be read, whatever is right; by default whether it scores."""
+        return self.score(answer, truth) is not None
+
+    def explain(self, answer: str, truth: Any, size: ImageSize) -> str:
+        """Return what to say of a readable answer, such as its units; by default ""."""
+        return ""
+
     def question_text(self, example: Example) -> str:
         """Return what stands in the place of `{question}`."""
         return example.question
+
+    def in_pixels(self, template: str) -> str:
+        """Return a template that asks for places in pixels; by default unchanged."""
+        return template
+
+    def framed(self, truth: Any, size: tuple[int, int]) -> Any:
+        """Return the truth of an answer in pixels of a picture of this size; by default unchanged.
+
+        Args:
+            truth: as `read` returned it.
+            size: width and height of the row's first picture as the model is given it.
+        """
+        return truth
 
     def over_file(self, answers: Sequence[tuple[str | None, Any]]) -> Mapping[str, float]:
         """Return figures that are no mean over rows, such as a mean average precision.
@@ -106,8 +133,30 @@ class Task(ABC):
         """
         return {}
 
-    def same(self, first: str, second: str, truth: Any) -> bool:
-        """Return whether two answers to one question say the same, by default when normalised."""
+    def over_resamples(
+        self, answers: Sequence[tuple[str | None, Any]], draws: IntArray
+    ) -> Mapping[str, Sequence[float]]:
+        """Return `over_file` of resampled rows, by name, for an interval.
+
+        By default each draw is taken for a file of its own, which is slow, so that only the first
+        `SLOW_RESAMPLES` are. A task whose rows need to be read but once does better.
+
+        Args:
+            answers: as for `over_file`.
+            draws: int64 [resamples, rows], indices of answers, in the order of the file.
+        """
+        most = max(50, min(SLOW_RESAMPLES, SLOW_ROWS // len(answers)))
+        return columns(self.over_file([answers[i] for i in rows]) for rows in draws[:most])
+
+    def same(self, first: str, second: str, truth: Any, second_truth: Any = None) -> bool:
+        """Return whether two answers to one question say the same, by default when normalised.
+
+        Args:
+            first: an answer.
+            second: another.
+            truth: of the first.
+            second_truth: of the second, if it is another (`framed`, of a picture of another size).
+        """
         return (normalise(first) or first) == (normalise(second) or second)
 
     def asserts(self, answer: str, truth: Any, options: Sequence[str]) -> bool | None:
@@ -169,6 +218,20 @@ def _share(value: Any) -> float:
         return math.nan
     # text is no number, though `float` reads it
     return number if -1e-6 <= number <= 1 + 1e-6 and not isinstance(value, str) else math.nan
+
+
+def columns(rows: Iterable[Mapping[str, float]]) -> dict[str, list[float]]:
+    """Return the values of each name, which a row may lack.
+
+    Example:
+        >>> columns([{"mAP": 0.5}, {}, {"mAP": 0.25}])
+        {'mAP': [0.5, 0.25]}
+    """
+    found: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        for name, value in row.items():
+            found[name].append(value)
+    return dict(found)
 
 
 def texts_of(answer: Any) -> list[str]:

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from rlmed.core.spelling import shorten
-from rlmed.core.types import Example
-from rlmed.tasks.base import TEMPLATE, ImageSize, Task
+from rlmed.core.types import Example, IntArray
+from rlmed.tasks.base import TEMPLATE, ImageSize, Task, columns
 from rlmed.tasks.metrics.sets import macro_scores, micro_scores, parse_set, set_f1
 
 NONE = "none"
 """The answer if no label applies."""
+_Sets = tuple[Sequence[str], Sequence[str]]
 
 
 class Labels(Task):
@@ -58,13 +59,18 @@ class Labels(Task):
 
     def over_file(self, answers: Sequence[tuple[str | None, Any]]) -> Mapping[str, float]:
         """Return F1 over all labels of all rows (micro), and the mean over labels (macro)."""
-        rows = [self._sets(answer or "", truth) for answer, truth in answers]
-        possible = {label for _, truth in answers for label in truth["known"]} or None
-        found = {"micro_f1": micro_scores(rows).f1}
-        seen = {label for named, right in rows for label in (*named, *right)}
-        if seen & (possible or seen):  # else no label has a figure
-            found["macro_f1"] = macro_scores(rows, possible).f1
-        return found
+        return _figures(*self._rows(answers))
+
+    def over_resamples(
+        self, answers: Sequence[tuple[str | None, Any]], draws: IntArray
+    ) -> Mapping[str, Sequence[float]]:
+        """Return `over_file` of each draw of rows; labels are read once."""
+        sets, known = self._rows(answers)
+        return columns(_figures([sets[i] for i in rows], [known[i] for i in rows]) for rows in draws.tolist())
+
+    def _rows(self, answers: Sequence[tuple[str | None, Any]]) -> tuple[list[_Sets], list[Sequence[str]]]:
+        """Return each row's named and right labels, and those that are possible."""
+        return [self._sets(answer or "", truth) for answer, truth in answers], [truth["known"] for _, truth in answers]
 
     def sets(self, answer: str, truth: Any) -> tuple[Sequence[str], Sequence[str]]:
         """Return the labels that an answer names, and the right ones, in the same spelling."""
@@ -76,7 +82,7 @@ class Labels(Task):
         right = parse_set("\n".join(truth["labels"]), known, self.synonyms) if truth["labels"] else ()
         return parse_set(answer, known, self.synonyms), right
 
-    def same(self, first: str, second: str, truth: Any) -> bool:
+    def same(self, first: str, second: str, truth: Any, second_truth: Any = None) -> bool:
         """Return whether both name the same labels."""
         return {*self._sets(first, truth)[0]} == {*self._sets(second, truth)[0]}
 
@@ -88,3 +94,13 @@ class Labels(Task):
         """Return the question, then the possible labels in a line."""
         known = example.truth["known"]
         return f"{example.question}\n{', '.join(known)}" if known else example.question
+
+
+def _figures(rows: Sequence[_Sets], known: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Return micro F1, and macro F1 if any label has one."""
+    possible = {label for labels in known for label in labels} or None
+    found = {"micro_f1": micro_scores(rows).f1}
+    seen = {label for named, right in rows for label in (*named, *right)}
+    if seen & (possible or seen):  # else no label has a figure
+        found["macro_f1"] = macro_scores(rows, possible).f1
+    return found

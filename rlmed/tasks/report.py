@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rlmed.core.types import IntArray
 from rlmed.tasks.base import TEMPLATE, ImageSize, Task, texts_of
-from rlmed.tasks.metrics.overlap import bleu, corpus_bleu, rouge_l
+from rlmed.tasks.metrics.overlap import bleu, bleu_counts, bleu_of, rouge_l
 from rlmed.tasks.metrics.text import token_f1
 
 
@@ -42,8 +43,21 @@ class Report(Task):
             "f1": token_f1(answer, references),
         }
 
+    def reads(self, answer: str, truth: Any) -> bool:
+        """Return True: a report is any text."""
+        return True
+
     def over_file(self, answers: Sequence[tuple[str | None, Any]]) -> Mapping[str, float]:
         """Return BLEU over the file."""
-        return {
-            "corpus_bleu": corpus_bleu([answer or "" for answer, _ in answers], [t["references"] for _, t in answers])
-        }
+        return {"corpus_bleu": bleu_of(_counts(answers).sum(axis=0))}
+
+    def over_resamples(
+        self, answers: Sequence[tuple[str | None, Any]], draws: IntArray
+    ) -> Mapping[str, Sequence[float]]:
+        """Return `over_file` of each draw of rows; word sequences are counted once."""
+        counts = _counts(answers)
+        return {"corpus_bleu": [bleu_of(counts[rows].sum(axis=0)) for rows in draws]}
+
+
+def _counts(answers: Sequence[tuple[str | None, Any]]) -> IntArray:
+    return bleu_counts([answer or "" for answer, _ in answers], [truth["references"] for _, truth in answers])

@@ -69,6 +69,8 @@ ADDED = {
     "learner.moments": "float32",
     "data.extra_tasks": [],
     "data.synonyms": None,
+    "data.box_frame": "auto",
+    "reward.iou.kind": "mean",
     **{
         f"learner.lora.{name}": value
         for name, value in {
@@ -96,7 +98,9 @@ def check_same_run(saved: Path, config: RunConfig, *, unused: Collection[str]) -
     after = _flat(_plain(dataclasses.asdict(config)))
     if "by_task" not in content.get("prompt", {}):  # of an earlier version, which knew one task
         after = {key: value for key, value in after.items() if not key.startswith("prompt.by_task.")}
-    without = () if "judge" in config.reward.weights else ("reward.judge.",)
+    without: tuple[str, ...] = () if "judge" in config.reward.weights else ("reward.judge.",)
+    if config.reward.iou.kind == "mean":  # its other keys have no effect
+        without += ("reward.iou.start", "reward.iou.end", "reward.iou.steps")
     different = [
         f"{key}: {before.get(key)!r} then, {after.get(key)!r} now"
         for key in after | before  # a mapping, such as data.mix, may have had other entries then

@@ -79,6 +79,24 @@ class JudgeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class IouConfig:
+    """How the reward `task` pays boxes; see `rewards.task`."""
+
+    kind: str
+    start: float
+    end: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        require_one_of("reward.iou.kind", self.kind, ("mean", "threshold"))
+        require(
+            0 < self.start <= self.end <= 1,
+            f"reward.iou.start={self.start} and reward.iou.end={self.end} must satisfy 0 < start <= end <= 1",
+        )
+        require(self.steps >= 1, f"reward.iou.steps={self.steps} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RewardConfig:
     """Rewards and their weights."""
 
@@ -87,8 +105,13 @@ class RewardConfig:
     timeout_s: float
     slow: SlowConfig
     judge: JudgeConfig
+    iou: IouConfig
 
     def __post_init__(self) -> None:
+        require(
+            self.iou.kind == "mean" or "task" in self.weights,
+            f"reward.iou.kind={self.iou.kind} is for the reward task, which reward.weights lacks: set reward=task",
+        )
         require(
             any(self.weights.values()) or bool(self.extra),
             f"reward.weights={dict(self.weights)} rewards nothing: give at least one reward a non-zero weight",

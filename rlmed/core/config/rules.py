@@ -277,6 +277,11 @@ RULES = (
         when={"reward.judge.url": (None,)},
         advice="Set reward.judge.url",
     ),
+    Rule(
+        keys=("reward.iou.start", "reward.iou.end", "reward.iou.steps"),
+        when={"reward.iou.kind": ("mean",)},
+        advice="Set reward.iou.kind=threshold",
+    ),
     # engines and processes
     Rule(keys=VLLM, when={"rollout.engine": ("native", "fake")}, advice="Set rollout=vllm (with cluster=ray)"),
     Rule(

@@ -100,11 +100,13 @@ class DataConfig:
     download: str | None
     extra_tasks: tuple[str, ...]
     synonyms: str | None
+    box_frame: str
 
     def __post_init__(self) -> None:
         require_one_of("data.source", self.source, ("jsonl", "phantom"))
         require_one_of("data.on_bad_row", self.on_bad_row, ("skip", "error"))
         require_one_of("data.leakage", self.leakage, ("report", "strict", "off"))
+        require_one_of("data.box_frame", self.box_frame, ("auto", "thousandths", "pixels"))
         if self.task is not None:
             require_one_of("data.task", self.task, ("open", "grounding", "labels", "report", "mixed"))
         require(self.phantom_seed >= 0, f"data.phantom_seed={self.phantom_seed} must not be negative")

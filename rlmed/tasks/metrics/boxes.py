@@ -1,18 +1,14 @@
-"""Read boxes as models write them, and measure how well they lie: IoU, matching, COCO's metrics.
+"""Read boxes as models write them, and measure how well they lie: IoU, the best matching.
 
 A box is (x0, y0, x1, y1) with x0 < x1 and y0 < y1, as fractions of the image's width and height;
 ratios of areas are the same in pixels. `parse_boxes` takes linear time whatever a model writes.
-
-Average precision and recall are COCO's (Lin et al. 2014, arXiv 1405.0312, and its evaluation code,
-pycocotools) for one category without crowds, all areas, at most 100 boxes an image. Models write no
-scores: each counts 1.0, so that boxes rank in the order of rows, within a row as written.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -20,18 +16,9 @@ import numpy.typing as npt
 from rlmed.tasks.metrics.text import ascii_forms
 
 Box = tuple[float, float, float, float]
-Row = tuple[Sequence[Sequence[float]], Sequence[Sequence[float]]]
-"""Predicted boxes in the order written, and true ones."""
-
-THRESHOLDS = tuple(np.linspace(0.5, 0.95, 10).tolist())
-"""COCO's thresholds of IoU."""
-MOST_BOXES = 100
-"""Boxes of an image that count, the first; COCO's `maxDets`."""
 KEYS = ("bbox_2d", "bbox", "box", "boxes", "bboxes")
 """Keys of JSON objects that hold boxes."""
 
-_LEVELS = tuple(np.linspace(0.0, 1.0, 101).tolist())
-"""Levels of recall at which COCO reads precision."""
 _NUMBER = r"(?<![\w.+-])[+-]?(?:\d++(?:\.\d*+)?+|\.\d++)(?:[eE][+-]?\d++)?+(?![\w.%])"
 _POINT = rf"\(\s*+({_NUMBER})\s*+,\s*+({_NUMBER})\s*+(?:,\s*+({_NUMBER})\s*+,\s*+({_NUMBER})\s*+)?+\)"
 _TOKEN = re.compile(
@@ -105,7 +92,7 @@ def iou(a: Sequence[float], b: Sequence[float]) -> float:
         >>> iou((0.0, 0.0, 0.5, 0.5), (0.25, 0.0, 0.75, 0.5))
         0.3333333333333333
     """
-    return float(_ious([a], [b])[0, 0])
+    return float(ious([a], [b])[0, 0])
 
 
 def match(predicted: Sequence[Sequence[float]], truth: Sequence[Sequence[float]]) -> float:
@@ -123,46 +110,7 @@ def match(predicted: Sequence[Sequence[float]], truth: Sequence[Sequence[float]]
     if not predicted or not truth:
         return 0.0
     few, many = sorted((predicted, truth), key=len)
-    return _largest_sum(_ious(few, many)) / len(many)
-
-
-def average_precision(rows: Iterable[Row], thresholds: Sequence[float] = THRESHOLDS) -> float:
-    """Return COCO's average precision, the mean over thresholds of IoU.
-
-    A box is right if its IoU with a true box that no earlier one has taken reaches the threshold.
-    Precision is made to fall with recall and read at recall 0, 0.01, …, 1. Since no scores rank
-    boxes across rows, it depends on the order of rows: leave that as in the file.
-
-    Args:
-        rows: predicted and true boxes of each image.
-        thresholds: one or several; (0.5,) for AP50.
-
-    Example:
-        >>> rows = [([(0.0, 0.0, 0.5, 0.5)], [(0.0, 0.0, 0.5, 0.5), (0.5, 0.5, 1.0, 1.0)])]
-        >>> round(average_precision(rows), 4)  # precision 1 at 51 of 101 levels
-        0.505
-
-    Raises:
-        ValueError: without any true box, for which it is not defined, or without thresholds.
-    """
-    hits, boxes = _hits(rows, thresholds)
-    return float(np.mean([_precision(right, boxes) for right in hits]))
-
-
-def recall_at(rows: Iterable[Row], thresholds: Sequence[float] = THRESHOLDS) -> float:
-    """Return the share of true boxes that a predicted one reaches, the mean over thresholds of IoU.
-
-    COCO's average recall with 100 boxes an image; matched as for `average_precision`.
-
-    Example:
-        >>> recall_at([([(0.0, 0.0, 0.5, 0.4)], [(0.0, 0.0, 0.5, 0.5), (0.5, 0.5, 1.0, 1.0)])], (0.5, 0.9))
-        0.25
-
-    Raises:
-        ValueError: without any true box, or without thresholds.
-    """
-    hits, boxes = _hits(rows, thresholds)
-    return float(np.mean(hits.sum(axis=1) / boxes))
+    return _largest_sum(ious(few, many)) / len(many)
 
 
 class _Reading:
@@ -272,7 +220,7 @@ def _placed(corners: Sequence[float], width: float, height: float) -> Iterator[f
         yield min(max(y / height, 0.0), 1.0)
 
 
-def _ious(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> npt.NDArray[np.float64]:
+def ious(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> npt.NDArray[np.float64]:
     """Return the IoU of each pair, [len(a), len(b)]."""
     one = np.asarray(a, dtype=np.float64).reshape(-1, 1, 4)
     other = np.asarray(b, dtype=np.float64).reshape(1, -1, 4)
@@ -312,37 +260,3 @@ def _largest_sum(gains: npt.NDArray[np.float64]) -> float:
             column = int(previous[column])
     taken = np.flatnonzero(owner[:columns] != rows)
     return float(gains[owner[taken], taken].sum())
-
-
-def _hits(rows: Iterable[Row], thresholds: Sequence[float]) -> tuple[npt.NDArray[np.bool_], int]:
-    """Return which predicted boxes are right, [thresholds, boxes], and the number of true ones."""
-    if not thresholds:
-        raise ValueError("thresholds=() leaves nothing to average: give at least one, for example (0.5,)")
-    found, boxes = [np.zeros((len(thresholds), 0), dtype=np.bool_)], 0
-    for predicted, truth in rows:
-        pairs = _ious(predicted[:MOST_BOXES], truth)
-        found.append(np.array([_taken(pairs, threshold) for threshold in thresholds], dtype=np.bool_))
-        boxes += len(truth)
-    if not boxes:
-        raise ValueError("rows have no true box, so precision and recall of boxes are not defined: leave them out")
-    return np.concatenate(found, axis=1), boxes
-
-
-def _taken(pairs: npt.NDArray[np.float64], threshold: float) -> list[bool]:
-    """Return for each predicted box, in order, whether it takes a true one; ties take the last."""
-    free, hits = np.ones(pairs.shape[1], dtype=np.bool_), []
-    for ious in pairs:
-        best = np.where(free & (ious >= min(threshold, 1 - 1e-10)), ious, -1.0)
-        hit = bool(best.size and best.max() >= 0)
-        hits.append(hit)
-        if hit:
-            free[len(best) - 1 - int(np.argmax(best[::-1]))] = False
-    return hits
-
-
-def _precision(hits: npt.NDArray[np.bool_], boxes: int) -> float:
-    """Return the mean of the falling precision at COCO's levels of recall."""
-    right = np.cumsum(hits)
-    precision = np.maximum.accumulate((right / np.arange(1, len(right) + 1))[::-1])[::-1]
-    places = np.searchsorted(right / boxes, _LEVELS, side="left")
-    return float(np.concatenate([precision, [0.0]])[places].mean())

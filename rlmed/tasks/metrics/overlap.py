@@ -13,13 +13,17 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from itertools import zip_longest
 from typing import Any
 
+import numpy as np
+
+from rlmed.core.types import IntArray
 from rlmed.tasks.metrics.text import WITHOUT_SPACES, tokens
 
 INSTALL = "pip install -c requirements.lock -e '.[metrics]' in rlmed's checkout"
 
+NGRAMS = 4
+"""Words of the longest sequences that BLEU counts."""
 _CHARACTER = re.compile(f"[{WITHOUT_SPACES}]")
 
 
@@ -55,6 +59,22 @@ def corpus_bleu(answers: Sequence[str], references: Sequence[str | Sequence[str]
         1.0
 
     Raises:
+        ValueError: see `bleu_counts`.
+    """
+    return bleu_of(bleu_counts(answers, references).sum(axis=0))
+
+
+def bleu_counts(answers: Sequence[str], references: Sequence[str | Sequence[str]]) -> IntArray:
+    """Return what BLEU needs of each row, int64 [rows, 10], to be summed for `bleu_of`.
+
+    They are the sequences of 1 to 4 words that answer and reference share, those that the answer
+    has, the answer's words, and those of the reference nearest in length.
+
+    Args:
+        answers: one for each row.
+        references: those of each row, as for `corpus_bleu`.
+
+    Raises:
         ValueError: without answers, if a row has no references or the numbers differ, or if
             sacrebleu is not installed.
     """
@@ -63,8 +83,22 @@ def corpus_bleu(answers: Sequence[str], references: Sequence[str | Sequence[str]
             f"{len(answers)} answers and {len(references)} rows of references: give one row for each, at least one"
         )
     rows = [_listed(row) for row in references]
-    streams = [list(stream) for stream in zip_longest(*rows)]
-    score = _bleu(_tokenizer(text for row in rows for text in row), False).corpus_score(list(answers), streams)
+    metric = _bleu(_tokenizer(text for row in rows for text in row), True)
+    scores = [metric.sentence_score(answer, row) for answer, row in zip(answers, rows, strict=True)]
+    return np.array([(*one.counts, *one.totals, one.sys_len, one.ref_len) for one in scores], dtype=np.int64)
+
+
+def bleu_of(counts: IntArray) -> float:
+    """Return BLEU, from 0 to 1, of the sum of some rows' `bleu_counts`, int64 [10].
+
+    Equal to `corpus_bleu` of these rows.
+
+    Raises:
+        ValueError: if sacrebleu is not installed.
+    """
+    right, written, (length, reference) = np.split(counts, (NGRAMS, 2 * NGRAMS))
+    metric = _bleu("13a", False)
+    score = metric.compute_bleu(right.tolist(), written.tolist(), int(length), int(reference), metric.smooth_method)
     return _fraction(score.score)
 
 

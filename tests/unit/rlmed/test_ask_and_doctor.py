@@ -244,6 +244,31 @@ def test_ask_asks_a_task_of_the_user_and_says_what_synonyms_mean(
     assert "--extra-tasks has 'my_sides': write module:Class" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("family", "task", "written", "said"),
+    [
+        ("qwen2_vl", "grounding", "[[100, 200, 500, 1000]]", r"answer +\[\[100, 200, 500, 1000\]\]\nthat is +in thousandths of"
+         r" .*; in pixels of the file, 300x200: \[\[30, 40, 150, 200\]\]"),
+        ("qwen2_5_vl", "grounding", "[[56, 56, 84, 84]]", r"that is +in pixels of the image as the model saw it, 112x84; .*"
+         r"300x200: \[\[150, 133, 225, 200\]\]"),
+        ("qwen2_vl", "grounding", "[]", r"answer +\[\]\nthat is .*200: \[\]\n"),
+        ("qwen2_vl", "grounding", "on the left", r"answer +\(unreadable for the task grounding: 'on the left'\)\n[^t]"),
+        ("qwen2_vl", "labels", " ", r"answer +\(none; the model wrote"),
+        ("qwen2_vl", "report", "A cyst.", r"answer +A cyst\.\n[^t]"),
+    ],
+)  # fmt: skip
+def test_ask_says_the_units_of_boxes_and_what_cannot_be_read(
+    family: str, task: str, written: str, said: str, tmp_path: Path, tiny_folder: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    marked(size=(300, 200)).save(tmp_path / "good.png")
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(PromptRenderer, "decode", lambda *_: f"<think>x</think><answer>{written}</answer>")
+    model = ["--model", str(tiny_folder(family)), "--max-tokens", "1"]
+    ask.main([str(tmp_path / "good.png"), "Where?", "--task", task, *model])
+    assert re.search(said, capsys.readouterr().out)
+
+
 def test_ask_asks_a_text_model_without_an_image(
     tiny_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -306,13 +306,16 @@ def test_a_run_from_before_a_key_existed_is_the_same_run(tmp_path: Path) -> None
 def test_a_run_of_a_version_that_knew_multiple_choice_alone_resumes(tmp_path: Path, prompt: str) -> None:
     now = config(f"prompt={prompt}")
     old = yaml.safe_load(to_yaml(now))
-    later = ["data.extra_tasks", "data.synonyms", "data.task", "prompt.by_task", "eval.predictions"]
-    for key in [*later, "reward.slow", "reward.judge"]:
+    later = ["data.extra_tasks", "data.synonyms", "data.box_frame", "data.task", "prompt.by_task", "eval.predictions"]
+    for key in [*later, "reward.slow", "reward.judge", "reward.iou"]:
         section, _, name = key.partition(".")
         del old[section][name]
     saved = tmp_path / "config.yaml"
     saved.write_text(yaml.safe_dump(old))
     check_same_run(saved, now, unused=())
+    changed = config(f"prompt={prompt}", "reward=task", "reward.iou.kind=threshold")
+    with pytest.raises(ValueError, match=r"reward\.iou\.kind: 'mean' then, 'threshold' now"):
+        check_same_run(saved, changed, unused=("reward.weights",))
     with pytest.raises(ValueError, match=r"data\.synonyms: None then, 'x\.csv' now"):
         check_same_run(saved, config(f"prompt={prompt}", "data.synonyms=x.csv"), unused=())
 

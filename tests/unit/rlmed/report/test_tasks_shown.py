@@ -1,5 +1,6 @@
 """Tasks other than multiple choice in the report: boxes, differences, labels, notes, scores."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -172,10 +173,15 @@ def test_a_truth_of_another_form_leaves_the_page_whole(tmp_path, task, truth):
     assert len([tag for tag, _ in page.tags if tag == "script"]) == 1
 
 
-def test_boxes_lie_where_they_are_said_to(tmp_path):
+@pytest.mark.parametrize(
+    ("frame", "answer"), [(None, "[[500, 600, 250, 1200]]"), ((392, 196), "[[196, 117.6, 98, 400]]")]
+)
+def test_boxes_lie_where_they_are_said_to(tmp_path, frame, answer):
     (image,) = numbered(tmp_path, 1)
     shown = example("grounding", [[40, 20, 200, 100]], image=Path(image))
-    evaluate(tmp_path, 0, [(shown, "[[500, 600, 250, 1200]]")])
+    if frame is not None:  # pixels of the picture as the model was given it
+        shown = dataclasses.replace(shown, truth=task_named("grounding").framed(shown.truth, frame))
+    evaluate(tmp_path, 0, [(shown, answer)])
     page = Page(write_report(tmp_path).read_text())
     boxes = [attributes for tag, attributes in page.tags if tag == "rect"]
     found = [(box["class"], box["x"], box["y"], box["width"], box["height"]) for box in boxes if box["class"] != "halo"]

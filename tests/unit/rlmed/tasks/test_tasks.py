@@ -19,6 +19,7 @@ from rlmed.data.examples import read_examples
 from rlmed.data.sampler import reorder_options, shuffle_options
 from rlmed.data.templates import Templates
 from rlmed.tasks import registry
+from rlmed.tasks.base import Task, columns
 from rlmed.tasks.registry import OWN, settle_tasks, task_named, task_of
 
 ROWS: dict[str, dict[str, Any]] = {
@@ -28,6 +29,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "labels": {"question": "What is there?", "options": ["cyst", "mass", "edema"], "answer": ["cyst", "edema"]},
     "report": {"question": "Report.", "answer": ["There is a cyst.", "A cyst is seen."]},
 }
+NOTHING = {"grounding": {"answer": []}, "labels": {"answer": []}}
 WRONG = {"choice": "A", "open": "liver", "grounding": "[[900, 900, 950, 950]]", "labels": "mass", "report": "normal"}
 
 
@@ -100,7 +102,7 @@ def test_boxes_are_fractions_of_the_picture_and_written_in_thousandths(tmp_path:
     [
         [[100, 100, 101, 104]],
         [[3999, 0, 4000, 4000]],
-        [[0, 0, 1, 1]],
+        [[0, 0, 2, 2]],
         [[0, 0, 2, 4]],
         [[0, 0, 4, 4], [1, 2, 3, 4]],
         [[0, 0, 4, 4]],
@@ -203,6 +205,30 @@ def test_labels_over_a_file_are_scored_by_row_and_by_label(tmp_path: Path) -> No
     assert figures["macro_f1"] == pytest.approx((0.8 + 0.5 + 0) / 3)
 
 
+ANSWERS: dict[str, list[str | None]] = {
+    "grounding": ["[[50, 200, 250, 400]]", "[[60, 220, 250, 400], [0, 0, 9, 9]]", "[[500, 500, 700, 700]]", None, "[]"],
+    "labels": ["cyst, edema", "mass", "cyst, haze", None, "none"],
+    "report": ["There is a cyst.", "A cyst is there, one.", "", None, "There is no cyst or mass to be seen."],
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_figures_of_resamples_are_those_of_the_drawn_rows(tmp_path: Path, name: str) -> None:
+    found, nothing = read(tmp_path, {**row_of(name), "id": "1"}, {**row_of(name), "id": "2", **NOTHING.get(name, {})})
+    answers = [(answer, truth) for truth in (found.truth, nothing.truth) for answer in ANSWERS[name]]
+    draws = np.sort(np.random.default_rng(0).integers(len(answers), size=(300, len(answers))), axis=1)
+    draws[7] = 9  # a row without anything to find, alone
+    slow = columns(task_of(found).over_file([answers[i] for i in rows]) for rows in draws)
+    assert task_of(found).over_resamples(answers, draws) == slow
+    assert len({*next(iter(slow.values()))}) > 20
+    if name == "grounding":  # and the default, which leaves out most of them
+        default = Task.over_resamples(task_of(found), answers, draws)
+        assert default == {figure: values[: len(default[figure])] for figure, values in slow.items()}
+        some = draws.min(axis=1) < 5  # with anything to find
+        assert len(default["mAP"]) == some[:200].sum() < 200
+        assert len(slow["mAP"]) == some.sum()
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [
@@ -220,6 +246,15 @@ def test_labels_over_a_file_are_scored_by_row_and_by_label(tmp_path: Path) -> No
         ({"task": "grounding", "answer": [[0, 0, 10**400, 5]]}, "its box [0, 0, 1000"),
         ({"task": "grounding", "answer": [[0, 0, float("nan"), 5]]}, "its box [0, 0, nan, 5]"),
         ({"task": "grounding", "answer": [[0, float("-inf"), 5, 5]]}, "its box [0, -inf, 5, 5]"),
+        (
+            {"task": "grounding", "answer": [[0.1, 0.2, 0.3, 0.4]]},
+            "first image, of 200x100: write pixels; multiply fractions",
+        ),
+        ({"task": "grounding", "answer": [[10, 20, 30, 40], [0, 0, 1, 1.0]]}, "its box [0, 0, 1, 1.0] lies within"),
+        (
+            {"task": "grounding", "answer": [31, 40, 58, 66]},
+            "is a box, and belongs into a list of boxes: write [[31, 40, 58, 66]]",
+        ),
         ({"task": "grounding", "answer": "left"}, "its answer is 'left'"),
         ({"task": "grounding", "answer": [], "image": None}, "it has no image"),
         ({"task": "labels", "answer": "cyst"}, "its answer is 'cyst'"),

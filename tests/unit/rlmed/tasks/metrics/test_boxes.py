@@ -12,7 +12,8 @@ from pycocotools.cocoeval import COCOeval
 from scipy.optimize import linear_sum_assignment
 
 from rewards.deadline import call_within
-from rlmed.tasks.metrics.boxes import THRESHOLDS, average_precision, iou, match, parse_boxes, recall_at
+from rlmed.tasks.metrics.boxes import iou, match, parse_boxes
+from rlmed.tasks.metrics.coco import THRESHOLDS, Matches, average_precision, recall_at
 from tests.unit.rlmed.tasks.metrics.hostile import LONG, mixed, repeated
 
 FRAME = (100, 50)
@@ -229,6 +230,19 @@ def test_precision_and_recall_equal_pycocotools(seed: int, thresholds: Sequence[
     given = [(predicted.tolist(), truth.tolist()) for predicted, truth in rows]
     assert average_precision(given, thresholds) == pytest.approx(precision, abs=1e-12)  # a mean of 1010 numbers
     assert recall_at(given, thresholds) == pytest.approx(recall, abs=1e-12)
+
+
+def test_resamples_of_rows_matched_once_equal_pycocotools() -> None:
+    rows = random_rows(5)
+    matches = Matches.of([(predicted.tolist(), truth.tolist()) for predicted, truth in rows])
+    source = np.random.default_rng(0)
+    for _ in range(5):
+        drawn = np.sort(source.integers(len(rows), size=len(rows)))
+        assert len({*drawn.tolist()}) < len(rows)
+        precision, recall = coco_figures([rows[i] for i in drawn], THRESHOLDS, True)
+        found = matches.drawn(drawn)
+        assert found.precision().mean() == pytest.approx(precision, abs=1e-12)
+        assert found.recall().mean() == pytest.approx(recall, abs=1e-12)
 
 
 def test_fractions_and_pixels_are_the_same() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import random
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 from sacrebleu.metrics.bleu import BLEU
 
 from rlmed.tasks.metrics import overlap
-from rlmed.tasks.metrics.overlap import bleu, corpus_bleu, rouge_l
+from rlmed.tasks.metrics.overlap import bleu, bleu_counts, bleu_of, corpus_bleu, rouge_l
 
 REPORT = "no acute fracture is seen in the left lower lobe, Small effusion ; heart size normal. 2.5 cm"
 WORDS = REPORT.split()
@@ -61,6 +62,18 @@ def test_rows_of_a_corpus_may_have_other_numbers_of_references(rows: list[tuple[
     repeated = [(texts * 3)[:3] if len(texts) != 2 else [*texts, texts[0]] for texts in references]
     # a reference given twice changes no count
     assert corpus_bleu(answers, references) == corpus_bleu(answers, repeated)
+
+
+def test_sums_of_rows_counted_once_equal_sacrebleu_on_these_rows(rows: list[tuple[str, list[str]]]) -> None:
+    rows = [*rows, ("", ["no fracture"]), ("heart", ["no acute fracture"])]
+    counts = bleu_counts([answer for answer, _ in rows], [references for _, references in rows])
+    source = random.Random(3)
+    # few rows: some have no sequence of four words in common, which is smoothed
+    draws = [[source.randrange(len(rows)) for _ in range(count)] for count in (1, 1, 2, 2, 3, 62, 62)] + [[60], [61]]
+    for drawn in draws:
+        answers, references = zip(*(rows[i] for i in drawn), strict=True)
+        streams = [list(stream) for stream in itertools.zip_longest(*references)]
+        assert bleu_of(counts[drawn].sum(axis=0)) == BLEU().corpus_score(list(answers), streams).score / 100
 
 
 def test_rouge_is_the_best_f1_of_rouge_score(rows: list[tuple[str, list[str]]]) -> None:
