@@ -20,6 +20,7 @@ from rewards.slow import Noted, RewardUnavailableError
 from rewards.verdict import read_mark
 from rlmed.core.config.rewarding import JudgeConfig
 from rlmed.core.parsing import answer_text
+from rlmed.core.prefill import TAGS
 from rlmed.core.types import Completion, Example
 from rlmed.tasks.registry import task_of
 
@@ -102,7 +103,7 @@ class Judge:
         values = {
             "question": task_of(example).question_text(example),
             "truth": truth_text(example),
-            "answer": (answer_text(completion.text) or "").strip(),
+            "answer": said(completion),
             "low": f"{low:g}",
             "high": f"{high:g}",
         }
@@ -164,7 +165,15 @@ class Judge:
 
 def without_answer(example: Example, completion: Completion) -> float | None:
     """Return 0 for a completion without an answer, which no judge is asked about; else None."""
-    return None if (answer_text(completion.text) or "").strip() else 0.0
+    return None if said(completion) else 0.0
+
+
+def said(completion: Completion) -> str:
+    """Return the text of a completion's answer, without tags that stand in it; "" without one."""
+    answer = answer_text(completion.text) or ""
+    for tag in TAGS:
+        answer = answer.replace(tag, " ")
+    return answer.strip()
 
 
 def truth_text(example: Example) -> str:

@@ -191,7 +191,7 @@ class Rubric:
         values |= {name: found for name, (found, _) in slow.items()}
         notes = {name: texts for name, (_, texts) in slow.items() if any(texts)}
         total = np.zeros(len(group.completions), dtype=np.float32)
-        lacking = []
+        lacking, counted = [], False
         for part in self.parts:
             missing = int(np.isnan(values[part.name]).sum()) if part.name in self._slow else 0
             if missing:
@@ -199,8 +199,10 @@ class Rubric:
                 lacking += [part.name] if part.weight else []
             else:
                 total = total + part.weight * values[part.name]
+                counted = counted or part.weight != 0
         parts = {part.name: values[part.name] for part in self.parts}
-        return ScoredGroup(group, np.asarray(total, dtype=np.float32), parts, tuple(lacking), notes)
+        rewarded = counted or not lacking
+        return ScoredGroup(group, np.asarray(total, dtype=np.float32), parts, tuple(lacking), notes, rewarded)
 
     def metrics(self) -> dict[str, float]:
         """Return the seconds that rewards took, and how many are missing, since the last reading.
