@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from rewards.extra import RewardError
+from rewards.references import said
 from rewards.slow import Noted, RewardUnavailableError
 from rewards.verdict import read_mark
 from rlmed.core.config.rewarding import JudgeConfig
-from rlmed.core.parsing import answer_text
-from rlmed.core.prefill import TAGS
 from rlmed.core.types import Completion, Example
 from rlmed.tasks.registry import task_of
 
@@ -161,19 +160,6 @@ class Judge:
             timeout=self._config.timeout_s,
             http_client=http,
         )
-
-
-def without_answer(example: Example, completion: Completion) -> float | None:
-    """Return 0 for a completion without an answer, which no judge is asked about; else None."""
-    return None if said(completion) else 0.0
-
-
-def said(completion: Completion) -> str:
-    """Return the text of a completion's answer, without tags that stand in it; "" without one."""
-    answer = answer_text(completion.text) or ""
-    for tag in TAGS:
-        answer = answer.replace(tag, " ")
-    return answer.strip()
 
 
 def truth_text(example: Example) -> str:

@@ -19,10 +19,11 @@ from rewards.format import format_reward
 from rewards.format_parts import format_parts_reward
 from rewards.likelihood_gain import likelihood_gain
 from rewards.reasoning_consistency import reasoning_consistency_reward
+from rewards.references import references_of
 from rewards.repetition import repetition_reward
 from rewards.self_consistency import self_consistency_reward
 from rewards.slow import SlowReward
-from rewards.slow_parts import JUDGE, SLOW_NAMES, SlowRewards
+from rewards.slow_parts import COMPARING, SLOW_NAMES, SlowRewards
 from rewards.task import task_reward
 from rlmed.core.types import Example, FloatArray, RolloutGroup, ScoredGroup
 
@@ -142,7 +143,9 @@ class Rubric:
             )
         parts = [
             WeightedReward(
-                name, slow.judge() if name == JUDGE else _built_in(name, likelihood, split_common_prefix), weight
+                name,
+                slow.make(name) if name in SLOW_NAMES else _built_in(name, likelihood, split_common_prefix),
+                weight,
             )
             for name, weight in weights.items()
             if name in KNOWN
@@ -158,8 +161,17 @@ class Rubric:
         """Check that every reward means something for the rows to learn from.
 
         Raises:
-            ValueError: for a reward of multiple choice, and rows of another task.
+            ValueError: for a reward of multiple choice, and rows of another task; for one that
+                compares texts, and rows without any to compare with.
         """
+        examples = list(examples)
+        comparing = [part.name for part in self.parts if part.name in COMPARING]
+        bare = next((example for example in examples if comparing and not references_of(example)), None)
+        if bare is not None:
+            raise ValueError(
+                f"reward.weights names {', '.join(comparing)}, which compares texts, and training row {bare.id!r} of task "
+                f"{bare.task} has no reference text: set reward=task"
+            )
         others = Counter(example.task for example in examples if not example.is_choice)
         wrong = [part.name for part in self.parts if part.name in CHOICE_ONLY]
         if others and wrong:

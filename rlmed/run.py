@@ -14,6 +14,7 @@ from rewards.slow_parts import SlowRewards
 from rlmed.cluster.build import Cluster, build_cluster
 from rlmed.cluster.engines import make_renderer
 from rlmed.cluster.requirements import check_machine
+from rlmed.cluster.reward_processes import reward_processes
 from rlmed.controller import StepResult, train
 from rlmed.core.config.composing import check_same_run, to_yaml
 from rlmed.core.config.schema import RunConfig
@@ -63,7 +64,15 @@ class Run:
             # loaded
             likelihood=(lambda requests: self.cluster.learner.logprobs(requests)) if config.debug.learn else None,
             split_common_prefix=lambda texts: self.renderer.split_common_prefix(texts),
-            slow=SlowRewards(config.reward.slow, config.reward.judge, RewardCache(folder / CACHE_FILE), load_image),
+            slow=SlowRewards(
+                config.reward.slow,
+                config.reward.judge,
+                RewardCache(folder / CACHE_FILE),
+                load_image,
+                config.reward.embedding,
+                config.reward.radeval,
+                processes := reward_processes(config),
+            ),
         )
         self.renderer = make_renderer(config.model, config.data, config.prompt, freeze=config.learner.freeze)
         check_positions(config.model, config.data, max_tokens=max(config.rollout.max_tokens, config.eval.max_tokens))
@@ -81,6 +90,8 @@ class Run:
             checkpoint=self.checkpoint,
             on_bad_step=self.recorder.dump_bad_step,
         )
+        if processes is not None:
+            self.cluster.resources.callback(processes.close)
         try:
             self._prepare()
         except BaseException:
