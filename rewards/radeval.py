@@ -85,9 +85,9 @@ class ReportScores:
 
                     self._scorer = RadEval(metrics=[self._metric], per_sample=True, show_progress=False)
                 except Exception as error:  # it loads models of several libraries
-                    why = " ".join(str(error).split())
+                    why, hub = " ".join(str(error).split()), "run once where the Hugging Face hub can be reached"
+                    cure = INSTALL if isinstance(error, ImportError) else f"{hub}: radeval fetches its models there"
                     raise RewardError(
-                        f"reward radeval: {self._metric} cannot be loaded: {type(error).__name__}: {why} (its models come "
-                        "from the Hugging Face hub when first used: run once where that can be reached)"
+                        f"reward radeval: {self._metric} cannot be loaded: {type(error).__name__}: {why}. {cure}"
                     ) from error
             return self._scorer
