@@ -19,7 +19,6 @@ from tests.unit.rewards.groups import group_of
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.slow,
-    pytest.mark.xdist_group("ray"),
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray"),
 ]
 PATIENT = 120.0
