@@ -35,7 +35,7 @@ SLOW = ("learner.lr=2e-6", "data.limit=80", "steps=60", "eval.limit=100")
 def read_run(folder: Path) -> dict[str, Any]:
     """A run's curve: completions sampled until each evaluation, and mean accuracy then.
 
-    `taught` is the share of the sampled groups whose rewards differ.
+    `taught` is the share of the sampled groups whose rewards differ; a reward may be missing.
     """
     sampled: dict[int, int] = {}
     groups = taught = 0
@@ -44,7 +44,8 @@ def read_run(folder: Path) -> dict[str, Any]:
             group = json.loads(line)
             rewards = [completion["reward"] for completion in group["completions"]]
             sampled[group["step"]] = sampled.get(group["step"], 0) + len(rewards)
-            groups, taught = groups + 1, taught + (max(rewards) - min(rewards) > 1e-6)
+            present = [reward for reward in rewards if reward is not None]
+            groups, taught = groups + 1, taught + (bool(present) and max(present) - min(present) > 1e-6)
     curve = []
     for path in sorted((folder / "evaluations").glob(f"step-*/{SUMMARY_FILE}")):
         summary = EvalSummary.read(path.parent)

@@ -48,7 +48,16 @@ APIS = {
     "rewards": (
         "Rewards",
         "[Your own](../tutorial.md#3-a-reward-of-your-own) is a function; these are ours.",
-        ["rewards.base", "rewards.rubric", "rewards.slow", "rewards.judge", "rlmed.core.parsing", *OUR_REWARDS],
+        [
+            "rewards.base",
+            "rewards.rubric",
+            "rewards.slow",
+            "rewards.judge",
+            "rewards.embedding",
+            "rewards.radeval",
+            "rlmed.core.parsing",
+            *OUR_REWARDS,
+        ],
     ),
     "core": (
         "Records and protocols",

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from rewards.extra import RewardError
+from rewards.references import said
 from rewards.slow import Noted, RewardUnavailableError
 from rewards.verdict import read_mark
 from rlmed.core.config.rewarding import JudgeConfig
-from rlmed.core.parsing import answer_text
 from rlmed.core.types import Completion, Example
 from rlmed.tasks.registry import task_of
 
@@ -102,7 +102,7 @@ class Judge:
         values = {
             "question": task_of(example).question_text(example),
             "truth": truth_text(example),
-            "answer": (answer_text(completion.text) or "").strip(),
+            "answer": said(completion),
             "low": f"{low:g}",
             "high": f"{high:g}",
         }
@@ -160,11 +160,6 @@ class Judge:
             timeout=self._config.timeout_s,
             http_client=http,
         )
-
-
-def without_answer(example: Example, completion: Completion) -> float | None:
-    """Return 0 for a completion without an answer, which no judge is asked about; else None."""
-    return None if (answer_text(completion.text) or "").strip() else 0.0
 
 
 def truth_text(example: Example) -> str:

@@ -19,10 +19,11 @@ from rewards.format import format_reward
 from rewards.format_parts import format_parts_reward
 from rewards.likelihood_gain import likelihood_gain
 from rewards.reasoning_consistency import reasoning_consistency_reward
+from rewards.references import references_of
 from rewards.repetition import repetition_reward
 from rewards.self_consistency import self_consistency_reward
 from rewards.slow import SlowReward
-from rewards.slow_parts import JUDGE, SLOW_NAMES, SlowRewards
+from rewards.slow_parts import COMPARING, SLOW_NAMES, SlowRewards
 from rewards.task import IouSchedule, ThresholdReward, task_reward
 from rlmed.core.types import Example, FloatArray, RolloutGroup, ScoredGroup
 
@@ -144,7 +145,9 @@ class Rubric:
             )
         parts = [
             WeightedReward(
-                name, slow.judge() if name == JUDGE else _built_in(name, likelihood, split_common_prefix, iou), weight
+                name,
+                slow.make(name) if name in SLOW_NAMES else _built_in(name, likelihood, split_common_prefix, iou),
+                weight,
             )
             for name, weight in weights.items()
             if name in KNOWN
@@ -160,8 +163,17 @@ class Rubric:
         """Check that every reward means something for the rows to learn from.
 
         Raises:
-            ValueError: for a reward of multiple choice, and rows of another task.
+            ValueError: for a reward of multiple choice, and rows of another task; for one that
+                compares texts, and rows without any to compare with.
         """
+        examples = list(examples)
+        comparing = [part.name for part in self.parts if part.name in COMPARING]
+        bare = next((example for example in examples if comparing and not references_of(example)), None)
+        if bare is not None:
+            raise ValueError(
+                f"reward.weights names {', '.join(comparing)}, which compares texts, and training row {bare.id!r} of task "
+                f"{bare.task} has no reference text: set reward=task"
+            )
         others = Counter(example.task for example in examples if not example.is_choice)
         wrong = [part.name for part in self.parts if part.name in CHOICE_ONLY]
         if others and wrong:
@@ -193,7 +205,7 @@ class Rubric:
         values |= {name: found for name, (found, _) in slow.items()}
         notes = {name: texts for name, (_, texts) in slow.items() if any(texts)}
         total = np.zeros(len(group.completions), dtype=np.float32)
-        lacking = []
+        lacking, counted = [], False
         for part in self.parts:
             missing = int(np.isnan(values[part.name]).sum()) if part.name in self._slow else 0
             if missing:
@@ -201,8 +213,10 @@ class Rubric:
                 lacking += [part.name] if part.weight else []
             else:
                 total = total + part.weight * values[part.name]
+                counted = counted or part.weight != 0
         parts = {part.name: values[part.name] for part in self.parts}
-        return ScoredGroup(group, np.asarray(total, dtype=np.float32), parts, tuple(lacking), notes)
+        rewarded = counted or not lacking
+        return ScoredGroup(group, np.asarray(total, dtype=np.float32), parts, tuple(lacking), notes, rewarded)
 
     def metrics(self) -> dict[str, float]:
         """Return the seconds that rewards took, and how many are missing, since the last reading.

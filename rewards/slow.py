@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 BatchCall = Callable[[Sequence[Example], Sequence[Completion]], Sequence[object]]
 """Scores several completions in one call; entries i of arguments and result go together."""
+TimedCall = Callable[[float, Sequence[Example], Sequence[Completion]], Sequence[object]]
+"""A `BatchCall` that raises `rewards.deadline.DeadlineError` after so many seconds."""
 ON_FAILURE = ("stop", "missing")
 LONGEST_WAIT_S = 300.0
 """Longest pause before a retry, whatever a server asks for."""
@@ -55,6 +57,15 @@ class Noted(float):
         noted = super().__new__(cls, value)
         noted.note = note
         return noted
+
+    def __getnewargs__(self) -> tuple[float, str]:  # type: ignore[override]
+        """Return what makes it again, in another process."""
+        return float(self), self.note
+
+
+def in_thread(call: BatchCall) -> TimedCall:
+    """Return a call that is made here, in a thread that is abandoned at the time limit."""
+    return lambda seconds, examples, completions: call_within(seconds, lambda: list(call(examples, completions)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +158,7 @@ class SlowReward:
     def __init__(
         self,
         name: str,
-        call: BatchCall,
+        call: TimedCall,
         limits: Limits,
         cache: RewardCache | None,
         *,
@@ -308,15 +319,15 @@ class SlowReward:
         """Call once; what that took is kept whether it fails or not, so that a resume knows it."""
         start, values = time.perf_counter(), []
         try:
-            values = self._checked(call_within(self.limits.timeout_s, lambda: self._called(example, batch)), batch)
+            values = self._checked(self._called(example, batch), batch)
         finally:
             self._keep(batch if values else (), values, self._spend(start))
         return values
 
-    def _called(self, example: Example, batch: Sequence[_Asked]) -> list[object]:
-        return list(self._call([example] * len(batch), [entry.completion for entry in batch]))
+    def _called(self, example: Example, batch: Sequence[_Asked]) -> Sequence[object]:
+        return self._call(self.limits.timeout_s, [example] * len(batch), [entry.completion for entry in batch])
 
-    def _checked(self, returned: list[object], batch: Sequence[_Asked]) -> list[float]:
+    def _checked(self, returned: Sequence[object], batch: Sequence[_Asked]) -> list[float]:
         if len(returned) != len(batch):
             raise RewardError(f"reward {self.name}: it returned {len(returned)} numbers for {len(batch)} completions")
         where = f"reward {self.name}"

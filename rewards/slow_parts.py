@@ -11,13 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from rewards.cache import RewardCache
-from rewards.judge import Judge, LoadImage, without_answer
-from rewards.slow import BatchCall, Limits, SlowReward, declared
-from rlmed.core.config.rewarding import JudgeConfig, SlowConfig
+from rewards.embedding import Embedder
+from rewards.judge import Judge, LoadImage
+from rewards.processes import Processes
+from rewards.radeval import ReportScores
+from rewards.references import without_answer
+from rewards.slow import BatchCall, Limits, SlowReward, declared, in_thread
+from rlmed.core.config.rewarding import EmbeddingConfig, JudgeConfig, RadEvalConfig, SlowConfig
 
-JUDGE = "judge"
-SLOW_NAMES = (JUDGE,)
+JUDGE, EMBEDDING, RADEVAL = "judge", "embedding", "radeval"
+SLOW_NAMES = (JUDGE, EMBEDDING, RADEVAL)
 """Slow rewards of rlmed, by their name in `reward.weights`."""
+COMPARING = (EMBEDDING, RADEVAL)
+"""Those that compare an answer with references: texts, of which every row needs one."""
 FIELDS = ("concurrency", "retries", "wait_s", "max_calls", "max_seconds", "on_failure")
 
 
@@ -29,14 +35,31 @@ class SlowRewards:
     judged_by: JudgeConfig | None = None
     cache: RewardCache | None = None
     load_image: LoadImage | None = None
+    embedded_by: EmbeddingConfig | None = None
+    scored_by: RadEvalConfig | None = None
+    processes: Processes | None = None
+    """Call functions of users in place of threads."""
 
     def check(self, weights: Mapping[str, float]) -> None:
-        """Raise ValueError for a judge that `weights` does not name."""
-        if self.judged_by is not None and self.judged_by.url is not None and JUDGE not in weights:
-            raise ValueError(
-                f"reward.judge.url={self.judged_by.url} is set, and reward.weights has no judge: set reward=judge, or "
-                "+reward.weights.judge=1"
-            )
+        """Raise ValueError for a reward that is set up and that `weights` does not name."""
+        for name, key, value in (
+            (JUDGE, "judge.url", self.judged_by and self.judged_by.url),
+            (EMBEDDING, "embedding.model", self.embedded_by and self.embedded_by.model),
+            (RADEVAL, "radeval.metric", self.scored_by and self.scored_by.metric),
+        ):
+            if value is not None and name not in weights:
+                raise ValueError(
+                    f"reward.{key}={value} is set, and reward.weights has no {name}: set reward={name}, or "
+                    f"+reward.weights.{name}=1"
+                )
+
+    def make(self, name: str) -> SlowReward:
+        """Return one of `SLOW_NAMES`.
+
+        Raises:
+            ValueError: for settings, a folder or a package that it lacks.
+        """
+        return {JUDGE: self.judge, EMBEDDING: self.embedding, RADEVAL: self.radeval}[name]()
 
     def of_user(self, name: str, path: str, function: Callable[..., Any], timeout_s: float) -> SlowReward | None:
         """Return a user's function as a slow reward; None if it is not marked as one.
@@ -66,7 +89,11 @@ class SlowRewards:
         if given is None and name not in slow.names:
             return None
         limits = dataclasses.replace(limits, **(given or {}))
-        call: BatchCall = function if limits.batch_size else _one_by_one(function)
+        if self.processes is None:
+            call = in_thread(function if limits.batch_size else _one_by_one(function))
+        else:
+            call = self.processes.caller(path, batched=limits.batch_size is not None)
+            limits = dataclasses.replace(limits, concurrency=min(limits.concurrency, self.processes.count))
         keys = {field: f"reward.slow.{field}" for field in FIELDS} | {"timeout_s": "reward.timeout_s"}
         settings = {"path": path, "source": _source_of(function)}
         return SlowReward(name, call, limits, cache, settings=settings, keys=keys)
@@ -93,7 +120,53 @@ class SlowRewards:
         )
         own = ("concurrency", "timeout_s", "retries", "on_failure")
         keys = {field: f"reward.{'judge' if field in own else 'slow'}.{field}" for field in (*FIELDS, "timeout_s")}
-        return SlowReward(JUDGE, judge, limits, self._cache, settings=judge.settings, keys=keys, known=without_answer)
+        return SlowReward(
+            JUDGE, in_thread(judge), limits, self._cache, settings=judge.settings, keys=keys, known=without_answer
+        )
+
+    def embedding(self) -> SlowReward:
+        """Return the comparison of texts by an encoder.
+
+        Raises:
+            ValueError: without its folder, or for one that is not understood.
+        """
+        if self.embedded_by is None or self.embedded_by.model is None:
+            raise ValueError("reward.weights.embedding needs a text encoder: set reward.embedding.model to its folder")
+        embedder = Embedder(self.embedded_by)
+        return self._computed(EMBEDDING, embedder, self.embedded_by, embedder.settings)
+
+    def radeval(self) -> SlowReward:
+        """Return the score of reports.
+
+        Raises:
+            ValueError: without a metric, or the package radeval.
+        """
+        if self.scored_by is None or self.scored_by.metric is None:
+            raise ValueError("reward.weights.radeval needs a score: set reward.radeval.metric")
+        scores = ReportScores(self.scored_by.metric)
+        return self._computed(RADEVAL, scores, self.scored_by, scores.settings)
+
+    def _computed(
+        self, name: str, call: BatchCall, config: EmbeddingConfig | RadEvalConfig, settings: Mapping[str, Any]
+    ) -> SlowReward:
+        """Return a reward whose model computes in this process, one call at a time."""
+        slow = self.slow
+        assert slow is not None
+        limits = Limits(
+            batch_size=config.batch_size,
+            concurrency=1,
+            timeout_s=config.timeout_s,
+            retries=config.retries,
+            wait_s=slow.wait_s,
+            max_calls=slow.max_calls,
+            max_seconds=slow.max_seconds,
+            on_failure=config.on_failure,
+        )
+        own = ("timeout_s", "retries", "on_failure")
+        keys = {field: f"reward.{name if field in own else 'slow'}.{field}" for field in (*FIELDS, "timeout_s")}
+        return SlowReward(
+            name, in_thread(call), limits, self._cache, settings=settings, keys=keys, known=without_answer
+        )
 
     @property
     def _cache(self) -> RewardCache | None:

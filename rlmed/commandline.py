@@ -22,6 +22,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from rewards.cache import CACHE_FILE
 from rewards.extra import RewardError
 from rlmed.core.config.arguments import check_spelling, profile_notice
 from rlmed.core.config.building import build_config
@@ -61,23 +62,35 @@ def _check_used(program: str) -> None:
 
 
 def newest_run(folder: Path) -> Path | None:
-    """Return the run that `resume=auto` resumes: `folder`'s sibling with the newest checkpoint.
+    """Return the run that `resume=auto` resumes: `folder`'s sibling that saved something last.
 
-    Names on stdout each run that began later but has no checkpoint: it cannot be resumed.
+    That is a checkpoint, or, before the first one, results of slow rewards, which are not asked for
+    again. Says so on stdout if the run has no checkpoint, and names each run that began later but
+    saved nothing.
     """
-    saved, begun = {}, {}
+    saved, begun, at_first = {}, {}, set()
     for path in folder.parent.glob("*"):
         with suppress(FileNotFoundError):  # removed meanwhile
             if checkpoints := list_checkpoints(path / "checkpoints"):
                 saved[path] = checkpoints[-1].stat().st_mtime
             elif (path / CONFIG_FILE).exists():
                 begun[path] = (path / CONFIG_FILE).stat().st_mtime
+                if (path / CACHE_FILE).exists():
+                    saved[path] = (path / CACHE_FILE).stat().st_mtime
+                    at_first.add(path)
     if not saved:
         return None
     newest = max(saved, key=saved.__getitem__)
-    for path in sorted(begun):
+    for path in sorted(begun.keys() - at_first):
         if begun[path] > saved[newest]:
             sys.stdout.write(f"resume=auto: {path} ended before its first checkpoint, so {newest} is resumed\n")
+    if newest in at_first:
+        earlier = max(saved.keys() - at_first, key=saved.__getitem__, default=None)
+        other = f"; to continue {earlier.name} instead: resume={earlier}" if earlier else ""
+        sys.stdout.write(
+            f"resume=auto: {newest} ended before its first checkpoint: starting it from step 1, with the rewards in "
+            f"{CACHE_FILE}{other}\n"
+        )
     return newest
 
 

@@ -15,6 +15,7 @@ from rewards.task import IouSchedule
 from rlmed.cluster.build import Cluster, build_cluster
 from rlmed.cluster.engines import make_renderer
 from rlmed.cluster.requirements import check_machine
+from rlmed.cluster.reward_processes import reward_processes
 from rlmed.controller import StepResult, train
 from rlmed.core.config.composing import check_same_run, to_yaml
 from rlmed.core.config.schema import RunConfig
@@ -56,7 +57,7 @@ class Run:
         self.checkpoint = starting_point(folder, resume=config.resume is not None)
         self.checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep_last)
         self.progress = Progress()
-        iou = config.reward.iou
+        iou, processes = config.reward.iou, reward_processes(config)
         self.rubric = Rubric.from_config(
             config.reward.weights,
             config.reward.extra,
@@ -65,7 +66,15 @@ class Run:
             # loaded
             likelihood=(lambda requests: self.cluster.learner.logprobs(requests)) if config.debug.learn else None,
             split_common_prefix=lambda texts: self.renderer.split_common_prefix(texts),
-            slow=SlowRewards(config.reward.slow, config.reward.judge, RewardCache(folder / CACHE_FILE), load_image),
+            slow=SlowRewards(
+                config.reward.slow,
+                config.reward.judge,
+                RewardCache(folder / CACHE_FILE),
+                load_image,
+                config.reward.embedding,
+                config.reward.radeval,
+                processes,
+            ),
             iou=IouSchedule(iou.start, iou.end, iou.steps) if iou.kind == "threshold" else None,
         )
         self.renderer = make_renderer(
@@ -86,6 +95,8 @@ class Run:
             checkpoint=self.checkpoint,
             on_bad_step=self.recorder.dump_bad_step,
         )
+        if processes is not None:
+            self.cluster.resources.callback(processes.close)
         try:
             self._prepare()
         except BaseException:

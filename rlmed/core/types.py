@@ -230,6 +230,8 @@ class ScoredGroup:
     """Weighted rewards that a completion lacks, left out of `rewards` for all of them."""
     notes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """What rewards wrote about each completion, G texts by reward; "" for none."""
+    rewarded: bool = True
+    """False if all weighted rewards are missing: `rewards` are 0 and say nothing."""
 
 
 @dataclass(frozen=True, slots=True)

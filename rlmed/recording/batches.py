@@ -102,6 +102,9 @@ def _pack(group: TrainGroup, prefix: str, arrays: dict[str, npt.NDArray[Any]]) -
         "sampling": _shallow(request.sampling),
         "image_inputs": list(request.prompt.image_inputs),
         "reward_parts": list(scored.reward_parts),
+        "missing": list(scored.missing),
+        "rewarded": scored.rewarded,
+        "notes": {name: list(texts) for name, texts in scored.notes.items()},
         "completions": completions,
     }
 
@@ -126,4 +129,8 @@ def _unpack(facts: dict[str, Any], prefix: str, arrays: Any) -> TrainGroup:
     )
     rollout = RolloutGroup(RolloutRequest(facts["index"], prompt, len(completions), sampling), completions)
     parts = {name: arrays[f"{prefix}part/{name}"] for name in facts["reward_parts"]}
-    return TrainGroup(ScoredGroup(rollout, arrays[f"{prefix}rewards"], parts), arrays[f"{prefix}advantages"])
+    # earlier versions wrote neither what is missing nor notes
+    notes = {name: tuple(texts) for name, texts in facts.get("notes", {}).items()}
+    missing, rewarded = tuple(facts.get("missing", ())), facts.get("rewarded", True)
+    scored = ScoredGroup(rollout, arrays[f"{prefix}rewards"], parts, missing, notes, rewarded)
+    return TrainGroup(scored, arrays[f"{prefix}advantages"])

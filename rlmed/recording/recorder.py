@@ -91,6 +91,8 @@ class RunRecorder:
     def record_groups(self, step: int, groups: Sequence[TrainGroup], discarded: Sequence[ScoredGroup]) -> None:
         """Append a step's groups to rollouts.jsonl, one line each.
 
+        A reward that is missing is null; so is the sum of a group that lacks all that count.
+
         Args:
             step: number of steps done.
             groups: groups that the learner trained on.
@@ -197,7 +199,7 @@ def _group_line(step: int, scored: ScoredGroup, advantages: Sequence[float | Non
     completions = [
         {
             "text": completion.text,
-            "reward": float(scored.rewards[index]),
+            "reward": float(scored.rewards[index]) if scored.rewarded else None,
             "reward_parts": {name: float(values[index]) for name, values in scored.reward_parts.items()},
             "advantage": advantages[index],
             "tokens": len(completion.token_ids),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -79,7 +80,7 @@ def show_groups(rollouts: Path, pictures: Pictures) -> list[dict[str, Any]]:
 
 
 _Entry = tuple[float, int, int, int]
-"""Mean reward, step, byte offset and line number of a group."""
+"""Mean reward (NaN if missing), step, byte offset and line number of a group."""
 
 
 def _entries(rollouts: Path) -> Mapping[str, list[_Entry]]:
@@ -100,7 +101,7 @@ def _entries(rollouts: Path) -> Mapping[str, list[_Entry]]:
 
 def _mean_reward(group: Mapping[str, Any]) -> float:
     rewards = [entry["reward"] for entry in group["completions"] if entry["reward"] is not None]
-    return sum(rewards) / len(rewards) if rewards else 0.0
+    return sum(rewards) / len(rewards) if rewards else math.nan
 
 
 def _choose_of_each(entries: Mapping[str, Sequence[_Entry]]) -> list[tuple[str, _Entry]]:
@@ -116,9 +117,10 @@ def _choose(entries: Sequence[_Entry], most: int) -> list[tuple[str, _Entry]]:
     Best and worst alternate, so that the first page shows both.
     """
     third = -(-min(most, len(entries)) // 3)
-    best = sorted(entries, key=lambda entry: (-entry[0], -entry[1], entry[2]))[:third]
-    rest = sorted(set(entries) - set(best), key=lambda entry: (entry[0], -entry[1], entry[2]))
-    worst, rest = rest[:third], sorted(rest[third:], key=lambda entry: entry[2])
+    rewarded = [entry for entry in entries if not math.isnan(entry[0])]
+    best = sorted(rewarded, key=lambda entry: (-entry[0], -entry[1], entry[2]))[:third]
+    worst = sorted(set(rewarded) - set(best), key=lambda entry: (entry[0], -entry[1], entry[2]))[:third]
+    rest = sorted(set(entries) - set(best) - set(worst), key=lambda entry: entry[2])
     count = min(len(rest), most - len(best) - len(worst))
     spread = [rest[i * len(rest) // count] for i in range(count)]
     turns = [
@@ -144,7 +146,7 @@ def _show_group(group: Mapping[str, Any], pick: str, pictures: Pictures) -> dict
         **show_question(task, group["options"], group["answer"], group.get("truth")),
         # earlier versions knew one picture a question
         "pictures": pictures.add_all([group["image"], *group.get("more_images", ())]),
-        "reward": _mean_reward(group),
+        "reward": None if math.isnan(mean := _mean_reward(group)) else mean,
         "correct": correct,
         "total": total,
         "outcome": outcome if judged else "not judged",

@@ -118,3 +118,56 @@ def test_a_killed_worker_costs_no_group_and_a_killed_rank_is_resumed_with_one_co
     groups = Counter(row["index"] for row in read_lines(runs / "killed" / "rollouts.jsonl"))
     assert groups == Counter(range(6 * 4))  # each group once, from any worker
     assert_same_training(runs / "killed", local, last=STEPS, before=STEPS - 2)
+
+
+JUDGING = """
+import hashlib
+import os
+import signal
+from pathlib import Path
+
+from rewards.slow import slow
+
+
+@slow(concurrency=2, retries=1)
+def opinion(example, completion):
+    Path(f"judged-by-{os.getpid()}").touch()
+    try:
+        Path("one-dies").unlink()
+    except FileNotFoundError:
+        return hashlib.sha256((example.id + completion.text).encode()).digest()[0] / 255
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_rewards_in_workers_of_which_one_is_killed_are_those_of_threads(runs: Path) -> None:
+    (runs / "own_judging.py").write_text(JUDGING)
+    judged = ("reward.extra=[own_judging:opinion]", "reward.slow.wait_s=0.01", "steps=4")
+    Launch(runs / "threads", *judged).finish()
+    assert len(list(runs.glob("judged-by-*"))) == 1
+
+    workers = ("cluster=ray", "cluster.threads=1", "reward.slow.workers=2", "reward.slow.worker_cpus=0.5")
+    run = Launch(runs / "workers", *judged, *workers, waits="2")
+    run.until_it_waits()
+    (runs / "one-dies").touch()
+    run.go_on()
+    assert "was lost, and is replaced" in run.finish()
+    assert len(list(runs.glob("judged-by-*"))) == 1 + 3  # two, and the one in the place of the killed one
+
+    assert_same_training(runs / "workers", runs / "threads", last=4, before=2)
+    opinions: dict[tuple[str, str], set[float]] = {}
+    for folder in ("threads", "workers"):
+        for row in read_lines(runs / folder / "rollouts.jsonl"):
+            for entry in row["completions"]:
+                value = entry["reward_parts"]["opinion"]
+                opinions.setdefault((row["example_id"], entry["text"]), set()).add(value)
+    assert all(len(values) == 1 for values in opinions.values())
+    asked = read_lines(runs / "workers" / "rewards.jsonl")
+    keys = [key for line in asked for key in line["values"]]
+    texts = {
+        (row["example_id"], entry["text"])
+        for row in read_lines(runs / "workers" / "rollouts.jsonl")
+        for entry in row["completions"]
+    }
+    assert len(keys) == len(set(keys)) == len(texts)
+    assert sum(line["calls"] for line in asked) == len(keys) + 1

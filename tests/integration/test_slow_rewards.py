@@ -88,25 +88,33 @@ def test_killed_in_a_reward_and_resumed_equals_uninterrupted_and_asks_nothing_tw
 
 
 def test_a_judge_that_goes_down_ends_the_run_with_one_line_and_it_goes_on_when_it_is_back(workplace: Path) -> None:
-    folder, down = workplace / "run", threading.Event()
+    """Before its first checkpoint, while an older run of the name has one."""
+    down = threading.Event()
+    older = workplace / "outputs" / "judged" / "older" / "checkpoints" / "step-000002"
+    older.mkdir(parents=True)
 
     def answer(prompt: str, number: int) -> Reply:
-        if number > 40:
+        if number > 10:
             down.set()
         return Reply(status=503, body=b"{}") if down.is_set() else opinion(prompt, number)
 
     with judging(answer) as server:
-        stopped = launch("nowhere", workplace, server, f"hydra.run.dir={folder}", "reward.judge.retries=1")
+        stopped = launch("nowhere", workplace, server, "name=judged", "reward.judge.retries=1")
         assert stopped.returncode == 2, stopped.output
         (line,) = [line for line in stopped.output.splitlines() if line.startswith("error: ")]
         for part in ("reward judge on example", "status 503", "resume=auto", "reward.judge.on_failure=missing"):
             assert part in line
         assert "Traceback" not in stopped.output
+    (folder,) = [path for path in (workplace / "outputs" / "judged").iterdir() if path.name != "older"]
+    kept = {key for line in lines(folder / "rewards.jsonl") for key in line["values"]}
+    assert len(kept) == 10
     # it is back, elsewhere
     with judging(opinion) as server:
-        resumed = launch("nowhere", workplace, server, f"resume={folder}")
+        resumed = launch("nowhere", workplace, server, "name=judged", "resume=auto")
         assert resumed.returncode == 0, resumed.output
     assert [line["step"] for line in lines(folder / "metrics.jsonl")] == list(range(1, STEPS + 1))
+    asked = [key for line in lines(folder / "rewards.jsonl") for key in line["values"]]
+    assert len(asked) == len(set(asked)) == len(server.bodies) + len(kept)
 
 
 def test_a_judge_that_is_sometimes_lost_is_counted(workplace: Path) -> None:

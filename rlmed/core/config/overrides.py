@@ -8,7 +8,7 @@
 | `experiment=X`, `debug=X` | `+experiment=X`, `+debug=X` |
 | `model=DIR` | `model.path=DIR` |
 | `data=a.jsonl` | `data=jsonl data.eval=[a.jsonl]` |
-| `resume=auto` | resume in `hydra.run.dir` if set, else the newest run of that name with a checkpoint, else start anew |
+| `resume=auto` | resume in `hydra.run.dir` if set, else the newest run of that name that saved something, else start anew |
 | `resume=RUN_FOLDER` | resume in that folder |
 
 A value that Hydra's grammar rejects (`data.train=测试.jsonl`, `data.eval=[fold=2.jsonl]`), or would

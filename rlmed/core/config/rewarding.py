@@ -13,6 +13,9 @@ ON_FAILURE = ("stop", "missing")
 PLACEHOLDERS = ("{question}", "{truth}", "{answer}")
 """What a judge's template must contain; {low} and {high} stand for the ends of its scale."""
 
+RADEVAL_METRICS = ("radgraph", "radgraph_simple", "radgraph_complete", "chexbert", "chexbert_5", "green", "ratescore")
+"""Scores of one report that `reward.radeval.metric` may name; see `rewards.radeval`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SlowConfig:
@@ -26,6 +29,8 @@ class SlowConfig:
     max_seconds: float | None
     on_failure: str
     cache: bool
+    workers: int
+    worker_cpus: float
 
     def __post_init__(self) -> None:
         require(self.concurrency >= 1, f"reward.slow.concurrency={self.concurrency} must be at least 1")
@@ -34,6 +39,8 @@ class SlowConfig:
         for key, value in (("max_calls", self.max_calls), ("max_seconds", self.max_seconds)):
             require(value is None or value > 0, f"reward.slow.{key}={value} must be positive, or null for no limit")
         require_one_of("reward.slow.on_failure", self.on_failure, ON_FAILURE)
+        require(self.workers >= 0, f"reward.slow.workers={self.workers} must be 0 (threads) or a number of processes")
+        require(self.worker_cpus >= 0, f"reward.slow.worker_cpus={self.worker_cpus} must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +104,44 @@ class IouConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EmbeddingConfig:
+    """The model that compares answers with references; see `rewards.embedding`."""
+
+    model: str | None
+    batch_size: int
+    device: str
+    timeout_s: float
+    retries: int
+    on_failure: str
+
+    def __post_init__(self) -> None:
+        _check_calls("embedding", self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RadEvalConfig:
+    """The score of radiology reports; see `rewards.radeval`."""
+
+    metric: str | None
+    batch_size: int
+    timeout_s: float
+    retries: int
+    on_failure: str
+
+    def __post_init__(self) -> None:
+        if self.metric is not None:
+            require_one_of("reward.radeval.metric", self.metric, RADEVAL_METRICS)
+        _check_calls("radeval", self)
+
+
+def _check_calls(name: str, config: EmbeddingConfig | RadEvalConfig) -> None:
+    require(config.batch_size >= 1, f"reward.{name}.batch_size={config.batch_size} must be at least 1")
+    require(config.timeout_s > 0, f"reward.{name}.timeout_s={config.timeout_s} must be positive")
+    require(config.retries >= 0, f"reward.{name}.retries={config.retries} must not be negative")
+    require_one_of(f"reward.{name}.on_failure", config.on_failure, ON_FAILURE)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RewardConfig:
     """Rewards and their weights."""
 
@@ -106,6 +151,8 @@ class RewardConfig:
     slow: SlowConfig
     judge: JudgeConfig
     iou: IouConfig
+    embedding: EmbeddingConfig
+    radeval: RadEvalConfig
 
     def __post_init__(self) -> None:
         require(

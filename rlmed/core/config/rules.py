@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlmed.core.config.rewarding import JudgeConfig
+from rlmed.core.config.rewarding import EmbeddingConfig, JudgeConfig, RadEvalConfig
 from rlmed.core.config.running import ClusterConfig
 from rlmed.core.config.schema import LearnerConfig, LoraConfig
 
@@ -263,14 +263,35 @@ RULES = (
         advice="It bounds your own functions: give reward.extra",
     ),
     Rule(
-        keys=tuple(f"reward.slow.{name}" for name in ("names", "concurrency", "retries", "on_failure")),
+        keys=tuple(
+            f"reward.slow.{name}"
+            for name in ("names", "concurrency", "retries", "on_failure", "workers", "worker_cpus")
+        ),
         when={"reward.extra": ([],)},
-        advice="It is for your own functions, and a judge has its own: give reward.extra",
+        advice="It is for your own functions, and rlmed's slow rewards have their own: give reward.extra",
+    ),
+    Rule(
+        keys=("reward.slow.worker_cpus",), when={"reward.slow.workers": (0,)}, advice="Set reward.slow.workers above 0"
     ),
     Rule(
         keys=("reward.slow",),
-        when={"reward.extra": ([],), "reward.judge.url": (None,)},
-        advice="It is for rewards that take time: give reward.extra or reward.judge.url",
+        when={
+            "reward.extra": ([],),
+            "reward.judge.url": (None,),
+            "reward.embedding.model": (None,),
+            "reward.radeval.metric": (None,),
+        },
+        advice="It is for rewards that take time: give reward.extra, or set a reward such as reward.judge.url",
+    ),
+    Rule(
+        keys=_keys("reward.embedding", EmbeddingConfig, but=("model",)),
+        when={"reward.embedding.model": (None,)},
+        advice="Set reward.embedding.model",
+    ),
+    Rule(
+        keys=_keys("reward.radeval", RadEvalConfig, but=("metric",)),
+        when={"reward.radeval.metric": (None,)},
+        advice="Set reward.radeval.metric",
     ),
     Rule(
         keys=_keys("reward.judge", JudgeConfig, but=("url",)),
@@ -300,6 +321,11 @@ MAY_CHANGE = (
     *(
         "reward.slow",
         *(f"reward.judge.{name}" for name in ("url", "timeout_s", "retries", "concurrency", "on_failure")),
+        *(
+            f"reward.{reward}.{name}"
+            for reward in ("embedding", "radeval")
+            for name in ("timeout_s", "retries", "on_failure")
+        ),
     ),
 )
 """Keys and sections that may change when a run resumes: they affect neither learning nor what is

@@ -316,6 +316,11 @@ class RunConfig:
             f"rollout.engine={self.rollout.engine} runs in its own worker process: use cluster=ray",
         )
         require(
+            self.reward.slow.workers == 0 or self.cluster.kind == "ray",
+            f"reward.slow.workers={self.reward.slow.workers} are Ray's processes: use cluster=ray, or reward.slow.workers=0, "
+            "which calls rewards in threads",
+        )
+        require(
             self.cluster.kind == "local" or ":" not in self.model.device,
             f"model.device={self.model.device} is not supported with cluster=ray, where Ray assigns GPUs to each process: "
             "use model.device=cuda, and CUDA_VISIBLE_DEVICES to hide GPUs from Ray",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.curriculum import compare, completions_to, markdown
+from benchmarks.curriculum import compare, completions_to, markdown, read_run
 
 
 def curve(*accuracies: float) -> list[dict[str, float]]:
@@ -21,6 +23,13 @@ def curve(*accuracies: float) -> list[dict[str, float]]:
 def test_completions_to_a_level_lie_between_two_evaluations(level: float, completions: float | None) -> None:
     found = completions_to(curve(0.5, 0.6, 0.7, 0.65), level)
     assert found == (completions if completions is None else pytest.approx(completions))
+
+
+def test_a_group_without_rewards_teaches_nothing(tmp_path: Path) -> None:
+    groups = [[None, None], [0.0, None, 1.0], [1.0, 1.0]]
+    lines = [{"step": 1, "completions": [{"reward": reward} for reward in rewards]} for rewards in groups]
+    (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_run(tmp_path)["taught"] == pytest.approx(1 / 3)
 
 
 def test_each_way_has_a_line_and_a_level_that_was_never_reached_is_said() -> None:

@@ -91,6 +91,15 @@ def test_the_question_asked_has_everything_once_whatever_stands_in_it(make_rubri
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("m", 0, 77)
 
 
+def test_the_judge_reads_the_answer_without_tags(make_rubric: Callable[..., Rubric]) -> None:
+    texts = ("<answer><answer>chest</answer>", "<answer><think>it </think>chest</answer>", "<answer> <answer></answer>")
+    with judging(lambda prompt, number: GOOD) as server:
+        scored = make_rubric(server.url, template="{question}{truth}|{answer}").score(group_of(texts))
+    asked = {body["messages"][0]["content"].partition("|")[2] for body in server.bodies}
+    assert asked == {"chest", "it  chest"}
+    assert scored.reward_parts["judge"].tolist() == [1.0, 1.0, 0.0]
+
+
 def test_pictures_are_shown_where_that_is_set(make_rubric: Callable[..., Rubric], tmp_path: Path) -> None:
     pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
     for name in ("a.png", "b.png"):
@@ -208,6 +217,7 @@ def test_a_missing_mark_leaves_the_judge_out_of_its_group_alone(
         )
     np.testing.assert_array_equal(bad.reward_parts["judge"], np.array([0.5, np.nan], np.float32))
     assert bad.rewards.tolist() == [1.0, 1.0]  # of the format alone, for both
+    assert bad.rewarded
     assert good.rewards.tolist() == [2.0, 2.0]
     metrics = rubric.metrics()
     assert metrics["reward/judge_missing"] == 1.0

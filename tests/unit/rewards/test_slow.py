@@ -247,9 +247,10 @@ def test_after_a_failure_the_next_gets_one_attempt_until_one_succeeds(make_rubri
     scored = rubric.score(group_of(["a", "b", "c"]))
     assert np.isnan(scored.reward_parts["own"]).all()
     assert scored.rewards.tolist() == [0.0] * 3
+    assert not scored.rewarded  # these zeros say nothing
     assert calls == ["a"] * 4 + ["b", "c"]
     broken = False
-    rubric.score(group_of(["d"], 1))
+    assert rubric.score(group_of(["d"], 1)).rewarded
     broken = True
     rubric.score(group_of(["e"], 2))
     assert calls[6:] == ["d", "e", "e", "e", "e"]

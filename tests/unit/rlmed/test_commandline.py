@@ -275,6 +275,26 @@ def test_newest_run_has_the_newest_checkpoint_and_later_ones_without_are_named(
     assert "killed-long-ago" not in said
 
 
+def test_a_later_run_that_has_only_results_of_slow_rewards_is_the_newest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = tmp_path / "demo"
+    for age, name in enumerate(["judged", "saved", "judged-long-ago"]):
+        (runs / name).mkdir(parents=True)
+        for file in ("config.yaml", "rewards.jsonl"):
+            (runs / name / file).touch()
+            os.utime(runs / name / file, (1000 - age, 1000 - age))
+    (runs / "saved" / "checkpoints" / "step-000010").mkdir(parents=True)
+    os.utime(runs / "saved" / "checkpoints" / "step-000010", (999, 999))
+    assert newest_run(runs / "next") == runs / "judged"
+    said = capsys.readouterr().out
+    assert f"{runs / 'judged'} ended before" in said
+    assert f"resume={runs / 'saved'}" in said
+    assert "judged-long-ago" not in said
+    (runs / "judged" / "rewards.jsonl").unlink()
+    assert newest_run(runs / "next") == runs / "saved"
+
+
 def test_a_run_that_knew_keys_by_their_old_names_is_the_same_run(tmp_path: Path) -> None:
     now = config("data.selection.cooldown_epochs=3")
     text = to_yaml(now).replace("cooldown_epochs: 3", "retest_after: 3").replace("compare_to:", "before:")

@@ -110,6 +110,29 @@ def test_what_rewards_wrote_stands_beside_the_completion(tmp_path):
     assert "notes" not in second
 
 
+def test_the_sum_of_a_group_that_lacks_all_its_rewards_is_null(tmp_path):
+    lacking = dataclasses.replace(make_group().scored, rewards=np.zeros(2, np.float32), missing=("judge",))
+    with RunRecorder(tmp_path) as recorder:
+        recorder.record_groups(1, [], [lacking, dataclasses.replace(lacking, rewarded=False)])
+    rewards = [
+        [entry["reward"] for entry in group["completions"]] for group in read_json_lines(tmp_path / "rollouts.jsonl")
+    ]
+    assert rewards == [[0.0, 0.0], [None, None]]
+
+
+def test_a_recorded_batch_keeps_what_is_missing_and_what_rewards_wrote(tmp_path):
+    group = make_group()
+    scored = dataclasses.replace(group.scored, missing=("judge",), notes={"judge": ("good", "")}, rewarded=False)
+    with RunRecorder(tmp_path) as recorder:
+        recorder.record_batch(7, [dataclasses.replace(group, scored=scored)])
+    ((read,), _) = read_batch(tmp_path / "batches" / "000007.npz")
+    assert (read.scored.missing, read.scored.notes, read.scored.rewarded) == (
+        ("judge",),
+        {"judge": ("good", "")},
+        False,
+    )
+
+
 def test_a_group_about_several_images_names_them_in_order(tmp_path):
     with RunRecorder(tmp_path) as recorder:
         recorder.record_groups(1, [make_group(more_images=(Path("/data/9.png"), Path("/data/8.png")))], [])

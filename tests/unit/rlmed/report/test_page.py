@@ -465,6 +465,13 @@ def test_alike_completions_are_shown_once_with_the_best_first(tmp_path):
     assert (group["correct"], group["total"], group["outcome"]) == (1, 4, "some right")
 
 
+def test_a_group_without_rewards_is_neither_best_nor_worst(tmp_path):
+    path = tmp_path / "rollouts.jsonl"
+    write_lines(path, [line(i, i, rewards=(r, r)) for i, r in enumerate((None, 1.0, 2.0, None))])
+    shown = {group["index"]: (group["pick"], group["reward"]) for group in show_groups(path, Pictures())}
+    assert shown == {2: ("best", 2.0), 1: ("best", 1.0), 0: ("run", None), 3: ("run", None)}
+
+
 def test_the_worst_completion_stands_among_the_first(tmp_path):
     path = tmp_path / "rollouts.jsonl"
     write_lines(path, [line(texts=[f"text {i}" for i in range(12)], rewards=[float(i) for i in range(12)])])
