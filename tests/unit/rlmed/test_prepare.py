@@ -277,7 +277,7 @@ def test_a_source_whose_name_differs_is_told(source, tmp_path, monkeypatch, caps
 
 def test_help_and_documents_say_which_files_were_never_seen(capsys):
     unseen = {reader.name for reader in READERS.values() if reader.unseen}
-    assert unseen == {"omnimedvqa", "vqa_rad", "slake", "pmc_vqa", "medvlm_r1"}
+    assert unseen == {"omnimedvqa", "vqa_rad", "slake", "path_vqa", "pmc_vqa", "medvlm_r1"}
     table = [line for line in (ROOT / "docs/data.md").read_text().splitlines() if line.startswith("| [`")]
     assert {line.split("`")[1] for line in table} == READERS.keys()
     assert {line.split("`")[1] for line in table if "never seen**" in line} == unseen
