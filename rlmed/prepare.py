@@ -23,9 +23,10 @@ from rlmed.data.leakage.findings import doubt_lines, leakage_lines
 from rlmed.data.options.order import kept_order_text
 from rlmed.data.prepare.prepared_data import MANIFEST, PreparedData, check_target, write_prepared_data
 from rlmed.data.readers.registry import READERS, find_reader
+from rlmed.data.rows import grouped
 
 REASONS_SHOWN = 3
-"""Skipped rows to show in the terminal; the manifest lists all."""
+"""Kinds of skipped rows to show in the terminal; the manifest lists all rows."""
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -118,12 +119,14 @@ def counts(prepared: PreparedData) -> str:
 
 
 def skips(prepared: PreparedData) -> str:
-    """Return how many rows were left out, with reasons for the first few; empty without any."""
+    """Return how many rows were left out, with the most common reasons; empty without any."""
     bad = [row for row in prepared.skipped if not row.chosen]
-    lines = [f"- {row.where} ({row.id}): {row.reason}" for row in bad[:REASONS_SHOWN]]
+    reasons = grouped([(f"{row.where} ({row.id})", row.reason) for row in bad])
+    lines = [f"- {reason}" for reason in reasons[:REASONS_SHOWN]]
     if bad:
-        shown = f", first {len(lines)} shown, all in {MANIFEST}" if len(bad) > len(lines) else ""
-        lines.insert(0, f"skipped:    {len(bad)} bad row{'s' * (len(bad) > 1)}{shown}")
+        few = f", {REASONS_SHOWN} of {len(reasons)} reasons shown" if len(reasons) > REASONS_SHOWN else ""
+        listed = f"{few}, all in {MANIFEST}" if len(bad) > len(lines) else ""
+        lines.insert(0, f"skipped:    {len(bad)} bad row{'s' * (len(bad) > 1)}{listed}")
     chosen: Counter[str] = Counter()
     for row in prepared.skipped:
         if row.chosen:

@@ -25,6 +25,7 @@ from rlmed.data.images import BadImageError, check_contrast, check_encoded, chec
 from rlmed.data.options.choices import written_answer
 from rlmed.data.options.order import kept_orders
 from rlmed.data.readers.base import Encoded, Picture, Skipped, SourceImage, SourceRow
+from rlmed.data.rows import grouped
 
 MAX_SPLITS = 64
 MAX_IMAGE_BYTES = 2**30
@@ -288,7 +289,7 @@ class PreparedDataWriter:
             raise ValueError("the source has no rows: give one with questions")
         if not used:
             bad = [row for row in self.skipped if not row.chosen] or self.skipped
-            head = "; ".join(f"{row.where} ({row.id}): {row.reason}" for row in bad[:3])
+            head = "; ".join(grouped([(f"{row.where} ({row.id})", row.reason) for row in bad])[:3])
             raise ValueError(f"no row can be used, of {sum(row.rows for row in self.skipped)}. {head}")
         for name in self._splits.keys() - used.keys():
             self._splits[name].path.unlink()

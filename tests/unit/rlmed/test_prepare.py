@@ -23,6 +23,8 @@ from tests.root import ROOT
 from tests.unit.rlmed.data.pictures import marked
 
 TABLE = "image,question,A,B,answer,modality,split\n"
+BAD = [("Which?", "spleen", "lung"), ("Which?", "spleen", "heart"), ("", "spleen", "A"), ("Which?", "spleen", "")]
+"""Question, second option and answer of rows that cannot be used, two of them for the same reason."""
 
 
 def keywords(function: Callable[..., object]) -> set[str]:
@@ -145,12 +147,17 @@ def test_an_interrupted_command_says_that_nothing_was_written(source, tmp_path, 
 
 def test_many_skips_are_counted_and_not_all_shown(source, tmp_path, capsys):
     rows = "".join(f"{number}.png,Which?,liver,spleen,A,CT,train\n" for number in range(20))
+    rows += "".join(f"0.png,{question},liver,{other},{answer},CT,train\n" for question, other, answer in BAD)
     (source / "questions.csv").write_text(TABLE + rows)
     main(command(source, tmp_path / "out"))
     shown = capsys.readouterr().out
-    assert "16 bad rows, first 3 shown, " in shown
-    assert shown.count("\n- line ") == 3
-    assert len(json.loads((tmp_path / "out" / "manifest.json").read_text())["skipped"]["rows"]) == 16
+    assert "skipped:    20 bad rows, 3 of 4 reasons shown, all in manifest.json\n- 16 rows, such as line 6 " in shown
+    assert [line.split(" of ")[0] for line in shown.splitlines() if line.startswith("- ")] == [
+        "- 16 rows, such as line 6",
+        "- 2 rows, such as line 22",
+        "- line 24",
+    ]
+    assert len(json.loads((tmp_path / "out" / "manifest.json").read_text())["skipped"]["rows"]) == 20
 
 
 @pytest.mark.parametrize("name", sorted(READERS))
