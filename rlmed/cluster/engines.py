@@ -125,7 +125,7 @@ def make_renderer(
     """
     settle_tasks(data.extra_tasks, data.synonyms)
     for name in prompt.by_task:
-        if task_named(name, "prompt.by_task has the task").name == "choice":
+        if task_named(name, "prompt.by_task: task").name == "choice":
             raise ValueError("prompt.by_task.choice is not read: set prompt.template, which is that of multiple choice")
     folder = model_folder(model.path)
     if not folder.is_dir() and not folder.is_absolute():

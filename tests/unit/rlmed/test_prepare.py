@@ -74,15 +74,43 @@ def test_it_says_how_many_rows_keep_the_order_of_their_options(source, tmp_path,
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["splits"]["train"]["kept_order"] == 2
 
 
-def test_it_counts_rows_by_task_where_not_all_are_multiple_choice(source, tmp_path, capsys):
-    (source / "reports.csv").write_text("image,report\n0.png,Clear.\n1.png,Mass.\n")
-    main(["reports", "--source", str(source / "reports.csv"), "--out", str(tmp_path / "out")])
-    shown = capsys.readouterr().out
-    assert "tasks:      reports: 2 report\n" in shown
-    (cells,) = (line.split() for line in shown.splitlines() if line.split()[:1] == ["reports"])
-    assert cells == ["reports", "2", "2", "-", "-", "-", "-"]
-    main(command(source / "questions.csv", tmp_path / "choice"))
-    assert "tasks:" not in capsys.readouterr().out
+def test_of_other_tasks_it_counts_answers_and_shows_no_empty_columns(source, tmp_path, capsys):
+    def shown(*arguments: str) -> tuple[str, list[list[str]]]:
+        main([*arguments, "--out", str(tmp_path / f"out{len(list(tmp_path.iterdir()))}")])
+        said = capsys.readouterr().out
+        return said, [line.split() for line in said.splitlines() if line.split()[:1] == ["mine"]]
+
+    (source / "mine.csv").write_text("image,report\n0.png,Clear.\n1.png,clear\n1.png,Mass.\n")
+    said, (cells,) = shown("reports", "--source", str(source / "mine.csv"))
+    assert cells == ["mine", "report", "3", "2", "3", "reports", "66.7"]
+    assert "chance" not in said
+
+    def box(image: int, category: int, *bbox: int) -> dict:
+        return {"image_id": image, "category_id": category, "bbox": bbox}
+
+    content = {
+        "images": [{"id": number, "file_name": f"{number}.png"} for number in range(3)],
+        "categories": [{"id": 0, "name": "cyst"}, {"id": 1, "name": "mass"}],
+        "annotations": [box(0, 0, 0, 0, 9, 9), box(0, 0, 9, 9, 9, 9), box(0, 1, 0, 0, 9, 9), box(1, 0, 5, 0, 9, 9)],
+    }
+    (source / "mine.json").write_text(json.dumps(content))
+    said, (cells,) = shown("coco", "--source", str(source / "mine.json"), "--images", str(source), "--absent", "2")
+    assert cells == ["mine", "grounding", "6", "3", "4", "boxes", "3", "50.0"]
+    assert "chance" not in said
+    said, _ = shown(*command(source / "questions.csv", tmp_path)[:3])
+    assert "one answer" not in said
+
+
+def test_of_a_mixture_each_table_has_its_own_rows(source, tmp_path, capsys):
+    rows = [
+        {"image_name": "0.png", "question": f"Is it {n}?", "answer": "yes", "phrase_type": "para"} for n in range(2)
+    ]
+    rows += [{"image_name": "1.png", "question": f"What is {n}?", "answer": "A liver", "qid": n} for n in range(3)]
+    (source / "VQA_RAD Dataset Public.json").write_text(json.dumps(rows))
+    main(["vqa_rad", "--source", str(source), "--out", str(tmp_path / "out"), "--open", "keep"])
+    cells = [line.split() for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["train"]]
+    assert cells[0][:4] == ["train", "2", "1", "50.0"]
+    assert cells[1] == ["train", "open", "3", "1", "3", "texts", "100.0"]
 
 
 @pytest.mark.parametrize("data", ["jsonl", "phantom"])
