@@ -122,7 +122,7 @@ def chance_meaning(tasks: Sequence[str]) -> str:
 def right_from(tasks: Sequence[str]) -> str:
     """Return from which main score on, in per cent, an answer counts as right."""
     others = [task_named(name) for name in tasks if name != CHOICE]
-    return "; ".join(f"of the task {task.name}, from {task.main} {100 * task.threshold:g} on" for task in others)
+    return "; ".join(f"{task.name} {task.main} {100 * task.threshold:g}" for task in others)
 
 
 def score_meanings(lines: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:

@@ -64,7 +64,7 @@ def test_a_reward_of_letters_is_refused_for_other_tasks_before_any_image_is_deco
 
 def test_reliability_refuses_other_tasks_before_any_image_is_decoded(tmp_path: Path, mixed: list[str]) -> None:
     config = compose_config("reliability", mixed)
-    with pytest.raises(ValueError, match=r"data\.eval has other tasks \(grounding, open\)"):
+    with pytest.raises(ValueError, match=r"data\.eval has other tasks \(labels, open\)"):
         evaluate_reliability(config, tmp_path / "run")
     with pytest.raises(ValueError, match=r"no row can be used .*cut\.png"):
         evaluate_reliability(compose_config("reliability", [*mixed, "eval.limit=1"]), tmp_path / "run")

@@ -99,7 +99,7 @@ def test_the_card_of_another_task_asks_its_question_and_has_its_scores(make_card
     assert "```text\nLook.\nWhere is the nodule?\nBoxes.\n```" in card
     assert "rlmed.ask image.png 'Where is the nodule?' --task grounding --model ." in card
     assert 'question = "Where is the nodule?"' in card
-    assert "of the task grounding, from iou 50 on" in card
+    assert "right from this score on: grounding iou 50." in card
     values = ["iou", "61.2 (55–67)", "**61.2 (55–67)**", "21.1 (18–24)", "20.1 (17–23)", "17.1", "22.2 own"]
     assert f"| ct | grounding | 10 | {' | '.join(values)} |" in card
     assert "| mAP | 33.3 (25–41) | 33.3 (25–41) | – | – | – | – |" in card
@@ -118,6 +118,8 @@ def test_the_card_says_what_the_scores_of_each_task_are(make_card: Callable[...,
     assert re.fullmatch(r"- report: rouge_l: .*; bleu: [^;:]*\. Overlap of words .*", reported)
     assert "options reordered" in card
     assert "Chance is one of the options at random (of other tasks, another row's right answer)." in card
+    assert "Options are reordered, and accuracy then counted, of\nmultiple choice alone." in card
+    assert "Options are reordered" not in make_card("llama", ("choice",))
 
 
 @pytest.mark.parametrize("task", OWN)
