@@ -159,11 +159,7 @@ def load_data(
             "data.leakage=strict has nothing to compare with: give the rows that the model was trained on, for example "
             "data.train=train.jsonl"
         )
-    names = [Path(path).stem for path in evals]
-    if len(set(names)) < len(names):
-        raise ValueError(
-            f"data.eval names files with the same name ({', '.join(names)}): rename one, results go by name"
-        )
+    _check_names(evals)
     data = Dataset(
         train=_load_file(train, config, renderer, config.limit, check if training else None) if train else None,
         evals=tuple(_load_file(path, config, renderer, None, None if training else check) for path in evals),
@@ -178,6 +174,14 @@ def load_data(
     for line in doubt_lines(report):
         log.info("%s", line)
     return dataclasses.replace(data, leakage=report)
+
+
+def _check_names(paths: Sequence[str]) -> None:
+    names = [Path(path).stem for path in paths]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"data.eval names files with the same name ({', '.join(names)}): rename one, results go by name"
+        )
 
 
 def _generate(config: DataConfig) -> list[Path]:

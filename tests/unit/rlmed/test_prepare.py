@@ -24,7 +24,7 @@ from tests.unit.rlmed.data.pictures import marked
 
 TABLE = "image,question,A,B,answer,modality,split\n"
 BAD = [("Which?", "spleen", "lung"), ("Which?", "spleen", "heart"), ("", "spleen", "A"), ("Which?", "spleen", "")]
-"""Question, second option and answer of rows that cannot be used, two of them for the same reason."""
+"""Question, second option and answer of rows that cannot be used, two for the same reason."""
 
 
 def keywords(function: Callable[..., object]) -> set[str]:

@@ -1,4 +1,4 @@
-"""PathVQA in small files of both layouts: the authors' pickles and folders, and the hub's parquet."""
+"""PathVQA in small files of both layouts: the authors' pickles, and the hub's parquet."""
 
 from __future__ import annotations
 
