@@ -25,6 +25,7 @@ from rewards.self_consistency import self_consistency_reward
 from rewards.slow import SlowReward
 from rewards.slow_parts import COMPARING, SLOW_NAMES, SlowRewards
 from rewards.task import IouSchedule, ThresholdReward, task_reward
+from rlmed.core.spelling import closest
 from rlmed.core.types import Example, FloatArray, RolloutGroup, ScoredGroup
 
 REWARDS: dict[str, Reward] = {
@@ -133,8 +134,10 @@ class Rubric:
             if name == "agreement" and name not in own:
                 raise ValueError("reward.weights.agreement: renamed to reward.weights.reasoning_consistency")
             if name not in (*NAMES, *SLOW_NAMES, *own):
+                near = closest(name, [*KNOWN, *own])
+                meant = f"did you mean {near}? Else choose" if near else "choose"
                 raise ValueError(
-                    f"reward.weights names {name!r}, which does not exist: choose from {', '.join(KNOWN)}, "
+                    f"reward.weights names {name!r}, which does not exist: {meant} from {', '.join(KNOWN)}, "
                     "or give your own function by reward.extra=[module:function]"
                 )
         clash = sorted(set(own) & set(KNOWN))

@@ -34,6 +34,8 @@ from rlmed.tasks.registry import settle_tasks, task_named, task_of
 
 log = logging.getLogger(__name__)
 
+_NO_IMAGE = "the task {task} needs an image: name it before the question"
+
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
@@ -129,6 +131,8 @@ def ask(arguments: argparse.Namespace) -> tuple[Example, str]:
     renderer = recorded_renderer(folder)
     if arguments.modality:
         _check_modality(arguments, renderer.templates.by_modality)
+    if renderer.pictures and not arguments.images and task_named(arguments.task).needs_image:
+        raise ValueError(_NO_IMAGE.format(task=arguments.task))
     first, *more = arguments.images or [None]
     example = Example(
         "question", first, arguments.question, modality=arguments.modality, more_images=tuple(more), **asked
@@ -155,18 +159,18 @@ def _asked(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the fields of an example that its task needs.
 
     Raises:
-        ValueError: for an unknown task, or options that it does not take.
+        ValueError: for an unknown task, or options that it does not take, or a missing image.
     """
     if arguments.task == "choice":
         return {"options": asked_options(arguments.options), "answer": 0}
+    task = task_named(arguments.task, "--task")
 
     def size() -> tuple[int, int]:
         if not arguments.images:
-            raise ValueError(f"the task {arguments.task} needs an image: name it before the question")
+            raise ValueError(_NO_IMAGE.format(task=arguments.task))
         return image_size(arguments.images[0])
 
     try:
-        task = task_named(arguments.task)
         return {"task": task.name, "truth": task.read(task.placeholder, arguments.options, size)}
     except ValueError as error:
         raise ValueError(f"--task {arguments.task}: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -14,7 +15,8 @@ from rlmed.cluster.engines import make_renderer
 from rlmed.cluster.requirements import check_device, check_machine
 from rlmed.core.config.composing import to_yaml
 from rlmed.core.config.schema import RunConfig
-from rlmed.data.loading import load_run_data
+from rlmed.core.types import Example
+from rlmed.data.loading import CheckRows, load_run_data
 from rlmed.data.stream import SEED_STRIDE
 from rlmed.evaluation.faithfulness import read_faithfulness
 from rlmed.evaluation.faithfulness_table import faithfulness_table
@@ -45,26 +47,35 @@ def evaluate_reliability(config: RunConfig, folder: Path) -> None:
     """Evaluate `config.model` on `config.data.eval`, then ask the same questions again."""
     check_device(config.model)
     progress = Progress()
-    evaluator, sampling = open_evaluation(config, folder, progress, build_local_sampling)
+    evaluator, sampling = open_evaluation(
+        config, folder, progress, build_local_sampling, lambda rows: _check_letters(rows[: config.eval.limit])
+    )
     assert sampling.policy is not None, "it runs in one process"
     settings = ReliabilitySettings(
         samples=config.reliability.samples,
         seed=config.seed * SEED_STRIDE,
         token_budget=config.learner.token_budget,
     )
-    if others := sorted({one.task for file in evaluator.files for one in file.examples if not one.is_choice}):
-        raise ValueError(
-            f"rlmed.reliability asks for the probabilities of letters, and data.eval has other tasks ({', '.join(others)}): "
-            "give files of multiple choice, or use rlmed.evaluate"
-        )
     with sampling.resources, progress:
         evaluator.evaluate(step=0, controls=config.eval.controls)
         measured = measure_reliability(evaluator, 0, sampling.policy, settings, argued_option, progress.stage)
     show_evaluation(config, folder, reliability_table(measured))
 
 
+def _check_letters(rows: Sequence[Example]) -> None:
+    if others := sorted({row.task for row in rows if not row.is_choice}):
+        raise ValueError(
+            f"rlmed.reliability asks for the probabilities of letters, and data.eval has other tasks ({', '.join(others)}): "
+            "give files of multiple choice, or use rlmed.evaluate"
+        )
+
+
 def open_evaluation(
-    config: RunConfig, folder: Path, progress: Progress, build: BuildSampling = build_sampling
+    config: RunConfig,
+    folder: Path,
+    progress: Progress,
+    build: BuildSampling = build_sampling,
+    check: CheckRows | None = None,
 ) -> tuple[Evaluator, Sampling]:
     """Load model and data, write the first files, return the evaluator and its sampler.
 
@@ -78,7 +89,7 @@ def open_evaluation(
         raise ValueError(f"compare_to={before} is not an evaluation: give a folder that contains {ROWS_FILE}")
     renderer = make_renderer(config.model, config.data, config.prompt)
     check_positions(config.model, config.data, max_tokens=config.eval.max_tokens)
-    data = load_run_data(config.data, config.prompt, renderer, training=False)
+    data = load_run_data(config.data, config.prompt, renderer, training=False, check=check)
     if before:
         check_comparable(before, {file.name: file.examples for file in data.eval_files(config.eval.limit)})
     check_kits(config.eval.predictions, data.eval_files(config.eval.limit))

@@ -23,9 +23,15 @@ from rlmed.data.leakage.findings import doubt_lines, leakage_lines
 from rlmed.data.options.order import kept_order_text
 from rlmed.data.prepare.prepared_data import MANIFEST, PreparedData, check_target, write_prepared_data
 from rlmed.data.readers.registry import READERS, find_reader
+from rlmed.data.rows import grouped
 
 REASONS_SHOWN = 3
-"""Skipped rows to show in the terminal; the manifest lists all."""
+"""Kinds of skipped rows to show in the terminal; the manifest lists all rows."""
+
+ANSWERS = {"open": "texts", "grounding": "boxes", "labels": "labels", "report": "reports"}
+"""What the answers to a task are."""
+MAY_BE_NOTHING = ("grounding", "labels")
+"""Tasks to which the right answer may be that there is nothing."""
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -82,31 +88,43 @@ def prepare(arguments: argparse.Namespace, on_row: Callable[[int], None] | None 
     )
 
 
-def summary(prepared: PreparedData) -> Table:
-    """Return a table of rows, images and image-free accuracies by split."""
-    table = Table(box=box.SIMPLE_HEAD, title="accuracy without an image, %", title_justify="right")
+def summary(prepared: PreparedData) -> list[Table]:
+    """Return tables by split: image-free accuracies of multiple choice, and rows of other tasks."""
+    return [table for table in (_choice_table(prepared), _task_table(prepared)) if table.row_count]
+
+
+def _choice_table(prepared: PreparedData) -> Table:
     headings = ("split", "rows", "images", "chance", "one letter", "option prior", "by rate")
-    for column, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if column == 0 else "right")
+    table = _table("accuracy without an image, %", headings, texts=1)
     for name, split in prepared.splits.items():
+        if split.priors is None:
+            continue
         priors = split.priors
-        shares = (
-            (priors.chance, priors.majority_letter, priors.leave_one_out, priors.leave_one_out_by_rate)
-            if priors
-            else ()
-        )
-        shown = [f"{100 * share:.1f}" for share in shares] or ["-"] * 4
-        table.add_row(name, str(split.rows), str(split.images), *shown)
+        shares = (priors.chance, priors.majority_letter, priors.leave_one_out, priors.leave_one_out_by_rate)
+        images = split.choice_images
+        table.add_row(name, str(split.by_task["choice"]), str(images), *(f"{100 * share:.1f}" for share in shares))
     return table
 
 
-def tasks(prepared: PreparedData) -> list[str]:
-    """Return, by split, how many rows each task has, where not all are multiple choice."""
-    return [
-        f"tasks:      {name}: {', '.join(f'{count:,} {task}' for task, count in split.by_task.items())}"
-        for name, split in prepared.splits.items()
-        if set(split.by_task) != {"choice"}
-    ]
+def _task_table(prepared: PreparedData) -> Table:
+    found = [(name, task, of) for name, split in prepared.splits.items() for task, of in split.tasks.items()]
+    others = any(split.priors for split in prepared.splits.values())
+    nothing = ("nothing",) if any(task in MAY_BE_NOTHING for _, task, _ in found) else ()
+    headings = ("split", "task", "rows", "images", "answers", *nothing, "one answer, %")
+    table = _table("rows of other tasks" if others else "rows by task", headings, texts=2)
+    for name, task, of in found:
+        answers = f"{of.answers} {ANSWERS.get(task, '')}".strip()
+        empty = (str(of.nothing) if task in MAY_BE_NOTHING else "-",) if nothing else ()
+        share = f"{100 * of.commonest / of.rows:.1f}"
+        table.add_row(name, task, str(of.rows), str(of.images), answers, *empty, share)
+    return table
+
+
+def _table(title: str, headings: Sequence[str], texts: int) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="right")
+    for column, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if column < texts else "right")
+    return table
 
 
 def counts(prepared: PreparedData) -> str:
@@ -118,12 +136,14 @@ def counts(prepared: PreparedData) -> str:
 
 
 def skips(prepared: PreparedData) -> str:
-    """Return how many rows were left out, with reasons for the first few; empty without any."""
+    """Return how many rows were left out, with the most common reasons; empty without any."""
     bad = [row for row in prepared.skipped if not row.chosen]
-    lines = [f"- {row.where} ({row.id}): {row.reason}" for row in bad[:REASONS_SHOWN]]
+    reasons = grouped([(f"{row.where} ({row.id})", row.reason) for row in bad])
+    lines = [f"- {reason}" for reason in reasons[:REASONS_SHOWN]]
     if bad:
-        shown = f", first {len(lines)} shown, all in {MANIFEST}" if len(bad) > len(lines) else ""
-        lines.insert(0, f"skipped:    {len(bad)} bad row{'s' * (len(bad) > 1)}{shown}")
+        few = f", {REASONS_SHOWN} of {len(reasons)} reasons shown" if len(reasons) > REASONS_SHOWN else ""
+        listed = f"{few}, all in {MANIFEST}" if len(bad) > len(lines) else ""
+        lines.insert(0, f"skipped:    {len(bad)} bad row{'s' * (len(bad) > 1)}{listed}")
     chosen: Counter[str] = Counter()
     for row in prepared.skipped:
         if row.chosen:
@@ -149,13 +169,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console(highlight=False)
     with ending_errors(interrupted="interrupted; nothing was written"), _counter(console) as on_row:
         prepared = prepare(parsed, on_row)
-    console.print(summary(prepared))
+    for table in summary(prepared):
+        console.print(table)
     found = [*leakage_lines(prepared.leakage), *doubt_lines(prepared.leakage)] if prepared.leakage else []
     leaks = [f"leakage:    {line}" for line in found]
     lines = [
         counts(prepared),
         skips(prepared),
-        *tasks(prepared),
         *kept_orders(prepared),
         *leaks,
         f"written:    {prepared.folder / MANIFEST}",

@@ -81,8 +81,10 @@ class Run:
             config.model, config.data, config.prompt, freeze=config.learner.freeze, checkpoint=self.checkpoint
         )
         check_positions(config.model, config.data, max_tokens=max(config.rollout.max_tokens, config.eval.max_tokens))
-        self.data: Dataset = load_run_data(config.data, config.prompt, self.renderer, training=True)
-        self.rubric.check_tasks(self.data.train_examples)
+        self.data: Dataset = load_run_data(
+            config.data, config.prompt, self.renderer, training=True, check=self.rubric.check_tasks
+        )
+        self.rubric.check_tasks(self.data.train_examples)  # rows with broken images make room for others
         if config.algo.normalize_by == "modality" and len({row.modality for row in self.data.train_examples}) == 1:
             log.warning("algo.normalize_by=modality has no effect: all training rows have the same modality, or none")
         self.tracer = Tracer(folder / "timeline.jsonl")

@@ -28,7 +28,7 @@ from rlmed.models.folder.agreement import check_agreement, check_visual_tokens
 from rlmed.models.loading import model_folder, resolve_device, resolve_dtype
 from rlmed.models.policy import Policy, load_config, load_policy
 from rlmed.recording.inputs import chosen_compiled, chosen_dtype, chosen_onednn
-from rlmed.tasks.registry import settle_tasks
+from rlmed.tasks.registry import settle_tasks, task_named
 from rollout.fake import FakeEngine
 from rollout.local import LocalPool
 from rollout.native.engine import NativeEngine
@@ -130,6 +130,9 @@ def make_renderer(
     them. A run resumed from `checkpoint` keeps its units of boxes.
     """
     settle_tasks(data.extra_tasks, data.synonyms)
+    for name in prompt.by_task:
+        if task_named(name, "prompt.by_task: task").name == "choice":
+            raise ValueError("prompt.by_task.choice is not read: set prompt.template, which is that of multiple choice")
     folder = model_folder(model.path)
     if not folder.is_dir() and not folder.is_absolute():
         log.info("model %s is not a local folder: looking for it in the hub's cache and on the hub", folder)

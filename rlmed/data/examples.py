@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from rlmed.data.images import MAX_IMAGES, BadImageError, check_image, image_size
 from rlmed.data.options.choices import Choice, choose
 from rlmed.data.options.sources import is_nothing, plain_option, read_options, unique_keys
 from rlmed.data.rows import BadRowError as BadRowError
-from rlmed.data.rows import as_object
+from rlmed.data.rows import as_object, grouped
 from rlmed.data.rows import shorten as shorten
 from rlmed.tasks.registry import task_named
 
@@ -57,7 +57,9 @@ class ReadResult:
     """Line number, from 1, of each usable row by its id."""
 
 
-def read_examples(path: Path, *, on_bad_row: str = "skip") -> ReadResult:
+def read_examples(
+    path: Path, *, on_bad_row: str = "skip", check: Callable[[Sequence[Example]], None] | None = None
+) -> ReadResult:
     """Read rows `{image, question, options, answer[, task, modality, kind, id, completion]}`.
 
     `options` is a list, or a mapping from letters or numbers; `answer` is an option's text, its
@@ -71,6 +73,7 @@ def read_examples(path: Path, *, on_bad_row: str = "skip") -> ReadResult:
     Args:
         path: the file.
         on_bad_row: "skip" lists bad rows in the result, "error" raises if there are any.
+        check: called with the rows before their images are decoded, which may take minutes.
 
     Raises:
         ValueError: for a file that is missing, empty, not UTF-8, not JSON (with line and column),
@@ -91,6 +94,8 @@ def read_examples(path: Path, *, on_bad_row: str = "skip") -> ReadResult:
     # the folder of a symlinked file is the one that holds the link
     folder = Folder(path.parent)
     entries = [(line, *parse_row(row, f"{path.stem}-{line}", folder)) for line, row in rows]
+    if check is not None:
+        check([entry for _, _, entry in entries if isinstance(entry, Example)])
     broken = _broken_images({image for _, _, entry in entries if isinstance(entry, Example) for image in entry.images})
     examples: list[Example] = []
     skipped: list[SkippedRow] = []
@@ -106,24 +111,24 @@ def read_examples(path: Path, *, on_bad_row: str = "skip") -> ReadResult:
             lines[name] = line
             examples.append(entry)
     if skipped and (on_bad_row == "error" or not examples):
-        head = "; ".join(f"line {row.line}: {row.reason}" for row in skipped[:3])
+        head = "; ".join(grouped([(f"line {row.line}", row.reason) for row in skipped])[:3])
         what = "a row cannot be used, and on_bad_row is error" if examples else "no row can be used"
         raise ValueError(f"{path}: {what} ({len(skipped)} of {len(rows)} are bad). {head}")
     return ReadResult(path, tuple(examples), tuple(skipped), hashlib.sha256(content).hexdigest(), lines)
 
 
 def format_skips(result: ReadResult, examples: int = 3, *, record: str = "data.json") -> str:
-    """Summarize skipped rows: how many, and the first few with their reasons; empty without any.
+    """Summarize skipped rows: how many, and the most common reasons; empty without any.
 
     `record` is the file that lists them all; "" for none.
     """
     if not result.skipped:
         return ""
     bad, rows = len(result.skipped), len(result.skipped) + len(result.examples)
-    head = "; ".join(f"line {row.line} ({row.id}): {row.reason}" for row in result.skipped[:examples])
+    reasons = grouped([(f"line {row.line} ({row.id})", row.reason) for row in result.skipped])
     listed = f" (all are listed in {record})" if record else ""
-    first = f"The first {examples}: " if bad > examples else ""
-    return f"{result.path}: {bad} of {rows} rows skipped{listed}. {first}{head}"
+    first = f"The {examples} most common of {len(reasons)} reasons: " if len(reasons) > examples else ""
+    return f"{result.path}: {bad} of {rows} rows skipped{listed}. {first}{'; '.join(reasons[:examples])}"
 
 
 def _parse(path: Path, content: bytes) -> list[tuple[int, Any]]:
@@ -192,14 +197,20 @@ def _truth(row: Mapping[str, Any], images: Sequence[Path]) -> dict[str, Any]:
 
     def size() -> tuple[int, int]:
         if not images:
-            raise BadRowError(f"it has no image, and its task {name} needs one")
+            raise BadRowError(f"it has no image, and its task {name} needs one: name it in `image`")
         return image_size(images[0])
 
     options = () if row.get("options") is None else row["options"]
     if not isinstance(options, list | tuple):
         raise BadRowError(f"its options is {shorten(options)}, not a list of texts")
     try:
-        truth = task_named(name).read(row["answer"], [_option_text(option) for option in options], size)
+        task = task_named(name)
+        if task.needs_image and not images and "image" not in row:
+            raise BadRowError(
+                f"it has no image, and its task {name} needs one: name it in `image`, or write null there if all that "
+                "is asked about is in the question"
+            )
+        truth = task.read(row["answer"], [_option_text(option) for option in options], size)
     except ValueError as error:
         raise BadRowError(str(error)) from error
     return {"task": name, "truth": truth}

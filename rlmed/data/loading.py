@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +19,11 @@ from rlmed.data.options.order import kept_order_text, kept_orders
 from rlmed.data.phantom.studies import write_dataset
 from rlmed.data.phantom.tasks import write_task_dataset
 from rlmed.data.prompts import PromptRenderer
+from rlmed.data.rows import grouped
 
 log = logging.getLogger(__name__)
+
+CheckRows = Callable[[Sequence[Example]], None]
 
 
 @dataclass(frozen=True)
@@ -77,9 +81,16 @@ class Dataset:
         return [EvalFile(entry.name, entry.examples[:limit]) for entry in self.evals]
 
 
-def load_run_data(config: DataConfig, prompt: PromptConfig, renderer: PromptRenderer, *, training: bool) -> Dataset:
+def load_run_data(
+    config: DataConfig,
+    prompt: PromptConfig,
+    renderer: PromptRenderer,
+    *,
+    training: bool,
+    check: CheckRows | None = None,
+) -> Dataset:
     """Call `load_data`, and warn of settings that have no effect on some rows or on all."""
-    data = load_data(config, renderer, training=training)
+    data = load_data(config, renderer, training=training, check=check)
     if data.train and training and config.shuffle_options:
         kept, option = kept_orders(example.options for example in data.train_examples if example.is_choice)
         if kept:  # for evaluated files, the results table says so
@@ -104,8 +115,17 @@ def load_run_data(config: DataConfig, prompt: PromptConfig, renderer: PromptRend
     return data
 
 
-def load_data(config: DataConfig, renderer: PromptRenderer, *, training: bool) -> Dataset:
+def load_data(
+    config: DataConfig, renderer: PromptRenderer, *, training: bool, check: CheckRows | None = None
+) -> Dataset:
     """Read and check every row that the run uses.
+
+    Args:
+        config: the files.
+        renderer: of their prompts.
+        training: whether the run learns from `config.train`.
+        check: called with the rows to learn from, or of each file to evaluate on, before their
+            images are decoded; raises ValueError for rows that the run cannot use.
 
     Raises:
         ValueError: for missing or broken files, without a training file if `training`, or for rows
@@ -139,14 +159,10 @@ def load_data(config: DataConfig, renderer: PromptRenderer, *, training: bool) -
             "data.leakage=strict has nothing to compare with: give the rows that the model was trained on, for example "
             "data.train=train.jsonl"
         )
-    names = [Path(path).stem for path in evals]
-    if len(set(names)) < len(names):
-        raise ValueError(
-            f"data.eval names files with the same name ({', '.join(names)}): rename one, results go by name"
-        )
+    _check_names(evals)
     data = Dataset(
-        train=_load_file(train, config, renderer, config.limit) if train else None,
-        evals=tuple(_load_file(path, config, renderer, None) for path in evals),
+        train=_load_file(train, config, renderer, config.limit, check if training else None) if train else None,
+        evals=tuple(_load_file(path, config, renderer, None, None if training else check) for path in evals),
     )
     if config.leakage == "off" or not data.train_examples or not data.evals:
         return data
@@ -158,6 +174,14 @@ def load_data(config: DataConfig, renderer: PromptRenderer, *, training: bool) -
     for line in doubt_lines(report):
         log.info("%s", line)
     return dataclasses.replace(data, leakage=report)
+
+
+def _check_names(paths: Sequence[str]) -> None:
+    names = [Path(path).stem for path in paths]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"data.eval names files with the same name ({', '.join(names)}): rename one, results go by name"
+        )
 
 
 def _generate(config: DataConfig) -> list[Path]:
@@ -173,17 +197,20 @@ def _generate(config: DataConfig) -> list[Path]:
     return [folder / f"{name}.jsonl" for name in names]
 
 
-def _load_file(path: str, config: DataConfig, renderer: PromptRenderer, limit: int | None) -> DataFile:
+def _load_file(
+    path: str, config: DataConfig, renderer: PromptRenderer, limit: int | None, check: CheckRows | None
+) -> DataFile:
     if not Path(path).exists():
         near = near_path(path)
         advice = f"; {near}" if near else f". {config.download or ''}"
         raise ValueError(f"data file {path} does not exist (relative to {Path.cwd()}){advice}".rstrip())
-    read = read_examples(Path(path), on_bad_row=config.on_bad_row)
+    used = None if check is None else lambda rows: check(rows[:limit])
+    read = read_examples(Path(path), on_bad_row=config.on_bad_row, check=used)
     if read.skipped:
         log.warning("%s", format_skips(read))
     examples, dropped = _check_renders(read, limit, renderer)
     if dropped:
-        first = f"line {dropped[0].line}: {dropped[0].reason}"
+        first = "; ".join(grouped([(f"line {row.line}", row.reason) for row in dropped])[:3])
         if config.on_bad_row == "error" or not examples:
             raise ValueError(f"{path}: {len(dropped)} of {len(read.examples)} rows cannot be used; {first}")
         log.warning("%s: %d rows dropped, all are listed in data.json; %s", path, len(dropped), first)

@@ -19,7 +19,17 @@ from rlmed.core.chat import SWITCH
 from rlmed.data.leakage.findings import WORDS, LeakageReport
 from rlmed.evaluation.records import Accuracy, p_value_text
 from rlmed.evaluation.results import EvalSummary, FileSummary, read_comparison
-from rlmed.export.card_tasks import GIVE, asked, box_units, described, prior_meaning, right_from, score_lines
+from rlmed.export.card_tasks import (
+    GIVE,
+    asked,
+    box_units,
+    chance_meaning,
+    described,
+    prior_meaning,
+    right_from,
+    score_lines,
+    score_meanings,
+)
 from rlmed.export.check import MAX_TOKENS, Difference
 from rlmed.export.folder import Exported
 from rlmed.export.server import BANNED
@@ -57,6 +67,7 @@ def model_card(
     summaries = [EvalSummary.read(folder) for folder in source.evaluations]
     comparison = read_comparison(source.evaluations[-1]) if source.evaluations else None
     after = summaries[-1] if summaries and summaries[-1].step == source.step else None
+    scores = [] if after is None else score_lines(summaries, after, comparison)
     limit = exported.max_new_tokens or MAX_TOKENS
     values = {
         "header": _Ready(_header(source, earlier, vision=vision)),
@@ -66,7 +77,8 @@ def model_card(
         "what": _what(source, earlier, exported.tasks),
         "toy": toy_note(source.checkpoint),
         **_tasks(exported),
-        "scores": [] if after is None else score_lines(summaries, after, comparison),
+        "scores": scores,
+        "meanings": score_meanings(scores),
         "files": [] if after is None else _accuracy(summaries, after, comparison),
         "tested": comparison is not None,
         "loo": after is not None and any(file.image_free_prior is None for file in after.files),
@@ -106,6 +118,7 @@ def _tasks(exported: Exported) -> dict[str, Any]:
             (GIVE.get(exported.tasks[0], "Give the question.") if exported.wrapped else "Send the whole turn.")
             + box_units(exported.renderer, exported.tasks)
         ),
+        "chance_is": chance_meaning(exported.tasks),
         "prior_is": prior_meaning(exported.tasks),
         "right_from": right_from(exported.tasks),
     }

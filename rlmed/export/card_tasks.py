@@ -31,6 +31,29 @@ GIVE = {
 }
 SIZE = (1000, 1000)
 """Pixels of the image that an example asks about."""
+MEANINGS = {
+    ("open", "exact"): "equal to an accepted answer after normalisation, or the same quantity within 5 %",
+    ("open", "f1"): "F1 of the answer's words and those of the accepted answer most like it",
+    ("open", "recall"): "share of that accepted answer's words",
+    (
+        "grounding",
+        "iou",
+    ): "overlap with the right boxes, intersection over union, in the best matching, where missing and "
+    "superfluous ones count 0",
+    ("grounding", "mAP"): "COCO's mean average precision over the file",
+    ("grounding", "AP50"): "the same at an overlap of 0.5",
+    ("grounding", "recall50"): "share of right boxes found at an overlap of 0.5",
+    ("labels", "f1"): "F1 of the set of labels",
+    ("labels", "exact"): "all right labels and no other",
+    ("labels", "micro_f1"): "F1 over all labels of the file",
+    ("labels", "macro_f1"): "mean of the F1 of each label",
+    ("report", "rouge_l"): "F1 of the longest sequence of words shared with the best reference",
+    ("report", "bleu"): "BLEU with the best reference",
+    ("report", "f1"): "F1 of its words and those of the best reference",
+    ("report", "corpus_bleu"): "BLEU over the file",
+}
+"""What a score of a task is; a score that is not here has its name alone."""
+CAVEATS = {"report": "Overlap of words says how alike two reports sound, not whether their findings agree."}
 NONE = "–"
 
 
@@ -96,10 +119,31 @@ def prior_meaning(tasks: Sequence[str]) -> str:
     return f"{options} (of other tasks, {constant})" if CHOICE in tasks else constant
 
 
+def chance_meaning(tasks: Sequence[str]) -> str:
+    """Return what chance in the table of accuracy is; "" for multiple choice, where it is known."""
+    if tasks == (CHOICE,):
+        return ""
+    others = "another row's right answer"
+    return f"one of the options at random (of other tasks, {others})" if CHOICE in tasks else others
+
+
 def right_from(tasks: Sequence[str]) -> str:
-    """Return from which score on an answer counts as right."""
+    """Return from which main score on, in per cent, an answer counts as right."""
     others = [task_named(name) for name in tasks if name != CHOICE]
-    return "; ".join(f"of the task {task.name}, from {task.main} {task.threshold:g} on" for task in others)
+    return "; ".join(f"{task.name} {task.main} {100 * task.threshold:g}" for task in others)
+
+
+def score_meanings(lines: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
+    """Return what the scores of a table are, by task in its order."""
+    named = dict.fromkeys((line["task"], line["score"]) for line in lines)
+    tasks = dict.fromkeys(task for task, _ in named)
+    meanings = {
+        task: "; ".join(
+            f"{score}: {MEANINGS[of, score]}" for of, score in named if of == task and (of, score) in MEANINGS
+        )
+        for task in tasks
+    }
+    return [(task, f"{text}. {CAVEATS.get(task, '')}".rstrip()) for task, text in meanings.items() if text]
 
 
 def score_lines(

@@ -46,7 +46,7 @@ def export(arguments: argparse.Namespace, console: Console) -> bool:
     check_target(arguments.out)
     source = find_source(arguments.run, arguments.checkpoint)
     # not those in config.yaml: a folder from elsewhere would run its code; prompts need no synonyms
-    settle_tasks(arguments.extra_tasks, None)
+    settle_tasks(arguments.extra_tasks, None, key="--extra-tasks")
     _check_tasks(source)
     if arguments.public and not arguments.push_to_hub:
         raise ValueError("--public has no effect without --push-to-hub: leave it out")

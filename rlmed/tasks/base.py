@@ -70,6 +70,8 @@ class Task(ABC):
     """An answer counts as right from this main score on."""
     score_names: ClassVar[tuple[str, ...]]
     """All names that `score` returns, in the order of tables."""
+    needs_image: ClassVar[bool] = False
+    """True if a row without an image has to say so, by `"image": null`: it is a slip otherwise."""
     placeholder: ClassVar[Any] = "?"
     """An `answer` that `read` accepts, for a question whose answer nobody knows (`rlmed.ask`)."""
 

@@ -7,7 +7,10 @@ import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
+from rlmed.core.spelling import closest
 from rlmed.core.types import Example
 from rlmed.tasks.base import Task
 from rlmed.tasks.choice import Choice
@@ -22,15 +25,17 @@ OWN: tuple[Task, ...] = (Choice(), Open(), Grounding(), LABELS, Report())
 _TASKS: dict[str, Task] = {task.name: task for task in OWN}
 
 
-def task_named(name: str) -> Task:
-    """Return a task by its name.
+def task_named(name: str, place: str = "its task") -> Task:
+    """Return a task by its name; errors say that it is in `place`.
 
     Raises:
-        ValueError: for an unknown one.
+        ValueError: for an unknown one; suggests the closest.
     """
     if name not in _TASKS:
+        near = closest(name, _TASKS)
+        meant = f"did you mean {near}? Else choose" if near else "choose"
         raise ValueError(
-            f"its task {name!r} is unknown: choose from {', '.join(_TASKS)}, or add your own with data.extra_tasks "
+            f"{place} {name!r} is unknown: {meant} from {', '.join(_TASKS)}, or add your own with data.extra_tasks "
             "(rlmed.ask, rlmed.report: --extra-tasks)"
         )
     return _TASKS[name]
@@ -53,7 +58,10 @@ def settle_tasks(paths: Iterable[str], synonyms: str | None, *, key: str = "data
         ValueError: if a task cannot be imported, is no `Task`, or has the name of a task of rlmed,
             or for a file that cannot be used.
     """
-    meant = read_synonyms(Path(synonyms)) if synonyms else NO_SYNONYMS
+    try:
+        meant = read_synonyms(Path(synonyms)) if synonyms else NO_SYNONYMS
+    except ValueError as error:
+        raise ValueError(f"{'--synonyms' if key.startswith('-') else 'data.synonyms'}: {error}") from error
     for path in paths:
         task = _load(path, key)
         if any(own.name == task.name for own in OWN):
@@ -65,14 +73,18 @@ def settle_tasks(paths: Iterable[str], synonyms: str | None, *, key: str = "data
 
 def _load(path: str, key: str) -> Task:
     module_name, colon, class_name = path.partition(":")
-    if not (module_name and colon and class_name.isidentifier()):
+    if not (module_name and colon and class_name.isidentifier()) or module_name.endswith(".py"):
         raise ValueError(f"{key} has {path!r}: write module:Class, for example my_tasks:Staging")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        made = getattr(importlib.import_module(module_name), class_name)()
+        module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # importing a user's module may raise anything
-        raise ValueError(f"{key}={path}: it cannot be made: {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"{key}={path}: module {module_name!r} cannot be imported from {os.getcwd()} or the installed packages: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    made = _made(f"{key}={path}", class_name, module)
     missing = [name for name in ("name", "template", "main", "score_names") if not hasattr(made, name)]
     if not isinstance(made, Task) or missing:
         what = f"has no {missing[0]}" if isinstance(made, Task) else "is no rlmed.tasks.base.Task"
@@ -82,3 +94,15 @@ def _load(path: str, key: str) -> Task:
             f"{key}={path}: its template needs {{question}} once, and its main score must be among score_names"
         )
     return made
+
+
+def _made(place: str, class_name: str, module: ModuleType) -> Any:
+    if class_name not in vars(module):
+        classes = [name for name, value in vars(module).items() if isinstance(value, type) and value is not Task]
+        near = closest(class_name, classes)
+        advice = f"did you mean {near}?" if near else "define it there"
+        raise ValueError(f"{place}: {class_name!r} does not exist in {module.__file__}: {advice}")
+    try:
+        return vars(module)[class_name]()
+    except (Exception, SystemExit) as error:  # a user's class may raise anything
+        raise ValueError(f"{place}: it cannot be made: {type(error).__name__}: {error}") from error

@@ -23,6 +23,7 @@ class Report(Task):
     main = "rouge_l"
     threshold = 0.5
     score_names = ("rouge_l", "bleu", "f1")
+    needs_image = True
 
     def read(self, answer: Any, options: Sequence[str], size: ImageSize) -> Any:
         """Return the references."""

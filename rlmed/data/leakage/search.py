@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -168,8 +169,18 @@ _Question = tuple[str, frozenset[str], str]
 def _question(example: Example) -> _Question:
     """Return what is asked and answered, regardless of order and case."""
     options = [option.casefold() for option in example.options]
-    right = options[example.answer] if example.is_choice else json.dumps(example.truth, sort_keys=True).casefold()
+    right = options[example.answer] if example.is_choice else json.dumps(_sorted(example.truth), sort_keys=True)
+    right = right.casefold()
     return " ".join(example.question.casefold().split()), frozenset(options), right
+
+
+def _sorted(truth: Any) -> Any:
+    """Return the truth of another task than choice with its texts, or boxes, in order."""
+    if isinstance(truth, Mapping):
+        return {key: _sorted(value) for key, value in truth.items()}
+    if isinstance(truth, list) and not all(isinstance(entry, int | float) for entry in truth):
+        return sorted(truth, key=lambda entry: json.dumps(entry, sort_keys=True).casefold())
+    return truth
 
 
 def _leak(

@@ -24,7 +24,8 @@ from rlmed.core.files.atomic import partial_folder, rename_into_place
 from rlmed.core.files.ownership import writer_of
 from rlmed.data.leakage.findings import LeakageReport
 from rlmed.data.leakage.search import folder_leakage
-from rlmed.data.prepare.writer import PreparedDataWriter, SplitSummary, writing
+from rlmed.data.prepare.summaries import SplitSummary
+from rlmed.data.prepare.writer import PreparedDataWriter, writing
 from rlmed.data.readers.base import Reader, Skipped, SourceRow
 
 MANIFEST = "manifest.json"

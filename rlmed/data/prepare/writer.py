@@ -10,7 +10,6 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, TextIO
 
@@ -18,13 +17,14 @@ from PIL import Image
 
 from rlmed.core.files.atomic import refusal
 from rlmed.core.files.near_paths import Folder
-from rlmed.core.statistics import chance, leave_one_out_prior, majority_letter
 from rlmed.core.types import Example
 from rlmed.data.examples import BadRowError, check_image_count, image_name, parse_row, shorten
 from rlmed.data.images import BadImageError, check_contrast, check_encoded, check_image, check_image_size, image_sha256
 from rlmed.data.options.choices import written_answer
 from rlmed.data.options.order import kept_orders
+from rlmed.data.prepare.summaries import Priors, SplitSummary, TaskCounter
 from rlmed.data.readers.base import Encoded, Picture, Skipped, SourceImage, SourceRow
+from rlmed.data.rows import grouped
 
 MAX_SPLITS = 64
 MAX_IMAGE_BYTES = 2**30
@@ -37,58 +37,6 @@ _SPLIT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,100}")
 _HASH_LENGTH = 20
 """SHA-256 hexadecimal digits in an image's name: 80 bits, so that no two of a million collide."""
-
-
-@dataclass(frozen=True, slots=True)
-class Priors:
-    """Accuracies on a split without looking at images, in [0, 1]; see `rlmed.core.statistics`.
-
-    Example:
-        Priors(chance=0.25, majority_letter=0.29, leave_one_out=0.965, leave_one_out_by_rate=0.974)
-    """
-
-    chance: float
-    majority_letter: float
-    leave_one_out: float
-    """Accuracy of picking the option text most often correct in the split's other rows."""
-    leave_one_out_by_rate: float
-
-    @classmethod
-    def of(cls, examples: list[Example]) -> Priors:
-        """Compute the priors; raises ValueError without rows."""
-        return cls(
-            chance(examples),
-            majority_letter(examples),
-            leave_one_out_prior(examples),
-            leave_one_out_prior(examples, by_rate=True),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class SplitSummary:
-    """One JSON Lines file.
-
-    Example:
-        SplitSummary(file="test_ct.jsonl", rows=300, images=300, by_modality={"CT": 300},
-                     by_kind={"anatomy": 120}, sha256="9f2c…", priors=Priors(0.30, 0.35, 0.97,
-                     0.97))
-    """
-
-    file: str
-    rows: int
-    images: int
-    """Distinct images of its rows."""
-    by_modality: dict[str, int]
-    by_kind: dict[str, int]
-    sha256: str
-    priors: Priors | None
-    """Of its multiple-choice rows; None without any."""
-    kept_order: int = 0
-    """Rows whose options have a fixed order, since one refers to others: `all of the above`."""
-    kept_order_by: str = ""
-    """The first of these options; "" for none."""
-    by_task: dict[str, int] = field(default_factory=dict)
-    """Rows by task."""
 
 
 class ImageWriter:
@@ -209,9 +157,11 @@ class _Split:
         self._file: TextIO = path.open("w", encoding="utf-8")
         self._digest = hashlib.sha256()
         self._images: set[str] = set()
+        self._choice_images: set[str] = set()
         self._by_modality: Counter[str] = Counter()
         self._by_kind: Counter[str] = Counter()
         self._by_task: Counter[str] = Counter()
+        self._tasks: dict[str, TaskCounter] = {}
         self._answers: list[Example] = []
         """The multiple-choice rows, reduced to what the priors need."""
 
@@ -234,7 +184,10 @@ class _Split:
         self._by_kind[example.kind] += 1
         self._by_task[row.task] += 1
         if row.task == "choice":
+            self._choice_images.update(images)
             self._answers.append(dataclasses.replace(example, id="", image=None, more_images=(), question=""))
+        else:
+            self._tasks.setdefault(row.task, TaskCounter()).append(example, row.answer, images)
 
     def finish(self) -> SplitSummary:
         with writing(self.path):
@@ -251,6 +204,8 @@ class _Split:
             kept_order=kept,
             kept_order_by=option,
             by_task=dict(sorted(self._by_task.items())),
+            choice_images=len(self._choice_images),
+            tasks={task: rows.finish() for task, rows in sorted(self._tasks.items())},
         )
 
 
@@ -288,7 +243,7 @@ class PreparedDataWriter:
             raise ValueError("the source has no rows: give one with questions")
         if not used:
             bad = [row for row in self.skipped if not row.chosen] or self.skipped
-            head = "; ".join(f"{row.where} ({row.id}): {row.reason}" for row in bad[:3])
+            head = "; ".join(grouped([(f"{row.where} ({row.id})", row.reason) for row in bad])[:3])
             raise ValueError(f"no row can be used, of {sum(row.rows for row in self.skipped)}. {head}")
         for name in self._splits.keys() - used.keys():
             self._splits[name].path.unlink()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from rlmed.data.readers.base import Reader
 from rlmed.data.readers.formats import coco, csv_table, huggingface, reports
-from rlmed.data.readers.published import medvlm_r1, omnimedvqa, pmc_vqa, slake, vqa_rad
+from rlmed.data.readers.published import medvlm_r1, omnimedvqa, path_vqa, pmc_vqa, slake, vqa_rad
 from rlmed.data.readers.volumes import dicom, nifti
 
 READERS: Mapping[str, Reader] = {
@@ -20,6 +20,7 @@ READERS: Mapping[str, Reader] = {
         omnimedvqa.READER,
         vqa_rad.READER,
         slake.READER,
+        path_vqa.READER,
         pmc_vqa.READER,
         dicom.READER,
         nifti.READER,

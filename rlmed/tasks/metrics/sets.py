@@ -16,6 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
+from rlmed.core.files.near_paths import near_path
 from rlmed.tasks.metrics.text import ascii_forms, normalise
 
 NO_SYNONYMS: Mapping[str, str] = MappingProxyType({})
@@ -154,8 +155,11 @@ def read_synonyms(path: Path) -> Mapping[str, str]:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as a UTF-8 text of synonyms: {error}") from error
+    except OSError as error:
+        near = near_path(path) or "give the path of a JSON or CSV file of spellings and labels"
+        raise ValueError(f"{path} cannot be read: {error.strerror}; {near}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 (byte {error.start}): save it as CSV or JSON in UTF-8") from error
     pairs = _json_pairs(text, path) if path.suffix.lower() == ".json" else _csv_pairs(text, path)
     synonyms: dict[str, str] = {}
     for place, spelling, label in pairs:
@@ -171,7 +175,9 @@ def _json_pairs(text: str, path: Path) -> Iterator[tuple[str, object, object]]:
     try:
         pairs = json.loads(text, object_pairs_hook=list)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON object of spellings and labels: {error}") from error
+        raise ValueError(
+            f'{path} is not valid JSON ({error}): write an object, {{"spelling": "label", ...}}'
+        ) from error
     if not text.lstrip().startswith("{"):
         raise ValueError(f'{path} holds no JSON object: write {{"spelling": "label", ...}}')
     yield from ((str(path), spelling, label) for spelling, label in pairs)
@@ -182,7 +188,9 @@ def _csv_pairs(text: str, path: Path) -> Iterator[tuple[str, object, object]]:
     try:
         for row in reader:
             if row and len(row) != 2:
-                raise ValueError(f"{path}, line {reader.line_num}: {len(row)} columns, not spelling,label")
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: {len(row)} columns: write spelling,label in each line"
+                )
             if row:
                 yield f"{path}, line {reader.line_num}", row[0], row[1]
     except csv.Error as error:

@@ -86,6 +86,8 @@ def test_a_part_sees_example_and_completion_in_order(group):
     ("weights", "extra", "reason"),
     [
         ({"accuracy": 1.0}, [], r"reward\.weights .*'accuracy'.*not exist.* answer_format, brevity, "),
+        ({"taks": 1.0}, [], r"'taks', which does not exist: did you mean task\? Else choose"),
+        ({"lenght": 1.0}, ["own_rewards:length"], r"'lenght', which .* did you mean length\?"),
         ({"agreement": 1.0}, [], r"renamed to reward\.weights\.reasoning_consistency"),
         ({"format": float("nan")}, [], "weight of reward 'format' is nan"),
         ({"format": float("inf")}, [], "weight of reward 'format' is inf"),

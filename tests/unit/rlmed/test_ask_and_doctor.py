@@ -269,6 +269,30 @@ def test_ask_says_the_units_of_boxes_and_what_cannot_be_read(
     assert re.search(said, capsys.readouterr().out)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["Where?", "--task", "ground"], r"error: --task 'ground' is unknown: did you mean grounding\?"),
+        (
+            ["Where?", "--task", "grounding"],
+            "error: --task grounding: the task grounding needs an image: name it before",
+        ),
+        (["Report.", "--task", "report"], "error: the task report needs an image: name it before"),
+        (
+            ["What?", "--task", "open", "--synonyms", "none.csv"],
+            r"error: --synonyms: none\.csv cannot be read: No such",
+        ),
+    ],
+)
+def test_ask_says_what_is_wrong_with_a_task(
+    arguments: list[str], said: str, tiny_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        ask.main([*arguments, "--model", str(tiny_folder("qwen2_vl"))])
+    assert re.search(said, capsys.readouterr().err)
+
+
 def test_ask_asks_a_text_model_without_an_image(
     tiny_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,6 +23,8 @@ from tests.root import ROOT
 from tests.unit.rlmed.data.pictures import marked
 
 TABLE = "image,question,A,B,answer,modality,split\n"
+BAD = [("Which?", "spleen", "lung"), ("Which?", "spleen", "heart"), ("", "spleen", "A"), ("Which?", "spleen", "")]
+"""Question, second option and answer of rows that cannot be used, two for the same reason."""
 
 
 def keywords(function: Callable[..., object]) -> set[str]:
@@ -72,15 +74,43 @@ def test_it_says_how_many_rows_keep_the_order_of_their_options(source, tmp_path,
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["splits"]["train"]["kept_order"] == 2
 
 
-def test_it_counts_rows_by_task_where_not_all_are_multiple_choice(source, tmp_path, capsys):
-    (source / "reports.csv").write_text("image,report\n0.png,Clear.\n1.png,Mass.\n")
-    main(["reports", "--source", str(source / "reports.csv"), "--out", str(tmp_path / "out")])
-    shown = capsys.readouterr().out
-    assert "tasks:      reports: 2 report\n" in shown
-    (cells,) = (line.split() for line in shown.splitlines() if line.split()[:1] == ["reports"])
-    assert cells == ["reports", "2", "2", "-", "-", "-", "-"]
-    main(command(source / "questions.csv", tmp_path / "choice"))
-    assert "tasks:" not in capsys.readouterr().out
+def test_of_other_tasks_it_counts_answers_and_shows_no_empty_columns(source, tmp_path, capsys):
+    def shown(*arguments: str) -> tuple[str, list[list[str]]]:
+        main([*arguments, "--out", str(tmp_path / f"out{len(list(tmp_path.iterdir()))}")])
+        said = capsys.readouterr().out
+        return said, [line.split() for line in said.splitlines() if line.split()[:1] == ["mine"]]
+
+    (source / "mine.csv").write_text("image,report\n0.png,Clear.\n1.png,clear\n1.png,Mass.\n")
+    said, (cells,) = shown("reports", "--source", str(source / "mine.csv"))
+    assert cells == ["mine", "report", "3", "2", "3", "reports", "66.7"]
+    assert "chance" not in said
+
+    def box(image: int, category: int, *bbox: int) -> dict:
+        return {"image_id": image, "category_id": category, "bbox": bbox}
+
+    content = {
+        "images": [{"id": number, "file_name": f"{number}.png"} for number in range(3)],
+        "categories": [{"id": 0, "name": "cyst"}, {"id": 1, "name": "mass"}],
+        "annotations": [box(0, 0, 0, 0, 9, 9), box(0, 0, 9, 9, 9, 9), box(0, 1, 0, 0, 9, 9), box(1, 0, 5, 0, 9, 9)],
+    }
+    (source / "mine.json").write_text(json.dumps(content))
+    said, (cells,) = shown("coco", "--source", str(source / "mine.json"), "--images", str(source), "--absent", "2")
+    assert cells == ["mine", "grounding", "6", "3", "4", "boxes", "3", "50.0"]
+    assert "chance" not in said
+    said, _ = shown(*command(source / "questions.csv", tmp_path)[:3])
+    assert "one answer" not in said
+
+
+def test_of_a_mixture_each_table_has_its_own_rows(source, tmp_path, capsys):
+    rows = [
+        {"image_name": "0.png", "question": f"Is it {n}?", "answer": "yes", "phrase_type": "para"} for n in range(2)
+    ]
+    rows += [{"image_name": "1.png", "question": f"What is {n}?", "answer": "A liver", "qid": n} for n in range(3)]
+    (source / "VQA_RAD Dataset Public.json").write_text(json.dumps(rows))
+    main(["vqa_rad", "--source", str(source), "--out", str(tmp_path / "out"), "--open", "keep"])
+    cells = [line.split() for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["train"]]
+    assert cells[0][:4] == ["train", "2", "1", "50.0"]
+    assert cells[1] == ["train", "open", "3", "1", "3", "texts", "100.0"]
 
 
 @pytest.mark.parametrize("data", ["jsonl", "phantom"])
@@ -145,12 +175,17 @@ def test_an_interrupted_command_says_that_nothing_was_written(source, tmp_path, 
 
 def test_many_skips_are_counted_and_not_all_shown(source, tmp_path, capsys):
     rows = "".join(f"{number}.png,Which?,liver,spleen,A,CT,train\n" for number in range(20))
+    rows += "".join(f"0.png,{question},liver,{other},{answer},CT,train\n" for question, other, answer in BAD)
     (source / "questions.csv").write_text(TABLE + rows)
     main(command(source, tmp_path / "out"))
     shown = capsys.readouterr().out
-    assert "16 bad rows, first 3 shown, " in shown
-    assert shown.count("\n- line ") == 3
-    assert len(json.loads((tmp_path / "out" / "manifest.json").read_text())["skipped"]["rows"]) == 16
+    assert "skipped:    20 bad rows, 3 of 4 reasons shown, all in manifest.json\n- 16 rows, such as line 6 " in shown
+    assert [line.split(" of ")[0] for line in shown.splitlines() if line.startswith("- ")] == [
+        "- 16 rows, such as line 6",
+        "- 2 rows, such as line 22",
+        "- line 24",
+    ]
+    assert len(json.loads((tmp_path / "out" / "manifest.json").read_text())["skipped"]["rows"]) == 20
 
 
 @pytest.mark.parametrize("name", sorted(READERS))
@@ -277,7 +312,7 @@ def test_a_source_whose_name_differs_is_told(source, tmp_path, monkeypatch, caps
 
 def test_help_and_documents_say_which_files_were_never_seen(capsys):
     unseen = {reader.name for reader in READERS.values() if reader.unseen}
-    assert unseen == {"omnimedvqa", "vqa_rad", "slake", "pmc_vqa", "medvlm_r1"}
+    assert unseen == {"omnimedvqa", "vqa_rad", "slake", "path_vqa", "pmc_vqa", "medvlm_r1"}
     table = [line for line in (ROOT / "docs/data.md").read_text().splitlines() if line.startswith("| [`")]
     assert {line.split("`")[1] for line in table} == READERS.keys()
     assert {line.split("`")[1] for line in table if "never seen**" in line} == unseen

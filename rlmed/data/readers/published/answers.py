@@ -1,4 +1,4 @@
-"""Read data sets with answers but no options: VQA-RAD and SLAKE, which differ only in fields."""
+"""Read data sets with answers but no options: VQA-RAD, SLAKE and PathVQA differ only in fields."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 from rlmed.data.examples import BadRowError
 from rlmed.data.images import BadImageError
 from rlmed.data.options.choices import written_answer
-from rlmed.data.readers.base import Skipped, SourceRow
+from rlmed.data.readers.base import Encoded, Skipped, SourceImage, SourceRow
 from rlmed.data.readers.formats.image_files import Images
 from rlmed.data.readers.formats.table import IMAGES, WITHOUT_IMAGES, as_text
 from rlmed.data.readers.options import (
@@ -26,6 +26,7 @@ from rlmed.data.readers.options import (
 from rlmed.data.rows import as_object
 
 TEST_SPLIT = "test"
+REPEATED = "an earlier row has the same image, question and answer"
 ANSWER_OPTIONS = (OPEN, DISTRACTOR_COUNT, SEED, IMAGES, WITHOUT_IMAGES)
 
 
@@ -50,7 +51,8 @@ class Answered:
     id: str
     question: str
     answer: str
-    image: str
+    image: str | SourceImage
+    """Where `images` find it, or the image itself; "" for none."""
     modality: str
     kind: str
 
@@ -69,13 +71,15 @@ def read_answered(
     parse: Parse,
     *,
     images: Images | None,
+    repeats: bool = True,
     open: str = "distractors",
     distractors: int = DISTRACTORS,
     seed: int = 0,
 ) -> Iterator[SourceRow | Skipped]:
     """Yield rows with options, or open ones; calls `elements` twice for the distractors.
 
-    Skips a question outside the test split that the test asks about the same image.
+    Skips a question outside the test split that the test asks about the same image; and without
+    `repeats`, one that an earlier row of its split asks about its image, with the same answer.
 
     Raises:
         ValueError: for an invalid number of distractors or seed.
@@ -87,11 +91,17 @@ def read_answered(
             pool.add(entry.kind, entry.answer)
             if entry.split == TEST_SPLIT:
                 held_out.add(_key(entry))
+    seen: dict[tuple[object, ...], str] = {}
     for where, default_id, element in elements():
         entry = _read_entry(element, where, default_id, parse)
         if isinstance(entry, Skipped):
             yield entry
-        elif entry.split != TEST_SPLIT and _key(entry) in held_out:
+            continue
+        row = (entry.split, *_key(entry), entry.answer)
+        first = where if repeats or not entry.image else seen.setdefault(row, where)
+        if first != where:
+            yield Skipped(where, entry.id, REPEATED, chosen=True)
+        elif entry.image and entry.split != TEST_SPLIT and _key(entry) in held_out:
             yield Skipped(where, entry.id, "the test asks the same of the same image", chosen=True)
         elif entry.answer not in YES_NO and open == "skip":
             yield Skipped(where, entry.id, LEFT_OUT, chosen=True)
@@ -115,8 +125,9 @@ def _read_entry(element: Any, where: str, default_id: str, parse: Parse) -> Answ
     return Skipped(where, default_id, entry, chosen=True) if isinstance(entry, str) else entry
 
 
-def _key(entry: Answered) -> tuple[str, str]:
-    return entry.image, entry.question.casefold()
+def _key(entry: Answered) -> tuple[object, str]:
+    image = entry.image.key if isinstance(entry.image, Encoded) else entry.image
+    return image, entry.question.casefold()
 
 
 def _row(entry: Answered, where: str, pool: AnswerPool, images: Images | None, open: str) -> SourceRow | Skipped:
@@ -130,13 +141,19 @@ def _row(entry: Answered, where: str, pool: AnswerPool, images: Images | None, o
             question=entry.question,
             options=options,
             answer=entry.answer if is_open else written_answer(options, options.index(entry.answer)),
-            image=None if images is None else images.find(entry.image),
+            image=_image(entry.image, images),
             modality=entry.modality,
             kind=entry.kind,
             task="open" if is_open else "choice",
         )
     except (BadRowError, BadImageError) as error:
         return Skipped(where, entry.id, str(error))
+
+
+def _image(image: str | SourceImage, images: Images | None) -> SourceImage | None:
+    if not isinstance(image, str):
+        return image
+    return None if images is None else images.find(image)
 
 
 def answer_of(element: Mapping[str, Any]) -> str:

@@ -90,7 +90,7 @@ def _read_boxes(elements: Callable[[], Iterable[Element]], images: Images) -> It
     for _, default_id, element in elements():
         with suppress(BadRowError):  # reported as the question's
             entry = _parse(as_object(element), default_id)
-            shown[entry.image] = entry.split, entry.modality
+            shown[str(entry.image)] = entry.split, entry.modality
     for name, (split, modality) in shown.items():
         folder = PurePosixPath(name).parent
         where, row_id = f"{DETECTION} of {folder}", f"{folder}".replace("/", "-")

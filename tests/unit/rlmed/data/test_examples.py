@@ -295,16 +295,36 @@ def test_a_long_value_is_cut_in_the_reason(folder):
     assert len(skip.reason) < 500
 
 
-def test_skips_are_summed_up_in_one_line(folder):
-    bad = [row(id=f"b{number}", question="") for number in range(5)]
-    result = read_examples(write(folder, row(), *bad))
-    assert result.skipped[0] == SkippedRow(2, "b0", "it has no question")
-    assert format_skips(result) == (
-        f"{folder / 'train.jsonl'}: 5 of 6 rows skipped (all are listed in data.json). The first 3: line 2 (b0): it has no "
-        "question; line 3 (b1): it has no question; line 4 (b2): it has no question"
+def test_skips_are_summed_up_in_one_line_by_what_is_wrong(folder):
+    bad = [row(id=f"b{number}", question="") for number in range(500)]
+    tasks = [row(task=name, answer="x", options=...) for name in ("opne", "opne", "opne")]
+    lost = [row(id=f"i{number}", image=f"images/{number}9.png") for number in range(2)]
+    result = read_examples(write(folder, row(), *lost, *tasks, *bad, row(answer="foot")))
+    assert result.skipped[5] == SkippedRow(7, "b0", "it has no question")
+    line = format_skips(result)
+    assert line.startswith(
+        f"{folder / 'train.jsonl'}: 506 of 507 rows skipped (all are listed in data.json). The 3 most common of 4 reasons: 500 "
+        "rows, such as line 7 (b0): it has no question; 3 rows, such as line 4 (train-4): its task 'opne' is unknown"
     )
-    assert "skipped. The first 1: line 2" in format_skips(result, 1, record="")
-    assert "(all are listed in data.json). line 2 (b0)" in format_skips(result, 5)
+    assert "; 2 rows, such as line 2 (i0): image " in line
+    assert "line 507" not in line
+    assert "skipped. The 1 most common of 4 reasons: 500 rows" in format_skips(result, 1, record="")
+    assert "(all are listed in data.json). 500 rows, " in format_skips(result, 5)
+    assert "; line 507 (train-507): " in format_skips(result, 5)
+
+
+def test_rows_can_be_refused_before_their_images_are_decoded(folder):
+    (folder / "images" / "cut.png").write_bytes(b"no image")
+    path = write(folder, row(image="images/cut.png"), row(), row(question=""))
+    given: list[list[str]] = []
+
+    def refuse(rows):
+        given.append([example.id for example in rows])
+        raise ValueError("not these")
+
+    with pytest.raises(ValueError, match="not these"):
+        read_examples(path, check=refuse)
+    assert given == [["train-1", "train-2"]]
 
 
 @pytest.mark.parametrize(

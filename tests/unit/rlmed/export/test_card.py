@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,12 @@ from rlmed.evaluation.records import Accuracy
 from rlmed.evaluation.results import EvalSummary, FileSummary, write_evaluation
 from rlmed.evaluation.scores import Estimate, TaskSummary
 from rlmed.export.card import model_card
+from rlmed.export.card_tasks import MEANINGS
 from rlmed.export.folder import Exported
 from rlmed.export.source import Source
 from rlmed.export.template import BEGIN, END, with_training_prompt
+from rlmed.tasks.base import Task
+from rlmed.tasks.registry import OWN
 
 GOLDEN = Path(__file__).parent / "choice"
 """What multiple choice had before there were other tasks."""
@@ -95,11 +99,32 @@ def test_the_card_of_another_task_asks_its_question_and_has_its_scores(make_card
     assert "```text\nLook.\nWhere is the nodule?\nBoxes.\n```" in card
     assert "rlmed.ask image.png 'Where is the nodule?' --task grounding --model ." in card
     assert 'question = "Where is the nodule?"' in card
-    assert "of the task grounding, from iou 0.5 on" in card
+    assert "right from this score on: grounding iou 50." in card
     values = ["iou", "61.2 (55–67)", "**61.2 (55–67)**", "21.1 (18–24)", "20.1 (17–23)", "17.1", "22.2 own"]
     assert f"| ct | grounding | 10 | {' | '.join(values)} |" in card
     assert "| mAP | 33.3 (25–41) | 33.3 (25–41) | – | – | – | – |" in card
-    assert [word for word in ("--options", "option texts", "multiple", "A letter", "`modality`") if word in card] == []
+    assert "Chance is another row's right answer." in card
+    words = ("--options", "option texts", "multiple", "A letter", "`modality`", "reordered")
+    assert [word for word in words if word in card] == []
+    assert len({line.count("|") for line in card.splitlines() if line.startswith(("| ct | 10", "| file | rows"))}) == 1
+
+
+def test_the_card_says_what_the_scores_of_each_task_are(make_card: Callable[..., str]) -> None:
+    scores = {"rouge_l": Estimate(0.4, 0.3, 0.5), "bleu": Estimate(0.2, 0.1, 0.3), "own": Estimate(0.2, 0.1, 0.3)}
+    report = dataclasses.replace(IOU, name="report", main="rouge_l", scores=scores, over_file={}, controls={})
+    card = make_card("qwen2_vl", ("choice", "grounding", "report"), (IOU, report))
+    grounding, reported = (line for line in card.splitlines() if line.startswith(("- grounding: ", "- report: ")))
+    assert [part.split(":")[0] for part in grounding.removeprefix("- grounding: ").split("; ")] == ["iou", "mAP"]
+    assert re.fullmatch(r"- report: rouge_l: .*; bleu: [^;:]*\. Overlap of words .*", reported)
+    assert "options reordered" in card
+    assert "Chance is one of the options at random (of other tasks, another row's right answer)." in card
+    assert "Options are reordered, and accuracy then counted, of\nmultiple choice alone." in card
+
+
+@pytest.mark.parametrize("task", OWN)
+def test_every_score_of_a_task_has_a_meaning(task: Task) -> None:
+    if task.name != "choice":
+        assert [score for score in task.score_names if (task.name, score) not in MEANINGS] == []
 
 
 def test_a_single_row_has_no_chance_and_no_prior(make_card: Callable[..., str]) -> None:

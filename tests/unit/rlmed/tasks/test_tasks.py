@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -192,8 +193,44 @@ def test_a_file_of_synonyms_gives_answers_and_labels_other_spellings(tmp_path: P
         assert not task_of(organ).judge(organ, completion("edema").text).correct
     finally:
         settle_tasks([], None)
-    with pytest.raises(ValueError, match=r"none\.csv"):
-        settle_tasks([], str(tmp_path / "none.csv"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("none.csv", None, r"none\.csv cannot be read: No such file or directory; "),
+        ("Terms.csv", None, r"Terms\.csv cannot be read: .*terms\.csv"),
+        ("folder", None, r"folder cannot be read: Is a directory; "),
+        ("latin.csv", "\u00f6dem,edema\n".encode("latin-1"), r"latin\.csv is not UTF-8 \(byte 0\): "),
+        ("three.csv", b"a,b\na,b,c\n", r"three\.csv, line 2: 3 columns: write spelling,label"),
+        ("bad.json", b'{"a": "b",}', r"bad\.json is not valid JSON \("),
+        ("list.json", b"[]", r"list\.json holds no JSON object: write"),
+        ("two.json", b'{"a": "b", "a": "c"}', r"two\.json: 'a' is 'c' and 'b': keep one"),
+    ],
+)
+@pytest.mark.parametrize(("key", "named"), [("data.extra_tasks", "data.synonyms"), ("--extra-tasks", "--synonyms")])
+def test_a_file_of_synonyms_that_cannot_be_used_is_one_line_with_its_key(
+    tmp_path: Path, name: str, content: bytes | None, said: str, key: str, named: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "terms.csv").write_text("a,b\n")
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=said) as caught:
+        settle_tasks([], str(tmp_path / name), key=key)
+    assert str(caught.value).startswith(f"{named}: {tmp_path / name}")
+    assert "Errno" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_report_may_do_without_an_image_if_its_row_says_so(tmp_path: Path) -> None:
+    row = {"task": "report", "question": "Findings: no cyst. Impression?", "answer": "Clear."}
+    rows = [{**row, "image": None}, row, {**row, "task": "open"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read_examples(tmp_path / "rows.jsonl")
+    assert [(example.task, example.images) for example in found.examples] == [("report", ()), ("open", ())]
+    (skipped,) = found.skipped
+    assert (skipped.line, skipped.reason.partition(": ")[2][:16]) == (2, "name it in `imag")
 
 
 def test_labels_over_a_file_are_scored_by_row_and_by_label(tmp_path: Path) -> None:
@@ -232,7 +269,8 @@ def test_figures_of_resamples_are_those_of_the_drawn_rows(tmp_path: Path, name: 
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"task": "opne", "answer": "x"}, "task 'opne' is unknown: choose from choice, open"),
+        ({"task": "opne", "answer": "x"}, "its task 'opne' is unknown: did you mean open? Else choose from choice"),
+        ({"task": "Boxes", "answer": "x"}, "its task 'Boxes' is unknown: choose from choice, open, grounding, labels"),
         ({"task": "open"}, "it has no answer"),
         ({"task": "open", "answer": []}, "its answer is"),
         ({"task": "open", "answer": ["a", " "]}, "its answer is"),
@@ -256,14 +294,14 @@ def test_figures_of_resamples_are_those_of_the_drawn_rows(tmp_path: Path, name: 
             "is a box, and belongs into a list of boxes: write [[31, 40, 58, 66]]",
         ),
         ({"task": "grounding", "answer": "left"}, "its answer is 'left'"),
-        ({"task": "grounding", "answer": [], "image": None}, "it has no image"),
+        ({"task": "grounding", "answer": [], "image": None}, "it has no image, and its task grounding needs"),
         ({"task": "labels", "answer": "cyst"}, "its answer is 'cyst'"),
         ({"task": "labels", "answer": ["Cyst", "cyst"]}, "names a label twice"),
         ({"task": "labels", "answer": ["cyst"], "options": ["mass", "edema"]}, "'cyst', which is none of its options"),
         ({"task": "labels", "answer": [], "options": ["None", "cyst"]}, "'none', which means that no label applies"),
         ({"task": "labels", "answer": [], "options": ["cyst", "Cyst"]}, "name a label twice"),
         ({"answer": "liver"}, "such as open"),
-        ({"task": "report", "answer": ""}, "its answer is ''"),
+        ({"task": "report", "answer": "", "image": None}, "its answer is ''"),
     ],
 )
 def test_a_row_that_its_task_cannot_use_says_why(tmp_path: Path, row: dict[str, Any], said: str) -> None:
@@ -408,16 +446,20 @@ def test_a_task_of_the_user_that_misbehaves_is_named_with_example_and_answer(
     ("path", "said"),
     [
         ("my_stages", "write module:Class"),
-        ("my_stages:Missing", "AttributeError"),
-        ("no_such_module:Task", "ModuleNotFoundError"),
+        ("my_stages.py:Staging", "write module:Class"),
+        ("my_stages:Stagin", r"'Stagin' does not exist in .*my_stages\.py: did you mean Staging\?"),
+        ("my_stages:Xyz", r"'Xyz' does not exist in .*my_stages\.py: define it there"),
+        ("no_such_module:Task", r"'no_such_module' cannot be imported from HERE or the .*: ModuleNotFoundError"),
         ("my_stages:NOT", "TypeError"),
         ("my_stages:Choice", "'choice' is a task of rlmed"),
         ("my_stages:Unfinished", "its template needs"),
     ],
 )
 def test_a_task_that_cannot_be_added_says_why(own_module: str, path: str, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        settle_tasks([path], None)
+    for key in ("data.extra_tasks", "--extra-tasks"):
+        with pytest.raises(ValueError, match=said.replace("HERE", re.escape(str(Path.cwd())))) as caught:
+            settle_tasks([path], None, key=key)
+        assert str(caught.value).startswith(key)
 
 
 def test_a_frozen_example_of_any_task_can_be_changed_for_a_control(tmp_path: Path) -> None:

@@ -115,6 +115,26 @@ def test_a_question_that_is_in_training_is_named(train: list[Example]) -> None:
     assert report.leaking_ids("mri") == set()
 
 
+def test_questions_of_other_tasks_repeat_whatever_the_order_of_their_answers(train: list[Example]) -> None:
+    def asked(name: str, task: str, key: str, *answers: object) -> Example:
+        return Example(name, train[0].image, "Which?", task=task, truth={key: list(answers)})
+
+    known = [
+        asked("o", "open", "answers", "the spleen", "spleen"),
+        asked("l", "labels", "labels", "cyst", "mass"),
+        asked("g", "grounding", "boxes", [0.1, 0.2, 0.3, 0.4], [0.5, 0.1, 0.9, 0.2]),
+    ]
+    tests = [
+        asked("open", "open", "answers", "Spleen", "the spleen"),
+        asked("labels", "labels", "labels", "mass", "Cyst"),
+        asked("boxes", "grounding", "boxes", [0.5, 0.1, 0.9, 0.2], [0.1, 0.2, 0.3, 0.4]),
+        asked("other corners", "grounding", "boxes", [0.2, 0.1, 0.3, 0.4], [0.5, 0.1, 0.9, 0.2]),
+        asked("fewer", "labels", "labels", "mass"),
+        row("letters", train[0].image, options=("mass", "cyst")),
+    ]
+    assert only(find_leakage(known, {"all": tests})).repeated_ids == ("open", "labels", "boxes")
+
+
 def test_any_image_of_a_test_row_against_any_of_a_training_row(tmp_path: Path) -> None:
     a, b, c, d, e, f, g = (save(tmp_path, f"train/{name}.png", picture(i)) for i, name in enumerate("abcdefg"))
     new = [save(tmp_path, f"test/new{seed}.png", picture(seed)) for seed in range(70, 75)]
