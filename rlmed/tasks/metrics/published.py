@@ -60,10 +60,10 @@ def all_answers(completion: str) -> str:
 def medevalkit_closed(completion: str, reference: str) -> bool:
     """Return whether the answer holds "yes" or "no" anywhere, not both, and the right one.
 
-    MedEvalKit's `judge_judgement` (as `all_answers`), for VQA-RAD's questions whose answer is yes or
-    no, and SLAKE's if it is written in small letters ("Yes" must be the whole answer there). They
-    are letters, not words: "normal" holds "no". Left out here and below: boxed answers, and phrases
-    such as "the answer is", after which it reads.
+    MedEvalKit's `judge_judgement` (as `all_answers`), for VQA-RAD's questions whose answer is yes
+    or no, and SLAKE's if it is written in small letters ("Yes" must be the whole answer there).
+    They are letters, not words: "normal" holds "no". Left out here and below: boxed answers, and
+    phrases such as "the answer is", after which it reads.
 
     Example:
         >>> medevalkit_closed("<answer>Yes, there is.</answer>", "yes")

@@ -182,6 +182,6 @@ def test_the_settings_know_the_kits() -> None:
     [("(left (lower) lobe", "lobe"), ("（左（下）叶", "叶"), ("liver (a", "liver a"), ("a) liver (b) c", "a liver c")],
 )
 def test_brackets_end_where_lmms_evals_do(answer: str, same: str) -> None:
-    # lmms_eval/tasks/slake/utils.py, normalize_answer (65ef07d): from an opening one to the next closing one
+    # lmms_eval/tasks/slake/utils.py (65ef07d): from an opening one to the next closing one
     assert slake_exact(answer, same)
     assert slake_exact("(" * 100_000, "")  # in linear time
