@@ -20,7 +20,8 @@ from rlmed.data.loading import CheckRows, load_run_data
 from rlmed.data.stream import SEED_STRIDE
 from rlmed.evaluation.faithfulness import read_faithfulness
 from rlmed.evaluation.faithfulness_table import faithfulness_table
-from rlmed.evaluation.kits.predictions import FOLDER, check_kits, predictions_table, write_predictions
+from rlmed.evaluation.kits.predictions import check_kits, predictions_table, write_predictions
+from rlmed.evaluation.kits.rule_scores import FOLDER
 from rlmed.evaluation.reliability.questions import ReliabilitySettings, measure_reliability
 from rlmed.evaluation.reliability.table import reliability_table
 from rlmed.evaluation.results import ROWS_FILE, check_comparable, step_folder

@@ -282,7 +282,7 @@ class Run:
     def _evaluate(self, step: int, *, controls: bool) -> EvalSummary:
         with self.tracer.span("evaluate", step=step):
             summary = self.evaluator.evaluate(step, controls=controls)
-        self.recorder.record_evaluation(step, summary.accuracies)
+        self.recorder.record_evaluation(step, summary.accuracies | summary.accuracies_by_task)
         self.progress.evaluated(summary.accuracies, step)
         return summary
 

@@ -12,7 +12,7 @@ from math import comb
 import numpy as np
 import numpy.typing as npt
 
-from rlmed.core.statistics import BoolArray
+from rlmed.core.statistics import BoolArray, wilson_interval
 from rlmed.core.types import IntArray
 
 Float64Array = npt.NDArray[np.float64]
@@ -20,11 +20,13 @@ Float64Array = npt.NDArray[np.float64]
 BINS = 15
 """Bins of equal width for the calibration error (Guo et al. 2017, arXiv 1706.04599)."""
 RESAMPLES = 1000
+_ROUNDING = 1e-12
+"""Values that differ by less are equal: means of the same scores, summed in other orders."""
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A statistic with its bootstrap 95 % interval over questions.
+    """A statistic with its 95 % interval over questions: by bootstrap, unless said otherwise.
 
     Example:
         Estimate(value=0.082, low=0.061, high=0.131, rows=300)
@@ -43,19 +45,77 @@ class Estimate:
         return cls(statistic(np.arange(rows, dtype=np.int64)), low, high, rows)
 
     @classmethod
-    def mean(cls, values: npt.ArrayLike) -> Estimate:
-        """Return the mean of one number per question, float [N]."""
+    def mean(cls, values: npt.ArrayLike, bounds: tuple[float, float] = (0.0, 1.0)) -> Estimate:
+        """Return the mean of one number per question, float [N], with its `mean_interval`."""
         array = np.asarray(values, dtype=np.float64)
-        return cls.of(lambda rows: float(array[rows].mean()), len(array))
+        low, high = mean_interval(array, bounds)
+        return cls(float(array.mean()), low, high, len(array))
 
     @classmethod
     def ratio(cls, counts: npt.ArrayLike, totals: npt.ArrayLike) -> Estimate:
         """Return sum(counts) / sum(totals), float [N] each, for questions with several answers.
 
-        A resample without any total counts as 0.
+        A resample without any total counts as 0. A share that no resample changes has the interval
+        of equal values (see `equal_interval`).
         """
         above, below = (np.asarray(values, dtype=np.float64) for values in (counts, totals))
-        return cls.of(lambda rows: float(above[rows].sum() / max(below[rows].sum(), 1)), len(above))
+        found = cls.of(lambda rows: float(above[rows].sum() / max(below[rows].sum(), 1)), len(above))
+        if found.high - found.low > _ROUNDING:
+            return found
+        return cls(found.value, *equal_interval(found.value, found.rows), found.rows)
+
+
+def mean_interval(values: npt.ArrayLike, bounds: tuple[float, float] = (0.0, 1.0)) -> tuple[float, float]:
+    """Return the 95 % interval of a mean of bounded numbers.
+
+    Numbers that are all at a bound, as whether an answer is right, have Wilson's interval; equal
+    ones `equal_interval`; others the percentile bootstrap (see `bootstrap_interval`).
+
+    Example:
+        >>> [round(bound, 3) for bound in mean_interval([0, 0, 0, 0, 0])]
+        [0.0, 0.434]
+        >>> [round(bound, 3) for bound in mean_interval([0.5, 0.5, 0.5, 0.5, 0.5])]
+        [0.283, 0.717]
+
+    Args:
+        values: float [N].
+        bounds: the least and the greatest number possible.
+
+    Raises:
+        ValueError: without values, or if one is out of bounds.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    lowest, highest = bounds
+    if not len(array):
+        raise ValueError("a mean of no values has no interval: give at least one")
+    if not np.all((array >= lowest - _ROUNDING) & (array <= highest + _ROUNDING)):
+        raise ValueError(f"values run from {array.min()} to {array.max()}: they must lie in [{lowest}, {highest}]")
+    if np.ptp(array) <= _ROUNDING:
+        return equal_interval(float(array[0]), len(array), bounds)
+    if np.all((array == lowest) | (array == highest)):
+        low, high = wilson_interval(int((array == highest).sum()), len(array))
+        return lowest + (highest - lowest) * low, lowest + (highest - lowest) * high
+    drawn = np.random.default_rng(0).integers(0, len(array), (RESAMPLES, len(array)))
+    low, high = np.percentile(array[drawn].mean(1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def equal_interval(value: float, rows: int, bounds: tuple[float, float] = (0.0, 1.0)) -> tuple[float, float]:
+    """Return the 95 % interval of a mean of equal values, which a bootstrap gives no width.
+
+    Of N rows none differs, so the share of other values is at most u, the upper bound of Wilson's
+    interval (1927) for 0 of N, near the rule of three, 3 / N (Hanley and Lippman-Hand 1983). Those
+    could lie anywhere within the bounds: [v - u (v - lowest), v + u (highest - v)]. At a bound this
+    is Wilson's interval.
+
+    Args:
+        value: what all rows have.
+        rows: their number.
+        bounds: the least and the greatest number possible.
+    """
+    lowest, highest = bounds
+    _, others = wilson_interval(0, rows)
+    return value - others * (value - lowest), value + others * (highest - value)
 
 
 def bootstrap_interval(

@@ -37,8 +37,9 @@ Pairs = Sequence[tuple[EvalRow, EvalRow]]
 class Faithfulness:
     """How far the answers to one task in one file depend on the picture (docs/reliability.md).
 
-    Shares of questions have Wilson's interval, differences a paired bootstrap over questions; both
-    95 %. None without the control, or without a question that the figure is about.
+    Shares of questions have Wilson's interval, differences that of a mean of paired differences
+    (`rlmed.core.calibration.mean_interval`); both 95 %. None without the control, or without a
+    question that the figure is about.
     """
 
     file: str
@@ -110,7 +111,7 @@ def _pairs(rows: Sequence[EvalRow], control: Control) -> Pairs:
 def _difference(pairs: Pairs) -> Estimate | None:
     if not pairs:
         return None
-    return Estimate.mean([_score(own) - _score(other) for own, other in pairs])
+    return Estimate.mean([_score(own) - _score(other) for own, other in pairs], bounds=(-1.0, 1.0))
 
 
 def _score(row: EvalRow) -> float:

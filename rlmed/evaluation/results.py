@@ -88,6 +88,13 @@ class FileSummary:
     """Accuracy with the pictures in another order, for rows with several."""
     tasks: tuple[TaskSummary, ...] = ()
     """Scores of the rows of each task other than multiple choice."""
+    parts: tuple[FileSummary, ...] = ()
+    """Of a file with several tasks: the same of each task's rows alone, by the task's name."""
+
+    @property
+    def other_order(self) -> Accuracy | None:
+        """`reordered`, unless the file also has rows without options: then that of its part."""
+        return None if self.parts else self.reordered
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +118,11 @@ class EvalSummary:
     def accuracies(self) -> dict[str, float]:
         """Accuracy by file."""
         return {file.name: file.accuracy.value for file in self.files}
+
+    @property
+    def accuracies_by_task(self) -> dict[str, float]:
+        """Accuracy by file and task, as `file/task`, of files with several tasks."""
+        return {f"{file.name}/{part.name}": part.accuracy.value for file in self.files for part in file.parts}
 
     @property
     def mean_accuracy(self) -> float:
@@ -181,9 +193,9 @@ def compare(before: Path, after: Path) -> dict[str, Any]:
     Returns:
         `{"before": {"model", "step"}, "after": {…}, "files": {name: {"rows", "correct_before",
         "correct_after", "gained", "lost", "p_value"}}}`; the p-value is McNemar's, exact and
-        two-sided. A file with other tasks than multiple choice also has
-        `"scores": {task: {"before", "after", "p_value"}}`: means of the main score, and
-        `sign_flip_test`.
+        two-sided. A file with several tasks also has the same by task, as `"tasks"`; one with other
+        tasks than multiple choice `"scores": {task: {"before", "after", "p_value"}}`: means of the
+        main score, and `sign_flip_test`.
 
     Raises:
         ValueError: if they share no file, or a shared file has different rows.
@@ -195,13 +207,14 @@ def compare(before: Path, after: Path) -> dict[str, Any]:
         if name not in first:
             continue
         _check_same_rows(name, before, first[name], second[name])
-        answers = pair_answers(first[name], second[name])
-        files[name] = {
-            "rows": len(answers[0]),
-            "correct_before": int(answers[0].sum()),
-            "correct_after": int(answers[1].sum()),
-            **dataclasses.asdict(mcnemar(*answers)),
-        }
+        files[name] = _compare_answers(first[name], second[name])
+        tasks = dict.fromkeys(row.task for row in rows[1] if row.file == name)
+        if len(tasks) > 1:
+            of_tasks = [
+                [_answers(row for row in side if (row.file, row.task) == (name, task))[name] for side in rows]
+                for task in tasks
+            ]
+            files[name]["tasks"] = {task: _compare_answers(*sides) for task, sides in zip(tasks, of_tasks, strict=True)}
         if scores := _compare_scores(*([row for row in side if row.file == name] for side in rows)):
             files[name]["scores"] = scores
     if not files:
@@ -265,6 +278,16 @@ def _answers(rows: Iterable[EvalRow]) -> Mapping[str, Answers]:
         if row.control == "none":
             answers.setdefault(row.file, {})[_key(row)] = row.correct
     return answers
+
+
+def _compare_answers(before: Answers, after: Answers) -> dict[str, Any]:
+    first, second = pair_answers(before, after)
+    return {
+        "rows": len(first),
+        "correct_before": int(first.sum()),
+        "correct_after": int(second.sum()),
+        **dataclasses.asdict(mcnemar(first, second)),
+    }
 
 
 def _compare_scores(before: Sequence[EvalRow], after: Sequence[EvalRow]) -> dict[str, dict[str, float]]:

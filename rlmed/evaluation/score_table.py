@@ -14,7 +14,8 @@ from rlmed.evaluation.results import EvalSummary
 from rlmed.evaluation.scores import Estimate, TaskSummary
 
 _LEGEND = (
-    "small figures: bootstrap 95 % intervals over rows; p: sign flips, paired; *: the reward `task`",
+    "small figures: 95 % intervals, Wilson or bootstrap over rows; *: the reward `task`",
+    "p: sign flips, paired; n: rows that a control was asked on, where not on all",
     "blank, shuffled: on a grey picture, on another row's",
     "chance: another row's right answer; prior: the one best answer to a question without its image",
 )
@@ -57,8 +58,13 @@ def _lines(before: TaskSummary | None, task: TaskSummary) -> Iterator[tuple[str,
     """Yield each score's name and its cells: value, blank, shuffled, chance and prior."""
     for name, now in {**task.scores, **task.over_file}.items():
         then = None if before is None else {**before.scores, **before.over_file}.get(name)
-        controls = [_cell(task.controls.get(control, {}).get(name)) for control in ("blank", "shuffled")]
+        controls = [_control(task, control, name) for control in ("blank", "shuffled")]
         yield name, [_change(then, now), *controls, _baselines(task, name)]
+
+
+def _control(task: TaskSummary, control: str, name: str) -> str:
+    cell, rows = _cell(task.controls.get(control, {}).get(name)), task.control_rows.get(control, task.rows)
+    return cell if cell == "–" or rows == task.rows else f"{cell}\nn={rows}"
 
 
 def _baselines(task: TaskSummary, name: str) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from rlmed.core.types import Example, FloatArray
+from rlmed.core.calibration import equal_interval, mean_interval
+from rlmed.core.types import Example
 from rlmed.evaluation.records import Control, EvalRow
 from rlmed.tasks.base import Task
 from rlmed.tasks.registry import task_named
@@ -27,7 +28,10 @@ Scores = Mapping[str, float]
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A figure in [0, 1] and its 95 % interval, by bootstrap over rows (Efron 1979, percentiles).
+    """A figure in [0, 1] and its 95 % interval over rows.
+
+    Of a mean by `rlmed.core.calibration.mean_interval`; of another figure by bootstrap (Efron 1979,
+    percentiles), or, if no resample changes it, as that of equal values.
 
     Example:
         >>> Estimate(value=0.61, low=0.55, high=0.67).value
@@ -60,6 +64,8 @@ class TaskSummary:
     """Scores of the answer that is best on training rows with the same question, else of the same
     kind, else of all: an image-free baseline; None without training rows of the task.
     """
+    control_rows: dict[str, int] = field(default_factory=dict)
+    """Rows that each control was asked on; earlier versions did not record them."""
 
 
 @dataclass(frozen=True)
@@ -117,16 +123,16 @@ def summarise_task(rows: Sequence[EvalRow], baselines: Baselines) -> TaskSummary
         chance=_mean_scores(baselines.chance),
         own_prior=_mean_scores(baselines.own_prior),
         prior=_mean_scores(baselines.prior),
+        control_rows={control: len(answers) for control, answers in by_control.items()},
     )
 
 
 def _means(task: Task, rows: Sequence[EvalRow]) -> dict[str, Estimate]:
-    return {name: _estimate(np.array([row.scores[name] for row in rows])) for name in task.score_names}
+    return {name: _estimate([row.scores[name] for row in rows]) for name in task.score_names}
 
 
-def _estimate(values: FloatArray | np.ndarray[Any, Any]) -> Estimate:
-    draws = np.random.default_rng(_SEED).integers(len(values), size=(RESAMPLES, len(values)))
-    return _interval(float(values.mean()), values[draws].mean(1))
+def _estimate(values: Sequence[float]) -> Estimate:
+    return Estimate(float(np.mean(values)), *mean_interval(values))
 
 
 def _over_file(task: Task, rows: Sequence[EvalRow]) -> dict[str, Estimate]:
@@ -137,11 +143,13 @@ def _over_file(task: Task, rows: Sequence[EvalRow]) -> dict[str, Estimate]:
     draws = np.random.default_rng(_SEED).integers(len(answers), size=(RESAMPLES, len(answers)))
     # order matters to mAP, so it is kept; a resample without anything to find has no figures
     drawn = task.over_resamples(answers, np.sort(draws, axis=1))
-    return {name: _interval(value, drawn[name]) for name, value in values.items()}
+    return {name: _interval(value, drawn[name], len(rows)) for name, value in values.items()}
 
 
-def _interval(value: float, resampled: Any) -> Estimate:
+def _interval(value: float, resampled: Any, rows: int) -> Estimate:
     low, high = np.percentile(resampled, (2.5, 97.5))
+    if high - low < 1e-12:
+        low, high = equal_interval(value, rows)
     return Estimate(value, float(low), float(high))
 
 

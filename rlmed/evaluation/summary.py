@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,18 +25,39 @@ def summarise(file: EvalFile, rows: Sequence[EvalRow], train: Sequence[Example])
         rows: the judged answers to them.
         train: rows to fit the image-free prior on; may be empty.
     """
+    by_task: dict[str, list[Example]] = {}
+    for example in file.examples:
+        by_task.setdefault(example.task, []).append(example)
+    baselines = {name: Baselines.of(name, part, train) for name, part in by_task.items() if name != "choice"}
+    parts = [
+        _summarise(name, {name: part}, [row for row in rows if row.task == name], train, baselines)
+        for name, part in by_task.items()
+    ]
+    return dataclasses.replace(
+        _summarise(file.name, by_task, rows, train, baselines),
+        tasks=tuple(summarise_task(rows, one) for one in baselines.values()),
+        parts=tuple(parts) if len(parts) > 1 else (),
+    )
+
+
+def _summarise(
+    name: str,
+    by_task: Mapping[str, Sequence[Example]],
+    rows: Sequence[EvalRow],
+    train: Sequence[Example],
+    baselines: Mapping[str, Baselines],
+) -> FileSummary:
+    """Summarise the answers to the questions of some tasks, without the tasks' scores."""
     plain = [row for row in rows if row.control == "none"]
     types = sorted({row.question_type for row in plain if row.question_type})
     by_type = {name: [row.correct for row in plain if row.question_type == name] for name in types}
-    choices, others = _by_task(file.examples)
+    choices = by_task.get("choice", ())
     kept, option = kept_orders(example.options for example in choices)
     fitted = [example for example in train if example.is_choice]
     prior = ImageFreePrior.fit(fitted) if fitted else None
-
-    baselines = [Baselines.of(name, examples, train) for name, examples in others.items()]
-    shares = _Shares(choices, others, baselines)
+    shares = _Shares(choices, [baselines[task] for task in by_task if task != "choice"], by_task)
     return FileSummary(
-        name=file.name,
+        name=name,
         rows=len(plain),
         accuracy=Accuracy.of(sum(row.correct for row in plain), len(plain)),
         format_rate=float(np.mean([row.format for row in plain])),
@@ -58,24 +80,24 @@ def summarise(file: EvalFile, rows: Sequence[EvalRow], train: Sequence[Example])
         kept_order=kept,
         kept_order_by=option,
         not_offered=float(np.mean([row.not_offered for row in plain])),
-        tasks=tuple(summarise_task(rows, one) for one in baselines),
     )
 
 
 @dataclass(frozen=True)
 class _Shares:
-    """Shares of right answers without an image, over a file's rows of all tasks."""
+    """Shares of right answers without an image, over the rows of some tasks."""
 
     choices: Sequence[Example]
-    others: Mapping[str, Sequence[Example]]
     baselines: Sequence[Baselines]
+    """Of the other tasks."""
+    by_task: Mapping[str, Sequence[Example]]
 
     def over_all(
         self, of_choices: Callable[[Sequence[Example]], float], scores: Callable[[Baselines], Sequence[Scores] | None]
     ) -> float:
         """Return the share, from that of the choices and the other rows' scores."""
         parts = [(of_choices(self.choices), len(self.choices))] if self.choices else []
-        parts += [(one.share_right(scores(one)), len(self.others[one.task.name])) for one in self.baselines]
+        parts += [(one.share_right(scores(one)), len(self.by_task[one.task.name])) for one in self.baselines]
         return sum(share * rows for share, rows in parts) / sum(rows for _, rows in parts)
 
     def image_free(self, prior: ImageFreePrior | None, *, by_rate: bool) -> float | None:
@@ -85,15 +107,6 @@ class _Shares:
         return self.over_all(
             lambda rows: 0.0 if prior is None else prior.accuracy(rows, by_rate=by_rate), lambda one: one.prior
         )
-
-
-def _by_task(examples: Sequence[Example]) -> tuple[list[Example], dict[str, list[Example]]]:
-    """Return the multiple-choice examples, and the others by task."""
-    others: dict[str, list[Example]] = {}
-    for example in examples:
-        if not example.is_choice:
-            others.setdefault(example.task, []).append(example)
-    return [example for example in examples if example.is_choice], others
 
 
 def _under(rows: Sequence[EvalRow], control: Control) -> Accuracy | None:

@@ -17,9 +17,10 @@ from rlmed.evaluation.results import EvalSummary, FileSummary
 def summary_table(before: EvalSummary | None, after: EvalSummary, comparison: Mapping[str, Any] | None) -> Table:
     """Build the table, two lines per file: accuracy and format before and after, p-value, controls.
 
-    All in per cent, with Wilson 95 % intervals. Controls and prior are those of `after`; the prior
-    stands below chance. Without training rows to fit it on, it is the leave-one-out prior, marked
-    "loo".
+    All in per cent, with Wilson 95 % intervals. Below a file with several tasks, each task's rows
+    alone. Controls and prior are those of `after`, with the number of rows where a control could
+    not be asked on all; the prior stands below chance. Without training rows to fit it on, it is
+    the leave-one-out prior, marked "loo".
     """
     if before is None:
         span = f"step {after.step}" if after.step else after.model
@@ -42,19 +43,36 @@ def summary_table(before: EvalSummary | None, after: EvalSummary, comparison: Ma
     earlier = {file.name: file for file in before.files} if before is not None else {}
     tests = comparison["files"] if comparison is not None else {}
     for file in after.files:
-        old = earlier.get(file.name)
-        table.add_row(
-            f"{file.name}\n{file.rows} rows",
-            _change([_percent(one.accuracy.value) + "\n" + _interval(one.accuracy) for one in (old, file) if one]),
-            p_value_text(tests[file.name]["p_value"]) if file.name in tests else "–",
-            _change([_percent(one.format_rate) for one in (old, file) if one]),
-            *(
-                "–" if one is None else _percent(one.value) + "\n" + _interval(one)
-                for one in (file.blank, file.shuffled, file.reordered)
-            ),
-            f"{_percent(file.chance)}\n{_prior(file)}",
-        )
+        old, test = earlier.get(file.name), tests.get(file.name)
+        table.add_row(f"{file.name}\n{file.rows} rows", *_cells(file, old, test))
+        olds = {part.name: part for part in old.parts} if old else {}
+        tested = (test or {}).get("tasks", {})
+        for part in file.parts:
+            label = f"· {part.name}\n  {part.rows} rows"
+            table.add_row(label, *_cells(part, olds.get(part.name), tested.get(part.name)))
     return table
+
+
+def _cells(file: FileSummary, old: FileSummary | None, test: Mapping[str, Any] | None) -> list[str]:
+    """Return the cells of a file, or of its rows of one task, behind the label."""
+    return [
+        _change([_percent(one.accuracy.value) + "\n" + _interval(one.accuracy) for one in (old, file) if one]),
+        p_value_text(test["p_value"]) if test else "–",
+        _change([_percent(one.format_rate) for one in (old, file) if one]),
+        *(_control(control, file.rows) for control in _controls(file)),
+        f"{_percent(file.chance)}\n{_prior(file)}",
+    ]
+
+
+def _controls(file: FileSummary) -> tuple[Accuracy | None, ...]:
+    return file.blank, file.shuffled, file.other_order
+
+
+def _control(control: Accuracy | None, rows: int) -> str:
+    if control is None:
+        return "–"
+    cell = f"{_percent(control.value)}\n{_interval(control)}"
+    return cell if control.rows == rows else f"{cell}\nn={control.rows}"
 
 
 def _legend(summary: EvalSummary, *, tested: bool) -> list[str]:
@@ -64,6 +82,9 @@ def _legend(summary: EvalSummary, *, tested: bool) -> list[str]:
         lines.append("blank, shuffled: on a grey picture, on another row's")
     if any(file.reordered for file in summary.files):
         lines.append("other order: with the options in another order")
+    shown = [(line, control) for file in summary.files for line in (file, *file.parts) for control in _controls(line)]
+    if any(control and control.rows != line.rows for line, control in shown):
+        lines.append("n: rows that the control was asked on, where not on all")
     if any(file.tasks for file in summary.files):
         lines.append(
             "prior of other tasks: the one best answer to a question without its image (loo: of half the file)"
@@ -80,20 +101,22 @@ def _legend(summary: EvalSummary, *, tested: bool) -> list[str]:
 
 def _remarks(summary: EvalSummary) -> list[str]:
     """Return remarks on files: several pictures, letters not offered, rows not reordered."""
+    lines = [(file.name, file) for file in summary.files if not file.parts]
+    lines += [(f"{file.name}, {part.name}", part) for file in summary.files for part in file.parts]
     several = [
-        f"{file.name}, {file.blank_one.rows} rows with several pictures: {', '.join(_several(file))}"
-        for file in summary.files
-        if file.blank_one
+        f"{name}, {line.blank_one.rows} rows with several pictures: {', '.join(_several(line))}"
+        for name, line in lines
+        if line.blank_one
     ]
     letters = [
-        f"{file.name}: {_percent(file.not_offered)} % answer a letter that was not offered: never right, whatever the format"
-        for file in summary.files
-        if file.not_offered
+        f"{name}: {_percent(line.not_offered)} % answer a letter that was not offered: never right, whatever the format"
+        for name, line in lines
+        if line.not_offered
     ]
     orders = [
-        f"{file.name}: {kept_order_text(file.kept_order, file.rows, file.kept_order_by)}"
-        for file in summary.files
-        if file.kept_order
+        f"{name}: {kept_order_text(line.kept_order, line.rows, line.kept_order_by)}"
+        for name, line in lines
+        if line.kept_order
     ]
     return several + letters + orders
 

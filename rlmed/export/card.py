@@ -168,28 +168,39 @@ def _what(source: Source, earlier: Sequence[str], tasks: Sequence[str]) -> str:
 def _accuracy(
     summaries: Sequence[EvalSummary], after: EvalSummary, comparison: Mapping[str, Any] | None
 ) -> list[dict[str, Any]]:
-    before = {file.name: file for file in summaries[0].files} if len(summaries) > 1 else {}
-    tests = comparison["files"] if comparison is not None else {}
+    before = _with_parts(summaries[0]) if len(summaries) > 1 else {}
+    files = comparison["files"] if comparison is not None else {}
+    by_task = {f"{name}, {task}": one for name, file in files.items() for task, one in file.get("tasks", {}).items()}
+    tests = {**files, **by_task}
     several = any(file.blank_one or file.image_order for file in after.files)
     return [
         {
-            "name": file.name,
+            "name": name,
             "rows": file.rows,
-            "before": _measured(before[file.name].accuracy) if file.name in before else "",
+            "before": _measured(before[name].accuracy) if name in before else "",
             "accuracy": f"**{_measured(file.accuracy)}**",
-            "p": p_value_text(tests[file.name]["p_value"]) if file.name in tests else NONE,
+            "p": p_value_text(tests[name]["p_value"]) if name in tests else NONE,
             "format": _percent(file.format_rate),
             "blank": _measured(file.blank),
             "shuffled": _measured(file.shuffled),
-            "reordered": _measured(file.reordered),
+            "reordered": _measured(file.other_order),
             "several": several,
             "blank_one": _measured(file.blank_one),
             "image_order": _measured(file.image_order),
             "chance": _percent(file.chance),
             "prior": _percent(_prior(file)),
         }
-        for file in after.files
+        for name, file in _with_parts(after).items()
     ]
+
+
+def _with_parts(summary: EvalSummary) -> dict[str, FileSummary]:
+    """Return a summary's files, and behind each those of its tasks, by what the card calls them."""
+    return {
+        name: line
+        for file in summary.files
+        for name, line in ((file.name, file), *((f"{file.name}, {part.name}", part) for part in file.parts))
+    }
 
 
 def _prior(file: FileSummary) -> float:

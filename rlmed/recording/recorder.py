@@ -85,7 +85,7 @@ class RunRecorder:
         self._scalars(step, metrics)
 
     def record_evaluation(self, step: int, accuracy: Mapping[str, float]) -> None:
-        """Add accuracies by file after `step` steps to TensorBoard; details: evaluation folder."""
+        """Add accuracies by file, or `file/task`, after `step` steps to TensorBoard."""
         self._scalars(step, {f"accuracy/{name}": value for name, value in accuracy.items()})
 
     def record_groups(self, step: int, groups: Sequence[TrainGroup], discarded: Sequence[ScoredGroup]) -> None:

@@ -10,7 +10,6 @@ import base64
 import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +24,19 @@ from rlmed.core.files.atomic import replace_text
 from rlmed.core.files.damage import read_json
 from rlmed.core.files.jsonlines import read_json_lines
 from rlmed.core.process.display import one_line
-from rlmed.core.statistics import mcnemar
 from rlmed.core.tracing import TIMELINE_LINES
-from rlmed.evaluation.records import Accuracy, EvalRow, p_value_text
-from rlmed.evaluation.reliability.results import ReliabilitySummary
-from rlmed.evaluation.results import SUMMARY_FILE, EvalSummary, FileSummary, last_evaluation, read_comparison, read_rows
+from rlmed.evaluation.records import p_value_text
+from rlmed.evaluation.results import EvalSummary
 from rlmed.models.tiny.toy import EMBEDDED, TOY_NOTE
 from rlmed.recording.inputs import CONFIG_FILE, DATA_FILE, VERSIONS_FILE
 from rlmed.recording.progress import duration
 from rlmed.recording.recorder import METRICS_FILE, ROLLOUTS_FILE
+from rlmed.report.accuracy import accuracy_table, scores_by_task, show_faithfulness, show_rules
+from rlmed.report.evaluations import Evaluations
 from rlmed.report.leakage import show_leakage
 from rlmed.report.plots import draw_accuracy, draw_metrics
 from rlmed.report.reliability import show_reliability
 from rlmed.report.rollouts import Pictures, show_groups, show_rows
-from rlmed.report.task_scores import show_scores
 
 REPORT_FILE = "report.html"
 TEMPLATE, SCRIPT, SHEET = "report.html.j2", "report.js", "report.css"
@@ -49,37 +47,6 @@ NAMES = 6
 """Most data files in the title; all are at the end of the page."""
 SKIPPED_SHOWN = 200
 """Most skipped rows to list by data file; all are in data.json."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Evaluations:
-    """A run's evaluations, by step, and the rows of the first and the last."""
-
-    summaries: tuple[EvalSummary, ...]
-    first_rows: tuple[EvalRow, ...]
-    """Empty if there is only one evaluation."""
-    last_rows: tuple[EvalRow, ...]
-    comparison: Mapping[str, Any] | None
-    """Comparison of the last evaluation with one of another run, if requested."""
-    sft: EvalSummary | None
-    """The supervised baseline on the same files, if given."""
-    reliability: ReliabilitySummary | None
-    """The latest one."""
-
-    @classmethod
-    def read(cls, folder: Path, sft: Path | None) -> _Evaluations:
-        folders = sorted(path for path in folder.glob("step-*") if (path / SUMMARY_FILE).is_file())
-        ends = folders[:1] + folders[-1:] if len(folders) > 1 else folders
-        rows = [tuple(read_rows(path)) for path in ends]
-        measured = [found for path in folders if (found := ReliabilitySummary.read(path))]
-        return cls(
-            summaries=tuple(EvalSummary.read(path) for path in folders),
-            first_rows=rows[0] if len(rows) > 1 else (),
-            last_rows=rows[-1] if rows else (),
-            comparison=read_comparison(folders[-1]) if len(folders) == 1 else None,
-            sft=None if sft is None else EvalSummary.read(last_evaluation(sft)),
-            reliability=measured[-1] if measured else None,
-        )
 
 
 def write_report(run_folder: Path, *, sft: Path | None = None) -> Path:
@@ -127,7 +94,7 @@ def _context(folder: Path, environment: Environment, sft: Path | None) -> dict[s
     config_file = folder / CONFIG_FILE
     config_text, config = read_config(config_file)
     metrics = list(read_json_lines(folder / METRICS_FILE))
-    evaluations = _Evaluations.read(folder / "evaluations", sft)
+    evaluations = Evaluations.read(folder / "evaluations", sft)
     if evaluations.sft is not None:
         _check_common_file(folder, evaluations.summaries, f"--sft {sft}", evaluations.sft)
     versions = _read_json(folder / VERSIONS_FILE) or {}
@@ -144,8 +111,10 @@ def _context(folder: Path, environment: Environment, sft: Path | None) -> dict[s
             "toy": TOY_NOTE if versions.get("toy_model") or str(facts["model"]).startswith(EMBEDDED) else None,
             "questions": _names([file["name"] for file in data["files"]]),
         },
-        "table": _accuracy_table(evaluations),
-        "scores": _scores(evaluations),
+        "table": accuracy_table(evaluations),
+        "scores": scores_by_task(evaluations),
+        "rules": show_rules(evaluations),
+        "faithfulness": show_faithfulness(evaluations),
         "reliability": None if evaluations.reliability is None else show_reliability(evaluations.reliability),
         "plots": ([accuracy] if accuracy else []) + draw_metrics(metrics),
         "timeline": _timeline(folder / TIMELINE_LINES),
@@ -190,21 +159,20 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _run_facts(
-    folder: Path, config: Mapping[Any, Any], metrics: Sequence[Mapping[str, Any]], evaluations: _Evaluations
+    folder: Path, config: Mapping[Any, Any], metrics: Sequence[Mapping[str, Any]], evaluations: Evaluations
 ) -> dict[str, Any]:
     """Return the headline: what ran, how far it got, and its results."""
     last = metrics[-1] if metrics else {}
-    learns_by_reward = "reward/mean" in last
+    # not of every step: rewards may all be missing in one
+    learns_by_reward = any(name.startswith("reward/") for line in metrics for name in line)
     planned = config.get("steps") if learns_by_reward else None
     model = (config.get("model") or {}).get("path") or next((one.model for one in evaluations.summaries), "")
     tiles = []
     if evaluations.summaries:
-        first, final = evaluations.summaries[0], evaluations.summaries[-1]
-        both = _ends(first, final)
-        for name in [file.name for file in final.files][:TILES]:
-            shares = [file.accuracy.value for one in both for file in one.files if file.name == name]
+        for name in [file.name for file in evaluations.ends[-1].files][:TILES]:
+            shares = [file.accuracy.value for one in evaluations.ends for file in one.files if file.name == name]
             tiles.append(_tile(f"{name}, %", shares, "accuracy on held-out questions"))
-        formats = [float(np.mean([file.format_rate for file in one.files])) for one in both]
+        formats = [float(np.mean([file.format_rate for file in one.files])) for one in evaluations.ends]
         tiles.append(_tile("in the format, %", formats, "mean of the files"))
     for name, label, form in (
         ("reward/mean", "reward", "{:.2f}"),
@@ -241,10 +209,6 @@ def _check_common_file(folder: Path, own: Sequence[EvalSummary], given: str, bas
         )
 
 
-def _ends(first: EvalSummary, final: EvalSummary) -> tuple[EvalSummary, ...]:
-    return (final,) if first is final else (first, final)
-
-
 def _tile(label: str, shares: Sequence[float], note: str) -> dict[str, Any]:
     return {"label": label, "values": [_percent(share) for share in shares], "note": note}
 
@@ -253,78 +217,6 @@ def _mean_at(metrics: Sequence[Mapping[str, Any]], name: str, end: str) -> float
     values = [line[name] for line in metrics if line.get(name) is not None]
     tenth = max(1, len(values) // 10)
     return float(np.mean(values[:tenth] if end == "start" else values[-tenth:])) if values else None
-
-
-def _accuracy_table(evaluations: _Evaluations) -> dict[str, Any] | None:
-    if not evaluations.summaries:
-        return None
-    first, last = evaluations.summaries[0], evaluations.summaries[-1]
-    before = {file.name: file for file in first.files} if first is not last else {}
-    sft = {file.name: file for file in evaluations.sft.files} if evaluations.sft else {}
-    lines = [_table_line(file, before.get(file.name), sft.get(file.name), evaluations) for file in last.files]
-    means = {
-        "before": np.mean([line["before"].value for line in lines]) if all(line["before"] for line in lines) else None,
-        "after": last.mean_accuracy,
-        "sft": np.mean([line["sft"].accuracy.value for line in lines]) if all(line["sft"] for line in lines) else None,
-    }
-    return {
-        "steps": [one.step for one in _ends(first, last)],
-        "before": any(line["before"] for line in lines),
-        "before_model": evaluations.comparison["before"]["model"] if evaluations.comparison else None,
-        "sft": bool(sft),
-        "train_rows": last.train_rows,
-        "lines": lines,
-        "means": means,
-    }
-
-
-def _scores(evaluations: _Evaluations) -> dict[str, Any] | None:
-    if not evaluations.summaries:
-        return None
-    first, last = evaluations.summaries[0], evaluations.summaries[-1]
-    return show_scores(
-        None if first is last else first,
-        last,
-        (evaluations.first_rows, evaluations.last_rows),
-        evaluations.comparison,
-        evaluations.sft,
-    )
-
-
-def _table_line(
-    file: FileSummary, before: FileSummary | None, sft: FileSummary | None, evaluations: _Evaluations
-) -> dict[str, Any]:
-    earlier, p_value = (before.accuracy if before else None), None
-    pairs = _paired(evaluations, file.name)
-    if pairs is not None:
-        p_value = mcnemar(*pairs).p_value
-    elsewhere = evaluations.comparison["files"].get(file.name) if evaluations.comparison else None
-    if elsewhere is not None:
-        earlier, p_value = Accuracy.of(elsewhere["correct_before"], elsewhere["rows"]), elsewhere["p_value"]
-    return {
-        "file": file,
-        "before": earlier,
-        "before_format": before.format_rate if before else None,
-        "change": None if earlier is None else file.accuracy.value - earlier.value,
-        "p_value": p_value,
-        "sft": sft,
-        "question_types": [
-            {"name": name, "correct": correct, "rows": rows}
-            for name, (correct, rows) in sorted(file.by_question_type.items())
-        ],
-    }
-
-
-def _paired(evaluations: _Evaluations, name: str) -> tuple[Any, Any] | None:
-    """Return bool [N] before and after for a file's rows; None if the evaluations' rows differ."""
-    sides = [
-        {(row.id, row.question): row.correct for row in rows if row.file == name and row.control == "none"}
-        for rows in (evaluations.first_rows, evaluations.last_rows)
-    ]
-    if not sides[0] or sides[0].keys() != sides[1].keys():
-        return None
-    before, after = (np.array([side[key] for key in sides[0]], dtype=bool) for side in sides)
-    return before, after
 
 
 def _timeline(path: Path) -> dict[str, Any] | None:

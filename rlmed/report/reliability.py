@@ -47,7 +47,7 @@ def _plots(file: FileReliability) -> list[Plot]:
     plots.append(
         Plot(
             f"{file.name}: pass@k",
-            "at least one of k samples is right, bootstrap 95 %; dotted: majority vote, Wilson 95 %",
+            "at least one of k samples is right; dotted: majority vote; intervals: 95 %",
             _draw_sampling(file.sampling),
         )
     )
@@ -55,7 +55,7 @@ def _plots(file: FileReliability) -> list[Plot]:
         plots.append(
             Plot(
                 f"{file.name}: letters over {len(file.order.orders)} option orders",
-                "share of answers with the letter, bootstrap 95 %; bar: share of questions where it is right",
+                "share of answers with the letter, with 95 % intervals; bar: share of questions where it is right",
                 _draw_letters(file.order),
             )
         )

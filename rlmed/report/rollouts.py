@@ -25,6 +25,11 @@ GAINED = "wrong → right"
 PICTURE_SIDE = 224
 FULL_SIZE = 8
 """Most pictures of a question that are shown in full size; of more, each has half the side."""
+LONG = 2.5
+"""Ratio of sides (also in tasks.html.j2) from which a picture is embedded up to `MAGNIFIED` times
+as large, and laid out alone if it is wide.
+"""
+MAGNIFIED = 4
 JPEG_QUALITY = 85
 
 
@@ -33,7 +38,7 @@ class Pictures:
     """Pictures by path, each embedded once even if several questions show it."""
 
     uris: list[str] = field(default_factory=list)
-    """JPEG as data URI, at most `PICTURE_SIDE` on a side."""
+    """JPEG as data URI, at most `PICTURE_SIDE` on a side unless it is `LONG`."""
     _embedded: dict[tuple[str, int], Mapping[str, Any] | None] = field(default_factory=dict)
 
     def add(self, path: str | None, side: int = PICTURE_SIDE) -> Mapping[str, Any] | None:
@@ -53,6 +58,9 @@ class Pictures:
     def _embed(self, path: Path, side: int) -> Mapping[str, Any] | None:
         try:
             image = load_image(path, max_side=side)
+            ratio = max(image.size) / min(image.size)
+            if ratio > LONG:  # a strip of few pixels would show nothing
+                image = load_image(path, max_side=round(side * min(ratio / LONG, MAGNIFIED)))
         except BadImageError:
             return None
         target = io.BytesIO()
@@ -79,8 +87,8 @@ def show_groups(rollouts: Path, pictures: Pictures) -> list[dict[str, Any]]:
     return shown
 
 
-_Entry = tuple[float, int, int, int]
-"""Mean reward (NaN if missing), step, byte offset and line number of a group."""
+_Entry = tuple[float | None, int, int, int]
+"""Mean reward (None if all are missing), step, byte offset and line number of a group."""
 
 
 def _entries(rollouts: Path) -> Mapping[str, list[_Entry]]:
@@ -99,9 +107,9 @@ def _entries(rollouts: Path) -> Mapping[str, list[_Entry]]:
     return entries
 
 
-def _mean_reward(group: Mapping[str, Any]) -> float:
+def _mean_reward(group: Mapping[str, Any]) -> float | None:
     rewards = [entry["reward"] for entry in group["completions"] if entry["reward"] is not None]
-    return sum(rewards) / len(rewards) if rewards else math.nan
+    return sum(rewards) / len(rewards) if rewards else None
 
 
 def _choose_of_each(entries: Mapping[str, Sequence[_Entry]]) -> list[tuple[str, _Entry]]:
@@ -114,13 +122,15 @@ def _choose_of_each(entries: Mapping[str, Sequence[_Entry]]) -> list[tuple[str, 
 def _choose(entries: Sequence[_Entry], most: int) -> list[tuple[str, _Entry]]:
     """Choose a third each: best, worst (late ties first) and evenly over the run; none twice.
 
-    Best and worst alternate, so that the first page shows both.
+    Best and worst alternate, so that the first page shows both. A group without any reward is
+    neither.
     """
     third = -(-min(most, len(entries)) // 3)
-    rewarded = [entry for entry in entries if not math.isnan(entry[0])]
-    best = sorted(rewarded, key=lambda entry: (-entry[0], -entry[1], entry[2]))[:third]
-    worst = sorted(set(rewarded) - set(best), key=lambda entry: (entry[0], -entry[1], entry[2]))[:third]
-    rest = sorted(set(entries) - set(best) - set(worst), key=lambda entry: entry[2])
+    ranked = sorted((-entry[0], -entry[1], entry[2], entry) for entry in entries if entry[0] is not None)
+    best = [entry for *_, entry in ranked[:third]]
+    upwards = sorted((-negative, step, offset, entry) for negative, step, offset, entry in ranked[third:])
+    worst = [entry for *_, entry in upwards[:third]]
+    rest = sorted(set(entries) - {*best, *worst}, key=lambda entry: entry[2])
     count = min(len(rest), most - len(best) - len(worst))
     spread = [rest[i * len(rest) // count] for i in range(count)]
     turns = [

@@ -17,6 +17,7 @@ from rlmed.core.calibration import Estimate
 from rlmed.data.loading import EvalFile
 from rlmed.evaluation.kits import lmms_eval, medevalkit, vlmevalkit
 from rlmed.evaluation.kits.base import Kit, write_json
+from rlmed.evaluation.kits.rule_scores import FOLDER, SCORES_FILE, RuleScore
 from rlmed.evaluation.records import Accuracy, EvalRow
 from rlmed.evaluation.results import read_rows
 from rlmed.tasks.metrics.published import llava_med_closed, llava_med_recall, said
@@ -24,22 +25,6 @@ from rlmed.tasks.metrics.published import llava_med_closed, llava_med_recall, sa
 KITS: dict[str, Kit] = {
     kit.name: kit for kit in (medevalkit.MedEvalKit(), vlmevalkit.VlmEvalKit(), lmms_eval.LmmsEval())
 }
-FOLDER = "predictions"
-SCORES_FILE = "scores.json"
-
-
-@dataclass(frozen=True, slots=True)
-class RuleScore:
-    """The mean score of some rows of a file by a published rule, and ours; fractions in [0, 1]."""
-
-    file: str
-    rule: str
-    rows: int
-    value: float
-    low: float
-    high: float
-    ours: float
-    """Share of right answers by the task, of the same rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +105,9 @@ def _scores(file: str, names: Sequence[str], rows: Sequence[EvalRow]) -> Iterato
 
 
 def _rule_score(file: str, rule: str, score: Accuracy | Estimate, rows: Sequence[EvalRow]) -> RuleScore:
-    ours = sum(row.correct for row in rows) / len(rows)
-    return RuleScore(file, rule, len(rows), score.value, score.low, score.high, ours)
+    ours = Accuracy.of(sum(row.correct for row in rows), len(rows))
+    figures = score.value, score.low, score.high, ours.value, ours.low, ours.high
+    return RuleScore(file, rule, len(rows), *figures, task=rows[0].task)
 
 
 def predictions_table(written: Predictions) -> Table:
@@ -138,11 +124,16 @@ def predictions_table(written: Predictions) -> Table:
     for heading in ("rows", "by the rule", "by the task"):
         table.add_column(heading, justify="right", no_wrap=True)
     for one in written.scores:
-        value = f"{100 * one.value:.1f} ({100 * one.low:.0f}–{100 * one.high:.0f})"
-        table.add_row(one.file, one.rule, str(one.rows), value, f"{100 * one.ours:.1f}")
+        shares = _share(one.value, one.low, one.high), _share(one.ours, one.ours_low, one.ours_high)
+        table.add_row(one.file, one.rule, str(one.rows), *shares)
     return table
 
 
+def _share(value: float, low: float | None, high: float | None) -> str:
+    interval = "" if low is None or high is None else f" ({100 * low:.0f}–{100 * high:.0f})"
+    return f"{100 * value:.1f}{interval}"
+
+
 def _legend(written: Predictions) -> Iterable[str]:
-    yield "small figures: 95 % intervals, bootstrap for recall, else Wilson; rules: docs/tasks.md"
+    yield "in brackets: 95 % intervals, of recall by bootstrap, else Wilson's; rules: docs/tasks.md"
     yield from written.left_out

@@ -55,7 +55,7 @@ def calibration(probabilities: Sequence[tuple[float, ...]], answers: Sequence[st
         confidence=Estimate.mean(confidence),
         error=Estimate.of(lambda rows: calibration_error(confidence[rows], correct[rows]), len(correct)),
         error_bound=calibrated_error_bound(confidence),
-        brier=Estimate.mean(scores),
+        brier=Estimate.mean(scores, bounds=(0.0, 2.0)),
         bins=reliability_bins(confidence, correct),
     )
 
@@ -137,7 +137,7 @@ def _gap(rows: Sequence[EvalRow], control: Control) -> Gap | None:
     real, other = (np.array(side, dtype=bool) for side in zip(*pairs, strict=True))
     return Gap(
         control=_share(other.tolist()),
-        difference=Estimate.mean(real.astype(float) - other),
+        difference=Estimate.mean(real.astype(float) - other, bounds=(-1.0, 1.0)),
         p_value=mcnemar(other, real).p_value,
     )
 

@@ -29,7 +29,9 @@ document.querySelectorAll("[data-browse]").forEach((section) => {
     const order = bar.querySelector("select[data-order]")?.value;
     const sorted = !order ? items : [...items].sort((a, b) => {
       const [key, sign] = order.split(":");
-      return Number(sign) * (Number(a.dataset[key]) - Number(b.dataset[key]));
+      const [first, second] = [a.dataset[key], b.dataset[key]];
+      if (!first || !second) return (first ? 0 : 1) - (second ? 0 : 1); /* missing ones last */
+      return Number(sign) * (Number(first) - Number(second));
     });
     const fitting = sorted.filter(fits);
     const pages = Math.max(1, Math.ceil(fitting.length / pageSize));
@@ -38,8 +40,12 @@ document.querySelectorAll("[data-browse]").forEach((section) => {
     list.replaceChildren(...fitting.slice(from, from + pageSize));
     const to = Math.min(from + pageSize, fitting.length);
     count.textContent = fitting.length ? `${from + 1}–${to} of ${fitting.length}` : "no match";
+    const focused = document.activeElement;
     previous.disabled = page === 0;
     next.disabled = page >= pages - 1;
+    /* a disabled button loses the focus, and the keyboard its place */
+    if (focused === next && next.disabled) previous.focus();
+    if (focused === previous && previous.disabled) next.focus();
   };
   const turn = (by) => { page += by; show(); section.scrollIntoView({ block: "start" }); };
 

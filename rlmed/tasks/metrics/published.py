@@ -19,7 +19,7 @@ from rlmed.tasks.metrics.text import normalise
 
 LONGEST = 2000
 """Characters that are compared with the options, which takes more than linear time."""
-_PAIRS = re.compile(r"\([^()]*\)|（[^（）]*）")
+_BRACKETS = {")": re.compile(r"\([^)]*\)"), "）": re.compile("（[^）]*）")}
 _WIDE = "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～、《》【】"
 _SPACED = str.maketrans(dict.fromkeys(string.punctuation + _WIDE, " "))
 _SLAKE_YES = {"yes", "yeah", "yep", "true", "是", "是的", "有", "包含", "可以", "能", "会", "正常"}
@@ -60,9 +60,10 @@ def all_answers(completion: str) -> str:
 def medevalkit_closed(completion: str, reference: str) -> bool:
     """Return whether the answer holds "yes" or "no" anywhere, not both, and the right one.
 
-    MedEvalKit's `judge_judgement` (as `all_answers`), for VQA-RAD's and SLAKE's questions whose
-    answer is yes or no. They are letters, not words: "normal" holds "no". Left out here and below:
-    boxed answers, and phrases such as "the answer is", after which it reads.
+    MedEvalKit's `judge_judgement` (as `all_answers`), for VQA-RAD's questions whose answer is yes
+    or no, and SLAKE's if it is written in small letters ("Yes" must be the whole answer there).
+    They are letters, not words: "normal" holds "no". Left out here and below: boxed answers, and
+    phrases such as "the answer is", after which it reads.
 
     Example:
         >>> medevalkit_closed("<answer>Yes, there is.</answer>", "yes")
@@ -147,7 +148,12 @@ def slake_exact(answer: str, reference: str) -> bool:
 
 
 def _slake(text: str) -> str:
-    words = " ".join(_PAIRS.sub(" ", text.strip().lower()).translate(_SPACED).split())
+    text = text.strip().lower()
+    for closing, pair in _BRACKETS.items():
+        # up to the last closing one: beyond it, each opening one would be followed to the end
+        before, last, after = text.rpartition(closing)
+        text = pair.sub(" ", before + last) + after
+    words = " ".join(text.translate(_SPACED).split())
     if words in _SLAKE_YES:
         return "yes"
     if words in _SLAKE_NO:

@@ -12,9 +12,12 @@ from rlmed.core.calibration import (
     brier_score,
     calibrated_error_bound,
     calibration_error,
+    equal_interval,
+    mean_interval,
     pass_at_k,
     reliability_bins,
 )
+from rlmed.core.statistics import wilson_interval
 
 
 def draw(seed, n=200):
@@ -106,3 +109,42 @@ def test_estimates_hold_value_interval_and_rows():
     assert mean.rows == ratio.rows == 50
     with pytest.raises(ValueError, match="rows=0 must be at least 1"):
         bootstrap_interval(lambda rows: 0.0, 0)
+
+
+@pytest.mark.parametrize(("right", "rows"), [(0, 4), (4, 4), (3, 20), (1, 1)])
+def test_the_interval_of_shares_is_wilsons(right, rows):
+    values = np.arange(rows) < right
+    assert mean_interval(values) == pytest.approx(wilson_interval(right, rows), abs=1e-12)
+    low, high = wilson_interval(right, rows)
+    both = 2 * values - 1.0  # one of -1 and 1
+    assert mean_interval(both, (-1, 1)) == pytest.approx((2 * low - 1, 2 * high - 1), abs=1e-12)
+
+
+def test_equal_values_have_an_interval_within_the_bounds_that_narrows_with_rows():
+    assert mean_interval([0.3] * 10) == pytest.approx(equal_interval(0.3, 10), abs=1e-12)
+    others = wilson_interval(0, 10)[1]  # the share that might be anything else
+    assert mean_interval([0.3] * 10) == pytest.approx((0.3 * (1 - others), 0.3 + 0.7 * others), abs=1e-12)
+    low, high = mean_interval([0.0] * 10, (-1, 1))
+    assert -low == high == pytest.approx(others)
+    widths = [np.ptp(mean_interval([0.3] * rows)) for rows in (1, 10, 100, 1000)]
+    assert widths == sorted(widths, reverse=True)
+    # equal but for the order of a sum
+    assert mean_interval([0.3, 0.1 + 0.2]) == pytest.approx(equal_interval(0.3, 2), abs=1e-12)
+
+
+def test_other_means_are_bootstrapped():
+    values = np.random.default_rng(2).random(40)
+    expected = bootstrap_interval(lambda rows: float(values[rows].mean()), 40)
+    assert mean_interval(values) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(("values", "named"), [([0.2, 1.5], "1.5"), ([-0.1, 0.5], "-0.1"), ([], "no values")])
+def test_a_mean_of_what_is_out_of_bounds_is_refused(values, named):
+    with pytest.raises(ValueError, match=named):
+        mean_interval(values)
+
+
+def test_a_ratio_that_no_resample_changes_is_not_certain():
+    found = Estimate.ratio([0, 0, 0], [4, 4, 4])
+    assert (found.value, found.low) == (0, 0)
+    assert found.high == pytest.approx(wilson_interval(0, 3)[1])

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rlmed.core.config.building import build_record
+from rlmed.core.statistics import wilson_interval
 from rlmed.core.types import Example
 from rlmed.data.loading import EvalFile
-from rlmed.evaluation.records import EvalRow
-from rlmed.evaluation.results import EvalSummary
+from rlmed.evaluation.records import Accuracy, EvalRow
+from rlmed.evaluation.results import EvalSummary, compare, write_evaluation
 from rlmed.evaluation.scores import Baselines, TaskSummary, summarise_task
 from rlmed.evaluation.summary import summarise
 from rlmed.evaluation.table import summary_table
@@ -105,6 +110,68 @@ def test_a_mixed_file_has_shares_over_all_rows_and_scores_by_task() -> None:
     assert found.image_free_prior is not None
     only = summarise(EvalFile("f", (*choice, *opened)), rows, choice)
     assert only.image_free_prior is None  # no training row of one task
+
+
+def test_a_mixed_file_has_a_part_for_each_task_with_controls_over_its_rows_alone() -> None:
+    choice = [Example(f"c{i}", None, "Which?", ("liver", "lung"), i % 2) for i in range(4)]
+    opened = [question(i, "liver") for i in range(6)]
+    rows = [*(row(example, "A") for example in choice), *(row(example, "liver") for example in opened)]
+    rows += [row(choice[i], "A", "reordered") for i in range(3)]
+    rows += [row(example, "lung", "blank") for example in opened[:5]] + [row(choice[0], "A", "blank")]
+    found = summarise(EvalFile("f", (*choice, *opened)), rows, choice)
+    assert [(part.name, part.rows, part.accuracy.value) for part in found.parts] == [
+        ("choice", 4, 0.5),
+        ("open", 6, 1.0),
+    ]
+    first, second = found.parts
+    assert (first.reordered, second.reordered) == (Accuracy.of(2, 3), None)
+    assert (first.other_order, found.other_order) == (Accuracy.of(2, 3), None)  # all rows have no such figure
+    assert (first.blank, second.blank, found.blank) == (Accuracy.of(1, 1), Accuracy.of(0, 5), Accuracy.of(1, 6))
+    assert (first.majority_letter, second.majority_letter) == (0.5, None)
+    assert (first.image_free_prior, second.image_free_prior) == (0.5, None)  # no open question to fit on
+    assert (first.chance, first.tasks, second.parts) == (0.5, (), ())
+    assert found.tasks[0].control_rows == {"blank": 5}
+    alone = summarise(EvalFile("f", tuple(choice)), [one for one in rows if one.task == "choice"], choice)
+    assert alone.parts == ()
+    assert alone.other_order == Accuracy.of(2, 3)
+    whole = EvalSummary(model="m", step=0, seconds=1, max_tokens=8, train_rows=4, files=(found,))
+    assert build_record(EvalSummary, json.loads(json.dumps(dataclasses.asdict(whole)))) == whole
+    assert whole.accuracies == {"f": 0.8}
+    assert whole.accuracies_by_task == {"f/choice": 0.5, "f/open": 1.0}
+    cells = [[str(cell) for cell in column.cells] for column in summary_table(None, whole, None).columns]
+    assert cells[0] == ["f\n10 rows", "· choice\n  4 rows", "· open\n  6 rows"]
+    assert cells[4] == ["16.7\n3–56\nn=6", "100.0\n21–100\nn=1", "0.0\n0–43\nn=5"]
+    assert cells[6] == ["–", "66.7\n21–94\nn=3", "–"]
+
+
+@pytest.mark.parametrize("given", ["[[700, 700, 900, 900]]", "[[100, 100, 500, 500]]"])
+def test_scores_that_are_all_equal_are_not_certain(given: str) -> None:
+    truth = {"boxes": [[0.1, 0.1, 0.5, 0.5]], "frame": [1000, 1000]}
+    examples = [Example(f"{i}", None, "Where?", task="grounding", truth=truth) for i in range(5)]
+    found = summary(examples, [given] * 5)
+    right = 5 * (given == "[[100, 100, 500, 500]]")
+    for figure in (*found.scores.values(), *found.over_file.values()):
+        assert (figure.low, figure.high) == pytest.approx(wilson_interval(right, 5), abs=1e-6)  # fractions of boxes
+
+
+def test_parts_are_compared_by_task(tmp_path: Path) -> None:
+    choice = [Example(f"c{i}", None, "Which?", ("liver", "lung"), 1) for i in range(4)]
+    opened = [question(i, "liver") for i in range(6)]
+    folders = []
+    for step, (letter, text) in enumerate((("A", "liver"), ("B", "lung"))):
+        rows = [*(row(example, letter) for example in choice), *(row(example, text) for example in opened)]
+        file = summarise(EvalFile("f", (*choice, *opened)), rows, choice)
+        whole = EvalSummary(model="m", step=step, seconds=1, max_tokens=8, train_rows=4, files=(file,))
+        folders.append(write_evaluation(tmp_path, whole, rows))
+    comparison = compare(*folders)
+    tasks = comparison["files"]["f"]["tasks"]
+    assert {name: (one["rows"], one["gained"], one["lost"]) for name, one in tasks.items()} == {
+        "choice": (4, 4, 0),
+        "open": (6, 0, 6),
+    }
+    assert tasks["choice"]["p_value"] == 2 / 2**4
+    table = summary_table(EvalSummary.read(folders[0]), EvalSummary.read(folders[1]), comparison)
+    assert list(table.columns[2].cells)[1:] == ["0.125", "0.031"]
 
 
 @pytest.mark.parametrize(

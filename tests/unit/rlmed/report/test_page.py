@@ -161,7 +161,7 @@ def test_the_table_has_before_and_after_with_controls(run):
         "change": "+60.0",
         "p": "0.070",  # 7 gained, 1 lost: 2 * (1 + 8) / 2**8
         "format": "90.0 was 90.0",
-        "blank": "25.0 7.1–59.1",
+        "blank": "25.0 7.1–59.1 n=8",
         "shuffled": "–",
         "other order": "–",
         "image-free prior": "41.0 own file 43.0",

@@ -14,8 +14,10 @@ from rlmed.core.config.running import PREDICTION_KITS
 from rlmed.core.types import Example
 from rlmed.data.loading import EvalFile
 from rlmed.evaluation.kits.predictions import KITS, check_kits, predictions_table, write_predictions
-from rlmed.evaluation.records import EvalRow
+from rlmed.evaluation.kits.rule_scores import read_scores
+from rlmed.evaluation.records import Accuracy, EvalRow
 from rlmed.evaluation.results import EvalSummary, write_evaluation
+from rlmed.tasks.metrics.published import slake_exact
 
 CHOICE = EvalRow(
     file="mixed", id="ct-7", control="none", image="/data/7.png", question_type="anatomy", question="Which\torgan?",
@@ -147,6 +149,12 @@ def test_scores_by_the_kits_rules_stand_beside_ours(folder: Path) -> None:
     ]
     saved = json.loads((folder / "predictions/scores.json").read_text())["scores"]
     assert saved == [dataclasses.asdict(one) for one in written.scores]
+    assert read_scores(folder) == written.scores
+    assert [one.task for one in written.scores] == ["choice", "open", "open", "choice"] + ["open"] * 4
+    ours = Accuracy.of(1, 2)
+    assert (written.scores[0].ours_low, written.scores[0].ours_high) == (ours.low, ours.high)
+    # one row right: not certainly all
+    assert written.scores[-1].low == pytest.approx(Accuracy.of(1, 1).low)
     assert set(written.left_out) == {
         "MedEvalKit takes no grounding: left out of mixed, rows: 1",
         "VLMEvalKit takes no grounding: left out of mixed, rows: 1",
@@ -167,3 +175,13 @@ def test_a_kit_that_takes_no_row_is_refused_before_anything_is_asked() -> None:
 
 def test_the_settings_know_the_kits() -> None:
     assert tuple(KITS) == PREDICTION_KITS
+
+
+@pytest.mark.parametrize(
+    ("answer", "same"),
+    [("(left (lower) lobe", "lobe"), ("（左（下）叶", "叶"), ("liver (a", "liver a"), ("a) liver (b) c", "a liver c")],
+)
+def test_brackets_end_where_lmms_evals_do(answer: str, same: str) -> None:
+    # lmms_eval/tasks/slake/utils.py (65ef07d): from an opening one to the next closing one
+    assert slake_exact(answer, same)
+    assert slake_exact("(" * 100_000, "")  # in linear time
