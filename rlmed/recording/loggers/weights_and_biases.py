@@ -8,10 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlmed.core.config.running import LoggingConfig
+from rlmed.core.files.jsonlines import read_json_lines
 from rlmed.data.images import load_image
 from rlmed.recording.loggers.base import Beginning, LoggerState, ShownRollout, finite_values, run_name
 
 DEFAULT_PROJECT = "rlmed"
+METRICS = "metrics.jsonl"
+"""The run's own record, from which lost rows are logged again."""
 LOGIN_S = 30
 """How long W&B may ask for an API key in the terminal."""
 
@@ -20,7 +23,8 @@ class WandbLogger:
     """Log rows with the field `step`, the x axis of all curves.
 
     W&B's own `_step` only grows, over a resume as well, so no row is refused: a step that a resume
-    repeats has a second row, of which the later is the run's.
+    repeats has a second row, of which the later is the run's. A killed process loses what W&B has
+    not yet written of an offline run, up to all of it: a resumed run logs its past again.
     """
 
     name = "wandb"
@@ -38,7 +42,8 @@ class WandbLogger:
 
         state = LoggerState(beginning.folder, self.name, resumed=beginning.resumed)
         name, folder = state.get("id") or secrets.token_hex(4), beginning.folder
-        self._run = wandb.init(
+        # an earlier attempt may have failed after this
+        self._run = self._run or wandb.init(
             project=self._config.project or os.environ.get("WANDB_PROJECT", DEFAULT_PROJECT),
             name=self._config.run_name or os.environ.get("WANDB_NAME", run_name(folder)),
             id=name,
@@ -54,12 +59,22 @@ class WandbLogger:
         )  # fmt: skip
         self._run.define_metric("*", step_metric="step")
         self._rows = int(state.get("rows") or 0)
-        state.keep(id=name)
+        killed = bool(state.get("open"))
+        state.keep(id=name, open=True)
         self._state = state
+        if killed and self._run.offline:
+            for line in read_json_lines(folder / METRICS):
+                self._row({key: value for key, value in line.items() if value is not None})
+            for step, values in (state.get("accuracies") or {}).items():
+                self._row({"step": int(step), **values})
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Log a row."""
-        self._row({"step": step, **finite_values(values)})
+        finite = finite_values(values)
+        self._row({"step": step, **finite})
+        if accuracies := {name: value for name, value in finite.items() if name.startswith("accuracy/")}:
+            assert self._state is not None
+            self._state.keep(accuracies={**(self._state.get("accuracies") or {}), str(step): accuracies})
 
     def rollouts(self, step: int, shown: Sequence[ShownRollout]) -> None:
         """Log a row of pictures with captions; a question without an image has its text alone."""
@@ -79,6 +94,8 @@ class WandbLogger:
     def finish(self, *, failed: bool) -> None:
         """Upload what is left and end the run."""
         self._run.finish(exit_code=int(failed))
+        if self._state is not None:
+            self._state.keep(open=False)
 
     def _row(self, row: Mapping[str, Any]) -> None:
         assert self._state is not None

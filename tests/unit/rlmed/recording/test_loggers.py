@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -126,6 +127,44 @@ def test_wandb_offline_has_the_numbers_of_metrics_jsonl(tmp_path: Path) -> None:
     pictures = [*(tmp_path / "run").glob("wandb/offline-run-*/files/media/images/**/*.png")]
     assert len(pictures) == 3  # of steps 2, 2 again and 4
     assert not any("metadata" in path.name for path in (tmp_path / "run").rglob("*"))
+
+
+KILLED = """
+import os, signal, time
+from pathlib import Path
+from rlmed.recording.loggers.build import build_loggers
+from rlmed.recording.recorder import RunRecorder
+from tests.unit.rlmed.recording.test_loggers import settings
+folder = Path({folder!r})
+recorder = RunRecorder(folder, build_loggers(folder, ["wandb"], settings(folder), {{}}, samples=True))
+recorder.record_evaluation(0, {{"mri": 0.1}})
+for step in (1, 2, 3):
+    recorder.record_step(step, {{"loss": step / 3, "kl": float("nan")}})
+    if step == 2:
+        print(recorder.offsets()["metrics.jsonl"])
+state = folder / "loggers" / "wandb.json"
+while not (state.exists() and '"rows": 4' in state.read_text()):
+    time.sleep(0.01)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@WANDB
+def test_wandb_offline_has_all_rows_of_a_killed_run(tmp_path: Path) -> None:
+    program = KILLED.format(folder=str(tmp_path))
+    # not this process's service of W&B, which would outlive the killed one
+    clean = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    killed = subprocess.run([sys.executable, "-c", program], env=clean, capture_output=True, text=True, check=False)
+    assert killed.returncode == -9, killed.stderr
+    recorder = RunRecorder(tmp_path, build_loggers(tmp_path, ["wandb"], settings(tmp_path), {}, samples=True))
+    recorder.truncate({"metrics.jsonl": int(killed.stdout.split()[-1])})
+    recorder.record_step(3, {"loss": 7.0, "kl": 0.5})
+    recorder.close()
+    rows = [entry["history"]["item"] for entry in inspect_wandb(tmp_path) if entry.get("type") == "history"]
+    lines = [*read_json_lines(tmp_path / "metrics.jsonl")]
+    assert {row["step"]: row["loss"] for row in rows if "loss" in row} == {line["step"]: line["loss"] for line in lines}
+    assert {row["step"]: row["accuracy/mri"] for row in rows if "accuracy/mri" in row} == {0: 0.1}
+    assert [row["kl"] for row in rows if row["step"] < 3 and "kl" in row] == []
 
 
 @MLFLOW
