@@ -36,6 +36,8 @@ class MlflowLogger:
 
     def start(self, beginning: Beginning) -> None:
         """Open a run, or continue that of the run's folder."""
+        # MLflow reports its use to its makers unless told not to
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         from mlflow.tracking import MlflowClient
 
         state = LoggerState(beginning.folder, self.name, resumed=beginning.resumed)

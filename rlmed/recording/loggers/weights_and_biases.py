@@ -38,6 +38,8 @@ class WandbLogger:
 
     def start(self, beginning: Beginning) -> None:
         """Open a run, or continue that of the run's folder."""
+        # else W&B reports its errors to its makers
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
         state = LoggerState(beginning.folder, self.name, resumed=beginning.resumed)

@@ -170,6 +170,7 @@ def test_wandb_offline_has_all_rows_of_a_killed_run(tmp_path: Path) -> None:
 @MLFLOW
 @pytest.mark.parametrize("store", ["sqlite:///{}/mlflow.db", "file://{}/mlruns"])
 def test_mlflow_has_the_numbers_of_metrics_jsonl(tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     from mlflow.tracking import MlflowClient
 
     monkeypatch.chdir(tmp_path)  # MLflow puts the artifacts of a database into the current folder
