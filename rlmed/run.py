@@ -17,7 +17,7 @@ from rlmed.cluster.engines import make_renderer
 from rlmed.cluster.requirements import check_machine
 from rlmed.cluster.reward_processes import reward_processes
 from rlmed.controller import StepResult, train
-from rlmed.core.config.composing import check_same_run, to_yaml
+from rlmed.core.config.composing import check_same_run, to_mapping, to_yaml
 from rlmed.core.config.schema import RunConfig
 from rlmed.core.tracing import Tracer
 from rlmed.core.types import SamplingParams
@@ -31,6 +31,7 @@ from rlmed.models.loading import check_positions, model_folder
 from rlmed.models.tiny.toy import is_toy, toy_note
 from rlmed.recording.checkpoint import CheckpointError, Checkpoints, read_state, starting_point
 from rlmed.recording.inputs import CONFIG_FILE, check_same_data, write_inputs
+from rlmed.recording.loggers.build import build_loggers
 from rlmed.recording.progress import Progress
 from rlmed.recording.recorder import RunRecorder
 from rlmed.report.terminal import show_results
@@ -54,6 +55,7 @@ class Run:
         self.config, self.folder = config, folder
         config.check_groups()
         check_machine(config, learns=config.debug.learn)
+        loggers = build_loggers(folder, config.loggers, config.logging, to_mapping(config), samples=True)
         self.checkpoint = starting_point(folder, resume=config.resume is not None)
         self.checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep_last)
         self.progress = Progress()
@@ -88,7 +90,7 @@ class Run:
         if config.algo.normalize_by == "modality" and len({row.modality for row in self.data.train_examples}) == 1:
             log.warning("algo.normalize_by=modality has no effect: all training rows have the same modality, or none")
         self.tracer = Tracer(folder / "timeline.jsonl")
-        self.recorder = RunRecorder(folder)
+        self.recorder = RunRecorder(folder, loggers)
         self.done = 0
         self.cluster: Cluster = build_cluster(
             dataclasses.replace(config, data=self.data.settle_images(config.data)),
@@ -164,6 +166,9 @@ class Run:
         """Evaluate, train, evaluate, report."""
         try:
             self._train()
+        except BaseException:
+            self.recorder.close(failed=True)
+            raise
         finally:
             self.rubric.close()
             self.cluster.close()

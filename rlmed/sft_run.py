@@ -13,7 +13,7 @@ from learner.supervised import written_item
 from rlmed.cluster.commands import Finetuning, build_finetuning
 from rlmed.cluster.engines import make_renderer
 from rlmed.cluster.requirements import check_machine
-from rlmed.core.config.composing import check_same_run, to_yaml
+from rlmed.core.config.composing import check_same_run, to_mapping, to_yaml
 from rlmed.core.config.schema import RunConfig
 from rlmed.core.prefill import remaining
 from rlmed.core.tracing import Tracer
@@ -29,6 +29,7 @@ from rlmed.models.loading import check_positions, model_folder
 from rlmed.models.tiny.toy import is_toy, toy_note
 from rlmed.recording.checkpoint import CheckpointError, Checkpoints, read_state, starting_point
 from rlmed.recording.inputs import CONFIG_FILE, check_same_data, write_inputs
+from rlmed.recording.loggers.build import build_loggers
 from rlmed.recording.progress import Progress
 from rlmed.recording.recorder import RunRecorder
 from rlmed.report.terminal import show_results
@@ -104,6 +105,7 @@ class Batches:
 def finetune(config: RunConfig, folder: Path) -> None:
     """Run the fine-tuning described by `config` in `folder`."""
     check_machine(config, learns=True)
+    loggers = build_loggers(folder, config.loggers, config.logging, to_mapping(config), samples=False)
     checkpoint = starting_point(folder, resume=config.resume is not None)
     renderer = make_renderer(
         config.model, config.data, config.prompt, freeze=config.learner.freeze, checkpoint=checkpoint
@@ -119,8 +121,8 @@ def finetune(config: RunConfig, folder: Path) -> None:
         steps=batches.steps,
         longest=batches.longest,
     )
-    with parts.resources:
-        _train(config, folder, checkpoint, parts, batches, data, renderer)
+    with parts.resources, RunRecorder(folder, loggers) as recorder:
+        _train(config, folder, checkpoint, parts, batches, data, renderer, recorder)
     note = "" if config.data.source == "phantom" else toy_note(model_folder(config.model.path))
     show_results(folder, batches.steps, before=step_folder(folder / "evaluations", 0), note=note)
 
@@ -133,10 +135,10 @@ def _train(
     batches: Batches,
     data: Dataset,
     renderer: PromptRenderer,
+    recorder: RunRecorder,
 ) -> None:
     """Train with evaluations before and after."""
-    learner, recorder, progress = parts.learner, RunRecorder(folder), Progress()
-    tracer = Tracer(folder / "timeline.jsonl")
+    learner, progress, tracer = parts.learner, Progress(), Tracer(folder / "timeline.jsonl")
     evaluator = Evaluator.of_run(
         config.eval,
         folder,
@@ -159,6 +161,7 @@ def _train(
             if step:
                 learner.push_weights(parts.pool)
             summary = evaluator.evaluate(step, controls=config.eval.controls)
+        recorder.record_evaluation(step, summary.accuracies)
         progress.evaluated(summary.accuracies, step)
 
     def secure_model(target: Path) -> Callable[[], None]:
@@ -182,7 +185,6 @@ def _train(
                 checkpoints.save(step, {"step": step, "offsets": recorder.offsets()}, secure_model)
         if evaluates:
             measure(batches.steps)
-    recorder.close()
     tracer.close()
 
 

@@ -79,7 +79,7 @@ METRICS = {
     "rollout/groups_late": Metric("total", "groups", "late answers of lost workers, dropped"),
     "rollout/push_fetch_s": Metric("max", "s", "time a worker took to fetch the weights"),
     "rollout/push_apply_s": Metric("max", "s", "time a worker took to apply them"),
-    "accuracy/*": Metric("mean", "share", "accuracy on a file, at evaluations; TensorBoard only"),
+    "accuracy/*": Metric("mean", "share", "accuracy on a file, at evaluations; in the loggers only"),
 }
 """By name; `*` stands for the name of a reward, modality, stage or file."""
 

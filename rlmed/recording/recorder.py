@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from rlmed.core.files.atomic import refusal
 from rlmed.core.files.jsonlines import JsonLinesWriter
@@ -15,17 +14,15 @@ from rlmed.core.metrics import find_metric
 from rlmed.core.tracing import TIMELINE_LINES
 from rlmed.core.types import ScoredGroup, TrainGroup
 from rlmed.recording.batches import write_batch
+from rlmed.recording.loggers.build import Loggers
+from rlmed.recording.loggers.guard import GuardedLogger
+from rlmed.recording.loggers.tensorboard import TensorBoardLogger
 from rlmed.tasks.registry import task_of
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
 
 log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 ROLLOUTS_FILE = "rollouts.jsonl"
-TENSORBOARD_FOLDER = "tensorboard"
 BAD_STEPS_FOLDER = "bad_steps"
 BATCHES_FOLDER = "batches"
 
@@ -47,14 +44,19 @@ class RunRecorder:
         53
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Set the paths; call `truncate` first if the folder may hold an earlier run."""
+    def __init__(self, folder: Path, loggers: Loggers | None = None) -> None:
+        """Set the paths; call `truncate` first if the folder may hold an earlier run.
+
+        Args:
+            folder: the run's folder.
+            loggers: show the same numbers elsewhere; None is TensorBoard.
+        """
         self._folder = folder
+        self._loggers = loggers or Loggers(folder, [GuardedLogger(TensorBoardLogger())])
         self._metrics = JsonLinesWriter(folder / METRICS_FILE)
         self._rollouts = JsonLinesWriter(folder / ROLLOUTS_FILE)
         # written by the tracer; here only synced, measured and truncated with the others
         self._timeline = JsonLinesWriter(folder / TIMELINE_LINES)
-        self._board: SummaryWriter | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -62,10 +64,10 @@ class RunRecorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(failed=error is not None)
 
     def record_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append a step's metrics to metrics.jsonl and TensorBoard.
+        """Append a step's metrics to metrics.jsonl and to the loggers.
 
         Args:
             step: number of steps done, 1 after the first.
@@ -82,11 +84,11 @@ class RunRecorder:
         if "policy_version" in metrics:
             line["policy_version"] = int(metrics["policy_version"])
         self._metrics.append(line)
-        self._scalars(step, metrics)
+        self._loggers.scalars(step, metrics)
 
     def record_evaluation(self, step: int, accuracy: Mapping[str, float]) -> None:
-        """Add accuracies by file, or `file/task`, after `step` steps to TensorBoard."""
-        self._scalars(step, {f"accuracy/{name}": value for name, value in accuracy.items()})
+        """Log accuracies by file, or `file/task`, after `step` steps; details: evaluation folder."""
+        self._loggers.scalars(step, {f"accuracy/{name}": value for name, value in accuracy.items()})
 
     def record_groups(self, step: int, groups: Sequence[TrainGroup], discarded: Sequence[ScoredGroup]) -> None:
         """Append a step's groups to rollouts.jsonl, one line each.
@@ -106,6 +108,7 @@ class RunRecorder:
             self._rollouts.append(_group_line(step, group.scored, advantages))
         for scored in discarded:
             self._rollouts.append(_group_line(step, scored, [None] * len(scored.rewards)))
+        self._loggers.rollouts(step, [group.scored for group in groups])
 
     def dump_bad_step(self, groups: Sequence[TrainGroup], reason: str) -> None:
         """Save a batch whose loss or gradient was not finite, for replay; only the first few.
@@ -153,36 +156,17 @@ class RunRecorder:
             writer.check(offsets.get(writer.path.name, 0))
         for writer in self._writers:
             writer.truncate(offsets.get(writer.path.name, 0))
+        self._loggers.resumed = bool(offsets)
 
-    def close(self) -> None:
-        """Close the files."""
+    def close(self, *, failed: bool = False) -> None:
+        """Close the files and the loggers, which are told whether the run failed."""
         for writer in self._writers:
             writer.close()
-        if self._board is not None:
-            self._board.close()
-            self._board = None
+        self._loggers.finish(failed=failed)
 
     @property
     def _writers(self) -> tuple[JsonLinesWriter, ...]:
         return (self._metrics, self._rollouts, self._timeline)
-
-    def _scalars(self, step: int, values: Mapping[str, float]) -> None:
-        try:
-            if self._board is None:
-                self._board = _open_board(self._folder / TENSORBOARD_FOLDER, step)
-            for name, value in values.items():
-                if math.isfinite(value):
-                    self._board.add_scalar(name, value, step)
-        except OSError as error:  # from TensorBoard's own thread, perhaps some steps late
-            raise refusal(self._folder / TENSORBOARD_FOLDER, error) from error
-
-
-def _open_board(folder: Path, step: int) -> SummaryWriter:
-    # takes a second to import; commands that record nothing should not wait for it
-    from torch.utils.tensorboard import SummaryWriter
-
-    # with purge_step, TensorBoard hides what an earlier process logged after the resumed checkpoint
-    return SummaryWriter(str(folder), purge_step=step if folder.exists() else None)
 
 
 def _notes(scored: ScoredGroup, index: int) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -156,7 +155,7 @@ def _show_group(group: Mapping[str, Any], pick: str, pictures: Pictures) -> dict
         **show_question(task, group["options"], group["answer"], group.get("truth")),
         # earlier versions knew one picture a question
         "pictures": pictures.add_all([group["image"], *group.get("more_images", ())]),
-        "reward": None if math.isnan(mean := _mean_reward(group)) else mean,
+        "reward": _mean_reward(group),
         "correct": correct,
         "total": total,
         "outcome": outcome if judged else "not judged",

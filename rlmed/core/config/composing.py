@@ -62,7 +62,14 @@ def unused_overrides(program: str, overrides: Sequence[str]) -> list[Refusal]:
 
 def to_yaml(config: RunConfig) -> str:
     """Return the validated configuration as YAML, defaults included."""
-    return OmegaConf.to_yaml(OmegaConf.create(_plain(dataclasses.asdict(config))))
+    return OmegaConf.to_yaml(OmegaConf.create(to_mapping(config)))
+
+
+def to_mapping(config: RunConfig) -> dict[str, Any]:
+    """Return the validated configuration as nested mappings and lists."""
+    plain = _plain(dataclasses.asdict(config))
+    assert isinstance(plain, dict)
+    return plain
 
 
 ADDED = {

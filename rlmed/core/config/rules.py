@@ -97,6 +97,23 @@ RULES = (
     ),
     Rule(keys=("preflight", "debug"), programs=WITHOUT_ROLLOUTS, advice="It is for rlmed.launch alone: leave it out"),
     Rule(keys=("sft",), programs=("train", *EVALUATE), advice="It is for rlmed.sft alone: leave it out"),
+    Rule(keys=("loggers", "logging"), programs=EVALUATE, advice="Only runs that learn are logged: leave it out"),
+    Rule(
+        keys=("logging.rollouts_every", "logging.rollouts"),
+        programs=("sft",),
+        advice="It has no rollouts: leave it out",
+    ),
+    Rule(
+        keys=("logging.project", "logging.run_name", "logging.offline", "logging.tracking_uri"),
+        when={"loggers": ([], ["tensorboard"])},
+        advice="It is for loggers other than TensorBoard: set loggers=[wandb], [mlflow] or [trackio]",
+    ),
+    Rule(
+        keys=("logging.rollouts",),
+        when={"logging.rollouts_every": (0,)},
+        advice="Set logging.rollouts_every above 0",
+    ),
+    Rule(keys=("logging.rollouts_every",), when={"loggers": ([],)}, advice="Nothing is logged: set loggers"),
     Rule(
         keys=("reliability",),
         programs=("train", "sft", "evaluate"),
@@ -316,6 +333,7 @@ RULES = (
 
 MAY_CHANGE = (
     *("name", "profile", "resume", "checkpoint", "preflight", "cluster", "reliability"),
+    *("loggers", "logging"),
     *("eval.every", "eval.at_start", "eval.at_end", "eval.predictions"),
     *("data.download", "learner.gradient_checkpointing"),
     *(

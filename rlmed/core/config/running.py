@@ -166,6 +166,29 @@ class CheckpointConfig:
         require(self.keep_last >= 1, f"checkpoint.keep_last={self.keep_last} must be at least 1")
 
 
+LOGGERS = ("tensorboard", "wandb", "mlflow", "trackio")
+"""Places besides the run's folder that show its curves; see `rlmed.recording.loggers`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """Settings of the loggers."""
+
+    project: str | None
+    run_name: str | None
+    offline: bool
+    tracking_uri: str | None
+    rollouts_every: int
+    rollouts: int
+
+    def __post_init__(self) -> None:
+        require(
+            self.rollouts_every >= 0,
+            f"logging.rollouts_every={self.rollouts_every} must be 0 (never) or a number of steps",
+        )
+        require(self.rollouts >= 1, f"logging.rollouts={self.rollouts} must be at least 1")
+
+
 @dataclass(frozen=True, kw_only=True)
 class PreflightConfig:
     """The check, before step 1, that the policy can learn."""

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from rlmed.core.config.checks import PRODUCT_USES, require, require_one_of
 from rlmed.core.config.rewarding import RewardConfig
 from rlmed.core.config.running import (
+    LOGGERS,
     CheckpointConfig,
     ClusterConfig,
     DebugConfig,
     EvalConfig,
+    LoggingConfig,
     PreflightConfig,
     ReliabilityConfig,
     RolloutConfig,
@@ -303,6 +305,8 @@ class RunConfig:
     preflight: PreflightConfig
     sft: SftConfig
     debug: DebugConfig
+    loggers: tuple[str, ...]
+    logging: LoggingConfig
     profile: str | None
     resume: str | None
     compare_to: str | None
@@ -310,6 +314,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         require(bool(self.name.strip()), f"name={self.name!r} must not be empty: it names the run's folder")
         require(self.steps >= 1, f"steps={self.steps} must be at least 1")
+        for logger in self.loggers:
+            require_one_of("loggers", logger, LOGGERS)
         require(0 <= self.seed <= MAX_SEED, f"seed={self.seed} must be between 0 and {MAX_SEED}")
         require(
             self.rollout.engine != "vllm" or self.cluster.kind == "ray",

@@ -330,6 +330,7 @@ def test_a_run_of_a_version_that_knew_multiple_choice_alone_resumes(tmp_path: Pa
     for key in [*later, "reward.slow", "reward.judge", "reward.iou"]:
         section, _, name = key.partition(".")
         del old[section][name]
+    del old["loggers"], old["logging"]
     saved = tmp_path / "config.yaml"
     saved.write_text(yaml.safe_dump(old))
     check_same_run(saved, now, unused=())

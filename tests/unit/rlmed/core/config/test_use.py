@@ -50,6 +50,10 @@ def refused(program: str, *overrides: str) -> list[str]:
         ("reliability", "cluster.rollout_workers=1", "cluster.rollout_workers. It runs in one process"),
         ("evaluate", "eval.at_end=true", "eval.at_end. It evaluates once"),
         ("evaluate", "resume=null", "resume. It learns nothing"),
+        ("evaluate", "loggers=[wandb]", "loggers. Only runs that learn"),
+        ("train", "logging.offline=true", "logging.offline while loggers=['tensorboard']. It is for loggers other"),
+        ("train", "logging.rollouts=2", "logging.rollouts while logging.rollouts_every=0. Set"),
+        ("sft", "logging.rollouts_every=5", "logging.rollouts_every. It has no rollouts"),
         ("train", "sft.epochs=2.0", "sft.epochs. It is for rlmed.sft alone"),
         # an experiment's value, put back to the default
         ("sft", "+experiment=medvqa_600 profile=tiny algo=grpo", "algo.dynamic_sampling. Only"),
