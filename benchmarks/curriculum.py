@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", default=[], help="key=value, for all runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--every", type=int, default=3, help="steps between evaluations")
-    parser.add_argument("--level", type=float, default=0.7, help="mean accuracy to be reached")
+    parser.add_argument("--level", type=float, default=0.75, help="mean accuracy to be reached")
     parser.add_argument("--runs", type=Path, default=Path("outputs/curriculum"), help="folder of all runs")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_intermixed_args()
