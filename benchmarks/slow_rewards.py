@@ -131,7 +131,7 @@ class Endless(GroupBuffer):
 def slow_reward(seconds: float, concurrency: int) -> GroupReward:
     """The variety of a text, known after some seconds; nothing is cached, so each call waits."""
 
-    def variety(examples: Any, completions: Any) -> list[float]:
+    def variety(timeout_s: float, examples: Any, completions: Any) -> list[float]:
         time.sleep(seconds)
         return [variety_reward(*pair) for pair in zip(examples, completions, strict=True)]
 

@@ -130,22 +130,7 @@ class Rubric:
         own = {path.rpartition(":")[2]: path for path in extra}
         slow = slow or SlowRewards()
         slow.check(weights)
-        for name in weights:
-            if name == "agreement" and name not in own:
-                raise ValueError("reward.weights.agreement: renamed to reward.weights.reasoning_consistency")
-            if name not in (*NAMES, *SLOW_NAMES, *own):
-                near = closest(name, [*KNOWN, *own])
-                meant = f"did you mean {near}? Else choose" if near else "choose"
-                raise ValueError(
-                    f"reward.weights names {name!r}, which does not exist: {meant} from {', '.join(KNOWN)}, "
-                    "or give your own function by reward.extra=[module:function]"
-                )
-        clash = sorted(set(own) & set(KNOWN))
-        if clash or len(own) < len(extra):
-            why = f"{', '.join(clash)} is a reward of rlmed" if clash else "two of these have the same one"
-            raise ValueError(
-                f"reward.extra={list(extra)}: rewards go by the name of their function, and {why}: rename the function"
-            )
+        _check_names(weights, extra, own)
         parts = [
             WeightedReward(
                 name,
@@ -242,6 +227,26 @@ class Rubric:
         """Drop what slow rewards have not been asked for yet."""
         for reward in self._slow.values():
             reward.close()
+
+
+def _check_names(weights: Iterable[str], extra: Sequence[str], own: Mapping[str, str]) -> None:
+    """Refuse unknown names, and two rewards of one name."""
+    for name in weights:
+        if name == "agreement" and name not in own:
+            raise ValueError("reward.weights.agreement: renamed to reward.weights.reasoning_consistency")
+        if name not in (*NAMES, *SLOW_NAMES, *own):
+            near = closest(name, [*KNOWN, *own])
+            meant = f"did you mean {near}? Else choose" if near else "choose"
+            raise ValueError(
+                f"reward.weights names {name!r}, which does not exist: {meant} from {', '.join(KNOWN)}, "
+                "or give your own function by reward.extra=[module:function]"
+            )
+    clash = sorted(set(own) & set(KNOWN))
+    if clash or len(own) < len(extra):
+        why = f"{', '.join(clash)} is a reward of rlmed" if clash else "two of these have the same one"
+        raise ValueError(
+            f"reward.extra={list(extra)}: rewards go by the name of their function, and {why}: rename the function"
+        )
 
 
 def _built_in(

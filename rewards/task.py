@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rlmed.core.config.rewarding import IouConfig
 from rlmed.core.types import Completion, Example, FloatArray, RolloutGroup
 from rlmed.tasks.registry import task_of
 
@@ -36,6 +37,11 @@ class IouSchedule:
     end: float
     steps: int
     """Optimizer steps from start to end."""
+
+    @classmethod
+    def of(cls, config: IouConfig) -> IouSchedule | None:
+        """Return the schedule of `reward.iou`; None if it pays the mean overlap."""
+        return cls(config.start, config.end, config.steps) if config.kind == "threshold" else None
 
     def at(self, version: int) -> float:
         """Return the threshold for completions of a policy version."""

@@ -59,13 +59,12 @@ class Run:
         self.checkpoint = starting_point(folder, resume=config.resume is not None)
         self.checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep_last)
         self.progress = Progress()
-        iou, processes = config.reward.iou, reward_processes(config)
+        processes = reward_processes(config)
         self.rubric = Rubric.from_config(
             config.reward.weights,
             config.reward.extra,
             timeout_s=config.reward.timeout_s,
-            # bound lazily: an invalid reward must be rejected before learner and renderer are
-            # loaded
+            # bound lazily: an invalid reward is refused before learner and renderer are loaded
             likelihood=(lambda requests: self.cluster.learner.logprobs(requests)) if config.debug.learn else None,
             split_common_prefix=lambda texts: self.renderer.split_common_prefix(texts),
             slow=SlowRewards(
@@ -77,7 +76,7 @@ class Run:
                 config.reward.radeval,
                 processes,
             ),
-            iou=IouSchedule(iou.start, iou.end, iou.steps) if iou.kind == "threshold" else None,
+            iou=IouSchedule.of(config.reward.iou),
         )
         self.renderer = make_renderer(
             config.model, config.data, config.prompt, freeze=config.learner.freeze, checkpoint=self.checkpoint

@@ -87,7 +87,7 @@ class RunRecorder:
         self._loggers.scalars(step, metrics)
 
     def record_evaluation(self, step: int, accuracy: Mapping[str, float]) -> None:
-        """Log accuracies by file, or `file/task`, after `step` steps; details: evaluation folder."""
+        """Log accuracies by file, or `file/task`, after `step` steps."""
         self._loggers.scalars(step, {f"accuracy/{name}": value for name, value in accuracy.items()})
 
     def record_groups(self, step: int, groups: Sequence[TrainGroup], discarded: Sequence[ScoredGroup]) -> None:

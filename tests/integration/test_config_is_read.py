@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib.util
+import shutil
 import sys
 import typing
 from collections.abc import Callable, Collection, Iterator
@@ -17,6 +18,7 @@ from rlmed import evaluate, launch, reliability, sft
 from rlmed.core.config.rules import RULES
 from rlmed.core.config.schema import RunConfig
 from rlmed.core.config.use import plain_values, rule_of, schema_keys
+from tests.unit.rewards.test_embedding import bert  # noqa: F401
 
 pytestmark = pytest.mark.slow
 
@@ -30,6 +32,7 @@ ELSEWHERE = {
     "profile": "the name, by interpolation",
     "data.download": "an error's text",
     "cluster.check_memory": "a run that lacks memory",
+    "reward.embedding.device": "an answer in its tags",
 }
 """Keys that do something without being read in a run that goes well."""
 PASSED_ON = {"rollout.on_push"}
@@ -39,12 +42,27 @@ def first_token(example, completion):
     return float(completion.token_ids[0] % 7)
 """
 ADAPTERS = [("learner=lora",)] if importlib.util.find_spec("peft") else []
-JUDGED = (
-    [("+reward.weights.judge=1", "reward.judge.url=http://127.0.0.1:9/v1", "reward.judge.model=m")]
-    if importlib.util.find_spec("openai")
-    else []
-)
-"""Random completions have no answer, so the judge is not asked."""
+NEEDS = {"reward.judge.": ("openai",), "logging.": ("wandb", "mlflow")}
+"""Packages that runs with these keys need; without one, they are not tried."""
+UNTRIED = tuple(where for where, names in NEEDS.items() if not all(map(importlib.util.find_spec, names)))
+RADEVAL = """
+class RadEval:
+    def __init__(self, metrics, per_sample):
+        pass
+"""
+REWARDED = [
+    ("+reward.weights.task=1", "reward.iou.kind=threshold"),
+    ("+reward.weights.embedding=1", "reward.embedding.model=encoder"),
+    ("+reward.weights.radeval=1", "reward.radeval.metric=ratescore"),
+    ("+reward.weights.judge=1", "reward.judge.url=http://127.0.0.1:9/v1", "reward.judge.model=m"),
+    (
+        "loggers=[wandb,mlflow]",
+        "logging.offline=true",
+        "logging.tracking_uri=sqlite:///mlflow.db",
+        "logging.rollouts_every=1",
+    ),
+]
+"""Random completions have no answer, so judge and models are not asked."""
 RUNS = {
     "train": (
         ("reward.extra=[spread:first_token]", "eval.every=1"),
@@ -60,7 +78,11 @@ RUNS = {
             "eval.every=1",
         ),
         *(("reward.extra=[spread:first_token]", *run) for run in ADAPTERS),
-        *(("reward.extra=[spread:first_token]", *run) for run in JUDGED),
+        *(
+            ("reward.extra=[spread:first_token]", *run)
+            for run in REWARDED
+            if not any(entry.startswith(UNTRIED) for entry in run)
+        ),
     ),
     "sft": (("sft.epochs=1", "sft.batch_size=5"), *(("sft.epochs=1", "sft.batch_size=5", *run) for run in ADAPTERS)),
     "evaluate": ((),),
@@ -104,11 +126,19 @@ def active(program: str, config: RunConfig) -> set[str]:
 
 @pytest.mark.parametrize("program", MAIN)
 def test_a_command_reads_what_the_rules_say_and_nothing_else(
-    program: str, make_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys_read: set[str]
+    program: str,
+    make_config: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    keys_read: set[str],
+    bert: Path,  # noqa: F811
 ) -> None:
     """A new key that nobody reads fails until a rule refuses it; so does a rule on a read key."""
     (tmp_path / "spread.py").write_text(SPREAD)
+    (tmp_path / "radeval.py").write_text(RADEVAL)
+    shutil.copytree(bert, tmp_path / "encoder")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     for number, overrides in enumerate(RUNS[program]):
         config = make_config(*overrides)
         folder = tmp_path / f"run{number}"
@@ -126,7 +156,14 @@ def test_a_command_reads_what_the_rules_say_and_nothing_else(
         assert read & never <= PASSED_ON, overrides
 
 
-NAMED_IN = ("cluster/build", "cluster/capacity", "cluster/ray_session", "models/loading", "data/loading")
+NAMED_IN = (
+    "cluster/build",
+    "cluster/capacity",
+    "cluster/ray_session",
+    "cluster/reward_processes",
+    "models/loading",
+    "data/loading",
+)
 
 
 def test_what_these_runs_leave_idle_is_read_where_processes_and_engines_are_built(make_config: Config) -> None:
@@ -135,6 +172,10 @@ def test_what_these_runs_leave_idle_is_read_where_processes_and_engines_are_buil
     root = Path(launch.__file__).parent
     trees = [ast.parse((root / f"{name}.py").read_text()) for name in NAMED_IN]
     named = {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    idle = {key for key in schema_keys() if key not in tried and (JUDGED or not key.startswith("reward.judge."))}
+    idle = {key for key in schema_keys() if key not in tried and not key.startswith(UNTRIED)}
     assert {key.rpartition(".")[2] for key in idle} - named == set()
-    assert {key.partition(".")[0] for key in idle} == {"cluster", "rollout", "data"}
+    assert {key.partition(".")[0] for key in idle - {"reward.slow.workers", "reward.slow.worker_cpus"}} == {
+        "cluster",
+        "rollout",
+        "data",
+    }

@@ -7,7 +7,10 @@ from collections.abc import Iterator
 
 from tests.root import ROOT
 
-WIRING = tuple(f"rlmed/cluster/{name}.py" for name in ("advice", "build", "capacity", "commands", "requirements"))
+WIRING = tuple(
+    f"rlmed/cluster/{name}.py"
+    for name in ("advice", "build", "capacity", "commands", "requirements", "reward_processes")
+)
 """Beside the files directly in `rlmed/`; `rlmed.core.config` makes the whole and checks it."""
 
 

@@ -134,7 +134,7 @@ def slow_reward(function: Callable[[Any, Completion], float], concurrency: int =
     given |= {"max_seconds": None, "on_failure": "stop", **limits}
     return SlowReward(
         "slow",
-        lambda examples, completions: [function(examples[0], completions[0])],
+        lambda timeout_s, examples, completions: [function(examples[0], completions[0])],
         Limits(concurrency=concurrency, **given),
         RewardCache(None),
         settings={},

@@ -141,7 +141,7 @@ recorder.record_evaluation(0, {{"mri": 0.1}})
 for step in (1, 2, 3):
     recorder.record_step(step, {{"loss": step / 3, "kl": float("nan")}})
     if step == 2:
-        print(recorder.offsets()["metrics.jsonl"])
+        print(recorder.offsets()["metrics.jsonl"], flush=True)
 state = folder / "loggers" / "wandb.json"
 while not (state.exists() and '"rows": 4' in state.read_text()):
     time.sleep(0.01)
