@@ -124,6 +124,8 @@ class Processes:
             return self._processes[slot]
 
     def _lost(self, slot: int, process: RewardProcess, what: str, error: Exception) -> RewardUnavailableError:
+        if self._closed:
+            return RewardUnavailableError("the run ends", again=False)
         self._replace(slot, process)
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         log.warning("%s, and is replaced: %s", what, lines[0])

@@ -161,7 +161,7 @@ def _train(
             if step:
                 learner.push_weights(parts.pool)
             summary = evaluator.evaluate(step, controls=config.eval.controls)
-        recorder.record_evaluation(step, summary.accuracies)
+        recorder.record_evaluation(step, summary.accuracies | summary.accuracies_by_task)
         progress.evaluated(summary.accuracies, step)
 
     def secure_model(target: Path) -> Callable[[], None]:

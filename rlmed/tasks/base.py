@@ -219,7 +219,8 @@ def _share(value: Any) -> float:
     except (TypeError, ValueError, OverflowError, RuntimeError):
         return math.nan
     # text is no number, though `float` reads it
-    return number if -1e-6 <= number <= 1 + 1e-6 and not isinstance(value, str) else math.nan
+    good = -1e-6 <= number <= 1 + 1e-6 and not isinstance(value, str)
+    return min(max(number, 0.0), 1.0) if good else math.nan
 
 
 def columns(rows: Iterable[Mapping[str, float]]) -> dict[str, list[float]]:

@@ -105,7 +105,8 @@ def check_same_run(saved: Path, config: RunConfig, *, unused: Collection[str]) -
     after = _flat(_plain(dataclasses.asdict(config)))
     if "by_task" not in content.get("prompt", {}):  # of an earlier version, which knew one task
         after = {key: value for key, value in after.items() if not key.startswith("prompt.by_task.")}
-    without: tuple[str, ...] = () if "judge" in config.reward.weights else ("reward.judge.",)
+    slow = ("judge", "embedding", "radeval")  # their settings have no effect without a weight
+    without = tuple(f"reward.{name}." for name in slow if name not in config.reward.weights)
     if config.reward.iou.kind == "mean":  # its other keys have no effect
         without += ("reward.iou.start", "reward.iou.end", "reward.iou.steps")
     different = [

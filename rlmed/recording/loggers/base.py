@@ -104,13 +104,13 @@ def finite_values(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def show(scored: Sequence[ScoredGroup], count: int) -> list[ShownRollout]:
-    """Return the first `count` groups that have two finite rewards, each with best and worst."""
+    """Return the first `count` groups with two finite rewards, none missing, each with best and worst."""
     shown: list[ShownRollout] = []
     for group in scored:
         rewards = [(float(value), index) for index, value in enumerate(group.rewards) if math.isfinite(value)]
         if len(shown) == count:
             break
-        if len(rewards) < 2:
+        if len(rewards) < 2 or not group.rewarded:
             continue
         (low, worst), (high, best) = min(rewards), max(rewards)
         texts = [completion.text for completion in group.rollout.completions]

@@ -117,7 +117,7 @@ class GuardedLogger:
                     self._logger.start(self._beginning)
                     self._started = True
                 call()
-            except Exception as error:  # a logger may raise anything
+            except (Exception, SystemExit) as error:  # a logger may raise anything
                 if not self._warned:
                     self._warned = True
                     log.warning("the logger %s failed and is tried again: %s", self.name, _first_line(error))
@@ -130,6 +130,6 @@ class GuardedLogger:
         return False
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -48,7 +49,21 @@ def read_pickled_rows(path: Path) -> list[Any]:
         raise ValueError(f"pickle {path} is damaged ({error}): copy it again") from error
     if not isinstance(rows, list):
         raise ValueError(f"pickle {path} holds a {type(rows).__name__}, not a list of questions: give another file")
+    if not all(map(_is_flat, rows)):
+        # what refers to itself again and again is small in the file and without end as text
+        raise ValueError(f"pickle {path} holds questions with lists of lists: give another file")
     return rows
+
+
+def _is_flat(row: Any) -> bool:
+    """Return whether a question has at most lists of texts and numbers in its fields."""
+    return not any(_held(inner) for value in _held(row) for inner in _held(value))
+
+
+def _held(value: Any) -> Collection[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, (list, tuple, set, frozenset)) else ()
 
 
 class UnsafeError(ValueError):

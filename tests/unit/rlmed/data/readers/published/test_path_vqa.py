@@ -191,6 +191,15 @@ def test_a_damaged_pickle_is_named(tmp_path, content):
         read_pickled_rows(tmp_path / "train_qa.pkl")
 
 
+def test_a_small_pickle_that_is_without_end_as_text_is_refused(tmp_path):
+    value: list = []
+    for _ in range(60):  # as text, two to the power of sixty brackets
+        value = [value, value]
+    (tmp_path / "train_qa.pkl").write_bytes(pickle.dumps([{"image": value}]))
+    with pytest.raises(ValueError, match="lists of lists"):
+        read_pickled_rows(tmp_path / "train_qa.pkl")
+
+
 def test_a_pickle_of_something_else_is_named(tmp_path):
     (tmp_path / "ans2label.pkl").write_bytes(pickle.dumps({"yes": 0}))
     with pytest.raises(ValueError, match=r"ans2label\.pkl holds a dict, not a list"):
