@@ -104,7 +104,7 @@ def finite_values(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def show(scored: Sequence[ScoredGroup], count: int) -> list[ShownRollout]:
-    """Return the first `count` groups with two finite rewards, none missing, each with best and worst."""
+    """Return the first `count` groups with two finite rewards and none missing: best and worst."""
     shown: list[ShownRollout] = []
     for group in scored:
         rewards = [(float(value), index) for index, value in enumerate(group.rewards) if math.isfinite(value)]
