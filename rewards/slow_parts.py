@@ -75,17 +75,8 @@ class SlowRewards:
             if given is not None:
                 raise ValueError(f"reward.extra={path} is marked as slow: give the settings reward.slow")
             return None
-        limits = Limits(
-            batch_size=None,
-            concurrency=slow.concurrency,
-            timeout_s=timeout_s,
-            retries=slow.retries,
-            wait_s=slow.wait_s,
-            max_calls=slow.max_calls,
-            max_seconds=slow.max_seconds,
-            on_failure=slow.on_failure,
-        )
-        cache = self._cache
+        # read even where nothing is slow: these settings are of reward.extra as a whole
+        limits, cache = self._limits(slow, slow, concurrency=slow.concurrency, timeout_s=timeout_s), self._cache
         if given is None and name not in slow.names:
             return None
         limits = dataclasses.replace(limits, **(given or {}))
@@ -104,25 +95,11 @@ class SlowRewards:
         Raises:
             ValueError: without a server, or the package openai.
         """
-        config, slow = self.judged_by, self.slow
-        if config is None or slow is None or config.url is None:
+        config = self.judged_by
+        if config is None or config.url is None:
             raise ValueError("reward.weights.judge needs a judge: set reward.judge.url and reward.judge.model")
         judge = Judge(config, self.load_image)
-        limits = Limits(
-            batch_size=None,
-            concurrency=config.concurrency,
-            timeout_s=config.timeout_s,
-            retries=config.retries,
-            wait_s=slow.wait_s,
-            max_calls=slow.max_calls,
-            max_seconds=slow.max_seconds,
-            on_failure=config.on_failure,
-        )
-        own = ("concurrency", "timeout_s", "retries", "on_failure")
-        keys = {field: f"reward.{'judge' if field in own else 'slow'}.{field}" for field in (*FIELDS, "timeout_s")}
-        return SlowReward(
-            JUDGE, in_thread(judge), limits, self._cache, settings=judge.settings, keys=keys, known=without_answer
-        )
+        return self._own(JUDGE, judge, config, judge.settings, concurrency=config.concurrency)
 
     def embedding(self) -> SlowReward:
         """Return the comparison of texts by an encoder.
@@ -132,8 +109,8 @@ class SlowRewards:
         """
         if self.embedded_by is None or self.embedded_by.model is None:
             raise ValueError("reward.weights.embedding needs a text encoder: set reward.embedding.model to its folder")
-        embedder = Embedder(self.embedded_by)
-        return self._computed(EMBEDDING, embedder, self.embedded_by, embedder.settings)
+        embedder, size = Embedder(self.embedded_by), self.embedded_by.batch_size
+        return self._own(EMBEDDING, embedder, self.embedded_by, embedder.settings, batch_size=size)
 
     def radeval(self) -> SlowReward:
         """Return the score of reports.
@@ -143,29 +120,48 @@ class SlowRewards:
         """
         if self.scored_by is None or self.scored_by.metric is None:
             raise ValueError("reward.weights.radeval needs a score: set reward.radeval.metric")
-        scores = ReportScores(self.scored_by.metric)
-        return self._computed(RADEVAL, scores, self.scored_by, scores.settings)
+        scores, size = ReportScores(self.scored_by.metric), self.scored_by.batch_size
+        return self._own(RADEVAL, scores, self.scored_by, scores.settings, batch_size=size)
 
-    def _computed(
-        self, name: str, call: BatchCall, config: EmbeddingConfig | RadEvalConfig, settings: Mapping[str, Any]
+    def _own(
+        self,
+        name: str,
+        call: BatchCall,
+        config: JudgeConfig | EmbeddingConfig | RadEvalConfig,
+        settings: Mapping[str, Any],
+        *,
+        batch_size: int | None = None,
+        concurrency: int = 1,
     ) -> SlowReward:
-        """Return a reward whose model computes in this process, one call at a time."""
-        slow = self.slow
-        assert slow is not None
-        limits = Limits(
-            batch_size=config.batch_size,
-            concurrency=1,
-            timeout_s=config.timeout_s,
+        """Return a reward of rlmed; what its own section does not set is in `reward.slow`."""
+        assert self.slow is not None
+        own = {field.name for field in dataclasses.fields(config)}
+        keys = {field: f"reward.{name if field in own else 'slow'}.{field}" for field in (*FIELDS, "timeout_s")}
+        limits = self._limits(
+            config, self.slow, batch_size=batch_size, concurrency=concurrency, timeout_s=config.timeout_s
+        )
+        return SlowReward(
+            name, in_thread(call), limits, self._cache, settings=settings, keys=keys, known=without_answer
+        )
+
+    @staticmethod
+    def _limits(
+        config: SlowConfig | JudgeConfig | EmbeddingConfig | RadEvalConfig,
+        slow: SlowConfig,
+        *,
+        concurrency: int,
+        timeout_s: float,
+        batch_size: int | None = None,
+    ) -> Limits:
+        return Limits(
+            batch_size=batch_size,
+            concurrency=concurrency,
+            timeout_s=timeout_s,
             retries=config.retries,
             wait_s=slow.wait_s,
             max_calls=slow.max_calls,
             max_seconds=slow.max_seconds,
             on_failure=config.on_failure,
-        )
-        own = ("timeout_s", "retries", "on_failure")
-        keys = {field: f"reward.{name if field in own else 'slow'}.{field}" for field in (*FIELDS, "timeout_s")}
-        return SlowReward(
-            name, in_thread(call), limits, self._cache, settings=settings, keys=keys, known=without_answer
         )
 
     @property
