@@ -115,7 +115,8 @@ def check_loggers(names: Sequence[str], config: LoggingConfig) -> None:
     """Check what can be known before a run.
 
     Raises:
-        ConfigError: for a package that is not installed, and for what MLflow or W&B would refuse.
+        ConfigError: for a package that is not installed, for `offline` where no logger obeys it,
+            and for what MLflow or W&B would refuse.
     """
     for name in names:
         if importlib.util.find_spec(name) is None:
@@ -124,6 +125,11 @@ def check_loggers(names: Sequence[str], config: LoggingConfig) -> None:
                 f"loggers=[{name}] needs the package {name}: pip install {locked}-e '.[{name}]' in rlmed's checkout, or "
                 f"leave {name} out"
             )
+    if config.offline and "wandb" not in names and {*names} - {"tensorboard"}:
+        raise ConfigError(
+            f"logging.offline=true is for wandb alone, and loggers={list(names)} lacks it: leave it out, and name a "
+            "database on this machine for mlflow, such as logging.tracking_uri=sqlite:///mlflow.db"
+        )
     if "mlflow" in names:
         _check_mlflow(config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"))
 

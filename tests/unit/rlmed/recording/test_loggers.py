@@ -48,7 +48,7 @@ def settings(folder: Path, **changed: Any) -> LoggingConfig:
     values: dict[str, Any] = {
         "project": "p",
         "run_name": None,
-        "offline": True,
+        "offline": False,
         "tracking_uri": f"sqlite:///{folder}/mlflow.db",
         "rollouts_every": 2,
         "rollouts": 1,
@@ -108,7 +108,7 @@ def inspect_wandb(folder: Path) -> list[dict[str, Any]]:
 
 @WANDB
 def test_wandb_offline_has_the_numbers_of_metrics_jsonl(tmp_path: Path) -> None:
-    expected = record(tmp_path, "wandb", settings(tmp_path))
+    expected = record(tmp_path, "wandb", settings(tmp_path, offline=True))
     found: Curves = {}
     rows: list[int] = []
     records = inspect_wandb(tmp_path / "run")
@@ -136,7 +136,7 @@ from rlmed.recording.loggers.build import build_loggers
 from rlmed.recording.recorder import RunRecorder
 from tests.unit.rlmed.recording.test_loggers import settings
 folder = Path({folder!r})
-recorder = RunRecorder(folder, build_loggers(folder, ["wandb"], settings(folder), {{}}, samples=True))
+recorder = RunRecorder(folder, build_loggers(folder, ["wandb"], settings(folder, offline=True), {{}}, samples=True))
 recorder.record_evaluation(0, {{"mri": 0.1}})
 for step in (1, 2, 3):
     recorder.record_step(step, {{"loss": step / 3, "kl": float("nan")}})
@@ -156,7 +156,9 @@ def test_wandb_offline_has_all_rows_of_a_killed_run(tmp_path: Path) -> None:
     clean = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     killed = subprocess.run([sys.executable, "-c", program], env=clean, capture_output=True, text=True, check=False)
     assert killed.returncode == -9, killed.stderr
-    recorder = RunRecorder(tmp_path, build_loggers(tmp_path, ["wandb"], settings(tmp_path), {}, samples=True))
+    recorder = RunRecorder(
+        tmp_path, build_loggers(tmp_path, ["wandb"], settings(tmp_path, offline=True), {}, samples=True)
+    )
     recorder.truncate({"metrics.jsonl": int(killed.stdout.split()[-1])})
     recorder.record_step(3, {"loss": 7.0, "kl": 0.5})
     recorder.close()
@@ -321,6 +323,13 @@ def test_a_folder_that_mlflow_would_refuse_is_refused_first(monkeypatch: pytest.
         check_loggers(["mlflow"], settings(tmp_path, tracking_uri=None))
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     check_loggers(["mlflow"], settings(tmp_path, tracking_uri="mlruns"))
+
+
+def test_offline_is_refused_where_nothing_obeys_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(ConfigError, match=r"logging\.offline=true .*wandb.*mlflow"):
+        check_loggers(["mlflow", "tensorboard"], settings(tmp_path, offline=True))
+    check_loggers(["mlflow", "wandb"], settings(tmp_path, offline=True))
 
 
 def test_rollouts_are_shown_only_if_asked_for(tmp_path: Path) -> None:
