@@ -35,8 +35,8 @@ RAY_FOLDER = "rlmed-ray-"
 """Prefix of the temporary folder of a Ray started for one run."""
 HEAD_SILENCE_S = 20.0
 """Seconds without contact after which the head counts as lost."""
-LONGEST_ROOT = 30
-"""Longest path of the folder around Ray's: its socket paths are limited to about 100 characters."""
+LONGEST_ROOT = 24
+"""Longest path of the folder around Ray's: the path of a socket has 83 more, of at most 107."""
 
 
 def worker_environment(chosen: Mapping[str, Any], *, here: bool) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def ray_session() -> Iterator[dict[str, str]]:
     from rlmed.cluster.ray_session import worker_environment
 
     mark = new_mark()
-    with tempfile.TemporaryDirectory(prefix="rt-") as folder, pytest.MonkeyPatch.context() as patch:
+    with tempfile.TemporaryDirectory(prefix="r") as folder, pytest.MonkeyPatch.context() as patch:
         for name, value in {
             **mark,
             "RAY_USAGE_STATS_ENABLED": "0",

@@ -110,7 +110,7 @@ class Machines:
         self.network = network
         self.marks = [new_mark() for _ in range(count)]
         # sockets have long names, so it has a short one
-        self.folder = Path(tempfile.mkdtemp(prefix="rt-"))
+        self.folder = Path(tempfile.mkdtemp(prefix="r"))
         # a node that joins does not look for the head's token by itself
         self.settings = SETTINGS | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex + uuid.uuid4().hex}
         self.head = ""

@@ -69,7 +69,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, with_images: Callable[[Path],
 @pytest.fixture(scope="module")
 def temporary() -> Iterator[Path]:
     """Where runs put temporary files: pytest's folder names are too long for Ray's sockets."""
-    with tempfile.TemporaryDirectory(prefix="rt-") as folder:
+    with tempfile.TemporaryDirectory(prefix="r") as folder:
         yield Path(folder)
 
 
