@@ -5,8 +5,11 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_ALL := $(VENV)/.installed-all
 
-# What takes long, or starts Ray or vLLM. One test with Ray runs at a time, beside the others: see tests/conftest.py.
+# What takes long, or starts Ray or vLLM.
 SLOW := slow or ray or vllm
+# One test with Ray runs at a time, and mostly waits: so one process more than cores. See tests/conftest.py.
+PROCESSES = $$($(BIN)/python -c 'import os; print(min(os.cpu_count() + 1, 8))')
+PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest --numprocesses=$(PROCESSES) --dist=loadgroup --no-loadscope-reorder
 
 .PHONY: demo tasks test test-fast test-slow coverage lint types check docs docs-serve tiny-base clean
 
@@ -14,7 +17,7 @@ demo: $(INSTALLED)
 	$(BIN)/python -m rlmed.launch +experiment=medvqa_600 profile=tiny
 
 test: $(INSTALLED_ALL)
-	@$(MAKE) --no-print-directory --keep-going test-fast test-slow
+	$(PYTEST)
 
 # Lets the embedded model learn each task by RL, over three seeds; killed, it goes on where it was.
 tasks: $(INSTALLED)
@@ -22,7 +25,7 @@ tasks: $(INSTALLED)
 
 # The readers' tests of DICOM, NIfTI and parquet skip themselves where only `make demo` was run before.
 test-fast: $(INSTALLED)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "not ($(SLOW))" --numprocesses=auto --maxprocesses=8 --dist=loadfile
+	$(PYTEST) -m "not ($(SLOW))"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -33,8 +36,8 @@ types: $(INSTALLED)
 
 check: lint types test
 
-test-slow:
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "$(SLOW)" --numprocesses=auto --maxprocesses=4 --dist=loadgroup
+test-slow: $(INSTALLED_ALL)
+	$(PYTEST) -m "$(SLOW)"
 
 # The site in site/, and while you write at http://localhost:8000. A broken link or an unknown reference fails.
 docs: $(INSTALLED_ALL)

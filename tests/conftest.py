@@ -60,14 +60,27 @@ FIVE: tuple[Grid, ...] = ((4, 6), (8, 4), (4, 4), (6, 4), (4, 8))
 """Patches of five images of a prompt."""
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist then reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With --dist=loadgroup a file's tests share a process, and so do all that start Ray.
 
     Ray's processes have limits of time to answer in, so those of two tests must not run at once.
+    One after the other they take longest, so they begin first, then other files with slow tests.
     """
+    ranks = dict[str, int]()
     for item in items:
         ray = item.get_closest_marker("ray") is not None
-        item.add_marker(pytest.mark.xdist_group("ray" if ray else item.nodeid.partition("::")[0]))
+        group = "ray" if ray else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
+        slow = any(item.get_closest_marker(name) for name in ("slow", "vllm"))
+        ranks[group] = min(ranks.get(group, 2), 0 if ray else 1 if slow else 2)
+    items.sort(key=lambda item: ranks[item.get_closest_marker("xdist_group").args[0]])  # type: ignore[union-attr]
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Refuse a pytest-xdist that forgets the groups."""
+    if getattr(session.config.option, "loadgroup", False) and session.items:
+        assert "@" in session.items[0].nodeid, "pytest-xdist has not grouped the tests: it does not fit this pytest"
 
 
 @pytest.fixture(autouse=True)
