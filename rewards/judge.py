@@ -6,7 +6,6 @@ import base64
 import email.utils
 import importlib.util
 import io
-import logging
 import os
 import re
 import time
@@ -21,6 +20,7 @@ from rewards.references import said
 from rewards.slow import Noted, RewardUnavailableError
 from rewards.verdict import read_mark
 from rlmed.core.config.rewarding import JudgeConfig
+from rlmed.core.process.display import quiet_http_clients
 from rlmed.core.types import Completion, Example
 from rlmed.tasks.registry import task_of
 
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 KEY = "RLMED_JUDGE_KEY"
 """Environment variable with the server's key; it is written nowhere."""
 INSTALL = "pip install -c requirements.lock -e '.[serve]'"
-TALKATIVE = ("openai", "httpx", "httpx2")
-"""Loggers of the client's packages, of which warnings are enough."""
 RETRIED = (408, 409, 425, 429)
 """Statuses below 500 after which another attempt may succeed."""
 REFUSED = (401, 403, 404)
@@ -154,9 +152,7 @@ class Judge:
     def _make_client(self) -> OpenAI:
         import openai
 
-        for name in TALKATIVE:  # a line for each request
-            if (logger := logging.getLogger(name)).level == logging.NOTSET:
-                logger.setLevel(logging.WARNING)
+        quiet_http_clients()
         # no proxy lies between this machine and itself
         http = openai.DefaultHttpxClient(trust_env=not _is_here(urlsplit(self._url).hostname or ""))
         return openai.OpenAI(
