@@ -230,7 +230,8 @@ class Run:
                 self.rubric.begin(group)
             scored = [self.rubric.score(group) for group in groups]
             self.rubric.metrics()  # of no step
-        report = inspect(scored, mask_truncated=self.config.algo.loss.mask_truncated)
+        weights = {part.name: part.weight for part in self.rubric.parts}
+        report = inspect(scored, mask_truncated=self.config.algo.loss.mask_truncated, weights=weights)
         self.progress.message(report.line())
         check(report, self.config.rollout.max_tokens, self.renderer.end_tokens)
 
