@@ -42,8 +42,8 @@ class Embedder:
         """Read the folder's settings and the digest of its files.
 
         Raises:
-            ValueError: for a folder that is missing, holds no text encoder, or wants what is unknown
-                here.
+            ValueError: for a folder that is missing, holds no text encoder, or wants what is
+                unknown here.
         """
         assert config.model is not None
         self._config, self._folder = config, Path(config.model)

@@ -15,7 +15,6 @@ from rewards.rubric import KNOWN
 from rlmed.core.prefill import ANSWER_END
 from rlmed.core.types import FinishReason, ScoredGroup
 
-
 log = logging.getLogger(__name__)
 
 OF_FORMAT = ("format", "answer_format", "format_parts")
@@ -76,8 +75,8 @@ class PreflightReport:
         never = "never writes its tags" if {*self.zero} & {*OF_FORMAT} else "never gives an answer that earns it"
         own = "" if {*self.zero} <= {*KNOWN} else "; one of yours that only punishes may well be 0"
         return (
-            f"{what} 0 for all {max(self.zero.values())} completions{named}: the model {never}. Imitate answers first with python -m "
-            f"rlmed.sft, or check the format that prompt and task ask for{own}"
+            f"{what} 0 for all {max(self.zero.values())} completions{named}: the model {never}. Imitate answers first with "
+            f"python -m rlmed.sft, or check the format that prompt and task ask for{own}"
         )
 
     def _reward(self) -> str:

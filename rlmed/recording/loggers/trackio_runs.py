@@ -30,7 +30,8 @@ class TrackioLogger:
         quiet_http_clients()
         state = LoggerState(beginning.folder, self.name, resumed=beginning.resumed)
         name = state.get("name") or self._config.run_name or run_name(beginning.folder)
-        self._run = trackio.init(
+        # an earlier attempt may have failed after this
+        self._run = self._run or trackio.init(
             project=self._config.project or DEFAULT_PROJECT,
             name=name,
             config=dict(beginning.settings),

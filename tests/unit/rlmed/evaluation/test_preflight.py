@@ -95,7 +95,7 @@ def test_a_missing_reward_is_named_and_not_the_model() -> None:
 def scored(asked: str, /, **parts: list[float]) -> ScoredGroup:
     """A group of two with a learning signal and these rewards, of an example of this task."""
     made = group(["a", "b"], [0, 1])
-    example = dataclasses.replace(PROMPT.example, task=asked)
+    example = PROMPT.example if asked == "choice" else Example(id="y", image=None, question="?", task=asked)
     prompt = dataclasses.replace(PROMPT, example=example)
     rollout = dataclasses.replace(made.rollout, request=dataclasses.replace(made.rollout.request, prompt=prompt))
     values = {name: np.array(given, np.float32) for name, given in parts.items()}
