@@ -38,7 +38,8 @@ from learner.advantages import AdvantageEstimator
 from learner.learner import PolicyLearner
 from rewards.base import GroupReward
 from rewards.rubric import Rubric, WeightedReward, per_completion
-from rewards.slow import Limits, SlowReward
+from rewards.slow import Limits, in_thread
+from rewards.slow_reward import SlowReward
 from rlmed.cluster.memory import keep_freed_memory
 from rlmed.controller import StepResult, train
 from rlmed.core.config.composing import compose_config
@@ -131,7 +132,7 @@ class Endless(GroupBuffer):
 def slow_reward(seconds: float, concurrency: int) -> GroupReward:
     """The variety of a text, known after some seconds; nothing is cached, so each call waits."""
 
-    def variety(timeout_s: float, examples: Any, completions: Any) -> list[float]:
+    def variety(examples: Any, completions: Any) -> list[float]:
         time.sleep(seconds)
         return [variety_reward(*pair) for pair in zip(examples, completions, strict=True)]
 
@@ -140,7 +141,7 @@ def slow_reward(seconds: float, concurrency: int) -> GroupReward:
         max_calls=None, max_seconds=None, on_failure="stop",
     )  # fmt: skip
     keys = {"timeout_s": "reward.timeout_s", "on_failure": "reward.slow.on_failure"}
-    return SlowReward("variety", variety, limits, None, settings={}, keys=keys)
+    return SlowReward("variety", in_thread(variety), limits, None, settings={}, keys=keys)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from rlmed.core.types import Completion, Example
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 KEY = "reward.embedding.model"
 READ = (".json", ".safetensors", ".bin", ".txt", ".model")
@@ -39,7 +42,8 @@ class Embedder:
         """Read the folder's settings and the digest of its files.
 
         Raises:
-            ValueError: for a folder that is missing, holds no model, or wants what is unknown here.
+            ValueError: for a folder that is missing, holds no text encoder, or wants what is
+                unknown here.
         """
         assert config.model is not None
         self._config, self._folder = config, Path(config.model)
@@ -53,11 +57,13 @@ class Embedder:
             raise ValueError(
                 f"{KEY}={config.model}: there is no config.json in {self._transformer}: copy the whole model"
             )
+        self._check_encoder()
         own = self._transformer / "sentence_bert_config.json"
         self._limits: dict[str, Any] = json.loads(own.read_text(encoding="utf-8")) if own.is_file() else {}
         self.settings = {"files": _digest(self._folder)}
         self._lock = threading.Lock()
         self._loaded: tuple[Any, Any, int] | None = None
+        self._said_cut = False
 
     def __call__(self, examples: Sequence[Example], completions: Sequence[Completion]) -> list[float]:
         """Return each answer's cosine with the nearest reference, 0 for a negative one.
@@ -79,6 +85,7 @@ class Embedder:
         texts = [text.lower() for text in texts] if self._limits.get("do_lower_case") else list(texts)
         vectors = []
         size = self._config.batch_size
+        self._say_cut(tokenizer, texts, longest)
         for start in range(0, len(texts), size):
             inputs = tokenizer(
                 texts[start : start + size], padding=True, truncation=True, max_length=longest, return_tensors="pt"
@@ -117,9 +124,41 @@ class Embedder:
             self._limits.get("max_seq_length"),
             tokenizer.model_max_length if tokenizer.model_max_length < _NO_LIMIT else None,
             vars(model.config).get("max_position_embeddings"),
+            _positions(model),
         )
         longest = min((int(limit) for limit in limits if limit), default=LONGEST)
         return tokenizer, model.eval().to(self._config.device), longest
+
+    def _say_cut(self, tokenizer: Any, texts: Sequence[str], longest: int) -> None:
+        """Warn of the first text that the encoder cannot read to its end."""
+        if self._said_cut:
+            return
+        tokens = max(len(ids) for ids in tokenizer(list(texts), verbose=False)["input_ids"])
+        if tokens > longest:
+            self._said_cut = True
+            log.warning(
+                "reward embedding: an answer or reference has %d tokens, and %s reads %d: of longer texts only the beginning "
+                "counts",
+                tokens,
+                self._folder,
+                longest,
+            )
+
+    def _check_encoder(self) -> None:
+        """Refuse a model that writes text, or sees pictures: it has no vector of a whole text."""
+        from transformers.models.auto import modeling_auto as known
+
+        config = json.loads((self._transformer / "config.json").read_text(encoding="utf-8"))
+        kind = str(config.get("model_type"))
+        writers = {*known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
+        writers |= {*known.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES}
+        writes = kind in writers - {*known.MODEL_FOR_MASKED_LM_MAPPING_NAMES}
+        if writes or any(config.get(key) for key in ("is_decoder", "is_encoder_decoder", "vision_config")):
+            names = ", ".join(config.get("architectures") or [kind])
+            raise ValueError(
+                f"{KEY}={self._config.model}: it holds {names} (model_type {kind}), which is no text encoder: give a folder of "
+                "one that reads a whole text at once, such as BERT, RoBERTa or a model of sentence-transformers"
+            )
 
     def _read_modules(self) -> tuple[Path, str]:
         """Return the transformer's folder and "mean" or "cls"."""
@@ -155,6 +194,20 @@ class Embedder:
                 "understood: choose another encoder"
             )
         return chosen[0]
+
+
+def _positions(model: Any) -> int | None:
+    """Return the positions that a text can have, where they are numbered after padding's.
+
+    RoBERTa and its kin count from `padding_idx + 1` on, so their longest text is shorter than
+    `max_position_embeddings`. None where all positions are for texts.
+    """
+    counts = [
+        module.num_embeddings - module.padding_idx - 1
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+    ]
+    return min(counts, default=None)
 
 
 def _digest(folder: Path) -> str:

@@ -20,6 +20,7 @@ from rewards.references import said
 from rewards.slow import Noted, RewardUnavailableError
 from rewards.verdict import read_mark
 from rlmed.core.config.rewarding import JudgeConfig
+from rlmed.core.process.display import quiet_http_clients
 from rlmed.core.types import Completion, Example
 from rlmed.tasks.registry import task_of
 
@@ -151,6 +152,7 @@ class Judge:
     def _make_client(self) -> OpenAI:
         import openai
 
+        quiet_http_clients()
         # no proxy lies between this machine and itself
         http = openai.DefaultHttpxClient(trust_env=not _is_here(urlsplit(self._url).hostname or ""))
         return openai.OpenAI(

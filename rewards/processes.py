@@ -42,7 +42,7 @@ class Processes:
     Example:
         >>> processes = Processes(start, 4, start_s=600.0)                    # doctest: +SKIP
         >>> call = processes.caller("my_rewards:slow_one", batched=False)     # doctest: +SKIP
-        >>> call(60.0, [example], [completion])                               # doctest: +SKIP
+        >>> call(60.0, [example], [completion], begun)                        # doctest: +SKIP
         [0.5]
     """
 
@@ -69,9 +69,9 @@ class Processes:
             path: of the function.
             batched: call it as f(examples, completions), not as f(example, completion).
 
-        The call waits for a free process first; only then does its time run. It raises what the
-        function raises, `DeadlineError` after killing the process, or `RewardUnavailableError` if
-        that is lost.
+        The call waits until a process is free and has started; only then does it call `begun`, and
+        its time run. It raises what the function raises, `DeadlineError` after killing the process,
+        or `RewardUnavailableError` if that is lost.
         """
         return functools.partial(self._call, path, batched)
 
@@ -83,12 +83,26 @@ class Processes:
                 process.kill()
 
     def _call(
-        self, path: str, batched: bool, seconds: float, examples: Sequence[Example], completions: Sequence[Completion]
+        self,
+        path: str,
+        batched: bool,
+        seconds: float,
+        examples: Sequence[Example],
+        completions: Sequence[Completion],
+        begun: Callable[[], None],
     ) -> list[object]:
         sent = pickle.dumps((list(examples), list(completions)))
         slot = self._free.get()
         try:
-            reply = self._reply(slot, path, batched, sent, seconds)
+            process, where = self._started(slot)
+            begun()
+            try:
+                reply = process.call(path, batched, sent).result(seconds)
+            except TimeoutError:
+                self._replace(slot, process)
+                raise DeadlineError from None
+            except Exception as error:
+                raise self._lost(slot, process, f"reward worker {slot} ({where}) was lost", error) from error
         finally:
             self._free.put(slot)
         raised, content = pickle.loads(reply)
@@ -96,10 +110,11 @@ class Processes:
             raise content
         return list(content)
 
-    def _reply(self, slot: int, path: str, batched: bool, sent: bytes, seconds: float) -> bytes:
+    def _started(self, slot: int) -> tuple[RewardProcess, str]:
+        """Wait until a slot's process has started; return it and where it runs."""
         process = self._process(slot)
         try:
-            where = process.ready().result(self._start_s)
+            return process, process.ready().result(self._start_s)
         except TimeoutError:
             raise RewardError(
                 f"reward worker {slot} has not started within {self._start_s:g} s (cluster.start_timeout_s): ask for fewer "
@@ -107,13 +122,6 @@ class Processes:
             ) from None
         except Exception as error:
             raise self._lost(slot, process, f"reward worker {slot} could not be started", error) from error
-        try:
-            return process.call(path, batched, sent).result(seconds)
-        except TimeoutError:
-            self._replace(slot, process)
-            raise DeadlineError from None
-        except Exception as error:
-            raise self._lost(slot, process, f"reward worker {slot} ({where}) was lost", error) from error
 
     def _process(self, slot: int) -> RewardProcess:
         with self._lock:

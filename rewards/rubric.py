@@ -22,11 +22,12 @@ from rewards.reasoning_consistency import reasoning_consistency_reward
 from rewards.references import references_of
 from rewards.repetition import repetition_reward
 from rewards.self_consistency import self_consistency_reward
-from rewards.slow import SlowReward
 from rewards.slow_parts import COMPARING, SLOW_NAMES, SlowRewards
-from rewards.task import IouSchedule, ThresholdReward, task_reward
+from rewards.slow_reward import SlowReward
+from rewards.task import IOU, IouSchedule, ThresholdReward, task_reward
 from rlmed.core.spelling import closest
 from rlmed.core.types import Example, FloatArray, RolloutGroup, ScoredGroup
+from rlmed.tasks.registry import task_of
 
 REWARDS: dict[str, Reward] = {
     "format": format_reward,
@@ -125,7 +126,7 @@ class Rubric:
 
         Raises:
             ValueError: for a reward that is unknown, cannot be loaded, or needs a likelihood where
-                there is none.
+                there is none; for settings of slow rewards where none is slow.
         """
         own = {path.rpartition(":")[2]: path for path in extra}
         slow = slow or SlowRewards()
@@ -145,6 +146,7 @@ class Rubric:
             taking_time = slow.of_user(name, path, function, timeout_s)
             reward = taking_time or per_completion(guarded(path, function, timeout_s))
             parts.append(WeightedReward(name, reward, weights.get(name, 1.0)))
+        slow.check_read({part.name for part in parts if isinstance(part.reward, SlowReward)}, extra)
         return cls(parts)
 
     def check_tasks(self, examples: Iterable[Example]) -> None:
@@ -152,9 +154,17 @@ class Rubric:
 
         Raises:
             ValueError: for a reward of multiple choice, and rows of another task; for one that
-                compares texts, and rows without any to compare with.
+                compares texts, and rows without any to compare with; for a threshold of boxes, and
+                no row with boxes.
         """
         examples = list(examples)
+        tasks = Counter(example.task for example in examples)
+        by_overlap = any(isinstance(part.reward, ThresholdReward) for part in self.parts)
+        if by_overlap and examples and not any(task_of(example).main == IOU for example in examples):
+            raise ValueError(
+                "reward.iou.kind=threshold is for rows that ask for boxes, and training rows have other tasks ("
+                f"{_counted(tasks)}): leave reward.iou out, or give rows of task grounding in data.train"
+            )
         comparing = [part.name for part in self.parts if part.name in COMPARING]
         bare = next((example for example in examples if comparing and not references_of(example)), None)
         if bare is not None:
@@ -167,7 +177,7 @@ class Rubric:
         if others and wrong:
             raise ValueError(
                 f"reward.weights names {', '.join(wrong)}, for multiple choice alone, and training rows have other tasks ("
-                f"{', '.join(f'{count} {name}' for name, count in others.most_common())}): set reward=task"
+                f"{_counted(others)}): set reward=task"
             )
 
     def begin(self, group: RolloutGroup) -> None:
@@ -227,6 +237,10 @@ class Rubric:
         """Drop what slow rewards have not been asked for yet."""
         for reward in self._slow.values():
             reward.close()
+
+
+def _counted(tasks: Counter[str]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in tasks.most_common())
 
 
 def _check_names(weights: Iterable[str], extra: Sequence[str], own: Mapping[str, str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from rewards.judge import Judge, LoadImage
 from rewards.processes import Processes
 from rewards.radeval import ReportScores
 from rewards.references import without_answer
-from rewards.slow import BatchCall, Limits, SlowReward, declared, in_thread
+from rewards.slow import BatchCall, Limits, declared, in_thread
+from rewards.slow_reward import SlowReward
 from rlmed.core.config.rewarding import EmbeddingConfig, JudgeConfig, RadEvalConfig, SlowConfig
 
 JUDGE, EMBEDDING, RADEVAL = "judge", "embedding", "radeval"
@@ -51,6 +52,30 @@ class SlowRewards:
                 raise ValueError(
                     f"reward.{key}={value} is set, and reward.weights has no {name}: set reward={name}, or "
                     f"+reward.weights.{name}=1"
+                )
+
+    def check_read(self, made: Collection[str], extra: Sequence[str]) -> None:
+        """Check that something reads what is set for slow rewards.
+
+        Args:
+            made: names of the rewards that are slow.
+            extra: paths of the user's functions.
+
+        Raises:
+            ValueError: for a setting that none of them reads.
+        """
+        if self.slow is None:
+            return
+        cure = "mark one with @rewards.slow.slow or by reward.slow.names=[NAME] (docs/rewards.md), or leave the setting out"
+        if self.slow.workers and not {*made} - {*SLOW_NAMES}:
+            raise ValueError(
+                f"reward.slow.workers={self.slow.workers} call your functions that are slow, and none of "
+                f"reward.extra={list(extra)} is: {cure}"
+            )
+        for key, value in (("max_calls", self.slow.max_calls), ("max_seconds", self.slow.max_seconds)):
+            if value is not None and not made:
+                raise ValueError(
+                    f"reward.slow.{key}={value} bounds rewards that are slow, and none of reward.extra={list(extra)} is: {cure}"
                 )
 
     def make(self, name: str) -> SlowReward:

@@ -35,7 +35,15 @@ from rlmed.core.config.use import check_used
 from rlmed.core.files.atomic import refusal
 from rlmed.core.files.exclusive import hold
 from rlmed.core.files.ownership import remove_leftovers
-from rlmed.core.process.display import ERRORS, TRACE, ending_errors, keep_display, lacks_memory, one_line
+from rlmed.core.process.display import (
+    ERRORS,
+    TRACE,
+    ending_errors,
+    keep_display,
+    lacks_memory,
+    one_line,
+    quiet_http_clients,
+)
 from rlmed.core.process.starting import loading_libraries
 from rlmed.core.protocols import LOST, ClusterError
 from rlmed.recording.checkpoint import CheckpointError, list_checkpoints, starting_point
@@ -103,6 +111,7 @@ def run_command(program: str, main: Callable[[RunConfig, Path], None]) -> None:
     keep_display()
     # it warns of each retry; load_config reports the outcome
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    quiet_http_clients()
     logging.raiseExceptions = False  # the run continues if a log cannot be written
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise Hydra's errors instead of printing them
 

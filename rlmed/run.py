@@ -19,6 +19,7 @@ from rlmed.cluster.reward_processes import reward_processes
 from rlmed.controller import StepResult, train
 from rlmed.core.config.composing import check_same_run, to_mapping, to_yaml
 from rlmed.core.config.schema import RunConfig
+from rlmed.core.process.closing import closing
 from rlmed.core.tracing import Tracer
 from rlmed.core.types import SamplingParams
 from rlmed.data.images import load_image
@@ -34,6 +35,7 @@ from rlmed.recording.inputs import CONFIG_FILE, check_same_data, write_inputs
 from rlmed.recording.loggers.build import build_loggers
 from rlmed.recording.progress import Progress
 from rlmed.recording.recorder import RunRecorder
+from rlmed.recording.restart import remove_earlier_attempt, remove_later_records
 from rlmed.report.terminal import show_results
 from rollout.buffer import GroupBuffer
 
@@ -151,6 +153,7 @@ class Run:
         if self.checkpoint:
             self._restore(self.checkpoint)
         else:
+            remove_earlier_attempt(folder)
             self.recorder.truncate({})
         write_inputs(
             folder,
@@ -163,14 +166,9 @@ class Run:
 
     def execute(self) -> None:
         """Evaluate, train, evaluate, report."""
-        try:
+        # loggers last: each may wait for a server, while workers and devices are free for others
+        with closing(self.rubric.close, self.cluster.close, failed=lambda: self.recorder.close(failed=True)):
             self._train()
-        except BaseException:
-            self.recorder.close(failed=True)
-            raise
-        finally:
-            self.rubric.close()
-            self.cluster.close()
         self._finish()
 
     def _train(self) -> None:
@@ -209,6 +207,7 @@ class Run:
         self.advantages.restore(loop["spread"]["moments"] if "spread" in loop else loop["reward_std"])
         self.stream.restore(saved["stream"])
         self.recorder.truncate(saved["offsets"])
+        remove_later_records(self.folder, self.done)
         self.cluster.learner.load(checkpoint)
         self.cluster.learner.push_weights(self.cluster.pool)
         evaluates = bool(self.data.evals) and self.config.eval.at_end
@@ -230,7 +229,8 @@ class Run:
                 self.rubric.begin(group)
             scored = [self.rubric.score(group) for group in groups]
             self.rubric.metrics()  # of no step
-        report = inspect(scored, mask_truncated=self.config.algo.loss.mask_truncated)
+        weights = {part.name: part.weight for part in self.rubric.parts}
+        report = inspect(scored, mask_truncated=self.config.algo.loss.mask_truncated, weights=weights)
         self.progress.message(report.line())
         check(report, self.config.rollout.max_tokens, self.renderer.end_tokens)
 

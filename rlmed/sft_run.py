@@ -16,6 +16,7 @@ from rlmed.cluster.requirements import check_machine
 from rlmed.core.config.composing import check_same_run, to_mapping, to_yaml
 from rlmed.core.config.schema import RunConfig
 from rlmed.core.prefill import remaining
+from rlmed.core.process.closing import closing
 from rlmed.core.tracing import Tracer
 from rlmed.core.types import Example
 from rlmed.data.curriculum import Curriculum, Visit
@@ -32,6 +33,7 @@ from rlmed.recording.inputs import CONFIG_FILE, check_same_data, write_inputs
 from rlmed.recording.loggers.build import build_loggers
 from rlmed.recording.progress import Progress
 from rlmed.recording.recorder import RunRecorder
+from rlmed.recording.restart import remove_earlier_attempt, remove_later_records
 from rlmed.report.terminal import show_results
 from rlmed.tasks.grounding import Grounding
 from rlmed.tasks.registry import task_of
@@ -121,8 +123,11 @@ def finetune(config: RunConfig, folder: Path) -> None:
         steps=batches.steps,
         longest=batches.longest,
     )
-    with parts.resources, RunRecorder(folder, loggers) as recorder:
+    recorder = RunRecorder(folder, loggers)
+    # loggers last: each may wait for a server, while ranks and devices are free for others
+    with closing(parts.resources.close, failed=lambda: recorder.close(failed=True)):
         _train(config, folder, checkpoint, parts, batches, data, renderer, recorder)
+    recorder.close()
     note = "" if config.data.source == "phantom" else toy_note(model_folder(config.model.path))
     show_results(folder, batches.steps, before=step_folder(folder / "evaluations", 0), note=note)
 
@@ -152,7 +157,7 @@ def _train(
     done = _restore(checkpoint, config, folder, data, parts, recorder)
     evaluates, saves = bool(data.evals) and config.eval.at_end, config.checkpoint
     if checkpoint:
-        progress.resuming(done, batches.steps, checkpoint, evaluates=evaluates)
+        progress.resuming(done, batches.steps, checkpoint, evaluates=evaluates, longer="sft.epochs")
     toy = is_toy(model_folder(config.model.path))
     write_inputs(folder, to_yaml(config), parts.model, data.files, data.leakage, toy=toy)
 
@@ -198,6 +203,7 @@ def _restore(
 ) -> int:
     """Restore a checkpoint's state or, without one, clear the records; return the steps done."""
     if checkpoint is None:
+        remove_earlier_attempt(folder)
         recorder.truncate({})
         return 0
     saved = read_state(checkpoint)
@@ -206,5 +212,6 @@ def _restore(
     check_same_run(folder / CONFIG_FILE, config, unused=("steps", "algo", "reward", "rollout"))
     check_same_data(folder, data.files)
     recorder.truncate(saved["offsets"])
+    remove_later_records(folder, int(saved["step"]))
     parts.learner.load(checkpoint)
     return int(saved["step"])

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from learner.advantages import has_learning_signal
+from rewards.rubric import KNOWN
 from rlmed.core.prefill import ANSWER_END
 from rlmed.core.types import FinishReason, ScoredGroup
+
+log = logging.getLogger(__name__)
+
+OF_FORMAT = ("format", "answer_format", "format_parts")
+"""Rewards for tags alone."""
+MOST_NAMED = 3
+"""Most tasks that a warning names."""
 
 
 class PreflightError(ValueError):
@@ -42,6 +51,10 @@ class PreflightReport:
     """Groups that lack a reward which could not be had, by reward."""
     incomplete: float
     """Share of groups that lack any."""
+    zero: Mapping[str, int] = field(default_factory=dict)
+    """Rewards of positive weight that are 0 for every completion that has them: how many have."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of the groups, the most frequent first."""
 
     def line(self) -> str:
         """Return the statistics on one line."""
@@ -52,13 +65,35 @@ class PreflightReport:
             f"groups without learning signal {self.without_signal:.0%}, distinct completions {self.distinct:.0%}"
         )
 
+    def zeros(self) -> str:
+        """Return which rewards are 0 everywhere and what to do, on one line; "" if none is."""
+        if not self.zero:
+            return ""
+        more = [f"and {len(self.tasks) - MOST_NAMED} more"] * (len(self.tasks) > MOST_NAMED)
+        named = f" (tasks {', '.join([*self.tasks[:MOST_NAMED], *more])})" if len(self.tasks) > 1 else ""
+        what = f"reward {next(iter(self.zero))} is" if len(self.zero) == 1 else f"rewards {', '.join(self.zero)} are"
+        never = "never writes its tags" if {*self.zero} & {*OF_FORMAT} else "never gives an answer that earns it"
+        own = "" if {*self.zero} <= {*KNOWN} else "; one of yours that only punishes may well be 0"
+        return (
+            f"{what} 0 for all {max(self.zero.values())} completions{named}: the model {never}. Imitate answers first with "
+            f"python -m rlmed.sft, or check the format that prompt and task ask for{own}"
+        )
+
     def _reward(self) -> str:
         lacking = [f"reward {name} missing in {count} of them" for name, count in self.missing.items()]
         return ", ".join([f"reward {self.reward_mean:.2f}"] * (self.incomplete < 1) + lacking)
 
 
-def inspect(groups: Sequence[ScoredGroup], *, mask_truncated: bool = False) -> PreflightReport:
-    """Compute the statistics; `mask_truncated` as in `algo.loss.mask_truncated`."""
+def inspect(
+    groups: Sequence[ScoredGroup], *, mask_truncated: bool = False, weights: Mapping[str, float] | None = None
+) -> PreflightReport:
+    """Compute the statistics.
+
+    Args:
+        groups: sampled and scored.
+        mask_truncated: as in `algo.loss.mask_truncated`.
+        weights: of the rewards, by name; None counts all as positive.
+    """
     completions = [completion for group in groups for completion in group.rollout.completions]
     formats = [group.reward_parts["format"] for group in groups if "format" in group.reward_parts]
     texts = [[completion.text for completion in group.rollout.completions] for group in groups]
@@ -77,7 +112,20 @@ def inspect(groups: Sequence[ScoredGroup], *, mask_truncated: bool = False) -> P
         longest=max(len(completion.token_ids) for completion in completions),
         missing=dict(Counter(name for group in groups for name in group.missing)),
         incomplete=float(np.mean([bool(group.missing) for group in groups])),
+        zero={
+            name: count
+            for name in groups[0].reward_parts
+            if (weights is None or weights[name] > 0) and (count := _all_zero(name, groups))
+        },
+        tasks=tuple(name for name, _ in Counter(group.rollout.prompt.example.task for group in groups).most_common()),
     )
+
+
+def _all_zero(name: str, groups: Sequence[ScoredGroup]) -> int:
+    """Return how many completions have this reward if it is 0 for all of them; else 0."""
+    values = np.concatenate([group.reward_parts[name] for group in groups])
+    there = values[~np.isnan(values)]
+    return 0 if there.any() else len(there)
 
 
 def went_on(text: str, finish_reason: FinishReason) -> bool:
@@ -108,7 +156,7 @@ def why_cut(truncated: float, went_on: float, limit: str, end_tokens: Sequence[s
 
 
 def check(report: PreflightReport, max_tokens: int, end_tokens: Sequence[str] = ()) -> None:
-    """Raise PreflightError if no group has a learning signal.
+    """Raise PreflightError if no group has a learning signal; warn of rewards that nothing earns.
 
     Args:
         report: the statistics.
@@ -119,6 +167,8 @@ def check(report: PreflightReport, max_tokens: int, end_tokens: Sequence[str] = 
         PreflightError: with the most likely cause and what to do.
     """
     if report.without_signal < 1:
+        if report.zero:
+            log.warning("preflight: %s", report.zeros())
         return
     if report.incomplete >= 0.5:
         names = ", ".join(report.missing)
@@ -137,8 +187,6 @@ def check(report: PreflightReport, max_tokens: int, end_tokens: Sequence[str] = 
             "with python -m rlmed.sft, or reward parts of the format (reward=format_parts)"
         )
     else:
-        cause = (
-            f"every completion earns the same reward ({report.reward_mean:.2f}): the questions are too easy, or the reward "
-            "does not discriminate"
-        )
+        why = report.zeros() or "the questions are too easy, or the reward does not discriminate"
+        cause = f"every completion earns the same reward ({report.reward_mean:.2f}): {why}"
     raise PreflightError(f"{report.line()}. The run would learn nothing: {cause}. preflight.enabled=false runs anyway")

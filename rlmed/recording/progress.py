@@ -121,12 +121,15 @@ class Progress:
         """Show that `done` of `total` evaluation answers are finished, the latest for `file`."""
         self.stage(f"evaluate {file}", done, total, "answers")
 
-    def resuming(self, done: int, steps: int, checkpoint: Path, *, evaluates: bool) -> None:
-        """Say where a resumed run goes on, and what is left if all its steps were done."""
+    def resuming(self, done: int, steps: int, checkpoint: Path, *, evaluates: bool, longer: str = "steps") -> None:
+        """Say where a resumed run goes on, and what is left if all its steps were done.
+
+        Raising the setting `longer` makes a run longer.
+        """
         self.message(f"resuming after step {done} of {steps} from {checkpoint}")
         if done >= steps:
             left = "only the evaluation at the end is repeated" if evaluates else "nothing is left to do"
-            self.message(f"all {steps} steps were done already: {left}; for more of them, start a new run")
+            self.message(f"all {steps} steps were done already: {left}; for more of them, raise {longer}")
 
     def message(self, text: str) -> None:
         """Print a permanent message."""

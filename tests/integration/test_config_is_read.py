@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib.util
+import json
 import shutil
 import sys
 import typing
@@ -45,13 +46,14 @@ ADAPTERS = [("learner=lora",)] if importlib.util.find_spec("peft") else []
 NEEDS = {"reward.judge.": ("openai",), "logging.": ("wandb", "mlflow")}
 """Packages that runs with these keys need; without one, they are not tried."""
 UNTRIED = tuple(where for where, names in NEEDS.items() if not all(map(importlib.util.find_spec, names)))
+BOXES = {"task": "grounding", "image": "0.png", "question": "Where?", "answer": [[31, 10, 58, 36]]}
 RADEVAL = """
 class RadEval:
     def __init__(self, metrics, per_sample):
         pass
 """
 REWARDED = [
-    ("+reward.weights.task=1", "reward.iou.kind=threshold"),
+    ("reward=task", "reward.iou.kind=threshold", "data.train=boxes.jsonl"),
     ("+reward.weights.embedding=1", "reward.embedding.model=encoder"),
     ("+reward.weights.radeval=1", "reward.radeval.metric=ratescore"),
     ("+reward.weights.judge=1", "reward.judge.url=http://127.0.0.1:9/v1", "reward.judge.model=m"),
@@ -136,6 +138,7 @@ def test_a_command_reads_what_the_rules_say_and_nothing_else(
     """A new key that nobody reads fails until a rule refuses it; so does a rule on a read key."""
     (tmp_path / "spread.py").write_text(SPREAD)
     (tmp_path / "radeval.py").write_text(RADEVAL)
+    (tmp_path / "boxes.jsonl").write_text(json.dumps(BOXES))
     shutil.copytree(bert, tmp_path / "encoder")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)

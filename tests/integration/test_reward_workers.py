@@ -66,7 +66,7 @@ def test_a_process_of_ray_works_in_the_driver_s_folder_and_is_replaced(
 
     def call(text: str, seconds: float = PATIENT) -> Any:
         group = group_of([text])
-        return own(seconds, [group.prompt.example], group.completions)[0]
+        return own(seconds, [group.prompt.example], group.completions, lambda: None)[0]
 
     assert call("read") == 0.25
     assert call("task") is True
@@ -88,5 +88,5 @@ def test_without_cores_for_it_the_run_ends_with_what_to_set(make_processes: Call
     group = group_of(["which"])
     with pytest.raises(RewardError, match=r"reward\.slow\.worker_cpus"):
         make_processes(64.0, 1.0).caller("own_of_ray:own", batched=False)(
-            1.0, [group.prompt.example], group.completions
+            1.0, [group.prompt.example], group.completions, lambda: None
         )

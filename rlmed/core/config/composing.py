@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from rlmed.core.config.overrides import CONFIG_GROUPS, explain
 from rlmed.core.config.rules import may_change
 from rlmed.core.config.schema import RunConfig
 from rlmed.core.config.use import Refusal, find_unused
+
+log = logging.getLogger(__name__)
 
 
 def compose_config(program: str, overrides: Sequence[str]) -> RunConfig:
@@ -88,6 +91,10 @@ ADDED = {
 """Keys that runs of earlier versions do not have, with the value that describes them."""
 
 
+LENGTHS = ("steps", "sft.epochs")
+"""Keys that may grow when a run resumes."""
+
+
 def check_same_run(saved: Path, config: RunConfig, *, unused: Collection[str]) -> None:
     """Check that a run resumes with the settings it was started with.
 
@@ -95,6 +102,8 @@ def check_same_run(saved: Path, config: RunConfig, *, unused: Collection[str]) -
         saved: the run's `config.yaml`.
         config: the configuration to resume with.
         unused: further keys that this kind of run ignores.
+
+    A run may go on for longer than it was to last, whose learning rate then follows the new length.
 
     Raises:
         ValueError: for settings that differ; names each key with both values.
@@ -109,16 +118,34 @@ def check_same_run(saved: Path, config: RunConfig, *, unused: Collection[str]) -
     without = tuple(f"reward.{name}." for name in slow if name not in config.reward.weights)
     if config.reward.iou.kind == "mean":  # its other keys have no effect
         without += ("reward.iou.start", "reward.iou.end", "reward.iou.steps")
+    ignored = {key for key in after | before if may_change(key) or {key, key.split(".")[0]} & {*unused}}
+    for key in sorted({*LENGTHS} - ignored):
+        _check_length(saved.parent, key, before[key], after[key])
+        if after[key] > before[key] and config.learner.lr_schedule != "constant":
+            log.warning(
+                "%s=%g instead of %g: learner.lr_schedule=%s now ends there, so the learning rate is another from here on",
+                key,
+                after[key],
+                before[key],
+                config.learner.lr_schedule,
+            )
     different = [
         f"{key}: {before.get(key)!r} then, {after.get(key)!r} now"
         for key in after | before  # a mapping, such as data.mix, may have had other entries then
-        if not (may_change(key) or key.startswith(without) or {key, key.split(".")[0]} & {*unused})
-        and before.get(key) != after.get(key)
+        if not (key in ignored or key in LENGTHS or key.startswith(without)) and before.get(key) != after.get(key)
     ]
     if different:
         raise ValueError(
             f"the run in {saved.parent} was started with other settings ({'; '.join(different)}): "
             "use the same settings to resume it, or resume=null for a new run"
+        )
+
+
+def _check_length(folder: Path, key: str, then: float, now: float) -> None:
+    if now < then:
+        raise ValueError(
+            f"the run in {folder} was started with {key}={then:g}, and {key}={now:g} would end it earlier: resume it with "
+            f"{key}={then:g} or more (Ctrl-C ends it at any step, and its checkpoints stay), or use resume=null for a new run"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
 import select
 import sys
@@ -22,8 +23,17 @@ NO_MEMORY = ("t allocate memory", "out of memory", "failed to map segment", "can
 """What torch, the dynamic loader and Python's threads say when an allocation fails."""
 PRIMITIVE = "could not create a primitive"
 """What oneDNN says then, and also for an unsupported product."""
+HTTP_CLIENTS = ("httpx", "httpx2", "openai")
+"""Loggers of packages that have a line at INFO for each request."""
 TRACE = "RLMED_TRACE"
 """Environment variable that turns tracebacks on."""
+
+
+def quiet_http_clients() -> None:
+    """Let packages that ask servers log warnings alone, unless their loggers have been set."""
+    for name in HTTP_CLIENTS:
+        if (logger := logging.getLogger(name)).level == logging.NOTSET:
+            logger.setLevel(logging.WARNING)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from rlmed.recording.loggers.tensorboard import TensorBoardLogger
 from rlmed.recording.loggers.trackio_runs import TrackioLogger
 from rlmed.recording.loggers.weights_and_biases import WandbLogger
 
+log = logging.getLogger(__name__)
+
 MAKERS: dict[str, Callable[[LoggingConfig], Logger]] = {
     "tensorboard": lambda config: TensorBoardLogger(),
     "wandb": WandbLogger,
@@ -28,6 +31,8 @@ MAKERS: dict[str, Callable[[LoggingConfig], Logger]] = {
 """By name in the setting `loggers`: the package's, and the extra's (TensorBoard needs none)."""
 FILE_STORE = "MLFLOW_ALLOW_FILE_STORE"
 """Without it, MLflow refuses a folder."""
+LOCAL_STORES = ("", "file", "sqlite")
+"""Schemes of MLflow's stores that lie in files."""
 
 
 class Loggers:
@@ -115,8 +120,8 @@ def check_loggers(names: Sequence[str], config: LoggingConfig) -> None:
     """Check what can be known before a run.
 
     Raises:
-        ConfigError: for a package that is not installed, for `offline` where no logger obeys it,
-            and for what MLflow or W&B would refuse.
+        ConfigError: for a package that is not installed, for `offline` or `tracking_uri` where no
+            logger reads it, and for what MLflow or W&B would refuse.
     """
     for name in names:
         if importlib.util.find_spec(name) is None:
@@ -130,11 +135,18 @@ def check_loggers(names: Sequence[str], config: LoggingConfig) -> None:
             f"logging.offline=true is for wandb alone, and loggers={list(names)} lacks it: leave it out, and name a "
             "database on this machine for mlflow, such as logging.tracking_uri=sqlite:///mlflow.db"
         )
+    if config.tracking_uri is not None and "mlflow" not in names and {*names} - {"tensorboard"}:
+        raise ConfigError(
+            f"logging.tracking_uri={_without_password(config.tracking_uri)} is for mlflow alone, and loggers={list(names)} "
+            "lacks it: leave it out, or add mlflow"
+        )
     if "mlflow" in names:
-        _check_mlflow(config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"))
+        _check_mlflow(config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"), offline=config.offline)
 
 
-def _check_mlflow(uri: str | None) -> None:
+def _check_mlflow(uri: str | None, *, offline: bool) -> None:
+    if offline and uri is not None and (urlsplit(uri).scheme not in LOCAL_STORES or uri.startswith("databricks")):
+        log.warning("logging.offline=true is for wandb alone: mlflow sends this run to %s", _without_password(uri))
     if uri is None or uri.startswith("databricks"):
         return
     scheme = urlsplit(uri).scheme
@@ -143,3 +155,8 @@ def _check_mlflow(uri: str | None) -> None:
             f"logging.tracking_uri={uri} is a folder, which MLflow no longer writes unasked: use sqlite:///mlflow.db, or set "
             f"the environment variable {FILE_STORE}=true"
         )
+
+
+def _without_password(uri: str) -> str:
+    parts = urlsplit(uri)
+    return uri.replace(f"{parts.netloc.rpartition('@')[0]}@", "") if "@" in parts.netloc else uri

@@ -43,18 +43,15 @@ class MlflowLogger:
         state = LoggerState(beginning.folder, self.name, resumed=beginning.resumed)
         # without a URI, MLFLOW_TRACKING_URI or MLflow's own default
         self._client = MlflowClient(tracking_uri=self._config.tracking_uri)
-        run_id = state.get("run_id")
-        if run_id is not None:
-            self._client.update_run(run_id, status="RUNNING")
-        else:
-            project = self._config.project or os.environ.get("MLFLOW_EXPERIMENT_NAME", DEFAULT_PROJECT)
-            found = self._client.get_experiment_by_name(project)
-            experiment = found.experiment_id if found else self._client.create_experiment(project)
-            name = self._config.run_name or os.environ.get("MLFLOW_RUN_NAME", run_name(beginning.folder))
-            run_id = self._client.create_run(experiment, run_name=name).info.run_id
-            state.keep(run_id=run_id)
-            self._parameters(run_id, beginning.settings)
-        self._run_id = str(run_id)
+        kept = state.get("run_id")
+        if kept is not None:
+            self._client.update_run(kept, status="RUNNING")
+            self._run_id = str(kept)
+            return
+        if not self._run_id:  # else an earlier attempt failed after this
+            self._run_id = self._create(beginning)
+        state.keep(run_id=self._run_id)
+        self._parameters(self._run_id, beginning.settings)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Log all values in one call."""
@@ -75,6 +72,13 @@ class MlflowLogger:
     def finish(self, *, failed: bool) -> None:
         """Set the run's status."""
         self._client.set_terminated(self._run_id, "FAILED" if failed else "FINISHED")
+
+    def _create(self, beginning: Beginning) -> str:
+        project = self._config.project or os.environ.get("MLFLOW_EXPERIMENT_NAME", DEFAULT_PROJECT)
+        found = self._client.get_experiment_by_name(project)
+        experiment = found.experiment_id if found else self._client.create_experiment(project)
+        name = self._config.run_name or os.environ.get("MLFLOW_RUN_NAME", run_name(beginning.folder))
+        return str(self._client.create_run(experiment, run_name=name).info.run_id)
 
     def _parameters(self, run_id: str, settings: Mapping[str, Any]) -> None:
         from mlflow.entities import Param

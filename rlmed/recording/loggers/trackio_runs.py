@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlmed.core.config.running import LoggingConfig
+from rlmed.core.process.display import quiet_http_clients
 from rlmed.data.images import load_image
 from rlmed.recording.loggers.base import Beginning, LoggerState, ShownRollout, finite_values, run_name
 
@@ -26,9 +27,11 @@ class TrackioLogger:
         """Open a run, or continue that of the run's folder."""
         import trackio
 
+        quiet_http_clients()
         state = LoggerState(beginning.folder, self.name, resumed=beginning.resumed)
         name = state.get("name") or self._config.run_name or run_name(beginning.folder)
-        self._run = trackio.init(
+        # an earlier attempt may have failed after this
+        self._run = self._run or trackio.init(
             project=self._config.project or DEFAULT_PROJECT,
             name=name,
             config=dict(beginning.settings),

@@ -33,6 +33,7 @@ class WandbLogger:
         """Keep the settings; nothing is imported before `start`."""
         self._config = config
         self._run: Any = None
+        self._id = secrets.token_hex(4)
         self._state: LoggerState | None = None
         self._rows = 0
 
@@ -43,7 +44,8 @@ class WandbLogger:
         import wandb
 
         state = LoggerState(beginning.folder, self.name, resumed=beginning.resumed)
-        name, folder = state.get("id") or secrets.token_hex(4), beginning.folder
+        # of all attempts: a first one may have failed after it had made the run
+        name, folder = state.get("id") or self._id, beginning.folder
         # an earlier attempt may have failed after this
         self._run = self._run or wandb.init(
             project=self._config.project or os.environ.get("WANDB_PROJECT", DEFAULT_PROJECT),

@@ -14,7 +14,20 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    CLIPConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2VLConfig,
+    RobertaConfig,
+    RobertaModel,
+    T5Config,
+)
 
 from rewards.cache import RewardCache
 from rewards.extra import RewardError
@@ -33,6 +46,14 @@ WORDS = (
     *("the", "a", "cyst", "mass", "in", "of", "liver", "kidney", "left", "right", "head", "chest", "no", "finding"),
 )
 HIDDEN = 16
+SIZES: dict[str, Any] = {
+    "vocab_size": len(WORDS),
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "initializer_range": 0.5,
+}
 CLOSE = rounding(1000)
 """Two layers of sums over 16 and 32 entries, with a normalised result."""
 OPEN = Example(
@@ -44,6 +65,13 @@ OPEN = Example(
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random encoder whose tokens differ much."""
     folder = tmp_path_factory.mktemp("bert")
+    save_tokenizer(folder)
+    torch.manual_seed(0)
+    BertModel(BertConfig(**SIZES, max_position_embeddings=16)).save_pretrained(folder)
+    return folder
+
+
+def save_tokenizer(folder: Path) -> None:
     words = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
     words.pre_tokenizer = Whitespace()
     words.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
@@ -51,18 +79,6 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
     )
     tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(WORDS),
-        hidden_size=HIDDEN,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=16,
-        initializer_range=0.5,
-    )
-    BertModel(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -197,3 +213,40 @@ def test_a_damaged_model_stops_the_run_at_once(bert: Path, tmp_path: Path, make_
     rubric = make_rubric(tmp_path / "cut", "reward.embedding.on_failure=missing", "reward.embedding.retries=5")
     with pytest.raises(RewardError, match=r"embedding\.model=.*/cut cannot be loaded"):
         scores(rubric, answers("a cyst"), OPEN)
+
+
+def test_a_text_has_as_many_positions_as_are_left_after_padding_s(
+    tmp_path: Path, make_rubric: Callable[..., Rubric], caplog: pytest.LogCaptureFixture
+) -> None:
+    """RoBERTa numbers them from `padding_idx + 1` on: of 16, texts have 14."""
+    save_tokenizer(tmp_path)
+    torch.manual_seed(0)
+    RobertaModel(RobertaConfig(**SIZES, max_position_embeddings=16, pad_token_id=1)).save_pretrained(tmp_path)
+    rubric = make_rubric(tmp_path)
+    longest, longer = " ".join(["liver", "mass"] * 6), " ".join(["liver", "mass"] * 30)
+    found = scores(rubric, answers(longest, longer, longest + " head"), OPEN)
+    truths = OPEN.truth["answers"]
+    expected = [nearest(tmp_path, text, truths, longest=14) for text in (longest, longer, longest)]
+    assert found == pytest.approx(expected, abs=CLOSE)
+    scores(rubric, answers(longer + " chest"), OPEN, 1)
+    said = [entry.getMessage() for entry in caplog.records if "only the beginning" in entry.getMessage()]
+    assert len(said) == 1
+    assert f"has 62 tokens, and {tmp_path} reads 14" in said[0]
+
+
+def test_models_that_write_or_see_are_refused(tmp_path: Path, bert: Path, make_rubric: Callable[..., Rubric]) -> None:
+    for name, config in {
+        "LlamaForCausalLM": LlamaConfig(**SIZES),
+        "Qwen2VLForConditionalGeneration": Qwen2VLConfig(),
+        "BertLMHeadModel": BertConfig(**SIZES, is_decoder=True),
+        "T5ForConditionalGeneration": T5Config(),
+        "CLIPModel": CLIPConfig(),
+    }.items():
+        config.architectures = [name]
+        config.save_pretrained(tmp_path / name)
+        with pytest.raises(ValueError, match=rf"embedding\.model={tmp_path / name}: it holds {name} .*BERT"):
+            make_rubric(tmp_path / name)
+    # a head that is not read changes nothing
+    shutil.copytree(bert, tmp_path / "masked")
+    BertForMaskedLM(BertConfig(**SIZES, max_position_embeddings=16)).save_pretrained(tmp_path / "masked")
+    make_rubric(tmp_path / "masked")

@@ -71,3 +71,12 @@ def test_without_a_schedule_the_overlap_itself_is_paid() -> None:
     rubric = Rubric.from_config({"task": 1.0})
     np.testing.assert_allclose(rubric.score(boxes_at(400)).rewards, OVERLAPS, atol=1e-7)  # float32
     assert "iou_threshold" not in rubric.metrics()
+
+
+def test_a_threshold_without_boxes_to_pay_is_refused() -> None:
+    words = Example("2", None, "What?", task="labels", truth={"labels": ["cyst"], "known": []})
+    rubric = Rubric.from_config({"task": 1.0}, iou=SCHEDULE)
+    with pytest.raises(ValueError, match=r"reward\.iou\.kind=threshold .*\(2 labels\).* task grounding"):
+        rubric.check_tasks([words, words])
+    rubric.check_tasks([words, BOXES])
+    Rubric.from_config({"task": 1.0}).check_tasks([words])

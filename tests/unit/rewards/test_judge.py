@@ -332,3 +332,13 @@ def test_other_tasks_are_judged_by_their_truth(
     content = server.bodies[0]["messages"][0]["content"]
     assert content.startswith("Q?")
     assert content.endswith(f"{expected}.")
+
+
+def test_requests_leave_no_line_each(make_rubric: Callable[..., Rubric], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    for name in ("httpx", "httpx2", "openai"):
+        caplog.set_level(logging.NOTSET, logger=name)
+    with judging(lambda prompt, number: GOOD) as server:
+        make_rubric(server.url).score(group_of(answered("a", "b")))
+        assert len(server.bodies) == 2
+    assert caplog.messages == []

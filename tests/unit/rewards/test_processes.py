@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -115,9 +118,9 @@ def caller(processes: Processes) -> Callable[..., TimedCall]:
     return make
 
 
-def arguments(*texts: str) -> tuple[list[Any], list[Any]]:
+def arguments(*texts: str, begun: Callable[[], None] = lambda: None) -> tuple[list[Any], list[Any], Callable[[], None]]:
     group = group_of(texts)
-    return [group.prompt.example] * len(texts), list(group.completions)
+    return [group.prompt.example] * len(texts), list(group.completions), begun
 
 
 def test_results_come_back_with_their_notes_from_another_process(caller: Callable[..., TimedCall]) -> None:
@@ -185,6 +188,52 @@ def test_a_process_that_does_not_start_says_what_to_ask_for_less_of() -> None:
 
     with pytest.raises(RewardError, match=r"reward\.slow\.workers=2"):
         Processes(lambda slot: Waiting(), 2, start_s=0.05).caller("m:f", batched=False)(1.0, *arguments("a"))
+
+
+def test_a_wait_for_a_process_is_not_spent(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each start of a call takes 10 s of the clock, each call 1 s, and the first one waits 50 s."""
+    now, begun, gate = [0.0], threading.Event(), threading.Event()
+    monkeypatch.setattr("rewards.slow_reward.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "own_of_processes", raising=False)
+
+    class Computing:
+        def ready(self) -> Future[str]:
+            now[0] += 10.0
+            return completed("process 1")
+
+        def call(self, path: str, batched: bool, sent: bytes) -> Future[bytes]:
+            if path.endswith("process"):
+                begun.set()
+                gate.wait()
+                now[0] += 50.0
+            now[0] += 1.0
+            return completed(pickle.dumps((False, [0.5])))
+
+        def kill(self) -> None: ...
+
+    config = compose_config("train", []).reward
+    names = ("process", "hangs")
+    slow = SlowRewards(
+        dataclasses.replace(config.slow, names=names, max_seconds=100.0),
+        cache=RewardCache(tmp_path / "rewards.jsonl"),
+        processes=Processes(lambda slot: Computing(), 1, start_s=PATIENT),
+    )
+    rubric = Rubric.from_config({}, [f"own_of_processes:{name}" for name in names], slow=slow)
+    rubric.begin(group_of(["a"]))
+    assert begun.wait(PATIENT)
+    wait_until(lambda: "reward hangs" in {thread.name for thread in threading.enumerate()}, PATIENT, "it waits")
+    gate.set()
+    assert rubric.score(group_of(["a"])).rewards.tolist() == [1.0]
+    rubric.close()
+    cache = RewardCache(tmp_path / "rewards.jsonl")
+    assert [cache.spent(name)[1] for name in names] == [51.0, 1.0]
+
+
+def completed(value: Any) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_result(value)
+    return future
 
 
 def test_with_one_process_of_all_workers_are_refused() -> None:

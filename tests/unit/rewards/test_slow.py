@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -341,3 +342,46 @@ def test_a_mark_with_impossible_arguments_is_refused(given: dict[str, Any]) -> N
 def test_a_name_that_is_no_extra_function_is_refused() -> None:
     with pytest.raises(ValueError, match=r"reward\.slow\.names has 'own'"):
         compose_config("train", ["reward.slow.names=[own]"])
+
+
+@pytest.mark.parametrize(
+    "given", [{"workers": 2}, {"max_calls": 9}, {"max_seconds": 9.0}], ids=["workers", "max_calls", "max_seconds"]
+)
+def test_a_setting_that_no_function_reads_is_refused(given: dict[str, Any], make_rubric: Callable[..., Rubric]) -> None:
+    def own(example: Any, completion: Any) -> float:
+        return 1.0
+
+    (key,) = given
+    with pytest.raises(ValueError, match=rf"reward\.slow\.{key}=9?2?.*slow_rewards:own.*reward\.slow\.names"):
+        make_rubric(own, **given)
+    make_rubric(slow()(own), **given)
+
+
+def test_failures_are_said_by_their_share_and_not_one_by_one(
+    make_rubric: Callable[..., Rubric], caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = True
+
+    @slow(retries=0, on_failure="missing", concurrency=1)
+    def own(example: Any, completion: Any) -> float:
+        if broken and completion.text.endswith(("1", "2", "3")):
+            raise RuntimeError(f"no route to {completion.text}")
+        return 1.0
+
+    def score(turn: int, count: int) -> list[str]:
+        caplog.clear()
+        rubric.score(group_of([f"{turn}.{index}" for index in range(count)], turn))
+        return [entry.getMessage() for entry in caplog.records if entry.levelno >= logging.WARNING]
+
+    rubric = make_rubric(own)
+    first, often = score(0, 60)
+    assert "no route to 0.1: it counts as missing" in first
+    assert "reward own: 32% of its latest 22 calls failed" in often
+    assert "no route to 0.21" in often
+    assert score(1, 200) == []
+    assert rubric.metrics()["reward/own_missing"] == 18 + 60
+    broken = False
+    assert score(2, 100) == []
+    broken = True
+    (again,) = score(3, 200)
+    assert "25% of its latest 100 calls" in again

@@ -350,10 +350,27 @@ def test_check_same_run(tmp_path: Path) -> None:
     check_same_run(saved, later, unused=())
     with pytest.raises(ValueError, match=r"learner\.lr: 1e-06 then, 0\.5 now"):
         check_same_run(saved, config("learner.betas=[0.9,0.95]", "learner.lr=0.5"), unused=())
-    other_sft = config("learner.betas=[0.9,0.95]", "sft.epochs=4")
+    other_sft = config("learner.betas=[0.9,0.95]", "sft.target=answer")
     check_same_run(saved, other_sft, unused=("sft",))
-    with pytest.raises(ValueError, match=r"sft\.epochs: 2\.0 then, 4\.0 now"):
+    with pytest.raises(ValueError, match=r"sft\.target: 'auto' then, 'answer' now"):
         check_same_run(saved, other_sft, unused=("steps",))
+
+
+@pytest.mark.parametrize(("key", "unused", "then"), [("steps", "sft", "30"), ("sft.epochs", "steps", "2")])
+def test_a_run_may_get_longer_and_not_shorter(
+    key: str, unused: str, then: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved = tmp_path / "config.yaml"
+    constant = "learner.lr_schedule=constant"
+    saved.write_text(to_yaml(config(f"{key}={then}", constant)))
+    check_same_run(saved, config(f"{key}=99", constant), unused=(unused,))
+    with pytest.raises(ValueError, match=rf"with {key}={then}, and {key}=1 .* {key}={then} or more"):
+        check_same_run(saved, config(f"{key}=1", constant), unused=(unused,))
+    check_same_run(saved, config(f"{key}=1", constant), unused=(key.split(".")[0], unused))
+    assert caplog.messages == []
+    saved.write_text(to_yaml(config(f"{key}={then}", "learner.lr_schedule=linear")))
+    check_same_run(saved, config(f"{key}=99", "learner.lr_schedule=linear"), unused=(unused,))
+    assert [message.partition(":")[0] for message in caplog.messages] == [f"{key}=99 instead of {then}"]
 
 
 @pytest.mark.parametrize(

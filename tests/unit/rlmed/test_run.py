@@ -35,6 +35,28 @@ def test_a_mismatch_within_the_limit_or_without_one_does_not(limit: float | None
     Run._check_agreement(run(limit), 7, metrics)
 
 
+def test_a_failed_run_lets_go_of_workers_before_it_waits_for_loggers() -> None:
+    """And of all of them, although the first cannot be closed."""
+    order: list[object] = []
+
+    def broken() -> None:
+        order.append("rubric")
+        raise OSError("disk")
+
+    def train() -> None:
+        raise ValueError("of the loop")
+
+    failing = SimpleNamespace(
+        _train=train,
+        rubric=SimpleNamespace(close=broken),
+        cluster=SimpleNamespace(close=lambda: order.append("cluster")),
+        recorder=SimpleNamespace(close=lambda failed: order.append(("loggers", failed))),
+    )
+    with pytest.raises(ValueError, match="of the loop"):
+        Run.execute(cast(Run, failing))
+    assert order == ["rubric", "cluster", ("loggers", True)]
+
+
 @pytest.fixture
 def mixed(tmp_path: Path, tiny_folder: Callable[..., Path]) -> list[str]:
     """Settings for a choice, an open question and labels, whose images cannot be decoded."""

@@ -19,7 +19,8 @@ from rewards.base import GroupReward
 from rewards.cache import RewardCache
 from rewards.extra import RewardError
 from rewards.rubric import Rubric, WeightedReward, per_completion
-from rewards.slow import Limits, SlowReward
+from rewards.slow import Limits, in_thread
+from rewards.slow_reward import SlowReward
 from rlmed.controller import StepResult, train
 from rlmed.core.tracing import Tracer
 from rlmed.core.types import Completion, RolloutGroup, RolloutRequest, ScoredGroup, TrainGroup
@@ -134,7 +135,7 @@ def slow_reward(function: Callable[[Any, Completion], float], concurrency: int =
     given |= {"max_seconds": None, "on_failure": "stop", **limits}
     return SlowReward(
         "slow",
-        lambda timeout_s, examples, completions: [function(examples[0], completions[0])],
+        in_thread(lambda examples, completions: [function(examples[0], completions[0])]),
         Limits(concurrency=concurrency, **given),
         RewardCache(None),
         settings={},

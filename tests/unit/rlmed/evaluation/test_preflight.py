@@ -92,6 +92,52 @@ def test_a_missing_reward_is_named_and_not_the_model() -> None:
     check(report, 512)
 
 
+def scored(asked: str, /, **parts: list[float]) -> ScoredGroup:
+    """A group of two with a learning signal and these rewards, of an example of this task."""
+    made = group(["a", "b"], [0, 1])
+    example = PROMPT.example if asked == "choice" else Example(id="y", image=None, question="?", task=asked)
+    prompt = dataclasses.replace(PROMPT, example=example)
+    rollout = dataclasses.replace(made.rollout, request=dataclasses.replace(made.rollout.request, prompt=prompt))
+    values = {name: np.array(given, np.float32) for name, given in parts.items()}
+    return dataclasses.replace(made, rollout=rollout, reward_parts=values)
+
+
+def test_a_reward_that_nothing_earns_is_said_on_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    nan = float("nan")
+    groups = [
+        scored("choice", task=[0, 0], format=[0, 1], judge=[nan, nan], punishes=[0, 0], noted=[0, 0]),
+        scored("open", task=[0, nan], format=[0, 0], judge=[nan, nan], punishes=[0, 0], noted=[0, 0]),
+    ]
+    weights = {"task": 1.0, "format": 1.0, "judge": 1.0, "punishes": -1.0, "noted": 0.0}
+    check(inspect(groups, weights=weights), 512)
+    (said,) = caplog.messages
+    assert said.startswith(
+        "preflight: reward task is 0 for all 3 completions (tasks choice, open): the model never gives"
+    )
+    assert "rlmed.sft" in said
+    assert "punishes" not in said
+    caplog.clear()
+    check(inspect(groups, weights=weights | {"punishes": 1.0}), 512)
+    assert "rewards task, punishes are 0" in caplog.text
+    assert "one of yours" in caplog.text
+    caplog.clear()
+    check(inspect([scored("choice", format=[0, 0], task=[0, 1])]), 512)
+    assert "reward format is 0 for all 2 completions: the model never writes its tags" in caplog.text
+    caplog.clear()
+    many = [scored(name, task=[0, 0]) for name in ("choice", "open", "labels", "report", "grounding")]
+    check(inspect(many), 512)
+    assert "(tasks choice, open, labels, and 2 more)" in caplog.text
+    caplog.clear()
+    check(inspect([scored("choice", task=[0, 1])]), 512)
+    assert caplog.messages == []
+
+
+def test_without_signal_a_reward_that_nothing_earns_is_the_reason() -> None:
+    same = dataclasses.replace(scored("choice", format=[1, 1], task=[0, 0]), rewards=np.ones(2, np.float32))
+    with pytest.raises(PreflightError, match=r"same reward \(1\.00\): reward task is 0 for all 2 completions"):
+        check(inspect([same]), 512)
+
+
 def test_how_completions_are_cut_is_a_fact() -> None:
     cut = group(["<answer>A</answer> and", "<think>so"], [1, 0], reason="length")
     report = inspect([cut, group(["<answer>A</answer>", "b"], [1, 0])])

@@ -35,6 +35,8 @@ from rlmed.recording.loggers import build
 from rlmed.recording.loggers.base import Beginning, show
 from rlmed.recording.loggers.build import Loggers, build_loggers, check_loggers
 from rlmed.recording.loggers.guard import GuardedLogger
+from rlmed.recording.loggers.mlflow_runs import MlflowLogger
+from rlmed.recording.loggers.weights_and_biases import WandbLogger
 from rlmed.recording.recorder import RunRecorder
 
 Curves = dict[str, dict[int, float]]
@@ -44,12 +46,12 @@ MLFLOW = pytest.mark.skipif(importlib.util.find_spec("mlflow") is None, reason="
 TRACKIO = pytest.mark.skipif(importlib.util.find_spec("trackio") is None, reason="needs trackio")
 
 
-def settings(folder: Path, **changed: Any) -> LoggingConfig:
+def settings(**changed: Any) -> LoggingConfig:
     values: dict[str, Any] = {
         "project": "p",
         "run_name": None,
         "offline": False,
-        "tracking_uri": f"sqlite:///{folder}/mlflow.db",
+        "tracking_uri": None,
         "rollouts_every": 2,
         "rollouts": 1,
     }
@@ -108,7 +110,7 @@ def inspect_wandb(folder: Path) -> list[dict[str, Any]]:
 
 @WANDB
 def test_wandb_offline_has_the_numbers_of_metrics_jsonl(tmp_path: Path) -> None:
-    expected = record(tmp_path, "wandb", settings(tmp_path, offline=True))
+    expected = record(tmp_path, "wandb", settings(offline=True))
     found: Curves = {}
     rows: list[int] = []
     records = inspect_wandb(tmp_path / "run")
@@ -136,7 +138,7 @@ from rlmed.recording.loggers.build import build_loggers
 from rlmed.recording.recorder import RunRecorder
 from tests.unit.rlmed.recording.test_loggers import settings
 folder = Path({folder!r})
-recorder = RunRecorder(folder, build_loggers(folder, ["wandb"], settings(folder, offline=True), {{}}, samples=True))
+recorder = RunRecorder(folder, build_loggers(folder, ["wandb"], settings(offline=True), {{}}, samples=True))
 recorder.record_evaluation(0, {{"mri": 0.1}})
 for step in (1, 2, 3):
     recorder.record_step(step, {{"loss": step / 3, "kl": float("nan")}})
@@ -156,9 +158,7 @@ def test_wandb_offline_has_all_rows_of_a_killed_run(tmp_path: Path) -> None:
     clean = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     killed = subprocess.run([sys.executable, "-c", program], env=clean, capture_output=True, text=True, check=False)
     assert killed.returncode == -9, killed.stderr
-    recorder = RunRecorder(
-        tmp_path, build_loggers(tmp_path, ["wandb"], settings(tmp_path, offline=True), {}, samples=True)
-    )
+    recorder = RunRecorder(tmp_path, build_loggers(tmp_path, ["wandb"], settings(offline=True), {}, samples=True))
     recorder.truncate({"metrics.jsonl": int(killed.stdout.split()[-1])})
     recorder.record_step(3, {"loss": 7.0, "kl": 0.5})
     recorder.close()
@@ -178,7 +178,7 @@ def test_mlflow_has_the_numbers_of_metrics_jsonl(tmp_path: Path, store: str, mon
     monkeypatch.chdir(tmp_path)  # MLflow puts the artifacts of a database into the current folder
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     uri = store.format(tmp_path)
-    expected = record(tmp_path, "mlflow", settings(tmp_path, tracking_uri=uri))
+    expected = record(tmp_path, "mlflow", settings(tracking_uri=uri))
     client = MlflowClient(tracking_uri=uri)
     experiment = client.get_experiment_by_name("p")
     (run,) = client.search_runs([experiment.experiment_id])
@@ -195,7 +195,7 @@ def test_mlflow_has_the_numbers_of_metrics_jsonl(tmp_path: Path, store: str, mon
 
 
 def test_tensorboard_has_the_numbers_of_metrics_jsonl(tmp_path: Path) -> None:
-    expected = record(tmp_path, "tensorboard", settings(tmp_path))
+    expected = record(tmp_path, "tensorboard", settings())
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     for key in ("reward/mean", "seconds/learn"):
@@ -214,7 +214,7 @@ def test_trackio_has_the_numbers_of_metrics_jsonl(tmp_path: Path) -> None:
         "from pathlib import Path\n"
         "from tests.unit.rlmed.recording.test_loggers import record, settings\n"
         "import trackio\n"
-        f"expected = record(Path({str(tmp_path)!r}), 'trackio', settings(Path({str(tmp_path)!r})))\n"
+        f"expected = record(Path({str(tmp_path)!r}), 'trackio', settings())\n"
         "from trackio.sqlite_storage import SQLiteStorage\n"
         "(run,) = SQLiteStorage.get_run_records('p')\n"
         "found = {}\n"
@@ -226,6 +226,79 @@ def test_trackio_has_the_numbers_of_metrics_jsonl(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.stdout.splitlines()[-1:] == ["same"], done.stderr
+
+
+def failing_once(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
+    """Let a function of a logger's package raise after its first call, as if the reply was lost."""
+    call, calls = getattr(owner, name), list[int]()
+
+    def lost(*arguments: Any, **named: Any) -> Any:
+        calls.append(1)
+        result = call(*arguments, **named)
+        if len(calls) == 1:
+            raise ConnectionError("lost")
+        return result
+
+    monkeypatch.setattr(owner, name, lost)
+
+
+@MLFLOW
+def test_a_start_that_fails_and_is_tried_again_makes_one_run_of_mlflow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    from mlflow.tracking import MlflowClient
+
+    config = settings(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    failing_once(monkeypatch, MlflowClient, "log_batch")  # of the parameters
+    loggers = guarded(tmp_path, MlflowLogger(config), waits_s=(0, 0))
+    loggers.scalars(1, {"loss": 0.5})
+    loggers.finish()
+    assert "mlflow failed and is tried again: ConnectionError: lost" in caplog.text
+    client = MlflowClient(tracking_uri=config.tracking_uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("p").experiment_id])
+    assert (run.info.status, run.data.metrics) == ("FINISHED", {"loss": 0.5})
+    assert json.loads((tmp_path / "loggers" / "mlflow.json").read_text()) == {"run_id": run.info.run_id}
+
+
+@WANDB
+def test_a_start_that_fails_and_is_tried_again_makes_one_run_of_wandb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import wandb
+
+    failing_once(monkeypatch, wandb, "init")
+    loggers = guarded(tmp_path, WandbLogger(settings(offline=True)), waits_s=(0, 0), finish_s=60.0)
+    loggers.scalars(1, {"loss": 0.5})
+    loggers.finish()
+    assert "wandb failed and is tried again: ConnectionError: lost" in caplog.text
+    records = inspect_wandb(tmp_path)
+    (kept,) = {entry["run"]["run_id"] for entry in records if entry.get("type") == "run"}
+    assert json.loads((tmp_path / "loggers" / "wandb.json").read_text())["id"] == kept
+    assert [entry["history"]["item"]["loss"] for entry in records if entry.get("type") == "history"] == [0.5]
+
+
+@TRACKIO
+def test_a_start_that_fails_and_is_tried_again_makes_one_run_of_trackio(tmp_path: Path) -> None:
+    """In its own process: trackio reads TRACKIO_DIR when it is imported."""
+    program = (
+        "import os\n"
+        f"os.environ['TRACKIO_DIR'] = {str(tmp_path / 'trackio')!r}\n"
+        "from pathlib import Path\n"
+        "import pytest, trackio\n"
+        "from rlmed.recording.loggers.base import LoggerState\n"
+        "from rlmed.recording.loggers.trackio_runs import TrackioLogger\n"
+        "from tests.unit.rlmed.recording.test_loggers import failing_once, guarded, settings\n"
+        "failing_once(pytest.MonkeyPatch(), LoggerState, 'keep')\n"
+        f"loggers = guarded(Path({str(tmp_path)!r}), TrackioLogger(settings()), waits_s=(0, 0))\n"
+        "loggers.scalars(1, {'loss': 0.5})\n"
+        "loggers.finish()\n"
+        "from trackio.sqlite_storage import SQLiteStorage\n"
+        "(run,) = SQLiteStorage.get_run_records('p')\n"
+        "print('runs:', [row['loss'] for row in SQLiteStorage.get_logs('p', run['name'])])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1:] == ["runs: [0.5]"], done.stderr
 
 
 class Failing:
@@ -310,30 +383,60 @@ def test_a_logger_that_hangs_blocks_nothing(tmp_path: Path, caplog: pytest.LogCa
 def test_a_missing_package_is_refused_with_its_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None if name == "trackio" else object())
     with pytest.raises(ConfigError, match=r"loggers=\[trackio\] .* '\.\[trackio\]'"):
-        check_loggers(["tensorboard", "trackio"], settings(tmp_path))
+        check_loggers(["tensorboard", "trackio"], settings())
 
 
 def test_a_folder_that_mlflow_would_refuse_is_refused_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: object())
     monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
     with pytest.raises(ConfigError, match=r"tracking_uri=mlruns .*MLFLOW_ALLOW_FILE_STORE"):
-        check_loggers(["mlflow"], settings(tmp_path, tracking_uri="mlruns"))
+        check_loggers(["mlflow"], settings(tracking_uri="mlruns"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "file:///data/runs")
     with pytest.raises(ConfigError, match=r"file:///data/runs"):
-        check_loggers(["mlflow"], settings(tmp_path, tracking_uri=None))
+        check_loggers(["mlflow"], settings(tracking_uri=None))
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    check_loggers(["mlflow"], settings(tmp_path, tracking_uri="mlruns"))
+    check_loggers(["mlflow"], settings(tracking_uri="mlruns"))
 
 
 def test_offline_is_refused_where_nothing_obeys_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: object())
     with pytest.raises(ConfigError, match=r"logging\.offline=true .*wandb.*mlflow"):
-        check_loggers(["mlflow", "tensorboard"], settings(tmp_path, offline=True))
-    check_loggers(["mlflow", "wandb"], settings(tmp_path, offline=True))
+        check_loggers(["mlflow", "tensorboard"], settings(offline=True))
+    check_loggers(["mlflow", "wandb"], settings(offline=True))
+
+
+def test_a_tracking_uri_is_refused_where_nothing_reads_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(ConfigError, match=r"logging\.tracking_uri=http://x:5 .*\['wandb', 'trackio'\]"):
+        check_loggers(["wandb", "trackio"], settings(tracking_uri="http://me:secret@x:5"))
+    check_loggers(["wandb", "trackio"], settings(tracking_uri=None))
+    check_loggers(["wandb", "mlflow"], settings(tracking_uri="http://x:5"))
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("http://me:secret@host:5000", ["http://host:5000"]),
+        ("postgresql://host/db", ["postgresql://host/db"]),
+        ("databricks", ["databricks"]),
+        ("sqlite:///mlflow.db", []),
+        (None, []),
+    ],
+)
+def test_what_offline_does_not_keep_here_is_said(
+    uri: str | None, said: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    check_loggers(["wandb", "mlflow"], settings(offline=True, tracking_uri=uri))
+    assert [message.rpartition(" ")[2] for message in caplog.messages] == said
+    caplog.clear()
+    check_loggers(["wandb", "mlflow"], settings(tracking_uri=uri))
+    assert caplog.messages == []
 
 
 def test_rollouts_are_shown_only_if_asked_for(tmp_path: Path) -> None:
-    record(tmp_path, "tensorboard", settings(tmp_path, rollouts_every=0))
+    record(tmp_path, "tensorboard", settings(rollouts_every=0))
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     assert events.Tags()["images"] == []
