@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from rlmed.core.spelling import shorten
 from rlmed.core.types import Example, IntArray
 from rlmed.tasks.base import TEMPLATE, ImageSize, Task, columns
+from rlmed.tasks.metrics.label_counts import LabelCounts
 from rlmed.tasks.metrics.sets import macro_scores, micro_scores, parse_set, set_f1
 
 NONE = "none"
@@ -64,9 +65,8 @@ class Labels(Task):
     def over_resamples(
         self, answers: Sequence[tuple[str | None, Any]], draws: IntArray
     ) -> Mapping[str, Sequence[float]]:
-        """Return `over_file` of each draw of rows; labels are read once."""
-        sets, known = self._rows(answers)
-        return columns(_figures([sets[i] for i in rows], [known[i] for i in rows]) for rows in draws.tolist())
+        """Return `over_file` of each draw of rows; labels are read and counted once."""
+        return columns(map(LabelCounts.of(*self._rows(answers)).figures, draws))
 
     def _rows(self, answers: Sequence[tuple[str | None, Any]]) -> tuple[list[_Sets], list[Sequence[str]]]:
         """Return each row's named and right labels, and those that are possible."""
