@@ -64,7 +64,7 @@ def _without_values(reason: str) -> str:
 
 
 def _end(text: str, start: int) -> int | None:
-    """Return where the value ends that begins here, perhaps cut by `shorten`; None if it doesn't."""
+    """Return where a value that begins here ends, perhaps cut by `shorten`; None if it does not."""
     cut = start + SHOWN if text[start + SHOWN : start + SHOWN + 1] == "…" else None
     depth, quote, escaped = 0, "", False
     for place in range(start, cut or len(text)):

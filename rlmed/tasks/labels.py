@@ -82,6 +82,13 @@ class Labels(Task):
         right = parse_set("\n".join(truth["labels"]), known, self.synonyms) if truth["labels"] else ()
         return parse_set(answer, known, self.synonyms), right
 
+    def explain(self, answer: str, truth: Any, size: ImageSize) -> str:
+        """Return the named labels that are none of the possible ones; "" without any."""
+        named, _ = self._sets(answer, truth)
+        outside = [label for label in named if truth["known"] and label not in truth["known"]]
+        part = "" if len(outside) == len(named) else "partly "
+        return f"{part}outside of the options: {', '.join(outside)}" if outside else ""
+
     def same(self, first: str, second: str, truth: Any, second_truth: Any = None) -> bool:
         """Return whether both name the same labels."""
         return {*self._sets(first, truth)[0]} == {*self._sets(second, truth)[0]}

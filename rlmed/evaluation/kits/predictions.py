@@ -44,11 +44,14 @@ def check_kits(names: Sequence[str], files: Sequence[EvalFile]) -> None:
         ValueError: if not, with the kit's tasks.
     """
     tasks = sorted({example.task for file in files for example in file.examples})
+    fitting = [name for name, kit in KITS.items() if {*kit.tasks} & {*tasks}]
     for name in names:
-        if tasks and not {*KITS[name].tasks} & {*tasks}:
+        if tasks and name not in fitting:
+            kept = ",".join(one for one in names if one in fitting)
+            others = f"; {', '.join(fitting)} would take some" if fitting and not kept else ""
             raise ValueError(
-                f"eval.predictions={name}: {KITS[name].title} takes {', '.join(KITS[name].tasks)}, "
-                f"and data.eval has {', '.join(tasks)}: leave it out"
+                f"eval.predictions={name}: {KITS[name].title} takes {', '.join(KITS[name].tasks)}, and data.eval has "
+                f"{', '.join(tasks)}: write eval.predictions=[{kept}]{others}"
             )
 
 
@@ -110,8 +113,10 @@ def _rule_score(file: str, rule: str, score: Accuracy | Estimate, rows: Sequence
     return RuleScore(file, rule, len(rows), *figures, task=rows[0].task)
 
 
-def predictions_table(written: Predictions) -> Table:
-    """Build a table of scores by the kits' rules."""
+def predictions_table(written: Predictions) -> Table | None:
+    """Build a table of scores by the kits' rules; None without scores."""
+    if not written.scores:
+        return None
     table = Table(
         title=Text("Scores by published rules in %"),
         caption=Text("\n".join(_legend(written)), justify="left", overflow="fold"),
