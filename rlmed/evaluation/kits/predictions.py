@@ -18,6 +18,7 @@ from rlmed.data.loading import EvalFile
 from rlmed.evaluation.kits import lmms_eval, medevalkit, vlmevalkit
 from rlmed.evaluation.kits.base import Kit, write_json
 from rlmed.evaluation.kits.rule_scores import FOLDER, SCORES_FILE, RuleScore
+from rlmed.evaluation.narrow import LEAST, Label
 from rlmed.evaluation.records import Accuracy, EvalRow
 from rlmed.evaluation.results import read_rows
 from rlmed.tasks.metrics.published import llava_med_closed, llava_med_recall, said
@@ -124,13 +125,13 @@ def predictions_table(written: Predictions) -> Table | None:
         show_edge=False,
         pad_edge=False,
     )
-    table.add_column("file", overflow="fold")
-    table.add_column("rule", overflow="fold")
+    for heading in ("file", "rule"):
+        table.add_column(heading, min_width=LEAST)
     for heading in ("rows", "by the rule", "by the task"):
         table.add_column(heading, justify="right", no_wrap=True)
     for one in written.scores:
         shares = _share(one.value, one.low, one.high), _share(one.ours, one.ours_low, one.ours_high)
-        table.add_row(one.file, one.rule, str(one.rows), *shares)
+        table.add_row(Label(one.file), Label(one.rule), str(one.rows), *shares)
     return table
 
 
