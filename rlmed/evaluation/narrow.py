@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 EMPTY = "–"
-LEAST = 12
+LEAST = 6
 """Columns of the terminal that names get, if they need as many."""
 _PIECE = re.compile(r"[^\s_\-./,]*[\s_\-./,]*")
 
