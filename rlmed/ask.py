@@ -165,15 +165,22 @@ def _asked(arguments: argparse.Namespace) -> dict[str, Any]:
         return {"options": asked_options(arguments.options), "answer": 0}
     task = task_named(arguments.task, "--task")
 
-    def size() -> tuple[int, int]:
-        if not arguments.images:
-            raise ValueError(_NO_IMAGE.format(task=arguments.task))
-        return image_size(arguments.images[0])
-
     try:
-        return {"task": task.name, "truth": task.read(task.placeholder, arguments.options, size)}
+        truth = task.read(task.placeholder, arguments.options, lambda: _size(arguments.images, task.name))
+        return {"task": task.name, "truth": truth}
     except ValueError as error:
         raise ValueError(f"--task {arguments.task}: {error}") from error
+
+
+def _size(images: Sequence[Path], task: str) -> tuple[int, int]:
+    """Return width and height of the first image.
+
+    Raises:
+        ValueError: without one.
+    """
+    if not images:
+        raise ValueError(_NO_IMAGE.format(task=task))
+    return image_size(images[0])
 
 
 def _answer(parsed: argparse.Namespace, example: Example, completion: str) -> str:
@@ -192,9 +199,9 @@ def _answer(parsed: argparse.Namespace, example: Example, completion: str) -> st
 def _explained(example: Example, completion: str) -> str:
     """Return what the task says of the answer, such as the units of boxes; mostly ""."""
     answer = answer_text(completion)
-    if example.is_choice or not example.images or not answer or not task_of(example).reads(answer, example.truth):
+    if example.is_choice or not answer or not task_of(example).reads(answer, example.truth):
         return ""
-    return task_of(example).explain(answer, example.truth, lambda: image_size(example.images[0]))
+    return task_of(example).explain(answer, example.truth, lambda: _size(example.images, example.task))
 
 
 def _meant(parsed: argparse.Namespace, completion: str) -> str:

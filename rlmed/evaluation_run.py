@@ -117,11 +117,15 @@ def show_evaluation(config: RunConfig, folder: Path, *more: Table) -> None:
     evaluation = step_folder(folder / "evaluations", 0)
     faithfulness = faithfulness_table(read_faithfulness(evaluation))
     more = (*([faithfulness] if faithfulness else []), *more)
-    kits = config.eval.predictions
+    kits, left_out = config.eval.predictions, ()
     if kits:
-        more = (*more, predictions_table(write_predictions(evaluation, kits, config.model.path)))
+        written = write_predictions(evaluation, kits, config.model.path)
+        table = predictions_table(written)
+        more, left_out = ((*more, table), ()) if table else (more, written.left_out)
     note = toy_note(model_folder(config.model.path))
     show_results(folder, step=0, before=_compared(config), more=more, note=note)
+    for sentence in left_out:
+        Console().print(sentence, soft_wrap=True, markup=False)
     for kit in kits:
         label = f"{kit}:"
         Console().print(f"{label:{WIDTH}}{evaluation / FOLDER / kit}", soft_wrap=True, markup=False)

@@ -6,10 +6,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rlmed.core.spelling import SHOWN
 from rlmed.core.spelling import shorten as shorten
 
-_VALUES = re.compile(r"\[.*\]|\{.*\}|'[^']*'|\"[^\"]*\"|\S*[/\\]\S*|\S+\.\w{1,5}\b|-?\d[\d.,]*")
-"""What differs between two rows with the same fault: quoted values, paths, files, numbers."""
+_VALUE = re.compile(r"[\[{]|(?<!\w)['\"]|\S*[/\\]\S*|\S+\.\w{1,5}\b|-?\d[\d.,]*")
+"""Where something begins that differs between two rows with the same fault: a list, an object or a
+quoted text, whose end `_end` finds, or a whole path, file or number.
+"""
 
 
 class BadRowError(ValueError):
@@ -44,6 +47,36 @@ def grouped(reasons: Sequence[tuple[str, str]]) -> list[str]:
     """
     kinds: dict[str, list[tuple[str, str]]] = {}
     for where, reason in reasons:
-        kinds.setdefault(_VALUES.sub("…", reason), []).append((where, reason))
+        kinds.setdefault(_without_values(reason), []).append((where, reason))
     ordered = sorted(kinds.values(), key=len, reverse=True)  # stable: then in the order of the rows
     return [f"{f'{len(rows)} rows, such as ' if len(rows) > 1 else ''}{rows[0][0]}: {rows[0][1]}" for rows in ordered]
+
+
+def _without_values(reason: str) -> str:
+    """Return the reason with `…` for each value."""
+    kept, place = "", 0
+    while found := _VALUE.search(reason, place):
+        start, opening = found.start(), found[0] in ("[", "{", "'", '"')
+        end = _end(reason, start) if opening else found.end()
+        kept += reason[place:start] + ("…" if end else found[0])
+        place = end or start + 1
+    return kept + reason[place:]
+
+
+def _end(text: str, start: int) -> int | None:
+    """Return where a value that begins here ends, perhaps cut by `shorten`; None if it does not."""
+    cut = start + SHOWN if text[start + SHOWN : start + SHOWN + 1] == "…" else None
+    depth, quote, escaped = 0, "", False
+    for place in range(start, cut or len(text)):
+        letter = text[place]
+        if quote:
+            if letter == quote and not escaped:
+                quote = ""
+            escaped = letter == "\\" and not escaped
+        elif letter in "'\"":
+            quote = letter
+        else:
+            depth += (letter in "[{(") - (letter in ")}]")
+        if not quote and depth == 0:
+            return place + 1
+    return cut + 1 if cut else None

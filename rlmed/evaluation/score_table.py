@@ -9,16 +9,10 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from rlmed.evaluation.narrow import add_rows
 from rlmed.evaluation.records import p_value_text
 from rlmed.evaluation.results import EvalSummary
 from rlmed.evaluation.scores import Estimate, TaskSummary
-
-_LEGEND = (
-    "small figures: 95 % intervals, Wilson or bootstrap over rows; *: the reward `task`",
-    "p: sign flips, paired; n: rows that a control was asked on, where not on all",
-    "blank, shuffled: on a grey picture, on another row's",
-    "chance: another row's right answer; prior: the one best answer to a question without its image",
-)
 
 
 def score_table(before: EvalSummary | None, after: EvalSummary, comparison: Mapping[str, Any] | None) -> Table | None:
@@ -31,15 +25,13 @@ def score_table(before: EvalSummary | None, after: EvalSummary, comparison: Mapp
         return None
     table = Table(
         title=Text("Scores by task in %"),
-        caption=Text("\n".join(_LEGEND), justify="left"),
+        caption=Text("\n".join(_legend(after, tested=comparison is not None)), justify="left"),
         box=box.SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,
         collapse_padding=True,
     )
-    table.add_column("file, task", overflow="fold")
-    for heading in ("score", "value", "p", "blank", "shuffled", "chance\nprior"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    rows = []
     earlier = {(file.name, task.name): task for file in before.files for task in file.tasks} if before else {}
     tests = comparison["files"] if comparison is not None else {}
     for file in after.files:
@@ -49,9 +41,23 @@ def score_table(before: EvalSummary | None, after: EvalSummary, comparison: Mapp
             for score, cells in _lines(earlier.get((file.name, task.name)), task):
                 p_value = p_value_text(test["p_value"]) if test and score == task.main else "–"
                 marked = f"{score}*" if score == task.main else score
-                table.add_row(label, marked, cells[0], p_value, *cells[1:])
+                rows.append((label, [marked, cells[0], p_value, *cells[1:]]))
                 label = ""
+    add_rows(table, "file, task", ("score", "value", "p", "blank", "shuffled", "chance\nprior"), rows)
     return table
+
+
+def _legend(summary: EvalSummary, *, tested: bool) -> Iterator[str]:
+    """Yield explanations of the columns."""
+    tasks = [task for file in summary.files for task in file.tasks]
+    yield "small figures: 95 % intervals, Wilson or bootstrap over rows; *: the reward `task`"
+    if tested:
+        yield "p: sign flips, paired"
+    if any(rows != task.rows for task in tasks for rows in task.control_rows.values()):
+        yield "n: rows that a control was asked on, where not on all"
+    if any({*task.controls} & {"blank", "shuffled"} for task in tasks):
+        yield "blank, shuffled: on a grey picture, on another row's"
+    yield "chance: another row's right answer; prior: the one best answer to a question without its image"
 
 
 def _lines(before: TaskSummary | None, task: TaskSummary) -> Iterator[tuple[str, list[str]]]:

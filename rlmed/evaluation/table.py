@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlmed.data.options.order import kept_order_text
+from rlmed.evaluation.narrow import add_rows
 from rlmed.evaluation.records import Accuracy, p_value_text
 from rlmed.evaluation.results import EvalSummary, FileSummary
 
@@ -37,19 +38,19 @@ def summary_table(before: EvalSummary | None, after: EvalSummary, comparison: Ma
         pad_edge=False,
         collapse_padding=True,
     )
-    table.add_column("file", overflow="fold")
-    for heading in ("accuracy", "p", "format", "blank", "shuffled", "other\norder", "chance\nprior"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    rows = []
     earlier = {file.name: file for file in before.files} if before is not None else {}
     tests = comparison["files"] if comparison is not None else {}
     for file in after.files:
         old, test = earlier.get(file.name), tests.get(file.name)
-        table.add_row(f"{file.name}\n{file.rows} rows", *_cells(file, old, test))
+        rows.append((f"{file.name}\n{file.rows} rows", _cells(file, old, test)))
         olds = {part.name: part for part in old.parts} if old else {}
         tested = (test or {}).get("tasks", {})
         for part in file.parts:
             label = f"· {part.name}\n  {part.rows} rows"
-            table.add_row(label, *_cells(part, olds.get(part.name), tested.get(part.name)))
+            rows.append((label, _cells(part, olds.get(part.name), tested.get(part.name))))
+    headings = ("accuracy", "p", "format", "blank", "shuffled", "other\norder", "chance\nprior")
+    add_rows(table, "file", headings, rows)
     return table
 
 

@@ -34,7 +34,13 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--check", type=int, metavar="N", help=f"questions to check answers on (default: {CHECKED})")
     parser.add_argument("--check-vllm", type=int, default=0, metavar="N", help="the same by `vllm serve` (default: 0)")
     parser.add_argument("--questions", type=Path, nargs="+", metavar="FILE", help="for the check, instead of the run's")
-    parser.add_argument("--extra-tasks", nargs="+", default=[], metavar="MODULE:CLASS", help="as data.extra_tasks")
+    parser.add_argument(
+        "--extra-tasks",
+        nargs="+",
+        default=[],
+        metavar="MODULE:CLASS",
+        help="as data.extra_tasks (default: the run's own, if they can be imported)",
+    )
     parser.add_argument("--push-to-hub", metavar="NAME", help="upload the folder as this model, private if it is new")
     parser.add_argument("--public", action="store_true", help="with --push-to-hub: create a public model")
     return parser.parse_args(arguments)

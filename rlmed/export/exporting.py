@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -30,7 +29,8 @@ from rlmed.export.hub import check_access, push
 from rlmed.export.server import check_installed, vllm_answers
 from rlmed.export.source import Source, evaluated_files, find_source
 from rlmed.export.template import CHOICE
-from rlmed.tasks.registry import settle_tasks, task_named
+from rlmed.recording.run_tasks import FLAG, settle_run_tasks
+from rlmed.tasks.registry import task_named
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +45,9 @@ def export(arguments: argparse.Namespace, console: Console) -> bool:
     disable_progress_bar()  # rlmed has its own
     check_target(arguments.out)
     source = find_source(arguments.run, arguments.checkpoint)
-    # not those in config.yaml: a folder from elsewhere would run its code; prompts need no synonyms
-    settle_tasks(arguments.extra_tasks, None, key="--extra-tasks")
-    _check_tasks(source)
+    # prompts need no synonyms
+    missing = settle_run_tasks(source.run or arguments.run, source.config, arguments.extra_tasks)
+    _check_tasks(source, missing)
     if arguments.public and not arguments.push_to_hub:
         raise ValueError("--public has no effect without --push-to-hub: leave it out")
     repository = check_access(arguments.push_to_hub) if arguments.push_to_hub else None
@@ -80,16 +80,16 @@ def export(arguments: argparse.Namespace, console: Console) -> bool:
     return same
 
 
-def _check_tasks(source: Source) -> None:
-    """Raise ValueError for a run with rows of a user's task whose code was not given."""
+def _check_tasks(source: Source, missing: str | None) -> None:
+    """Raise ValueError for a run with rows of a user's task whose code was not found or given."""
     try:
         for name in source.tasks:
             task_named(name)
     except ValueError as error:
-        needed = (source.config.get("data") or {}).get("extra_tasks") or ["MODULE:CLASS"]
         raise ValueError(
-            f"{source.run} has rows of the task {name!r}, whose code is not rlmed's: add --extra-tasks "
-            f"{shlex.join(map(str, needed))}, if you trust that code"
+            missing
+            or f"{source.run} has rows of the task {name!r}, whose code is not rlmed's: add {FLAG} MODULE:CLASS, if you "
+            "trust that code"
         ) from error
 
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from rlmed.core.spelling import shorten
 from rlmed.core.types import Example, IntArray
 from rlmed.tasks.base import TEMPLATE, ImageSize, Task, columns
+from rlmed.tasks.metrics.label_counts import LabelCounts
 from rlmed.tasks.metrics.sets import macro_scores, micro_scores, parse_set, set_f1
 
 NONE = "none"
@@ -64,9 +65,8 @@ class Labels(Task):
     def over_resamples(
         self, answers: Sequence[tuple[str | None, Any]], draws: IntArray
     ) -> Mapping[str, Sequence[float]]:
-        """Return `over_file` of each draw of rows; labels are read once."""
-        sets, known = self._rows(answers)
-        return columns(_figures([sets[i] for i in rows], [known[i] for i in rows]) for rows in draws.tolist())
+        """Return `over_file` of each draw of rows; labels are read and counted once."""
+        return columns(map(LabelCounts.of(*self._rows(answers)).figures, draws))
 
     def _rows(self, answers: Sequence[tuple[str | None, Any]]) -> tuple[list[_Sets], list[Sequence[str]]]:
         """Return each row's named and right labels, and those that are possible."""
@@ -81,6 +81,13 @@ class Labels(Task):
         known = truth["known"] or truth["labels"]
         right = parse_set("\n".join(truth["labels"]), known, self.synonyms) if truth["labels"] else ()
         return parse_set(answer, known, self.synonyms), right
+
+    def explain(self, answer: str, truth: Any, size: ImageSize) -> str:
+        """Return the named labels that are none of the possible ones; "" without any."""
+        named, _ = self._sets(answer, truth)
+        outside = [label for label in named if truth["known"] and label not in truth["known"]]
+        part = "" if len(outside) == len(named) else "partly "
+        return f"{part}outside of the options: {', '.join(outside)}" if outside else ""
 
     def same(self, first: str, second: str, truth: Any, second_truth: Any = None) -> bool:
         """Return whether both name the same labels."""

@@ -34,10 +34,9 @@ def task_named(name: str, place: str = "its task") -> Task:
     if name not in _TASKS:
         near = closest(name, _TASKS)
         meant = f"did you mean {near}? Else choose" if near else "choose"
-        raise ValueError(
-            f"{place} {name!r} is unknown: {meant} from {', '.join(_TASKS)}, or add your own with data.extra_tasks "
-            "(rlmed.ask, rlmed.report: --extra-tasks)"
-        )
+        flag = "--extra-tasks"
+        where = flag if place.startswith("--") else f"data.extra_tasks (rlmed.ask, rlmed.report, rlmed.export: {flag})"
+        raise ValueError(f"{place} {name!r} is unknown: {meant} from {', '.join(_TASKS)}, or add your own with {where}")
     return _TASKS[name]
 
 

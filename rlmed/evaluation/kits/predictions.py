@@ -18,6 +18,7 @@ from rlmed.data.loading import EvalFile
 from rlmed.evaluation.kits import lmms_eval, medevalkit, vlmevalkit
 from rlmed.evaluation.kits.base import Kit, write_json
 from rlmed.evaluation.kits.rule_scores import FOLDER, SCORES_FILE, RuleScore
+from rlmed.evaluation.narrow import LEAST, Label
 from rlmed.evaluation.records import Accuracy, EvalRow
 from rlmed.evaluation.results import read_rows
 from rlmed.tasks.metrics.published import llava_med_closed, llava_med_recall, said
@@ -44,11 +45,14 @@ def check_kits(names: Sequence[str], files: Sequence[EvalFile]) -> None:
         ValueError: if not, with the kit's tasks.
     """
     tasks = sorted({example.task for file in files for example in file.examples})
+    fitting = [name for name, kit in KITS.items() if {*kit.tasks} & {*tasks}]
     for name in names:
-        if tasks and not {*KITS[name].tasks} & {*tasks}:
+        if tasks and name not in fitting:
+            kept = ",".join(one for one in names if one in fitting)
+            others = f"; {', '.join(fitting)} would take some" if fitting and not kept else ""
             raise ValueError(
-                f"eval.predictions={name}: {KITS[name].title} takes {', '.join(KITS[name].tasks)}, "
-                f"and data.eval has {', '.join(tasks)}: leave it out"
+                f"eval.predictions={name}: {KITS[name].title} takes {', '.join(KITS[name].tasks)}, and data.eval has "
+                f"{', '.join(tasks)}: write eval.predictions=[{kept}]{others}"
             )
 
 
@@ -110,8 +114,10 @@ def _rule_score(file: str, rule: str, score: Accuracy | Estimate, rows: Sequence
     return RuleScore(file, rule, len(rows), *figures, task=rows[0].task)
 
 
-def predictions_table(written: Predictions) -> Table:
-    """Build a table of scores by the kits' rules."""
+def predictions_table(written: Predictions) -> Table | None:
+    """Build a table of scores by the kits' rules; None without scores."""
+    if not written.scores:
+        return None
     table = Table(
         title=Text("Scores by published rules in %"),
         caption=Text("\n".join(_legend(written)), justify="left", overflow="fold"),
@@ -119,13 +125,13 @@ def predictions_table(written: Predictions) -> Table:
         show_edge=False,
         pad_edge=False,
     )
-    table.add_column("file", overflow="fold")
-    table.add_column("rule", overflow="fold")
+    for heading in ("file", "rule"):
+        table.add_column(heading, min_width=LEAST)
     for heading in ("rows", "by the rule", "by the task"):
         table.add_column(heading, justify="right", no_wrap=True)
     for one in written.scores:
         shares = _share(one.value, one.low, one.high), _share(one.ours, one.ours_low, one.ours_high)
-        table.add_row(one.file, one.rule, str(one.rows), *shares)
+        table.add_row(Label(one.file), Label(one.rule), str(one.rows), *shares)
     return table
 
 

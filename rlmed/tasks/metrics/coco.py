@@ -91,10 +91,10 @@ class Matches:
         """
         if not thresholds:
             raise ValueError("thresholds=() leaves nothing to average: give at least one, for example (0.5,)")
+        least = np.minimum(thresholds, 1 - 1e-10)[:, None]
         found, truths = [np.zeros((len(thresholds), 0), dtype=np.bool_)], []
         for predicted, truth in rows:
-            pairs = ious(predicted[:MOST_BOXES], truth)
-            found.append(np.array([_taken(pairs, threshold) for threshold in thresholds], dtype=np.bool_))
+            found.append(_taken(ious(predicted[:MOST_BOXES], truth), least))
             truths.append(len(truth))
         ends = np.cumsum([hits.shape[1] for hits in found[1:]], dtype=np.int64)
         return cls(np.concatenate(found, axis=1), ends, np.array(truths, dtype=np.int64))
@@ -113,7 +113,9 @@ class Matches:
             ValueError: without any true box.
         """
         boxes = self._boxes()
-        return np.array([_precision(right, boxes) for right in self.hits])
+        # right boxes that reach each level of recall, the first right one for level 0
+        needed = np.maximum(np.searchsorted(np.arange(boxes + 1) / boxes, _LEVELS, side="left"), 1)
+        return np.array([_precision(right, needed) for right in self.hits])
 
     def recall(self) -> npt.NDArray[np.float64]:
         """Return the share of true boxes that are reached at each threshold.
@@ -130,21 +132,40 @@ class Matches:
         return boxes
 
 
-def _taken(pairs: npt.NDArray[np.float64], threshold: float) -> list[bool]:
-    """Return for each predicted box, in order, whether it takes a true one; ties take the last."""
-    free, hits = np.ones(pairs.shape[1], dtype=np.bool_), []
-    for row in pairs:
-        best = np.where(free & (row >= min(threshold, 1 - 1e-10)), row, -1.0)
-        hit = bool(best.size and best.max() >= 0)
-        hits.append(hit)
-        if hit:
-            free[len(best) - 1 - int(np.argmax(best[::-1]))] = False
+def _taken(pairs: npt.NDArray[np.float64], least: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+    """Return which predicted boxes take a true one, in their order; ties take the last.
+
+    Args:
+        pairs: [predicted, true] IoU.
+        least: [thresholds, 1].
+
+    Returns:
+        bool [thresholds, predicted].
+    """
+    predicted, truths = pairs.shape
+    hits = np.zeros((len(least), predicted), dtype=np.bool_)
+    if not pairs.size:
+        return hits
+    free, each = np.ones((len(least), truths), dtype=np.bool_), np.arange(len(least))
+    for place, row in enumerate(pairs):
+        good = free & (row >= least)
+        best = truths - 1 - np.where(good, row, -1.0)[:, ::-1].argmax(axis=1)
+        hits[:, place] = good[each, best]
+        free[each, best] &= ~hits[:, place]
     return hits
 
 
-def _precision(hits: npt.NDArray[np.bool_], boxes: int) -> float:
-    """Return the mean of the falling precision at COCO's levels of recall."""
-    right = np.cumsum(hits)
-    precision = np.maximum.accumulate((right / np.arange(1, len(right) + 1))[::-1])[::-1]
-    places = np.searchsorted(right / boxes, _LEVELS, side="left")
-    return float(np.concatenate([precision, [0.0]])[places].mean())
+def _precision(hits: npt.NDArray[np.bool_], needed: npt.NDArray[np.intp]) -> float:
+    """Return the mean of the falling precision where COCO reads it.
+
+    Precision is largest at right boxes, and recall grows at them alone, so that only they matter.
+
+    Args:
+        hits: which predicted boxes are right.
+        needed: number of right boxes at which precision is read, for each level of recall.
+    """
+    ranks = np.flatnonzero(hits) + 1
+    precision = np.zeros(max(len(ranks), int(needed[-1])))
+    precision[: len(ranks)] = np.arange(1, len(ranks) + 1) / ranks
+    largest = np.maximum.reduceat(precision, needed - 1)  # between two levels, then from each level on
+    return float(np.maximum.accumulate(largest[::-1])[::-1].mean())

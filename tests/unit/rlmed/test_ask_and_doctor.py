@@ -228,7 +228,9 @@ def test_ask_asks_a_task_of_the_user_and_says_what_synonyms_mean(
     capsys.readouterr()
     with pytest.raises(SystemExit):
         ask.main(["Which?", "--task", "side", *model])
-    assert re.search(r"'side' is unknown.*--extra-tasks", capsys.readouterr().err)
+    unknown = capsys.readouterr().err
+    assert re.search(r"'side' is unknown.* your own with --extra-tasks$", unknown.strip())
+    assert "data.extra_tasks" not in unknown
     try:
         ask.main(["Which?", "--task", "side", "--extra-tasks", "my_sides:Side", *synonyms, *model])
     finally:
@@ -291,6 +293,25 @@ def test_ask_says_what_is_wrong_with_a_task(
     with pytest.raises(SystemExit):
         ask.main([*arguments, "--model", str(tiny_folder("qwen2_vl"))])
     assert re.search(said, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("cyst, haze, fog", "that is +partly outside of the options: haze, fog\n"),
+        ("haze", "that is +outside of the options: haze\n"),
+        ("cyst, Mass", r"answer +cyst, Mass\n[^t]"),
+        ("none", r"answer +none\n[^t]"),
+    ],
+)
+def test_ask_says_which_labels_are_outside_of_the_options(
+    written: str, said: str, tiny_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(PromptRenderer, "decode", lambda *_: f"<think>x</think><answer>{written}</answer>")
+    options = ["--task", "labels", "--options", "cyst", "mass", "--model", str(tiny_folder("llama"))]
+    ask.main(["Which?", *options, "--max-tokens", "1"])
+    assert re.search(said, capsys.readouterr().out)
 
 
 def test_ask_asks_a_text_model_without_an_image(

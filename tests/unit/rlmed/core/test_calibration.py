@@ -1,5 +1,6 @@
 """Calibration and pass@k against slow direct computations, the bootstrap against scipy."""
 
+import tracemalloc
 from itertools import combinations
 
 import numpy as np
@@ -148,3 +149,16 @@ def test_a_ratio_that_no_resample_changes_is_not_certain():
     found = Estimate.ratio([0, 0, 0], [4, 4, 4])
     assert (found.value, found.low) == (0, 0)
     assert found.high == pytest.approx(wilson_interval(0, 3)[1])
+
+
+def test_an_interval_of_many_values_is_drawn_in_parts_with_the_same_draws():
+    values = np.random.default_rng(0).random(20_001)
+    tracemalloc.start()
+    try:
+        found = mean_interval(values)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 100 * 2**20  # at once: 1,000 times as many indices and values, 320 MB
+    whole = values[np.random.default_rng(0).integers(0, len(values), (1000, len(values)))].mean(1)
+    assert found == tuple(np.percentile(whole, [2.5, 97.5]))

@@ -1,8 +1,10 @@
 """Tasks other than multiple choice in the report: boxes, differences, labels, notes, scores."""
 
 import dataclasses
+import importlib
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,7 @@ from rlmed.recording.recorder import RunRecorder
 from rlmed.report.command import main
 from rlmed.report.page import write_report
 from rlmed.report.rollouts import GROUPS, Pictures, show_groups
+from rlmed.tasks import registry
 from rlmed.tasks.registry import settle_tasks, task_named
 from tests.unit.rlmed.report.test_page import EVIL, Page, line, run, write_lines  # noqa: F401
 from tests.unit.rlmed.report.test_pictures import numbered
@@ -242,6 +245,47 @@ def test_the_runs_own_synonyms_judge_its_rollouts_and_compare_its_labels(tmp_pat
     other = tmp_path / "other.csv"
     other.write_text("cysts,cyst\n")
     assert labels("--synonyms", str(other))[0] == [("right", "cyst"), ("missing", "edema"), ("superfluous", "oedema")]
+
+
+def test_the_runs_own_tasks_judge_its_rollouts_and_no_report_without_them_replaces_one(
+    tmp_path, monkeypatch, capsys, caplog
+):
+    known = dict(registry._TASKS)
+    monkeypatch.setattr(registry, "_TASKS", {**known, "side": task_named("open")})
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    folder, elsewhere = tmp_path / "run", tmp_path / "code"
+    elsewhere.mkdir()
+    record(folder, [(dataclasses.replace(example("open", "left"), task="side"), ("left", "right"))])
+    (folder / "config.yaml").write_text("data:\n  extra_tasks: ['shown_side:Side']\n")
+    monkeypatch.setattr(registry, "_TASKS", dict(known))
+    module = "from rlmed.tasks.open import Open\n\n\nclass Side(Open):\n    name = 'side'\n"
+    report = folder / "report.html"
+
+    def refused(*arguments):
+        with pytest.raises(SystemExit) as stopped:
+            main([str(folder), *arguments])
+        assert stopped.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    main([str(folder)])
+    assert "not judged" in report.read_text()
+    assert "data.extra_tasks=shown_side:Side" in caplog.text
+    before = report.read_bytes()
+    assert "add --extra-tasks shown_side:Side" in refused()
+    (folder / "shown_side.py").write_text(module)
+    monkeypatch.chdir(folder)
+    sys.path.append(str(folder))
+    assert "lies in the run's folder" in refused()
+    assert report.read_bytes() == before
+    sys.path.remove(str(folder))
+    (folder / "shown_side.py").rename(elsewhere / "shown_side.py")
+    sys.path.append(str(elsewhere))
+    importlib.invalidate_caches()
+    main([str(folder)])
+    assert "not judged" not in report.read_text()
+    assert "1 of 2 right" in report.read_text()
+    assert "--extra-tasks has 'side'" in refused("--extra-tasks", "side")
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,9 @@ def test_scores_by_the_kits_rules_stand_beside_ours(folder: Path) -> None:
         "VLMEvalKit takes no report: left out of mixed, rows: 1",
         "lmms-eval takes no grounding: left out of mixed, rows: 1",
     }
-    assert predictions_table(written).row_count == 8
+    table = predictions_table(written)
+    assert table is not None
+    assert table.row_count == 8
 
 
 def test_a_kit_that_takes_no_row_is_refused_before_anything_is_asked() -> None:
@@ -171,6 +173,20 @@ def test_a_kit_that_takes_no_row_is_refused_before_anything_is_asked() -> None:
     ):
         check_kits(["vlmevalkit"], [EvalFile("a", (boxes,))])
     check_kits([], [EvalFile("a", (boxes,))])
+    report = [EvalFile("a", (dataclasses.replace(boxes, task="report"),))]
+    check_kits(["medevalkit", "lmms_eval"], report)
+    with pytest.raises(ValueError, match=r"has report: write eval\.predictions=\[medevalkit,lmms_eval\]$"):
+        check_kits(["medevalkit", "vlmevalkit", "lmms_eval"], report)
+    with pytest.raises(ValueError, match=r"=\[\]; medevalkit, lmms_eval would take some$"):
+        check_kits(["vlmevalkit"], report)
+
+
+def test_reports_alone_have_no_table_of_rules(folder: Path) -> None:
+    rows = (folder / "rows.jsonl").read_text().splitlines()
+    (folder / "rows.jsonl").write_text("".join(f"{row}\n" for row in rows if json.loads(row).get("task") == "report"))
+    written = write_predictions(folder, ["medevalkit"], "model")
+    assert len(written.paths) == 1
+    assert (written.scores, predictions_table(written)) == ((), None)
 
 
 def test_the_settings_know_the_kits() -> None:
