@@ -12,8 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rlmed.studio.home import show_comparison, show_run, show_runs
-from rlmed.studio.search import show_rollouts
+from rlmed.studio.comparison import show_comparison
+from rlmed.studio.detail import show_run, show_run_live
+from rlmed.studio.images import send_image
+from rlmed.studio.listing import show_runs, show_runs_live
+from rlmed.studio.search import show_rollouts, show_rollouts_live
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +33,11 @@ class Page:
 
 PAGES = (
     Page("/", show_runs, "Runs"),
+    Page("/runs/live", show_runs_live),
     Page("/run", show_run),
+    Page("/run/live", show_run_live),
     Page("/compare", show_comparison, "Compare"),
     Page("/rollouts", show_rollouts, "Rollouts"),
+    Page("/rollouts/live", show_rollouts_live),
+    Page("/image", send_image),
 )
