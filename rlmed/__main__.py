@@ -18,6 +18,7 @@ COMMANDS = {
     "prepare": "convert published data, or your own, to rlmed's format",
     "leakage": "find test rows that are in the training data too",
     "report": "write the HTML report of a run folder",
+    "studio": "show run folders in a browser, while they run",
     "export": "write a run's model as a folder for transformers and vLLM, with its card",
     "doctor": "check what this machine can run",
 }

@@ -117,7 +117,7 @@ def _context(folder: Path, environment: Environment, sft: Path | None) -> dict[s
         "faithfulness": show_faithfulness(evaluations),
         "reliability": None if evaluations.reliability is None else show_reliability(evaluations.reliability),
         "plots": ([accuracy] if accuracy else []) + draw_metrics(metrics),
-        "timeline": _timeline(folder / TIMELINE_LINES),
+        "timeline": time_by_stage(folder / TIMELINE_LINES),
         "groups": show_groups(folder / ROLLOUTS_FILE, pictures),
         "rows": show_rows(evaluations.first_rows, evaluations.last_rows, pictures),
         "pictures": pictures.uris,
@@ -219,8 +219,11 @@ def _mean_at(metrics: Sequence[Mapping[str, Any]], name: str, end: str) -> float
     return float(np.mean(values[:tenth] if end == "start" else values[-tenth:])) if values else None
 
 
-def _timeline(path: Path) -> dict[str, Any] | None:
-    """Return seconds by stage, without nested spans, and the time outside of any stage."""
+def time_by_stage(path: Path) -> dict[str, Any] | None:
+    """Return seconds by stage, without nested spans, and the time outside of any stage.
+
+    None without a timeline.
+    """
     seconds: dict[str, float] = defaultdict(float)
     counts: dict[str, int] = defaultdict(int)
     end = 0.0

@@ -120,20 +120,8 @@ def draw_metrics(lines: Sequence[Mapping[str, Any]]) -> list[Plot]:
     Args:
         lines: lines of metrics.jsonl: "step", and values by name; null means missing.
     """
-    lines = [{_current_name(name): value for name, value in line.items()} for line in lines]
-    named = {name for line in lines for name in line if name.startswith("reward/") and not name.endswith("_missing")}
-    rewards = sorted(named - {"reward/mean"})
-    names = {"reward/mean": "total", **{name: name.removeprefix("reward/") for name in rewards}}
-    deviations = sorted({name for line in lines for name in line if name.startswith("reward_std/")})
-    panels = (
-        Panel("Reward", "mean over a step's completions: weighted sum and parts", names),
-        *PANELS,
-        Panel(
-            "Standard deviation of rewards",
-            "within a group, running; divides the advantages",
-            {name: name.removeprefix("reward_std/") for name in deviations},
-        ),
-    )
+    lines = _with_current_names(lines)
+    panels = _panels(lines)
     plots = []
     for panel in panels:
         curves = {label: _values(lines, metric) for metric, label in panel.metrics.items()}
@@ -142,6 +130,53 @@ def draw_metrics(lines: Sequence[Mapping[str, Any]]) -> list[Plot]:
         if any(np.any(values) for _, values in curves.values()):
             plots.append(Plot(panel.title, panel.note, _draw(curves, panel)))
     return plots
+
+
+def _with_current_names(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [{_current_name(name): value for name, value in line.items()} for line in lines]
+
+
+def _panels(lines: Sequence[Mapping[str, Any]]) -> tuple[Panel, ...]:
+    """Return the panels of a run: those of its own rewards, and `PANELS`."""
+    named = {name for line in lines for name in line if name.startswith("reward/") and not name.endswith("_missing")}
+    rewards = sorted(named - {"reward/mean"})
+    names = {"reward/mean": "total", **{name: name.removeprefix("reward/") for name in rewards}}
+    deviations = sorted({name for line in lines for name in line if name.startswith("reward_std/")})
+    return (
+        Panel("Reward", "mean over a step's completions: weighted sum and parts", names),
+        *PANELS,
+        Panel(
+            "Standard deviation of rewards",
+            "within a group, running; divides the advantages",
+            {name: name.removeprefix("reward_std/") for name in deviations},
+        ),
+    )
+
+
+def draw_comparison(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Plot]:
+    """Draw one plot a metric with a curve a run, of metrics that at least one run has.
+
+    Args:
+        runs: lines of metrics.jsonl by the run's label.
+    """
+    current = {label: _with_current_names(lines) for label, lines in runs.items()}
+    plots = []
+    for panel in _panels([line for lines in current.values() for line in lines]):
+        for metric, part in panel.metrics.items():
+            curves = {label: _values(lines, metric) for label, lines in current.items()}
+            curves = {label: values for label, values in curves.items() if len(values[0])}
+            if any(np.any(values) for _, values in curves.values()):
+                title = panel.title if len(panel.metrics) == 1 else f"{panel.title}: {part}"
+                plots.append(Plot(title, panel.note, _draw(curves, panel, colours=list(runs))))
+    return plots
+
+
+def draw_values(title: str, note: str, points: Sequence[tuple[int, float]]) -> Plot:
+    """Draw values by step, each with a mark."""
+    with mpl.rc_context(STYLE):
+        figure, axes = new_figure()
+        axes.plot(*zip(*points, strict=True), color=SERIES[0], lw=1.2, marker="o", markersize=3.5)
+        return Plot(title, note, to_svg(figure))
 
 
 def draw_accuracy(summaries: Sequence[EvalSummary]) -> Plot | None:
@@ -185,12 +220,17 @@ def _values(lines: Sequence[Mapping[str, Any]], metric: str) -> tuple[npt.NDArra
     return steps, values
 
 
-def _draw(curves: Mapping[str, tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]], panel: Panel) -> Markup:
+def _draw(
+    curves: Mapping[str, tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]],
+    panel: Panel,
+    colours: Sequence[str] | None = None,
+) -> Markup:
+    """Draw curves by label; `colours` lists the labels in the order of their colours, if others exist."""
     with mpl.rc_context(STYLE):
         figure, axes = new_figure()
         for i, (name, (steps, values)) in enumerate(curves.items()):
             label = _shown(name)
-            colour = SERIES[i % len(SERIES)]
+            colour = SERIES[(i if colours is None else colours.index(name)) % len(SERIES)]
             if len(steps) < SMOOTHED_FROM:
                 axes.plot(steps, values, color=colour, lw=1.6, label=label, marker="o" if len(steps) == 1 else "")
             else:
@@ -198,7 +238,7 @@ def _draw(curves: Mapping[str, tuple[npt.NDArray[np.float64], npt.NDArray[np.flo
                 axes.plot(steps, running_mean(values, len(values) // 20 + 1), color=colour, lw=1.8, label=label)
         if panel.share:
             axes.set_ylim(-0.02, 1.02)
-        if len(curves) > 1:
+        if len(curves) > 1 and colours is None:
             _legend(figure)
         return to_svg(figure)
 

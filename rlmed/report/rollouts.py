@@ -14,7 +14,7 @@ from typing import Any
 from rlmed.core.files.jsonlines import parse_line
 from rlmed.data.images import BadImageError, load_image
 from rlmed.evaluation.records import EvalRow
-from rlmed.report.answers import CHOICE, Judged, judge_of, show_judged, show_notes, show_question, take_apart
+from rlmed.report.answers import CHOICE, Judge, Judged, judge_of, show_judged, show_notes, show_question, take_apart
 
 GROUPS = 60
 ROWS = 60
@@ -175,13 +175,24 @@ def _merge(group: Mapping[str, Any], task: str) -> list[dict[str, Any]]:
         counts[key] += 1
         if key in merged:
             continue
-        if judge is None:
-            taken = take_apart(entry["text"], group["answer"])
-        else:
-            taken = show_judged(entry["text"], judge(entry["text"]), group.get("truth"))
-        merged[key] = {**entry, **taken, "notes": notes}
+        merged[key] = show_completion(group, entry, judge)
     shown = [{**entry, "count": counts[key]} for key, entry in merged.items()]
     return sorted(shown, key=lambda entry: -(entry["reward"] if entry["reward"] is not None else float("-inf")))
+
+
+def show_completion(group: Mapping[str, Any], entry: Mapping[str, Any], judge: Judge | None) -> dict[str, Any]:
+    """Return a completion of a recorded group for the template.
+
+    Args:
+        group: a line of rollouts.jsonl.
+        entry: one of its completions.
+        judge: from `judge_of`; None for multiple choice.
+    """
+    if judge is None:
+        taken = take_apart(entry["text"], group["answer"])
+    else:
+        taken = show_judged(entry["text"], judge(entry["text"]), group.get("truth"))
+    return {**entry, **taken, "notes": show_notes(entry)}
 
 
 def show_rows(before: Sequence[EvalRow], after: Sequence[EvalRow], pictures: Pictures) -> list[dict[str, Any]]:

@@ -32,6 +32,14 @@ BORROWED = {
     "rlmed.report": {*BELOW, "rlmed.recording", "rlmed.evaluation", "rlmed.report"},
     "rlmed.export": {*BELOW, "rlmed.recording", "rlmed.cluster", "rlmed.evaluation", "rlmed.export"},
     "rlmed.reproduce": {*BELOW, "rlmed.recording", "rlmed.evaluation", "rlmed.report", "rlmed.reproduce"},
+    "rlmed.studio": {
+        *BELOW,
+        "rlmed.recording",
+        "rlmed.cluster",
+        "rlmed.evaluation",
+        "rlmed.report",
+        "rlmed.studio",
+    },
     "conf": set(),
 }
 """What the modules of each room may import of ours.
@@ -301,7 +309,7 @@ WITH_TORCH = {
     "rollout.vllm_backend.serve": "rollout.vllm_backend.serve {folder}",
 }
 """Arguments with which the commands that load torch come to do so."""
-WITHOUT_TORCH = {"rlmed.prepare", "rlmed.leakage", "rlmed.report"}
+WITHOUT_TORCH = {"rlmed.prepare", "rlmed.leakage", "rlmed.report", "rlmed.studio"}
 
 
 @pytest.mark.parametrize("command", WITH_TORCH.values(), ids=WITH_TORCH)

@@ -1,0 +1,83 @@
+// All pages work without this file. With it, a running run's page stays up to date.
+"use strict";
+
+const EVERY_MS = 3000;
+const SLOW_MS = 15000;
+
+function ago(date) {
+  const seconds = Math.max(0, (Date.now() - date) / 1000);
+  if (seconds < 90) return `${Math.round(seconds)} s ago`;
+  if (seconds < 5400) return `${Math.round(seconds / 60)} min ago`;
+  if (seconds < 129600) return `${Math.round(seconds / 3600)} h ago`;
+  return `${Math.round(seconds / 86400)} days ago`;
+}
+
+function tellTimes(root) {
+  for (const time of root.querySelectorAll("time[datetime]")) {
+    const date = new Date(time.dateTime);
+    time.textContent = ago(date);
+    time.title = date.toLocaleString();
+  }
+}
+
+// Replaces the content; what the reader has opened, checked, scrolled or focused stays so.
+function replaceContent(part, text) {
+  const fresh = new DOMParser().parseFromString(text, "text/html");
+  const open = [...part.querySelectorAll("details")].map((details) => details.open);
+  const checked = new Set([...part.querySelectorAll("input:checked")].map((input) => input.value));
+  const focused = part.contains(document.activeElement) ? document.activeElement : null;
+  const label = focused && (focused.getAttribute("aria-label") || focused.textContent);
+  part.replaceChildren(...fresh.body.childNodes);
+  part.querySelectorAll("details").forEach((details, i) => { details.open = open[i] || false; });
+  part.querySelectorAll("input[type=checkbox]").forEach((input) => { input.checked = checked.has(input.value); });
+  if (label) {
+    const again = [...part.querySelectorAll(focused.tagName)].find(
+      (element) => (element.getAttribute("aria-label") || element.textContent) === label);
+    if (again) again.focus({ preventScroll: true });
+  }
+  tellTimes(part);
+}
+
+function keepFresh(part) {
+  let tag = "";
+  async function look() {
+    if (!document.hidden) {
+      try {
+        const answer = await fetch(part.dataset.live, { headers: tag ? { "If-None-Match": tag } : {}, cache: "no-store" });
+        if (answer.status === 200) {
+          const first = tag === "";
+          tag = answer.headers.get("ETag") || "";
+          const text = await answer.text();
+          if (!first || !part.dataset.same) replaceContent(part, text);
+          const progress = document.querySelector(".progress p");
+          const said = document.querySelector("[data-said]");
+          if (said && progress) {
+            const now = progress.textContent.replace(/started.*/s, "").trim();
+            if (said.textContent !== now) said.textContent = now;
+          }
+        }
+      } catch (error) {
+        // the studio has ended, or is starting again: ask later
+      }
+    }
+    tellTimes(document);
+    setTimeout(look, "slow" in part.dataset ? SLOW_MS : EVERY_MS);
+  }
+  setTimeout(look, EVERY_MS);
+}
+
+function switchTheme(form) {
+  form.addEventListener("submit", async (event) => {
+    event.preventDefault();
+    const to = event.submitter.value;
+    document.documentElement.dataset.theme = to;
+    await fetch(`/theme?to=${to}&back=/assets/icon.svg`);
+  });
+}
+
+document.querySelectorAll("[data-live]").forEach(keepFresh);
+document.querySelectorAll("form.theme").forEach(switchTheme);
+document.querySelectorAll("select[name=sort]").forEach((select) => {
+  select.addEventListener("change", () => select.form.requestSubmit());
+});
+tellTimes(document);

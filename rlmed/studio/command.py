@@ -1,0 +1,66 @@
+"""The command `python -m rlmed.studio [FOLDER ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import secrets
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rlmed.core.process.display import ending_errors, keep_display
+from rlmed.studio.cache import cache_folder
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+PORT = 8642
+TOKEN_BYTES = 24
+MISSING = "rlmed.studio needs starlette and uvicorn ({error}): pip install 'rlmed[studio]'"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Serve the studio over the folders given on the command line, until Ctrl-C."""
+    parser = _parser()
+    keep_display()
+    parsed = parser.parse_args(arguments)
+    with ending_errors(interrupted="studio: ended"):
+        if parsed.no_token and parsed.host not in LOOPBACK:
+            raise ValueError(f"--no-token with --host {parsed.host} would let anyone in: leave one of them out")
+        if parsed.token is not None and not parsed.token.strip():
+            raise ValueError("--token is empty: leave it out for a random one")
+        folders = [_folder(path) for path in parsed.folders or [Path("outputs")]]
+        token = None if parsed.no_token else parsed.token or secrets.token_urlsafe(TOKEN_BYTES)
+        logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+        try:
+            from rlmed.studio.server import serve
+            from rlmed.studio.state import Studio
+        except ModuleNotFoundError as error:
+            if (error.name or "").split(".")[0] not in ("starlette", "uvicorn", "anyio", "multipart"):
+                raise
+            raise ValueError(MISSING.format(error=error)) from error
+        studio = Studio(folders, token=token, cache=parsed.cache or cache_folder())
+        serve(studio, parsed.host, parsed.port, parsed.allow_host, say=sys.stdout.write)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m rlmed.studio", description="Show run folders in a browser.")
+    parser.add_argument(
+        "folders", type=Path, nargs="*", metavar="FOLDER", help="run folders, or folders that hold them (outputs)"
+    )
+    parser.add_argument("--host", default=LOOPBACK[0], help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=PORT, help="port; 0 takes a free one (default: %(default)s)")
+    parser.add_argument("--token", help="secret that opens the pages (default: a random one)")
+    parser.add_argument("--no-token", action="store_true", help="let every user of this machine in")
+    parser.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME", help="another name that browsers reach it by"
+    )
+    parser.add_argument(
+        "--cache", type=Path, metavar="FOLDER", help="folder of the search index (~/.cache/rlmed/studio)"
+    )
+    return parser
+
+
+def _folder(path: Path) -> Path:
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a folder: name one that holds run folders")
+    return path.resolve()

@@ -1,0 +1,151 @@
+"""The page of one run: how it goes, its curves, accuracy, time, workers and configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+from starlette.requests import Request
+from starlette.responses import Response
+
+from rlmed.core.files.damage import read_json
+from rlmed.core.files.jsonlines import read_json_lines
+from rlmed.core.tracing import TIMELINE_LINES
+from rlmed.evaluation.results import EvalSummary
+from rlmed.models.tiny.toy import EMBEDDED, TOY_NOTE
+from rlmed.recording.inputs import CONFIG_FILE, VERSIONS_FILE
+from rlmed.recording.recorder import METRICS_FILE, ROLLOUTS_FILE
+from rlmed.report.accuracy import accuracy_table, scores_by_task, show_faithfulness, show_rules
+from rlmed.report.evaluations import Evaluations
+from rlmed.report.page import read_config, time_by_stage
+from rlmed.report.plots import Plot, draw_accuracy, draw_metrics
+from rlmed.studio.curves import draw_plots
+from rlmed.studio.fragments import answer_if_changed, tag_of
+from rlmed.studio.runs import EVALUATIONS, STATES, Glance, Run
+from rlmed.studio.state import studio_of
+
+NEVER = Evaluations((), (), (), None, None, None, (), ())
+RECENT = 10
+"""Steps over which the latest values are averaged."""
+WORKERS = {
+    "rollout/workers_ready": ("workers ready", "at the last step", "{:.0f}"),
+    "rollout/idle_share": ("time without work", f"mean of the last {RECENT} steps", "{:.1%}"),
+    "rollout/workers_lost": ("workers lost", "since the start", "{:.0f}"),
+    "rollout/groups_sampled_again": ("groups sampled again", "that a lost worker held", "{:.0f}"),
+    "rollout/groups_late": ("late answers dropped", "of lost workers", "{:.0f}"),
+    "rollout/push_fetch_s": ("fetching the weights", f"slowest worker, last {RECENT} steps", "{:.2f} s"),
+    "rollout/push_apply_s": ("applying the weights", f"slowest worker, last {RECENT} steps", "{:.2f} s"),
+    "staleness": ("staleness", f"versions behind, most in the last {RECENT} steps", "{:.0f}"),
+}
+"""Label, note and format by metric; of totals the last value counts."""
+_MEANS, _MOST = ("rollout/idle_share",), ("rollout/push_fetch_s", "rollout/push_apply_s", "staleness")
+_T = TypeVar("_T")
+
+
+def show_run(request: Request) -> Response:
+    """Return the page of the run `?name=`; 404 for any other name."""
+    return _answer(request, studio_of(request).run(request, "name"), "run.html.j2")
+
+
+def show_run_live(request: Request) -> Response:
+    """Return what changes while the run goes on; 304 if nothing did."""
+    studio = studio_of(request)
+    run = studio.run(request, "name")
+    tag = tag_of(run.name, studio.runs.stamp(run))
+    return answer_if_changed(request, tag, lambda: _answer(request, run, "run_live.html.j2"))
+
+
+def _answer(request: Request, run: Run, template: str) -> Response:
+    studio = studio_of(request)
+    glance = studio.runs.glance(run)
+    stamp = studio.runs.stamp(run)
+    values = studio.kept(("run", run.folder), stamp, lambda: _values(run, glance))
+    return studio.page(template, request, glance=glance, states=STATES, **values)
+
+
+def _values(run: Run, glance: Glance) -> dict[str, Any]:
+    problems: list[str] = []
+
+    def attempt(read: Callable[[], _T], otherwise: _T) -> _T:
+        try:
+            return read()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # a damaged file
+            problems.append(str(error) or type(error).__name__)
+            return otherwise
+
+    metrics = attempt(lambda: list(read_json_lines(run.file(METRICS_FILE))), [])
+    evaluations = attempt(lambda: Evaluations.read(run.file(EVALUATIONS), None), NEVER)
+    config_text, config = attempt(lambda: read_config(run.file(CONFIG_FILE)), ("", {}))
+    versions = attempt(lambda: read_json(file) if (file := run.file(VERSIONS_FILE)).exists() else {}, {})
+    plots: list[Plot] = attempt(lambda: draw_plots(lambda: _draw(metrics, evaluations.summaries)), [])
+    model = str((config.get("model") or {}).get("path") or next((one.model for one in evaluations.summaries), ""))
+    return {
+        "run": run,
+        "model": model,
+        "device": versions.get("cuda_device") or versions.get("cpu"),
+        # earlier versions did not record it
+        "toy": TOY_NOTE if versions.get("toy_model") or model.startswith(EMBEDDED) else None,
+        "skipped_steps": int((metrics[-1].get("skipped_steps") or 0) if metrics else 0),
+        "tiles": attempt(lambda: _tiles(metrics, evaluations.summaries, glance), []),
+        "plots": plots,
+        "table": attempt(lambda: accuracy_table(evaluations), None),
+        "scores": attempt(lambda: scores_by_task(evaluations), None),
+        "rules": attempt(lambda: show_rules(evaluations), None),
+        "faithfulness": attempt(lambda: show_faithfulness(evaluations), None),
+        "timeline": attempt(lambda: time_by_stage(run.file(TIMELINE_LINES)), None),
+        "workers": attempt(lambda: workers(metrics), []),
+        "has_rollouts": run.file(ROLLOUTS_FILE).exists(),
+        "config_text": config_text,
+        "versions": versions,
+        "problems": problems,
+    }
+
+
+def _draw(metrics: Sequence[Mapping[str, Any]], summaries: Sequence[EvalSummary]) -> list[Plot]:
+    accuracy = draw_accuracy(summaries)
+    return ([accuracy] if accuracy else []) + draw_metrics(metrics)
+
+
+def _tiles(
+    metrics: Sequence[Mapping[str, Any]], summaries: Sequence[EvalSummary], glance: Glance
+) -> list[dict[str, Any]]:
+    """Return headline figures: label, value, the value at the start (or None), note."""
+    tiles = []
+    if summaries:
+        first, last = summaries[0], summaries[-1]
+        was = None if first is last else f"{100 * first.mean_accuracy:.1f}"
+        note = f"mean of {len(last.files)} files at step {last.step}"
+        tiles.append({"label": "accuracy, %", "value": f"{100 * last.mean_accuracy:.1f}", "was": was, "note": note})
+    for name, label, form in (
+        ("reward/mean", "reward", "{:.2f}"),
+        *(() if glance.kind == "train" else (("loss", "loss", "{:.3f}"),)),
+        ("completion/length", "length, tokens", "{:.0f}"),
+        ("kl", "KL", "{:.3f}"),
+        ("tokens_per_second", "tokens per second", "{:,.0f}"),
+    ):
+        values = [line[name] for line in metrics if line.get(name) is not None]
+        if values:
+            end, start = float(np.mean(values[-RECENT:])), float(np.mean(values[:RECENT]))
+            was = form.format(start) if len(values) >= 2 * RECENT else None
+            note = f"mean of the last {min(RECENT, len(values))} steps"
+            tiles.append({"label": label, "value": form.format(end), "was": was, "note": note})
+    return tiles
+
+
+def workers(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Return how the rollout workers are, a line a figure; empty for a run without workers.
+
+    Args:
+        metrics: lines of metrics.jsonl.
+    """
+    if not any(name.startswith("rollout/workers") for name in (metrics[-1] if metrics else ())):
+        return []
+    lines = []
+    for name, (label, note, form) in WORKERS.items():
+        values = [line[name] for line in metrics if line.get(name) is not None]
+        if values:
+            recent = values[-RECENT:]
+            value = float(np.mean(recent)) if name in _MEANS else max(recent) if name in _MOST else values[-1]
+            lines.append({"label": label, "note": note, "value": form.format(value)})
+    return lines

@@ -1,0 +1,232 @@
+"""An index of a run's rollouts in SQLite, in the user's cache folder; the run is only read.
+
+It holds what rollouts are filtered and sorted by, a full-text index of questions and completions,
+and where each group's line lies; what is shown is read from rollouts.jsonl. It is filled from the
+byte up to which it has read. A resumed run truncates its file: then the bytes before that place are
+others, or gone, and the index starts anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sqlite3
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+FORMAT = 1
+"""Raise it when the tables change: indexes of another format start anew."""
+BATCH = 2 * 2**20
+"""Bytes of rollouts.jsonl to read at a time; whoever searches waits at most for one of them."""
+SEAM = 4096
+"""Bytes before the place read up to by which a truncated file is recognized."""
+_TABLES = """
+CREATE TABLE place (offset INTEGER, lines INTEGER, damaged INTEGER, inode TEXT, seam TEXT);
+CREATE TABLE groups (
+    id INTEGER PRIMARY KEY, offset INTEGER, line INTEGER, step INTEGER, prompt TEXT, task TEXT, modality TEXT, reward REAL
+);
+CREATE TABLE rollouts (
+    id INTEGER PRIMARY KEY, group_id INTEGER, position INTEGER, step INTEGER, reward REAL, tokens INTEGER, task TEXT,
+    modality TEXT
+);
+CREATE INDEX groups_by_prompt ON groups (prompt, step);
+CREATE INDEX rollouts_by_group ON rollouts (group_id);
+CREATE INDEX rollouts_by_step ON rollouts (step, id);
+CREATE INDEX rollouts_by_reward ON rollouts (reward, id);
+CREATE INDEX rollouts_by_tokens ON rollouts (tokens, id);
+CREATE INDEX rollouts_by_kind ON rollouts (task, modality);
+CREATE VIRTUAL TABLE texts USING fts5 (text, content='', detail=full, tokenize="unicode61 remove_diacritics 2");
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """How far an index has read."""
+
+    offset: int
+    """Bytes read, up to the end of a line."""
+    size: int
+    """Bytes of the file."""
+    lines: int
+    damaged: int
+    """Lines that are no group; they are left out."""
+
+    @property
+    def done(self) -> bool:
+        """Whether everything but a half-written last line may have been read."""
+        return self.offset >= self.size
+
+
+class Index:
+    """The index of one rollouts.jsonl; each thread has its own connection.
+
+    Args:
+        rollouts: the file.
+        cache: folder for the index, made if missing, readable by this user alone.
+    """
+
+    def __init__(self, rollouts: Path, cache: Path) -> None:
+        self.rollouts = rollouts
+        name = hashlib.sha256(os.fsencode(rollouts.resolve())).hexdigest()[:32]
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.path = cache / f"{name}-{FORMAT}.sqlite3"
+        self.whole = False
+        """Whether `update` has reached the end of the file once."""
+
+    @contextmanager
+    def open(self) -> Iterator[sqlite3.Connection]:
+        """Yield a connection, with the tables made; a damaged index is removed and starts anew."""
+        try:
+            connection = self._connect()
+        except sqlite3.DatabaseError:
+            self.remove()
+            connection = self._connect()
+        try:
+            yield connection
+        finally:
+            connection.close()
+
+    def remove(self) -> None:
+        """Remove the index."""
+        for suffix in ("", "-wal", "-shm"):
+            with suppress(FileNotFoundError):
+                self.path.with_name(self.path.name + suffix).unlink()
+
+    def _connect(self) -> sqlite3.Connection:
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)  # it holds texts of the run
+        os.close(descriptor)
+        connection = sqlite3.connect(self.path, timeout=30.0, isolation_level=None)
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=NORMAL")
+            connection.execute("PRAGMA cache_size=-65536")
+            if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'texts'").fetchone() is None:
+                connection.execute("BEGIN IMMEDIATE")
+                # another process may have been faster
+                if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'texts'").fetchone() is None:
+                    for statement in _TABLES.split(";\n"):
+                        connection.execute(statement)
+                    connection.execute("INSERT INTO place VALUES (0, 0, 0, '', '')")
+                connection.execute("COMMIT")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def place(self, connection: sqlite3.Connection) -> Place:
+        """Return how far the index has read."""
+        offset, lines, damaged = connection.execute("SELECT offset, lines, damaged FROM place").fetchone()
+        size = self.rollouts.stat().st_size if self.rollouts.exists() else 0
+        return Place(offset, size, lines, damaged)
+
+    def update(self, connection: sqlite3.Connection) -> bool:
+        """Read on by at most `BATCH` bytes, or one longer line; return whether there may be more.
+
+        Raises:
+            OSError: if the file cannot be read.
+        """
+        with self.rollouts.open("rb") as file:
+            connection.execute("BEGIN IMMEDIATE")  # several processes take turns
+            try:
+                more = self._read_on(connection, file)
+                connection.execute("COMMIT")
+            except BaseException:
+                connection.execute("ROLLBACK")
+                raise
+        if not more:
+            self.whole = True
+        return more
+
+    def _read_on(self, connection: sqlite3.Connection, file: BinaryIO) -> bool:
+        offset, lines, damaged, inode, seam = connection.execute("SELECT * FROM place").fetchone()
+        stat = os.fstat(file.fileno())
+        own = f"{stat.st_dev}:{stat.st_ino}"
+        if offset and (inode != own or stat.st_size < offset or _seam(file, offset) != seam):
+            for table in ("groups", "rollouts"):
+                connection.execute(f"DELETE FROM {table}")
+            connection.execute("INSERT INTO texts(texts) VALUES ('delete-all')")
+            offset = lines = damaged = 0
+            self.whole = False
+        file.seek(offset)
+        content = file.read(BATCH)
+        if content and b"\n" not in content:  # one line longer than a batch
+            content += file.readline()
+        whole = content[: content.rfind(b"\n") + 1]
+        groups = connection.execute("SELECT coalesce(max(id), 0) FROM groups").fetchone()[0]
+        rollouts = connection.execute("SELECT coalesce(max(id), 0) FROM rollouts").fetchone()[0]
+        batch = _Batch(groups, rollouts)
+        start = offset
+        for line in _lines(whole):
+            lines += 1
+            if not batch.add(line, start, lines):
+                damaged += 1
+            start += len(line)
+        batch.write(connection)
+        connection.execute(
+            "UPDATE place SET offset = ?, lines = ?, damaged = ?, inode = ?, seam = ?",
+            (start, lines, damaged, own, _seam(file, start)),
+        )
+        return bool(whole) and start < stat.st_size
+
+
+def _lines(content: bytes) -> list[bytes]:
+    """Split at newlines alone."""
+    return [line + b"\n" for line in content.split(b"\n")[:-1]]
+
+
+def _seam(file: BinaryIO, offset: int) -> str:
+    start = max(0, offset - SEAM)
+    file.seek(start)
+    return hashlib.sha256(file.read(offset - start)).hexdigest()
+
+
+class _Batch:
+    """Rows of some lines, to be written together."""
+
+    def __init__(self, groups: int, rollouts: int) -> None:
+        self._group_id, self._rollout_id = groups, rollouts
+        self._groups: list[tuple[Any, ...]] = []
+        self._rollouts: list[tuple[Any, ...]] = []
+        self._texts: list[tuple[int, str]] = []
+
+    def add(self, line: bytes, offset: int, number: int) -> bool:
+        """Add the group of a line; return False for a line that is none."""
+        try:
+            group = json.loads(line)
+            step, completions = int(group["step"]), group["completions"]
+            task, modality = str(group.get("task", "choice")), str(group["modality"] or "")
+            words = f"{group['question']} {' '.join(str(option) for option in group['options'])}"
+            rows = [(*_figures(entry), f"{words} {entry['text']}") for entry in completions]
+            prompt = prompt_key(group)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return False
+        self._group_id += 1
+        rewards = [reward for reward, *_ in rows if reward is not None]
+        mean = sum(rewards) / len(rewards) if rewards else None
+        self._groups.append((self._group_id, offset, number, step, prompt, task, modality, mean))
+        for position, (reward, tokens, text) in enumerate(rows):
+            self._rollout_id += 1
+            row = (self._rollout_id, self._group_id, position, step, reward, tokens, task, modality)
+            self._rollouts.append(row)
+            self._texts.append((self._rollout_id, text.encode("utf-8", "replace").decode()))
+        return True
+
+    def write(self, connection: sqlite3.Connection) -> None:
+        connection.executemany("INSERT INTO groups VALUES (?, ?, ?, ?, ?, ?, ?, ?)", self._groups)
+        connection.executemany("INSERT INTO rollouts VALUES (?, ?, ?, ?, ?, ?, ?, ?)", self._rollouts)
+        connection.executemany("INSERT INTO texts(rowid, text) VALUES (?, ?)", self._texts)
+
+
+def _figures(entry: Mapping[str, Any]) -> tuple[float | None, int]:
+    reward = entry["reward"]
+    return None if reward is None else float(reward), int(entry["tokens"])
+
+
+def prompt_key(group: Mapping[str, Any]) -> str:
+    """Return what the groups of one prompt have in common, as 16 hexadecimal digits."""
+    parts = [group["example_id"], group["question"], group["image"]]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

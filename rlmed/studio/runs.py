@@ -1,0 +1,276 @@
+"""Find run folders and say what each is, how far it got and whether it still runs.
+
+Only files are read; a run's lock is neither taken nor tested. Symbolic links are not followed: what
+lies outside of the given folders is no run here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rlmed.core.files.exclusive import HELD_FILE, OWNER_FILE
+from rlmed.core.files.ownership import Owner
+from rlmed.core.tracing import TIMELINE_LINES
+from rlmed.evaluation.results import SUMMARY_FILE, EvalSummary
+from rlmed.recording.inputs import CONFIG_FILE, VERSIONS_FILE
+from rlmed.recording.recorder import METRICS_FILE, ROLLOUTS_FILE
+from rlmed.report.page import REPORT_FILE
+
+State = Literal["running", "finished", "stopped", "killed", "silent"]
+STATES: dict[State, str] = {
+    "running": "its process lives, or its files changed within the last minute",
+    "finished": "it has written its report",
+    "stopped": "it ended before it was done",
+    "killed": "its process is gone and left its mark",
+    "silent": "it runs on another machine, or did; nothing was written for ten minutes",
+}
+EVALUATIONS = "evaluations"
+DEPTH = 4
+"""Levels below a given folder that are searched."""
+SKIPPED = {"checkpoints", EVALUATIONS, "tensorboard", "batches", "bad_steps", "images", "wandb", "mlruns"}
+"""Folders of a run, and of data, that hold no runs."""
+FRESH_S = 60.0
+SILENT_S = 600.0
+RESCAN_S = 2.0
+"""Seconds for which a list of runs is used again."""
+TAIL = 65536
+"""Bytes at the end of a file in which its last line is looked for."""
+_MARKS = ({CONFIG_FILE, VERSIONS_FILE}, {CONFIG_FILE, EVALUATIONS}, {".hydra", OWNER_FILE})
+"""Names that together make a folder that of a run; the last are those of one that has just started."""
+_STEPS = re.compile(rb"^steps: (\d{1,9})\s*$", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run folder below one of the studio's folders."""
+
+    name: str
+    """Unique among the studio's runs, in characters that can be shown."""
+    folder: Path
+
+    def file(self, name: str) -> Path:
+        """Return the path of a file of the run; one that leads out of the folder is as if missing."""
+        path = self.folder / name
+        return path if path.resolve().is_relative_to(self.folder) else self.folder / ".elsewhere"
+
+
+@dataclass(frozen=True, slots=True)
+class Glance:
+    """What the list shows of a run, read from the ends of its files."""
+
+    run: Run
+    kind: str
+    """"train", "sft", "evaluate", "reliability" or "starting"."""
+    state: State
+    steps: int
+    planned: int | None
+    reward: float | None
+    loss: float | None
+    accuracy: float | None
+    """Mean over the files of the last evaluation."""
+    started: float
+    """Seconds since 1970: the time of its oldest file."""
+    written: float
+    """Time of the last write, likewise."""
+
+
+class Runs:
+    """All runs below the given folders."""
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self._folders = tuple(folders)
+        self._lock = threading.Lock()
+        self._found: dict[str, Run] = {}
+        self._searched = float("-inf")
+        self._glances: dict[Path, tuple[Any, Glance]] = {}
+
+    def all(self) -> list[Run]:
+        """Return the runs, by name."""
+        with self._lock:
+            if time.monotonic() - self._searched > RESCAN_S:
+                self._found = {run.name: run for run in self._search()}
+                self._searched = time.monotonic()
+            return list(self._found.values())
+
+    def named(self, name: str) -> Run | None:
+        """Return the run that the list calls `name`; None for any other name."""
+        return next((run for run in self.all() if run.name == name), None)
+
+    def stamp(self, run: Run) -> str:
+        """Return a text that changes when the run writes, or its state changes."""
+        return f"{hash((self.glance(run).state, _stamp(run))) & 0xFFFFFFFFFFFFFFFF:016x}"
+
+    def glances(self) -> list[Glance]:
+        """Return a glance at each run, the latest written first."""
+        return sorted((self.glance(run) for run in self.all()), key=lambda one: -one.written)
+
+    def glance(self, run: Run) -> Glance:
+        """Return a glance at a run; what did not change since the last one is not read again."""
+        seen = _stamp(run)
+        kept = self._glances.get(run.folder)
+        if kept is not None and kept[0] == seen:
+            known = kept[1]
+        else:
+            known = _look(run)
+            self._glances[run.folder] = seen, known
+        return _with_state(known)
+
+    def _search(self) -> Iterator[Run]:
+        several = len(self._folders) > 1
+        labels: dict[str, int] = {}
+        for top in self._folders:
+            label = shown(top.name) or "run"
+            labels[label] = labels.get(label, 0) + 1
+            label += f"-{labels[label]}" if labels[label] > 1 else ""
+            for folder in _run_folders(top, DEPTH):
+                inner = shown(folder.relative_to(top).as_posix())
+                name = label if inner == "." else f"{label}/{inner}" if several else inner
+                yield Run(name, folder)
+
+
+def shown(name: str) -> str:
+    """Return a file name in characters that can be encoded: bytes that are no UTF-8 as escapes."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
+    try:
+        with os.scandir(folder) as entries:
+            inside = sorted(entries, key=lambda entry: entry.name)
+    except OSError:  # not readable, or just removed
+        return
+    names = {entry.name for entry in inside}
+    if METRICS_FILE in names or any(marks <= names for marks in _MARKS):
+        yield folder
+    if depth:
+        for entry in inside:
+            if not entry.name.startswith(".") and entry.name not in SKIPPED and entry.is_dir(follow_symlinks=False):
+                yield from _run_folders(folder / entry.name, depth - 1)
+
+
+def _stamp(run: Run) -> tuple[Any, ...]:
+    """Return what changes when the run writes."""
+    names = (METRICS_FILE, CONFIG_FILE, EVALUATIONS, REPORT_FILE, ROLLOUTS_FILE, TIMELINE_LINES, OWNER_FILE, HELD_FILE)
+    stats = (_stat(run.folder / name) for name in names)
+    return tuple(None if stat is None else (stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in stats)
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except OSError:
+        return None
+
+
+def _look(run: Run) -> Glance:
+    last = last_line(run.file(METRICS_FILE)) or {}
+    steps = last.get("step")
+    evaluations = sorted(run.file(EVALUATIONS).glob(f"step-*/{SUMMARY_FILE}"))
+    rewarded = any(name.startswith("reward/") for name in last)
+    kind = "train" if rewarded or run.file(ROLLOUTS_FILE).exists() else "sft" if last else "starting"
+    if kind == "starting" and evaluations:
+        kind = "reliability" if (evaluations[-1].parent / "reliability.json").is_file() else "evaluate"
+    times = [stat.st_mtime for entry in _entries(run.folder) if (stat := _stat(entry)) is not None]
+    return Glance(
+        run=run,
+        kind=kind,
+        state="stopped",
+        steps=steps if isinstance(steps, int) else 0,
+        planned=_planned(run) if kind in ("train", "starting") else None,
+        reward=_number(last.get("reward/mean")),
+        loss=_number(last.get("loss")),
+        accuracy=_accuracy(evaluations),
+        started=min(times, default=0.0),
+        written=max(times, default=0.0),
+    )
+
+
+def _entries(folder: Path) -> list[Path]:
+    """Return the files and folders whose times say when a run started and last wrote."""
+    try:
+        # the report may be written again at any time
+        names = [name for name in os.listdir(folder) if name != REPORT_FILE]
+    except OSError:
+        return []
+    return [folder / name for name in names]
+
+
+def _with_state(known: Glance) -> Glance:
+    state = _state(known.run, known.written)
+    return known if state == known.state else dataclasses.replace(known, state=state)
+
+
+def _state(run: Run, written: float) -> State:
+    quiet = time.time() - written
+    owner = _owner(run)
+    if owner is not None:
+        living = owner.living
+        if living is None:
+            return "running" if quiet < SILENT_S else "silent"
+        return "running" if living else "killed"
+    if (run.folder / OWNER_FILE).exists() or (run.folder / HELD_FILE).exists():  # just being written
+        return "running" if quiet < SILENT_S else "silent"
+    report, metrics = _stat(run.folder / REPORT_FILE), _stat(run.folder / METRICS_FILE)
+    if report is not None and (metrics is None or report.st_mtime >= metrics.st_mtime):
+        return "finished"
+    return "running" if quiet < FRESH_S else "stopped"
+
+
+def _owner(run: Run) -> Owner | None:
+    """Return the process that holds the folder, as its card says; None without a readable card."""
+    for name in (OWNER_FILE, HELD_FILE):
+        try:
+            card = json.loads(run.file(name).read_bytes())
+            return Owner(str(card["machine"]), int(card["pid"]), int(card["start"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
+
+
+def _planned(run: Run) -> int | None:
+    try:
+        found = _STEPS.search(run.file(CONFIG_FILE).read_bytes())
+    except OSError:
+        return None
+    return int(found[1]) if found else None
+
+
+def _accuracy(evaluations: Sequence[Path]) -> float | None:
+    if not evaluations:
+        return None
+    try:
+        return EvalSummary.read(evaluations[-1].parent).mean_accuracy
+    except (OSError, ValueError, KeyError, TypeError):  # damaged: its own page says so
+        return None
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
+
+
+def last_line(path: Path) -> dict[str, Any] | None:
+    """Return the last whole line of a file of JSON objects; None without one."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - TAIL))
+            lines = file.read(TAIL).split(b"\n")[:-1]  # what follows the last newline is being written
+    except OSError:
+        return None
+    for line in reversed(lines):
+        try:
+            content = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(content, dict):
+            return content
+    return None
