@@ -26,7 +26,7 @@ from rlmed.data.images import load_image
 from rlmed.data.loading import Dataset, load_run_data
 from rlmed.data.stream import PromptStream
 from rlmed.evaluation.preflight import check, inspect
-from rlmed.evaluation.results import EvalSummary, step_folder
+from rlmed.evaluation.results import EvalSummary, evaluated_in, step_folder
 from rlmed.evaluation.run import Evaluator
 from rlmed.models.loading import check_positions, model_folder
 from rlmed.models.tiny.toy import is_toy, toy_note
@@ -180,7 +180,7 @@ class Run:
                 self._preflight()
                 if config.eval.at_start and self.data.evals:
                     self._evaluate(0, controls=config.eval.controls)
-            self.progress.start(config.steps, self.done)
+            self.progress.start(config.steps, self.done, self._evaluations())
             train(
                 self.cluster.pool,
                 self.cluster.learner,
@@ -283,11 +283,25 @@ class Run:
         self.renderer.save(folder)
         return self.cluster.learner.save(folder)
 
+    def _evaluations(self) -> dict[int, int]:
+        """Return the number of answers of each evaluation to come, by its step."""
+        settings, steps = self.config.eval, self.config.steps
+        if not self.data.evals:
+            return {}
+        answers = {controls: self.evaluator.count(controls=controls) for controls in {False, settings.controls}}
+        first = evaluated_in(self.evaluator.folder, 0) if self.done else None
+        if first is not None:
+            self.progress.earlier(first.seconds, answers[settings.controls])
+        between = range(settings.every, steps, settings.every) if settings.every else ()
+        found = {step: answers[False] for step in between if step > self.done}
+        return found | ({steps: answers[settings.controls]} if settings.at_end else {})
+
     def _evaluate(self, step: int, *, controls: bool) -> EvalSummary:
         with self.tracer.span("evaluate", step=step):
             summary = self.evaluator.evaluate(step, controls=controls)
         self.recorder.record_evaluation(step, summary.accuracies | summary.accuracies_by_task)
-        self.progress.evaluated(summary.accuracies, step)
+        answers = self.evaluator.count(controls=controls)
+        self.progress.evaluated(summary.accuracies, step, seconds=summary.seconds, answers=answers)
         return summary
 
     def _finish(self) -> None:

@@ -24,7 +24,7 @@ from rlmed.data.loading import Dataset, load_run_data
 from rlmed.data.prompts import PromptRenderer
 from rlmed.data.sampler import shuffle_options
 from rlmed.data.stream import SEED_STRIDE
-from rlmed.evaluation.results import step_folder
+from rlmed.evaluation.results import evaluated_in, step_folder
 from rlmed.evaluation.run import Evaluator
 from rlmed.models.loading import check_positions, model_folder
 from rlmed.models.tiny.toy import is_toy, toy_note
@@ -155,6 +155,7 @@ def _train(
         on_progress=progress.answers,
     )
     done = _restore(checkpoint, config, folder, data, parts, recorder)
+    answers = evaluator.count(controls=config.eval.controls)
     evaluates, saves = bool(data.evals) and config.eval.at_end, config.checkpoint
     if checkpoint:
         progress.resuming(done, batches.steps, checkpoint, evaluates=evaluates, longer="sft.epochs")
@@ -167,7 +168,7 @@ def _train(
                 learner.push_weights(parts.pool)
             summary = evaluator.evaluate(step, controls=config.eval.controls)
         recorder.record_evaluation(step, summary.accuracies | summary.accuracies_by_task)
-        progress.evaluated(summary.accuracies, step)
+        progress.evaluated(summary.accuracies, step, seconds=summary.seconds, answers=answers)
 
     def secure_model(target: Path) -> Callable[[], None]:
         renderer.save(target)
@@ -178,7 +179,10 @@ def _train(
             progress.message("data.eval is empty: skipping evaluation")
         if data.evals and config.eval.at_start and done == 0:
             measure(0)
-        progress.start(batches.steps, done)
+        first = evaluated_in(evaluator.folder, 0) if done else None
+        if first is not None:
+            progress.earlier(first.seconds, answers)
+        progress.start(batches.steps, done, {batches.steps: answers} if evaluates else {})
         for step in range(done + 1, batches.steps + 1):
             with tracer.span("learn", step=step):
                 metrics = learner.step(batches.batch(step - 1))

@@ -140,6 +140,14 @@ def step_folder(folder: Path, step: int) -> Path:
     return folder / f"step-{step:06d}"
 
 
+def evaluated_in(folder: Path, step: int) -> EvalSummary | None:
+    """Return the summary of a step's evaluation in `folder`; None without one that can be read."""
+    try:
+        return EvalSummary.read(step_folder(folder, step))
+    except (OSError, ValueError):
+        return None
+
+
 def last_evaluation(run_folder: Path) -> Path:
     """Return the folder of a run's last evaluation.
 

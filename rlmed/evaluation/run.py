@@ -141,6 +141,10 @@ class Evaluator:
             _warn_of_cuts(file, by_file[file.name], self.max_tokens, self.renderer)
         return summary
 
+    def count(self, *, controls: bool) -> int:
+        """Return the number of answers of an evaluation."""
+        return sum(1 for file in self.files for _ in queries_of(file, controls=controls))
+
     def _answer(self, queries: Sequence[Query]) -> list[EvalRow]:
         """Return the judged answers, in the order of the queries."""
         sampling = SamplingParams(temperature=0.0, max_tokens=self.max_tokens, stop=self.stop)

@@ -9,17 +9,19 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from rlmed.core.process.display import output
+from rlmed.recording.time_left import TimeLeft
 
 REWARD = "reward/"
 METRICS = {
@@ -29,8 +31,8 @@ METRICS = {
     "tokens_per_second": ("tokens/s", "{:.0f}"),
 }
 """Metrics shown after the rewards, in this order, each with label and format."""
-WINDOW = 30
-"""Recent steps for the time estimate: early steps are slower, and pauses are forgotten."""
+LABEL, BAR, LEAST = 24, 32, 8
+"""Most characters of a bar's label and of the bar itself, and least of each in a narrow terminal."""
 
 
 class Progress:
@@ -49,10 +51,10 @@ class Progress:
         """Show progress.
 
         Args:
-            console: output; None is stdout.
+            console: output; None is stdout, in a notebook its plain text.
             line_every_s: seconds between plain lines, for steps and for stages.
         """
-        self._console = console or Console(highlight=False)
+        self._console = console or output()
         self._line_every_s = line_every_s
         self._live: Live | None = None
         self._moved_handlers: list[tuple[logging.StreamHandler, object]] = []  # type: ignore[type-arg]
@@ -60,7 +62,9 @@ class Progress:
         self._facts: dict[str, str] = {}
         self._accuracy: dict[str, str] = {}
         self._stage: tuple[str, int, int, str] | None = None
-        self._times: deque[tuple[int, float]] = deque(maxlen=WINDOW + 1)
+        self._left = TimeLeft()
+        self._answering: tuple[int, float, int] | None = None
+        self._answered = 0
         self._last_line = {"step": float("-inf"), "stage": float("-inf")}
 
     def __enter__(self) -> Self:
@@ -81,11 +85,17 @@ class Progress:
             self._live.stop()
             self._live = None
 
-    def start(self, total: int, done: int) -> None:
-        """Begin counting steps; a resumed run has already done `done` of `total`."""
+    def start(self, total: int, done: int, evaluations: Mapping[int, int] | None = None) -> None:
+        """Begin counting steps; a resumed run has already done `done` of `total`.
+
+        Args:
+            total: steps of the run.
+            done: those done already.
+            evaluations: number of answers of each evaluation to come, by its step; they count in
+                the time left.
+        """
         self._total, self._done, self._stage = total, done, None
-        self._times.clear()
-        self._times.append((done, time.monotonic()))
+        self._left.start(total, done, time.monotonic(), evaluations or {})
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show a finished step.
@@ -96,16 +106,18 @@ class Progress:
                 `METRICS` are shown.
         """
         self._done, self._stage = step, None
-        self._times.append((step, time.monotonic()))
+        self._left.step(step, time.monotonic())
         self._facts = _facts(metrics)
         self._plain("step", self._step_line(), always=step >= self._total)
 
-    def evaluated(self, accuracy: Mapping[str, float], step: int) -> None:
+    def evaluated(self, accuracy: Mapping[str, float], step: int, *, seconds: float = 0.0, answers: int = 0) -> None:
         """Show the accuracies, fractions by file, of an evaluation after `step` steps, once.
 
         The live display keeps showing their mean with its step; lines of later steps don't repeat
-        it.
+        it. `seconds` and number of `answers` of the evaluation tell how long the next ones take.
         """
+        self._left.evaluated(seconds, answers, step)
+        self._answering, self._answered = None, 0
         mean = f"{sum(accuracy.values()) / len(accuracy):.1%}"
         self._accuracy = {f"accuracy after {step} steps": mean}
         shown = [f"{name} {value:.1%}" for name, value in accuracy.items()] + [f"mean {mean}"] * (len(accuracy) > 1)
@@ -119,7 +131,19 @@ class Progress:
 
     def answers(self, file: str, done: int, total: int) -> None:
         """Show that `done` of `total` evaluation answers are finished, the latest for `file`."""
-        self.stage(f"evaluate {file}", done, total, "answers")
+        now = time.monotonic()
+        if self._answering is None or self._answering[2] != total or done <= self._answering[0]:
+            self._answering = (done, now, total)
+        self._answered = done
+        first, begin, _ = self._answering
+        # the first answers tell little: they come together, after a pause
+        left = (now - begin) / (done - first) * (total - done) if done > first else self._left.answering(total - done)
+        said = f"answers, left {duration(left)}" if left is not None and done < total else "answers"
+        self.stage(f"evaluate {file}", done, total, said)
+
+    def earlier(self, seconds: float, answers: int) -> None:
+        """Learn from an evaluation of an earlier part of the run how long an answer takes."""
+        self._left.evaluated(seconds, answers)
 
     def resuming(self, done: int, steps: int, checkpoint: Path, *, evaluates: bool, longer: str = "steps") -> None:
         """Say where a resumed run goes on, and what is left if all its steps were done.
@@ -146,33 +170,29 @@ class Progress:
 
     def _step_line(self) -> str:
         facts = dict(self._facts)
-        left = self._seconds_left()
+        left = self._time_left()
         if left is not None:
-            facts["left"] = duration(left)
+            facts["left"] = left
         return " ".join([f"step {self._done}/{self._total}", *(f"{name} {value}" for name, value in facts.items())])
 
-    def _seconds_left(self) -> float | None:
-        """Estimate time left from recent steps, with evaluations; None before the first step."""
-        if len(self._times) < 2:
+    def _time_left(self) -> str | None:
+        """Return the time left in words, evaluations included; None before the first step."""
+        seconds = self._left.seconds()
+        if seconds is None:
             return None
-        (first, begin), (last, end) = self._times[0], self._times[-1]
-        return (end - begin) / max(1, last - first) * max(0, self._total - last)
+        seconds = max(0.0, seconds - (self._left.answering(self._answered) or 0.0))
+        return duration(seconds) + ("" if self._left.is_whole else f" and {self._left.answers} evaluation answers")
 
     def _render(self) -> Group:
-        lines: list[Table | Text] = []
+        lines: list[_BarLine | _Facts] = []
         if self._total:
-            left = self._seconds_left()
-            note = f"{self._done}/{self._total}" + ("" if left is None else f"  {duration(left)} left")
-            lines.append(_bar_line("training", self._done, self._total, note))
-            facts = self._facts | self._accuracy
-            if facts:
-                numbers = Text("  ", no_wrap=True, overflow="ellipsis")
-                for name, value in facts.items():
-                    numbers.append(f"{name} ", style="dim").append(f"{value}  ")
-                lines.append(numbers)
+            left = self._time_left()
+            note = f"{self._done}/{self._total}" + ("" if left is None else f", left {left}")
+            lines.append(_BarLine("training", self._done, self._total, note))
+            if facts := self._facts | self._accuracy:
+                lines.append(_Facts(facts))
         if self._stage is not None:
-            text, done, total, count = self._stage
-            lines.append(_bar_line(text, done, total, count))
+            lines.append(_BarLine(*self._stage))
         return Group(*lines)
 
     def _move_log_handlers(self) -> None:
@@ -192,13 +212,43 @@ def _facts(metrics: Mapping[str, float]) -> dict[str, str]:
     return {label: form.format(metrics[name]) for name, (label, form) in shown.items() if name in metrics}
 
 
-def _bar_line(text: str, done: int, total: int, note: str) -> Table:
-    grid = Table.grid(padding=(0, 1))
-    grid.add_column(width=24, no_wrap=True, overflow="ellipsis")
-    grid.add_column(width=32)
-    grid.add_column(no_wrap=True)
-    grid.add_row(Text(text), ProgressBar(total=total, completed=done, width=32), Text(note))
-    return grid
+class _BarLine:
+    """A label, a bar and a note on one line of any width; the note is the last to be cut."""
+
+    def __init__(self, text: str, done: int, total: int, note: str) -> None:
+        self._text, self._done, self._total, self._note = text, done, total, note
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        free = options.max_width - len(self._note) - 2  # beside two spaces
+        bar = min(BAR, free - LABEL)
+        if bar < LEAST:
+            bar = LEAST if free >= 2 * LEAST else 0
+        label = max(0, min(LABEL, free - bar))
+        grid = Table.grid(padding=(0, 1))
+        for width in (label, bar):
+            grid.add_column(width=width, no_wrap=True, overflow="ellipsis")
+        grid.add_column(no_wrap=True, overflow="ellipsis")
+        shown = ProgressBar(total=self._total, completed=self._done, width=bar) if bar else Text()
+        grid.add_row(Text(self._text), shown, Text(self._note))
+        yield grid
+
+
+class _Facts:
+    """Names with values, on as many lines as the width needs; none is parted."""
+
+    def __init__(self, facts: Mapping[str, str]) -> None:
+        self._facts = facts
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        line = Text()
+        for name, value in self._facts.items():
+            fact = Text("  ").append(f"{name} ", style="dim").append(value)
+            if line and len(line) + len(fact) > options.max_width:
+                yield line
+                line = Text()
+            line.append_text(fact)
+        line.overflow, line.no_wrap = "ellipsis", True
+        yield line
 
 
 def duration(seconds: float) -> str:

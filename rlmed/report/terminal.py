@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
+from rlmed.core.process.display import output
 from rlmed.evaluation.results import ROWS_FILE, EvalSummary, compare, step_folder
 from rlmed.evaluation.score_table import score_table
 from rlmed.evaluation.table import summary_table
@@ -42,7 +42,7 @@ def show_results(
     paths["report"] = write_report(run_folder)
     if checkpoints := list_checkpoints(run_folder / "checkpoints"):
         paths["checkpoint"] = checkpoints[-1]
-    console = Console()
+    console = output()
     for table in tables:
         console.print(table)
     if note:

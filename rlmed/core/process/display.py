@@ -10,9 +10,12 @@ import select
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rlmed.core.process.collection import resume
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 if sys.platform != "win32":
     import resource
@@ -78,6 +81,20 @@ def one_line(error: BaseException) -> str:
     if lacks_memory(error):
         return f"out of memory ({said or 'in Python'}): close other programs, raise the limit, or reduce memory use"
     return said or type(error).__name__
+
+
+def output() -> Console:
+    """Return stdout as a console for tables and progress.
+
+    In a notebook it is plain text: one output that grows, without escape codes, and not a block of
+    HTML a line.
+    """
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if console.is_jupyter:
+        return Console(highlight=False, force_jupyter=False, force_terminal=False, color_system=None)
+    return console
 
 
 class _Descriptor(io.FileIO):

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from rlmed.recording import progress as module
 from rlmed.recording.progress import Progress, duration
+from rlmed.recording.time_left import TimeLeft
 
 METRICS = {
     "reward/mean": 1.42,
@@ -67,21 +68,103 @@ def test_plain_lines_come_every_n_seconds_and_at_the_end(clock):
     assert out.getvalue().endswith("step 20/20 reward 1.00 left 0s\n")
 
 
-def test_time_left_follows_the_latest_steps(clock):
-    _, progress = plain()
-    progress.start(1000, 0)
+def test_time_left_follows_the_latest_steps():
+    left = TimeLeft()
+    left.start(1000, 0, 0.0, {})
     for step in range(1, 101):
-        clock.now += 100.0 if step <= 50 else 1.0
-        progress.step(step, {})
-    assert progress._seconds_left() == pytest.approx(900.0)
+        left.step(step, 100.0 * min(step, 50) + max(0, step - 50))
+    assert left.seconds() == pytest.approx(900.0)
 
 
-def test_a_resumed_run_is_judged_by_its_own_steps(clock):
-    _, progress = plain()
-    progress.start(200, 100)
+def test_a_resumed_run_is_judged_by_its_own_steps():
+    left = TimeLeft()
+    left.start(200, 100, 7.0, {})
+    left.step(101, 12.0)
+    assert left.seconds() == pytest.approx(99 * 5.0)
+
+
+def test_evaluations_count_in_the_time_left_and_not_as_steps():
+    left = TimeLeft()
+    left.evaluated(seconds=60.0, answers=120)
+    left.start(10, 0, 100.0, {4: 30, 8: 30, 10: 120})
+    for step in range(1, 5):
+        left.step(step, 100.0 + 2.0 * step)
+    assert left.seconds() == pytest.approx(6 * 2.0 + (30 + 30 + 120) * 0.5)
+    left.evaluated(seconds=15.0, answers=30, step=4)
+    assert left.seconds() == pytest.approx(6 * 2.0 + (30 + 120) * 0.5)
+    left.step(5, 108.0 + 15.0 + 2.0)
+    assert left.seconds() == pytest.approx(5 * 2.0 + (30 + 120) * 0.5)
+
+
+def test_the_last_step_leaves_the_evaluation_at_the_end(clock):
+    out, progress = plain()
+    with progress:
+        progress.evaluated({"mri": 0.5}, 0, seconds=60.0, answers=120)
+        progress.start(2, 0, {2: 120})
+        for step in (1, 2):
+            clock.now += 5.0
+            progress.step(step, {})
+        for done in range(1, 121):
+            clock.now += 0.5
+            progress.answers("mri", done, 120)
+        progress.evaluated({"mri": 0.6}, 2, seconds=60.0, answers=120)
+    lines = out.getvalue().splitlines()
+    assert lines[1:3] == ["step 1/2 left 1m05s", "step 2/2 left 1m00s"]
+    assert lines[3] == "evaluate mri 1/120 answers, left 1m00s"
+    assert lines[4] == "evaluate mri 21/120 answers, left 50s"
+    assert lines[-2:] == ["evaluate mri 120/120 answers", "accuracy after 2 steps: mri 60.0%"]
+
+
+def test_an_evaluation_of_unknown_length_is_named(clock):
+    out, progress = plain()
+    progress.start(2, 0, {2: 3600})
     clock.now += 5.0
-    progress.step(101, {})
-    assert progress._seconds_left() == pytest.approx(99 * 5.0)
+    progress.step(1, {})
+    assert out.getvalue() == "step 1/2 left 5s and 3600 evaluation answers\n"
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+@pytest.mark.parametrize("known", [True, False])
+def test_the_live_display_fits_the_terminal(clock, width, known):
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=width, color_system=None)
+    progress = Progress(console)
+    with progress:
+        if known:
+            progress.evaluated({"mri": 0.5}, 0, seconds=600.0, answers=1000)
+        progress.start(30000, 0, {30000: 12345})
+        clock.now += 9.0
+        progress.step(29000, METRICS)
+        progress.answers("a_file_with_a_rather_long_name", 1000, 12345)
+        clock.now += 9.0
+        progress.answers("a_file_with_a_rather_long_name", 1234, 12345)
+        screen = Console(file=io.StringIO(), width=width)
+        with screen.capture() as shown:
+            screen.print(progress._render())
+    lines = shown.get().splitlines()
+    assert max(map(len, lines)) <= width
+    assert "29000/30000, left" in lines[0]
+    assert "1234/12345 answers, left" in lines[-1]
+    for fact in ("reward 1.42", "choice 0.45", "tokens/s 5120"):
+        assert fact in shown.get(), "no fact is cut or parted"
+
+
+def test_a_notebook_gets_plain_lines_without_escape_codes_or_html(monkeypatch, capsys):
+    class ZMQInteractiveShell:
+        """Its name is what a notebook is known by."""
+
+    monkeypatch.setattr("builtins.get_ipython", ZMQInteractiveShell, raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert Console().is_jupyter
+    with Progress() as progress:
+        progress.start(2, 0)
+        progress.step(2, METRICS)
+        progress.message("done")
+    out = capsys.readouterr().out
+    assert out.startswith("step 2/2 reward 1.42")
+    assert out.endswith("done\n")
+    assert "\x1b" not in out
+    assert "<" not in out
 
 
 def test_fine_tuning_without_rewards_shows_the_loss(clock):
@@ -132,7 +215,7 @@ def test_a_terminal_gets_a_live_display_with_the_same_facts(clock):
             console.print(progress._render())
     for fact in (
         "50/200",
-        "3s left",
+        "left 3s",
         "reward 1.42",
         "choice 0.45",
         "tokens/s 5120",
