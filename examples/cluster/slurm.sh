@@ -52,7 +52,10 @@ trap 'exit 143' TERM INT
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head=${nodes[0]}
-ip=$(srun --nodes=1 --ntasks=1 --nodelist="$head" --overlap hostname --ip-address | tr ' ' '\n' | grep -v -e : -e '^127\.' | head -n 1)
+# the address of its name; where that is the loopback's, as in Debian's /etc/hosts, that of its first network
+ip=$(srun --nodes=1 --ntasks=1 --nodelist="$head" --overlap bash -c 'hostname --ip-address; hostname --all-ip-addresses' |
+    tr ' ' '\n' | grep -v -e : -e '^127\.' -e '^$' | head -n 1) || true
+[[ -n $ip ]] || { echo "$head has no IPv4 address but the loopback's: set its name's in /etc/hosts" >&2; exit 1; }
 address=$ip:$PORT
 
 on "$head" "$PYTHON" -m ray.scripts.scripts start --head --node-ip-address="$ip" --port="$PORT" \

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rlmed import ask
 from rlmed.export import server
 from rlmed.export.command import main
 from rlmed.export.server import serving
 from tests.integration.processes import marked, new_mark, wait_until
+from tests.root import ROOT
 
 pytestmark = [
     pytest.mark.slow,
@@ -39,7 +43,36 @@ def mark(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     wait_until(lambda: not marked(mark), 30, "the server's processes end")
 
 
-def test_a_server_answers_as_the_checkpoint_and_the_cards_client_asks_it(
+def printed_by(command: Callable[[list[str]], None], *arguments: str) -> tuple[int, str, str]:
+    """Status of a command, and what it writes to stdout and stderr."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            command([*arguments])
+        except SystemExit as end:
+            status = int(end.code or 0)
+    return status, out.getvalue(), err.getvalue()
+
+
+def check_example_client(rows: list[str], images: Path, out: Path, url: str) -> None:
+    """The example client prints what `rlmed.ask` prints, and an error as one line."""
+    client = runpy.run_path(str(ROOT / "examples/serve/client.py"))["main"]
+    told = []
+    for row in map(json.loads, rows):
+        asked = [str(images / row["image"]), row["question"], "--options", *row["options"], "--max-tokens", "64"]
+        expected = printed_by(ask.main, *asked, "--model", str(out))[1].splitlines()
+        status, found, _ = printed_by(client, *asked, "--folder", str(out), "--url", url)
+        assert status == 0
+        assert found.splitlines() == [line for line in expected if not line.startswith("note ")]
+        told.append(found.splitlines()[1])
+    assert all(re.fullmatch(r"answer     [A-D]\) .+", line) for line in told)
+    assert len({line[:12] for line in told}) > 1  # the server tells the pictures apart
+    status, _, error = printed_by(client, *asked[:-1], "100000", "--url", url)
+    assert status == 2
+    assert re.fullmatch(r"error: .* refused the question \(400\): .*100000.*\n", error)
+
+
+def test_a_server_answers_as_the_checkpoint_and_both_clients_ask_it(
     base_copy: Path,
     generated_images: Path,
     tmp_path: Path,
@@ -63,7 +96,9 @@ def test_a_server_answers_as_the_checkpoint_and_the_cards_client_asks_it(
             )
             assert done.returncode == 0, done.stderr
             printed.append(done.stdout)
+            check_example_client(rows[:4], generated_images, out, str(client.base_url))
 
+    monkeypatch.setenv("COLUMNS", "10000")  # lines of `rlmed.ask` are not wrapped
     monkeypatch.setattr(server, "serving", asked_too)
     questions = str(generated_images / "test_mri.jsonl")
     main([str(base_copy), "--out", str(out), "--questions", questions, "--check", "0", "--check-vllm", "4"])

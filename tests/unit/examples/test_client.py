@@ -1,0 +1,71 @@
+"""The example client's question, reading and errors; `test_export_vllm.py` asks a real server."""
+
+from __future__ import annotations
+
+import base64
+import io
+import runpy
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.root import ROOT
+
+CLIENT = runpy.run_path(str(ROOT / "examples/serve/client.py"))
+TEXT = "<think> dark </think>\n<answer>B</answer>"
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """A picture of 16 bits, which only rlmed's own reading turns into the picture of training."""
+    path = tmp_path / "scan.png"
+    Image.fromarray(np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) + 1000).save(path)
+    return path
+
+
+def test_a_turn_has_the_pixels_and_the_words_of_training(image: Path) -> None:
+    picture, text = CLIENT["message"]([image], "Which organ?", ["A) liver", "B) spleen"])["content"]
+    assert text == {"type": "text", "text": "Which organ?\nA) liver\nB) spleen"}
+    sent = Image.open(io.BytesIO(base64.b64decode(picture["image_url"]["url"].partition(",")[2])))
+    assert sent.mode == "RGB"
+    assert sent.getextrema()[0] == (0, 255)  # stretched from 1000..5095
+    assert CLIENT["message"]([], "Which organ?", []) == {"role": "user", "content": "Which organ?"}
+
+
+@pytest.mark.parametrize(
+    ("written", "options", "expected"),
+    [
+        (TEXT, ["liver", "spleen"], ("dark", "B) spleen")),
+        (TEXT.removeprefix("<think>"), ["liver", "spleen"], ("dark", "B) spleen")),  # the template wrote the tag
+        ("<answer>C</answer>", ["liver", "spleen"], ("(none)", "(no option; the model wrote: '<answer>C</answer>')")),
+        ("<think>dark</think><answer>a cyst</answer>", [], ("dark", "a cyst")),
+        ("<think>dark", [], ("(none)", "(none; the model wrote: '<think>dark')")),
+    ],
+)
+def test_a_completion_is_read_as_by_ask(written: str, options: list[str], expected: tuple[str, str]) -> None:
+    assert CLIENT["read"](written, options) == expected
+
+
+def test_errors_are_one_line(image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("openai")
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}/v1"
+        cases = {
+            url: [str(image), "Which?", "--url", url],
+            "--options liver: it has 1 option": [str(image), "Which?", "--options", "liver"],
+            "missing.png": [str(tmp_path / "missing.png"), "Which?"],
+            "generation_config.json": [str(image), "Which?", "--folder", str(tmp_path)],
+            "is a file": [str(image)],
+        }
+        for said, arguments in cases.items():
+            with pytest.raises(SystemExit) as end:
+                CLIENT["main"](arguments)
+            printed = capsys.readouterr()
+            assert (end.value.code, printed.out) == (2, ""), said
+            assert printed.err.startswith("error: "), said
+            assert said in printed.err
+            assert printed.err.count("\n") == 1, printed.err
