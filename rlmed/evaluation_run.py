@@ -117,7 +117,8 @@ def show_evaluation(config: RunConfig, folder: Path, *more: Table) -> None:
     evaluation = step_folder(folder / "evaluations", 0)
     faithfulness = faithfulness_table(read_faithfulness(evaluation))
     more = (*([faithfulness] if faithfulness else []), *more)
-    kits, left_out = config.eval.predictions, ()
+    kits = config.eval.predictions
+    left_out: tuple[str, ...] = ()
     if kits:
         written = write_predictions(evaluation, kits, config.model.path)
         table = predictions_table(written)

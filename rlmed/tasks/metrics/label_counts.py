@@ -87,5 +87,4 @@ class LabelCounts:
     def _sums(self, places: Places, times: npt.NDArray[np.generic]) -> npt.NDArray[np.float64]:
         """Return how often each label comes, [labels]: whole numbers, so exact in any order."""
         rows, labels = places
-        sums: npt.NDArray[np.float64] = np.bincount(labels, weights=times[rows], minlength=self.labels)
-        return sums
+        return np.bincount(labels, weights=times[rows], minlength=self.labels).astype(np.float64, copy=False)

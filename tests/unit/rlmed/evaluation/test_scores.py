@@ -140,8 +140,8 @@ def test_a_mixed_file_has_a_part_for_each_task_with_controls_over_its_rows_alone
     assert whole.accuracies_by_task == {"f/choice": 0.5, "f/open": 1.0}
     cells = [[str(cell) for cell in column.cells] for column in summary_table(None, whole, None).columns]
     assert cells[0] == ["f\n10 rows", "· choice\n  4 rows", "· open\n  6 rows"]
-    assert cells[4] == ["16.7\n3–56\nn=6", "100.0\n21–100\nn=1", "0.0\n0–43\nn=5"]
-    assert cells[6] == ["–", "66.7\n21–94\nn=3", "–"]
+    assert cells[3] == ["16.7\n3–56\nn=6", "100.0\n21–100\nn=1", "0.0\n0–43\nn=5"]
+    assert cells[4] == ["–", "66.7\n21–94\nn=3", "–"]
 
 
 @pytest.mark.parametrize("given", ["[[700, 700, 900, 900]]", "[[100, 100, 500, 500]]"])
