@@ -123,6 +123,17 @@ def test_multiple_choice_is_shown_as_before(run):  # noqa: F811
     assert "".join(sections) == (Path(__file__).parent / "choice.html").read_text(encoding="utf-8")
 
 
+def test_the_table_of_accuracy_has_no_column_without_figures(tmp_path):
+    evaluate(tmp_path, 4, [(example("open", ["liver"], number=i), "liver") for i in range(3)])
+    section = re.search(r"<h2>Held-out accuracy</h2>.*?</section>", write_report(tmp_path).read_text(), re.DOTALL)[0]
+    table = section[: section.index("</table>")]
+    head = [re.sub("<[^>]+>", " ", cell) for cell in re.findall(r"<th>(.*?)</th>", table)]
+    assert head == ["file", "rows", "accuracy", "format", "image-free prior", "chance"]
+    rows = re.findall(r"<tr>(.*?)</tr>", table.partition("<tbody>")[2], re.DOTALL)
+    assert [row.count("<td>") for row in rows] == [len(head)]
+    assert "lank" not in section.partition("Scores by task")[0]
+
+
 def test_answers_are_judged_by_their_task(tmp_path):
     groups = shown_groups(
         tmp_path,
