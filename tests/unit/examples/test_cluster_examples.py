@@ -103,7 +103,7 @@ def test_a_manifest_holds_together(path: Path) -> None:
 
 
 def launches(path: Path) -> list[list[str]]:
-    """Arguments of each `rlmed.launch` that a file names, comments included; of a script's own, its preset's."""
+    """Arguments of each `rlmed.launch` that a file names, comments included."""
     text = re.sub(r"\\\n#?\s*", " ", path.read_text(encoding="utf-8"))
     if path.suffix == ".yaml":
         entry = read(path.name)["spec"].get("entrypoint")

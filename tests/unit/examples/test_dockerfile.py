@@ -1,4 +1,4 @@
-"""The Dockerfile's instructions: pinned bases, extras and versions that there are, nothing of the tree."""
+"""The Dockerfile: pinned bases, extras and versions that there are, nothing of the tree."""
 
 from __future__ import annotations
 
