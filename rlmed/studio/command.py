@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 raise
             raise ValueError(MISSING.format(error=error)) from error
         studio = Studio(folders, token=token, cache=parsed.cache or cache_folder())
-        serve(studio, parsed.host, parsed.port, parsed.allow_host, say=sys.stdout.write)
+        serve(studio, parsed.host, parsed.port, parsed.allow_host, say=_say)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -58,6 +58,11 @@ def _parser() -> argparse.ArgumentParser:
         "--cache", type=Path, metavar="FOLDER", help="folder of the search index (~/.cache/rlmed/studio)"
     )
     return parser
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def _folder(path: Path) -> Path:

@@ -79,6 +79,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen()  # a browser that is quick waits from here on
     except (OSError, OverflowError) as error:
         raise OSError(f"--host {host} --port {port} cannot be listened on ({error}): choose another") from error
     return listener

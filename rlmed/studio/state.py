@@ -105,7 +105,9 @@ class Studio:
         """
         theme = request.cookies.get(THEME_COOKIE, "")
         shared = {"request": request, "nav": request.app.state.nav, "theme": theme if theme in THEMES else ""}
-        return HTMLResponse(self.templates.get_template(template).render(shared | values), status)
+        text = self.templates.get_template(template).render(shared | values)
+        # a record may hold half of a surrogate pair
+        return HTMLResponse(text.encode("utf-8", "replace"), status)
 
 
 def studio_of(request: Request) -> Studio:
