@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH"),
     pytest.mark.xdist_group("studio"),
 ]
-LIVE = [entry for entry in SHORT_RUN if not entry.startswith(("eval.at_end", "checkpoint.", "learner.lr"))]
+LIVE = ["eval.limit=12", *(entry for entry in SHORT_RUN if not entry.startswith(("eval.at_end", "checkpoint.")))]
 PAGES = (
     "/",
     "/run?name=run",
@@ -56,7 +56,8 @@ CONTRAST = """
     if (!text || element.closest("svg, .unseen, option") || !element.getClientRects().length) continue;
     const [a, b] = [light(getComputedStyle(element).color), light(behind(element))];
     const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-    if (ratio < 4.5) poor.push(`${element.tagName} ${element.className} ${element.textContent.trim().slice(0, 30)}: ${ratio.toFixed(2)}`);
+    const shown = `${element.tagName} ${element.className} ${element.textContent.trim().slice(0, 30)}`;
+    if (ratio < 4.5) poor.push(`${shown}: ${ratio.toFixed(2)}`);
   }
   return [...new Set(poor)];
 }
@@ -105,7 +106,9 @@ def launched(top: Path, with_images: Any) -> Iterator[subprocess.Popen[bytes]]:
         process = subprocess.Popen(command, cwd=with_images(top.parent), stdout=log, stderr=log)
     metrics = top / "run" / "metrics.jsonl"
     try:
-        wait_until(lambda: process.poll() is not None or (metrics.exists() and metrics.stat().st_size > 0), "a step")
+        wait_until(
+            lambda: process.poll() is not None or (metrics.exists() and metrics.stat().st_size > 0), 240, "a step"
+        )
         assert process.poll() is None, (top.parent / "log").read_text()
         process.send_signal(signal.SIGSTOP)
         yield process
@@ -144,7 +147,8 @@ def test_an_open_page_follows_a_run_to_its_end(studio: Studio, launched: subproc
         before = int(page.locator(".progress b").inner_text())
         page.evaluate("window.marked = true")
         launched.send_signal(signal.SIGCONT)
-        page.wait_for_function(f"Number(document.querySelector('.progress b').textContent) > {before}", timeout=120_000)
+        steps = page.locator(".progress b")
+        wait_until(lambda: int(steps.inner_text()) > before, 120, "a further step")
         page.locator(".state.is-finished").wait_for(timeout=240_000)
         assert page.locator("progress").get_attribute("value") == "6"
         assert "finished step 6 of 6" in " ".join(page.get_by_role("status").inner_text().split())
@@ -184,7 +188,7 @@ def test_rollouts_are_searched_with_the_keyboard_alone(finished: Studio) -> None
         assert page.locator(".completion").count() == 20
         picture = page.locator(".framed img").first
         picture.scroll_into_view_if_needed()
-        page.wait_for_function("document.querySelector('.framed img').naturalWidth > 0")
+        wait_until(lambda: picture.evaluate("image => image.naturalWidth") > 0, 30, "the picture")
         page.get_by_role("link", name="next").first.click()
         assert "page 2" in page.get_by_role("navigation", name="top").inner_text()
         page.get_by_role("link", name="this prompt over training").first.click()
@@ -204,8 +208,8 @@ def test_runs_are_chosen_and_compared(finished: Studio) -> None:
 def test_light_and_dark_are_switched_and_stay(finished: Studio) -> None:
     with finished.page() as page:
         page.get_by_role("button", name="Dark colours").click()
-        page.wait_for_function("document.documentElement.dataset.theme === 'dark'")
-        with page.expect_response("**/theme?**"):
+        assert page.locator("html[data-theme=dark]").count() == 1
+        with page.expect_response("**/theme?to=light**"):
             page.get_by_role("button", name="Light colours").click()
         page.get_by_role("link", name="Compare").click()
         assert page.evaluate("document.documentElement.dataset.theme") == "light"

@@ -150,11 +150,17 @@ def test_boxes_and_several_pictures_are_drawn(tmp_path):
     truth = {"boxes": [[0.1, 0.2, 0.5, 0.6]], "frame": [40, 30]}
     texts = ("<think>.</think>\n<answer>[[4, 6, 20, 18]]</answer>", "none")
     boxed = line(
-        texts=texts, image=image, more_images=[image], options=[], answer="[[4, 6, 20, 18]]", task="grounding", truth=truth
+        texts=texts,
+        image=image,
+        more_images=[image],
+        options=[],
+        answer="[[4, 6, 20, 18]]",
+        task="grounding",
+        truth=truth,
     )
     write_lines(run / "rollouts.jsonl", [boxed])
     client = client_of(tmp_path, cache=tmp_path / "cache")
-    html = client.get("/rollouts?run=run").text
+    html = " ".join(client.get("/rollouts?run=run").text.split())
     assert '<rect class="truth" x="10.00%" y="20.00%" width="40.00%" height="40.00%"/>' in html
     assert '<rect class="answer" x="10.00%" y="20.00%" width="40.00%" height="40.00%"/>' in html
     assert "image 2 of 2 of the question" in html
