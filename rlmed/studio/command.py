@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rlmed.core.process.display import ending_errors, keep_display
 from rlmed.studio.cache import cache_folder
+from rlmed.tasks.registry import settle_tasks
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PORT = 8642
@@ -29,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if parsed.token is not None and not parsed.token.strip():
             raise ValueError("--token is empty: leave it out for a random one")
         folders = [_folder(path) for path in parsed.folders or [Path("outputs")]]
+        settle_tasks(parsed.extra_tasks, parsed.synonyms, key="--extra-tasks")
         token = None if parsed.no_token else parsed.token or secrets.token_urlsafe(TOKEN_BYTES)
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
         try:

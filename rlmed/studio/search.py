@@ -42,7 +42,7 @@ def show_rollouts_live(request: Request) -> Response:
         place = index.place(connection)
         tag = tag_of(place, filters)
         total = search(connection, filters)[0]
-    values = {"run": run, "filters": filters, "place": place, "total": total}
+    values: dict[str, Any] = {"run": run, "filters": filters, "place": place, "total": total}
     return answer_if_changed(request, tag, lambda: studio.page("rollouts_live.html.j2", request, **values))
 
 
