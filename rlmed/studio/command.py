@@ -57,6 +57,10 @@ def _parser() -> argparse.ArgumentParser:
         "--allow-host", action="append", default=[], metavar="NAME", help="another name that browsers reach it by"
     )
     parser.add_argument(
+        "--extra-tasks", nargs="+", default=[], metavar="MODULE:CLASS", help="as data.extra_tasks of the runs"
+    )
+    parser.add_argument("--synonyms", metavar="FILE", help="as data.synonyms of the runs")
+    parser.add_argument(
         "--cache", type=Path, metavar="FOLDER", help="folder of the search index (~/.cache/rlmed/studio)"
     )
     return parser

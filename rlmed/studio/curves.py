@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import threading
 from collections.abc import Callable
@@ -21,7 +22,7 @@ def draw_plots(draw: Callable[[], list[Plot]]) -> list[Plot]:
     """Call `draw` alone in the process; return its plots with attributes in place of styles."""
     with _LOCK:
         plots = draw()
-    return [Plot(plot.title, plot.note, plain_svg(plot.svg, plot.title)) for plot in plots]
+    return [dataclasses.replace(plot, svg=plain_svg(plot.svg, plot.title)) for plot in plots]
 
 
 def warm_up() -> None:

@@ -202,7 +202,12 @@ def test_runs_are_chosen_and_compared(finished: Studio) -> None:
         page.get_by_role("button", name="Compare the chosen runs").click()
         assert page.locator(".key-of-runs li").all_inner_texts() == ["run", "other"]
         assert page.get_by_role("row", name=re.compile("^steps")).inner_text().split() == ["steps", "6", "9"]
-        assert page.get_by_role("img", name="Reward: total").count() == 1
+        curve = page.get_by_role("img", name="Reward: total")
+        curve.scroll_into_view_if_needed()
+        size = curve.bounding_box()
+        assert size is not None
+        page.mouse.move(size["x"] + 0.95 * size["width"], size["y"] + size["height"] / 2)
+        assert "step 6 run" in " ".join(page.locator(".readout").inner_text().split())
 
 
 def test_light_and_dark_are_switched_and_stay(finished: Studio) -> None:
