@@ -241,7 +241,7 @@ def _draw(
     panel: Panel,
     colours: Sequence[str] | None = None,
 ) -> tuple[Markup, Readout]:
-    """Draw curves by label; `colours` lists the labels in the order of their colours, if others exist."""
+    """Draw curves by label; `colours` lists all labels in the order of their colours."""
     with mpl.rc_context(STYLE):
         figure, axes = new_figure()
         for i, (name, (steps, values)) in enumerate(curves.items()):

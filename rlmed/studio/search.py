@@ -22,7 +22,7 @@ from rlmed.studio.state import studio_of
 
 
 def show_rollouts(request: Request) -> Response:
-    """Return the rollouts of `?run=` that fit the filters; without a run, the runs to choose from."""
+    """Return the rollouts of `?run=` that fit the filters; without it, the runs to choose from."""
     studio = studio_of(request)
     if not request.query_params.get("run"):
         with_rollouts = [one for one in studio.runs.glances() if one.run.file(ROLLOUTS_FILE).exists()]
