@@ -101,12 +101,25 @@ PANELS = (
 
 
 @dataclass(frozen=True, slots=True)
+class Readout:
+    """What a reader who points at a plot is told: its curves, and where on the plot a step is."""
+
+    span: tuple[float, float]
+    """First and last step of the axis."""
+    place: tuple[float, float]
+    """Where these are, as fractions of the plot's width."""
+    curves: Mapping[str, Sequence[tuple[float, float]]]
+    """Steps and values, to four digits, by label."""
+
+
+@dataclass(frozen=True, slots=True)
 class Plot:
     """A drawn panel."""
 
     title: str
     note: str
     svg: Markup
+    readout: Readout | None = None
 
 
 def _current_name(name: str) -> str:
@@ -128,7 +141,7 @@ def draw_metrics(lines: Sequence[Mapping[str, Any]]) -> list[Plot]:
         curves = {label: (steps, values) for label, (steps, values) in curves.items() if len(steps)}
         # an all-zero curve (no clipping, no staleness) is uninformative
         if any(np.any(values) for _, values in curves.values()):
-            plots.append(Plot(panel.title, panel.note, _draw(curves, panel)))
+            plots.append(Plot(panel.title, panel.note, *_draw(curves, panel)))
     return plots
 
 
@@ -167,7 +180,7 @@ def draw_comparison(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Plo
             curves = {label: values for label, values in curves.items() if len(values[0])}
             if any(np.any(values) for _, values in curves.values()):
                 title = panel.title if len(panel.metrics) == 1 else f"{panel.title}: {part}"
-                plots.append(Plot(title, panel.note, _draw(curves, panel, colours=list(runs))))
+                plots.append(Plot(title, panel.note, *_draw(curves, panel, colours=list(runs))))
     return plots
 
 
@@ -186,9 +199,11 @@ def draw_accuracy(summaries: Sequence[EvalSummary]) -> Plot | None:
     with mpl.rc_context(STYLE):
         figure, axes = new_figure()
         names = dict.fromkeys(file.name for summary in summaries for file in summary.files)
+        curves = {}
         for colour, name in zip(itertools.cycle(SERIES), names, strict=False):
             points = [(s.step, f.accuracy) for s in summaries for f in s.files if f.name == name]
             steps = [step for step, _ in points]
+            curves[name] = np.array(steps, dtype=np.float64), np.array([one.value for _, one in points])
             axes.plot(
                 steps, [one.value for _, one in points], color=colour, label=_shown(name), marker="o", markersize=3.5
             )
@@ -196,7 +211,8 @@ def draw_accuracy(summaries: Sequence[EvalSummary]) -> Plot | None:
             axes.fill_between(steps, *bands, color=colour, alpha=0.12, lw=0)
         axes.set_ylim(0, 1)
         _legend(figure)
-        return Plot("Held-out accuracy", "greedy; bands: Wilson 95 %", to_svg(figure))
+        svg = to_svg(figure)
+        return Plot("Held-out accuracy", "greedy; bands: Wilson 95 %", svg, _readout(axes, curves))
 
 
 def _legend(figure: Figure) -> None:
@@ -224,8 +240,8 @@ def _draw(
     curves: Mapping[str, tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]],
     panel: Panel,
     colours: Sequence[str] | None = None,
-) -> Markup:
-    """Draw curves by label; `colours` lists the labels in the order of their colours, if others exist."""
+) -> tuple[Markup, Readout]:
+    """Draw curves by label; `colours` lists all labels in the order of their colours."""
     with mpl.rc_context(STYLE):
         figure, axes = new_figure()
         for i, (name, (steps, values)) in enumerate(curves.items()):
@@ -240,7 +256,22 @@ def _draw(
             axes.set_ylim(-0.02, 1.02)
         if len(curves) > 1 and colours is None:
             _legend(figure)
-        return to_svg(figure)
+        svg = to_svg(figure)
+        return svg, _readout(axes, curves)
+
+
+def _readout(axes: Axes, curves: Mapping[str, tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]) -> Readout:
+    """Describe axes that have been drawn: their place is settled only then."""
+    first, last = axes.get_xlim()
+    place = axes.get_position()
+    return Readout(
+        (round(first, 4), round(last, 4)),
+        (round(place.x0, 4), round(place.x1, 4)),
+        {
+            label: [(float(f"{step:.8g}"), float(f"{value:.4g}")) for step, value in zip(steps, values, strict=True)]
+            for label, (steps, values) in curves.items()
+        },
+    )
 
 
 def running_mean(values: npt.NDArray[np.float64], window: int) -> npt.NDArray[np.float64]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rlmed.core.process.display import ending_errors, keep_display
 from rlmed.studio.cache import cache_folder
+from rlmed.tasks.registry import settle_tasks
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PORT = 8642
@@ -29,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if parsed.token is not None and not parsed.token.strip():
             raise ValueError("--token is empty: leave it out for a random one")
         folders = [_folder(path) for path in parsed.folders or [Path("outputs")]]
+        settle_tasks(parsed.extra_tasks, parsed.synonyms, key="--extra-tasks")
         token = None if parsed.no_token else parsed.token or secrets.token_urlsafe(TOKEN_BYTES)
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
         try:
@@ -39,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 raise
             raise ValueError(MISSING.format(error=error)) from error
         studio = Studio(folders, token=token, cache=parsed.cache or cache_folder())
-        serve(studio, parsed.host, parsed.port, parsed.allow_host, say=sys.stdout.write)
+        serve(studio, parsed.host, parsed.port, parsed.allow_host, say=_say)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,9 +57,18 @@ def _parser() -> argparse.ArgumentParser:
         "--allow-host", action="append", default=[], metavar="NAME", help="another name that browsers reach it by"
     )
     parser.add_argument(
+        "--extra-tasks", nargs="+", default=[], metavar="MODULE:CLASS", help="as data.extra_tasks of the runs"
+    )
+    parser.add_argument("--synonyms", metavar="FILE", help="as data.synonyms of the runs")
+    parser.add_argument(
         "--cache", type=Path, metavar="FOLDER", help="folder of the search index (~/.cache/rlmed/studio)"
     )
     return parser
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def _folder(path: Path) -> Path:

@@ -38,9 +38,14 @@ def show_comparison(request: Request) -> Response:
 
 
 def _values(runs: Sequence[Run]) -> dict[str, Any]:
-    lines, configs, summaries, problems = {}, [], [], []
+    lines: dict[str, list[dict[str, Any]]] = {}
+    configs: list[dict[str, Any]] = []
+    summaries: list[EvalSummary | None] = []
+    problems: list[str] = []
     for run in runs:
-        lines[run.name], config, summary = [], {}, None
+        lines[run.name] = []
+        config: dict[Any, Any] = {}
+        summary = None
         try:
             lines[run.name] = list(read_json_lines(run.file(METRICS_FILE)))
             config = read_config(run.file(CONFIG_FILE))[1]

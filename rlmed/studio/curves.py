@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import threading
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from html import escape, unescape
 
 from markupsafe import Markup
 
-from rlmed.report.plots import Plot
+from rlmed.report.plots import Plot, draw_metrics
 
 _LOCK = threading.Lock()
 """matplotlib's settings belong to the process."""
@@ -21,7 +22,12 @@ def draw_plots(draw: Callable[[], list[Plot]]) -> list[Plot]:
     """Call `draw` alone in the process; return its plots with attributes in place of styles."""
     with _LOCK:
         plots = draw()
-    return [Plot(plot.title, plot.note, plain_svg(plot.svg, plot.title)) for plot in plots]
+    return [dataclasses.replace(plot, svg=plain_svg(plot.svg, plot.title)) for plot in plots]
+
+
+def warm_up() -> None:
+    """Draw once: the first curve waits seconds for matplotlib's fonts, and no page shall."""
+    draw_plots(lambda: draw_metrics([{"step": step, "loss": 1.0} for step in (1, 2)]))
 
 
 def plain_svg(svg: Markup, label: str) -> Markup:

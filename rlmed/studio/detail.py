@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from starlette.requests import Request
@@ -40,7 +40,6 @@ WORKERS = {
 }
 """Label, note and format by metric; of totals the last value counts."""
 _MEANS, _MOST = ("rollout/idle_share",), ("rollout/push_fetch_s", "rollout/push_apply_s", "staleness")
-_T = TypeVar("_T")
 
 
 def show_run(request: Request) -> Response:
@@ -67,7 +66,7 @@ def _answer(request: Request, run: Run, template: str) -> Response:
 def _values(run: Run, glance: Glance) -> dict[str, Any]:
     problems: list[str] = []
 
-    def attempt(read: Callable[[], _T], otherwise: _T) -> _T:
+    def attempt(read: Callable[[], Any], otherwise: Any) -> Any:
         try:
             return read()
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # a damaged file

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 FORMAT = 1
 """Raise it when the tables change: indexes of another format start anew."""
-BATCH = 2 * 2**20
+BATCH = 2**20
 """Bytes of rollouts.jsonl to read at a time; whoever searches waits at most for one of them."""
 SEAM = 4096
 """Bytes before the place read up to by which a truncated file is recognized."""
@@ -197,12 +197,12 @@ class _Batch:
         """Add the group of a line; return False for a line that is none."""
         try:
             group = json.loads(line)
-            step, completions = int(group["step"]), group["completions"]
-            task, modality = str(group.get("task", "choice")), str(group["modality"] or "")
+            step, completions = _count(group["step"]), group["completions"]
+            task, modality = _text(group.get("task", "choice")), _text(group["modality"] or "")
             words = f"{group['question']} {' '.join(str(option) for option in group['options'])}"
-            rows = [(*_figures(entry), f"{words} {entry['text']}") for entry in completions]
+            rows = [(*_figures(entry), _text(f"{words} {entry['text']}")) for entry in completions]
             prompt = prompt_key(group)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             return False
         self._group_id += 1
         rewards = [reward for reward, *_ in rows if reward is not None]
@@ -212,7 +212,7 @@ class _Batch:
             self._rollout_id += 1
             row = (self._rollout_id, self._group_id, position, step, reward, tokens, task, modality)
             self._rollouts.append(row)
-            self._texts.append((self._rollout_id, text.encode("utf-8", "replace").decode()))
+            self._texts.append((self._rollout_id, text))
         return True
 
     def write(self, connection: sqlite3.Connection) -> None:
@@ -223,7 +223,19 @@ class _Batch:
 
 def _figures(entry: Mapping[str, Any]) -> tuple[float | None, int]:
     reward = entry["reward"]
-    return None if reward is None else float(reward), int(entry["tokens"])
+    return None if reward is None else float(reward), _count(entry["tokens"])
+
+
+def _count(value: Any) -> int:
+    """Return an integer that SQLite can hold."""
+    if abs(count := int(value)) >= 2**62:
+        raise ValueError(f"{count} is too large")
+    return count
+
+
+def _text(value: Any) -> str:
+    """Return a text that SQLite can hold: without half surrogate pairs."""
+    return str(value).encode("utf-8", "replace").decode()
 
 
 def prompt_key(group: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from rlmed.studio.index import Index
 
 log = logging.getLogger(__name__)
 
-PATIENCE_S = 0.4
+PATIENCE_S = 0.3
 """How long a page waits for what is new since it was last looked at."""
 KEPT_DAYS = 30
 """Indexes that nobody opened for so long are removed."""

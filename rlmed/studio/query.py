@@ -147,7 +147,7 @@ def of_prompt(connection: sqlite3.Connection, prompt: str) -> list[tuple[int, fl
 
 
 def located(connection: sqlite3.Connection, rollout: int) -> tuple[int, int] | None:
-    """Return offset and line number of the group of a completion; None for a number that is none."""
+    """Return offset and line number of a completion's group; None for a number that is none."""
     found = connection.execute(
         "SELECT offset, line FROM groups WHERE id = (SELECT group_id FROM rollouts WHERE id = ?)", (rollout,)
     ).fetchone()

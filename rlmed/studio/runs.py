@@ -45,7 +45,7 @@ RESCAN_S = 2.0
 TAIL = 65536
 """Bytes at the end of a file in which its last line is looked for."""
 _MARKS = ({CONFIG_FILE, VERSIONS_FILE}, {CONFIG_FILE, EVALUATIONS}, {".hydra", OWNER_FILE})
-"""Names that together make a folder that of a run; the last are those of one that has just started."""
+"""Names that together mark a run's folder; the last are those of one that has just started."""
 _STEPS = re.compile(rb"^steps: (\d{1,9})\s*$", re.MULTILINE)
 
 
@@ -58,7 +58,7 @@ class Run:
     folder: Path
 
     def file(self, name: str) -> Path:
-        """Return the path of a file of the run; one that leads out of the folder is as if missing."""
+        """Return the path of a file of the run; one that leads elsewhere is as if missing."""
         path = self.folder / name
         return path if path.resolve().is_relative_to(self.folder) else self.folder / ".elsewhere"
 

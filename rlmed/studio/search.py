@@ -22,7 +22,7 @@ from rlmed.studio.state import studio_of
 
 
 def show_rollouts(request: Request) -> Response:
-    """Return the rollouts of `?run=` that fit the filters; without a run, the runs to choose from."""
+    """Return the rollouts of `?run=` that fit the filters; without it, the runs to choose from."""
     studio = studio_of(request)
     if not request.query_params.get("run"):
         with_rollouts = [one for one in studio.runs.glances() if one.run.file(ROLLOUTS_FILE).exists()]
@@ -42,7 +42,7 @@ def show_rollouts_live(request: Request) -> Response:
         place = index.place(connection)
         tag = tag_of(place, filters)
         total = search(connection, filters)[0]
-    values = {"run": run, "filters": filters, "place": place, "total": total}
+    values: dict[str, Any] = {"run": run, "filters": filters, "place": place, "total": total}
     return answer_if_changed(request, tag, lambda: studio.page("rollouts_live.html.j2", request, **values))
 
 

@@ -127,4 +127,5 @@ def _same_origin(request: HTTPConnection) -> bool:
         return False
     if origin is None:
         return site is not None
-    return urlsplit(origin).netloc.lower() == request.headers.get("host", "").lower()
+    host: str = request.headers.get("host", "")
+    return urlsplit(origin).netloc.lower() == host.lower()

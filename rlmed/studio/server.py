@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,6 +16,7 @@ from starlette.responses import FileResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from rlmed.report.page import ASSETS as REPORT_ASSETS
+from rlmed.studio.curves import warm_up
 from rlmed.studio.pages import PAGES
 from rlmed.studio.security import Guard
 from rlmed.studio.state import ASSETS, THEME_COOKIE, THEMES, Studio, studio_of
@@ -68,6 +70,7 @@ def serve(studio: Studio, host: str, port: int, more_names: Iterable[str], *, sa
         if not local:
             say("studio: traffic is not encrypted: who listens on the network reads it, token included; see docs\n")
         app = build(studio, names, any_address=everywhere)
+        threading.Thread(target=warm_up, name="warm up", daemon=True).start()
         # no access log: it would show the token
         settings = uvicorn.Config(app, access_log=False, log_level="warning", lifespan="off", server_header=False)
         uvicorn.Server(settings).run(sockets=[listener])
@@ -79,6 +82,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen()  # a browser that is quick waits from here on
     except (OSError, OverflowError) as error:
         raise OSError(f"--host {host} --port {port} cannot be listened on ({error}): choose another") from error
     return listener

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -14,8 +16,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse
 
+from rlmed.core.files.jsonlines import finite
 from rlmed.report.page import ASSETS as REPORT_ASSETS
 from rlmed.report.page import page_environment
+from rlmed.report.plots import Readout
 from rlmed.studio.indexing import Indexing
 from rlmed.studio.runs import Run, Runs
 
@@ -50,7 +54,7 @@ class Studio:
         self.indexing = Indexing(cache)
         self.templates: Environment = page_environment()
         self.templates.loader = FileSystemLoader([ASSETS, REPORT_ASSETS])
-        self.templates.filters |= {"instant": _instant, "moment": _moment}
+        self.templates.filters |= {"instant": _instant, "moment": _moment, "curves": _curves}
         self._kept: OrderedDict[Hashable, tuple[str, Any]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -105,7 +109,9 @@ class Studio:
         """
         theme = request.cookies.get(THEME_COOKIE, "")
         shared = {"request": request, "nav": request.app.state.nav, "theme": theme if theme in THEMES else ""}
-        return HTMLResponse(self.templates.get_template(template).render(shared | values), status)
+        text = self.templates.get_template(template).render(shared | values)
+        # a record may hold half of a surrogate pair
+        return HTMLResponse(text.encode("utf-8", "replace"), status)
 
 
 def studio_of(request: Request) -> Studio:
@@ -122,3 +128,8 @@ def _instant(seconds: float) -> str:
 def _moment(seconds: float) -> str:
     """Return a time as a short local date; the page's script says how long ago it was."""
     return datetime.fromtimestamp(seconds).strftime("%b %d, %H:%M")
+
+
+def _curves(readout: Readout) -> str:
+    """Return what the page's script reads of a plot, as JSON."""
+    return json.dumps(finite(dataclasses.asdict(readout)), separators=(",", ":"))

@@ -75,6 +75,43 @@ function switchTheme(form) {
   });
 }
 
+// Nearest point of a curve to a step.
+function nearest(points, step) {
+  return points.reduce((best, point) => (Math.abs(point[0] - step) < Math.abs(best[0] - step) ? point : best), points[0]);
+}
+
+// Beside the pointer: the step under it, and each curve's value there.
+function tellValues(event) {
+  const figure = event.target.closest("figure[data-curves]");
+  document.querySelectorAll(".readout, .cursor").forEach((old) => old.remove());
+  const svg = figure && figure.querySelector("svg");
+  if (!svg) return;
+  const { span, place, curves } = JSON.parse(figure.dataset.curves);
+  const box = svg.getBoundingClientRect();
+  const share = ((event.clientX - box.left) / box.width - place[0]) / (place[1] - place[0]);
+  if (share < 0 || share > 1 || event.clientY < box.top) return;
+  const step = nearest(Object.values(curves).flat(), span[0] + share * (span[1] - span[0]))[0];
+  const x = place[0] + ((step - span[0]) / (span[1] - span[0])) * (place[1] - place[0]);
+  const line = document.createElementNS("http://www.w3.org/2000/svg", "line");
+  const [, , width, height] = svg.getAttribute("viewBox").split(" ").map(Number);
+  for (const [name, value] of Object.entries({ x1: x * width, x2: x * width, y1: 0, y2: 0.84 * height })) line.setAttribute(name, value);
+  line.setAttribute("class", "cursor");
+  svg.append(line);
+  const note = document.createElement("div");
+  note.className = "readout";
+  note.append(Object.assign(document.createElement("b"), { textContent: `step ${Math.round(step)}` }));
+  const many = Object.keys(curves).length > 1;
+  for (const [label, points] of Object.entries(curves)) {
+    note.append(Object.assign(document.createElement("div"), { textContent: `${many ? `${label} ` : ""}${nearest(points, step)[1]}` }));
+  }
+  figure.append(note);
+  const room = figure.getBoundingClientRect();
+  const left = box.left - room.left + x * box.width;
+  note.style.top = `${box.top - room.top + 8}px`;
+  note.style.left = `${Math.max(4, left + 12 + note.offsetWidth > room.width ? left - 12 - note.offsetWidth : left + 12)}px`;
+}
+
+document.addEventListener("pointermove", tellValues, { passive: true });
 document.querySelectorAll("[data-live]").forEach(keepFresh);
 document.querySelectorAll("form.theme").forEach(switchTheme);
 document.querySelectorAll("select[name=sort]").forEach((select) => {

@@ -1,0 +1,94 @@
+import builtins
+import re
+import socket
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from rlmed.studio import command
+from rlmed.studio.cache import cache_folder
+from tests.unit.rlmed.studio.run_folders import write_run
+
+
+def failure(capsys, *arguments):
+    with pytest.raises(SystemExit) as ended:
+        command.main(list(arguments))
+    assert ended.value.code == 2
+    said = capsys.readouterr().err.strip()
+    assert len(said.splitlines()) == 1
+    return said
+
+
+def test_a_folder_that_is_not_there_is_named(capsys, tmp_path):
+    assert f"{tmp_path}/none" in failure(capsys, f"{tmp_path}/none")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2"])
+def test_without_a_token_only_this_machine_is_served(capsys, tmp_path, host):
+    assert f"--host {host}" in failure(capsys, str(tmp_path), "--host", host, "--no-token")
+
+
+def test_an_empty_token_is_refused(capsys, tmp_path):
+    assert "--token" in failure(capsys, str(tmp_path), "--token", " ")
+
+
+def test_a_port_in_use_is_named(capsys, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert f"--port {taken.getsockname()[1]}" in failure(
+            capsys, str(tmp_path), "--port", str(taken.getsockname()[1])
+        )
+
+
+def test_a_missing_extra_says_what_to_install(capsys, tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *rest):
+        if name.split(".")[0] == "starlette":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return real(name, *rest)
+
+    for name in [name for name in sys.modules if name.split(".")[0] == "starlette" or name.startswith("rlmed.studio.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(builtins, "__import__", without)
+    assert "pip install 'rlmed[studio]'" in failure(capsys, str(tmp_path))
+
+
+@pytest.mark.parametrize(("value", "expected"), [("/x", Path("/x/rlmed/studio")), ("x", None), ("", None)])
+def test_the_cache_is_the_users(monkeypatch, value, expected):
+    monkeypatch.setenv("XDG_CACHE_HOME", value)
+    assert cache_folder() == (expected or Path.home() / ".cache" / "rlmed" / "studio")
+
+
+def test_the_command_prints_an_address_that_opens_it_and_each_start_has_its_own_token(tmp_path):
+    write_run(tmp_path / "top" / "run")
+    arguments = [
+        sys.executable,
+        "-m",
+        "rlmed.studio",
+        str(tmp_path / "top"),
+        "--port",
+        "0",
+        "--cache",
+        str(tmp_path / "c"),
+    ]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as studio:
+        ending = threading.Timer(60, studio.kill)
+        ending.start()
+        try:
+            address = re.fullmatch(r"studio: (http://127\.0\.0\.1:\d+/\?token=[\w-]{20,})\n", studio.stdout.readline())[
+                1
+            ]
+            opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+            assert 'value="run"' in opener.open(address, timeout=30).read().decode()
+            with pytest.raises(urllib.error.HTTPError, match="401"):
+                urllib.request.urlopen(address.split("?")[0], timeout=30)
+        finally:
+            studio.terminate()
+            output, errors = studio.communicate(timeout=30)
+            ending.cancel()
+    assert address.split("=")[1] not in output + errors

@@ -1,0 +1,146 @@
+import json
+import os
+import shutil
+import time
+
+import pytest
+
+from rlmed.core.files.exclusive import OWNER_FILE, hold
+from rlmed.core.files.ownership import Owner
+from rlmed.studio.runs import DEPTH, Runs, last_line
+from tests.unit.rlmed.studio.run_folders import write_run
+
+LONG_AGO = time.time() - 86400
+
+
+def age(folder, moment=LONG_AGO):
+    """Set the times of all files; the report is the youngest."""
+    for path in folder.iterdir():
+        os.utime(path, (moment, moment + (path.name == "report.html")))
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = write_run(tmp_path / "top" / "run", steps=2, planned=5, report=False)
+    age(folder)
+    return folder
+
+
+def state(run):
+    return Runs([run.parent]).glances()[0].state
+
+
+def test_runs_are_found_at_any_depth_but_not_beyond(tmp_path):
+    deep = tmp_path.joinpath(*"abc")
+    write_run(deep / "run")
+    write_run(deep / "run" / "inner")
+    write_run(deep / "run" / "checkpoints" / "none")
+    write_run(deep / "x" / "y" / "too_deep")
+    (tmp_path / "no_run").mkdir()
+    assert DEPTH == 4
+    assert [run.name for run in Runs([tmp_path]).all()] == ["a/b/c/run"]
+    assert [run.name for run in Runs([deep]).all()] == ["run", "run/inner", "x/y/too_deep"]
+
+
+def test_names_stay_unique_with_several_folders(tmp_path):
+    for top in ("a", "b"):
+        write_run(tmp_path / top / "outputs" / "run")
+    own = write_run(tmp_path / "own")
+    folders = [tmp_path / "a" / "outputs", tmp_path / "b" / "outputs", own]
+    assert [run.name for run in Runs(folders).all()] == ["outputs/run", "outputs-2/run", "own"]
+    assert Runs([own]).named("own").folder == own
+
+
+def test_a_glance_tells_kind_steps_and_last_figures(run):
+    glance = Runs([run.parent]).glances()[0]
+    assert (glance.kind, glance.steps, glance.planned) == ("train", 2, 5)
+    assert (glance.reward, glance.accuracy) == (1.0, 0.75)
+    (run / "rollouts.jsonl").unlink()
+    (run / "metrics.jsonl").write_text('{"step": 7, "loss": 0.5}\n{"step": 8, "lo')
+    glance = Runs([run.parent]).glances()[0]
+    assert (glance.kind, glance.steps, glance.planned, glance.loss) == ("sft", 7, None, 0.5)
+    (run / "metrics.jsonl").unlink()
+    assert Runs([run.parent]).glances()[0].kind == "evaluate"
+
+
+def test_a_run_that_wrote_its_report_last_is_finished(run):
+    assert state(run) == "stopped"
+    (run / "report.html").write_text("")
+    assert state(run) == "finished"
+    os.utime(run / "report.html", (LONG_AGO - 60, LONG_AGO - 60))  # of the run before it was resumed
+    assert state(run) == "stopped"
+
+
+def test_a_run_runs_while_its_process_lives(run):
+    with hold(run):
+        assert state(run) == "running"
+    assert state(run) == "stopped"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [({"start": 1}, "killed"), ({"machine": "another"}, "silent"), ({"pid": "no number"}, "silent")],
+)
+def test_the_mark_of_a_process_that_cannot_be_asked(run, changes, expected):
+    me = Owner.me()
+    (run / OWNER_FILE).write_text(json.dumps({"machine": me.machine, "pid": me.pid, "start": me.start} | changes))
+    os.utime(run / OWNER_FILE, (LONG_AGO, LONG_AGO))
+    assert state(run) == expected
+    os.utime(run / "metrics.jsonl")
+    assert state(run) == ("killed" if expected == "killed" else "running")
+
+
+def test_a_run_without_a_mark_runs_while_it_writes(run):
+    os.utime(run / "metrics.jsonl")
+    assert state(run) == "running"
+
+
+def test_a_run_that_has_just_started_is_listed(tmp_path):
+    folder = tmp_path / "run"
+    (folder / ".hydra").mkdir(parents=True)
+    assert Runs([tmp_path]).all() == []
+    with hold(folder):
+        glance = Runs([tmp_path]).glances()[0]
+        assert (glance.kind, glance.state) == ("starting", "running")
+
+
+def test_a_glance_is_renewed_when_the_run_writes(run):
+    runs = Runs([run.parent])
+    found, stamp = runs.all()[0], runs.stamp(runs.all()[0])
+    assert runs.stamp(found) == stamp
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "reward/mean": 2.5}\n')
+    assert runs.stamp(found) != stamp
+    assert runs.glance(found).reward == 2.5
+
+
+def test_damaged_files_leave_figures_out(run):
+    (run / "metrics.jsonl").write_bytes(b'\xff\xfe\n{"step": "many"}\nnull\n[1]\n')
+    (run / "config.yaml").write_text("steps: many\n")
+    (run / "evaluations" / "step-000002" / "summary.json").write_text("{}")
+    glance = Runs([run.parent]).glances()[0]
+    assert (glance.steps, glance.planned, glance.reward, glance.accuracy) == (0, None, None, None)
+
+
+def test_the_folder_of_a_run_is_not_changed(run):
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    Runs([run.parent]).glances()
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_a_run_removed_meanwhile_is_no_error(run):
+    runs = Runs([run.parent])
+    found = runs.all()[0]
+    shutil.rmtree(run)
+    assert runs.glance(found).steps == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [("", None), ('{"a": 1}', None), ('{"a": 1}\n{"a": 2}\n{"a"', {"a": 2}), ('{"a": 1}\nnot JSON\n', {"a": 1})],
+)
+def test_the_last_line_is_the_last_whole_one(tmp_path, content, expected):
+    path = tmp_path / "lines"
+    path.write_text(content)
+    assert last_line(path) == expected
+    assert last_line(tmp_path / "none") is None
