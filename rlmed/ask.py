@@ -114,8 +114,8 @@ def ask(arguments: argparse.Namespace) -> tuple[Example, str]:
         check_pictured(example, _NAME_IT)
     prompt = model.render(example)
     sampling = SamplingParams(arguments.temperature, max_tokens=arguments.max_tokens, seed=arguments.seed or 0)
-    if doubt := model.doubt(prompt, sampling.max_tokens, "--"):
-        log.warning("%s", doubt)
+    if passed := model.doubt(prompt, sampling.max_tokens, "--"):
+        log.warning("%s", passed)
     written = [text for text, completion in model.sample(prompt, sampling) if completion]
     return prompt.example, written[-1]
 

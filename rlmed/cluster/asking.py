@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from functools import cached_property
 
 from PIL import Image
@@ -10,7 +10,6 @@ from transformers.utils.logging import disable_progress_bar
 
 from rlmed.cluster.engines import recorded_renderer
 from rlmed.core.types import Completion, Example, Prompt, RolloutRequest, SamplingParams
-from rlmed.data.prompts import PromptRenderer
 from rlmed.models.folder.agreement import position_doubt
 from rlmed.models.loading import model_folder
 from rlmed.models.policy import Policy, load_config, load_policy
@@ -65,7 +64,7 @@ class AskedModel:
             advice=f"{flag}max-tokens",
         )
 
-    def sample(self, prompt: Prompt, sampling: SamplingParams) -> Iterator[tuple[str, Completion | None]]:
+    def sample(self, prompt: Prompt, sampling: SamplingParams) -> Generator[tuple[str, Completion | None]]:
         """Yield the text so far after each token; at last the whole text, and the completion.
 
         Closing the iterator ends the completion.

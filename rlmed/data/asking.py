@@ -43,8 +43,8 @@ def asked_example(
         ValueError: for an unknown task, options that it does not take, or a missing image.
     """
     fields = _fields(images, options, task, flag, advice)
-    first, *more = images or [None]
-    return Example("question", first, question, modality=modality, more_images=tuple(more), **fields)
+    first = images[0] if images else None
+    return Example("question", first, question, modality=modality, more_images=tuple(images[1:]), **fields)
 
 
 def check_pictured(example: Example, advice: str = "choose one") -> None:
@@ -106,7 +106,9 @@ def asked_options(texts: Sequence[str], flag: str = "") -> tuple[str, ...]:
     except BadRowError as error:
         shown = ", ".join(texts)
         parts = shown.split(",") if flag and len(texts) == 1 else []
-        meant = f"; separate them by spaces: {flag}options {shlex.join(map(str.strip, parts))}" if len(parts) > 1 else ""
+        meant = (
+            f"; separate them by spaces: {flag}options {shlex.join(map(str.strip, parts))}" if len(parts) > 1 else ""
+        )
         raise ValueError(
             f"{flag}options needs 2 to {len(LETTERS)} different texts, got {len(texts)}: {shown} ({error}){meant}"
         ) from error
