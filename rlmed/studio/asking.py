@@ -11,7 +11,7 @@ import asyncio
 import logging
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -107,7 +107,7 @@ class Asker:
             stopped.set()
         self._executor.shutdown(wait=False, cancel_futures=True)
 
-    async def answer(self, question: Question) -> AsyncIterator[Event]:
+    async def answer(self, question: Question) -> AsyncGenerator[Event]:
         """Yield the events of an answer; closing the iterator stops it."""
         loop, stopped = asyncio.get_running_loop(), threading.Event()
         events: asyncio.Queue[Event] = asyncio.Queue()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,12 +34,17 @@ class ModelChoice:
         return hashlib.sha256(self.path.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
-def model_choices(run_folders: Sequence[Path], given: Sequence[str] = ()) -> list[ModelChoice]:
-    """Return models: those given, checkpoints of runs, newest first, and the embedded one."""
+def model_choices(runs: Mapping[str, Path], given: Sequence[str] = ()) -> list[ModelChoice]:
+    """Return models: those given, checkpoints of runs, newest first, and the embedded one.
+
+    Args:
+        runs: folder of the checkpoints of each run by name; may be missing.
+        given: folders or names of other models.
+    """
     found: list[tuple[float, ModelChoice]] = []
-    for run in run_folders:
-        for folder in checkpoints_of(run):
-            label = f"{_short(run)}, step {int(folder.name.removeprefix('step-'))}"
+    for name, checkpoints in runs.items():
+        for folder in checkpoints_in(checkpoints):
+            label = f"{name}, step {int(folder.name.removeprefix('step-'))}"
             found.append((folder.stat().st_mtime, ModelChoice(str(folder), label)))
     found.sort(key=lambda one: -one[0])
     return [
@@ -49,15 +54,10 @@ def model_choices(run_folders: Sequence[Path], given: Sequence[str] = ()) -> lis
     ]
 
 
-def checkpoints_of(run_folder: Path) -> list[Path]:
-    """Return the checkpoints of a run folder that can be loaded."""
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Return the checkpoints in a run's folder of them that can be loaded; links are not followed."""
     return [
         path
-        for path in sorted((run_folder / "checkpoints").glob("step-*"))
-        if _STEP.fullmatch(path.name) and any((path / name).is_file() for name in _FILES)
+        for path in sorted(folder.glob("step-*"))
+        if _STEP.fullmatch(path.name) and not path.is_symlink() and any((path / name).is_file() for name in _FILES)
     ]
-
-
-def _short(run: Path) -> str:
-    """Return the last two parts of a run folder's path, usually its name and date."""
-    return "/".join(run.parts[-2:])

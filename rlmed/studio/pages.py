@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from rlmed.studio.ask_page import answer_question, open_files, show_ask, show_picture, take_file
 from rlmed.studio.comparison import show_comparison
 from rlmed.studio.detail import show_run, show_run_live
 from rlmed.studio.images import send_image
@@ -40,4 +41,9 @@ PAGES = (
     Page("/rollouts", show_rollouts, "Rollouts"),
     Page("/rollouts/live", show_rollouts_live),
     Page("/image", send_image),
+    Page("/ask", show_ask, "Ask"),
+    Page("/ask/files", take_file, methods=("POST",)),
+    Page("/ask/sources", open_files, methods=("POST",)),
+    Page("/ask/picture", show_picture),
+    Page("/ask/answer", answer_question, methods=("POST",)),
 )

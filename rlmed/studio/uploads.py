@@ -33,18 +33,28 @@ class Uploads:
     """
 
     def __init__(self, most_bytes: int = MOST_BYTES, most_total: int = MOST_TOTAL) -> None:
-        """Make the folder, which no other user may read."""
+        """Set limits, in bytes; the folder is made for the first file."""
         self._most_bytes, self._most_total = most_bytes, most_total
-        self._kept = tempfile.TemporaryDirectory(prefix="rlmed-studio-", ignore_cleanup_errors=True)
-        self.folder = Path(self._kept.name)
+        self._kept: tempfile.TemporaryDirectory[str] | None = None
         self._files: dict[str, int] = {}
         """Bytes by id, oldest first."""
         self._sources: dict[str, Source] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+
+    @property
+    def folder(self) -> Path:
+        """The folder, which no other user may read; made if need be."""
+        with self._lock:
+            if self._kept is None:
+                self._kept = tempfile.TemporaryDirectory(prefix="rlmed-studio-", ignore_cleanup_errors=True)
+            return Path(self._kept.name)
 
     def close(self) -> None:
         """Remove all files."""
-        self._kept.cleanup()
+        with self._lock:
+            if self._kept is not None:
+                self._kept.cleanup()
+            self._files, self._sources = {}, {}
 
     async def receive(self, pieces: AsyncIterator[bytes], length: int | None = None) -> str:
         """Write a file as it arrives; return its id.

@@ -181,11 +181,14 @@ def test_models_are_the_newest_checkpoints_the_given_ones_and_the_embedded_one(t
             os.utime(folder, (1000 * number + step,) * 2)
     (tmp_path / "a" / "checkpoints" / ".step-000003.partial").mkdir()
     shutil.copytree(tiny_folder("llama"), tmp_path / "mine")
-    choices = model_choices([tmp_path / "a", tmp_path / "b", tmp_path / "none"], [str(tmp_path / "mine")])
+    choices = model_choices(
+        {run: tmp_path / run / "checkpoints" for run in ("a", "b", "none")}, [str(tmp_path / "mine")]
+    )
     names = [Path(choice.path).relative_to(tmp_path) if choice.path[0] == "/" else choice.path for choice in choices]
     checkpoints = [f"{run}/checkpoints/step-00000{step}" for run, step in (("b", 2), ("b", 1), ("a", 2), ("a", 1))]
     assert [str(name) for name in names] == ["mine", *checkpoints, "embedded:tiny_base"]
     assert len({choice.key for choice in choices}) == 6
+    assert [choice.label for choice in choices[1:3]] == ["b, step 2", "b, step 1"]
     assert choices[-1].label.startswith("embedded")
 
 

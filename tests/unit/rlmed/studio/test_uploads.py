@@ -36,9 +36,10 @@ PATIENT = {"PatientName": "DOE^JANE", "PatientID": "MRN-4711", "WindowCenterWidt
 @pytest.fixture
 def uploads():
     kept = Uploads()
+    folder = kept.folder
     yield kept
     kept.close()
-    assert not kept.folder.exists()
+    assert not folder.exists()
 
 
 def send(uploads: Uploads, content: bytes, piece: int = 1000) -> str:
