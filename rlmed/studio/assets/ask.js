@@ -243,7 +243,7 @@
     return reasoning.trim();
   };
 
-  const share = (value) => (value === null ? ["–"] : [make("meter", { min: 0, max: 1, value, "aria-hidden": "true" }), `${(100 * value).toFixed(1)} %`]);
+  const share = (value) => (value === null ? ["–"] : [make("meter", { min: 0, max: 1, value, "aria-hidden": "true" }), `${(100 * value).toFixed(1)}\u00a0%`]);
 
   const table = (options) => {
     const after = options.some((one) => one.after !== null);
