@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from rlmed.data.images import load_image
-from rlmed.evaluation.controls import SHOWN
+from rlmed.evaluation.records import SHOWN
 from rlmed.evaluation.reliability.results import ReliabilitySummary
 from rlmed.report.accuracy import accuracy_table, scores_by_task, show_faithfulness, show_rules
 from rlmed.report.evaluations import Evaluations

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-from rlmed.evaluation.controls import SHOWN
-from rlmed.evaluation.records import EvalRow
+from rlmed.evaluation.records import SHOWN, EvalRow
 from rlmed.evaluation.results import ROWS_FILE, SUMMARY_FILE, read_rows
 from rlmed.report.answers import show_question
 from rlmed.report.rollouts import show_answer

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from starlette.testclient import TestClient
 
 from rlmed.studio.server import build
 from rlmed.studio.state import Studio
+from tests.root import ROOT
 from tests.unit.rlmed.data.pictures import marked
 from tests.unit.rlmed.studio.test_asking import OPTIONS, QUESTION, text_of
 
@@ -68,6 +71,13 @@ def test_the_page_names_its_fields_and_lists_models(client):
     assert "not for clinical use" in html
     assert 'aria-live="polite"' in html
     assert "<script>" not in html
+
+
+def test_the_server_starts_without_torch():
+    """It takes seconds, and who reads runs needs none."""
+    program = "import rlmed.studio.server, sys; print({'torch', 'transformers'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout == "set()\n", done.stderr
 
 
 def test_a_preview_is_a_png_and_a_mistake_a_sentence(client):
