@@ -26,6 +26,8 @@ SERVED = {path.name: path for path in (*ASSETS.iterdir(), REPORT_ASSETS / "repor
 """Files under /assets/, by name."""
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1")
 YEAR = 365 * 24 * 3600
+GRACE_S = 3
+"""Seconds that answers on their way have after Ctrl-C."""
 
 
 def build(studio: Studio, names: Iterable[str] = LOOPBACK_NAMES, *, any_address: bool = False) -> Guard:
@@ -73,7 +75,9 @@ def serve(studio: Studio, host: str, port: int, more_names: Iterable[str], *, sa
         app = build(studio, names, any_address=everywhere)
         threading.Thread(target=warm_up, name="warm up", daemon=True).start()
         # no access log: it would show the token
-        settings = uvicorn.Config(app, access_log=False, log_level="warning", server_header=False)
+        settings = uvicorn.Config(
+            app, access_log=False, log_level="warning", server_header=False, timeout_graceful_shutdown=GRACE_S
+        )
         uvicorn.Server(settings).run(sockets=[listener])
 
 
