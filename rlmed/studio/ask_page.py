@@ -55,7 +55,7 @@ async def take_file(request: Request) -> Response:
 
 
 async def open_files(request: Request) -> Response:
-    """Open `{"files": [id, …]}`: what can be chosen of each source, and what is wrong with which."""
+    """Open `{"files": [id, …]}`; return what can be chosen of each source, and what is wrong."""
     uploads = studio_of(request).asker.uploads
     content = await _content(request)
     names = content.get("files")

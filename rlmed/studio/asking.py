@@ -166,7 +166,7 @@ class Asker:
                 emit({"side": side, "options": _probabilities(model, prompt, text)})
 
     def _example(self, question: Question, folder: Path) -> Example:
-        """Return the question with its pictures as files, in a folder that lasts as long as it does."""
+        """Return the question with its pictures as files, those to be rendered in a folder."""
         if len(question.views) > MAX_IMAGES:
             raise ValueError(f"{len(question.views)} images are more than {MAX_IMAGES}: choose among them")
         images = []

@@ -30,7 +30,7 @@ _T = TypeVar("_T")
 
 
 def show_evaluations(request: Request) -> Response:
-    """Return the evaluations of `?run=`, with the rows that fit; without a run, the runs to choose from."""
+    """Return the evaluations of `?run=`, with the rows that fit; without a run, those to choose."""
     studio = studio_of(request)
     if not request.query_params.get("run"):
         evaluated = [one for one in studio.runs.glances() if steps_of(one.run)]

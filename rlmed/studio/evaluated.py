@@ -123,7 +123,7 @@ class EvaluatedRows:
         return [place for place, row in enumerate(self.rows) if filters.fits(row, self.old(row))]
 
     def show(self, place: int) -> dict[str, Any]:
-        """Return a row for the template, with its answer of the first evaluation, if any, before its own."""
+        """Return a row for the template, its answer of the first evaluation before its own."""
         row = self.rows[place]
         sides = [one for one in (self.old(row), row) if one is not None]
         return {

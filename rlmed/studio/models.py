@@ -30,7 +30,7 @@ class ModelChoice:
 
     @property
     def key(self) -> str:
-        """What a page calls it: only listed models can be asked, and no path is taken from outside."""
+        """What a page calls it, so that only listed models can be asked."""
         return hashlib.sha256(self.path.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
@@ -55,7 +55,7 @@ def model_choices(runs: Mapping[str, Path], given: Sequence[str] = ()) -> list[M
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Return the checkpoints in a run's folder of them that can be loaded; links are not followed."""
+    """Return the checkpoints in a folder that can be loaded; links are not followed."""
     return [
         path
         for path in sorted(folder.glob("step-*"))

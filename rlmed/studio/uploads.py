@@ -132,7 +132,7 @@ class Uploads:
         return self.folder / name
 
     def _open(self, path: Path, kind: str) -> Source:
-        """Open a file that is no slice of a series; a volume inflated, so that each slice can be read alone."""
+        """Open a file that is no slice of a series; a volume is inflated, to read slices alone."""
         if kind == "gzip":
             self._inflate(path)
             if kind_of(path) != "nifti":

@@ -32,8 +32,8 @@ HOUNSFIELD: Mapping[str, Window] = {
 }
 """Usual windows of CT, in Hounsfield units."""
 OWN, PERCENTILES, RANGE, CUSTOM = "own", "percentiles", "range", "custom"
-"""Names of the other windows: the file's first (then own-2, …), most of the values, all of them, and
-one given as numbers.
+"""Names of the other windows: the file's first (then own-2, …), most of the values, all of them,
+and one given as numbers.
 """
 AIR = -500
 """A slice with values below may be CT in Hounsfield units, where the file does not say."""

@@ -1,4 +1,4 @@
-"""The studio's page Ask in a browser: upload, slice and window, reasoning as it grows, probabilities."""
+"""The page Ask in a browser: upload, slice and window, reasoning as it grows, probabilities."""
 
 from __future__ import annotations
 
