@@ -243,6 +243,15 @@
     return reasoning.trim();
   };
 
+  // adds what is new, so that a screen reader says it once
+  const write = (element, text) => {
+    const shown = element.textContent;
+    if (text.startsWith(shown)) {
+      if (text.length > shown.length) element.append(text.slice(shown.length));
+    } else element.textContent = text;
+    element.scrollTop = element.scrollHeight;
+  };
+
   const share = (value) => (value === null ? ["–"] : [make("meter", { min: 0, max: 1, value, "aria-hidden": "true" }), `${(100 * value).toFixed(1)}\u00a0%`]);
 
   const table = (options) => {
@@ -258,6 +267,7 @@
     at("notes").replaceChildren();
     at("failure").hidden = true;
     at("result").hidden = false;
+    at("result").scrollIntoView({ block: "start" });
     const sides = {};
     for (const name of ["image", "blank"]) {
       const element = at(`side-${name}`);
@@ -284,12 +294,11 @@
     }
     if ("keep" in event) {
       side.text = side.text.slice(0, event.keep) + event.text;
-      side.written.textContent = parts(side.text);
-      side.written.scrollTop = side.written.scrollHeight;
+      write(side.written, parts(side.text));
     }
     if (event.answer) {
       const { words, explained, boxes: found, finish_reason: ending, reasoning } = event.answer;
-      side.written.textContent = reasoning ?? side.text;
+      write(side.written, reasoning ?? side.text);
       side.words.textContent = `Answer: ${words}`;
       side.explained.textContent = [explained, ending === "length" ? "cut at the most tokens" : ""].filter(Boolean).join("; ");
       if (found.length) side.shown.firstElementChild?.append(boxes(found));

@@ -67,7 +67,8 @@ def grey_values(path: Path, header: DicomHeader, frame: int) -> np.ndarray:
         stored = decode_frame(path, header, frame)
         padding, values = _padding(stored, dataset), _rescale(stored, dataset, header)
         inside = values.ravel() if padding is None else values[~padding]
-        return inside[np.isfinite(inside)]
+        finite: np.ndarray = inside[np.isfinite(inside)]
+        return finite
 
 
 def own_windows(header: DicomHeader, frame: int) -> list[Window]:

@@ -162,8 +162,8 @@ def slice_counts(path: Path, *, allow_unknown_orientation: bool = False) -> dict
         check_header(header)
         affine = _affine(header, allow_unknown_orientation)
         shape = _checked_shape(header, 0, zipped)
-        counts = {plane: shape[_axis_through(affine, plane)] for plane in AXES}
-        return {**counts, "volumes": shape[3] if len(shape) > 3 else 1}
+        counts: dict[str, int] = {plane: shape[_axis_through(affine, plane)] for plane in AXES}
+        return counts | {"volumes": shape[3] if len(shape) > 3 else 1}
 
 
 @lru_cache(maxsize=FILES_KEPT)
