@@ -19,7 +19,7 @@ from rlmed.studio.asking import Question
 from rlmed.studio.models import ModelChoice, model_choices
 from rlmed.studio.state import Studio, studio_of
 from rlmed.studio.volumes import View
-from rlmed.tasks.registry import OWN
+from rlmed.tasks.registry import known_tasks
 
 MOST_TEXT = 20_000
 """Characters of a question, and of all options."""
@@ -35,7 +35,7 @@ def show_ask(request: Request) -> Response:
         "ask.html.j2",
         request,
         models=_models(studio),
-        tasks=[{"name": task.name, "needs_image": task.needs_image} for task in OWN],
+        tasks=known_tasks(),
         letters=LETTERS,
         most_images=MAX_IMAGES,
         most_tokens=MOST_TOKENS,

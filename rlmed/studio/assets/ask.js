@@ -198,7 +198,7 @@
 
   const settleTask = () => {
     const task = at("task").value;
-    at("for-options").hidden = !["choice", "labels"].includes(task);
+    at("for-options").hidden = ["open", "grounding", "report"].includes(task);
     at("options-label").textContent = task === "labels" ? "All possible labels, one a line" : "Options, one a line";
   };
 
