@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,17 +18,8 @@ from rlmed.data.images import load_image
 from rlmed.data.loading import EvalFile
 from rlmed.data.prompts import PromptRenderer
 from rlmed.data.sampler import reorder_options
-from rlmed.evaluation.records import Control
+from rlmed.evaluation.records import SHOWN, Control
 
-SHOWN: Mapping[Control, str] = {
-    "none": "on the unchanged rows",
-    "blank": "on a grey picture",
-    "shuffled": "on another row's picture",
-    "blank_one": "with one of several pictures grey",
-    "image_order": "with several pictures in another order",
-    "reordered": "with the options in another order",
-}
-"""What each control shows."""
 GREY = (128, 128, 128)
 SHUFFLE_SEED = 0
 

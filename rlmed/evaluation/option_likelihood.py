@@ -10,7 +10,7 @@ import numpy as np
 
 from learner.likelihood import ScoringRequest, completion_logprobs
 from rlmed.core.calibration import Float64Array
-from rlmed.core.prefill import ANSWER_END, remaining
+from rlmed.core.prefill import ANSWER, ANSWER_END, remaining
 from rlmed.core.types import LETTERS, Prompt
 from rlmed.data.prompts import PromptRenderer
 from rlmed.models.policy import Policy
@@ -42,6 +42,12 @@ def letter_probabilities(
         requests = [_scoring_request(prompt, text, renderer) for prompt, text in part]
         for logprobs in completion_logprobs(policy, requests, token_budget=token_budget):
             yield _softmax([float(entry.astype(np.float64).sum()) for entry in logprobs])
+
+
+def answer_opening(completion: str) -> str | None:
+    """Return a completion up to and including its first answer tag; None without one."""
+    reasoning, tag, _ = completion.partition(ANSWER)
+    return reasoning + tag if tag else None
 
 
 def _scoring_request(prompt: Prompt, text: str, renderer: PromptRenderer) -> ScoringRequest:

@@ -14,6 +14,15 @@ Control = Literal["none", "blank", "shuffled", "blank_one", "image_order", "reor
 """Shown: the unchanged row, grey pictures, another row's pictures, one of several pictures grey,
 several pictures in another order, or options in another order.
 """
+SHOWN: Mapping[Control, str] = {
+    "none": "on the unchanged rows",
+    "blank": "on a grey picture",
+    "shuffled": "on another row's picture",
+    "blank_one": "with one of several pictures grey",
+    "image_order": "with several pictures in another order",
+    "reordered": "with the options in another order",
+}
+"""What each control shows."""
 
 
 @dataclass(frozen=True, slots=True)

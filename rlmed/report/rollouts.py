@@ -227,7 +227,7 @@ def show_rows(before: Sequence[EvalRow], after: Sequence[EvalRow], pictures: Pic
             "question": row.question,
             **show_question(row.task, row.options, row.answer, row.truth),
             "pictures": pictures.add_all(row.images),
-            "answers": [_show_answer(one) for one in (old, row) if one is not None],
+            "answers": [show_answer(one) for one in (old, row) if one is not None],
         }
         for (file, outcome, _), pile in sorted(
             piles.items(), key=lambda item: (item[0][1] != GAINED, item[0][1], item[0][0], item[0][2])
@@ -236,7 +236,8 @@ def show_rows(before: Sequence[EvalRow], after: Sequence[EvalRow], pictures: Pic
     ]
 
 
-def _show_answer(row: EvalRow) -> dict[str, Any]:
+def show_answer(row: EvalRow) -> dict[str, Any]:
+    """Return an evaluated completion for the template."""
     if row.task == CHOICE:
         taken = take_apart(row.completion, row.answer)
     else:

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if (error.name or "").split(".")[0] not in ("starlette", "uvicorn", "anyio", "multipart"):
                 raise
             raise ValueError(MISSING.format(error=error)) from error
-        studio = Studio(folders, token=token, cache=parsed.cache or cache_folder())
+        studio = Studio(folders, token=token, cache=parsed.cache or cache_folder(), models=parsed.model)
         serve(studio, parsed.host, parsed.port, parsed.allow_host, say=_say)
 
 
@@ -48,6 +48,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m rlmed.studio", description="Show run folders in a browser.")
     parser.add_argument(
         "folders", type=Path, nargs="*", metavar="FOLDER", help="run folders, or folders that hold them (outputs)"
+    )
+    parser.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="a model folder that can be asked, such as an export",
     )
     parser.add_argument("--host", default=LOOPBACK[0], help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=PORT, help="port; 0 takes a free one (default: %(default)s)")

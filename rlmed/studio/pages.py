@@ -12,8 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from rlmed.studio.ask_page import answer_question, open_files, show_ask, show_picture, take_file
 from rlmed.studio.comparison import show_comparison
 from rlmed.studio.detail import show_run, show_run_live
+from rlmed.studio.evaluate_page import send_row_image, show_evaluations
 from rlmed.studio.images import send_image
 from rlmed.studio.listing import show_runs, show_runs_live
 from rlmed.studio.search import show_rollouts, show_rollouts_live
@@ -40,4 +42,11 @@ PAGES = (
     Page("/rollouts", show_rollouts, "Rollouts"),
     Page("/rollouts/live", show_rollouts_live),
     Page("/image", send_image),
+    Page("/evaluate", show_evaluations, "Evaluate"),
+    Page("/evaluate/image", send_row_image),
+    Page("/ask", show_ask, "Ask"),
+    Page("/ask/files", take_file, methods=("POST",)),
+    Page("/ask/sources", open_files, methods=("POST",)),
+    Page("/ask/picture", show_picture),
+    Page("/ask/answer", answer_question, methods=("POST",)),
 )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ipaddress
 import socket
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import uvicorn
@@ -25,6 +26,8 @@ SERVED = {path.name: path for path in (*ASSETS.iterdir(), REPORT_ASSETS / "repor
 """Files under /assets/, by name."""
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1")
 YEAR = 365 * 24 * 3600
+GRACE_S = 3
+"""Seconds that answers on their way have after Ctrl-C."""
 
 
 def build(studio: Studio, names: Iterable[str] = LOOPBACK_NAMES, *, any_address: bool = False) -> Guard:
@@ -37,7 +40,7 @@ def build(studio: Studio, names: Iterable[str] = LOOPBACK_NAMES, *, any_address:
     """
     routes = [Route(page.path, page.handler, methods=list(page.methods)) for page in PAGES]
     routes += [Route("/assets/{name}", _asset), Route("/theme", _theme)]
-    app = Starlette(routes=routes, exception_handlers={HTTPException: _error})
+    app = Starlette(routes=routes, exception_handlers={HTTPException: _error}, lifespan=_closing)
     app.state.studio = studio
     app.state.nav = [page for page in PAGES if page.label is not None]
     return Guard(app, studio.token, names, any_address=any_address)
@@ -72,8 +75,16 @@ def serve(studio: Studio, host: str, port: int, more_names: Iterable[str], *, sa
         app = build(studio, names, any_address=everywhere)
         threading.Thread(target=warm_up, name="warm up", daemon=True).start()
         # no access log: it would show the token
-        settings = uvicorn.Config(app, access_log=False, log_level="warning", lifespan="off", server_header=False)
+        settings = uvicorn.Config(
+            app, access_log=False, log_level="warning", server_header=False, timeout_graceful_shutdown=GRACE_S
+        )
         uvicorn.Server(settings).run(sockets=[listener])
+
+
+@asynccontextmanager
+async def _closing(app: Starlette) -> AsyncIterator[None]:
+    yield
+    app.state.studio.close()
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -20,8 +20,10 @@ from rlmed.core.files.jsonlines import finite
 from rlmed.report.page import ASSETS as REPORT_ASSETS
 from rlmed.report.page import page_environment
 from rlmed.report.plots import Readout
+from rlmed.studio.asking import Asker
 from rlmed.studio.indexing import Indexing
 from rlmed.studio.runs import Run, Runs
+from rlmed.studio.uploads import Uploads
 
 ASSETS = Path(__file__).parent / "assets"
 THEME_COOKIE = "rlmed_studio_theme"
@@ -42,16 +44,20 @@ class Studio:
         cache: folder for what is derived from runs; made when something is written.
         runs: the runs below the folders.
         indexing: the indexes of their rollouts.
+        models: folders or names of models that can be asked, besides the runs' checkpoints.
+        asker: asks them.
         templates: Jinja environment over `rlmed/studio/assets` and `rlmed/report/assets`, with the
             report's filters; escapes all values.
     """
 
-    def __init__(self, folders: Sequence[Path], *, token: str | None, cache: Path) -> None:
+    def __init__(self, folders: Sequence[Path], *, token: str | None, cache: Path, models: Sequence[str] = ()) -> None:
         self.folders = tuple(folders)
         self.token = token
         self.cache = cache
         self.runs = Runs(self.folders)
         self.indexing = Indexing(cache)
+        self.models = tuple(models)
+        self.asker = Asker(Uploads())
         self.templates: Environment = page_environment()
         self.templates.loader = FileSystemLoader([ASSETS, REPORT_ASSETS])
         self.templates.filters |= {"instant": _instant, "moment": _moment, "curves": _curves}
@@ -96,6 +102,11 @@ class Studio:
             while len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
         return made
+
+    def close(self) -> None:
+        """Stop answers and remove uploaded files."""
+        self.asker.close()
+        self.asker.uploads.close()
 
     def page(self, template: str, request: Request, *, status: int = 200, **values: Any) -> HTMLResponse:
         """Return a page.

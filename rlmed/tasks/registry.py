@@ -40,6 +40,11 @@ def task_named(name: str, place: str = "its task") -> Task:
     return _TASKS[name]
 
 
+def known_tasks() -> tuple[Task, ...]:
+    """Return all tasks, those that a user has added last."""
+    return tuple(_TASKS.values())
+
+
 def task_of(example: Example) -> Task:
     """Return the task of an example."""
     return task_named(example.task)

@@ -103,6 +103,17 @@ class NativeEngine:
         finished, self._finished = self._finished, []
         return [group.to_rollout() for group in finished]
 
+    def partial_texts(self, index: int) -> list[str]:
+        """Return the texts so far of the running completions of the request with this index.
+
+        A character of several tokens ends in a replacement character until its last one.
+        """
+        return [
+            joined(row.group.request.prompt.prefill, self._decode_text(row.token_ids))
+            for row in self._rows
+            if row.group.request.index == index
+        ]
+
     def abort(self) -> list[RolloutRequest]:
         """Drop all waiting and running work and return its requests."""
         requests = [group.request for group in (*self._finished, *self._groups)]

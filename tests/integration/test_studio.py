@@ -34,6 +34,9 @@ PAGES = (
     "/compare?run=run&run=other",
     "/rollouts?run=run",
     "/rollouts?run=run&words=image&sort=best",
+    "/evaluate",
+    "/evaluate?run=run",
+    "/ask",
 )
 LOOKS = [(1280, "light"), (1280, "dark"), (400, "light"), (400, "dark")]
 CONTRAST = """

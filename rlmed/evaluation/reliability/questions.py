@@ -17,7 +17,7 @@ from rlmed.core.prefill import ANSWER
 from rlmed.core.types import Example, Prompt, RolloutGroup, RolloutRequest, SamplingParams
 from rlmed.data.options.order import keeps_order
 from rlmed.data.sampler import shuffle_options
-from rlmed.evaluation.option_likelihood import letter_probabilities
+from rlmed.evaluation.option_likelihood import answer_opening, letter_probabilities
 from rlmed.evaluation.records import EvalRow
 from rlmed.evaluation.reliability.figures import (
     Argued,
@@ -140,7 +140,9 @@ class _Asker:
         """Return all answers to each question; its greedy answer is its row."""
         samples = self._samples()
         orders = [self._order(seed) for seed in ORDER_SEEDS]
-        openings = {key: opening for key, row in rows.items() if (opening := _opening(row.completion)) is not None}
+        openings = {
+            key: opening for key, row in rows.items() if (opening := answer_opening(row.completion)) is not None
+        }
         reasoned = self._probabilities("letters after reasoning", openings)
         direct = self._probabilities("letters without reasoning", dict.fromkeys(self.questions, ANSWER))
         return [
@@ -216,9 +218,3 @@ class _Asker:
     def _tell(self, part: str, done: int, total: int) -> None:
         if self.on_progress is not None:
             self.on_progress(part, done, total)
-
-
-def _opening(completion: str) -> str | None:
-    """Return a completion up to and including its first answer tag; None without one."""
-    reasoning, tag, _ = completion.partition(ANSWER)
-    return reasoning + tag if tag else None

@@ -217,6 +217,23 @@ def test_generated_tokens_are_counted(chain, make_request):
     assert engine.generated_tokens == 17
 
 
+def test_texts_so_far_grow_to_the_whole_ones_of_the_request_that_is_named(chain, make_request, plan):
+    engine = new_engine(chain({4: [0], 9: [0]}))
+    engine.submit(make_request(0, start=1))
+    engine.submit(make_request(1, start=6, group_size=2))
+    assert engine.partial_texts(1) == []
+    seen, ended = [], {}
+    while engine.busy:
+        ended |= {group.request.index: group.completions[0].text for group in engine.step()}
+        seen.append((engine.partial_texts(0), engine.partial_texts(1)))
+    assert ended == {0: "cde", 1: "hij"}
+    grown = [tuple(texts) for _, texts in seen if texts]
+    assert [pair for i, pair in enumerate(grown) if pair != grown[i - 1]] == [
+        *([("", "")] if plan.lag else []), ("h", "h"), ("hi", "hi"), ("hij", "hij")
+    ]  # fmt: skip
+    assert engine.partial_texts(0) == []
+
+
 def test_abort_returns_the_unfinished_requests_and_leaves_a_usable_engine(chain, make_request, plan):
     engine = new_engine(chain(), max_completions=2)
     for i, max_tokens in enumerate([1, 9, 9, 9]):

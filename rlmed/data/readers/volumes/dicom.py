@@ -56,7 +56,7 @@ def read(
             pydicom is not installed.
     """
     try:
-        with _without_local_dl():
+        with without_local_dl():
             from rlmed.data.readers.volumes.dicom_file import read_header
             from rlmed.data.readers.volumes.dicom_pixels import render_frame
             from rlmed.data.readers.volumes.dicom_series import series_files
@@ -94,7 +94,7 @@ def read(
 
 
 @contextmanager
-def _without_local_dl() -> Iterator[None]:
+def without_local_dl() -> Iterator[None]:
     """Hide any folder `dl`: GDCM, which pydicom imports, tries Python 2's `import dl`."""
     sys.modules.setdefault("dl", None)  # type: ignore[arg-type]
     try:

@@ -56,6 +56,29 @@ def render_frame(path: Path, header: DicomHeader, frame: int, window: Window | N
         return picture
 
 
+def grey_values(path: Path, header: DicomHeader, frame: int) -> np.ndarray:
+    """Return the finite values of a frame of grey, after rescale and without padding: float [N].
+
+    Raises:
+        BadImageError: as `render_frame`.
+    """
+    with dicom_damage_reported(), np.errstate(all="ignore"):
+        dataset = frame_dataset(header, frame)
+        stored = decode_frame(path, header, frame)
+        padding, values = _padding(stored, dataset), _rescale(stored, dataset, header)
+        inside = values.ravel() if padding is None else values[~padding]
+        finite: np.ndarray = inside[np.isfinite(inside)]
+        return finite
+
+
+def own_windows(header: DicomHeader, frame: int) -> list[Window]:
+    """Return the windows that a file states for a frame; empty without a usable one."""
+    with dicom_damage_reported():
+        dataset = frame_dataset(header, frame)
+        stated = zip(*(_numbers(dataset.get(name)) for name in ("WindowCenter", "WindowWidth")), strict=False)
+        return [Window(center, width) for center, width in stated if width > 0 and math.isfinite(center + width)]
+
+
 def _grey(stored: np.ndarray, dataset: Dataset, header: DicomHeader, window: Window | None) -> np.ndarray:
     padding = _padding(stored, dataset)
     values = _rescale(stored, dataset, header)
@@ -67,7 +90,7 @@ def _grey(stored: np.ndarray, dataset: Dataset, header: DicomHeader, window: Win
             # a table that says 16 bits and holds 12 would make the picture nearly black
             raise BadImageError(
                 f"its VOI look-up table says {entries.bits} bits an entry, its largest entry is {entries.largest}: "
-                "give a window instead, with the window column or --window"
+                "give a window instead (rlmed.prepare: the window column or --window)"
             )
         pixels = _to_8_bits(entries.look_up(np.rint(values)), entries.bits)
         shown = "its VOI look-up table makes all of them one grey value"

@@ -67,6 +67,21 @@ def series_files(folder: Path, root: Path) -> tuple[Path, ...]:
     return tuple(slices[index].path for index in _order(slices))
 
 
+def by_series(paths: Sequence[Path]) -> list[tuple[Path, ...]]:
+    """Return DICOM images of one frame parted by their series, each in the order of its places.
+
+    Raises:
+        BadImageError: for a file that is no DICOM image, or a series whose order is unknown.
+    """
+    series: dict[str, list[_Slice]] = {}
+    for path in paths:
+        found = _read_place(path)
+        if found is None:
+            raise BadImageError("one of the files is no DICOM image: take it out")
+        series.setdefault(found.series or str(path), []).append(found)
+    return [tuple(slices[index].path for index in _order(slices)) for slices in series.values()]
+
+
 def _read_place(path: Path) -> _Slice | None:
     """Read where a slice lies; None for a file that is not a DICOM image."""
     try:

@@ -104,8 +104,8 @@ def check_shown(values: np.ndarray, pixels: np.ndarray, shown: str, empty: str =
     beside = max(1, values.size // 10_000)
     if int(np.ptp(pixels)) < MIN_CONTRAST or (_contrast(pixels, beside) < MIN_CONTRAST and _varies(values, beside)):
         raise BadImageError(
-            f"it shows nothing: its values go from {low:g} to {high:g}, and {shown}. Give a window that they lie in, with "
-            "the window column or --window"
+            f"it shows nothing: its values go from {low:g} to {high:g}, and {shown}. Give a window that they lie in "
+            "(rlmed.prepare: the window column or --window)"
         )
 
 

@@ -101,20 +101,7 @@ def render_slice(path: Path, choice: SliceChoice, *, allow_unknown_orientation: 
         BadImageError: for a file that is missing, damaged, not NIfTI or too large, or a slice out
             of range; gives the reason but not the path.
     """
-    with _nifti_damage_reported(), path.open("rb") as file:
-        zipped = file.read(2) == _GZIP
-        file.seek(0)
-        # GzipFile inflates in small pieces on read
-        stream = cast(BinaryIO, gzip.GzipFile(fileobj=file)) if zipped else file
-        header = _read_header(stream)
-        check_header(header)
-        affine = _affine(header, allow_unknown_orientation)
-        shape = _checked_shape(header, choice.volume, zipped)
-        check_length(file, header, zipped, MAX_INFLATED)
-        if zipped:
-            state = path.stat()
-            _check_sum(path, min(end_of_data(header), MAX_INFLATED), state.st_mtime_ns, state.st_size)
-        values, spacing = _oriented_slice(ArrayProxy(stream, header), affine, shape, choice)
+    values, spacing = _read_slice(path, choice, allow_unknown_orientation)
     window = choice.window
     low, high = (
         (window.center - window.width / 2, window.center + window.width / 2) if window else percentile_range(values)
@@ -124,8 +111,46 @@ def render_slice(path: Path, choice: SliceChoice, *, allow_unknown_orientation: 
     return to_picture(pixels, *spacing)
 
 
+def slice_values(path: Path, choice: SliceChoice, *, allow_unknown_orientation: bool = False) -> np.ndarray:
+    """Return the finite values of a slice, after scaling: float [N].
+
+    Raises:
+        BadImageError: as `render_slice`.
+    """
+    values, _ = _read_slice(path, choice, allow_unknown_orientation)
+    finite: np.ndarray = values[np.isfinite(values)]
+    return finite
+
+
+def _read_slice(path: Path, choice: SliceChoice, allow_unknown: bool) -> tuple[np.ndarray, tuple[float, float]]:
+    """Return what `_oriented_slice` does, of a checked file."""
+    with _nifti_damage_reported(), path.open("rb") as file:
+        zipped = file.read(2) == _GZIP
+        file.seek(0)
+        # GzipFile inflates in small pieces on read
+        stream = cast(BinaryIO, gzip.GzipFile(fileobj=file)) if zipped else file
+        header = _read_header(stream)
+        check_header(header)
+        affine = _affine(header, allow_unknown)
+        shape = _checked_shape(header, choice.volume, zipped)
+        check_length(file, header, zipped, MAX_INFLATED)
+        if zipped:
+            state = path.stat()
+            _check_sum(path, min(end_of_data(header), MAX_INFLATED), state.st_mtime_ns, state.st_size)
+        return _oriented_slice(ArrayProxy(stream, header), affine, shape, choice)
+
+
 def slice_count(path: Path, plane: Plane, *, allow_unknown_orientation: bool = False) -> int:
     """Return how many slices of a plane a file has, by its header.
+
+    Raises:
+        BadImageError: as `render_slice`.
+    """
+    return slice_counts(path, allow_unknown_orientation=allow_unknown_orientation)[plane]
+
+
+def slice_counts(path: Path, *, allow_unknown_orientation: bool = False) -> dict[str, int]:
+    """Return how many slices of each plane a file has, and its `"volumes"`, by its header.
 
     Raises:
         BadImageError: as `render_slice`.
@@ -136,7 +161,9 @@ def slice_count(path: Path, plane: Plane, *, allow_unknown_orientation: bool = F
         header = _read_header(cast(BinaryIO, gzip.GzipFile(fileobj=file)) if zipped else file)
         check_header(header)
         affine = _affine(header, allow_unknown_orientation)
-        return _checked_shape(header, 0, zipped)[_axis_through(affine, plane)]
+        shape = _checked_shape(header, 0, zipped)
+        counts: dict[str, int] = {plane: shape[_axis_through(affine, plane)] for plane in AXES}
+        return counts | {"volumes": shape[3] if len(shape) > 3 else 1}
 
 
 @lru_cache(maxsize=FILES_KEPT)

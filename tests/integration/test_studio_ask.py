@@ -1,0 +1,174 @@
+"""The page Ask in a browser: upload, slice and window, reasoning as it grows, probabilities."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("pydicom", reason="needs rlmed's extra 'readers'")
+pytest.importorskip("starlette", reason="needs rlmed's extra 'studio'")
+pytest.importorskip("playwright", reason="needs playwright")
+
+import uvicorn
+from playwright.sync_api import sync_playwright
+
+from rlmed import ask
+from rlmed.data.phantom.studies import write_split
+from rlmed.studio.server import build
+from rlmed.studio.state import Studio
+from tests.unit.rlmed.data.readers.dicom_files import write_dicom
+
+CHROMIUM = shutil.which("chromium")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """A generated picture with its question, and a DICOM series of five slices, each brighter."""
+    folder = tmp_path_factory.mktemp("files")
+    write_split(folder, name="mri", modality="MRI", rows=1, seed=0)
+    noise = np.random.default_rng(0).normal(0, 20, (32, 32))
+    for place in range(5):
+        values = (noise + 100 * place).astype(np.int16)
+        write_dicom(
+            folder / f"{place}.dcm", values, Modality="CT", SeriesInstanceUID="1.2.3", PatientName="DOE^JANE",
+            ImagePositionPatient=[0, 0, place], ImageOrientationPatient=[1, 0, 0, 0, 1, 0], WindowCenter=200, WindowWidth=600,
+        )  # fmt: skip
+    (folder / "broken.dcm").write_bytes(b"\0" * 128 + b"DICM" + b"x" * 300)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    studio = Studio([folder], token="secret", cache=folder / "cache")
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(build(studio), log_level="warning"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/ask?token=secret"
+        server.should_exit = True
+        thread.join(20)
+    assert not thread.is_alive()
+    assert not studio.asker.uploads.folder.exists()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, address):
+    context = browser.new_context(viewport={"width": 400, "height": 900})
+    page = context.new_page()
+    said: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.goto(address)
+    yield page
+    assert said == []  # a breach of the policy would be there
+    context.close()
+
+
+def question_of(files: Path) -> dict:
+    return json.loads(next(files.glob("*.jsonl")).read_text().splitlines()[0])
+
+
+def share(cell: str) -> float:
+    return float(cell.removesuffix("\u00a0%"))
+
+
+def test_an_answer_grows_and_is_that_of_the_command_line(page, files):
+    asked = question_of(files)
+    picture = files / asked["image"]
+    page.get_by_label("Files: pictures, DICOM or NIfTI").set_input_files([picture])
+    page.locator("#views li img[src^=blob]").wait_for()
+    page.get_by_label("Question", exact=True).fill(asked["question"])
+    page.get_by_label("Options, one a line").fill("\n".join(asked["options"]))
+    # what the log showed, each time that it changed
+    page.evaluate(
+        "() => { window.seen = []; const log = document.querySelector('#side-image .written');"
+        " new MutationObserver(() => window.seen.push(log.textContent)).observe(log, { childList: true }); }"
+    )
+    page.get_by_role("button", name="Ask").press("Enter")
+    page.locator("#state", has_text="done").wait_for(timeout=60_000)
+    _, wanted = ask.ask(ask.parse_arguments([str(picture), asked["question"], "--options", *asked["options"]]))
+    reasoning = wanted.partition("<think>")[2].partition("</think>")[0].strip()
+    assert page.locator("#side-image .written").text_content() == reasoning
+    grown = [text for text in page.evaluate("() => window.seen") if text]
+    assert len(grown) > 5
+    assert all(reasoning.startswith(text) for text in grown)
+    letter = wanted.partition("<answer>")[2][0]
+    assert page.locator("#side-image .words").text_content().startswith(f"Answer: {letter}) ")
+    for side in ("image", "blank"):
+        rows = page.locator(f"#side-{side} tbody tr")
+        cells = [rows.nth(place).locator("td").all_text_contents() for place in range(len(asked["options"]))]
+        for column in (1, 2):
+            assert sum(share(row[column]) for row in cells) == pytest.approx(100, abs=0.05 * len(cells))  # rounded each
+        if side == "image":
+            assert max(cells, key=lambda row: share(row[1]))[0].startswith(f"{letter}) ")
+            assert rows.nth("ABCD".index(letter)).get_attribute("class") == "chosen"
+    assert page.locator("#side-blank .words").text_content().startswith("Answer: ")
+    assert page.locator("#notes").text_content().startswith("This model is the embedded toy")
+    assert page.evaluate("() => document.documentElement.scrollWidth") <= 400
+
+
+def test_slices_and_windows_are_chosen_by_keyboard(page, files):
+    names = ["3.dcm", "0.dcm", "4.dcm", "1.dcm", "broken.dcm", "2.dcm"]
+    page.get_by_label("Files: pictures, DICOM or NIfTI").set_input_files([files / name for name in names])
+    page.locator("#views li img[src^=blob]").wait_for()
+    assert page.locator("#problems li").all_text_contents()[0].startswith("broken.dcm: it is not a DICOM file")
+    assert "DOE" not in page.content()
+    shade = (
+        "() => { const image = document.querySelector('#views img'), canvas = document.createElement('canvas');"
+        " canvas.width = canvas.height = 1; const drawing = canvas.getContext('2d'); drawing.drawImage(image, 0, 0, 1, 1);"
+        " return drawing.getImageData(0, 0, 1, 1).data[0]; }"
+    )
+
+    def shown(alt: str, unlike: int = -1) -> int:
+        """The shade of the picture of this name, once it is another than `unlike`."""
+        page.locator(f"#views img[alt='{alt}']").wait_for()
+        for _ in range(100):
+            if page.evaluate("() => document.querySelector('#views img').complete") and page.evaluate(shade) != unlike:
+                break
+            page.wait_for_timeout(50)
+        return page.evaluate(shade)
+
+    middle = shown("slice 3 of DICOM")
+    slider = page.get_by_label("slice")
+    slider.focus()
+    slider.press("End")
+    assert page.locator("#views output").text_content() == "5 of 5"
+    last = shown("slice 5 of DICOM", unlike=middle)
+    assert last > middle + 30
+    page.get_by_label("window", exact=True).select_option("bone")
+    assert shown("slice 5 of DICOM", unlike=last) < last - 30  # 400 is white no more, but grey
+    page.get_by_role("button", name="Another slice").click()
+    assert page.locator("#views li").count() == 2
+    page.get_by_role("button", name="Remove").first.click()
+    assert page.locator("#views li").count() == 1
+
+
+def test_an_answer_is_stopped_and_a_mistake_is_told(page, files):
+    page.get_by_label("Question", exact=True).fill("Which?")
+    page.get_by_label("Options, one a line").fill("only")
+    page.get_by_role("button", name="Ask").click()
+    page.get_by_role("alert").filter(has_text="2 to 10 different texts").wait_for()
+    page.get_by_label("Options, one a line").fill("a\nb")
+    page.get_by_label("Temperature").fill("10")
+    page.get_by_label("Most tokens").fill("8000")
+    page.get_by_role("button", name="Ask").click()
+    page.get_by_role("button", name="Stop").click()
+    page.locator("#state", has_text="stopped").wait_for()
+    page.get_by_role("button", name="Ask").and_(page.locator(":enabled")).wait_for()
