@@ -127,5 +127,6 @@ def _same_origin(request: HTTPConnection) -> bool:
         return False
     if origin is None:
         return site is not None
+    sender: str = urlsplit(origin).netloc
     host: str = request.headers.get("host", "")
-    return urlsplit(origin).netloc.lower() == host.lower()
+    return sender.lower() == host.lower()
