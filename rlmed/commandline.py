@@ -104,40 +104,56 @@ def run_command(
         if flags.help:
             _show_help(program, inspect.getdoc(inspect.getmodule(main)) or "", name, overrides)
         elif flags.dry_run:
-            if dry_run is None or flags.multirun or flags.shown:
-                raise ValueError("--dry-run is for one run of rlmed.launch, rlmed.sft or rlmed.evaluate: drop it here")
-            config, _ = _compose(program, name, overrides)
-            if config.resume is not None:
-                raise ValueError(f"resume={config.resume}: --dry-run tries a new run: drop one of them")
-            _hide_progress_bars()
-            dry_run(config)
+            _try(program, name, overrides, flags, dry_run)
         elif flags.multirun:
             sweep_dir = f"hydra.sweep.dir=outputs/${{name}}/sweep_${{now:%Y-%m-%d_%H-%M-%S}}_{os.getpid()}"
             _call_hydra(name, _Job(program, main, notice, held=False), [sweep_dir, *overrides], "--multirun")
         elif flags.shown:
             _call_hydra(name, _Job(program, main, notice, held=False), overrides, *flags.shown)
         else:
-            folder = _choose_folder(program, name, overrides)
-            # the libraries that save models accept only valid Unicode paths
-            if program in TRAINING and not _is_unicode([str(folder)]):
-                raise ValueError(
-                    f"{str(folder)!r}: no checkpoint can be written there, since the name cannot be decoded in this "
-                    f"terminal's locale: set LC_ALL=C.UTF-8, or choose another with {FOLDER_KEY}FOLDER"
-                )
-            new = not any(folder.iterdir())
-            with (
-                _removing(folder if new else None),
-                hold(folder, advice=f"wait until it has ended, or choose another folder with {FOLDER_KEY}FOLDER"),
-            ):
-                for path in (folder, folder / "checkpoints", folder / "evaluations"):
-                    if path.exists():
-                        check_writable(path)
-                    remove_leftovers(path, "*", held=True)
-                _call_hydra(
-                    name,
-                    _Job(program, main, notice, held=True),
-                    [*overrides, FOLDER_KEY + quoted(str(folder), commas=False)],
-                )
+            _run_in_folder(program, name, overrides, _Job(program, main, notice, held=True))
+
+
+def _try(
+    program: str,
+    name: str,
+    overrides: Sequence[str],
+    flags: argparse.Namespace,
+    dry_run: Callable[[RunConfig], None] | None,
+) -> None:
+    """Call `dry_run` with the configuration; ValueError where it cannot be tried."""
+    if dry_run is None or flags.multirun or flags.shown:
+        raise ValueError("--dry-run is for one run of rlmed.launch, rlmed.sft or rlmed.evaluate: drop it here")
+    config, _ = _compose(program, name, overrides)
+    if config.resume is not None:
+        raise ValueError(f"resume={config.resume}: --dry-run tries a new run: drop one of them")
+    _hide_progress_bars()
+    dry_run(config)
+
+
+def _run_in_folder(program: str, name: str, overrides: Sequence[str], job: _Job) -> None:
+    """Call the job in the run's folder, locked; remove it if it fails at once."""
+    folder = _choose_folder(program, name, overrides)
+    # the libraries that save models accept only valid Unicode paths
+    if program in TRAINING and not _is_unicode([str(folder)]):
+        raise ValueError(
+            f"{str(folder)!r}: no checkpoint can be written there, since the name cannot be decoded in this "
+            f"terminal's locale: set LC_ALL=C.UTF-8, or choose another with {FOLDER_KEY}FOLDER"
+        )
+    new = not any(folder.iterdir())
+    with (
+        _removing(folder if new else None),
+        hold(folder, advice=f"wait until it has ended, or choose another folder with {FOLDER_KEY}FOLDER"),
+    ):
+        for path in (folder, folder / "checkpoints", folder / "evaluations"):
+            if path.exists():
+                check_writable(path)
+            remove_leftovers(path, "*", held=True)
+        _call_hydra(
+            name,
+            job,
+            [*overrides, FOLDER_KEY + quoted(str(folder), commas=False)],
+        )
 
 
 @dataclass(frozen=True)

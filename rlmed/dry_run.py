@@ -95,13 +95,12 @@ def try_training(config: RunConfig) -> None:
             )
             _say_evaluations(evaluations)
             begin = time.perf_counter()
-            step_s = run.probe(min(STEPS, config.steps))
+            step_s, length = run.probe(min(STEPS, config.steps))
             checked = time.perf_counter() - begin - sum(step_s)
-            if run.lengths:
-                _say(
-                    f"tried: {len(step_s)} steps of {', '.join(f'{s:.2f}' for s in step_s)} s; completions of "
-                    f"{run.lengths[-1]:.0f} tokens, at most {config.rollout.max_tokens}: longer ones take longer"
-                )
+            _say(
+                f"tried: {len(step_s)} steps of {', '.join(f'{s:.2f}' for s in step_s)} s; completions of {length:.0f} "
+                f"tokens, at most {config.rollout.max_tokens}: longer ones take longer"
+            )
             answer_s = _answer_seconds(run.evaluator) if evaluations else 0.0
         finally:
             run.close()
@@ -145,7 +144,7 @@ def try_evaluation(config: RunConfig) -> None:
 
 @contextmanager
 def _trying(program: str, config: RunConfig) -> Iterator[tuple[RunConfig, Path]]:
-    """Say the settings and, of what follows, the memory; give settings and folder to try them in."""
+    """Say settings and, of what follows, the memory; give settings and folder to try them in."""
     changed = differences(config, compose_config(program, []))
     _say("settings that differ from the defaults (--cfg job shows all):" if changed else "settings: the defaults")
     for key, (value, default) in changed.items():

@@ -59,11 +59,6 @@ def rows_of(path: Path, flag: str) -> tuple[Example, ...]:
     if not path.is_file():
         raise ValueError(f"{flag} {path}: file not found in {Path.cwd()}: correct the path")
     read = read_examples(path)
-    if not read.examples:
-        why = f": {format_skips(read, record='')}" if read.skipped else ""
-        raise ValueError(
-            f"{flag} {path}: it has no row that can be used{why}".rstrip() + " (docs/data.md has the format)"
-        )
     if read.skipped:
         sys.stderr.write(f"{format_skips(read, record='')}\n")
     return read.examples

@@ -96,7 +96,6 @@ class Run:
         self.tracer = Tracer(folder / "timeline.jsonl")
         self.recorder = RunRecorder(folder, loggers)
         self.done = 0
-        self.lengths: list[float] = []
         self.cluster: Cluster = build_cluster(
             dataclasses.replace(config, data=self.data.settle_images(config.data)),
             self.renderer,
@@ -175,18 +174,18 @@ class Run:
             self._train()
         self._finish()
 
-    def probe(self, steps: int) -> list[float]:
-        """Check the first rollouts, and run a few steps; return the seconds of each.
+    def probe(self, steps: int) -> tuple[list[float], float]:
+        """Check the first rollouts, run a few steps; return their seconds, tokens of completions.
 
         Writes no checkpoint; `close` ends the run.
         """
         self._preflight()
-        ends = [time.perf_counter()]
+        ends, lengths = [time.perf_counter()], [0.0]
 
         def after_step(result: StepResult) -> None:
             self.stream.observe([*(group.scored for group in result.groups), *result.discarded])
             self.rubric.metrics()
-            self.lengths.append(result.metrics["completion/length"])
+            lengths.append(result.metrics["completion/length"])
             ends.append(time.perf_counter())
 
         train(
@@ -199,7 +198,7 @@ class Run:
             tracer=self.tracer,
             after_step=after_step,
         )
-        return list(np.diff(ends))
+        return list(np.diff(ends)), lengths[-1]
 
     def close(self) -> None:
         """End everything that was started, without results."""

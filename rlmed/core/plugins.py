@@ -15,7 +15,7 @@ FOLDER = "RLMED_CODE"
 
 
 def beside(config_dir: str) -> None:
-    """Let modules beside the folder `config_dir` be found, by the processes started from here, too."""
+    """Let modules beside the folder `config_dir` be found, also by processes started later."""
     os.environ[FOLDER] = str(Path(config_dir).absolute().parent)
 
 

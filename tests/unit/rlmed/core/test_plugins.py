@@ -1,4 +1,4 @@
-"""Rewards and tasks of installed packages by name, and modules beside the configuration's folder."""
+"""Rewards and tasks of installed packages by name; modules beside the configuration's folder."""
 
 from __future__ import annotations
 
