@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import os
-import sys
 
 import numpy as np
 
 from rewards.base import Reward
 from rewards.deadline import DeadlineError, call_within
+from rlmed.core.plugins import own_places, registered, search_own_code
+from rlmed.core.spelling import closest
 from rlmed.core.types import Completion, Example
 
+ENTRY_POINTS = "rlmed.rewards"
+"""Group of entry points by which installed packages offer rewards."""
 _SHOWN = 200
 """Most characters of a completion that an error message shows."""
 
@@ -26,16 +28,24 @@ class RewardTimeoutError(RewardError):
 
 
 def load_reward(path: str) -> Reward:
-    """Import "module:function"; modules in the working directory are found too.
+    """Import "module:function", or the function that an installed package registers by name.
+
+    Modules in the working directory are found too, and beside the folder of `--config-dir`. Names
+    are those of the entry points `rlmed.rewards`.
 
     Raises:
         ValueError: if the path, module or function is wrong; the message says which.
     """
+    if ":" not in path and path.isidentifier():
+        function = registered(ENTRY_POINTS, path, f"reward.extra has {path!r}", "module:function")
+        if not callable(function):
+            raise ValueError(f"reward.extra={path}: the entry point is not a function: correct its package")
+        _check_arguments(path, function)
+        return function  # type: ignore[no-any-return]
     module_name, colon, function_name = path.partition(":")
     if not (module_name and colon and function_name.isidentifier()) or module_name.endswith(".py"):
         raise ValueError(f"reward.extra has {path!r}: write module:function, for example my_rewards:few_words")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    search_own_code()
     try:
         module = importlib.import_module(module_name)
     except (
@@ -43,13 +53,16 @@ def load_reward(path: str) -> Reward:
         SystemExit,
     ) as error:  # importing a user's module may raise anything
         raise ValueError(
-            f"reward.extra={path}: module {module_name!r} cannot be imported from {os.getcwd()} or the Python path: "
+            f"reward.extra={path}: module {module_name!r} cannot be imported from {own_places()} or the Python path: "
             f"{type(error).__name__}: {error}"
         ) from error
     function = vars(module).get(function_name)
     if not callable(function):
         what = "is not a function" if function_name in vars(module) else "does not exist"
-        raise ValueError(f"reward.extra={path}: {function_name!r} {what} in {module.__file__}: define it there")
+        functions = [name for name, value in vars(module).items() if inspect.isfunction(value)]
+        near = closest(function_name, functions)
+        advice = f"did you mean {near}?" if near else "define it there"
+        raise ValueError(f"reward.extra={path}: {function_name!r} {what} in {module.__file__}: {advice}")
     _check_arguments(path, function)
     return function  # type: ignore[no-any-return]
 

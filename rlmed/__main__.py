@@ -20,6 +20,7 @@ COMMANDS = {
     "report": "write the HTML report of a run folder",
     "studio": "show run folders in a browser, while they run",
     "export": "write a run's model as a folder for transformers and vLLM, with its card",
+    "init": "write a configuration of your own, for your data, model and GPU",
     "doctor": "check what this machine can run",
 }
 

@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -22,7 +22,6 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from rewards.cache import CACHE_FILE
 from rewards.extra import RewardError
 from rlmed.core.config.arguments import check_spelling, profile_notice
 from rlmed.core.config.building import build_config
@@ -35,6 +34,7 @@ from rlmed.core.config.use import check_used
 from rlmed.core.files.atomic import refusal
 from rlmed.core.files.exclusive import hold
 from rlmed.core.files.ownership import remove_leftovers
+from rlmed.core.plugins import beside
 from rlmed.core.process.display import (
     ERRORS,
     TRACE,
@@ -46,15 +46,13 @@ from rlmed.core.process.display import (
 )
 from rlmed.core.process.starting import loading_libraries
 from rlmed.core.protocols import LOST, ClusterError
-from rlmed.recording.checkpoint import CheckpointError, list_checkpoints, starting_point
-from rlmed.recording.inputs import CONFIG_FILE
+from rlmed.recording.checkpoint import CheckpointError, starting_point
+from rlmed.run_folders import check_writable, new_folder, newest_run, report_fresh_start
 
 log = logging.getLogger(__name__)
 
 FOLDER_KEY = "hydra.run.dir="
 SEARCH_KEY = "hydra.searchpath="
-PROBE = b"." * 2**16
-"""Test data for `check_writable`; more than the few bytes that a full disk may still accept."""
 
 
 def _check_used(program: str) -> None:
@@ -69,41 +67,12 @@ def _check_used(program: str) -> None:
     )
 
 
-def newest_run(folder: Path) -> Path | None:
-    """Return the run that `resume=auto` resumes: `folder`'s sibling that saved something last.
-
-    That is a checkpoint, or, before the first one, results of slow rewards, which are not asked for
-    again. Says so on stdout if the run has no checkpoint, and names each run that began later but
-    saved nothing.
-    """
-    saved, begun, at_first = {}, {}, set()
-    for path in folder.parent.glob("*"):
-        with suppress(FileNotFoundError):  # removed meanwhile
-            if checkpoints := list_checkpoints(path / "checkpoints"):
-                saved[path] = checkpoints[-1].stat().st_mtime
-            elif (path / CONFIG_FILE).exists():
-                begun[path] = (path / CONFIG_FILE).stat().st_mtime
-                if (path / CACHE_FILE).exists():
-                    saved[path] = (path / CACHE_FILE).stat().st_mtime
-                    at_first.add(path)
-    if not saved:
-        return None
-    newest = max(saved, key=saved.__getitem__)
-    for path in sorted(begun.keys() - at_first):
-        if begun[path] > saved[newest]:
-            sys.stdout.write(f"resume=auto: {path} ended before its first checkpoint, so {newest} is resumed\n")
-    if newest in at_first:
-        earlier = max(saved.keys() - at_first, key=saved.__getitem__, default=None)
-        other = f"; to continue {earlier.name} instead: resume={earlier}" if earlier else ""
-        sys.stdout.write(
-            f"resume=auto: {newest} ended before its first checkpoint: starting it from step 1, with the rewards in "
-            f"{CACHE_FILE}{other}\n"
-        )
-    return newest
-
-
-def run_command(program: str, main: Callable[[RunConfig, Path], None]) -> None:
+def run_command(
+    program: str, main: Callable[[RunConfig, Path], None], dry_run: Callable[[RunConfig], None] | None = None
+) -> None:
     """Compose the command line's configuration; call `main(config, run_folder)`, the folder locked.
+
+    With `--dry-run`, call `dry_run(config)` instead: there is no folder.
 
     User errors exit with one line and status 2, lost processes with status 3; RLMED_TRACE=1 shows
     tracebacks.
@@ -127,39 +96,64 @@ def run_command(program: str, main: Callable[[RunConfig, Path], None]) -> None:
         _check_folder_key(overrides, sweeps=flags.multirun)
         if flags.config_dir is not None:
             overrides.append(_search_path(flags.config_dir))
+            beside(flags.config_dir)
         if not _is_unicode([*overrides, os.getcwd()]):
             # Hydra's files of the overrides must be UTF-8
             overrides.append("hydra.output_subdir=null")
         name = flags.config_name or program
         if flags.help:
             _show_help(program, inspect.getdoc(inspect.getmodule(main)) or "", name, overrides)
+        elif flags.dry_run:
+            _try(program, name, overrides, flags, dry_run)
         elif flags.multirun:
             sweep_dir = f"hydra.sweep.dir=outputs/${{name}}/sweep_${{now:%Y-%m-%d_%H-%M-%S}}_{os.getpid()}"
             _call_hydra(name, _Job(program, main, notice, held=False), [sweep_dir, *overrides], "--multirun")
         elif flags.shown:
             _call_hydra(name, _Job(program, main, notice, held=False), overrides, *flags.shown)
         else:
-            folder = _choose_folder(program, name, overrides)
-            # the libraries that save models accept only valid Unicode paths
-            if program in TRAINING and not _is_unicode([str(folder)]):
-                raise ValueError(
-                    f"{str(folder)!r}: no checkpoint can be written there, since the name cannot be decoded in this "
-                    f"terminal's locale: set LC_ALL=C.UTF-8, or choose another with {FOLDER_KEY}FOLDER"
-                )
-            new = not any(folder.iterdir())
-            with (
-                _removing(folder if new else None),
-                hold(folder, advice=f"wait until it has ended, or choose another folder with {FOLDER_KEY}FOLDER"),
-            ):
-                for path in (folder, folder / "checkpoints", folder / "evaluations"):
-                    if path.exists():
-                        check_writable(path)
-                    remove_leftovers(path, "*", held=True)
-                _call_hydra(
-                    name,
-                    _Job(program, main, notice, held=True),
-                    [*overrides, FOLDER_KEY + quoted(str(folder), commas=False)],
-                )
+            _run_in_folder(program, name, overrides, _Job(program, main, notice, held=True))
+
+
+def _try(
+    program: str,
+    name: str,
+    overrides: Sequence[str],
+    flags: argparse.Namespace,
+    dry_run: Callable[[RunConfig], None] | None,
+) -> None:
+    """Call `dry_run` with the configuration; ValueError where it cannot be tried."""
+    if dry_run is None or flags.multirun or flags.shown:
+        raise ValueError("--dry-run is for one run of rlmed.launch, rlmed.sft or rlmed.evaluate: drop it here")
+    config, _ = _compose(program, name, overrides)
+    if config.resume is not None:
+        raise ValueError(f"resume={config.resume}: --dry-run tries a new run: drop one of them")
+    _hide_progress_bars()
+    dry_run(config)
+
+
+def _run_in_folder(program: str, name: str, overrides: Sequence[str], job: _Job) -> None:
+    """Call the job in the run's folder, locked; remove it if it fails at once."""
+    folder = _choose_folder(program, name, overrides)
+    # the libraries that save models accept only valid Unicode paths
+    if program in TRAINING and not _is_unicode([str(folder)]):
+        raise ValueError(
+            f"{str(folder)!r}: no checkpoint can be written there, since the name cannot be decoded in this "
+            f"terminal's locale: set LC_ALL=C.UTF-8, or choose another with {FOLDER_KEY}FOLDER"
+        )
+    new = not any(folder.iterdir())
+    with (
+        _removing(folder if new else None),
+        hold(folder, advice=f"wait until it has ended, or choose another folder with {FOLDER_KEY}FOLDER"),
+    ):
+        for path in (folder, folder / "checkpoints", folder / "evaluations"):
+            if path.exists():
+                check_writable(path)
+            remove_leftovers(path, "*", held=True)
+        _call_hydra(
+            name,
+            job,
+            [*overrides, FOLDER_KEY + quoted(str(folder), commas=False)],
+        )
 
 
 @dataclass(frozen=True)
@@ -246,6 +240,7 @@ def _parse_flags(arguments: Sequence[str]) -> argparse.Namespace:
         ValueError: for an unknown or unsupported flag.
     """
     parser = get_args_parser()
+    parser.add_argument("--dry-run", action="store_true")
     check_spelling(arguments)
 
     def refuse(message: str) -> NoReturn:
@@ -317,12 +312,11 @@ def _call_hydra(name: str, job: _Job, overrides: Sequence[str], *flags: str) -> 
     hydra.main(version_base="1.3", config_path="pkg://conf", config_name=name)(job)()
 
 
-def _choose_folder(program: str, name: str, overrides: Sequence[str]) -> Path:
-    """Return the run folder that the overrides describe, creating it if missing.
+def _compose(program: str, name: str, overrides: Sequence[str]) -> tuple[RunConfig, str]:
+    """Return the configuration and run folder that the overrides describe.
 
     Raises:
         ConfigError: for an unknown key or invalid value.
-        RecordError: if it cannot be created.
     """
     with hydra.initialize_config_module("conf", version_base="1.3"):
         try:
@@ -335,6 +329,17 @@ def _choose_folder(program: str, name: str, overrides: Sequence[str]) -> Path:
             del composed["hydra"]
         config = build_config(plain_config(composed))
         _check_used(program)
+    return config, run_dir
+
+
+def _choose_folder(program: str, name: str, overrides: Sequence[str]) -> Path:
+    """Return the run folder that the overrides describe, creating it if missing.
+
+    Raises:
+        ConfigError: for an unknown key or invalid value.
+        RecordError: if it cannot be created.
+    """
+    config, run_dir = _compose(program, name, overrides)
     if not run_dir:
         raise ValueError(f"{FOLDER_KEY} is empty: give a folder")
     folder = Path(run_dir).absolute()
@@ -344,51 +349,12 @@ def _choose_folder(program: str, name: str, overrides: Sequence[str]) -> Path:
             # check now: Hydra writes there before the program's own code runs
             checkpoint = starting_point(folder, resume=config.resume is not None)
             if config.resume == "auto" and checkpoint is None:
-                _report_fresh_start(folder)
+                report_fresh_start(folder)
             folder.mkdir(parents=True, exist_ok=True)
             return folder
         earlier = newest_run(folder) if config.resume == "auto" else None
         if config.resume == "auto" and earlier is None:
-            _report_fresh_start(folder.parent)
+            report_fresh_start(folder.parent)
         return earlier or new_folder(folder)
     except OSError as error:
         raise refusal(folder, error, advice=f"try again, or choose another with {FOLDER_KEY}FOLDER") from error
-
-
-def _report_fresh_start(folder: Path) -> None:
-    """Say that `resume=auto` has found no checkpoint in `folder`."""
-    sys.stdout.write(f"resume=auto: nothing to resume in {folder}, starting from step 1\n")
-    sys.stdout.flush()
-
-
-def new_folder(wanted: Path) -> Path:
-    """Create the folder, with a number appended to its name if it already exists."""
-    wanted.parent.mkdir(parents=True, exist_ok=True)
-    folder, number = wanted, 1
-    while True:
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            number += 1
-            folder = wanted.with_name(f"{wanted.name}-{number}")
-        else:
-            return folder
-
-
-def check_writable(folder: Path) -> None:
-    """Check that `folder` is writable, creating it if missing.
-
-    Hydra writes there before the program's own code runs, and its errors would be tracebacks.
-
-    Raises:
-        RecordError: if it is not writable; names the folder and what to do.
-    """
-    probe = folder / f".probe-{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            probe.write_bytes(PROBE)
-        finally:
-            probe.unlink(missing_ok=True)
-    except OSError as error:
-        raise refusal(folder, error, advice="try again, or choose another with hydra.run.dir=FOLDER") from error

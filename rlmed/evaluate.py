@@ -27,5 +27,12 @@ def main(config: RunConfig, folder: Path) -> None:
     evaluate(config, folder)
 
 
+def dry_run(config: RunConfig) -> None:
+    """Print what the command would do, and about how long it takes."""
+    with loading_libraries():
+        from rlmed.dry_run import try_evaluation
+    try_evaluation(config)
+
+
 if __name__ == "__main__":
-    run_command("evaluate", main)
+    run_command("evaluate", main, dry_run)

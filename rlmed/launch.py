@@ -21,5 +21,12 @@ def main(config: RunConfig, folder: Path) -> None:
     Run(config, folder).execute()
 
 
+def dry_run(config: RunConfig) -> None:
+    """Print what the command would do, and about how long it takes."""
+    with loading_libraries():
+        from rlmed.dry_run import try_training
+    try_training(config)
+
+
 if __name__ == "__main__":
-    run_command("train", main)
+    run_command("train", main, dry_run)

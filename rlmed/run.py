@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+
+import numpy as np
 
 from learner.advantages import AdvantageEstimator, has_learning_signal
 from rewards.cache import CACHE_FILE, RewardCache
@@ -171,6 +174,39 @@ class Run:
             self._train()
         self._finish()
 
+    def probe(self, steps: int) -> tuple[list[float], float]:
+        """Check the first rollouts, run a few steps; return their seconds, tokens of completions.
+
+        Writes no checkpoint; `close` ends the run.
+        """
+        self._preflight()
+        ends, lengths = [time.perf_counter()], [0.0]
+
+        def after_step(result: StepResult) -> None:
+            self.stream.observe([*(group.scored for group in result.groups), *result.discarded])
+            self.rubric.metrics()
+            lengths.append(result.metrics["completion/length"])
+            ends.append(time.perf_counter())
+
+        train(
+            self.cluster.pool,
+            self.cluster.learner,
+            self.buffer,
+            self.advantages,
+            done=0,
+            steps=steps,
+            tracer=self.tracer,
+            after_step=after_step,
+        )
+        return list(np.diff(ends)), lengths[-1]
+
+    def close(self) -> None:
+        """End everything that was started, without results."""
+        self.rubric.close()
+        self.cluster.close()
+        self.tracer.close()
+        self.recorder.close()
+
     def _train(self) -> None:
         config = self.config
         with self.progress, self.checkpoints:
@@ -180,7 +216,7 @@ class Run:
                 self._preflight()
                 if config.eval.at_start and self.data.evals:
                     self._evaluate(0, controls=config.eval.controls)
-            self.progress.start(config.steps, self.done, self._evaluations())
+            self.progress.start(config.steps, self.done, self.evaluations())
             train(
                 self.cluster.pool,
                 self.cluster.learner,
@@ -283,7 +319,7 @@ class Run:
         self.renderer.save(folder)
         return self.cluster.learner.save(folder)
 
-    def _evaluations(self) -> dict[int, int]:
+    def evaluations(self) -> dict[int, int]:
         """Return the number of answers of each evaluation to come, by its step."""
         settings, steps = self.config.eval, self.config.steps
         if not self.data.evals:

@@ -25,5 +25,12 @@ def main(config: RunConfig, folder: Path) -> None:
     finetune(config, folder)
 
 
+def dry_run(config: RunConfig) -> None:
+    """Print what the command would do, and about how long it takes."""
+    with loading_libraries():
+        from rlmed.dry_run import try_finetuning
+    try_finetuning(config)
+
+
 if __name__ == "__main__":
-    run_command("sft", main)
+    run_command("sft", main, dry_run)

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from learner.packing import PackItem
@@ -25,7 +26,7 @@ from rlmed.data.prompts import PromptRenderer
 from rlmed.data.sampler import shuffle_options
 from rlmed.data.stream import SEED_STRIDE
 from rlmed.evaluation.results import evaluated_in, step_folder
-from rlmed.evaluation.run import Evaluator
+from rlmed.evaluation.run import Evaluator, OnProgress
 from rlmed.models.loading import check_positions, model_folder
 from rlmed.models.tiny.toy import is_toy, toy_note
 from rlmed.recording.checkpoint import CheckpointError, Checkpoints, read_state, starting_point
@@ -104,10 +105,38 @@ class Batches:
         return written_item(prompt, self._renderer.completion_ids(written))
 
 
-def finetune(config: RunConfig, folder: Path) -> None:
-    """Run the fine-tuning described by `config` in `folder`."""
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """What a fine-tuning needs, loaded."""
+
+    config: RunConfig
+    checkpoint: Path | None
+    renderer: PromptRenderer
+    data: Dataset
+    batches: Batches
+    parts: Finetuning
+
+    def evaluator(self, folder: Path, on_progress: OnProgress | None) -> Evaluator:
+        """Return the evaluator of the weights that the pool has."""
+        return Evaluator.of_run(
+            self.config.eval,
+            folder,
+            self.data,
+            self.parts.pool,
+            self.renderer,
+            stop=self.config.rollout.stop,
+            model=self.config.model.path,
+            on_progress=on_progress,
+        )
+
+
+def open_finetuning(config: RunConfig, folder: Path) -> Opened:
+    """Load model and data; `parts.resources` closes what was started.
+
+    Raises:
+        ValueError: for unusable data, model or settings.
+    """
     check_machine(config, learns=True)
-    loggers = build_loggers(folder, config.loggers, config.logging, to_mapping(config), samples=False)
     checkpoint = starting_point(folder, resume=config.resume is not None)
     renderer = make_renderer(
         config.model, config.data, config.prompt, freeze=config.learner.freeze, checkpoint=checkpoint
@@ -123,37 +152,29 @@ def finetune(config: RunConfig, folder: Path) -> None:
         steps=batches.steps,
         longest=batches.longest,
     )
+    return Opened(config, checkpoint, renderer, data, batches, parts)
+
+
+def finetune(config: RunConfig, folder: Path) -> None:
+    """Run the fine-tuning described by `config` in `folder`."""
+    check_machine(config, learns=True)  # before a logger starts
+    loggers = build_loggers(folder, config.loggers, config.logging, to_mapping(config), samples=False)
+    opened = open_finetuning(config, folder)
     recorder = RunRecorder(folder, loggers)
     # loggers last: each may wait for a server, while ranks and devices are free for others
-    with closing(parts.resources.close, failed=lambda: recorder.close(failed=True)):
-        _train(config, folder, checkpoint, parts, batches, data, renderer, recorder)
+    with closing(opened.parts.resources.close, failed=lambda: recorder.close(failed=True)):
+        _train(opened, folder, recorder)
     recorder.close()
     note = "" if config.data.source == "phantom" else toy_note(model_folder(config.model.path))
-    show_results(folder, batches.steps, before=step_folder(folder / "evaluations", 0), note=note)
+    show_results(folder, opened.batches.steps, before=step_folder(folder / "evaluations", 0), note=note)
 
 
-def _train(
-    config: RunConfig,
-    folder: Path,
-    checkpoint: Path | None,
-    parts: Finetuning,
-    batches: Batches,
-    data: Dataset,
-    renderer: PromptRenderer,
-    recorder: RunRecorder,
-) -> None:
+def _train(opened: Opened, folder: Path, recorder: RunRecorder) -> None:
     """Train with evaluations before and after."""
+    config, checkpoint, renderer = opened.config, opened.checkpoint, opened.renderer
+    data, batches, parts = opened.data, opened.batches, opened.parts
     learner, progress, tracer = parts.learner, Progress(), Tracer(folder / "timeline.jsonl")
-    evaluator = Evaluator.of_run(
-        config.eval,
-        folder,
-        data,
-        parts.pool,
-        renderer,
-        stop=config.rollout.stop,
-        model=config.model.path,
-        on_progress=progress.answers,
-    )
+    evaluator = opened.evaluator(folder, progress.answers)
     done = _restore(checkpoint, config, folder, data, parts, recorder)
     answers = evaluator.count(controls=config.eval.controls)
     evaluates, saves = bool(data.evals) and config.eval.at_end, config.checkpoint

@@ -32,7 +32,7 @@ METRICS = {
 }
 """Metrics shown after the rewards, in this order, each with label and format."""
 LABEL, BAR, LEAST = 24, 32, 8
-"""Most characters of a bar's label and of the bar itself, and least of each in a narrow terminal."""
+"""Most characters of a bar's label and of the bar, and fewest of each in a narrow terminal."""
 
 
 class Progress:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import os
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from rlmed.core.plugins import own_places, registered, search_own_code
 from rlmed.core.spelling import closest
 from rlmed.core.types import Example
 from rlmed.tasks.base import Task
@@ -20,6 +19,8 @@ from rlmed.tasks.metrics.sets import NO_SYNONYMS, read_synonyms
 from rlmed.tasks.open import Open
 from rlmed.tasks.report import Report
 
+ENTRY_POINTS = "rlmed.tasks"
+"""Group of entry points by which installed packages offer tasks."""
 LABELS = Labels()
 OWN: tuple[Task, ...] = (Choice(), Open(), Grounding(), LABELS, Report())
 _TASKS: dict[str, Task] = {task.name: task for task in OWN}
@@ -76,27 +77,30 @@ def settle_tasks(paths: Iterable[str], synonyms: str | None, *, key: str = "data
 
 
 def _load(path: str, key: str) -> Task:
+    if ":" not in path and path.isidentifier():
+        made = registered(ENTRY_POINTS, path, f"{key} has {path!r}", "module:Class")
+        return _checked(f"{key}={path}", _instance(f"{key}={path}", made))
     module_name, colon, class_name = path.partition(":")
     if not (module_name and colon and class_name.isidentifier()) or module_name.endswith(".py"):
         raise ValueError(f"{key} has {path!r}: write module:Class, for example my_tasks:Staging")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    search_own_code()
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # importing a user's module may raise anything
         raise ValueError(
-            f"{key}={path}: module {module_name!r} cannot be imported from {os.getcwd()} or the installed packages: "
+            f"{key}={path}: module {module_name!r} cannot be imported from {own_places()} or the installed packages: "
             f"{type(error).__name__}: {error}"
         ) from error
-    made = _made(f"{key}={path}", class_name, module)
+    return _checked(f"{key}={path}", _made(f"{key}={path}", class_name, module))
+
+
+def _checked(place: str, made: Any) -> Task:
     missing = [name for name in ("name", "template", "main", "score_names") if not hasattr(made, name)]
     if not isinstance(made, Task) or missing:
         what = f"has no {missing[0]}" if isinstance(made, Task) else "is no rlmed.tasks.base.Task"
-        raise ValueError(f"{key}={path}: it {what}")
+        raise ValueError(f"{place}: it {what}")
     if made.template.count("{question}") != 1 or made.main not in made.score_names:
-        raise ValueError(
-            f"{key}={path}: its template needs {{question}} once, and its main score must be among score_names"
-        )
+        raise ValueError(f"{place}: its template needs {{question}} once, and its main score must be among score_names")
     return made
 
 
@@ -106,7 +110,11 @@ def _made(place: str, class_name: str, module: ModuleType) -> Any:
         near = closest(class_name, classes)
         advice = f"did you mean {near}?" if near else "define it there"
         raise ValueError(f"{place}: {class_name!r} does not exist in {module.__file__}: {advice}")
+    return _instance(place, vars(module)[class_name])
+
+
+def _instance(place: str, made: Any) -> Any:
     try:
-        return vars(module)[class_name]()
+        return made()
     except (Exception, SystemExit) as error:  # a user's class may raise anything
         raise ValueError(f"{place}: it cannot be made: {type(error).__name__}: {error}") from error

@@ -309,7 +309,8 @@ WITH_TORCH = {
     "rollout.vllm_backend.serve": "rollout.vllm_backend.serve {folder}",
 }
 """Arguments with which the commands that load torch come to do so."""
-WITHOUT_TORCH = {"rlmed.prepare", "rlmed.leakage", "rlmed.report", "rlmed.studio"}
+WITHOUT_TORCH = {"rlmed.prepare", "rlmed.leakage", "rlmed.report", "rlmed.init", "rlmed.studio"}
+"""Commands that do not load it, or (init) only once the data has been read."""
 
 
 @pytest.mark.parametrize("command", WITH_TORCH.values(), ids=WITH_TORCH)

@@ -149,6 +149,12 @@ def _check_length(folder: Path, key: str, then: float, now: float) -> None:
         )
 
 
+def differences(config: RunConfig, base: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Return by dotted key what differs between two configurations, as (`config`'s, `base`'s)."""
+    own, other = _flat(to_mapping(config)), _flat(to_mapping(base))
+    return {key: (own.get(key), other.get(key)) for key in own | other if own.get(key) != other.get(key)}
+
+
 def _plain(value: Any) -> Any:
     """Convert tuples to lists, as YAML reads them back."""
     if isinstance(value, Mapping):

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from rlmed.cluster.advice import sparing_keys
-from rlmed.commandline import _parse_flags, _removing, check_writable, expand, new_folder, newest_run, run_command
+from rlmed.commandline import _parse_flags, _removing, expand, run_command
 from rlmed.core.config.arguments import profile_notice
 from rlmed.core.config.checks import ConfigError
 from rlmed.core.config.composing import check_same_run, compose_config, to_yaml
@@ -24,6 +24,7 @@ from rlmed.core.files.atomic import RecordError
 from rlmed.core.files.exclusive import FolderInUseError, hold
 from rlmed.core.protocols import ClusterError
 from rlmed.recording.checkpoint import CheckpointError
+from rlmed.run_folders import check_writable, new_folder, newest_run
 
 
 def config(*overrides: str) -> RunConfig:

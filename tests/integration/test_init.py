@@ -1,0 +1,161 @@
+"""`rlmed.init`: a configuration of your own that composes, fits its GPU and can be tried."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+from transformers import Qwen2VLConfig
+
+from rlmed import evaluate, init, launch, sft
+from rlmed.cluster.fitting import fit
+from rlmed.cluster.memory import GIB
+from rlmed.commandline import run_command
+from rlmed.core.config.schema import RunConfig
+
+
+def rows(folder: Path, count: int = 6, **more: object) -> Path:
+    """Write a small data file with images."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number in range(count):
+        Image.linear_gradient("L").resize((40, 40)).rotate(20 * number).save(folder / "images" / f"{number}.png")
+        row = {
+            "image": f"images/{number}.png",
+            "question": "Which organ?",
+            "options": ["liver", "heart"],
+            "answer": "A",
+        }
+        lines.append(json.dumps(row | more))
+    (folder / "own.jsonl").write_text("\n".join(lines))
+    return folder / "own.jsonl"
+
+
+@pytest.fixture(scope="module")
+def two_billion(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The settings alone of Qwen2-VL-2B."""
+    folder = tmp_path_factory.mktemp("two_billion")
+    text = {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12}
+    config = Qwen2VLConfig(
+        text_config=text | {"num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
+        vision_config={"hidden_size": 1536},
+        architectures=["Qwen2VLForConditionalGeneration"],
+    )
+    config.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def composed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunConfig]:
+    """`composed(module, *arguments)`: the configuration that a command gets."""
+
+    def compose(module: object, *arguments: str) -> RunConfig:
+        got: list[RunConfig] = []
+        monkeypatch.setattr("sys.argv", ["rlmed", "--dry-run", *arguments])
+        program = {launch: "train", sft: "sft", evaluate: "evaluate"}[module]  # type: ignore[index]
+        run_command(program, module.main, got.append)  # type: ignore[attr-defined]
+        return got[0]
+
+    return compose
+
+
+@pytest.mark.parametrize("memory", ["24", "48", "80", "8x80"])
+def test_what_is_written_composes_for_each_gpu(
+    memory: str, two_billion: Path, composed: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = rows(tmp_path / "data")
+    given = ["--data", str(data), "--model", str(two_billion), "--gpu-memory", memory, "--yes"]
+    init.main(["mine", *given])
+    arguments = ["--config-dir", "mine/conf", "+experiment=mine"]
+    for module in (launch, sft, evaluate):
+        config = composed(module, *arguments)
+        assert config.data.train == str(data)
+        assert config.model.path == str(two_billion)
+    config = composed(launch, *arguments)
+    assert config.cluster.kind == ("ray" if memory == "8x80" else "local")
+    assert (config.learner.lora.rank is None) == (memory != "24")
+    with pytest.raises(SystemExit) as ended:
+        init.main(["mine", *given])
+    assert ended.value.code == 2, "nothing is overwritten"
+
+
+def test_more_memory_takes_more(two_billion: Path) -> None:
+    found = [fit([f"model.path={two_billion}"], gpu_gib=gib) for gib in (16, 24, 80)]
+    assert [fitting.bytes <= gib * GIB for fitting, gib in zip(found, (16, 24, 80), strict=True)] == [True] * 3
+    assert [fitting.groups["learner"] for fitting in found] == ["lora", "lora", "adamw"]
+    assert found[0].bytes <= found[1].bytes
+    with pytest.raises(ValueError, match=r"the smallest need \d+\.\d GiB and there are 1\.8"):
+        fit([f"model.path={two_billion}"], gpu_gib=2)
+
+
+@pytest.mark.slow
+def test_what_is_written_can_be_tried_with_an_own_reward(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = str(rows(tmp_path / "data"))
+    init.main(["mine", "--data", data, "--eval", data, "--gpu-memory", "none", "--yes"])
+    shown = capsys.readouterr().out
+    assert "rlmed.launch --dry-run --config-dir mine/conf +experiment=mine " in shown
+    own = ["reward.extra=[my_rewards:few_words]", "preflight.enabled=false", "model.compiled_decode=false"]
+    arguments = ["--config-dir", "mine/conf", "+experiment=mine", *own]
+    monkeypatch.setattr("sys.argv", ["rlmed", "--dry-run", *arguments])
+    run_command("train", launch.main, launch.dry_run)
+    out = capsys.readouterr().out
+    assert re.search(r"^time: about ", out, re.MULTILINE)
+    assert "my_rewards:few_words" in out
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"--data": "gone.jsonl"}, "--data gone.jsonl: file not found"),
+        ({"--data": "empty.jsonl"}, r"empty\.jsonl is empty: "),
+        ({"--eval": "gone.jsonl"}, "--eval gone.jsonl: file not found"),
+        ({"--task": "report"}, "--task report: .*choice"),
+        ({"--model": "gone/model/folder"}, "gone/model/folder"),
+        ({"--data": None}, "--data is missing"),
+    ],
+)
+def test_what_cannot_be_used_is_said_and_nothing_written(
+    change: dict[str, str | None],
+    match: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.jsonl").write_text("")
+    given = {"--data": str(rows(tmp_path / "data")), "--gpu-memory": "24"} | change
+    with pytest.raises(SystemExit) as ended:
+        init.main(["mine", "--yes", *(part for flag, value in given.items() if value for part in (flag, value))])
+    assert ended.value.code == 2
+    assert re.search(match, capsys.readouterr().err)
+    assert not (tmp_path / "mine").exists()
+
+
+def test_rows_of_several_tasks_are_mixed(tmp_path: Path) -> None:
+    choice = init.rows_of(rows(tmp_path / "choice"), "--data")
+    opened = init.rows_of(rows(tmp_path / "open", task="open", options=[], answer="liver"), "--data")
+    assert init.task_of_rows(choice, None) == "choice"
+    assert init.task_of_rows(opened, "open") == "open"
+    assert init.task_of_rows([*choice, *opened], None) == "mixed"
+
+
+def test_a_terminal_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = rows(tmp_path / "data")
+    replies = iter([str(data), "", "", "24"])
+    monkeypatch.setattr("sys.stdin", type("Terminal", (), {"isatty": lambda self: True})())
+    monkeypatch.setattr("builtins.input", lambda question: next(replies))
+    init.main(["mine"])
+    written = yaml.safe_load((tmp_path / "mine" / "conf" / "experiment" / "mine.yaml").read_text())
+    assert written["data"]["train"] == str(data)
+    assert written["model"]["dtype"] == "bfloat16"
