@@ -39,16 +39,14 @@ function replaceContent(part, text) {
 }
 
 function keepFresh(part) {
-  let tag = "";
+  let tag = part.dataset.tag || "";
   async function look() {
     if (!document.hidden) {
       try {
-        const answer = await fetch(part.dataset.live, { headers: tag ? { "If-None-Match": tag } : {}, cache: "no-store" });
+        const answer = await fetch(part.dataset.live, { headers: { "If-None-Match": tag }, cache: "no-store" });
         if (answer.status === 200) {
-          const first = tag === "";
           tag = answer.headers.get("ETag") || "";
-          const text = await answer.text();
-          if (!first || !part.dataset.same) replaceContent(part, text);
+          replaceContent(part, await answer.text());
           const progress = document.querySelector(".progress p");
           const said = document.querySelector("[data-said]");
           if (said && progress) {
