@@ -38,6 +38,15 @@ function replaceContent(part, text) {
   tellTimes(part);
 }
 
+// Said aloud when a run starts, stops or ends, not at every step.
+function tellState() {
+  const said = document.querySelector("[data-said]");
+  const state = document.querySelector(".progress .state");
+  if (!said || !state || said.dataset.said === state.textContent) return;
+  if (said.dataset.said) said.textContent = document.querySelector(".progress p").textContent.replace(/started.*/s, "").trim();
+  said.dataset.said = state.textContent;
+}
+
 function keepFresh(part) {
   let tag = part.dataset.tag || "";
   async function look() {
@@ -47,12 +56,7 @@ function keepFresh(part) {
         if (answer.status === 200) {
           tag = answer.headers.get("ETag") || "";
           replaceContent(part, await answer.text());
-          const progress = document.querySelector(".progress p");
-          const said = document.querySelector("[data-said]");
-          if (said && progress) {
-            const now = progress.textContent.replace(/started.*/s, "").trim();
-            if (said.textContent !== now) said.textContent = now;
-          }
+          tellState();
         }
       } catch (error) {
         // the studio has ended, or is starting again: ask later
@@ -116,3 +120,4 @@ document.querySelectorAll("select[name=sort]").forEach((select) => {
   select.addEventListener("change", () => select.form.requestSubmit());
 });
 tellTimes(document);
+tellState();
