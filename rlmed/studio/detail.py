@@ -60,7 +60,8 @@ def _answer(request: Request, run: Run, template: str) -> Response:
     glance = studio.runs.glance(run)
     stamp = studio.runs.stamp(run)
     values = studio.kept(("run", run.folder), stamp, lambda: _values(run, glance))
-    return studio.page(template, request, glance=glance, states=STATES, **values)
+    tag = tag_of(run.name, stamp)
+    return studio.page(template, request, glance=glance, states=STATES, tag=tag, **values)
 
 
 def _values(run: Run, glance: Glance) -> dict[str, Any]:

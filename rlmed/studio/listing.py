@@ -12,17 +12,21 @@ from rlmed.studio.state import studio_of
 
 def show_runs(request: Request) -> Response:
     """Return the list of runs, `?words=` only those whose name contains all of these."""
-    return _answer(request, "runs.html.j2")
+    return _answer(request, "runs.html.j2", _tag(request))
 
 
 def show_runs_live(request: Request) -> Response:
     """Return the table alone, for a page that is open; 304 if it shows the same."""
+    tag = _tag(request)
+    return answer_if_changed(request, tag, lambda: _answer(request, "runs_table.html.j2", tag))
+
+
+def _tag(request: Request) -> str:
     runs = studio_of(request).runs
-    tag = tag_of(*((run.name, runs.stamp(run)) for run in runs.all()))
-    return answer_if_changed(request, tag, lambda: _answer(request, "runs_table.html.j2"))
+    return tag_of(*((run.name, runs.stamp(run)) for run in runs.all()))
 
 
-def _answer(request: Request, template: str) -> Response:
+def _answer(request: Request, template: str, tag: str) -> Response:
     studio = studio_of(request)
     words = request.query_params.get("words", "").split()
     glances = [
@@ -37,5 +41,5 @@ def _answer(request: Request, template: str) -> Response:
         words=" ".join(words),
         states=STATES,
         folders=[str(folder) for folder in studio.folders],
-        live=any(glance.state in ("running", "silent") for glance in glances),
+        tag=tag,
     )

@@ -66,6 +66,7 @@ def _values(request: Request, run: Run, filters: Filters) -> dict[str, Any]:
         "filters": filters,
         "sorts": {value: label for value, (label, _) in SORTS.items()},
         "place": place,
+        "tag": tag_of(place, filters),
         "total": total,
         "page": min(filters.page, pages),
         "pages": pages,

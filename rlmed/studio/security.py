@@ -6,6 +6,7 @@ browser: by a name that it has point at 127.0.0.1 (DNS rebinding), or by a form 
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 import secrets
 from collections.abc import Iterable
@@ -16,7 +17,6 @@ from starlette.requests import HTTPConnection
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-COOKIE = "rlmed_studio"
 SAFE = ("GET", "HEAD")
 POLICY = (
     "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; form-action 'self'; "
@@ -33,6 +33,14 @@ HEADERS = {
     "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
 }
 OPEN = "Open the address that `python -m rlmed.studio` printed: it holds the token of this run of the studio.\n"
+
+
+def cookie_name(token: str) -> str:
+    """Return the name of the cookie that holds a token.
+
+    A browser sends a host's cookies to all of its ports, so two studios need two names.
+    """
+    return f"rlmed_studio_{hashlib.sha256(token.encode()).hexdigest()[:12]}"
 
 
 class Guard:
@@ -86,7 +94,7 @@ class Guard:
         given = request.query_params.get("token")
         if given is not None and request.scope["type"] == "http" and request.scope["method"] in SAFE:
             return self._let_in(request, given)
-        if _equal(request.cookies.get(COOKIE, ""), self._token):
+        if _equal(request.cookies.get(cookie_name(self._token), ""), self._token):
             return None
         return PlainTextResponse(OPEN, 401)
 
@@ -112,7 +120,7 @@ class Guard:
         # one slash: "//name" would be another host
         path = "/" + request.url.path.lstrip("/\\")
         answer = RedirectResponse(f"{path}?{rest}" if rest else path, 303)
-        answer.set_cookie(COOKIE, self._token, httponly=True, samesite="strict", path="/")
+        answer.set_cookie(cookie_name(self._token), self._token, httponly=True, samesite="strict", path="/")
         return answer
 
 

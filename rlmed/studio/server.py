@@ -67,11 +67,7 @@ def serve(studio: Studio, host: str, port: int, more_names: Iterable[str], *, sa
         names = {*LOOPBACK_NAMES, host.lower(), address, *(name.lower() for name in more_names)}
         if not local:
             names |= {socket.gethostname().lower(), socket.getfqdn().lower()}
-        shown = "localhost" if everywhere else f"[{address}]" if ":" in address else address
-        secret = "" if studio.token is None else f"?token={studio.token}"
-        say(f"studio: http://{shown}:{listener.getsockname()[1]}/{secret}\n")
-        if not local:
-            say("studio: traffic is not encrypted: who listens on the network reads it, token included; see docs\n")
+        say(greeting(address, listener.getsockname()[1], studio.token))
         app = build(studio, names, any_address=everywhere)
         threading.Thread(target=warm_up, name="warm up", daemon=True).start()
         # no access log: it would show the token
@@ -85,6 +81,24 @@ def serve(studio: Studio, host: str, port: int, more_names: Iterable[str], *, sa
 async def _closing(app: Starlette) -> AsyncIterator[None]:
     yield
     app.state.studio.close()
+
+
+def greeting(address: str, port: int, token: str | None) -> str:
+    """Return the lines that tell the user where the studio is.
+
+    Example:
+        >>> greeting("::1", 8642, None)
+        'studio: http://[::1]:8642/\\n'
+    """
+    parsed = ipaddress.ip_address(address)
+    shown = "localhost" if parsed.is_unspecified else f"[{address}]" if parsed.version == 6 else address
+    said = f"studio: http://{shown}:{port}/{'' if token is None else f'?token={token}'}\n"
+    if not parsed.is_loopback:
+        said += (
+            "studio: open to the network, and traffic is not encrypted: who can listen reads all of it, the token "
+            "included; `ssh -L` is safer (docs/studio.md)\n"
+        )
+    return said
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -38,23 +38,25 @@ function replaceContent(part, text) {
   tellTimes(part);
 }
 
+// Said aloud when a run starts, stops or ends, not at every step.
+function tellState() {
+  const said = document.querySelector("[data-said]");
+  const state = document.querySelector(".progress .state");
+  if (!said || !state || said.dataset.said === state.textContent) return;
+  if (said.dataset.said) said.textContent = document.querySelector(".progress p").textContent.replace(/started.*/s, "").trim();
+  said.dataset.said = state.textContent;
+}
+
 function keepFresh(part) {
-  let tag = "";
+  let tag = part.dataset.tag || "";
   async function look() {
     if (!document.hidden) {
       try {
-        const answer = await fetch(part.dataset.live, { headers: tag ? { "If-None-Match": tag } : {}, cache: "no-store" });
+        const answer = await fetch(part.dataset.live, { headers: { "If-None-Match": tag }, cache: "no-store" });
         if (answer.status === 200) {
-          const first = tag === "";
           tag = answer.headers.get("ETag") || "";
-          const text = await answer.text();
-          if (!first || !part.dataset.same) replaceContent(part, text);
-          const progress = document.querySelector(".progress p");
-          const said = document.querySelector("[data-said]");
-          if (said && progress) {
-            const now = progress.textContent.replace(/started.*/s, "").trim();
-            if (said.textContent !== now) said.textContent = now;
-          }
+          replaceContent(part, await answer.text());
+          tellState();
         }
       } catch (error) {
         // the studio has ended, or is starting again: ask later
@@ -118,3 +120,4 @@ document.querySelectorAll("select[name=sort]").forEach((select) => {
   select.addEventListener("change", () => select.form.requestSubmit());
 });
 tellTimes(document);
+tellState();

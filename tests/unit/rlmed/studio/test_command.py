@@ -12,6 +12,7 @@ import pytest
 
 from rlmed.studio import command
 from rlmed.studio.cache import cache_folder
+from rlmed.studio.server import greeting
 from tests.unit.rlmed.studio.run_folders import write_run
 
 
@@ -31,6 +32,17 @@ def test_a_folder_that_is_not_there_is_named(capsys, tmp_path):
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2"])
 def test_without_a_token_only_this_machine_is_served(capsys, tmp_path, host):
     assert f"--host {host}" in failure(capsys, str(tmp_path), "--host", host, "--no-token")
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [("0.0.0.0", "localhost"), ("::", "localhost"), ("10.0.0.7", "10.0.0.7"), ("fd00::1", "[fd00::1]")],
+)
+def test_an_address_of_the_network_is_told_with_a_warning(address, shown):
+    first, warning = greeting(address, 8642, "abc").splitlines()
+    assert first == f"studio: http://{shown}:8642/?token=abc"
+    assert "not encrypted" in warning
+    assert len(greeting("127.0.0.1", 8642, "abc").splitlines()) == 1
 
 
 def test_an_empty_token_is_refused(capsys, tmp_path):

@@ -73,8 +73,14 @@ def test_a_run_whose_files_are_damaged_says_so_and_shows_the_rest(tmp_path):
 def test_a_live_part_is_sent_only_when_something_changed(tmp_path):
     run = write_run(tmp_path / "run", report=False)
     client = client_of(tmp_path, cache=tmp_path / "cache")
-    for address in ("/run/live?name=run", "/runs/live", "/rollouts/live?run=run"):
+    for page, address in (
+        ("/run?name=run", "/run/live?name=run"),
+        ("/", "/runs/live"),
+        ("/rollouts?run=run", "/rollouts/live?run=run"),
+    ):
         first = client.get(address)
+        live = [attributes for _, attributes in Page(client.get(page).text).tags if "data-live" in attributes]
+        assert [(part["data-live"], part["data-tag"]) for part in live] == [(address, first.headers["etag"])]
         again = {"If-None-Match": first.headers["etag"]}
         assert client.get(address, headers=again).status_code == 304
         with (run / "metrics.jsonl").open("a") as file:

@@ -8,7 +8,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
-from rlmed.studio.security import COOKIE, Guard
+from rlmed.studio.security import Guard, cookie_name
 from rlmed.studio.server import build
 from rlmed.studio.state import Studio
 from tests.unit.rlmed.report.test_page import EVIL, Page
@@ -27,7 +27,7 @@ def locked(folders, tmp_path):
 def test_nothing_opens_without_the_token(locked, address):
     answer = locked.get(address)
     assert (answer.status_code, "day/" in answer.text) == (401, False)
-    locked.cookies.set(COOKIE, TOKEN[:-1])
+    locked.cookies.set(cookie_name(TOKEN), TOKEN[:-1])
     assert locked.get(address).status_code == 401
 
 
@@ -39,6 +39,14 @@ def test_the_token_moves_from_the_address_into_a_cookie_that_no_script_reads(loc
     assert "samesite=strict" in flags
     assert TOKEN not in answer.text
     assert locked.get("/run?name=day/a").status_code == 200
+
+
+def test_two_studios_of_one_host_do_not_shut_each_other_out(folders, tmp_path):
+    clients = [client_of(folders, cache=tmp_path, token=token) for token in ("one", "two")]
+    clients[1].cookies = clients[0].cookies  # ports of one host share them
+    for client, token in zip(clients, ("one", "two"), strict=True):
+        client.get("/", params={"token": token})
+    assert [client.get("/").status_code for client in clients] == [200, 200]
 
 
 @pytest.mark.parametrize("given", ["", "b", TOKEN + "x", "ä", "\ud7ff"])
