@@ -16,8 +16,8 @@ class TimeLeft:
 
     Example:
         >>> left = TimeLeft()
-        >>> left.start(total=100, done=0, now=0.0, evaluations={100: 3600})
         >>> left.evaluated(seconds=36.0, answers=3600)
+        >>> left.start(total=100, done=0, now=0.0, evaluations={100: 3600})
         >>> left.step(1, now=2.0)
         >>> left.seconds()
         234.0

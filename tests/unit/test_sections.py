@@ -9,7 +9,7 @@ from tests.root import ROOT
 
 WIRING = tuple(
     f"rlmed/cluster/{name}.py"
-    for name in ("advice", "build", "capacity", "commands", "requirements", "reward_processes")
+    for name in ("advice", "build", "capacity", "commands", "fitting", "requirements", "reward_processes")
 )
 """Beside the files directly in `rlmed/`; `rlmed.core.config` makes the whole and checks it."""
 

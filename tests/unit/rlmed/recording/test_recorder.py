@@ -160,6 +160,7 @@ def test_killed_and_resumed_run_has_each_step_once(tmp_path):
             second.record_step(step, {"loss": float(10 * step)})
         second.record_groups(step, [make_group(step)], [])
     second.close()
+    first.close()
     assert [(line["step"], line["loss"]) for line in read_json_lines(tmp_path / "metrics.jsonl")] == [
         (1, 1.0),
         (2, 2.0),
@@ -178,10 +179,10 @@ def test_truncate_with_nothing_starts_anew(tmp_path):
 
 
 def test_a_file_shorter_than_the_checkpoint_says_is_an_error(tmp_path):
-    recorder = RunRecorder(tmp_path)
-    recorder.record_step(1, {"loss": 1.0})
-    with pytest.raises(RecordError, match=r"rollouts\.jsonl has 0 bytes, but 99"):
-        recorder.truncate({"metrics.jsonl": 5, "rollouts.jsonl": 99})
+    with RunRecorder(tmp_path) as recorder:
+        recorder.record_step(1, {"loss": 1.0})
+        with pytest.raises(RecordError, match=r"rollouts\.jsonl has 0 bytes, but 99"):
+            recorder.truncate({"metrics.jsonl": 5, "rollouts.jsonl": 99})
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 1.0}\n', "nothing is cut when one cannot be"
 
 
