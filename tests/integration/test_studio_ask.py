@@ -191,6 +191,7 @@ def test_an_answer_is_stopped_and_a_mistake_is_told(page, files):
     page.get_by_label("Options, one a line").fill("only")
     page.get_by_role("button", name="Ask").click()
     page.get_by_role("alert").filter(has_text="2 to 10 different texts").wait_for()
+    page.locator("#state", has_text="failed").wait_for()
     page.get_by_label("Options, one a line").fill("a\nb")
     # at once: the answer may be short
     page.evaluate("() => { for (const name of ['submit', 'stop']) document.getElementById(name).click(); }")
