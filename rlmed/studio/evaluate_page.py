@@ -82,9 +82,9 @@ def _step(request: Request, steps: dict[int, Path]) -> int:
 
 
 def _rows(studio: Studio, run: Run, step: int) -> EvaluatedRows:
-    rows: EvaluatedRows = studio.kept(
-        ("rows", run.folder, step), studio.runs.stamp(run), lambda: EvaluatedRows.read(run, step)
-    )
+    # of each run only one step's, which may be large
+    stamp = f"{studio.runs.stamp(run)} {step}"
+    rows: EvaluatedRows = studio.kept(("rows", run.folder), stamp, lambda: EvaluatedRows.read(run, step))
     return rows
 
 

@@ -20,6 +20,7 @@ from playwright.sync_api import sync_playwright
 
 from rlmed import ask
 from rlmed.data.phantom.studies import write_split
+from rlmed.data.prompts import PromptRenderer
 from rlmed.studio.server import build
 from rlmed.studio.state import Studio
 from tests.unit.rlmed.data.readers.dicom_files import write_dicom
@@ -45,9 +46,9 @@ def files(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
+def address(tmp_path_factory, tiny_folder):
     folder = tmp_path_factory.mktemp("runs")
-    studio = Studio([folder], token="secret", cache=folder / "cache")
+    studio = Studio([folder], token="secret", cache=folder / "cache", models=[str(tiny_folder("qwen2_vl"))])
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(build(studio), log_level="warning"))
@@ -96,19 +97,21 @@ def test_an_answer_grows_and_is_that_of_the_command_line(page, files):
     page.locator("#views li img[src^=blob]").wait_for()
     page.get_by_label("Question", exact=True).fill(asked["question"])
     page.get_by_label("Options, one a line").fill("\n".join(asked["options"]))
-    # what the log showed, each time that it changed
+    page.get_by_label("Model", exact=True).select_option("embedded model (knows generated images only)")
+    # what is added to the log, piece by piece
     page.evaluate(
-        "() => { window.seen = []; const log = document.querySelector('#side-image .written');"
-        " new MutationObserver(() => window.seen.push(log.textContent)).observe(log, { childList: true }); }"
+        "() => { window.added = []; const log = document.querySelector('#side-image .written');"
+        " new MutationObserver((records) => { for (const record of records) for (const node of record.addedNodes)"
+        " window.added.push(node.textContent); }).observe(log, { childList: true }); }"
     )
     page.get_by_role("button", name="Ask").press("Enter")
     page.locator("#state", has_text="done").wait_for(timeout=60_000)
     _, wanted = ask.ask(ask.parse_arguments([str(picture), asked["question"], "--options", *asked["options"]]))
     reasoning = wanted.partition("<think>")[2].partition("</think>")[0].strip()
     assert page.locator("#side-image .written").text_content() == reasoning
-    grown = [text for text in page.evaluate("() => window.seen") if text]
-    assert len(grown) > 5
-    assert all(reasoning.startswith(text) for text in grown)
+    pieces = page.evaluate("() => window.added")
+    assert "".join(pieces) == reasoning
+    assert len(pieces) > 5
     letter = wanted.partition("<answer>")[2][0]
     assert page.locator("#side-image .words").text_content().startswith(f"Answer: {letter}) ")
     for side in ("image", "blank"):
@@ -160,15 +163,37 @@ def test_slices_and_windows_are_chosen_by_keyboard(page, files):
     assert page.locator("#views li").count() == 1
 
 
+def test_boxes_are_drawn_where_the_answer_has_them(page, files, monkeypatch):
+    """By a model that is loaded here, and writes what it is made to."""
+    written = "<think>x</think><answer>[[100, 200, 500, 1000], [0, 0, 250, 250]]</answer>"
+    monkeypatch.setattr(PromptRenderer, "decode", lambda *_: written)
+    page.get_by_label("Files: pictures, DICOM or NIfTI").set_input_files([files / question_of(files)["image"]])
+    page.locator("#views li img[src^=blob]").wait_for()
+    page.get_by_label("Question", exact=True).fill("Where?")
+    page.get_by_label("Task").select_option("grounding")
+    assert not page.get_by_label("Options, one a line").is_visible()
+    page.get_by_label("Most tokens").fill("1")
+    page.get_by_role("button", name="Ask").click()
+    page.locator("#state", has_text="done").wait_for(timeout=60_000)
+    boxes = page.locator("#side-image rect.answer")
+    sides = ("x", "y", "width", "height")
+    assert [[boxes.nth(i).get_attribute(side) for side in sides] for i in range(2)] == [
+        ["10.00%", "20.00%", "40.00%", "80.00%"],
+        ["0.00%", "0.00%", "25.00%", "25.00%"],
+    ]
+    frame, first = page.locator("#side-image figure img").bounding_box(), boxes.first.bounding_box()
+    assert first["width"] == pytest.approx(0.4 * frame["width"], abs=3)  # with the line
+    assert first["x"] - frame["x"] == pytest.approx(0.1 * frame["width"], abs=3)
+
+
 def test_an_answer_is_stopped_and_a_mistake_is_told(page, files):
     page.get_by_label("Question", exact=True).fill("Which?")
     page.get_by_label("Options, one a line").fill("only")
     page.get_by_role("button", name="Ask").click()
     page.get_by_role("alert").filter(has_text="2 to 10 different texts").wait_for()
+    page.locator("#state", has_text="failed").wait_for()
     page.get_by_label("Options, one a line").fill("a\nb")
-    page.get_by_label("Temperature").fill("10")
-    page.get_by_label("Most tokens").fill("8000")
-    page.get_by_role("button", name="Ask").click()
-    page.get_by_role("button", name="Stop").click()
+    # at once: the answer may be short
+    page.evaluate("() => { for (const name of ['submit', 'stop']) document.getElementById(name).click(); }")
     page.locator("#state", has_text="stopped").wait_for()
     page.get_by_role("button", name="Ask").and_(page.locator(":enabled")).wait_for()
