@@ -67,7 +67,7 @@ def test_a_missing_extra_says_what_to_install(capsys, tmp_path, monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "starlette" or name.startswith("rlmed.studio.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(builtins, "__import__", without)
-    assert "pip install 'rlmed[studio]'" in failure(capsys, str(tmp_path))
+    assert "-e '.[studio]'" in failure(capsys, str(tmp_path))
 
 
 @pytest.mark.parametrize(("value", "expected"), [("/x", Path("/x/rlmed/studio")), ("x", None), ("", None)])
