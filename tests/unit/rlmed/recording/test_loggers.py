@@ -273,8 +273,8 @@ def test_a_start_that_fails_and_is_tried_again_makes_one_run_of_wandb(
     loggers.scalars(1, {"loss": 0.5})
     loggers.finish()
     assert "wandb failed and is tried again: ConnectionError: lost" in caplog.text
-    # each start has its folder, and a sync puts those of one id into one run
-    (made,) = {path.name.rpartition("-")[2] for path in (tmp_path / "wandb").glob("offline-run-*")}
+    # each start has its folder (offline-run-TIME-ID), and a sync puts those of one id into one run
+    (made,) = {path.name.split("-")[3] for path in (tmp_path / "wandb").glob("offline-run-*")}
     kept = json.loads((tmp_path / "loggers" / "wandb.json").read_text())
     assert (kept["id"], kept["rows"]) == (made, 1)
 
