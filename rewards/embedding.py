@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from rewards.extra import RewardError
 from rewards.references import answered, references_of
-from rlmed.core.config.rewarding import EmbeddingConfig
 from rlmed.core.types import Completion, Example
 
 if TYPE_CHECKING:
@@ -38,25 +37,29 @@ class Embedder:
     so as sentence-transformers write it (`modules.json`, `1_Pooling/config.json`).
     """
 
-    def __init__(self, config: EmbeddingConfig) -> None:
+    def __init__(self, folder: str, *, batch_size: int, device: str, key: str = f"{KEY}=") -> None:
         """Read the folder's settings and the digest of its files.
+
+        Args:
+            folder: with the model.
+            batch_size: most texts of a pass.
+            device: where it computes.
+            key: what stands before the folder where a user set it, for errors.
 
         Raises:
             ValueError: for a folder that is missing, holds no text encoder, or wants what is
                 unknown here.
         """
-        assert config.model is not None
-        self._config, self._folder = config, Path(config.model)
+        self._named, self._folder = f"{key}{folder}", Path(folder)
+        self._batch_size, self._device = batch_size, device
         if not self._folder.is_dir():
             raise ValueError(
-                f"{KEY}={config.model}: no such folder; give a local folder of a text encoder (hf download NAME "
+                f"{self._named}: no such folder; give a local folder of a text encoder (hf download NAME "
                 "--local-dir FOLDER)"
             )
         self._transformer, self._pooling = self._read_modules()
         if not (self._transformer / "config.json").is_file():
-            raise ValueError(
-                f"{KEY}={config.model}: there is no config.json in {self._transformer}: copy the whole model"
-            )
+            raise ValueError(f"{self._named}: there is no config.json in {self._transformer}: copy the whole model")
         self._check_encoder()
         own = self._transformer / "sentence_bert_config.json"
         self._limits: dict[str, Any] = json.loads(own.read_text(encoding="utf-8")) if own.is_file() else {}
@@ -68,14 +71,30 @@ class Embedder:
     def __call__(self, examples: Sequence[Example], completions: Sequence[Completion]) -> list[float]:
         """Return each answer's cosine with the nearest reference, 0 for a negative one.
 
-        All are of one example.
-
         Raises:
             RewardError: if the model cannot be loaded.
         """
         texts = [answered(*pair) for pair in zip(examples, completions, strict=True)]
-        cosines = self.embed(texts) @ self.embed(references_of(examples[0])).T
-        return [float(value) for value in cosines.amax(dim=1).clamp(0.0, 1.0)]
+        return self.compare(texts, [references_of(example) for example in examples])
+
+    def compare(self, answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+        """Return each answer's cosine with the nearest of its references, 0 for a negative one.
+
+        Raises:
+            RewardError: if the model cannot be loaded.
+        """
+        texts = list(dict.fromkeys([*answers, *(text for some in references for text in some)]))
+        rows = {text: row for row, text in enumerate(texts)}
+        vectors = self.embed(texts)
+        cosines = (
+            vectors[[rows[text] for text in some]] @ vectors[rows[answer]]
+            for answer, some in zip(answers, references, strict=True)
+        )
+        return [float(near.amax().clamp(0.0, 1.0)) for near in cosines]
+
+    def load(self) -> None:
+        """Load the model now; raise RewardError if that fails."""
+        self._load()
 
     def embed(self, texts: Sequence[str]) -> Tensor:
         """Return vectors of length 1, float32 [N, D], on the CPU."""
@@ -84,7 +103,7 @@ class Embedder:
         tokenizer, model, longest = self._load()
         texts = [text.lower() for text in texts] if self._limits.get("do_lower_case") else list(texts)
         vectors = []
-        size = self._config.batch_size
+        size = self._batch_size
         self._say_cut(tokenizer, texts, longest)
         for start in range(0, len(texts), size):
             inputs = tokenizer(
@@ -108,8 +127,7 @@ class Embedder:
                 except Exception as error:  # the libraries raise anything for a damaged folder
                     why = " ".join(str(error).split())
                     raise RewardError(
-                        f"{KEY}={self._config.model} cannot be loaded on reward.embedding.device={self._config.device}: "
-                        f"{type(error).__name__}: {why}"
+                        f"{self._named} cannot be loaded on device {self._device}: {type(error).__name__}: {why}"
                     ) from error
             return self._loaded
 
@@ -127,7 +145,7 @@ class Embedder:
             _positions(model),
         )
         longest = min((int(limit) for limit in limits if limit), default=LONGEST)
-        return tokenizer, model.eval().to(self._config.device), longest
+        return tokenizer, model.eval().to(self._device), longest
 
     def _say_cut(self, tokenizer: Any, texts: Sequence[str], longest: int) -> None:
         """Warn of the first text that the encoder cannot read to its end."""
@@ -137,7 +155,7 @@ class Embedder:
         if tokens > longest:
             self._said_cut = True
             log.warning(
-                "reward embedding: an answer or reference has %d tokens, and %s reads %d: of longer texts only the beginning "
+                "embedding: an answer or reference has %d tokens, and %s reads %d: of longer texts only the beginning "
                 "counts",
                 tokens,
                 self._folder,
@@ -156,7 +174,7 @@ class Embedder:
         if writes or any(config.get(key) for key in ("is_decoder", "is_encoder_decoder", "vision_config")):
             names = ", ".join(config.get("architectures") or [kind])
             raise ValueError(
-                f"{KEY}={self._config.model}: it holds {names} (model_type {kind}), which is no text encoder: give a folder of "
+                f"{self._named}: it holds {names} (model_type {kind}), which is no text encoder: give a folder of "
                 "one that reads a whole text at once, such as BERT, RoBERTa or a model of sentence-transformers"
             )
 
@@ -168,7 +186,7 @@ class Embedder:
                 kind, path = str(module["type"]).rpartition(".")[2], self._folder / str(module["path"])
                 if kind not in MODULES:
                     raise ValueError(
-                        f"{KEY}={self._config.model}: its module {kind} is not understood, only {', '.join(MODULES)}: choose "
+                        f"{self._named}: its module {kind} is not understood, only {', '.join(MODULES)}: choose "
                         "another encoder"
                     )
                 transformer, pooling = (
@@ -190,7 +208,7 @@ class Embedder:
             chosen = [str(settings["pooling_mode"])]
         if chosen not in (["mean"], ["cls"]):
             raise ValueError(
-                f"{KEY}={self._config.model}: it pools tokens by {' and '.join(chosen) or 'nothing'}; mean and cls are "
+                f"{self._named}: it pools tokens by {' and '.join(chosen) or 'nothing'}; mean and cls are "
                 "understood: choose another encoder"
             )
         return chosen[0]

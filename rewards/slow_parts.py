@@ -134,7 +134,8 @@ class SlowRewards:
         """
         if self.embedded_by is None or self.embedded_by.model is None:
             raise ValueError("reward.weights.embedding needs a text encoder: set reward.embedding.model to its folder")
-        embedder, size = Embedder(self.embedded_by), self.embedded_by.batch_size
+        size = self.embedded_by.batch_size
+        embedder = Embedder(self.embedded_by.model, batch_size=size, device=self.embedded_by.device)
         return self._own(EMBEDDING, embedder, self.embedded_by, embedder.settings, batch_size=size)
 
     def radeval(self) -> SlowReward:

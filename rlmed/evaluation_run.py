@@ -24,6 +24,7 @@ from rlmed.evaluation.kits.predictions import check_kits, predictions_table, wri
 from rlmed.evaluation.kits.rule_scores import FOLDER
 from rlmed.evaluation.reliability.questions import ReliabilitySettings, measure_reliability
 from rlmed.evaluation.reliability.table import reliability_table
+from rlmed.evaluation.report_metrics import check_report_metrics
 from rlmed.evaluation.results import ROWS_FILE, check_comparable, step_folder
 from rlmed.evaluation.run import Evaluator
 from rlmed.models.loading import check_positions, model_folder
@@ -94,6 +95,7 @@ def open_evaluation(
     if before:
         check_comparable(before, {file.name: file.examples for file in data.eval_files(config.eval.limit)})
     check_kits(config.eval.predictions, data.eval_files(config.eval.limit))
+    check_report_metrics(config.eval, data)
     # the longest completion is an evaluation's
     rollout = dataclasses.replace(config.rollout, max_tokens=config.eval.max_tokens)
     sampling = build(dataclasses.replace(config, data=data.settle_images(config.data), rollout=rollout), renderer)

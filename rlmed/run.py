@@ -29,6 +29,7 @@ from rlmed.data.images import load_image
 from rlmed.data.loading import Dataset, load_run_data
 from rlmed.data.stream import PromptStream
 from rlmed.evaluation.preflight import check, inspect
+from rlmed.evaluation.report_metrics import check_report_metrics
 from rlmed.evaluation.results import EvalSummary, evaluated_in, step_folder
 from rlmed.evaluation.run import Evaluator
 from rlmed.models.loading import check_positions, model_folder
@@ -91,6 +92,7 @@ class Run:
             config.data, config.prompt, self.renderer, training=True, check=self.rubric.check_tasks
         )
         self.rubric.check_tasks(self.data.train_examples)  # rows with broken images make room for others
+        check_report_metrics(config.eval, self.data)
         if config.algo.normalize_by == "modality" and len({row.modality for row in self.data.train_examples}) == 1:
             log.warning("algo.normalize_by=modality has no effect: all training rows have the same modality, or none")
         self.tracer = Tracer(folder / "timeline.jsonl")

@@ -25,6 +25,7 @@ from rlmed.data.loading import Dataset, load_run_data
 from rlmed.data.prompts import PromptRenderer
 from rlmed.data.sampler import shuffle_options
 from rlmed.data.stream import SEED_STRIDE
+from rlmed.evaluation.report_metrics import check_report_metrics
 from rlmed.evaluation.results import evaluated_in, step_folder
 from rlmed.evaluation.run import Evaluator, OnProgress
 from rlmed.models.loading import check_positions, model_folder
@@ -143,6 +144,7 @@ def open_finetuning(config: RunConfig, folder: Path) -> Opened:
     )
     check_positions(config.model, config.data, max_tokens=config.eval.max_tokens)
     data = load_run_data(config.data, config.prompt, renderer, training=True)
+    check_report_metrics(config.eval, data)
     batches = Batches(data.train_examples, renderer, config)
     parts = build_finetuning(
         dataclasses.replace(config, data=data.settle_images(config.data)),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -30,6 +30,7 @@ from rlmed.evaluation.controls import Query, plan_line, queries_of
 from rlmed.evaluation.faithfulness import measure_faithfulness, write_faithfulness
 from rlmed.evaluation.preflight import went_on, why_cut
 from rlmed.evaluation.records import EvalRow
+from rlmed.evaluation.report_metrics import ReportMetric, report_metrics
 from rlmed.evaluation.results import EvalSummary, FileSummary, write_evaluation
 from rlmed.evaluation.summary import summarise
 from rlmed.tasks.registry import task_of
@@ -74,6 +75,8 @@ class Evaluator:
     model: str
     """Name or folder of the model, for the record."""
     on_progress: OnProgress | None = None
+    report_metrics: tuple[ReportMetric, ...] = ()
+    """Further scores of written answers."""
 
     @classmethod
     def of_run(
@@ -89,8 +92,9 @@ class Evaluator:
         on_progress: OnProgress | None = None,
     ) -> Evaluator:
         """Build the evaluator from a run's settings and data."""
+        files = data.eval_files(settings.limit)
         return cls(
-            files=data.eval_files(settings.limit),
+            files=files,
             pool=pool,
             renderer=renderer,
             train_examples=data.train_examples,
@@ -99,6 +103,7 @@ class Evaluator:
             folder=run_folder / "evaluations",
             model=model,
             on_progress=on_progress,
+            report_metrics=report_metrics(settings.report_metrics, files),
         )
 
     def evaluate(self, step: int, *, controls: bool) -> EvalSummary:
@@ -116,18 +121,24 @@ class Evaluator:
             ValueError: without files, or for an empty file, repeated names or ids, or a question
                 that cannot be rendered.
             RuntimeError: if the pool is busy.
+            RewardError: if the model of a report metric cannot be loaded.
         """
         _check(self.files)
         if self.pool.in_flight:
             raise RuntimeError(f"evaluation needs an idle pool, but {self.pool.in_flight} requests are in flight")
+        for metric in self.report_metrics:
+            metric.model.load()  # what fails does so before hours of answers
         start = time.perf_counter()
         queries = [query for file in self.files for query in queries_of(file, controls=controls)]
         if controls:
             log.info("%s", plan_line(queries))
         rows = self._answer(queries)
-        by_file: dict[str, list[EvalRow]] = defaultdict(list)
+        by_file: Mapping[str, list[EvalRow]] = defaultdict(list)
         for row in rows:
             by_file[row.file].append(row)
+        for metric in self.report_metrics:
+            by_file = {name: metric.score(answers) for name, answers in by_file.items()}
+        rows = [row for answers in by_file.values() for row in answers]
         summary = EvalSummary(
             model=self.model,
             step=step,

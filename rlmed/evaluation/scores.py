@@ -12,7 +12,7 @@ import numpy as np
 from rlmed.core.calibration import equal_interval, mean_interval
 from rlmed.core.types import Example
 from rlmed.evaluation.records import Control, EvalRow
-from rlmed.tasks.base import Task
+from rlmed.tasks.base import Task, columns
 from rlmed.tasks.registry import task_named
 
 RESAMPLES = 1000
@@ -128,7 +128,10 @@ def summarise_task(rows: Sequence[EvalRow], baselines: Baselines) -> TaskSummary
 
 
 def _means(task: Task, rows: Sequence[EvalRow]) -> dict[str, Estimate]:
-    return {name: _estimate([row.scores[name] for row in rows]) for name in task.score_names}
+    """Return the task's scores, then those that models gave rows, which some may lack."""
+    found = columns(row.scores for row in rows)
+    names = dict.fromkeys((*task.score_names, *found))
+    return {name: _estimate(found[name]) for name in names}
 
 
 def _estimate(values: Sequence[float]) -> Estimate:

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rlmed.core.config.rewarding import RADEVAL_METRICS
 from rlmed.core.types import Example
 from rlmed.data.prompts import PromptRenderer
 from rlmed.evaluation.records import p_value_text
@@ -51,6 +52,8 @@ MEANINGS = {
     ("report", "bleu"): "BLEU with the best reference",
     ("report", "f1"): "F1 of its words and those of the best reference",
     ("report", "corpus_bleu"): "BLEU over the file",
+    **{(task, "embedding"): "cosine with the nearest reference by a text encoder" for task in ("open", "report")},
+    **{("report", name): "score of the package radeval, best reference" for name in RADEVAL_METRICS},
 }
 """What a score of a task is; a score that is not here has its name alone."""
 CAVEATS = {"report": "Overlap of words says how alike two reports sound, not whether their findings agree."}

@@ -33,7 +33,6 @@ ELSEWHERE = {
     "profile": "the name, by interpolation",
     "data.download": "an error's text",
     "cluster.check_memory": "a run that lacks memory",
-    "reward.embedding.device": "an answer in its tags",
 }
 """Keys that do something without being read in a run that goes well."""
 PASSED_ON = {"rollout.on_push"}
@@ -47,9 +46,10 @@ NEEDS = {"reward.judge.": ("openai",), "logging.": ("wandb", "mlflow")}
 """Packages that runs with these keys need; without one, they are not tried."""
 UNTRIED = tuple(where for where, names in NEEDS.items() if not all(map(importlib.util.find_spec, names)))
 BOXES = {"task": "grounding", "image": "0.png", "question": "Where?", "answer": [[31, 10, 58, 36]]}
+REPORTS = {"task": "report", "image": "0.png", "question": "Report?", "answer": "a cyst"}
 RADEVAL = """
 class RadEval:
-    def __init__(self, metrics, per_sample):
+    def __init__(self, metrics, per_sample, show_progress):
         pass
 """
 REWARDED = [
@@ -87,7 +87,10 @@ RUNS = {
         ),
     ),
     "sft": (("sft.epochs=1", "sft.batch_size=5"), *(("sft.epochs=1", "sft.batch_size=5", *run) for run in ADAPTERS)),
-    "evaluate": ((),),
+    "evaluate": (
+        (),
+        ("data.eval=[reports.jsonl]", "eval.report_metrics=[radeval:ratescore,embedding:encoder]"),
+    ),
     "reliability": (("reliability.samples=2",),),
 }
 """Overrides of runs that together make every key do something that needs neither Ray nor vLLM."""
@@ -139,6 +142,7 @@ def test_a_command_reads_what_the_rules_say_and_nothing_else(
     (tmp_path / "spread.py").write_text(SPREAD)
     (tmp_path / "radeval.py").write_text(RADEVAL)
     (tmp_path / "boxes.jsonl").write_text(json.dumps(BOXES))
+    (tmp_path / "reports.jsonl").write_text(json.dumps(REPORTS))
     shutil.copytree(bert, tmp_path / "encoder")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)

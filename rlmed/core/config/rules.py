@@ -207,13 +207,13 @@ RULES = (
         advice="Controls are measured at the start and end of a run: set eval.at_end=true",
     ),
     Rule(
-        keys=("eval.limit", "eval.max_tokens"),
+        keys=("eval.limit", "eval.max_tokens", "eval.report_metrics"),
         programs=("train",),
         when={**WITHOUT_ENDS, "eval.every": (0,)},
         advice="Nothing is evaluated: set eval.at_end=true",
     ),
     Rule(
-        keys=("eval.limit", "eval.max_tokens"),
+        keys=("eval.limit", "eval.max_tokens", "eval.report_metrics"),
         programs=("sft",),
         when=WITHOUT_ENDS,
         advice="Nothing is evaluated: set eval.at_end=true",
@@ -334,7 +334,7 @@ RULES = (
 MAY_CHANGE = (
     *("name", "profile", "resume", "checkpoint", "preflight", "cluster", "reliability"),
     *("loggers", "logging"),
-    *("eval.every", "eval.at_start", "eval.at_end", "eval.predictions"),
+    *("eval.every", "eval.at_start", "eval.at_end", "eval.predictions", "eval.report_metrics"),
     *("data.download", "learner.gradient_checkpointing"),
     *(
         "reward.slow",

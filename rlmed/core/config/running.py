@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlmed.core.config.checks import require, require_one_of
+from rlmed.core.config.rewarding import RADEVAL_METRICS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +123,8 @@ class ClusterConfig:
 
 PREDICTION_KITS = ("medevalkit", "vlmevalkit", "lmms_eval")
 """Evaluation kits that `rlmed.evaluation.kits` writes predictions for."""
+RADEVAL, EMBEDDING = "radeval", "embedding"
+"""Kinds of entries of `eval.report_metrics`; see `rlmed.evaluation.report_metrics`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,13 +138,30 @@ class EvalConfig:
     max_tokens: int
     controls: bool
     predictions: tuple[str, ...]
+    report_metrics: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        self._check_report_metrics()
         for kit in self.predictions:
             require_one_of("eval.predictions", kit, PREDICTION_KITS)
         require(self.every >= 0, f"eval.every={self.every} must be 0 (never) or a number of steps")
         require(self.limit is None or self.limit > 0, f"eval.limit={self.limit} must be positive or null")
         require(self.max_tokens >= 1, f"eval.max_tokens={self.max_tokens} must be at least 1")
+
+    def _check_report_metrics(self) -> None:
+        names = []
+        for entry in self.report_metrics:
+            kind, _, given = entry.partition(":")
+            require(
+                kind in (RADEVAL, EMBEDDING) and bool(given),
+                f"Invalid eval.report_metrics={entry!r}; expected radeval:NAME, such as radeval:radgraph, or "
+                "embedding:FOLDER of a text encoder",
+            )
+            if kind == RADEVAL:
+                require_one_of("eval.report_metrics=radeval", given, RADEVAL_METRICS)
+            names.append(given if kind == RADEVAL else kind)
+        for name in names:
+            require(names.count(name) == 1, f"eval.report_metrics names {name} twice: leave one of them out")
 
 
 @dataclass(frozen=True, kw_only=True)
