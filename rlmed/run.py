@@ -91,10 +91,7 @@ class Run:
         self.data: Dataset = load_run_data(
             config.data, config.prompt, self.renderer, training=True, check=self.rubric.check_tasks
         )
-        self.rubric.check_tasks(self.data.train_examples)  # rows with broken images make room for others
-        check_report_metrics(config.eval, self.data)
-        if config.algo.normalize_by == "modality" and len({row.modality for row in self.data.train_examples}) == 1:
-            log.warning("algo.normalize_by=modality has no effect: all training rows have the same modality, or none")
+        self._check_rows()
         self.tracer = Tracer(folder / "timeline.jsonl")
         self.recorder = RunRecorder(folder, loggers)
         self.done = 0
@@ -112,6 +109,14 @@ class Run:
         except BaseException:
             self.cluster.close()
             raise
+
+    def _check_rows(self) -> None:
+        """Check that rewards, normalisation and metrics of evaluations fit the rows."""
+        examples = self.data.train_examples
+        self.rubric.check_tasks(examples)  # rows with broken images make room for others
+        check_report_metrics(self.config.eval, self.data)
+        if self.config.algo.normalize_by == "modality" and len({row.modality for row in examples}) == 1:
+            log.warning("algo.normalize_by=modality has no effect: all training rows have the same modality, or none")
 
     def _prepare(self) -> None:
         """Build prompt stream and buffer, restore an earlier state, write the run's first files."""
