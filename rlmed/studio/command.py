@@ -16,7 +16,8 @@ from rlmed.tasks.registry import settle_tasks
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PORT = 8642
 TOKEN_BYTES = 24
-MISSING = "rlmed.studio needs starlette and uvicorn ({error}): pip install -c requirements.lock -e '.[studio]' in rlmed's checkout"
+INSTALL = "pip install -c requirements.lock -e '.[studio]' in rlmed's checkout"
+MISSING = "rlmed.studio needs starlette and uvicorn ({error}): " + INSTALL
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
