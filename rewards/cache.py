@@ -125,7 +125,7 @@ class RewardCache:
             self._take(values, notes or {})
             if self._path is not None:
                 try:
-                    self._append(self._path, json.dumps(line).encode() + b"\n")
+                    self._append(self._path, json.dumps(line, allow_nan=False).encode() + b"\n")
                 except OSError as error:
                     raise refusal(self._path, error) from error
 

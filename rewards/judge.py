@@ -95,7 +95,8 @@ class Judge:
         low, high = self._config.scale
         mark = read_mark(reply, low, high)
         if mark is None:
-            raise RewardUnavailableError(f"its reply has no mark between {low:g} and {high:g}: {self._shown(reply)!r}")
+            said = f"its reply has no mark between {low:g} and {high:g}: {self._shown(reply)!r}"
+            raise RewardUnavailableError(said, answered=True)
         return Noted((mark - low) / (high - low), reply)
 
     def _question(self, example: Example, completion: Completion) -> list[dict[str, Any]]:
@@ -130,7 +131,7 @@ class Judge:
         except (openai.APIError, ValueError, AttributeError, TypeError, LookupError) as error:
             raise RewardUnavailableError(f"{self._url} sent no chat completion: {self._shown(error)}") from None
         if not isinstance(content, str) or not content.strip():
-            raise RewardUnavailableError(f"{self._url} sent an empty reply")
+            raise RewardUnavailableError(f"{self._url} sent an empty reply", answered=True)
         return content
 
     def _refusal(self, error: Any) -> Exception:

@@ -39,10 +39,17 @@ _DECLARED: dict[Callable[..., Any], dict[str, Any]] = {}
 class RewardUnavailableError(Exception):
     """A slow reward could not be had this time: raised by its function, for a retry."""
 
-    def __init__(self, message: str, *, again: bool = True, after_s: float = 0.0) -> None:
-        """Say why; `again` is False where a retry is useless, `after_s` the shortest pause."""
+    def __init__(self, message: str, *, again: bool = True, after_s: float = 0.0, answered: bool = False) -> None:
+        """Say why.
+
+        Args:
+            message: what went wrong.
+            again: False where a retry is useless.
+            after_s: the shortest pause before one.
+            answered: True where only this answer is of no use: other calls may well succeed.
+        """
         super().__init__(message)
-        self.again, self.after_s = again, after_s
+        self.again, self.after_s, self.answered = again, after_s, answered
 
 
 class Noted(float):

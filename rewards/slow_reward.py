@@ -202,7 +202,7 @@ class SlowReward:
         why = ""
         for attempt in range(last + 1):
             self._take_from_budget()
-            pause, again = 0.0, True
+            pause, again, answered = 0.0, True, False
             try:
                 values = self._attempt(example, batch)
             except DeadlineError as error:
@@ -211,7 +211,7 @@ class SlowReward:
             except (RewardError, RecordError):
                 raise
             except RewardUnavailableError as error:
-                why, pause, again = str(error), error.after_s, error.again
+                why, pause, again, answered = str(error), error.after_s, error.again, error.answered
             except (Exception, SystemExit) as error:  # a user's function may raise anything
                 why = f"it raised {type(error).__name__}: {error}"
             else:
@@ -224,7 +224,7 @@ class SlowReward:
             doubled = self.limits.wait_s * 2**attempt * self._random.uniform(0.5, 1.0)
             if self._workers.closing.wait(min(max(doubled, pause), LONGEST_WAIT_S)):
                 raise _FailedError(f"{why}, and the run ends")
-        self._down = self._down or again
+        self._down = self._down or (again and not answered)
         raise _FailedError(why if attempt == 0 else f"{why}, the last of {attempt + 1} attempts")
 
     def _attempt(self, example: Example, batch: Sequence[_Asked]) -> list[float]:
@@ -248,8 +248,8 @@ class SlowReward:
     def _checked(self, returned: Sequence[object], batch: Sequence[_Asked]) -> list[float]:
         if len(returned) != len(batch):
             raise RewardError(f"reward {self.name}: it returned {len(returned)} numbers for {len(batch)} completions")
-        where = f"reward {self.name}"
-        return [value if isinstance(value, Noted) else finite_number(value, where) for value in returned]
+        numbers = [finite_number(value, f"reward {self.name}") for value in returned]
+        return [value if isinstance(value, Noted) else number for value, number in zip(returned, numbers, strict=True)]
 
     def _keep(self, batch: Sequence[_Asked], values: Sequence[float], seconds: float) -> None:
         if self._cache is not None:

@@ -121,19 +121,25 @@ def experiment(arguments: argparse.Namespace, rows: Sequence[Example], task: str
 
 
 def nested(keys: dict[str, object]) -> dict[str, object]:
-    """Return dotted keys as nested mappings."""
+    """Return dotted keys as nested mappings, whose texts OmegaConf takes as they are."""
     tree: dict[str, object] = {}
     for key, value in keys.items():
         *sections, name = key.split(".")
         place = tree
         for section in sections:
             place = place.setdefault(section, {})  # type: ignore[assignment]
-        place[name] = value
+        place[name] = _plain(value)
     return tree
 
 
+def _plain(value: object) -> object:
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
+    return value.replace("${", r"\${") if isinstance(value, str) else value
+
+
 def next_commands(folder: Path) -> str:
-    """Return the next three commands."""
+    """Return the next three commands, for the folder from which `folder` is named."""
     conf = shlex.quote(str(folder / "conf"))
     common = f"--config-dir {conf} +experiment=mine"
     return (
@@ -166,7 +172,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows_of(file, "--eval")
         task = task_of_rows(rows, parsed.task)
         folder, commands = parsed.folder, next_commands(parsed.folder)
-        readme = f"# A configuration of rlmed\n\nThe next three commands:\n\n```\n{commands}```\n\n"
+        readme = "# A configuration of rlmed\n\nThe next three commands, from this folder:\n\n"
+        readme += f"```\n{next_commands(Path())}```\n\n"
         readme += "`conf/experiment/mine.yaml` has the settings, `my_rewards.py` rewards of your own.\n"
         files = {
             "conf/experiment/mine.yaml": experiment(parsed, rows, task),

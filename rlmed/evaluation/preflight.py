@@ -21,6 +21,10 @@ OF_FORMAT = ("format", "answer_format", "format_parts")
 """Rewards for tags alone."""
 MOST_NAMED = 3
 """Most tasks that a warning names."""
+TASK = "task"
+"""The reward for a right answer of any task."""
+FEWEST = 8
+"""Fewest completions of a task of which a warning speaks alone: of these, some should earn it."""
 
 
 class PreflightError(ValueError):
@@ -55,6 +59,8 @@ class PreflightReport:
     """Rewards of positive weight that are 0 for every completion that has them: how many have."""
     tasks: tuple[str, ...] = ()
     """Tasks of the groups, the most frequent first."""
+    unearned: Mapping[str, int] = field(default_factory=dict)
+    """Tasks whose completions all lack the reward "task", where others have it: how many."""
 
     def line(self) -> str:
         """Return the statistics on one line."""
@@ -66,18 +72,32 @@ class PreflightReport:
         )
 
     def zeros(self) -> str:
-        """Return which rewards are 0 everywhere and what to do, on one line; "" if none is."""
-        if not self.zero:
+        """Return which rewards of rlmed are 0 everywhere, and what to do; "" if none is."""
+        names = [name for name in self.zero if name in KNOWN]
+        if names:
+            more = [f"and {len(self.tasks) - MOST_NAMED} more"] * (len(self.tasks) > MOST_NAMED)
+            named = f" (tasks {', '.join([*self.tasks[:MOST_NAMED], *more])})" if len(self.tasks) > 1 else ""
+            what = f"reward {names[0]} is" if len(names) == 1 else f"rewards {', '.join(names)} are"
+            what += f" 0 for all {max(self.zero[name] for name in names)} completions{named}"
+        elif self.unearned:
+            counts = " and ".join(f"all {count} completions of {task}" for task, count in self.unearned.items())
+            what = f"reward {TASK} is 0 for {counts}"
+        else:
             return ""
-        more = [f"and {len(self.tasks) - MOST_NAMED} more"] * (len(self.tasks) > MOST_NAMED)
-        named = f" (tasks {', '.join([*self.tasks[:MOST_NAMED], *more])})" if len(self.tasks) > 1 else ""
-        what = f"reward {next(iter(self.zero))} is" if len(self.zero) == 1 else f"rewards {', '.join(self.zero)} are"
-        never = "never writes its tags" if {*self.zero} & {*OF_FORMAT} else "never gives an answer that earns it"
-        own = "" if {*self.zero} <= {*KNOWN} else "; one of yours that only punishes may well be 0"
+        never = "never writes its tags" if {*names} & {*OF_FORMAT} else "never gives an answer that earns it"
         return (
-            f"{what} 0 for all {max(self.zero.values())} completions{named}: the model {never}. Imitate answers first with "
-            f"python -m rlmed.sft, or check the format that prompt and task ask for{own}"
+            f"{what}: the model {never}. Imitate answers first with python -m rlmed.sft, or check the format that prompt and "
+            "task ask for"
         )
+
+    def own_zeros(self) -> str:
+        """Return which of the user's rewards are 0 everywhere; "" if none is."""
+        names = [name for name in self.zero if name not in KNOWN]
+        if not names:
+            return ""
+        what = f"your reward {names[0]} is" if len(names) == 1 else f"your rewards {', '.join(names)} are"
+        count = max(self.zero[name] for name in names)
+        return f"{what} 0 for all {count} completions: nothing earns it yet, unless it only punishes"
 
     def _reward(self) -> str:
         lacking = [f"reward {name} missing in {count} of them" for name, count in self.missing.items()]
@@ -98,6 +118,10 @@ def inspect(
     formats = [group.reward_parts["format"] for group in groups if "format" in group.reward_parts]
     texts = [[completion.text for completion in group.rollout.completions] for group in groups]
     complete = [group.rewards for group in groups if not group.missing]
+    positive = [name for name in groups[0].reward_parts if weights is None or weights[name] > 0]
+    zero = {name: count for name in positive if (count := _all_zero(name, groups))}
+    tasks = Counter(group.rollout.prompt.example.task for group in groups)
+    by_task = {task: [group for group in groups if group.rollout.prompt.example.task == task] for task in tasks}
     return PreflightReport(
         groups=len(groups),
         completions=len(completions),
@@ -112,12 +136,13 @@ def inspect(
         longest=max(len(completion.token_ids) for completion in completions),
         missing=dict(Counter(name for group in groups for name in group.missing)),
         incomplete=float(np.mean([bool(group.missing) for group in groups])),
-        zero={
-            name: count
-            for name in groups[0].reward_parts
-            if (weights is None or weights[name] > 0) and (count := _all_zero(name, groups))
+        zero=zero,
+        tasks=tuple(name for name, _ in tasks.most_common()),
+        unearned={
+            task: count
+            for task, of_task in by_task.items()
+            if TASK in positive and TASK not in zero and (count := _all_zero(TASK, of_task)) >= FEWEST
         },
-        tasks=tuple(name for name, _ in Counter(group.rollout.prompt.example.task for group in groups).most_common()),
     )
 
 
@@ -166,9 +191,12 @@ def check(report: PreflightReport, max_tokens: int, end_tokens: Sequence[str] = 
     Raises:
         PreflightError: with the most likely cause and what to do.
     """
+    limit = f"rollout.max_tokens={max_tokens}"
     if report.without_signal < 1:
-        if report.zero:
-            log.warning("preflight: %s", report.zeros())
+        cut = report.truncated > 0.5 and report.zeros()
+        known = why_cut(report.truncated, report.went_on, limit, end_tokens) if cut else report.zeros()
+        for line in filter(None, (known, report.own_zeros())):
+            log.warning("preflight: %s", line)
         return
     if report.incomplete >= 0.5:
         names = ", ".join(report.missing)
@@ -180,7 +208,7 @@ def check(report: PreflightReport, max_tokens: int, end_tokens: Sequence[str] = 
             "all completions of a group are identical: raise rollout.temperature, or check that top_k and top_p are off"
         )
     elif report.truncated > 0.5:
-        cause = why_cut(report.truncated, report.went_on, f"rollout.max_tokens={max_tokens}", end_tokens)
+        cause = why_cut(report.truncated, report.went_on, limit, end_tokens)
     elif report.reward_mean <= 0:
         cause = (
             "no completion earned any reward: the model does not know the format or the task yet, so first align it "

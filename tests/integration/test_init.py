@@ -69,7 +69,7 @@ def test_what_is_written_composes_for_each_gpu(
     memory: str, two_billion: Path, composed: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    data = rows(tmp_path / "data")
+    data = rows(tmp_path / "${oc.env:HOME} 'it, is: #mine")
     given = ["--data", str(data), "--model", str(two_billion), "--gpu-memory", memory, "--yes"]
     init.main(["mine", *given])
     arguments = ["--config-dir", "mine/conf", "+experiment=mine"]
@@ -80,6 +80,7 @@ def test_what_is_written_composes_for_each_gpu(
     config = composed(launch, *arguments)
     assert config.cluster.kind == ("ray" if memory == "8x80" else "local")
     assert (config.learner.lora.rank is None) == (memory != "24")
+    assert "rlmed.launch --config-dir conf +experiment=mine\n" in Path("mine/README.md").read_text()
     with pytest.raises(SystemExit) as ended:
         init.main(["mine", *given])
     assert ended.value.code == 2, "nothing is overwritten"

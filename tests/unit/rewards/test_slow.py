@@ -17,7 +17,7 @@ import pytest
 from rewards.cache import RewardCache
 from rewards.extra import RewardError
 from rewards.rubric import Rubric
-from rewards.slow import RewardUnavailableError, slow
+from rewards.slow import Noted, RewardUnavailableError, slow
 from rewards.slow_parts import SlowRewards
 from rlmed.core.config.composing import compose_config
 from tests.unit.rewards.groups import group_of
@@ -258,9 +258,32 @@ def test_after_a_failure_the_next_gets_one_attempt_until_one_succeeds(make_rubri
     assert rubric.metrics()["reward/own_missing"] == 4
 
 
+def test_an_answer_of_no_use_takes_no_attempts_from_others(make_rubric: Callable[..., Rubric]) -> None:
+    calls = []
+
+    @slow(retries=1, on_failure="missing", concurrency=1)
+    def own(example: Any, completion: Any) -> float:
+        calls.append(completion.text)
+        if completion.text == "a":
+            raise RewardUnavailableError("no mark", answered=True)
+        if calls.count("b") == 1:
+            raise RewardUnavailableError("busy")
+        return 1.0
+
+    np.testing.assert_array_equal(make_rubric(own).score(group_of(["a", "b"])).reward_parts["own"], [np.nan, 1])
+    assert calls == ["a", "a", "b", "b"]
+
+
 @pytest.mark.parametrize(
     ("value", "reason"),
-    [(None, "returned None"), (float("nan"), "returned nan"), ("1", "not a number"), ([1.0, 2.0], "2 numbers for 1")],
+    [
+        (None, "returned None"),
+        (float("nan"), "returned nan"),
+        (Noted(float("nan"), "why"), "returned nan"),
+        (Noted(float("inf"), "why"), "returned inf"),
+        ("1", "not a number"),
+        ([1.0, 2.0], "2 numbers for 1"),
+    ],
 )
 def test_a_function_that_returns_no_number_is_wrong_and_not_missing(
     value: object, reason: str, make_rubric: Callable[..., Rubric]

@@ -118,8 +118,10 @@ def test_a_reward_that_nothing_earns_is_said_on_one_line(caplog: pytest.LogCaptu
     assert "punishes" not in said
     caplog.clear()
     check(inspect(groups, weights=weights | {"punishes": 1.0}), 512)
-    assert "rewards task, punishes are 0" in caplog.text
-    assert "one of yours" in caplog.text
+    assert "reward task is 0" in caplog.messages[0]
+    assert "your reward punishes is 0 for all 4 completions" in caplog.messages[1]
+    assert "only punishes" in caplog.messages[1]
+    assert "rlmed.sft" not in caplog.messages[1]
     caplog.clear()
     check(inspect([scored("choice", format=[0, 0], task=[0, 1])]), 512)
     assert "reward format is 0 for all 2 completions: the model never writes its tags" in caplog.text
@@ -130,6 +132,28 @@ def test_a_reward_that_nothing_earns_is_said_on_one_line(caplog: pytest.LogCaptu
     caplog.clear()
     check(inspect([scored("choice", task=[0, 1])]), 512)
     assert caplog.messages == []
+
+
+def test_a_task_that_nothing_earns_is_named_where_another_is_earned(caplog: pytest.LogCaptureFixture) -> None:
+    groups = [scored("choice", task=[0, 1] * 4), scored("open", task=[0] * 8), scored("report", task=[0] * 4)]
+    check(inspect(groups), 512)
+    (said,) = caplog.messages
+    assert said.startswith("preflight: reward task is 0 for all 8 completions of open: ")
+
+
+def test_rewards_that_the_length_limit_took_are_not_laid_to_knowledge(caplog: pytest.LogCaptureFixture) -> None:
+    cut = scored("choice", format=[0, 0, 0], task=[0, 0, 0], noted=[0, 0, 1])
+    cut = dataclasses.replace(cut, rollout=group(["a", "b", "c"], [0, 0, 1], reason="length").rollout)
+    check(inspect([cut]), 512)
+    (said,) = caplog.messages
+    assert "100% of the completions were cut at rollout.max_tokens=512" in said
+    assert "rlmed.sft" not in said
+
+
+def test_a_reward_of_ones_own_that_punishes_is_not_the_reason_of_questions_that_are_too_easy() -> None:
+    same = dataclasses.replace(scored("choice", format=[1, 1], rude=[0, 0]), rewards=np.full(2, 2, np.float32))
+    with pytest.raises(PreflightError, match=r"\(2\.00\): the questions are too easy"):
+        check(inspect([same]), 512)
 
 
 def test_without_signal_a_reward_that_nothing_earns_is_the_reason() -> None:
