@@ -347,7 +347,7 @@ def _choose_folder(program: str, name: str, overrides: Sequence[str]) -> Path:
     try:
         if named:
             # check now: Hydra writes there before the program's own code runs
-            checkpoint = starting_point(folder, resume=config.resume is not None)
+            checkpoint = starting_point(folder, resume=config.resume is not None, trains=program in TRAINING)
             if config.resume == "auto" and checkpoint is None:
                 report_fresh_start(folder)
             folder.mkdir(parents=True, exist_ok=True)

@@ -85,7 +85,7 @@ def open_evaluation(
         ValueError: for unusable data or model, a folder that holds a training run, or another
             evaluation of other rows.
     """
-    starting_point(folder, resume=False)  # never overwrite the evaluation of a training run
+    starting_point(folder, resume=False, trains=False)  # never overwrite the evaluation of a training run
     before = _compared(config)
     if before and not (before / ROWS_FILE).is_file():
         raise ValueError(f"compare_to={before} is not an evaluation: give a folder that contains {ROWS_FILE}")

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rich import box
 from rich.table import Table
-from rich.text import Text
 
-from rlmed.evaluation.narrow import add_rows
+from rlmed.evaluation.narrow import FigureTable
 from rlmed.evaluation.records import p_value_text
 from rlmed.evaluation.results import EvalSummary
 from rlmed.evaluation.scores import Estimate, TaskSummary
@@ -23,14 +21,7 @@ def score_table(before: EvalSummary | None, after: EvalSummary, comparison: Mapp
     """
     if not any(file.tasks for file in after.files):
         return None
-    table = Table(
-        title=Text("Scores by task in %"),
-        caption=Text("\n".join(_legend(after, tested=comparison is not None)), justify="left"),
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        collapse_padding=True,
-    )
+    table = FigureTable("Scores by task in %", [*_legend(after, tested=comparison is not None)])
     rows = []
     earlier = {(file.name, task.name): task for file in before.files for task in file.tasks} if before else {}
     tests = comparison["files"] if comparison is not None else {}
@@ -43,7 +34,7 @@ def score_table(before: EvalSummary | None, after: EvalSummary, comparison: Mapp
                 marked = f"{score}*" if score == task.main else score
                 rows.append((label, [marked, cells[0], p_value, *cells[1:]]))
                 label = ""
-    add_rows(table, "file, task", ("score", "value", "p", "blank", "shuffled", "chance\nprior"), rows)
+    table.add_rows("file, task", ("score", "value", "p", "blank", "shuffled", "chance\nprior"), rows)
     return table
 
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.table import Table
-from rich.text import Text
 
 from rlmed.data.options.order import kept_order_text
-from rlmed.evaluation.narrow import add_rows
+from rlmed.evaluation.narrow import FigureTable
 from rlmed.evaluation.records import Accuracy, p_value_text
 from rlmed.evaluation.results import EvalSummary, FileSummary
 
@@ -29,15 +27,8 @@ def summary_table(before: EvalSummary | None, after: EvalSummary, comparison: Ma
         span = f"{before.model} → {after.model}"
     else:
         span = f"step {before.step} → {after.step}"
-    table = Table(
-        title=Text(f"Held-out accuracy in %, {span}"),
-        caption=Text("\n".join([*_legend(after, tested=comparison is not None), *_remarks(after)]), justify="left"),
-        # lines between the columns would not leave room for the figures in 80 characters
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        collapse_padding=True,
-    )
+    legend = [*_legend(after, tested=comparison is not None), *_remarks(after)]
+    table = FigureTable(f"Held-out accuracy in %, {span}", legend)
     rows = []
     earlier = {file.name: file for file in before.files} if before is not None else {}
     tests = comparison["files"] if comparison is not None else {}
@@ -50,7 +41,7 @@ def summary_table(before: EvalSummary | None, after: EvalSummary, comparison: Ma
             label = f"· {part.name}\n  {part.rows} rows"
             rows.append((label, _cells(part, olds.get(part.name), tested.get(part.name))))
     headings = ("accuracy", "p", "format", "blank", "shuffled", "other\norder", "chance\nprior")
-    add_rows(table, "file", headings, rows)
+    table.add_rows("file", headings, rows)
     return table
 
 

@@ -20,6 +20,7 @@ from rlmed.core.files.atomic import FREE_SPACE, in_the_way, rename_into_place
 from rlmed.core.files.ownership import aside_of, remove, remove_leftovers
 from rlmed.core.process.display import one_line
 from rlmed.core.protocols import ClusterError
+from rlmed.core.tracing import TIMELINE_LINES
 
 log = logging.getLogger(__name__)
 
@@ -167,12 +168,17 @@ def _remove(checkpoint: Path) -> None:
     remove(doomed)
 
 
-def starting_point(run_folder: Path, *, resume: bool) -> Path | None:
+def starting_point(run_folder: Path, *, resume: bool, trains: bool = True) -> Path | None:
     """Return the checkpoint to resume from in `run_folder`; None for a new run.
 
+    Args:
+        run_folder: need not exist.
+        resume: whether to continue a run; a new one starts where there is none.
+        trains: false for an evaluation, which replaces an earlier one in its folder.
+
     Raises:
-        ValueError: if a new run would start in another run's folder: their checkpoints would
-            overwrite each other.
+        ValueError: if a new run would start in another run's folder, where their checkpoints would
+            overwrite each other, or a training in an evaluation's, which it would replace.
     """
     checkpoints = list_checkpoints(run_folder / "checkpoints")
     if checkpoints and not resume:
@@ -180,7 +186,18 @@ def starting_point(run_folder: Path, *, resume: bool) -> Path | None:
             f"{run_folder} already contains a run ({checkpoints[-1].name}): choose another folder "
             f"(hydra.run.dir=FOLDER), or continue that run with its own command and resume={run_folder}"
         )
+    evaluations = sorted(run_folder.glob("evaluations/step-*/summary.json"))
+    if trains and not checkpoints and evaluations and not _has_trained(run_folder):
+        raise ValueError(
+            f"{run_folder} already contains an evaluation (evaluations/{evaluations[-1].parent.name}) of no training "
+            "run, which training would replace: choose another folder (hydra.run.dir=FOLDER)"
+        )
     return checkpoints[-1] if checkpoints else None
+
+
+def _has_trained(run_folder: Path) -> bool:
+    """Return whether a training has begun in the folder; its evaluations are in the timeline."""
+    return any((run_folder / name).exists() for name in (TIMELINE_LINES, "metrics.jsonl"))
 
 
 def list_checkpoints(root: Path) -> list[Path]:

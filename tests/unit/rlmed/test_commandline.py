@@ -487,6 +487,25 @@ def test_a_refused_run_leaves_no_trace_in_the_folder_of_another(
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize(("program", "status"), [("train", 2), ("sft", 2), ("evaluate", 0), ("reliability", 0)])
+def test_no_training_replaces_an_evaluation(
+    program: str, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (evaluation := tmp_path / "mine" / "evaluations" / "step-000000").mkdir(parents=True)
+    (evaluation / "summary.json").write_text("{}")
+    ended = 0
+    for more in ([], ["resume=auto"] if status else []):
+        monkeypatch.setattr(sys, "argv", [program, "hydra.run.dir=mine", *more])
+        try:
+            run_command(program, lambda config, folder: None)
+        except SystemExit as error:
+            ended = error.code  # type: ignore[assignment]
+        assert ended == status
+        assert ("mine already contains an evaluation" in capsys.readouterr().err) == bool(status)
+        assert (tmp_path / "mine" / ".hydra").exists() == (not status)
+
+
 @pytest.mark.parametrize("name", ["checkpoints", "evaluations"])
 def test_a_file_where_results_go_is_found_before_the_run(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -191,6 +192,19 @@ def test_a_new_run_is_refused_where_another_lives(tmp_path: Path) -> None:
     assert starting_point(tmp_path, resume=True) == saved
     with pytest.raises(ValueError, match=r"already contains a run \(step-000005\).*resume="):
         starting_point(tmp_path, resume=False)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_training_is_refused_where_an_evaluation_lives(resume: bool, tmp_path: Path) -> None:
+    (evaluation := tmp_path / "evaluations" / "step-000000").mkdir(parents=True)
+    assert starting_point(tmp_path, resume=resume) is None  # one that was given up
+    (evaluation / "summary.json").write_text("{}")
+    message = rf"^{re.escape(str(tmp_path))} .*an evaluation \(evaluations/step-000000\).*hydra\.run\.dir=FOLDER"
+    with pytest.raises(ValueError, match=message):
+        starting_point(tmp_path, resume=resume)
+    assert starting_point(tmp_path, resume=resume, trains=False) is None
+    (tmp_path / "timeline.jsonl").touch()  # of a training that ended before its first checkpoint
+    assert starting_point(tmp_path, resume=resume) is None
 
 
 FULL, QUOTA = os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT)
