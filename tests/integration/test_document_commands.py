@@ -89,6 +89,7 @@ NOT_RUN = {
         r"|^launch data=jsonl data\.train=(train\.jsonl model=MODEL|data/reports/train\.jsonl) .*reward=task"
         r"|^launch data=jsonl data\.train=train\.jsonl model=MODEL reward=task reward\.iou"
     ),
+    "serves until it is ended, or asks for a model's settings: test_studio.py and test_init.py": r"^studio|^init mine ",
     "is part of a command, or prints help": r"--help$|^launch '?(…|\.\.\.)|--source PATH",
 }
 """Why a command is not run here, and how to tell it."""

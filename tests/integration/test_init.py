@@ -17,6 +17,7 @@ from rlmed.cluster.fitting import fit
 from rlmed.cluster.memory import GIB
 from rlmed.commandline import run_command
 from rlmed.core.config.schema import RunConfig
+from rlmed.core.plugins import FOLDER
 
 
 def rows(folder: Path, count: int = 6, **more: object) -> Path:
@@ -53,6 +54,7 @@ def two_billion(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def composed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunConfig]:
     """`composed(module, *arguments)`: the configuration that a command gets."""
+    monkeypatch.setenv(FOLDER, "")  # what a command sets goes with the test
 
     def compose(module: object, *arguments: str) -> RunConfig:
         got: list[RunConfig] = []
@@ -100,6 +102,7 @@ def test_what_is_written_can_be_tried_with_an_own_reward(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(FOLDER, "")
     data = str(rows(tmp_path / "data"))
     init.main(["mine", "--data", data, "--eval", data, "--gpu-memory", "none", "--yes"])
     shown = capsys.readouterr().out

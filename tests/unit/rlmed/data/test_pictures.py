@@ -34,7 +34,10 @@ def renderer(folder, **settings):
 
 @pytest.fixture
 def num2words(monkeypatch):
-    """SmolVLM's processor in transformers cannot be made without this library."""
+    """SmolVLM's processor in transformers cannot be made without this library, nor some others
+    without one for videos.
+    """
+    pytest.importorskip("torchvision", reason="transformers' own processors need it, for videos")
     from transformers.models.smolvlm import processing_smolvlm
 
     monkeypatch.setattr(processing_smolvlm, "num2words", str)

@@ -14,9 +14,11 @@ from rlmed.core.types import Example
 from rlmed.data.prompts import PromptRenderer, load_processor
 from rlmed.models.families import family_of
 from rlmed.models.policy import load_config
+from tests.tiny_vision import TILE_FAMILIES
+
+pytest.importorskip("vllm", reason="vllm is not installed")
 from rollout.vllm_backend.engine import _model_facts
 from rollout.vllm_backend.tiles import check_tiles, tile_facts
-from tests.tiny_vision import TILE_FAMILIES
 
 TAKEN = tuple(family for family in TILE_FAMILIES if family != "gemma3")
 
