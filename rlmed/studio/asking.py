@@ -152,6 +152,8 @@ class Asker:
             emit({"note": doubt})
         if model.renderer.pictures:
             check_pictured(example)
+            if not example.images:
+                emit({"note": "Asked without an image: what the answer says of one is not seen."})
         if toy := toy_note(model.folder):
             emit({"note": toy})
         for side in ("image", "blank") if question.blank and example.images else ("image",):

@@ -14,7 +14,7 @@ from rlmed.studio.cache import cache_folder
 from rlmed.tasks.registry import settle_tasks
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-PORT = 8642
+PORT, LAST_PORT = 8642, 65535
 TOKEN_BYTES = 24
 INSTALL = "pip install -c requirements.lock -e '.[studio]' in rlmed's checkout"
 MISSING = "rlmed.studio needs starlette and uvicorn ({error}): " + INSTALL
@@ -30,6 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise ValueError(f"--no-token with --host {parsed.host} would let anyone in: leave one of them out")
         if parsed.token is not None and not parsed.token.strip():
             raise ValueError("--token is empty: leave it out for a random one")
+        if not 0 <= parsed.port <= LAST_PORT:
+            raise ValueError(f"--port {parsed.port}: choose 0, for a free one, to {LAST_PORT}")
+        for model in parsed.model:
+            if not model.startswith("embedded:"):
+                _folder(Path(model), f"--model {model} is not a folder: name one that holds a model")
         folders = [_folder(path) for path in parsed.folders or [Path("outputs")]]
         settle_tasks(parsed.extra_tasks, parsed.synonyms, key="--extra-tasks")
         token = None if parsed.no_token else parsed.token or secrets.token_urlsafe(TOKEN_BYTES)
@@ -79,7 +84,7 @@ def _say(text: str) -> None:
     sys.stdout.flush()
 
 
-def _folder(path: Path) -> Path:
+def _folder(path: Path, refusal: str = "") -> Path:
     if not path.is_dir():
-        raise ValueError(f"{path} is not a folder: name one that holds run folders")
+        raise ValueError(refusal or f"{path} is not a folder: name one that holds run folders")
     return path.resolve()

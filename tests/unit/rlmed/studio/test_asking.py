@@ -101,6 +101,14 @@ def test_without_the_control_nothing_is_asked_over_a_blank_picture(asker, pictur
     assert [one["after"] for one in options] == [None] * 4
 
 
+@pytest.mark.parametrize("pictured", [False, True])
+def test_a_question_without_a_picture_says_so(asker, picture, pictured):
+    views = (view_of(asker, picture),) if pictured else ()
+    events = answered(asker, Question("embedded:tiny_base", QUESTION, views, OPTIONS, max_tokens=4, blank=False))
+    assert events[-1] == {"done": True}
+    assert any("without an image" in event.get("note", "") for event in events) != pictured
+
+
 def test_boxes_are_fractions_of_the_picture(asker, tmp_path, monkeypatch, tiny_folder):
     from rlmed.data.prompts import PromptRenderer
 

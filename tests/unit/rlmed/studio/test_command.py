@@ -45,6 +45,12 @@ def test_an_address_of_the_network_is_told_with_a_warning(address, shown):
     assert len(greeting("127.0.0.1", 8642, "abc").splitlines()) == 1
 
 
+def test_a_port_or_a_model_that_cannot_be_is_refused(capsys, tmp_path):
+    for port in ("80000", "-3"):
+        assert f"--port {port}: choose 0" in failure(capsys, str(tmp_path), "--port", port)
+    assert f"--model {tmp_path}/nope" in failure(capsys, str(tmp_path), "--model", f"{tmp_path}/nope")
+
+
 def test_an_empty_token_is_refused(capsys, tmp_path):
     assert "--token" in failure(capsys, str(tmp_path), "--token", " ")
 
