@@ -95,7 +95,7 @@ async def answer_question(request: Request) -> Response:
         events = studio.asker.answer(question)
         try:
             async for event in events:
-                yield json.dumps(event, ensure_ascii=False) + "\n"
+                yield json.dumps(event) + "\n"
         finally:
             await events.aclose()
 
@@ -160,12 +160,12 @@ def _question(content: Mapping[str, Any], models: list[ModelChoice]) -> Question
     return Question(
         model=paths[content["model"]],
         views=tuple((str(view.get("source", "")), _view(view)) for view in views),
-        options=tuple(options),
+        options=tuple(map(_whole, options)),
         temperature=float(temperature),
         seed=seed,
         max_tokens=tokens,
         blank=bool(content.get("blank", True)),
-        **texts,
+        **{name: _whole(text) for name, text in texts.items()},
     )
 
 
@@ -188,4 +188,9 @@ async def _content(request: Request) -> Mapping[str, Any]:
 def _refused(error: ValueError | OSError, status: int = 400) -> Response:
     """Return what is wrong on one line, without a path of the server."""
     said = f"it cannot be read ({error.strerror})" if isinstance(error, OSError) else str(error)
-    return JSONResponse({"error": " ".join(said.split())}, status)
+    return JSONResponse({"error": " ".join(_whole(said).split())}, status)
+
+
+def _whole(text: str) -> str:
+    """Return a text without half surrogate pairs, which neither UTF-8 nor a tokenizer has."""
+    return text.encode("utf-8", "replace").decode()

@@ -9,13 +9,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from rlmed.core.files.jsonlines import read_json_lines
-from rlmed.evaluation.results import SUMMARY_FILE, EvalSummary
+from rlmed.evaluation.results import EvalSummary
 from rlmed.recording.inputs import CONFIG_FILE
 from rlmed.recording.recorder import METRICS_FILE
 from rlmed.report.page import read_config
-from rlmed.report.plots import SERIES, draw_comparison
+from rlmed.report.plots import SERIES, Plot, draw_comparison
 from rlmed.studio.curves import draw_plots
-from rlmed.studio.runs import EVALUATIONS, Run
+from rlmed.studio.runs import DAMAGE, Run
 from rlmed.studio.state import studio_of
 
 MOST = len(SERIES)
@@ -44,18 +44,23 @@ def _values(runs: Sequence[Run]) -> dict[str, Any]:
     problems: list[str] = []
     for run in runs:
         lines[run.name] = []
-        config: dict[Any, Any] = {}
+        config: dict[str, Any] = {}
         summary = None
         try:
             lines[run.name] = list(read_json_lines(run.file(METRICS_FILE)))
-            config = read_config(run.file(CONFIG_FILE))[1]
+            config = flat(read_config(run.file(CONFIG_FILE))[1])
             summary = _last_summary(run)
-        except (OSError, ValueError, KeyError, TypeError) as error:  # a damaged file
+        except DAMAGE as error:
             problems.append(str(error) or type(error).__name__)
-        configs.append(flat(config))
+        configs.append(config)
         summaries.append(summary)
+    plots: list[Plot] = []
+    try:
+        plots = draw_plots(lambda: draw_comparison(lines))
+    except DAMAGE as error:
+        problems.append(f"the curves cannot be drawn ({error})")
     return {
-        "plots": draw_plots(lambda: draw_comparison(lines)),
+        "plots": plots,
         "differences": differences(configs),
         "accuracies": _accuracies(summaries),
         "problems": problems,
@@ -63,8 +68,8 @@ def _values(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _last_summary(run: Run) -> EvalSummary | None:
-    found = sorted(run.file(EVALUATIONS).glob(f"step-*/{SUMMARY_FILE}"))
-    return EvalSummary.read(found[-1].parent) if found else None
+    found = run.evaluations()
+    return EvalSummary.read(found[-1]) if found else None
 
 
 def _accuracies(summaries: Sequence[EvalSummary | None]) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,8 +22,9 @@ from rlmed.report.evaluations import Evaluations
 from rlmed.report.page import read_config, time_by_stage
 from rlmed.report.plots import Plot, draw_accuracy, draw_metrics
 from rlmed.studio.curves import draw_plots
+from rlmed.studio.evaluated import read_evaluations
 from rlmed.studio.fragments import answer_if_changed, tag_of
-from rlmed.studio.runs import EVALUATIONS, STATES, Glance, Run
+from rlmed.studio.runs import DAMAGE, STATES, Glance, Run
 from rlmed.studio.state import studio_of
 
 NEVER = Evaluations((), (), (), None, None, None, (), ())
@@ -70,36 +72,45 @@ def _values(run: Run, glance: Glance) -> dict[str, Any]:
     def attempt(read: Callable[[], Any], otherwise: Any) -> Any:
         try:
             return read()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # a damaged file
+        except DAMAGE as error:
             problems.append(str(error) or type(error).__name__)
             return otherwise
 
     metrics = attempt(lambda: list(read_json_lines(run.file(METRICS_FILE))), [])
-    evaluations = attempt(lambda: Evaluations.read(run.file(EVALUATIONS), None), NEVER)
+    evaluations = attempt(lambda: read_evaluations(run), NEVER)
     config_text, config = attempt(lambda: read_config(run.file(CONFIG_FILE)), ("", {}))
     versions = attempt(lambda: read_json(file) if (file := run.file(VERSIONS_FILE)).exists() else {}, {})
     plots: list[Plot] = attempt(lambda: draw_plots(lambda: _draw(metrics, evaluations.summaries)), [])
-    model = str((config.get("model") or {}).get("path") or next((one.model for one in evaluations.summaries), ""))
+    configured = attempt(lambda: (config.get("model") or {}).get("path"), None)
+    model = str(configured or next((one.model for one in evaluations.summaries), ""))
     return {
         "run": run,
         "model": model,
         "device": versions.get("cuda_device") or versions.get("cpu"),
         # earlier versions did not record it
         "toy": TOY_NOTE if versions.get("toy_model") or model.startswith(EMBEDDED) else None,
-        "skipped_steps": int((metrics[-1].get("skipped_steps") or 0) if metrics else 0),
+        "skipped_steps": attempt(lambda: int((metrics[-1].get("skipped_steps") or 0) if metrics else 0), 0),
         "tiles": attempt(lambda: _tiles(metrics, evaluations.summaries, glance), []),
         "plots": plots,
         "table": attempt(lambda: accuracy_table(evaluations), None),
         "scores": attempt(lambda: scores_by_task(evaluations), None),
         "rules": attempt(lambda: show_rules(evaluations), None),
         "faithfulness": attempt(lambda: show_faithfulness(evaluations), None),
-        "timeline": attempt(lambda: time_by_stage(run.file(TIMELINE_LINES)), None),
+        "timeline": attempt(lambda: _time_by_stage(run), None),
         "workers": attempt(lambda: workers(metrics), []),
         "has_rollouts": run.file(ROLLOUTS_FILE).exists(),
         "config_text": config_text,
         "versions": versions,
         "problems": problems,
     }
+
+
+def _time_by_stage(run: Run) -> dict[str, Any] | None:
+    """Return the report's table; raises ValueError for times that are none."""
+    spent = time_by_stage(run.file(TIMELINE_LINES))
+    if spent and not all(0 <= stage["seconds"] < math.inf for stage in spent["stages"]):
+        raise ValueError(f"{TIMELINE_LINES} is damaged: a stage took less than nothing, or for ever")
+    return spent
 
 
 def _draw(metrics: Sequence[Mapping[str, Any]], summaries: Sequence[EvalSummary]) -> list[Plot]:

@@ -12,20 +12,17 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from rlmed.data.images import load_image
 from rlmed.evaluation.records import SHOWN
 from rlmed.evaluation.reliability.results import ReliabilitySummary
 from rlmed.report.accuracy import accuracy_table, scores_by_task, show_faithfulness, show_rules
-from rlmed.report.evaluations import Evaluations
 from rlmed.report.plots import Plot, draw_accuracy
 from rlmed.report.reliability import show_reliability
 from rlmed.studio.curves import draw_plots
-from rlmed.studio.evaluated import OUTCOMES, PAGE, EvaluatedRows, RowFilters, steps_of
-from rlmed.studio.images import QUALITY, SIDES
-from rlmed.studio.runs import EVALUATIONS, Run
+from rlmed.studio.evaluated import OUTCOMES, PAGE, EvaluatedRows, RowFilters, read_evaluations, steps_of
+from rlmed.studio.images import QUALITY, SIDES, open_image
+from rlmed.studio.runs import DAMAGE, Run
 from rlmed.studio.state import Studio, studio_of
 
-_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 _T = TypeVar("_T")
 
 
@@ -63,8 +60,8 @@ def send_row_image(request: Request) -> Response:
         if min(row, number) < 0:
             raise LookupError
         rows = _rows(studio, run, _step(request, steps_of(run)))
-        image = load_image(Path(rows.rows[row].images[number]), max_side=side)
-    except (*_DAMAGE, LookupError):
+        image = open_image(rows.rows[row].images[number], side)
+    except DAMAGE:
         raise HTTPException(404, "There is no such picture.") from None
     target = io.BytesIO()
     image.save(target, "JPEG", quality=QUALITY)
@@ -91,7 +88,7 @@ def _rows(studio: Studio, run: Run, step: int) -> EvaluatedRows:
 def _tables(run: Run) -> dict[str, Any]:
     """Return what the page shows above the rows; what is damaged is named in "problems"."""
     problems: list[str] = []
-    found = _attempt(lambda: Evaluations.read(run.file(EVALUATIONS), None), None, problems)
+    found = _attempt(lambda: read_evaluations(run), None, problems)
     reliability = None
     if found is not None and (measured := found.reliability) is not None:
         reliability = _attempt(lambda: _reliability(measured), None, problems)
@@ -142,6 +139,6 @@ def _browsed(rows: EvaluatedRows, filters: RowFilters) -> dict[str, Any]:
 def _attempt(read: Callable[[], _T], otherwise: _T, problems: list[str]) -> _T:
     try:
         return read()
-    except _DAMAGE as error:  # a damaged file
+    except DAMAGE as error:
         problems.append(str(error) or type(error).__name__)
         return otherwise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 from urllib.parse import urlencode
 
 from rlmed.evaluation.records import SHOWN, EvalRow
-from rlmed.evaluation.results import ROWS_FILE, SUMMARY_FILE, read_rows
+from rlmed.evaluation.results import ROWS_FILE, read_rows
 from rlmed.report.answers import show_question
+from rlmed.report.evaluations import Evaluations
 from rlmed.report.rollouts import show_answer
 from rlmed.studio.runs import EVALUATIONS, Run
 
@@ -134,7 +136,7 @@ class EvaluatedRows:
             "question": row.question,
             "control": row.control,
             **show_question(row.task, row.options, row.answer, row.truth),
-            "images": [{"number": number, "there": Path(path).is_file()} for number, path in enumerate(row.images)],
+            "images": [{"number": number, "there": os.path.isfile(path)} for number, path in enumerate(row.images)],
             "answers": [
                 {**show_answer(one), "step": step}
                 for one, step in zip(sides, (self.first_step, self.step)[-len(sides) :], strict=True)
@@ -150,16 +152,27 @@ class EvaluatedRows:
         }
 
 
+def read_evaluations(run: Run) -> Evaluations:
+    """Read what the tables show.
+
+    Raises:
+        ValueError: for an entry that is no file of the run, such as a pipe or a link to elsewhere.
+        OSError, LookupError, TypeError, AttributeError: for a damaged file.
+    """
+    for entry in run.file(EVALUATIONS).glob("step-*/*"):
+        if not run.file(str(entry.relative_to(run.folder))).exists():
+            raise ValueError(f"{entry} is no file of the run: remove it")
+    return Evaluations.read(run.file(EVALUATIONS), None)
+
+
 def steps_of(run: Run) -> dict[int, Path]:
     """Return the folders of a run's evaluations by step; none that lies outside of the run."""
     found = {}
-    for summary in sorted(run.file(EVALUATIONS).glob(f"step-*/{SUMMARY_FILE}")):
-        number = summary.parent.name.removeprefix("step-")
-        inside = all(
-            run.file(f"{EVALUATIONS}/{summary.parent.name}/{name}").is_file() for name in (SUMMARY_FILE, ROWS_FILE)
-        )
+    for folder in run.evaluations():
+        number = folder.name.removeprefix("step-")
+        inside = run.file(f"{EVALUATIONS}/{folder.name}/{ROWS_FILE}").is_file()
         if number.isascii() and number.isdigit() and inside:
-            found[int(number)] = summary.parent
+            found[int(number)] = folder
     return found
 
 

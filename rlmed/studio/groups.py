@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from rlmed.core.files.jsonlines import parse_line
 from rlmed.report.answers import CHOICE, judge_of, show_question
 from rlmed.report.rollouts import show_completion
 from rlmed.studio.query import Hit
+from rlmed.studio.runs import DAMAGE
 
 
 def read_group(rollouts: Path, offset: int, line: int) -> dict[str, Any]:
@@ -44,7 +46,7 @@ def show_hits(rollouts: Path, hits: Sequence[Hit]) -> list[dict[str, Any]]:
                 last = hit.offset, group
                 cards.append(card)
             shown = _completion(last[1], hit)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        except DAMAGE:
             last = None
             continue
         cards[-1]["completions"].append(shown)
@@ -58,7 +60,7 @@ def _card(group: Mapping[str, Any], hit: Hit) -> dict[str, Any]:
         # 0.1 wrote kind
         "question_type": group["question_type" if "question_type" in group else "kind"],
         **show_question(task, group["options"], group["answer"], group.get("truth")),
-        "images": [{"number": i, "there": Path(path).is_file()} for i, path in enumerate(images_of(group))],
+        "images": [{"number": i, "there": os.path.isfile(path)} for i, path in enumerate(images_of(group))],
         "rollout": hit.id,
         "prompt": hit.prompt,
         "of": len(group["completions"]),

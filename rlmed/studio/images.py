@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
+import sqlite3
 from pathlib import Path
 
+from PIL import Image
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -13,6 +16,7 @@ from rlmed.data.images import load_image
 from rlmed.recording.recorder import ROLLOUTS_FILE
 from rlmed.studio.groups import images_of, read_group
 from rlmed.studio.query import located
+from rlmed.studio.runs import DAMAGE
 from rlmed.studio.state import studio_of
 
 SIDES = {"small": 512, "large": 2048}
@@ -31,13 +35,24 @@ def send_image(request: Request) -> Response:
     try:
         rollout, number = (int(request.query_params.get(name, "")) for name in ("rollout", "number"))
         side = SIDES[request.query_params.get("size", "small")]
-        with studio.indexing.index(rollouts).open() as connection:
-            place = located(connection, rollout)
+        place = studio.indexing.use(rollouts, lambda _, connection: located(connection, rollout))
         if place is None or number < 0:
             raise LookupError
-        image = load_image(Path(images_of(read_group(rollouts, *place))[number]), max_side=side)
-    except (ValueError, OSError, LookupError, OverflowError, TypeError):
+        image = open_image(images_of(read_group(rollouts, *place))[number], side)
+    except (*DAMAGE, sqlite3.Error):
         raise HTTPException(404, "There is no such picture.") from None
     target = io.BytesIO()
     image.save(target, "JPEG", quality=QUALITY)
     return Response(target.getvalue(), media_type="image/jpeg", headers={"Cache-Control": "private, max-age=300"})
+
+
+def open_image(path: str, side: int) -> Image.Image:
+    """Return the picture that a record names, its longest side at most `side` pixels.
+
+    Raises:
+        OSError: for what is no regular file: a pipe would be waited for.
+        BadImageError: as `load_image`.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(path)
+    return load_image(Path(path), max_side=side)

@@ -3,7 +3,8 @@
 It holds what rollouts are filtered and sorted by, a full-text index of questions and completions,
 and where each group's line lies; what is shown is read from rollouts.jsonl. It is filled from the
 byte up to which it has read. A resumed run truncates its file: then the bytes before that place are
-others, or gone, and the index starts anew.
+others, or gone, and the index starts anew. So it does if the first bytes of the file are others; a
+change between the two is not seen.
 """
 
 from __future__ import annotations
@@ -11,19 +12,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sqlite3
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-FORMAT = 1
+FORMAT = 2
 """Raise it when the tables change: indexes of another format start anew."""
 BATCH = 2**20
 """Bytes of rollouts.jsonl to read at a time; whoever searches waits at most for one of them."""
 SEAM = 4096
-"""Bytes before the place read up to by which a truncated file is recognized."""
+"""Bytes at the start, and before the place read up to, by which another file is recognized."""
+_UNSPACED = re.compile(
+    "[\u3005-\u3007\u3041-\u3096\u309d-\u30fa\u30fc-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9d\U00020000-\U0003fffd]"
+)
+"""Characters of scripts without spaces between words: Han, Hiragana and Katakana."""
+_DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _TABLES = """
 CREATE TABLE place (offset INTEGER, lines INTEGER, damaged INTEGER, inode TEXT, seam TEXT);
 CREATE TABLE groups (
@@ -76,29 +84,48 @@ class Index:
         self.path = cache / f"{name}-{FORMAT}.sqlite3"
         self.whole = False
         """Whether `update` has reached the end of the file once."""
+        self._lock = threading.Lock()
 
     @contextmanager
     def open(self) -> Iterator[sqlite3.Connection]:
-        """Yield a connection, with the tables made; a damaged index is removed and starts anew."""
+        """Yield a connection, with the tables made.
+
+        A damaged index is removed, at the latest when a statement meets the damage: the next one to
+        open it starts anew.
+
+        Raises:
+            OSError, sqlite3.OperationalError: if it cannot be reached, or is locked for long; it
+                stays as it is.
+            sqlite3.DatabaseError: raised by a statement, see `is_damage`.
+        """
         try:
             connection = self._connect()
-        except sqlite3.DatabaseError:
+        except sqlite3.DatabaseError as error:
+            if not is_damage(error):
+                raise
             self.remove()
             connection = self._connect()
+        opened = _identity(self.path)
         try:
             yield connection
+        except sqlite3.DatabaseError as error:
+            connection.close()
+            if is_damage(error):
+                with self._lock:  # another thread may have been faster
+                    if _identity(self.path) == opened:
+                        self.remove()
+            raise
         finally:
             connection.close()
 
     def remove(self) -> None:
         """Remove the index."""
-        for suffix in ("", "-wal", "-shm"):
-            with suppress(FileNotFoundError):
-                self.path.with_name(self.path.name + suffix).unlink()
+        remove_database(self.path)
 
     def _connect(self) -> sqlite3.Connection:
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)  # it holds texts of the run
         os.close(descriptor)
+        os.utime(self.path)  # for `remove_old`: reading changes no time
         connection = sqlite3.connect(self.path, timeout=30.0, isolation_level=None)
         try:
             connection.execute("PRAGMA journal_mode=WAL")
@@ -135,7 +162,8 @@ class Index:
                 more = self._read_on(connection, file)
                 connection.execute("COMMIT")
             except BaseException:
-                connection.execute("ROLLBACK")
+                if connection.in_transaction:  # some errors have ended it
+                    connection.execute("ROLLBACK")
                 raise
         if not more:
             self.whole = True
@@ -178,10 +206,32 @@ def _lines(content: bytes) -> list[bytes]:
     return [line + b"\n" for line in content.split(b"\n")[:-1]]
 
 
+def remove_database(path: Path) -> None:
+    """Remove a database of SQLite, with what it keeps beside."""
+    for suffix in ("", "-wal", "-shm"):
+        with suppress(FileNotFoundError):
+            path.with_name(path.name + suffix).unlink()
+
+
+def is_damage(error: sqlite3.Error) -> bool:
+    """Return whether an error says that the index is damaged, and not only out of reach."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGED
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino
+
+
 def _seam(file: BinaryIO, offset: int) -> str:
-    start = max(0, offset - SEAM)
-    file.seek(start)
-    return hashlib.sha256(file.read(offset - start)).hexdigest()
+    found = hashlib.sha256()
+    for start, end in ((0, min(SEAM, offset)), (max(0, offset - SEAM), offset)):
+        file.seek(start)
+        found.update(file.read(end - start))
+    return found.hexdigest()
 
 
 class _Batch:
@@ -200,7 +250,7 @@ class _Batch:
             step, completions = _count(group["step"]), group["completions"]
             task, modality = _text(group.get("task", "choice")), _text(group["modality"] or "")
             words = f"{group['question']} {' '.join(str(option) for option in group['options'])}"
-            rows = [(*_figures(entry), _text(f"{words} {entry['text']}")) for entry in completions]
+            rows = [(*_figures(entry), apart(_text(f"{words} {entry['text']}"))) for entry in completions]
             prompt = prompt_key(group)
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             return False
@@ -236,6 +286,18 @@ def _count(value: Any) -> int:
 def _text(value: Any) -> str:
     """Return a text that SQLite can hold: without half surrogate pairs."""
     return str(value).encode("utf-8", "replace").decode()
+
+
+def apart(text: str) -> str:
+    """Set characters of Chinese and Japanese apart, as words: there are no spaces between words.
+
+    A search for several in a row then finds them anywhere.
+
+    Example:
+        >>> apart("左肺 5mm結節")
+        ' 左  肺  5mm 結  節 '
+    """
+    return _UNSPACED.sub(r" \g<0> ", text)
 
 
 def prompt_key(group: Mapping[str, Any]) -> str:

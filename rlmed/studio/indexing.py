@@ -6,10 +6,13 @@ import logging
 import sqlite3
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
-from rlmed.studio.index import Index
+from rlmed.studio.index import Index, is_damage, remove_database
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 PATIENCE_S = 0.3
@@ -53,14 +56,38 @@ class Indexing:
         thread.join(PATIENCE_S)
         return index
 
+    def use(self, rollouts: Path, ask: Callable[[Index, sqlite3.Connection], T]) -> T:
+        """Return what `ask` returns for the index of a rollouts.jsonl, once it is up to date.
+
+        If the index proves damaged, a new one is asked, as far as it is filled after `PATIENCE_S`.
+
+        Raises:
+            OSError, sqlite3.Error: if it cannot be used.
+        """
+        index = self.index(rollouts)
+        try:
+            with index.open() as connection:
+                return ask(index, connection)
+        except sqlite3.DatabaseError as error:
+            if not is_damage(error):
+                raise
+        index = self.index(rollouts)
+        with index.open() as connection:
+            return ask(index, connection)
+
 
 def _fill(index: Index) -> None:
-    try:
-        with index.open() as connection:
-            while index.update(connection):
-                pass
-    except (OSError, sqlite3.Error) as error:
-        log.warning("the index of %s stopped: %s", index.rollouts, error)
+    for again in (True, False):
+        try:
+            with index.open() as connection:
+                while index.update(connection):
+                    pass
+            return
+        except (OSError, sqlite3.Error) as error:
+            anew = again and isinstance(error, sqlite3.Error) and is_damage(error)
+            log.warning("the index of %s %s: %s", index.rollouts, "starts anew" if anew else "stopped", error)
+            if not anew:
+                return
 
 
 def remove_old(cache: Path) -> None:
@@ -68,6 +95,6 @@ def remove_old(cache: Path) -> None:
     for path in cache.glob("*.sqlite3"):
         try:
             if time.time() - path.stat().st_mtime > KEPT_DAYS * 86400:
-                path.unlink()
+                remove_database(path)
         except OSError as error:
             log.warning("%s cannot be removed: %s", path, error)

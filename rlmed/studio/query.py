@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlencode
 
+from rlmed.studio.index import apart
+
 PAGE = 20
 SORTS = {
     "newest": ("step, latest first", "step DESC, id DESC"),
@@ -32,7 +34,9 @@ class Filters:
     """
 
     words: str = ""
-    """All of them occur in question, options or completion, each as the beginning of a word."""
+    """All of them occur in question, options or completion, each as the beginning of a word; what is
+    Chinese or Japanese anywhere.
+    """
     step_from: int | None = None
     step_to: int | None = None
     reward_from: float | None = None
@@ -114,7 +118,7 @@ def _conditions(filters: Filters) -> tuple[str, str, list[Any]]:
     if words := _WORD.findall(filters.words):
         # quoted, so that none is an operator of the search
         conditions.append("id IN (SELECT rowid FROM texts WHERE texts MATCH ?)")
-        values.append(" ".join(f'"{word}"*' for word in words))
+        values.append(" ".join(f'"{apart(word)}"*' for word in words))
     for name, comparison in (("step", ">="), ("step", "<="), ("reward", ">="), ("reward", "<=")):
         value = getattr(filters, f"{name}_{'from' if comparison == '>=' else 'to'}")
         if value is not None:

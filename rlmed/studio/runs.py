@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import re
+import stat
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -46,6 +47,10 @@ TAIL = 65536
 """Bytes at the end of a file in which its last line is looked for."""
 _MARKS = ({CONFIG_FILE, VERSIONS_FILE}, {CONFIG_FILE, EVALUATIONS}, {".hydra", OWNER_FILE})
 """Names that together mark a run's folder; the last are those of one that has just started."""
+DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+"""What reading damaged files may raise, a folder's whose content nobody vouches for."""
+_LAST_MOMENT = 253_370_764_800.0
+"""The year 9999: a file may state a later time, which no calendar shows."""
 _STEPS = re.compile(rb"^steps: (\d{1,9})\s*$", re.MULTILINE)
 
 
@@ -58,9 +63,27 @@ class Run:
     folder: Path
 
     def file(self, name: str) -> Path:
-        """Return the path of a file of the run; one that leads elsewhere is as if missing."""
+        """Return the path of a file or folder of the run.
+
+        One that leads elsewhere, or is neither (a pipe would be waited for), is as if missing.
+        """
         path = self.folder / name
-        return path if path.resolve().is_relative_to(self.folder) else self.folder / ".elsewhere"
+        try:
+            inside = path.resolve().is_relative_to(self.folder)
+            mode = path.stat().st_mode
+        except FileNotFoundError:
+            return path if inside else self.folder / ".elsewhere"
+        except (OSError, RuntimeError):  # the latter for a link that leads to itself
+            return self.folder / ".elsewhere"
+        return path if inside and (stat.S_ISREG(mode) or stat.S_ISDIR(mode)) else self.folder / ".elsewhere"
+
+    def evaluations(self) -> list[Path]:
+        """Return the folders of its evaluations that have a summary, by name."""
+        return [
+            summary.parent
+            for summary in sorted(self.file(EVALUATIONS).glob(f"step-*/{SUMMARY_FILE}"))
+            if self.file(f"{EVALUATIONS}/{summary.parent.name}/{SUMMARY_FILE}").is_file()
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +143,10 @@ class Runs:
         if kept is not None and kept[0] == seen:
             known = kept[1]
         else:
-            known = _look(run)
+            try:
+                known = _look(run)
+            except DAMAGE:  # one run shall not hide the others
+                known = Glance(run, "starting", "stopped", 0, None, None, None, None, *_times(run))
             self._glances[run.folder] = seen, known
         return _with_state(known)
 
@@ -161,7 +187,7 @@ def _stamp(run: Run) -> tuple[Any, ...]:
     """Return what changes when the run writes."""
     names = (METRICS_FILE, CONFIG_FILE, EVALUATIONS, REPORT_FILE, ROLLOUTS_FILE, TIMELINE_LINES, OWNER_FILE, HELD_FILE)
     stats = (_stat(run.folder / name) for name in names)
-    return tuple(None if stat is None else (stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in stats)
+    return tuple(None if one is None else (one.st_mtime_ns, one.st_size, one.st_ino) for one in stats)
 
 
 def _stat(path: Path) -> os.stat_result | None:
@@ -174,12 +200,12 @@ def _stat(path: Path) -> os.stat_result | None:
 def _look(run: Run) -> Glance:
     last = last_line(run.file(METRICS_FILE)) or {}
     steps = last.get("step")
-    evaluations = sorted(run.file(EVALUATIONS).glob(f"step-*/{SUMMARY_FILE}"))
+    evaluations = run.evaluations()
     rewarded = any(name.startswith("reward/") for name in last)
     kind = "train" if rewarded or run.file(ROLLOUTS_FILE).exists() else "sft" if last else "starting"
     if kind == "starting" and evaluations:
-        kind = "reliability" if (evaluations[-1].parent / "reliability.json").is_file() else "evaluate"
-    times = [stat.st_mtime for entry in _entries(run.folder) if (stat := _stat(entry)) is not None]
+        kind = "reliability" if (evaluations[-1] / "reliability.json").is_file() else "evaluate"
+    started, written = _times(run)
     return Glance(
         run=run,
         kind=kind,
@@ -189,9 +215,17 @@ def _look(run: Run) -> Glance:
         reward=_number(last.get("reward/mean")),
         loss=_number(last.get("loss")),
         accuracy=_accuracy(evaluations),
-        started=min(times, default=0.0),
-        written=max(times, default=0.0),
+        started=started,
+        written=written,
     )
+
+
+def _times(run: Run) -> tuple[float, float]:
+    """Return when a run started and last wrote."""
+    times = [
+        min(max(one.st_mtime, 0.0), _LAST_MOMENT) for entry in _entries(run.folder) if (one := _stat(entry)) is not None
+    ]
+    return min(times, default=0.0), max(times, default=0.0)
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -230,9 +264,11 @@ def _owner(run: Run) -> Owner | None:
     for name in (OWNER_FILE, HELD_FILE):
         try:
             card = json.loads(run.file(name).read_bytes())
-            return Owner(str(card["machine"]), int(card["pid"]), int(card["start"]))
-        except (OSError, ValueError, KeyError, TypeError):
+            owner = Owner(str(card["machine"]), int(card["pid"]), int(card["start"]))
+        except DAMAGE:
             continue
+        if 0 < owner.pid < 2**31:  # others the system cannot be asked for
+            return owner
     return None
 
 
@@ -248,13 +284,16 @@ def _accuracy(evaluations: Sequence[Path]) -> float | None:
     if not evaluations:
         return None
     try:
-        return EvalSummary.read(evaluations[-1].parent).mean_accuracy
-    except (OSError, ValueError, KeyError, TypeError):  # damaged: its own page says so
+        return EvalSummary.read(evaluations[-1]).mean_accuracy
+    except DAMAGE:  # damaged: its own page says so
         return None
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
+    try:
+        return float(value) if isinstance(value, int | float) else None
+    except OverflowError:
+        return None
 
 
 def last_line(path: Path) -> dict[str, Any] | None:
@@ -269,7 +308,7 @@ def last_line(path: Path) -> dict[str, Any] | None:
     for line in reversed(lines):
         try:
             content = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(content, dict):
             return content

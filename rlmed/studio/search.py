@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 from urllib.parse import urlencode
 
 from starlette.exceptions import HTTPException
@@ -16,9 +16,12 @@ from rlmed.report.plots import Plot, draw_values
 from rlmed.studio.curves import draw_plots
 from rlmed.studio.fragments import answer_if_changed, tag_of
 from rlmed.studio.groups import show_hits
+from rlmed.studio.index import Index
 from rlmed.studio.query import PAGE, SORTS, Filters, kinds, of_prompt, search
 from rlmed.studio.runs import Run
-from rlmed.studio.state import studio_of
+from rlmed.studio.state import Studio, studio_of
+
+T = TypeVar("T")
 
 
 def show_rollouts(request: Request) -> Response:
@@ -37,29 +40,38 @@ def show_rollouts_live(request: Request) -> Response:
     studio = studio_of(request)
     run = studio.run(request)
     filters = Filters.read(request.query_params)
-    index = studio.indexing.index(run.file(ROLLOUTS_FILE))
-    with index.open() as connection:
+
+    def ask(index: Index, connection: sqlite3.Connection) -> Response:
         place = index.place(connection)
-        tag = tag_of(place, filters)
-        total = search(connection, filters)[0]
-    values: dict[str, Any] = {"run": run, "filters": filters, "place": place, "total": total}
-    return answer_if_changed(request, tag, lambda: studio.page("rollouts_live.html.j2", request, **values))
+
+        def answer() -> Response:
+            values: dict[str, Any] = {"run": run, "filters": filters, "place": place}
+            return studio.page("rollouts_live.html.j2", request, **values, total=search(connection, filters)[0])
+
+        return answer_if_changed(request, tag_of(place, filters), answer)
+
+    return _asked(studio, run, ask)
+
+
+def _asked(studio: Studio, run: Run, ask: Callable[[Index, sqlite3.Connection], T]) -> T:
+    """Ask the index of a run; 404 for a run without rollouts, 500 if the index cannot be used."""
+    rollouts = run.file(ROLLOUTS_FILE)
+    if not rollouts.is_file():
+        raise HTTPException(404, f"{run.name} has recorded no rollouts: only rlmed.launch samples some.")
+    try:
+        return studio.indexing.use(rollouts, ask)
+    except (OSError, sqlite3.Error) as error:
+        raise HTTPException(500, f"The index in {studio.cache} cannot be used ({error}): see --cache.") from error
 
 
 def _values(request: Request, run: Run, filters: Filters) -> dict[str, Any]:
     studio = studio_of(request)
-    rollouts = run.file(ROLLOUTS_FILE)
-    if not rollouts.exists():
-        raise HTTPException(404, f"{run.name} has recorded no rollouts: only rlmed.launch samples some.")
-    try:
-        index = studio.indexing.index(rollouts)
-        with index.open() as connection:
-            place = index.place(connection)
-            total, hits = search(connection, filters)
-            tasks, modalities = kinds(connection)
-            history = of_prompt(connection, filters.prompt) if filters.prompt else []
-    except (OSError, sqlite3.Error) as error:
-        raise HTTPException(500, f"The index in {studio.cache} cannot be used ({error}): see --cache.") from error
+
+    def ask(index: Index, connection: sqlite3.Connection) -> tuple[Any, ...]:
+        history = of_prompt(connection, filters.prompt) if filters.prompt else []
+        return index.place(connection), search(connection, filters), kinds(connection), history
+
+    place, (total, hits), (tasks, modalities), history = _asked(studio, run, ask)
     pages = max(1, -(-total // PAGE))
     return {
         "run": run,
@@ -72,7 +84,7 @@ def _values(request: Request, run: Run, filters: Filters) -> dict[str, Any]:
         "pages": pages,
         "tasks": tasks,
         "modalities": modalities,
-        "cards": show_hits(rollouts, hits),
+        "cards": show_hits(run.file(ROLLOUTS_FILE), hits),
         "here": urlencode({"run": run.name}) + (f"&{query}" if (query := filters.query()) else ""),
         "history": _history(history),
         "running": studio.runs.glance(run).state in ("running", "silent") or not place.done,

@@ -19,10 +19,12 @@ MOST_BYTES = 512 * MIB
 """Of one file; also of what a compressed volume inflates to, times `INFLATES`."""
 INFLATES = 4
 MOST_TOTAL = 2048 * MIB
-"""Of all files; the oldest make room."""
+"""Of all files, with what has come of those on their way; the oldest make room."""
 MOST_FILES = 4096
 MOST_OPENED = 2048
 """Most files of one choice."""
+MOST_SOURCES = 2 * MOST_OPENED
+"""Most sources that stay open; the oldest make room."""
 _PIECE = 1 << 20
 
 
@@ -38,6 +40,8 @@ class Uploads:
         self._kept: tempfile.TemporaryDirectory[str] | None = None
         self._files: dict[str, int] = {}
         """Bytes by id, oldest first."""
+        self._arriving: dict[str, int] = {}
+        """Bytes that have come, by name, of files on their way or being inflated."""
         self._sources: dict[str, Source] = {}
         self._lock = threading.RLock()
 
@@ -75,11 +79,14 @@ class Uploads:
                 async for piece in pieces:
                     size += len(piece)
                     self._check(size)
+                    self._grow(name, size)
                     file.write(piece)
+            self._add(name, size)
         except BaseException:  # the client may go away
             path.unlink(missing_ok=True)
             raise
-        self._add(name, size)
+        finally:
+            self._arriving.pop(name, None)
         return name
 
     def open(self, names: Sequence[str]) -> tuple[list[str], list[tuple[int, str]]]:
@@ -153,13 +160,15 @@ class Uploads:
                         raise BadImageError(
                             f"it inflates to more than {most // MIB} MiB: cut out the part that the question is about"
                         )
+                    self._grow(aside.name, size)
                     file.write(piece)
             aside.replace(path)
+            self._add(path.name, size)
         except (EOFError, zlib.error, gzip.BadGzipFile):
             raise BadImageError("it is damaged or truncated: copy or export it again") from None
         finally:
             aside.unlink(missing_ok=True)
-        self._add(path.name, size)
+            self._arriving.pop(aside.name, None)
 
     def _check(self, size: int) -> None:
         if size > self._most_bytes:
@@ -167,24 +176,45 @@ class Uploads:
         if size > shutil.disk_usage(self.folder).free:
             raise BadImageError("the server's disk is full: free some space")
 
-    def _add(self, name: str, size: int) -> None:
-        """Note a file; remove the oldest beyond the limits."""
+    def _grow(self, name: str, size: int) -> None:
+        """Note how much of a file has come; the oldest make room.
+
+        Raises:
+            BadImageError: if all that is on its way is beyond the limit.
+        """
         with self._lock:
-            self._files.pop(name, None)
+            self._arriving[name] = size
+            self._make_room(keep=0)
+            if sum(self._arriving.values()) > self._most_total:
+                raise BadImageError("too many files come at the same time: send it again, after the others")
+
+    def _add(self, name: str, size: int) -> None:
+        """Note a file that is whole; the oldest make room."""
+        with self._lock:
+            for names in (self._files, self._arriving):
+                names.pop(name, None)
+            self._arriving.pop(f"{name}.part", None)
             self._files[name] = size
-            while len(self._files) > 1 and (
-                sum(self._files.values()) > self._most_total or len(self._files) > MOST_FILES
-            ):
-                oldest = next(iter(self._files))
-                del self._files[oldest]
-                gone = self.folder / oldest
-                gone.unlink(missing_ok=True)
-                self._sources = {key: one for key, one in self._sources.items() if gone not in one.files}
+            self._make_room(keep=1)
+
+    def _make_room(self, keep: int) -> None:
+        """Remove the oldest files beyond the limits, but for some of the latest."""
+        while len(self._files) > keep and (
+            sum(self._files.values()) + sum(self._arriving.values()) > self._most_total
+            or len(self._files) + len(self._arriving) > MOST_FILES
+        ):
+            oldest = next(iter(self._files))
+            del self._files[oldest]
+            gone = self.folder / oldest
+            gone.unlink(missing_ok=True)
+            self._sources = {key: one for key, one in self._sources.items() if gone not in one.files}
 
     def _register(self, source: Source) -> str:
         name = secrets.token_hex(16)
         with self._lock:
             self._sources[name] = source
+            while len(self._sources) > MOST_SOURCES:
+                del self._sources[next(iter(self._sources))]
         return name
 
 

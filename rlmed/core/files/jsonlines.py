@@ -147,7 +147,7 @@ def parse_line(line: bytes, path: Path, number: int) -> dict[str, Any]:
     """
     try:
         content = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}, line {number} is not JSON ({error}): remove the line") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}, line {number} is not a JSON object: remove the line")
