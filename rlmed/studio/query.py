@@ -34,8 +34,9 @@ class Filters:
     """
 
     words: str = ""
-    """All of them occur in question, options or completion, each as the beginning of a word; what is
-    Chinese or Japanese anywhere.
+    """All of them occur in question, options or completion, each as the beginning of a word.
+
+    Chinese and Japanese words occur anywhere.
     """
     step_from: int | None = None
     step_to: int | None = None

@@ -114,6 +114,23 @@ def test_a_question_is_answered_line_by_line(client):
     assert {event.get("side") for event in events if "options" in event} == {"image", "blank"}
 
 
+def test_half_a_character_in_a_question_is_no_error(client):
+    (source,) = uploaded(client, png())["sources"]
+    asked = {
+        "model": models(client)["embedded model (knows generated images only)"],
+        "question": f"{QUESTION} \ud83d",
+        "task": "choice",
+        "options": [*OPTIONS[:-1], "\ude00"],
+        "views": [{"source": source["id"]}],
+        "max_tokens": 4,
+        "blank": False,
+    }
+    events = [json.loads(line) for line in client.post("/ask/answer", content=json.dumps(asked)).text.splitlines()]
+    assert events[-1] == {"done": True}
+    wrong = client.post("/ask/answer", content=json.dumps(asked | {"task": "\ud83d"}))
+    assert "error" in json.loads(wrong.text.splitlines()[-1])
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -197,6 +197,81 @@ def test_a_damaged_index_starts_anew(index):
     assert found(index)[0] == 12
 
 
+def damage(index):
+    """Write over all but the first pages, which connecting reads."""
+    with index.path.open("r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(4 * 4096)
+        file.write(b"damage" * (size // 6))
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_index_with_damage_inside_starts_anew_while_it_is_filled_and_asked(rollouts, tmp_path):
+    indexing = Indexing(tmp_path / "cache")
+    index = indexing.index(rollouts)
+    assert fill(index).lines == 6
+    damage(index)
+    with pytest.raises(sqlite3.DatabaseError, match="malformed"), index.open() as connection:
+        search(connection, Filters())
+    fill(index)
+    damage(index)
+
+    def ask(index, connection):
+        while index.update(connection):
+            pass
+        return search(connection, Filters())[0]
+
+    assert indexing.use(rollouts, ask) == 12
+    assert fill(index).lines == 6
+
+
+def test_an_index_that_cannot_be_reached_is_kept(index):
+    fill(index)
+    content = index.path.read_bytes()
+    beside = index.path.with_name(f"{index.path.name}-wal")
+    beside.mkdir()
+    with pytest.raises(sqlite3.OperationalError), index.open():
+        pass
+    beside.rmdir()
+    assert index.path.read_bytes() == content
+    assert found(index)[0] == 12
+
+
+def test_a_file_that_begins_otherwise_is_read_anew(index, rollouts, monkeypatch):
+    monkeypatch.setattr(index_module, "SEAM", 100)
+    fill(index)
+    with rollouts.open("r+b") as file:
+        first = file.readline()
+        file.seek(0)
+        file.write(b"?" * (len(first) - 1))
+    assert fill(index).damaged == 1
+    assert found(index)[0] == 10
+
+
+@pytest.mark.parametrize(
+    ("words", "total"),
+    [
+        ("结节", 1),
+        ("右肺上叶", 1),
+        ("叶结", 0),
+        ("节结", 0),
+        ("结节 右肺", 1),
+        ("5mm结节", 1),
+        ("陰影", 1),
+        ("カメ", 1),
+        ("影が", 1),
+        ("メラ", 1),
+        ("lobe 结节", 1),
+    ],
+)
+def test_chinese_and_japanese_are_found_anywhere(index, rollouts, words, total):
+    texts = ("胸部CT显示右肺上叶有一个5mm结节。lobe", "左肺に陰影がある。カメラ")
+    write_lines(rollouts, [line(step=1, texts=texts), line(step=2)])
+    fill(index)
+    assert found(index, words=words)[0] == total
+    assert found(index, words=words, step_from=2)[0] == 0
+
+
 def test_the_index_is_for_this_user_alone_and_outside_of_the_run(index, rollouts, tmp_path):
     before = sorted(rollouts.parent.iterdir())
     fill(index)
@@ -231,5 +306,18 @@ def test_indexes_that_nobody_opens_are_removed(tmp_path):
         path.write_text("")
         moment = path.stat().st_mtime - days * 86400
         os.utime(path, (moment, moment))
+    beside = [old.with_name(f"{old.name}{suffix}") for suffix in ("-wal", "-shm")]
+    for path in beside:
+        path.write_text("")
     remove_old(tmp_path)
     assert (old.exists(), young.exists()) == (False, True)
+    assert not any(path.exists() for path in beside)
+
+
+def test_an_index_that_is_only_read_counts_as_opened(index):
+    fill(index)
+    moment = index.path.stat().st_mtime - (KEPT_DAYS + 1) * 86400
+    os.utime(index.path, (moment, moment))
+    assert found(index)[0] == 12
+    remove_old(index.path.parent)
+    assert index.path.exists()

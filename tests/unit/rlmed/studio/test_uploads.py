@@ -24,6 +24,7 @@ from rlmed.data.readers.volumes.dicom_file import read_header
 from rlmed.data.readers.volumes.dicom_pixels import render_frame
 from rlmed.data.readers.volumes.display import Window
 from rlmed.data.readers.volumes.nifti_slices import SliceChoice, render_slice
+from rlmed.studio import uploads as uploads_module
 from rlmed.studio.uploads import Uploads
 from rlmed.studio.volumes import HOUNSFIELD, View
 from tests.unit.rlmed.data.pictures import marked
@@ -224,6 +225,48 @@ def test_files_beyond_the_limits_are_refused_or_make_room(tmp_path):
         assert len(list(uploads.folder.iterdir())) == 1
     finally:
         uploads.close()
+
+
+def test_files_on_their_way_count_and_make_room():
+    uploads = Uploads(most_bytes=3000, most_total=5000)
+    sizes = []
+
+    async def slow(size: int, wait: int) -> AsyncIterator[bytes]:
+        for _ in range(0, size, 100):
+            await asyncio.sleep(0)
+            sizes.append(sum(path.stat().st_size for path in uploads.folder.iterdir()))
+            yield bytes(100)
+        for _ in range(wait):
+            await asyncio.sleep(0)
+
+    async def send_all() -> list[str | BaseException]:
+        coming = (uploads.receive(slow(2500, 200)) for _ in range(4))
+        return await asyncio.gather(*coming, return_exceptions=True)
+
+    try:
+        kept = send(uploads, bytes(2000))
+        done = asyncio.run(send_all())
+        refused = [one for one in done if isinstance(one, BadImageError)]
+        assert 0 < len(refused) < 4
+        assert all("at the same time" in str(one) for one in refused)
+        # files are written by the buffer, so less may lie there than has come
+        assert max(sizes) <= 5000
+        with pytest.raises(BadImageError, match="choose it again"):
+            uploads.open([kept])
+        assert len(list(uploads.folder.iterdir())) == 4 - len(refused)
+        send(uploads, bytes(2900))  # nothing is on its way any more
+    finally:
+        uploads.close()
+
+
+def test_the_oldest_sources_make_room(uploads, tmp_path, monkeypatch):
+    monkeypatch.setattr(uploads_module, "MOST_SOURCES", 2)
+    marked(size=(60, 40)).save(tmp_path / "a.png")
+    name = send_file(uploads, tmp_path / "a.png")
+    first, second, third = (uploads.open([name])[0][0] for _ in range(3))
+    assert uploads.source(second).files == uploads.source(third).files
+    with pytest.raises(BadImageError, match="choose it again"):
+        uploads.source(first)
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "", "x"])
