@@ -47,7 +47,7 @@ def import_vllm() -> ModuleType:
 
 
 def prepare_cpu_server() -> None:
-    """Set what a server of vLLM's CPU build needs, unless it is set; call before vLLM plans its memory."""
+    """Set defaults of a server of vLLM's CPU build; call before vLLM plans its memory."""
     for name, value in CPU_SERVER_VARIABLES.items():
         os.environ.setdefault(name, value)
 
