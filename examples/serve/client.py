@@ -26,8 +26,11 @@ from rlmed.core.process.display import ending_errors
 from rlmed.core.types import LETTERS, Example
 from rlmed.data.images import check_image, load_image
 from rlmed.data.options.choices import plain_options
+from rlmed.models.tiny.toy import TOY_NOTE, is_toy
 
 NOTE = "For research only, not for clinical use."
+CURES = {401: "; give --key", 404: "; does the address end in /v1, and is --model a name that it serves?"}
+"""What to try, by the status with which a server refuses."""
 BANNED = -100
 """Bias on a token's logit that keeps it out."""
 
@@ -115,7 +118,8 @@ def ask(given: argparse.Namespace) -> str:
             logit_bias=bias,
         )
     except openai.APIStatusError as error:
-        raise ValueError(f"{given.url} refused the question ({error.status_code}): {error.message}") from error
+        cure = CURES.get(error.status_code, "")
+        raise ValueError(f"{given.url} refused the question ({error.status_code}): {error.message}{cure}") from error
     except openai.APIError as error:
         raise ValueError(f"{given.url} does not answer ({error.message}): is `vllm serve` running there?") from error
     return response.choices[0].message.content or ""
@@ -145,7 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     with ending_errors():
         reasoning, answer = read(ask(given), given.options)
-    sys.stdout.write(f"reasoning  {reasoning}\nanswer     {answer}\n{NOTE}\n")
+    toy = f"note       {TOY_NOTE}\n" if given.folder and is_toy(given.folder) else ""
+    sys.stdout.write(f"reasoning  {reasoning}\nanswer     {answer}\n{toy}{NOTE}\n")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from rlmed.export.folder import Exported
 from rlmed.export.server import BANNED
 from rlmed.export.source import Source, earlier_models, licence_of, public_name
 from rlmed.export.template import CHOICE
-from rlmed.models.tiny.toy import toy_note
+from rlmed.models.tiny.toy import EMBEDDED, toy_note
 
 CARD = "README.md"
 ASSETS = Path(__file__).parent / "assets"
@@ -101,7 +101,7 @@ def model_card(
             (who, count, count - len(found), sum(difference.tie for difference in found))
             for who, (count, found) in (checked or {}).items()
         ],
-        "base": public_name(earlier[-1]) if earlier else "",
+        "base": public_name(earlier[-1]) if earlier and not earlier[-1].startswith(EMBEDDED) else "",
     }
     return str(environment.get_template("card.md.j2").render(**values)).rstrip() + "\n"
 
@@ -294,7 +294,9 @@ def _recipe(source: Source, exported: Exported) -> list[tuple[str, Any]]:
 def _reinforcement(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
     algo, rollout = config.get("algo") or {}, config.get("rollout") or {}
     loss, reward = algo.get("loss") or {}, config.get("reward") or {}
-    weights = " + ".join(f"{weight:g} × {name}" for name, weight in (reward.get("weights") or {}).items())
+    given = reward.get("weights") or {}
+    own = {name: 1.0 for path in reward.get("extra") or () if (name := path.rpartition(":")[2]) not in given}
+    weights = " + ".join(f"{weight:g} × {name}" for name, weight in (given | own).items())
     return [
         (
             "advantage, ratio, clip",

@@ -126,7 +126,6 @@ def serving(folder: Path, *arguments: str, pictures: int = 1, start_s: float = S
         *_processor_arguments(folder, pictures),
     ]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(_paths())}
-    environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         process = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True

@@ -22,6 +22,8 @@ VARIABLES = {
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
 """Defaults for unset variables; vLLM reads them on use, and worker processes inherit them."""
+CPU_SERVER_VARIABLES = {"VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB; its own default is most of the machine's memory
+"""Defaults for unset variables of a server of vLLM's CPU build."""
 PRELOAD = "LD_PRELOAD"
 NOT_INSTALLED = (
     "rollout=vllm needs vLLM, which is not installed: in rlmed's checkout, pip install -c requirements.lock -e "
@@ -42,6 +44,12 @@ def import_vllm() -> ModuleType:
     disable_broken_extensions()
     _hide_broken_torchcodec()
     return importlib.import_module("vllm")
+
+
+def prepare_cpu_server() -> None:
+    """Set defaults of a server of vLLM's CPU build; call before vLLM plans its memory."""
+    for name, value in CPU_SERVER_VARIABLES.items():
+        os.environ.setdefault(name, value)
 
 
 def register_model_classes(architectures: list[str], names: Sequence[tuple[str, str | None]]) -> None:

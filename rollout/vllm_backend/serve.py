@@ -3,7 +3,8 @@
 The arguments are those of `vllm serve`, and so is the program. Only its start differs: binaries
 that do not fit torch are put aside here, as in all of rlmed's processes, and in the process that
 vLLM starts, which imports this module, too; and vLLM's CPU build, whose package has another name,
-need not find its version under `vllm`.
+need not find its version under `vllm`, and takes 1 GiB for keys and values unless
+VLLM_CPU_KVCACHE_SPACE says otherwise.
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ def main() -> None:
     from vllm.platforms import current_platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from rollout.vllm_backend.environment import register_model_classes
+    from rollout.vllm_backend.environment import prepare_cpu_server, register_model_classes
 
     parser = FlexibleArgumentParser()
     command = ServeSubcommand()
     command.subparser_init(parser.add_subparsers(dest="subparser"))
     arguments = parser.parse_args(["serve", *sys.argv[1:]])
     if current_platform.is_cpu():
+        prepare_cpu_server()
         register_model_classes(list(load_config(Path(arguments.model_tag)).architectures or ()), names=())
     command.validate(arguments)
     command.cmd(arguments)

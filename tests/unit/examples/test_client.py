@@ -6,6 +6,8 @@ import base64
 import io
 import runpy
 import socket
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -69,3 +71,24 @@ def test_errors_are_one_line(image: Path, tmp_path: Path, capsys: pytest.Capture
             assert printed.err.startswith("error: "), said
             assert said in printed.err
             assert printed.err.count("\n") == 1, printed.err
+
+
+@pytest.mark.parametrize(("status", "cure"), [(401, "give --key"), (404, "/v1")])
+def test_a_refusal_names_its_cure(status: int, cure: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("openai")
+
+    class Refusing(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(status)
+
+        def log_message(self, *_: object) -> None:
+            """Print nothing."""
+
+    with HTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(SystemExit):
+            CLIENT["main"](["Which?", "--url", f"http://127.0.0.1:{server.server_port}"])
+        server.shutdown()
+    printed = capsys.readouterr().err
+    assert f"({status})" in printed
+    assert cure in printed

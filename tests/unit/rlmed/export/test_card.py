@@ -25,6 +25,7 @@ from rlmed.tasks.registry import OWN
 
 GOLDEN = Path(__file__).parent / "choice"
 """What multiple choice had before there were other tasks."""
+SFT = "model:\n  path: models/Base\nsft:\n  epochs: 2\n"
 PROMPTS: dict[str, Any] = {"template": "Look.\n{question}\nA letter.", "by_modality": {"CT": "CT: {question}"}}
 
 
@@ -32,7 +33,14 @@ PROMPTS: dict[str, Any] = {"template": "Look.\n{question}\nA letter.", "by_modal
 def make_card(tiny_folder: Callable[..., Path], tmp_path: Path) -> Callable[..., str]:
     """`make_card("llama", ("choice",), tasks=summaries)`: the card of an SFT run."""
 
-    def make(family: str, names: tuple[str, ...], tasks: tuple[TaskSummary, ...] = (), **prompts: Any) -> str:
+    def make(
+        family: str,
+        names: tuple[str, ...],
+        tasks: tuple[TaskSummary, ...] = (),
+        config: str = SFT,
+        state: str = "{}",
+        **prompts: Any,
+    ) -> str:
         run = tmp_path / "run"
         checkpoint = run / "checkpoints" / "step-000005"
         checkpoint.mkdir(parents=True)
@@ -60,7 +68,8 @@ def make_card(tiny_folder: Callable[..., Path], tmp_path: Path) -> Callable[...,
         files = [{"name": "train", "path": "train.jsonl", **entry}, {"name": "ct", "path": "ct.jsonl", **entry}]
         (run / "data.json").write_text(json.dumps({"files": files}))
         (run / "versions.json").write_text(json.dumps({"packages": {"rlmed": "1.2.3"}}))
-        (run / "config.yaml").write_text("model:\n  path: models/Base\nsft:\n  epochs: 2\n")
+        (run / "config.yaml").write_text(config)
+        (checkpoint / "trainer_state.json").write_text(state)
         renderer = PromptRenderer(*load_processor(tiny_folder(family)), max_prompt_tokens=512, **prompts)
         exported = Exported("float32", 1000, ("<end>",), (7,), renderer, 64, tasks=names)
         return model_card(Source(checkpoint, run, 5), exported, "mine", images=1)
@@ -148,3 +157,23 @@ def test_the_card_of_several_tasks_gives_each_whole_turn(make_card: Callable[...
     assert f"question = {json.dumps(turn)}" in card
     assert "training_prompt" not in card
     assert card.count("python -m rlmed.ask") == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("", "1 × format + 2 × choice + 1 × few_words"),
+        (", few_words: 0.5", "1 × format + 2 × choice + 0.5 × few_words"),
+    ],
+)
+def test_the_recipe_has_every_reward_with_its_weight(make_card: Callable[..., str], given: str, expected: str) -> None:
+    reward = f"reward:\n  weights: {{format: 1, choice: 2{given}}}\n  extra: ['my_rewards:few_words']\n"
+    config = f"model:\n  path: models/Base\nlearner: {{}}\n{reward}"
+    card = make_card("llama", ("choice",), config=config, state='{"loop": {}}', **PROMPTS)
+    assert f"| reward | {expected} |" in card
+
+
+@pytest.mark.parametrize(("base", "cited"), [("models/Base", True), ("embedded:tiny_base", False)])
+def test_only_a_base_with_a_card_is_cited(make_card: Callable[..., str], base: str, cited: bool) -> None:
+    card = make_card("llama", ("choice",), config=f"model:\n  path: {base}\nsft:\n  epochs: 2\n", **PROMPTS)
+    assert ("see the card of" in card) == cited
