@@ -24,7 +24,7 @@ from rlmed.core.process.display import ending_errors, keep_display
 from rlmed.core.process.starting import loading_libraries
 from rlmed.core.types import Example, SamplingParams
 from rlmed.data.asking import answer_explained, answer_in_words, asked_example, check_modality, check_pictured
-from rlmed.data.images import MAX_IMAGES, check_image
+from rlmed.data.images import MAX_IMAGES, check_image, volume_kind
 from rlmed.models.tiny.toy import TOY_NOTE, is_toy
 from rlmed.tasks.metrics.sets import parse_set
 from rlmed.tasks.registry import settle_tasks, task_named
@@ -140,7 +140,17 @@ def _check_images(images: Sequence[Path], question: str) -> None:
     for image in images:
         if near := near_path(image):
             raise ValueError(f"image {image} does not exist: {near}")
+        if kind := _kind(image):
+            raise ValueError(f"image {image} is a {kind} file: the page Ask of python -m rlmed.studio reads it")
         check_image(image, keep=True)
+
+
+def _kind(path: Path) -> str:
+    try:
+        with path.open("rb") as stream:
+            return volume_kind(stream)
+    except OSError:
+        return ""  # `check_image` says what is wrong
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from rewards.extra import RewardError
-from rlmed.core.config.arguments import check_spelling, profile_notice
+from rlmed.core.config.arguments import DRY_RUN, check_config_dir, check_spelling, profile_notice
 from rlmed.core.config.building import build_config
 from rlmed.core.config.composing import plain_config
 from rlmed.core.config.help import help_text
@@ -95,6 +95,7 @@ def run_command(
         notice = profile_notice(flags.overrides, overrides)
         _check_folder_key(overrides, sweeps=flags.multirun)
         if flags.config_dir is not None:
+            check_config_dir(flags.config_dir, overrides)
             overrides.append(_search_path(flags.config_dir))
             beside(flags.config_dir)
         if not _is_unicode([*overrides, os.getcwd()]):
@@ -102,7 +103,7 @@ def run_command(
             overrides.append("hydra.output_subdir=null")
         name = flags.config_name or program
         if flags.help:
-            _show_help(program, inspect.getdoc(inspect.getmodule(main)) or "", name, overrides)
+            _show_help(program, inspect.getdoc(inspect.getmodule(main)) or "", name, overrides, dry_run is not None)
         elif flags.dry_run:
             _try(program, name, overrides, flags, dry_run)
         elif flags.multirun:
@@ -240,7 +241,7 @@ def _parse_flags(arguments: Sequence[str]) -> argparse.Namespace:
         ValueError: for an unknown or unsupported flag.
     """
     parser = get_args_parser()
-    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument(DRY_RUN, action="store_true")
     check_spelling(arguments)
 
     def refuse(message: str) -> NoReturn:
@@ -289,8 +290,6 @@ def _check_folder_key(overrides: Sequence[str], *, sweeps: bool) -> None:
 
 def _search_path(folder: str) -> str:
     """Return the override that adds `folder` to Hydra's search path."""
-    if not Path(folder).is_dir():
-        raise ValueError(f"--config-dir {folder}: folder not found")
     return f"{SEARCH_KEY}[{quoted('file://' + str(Path(folder).absolute()), commas=False)}]"
 
 
@@ -299,12 +298,12 @@ def _is_unicode(texts: Sequence[str]) -> bool:
     return not any(0xD800 <= ord(character) <= 0xDFFF for text in texts for character in text)
 
 
-def _show_help(program: str, purpose: str, name: str, overrides: Sequence[str]) -> None:
+def _show_help(program: str, purpose: str, name: str, overrides: Sequence[str], tries: bool) -> None:
     with hydra.initialize_config_module("conf", version_base="1.3"):
         composed = hydra.compose(name, overrides=list(overrides))
         values = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(values, dict)
-    sys.stdout.write(help_text(program, purpose, {str(key): value for key, value in values.items()}))
+    sys.stdout.write(help_text(program, purpose, {str(key): value for key, value in values.items()}, tries=tries))
 
 
 def _call_hydra(name: str, job: _Job, overrides: Sequence[str], *flags: str) -> None:

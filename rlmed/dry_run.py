@@ -72,7 +72,7 @@ class Estimate:
             parts.append(f"{self.steps} steps of {sum(usual) / len(usual):.2f} s")
         if self.answers:
             parts.append(f"{self.answers:,} evaluation answers of {1000 * self.answer_s:.1f} ms")
-        return f"time: about {duration(self.seconds)}, between {low} and {high} ({', '.join(parts)}; no checkpoints)"
+        return f"time: about {duration(self.seconds)}, between {low} and {high} ({', '.join(parts)}; checkpoints not counted)"
 
 
 def try_training(config: RunConfig) -> None:

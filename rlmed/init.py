@@ -56,12 +56,28 @@ def rows_of(path: Path, flag: str) -> tuple[Example, ...]:
     Raises:
         ValueError: if it is missing, or has none.
     """
+    if path.is_dir():
+        inside = ", ".join(sorted(entry.name for entry in path.glob("*.jsonl"))) or "none"
+        raise ValueError(f"{flag} {path} is a folder: give a file of rows, JSON Lines (there: {inside})")
     if not path.is_file():
         raise ValueError(f"{flag} {path}: file not found in {Path.cwd()}: correct the path")
     read = read_examples(path)
     if read.skipped:
         sys.stderr.write(f"{format_skips(read, record='')}\n")
     return read.examples
+
+
+def check_evaluated(paths: Sequence[Path]) -> None:
+    """Check the files to evaluate on.
+
+    Raises:
+        ValueError: if one has no usable rows, or two have the same name.
+    """
+    with loading_libraries():
+        from rlmed.data.loading import check_names
+    check_names([str(path) for path in paths], key="--eval")
+    for path in paths:
+        rows_of(path, "--eval")
 
 
 def task_of_rows(rows: Sequence[Example], wanted: str | None) -> str:
@@ -138,14 +154,18 @@ def _plain(value: object) -> object:
     return value.replace("${", r"\${") if isinstance(value, str) else value
 
 
-def next_commands(folder: Path) -> str:
-    """Return the next three commands, for the folder from which `folder` is named."""
+def next_commands(folder: Path, *, evaluates: bool) -> str:
+    """Return the next three commands, for the folder from which `folder` is named.
+
+    The last one names rows as `FILE` unless the configuration `evaluates` rows of its own.
+    """
+    rows = "" if evaluates else " data=FILE.jsonl"
     conf = shlex.quote(str(folder / "conf"))
     common = f"--config-dir {conf} +experiment=mine"
     return (
         f"python -m rlmed.launch --dry-run {common}    # memory, steps and time, nothing written\n"
         f"python -m rlmed.launch {common}\n"
-        f"python -m rlmed.evaluate {common} model=outputs/mine/DATE/checkpoints/step-NUMBER\n"
+        f"python -m rlmed.evaluate {common} model=outputs/mine/DATE/checkpoints/step-NUMBER{rows}\n"
     )
 
 
@@ -167,16 +187,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     keep_display()
     with ending_errors():
         parsed = _ask(_parse(arguments))
-        rows = rows_of(parsed.data, "--data")
-        for file in parsed.eval:
-            rows_of(file, "--eval")
-        task = task_of_rows(rows, parsed.task)
-        folder, commands = parsed.folder, next_commands(parsed.folder)
+        task = task_of_rows(parsed.rows, parsed.task)
+        folder, commands = parsed.folder, next_commands(parsed.folder, evaluates=bool(parsed.eval))
         readme = "# A configuration of rlmed\n\nThe next three commands, from this folder:\n\n"
-        readme += f"```\n{next_commands(Path())}```\n\n"
+        readme += f"```\n{next_commands(Path(), evaluates=bool(parsed.eval))}```\n\n"
         readme += "`conf/experiment/mine.yaml` has the settings, `my_rewards.py` rewards of your own.\n"
         files = {
-            "conf/experiment/mine.yaml": experiment(parsed, rows, task),
+            "conf/experiment/mine.yaml": experiment(parsed, parsed.rows, task),
             "README.md": readme,
             "my_rewards.py": REWARDS,
             ".gitignore": "outputs/\n__pycache__/\n",
@@ -198,7 +215,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _ask(parsed: argparse.Namespace) -> argparse.Namespace:
-    """Fill in what was not given, from the terminal or by default."""
+    """Fill in what was not given, from the terminal or by default; add the rows of `--data`."""
     asks = sys.stdin is not None and sys.stdin.isatty() and not parsed.yes
 
     def answer(question: str, default: str) -> str:
@@ -209,8 +226,11 @@ def _ask(parsed: argparse.Namespace) -> argparse.Namespace:
         if not said:
             raise ValueError("--data is missing: give the file of rows to learn from, JSON Lines (docs/data.md)")
         parsed.data = Path(said)
+    parsed.rows = rows_of(parsed.data, "--data")  # said before the next question
     if parsed.eval is None:
-        parsed.eval = [Path(name) for name in shlex.split(answer("files to evaluate on, with spaces between", ""))]
+        said = answer("files to evaluate on, with spaces between", "")
+        parsed.eval = [Path(said)] if Path(said).is_file() else [Path(name) for name in shlex.split(said)]
+    check_evaluated(parsed.eval)
     parsed.model = parsed.model or answer("model: folder or hub name", TINY)
     parsed.gpu_memory = parsed.gpu_memory or answer(f"memory of the GPU in GiB ({', '.join(MEMORY)})", "none")
     if parsed.gpu_memory not in MEMORY:

@@ -178,6 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         skips(prepared),
         *kept_orders(prepared),
         *leaks,
+        *(f"rows:       {prepared.folder / split.file}" for split in prepared.splits.values()),
         f"written:    {prepared.folder / MANIFEST}",
     ]
     for text in filter(None, lines):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import os
@@ -258,16 +259,30 @@ def _unidentified(path: Path | str, stream: BinaryIO) -> str:
     size = stream.seek(0, io.SEEK_END)
     if size == 0:
         return f"image {path} is an empty file: copy it again"
+    if kind := volume_kind(stream):
+        return f"image {path} is a {kind} file: `python -m rlmed.prepare {kind.lower()}` reads tables of such files"
     stream.seek(0)
     if stream.read(4) in _TIFF:
         return (
             f"image {path} is a TIFF file whose header is damaged, or whose kind of pixels is not read (of grey: 1 to 16 "
             "bits, 32 bits, float; of colours: 8 or 16 bits): save it again as PNG, or as TIFF of 8 or 16 bits"
         )
-    return (
-        f"image {path} is not an image, or its header is damaged: replace it with one of {', '.join(FORMATS)} "
-        "(DICOM and NIfTI are read by python -m rlmed.prepare)"
-    )
+    return f"image {path} is not an image, or its header is damaged: replace it with one of {', '.join(FORMATS)}"
+
+
+def volume_kind(stream: BinaryIO) -> str:
+    """Return "DICOM" or "NIfTI" for a file of that kind, which may be gzipped; else ""."""
+    stream.seek(0)
+    head = stream.read(348)
+    if head[:2] == b"\x1f\x8b":
+        stream.seek(0)
+        try:
+            head = gzip.GzipFile(fileobj=stream).read(348)
+        except (OSError, EOFError, zlib.error):
+            return ""
+    if head[128:132] == b"DICM":
+        return "DICOM"
+    return "NIfTI" if head[344:348] in (b"n+1\0", b"ni1\0") or head[4:8] == b"n+2\0" else ""
 
 
 def _unreadable(path: Path | str, error: Exception) -> str:

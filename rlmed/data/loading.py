@@ -159,7 +159,7 @@ def load_data(
             "data.leakage=strict has nothing to compare with: give the rows that the model was trained on, for example "
             "data.train=train.jsonl"
         )
-    _check_names(evals)
+    check_names(evals)
     data = Dataset(
         train=_load_file(train, config, renderer, config.limit, check if training else None) if train else None,
         evals=tuple(_load_file(path, config, renderer, None, None if training else check) for path in evals),
@@ -176,12 +176,15 @@ def load_data(
     return dataclasses.replace(data, leakage=report)
 
 
-def _check_names(paths: Sequence[str]) -> None:
+def check_names(paths: Sequence[str], key: str = "data.eval") -> None:
+    """Check that the files to evaluate on differ in name: results go by name.
+
+    Raises:
+        ValueError: if two have the same; `key` is where they were given.
+    """
     names = [Path(path).stem for path in paths]
     if len(set(names)) < len(names):
-        raise ValueError(
-            f"data.eval names files with the same name ({', '.join(names)}): rename one, results go by name"
-        )
+        raise ValueError(f"{key} names files with the same name ({', '.join(names)}): rename one, results go by name")
 
 
 def _generate(config: DataConfig) -> list[Path]:
@@ -201,6 +204,8 @@ def _load_file(
     path: str, config: DataConfig, renderer: PromptRenderer, limit: int | None, check: CheckRows | None
 ) -> DataFile:
     if not Path(path).exists():
+        if path[:1] == "[" and path[-1:] == "]" and path == config.train:
+            raise ValueError(f"data.train={path}: it is one file, not a list: join them, as with cat A B > train.jsonl")
         near = near_path(path)
         advice = f"; {near}" if near else f". {config.download or ''}"
         raise ValueError(f"data file {path} does not exist (relative to {Path.cwd()}){advice}".rstrip())

@@ -46,6 +46,7 @@ def test_a_command_is_tried_and_leaves_nothing(
     assert re.search(r"^memory in GiB: about \d", out, re.MULTILINE)
     assert re.search(r"^time: about \w+, between \w+ and \w+ ", out, re.MULTILINE)
     assert "  steps: 7 (default 300)\n" in out
+    assert "checkpoints not counted)" in out
     assert list((tmp_path / "work").iterdir()) == []
     assert list((tmp_path / "temporary").iterdir()) == []
 

@@ -122,6 +122,7 @@ def test_what_is_written_can_be_tried_with_an_own_reward(
     [
         ({"--data": "gone.jsonl"}, "--data gone.jsonl: file not found"),
         ({"--data": "empty.jsonl"}, r"empty\.jsonl is empty: "),
+        ({"--data": "data"}, r"--data data is a folder: .*own\.jsonl"),
         ({"--eval": "gone.jsonl"}, "--eval gone.jsonl: file not found"),
         ({"--task": "report"}, "--task report: .*choice"),
         ({"--model": "gone/model/folder"}, "gone/model/folder"),
@@ -151,6 +152,56 @@ def test_rows_of_several_tasks_are_mixed(tmp_path: Path) -> None:
     assert init.task_of_rows(choice, None) == "choice"
     assert init.task_of_rows(opened, "open") == "open"
     assert init.task_of_rows([*choice, *opened], None) == "mixed"
+
+
+def test_files_to_evaluate_on_of_the_same_name_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = [str(rows(tmp_path / name)) for name in ("a", "b")]
+    with pytest.raises(SystemExit):
+        init.main(["mine", "--yes", "--data", files[0], "--eval", *files])
+    assert re.search(r"--eval .*\(own, own\)", capsys.readouterr().err)
+    assert not (tmp_path / "mine").exists()
+
+
+def test_the_command_that_evaluates_names_rows_where_the_configuration_has_none(tmp_path: Path) -> None:
+    assert init.next_commands(tmp_path, evaluates=False).endswith("step-NUMBER data=FILE.jsonl\n")
+    assert init.next_commands(tmp_path, evaluates=True).endswith("step-NUMBER\n")
+
+
+@pytest.fixture
+def replies(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """`replies(*answers)`: what a terminal answers; those left are in the list returned."""
+
+    def give(*answers: str) -> list[str]:
+        left = list(answers)
+        monkeypatch.setattr("sys.stdin", type("Terminal", (), {"isatty": lambda self: True})())
+        monkeypatch.setattr("builtins.input", lambda question: left.pop(0))
+        return left
+
+    return give
+
+
+def test_a_wrong_answer_is_said_before_the_next_question(
+    replies: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    left = replies("gone.jsonl", "", "", "24")
+    with pytest.raises(SystemExit):
+        init.main(["mine"])
+    assert left == ["", "", "24"]
+
+
+def test_a_path_with_spaces_is_one_answer(
+    replies: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = rows(tmp_path / "my data")
+    replies(str(data), str(data), "", "none")
+    init.main(["mine"])
+    written = yaml.safe_load((tmp_path / "mine" / "conf" / "experiment" / "mine.yaml").read_text())
+    assert written["data"]["eval"] == [str(data)]
 
 
 def test_a_terminal_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

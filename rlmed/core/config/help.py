@@ -21,13 +21,14 @@ NOT_KEYS = ("defaults", "hydra")
 WIDTH = 100
 
 
-def help_text(program: str, purpose: str, values: Mapping[str, Any]) -> str:
+def help_text(program: str, purpose: str, values: Mapping[str, Any], *, tries: bool = False) -> str:
     """Return the help of the command of `program`.
 
     Args:
         program: a key of `MODULES`.
         purpose: what the command does, in some sentences.
         values: the composed configuration.
+        tries: whether the command takes `--dry-run`.
     """
     trains, own = program in TRAINING, {key: value for key, value in values.items() if key not in NOT_KEYS}
     groups = {group: used_options(program, group) for group in CONFIG_GROUPS}
@@ -43,6 +44,9 @@ def help_text(program: str, purpose: str, values: Mapping[str, Any]) -> str:
         for group, options in shown.items()
     ]
     settings = yaml.safe_dump(_read_only(program, own), sort_keys=False, allow_unicode=True, width=WIDTH - 16)
+    tried = (
+        "`--dry-run` shows settings, memory, plan and about how long it takes; nothing is written.\n" if tries else ""
+    )
     run = "`resume=auto` continues the newest run of this name.\n" if trains else ""
     return (
         f"usage: python -m {MODULES[program]} [+experiment=NAME] [group=option …] [key=value …]\n\n"
@@ -52,7 +56,7 @@ def help_text(program: str, purpose: str, values: Mapping[str, Any]) -> str:
         "or profile, `--help` shows the values that it sets.\n\n"
         f"settings (key=value, as in {_example(program)}), with the values of this command line:\n\n"
         + textwrap.indent(settings, "  ")
-        + f"\n`hydra.run.dir=FOLDER` names the run's folder.\n{run}"
+        + f"\n`hydra.run.dir=FOLDER` names the run's folder.\n{run}{tried}"
         "`--multirun` starts a run for each of several values (key=1,2).\n"
         "docs/usage.md explains common settings, and comments in conf/ every one.\n"
     )

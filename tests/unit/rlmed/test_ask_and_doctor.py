@@ -40,6 +40,7 @@ QUESTION = f"Which {'very ' * 60}large organ?"
         (["a", " A"], "good.png", "2 to 10 different texts"),
         (["a", " "], "good.png", "one is blank"),
         (["a", "b"], "absent.png", r"absent\.png does not exist"),
+        (["a", "b"], "scan.dcm", r"scan\.dcm is a DICOM file: .*rlmed\.studio"),
         (["a", "b"], "black.png", r"black\.png .*one colour \(0 of 255\)"),
         (["a", "b"], "transparent.png", r"transparent\.png .*: it is transparent"),
         (["a", "b"], "same.tif", r"same\.tif .*: all its values are 4000"),
@@ -62,6 +63,7 @@ def test_ask_refuses_in_one_line(
     Image.new("L", (56, 56)).save(tmp_path / "black.png")
     Image.new("RGBA", (56, 56), (90, 20, 5, 0)).save(tmp_path / "transparent.png")
     Image.fromarray(np.full((56, 56), 4000, dtype=np.uint16)).save(tmp_path / "same.tif")
+    (tmp_path / "scan.dcm").write_bytes(bytes(128) + b"DICM")
     arguments = [str(tmp_path / image), "What?", "--options", *options, "--model", str(tiny_folder("qwen2_vl"))]
     capsys.readouterr()  # what building the model printed
     with pytest.raises(SystemExit) as stopped:

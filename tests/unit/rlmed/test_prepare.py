@@ -62,6 +62,8 @@ def test_it_says_what_it_wrote_and_what_it_left_out(source, tmp_path, capsys):
     assert (cells["train"], cells["test"]) == (["6", "4", "50.0"], ["2", "2", "50.0"])
     assert "skipped:    1 bad row\n- line 10 of questions.csv (questions-10): " in shown
     assert f"written:    {tmp_path / 'out' / 'manifest.json'}" in shown
+    for split in ("train", "test"):
+        assert f"rows:       {tmp_path / 'out' / split}.jsonl\n" in shown
 
 
 def test_it_says_how_many_rows_keep_the_order_of_their_options(source, tmp_path, capsys):

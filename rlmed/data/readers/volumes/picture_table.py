@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict
@@ -148,6 +149,8 @@ def read_picture_table(
 
 def _columns_but_id(header: Sequence[str], column: Sequence[str], answer_index: int | None) -> Columns:
     """Find the columns of a table, without that of ids: one may be a patient's."""
+    # the fields image and images are called file and files in the docs of these readers
+    column = [re.sub(r"^\s*file(s?)\s*=", r"image\1=", entry) for entry in column]
     columns = Columns.find("the table", header, parse_columns(column), answer_index=answer_index)
     return dataclasses.replace(columns, names={field: name for field, name in columns.names.items() if field != "id"})
 

@@ -1,5 +1,6 @@
 """Image files: every mode to 8-bit RGB, every defect to an error that names the file."""
 
+import gzip
 import io
 import random
 import subprocess
@@ -188,7 +189,10 @@ def png_bytes() -> bytes:
     ("content", "reason"),
     [
         (b"", "empty file: copy"),
-        (b"this is no image", "is not an image.*DICOM"),
+        (bytes(128) + b"DICM" + bytes(300), "is a DICOM file: .*prepare dicom"),
+        (bytes(344) + b"n+1\0" + bytes(9), "is a NIfTI file: .*prepare nifti"),
+        (gzip.compress(bytes(344) + b"n+1\0"), "is a NIfTI file: .*prepare nifti"),
+        (b"this is no image", "is not an image"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n", "is not an image"),
         (png_bytes()[:20], "not an image|truncated"),
         (png_bytes()[:3000], "truncated or damaged"),

@@ -73,3 +73,8 @@ def test_the_command_itself_prints_its_usage_and_the_values_of_its_line(tmp_path
     assert "compare_to=" in done.stdout
     assert "- mine.jsonl\n" in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("tries", [True, False])
+def test_a_command_that_can_be_tried_says_so(tries: bool) -> None:
+    assert ("--dry-run" in help_text("train", "", plain("train"), tries=tries)) == tries

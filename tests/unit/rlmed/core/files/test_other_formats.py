@@ -128,6 +128,13 @@ def test_every_door_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             load_data(config.data, _NoRenderer(), training=True)  # type: ignore[arg-type]
 
 
+def test_a_list_of_training_files_is_said_to_be_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = compose_config("train", ["data=jsonl", "data.train='[a.jsonl,b.jsonl]'"])
+    with pytest.raises(ValueError, match=r"data\.train=\[a\.jsonl,b\.jsonl\]: .*\bcat\b"):
+        load_data(config.data, _NoRenderer(), training=True)  # type: ignore[arg-type]
+
+
 class _NoRenderer:
     def render(self, example: object) -> None:
         """Takes every row."""

@@ -155,6 +155,13 @@ def test_many_rows_in_little_memory(folder):
     tracemalloc.stop()
 
 
+@pytest.mark.parametrize("field", ["file", "image"])
+def test_the_column_of_files_has_two_names(folder, field):
+    write(folder, "DOE^JANE/1.dcm,1,Which organ?,liver,spleen,B,,", header=HEADER.replace("file", "Datei"))
+    (row,) = rows(folder, column=(f"{field}=Datei",))
+    assert row.answer == "spleen"
+
+
 def test_a_table_elsewhere_with_other_columns_and_split(folder, tmp_path):
     write(tmp_path, "DOE^JANE/1.dcm,1,Which?,a,b,1,test", header="Datei,Page,question,A,B,answer,Teil", name="DOE.csv")
     (row,) = rows(
