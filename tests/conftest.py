@@ -77,6 +77,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: ranks[item.get_closest_marker("xdist_group").args[0]])  # type: ignore[union-attr]
 
 
+BELOW_RAY = 5
+"""The niceness of tests without Ray while others run beside them."""
+# Ray itself lets its workers give way to all others
+os.environ.setdefault("RAY_worker_niceness", "0")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Let Ray's tests, which take longest, have the processor before those that run beside them."""
+    if "PYTEST_XDIST_WORKER" in os.environ and item.get_closest_marker("ray") is None:
+        os.setpriority(os.PRIO_PROCESS, 0, max(BELOW_RAY, os.getpriority(os.PRIO_PROCESS, 0)))
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Refuse a pytest-xdist that forgets the groups."""
     if getattr(session.config.option, "loadgroup", False) and session.items:

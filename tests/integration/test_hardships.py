@@ -53,9 +53,10 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(tmp_path_factory: pytest.TempPathFactory, generated_images: Path) -> Path:
     """A folder as people call them."""
     folder = tmp_path_factory.mktemp("Röntgen bilder (1)")
+    shutil.copytree(generated_images, folder / "outputs" / "phantom-0")
     build_tiny_vl(folder / "mein modell ü=1")
     return folder
 

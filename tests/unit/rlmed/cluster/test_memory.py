@@ -237,7 +237,7 @@ def random_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small = json.loads((tiny / "config.json").read_text())
     tokens = {key: value for key, value in small.items() if key.endswith("_token_id") and value is not None}
     tokens |= {"bos_token_id": 3, "eos_token_id": 3}
-    shape = Geometry(768, 8, 12, 2, 3072, True, 4, 320, vocabulary=32000)
+    shape = Geometry(768, 5, 12, 2, 3072, True, 4, 320, vocabulary=32000)
     random_model(shape.config(tokens), torch.device("cpu")).save_pretrained(folder)
     shutil.copy(tiny / "generation_config.json", folder)
     return folder
