@@ -41,6 +41,8 @@ from rlmed.report.rollouts import Pictures, show_groups, show_rows
 REPORT_FILE = "report.html"
 TEMPLATE, SCRIPT, SHEET = "report.html.j2", "report.js", "report.css"
 ASSETS = Path(__file__).parent / "assets"
+MOST_CONFIG = 2**20
+"""Characters of a run's configuration."""
 TILES = 4
 """Most files with a headline accuracy; all are in the table."""
 NAMES = 6
@@ -146,6 +148,9 @@ def read_config(path: Path) -> tuple[str, dict[Any, Any]]:
     """
     try:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
+        # an alias stands for what may itself have aliases: a few lines would fill the memory
+        if len(text) > MOST_CONFIG or any(isinstance(one, yaml.AliasEvent) for one in yaml.parse(text)):
+            raise ValueError(f"{path} is no run's configuration: it has aliases, or more than {MOST_CONFIG} characters")
         config = OmegaConf.to_container(OmegaConf.create(text))
     except (UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f"{path} is damaged, not valid YAML ({one_line(error)}): copy its folder again") from error

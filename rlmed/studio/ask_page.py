@@ -8,6 +8,7 @@ import math
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
+from PIL import Image
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -69,17 +70,28 @@ async def open_files(request: Request) -> Response:
     return JSONResponse({"sources": described, "problems": [{"file": place, "text": text} for place, text in problems]})
 
 
-def show_picture(request: Request) -> Response:
-    """Return a view of a source as PNG, by `source` and the fields of `View` in the query."""
+async def show_picture(request: Request) -> Response:
+    """Return a view of a source as PNG, by `source` and the fields of `View` in the query.
+
+    One at a time, and none that nobody waits for any more: who moves through a volume asks for many.
+    """
     query = request.query_params
     try:
         view = _view({name: _number(value) if name in _NUMBERS else value for name, value in query.items()})
-        picture = studio_of(request).asker.uploads.source(query.get("source", "")).picture(view)
+        source = studio_of(request).asker.uploads.source(query.get("source", ""))
+        async with studio_of(request).drawing:
+            if await request.is_disconnected():
+                return Response(status_code=499)
+            content = await run_in_threadpool(lambda: _png(source.picture(view)))
     except (ValueError, OSError) as error:
         return _refused(error)
+    return Response(content, media_type="image/png")
+
+
+def _png(picture: Image.Image) -> bytes:
     content = io.BytesIO()
     picture.save(content, "PNG", compress_level=1)
-    return Response(content.getvalue(), media_type="image/png")
+    return content.getvalue()
 
 
 async def answer_question(request: Request) -> Response:
@@ -136,7 +148,7 @@ def _view(content: Mapping[str, Any]) -> View:
 def _question(content: Mapping[str, Any], models: list[ModelChoice]) -> Question:
     """Read a question; raises ValueError for what is none, or a model that is not listed."""
     paths = {choice.key: choice.path for choice in models}
-    if content.get("model") not in paths:
+    if not isinstance(content.get("model"), str) or content["model"] not in paths:
         raise ValueError("this model is gone: load the page again")
     views, options = content.get("views", []), content.get("options", [])
     if not isinstance(views, list) or not all(isinstance(view, Mapping) for view in views):

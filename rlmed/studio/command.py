@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import secrets
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from rlmed.tasks.registry import settle_tasks
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PORT, LAST_PORT = 8642, 65535
+TOKEN = "RLMED_STUDIO_TOKEN"
+"""Environment variable: arguments of a command can be read by all users of a machine."""
 TOKEN_BYTES = 24
 INSTALL = "pip install -c requirements.lock -e '.[studio]' in rlmed's checkout"
 MISSING = "rlmed.studio needs starlette and uvicorn ({error}): " + INSTALL
@@ -28,8 +31,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with ending_errors(interrupted="studio: ended"):
         if parsed.no_token and parsed.host not in LOOPBACK:
             raise ValueError(f"--no-token with --host {parsed.host} would let anyone in: leave one of them out")
-        if parsed.token is not None and not parsed.token.strip():
-            raise ValueError("--token is empty: leave it out for a random one")
         if not 0 <= parsed.port <= LAST_PORT:
             raise ValueError(f"--port {parsed.port}: choose 0, for a free one, to {LAST_PORT}")
         for model in parsed.model:
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 _folder(Path(model), f"--model {model} is not a folder: name one that holds a model")
         folders = [_folder(path) for path in parsed.folders or [Path("outputs")]]
         settle_tasks(parsed.extra_tasks, parsed.synonyms, key="--extra-tasks")
-        token = None if parsed.no_token else parsed.token or secrets.token_urlsafe(TOKEN_BYTES)
+        token = None if parsed.no_token else os.environ.get(TOKEN, "").strip() or secrets.token_urlsafe(TOKEN_BYTES)
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
         try:
             from rlmed.studio.server import serve
@@ -46,12 +47,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if (error.name or "").split(".")[0] not in ("starlette", "uvicorn", "anyio", "multipart"):
                 raise
             raise ValueError(MISSING.format(error=error)) from error
-        studio = Studio(folders, token=token, cache=parsed.cache or cache_folder(), models=parsed.model)
+        images = [_folder(path) for path in parsed.images]
+        if (here := Path.cwd()) != Path(here.anchor):
+            images.append(here)
+        cache = parsed.cache or cache_folder()
+        studio = Studio(folders, token=token, cache=cache, models=parsed.model, images=images)
         serve(studio, parsed.host, parsed.port, parsed.allow_host, say=_say)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m rlmed.studio", description="Show run folders in a browser.")
+    parser = argparse.ArgumentParser(
+        prog="python -m rlmed.studio",
+        description="Show run folders in a browser.",
+        epilog=f"The environment variable {TOKEN} holds the secret that opens the pages; without it, it is a random one.",
+    )
     parser.add_argument(
         "folders", type=Path, nargs="*", metavar="FOLDER", help="run folders, or folders that hold them (outputs)"
     )
@@ -62,9 +71,16 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="a model folder that can be asked, such as an export",
     )
+    parser.add_argument(
+        "--images",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="another folder whose pictures are shown, besides FOLDER and the working folder",
+    )
     parser.add_argument("--host", default=LOOPBACK[0], help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=PORT, help="port; 0 takes a free one (default: %(default)s)")
-    parser.add_argument("--token", help="secret that opens the pages (default: a random one)")
     parser.add_argument("--no-token", action="store_true", help="let every user of this machine in")
     parser.add_argument(
         "--allow-host", action="append", default=[], metavar="NAME", help="another name that browsers reach it by"

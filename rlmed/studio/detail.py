@@ -25,7 +25,7 @@ from rlmed.studio.curves import draw_plots
 from rlmed.studio.evaluated import read_evaluations
 from rlmed.studio.fragments import answer_if_changed, tag_of
 from rlmed.studio.runs import DAMAGE, STATES, Glance, Run
-from rlmed.studio.state import studio_of
+from rlmed.studio.state import REST, Studio, studio_of
 
 NEVER = Evaluations((), (), (), None, None, None, (), ())
 RECENT = 10
@@ -46,24 +46,30 @@ _MEANS, _MOST = ("rollout/idle_share",), ("rollout/push_fetch_s", "rollout/push_
 
 def show_run(request: Request) -> Response:
     """Return the page of the run `?name=`; 404 for any other name."""
-    return _answer(request, studio_of(request).run(request, "name"), "run.html.j2")
+    studio = studio_of(request)
+    glance, values, tag = _lately(studio, studio.run(request, "name"))
+    return studio.page("run.html.j2", request, glance=glance, states=STATES, tag=tag, **values)
 
 
 def show_run_live(request: Request) -> Response:
     """Return what changes while the run goes on; 304 if nothing did."""
     studio = studio_of(request)
     run = studio.run(request, "name")
-    tag = tag_of(run.name, studio.runs.stamp(run))
-    return answer_if_changed(request, tag, lambda: _answer(request, run, "run_live.html.j2"))
+    glance, values, tag = _lately(studio, run)
+
+    def answer() -> Response:
+        return studio.page("run_live.html.j2", request, glance=glance, states=STATES, tag=tag, **values)
+
+    return answer_if_changed(request, tag, answer)
 
 
-def _answer(request: Request, run: Run, template: str) -> Response:
-    studio = studio_of(request)
+def _lately(studio: Studio, run: Run) -> tuple[Glance, dict[str, Any], str]:
+    """Return a glance at a run, what its page shows, and the tag of both."""
     glance = studio.runs.glance(run)
     stamp = studio.runs.stamp(run)
-    values = studio.kept(("run", run.folder), stamp, lambda: _values(run, glance))
-    tag = tag_of(run.name, stamp)
-    return studio.page(template, request, glance=glance, states=STATES, tag=tag, **values)
+    rest = REST if glance.state == "running" else 0
+    values, of = studio.lately_kept(("run", run.folder), stamp, lambda: _values(run, glance), rest=rest)
+    return glance, values, tag_of(run.name, of, glance.state)
 
 
 def _values(run: Run, glance: Glance) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +18,7 @@ from rlmed.report.plots import Plot, draw_accuracy
 from rlmed.report.reliability import show_reliability
 from rlmed.studio.curves import draw_plots
 from rlmed.studio.evaluated import OUTCOMES, PAGE, EvaluatedRows, RowFilters, read_evaluations, steps_of
-from rlmed.studio.images import QUALITY, SIDES, open_image
+from rlmed.studio.pictures import Pictures
 from rlmed.studio.runs import DAMAGE, Run
 from rlmed.studio.state import Studio, studio_of
 
@@ -41,7 +40,7 @@ def show_evaluations(request: Request) -> Response:
     step = _step(request, steps)
     problems = list(tables["problems"])
     rows = _attempt(lambda: _rows(studio, run, step), None, problems)
-    browsed = {} if rows is None else _browsed(rows, RowFilters.read(request.query_params))
+    browsed = {} if rows is None else _browsed(rows, RowFilters.read(request.query_params), studio.pictures)
     here = urlencode({"run": run.name, "step": step})
     values = {"run": run, "steps": sorted(steps), "step": step, "here": here, "rows": rows, **tables, **browsed}
     return studio.page("evaluate.html.j2", request, **values | {"problems": problems})
@@ -50,22 +49,20 @@ def show_evaluations(request: Request) -> Response:
 def send_row_image(request: Request) -> Response:
     """Return picture `?number=` of row `?row=` of `?step=` of run `?run=`, as JPEG; 404 for others.
 
-    It is decoded and encoded again: what is no picture is not sent, wherever a row points.
+    So it is where `?key=` is not the row's, because the evaluation was done again.
     """
     studio = studio_of(request)
     run = studio.run(request)
     try:
         row, number = (int(request.query_params.get(name, "")) for name in ("row", "number"))
-        side = SIDES[request.query_params.get("size", "small")]
         if min(row, number) < 0:
             raise LookupError
         rows = _rows(studio, run, _step(request, steps_of(run)))
-        image = open_image(rows.rows[row].images[number], side)
+        if rows.key(row) != request.query_params.get("key"):
+            raise LookupError
+        return studio.pictures.send(request, rows.rows[row].images[number])
     except DAMAGE:
         raise HTTPException(404, "There is no such picture.") from None
-    target = io.BytesIO()
-    image.save(target, "JPEG", quality=QUALITY)
-    return Response(target.getvalue(), media_type="image/jpeg", headers={"Cache-Control": "private, max-age=300"})
 
 
 def _step(request: Request, steps: dict[int, Path]) -> int:
@@ -120,7 +117,7 @@ def _reliability(measured: ReliabilitySummary) -> dict[str, Any]:
     return {**shown, "plots": plots}
 
 
-def _browsed(rows: EvaluatedRows, filters: RowFilters) -> dict[str, Any]:
+def _browsed(rows: EvaluatedRows, filters: RowFilters, pictures: Pictures) -> dict[str, Any]:
     places = rows.find(filters)
     pages = max(1, -(-len(places) // PAGE))
     page = min(filters.page, pages)
@@ -132,7 +129,7 @@ def _browsed(rows: EvaluatedRows, filters: RowFilters) -> dict[str, Any]:
         "total": len(places),
         "page": page,
         "pages": pages,
-        "cards": [rows.show(place) for place in places[(page - 1) * PAGE : page * PAGE]],
+        "cards": [rows.show(place, pictures) for place in places[(page - 1) * PAGE : page * PAGE]],
     }
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from rlmed.evaluation.results import ROWS_FILE, read_rows
 from rlmed.report.answers import show_question
 from rlmed.report.evaluations import Evaluations
 from rlmed.report.rollouts import show_answer
+from rlmed.studio.pictures import Pictures
 from rlmed.studio.runs import EVALUATIONS, Run
 
 PAGE = 20
@@ -124,19 +126,26 @@ class EvaluatedRows:
         """Return the places of the rows that fit."""
         return [place for place, row in enumerate(self.rows) if filters.fits(row, self.old(row))]
 
-    def show(self, place: int) -> dict[str, Any]:
+    def key(self, place: int) -> str:
+        """Return what tells a row from another one in its place, as 16 hexadecimal digits."""
+        row = self.rows[place]
+        parts = [*_key(row), row.question, *row.images]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+    def show(self, place: int, pictures: Pictures) -> dict[str, Any]:
         """Return a row for the template, its answer of the first evaluation before its own."""
         row = self.rows[place]
         sides = [one for one in (self.old(row), row) if one is not None]
         return {
             "row": place,
+            "key": self.key(place),
             "file": row.file,
             "id": row.id,
             "question_type": row.question_type,
             "question": row.question,
             "control": row.control,
             **show_question(row.task, row.options, row.answer, row.truth),
-            "images": [{"number": number, "there": os.path.isfile(path)} for number, path in enumerate(row.images)],
+            "images": pictures.describe(row.images),
             "answers": [
                 {**show_answer(one), "step": step}
                 for one, step in zip(sides, (self.first_step, self.step)[-len(sides) :], strict=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from rlmed.core.files.jsonlines import parse_line
 from rlmed.report.answers import CHOICE, judge_of, show_question
 from rlmed.report.rollouts import show_completion
+from rlmed.studio.pictures import Pictures
 from rlmed.studio.query import Hit
 from rlmed.studio.runs import DAMAGE
 
@@ -31,7 +31,7 @@ def images_of(group: Mapping[str, Any]) -> list[str]:
     return [path for path in (group["image"], *group.get("more_images", ())) if isinstance(path, str)]
 
 
-def show_hits(rollouts: Path, hits: Sequence[Hit]) -> list[dict[str, Any]]:
+def show_hits(rollouts: Path, hits: Sequence[Hit], pictures: Pictures) -> list[dict[str, Any]]:
     """Return cards for the template: neighbours of one group share a card.
 
     A group that is no longer there, because the run was resumed meanwhile, is left out.
@@ -42,7 +42,7 @@ def show_hits(rollouts: Path, hits: Sequence[Hit]) -> list[dict[str, Any]]:
         try:
             if last is None or last[0] != hit.offset:
                 group = read_group(rollouts, hit.offset, hit.line)
-                card = _card(group, hit)
+                card = _card(group, hit, pictures)
                 last = hit.offset, group
                 cards.append(card)
             shown = _completion(last[1], hit)
@@ -53,14 +53,14 @@ def show_hits(rollouts: Path, hits: Sequence[Hit]) -> list[dict[str, Any]]:
     return [card for card in cards if card["completions"]]
 
 
-def _card(group: Mapping[str, Any], hit: Hit) -> dict[str, Any]:
+def _card(group: Mapping[str, Any], hit: Hit, pictures: Pictures) -> dict[str, Any]:
     task = str(group.get("task", CHOICE))
     return {
         **{key: group[key] for key in ("step", "index", "example_id", "question", "modality")},
         # 0.1 wrote kind
         "question_type": group["question_type" if "question_type" in group else "kind"],
         **show_question(task, group["options"], group["answer"], group.get("truth")),
-        "images": [{"number": i, "there": os.path.isfile(path)} for i, path in enumerate(images_of(group))],
+        "images": pictures.describe(images_of(group)),
         "rollout": hit.id,
         "prompt": hit.prompt,
         "of": len(group["completions"]),

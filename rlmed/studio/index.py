@@ -20,8 +20,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
+from unicodedata import normalize
 
-FORMAT = 2
+FORMAT = 3
 """Raise it when the tables change: indexes of another format start anew."""
 BATCH = 2**20
 """Bytes of rollouts.jsonl to read at a time; whoever searches waits at most for one of them."""
@@ -47,7 +48,7 @@ CREATE INDEX rollouts_by_step ON rollouts (step, id);
 CREATE INDEX rollouts_by_reward ON rollouts (reward, id);
 CREATE INDEX rollouts_by_tokens ON rollouts (tokens, id);
 CREATE INDEX rollouts_by_kind ON rollouts (task, modality);
-CREATE VIRTUAL TABLE texts USING fts5 (text, content='', detail=full, tokenize="unicode61 remove_diacritics 2");
+CREATE VIRTUAL TABLE texts USING fts5 (text, content='', detail=full, prefix='2 3', tokenize="unicode61 remove_diacritics 2");
 """
 
 
@@ -62,6 +63,8 @@ class Place:
     lines: int
     damaged: int
     """Lines that are no group; they are left out."""
+    problem: str = ""
+    """Why it reads no further."""
 
     @property
     def done(self) -> bool:
@@ -84,6 +87,8 @@ class Index:
         self.path = cache / f"{name}-{FORMAT}.sqlite3"
         self.whole = False
         """Whether `update` has reached the end of the file once."""
+        self.problem = ""
+        """Why it could not be brought up to date when it was last tried."""
         self._lock = threading.Lock()
 
     @contextmanager
@@ -148,7 +153,7 @@ class Index:
         """Return how far the index has read."""
         offset, lines, damaged = connection.execute("SELECT offset, lines, damaged FROM place").fetchone()
         size = self.rollouts.stat().st_size if self.rollouts.exists() else 0
-        return Place(offset, size, lines, damaged)
+        return Place(offset, size, lines, damaged, self.problem)
 
     def update(self, connection: sqlite3.Connection) -> bool:
         """Read on by at most `BATCH` bytes, or one longer line; return whether there may be more.
@@ -289,7 +294,7 @@ def _text(value: Any) -> str:
 
 
 def apart(text: str) -> str:
-    """Set characters of Chinese and Japanese apart, as words: there are no spaces between words.
+    """Return a text as it is searched: composed, characters of Chinese and Japanese apart as words.
 
     A search for several in a row then finds them anywhere.
 
@@ -297,7 +302,7 @@ def apart(text: str) -> str:
         >>> apart("左肺 5mm結節")
         ' 左  肺  5mm 結  節 '
     """
-    return _UNSPACED.sub(r" \g<0> ", text)
+    return _UNSPACED.sub(r" \g<0> ", normalize("NFC", text))
 
 
 def prompt_key(group: Mapping[str, Any]) -> str:

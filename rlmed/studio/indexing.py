@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sqlite3
 import threading
 import time
@@ -19,6 +20,8 @@ PATIENCE_S = 0.3
 """How long a page waits for what is new since it was last looked at."""
 KEPT_DAYS = 30
 """Indexes that nobody opened for so long are removed."""
+_NAME = re.compile(r"[0-9a-f]{32}-\d+\.sqlite3")
+"""What indexes are called: the cache folder may hold other databases, too."""
 
 
 class Indexing:
@@ -82,17 +85,21 @@ def _fill(index: Index) -> None:
             with index.open() as connection:
                 while index.update(connection):
                     pass
+            index.problem = ""
             return
         except (OSError, sqlite3.Error) as error:
             anew = again and isinstance(error, sqlite3.Error) and is_damage(error)
             log.warning("the index of %s %s: %s", index.rollouts, "starts anew" if anew else "stopped", error)
             if not anew:
+                index.problem = str(error) or type(error).__name__
                 return
 
 
 def remove_old(cache: Path) -> None:
     """Remove indexes that were not opened for `KEPT_DAYS`."""
     for path in cache.glob("*.sqlite3"):
+        if not _NAME.fullmatch(path.name):
+            continue
         try:
             if time.time() - path.stat().st_mtime > KEPT_DAYS * 86400:
                 remove_database(path)

@@ -9,6 +9,9 @@ from rlmed.studio.fragments import answer_if_changed, tag_of
 from rlmed.studio.runs import STATES
 from rlmed.studio.state import studio_of
 
+MOST = 100
+"""Runs shown, the latest; the filter finds older ones."""
+
 
 def show_runs(request: Request) -> Response:
     """Return the list of runs, `?words=` only those whose name contains all of these."""
@@ -37,7 +40,8 @@ def _answer(request: Request, template: str, tag: str) -> Response:
     return studio.page(
         template,
         request,
-        glances=glances,
+        glances=glances[:MOST],
+        total=len(glances),
         words=" ".join(words),
         states=STATES,
         folders=[str(folder) for folder in studio.folders],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +46,8 @@ def model_choices(runs: Mapping[str, Path], given: Sequence[str] = ()) -> list[M
     for name, checkpoints in runs.items():
         for folder in checkpoints_in(checkpoints):
             label = f"{name}, step {int(folder.name.removeprefix('step-'))}"
-            found.append((folder.stat().st_mtime, ModelChoice(str(folder), label)))
+            with suppress(OSError):  # removed by the run meanwhile
+                found.append((folder.stat().st_mtime, ModelChoice(str(folder), label)))
     found.sort(key=lambda one: -one[0])
     return [
         *(ModelChoice(path, path) for path in given),

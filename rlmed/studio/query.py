@@ -7,6 +7,7 @@ import sqlite3
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from unicodedata import normalize
 from urllib.parse import urlencode
 
 from rlmed.studio.index import apart
@@ -36,7 +37,7 @@ class Filters:
     words: str = ""
     """All of them occur in question, options or completion, each as the beginning of a word.
 
-    Chinese and Japanese words occur anywhere.
+    One of a single letter is a whole word; Chinese and Japanese words occur anywhere.
     """
     step_from: int | None = None
     step_to: int | None = None
@@ -94,13 +95,12 @@ class Hit:
 
 def search(connection: sqlite3.Connection, filters: Filters) -> tuple[int, list[Hit]]:
     """Return how many completions fit, and those of the page."""
-    source, where, values = _conditions(filters)
-    total = connection.execute(f"SELECT count(*) FROM {source} WHERE {where}", values).fetchone()[0]
+    where, values = _conditions(connection, filters)
+    total = connection.execute(f"SELECT count(*) FROM rollouts WHERE {where}", values).fetchone()[0]
     page = min(filters.page, max(1, -(-total // PAGE)))
     order = SORTS[filters.sort][1]
     ids = connection.execute(
-        f"SELECT id FROM {source} WHERE {where} ORDER BY {order} LIMIT ? OFFSET ?",
-        [*values, PAGE, (page - 1) * PAGE],
+        f"SELECT id FROM rollouts WHERE {where} ORDER BY {order} LIMIT ? OFFSET ?", [*values, PAGE, (page - 1) * PAGE]
     ).fetchall()
     found = [
         Hit(*row)
@@ -113,13 +113,17 @@ def search(connection: sqlite3.Connection, filters: Filters) -> tuple[int, list[
     return total, found
 
 
-def _conditions(filters: Filters) -> tuple[str, str, list[Any]]:
+def _conditions(connection: sqlite3.Connection, filters: Filters) -> tuple[str, list[Any]]:
     conditions, values = ["1"], list[Any]()
-    source = "rollouts"
-    if words := _WORD.findall(filters.words):
-        # quoted, so that none is an operator of the search
-        conditions.append("id IN (SELECT rowid FROM texts WHERE texts MATCH ?)")
-        values.append(" ".join(f'"{apart(word)}"*' for word in words))
+    if words := _WORD.findall(normalize("NFC", filters.words)):
+        # quoted, so that none is an operator of the search; once, for the number and for the page
+        connection.execute("CREATE TEMP TABLE IF NOT EXISTS matches (id INTEGER PRIMARY KEY)")
+        connection.execute("DELETE FROM matches")
+        matching = " ".join(f'"{apart(word)}"{"*" if len(word) > 1 else ""}' for word in words)
+        connection.execute("INSERT INTO matches SELECT rowid FROM texts WHERE texts MATCH ?", (matching,))
+        conditions.append("id IN matches")
+    elif filters.words:  # signs alone, which the index has none of
+        conditions.append("0")
     for name, comparison in (("step", ">="), ("step", "<="), ("reward", ">="), ("reward", "<=")):
         value = getattr(filters, f"{name}_{'from' if comparison == '>=' else 'to'}")
         if value is not None:
@@ -132,7 +136,7 @@ def _conditions(filters: Filters) -> tuple[str, str, list[Any]]:
     if filters.prompt:
         conditions.append("group_id IN (SELECT id FROM groups WHERE prompt = ?)")
         values.append(filters.prompt)
-    return source, " AND ".join(conditions), values
+    return " AND ".join(conditions), values
 
 
 def kinds(connection: sqlite3.Connection) -> tuple[list[str], list[str]]:

@@ -244,7 +244,7 @@ def _with_state(known: Glance) -> Glance:
 
 
 def _state(run: Run, written: float) -> State:
-    quiet = time.time() - written
+    quiet = abs(time.time() - written)  # the clock may have been set back
     owner = _owner(run)
     if owner is not None:
         living = owner.living

@@ -84,7 +84,7 @@ def _values(request: Request, run: Run, filters: Filters) -> dict[str, Any]:
         "pages": pages,
         "tasks": tasks,
         "modalities": modalities,
-        "cards": show_hits(run.file(ROLLOUTS_FILE), hits),
+        "cards": show_hits(run.file(ROLLOUTS_FILE), hits, studio.pictures),
         "here": urlencode({"run": run.name}) + (f"&{query}" if (query := filters.query()) else ""),
         "history": _history(history),
         "running": studio.runs.glance(run).state in ("running", "silent") or not place.done,

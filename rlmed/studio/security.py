@@ -7,6 +7,7 @@ browser: by a name that it has point at 127.0.0.1 (DNS rebinding), or by a form 
 from __future__ import annotations
 
 import hashlib
+import hmac
 import ipaddress
 import secrets
 from collections.abc import Iterable
@@ -43,6 +44,14 @@ def cookie_name(token: str) -> str:
     return f"rlmed_studio_{hashlib.sha256(token.encode()).hexdigest()[:12]}"
 
 
+def _session(token: str) -> str:
+    """Return what the cookie holds.
+
+    Not the token: a browser sends a host's cookies to all of its ports, other people's too.
+    """
+    return hmac.digest(token.encode(), b"rlmed studio", "sha256").hex()
+
+
 class Guard:
     """Middleware that answers a request only if host, origin and token are right.
 
@@ -57,6 +66,7 @@ class Guard:
     def __init__(self, app: ASGIApp, token: str | None, names: Iterable[str], *, any_address: bool = False) -> None:
         self._app = app
         self._token = token
+        self._session = "" if token is None else _session(token)
         self._names = frozenset(names)
         self._any_address = any_address
 
@@ -94,7 +104,7 @@ class Guard:
         given = request.query_params.get("token")
         if given is not None and request.scope["type"] == "http" and request.scope["method"] in SAFE:
             return self._let_in(request, given)
-        if _equal(request.cookies.get(cookie_name(self._token), ""), self._token):
+        if _equal(request.cookies.get(cookie_name(self._token), ""), self._session):
             return None
         return PlainTextResponse(OPEN, 401)
 
@@ -112,7 +122,7 @@ class Guard:
         return self._any_address
 
     def _let_in(self, request: HTTPConnection, given: str) -> Response:
-        """Move a right token from the address into a cookie, so that it leaves the history."""
+        """Give a cookie for a right token, and have it leave the address and the history."""
         assert self._token is not None
         if not _equal(given, self._token):
             return PlainTextResponse(f"This token is wrong. {OPEN}", 401)
@@ -120,7 +130,7 @@ class Guard:
         # one slash: "//name" would be another host
         path = "/" + request.url.path.lstrip("/\\")
         answer = RedirectResponse(f"{path}?{rest}" if rest else path, 303)
-        answer.set_cookie(cookie_name(self._token), self._token, httponly=True, samesite="strict", path="/")
+        answer.set_cookie(cookie_name(self._token), self._session, httponly=True, samesite="strict", path="/")
         return answer
 
 

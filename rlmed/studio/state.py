@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from datetime import UTC, datetime
@@ -22,6 +24,7 @@ from rlmed.report.page import page_environment
 from rlmed.report.plots import Readout
 from rlmed.studio.asking import Asker
 from rlmed.studio.indexing import Indexing
+from rlmed.studio.pictures import Pictures
 from rlmed.studio.runs import Run, Runs
 from rlmed.studio.uploads import Uploads
 
@@ -30,6 +33,18 @@ THEME_COOKIE = "rlmed_studio_theme"
 THEMES = ("light", "dark")
 KEPT = 32
 """Pages whose figures are kept, to be shown again while nothing has changed."""
+REST = 10.0
+"""A page that took long is not drawn anew at every step of a run: it may take a tenth of the time."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Kept:
+    value: Any
+    stamp: str
+    made: float
+    """When, on the monotonic clock."""
+    took: float
+    """Seconds."""
 
 
 class Studio:
@@ -45,23 +60,35 @@ class Studio:
         runs: the runs below the folders.
         indexing: the indexes of their rollouts.
         models: folders or names of models that can be asked, besides the runs' checkpoints.
+        drawing: held by the one request whose view of an uploaded file is drawn.
+        pictures: the pictures below the folders and those of `images`.
         asker: asks them.
         templates: Jinja environment over `rlmed/studio/assets` and `rlmed/report/assets`, with the
             report's filters; escapes all values.
     """
 
-    def __init__(self, folders: Sequence[Path], *, token: str | None, cache: Path, models: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        *,
+        token: str | None,
+        cache: Path,
+        models: Sequence[str] = (),
+        images: Sequence[Path] = (),
+    ) -> None:
         self.folders = tuple(folders)
         self.token = token
         self.cache = cache
         self.runs = Runs(self.folders)
         self.indexing = Indexing(cache)
         self.models = tuple(models)
+        self.pictures = Pictures([*self.folders, *images])
         self.asker = Asker(Uploads())
         self.templates: Environment = page_environment()
         self.templates.loader = FileSystemLoader([ASSETS, REPORT_ASSETS])
         self.templates.filters |= {"instant": _instant, "moment": _moment, "curves": _curves}
-        self._kept: OrderedDict[Hashable, tuple[str, Any]] = OrderedDict()
+        self.drawing = asyncio.Semaphore(1)
+        self._kept: OrderedDict[Hashable, _Kept] = OrderedDict()
         self._lock = threading.Lock()
 
     def run(self, request: Request, parameter: str = "run") -> Run:
@@ -91,17 +118,30 @@ class Studio:
             stamp: changes when it must be made anew, such as `Runs.stamp`.
             make: makes it.
         """
+        return self.lately_kept(key, stamp, make, rest=0)[0]
+
+    def lately_kept(self, key: Hashable, stamp: str, make: Callable[[], Any], *, rest: float = REST) -> tuple[Any, str]:
+        """Return what `kept` does, or what is old but was made lately; and its stamp.
+
+        Args:
+            key: what is made.
+            stamp: changes when it must be made anew, such as `Runs.stamp`.
+            make: makes it.
+            rest: time for which it is good, as a multiple of the time that it took.
+        """
         with self._lock:
             found = self._kept.get(key)
-        if found is not None and found[0] == stamp:
-            return found[1]
-        made = make()
+        if found is not None and (found.stamp == stamp or time.monotonic() < found.made + rest * found.took):
+            return found.value, found.stamp
+        began = time.monotonic()
+        value = make()
+        made = time.monotonic()
         with self._lock:
-            self._kept[key] = stamp, made
+            self._kept[key] = _Kept(value, stamp, made, made - began)
             self._kept.move_to_end(key)
             while len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
-        return made
+        return value, stamp
 
     def close(self) -> None:
         """Stop answers and remove uploaded files."""

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rlmed.core.files.atomic import replace_text
 from rlmed.core.types import ScoredGroup
+from rlmed.data.images import BadImageError, load_image
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+log = logging.getLogger(__name__)
 
 FOLDER = "loggers"
 """In a run's folder: what each logger needs to continue its run."""
@@ -41,6 +48,16 @@ class ShownRollout:
     best_reward: float
     worst: str
     worst_reward: float
+
+    def picture(self) -> Image | None:
+        """Return the picture; None if there is none, or its file cannot be read any more."""
+        if self.image is None:
+            return None
+        try:
+            return load_image(self.image)
+        except (BadImageError, OSError) as error:
+            log.warning("a rollout is logged without its picture: %s", error)
+            return None
 
     def caption(self) -> str:
         """Return everything but the picture as plain text."""

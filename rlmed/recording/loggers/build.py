@@ -81,7 +81,9 @@ class Loggers:
         if self._started:
             self._started = False
             for logger in self._loggers:
-                logger.finish(failed=failed)
+                logger.begin_finish(failed=failed)
+            for logger in self._loggers:
+                logger.wait()
 
     def _start(self) -> None:
         if not self._started:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
@@ -23,8 +24,9 @@ class GuardedLogger:
     """Call a logger from its own thread, in order, so that it can neither end nor slow a run.
 
     A call that raises gives one warning and is tried again after each of `WAITS_S`; then the logger
-    is left out for the rest of the run. One that never returns leaves the others waiting, at most
-    `MOST_WAITING`; what is dropped is said once. `finish` waits `FINISH_S`.
+    is left out for the rest of the run, unless only rollouts were to be shown: these are dropped.
+    One that never returns leaves the others waiting, at most `MOST_WAITING`; what is dropped is said
+    once. `finish` waits `FINISH_S`.
     """
 
     def __init__(
@@ -38,12 +40,14 @@ class GuardedLogger:
         """Wrap `logger`; nothing is called before `start`."""
         self._logger, self._waits_s, self._finish_s = logger, waits_s, finish_s
         self._most_waiting = most_waiting
-        self._calls: deque[Callable[[], None]] = deque()
+        self._calls: deque[tuple[Callable[[], None], bool]] = deque()
+        """With whether the logger is left out if the call goes on failing."""
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._beginning: Beginning | None = None
         self._started = self._ended = self._warned = self._dropped = False
         self._stopping = threading.Event()
+        self._deadline = 0.0
 
     @property
     def name(self) -> str:
@@ -62,15 +66,25 @@ class GuardedLogger:
 
     def rollouts(self, step: int, shown: Sequence[ShownRollout]) -> None:
         """Log rollouts; returns at once."""
-        self._put(lambda: self._logger.rollouts(step, shown))
+        self._put(lambda: self._logger.rollouts(step, shown), needed=False)
 
     def finish(self, *, failed: bool) -> None:
         """Have the logger write what is left; waits `finish_s` seconds at most."""
+        self.begin_finish(failed=failed)
+        self.wait()
+
+    def begin_finish(self, *, failed: bool) -> None:
+        """Have the logger write what is left; returns at once."""
+        if self._thread is not None:
+            self._put(lambda: self._end(failed=failed))
+            self._stopping.set()
+            self._deadline = time.monotonic() + self._finish_s
+
+    def wait(self) -> None:
+        """Wait until it is written, at most `finish_s` seconds after `begin_finish`."""
         if self._thread is None:
             return
-        self._put(lambda: self._end(failed=failed))
-        self._stopping.set()
-        self._thread.join(self._finish_s)
+        self._thread.join(max(0.0, self._deadline - time.monotonic()))
         if self._thread.is_alive():
             log.warning(
                 "the logger %s has not finished after %g s: its last values may be missing there; metrics.jsonl has all",
@@ -79,7 +93,7 @@ class GuardedLogger:
             )
         self._thread = None
 
-    def _put(self, call: Callable[[], None]) -> None:
+    def _put(self, call: Callable[[], None], *, needed: bool = True) -> None:
         with self._changed:
             if self._ended:
                 return
@@ -88,7 +102,7 @@ class GuardedLogger:
                 if not self._dropped:
                     self._dropped = True
                     log.warning("the logger %s is too slow or hangs: its oldest values are dropped", self.name)
-            self._calls.append(call)
+            self._calls.append((call, needed))
             self._changed.notify()
 
     def _end(self, *, failed: bool) -> None:
@@ -99,8 +113,8 @@ class GuardedLogger:
         while not self._ended:
             with self._changed:
                 self._changed.wait_for(lambda: bool(self._calls))
-                call = self._calls.popleft()
-            if not self._tried(call):
+                call, needed = self._calls.popleft()
+            if not self._tried(call) and (needed or not self._started):
                 with self._changed:
                     self._ended = True
                     self._calls.clear()

@@ -10,7 +10,6 @@ from itertools import islice
 from typing import Any
 
 from rlmed.core.config.running import LoggingConfig
-from rlmed.data.images import load_image
 from rlmed.recording.loggers.base import Beginning, LoggerState, ShownRollout, finite_values, flat, run_name
 
 DEFAULT_PROJECT = "rlmed"
@@ -65,8 +64,8 @@ class MlflowLogger:
         """Log pictures and texts as artifacts, `rollouts/STEP-NUMBER`."""
         for index, rollout in enumerate(shown):
             name = f"rollouts/{step:06d}-{index}"
-            if rollout.image is not None:
-                self._client.log_image(self._run_id, load_image(rollout.image), artifact_file=f"{name}.png")
+            if (picture := rollout.picture()) is not None:
+                self._client.log_image(self._run_id, picture, artifact_file=f"{name}.png")
             self._client.log_text(self._run_id, rollout.caption(), f"{name}.txt")
 
     def finish(self, *, failed: bool) -> None:

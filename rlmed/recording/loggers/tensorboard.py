@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rlmed.data.images import load_image
 from rlmed.recording.loggers.base import Beginning, ShownRollout, finite_values
 
 if TYPE_CHECKING:
@@ -41,9 +40,8 @@ class TensorBoardLogger:
         """Add pictures and texts."""
         board = self._open(step)
         for index, rollout in enumerate(shown):
-            if rollout.image is not None:
-                pixels = np.asarray(load_image(rollout.image))
-                board.add_image(f"rollouts/{index}", pixels, step, dataformats="HWC")
+            if (picture := rollout.picture()) is not None:
+                board.add_image(f"rollouts/{index}", np.asarray(picture), step, dataformats="HWC")
             # indented: Markdown shows it as it is
             board.add_text(f"rollouts/{index}", "    " + rollout.caption().replace("\n", "\n    "), step)
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from rlmed.core.config.running import LoggingConfig
 from rlmed.core.process.display import quiet_http_clients
-from rlmed.data.images import load_image
 from rlmed.recording.loggers.base import Beginning, LoggerState, ShownRollout, finite_values, run_name
 
 DEFAULT_PROJECT = "rlmed"
@@ -51,9 +50,9 @@ class TrackioLogger:
         import trackio
 
         pictures = {
-            f"rollouts/{index}": trackio.Image(load_image(entry.image), caption=entry.caption())
+            f"rollouts/{index}": trackio.Image(picture, caption=entry.caption())
             for index, entry in enumerate(shown)
-            if entry.image is not None
+            if (picture := entry.picture()) is not None
         }
         if pictures:
             self._run.log(pictures, step=step)

@@ -9,7 +9,6 @@ from typing import Any
 
 from rlmed.core.config.running import LoggingConfig
 from rlmed.core.files.jsonlines import read_json_lines
-from rlmed.data.images import load_image
 from rlmed.recording.loggers.base import Beginning, LoggerState, ShownRollout, finite_values, run_name
 
 DEFAULT_PROJECT = "rlmed"
@@ -84,10 +83,9 @@ class WandbLogger:
         """Log a row of pictures with captions; a question without an image has its text alone."""
         import wandb
 
-        pictures = [
-            wandb.Image(load_image(entry.image), caption=entry.caption()) for entry in shown if entry.image is not None
-        ]
-        texts = [[entry.caption()] for entry in shown if entry.image is None]
+        read = [(entry.picture(), entry.caption()) for entry in shown]
+        pictures = [wandb.Image(picture, caption=caption) for picture, caption in read if picture is not None]
+        texts = [[caption] for picture, caption in read if picture is None]
         row: dict[str, Any] = {"step": step}
         if pictures:
             row["rollouts/images"] = pictures

@@ -37,6 +37,8 @@ from rlmed.data.readers.volumes.nifti_agreement import check_header, check_lengt
 
 MAX_VOLUME = 1 << 30
 """Most bytes read of one volume."""
+MAX_SLICE = 1 << 24
+"""Most voxels of a slice: its values take eight bytes each, several times over."""
 MAX_INFLATED = 1 << 32
 """Most bytes inflated of a compressed file, up to the end of the volume."""
 MAX_OFFSET = 1 << 24
@@ -253,9 +255,14 @@ def _oriented_slice(
     selection: list[int | slice] = [slice(None)] * 3
     selection[through] = stored
     selection += [choice.volume, *[0] * (len(shape) - 4)] if len(shape) > 3 else []
+    rest = [axis for axis in range(3) if axis != through]
+    if (rows := shape[rest[0]]) * (columns := shape[rest[1]]) > MAX_SLICE:
+        raise BadImageError(
+            f"its {choice.plane} slices have {rows}x{columns} voxels: more than {MAX_SLICE} are not read. Export the part "
+            "that the question is about"
+        )
     # reads only this slice, or inflates up to it
     values = np.asarray(voxels[tuple(selection[: len(voxels.shape)])])
-    rest = [axis for axis in range(3) if axis != through]
     values = np.flip(values, [index for index, axis in enumerate(rest) if orientation[axis, 1] < 0])
     sizes = voxel_sizes(affine)
     if canonical[rest[0]] > canonical[rest[1]]:

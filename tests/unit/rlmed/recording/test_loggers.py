@@ -205,6 +205,52 @@ def test_tensorboard_has_the_numbers_of_metrics_jsonl(tmp_path: Path) -> None:
     assert [event.step for event in events.Images("rollouts/0")] == [2, 4]
 
 
+@pytest.mark.parametrize(
+    "name", ["tensorboard", pytest.param("mlflow", marks=MLFLOW), pytest.param("wandb", marks=WANDB)]
+)
+def test_a_picture_that_is_gone_costs_no_logger(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = settings(offline=name == "wandb", tracking_uri=f"sqlite:///{tmp_path}/m.db" if name == "mlflow" else None)
+    monkeypatch.chdir(tmp_path)
+    loggers = build_loggers(tmp_path, [name], config, {}, samples=True)
+    with RunRecorder(tmp_path, loggers) as recorder:
+        for step in (1, 2, 3):
+            recorder.record_step(step, {"reward/mean": 1.0})
+            recorder.record_groups(step, [make_group(tmp_path / "gone.png")], [])
+    (warning,) = [entry.getMessage() for entry in caplog.records if entry.name.startswith("rlmed")]
+    assert "without its picture" in warning
+    assert f"{tmp_path}/gone.png" in warning
+
+
+def test_rollouts_that_go_on_failing_are_dropped_and_the_curves_go_on(tmp_path: Path) -> None:
+    class Blind(Failing):
+        def rollouts(self, step: int, shown: Any) -> None:
+            raise RuntimeError("no pictures")
+
+    logger = Blind(failures=0)
+    loggers = Loggers(tmp_path, [GuardedLogger(logger, waits_s=(0, 0))], rollouts_every=1, rollouts=1)
+    for step in (1, 2):
+        loggers.scalars(step, {})
+        loggers.rollouts(step, [make_group(tmp_path / "gone.png").scored])
+    loggers.finish()
+    assert logger.seen == ["start", 1, 2, "finish"]
+
+
+def test_loggers_finish_at_the_same_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    together = threading.Barrier(2, timeout=60)
+
+    class Meeting(Failing):
+        def finish(self, *, failed: bool) -> None:
+            together.wait()
+
+    loggers = Loggers(tmp_path, [GuardedLogger(Meeting(failures=0), finish_s=60.0) for _ in range(2)])
+    loggers.scalars(1, {})
+    loggers.finish()
+    assert not together.broken
+    assert not caplog.records
+
+
 @TRACKIO
 def test_trackio_has_the_numbers_of_metrics_jsonl(tmp_path: Path) -> None:
     """In its own process: trackio reads TRACKIO_DIR when it is imported."""

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import html
+import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
 
 from PIL import Image
 from starlette.testclient import TestClient
@@ -46,7 +51,13 @@ def write_run(folder: Path, *, steps: int = 3, planned: int = 3, report: bool = 
     return folder
 
 
-def client_of(*folders: Path, cache: Path, token: str | None = None) -> TestClient:
+def client_of(*folders: Path, cache: Path, token: str | None = None, images: Sequence[Path] = ()) -> TestClient:
     """Return a browser without cookies for a studio over the folders."""
-    studio = Studio([folder.resolve() for folder in folders], token=token, cache=cache)
+    studio = Studio([folder.resolve() for folder in folders], token=token, cache=cache, images=images)
     return TestClient(build(studio), base_url=HOST, follow_redirects=False)
+
+
+def pictures_of(client: TestClient, page: str, place: str = "image") -> list[dict[str, Any]]:
+    """Return the parameters of the addresses of a page's pictures, in order."""
+    text = client.get(page).text
+    return [dict(parse_qsl(html.unescape(query))) for query in re.findall(rf'src="/{place}\?([^"]*)"', text)]

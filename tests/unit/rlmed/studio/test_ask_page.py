@@ -136,6 +136,8 @@ def test_half_a_character_in_a_question_is_no_error(client):
     [
         ({"model": "embedded:tiny_base"}, "this model is gone"),
         ({"model": "/etc"}, "this model is gone"),
+        ({"model": []}, "this model is gone"),
+        ({"model": {}}, "this model is gone"),
         ({"question": "  "}, "the question is empty"),
         ({"question": "x" * 30_000}, "more than 20000 characters"),
         ({"question": 3}, "must be texts"),

@@ -51,8 +51,18 @@ def test_a_port_or_a_model_that_cannot_be_is_refused(capsys, tmp_path):
     assert f"--model {tmp_path}/nope" in failure(capsys, str(tmp_path), "--model", f"{tmp_path}/nope")
 
 
-def test_an_empty_token_is_refused(capsys, tmp_path):
-    assert "--token" in failure(capsys, str(tmp_path), "--token", " ")
+@pytest.mark.parametrize(("given", "expected"), [("secret", "secret"), (" ", None), (None, None)])
+def test_the_token_is_that_of_the_environment_or_else_a_random_one(monkeypatch, tmp_path, given, expected):
+    monkeypatch.delenv("RLMED_STUDIO_TOKEN", raising=False)
+    if given is not None:
+        monkeypatch.setenv("RLMED_STUDIO_TOKEN", given)
+    served = []
+    monkeypatch.setattr("rlmed.studio.server.serve", lambda studio, *_, **__: served.append(studio))
+    for _ in range(2):
+        command.main([str(tmp_path), "--cache", str(tmp_path / "cache")])
+    tokens = [studio.token for studio in served]
+    assert tokens == [expected] * 2 if expected else len(set(tokens)) == 2
+    assert all(len(token) >= 6 for token in tokens)
 
 
 def test_a_port_in_use_is_named(capsys, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,16 @@ from PIL import Image
 pytest.importorskip("starlette", reason="needs rlmed's extra 'studio'")
 
 from rlmed.core.files.exclusive import OWNER_FILE
+from rlmed.studio.index import Index, prompt_key
 from rlmed.studio.runs import Run, Runs
 from tests.unit.rlmed.report.test_page import Page, line, write_lines
 from tests.unit.rlmed.studio.run_folders import client_of, write_run
 
 DEEP = "[" * 30_000
+ALIASES = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{name}: &{name} [{','.join([f'*{one}'] * 9)}]\n" for one, name in zip("abcdefghi", "bcdefghij", strict=True)
+)
+"""An array of 9^10 texts, in a few lines."""
 HUGE = f"1{'0' * 400}"
 
 
@@ -59,6 +65,8 @@ DAMAGES = {
     "pipe_summary": lambda run: pipe(run / "evaluations/step-000003/summary.json"),
     "pipe_rows": lambda run: pipe(run / "evaluations/step-000003/rows.jsonl"),
     "list": change("config.yaml", "[1, 2]"),
+    "aliases": change("config.yaml", ALIASES),
+    "large configuration": change("config.yaml", "a: " + "b" * 2**21),
     "model": change("config.yaml", "model: [a]"),
     "versions": change("versions.json", "[1]"),
     "negative": change("timeline.jsonl", '{"name": "a", "start": 9, "duration": -3, "depth": 0}\n'),
@@ -142,8 +150,14 @@ def test_pictures_that_are_none_are_not_sent(tmp_path):
     page = client.get("/rollouts?run=run&sort=oldest")
     assert page.status_code == 200
     assert page.text.count("Which part") == len(paths)
-    for rollout in range(1, 2 * len(paths), 2):
-        assert client.get(f"/image?run=run&rollout={rollout}&number=0").status_code == 404
+    groups = [json.loads(entry) for entry in (run / "rollouts.jsonl").read_text().splitlines()]
+    addresses = [
+        f"/image?run=run&rollout={2 * number + 1}&number=0&prompt={prompt_key(group)}"
+        for number, group in enumerate(groups)
+    ]
+    assert [client.get(address).status_code for address in addresses] == [404] * len(paths)
+    Image.new("1", (1500, 1500)).save(tmp_path / "large.png")
+    assert client.get(addresses[2]).status_code == 200
 
 
 def test_an_index_that_cannot_be_used_is_said_on_each_page(tmp_path):
@@ -181,3 +195,24 @@ def test_pages_heal_a_damaged_index(tmp_path):
         if "6 rollouts found" in shown:
             break
     assert "6 rollouts found" in shown
+
+
+def test_an_index_that_cannot_be_filled_says_why(tmp_path, monkeypatch):
+    write_run(tmp_path / "runs" / "run")
+
+    def full(*_):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(Index, "update", full)
+    client = client_of(tmp_path / "runs", cache=tmp_path / "cache")
+    shown = client.get("/rollouts?run=run").text
+    assert ["disk is full" in shown, "--cache" in shown, "<progress" in shown] == [True, True, False]
+    monkeypatch.undo()
+    assert "disk is full" not in client.get("/rollouts?run=run").text
+
+
+def test_a_run_whose_clock_was_ahead_does_not_go_on_until_that_day(tmp_path):
+    run = write_run(tmp_path / "run", report=False)
+    for path in run.iterdir():
+        os.utime(path, (4e9, 4e9))
+    assert Runs([tmp_path]).glances()[0].state == "stopped"

@@ -21,6 +21,7 @@ from rlmed.studio.server import build
 from rlmed.studio.state import Studio
 from tests.unit.rlmed.evaluation.test_old_names import TRUST
 from tests.unit.rlmed.report.test_page import EVIL, GOOD, row, summary
+from tests.unit.rlmed.studio.run_folders import pictures_of
 
 BAD = "<think>?</think><answer>A</answer>"
 
@@ -111,11 +112,21 @@ def test_a_row_has_both_answers_and_text_stays_text(client):
 
 
 def test_a_picture_is_sent_as_a_new_one_and_nothing_else(client):
-    query = {"run": "a run", "step": 3, "row": 2, "number": 0}
+    query = pictures_of(client, "/evaluate?run=a run&step=3", "evaluate/image")[0]
     answer = client.get("/evaluate/image", params=query)
     assert answer.headers["content-type"] == "image/jpeg"
     assert Image.open(io.BytesIO(answer.content)).format == "JPEG"
-    wrong = [{"row": 8}, {"row": 7}, {"row": 99}, {"row": -1}, {"number": 1}, {"row": "x"}, {"step": 4}, {"size": "x"}]
+    wrong = [
+        {"row": 8},
+        {"row": 7},
+        {"row": 99},
+        {"row": -1},
+        {"number": 1},
+        {"row": "x"},
+        {"step": 4},
+        {"size": "x"},
+        {"key": ""},
+    ]
     for changed in wrong:
         assert client.get("/evaluate/image", params=query | changed).status_code == 404, changed
     assert "no longer there" in page(client, words="question 7?")

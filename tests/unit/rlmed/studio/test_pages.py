@@ -9,6 +9,7 @@ import yaml
 from markupsafe import Markup
 
 from rlmed.report.plots import draw_comparison, draw_metrics
+from rlmed.studio import detail, listing
 from rlmed.studio.comparison import differences
 from rlmed.studio.curves import draw_plots, plain_svg
 from rlmed.studio.detail import workers
@@ -70,7 +71,8 @@ def test_a_run_whose_files_are_damaged_says_so_and_shows_the_rest(tmp_path):
     assert "Held-out accuracy" in text
 
 
-def test_a_live_part_is_sent_only_when_something_changed(tmp_path):
+def test_a_live_part_is_sent_only_when_something_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(detail, "REST", 0.0)
     run = write_run(tmp_path / "run", report=False)
     client = client_of(tmp_path, cache=tmp_path / "cache")
     for page, address in (
@@ -123,9 +125,38 @@ def test_the_rollouts_page_shows_picture_question_reasoning_answer_and_rewards(c
     assert client.get(images[0]).headers["content-type"] == "image/jpeg"
 
 
+def test_a_page_that_took_long_is_not_drawn_anew_at_every_step(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run", report=False)
+    client = client_of(tmp_path, cache=tmp_path / "cache")
+    for rest, drawn_anew in ((1e6, False), (0.0, True)):
+        monkeypatch.setattr(detail, "REST", rest)
+        before = client.get("/run/live?name=run")
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 4, "reward/mean": 9.25}\n')
+        after = client.get("/run/live?name=run", headers={"If-None-Match": before.headers["etag"]})
+        assert (after.status_code == 200) == drawn_anew
+    (run / "report.html").write_text("<p>done</p>")
+    monkeypatch.setattr(detail, "REST", 1e6)
+    assert "finished" in text_of(client.get("/run/live?name=run"))
+
+
+def test_of_many_runs_the_latest_are_shown_and_the_others_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(listing, "MOST", 2)
+    for number in range(3):
+        write_run(tmp_path / f"run{number}", report=False)
+        for path in (tmp_path / f"run{number}").rglob("*"):
+            os.utime(path, (1e9 + number, 1e9 + number))
+    client = client_of(tmp_path, cache=tmp_path / "cache")
+    text = text_of(client.get("/"))
+    assert "3 runs below" in text
+    assert ["run2" in text, "run1" in text, "run0" in text, "and 1 that" in text] == [True, True, False, True]
+    assert "run0" in text_of(client.get("/?words=run0"))
+
+
 def test_a_prompt_over_training_is_a_link(client):
     answer = client.get("/rollouts?run=day/a")
-    link = next(a["href"] for tag, a in Page(answer.text).tags if tag == "a" and "prompt=" in a.get("href", ""))
+    links = (attributes.get("href", "") for tag, attributes in Page(answer.text).tags if tag == "a")
+    link = next(one for one in links if one.startswith("/rollouts?") and "prompt=" in one)
     text = text_of(client.get(link))
     assert "This prompt over training" in text
     assert "2 rollouts found" in text
@@ -135,12 +166,12 @@ def test_pages_of_results_keep_the_filters(tmp_path):
     run = write_run(tmp_path / "run")
     write_lines(run / "rollouts.jsonl", [line(step=step) for step in range(1, 31)])
     client = client_of(tmp_path, cache=tmp_path / "cache")
-    answer = client.get("/rollouts?run=run&words=bright&reward_from=1&sort=oldest&page=2")
+    answer = client.get("/rollouts?run=run&words=bright&reward_from=1&reward_to=2.1234567&sort=oldest&page=2")
     assert "page 2 of 2" in text_of(answer)
     previous = next(a["href"] for tag, a in Page(answer.text).tags if a.get("rel") == "prev")
     assert text_of(client.get(previous)).count("step 1 ·") == 1
     inputs = {a["name"]: a.get("value") for tag, a in Page(answer.text).tags if tag == "input" and "name" in a}
-    assert (inputs["words"], inputs["reward_from"]) == ("bright", "1")
+    assert [inputs[name] for name in ("words", "reward_from", "reward_to")] == ["bright", "1", "2.1234567"]
 
 
 def test_a_missing_picture_is_named(tmp_path):

@@ -11,8 +11,8 @@ from starlette.websockets import WebSocketDisconnect
 from rlmed.studio.security import Guard, cookie_name
 from rlmed.studio.server import build
 from rlmed.studio.state import Studio
-from tests.unit.rlmed.report.test_page import EVIL, Page
-from tests.unit.rlmed.studio.run_folders import HOST, SAME_ORIGIN, client_of, write_run
+from tests.unit.rlmed.report.test_page import EVIL, Page, line, write_lines
+from tests.unit.rlmed.studio.run_folders import HOST, SAME_ORIGIN, client_of, pictures_of, write_run
 
 TOKEN = "a secret of this studio"
 ADDRESSES = ("/", "/run?name=day/a", "/compare", "/rollouts?run=day/a", "/assets/studio.css", "/nowhere", "/image")
@@ -34,6 +34,7 @@ def test_nothing_opens_without_the_token(locked, address):
 def test_the_token_moves_from_the_address_into_a_cookie_that_no_script_reads(locked):
     answer = locked.get("/run", params={"token": TOKEN, "name": "day/a"})
     assert (answer.status_code, answer.headers["location"]) == (303, "/run?name=day%2Fa")
+    assert TOKEN not in answer.headers["set-cookie"]  # which other ports of the host see
     flags = answer.headers["set-cookie"].lower()
     assert "httponly" in flags
     assert "samesite=strict" in flags
@@ -224,10 +225,12 @@ def test_a_name_that_is_no_utf8_is_shown_and_found(hostile, tmp_path):
         {"number": "../../x"},
         {"size": "huge"},
         {"rollout": ""},
+        {"prompt": ""},
+        {"prompt": "0" * 16},
     ],
 )
 def test_only_recorded_pictures_are_sent(client, changes):
-    right = {"run": "day/a", "rollout": "1", "number": "0"}
+    right = pictures_of(client, "/rollouts?run=day/a&sort=oldest")[0]
     answer = client.get("/image", params=right)
     assert (answer.status_code, answer.headers["content-type"]) == (200, "image/jpeg")
     assert client.get("/image", params=right | changes).status_code == 404
@@ -238,13 +241,55 @@ def test_what_is_no_picture_is_not_sent_though_a_record_names_it(tmp_path):
     secret = tmp_path / "top" / "run.png"
     secret.write_text("a key, not a picture")
     client = client_of(tmp_path / "top", cache=tmp_path / "cache")
-    answer = client.get("/image", params={"run": "run", "rollout": "1", "number": "0"})
+    address = pictures_of(client, "/rollouts?run=run")[0]
+    answer = client.get("/image", params=address)
     assert (answer.status_code, "key" in answer.text) == (404, False)
     Image.new("L", (3000, 20)).save(secret)
-    assert (
-        client.get("/image", params={"run": "run", "rollout": "1", "number": "0", "size": "large"}).status_code == 200
-    )
+    assert client.get("/image", params=address | {"size": "large"}).status_code == 200
     assert run.is_dir()
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_pictures_outside_of_the_folders_are_shown_only_if_their_folder_is_given(tmp_path, linked):
+    inside, outside = tmp_path / "top", tmp_path / "scans"
+    write_run(inside / "run")
+    outside.mkdir()
+    (inside / "run.png").replace(outside / "scan.png")
+    if linked:
+        (inside / "run.png").symlink_to(outside / "scan.png")
+    else:
+        records = inside / "run" / "rollouts.jsonl"
+        records.write_text(records.read_text().replace(f"{inside}/run.png", f"{outside}/scan.png"))
+    page = "/rollouts?run=run"
+    allowed = client_of(inside, cache=tmp_path / "cache", images=[outside])
+    address = pictures_of(allowed, page)[0]
+    assert allowed.get("/image", params=address).status_code == 200
+    client = client_of(inside, cache=tmp_path / "cache")
+    assert client.get("/image", params=address).status_code == 404
+    assert f"--images {outside}" in client.get(page).text
+
+
+def test_a_picture_that_changed_is_sent_again(tmp_path):
+    write_run(tmp_path / "top" / "run")
+    client = client_of(tmp_path / "top", cache=tmp_path / "cache")
+    address = pictures_of(client, "/rollouts?run=run")[0]
+    first = client.get("/image", params=address)
+    assert "no-cache" in first.headers["cache-control"]
+    asked = {"If-None-Match": first.headers["etag"]}
+    assert client.get("/image", params=address, headers=asked).status_code == 304
+    Image.new("L", (40, 30), 250).save(tmp_path / "top" / "run.png")
+    again = client.get("/image", params=address, headers=asked)
+    assert (again.status_code, again.content == first.content) == (200, False)
+
+
+def test_a_run_that_starts_anew_sends_none_of_its_pictures_to_an_old_page(tmp_path):
+    run = write_run(tmp_path / "top" / "run")
+    client = client_of(tmp_path / "top", cache=tmp_path / "cache")
+    old = pictures_of(client, "/rollouts?run=run&sort=oldest")[0]
+    write_lines(run / "rollouts.jsonl", [line(step=1, image=str(tmp_path / "top" / "run.png"), question="Another?")])
+    new = pictures_of(client, "/rollouts?run=run&sort=oldest")[0]
+    assert [client.get("/image", params=one).status_code for one in (old, new)] == [404, 200]
+    assert (new["rollout"], new["number"]) == (old["rollout"], old["number"])
 
 
 def test_assets_are_a_closed_list(client):

@@ -333,3 +333,13 @@ def test_a_missing_file_or_a_folder_is_an_error_that_does_not_name_it(tmp_path):
         with pytest.raises(BadImageError, match="cannot be read") as caught:
             shown(path)
         assert "DOE" not in str(caught.value)
+
+
+def test_a_slice_of_too_many_voxels_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.nii.gz", np.zeros((40, 30, 9), dtype=np.uint8))
+    monkeypatch.setattr(nifti_slices, "MAX_SLICE", 400)
+    with pytest.raises(BadImageError, match="axial slices have 40x30 voxels"):
+        render_slice(path, SliceChoice("axial", index=4))
+    monkeypatch.setattr(nifti_slices, "MAX_SLICE", 40 * 30)
+    with pytest.raises(BadImageError, match="all its values are 0"):
+        render_slice(path, SliceChoice("axial", index=4))
