@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -149,9 +150,10 @@ def local_estimate(
 
 def engine_estimate(size: ModelSize, *, engines: int = 1, pictures: int = 0, sampled: bool = True) -> Estimate:
     """Return the estimate of a process that only samples."""
+    load = functools.cache(lambda path: load_config(model_folder(path)))
 
     def estimate(config: RunConfig) -> MemoryEstimate:
-        model, dtype = load_config(model_folder(config.model.path)), resolve_dtype(config.model)
+        model, dtype = load(config.model.path), resolve_dtype(config.model)
         weights = DTYPES[dtype].itemsize * size.parameters
         if config.rollout.engine == "fake":
             return MemoryEstimate(weights=weights, pictures=pictures)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from rlmed.cluster.capacity import MARGIN, free_memory, local_estimate, model_size, rank_estimate
+from rlmed.cluster.capacity import MARGIN, Estimate, free_memory, local_estimate, model_size, rank_estimate
 from rlmed.cluster.memory import GIB, PROCESS_BYTES
 from rlmed.core.config.composing import compose_config
 from rlmed.core.config.schema import RunConfig
@@ -54,17 +54,32 @@ def fit(overrides: list[str], *, gpu_gib: float | None, gpus: int = 1) -> Fittin
     size = model_size(compose_config("train", base))
     available = free_memory(resolve_device(compose_config("train", [*base, "model.device=cpu"]).model)) if on_cpu else 0
     room = (available or 0) if on_cpu else int((gpu_gib or 0) * GIB / MARGIN)
-    least = None
+    composed = {name: compose_config("train", [*base, f"learner={name}"]) for name in ("adamw", "lora")}
+
+    estimate = (
+        rank_estimate(size, on_cpu=on_cpu) if gpus > 1 else local_estimate(size, engines=1, pictures=0, on_cpu=on_cpu)
+    )
+
+    def need(learner: str, keys: Mapping[str, object]) -> int:
+        return _need(_with(composed[learner], keys), estimate, on_cpu=on_cpu)
+
     for learner, keys in _settings(on_cpu=on_cpu):
-        changes = [f"{key}={str(value).lower()}" for key, value in keys.items()]
-        need = _need(compose_config("train", [*base, f"learner={learner}", *changes]), size, on_cpu=on_cpu, gpus=gpus)
-        least = need if least is None else min(least, need)
-        if need <= room or (on_cpu and available is None):
-            return Fitting(groups | {"learner": learner}, keys, need)
+        needed = need(learner, keys)
+        if needed <= room or (on_cpu and available is None):
+            return Fitting(groups | {"learner": learner}, keys, needed)
+    least = min(need(learner, keys) for learner, keys in _settings(on_cpu=on_cpu))
     raise ValueError(
-        f"no settings fit: the smallest need {(least or 0) / GIB:.1f} GiB and there are {room / GIB:.1f}: "
+        f"no settings fit: the smallest need {least / GIB:.2f} GiB and there are {room / GIB:.2f}: "
         "choose a smaller model or a device with more memory"
     )
+
+
+def _with(config: RunConfig, keys: Mapping[str, object]) -> RunConfig:
+    """Return a configuration with other values of keys GROUP.NAME."""
+    for key, value in keys.items():
+        group, name = key.split(".")
+        config = dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **{name: value})})
+    return config
 
 
 def _settings(*, on_cpu: bool) -> Iterator[tuple[str, dict[str, object]]]:
@@ -83,11 +98,8 @@ def _settings(*, on_cpu: bool) -> Iterator[tuple[str, dict[str, object]]]:
         )
 
 
-def _need(config: RunConfig, size: ModelSize, *, on_cpu: bool, gpus: int) -> int:
+def _need(config: RunConfig, estimate: Estimate, *, on_cpu: bool) -> int:
     dtype = resolve_dtype(config.model) if on_cpu else "bfloat16"
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
-    both = local_estimate(size, engines=1, pictures=0, on_cpu=on_cpu)(config)
-    alone = rank_estimate(size, on_cpu=on_cpu)(config) if gpus > 1 else both
+    found = estimate(dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype)))
     # copies of weights for decoding are of CPUs, and learners of several GPUs have no engine there
-    peak = alone.peak if on_cpu else dataclasses.replace(alone, packed=0).peak
-    return peak + PROCESS_BYTES
+    return (found if on_cpu else dataclasses.replace(found, packed=0)).peak + PROCESS_BYTES
