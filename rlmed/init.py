@@ -12,23 +12,27 @@ if __name__ == "__main__":
 
 import argparse
 import math
+import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import yaml
 
 from rlmed.core.config.composing import compose_config
 from rlmed.core.config.overrides import quoted
-from rlmed.core.files.atomic import replace_text
+from rlmed.core.files.atomic import refusal
+from rlmed.core.files.other_formats import to_prepare
 from rlmed.core.process.display import ending_errors, keep_display
 from rlmed.core.process.starting import loading_libraries
 from rlmed.core.types import Example
 from rlmed.data.examples import format_skips, read_examples
 
+Value = TypeVar("Value")
 TINY = "embedded:tiny_base"
-MEMORY = ("24", "48", "80", "8x80", "none")
+MEMORY = "24, 48, 80, or whatever it has; 8x80 for eight GPUs; none for this machine's CPU"
 TASKS = ("choice", "open", "grounding", "labels", "report", "mixed")
 OF_TINY = {
     "algo.group_size": 8,
@@ -40,6 +44,8 @@ OF_TINY = {
     "learner.warmup_steps": 5,
 }
 """Sizes and rates of the embedded model, as `profile=tiny` has them."""
+NEW = ("conf/experiment/mine.yaml", "my_rewards.py")
+"""Files that are never there before; a README.md or .gitignore may be, and is kept."""
 EPOCHS = 2
 REWARDS = '''"""Rewards of your own: `reward.extra=[my_rewards:few_words]` adds one."""
 
@@ -57,8 +63,9 @@ def rows_of(path: Path, flag: str) -> tuple[Example, ...]:
         ValueError: if it is missing, or has none.
     """
     if path.is_dir():
-        inside = ", ".join(sorted(entry.name for entry in path.glob("*.jsonl"))) or "none"
-        raise ValueError(f"{flag} {path} is a folder: give a file of rows, JSON Lines (there: {inside})")
+        inside = ", ".join(sorted(entry.name for entry in path.glob("*.jsonl")))
+        listed = f"{path} is a folder: give a file of rows, JSON Lines (there: {inside})"
+        raise ValueError(f"{flag} {listed if inside else to_prepare(path)}")
     if not path.is_file():
         raise ValueError(f"{flag} {path}: file not found in {Path.cwd()}: correct the path")
     read = read_examples(path)
@@ -112,9 +119,8 @@ def experiment(arguments: argparse.Namespace, rows: Sequence[Example], task: str
     evals = [str(file.resolve()) for file in arguments.eval]
     overrides = ["data=jsonl", f"model.path={quoted(path, commas=False)}", f"reward={reward}"]
     overrides += [f"{key}={value}" for key, value in lengths.items()]
-    gpus, _, size = arguments.gpu_memory.rpartition("x")
-    memory = None if arguments.gpu_memory == "none" else float(size)
-    found = fit(overrides, gpu_gib=memory, gpus=int(gpus or 1))
+    gpus, memory = gpus_of(arguments.gpu_memory)
+    found = fit(overrides, gpu_gib=memory, gpus=gpus)
     per_step = compose_config("train", overrides).algo.groups_per_step
     keys = {
         "name": "mine",
@@ -169,24 +175,59 @@ def next_commands(folder: Path, *, evaluates: bool) -> str:
     )
 
 
-def write_folder(folder: Path, files: dict[str, str]) -> None:
-    """Write new files.
+def gpus_of(text: str) -> tuple[int, float | None]:
+    """Return how many GPUs `8x80` has, and the GiB of each; None for `none`.
 
     Raises:
-        ValueError: if one exists already; none is written then.
+        ValueError: for anything else.
     """
-    if existing := [name for name in files if (folder / name).exists()]:
+    if text == "none":
+        return 1, None
+    form = re.fullmatch(r"(8x)?(\d{1,4}(?:\.\d+)?)", text.strip())
+    if form is None or float(form[2]) == 0:
+        raise ValueError(f"--gpu-memory {text}: give the GiB of the GPU ({MEMORY})")
+    return 8 if form[1] else 1, float(form[2])
+
+
+def check_folder(folder: Path) -> None:
+    """Check that a configuration can be written to a folder, which may be there.
+
+    Raises:
+        ValueError: if it is a file, or has a configuration already.
+    """
+    taken = [path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()]
+    if taken:
+        raise ValueError(f"{taken[0]} is a file: name a folder to write to, before or after the flags")
+    if existing := [name for name in NEW if (folder / name).exists()]:
         raise ValueError(f"{folder / existing[0]} exists already: choose another folder, or remove it")
-    for name, text in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        replace_text(folder / name, text)
+
+
+def write_folder(folder: Path, files: dict[str, str]) -> list[str]:
+    """Write files, but those of `NEW` alone where others are there; return their names.
+
+    Raises:
+        ValueError: as `check_folder`; none is written then.
+        RecordError: if writing fails.
+    """
+    check_folder(folder)
+    names = [name for name in files if name in NEW or not (folder / name).exists()]
+    for name in names:
+        path = folder / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(files[name], encoding="utf-8")
+        except OSError as error:
+            raise refusal(path, error, advice="run the command again, or name another folder") from error
+    return names
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Ask for what is missing, write the folder, print the next commands."""
     keep_display()
-    with ending_errors():
-        parsed = _ask(_parse(arguments))
+    with ending_errors(EOFError):
+        parsed = _parse(arguments)
+        check_folder(parsed.folder)
+        parsed = _ask(parsed)
         task = task_of_rows(parsed.rows, parsed.task)
         folder, commands = parsed.folder, next_commands(parsed.folder, evaluates=bool(parsed.eval))
         readme = "# A configuration of rlmed\n\nThe next three commands, from this folder:\n\n"
@@ -198,8 +239,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "my_rewards.py": REWARDS,
             ".gitignore": "outputs/\n__pycache__/\n",
         }
-        write_folder(folder, files)
-        sys.stdout.write(f"wrote {', '.join(str(folder / name) for name in files)}\n\nnext:\n{commands}")
+        written = write_folder(folder, files)
+        sys.stdout.write(f"wrote {', '.join(str(folder / name) for name in written)}\n")
+        if kept := [str(folder / name) for name in files if name not in written]:
+            sys.stdout.write(f"kept as they are: {', '.join(kept)}\n")
+        sys.stdout.write(f"\nnext:\n{commands}")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -208,34 +252,69 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="file of rows to learn from, JSON Lines")
     parser.add_argument("--eval", type=Path, nargs="*", help="files of rows to evaluate on")
     parser.add_argument("--model", help=f"folder in Hugging Face format, or hub name (default: {TINY})")
-    parser.add_argument("--gpu-memory", choices=MEMORY, help="GiB of the GPU; none for this machine's CPU")
+    parser.add_argument("--gpu-memory", metavar="GIB", help=f"of the GPU: {MEMORY}")
     parser.add_argument("--task", choices=TASKS, help="task of the rows, to be checked (default: as they say)")
     parser.add_argument("--yes", action="store_true", help="ask nothing, take the defaults")
     return parser.parse_args(arguments)
 
 
 def _ask(parsed: argparse.Namespace) -> argparse.Namespace:
-    """Fill in what was not given, from the terminal or by default; add the rows of `--data`."""
+    """Fill in what was not given, from the terminal or by default; add the rows of `--data`.
+
+    Raises:
+        ValueError: for a mistake; in the terminal, the question is asked again.
+    """
     asks = sys.stdin is not None and sys.stdin.isatty() and not parsed.yes
 
-    def answer(question: str, default: str) -> str:
-        return (input(f"{question} [{default}]: ").strip() if asks else "") or default
+    def settled(given: Value | None, question: str, default: str, read: Callable[[str], Value]) -> Value:
+        while given is None and asks:
+            try:
+                return read(_answer(question, default))
+            except ValueError as error:
+                sys.stderr.write(f"{error}\n")
+        return read(default) if given is None else given
 
-    if parsed.data is None:
-        said = answer("file of rows to learn from, JSON Lines", "")
-        if not said:
-            raise ValueError("--data is missing: give the file of rows to learn from, JSON Lines (docs/data.md)")
-        parsed.data = Path(said)
-    parsed.rows = rows_of(parsed.data, "--data")  # said before the next question
-    if parsed.eval is None:
-        said = answer("files to evaluate on, with spaces between", "")
-        parsed.eval = [Path(said)] if Path(said).is_file() else [Path(name) for name in shlex.split(said)]
-    check_evaluated(parsed.eval)
-    parsed.model = parsed.model or answer("model: folder or hub name", TINY)
-    parsed.gpu_memory = parsed.gpu_memory or answer(f"memory of the GPU in GiB ({', '.join(MEMORY)})", "none")
-    if parsed.gpu_memory not in MEMORY:
-        raise ValueError(f"--gpu-memory {parsed.gpu_memory}: choose one of {', '.join(MEMORY)}")
+    memory = None if parsed.gpu_memory is None else _memory(parsed.gpu_memory)
+    given = None if parsed.data is None else _data(str(parsed.data))
+    parsed.data, parsed.rows = settled(given, "file of rows to learn from, JSON Lines", "", _data)
+    check_evaluated(parsed.eval or [])
+    parsed.eval = settled(parsed.eval, "files to evaluate on, with spaces between", "", _evals)
+    parsed.model = settled(parsed.model, "model: folder or hub name", TINY, _model)
+    parsed.gpu_memory = settled(memory, "GiB of the GPU (24, 48, 80, …, 8x80; none for the CPU)", "none", _memory)
     return parsed
+
+
+def _answer(question: str, default: str) -> str:
+    try:
+        return input(f"{question} [{default}]: ").strip() or default
+    except EOFError:
+        sys.stdout.write("\n")
+        raise EOFError("the input ended: give --data and the others as flags, or --yes") from None
+
+
+def _data(said: str) -> tuple[Path, tuple[Example, ...]]:
+    if not said:
+        raise ValueError("--data is missing: give the file of rows to learn from, JSON Lines (docs/data.md)")
+    path = Path(said).expanduser()
+    return path, rows_of(path, "--data")
+
+
+def _evals(said: str) -> list[Path]:
+    paths = [Path(said)] if Path(said).is_file() else [Path(name).expanduser() for name in shlex.split(said)]
+    check_evaluated(paths)
+    return paths
+
+
+def _model(said: str) -> str:
+    path = Path(said).expanduser()
+    if said.startswith(("/", ".", "~")) and not path.is_dir():
+        raise ValueError(f"--model {said}: folder not found: correct the path")
+    return str(path) if path.is_dir() else said
+
+
+def _memory(said: str) -> str:
+    gpus_of(said)
+    return said
 
 
 if __name__ == "__main__":

@@ -328,7 +328,7 @@ def path_inside(text: str, folder: Folder, what: str = "image") -> Path:
         return folder.locate(text)
     except OutsideError as error:
         near = folder.near(text)
-        advice = f"{near} in it; {NEAR_ADVICE}" if near else "copy it there, give its relative path"
+        advice = f"{near} in it; {NEAR_ADVICE}" if near else "copy it there and give its relative path"
         raise BadRowError(f"its {what} {shorten(text)} leaves the folder of the data file: {advice}") from error
 
 

@@ -163,8 +163,18 @@ def check_image(path: Path, *, keep: bool = False) -> None:
     Raises:
         BadImageError: as `load_image`, and for a picture of a single colour.
     """
+    load_shown(path, keep=keep)
+
+
+def load_shown(path: Path, *, keep: bool = False) -> Image.Image:
+    """Return the picture of an image file that shows something; the caller may change it.
+
+    Raises:
+        BadImageError: as `check_image`.
+    """
     picture, cause = _load(path, MAX_SIDE, keep=keep)
     check_contrast(f"image {path}", picture, cause)
+    return picture
 
 
 def check_encoded(content: bytes, name: str) -> None:
@@ -260,7 +270,7 @@ def _unidentified(path: Path | str, stream: BinaryIO) -> str:
     if size == 0:
         return f"image {path} is an empty file: copy it again"
     if kind := volume_kind(stream):
-        return f"image {path} is a {kind} file: `python -m rlmed.prepare {kind.lower()}` reads tables of such files"
+        return f"image {path} is a {kind} file: `python -m rlmed.prepare files` reads tables with such files"
     stream.seek(0)
     if stream.read(4) in _TIFF:
         return (
@@ -283,6 +293,18 @@ def volume_kind(stream: BinaryIO) -> str:
     if head[128:132] == b"DICM":
         return "DICOM"
     return "NIfTI" if head[344:348] in (b"n+1\0", b"ni1\0") or head[4:8] == b"n+2\0" else ""
+
+
+def is_picture(stream: BinaryIO) -> bool:
+    """Return whether a file begins as a picture in one of `FORMATS` does; it may be damaged."""
+    stream.seek(0)
+    try:
+        Image.open(stream, formats=FORMATS)
+    except UnidentifiedImageError:
+        return False
+    except (Image.DecompressionBombError, *_DAMAGE):
+        return True
+    return True
 
 
 def _unreadable(path: Path | str, error: Exception) -> str:

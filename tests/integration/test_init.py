@@ -124,6 +124,9 @@ def test_what_is_written_can_be_tried_with_an_own_reward(
         ({"--data": "empty.jsonl"}, r"empty\.jsonl is empty: "),
         ({"--data": "data"}, r"--data data is a folder: .*own\.jsonl"),
         ({"--eval": "gone.jsonl"}, "--eval gone.jsonl: file not found"),
+        ({"--data": "tables"}, r"--data tables is a folder .*prepare csv --source tables"),
+        ({"--gpu-memory": "0"}, "--gpu-memory 0: "),
+        ({"--gpu-memory": "4x80"}, "--gpu-memory 4x80: .*8x80"),
         ({"--task": "report"}, "--task report: .*choice"),
         ({"--model": "gone/model/folder"}, "gone/model/folder"),
         ({"--data": None}, "--data is missing"),
@@ -138,6 +141,8 @@ def test_what_cannot_be_used_is_said_and_nothing_written(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "q.csv").write_text("question,answer,image\n")
     given = {"--data": str(rows(tmp_path / "data")), "--gpu-memory": "24"} | change
     with pytest.raises(SystemExit) as ended:
         init.main(["mine", "--yes", *(part for flag, value in given.items() if value for part in (flag, value))])
@@ -183,14 +188,60 @@ def replies(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     return give
 
 
-def test_a_wrong_answer_is_said_before_the_next_question(
-    replies: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_question_is_asked_again_after_a_wrong_answer(
+    replies: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    left = replies("gone.jsonl", "", "", "24")
-    with pytest.raises(SystemExit):
+    data = rows(tmp_path / "data")
+    (tmp_path / "q.csv").write_text("question,answer,image\n")
+    left = replies("gone.jsonl", "q.csv", str(data), "gone.jsonl", "", "./gone", "", "large", "40")
+    init.main(["mine"])
+    assert left == []
+    said = capsys.readouterr().err
+    for part in ("--data gone.jsonl", "prepare csv --source q.csv", "--eval gone.jsonl", "--model ./gone", "large: "):
+        assert part in said
+    assert "GPUs of 40 GiB" in (tmp_path / "mine" / "conf" / "experiment" / "mine.yaml").read_text()
+
+
+def test_the_end_of_input_is_told_of_flags(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", type("Terminal", (), {"isatty": lambda self: True})())
+
+    def ended(question: str) -> str:
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", ended)
+    with pytest.raises(SystemExit) as status:
         init.main(["mine"])
-    assert left == ["", "", "24"]
+    assert status.value.code == 2
+    assert "--data" in capsys.readouterr().err
+
+
+def test_a_readme_of_a_folder_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "README.md").write_text("theirs")
+    init.main([".", "--data", str(rows(tmp_path / "data")), "--gpu-memory", "none", "--yes"])
+    assert (tmp_path / "README.md").read_text() == "theirs"
+    assert "kept as they are: README.md\n" in capsys.readouterr().out
+    assert (tmp_path / ".gitignore").is_file()
+
+
+@pytest.mark.parametrize(("folder", "named"), [("own.jsonl", "own.jsonl"), ("own.jsonl/x", "own.jsonl")])
+def test_a_file_in_place_of_the_folder_is_named(
+    folder: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = rows(tmp_path)
+    with pytest.raises(SystemExit):
+        init.main([folder, "--data", str(data), "--yes"])
+    assert f"{named} is a file: " in capsys.readouterr().err
 
 
 def test_a_path_with_spaces_is_one_answer(

@@ -63,6 +63,8 @@ def _folder(path: Path) -> str:
     if rows:
         return f"{path} is a folder: name the JSON Lines file in it, for example {rows[0]}"
     kinds = {kind: file for file in reversed(files) if (kind := _kind(file))}
+    if len(kinds.keys() & {"dicom", "nifti", "picture"}) > 1:
+        return f"{path} is a folder with files of several kinds, not JSON Lines: {_advice('files', path)}"
     for kind in _IN_FOLDERS:
         if kind in kinds:
             advice = _advice(kind, kinds[kind] if kind == "spreadsheet" else path)
@@ -132,7 +134,7 @@ def _advice(kind: str, path: Path) -> str:
     if kind == "spreadsheet":
         table = path.with_suffix(".csv")
         return f"save it as CSV (UTF-8), then `python -m rlmed.prepare csv --source {_shell(table)} --out DIR` (docs/data.md)"
-    if kind in ("dicom", "nifti"):
+    if kind in ("dicom", "nifti", "files"):
         folder = path if path.is_dir() else path.parent
         command = f"`python -m rlmed.prepare {kind} --source {_shell(folder)} --out DIR`"
         return f"{command} converts the files in a folder and the questions.csv beside them (docs/data.md)"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from rlmed.data.readers.base import Reader
 from rlmed.data.readers.formats import coco, csv_table, huggingface, reports
 from rlmed.data.readers.published import medvlm_r1, omnimedvqa, path_vqa, pmc_vqa, slake, vqa_rad
-from rlmed.data.readers.volumes import dicom, nifti
+from rlmed.data.readers.volumes import dicom, files, nifti
 
 READERS: Mapping[str, Reader] = {
     reader.name: reader
@@ -24,6 +24,7 @@ READERS: Mapping[str, Reader] = {
         pmc_vqa.READER,
         dicom.READER,
         nifti.READER,
+        files.READER,
     )
 }
 

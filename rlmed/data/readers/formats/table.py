@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlmed.core.spelling import closest
 from rlmed.core.types import LETTERS
 from rlmed.data.examples import BadRowError, image_name, shorten
 from rlmed.data.images import BadImageError
@@ -79,15 +81,22 @@ def parse_columns(given: Sequence[str], fields: Sequence[str] = (*FIELDS, *OPTIO
     for entry in given:
         field, equals, name = entry.partition("=")
         if not equals or not name or field not in fields:
-            listed = ", ".join(field for field in fields if field not in OPTION_FIELDS)
-            options = " or option_a to option_j" if OPTION_FIELDS[0] in fields else ""
-            raise ValueError(
-                f"--column {entry}: write FIELD=NAME, for example question=Frage, with a field of {listed}{options}"
-            )
+            raise ValueError(_unknown_field(entry, field, name, fields))
         if field in columns:
             raise ValueError(f"--column {entry}: {field} is given twice")
         columns[field] = name
     return columns
+
+
+def _unknown_field(entry: str, field: str, name: str, fields: Sequence[str]) -> str:
+    """Say what is wrong with `--column field=name`, and what it may name."""
+    listed = ", ".join(field for field in fields if field not in OPTION_FIELDS)
+    listed += " or option_a to option_j" if OPTION_FIELDS[0] in fields else ""
+    if not name:
+        return f"--column {entry}: write FIELD=NAME, for example question=Frage, with a field of {listed}"
+    near = f"{name}={field}" if name in fields else f"{found}={name}" if (found := closest(field, fields)) else ""
+    advice = f"did you mean --column {shlex.quote(near)}? Fields" if near else "the fields"
+    return f"--column {entry}: {shorten(field)} is no field: {advice} are {listed}"
 
 
 @dataclass(frozen=True)

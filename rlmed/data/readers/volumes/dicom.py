@@ -13,15 +13,19 @@ from rlmed.data.images import BadImageError
 from rlmed.data.readers.base import INSTALL, Option, Reader, Skipped, SourceRow
 from rlmed.data.readers.volumes.display import Window
 from rlmed.data.readers.volumes.picture_table import (
-    TABLE_OPTIONS,
+    Choose,
+    FileKind,
     PictureChoice,
     TableOptions,
     cell_number,
     cell_window,
+    folder_of,
     read_picture_table,
+    table_options,
 )
 from rlmed.data.readers.volumes.slices import Slices, cell_slices, given_slices
 
+KIND = FileKind("a DICOM file", ("frame", "slices", "window"))
 HEADERS_KEPT = 8
 """Headers cached for further rows about the same file."""
 BURNED_IN = (
@@ -43,7 +47,7 @@ def read(
     """Yield the rows of the table, each with the frames or slices that it asks about.
 
     Args:
-        source: folder of the files.
+        source: folder of the files, or the table in it.
         window: centre and width for rows that state none; None leaves it to the file.
         slices: for rows that state none, as `parse_slices` takes them; None shows one.
         allow_burned_in: read files that state that text is burnt into their pixels.
@@ -54,6 +58,22 @@ def read(
     Raises:
         ValueError: for an unreadable source or table, an invalid window or invalid slices, or if
             pydicom is not installed.
+    """
+    choose = chooser(folder_of(source), window, slices, allow_burned_in=allow_burned_in)
+    yield from read_picture_table(source, choose, KIND.columns, folders=True, **table)
+
+
+def chooser(folder: Path, window: Sequence[float] | None, slices: str | None, *, allow_burned_in: bool) -> Choose:
+    """Return what finds the pictures of a row in its DICOM file, or in its folder with a series.
+
+    Args:
+        folder: the source's; links that leave it are refused.
+        window: as in `read`.
+        slices: as in `read`.
+        allow_burned_in: as in `read`.
+
+    Raises:
+        ValueError: for an invalid window or invalid slices, or if pydicom is not installed.
     """
     try:
         with without_local_dl():
@@ -74,7 +94,7 @@ def read(
         if header.burned_in and not allow_burned_in:
             raise BadImageError(BURNED_IN)
         load = partial(render_frame, file, header, frame or 0, shown)
-        return PictureChoice((frame or 0, shown), load, header.modality, file, name)
+        return PictureChoice((frame or 0, shown), load, header.modality, file, name, KIND)
 
     def choose(path: Path, cells: Mapping[str, str]) -> list[PictureChoice]:
         shown, number = cell_window(cells, window), cell_number(cells, "frame")
@@ -85,12 +105,12 @@ def read(
                 return [picture(path, header.frame_index(number), shown)]
             chosen = wanted.indices(header.pixels.frames, first=1, kind="frame")
             return [picture(path, frame, shown, f"frame {frame + 1}") for frame in chosen]
-        files = cached_series(path, source)
+        files = cached_series(path, folder)
         wanted = wanted or Slices(1, () if number is None else (number,))
         chosen = wanted.indices(len(files), first=1, kind="slice")
         return [picture(files[index], None, shown, f"slice {index + 1}") for index in chosen]
 
-    yield from read_picture_table(source, choose, ("frame", "slices", "window"), folders=True, **table)
+    return choose
 
 
 @contextmanager
@@ -104,16 +124,14 @@ def without_local_dl() -> Iterator[None]:
             del sys.modules["dl"]
 
 
+ALLOW_BURNED_IN = Option(
+    "--allow-burned-in",
+    {"action": "store_true", "help": "read DICOM files that state that text is burnt into their pixels"},
+)
 READER = Reader(
     name="dicom",
     title="DICOM files and a table of questions about them",
     read=read,
-    options=(
-        *TABLE_OPTIONS,
-        Option(
-            "--allow-burned-in",
-            {"action": "store_true", "help": "read files that state that text is burnt into their pixels"},
-        ),
-    ),
+    options=(*table_options(KIND.columns), ALLOW_BURNED_IN),
     private=True,
 )

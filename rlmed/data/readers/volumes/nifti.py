@@ -12,14 +12,18 @@ from typing import Unpack
 from rlmed.data.examples import BadRowError
 from rlmed.data.readers.base import INSTALL, Option, Reader, Skipped, SourceRow
 from rlmed.data.readers.volumes.picture_table import (
-    TABLE_OPTIONS,
+    Choose,
+    FileKind,
     PictureChoice,
     TableOptions,
     cell_number,
     cell_window,
     read_picture_table,
+    table_options,
 )
 from rlmed.data.readers.volumes.slices import cell_slices, given_slices
+
+KIND = FileKind("a NIfTI volume", ("plane", "slice", "fraction", "slices", "volume", "window"))
 
 
 def read(
@@ -33,7 +37,7 @@ def read(
     """Yield the rows of the table, each with the slices that it asks about.
 
     Args:
-        source: folder of the files.
+        source: folder of the files, or the table in it.
         window: centre and width for rows that state none; None takes percentiles of the slice.
         slices: for rows that state none, as `parse_slices` takes them; None shows one.
         allow_unknown_orientation: read files that do not state their orientation.
@@ -44,6 +48,16 @@ def read(
     Raises:
         ValueError: for an unreadable source or table, an invalid window or invalid slices, or if
             nibabel is not installed.
+    """
+    choose = chooser(window, slices, allow_unknown_orientation=allow_unknown_orientation)
+    yield from read_picture_table(source, choose, KIND.columns, **table)
+
+
+def chooser(window: Sequence[float] | None, slices: str | None, *, allow_unknown_orientation: bool) -> Choose:
+    """Return what finds the slices of a row in its NIfTI volume; arguments as in `read`.
+
+    Raises:
+        ValueError: for an invalid window or invalid slices, or if nibabel is not installed.
     """
     try:
         from rlmed.data.readers.volumes.nifti_slices import AXES, SliceChoice, render_slice, slice_count
@@ -69,16 +83,18 @@ def read(
         wanted = cell_slices(cells, default, ("slice", "fraction"))
         load = partial(render_slice, path, allow_unknown_orientation=allow_unknown_orientation)
         if wanted is None:
-            return [PictureChoice((choice,), partial(load, choice))]
+            return [PictureChoice((choice,), partial(load, choice), kind=KIND)]
         count = slice_count(path, choice.plane, allow_unknown_orientation=allow_unknown_orientation)
         chosen = [
             dataclasses.replace(choice, index=index)
             for index in wanted.indices(count, first=0, kind=f"{choice.plane} slice")
         ]
-        return [PictureChoice((one,), partial(load, one), name=f"{one.plane} slice {one.index}") for one in chosen]
+        return [
+            PictureChoice((one,), partial(load, one), name=f"{one.plane} slice {one.index}", kind=KIND)
+            for one in chosen
+        ]
 
-    columns = ("plane", "slice", "fraction", "slices", "volume", "window")
-    yield from read_picture_table(source, choose, columns, **table)
+    return choose
 
 
 def _fraction(cells: Mapping[str, str]) -> float | None:
@@ -94,16 +110,14 @@ def _fraction(cells: Mapping[str, str]) -> float | None:
     return value
 
 
+ALLOW_UNKNOWN_ORIENTATION = Option(
+    "--allow-unknown-orientation",
+    {"action": "store_true", "help": "read NIfTI files that do not state which side is left"},
+)
 READER = Reader(
     name="nifti",
     title="NIfTI volumes and a table of questions about their slices",
     read=read,
-    options=(
-        *TABLE_OPTIONS,
-        Option(
-            "--allow-unknown-orientation",
-            {"action": "store_true", "help": "read files that do not state which side is left"},
-        ),
-    ),
+    options=(*table_options(KIND.columns), ALLOW_UNKNOWN_ORIENTATION),
     private=True,
 )

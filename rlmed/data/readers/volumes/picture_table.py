@@ -1,4 +1,4 @@
-"""Read a table of questions about files with many pictures: DICOM series and NIfTI volumes.
+"""Read a table of questions about files of pictures: DICOM series, NIfTI volumes, PNG and the like.
 
 A row may ask about several: slices of its file, or several files in one cell.
 
@@ -23,7 +23,18 @@ from rlmed.core.files.near_paths import Folder, near_path
 from rlmed.data.examples import BadRowError, path_inside
 from rlmed.data.images import BadImageError
 from rlmed.data.readers.base import Option, Picture, Skipped, SourceRow
-from rlmed.data.readers.formats.table import ANSWER_INDEX, COLUMN, SPLIT, Columns, Record, as_text, parse_columns
+from rlmed.data.readers.formats.csv_table import ENDINGS
+from rlmed.data.readers.formats.table import (
+    ANSWER_INDEX,
+    FIELDS,
+    OPTION_FIELDS,
+    SPLIT,
+    Columns,
+    Record,
+    as_text,
+    column_option,
+    parse_columns,
+)
 from rlmed.data.readers.formats.text_table import read_table
 from rlmed.data.readers.volumes.display import Window, parse_window
 from rlmed.data.readers.volumes.slices import SLICES
@@ -47,7 +58,15 @@ WINDOW = Option(
 )
 
 
-TABLE_OPTIONS = (QUESTIONS, COLUMN, ANSWER_INDEX, SPLIT, WINDOW, SLICES)
+def table_options(extra: Sequence[str]) -> tuple[Option, ...]:
+    """Return the options of a reader whose tables may have these further columns."""
+    column = column_option(f"{', '.join(_fields(extra))}, option_a to option_j")
+    return (QUESTIONS, column, ANSWER_INDEX, SPLIT, WINDOW, SLICES)
+
+
+def _fields(extra: Sequence[str]) -> tuple[str, ...]:
+    """Return what `--column` may name: images are called files here, and ids are not read."""
+    return ("file", "files", *extra, *(field for field in FIELDS if field not in ("id", "image", "images")))
 
 
 class TableOptions(TypedDict, total=False):
@@ -57,6 +76,20 @@ class TableOptions(TypedDict, total=False):
     column: Sequence[str]
     answer_index: int | None
     split: str | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FileKind:
+    """A kind of file, and the columns that choose a picture in one.
+
+    Example:
+        >>> FileKind("a DICOM file", ("frame", "slices", "window")).name
+        'a DICOM file'
+    """
+
+    name: str
+    """For messages, with its article."""
+    columns: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -77,6 +110,8 @@ class PictureChoice:
     """Where the row names a folder, the file in it."""
     name: str = ""
     """Which of several it is, for messages: "slice 17"."""
+    kind: FileKind | None = None
+    """Of its file, for tables with several kinds; None takes any column."""
 
 
 Choose = Callable[[Path, Mapping[str, str]], Sequence[PictureChoice]]
@@ -100,7 +135,7 @@ def read_picture_table(
     """Yield a row or a skip for each line of the table.
 
     Args:
-        source: folder that must contain the files.
+        source: folder that must contain the files, or the table in it.
         choose: finds what a row asks for in its file.
         extra: further columns that `choose` needs; a table may lack them.
         questions: the table; None takes `TABLE` in the source.
@@ -112,16 +147,10 @@ def read_picture_table(
     Raises:
         ValueError: for a source that is not a folder, or a table that lacks columns.
     """
-    if not source.is_dir():
-        raise ValueError(
-            f"--source {source} must be a folder with the files and {TABLE}: {near_path(source) or 'give its path'}"
-        )
-    table = questions or source / TABLE
+    folder, table = _folder_and_table(source, questions)
     header, rows = read_table(table)
-    columns = _columns_but_id(header, column, answer_index)
-    lowered = {name.lower(): name for name in header}
-    cells = {name: lowered[name] for name in extra if name in lowered}
-    finder = _Finder(columns, cells, Folder(source), folders, choose)
+    columns, cells = _columns(header, column, answer_index, extra)
+    finder = _Finder(columns, cells, Folder(folder), folders, choose)
     for row in rows:
         where, row_id = f"line {row.line} of the table", f"line-{row.line}"
         if row.reason:
@@ -147,12 +176,48 @@ def read_picture_table(
         yield entry
 
 
-def _columns_but_id(header: Sequence[str], column: Sequence[str], answer_index: int | None) -> Columns:
-    """Find the columns of a table, without that of ids: one may be a patient's."""
+def _folder_and_table(source: Path, questions: Path | None) -> tuple[Path, Path]:
+    """Return the folder of the files, and the table.
+
+    Raises:
+        ValueError: for a source that is neither.
+    """
+    folder = folder_of(source)
+    if not folder.is_dir():
+        raise ValueError(
+            f"--source {source} must be a folder with the files and {TABLE}, or the table among them: "
+            f"{near_path(source) or 'give its path'}"
+        )
+    if folder != source and questions:
+        raise ValueError(f"--source {source} is a table, and --questions names one, too: give the folder as --source")
+    return folder, questions or (source if folder != source else source / TABLE)
+
+
+def folder_of(source: Path) -> Path:
+    """Return the folder of the files: the source, or the one that the source is a table of."""
+    return source.parent if source.suffix.lower() in ENDINGS and source.is_file() else source
+
+
+def _columns(
+    header: Sequence[str], column: Sequence[str], answer_index: int | None, extra: Sequence[str]
+) -> tuple[Columns, dict[str, str]]:
+    """Find the columns of a table, and those of `extra` that it has.
+
+    The column of ids is not read: one may be a patient's.
+    """
     # the fields image and images are called file and files in the docs of these readers
-    column = [re.sub(r"^\s*file(s?)\s*=", r"image\1=", entry) for entry in column]
-    columns = Columns.find("the table", header, parse_columns(column), answer_index=answer_index)
-    return dataclasses.replace(columns, names={field: name for field, name in columns.names.items() if field != "id"})
+    column = [re.sub(r"^\s*image(s?)\s*=", r"file\1=", entry) for entry in column]
+    given = parse_columns(column, (*_fields(extra), *OPTION_FIELDS))
+    renamed = {re.sub(r"^file(s?)$", r"image\1", field): name for field, name in given.items() if field not in extra}
+    columns = Columns.find("the table", header, renamed, answer_index=answer_index)
+    lowered = {name.strip().lower(): name for name in reversed(header)}
+    cells = {name: given.get(name) or lowered[name] for name in extra if name in given or name in lowered}
+    if absent := [f"{field}={name}" for field, name in cells.items() if name not in header]:
+        raise ValueError(
+            f"the table has no column for --column {', '.join(absent)}; its columns: {', '.join(header[:30])}"
+        )
+    names = {field: name for field, name in columns.names.items() if field != "id"}
+    return dataclasses.replace(columns, names=names), cells
 
 
 def cell_number(cells: Mapping[str, str], name: str) -> int | None:
@@ -212,12 +277,24 @@ class _Finder:
         chosen = {name: as_text(record.get(cell), name) for name, cell in self.cells.items()}
         pictures: list[Picture] = []
         modality = ""
+        kinds: list[FileKind] = []
         for text in self.columns.image_values(record) or [""]:
             path = _file(as_text(text, "file"), self.root, self.folders)
             choices = self.choose(path, chosen)
             pictures += [_picture(self.keys, path, choice) for choice in choices]
             modality = modality or choices[0].modality
+            kinds += [kind for choice in choices[:1] if (kind := choice.kind)]
+        for name, text in chosen.items():
+            if text and kinds and not any(name in kind.columns for kind in kinds):
+                raise BadRowError(_unread(name, kinds))
         return pictures, modality
+
+
+def _unread(column: str, kinds: Sequence[FileKind]) -> str:
+    """Say that a row's cell has no effect on files of these kinds."""
+    shown = {kind.name: ", ".join(kind.columns) or "none of these columns" for kind in kinds}
+    takes = "; ".join(f"{name} has {columns}" for name, columns in shown.items())
+    return f"its {column} has no effect on {' or '.join(shown)}: leave it blank ({takes})"
 
 
 def _file(text: str, root: Folder, folders: bool) -> Path:

@@ -189,9 +189,9 @@ def png_bytes() -> bytes:
     ("content", "reason"),
     [
         (b"", "empty file: copy"),
-        (bytes(128) + b"DICM" + bytes(300), "is a DICOM file: .*prepare dicom"),
-        (bytes(344) + b"n+1\0" + bytes(9), "is a NIfTI file: .*prepare nifti"),
-        (gzip.compress(bytes(344) + b"n+1\0", mtime=0), "is a NIfTI file: .*prepare nifti"),
+        (bytes(128) + b"DICM" + bytes(300), "is a DICOM file: .*prepare files"),
+        (bytes(344) + b"n+1\0" + bytes(9), "is a NIfTI file: .*prepare files"),
+        (gzip.compress(bytes(344) + b"n+1\0", mtime=0), "is a NIfTI file: .*prepare files"),
         (b"this is no image", "is not an image"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n", "is not an image"),
         (png_bytes()[:20], "not an image|truncated"),

@@ -90,6 +90,7 @@ def test_what_is_not_known_is_left_to_who_reads_it(tmp_path: Path, content: byte
         ({"a/1.dcm": DICOM, "questions.csv": HEADER}, "dicom"),
         ({"a/b/IM1": DICOM}, "dicom"),
         ({"t1.nii.gz": b"\x1f\x8b", "questions.csv": HEADER}, "nifti"),
+        ({"1.dcm": DICOM, "2.png": b"\x89PNG", "questions.csv": HEADER}, "files"),
         ({"data/test-0.parquet": b"PAR1", "README.md": b"#"}, "huggingface"),
         ({"mri.csv": HEADER, "images/1.png": b"\x89PNG", "._mri.csv": b"\0"}, "csv"),
     ],
