@@ -18,7 +18,7 @@ REQUIRED = "RLMED_REQUIRE_BROWSER"
 
 @contextmanager
 def open_browser() -> Iterator[Any]:
-    """Yield a headless Chromium of Playwright's synchronous interface; without one, skip or fail."""
+    """Yield a headless Chromium (Playwright's synchronous interface); without one, skip or fail."""
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
