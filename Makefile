@@ -11,7 +11,7 @@ SLOW := slow or ray or vllm
 PROCESSES = $$($(BIN)/python -c 'import os; print(min(os.cpu_count() + 1, 8))')
 PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest --numprocesses=$(PROCESSES) --dist=loadgroup --no-loadscope-reorder
 
-.PHONY: demo tasks test test-fast test-slow coverage lint types check docs docs-serve tiny-base clean
+.PHONY: demo tasks test test-fast test-slow coverage lint types check docs docs-serve browser tiny-base clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m rlmed.launch +experiment=medvqa_600 profile=tiny
@@ -38,6 +38,10 @@ check: lint types test
 
 test-slow: $(INSTALLED_ALL)
 	$(PYTEST) -m "$(SLOW)"
+
+# A Chromium for the studio's tests where the machine has none. RLMED_REQUIRE_BROWSER=1 make test fails without one.
+browser: $(INSTALLED)
+	$(BIN)/playwright install --with-deps chromium
 
 # The site in site/, and while you write at http://localhost:8000. A broken link or an unknown reference fails.
 docs: $(INSTALLED_ALL)

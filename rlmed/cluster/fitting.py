@@ -12,7 +12,6 @@ from rlmed.cluster.memory import GIB, PROCESS_BYTES
 from rlmed.core.config.composing import compose_config
 from rlmed.core.config.schema import RunConfig
 from rlmed.models.loading import resolve_device, resolve_dtype
-from rlmed.models.size import ModelSize
 
 LEARNERS = (("adamw", "float32"), ("adamw", "bfloat16"), ("lora", "float32"))
 """Options of `learner` with `learner.moments`, the most demanding first."""

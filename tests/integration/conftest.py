@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,9 +20,17 @@ from rlmed.data.phantom.studies import write_dataset
 from rlmed.models.tiny.build import build_tiny_text, build_tiny_vl
 from rollout.pool.pool import WorkerPool
 from rollout.pool.state import PoolSettings
+from tests.browser import open_browser
 from tests.integration.processes import marked, new_mark, wait_until
 
 Rows = list[dict[str, object]]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless Chromium; without one, tests are skipped, or fail where it is required."""
+    with open_browser() as browser:
+        yield browser
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,13 +19,7 @@ from tests.integration.short_run import SHORT_RUN
 from tests.unit.rlmed.report.test_page import EVIL
 from tests.unit.rlmed.studio.run_folders import write_run
 
-playwright = pytest.importorskip("playwright.sync_api")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH"),
-    pytest.mark.xdist_group("studio"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("studio")]
 LIVE = ["eval.limit=12", *(entry for entry in SHORT_RUN if not entry.startswith(("eval.at_end", "checkpoint.")))]
 PAGES = (
     "/",
@@ -121,16 +114,14 @@ def launched(top: Path, with_images: Any) -> Iterator[subprocess.Popen[bytes]]:
 
 
 @pytest.fixture(scope="module")
-def studio(top: Path) -> Iterator[Studio]:
+def studio(browser: Any, top: Path) -> Iterator[Studio]:
     command = [sys.executable, "-m", "rlmed.studio", str(top), "--port", "0", "--cache", str(top.parent / "cache")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server, playwright.sync_playwright() as driver:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
             address = re.search(r"http\S+", server.stdout.readline())
             assert address is not None
-            browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
             yield Studio(browser, address[0])
-            browser.close()
         finally:
             server.terminate()
 

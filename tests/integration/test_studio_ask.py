@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import socket
 import threading
 from pathlib import Path
@@ -13,10 +12,8 @@ import pytest
 
 pytest.importorskip("pydicom", reason="needs rlmed's extra 'readers'")
 pytest.importorskip("starlette", reason="needs rlmed's extra 'studio'")
-pytest.importorskip("playwright", reason="needs playwright")
 
 import uvicorn
-from playwright.sync_api import sync_playwright
 
 from rlmed import ask
 from rlmed.data.phantom.studies import write_split
@@ -25,8 +22,7 @@ from rlmed.studio.server import build
 from rlmed.studio.state import Studio
 from tests.unit.rlmed.data.readers.dicom_files import write_dicom
 
-CHROMIUM = shutil.which("chromium")
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -59,14 +55,6 @@ def address(tmp_path_factory, tiny_folder):
         thread.join(20)
     assert not thread.is_alive()
     assert not studio.asker.uploads.folder.exists()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

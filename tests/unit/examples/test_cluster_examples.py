@@ -20,6 +20,7 @@ from tests.root import ROOT
 CLUSTER = ROOT / "examples" / "cluster"
 MANIFESTS = sorted(CLUSTER.glob("*.yaml"))
 SCRIPTS = sorted(CLUSTER.glob("*.sh"))
+DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8")
 SBATCH = """
 account array begin chdir clusters comment constraint contiguous cpus-per-gpu cpus-per-task deadline dependency error
 exclude exclusive export gpus gpus-per-node gpus-per-task gres hint job-name kill-on-invalid-dep licenses mail-type
@@ -83,6 +84,8 @@ def test_a_manifest_holds_together(path: Path) -> None:
     images = set()
     for group in groups:
         pod = group["template"]["spec"]
+        # a claimed disk belongs to root, unless the group of the image's user is named
+        assert f"USER {pod['securityContext']['fsGroup']}\n" in DOCKERFILE
         for container in pod["containers"]:
             images.add(container["image"])
             assert {mount["name"] for mount in container["volumeMounts"]} <= {
