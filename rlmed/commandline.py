@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -134,7 +134,7 @@ def _try(
 
 def _run_in_folder(program: str, name: str, overrides: Sequence[str], job: _Job) -> None:
     """Call the job in the run's folder, locked; remove it if it fails at once."""
-    folder = _choose_folder(program, name, overrides)
+    folder, parents = _choose_folder(program, name, overrides)
     # the libraries that save models accept only valid Unicode paths
     if program in TRAINING and not _is_unicode([str(folder)]):
         raise ValueError(
@@ -143,7 +143,7 @@ def _run_in_folder(program: str, name: str, overrides: Sequence[str], job: _Job)
         )
     new = not any(folder.iterdir())
     with (
-        _removing(folder if new else None),
+        _removing([folder, *parents] if new else []),
         hold(folder, advice=f"wait until it has ended, or choose another folder with {FOLDER_KEY}FOLDER"),
     ):
         for path in (folder, folder / "checkpoints", folder / "evaluations"):
@@ -262,13 +262,20 @@ def _parse_flags(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 @contextmanager
-def _removing(new: Path | None) -> Iterator[None]:
-    """Remove a failed command's new run folder if it holds only settings and log."""
+def _removing(new: Sequence[Path]) -> Iterator[None]:
+    """Remove a failed command's new run folder if it holds only settings and log.
+
+    Args:
+        new: the folder, if it is new, and its parents that are, from the inside.
+    """
     try:
         yield
     except BaseException:
-        if new is not None and all(entry.name == ".hydra" or entry.suffix == ".log" for entry in new.iterdir()):
-            shutil.rmtree(new, ignore_errors=True)
+        if new and all(entry.name == ".hydra" or entry.suffix == ".log" for entry in new[0].iterdir()):
+            shutil.rmtree(new[0], ignore_errors=True)
+            with suppress(OSError):  # another run's folder is in it
+                for parent in new[1:]:
+                    parent.rmdir()
         raise
 
 
@@ -331,8 +338,8 @@ def _compose(program: str, name: str, overrides: Sequence[str]) -> tuple[RunConf
     return config, run_dir
 
 
-def _choose_folder(program: str, name: str, overrides: Sequence[str]) -> Path:
-    """Return the run folder that the overrides describe, creating it if missing.
+def _choose_folder(program: str, name: str, overrides: Sequence[str]) -> tuple[Path, list[Path]]:
+    """Return the run folder that the overrides describe, creating it if missing; and new parents.
 
     Raises:
         ConfigError: for an unknown key or invalid value.
@@ -342,6 +349,7 @@ def _choose_folder(program: str, name: str, overrides: Sequence[str]) -> Path:
     if not run_dir:
         raise ValueError(f"{FOLDER_KEY} is empty: give a folder")
     folder = Path(run_dir).absolute()
+    parents = [parent for parent in folder.parents if not parent.exists()]
     named = any(entry.lstrip("+").startswith(FOLDER_KEY) for entry in overrides)
     try:
         if named:
@@ -350,10 +358,10 @@ def _choose_folder(program: str, name: str, overrides: Sequence[str]) -> Path:
             if config.resume == "auto" and checkpoint is None:
                 report_fresh_start(folder)
             folder.mkdir(parents=True, exist_ok=True)
-            return folder
+            return folder, parents
         earlier = newest_run(folder) if config.resume == "auto" else None
         if config.resume == "auto" and earlier is None:
             report_fresh_start(folder.parent)
-        return earlier or new_folder(folder)
+        return earlier or new_folder(folder), parents
     except OSError as error:
         raise refusal(folder, error, advice=f"try again, or choose another with {FOLDER_KEY}FOLDER") from error

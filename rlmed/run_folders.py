@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rewards.cache import CACHE_FILE
 from rlmed.core.files.atomic import refusal
-from rlmed.recording.checkpoint import list_checkpoints
+from rlmed.recording.checkpoint import evaluation_alone, list_checkpoints
 from rlmed.recording.inputs import CONFIG_FILE
 
 PROBE = b"." * 2**16
@@ -28,7 +28,7 @@ def newest_run(folder: Path) -> Path | None:
         with suppress(FileNotFoundError):  # removed meanwhile
             if checkpoints := list_checkpoints(path / "checkpoints"):
                 saved[path] = checkpoints[-1].stat().st_mtime
-            elif (path / CONFIG_FILE).exists():
+            elif (path / CONFIG_FILE).exists() and not evaluation_alone(path):
                 begun[path] = (path / CONFIG_FILE).stat().st_mtime
                 if (path / CACHE_FILE).exists():
                     saved[path] = (path / CACHE_FILE).stat().st_mtime

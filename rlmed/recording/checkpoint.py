@@ -186,18 +186,22 @@ def starting_point(run_folder: Path, *, resume: bool, trains: bool = True) -> Pa
             f"{run_folder} already contains a run ({checkpoints[-1].name}): choose another folder "
             f"(hydra.run.dir=FOLDER), or continue that run with its own command and resume={run_folder}"
         )
-    evaluations = sorted(run_folder.glob("evaluations/step-*/summary.json"))
-    if trains and not checkpoints and evaluations and not _has_trained(run_folder):
+    if trains and not checkpoints and (evaluation := evaluation_alone(run_folder)):
         raise ValueError(
-            f"{run_folder} already contains an evaluation (evaluations/{evaluations[-1].parent.name}) of no training "
+            f"{run_folder} already contains an evaluation (evaluations/{evaluation.name}) of no training "
             "run, which training would replace: choose another folder (hydra.run.dir=FOLDER)"
         )
     return checkpoints[-1] if checkpoints else None
 
 
-def _has_trained(run_folder: Path) -> bool:
-    """Return whether a training has begun in the folder; its evaluations are in the timeline."""
-    return any((run_folder / name).exists() for name in (TIMELINE_LINES, "metrics.jsonl"))
+def evaluation_alone(run_folder: Path) -> Path | None:
+    """Return the last evaluation in a folder in which no training has begun; None without one.
+
+    Evaluations of a training are in its timeline.
+    """
+    if any((run_folder / name).exists() for name in (TIMELINE_LINES, "metrics.jsonl")):
+        return None
+    return max((summary.parent for summary in run_folder.glob("evaluations/step-*/summary.json")), default=None)
 
 
 def list_checkpoints(root: Path) -> list[Path]:

@@ -73,7 +73,7 @@ async def open_files(request: Request) -> Response:
 async def show_picture(request: Request) -> Response:
     """Return a view of a source as PNG, by `source` and the fields of `View` in the query.
 
-    One at a time, and none that nobody waits for any more: who moves through a volume asks for many.
+    One at a time, and none that nobody waits for: who moves through a volume asks for many.
     """
     query = request.query_params
     try:

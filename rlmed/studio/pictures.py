@@ -50,7 +50,7 @@ class Pictures:
 
         Raises:
             LookupError: for a size that is none.
-            OSError: for a file that lies elsewhere, or is no regular one: a pipe would be waited for.
+            OSError: for a file elsewhere, or that is no regular one: a pipe would be waited for.
             BadImageError: as `load_image`.
         """
         side = SIDES[request.query_params.get("size", "small")]

@@ -34,7 +34,7 @@ THEMES = ("light", "dark")
 KEPT = 32
 """Pages whose figures are kept, to be shown again while nothing has changed."""
 REST = 10.0
-"""A page that took long is not drawn anew at every step of a run: it may take a tenth of the time."""
+"""A page that takes long is not drawn anew at every step: drawing may take a tenth of the time."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -25,8 +25,8 @@ class GuardedLogger:
 
     A call that raises gives one warning and is tried again after each of `WAITS_S`; then the logger
     is left out for the rest of the run, unless only rollouts were to be shown: these are dropped.
-    One that never returns leaves the others waiting, at most `MOST_WAITING`; what is dropped is said
-    once. `finish` waits `FINISH_S`.
+    One that never returns leaves the others waiting, at most `MOST_WAITING`; what is dropped is
+    said once. `finish` waits `FINISH_S`.
     """
 
     def __init__(
