@@ -72,6 +72,12 @@ def test_what_pip_installs_is_there(stage: str) -> None:
         assert re.search(rf"^{word.partition('[')[0]}==", LOCK, re.MULTILINE), f"{word} has no version in the lock"
 
 
+def test_the_system_has_what_libraries_load_and_compile_with() -> None:
+    (installed,) = [value for name, value in stages()["base"] if name == "RUN"]
+    # vLLM's CPU build loads libnuma; it and the native engine compile by g++
+    assert {"g++", "git", "libnuma1", "wget"} <= set(installed.split())
+
+
 @pytest.mark.parametrize("stage", ["cpu", "cuda"])
 def test_a_container_runs_as_a_user_and_greets_with_the_doctor(stage: str) -> None:
     last = dict(stages()[stage])
