@@ -33,6 +33,7 @@ from rlmed.recording.progress import duration
 from rlmed.recording.recorder import METRICS_FILE, ROLLOUTS_FILE
 from rlmed.report.accuracy import accuracy_table, scores_by_task, show_faithfulness, show_rules
 from rlmed.report.evaluations import Evaluations
+from rlmed.report.headline import headline
 from rlmed.report.leakage import show_leakage
 from rlmed.report.plots import draw_accuracy, draw_metrics
 from rlmed.report.reliability import show_reliability
@@ -184,10 +185,9 @@ def _run_facts(
         ("completion/length", "length, tokens", "{:.0f}"),
         ("kl", "KL", "{:.3f}"),
     ):
-        ends = [_mean_at(metrics, name, end) for end in ("start", "end")]
-        if ends[0] is not None and ends[1] is not None:
-            note = "mean over the first and the last tenth of the steps"
-            tiles.append({"label": label, "values": [form.format(value) for value in ends], "note": note})
+        if (ends := headline(metrics, name)) is not None:
+            values = [form.format(value) for value in (ends.start, ends.end) if value is not None]
+            tiles.append({"label": label, "values": values, "note": ends.note})
     return {
         "name": config.get("name") or folder.resolve().name,
         "generated": (config.get("data") or {}).get("source") == "phantom",
@@ -216,12 +216,6 @@ def _check_common_file(folder: Path, own: Sequence[EvalSummary], given: str, bas
 
 def _tile(label: str, shares: Sequence[float], note: str) -> dict[str, Any]:
     return {"label": label, "values": [_percent(share) for share in shares], "note": note}
-
-
-def _mean_at(metrics: Sequence[Mapping[str, Any]], name: str, end: str) -> float | None:
-    values = [line[name] for line in metrics if line.get(name) is not None]
-    tenth = max(1, len(values) // 10)
-    return float(np.mean(values[:tenth] if end == "start" else values[-tenth:])) if values else None
 
 
 def time_by_stage(path: Path) -> dict[str, Any] | None:

@@ -19,6 +19,7 @@ from rlmed.recording.inputs import CONFIG_FILE, VERSIONS_FILE
 from rlmed.recording.recorder import METRICS_FILE, ROLLOUTS_FILE
 from rlmed.report.accuracy import accuracy_table, scores_by_task, show_faithfulness, show_rules
 from rlmed.report.evaluations import Evaluations
+from rlmed.report.headline import WINDOW, headline
 from rlmed.report.page import read_config, time_by_stage
 from rlmed.report.plots import Plot, draw_accuracy, draw_metrics
 from rlmed.studio.curves import draw_plots
@@ -28,8 +29,8 @@ from rlmed.studio.runs import DAMAGE, STATES, Glance, Run
 from rlmed.studio.state import REST, Studio, studio_of
 
 NEVER = Evaluations((), (), (), None, None, None, (), ())
-RECENT = 10
-"""Steps over which the latest values are averaged."""
+RECENT = WINDOW
+"""Steps over which the latest values of the workers are averaged."""
 WORKERS = {
     "rollout/workers_ready": ("workers ready", "at the last step", "{:.0f}"),
     "rollout/idle_share": ("time without work", f"mean of the last {RECENT} steps", "{:.1%}"),
@@ -141,12 +142,9 @@ def _tiles(
         ("kl", "KL", "{:.3f}"),
         ("tokens_per_second", "tokens per second", "{:,.0f}"),
     ):
-        values = [line[name] for line in metrics if line.get(name) is not None]
-        if values:
-            end, start = float(np.mean(values[-RECENT:])), float(np.mean(values[:RECENT]))
-            was = form.format(start) if len(values) >= 2 * RECENT else None
-            note = f"mean of the last {min(RECENT, len(values))} steps"
-            tiles.append({"label": label, "value": form.format(end), "was": was, "note": note})
+        if (ends := headline(metrics, name)) is not None:
+            was = None if ends.start is None else form.format(ends.start)
+            tiles.append({"label": label, "value": form.format(ends.end), "was": was, "note": ends.note})
     return tiles
 
 

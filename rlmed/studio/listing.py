@@ -5,6 +5,7 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import Response
 
+from rlmed.report.headline import WINDOW
 from rlmed.studio.fragments import answer_if_changed, tag_of
 from rlmed.studio.runs import STATES
 from rlmed.studio.state import studio_of
@@ -44,6 +45,7 @@ def _answer(request: Request, template: str, tag: str) -> Response:
         total=len(glances),
         words=" ".join(words),
         states=STATES,
+        window=WINDOW,
         folders=[str(folder) for folder in studio.folders],
         tag=tag,
     )

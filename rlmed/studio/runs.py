@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +25,9 @@ from rlmed.core.tracing import TIMELINE_LINES
 from rlmed.evaluation.results import SUMMARY_FILE, EvalSummary
 from rlmed.recording.inputs import CONFIG_FILE, VERSIONS_FILE
 from rlmed.recording.recorder import METRICS_FILE, ROLLOUTS_FILE
+from rlmed.report.headline import WINDOW, headline
 from rlmed.report.page import REPORT_FILE
+from rlmed.studio.tails import last_line, lines_backwards
 
 State = Literal["running", "finished", "stopped", "killed", "silent"]
 STATES: dict[State, str] = {
@@ -43,8 +46,6 @@ FRESH_S = 60.0
 SILENT_S = 600.0
 RESCAN_S = 2.0
 """Seconds for which a list of runs is used again."""
-TAIL = 65536
-"""Bytes at the end of a file in which its last line is looked for."""
 _MARKS = ({CONFIG_FILE, VERSIONS_FILE}, {CONFIG_FILE, EVALUATIONS}, {".hydra", OWNER_FILE})
 """Names that together mark a run's folder; the last are those of one that has just started."""
 DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
@@ -97,6 +98,7 @@ class Glance:
     steps: int
     planned: int | None
     reward: float | None
+    """Mean over the last steps, see `rlmed.report.headline`."""
     loss: float | None
     accuracy: float | None
     """Mean over the files of the last evaluation."""
@@ -212,12 +214,19 @@ def _look(run: Run) -> Glance:
         state="stopped",
         steps=steps if isinstance(steps, int) else 0,
         planned=_planned(run) if kind in ("train", "starting") else None,
-        reward=_number(last.get("reward/mean")),
+        reward=_reward(run.file(METRICS_FILE)),
         loss=_number(last.get("loss")),
         accuracy=_accuracy(evaluations),
         started=started,
         written=written,
     )
+
+
+def _reward(metrics: Path) -> float | None:
+    """Return the mean reward as the run's page and its report show it."""
+    found = (line for line in lines_backwards(metrics) if _number(line.get("reward/mean")) is not None)
+    ends = headline(list(islice(found, 2 * WINDOW))[::-1], "reward/mean")
+    return None if ends is None else ends.end
 
 
 def _times(run: Run) -> tuple[float, float]:
@@ -294,22 +303,3 @@ def _number(value: Any) -> float | None:
         return float(value) if isinstance(value, int | float) else None
     except OverflowError:
         return None
-
-
-def last_line(path: Path) -> dict[str, Any] | None:
-    """Return the last whole line of a file of JSON objects; None without one."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - TAIL))
-            lines = file.read(TAIL).split(b"\n")[:-1]  # what follows the last newline is being written
-    except OSError:
-        return None
-    for line in reversed(lines):
-        try:
-            content = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(content, dict):
-            return content
-    return None

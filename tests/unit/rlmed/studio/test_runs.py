@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import time
 
@@ -7,8 +8,9 @@ import pytest
 
 from rlmed.core.files.exclusive import OWNER_FILE, hold
 from rlmed.core.files.ownership import Owner
-from rlmed.studio.runs import DEPTH, Runs, last_line
-from tests.unit.rlmed.studio.run_folders import write_run
+from rlmed.report.page import write_report
+from rlmed.studio.runs import DEPTH, Runs
+from tests.unit.rlmed.studio.run_folders import client_of, write_run
 
 LONG_AGO = time.time() - 86400
 
@@ -135,12 +137,13 @@ def test_a_run_removed_meanwhile_is_no_error(run):
     assert runs.glance(found).steps == 0
 
 
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [("", None), ('{"a": 1}', None), ('{"a": 1}\n{"a": 2}\n{"a"', {"a": 2}), ('{"a": 1}\nnot JSON\n', {"a": 1})],
-)
-def test_the_last_line_is_the_last_whole_one(tmp_path, content, expected):
-    path = tmp_path / "lines"
-    path.write_text(content)
-    assert last_line(path) == expected
-    assert last_line(tmp_path / "none") is None
+def test_pages_and_report_agree_on_the_headline_reward(tmp_path):
+    """Of 25 steps, the figures are of the first and the last ten, wherever they are shown."""
+    run = write_run(tmp_path / "top" / "run", steps=25, planned=25, report=False)
+    write_report(run)
+    assert Runs([run.parent]).glances()[0].reward == sum(range(16, 26)) / 2 / 10
+    page = client_of(run.parent, cache=tmp_path / "cache").get("/run?name=run").text
+    tile = r"<small>reward</small><b><span class=\"was\">2.75 →</span> +10.25</b><small>([^<]*)</small>"
+    notes = {note for text in (page, (run / "report.html").read_text()) for note in re.findall(tile, text)}
+    assert notes == {"means of the first and the last 10 steps"}
+    assert len(re.findall(tile, page)) == len(re.findall(tile, (run / "report.html").read_text())) == 1
