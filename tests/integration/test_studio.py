@@ -85,6 +85,14 @@ class Studio:
         assert faults == []
 
 
+def check_looks(page: Any, path: str, width: int, scheme: str) -> None:
+    """It fits the width, can be read, and is as light or dark as the system."""
+    assert page.evaluate("document.documentElement.scrollWidth") <= width, path
+    assert page.evaluate(CONTRAST) == [], path
+    shade = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")
+    assert (max(shade) < 80) == (scheme == "dark"), path
+
+
 @pytest.fixture(scope="module")
 def top(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the runs: `run`, which `launched` starts, `other`, and one of hostile texts."""
@@ -114,8 +122,9 @@ def launched(top: Path, with_images: Any) -> Iterator[subprocess.Popen[bytes]]:
 
 
 @pytest.fixture(scope="module")
-def studio(browser: Any, top: Path) -> Iterator[Studio]:
+def studio(browser: Any, top: Path, generated_images: Path) -> Iterator[Studio]:
     command = [sys.executable, "-m", "rlmed.studio", str(top), "--port", "0", "--cache", str(top.parent / "cache")]
+    command += ["--images", str(generated_images)]  # where the link in its place leads
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
@@ -132,6 +141,25 @@ def finished(studio: Studio, launched: subprocess.Popen[bytes]) -> Studio:
     launched.send_signal(signal.SIGCONT)
     assert launched.wait(timeout=240) == 0
     return studio
+
+
+@pytest.mark.parametrize(("width", "scheme"), [LOOKS[0], LOOKS[-1]])
+def test_pages_of_a_run_that_goes_on(
+    studio: Studio, launched: subprocess.Popen[bytes], width: int, scheme: str
+) -> None:
+    with studio.page(width, scheme) as page:
+        for path in PAGES:
+            if path != "/evaluate?run=run":  # it has no evaluation yet
+                page.goto(f"{studio.base}{path}")
+                check_looks(page, path, width, scheme)
+        page.goto(f"{studio.base}/rollouts?run=run")
+        assert int(page.locator(".count b").inner_text()) >= 16, "those of a step"
+        assert page.locator(".completion").count() >= 16
+        picture = page.locator(".framed img").first
+        picture.scroll_into_view_if_needed()
+        wait_until(lambda: picture.evaluate("image => image.naturalWidth") > 0, 30, "the picture")
+        page.goto(f"{studio.base}/compare?run=run&run=other")
+        assert page.locator(".key-of-runs li").all_inner_texts() == ["run", "other"]
 
 
 def test_an_open_page_follows_a_run_to_its_end(studio: Studio, launched: subprocess.Popen[bytes]) -> None:
@@ -155,10 +183,7 @@ def test_pages_fit_are_readable_and_ask_no_other_host(finished: Studio, width: i
     with finished.page(width, scheme) as page:
         for path in PAGES:
             page.goto(f"{finished.base}{path}")
-            assert page.evaluate("document.documentElement.scrollWidth") <= width, path
-            assert page.evaluate(CONTRAST) == [], path
-            shade = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")
-            assert (max(shade) < 80) == (scheme == "dark"), path
+            check_looks(page, path, width, scheme)
 
 
 def test_rollouts_are_searched_with_the_keyboard_alone(finished: Studio) -> None:
