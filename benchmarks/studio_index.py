@@ -29,12 +29,16 @@ from rlmed.studio.state import Studio
 
 GROUP = 8
 GROUPS_PER_STEP = 32
+LETTERS = "etaoinshrdlucmfwypvbgkqjxz"
 MODALITIES = ("CT", "MRI", "XRAY")
 FILTERS = {
     "first page": "",
     "a common word": "words=image",
     "two words, one rare": "words=effusion+image",
     "the beginning of a word": "words=ef",
+    "a letter": "words=a",
+    "beginnings of three words": "words=th+im+le",
+    "beginnings of eight words": "words=th+im+le+lu+up+ab+an+sh",
     "a word that occurs nowhere": "words=zebrafish",
     "rewards": "reward_from=0.9&reward_to=1.1",
     "steps": "step_from=50&step_to=60",
@@ -50,7 +54,8 @@ def write_run(folder: Path, completions: int, *, seed: int = 0) -> Path:
     """Write a run folder with generated rollouts; return its rollouts.jsonl."""
     generator = np.random.default_rng(seed)
     folder.mkdir(parents=True)
-    words = np.array(["the", "image", "lesion", "left", "upper", "lung", *(f"word{i}" for i in range(20_000))])
+    made = ("".join(generator.choice(list(LETTERS), size=length)) for length in generator.integers(2, 10, 20_000))
+    words = np.array(["the", "image", "lesion", "left", "upper", "lung", *made])
     weights = 1.0 / np.arange(1, len(words) + 1)
     weights /= weights.sum()
     Image.fromarray(generator.integers(0, 255, (128, 128), dtype=np.uint8)).save(folder / "image.png")
