@@ -72,6 +72,12 @@ def test_what_pip_installs_is_there(stage: str) -> None:
         assert re.search(rf"^{word.partition('[')[0]}==", LOCK, re.MULTILINE), f"{word} has no version in the lock"
 
 
+def test_the_versions_fit_vllms_gpu_build() -> None:
+    """It asks for one release of apache-tvm-ffi: with another in the lock, pip installs nothing."""
+    assert "vllm==0.32.0" in PROJECT["optional-dependencies"]["vllm"]
+    assert re.search(r"^apache-tvm-ffi==0\.1\.11$", LOCK, re.MULTILINE)
+
+
 def test_the_system_has_what_libraries_load_and_compile_with() -> None:
     (installed,) = [value for name, value in stages()["base"] if name == "RUN"]
     # vLLM's CPU build loads libnuma; it and the native engine compile by g++
