@@ -28,6 +28,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from rlmed.cluster.capacity import Machine
 from rlmed.core.config.running import ClusterConfig
 from rlmed.core.files.exclusive import OWNER_FILE, FolderInUseError, hold
+from rlmed.core.plugins import environment_of_workers
 from rlmed.core.process.threads import available_memory
 from rlmed.core.protocols import LOST, ClusterError
 
@@ -48,12 +49,15 @@ def worker_environment(chosen: Mapping[str, Any], *, here: bool) -> dict[str, An
             `chosen` says otherwise.
     """
     # called in each worker before it imports torch
-    environment = {"worker_process_setup_hook": "rlmed.core.process.starting.prepare_worker"}
+    environment: dict[str, Any] = {"worker_process_setup_hook": "rlmed.core.process.starting.prepare_worker"}
     # for these keys Ray makes an interpreter of its own, which ours would replace
     if here and not chosen.keys() & {"conda", "pip", "uv"}:
         # Ray gives it to a shell, by default without quotes: with a space in its path, workers
         # would never start
         environment["py_executable"] = shlex.quote(sys.executable)
+    if not here:  # they have the environment and the working directory of `ray start`
+        environment["env_vars"] = {**environment_of_workers(), **chosen.get("env_vars", {})}
+        chosen = {key: value for key, value in chosen.items() if key != "env_vars"}
     return copy.deepcopy({**environment, **chosen})  # Ray changes it
 
 

@@ -11,7 +11,12 @@ from typing import Any
 from rlmed.core.spelling import closest
 
 FOLDER = "RLMED_CODE"
-"""Environment variable with the folder beside that of `--config-dir`: Ray's workers inherit it."""
+"""Environment variable with the folder beside that of `--config-dir`.
+
+Workers of a Ray that the run starts inherit it.
+"""
+DRIVER_FOLDERS = "RLMED_DRIVER_CODE"
+"""Environment variable of workers of a Ray that was there before: the run's folders, one a line."""
 
 
 def beside(config_dir: str) -> None:
@@ -21,7 +26,13 @@ def beside(config_dir: str) -> None:
 
 def own_folders() -> list[str]:
     """Return the folders that are searched for a user's modules besides the Python path."""
-    return list(dict.fromkeys([os.getcwd(), *filter(None, [os.environ.get(FOLDER)])]))
+    there = os.environ.get(DRIVER_FOLDERS, "").split("\n")
+    return list(dict.fromkeys(filter(None, [*there, os.getcwd(), os.environ.get(FOLDER)])))
+
+
+def environment_of_workers() -> dict[str, str]:
+    """Return variables by which processes that inherit none of ours search the same folders first."""
+    return {DRIVER_FOLDERS: "\n".join(own_folders())}
 
 
 def own_places() -> str:

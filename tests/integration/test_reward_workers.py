@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from rewards.deadline import DeadlineError
-from rewards.extra import RewardError
+from rewards.extra import RewardError, load_reward
 from rewards.processes import Processes
 from rewards.slow import RewardUnavailableError
+from rlmed.core.plugins import FOLDER
 from tests.unit.rewards.groups import group_of
 
 pytestmark = [
@@ -82,6 +83,29 @@ def test_a_process_of_ray_works_in_the_driver_s_folder_and_is_replaced(
     with pytest.raises(DeadlineError):  # it holds the interpreter, so nothing in it could end it
         call("hang", 0.5)
     assert call("which") not in (first, second)
+
+
+def documents(names: list[str]) -> list[str]:
+    return [load_reward(name).__doc__ or "" for name in names]
+
+
+def test_a_worker_of_a_cluster_that_was_there_finds_the_run_s_own_modules(
+    ray_session: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    from rlmed.cluster.ray_session import worker_environment
+
+    for name in ("beside", "work"):
+        (tmp_path / name).mkdir()
+        text = f"def own(example, completion):\n    '{name}'\n"
+        (tmp_path / name / f"{name}_of_ray.py").write_text(text)
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv(FOLDER, str(tmp_path / "beside"))
+    variables = worker_environment({}, here=False)["env_vars"]  # the rest was settled when Ray started
+    there = ray.remote(num_cpus=0, runtime_env={"env_vars": variables})(documents)
+    names = ["beside_of_ray:own", "work_of_ray:own"]
+    assert ray.get(there.remote(names), timeout=PATIENT) == ["beside", "work"]
 
 
 def test_without_cores_for_it_the_run_ends_with_what_to_set(make_processes: Callable[..., Processes]) -> None:

@@ -7,6 +7,7 @@ import pkgutil
 import socket
 import sys
 from contextlib import ExitStack
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ import pytest
 
 from rlmed.cluster.capacity import Machine
 from rlmed.core.config.composing import compose_config
+from rlmed.core.plugins import FOLDER, own_folders
 from rlmed.core.process.starting import prepare_worker
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray")
@@ -81,7 +83,27 @@ def test_each_worker_is_prepared_and_runs_this_processs_interpreter_or_the_chose
     monkeypatch.setattr(sys, "executable", "/my environment/python")
     given = worker_environment(chosen, here=here)
     assert pkgutil.resolve_name(given.pop("worker_process_setup_hook")) is prepare_worker
+    if not here:
+        given.pop("env_vars")
     assert given == {**interpreter, **chosen}
+
+
+def test_workers_of_a_cluster_that_was_there_learn_where_the_runs_own_modules_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rlmed.cluster.ray_session import worker_environment
+
+    for folder in ("run", "cluster", "mine: 12/conf"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "run")
+    monkeypatch.setenv(FOLDER, str(tmp_path / "mine: 12"))
+    given = worker_environment({"env_vars": {"A": "b"}}, here=False)["env_vars"]
+    assert given["A"] == "b"
+    monkeypatch.delenv(FOLDER)
+    monkeypatch.chdir(tmp_path / "cluster")
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert [Path(folder).name for folder in own_folders()] == ["run", "mine: 12", "cluster"]
 
 
 @pytest.mark.parametrize("address", [None, "auto"])
