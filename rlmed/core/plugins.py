@@ -31,7 +31,7 @@ def own_folders() -> list[str]:
 
 
 def environment_of_workers() -> dict[str, str]:
-    """Return variables by which processes that inherit none of ours search the same folders first."""
+    """Return variables by which processes that inherit none of ours search the same folders."""
     return {DRIVER_FOLDERS: "\n".join(own_folders())}
 
 
