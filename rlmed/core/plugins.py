@@ -16,7 +16,7 @@ FOLDER = "RLMED_CODE"
 Workers of a Ray that the run starts inherit it.
 """
 DRIVER_FOLDERS = "RLMED_DRIVER_CODE"
-"""Environment variable of workers of a Ray that was there before: the run's folders, one a line."""
+"""Environment variable of workers of a Ray that was there before: the run's folders, by line."""
 
 
 def beside(config_dir: str) -> None:
@@ -31,7 +31,7 @@ def own_folders() -> list[str]:
 
 
 def environment_of_workers() -> dict[str, str]:
-    """Return variables by which processes that inherit none of ours search the same folders."""
+    """Return variables by which processes that inherit none of ours search these folders first."""
     return {DRIVER_FOLDERS: "\n".join(own_folders())}
 
 
