@@ -36,6 +36,10 @@ BRIEF = ["--max-tokens", "8"]
 
 RUN: dict[str, list[str]] = {
     "prepare csv --source questions.csv --out data/mine --column question=Frage": [],
+    "prepare csv --source questions.csv --out data/mine": [],
+    "init mine --data data/mine/train.jsonl --eval data/mine/test.jsonl --yes": [],
+    "launch --config-dir mine/conf +experiment=mine --dry-run": [*SMALL, "steps=1"],
+    "launch --config-dir mine/conf +experiment=mine": AGAIN,
     "launch data=jsonl data.train=data/mine/train.jsonl 'data.eval=[data/mine/test.jsonl]'"
     " 'reward.extra=[my_rewards:few_words]' steps=20 checkpoint.every=5": TRAIN,
     "launch data=jsonl data.train=train.jsonl 'data.eval=[test.jsonl]' model=MODEL reward=task": AGAIN,
@@ -46,6 +50,7 @@ RUN: dict[str, list[str]] = {
         *EVALUATED, "sft.batch_size=8", "hydra.run.dir=outputs/sft",
     ],
     "evaluate model=outputs/run/DATE/checkpoints/step-000300 'data=[mri.jsonl,ct.jsonl]'": EVALUATED,
+    "evaluate model=outputs/run/DATE/checkpoints/step-000300 data=data/mine/test.jsonl": EVALUATED,
     "evaluate model=MODEL data=jsonl 'data.eval=[test.jsonl]' 'eval.predictions=[medevalkit,vlmevalkit,lmms_eval]'": EVALUATED,
     "reliability model=outputs/run/DATE/checkpoints/step-000300 data=mri.jsonl": ["eval.limit=2", "eval.max_tokens=8"],
     "ask image.png 'Which organ is shown?' --options liver spleen kidney"
@@ -83,7 +88,7 @@ NOT_RUN = {
         r"|^reliability model=outputs/medvqa_600_tiny|^launch \+experiment=medvqa_600 profile=tiny steps=12"
     ),
     "is one of those that are run, with other values": (
-        r"^prepare csv --source questions\.csv --out data/mine( --column question=Frage --column image=Bild)?$"
+        r"^prepare csv --source questions\.csv --out data/mine --column question=Frage --column image=Bild$"
         r"|^ask (scans/1\.png|image\.png '.*' (--task labels )?--options .* --model .*/step-0002)"
         r"|^ask image\.png 'Where is the cyst\?' --task grounding|^reliability model=DIR data=FILE"
         r"|^launch data=jsonl data\.train=(train\.jsonl model=MODEL|data/reports/train\.jsonl) .*reward=task"
@@ -140,11 +145,11 @@ def write_rows(folder: Path) -> None:
         {"task": "report", "question": "Write the report.", "answer": "There is a cyst in the liver."},
     ]
     (folder / "tasks.jsonl").write_text("".join(f"{json.dumps({'image': '8.png', **row})}\n" for row in tasks))
-    table = ["image,Frage,A,B,C,answer,split"]
-    table += [
-        f"{row['image']},{row['question']},liver,spleen,kidney,{row['answer']},{'train' if number < 8 else 'test'}"
-        for number, row in enumerate(rows[:12])
-    ]
+    table = ["image,question,Frage,A,B,C,answer,split"]
+    for number, row in enumerate(rows[:12]):
+        questions = f"{row['question']},Welches Organ ({number})?"
+        split = "train" if number < 8 else "test"
+        table.append(f"{row['image']},{questions},liver,spleen,kidney,{row['answer']},{split}")
     (folder / "questions.csv").write_text("\n".join(table) + "\n")
     (folder / "spellings.csv").write_text("spelling,label\nswelling,edema\n")
 

@@ -52,6 +52,8 @@ def commands(page: str) -> Iterator[tuple[str, list[str]]]:
             yield found[1], shlex.split(found[2].replace("READER", "csv"))
 
 
+OWN = ("mine/conf", "+experiment=mine")
+"""What `rlmed.init` writes: folder of `--config-dir`, and the experiment in it."""
 CASES = [(page, name, arguments) for page in GUIDES for name, arguments in commands(page)]
 
 
@@ -108,7 +110,8 @@ def test_a_command_is_taken(
 
 def check_overrides(program: str, arguments: Sequence[str]) -> None:
     """Each is read by the program, and together they are a configuration."""
-    overrides = [word for word in arguments if not word.startswith("-") and word not in MORE]
+    own = OWN if "--config-dir" in arguments else ()
+    overrides = [word for word in arguments if not word.startswith("-") and word not in MORE and word not in own]
     expanded = [word for word in expand(overrides, cuda=False) if not word.startswith("hydra.")]
     compose_config(program, expanded)
     if not set(MORE) & set(arguments):
@@ -130,7 +133,7 @@ def test_keys_and_options_exist(page: str) -> None:
         for word in re.findall(r"(?<![\w./:-])[+]?[a-z_]+(?:\.[a-z_*]+)*=?[\w.-]*", span):
             key, equals, value = word.lstrip("+").partition("=")
             if key in CONFIG_GROUPS and equals and re.fullmatch(r"[a-z]\w+", value):
-                assert value in group_options(key) or key in ("model", "data"), f"{page}: {word}"
+                assert value in group_options(key) or key in ("model", "data") or word in OWN, f"{page}: {word}"
             elif (ROOT / f"{key.replace('.', '/')}.py").is_file():
                 continue  # a program behind `python -m`
             elif key.partition(".")[0] in SECTIONS and "." in key and not FILE_NAME.search(word):
