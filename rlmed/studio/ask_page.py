@@ -56,7 +56,10 @@ async def take_file(request: Request) -> Response:
 
 
 async def open_files(request: Request) -> Response:
-    """Open `{"files": [id, …]}`; return what can be chosen of each source, and what is wrong."""
+    """Open `{"files": [id, …]}`; return what can be chosen of each source, and what is wrong.
+
+    The `files` of a source are places in the list that was sent: the page knows their names.
+    """
     uploads = studio_of(request).asker.uploads
     content = await _content(request)
     names = content.get("files")
@@ -64,7 +67,15 @@ async def open_files(request: Request) -> Response:
         raise HTTPException(400, "files must be a list of texts")
     try:
         sources, problems = await run_in_threadpool(uploads.open, names)
-        described = [{"id": name, **await run_in_threadpool(uploads.source(name).describe)} for name in sources]
+        places = {name: place for place, name in enumerate(names)}
+        described = [
+            {
+                "id": name,
+                "files": [places[path.name] for path in uploads.source(name).files],
+                **await run_in_threadpool(uploads.source(name).describe),
+            }
+            for name in sources
+        ]
     except (ValueError, OSError) as error:
         return _refused(error)
     return JSONResponse({"sources": described, "problems": [{"file": place, "text": text} for place, text in problems]})
@@ -118,7 +129,12 @@ def _models(studio: Studio) -> list[ModelChoice]:
     return model_choices({run.name: run.file("checkpoints") for run in studio.runs.all()}, studio.models)
 
 
-_NUMBERS = ("index", "volume", "center", "width")
+_NUMBERS = {
+    "index": "the slice",
+    "volume": "the volume",
+    "center": "the window's center",
+    "width": "the window's width",
+}
 
 
 def _number(text: str) -> float:
@@ -134,8 +150,9 @@ def _view(content: Mapping[str, Any]) -> View:
     if not all(isinstance(text, str) and len(text) < 100 for text in texts.values()):
         raise ValueError("plane and window must be short texts")
     numbers = {name: content.get(name, 0) for name in _NUMBERS}
-    if not all(type(value) in (int, float) and abs(value) < 1e9 for value in numbers.values()):
-        raise ValueError(f"{', '.join(_NUMBERS)} must be numbers")
+    for name, value in numbers.items():
+        if not (type(value) in (int, float) and abs(value) < 1e9):
+            raise ValueError(f"{_NUMBERS[name]} is no number below a billion: give one")
     return View(
         **texts,
         index=int(numbers["index"]),

@@ -154,15 +154,44 @@ class Runs:
 
     def _search(self) -> Iterator[Run]:
         several = len(self._folders) > 1
-        labels: dict[str, int] = {}
-        for top in self._folders:
-            label = shown(top.name) or "run"
-            labels[label] = labels.get(label, 0) + 1
-            label += f"-{labels[label]}" if labels[label] > 1 else ""
+        names: set[str] = set()
+        folders: set[Path] = set()
+        for top, label in zip(self._folders, labels(self._folders), strict=True):
             for folder in _run_folders(top, DEPTH):
                 inner = shown(folder.relative_to(top).as_posix())
                 name = label if inner == "." else f"{label}/{inner}" if several else inner
-                yield Run(name, folder)
+                if name in names:  # of a folder that is a run itself, and holds one of its own name
+                    name = shown(str(folder))
+                if folder not in folders:  # one of the given folders may lie in another
+                    names.add(name)
+                    folders.add(folder)
+                    yield Run(name, folder)
+
+
+def labels(folders: Sequence[Path]) -> list[str]:
+    """Return a name for each folder: as much of the end of its path as tells it from the others.
+
+    Example:
+        >>> labels([Path("/data/ann/outputs"), Path("/data/bob/outputs"), Path("/scratch")])
+        ['ann/outputs', 'bob/outputs', 'scratch']
+    """
+    parts = [tuple(shown(part) for part in folder.parts if part != folder.anchor) for folder in folders]
+    taken = [1] * len(folders)
+    while True:
+        ends = ["/".join(all_parts[-count:]) for all_parts, count in zip(parts, taken, strict=True)]
+        # one that begins with another could be that one's run
+        alike = {
+            place
+            for place, end in enumerate(ends)
+            for other, its in enumerate(ends)
+            if place != other and f"{its}/".startswith(f"{end}/")
+            for place in (place, other)
+        }
+        longer = [place for place in alike if taken[place] < len(parts[place])]
+        if not longer:
+            return [end or "run" for end in ends]
+        for place in longer:
+            taken[place] += 1
 
 
 def shown(name: str) -> str:

@@ -62,7 +62,8 @@ def page(browser, address):
     context = browser.new_context(viewport={"width": 400, "height": 900})
     page = context.new_page()
     said: list[str] = []
-    page.on("console", lambda message: said.append(message.text))
+    # what the server refuses, the browser writes to its console, too
+    page.on("console", lambda message: "400 (Bad Request)" in message.text or said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
     page.goto(address)
     yield page
@@ -136,19 +137,52 @@ def test_slices_and_windows_are_chosen_by_keyboard(page, files):
             page.wait_for_timeout(50)
         return page.evaluate(shade)
 
-    middle = shown("slice 3 of DICOM")
+    middle = shown("slice 3 of 0.dcm and 4 more")
     slider = page.get_by_label("slice")
     slider.focus()
     slider.press("End")
     assert page.locator("#views output").text_content() == "5 of 5"
-    last = shown("slice 5 of DICOM", unlike=middle)
+    last = shown("slice 5 of 0.dcm and 4 more", unlike=middle)
     assert last > middle + 30
     page.get_by_label("window", exact=True).select_option("bone")
-    assert shown("slice 5 of DICOM", unlike=last) < last - 30  # 400 is white no more, but grey
-    page.get_by_role("button", name="Another slice").click()
-    assert page.locator("#views li").count() == 2
+    assert shown("slice 5 of 0.dcm and 4 more", unlike=last) < last - 30  # 400 is white no more, but grey
+    for count in (2, 3, 4, 5):
+        page.get_by_role("button", name="Another slice").last.click()
+        assert page.locator("#views li").count() == count
+    slices = page.locator("#views output")
+    assert sorted(slices.all_text_contents()) == [f"{number} of 5" for number in range(1, 6)]
+    assert page.get_by_role("button", name="Another slice").first.is_disabled()
+    assert page.locator("#views .buttons").first.get_by_text("all slices are shown").is_visible()
     page.get_by_role("button", name="Remove").first.click()
-    assert page.locator("#views li").count() == 1
+    assert page.locator("#views li").count() == 4
+    assert page.get_by_role("button", name="Another slice").first.is_enabled()
+
+
+def test_a_window_that_is_refused_leaves_no_picture_that_seems_to_be_its_own(page, files):
+    page.get_by_label("Files: pictures, DICOM or NIfTI").set_input_files([files / "0.dcm", files / "1.dcm"])
+    page.locator("#views li img[src^=blob]").wait_for()
+    page.get_by_label("window", exact=True).select_option("custom")
+    width = page.get_by_label("window width")
+    for given, problem in (("-5", "width -5.0"), ("", "the window's width")):
+        width.fill(given)
+        page.locator("#views .said", has_text=problem).wait_for()
+        assert page.locator("#views img[src]").count() == 0
+        width.fill("300")
+        page.locator("#views li img[src^=blob]").wait_for()
+        assert page.locator("#views .said").text_content() == ""
+
+
+def test_each_upload_is_called_by_its_file(page, files):
+    picture = files / question_of(files)["image"]
+    other = files / "an eye ü.png"
+    other.write_bytes(picture.read_bytes())
+    page.get_by_label("Files: pictures, DICOM or NIfTI").set_input_files(
+        [picture, files / "1.dcm", files / "0.dcm", other]
+    )
+    page.locator("#views li img[src^=blob]").nth(2).wait_for()
+    names = [picture.name, "0.dcm and 1 more · CT", other.name]
+    assert page.locator("#views .name").all_text_contents() == [f"{n}. {name}" for n, name in enumerate(names, 1)]
+    assert page.get_by_role("button", name=f"Remove image {other.name}").is_visible()
 
 
 def test_boxes_are_drawn_where_the_answer_has_them(page, files, monkeypatch):

@@ -5,7 +5,6 @@
   const at = (id) => document.getElementById(id);
   const mostImages = Number(form.dataset.mostImages);
   const views = [];
-  const names = new Map();
   let asking = null;
   let numbered = 0;
 
@@ -44,7 +43,7 @@
       for (const [number, file] of files.entries()) {
         at("progress").textContent = `sending file ${number + 1} of ${files.length}`;
         try {
-          sent.push({ name: file.name, id: (await (await send("/ask/files", file)).json()).id });
+          sent.push({ name: file.webkitRelativePath || file.name, id: (await (await send("/ask/files", file)).json()).id });
         } catch (error) {
           problem(file.name, error.message);
         }
@@ -53,7 +52,7 @@
         at("progress").textContent = "opening";
         const opened = await (await send("/ask/sources", { files: sent.map((file) => file.id) })).json();
         for (const one of opened.problems) problem(sent[one.file].name, one.text);
-        for (const source of opened.sources) addView(source, sent.length === 1 ? sent[0].name : "");
+        for (const source of opened.sources) addView(source, nameOf(source.files.map((place) => sent[place].name)));
       }
     } catch (error) {
       problem("files", error.message);
@@ -66,11 +65,13 @@
 
   // ---- views
 
+  const nameOf = (files) => (files.length === 1 ? files[0] : `${files[0]} and ${files.length - 1} more`);
+
   const labelled = (text, id, control) => [make("label", { htmlFor: id }, text), control];
 
   const addView = (source, name, like = null) => {
     if (views.length >= mostImages) {
-      problem(name || source.kind, `a question has at most ${mostImages} images`);
+      problem(name, `a question has at most ${mostImages} images`);
       return;
     }
     const id = `view-${++numbered}`;
@@ -82,7 +83,8 @@
     };
     const image = make("img", { alt: "" });
     const said = make("p", { className: "said", role: "alert" });
-    const entry = { view, image, source, element: null };
+    const most = Math.max(...Object.values(source.planes));
+    const entry = { view, image, source, name, element: null };
     let waiting = null;
     let running = null;
 
@@ -96,12 +98,21 @@
           if (mine.signal.aborted) return;
           URL.revokeObjectURL(image.src);
           image.src = URL.createObjectURL(blob);
-          image.alt = `slice ${view.index + 1}${view.plane && ` ${view.plane}`} of ${name || source.kind}`;
+          image.alt = most > 1 ? `slice ${view.index + 1}${view.plane && ` ${view.plane}`} of ${name}` : name;
+          image.hidden = false;
           said.textContent = "";
-        } else said.textContent = (await answer.json()).error;
+        } else refuse((await answer.json()).error);
       } catch (error) {
-        if (error.name !== "AbortError") said.textContent = "the server does not answer";
+        if (error.name !== "AbortError") refuse("the server does not answer");
       }
+    };
+    // no picture is left that would seem to be the one of these values
+    const refuse = (text) => {
+      URL.revokeObjectURL(image.src);
+      image.removeAttribute("src");
+      image.alt = "";
+      image.hidden = true;
+      said.textContent = `Not shown: ${text}`;
     };
     const change = () => {
       clearTimeout(waiting);
@@ -118,6 +129,7 @@
       slider.value = view.index;
       count.textContent = `${view.index + 1} of ${last + 1}`;
       slider.setAttribute("aria-valuetext", `slice ${view.index + 1} of ${last + 1}`);
+      views.forEach((other) => other.settle());
     };
     if (planes.length > 1) {
       const select = make("select", { id: `${id}-plane` }, ...planes.reverse().map((one) => make("option", { value: one, selected: one === view.plane }, one)));
@@ -129,7 +141,7 @@
       });
       controls.append(...labelled("plane", select.id, select));
     }
-    if (Math.max(...Object.values(source.planes)) > 1) {
+    if (most > 1) {
       slider.addEventListener("input", () => {
         view.index = Number(slider.value);
         settle();
@@ -140,7 +152,8 @@
     if (source.volumes > 1) {
       const number = make("input", { type: "number", id: `${id}-volume`, min: 1, max: source.volumes, value: view.volume + 1 });
       number.addEventListener("input", () => {
-        view.volume = Math.max(0, Math.min(source.volumes, Number(number.value)) - 1);
+        view.volume = Math.max(0, Math.min(source.volumes, Math.floor(Number(number.value))) - 1);
+        settle();
         change();
       });
       controls.append(...labelled("volume", number.id, number));
@@ -150,7 +163,7 @@
       const two = ["center", "width"].map((what) => {
         const input = make("input", { type: "number", step: "any", value: view[what], "aria-label": `window ${what}` });
         input.addEventListener("input", () => {
-          view[what] = Number(input.value);
+          view[what] = input.value === "" ? NaN : Number(input.value);
           change();
         });
         return input;
@@ -165,7 +178,7 @@
       });
       controls.append(...labelled("window", select.id, make("div", {}, select, own)));
     }
-    const remove = make("button", { type: "button", "aria-label": `Remove image ${name || source.kind}` }, "Remove");
+    const remove = make("button", { type: "button", "aria-label": `Remove image ${name}` }, "Remove");
     remove.addEventListener("click", () => {
       const place = views.indexOf(entry);
       views.splice(place, 1);
@@ -174,25 +187,46 @@
       number();
     });
     const buttons = make("div", { className: "buttons" }, remove);
-    if (Math.max(...Object.values(source.planes)) > 1) {
+    entry.settle = () => {};
+    if (most > 1) {
       const more = make("button", { type: "button" }, "Another slice");
-      more.addEventListener("click", () => addView(source, name, view));
-      buttons.prepend(more);
+      const why = make("span", { className: "note", role: "status" });
+      more.addEventListener("click", () => addView(source, name, { ...view, index: unseen(view, source) }));
+      entry.settle = () => {
+        more.disabled = views.length >= mostImages || unseen(view, source) === null;
+        why.textContent = !more.disabled ? "" : views.length >= mostImages ? `a question has at most ${mostImages} images`
+          : `all slices${view.plane && ` of this ${view.plane} plane`} are shown`;
+      };
+      buttons.append(more, why);
     }
-    const heading = make("div", { className: "name" });
-    entry.title = () => (heading.textContent = `${views.indexOf(entry) + 1}. ${name || source.kind}${source.modality && ` · ${source.modality}`}`);
+    const heading = (entry.heading = make("div", { className: "name" }));
+    entry.title = () => (heading.textContent = `${views.indexOf(entry) + 1}. ${name}${source.modality && ` · ${source.modality}`}`);
     entry.element = make("li", { className: "view" }, heading,
       ...source.notes.map((note) => make("p", { className: "note" }, note)),
       make("div", { className: "frame" }, image), said, controls, buttons);
     views.push(entry);
-    names.set(source.id, name);
     at("views").append(entry.element);
     settle();
     number();
     draw();
   };
 
-  const number = () => views.forEach((entry) => entry.title());
+  const number = () => views.forEach((entry) => {
+    entry.title();
+    entry.settle();
+  });
+
+  // the slice nearest to a view's that no view shows, of the same plane and volume; null if all are shown
+  const unseen = (view, source) => {
+    const same = (other) => ["source", "plane", "volume"].every((one) => other[one] === view[one]);
+    const shown = new Set(views.filter((entry) => same(entry.view)).map((entry) => entry.view.index));
+    const count = source.planes[view.plane];
+    for (let away = 1; away < count; away++) {
+      const free = [view.index + away, view.index - away].find((index) => index >= 0 && index < count && !shown.has(index));
+      if (free !== undefined) return free;
+    }
+    return null;
+  };
 
   // ---- question
 
@@ -278,7 +312,8 @@
       for (const entry of views) {
         const copy = make("img", { src: entry.image.src, alt: name === "blank" ? "a grey picture of the same size" : entry.image.alt });
         if (name === "blank") copy.className = "grey";
-        sides[name].shown.append(make("figure", {}, copy));
+        const caption = views.length > 1 ? [make("figcaption", {}, entry.heading.textContent)] : [];
+        sides[name].shown.append(make("figure", {}, copy, ...caption));
       }
     }
     return sides;

@@ -143,7 +143,7 @@ def test_half_a_character_in_a_question_is_no_error(client):
         ({"question": 3}, "must be texts"),
         ({"options": "ab"}, "options must be a list"),
         ({"views": [3]}, "views must be a list"),
-        ({"views": [{"source": "x", "index": True}]}, "must be numbers"),
+        ({"views": [{"source": "x", "index": True}]}, "the slice is no number"),
         ({"temperature": -1}, "temperature is -1"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"seed": 1.5}, "seed is 1.5"),

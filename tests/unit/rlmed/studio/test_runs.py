@@ -3,13 +3,14 @@ import os
 import re
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 
 from rlmed.core.files.exclusive import OWNER_FILE, hold
 from rlmed.core.files.ownership import Owner
 from rlmed.report.page import write_report
-from rlmed.studio.runs import DEPTH, Runs
+from rlmed.studio.runs import DEPTH, Runs, labels
 from tests.unit.rlmed.studio.run_folders import client_of, write_run
 
 LONG_AGO = time.time() - 86400
@@ -49,8 +50,41 @@ def test_names_stay_unique_with_several_folders(tmp_path):
         write_run(tmp_path / top / "outputs" / "run")
     own = write_run(tmp_path / "own")
     folders = [tmp_path / "a" / "outputs", tmp_path / "b" / "outputs", own]
-    assert [run.name for run in Runs(folders).all()] == ["outputs/run", "outputs-2/run", "own"]
+    assert [run.name for run in Runs(folders).all()] == ["a/outputs/run", "b/outputs/run", "own"]
     assert Runs([own]).named("own").folder == own
+
+
+@pytest.mark.parametrize(
+    ("folders", "expected"),
+    [
+        (["/outputs"], ["outputs"]),
+        (["/"], ["run"]),
+        (["/outputs", "/a/outputs"], ["outputs", "a/outputs"]),
+        (["/x/1/outputs", "/y/1/outputs", "/y/2/outputs"], ["x/1/outputs", "y/1/outputs", "2/outputs"]),
+        (["/p/x", "/q/x/outputs", "/r/outputs"], ["p/x", "q/x/outputs", "r/outputs"]),
+    ],
+)
+def test_folders_are_named_by_what_tells_them_apart(folders, expected):
+    assert labels([Path(folder) for folder in folders]) == expected
+
+
+def test_links_of_runs_of_one_name_lead_to_their_own(tmp_path):
+    for top, steps in (("a", 2), ("b", 3)):
+        write_run(tmp_path / top / "outputs" / "run", steps=steps)
+    client = client_of(tmp_path / "a" / "outputs", tmp_path / "b" / "outputs", cache=tmp_path / "cache")
+    links = dict(re.findall(r'<th scope="row" class="left"><a href="([^"]*)"[^>]*>([^<]*)', client.get("/").text))
+    assert sorted(links.values()) == ["a/outputs/run", "b/outputs/run"]
+    for address, name in links.items():
+        assert f"step <b>{2 if name.startswith('a') else 3}</b>" in client.get(address).text
+
+
+def test_a_run_below_two_of_the_folders_is_listed_once(tmp_path):
+    inner = write_run(tmp_path / "top" / "top")
+    write_run(tmp_path / "top" / "top" / "top")
+    above = tmp_path.name
+    names = [run.name for run in Runs([tmp_path / "top", inner]).all()]
+    assert names == [f"{above}/top/top", f"{above}/top/top/top"]
+    assert [run.name for run in Runs([inner]).all()] == ["top", str(inner / "top")]
 
 
 def test_a_glance_tells_kind_steps_and_last_figures(run):
