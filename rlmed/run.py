@@ -28,7 +28,7 @@ from rlmed.core.types import SamplingParams
 from rlmed.data.images import load_image
 from rlmed.data.loading import Dataset, load_run_data
 from rlmed.data.stream import PromptStream
-from rlmed.evaluation.preflight import check, inspect
+from rlmed.evaluation.preflight import PreflightError, check, inspect
 from rlmed.evaluation.report_metrics import check_report_metrics
 from rlmed.evaluation.results import EvalSummary, evaluated_in, step_folder
 from rlmed.evaluation.run import Evaluator
@@ -275,7 +275,11 @@ class Run:
         weights = {part.name: part.weight for part in self.rubric.parts}
         report = inspect(scored, mask_truncated=self.config.algo.loss.mask_truncated, weights=weights)
         self.progress.message(report.line())
-        check(report, self.config.rollout.max_tokens, self.renderer.end_tokens)
+        try:
+            check(report, self.config.rollout.max_tokens, self.renderer.end_tokens)
+        except PreflightError as error:
+            self.recorder.record_refusal(f"{error.cause}.\n{report.line()}.")
+            raise
 
     def _after_step(self, result: StepResult) -> None:
         config, step = self.config, result.step

@@ -30,6 +30,16 @@ FEWEST = 8
 class PreflightError(ValueError):
     """The model cannot learn as configured; the message says why and what to change."""
 
+    def __init__(self, statistics: str, cause: str) -> None:
+        """Compose the message.
+
+        Args:
+            statistics: of the sampled groups, on one line.
+            cause: the most likely one, and what to do.
+        """
+        super().__init__(f"{statistics}. The run would learn nothing: {cause}. preflight.enabled=false runs anyway")
+        self.cause = cause
+
 
 @dataclass(frozen=True, slots=True)
 class PreflightReport:
@@ -217,4 +227,4 @@ def check(report: PreflightReport, max_tokens: int, end_tokens: Sequence[str] = 
     else:
         why = report.zeros() or "the questions are too easy, or the reward does not discriminate"
         cause = f"every completion earns the same reward ({report.reward_mean:.2f}): {why}"
-    raise PreflightError(f"{report.line()}. The run would learn nothing: {cause}. preflight.enabled=false runs anyway")
+    raise PreflightError(report.line(), cause)

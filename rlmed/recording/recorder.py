@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from rlmed.core.files.atomic import refusal
+from rlmed.core.files.atomic import RecordError, refusal, replace_text
 from rlmed.core.files.jsonlines import JsonLinesWriter
 from rlmed.core.metrics import find_metric
 from rlmed.core.tracing import TIMELINE_LINES
@@ -25,6 +25,8 @@ METRICS_FILE = "metrics.jsonl"
 ROLLOUTS_FILE = "rollouts.jsonl"
 BAD_STEPS_FOLDER = "bad_steps"
 BATCHES_FOLDER = "batches"
+REFUSED_FILE = "refused.txt"
+"""Why the preflight refused to start the run."""
 
 NOTE_CHARACTERS = 2000
 """Most characters of what a reward wrote about a completion."""
@@ -109,6 +111,13 @@ class RunRecorder:
         for scored in discarded:
             self._rollouts.append(_group_line(step, scored, [None] * len(scored.rewards)))
         self._loggers.rollouts(step, [group.scored for group in groups])
+
+    def record_refusal(self, reason: str) -> None:
+        """Write why the run is not started; a write that fails is logged, not to hide the reason."""
+        try:
+            replace_text(self._folder / REFUSED_FILE, reason + "\n")
+        except RecordError as error:
+            log.warning("%s", error)
 
     def dump_bad_step(self, groups: Sequence[TrainGroup], reason: str) -> None:
         """Save a batch whose loss or gradient was not finite, for replay; only the first few.

@@ -10,7 +10,7 @@ from rlmed.core.files.ownership import remove
 from rlmed.core.tracing import CHROME_TRACE, TIMELINE_LINES
 from rlmed.recording.loggers.base import FOLDER
 from rlmed.recording.loggers.tensorboard import TENSORBOARD_FOLDER
-from rlmed.recording.recorder import BAD_STEPS_FOLDER, BATCHES_FOLDER
+from rlmed.recording.recorder import BAD_STEPS_FOLDER, BATCHES_FOLDER, REFUSED_FILE
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +22,7 @@ ALL = (
     TENSORBOARD_FOLDER,
     FOLDER,
     CHROME_TRACE,
+    REFUSED_FILE,
     "report.html",
 )
 """What a run writes beside the files that `RunRecorder.truncate` empties; W&B's stay for a sync."""

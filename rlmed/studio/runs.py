@@ -24,15 +24,16 @@ from rlmed.core.files.ownership import Owner
 from rlmed.core.tracing import TIMELINE_LINES
 from rlmed.evaluation.results import SUMMARY_FILE, EvalSummary
 from rlmed.recording.inputs import CONFIG_FILE, VERSIONS_FILE
-from rlmed.recording.recorder import METRICS_FILE, ROLLOUTS_FILE
+from rlmed.recording.recorder import METRICS_FILE, REFUSED_FILE, ROLLOUTS_FILE
 from rlmed.report.headline import WINDOW, headline
 from rlmed.report.page import REPORT_FILE
 from rlmed.studio.tails import last_line, lines_backwards
 
-State = Literal["running", "finished", "stopped", "killed", "silent"]
+State = Literal["running", "finished", "refused", "stopped", "killed", "silent"]
 STATES: dict[State, str] = {
     "running": "its process lives, or its files changed within the last minute",
     "finished": "it has written its report",
+    "refused": "its preflight refused to start it: nothing could have been learnt",
     "stopped": "it ended before it was done",
     "killed": "its process is gone and left its mark",
     "silent": "it runs on another machine, or did; nothing was written for ten minutes",
@@ -50,6 +51,8 @@ _MARKS = ({CONFIG_FILE, VERSIONS_FILE}, {CONFIG_FILE, EVALUATIONS}, {".hydra", O
 """Names that together mark a run's folder; the last are those of one that has just started."""
 DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 """What reading damaged files may raise, a folder's whose content nobody vouches for."""
+MOST_REASON = 2000
+"""Characters of a refusal that are shown."""
 _LAST_MOMENT = 253_370_764_800.0
 """The year 9999: a file may state a later time, which no calendar shows."""
 _STEPS = re.compile(rb"^steps: (\d{1,9})\s*$", re.MULTILINE)
@@ -106,6 +109,8 @@ class Glance:
     """Seconds since 1970: the time of its oldest file."""
     written: float
     """Time of the last write, likewise."""
+    refused: str = ""
+    """Why its preflight refused to start it; "" if it did not."""
 
 
 class Runs:
@@ -216,7 +221,17 @@ def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
 
 def _stamp(run: Run) -> tuple[Any, ...]:
     """Return what changes when the run writes."""
-    names = (METRICS_FILE, CONFIG_FILE, EVALUATIONS, REPORT_FILE, ROLLOUTS_FILE, TIMELINE_LINES, OWNER_FILE, HELD_FILE)
+    names = (
+        METRICS_FILE,
+        CONFIG_FILE,
+        EVALUATIONS,
+        REPORT_FILE,
+        ROLLOUTS_FILE,
+        TIMELINE_LINES,
+        OWNER_FILE,
+        HELD_FILE,
+        REFUSED_FILE,
+    )
     stats = (_stat(run.folder / name) for name in names)
     return tuple(None if one is None else (one.st_mtime_ns, one.st_size, one.st_ino) for one in stats)
 
@@ -234,7 +249,10 @@ def _look(run: Run) -> Glance:
     evaluations = run.evaluations()
     rewarded = any(name.startswith("reward/") for name in last)
     kind = "train" if rewarded or run.file(ROLLOUTS_FILE).exists() else "sft" if last else "starting"
-    if kind == "starting" and evaluations:
+    refused = _refusal(run) if kind == "starting" else ""
+    if refused:
+        kind = "train"
+    elif kind == "starting" and evaluations:
         kind = "reliability" if (evaluations[-1] / "reliability.json").is_file() else "evaluate"
     started, written = _times(run)
     return Glance(
@@ -248,7 +266,17 @@ def _look(run: Run) -> Glance:
         accuracy=_accuracy(evaluations),
         started=started,
         written=written,
+        refused=refused,
     )
+
+
+def _refusal(run: Run) -> str:
+    """Return why a run's preflight refused to start it, on one line; "" if it did not."""
+    try:
+        with run.file(REFUSED_FILE).open(encoding="utf-8", errors="replace") as file:
+            return " ".join(file.read(MOST_REASON).split())
+    except OSError:
+        return ""
 
 
 def _reward(metrics: Path) -> float | None:
@@ -277,11 +305,12 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _with_state(known: Glance) -> Glance:
-    state = _state(known.run, known.written)
+    state = _state(known)
     return known if state == known.state else dataclasses.replace(known, state=state)
 
 
-def _state(run: Run, written: float) -> State:
+def _state(known: Glance) -> State:
+    run, written = known.run, known.written
     quiet = abs(time.time() - written)  # the clock may have been set back
     owner = _owner(run)
     if owner is not None:
@@ -294,6 +323,8 @@ def _state(run: Run, written: float) -> State:
     report, metrics = _stat(run.folder / REPORT_FILE), _stat(run.folder / METRICS_FILE)
     if report is not None and (metrics is None or report.st_mtime >= metrics.st_mtime):
         return "finished"
+    if known.refused:
+        return "refused"
     return "running" if quiet < FRESH_S else "stopped"
 
 

@@ -20,6 +20,7 @@ from rlmed.core.files.atomic import RecordError
 from rlmed.data import images
 from rlmed.evaluation.preflight import PreflightError
 from rlmed.recording.checkpoint import CheckpointError, list_checkpoints
+from rlmed.recording.recorder import REFUSED_FILE
 from rlmed.run import Run
 from tests.configs import renderer_of
 from tests.integration.forked import run_forked
@@ -300,6 +301,9 @@ def test_a_bad_reward_function_stops_the_run_and_is_named(
 def test_preflight_stops_when_nothing_can_be_learnt(make_config: Config, tmp_path: Path) -> None:
     with pytest.raises(PreflightError, match=r"rollout\.max_tokens=6.*raise rollout\.max_tokens"):
         Run(make_config(), tmp_path).execute()
+    assert "raise rollout.max_tokens" in (tmp_path / REFUSED_FILE).read_text()
+    Run(make_config(), tmp_path).close()  # begins anew
+    assert not (tmp_path / REFUSED_FILE).exists()
 
 
 @pytest.mark.parametrize("missing", ["tokenizer.json", "preprocessor_config.json", "config.json"])

@@ -115,6 +115,8 @@ def test_the_rollouts_page_shows_picture_question_reasoning_answer_and_rewards(c
     assert "The bone is bright." in text
     assert "B) knee" in text
     assert re.search(r"B ✓\s*reward 2\.00\s*format 1\.00\s*choice 0\.50\s*advantage \+0\.71\s*9 tokens", text)
+    assert "policy version 3–4" in text
+    assert "Policy version: number of optimizer updates" in text
     assert re.search(r"no answer ✗\s*reward 0\.00.*not in the format", text)
     images = [
         attributes["src"]

@@ -9,6 +9,7 @@ import pytest
 
 from rlmed.core.files.exclusive import OWNER_FILE, hold
 from rlmed.core.files.ownership import Owner
+from rlmed.recording.recorder import RunRecorder
 from rlmed.report.page import write_report
 from rlmed.studio.runs import DEPTH, Runs, labels
 from tests.unit.rlmed.studio.run_folders import client_of, write_run
@@ -105,6 +106,21 @@ def test_a_run_that_wrote_its_report_last_is_finished(run):
     assert state(run) == "finished"
     os.utime(run / "report.html", (LONG_AGO - 60, LONG_AGO - 60))  # of the run before it was resumed
     assert state(run) == "stopped"
+
+
+def test_a_run_that_its_preflight_refused_says_so_and_why(tmp_path):
+    run = tmp_path / "top" / "run"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("steps: 5\n")
+    (run / "versions.json").write_text("{}")
+    RunRecorder(run).record_refusal("all rewards are 0: raise <b>rollout.max_tokens</b>")
+    glance = Runs([run.parent]).glances()[0]
+    assert (glance.state, glance.kind, glance.planned) == ("refused", "train", 5)
+    client = client_of(run.parent, cache=tmp_path / "cache")
+    for address in ("/", "/run?name=run"):
+        assert "all rewards are 0: raise &lt;b&gt;rollout.max_tokens" in client.get(address).text
+    with hold(run):
+        assert state(run) == "running"  # it is started again
 
 
 def test_a_run_runs_while_its_process_lives(run):
