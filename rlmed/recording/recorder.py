@@ -113,7 +113,7 @@ class RunRecorder:
         self._loggers.rollouts(step, [group.scored for group in groups])
 
     def record_refusal(self, reason: str) -> None:
-        """Write why the run is not started; a write that fails is logged: the reason counts."""
+        """Write why the run is not started; a write that fails is logged."""
         try:
             replace_text(self._folder / REFUSED_FILE, reason + "\n")
         except RecordError as error:

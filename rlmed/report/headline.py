@@ -25,7 +25,7 @@ class Headline:
     end: float
     """Mean over its last `steps` steps."""
     steps: int
-    """`WINDOW`, or half of a run of fewer than twice as many steps: the ends do not meet."""
+    """`WINDOW`, or half of a run of fewer than twice as many: the ends do not meet."""
 
     @property
     def note(self) -> str:

@@ -133,7 +133,8 @@ def _tiles(
     if summaries:
         first, last = summaries[0], summaries[-1]
         was = None if first is last else f"{100 * first.mean_accuracy:.1f}"
-        note = f"mean of {len(last.files)} files at step {last.step}"
+        many = f"mean of {len(last.files)} files " if len(last.files) > 1 else ""
+        note = f"{many}at step {last.step}" if was is None else f"{many}at steps {first.step} and {last.step}"
         tiles.append({"label": "accuracy, %", "value": f"{100 * last.mean_accuracy:.1f}", "was": was, "note": note})
     for name, label, form in (
         ("reward/mean", "reward", "{:.2f}"),

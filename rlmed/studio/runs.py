@@ -271,10 +271,10 @@ def _look(run: Run) -> Glance:
 
 
 def _refusal(run: Run) -> str:
-    """Return why a run's preflight refused to start it, on one line; "" if it did not."""
+    """Return why a run's preflight refused to start it: the file's first line; "" if it did not."""
     try:
         with run.file(REFUSED_FILE).open(encoding="utf-8", errors="replace") as file:
-            return " ".join(file.read(MOST_REASON).split())
+            return file.readline(MOST_REASON).strip()
     except OSError:
         return ""
 
