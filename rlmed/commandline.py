@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -46,13 +47,16 @@ from rlmed.core.process.display import (
 )
 from rlmed.core.process.starting import loading_libraries
 from rlmed.core.protocols import LOST, ClusterError
-from rlmed.recording.checkpoint import CheckpointError, starting_point
+from rlmed.recording.checkpoint import CheckpointError, list_checkpoints, starting_point
 from rlmed.run_folders import check_writable, new_folder, newest_run, report_fresh_start
 
 log = logging.getLogger(__name__)
 
 FOLDER_KEY = "hydra.run.dir="
 SEARCH_KEY = "hydra.searchpath="
+
+DryRun = Callable[[RunConfig, Path | None, float | None], None]
+"""Tries a configuration, from a checkpoint on, as a command that began at a time would."""
 
 
 def _check_used(program: str) -> None:
@@ -67,16 +71,16 @@ def _check_used(program: str) -> None:
     )
 
 
-def run_command(
-    program: str, main: Callable[[RunConfig, Path], None], dry_run: Callable[[RunConfig], None] | None = None
-) -> None:
+def run_command(program: str, main: Callable[[RunConfig, Path], None], dry_run: DryRun | None = None) -> None:
     """Compose the command line's configuration; call `main(config, run_folder)`, the folder locked.
 
-    With `--dry-run`, call `dry_run(config)` instead: there is no folder.
+    With `--dry-run`, call `dry_run(config, checkpoint, began)` instead, with the checkpoint to
+    resume from and the time of `time.perf_counter` when the command began: there is no folder.
 
     User errors exit with one line and status 2, lost processes with status 3; RLMED_TRACE=1 shows
     tracebacks.
     """
+    began = time.perf_counter()
     keep_display()
     # it warns of each retry; load_config reports the outcome
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -105,7 +109,7 @@ def run_command(
         if flags.help:
             _show_help(program, inspect.getdoc(inspect.getmodule(main)) or "", name, overrides, dry_run is not None)
         elif flags.dry_run:
-            _try(program, name, overrides, flags, dry_run)
+            _try(program, name, overrides, flags, dry_run, began)
         elif flags.multirun:
             sweep_dir = f"hydra.sweep.dir=outputs/${{name}}/sweep_${{now:%Y-%m-%d_%H-%M-%S}}_{os.getpid()}"
             _call_hydra(name, _Job(program, main, notice, held=False), [sweep_dir, *overrides], "--multirun")
@@ -120,16 +124,17 @@ def _try(
     name: str,
     overrides: Sequence[str],
     flags: argparse.Namespace,
-    dry_run: Callable[[RunConfig], None] | None,
+    dry_run: DryRun | None,
+    began: float,
 ) -> None:
     """Call `dry_run` with the configuration; ValueError where it cannot be tried."""
     if dry_run is None or flags.multirun or flags.shown:
         raise ValueError("--dry-run is for one run of rlmed.launch, rlmed.sft or rlmed.evaluate: drop it here")
-    config, _ = _compose(program, name, overrides)
-    if config.resume is not None:
-        raise ValueError(f"resume={config.resume}: --dry-run tries a new run: drop one of them")
+    config, run_dir = _compose(program, name, overrides)
+    folder, _ = _find_folder(config, run_dir, overrides)
+    checkpoint = starting_point(folder, resume=config.resume is not None, trains=program in TRAINING)
     _hide_progress_bars()
-    dry_run(config)
+    dry_run(config, checkpoint, began)
 
 
 def _run_in_folder(program: str, name: str, overrides: Sequence[str], job: _Job) -> None:
@@ -346,22 +351,34 @@ def _choose_folder(program: str, name: str, overrides: Sequence[str]) -> tuple[P
         RecordError: if it cannot be created.
     """
     config, run_dir = _compose(program, name, overrides)
+    folder, new = _find_folder(config, run_dir, overrides)
+    parents = [parent for parent in folder.parents if not parent.exists()]
+    try:
+        if new:
+            return new_folder(folder), parents
+        # check now: Hydra writes there before the program's own code runs
+        starting_point(folder, resume=config.resume is not None, trains=program in TRAINING)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder, parents
+    except OSError as error:
+        raise refusal(folder, error, advice=f"try again, or choose another with {FOLDER_KEY}FOLDER") from error
+
+
+def _find_folder(config: RunConfig, run_dir: str, overrides: Sequence[str]) -> tuple[Path, bool]:
+    """Return the run folder, and whether it is to be a new one; create nothing.
+
+    Says so where `resume=auto` finds nothing to resume.
+    """
     if not run_dir:
         raise ValueError(f"{FOLDER_KEY} is empty: give a folder")
     folder = Path(run_dir).absolute()
-    parents = [parent for parent in folder.parents if not parent.exists()]
     named = any(entry.lstrip("+").startswith(FOLDER_KEY) for entry in overrides)
+    if config.resume is None:
+        return folder, not named
     try:
-        if named:
-            # check now: Hydra writes there before the program's own code runs
-            checkpoint = starting_point(folder, resume=config.resume is not None, trains=program in TRAINING)
-            if config.resume == "auto" and checkpoint is None:
-                report_fresh_start(folder)
-            folder.mkdir(parents=True, exist_ok=True)
-            return folder, parents
-        earlier = newest_run(folder) if config.resume == "auto" else None
-        if config.resume == "auto" and earlier is None:
-            report_fresh_start(folder.parent)
-        return earlier or new_folder(folder), parents
+        earlier = (folder if list_checkpoints(folder / "checkpoints") else None) if named else newest_run(folder)
     except OSError as error:
         raise refusal(folder, error, advice=f"try again, or choose another with {FOLDER_KEY}FOLDER") from error
+    if earlier is None and config.resume == "auto":
+        report_fresh_start(folder if named else folder.parent)
+    return earlier or folder, not (named or earlier)

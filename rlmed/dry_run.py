@@ -22,7 +22,7 @@ from rlmed.evaluation.run import Evaluator
 from rlmed.evaluation_run import open_evaluation
 from rlmed.recording.progress import Progress, duration
 from rlmed.run import Run
-from rlmed.sft_run import open_finetuning
+from rlmed.sft_run import load_state, open_finetuning
 
 STEPS = 3
 """Steps that are tried."""
@@ -32,6 +32,7 @@ SPREAD = 1.5
 """Factor by which the range goes beyond the fastest and slowest step: completions change length,
 and other programs come and go.
 """
+UNCOUNTED = "checkpoints, loggers, report"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +40,9 @@ class Estimate:
     """Seconds of a run, from the steps and answers that were tried."""
 
     start_s: float
-    """Loading, and the check of the first rollouts."""
+    """Loading of libraries, model and data, and the check of the first rollouts."""
     steps: int
+    """Still to do."""
     step_s: Sequence[float]
     """Of each step tried; the first one is slower where something is compiled, or caches fill."""
     answers: int
@@ -72,71 +74,83 @@ class Estimate:
             parts.append(f"{self.steps} steps of {sum(usual) / len(usual):.2f} s")
         if self.answers:
             parts.append(f"{self.answers:,} evaluation answers of {1000 * self.answer_s:.1f} ms")
-        return f"time: about {duration(self.seconds)}, between {low} and {high} ({', '.join(parts)}; checkpoints not counted)"
+        return f"time: about {duration(self.seconds)}, between {low} and {high} ({', '.join(parts)}; not counted: {UNCOUNTED})"
 
 
-def try_training(config: RunConfig) -> None:
-    """Print what `rlmed.launch` would do, and about how long it takes."""
+def try_training(config: RunConfig, checkpoint: Path | None = None, began: float | None = None) -> None:
+    """Print what `rlmed.launch` would do, and about how long it takes.
+
+    Args:
+        config: of the run.
+        checkpoint: of a run to resume, whose folder is only read.
+        began: `time.perf_counter` when the command began; None is now.
+    """
+    began = time.perf_counter() if began is None else began
     with _trying("train", config) as (quiet, folder):
-        begin = time.perf_counter()
         run = Run(quiet, folder)
         try:
-            loaded = time.perf_counter() - begin
-            algo, rows = config.algo, len(run.data.train_examples)
-            groups = config.steps * algo.groups_per_step
+            if checkpoint:
+                run.load_state(checkpoint)
+            loaded = time.perf_counter() - began
+            algo, rows, steps = config.algo, len(run.data.train_examples), max(0, config.steps - run.done)
+            groups = steps * algo.groups_per_step
             evaluations = run.evaluations()
-            if config.eval.at_start and run.data.evals:
+            if config.eval.at_start and run.data.evals and not run.done:
                 evaluations[0] = run.evaluator.count(controls=config.eval.controls)
             more = f", and up to {algo.max_refills} times as many in place of groups without signal"
             _say(
-                f"plan: {config.steps} steps on {rows:,} questions, {groups / rows:.2f} epochs; {groups:,} groups of "
-                f"{algo.group_size}, {groups * algo.group_size:,} completions"
+                f"plan: {_steps(steps, config.steps, checkpoint)} on {rows:,} questions, {groups / rows:.2f} epochs; "
+                f"{groups:,} groups of {algo.group_size}, {groups * algo.group_size:,} completions"
                 + (more if algo.dynamic_sampling and algo.max_refills else "")
             )
             _say_evaluations(evaluations)
             begin = time.perf_counter()
-            step_s, length = run.probe(min(STEPS, config.steps))
+            step_s, length = run.probe(min(STEPS, steps))
             checked = time.perf_counter() - begin - sum(step_s)
-            _say(
-                f"tried: {len(step_s)} steps of {', '.join(f'{s:.2f}' for s in step_s)} s; completions of {length:.0f} "
-                f"tokens, at most {config.rollout.max_tokens}: longer ones take longer"
-            )
+            if step_s:
+                _say(
+                    f"tried: {len(step_s)} steps of {', '.join(f'{s:.2f}' for s in step_s)} s; completions of "
+                    f"{length:.0f} tokens, at most {config.rollout.max_tokens}: longer ones take longer"
+                )
             answer_s = _answer_seconds(run.evaluator) if evaluations else 0.0
         finally:
             run.close()
-        _say(Estimate(loaded + checked, config.steps, step_s, sum(evaluations.values()), answer_s).line())
+        _say(Estimate(loaded + checked, steps, step_s, sum(evaluations.values()), answer_s).line())
 
 
-def try_finetuning(config: RunConfig) -> None:
-    """Print what `rlmed.sft` would do, and about how long it takes."""
+def try_finetuning(config: RunConfig, checkpoint: Path | None = None, began: float | None = None) -> None:
+    """Print what `rlmed.sft` would do, and about how long it takes; arguments as `try_training`."""
+    began = time.perf_counter() if began is None else began
     with _trying("sft", config) as (quiet, folder):
-        begin = time.perf_counter()
         opened = open_finetuning(quiet, folder)
         with opened.parts.resources:
-            loaded, step_s = time.perf_counter() - begin, []
+            done = int(load_state(checkpoint, config, opened.data, opened.parts)["step"]) if checkpoint else 0
+            loaded, step_s = time.perf_counter() - began, []
             batches, rows = opened.batches, len(opened.data.train_examples)
-            _say(f"plan: {batches.steps} steps on {rows:,} rows, {config.sft.epochs:g} epochs")
+            steps = max(0, batches.steps - done)
+            _say(f"plan: {_steps(steps, batches.steps, checkpoint)} on {rows:,} rows, {config.sft.epochs:g} epochs")
             evaluator = opened.evaluator(folder, None)
             answers = evaluator.count(controls=config.eval.controls)
-            ends = {0: config.eval.at_start, batches.steps: config.eval.at_end}
+            ends = {0: config.eval.at_start and not done, batches.steps: config.eval.at_end}
             evaluations = {step: answers for step, wanted in ends.items() if wanted and answers}
             _say_evaluations(evaluations)
             answer_s = _answer_seconds(evaluator) if evaluations else 0.0
-            for step in range(min(STEPS, batches.steps)):
+            for step in range(done, done + min(STEPS, steps)):
                 begin = time.perf_counter()
                 opened.parts.learner.step(batches.batch(step))
                 step_s.append(time.perf_counter() - begin)
-        _say(f"tried: {len(step_s)} steps of {', '.join(f'{s:.2f}' for s in step_s)} s")
-        _say(Estimate(loaded, batches.steps, step_s, sum(evaluations.values()), answer_s).line())
+        if step_s:
+            _say(f"tried: {len(step_s)} steps of {', '.join(f'{s:.2f}' for s in step_s)} s")
+        _say(Estimate(loaded, steps, step_s, sum(evaluations.values()), answer_s).line())
 
 
-def try_evaluation(config: RunConfig) -> None:
-    """Print what `rlmed.evaluate` would do, and about how long it takes."""
+def try_evaluation(config: RunConfig, began: float | None = None) -> None:
+    """Print what `rlmed.evaluate`, begun at `began`, would do, and about how long it takes."""
+    began = time.perf_counter() if began is None else began
     with _trying("evaluate", config) as (quiet, folder):
-        begin = time.perf_counter()
         evaluator, sampling = open_evaluation(quiet, folder, Progress(), build_sampling)
         with sampling.resources:
-            loaded, answers = time.perf_counter() - begin, evaluator.count(controls=config.eval.controls)
+            loaded, answers = time.perf_counter() - began, evaluator.count(controls=config.eval.controls)
             _say_evaluations({0: answers})
             answer_s = _answer_seconds(evaluator)
         _say(Estimate(loaded, 0, (), answers, answer_s).line())
@@ -176,6 +190,11 @@ def _answer_seconds(evaluator: Evaluator) -> float:
     files = [dataclasses.replace(file, examples=file.examples[:share]) for file in evaluator.files]
     small = dataclasses.replace(evaluator, files=files)
     return small.evaluate(0, controls=False).seconds / small.count(controls=False)
+
+
+def _steps(left: int, steps: int, checkpoint: Path | None) -> str:
+    """Return how many steps are left to do, from which checkpoint on."""
+    return f"{left} of {steps} steps, resumed from {checkpoint}," if checkpoint else f"{steps} steps"
 
 
 def _say_evaluations(evaluations: dict[int, int]) -> None:

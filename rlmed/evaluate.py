@@ -27,11 +27,11 @@ def main(config: RunConfig, folder: Path) -> None:
     evaluate(config, folder)
 
 
-def dry_run(config: RunConfig) -> None:
+def dry_run(config: RunConfig, checkpoint: Path | None = None, began: float | None = None) -> None:
     """Print what the command would do, and about how long it takes."""
     with loading_libraries():
         from rlmed.dry_run import try_evaluation
-    try_evaluation(config)
+    try_evaluation(config, began)
 
 
 if __name__ == "__main__":

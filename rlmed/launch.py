@@ -21,11 +21,11 @@ def main(config: RunConfig, folder: Path) -> None:
     Run(config, folder).execute()
 
 
-def dry_run(config: RunConfig) -> None:
-    """Print what the command would do, and about how long it takes."""
+def dry_run(config: RunConfig, checkpoint: Path | None = None, began: float | None = None) -> None:
+    """Print what the command would do from `checkpoint` on, and about how long it takes."""
     with loading_libraries():
         from rlmed.dry_run import try_training
-    try_training(config)
+    try_training(config, checkpoint, began)
 
 
 if __name__ == "__main__":

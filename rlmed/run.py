@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -184,9 +185,11 @@ class Run:
     def probe(self, steps: int) -> tuple[list[float], float]:
         """Check the first rollouts, run a few steps; return their seconds, tokens of completions.
 
-        Writes no checkpoint; `close` ends the run.
+        They follow those of `load_state`, if that was called. Writes no checkpoint; `close` ends the
+        run.
         """
-        self._preflight()
+        if self.done == 0:
+            self._preflight()
         ends, lengths = [time.perf_counter()], [0.0]
 
         def after_step(result: StepResult) -> None:
@@ -200,8 +203,8 @@ class Run:
             self.cluster.learner,
             self.buffer,
             self.advantages,
-            done=0,
-            steps=steps,
+            done=self.done,
+            steps=self.done + steps,
             tracer=self.tracer,
             after_step=after_step,
         )
@@ -237,27 +240,37 @@ class Run:
             if config.eval.at_end and self.data.evals:
                 self._evaluate(config.steps, controls=config.eval.controls)
 
-    def _restore(self, checkpoint: Path) -> None:
+    def load_state(self, checkpoint: Path) -> dict[str, Any]:
+        """Go on from a checkpoint of this run, or of another folder's to try it; return its state.
+
+        Raises:
+            ValueError: if that run had other settings or data.
+        """
+        folder = checkpoint.parents[1]
         saved = read_state(checkpoint)
         if "loop" not in saved:
             raise CheckpointError(f"{checkpoint} was written by rlmed.sft: resume it with that command")
-        check_same_run(self.folder / CONFIG_FILE, self.config, unused=("sft",))
-        check_same_data(self.folder, self.data.files)
+        check_same_run(folder / CONFIG_FILE, self.config, unused=("sft",))
+        check_same_data(folder, self.data.files)
         loop = saved["loop"]
         self.done = loop["step"]
         self.buffer.restore(loop["cursor"], loop["pending"])
         # earlier versions wrote the running standard deviations of rewards as "spread"
         self.advantages.restore(loop["spread"]["moments"] if "spread" in loop else loop["reward_std"])
         self.stream.restore(saved["stream"])
-        self.recorder.truncate(saved["offsets"])
-        remove_later_records(self.folder, self.done)
         self.cluster.learner.load(checkpoint)
         self.cluster.learner.push_weights(self.cluster.pool)
+        return saved
+
+    def _restore(self, checkpoint: Path) -> None:
+        saved = self.load_state(checkpoint)
+        self.recorder.truncate(saved["offsets"])
+        remove_later_records(self.folder, self.done)
         evaluates = bool(self.data.evals) and self.config.eval.at_end
         self.progress.resuming(self.done, self.config.steps, checkpoint, evaluates=evaluates)
-        if loop["pending"]:
+        if pending := saved["loop"]["pending"]:
             self.progress.message(
-                f"{len(loop['pending'])} groups were in flight and are sampled again with the current weights: with "
+                f"{len(pending)} groups were in flight and are sampled again with the current weights: with "
                 "algo.max_staleness above 0, a resumed run is not bitwise identical to an uninterrupted one"
             )
 

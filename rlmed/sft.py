@@ -25,11 +25,11 @@ def main(config: RunConfig, folder: Path) -> None:
     finetune(config, folder)
 
 
-def dry_run(config: RunConfig) -> None:
-    """Print what the command would do, and about how long it takes."""
+def dry_run(config: RunConfig, checkpoint: Path | None = None, began: float | None = None) -> None:
+    """Print what the command would do from `checkpoint` on, and about how long it takes."""
     with loading_libraries():
         from rlmed.dry_run import try_finetuning
-    try_finetuning(config)
+    try_finetuning(config, checkpoint, began)
 
 
 if __name__ == "__main__":

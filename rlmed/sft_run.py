@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from learner.packing import PackItem
 from learner.supervised import written_item
@@ -233,12 +234,22 @@ def _restore(
         remove_earlier_attempt(folder)
         recorder.truncate({})
         return 0
-    saved = read_state(checkpoint)
+    saved = load_state(checkpoint, config, data, parts)
+    recorder.truncate(saved["offsets"])
+    remove_later_records(folder, int(saved["step"]))
+    return int(saved["step"])
+
+
+def load_state(checkpoint: Path, config: RunConfig, data: Dataset, parts: Finetuning) -> dict[str, Any]:
+    """Load a checkpoint's weights into the learner; return its state.
+
+    Raises:
+        ValueError: if the run of the checkpoint's folder had other settings or data.
+    """
+    folder, saved = checkpoint.parents[1], read_state(checkpoint)
     if "step" not in saved:
         raise CheckpointError(f"{checkpoint} was written by rlmed.launch: resume it with that command")
     check_same_run(folder / CONFIG_FILE, config, unused=("steps", "algo", "reward", "rollout"))
     check_same_data(folder, data.files)
-    recorder.truncate(saved["offsets"])
-    remove_later_records(folder, int(saved["step"]))
     parts.learner.load(checkpoint)
-    return int(saved["step"])
+    return saved

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -16,6 +18,8 @@ from rlmed.dry_run import Estimate
 pytestmark = pytest.mark.slow
 
 Config = Callable[..., RunConfig]
+SMALL = ["algo.group_size=2", "algo.groups_per_step=2", "algo.dynamic_sampling=false", "rollout.max_tokens=6"]
+SMALL += ["preflight.enabled=false"]
 
 
 @pytest.fixture
@@ -46,7 +50,7 @@ def test_a_command_is_tried_and_leaves_nothing(
     assert re.search(r"^memory in GiB: about \d", out, re.MULTILINE)
     assert re.search(r"^time: about \w+, between \w+ and \w+ ", out, re.MULTILINE)
     assert "  steps: 7 (default 300)\n" in out
-    assert "checkpoints not counted)" in out
+    assert f"not counted: {dry_run.UNCOUNTED})" in out
     assert list((tmp_path / "work").iterdir()) == []
     assert list((tmp_path / "temporary").iterdir()) == []
 
@@ -69,10 +73,48 @@ def test_an_estimate_has_steps_and_evaluations() -> None:
     assert estimate.range == pytest.approx(((10 + 200 + 5) / dry_run.SPREAD, (10 + 500 + 5) * dry_run.SPREAD))
 
 
+@pytest.mark.parametrize(("module", "lasts"), [(launch, "steps"), (sft, "sft.epochs")])
+def test_a_resumed_run_is_tried_from_its_checkpoint_on(
+    module: ModuleType,
+    lasts: str,
+    random_model: Path,
+    write_rows: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = [f"model.path={random_model}", "data=jsonl", f"data.train={write_rows('train')}", "name=again"]
+    settings += [f"data.eval=[{write_rows('test')}]", "cluster.threads=1", "eval.max_tokens=6"]
+    settings += ["sft.batch_size=5"] if module is sft else SMALL
+
+    def call(*arguments: str) -> str:
+        monkeypatch.setattr("sys.argv", ["command", *settings, *arguments])
+        run_command("train" if module is launch else "sft", module.main, module.dry_run)
+        return capsys.readouterr().out
+
+    def contents() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+    call(f"{lasts}=1", f"hydra.run.dir={tmp_path / 'run' / 'first'}")
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # Hydra's, which write the first run's log
+    before, checkpoints = contents(), sorted((tmp_path / "run/first/checkpoints").iterdir())
+    done = int(checkpoints[-1].name.removeprefix("step-"))
+    for steps in (3, 1):
+        out = call("--dry-run", f"{lasts}={steps}", f"resume={tmp_path / 'run/first'}")
+        left = (steps - 1) * done
+        assert f"plan: {left} of {steps * done} steps, resumed from {checkpoints[-1]}" in out
+        assert ("tried: " in out) == (left > 0)
+        assert re.search(rf"^evaluation answers: \d+ \(after step {steps * done} \d+\)$", out, re.MULTILINE)
+        assert contents() == before
+    out = call("--dry-run", f"{lasts}=1", "resume=auto")
+    assert "resume=auto: nothing to resume in " in out
+    assert contents() == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        (["resume=auto"], "resume=auto: .*new run"),
         (["--multirun", "seed=0,1"], "--dry-run is for one run"),
         (["--cfg", "job"], "--dry-run is for one run"),
     ],
