@@ -119,7 +119,7 @@ def try_training(config: RunConfig, checkpoint: Path | None = None, began: float
 
 
 def try_finetuning(config: RunConfig, checkpoint: Path | None = None, began: float | None = None) -> None:
-    """Print what `rlmed.sft` would do, and about how long it takes; arguments as `try_training`."""
+    """Print what `rlmed.sft` would do, and its time; arguments as `try_training`."""
     began = time.perf_counter() if began is None else began
     with _trying("sft", config) as (quiet, folder):
         opened = open_finetuning(quiet, folder)

@@ -185,8 +185,7 @@ class Run:
     def probe(self, steps: int) -> tuple[list[float], float]:
         """Check the first rollouts, run a few steps; return their seconds, tokens of completions.
 
-        They follow those of `load_state`, if that was called. Writes no checkpoint; `close` ends the
-        run.
+        They go on from `load_state`, if that was called. No checkpoint is written; `close` ends it.
         """
         if self.done == 0:
             self._preflight()
