@@ -36,7 +36,7 @@ BRIEF = ["--max-tokens", "8"]
 
 RUN: dict[str, list[str]] = {
     "prepare csv --source questions.csv --out data/mine --column question=Frage": [],
-    "prepare csv --source questions.csv --out data/mine": [],
+    "prepare csv --source questions.csv --out data/mine": ["--overwrite"],
     "init mine --data data/mine/train.jsonl --eval data/mine/test.jsonl --yes": [],
     "launch --config-dir mine/conf +experiment=mine --dry-run": [*SMALL, "steps=1"],
     "launch --config-dir mine/conf +experiment=mine": AGAIN,
