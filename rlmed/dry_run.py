@@ -27,7 +27,12 @@ from rlmed.sft_run import load_state, open_finetuning
 STEPS = 3
 """Steps that are tried."""
 ANSWERS = 128
-"""Evaluation answers that are tried at most: as many as are in flight at a time."""
+"""Evaluation answers that are tried: as many as are in flight at a time."""
+MORE_ANSWERS = 3
+"""Times as many are tried next, if the first took less than `LONG_S`: no caches fill then, and places
+that short answers leave are taken again.
+"""
+LONG_S = 10.0
 SPREAD = 1.5
 """Factor by which the range goes beyond the fastest and slowest step: completions change length,
 and other programs come and go.
@@ -186,10 +191,17 @@ class _Said(logging.Handler):
 
 def _answer_seconds(evaluator: Evaluator) -> float:
     """Return the seconds per answer of a small evaluation, without controls."""
-    share = math.ceil(ANSWERS / len(evaluator.files))
-    files = [dataclasses.replace(file, examples=file.examples[:share]) for file in evaluator.files]
-    small = dataclasses.replace(evaluator, files=files)
-    return small.evaluate(0, controls=False).seconds / small.count(controls=False)
+    seconds = 0.0
+    for first, last in ((0, ANSWERS), (ANSWERS, (1 + MORE_ANSWERS) * ANSWERS)):
+        begin, end = (math.ceil(place / len(evaluator.files)) for place in (first, last))
+        files = [dataclasses.replace(file, examples=file.examples[begin:end]) for file in evaluator.files]
+        small = dataclasses.replace(evaluator, files=[file for file in files if file.examples])
+        if small.files:
+            took = small.evaluate(0, controls=False).seconds
+            seconds = took / small.count(controls=False)
+            if took > LONG_S:
+                break
+    return seconds
 
 
 def _steps(left: int, steps: int, checkpoint: Path | None) -> str:

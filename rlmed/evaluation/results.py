@@ -148,16 +148,23 @@ def evaluated_in(folder: Path, step: int) -> EvalSummary | None:
         return None
 
 
+def evaluation_folders(folder: Path) -> list[Path]:
+    """Return the evaluations in a folder of step folders, which may be missing, by step."""
+    found = [path.parent for path in folder.glob(f"step-*/{SUMMARY_FILE}") if path.is_file()]
+    # not by name: a step of seven digits comes after one of six
+    return sorted(found, key=lambda path: (len(path.name), path.name))
+
+
 def last_evaluation(run_folder: Path) -> Path:
     """Return the folder of a run's last evaluation.
 
     Raises:
         ValueError: if it has none.
     """
-    folders = [path.parent for path in (run_folder / "evaluations").glob(f"step-*/{SUMMARY_FILE}")]
+    folders = evaluation_folders(run_folder / "evaluations")
     if not folders:
         raise ValueError(f"no evaluation in {run_folder}: give a run with data.eval and eval.at_end=true")
-    return max(folders, key=lambda path: int(path.name.removeprefix("step-")))
+    return folders[-1]
 
 
 def write_evaluation(folder: Path, summary: EvalSummary, rows: Iterable[EvalRow]) -> Path:

@@ -11,7 +11,7 @@ from rlmed.evaluation.faithfulness import Faithfulness, read_faithfulness
 from rlmed.evaluation.kits.rule_scores import RuleScore, read_scores
 from rlmed.evaluation.records import EvalRow
 from rlmed.evaluation.reliability.results import ReliabilitySummary
-from rlmed.evaluation.results import SUMMARY_FILE, EvalSummary, last_evaluation, read_comparison, read_rows
+from rlmed.evaluation.results import EvalSummary, evaluation_folders, last_evaluation, read_comparison, read_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Evaluations:
         Raises:
             ValueError: if a file is damaged, or the baseline has no evaluation.
         """
-        folders = sorted(path for path in folder.glob("step-*") if (path / SUMMARY_FILE).is_file())
+        folders = evaluation_folders(folder)
         ends = folders[:1] + folders[-1:] if len(folders) > 1 else folders
         rows = [tuple(read_rows(path)) for path in ends]
         measured = [found for path in folders if (found := ReliabilitySummary.read(path))]

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from rlmed.core.files.exclusive import HELD_FILE, OWNER_FILE
 from rlmed.core.files.ownership import Owner
 from rlmed.core.tracing import TIMELINE_LINES
-from rlmed.evaluation.results import SUMMARY_FILE, EvalSummary
+from rlmed.evaluation.results import SUMMARY_FILE, EvalSummary, evaluation_folders
 from rlmed.recording.inputs import CONFIG_FILE, VERSIONS_FILE
 from rlmed.recording.recorder import METRICS_FILE, REFUSED_FILE, ROLLOUTS_FILE
 from rlmed.report.headline import WINDOW, headline
@@ -82,11 +82,11 @@ class Run:
         return path if inside and (stat.S_ISREG(mode) or stat.S_ISDIR(mode)) else self.folder / ".elsewhere"
 
     def evaluations(self) -> list[Path]:
-        """Return the folders of its evaluations that have a summary, by name."""
+        """Return the folders of its evaluations that have a summary, by step."""
         return [
-            summary.parent
-            for summary in sorted(self.file(EVALUATIONS).glob(f"step-*/{SUMMARY_FILE}"))
-            if self.file(f"{EVALUATIONS}/{summary.parent.name}/{SUMMARY_FILE}").is_file()
+            folder
+            for folder in evaluation_folders(self.file(EVALUATIONS))
+            if self.file(f"{EVALUATIONS}/{folder.name}/{SUMMARY_FILE}").is_file()
         ]
 
 

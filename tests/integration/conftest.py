@@ -133,6 +133,8 @@ def ray_session() -> Iterator[dict[str, str]]:
             resources={"scanner": 2},
             runtime_env=worker_environment({}, here=True),
         )
+        for name in mark:  # what later tests start in this process is not Ray's
+            patch.delenv(name)
         yield mark
         ray.shutdown()
         wait_until(lambda: not marked(mark), 120, "Ray's processes end")

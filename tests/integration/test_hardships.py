@@ -118,7 +118,7 @@ def test_no_more_room_while_images_are_generated(tmp_path: Path) -> None:
     assert status == 2
     assert err.startswith(f"error: {tmp_path}/outputs/phantom-0 cannot be written: File too large")
     assert len(err.splitlines()) == 1
-    assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["run"]
+    assert not (tmp_path / "outputs").exists()
 
 
 @pytest.mark.slow

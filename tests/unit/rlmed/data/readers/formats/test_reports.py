@@ -105,7 +105,7 @@ def test_parquet_with_images_inside_and_lists_of_references(folder: Path) -> Non
         ("image,text", [], "no column for report: name it with --column report=NAME"),
         ("image,report", ["report=Befund"], "report=Befund"),
         ("picture,report", [], "no column for image"),
-        ("image,report", ["answer=report"], "--column answer=report: write"),
+        ("image,report", ["answer=report"], "did you mean --column report=answer"),
     ],
 )
 def test_a_column_that_is_missing_is_named(folder: Path, header: str, column: list[str], message: str) -> None:
