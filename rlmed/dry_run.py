@@ -29,8 +29,8 @@ STEPS = 3
 ANSWERS = 128
 """Evaluation answers that are tried: as many as are in flight at a time."""
 MORE_ANSWERS = 3
-"""Times as many are tried next, if the first took less than `LONG_S`: no caches fill then, and places
-that short answers leave are taken again.
+"""Times as many are tried next, if the first took less than `LONG_S`: no caches fill then, and the
+places that short answers leave are taken again.
 """
 LONG_S = 10.0
 SPREAD = 1.5
