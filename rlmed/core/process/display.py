@@ -75,6 +75,10 @@ def address_limit() -> int | None:
     return None if limit == resource.RLIM_INFINITY else limit
 
 
+KERNEL = "JPY_PARENT_PID"
+"""Environment variable of Jupyter's kernels, and of commands that they start."""
+
+
 def one_line(error: BaseException) -> str:
     """Return an error's message on one line."""
     said = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
@@ -87,12 +91,13 @@ def output() -> Console:
     """Return stdout as a console for tables and progress.
 
     In a notebook it is plain text: one output that grows, without escape codes, and not a block of
-    HTML a line.
+    HTML a line. So it is in a command that a cell starts with `!`: it has a terminal, but of what moves
+    the cursor, Jupyter shows only the letters.
     """
     from rich.console import Console
 
     console = Console(highlight=False)
-    if console.is_jupyter:
+    if console.is_jupyter or KERNEL in os.environ:
         return Console(highlight=False, force_jupyter=False, force_terminal=False, color_system=None)
     return console
 

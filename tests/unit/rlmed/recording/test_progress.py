@@ -149,13 +149,18 @@ def test_the_live_display_fits_the_terminal(clock, width, known):
         assert fact in shown.get(), "no fact is cut or parted"
 
 
-def test_a_notebook_gets_plain_lines_without_escape_codes_or_html(monkeypatch, capsys):
+@pytest.mark.parametrize("started_by", ["cell", "command of a cell"])
+def test_a_notebook_gets_plain_lines_without_escape_codes_or_html(monkeypatch, capsys, started_by):
     class ZMQInteractiveShell:
         """Its name is what a notebook is known by."""
 
-    monkeypatch.setattr("builtins.get_ipython", ZMQInteractiveShell, raising=False)
     monkeypatch.setenv("FORCE_COLOR", "1")
-    assert Console().is_jupyter
+    if started_by == "cell":
+        monkeypatch.setattr("builtins.get_ipython", ZMQInteractiveShell, raising=False)
+        assert Console().is_jupyter
+    else:
+        monkeypatch.setenv("JPY_PARENT_PID", "1")
+        assert Console().is_terminal
     with Progress() as progress:
         progress.start(2, 0)
         progress.step(2, METRICS)
