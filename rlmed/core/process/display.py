@@ -91,8 +91,8 @@ def output() -> Console:
     """Return stdout as a console for tables and progress.
 
     In a notebook it is plain text: one output that grows, without escape codes, and not a block of
-    HTML a line. So it is in a command that a cell starts with `!`: it has a terminal, but of what moves
-    the cursor, Jupyter shows only the letters.
+    HTML a line. So it is in a command that a cell starts with `!`: it has a terminal, but of what
+    moves the cursor, Jupyter shows only the letters.
     """
     from rich.console import Console
 
