@@ -172,7 +172,7 @@ def _trying(program: str, config: RunConfig) -> Iterator[tuple[RunConfig, Path]]
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    quiet = dataclasses.replace(config, loggers=(), debug=dataclasses.replace(config.debug, record=False))
+    quiet = dataclasses.replace(config, loggers=())
     try:
         with TemporaryDirectory(prefix="rlmed-dry-run-") as folder:
             yield quiet, Path(folder)

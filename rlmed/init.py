@@ -16,6 +16,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -130,10 +131,10 @@ def experiment(arguments: argparse.Namespace, rows: Sequence[Example], task: str
         "data.eval": evals,
         **lengths,
         **found.keys,
-    } | ({"model.dtype": "bfloat16"} if memory else {})
+    } | ({"model.dtype": "bfloat16"} if memory else {"model.device": "cpu"})
     groups = {"data": "jsonl", "reward": reward} | found.groups
     defaults = "".join(f"  - override /{group}: {option}\n" for group, option in groups.items())
-    where = "this machine" if memory is None else f"GPUs of {arguments.gpu_memory} GiB"
+    where = "this machine's CPU" if memory is None else f"GPUs of {arguments.gpu_memory} GiB"
     return (
         f"# @package _global_\n# Chosen for {where}: about {found.bytes / GIB:.1f} GiB a process, by the estimate of "
         f"rlmed.\n# {EPOCHS} epochs of {len(rows)} questions (task: {task}). Change what you like.\n"
@@ -181,9 +182,10 @@ def gpus_of(text: str) -> tuple[int, float | None]:
     Raises:
         ValueError: for anything else.
     """
-    if text == "none":
+    plain = text.strip().lower()
+    if plain == "none":
         return 1, None
-    form = re.fullmatch(r"(8x)?(\d{1,4}(?:\.\d+)?)", text.strip())
+    form = re.fullmatch(r"(8x)?(\d{1,4}(?:\.\d+)?)(?: *gi?b)?", plain)
     if form is None or float(form[2]) == 0:
         raise ValueError(f"--gpu-memory {text}: give the GiB of the GPU ({MEMORY})")
     return 8 if form[1] else 1, float(form[2])
@@ -217,6 +219,9 @@ def write_folder(folder: Path, files: dict[str, str]) -> list[str]:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(files[name], encoding="utf-8")
         except OSError as error:
+            for written in names[: names.index(name) + 1]:  # the command, run again, would refuse them
+                with suppress(OSError):
+                    (folder / written).unlink(missing_ok=True)
             raise refusal(path, error, advice="run the command again, or name another folder") from error
     return names
 

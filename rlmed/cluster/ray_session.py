@@ -56,7 +56,7 @@ def worker_environment(chosen: Mapping[str, Any], *, here: bool) -> dict[str, An
         # would never start
         environment["py_executable"] = shlex.quote(sys.executable)
     if not here:  # they have the environment and the working directory of `ray start`
-        environment["env_vars"] = {**environment_of_workers(), **chosen.get("env_vars", {})}
+        environment["env_vars"] = {**environment_of_workers(), **(chosen.get("env_vars") or {})}
         chosen = {key: value for key, value in chosen.items() if key != "env_vars"}
     return copy.deepcopy({**environment, **chosen})  # Ray changes it
 

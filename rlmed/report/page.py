@@ -42,7 +42,7 @@ from rlmed.report.rollouts import Pictures, show_groups, show_rows
 REPORT_FILE = "report.html"
 TEMPLATE, SCRIPT, SHEET = "report.html.j2", "report.js", "report.css"
 ASSETS = Path(__file__).parent / "assets"
-MOST_CONFIG = 2**20
+MOST_CONFIG = 2**16
 """Characters of a run's configuration."""
 TILES = 4
 """Most files with a headline accuracy; all are in the table."""
@@ -141,6 +141,11 @@ def _asset(environment: Environment, name: str) -> Markup:
     return Markup(environment.loader.get_source(environment, name)[0].strip())
 
 
+def _start(path: Path, characters: int) -> str:
+    with path.open(encoding="utf-8") as file:
+        return file.read(characters)
+
+
 def read_config(path: Path) -> tuple[str, dict[Any, Any]]:
     """Return a run's configuration as text and as a mapping; empty without the file.
 
@@ -148,10 +153,12 @@ def read_config(path: Path) -> tuple[str, dict[Any, Any]]:
         ValueError: if it is damaged.
     """
     try:
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        text = _start(path, MOST_CONFIG + 1) if path.exists() else ""
+        if len(text) > MOST_CONFIG:
+            raise ValueError(f"{path} is no run's configuration: it has more than {MOST_CONFIG} characters")
         # an alias stands for what may itself have aliases: a few lines would fill the memory
-        if len(text) > MOST_CONFIG or any(isinstance(one, yaml.AliasEvent) for one in yaml.parse(text)):
-            raise ValueError(f"{path} is no run's configuration: it has aliases, or more than {MOST_CONFIG} characters")
+        if any(isinstance(one, yaml.AliasEvent) for one in yaml.parse(text)):
+            raise ValueError(f"{path} is no run's configuration: it has aliases")
         config = OmegaConf.to_container(OmegaConf.create(text))
     except (UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f"{path} is damaged, not valid YAML ({one_line(error)}): copy its folder again") from error

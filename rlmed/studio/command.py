@@ -18,7 +18,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PORT, LAST_PORT = 8642, 65535
 TOKEN = "RLMED_STUDIO_TOKEN"
 """Environment variable: arguments of a command can be read by all users of a machine."""
-TOKEN_BYTES = 24
+TOKEN_BYTES, LEAST_TOKEN = 24, 16
 INSTALL = "pip install -c requirements.lock -e '.[studio]' in rlmed's checkout"
 MISSING = "rlmed.studio needs starlette and uvicorn ({error}): " + INSTALL
 
@@ -39,6 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folders = [_folder(path) for path in parsed.folders or [Path("outputs")]]
         settle_tasks(parsed.extra_tasks, parsed.synonyms, key="--extra-tasks")
         token = None if parsed.no_token else os.environ.get(TOKEN, "").strip() or secrets.token_urlsafe(TOKEN_BYTES)
+        if token is not None and len(token) < LEAST_TOKEN:
+            raise ValueError(
+                f"{TOKEN} has {len(token)} characters: give at least {LEAST_TOKEN}, or unset it for a random one"
+            )
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
         try:
             from rlmed.studio.server import serve
@@ -47,7 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if (error.name or "").split(".")[0] not in ("starlette", "uvicorn", "anyio", "multipart"):
                 raise
             raise ValueError(MISSING.format(error=error)) from error
-        images = [_folder(path) for path in parsed.images]
+        images = [
+            _folder(path, f"--images {path} is not a folder: name one that holds pictures") for path in parsed.images
+        ]
         if (here := Path.cwd()) != Path(here.anchor):
             images.append(here)
         cache = parsed.cache or cache_folder()

@@ -38,8 +38,8 @@ class Pictures:
         for number, path in enumerate(paths):
             place = _place(path)
             shown = place is not None and self._holds(place)
-            there = place is not None and shown and place.is_file()
-            elsewhere = None if place is None or shown else str(place.parent)
+            there = place is not None and shown and os.path.isfile(place)
+            elsewhere = str(place.parent) if place is not None and not shown and os.path.isfile(place) else None
             described.append({"number": number, "there": there, "elsewhere": elsewhere})
         return described
 
@@ -55,7 +55,7 @@ class Pictures:
         """
         side = SIDES[request.query_params.get("size", "small")]
         place = _place(path)
-        if place is None or not self._holds(place) or not place.is_file():
+        if place is None or not self._holds(place) or not os.path.isfile(place):
             raise FileNotFoundError(path)
         file = place.stat()
         # asked for again each time: another run's picture may come to have the same address
@@ -71,7 +71,7 @@ class Pictures:
 def _place(path: str) -> Path | None:
     """Return where a path leads; None for one that no file can have."""
     try:
-        return Path(os.path.realpath(path))
+        return Path(os.path.realpath(path)) if path else None
     except (OSError, ValueError):
         return None
 

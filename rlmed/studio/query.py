@@ -37,7 +37,7 @@ class Filters:
     words: str = ""
     """All of them occur in question, options or completion, each as the beginning of a word.
 
-    One of a single letter is a whole word; Chinese and Japanese words occur anywhere.
+    One of a single Latin letter is a whole word; Chinese and Japanese words occur anywhere.
     """
     step_from: int | None = None
     step_to: int | None = None
@@ -119,7 +119,7 @@ def _conditions(connection: sqlite3.Connection, filters: Filters) -> tuple[str, 
         # quoted, so that none is an operator of the search; once, for the number and for the page
         connection.execute("CREATE TEMP TABLE IF NOT EXISTS matches (id INTEGER PRIMARY KEY)")
         connection.execute("DELETE FROM matches")
-        matching = " ".join(f'"{apart(word)}"{"*" if len(word) > 1 else ""}' for word in words)
+        matching = " ".join(f'"{apart(word)}"{"" if len(word) == 1 and word.isascii() else "*"}' for word in words)
         connection.execute("INSERT INTO matches SELECT rowid FROM texts WHERE texts MATCH ?", (matching,))
         conditions.append("id IN matches")
     elif filters.words:  # signs alone, which the index has none of

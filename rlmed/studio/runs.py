@@ -26,7 +26,7 @@ from rlmed.evaluation.results import SUMMARY_FILE, EvalSummary, evaluation_folde
 from rlmed.recording.inputs import CONFIG_FILE, VERSIONS_FILE
 from rlmed.recording.recorder import METRICS_FILE, REFUSED_FILE, ROLLOUTS_FILE
 from rlmed.report.headline import WINDOW, headline
-from rlmed.report.page import REPORT_FILE
+from rlmed.report.page import MOST_CONFIG, REPORT_FILE
 from rlmed.studio.tails import last_line, lines_backwards
 
 State = Literal["running", "finished", "refused", "stopped", "killed", "silent"]
@@ -343,7 +343,8 @@ def _owner(run: Run) -> Owner | None:
 
 def _planned(run: Run) -> int | None:
     try:
-        found = _STEPS.search(run.file(CONFIG_FILE).read_bytes())
+        with run.file(CONFIG_FILE).open("rb") as file:
+            found = _STEPS.search(file.read(MOST_CONFIG))
     except OSError:
         return None
     return int(found[1]) if found else None

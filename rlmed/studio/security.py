@@ -6,8 +6,6 @@ browser: by a name that it has point at 127.0.0.1 (DNS rebinding), or by a form 
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import ipaddress
 import secrets
 from collections.abc import Iterable
@@ -36,22 +34,6 @@ HEADERS = {
 OPEN = "Open the address that `python -m rlmed.studio` printed: it holds the token of this run of the studio.\n"
 
 
-def cookie_name(token: str) -> str:
-    """Return the name of the cookie that holds a token.
-
-    A browser sends a host's cookies to all of its ports, so two studios need two names.
-    """
-    return f"rlmed_studio_{hashlib.sha256(token.encode()).hexdigest()[:12]}"
-
-
-def _session(token: str) -> str:
-    """Return what the cookie holds.
-
-    Not the token: a browser sends a host's cookies to all of its ports, other people's too.
-    """
-    return hmac.digest(token.encode(), b"rlmed studio", "sha256").hex()
-
-
 class Guard:
     """Middleware that answers a request only if host, origin and token are right.
 
@@ -66,7 +48,8 @@ class Guard:
     def __init__(self, app: ASGIApp, token: str | None, names: Iterable[str], *, any_address: bool = False) -> None:
         self._app = app
         self._token = token
-        self._session = "" if token is None else _session(token)
+        # not the token: a browser sends a host's cookies to all of its ports
+        self.cookie, self._session = f"rlmed_studio_{secrets.token_hex(6)}", secrets.token_urlsafe(32)
         self._names = frozenset(names)
         self._any_address = any_address
 
@@ -104,7 +87,7 @@ class Guard:
         given = request.query_params.get("token")
         if given is not None and request.scope["type"] == "http" and request.scope["method"] in SAFE:
             return self._let_in(request, given)
-        if _equal(request.cookies.get(cookie_name(self._token), ""), self._session):
+        if _equal(request.cookies.get(self.cookie, ""), self._session):
             return None
         return PlainTextResponse(OPEN, 401)
 
@@ -130,7 +113,7 @@ class Guard:
         # one slash: "//name" would be another host
         path = "/" + request.url.path.lstrip("/\\")
         answer = RedirectResponse(f"{path}?{rest}" if rest else path, 303)
-        answer.set_cookie(cookie_name(self._token), self._session, httponly=True, samesite="strict", path="/")
+        answer.set_cookie(self.cookie, self._session, httponly=True, samesite="strict", path="/")
         return answer
 
 

@@ -8,6 +8,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
+from urllib.parse import quote
 
 import uvicorn
 from starlette.applications import Starlette
@@ -92,7 +93,8 @@ def greeting(address: str, port: int, token: str | None) -> str:
     """
     parsed = ipaddress.ip_address(address)
     shown = "localhost" if parsed.is_unspecified else f"[{address}]" if parsed.version == 6 else address
-    said = f"studio: http://{shown}:{port}/{'' if token is None else f'?token={token}'}\n"
+    secret = "" if token is None else f"?token={quote(token, safe='')}"
+    said = f"studio: http://{shown}:{port}/{secret}\n"
     if not parsed.is_loopback:
         said += (
             "studio: open to the network, and traffic is not encrypted: who can listen reads all of it, the token "

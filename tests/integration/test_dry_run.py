@@ -86,7 +86,7 @@ def test_a_resumed_run_is_tried_from_its_checkpoint_on(
     monkeypatch.chdir(tmp_path)
     settings = [f"model.path={random_model}", "data=jsonl", f"data.train={write_rows('train')}", "name=again"]
     settings += [f"data.eval=[{write_rows('test')}]", "cluster.threads=1", "eval.max_tokens=6"]
-    settings += ["sft.batch_size=5"] if module is sft else SMALL
+    settings += ["sft.batch_size=5"] if module is sft else [*SMALL, "debug.record=true", "loggers=[tensorboard]"]
 
     def call(*arguments: str) -> str:
         monkeypatch.setattr("sys.argv", ["command", *settings, *arguments])

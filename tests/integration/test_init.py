@@ -17,6 +17,7 @@ from rlmed.cluster.fitting import fit
 from rlmed.cluster.memory import GIB
 from rlmed.commandline import run_command
 from rlmed.core.config.schema import RunConfig
+from rlmed.core.files.atomic import RecordError
 from rlmed.core.plugins import FOLDER
 
 
@@ -60,7 +61,7 @@ def composed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunConfig]:
         got: list[RunConfig] = []
         monkeypatch.setattr("sys.argv", ["rlmed", "--dry-run", *arguments])
         program = {launch: "train", sft: "sft", evaluate: "evaluate"}[module]  # type: ignore[index]
-        run_command(program, module.main, got.append)  # type: ignore[attr-defined]
+        run_command(program, module.main, lambda config, *_: got.append(config))  # type: ignore[attr-defined]
         return got[0]
 
     return compose
@@ -126,6 +127,7 @@ def test_what_is_written_can_be_tried_with_an_own_reward(
         ({"--eval": "gone.jsonl"}, "--eval gone.jsonl: file not found"),
         ({"--data": "tables"}, r"--data tables is a folder .*prepare csv --source tables"),
         ({"--gpu-memory": "0"}, "--gpu-memory 0: "),
+        ({"--gpu-memory": "80TB"}, "--gpu-memory 80TB: "),
         ({"--gpu-memory": "4x80"}, "--gpu-memory 4x80: .*8x80"),
         ({"--task": "report"}, "--task report: .*choice"),
         ({"--model": "gone/model/folder"}, "gone/model/folder"),
@@ -265,3 +267,38 @@ def test_a_terminal_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     written = yaml.safe_load((tmp_path / "mine" / "conf" / "experiment" / "mine.yaml").read_text())
     assert written["data"]["train"] == str(data)
     assert written["model"]["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("24", (1, 24)),
+        (" NONE", (1, None)),
+        ("80GB", (1, 80)),
+        ("80 GiB ", (1, 80)),
+        ("8X80", (8, 80)),
+        ("16.5", (1, 16.5)),
+    ],
+)
+def test_memory_is_read_as_people_write_it(text: str, found: tuple[int, float | None]) -> None:
+    assert init.gpus_of(text) == found
+
+
+def test_a_folder_that_could_not_be_written_whole_can_be_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = Path.write_text
+
+    def full(path: Path, text: str, **more: str) -> int:
+        if path.name == "my_rewards.py":
+            written(path, text[:5])
+            raise OSError(28, "No space left on device")
+        return written(path, text, **more)
+
+    files = {"conf/experiment/mine.yaml": "a", "README.md": "b", "my_rewards.py": "of mine", ".gitignore": ""}
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(RecordError, match=r"my_rewards\.py"):
+        init.write_folder(tmp_path, files)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    monkeypatch.undo()
+    assert init.write_folder(tmp_path, files) == list(files)

@@ -24,7 +24,7 @@ class GuardedLogger:
     """Call a logger from its own thread, in order, so that it can neither end nor slow a run.
 
     A call that raises gives one warning and is tried again after each of `WAITS_S`; then the logger
-    is left out for the rest of the run, unless only rollouts were to be shown: these are dropped.
+    is left out for the rest of the run. Rollouts are tried once, and dropped: curves matter more.
     One that never returns leaves the others waiting, at most `MOST_WAITING`; what is dropped is
     said once. `finish` waits `FINISH_S`.
     """
@@ -41,11 +41,11 @@ class GuardedLogger:
         self._logger, self._waits_s, self._finish_s = logger, waits_s, finish_s
         self._most_waiting = most_waiting
         self._calls: deque[tuple[Callable[[], None], bool]] = deque()
-        """With whether the logger is left out if the call goes on failing."""
+        """With whether the call is tried again, and the logger left out if it goes on failing."""
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._beginning: Beginning | None = None
-        self._started = self._ended = self._warned = self._dropped = False
+        self._started = self._ended = self._warned = self._dropped = self._unseen = False
         self._stopping = threading.Event()
         self._deadline = 0.0
 
@@ -114,12 +114,27 @@ class GuardedLogger:
             with self._changed:
                 self._changed.wait_for(lambda: bool(self._calls))
                 call, needed = self._calls.popleft()
-            if not self._tried(call) and (needed or not self._started):
+            if not needed:
+                self._try_once(call)
+            elif not self._tried(call):
                 with self._changed:
                     self._ended = True
                     self._calls.clear()
                 log.warning(
                     "the logger %s is left out for the rest of the run; metrics.jsonl has all values", self.name
+                )
+
+    def _try_once(self, call: Callable[[], None]) -> None:
+        try:
+            if self._started:  # by the values of this step
+                call()
+        except (Exception, SystemExit) as error:
+            if not self._unseen:
+                self._unseen = True
+                log.warning(
+                    "the logger %s does not take rollouts (%s): rollouts.jsonl has them; its values go on",
+                    self.name,
+                    _first_line(error),
                 )
 
     def _tried(self, call: Callable[[], None]) -> bool:

@@ -151,6 +151,11 @@ dicom_damage_reported = partial(
 """Context for calls of pydicom and its decoders."""
 
 
+def _is_gzipped(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == b"\x1f\x8b"
+
+
 def read_header(path: Path) -> DicomHeader:
     """Read what a file says of its pixels, even without DICOM's preamble if it parses and has some.
 
@@ -161,6 +166,8 @@ def read_header(path: Path) -> DicomHeader:
     with dicom_damage_reported(), BoundedStream(path) as stream:
         dataset = dcmread(stream, force=True, stop_before_pixels=True, specific_tags=_WANTED)
         if any(dataset.get(name) is None for name in ("Rows", "Columns", "BitsAllocated", "PhotometricInterpretation")):
+            if _is_gzipped(path):
+                raise BadImageError("it is compressed by gzip: unpack it")
             raise BadImageError("it is not a DICOM file, or has no pixels: give the file of an image")
         pixels = checked_format(dataset)
         implicit, little_endian = dataset.original_encoding

@@ -38,6 +38,7 @@ from rlmed.recording.loggers.guard import GuardedLogger
 from rlmed.recording.loggers.mlflow_runs import MlflowLogger
 from rlmed.recording.loggers.weights_and_biases import WandbLogger
 from rlmed.recording.recorder import RunRecorder
+from tests.integration.processes import wait_until
 
 Curves = dict[str, dict[int, float]]
 
@@ -223,18 +224,21 @@ def test_a_picture_that_is_gone_costs_no_logger(
     assert f"{tmp_path}/gone.png" in warning
 
 
-def test_rollouts_that_go_on_failing_are_dropped_and_the_curves_go_on(tmp_path: Path) -> None:
+def test_rollouts_that_fail_are_dropped_and_the_curves_go_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Blind(Failing):
         def rollouts(self, step: int, shown: Any) -> None:
             raise RuntimeError("no pictures")
 
     logger = Blind(failures=0)
-    loggers = Loggers(tmp_path, [GuardedLogger(logger, waits_s=(0, 0))], rollouts_every=1, rollouts=1)
+    loggers = Loggers(tmp_path, [GuardedLogger(logger, waits_s=(3600.0,))], rollouts_every=1, rollouts=1)
     for step in (1, 2):
         loggers.scalars(step, {})
         loggers.rollouts(step, [make_group(tmp_path / "gone.png").scored])
+    wait_until(lambda: 2 in logger.seen, 60, "the values of step 2")
     loggers.finish()
     assert logger.seen == ["start", 1, 2, "finish"]
+    (warning,) = [entry.getMessage() for entry in caplog.records]
+    assert "the logger failing does not take rollouts (RuntimeError: no pictures)" in warning
 
 
 def test_loggers_finish_at_the_same_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

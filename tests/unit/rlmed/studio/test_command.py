@@ -7,6 +7,7 @@ import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
@@ -51,7 +52,9 @@ def test_a_port_or_a_model_that_cannot_be_is_refused(capsys, tmp_path):
     assert f"--model {tmp_path}/nope" in failure(capsys, str(tmp_path), "--model", f"{tmp_path}/nope")
 
 
-@pytest.mark.parametrize(("given", "expected"), [("secret", "secret"), (" ", None), (None, None)])
+@pytest.mark.parametrize(
+    ("given", "expected"), [("my own secret: a+b&c#d", "my own secret: a+b&c#d"), (" ", None), (None, None)]
+)
 def test_the_token_is_that_of_the_environment_or_else_a_random_one(monkeypatch, tmp_path, given, expected):
     monkeypatch.delenv("RLMED_STUDIO_TOKEN", raising=False)
     if given is not None:
@@ -62,7 +65,17 @@ def test_the_token_is_that_of_the_environment_or_else_a_random_one(monkeypatch, 
         command.main([str(tmp_path), "--cache", str(tmp_path / "cache")])
     tokens = [studio.token for studio in served]
     assert tokens == [expected] * 2 if expected else len(set(tokens)) == 2
-    assert all(len(token) >= 6 for token in tokens)
+    assert all(len(token) >= 16 for token in tokens)
+
+
+def test_a_token_that_can_be_guessed_is_refused(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("RLMED_STUDIO_TOKEN", "secret")
+    assert "RLMED_STUDIO_TOKEN has 6 characters" in failure(capsys, str(tmp_path))
+
+
+def test_the_address_has_the_token_as_a_browser_reads_it():
+    address = greeting("127.0.0.1", 8642, "a+b&c#d").split()[1]
+    assert parse_qs(urlsplit(address).query) == {"token": ["a+b&c#d"]}
 
 
 def test_a_port_in_use_is_named(capsys, tmp_path):

@@ -66,7 +66,7 @@ DAMAGES = {
     "pipe_rows": lambda run: pipe(run / "evaluations/step-000003/rows.jsonl"),
     "list": change("config.yaml", "[1, 2]"),
     "aliases": change("config.yaml", ALIASES),
-    "large configuration": change("config.yaml", "a: " + "b" * 2**21),
+    "large configuration": change("config.yaml", "a: " + "b" * 2**17),
     "model": change("config.yaml", "model: [a]"),
     "versions": change("versions.json", "[1]"),
     "negative": change("timeline.jsonl", '{"name": "a", "start": 9, "duration": -3, "depth": 0}\n'),
@@ -195,6 +195,13 @@ def test_pages_heal_a_damaged_index(tmp_path):
         if "6 rollouts found" in shown:
             break
     assert "6 rollouts found" in shown
+
+
+def test_a_configuration_beyond_the_limit_is_not_read_whole(tmp_path):
+    run = write_run(tmp_path / "run")
+    with (run / "config.yaml").open("ab") as file:
+        file.truncate(2**40)  # without data: more than the memory, if it was read
+    assert "characters" in client_of(tmp_path, cache=tmp_path / "cache").get("/run?name=run").text
 
 
 def test_an_index_that_cannot_be_filled_says_why(tmp_path, monkeypatch):

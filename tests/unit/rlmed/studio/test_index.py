@@ -275,6 +275,12 @@ def test_chinese_and_japanese_are_found_anywhere(index, rollouts, words, total):
     assert found(index, words=words, step_from=2)[0] == 0
 
 
+def test_a_syllable_of_korean_is_the_beginning_of_a_word(index, rollouts):
+    write_lines(rollouts, [line(step=1, texts=("폐에 결절이 있습니까", "a lung")), line(step=2)])
+    fill(index)
+    assert [found(index, words=words)[0] for words in ("폐", "결", "절", "l", "a")] == [1, 1, 0, 0, 1]
+
+
 def test_the_index_is_for_this_user_alone_and_outside_of_the_run(index, rollouts, tmp_path):
     before = sorted(rollouts.parent.iterdir())
     fill(index)

@@ -180,7 +180,12 @@ def test_a_missing_picture_is_named(tmp_path):
     write_run(tmp_path / "run")
     (tmp_path / "run.png").unlink()
     client = client_of(tmp_path, cache=tmp_path / "cache")
-    assert "the picture is no longer there" in text_of(client.get("/rollouts?run=run"))
+    text = text_of(client.get("/rollouts?run=run"))
+    assert ["the picture is no longer there" in text, "--images" in text] == [True, False]
+    records = tmp_path / "run" / "rollouts.jsonl"
+    for path in ("/gone/for/ever/x.png", ""):
+        write_lines(records, [{**json.loads(records.read_text().splitlines()[0]), "image": path}])
+        assert "--images" not in text_of(client.get("/rollouts?run=run")), path
 
 
 def test_boxes_and_several_pictures_are_drawn(tmp_path):

@@ -121,6 +121,7 @@ def test_a_run_that_its_preflight_refused_says_so_and_why(tmp_path):
         assert "all rewards are 0: raise &lt;b&gt;rollout.max_tokens" in client.get(address).text
     with hold(run):
         assert state(run) == "running"  # it is started again
+        assert all("all rewards are 0" not in client.get(address).text for address in ("/", "/run?name=run"))
 
 
 def test_a_run_runs_while_its_process_lives(run):

@@ -8,7 +8,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
-from rlmed.studio.security import Guard, cookie_name
+from rlmed.studio.security import Guard
 from rlmed.studio.server import build
 from rlmed.studio.state import Studio
 from tests.unit.rlmed.report.test_page import EVIL, Page, line, write_lines
@@ -27,7 +27,7 @@ def locked(folders, tmp_path):
 def test_nothing_opens_without_the_token(locked, address):
     answer = locked.get(address)
     assert (answer.status_code, "day/" in answer.text) == (401, False)
-    locked.cookies.set(cookie_name(TOKEN), TOKEN[:-1])
+    locked.cookies.set(locked.app.cookie, TOKEN)
     assert locked.get(address).status_code == 401
 
 
