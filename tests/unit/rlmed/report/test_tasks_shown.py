@@ -119,7 +119,7 @@ def test_multiple_choice_is_shown_as_before(run):  # noqa: F811
     html = write_report(run).read_text()
     headings = ("Held-out accuracy", "Rollouts", "Evaluated questions")
     sections = [re.search(rf"<section[^>]*>\n<h2>{name}</h2>.*?</section>\n", html, re.DOTALL)[0] for name in headings]
-    # written by rlmed before it knew other tasks; since then n, a live count and the policy version in words were added
+    # written by rlmed before it knew other tasks; n, a live count and the policy version came since
     assert "".join(sections) == (Path(__file__).parent / "choice.html").read_text(encoding="utf-8")
 
 
