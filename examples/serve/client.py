@@ -29,8 +29,13 @@ from rlmed.data.options.choices import plain_options
 from rlmed.models.tiny.toy import TOY_NOTE, is_toy
 
 NOTE = "For research only, not for clinical use."
-CURES = {401: "; give --key", 404: "; does the address end in /v1, and is --model a name that it serves?"}
+CURES = {
+    400: "; --max-tokens is for a longest answer that fits --max-model-len",
+    401: "; give --key",
+    404: "; does the address end in /v1, and is --model a name that it serves?",
+}
 """What to try, by the status with which a server refuses."""
+MAX_TOKENS = 512
 BANNED = -100
 """Bias on a token's logit that keeps it out."""
 
@@ -45,7 +50,12 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model", metavar="NAME", help="as served (default: the first that the server names)")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="the export: keeps out what its settings suppress")
     parser.add_argument("--key", default="none", help="of a server started with --api-key")
-    parser.add_argument("--max-tokens", type=int, default=512, metavar="N", help="longest reasoning and answer")
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="longest answer, reasoning included (default: that of --folder, or 512)",
+    )
     parser.add_argument("--timeout", type=float, default=120, metavar="S", help="seconds to wait for the answer")
     return parser.parse_args(arguments)
 
@@ -81,19 +91,22 @@ def asked_options(texts: Sequence[str]) -> tuple[str, ...]:
         raise ValueError(f"--options {' '.join(texts)}: {error}; write each in quotes, with spaces between") from error
 
 
-def logit_bias(folder: Path | None) -> dict[str, int]:
-    """Return the bias against tokens that stand for images, which vLLM does not read itself.
+def export_settings(folder: Path | None) -> tuple[dict[str, int], int]:
+    """Return what vLLM does not read of an export itself: a bias, and the longest answer in tokens.
+
+    The bias keeps out tokens that stand for images.
 
     Raises:
         ValueError: if the folder is no export.
     """
     if folder is None:
-        return {}
+        return {}, MAX_TOKENS
     path = folder / "generation_config.json"
     if not path.is_file():
         raise ValueError(f"--folder {folder} has no {path.name}: name the folder that rlmed.export wrote")
-    suppressed = json.loads(path.read_text(encoding="utf-8")).get("suppress_tokens") or ()
-    return {str(token): BANNED for token in suppressed}
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    bias = {str(token): BANNED for token in settings.get("suppress_tokens") or ()}
+    return bias, settings.get("max_new_tokens") or MAX_TOKENS
 
 
 def ask(given: argparse.Namespace) -> str:
@@ -102,7 +115,8 @@ def ask(given: argparse.Namespace) -> str:
     Raises:
         ValueError: for a wrong argument, or a server that refuses or does not answer.
     """
-    turn, bias = message(given.images, given.question, given.options), logit_bias(given.folder)
+    turn = message(given.images, given.question, given.options)
+    bias, longest = export_settings(given.folder)
     try:
         import openai
     except ImportError as error:
@@ -114,7 +128,7 @@ def ask(given: argparse.Namespace) -> str:
             model=model,
             messages=[turn],
             temperature=0,  # else vLLM samples
-            max_tokens=given.max_tokens,
+            max_tokens=longest if given.max_tokens is None else given.max_tokens,
             logit_bias=bias,
         )
     except openai.APIStatusError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import runpy
 import socket
 import threading
@@ -92,3 +93,44 @@ def test_a_refusal_names_its_cure(status: int, cure: str, capsys: pytest.Capture
     printed = capsys.readouterr().err
     assert f"({status})" in printed
     assert cure in printed
+
+
+@pytest.mark.parametrize(
+    ("settings", "arguments", "expected"),
+    [
+        ({"max_new_tokens": 64, "suppress_tokens": [7]}, [], (64, {"7": -100})),
+        ({"max_new_tokens": 64}, ["--max-tokens", "32"], (32, {})),
+        ({}, [], (512, {})),
+        (None, [], (512, {})),
+    ],
+)
+def test_the_longest_answer_is_that_of_the_export(
+    settings: dict[str, object] | None, arguments: list[str], expected: tuple[int, dict[str, int]], tmp_path: Path
+) -> None:
+    pytest.importorskip("openai")
+    asked: list[dict[str, object]] = []
+
+    class Answering(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": TEXT}}
+            content = json.dumps({"id": "1", "object": "x", "created": 1, "model": "m", "choices": [choice]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            """Print nothing."""
+
+    if settings is not None:
+        (tmp_path / "config.json").write_text("{}")
+        (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+        arguments = [*arguments, "--folder", str(tmp_path)]
+    with HTTPServer(("127.0.0.1", 0), Answering) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        CLIENT["main"](["Which?", "--url", url, "--model", "m", *arguments])
+        server.shutdown()
+    assert [(one["max_tokens"], one["logit_bias"]) for one in asked] == [expected]
