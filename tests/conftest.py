@@ -22,6 +22,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from rlmed.core.config.checks import PRODUCT_USES
+from rlmed.core.plugins import FOLDER
 from rlmed.core.process.collection import resume
 from rlmed.core.types import (
     Completion,
@@ -100,6 +101,16 @@ def garbage_is_collected() -> Iterator[None]:
     """Resume what a command or a worker that a test began in this process has put off."""
     yield
     resume()
+
+
+@pytest.fixture(autouse=True)
+def own_folder_goes_with_the_test() -> Iterator[None]:
+    """Forget the folder of `--config-dir` of a command that a test began in this process."""
+    before = os.environ.get(FOLDER)
+    yield
+    os.environ.pop(FOLDER, None)
+    if before is not None:
+        os.environ[FOLDER] = before
 
 
 @pytest.fixture(autouse=True)
